@@ -1,0 +1,367 @@
+"""What the steps hand each other: directories, their file names, and the record in each.
+
+Every artifact directory holds one JSON record, written last. A directory without its record is
+not an artifact. Records are strict: a producer and a consumer that disagree fail at once.
+
+    artifact     record            other files
+    -----------  ----------------  -----------------------------------------------------------
+    base_model   origin.json       config.json, *.safetensors, tokenizer files
+    dataset      dataset.json      train.parquet, eval.parquet, heldout.jsonl, rejected.jsonl
+    adapter      training.json     adapter_config.json, adapter_model.safetensors, tokenizer
+    merged       merge.json        config.json, *.safetensors, tokenizer files
+    quantized    quantized.json    one .gguf file, or a GPTQ checkpoint
+    scores       scores.json       samples/<task>.jsonl, generations.jsonl
+    decision     decision.json
+    published    published.json    for a `dir:` target: the trees that would be pushed
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field
+
+from tuneline.config import StrictModel
+from tuneline.errors import OutputExistsError, WorldError
+from tuneline.version import VERSION
+
+TRAIN_FILE = "train.parquet"
+EVAL_FILE = "eval.parquet"
+HELDOUT_FILE = "heldout.jsonl"
+REJECTED_FILE = "rejected.jsonl"
+SAMPLES_DIR = "samples"
+GENERATIONS_FILE = "generations.jsonl"
+
+# Columns of train.parquet and eval.parquet for the methods sft and cpt: lists of int32, int8.
+INPUT_IDS = "input_ids"
+LOSS_MASK = "loss_mask"
+# And for dpo: prompt, chosen and rejected token ids; the prompt is in neither of the others.
+PROMPT_IDS = "prompt_ids"
+CHOSEN_IDS = "chosen_ids"
+REJECTED_IDS = "rejected_ids"
+
+Method = Literal["sft", "dpo", "cpt"]
+Verdict = Literal["promote", "hold"]
+
+
+class Record(StrictModel):
+    """The JSON file that makes a directory an artifact."""
+
+    filename: ClassVar[str]
+
+    seconds: float = 0.0
+    """Wall time of the step that made the artifact."""
+    created_at: str = ""
+    """When it was made, ISO 8601 in UTC."""
+    tuneline: str = VERSION
+    """The version of tuneline that made it."""
+
+    def write(self, directory: str | Path) -> None:
+        """Write the record into `directory`, stamped with the time."""
+        stamped = self.model_copy(
+            update={
+                "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            }
+        )
+        Path(directory, self.filename).write_text(
+            stamped.model_dump_json(indent=2) + "\n", encoding="utf-8"
+        )
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Self:
+        """Read the record of the artifact in `directory`.
+
+        Raises:
+            WorldError: the directory has none, so the step that makes it did not finish.
+        """
+        path = Path(directory, cls.filename)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise WorldError(
+                f"{directory} has no {cls.filename}: the step that makes it did not finish, "
+                "or this is another kind of directory; run that step again"
+            ) from None
+        return cls.parse(text, where=str(path))
+
+
+class ModelOrigin(Record):
+    """Where a base model came from."""
+
+    filename: ClassVar[str] = "origin.json"
+
+    source: str
+    """As the recipe names it: a Hub id, a directory, a GGUF file or builtin:NAME."""
+    revision: str | None = None
+    """The Hub commit that a revision was resolved to; none for local sources."""
+    licence: str | None = None
+    """SPDX-like identifier, where the source says."""
+    architecture: str
+    """The class in config.json's `architectures`."""
+    num_parameters: int
+    num_bytes: int
+    """Size of the weight files."""
+    sha256: str
+    """Hash over the names and contents of the weight files."""
+
+
+class LengthStatistics(StrictModel):
+    """Lengths of the rows in tokens, before truncation."""
+
+    mean: float
+    median: float
+    p95: float
+    p99: float
+    max: int
+    histogram: list[tuple[int, int, int]] = Field(default_factory=list)
+    """Bins (from, below, number of rows)."""
+
+
+class DatasetManifest(Record):
+    """What a prepared data set holds."""
+
+    filename: ClassVar[str] = "dataset.json"
+
+    source: str
+    method: Method
+    format: str
+    """alpaca, messages, sharegpt, prompt-completion, preference or text."""
+    template: str
+    """The chat template's name: tokenizer, alpaca, chatml, llama3, or none."""
+    loss_on: str
+    """answers or all."""
+    num_train_rows: int
+    num_eval_rows: int
+    num_heldout_rows: int
+    num_rejected_rows: int
+    num_tokens: int
+    """Tokens in train.parquet."""
+    num_loss_tokens: int
+    """Tokens in train.parquet that the loss counts."""
+    lengths: LengthStatistics
+    max_seq_length: int
+    recommended_max_seq_length: int
+    truncated_token_share: float
+    """Share of all tokens that truncation to max_seq_length loses, 0 to 1."""
+    num_overlong_rows: int = 0
+    """Rows left out because truncation would leave no token to learn."""
+    licence: str | None = None
+    sha256: str
+    """Hash of the checked rows in order, of the template and of the split."""
+
+
+class TrainingPoint(StrictModel):
+    """One logged step; a value that was not measured then is null."""
+
+    step: int
+    epoch: float | None = None
+    loss: float | None = None
+    eval_loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    reward_margin: float | None = None
+    reward_accuracy: float | None = None
+
+
+class TrainingSummary(Record):
+    """How an adapter was trained."""
+
+    filename: ClassVar[str] = "training.json"
+
+    method: Method
+    num_steps: int
+    num_tokens: int
+    """Tokens that went through the model, padding not counted."""
+    final_loss: float
+    first_eval_loss: float | None = None
+    """Before the first step."""
+    final_eval_loss: float | None = None
+    num_trainable_parameters: int
+    num_parameters: int
+    base_quantization: Literal["nf4", "none"]
+    compute_dtype: str
+    device: str
+    tokens_per_second: float
+    peak_memory_bytes: int
+    """Peak of the device's allocator, or resident memory of the process on a CPU."""
+    history: list[TrainingPoint]
+    base_sha256: str
+    dataset_sha256: str
+
+
+class MergeProof(Record):
+    """How the merged model was made, and how far it is from base plus adapter."""
+
+    filename: ClassVar[str] = "merge.json"
+
+    base: Literal["dequantized", "original"]
+    """Which base weights the adapter was added to."""
+    dtype: str
+    num_bytes: int
+    num_shards: int
+    num_merged_modules: int
+    num_prompts: int
+    max_logit_difference: float
+    """Largest absolute difference of a logit, adapter on base against merged."""
+    mean_kl: float
+    """Mean KL divergence a token, in nats."""
+    top1_agreement: float
+    """Share of positions with the same most likely token, 0 to 1."""
+    max_mean_kl: float
+    """The bound that mean_kl was held against."""
+
+
+class QuantizedModel(Record):
+    """One export of the merged model."""
+
+    filename: ClassVar[str] = "quantized.json"
+
+    format: str
+    """f16, bf16, q8_0, q5_k_m, q4_k_m, ... or gptq-4bit, ..."""
+    kind: Literal["gguf", "gptq"]
+    file: str
+    """Name of the .gguf file in the directory; "." where the directory is the checkpoint."""
+    num_bytes: int
+    bits_per_weight: float
+    group_size: int | None = None
+    """GPTQ only."""
+    tensor_types: dict[str, int] = Field(default_factory=dict)
+    """How many tensors have each type."""
+    notes: list[str] = Field(default_factory=list)
+    """What a reader should know: fallbacks, a smaller group size."""
+    prompt: str
+    """The prompt of the load-and-generate check."""
+    generated: str
+    """What the loaded file generated, greedily."""
+    reference: str | None = None
+    """What the merged model generated from the same prompt, where it was run beside."""
+
+
+class TaskScore(StrictModel):
+    """One metric of one task."""
+
+    metric: str
+    higher_is_better: bool
+    value: float
+    stderr: float | None = None
+    num_samples: int
+
+
+class Scores(Record):
+    """What a benchmark measured on one model."""
+
+    filename: ClassVar[str] = "scores.json"
+
+    model: str
+    """base, tuned or an export's format."""
+    tasks: dict[str, TaskScore]
+    """By task name. Per-sample scores: samples/<task>.jsonl, rows {"id": str, "score": float}."""
+    harness: str
+    """Name and version of the benchmark program."""
+
+
+class TaskComparison(StrictModel):
+    """Tuned against base on the same samples of one task."""
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    base: float
+    tuned: float
+    difference: float
+    """Mean over samples of tuned minus base, turned so that positive is better."""
+    interval: tuple[float, float]
+    """95 % interval of the difference, paired bootstrap."""
+    num_samples: int
+    outcome: Literal["better", "worse", "undecided"]
+    target: bool
+    """Whether the task has to get better; the others must not get worse."""
+
+
+class Decision(Record):
+    """Whether the tuned model may be published, and why."""
+
+    filename: ClassVar[str] = "decision.json"
+
+    verdict: Verdict
+    reason: str
+    comparisons: list[TaskComparison]
+
+
+class PublishedRepo(StrictModel):
+    """One repository that was written."""
+
+    repo: str
+    """Hub id, or a path below the target directory."""
+    kind: Literal["adapter", "merged", "gguf", "gptq"]
+    url: str
+    commit: str | None = None
+    num_files: int
+    num_bytes: int
+
+
+class Published(Record):
+    """What was published where."""
+
+    filename: ClassVar[str] = "published.json"
+
+    target: str
+    private: bool
+    repos: list[PublishedRepo]
+
+
+@contextlib.contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """Make an output directory that appears whole or not at all.
+
+    Yields a directory beside `path` to write into, and renames it to `path` on success. On an
+    error nothing is left behind and nothing that stood at `path` is touched.
+
+    Raises:
+        OutputExistsError: `path` exists and is not an empty directory.
+    """
+    path = Path(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise OutputExistsError(
+            f"the output {path} exists and is not empty: name a new directory, "
+            "or remove it if you do not need it"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes 0700, which another pod's user could not read
+        partial.replace(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """Read one of our own JSON Lines files."""
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def write_jsonl(path: str | Path, rows: list[dict]) -> None:
+    """Write rows as JSON Lines."""
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def sha256_of(paths: list[Path]) -> str:
+    """Return one hash over the names and contents of files."""
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=lambda path: path.name):
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
