@@ -65,9 +65,7 @@ class Record(StrictModel):
     def write(self, directory: str | Path) -> None:
         """Write the record into `directory`, stamped with the time."""
         stamped = self.model_copy(
-            update={
-                "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            }
+            update={"created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
         )
         Path(directory, self.filename).write_text(
             stamped.model_dump_json(indent=2) + "\n", encoding="utf-8"

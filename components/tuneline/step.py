@@ -84,7 +84,9 @@ def main(
     parser = argparse.ArgumentParser(
         prog=f"python -m tuneline.{name}", description=inspect.getdoc(run)
     )
-    parser.add_argument("--config", help=f"a JSON file with a {config.__name__}; default: all defaults")
+    parser.add_argument(
+        "--config", help=f"a JSON file with a {config.__name__}; default: all defaults"
+    )
     hints = typing.get_type_hints(run)
     destinations = {}
     for parameter in inspect.signature(run).parameters.values():

@@ -1,0 +1,96 @@
+"""A recipe: one YAML file that holds a whole run."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import Field, model_validator
+
+from tuneline.config import StrictModel
+from tuneline.errors import RecipeError
+from tuneline.evaluate.config import EvaluateConfig
+from tuneline.fetch.config import FetchConfig
+from tuneline.gate.config import GateConfig
+from tuneline.merge.config import MergeConfig
+from tuneline.prepare.config import PrepareConfig
+from tuneline.publish.config import PublishConfig
+from tuneline.quantize.config import QuantizeConfig
+from tuneline.train.config import TrainConfig
+
+
+class Recipe(StrictModel):
+    """One run of the line, from a base model and rows to a published model."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,46}[a-z0-9])?$")
+    """Lower case letters, digits, dots and dashes: it names runs and pipelines."""
+    description: str = ""
+    base_model: str
+    """A Hub id, a directory, a .gguf file or builtin:smollm2-135m."""
+    dataset: str
+    """A Hub id, a file, a directory, a glob of files or builtin:kubernetes-quantities."""
+    publish_to: str
+    """A Hub namespace and name, e.g. my-org/my-model, or dir:PATH, which writes the same tree."""
+    fetch: FetchConfig = FetchConfig()
+    prepare: PrepareConfig = PrepareConfig()
+    train: TrainConfig = TrainConfig()
+    merge: MergeConfig = MergeConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    gate: GateConfig = GateConfig()
+    publish: PublishConfig = PublishConfig()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        unknown = set(self.gate.target_tasks) - set(self.evaluate.tasks)
+        if unknown:
+            raise ValueError(
+                f"gate.target_tasks names {sorted(unknown)}, which evaluate.tasks does not run "
+                f"({', '.join(self.evaluate.tasks)})"
+            )
+        if self.prepare.heldout.max_rows == 0 and any(
+            task.startswith("heldout_") for task in self.evaluate.tasks
+        ):
+            raise ValueError(
+                "evaluate.tasks needs held-out rows, and prepare.heldout.max_rows is 0"
+            )
+        return self
+
+
+def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: dotted key -> value, e.g. {"train.max_steps": 60}.
+
+    Raises:
+        RecipeError: the file is missing, is not YAML, or does not say what a recipe must.
+    """
+    path = Path(path)
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(
+            f"no recipe at {path}: give a file, or a name that `tuneline recipes` lists"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path} holds {type(document).__name__}, not a mapping of keys")
+    for key, value in (overrides or {}).items():
+        _set(document, key, value)
+    return Recipe.parse(document, where=str(path))
+
+
+def _set(document: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = document.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {key}: '{parent}' is a value, it has no keys below it")
+        document = inner
+    document[last] = value

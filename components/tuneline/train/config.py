@@ -1,0 +1,73 @@
+"""The recipe's part for training an adapter."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from tuneline.config import StrictModel
+
+ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoraConfig(StrictModel):
+    """The adapter. Terms and defaults as in peft.LoraConfig."""
+
+    r: int = Field(16, ge=1, le=1024)
+    """Rank."""
+    lora_alpha: int = Field(16, ge=1)
+    """The update is scaled by lora_alpha / r."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = ATTENTION_AND_MLP
+    """Names of the linear layers to adapt."""
+
+
+class DpoConfig(StrictModel):
+    """Used when the data set was prepared with method dpo."""
+
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull towards the reference model."""
+    loss_type: str = "sigmoid"
+    """As in trl.DPOConfig."""
+
+
+class TrainConfig(StrictModel):
+    """How the adapter is trained. The method is the data set's."""
+
+    lora: LoraConfig = LoraConfig()
+    dpo: DpoConfig = DpoConfig()
+    load_in_4bit: bool = True
+    """Keep the frozen base in NF4 with double quantisation."""
+    learning_rate: float = Field(2e-4, gt=0)
+    lr_scheduler_type: str = "cosine"
+    """As in transformers.TrainingArguments."""
+    warmup_steps: int = Field(5, ge=0)
+    warmup_ratio: float | None = Field(None, ge=0, le=1)
+    """Share of all steps; given, it takes the place of warmup_steps."""
+    num_train_epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    """Given, it takes the place of num_train_epochs."""
+    per_device_train_batch_size: int = Field(2, ge=1)
+    """Rows, or packs of rows, a forward."""
+    gradient_accumulation_steps: int = Field(4, ge=1)
+    packing: bool = True
+    """Lay short rows end to end up to max_seq_length; they do not attend across each other."""
+    optim: str = "adamw_8bit"
+    """As in transformers.TrainingArguments."""
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(0.3, gt=0)
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, a quarter more time."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute type; auto: bfloat16 where the device is fast at it, else float32."""
+    logging_steps: int = Field(1, ge=1)
+    eval_steps: int | None = Field(None, ge=1)
+    """Measure the evaluation loss so often; default: five times over the run."""
+    seed: int = 3407
+
+    @model_validator(mode="after")
+    def _targets_named(self) -> Self:
+        if not self.lora.target_modules:
+            raise ValueError("lora.target_modules is empty: name at least one, or 'all-linear'")
+        return self
