@@ -1,0 +1,222 @@
+"""RMSNorm, with the residual addition in front of it fused in.
+
+    s = x + residual                                (rounded to x's dtype; s = x without residual)
+    n = s * rstd,  rstd = 1 / sqrt(mean(s^2) + eps) (float32)
+    y = weight * round(n)                           (Llama: n is rounded to x's dtype first)
+    y = round(n * (1 + weight))                     (Gemma: all in float32, rounded once)
+
+    dn = dy * weight
+    ds = rstd * (dn - n * mean(dn * n)) + dresidual
+    dweight = sum over tokens of dy * n
+
+Shapes: x, residual, y [..., K]; weight [K]; rstd [T] float32, T the product of the leading sizes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tuneline.kernels._dispatch import rows, use_kernel
+
+_BACKWARD_ROWS = 16
+"""Tokens one program sums into its partial weight gradient, so that no atomics are needed."""
+
+
+@triton.jit
+def _fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr,
+    x_stride, residual_stride, y_stride, sum_stride, eps,
+    K: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GEMMA: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < K
+    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
+        s = (x.to(tl.float32) + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * sum_stride + cols, s, mask=mask)
+    else:
+        s = x
+    wide = s.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(wide * wide, axis=0) / K + eps)
+    tl.store(rstd_ptr + row, rstd)
+    n = wide * rstd
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if GEMMA:
+        y = n * (1.0 + weight)
+    else:
+        y = n.to(x_ptr.dtype.element_ty).to(tl.float32) * weight
+    tl.store(y_ptr + row * y_stride + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bwd_kernel(
+    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, partial_ptr,
+    dy_stride, x_stride, dresidual_stride, dx_stride, T,
+    K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HAS_DRESIDUAL: tl.constexpr, NEED_DWEIGHT: tl.constexpr, GEMMA: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    cols = tl.arange(0, BLOCK)
+    in_row = cols < K
+    weight = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
+    if GEMMA:
+        weight += 1.0
+    dweight = tl.zeros([BLOCK], dtype=tl.float32)
+    for i in range(ROWS):
+        row = first + i
+        mask = in_row & (row < T)
+        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
+        n = x * rstd
+        dn = dy * weight
+        dx = rstd * (dn - n * (tl.sum(dn * n, axis=0) / K))
+        if HAS_DRESIDUAL:
+            dresidual_ptrs = dresidual_ptr + row * dresidual_stride + cols
+            dx += tl.load(dresidual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row * dx_stride + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if NEED_DWEIGHT:
+            dweight += dy * n
+    if NEED_DWEIGHT:
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * K + cols, dweight, mask=in_row)
+
+
+def _num_warps(block: int) -> int:
+    return max(1, min(16, block // 512))
+
+
+def rms_norm_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
+    gemma: bool = False,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Return (y, new residual or None, rstd [T]) without recording a gradient.
+
+    Args:
+        x: Input [..., K].
+        weight: Scale [K].
+        eps: Added to the mean square.
+        residual: Added to x first; the sum is returned as the new residual.
+        gemma: Gemma's rounding and 1 + weight, else Llama's.
+        out: Where y goes, shape of x, any dtype and row stride (a slice of a wider buffer).
+    """
+    y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    if not use_kernel(x):
+        s = x if residual is None else x + residual
+        y.copy_(rms_norm_reference(s, weight, eps, gemma=gemma))
+        wide = s if s.dtype == torch.float64 else s.float()
+        rstd = torch.rsqrt(wide.square().mean(-1) + eps).reshape(-1)
+        return y, None if residual is None else s, rstd
+    x_TK, y_TK = rows(x), y.view(-1, y.shape[-1])
+    T, K = x_TK.shape
+    s = None if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    residual_TK, s_TK = (x_TK, x_TK) if residual is None else (rows(residual), s.view(T, K))
+    rstd_T = torch.empty(T, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(K)
+    _fwd_kernel[(T,)](
+        x_TK, residual_TK, weight, y_TK, s_TK, rstd_T,
+        x_TK.stride(0), residual_TK.stride(0), y_TK.stride(0), s_TK.stride(0), eps,
+        K=K, BLOCK=block, HAS_RESIDUAL=residual is not None, GEMMA=gemma,
+        num_warps=_num_warps(block),
+    )  # fmt: skip
+    return y, s, rstd_T
+
+
+def rms_norm_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    *,
+    gemma: bool,
+    dresidual: torch.Tensor | None = None,
+    need_dweight: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return (dx, dweight or None); x is what was normed (the new residual), dresidual is added."""
+    if not use_kernel(x):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        n = x.to(wide) * rstd.view(*x.shape[:-1], 1)
+        dn = dy.to(wide) * (1 + weight.to(wide) if gemma else weight.to(wide))
+        dx = rstd.view(*x.shape[:-1], 1) * (dn - n * (dn * n).mean(-1, keepdim=True))
+        dx = dx if dresidual is None else dx + dresidual
+        dweight = (dy * n).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        return dx.to(x.dtype), dweight if need_dweight else None
+    dy_TK, x_TK = rows(dy), rows(x)
+    T, K = x_TK.shape
+    dx_TK = torch.empty(T, K, dtype=x.dtype, device=x.device)
+    dresidual_TK = dx_TK if dresidual is None else rows(dresidual)
+    num_rows = _BACKWARD_ROWS if need_dweight else 1
+    num_programs = triton.cdiv(T, num_rows)
+    partial = rstd
+    if need_dweight:
+        partial = torch.empty(num_programs, K, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(K)
+    _bwd_kernel[(num_programs,)](
+        dy_TK, x_TK, weight, rstd, dresidual_TK, dx_TK, partial,
+        dy_TK.stride(0), x_TK.stride(0), dresidual_TK.stride(0), dx_TK.stride(0), T,
+        K=K, BLOCK=block, ROWS=num_rows,
+        HAS_DRESIDUAL=dresidual is not None, NEED_DWEIGHT=need_dweight, GEMMA=gemma,
+        num_warps=_num_warps(block),
+    )  # fmt: skip
+    return dx_TK.view(x.shape), partial.sum(0).to(weight.dtype) if need_dweight else None
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """Record `rms_norm_forward`; returns (y, new residual), the latter x itself without one."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, gemma):  # noqa: D102
+        y, s, rstd = rms_norm_forward(x, weight, eps, residual=residual, gemma=gemma)
+        ctx.save_for_backward(x if s is None else s, weight, rstd)
+        ctx.gemma, ctx.has_residual = gemma, residual is not None
+        return (y, s) if ctx.has_residual else y
+
+    @staticmethod
+    def backward(ctx, dy, ds=None):  # noqa: D102
+        x, weight, rstd = ctx.saved_tensors
+        dx, dweight = rms_norm_backward(
+            dy, x, weight, rstd, gemma=ctx.gemma, dresidual=ds, need_dweight=ctx.needs_input_grad[2]
+        )
+        return dx, dx if ctx.has_residual else None, dweight, None, None
+
+
+def rms_norm_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
+    gemma: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Compute `rms_norm` in plain torch, as transformers does."""
+    s = x if residual is None else x + residual
+    wide = s if s.dtype == torch.float64 else s.float()
+    n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    y = n * (1 + weight.to(n.dtype)) if gemma else weight * n.to(x.dtype)
+    return y.to(x.dtype) if residual is None else (y.to(x.dtype), s)
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
+    gemma: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Return y, or (y, new residual) when a residual is given; differentiable unless `out` is."""
+    if out is None:
+        return RMSNormFunction.apply(x, residual, weight, eps, gemma)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, residual, weight)
+    ):
+        raise ValueError("rms_norm(out=...) records no gradient: call it under torch.no_grad()")
+    y, s, _ = rms_norm_forward(x, weight, eps, residual=residual, gemma=gemma, out=out)
+    return y if residual is None else (y, s)
