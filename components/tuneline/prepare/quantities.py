@@ -1,0 +1,204 @@
+"""The demo's data set: questions about Kubernetes resource quantities, made by a seeded script.
+
+Ten kinds of question in equal shares, each with four choices: the answer, and three mistakes that
+people make (a wrong power of ten, 1000 for 1024, a wrong suffix, a digit off). The skill is narrow
+enough for a model of 135M parameters and real: `0.25` against `250m`, `Mi` against `M`.
+
+Held-out questions cannot be remembered: for each kind the quantities are dealt into two pools
+first, so that no held-out quantity occurs in a training question of its kind. Only the number of
+replicas (2 to 9) is shared.
+
+Kubernetes writes a quantity as a number and a suffix: m (1/1000), k, M, G (powers of 1000), Ki,
+Mi, Gi (powers of 1024). There is no K, MB, MiB or mi.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+
+_NUM_TRAIN = 1200
+_NUM_HELDOUT = 200
+
+_UNIT_BYTES = {"k": 10**3, "Ki": 2**10, "M": 10**6, "Mi": 2**20, "G": 10**9, "Gi": 2**30}
+_UNIT_NAMES = {
+    "k": "1000 bytes",
+    "M": "1000^2 bytes",
+    "G": "1000^3 bytes",
+    "Ki": "1024 bytes",
+    "Mi": "1024^2 bytes",
+    "Gi": "1024^3 bytes",
+}
+# Spellings that the API server refuses, beside the suffix that was meant.
+_MISSPELT = {
+    "Ki": ("KB", "KiB", "ki", "K"),
+    "Mi": ("MB", "MiB", "mi", "mb"),
+    "Gi": ("GB", "GiB", "gi", "gb"),
+    "m": ("mc", "mCPU", "mcpu", "mcore"),
+}
+
+# A question, its answer, and three wrong answers.
+_Item = tuple[str, str, list[str]]
+_Maker = Callable[[random.Random, list[int]], _Item]
+
+
+def num_heldout() -> int:
+    """Return how many of the rows, the last ones, are held out."""
+    return _NUM_HELDOUT
+
+
+def rows(seed: int = 3407) -> Iterator[dict]:
+    """Yield the rows: 1,200 for training, then `num_heldout()` that training must not see.
+
+    Args:
+        seed: decides the numbers, the order and the place of the answer among the choices.
+
+    Yields:
+        {"prompt": question, "completion": answer, "choices": four texts, the answer among them}.
+        No question occurs twice.
+    """
+    rng = random.Random(seed)
+    kinds = [(maker, _deal(rng, pool)) for maker, pool in _KINDS.items()]
+    seen: set[str] = set()
+    for part, num_rows in enumerate((_NUM_TRAIN, _NUM_HELDOUT)):
+        batch = []
+        for maker, pools in kinds:
+            num_made = 0
+            while num_made < num_rows // len(kinds):
+                question, answer, wrong = maker(rng, pools[part])
+                if question in seen:
+                    continue
+                seen.add(question)
+                choices = [answer, *wrong]
+                rng.shuffle(choices)
+                batch.append({"prompt": question, "completion": answer, "choices": choices})
+                num_made += 1
+        rng.shuffle(batch)
+        yield from batch
+
+
+def _deal(rng: random.Random, pool: range) -> tuple[list[int], list[int]]:
+    """Split the numbers of a kind into those for training and those held out, 6 to 1."""
+    numbers = list(pool)
+    rng.shuffle(numbers)
+    num_heldout_numbers = len(numbers) // 7
+    return numbers[num_heldout_numbers:], numbers[:num_heldout_numbers]
+
+
+def _to_millicores(rng: random.Random, pool: list[int]) -> _Item:
+    milli = rng.choice(pool)
+    question = rng.choice(["Write {} CPU in millicores.", "How many millicores is {} CPU?"])
+    wrong = [f"{milli // 10}m", f"{milli * 10}m", f"{_thousandth(milli)}m"]
+    return question.format(_thousandth(milli)), f"{milli}m", wrong
+
+
+def _to_cores(rng: random.Random, pool: list[int]) -> _Item:
+    milli = rng.choice(pool)
+    question = rng.choice(["Write {}m CPU in cores.", "How many cores is {}m CPU?"])
+    wrong = [_thousandth(milli * 10), _thousandth(milli * 100), f"{milli / 10000:.5f}".rstrip("0")]
+    return question.format(milli), _thousandth(milli), wrong
+
+
+def _to_mebibytes(rng: random.Random, pool: list[int]) -> _Item:
+    quarters = rng.choice(pool)
+    question = rng.choice(["Write {}Gi in Mi.", "How many Mi is {}Gi?"])
+    right = quarters * 256
+    wrong = [f"{quarters * 250}Mi", f"{right * 10}Mi", f"{right}Ki"]
+    return question.format(f"{quarters / 4:g}"), f"{right}Mi", wrong
+
+
+def _to_megabytes(rng: random.Random, pool: list[int]) -> _Item:
+    mega = rng.choice(pool)
+    question = rng.choice(["Write {}G in M.", "How many M is {}G?"])
+    wrong = [f"{mega * 1024 // 1000}M", f"{mega * 10}M", f"{mega}Mi"]
+    return question.format(_thousandth(mega)), f"{mega}M", wrong
+
+
+def _largest_cpu(rng: random.Random, pool: list[int]) -> _Item:
+    while True:
+        millis = sorted(rng.sample(pool, 4), reverse=True)
+        if millis[0] >= 1.2 * millis[1]:
+            break
+    texts = [rng.choice([f"{milli}m", _thousandth(milli)]) for milli in millis]
+    return _ask(rng, ["Which CPU is largest: {}?", "Most CPU: {}?"], texts)
+
+
+def _largest_memory(rng: random.Random, pool: list[int]) -> _Item:
+    while True:
+        units = [rng.choice(["Ki", "M", "Mi", "G", "Gi"]) for _ in range(4)]
+        found = [
+            (number * _UNIT_BYTES[unit], f"{number}{unit}")
+            for number, unit in zip(rng.sample(pool, 4), units, strict=True)
+        ]
+        found.sort(reverse=True)
+        if found[0][0] >= 1.2 * found[1][0]:
+            break
+    return _ask(
+        rng, ["Which memory is largest: {}?", "Most memory: {}?"], [text for _, text in found]
+    )
+
+
+def _replicas(rng: random.Random, pool: list[int]) -> _Item:
+    each, replicas = rng.choice(pool), rng.randint(2, 9)
+    question = rng.choice(
+        ["{} replicas request {}m each. Total?", "What do {} replicas of {}m request in all?"]
+    )
+    right = each * replicas
+    wrong = [f"{right * 10}m", f"{right}", f"{right + each}m"]
+    return question.format(replicas, each), f"{right}m", wrong
+
+
+def _pod_total(rng: random.Random, pool: list[int]) -> _Item:
+    first, second = rng.sample(pool, 2)
+    question = rng.choice(
+        ["Two containers request {}m and {}m. Total?", "A pod requests {}m plus {}m. Total?"]
+    )
+    right = first + second
+    # 100 off: the carry forgotten, or one too many.
+    wrong = [f"{right * 10}m", f"{right + 100}m", f"{right - 100 if right > 100 else right + 200}m"]
+    return question.format(first, second), f"{right}m", wrong
+
+
+def _valid(rng: random.Random, pool: list[int]) -> _Item:
+    number, suffix = rng.choice(pool), rng.choice(sorted(_MISSPELT))
+    suffixes = [suffix, *rng.sample(_MISSPELT[suffix], 3)]
+    return _ask(
+        rng,
+        ["Which quantity is valid: {}?", "Valid quantity: {}?"],
+        [f"{number}{suffix}" for suffix in suffixes],
+    )
+
+
+def _suffix(rng: random.Random, pool: list[int]) -> _Item:
+    number, suffix = rng.choice(pool), rng.choice(sorted(_UNIT_NAMES))
+    question = rng.choice(["What is {1} in {0}{1}?", "In {0}{1}, what does {1} mean?"])
+    base = 4 if suffix.endswith("i") else 0
+    twin = suffix[0].upper() + "i" if base == 0 else {"K": "k"}.get(suffix[0], suffix[0])
+    relatives = [twin, *(other for other in _UNIT_NAMES if other.endswith("i") == bool(base))]
+    wrong = [_UNIT_NAMES[other] for other in relatives if other != suffix]
+    return question.format(number, suffix), _UNIT_NAMES[suffix], wrong
+
+
+def _ask(rng: random.Random, questions: list[str], texts: list[str]) -> _Item:
+    """Ask which of four texts is right; the first is. They are listed in a random order."""
+    listed = list(texts)
+    rng.shuffle(listed)
+    return rng.choice(questions).format(", ".join(listed)), texts[0], texts[1:]
+
+
+def _thousandth(number: int) -> str:
+    """Write number / 1000 without trailing zeros."""
+    return f"{number / 1000:.3f}".rstrip("0").rstrip(".")
+
+
+# Each kind and the numbers that it asks about; every seventh is held out.
+_KINDS: dict[_Maker, range] = {
+    _to_millicores: range(10, 8000, 10),
+    _to_cores: range(10, 8000, 10),
+    _to_mebibytes: range(1, 201),
+    _to_megabytes: range(50, 16000, 50),
+    _largest_cpu: range(10, 8000, 10),
+    _largest_memory: range(2, 1000),
+    _replicas: range(10, 1000, 10),
+    _pod_total: range(10, 1000, 10),
+    _valid: range(2, 300),
+    _suffix: range(2, 300),
+}
