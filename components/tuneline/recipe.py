@@ -18,6 +18,17 @@ from tuneline.quantize.config import QuantizeConfig
 from tuneline.train.config import TrainConfig
 
 
+class PlacementConfig(StrictModel):
+    """Where the steps run on a cluster; local runs ignore it."""
+
+    accelerator: str = "nvidia.com/gpu"
+    """Kubernetes resource name of the accelerator."""
+    num_accelerators: int = Field(0, ge=0)
+    """For each of train, merge, evaluate and the GPTQ export; 0: CPU only."""
+    hub_token_secret: str | None = "huggingface"
+    """Name of a Kubernetes secret whose key `token` holds the Hub token; used where it exists."""
+
+
 class Recipe(StrictModel):
     """One run of the line, from a base model and rows to a published model."""
 
@@ -38,6 +49,7 @@ class Recipe(StrictModel):
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
     publish: PublishConfig = PublishConfig()
+    placement: PlacementConfig = PlacementConfig()
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:

@@ -1,0 +1,61 @@
+"""Run a recipe's pipeline on this machine, in a process of its own.
+
+    python -m tuneline.pipelines.local RUN_DIR RECIPE_JSON subprocess|docker
+
+A process of its own because KFP's local runner prints and logs freely, and so that the command
+line can watch it, show its progress and end it as a whole.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from kfp import local
+
+from tuneline.pipelines.finetune import finetune
+from tuneline.recipe import Recipe
+from tuneline.step import EVENTS_VARIABLE
+
+EVENTS_FILE = "events.jsonl"
+ARTIFACTS_DIR = "artifacts"
+CACHE_DIR = ".cache"
+"""Beside the runs, shared by them."""
+
+
+def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
+    """Run the pipeline to its end.
+
+    Raises:
+        RuntimeError: a task failed; the events say which and why.
+    """
+    artifacts_dir = run_dir / ARTIFACTS_DIR
+    artifacts_dir.mkdir(parents=True, exist_ok=True)
+    # Below the artifacts, because that is the directory that containers get mounted.
+    environment = {EVENTS_VARIABLE: str(artifacts_dir / EVENTS_FILE)}
+    # Settings for a cluster are ignored here, and KFP warns about each; that is known.
+    warnings.filterwarnings("ignore", module="kfp")
+    if runner == "docker":
+        chosen = local.DockerRunner(
+            environment=environment, user=f"{os.getuid()}:{os.getgid()}", network_mode="host"
+        )
+    else:
+        os.environ.update(environment)
+        chosen = local.SubprocessRunner(use_venv=False)
+    local.init(
+        runner=chosen,
+        pipeline_root=str(artifacts_dir),
+        enable_caching=True,
+        cache_root=str(run_dir.parent / CACHE_DIR),
+    )
+    publish_to = recipe.publish_to
+    if publish_to.startswith("dir:"):
+        publish_to = f"dir:{(run_dir / publish_to.removeprefix('dir:')).resolve()}"
+    finetune(recipe)(publish_to=publish_to)
+
+
+if __name__ == "__main__":
+    try:
+        run_pipeline(Path(sys.argv[1]), Recipe.parse(sys.argv[2]), sys.argv[3])
+    except RuntimeError as error:
+        sys.exit(str(error))
