@@ -107,6 +107,8 @@ class ModelOrigin(Record):
     """Size of the weight files."""
     sha256: str
     """Hash over the names and contents of the weight files."""
+    runs_own_code: bool = False
+    """Whether loading needs trust_remote_code, which the recipe gave by name."""
 
 
 class LengthStatistics(StrictModel):

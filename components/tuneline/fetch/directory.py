@@ -1,0 +1,249 @@
+"""Take over a model directory, and check that it is one that can be tuned."""
+
+import json
+import logging
+import os
+import shutil
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tuneline.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# Any of these sets of files makes a tokenizer.
+_TOKENIZER_FILES = (
+    {"tokenizer.json"},
+    {"tokenizer.model"},
+    {"vocab.json", "merges.txt"},
+    {"vocab.txt"},
+)
+_SINGLE_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a checked directory holds."""
+
+    architecture: str
+    num_parameters: int
+    weights: list[Path]
+    runs_own_code: bool
+
+
+def take(path: Path, target: Path, *, source: str, trusted: bool) -> None:
+    """Bring the files that belong to the model from `path` into the empty `target`.
+
+    Weights are hard-linked where the file system allows it, as they are large and no step
+    writes into them; the rest is copied.
+
+    Raises:
+        ModelError: `path` is no model directory that can be tuned.
+    """
+    check(path, source=source, trusted=trusted)
+    weights = {file.name for file in _weights(path, source)}
+    for file in sorted(path.iterdir()):
+        if not file.is_file() or file.name == "origin.json":
+            continue
+        if file.suffix == ".safetensors":
+            if file.name in weights:
+                _link(file, target / file.name)
+        elif file.suffix == ".py":
+            if trusted:
+                shutil.copyfile(file, target / file.name)
+        elif not file.name.endswith((*_PICKLE_SUFFIXES, ".gguf")):
+            shutil.copyfile(file, target / file.name)
+    if not trusted:
+        for name in ("config.json", "tokenizer_config.json"):
+            _drop_auto_map(target / name)
+
+
+def check(path: Path, *, source: str, trusted: bool) -> Facts:
+    """Check that `path` holds a causal language model with a tokenizer and safetensors.
+
+    Raises:
+        ModelError: what is missing or refused, and what to do about it.
+    """
+    names = {file.name for file in path.iterdir()}
+    if "config.json" not in names:
+        if "adapter_config.json" in names:
+            raise ModelError(
+                f"{source} is a LoRA adapter, not a whole model: name the base model that its "
+                "adapter_config.json points to, or merge the two first"
+            )
+        if not any(name.endswith(".safetensors") for name in names):
+            raise ModelError(explain_missing_weights(source, sorted(names)))
+        raise ModelError(f"{source} has no config.json: it is not a transformers model directory")
+    weights = _weights(path, source)
+    if not any(files <= names for files in _TOKENIZER_FILES):
+        raise ModelError(
+            f"{source} has no tokenizer (no tokenizer.json, tokenizer.model, or vocab.json with "
+            "merges.txt): copy the tokenizer files of the model it was made from beside it"
+        )
+    config = _json(path / "config.json", source)
+    quantization = config.get("quantization_config")
+    if quantization:
+        raise ModelError(
+            f"{source} is quantised already ({quantization.get('quant_method', 'unknown')}): name "
+            "the full-precision model, tuneline quantises it by itself for training"
+        )
+    architectures = config.get("architectures") or []
+    if not architectures:
+        raise ModelError(
+            f"{source} names no architecture in config.json: "
+            'add e.g. "architectures": ["LlamaForCausalLM"]'
+        )
+    runs_own_code = _check_own_code(path, config, source=source, trusted=trusted)
+    return Facts(
+        architecture=architectures[0],
+        num_parameters=sum(_count(file, source) for file in weights),
+        weights=weights,
+        runs_own_code=runs_own_code,
+    )
+
+
+def explain_missing_weights(source: str, names: list[str]) -> str:
+    """Say in one sentence why a set of files without safetensors is refused."""
+    pickled = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
+    gguf = [name for name in names if name.endswith(".gguf")]
+    if pickled:
+        return (
+            f"{source} has its weights only as pickle ({pickled[0]}), which can run code when "
+            "it is opened: name a revision with safetensors, or convert it where you trust it "
+            "(load it in transformers and save_pretrained)"
+        )
+    if gguf:
+        return (
+            f"{source} has its weights only as GGUF ({gguf[0]}): name that .gguf file itself, or "
+            "better the safetensors model it was made from"
+        )
+    return f"{source} has no safetensors weights: it is not a model that can be tuned"
+
+
+def licence_of(path: Path) -> str | None:
+    """Return the licence that the model card in `path` states, if there is a card."""
+    card = path / "README.md"
+    if not card.is_file():
+        return None
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---"):
+        return None
+    try:
+        header = yaml.safe_load(text.split("---", 2)[1])
+    except yaml.YAMLError as error:
+        logger.warning("the model card %s has a broken header: %s", card, error)
+        return None
+    if not isinstance(header, dict):
+        return None
+    licence = header.get("license")
+    return header.get("license_name") or licence if licence == "other" else licence
+
+
+def _weights(path: Path, source: str) -> list[Path]:
+    """Return the weight files that transformers would load."""
+    if (path / _SINGLE_FILE).is_file():
+        return [path / _SINGLE_FILE]
+    if (path / _INDEX_FILE).is_file():
+        shards = sorted(set(_json(path / _INDEX_FILE, source).get("weight_map", {}).values()))
+        missing = [name for name in shards if not (path / name).is_file()]
+        if missing or not shards:
+            raise ModelError(
+                f"{source} lacks {len(missing)} of the {len(shards)} weight files that "
+                f"{_INDEX_FILE} names ({', '.join(missing[:3])}): download it again"
+            )
+        return [path / name for name in shards]
+    names = sorted(file.name for file in path.iterdir())
+    if any(name.endswith(".safetensors") for name in names):
+        raise ModelError(
+            f"{source} has safetensors under other names than {_SINGLE_FILE} or those in "
+            f"{_INDEX_FILE}: it is not a whole transformers model"
+        )
+    raise ModelError(explain_missing_weights(source, names))
+
+
+def _count(file: Path, source: str) -> int:
+    """Count the parameters from a safetensors header: a length in 8 bytes, then JSON."""
+    with open(file, "rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        size = file.stat().st_size
+        try:
+            header = json.loads(stream.read(length)) if 0 < length <= size - 8 else None
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise ModelError(f"{source}: {file.name} is not a safetensors file, or it was cut off")
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    end = max((entry["data_offsets"][1] for entry in tensors), default=0)
+    if 8 + length + end > size:
+        raise ModelError(
+            f"{source}: {file.name} was cut off ({size} of {8 + length + end} bytes): "
+            "download it again"
+        )
+    count = 0
+    for entry in tensors:
+        elements = 1
+        for dimension in entry["shape"]:
+            elements *= dimension
+        count += elements
+    return count
+
+
+def _check_own_code(path: Path, config: dict[str, Any], *, source: str, trusted: bool) -> bool:
+    """Return whether the model's own code is to be run; refuse where it must and may not."""
+    tokenizer_config = path / "tokenizer_config.json"
+    tokenizer = _json(tokenizer_config, source) if tokenizer_config.is_file() else {}
+    if not config.get("auto_map") and not tokenizer.get("auto_map"):
+        return False
+    if trusted:
+        logger.warning("%s runs its own Python code, as trust_remote_code says", source)
+        return True
+    # Many repositories keep the code from before transformers knew their model; that code is
+    # not needed, and not run.
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
+        needed_for = f"model ({config.get('model_type')})"
+    elif tokenizer.get("auto_map") and not (path / "tokenizer.json").is_file():
+        needed_for = "tokenizer"
+    else:
+        logger.info("%s brings code of its own; transformers knows it, so it is left", source)
+        return False
+    raise ModelError(
+        f"{source} needs Python code of its own for its {needed_for}, and running it is off: read "
+        f"that code, then set fetch.trust_remote_code: {source}"
+    )
+
+
+def _drop_auto_map(file: Path) -> None:
+    if not file.is_file():
+        return
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if values.pop("auto_map", None) is not None:
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _json(file: Path, source: str) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{source}: {file.name} is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{source}: {file.name} holds {type(values).__name__}, not a mapping")
+    return values
+
+
+def _link(file: Path, target: Path) -> None:
+    # The Hub's cache has symlinks into its blobs; a link must be to the file itself.
+    real = file.resolve()
+    try:
+        os.link(real, target)
+    except OSError:
+        # Another file system, or one without hard links.
+        shutil.copyfile(real, target)

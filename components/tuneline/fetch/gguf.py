@@ -1,0 +1,83 @@
+"""Turn a GGUF file into a safetensors directory that trains and tokenises as the original."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from tuneline.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+# Pre-tokenizers by GGUF's name for them whose effect transformers' reader reproduces.
+_READ_RIGHT = {"gpt-2", "default", "llama-bpe", "qwen2"}
+# What is true of the process that loaded the file, not of the tokenizer.
+_LOADING_DETAILS = ("is_local", "local_files_only", "name_or_path")
+
+
+def convert(path: Path, target: Path) -> str | None:
+    """Write the model in `path` to `target` in bfloat16; return the licence the file names.
+
+    Raises:
+        ModelError: the file is broken or of an architecture that transformers does not know.
+    """
+    if path.open("rb").read(4) != b"GGUF":
+        raise ModelError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
+    # torch and transformers take seconds to import: only when there is something to convert.
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        fields = GGUFReader(path).fields
+        pre_tokenizer = fields.get("tokenizer.ggml.pre")
+        licence = fields.get("general.license")
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            # Without it the weights stay in GGUF's blocks, which cannot be saved.
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        raise ModelError(
+            f"{path} cannot be read as a causal language model ({' '.join(str(error).split())}): "
+            "name the safetensors model it was made from instead"
+        ) from error
+    _mend(tokenizer, pre_tokenizer.contents() if pre_tokenizer else "default")
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    _forget_loading(target / "tokenizer_config.json")
+    return licence.contents() if licence else None
+
+
+def _mend(tokenizer: Any, pre_tokenizer: str) -> None:
+    """Put right what transformers' GGUF reader leaves out of the tokenizer."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    if pre_tokenizer == "smollm":
+        # The reader makes a plain byte-level one, and numbers then become tokens that the
+        # model has never seen: SmolLM was trained on single digits.
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [
+                Digits(individual_digits=True),
+                ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+    elif pre_tokenizer not in _READ_RIGHT:
+        logger.warning(
+            "the GGUF file asks for the pre-tokenizer '%s', and transformers may split text "
+            "another way: compare a few tokenised lines, or name the safetensors model",
+            pre_tokenizer,
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _forget_loading(path: Path) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in _LOADING_DETAILS:
+        config.pop(key, None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
