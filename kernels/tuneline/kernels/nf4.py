@@ -17,6 +17,63 @@ import dataclasses
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
+
+from tuneline.kernels._dispatch import use_kernel
+
+_BLOCK_WORDS = 1024
+_NUM_WARPS = 8
+_SIDE_ROWS = 64
+_SIDE_COLS = 64
+
+
+@triton.jit
+def _fwd_kernel(
+    words_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr,
+    side_ptr, num_words, out_stride, side_stride_row, side_stride_col, side_scale,
+    side_row, side_col, side_rows, side_cols, side_src_rows, side_src_cols, side_shift,
+    K: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr,
+    SIDE_ROWS: tl.constexpr, SIDE_COLS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    num_main = tl.cdiv(num_words, BLOCK)
+    if pid < num_main:
+        # One int32 word is 8 weights of one row and one quantisation block, and 16 bytes of
+        # bfloat16: each thread stores 16 bytes at a time.
+        word = pid * BLOCK + tl.arange(0, BLOCK)
+        mask = word < num_words
+        bits = tl.load(words_ptr + word, mask=mask, other=0)
+        block = word // 8
+        if NESTED:
+            q = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
+            scale = tl.load(nested_absmax_ptr + block // 256, mask=mask, other=0.0)
+            absmax = tl.load(nested_code_ptr + q) * scale + tl.load(offset_ptr)
+        else:
+            absmax = tl.load(absmax_ptr + block, mask=mask, other=0.0)
+        lane = tl.arange(0, 8)
+        shift = (4 * lane) ^ 4  # the even element is the high nibble of its byte
+        nibble = (bits[:, None] >> shift[None, :]) & 15
+        w = tl.load(code_ptr + nibble) * absmax[:, None]
+        start = (word // (K // 8)).to(tl.int64) * out_stride + (word % (K // 8)) * 8
+        out_ptrs = out_ptr + start[:, None] + lane[None, :]
+        tl.store(out_ptrs, w.to(out_ptr.dtype.element_ty), mask=mask[:, None])
+    else:
+        # The LoRA side: a rectangle of the output, source values inside, zeros around them.
+        tile = pid - num_main
+        col_tiles = tl.cdiv(side_cols, SIDE_COLS)
+        row = (tile // col_tiles) * SIDE_ROWS + tl.arange(0, SIDE_ROWS)
+        col = (tile % col_tiles) * SIDE_COLS + tl.arange(0, SIDE_COLS)
+        src_col = col - side_shift
+        has_row = row < side_src_rows
+        has_col = (src_col >= 0) & (src_col < side_src_cols)
+        src_ptrs = side_ptr + row[:, None] * side_stride_row + src_col[None, :] * side_stride_col
+        value = tl.load(src_ptrs, mask=has_row[:, None] & has_col[None, :], other=0.0)
+        value = value.to(tl.float32) * side_scale
+        start = (side_row + row).to(tl.int64) * out_stride
+        out_ptrs = out_ptr + start[:, None] + (side_col + col)[None, :]
+        mask = (row < side_rows)[:, None] & (col < side_cols)[None, :]
+        tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +206,29 @@ def dequantize_nf4(
         lora_scale: Multiplies lora_b in float32.
         lora_column: Column in the pad, so that stacked weights get a block-diagonal B.
     """
-    return dequantize_nf4_reference(
-        w, out=out, lora_a=lora_a, lora_b=lora_b, lora_scale=lora_scale, lora_column=lora_column
-    )
+    if not use_kernel(w.code):
+        return dequantize_nf4_reference(
+            w, out=out, lora_a=lora_a, lora_b=lora_b, lora_scale=lora_scale, lora_column=lora_column
+        )
+    N, K = w.shape
+    out = _output(w, out, lora_a, lora_b, lora_column)
+    num_words = N * K // 8
+    # (row, column) of the side's rectangle, its size, and how far B lies inside it
+    if lora_b is not None:
+        side, place = lora_b, (0, K, N, out.shape[1] - K, *lora_b.shape, lora_column)
+    elif lora_a is not None:
+        side, place = lora_a, (N, 0, out.shape[0] - N, K, *lora_a.shape, 0)
+    else:
+        side, place = w.code.view(1, -1), (0, 0, 0, 0, 0, 0, 0)
+    tiles = triton.cdiv(place[2], _SIDE_ROWS) * triton.cdiv(place[3], _SIDE_COLS)
+    nested = w.nested_absmax is not None
+    _fwd_kernel[(triton.cdiv(num_words, _BLOCK_WORDS) + tiles,)](
+        w.packed.view(torch.int32), w.absmax, w.code,
+        w.nested_absmax if nested else w.absmax, w.nested_code if nested else w.code,
+        w.offset if nested else w.code, out, side,
+        num_words, out.stride(0), side.stride(0), side.stride(1),
+        lora_scale if lora_b is not None else 1.0, *place,
+        K=K, NESTED=nested, BLOCK=_BLOCK_WORDS, SIDE_ROWS=_SIDE_ROWS, SIDE_COLS=_SIDE_COLS,
+        num_warps=_NUM_WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
