@@ -12,6 +12,7 @@ not an artifact. Records are strict: a producer and a consumer that disagree fai
     quantized    quantized.json    one .gguf file, or a GPTQ checkpoint
     scores       scores.json       samples/<task>.jsonl, generations.jsonl
     decision     decision.json
+    summary      summary.json
     published    published.json    for a `dir:` target: the trees that would be pushed
 """
 
@@ -314,6 +315,19 @@ class Published(Record):
     target: str
     private: bool
     repos: list[PublishedRepo]
+
+
+class RunSummary(Record):
+    """What a run came to, for tables and scripts."""
+
+    filename: ClassVar[str] = "summary.json"
+
+    recipe: str
+    """The recipe's name."""
+    verdict: Verdict
+    reason: str
+    comparisons: list[TaskComparison]
+    exports: list[QuantizedModel]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,50 @@
+PYTHON ?= $(firstword $(shell command -v python3.12 python3.11 python3))
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := images/line/requirements.lock
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format compile clean
+
+help:  ## show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## create .venv with the whole line in it, from the lock
+
+# A portable build of llama.cpp (no instructions of this CPU alone), as few units as compile.
+export CMAKE_ARGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_OPENSSL=OFF \
+  -DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=12
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || echo 2)
+
+$(STAMP): $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else \
+	  f"tuneline needs Python 3.11 or 3.12, found {v[0]}.{v[1]}: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' $(LOCK))
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+demo: $(STAMP)  ## run the whole line on an embedded small model, CPU only
+	$(BIN)/tuneline run demo
+
+test: $(STAMP)  ## run the tests (CPU)
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+compile: $(STAMP)  ## compile every shipped recipe to build/*.yaml
+	@mkdir -p build
+	@for recipe in pipelines/tuneline/pipelines/recipes/*.yaml; do \
+	  $(BIN)/tuneline compile $$recipe -o build/$$(basename $$recipe) || exit 1; done
+
+clean:  ## remove the environment and what builds leave
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

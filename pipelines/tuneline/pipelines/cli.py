@@ -1,0 +1,249 @@
+"""The command line: run, compile, schema, recipes, report."""
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from tuneline.artifacts import RunSummary
+from tuneline.errors import OutputExistsError, RecipeError, TunelineError, WorldError
+from tuneline.recipe import Recipe, load_recipe
+
+RECIPES_DIR = Path(__file__).parent / "recipes"
+REPORT_FILE = "report.html"
+LOG_FILE = "run.log"
+RECIPE_FILE = "recipe.yaml"
+
+app = typer.Typer(
+    help="A production line for fine-tuned language models on Kubeflow Pipelines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+class Runner(StrEnum):
+    """Where the steps of a local run are executed."""
+
+    SUBPROCESS = "subprocess"
+    DOCKER = "docker"
+
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name from `tuneline recipes`.")
+]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. train.max_steps=60."),
+]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    runner: Annotated[Runner, typer.Option(help="This environment, or the images.")] = (
+        Runner.SUBPROCESS
+    ),
+    set_: SetOption = [],  # noqa: B006, typer copies it
+    runs_dir: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
+) -> None:
+    """Run a recipe's whole line on this machine."""
+    from tuneline.pipelines.local import ARTIFACTS_DIR, EVENTS_FILE
+    from tuneline.pipelines.watch import read_events, watch
+
+    loaded = _load(recipe, set_)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    run_dir = (runs_dir / f"{loaded.name}-{stamp}").resolve()
+    if run_dir.exists():
+        raise OutputExistsError(f"{run_dir} exists: wait a second and run again")
+    (run_dir / ARTIFACTS_DIR).mkdir(parents=True)
+    (run_dir / RECIPE_FILE).write_text(
+        yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+    )
+    console.print(f"[bold]{loaded.name}[/bold]: {loaded.base_model} on {loaded.dataset}")
+    console.print(f"run: {run_dir}\n", highlight=False)
+    events_path = run_dir / ARTIFACTS_DIR / EVENTS_FILE
+    command = [sys.executable, "-m", "tuneline.pipelines.local"]
+    # Waiting OpenMP threads would spin on cores that the other steps need.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", **os.environ}
+    with open(run_dir / LOG_FILE, "w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [*command, str(run_dir), loaded.model_dump_json(), runner.value],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            code = watch(process, events_path, console)
+        except BaseException:
+            # The whole group: the runner and the step that it waits for.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            raise
+    page = _write_report(run_dir)
+    if code != 0:
+        failed = [event for event in read_events(events_path) if event["event"] == "failed"]
+        cause = (
+            f"step {failed[-1]['step']} failed: {failed[-1]['message']}"
+            if failed
+            else f"the pipeline ended with exit code {code}"
+        )
+        raise WorldError(f"{cause}\nlog: {run_dir / LOG_FILE}\nreport: {page}")
+    _print_summary(run_dir)
+    console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command(name="compile")
+def compile_(
+    recipe: RecipeArgument,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME.yaml.")] = (
+        None
+    ),
+    set_: SetOption = [],  # noqa: B006, typer copies it
+) -> None:
+    """Compile a recipe to a KFP pipeline that a cluster takes."""
+    from kfp import compiler
+
+    from tuneline.pipelines.finetune import finetune
+
+    loaded = _load(recipe, set_)
+    path = output or Path(f"{loaded.name}.yaml")
+    compiler.Compiler().compile(finetune(loaded), str(path))
+    console.print(f"wrote {path}", highlight=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with tuneline."""
+    table = Table("name", "base model", "data", "method", "description", box=None)
+    for path in sorted(RECIPES_DIR.glob("*.yaml")):
+        loaded = load_recipe(path)
+        table.add_row(
+            loaded.name,
+            loaded.base_model,
+            loaded.dataset,
+            loaded.prepare.method,
+            loaded.description,
+        )
+    console.print(table)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A directory below runs/.")],
+) -> None:
+    """Write a run's report.html anew and print its summary."""
+    if not (run_dir / RECIPE_FILE).is_file():
+        raise RecipeError(
+            f"{run_dir} is not a run: it has no {RECIPE_FILE}; give a directory below runs/"
+        )
+    page = _write_report(run_dir.resolve())
+    with contextlib.suppress(FileNotFoundError):
+        _print_summary(run_dir.resolve())
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; known errors become one message and an exit code."""
+    try:
+        app()
+    except TunelineError as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+def _load(name: str, assignments: list[str]) -> Recipe:
+    """Load a recipe from a file or by the name of a shipped one."""
+    overrides = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {assignment}: write KEY=VALUE, e.g. train.max_steps=60")
+        overrides[key] = yaml.safe_load(value)
+    path = Path(name)
+    shipped = RECIPES_DIR / f"{name}.yaml"
+    if not path.exists() and shipped.exists():
+        path = shipped
+    if not path.exists():
+        known = ", ".join(sorted(found.stem for found in RECIPES_DIR.glob("*.yaml")))
+        raise RecipeError(f"no recipe '{name}': give a YAML file, or one of {known}")
+    return load_recipe(path, overrides)
+
+
+def _summary_path(run_dir: Path) -> Path | None:
+    found = sorted(run_dir.glob(f"artifacts/*/*/*/{RunSummary.filename}"))
+    return found[-1] if found else None
+
+
+def _write_report(run_dir: Path) -> Path:
+    """Copy the report step's page, or make the page of a run that did not get that far."""
+    from tuneline.pipelines.local import ARTIFACTS_DIR, EVENTS_FILE
+    from tuneline.pipelines.watch import read_events
+    from tuneline.report import render_failed
+
+    events = read_events(run_dir / ARTIFACTS_DIR / EVENTS_FILE)
+    page = run_dir / REPORT_FILE
+    summary = _summary_path(run_dir)
+    if summary is not None and not any(event["event"] == "failed" for event in events):
+        shutil.copyfile(summary.parent.parent / "page", page)
+    else:
+        recipe = load_recipe(run_dir / RECIPE_FILE)
+        page.write_text(render_failed(recipe.name, events), encoding="utf-8")
+    return page
+
+
+def _print_summary(run_dir: Path) -> None:
+    path = _summary_path(run_dir)
+    if path is None:
+        raise FileNotFoundError(RunSummary.filename)
+    summary = RunSummary.read(path.parent)
+    scores = Table("task", "metric", "base", "tuned", "difference", "95 % interval", box=None)
+    for comparison in summary.comparisons:
+        scores.add_row(
+            comparison.task,
+            comparison.metric,
+            f"{comparison.base:.3f}",
+            f"{comparison.tuned:.3f}",
+            f"{comparison.difference:+.3f}",
+            f"[{comparison.interval[0]:+.3f}, {comparison.interval[1]:+.3f}]",
+        )
+    exports = Table("export", "MB", "bits a weight", "answers", box=None)
+    for export in summary.exports:
+        exports.add_row(
+            export.format,
+            f"{export.num_bytes / 1e6:.1f}",
+            f"{export.bits_per_weight:.2f}",
+            " ".join(export.generated.split())[:60],
+        )
+    console.print()
+    console.print(scores)
+    console.print()
+    console.print(exports)
+    colour = "green" if summary.verdict == "promote" else "yellow"
+    console.print(f"\n[bold {colour}]{summary.verdict}[/]: {summary.reason}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Fixtures that several areas share."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data beside the checkout; the test is skipped where it is absent."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("no shared data beside this checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model as the fetch step makes it."""
+    path = tmp_path_factory.mktemp("smollm2") / "model"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "tuneline.fetch"),
+            *("--source", "builtin:smollm2-135m", "--base-model", str(path)),
+        ],
+        check=True,
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with SmolLM2's tokenizer, as fetch would leave it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    shutil.copytree(smollm2_dir, path, ignore=shutil.ignore_patterns("*.safetensors*"))
+    settings = json.loads((smollm2_dir / "config.json").read_text())
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=settings["vocab_size"],
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=settings.get("bos_token_id"),
+            eos_token_id=settings.get("eos_token_id"),
+            pad_token_id=settings.get("pad_token_id"),
+        )
+    )
+    model.save_pretrained(path)
+    origin = json.loads((path / "origin.json").read_text())
+    origin.update(
+        source="tiny",
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_bytes=(path / "model.safetensors").stat().st_size,
+    )
+    (path / "origin.json").write_text(json.dumps(origin))
+    return path

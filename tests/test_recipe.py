@@ -1,0 +1,105 @@
+"""Recipes: strict, with errors that name the nearest known key."""
+
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from tuneline.errors import RecipeError
+from tuneline.pipelines.cli import RECIPES_DIR
+from tuneline.recipe import Recipe, load_recipe
+
+MINIMAL = {"name": "mine", "base_model": "a/b", "dataset": "c/d", "publish_to": "e/f"}
+
+
+def write(tmp_path: Path, **changes: object) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, **changes}))
+    return path
+
+
+def test_the_guides_values_are_the_defaults(tmp_path: Path) -> None:
+    train = load_recipe(write(tmp_path)).train
+    assert (train.lora.r, train.lora.lora_alpha, train.lora.lora_dropout) == (16, 16, 0.0)
+    assert set(train.lora.target_modules) == {
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
+    assert (train.learning_rate, train.lr_scheduler_type, train.warmup_steps) == (2e-4, "cosine", 5)
+    assert (train.optim, train.max_grad_norm, train.weight_decay) == ("adamw_8bit", 0.3, 0.01)
+    assert train.seed == 3407
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"trian": {}}, "trian: unknown key; did you mean 'train'?"),
+        (
+            {"train": {"lerning_rate": 1}},
+            "train.lerning_rate: unknown key; did you mean 'learning_rate'?",
+        ),
+        ({"train": {"lora": {"rank": 8}}}, "train.lora.rank: unknown key"),
+        (
+            {"train": {"max_steps": "60"}},
+            'train.max_steps: Input should be a valid integer (got "60")',
+        ),
+        ({"quantize": {"gguf": ["q3_k"]}}, "quantize.gguf.0"),
+        ({"name": "Not A Name"}, "name: String should match pattern"),
+        ({"gate": {"target_tasks": ["arc_easy"]}}, "gate.target_tasks names ['arc_easy']"),
+        ({"prepare": {"heldout": {"max_rows": 0}}}, "evaluate.tasks needs held-out rows"),
+    ],
+)
+def test_a_bad_recipe_says_what_is_wrong(tmp_path: Path, changes: dict, says: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, **changes))
+    assert says in str(caught.value)
+    assert "mine.yaml" in str(caught.value)
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\n")
+    with pytest.raises(RecipeError, match="base_model: missing"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"a: [1", "is not YAML"), (b"- 1", "not a mapping"), (b"\xff\xfe\x00", "not UTF-8")],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=says):
+        load_recipe(path)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no recipe at"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_overrides_reach_nested_keys_and_are_checked(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    assert load_recipe(path, {"train.lora.r": 8}).train.lora.r == 8
+    with pytest.raises(RecipeError, match="did you mean 'max_steps'"):
+        load_recipe(path, {"train.max_step": 60})
+    with pytest.raises(RecipeError, match="'name' is a value"):
+        load_recipe(path, {"name.x": 1})
+
+
+def test_every_shipped_recipe_fits_the_schema() -> None:
+    schema = Recipe.model_json_schema()
+    paths = sorted(RECIPES_DIR.glob("*.yaml"))
+    assert {path.stem for path in paths} >= {
+        *("demo", "llama3-8b-instruct", "qwen2.5-7b-korean", "mistral-7b-dpo", "domain-cpt")
+    }
+    for path in paths:
+        assert load_recipe(path).name == path.stem
+        jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+
+
+def test_a_recipe_survives_its_own_json(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path))
+    assert Recipe.parse(recipe.model_dump_json()) == recipe
