@@ -1,0 +1,412 @@
+"""Charts as inline SVG: a curve, a histogram, bars, and intervals of a difference.
+
+Each function returns a <figure>. Colours are classes of stylesheet.py, so that one picture serves
+light and dark. A chart is drawn 560 units wide, which keeps its text readable from a telephone
+(two thirds of that) to a half page. Values are in the picture as <title> of their marks: a
+pointer shows them and a screen reader can reach them.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from typing import NamedTuple
+
+from tuneline.units import number
+
+WIDTH = 560
+# Digits and lower case letters of the page's font at 12 units, on average.
+CHARACTER_WIDTH = 6.7
+MAX_POINTS = 400
+MAX_DOTTED_POINTS = 25
+
+Point = tuple[float, float]
+
+
+class IntervalRow(NamedTuple):
+    """One comparison: two values and the interval of their difference."""
+
+    label: str
+    base: float
+    tuned: float
+    low: float
+    """Lower end of the interval of `difference`."""
+    high: float
+    difference: float | None = None
+    """Positive is better; default: tuned - base."""
+
+
+class Scale:
+    """A linear map from values to coordinates."""
+
+    def __init__(self, low: float, high: float, start: float, stop: float) -> None:
+        if high == low:
+            low, high = low - 0.5, high + 0.5
+        self.low, self.high = low, high
+        self.start, self.stop = start, stop
+
+    def __call__(self, value: float) -> float:
+        """Return the coordinate of a value."""
+        return self.start + (value - self.low) / (self.high - self.low) * (self.stop - self.start)
+
+
+def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Return round values (1, 2, 2.5 or 5 times a power of ten) that span low to high."""
+    if high == low:
+        spread = abs(low) * 0.1 or 1.0
+        low, high = low - spread, high + spread
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def line_chart(
+    series: Mapping[str, Sequence[Point]], *, x_label: str, y_label: str, title: str = ""
+) -> str:
+    """Return curves over a common x axis.
+
+    A series of up to 25 values shows its points, e.g. evaluations during training. A longer one is
+    thinned to 400 with the extremes kept. Values that are not finite break the curve.
+    """
+    finite = {name: [p for p in points if _is_finite(p)] for name, points in series.items()}
+    everything = [point for points in finite.values() for point in points]
+    if not everything:
+        return _empty(title, "no values to draw")
+    xs, ys = [x for x, _ in everything], [y for _, y in everything]
+    y_low, y_high = min(ys), max(ys)
+    if 0 <= y_low < 0.35 * y_high:
+        y_low = 0.0  # close enough that an axis from zero costs little and misleads less
+    frame = _Frame(
+        x_low=min(xs),
+        x_high=max(xs),
+        y_ticks=nice_ticks(y_low, y_high),
+        x_label=x_label,
+        y_label=y_label,
+    )
+    parts = [frame.grid()]
+    for index, (name, points) in enumerate(series.items(), start=1):
+        kept = thin(points, MAX_POINTS)
+        curve = _path(kept, frame.x, frame.y)
+        if curve:
+            parts.append(f'<path class="curve s{index}" d="{curve}"/>')
+        dotted = len(finite[name]) <= MAX_DOTTED_POINTS
+        radius, kind = (3.5, f"dot s{index}") if dotted else (6, "hit")
+        for x, y in filter(_is_finite, kept):
+            parts.append(
+                f'<circle class="{kind}" cx="{_c(frame.x(x))}" cy="{_c(frame.y(y))}" '
+                f'r="{radius}"><title>{escape(name)}: {number(y)} at {number(x)} '
+                f"{escape(x_label)}</title></circle>"
+            )
+    summary = "; ".join(
+        f"{name} from {number(points[0][1])} to {number(points[-1][1])} over {len(points)} values"
+        for name, points in finite.items()
+        if points
+    )
+    legend = _legend([(f"s{index}", name) for index, name in enumerate(series, start=1)])
+    return _figure(
+        title, frame.svg(parts, title or y_label, summary), legend if len(series) > 1 else ""
+    )
+
+
+def histogram(
+    bins: Sequence[tuple[int, int, int]],
+    *,
+    x_label: str,
+    y_label: str,
+    markers: Mapping[str, float] | None = None,
+    title: str = "",
+) -> str:
+    """Return bars over bins (from, below, number), with named positions marked.
+
+    A marker so far to the right that it would squash the bars is named at the edge, with an arrow.
+    """
+    if not bins:
+        return _empty(title, "no values to draw")
+    low, high = min(b[0] for b in bins), max(b[1] for b in bins)
+    marked = sorted((markers or {}).items(), key=lambda item: item[1])
+    for _, value in marked:
+        if high < value <= low + 1.5 * (high - low):
+            high = math.ceil(value)
+    rows, places = _place_markers(marked, low, high)
+    frame = _Frame(
+        x_low=low,
+        x_high=high,
+        y_ticks=nice_ticks(0, max(1, max(b[2] for b in bins)), 4),
+        x_label=x_label,
+        y_label=y_label,
+        above=16 * rows,
+    )
+    parts = [frame.grid()]
+    for start, below, value in bins:
+        left, right, top = frame.x(start), frame.x(below), frame.y(value)
+        gap = 1 if right - left > 4 else 0
+        parts.append(
+            f'<rect class="bar s1" x="{_c(left)}" y="{_c(top)}" '
+            f'width="{_c(right - left - gap)}" height="{_c(frame.bottom - top)}">'
+            f"<title>{number(start)} to below {number(below)} {escape(x_label)}: "
+            f"{number(value)} {escape(y_label)}</title></rect>"
+        )
+    for name, value, row, anchor in places:
+        x = frame.x(min(value, high))
+        y = 30 + 16 * row
+        text = f"{name} {number(value)}" + (" \u2192" if value > high else "")
+        shift = {"start": 4, "end": -4}[anchor]
+        line = (
+            f'<line class="mark" x1="{_c(x)}" x2="{_c(x)}" y1="{y - 9}" y2="{_c(frame.bottom)}"/>'
+        )
+        parts.append(
+            (line if value <= high else "")
+            + f'<text class="mark" x="{_c(x + shift)}" y="{y}" text-anchor="{anchor}">'
+            f"{escape(text)}</text>"
+        )
+    summary = (
+        f"{len(bins)} bins from {number(low)} to {number(bins[-1][1])} {x_label}; "
+        + ", ".join(f"{name} {number(value)}" for name, value in marked)
+    )
+    return _figure(title, frame.svg(parts, title or x_label, summary))
+
+
+def bar_chart(
+    rows: Sequence[tuple[str, float]],
+    *,
+    x_label: str,
+    title: str = "",
+    text: Callable[[float], str] = number,
+    highlight: Iterable[str] = (),
+) -> str:
+    """Return horizontal bars from zero, each with its value written beside it.
+
+    Args:
+        rows: (label, value not below zero), drawn in this order.
+        x_label: what the values are, with the unit.
+        title: above the chart.
+        text: how a value is written.
+        highlight: labels of the bars in the second colour.
+    """
+    if not rows:
+        return _empty(title, "no values to draw")
+    second = set(highlight)
+    left = 14 + CHARACTER_WIDTH * max(len(label) for label, _ in rows)
+    right = WIDTH - 16 - CHARACTER_WIDTH * max(len(text(value)) for _, value in rows)
+    scale = Scale(0, max(value for _, value in rows) or 1, left, right)
+    parts = []
+    for index, (label, value) in enumerate(rows):
+        y = 10 + 28 * index
+        parts.append(
+            f'<text class="name" x="{_c(left - 8)}" y="{y + 14}" text-anchor="end">'
+            f"{escape(label)}</text>"
+            f'<rect class="bar s{2 if label in second else 1}" x="{_c(left)}" y="{y}" '
+            f'width="{_c(scale(value) - left)}" height="20" rx="2">'
+            f"<title>{escape(label)}: {escape(text(value))}</title></rect>"
+            f'<text class="value" x="{_c(scale(value) + 6)}" y="{y + 14}">{escape(text(value))}'
+            f"</text>"
+        )
+    height = 16 + 28 * len(rows)
+    summary = "; ".join(f"{label} {text(value)}" for label, value in rows)
+    return _figure(title or x_label, _svg(height, parts, f"{title or x_label}", summary))
+
+
+def interval_chart(
+    rows: Sequence[IntervalRow | tuple[str, float, float, float, float]],
+    *,
+    x_label: str = "score",
+    title: str = "",
+) -> str:
+    """Return for each row base and tuned on one scale, and their difference with its interval.
+
+    All rows share the two scales, so give rows of one metric. The interval's colour says whether
+    it leaves zero out, and to which side.
+    """
+    if not rows:
+        return _empty(title, "no comparisons")
+    full = [IntervalRow(*row) for row in rows]
+    values = [value for row in full for value in (row.base, row.tuned)]
+    low, high = min(values), max(values)
+    if low >= 0 and high <= 1:
+        value_ticks = nice_ticks(0, 1, 4)
+    else:
+        value_ticks = nice_ticks(0.0 if 0 <= low < 0.5 * high else low, high, 3)
+    ends = [end for row in full for end in (row.low, row.high, _difference(row))]
+    change_ticks = nice_ticks(min(0.0, *ends), max(0.0, *ends), 3)
+    first = 44
+    bottom = first + 46 * len(full)
+    left = Scale(value_ticks[0], value_ticks[-1], 12, 262)
+    right = Scale(change_ticks[0], change_ticks[-1], 308, WIDTH - 14)
+    parts = [
+        f'<text class="axis" x="8" y="14">{escape(x_label)}</text>',
+        '<text class="axis" x="304" y="14">difference, 95 % interval; right is better</text>',
+    ]
+    for scale, ticks in ((left, value_ticks), (right, change_ticks)):
+        for tick in ticks:
+            zero = " zero" if scale is right and tick == 0 else ""
+            parts.append(
+                f'<line class="grid{zero}" x1="{_c(scale(tick))}" x2="{_c(scale(tick))}" y1="24" '
+                f'y2="{bottom}"/><text class="tick" x="{_c(scale(tick))}" y="{bottom + 16}" '
+                f'text-anchor="middle">{number(tick)}</text>'
+            )
+    for index, row in enumerate(full):
+        y = first + 46 * index
+        change = _difference(row)
+        side = "better" if row.low > 0 else "worse" if row.high < 0 else "undecided"
+        parts.append(
+            f'<text class="name" x="12" y="{y}">{escape(row.label)}</text>'
+            f'<line class="link" x1="{_c(left(row.base))}" x2="{_c(left(row.tuned))}" '
+            f'y1="{y + 18}" y2="{y + 18}"/>'
+            f'<circle class="hollow" cx="{_c(left(row.base))}" cy="{y + 18}" r="5">'
+            f"<title>base: {number(row.base)}</title></circle>"
+            f'<circle class="dot s1" cx="{_c(left(row.tuned))}" cy="{y + 18}" r="5">'
+            f"<title>tuned: {number(row.tuned)}</title></circle>"
+            f'<g class="{side}"><title>difference {number(change)}, 95 % interval '
+            f"{number(row.low)} to {number(row.high)}</title>"
+            f'<line class="interval" x1="{_c(right(row.low))}" x2="{_c(right(row.high))}" '
+            f'y1="{y + 18}" y2="{y + 18}"/>'
+            + "".join(
+                f'<line class="interval end" x1="{_c(right(end))}" x2="{_c(right(end))}" '
+                f'y1="{y + 13}" y2="{y + 23}"/>'
+                for end in (row.low, row.high)
+            )
+            + f'<circle class="estimate" cx="{_c(right(change))}" cy="{y + 18}" r="4.5"/></g>'
+        )
+    summary = "; ".join(
+        f"{row.label}: base {number(row.base)}, tuned {number(row.tuned)}, difference "
+        f"{number(_difference(row))}, interval {number(row.low)} to {number(row.high)}"
+        for row in full
+    )
+    legend = _legend([("hollow", "base"), ("s1", "tuned")])
+    return _figure(title, _svg(bottom + 24, parts, title or x_label, summary), legend)
+
+
+def thin(points: Sequence[Point], limit: int) -> Sequence[Point]:
+    """Return at most about `limit` points, with the lowest and highest of each stretch kept."""
+    if len(points) <= limit:
+        return points
+    stretch = math.ceil(2 * len(points) / limit)
+    kept: list[Point] = []
+    for start in range(0, len(points), stretch):
+        part = points[start : start + stretch]
+        finite = [point for point in part if _is_finite(point)]
+        if not finite:
+            kept.append(part[0])  # keeps the gap visible
+            continue
+        ends = {min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])}
+        kept.extend(sorted(ends))
+    return kept
+
+
+class _Frame:
+    """Axes, grid and labels of a chart with an x and a y scale."""
+
+    def __init__(
+        self,
+        *,
+        x_low: float,
+        x_high: float,
+        y_ticks: list[float],
+        x_label: str,
+        y_label: str,
+        above: int = 0,
+    ) -> None:
+        self.y_ticks = y_ticks
+        self.x_label, self.y_label = x_label, y_label
+        self.top, self.bottom = 28 + above, 228 + above
+        self.left = 14 + CHARACTER_WIDTH * max(len(number(tick)) for tick in y_ticks)
+        self.right = WIDTH - 16
+        self.x = Scale(x_low, x_high, self.left, self.right)
+        self.y = Scale(y_ticks[0], y_ticks[-1], self.bottom, self.top)
+        self.x_ticks = [t for t in nice_ticks(x_low, x_high, 6) if self.x.low <= t <= self.x.high]
+
+    def grid(self) -> str:
+        parts = []
+        for tick in self.y_ticks:
+            y = _c(self.y(tick))
+            parts.append(
+                f'<line class="grid" x1="{_c(self.left)}" x2="{self.right}" y1="{y}" y2="{y}"/>'
+                f'<text class="tick" x="{_c(self.left - 7)}" y="{_c(self.y(tick) + 4)}" '
+                f'text-anchor="end">{number(tick)}</text>'
+            )
+        for tick in self.x_ticks:
+            x = _c(self.x(tick))
+            parts.append(
+                f'<line class="tickmark" x1="{x}" x2="{x}" y1="{self.bottom}" '
+                f'y2="{self.bottom + 4}"/><text class="tick" x="{x}" y="{self.bottom + 18}" '
+                f'text-anchor="middle">{number(tick)}</text>'
+            )
+        parts.append(
+            f'<line class="base" x1="{_c(self.left)}" x2="{self.right}" y1="{self.bottom}" '
+            f'y2="{self.bottom}"/><text class="axis" x="4" y="14">{escape(self.y_label)}</text>'
+            f'<text class="axis" x="{self.right}" y="{self.bottom + 36}" text-anchor="end">'
+            f"{escape(self.x_label)}</text>"
+        )
+        return "".join(parts)
+
+    def svg(self, parts: list[str], title: str, summary: str) -> str:
+        return _svg(self.bottom + 44, parts, title, summary)
+
+
+def _place_markers(
+    marked: list[tuple[str, float]], low: float, high: float
+) -> tuple[int, list[tuple[str, float, int, str]]]:
+    """Return how many rows the markers' names take, and (name, value, row, anchor) of each."""
+    # The left edge of the drawing is not known yet; 40 is what most counts need.
+    x = Scale(low, high, 40, WIDTH - 16)
+    ends: list[float] = []
+    placed = []
+    for name, value in marked:
+        position = x(min(value, high))
+        width = CHARACTER_WIDTH * (len(name) + len(number(value)) + 3)
+        anchor = "start" if position + width < WIDTH else "end"
+        left = position if anchor == "start" else position - width
+        row = next((r for r, end in enumerate(ends) if end + 4 <= left), len(ends))
+        if row == len(ends):
+            ends.append(0.0)
+        ends[row] = left + width
+        placed.append((name, value, row, anchor))
+    return len(ends), placed
+
+
+def _path(points: Sequence[Point], x: Scale, y: Scale) -> str:
+    commands = []
+    pen_down = False
+    for point in points:
+        if not _is_finite(point):
+            pen_down = False
+            continue
+        commands.append(f"{'L' if pen_down else 'M'}{_c(x(point[0]))} {_c(y(point[1]))}")
+        pen_down = True
+    return "".join(commands) if len(commands) > 1 else ""
+
+
+def _difference(row: IntervalRow) -> float:
+    return row.tuned - row.base if row.difference is None else row.difference
+
+
+def _is_finite(point: Point) -> bool:
+    return math.isfinite(point[0]) and math.isfinite(point[1])
+
+
+def _c(value: float) -> str:
+    """Return a coordinate, short."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def _svg(height: float, parts: list[str], title: str, summary: str) -> str:
+    return (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {_c(height)}" role="img" '
+        f'xmlns="http://www.w3.org/2000/svg"><title>{escape(title)}</title>'
+        f"<desc>{escape(summary)}</desc>{''.join(parts)}</svg>"
+    )
+
+
+def _legend(entries: list[tuple[str, str]]) -> str:
+    items = "".join(f'<li><i class="{kind}"></i>{escape(name)}</li>' for kind, name in entries)
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _figure(title: str, svg: str, legend: str = "") -> str:
+    caption = f"<figcaption>{escape(title)}</figcaption>" if title else ""
+    return f"<figure>{caption}{legend}{svg}</figure>"
+
+
+def _empty(title: str, text: str) -> str:
+    return _figure(title, f'<p class="muted">{escape(text)}</p>')

@@ -1,0 +1,75 @@
+"""Numbers as people read them: durations, sizes, counts, shares and measurements."""
+
+import math
+
+
+def duration(seconds: float | None) -> str:
+    """Return seconds as "0.4 s", "12 s", "3 min 05 s" or "1 h 02 min"; nothing known is "-"."""
+    if seconds is None or not math.isfinite(seconds) or seconds < 0:
+        return "-"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(num_bytes: float) -> str:
+    """Return bytes in decimal units with three digits, as disks and the Hub count them."""
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{_digits(value, 3)} {unit}"
+        value /= 1000
+    return f"{_digits(value, 3)} TB"
+
+
+def count(value: float) -> str:
+    """Return a count with thousands separators."""
+    return f"{value:,.0f}"
+
+
+def parameters(value: float) -> str:
+    """Return a number of parameters as "135 M" or "8.03 B"."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{_digits(value / limit, 3)} {unit}"
+    return count(value)
+
+
+def share(value: float) -> str:
+    """Return a share of 1 as a percentage; what is not zero is never shown as zero."""
+    percent = 100 * value
+    if percent and abs(percent) < 0.05:
+        return "< 0.1 %" if percent > 0 else "> -0.1 %"
+    return f"{percent:.1f} %"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a measurement with so many significant digits, thousands separated."""
+    if value is None or math.isnan(value):
+        return "-"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "-infinite"
+    if value == 0:
+        return "0"
+    magnitude = abs(value)
+    if magnitude < 1e-4 or magnitude >= 1e9:
+        return f"{value:.{max(digits - 2, 1)}g}"
+    return _digits(value, digits)
+
+
+def signed(value: float, digits: int = 4) -> str:
+    """Return a difference with its sign."""
+    text = number(value, digits)
+    return text if value <= 0 or text == "-" else f"+{text}"
+
+
+def _digits(value: float, digits: int) -> str:
+    before_point = math.floor(math.log10(abs(value))) + 1 if value else 1
+    text = f"{value:,.{max(digits - max(before_point, 0), 0)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text and float(value).is_integer() else text
