@@ -1,0 +1,215 @@
+"""Causal attention over dense batches and packed rows: which backend runs, forward and backward.
+
+    s_ij = scale q_i . k_j;  s = cap tanh(s / cap) with a softcap
+    p_i  = softmax over j <= i, i - j < window, j in i's own sequence;  o_i = sum_j p_ij v_j
+
+Backends, picked from what is asked (H100, 4 x 32 heads x 2048 x 128, forward / backward):
+
+    cuDNN          dense, no window, head_dim 64 or 128      0.275 / 0.911 ms
+    flash (aten)   packed, or a window, or another head_dim  0.484 / 1.626 ms
+    reference      CPU, float64, a softcap (no backend has it)
+
+The aten ops are called directly: the layer's backward is written by hand, and torch's public
+varlen function has neither GQA nor a window in 2.11. GQA is native in both (no repeated keys).
+
+Shapes: B batch, T tokens of one row, H query heads, G key/value heads, D head size. Packed rows
+have B = 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CUDNN_HEAD_DIMS = (64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """Who sees whom in one forward: whole rows, or the sequences packed into one row."""
+
+    sequence_lengths: tuple[int, ...] | None = None
+    cu_seqlens: Tensor | None = None
+
+    @classmethod
+    def packed(cls, starts: list[int], num_tokens: int, device: torch.device) -> AttentionPlan:
+        """Build the plan of one packed row from the index of each sequence's first token."""
+        bounds = [*starts, num_tokens]
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
+        lengths = tuple(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        return cls(sequence_lengths=lengths, cu_seqlens=cu_seqlens)
+
+    def longest(self, row_length: int) -> int:
+        """Length of the longest sequence."""
+        return row_length if self.sequence_lengths is None else max(self.sequence_lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """What a layer's attention computes; `window` counts the token itself."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def attention_forward(
+    q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, plan: AttentionPlan, config: AttentionConfig
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the output [B, T, H, D] and what the backward needs beside it."""
+    backend = _backend(q_BTHD, plan, config)
+    if backend == "reference":
+        return attention_reference(q_BTHD, k_BTGD, v_BTGD, plan, config), ()
+    if backend == "cudnn":
+        out, lse, _, _, _, _, seed, offset, _ = (
+            torch.ops.aten._scaled_dot_product_cudnn_attention.default(
+                q_BTHD.transpose(1, 2),
+                k_BTGD.transpose(1, 2),
+                v_BTGD.transpose(1, 2),
+                None,
+                True,
+                0.0,
+                True,
+                False,
+                scale=config.scale,
+            )
+        )
+        return out.transpose(1, 2), (lse, seed, offset)
+    q, k, v = _varlen(plan, q_BTHD, k_BTGD, v_BTGD)
+    longest = plan.longest(q_BTHD.shape[1])
+    out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward.default(
+        q,
+        k,
+        v,
+        plan.cu_seqlens,
+        plan.cu_seqlens,
+        longest,
+        longest,
+        0.0,
+        True,
+        False,
+        scale=config.scale,
+        **_window_arguments(longest, config),
+    )
+    return out.view(q_BTHD.shape), (lse, state, unused)
+
+
+def attention_backward(
+    dout_BTHD: Tensor,
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGD: Tensor,
+    out_BTHD: Tensor,
+    saved: tuple[Tensor, ...],
+    plan: AttentionPlan,
+    config: AttentionConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dq, dk, dv) in the shapes of q, k, v."""
+    backend = _backend(q_BTHD, plan, config)
+    if backend == "reference":
+        with torch.enable_grad():
+            qkv = tuple(t.detach().requires_grad_() for t in (q_BTHD, k_BTGD, v_BTGD))
+            out = attention_reference(*qkv, plan, config)
+        return torch.autograd.grad(out, qkv, dout_BTHD)
+    if backend == "cudnn":
+        lse, seed, offset = saved
+        length = q_BTHD.shape[1]
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(
+            dout_BTHD.transpose(1, 2),
+            q_BTHD.transpose(1, 2),
+            k_BTGD.transpose(1, 2),
+            v_BTGD.transpose(1, 2),
+            out_BTHD.transpose(1, 2),
+            lse,
+            seed,
+            offset,
+            None,
+            None,
+            None,
+            length,
+            length,
+            0.0,
+            True,
+            scale=config.scale,
+        )
+        return tuple(grad.transpose(1, 2) for grad in grads)
+    lse, state, unused = saved
+    q, k, v, out, dout = _varlen(plan, q_BTHD, k_BTGD, v_BTGD, out_BTHD, dout_BTHD)
+    longest = plan.longest(q_BTHD.shape[1])
+    dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        plan.cu_seqlens,
+        plan.cu_seqlens,
+        longest,
+        longest,
+        0.0,
+        True,
+        state,
+        unused,
+        scale=config.scale,
+        **_window_arguments(longest, config),
+    )
+    return dq.view(q_BTHD.shape), dk.view(k_BTGD.shape), dv.view(v_BTGD.shape)
+
+
+def attention_reference(
+    q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, plan: AttentionPlan, config: AttentionConfig
+) -> Tensor:
+    """Compute the module's equation one sequence at a time, [B, T, H, D]."""
+    lengths = plan.sequence_lengths or (q_BTHD.shape[1],)
+    outputs = [
+        _one_sequence(q, k, v, config)
+        for q, k, v in zip(
+            q_BTHD.split(lengths, 1), k_BTGD.split(lengths, 1), v_BTGD.split(lengths, 1), strict=True
+        )
+    ]
+    return torch.cat(outputs, 1)
+
+
+def _one_sequence(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Tensor:
+    length = q.shape[1]
+    repeats = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * config.scale
+    if config.softcap is not None:
+        scores = torch.tanh(scores / config.softcap) * config.softcap
+    index = torch.arange(length, device=q.device)
+    distance = index[:, None] - index[None, :]
+    hidden = distance < 0
+    if config.window is not None:
+        hidden = hidden | (distance >= config.window)
+    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    probabilities = torch.softmax(scores, -1, dtype=wide).to(q.dtype)
+    return torch.einsum("bhij,bjhd->bihd", probabilities, v)
+
+
+def _backend(q_BTHD: Tensor, plan: AttentionPlan, config: AttentionConfig) -> str:
+    if not q_BTHD.is_cuda or q_BTHD.element_size() != 2 or config.softcap is not None:
+        return "reference"
+    windowed = config.window is not None and config.window < plan.longest(q_BTHD.shape[1])
+    if plan.sequence_lengths is None and not windowed and config.head_dim in CUDNN_HEAD_DIMS:
+        return "cudnn"
+    return "flash"
+
+
+def _varlen(plan: AttentionPlan, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Drop the batch dimension of a packed row: the varlen kernels take [T, H, D]."""
+    return tensors if plan.cu_seqlens is None else tuple(t.squeeze(0) for t in tensors)
+
+
+def _window_arguments(longest: int, config: AttentionConfig) -> dict[str, int]:
+    """Flash counts the window without the token itself; none is given where it hides nothing."""
+    if config.window is None or config.window >= longest:
+        return {}
+    return {"window_size_left": config.window - 1, "window_size_right": 0}

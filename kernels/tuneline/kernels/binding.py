@@ -1,0 +1,160 @@
+"""Read a live decoder layer (transformers, PEFT, bitsandbytes) into `LayerWeights`, or say why not.
+
+Read anew at every forward, because everything may change in between: adapters are disabled and
+merged, dropout is set, weights move. Attributes are looked at, nothing is imported: the package
+works, and imports, without transformers and PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from tuneline.kernels.attention import AttentionConfig
+from tuneline.kernels.layer import LayerWeights
+from tuneline.kernels.lora import LoraGroup, LoraLinear
+from tuneline.kernels.nf4 import NF4Weight
+from tuneline.kernels.spec import ACTIVATIONS, FamilySpec
+
+
+class Unfusable(ValueError):
+    """A layer that keeps the stock path; the message is the reason that the report gives."""
+
+
+def bind_layer(layer: nn.Module, spec: FamilySpec, config: Any) -> LayerWeights:
+    """Collect what the fused layer computes with.
+
+    Raises:
+        Unfusable: The layer does something that the fused layer does not.
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    for name in ("attention_dropout", "resid_pdrop"):
+        if getattr(config, name, 0.0):
+            raise Unfusable(f"config.{name}={getattr(config, name)}: only 0 is fused")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise Unfusable("bidirectional attention is not fused")
+    activation = getattr(config, "hidden_act", None) or config.hidden_activation
+    activation = getattr(config, "hidden_activation", None) or activation
+    if activation not in ACTIVATIONS:
+        raise Unfusable(f"activation {activation!r}: only {sorted(ACTIVATIONS)} are fused")
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    if spec.sandwich:
+        norms += [layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm]
+    head_norms = [attention.q_norm, attention.k_norm] if spec.head_norms else []
+    weights = [norm.weight for norm in norms + head_norms]
+    if any(weight.requires_grad for weight in weights):
+        raise Unfusable("a norm's weight is trained: only frozen norms are fused")
+    first = norms[0]
+    groups = {
+        "qkv": _group(attention, spec.qkv),
+        "o": _group(attention, ("o_proj",)),
+        "gate_up": _group(mlp, spec.gate_up),
+        "down": _group(mlp, ("down_proj",)),
+    }
+    for name, group in groups.items():
+        for linear in group.linears:
+            if linear.weight.dtype != first.weight.dtype:
+                raise Unfusable(
+                    f"{name} computes in {linear.weight.dtype}, the norms in {first.weight.dtype}: "
+                    "load the model in bnb_4bit_compute_dtype"
+                )
+    return LayerWeights(
+        **groups,
+        attention=_attention(attention, config),
+        activation=ACTIVATIONS[activation],
+        eps=first.eps if hasattr(first, "eps") else first.variance_epsilon,
+        gemma=spec.gemma_norm,
+        attention_norm=norms[0].weight,
+        mlp_norm=norms[2 if spec.sandwich else 1].weight,
+        q_norm=head_norms[0].weight if head_norms else None,
+        k_norm=head_norms[1].weight if head_norms else None,
+        after_attention_norm=norms[1].weight if spec.sandwich else None,
+        after_mlp_norm=norms[3].weight if spec.sandwich else None,
+    )
+
+
+def _attention(attention: nn.Module, config: Any) -> AttentionConfig:
+    # Llama has neither; Mistral and Phi-3 window every layer, the others name it on the module.
+    # Gemma-3 has the softcap's attribute but hands none to its attention function.
+    window = getattr(attention, "sliding_window", None)
+    if not hasattr(attention, "sliding_window") and config.model_type in ("mistral", "phi3"):
+        window = config.sliding_window
+    softcap = attention.attn_logit_softcapping if config.model_type == "gemma2" else None
+    return AttentionConfig(
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        scale=attention.scaling,
+        window=window,
+        softcap=softcap,
+    )
+
+
+def _group(parent: nn.Module, names: Iterable[str]) -> LoraGroup:
+    return LoraGroup(tuple(_linear(getattr(parent, name), name) for name in names))
+
+
+def _linear(module: nn.Module, name: str) -> LoraLinear:
+    base, adapter = module, None
+    if hasattr(module, "base_layer"):
+        base, adapter = module.base_layer, _active_adapter(module, name)
+    if module._forward_hooks or module._forward_pre_hooks or base._forward_hooks:
+        raise Unfusable(f"{name} has forward hooks, which would not run")
+    weight, kind = base.weight, type(base).__name__
+    if weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        raise Unfusable(f"{name}'s base weight is trained: only frozen bases are fused")
+    if type(base) is nn.Linear:
+        frozen = weight
+    elif kind == "Linear4bit" and hasattr(weight, "quant_state"):
+        try:
+            frozen = NF4Weight.from_bnb(weight)
+        except ValueError as error:
+            raise Unfusable(f"{name}: {error}") from error
+        if base.compute_dtype is not None and frozen.dtype != base.compute_dtype:
+            raise Unfusable(
+                f"{name} is stored for {frozen.dtype} and computed in {base.compute_dtype}"
+            )
+    else:
+        raise Unfusable(f"{name} is a {kind}: only nn.Linear and bitsandbytes' NF4 are fused")
+    if adapter is None:
+        return LoraLinear(frozen, base.out_features, base.in_features, base.bias)
+    return LoraLinear(
+        frozen,
+        base.out_features,
+        base.in_features,
+        base.bias,
+        lora_a=module.lora_A[adapter].weight,
+        lora_b=module.lora_B[adapter].weight,
+        scaling=module.scaling[adapter],
+    )
+
+
+def _active_adapter(module: nn.Module, name: str) -> str | None:
+    """Name the one plain LoRA that acts on the module; None where the active one skips it."""
+    if type(module).__module__.split(".")[:3] != ["peft", "tuners", "lora"] or type(
+        module
+    ).__name__ not in ("Linear", "Linear4bit"):
+        raise Unfusable(f"{name} is a {type(module).__module__}.{type(module).__name__}")
+    if module.disable_adapters:
+        raise Unfusable("adapters are disabled")
+    if module.merged:
+        raise Unfusable("an adapter is merged into the base")
+    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+    if not active:
+        return None
+    if len(active) > 1:
+        raise Unfusable(f"several adapters are active: {active}")
+    (adapter,) = active
+    if adapter in getattr(module, "lora_variant", {}) or getattr(module, "use_dora", {}).get(
+        adapter
+    ):
+        raise Unfusable(f"{name} has a LoRA variant (DoRA, aLoRA, ...): only plain LoRA is fused")
+    if getattr(module.lora_dropout[adapter], "p", 0.0):
+        raise Unfusable(f"lora_dropout={module.lora_dropout[adapter].p}: only 0 is fused")
+    if module.lora_B[adapter].bias is not None:
+        raise Unfusable(f"{name} has lora_bias: only LoRA without bias is fused")
+    if getattr(module, "fan_in_fan_out", False):
+        raise Unfusable(f"{name} has fan_in_fan_out")
+    return adapter

@@ -1,0 +1,378 @@
+"""One decoder layer, forward and backward by hand, with a choice of what is kept in between.
+
+    n1 = norm(x);  q, k, v = qkv(n1);  a = attention(rope(q), rope(k), v);  o = o_proj(a)
+    x2 = x + o                          (Gemma: x + norm(o))
+    n2 = norm(x2);  h = act(gate(n2)) * up(n2);  d = down(h)
+    y  = x2 + d                         (Gemma: x2 + norm(d))
+
+A *lean* layer keeps x and h A_down^T (1/64 of h), and Gemma's d. Its backward computes the layer
+again up to gate and up, but neither down_proj (27 % of a Llama layer's multiplications) nor the
+activation's forward, which the activation's backward yields on the way. A *kept* layer also saves
+q, k, v, a, x2, gate and up, and computes only norms again. Both run the same kernels on the same
+numbers, so that the choice changes no bit of a gradient.
+
+The MLP runs over chunks of tokens: its temporaries, three times 2 F wide, set a lean step's peak.
+
+Shapes: B rows of L tokens, T = B L, C hidden size, F intermediate size; see lora.py for P.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuneline.kernels.attention import (
+    AttentionConfig,
+    AttentionPlan,
+    attention_backward,
+    attention_forward,
+)
+from tuneline.kernels.gated_activation import (
+    gated_activation_backward,
+    gated_activation_forward,
+)
+from tuneline.kernels.lora import (
+    LoraGradients,
+    LoraGroup,
+    augmented_input,
+    build_arena,
+    group_forward,
+    group_input_gradient,
+    write_lora_columns,
+)
+from tuneline.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from tuneline.kernels.rope import rope_backward, rope_forward
+from tuneline.kernels.stash import HostStash
+
+MLP_CHUNK_TOKENS = 4096
+"""A GEMM of this many rows still fills an H100; fewer rows would leave it waiting for the tail."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Everything frozen and trained in one layer; norms by role, absent ones None."""
+
+    qkv: LoraGroup
+    o: LoraGroup
+    gate_up: LoraGroup
+    down: LoraGroup
+    attention: AttentionConfig
+    activation: str
+    eps: float
+    gemma: bool
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    after_attention_norm: Tensor | None = None
+    after_mlp_norm: Tensor | None = None
+
+    def groups(self) -> tuple[LoraGroup, LoraGroup, LoraGroup, LoraGroup]:
+        """The four groups in the order of the layer's gradients."""
+        return self.qkv, self.o, self.gate_up, self.down
+
+    def parameters(self) -> list[Tensor]:
+        """Every adapter tensor of the layer."""
+        return [t for group in self.groups() for t in group.parameters()]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """What one forward hands to each layer beside x: plan, rope tables, what to keep."""
+
+    plan: AttentionPlan
+    keep: bool
+    stash: HostStash | None = None
+
+
+@dataclass(slots=True)
+class _AttentionHalf:
+    """Intermediates of x -> x2; q and k before rope only where a head norm needs them."""
+
+    qkv_TN: Tensor
+    q_BLHD: Tensor
+    k_BLGD: Tensor
+    a_BLHD: Tensor
+    attention_saved: tuple[Tensor, ...]
+    o_input_TKP: Tensor
+    x2_TC: Tensor
+    o_TC: Tensor | None
+    o_arena: Tensor | None
+
+
+def fused_layer(
+    x_BLC: Tensor, cos: Tensor, sin: Tensor, weights: LayerWeights, call: LayerCall
+) -> Tensor:
+    """Return y [B, L, C]; differentiable in x and the adapters."""
+    return _LayerFunction.apply(x_BLC, cos, sin, weights, call, *weights.parameters())
+
+
+class _LayerFunction(torch.autograd.Function):
+    """See the module's docstring."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BLC, cos, sin, weights, call, *parameters):  # noqa: D102
+        x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
+        half = _attention_half(x_TC, x_BLC.shape, cos, sin, weights, call.plan)
+        half.o_arena = None
+        y_TC, gate_up_TF, down_input_TP, d_TC = _mlp_forward(half.x2_TC, weights, call.keep)
+        kept: list[Tensor | None] = []
+        if call.keep:
+            kept = [half.qkv_TN, half.q_BLHD, half.k_BLGD, half.a_BLHD, half.o_input_TKP]
+            kept += [half.x2_TC, half.o_TC, gate_up_TF, *half.attention_saved]
+        ctx.ticket = call.stash.put(x_BLC) if call.stash is not None and not call.keep else None
+        ctx.weights, ctx.call, ctx.shape = weights, call, x_BLC.shape
+        x_saved = None if ctx.ticket is not None else x_BLC
+        ctx.num_kept = len(kept)
+        ctx.save_for_backward(x_saved, cos, sin, down_input_TP, d_TC, *kept, *parameters)
+        return y_TC.view(x_BLC.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy_BLC):  # noqa: D102
+        weights, call = ctx.weights, ctx.call
+        # Unpacking checks that no adapter was changed in place since the forward.
+        x_BLC, cos, sin, down_input_TP, d_TC, *rest = ctx.saved_tensors
+        if ctx.ticket is not None:
+            x_BLC = call.stash.get(ctx.ticket)
+        x_TC = x_BLC.reshape(-1, ctx.shape[-1])
+        dy_TC = dy_BLC.reshape(x_TC.shape)
+        gate_up_TF = None
+        if call.keep:
+            qkv, q, k, a, o_input, x2, o, gate_up_TF, *saved = rest[: ctx.num_kept]
+            half = _AttentionHalf(qkv, q, k, a, tuple(saved), o_input, x2, o, None)
+        else:
+            half = _attention_half(x_TC, ctx.shape, cos, sin, weights, call.plan)
+        dx2_TC, gate_up_grads, down_grads = _mlp_backward(
+            dy_TC, half.x2_TC, gate_up_TF, down_input_TP, d_TC, weights
+        )
+        dx_TC, qkv_grads, o_grads = _attention_half_backward(
+            dx2_TC, x_TC, half, cos, sin, weights, call.plan
+        )
+        grads = [g for part in (qkv_grads, o_grads, gate_up_grads, down_grads) for g in part]
+        dx_BLC = dx_TC.view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return dx_BLC, None, None, None, None, *grads
+
+
+def _normed_input(
+    x_TC: Tensor, norm: Tensor, weights: LayerWeights, group: LoraGroup, arena: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return X' = [norm(x) | norm(x) A^T] and rstd."""
+    x_TKP = augmented_input(x_TC.shape[0], group, x_TC)
+    out = x_TKP[:, : group.num_in]
+    _, _, rstd_T = rms_norm_forward(x_TC, norm, weights.eps, gemma=weights.gemma, out=out)
+    write_lora_columns(x_TKP, arena, group)
+    return x_TKP, rstd_T
+
+
+def _arena(group: LoraGroup, like: Tensor) -> Tensor:
+    return build_arena(group, dtype=like.dtype, device=like.device)
+
+
+def _split_heads(
+    qkv_TN: Tensor, shape: torch.Size, config: AttentionConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """View [T, N] as q [B, L, H, D], k and v [B, L, G, D]."""
+    heads_BLND = qkv_TN.view(shape[0], shape[1], -1, config.head_dim)
+    return heads_BLND.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], 2)
+
+
+def _attention_half(
+    x_TC: Tensor,
+    shape: torch.Size,
+    cos: Tensor,
+    sin: Tensor,
+    weights: LayerWeights,
+    plan: AttentionPlan,
+) -> _AttentionHalf:
+    arena = _arena(weights.qkv, x_TC)
+    x_TKP, _ = _normed_input(x_TC, weights.attention_norm, weights, weights.qkv, arena)
+    qkv_TN = group_forward(x_TKP, arena, weights.qkv)
+    del arena, x_TKP
+    q, k, v = _split_heads(qkv_TN, shape, weights.attention)
+    q, k = rope_forward(
+        q,
+        k,
+        cos,
+        sin,
+        q_weight=weights.q_norm,
+        k_weight=weights.k_norm,
+        eps=weights.eps,
+        gemma=weights.gemma,
+        inplace=weights.q_norm is None,
+    )
+    a_BLHD, saved = attention_forward(q, k, v, plan, weights.attention)
+    group = weights.o
+    o_input_TKP = augmented_input(x_TC.shape[0], group, x_TC)
+    o_input_TKP[:, : group.num_in].copy_(a_BLHD.reshape(x_TC.shape[0], -1))
+    o_arena = _arena(group, x_TC)
+    write_lora_columns(o_input_TKP, o_arena, group)
+    if weights.after_attention_norm is None:
+        x2_TC = torch.addmm(x_TC, o_input_TKP, o_arena[: group.num_out].t())
+        o_TC = None
+    else:
+        o_TC = group_forward(o_input_TKP, o_arena, group)
+        x2_TC = _add_normed(x_TC, o_TC, weights.after_attention_norm, weights)
+    return _AttentionHalf(qkv_TN, q, k, a_BLHD, saved, o_input_TKP, x2_TC, o_TC, o_arena)
+
+
+def _attention_half_backward(
+    dx2_TC: Tensor,
+    x_TC: Tensor,
+    half: _AttentionHalf,
+    cos: Tensor,
+    sin: Tensor,
+    weights: LayerWeights,
+    plan: AttentionPlan,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    shape, config, group = half.q_BLHD.shape, weights.attention, weights.o
+    do_TC = dx2_TC
+    if weights.after_attention_norm is not None:
+        do_TC = _normed_gradient(dx2_TC, half.o_TC, weights.after_attention_norm, weights)
+    arena = _arena(group, x_TC) if half.o_arena is None else half.o_arena
+    half.o_arena = None
+    da_TK, g_TP = group_input_gradient(do_TC, arena, group)
+    del arena
+    o_grads = LoraGradients(group)
+    o_grads.add(
+        do_TC, g_TP, half.o_input_TKP[:, : group.num_in], half.o_input_TKP[:, group.num_in :]
+    )
+    q_in, k_in, v = _split_heads(half.qkv_TN, shape, config)
+    dq, dk, dv = attention_backward(
+        da_TK.view(shape),
+        half.q_BLHD,
+        half.k_BLGD,
+        v,
+        half.a_BLHD,
+        half.attention_saved,
+        plan,
+        config,
+    )
+    dqkv_TN = torch.empty_like(half.qkv_TN)
+    dq_out, dk_out, dv_out = _split_heads(dqkv_TN, shape, config)
+    dq_out.copy_(dq), dk_out.copy_(dk), dv_out.copy_(dv)
+    rope_backward(
+        dq_out,
+        dk_out,
+        cos,
+        sin,
+        q=q_in,
+        k=k_in,
+        q_weight=weights.q_norm,
+        k_weight=weights.k_norm,
+        eps=weights.eps,
+        gemma=weights.gemma,
+        inplace=True,
+    )
+    del dq, dk, dv
+    arena = _arena(weights.qkv, x_TC)
+    x_TKP, rstd_T = _normed_input(x_TC, weights.attention_norm, weights, weights.qkv, arena)
+    dn_TC, g_TP = group_input_gradient(dqkv_TN, arena, weights.qkv)
+    num_in = weights.qkv.num_in
+    qkv_grads = LoraGradients(weights.qkv)
+    qkv_grads.add(dqkv_TN, g_TP, x_TKP[:, :num_in], x_TKP[:, num_in:])
+    dx_TC, _ = rms_norm_backward(
+        dn_TC, x_TC, weights.attention_norm, rstd_T, gemma=weights.gemma, dresidual=dx2_TC
+    )
+    return dx_TC, qkv_grads.split(), o_grads.split()
+
+
+def _chunks(num_tokens: int) -> list[slice]:
+    """Split the tokens evenly into the fewest chunks of at most MLP_CHUNK_TOKENS."""
+    num_chunks = -(-num_tokens // MLP_CHUNK_TOKENS)
+    size = -(-num_tokens // num_chunks)
+    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+
+def _mlp_forward(
+    x2_TC: Tensor, weights: LayerWeights, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Return y, gate and up if kept, h A_down^T, and down's output if a norm follows it.
+
+    x2 is overwritten by y unless it is kept or still needed whole.
+    """
+    num_tokens, gate_up, down = x2_TC.shape[0], weights.gate_up, weights.down
+    sandwich = weights.after_mlp_norm is not None
+    in_place = not keep and not sandwich
+    y_TC = x2_TC if in_place else torch.empty_like(x2_TC)
+    gate_up_TF = x2_TC.new_empty(num_tokens, gate_up.num_out) if keep else None
+    down_input_TP = x2_TC.new_empty(num_tokens, down.num_columns)
+    gate_up_arena, down_arena = _arena(gate_up, x2_TC), _arena(down, x2_TC)
+    for rows in _chunks(num_tokens):
+        x_TKP, _ = _normed_input(x2_TC[rows], weights.mlp_norm, weights, gate_up, gate_up_arena)
+        gate_up_nF = group_forward(x_TKP, gate_up_arena, gate_up)
+        h_TKP = augmented_input(x_TKP.shape[0], down, x2_TC)
+        gated_activation_forward(gate_up_nF, weights.activation, out=h_TKP[:, : down.num_in])
+        if keep:
+            gate_up_TF[rows] = gate_up_nF
+        del gate_up_nF
+        write_lora_columns(h_TKP, down_arena, down)
+        down_input_TP[rows] = h_TKP[:, down.num_in :]
+        down_weight = down_arena[: down.num_out].t()
+        if sandwich:
+            torch.mm(h_TKP, down_weight, out=y_TC[rows])
+        else:
+            torch.addmm(x2_TC[rows], h_TKP, down_weight, out=y_TC[rows])
+    if not sandwich:
+        return y_TC, gate_up_TF, down_input_TP, None
+    return (
+        _add_normed(x2_TC, y_TC, weights.after_mlp_norm, weights),
+        gate_up_TF,
+        down_input_TP,
+        y_TC,
+    )
+
+
+def _mlp_backward(
+    dy_TC: Tensor,
+    x2_TC: Tensor,
+    gate_up_TF: Tensor | None,
+    down_input_TP: Tensor,
+    d_TC: Tensor | None,
+    weights: LayerWeights,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    gate_up, down = weights.gate_up, weights.down
+    dd_TC = dy_TC
+    if weights.after_mlp_norm is not None:
+        dd_TC = _normed_gradient(dy_TC, d_TC, weights.after_mlp_norm, weights)
+    gate_up_arena, down_arena = _arena(gate_up, x2_TC), _arena(down, x2_TC)
+    gate_up_grads, down_grads = LoraGradients(gate_up), LoraGradients(down)
+    dx2_chunks = []
+    for rows in _chunks(x2_TC.shape[0]):
+        x2_nC, dd_nC = x2_TC[rows], dd_TC[rows]
+        x_TKP, rstd_n = _normed_input(x2_nC, weights.mlp_norm, weights, gate_up, gate_up_arena)
+        kept = gate_up_TF is not None
+        gate_up_nF = gate_up_TF[rows] if kept else group_forward(x_TKP, gate_up_arena, gate_up)
+        dh_nF, g_TP = group_input_gradient(dd_nC, down_arena, down)
+        d_gate_up_nF, h_nF = gated_activation_backward(
+            dh_nF, gate_up_nF, weights.activation, inplace=not kept, need_h=g_TP is not None
+        )
+        del gate_up_nF, dh_nF
+        down_grads.add(dd_nC, g_TP, h_nF, down_input_TP[rows])
+        del h_nF
+        dn_nC, g_TP = group_input_gradient(d_gate_up_nF, gate_up_arena, gate_up)
+        num_in = gate_up.num_in
+        gate_up_grads.add(d_gate_up_nF, g_TP, x_TKP[:, :num_in], x_TKP[:, num_in:])
+        del d_gate_up_nF
+        dx2_nC, _ = rms_norm_backward(
+            dn_nC, x2_nC, weights.mlp_norm, rstd_n, gemma=weights.gemma, dresidual=dy_TC[rows]
+        )
+        dx2_chunks.append(dx2_nC)
+    dx2_TC = dx2_chunks[0] if len(dx2_chunks) == 1 else torch.cat(dx2_chunks)
+    return dx2_TC, gate_up_grads.split(), down_grads.split()
+
+
+def _add_normed(x_TC: Tensor, branch_TC: Tensor, norm: Tensor, weights: LayerWeights) -> Tensor:
+    """Return x + norm(branch)."""
+    normed, _, _ = rms_norm_forward(branch_TC, norm, weights.eps, gemma=weights.gemma)
+    return normed.add_(x_TC)
+
+
+def _normed_gradient(
+    dy_TC: Tensor, branch_TC: Tensor, norm: Tensor, weights: LayerWeights
+) -> Tensor:
+    """Return the gradient of norm(branch) with respect to branch; rstd is computed again."""
+    _, _, rstd_T = rms_norm_forward(branch_TC, norm, weights.eps, gemma=weights.gemma)
+    return rms_norm_backward(dy_TC, branch_TC, norm, rstd_T, gemma=weights.gemma)[0]

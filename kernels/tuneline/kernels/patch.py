@@ -1,0 +1,372 @@
+"""Put the fused layer, the fused final norm and the fused loss into a live model, and take them out.
+
+    report = patch(model, budget="auto")
+    ...train...
+    unpatch(model)
+
+Each instance's class is swapped for a subclass with the same name, so that state_dict, PEFT's
+save, load and merge, and isinstance work as before; no module, class or function of transformers
+changes for anybody else. The subclasses act in training mode with gradients and without a KV
+cache; every other call is the stock model's own. A layer that cannot be fused (see `binding`)
+keeps its stock forward beside fused neighbours.
+
+    causal LM   labels given: loss by `linear_cross_entropy`, logits None
+    decoder     decides per forward: who attends to whom, which layers are fused, what they keep
+    layer       runs `fused_layer` with what the decoder decided, handed down as a keyword
+    final norm  `rms_norm`
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tuneline.kernels.attention import AttentionPlan
+from tuneline.kernels.binding import Unfusable, bind_layer
+from tuneline.kernels.budget import Budget, check_budget, num_kept_layers
+from tuneline.kernels.cross_entropy import linear_cross_entropy
+from tuneline.kernels.layer import LayerCall, LayerWeights, fused_layer
+from tuneline.kernels.rms_norm import rms_norm
+from tuneline.kernels.spec import FamilySpec, family_spec
+from tuneline.kernels.stash import HostStash
+
+logger = logging.getLogger(__name__)
+
+STASH_MIN_TOKENS = 2048
+"""Fewer tokens' layer inputs are not worth their copies to the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class PatchReport:
+    """What `patch` did; `unfused` has the reason of each layer that keeps the stock path."""
+
+    family: str | None
+    fused: tuple[int, ...]
+    unfused: dict[int, str]
+    loss: str
+    """"fused", or why the stock loss stays."""
+
+    def __str__(self) -> str:
+        """Sum up in one line."""
+        text = f"{self.family or 'unknown family'}: {len(self.fused)} layers fused"
+        for reason in sorted(set(self.unfused.values())):
+            layers = [i for i, r in self.unfused.items() if r == reason]
+            text += f"; {len(layers)} not ({reason})"
+        return f"{text}; loss: {self.loss}"
+
+
+@dataclass(slots=True)
+class _Engine:
+    """What the decoder remembers between forwards; a copied model gets its own."""
+
+    budget: Budget
+    specs: dict[int, FamilySpec]
+    stash: HostStash | None = None
+    last_num_kept: int = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
+        return _Engine(self.budget, self.specs)
+
+
+@dataclass(frozen=True, slots=True)
+class _ModelCall:
+    """One forward's decisions, by layer index; absent layers run stock."""
+
+    layers: dict[int, tuple[LayerWeights, LayerCall]] = field(default_factory=dict)
+
+
+def patch(model: nn.Module, budget: Budget = "auto") -> PatchReport:
+    """Fuse what can be fused, in place.
+
+    Args:
+        model: A transformers causal LM, bare or inside PEFT.
+        budget: Memory for kept activations; see `budget.Budget`. Patching again changes it.
+
+    Raises:
+        ValueError: The budget is not understood.
+    """
+    check_budget(budget)
+    unpatch(model)
+    causal, decoder = _find_decoder(model)
+    if decoder is None:
+        reason = f"{type(causal).__name__} has no decoder layers that are known"
+        return _logged(PatchReport(None, (), {}, reason))
+    specs, unfused = {}, {}
+    for index, layer in enumerate(decoder.layers):
+        spec = family_spec(layer)
+        if spec is None:
+            unfused[index] = f"{type(layer).__name__} is not in the table of families"
+            continue
+        specs[index] = spec
+        try:
+            bind_layer(layer, spec, decoder.config)
+        except Unfusable as reason:
+            # Still swapped: what is in the way may be gone by the next forward.
+            unfused[index] = str(reason)
+    loss = "the stock model has no lm_head"
+    if specs:
+        decoder._tuneline_engine = _Engine(budget, specs)
+        _swap(decoder, _DecoderMixin)
+        for index in specs:
+            decoder.layers[index]._tuneline_index = index
+            _swap(decoder.layers[index], _LayerMixin)
+        decoder.norm._tuneline_gemma = next(iter(specs.values())).gemma_norm
+        _swap(decoder.norm, _NormMixin)
+        loss = _stock_loss_reason(causal) or "fused"
+        if hasattr(causal, "lm_head"):
+            _swap(causal, _CausalMixin)
+    fused = tuple(index for index in specs if index not in unfused)
+    family = next(iter(specs.values())).name if specs else None
+    return _logged(PatchReport(family, fused, unfused, loss))
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give every patched module its class back; does nothing to a model that is not patched."""
+    for module in model.modules():
+        stock = getattr(type(module), "_tuneline_stock_class", None)
+        if stock is not None:
+            module.__class__ = stock
+            for name in ("_tuneline_engine", "_tuneline_index", "_tuneline_gemma"):
+                module.__dict__.pop(name, None)
+
+
+class _LayerMixin:
+    """A decoder layer that runs fused when the decoder hands it its part of a `_ModelCall`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Past the checkpointing that some versions of transformers put into __call__.
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, tuneline: _ModelCall | None = None, **kwargs: Any
+    ) -> Tensor:
+        fused = None if tuneline is None else tuneline.layers.get(self._tuneline_index)
+        if fused is not None:
+            weights, call = fused
+            cos, sin = kwargs["position_embeddings"]
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                return fused_layer(hidden_states, cos, sin, weights, call)
+        stock = partial(super().forward, **kwargs)
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(stock, hidden_states, *args)
+        return stock(hidden_states, *args)
+
+
+class _NormMixin:
+    """The final norm; a trained weight gets its gradient too."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(hidden_states)
+        eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
+        return rms_norm(hidden_states, self.weight, eps, gemma=self._tuneline_gemma)
+
+
+class _DecoderMixin:
+    """The stack of layers: decides what the forward is, then runs the stock forward with it."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        arguments = {"input_ids": input_ids, "position_ids": position_ids, **kwargs}
+        call = None
+        if _is_plain_training(self, kwargs):
+            tokens = input_ids if input_ids is not None else kwargs["inputs_embeds"]
+            plan = _attention_plan(tokens, attention_mask, position_ids)
+            call = None if plan is None else _decide(self, plan, tokens)
+        if call is None or not call.layers:
+            return super().forward(attention_mask=attention_mask, **arguments)
+        if len(call.layers) == len(self.layers):
+            # A 4-D mask is handed on as it is: no layer reads it, so none is built.
+            attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+        arguments["use_cache"] = False
+        return super().forward(attention_mask=attention_mask, tuneline=call, **arguments)
+
+
+class _CausalMixin:
+    """The model with its head: the loss without the logits."""
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        fuse = (
+            labels is not None
+            and not args
+            and self.training
+            and torch.is_grad_enabled()
+            and kwargs.get("logits_to_keep", 0) == 0
+            and kwargs.get("return_dict") is not False
+            and not kwargs.get("fused_lm_head")
+            and _stock_loss_reason(self) is None
+        )
+        if not fuse:
+            return super().forward(*args, labels=labels, **kwargs)
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        num_items = kwargs.pop("num_items_in_batch", None)
+        shifted = kwargs.pop("shift_labels", None)
+        kwargs.pop("logits_to_keep", None)
+        outputs = self.model(**kwargs)
+        hidden_BLC = outputs.last_hidden_state
+        if shifted is None:
+            shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        if isinstance(num_items, Tensor):
+            num_items = num_items.to(hidden_BLC.device)
+        loss = linear_cross_entropy(
+            hidden_BLC,
+            self.lm_head.weight,
+            shifted.to(hidden_BLC.device),
+            softcap=getattr(self.config, "final_logit_softcapping", None),
+            num_items=num_items,
+        )
+        return CausalLMOutputWithPast(
+            loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def _is_plain_training(decoder: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether nothing is asked for that only the stock path gives.
+
+    `use_cache` is not looked at: configs default to it, and no training step reads the cache.
+    """
+    config = decoder.config
+    recorded = any(
+        kwargs.get(name, getattr(config, name, False))
+        for name in ("output_attentions", "output_hidden_states")
+    )
+    return (
+        decoder.training
+        and torch.is_grad_enabled()
+        and not recorded
+        and kwargs.get("past_key_values") is None
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _attention_plan(
+    tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> AttentionPlan | None:
+    """Tell rows from packed sequences; None for what only a mask can say (left padding, 4-D).
+
+    Padding on the right needs no mask: causal attention never looks at it, and its own outputs
+    have no label. Either argument costs one wait for the device.
+    """
+    batch, length = tokens.shape[:2]
+    if attention_mask is not None:
+        if not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, length):
+            return None
+        mask = attention_mask.bool()
+        return AttentionPlan() if bool((mask[:, 1:] <= mask[:, :-1]).all()) else None
+    if position_ids is None:
+        return AttentionPlan()
+    if position_ids.dim() != 2 or position_ids.shape[1] != length:
+        return None
+    breaks = (position_ids[:, 1:] - position_ids[:, :-1]) != 1
+    if position_ids.shape[0] == 1 and batch == 1:
+        starts = [0, *(breaks[0].nonzero()[:, 0] + 1).tolist()]
+        return AttentionPlan() if len(starts) == 1 else _packed(starts, tokens)
+    return None if bool(breaks.any()) else AttentionPlan()
+
+
+def _packed(starts: list[int], tokens: Tensor) -> AttentionPlan:
+    return AttentionPlan.packed(starts, tokens.shape[1], tokens.device)
+
+
+def _decide(decoder: nn.Module, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | None:
+    """Bind the layers and share the budget out: the last layers keep, their backward is first."""
+    engine: _Engine = decoder._tuneline_engine
+    bound: dict[int, LayerWeights] = {}
+    for index, spec in engine.specs.items():
+        try:
+            bound[index] = bind_layer(decoder.layers[index], spec, decoder.config)
+        except Unfusable as reason:
+            logger.debug("layer %d runs stock: %s", index, reason)
+    if not bound:
+        return None
+    dtype = next(iter(bound.values())).attention_norm.dtype
+    embedding = decoder.get_input_embeddings().weight.dtype
+    device = tokens.device
+    mixed = torch.is_autocast_enabled(device.type)
+    if embedding != dtype or (mixed and torch.get_autocast_dtype(device.type) != dtype):
+        # Hidden states come in another dtype than the layers': the stock casts apply.
+        return None
+    num_tokens = tokens.shape[0] * tokens.shape[1]
+    num_kept = num_kept_layers(
+        engine.budget,
+        list(bound.values()),
+        num_tokens=num_tokens,
+        itemsize=dtype.itemsize,
+        device=device,
+    )
+    engine.last_num_kept = num_kept
+    if engine.stash is None and device.type == "cuda":
+        engine.stash = HostStash()
+    stash = engine.stash if num_tokens >= STASH_MIN_TOKENS else None
+    kept = set(sorted(bound)[len(bound) - num_kept :])
+    return _ModelCall(
+        {i: (weights, LayerCall(plan, i in kept, stash)) for i, weights in bound.items()}
+    )
+
+
+def _stock_loss_reason(causal: nn.Module) -> str | None:
+    """Say why the loss cannot be fused, or None."""
+    head = getattr(causal, "lm_head", None)
+    if type(head) is not nn.Linear or head.bias is not None:
+        return f"lm_head is a {type(head).__name__}, not a plain linear without bias"
+    if head.weight.requires_grad:
+        return "lm_head is trained"
+    if getattr(causal, "loss_type", "ForCausalLM") not in (None, "ForCausalLM"):
+        return f"loss_type {causal.loss_type!r}"
+    return None
+
+
+def _find_decoder(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """Return the causal LM inside wrappers, and its stack of decoder layers."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = getattr(causal, "model", causal)
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not hasattr(decoder, "norm"):
+        return causal, None
+    return causal, decoder
+
+
+def _swap(module: nn.Module, mixin: type) -> None:
+    module.__class__ = _subclass(type(module), mixin)
+
+
+@functools.cache
+def _subclass(stock: type, mixin: type) -> type:
+    """Derive the fused class; transformers looks classes up by name, so it bears the stock one."""
+    names = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "_tuneline_stock_class": stock,
+    }
+    cls = type(stock.__name__, (mixin, stock), names)
+    # transformers wraps a new layer class's forward in checkpointing: ours does its own, and only
+    # on the stock path. The signature stays the stock one: the Trainer reads column names off it.
+    cls.forward = functools.wraps(stock.forward)(_plain(mixin.forward))
+    return cls
+
+
+def _plain(function: Any) -> Any:
+    """Copy a function, so that `wraps` does not write on the mixin's own."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    return forward
+
+
+def _logged(report: PatchReport) -> PatchReport:
+    logger.info("patch: %s", report)
+    return report

@@ -1,0 +1,404 @@
+"""The patched model against the stock one of transformers and PEFT, in float32 on the CPU."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tuneline.kernels.patch import patch, unpatch
+
+SIZES = {
+    "vocab_size": 67,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PHI3_SIZES = {k: v for k, v in SIZES.items() if k != "head_dim"}
+WINDOW = 7
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
+    "llama_tied_bias": (
+        LlamaForCausalLM,
+        LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    ),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=WINDOW)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
+    "qwen2_window": (
+        Qwen2ForCausalLM,
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    ),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
+    "phi3": (Phi3ForCausalLM, Phi3Config(**PHI3_SIZES, sliding_window=WINDOW)),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config(**SIZES, sliding_window=WINDOW, attn_implementation="eager"),
+    ),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(**SIZES, sliding_window=WINDOW, sliding_window_pattern=2),
+    ),
+}
+TARGETS = "all-linear"
+
+
+def make_model(family="llama", *, dtype=torch.float32, **lora):
+    """Build a tiny random model whose norms, biases and adapters are all away from their init."""
+    torch.manual_seed(7)
+    cls, config = FAMILIES[family]
+    model = cls(copy.deepcopy(config)).to(dtype)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, **lora}
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    return model.to(dtype).train()
+
+
+def batch(num_rows=2, length=19):
+    """Random tokens; some labels are ignored."""
+    generator = torch.Generator().manual_seed(3)
+    input_ids = torch.randint(3, 67, (num_rows, length), generator=generator)
+    labels = input_ids.clone()
+    labels[:, :3] = -100
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def step(model, inputs):
+    """Return the loss and every gradient, adapters' and the embeddings' output's, by name."""
+    model.zero_grad(set_to_none=True)
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+    rest = {k: v for k, v in inputs.items() if k != "input_ids"}
+    loss = model(inputs_embeds=embeddings, **rest).loss
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {**grads, "dX": embeddings.grad}
+
+
+def assert_same(got, want, tolerance=1e-5):
+    """Compare losses and gradients, each relative to its own norm."""
+    torch.testing.assert_close(got[0], want[0], rtol=tolerance, atol=0)
+    assert got[1].keys() == want[1].keys()
+    for name, grad in want[1].items():
+        assert grad.norm() > 0, name
+        error = (got[1][name] - grad).norm() / grad.norm()
+        assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+def fused_layers(model):
+    """Count the layers whose autograd node is ours."""
+    hits = []
+    loss = model(**batch()).loss
+    todo, seen = [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        hits.append(type(node).__name__ == "_LayerFunctionBackward")
+        todo += [parent for parent, _ in node.next_functions]
+    return sum(hits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget", ["lean", "auto"])
+def test_gradients_match_stock(family, budget):
+    model = make_model(family)
+    want = step(model, batch())
+    report = patch(model, budget=budget)
+    assert report.fused == (0, 1) and not report.unfused and report.loss == "fused"
+    assert fused_layers(model) == 2
+    assert_same(step(model, batch()), want)
+    unpatch(model)
+    assert fused_layers(model) == 0
+    assert_same(step(model, batch()), want, tolerance=1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_row_equals_its_sequences_alone(family):
+    lengths = [11, 1, 13]
+    ids = batch(1, sum(lengths))["input_ids"]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    labels = ids.clone()
+    labels[positions == 0] = -100
+    model = make_model(family)
+    patch(model, budget="lean")
+    packed = step(model, {"input_ids": ids, "labels": labels, "position_ids": positions})
+    num_items = int((labels != -100).sum())
+    losses, grads = [], []
+    for piece, target in zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True):
+        alone = {"input_ids": piece, "labels": target, "num_items_in_batch": num_items}
+        loss, grad = step(model, alone)
+        losses.append(loss)
+        grads.append(grad)
+    total = {n: sum(g[n] for g in grads) for n in grads[0] if n != "dX"}
+    total["dX"] = torch.cat([g["dX"] for g in grads], 1)
+    assert_same(packed, (sum(losses), total))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_any_budget_gives_the_same_bits(family):
+    model = make_model(family)
+    results = []
+    for budget in ("lean", 0, 120e-6, 10, "auto"):
+        patch(model, budget=budget)
+        results.append((step(model, batch()), model.get_base_model().model._tuneline_engine))
+    assert [engine.last_num_kept for _, engine in results] == [0, 0, 1, 2, 2]
+    for (loss, grads), _ in results[1:]:
+        assert torch.equal(loss, results[0][0][0])
+        for name, grad in results[0][0][1].items():
+            assert torch.equal(grads[name], grad), name
+
+
+@pytest.mark.parametrize("chunk", [5, 16, 38])
+def test_chunks_of_the_mlp_add_up(chunk, monkeypatch):
+    model = make_model("gemma2")
+    want = step(model, batch())
+    monkeypatch.setattr("tuneline.kernels.layer.MLP_CHUNK_TOKENS", chunk)
+    patch(model, budget="lean")
+    assert_same(step(model, batch()), want)
+
+
+def test_right_padding_matches_stock_and_left_padding_takes_the_stock_path():
+    inputs = batch()
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, 12:] = 0
+    inputs["labels"][0, 12:] = -100
+    model = make_model()
+    want = step(model, inputs)
+    patch(model)
+    loss, grads = step(model, inputs)
+    # What stands on padding has no meaning, and no gradient either way.
+    assert_same((loss, grads), want)
+    flipped = {name: value.flip(1) for name, value in inputs.items()}
+    got = step(model, flipped)
+    unpatch(model)
+    assert_same(got, step(model, flipped), tolerance=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        ({"lora_dropout": 0.5}, "lora_dropout=0.5"),
+        ({"use_dora": True}, "variant"),
+        ({"lora_bias": True}, "lora_bias"),
+    ],
+)
+def test_other_adapters_fall_back_with_a_reason_and_the_right_numbers(lora, reason):
+    model = make_model(**lora)
+    torch.manual_seed(5)
+    want = step(model, batch())
+    report = patch(model)
+    assert report.fused == () and all(reason in why for why in report.unfused.values())
+    torch.manual_seed(5)
+    assert_same(step(model, batch()), want)
+
+
+def test_a_layer_that_cannot_be_fused_stays_stock_beside_fused_ones():
+    packed = {**batch(1), "position_ids": torch.cat([torch.arange(8), torch.arange(11)])[None]}
+    model = make_model()
+    norm = model.get_base_model().model.layers[0].input_layernorm
+    norm.weight.requires_grad_(True)
+    want = step(model, packed)
+    report = patch(model)
+    assert report.fused == (1,) and "norm" in report.unfused[0]
+    assert fused_layers(model) == 1
+    got = step(model, packed)
+    assert "base_model.model.model.layers.0.input_layernorm.weight" in got[1]
+    assert_same(got, want)
+    norm.weight.requires_grad_(False)
+    assert fused_layers(model) == 2
+
+
+def test_several_adapters_and_disabled_ones_take_the_stock_path():
+    model = make_model()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=TARGETS))
+    for name, parameter in model.named_parameters():
+        if "lora_B.second" in name:
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    patch(model)
+    assert fused_layers(model) == 2
+    with model.disable_adapter():
+        base = model.get_base_model()(**batch()).loss
+    model.base_model.set_adapter(["default", "second"])
+    both = step(model, batch())
+    unpatch(model)
+    assert_same(both, step(model, batch()), tolerance=1e-6)
+    with model.disable_adapter():
+        torch.testing.assert_close(base, model.get_base_model()(**batch()).loss)
+    model.base_model.set_adapter("second")
+    alone = step(model, batch())
+    patch(model)
+    assert fused_layers(model) == 2
+    assert_same(step(model, batch()), alone)
+
+
+def test_partial_targets_and_layers_without_adapters():
+    model = make_model(target_modules=["q_proj", "v_proj", "down_proj"], layers_to_transform=[1])
+    want = step(model, batch())
+    report = patch(model, budget="lean")
+    assert report.fused == (0, 1)
+    assert_same(step(model, batch()), want)
+
+
+def test_gradient_checkpointing_does_not_run_fused_layers_twice():
+    model = make_model()
+    want = step(model, batch())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    patch(model, budget="lean")
+    assert fused_layers(model) == 2
+    assert_same(step(model, batch()), want)
+    # The stock path under the patch is still checkpointed, and still right.
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = torch.nn.Dropout(1e-30)
+    assert fused_layers(model) == 0
+    assert_same(step(model, batch()), want)
+
+
+def test_accumulation_and_two_forwards_before_one_backward():
+    model = make_model()
+    one, two = batch(1, 9), batch(2, 14)
+    want = [step(model, one)[1], step(model, two)[1]]
+    patch(model, budget="lean")
+    model.zero_grad(set_to_none=True)
+    losses = [model(**inputs).loss for inputs in (one, two)]
+    (losses[0] + losses[1]).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            truth = want[0][name] + want[1][name]
+            assert (parameter.grad - truth).norm() < 1e-5 * truth.norm(), name
+            together = parameter.grad.clone()
+            parameter.grad = None
+            parameter.together = together
+    model(**one).loss.backward()
+    model(**two).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            error = (parameter.grad - parameter.together).norm()
+            assert error < 1e-6 * parameter.together.norm(), name
+
+
+def test_an_adapter_changed_between_forward_and_backward_is_refused():
+    model = make_model()
+    patch(model)
+    loss = model(**batch()).loss
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_A" in n).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_eval_generate_and_logits_are_the_stock_ones():
+    model = make_model("gemma3").eval()
+    ids = batch()["input_ids"]
+    logits = model(input_ids=ids).logits
+    tokens = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    patch(model)
+    assert torch.equal(model(input_ids=ids).logits, logits)
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False), tokens)
+    model.train()
+    torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_saving_loading_merging_and_state_dict(tmp_path):
+    model = make_model()
+    keys = list(model.state_dict())
+    patch(model)
+    assert list(model.state_dict()) == keys
+    assert isinstance(model.get_base_model(), LlamaForCausalLM)
+    model.save_pretrained(tmp_path)
+    want = step(model, batch())
+    torch.manual_seed(7)
+    fresh = LlamaForCausalLM(FAMILIES["llama"][1])
+    fresh.load_state_dict(
+        {
+            k.replace("base_model.model.", "").replace(".base_layer", ""): v
+            for k, v in model.state_dict().items()
+            if "lora_" not in k
+        }
+    )
+    from peft import PeftModel
+
+    loaded = PeftModel.from_pretrained(fresh, tmp_path, is_trainable=True).train()
+    assert_same(step(loaded, batch()), want)
+    model.merge_adapter()
+    assert fused_layers(model) == 0
+    torch.testing.assert_close(model(**batch()).loss, want[0], rtol=1e-5, atol=1e-6)
+    model.unmerge_adapter()
+    assert fused_layers(model) == 2
+    merged = model.merge_and_unload().eval()
+    torch.testing.assert_close(merged(**batch()).loss, want[0], rtol=1e-5, atol=1e-6)
+
+
+def test_nf4_base_matches_bitsandbytes():
+    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes.nn.modules as bnb_modules
+
+    # On CPUs with AVX512-BF16 the first eval forward repacks weights in place.
+    bnb_modules.has_avx512bf16 = lambda: False
+    torch.manual_seed(11)
+    config = LlamaConfig(**{**SIZES, "hidden_size": 64, "intermediate_size": 128})
+    base = LlamaForCausalLM(config)
+    for layer in base.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, linear in list(parent.named_children()):
+                if not isinstance(linear, torch.nn.Linear):
+                    continue
+                quantised = bnb.nn.Linear4bit(
+                    linear.in_features,
+                    linear.out_features,
+                    bias=False,
+                    compute_dtype=torch.float32,
+                    compress_statistics=True,
+                    quant_type="nf4",
+                )
+                quantised.weight = bnb.nn.Params4bit(
+                    linear.weight.data, requires_grad=False, quant_type="nf4"
+                )
+                setattr(parent, name, quantised.to("cpu"))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    model.train()
+    want = step(model, batch())
+    report = patch(model, budget="lean")
+    assert report.fused == (0, 1), report
+    assert_same(step(model, batch()), want)
+
+
+def test_bad_budget_and_unknown_model():
+    model = make_model()
+    with pytest.raises(ValueError, match="'auto', 'lean' or a number"):
+        patch(model, budget="much")
+    with pytest.raises(ValueError, match="-1"):
+        patch(model, budget=-1)
+    report = patch(torch.nn.Linear(2, 2))
+    assert report.fused == () and "no decoder layers" in report.loss
