@@ -1,6 +1,155 @@
-"""Cross entropy through the language-model head, without ever holding all the logits."""
+"""Cross entropy and token log-probabilities through the head, never holding all the logits.
+
+    z = softcap * tanh(hidden W^T / softcap)    (z = hidden W^T without softcap)
+    logp[t] = z[t, y] - logsumexp(z[t]),  y = labels[t];  0 where labels[t] is ignore_index
+    d logp[t] / d hidden[t] = ((onehot(y) - softmax(z[t])) * (1 - tanh^2)) W
+
+Row t of the hidden gradient depends on the upstream gradient only through the factor g[t], so the
+forward makes d logp / d hidden chunk by chunk while the logits are there, and the backward is one
+multiplication; the same serves the loss (g[t] = -1 / num_items) and DPO (any g). Nothing here
+waits for the device.
+
+Shapes: hidden [..., K], weight [V, K], labels [...]; T tokens in all, C of them a chunk.
+"""
 
 import torch
+import triton
+import triton.language as tl
+from torch.utils.checkpoint import checkpoint
+
+from tuneline.kernels._dispatch import rows, use_kernel
+
+_CHUNK_BYTES = 256 * 2**20
+"""Logits held at once: 1024 tokens of Llama 3's vocabulary in bfloat16, enough to fill a GEMM."""
+_BLOCK = 8192
+_NUM_WARPS = 16
+
+
+@triton.jit
+def _log_probs_kernel(
+    logits_ptr, labels_ptr, logp_ptr, logits_stride, V, ignore_index, softcap,
+    CAPPED: tl.constexpr, NEED_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write logp of one row, and d logp / d logits over the logits themselves."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * logits_stride
+    label = tl.load(labels_ptr + row)
+    cols = tl.arange(0, BLOCK)
+    if label == ignore_index:
+        tl.store(logp_ptr + row, 0.0)
+        if NEED_GRAD:
+            zero = tl.zeros([BLOCK], dtype=logits_ptr.dtype.element_ty)
+            for start in range(0, V, BLOCK):
+                tl.store(logits_ptr + start + cols, zero, mask=start + cols < V)
+    else:
+        top = -float("inf")
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+        for start in range(0, V, BLOCK):
+            mask = start + cols < V
+            z = tl.load(logits_ptr + start + cols, mask=mask, other=-float("inf")).to(tl.float32)
+            if CAPPED:
+                z = tl.where(mask, softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0), z)
+            new_top = tl.maximum(top, tl.max(z, axis=0))
+            total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
+            top = new_top
+        lse = top + tl.log(tl.sum(total, axis=0))
+        # A label outside the vocabulary gives NaN, which is seen, and reads nothing.
+        known = (label >= 0) & (label < V)
+        target = tl.load(logits_ptr + label, mask=known, other=float("nan")).to(tl.float32)
+        if CAPPED:
+            target = softcap * (2.0 * tl.sigmoid(2.0 * target / softcap) - 1.0)
+        tl.store(logp_ptr + row, target - lse)
+        if NEED_GRAD:
+            # Every read of the target's logit is over before it is overwritten.
+            tl.debug_barrier()
+            for start in range(0, V, BLOCK):
+                mask = start + cols < V
+                z = tl.load(logits_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
+                slope = 1.0
+                if CAPPED:
+                    tanh = 2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0
+                    z = softcap * tanh
+                    slope = 1.0 - tanh * tanh
+                grad = (tl.where(start + cols == label, 1.0, 0.0) - tl.exp(z - lse)) * slope
+                grad = grad.to(logits_ptr.dtype.element_ty)
+                tl.store(logits_ptr + start + cols, grad, mask=mask)
+
+
+def _log_probs_(
+    logits_CV: torch.Tensor,
+    labels_C: torch.Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    need_grad: bool,
+) -> torch.Tensor:
+    """Return logp [C]; with `need_grad`, overwrite the logits with d logp / d logits."""
+    C, V = logits_CV.shape
+    wide = torch.promote_types(logits_CV.dtype, torch.float32)
+    if use_kernel(logits_CV):
+        logp_C = torch.empty(C, dtype=wide, device=logits_CV.device)
+        _log_probs_kernel[(C,)](
+            logits_CV, labels_C, logp_C, logits_CV.stride(0), V, ignore_index, softcap or 1.0,
+            CAPPED=softcap is not None, NEED_GRAD=need_grad,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(V)), num_warps=_NUM_WARPS,
+        )  # fmt: skip
+        return logp_C
+    logp_C, vjp = torch.func.vjp(
+        lambda z: _log_probs_reference(z, labels_C, ignore_index, softcap), logits_CV
+    )
+    if need_grad:
+        logits_CV.copy_(vjp(torch.ones_like(logp_C))[0])
+    return logp_C
+
+
+class TokenLogProbsFunction(torch.autograd.Function):
+    """Return logp [T] of a frozen head, and keep d logp / d hidden [T, K] for the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden_TK, weight, labels_T, ignore_index, softcap, chunk_tokens, need_grad):  # noqa: D102
+        T, V = hidden_TK.shape[0], weight.shape[0]
+        C = min(T, chunk_tokens)
+        logits_CV = torch.empty(C, V, dtype=weight.dtype, device=weight.device)
+        unit_TK = torch.empty_like(hidden_TK) if need_grad else None
+        logp = []
+        for start in range(0, T, max(C, 1)):
+            part = slice(start, min(start + C, T))
+            logits = torch.mm(hidden_TK[part], weight.T, out=logits_CV[: part.stop - start])
+            logp.append(_log_probs_(logits, labels_T[part], ignore_index, softcap, need_grad))
+            if need_grad:
+                torch.mm(logits, weight, out=unit_TK[part])
+        if need_grad:
+            ctx.save_for_backward(unit_TK)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return torch.cat(logp) if logp else hidden_TK.new_empty(0, dtype=wide)
+
+    @staticmethod
+    def backward(ctx, g_T):  # noqa: D102
+        (unit_TK,) = ctx.saved_tensors
+        grad_TK = torch.mul(unit_TK, g_T[:, None], out=torch.empty_like(unit_TK))
+        return grad_TK, None, None, None, None, None, None
+
+
+def _log_probs_reference(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, softcap: float | None
+) -> torch.Tensor:
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    kept = labels != ignore_index
+    logp = z.log_softmax(-1).gather(-1, labels.masked_fill(~kept, 0)[..., None])[..., 0]
+    return torch.where(kept, logp, 0.0)
+
+
+def token_log_probs_reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Compute `token_log_probs` in plain torch, all logits at once."""
+    return _log_probs_reference(hidden @ weight.T, labels, ignore_index, softcap)
 
 
 def linear_cross_entropy_reference(
@@ -13,32 +162,55 @@ def linear_cross_entropy_reference(
     num_items: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute `linear_cross_entropy` in plain torch, all logits at once."""
-    kept = labels.reshape(-1) != ignore_index
     logp = token_log_probs_reference(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        labels.reshape(-1).masked_fill(~kept, 0),
-        softcap=softcap,
+        hidden, weight, labels, ignore_index=ignore_index, softcap=softcap
     )
-    items = kept.sum().clamp(min=1) if num_items is None else num_items
-    return -(logp * kept).sum() / items
+    if num_items is None:
+        num_items = (labels != ignore_index).sum().clamp(min=1)
+    return -logp.sum() / num_items
 
 
-def token_log_probs_reference(
+def token_log_probs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
+    ignore_index: int = -100,
     softcap: float | None = None,
+    chunk_tokens: int | None = None,
 ) -> torch.Tensor:
-    """Compute `token_log_probs` in plain torch, all logits at once."""
-    logits = hidden @ weight.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    kept = labels >= 0
-    logp = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    return logp * kept
+    """Return log p(labels[t] | hidden[t]), shape of labels; differentiable in hidden and weight.
+
+    Args:
+        hidden: [..., K]; position t predicts labels[t], so shift before.
+        weight: The head [V, K]. A trained head costs a second pass over the logits.
+        labels: int64 [...]; one outside the vocabulary gives NaN.
+        ignore_index: Label of positions that get 0 and no gradient.
+        softcap: Gemma's final_logit_softcapping.
+        chunk_tokens: Tokens whose logits are held at once; by default 256 MiB of logits.
+    """
+    hidden_TK = rows(hidden).to(weight.dtype)
+    labels_T = labels.reshape(-1).contiguous()
+    if chunk_tokens is None:
+        row_bytes = weight.shape[0] * weight.element_size()
+        chunk_tokens = max(_CHUNK_BYTES // row_bytes // 128 * 128, 128)
+    if torch.is_grad_enabled() and weight.requires_grad:
+        # The head's gradient mixes all tokens, each with its own upstream factor, unknown in the
+        # forward: torch recomputes each chunk in the backward.
+        chunks = zip(hidden_TK.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True)
+        logp = [
+            checkpoint(
+                token_log_probs_reference, h, weight, y,
+                ignore_index=ignore_index, softcap=softcap, use_reentrant=False,
+            )
+            for h, y in chunks
+        ]  # fmt: skip
+        return torch.cat(logp).view(labels.shape)
+    need_grad = torch.is_grad_enabled() and hidden.requires_grad
+    logp_T = TokenLogProbsFunction.apply(
+        hidden_TK, weight, labels_T, ignore_index, softcap, chunk_tokens, need_grad
+    )
+    return logp_T.view(labels.shape)
 
 
 def linear_cross_entropy(
@@ -51,24 +223,15 @@ def linear_cross_entropy(
     num_items: int | torch.Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> torch.Tensor:
-    """Return the mean cross entropy of `hidden` [..., K] @ `weight`.T [K, V] against `labels`.
+    """Return the summed cross entropy over `num_items`; arguments as in `token_log_probs`.
 
-    Position t of hidden predicts labels[t]: shift before. The sum is divided by `num_items`, or
-    by the number of labels that are not `ignore_index` (at least 1, so that a batch without
-    labels costs 0 and not NaN).
+    `num_items` defaults to the number of labels that are not `ignore_index`, at least 1: a batch
+    without labels costs 0 where torch's mean is NaN.
     """
-    return linear_cross_entropy_reference(
-        hidden, weight, labels, ignore_index=ignore_index, softcap=softcap, num_items=num_items
-    )
-
-
-def token_log_probs(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    softcap: float | None = None,
-    chunk_tokens: int | None = None,
-) -> torch.Tensor:
-    """Return log p(labels[t] | hidden[t]), float32, shape of labels; 0 where the label is < 0."""
-    return token_log_probs_reference(hidden, weight, labels, softcap=softcap)
+    logp = token_log_probs(
+        hidden, weight, labels,
+        ignore_index=ignore_index, softcap=softcap, chunk_tokens=chunk_tokens,
+    )  # fmt: skip
+    if num_items is None:
+        num_items = (labels != ignore_index).sum().clamp(min=1)
+    return -logp.sum() / num_items
