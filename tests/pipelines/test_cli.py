@@ -1,0 +1,71 @@
+"""The command line, as a person uses it: real processes, exit codes, one message."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+def tuneline(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tuneline.pipelines.cli", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_schema_is_the_recipes(tmp_path: Path) -> None:
+    done = tuneline("schema", cwd=tmp_path)
+    schema = json.loads(done.stdout)
+    assert schema["required"] == ["name", "base_model", "dataset", "publish_to"]
+    assert schema["$defs"]["LoraConfig"]["properties"]["r"]["description"] == "Rank."
+
+
+def test_recipes_lists_what_is_shipped(tmp_path: Path) -> None:
+    done = tuneline("recipes", cwd=tmp_path)
+    for name in ("demo", "llama3-8b-instruct", "qwen2.5-7b-korean", "mistral-7b-dpo", "domain-cpt"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("compile", "nonsense"), "no recipe 'nonsense': give a YAML file, or one of demo"),
+        (("compile", "demo", "--set", "train.lr=1"), "train.lr: unknown key"),
+        (("compile", "demo", "--set", "train.max_steps"), "write KEY=VALUE"),
+        (("report", "."), "is not a run"),
+    ],
+)
+def test_a_mistake_is_one_message(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    done = tuneline(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_compile_writes_the_pipeline(tmp_path: Path) -> None:
+    done = tuneline("compile", "demo", "-o", "x.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pipeline = next(yaml.safe_load_all((tmp_path / "x.yaml").read_text()))
+    assert pipeline["pipelineInfo"]["name"] == "tuneline-demo"
+
+
+def test_a_run_that_fails_names_the_step_and_keeps_a_report(tmp_path: Path) -> None:
+    # The first step fails in seconds: a model directory that is not there.
+    done = tuneline(
+        "run", "demo", "--set", f"base_model={tmp_path}/absent", "--runs-dir", "r", cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert "step fetch failed" in done.stderr
+    assert "absent" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    run_dir = next(path for path in (tmp_path / "r").iterdir() if path.name.startswith("demo-"))
+    page = (run_dir / "report.html").read_text()
+    assert "absent" in page
+    summary = next(run_dir.glob("artifacts/*/diagnose/summary"))
+    assert "fetch" in summary.read_text()

@@ -1,0 +1,151 @@
+"""The compiled pipeline: the golden file, what must not stand in it, and how it is wired."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from kfp import compiler
+
+from tuneline.pipelines.cli import RECIPES_DIR
+from tuneline.pipelines.finetune import finetune
+from tuneline.pipelines.placement import NEEDS, USER_ID
+from tuneline.recipe import load_recipe
+
+GOLDEN = Path(__file__).parent / "golden" / "demo.yaml"
+RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+
+
+def compile_recipe(name: str, path: Path) -> list[dict]:
+    """Compile a shipped recipe and return the documents: the IR, and the platform's part."""
+    compiler.Compiler().compile(finetune(load_recipe(RECIPES_DIR / f"{name}.yaml")), str(path))
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, dict]:
+    path = tmp_path_factory.mktemp("compiled") / "demo.yaml"
+    pipeline, platform = compile_recipe("demo", path)
+    return path.read_text(), pipeline, platform
+
+
+def test_the_demo_compiles_to_the_golden_file(demo: tuple[str, dict, dict]) -> None:
+    text = demo[0]
+    if os.environ.get("UPDATE_GOLDEN"):
+        assert not os.environ.get("CI"), "the golden file is never rewritten in CI"
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(text)
+    assert text == GOLDEN.read_text(), (
+        "the compiled demo differs from the golden file: read the difference, then "
+        "UPDATE_GOLDEN=1 make test"
+    )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_nothing_that_must_not_be_there(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.yaml"
+    compile_recipe(name, path)
+    text = path.read_text()
+    assert "pip install" not in text
+    assert not re.search(r"hf_[A-Za-z0-9]{8,}", text)
+    assert ":latest" not in text
+    for home in ("/root", "/home", os.path.expanduser("~"), str(Path.cwd())):
+        assert home not in text
+
+
+def executors(pipeline: dict) -> dict[str, dict]:
+    found = pipeline["deploymentSpec"]["executors"]
+    return {name.removeprefix("exec-"): spec["container"] for name, spec in found.items()}
+
+
+def test_every_pod_has_requests_limits_and_a_user(demo: tuple[str, dict, dict]) -> None:
+    _, pipeline, platform = demo
+    kubernetes = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    containers = executors(pipeline)
+    assert {re.sub(r"-\d+$", "", name) for name in containers} == set(NEEDS)
+    for name, container in containers.items():
+        resources = container["resources"]
+        for key in ("CpuRequest", "CpuLimit", "MemoryRequest", "MemoryLimit"):
+            assert resources[f"resource{key}"], name
+        context = kubernetes[f"exec-{name}"]["securityContext"]
+        assert context == {"runAsUser": str(USER_ID), "runAsNonRoot": True}, name
+        assert re.fullmatch(r"tuneline/[a-z]+:\d+\.\d+\.\d+", container["image"]), name
+
+
+def tasks(pipeline: dict) -> dict[str, dict]:
+    """Every task of every nested DAG, by its name."""
+    found = dict(pipeline["root"]["dag"]["tasks"])
+    for component in pipeline["components"].values():
+        found.update(component.get("dag", {}).get("tasks", {}))
+    return found
+
+
+def test_the_wiring(demo: tuple[str, dict, dict]) -> None:
+    _, pipeline, _ = demo
+    found = tasks(pipeline)
+    assert set(found["evaluate"]["dependentTasks"]) == {"fetch", "prepare"}
+    assert set(found["evaluate-2"]["dependentTasks"]) == {"merge", "prepare"}
+    assert set(found["train"]["dependentTasks"]) == {"fetch", "prepare"}
+    assert set(found["gate"]["dependentTasks"]) == {"evaluate", "evaluate-2"}
+    promoted = (
+        found["condition-promoted"]
+        if "condition-promoted" in found
+        else next(task for name, task in found.items() if name.startswith("condition"))
+    )
+    condition = promoted["triggerPolicy"]["condition"]
+    assert "gate-Output" in condition and "== 'promote'" in condition
+    assert pipeline["root"]["dag"]["tasks"]["diagnose"]["triggerPolicy"]["strategy"] == (
+        "ALL_UPSTREAM_TASKS_COMPLETED"
+    )
+    loops = {name: task for name, task in found.items() if "parameterIterator" in task}
+    items = sorted(json.loads(loop["parameterIterator"]["items"]["raw"]) for loop in loops.values())
+    assert items == [["f16", "q8_0", "q5_k_m", "q4_k_m"], ["gptq-4bit"]]
+
+
+def test_no_reference_dangles(demo: tuple[str, dict, dict]) -> None:
+    # KFP's own loader takes references to tasks and outputs that do not exist.
+    _, pipeline, _ = demo
+    dags = [pipeline["root"]["dag"]]
+    dags += [part["dag"] for part in pipeline["components"].values() if "dag" in part]
+    for dag in dags:
+        for task in dag["tasks"].values():
+            for needed in task.get("dependentTasks", []):
+                assert needed in dag["tasks"]
+            inputs = task.get("inputs", {})
+            for source in inputs.get("artifacts", {}).values():
+                output = source.get("taskOutputArtifact")
+                if output:
+                    producer = dag["tasks"][output["producerTask"]]["componentRef"]["name"]
+                    outputs = pipeline["components"][producer]["outputDefinitions"]["artifacts"]
+                    assert output["outputArtifactKey"] in outputs
+
+
+def test_side_effects_are_never_cached(demo: tuple[str, dict, dict]) -> None:
+    _, pipeline, _ = demo
+    found = tasks(pipeline)
+    for name in ("publish", "report", "diagnose"):
+        assert not found[name].get("cachingOptions", {}).get("enableCache", False)
+    for name in ("fetch", "prepare", "train", "merge", "evaluate", "gate"):
+        assert found[name]["cachingOptions"]["enableCache"] is True
+
+
+def test_a_recipe_with_one_kind_of_export_compiles(tmp_path: Path) -> None:
+    for kind, other in (("gguf", "gptq"), ("gptq", "gguf")):
+        recipe = load_recipe(RECIPES_DIR / "demo.yaml", {f"quantize.{other}": []})
+        path = tmp_path / f"{kind}.yaml"
+        compiler.Compiler().compile(finetune(recipe), str(path))
+        names = set(executors(next(yaml.safe_load_all(path.read_text()))))
+        assert f"quantize-{kind}" in names
+        assert f"quantize-{other}" not in names
+
+
+def test_accelerators_go_where_they_are_needed(tmp_path: Path) -> None:
+    pipeline = compile_recipe("llama3-8b-instruct", tmp_path / "big.yaml")[0]
+    for name, container in executors(pipeline).items():
+        accelerator = container["resources"].get("accelerator")
+        if NEEDS[re.sub(r"-\d+$", "", name)].gpu:
+            assert accelerator["resourceType"] == "nvidia.com/gpu"
+        else:
+            assert accelerator is None
