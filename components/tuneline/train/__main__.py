@@ -1,0 +1,7 @@
+"""`python -m tuneline.train --base-model DIR --dataset DIR --adapter DIR --curves FILE`."""
+
+from tuneline.step import main
+from tuneline.train import TrainConfig, run
+
+if __name__ == "__main__":
+    main("train", TrainConfig, run)

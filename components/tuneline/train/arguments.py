@@ -1,0 +1,125 @@
+"""A TrainConfig in the words of TRL and transformers."""
+
+import difflib
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuneline.artifacts import Method
+from tuneline.errors import RecipeError
+from tuneline.train.config import DpoConfig, TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+NUM_EVALUATIONS = 5
+"""How often a run without eval_steps measures the evaluation loss, the start not counted."""
+
+
+def check_names(config: TrainConfig, method: Method, device: str) -> None:
+    """Refuse names that the libraries do not know, and warn of settings without effect.
+
+    Raises:
+        RecipeError: an optimizer, a schedule or a loss of that name does not exist.
+    """
+    from transformers import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    _check("optim", config.optim, [name.value for name in OptimizerNames])
+    _check("lr_scheduler_type", config.lr_scheduler_type, [name.value for name in SchedulerType])
+    if config.optim.startswith("paged_") and device == "cpu":
+        logger.warning("train.optim: %s does not page on a CPU", config.optim)
+    if method == "dpo" and config.packing:
+        logger.warning("train.packing has no effect on method dpo: pairs are padded, not packed")
+    if method != "dpo" and config.dpo != DpoConfig():
+        logger.warning("train.dpo has no effect: the data set was prepared with %s", method)
+
+
+def num_total_steps(config: TrainConfig, num_rows: int) -> int:
+    """Return the number of optimizer steps over rows, or packs of rows."""
+    if config.max_steps is not None:
+        return config.max_steps
+    batches = math.ceil(num_rows / config.per_device_train_batch_size)
+    steps_an_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+    return math.ceil(config.num_train_epochs * steps_an_epoch)
+
+
+def training_arguments(
+    config: TrainConfig,
+    *,
+    method: Method,
+    num_steps: int,
+    max_seq_length: int,
+    evaluates: bool,
+    dtype: "torch.dtype",
+    device: str,
+    work_dir: Path,
+) -> "TrainingArguments":
+    """Return an SFTConfig or a DPOConfig."""
+    import torch
+
+    warmup_steps = config.warmup_steps
+    if config.warmup_ratio is not None:
+        warmup_steps = math.ceil(config.warmup_ratio * num_steps)
+    if warmup_steps >= num_steps:
+        logger.warning(
+            "warmup_steps %d is not below the %d steps of this run: the learning rate never "
+            "reaches %g",
+            warmup_steps,
+            num_steps,
+            config.learning_rate,
+        )
+    common: dict[str, Any] = {
+        "output_dir": str(work_dir),
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": warmup_steps,
+        "max_steps": num_steps,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "per_device_eval_batch_size": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "optim": config.optim,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": device == "cpu",
+        "dataloader_pin_memory": device != "cpu",
+        "seed": config.seed,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": config.eval_steps or math.ceil(num_steps / NUM_EVALUATIONS),
+        "eval_on_start": evaluates,
+        "logging_steps": min(config.logging_steps, num_steps),
+        # A filter would show the last finite loss in the place of NaN.
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if method == "dpo":
+        from trl import DPOConfig
+
+        return DPOConfig(
+            **common, beta=config.dpo.beta, loss_type=[config.dpo.loss_type], max_length=None
+        )
+    from trl import SFTConfig
+
+    return SFTConfig(
+        **common,
+        packing=config.packing,
+        packing_strategy="bfd_split",
+        max_length=max_seq_length,
+        # Rows are tokens, labelled, cut and packed already.
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+
+
+def _check(key: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)
+        raise RecipeError(f"train.{key}: no '{name}'; did you mean {', '.join(near)}?")

@@ -1,0 +1,32 @@
+"""The KFP component of the step."""
+
+from kfp import dsl
+
+from tuneline import images
+
+
+@dsl.component(base_image=images.TRAIN, install_kfp_package=False)
+def train(
+    config: str,
+    base_model: dsl.Input[dsl.Model],
+    dataset: dsl.Input[dsl.Dataset],
+    adapter: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+    curves: dsl.Output[dsl.HTML],
+):
+    """Train a QLoRA adapter; `config` is a TrainConfig as JSON."""
+    from tuneline.step import step
+    from tuneline.train import TrainConfig, run
+    from tuneline.train.metrics import artifact_metadata, comparable_metrics
+
+    with step("train"):
+        summary = run(
+            TrainConfig.parse(config),
+            base_model_dir=base_model.path,
+            dataset_dir=dataset.path,
+            adapter_dir=adapter.path,
+            curves_path=curves.path,
+        )
+        adapter.metadata.update(artifact_metadata(summary))
+        for name, value in comparable_metrics(summary).items():
+            metrics.log_metric(name, value)

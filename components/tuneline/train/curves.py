@@ -1,0 +1,41 @@
+"""The page with the loss curve."""
+
+from tuneline.artifacts import TrainingSummary
+from tuneline.page import line_chart, render_page, section, table
+
+
+def render(summary: TrainingSummary) -> str:
+    """Return one self-contained HTML page."""
+    history = summary.history
+    loss = [(float(p.step), p.loss) for p in history if p.loss is not None]
+    eval_loss = [(float(p.step), p.eval_loss) for p in history if p.eval_loss is not None]
+    rate = [(float(p.step), p.learning_rate) for p in history if p.learning_rate is not None]
+    margin = [(float(p.step), p.reward_margin) for p in history if p.reward_margin is not None]
+    series = {"training": loss, "evaluation": eval_loss}
+    sections = [
+        section(
+            "Loss",
+            line_chart(
+                {name: points for name, points in series.items() if points},
+                x_label="step",
+                y_label="loss (nats a token)" if summary.method != "dpo" else "loss",
+            ),
+        )
+    ]
+    if margin:
+        chart = line_chart({"margin": margin}, x_label="step", y_label="reward margin")
+        sections.append(section("Reward of chosen over rejected", chart))
+    if rate:
+        chart = line_chart({"rate": rate}, x_label="step", y_label="learning rate")
+        sections.append(section("Learning rate", chart))
+    facts = [
+        ("Steps", f"{summary.num_steps:,}"),
+        ("Tokens", f"{summary.num_tokens:,}"),
+        ("Tokens a second", f"{summary.tokens_per_second:,.0f}"),
+        ("Trainable parameters", f"{summary.num_trainable_parameters:,}"),
+        ("Peak memory", f"{summary.peak_memory_bytes / 2**30:.2f} GiB"),
+        ("Base", f"{summary.base_quantization}, computed in {summary.compute_dtype}"),
+        ("Device", summary.device),
+    ]
+    sections.append(section("Run", table(["Figure", "Value"], facts, numeric=[1])))
+    return render_page("Training", sections, f"method {summary.method}")

@@ -1,0 +1,127 @@
+"""What a person and a runner see of a training run, and its history."""
+
+import logging
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from tuneline.artifacts import TrainingPoint
+from tuneline.errors import TrainingError
+from tuneline.step import emit
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_EVENTS = 1.0
+
+# TRL's and transformers' names of what a TrainingPoint holds.
+_FIELDS = {
+    "loss": "loss",
+    "eval_loss": "eval_loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "rewards/margins": "reward_margin",
+    "rewards/accuracies": "reward_accuracy",
+}
+
+
+class ProgressCallback(TrainerCallback):
+    """Show progress and gather history: a bar on a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
+        self.step_seconds = 0.0
+        """Time in training steps alone, without evaluations."""
+        self._points: dict[int, dict[str, float | int | None]] = {}
+        self._note = ""
+        self._step_began = 0.0
+        self._last_line = 0.0
+        self._last_event = 0.0
+        self._bar: Progress | None = None
+
+    @property
+    def history(self) -> list[TrainingPoint]:
+        """What was logged so far, one point a step."""
+        return [TrainingPoint.model_validate(point) for _, point in sorted(self._points.items())]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar, on a terminal."""
+        self._last_line = time.monotonic()
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.add_task("train", total=state.max_steps, note="")
+            self._bar.start()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the step's clock."""
+        self._step_began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the step's clock."""
+        self.step_seconds += time.monotonic() - self._step_began
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Keep the values and show them.
+
+        Raises:
+            TrainingError: the gradient is not a number any more.
+        """
+        found = {field: logs[name] for name, field in _FIELDS.items() if name in logs}
+        if not found:
+            return
+        # With float16 the loss scaler meets infinite gradients on purpose, and skips the step.
+        norm = found.get("grad_norm")
+        if norm is not None and not args.fp16 and norm != norm:
+            raise diverged("the gradient", state.global_step, args.learning_rate)
+        point = self._points.setdefault(state.global_step, {"step": state.global_step})
+        point.update({"epoch": state.epoch, **{k: float(v) for k, v in found.items()}})
+        if "loss" in found:
+            self._note = f"loss {found['loss']:.4g}"
+        elif "eval_loss" in found:
+            logger.info("step %d: eval loss %.4f", state.global_step, found["eval_loss"])
+        self._show(state)
+
+    def close(self) -> None:
+        """Take the bar down, however training ended."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _show(self, state: Any) -> None:
+        now = time.monotonic()
+        is_last = state.global_step >= state.max_steps
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=state.global_step, note=self._note)
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES or is_last:
+            self._last_line = now
+            logger.info("step %d of %d: %s", state.global_step, state.max_steps, self._note)
+        if now - self._last_event >= SECONDS_BETWEEN_EVENTS or is_last:
+            self._last_event = now
+            emit(
+                "train",
+                "progress",
+                done=state.global_step,
+                total=state.max_steps,
+                note=self._note,
+            )
+
+
+def diverged(what: str, step: int, learning_rate: float) -> TrainingError:
+    """Return the error for a value that is NaN or infinite."""
+    return TrainingError(
+        f"{what} is not a finite number at step {step}: lower train.learning_rate (it is "
+        f"{learning_rate:g}; try {learning_rate / 10:g}), lengthen warmup_steps, or lower "
+        "max_grad_norm"
+    )

@@ -1,0 +1,208 @@
+"""From a base model and token rows to an adapter."""
+
+import contextlib
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuneline.artifacts import DatasetManifest, ModelOrigin, TrainingSummary, new_directory
+from tuneline.errors import ModelError
+from tuneline.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+"""In a data set prepared with another template than the tokenizer's own."""
+
+
+def run(
+    config: TrainConfig,
+    *,
+    base_model_dir: str | Path,
+    dataset_dir: str | Path,
+    adapter_dir: str | Path,
+    curves_path: str | Path,
+) -> TrainingSummary:
+    """Train a LoRA adapter on a frozen base; the method is the data set's.
+
+    Args:
+        config: the recipe's part.
+        base_model_dir: what fetch made.
+        dataset_dir: what prepare made.
+        adapter_dir: new; gets the adapter, the tokenizer and training.json.
+        curves_path: an HTML page with the loss.
+
+    Raises:
+        ModelError: a target module or the tokenizer is missing.
+        DataError: there is no row to train on.
+        RecipeError: a name in the config is unknown to the libraries.
+        TrainingError: the loss is not a finite number any more.
+        OutputExistsError: `adapter_dir` has something in it.
+    """
+    began = time.monotonic()
+    origin = ModelOrigin.read(base_model_dir)
+    manifest = DatasetManifest.read(dataset_dir)
+    with new_directory(adapter_dir) as directory:
+        from tuneline.train.adapter import check_targets
+        from tuneline.train.arguments import check_names
+        from tuneline.train.precision import choose_device
+
+        device = choose_device()
+        check_names(config, manifest.method, device)
+        tokenizer = _load_tokenizer(base_model_dir, dataset_dir)
+        check_targets(config.lora, base_model_dir)
+        # Saved first: a trainer sets a padding token on the one that it is given.
+        tokenizer.save_pretrained(str(directory))
+        with tempfile.TemporaryDirectory(dir=directory) as work, _no_progress_bars():
+            summary = _train(
+                config,
+                origin=origin,
+                manifest=manifest,
+                tokenizer=tokenizer,
+                base_model_dir=Path(base_model_dir),
+                dataset_dir=Path(dataset_dir),
+                directory=directory,
+                work_dir=Path(work),
+                device=device,
+            )
+        summary = summary.model_copy(update={"seconds": time.monotonic() - began})
+        _write_curves(summary, Path(curves_path))
+        summary.write(directory)
+    return summary
+
+
+def _train(
+    config: TrainConfig,
+    *,
+    origin: ModelOrigin,
+    manifest: DatasetManifest,
+    tokenizer: "PreTrainedTokenizerBase",
+    base_model_dir: Path,
+    dataset_dir: Path,
+    directory: Path,
+    work_dir: Path,
+    device: str,
+) -> TrainingSummary:
+    from transformers.trainer_callback import PrinterCallback
+
+    from tuneline.nf4 import load_base
+    from tuneline.train.adapter import keep_adapter_in_fp32, lora_config, save_adapter
+    from tuneline.train.arguments import num_total_steps, training_arguments
+    from tuneline.train.precision import choose_dtype, peak_memory_bytes
+    from tuneline.train.progress import ProgressCallback
+    from tuneline.train.rows import load_rows
+    from tuneline.train.trainers import PreferenceTrainer, SupervisedTrainer
+
+    dtype = choose_dtype(config, device)
+    rows, eval_rows = load_rows(
+        dataset_dir, manifest, packing=config.packing, cache_dir=work_dir / "rows"
+    )
+    arguments = training_arguments(
+        config,
+        method=manifest.method,
+        num_steps=num_total_steps(config, len(rows)),
+        max_seq_length=manifest.max_seq_length,
+        evaluates=eval_rows is not None,
+        dtype=dtype,
+        device=device,
+        work_dir=work_dir,
+    )
+    progress = ProgressCallback()
+    trainer: Any = (PreferenceTrainer if manifest.method == "dpo" else SupervisedTrainer)(
+        model=load_base(base_model_dir, dtype=dtype, device=device, quantized=config.load_in_4bit),
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=lora_config(config.lora),
+        callbacks=[progress],
+    )
+    trainer.remove_callback(PrinterCallback)
+    keep_adapter_in_fp32(trainer.model)
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    logger.info(
+        "%s: %d steps, %d trainable parameters, %s on %s",
+        manifest.method,
+        arguments.max_steps,
+        trainable,
+        dtype,
+        device,
+    )
+    try:
+        result = trainer.train()
+        if eval_rows is not None and arguments.max_steps % arguments.eval_steps:
+            trainer.evaluate()
+    finally:
+        progress.close()
+    save_adapter(trainer.model, directory, origin)
+    history = progress.history
+    losses = [point.loss for point in history if point.loss is not None]
+    eval_losses = [point.eval_loss for point in history if point.eval_loss is not None]
+    return TrainingSummary(
+        method=manifest.method,
+        num_steps=trainer.state.global_step,
+        num_tokens=trainer.num_tokens_seen,
+        final_loss=losses[-1] if losses else result.training_loss,
+        first_eval_loss=eval_losses[0] if eval_losses else None,
+        final_eval_loss=eval_losses[-1] if eval_losses else None,
+        num_trainable_parameters=trainable,
+        num_parameters=origin.num_parameters,
+        base_quantization="nf4" if config.load_in_4bit else "none",
+        compute_dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        tokens_per_second=trainer.num_tokens_seen / max(progress.step_seconds, 1e-9),
+        peak_memory_bytes=peak_memory_bytes(device),
+        history=history,
+        base_sha256=origin.sha256,
+        dataset_sha256=manifest.sha256,
+    )
+
+
+def _load_tokenizer(
+    base_model_dir: str | Path, dataset_dir: str | Path
+) -> "PreTrainedTokenizerBase":
+    """Load the base's tokenizer with the template that the data set was prepared with."""
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any(Path(base_model_dir, name).is_file() for name in names):
+        raise ModelError(
+            f"{base_model_dir} has no tokenizer (none of {', '.join(names)}): fetch the model "
+            "from a source that carries one"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(str(base_model_dir))
+    template = Path(dataset_dir, CHAT_TEMPLATE_FILE)
+    if template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _write_curves(summary: TrainingSummary, path: Path) -> None:
+    from tuneline.train.curves import render
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(summary), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silence the bars of datasets and transformers: ours is the one that is shown."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    shown = datasets.are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if not shown[0]:
+            datasets.enable_progress_bars()
+        if shown[1]:
+            transformers_logging.enable_progress_bar()
