@@ -1,14 +1,376 @@
-"""AdamW over one flat buffer, and the gradient-norm clip over the same."""
+"""AdamW over flat buffers, with the gradient-norm clip, in two launches a parameter group.
+
+    coef = min(1, max_norm / (norm + 1e-6)),  norm = ||g|| over all groups;  g = coef g
+    m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
+    p = p (1 - lr weight_decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+Parameters, gradients and state of a group are slices of flat buffers, each padded to a multiple
+of 256 elements. With state_bits=8, m and v are stored in blocks of 256 as bitsandbytes stores
+them: one byte an element, an index into its dynamic map of [-1, 1] or [0, 1], times the block's
+largest magnitude. One thing differs: a positive v never rounds to 0, because m may then still be
+above 0 and m / eps would throw the parameter far away.
+
+Sums run in a fixed order: the same gradients give the same bits.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
+
+from tuneline.kernels._dispatch import use_kernel
+
+_QUANT_BLOCK = 256
+_NORM_PROGRAMS = 1024
+_BLOCK = 2048
+
+
+@triton.jit
+def _norm_kernel(grad_ptr, partial_ptr, n, chunk, BLOCK: tl.constexpr):
+    """Sum the squares of one chunk, a multiple of BLOCK long."""
+    first = tl.program_id(0).to(tl.int64) * chunk
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, chunk, BLOCK):
+        at = first + start + tl.arange(0, BLOCK)
+        g = tl.load(grad_ptr + at, mask=at < n, other=0.0).to(tl.float32)
+        total += g * g
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total, axis=0))
+
+
+@triton.jit
+def _clip_factor(partial_ptr, max_norm, PARTIALS: tl.constexpr):
+    norm = tl.sqrt(tl.sum(tl.load(partial_ptr + tl.arange(0, PARTIALS)), axis=0))
+    # Not tl.minimum: a norm that is NaN must stay NaN, as in torch.
+    factor = max_norm / (norm + 1e-6)
+    return tl.where(factor > 1.0, 1.0, factor)
+
+
+@triton.jit
+def _scale_kernel(grad_ptr, partial_ptr, n, max_norm, PARTIALS: tl.constexpr, BLOCK: tl.constexpr):
+    factor = _clip_factor(partial_ptr, max_norm, PARTIALS)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(grad_ptr + at, mask=at < n, other=0.0).to(tl.float32) * factor
+    tl.store(grad_ptr + at, g.to(grad_ptr.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def _nearest(x, middles_ptr):
+    """Return how many of the 255 sorted middles lie below x: the index of the nearest level."""
+    index = tl.zeros_like(x).to(tl.int32)
+    for bit in tl.static_range(8):
+        step: tl.constexpr = 128 >> bit
+        index += tl.where(tl.load(middles_ptr + index + step - 1) < x, step, 0)
+    return index
+
+
+@triton.jit
+def _step_kernel(
+    p_ptr, g_ptr, m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, m_code_ptr, v_code_ptr,
+    m_middles_ptr, v_middles_ptr, partial_ptr, n, max_norm,
+    decay, beta1, beta2, rest1, rest2, step_size, root_correction2, eps,
+    CLIP: tl.constexpr, PARTIALS: tl.constexpr, EIGHT_BIT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = row[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    mask = at < n
+    p = tl.load(p_ptr + at, mask=mask, other=0.0)
+    g = tl.load(g_ptr + at, mask=mask, other=0.0)
+    if CLIP:
+        g *= _clip_factor(partial_ptr, max_norm, PARTIALS)
+    if EIGHT_BIT:
+        has_row = row * COLS < n
+        m_index = tl.load(m_ptr + at, mask=mask, other=0).to(tl.int32)
+        v_index = tl.load(v_ptr + at, mask=mask, other=0).to(tl.int32)
+        m_absmax = tl.load(m_absmax_ptr + row, mask=has_row, other=0.0)
+        v_absmax = tl.load(v_absmax_ptr + row, mask=has_row, other=0.0)
+        m = tl.load(m_code_ptr + m_index) * m_absmax[:, None]
+        v = tl.load(v_code_ptr + v_index) * v_absmax[:, None]
+    else:
+        m = tl.load(m_ptr + at, mask=mask, other=0.0)
+        v = tl.load(v_ptr + at, mask=mask, other=0.0)
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
+    p = p * decay - step_size * m / (tl.sqrt(v) / root_correction2 + eps)
+    tl.store(p_ptr + at, p, mask=mask)
+    if EIGHT_BIT:
+        m_absmax = tl.max(tl.abs(m), axis=1)
+        v_absmax = tl.max(v, axis=1)
+        tl.store(m_absmax_ptr + row, m_absmax, mask=has_row)
+        tl.store(v_absmax_ptr + row, v_absmax, mask=has_row)
+        m_index = _nearest(m / tl.where(m_absmax > 0.0, m_absmax, 1.0)[:, None], m_middles_ptr)
+        v_index = _nearest(v / tl.where(v_absmax > 0.0, v_absmax, 1.0)[:, None], v_middles_ptr)
+        v_index = tl.where((v_index == 0) & (v > 0.0), 1, v_index)
+        tl.store(m_ptr + at, m_index.to(tl.uint8), mask=mask)
+        tl.store(v_ptr + at, v_index.to(tl.uint8), mask=mask)
+    else:
+        tl.store(m_ptr + at, m, mask=mask)
+        tl.store(v_ptr + at, v, mask=mask)
+
+
+def dynamic_map(*, signed: bool) -> torch.Tensor:
+    """Return the 256 sorted levels of the dynamic 8-bit type, float32.
+
+    Decade i of seven, ending at 10^(i - 6), holds 2^i levels a sign (2^(i + 1) when unsigned),
+    each in the middle of an equal share of it; 0 and 1 are added. bitsandbytes uses the same map.
+    """
+    levels = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1.0, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
+        decade = 10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
+        levels += [decade, -decade] if signed else [decade]
+    return torch.cat(levels).sort().values
+
+
+@dataclasses.dataclass
+class _Flat:
+    """The buffers of one parameter group; absmax, code and middles only with 8-bit state."""
+
+    p: torch.Tensor
+    g: torch.Tensor
+    m: torch.Tensor
+    v: torch.Tensor
+    starts: list[int]
+    m_absmax: torch.Tensor | None = None
+    v_absmax: torch.Tensor | None = None
+    m_code: torch.Tensor | None = None
+    v_code: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, params: list[torch.Tensor], state_bits: int) -> "_Flat":
+        """Lay the parameters out in one buffer and make them slices of it."""
+        starts, n = [], 0
+        for p in params:
+            starts.append(n)
+            n += -(-p.numel() // _QUANT_BLOCK) * _QUANT_BLOCK
+        device = params[0].device
+        flat = cls(*(torch.zeros(n, device=device) for _ in range(2)), None, None, starts)  # type: ignore[arg-type]
+        if state_bits == 8:
+            flat.m_code = dynamic_map(signed=True).to(device)
+            flat.v_code = dynamic_map(signed=False).to(device)
+            flat.m = torch.full((n,), 127, dtype=torch.uint8, device=device)  # level 0
+            flat.v = torch.zeros(n, dtype=torch.uint8, device=device)
+            flat.m_absmax, flat.v_absmax = torch.zeros(2, n // _QUANT_BLOCK, device=device)
+        else:
+            flat.m, flat.v = torch.zeros(n, device=device), torch.zeros(n, device=device)
+        for p, view in zip(params, flat.views(flat.p, params), strict=True):
+            view.copy_(p.detach())
+            p.data = view
+        return flat
+
+    def views(self, buffer: torch.Tensor, params: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the buffer's slices, one in the shape of each parameter."""
+        return [
+            buffer[start : start + p.numel()].view(p.shape)
+            for start, p in zip(self.starts, params, strict=True)
+        ]
+
+    def state(self, params: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Return the slices of the state, one dict a parameter."""
+        named = {"exp_avg": self.views(self.m, params), "exp_avg_sq": self.views(self.v, params)}
+        for name, absmax in (("exp_avg_absmax", self.m_absmax), ("exp_avg_sq_absmax", self.v_absmax)):
+            if absmax is not None:
+                named[name] = [
+                    absmax[start // _QUANT_BLOCK :][: -(-p.numel() // _QUANT_BLOCK)]
+                    for start, p in zip(self.starts, params, strict=True)
+                ]
+        return [dict(zip(named, slices, strict=True)) for slices in zip(*named.values(), strict=True)]
+
+
+def _partial_squares(grads: list[torch.Tensor]) -> torch.Tensor:
+    """Return partial sums of squares whose sum, in this order, is the squared norm."""
+    groups = triton.next_power_of_2(len(grads))
+    partial = torch.zeros(groups * _NORM_PROGRAMS, device=grads[0].device)
+    for i, grad in enumerate(grads):
+        mine = partial[i * _NORM_PROGRAMS : (i + 1) * _NORM_PROGRAMS]
+        if not use_kernel(grad):
+            mine[0] = grad.float().square().sum()
+            continue
+        n = grad.numel()
+        chunk = triton.cdiv(triton.cdiv(n, _NORM_PROGRAMS), _BLOCK) * _BLOCK
+        _norm_kernel[(triton.cdiv(n, chunk),)](grad, mine, n, chunk, BLOCK=_BLOCK, num_warps=4)
+    return partial
 
 
 def clip_grad_norm_flat_(flat_grad: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """Scale the flat gradient in place to a norm of at most `max_norm`; return the norm before."""
-    norm = flat_grad.norm()
-    flat_grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+    """Scale a flat gradient [n] in place to a norm of at most `max_norm`; return the norm before.
+
+    Two launches, nothing waits for the device. The result is a 0-dimensional float32 tensor.
+    """
+    if flat_grad.dim() != 1 or not flat_grad.is_contiguous():
+        raise ValueError(f"flat_grad {tuple(flat_grad.shape)}: must be contiguous, 1-dimensional")
+    partial = _partial_squares([flat_grad])
+    norm = partial.sum().sqrt()
+    if use_kernel(flat_grad):
+        n = flat_grad.numel()
+        _scale_kernel[(triton.cdiv(n, _BLOCK),)](
+            flat_grad, partial, n, max_norm, PARTIALS=partial.numel(), BLOCK=_BLOCK, num_warps=4
+        )
+    else:
+        flat_grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-class FlatAdamW(torch.optim.AdamW):
-    """AdamW whose parameters, gradients and state are slices of flat buffers."""
+def _quantize_reference(x: torch.Tensor, code: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    scaled = x.view(-1, _QUANT_BLOCK) / torch.where(absmax > 0, absmax, 1.0)[:, None]
+    index = torch.bucketize(scaled, (code[1:] + code[:-1]) / 2)
+    if code[0] == 0:
+        index = torch.where((index == 0) & (scaled > 0), 1, index)
+    return index.to(torch.uint8).view(-1)
+
+
+def _step_reference(flat: _Flat, factor: torch.Tensor | float, **h: float) -> None:
+    m, v = flat.m, flat.v
+    if flat.m_absmax is not None:
+        m = flat.m_code[m.int()] * flat.m_absmax.repeat_interleave(_QUANT_BLOCK)
+        v = flat.v_code[v.int()] * flat.v_absmax.repeat_interleave(_QUANT_BLOCK)
+    g = flat.g * factor
+    m = h["beta1"] * m + h["rest1"] * g
+    v = h["beta2"] * v + h["rest2"] * g * g
+    denominator = v.sqrt() / h["root_correction2"] + h["eps"]
+    flat.p.copy_(flat.p * h["decay"] - h["step_size"] * m / denominator)
+    if flat.m_absmax is not None:
+        flat.m_absmax.copy_(m.view(-1, _QUANT_BLOCK).abs().amax(1))
+        flat.v_absmax.copy_(v.view(-1, _QUANT_BLOCK).amax(1))
+        m = _quantize_reference(m, flat.m_code, flat.m_absmax)
+        v = _quantize_reference(v, flat.v_code, flat.v_absmax)
+    flat.m.copy_(m)
+    flat.v.copy_(v)
+
+
+class FlatAdamW(torch.optim.Optimizer):
+    """AdamW whose parameters become slices of one flat float32 buffer a group.
+
+    Make it after the model is on its device and before DistributedDataParallel wraps it: it moves
+    each parameter's data into the flat buffer. A parameter without a gradient is stepped with a
+    gradient of zero, where torch's AdamW skips it. `last_grad_norm` holds the norm before the last
+    step's clip, on the device.
+
+    Args:
+        params: Float32 parameters of one device, or groups of them.
+        lr: Learning rate.
+        betas: Decay of the mean and of the mean square.
+        eps: Added to the root.
+        weight_decay: Decoupled.
+        state_bits: 32, or 8 for blockwise 8-bit state (a quarter of the memory).
+        max_grad_norm: Clip inside the step; None leaves the gradients as they are.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        state_bits: int = 32,
+        max_grad_norm: float | None = None,
+    ):
+        if state_bits not in (8, 32):
+            raise ValueError(f"state_bits={state_bits}: must be 8 or 32")
+        self.state_bits, self.max_grad_norm = state_bits, max_grad_norm
+        self.last_grad_norm: torch.Tensor | None = None
+        self._flats: list[_Flat] = []
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and flatten it."""
+        super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
+        kinds = {(p.dtype, p.device) for p in params}
+        if len(kinds) != 1 or params[0].dtype != torch.float32:
+            raise ValueError(
+                f"a group's parameters must be float32 on one device, these are {sorted(map(str, kinds))}; "
+                "PEFT keeps LoRA in float32 with autocast_adapter_dtype=True"
+            )
+        flat = _Flat.of(params, self.state_bits)
+        self._flats.append(flat)
+        self.state.update(zip(params, flat.state(params), strict=True))
+        self.zero_grad()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zero the flat gradients and make each p.grad a slice of them, whatever `set_to_none`."""
+        for group, flat in zip(self.param_groups, self._flats, strict=True):
+            flat.g.zero_()
+            for p, view in zip(group["params"], flat.views(flat.g, group["params"]), strict=True):
+                p.grad = view
+
+    def _gather(self, params: list[torch.Tensor], flat: _Flat) -> None:
+        """Bring in gradients that someone replaced (model.zero_grad() does) since `zero_grad`."""
+        old, new = [], []
+        for p, view in zip(params, flat.views(flat.g, params), strict=True):
+            if p.grad is None:
+                view.zero_()
+            elif p.grad.data_ptr() != view.data_ptr():
+                old.append(view)
+                new.append(p.grad)
+            p.grad = view
+        if old:
+            torch._foreach_copy_(old, new)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """Clip and update all parameters."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, flat in zip(self.param_groups, self._flats, strict=True):
+            self._gather(group["params"], flat)
+        partial = None
+        if self.max_grad_norm is not None:
+            partial = _partial_squares([flat.g for flat in self._flats])
+            self.last_grad_norm = partial.sum().sqrt()
+        for group, flat in zip(self.param_groups, self._flats, strict=True):
+            group["step"] += 1
+            self._step_group(group, flat, partial)
+            torch.autograd.graph.increment_version(group["params"])
+        return loss
+
+    def _step_group(self, group: dict[str, Any], flat: _Flat, partial: torch.Tensor | None) -> None:
+        (beta1, beta2), step = group["betas"], group["step"]
+        h = dict(
+            decay=1.0 - group["lr"] * group["weight_decay"],
+            beta1=beta1,
+            beta2=beta2,
+            rest1=1.0 - beta1,
+            rest2=1.0 - beta2,
+            step_size=group["lr"] / (1.0 - beta1**step),
+            root_correction2=(1.0 - beta2**step) ** 0.5,
+            eps=group["eps"],
+        )
+        if not use_kernel(flat.p):
+            factor = 1.0
+            if partial is not None:
+                factor = (self.max_grad_norm / (partial.sum().sqrt() + 1e-6)).clamp(max=1.0)
+            return _step_reference(flat, factor, **h)
+        eight_bit = flat.m_absmax is not None
+        num_rows, n, unused = 8, flat.p.numel(), flat.p
+        middles = [(c[1:] + c[:-1]) / 2 if eight_bit else c for c in (flat.m_code, flat.v_code)]
+        pointers = [flat.m_absmax, flat.v_absmax, flat.m_code, flat.v_code, *middles]
+        _step_kernel[(triton.cdiv(n, num_rows * _QUANT_BLOCK),)](
+            flat.p, flat.g, flat.m, flat.v, *(pointers if eight_bit else [unused] * 6),
+            unused if partial is None else partial, n, self.max_grad_norm or 0.0, **h,
+            CLIP=partial is not None, PARTIALS=1 if partial is None else partial.numel(),
+            EIGHT_BIT=eight_bit, ROWS=num_rows, COLS=_QUANT_BLOCK, num_warps=8,
+        )  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of the same `state_bits` into the flat buffers."""
+        super().load_state_dict(state_dict)
+        for group, flat in zip(self.param_groups, self._flats, strict=True):
+            for p, views in zip(group["params"], flat.state(group["params"]), strict=True):
+                loaded = self.state[p]
+                if set(loaded) != set(views):
+                    raise ValueError(
+                        f"the state holds {sorted(loaded)}, state_bits={self.state_bits} needs "
+                        f"{sorted(views)}: make the optimizer with the state_bits it was saved with"
+                    )
+                for name, view in views.items():
+                    view.copy_(loaded[name])
+                self.state[p] = views
