@@ -221,7 +221,9 @@ def test_other_adapters_fall_back_with_a_reason_and_the_right_numbers(lora, reas
 
 
 def test_a_layer_that_cannot_be_fused_stays_stock_beside_fused_ones():
-    packed = {**batch(1), "position_ids": torch.cat([torch.arange(8), torch.arange(11)])[None]}
+    # Without use_cache=False the stock model makes a cache, and then sees no packing.
+    positions = torch.cat([torch.arange(8), torch.arange(11)])[None]
+    packed = {**batch(1), "use_cache": False, "position_ids": positions}
     model = make_model()
     norm = model.get_base_model().model.layers[0].input_layernorm
     norm.weight.requires_grad_(True)

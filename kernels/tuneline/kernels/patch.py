@@ -1,4 +1,4 @@
-"""Put the fused layer, the fused final norm and the fused loss into a live model, and take them out.
+"""Put the fused layer, final norm and loss into a live model, and take them out again.
 
     report = patch(model, budget="auto")
     ...train...

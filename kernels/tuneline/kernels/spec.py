@@ -6,7 +6,7 @@
 | Qwen2, Qwen2.5 | q, k, v with bias | 2 | silu | |
 | Qwen3 | q, k, v | 2, and on each head of q, k | silu | |
 | Phi-3, Phi-3.5 | qkv_proj; gate_up_proj | 2 | silu | window |
-| Gemma-2 | q, k, v; gate, up | 4 (sandwich), 1 + w | gelu_tanh | softcap, window every other layer |
+| Gemma-2 | q, k, v; gate, up | 4 (sandwich), 1 + w | gelu_tanh | softcap, window 1 of 2 |
 | Gemma-3 (text) | q, k, v; gate, up | 4, 1 + w, on each head of q, k | gelu_tanh | window 5 of 6 |
 
 Nothing of transformers is imported: a layer is known by its class's module and name.

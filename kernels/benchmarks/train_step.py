@@ -1,0 +1,451 @@
+"""Time whole QLoRA training steps: tuneline beside PEFT, PEFT + Liger-Kernel and Unsloth.
+
+    python kernels/benchmarks/train_step.py --engines tuneline peft liger unsloth
+
+Every engine is a process of its own (Unsloth patches transformers globally) with the same random
+weights in NF4 with double quantisation, LoRA r=16 on all linears, the same batches and 8-bit
+AdamW; they take turns on the card, `--rounds` times a case. A row of the table is an engine in a
+mode: `free` recomputes nothing (tuneline: budget auto), `lean` recomputes the most.
+
+Floor: the products of the frozen weights and of causal attention, forward and input gradient
+(lean: once more forward but for down_proj), at the rate that `--peak-tflops` gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS_DIR = Path(__file__).parent / "results"
+SOURCE_DIR = Path(__file__).parents[1]
+CASES = {
+    "4x2048": (4, 2048),
+    "2x512": (2, 512),
+    "1x8192": (1, 8192),
+}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-3.1-8b": (
+        "Llama",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+    ),
+    "qwen2.5-7b": (
+        "Qwen2",
+        {
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+        },
+    ),
+    "phi-3.5-mini": (
+        "Phi3",
+        {
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 8192,
+            "pad_token_id": 0,
+        },
+    ),
+    "gemma-2-9b": (
+        "Gemma2",
+        {
+            "vocab_size": 256000,
+            "hidden_size": 3584,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 42,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "attn_implementation": "eager",
+        },
+    ),
+}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PHI_TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
+def main() -> None:
+    """Run every case on every engine and write one CSV."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engines", nargs="+", default=["tuneline", "peft", "liger"])
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
+    parser.add_argument(
+        "--cases", nargs="+", default=["4x2048/free", "4x2048/lean", "2x512/free", "1x8192/lean"]
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--peak-tflops", type=float, default=700.0)
+    parser.add_argument("--out-dir", type=Path, default=RESULTS_DIR)
+    parser.add_argument("--profile", action="store_true", help="profile tuneline's first case")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker, args.shape)
+    start = time.perf_counter()
+    workers = {engine: start_worker(engine, args.shape) for engine in args.engines}
+    for engine, process in list(workers.items()):
+        answer = receive(process)
+        print(f"{engine}: {answer} after {time.perf_counter() - start:.0f} s", flush=True)
+        if "error" in answer:
+            del workers[engine]
+    rows = []
+    for case in args.cases:
+        shape, mode = case.split("/")
+        collected: dict[str, list[dict[str, Any]]] = {}
+        for turn in range(args.rounds):
+            for engine, process in list(workers.items()):
+                profile = args.profile and engine == "tuneline" and turn == args.rounds - 1
+                send(
+                    process,
+                    {
+                        "rows": CASES[shape][0],
+                        "length": CASES[shape][1],
+                        "mode": mode,
+                        "warmup": args.warmup if turn == 0 else 1,
+                        "steps": args.steps,
+                        "profile": str(args.out_dir / f"profile_{case.replace('/', '_')}.txt")
+                        if profile
+                        else None,
+                    },
+                )
+                answer = receive(process)
+                if "error" in answer:
+                    print(f"{engine} {case}: {answer['error']}", flush=True)
+                    continue
+                collected.setdefault(engine, []).append(answer)
+        for engine, answers in collected.items():
+            rows.append(summary(args, engine, shape, mode, answers))
+            print(line(rows[-1]), flush=True)
+    for process in workers.values():
+        process.stdin.close()
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    path = args.out_dir / f"train_step_{args.shape}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"\n{path}, {time.perf_counter() - start:.0f} s in all")
+    for row in rows:
+        print(line(row))
+
+
+def summary(
+    args: argparse.Namespace, engine: str, shape: str, mode: str, answers: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Reduce all rounds of one engine in one case to a CSV row."""
+    times = [t for answer in answers for t in answer["milliseconds"]]
+    quantiles = statistics.quantiles(times, n=5)
+    num_tokens = CASES[shape][0] * CASES[shape][1]
+    median = statistics.median(times)
+    floor = floor_tflop(args.shape, *CASES[shape], mode) / args.peak_tflops * 1e3
+    return {
+        "engine": engine,
+        "model": args.shape,
+        "mode": mode,
+        "shape": shape,
+        "metric": "step",
+        "unit": "ms",
+        "median": round(median, 2),
+        "p20": round(quantiles[0], 2),
+        "p80": round(quantiles[-1], 2),
+        "num_steps": len(times),
+        "tokens_per_second": round(num_tokens / median * 1e3),
+        "peak_allocated_gib": max(a["peak_allocated_gib"] for a in answers),
+        "peak_reserved_gib": max(a["peak_reserved_gib"] for a in answers),
+        "floor_fraction": round(floor / median, 3),
+        "first_loss": answers[0]["losses"][0],
+        "last_loss": answers[0]["losses"][-1],
+        "device": answers[0]["device"],
+        "versions": answers[0]["versions"],
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """Format one row for the terminal."""
+    return (
+        f"{row['engine']:9} {row['shape']:7} {row['mode']:5} {row['median']:8.1f} ms "
+        f"[{row['p20']:.1f}, {row['p80']:.1f}] {row['tokens_per_second']:6} tok/s "
+        f"alloc {row['peak_allocated_gib']:6.2f} reserved {row['peak_reserved_gib']:6.2f} GiB "
+        f"floor {row['floor_fraction']:.2f} loss {row['first_loss']:.4f} -> {row['last_loss']:.4f}"
+    )
+
+
+def floor_tflop(shape: str, num_rows: int, length: int, mode: str) -> float:
+    """Count what the step cannot avoid; see the module's docstring."""
+    config = SHAPES[shape][1]
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config.get("head_dim", hidden // heads)
+    attention_linears = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    down = hidden * inner
+    layer = attention_linears + 3 * down
+    tokens = num_rows * length
+    scores = 2 * num_rows * heads * length * length * head_dim  # q k^T and p v, half masked
+    passes = 2 * layer + (layer - down if mode == "lean" else 0)
+    attention = scores * (1 + 2.5 + (1 if mode == "lean" else 0))
+    per_layer = 2 * tokens * passes + attention
+    head = 2 * 2 * tokens * hidden * config["vocab_size"]
+    return (config["num_hidden_layers"] * per_layer + head) / 1e12
+
+
+def start_worker(engine: str, shape: str) -> subprocess.Popen[str]:
+    """Start one engine; it answers once its model stands."""
+    command = [sys.executable, __file__, "--worker", engine, "--shape", shape]
+    environment = {**os.environ, "PYTHONPATH": f"{SOURCE_DIR}:{os.environ.get('PYTHONPATH', '')}"}
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def send(process: subprocess.Popen[str], message: dict[str, Any]) -> None:
+    """Write one request."""
+    process.stdin.write(json.dumps(message) + "\n")
+    process.stdin.flush()
+
+
+def receive(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Read lines till the worker's answer; libraries print what they like in between."""
+    for text in process.stdout:
+        if text.startswith("ANSWER "):
+            return json.loads(text.removeprefix("ANSWER "))
+    return {"error": f"worker ended with {process.wait()}"}
+
+
+def answer(message: dict[str, Any]) -> None:
+    """Answer from inside a worker."""
+    print("ANSWER " + json.dumps(message), flush=True)
+
+
+def worker(engine: str, shape: str) -> None:
+    """Build the model, then serve requests till stdin closes."""
+    model = unsloth_model(shape) if engine == "unsloth" else peft_model(shape, engine)
+    import bitsandbytes
+    import torch
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
+    initial = [p.detach().clone() for p in trained]
+    torch.cuda.empty_cache()
+    answer({"ready": round(torch.cuda.memory_allocated() / 2**30, 2)})
+    for text in sys.stdin:
+        request = json.loads(text)
+        try:
+            with torch.no_grad():
+                for parameter, value in zip(trained, initial, strict=True):
+                    parameter.copy_(value)
+            set_mode(model, engine, request["mode"])
+            answer(run_steps(model, optimizer, request))
+        except torch.cuda.OutOfMemoryError as error:
+            model.zero_grad(set_to_none=True)
+            answer({"error": str(error).splitlines()[0]})
+        torch.cuda.empty_cache()
+
+
+def run_steps(model: Any, optimizer: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Time the steps of one request, each with the device drained before and after."""
+    import torch
+    import transformers
+
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    size = (request["warmup"] + request["steps"], request["rows"], request["length"])
+    batches = torch.randint(0, vocab_size, size, generator=generator).cuda()
+    milliseconds, losses = [], []
+
+    def step(input_ids: torch.Tensor) -> torch.Tensor:
+        loss = model(input_ids=input_ids, labels=input_ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    for index, input_ids in enumerate(batches):
+        if index == request["warmup"]:
+            torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss = step(input_ids)
+        torch.cuda.synchronize()
+        if index >= request["warmup"]:
+            milliseconds.append((time.perf_counter() - start) * 1e3)
+        losses.append(loss.item())
+    peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    if request["profile"]:
+        write_profile(lambda: step(batches[0]), Path(request["profile"]))
+    return {
+        "milliseconds": milliseconds,
+        "losses": losses,
+        "peak_allocated_gib": round(peaks[0] / 2**30, 2),
+        "peak_reserved_gib": round(peaks[1] / 2**30, 2),
+        "device": torch.cuda.get_device_name(),
+        "versions": f"torch {torch.__version__} transformers {transformers.__version__}",
+    }
+
+
+def write_profile(step: Any, path: Path) -> None:
+    """Write device time by kernel of one step, and the step's launches."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        step()
+        import torch
+
+        torch.cuda.synchronize()
+    averages = profiler.key_averages()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kernels = sorted(
+        (e for e in averages if e.device_type.name == "CUDA"),
+        key=lambda e: -e.self_device_time_total,
+    )
+    total = sum(e.self_device_time_total for e in kernels)
+    lines = [f"device busy {total / 1e3:.1f} ms, {sum(e.count for e in kernels)} kernels"]
+    lines += [
+        f"{e.self_device_time_total / 1e3:9.2f} ms {e.count:6} x {e.key[:110]}" for e in kernels[:60]
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def set_mode(model: Any, engine: str, mode: str) -> None:
+    """Choose what is recomputed."""
+    if engine == "tuneline":
+        from tuneline.kernels.patch import patch
+
+        report = patch(model, budget="auto" if mode == "free" else "lean")
+        assert not report.unfused, str(report)
+    elif engine == "unsloth":
+        checkpointing = "unsloth" if mode == "lean" else False
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = bool(checkpointing)
+    elif mode == "lean":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    else:
+        model.gradient_checkpointing_disable()
+    model.train()
+
+
+def base_model(shape: str) -> Any:
+    """Build the bf16 model on the device with seeded random weights."""
+    import torch
+    import transformers
+
+    family, sizes = SHAPES[shape]
+    config = getattr(transformers, f"{family}Config")(**sizes, dtype="bfloat16")
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def quantize(model: Any) -> None:
+    """Replace every linear but the head by NF4 with double quantisation."""
+    import bitsandbytes as bnb
+    import torch
+
+    for parent in list(model.modules()):
+        for name, linear in list(parent.named_children()):
+            if not isinstance(linear, torch.nn.Linear) or name == "lm_head":
+                continue
+            with torch.device("meta"):
+                quantised = bnb.nn.Linear4bit(
+                    linear.in_features,
+                    linear.out_features,
+                    bias=linear.bias is not None,
+                    compute_dtype=torch.bfloat16,
+                    compress_statistics=True,
+                    quant_type="nf4",
+                )
+            weight = linear.weight.data
+            quantised.weight = bnb.nn.Params4bit(
+                weight, requires_grad=False, compress_statistics=True, quant_type="nf4"
+            ).to("cuda")
+            quantised.bias = linear.bias
+            linear.weight = None
+            setattr(parent, name, quantised)
+    model.is_loaded_in_4bit = True
+
+
+def peft_model(shape: str, engine: str) -> Any:
+    """Build the model with LoRA in bf16, as TRL trains it, and Liger's kernels if asked for."""
+    from peft import LoraConfig, get_peft_model
+
+    if engine == "liger":
+        import liger_kernel.transformers as liger
+
+        family = SHAPES[shape][0].lower()
+        getattr(liger, f"apply_liger_kernel_to_{family}")()
+    model = base_model(shape)
+    quantize(model)
+    model.requires_grad_(False)
+    config = LoraConfig(
+        r=16,
+        lora_alpha=16,
+        target_modules=PHI_TARGETS if "phi" in shape else TARGETS,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def unsloth_model(shape: str) -> Any:
+    """Load the same weights through Unsloth, from a checkpoint written for it."""
+    import unsloth  # noqa: F401, I001  (before transformers, as it asks)
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from unsloth import FastLanguageModel
+    import torch
+
+    with tempfile.TemporaryDirectory() as directory:
+        base_model(shape).save_pretrained(directory)
+        torch.cuda.empty_cache()
+        vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3}
+        PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
+            bos_token="<s>",
+            eos_token="</s>",
+            pad_token="<pad>",
+            unk_token="<unk>",
+        ).save_pretrained(directory)
+        model, _ = FastLanguageModel.from_pretrained(
+            directory, max_seq_length=8192, dtype=torch.bfloat16, load_in_4bit=True
+        )
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=16,
+        lora_alpha=16,
+        target_modules=TARGETS,
+        use_gradient_checkpointing="unsloth",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The patched model on a GPU in bf16: no further from float32's truth than the stock model is."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+pytestmark = pytest.mark.gpu
+
+SIZES = {
+    "vocab_size": 1000,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=100)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
+    "phi3": (
+        Phi3ForCausalLM,
+        Phi3Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}, sliding_window=None),
+    ),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**SIZES, attn_implementation="eager")),
+}
+
+
+def make_model(family):
+    """Build a small model with LoRA whose B is not zero, in float32 on the GPU."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    cls, config = FAMILIES[family]
+    model = get_peft_model(cls(copy.deepcopy(config)), LoraConfig(r=8, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.02 * torch.randn_like(parameter)
+    return model.cuda().train()
+
+
+def gradients(model, inputs):
+    """Return the loss and the adapters' gradients in float64."""
+    model.zero_grad(set_to_none=True)
+    loss = model(**inputs).loss
+    loss.backward()
+    grads = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.double(), grads
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_error_is_at_most_the_stock_models(family, packed):
+    from tuneline.kernels.patch import patch, unpatch
+
+    generator = torch.Generator().manual_seed(2)
+    inputs = {"input_ids": torch.randint(1, 1000, (1 if packed else 2, 517), generator=generator)}
+    if packed:
+        lengths = (200, 1, 47, 269)
+        inputs["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    inputs = {name: value.cuda() for name, value in inputs.items()}
+    inputs |= {"labels": inputs["input_ids"], "use_cache": False}
+    model = make_model(family)
+    model.to(torch.bfloat16)
+    stock = gradients(model, inputs)
+    fused = {}
+    for budget in ("lean", "auto"):
+        report = patch(model, budget=budget)
+        assert len(report.fused) == 3, str(report)
+        fused[budget] = gradients(model, inputs)
+    unpatch(model)
+    truth = gradients(model.float(), inputs)
+    assert torch.equal(fused["lean"][0], fused["auto"][0])
+    errors = {"stock": 0.0, "fused": 0.0}
+    for name, want in truth[1].items():
+        assert torch.equal(fused["lean"][1][name], fused["auto"][1][name]), name
+        errors["fused"] += ((fused["auto"][1][name] - want).norm() / want.norm()).item()
+        errors["stock"] += ((stock[1][name] - want).norm() / want.norm()).item()
+    assert errors["fused"] <= 1.05 * errors["stock"], errors
+    assert (fused["auto"][0] - truth[0]).abs() <= (stock[0] - truth[0]).abs() + 2e-3 * truth[0]
+
+
+def test_the_host_stash_gives_back_what_it_took():
+    from tuneline.kernels.stash import HostStash
+
+    stash = HostStash()
+    parked = [torch.randn(64, 1024, 33, device="cuda") for _ in range(4)]
+    truth = [x.clone() for x in parked]
+    tickets = [stash.put(x) for x in parked]
+    parked = [None] * 4
+    noise = [torch.randn(64, 1024, 33, device="cuda") for _ in range(4)]
+    for i in (3, 2, 1, 0):
+        assert torch.equal(stash.get(tickets[i]), truth[i])
+    assert torch.equal(stash.get(tickets[2]), truth[2])
+    assert len(noise) == 4
