@@ -6,7 +6,8 @@ not an artifact. Records are strict: a producer and a consumer that disagree fai
     artifact     record            other files
     -----------  ----------------  -----------------------------------------------------------
     base_model   origin.json       config.json, *.safetensors, tokenizer files
-    dataset      dataset.json      train.parquet, eval.parquet, heldout.jsonl, rejected.jsonl
+    dataset      dataset.json      train.parquet, eval.parquet, heldout.jsonl, rejected.jsonl,
+                                    chat_template.jinja
     adapter      training.json     adapter_config.json, adapter_model.safetensors, tokenizer
     merged       merge.json        config.json, *.safetensors, tokenizer files
     quantized    quantized.json    one .gguf file, or a GPTQ checkpoint
@@ -36,6 +37,8 @@ TRAIN_FILE = "train.parquet"
 EVAL_FILE = "eval.parquet"
 HELDOUT_FILE = "heldout.jsonl"
 REJECTED_FILE = "rejected.jsonl"
+# Beside the data set when the recipe names a template: it replaces the tokenizer's own.
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 SAMPLES_DIR = "samples"
 GENERATIONS_FILE = "generations.jsonl"
 
@@ -152,6 +155,10 @@ class DatasetManifest(Record):
     """Share of all tokens that truncation to max_seq_length loses, 0 to 1."""
     num_overlong_rows: int = 0
     """Rows left out because truncation would leave no token to learn."""
+    num_leaking_rows: int = 0
+    """Rows left out because a held-out row is the same."""
+    end_of_turn: str = ""
+    """What the template puts after an answer, e.g. <|im_end|>: where generation has to stop."""
     licence: str | None = None
     sha256: str
     """Hash of the checked rows in order, of the template and of the split."""

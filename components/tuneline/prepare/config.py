@@ -20,7 +20,7 @@ class HeldoutConfig(StrictModel):
     """Another source in the same format; default: rows split off the data set itself."""
     split: str | None = None
     """Hub sources only: the split's name."""
-    max_rows: int = Field(200, ge=0)
+    max_rows: int = Field(default=200, ge=0)
     """How many rows; 0 for none. With a source of its own: its first rows."""
 
 
@@ -35,6 +35,8 @@ class PrepareConfig(StrictModel):
     """Our column name -> the source's, e.g. {prompt: question, completion: answer}."""
     split: str = "train"
     """Hub sources only: the split's name."""
+    subset: str | None = None
+    """Hub sources only: the name of one of several subsets, e.g. main of openai/gsm8k."""
     revision: str | None = None
     """Hub sources only: branch, tag or commit."""
     template: Template = "tokenizer"
@@ -45,13 +47,13 @@ class PrepareConfig(StrictModel):
     """answers: completion or assistant tokens only, end of turn included; all: every token."""
     max_seq_length: int | Literal["auto"] = 2048
     """Tokens a row is cut to; auto: the length that 99 % of the rows fit in."""
-    eval_share: float = Field(0.05, ge=0, le=0.5)
+    eval_share: float = Field(default=0.05, ge=0, le=0.5)
     """Share of the rows kept for the evaluation loss during training."""
-    max_eval_rows: int = Field(500, ge=0)
+    max_eval_rows: int = Field(default=500, ge=0)
     heldout: HeldoutConfig = HeldoutConfig()
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(default=None, ge=1)
     """Take only so many rows, drawn by the seed; default: all."""
-    max_rejected_share: float = Field(0.01, ge=0, le=1)
+    max_rejected_share: float = Field(default=0.01, ge=0, le=1)
     """The step fails when a larger share of the rows is not usable."""
     seed: int = 3407
     """Decides the splits and the order."""

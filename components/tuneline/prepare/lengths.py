@@ -1,0 +1,76 @@
+"""Length statistics, and what truncation does to rows."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from tuneline.artifacts import LengthStatistics
+from tuneline.prepare.tokenise import TokenRow
+
+# Lengths are rounded up to it: tensor cores and packing like multiples of 64.
+_MULTIPLE = 64
+_NUM_BINS = 40
+
+
+def statistics(lengths: Sequence[int]) -> LengthStatistics:
+    """Describe the lengths of rows in tokens; there must be one at least."""
+    import numpy
+
+    values = numpy.asarray(lengths)
+    shortest, longest = int(values.min()), int(values.max())
+    width = max(1, math.ceil((longest - shortest + 1) / _NUM_BINS))
+    first = shortest // width
+    counts = numpy.bincount(values // width - first)
+    return LengthStatistics(
+        mean=round(float(values.mean()), 2),
+        median=float(numpy.median(values)),
+        p95=round(float(numpy.percentile(values, 95)), 2),
+        p99=round(float(numpy.percentile(values, 99)), 2),
+        max=longest,
+        histogram=[
+            (index * width, (index + 1) * width, int(count))
+            for index, count in enumerate(counts, first)
+        ],
+    )
+
+
+def recommend(lengths: LengthStatistics, longest_allowed: int) -> int:
+    """Return the length that 99 % of the rows fit in, rounded up to a multiple of 64."""
+    return min(_MULTIPLE * math.ceil(lengths.p99 / _MULTIPLE), longest_allowed)
+
+
+def fit(row: TokenRow, max_seq_length: int, *, is_document: bool) -> Iterator[TokenRow]:
+    """Yield what is kept of a row.
+
+    The head of a conversation is kept, and nothing when no token is left that the loss counts.
+    Documents have no head that matters more: they are cut into pieces, nothing is lost but a
+    last piece of one token, which has nothing to predict it from.
+    """
+    if is_document:
+        for start in range(0, len(row.input_ids), max_seq_length):
+            end = start + max_seq_length
+            if len(row.input_ids[start:end]) > 1:
+                yield TokenRow(row.input_ids[start:end], row.loss_mask[start:end])
+    elif row.answers is not None:
+        room = max_seq_length - len(row.input_ids)
+        if room > 0:
+            chosen, rejected = row.answers
+            yield TokenRow(row.input_ids, [], (chosen[:room], rejected[:room]))
+    elif any(row.loss_mask[:max_seq_length]):
+        yield TokenRow(row.input_ids[:max_seq_length], row.loss_mask[:max_seq_length])
+
+
+def num_tokens(row: TokenRow) -> int:
+    """Return the tokens that a row stores."""
+    return len(row.input_ids) + sum(map(len, row.answers or ()))
+
+
+def num_loss_tokens(row: TokenRow) -> int:
+    """Return the tokens that the loss counts; for preferences both answers."""
+    return sum(row.loss_mask) + sum(map(len, row.answers or ()))
+
+
+def num_tokens_needed(row: TokenRow) -> int:
+    """Return the length at which one token is left that the loss counts."""
+    if row.answers is not None:
+        return len(row.input_ids) + 1
+    return row.loss_mask.index(1) + 1 if 1 in row.loss_mask else len(row.loss_mask) + 1

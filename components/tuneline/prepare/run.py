@@ -1,0 +1,365 @@
+"""Turn a source of rows into token ids, held-out prompts and a page of statistics."""
+
+import hashlib
+import logging
+import shutil
+import time
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from tuneline.artifacts import (
+    CHAT_TEMPLATE_FILE,
+    EVAL_FILE,
+    HELDOUT_FILE,
+    REJECTED_FILE,
+    TRAIN_FILE,
+    DatasetManifest,
+    LengthStatistics,
+    new_directory,
+    read_jsonl,
+    write_jsonl,
+)
+from tuneline.errors import DataError, ModelError
+from tuneline.prepare import formats, lengths, parquet
+from tuneline.prepare.config import PrepareConfig
+from tuneline.prepare.intake import Intake, take_in
+from tuneline.prepare.render import Rendered, Renderer
+from tuneline.prepare.source import SourceRow, find_files, read_rows
+from tuneline.prepare.split import MAX_HELDOUT_SHARE, Split, split
+from tuneline.prepare.spool import Spool
+from tuneline.prepare.templates import use_template
+from tuneline.prepare.tokenise import TokenRow, tokenise
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 256
+# What transformers gives a tokenizer whose model has no limit is larger than this.
+_NO_LIMIT = 10**9
+_NUM_SAMPLES = 4
+
+
+def run(
+    config: PrepareConfig,
+    *,
+    source: str,
+    base_model_dir: str,
+    dataset_dir: str,
+    statistics_path: str,
+) -> DatasetManifest:
+    """Prepare the data set that `source` names for the model in `base_model_dir`.
+
+    Args:
+        config: the recipe's part.
+        source: a Hub id, a file, a directory, a glob of files or builtin:NAME.
+        base_model_dir: the fetched model; its tokenizer and template are used.
+        dataset_dir: where the data set is put; must not exist or be empty.
+        statistics_path: the HTML page.
+
+    Raises:
+        DataError: the rows cannot be used, or nothing would be left to learn.
+        ModelError: the model's tokenizer cannot be used.
+        HubError: the Hub could not be reached.
+    """
+    started = time.monotonic()
+    formats.check_names(config.format, config.columns, config.method)
+    for name in filter(None, (source, config.heldout.source)):
+        find_files(name)
+    tokenizer, longest_allowed = _load_tokenizer(base_model_dir)
+    template = "" if config.method == "cpt" else use_template(tokenizer, config.template)
+    if config.method == "cpt":
+        for name in ("template", "system_prompt", "loss_on"):
+            if name in config.model_fields_set:
+                logger.warning("prepare.%s is ignored: method cpt trains on raw text", name)
+    elif config.method == "dpo" and "loss_on" in config.model_fields_set:
+        logger.warning("prepare.loss_on is ignored: method dpo compares whole answers")
+
+    with new_directory(dataset_dir) as target:
+        work = target / ".work"
+        work.mkdir()
+        with (
+            Spool(work / "rows.jsonl") as spool,
+            open(target / REJECTED_FILE, "w", encoding="utf-8") as rejected,
+        ):
+            intake, parts = _collect(source, config, Renderer(tokenizer), spool, rejected)
+            digest = hashlib.sha256(template.encode())
+            digest.update(f"{config.method} {config.loss_on} {config.template}".encode())
+            heldout = _read_heldout(spool, parts.heldout, digest)
+            sizes = array("l")
+            for name, indices in ((TRAIN_FILE, parts.train), (EVAL_FILE, parts.eval)):
+                digest.update(name.encode())
+                rows = _tokens(spool, indices, tokenizer, config, digest, sizes)
+                parquet.write(work / name, rows, method=config.method)
+        if not sizes:
+            raise DataError(
+                f"{source}: all {parts.num_leaking} rows are the same as held-out rows, and none "
+                "is left to train on: name another prepare.heldout.source"
+            )
+        statistics = lengths.statistics(sizes)
+        recommended = lengths.recommend(statistics, longest_allowed)
+        max_seq_length = _choose_length(config, recommended, longest_allowed)
+        digest.update(f"max_seq_length {max_seq_length}".encode())
+        cut = {
+            name: _cut(work / name, target / name, max_seq_length, config.method)
+            for name in (TRAIN_FILE, EVAL_FILE)
+        }
+        train, evaluation = cut[TRAIN_FILE], cut[EVAL_FILE]
+        if train.num_rows == 0:
+            _explain_too_long(source, statistics, train, max_seq_length)
+        write_jsonl(target / HELDOUT_FILE, heldout)
+        if template and config.template != "tokenizer":
+            (target / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+        shutil.rmtree(work)
+        all_tokens = train.num_source_tokens + evaluation.num_source_tokens
+        lost = all_tokens - train.num_tokens - evaluation.num_tokens
+        manifest = DatasetManifest(
+            source=source,
+            method=config.method,
+            format=intake.format,
+            template=config.template if template else "none",
+            loss_on="all" if config.method == "cpt" else config.loss_on,
+            num_train_rows=train.num_rows,
+            num_eval_rows=evaluation.num_rows,
+            num_heldout_rows=len(heldout),
+            num_rejected_rows=intake.num_rejected,
+            num_tokens=train.num_tokens,
+            num_loss_tokens=train.num_loss_tokens,
+            lengths=statistics,
+            max_seq_length=max_seq_length,
+            recommended_max_seq_length=recommended,
+            truncated_token_share=round(lost / all_tokens, 6),
+            num_overlong_rows=train.num_overlong_rows + evaluation.num_overlong_rows,
+            num_leaking_rows=parts.num_leaking,
+            end_of_turn=_end_of_turn(heldout, template, tokenizer, config),
+            licence=config.licence,
+            sha256=digest.hexdigest(),
+            seconds=round(time.monotonic() - started, 3),
+        )
+        manifest.write(target)
+        _write_page(target, tokenizer, manifest, Path(statistics_path))
+    _log(manifest)
+    return manifest
+
+
+def _load_tokenizer(base_model_dir: str) -> tuple[Any, int]:
+    """Return the model's tokenizer and the longest row that the model can hold."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = Path(base_model_dir)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json: name the directory that fetch made")
+    names = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
+    if not any((path / name).is_file() for name in names):
+        raise ModelError(
+            f"{path} has no tokenizer (no tokenizer.json or tokenizer.model): copy the tokenizer "
+            "files of the model it was made from beside its weights"
+        )
+    trusted = _runs_own_code(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
+        model_config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(
+            f"the tokenizer in {path} cannot be loaded ({' '.join(str(error).split())[:200]}): "
+            "fetch the model again"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer in {path} has no fast form (tokenizer.json), and the loss mask needs "
+            "the places of tokens in the text that only the fast ones know: convert it first"
+        )
+    limits = [tokenizer.model_max_length]
+    limits.append(getattr(model_config, "max_position_embeddings", None) or _NO_LIMIT)
+    return tokenizer, int(min(*limits, _NO_LIMIT))
+
+
+def _runs_own_code(path: Path) -> bool:
+    from tuneline.artifacts import ModelOrigin
+
+    return (path / ModelOrigin.filename).is_file() and ModelOrigin.read(path).runs_own_code
+
+
+def _collect(
+    source: str, config: PrepareConfig, renderer: Renderer, spool: Spool, rejected: IO[str]
+) -> tuple[Intake, Split]:
+    """Read all rows into the spool and deal them."""
+
+    def take(rows: Iterator[SourceRow], name: str, format: str, limit: int | None) -> Intake:
+        return take_in(
+            rows,
+            config,
+            source=name,
+            format=format,
+            renderer=renderer,
+            spool=spool,
+            rejected=rejected,
+            max_rows=limit,
+        )
+
+    rows = read_rows(source, split=config.split, subset=config.subset, revision=config.revision)
+    wanted = config.heldout.max_rows
+    own: range | None = None
+    if source.startswith("builtin:"):
+        # A built-in's last rows are made to be held out, whatever the seed.
+        from tuneline.prepare import quantities
+
+        everything = list(rows)
+        num_train = len(everything) - quantities.num_heldout()
+        intake = take(iter(everything[:num_train]), source, config.format, None)
+        if config.heldout.source is None:
+            if wanted:
+                take(iter(everything[num_train:]), source, intake.format, wanted)
+            own = range(num_train, len(spool))
+    else:
+        intake = take(rows, source, config.format, None)
+    num_rows = len(spool) if own is None else own.start
+    if config.heldout.source is not None:
+        if wanted:
+            rows = read_rows(
+                config.heldout.source,
+                split=config.heldout.split or config.split,
+                subset=config.subset,
+                revision=config.revision,
+            )
+            held = take(rows, config.heldout.source, intake.format, wanted)
+            intake.num_rejected += held.num_rejected
+        own = range(num_rows, len(spool))
+    parts = split(num_rows, config, own_heldout=own, digest=spool.digest)
+    if own is None and len(parts.heldout) < wanted:
+        logger.warning(
+            "prepare.heldout.max_rows asks for %d rows, and %d are held out: at most %.0f %% of "
+            "the data set is, unless prepare.heldout.source names other rows",
+            wanted,
+            len(parts.heldout),
+            100 * MAX_HELDOUT_SHARE,
+        )
+    return intake, parts
+
+
+def _read_heldout(spool: Spool, indices: Sequence[int], digest: Any) -> list[dict[str, Any]]:
+    rows = []
+    for line, values in spool.read(indices):
+        digest.update(line)
+        rows.append(Rendered.from_json(values).heldout_row())
+    return rows
+
+
+def _tokens(
+    spool: Spool,
+    indices: Sequence[int],
+    tokenizer: Any,
+    config: PrepareConfig,
+    digest: Any,
+    sizes: array,
+) -> Iterator[TokenRow]:
+    """Yield the token rows of some rows of the spool, and note their lengths."""
+    lines = spool.read(indices)
+    while batch := list(islice(lines, _BATCH)):
+        for line, _ in batch:
+            digest.update(line)
+        rendered = [Rendered.from_json(values) for _, values in batch]
+        for row in tokenise(tokenizer, rendered, loss_on=config.loss_on):
+            sizes.append(len(row))
+            yield row
+
+
+@dataclass
+class _Cut:
+    num_rows: int = 0
+    num_overlong_rows: int = 0
+    num_source_tokens: int = 0
+    num_tokens: int = 0
+    num_loss_tokens: int = 0
+    shortest_that_fits: int = _NO_LIMIT
+    """Tokens that keep one token to learn of at least one row left out."""
+
+
+def _cut(source: Path, target: Path, max_seq_length: int, method: str) -> _Cut:
+    """Copy rows, cut to the length, and count what is kept."""
+    counts = _Cut()
+
+    def kept(rows: Iterable[TokenRow]) -> Iterator[TokenRow]:
+        for row in rows:
+            counts.num_source_tokens += lengths.num_tokens(row)
+            pieces = list(lengths.fit(row, max_seq_length, is_document=method == "cpt"))
+            if not pieces:
+                counts.num_overlong_rows += 1
+                counts.shortest_that_fits = min(
+                    counts.shortest_that_fits, lengths.num_tokens_needed(row)
+                )
+            for piece in pieces:
+                counts.num_tokens += lengths.num_tokens(piece)
+                counts.num_loss_tokens += lengths.num_loss_tokens(piece)
+                yield piece
+
+    counts.num_rows = parquet.write(
+        target, kept(parquet.read(source, method=method)), method=method
+    )
+    return counts
+
+
+def _choose_length(config: PrepareConfig, recommended: int, longest_allowed: int) -> int:
+    if config.max_seq_length == "auto":
+        return recommended
+    if config.max_seq_length > longest_allowed:
+        logger.warning(
+            "prepare.max_seq_length %d is more than the model's %d positions: %d is used",
+            config.max_seq_length,
+            longest_allowed,
+            longest_allowed,
+        )
+    return min(config.max_seq_length, longest_allowed)
+
+
+def _explain_too_long(
+    source: str, statistics: LengthStatistics, train: _Cut, max_seq_length: int
+) -> None:
+    raise DataError(
+        f"all {train.num_overlong_rows} training rows of {source} are longer than max_seq_length "
+        f"{max_seq_length} before their answer begins, so nothing is left to learn: set "
+        f"prepare.max_seq_length to {statistics.max} (fits every row) or 'auto'; the first row "
+        f"has an answer from {train.shortest_that_fits} tokens on"
+    )
+
+
+def _end_of_turn(
+    heldout: list[dict[str, Any]], template: str, tokenizer: Any, config: PrepareConfig
+) -> str:
+    """Return what ends an answer, from a conversation of one question."""
+    if not template:
+        return ""
+    if heldout:
+        return heldout[0]["end"]
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    example = formats.Example(messages=messages)
+    return Renderer(tokenizer).render(example).heldout_row()["end"]
+
+
+def _write_page(target: Path, tokenizer: Any, manifest: DatasetManifest, path: Path) -> None:
+    from tuneline.prepare.statistics_page import render
+
+    samples = list(islice(parquet.read(target / TRAIN_FILE, method=manifest.method), _NUM_SAMPLES))
+    rejected = read_jsonl(target / REJECTED_FILE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(manifest, tokenizer, samples, rejected), encoding="utf-8")
+
+
+def _log(manifest: DatasetManifest) -> None:
+    logger.info(
+        "prepared %s (%s): %d rows to train on, %d to evaluate, %d held out, %d rejected; "
+        "%d tokens, %d of them learnt; max_seq_length %d loses %.2f %% of the tokens; %.1f s",
+        manifest.source,
+        manifest.format,
+        manifest.num_train_rows,
+        manifest.num_eval_rows,
+        manifest.num_heldout_rows,
+        manifest.num_rejected_rows,
+        manifest.num_tokens,
+        manifest.num_loss_tokens,
+        manifest.max_seq_length,
+        100 * manifest.truncated_token_share,
+        manifest.seconds,
+    )

@@ -1,0 +1,130 @@
+"""The page that shows what was prepared: counts, lengths, rejected rows, and samples."""
+
+import itertools
+from html import escape
+from typing import Any
+
+from tuneline import page, units
+from tuneline.artifacts import DatasetManifest
+from tuneline.prepare.tokenise import TokenRow
+
+_NUM_REJECTED_SHOWN = 50
+_NUM_SAMPLE_TOKENS = 600
+_WRAPPED = "white-space: pre-wrap; overflow-wrap: anywhere"
+
+
+def render(
+    manifest: DatasetManifest, tokenizer: Any, samples: list[TokenRow], rejected: list[dict]
+) -> str:
+    """Return the page as HTML.
+
+    Args:
+        manifest: the data set's record.
+        tokenizer: decodes the samples.
+        samples: a few rows of train.parquet.
+        rejected: the rows of rejected.jsonl.
+    """
+    return page.render_page(
+        "Data set",
+        [_lengths(manifest), _samples(manifest, tokenizer, samples), _rejected(manifest, rejected)],
+        subtitle=f"{manifest.source} - {manifest.format}, method {manifest.method}, "
+        f"template {manifest.template}",
+        lead=page.tiles(_counts(manifest)),
+    )
+
+
+def _counts(manifest: DatasetManifest) -> list[tuple[str, str, str]]:
+    learnt = manifest.num_loss_tokens / max(1, manifest.num_tokens)
+    return [
+        ("training", units.count(manifest.num_train_rows), "rows"),
+        ("evaluation", units.count(manifest.num_eval_rows), "rows, for the loss while training"),
+        ("held out", units.count(manifest.num_heldout_rows), "rows, the benchmark"),
+        ("rejected", units.count(manifest.num_rejected_rows), "rows that cannot be used"),
+        ("tokens", units.count(manifest.num_tokens), f"{learnt:.0%} of them learnt"),
+        ("max_seq_length", units.count(manifest.max_seq_length), _lost(manifest)),
+    ]
+
+
+def _lost(manifest: DatasetManifest) -> str:
+    return f"loses {manifest.truncated_token_share:.2%} of the tokens"
+
+
+def _lengths(manifest: DatasetManifest) -> str:
+    lengths = manifest.lengths
+    chart = page.histogram(
+        lengths.histogram,
+        x_label="tokens",
+        y_label="rows",
+        markers={
+            "p95": lengths.p95,
+            "p99": lengths.p99,
+            "max_seq_length": manifest.max_seq_length,
+        },
+    )
+    table = page.table(
+        ["mean", "median", "p95", "p99", "longest", "recommended max_seq_length"],
+        [
+            [
+                f"{lengths.mean:,.1f}",
+                f"{lengths.median:,.1f}",
+                f"{lengths.p95:,.1f}",
+                f"{lengths.p99:,.1f}",
+                units.count(lengths.max),
+                units.count(manifest.recommended_max_seq_length),
+            ]
+        ],
+        numeric=range(6),
+    )
+    notes = []
+    if manifest.num_overlong_rows:
+        notes.append(
+            f"{manifest.num_overlong_rows} rows are left out: cut to max_seq_length they have no "
+            "token left to learn."
+        )
+    if manifest.num_leaking_rows:
+        notes.append(f"{manifest.num_leaking_rows} rows are left out: a held-out row is the same.")
+    return page.section(
+        "Row lengths", chart, table, *map(page.paragraph, notes), note="before truncation"
+    )
+
+
+def _samples(manifest: DatasetManifest, tokenizer: Any, samples: list[TokenRow]) -> str:
+    shown = [f'<pre style="{_WRAPPED}">{_marked(tokenizer, row)}</pre>' for row in samples]
+    return page.section(
+        "Samples", *shown, note="as the model reads them; the loss counts what is marked"
+    )
+
+
+def _marked(tokenizer: Any, row: TokenRow) -> str:
+    if row.answers is not None:
+        prompt, chosen, rejected = (
+            escape(tokenizer.decode(ids[:_NUM_SAMPLE_TOKENS]))
+            for ids in (row.input_ids, *row.answers)
+        )
+        return (
+            f"{prompt}\n\n<b>chosen</b>\n<mark>{chosen}</mark>"
+            f"\n\n<b>rejected</b>\n<mark>{rejected}</mark>"
+        )
+    parts = []
+    tokens = list(zip(row.input_ids, row.loss_mask, strict=True))[:_NUM_SAMPLE_TOKENS]
+    for is_learnt, run in itertools.groupby(tokens, key=lambda token: token[1]):
+        text = escape(tokenizer.decode([token for token, _ in run]))
+        parts.append(f"<mark>{text}</mark>" if is_learnt else text)
+    more = len(row.input_ids) - len(tokens)
+    return "".join(parts) + (f" ... and {more} tokens more" if more else "")
+
+
+def _rejected(manifest: DatasetManifest, rejected: list[dict]) -> str:
+    if not rejected:
+        return page.section("Rejected rows", page.paragraph("None: every row could be used."))
+    table = page.table(
+        ["file", "line", "reason", "row"],
+        [
+            [entry["source"], str(entry["line"]), entry["reason"], entry["row"][:120]]
+            for entry in rejected[:_NUM_REJECTED_SHOWN]
+        ],
+        numeric=[1],
+    )
+    more = len(rejected) - _NUM_REJECTED_SHOWN
+    note = f"the first {_NUM_REJECTED_SHOWN} of {len(rejected)}" if more > 0 else ""
+    return page.section("Rejected rows", table, note=note)

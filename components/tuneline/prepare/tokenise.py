@@ -1,0 +1,104 @@
+"""Turn rendered rows into token ids with the loss mask, in batches."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tuneline.prepare.render import Piece, Rendered
+
+
+@dataclass
+class TokenRow:
+    """One row of train.parquet before truncation."""
+
+    input_ids: list[int] = field(default_factory=list)
+    loss_mask: list[int] = field(default_factory=list)
+    """1 where the loss counts the token."""
+    answers: tuple[list[int], list[int]] | None = None
+    """dpo: chosen and rejected ids; `input_ids` is the prompt then, its mask is empty."""
+
+    def __len__(self) -> int:
+        """Return the tokens that the model has to hold at once."""
+        if self.answers is None:
+            return len(self.input_ids)
+        return len(self.input_ids) + max(map(len, self.answers))
+
+
+def tokenise(tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str) -> Iterator[TokenRow]:
+    """Yield the token rows of a batch of rendered rows; one of these may give several."""
+    if not rows:
+        return
+    if rows[0].preference is not None:
+        yield from _preferences(tokenizer, rows)
+    elif rows[0].text is not None:
+        yield from _texts(tokenizer, [row.text or "" for row in rows])
+    else:
+        pieces = [piece for row in rows for piece in row.pieces or []]
+        encoded = tokenizer(
+            [piece.text for piece in pieces],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        for piece, ids, offsets in zip(
+            pieces, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            mask = [1] * len(ids) if loss_on == "all" else answer_mask(piece, offsets)
+            yield TokenRow(ids, mask)
+
+
+def answer_mask(piece: Piece, offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """Return 1 for each token that has a character of an answer or of its end of turn.
+
+    Args:
+        piece: the text and its answers.
+        offsets: (first character, behind the last) of each token, in order. Byte-level tokenizers
+            leave the white space in front of a word out of them: a token counts from the end of
+            the token before it.
+    """
+    mask = [0] * len(offsets)
+    answers = iter(piece.answers)
+    answer = next(answers, None)
+    previous_end = 0
+    for index, (first, end) in enumerate(offsets):
+        first = min(first, previous_end)
+        previous_end = max(previous_end, end)
+        while answer is not None and first >= answer.end:
+            answer = next(answers, None)
+        if answer is None:
+            break
+        # Equal only for a character that several tokens make up.
+        mask[index] = int(end > answer.start and first < answer.end)
+    return mask
+
+
+def _texts(tokenizer: Any, texts: list[str]) -> Iterator[TokenRow]:
+    """Tokenise documents, each with an end, so that packed neighbours can be told apart."""
+    encoded = tokenizer(texts, return_attention_mask=False, verbose=False)
+    for ids in encoded["input_ids"]:
+        if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
+            ids = [*ids, tokenizer.eos_token_id]
+        yield TokenRow(ids, [1] * len(ids))
+
+
+def _preferences(tokenizer: Any, rows: Sequence[Rendered]) -> Iterator[TokenRow]:
+    def ids_of(texts: list[str]) -> list[list[int]]:
+        return tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+
+    triples = [row.preference for row in rows if row.preference is not None]
+    prompts = ids_of([prompt for prompt, _, _ in triples])
+    whole = [ids_of([triple[0] + triple[which] for triple in triples]) for which in (1, 2)]
+    for index, prompt_ids in enumerate(prompts):
+        answers = []
+        for which in (1, 2):
+            ids = whole[which - 1][index]
+            if ids[: len(prompt_ids)] == prompt_ids:
+                answers.append(ids[len(prompt_ids) :])
+            else:
+                # A token would reach from the prompt into the answer. The prompt has to be the
+                # same for both answers, so the two parts are tokenised apart.
+                answers.append(ids_of([triples[index][which]])[0])
+        yield TokenRow(prompt_ids, [], (answers[0], answers[1]))
