@@ -327,7 +327,8 @@ def write_profile(step: Any, path: Path) -> None:
     total = sum(e.self_device_time_total for e in kernels)
     lines = [f"device busy {total / 1e3:.1f} ms, {sum(e.count for e in kernels)} kernels"]
     lines += [
-        f"{e.self_device_time_total / 1e3:9.2f} ms {e.count:6} x {e.key[:110]}" for e in kernels[:60]
+        f"{e.self_device_time_total / 1e3:9.2f} ms {e.count:6} x {e.key[:110]}"
+        for e in kernels[:60]
     ]
     path.write_text("\n".join(lines) + "\n")
 

@@ -167,13 +167,8 @@ def attention_reference(
 ) -> Tensor:
     """Compute the module's equation one sequence at a time, [B, T, H, D]."""
     lengths = plan.sequence_lengths or (q_BTHD.shape[1],)
-    outputs = [
-        _one_sequence(q, k, v, config)
-        for q, k, v in zip(
-            q_BTHD.split(lengths, 1), k_BTGD.split(lengths, 1), v_BTGD.split(lengths, 1), strict=True
-        )
-    ]
-    return torch.cat(outputs, 1)
+    sequences = zip(*(t.split(lengths, 1) for t in (q_BTHD, k_BTGD, v_BTGD)), strict=True)
+    return torch.cat([_one_sequence(q, k, v, config) for q, k, v in sequences], 1)
 
 
 def _one_sequence(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Tensor:

@@ -1,7 +1,8 @@
 """LoRA folded into the base GEMM by widening it along K.
 
 A *group* is the linears that share one input: q, k, v; o; gate, up; down. With stacked outputs N,
-input width K and the adapters' ranks side by side (R, padded with zeros to P, a power of two from 64 on):
+input width K and the adapters' ranks side by side (R, padded with zeros to P, a power of two
+from 64 on):
 
     X' = [X | X A^T]            [T, K + P]
     W' = [W | blockdiag(s B)]   [N, K + P]
@@ -220,7 +221,7 @@ def pack_reference(group: LoraGroup, arena: Tensor) -> None:
 
 
 def _mm_wide(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b without rounding the sum to 16 bits where the GEMM can avoid it."""
+    """Return a @ b without rounding the sum to 16 bits where the GEMM can avoid it."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)
@@ -292,28 +293,29 @@ def _pack_kernel(
         out = arena_ptr + row[:, None].to(tl.int64) * stride + num_in + p[None, :]
         tl.store(out, value.to(arena_ptr.dtype.element_ty), (row < num_out)[:, None])
     else:
+        # Triton 3.6 wants a name that both branches bind to have one type: other names here.
         column = (pid - num_row_blocks) * BLOCK + block
         inside = (column < num_in)[None, :]
-        value = tl.zeros([P, BLOCK], dtype=tl.float32)
+        a_value = tl.zeros([P, BLOCK], dtype=tl.float32)
         if R0 > 0:
-            mask = (p < R0)[:, None] & inside
-            value += tl.load(a0_ptr + p[:, None] * num_in + column[None, :], mask, 0.0).to(
+            a_mask = (p < R0)[:, None] & inside
+            a_value += tl.load(a0_ptr + p[:, None] * num_in + column[None, :], a_mask, 0.0).to(
                 tl.float32
             )
         if R1 > 0:
-            c = p - R0
-            mask = ((c >= 0) & (c < R1))[:, None] & inside
-            value += tl.load(a1_ptr + c[:, None] * num_in + column[None, :], mask, 0.0).to(
+            a_row = p - R0
+            a_mask = ((a_row >= 0) & (a_row < R1))[:, None] & inside
+            a_value += tl.load(a1_ptr + a_row[:, None] * num_in + column[None, :], a_mask, 0.0).to(
                 tl.float32
             )
         if R2 > 0:
-            c = p - R0 - R1
-            mask = ((c >= 0) & (c < R2))[:, None] & inside
-            value += tl.load(a2_ptr + c[:, None] * num_in + column[None, :], mask, 0.0).to(
+            a_row = p - R0 - R1
+            a_mask = ((a_row >= 0) & (a_row < R2))[:, None] & inside
+            a_value += tl.load(a2_ptr + a_row[:, None] * num_in + column[None, :], a_mask, 0.0).to(
                 tl.float32
             )
-        out = arena_ptr + (num_out + p)[:, None].to(tl.int64) * stride + column[None, :]
-        tl.store(out, value.to(arena_ptr.dtype.element_ty), (column < num_in + P)[None, :])
+        a_out = arena_ptr + (num_out + p)[:, None].to(tl.int64) * stride + column[None, :]
+        tl.store(a_out, a_value.to(arena_ptr.dtype.element_ty), (column < num_in + P)[None, :])
 
 
 def _pack_triton(group: LoraGroup, arena: Tensor) -> None:
