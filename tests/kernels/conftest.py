@@ -20,3 +20,40 @@ def device() -> str:
 def generator(device: str) -> torch.Generator:
     """Return a seeded generator on the device."""
     return torch.Generator(device).manual_seed(1234)
+
+
+_ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1.25 * 2**-9}
+"""Relative error allowed: float32 sums in another order; 1.25 bfloat16 roundings (2^-9 at worst)."""
+
+
+@pytest.fixture
+def assert_near():
+    """Return a check of values against a float64 truth, by the norm of the error.
+
+    The error may be the dtype's rounding, or the stock implementation's own error where one is
+    given. NaN never passes.
+    """
+
+    def check(actual: torch.Tensor, truth: torch.Tensor, stock: torch.Tensor | None = None) -> None:
+        assert truth.dtype == torch.float64
+        assert actual.shape == truth.shape
+        error = (actual.double() - truth).norm().item()
+        allowed = _ROUNDING[actual.dtype] * truth.norm().item() + 1e-12
+        if stock is not None:
+            allowed = max(allowed, 1.01 * (stock.double() - truth).norm().item())
+        assert error <= allowed
+
+    return check
+
+
+@pytest.fixture(
+    params=[
+        torch.float32,
+        # the interpreter truncates to bfloat16 where the hardware rounds
+        pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
+    ],
+    ids=["float32", "bfloat16"],
+)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Return each dtype the kernels can be checked in on this machine."""
+    return request.param

@@ -172,6 +172,7 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, eps, gemma):  # noqa: D102
+        ctx.set_materialize_grads(False)
         y, s, rstd = rms_norm_forward(x, weight, eps, residual=residual, gemma=gemma)
         ctx.save_for_backward(x if s is None else s, weight, rstd)
         ctx.gemma, ctx.has_residual = gemma, residual is not None
@@ -180,6 +181,8 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, ds=None):  # noqa: D102
         x, weight, rstd = ctx.saved_tensors
+        if dy is None:  # only the new residual was used
+            return ds, ds, None, None, None
         dx, dweight = rms_norm_backward(
             dy, x, weight, rstd, gemma=ctx.gemma, dresidual=ds, need_dweight=ctx.needs_input_grad[2]
         )
