@@ -1,0 +1,188 @@
+"""Make GPTQ checkpoints with gptqmodel, and load them again through transformers."""
+
+import json
+import logging
+import math
+import os
+import struct
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from tuneline.artifacts import QuantizedModel
+from tuneline.errors import ModelError, ProofError, ToolError
+from tuneline.quantize import generation
+
+logger = logging.getLogger(__name__)
+
+GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
+"""What the kernels know, the largest first."""
+MIN_ROW_TOKENS = 10
+"""gptqmodel leaves out calibration rows that are shorter."""
+
+
+def quantize(
+    model_dir: Path,
+    target: Path,
+    *,
+    format: str,
+    rows: list[list[int]],
+    group_size: int,
+    desc_act: bool,
+    prompt: str,
+    num_tokens: int,
+) -> QuantizedModel:
+    """Quantise on the calibration `rows` of token ids, reload and generate.
+
+    Raises:
+        ModelError: no group size fits the model's layers.
+        ToolError: gptqmodel is missing or failed.
+        ProofError: the checkpoint does not load, or does not answer.
+    """
+    bits = int(format.removeprefix("gptq-").removesuffix("bit"))
+    taken, note = choose_group_size(linear_widths(model_dir), group_size)
+    notes = [note] if note else []
+    calibration = [row for row in rows if len(row) >= MIN_ROW_TOKENS]
+    if not calibration:
+        raise ModelError(
+            f"none of the {len(rows)} calibration rows has {MIN_ROW_TOKENS} tokens: raise "
+            "quantize.num_calibration_rows, or set quantize.gptq to []"
+        )
+    _run(model_dir, target, bits, taken, desc_act, calibration)
+    _scrub(target)
+    weights = sorted(target.glob("*.safetensors"))
+    try:
+        generated = generation.with_transformers(
+            target, prompt, num_tokens=num_tokens, dtype="float16"
+        )
+    except ModelError as error:
+        raise ProofError(f"the export {format} does not load again: {error}") from error
+    reference = generation.with_transformers(model_dir, prompt, num_tokens=num_tokens)
+    if not generated.text.strip() and reference.text.strip():
+        raise ProofError(
+            f"the export {format} generates nothing where the merged model says "
+            f"{reference.text[:60]!r}: take gptq-8bit, or more calibration rows"
+        )
+    tensors = [tensor for path in weights for tensor in _tensors(path)]
+    num_bytes = sum(path.stat().st_size for path in weights)
+    num_weights = sum(
+        math.prod(shape) for path in _weight_files(model_dir) for _, _, shape in _tensors(path)
+    )
+    return QuantizedModel(
+        format=format,
+        kind="gptq",
+        file=".",
+        num_bytes=num_bytes,
+        bits_per_weight=round(8 * num_bytes / num_weights, 4),
+        group_size=taken,
+        tensor_types=dict(Counter(dtype.lower() for _, dtype, _ in tensors).most_common()),
+        notes=notes,
+        prompt=prompt,
+        generated=generated.text,
+        reference=reference.text,
+    )
+
+
+def choose_group_size(widths: set[int], wanted: int) -> tuple[int, str | None]:
+    """Return the largest group size up to `wanted` that divides every layer, and a note.
+
+    gptqmodel quantises and saves with one that does not divide, and fails at the first forward.
+
+    Raises:
+        ModelError: none does.
+    """
+    sizes = [wanted, *(size for size in GROUP_SIZES if size < wanted)]
+    for size in sizes:
+        if all(width % size == 0 for width in widths):
+            if size == wanted:
+                return size, None
+            odd = ", ".join(str(width) for width in sorted(widths) if width % wanted)
+            return size, f"group size {size}, not {wanted}: layers are {odd} wide"
+    raise ModelError(
+        f"no group size up to {wanted} divides layers of the widths {sorted(widths)}: "
+        "GPTQ cannot hold this model; set quantize.gptq to []"
+    )
+
+
+def linear_widths(model_dir: Path) -> set[int]:
+    """Return the input widths of the linear layers inside the decoder's blocks."""
+    widths = {
+        shape[1]
+        for path in _weight_files(model_dir)
+        for name, _, shape in _tensors(path)
+        if len(shape) == 2 and name.endswith(".weight") and ".layers." in name
+    }
+    if not widths:
+        raise ModelError(f"{model_dir} has no linear layers that GPTQ could quantise")
+    return widths
+
+
+def _run(
+    model_dir: Path,
+    target: Path,
+    bits: int,
+    group_size: int,
+    desc_act: bool,
+    calibration: list[list[int]],
+) -> None:
+    # Read when gptqmodel is imported; its default is one worker on two cores, and it wants two.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, len(os.sched_getaffinity(0)))))
+    try:
+        import torch
+        from gptqmodel import BACKEND, GPTQModel
+        from gptqmodel import QuantizeConfig as GptqConfig
+    except ImportError as error:
+        raise ToolError(
+            f"gptqmodel does not import ({error}), and GPTQ exports need it: `make install`, the "
+            "gptq image, or set quantize.gptq to [] in the recipe"
+        ) from error
+    with tempfile.TemporaryDirectory() as scratch:
+        config = GptqConfig(
+            bits=bits,
+            group_size=group_size,
+            desc_act=desc_act,
+            offload_to_disk=False,
+            offload_to_disk_path=scratch,
+        )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            model = GPTQModel.load(str(model_dir), config, device=device)
+            model.quantize(
+                [{"input_ids": row, "attention_mask": [1] * len(row)} for row in calibration],
+                batch_size=8,
+                backend=BACKEND.AUTO,
+            )
+            model.save(str(target))
+        except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
+            raise ToolError(f"gptqmodel could not quantise the model: {error}") from error
+
+
+def _scrub(target: Path) -> None:
+    """Take this machine's temporary path out of the checkpoint's configs."""
+    for name in ("quantize_config.json", "config.json"):
+        path = target / name
+        if not path.is_file():
+            continue
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        _drop(settings, "offload_to_disk_path")
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _drop(node: object, key: str) -> None:
+    if isinstance(node, dict):
+        node.pop(key, None)
+        for value in node.values():
+            _drop(value, key)
+
+
+def _weight_files(model_dir: Path) -> list[Path]:
+    return sorted(model_dir.glob("*.safetensors"))
+
+
+def _tensors(path: Path) -> list[tuple[str, str, list[int]]]:
+    """List name, type and shape of a safetensors file's tensors; only its header is read."""
+    with open(path, "rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return [(name, entry["dtype"], entry["shape"]) for name, entry in header.items()]
