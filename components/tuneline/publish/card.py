@@ -1,0 +1,159 @@
+"""The model card: what it is, what it was made from, what it scored, how to run it."""
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from tuneline.publish.config import PublishConfig
+
+if TYPE_CHECKING:
+    from tuneline.publish.staging import Kind, Sources
+
+_TITLES = {
+    "adapter": "LoRA adapter",
+    "merged": "merged model",
+    "gguf": "GGUF files",
+    "gptq": "GPTQ checkpoint",
+}
+_LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf", "gptq": "transformers"}
+
+
+def model_card(
+    sources: "Sources",
+    *,
+    repo: str,
+    kind: "Kind",
+    all_repos: "dict[str, Kind]",
+    config: PublishConfig,
+) -> str:
+    """Return the README.md of one repository."""
+    name = repo.rsplit("/", 1)[-1]
+    parts = [
+        f"---\n{_yaml(_front_matter(sources, kind, config))}---",
+        f"# {name}: {_TITLES[kind]}",
+        sources.recipe.description,
+        _made_from(sources),
+        _scores(sources),
+        _exports(sources),
+        "## How to run it",
+        _usage(sources, repo=repo, kind=kind),
+        "## Recipe",
+        f"```yaml\n{_yaml(_public(sources.recipe.model_dump(mode='json')))}```",
+        "## In this family",
+        "\n".join(f"- `{other}`: {_TITLES[other_kind]}" for other, other_kind in all_repos.items()),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(sources: "Sources", kind: "Kind", config: PublishConfig) -> dict[str, Any]:
+    matter: dict[str, Any] = {
+        "library_name": _LIBRARIES[kind],
+        "pipeline_tag": "text-generation",
+        "tags": ["tuneline", sources.training.method, *config.tags],
+    }
+    licence = config.licence or sources.origin.licence
+    if licence:
+        matter["license"] = licence.lower()
+    # Only names that mean the same on another machine: a revision says that it is a Hub id.
+    if sources.origin.revision:
+        matter["base_model"] = sources.origin.source
+        matter["base_model_relation"] = "adapter" if kind == "adapter" else "finetune"
+        if kind in ("gguf", "gptq"):
+            matter["base_model_relation"] = "quantized"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", sources.dataset.source):
+        matter["datasets"] = [sources.dataset.source]
+    return matter
+
+
+def _made_from(sources: "Sources") -> str:
+    origin, data, training = sources.origin, sources.dataset, sources.training
+    revision = f" at `{origin.revision}`" if origin.revision else ""
+    lines = [
+        "## Made from",
+        f"- base: `{_public(origin.source)}`{revision}, {origin.num_parameters:,} parameters, "
+        f"licence {origin.licence or 'not stated'}, weights sha256 `{origin.sha256[:16]}`",
+        f"- data: `{_public(data.source)}`, {data.num_train_rows:,} rows to train, "
+        f"{data.num_eval_rows:,} for the evaluation loss, {data.num_heldout_rows:,} held out, "
+        f"licence {data.licence or 'not stated'}, sha256 `{data.sha256[:16]}`",
+        f"- training: {training.method}, {training.num_steps:,} steps, {training.num_tokens:,} "
+        f"tokens, base in {training.base_quantization}, {training.num_trainable_parameters:,} "
+        f"trainable parameters, loss {training.final_loss:.3f}"
+        + (
+            f", evaluation loss {training.first_eval_loss:.3f} -> {training.final_eval_loss:.3f}"
+            if training.first_eval_loss is not None and training.final_eval_loss is not None
+            else ""
+        ),
+        f"- merge: onto the {sources.merge.base} base weights; mean KL to the trained model "
+        f"{sources.merge.mean_kl:.1e} nats a token, same first choice on "
+        f"{sources.merge.top1_agreement:.1%} of positions",
+    ]
+    return "\n".join([lines[0], "", *lines[1:]])
+
+
+def _scores(sources: "Sources") -> str:
+    rows = [
+        f"| {score.task} | {score.metric} | {score.base:.4f} | {score.tuned:.4f} | "
+        f"{score.difference:+.4f} | [{score.interval[0]:+.4f}, {score.interval[1]:+.4f}] | "
+        f"{score.num_samples} |"
+        for score in sources.decision.comparisons
+    ]
+    head = "| task | metric | base | tuned | better by | 95 % interval | samples |"
+    note = (
+        f"{sources.decision.reason}\n\nThe interval is a paired bootstrap over the same samples; "
+        "positive is better."
+    )
+    return "\n".join(["## Scores", "", head, "|---|---|---|---|---|---|---|", *rows, "", note])
+
+
+def _exports(sources: "Sources") -> str:
+    if not sources.exports:
+        return ""
+    rows = [
+        f"| {export.format} | {export.num_bytes / 1e6:.1f} MB | {export.bits_per_weight:.2f} | "
+        f"{_cell(export.generated)} | {_cell('; '.join(export.notes))} |"
+        for export in sources.exports.values()
+    ]
+    head = "| format | size | bits a weight | answer of the loaded file | notes |"
+    return "\n".join(["## Exports", "", head, "|---|---|---|---|---|", *rows])
+
+
+def _usage(sources: "Sources", *, repo: str, kind: "Kind") -> str:
+    name = repo.rsplit("/", 1)[-1]
+    if kind == "gguf":
+        formats = [item.format for item in sources.exports.values() if item.kind == "gguf"]
+        file = f"{name.removesuffix('-gguf')}-{formats[-1]}.gguf"
+        return (
+            f"```sh\nllama-cli -m {file} -cnv\n```\n\n"
+            f"```sh\nollama run hf.co/{repo}:{formats[-1].upper()}\n```"
+        )
+    if kind == "adapter":
+        return (
+            "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
+            f'model = AutoPeftModelForCausalLM.from_pretrained("{repo}")\n```'
+        )
+    return (
+        "```python\nfrom transformers import pipeline\n\n"
+        f'chat = pipeline("text-generation", model="{repo}")\n'
+        'print(chat([{"role": "user", "content": "Hello"}]))\n```\n\n'
+        f"```sh\nvllm serve {repo}\n```"
+    )
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")[:120]
+
+
+def _public(value: Any) -> Any:
+    """Shorten paths of the machine that made it to their last part."""
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"^(dir:)?/(?:.*/)?([^/]+)/?$", r"\1\2", value)
+    return value

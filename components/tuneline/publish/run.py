@@ -1,0 +1,123 @@
+"""Stage the repositories, then put them on the Hub or into a directory.
+
+One staged tree feeds both targets, so that `dir:PATH` shows exactly what a push would send.
+"""
+
+import logging
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+
+from tuneline.artifacts import Decision, Published, PublishedRepo, new_directory
+from tuneline.errors import CredentialsError, RecipeError, UserError
+from tuneline.publish.config import PublishConfig
+
+logger = logging.getLogger(__name__)
+
+TOKEN_VARIABLE = "HF_TOKEN"
+DIRECTORY_PREFIX = "dir:"
+_HUB_TARGET = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]{0,80}")
+
+
+def run(
+    config: PublishConfig,
+    *,
+    target: str,
+    recipe: str,
+    base_model_dir: str | Path,
+    dataset_dir: str | Path,
+    adapter_dir: str | Path,
+    merged_dir: str | Path,
+    gguf_dirs: list[str],
+    gptq_dirs: list[str],
+    base_scores_dir: str | Path,
+    tuned_scores_dir: str | Path,
+    decision_dir: str | Path,
+    published_dir: str | Path,
+) -> Published:
+    """Publish a promoted model.
+
+    Args:
+        config: the recipe's part.
+        target: `namespace/name` on the Hub, or `dir:PATH`. The repositories are named after it:
+            NAME (merged), NAME-lora, NAME-gguf, NAME-gptq-4bit.
+        recipe: the whole recipe as JSON, for the model card.
+        base_model_dir: what fetch made.
+        dataset_dir: what prepare made.
+        adapter_dir: what train made.
+        merged_dir: what merge made.
+        gguf_dirs: the GGUF exports; they share one repository.
+        gptq_dirs: the GPTQ exports; a repository each.
+        base_scores_dir: the base model's benchmark.
+        tuned_scores_dir: the tuned model's benchmark.
+        decision_dir: what the gate decided.
+        published_dir: new; gets published.json.
+
+    Raises:
+        UserError: the gate said hold, or a repository of that name was not made by tuneline.
+        RecipeError: the target is neither a Hub name nor `dir:PATH`.
+        CredentialsError: the token is missing or refused; nothing was touched.
+        HubError: the Hub did not take it after all tries.
+    """
+    # A recipe is made of the steps' configs, this one's included, so it is imported late.
+    from tuneline.publish.staging import Sources, stage
+    from tuneline.recipe import Recipe
+
+    started = time.monotonic()
+    decision = Decision.read(decision_dir)
+    if decision.verdict != "promote":
+        raise UserError(
+            f"the gate said {decision.verdict} ({decision.reason}), and only a promoted model is "
+            "published; mend the cause and run again"
+        )
+    local = target.startswith(DIRECTORY_PREFIX)
+    if not local and not _HUB_TARGET.fullmatch(target):
+        raise RecipeError(
+            f"publish_to is '{target}': write namespace/name for the Hub, or dir:PATH"
+        )
+    # Checked before hours of files are read: a push that cannot start should say so at once.
+    token = os.environ.get(TOKEN_VARIABLE)
+    if not local and not token:
+        raise CredentialsError(
+            f"publishing to {target} needs a token with write access in the environment variable "
+            f"{TOKEN_VARIABLE} (on a cluster: the secret placement.hub_token_secret), "
+            "or use dir:PATH"
+        )
+    sources = Sources.read(
+        Recipe.parse(recipe),
+        base_model_dir=Path(base_model_dir),
+        dataset_dir=Path(dataset_dir),
+        adapter_dir=Path(adapter_dir),
+        merged_dir=Path(merged_dir),
+        gguf_dirs=[Path(path) for path in gguf_dirs],
+        gptq_dirs=[Path(path) for path in gptq_dirs],
+        decision=decision,
+    )
+    name = sources.recipe.name if local else target
+    with new_directory(published_dir) as record_dir:
+        parent = Path(target.removeprefix(DIRECTORY_PREFIX)).resolve() if local else record_dir
+        parent.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the directory target, so that files can be hard links and one rename ends it.
+        with tempfile.TemporaryDirectory(dir=parent.parent, prefix=".publish.") as scratch:
+            staged = stage(sources, name=name, config=config, directory=Path(scratch, "staged"))
+            repos: list[PublishedRepo]
+            if local:
+                from tuneline.publish.directory import write_tree
+
+                repos = write_tree(Path(scratch, "staged"), staged, parent)
+            else:
+                from tuneline.publish.hub import push
+
+                repos = push(staged, token=str(token), config=config)
+        record = Published(
+            target=target,
+            private=config.private,
+            repos=repos,
+            seconds=round(time.monotonic() - started, 3),
+        )
+        record.write(record_dir)
+    for repo in record.repos:
+        logger.info("published %s: %d files, %d bytes", repo.url, repo.num_files, repo.num_bytes)
+    return record

@@ -1,0 +1,152 @@
+"""Lay out the repositories: one folder each, hard links where the file system allows."""
+
+import contextlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from tuneline.artifacts import (
+    DatasetManifest,
+    Decision,
+    MergeProof,
+    ModelOrigin,
+    QuantizedModel,
+    TrainingSummary,
+)
+from tuneline.publish.card import model_card
+from tuneline.publish.config import PublishConfig
+from tuneline.recipe import Recipe
+from tuneline.version import VERSION
+
+MARKER_FILE = "tuneline.json"
+"""In every repository that we make; one without it is somebody else's and is left alone."""
+
+Kind = Literal["adapter", "merged", "gguf", "gptq"]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The artifacts of a run, with their records."""
+
+    recipe: Recipe
+    origin: ModelOrigin
+    dataset: DatasetManifest
+    training: TrainingSummary
+    merge: MergeProof
+    decision: Decision
+    adapter_dir: Path
+    merged_dir: Path
+    exports: dict[Path, QuantizedModel]
+
+    @classmethod
+    def read(
+        cls,
+        recipe: Recipe,
+        *,
+        base_model_dir: Path,
+        dataset_dir: Path,
+        adapter_dir: Path,
+        merged_dir: Path,
+        gguf_dirs: list[Path],
+        gptq_dirs: list[Path],
+        decision: Decision,
+    ) -> Self:
+        """Read every record, so that a half-made artifact is found before anything is sent."""
+        return cls(
+            recipe=recipe,
+            origin=ModelOrigin.read(base_model_dir),
+            dataset=DatasetManifest.read(dataset_dir),
+            training=TrainingSummary.read(adapter_dir),
+            merge=MergeProof.read(merged_dir),
+            decision=decision,
+            adapter_dir=adapter_dir,
+            merged_dir=merged_dir,
+            exports={path: QuantizedModel.read(path) for path in [*gguf_dirs, *gptq_dirs]},
+        )
+
+
+@dataclass(frozen=True)
+class StagedRepo:
+    """One repository, ready to be sent."""
+
+    repo: str
+    """Its Hub id, or its folder's name below a directory target."""
+    kind: Kind
+    folder: Path
+
+    def files(self) -> list[Path]:
+        """Return every file in the folder."""
+        return sorted(path for path in self.folder.rglob("*") if path.is_file())
+
+
+def stage(
+    sources: Sources, *, name: str, config: PublishConfig, directory: Path
+) -> list[StagedRepo]:
+    """Lay out all repositories below `directory`.
+
+    Nothing that differs from run to run goes in (times, paths of this machine), so that the same
+    content staged twice is the same tree.
+    """
+    plans: list[tuple[str, Kind, dict[str, Path]]] = [
+        (f"{name}-lora", "adapter", _files(sources.adapter_dir)),
+        (name, "merged", _files(sources.merged_dir)),
+    ]
+    gguf: dict[str, Path] = {}
+    for path, export in sources.exports.items():
+        if export.kind == "gguf":
+            gguf[f"{name.rsplit('/', 1)[-1]}-{export.format}.gguf"] = path / export.file
+        else:
+            plans.append((f"{name}-{export.format}", "gptq", _files(path)))
+    if gguf:
+        plans.append((f"{name}-gguf", "gguf", gguf))
+    family = {repo: kind for repo, kind, _ in plans}
+    staged = []
+    for repo, kind, files in plans:
+        folder = directory / repo.rsplit("/", 1)[-1]
+        for relative, source in files.items():
+            _place(source, folder / relative)
+        card = model_card(
+            sources,
+            repo=repo,
+            kind=kind,
+            all_repos=family,
+            config=config,
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        marker = {
+            "tuneline": VERSION,
+            "recipe": sources.recipe.name,
+            "kind": kind,
+            "base_sha256": sources.origin.sha256,
+            "dataset_sha256": sources.dataset.sha256,
+        }
+        (folder / MARKER_FILE).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+        staged.append(StagedRepo(repo, kind, folder))
+    return staged
+
+
+_RECORDS = {TrainingSummary.filename, MergeProof.filename, QuantizedModel.filename}
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """Return relative name -> path of an artifact's files, without our record.
+
+    Records carry times; what a reader needs of them is in the model card.
+    """
+    return {
+        str(path.relative_to(directory)): path
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name not in {*_RECORDS, "README.md"}
+    }
+
+
+def _place(source: Path, destination: Path) -> None:
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    # Another file system, or one without links: copy.
+    with contextlib.suppress(OSError):
+        os.link(source, destination)
+        return
+    shutil.copyfile(source, destination)

@@ -1,0 +1,220 @@
+"""A small Hub on localhost that the unmodified huggingface_hub client accepts.
+
+It keeps repositories, blobs and commits in memory, speaks the classic LFS way (the tests turn the
+client's xet off), and answers with chosen faults.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlparse
+
+TOKEN = "hf_" + "t" * 34
+
+
+class Hub:
+    """The server's state, and its switches."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, dict] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.faults: list[tuple[str, int, int]] = []
+        """(pattern of method and path, status, how many times)."""
+        self.requests: list[str] = []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def content(self, repo: str, path: str) -> bytes:
+        kind, value = self.repos[repo]["files"][path]
+        return self.blobs[value] if kind == "lfs" else value
+
+    def fault(self, line: str) -> int | None:
+        for index, (pattern, status, times) in enumerate(self.faults):
+            if times and re.search(pattern, line):
+                self.faults[index] = (pattern, status, times - 1)
+                return status
+        return None
+
+    def _handler(hub) -> type[BaseHTTPRequestHandler]:  # noqa: N805
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+            def answer(self, body: object = None, status: int = 200, **headers: str) -> None:
+                data = b"" if body is None else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                for name, value in headers.items():
+                    self.send_header(name.replace("_", "-"), value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def handle_request(self) -> None:
+                size = int(self.headers.get("Content-Length") or 0)
+                self.body = self.rfile.read(size)
+                if self.headers.get("Transfer-Encoding") == "chunked":
+                    self.body = self.read_chunks()
+                path = unquote(urlparse(self.path).path)
+                line = f"{self.command} {path}"
+                hub.requests.append(line)
+                status = hub.fault(line)
+                if status:
+                    self.answer({"error": "injected"}, status, Retry_After="0")
+                elif self.headers.get("Authorization") != f"Bearer {TOKEN}" and (
+                    not path.startswith("/blob/")
+                ):
+                    self.answer({"error": "Invalid user token."}, 401)
+                else:
+                    self.route(line)
+
+            do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = handle_request
+
+            def read_chunks(self) -> bytes:
+                parts = []
+                while size := int(self.rfile.readline(), 16):
+                    parts.append(self.rfile.read(size))
+                    self.rfile.readline()
+                self.rfile.readline()
+                return b"".join(parts)
+
+            def route(self, line: str) -> None:
+                for pattern, action in ROUTES:
+                    match = re.fullmatch(pattern, line)
+                    if match:
+                        repo = match.groupdict().get("repo")
+                        if repo is not None and repo not in hub.repos:
+                            self.answer({"error": "no"}, 404, X_Error_Code="RepoNotFound")
+                            return
+                        action(self, **match.groupdict())
+                        return
+                self.answer({"error": f"unknown route {line}"}, 404, X_Error_Code="EntryNotFound")
+
+            def whoami(self) -> None:
+                self.answer({"type": "user", "name": "me", "orgs": [], "auth": {}})
+
+            def create(self) -> None:
+                wanted = json.loads(self.body)
+                owner = wanted.get("organization") or "me"
+                repo = f"{owner}/{wanted['name']}"
+                url = {"url": f"{hub.url}/{repo}"}
+                if repo in hub.repos:
+                    self.answer({**url, "error": "exists"}, 409)
+                    return
+                private = wanted.get("private", wanted.get("visibility") == "private")
+                hub.repos[repo] = {"private": private, "files": {}, "commits": ["0" * 40]}
+                self.answer(url)
+
+            def info(self, repo: str, revision: str | None = None) -> None:
+                found = hub.repos[repo]
+                self.answer(
+                    {
+                        "id": repo,
+                        "modelId": repo,
+                        "private": found["private"],
+                        "sha": found["commits"][-1],
+                        "siblings": [{"rfilename": name} for name in found["files"]],
+                        "tags": [],
+                        "downloads": 0,
+                        "likes": 0,
+                    }
+                )
+
+            def tree(self, repo: str) -> None:
+                self.answer([entry(name, file) for name, file in hub.repos[repo]["files"].items()])
+
+            def paths_info(self, repo: str) -> None:
+                files = hub.repos[repo]["files"]
+                wanted = json.loads(self.body)["paths"]
+                self.answer([entry(name, files[name]) for name in wanted if name in files])
+
+            def preupload(self, repo: str) -> None:
+                files = hub.repos[repo]["files"]
+                answers = []
+                for file in json.loads(self.body)["files"]:
+                    large = file["path"].endswith((".safetensors", ".gguf"))
+                    old = files.get(file["path"])
+                    answers.append(
+                        {
+                            "path": file["path"],
+                            "uploadMode": "lfs" if large else "regular",
+                            "shouldIgnore": False,
+                            "oid": entry(file["path"], old)["oid"] if old else None,
+                        }
+                    )
+                self.answer({"files": answers})
+
+            def lfs_batch(self, repo: str) -> None:
+                objects = []
+                for wanted in json.loads(self.body)["objects"]:
+                    item = {"oid": wanted["oid"], "size": wanted["size"]}
+                    if wanted["oid"] not in hub.blobs:
+                        href = f"{hub.url}/blob/{wanted['oid']}"
+                        item["actions"] = {"upload": {"href": href, "header": {}}}
+                    objects.append(item)
+                self.answer({"transfer": "basic", "objects": objects})
+
+            def put_blob(self, oid: str) -> None:
+                right = hashlib.sha256(self.body).hexdigest() == oid
+                if right:
+                    hub.blobs[oid] = self.body
+                self.answer({}, 200 if right else 422)
+
+            def commit(self, repo: str) -> None:
+                found = hub.repos[repo]
+                for text in self.body.decode().splitlines():
+                    operation = json.loads(text)
+                    value = operation["value"]
+                    if operation["key"] == "file":
+                        data = base64.b64decode(value["content"])
+                        found["files"][value["path"]] = ("regular", data)
+                    elif operation["key"] == "lfsFile":
+                        assert value["oid"] in hub.blobs, "committed before it was sent"
+                        found["files"][value["path"]] = ("lfs", value["oid"])
+                    elif operation["key"] == "deletedFile":
+                        found["files"].pop(value["path"], None)
+                oid = hashlib.sha1(repr(found).encode()).hexdigest()
+                found["commits"].append(oid)
+                url = f"{hub.url}/{repo}/commit/{oid}"
+                self.answer({"success": True, "commitOid": oid, "commitUrl": url})
+
+            def validate(self) -> None:
+                self.answer({"errors": [], "warnings": []})
+
+        def entry(name: str, file: tuple) -> dict:
+            kind, value = file
+            data = hub.blobs[value] if kind == "lfs" else value
+            git = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+            found = {"type": "file", "path": name, "size": len(data), "oid": git}
+            if kind == "lfs":
+                found["oid"] = value
+                found["lfs"] = {"oid": value, "size": len(data), "pointerSize": 130}
+            return found
+
+        repo = r"(?P<repo>[^/ ]+/[^/ ]+)"
+        ROUTES = [
+            (r"GET /api/whoami-v2", Handler.whoami),
+            (r"POST /api/repos/create", Handler.create),
+            (r"POST /api/validate-yaml", Handler.validate),
+            (rf"GET /api/models/{repo}", Handler.info),
+            (rf"GET /api/models/{repo}/revision/(?P<revision>.+)", Handler.info),
+            (rf"GET /api/models/{repo}/tree/.+", Handler.tree),
+            (rf"POST /api/models/{repo}/paths-info/.+", Handler.paths_info),
+            (rf"POST /api/models/{repo}/preupload/.+", Handler.preupload),
+            (rf"POST /api/models/{repo}/commit/.+", Handler.commit),
+            (rf"POST /{repo}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+            (r"PUT /blob/(?P<oid>[0-9a-f]{64})", Handler.put_blob),
+        ]
+        return Handler

@@ -1,0 +1,343 @@
+"""Publishing to a directory and, with the real client, to a Hub on localhost."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from tuneline.artifacts import (
+    DatasetManifest,
+    Decision,
+    LengthStatistics,
+    MergeProof,
+    ModelOrigin,
+    Published,
+    QuantizedModel,
+    TaskComparison,
+    TrainingSummary,
+)
+from tuneline.recipe import Recipe
+
+
+def load_hub_server() -> ModuleType:
+    # tests are not packages, so the module beside this one is loaded by its path.
+    spec = importlib.util.spec_from_file_location(
+        "hub_server", Path(__file__).parent / "hub_server.py"
+    )
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hub_server = load_hub_server()
+
+
+@pytest.fixture
+def hub() -> Iterator["hub_server.Hub"]:
+    server = hub_server.Hub()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Artifacts of a run with small but real files."""
+    root = tmp_path / "run"
+
+    def directory(name: str, **files: bytes) -> Path:
+        path = root / name
+        path.mkdir(parents=True)
+        for file, content in files.items():
+            path.joinpath(file.replace("__", ".")).write_bytes(content)
+        return path
+
+    ModelOrigin(
+        source="org/base",
+        revision="a" * 40,
+        licence="Apache-2.0",
+        architecture="LlamaForCausalLM",
+        num_parameters=1000,
+        num_bytes=2000,
+        sha256="1" * 64,
+    ).write(directory("base"))
+    DatasetManifest(
+        source="/somewhere/private/rows.jsonl",
+        method="sft",
+        format="alpaca",
+        template="tokenizer",
+        loss_on="answers",
+        num_train_rows=90,
+        num_eval_rows=5,
+        num_heldout_rows=5,
+        num_rejected_rows=0,
+        num_tokens=900,
+        num_loss_tokens=300,
+        lengths=LengthStatistics(mean=9, median=9, p95=12, p99=13, max=14),
+        max_seq_length=64,
+        recommended_max_seq_length=64,
+        truncated_token_share=0.0,
+        sha256="2" * 64,
+    ).write(directory("dataset"))
+    TrainingSummary(
+        method="sft",
+        num_steps=10,
+        num_tokens=900,
+        final_loss=0.5,
+        first_eval_loss=2.0,
+        final_eval_loss=0.75,
+        num_trainable_parameters=10,
+        num_parameters=1000,
+        base_quantization="nf4",
+        compute_dtype="float32",
+        device="cpu",
+        tokens_per_second=100.0,
+        peak_memory_bytes=1,
+        history=[],
+        base_sha256="1" * 64,
+        dataset_sha256="2" * 64,
+    ).write(
+        directory(
+            "adapter", adapter_model__safetensors=b"adapter weights", adapter_config__json=b"{}"
+        )
+    )
+    MergeProof(
+        base="dequantized",
+        dtype="bfloat16",
+        num_bytes=10,
+        num_shards=1,
+        num_merged_modules=7,
+        num_prompts=8,
+        max_logit_difference=0.1,
+        mean_kl=3e-4,
+        top1_agreement=0.99,
+        max_mean_kl=0.01,
+    ).write(directory("merged", model__safetensors=os.urandom(4096), config__json=b"{}"))
+    for name, kind, file in (("q8_0", "gguf", "model.gguf"), ("gptq-4bit", "gptq", ".")):
+        files = {"model__gguf": os.urandom(2048)} if kind == "gguf" else {"config__json": b"{}"}
+        QuantizedModel(
+            format=name,
+            kind=kind,
+            file=file,
+            num_bytes=2048,
+            bits_per_weight=8.5,
+            prompt="p",
+            generated="an answer",
+        ).write(directory(name, **files))
+    Decision(
+        verdict="promote",
+        reason="heldout_choice +0.50",
+        comparisons=[
+            TaskComparison(
+                task="heldout_choice",
+                metric="acc",
+                higher_is_better=True,
+                base=0.25,
+                tuned=0.75,
+                difference=0.5,
+                interval=(0.4, 0.6),
+                num_samples=200,
+                outcome="better",
+                target=True,
+            )
+        ],
+    ).write(directory("decision"))
+    directory("scores")
+    return root
+
+
+def publish(
+    run_dir: Path, target: str, out: str, **environment: str
+) -> subprocess.CompletedProcess:
+    recipe = Recipe(
+        name="mine",
+        base_model="org/base",
+        dataset="/somewhere/private/rows.jsonl",
+        publish_to=target,
+    )
+    config = run_dir / "publish.json"
+    config.write_text('{"max_attempts": 3}')
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "tuneline.publish", "--config", str(config)),
+            *("--target", target, "--recipe", recipe.model_dump_json()),
+            *("--base-model", str(run_dir / "base"), "--dataset", str(run_dir / "dataset")),
+            *("--adapter", str(run_dir / "adapter"), "--merged", str(run_dir / "merged")),
+            *("--gguf", str(run_dir / "q8_0"), "--gptq", str(run_dir / "gptq-4bit")),
+            *("--base-scores", str(run_dir / "scores")),
+            *("--tuned-scores", str(run_dir / "scores")),
+            *("--decision", str(run_dir / "decision"), "--published", str(run_dir / out)),
+        ],
+        env={**clean, "HF_HUB_DISABLE_XET": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def to_hub(run_dir: Path, hub: "hub_server.Hub", out: str, **changes: str):
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub_server.TOKEN, **changes}
+    return publish(run_dir, "me/mine", out, **environment)
+
+
+REPOS = {
+    "me/mine-lora": "adapter",
+    "me/mine": "merged",
+    "me/mine-gguf": "gguf",
+    "me/mine-gptq-4bit": "gptq",
+}
+
+
+def test_one_private_commit_a_repository(run_dir: Path, hub: "hub_server.Hub") -> None:
+    done = to_hub(run_dir, hub, "first")
+    assert done.returncode == 0, done.stderr
+    assert hub_server.TOKEN not in done.stderr + done.stdout
+    record = Published.read(run_dir / "first")
+    assert {repo.repo: repo.kind for repo in record.repos} == REPOS
+    assert set(hub.repos) == set(REPOS)
+    for repo in record.repos:
+        kept = hub.repos[repo.repo]
+        assert kept["private"] is True
+        assert len(kept["commits"]) == 2, "one commit after the initial one"
+        assert repo.commit == kept["commits"][-1]
+    for repo, file, source in (
+        ("me/mine", "model.safetensors", "merged/model.safetensors"),
+        ("me/mine-gguf", "mine-q8_0.gguf", "q8_0/model.gguf"),
+        ("me/mine-lora", "adapter_model.safetensors", "adapter/adapter_model.safetensors"),
+    ):
+        assert hub.content(repo, file) == (run_dir / source).read_bytes()
+    again = to_hub(run_dir, hub, "second")
+    assert again.returncode == 0, again.stderr
+    assert all(len(kept["commits"]) == 2 for kept in hub.repos.values())
+    (run_dir / "merged" / "model.safetensors").write_bytes(b"another")
+    assert to_hub(run_dir, hub, "third").returncode == 0
+    assert {name: len(kept["commits"]) for name, kept in hub.repos.items()} == {
+        **dict.fromkeys(REPOS, 2),
+        "me/mine": 3,
+    }
+
+
+def test_the_directory_is_the_tree_that_would_be_pushed(
+    run_dir: Path, hub: "hub_server.Hub", tmp_path: Path
+) -> None:
+    assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0
+    assert to_hub(run_dir, hub, "remote").returncode == 0
+    for repo in REPOS:
+        folder = tmp_path / "out" / repo.split("/")[1]
+        here = {path.name: path.read_bytes() for path in folder.iterdir()}
+        there = {name: hub.content(repo, name) for name in hub.repos[repo]["files"]}
+        # Only the names of the repositories differ, and those stand in the card.
+        assert {**here, "README.md": b""} == {**there, "README.md": b""}
+        assert here["README.md"].replace(b"mine", b"me/mine").count(b"me/mine") >= 1
+
+
+def test_the_card(run_dir: Path, tmp_path: Path) -> None:
+    assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0
+    card = (tmp_path / "out" / "mine" / "README.md").read_text()
+    _, front, body = card.split("---\n", 2)
+    matter = yaml.safe_load(front)
+    assert matter["base_model"] == "org/base"
+    assert matter["license"] == "apache-2.0"
+    assert matter["library_name"] == "transformers"
+    assert "datasets" not in matter, "a local file is no Hub data set"
+    assert "| heldout_choice | acc | 0.2500 | 0.7500 | +0.5000 | [+0.4000, +0.6000] | 200 |" in body
+    assert "| q8_0 | 0.0 MB | 8.50 | an answer |" in body
+    assert "2" * 16 in body
+    assert "90 rows to train" in body
+    assert "/somewhere" not in card
+    marker = json.loads((tmp_path / "out" / "mine" / "tuneline.json").read_text())
+    assert marker["dataset_sha256"] == "2" * 64
+
+
+def test_our_own_directory_is_replaced_and_a_foreign_one_is_not(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    target = f"dir:{tmp_path}/out"
+    assert publish(run_dir, target, "one").returncode == 0
+    (run_dir / "merged" / "model.safetensors").write_bytes(b"another")
+    assert publish(run_dir, target, "two").returncode == 0
+    assert (tmp_path / "out" / "mine" / "model.safetensors").read_bytes() == b"another"
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    done = publish(run_dir, target, "three")
+    assert done.returncode == 2
+    assert "thesis.txt, which tuneline did not make" in done.stderr
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+    assert not (run_dir / "three").exists()
+
+
+def sentence(done: subprocess.CompletedProcess, code: int) -> str:
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert hub_server.TOKEN not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_no_token_is_said_before_anything_is_sent(run_dir: Path, hub: "hub_server.Hub") -> None:
+    done = publish(run_dir, "me/mine", "out", HF_ENDPOINT=hub.url)
+    assert "environment variable HF_TOKEN" in sentence(done, 2)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "says"),
+    [
+        (("POST /api/repos/create", 403, 9), 2, "needs write access to this namespace"),
+        (("POST .*commit", 409, 9), 2, "409"),
+        (("GET /api/whoami", 503, 99), 1, "the Hub says 503, after 3 tries"),
+    ],
+)
+def test_a_refusal_is_one_sentence(
+    run_dir: Path, hub: "hub_server.Hub", fault: tuple, code: int, says: str
+) -> None:
+    hub.faults = [fault]
+    assert says in sentence(to_hub(run_dir, hub, "out"), code)
+    assert not (run_dir / "out").exists()
+
+
+def test_a_token_that_the_hub_does_not_know(run_dir: Path, hub: "hub_server.Hub") -> None:
+    done = to_hub(run_dir, hub, "out", HF_TOKEN="hf_wrong")
+    assert "does not accept the token" in sentence(done, 2)
+    assert hub.repos == {}
+
+
+def test_a_busy_hub_is_waited_for(run_dir: Path, hub: "hub_server.Hub") -> None:
+    hub.faults = [
+        ("POST /api/repos/create", 503, 1),
+        ("POST .*commit", 503, 1),
+        ("GET /api/models/", 429, 1),
+    ]
+    done = to_hub(run_dir, hub, "out")
+    assert done.returncode == 0, done.stderr
+    assert all(len(kept["commits"]) == 2 for kept in hub.repos.values())
+    digest = hashlib.sha256((run_dir / "merged" / "model.safetensors").read_bytes()).hexdigest()
+    assert hub.repos["me/mine"]["files"]["model.safetensors"] == ("lfs", digest)
+
+
+def test_somebody_elses_repository_is_left_alone(run_dir: Path, hub: "hub_server.Hub") -> None:
+    theirs = {"private": False, "files": {"a": ("regular", b"theirs")}, "commits": ["0" * 40]}
+    hub.repos["me/mine"] = theirs
+    done = to_hub(run_dir, hub, "out")
+    assert "was not made by tuneline" in sentence(done, 2)
+    assert set(hub.repos) == {"me/mine"}, "nothing else was created"
+    assert len(theirs["commits"]) == 1
+
+
+def test_a_model_on_hold_is_not_published(run_dir: Path, tmp_path: Path) -> None:
+    Decision(verdict="hold", reason="no gain", comparisons=[]).write(run_dir / "decision")
+    done = publish(run_dir, f"dir:{tmp_path}/out", "out")
+    assert "the gate said hold (no gain)" in sentence(done, 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_is_neither(run_dir: Path) -> None:
+    done = publish(run_dir, "no-namespace", "out", HF_TOKEN=hub_server.TOKEN)
+    assert "write namespace/name for the Hub, or dir:PATH" in sentence(done, 2)
