@@ -11,6 +11,9 @@ from tuneline.kernels.gated_activation import (
 
 KINDS = ["silu", "gelu_tanh"]
 
+# The interpreter's numpy warns where exp(-z) is infinite and 1 / (1 + inf) = 0 is right.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
 
 def _randn(generator, *size):
     return torch.randn(*size, generator=generator, device=generator.device)
@@ -24,7 +27,7 @@ def _run(function, gate_up, dh, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(1, 16), (47, 1500), (3, 5, 97)])
+@pytest.mark.parametrize("shape", [(1, 16), (7, 1500), (3, 5, 97)])
 def test_values_and_gradients(shape, kind, dtype, generator, assert_near):
     gate_up = (_randn(generator, *shape[:-1], 2 * shape[-1]) * 3).to(dtype)
     dh = _randn(generator, *shape).to(dtype)
@@ -38,7 +41,7 @@ def test_values_and_gradients(shape, kind, dtype, generator, assert_near):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_tensors_equal_one_buffer(kind, generator):
-    gate_up, dh = _randn(generator, 47, 600), _randn(generator, 47, 300)
+    gate_up, dh = _randn(generator, 7, 600), _randn(generator, 7, 300)
     pair = [half.detach().clone().requires_grad_() for half in gate_up.chunk(2, -1)]
     h = gated_activation(tuple(pair), kind)
     h.backward(dh)
@@ -49,8 +52,8 @@ def test_two_tensors_equal_one_buffer(kind, generator):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_place_backward_and_recomputed_h(kind, generator):
-    buffer = _randn(generator, 47, 640)
-    gate_up, dh = buffer[:, :600], _randn(generator, 47, 300)
+    buffer = _randn(generator, 7, 640)
+    gate_up, dh = buffer[:, :600], _randn(generator, 7, 300)
     expected_h, expected_grad = _run(gated_activation, gate_up, dh, kind)
     beside = buffer[:, 600:].clone()
     grad, h = gated_activation_backward(dh, gate_up, kind, inplace=True)
@@ -66,8 +69,8 @@ def test_in_place_refuses_what_it_would_have_to_copy(generator):
 
 
 def test_out_fills_a_wider_buffer_and_nothing_else(device, generator):
-    gate_up = _randn(generator, 47, 600)
-    buffer = torch.full((47, 364), float("nan"), device=device)
+    gate_up = _randn(generator, 7, 600)
+    buffer = torch.full((7, 364), float("nan"), device=device)
     h = gated_activation_forward(gate_up, "silu", out=buffer[:, :300])
     assert torch.equal(h, gated_activation_forward(gate_up, "silu"))
     assert buffer[:, 300:].isnan().all()

@@ -8,7 +8,7 @@ CASES = {
     # name: (B, T, query heads, key heads, head dimension, rotary dimension, norm, gemma)
     "one_token": (1, 1, 4, 2, 16, 16, False, False),
     "partial": (1, 7, 3, 1, 96, 72, False, False),
-    "qwen3": (2, 47, 6, 3, 24, 24, True, False),
+    "qwen3": (2, 7, 6, 3, 24, 24, True, False),
     "gemma3": (2, 5, 4, 1, 32, 32, True, True),
     "partial_norm": (2, 5, 4, 1, 32, 16, True, True),
 }
