@@ -1,0 +1,31 @@
+"""The KFP component of the step."""
+
+from kfp import dsl
+
+from tuneline import images
+
+
+@dsl.component(base_image=images.EVALUATE, install_kfp_package=False)
+def evaluate(
+    label: str,
+    config: str,
+    model: dsl.Input[dsl.Model],
+    dataset: dsl.Input[dsl.Dataset],
+    scores: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+):
+    """Measure a model, "base" or "tuned"; `config` is an EvaluateConfig as JSON."""
+    from tuneline.evaluate import EvaluateConfig, run
+    from tuneline.step import step
+
+    with step("evaluate"):
+        result = run(
+            EvaluateConfig.parse(config),
+            label=label,
+            model_dir=model.path,
+            dataset_dir=dataset.path,
+            scores_dir=scores.path,
+        )
+        scores.metadata.update(model=label, harness=result.harness, seconds=result.seconds)
+        for name, score in result.tasks.items():
+            metrics.log_metric(name, score.value)

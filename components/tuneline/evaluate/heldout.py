@@ -1,0 +1,58 @@
+"""The held-out rows of the run's own data set, as lm-eval documents."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from tuneline.artifacts import HELDOUT_FILE, DatasetManifest, read_jsonl
+from tuneline.errors import TaskError
+from tuneline.evaluate.encoding import encode_pair
+
+TASKS = ("heldout_choice", "heldout_exact", "heldout_perplexity")
+TASKS_DIR = Path(__file__).parent / "tasks"
+
+
+def read_rows(dataset_dir: str | Path, tasks: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Read the rows that the data set holds out, and check that `tasks` can be made of them.
+
+    Raises:
+        TaskError: there are no such rows, or they have no choices and a task needs them.
+    """
+    manifest = DatasetManifest.read(dataset_dir)
+    rows = read_jsonl(Path(dataset_dir, HELDOUT_FILE)) if manifest.num_heldout_rows else []
+    wanted = [task for task in tasks if task in TASKS]
+    if wanted and not rows:
+        raise TaskError(
+            f"{wanted[0]} needs held-out rows, and the data set from {manifest.source} has none: "
+            "set prepare.heldout.max_rows, or name other tasks in evaluate.tasks"
+        )
+    if "heldout_choice" in wanted:
+        missing = [number for number, row in enumerate(rows, start=1) if not row.get("choices")]
+        if missing:
+            raise TaskError(
+                f"heldout_choice needs `choices` in every held-out row, and {len(missing)} of "
+                f"{len(rows)} have none (the first is row {missing[0]}): add a column `choices` "
+                "with the answer and wrong answers, or use heldout_exact or heldout_perplexity"
+            )
+    return rows
+
+
+def documents(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """Turn held-out rows into documents with the fields that the task files name."""
+    return [_document(number, row, tokenizer) for number, row in enumerate(rows)]
+
+
+def _document(number: int, row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    # White space after the end-of-turn token belongs to the next turn: no model generates it.
+    end = row.get("end", "").rstrip()
+    target = row["answer"] + end
+    content = hashlib.sha256(f"{row['prompt']}\0{row['answer']}".encode()).hexdigest()
+    return {
+        "id": f"{number}-{content[:12]}",
+        "prompt": row["prompt"],
+        "target": target,
+        "num_tokens": len(encode_pair(tokenizer, row["prompt"], target)[1]),
+        # Empty lists, not nothing: Arrow wants one type a column.
+        "endings": [choice + end for choice in row.get("choices") or []],
+        "label": row.get("label", -1),
+    }

@@ -1,0 +1,132 @@
+"""Run benchmarks on one model and keep each sample's score.
+
+Prompts of the run's own held-out rows are templated already. Tasks from lm-eval's registry are
+run as lm-eval runs them by default: as plain text, no chat template, also for instruct models, so
+that numbers can be set beside published ones.
+"""
+
+import importlib.metadata
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tuneline.artifacts import (
+    GENERATIONS_FILE,
+    SAMPLES_DIR,
+    Scores,
+    new_directory,
+    write_jsonl,
+)
+from tuneline.errors import TaskError
+from tuneline.evaluate import heldout, samples
+from tuneline.evaluate.config import EvaluateConfig
+from tuneline.step import emit
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    config: EvaluateConfig, *, label: str, model_dir: str, dataset_dir: str, scores_dir: str
+) -> Scores:
+    """Measure the model in `model_dir` on the tasks of the config.
+
+    Args:
+        config: the recipe's part.
+        label: what the model is in this run: base, tuned or an export's format.
+        model_dir: a model directory with its tokenizer.
+        dataset_dir: the prepared data set, for its held-out rows.
+        scores_dir: where the scores are put; must not exist or be empty.
+
+    Raises:
+        TaskError: a task is unknown, or cannot be made of the data set's rows.
+        ModelError: the model or its tokenizer cannot be loaded.
+        HubError: a task's data are not on this machine and could not be fetched.
+    """
+    started = time.monotonic()
+    if not config.tasks:
+        raise TaskError("evaluate.tasks is empty: name at least one task, e.g. heldout_exact")
+    rows = heldout.read_rows(dataset_dir, config.tasks)
+    _warn_of_ignored(config, rows)
+
+    # Here and not above: lm-eval and torch take seconds to import.
+    from tuneline.evaluate import model as models
+    from tuneline.evaluate.tasks_by_name import TaskFinder
+
+    # All that can be wrong with names, rows and data is found before the weights are loaded.
+    finder = TaskFinder(config.tasks, config.task_dir)
+    tokenizer = models.load_tokenizer(model_dir)
+    with new_directory(scores_dir) as target, tempfile.TemporaryDirectory() as scratch:
+        heldout_file = Path(scratch, "heldout.jsonl")
+        write_jsonl(heldout_file, heldout.documents(rows, tokenizer))
+        cache_dir = Path(scratch, "cache")
+        loaded = {name: finder.load(name, heldout_file, cache_dir) for name in config.tasks}
+        lm = models.load(model_dir, tokenizer, batch_size=config.batch_size)
+
+        (target / SAMPLES_DIR).mkdir()
+        scores = {}
+        for number, (name, tasks) in enumerate(loaded.items()):
+            emit("evaluate", "progress", done=number, total=len(loaded), note=f"{label}: {name}")
+            for task, found in _measure(lm, tasks, config, templated=name in heldout.TASKS):
+                metric = samples.primary_metric(task, found)
+                table = samples.rows_of(found, metric)
+                scores[task] = samples.score_of(
+                    table,
+                    metric=metric,
+                    higher_is_better=tasks[task].higher_is_better().get(metric, True),
+                )
+                write_jsonl(target / SAMPLES_DIR / f"{task}.jsonl", table)
+                logger.info(
+                    "%s: %s %s %.4f on %d samples",
+                    label,
+                    task,
+                    metric,
+                    scores[task].value,
+                    len(table),
+                )
+        answered = models.generate(
+            lm, rows[: config.num_generations], max_new_tokens=config.max_new_tokens
+        )
+        write_jsonl(target / GENERATIONS_FILE, answered)
+        result = Scores(
+            model=label,
+            tasks=scores,
+            harness=f"lm-eval {importlib.metadata.version('lm-eval')}",
+            seconds=round(time.monotonic() - started, 3),
+        )
+        result.write(target)
+    return result
+
+
+def _warn_of_ignored(config: EvaluateConfig, rows: list[dict[str, Any]]) -> None:
+    ours = [task for task in config.tasks if task in heldout.TASKS]
+    if config.num_fewshot and ours:
+        logger.warning(
+            "num_fewshot %d is ignored for %s: held-out prompts are complete as they stand",
+            config.num_fewshot,
+            ", ".join(ours),
+        )
+    if config.num_generations and not rows:
+        logger.warning("num_generations is ignored: the data set has no held-out rows")
+
+
+def _measure(
+    lm: Any, tasks: dict[str, Any], config: EvaluateConfig, *, templated: bool
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Run lm-eval and return its samples by task."""
+    import contextlib
+
+    from lm_eval import simple_evaluate
+
+    with lm.templated() if templated else contextlib.nullcontext():
+        result = simple_evaluate(
+            model=lm,
+            tasks=list(tasks.values()),
+            num_fewshot=None if templated else config.num_fewshot,
+            limit=config.limit,
+            # The standard error comes from the samples; lm-eval's bootstrap would repeat it.
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+    return sorted(result["samples"].items())
