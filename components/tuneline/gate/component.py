@@ -1,0 +1,29 @@
+"""The gate step as a KFP component."""
+
+from kfp import dsl
+
+from tuneline import images
+
+
+@dsl.component(base_image=images.LIGHT, install_kfp_package=False)
+def gate(
+    config: str,
+    base_scores: dsl.Input[dsl.Artifact],
+    tuned_scores: dsl.Input[dsl.Artifact],
+    decision: dsl.Output[dsl.Artifact],
+    summary: dsl.Output[dsl.Markdown],
+) -> str:
+    """Compare tuned against base on the same samples; returns "promote" or "hold"."""
+    from tuneline.gate import GateConfig, run
+    from tuneline.step import step
+
+    with step("gate"):
+        record = run(
+            GateConfig.parse(config),
+            base_scores_dir=base_scores.path,
+            tuned_scores_dir=tuned_scores.path,
+            decision_dir=decision.path,
+            summary_path=summary.path,
+        )
+        decision.metadata.update(verdict=record.verdict, reason=record.reason)
+    return record.verdict

@@ -1,0 +1,190 @@
+"""Compare two benchmarks sample by sample and decide."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Literal
+
+from tuneline.artifacts import (
+    SAMPLES_DIR,
+    Decision,
+    Scores,
+    TaskComparison,
+    TaskScore,
+    new_directory,
+    read_jsonl,
+)
+from tuneline.errors import TaskError
+from tuneline.gate.config import GateConfig
+
+logger = logging.getLogger(__name__)
+
+MIN_SAMPLES = 20
+"""With fewer, the bootstrap's interval is too narrow to be trusted."""
+
+
+def run(
+    config: GateConfig,
+    *,
+    base_scores_dir: str | Path,
+    tuned_scores_dir: str | Path,
+    decision_dir: str | Path,
+    summary_path: str | Path | None = None,
+) -> Decision:
+    """Decide by a paired bootstrap whether the tuned model may be published.
+
+    A target task has to get better: its 95 % interval lies above 0. Another task must not get
+    worse: it holds the model when its whole interval lies below -max_regression.
+
+    Args:
+        config: the recipe's part.
+        base_scores_dir: the base model's scores.
+        tuned_scores_dir: the tuned model's, on the same tasks and samples.
+        decision_dir: new; gets decision.json.
+        summary_path: a Markdown file with the same, for the UI.
+
+    Raises:
+        TaskError: the two were not measured on the same tasks and samples.
+    """
+    started = time.monotonic()
+    base, tuned = Scores.read(base_scores_dir), Scores.read(tuned_scores_dir)
+    if set(base.tasks) != set(tuned.tasks):
+        raise TaskError(
+            f"base was measured on {', '.join(sorted(base.tasks))} and tuned on "
+            f"{', '.join(sorted(tuned.tasks))}: run both with the same evaluation config"
+        )
+    targets = set(config.target_tasks or base.tasks)
+    if unknown := targets - set(base.tasks):
+        raise TaskError(
+            f"gate.target_tasks names {', '.join(sorted(unknown))}, which was not measured; "
+            f"measured were {', '.join(sorted(base.tasks))}"
+        )
+    with new_directory(decision_dir) as directory:
+        comparisons = [
+            _compare(
+                task,
+                base.tasks[task],
+                tuned.tasks[task],
+                _sample_scores(base_scores_dir, task),
+                _sample_scores(tuned_scores_dir, task),
+                target=task in targets,
+                config=config,
+            )
+            for task in sorted(base.tasks, key=lambda task: (task not in targets, task))
+        ]
+        verdict, reason = _decide(comparisons, config)
+        decision = Decision(
+            verdict=verdict,
+            reason=reason,
+            comparisons=comparisons,
+            seconds=round(time.monotonic() - started, 3),
+        )
+        decision.write(directory)
+        if summary_path is not None:
+            Path(summary_path).write_text(_markdown(decision), encoding="utf-8")
+    logger.info("%s: %s", verdict, reason)
+    return decision
+
+
+def _sample_scores(scores_dir: str | Path, task: str) -> dict[str, float]:
+    path = Path(scores_dir, SAMPLES_DIR, f"{task}.jsonl")
+    if not path.is_file():
+        raise TaskError(
+            f"{path} does not exist: the evaluation kept no per-sample scores of {task}"
+        )
+    return {row["id"]: float(row["score"]) for row in read_jsonl(path)}
+
+
+def _compare(
+    task: str,
+    base: TaskScore,
+    tuned: TaskScore,
+    base_samples: dict[str, float],
+    tuned_samples: dict[str, float],
+    *,
+    target: bool,
+    config: GateConfig,
+) -> TaskComparison:
+    import numpy as np
+
+    from tuneline.gate.bootstrap import mean_interval
+
+    if set(base_samples) != set(tuned_samples) or base.metric != tuned.metric:
+        only = set(base_samples) ^ set(tuned_samples)
+        raise TaskError(
+            f"{task}: base ({base.metric}, {len(base_samples)} samples) and tuned ({tuned.metric}, "
+            f"{len(tuned_samples)} samples) were not measured on the same samples "
+            f"({len(only)} in one only): run both with the same data and evaluation config"
+        )
+    sign = 1.0 if base.higher_is_better else -1.0
+    ids = sorted(base_samples)
+    differences = sign * np.array(
+        [tuned_samples[sample] - base_samples[sample] for sample in ids], dtype=np.float64
+    )
+    if not np.isfinite(differences).all():
+        raise TaskError(
+            f"{task}: a sample's score is not a finite number: the model that was measured "
+            "computes NaN or infinity; look at the merge and the training"
+        )
+    low, high = mean_interval(differences, num_resamples=config.num_resamples, seed=config.seed)
+    outcome: Literal["better", "worse", "undecided"] = "undecided"
+    if low > 0:
+        outcome = "better"
+    elif high < 0:
+        outcome = "worse"
+    return TaskComparison(
+        task=task,
+        metric=base.metric,
+        higher_is_better=base.higher_is_better,
+        base=base.value,
+        tuned=tuned.value,
+        difference=float(differences.mean()),
+        interval=(low, high),
+        num_samples=len(ids),
+        outcome=outcome,
+        target=target,
+    )
+
+
+def _decide(
+    comparisons: list[TaskComparison], config: GateConfig
+) -> tuple[Literal["promote", "hold"], str]:
+    for item in comparisons:
+        if item.num_samples < MIN_SAMPLES:
+            return "hold", (
+                f"{item.task} has {item.num_samples} samples, and fewer than {MIN_SAMPLES} "
+                "decide nothing: keep more held-out rows"
+            )
+    for item in comparisons:
+        if item.target and item.outcome != "better":
+            why = "is worse" if item.outcome == "worse" else "the interval includes no change"
+            return "hold", f"{_says(item)}: {why}"
+        if not item.target and item.interval[1] < -config.max_regression:
+            return "hold", f"{_says(item)}: another task became worse"
+    return "promote", "; ".join(_says(item) for item in comparisons if item.target)
+
+
+def _says(item: TaskComparison) -> str:
+    return (
+        f"{item.task} {item.difference:+.3f} {item.metric}, 95 % interval "
+        f"[{item.interval[0]:+.3f}, {item.interval[1]:+.3f}]"
+    )
+
+
+def _markdown(decision: Decision) -> str:
+    rows = [
+        f"| {item.task} | {item.metric} | {item.base:.4f} | {item.tuned:.4f} | "
+        f"{item.difference:+.4f} | [{item.interval[0]:+.4f}, {item.interval[1]:+.4f}] | "
+        f"{item.num_samples} | {item.outcome} |"
+        for item in decision.comparisons
+    ]
+    return "\n".join(
+        [
+            f"**{decision.verdict}**: {decision.reason}",
+            "",
+            "| task | metric | base | tuned | better by | 95 % interval | samples | outcome |",
+            "|---|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
