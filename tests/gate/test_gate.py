@@ -22,7 +22,7 @@ def write_scores(
         records[task] = TaskScore(
             metric="acc" if higher else "nll",
             higher_is_better=higher,
-            value=float(values.mean()),
+            value=float(np.nan_to_num(values).mean()),
             num_samples=len(values),
         )
     Scores(model=label, tasks=records, harness="test").write(directory)
