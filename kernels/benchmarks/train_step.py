@@ -4,8 +4,8 @@
 
 Every engine is a process of its own (Unsloth patches transformers globally) with the same random
 weights in NF4 with double quantisation, LoRA r=16 on all linears, the same batches and 8-bit
-AdamW; they take turns on the card, `--rounds` times a case. A row of the table is an engine in a
-mode: `free` recomputes nothing (tuneline: budget auto), `lean` recomputes the most.
+AdamW (tuneline its own, the others bitsandbytes'); they take turns on the card, `--rounds` times
+a case. A row of the table is an engine in a mode: `free` recomputes nothing (tuneline: budget auto), `lean` recomputes the most.
 
 Floor: the products of the frozen weights and of causal attention, forward and input gradient
 (lean: once more forward but for down_proj), at the rate that `--peak-tflops` gives.
@@ -250,7 +250,12 @@ def worker(engine: str, shape: str) -> None:
     import torch
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
+    if engine == "tuneline":
+        from tuneline.kernels import FlatAdamW
+
+        optimizer = FlatAdamW(trained, lr=1e-4, state_bits=8)
+    else:
+        optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
     initial = [p.detach().clone() for p in trained]
     torch.cuda.empty_cache()
     answer({"ready": round(torch.cuda.memory_allocated() / 2**30, 2)})
@@ -414,7 +419,8 @@ def peft_model(shape: str, engine: str) -> Any:
         target_modules=PHI_TARGETS if "phi" in shape else TARGETS,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    # tuneline's FlatAdamW wants float32 adapters; the others get TRL's bf16, which is faster there.
+    return get_peft_model(model, config, autocast_adapter_dtype=engine == "tuneline")
 
 
 def unsloth_model(shape: str) -> Any:

@@ -108,3 +108,29 @@ def test_the_host_stash_gives_back_what_it_took():
         assert torch.equal(stash.get(tickets[i]), truth[i])
     assert torch.equal(stash.get(tickets[2]), truth[2])
     assert len(noise) == 4
+
+
+def test_graphs_give_the_bits_of_the_eager_run(monkeypatch):
+    from tuneline.kernels.patch import patch
+
+    model = make_model("llama").to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(4)
+    batches = torch.randint(1, 1000, (4, 2, 300), generator=generator).cuda()
+    patch(model)
+    monkeypatch.setattr("tuneline.kernels.patch.GRAPH_MAX_TOKENS", 0)
+    eager = [gradients(model, {"input_ids": ids, "labels": ids}) for ids in batches]
+    monkeypatch.setattr("tuneline.kernels.patch.GRAPH_MAX_TOKENS", 2048)
+    replayed = [gradients(model, {"input_ids": ids, "labels": ids}) for ids in batches]
+    graphs = model.get_base_model().model._tuneline_engine.graphs._graphs
+    assert [type(g).__name__ for g in graphs.values()] == ["GraphedStack"]
+    for (loss, grads), (want_loss, want) in zip(replayed, eager, strict=True):
+        assert torch.equal(loss, want_loss)
+        assert all(torch.equal(grads[name], want[name]) for name in want)
+    # Two forwards before a backward: the second finds the graph taken.
+    model.zero_grad(set_to_none=True)
+    losses = [model(input_ids=ids, labels=ids).loss for ids in batches[:2]]
+    sum(losses).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            want = eager[0][1][name] + eager[1][1][name]
+            assert (parameter.grad.double() - want).norm() <= 1e-2 * want.norm(), name

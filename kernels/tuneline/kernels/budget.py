@@ -35,7 +35,7 @@ def check_budget(budget: Budget) -> Budget:
 def kept_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
     """Bytes that one kept layer holds beyond a lean one."""
     hidden, attention = weights.qkv.num_in, weights.attention
-    width = weights.qkv.num_out + 2 * weights.o.num_in + weights.o.num_columns
+    width = weights.qkv.num_out + weights.o.num_in + weights.o.num_columns
     width += hidden + weights.gate_up.num_out
     if weights.q_norm is not None:
         # The head norm's inputs are kept beside its outputs.

@@ -95,7 +95,6 @@ class _AttentionHalf:
     qkv_TN: Tensor
     q_BLHD: Tensor
     k_BLGD: Tensor
-    a_BLHD: Tensor
     attention_saved: tuple[Tensor, ...]
     o_input_TKP: Tensor
     x2_TC: Tensor
@@ -115,45 +114,66 @@ class _LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_BLC, cos, sin, weights, call, *parameters):  # noqa: D102
-        x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
-        half = _attention_half(x_TC, x_BLC.shape, cos, sin, weights, call.plan)
-        half.o_arena = None
-        y_TC, gate_up_TF, down_input_TP, d_TC = _mlp_forward(half.x2_TC, weights, call.keep)
-        kept: list[Tensor | None] = []
-        if call.keep:
-            kept = [half.qkv_TN, half.q_BLHD, half.k_BLGD, half.a_BLHD, half.o_input_TKP]
-            kept += [half.x2_TC, half.o_TC, gate_up_TF, *half.attention_saved]
+        y_BLC, kept = layer_forward(x_BLC, cos, sin, weights, call)
         ctx.ticket = call.stash.put(x_BLC) if call.stash is not None and not call.keep else None
-        ctx.weights, ctx.call, ctx.shape = weights, call, x_BLC.shape
+        ctx.weights, ctx.call, ctx.num_kept = weights, call, len(kept)
         x_saved = None if ctx.ticket is not None else x_BLC
-        ctx.num_kept = len(kept)
-        ctx.save_for_backward(x_saved, cos, sin, down_input_TP, d_TC, *kept, *parameters)
-        return y_TC.view(x_BLC.shape)
+        ctx.save_for_backward(x_saved, cos, sin, *kept, *parameters)
+        return y_BLC
 
     @staticmethod
     def backward(ctx: Any, dy_BLC):  # noqa: D102
-        weights, call = ctx.weights, ctx.call
         # Unpacking checks that no adapter was changed in place since the forward.
-        x_BLC, cos, sin, down_input_TP, d_TC, *rest = ctx.saved_tensors
+        x_BLC, cos, sin, *rest = ctx.saved_tensors
         if ctx.ticket is not None:
-            x_BLC = call.stash.get(ctx.ticket)
-        x_TC = x_BLC.reshape(-1, ctx.shape[-1])
-        dy_TC = dy_BLC.reshape(x_TC.shape)
-        gate_up_TF = None
-        if call.keep:
-            qkv, q, k, a, o_input, x2, o, gate_up_TF, *saved = rest[: ctx.num_kept]
-            half = _AttentionHalf(qkv, q, k, a, tuple(saved), o_input, x2, o, None)
-        else:
-            half = _attention_half(x_TC, ctx.shape, cos, sin, weights, call.plan)
-        dx2_TC, gate_up_grads, down_grads = _mlp_backward(
-            dy_TC, half.x2_TC, gate_up_TF, down_input_TP, d_TC, weights
-        )
-        dx_TC, qkv_grads, o_grads = _attention_half_backward(
-            dx2_TC, x_TC, half, cos, sin, weights, call.plan
-        )
-        grads = [g for part in (qkv_grads, o_grads, gate_up_grads, down_grads) for g in part]
-        dx_BLC = dx_TC.view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return dx_BLC, None, None, None, None, *grads
+            x_BLC = ctx.call.stash.get(ctx.ticket)
+        kept = rest[: ctx.num_kept]
+        dx_BLC, grads = layer_backward(dy_BLC, x_BLC, cos, sin, kept, ctx.weights, ctx.call)
+        return dx_BLC if ctx.needs_input_grad[0] else None, None, None, None, None, *grads
+
+
+def layer_forward(
+    x_BLC: Tensor, cos: Tensor, sin: Tensor, weights: LayerWeights, call: LayerCall
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return y and what the backward wants beside x; records no gradient."""
+    x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
+    half = _attention_half(x_TC, x_BLC.shape, cos, sin, weights, call.plan)
+    half.o_arena = None
+    y_TC, gate_up_TF, down_input_TP, d_TC = _mlp_forward(half.x2_TC, weights, call.keep)
+    kept = [down_input_TP, d_TC]
+    if call.keep:
+        kept += [half.qkv_TN, half.q_BLHD, half.k_BLGD, half.o_input_TKP]
+        kept += [half.x2_TC, half.o_TC, gate_up_TF, *half.attention_saved]
+    return y_TC.view(x_BLC.shape), kept
+
+
+def layer_backward(
+    dy_BLC: Tensor,
+    x_BLC: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kept: list[Tensor | None],
+    weights: LayerWeights,
+    call: LayerCall,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return dx and the gradients of `weights.parameters()`."""
+    x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
+    dy_TC = dy_BLC.reshape(x_TC.shape)
+    down_input_TP, d_TC, *rest = kept
+    gate_up_TF = None
+    if call.keep:
+        qkv, q, k, o_input, x2, o, gate_up_TF, *saved = rest
+        half = _AttentionHalf(qkv, q, k, tuple(saved), o_input, x2, o, None)
+    else:
+        half = _attention_half(x_TC, x_BLC.shape, cos, sin, weights, call.plan)
+    dx2_TC, gate_up_grads, down_grads = _mlp_backward(
+        dy_TC, half.x2_TC, gate_up_TF, down_input_TP, d_TC, weights
+    )
+    dx_TC, qkv_grads, o_grads = _attention_half_backward(
+        dx2_TC, x_TC, half, cos, sin, weights, call.plan
+    )
+    grads = [g for part in (qkv_grads, o_grads, gate_up_grads, down_grads) for g in part]
+    return dx_TC.view(x_BLC.shape), grads
 
 
 def _normed_input(
@@ -215,7 +235,7 @@ def _attention_half(
     else:
         o_TC = group_forward(o_input_TKP, o_arena, group)
         x2_TC = _add_normed(x_TC, o_TC, weights.after_attention_norm, weights)
-    return _AttentionHalf(qkv_TN, q, k, a_BLHD, saved, o_input_TKP, x2_TC, o_TC, o_arena)
+    return _AttentionHalf(qkv_TN, q, k, saved, o_input_TKP, x2_TC, o_TC, o_arena)
 
 
 def _attention_half_backward(
@@ -245,7 +265,7 @@ def _attention_half_backward(
         half.q_BLHD,
         half.k_BLGD,
         v,
-        half.a_BLHD,
+        half.o_input_TKP[:, : group.num_in].unflatten(0, shape[:2]).view(shape),
         half.attention_saved,
         plan,
         config,
@@ -302,12 +322,11 @@ def _mlp_forward(
     gate_up_arena, down_arena = _arena(gate_up, x2_TC), _arena(down, x2_TC)
     for rows in _chunks(num_tokens):
         x_TKP, _ = _normed_input(x2_TC[rows], weights.mlp_norm, weights, gate_up, gate_up_arena)
-        gate_up_nF = group_forward(x_TKP, gate_up_arena, gate_up)
+        out = gate_up_TF[rows] if keep else None
+        gate_up_nF = group_forward(x_TKP, gate_up_arena, gate_up, out=out)
         h_TKP = augmented_input(x_TKP.shape[0], down, x2_TC)
         gated_activation_forward(gate_up_nF, weights.activation, out=h_TKP[:, : down.num_in])
-        if keep:
-            gate_up_TF[rows] = gate_up_nF
-        del gate_up_nF
+        del gate_up_nF, out
         write_lora_columns(h_TKP, down_arena, down)
         down_input_TP[rows] = h_TKP[:, down.num_in :]
         down_weight = down_arena[: down.num_out].t()

@@ -134,9 +134,11 @@ def write_lora_columns(x_TKP: Tensor, arena: Tensor, group: LoraGroup) -> None:
         x_TKP[:, num_in + group.rank] = 1
 
 
-def group_forward(x_TKP: Tensor, arena: Tensor, group: LoraGroup) -> Tensor:
-    """Y = X' W'^T, [T, N]."""
-    return torch.mm(x_TKP, arena[: group.num_out].t())
+def group_forward(
+    x_TKP: Tensor, arena: Tensor, group: LoraGroup, *, out: Tensor | None = None
+) -> Tensor:
+    """Return Y = X' W'^T, [T, N]."""
+    return torch.mm(x_TKP, arena[: group.num_out].t(), out=out)
 
 
 def group_input_gradient(

@@ -31,6 +31,7 @@ from tuneline.kernels.attention import AttentionPlan
 from tuneline.kernels.binding import Unfusable, bind_layer
 from tuneline.kernels.budget import Budget, check_budget, num_kept_layers
 from tuneline.kernels.cross_entropy import linear_cross_entropy
+from tuneline.kernels.graph import GRAPH_MAX_TOKENS, GraphCache
 from tuneline.kernels.layer import LayerCall, LayerWeights, fused_layer
 from tuneline.kernels.rms_norm import rms_norm
 from tuneline.kernels.spec import FamilySpec, family_spec
@@ -38,7 +39,7 @@ from tuneline.kernels.stash import HostStash
 
 logger = logging.getLogger(__name__)
 
-STASH_MIN_TOKENS = 2048
+STASH_MIN_TOKENS = 4096
 """Fewer tokens' layer inputs are not worth their copies to the host."""
 
 
@@ -68,6 +69,7 @@ class _Engine:
     budget: Budget
     specs: dict[int, FamilySpec]
     stash: HostStash | None = None
+    graphs: GraphCache = field(default_factory=GraphCache)
     last_num_kept: int = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
@@ -78,7 +80,10 @@ class _Engine:
 class _ModelCall:
     """One forward's decisions, by layer index; absent layers run stock."""
 
-    layers: dict[int, tuple[LayerWeights, LayerCall]] = field(default_factory=dict)
+    layers: dict[int, tuple[LayerWeights, LayerCall]]
+    graphs: GraphCache | None = None
+    """Set where the whole stack may run from a graph: its first layer then runs all of them."""
+    done: list[bool] = field(default_factory=list)
 
 
 def patch(model: nn.Module, budget: Budget = "auto") -> PatchReport:
@@ -150,7 +155,15 @@ class _LayerMixin:
         if fused is not None:
             weights, call = fused
             cos, sin = kwargs["position_embeddings"]
+            if tuneline.done:
+                return hidden_states
             with torch.autocast(hidden_states.device.type, enabled=False):
+                if tuneline.graphs is not None and self._tuneline_index == 0:
+                    layers = list(tuneline.layers.values())
+                    stack = tuneline.graphs.find(layers, hidden_states, cos, sin)
+                    if stack is not None:
+                        tuneline.done.append(True)
+                        return stack(hidden_states, cos, sin)
                 return fused_layer(hidden_states, cos, sin, weights, call)
         stock = partial(super().forward, **kwargs)
         if self.gradient_checkpointing and self.training:
@@ -311,9 +324,20 @@ def _decide(decoder: nn.Module, plan: AttentionPlan, tokens: Tensor) -> _ModelCa
         engine.stash = HostStash()
     stash = engine.stash if num_tokens >= STASH_MIN_TOKENS else None
     kept = set(sorted(bound)[len(bound) - num_kept :])
-    return _ModelCall(
-        {i: (weights, LayerCall(plan, i in kept, stash)) for i, weights in bound.items()}
+    layers = {i: (weights, LayerCall(plan, i in kept, stash)) for i, weights in bound.items()}
+    # Gemma-3 hands its layers two kinds of rope tables; the graph takes one.
+    one_rope = all(spec.name != "gemma3" for spec in engine.specs.values())
+    dtypes = {p.dtype for weights in bound.values() for p in weights.parameters()}
+    graphed = (
+        device.type == "cuda"
+        and num_tokens <= GRAPH_MAX_TOKENS
+        and plan.sequence_lengths is None
+        and len(bound) == len(decoder.layers)
+        and one_rope
+        and len(dtypes) == 1
+        and all(weights.attention.softcap is None for weights in bound.values())
     )
+    return _ModelCall(layers, engine.graphs if graphed else None)
 
 
 def _stock_loss_reason(causal: nn.Module) -> str | None:

@@ -1,0 +1,163 @@
+"""The stack of fused layers as two CUDA graphs, for micro-batches too small to hide the host.
+
+A layer's forward and backward are some 120 launches. At 1024 tokens the card is done with them in
+2 ms (H200), the host needs 9: replayed from a graph they cost nothing. A graph owns its inputs,
+activations and gradients, so one replay's backward must run before the next replay's forward; a
+forward that comes in between is told so by `is_free` and runs layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
+
+from tuneline.kernels.layer import LayerCall, LayerWeights, layer_backward, layer_forward
+
+GRAPH_MAX_TOKENS = 2048
+"""A graph holds its activations for good: 3 GB at 1024 tokens of a Llama-3.1-8B that keeps all."""
+
+MAX_GRAPHS = 4
+"""Shapes that get a graph, first come first served."""
+
+Layers = Sequence[tuple[LayerWeights, LayerCall]]
+
+
+class _Replay:
+    """One forward's claim on the graph's memory; given up by its backward or its death."""
+
+    def __init__(self, stack: GraphedStack) -> None:
+        stack.generation += 1
+        stack.num_claims += 1
+        self.stack, self.generation, self.claimed = stack, stack.generation, True
+
+    def release(self) -> None:
+        if self.claimed:
+            self.claimed = False
+            self.stack.num_claims -= 1
+
+    def __del__(self) -> None:
+        self.release()
+
+
+class GraphedStack:
+    """Forward and backward of all layers for one shape and one set of tensors."""
+
+    @torch.no_grad()
+    def __init__(self, layers: Layers, x_BLC: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Capture both graphs; every kernel must have run once before (compilation)."""
+        self.generation = self.num_claims = 0
+        self._parameters = [t for weights, _ in layers for t in weights.parameters()]
+        self._inputs = [t.detach().clone() for t in (x_BLC, cos, sin)]
+        self._dy_BLC = torch.zeros_like(x_BLC)
+        x, cos, sin = self._inputs
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        steps = []
+        with torch.cuda.graph(self._forward):
+            for weights, call in layers:
+                y, kept = layer_forward(x, cos, sin, weights, call)
+                steps.append((x, kept, weights, call))
+                x = y
+        self._y_BLC = x
+        with torch.cuda.graph(self._backward, pool=self._forward.pool()):
+            dy = self._dy_BLC
+            grads: list[Tensor] = []
+            for x, kept, weights, call in reversed(steps):
+                dy, layer_grads = layer_backward(dy, x, cos, sin, kept, weights, call)
+                grads[:0] = layer_grads
+            self._dx_BLC = dy
+            # One tensor, so that a replay hands out its gradients with one copy.
+            self._flat_grads = torch.cat([grad.reshape(-1) for grad in grads])
+
+    @property
+    def is_free(self) -> bool:
+        """Whether no forward still waits for its backward."""
+        return self.num_claims == 0
+
+    def __call__(self, x_BLC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Run the stack; differentiable in x and the adapters."""
+        return _StackFunction.apply(x_BLC, cos, sin, self, *self._parameters)
+
+    def replay_forward(self, *inputs: Tensor) -> Tensor:
+        """Copy the inputs in, replay, copy the output out."""
+        for static, tensor in zip(self._inputs, inputs, strict=True):
+            static.copy_(tensor)
+        self._forward.replay()
+        return self._y_BLC.clone()
+
+    def replay_backward(self, dy_BLC: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return dx and the parameters' gradients, in memory of their own."""
+        self._dy_BLC.copy_(dy_BLC)
+        self._backward.replay()
+        grads = _unflatten_dense_tensors(self._flat_grads.clone(), self._parameters)
+        return self._dx_BLC.clone(), list(grads)
+
+
+class _StackFunction(torch.autograd.Function):
+    """Replay the forward, later the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BLC, cos, sin, stack, *parameters):  # noqa: D102
+        ctx.replay = _Replay(stack)
+        # Saved only for the check that no adapter is changed before the backward.
+        ctx.save_for_backward(*parameters)
+        return stack.replay_forward(x_BLC, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, dy_BLC):  # noqa: D102
+        _ = ctx.saved_tensors
+        stack = ctx.replay.stack
+        if ctx.replay.generation != stack.generation:
+            raise RuntimeError(
+                "the activations of this forward were overwritten by a later one: run backward "
+                "before the next forward, or patch(model, budget='lean') with more tokens"
+            )
+        dx_BLC, grads = stack.replay_backward(dy_BLC)
+        ctx.replay.release()
+        return dx_BLC if ctx.needs_input_grad[0] else None, None, None, None, *grads
+
+
+class GraphCache:
+    """The graphs of a model by shape; a shape gets one when it comes for the second time."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._graphs: dict[tuple[Any, ...], GraphedStack | None] = {}
+
+    def find(self, layers: Layers, x_BLC: Tensor, cos: Tensor, sin: Tensor) -> GraphedStack | None:
+        """Return a free graph for this call, or None: then run layer by layer."""
+        key = _key(layers, x_BLC, cos)
+        if key not in self._graphs:
+            # The eager run that follows compiles every kernel.
+            self._graphs[key] = None
+            return None
+        stack = self._graphs[key]
+        if stack is None:
+            stale = [k for k in self._graphs if k[0] == key[0] and k != key]
+            for old in stale:
+                del self._graphs[old]
+            if sum(s is not None for s in self._graphs.values()) >= MAX_GRAPHS:
+                return None
+            stack = self._graphs[key] = GraphedStack(layers, x_BLC, cos, sin)
+        return stack if stack.is_free else None
+
+
+def _key(layers: Layers, x_BLC: Tensor, cos: Tensor) -> tuple[Any, ...]:
+    """Name everything that a captured kernel has baked in: shapes first, then addresses."""
+    shape = (x_BLC.shape, x_BLC.dtype, cos.shape)
+    baked: list[Any] = []
+    for weights, call in layers:
+        baked.append(call.keep)
+        baked.append(weights.attention_norm.data_ptr())
+        for group in weights.groups():
+            for linear in group.linears:
+                frozen = linear.weight
+                tensor = frozen if isinstance(frozen, Tensor) else frozen.packed
+                baked.append(tensor.data_ptr())
+                if linear.lora_a is not None:
+                    baked += [linear.lora_a.data_ptr(), linear.lora_b.data_ptr()]
+                    baked += [linear.scaling, linear.rank]
+    return (shape, tuple(baked))
