@@ -12,9 +12,10 @@ help:  ## show this help
 
 install: $(STAMP)  ## create .venv with the whole line in it, from the lock
 
-# A portable build of llama.cpp (no instructions of this CPU alone), as few units as compile.
+# llama.cpp for the GGUF exports is compiled: a portable build (no instructions of this CPU alone)
+# in few compilation units, with its converter beside the bindings.
 export CMAKE_ARGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_OPENSSL=OFF \
-  -DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=12
+  -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/images/gguf/llama-cpp.cmake
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || echo 2)
 
 $(STAMP): $(LOCK) pyproject.toml
