@@ -5,7 +5,8 @@
 Every engine is a process of its own (Unsloth patches transformers globally) with the same random
 weights in NF4 with double quantisation, LoRA r=16 on all linears, the same batches and 8-bit
 AdamW (tuneline its own, the others bitsandbytes'); they take turns on the card, `--rounds` times
-a case. A row of the table is an engine in a mode: `free` recomputes nothing (tuneline: budget auto), `lean` recomputes the most.
+a case. A row of the table is an engine in a mode: `free` recomputes nothing (tuneline: budget
+auto), `lean` recomputes the most.
 
 Floor: the products of the frozen weights and of causal attention, forward and input gradient
 (lean: once more forward but for down_proj), at the rate that `--peak-tflops` gives.
