@@ -3,14 +3,22 @@
 import logging
 import os
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from tuneline.errors import CredentialsError, HubError, ModelError
+from tuneline.fetch.directory import explain_missing_weights, licence_of
 
 logger = logging.getLogger(__name__)
 
-_KEPT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken")
-_KEPT_NAMES = ("LICENSE", "NOTICE", "README.md")
+_KEPT = (
+    *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"),
+    *("LICENSE*", "NOTICE*", "README.md"),
+)
+# Subdirectories hold other formats (onnx/, original/); consolidated*.safetensors holds the
+# weights a second time in Mistral's own names.
+_LEFT = ("*/*", "consolidated*")
 
 
 @dataclass(frozen=True)
@@ -32,32 +40,31 @@ def download(repo: str, *, revision: str | None, with_code: bool) -> Snapshot:
         CredentialsError: the model is gated or private.
         HubError: the Hub could not be reached, or answered with an error.
     """
-    import httpx
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub import errors as hub_errors
 
-    from tuneline.fetch.directory import licence_of
-
+    wanted: dict[str, Any] = {
+        "revision": revision,
+        "allow_patterns": [*_KEPT, "*.py"] if with_code else list(_KEPT),
+        "ignore_patterns": list(_LEFT),
+    }
     if constants.HF_HUB_OFFLINE:
         try:
-            path = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+            path = Path(snapshot_download(repo, local_files_only=True, **wanted))
         except hub_errors.LocalEntryNotFoundError:
             raise HubError(
-                f"{repo} at {revision or 'main'} is not in the cache {constants.HF_HUB_CACHE}, and "
-                "HF_HUB_OFFLINE forbids the network: unset it, or fill the cache first"
+                f"{repo} at {revision or 'main'} is not whole in the cache "
+                f"{constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids the network: unset it, or "
+                "fill the cache first"
             ) from None
         return Snapshot(path, commit=path.name, licence=licence_of(path))
     try:
         info = HfApi().model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
-        _refuse_other_weights(repo, names)
-        path = Path(
-            snapshot_download(
-                repo,
-                revision=info.sha,
-                allow_patterns=[name for name in names if _is_kept(name, with_code)],
-            )
-        )
+        if not any(_is_weight(name) for name in names):
+            raise ModelError(explain_missing_weights(repo, names))
+        # By the revision's name, so that the cache knows it when there is no network.
+        path = Path(snapshot_download(repo, **wanted))
     except hub_errors.GatedRepoError:
         raise CredentialsError(
             f"{repo} is gated: ask for access on its page at {constants.ENDPOINT}/{repo}, then "
@@ -83,36 +90,20 @@ def download(repo: str, *, revision: str | None, with_code: bool) -> Snapshot:
         raise HubError(
             f"{constants.ENDPOINT} answered {status} for {repo}: try again later"
         ) from error
-    except (httpx.HTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
+    except (hub_errors.HTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename:
             raise  # a local disk, not the network
         raise HubError(
             f"{constants.ENDPOINT} cannot be reached for {repo} ({type(error).__name__}): check "
             "the network and HF_ENDPOINT; with the model in the cache set HF_HUB_OFFLINE=1"
         ) from error
-    commit = info.sha or path.name
-    logger.info("%s at %s is commit %s", repo, revision or "main", commit)
+    logger.info("%s at %s is commit %s", repo, revision or "main", path.name)
     card = info.card_data
-    return Snapshot(path, commit=commit, licence=_licence(card.to_dict() if card else {}))
+    return Snapshot(path, commit=path.name, licence=_licence(card.to_dict() if card else {}))
 
 
-def _is_kept(name: str, with_code: bool) -> bool:
-    # Subdirectories hold other formats (onnx/, original/); consolidated*.safetensors holds the
-    # weights a second time in Mistral's own names.
-    if "/" in name or name.startswith("consolidated"):
-        return False
-    return (
-        name.endswith(_KEPT_SUFFIXES)
-        or name.startswith(_KEPT_NAMES)
-        or (with_code and name.endswith(".py"))
-    )
-
-
-def _refuse_other_weights(repo: str, names: list[str]) -> None:
-    from tuneline.fetch.directory import explain_missing_weights
-
-    if not any(name.endswith(".safetensors") and _is_kept(name, False) for name in names):
-        raise ModelError(explain_missing_weights(repo, names))
+def _is_weight(name: str) -> bool:
+    return name.endswith(".safetensors") and not any(fnmatch(name, left) for left in _LEFT)
 
 
 def _licence(card: dict) -> str | None:

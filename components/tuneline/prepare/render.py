@@ -79,8 +79,8 @@ class Renderer:
             BadRowError: the template refuses it, e.g. a system message or two turns in a row.
         """
         if example.text is not None:
-            heldout = {"prompt": "", "answer": example.text, "end": "", "question": ""}
-            return Rendered(text=example.text, heldout=heldout)
+            document = {"prompt": "", "answer": example.text, "end": "", "question": ""}
+            return Rendered(text=example.text, heldout=document)
         if example.preference is not None:
             return self._preference(*example.preference)
         assert example.messages is not None

@@ -5,8 +5,7 @@ import logging
 import shutil
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -18,12 +17,11 @@ from tuneline.artifacts import (
     REJECTED_FILE,
     TRAIN_FILE,
     DatasetManifest,
-    LengthStatistics,
     new_directory,
     read_jsonl,
     write_jsonl,
 )
-from tuneline.errors import DataError, ModelError
+from tuneline.errors import DataError
 from tuneline.prepare import formats, lengths, parquet
 from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.intake import Intake, take_in
@@ -33,12 +31,12 @@ from tuneline.prepare.split import MAX_HELDOUT_SHARE, Split, split
 from tuneline.prepare.spool import Spool
 from tuneline.prepare.templates import use_template
 from tuneline.prepare.tokenise import TokenRow, tokenise
+from tuneline.prepare.tokenizer import load_tokenizer
+from tuneline.prepare.truncation import choose_length, cut_rows, too_long
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 256
-# What transformers gives a tokenizer whose model has no limit is larger than this.
-_NO_LIMIT = 10**9
 _NUM_SAMPLES = 4
 
 
@@ -68,7 +66,7 @@ def run(
     formats.check_names(config.format, config.columns, config.method)
     for name in filter(None, (source, config.heldout.source)):
         find_files(name)
-    tokenizer, longest_allowed = _load_tokenizer(base_model_dir)
+    tokenizer, longest_allowed = load_tokenizer(base_model_dir)
     template = "" if config.method == "cpt" else use_template(tokenizer, config.template)
     if config.method == "cpt":
         for name in ("template", "system_prompt", "loss_on"):
@@ -100,15 +98,15 @@ def run(
             )
         statistics = lengths.statistics(sizes)
         recommended = lengths.recommend(statistics, longest_allowed)
-        max_seq_length = _choose_length(config, recommended, longest_allowed)
+        max_seq_length = choose_length(config, recommended, longest_allowed)
         digest.update(f"max_seq_length {max_seq_length}".encode())
-        cut = {
-            name: _cut(work / name, target / name, max_seq_length, config.method)
+        kept = {
+            name: cut_rows(work / name, target / name, max_seq_length, config.method)
             for name in (TRAIN_FILE, EVAL_FILE)
         }
-        train, evaluation = cut[TRAIN_FILE], cut[EVAL_FILE]
+        train, evaluation = kept[TRAIN_FILE], kept[EVAL_FILE]
         if train.num_rows == 0:
-            _explain_too_long(source, statistics, train, max_seq_length)
+            raise too_long(source, statistics, train, max_seq_length)
         write_jsonl(target / HELDOUT_FILE, heldout)
         if template and config.template != "tokenizer":
             (target / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
@@ -142,44 +140,6 @@ def run(
         _write_page(target, tokenizer, manifest, Path(statistics_path))
     _log(manifest)
     return manifest
-
-
-def _load_tokenizer(base_model_dir: str) -> tuple[Any, int]:
-    """Return the model's tokenizer and the longest row that the model can hold."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    path = Path(base_model_dir)
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json: name the directory that fetch made")
-    names = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
-    if not any((path / name).is_file() for name in names):
-        raise ModelError(
-            f"{path} has no tokenizer (no tokenizer.json or tokenizer.model): copy the tokenizer "
-            "files of the model it was made from beside its weights"
-        )
-    trusted = _runs_own_code(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
-        model_config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(
-            f"the tokenizer in {path} cannot be loaded ({' '.join(str(error).split())[:200]}): "
-            "fetch the model again"
-        ) from error
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"the tokenizer in {path} has no fast form (tokenizer.json), and the loss mask needs "
-            "the places of tokens in the text that only the fast ones know: convert it first"
-        )
-    limits = [tokenizer.model_max_length]
-    limits.append(getattr(model_config, "max_position_embeddings", None) or _NO_LIMIT)
-    return tokenizer, int(min(*limits, _NO_LIMIT))
-
-
-def _runs_own_code(path: Path) -> bool:
-    from tuneline.artifacts import ModelOrigin
-
-    return (path / ModelOrigin.filename).is_file() and ModelOrigin.read(path).runs_own_code
 
 
 def _collect(
@@ -264,65 +224,6 @@ def _tokens(
         for row in tokenise(tokenizer, rendered, loss_on=config.loss_on):
             sizes.append(len(row))
             yield row
-
-
-@dataclass
-class _Cut:
-    num_rows: int = 0
-    num_overlong_rows: int = 0
-    num_source_tokens: int = 0
-    num_tokens: int = 0
-    num_loss_tokens: int = 0
-    shortest_that_fits: int = _NO_LIMIT
-    """Tokens that keep one token to learn of at least one row left out."""
-
-
-def _cut(source: Path, target: Path, max_seq_length: int, method: str) -> _Cut:
-    """Copy rows, cut to the length, and count what is kept."""
-    counts = _Cut()
-
-    def kept(rows: Iterable[TokenRow]) -> Iterator[TokenRow]:
-        for row in rows:
-            counts.num_source_tokens += lengths.num_tokens(row)
-            pieces = list(lengths.fit(row, max_seq_length, is_document=method == "cpt"))
-            if not pieces:
-                counts.num_overlong_rows += 1
-                counts.shortest_that_fits = min(
-                    counts.shortest_that_fits, lengths.num_tokens_needed(row)
-                )
-            for piece in pieces:
-                counts.num_tokens += lengths.num_tokens(piece)
-                counts.num_loss_tokens += lengths.num_loss_tokens(piece)
-                yield piece
-
-    counts.num_rows = parquet.write(
-        target, kept(parquet.read(source, method=method)), method=method
-    )
-    return counts
-
-
-def _choose_length(config: PrepareConfig, recommended: int, longest_allowed: int) -> int:
-    if config.max_seq_length == "auto":
-        return recommended
-    if config.max_seq_length > longest_allowed:
-        logger.warning(
-            "prepare.max_seq_length %d is more than the model's %d positions: %d is used",
-            config.max_seq_length,
-            longest_allowed,
-            longest_allowed,
-        )
-    return min(config.max_seq_length, longest_allowed)
-
-
-def _explain_too_long(
-    source: str, statistics: LengthStatistics, train: _Cut, max_seq_length: int
-) -> None:
-    raise DataError(
-        f"all {train.num_overlong_rows} training rows of {source} are longer than max_seq_length "
-        f"{max_seq_length} before their answer begins, so nothing is left to learn: set "
-        f"prepare.max_seq_length to {statistics.max} (fits every row) or 'auto'; the first row "
-        f"has an answer from {train.shortest_that_fits} tokens on"
-    )
 
 
 def _end_of_turn(

@@ -1,0 +1,171 @@
+"""Fetch from a Hub: the unmodified client against a small server of its read-only routes."""
+
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# repository -> (error code, status) for those that cannot be read
+REFUSED = {"org/gated": ("GatedRepo", 403), "org/none": ("RepoNotFound", 404)}
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    model_dir: Path
+    requests: list[str]
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def log_message(self, *unused: object) -> None:
+        pass
+
+    def _answer(self, with_body: bool) -> None:
+        path = unquote(self.path.split("?")[0])
+        self.requests.append(path)
+        repo = "/".join(path.removeprefix("/api/models").strip("/").split("/")[:2])
+        names = sorted(file.name for file in self.model_dir.iterdir())
+        if repo in REFUSED:
+            code, status = REFUSED[repo]
+            self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": code}, with_body)
+        elif path.startswith("/api/models/"):
+            revision = path.split("/revision/")[1] if "/revision/" in path else "main"
+            if revision not in ("main", "v1", COMMIT):
+                self._send(404, b"", {"X-Error-Code": "RevisionNotFound"}, with_body)
+                return
+            if "/tree/" in path:
+                body: object = [
+                    {"type": "file", "path": name, "oid": "0" * 40, "size": 1} for name in names
+                ]
+            else:
+                body = {
+                    "id": repo,
+                    "sha": COMMIT,
+                    "cardData": {"license": "llama3"},
+                    "siblings": [{"rfilename": name} for name in names],
+                }
+            headers = {"Content-Type": "application/json"}
+            self._send(200, json.dumps(body).encode(), headers, with_body)
+        elif "/resolve/" not in path:
+            self._send(404, b"", {}, with_body)
+        else:
+            content = (self.model_dir / path.rsplit("/", 1)[1]).read_bytes()
+            etag = hashlib.sha256(content).hexdigest()
+            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"'}
+            self._send(200, content, headers, with_body)
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str], with_body: bool) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def hub(tiny_model_dir: Path, tmp_path: Path) -> Iterator[tuple[str, type[HubHandler]]]:
+    model_dir = tmp_path / "hub"
+    shutil.copytree(tiny_model_dir, model_dir, ignore=shutil.ignore_patterns("origin.json"))
+    shutil.copy(model_dir / "model.safetensors", model_dir / "consolidated.safetensors")
+    (model_dir / "pytorch_model.bin").write_bytes(b"pickle")
+    handler = type("Handler", (HubHandler,), {"model_dir": model_dir, "requests": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def fetch(
+    endpoint: str, source: str, tmp_path: Path, revision: str | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"revision": revision} if revision else {}))
+    environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    environment |= {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+        **variables,
+    }
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "tuneline.fetch", "--config", str(config)),
+            *("--source", source, "--base-model", str(tmp_path / "out")),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_download_is_recorded_with_its_commit(hub, tiny_model_dir: Path, tmp_path: Path) -> None:
+    endpoint, handler = hub
+    done = fetch(endpoint, "org/model", tmp_path, revision="v1")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    origin = json.loads((out / "origin.json").read_text())
+    assert (origin["revision"], origin["licence"]) == (COMMIT, "llama3")
+    weights = (out / "model.safetensors").read_bytes()
+    assert weights == (tiny_model_dir / "model.safetensors").read_bytes()
+    assert not (out / "model.safetensors").is_symlink()
+    # The weights stand in the repository three times, and are downloaded once.
+    fetched = {path.rsplit("/", 1)[1] for path in handler.requests if "/resolve/" in path}
+    assert "model.safetensors" in fetched
+    assert not {"pytorch_model.bin", "consolidated.safetensors"} & fetched
+
+    shutil.rmtree(out)
+    again = fetch("http://127.0.0.1:9", "org/model", tmp_path, "v1", HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((out / "origin.json").read_text())["revision"] == COMMIT
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "code", "sentence"),
+    [
+        ("org/gated", None, 2, "CredentialsError: org/gated is gated: ask for access"),
+        ("org/none", None, 2, "has no model 'org/none' that this token may see"),
+        ("org/model", "v9", 2, "ModelError: org/model has no revision 'v9'"),
+    ],
+)
+def test_refusals(hub, tmp_path: Path, source, revision, code, sentence) -> None:
+    done = fetch(hub[0], source, tmp_path, revision)
+    assert done.returncode == code
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickle_only_repository_is_not_downloaded(hub, tmp_path: Path) -> None:
+    endpoint, handler = hub
+    for name in ("model.safetensors", "consolidated.safetensors"):
+        (handler.model_dir / name).unlink()
+    done = fetch(endpoint, "org/model", tmp_path)
+    assert done.returncode == 2
+    assert "org/model has its weights only as pickle (pytorch_model.bin)" in done.stderr
+    assert not any("/resolve/" in path for path in handler.requests)
+
+
+def test_no_network(tmp_path: Path) -> None:
+    done = fetch("http://127.0.0.1:9", "org/model", tmp_path)
+    assert done.returncode == 1
+    assert "HubError: http://127.0.0.1:9 cannot be reached for org/model" in done.stderr
+    assert "Traceback" not in done.stderr
