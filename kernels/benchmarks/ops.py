@@ -67,7 +67,8 @@ class Table:
         line = f"{op:18} {provider:14} {mode:16} {us[0]:9.1f} us [{us[1]:.1f} {us[2]:.1f}]"
         if num_bytes:
             rate = num_bytes / us[0] / 1e6
-            self.rows.append([op, provider, mode, "bandwidth", "TB/s", shape, f"{rate:.3f}", "", ""])
+            row = [op, provider, mode, "bandwidth", "TB/s", shape, f"{rate:.3f}", "", ""]
+            self.rows.append(row)
             line += f" {rate:6.2f} TB/s"
             if self.bandwidth:
                 line += f" {rate / self.bandwidth:5.0%} of copy"
@@ -80,7 +81,8 @@ class Table:
         """Record a relative error against float64 and say whether it is within bounds."""
         self.rows.append([op, "tuneline", mode, "error", "relative", "", f"{error:.3e}", "", ""])
         verdict = "ok" if error <= allowed else "WRONG"
-        print(f"{op:18} check          {mode:16} {error:.3e} <= {allowed:.3e} {verdict}", flush=True)
+        numbers = f"{error:.3e} <= {allowed:.3e}"
+        print(f"{op:18} check          {mode:16} {numbers} {verdict}", flush=True)
 
     def save(self) -> None:
         """Write the CSV."""
@@ -159,7 +161,7 @@ def bench_nf4(table: Table, sweep: bool) -> None:
             import bitsandbytes.functional as bnb
         except ImportError:
             continue
-        for w, out in zip(weights, outs, strict=True):
+        for w in weights:
             nested = bnb.QuantState(w.nested_absmax, code=w.nested_code, blocksize=256)
             nested.dtype = torch.float32
             state = bnb.QuantState(
@@ -171,7 +173,8 @@ def bench_nf4(table: Table, sweep: bool) -> None:
             table.check("nf4", "bitsandbytes bits", differ, 0)
         table.time(
             "nf4", "bitsandbytes", "plain", f"{N}x{k}",
-            [lambda: bnb.dequantize_4bit(packed, state)], N * k * 2 + N * k // 2 + N * k // 64,
+            [lambda packed=packed, state=state: bnb.dequantize_4bit(packed, state)],
+            N * k * 2 + N * k // 2 + N * k // 64,
         )  # fmt: skip
 
 
@@ -333,16 +336,18 @@ def bench_cross_entropy(table: Table, sweep: bool) -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         mode = f"fwd+bwd {chunk or ''}"
-        table.time("cross_entropy", "tuneline", mode, f"{T}x{V}", [lambda c=chunk: ours(c)], 0, flops)
+        call = [lambda c=chunk: ours(c)]
+        table.time("cross_entropy", "tuneline", mode, f"{T}x{V}", call, 0, flops)
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20
         row = ["cross_entropy", "tuneline", mode, "peak", "MiB", f"{T}x{V}", f"{peak:.0f}", "", ""]
         table.rows.append(row)
         print(f"    peak {peak:.0f} MiB")
-    table.time("cross_entropy", "tuneline", "softcap", f"{T}x{V}", [lambda: ours(None, 30.0)], 0, flops)
+    call = [lambda: ours(None, 30.0)]
+    table.time("cross_entropy", "tuneline", "softcap", f"{T}x{V}", call, 0, flops)
     logits = _randn(1024, V)
     for block, warps in ((4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32)):
         op._BLOCK, op._NUM_WARPS = block, warps
-        call = [lambda: op._log_probs_(logits, labels[:1024], -100, None, True)]
+        call = [lambda z=logits: op._log_probs_(z, labels[:1024], -100, None, True)]
         name = f"b{block}/w{warps}"
         table.time("log_probs kernel", name, "1024 rows", f"1024x{V}", call, 3 * 1024 * V * 2)
     op._BLOCK, op._NUM_WARPS = 8192, 16

@@ -23,7 +23,7 @@ def generator(device: str) -> torch.Generator:
 
 
 _ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1.25 * 2**-9}
-"""Relative error allowed: float32 sums in another order; 1.25 bfloat16 roundings (2^-9 at worst)."""
+"""Relative error allowed: float32 sums in another order; 1.25 bfloat16 roundings of 2^-9."""
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tuneline.kernels.gated_activation import (
     gated_activation,
     gated_activation_backward,

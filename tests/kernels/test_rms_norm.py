@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tuneline.kernels.rms_norm import (
     rms_norm,
     rms_norm_backward,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tuneline.kernels.rope import rope, rope_backward, rope_forward, rope_reference
 
 CASES = {

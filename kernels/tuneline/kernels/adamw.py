@@ -61,8 +61,8 @@ def _nearest(x, middles_ptr):
     """Return how many of the 255 sorted middles lie below x: the index of the nearest level."""
     index = tl.zeros_like(x).to(tl.int32)
     for bit in tl.static_range(8):
-        step: tl.constexpr = 128 >> bit
-        index += tl.where(tl.load(middles_ptr + index + step - 1) < x, step, 0)
+        below = tl.load(middles_ptr + index + ((128 >> bit) - 1)) < x
+        index += tl.where(below, 128 >> bit, 0)
     return index
 
 
@@ -171,13 +171,15 @@ class _Flat:
     def state(self, params: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Return the slices of the state, one dict a parameter."""
         named = {"exp_avg": self.views(self.m, params), "exp_avg_sq": self.views(self.v, params)}
-        for name, absmax in (("exp_avg_absmax", self.m_absmax), ("exp_avg_sq_absmax", self.v_absmax)):
+        absmaxes = {"exp_avg_absmax": self.m_absmax, "exp_avg_sq_absmax": self.v_absmax}
+        for name, absmax in absmaxes.items():
             if absmax is not None:
                 named[name] = [
                     absmax[start // _QUANT_BLOCK :][: -(-p.numel() // _QUANT_BLOCK)]
                     for start, p in zip(self.starts, params, strict=True)
                 ]
-        return [dict(zip(named, slices, strict=True)) for slices in zip(*named.values(), strict=True)]
+        columns = zip(*named.values(), strict=True)
+        return [dict(zip(named, slices, strict=True)) for slices in columns]
 
 
 def _partial_squares(grads: list[torch.Tensor]) -> torch.Tensor:
@@ -285,8 +287,9 @@ class FlatAdamW(torch.optim.Optimizer):
         kinds = {(p.dtype, p.device) for p in params}
         if len(kinds) != 1 or params[0].dtype != torch.float32:
             raise ValueError(
-                f"a group's parameters must be float32 on one device, these are {sorted(map(str, kinds))}; "
-                "PEFT keeps LoRA in float32 with autocast_adapter_dtype=True"
+                "a group's parameters must be float32 on one device, these are "
+                f"{sorted(map(str, kinds))}; PEFT keeps LoRA in float32 by default "
+                "(autocast_adapter_dtype)"
             )
         flat = _Flat.of(params, self.state_bits)
         self._flats.append(flat)

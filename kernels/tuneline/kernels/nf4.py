@@ -29,6 +29,55 @@ _SIDE_COLS = 64
 
 
 @triton.jit
+def _store_weight(
+    program, words_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
+    out_ptr, num_words, out_stride, K: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Dequantise BLOCK words.
+
+    One int32 word is 8 weights of one row and one quantisation block, and 16 bytes of bfloat16:
+    each thread stores 16 bytes at a time.
+    """
+    word = program * BLOCK + tl.arange(0, BLOCK)
+    mask = word < num_words
+    bits = tl.load(words_ptr + word, mask=mask, other=0)
+    block = word // 8
+    if NESTED:
+        q = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(nested_absmax_ptr + block // 256, mask=mask, other=0.0)
+        absmax = tl.load(nested_code_ptr + q) * scale + tl.load(offset_ptr)
+    else:
+        absmax = tl.load(absmax_ptr + block, mask=mask, other=0.0)
+    lane = tl.arange(0, 8)
+    shift = (4 * lane) ^ 4  # the even element is the high nibble of its byte
+    nibble = (bits[:, None] >> shift[None, :]) & 15
+    w = tl.load(code_ptr + nibble) * absmax[:, None]
+    start = (word // (K // 8)).to(tl.int64) * out_stride + (word % (K // 8)) * 8
+    out_ptrs = out_ptr + start[:, None] + lane[None, :]
+    tl.store(out_ptrs, w.to(out_ptr.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit
+def _store_side(
+    program, side_ptr, out_ptr, out_stride, stride_row, stride_col, scale,
+    first_row, first_col, num_rows, num_cols, src_rows, src_cols, src_shift,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Fill one tile of the LoRA rectangle: scaled source values where there are any, else 0."""
+    col_tiles = tl.cdiv(num_cols, COLS)
+    row = (program // col_tiles) * ROWS + tl.arange(0, ROWS)
+    col = (program % col_tiles) * COLS + tl.arange(0, COLS)
+    src_col = col - src_shift
+    has_source = (row < src_rows)[:, None] & ((src_col >= 0) & (src_col < src_cols))[None, :]
+    src_ptrs = side_ptr + row[:, None] * stride_row + src_col[None, :] * stride_col
+    value = tl.load(src_ptrs, mask=has_source, other=0.0).to(tl.float32) * scale
+    start = (first_row + row).to(tl.int64) * out_stride
+    out_ptrs = out_ptr + start[:, None] + (first_col + col)[None, :]
+    mask = (row < num_rows)[:, None] & (col < num_cols)[None, :]
+    tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _fwd_kernel(
     words_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr,
     side_ptr, num_words, out_stride, side_stride_row, side_stride_col, side_scale,
@@ -36,44 +85,19 @@ def _fwd_kernel(
     K: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr,
     SIDE_ROWS: tl.constexpr, SIDE_COLS: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
+    program = tl.program_id(0)
     num_main = tl.cdiv(num_words, BLOCK)
-    if pid < num_main:
-        # One int32 word is 8 weights of one row and one quantisation block, and 16 bytes of
-        # bfloat16: each thread stores 16 bytes at a time.
-        word = pid * BLOCK + tl.arange(0, BLOCK)
-        mask = word < num_words
-        bits = tl.load(words_ptr + word, mask=mask, other=0)
-        block = word // 8
-        if NESTED:
-            q = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
-            scale = tl.load(nested_absmax_ptr + block // 256, mask=mask, other=0.0)
-            absmax = tl.load(nested_code_ptr + q) * scale + tl.load(offset_ptr)
-        else:
-            absmax = tl.load(absmax_ptr + block, mask=mask, other=0.0)
-        lane = tl.arange(0, 8)
-        shift = (4 * lane) ^ 4  # the even element is the high nibble of its byte
-        nibble = (bits[:, None] >> shift[None, :]) & 15
-        w = tl.load(code_ptr + nibble) * absmax[:, None]
-        start = (word // (K // 8)).to(tl.int64) * out_stride + (word % (K // 8)) * 8
-        out_ptrs = out_ptr + start[:, None] + lane[None, :]
-        tl.store(out_ptrs, w.to(out_ptr.dtype.element_ty), mask=mask[:, None])
+    if program < num_main:
+        _store_weight(
+            program, words_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr,
+            offset_ptr, out_ptr, num_words, out_stride, K, NESTED, BLOCK,
+        )  # fmt: skip
     else:
-        # The LoRA side: a rectangle of the output, source values inside, zeros around them.
-        tile = pid - num_main
-        col_tiles = tl.cdiv(side_cols, SIDE_COLS)
-        row = (tile // col_tiles) * SIDE_ROWS + tl.arange(0, SIDE_ROWS)
-        col = (tile % col_tiles) * SIDE_COLS + tl.arange(0, SIDE_COLS)
-        src_col = col - side_shift
-        has_row = row < side_src_rows
-        has_col = (src_col >= 0) & (src_col < side_src_cols)
-        src_ptrs = side_ptr + row[:, None] * side_stride_row + src_col[None, :] * side_stride_col
-        value = tl.load(src_ptrs, mask=has_row[:, None] & has_col[None, :], other=0.0)
-        value = value.to(tl.float32) * side_scale
-        start = (side_row + row).to(tl.int64) * out_stride
-        out_ptrs = out_ptr + start[:, None] + (side_col + col)[None, :]
-        mask = (row < side_rows)[:, None] & (col < side_cols)[None, :]
-        tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=mask)
+        _store_side(
+            program - num_main, side_ptr, out_ptr, out_stride, side_stride_row, side_stride_col,
+            side_scale, side_row, side_col, side_rows, side_cols,
+            side_src_rows, side_src_cols, side_shift, SIDE_ROWS, SIDE_COLS,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +207,10 @@ def _output(
         or out.shape[1] < K + num_cols
         or (exact_cols and out.shape[1] != K)
     ):
-        raise ValueError(f"out is {tuple(out.shape)}, weight {w.shape}, LoRA pad of {num_cols} columns")
+        raise ValueError(
+            f"out is {tuple(out.shape)}: the weight {w.shape} needs {num_rows} more rows and "
+            f"{num_cols} more columns for LoRA, and no pad on a side without it"
+        )
     return out
 
 

@@ -1,0 +1,160 @@
+"""Compile every op kernel for Ampere and Hopper without a GPU: it must need no spilled register.
+
+Triton decides on import whether kernels are interpreted, so the compiling is done by this file
+run as a script, in a process of its own without TRITON_INTERPRET.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ARCHITECTURES = (80, 90)
+
+# Llama-3.1-8B's sizes unless the name says otherwise: (module, kernel, constants, dtypes of
+# pointers that are not bf16, warps). What is no constant, pointer or *eps is an int32.
+F32, U8, I32, I64 = "*fp32", "*u8", "*i32", "*i64"
+NF4_POINTERS = dict(
+    words_ptr=I32, absmax_ptr=U8, code_ptr=F32, nested_absmax_ptr=F32, nested_code_ptr=F32,
+    offset_ptr=F32, side_ptr=F32,
+)  # fmt: skip
+ADAM_POINTERS = dict.fromkeys(
+    ["p_ptr", "g_ptr", "m_absmax_ptr", "v_absmax_ptr", "m_code_ptr", "v_code_ptr",
+     "m_middles_ptr", "v_middles_ptr", "partial_ptr", "grad_ptr"], F32,
+)  # fmt: skip
+NORM = dict(K=4096, BLOCK=4096, GEMMA=False)
+ROPE = dict(HQ=32, HK=8, D=128, R=128, BLOCK_HQ=32, BLOCK_HK=8, HALF=64, REST=1)
+STEP = dict(CLIP=True, PARTIALS=1024, ROWS=8, COLS=256)
+NF4 = dict(K=4096, NESTED=True, BLOCK=1024, SIDE_ROWS=64, SIDE_COLS=64)
+KERNELS = {
+    "nf4": ("nf4", "_fwd_kernel", NF4, NF4_POINTERS, 8),
+    "rms_norm forward": ("rms_norm", "_fwd_kernel", NORM | dict(HAS_RESIDUAL=True), {"rstd_ptr": F32}, 8),
+    "rms_norm backward": (
+        "rms_norm", "_bwd_kernel",
+        NORM | dict(ROWS=1, HAS_DRESIDUAL=True, NEED_DWEIGHT=False),
+        {"rstd_ptr": F32, "partial_ptr": F32}, 8,
+    ),
+    "rms_norm backward, weight": (
+        "rms_norm", "_bwd_kernel",
+        NORM | dict(ROWS=16, HAS_DRESIDUAL=True, NEED_DWEIGHT=True),
+        {"rstd_ptr": F32, "partial_ptr": F32}, 8,
+    ),
+    "rope": ("rope", "_rope_kernel", ROPE | dict(NORM=False, GEMMA=False, BACKWARD=False), {}, 4),
+    "rope head norm": ("rope", "_rope_kernel", ROPE | dict(NORM=True, GEMMA=False, BACKWARD=False), {}, 4),
+    "rope head norm backward": (
+        "rope", "_rope_kernel", ROPE | dict(NORM=True, GEMMA=False, BACKWARD=True), {}, 4,
+    ),
+    "rope Phi-4, partial": (
+        "rope", "_rope_kernel",
+        ROPE | dict(HQ=24, R=96, REST=32, NORM=False, GEMMA=False, BACKWARD=False), {}, 4,
+    ),
+    "swiglu backward": (
+        "gated_activation", "_bwd_kernel", dict(F=14336, GELU=False, NEED_H=True, BLOCK=1024), {}, 4,
+    ),
+    "geglu forward": ("gated_activation", "_fwd_kernel", dict(F=14336, GELU=True, BLOCK=1024), {}, 4),
+    "geglu backward": (
+        "gated_activation", "_bwd_kernel", dict(F=14336, GELU=True, NEED_H=True, BLOCK=1024), {}, 4,
+    ),
+    "cross entropy": (
+        "cross_entropy", "_log_probs_kernel", dict(CAPPED=False, NEED_GRAD=True, BLOCK=8192),
+        {"labels_ptr": I64, "logp_ptr": F32}, 16,
+    ),
+    "cross entropy softcap": (
+        "cross_entropy", "_log_probs_kernel", dict(CAPPED=True, NEED_GRAD=True, BLOCK=8192),
+        {"labels_ptr": I64, "logp_ptr": F32}, 16,
+    ),
+    "adamw": (
+        "adamw", "_step_kernel", STEP | dict(EIGHT_BIT=False),
+        ADAM_POINTERS | dict(m_ptr=F32, v_ptr=F32), 8,
+    ),
+    "adamw 8-bit": (
+        "adamw", "_step_kernel", STEP | dict(EIGHT_BIT=True),
+        ADAM_POINTERS | dict(m_ptr=U8, v_ptr=U8), 8,
+    ),
+    "gradient norm": ("adamw", "_norm_kernel", dict(BLOCK=2048), ADAM_POINTERS, 4),
+    "gradient scale": ("adamw", "_scale_kernel", dict(PARTIALS=1024, BLOCK=2048), ADAM_POINTERS, 4),
+}  # fmt: skip
+FLOATS = {
+    "eps", "side_scale", "softcap", "max_norm", "decay", "beta1", "beta2", "rest1", "rest2",
+    "step_size", "root_correction2",
+}  # fmt: skip
+UNALIGNED = {"T", "V", "ignore_index", "side_src_rows", "side_src_cols", "side_shift"}
+
+
+def _resources(name: str, architecture: int) -> dict[str, int]:
+    """Compile one kernel and return its registers, spilled bytes and stack bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, kernel, constants, pointers, num_warps = KERNELS[name]
+    function = getattr(import_module(f"tuneline.kernels.{module}"), kernel)
+    signature, attributes = {}, {}
+    for i, argument in enumerate(function.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument.endswith("_ptr"):
+            signature[argument] = pointers.get(argument, "*bf16")
+        else:
+            signature[argument] = "fp32" if argument in FLOATS else "i32"
+        if signature[argument][0] in "*i" and argument not in UNALIGNED:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(function, signature, constants, attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": num_warps},
+    )
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        target = re.search(r"^\.target (\S+?),?$", ptx.replace(", ", ",\n"), re.M).group(1)
+        report = subprocess.run(
+            [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", path, "-o", os.devnull],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
+        "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        "stack_bytes": int(re.search(r"(\d+) bytes stack frame", report).group(1)),
+        "wide_stores": len(re.findall(r"st\.global\.v4\.b32", ptx)),
+    }
+
+
+@pytest.fixture(scope="module")
+def resources() -> dict[str, dict[str, int]]:
+    """Return what each kernel needs on each architecture."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_spills(name, architecture, resources, record_property):
+    need = resources[f"{name} sm_{architecture}"]
+    record_property("registers", need["registers"])
+    assert need["spill_bytes"] == 0
+    assert need["stack_bytes"] == 0
+    assert 0 < need["registers"] <= 255
+
+
+@pytest.mark.parametrize("name", ["nf4", "rms_norm forward", "swiglu backward", "rope"])
+def test_stores_are_16_bytes_wide(name, resources):
+    assert resources[f"{name} sm_90"]["wide_stores"] > 0
+
+
+if __name__ == "__main__":
+    table = {f"{name} sm_{a}": _resources(name, a) for name in KERNELS for a in ARCHITECTURES}
+    print(json.dumps(table, indent=1))
