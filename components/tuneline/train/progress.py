@@ -47,6 +47,11 @@ class ProgressCallback(TrainerCallback):
         """What was logged so far, one point a step."""
         return [TrainingPoint.model_validate(point) for _, point in sorted(self._points.items())]
 
+    @property
+    def last_evaluated_step(self) -> int:
+        """The last step with an evaluation loss; -1 for none."""
+        return max((p.step for p in self.history if p.eval_loss is not None), default=-1)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar, on a terminal."""
         self._last_line = time.monotonic()
@@ -70,14 +75,13 @@ class ProgressCallback(TrainerCallback):
         """Stop the step's clock."""
         self.step_seconds += time.monotonic() - self._step_began
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the values and show them.
 
         Raises:
             TrainingError: the gradient is not a number any more.
         """
+        logs = kwargs["logs"]
         found = {field: logs[name] for name, field in _FIELDS.items() if name in logs}
         if not found:
             return

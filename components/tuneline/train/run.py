@@ -136,7 +136,7 @@ def _train(
     )
     try:
         result = trainer.train()
-        if eval_rows is not None and arguments.max_steps % arguments.eval_steps:
+        if eval_rows is not None and progress.last_evaluated_step != trainer.state.global_step:
             trainer.evaluate()
     finally:
         progress.close()

@@ -22,7 +22,8 @@ class SupervisedTrainer(SFTTrainer):
         """Tokens that went through training steps, padding not counted."""
         self._eval_loss_sum = 0.0
         self._eval_tokens = 0
-        base = self.model.get_base_model()
+        base: Any = self.model
+        base = base.get_base_model()
         # On a GPU, TRL's fused head scores only the tokens that count. On a CPU it scores all of
         # them; leaving out the prompt makes a step of SmolLM2 a fifth to a third shorter.
         self._selects_logits = (
@@ -70,7 +71,7 @@ class SupervisedTrainer(SFTTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, and put the mean over tokens in the place of the mean over batches."""
         self._eval_loss_sum, self._eval_tokens = 0.0, 0
-        output = super().evaluation_loop(*args, **kwargs)
+        output: Any = super().evaluation_loop(*args, **kwargs)
         output.metrics["eval_loss"] = self._eval_loss_sum / max(self._eval_tokens, 1)
         return output
 

@@ -1,0 +1,94 @@
+"""What an adapter's file adds to each weight of the base."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tuneline.errors import ModelError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+_PREFIX = "base_model.model."
+_A = ".lora_A.weight"
+_B = ".lora_B.weight"
+
+# Settings of peft.LoraConfig that change what a weight becomes, with the value we merge.
+_PLAIN: dict[str, Any] = {
+    "fan_in_fan_out": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "bias": "none",
+}
+
+
+class Adapter:
+    """A LoRA adapter: low-rank updates, and modules that were trained in full.
+
+    Attributes:
+        modules: names of the modules with an update, as the base model names them.
+        replaced: weights that take the base's place, by the base's tensor name.
+    """
+
+    def __init__(self, adapter_dir: str | Path) -> None:
+        """Read the adapter.
+
+        Raises:
+            ModelError: a file is missing, or the adapter is of a kind that adds up differently.
+        """
+        directory = Path(adapter_dir)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (directory / name).is_file():
+                raise ModelError(f"{directory} has no {name}: give the directory that train made")
+        self._config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        _check_plain(self._config, directory)
+        tensors = load_file(directory / WEIGHTS_FILE)
+        self._a = _with_suffix(tensors, _A)
+        self._b = _with_suffix(tensors, _B)
+        if set(self._a) != set(self._b):
+            odd = sorted(set(self._a) ^ set(self._b))
+            raise ModelError(f"{directory}: {odd[0]} has only one of lora_A and lora_B")
+        self.modules = set(self._a)
+        others = [name for name in tensors if not name.endswith((_A, _B))]
+        strange = [name for name in others if "lora_" in name or not name.startswith(_PREFIX)]
+        if strange:
+            raise ModelError(
+                f"{directory}: cannot merge the tensor {strange[0]}: only LoRA on linear layers "
+                "and modules_to_save are merged"
+            )
+        self.replaced = {
+            name.removeprefix(_PREFIX).replace(".modules_to_save.default", ""): tensors[name]
+            for name in others
+        }
+
+    def delta(self, module: str) -> torch.Tensor:
+        """Return s * B @ A in fp32, [out_features, in_features]."""
+        a_ri, b_or = self._a[module].float(), self._b[module].float()
+        rank, alpha = a_ri.shape[0], self._config["lora_alpha"]
+        scale = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        return scale * (b_or @ a_ri)
+
+
+def _check_plain(config: dict[str, Any], directory: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{directory} is a {config.get('peft_type')} adapter: only LORA is merged")
+    for key, plain in _PLAIN.items():
+        if config.get(key, plain) not in (plain, None):
+            raise ModelError(
+                f"{directory}: the adapter has {key}={config[key]!r}, which is not merged here; "
+                "train without it"
+            )
+
+
+def _with_suffix(tensors: dict[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix(_PREFIX).removesuffix(suffix): tensor
+        for name, tensor in tensors.items()
+        if name.endswith(suffix)
+    }

@@ -1,0 +1,35 @@
+"""The KFP component of the step."""
+
+from kfp import dsl
+
+from tuneline import images
+
+
+@dsl.component(base_image=images.TRAIN, install_kfp_package=False)
+def merge(
+    config: str,
+    base_model: dsl.Input[dsl.Model],
+    adapter: dsl.Input[dsl.Model],
+    dataset: dsl.Input[dsl.Dataset],
+    merged: dsl.Output[dsl.Model],
+):
+    """Merge the adapter into the base; `config` is a MergeConfig as JSON."""
+    from tuneline.merge import MergeConfig, run
+    from tuneline.step import step
+
+    with step("merge"):
+        proof = run(
+            MergeConfig.parse(config),
+            base_model_dir=base_model.path,
+            adapter_dir=adapter.path,
+            dataset_dir=dataset.path,
+            merged_dir=merged.path,
+        )
+        merged.metadata.update(
+            base=proof.base,
+            dtype=proof.dtype,
+            num_bytes=proof.num_bytes,
+            mean_kl=proof.mean_kl,
+            top1_agreement=proof.top1_agreement,
+            max_logit_difference=proof.max_logit_difference,
+        )
