@@ -28,6 +28,7 @@ overflow-wrap:anywhere}
 .heading{display:flex;flex-wrap:wrap;align-items:baseline;gap:2px 12px;margin:0 0 14px}
 h2{margin:0;font-size:16px;font-weight:650}
 h3{margin:20px 0 8px;font-size:14px;font-weight:600}
+h3.flush{margin-top:0}
 .note{margin:0;color:var(--muted);font-size:13px}
 .muted{color:var(--muted);font-size:13px;margin:8px 0}
 .text{margin:8px 0}
@@ -60,7 +61,7 @@ border-bottom:1px solid var(--faint)}
 .facts>div:last-child{border-bottom:0}
 .facts dt{color:var(--muted);flex:none}
 .facts dd{margin:0;text-align:right;overflow-wrap:anywhere}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto;margin-top:12px}
 table{width:100%;border-collapse:collapse;font-size:14px}
 caption{text-align:left;color:var(--muted);font-size:13px;padding:0 0 6px}
 th{text-align:left;color:var(--muted);font-size:12.5px;font-weight:600;border-bottom:1px solid

@@ -120,7 +120,7 @@ def _table(runs: list[StepRun]) -> list[str]:
         return []
     rows = ["| step | status | time |", "| --- | --- | ---: |"]
     for run in runs:
-        status = "did not end" if run.status == "running" else run.status
+        status: str = "did not end" if run.status == "running" else run.status
         if run.status != "finished" and run.total:
             status += f" at {run.done} of {run.total}"
         rows.append(f"| {_text(run.step)} | {status} | {duration(run.seconds)} |")

@@ -1,0 +1,8 @@
+"""Run as `python -m tuneline.report --config RECIPE_JSON --base-model DIR ... --page FILE`."""
+
+from tuneline.recipe import Recipe
+from tuneline.report import run
+from tuneline.step import main
+
+if __name__ == "__main__":
+    main("report", Recipe, run)

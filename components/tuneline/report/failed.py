@@ -1,0 +1,82 @@
+"""The page of a run that did not reach its report."""
+
+from html import escape
+from typing import Any
+
+from tuneline.causes import RUN_AGAIN, explain
+from tuneline.events import StepRun, failed_run, step_runs
+from tuneline.page import (
+    Cell,
+    badge,
+    banner,
+    facts,
+    line_diagram,
+    paragraph,
+    render_page,
+    section,
+    table,
+)
+from tuneline.report.line import OUTSIDE, stages_of_runs
+from tuneline.units import duration
+
+
+def render_failed(recipe_name: str, events: list[dict[str, Any]]) -> str:
+    """Return the page: where the line stopped, why, and what to try next.
+
+    Args:
+        recipe_name: as in the recipe.
+        events: the events file's lines, in step.py's form.
+    """
+    runs = [run for run in step_runs(events) if run.step not in OUTSIDE or run.status == "failed"]
+    failed = failed_run(runs)
+    explanation = explain(failed)
+    if failed is None and runs:
+        heading = "The run did not end as it should"
+        text = "Every step that started has finished, but there is no report: see the run's log."
+        advice = RUN_AGAIN
+    else:
+        heading = f"Failed at {failed.step}" if failed else "Failed before the first step"
+        text, advice = explanation.cause, explanation.advice
+    finished = [run for run in runs if run.status == "finished"]
+    spent = sum(run.seconds or 0 for run in runs)
+    cards = [
+        section(
+            "The line",
+            line_diagram(stages_of_runs(runs)),
+            note=f"{len(finished)} tasks finished, {duration(spent)} of work",
+        ),
+        section("What to try next", paragraph(advice), _about(failed)),
+    ]
+    if runs:
+        cards.append(section("Steps", _steps(runs)))
+    return render_page(recipe_name, cards, lead=banner(heading, text, "bad"))
+
+
+def _about(run: StepRun | None) -> str:
+    if run is None:
+        return ""
+    pairs = [("Step", run.step), ("Time", duration(run.seconds))]
+    if run.kind:
+        pairs.append(("Kind of error", Cell(f"<code>{escape(run.kind)}</code>")))
+    if run.total:
+        pairs.append(("Reached", f"{run.done} of {run.total} {run.note}".strip()))
+    alone = Cell(f"<code>python -m tuneline.{_module(run.step)} --help</code>")
+    pairs.append(("Run it alone", alone))
+    return facts(pairs)
+
+
+def _module(step: str) -> str:
+    return "quantize" if step.startswith(("convert", "quantize")) else step
+
+
+def _steps(runs: list[StepRun]) -> str:
+    rows = []
+    for run in runs:
+        tone, status = {
+            "finished": ("good", "finished"),
+            "failed": ("bad", "failed"),
+            "running": ("bad", "did not end"),
+        }[run.status]
+        reached = f"{run.done} of {run.total}" if run.total else ""
+        rows.append([run.step, badge(status, tone), reached, duration(run.seconds)])
+    return table(["step", "status", "reached", "time"], rows, numeric=[2, 3])

@@ -1,0 +1,111 @@
+"""Read the records of a run's artifacts and write its page."""
+
+import logging
+import time
+from pathlib import Path
+
+from tuneline.artifacts import (
+    GENERATIONS_FILE,
+    DatasetManifest,
+    Decision,
+    MergeProof,
+    ModelOrigin,
+    QuantizedModel,
+    RunSummary,
+    Scores,
+    TrainingSummary,
+    new_directory,
+    read_jsonl,
+)
+from tuneline.page import render_page
+from tuneline.recipe import Recipe
+from tuneline.report import sections
+from tuneline.report.records import Line
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    recipe: Recipe,
+    *,
+    base_model_dir: str,
+    dataset_dir: str,
+    adapter_dir: str,
+    merged_dir: str,
+    base_scores_dir: str,
+    tuned_scores_dir: str,
+    decision_dir: str,
+    page_path: str,
+    summary_dir: str,
+    gguf_dirs: list[str] | None = None,
+    gptq_dirs: list[str] | None = None,
+) -> RunSummary:
+    """Write the page and the summary of a run.
+
+    Args:
+        recipe: what the run was asked for.
+        base_model_dir: artifact base_model.
+        dataset_dir: artifact dataset.
+        adapter_dir: artifact adapter.
+        merged_dir: artifact merged.
+        base_scores_dir: artifact scores of the base model.
+        tuned_scores_dir: artifact scores of the tuned model.
+        decision_dir: artifact decision.
+        page_path: the HTML file to write.
+        summary_dir: where the summary's record goes.
+        gguf_dirs: artifacts quantized; none where the recipe asks for none.
+        gptq_dirs: likewise.
+
+    Raises:
+        WorldError: an artifact has no record.
+    """
+    started = time.monotonic()
+    line = Line(
+        recipe=recipe,
+        origin=ModelOrigin.read(base_model_dir),
+        dataset=DatasetManifest.read(dataset_dir),
+        training=TrainingSummary.read(adapter_dir),
+        merge=MergeProof.read(merged_dir),
+        exports=[QuantizedModel.read(path) for path in [*(gguf_dirs or []), *(gptq_dirs or [])]],
+        base_scores=Scores.read(base_scores_dir),
+        tuned_scores=Scores.read(tuned_scores_dir),
+        base_generations=read_jsonl(Path(base_scores_dir, GENERATIONS_FILE)),
+        tuned_generations=read_jsonl(Path(tuned_scores_dir, GENERATIONS_FILE)),
+        decision=Decision.read(decision_dir),
+    )
+    page = Path(page_path)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    with new_directory(summary_dir) as target:
+        page.write_text(render(line), encoding="utf-8")
+        summary = RunSummary(
+            recipe=recipe.name,
+            verdict=line.decision.verdict,
+            reason=line.decision.reason,
+            comparisons=line.decision.comparisons,
+            exports=line.exports,
+            seconds=round(time.monotonic() - started, 3),
+        )
+        summary.write(target)
+    logger.info("report of %s: %s, %d bytes", recipe.name, page, page.stat().st_size)
+    return summary
+
+
+def render(line: Line) -> str:
+    """Return the page."""
+    recipe = line.recipe
+    about = f"{recipe.base_model} tuned on {recipe.dataset}"
+    cards = [
+        sections.picture(line),
+        sections.scores(line),
+        sections.generations(line),
+        sections.training(line),
+        sections.data(line),
+        sections.exports(line),
+        sections.provenance(line),
+    ]
+    return render_page(
+        recipe.name,
+        [card for card in cards if card],
+        f"{recipe.description.rstrip('.')} - {about}" if recipe.description else about,
+        lead=sections.verdict(line) + sections.headline(line),
+    )

@@ -1,0 +1,415 @@
+"""The cards of a run's page, each from the records it shows."""
+
+from html import escape
+from typing import Any
+
+import yaml
+
+from tuneline.artifacts import QuantizedModel, TaskComparison
+from tuneline.linepicture import Status
+from tuneline.page import (
+    Cell,
+    IntervalRow,
+    badge,
+    banner,
+    bar_chart,
+    details,
+    facts,
+    histogram,
+    interval_chart,
+    line_chart,
+    line_diagram,
+    paragraph,
+    section,
+    table,
+    tiles,
+)
+from tuneline.report.line import stages
+from tuneline.report.records import Line
+from tuneline.units import count, duration, number, parameters, share, signed, size
+
+OUTCOME_TONES = {"better": "good", "worse": "bad", "undecided": "plain"}
+
+
+def verdict(line: Line) -> str:
+    """Return the banner."""
+    decision = line.decision
+    if decision.verdict == "promote":
+        after = f"Goes to {line.recipe.publish_to}."
+        return banner("Promote", decision.reason, "good", small=after)
+    after = f"Nothing is published to {line.recipe.publish_to}."
+    return banner("Hold", decision.reason, "warn", small=after)
+
+
+def headline(line: Line) -> str:
+    """Return the few figures that a reader looks for first."""
+    shown = []
+    comparisons = line.decision.comparisons
+    first = next((c for c in comparisons if c.target), comparisons[0] if comparisons else None)
+    if first:
+        shown.append(
+            (
+                f"{first.task}, {first.metric}",
+                f"{number(first.base, 3)} \u2192 {number(first.tuned, 3)}",
+                f"{signed(first.difference, 3)} {_interval(first)}",
+            )
+        )
+    training = line.training
+    if training.final_eval_loss is not None:
+        before = number(training.first_eval_loss, 3)
+        shown.append(
+            (
+                "Evaluation loss",
+                f"{before} \u2192 {number(training.final_eval_loss, 3)}",
+                f"{count(training.num_steps)} steps, {count(training.num_tokens)} tokens",
+            )
+        )
+    else:
+        shown.append(("Training loss", number(training.final_loss, 3), "last"))
+    if line.exports:
+        smallest = min(line.exports, key=lambda export: export.num_bytes)
+        exports = "export" if len(line.exports) == 1 else "exports"
+        shown.append(
+            (
+                f"Smallest of {len(line.exports)} {exports}",
+                size(smallest.num_bytes),
+                f"{smallest.format}, merged {size(line.merge.num_bytes)}",
+            )
+        )
+    times = _times(line)
+    longest = max(times, key=lambda name: times[name])
+    shown.append(("Work", duration(sum(times.values())), f"{longest} {duration(times[longest])}"))
+    return tiles(shown)
+
+
+def picture(line: Line) -> str:
+    """Return the picture of the line."""
+    training, promoted = line.training, line.decision.verdict == "promote"
+    doing = {
+        "fetch": parameters(line.origin.num_parameters),
+        "prepare": f"{count(line.dataset.num_train_rows)} rows",
+        "train": f"{count(training.num_steps)} steps",
+        "merge": f"{count(line.merge.num_merged_modules)} layers",
+        "evaluate base": _tasks(len(line.base_scores.tasks)),
+        "evaluate tuned": _tasks(len(line.tuned_scores.tasks)),
+        "gate": line.decision.verdict,
+        "quantize": f"{len(line.exports)} files",
+    }
+    known: dict[str, tuple[Status, float | None, str]] = {
+        name: ("finished", seconds, doing[name]) for name, seconds in _times(line).items()
+    }
+    known["publish"] = ("not run", None, "next") if promoted else ("skipped", None, "held")
+    if not line.exports:
+        known["quantize"] = ("skipped", None, "none asked for")
+    return section(
+        "The line",
+        line_diagram(stages(known)),
+        note="time of each step when it was made; a step from the cache keeps its first time",
+    )
+
+
+def scores(line: Line) -> str:
+    """Return the comparison of base and tuned, one chart a metric."""
+    comparisons = line.decision.comparisons
+    by_metric: dict[str, list[TaskComparison]] = {}
+    for comparison in comparisons:
+        by_metric.setdefault(comparison.metric, []).append(comparison)
+    charts = [
+        interval_chart(
+            [
+                IntervalRow(c.task, c.base, c.tuned, *c.interval, difference=c.difference)
+                for c in group
+            ],
+            x_label=metric if group[0].higher_is_better else f"{metric} (lower is better)",
+        )
+        for metric, group in by_metric.items()
+    ]
+    rows = [
+        [
+            Cell(f"{escape(c.task)} {badge('target') if c.target else ''}"),
+            c.metric,
+            number(c.base),
+            number(c.tuned),
+            signed(c.difference),
+            _interval(c),
+            count(c.num_samples),
+            badge(c.outcome, OUTCOME_TONES[c.outcome]),
+        ]
+        for c in comparisons
+    ]
+    headers = ["task", "metric", "base", "tuned", "difference", "95 % interval", "samples", ""]
+    return section(
+        "Before and after",
+        f'<div class="pair">{"".join(charts)}</div>' if len(charts) > 1 else "".join(charts),
+        table(headers, rows, numeric=range(2, 7)),
+        paragraph(
+            "The same held-out samples, base against tuned. Differences are turned so that "
+            "positive is better; the interval is a paired bootstrap over the samples.",
+            muted=True,
+        ),
+    )
+
+
+def generations(line: Line) -> str:
+    """Return what base and tuned answer, beside the reference."""
+    tuned = {row["prompt"]: row["text"] for row in line.tuned_generations}
+    rows = []
+    exact = [0, 0]
+    for row in line.base_generations:
+        if row["prompt"] not in tuned:
+            continue
+        answer, pair = row["answer"], (row["text"], tuned[row["prompt"]])
+        cells = []
+        for index, text in enumerate(pair):
+            same = text.strip() == answer.strip()
+            exact[index] += same
+            mark = f"\n{badge('equals the reference', 'good')}" if same else ""
+            shown = escape(text.strip()) or '<span class="muted">(empty)</span>'
+            cells.append(Cell(f"{shown}{mark}"))
+        rows.append([row.get("question") or row["prompt"], answer, *cells])
+    if not rows:
+        return ""
+    return section(
+        "Answers before and after",
+        table(["question", "reference", "base", "tuned"], rows, prose=True),
+        note=f"greedy; equal to the reference: base {exact[0]} of {len(rows)}, "
+        f"tuned {exact[1]} of {len(rows)}",
+    )
+
+
+def training(line: Line) -> str:
+    """Return the loss curve and how the adapter was trained."""
+    summary = line.training
+    series: dict[str, list[tuple[float, float]]] = {
+        "training": [(p.step, p.loss) for p in summary.history if p.loss is not None],
+        "evaluation": [(p.step, p.eval_loss) for p in summary.history if p.eval_loss is not None],
+    }
+    lora = line.recipe.train.lora
+    trainable = summary.num_trainable_parameters
+    pairs = [
+        ("Method", f"{summary.method}, LoRA r={lora.r}, alpha={lora.lora_alpha}"),
+        ("Base weights", f"{summary.base_quantization}, computed in {summary.compute_dtype}"),
+        (
+            "Trainable",
+            f"{parameters(trainable)} of {parameters(summary.num_parameters)} "
+            f"({share(trainable / summary.num_parameters)})",
+        ),
+        ("Learning rate", number(line.recipe.train.learning_rate)),
+        ("Last training loss", number(summary.final_loss)),
+        ("Speed", f"{number(summary.tokens_per_second, 3)} tokens/s"),
+        ("Peak memory", size(summary.peak_memory_bytes)),
+        ("Device", summary.device),
+        ("Time", duration(summary.seconds)),
+    ]
+    chart = line_chart(
+        {name: points for name, points in series.items() if points},
+        x_label="step",
+        y_label="loss" if summary.method == "dpo" else "loss, nats a token",
+    )
+    return section("Training", f'<div class="pair">{chart}{facts(pairs)}</div>')
+
+
+def data(line: Line) -> str:
+    """Return what the data set holds."""
+    dataset = line.dataset
+    lengths = dataset.lengths
+    read = sum(
+        (
+            dataset.num_train_rows,
+            dataset.num_eval_rows,
+            dataset.num_heldout_rows,
+            dataset.num_rejected_rows,
+            dataset.num_overlong_rows,
+        )
+    )
+    rejected = dataset.num_rejected_rows
+    pairs = [
+        ("Source", dataset.source),
+        ("Format, template", f"{dataset.format}, {dataset.template}"),
+        (
+            "Rows: train, eval, held out",
+            f"{count(dataset.num_train_rows)}, {count(dataset.num_eval_rows)}, "
+            f"{count(dataset.num_heldout_rows)}",
+        ),
+        ("Rejected rows", f"{count(rejected)} ({share(rejected / read if read else 0)})"),
+        ("Overlong rows left out", count(dataset.num_overlong_rows)),
+        ("Tokens", count(dataset.num_tokens)),
+        (
+            "Tokens that the loss counts",
+            f"{count(dataset.num_loss_tokens)} ({dataset.loss_on})",
+        ),
+        (
+            "Length: mean, median, p95, p99",
+            ", ".join(
+                number(value, 3)
+                for value in (lengths.mean, lengths.median, lengths.p95, lengths.p99)
+            ),
+        ),
+        (
+            "max_seq_length",
+            f"{count(dataset.max_seq_length)} "
+            f"(recommended {count(dataset.recommended_max_seq_length)})",
+        ),
+        ("Tokens lost to truncation", share(dataset.truncated_token_share)),
+    ]
+    chart = histogram(
+        lengths.histogram,
+        x_label="tokens a row",
+        y_label="rows",
+        markers={
+            "median": lengths.median,
+            "p99": lengths.p99,
+            "max_seq_length": dataset.max_seq_length,
+        },
+    )
+    return section("Data", f'<div class="pair">{chart}{facts(pairs)}</div>')
+
+
+def exports(line: Line) -> str:
+    """Return sizes and checks of the merged model and its exports."""
+    merge = line.merge
+    proof = facts(
+        [
+            ("Merged onto", f"{merge.base} base weights, saved as {merge.dtype}"),
+            (
+                "Mean KL a token",
+                f"{number(merge.mean_kl)} nats (bound {number(merge.max_mean_kl)})",
+            ),
+            ("Largest logit difference", number(merge.max_logit_difference)),
+            ("Same most likely token", share(merge.top1_agreement)),
+            ("Prompts compared", count(merge.num_prompts)),
+            ("Layers merged", count(merge.num_merged_modules)),
+            ("Shards", f"{count(merge.num_shards)}, {size(merge.num_bytes)}"),
+        ]
+    )
+    sizes = [(f"merged, {merge.dtype}", float(merge.num_bytes))]
+    sizes += [(export.format, float(export.num_bytes)) for export in line.exports]
+    chart = bar_chart(
+        sizes, x_label="Size of the weights", text=size, highlight=[f"merged, {merge.dtype}"]
+    )
+    proven = f'<div><h3 class="flush">Merged against adapter</h3>{proof}</div>'
+    pair = f'<div class="pair">{chart}{proven}</div>'
+    if not line.exports:
+        return section("Merge and exports", pair, paragraph("No exports were asked for."))
+    rows = [
+        [
+            export.format,
+            size(export.num_bytes),
+            f"{export.bits_per_weight:.2f}",
+            _check(export),
+            _types(export),
+            duration(export.seconds),
+        ]
+        for export in line.exports
+    ]
+    answers = [
+        [
+            export.format,
+            export.generated,
+            "-" if export.reference is None else export.reference,
+            "; ".join(export.notes) or "-",
+        ]
+        for export in line.exports
+    ]
+    headers = ["format", "size", "bits a weight", "check", "tensor types", "time"]
+    return section(
+        "Merge and exports",
+        pair,
+        table(headers, rows, numeric=[1, 2, 5]),
+        details(
+            "What each file answered when it was loaded, and notes",
+            table(["format", "answer", "merged model's answer", "notes"], answers, prose=True),
+        ),
+    )
+
+
+def provenance(line: Line) -> str:
+    """Return hashes, versions and the recipe."""
+    origin, dataset, adapter = line.origin, line.dataset, line.training
+    rows = [
+        ["base model", origin.source, _code(origin.sha256), origin.licence or "not said"],
+        ["data", dataset.source, _code(dataset.sha256), dataset.licence or "not said"],
+        [
+            "adapter trained on",
+            "base and data above",
+            Cell(
+                f"{_same('base', adapter.base_sha256, origin.sha256)} "
+                f"{_same('data', adapter.dataset_sha256, dataset.sha256)}"
+            ),
+            "",
+        ],
+    ]
+    made = sorted({record.tuneline for record in (origin, dataset, adapter, line.decision)})
+    pairs = [
+        ("Base model class", origin.architecture),
+        ("Revision", origin.revision or "none (a local source)"),
+        ("Benchmark", line.tuned_scores.harness),
+        ("tuneline", ", ".join(made)),
+        ("Base fetched", origin.created_at),
+        ("Decided", line.decision.created_at),
+    ]
+    text = yaml.safe_dump(
+        line.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+    )
+    return section(
+        "Provenance",
+        table(["", "source", "SHA-256", "licence"], rows),
+        facts(pairs),
+        details("The recipe, with every default", f"<pre>{escape(text)}</pre>"),
+    )
+
+
+def _times(line: Line) -> dict[str, float]:
+    times = {
+        "fetch": line.origin.seconds,
+        "prepare": line.dataset.seconds,
+        "evaluate base": line.base_scores.seconds,
+        "train": line.training.seconds,
+        "merge": line.merge.seconds,
+        "evaluate tuned": line.tuned_scores.seconds,
+        "gate": line.decision.seconds,
+    }
+    if line.exports:
+        times["quantize"] = sum(export.seconds for export in line.exports)
+    return times
+
+
+def _interval(comparison: TaskComparison) -> str:
+    low, high = comparison.interval
+    return f"[{signed(low, 3)}, {signed(high, 3)}]"
+
+
+def _tasks(number_of: int) -> str:
+    return "1 task" if number_of == 1 else f"{number_of} tasks"
+
+
+def _check(export: QuantizedModel) -> Cell:
+    if not export.generated.strip():
+        return badge("loads, empty answer", "bad")
+    if export.reference is None:
+        return badge("loads and answers", "good")
+    if export.generated == export.reference:
+        return badge("answers as merged", "good")
+    same = 0
+    for ours, theirs in zip(export.generated, export.reference, strict=False):
+        if ours != theirs:
+            break
+        same += 1
+    return badge(f"parts from merged after {same} characters", "plain")
+
+
+def _types(export: QuantizedModel) -> str:
+    if export.group_size is not None:
+        return f"groups of {export.group_size}"
+    ordered = sorted(export.tensor_types.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {num}" for name, num in ordered)
+
+
+def _code(text: str) -> Cell:
+    return Cell(f'<code title="{escape(text)}">{escape(text[:16])}</code>')
+
+
+def _same(what: str, ours: Any, theirs: Any) -> Cell:
+    if ours == theirs:
+        return badge(f"{what}: same hash", "good")
+    return badge(f"{what}: another hash, {str(ours)[:12]}", "bad")
