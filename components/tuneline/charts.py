@@ -16,6 +16,7 @@ from tuneline.units import number
 WIDTH = 560
 # Digits and lower case letters of the page's font at 12 units, on average.
 CHARACTER_WIDTH = 6.7
+BOLD_WIDTH = 7.4
 MAX_POINTS = 400
 MAX_DOTTED_POINTS = 25
 
@@ -59,6 +60,13 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def tick_texts(ticks: Sequence[float]) -> list[str]:
+    """Return round values as text, all with as many decimals as the finest needs."""
+    texts = [f"{tick:.12f}".rstrip("0").rstrip(".") for tick in ticks]
+    decimals = max((len(text.partition(".")[2]) for text in texts), default=0)
+    return [f"{tick:,.{decimals}f}" if abs(tick) < 1e9 else f"{tick:.3g}" for tick in ticks]
 
 
 def line_chart(
@@ -147,19 +155,20 @@ def histogram(
             f"<title>{number(start)} to below {number(below)} {escape(x_label)}: "
             f"{number(value)} {escape(y_label)}</title></rect>"
         )
+    names = []
     for name, value, row, anchor in places:
-        x = frame.x(min(value, high))
-        y = 30 + 16 * row
-        text = f"{name} {number(value)}" + (" \u2192" if value > high else "")
-        shift = {"start": 4, "end": -4}[anchor]
-        line = (
-            f'<line class="mark" x1="{_c(x)}" x2="{_c(x)}" y1="{y - 9}" y2="{_c(frame.bottom)}"/>'
+        x, y = frame.x(min(value, high)), 30 + 16 * row
+        if value <= high:
+            parts.append(
+                f'<line class="mark" x1="{_c(x)}" x2="{_c(x)}" y1="{y - 9}" '
+                f'y2="{_c(frame.bottom)}"/>'
+            )
+        names.append(
+            f'<text class="mark" x="{_c(x + (4 if anchor == "start" else -4))}" y="{y}" '
+            f'text-anchor="{anchor}">{escape(name)} {number(value)}'
+            f"{' &#8594;' if value > high else ''}</text>"
         )
-        parts.append(
-            (line if value <= high else "")
-            + f'<text class="mark" x="{_c(x + shift)}" y="{y}" text-anchor="{anchor}">'
-            f"{escape(text)}</text>"
-        )
+    parts += names
     summary = (
         f"{len(bins)} bins from {number(low)} to {number(bins[-1][1])} {x_label}; "
         + ", ".join(f"{name} {number(value)}" for name, value in marked)
@@ -173,7 +182,7 @@ def bar_chart(
     x_label: str,
     title: str = "",
     text: Callable[[float], str] = number,
-    highlight: Iterable[str] = (),
+    muted: Iterable[str] = (),
 ) -> str:
     """Return horizontal bars from zero, each with its value written beside it.
 
@@ -182,21 +191,22 @@ def bar_chart(
         x_label: what the values are, with the unit.
         title: above the chart.
         text: how a value is written.
-        highlight: labels of the bars in the second colour.
+        muted: labels of the bars that are there for comparison.
     """
     if not rows:
         return _empty(title, "no values to draw")
-    second = set(highlight)
-    left = 14 + CHARACTER_WIDTH * max(len(label) for label, _ in rows)
+    grey = set(muted)
+    left = 10 + BOLD_WIDTH * max(len(label) for label, _ in rows)
     right = WIDTH - 16 - CHARACTER_WIDTH * max(len(text(value)) for _, value in rows)
     scale = Scale(0, max(value for _, value in rows) or 1, left, right)
     parts = []
     for index, (label, value) in enumerate(rows):
         y = 10 + 28 * index
+        kind = "rest" if label in grey else "s1"
         parts.append(
             f'<text class="name" x="{_c(left - 8)}" y="{y + 14}" text-anchor="end">'
             f"{escape(label)}</text>"
-            f'<rect class="bar s{2 if label in second else 1}" x="{_c(left)}" y="{y}" '
+            f'<rect class="bar {kind}" x="{_c(left)}" y="{y}" '
             f'width="{_c(scale(value) - left)}" height="20" rx="2">'
             f"<title>{escape(label)}: {escape(text(value))}</title></rect>"
             f'<text class="value" x="{_c(scale(value) + 6)}" y="{y + 14}">{escape(text(value))}'
@@ -238,12 +248,12 @@ def interval_chart(
         '<text class="axis" x="304" y="14">difference, 95 % interval; right is better</text>',
     ]
     for scale, ticks in ((left, value_ticks), (right, change_ticks)):
-        for tick in ticks:
+        for tick, text in zip(ticks, tick_texts(ticks), strict=True):
             zero = " zero" if scale is right and tick == 0 else ""
             parts.append(
                 f'<line class="grid{zero}" x1="{_c(scale(tick))}" x2="{_c(scale(tick))}" y1="24" '
                 f'y2="{bottom}"/><text class="tick" x="{_c(scale(tick))}" y="{bottom + 16}" '
-                f'text-anchor="middle">{number(tick)}</text>'
+                f'text-anchor="middle">{text}</text>'
             )
     for index, row in enumerate(full):
         y = first + 46 * index
@@ -310,7 +320,7 @@ class _Frame:
         self.y_ticks = y_ticks
         self.x_label, self.y_label = x_label, y_label
         self.top, self.bottom = 28 + above, 228 + above
-        self.left = 14 + CHARACTER_WIDTH * max(len(number(tick)) for tick in y_ticks)
+        self.left = 14 + CHARACTER_WIDTH * max(len(text) for text in tick_texts(y_ticks))
         self.right = WIDTH - 16
         self.x = Scale(x_low, x_high, self.left, self.right)
         self.y = Scale(y_ticks[0], y_ticks[-1], self.bottom, self.top)
@@ -318,19 +328,19 @@ class _Frame:
 
     def grid(self) -> str:
         parts = []
-        for tick in self.y_ticks:
+        for tick, text in zip(self.y_ticks, tick_texts(self.y_ticks), strict=True):
             y = _c(self.y(tick))
             parts.append(
                 f'<line class="grid" x1="{_c(self.left)}" x2="{self.right}" y1="{y}" y2="{y}"/>'
                 f'<text class="tick" x="{_c(self.left - 7)}" y="{_c(self.y(tick) + 4)}" '
-                f'text-anchor="end">{number(tick)}</text>'
+                f'text-anchor="end">{text}</text>'
             )
-        for tick in self.x_ticks:
+        for tick, text in zip(self.x_ticks, tick_texts(self.x_ticks), strict=True):
             x = _c(self.x(tick))
             parts.append(
                 f'<line class="tickmark" x1="{x}" x2="{x}" y1="{self.bottom}" '
                 f'y2="{self.bottom + 4}"/><text class="tick" x="{x}" y="{self.bottom + 18}" '
-                f'text-anchor="middle">{number(tick)}</text>'
+                f'text-anchor="middle">{text}</text>'
             )
         parts.append(
             f'<line class="base" x1="{_c(self.left)}" x2="{self.right}" y1="{self.bottom}" '
@@ -347,22 +357,34 @@ class _Frame:
 def _place_markers(
     marked: list[tuple[str, float]], low: float, high: float
 ) -> tuple[int, list[tuple[str, float, int, str]]]:
-    """Return how many rows the markers' names take, and (name, value, row, anchor) of each."""
+    """Return how many rows the markers' names take, and (name, value, row, anchor) of each.
+
+    A name stands to the right of its line, or to the left where the drawing ends. Those to the
+    left come first and from the right, the others below them from the left: so each line starts
+    below the names that reach over its place.
+    """
     # The left edge of the drawing is not known yet; 40 is what most counts need.
     x = Scale(low, high, 40, WIDTH - 16)
-    ends: list[float] = []
-    placed = []
+    spans = []
     for name, value in marked:
         position = x(min(value, high))
-        width = CHARACTER_WIDTH * (len(name) + len(number(value)) + 3)
-        anchor = "start" if position + width < WIDTH else "end"
-        left = position if anchor == "start" else position - width
-        row = next((r for r, end in enumerate(ends) if end + 4 <= left), len(ends))
-        if row == len(ends):
-            ends.append(0.0)
-        ends[row] = left + width
-        placed.append((name, value, row, anchor))
-    return len(ends), placed
+        width = BOLD_WIDTH * (len(name) + len(number(value)) + 3)
+        anchor = "start" if position + width < WIDTH and value <= high else "end"
+        spans.append((name, value, anchor, position, width))
+    placed = []
+    row = 0
+    for name, value, anchor, _, _ in reversed(spans):
+        if anchor == "end":
+            placed.append((name, value, row, anchor))
+            row += 1
+    end = None
+    for name, value, anchor, position, width in spans:
+        if anchor == "start":
+            if end is not None and end + 4 > position:
+                row += 1
+            end = position + width
+            placed.append((name, value, row, anchor))
+    return row + (end is not None), placed
 
 
 def _path(points: Sequence[Point], x: Scale, y: Scale) -> str:

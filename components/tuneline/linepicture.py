@@ -11,10 +11,10 @@ from typing import Literal
 
 from tuneline.units import duration
 
-Status = Literal["finished", "failed", "running", "not run", "skipped"]
+Status = Literal["finished", "failed", "running", "not run", "skipped", "next"]
 
-BOX_WIDTH, BOX_HEIGHT = 134, 66
-GAP_X, GAP_Y = 24, 20
+BOX_WIDTH, BOX_HEIGHT = 134, 82
+GAP_X, GAP_Y = 24, 16
 ROW_HEIGHT = 46
 NARROW_WIDTH = 360
 
@@ -23,6 +23,7 @@ ICONS: dict[str, str] = {
     "finished": "M-3.2 .2L-1 2.6L3.4 -2.6",
     "failed": "M-2.6 -2.6L2.6 2.6M2.6 -2.6L-2.6 2.6",
     "running": "M-1.6 -3L3 0L-1.6 3Z",
+    "next": "M-3 0H2.6M.2 -2.6L2.8 0L.2 2.6",
     "not run": "M-2.8 0L2.8 0",
     "skipped": "M-3 -2.6L0 0L-3 2.6M.6 -2.6L3.6 0L.6 2.6",
 }
@@ -102,10 +103,9 @@ def _across(steps: Sequence[Stage]) -> str:
             f"{_icon(step, 17, 20)}"
             f'<text class="step" x="31" y="24">{escape(step.name)}</text>'
             f'<text class="time" x="10" y="45">{escape(_time(step))}</text>'
-            f'<text class="detail" x="{BOX_WIDTH - 10}" y="45" text-anchor="end">'
-            f"{escape(step.detail)}</text>"
-            f'<rect class="track" x="10" y="54" width="{BOX_WIDTH - 20}" height="3" rx="1.5"/>'
-            f'<rect class="spent" x="10" y="54" width="{bar:.1f}" height="3" rx="1.5"/></g>'
+            f'<text class="detail" x="10" y="61">{escape(step.detail)}</text>'
+            f'<rect class="track" x="10" y="70" width="{BOX_WIDTH - 20}" height="3" rx="1.5"/>'
+            f'<rect class="spent" x="10" y="70" width="{bar:.1f}" height="3" rx="1.5"/></g>'
         )
     return _svg("across", width, height, steps, parts)
 

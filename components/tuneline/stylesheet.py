@@ -97,10 +97,11 @@ svg .curve{fill:none;stroke-width:1.75;stroke-linejoin:round;stroke:currentColor
 svg .dot{fill:currentColor;stroke:var(--card);stroke-width:1.5}
 svg .bar{fill:currentColor}
 svg .s1{color:var(--s1)}svg .s2{color:var(--s2)}svg .s3{color:var(--s3)}svg .s4{color:var(--s4)}
+svg .rest{color:var(--muted);opacity:.55}
 svg .hit{fill:transparent}
 svg .hit:hover{fill:var(--ink);fill-opacity:.25}
 svg line.mark{stroke:var(--s2);stroke-width:1.25;stroke-dasharray:4 3}
-svg text.mark{fill:var(--s2);font-weight:600}
+svg text.mark{fill:var(--s2);font-weight:600;paint-order:stroke;stroke:var(--card);stroke-width:4px}
 svg .name{font-weight:600}
 svg .link{stroke:var(--s1);stroke-width:2;opacity:.45}
 svg .hollow{fill:var(--card);stroke:var(--muted);stroke-width:2}
@@ -123,7 +124,7 @@ stroke-linejoin:round}
 .line .finished{color:var(--good)}
 .line .failed{color:var(--bad)}
 .line .running{color:var(--s1)}
-.line .not-run,.line .skipped{color:var(--muted)}
+.line .not-run,.line .skipped,.line .next{color:var(--muted)}
 .line .failed .box{stroke:var(--bad);fill:var(--bad-back)}
 .line .finished .spent{fill:var(--s1)}
 .line .not-run .step,.line .not-run .time,.line .skipped .step,.line .skipped .time

@@ -70,6 +70,7 @@ def signed(value: float, digits: int = 4) -> str:
 
 
 def _digits(value: float, digits: int) -> str:
+    """Return the value with so many significant digits, trailing zeros left off."""
     before_point = math.floor(math.log10(abs(value))) + 1 if value else 1
-    text = f"{value:,.{max(digits - max(before_point, 0), 0)}f}"
-    return text.rstrip("0").rstrip(".") if "." in text and float(value).is_integer() else text
+    text = f"{value:,.{max(digits - before_point, 0)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text

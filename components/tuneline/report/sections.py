@@ -78,7 +78,13 @@ def headline(line: Line) -> str:
         )
     times = _times(line)
     longest = max(times, key=lambda name: times[name])
-    shown.append(("Work", duration(sum(times.values())), f"{longest} {duration(times[longest])}"))
+    shown.append(
+        (
+            "Time of all steps",
+            duration(sum(times.values())),
+            f"{longest}: {duration(times[longest])}",
+        )
+    )
     return tiles(shown)
 
 
@@ -98,7 +104,7 @@ def picture(line: Line) -> str:
     known: dict[str, tuple[Status, float | None, str]] = {
         name: ("finished", seconds, doing[name]) for name, seconds in _times(line).items()
     }
-    known["publish"] = ("not run", None, "next") if promoted else ("skipped", None, "held")
+    known["publish"] = ("next", None, "") if promoted else ("skipped", None, "held")
     if not line.exports:
         known["quantize"] = ("skipped", None, "none asked for")
     return section(
@@ -285,7 +291,7 @@ def exports(line: Line) -> str:
     sizes = [(f"merged, {merge.dtype}", float(merge.num_bytes))]
     sizes += [(export.format, float(export.num_bytes)) for export in line.exports]
     chart = bar_chart(
-        sizes, x_label="Size of the weights", text=size, highlight=[f"merged, {merge.dtype}"]
+        sizes, x_label="Size of the weights", text=size, muted=[f"merged, {merge.dtype}"]
     )
     proven = f'<div><h3 class="flush">Merged against adapter</h3>{proof}</div>'
     pair = f'<div class="pair">{chart}{proven}</div>'
@@ -340,12 +346,14 @@ def provenance(line: Line) -> str:
         ],
     ]
     made = sorted({record.tuneline for record in (origin, dataset, adapter, line.decision)})
-    pairs = [
+    left = [
         ("Base model class", origin.architecture),
-        ("Revision", origin.revision or "none (a local source)"),
-        ("Benchmark", line.tuned_scores.harness),
-        ("tuneline", ", ".join(made)),
+        ("Revision", origin.revision or "none, a local source"),
         ("Base fetched", origin.created_at),
+    ]
+    right = [
+        ("tuneline", ", ".join(made)),
+        ("Benchmark", line.tuned_scores.harness),
         ("Decided", line.decision.created_at),
     ]
     text = yaml.safe_dump(
@@ -354,7 +362,7 @@ def provenance(line: Line) -> str:
     return section(
         "Provenance",
         table(["", "source", "SHA-256", "licence"], rows),
-        facts(pairs),
+        f'<div class="pair">{facts(left)}{facts(right)}</div>',
         details("The recipe, with every default", f"<pre>{escape(text)}</pre>"),
     )
 
