@@ -141,6 +141,11 @@ def licence_of(path: Path) -> str | None:
         return None
     if not isinstance(header, dict):
         return None
+    return licence_in(header)
+
+
+def licence_in(header: dict[str, Any]) -> str | None:
+    """Return the licence of a model card's header; "other" goes by the name beside it."""
     licence = header.get("license")
     return header.get("license_name") or licence if licence == "other" else licence
 

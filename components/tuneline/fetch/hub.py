@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import CredentialsError, HubError, ModelError
-from tuneline.fetch.directory import explain_missing_weights, licence_of
+from tuneline.fetch.directory import explain_missing_weights, licence_in, licence_of
 
 logger = logging.getLogger(__name__)
 
@@ -99,14 +99,8 @@ def download(repo: str, *, revision: str | None, with_code: bool) -> Snapshot:
         ) from error
     logger.info("%s at %s is commit %s", repo, revision or "main", path.name)
     card = info.card_data
-    return Snapshot(path, commit=path.name, licence=_licence(card.to_dict() if card else {}))
+    return Snapshot(path, commit=path.name, licence=licence_in(card.to_dict() if card else {}))
 
 
 def _is_weight(name: str) -> bool:
     return name.endswith(".safetensors") and not any(fnmatch(name, left) for left in _LEFT)
-
-
-def _licence(card: dict) -> str | None:
-    licence = card.get("license")
-    # "other" comes with the name that the licence goes by.
-    return card.get("license_name") or licence if licence == "other" else licence

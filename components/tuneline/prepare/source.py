@@ -26,9 +26,9 @@ def read_rows(
         DataError: the source does not exist, or is of no known kind.
         HubError: the Hub could not be reached.
     """
+    files = find_files(source)
     if source.startswith("builtin:"):
         return _read_builtin(source)
-    files = find_files(source)
     if files:
         return itertools.chain.from_iterable(read_file(file) for file in files)
     return _read_hub(source, split=split, subset=subset, revision=revision)
@@ -41,7 +41,7 @@ def find_files(source: str) -> list[Path]:
         DataError: it names files, and there are none, or none of a known kind.
     """
     if source.startswith("builtin:"):
-        _builtin_name(source)
+        _check_builtin(source)
         return []
     path = Path(source).expanduser()
     known = ", ".join(SUFFIXES)
@@ -71,18 +71,16 @@ def find_files(source: str) -> list[Path]:
     return files
 
 
-def _builtin_name(source: str) -> str:
+def _check_builtin(source: str) -> None:
     name = source.removeprefix("builtin:")
     if name not in BUILTINS:
         raise DataError(
             f"there is no builtin data set '{name}': known are "
             + ", ".join(f"builtin:{known}" for known in BUILTINS)
         )
-    return name
 
 
 def _read_builtin(source: str) -> Iterator[SourceRow]:
-    _builtin_name(source)
     from tuneline.prepare import quantities
 
     for number, values in enumerate(quantities.rows(), 1):

@@ -44,8 +44,11 @@ def tokenise(tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str) -> Itera
         for piece, ids, offsets in zip(
             pieces, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
-            mask = [1] * len(ids) if loss_on == "all" else answer_mask(piece, offsets)
-            yield TokenRow(ids, mask)
+            if _reaches_into_an_answer(piece, offsets):
+                yield _in_parts(tokenizer, piece, loss_on=loss_on)
+            else:
+                mask = [1] * len(ids) if loss_on == "all" else answer_mask(piece, offsets)
+                yield TokenRow(ids, mask)
 
 
 def answer_mask(piece: Piece, offsets: Sequence[tuple[int, int]]) -> list[int]:
@@ -71,6 +74,36 @@ def answer_mask(piece: Piece, offsets: Sequence[tuple[int, int]]) -> list[int]:
         # Equal only for a character that several tokens make up.
         mask[index] = int(end > answer.start and first < answer.end)
     return mask
+
+
+def _reaches_into_an_answer(piece: Piece, offsets: Sequence[tuple[int, int]]) -> bool:
+    """Return whether a token has characters of a prompt and of the answer behind it.
+
+    That happens when an answer begins with white space. The model is never given such a token:
+    at inference the prompt ends where the answer begins.
+    """
+    starts = {answer.start for answer in piece.answers}
+    previous_end = 0
+    for first, end in offsets:
+        first = min(first, previous_end)
+        previous_end = max(previous_end, end)
+        if end - first > 1 and any(place in starts for place in range(first + 1, end)):
+            return True
+    return False
+
+
+def _in_parts(tokenizer: Any, piece: Piece, *, loss_on: str) -> TokenRow:
+    """Tokenise prompts, answers and what follows them apart."""
+    row = TokenRow()
+    position = 0
+    spans = [(answer.start, answer.end) for answer in piece.answers]
+    for start, end in [*spans, (len(piece.text), len(piece.text))]:
+        for text, is_answer in ((piece.text[position:start], 0), (piece.text[start:end], 1)):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            row.input_ids += ids
+            row.loss_mask += [1 if loss_on == "all" else is_answer] * len(ids)
+        position = end
+    return row
 
 
 def _texts(tokenizer: Any, texts: list[str]) -> Iterator[TokenRow]:

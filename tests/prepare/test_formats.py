@@ -1,0 +1,163 @@
+"""Each format becomes the same conversation; what is wrong with a row is said."""
+
+import pytest
+
+from tuneline.errors import DataError
+from tuneline.prepare.formats import (
+    BadRowError,
+    Example,
+    check_names,
+    convert,
+    detect,
+    rename,
+)
+
+USER = {"role": "user", "content": "2 + 2?"}
+ANSWER = {"role": "assistant", "content": "4"}
+
+
+def read(values: dict, method: str = "sft", **options) -> Example:
+    options = {"system_prompt": None, "alpaca_wording": False} | options
+    return convert(values, detect(values, method), **options)
+
+
+@pytest.mark.parametrize(
+    ("values", "format"),
+    [
+        ({"instruction": "2 + 2?", "input": "", "output": "4"}, "alpaca"),
+        ({"messages": [USER, ANSWER]}, "messages"),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "2 + 2?"},
+                    {"from": "gpt", "value": "4"},
+                ]
+            },
+            "sharegpt",
+        ),
+        ({"conversations": [USER, ANSWER]}, "sharegpt"),
+        ({"prompt": "2 + 2?", "completion": "4", "choices": ["4", "5"]}, "prompt-completion"),
+        ({"prompt": [USER], "completion": [ANSWER]}, "prompt-completion"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "2 + 2?"}]},
+                    ANSWER,
+                ]
+            },
+            "messages",
+        ),
+    ],
+)
+def test_sft_formats_give_one_conversation(values: dict, format: str) -> None:
+    assert detect(values, "sft") == format
+    example = read(values)
+    assert example.messages == [USER, ANSWER]
+    assert example.choices == values.get("choices")
+
+
+def test_alpaca_input_follows_the_instruction() -> None:
+    values = {"instruction": "Add.", "input": "2, 2", "output": "4"}
+    assert read(values).messages[0]["content"] == "Add.\n\n2, 2"
+    worded = read(values, alpaca_wording=True)
+    assert worded.messages[0]["content"] == "Add.\n\n### Input:\n2, 2"
+
+
+def test_system_prompt_is_for_rows_without_one() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    assert read({"messages": [USER, ANSWER]}, system_prompt="Be brief.").messages[0] == system
+    own = {"role": "system", "content": "Be kind."}
+    assert read({"messages": [own, USER, ANSWER]}, system_prompt="Be brief.").messages[0] == own
+    in_column = {"prompt": "2 + 2?", "completion": "4", "system": "Be kind."}
+    assert read(in_column, system_prompt="Be brief.").messages[0] == own
+    empty = read({"messages": [USER, ANSWER]}, system_prompt="").messages[0]
+    assert empty == {"role": "system", "content": ""}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+        {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER | {"content": "5"}]},
+        {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER | {"content": "5"}]},
+        {
+            "prompt": "2 + 2?",
+            "chosen": [USER, ANSWER],
+            "rejected": [USER, ANSWER | {"content": "5"}],
+        },
+        {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, ANSWER | {"content": "5"}]},
+    ],
+)
+def test_preference_formats(values: dict) -> None:
+    assert read(values, "dpo").preference == ([USER], "4", "5")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"prompt": "a?", "completion": None}, "completion is missing"),
+        ({"prompt": "a?", "completion": " \n"}, "completion is empty"),
+        ({"prompt": "a?", "completion": 4}, "completion is a number, not text"),
+        ({"prompt": "a?", "completion": True}, "completion is true or false, not text"),
+        ({"prompt": "a?", "completion": "..."}, "completion has no letter and no digit"),
+        ({"prompt": "", "completion": "4"}, "prompt is empty"),
+        ({"prompt": "a?", "completion": "\ud800x"}, "half of a surrogate pair"),
+        ({"instruction": "a?", "input": 3, "output": "4"}, "input is a number, not text"),
+        ({"messages": []}, "messages is empty"),
+        ({"messages": None}, "messages is missing"),
+        ({"messages": "a?"}, "messages is text, not a list"),
+        ({"messages": [USER]}, "the last message is from the user: it has no answer"),
+        ({"messages": [USER, {"role": "bot", "content": "4"}]}, "messages 2 has the role 'bot'"),
+        ({"messages": [USER, {"role": "assistant"}]}, "messages 2 .assistant. has no content"),
+        ({"messages": [ANSWER, USER, ANSWER]}, "an answer stands before the first user message"),
+        ({"messages": [ANSWER]}, "there is no user message"),
+        (
+            {"messages": [USER, {"role": "system", "content": "x"}, ANSWER]},
+            "a system message stands behind the first",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [{"image": 1}]}]},
+            "a part that is not text",
+        ),
+        ({"conversations": [{"from": "me", "value": "a"}]}, "has the role 'me'; known are human"),
+    ],
+)
+def test_bad_rows_say_why(values: dict, reason: str) -> None:
+    with pytest.raises(BadRowError, match=reason):
+        read(values)
+
+
+def test_bad_preferences_say_why() -> None:
+    with pytest.raises(BadRowError, match="chosen and rejected are the same"):
+        read({"prompt": "a?", "chosen": "4", "rejected": "4"}, "dpo")
+    with pytest.raises(BadRowError, match="rejected is missing"):
+        read({"prompt": "a?", "chosen": "4", "rejected": None}, "dpo")
+    with pytest.raises(BadRowError, match="differ before their last message"):
+        other = [USER | {"content": "3 + 3?"}, ANSWER]
+        read({"chosen": [USER, ANSWER], "rejected": other}, "dpo")
+
+
+def test_choices_of_another_kind_are_no_choices() -> None:
+    row = {"prompt": "a?", "completion": "4"}
+    assert read(row | {"choices": ["5", "6"]}).choices is None
+    assert read(row | {"choices": {"text": ["4"]}}).choices is None
+
+
+def test_method_decides_between_formats() -> None:
+    both = {"prompt": "a?", "completion": "4", "text": "a? 4"}
+    assert detect(both, "sft") == "prompt-completion"
+    assert detect(both, "cpt") == "text"
+    with pytest.raises(DataError, match="look like format text .* method cpt, .*method is sft"):
+        detect({"text": "a"}, "sft")
+    with pytest.raises(DataError, match=r"columns \(question, answer\) .* prepare.columns"):
+        detect({"question": "a?", "answer": "4"}, "sft")
+    with pytest.raises(DataError, match="format preference is for method dpo"):
+        check_names("preference", {}, "sft")
+    with pytest.raises(DataError, match="maps 'answer', which is no column of ours"):
+        check_names("auto", {"answer": "completion"}, "sft")
+
+
+def test_rename_takes_over_the_name() -> None:
+    row = {"question": "a?", "answer": "4", "prompt": "old", "id": 7}
+    columns = {"prompt": "question", "completion": "answer"}
+    assert rename(row, columns) == {"prompt": "a?", "completion": "4", "id": 7}
