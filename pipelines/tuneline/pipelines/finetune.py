@@ -15,29 +15,33 @@ from collections.abc import Callable
 
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
+
 from tuneline.diagnose.component import diagnose
 from tuneline.evaluate.component import evaluate
+from tuneline.fetch.component import fetch
 from tuneline.gate.component import gate
 from tuneline.merge.component import merge
+from tuneline.pipelines.placement import place
 from tuneline.prepare.component import prepare
 from tuneline.publish.component import publish
 from tuneline.quantize.component import convert_gguf, quantize_gguf, quantize_gptq
+from tuneline.recipe import Recipe
 from tuneline.report.component import report
 from tuneline.train.component import train
-
-from tuneline.fetch.component import fetch
-from tuneline.pipelines.placement import place
-from tuneline.recipe import Recipe
 
 
 def finetune(recipe: Recipe) -> BaseComponent:
     """Build the pipeline of a recipe, ready to compile or to run locally."""
-    gguf_formats = list(recipe.quantize.gguf)
-    gptq_formats = list(recipe.quantize.gptq)
 
     def placed(component: Callable[..., dsl.PipelineTask], **arguments: object) -> dsl.PipelineTask:
         task = component(**arguments)
         return place(task, component.name, recipe.placement)  # type: ignore[attr-defined]
+
+    exporters = {}
+    if recipe.quantize.gguf:
+        exporters["gguf"] = _export_gguf(list(recipe.quantize.gguf), placed)
+    if recipe.quantize.gptq:
+        exporters["gptq"] = _export_gptq(list(recipe.quantize.gptq), placed)
 
     @dsl.pipeline(name=f"tuneline-{recipe.name}".replace(".", "-"), description=recipe.description)
     def line(
@@ -72,29 +76,10 @@ def finetune(recipe: Recipe) -> BaseComponent:
                 evaluate, label="tuned", config=evaluate_config, model=merged, dataset=data
             ).set_display_name("evaluate tuned")
 
-            exports = {}
-            if gguf_formats:
-                f16 = placed(convert_gguf, merged=merged).outputs["gguf"]
-                with dsl.ParallelFor(gguf_formats, name="gguf") as gguf_format:
-                    gguf = placed(
-                        quantize_gguf,
-                        format=gguf_format,
-                        config=quantize_config,
-                        merged=merged,
-                        gguf=f16,
-                        dataset=data,
-                    )
-                exports["gguf"] = dsl.Collected(gguf.outputs["quantized"])
-            if gptq_formats:
-                with dsl.ParallelFor(gptq_formats, name="gptq") as gptq_format:
-                    gptq = placed(
-                        quantize_gptq,
-                        format=gptq_format,
-                        config=quantize_config,
-                        merged=merged,
-                        dataset=data,
-                    )
-                exports["gptq"] = dsl.Collected(gptq.outputs["quantized"])
+            exports = {
+                name: pipeline(config=quantize_config, merged=merged, dataset=data).output
+                for name, pipeline in exporters.items()
+            }
 
             gated = placed(
                 gate,
@@ -120,3 +105,37 @@ def finetune(recipe: Recipe) -> BaseComponent:
                 ).set_caching_options(False)
 
     return line
+
+
+# The exports are pipelines of their own, because a list that a loop collected cannot enter a
+# condition (here: promoted), while a pipeline's output can.
+def _export_gguf(formats: list[str], placed: Callable[..., dsl.PipelineTask]) -> BaseComponent:
+    @dsl.pipeline(name="export-gguf", description="One GGUF file a format, from one conversion.")
+    def export_gguf(
+        config: str, merged: dsl.Input[dsl.Model], dataset: dsl.Input[dsl.Dataset]
+    ) -> list[dsl.Model]:
+        f16 = placed(convert_gguf, merged=merged).outputs["gguf"]
+        with dsl.ParallelFor(formats, name="formats") as item:
+            task = placed(
+                quantize_gguf,
+                format=item,
+                config=config,
+                merged=merged,
+                gguf=f16,
+                dataset=dataset,
+            )
+        return dsl.Collected(task.outputs["quantized"])
+
+    return export_gguf
+
+
+def _export_gptq(formats: list[str], placed: Callable[..., dsl.PipelineTask]) -> BaseComponent:
+    @dsl.pipeline(name="export-gptq", description="One GPTQ checkpoint a format.")
+    def export_gptq(
+        config: str, merged: dsl.Input[dsl.Model], dataset: dsl.Input[dsl.Dataset]
+    ) -> list[dsl.Model]:
+        with dsl.ParallelFor(formats, name="formats") as item:
+            task = placed(quantize_gptq, format=item, config=config, merged=merged, dataset=dataset)
+        return dsl.Collected(task.outputs["quantized"])
+
+    return export_gptq
