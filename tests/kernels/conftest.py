@@ -31,7 +31,7 @@ def assert_near():
     """Return a check of values against a float64 truth, by the norm of the error.
 
     The error may be the dtype's rounding, or the stock implementation's own error where one is
-    given. NaN never passes.
+    given, and a tenth more, for another order of sums. NaN never passes.
     """
 
     def check(actual: torch.Tensor, truth: torch.Tensor, stock: torch.Tensor | None = None) -> None:
@@ -40,7 +40,7 @@ def assert_near():
         error = (actual.double() - truth).norm().item()
         allowed = _ROUNDING[actual.dtype] * truth.norm().item() + 1e-12
         if stock is not None:
-            allowed = max(allowed, 1.01 * (stock.double() - truth).norm().item())
+            allowed = max(allowed, 1.1 * (stock.double() - truth).norm().item())
         assert error <= allowed
 
     return check

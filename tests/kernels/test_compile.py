@@ -31,10 +31,13 @@ ADAM_POINTERS = dict.fromkeys(
 NORM = dict(K=4096, BLOCK=4096, GEMMA=False)
 ROPE = dict(HQ=32, HK=8, D=128, R=128, BLOCK_HQ=32, BLOCK_HK=8, HALF=64, REST=1)
 STEP = dict(CLIP=True, PARTIALS=1024, ROWS=8, COLS=256)
+GATED = dict(F=14336, BLOCK=1024)
 NF4 = dict(K=4096, NESTED=True, BLOCK=1024, SIDE_ROWS=64, SIDE_COLS=64)
 KERNELS = {
     "nf4": ("nf4", "_fwd_kernel", NF4, NF4_POINTERS, 8),
-    "rms_norm forward": ("rms_norm", "_fwd_kernel", NORM | dict(HAS_RESIDUAL=True), {"rstd_ptr": F32}, 8),
+    "rms_norm forward": (
+        "rms_norm", "_fwd_kernel", NORM | dict(HAS_RESIDUAL=True), {"rstd_ptr": F32}, 8,
+    ),
     "rms_norm backward": (
         "rms_norm", "_bwd_kernel",
         NORM | dict(ROWS=1, HAS_DRESIDUAL=True, NEED_DWEIGHT=False),
@@ -46,7 +49,9 @@ KERNELS = {
         {"rstd_ptr": F32, "partial_ptr": F32}, 8,
     ),
     "rope": ("rope", "_rope_kernel", ROPE | dict(NORM=False, GEMMA=False, BACKWARD=False), {}, 4),
-    "rope head norm": ("rope", "_rope_kernel", ROPE | dict(NORM=True, GEMMA=False, BACKWARD=False), {}, 4),
+    "rope head norm": (
+        "rope", "_rope_kernel", ROPE | dict(NORM=True, GEMMA=False, BACKWARD=False), {}, 4,
+    ),
     "rope head norm backward": (
         "rope", "_rope_kernel", ROPE | dict(NORM=True, GEMMA=False, BACKWARD=True), {}, 4,
     ),
@@ -55,11 +60,11 @@ KERNELS = {
         ROPE | dict(HQ=24, R=96, REST=32, NORM=False, GEMMA=False, BACKWARD=False), {}, 4,
     ),
     "swiglu backward": (
-        "gated_activation", "_bwd_kernel", dict(F=14336, GELU=False, NEED_H=True, BLOCK=1024), {}, 4,
+        "gated_activation", "_bwd_kernel", GATED | dict(GELU=False, NEED_H=True), {}, 4,
     ),
-    "geglu forward": ("gated_activation", "_fwd_kernel", dict(F=14336, GELU=True, BLOCK=1024), {}, 4),
+    "geglu forward": ("gated_activation", "_fwd_kernel", GATED | dict(GELU=True), {}, 4),
     "geglu backward": (
-        "gated_activation", "_bwd_kernel", dict(F=14336, GELU=True, NEED_H=True, BLOCK=1024), {}, 4,
+        "gated_activation", "_bwd_kernel", GATED | dict(GELU=True, NEED_H=True), {}, 4,
     ),
     "cross entropy": (
         "cross_entropy", "_log_probs_kernel", dict(CAPPED=False, NEED_GRAD=True, BLOCK=8192),
@@ -84,7 +89,7 @@ FLOATS = {
     "eps", "side_scale", "softcap", "max_norm", "decay", "beta1", "beta2", "rest1", "rest2",
     "step_size", "root_correction2",
 }  # fmt: skip
-UNALIGNED = {"T", "V", "ignore_index", "side_src_rows", "side_src_cols", "side_shift"}
+UNALIGNED = {"T", "ignore_index", "side_src_rows", "side_src_cols", "side_shift"}
 
 
 def _resources(name: str, architecture: int) -> dict[str, int]:

@@ -168,12 +168,13 @@ def dequantize_nf4_reference(
     """Compute `dequantize_nf4` in plain torch."""
     N, K = w.shape
     out = _output(w, out, lora_a, lora_b, lora_column)
-    nibbles = torch.stack([w.packed >> 4, w.packed & 15], dim=-1).reshape(-1, 64)
+    nibbles = torch.stack([w.packed >> 4, w.packed & 15], dim=-1).view(-1)
     absmax = w.absmax
     if w.nested_absmax is not None:
         scale = w.nested_absmax.repeat_interleave(256)[: absmax.numel()]
         absmax = w.nested_code[absmax.int()] * scale + w.offset
-    out[:N, :K] = (w.code[nibbles.int()] * absmax[:, None]).view(N, K).to(out.dtype)
+    absmax = absmax.repeat_interleave(64)[: N * K]  # the last block may be short
+    out[:N, :K] = (w.code[nibbles.int()] * absmax).view(N, K).to(out.dtype)
     if lora_b is not None:
         out[:, K:] = 0
         scaled = lora_b.float() * lora_scale

@@ -1,0 +1,128 @@
+"""linear_cross_entropy and token_log_probs against float64."""
+
+import pytest
+import torch
+
+from tuneline.kernels.cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    token_log_probs,
+    token_log_probs_reference,
+)
+
+SHAPES = {
+    # name: (tokens, vocabulary, hidden, softcap, chunk)
+    "one_token": (1, 37, 8, None, None),
+    "softcap": (47, 1000, 16, 30.0, 16),
+    "odd_chunks": (33, 519, 16, None, 10),
+    "several_blocks": (3, 20001, 8, 5.0, None),
+}
+
+
+def _inputs(name, dtype, generator):
+    T, V, K, softcap, chunk = SHAPES[name]
+    hidden = torch.randn(T, K, generator=generator, device=generator.device).to(dtype)
+    weight = (2 * torch.randn(V, K, generator=generator, device=generator.device)).to(dtype)
+    labels = torch.randint(V, (T,), generator=generator, device=generator.device)
+    labels[1::3] = -100
+    return hidden, weight, labels, softcap, chunk
+
+
+def _run(function, hidden, weight, train_weight, upstream=None, **kwargs):
+    hidden = hidden.detach().clone().requires_grad_()
+    weight = weight.detach().clone().requires_grad_(train_weight)
+    out = function(hidden, weight, **kwargs)
+    leaves = [hidden, weight] if train_weight else [hidden]
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def _check(assert_near, ours, truth, stock, again):
+    """Check the value to float32's accuracy of its logits, the gradients to one rounding."""
+    for a, b, c, d in zip(ours, truth, stock, again, strict=True):
+        assert torch.equal(a, d)
+        assert_near(a, b, c)
+
+
+@pytest.mark.parametrize("train_weight", [False, True], ids=["frozen_head", "trained_head"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_loss_and_gradient(name, train_weight, dtype, generator, assert_near):
+    hidden, weight, labels, softcap, chunk = _inputs(name, dtype, generator)
+    kwargs = dict(labels=labels, softcap=softcap)
+    wide = hidden.double(), weight.double(), train_weight
+    narrow = hidden, weight, train_weight
+    ours = _run(linear_cross_entropy, *narrow, chunk_tokens=chunk, **kwargs)
+    again = _run(linear_cross_entropy, *narrow, chunk_tokens=chunk, **kwargs)
+    truth = _run(linear_cross_entropy_reference, *wide, **kwargs)
+    stock = _run(linear_cross_entropy_reference, *narrow, **kwargs)
+    _check(assert_near, ours, truth, stock, again)
+
+
+@pytest.mark.parametrize("name", ["softcap", "odd_chunks"])
+def test_token_log_probs_with_any_upstream_gradient(name, dtype, generator, assert_near):
+    hidden, weight, labels, softcap, chunk = _inputs(name, dtype, generator)
+    upstream = torch.randn(labels.shape, generator=generator, device=generator.device)
+    kwargs = dict(labels=labels, softcap=softcap)
+    ours = _run(token_log_probs, hidden, weight, False, upstream, chunk_tokens=chunk, **kwargs)
+    again = _run(token_log_probs, hidden, weight, False, upstream, chunk_tokens=chunk, **kwargs)
+    wide = hidden.double(), weight.double(), False, upstream.double()
+    truth = _run(token_log_probs_reference, *wide, **kwargs)
+    stock = _run(token_log_probs_reference, hidden, weight, False, upstream, **kwargs)
+    _check(assert_near, ours, truth, stock, again)
+    assert (ours[0][labels == -100] == 0).all()
+    assert (ours[1][labels == -100] == 0).all()
+
+
+def test_equals_torch_cross_entropy(generator, assert_near):
+    hidden, weight, labels, _, chunk = _inputs("odd_chunks", torch.float32, generator)
+    loss = linear_cross_entropy(hidden, weight, labels, chunk_tokens=chunk)
+    truth = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().T, labels)
+    assert_near(loss, truth)
+
+
+def test_num_items_and_ignore_index(generator):
+    hidden, weight, labels, _, _ = _inputs("softcap", torch.float32, generator)
+    mean = linear_cross_entropy(hidden, weight, labels)
+    kept = (labels != -100).sum()
+    half = linear_cross_entropy(hidden, weight, labels, num_items=2 * kept)
+    other = linear_cross_entropy(
+        hidden, weight, labels.masked_fill(labels == -100, 7), ignore_index=7, num_items=1
+    )
+    sevens = labels == 7
+    logp = token_log_probs(hidden, weight, labels)
+    assert torch.allclose(half, mean / 2, rtol=1e-6)
+    assert torch.allclose(other, -logp[~sevens].sum(), rtol=1e-6)
+
+
+def test_all_ignored_costs_nothing(generator):
+    hidden, weight, labels, _, _ = _inputs("softcap", torch.float32, generator)
+    hidden.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+def test_label_outside_the_vocabulary_is_nan(generator):
+    hidden, weight, labels, _, _ = _inputs("one_token", torch.float32, generator)
+    assert token_log_probs(hidden, weight, torch.full_like(labels, 37)).isnan().all()
+    assert token_log_probs(hidden, weight, torch.full_like(labels, -1)).isnan().all()
+
+
+def test_leading_dimensions_and_no_grad(generator):
+    hidden, weight, labels, _, _ = _inputs("odd_chunks", torch.float32, generator)
+    flat = token_log_probs(hidden, weight, labels)
+    with torch.no_grad():
+        shaped = token_log_probs(
+            hidden.view(3, 11, 16).requires_grad_(), weight, labels.view(3, 11)
+        )
+    assert not shaped.requires_grad
+    assert torch.equal(shaped.view(-1), flat)
+
+
+def test_float64_gradient_is_exact(generator):
+    hidden, weight, labels, _, _ = _inputs("odd_chunks", torch.float64, generator)
+    leaf = hidden[:5].requires_grad_()
+    for softcap in (None, 3.0):
+        assert torch.autograd.gradcheck(
+            lambda h, cap=softcap: token_log_probs(h, weight, labels[:5], softcap=cap), leaf
+        )
