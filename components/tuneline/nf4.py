@@ -4,7 +4,9 @@ Train and merge must agree on every bit of it, so the rule is here, once. Torch 
 are imported when a function is called: this module is importable without them.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,14 +67,15 @@ def load_base(
 
     keep_plain_layout_on_cpu()
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            str(base_model_dir),
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=quantization_config(dtype) if quantized else None,
-            use_safetensors=True,
-        )
-    except ValueError as error:
+        with _no_progress_bar():
+            return AutoModelForCausalLM.from_pretrained(
+                str(base_model_dir),
+                dtype=dtype,
+                device_map={"": device},
+                quantization_config=quantization_config(dtype) if quantized else None,
+                use_safetensors=True,
+            )
+    except (ValueError, OSError) as error:
         raise ModelError(f"transformers cannot load {base_model_dir}: {error}") from error
 
 
@@ -143,3 +146,16 @@ def round_trip(weight: "torch.Tensor", *, dtype: "torch.dtype", device: str) -> 
     # The product of code and scale is rounded to this type; fp32 keeps all of it.
     state.dtype = torch.float32
     return bnb.dequantize_4bit(packed, state).cpu()
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

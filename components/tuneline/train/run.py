@@ -192,17 +192,13 @@ def _write_curves(summary: TrainingSummary, path: Path) -> None:
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Silence the bars of datasets and transformers: ours is the one that is shown."""
+    """Silence the bars of datasets: ours is the one that is shown."""
     import datasets
-    from transformers.utils import logging as transformers_logging
 
-    shown = datasets.are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()
+    were_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if not shown[0]:
+        if not were_disabled:
             datasets.enable_progress_bars()
-        if shown[1]:
-            transformers_logging.enable_progress_bar()

@@ -1,0 +1,277 @@
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import bitsandbytes
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tuneline.artifacts import MergeProof
+from tuneline.errors import ModelError, OutputExistsError, ProofError, WorldError
+from tuneline.merge import MergeConfig, run
+from tuneline.merge.adapter import Adapter
+from tuneline.nf4 import load_base
+
+
+@pytest.fixture
+def merge(tmp_path, tiny_model_dir, adapter_dir, small_dataset_dir):
+    """Merge with what differs from the usual; returns the proof and the directory."""
+
+    def call(*, base_model_dir=tiny_model_dir, adapter=adapter_dir, **settings):
+        merged = tmp_path / "out" / "merged"
+        proof = run(
+            MergeConfig(**settings),
+            base_model_dir=base_model_dir,
+            adapter_dir=adapter,
+            dataset_dir=small_dataset_dir,
+            merged_dir=merged,
+        )
+        return proof, merged
+
+    return call
+
+
+def weights_of(directory):
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        found.update(load_file(path))
+    return found
+
+
+def changed_adapter(adapter_dir, path, *, config=None, tensors=None):
+    shutil.copytree(adapter_dir, path)
+    if config:
+        file = path / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    if tensors:
+        file = path / "adapter_model.safetensors"
+        save_file({**load_file(file), **tensors}, file)
+    return path
+
+
+def update_by_hand(adapter, module, scale):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    a = tensors[f"base_model.model.{module}.lora_A.weight"]
+    b = tensors[f"base_model.model.{module}.lora_B.weight"]
+    return scale * (b @ a)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_weights_are_base_plus_scaled_product(
+    merge, base, use_rslora, tmp_path, tiny_model_dir, adapter_dir
+):
+    settings = {"use_rslora": use_rslora, "lora_alpha": 24, "r": 16}
+    adapter = changed_adapter(adapter_dir, tmp_path / "adapter", config=settings)
+    scale = 24 / math.sqrt(16) if use_rslora else 24 / 16
+    proof, merged = merge(adapter=adapter, base=base, dtype="float32")
+
+    before, after = weights_of(tiny_model_dir), weights_of(merged)
+    assert set(after) == set(before)
+    assert "lm_head.weight" not in after  # tied, and stays so
+    loaded = load_base(tiny_model_dir, dtype=torch.float32, device="cpu", quantized=True)
+    num_merged = 0
+    for name, weight in before.items():
+        module = name.removesuffix(".weight")
+        if not name.endswith("_proj.weight"):
+            assert torch.equal(after[name], weight.float()), name
+            continue
+        expected = weight.float()
+        if base == "dequantized":
+            layer = loaded.get_submodule(module)
+            expected = bitsandbytes.functional.dequantize_4bit(
+                layer.weight.data, layer.weight.quant_state
+            )
+        expected = expected + update_by_hand(adapter, module, scale)
+        torch.testing.assert_close(after[name], expected, rtol=0, atol=1e-6)
+        num_merged += 1
+    assert num_merged == proof.num_merged_modules == 14
+    assert proof.mean_kl < 1e-6 and proof.top1_agreement == 1.0 and proof.num_prompts == 8
+    assert MergeProof.read(merged).mean_kl == proof.mean_kl
+
+
+def test_on_the_original_weights_equal_to_pefts_own_merge(merge, tiny_model_dir, adapter_dir):
+    _, merged = merge(base="original", dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, str(adapter_dir)).merge_and_unload().state_dict()
+    for name, weight in weights_of(merged).items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-6)
+
+
+def test_rounded_once_and_named_in_config(merge, tmp_path):
+    _, merged = merge(dtype="float32")
+    exact = weights_of(merged)
+    merged.rename(tmp_path / "exact")
+    proof, merged = merge()
+    for name, weight in weights_of(merged).items():
+        assert torch.equal(weight, exact[name].bfloat16()), name
+    assert json.loads((merged / "config.json").read_text())["dtype"] == "bfloat16"
+    assert proof.num_bytes == (merged / "model.safetensors").stat().st_size
+    assert 0 < proof.mean_kl < 0.01
+
+
+def test_shards_in_and_out_hold_the_same(merge, tmp_path, tiny_model_dir):
+    sharded = tmp_path / "sharded"
+    shutil.copytree(tiny_model_dir, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.save_pretrained(sharded, max_shard_size="200KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    _, merged = merge()
+    whole = weights_of(merged)
+    merged.rename(tmp_path / "whole")
+
+    proof, merged = merge(base_model_dir=sharded, max_shard_bytes=1 << 20)
+    files = sorted(path.name for path in merged.glob("*.safetensors"))
+    assert proof.num_shards == len(files) > 1
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((merged / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(whole)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+    found = weights_of(merged)
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    loaded = AutoModelForCausalLM.from_pretrained(merged)
+    assert loaded.dtype == torch.bfloat16
+
+
+def test_tokenizer_template_and_generation_config_come_along(
+    merge, tmp_path, tiny_model_dir, adapter_dir
+):
+    adapter = changed_adapter(adapter_dir, tmp_path / "adapter")
+    (adapter / "chat_template.jinja").write_text("another template")
+    _, merged = merge(adapter=adapter)
+    assert (merged / "chat_template.jinja").read_text() == "another template"
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (merged / name).read_bytes() == (tiny_model_dir / name).read_bytes()
+    assert not {"origin.json", "training.json", "adapter_config.json"} & {
+        path.name for path in merged.iterdir()
+    }
+
+
+def test_a_broken_merge_is_caught_and_not_kept(merge, monkeypatch, tmp_path):
+    right = Adapter.delta
+    monkeypatch.setattr(
+        Adapter,
+        "delta",
+        lambda self, module: right(self, module) * (-1 if module.endswith("0.mlp.up_proj") else 1),
+    )
+    with pytest.raises(ProofError, match=r"nats a token .* max_mean_kl allows 0\.0001"):
+        merge(max_mean_kl=1e-4, dtype="float32")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_weights_that_are_not_numbers_are_caught(merge, monkeypatch):
+    monkeypatch.setattr(Adapter, "delta", lambda self, module: torch.tensor(float("nan")))
+    with pytest.raises(ProofError, match="is nan nats"):
+        merge()
+
+
+def test_modules_trained_in_full_take_the_bases_place(merge, tmp_path, adapter_dir):
+    ones = torch.full((128,), 1.25)
+    name = "base_model.model.model.norm.weight"
+    adapter = changed_adapter(
+        adapter_dir,
+        tmp_path / "adapter",
+        tensors={name: ones},
+        config={"modules_to_save": ["norm"]},
+    )
+    proof, merged = merge(adapter=adapter, dtype="float32")
+    assert torch.equal(weights_of(merged)["model.norm.weight"], ones)
+    assert proof.mean_kl < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ({"use_dora": True}, None, "use_dora=True"),
+        ({"rank_pattern": {"q_proj": 4}}, None, "rank_pattern"),
+        ({"peft_type": "IA3"}, None, "only LORA"),
+        (None, {"base_model.model.model.embed_tokens.lora_embedding_A": 1}, "lora_embedding_A"),
+        (None, {"base_model.model.model.embed_tokens.weight": 1}, "one matrix"),
+        (
+            None,
+            {
+                "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": 1,
+                "base_model.model.model.layers.9.mlp.up_proj.lora_B.weight": 1,
+            },
+            r"no tensor model\.layers\.9\.mlp\.up_proj\.weight",
+        ),
+        (None, {"base_model.model.model.layers.0.x.lora_A.weight": 1}, "only one of lora_A"),
+    ],
+)
+def test_adapters_that_would_add_up_otherwise_are_refused(
+    merge, tmp_path, adapter_dir, config, tensors, message
+):
+    tensors = {name: torch.ones(4, 4) for name in tensors or ()}
+    adapter = changed_adapter(adapter_dir, tmp_path / "adapter", config=config, tensors=tensors)
+    with pytest.raises(ModelError, match=message):
+        merge(adapter=adapter)
+    assert not (tmp_path / "out" / "merged").exists()
+
+
+def test_another_base_than_the_adapters(merge, tmp_path, tiny_model_dir):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model_dir, other)
+    origin = json.loads((other / "origin.json").read_text())
+    (other / "origin.json").write_text(json.dumps({**origin, "sha256": "f" * 64}))
+    with pytest.raises(ModelError, match=r"trained on a base with sha256 .* ffffffffffff"):
+        merge(base_model_dir=other)
+
+
+def test_an_adapter_without_its_record(merge, tmp_path):
+    with pytest.raises(WorldError, match=r"no training\.json"):
+        merge(adapter=tmp_path)
+
+
+def test_output_that_is_not_empty(merge, tmp_path):
+    kept = tmp_path / "out" / "merged" / "kept"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    with pytest.raises(OutputExistsError, match="not empty"):
+        merge()
+    assert kept.read_text() == "mine"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB, where this process may mount one."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_rest_whole(
+    small_disk, tiny_model_dir, adapter_dir, small_dataset_dir
+):
+    earlier = small_disk / "earlier"
+    earlier.mkdir()
+    (earlier / "data").write_bytes(b"whole" * 1000)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tuneline.merge", "--base-model", str(tiny_model_dir)),
+            *("--adapter", str(adapter_dir), "--dataset", str(small_dataset_dir)),
+            *("--merged", str(small_disk / "merged")),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("merge: StorageError: the disk is full")
+    assert [path.name for path in small_disk.iterdir()] == ["earlier"]
+    assert (earlier / "data").read_bytes() == b"whole" * 1000

@@ -1,0 +1,74 @@
+"""A small data set of tokens, as prepare leaves it."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tuneline.artifacts import EVAL_FILE, TRAIN_FILE, DatasetManifest, LengthStatistics
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models run faster on one thread, above all beside other processes."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def dataset_dir(tmp_path: Path) -> Callable[..., Path]:
+    """Make a data set: rows for training, and the same or others for the evaluation loss."""
+
+    def make(
+        rows: list[dict],
+        *,
+        method: str = "sft",
+        eval_rows: list[dict] | None = None,
+        max_seq_length: int = 64,
+        name: str = "dataset",
+    ) -> Path:
+        path = tmp_path / name
+        path.mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), path / TRAIN_FILE)
+        held = rows if eval_rows is None else eval_rows
+        if held:
+            pq.write_table(pa.Table.from_pylist(held), path / EVAL_FILE)
+        DatasetManifest(
+            source="test",
+            method=method,
+            format="messages",
+            template="tokenizer",
+            loss_on="answers",
+            num_train_rows=len(rows),
+            num_eval_rows=len(held),
+            num_heldout_rows=0,
+            num_rejected_rows=0,
+            num_tokens=0,
+            num_loss_tokens=0,
+            lengths=LengthStatistics(mean=1, median=1, p95=1, p99=1, max=1),
+            max_seq_length=max_seq_length,
+            recommended_max_seq_length=max_seq_length,
+            truncated_token_share=0.0,
+            sha256="d" * 64,
+        ).write(path)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def answer_rows() -> list[dict]:
+    """Rows of odd lengths whose last third is the answer."""
+    rows = []
+    for number in range(13):
+        length = 5 + 3 * number
+        ids = [100 + (7 * number + 3 * place) % 50 for place in range(length)]
+        num_answer = max(2, length // 3)
+        rows.append({"input_ids": ids, "loss_mask": [0] * (length - num_answer) + [1] * num_answer})
+    return rows

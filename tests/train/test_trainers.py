@@ -1,0 +1,105 @@
+"""The loss is the same however rows lie in batches and packs, and equals one made by hand."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tuneline.artifacts import DatasetManifest
+from tuneline.nf4 import load_base
+from tuneline.train import TrainConfig
+from tuneline.train.adapter import lora_config
+from tuneline.train.arguments import num_total_steps, training_arguments
+from tuneline.train.rows import load_rows
+from tuneline.train.trainers import SupervisedTrainer
+
+
+def trainer_for(config, path, base_dir, work):
+    manifest = DatasetManifest.read(path)
+    rows, held = load_rows(path, manifest, packing=config.packing, cache_dir=work / "cache")
+    trainer = SupervisedTrainer(
+        model=load_base(base_dir, dtype=torch.float32, device="cpu", quantized=True),
+        args=training_arguments(
+            config,
+            method="sft",
+            num_steps=num_total_steps(config, len(rows)),
+            max_seq_length=manifest.max_seq_length,
+            evaluates=True,
+            dtype=torch.float32,
+            device="cpu",
+            work_dir=work,
+        ),
+        train_dataset=rows,
+        eval_dataset=held,
+        processing_class=AutoTokenizer.from_pretrained(str(base_dir)),
+        peft_config=lora_config(config.lora),
+    )
+    # A new adapter adds nothing (B = 0): give it weight, so that its gradients count too.
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data = noise * (0.3 if "lora_B" in name else 0.1)
+    return trainer
+
+
+def loss_by_hand(model, rows):
+    total, count = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        log_probs = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+        for place in range(1, len(row["input_ids"])):
+            if row["loss_mask"][place]:
+                total = total - log_probs[place - 1, row["input_ids"][place]]
+                count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_loss_and_gradient_equal_those_made_by_hand(
+    packing, batch_size, dataset_dir, answer_rows, tiny_model_dir, tmp_path
+):
+    path = dataset_dir(answer_rows, max_seq_length=64)
+    config = TrainConfig(
+        packing=packing, per_device_train_batch_size=batch_size, gradient_checkpointing=False
+    )
+    trainer = trainer_for(config, path, tiny_model_dir, tmp_path)
+    by_hand = loss_by_hand(trainer.model.eval(), answer_rows)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(by_hand.item(), rel=1e-5)
+
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(by_hand, parameters)
+    trainer.model.train()
+    total = sum(sum(row["loss_mask"]) for row in answer_rows)
+    for batch in trainer.get_train_dataloader():
+        trainer.compute_loss(
+            trainer.model, batch, num_items_in_batch=torch.tensor(total)
+        ).backward()
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+    assert trainer.num_tokens_seen == sum(len(row["input_ids"]) for row in answer_rows)
+
+
+def test_trls_own_loss_agrees(dataset_dir, answer_rows, tiny_model_dir, tmp_path):
+    trainer = trainer_for(
+        TrainConfig(gradient_checkpointing=False),
+        dataset_dir(answer_rows),
+        tiny_model_dir,
+        tmp_path,
+    )
+    ours = trainer.evaluate()["eval_loss"]
+    trainer._selects_logits = False
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(ours, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "settings", "expected"),
+    [
+        (10, {}, 2),  # 5 batches of 2, 4 a step
+        (10, {"num_train_epochs": 3.0}, 6),
+        (10, {"num_train_epochs": 0.5}, 1),
+        (1, {"max_steps": 7}, 7),
+    ],
+)
+def test_number_of_steps(num_rows, settings, expected):
+    assert num_total_steps(TrainConfig(**settings), num_rows) == expected
