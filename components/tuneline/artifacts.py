@@ -269,7 +269,8 @@ class Scores(Record):
     model: str
     """base, tuned or an export's format."""
     tasks: dict[str, TaskScore]
-    """By task name. Per-sample scores: samples/<task>.jsonl, rows {"id": str, "score": float}."""
+    """By task name. Per-sample scores: samples/<task>.jsonl, rows {"id": str, "score": float}, with
+    "weight": int where a score is a ratio: `value` is the weighted mean of the scores."""
     harness: str
     """Name and version of the benchmark program."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tuneline.artifacts import Decision, Scores, TaskScore, write_jsonl
+from tuneline.artifacts import Decision, Scores, TaskScore, read_jsonl, write_jsonl
 from tuneline.errors import TaskError
 from tuneline.gate import GateConfig, run
 from tuneline.gate.bootstrap import mean_interval
@@ -76,6 +76,45 @@ def test_the_interval_against_a_plain_loop() -> None:
     assert mean_interval(differences, num_resamples=500, seed=1) == mean_interval(
         differences, num_resamples=500, seed=1
     )
+
+
+def test_the_weighted_interval_against_a_plain_loop_and_the_delta_method() -> None:
+    generator = np.random.default_rng(7)
+    weights = generator.integers(1, 9, 150).astype(float)
+    differences = generator.normal(0.1, 0.5, 150)
+    low, high = mean_interval(differences, num_resamples=4000, seed=2, weights=weights)
+    means = []
+    for _ in range(4000):
+        picked = generator.integers(0, 150, 150)
+        means.append(np.average(differences[picked], weights=weights[picked]))
+    mean = np.average(differences, weights=weights)
+    error = np.sqrt(((weights * (differences - mean)) ** 2).sum()) / weights.sum()
+    assert low == pytest.approx(np.quantile(means, 0.025), abs=0.15 * error)
+    assert high == pytest.approx(np.quantile(means, 0.975), abs=0.15 * error)
+    assert (low + high) / 2 == pytest.approx(mean, abs=0.15 * error)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+
+
+def test_weights_in_the_samples_are_used(tmp_path: Path) -> None:
+    base = np.full(40, 2.0)
+    # Long answers became better by 1, short ones worse by 1: in tokens, that is better.
+    tuned = np.where(np.arange(40) < 20, 1.0, 3.0)
+    directories = {
+        label: write_scores(tmp_path / label, label, {"loss": values}, higher=False)
+        for label, values in (("base", base), ("tuned", tuned))
+    }
+    for directory in directories.values():
+        rows = read_jsonl(directory / "samples" / "loss.jsonl")
+        weighted = [row | {"weight": 30 if i < 20 else 1} for i, row in enumerate(rows)]
+        write_jsonl(directory / "samples" / "loss.jsonl", weighted)
+    decision = run(
+        GateConfig(),
+        base_scores_dir=directories["base"],
+        tuned_scores_dir=directories["tuned"],
+        decision_dir=tmp_path / "decision",
+    )
+    assert decision.verdict == "promote"
+    assert decision.comparisons[0].difference == pytest.approx((30 - 1) / 31)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:

@@ -3,7 +3,7 @@
 import logging
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tuneline.artifacts import (
     SAMPLES_DIR,
@@ -65,8 +65,8 @@ def run(
                 task,
                 base.tasks[task],
                 tuned.tasks[task],
-                _sample_scores(base_scores_dir, task),
-                _sample_scores(tuned_scores_dir, task),
+                _samples(base_scores_dir, task),
+                _samples(tuned_scores_dir, task),
                 target=task in targets,
                 config=config,
             )
@@ -86,21 +86,21 @@ def run(
     return decision
 
 
-def _sample_scores(scores_dir: str | Path, task: str) -> dict[str, float]:
+def _samples(scores_dir: str | Path, task: str) -> dict[str, dict[str, Any]]:
     path = Path(scores_dir, SAMPLES_DIR, f"{task}.jsonl")
     if not path.is_file():
         raise TaskError(
             f"{path} does not exist: the evaluation kept no per-sample scores of {task}"
         )
-    return {row["id"]: float(row["score"]) for row in read_jsonl(path)}
+    return {row["id"]: row for row in read_jsonl(path)}
 
 
 def _compare(
     task: str,
     base: TaskScore,
     tuned: TaskScore,
-    base_samples: dict[str, float],
-    tuned_samples: dict[str, float],
+    base_samples: dict[str, dict[str, Any]],
+    tuned_samples: dict[str, dict[str, Any]],
     *,
     target: bool,
     config: GateConfig,
@@ -119,14 +119,19 @@ def _compare(
     sign = 1.0 if base.higher_is_better else -1.0
     ids = sorted(base_samples)
     differences = sign * np.array(
-        [tuned_samples[sample] - base_samples[sample] for sample in ids], dtype=np.float64
+        [tuned_samples[sample]["score"] - base_samples[sample]["score"] for sample in ids],
+        dtype=np.float64,
     )
+    # The same for both models: what a sample weighs is the length of its reference.
+    weights = np.array([base_samples[sample].get("weight", 1) for sample in ids], np.float64)
     if not np.isfinite(differences).all():
         raise TaskError(
             f"{task}: a sample's score is not a finite number: the model that was measured "
             "computes NaN or infinity; look at the merge and the training"
         )
-    low, high = mean_interval(differences, num_resamples=config.num_resamples, seed=config.seed)
+    low, high = mean_interval(
+        differences, num_resamples=config.num_resamples, seed=config.seed, weights=weights
+    )
     outcome: Literal["better", "worse", "undecided"] = "undecided"
     if low > 0:
         outcome = "better"
@@ -138,7 +143,7 @@ def _compare(
         higher_is_better=base.higher_is_better,
         base=base.value,
         tuned=tuned.value,
-        difference=float(differences.mean()),
+        difference=float(np.average(differences, weights=weights)),
         interval=(low, high),
         num_samples=len(ids),
         outcome=outcome,
