@@ -101,12 +101,13 @@ def test_the_host_stash_gives_back_what_it_took():
     stash = HostStash()
     parked = [torch.randn(64, 1024, 33, device="cuda") for _ in range(4)]
     truth = [x.clone() for x in parked]
-    tickets = [stash.put(x) for x in parked]
+    tickets = [stash.put([x, x[0].clone()]) for x in parked]
     parked = [None] * 4
     noise = [torch.randn(64, 1024, 33, device="cuda") for _ in range(4)]
     for i in (3, 2, 1, 0):
-        assert torch.equal(stash.get(tickets[i]), truth[i])
-    assert torch.equal(stash.get(tickets[2]), truth[2])
+        whole, first = stash.get(tickets[i])
+        assert torch.equal(whole, truth[i]) and torch.equal(first, truth[i][0])
+    assert torch.equal(stash.get(tickets[2])[0], truth[2])
     assert len(noise) == 4
 
 

@@ -58,15 +58,15 @@ class GraphedStack:
         steps = []
         with torch.cuda.graph(self._forward):
             for weights, call in layers:
-                y, kept = layer_forward(x, cos, sin, weights, call)
-                steps.append((x, kept, weights, call))
+                y, saved = layer_forward(x, cos, sin, weights, call)
+                steps.append(([x, *saved], weights, call))
                 x = y
         self._y_BLC = x
         with torch.cuda.graph(self._backward, pool=self._forward.pool()):
             dy = self._dy_BLC
             grads: list[Tensor] = []
-            for x, kept, weights, call in reversed(steps):
-                dy, layer_grads = layer_backward(dy, x, cos, sin, kept, weights, call)
+            for saved, weights, call in reversed(steps):
+                dy, layer_grads = layer_backward(dy, saved, cos, sin, weights, call)
                 grads[:0] = layer_grads
             self._dx_BLC = dy
             # One tensor, so that a replay hands out its gradients with one copy.

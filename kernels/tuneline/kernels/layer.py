@@ -7,8 +7,10 @@
 
 A *lean* layer keeps x and h A_down^T (1/64 of h), and Gemma's d. Its backward computes the layer
 again up to gate and up, but neither down_proj (27 % of a Llama layer's multiplications) nor the
-activation's forward, which the activation's backward yields on the way. A *kept* layer also saves
-q, k, v, a, x2, gate and up, and computes only norms again. Both run the same kernels on the same
+activation's forward, which the activation's backward yields on the way. With a host stash it
+parks x there, and q, k, v and a beside it: their copies hide behind the forward too, and the
+backward computes o_proj, gate and up alone. A *kept* layer saves q, k, v, a, x2, gate and up, and
+computes only norms again. Both run the same kernels on the same
 numbers, so that the choice changes no bit of a gradient.
 
 The MLP runs over chunks of tokens: its temporaries, three times 2 F wide, set a lean step's peak.
@@ -30,6 +32,7 @@ from tuneline.kernels.attention import (
     attention_backward,
     attention_forward,
 )
+from tuneline.kernels.copy_rows import copy_rows
 from tuneline.kernels.gated_activation import (
     gated_activation_backward,
     gated_activation_forward,
@@ -87,6 +90,11 @@ class LayerCall:
     keep: bool
     stash: HostStash | None = None
 
+    @property
+    def parks(self) -> bool:
+        """Whether the layer's tensors wait in the host's memory."""
+        return self.stash is not None and not self.keep
+
 
 @dataclass(slots=True)
 class _AttentionHalf:
@@ -114,21 +122,24 @@ class _LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_BLC, cos, sin, weights, call, *parameters):  # noqa: D102
-        y_BLC, kept = layer_forward(x_BLC, cos, sin, weights, call)
-        ctx.ticket = call.stash.put(x_BLC) if call.stash is not None and not call.keep else None
-        ctx.weights, ctx.call, ctx.num_kept = weights, call, len(kept)
-        x_saved = None if ctx.ticket is not None else x_BLC
-        ctx.save_for_backward(x_saved, cos, sin, *kept, *parameters)
+        y_BLC, saved = layer_forward(x_BLC, cos, sin, weights, call)
+        saved = [x_BLC, *saved]
+        ctx.weights, ctx.call, ctx.ticket, ctx.num_parked = weights, call, None, 0
+        if call.parks:
+            ctx.num_parked = 5 if weights.q_norm is not None else 3
+            ctx.ticket = call.stash.put(saved[: ctx.num_parked])
+        ctx.num_saved = len(saved)
+        ctx.save_for_backward(cos, sin, *saved[ctx.num_parked :], *parameters)
         return y_BLC
 
     @staticmethod
     def backward(ctx: Any, dy_BLC):  # noqa: D102
         # Unpacking checks that no adapter was changed in place since the forward.
-        x_BLC, cos, sin, *rest = ctx.saved_tensors
+        cos, sin, *rest = ctx.saved_tensors
+        saved = rest[: ctx.num_saved - ctx.num_parked]
         if ctx.ticket is not None:
-            x_BLC = ctx.call.stash.get(ctx.ticket)
-        kept = rest[: ctx.num_kept]
-        dx_BLC, grads = layer_backward(dy_BLC, x_BLC, cos, sin, kept, ctx.weights, ctx.call)
+            saved = [*ctx.call.stash.get(ctx.ticket), *saved]
+        dx_BLC, grads = layer_backward(dy_BLC, saved, cos, sin, ctx.weights, ctx.call)
         return dx_BLC if ctx.needs_input_grad[0] else None, None, None, None, None, *grads
 
 
@@ -139,31 +150,50 @@ def layer_forward(
     x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
     half = _attention_half(x_TC, x_BLC.shape, cos, sin, weights, call.plan)
     half.o_arena = None
-    y_TC, gate_up_TF, down_input_TP, d_TC = _mlp_forward(half.x2_TC, weights, call.keep)
-    kept = [down_input_TP, d_TC]
+    saved: list[Tensor | None] = []
+    if call.keep or call.parks:
+        # What can be parked comes first. Without a head norm q and k are views of qkv.
+        saved = [half.qkv_TN, half.o_input_TKP]
+        saved += [] if weights.q_norm is None else [half.q_BLHD, half.k_BLGD]
     if call.keep:
-        kept += [half.qkv_TN, half.q_BLHD, half.k_BLGD, half.o_input_TKP]
-        kept += [half.x2_TC, half.o_TC, gate_up_TF, *half.attention_saved]
-    return y_TC.view(x_BLC.shape), kept
+        saved += [half.x2_TC, half.o_TC]
+    attention_saved = half.attention_saved if call.keep or call.parks else ()
+    x2_TC = half.x2_TC
+    del half
+    y_TC, gate_up_TF, down_input_TP, d_TC = _mlp_forward(x2_TC, weights, call.keep)
+    saved += [down_input_TP, d_TC, gate_up_TF, *attention_saved]
+    return y_TC.view(x_BLC.shape), saved
 
 
 def layer_backward(
     dy_BLC: Tensor,
-    x_BLC: Tensor,
+    saved: list[Tensor | None],
     cos: Tensor,
     sin: Tensor,
-    kept: list[Tensor | None],
     weights: LayerWeights,
     call: LayerCall,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return dx and the gradients of `weights.parameters()`."""
+    """Return dx and the gradients of `weights.parameters()`; `saved` is x and the forward's."""
+    x_BLC, *saved = saved
     x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
     dy_TC = dy_BLC.reshape(x_TC.shape)
-    down_input_TP, d_TC, *rest = kept
-    gate_up_TF = None
+    if call.keep or call.parks:
+        qkv_TN, o_input_TKP, *saved = saved
+        q, k, _ = _split_heads(qkv_TN, x_BLC.shape, weights.attention)
+        if weights.q_norm is not None:
+            q, k, *saved = saved
     if call.keep:
-        qkv, q, k, o_input, x2, o, gate_up_TF, *saved = rest
-        half = _AttentionHalf(qkv, q, k, tuple(saved), o_input, x2, o, None)
+        x2_TC, o_TC, *saved = saved
+    down_input_TP, d_TC, gate_up_TF, *attention_saved = saved
+    if call.keep:
+        half = _AttentionHalf(
+            qkv_TN, q, k, tuple(attention_saved), o_input_TKP, x2_TC, o_TC, None
+        )
+    elif call.parks:
+        o_arena = _arena(weights.o, x_TC)
+        half = _after_attention(
+            x_TC, qkv_TN, q, k, tuple(attention_saved), o_input_TKP, o_arena, weights
+        )
     else:
         half = _attention_half(x_TC, x_BLC.shape, cos, sin, weights, call.plan)
     dx2_TC, gate_up_grads, down_grads = _mlp_backward(
@@ -226,16 +256,30 @@ def _attention_half(
     a_BLHD, saved = attention_forward(q, k, v, plan, weights.attention)
     group = weights.o
     o_input_TKP = augmented_input(x_TC.shape[0], group, x_TC)
-    o_input_TKP[:, : group.num_in].copy_(a_BLHD.reshape(x_TC.shape[0], -1))
+    copy_rows(a_BLHD.flatten(2).flatten(0, 1), o_input_TKP[:, : group.num_in])
     o_arena = _arena(group, x_TC)
     write_lora_columns(o_input_TKP, o_arena, group)
+    return _after_attention(x_TC, qkv_TN, q, k, saved, o_input_TKP, o_arena, weights)
+
+
+def _after_attention(
+    x_TC: Tensor,
+    qkv_TN: Tensor,
+    q_BLHD: Tensor,
+    k_BLGD: Tensor,
+    saved: tuple[Tensor, ...],
+    o_input_TKP: Tensor,
+    o_arena: Tensor,
+    weights: LayerWeights,
+) -> _AttentionHalf:
+    group = weights.o
     if weights.after_attention_norm is None:
         x2_TC = torch.addmm(x_TC, o_input_TKP, o_arena[: group.num_out].t())
         o_TC = None
     else:
         o_TC = group_forward(o_input_TKP, o_arena, group)
         x2_TC = _add_normed(x_TC, o_TC, weights.after_attention_norm, weights)
-    return _AttentionHalf(qkv_TN, q, k, saved, o_input_TKP, x2_TC, o_TC, o_arena)
+    return _AttentionHalf(qkv_TN, q_BLHD, k_BLGD, saved, o_input_TKP, x2_TC, o_TC, o_arena)
 
 
 def _attention_half_backward(
@@ -272,7 +316,8 @@ def _attention_half_backward(
     )
     dqkv_TN = torch.empty_like(half.qkv_TN)
     dq_out, dk_out, dv_out = _split_heads(dqkv_TN, shape, config)
-    dq_out.copy_(dq), dk_out.copy_(dk), dv_out.copy_(dv)
+    for grad, out in ((dq, dq_out), (dk, dk_out), (dv, dv_out)):
+        copy_rows(grad.flatten(2).flatten(0, 1), out.flatten(2).flatten(0, 1))
     rope_backward(
         dq_out,
         dk_out,

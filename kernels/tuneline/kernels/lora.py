@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tuneline.kernels.copy_rows import copy_rows
 from tuneline.kernels.nf4 import NF4Weight, dequantize_nf4
 
 MIN_COLUMNS = 64
@@ -150,7 +151,7 @@ def group_input_gradient(
         return torch.mm(dy_TN, arena[:num_out, :num_in]), None
     if num_out <= num_in:
         dyg = dy_TN.new_empty(dy_TN.shape[0], num_out + group.num_columns)
-        dyg[:, :num_out].copy_(dy_TN)
+        copy_rows(dy_TN, dyg[:, :num_out])
         g_TP = dyg[:, num_out:]
         torch.mm(dy_TN, arena[:num_out, num_in:], out=g_TP)
         return torch.mm(dyg, arena[:, :num_in]), g_TP

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tuneline.kernels.attention import AttentionPlan
-from tuneline.kernels.binding import Unfusable, bind_layer
+from tuneline.kernels.binding import Unfusable, bind_layer, fingerprint
 from tuneline.kernels.budget import Budget, check_budget, num_kept_layers
 from tuneline.kernels.cross_entropy import linear_cross_entropy
 from tuneline.kernels.graph import GRAPH_MAX_TOKENS, GraphCache
@@ -70,6 +70,7 @@ class _Engine:
     specs: dict[int, FamilySpec]
     stash: HostStash | None = None
     graphs: GraphCache = field(default_factory=GraphCache)
+    bound: dict[int, tuple[tuple[Any, ...], LayerWeights | None]] = field(default_factory=dict)
     last_num_kept: int = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
@@ -298,10 +299,17 @@ def _decide(decoder: nn.Module, plan: AttentionPlan, tokens: Tensor) -> _ModelCa
     engine: _Engine = decoder._tuneline_engine
     bound: dict[int, LayerWeights] = {}
     for index, spec in engine.specs.items():
-        try:
-            bound[index] = bind_layer(decoder.layers[index], spec, decoder.config)
-        except Unfusable as reason:
-            logger.debug("layer %d runs stock: %s", index, reason)
+        layer = decoder.layers[index]
+        state = fingerprint(layer, spec)
+        if index not in engine.bound or engine.bound[index][0] != state:
+            try:
+                weights = bind_layer(layer, spec, decoder.config)
+            except Unfusable as reason:
+                logger.info("layer %d runs stock: %s", index, reason)
+                weights = None
+            engine.bound[index] = (state, weights)
+        if engine.bound[index][1] is not None:
+            bound[index] = engine.bound[index][1]
     if not bound:
         return None
     dtype = next(iter(bound.values())).attention_norm.dtype

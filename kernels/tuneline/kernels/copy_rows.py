@@ -1,0 +1,33 @@
+"""Copy rows between buffers of different row strides at the memory's speed.
+
+    out[:, :] = x        x, out [T, K], unit stride along K
+
+torch's own copy falls to an elementwise kernel when a row stride is not the row's length: 0.9
+instead of 3.9 TB/s for the [8192, 4096] slices of this package's padded buffers (H200).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tuneline.kernels._dispatch import use_kernel
+
+
+@triton.jit
+def _copy_kernel(x_ptr, out_ptr, x_stride, out_stride, K: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < K
+    x = tl.load(x_ptr + row * x_stride + cols, mask=mask)
+    tl.store(out_ptr + row * out_stride + cols, x, mask=mask)
+
+
+def copy_rows(x: torch.Tensor, out: torch.Tensor) -> None:
+    """Write x [T, K] into out [T, K], of the same dtype."""
+    if not use_kernel(x) or x.stride(-1) != 1 or out.stride(-1) != 1:
+        out.copy_(x)
+        return
+    T, K = x.shape
+    block = triton.next_power_of_2(K)
+    num_warps = max(1, min(8, block // 512))
+    _copy_kernel[(T,)](x, out, x.stride(0), out.stride(0), K=K, BLOCK=block, num_warps=num_warps)
