@@ -257,7 +257,7 @@ def worker(engine: str, shape: str) -> None:
         optimizer = FlatAdamW(trained, lr=1e-4, state_bits=8)
     else:
         optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
-    initial = [p.detach().clone() for p in trained]
+    initial = [p.detach().cpu() for p in trained]
     torch.cuda.empty_cache()
     answer({"ready": round(torch.cuda.memory_allocated() / 2**30, 2)})
     for text in sys.stdin:

@@ -72,6 +72,7 @@ class _Engine:
     graphs: GraphCache = field(default_factory=GraphCache)
     bound: dict[int, tuple[tuple[Any, ...], LayerWeights | None]] = field(default_factory=dict)
     last_num_kept: int = 0
+    kept_in_graphs: dict[int, int] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
         return _Engine(self.budget, self.specs)
@@ -320,13 +321,16 @@ def _decide(decoder: nn.Module, plan: AttentionPlan, tokens: Tensor) -> _ModelCa
         # Hidden states come in another dtype than the layers': the stock casts apply.
         return None
     num_tokens = tokens.shape[0] * tokens.shape[1]
-    num_kept = num_kept_layers(
-        engine.budget,
-        list(bound.values()),
-        num_tokens=num_tokens,
-        itemsize=dtype.itemsize,
-        device=device,
-    )
+    # A graph keeps its memory, so what is free after its capture says nothing: the choice stays.
+    num_kept = engine.kept_in_graphs.get(num_tokens)
+    if num_kept is None:
+        num_kept = num_kept_layers(
+            engine.budget,
+            list(bound.values()),
+            num_tokens=num_tokens,
+            itemsize=dtype.itemsize,
+            device=device,
+        )
     engine.last_num_kept = num_kept
     if engine.stash is None and device.type == "cuda":
         engine.stash = HostStash()
@@ -345,6 +349,8 @@ def _decide(decoder: nn.Module, plan: AttentionPlan, tokens: Tensor) -> _ModelCa
         and len(dtypes) == 1
         and all(weights.attention.softcap is None for weights in bound.values())
     )
+    if graphed:
+        engine.kept_in_graphs[num_tokens] = num_kept
     return _ModelCall(layers, engine.graphs if graphed else None)
 
 

@@ -6,7 +6,10 @@ reads for half a step, q, k, v and the attention's output another 5.4 GB. The co
 backward of the layer after it, if it is asked for one layer ahead.
 
 All copies run on one side stream, so that a host buffer can go to the next tensor as soon as its
-last copy is queued: the stream keeps the order.
+last copy is queued: the stream keeps the order. What a copy reads or writes on the device is held
+until the main stream has waited for it, one copy later. `record_stream` would do that too, but
+returns memory only when the host next asks: the host runs layers ahead, and the allocator then
+reserved 13.4 GiB where 7.5 were in use.
 """
 
 from __future__ import annotations
@@ -63,15 +66,12 @@ class HostStash:
         self._stream = torch.cuda.Stream()
         self._pool = HostPool()
         self._last: weakref.ref[Ticket] | None = None
+        self._held: tuple[torch.cuda.Event, list[Tensor]] | None = None
 
     def put(self, tensors: Sequence[Tensor]) -> Ticket:
         """Start the copies to the host; the tensors may be freed by their owner at once."""
         hosts = [self._pool.take(tensor) for tensor in tensors]
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for host, tensor in zip(hosts, tensors, strict=True):
-                host.copy_(tensor, non_blocking=True)
-                tensor.record_stream(self._stream)
+        self._copy(hosts, tensors, torch.cuda.Event(), held=list(tensors))
         ticket = Ticket(hosts, tensors[0].device, self._pool)
         ticket.before, self._last = self._last, weakref.ref(ticket)
         return ticket
@@ -91,12 +91,24 @@ class HostStash:
             return
         device = ticket.device
         copies = [torch.empty(h.shape, dtype=h.dtype, device=device) for h in ticket.hosts]
-        # The allocator may hand out memory that queued work still reads, and may take this back
-        # before the copy is done if the graph is dropped.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for copy, host in zip(copies, ticket.hosts, strict=True):
-                copy.record_stream(self._stream)
-                copy.copy_(host, non_blocking=True)
-            ticket.arrived.record(self._stream)
+        self._copy(copies, ticket.hosts, ticket.arrived, held=copies)
         ticket.device_copies = copies
+
+    def _copy(
+        self,
+        targets: Sequence[Tensor],
+        sources: Sequence[Tensor],
+        done: torch.cuda.Event,
+        *,
+        held: list[Tensor],
+    ) -> None:
+        """Queue the copies after all that the main stream has queued."""
+        main = torch.cuda.current_stream()
+        self._stream.wait_stream(main)
+        with torch.cuda.stream(self._stream):
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
+            done.record(self._stream)
+        if self._held is not None:
+            main.wait_event(self._held[0])
+        self._held = (done, held)
