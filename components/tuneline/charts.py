@@ -241,11 +241,11 @@ def interval_chart(
     change_ticks = nice_ticks(min(0.0, *ends), max(0.0, *ends), 3)
     first = 44
     bottom = first + 46 * len(full)
-    left = Scale(value_ticks[0], value_ticks[-1], 12, 262)
-    right = Scale(change_ticks[0], change_ticks[-1], 308, WIDTH - 14)
+    left = Scale(value_ticks[0], value_ticks[-1], 20, 256)
+    right = Scale(change_ticks[0], change_ticks[-1], 312, WIDTH - 20)
     parts = [
         f'<text class="axis" x="8" y="14">{escape(x_label)}</text>',
-        '<text class="axis" x="304" y="14">difference, 95 % interval; right is better</text>',
+        '<text class="axis" x="300" y="14">difference, 95 % interval; right is better</text>',
     ]
     for scale, ticks in ((left, value_ticks), (right, change_ticks)):
         for tick, text in zip(ticks, tick_texts(ticks), strict=True):
@@ -260,7 +260,7 @@ def interval_chart(
         change = _difference(row)
         side = "better" if row.low > 0 else "worse" if row.high < 0 else "undecided"
         parts.append(
-            f'<text class="name" x="12" y="{y}">{escape(row.label)}</text>'
+            f'<text class="name" x="8" y="{y}">{escape(row.label)}</text>'
             f'<line class="link" x1="{_c(left(row.base))}" x2="{_c(left(row.tuned))}" '
             f'y1="{y + 18}" y2="{y + 18}"/>'
             f'<circle class="hollow" cx="{_c(left(row.base))}" cy="{y + 18}" r="5">'

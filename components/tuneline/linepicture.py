@@ -13,8 +13,8 @@ from tuneline.units import duration
 
 Status = Literal["finished", "failed", "running", "not run", "skipped", "next"]
 
-BOX_WIDTH, BOX_HEIGHT = 134, 82
-GAP_X, GAP_Y = 24, 16
+BOX_WIDTH, BOX_HEIGHT = 146, 82
+GAP_X, GAP_Y = 20, 16
 ROW_HEIGHT = 46
 NARROW_WIDTH = 360
 
@@ -112,6 +112,9 @@ def _across(steps: Sequence[Stage]) -> str:
 
 def _down(steps: Sequence[Stage]) -> str:
     longest = _longest(steps)
+    places = place(steps)
+    # Downwards is the order of the work: what waits for more stands lower.
+    steps = sorted(steps, key=lambda step: places[step.name])
     parts = [
         f'<line class="edge" x1="14" x2="14" y1="16" y2="{ROW_HEIGHT * (len(steps) - 1) + 16}"/>'
     ]

@@ -45,7 +45,10 @@ def render_failed(recipe_name: str, events: list[dict[str, Any]]) -> str:
             line_diagram(stages_of_runs(runs)),
             note=f"{len(finished)} tasks finished, {duration(spent)} of work",
         ),
-        section("What to try next", paragraph(advice), _about(failed)),
+        section(
+            "What to try next",
+            f'<div class="pair"><div>{paragraph(advice)}</div>{_about(failed)}</div>',
+        ),
     ]
     if runs:
         cards.append(section("Steps", _steps(runs)))
@@ -77,6 +80,12 @@ def _steps(runs: list[StepRun]) -> str:
             "failed": ("bad", "failed"),
             "running": ("bad", "did not end"),
         }[run.status]
-        reached = f"{run.done} of {run.total}" if run.total else ""
-        rows.append([run.step, badge(status, tone), reached, duration(run.seconds)])
+        unfinished = run.status != "finished" and run.total
+        reached = f"{run.done} of {run.total}" if unfinished else ""
+        rows.append([_named(run), badge(status, tone), reached, duration(run.seconds)])
     return table(["step", "status", "reached", "time"], rows, numeric=[2, 3])
+
+
+def _named(run: StepRun) -> str:
+    label = run.note.partition(":")[0]
+    return f"{run.step} {label}" if run.step == "evaluate" and label else run.step

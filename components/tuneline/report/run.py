@@ -35,10 +35,10 @@ def run(
     base_scores_dir: str,
     tuned_scores_dir: str,
     decision_dir: str,
+    gguf_dirs: list[str],
+    gptq_dirs: list[str],
     page_path: str,
     summary_dir: str,
-    gguf_dirs: list[str] | None = None,
-    gptq_dirs: list[str] | None = None,
 ) -> RunSummary:
     """Write the page and the summary of a run.
 
@@ -51,10 +51,10 @@ def run(
         base_scores_dir: artifact scores of the base model.
         tuned_scores_dir: artifact scores of the tuned model.
         decision_dir: artifact decision.
+        gguf_dirs: artifacts quantized; empty where the recipe asks for none.
+        gptq_dirs: likewise.
         page_path: the HTML file to write.
         summary_dir: where the summary's record goes.
-        gguf_dirs: artifacts quantized; none where the recipe asks for none.
-        gptq_dirs: likewise.
 
     Raises:
         WorldError: an artifact has no record.
@@ -66,7 +66,7 @@ def run(
         dataset=DatasetManifest.read(dataset_dir),
         training=TrainingSummary.read(adapter_dir),
         merge=MergeProof.read(merged_dir),
-        exports=[QuantizedModel.read(path) for path in [*(gguf_dirs or []), *(gptq_dirs or [])]],
+        exports=[QuantizedModel.read(path) for path in [*gguf_dirs, *gptq_dirs]],
         base_scores=Scores.read(base_scores_dir),
         tuned_scores=Scores.read(tuned_scores_dir),
         base_generations=read_jsonl(Path(base_scores_dir, GENERATIONS_FILE)),

@@ -1,0 +1,126 @@
+"""Messages as the platforms and libraries write them, and the cause each must lead to."""
+
+import re
+
+import pytest
+
+from tuneline.causes import CAUSES, explain, find_cause
+from tuneline.events import StepRun
+
+
+@pytest.mark.parametrize(
+    ("message", "name"),
+    [
+        (
+            "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
+            "capacity of 79.15 GiB",
+            "gpu memory",
+        ),
+        ("task train failed: OOMKilled", "host memory"),
+        ("main container failed with exit code 137", "host memory"),
+        ("Error (exit code: 137)", "host memory"),
+        ("MemoryError: ", "host memory"),
+        ("RuntimeError: [enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator", "host memory"),
+        ("OSError: [Errno 28] No space left on device", "disk"),
+        ("SafetensorError: Error while serializing: IoError(Os { code: 28 }) os error 28", "disk"),
+        ("Pod ephemeral local storage usage exceeds the total limit: ephemeral-storage", "disk"),
+        ("RuntimeError: loss is nan at step 23", "not a number"),
+        ("ValueError: the logits are not finite", "not a number"),
+        (
+            "GatedRepoError: 403 Client Error. Access to model meta-llama/Llama-3 is restricted",
+            "gated model",
+        ),
+        ("HfHubHTTPError: 401 Client Error: Unauthorized for url", "token"),
+        ("HfHubHTTPError: 403 Forbidden: you have insufficient permissions", "forbidden"),
+        ("RepositoryNotFoundError: 404 Client Error. Repository Not Found", "unknown repository"),
+        ("RevisionNotFoundError: no revision v9", "unknown repository"),
+        ('Back-off pulling image "tuneline/train:0.1.0": ImagePullBackOff', "image"),
+        (
+            "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+            "unschedulable",
+        ),
+        ("The node was low on resource: memory. Pod was Evicted", "evicted"),
+        ("pod was preempted by a pod of higher priority", "evicted"),
+        (
+            "Pod was active longer than the specified deadline: DeadlineExceeded",
+            "timeout",
+        ),
+        ("ReadTimeout: HTTPSConnectionPool: Read timed out.", "timeout"),
+        ("container received SIGTERM", "terminated"),
+        ("exited with code 143", "terminated"),
+        ("ConnectionError: Max retries exceeded with url: /api/models", "network"),
+        ("ValueError: all rows are longer than max_seq_length", "long rows"),
+        ("JSONDecodeError: Expecting value: line 3 column 1", "bad rows"),
+        ("UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff", "bad rows"),
+        ("KeyError: task 'kobest' not found in registry", "task"),
+        ("ProofError: mean KL 0.5 is over the bound", "proof"),
+        ("RuntimeError: No CUDA GPUs are available", "gpu driver"),
+        ("RuntimeError: NCCL error in: ProcessGroupNCCL.cpp", "gpu driver"),
+        ("ModuleNotFoundError: No module named 'gptqmodel'", "not installed"),
+        ("PermissionError: [Errno 13] Permission denied: '/data'", "permission"),
+    ],
+)
+def test_a_message_leads_to_its_cause(message: str, name: str) -> None:
+    found = find_cause(message)
+    assert found is not None and found.name == name
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["", "KeyError: 'x'", "ValueError: 40400 rows", "step took 1370 seconds", "banana loss"],
+)
+def test_what_is_not_known_is_not_guessed(message: str) -> None:
+    assert find_cause(message) is None
+
+
+def test_each_cause_has_a_sentence_and_something_to_do() -> None:
+    assert len({cause.name for cause in CAUSES}) == len(CAUSES)
+    for cause in CAUSES:
+        re.compile(cause.pattern)
+        assert cause.why.endswith(".") and cause.advice.endswith(".")
+
+
+def test_advice_names_keys_that_recipes_have() -> None:
+    from tuneline.recipe import Recipe
+
+    for cause in CAUSES:
+        for part, key in re.findall(r"\b([a-z]+)\.([a-z][a-z_]+)\b", cause.advice + cause.why):
+            if part in Recipe.model_fields:
+                config = Recipe.model_fields[part].annotation
+                assert key in config.model_fields, f"{cause.name}: {part}.{key}"
+
+
+def test_a_known_errors_own_sentence_wins() -> None:
+    run = StepRun("prepare", 0, "failed", kind="DataError", message="line 7: no answer; add one")
+    # The platform's message would lead elsewhere.
+    assert explain(run, "OOMKilled").cause == "line 7: no answer; add one"
+
+
+def test_a_librarys_error_is_explained_and_quoted() -> None:
+    run = StepRun(
+        "train", 0, "failed", kind="OutOfMemoryError", message="CUDA out of memory. 2 GiB"
+    )
+    found = explain(run)
+    assert found.cause == ("The GPU ran out of memory. (OutOfMemoryError: CUDA out of memory.)")
+    assert "train.per_device_train_batch_size" in found.advice
+
+
+def test_an_unknown_error_is_quoted() -> None:
+    found = explain(StepRun("train", 0, "failed", kind="KeyError", message="'x'"))
+    assert found.cause == "The step raised KeyError: 'x'" and "traceback" in found.advice
+
+
+def test_a_step_without_an_end_was_killed() -> None:
+    found = explain(StepRun("train", 0, done=3, total=60))
+    assert "after 3 of 60" in found.cause and "killed" in found.cause
+
+
+def test_a_killed_step_with_the_platforms_word() -> None:
+    assert explain(StepRun("train", 0), "exit code 143").cause.startswith(
+        "The step was asked to stop"
+    )
+
+
+def test_nothing_known_at_all() -> None:
+    assert explain(None).cause == "No step reported an error."
+    assert explain(None, "odd").cause == "The platform says: odd"

@@ -1,0 +1,170 @@
+"""The page of a run shows what its records say."""
+
+import json
+import re
+import subprocess
+import sys
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tuneline.artifacts import Decision, RunSummary
+from tuneline.errors import OutputExistsError, WorldError
+from tuneline.recipe import Recipe
+from tuneline.report import run
+
+
+def cards(page: str) -> dict[str, str]:
+    """Return heading -> the card's visible text."""
+    found = {}
+    for card in re.findall(r'<section class="card">(.*?)</section>', page, re.S):
+        heading = re.search(r"<h2>(.*?)</h2>", card).group(1)
+        # The narrow drawing repeats the wide one, titles are for pointers and screen readers.
+        card = re.sub(r'<svg class="down".*?</svg>|<title>.*?</title>|<desc>.*?</desc>', "", card)
+        found[heading] = " ".join(unescape(re.sub(r"<[^>]+>", " ", card)).split())
+    return found
+
+
+def write_page(recipe: Recipe, run_dirs: dict) -> tuple[str, RunSummary]:
+    summary = run(recipe, **run_dirs)
+    return Path(run_dirs["page_path"]).read_text(encoding="utf-8"), summary
+
+
+def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
+    page, _ = write_page(recipe, run_dirs)
+    shown = cards(page)
+    assert list(shown) == [
+        "The line",
+        "Before and after",
+        "Answers before and after",
+        "Training",
+        "Data",
+        "Merge and exports",
+        "Provenance",
+    ]
+    for name, text in [
+        ("The line", "train 3 min 02 s 60 steps"),
+        ("The line", "quantize 1 min 10 s 5 files"),
+        ("The line", "publish next"),
+        (
+            "Before and after",
+            "heldout_choice target acc 0.31 0.87 +0.56 [+0.485, +0.63] 200",
+        ),
+        ("Before and after", "heldout_exact acc 0.02 0 -0.02 [-0.045, +0.01] 200 undecided"),
+        ("Answers before and after", "base 0 of 5, tuned 4 of 5"),
+        ("Answers before and after", "524288 512 * 1000 = 512000 524,288"),
+        ("Answers before and after", "Yes, 250m is more than 0.3 <b>bold</b>"),
+        ("Training", "4.88 M of 139 M (3.5 %)"),
+        ("Training", "Last training loss 0.2345"),
+        ("Data", "1,140, 60, 200"),
+        ("Data", "Rejected rows 3 (0.2 %)"),
+        ("Data", "9,876 (answers)"),
+        ("Data", "256 (recommended 80)"),
+        ("Merge and exports", "0.00031 nats (bound 0.01)"),
+        ("Merge and exports", "Same most likely token 99.7 %"),
+        ("Merge and exports", "q4_k_m 105 MB 6.17 parts from merged after 3 characters"),
+        ("Merge and exports", "gptq-4bit 131 MB 4.28 loads and answers groups of 64 58 s"),
+        ("Merge and exports", "group_size 128 does not divide 576, took 64"),
+        ("Provenance", "base: same hash data: same hash"),
+    ]:
+        assert text in shown[name]
+    lead = page[: page.index('<section class="card">')]
+    assert "Promote" in lead and "heldout_choice got better by 0.56" in lead
+    assert "5 min 27 s" in lead  # 11.4+4.2+21.3+181.7+14.9+22.9+0.4 and 4*3.1+58
+
+
+def test_the_page_loads_nothing_and_is_well_formed(recipe: Recipe, run_dirs: dict) -> None:
+    page, _ = write_page(recipe, run_dirs)
+    assert not re.search(r"<(script|link|img|iframe)|url\(|@import|\s(src|href)=", page)
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page)
+    opened: list[str] = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            if tag != "meta":
+                opened.append(tag)
+
+        def handle_startendtag(self, tag, attrs):
+            pass
+
+        def handle_endtag(self, tag):
+            assert opened.pop() == tag
+
+    Parser().feed(page)
+    assert opened == []
+
+
+def test_the_recipe_on_the_page_is_the_recipe(recipe: Recipe, run_dirs: dict) -> None:
+    page, _ = write_page(recipe, run_dirs)
+    text = unescape(re.search(r"<pre>(.*?)</pre>", page, re.S).group(1))
+    assert Recipe.parse(yaml.safe_load(text)) == recipe
+
+
+def test_the_summary_is_the_decision_and_the_exports(recipe: Recipe, run_dirs: dict) -> None:
+    _, summary = write_page(recipe, run_dirs)
+    read = RunSummary.read(run_dirs["summary_dir"])
+    decision = Decision.read(run_dirs["decision_dir"])
+    assert (read.recipe, read.verdict, read.reason) == ("demo", "promote", decision.reason)
+    assert read.comparisons == decision.comparisons
+    formats = ["f16", "q8_0", "q5_k_m", "q4_k_m", "gptq-4bit"]
+    assert [export.format for export in read.exports] == formats
+    assert read.exports == summary.exports
+
+
+def test_a_held_model_is_not_shown_as_published(recipe: Recipe, run_dirs: dict) -> None:
+    path = Path(run_dirs["decision_dir"])
+    decision = Decision.read(path)
+    decision.model_copy(update={"verdict": "hold", "reason": "no task got better"}).write(path)
+    page, summary = write_page(recipe, run_dirs)
+    assert summary.verdict == "hold"
+    assert 'class="banner warn"' in page and "Nothing is published to dir:published." in page
+    assert "publish skipped held" in cards(page)["The line"]
+
+
+def test_a_run_without_exports(recipe: Recipe, run_dirs: dict) -> None:
+    page, summary = write_page(recipe, {**run_dirs, "gguf_dirs": [], "gptq_dirs": []})
+    assert summary.exports == []
+    assert "No exports were asked for." in cards(page)["Merge and exports"]
+    assert "quantize skipped" in cards(page)["The line"]
+
+
+def test_a_run_without_generations(recipe: Recipe, run_dirs: dict) -> None:
+    for side in ("base", "tuned"):
+        Path(run_dirs[f"{side}_scores_dir"], "generations.jsonl").write_text("")
+    page, _ = write_page(recipe, run_dirs)
+    assert "Answers before and after" not in cards(page)
+
+
+def test_another_base_than_the_adapters_is_shown(recipe: Recipe, run_dirs: dict) -> None:
+    path = Path(run_dirs["base_model_dir"], "origin.json")
+    path.write_text(path.read_text().replace("5f0c" * 16, "0000" * 16))
+    page, _ = write_page(recipe, run_dirs)
+    assert "base: another hash, 5f0c5f0c5f0c" in cards(page)["Provenance"]
+
+
+def test_an_unfinished_artifact_is_named(recipe: Recipe, run_dirs: dict) -> None:
+    Path(run_dirs["merged_dir"], "merge.json").unlink()
+    with pytest.raises(WorldError, match="has no merge.json: the step that makes it"):
+        run(recipe, **run_dirs)
+    assert not Path(run_dirs["page_path"]).exists()
+
+
+def test_a_summary_is_not_overwritten(recipe: Recipe, run_dirs: dict) -> None:
+    write_page(recipe, run_dirs)
+    with pytest.raises(OutputExistsError, match="summary exists and is not empty"):
+        run(recipe, **run_dirs)
+
+
+def test_from_the_command_line(recipe: Recipe, run_dirs: dict, tmp_path: Path) -> None:
+    config = tmp_path / "recipe.json"
+    config.write_text(recipe.model_dump_json())
+    arguments = ["--config", str(config)]
+    for name, value in run_dirs.items():
+        flag = re.sub(r"_(dirs?|path)$", "", name).replace("_", "-")
+        arguments += [f"--{flag}", *(value if isinstance(value, list) else [value])]
+    subprocess.run([sys.executable, "-m", "tuneline.report", *arguments], check=True)
+    written = json.loads(Path(run_dirs["summary_dir"], "summary.json").read_text())
+    assert written["recipe"] == "demo"
