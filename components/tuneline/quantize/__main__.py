@@ -1,4 +1,4 @@
-"""Run as `python -m tuneline.quantize --format q4_k_m --merged DIR --dataset DIR --quantized DIR`."""
+"""Run as `python -m tuneline.quantize --format q4_k_m --merged DIR ...`."""
 
 from tuneline.quantize import QuantizeConfig, run
 from tuneline.step import main

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tuneline.errors import ModelError, ProofError
 
@@ -39,7 +40,8 @@ def with_llama_cpp(file: Path, prompt: str, *, num_tokens: int) -> Generation:
         prompt_ids = model.tokenize(prompt.encode(), add_bos=False, special=True)
         if not prompt_ids:
             prompt_ids = [model.token_bos()]
-        step, ids = prompt_ids, []
+        step = prompt_ids
+        ids: list[int] = []
         for _ in range(min(num_tokens, model.n_ctx() - len(prompt_ids))):
             model.eval(step)
             logits = numpy.ctypeslib.as_array(
@@ -73,7 +75,8 @@ def with_transformers(
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        model = AutoModelForCausalLM.from_pretrained(
+        # Any: what generate returns depends on its flags, which types do not tell.
+        model: Any = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=getattr(torch, dtype), device_map="cpu"
         )
     except (OSError, ValueError) as error:
@@ -96,7 +99,7 @@ def with_transformers(
     if not torch.isfinite(logits).all():
         raise ProofError(f"the model in {model_dir} computes logits that are not finite")
     ids = output.sequences[0, len(prompt_ids) :].tolist()
-    text = tokenizer.decode(ids, skip_special_tokens=True)
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
     return Generation(prompt_ids=prompt_ids, ids=ids, text=text, logits=logits.numpy())
 
 

@@ -1,10 +1,12 @@
 """Make GPTQ checkpoints with gptqmodel, and load them again through transformers."""
 
+import importlib.util
 import json
-import logging
 import math
 import os
 import struct
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -13,12 +15,8 @@ from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ModelError, ProofError, ToolError
 from tuneline.quantize import generation
 
-logger = logging.getLogger(__name__)
-
 GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
 """What the kernels know, the largest first."""
-MIN_ROW_TOKENS = 10
-"""gptqmodel leaves out calibration rows that are shorter."""
 
 
 def quantize(
@@ -42,13 +40,7 @@ def quantize(
     bits = int(format.removeprefix("gptq-").removesuffix("bit"))
     taken, note = choose_group_size(linear_widths(model_dir), group_size)
     notes = [note] if note else []
-    calibration = [row for row in rows if len(row) >= MIN_ROW_TOKENS]
-    if not calibration:
-        raise ModelError(
-            f"none of the {len(rows)} calibration rows has {MIN_ROW_TOKENS} tokens: raise "
-            "quantize.num_calibration_rows, or set quantize.gptq to []"
-        )
-    _run(model_dir, target, bits, taken, desc_act, calibration)
+    _run(model_dir, target, bits, taken, desc_act, rows)
     _scrub(target)
     weights = sorted(target.glob("*.safetensors"))
     try:
@@ -118,43 +110,42 @@ def linear_widths(model_dir: Path) -> set[int]:
 
 
 def _run(
-    model_dir: Path,
-    target: Path,
-    bits: int,
-    group_size: int,
-    desc_act: bool,
-    calibration: list[list[int]],
+    model_dir: Path, target: Path, bits: int, group_size: int, desc_act: bool, rows: list[list[int]]
 ) -> None:
-    # Read when gptqmodel is imported; its default is one worker on two cores, and it wants two.
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, len(os.sched_getaffinity(0)))))
-    try:
-        import torch
-        from gptqmodel import BACKEND, GPTQModel
-        from gptqmodel import QuantizeConfig as GptqConfig
-    except ImportError as error:
+    if importlib.util.find_spec("gptqmodel") is None:
         raise ToolError(
-            f"gptqmodel does not import ({error}), and GPTQ exports need it: `make install`, the "
-            "gptq image, or set quantize.gptq to [] in the recipe"
-        ) from error
-    with tempfile.TemporaryDirectory() as scratch:
-        config = GptqConfig(
-            bits=bits,
-            group_size=group_size,
-            desc_act=desc_act,
-            offload_to_disk=False,
-            offload_to_disk_path=scratch,
+            "gptqmodel is not installed, and GPTQ exports need it: `make install`, the gptq image, "
+            "or set quantize.gptq to [] in the recipe"
         )
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            model = GPTQModel.load(str(model_dir), config, device=device)
-            model.quantize(
-                [{"input_ids": row, "attention_mask": [1] * len(row)} for row in calibration],
-                batch_size=8,
-                backend=BACKEND.AUTO,
-            )
-            model.save(str(target))
-        except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
-            raise ToolError(f"gptqmodel could not quantise the model: {error}") from error
+    job = {
+        "model_dir": str(model_dir.resolve()),
+        "target": str(target.resolve()),
+        "bits": bits,
+        "group_size": group_size,
+        "desc_act": desc_act,
+        "rows": rows,
+    }
+    settings = {
+        # By default one worker on two cores, where it then asks for two.
+        "GPTQMODEL_CPU_WORKERS": str(max(2, len(os.sched_getaffinity(0)))),
+        # Beside another busy process, waiting OpenMP threads spin longer than they work.
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        Path(scratch, "job.json").write_text(json.dumps(job), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "tuneline.quantize.gptq_worker", "job.json"],
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=settings | os.environ,
+        )
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ToolError(
+            f"gptqmodel could not quantise the model: {lines[-1] if lines else done.returncode}"
+        )
 
 
 def _scrub(target: Path) -> None:
