@@ -245,7 +245,7 @@ def interval_chart(
     right = Scale(change_ticks[0], change_ticks[-1], 312, WIDTH - 20)
     parts = [
         f'<text class="axis" x="8" y="14">{escape(x_label)}</text>',
-        '<text class="axis" x="300" y="14">difference, 95 % interval; right is better</text>',
+        '<text class="axis" x="300" y="14">difference (95 %), right is better</text>',
     ]
     for scale, ticks in ((left, value_ticks), (right, change_ticks)):
         for tick, text in zip(ticks, tick_texts(ticks), strict=True):

@@ -135,6 +135,7 @@ footer{color:var(--muted);font-size:12.5px;margin-top:18px}
 @media (max-width:820px){.pair{grid-template-columns:1fr}.line .across{display:none}
 .line .down{display:block}}
 @media (max-width:560px){main{padding:18px 12px 28px}.card{padding:14px}h1{font-size:22px}
+svg.chart{font-size:14px;overflow:visible}
 .banner{flex-direction:column;gap:4px;padding:12px 14px}
 .tiles{grid-template-columns:1fr 1fr}.tile{padding:10px 12px}.tile dd{font-size:18px}
 table.prose thead{display:none}table.prose tr{display:block;border-bottom:1px solid var(--rule);
