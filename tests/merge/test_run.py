@@ -155,14 +155,22 @@ def test_tokenizer_template_and_generation_config_come_along(
 
 def test_a_broken_merge_is_caught_and_not_kept(merge, monkeypatch, tmp_path):
     right = Adapter.delta
-    monkeypatch.setattr(
-        Adapter,
-        "delta",
-        lambda self, module: right(self, module) * (-1 if module.endswith("0.mlp.up_proj") else 1),
-    )
-    with pytest.raises(ProofError, match=r"nats a token .* max_mean_kl allows 0\.0001"):
-        merge(max_mean_kl=1e-4, dtype="float32")
+
+    def perturbed(self, module):
+        update = right(self, module)
+        return update + (0.1 if module == "model.layers.1.mlp.down_proj" else 0.0)
+
+    monkeypatch.setattr(Adapter, "delta", perturbed)
+    with pytest.raises(ProofError, match=r"nats a token .*max_mean_kl allows 0\.01"):
+        merge()
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_adapter_left_out_is_caught(merge, monkeypatch):
+    right = Adapter.delta
+    monkeypatch.setattr(Adapter, "delta", lambda self, module: 0 * right(self, module))
+    with pytest.raises(ProofError, match="nats a token"):
+        merge()
 
 
 def test_weights_that_are_not_numbers_are_caught(merge, monkeypatch):
@@ -178,7 +186,7 @@ def test_modules_trained_in_full_take_the_bases_place(merge, tmp_path, adapter_d
         adapter_dir,
         tmp_path / "adapter",
         tensors={name: ones},
-        config={"modules_to_save": ["norm"]},
+        config={"modules_to_save": ["model.norm"]},
     )
     proof, merged = merge(adapter=adapter, dtype="float32")
     assert torch.equal(weights_of(merged)["model.norm.weight"], ones)

@@ -53,8 +53,9 @@ class ProgressCallback(TrainerCallback):
         return max((p.step for p in self.history if p.eval_loss is not None), default=-1)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar, on a terminal."""
+        """Say how many steps there will be, and open the bar, on a terminal."""
         self._last_line = time.monotonic()
+        emit("train", "progress", done=0, total=state.max_steps, note="")
         if sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("train"),
@@ -93,9 +94,9 @@ class ProgressCallback(TrainerCallback):
         point.update({"epoch": state.epoch, **{k: float(v) for k, v in found.items()}})
         if "loss" in found:
             self._note = f"loss {found['loss']:.4g}"
+            self._show(state)
         elif "eval_loss" in found:
             logger.info("step %d: eval loss %.4f", state.global_step, found["eval_loss"])
-        self._show(state)
 
     def close(self) -> None:
         """Take the bar down, however training ended."""
