@@ -1,6 +1,7 @@
 """The patched model on a GPU in bf16: no further from float32's truth than the stock model is."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -118,9 +119,11 @@ def test_graphs_give_the_bits_of_the_eager_run(monkeypatch):
     generator = torch.Generator().manual_seed(4)
     batches = torch.randint(1, 1000, (4, 2, 300), generator=generator).cuda()
     patch(model)
-    monkeypatch.setattr("tuneline.kernels.patch.GRAPH_MAX_TOKENS", 0)
+    # By the module itself: the package's attribute of that name is the function.
+    module = sys.modules["tuneline.kernels.patch"]
+    monkeypatch.setattr(module, "GRAPH_MAX_TOKENS", 0)
     eager = [gradients(model, {"input_ids": ids, "labels": ids}) for ids in batches]
-    monkeypatch.setattr("tuneline.kernels.patch.GRAPH_MAX_TOKENS", 2048)
+    monkeypatch.setattr(module, "GRAPH_MAX_TOKENS", 2048)
     replayed = [gradients(model, {"input_ids": ids, "labels": ids}) for ids in batches]
     graphs = model.get_base_model().model._tuneline_engine.graphs._graphs
     assert [type(g).__name__ for g in graphs.values()] == ["GraphedStack"]

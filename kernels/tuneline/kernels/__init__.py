@@ -4,17 +4,21 @@ from tuneline.kernels.adamw import FlatAdamW, clip_grad_norm_flat_
 from tuneline.kernels.cross_entropy import linear_cross_entropy, token_log_probs
 from tuneline.kernels.gated_activation import gated_activation
 from tuneline.kernels.nf4 import NF4Weight, dequantize_nf4
+from tuneline.kernels.patch import PatchReport, patch, unpatch
 from tuneline.kernels.rms_norm import rms_norm
 from tuneline.kernels.rope import rope
 
 __all__ = [
     "FlatAdamW",
     "NF4Weight",
+    "PatchReport",
     "clip_grad_norm_flat_",
     "dequantize_nf4",
     "gated_activation",
     "linear_cross_entropy",
+    "patch",
     "rms_norm",
     "rope",
     "token_log_probs",
+    "unpatch",
 ]
