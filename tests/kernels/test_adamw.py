@@ -25,9 +25,7 @@ def _copies(params):
 
 def _gradients(generator, step):
     scale = 0.1 ** (step % 3)
-    return [
-        scale * torch.randn(s, generator=generator, device=generator.device) for s in SHAPES
-    ]
+    return [scale * torch.randn(s, generator=generator, device=generator.device) for s in SHAPES]
 
 
 def _set(params, grads):
@@ -52,7 +50,7 @@ def test_32_bit_equals_torch(generator):
         norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
         stock.step()
         assert torch.allclose(optimizer.last_grad_norm, norm, rtol=1e-5)
-    assert _distance(ours, theirs) < 1e-6
+    assert _distance(ours, theirs) < 3e-6  # parameters of about 1 after updates of 1e-2
 
 
 def test_8_bit_equals_its_reference_and_follows_32_bit(generator, monkeypatch):
@@ -140,7 +138,7 @@ def test_groups_have_their_own_settings(generator):
         optimizer.step()
         torch.nn.utils.clip_grad_norm_(theirs, 0.5)
         stock.step()
-    assert _distance(ours, theirs) < 1e-6
+    assert _distance(ours, theirs) < 3e-6  # parameters of about 1 after updates of 1e-2
 
 
 def test_gradients_accumulate_in_the_flat_buffer_and_zero_grad_clears(generator):

@@ -76,9 +76,7 @@ def test_lora_columns(rank, column, pad, dtype, device, generator):
     buffer = torch.full((49, 576 + pad + 8), float("nan"), dtype=dtype, device=device)
     dequantize_nf4(weight, out=buffer[1:48, : 576 + pad], **side)
     assert torch.equal(buffer[1:48, : 576 + pad], dequantize_nf4_reference(weight, **side))
-    assert torch.equal(
-        buffer[1:48, 576 + column : 576 + column + rank], (lora_b * 0.3).to(dtype)
-    )
+    assert torch.equal(buffer[1:48, 576 + column : 576 + column + rank], (lora_b * 0.3).to(dtype))
     assert buffer[0].isnan().all() and buffer[48].isnan().all()
     assert buffer[:, 576 + pad :].isnan().all()
     assert dequantize_nf4(weight, **side).shape == (47, 576 + pad)

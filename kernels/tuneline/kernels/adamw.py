@@ -134,6 +134,7 @@ class _Flat:
     m: torch.Tensor
     v: torch.Tensor
     starts: list[int]
+    g_views: list[torch.Tensor] = dataclasses.field(default_factory=list)
     m_absmax: torch.Tensor | None = None
     v_absmax: torch.Tensor | None = None
     m_code: torch.Tensor | None = None
@@ -156,6 +157,7 @@ class _Flat:
             flat.m_absmax, flat.v_absmax = torch.zeros(2, n // _QUANT_BLOCK, device=device)
         else:
             flat.m, flat.v = torch.zeros(n, device=device), torch.zeros(n, device=device)
+        flat.g_views = flat.views(flat.g, params)
         for p, view in zip(params, flat.views(flat.p, params), strict=True):
             view.copy_(p.detach())
             p.data = view
@@ -300,18 +302,21 @@ class FlatAdamW(torch.optim.Optimizer):
         """Zero the flat gradients and make each p.grad a slice of them, whatever `set_to_none`."""
         for group, flat in zip(self.param_groups, self._flats, strict=True):
             flat.g.zero_()
-            for p, view in zip(group["params"], flat.views(flat.g, group["params"]), strict=True):
+            for p, view in zip(group["params"], flat.g_views, strict=True):
                 p.grad = view
 
     def _gather(self, params: list[torch.Tensor], flat: _Flat) -> None:
         """Bring in gradients that someone replaced (model.zero_grad() does) since `zero_grad`."""
         old, new = [], []
-        for p, view in zip(params, flat.views(flat.g, params), strict=True):
-            if p.grad is None:
+        for p, view in zip(params, flat.g_views, strict=True):
+            grad = p.grad
+            if grad is view:
+                continue
+            if grad is None:
                 view.zero_()
-            elif p.grad.data_ptr() != view.data_ptr():
+            else:
                 old.append(view)
-                new.append(p.grad)
+                new.append(grad)
             p.grad = view
         if old:
             torch._foreach_copy_(old, new)

@@ -22,8 +22,8 @@ import triton.language as tl
 
 from tuneline.kernels._dispatch import use_kernel
 
-_BLOCK_WORDS = 1024
-_NUM_WARPS = 8
+_BLOCK_WORDS = 512
+_NUM_WARPS = 4
 _SIDE_ROWS = 64
 _SIDE_COLS = 64
 

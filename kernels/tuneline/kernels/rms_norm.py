@@ -15,11 +15,13 @@ Shapes: x, residual, y [..., K]; weight [K]; rstd [T] float32, T the product of 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from tuneline.kernels._dispatch import rows, use_kernel
 
 _BACKWARD_ROWS = 16
 """Tokens one program sums into its partial weight gradient, so that no atomics are needed."""
+_COLS_PER_WARP = 512
 
 
 @triton.jit
@@ -57,7 +59,7 @@ def _bwd_kernel(
     K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     HAS_DRESIDUAL: tl.constexpr, NEED_DWEIGHT: tl.constexpr, GEMMA: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * ROWS
+    program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     in_row = cols < K
     weight = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
@@ -65,7 +67,7 @@ def _bwd_kernel(
         weight += 1.0
     dweight = tl.zeros([BLOCK], dtype=tl.float32)
     for i in range(ROWS):
-        row = first + i
+        row = program * ROWS + i
         mask = in_row & (row < T)
         dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
@@ -80,31 +82,16 @@ def _bwd_kernel(
         if NEED_DWEIGHT:
             dweight += dy * n
     if NEED_DWEIGHT:
-        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * K + cols, dweight, mask=in_row)
-
-
-def _num_warps(block: int) -> int:
-    return max(1, min(16, block // 512))
+        tl.store(partial_ptr + program * K + cols, dweight, mask=in_row)
 
 
 def rms_norm_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    *,
-    residual: torch.Tensor | None = None,
-    gemma: bool = False,
-    out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    x: Tensor, weight: Tensor, eps: float, *,
+    residual: Tensor | None = None, gemma: bool = False, out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Return (y, new residual or None, rstd [T]) without recording a gradient.
 
-    Args:
-        x: Input [..., K].
-        weight: Scale [K].
-        eps: Added to the mean square.
-        residual: Added to x first; the sum is returned as the new residual.
-        gemma: Gemma's rounding and 1 + weight, else Llama's.
-        out: Where y goes, shape of x, any dtype and row stride (a slice of a wider buffer).
+    y goes to `out` when given: shape of x, any dtype and row stride (a slice of a wider buffer).
     """
     y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if not use_kernel(x):
@@ -123,46 +110,36 @@ def rms_norm_forward(
         x_TK, residual_TK, weight, y_TK, s_TK, rstd_T,
         x_TK.stride(0), residual_TK.stride(0), y_TK.stride(0), s_TK.stride(0), eps,
         K=K, BLOCK=block, HAS_RESIDUAL=residual is not None, GEMMA=gemma,
-        num_warps=_num_warps(block),
+        num_warps=max(1, min(16, block // _COLS_PER_WARP)),
     )  # fmt: skip
     return y, s, rstd_T
 
 
 def rms_norm_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    rstd: torch.Tensor,
-    *,
-    gemma: bool,
-    dresidual: torch.Tensor | None = None,
-    need_dweight: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *,
+    gemma: bool, dresidual: Tensor | None = None, need_dweight: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return (dx, dweight or None); x is what was normed (the new residual), dresidual is added."""
     if not use_kernel(x):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        n = x.to(wide) * rstd.view(*x.shape[:-1], 1)
-        dn = dy.to(wide) * (1 + weight.to(wide) if gemma else weight.to(wide))
-        dx = rstd.view(*x.shape[:-1], 1) * (dn - n * (dn * n).mean(-1, keepdim=True))
-        dx = dx if dresidual is None else dx + dresidual
-        dweight = (dy * n).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        return dx.to(x.dtype), dweight if need_dweight else None
+        rstd = rstd.view(*x.shape[:-1], 1)
+        n, dn = x * rstd, dy * (1 + weight if gemma else weight).to(rstd.dtype)
+        dx = rstd * (dn - n * (dn * n).mean(-1, keepdim=True))
+        dx = (dx if dresidual is None else dx + dresidual).to(x.dtype)
+        return dx, (dy * n).flatten(0, -2).sum(0).to(weight.dtype) if need_dweight else None
     dy_TK, x_TK = rows(dy), rows(x)
     T, K = x_TK.shape
     dx_TK = torch.empty(T, K, dtype=x.dtype, device=x.device)
     dresidual_TK = dx_TK if dresidual is None else rows(dresidual)
     num_rows = _BACKWARD_ROWS if need_dweight else 1
     num_programs = triton.cdiv(T, num_rows)
-    partial = rstd
-    if need_dweight:
-        partial = torch.empty(num_programs, K, dtype=torch.float32, device=x.device)
+    partial = torch.empty(num_programs if need_dweight else 0, K, device=x.device)
     block = triton.next_power_of_2(K)
     _bwd_kernel[(num_programs,)](
         dy_TK, x_TK, weight, rstd, dresidual_TK, dx_TK, partial,
         dy_TK.stride(0), x_TK.stride(0), dresidual_TK.stride(0), dx_TK.stride(0), T,
         K=K, BLOCK=block, ROWS=num_rows,
         HAS_DRESIDUAL=dresidual is not None, NEED_DWEIGHT=need_dweight, GEMMA=gemma,
-        num_warps=_num_warps(block),
+        num_warps=max(1, min(16, block // _COLS_PER_WARP)),
     )  # fmt: skip
     return dx_TK.view(x.shape), partial.sum(0).to(weight.dtype) if need_dweight else None
 
@@ -190,13 +167,8 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 def rms_norm_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    *,
-    residual: torch.Tensor | None = None,
-    gemma: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, gemma: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `rms_norm` in plain torch, as transformers does."""
     s = x if residual is None else x + residual
     wide = s if s.dtype == torch.float64 else s.float()
@@ -206,20 +178,19 @@ def rms_norm_reference(
 
 
 def rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
+    x: Tensor,
+    weight: Tensor,
     eps: float,
     *,
-    residual: torch.Tensor | None = None,
+    residual: Tensor | None = None,
     gemma: bool = False,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return y, or (y, new residual) when a residual is given; differentiable unless `out` is."""
     if out is None:
         return RMSNormFunction.apply(x, residual, weight, eps, gemma)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, residual, weight)
-    ):
+    inputs = [x, weight] if residual is None else [x, weight, residual]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         raise ValueError("rms_norm(out=...) records no gradient: call it under torch.no_grad()")
     y, s, _ = rms_norm_forward(x, weight, eps, residual=residual, gemma=gemma, out=out)
     return y if residual is None else (y, s)

@@ -19,7 +19,7 @@ import triton.language as tl
 from tuneline.kernels._dispatch import use_kernel
 from tuneline.kernels.rms_norm import rms_norm, rms_norm_reference
 
-_NUM_WARPS = None
+_ELEMENTS_PER_WARP = 512
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def _launch(q, k, xq, xk, cos, sin, q_weight, k_weight, eps, gemma, inplace, bac
         HQ=HQ, HK=HK, D=D, R=R, BLOCK_HQ=block_hq, BLOCK_HK=triton.next_power_of_2(HK),
         HALF=half, REST=triton.next_power_of_2(max(D - R, 1)),
         NORM=norm, GEMMA=gemma, BACKWARD=backward,
-        num_warps=_NUM_WARPS or max(1, min(8, block_hq * half // 512)),
+        num_warps=max(1, min(8, block_hq * half // _ELEMENTS_PER_WARP)),
     )  # fmt: skip
     return oq, ok
 
