@@ -11,6 +11,8 @@ from tuneline.prepare.tokenise import TokenRow
 _NUM_REJECTED_SHOWN = 50
 _NUM_SAMPLE_TOKENS = 600
 _WRAPPED = "white-space: pre-wrap; overflow-wrap: anywhere"
+# See-through, so that it is right on light and on dark pages.
+_MARK = '<mark style="background: rgba(64, 160, 96, 0.3); color: inherit">'
 
 
 def render(
@@ -36,8 +38,11 @@ def render(
 def _counts(manifest: DatasetManifest) -> list[tuple[str, str, str]]:
     learnt = manifest.num_loss_tokens / max(1, manifest.num_tokens)
     return [
-        ("training", units.count(manifest.num_train_rows), "rows"),
-        ("evaluation", units.count(manifest.num_eval_rows), "rows, for the loss while training"),
+        (
+            "training",
+            units.count(manifest.num_train_rows),
+            f"rows, and {units.count(manifest.num_eval_rows)} for the evaluation loss",
+        ),
         ("held out", units.count(manifest.num_heldout_rows), "rows, the benchmark"),
         ("rejected", units.count(manifest.num_rejected_rows), "rows that cannot be used"),
         ("tokens", units.count(manifest.num_tokens), f"{learnt:.0%} of them learnt"),
@@ -102,14 +107,14 @@ def _marked(tokenizer: Any, row: TokenRow) -> str:
             for ids in (row.input_ids, *row.answers)
         )
         return (
-            f"{prompt}\n\n<b>chosen</b>\n<mark>{chosen}</mark>"
-            f"\n\n<b>rejected</b>\n<mark>{rejected}</mark>"
+            f"{prompt}\n\n<b>chosen</b>\n{_MARK}{chosen}</mark>"
+            f"\n\n<b>rejected</b>\n{_MARK}{rejected}</mark>"
         )
     parts = []
     tokens = list(zip(row.input_ids, row.loss_mask, strict=True))[:_NUM_SAMPLE_TOKENS]
     for is_learnt, run in itertools.groupby(tokens, key=lambda token: token[1]):
         text = escape(tokenizer.decode([token for token, _ in run]))
-        parts.append(f"<mark>{text}</mark>" if is_learnt else text)
+        parts.append(f"{_MARK}{text}</mark>" if is_learnt else text)
     more = len(row.input_ids) - len(tokens)
     return "".join(parts) + (f" ... and {more} tokens more" if more else "")
 

@@ -82,12 +82,17 @@ def _reaches_into_an_answer(piece: Piece, offsets: Sequence[tuple[int, int]]) ->
     That happens when an answer begins with white space. The model is never given such a token:
     at inference the prompt ends where the answer begins.
     """
-    starts = {answer.start for answer in piece.answers}
+    starts = iter(piece.answers)
+    answer = next(starts, None)
     previous_end = 0
     for first, end in offsets:
         first = min(first, previous_end)
         previous_end = max(previous_end, end)
-        if end - first > 1 and any(place in starts for place in range(first + 1, end)):
+        while answer is not None and answer.start <= first:
+            answer = next(starts, None)
+        if answer is None:
+            return False
+        if answer.start < end:
             return True
     return False
 
