@@ -127,14 +127,14 @@ def dynamic_map(*, signed: bool) -> torch.Tensor:
 
 @dataclasses.dataclass
 class _Flat:
-    """The buffers of one parameter group; absmax, code and middles only with 8-bit state."""
+    """The buffers of one parameter group; absmax and code only with 8-bit state."""
 
     p: torch.Tensor
     g: torch.Tensor
     m: torch.Tensor
     v: torch.Tensor
     starts: list[int]
-    g_views: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    g_views: list[torch.Tensor]
     m_absmax: torch.Tensor | None = None
     v_absmax: torch.Tensor | None = None
     m_code: torch.Tensor | None = None
@@ -144,23 +144,24 @@ class _Flat:
     def of(cls, params: list[torch.Tensor], state_bits: int) -> "_Flat":
         """Lay the parameters out in one buffer and make them slices of it."""
         starts, n = [], 0
-        for p in params:
+        for param in params:
             starts.append(n)
-            n += -(-p.numel() // _QUANT_BLOCK) * _QUANT_BLOCK
+            n += -(-param.numel() // _QUANT_BLOCK) * _QUANT_BLOCK
         device = params[0].device
-        flat = cls(*(torch.zeros(n, device=device) for _ in range(2)), None, None, starts)  # type: ignore[arg-type]
+        p, g = torch.zeros(n, device=device), torch.zeros(n, device=device)
         if state_bits == 8:
-            flat.m_code = dynamic_map(signed=True).to(device)
-            flat.v_code = dynamic_map(signed=False).to(device)
-            flat.m = torch.full((n,), 127, dtype=torch.uint8, device=device)  # level 0
-            flat.v = torch.zeros(n, dtype=torch.uint8, device=device)
-            flat.m_absmax, flat.v_absmax = torch.zeros(2, n // _QUANT_BLOCK, device=device)
+            m = torch.full((n,), 127, dtype=torch.uint8, device=device)  # the index of level 0
+            v = torch.zeros(n, dtype=torch.uint8, device=device)
+            m_absmax, v_absmax = torch.zeros(2, n // _QUANT_BLOCK, device=device)
+            codes = [dynamic_map(signed=signed).to(device) for signed in (True, False)]
+            flat = cls(p, g, m, v, starts, [], m_absmax, v_absmax, *codes)
         else:
-            flat.m, flat.v = torch.zeros(n, device=device), torch.zeros(n, device=device)
+            m, v = torch.zeros(n, device=device), torch.zeros(n, device=device)
+            flat = cls(p, g, m, v, starts, [])
         flat.g_views = flat.views(flat.g, params)
-        for p, view in zip(params, flat.views(flat.p, params), strict=True):
-            view.copy_(p.detach())
-            p.data = view
+        for param, view in zip(params, flat.views(flat.p, params), strict=True):
+            view.copy_(param.detach())
+            param.data = view
         return flat
 
     def views(self, buffer: torch.Tensor, params: list[torch.Tensor]) -> list[torch.Tensor]:
