@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuneline.artifacts import DatasetManifest, ModelOrigin, TrainingSummary, new_directory
+from tuneline.artifacts import (
+    CHAT_TEMPLATE_FILE,
+    DatasetManifest,
+    ModelOrigin,
+    TrainingSummary,
+    new_directory,
+)
 from tuneline.errors import ModelError
 from tuneline.train.config import TrainConfig
 
@@ -16,9 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-"""In a data set prepared with another template than the tokenizer's own."""
 
 
 def run(
