@@ -1,4 +1,7 @@
-PYTHON ?= $(firstword $(shell command -v python3.12 python3.11 python3))
+# The first that runs: a name on the PATH may be a shim of a version that is not installed.
+FITS := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+PYTHON ?= $(shell for name in python3.12 python3.11 python3; do \
+  $$name -c '$(FITS)' 2>/dev/null && echo $$name && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 LOCK := images/line/requirements.lock
@@ -19,8 +22,9 @@ export CMAKE_ARGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || echo 2)
 
 $(STAMP): $(LOCK) pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else \
-	  f"tuneline needs Python 3.11 or 3.12, found {v[0]}.{v[1]}: make PYTHON=python3.12")'
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(FITS)' || { \
+	  echo "tuneline needs Python 3.11 or 3.12: install one, or name it: make PYTHON=/path/to/python3.12"; \
+	  exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' $(LOCK))
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
