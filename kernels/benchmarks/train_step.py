@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import json
 import os
 import statistics
@@ -104,19 +105,24 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--peak-tflops", type=float, default=700.0)
     parser.add_argument("--out-dir", type=Path, default=RESULTS_DIR)
+    parser.add_argument(
+        "--same-optimizer",
+        action="store_true",
+        help="bitsandbytes' AdamW8bit on float32 adapters everywhere, to compare losses",
+    )
     parser.add_argument("--profile", action="store_true", help="profile tuneline's first case")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker, args.shape)
+        return worker(args.worker, args.shape, args.same_optimizer)
     start = time.perf_counter()
-    workers = {engine: start_worker(engine, args.shape) for engine in args.engines}
+    workers = {engine: start_worker(engine, args) for engine in args.engines}
     for engine, process in list(workers.items()):
         answer = receive(process)
         print(f"{engine}: {answer} after {time.perf_counter() - start:.0f} s", flush=True)
         if "error" in answer:
             del workers[engine]
-    rows = []
+    rows, losses = [], []
     for case in args.cases:
         shape, mode = case.split("/")
         collected: dict[str, list[dict[str, Any]]] = {}
@@ -144,14 +150,21 @@ def main() -> None:
         for engine, answers in collected.items():
             rows.append(summary(args, engine, shape, mode, answers))
             print(line(rows[-1]), flush=True)
+            for index, loss in enumerate(answers[0]["losses"]):
+                losses.append([engine, shape, mode, index, loss])
     for process in workers.values():
         process.stdin.close()
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    path = args.out_dir / f"train_step_{args.shape}.csv"
+    suffix = "_same_optimizer" if args.same_optimizer else ""
+    path = args.out_dir / f"train_step_{args.shape}{suffix}.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    with path.with_name(path.stem + "_losses.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["engine", "shape", "mode", "step", "loss"])
+        writer.writerows(losses)
     print(f"\n{path}, {time.perf_counter() - start:.0f} s in all")
     for row in rows:
         print(line(row))
@@ -216,9 +229,10 @@ def floor_tflop(shape: str, num_rows: int, length: int, mode: str) -> float:
     return (config["num_hidden_layers"] * per_layer + head) / 1e12
 
 
-def start_worker(engine: str, shape: str) -> subprocess.Popen[str]:
+def start_worker(engine: str, args: argparse.Namespace) -> subprocess.Popen[str]:
     """Start one engine; it answers once its model stands."""
-    command = [sys.executable, __file__, "--worker", engine, "--shape", shape]
+    command = [sys.executable, __file__, "--worker", engine, "--shape", args.shape]
+    command += ["--same-optimizer"] if args.same_optimizer else []
     environment = {**os.environ, "PYTHONPATH": f"{SOURCE_DIR}:{os.environ.get('PYTHONPATH', '')}"}
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -244,19 +258,17 @@ def answer(message: dict[str, Any]) -> None:
     print("ANSWER " + json.dumps(message), flush=True)
 
 
-def worker(engine: str, shape: str) -> None:
+def worker(engine: str, shape: str, same_optimizer: bool) -> None:
     """Build the model, then serve requests till stdin closes."""
-    model = unsloth_model(shape) if engine == "unsloth" else peft_model(shape, engine)
+    model = (
+        unsloth_model(shape)
+        if engine == "unsloth"
+        else peft_model(shape, engine, wide_adapters=same_optimizer or engine == "tuneline")
+    )
     import bitsandbytes
     import torch
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    if engine == "tuneline":
-        from tuneline.kernels import FlatAdamW
-
-        optimizer = FlatAdamW(trained, lr=1e-4, state_bits=8)
-    else:
-        optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
     initial = [p.detach().cpu() for p in trained]
     torch.cuda.empty_cache()
     answer({"ready": round(torch.cuda.memory_allocated() / 2**30, 2)})
@@ -266,7 +278,17 @@ def worker(engine: str, shape: str) -> None:
             with torch.no_grad():
                 for parameter, value in zip(trained, initial, strict=True):
                     parameter.copy_(value)
+            optimizer = None
+            if engine == "tuneline" and not same_optimizer:
+                from tuneline.kernels import FlatAdamW
+
+                optimizer = FlatAdamW(trained, lr=1e-4, state_bits=8)
+            else:
+                optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
             set_mode(model, engine, request["mode"])
+            # A graph of the last case still holds its memory till here.
+            gc.collect()
+            torch.cuda.empty_cache()
             answer(run_steps(model, optimizer, request))
         except torch.cuda.OutOfMemoryError as error:
             model.zero_grad(set_to_none=True)
@@ -402,8 +424,8 @@ def quantize(model: Any) -> None:
     model.is_loaded_in_4bit = True
 
 
-def peft_model(shape: str, engine: str) -> Any:
-    """Build the model with LoRA in bf16, as TRL trains it, and Liger's kernels if asked for."""
+def peft_model(shape: str, engine: str, *, wide_adapters: bool) -> Any:
+    """Build the model with LoRA, in bf16 as TRL trains it or float32, and Liger's kernels."""
     from peft import LoraConfig, get_peft_model
 
     if engine == "liger":
@@ -421,7 +443,7 @@ def peft_model(shape: str, engine: str) -> Any:
         task_type="CAUSAL_LM",
     )
     # tuneline's FlatAdamW wants float32 adapters; the others get TRL's bf16, which is faster there.
-    return get_peft_model(model, config, autocast_adapter_dtype=engine == "tuneline")
+    return get_peft_model(model, config, autocast_adapter_dtype=wide_adapters)
 
 
 def unsloth_model(shape: str) -> Any:
