@@ -68,7 +68,9 @@ def run(
         scores = {}
         for number, (name, tasks) in enumerate(loaded.items()):
             emit("evaluate", "progress", done=number, total=len(loaded), note=f"{label}: {name}")
-            for task, found in _measure(lm, tasks, config, templated=name in heldout.TASKS):
+            for task, found in _measure(
+                lm, tasks, config, manager=finder.manager, templated=name in heldout.TASKS
+            ):
                 metric = samples.primary_metric(task, found)
                 table = samples.rows_of(found, metric)
                 scores[task] = samples.score_of(
@@ -112,7 +114,7 @@ def _warn_of_ignored(config: EvaluateConfig, rows: list[dict[str, Any]]) -> None
 
 
 def _measure(
-    lm: Any, tasks: dict[str, Any], config: EvaluateConfig, *, templated: bool
+    lm: Any, tasks: dict[str, Any], config: EvaluateConfig, *, manager: Any, templated: bool
 ) -> list[tuple[str, list[dict[str, Any]]]]:
     """Run lm-eval and return its samples by task."""
     import contextlib
@@ -123,6 +125,7 @@ def _measure(
         result = simple_evaluate(
             model=lm,
             tasks=list(tasks.values()),
+            task_manager=manager,
             num_fewshot=None if templated else config.num_fewshot,
             limit=config.limit,
             # The standard error comes from the samples; lm-eval's bootstrap would repeat it.
