@@ -136,6 +136,9 @@ def _run(
         done = subprocess.run(
             [sys.executable, "-m", "tuneline.quantize.gptq_worker", "job.json"],
             cwd=scratch,
+            stdin=subprocess.DEVNULL,
+            # Its progress bars ask the terminal questions; in a background job that stops it.
+            start_new_session=True,
             capture_output=True,
             text=True,
             errors="replace",

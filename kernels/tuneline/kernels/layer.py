@@ -186,9 +186,7 @@ def layer_backward(
         x2_TC, o_TC, *saved = saved
     down_input_TP, d_TC, gate_up_TF, *attention_saved = saved
     if call.keep:
-        half = _AttentionHalf(
-            qkv_TN, q, k, tuple(attention_saved), o_input_TKP, x2_TC, o_TC, None
-        )
+        half = _AttentionHalf(qkv_TN, q, k, tuple(attention_saved), o_input_TKP, x2_TC, o_TC, None)
     elif call.parks:
         o_arena = _arena(weights.o, x_TC)
         half = _after_attention(
