@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from tuneline.artifacts import RunSummary
 from tuneline.errors import OutputExistsError, RecipeError, TunelineError, WorldError
@@ -137,7 +137,9 @@ def schema() -> None:
 @app.command()
 def recipes() -> None:
     """List the recipes that come with tuneline."""
-    table = Table("name", "base model", "data", "method", "description", box=None)
+    # Names are what a person types next: never cut, however narrow the terminal.
+    name = Column("name", no_wrap=True, min_width=20)
+    table = Table(name, "base model", "data", "method", "description", box=None)
     for path in sorted(RECIPES_DIR.glob("*.yaml")):
         loaded = load_recipe(path)
         table.add_row(
