@@ -1,4 +1,4 @@
-"""The command line: run, compile, schema, recipes, report."""
+"""The command line: run, compile, lint, schema, recipes, report."""
 
 import contextlib
 import datetime
@@ -150,6 +150,23 @@ def recipes() -> None:
             loaded.description,
         )
     console.print(table)
+
+
+@app.command()
+def lint(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Compiled pipelines and manifests.")
+    ],
+) -> None:
+    """Check compiled pipelines and Kubernetes manifests for security faults."""
+    from tuneline.pipelines.lint import lint_file
+
+    found = [(path, finding) for path in files for finding in lint_file(path)]
+    for path, finding in found:
+        console.print(f"{path}: {finding}", markup=False, highlight=False, soft_wrap=True)
+    if found:
+        raise typer.Exit(1)
+    console.print(f"{len(files)} file(s) checked, nothing found", highlight=False)
 
 
 @app.command()

@@ -1,0 +1,273 @@
+"""Check compiled pipelines and Kubernetes manifests for what must not reach a cluster.
+
+    secret-value          a credential in the document instead of a reference to a secret
+    image-tag             an image without a tag or digest, or `latest`: the cache keys on the name
+    privileged            privileged containers
+    privilege-escalation  not refused; in a compiled pipeline KFP itself refuses it
+    host-path             a volume of the node's own disk
+    host-namespace        hostNetwork, hostPID, hostIPC
+    root-user             user 0, or a pod that does not refuse to run as it
+    resources             a container without requests and limits for CPU and memory
+    automount             an API token in pods that have no use for one
+    pip-install           packages installed when the pod starts: not pinned, not air-gapped
+
+What is wrong wherever it stands is found by walking the whole document, so custom resources and
+kustomize patches are covered. What is wrong by being absent is asked of whole pods and of KFP's
+executors only: a patch may leave out what its base says.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tuneline.errors import RecipeError
+from tuneline.pipelines.secret_values import find_secrets, is_credential_name, mask, mask_within
+
+MAX_SHOWN_CHARACTERS = 80
+
+PIP_INSTALL = re.compile(
+    r"\b(?:pip[0-9.]*|uv(?:[\"',\s]+pip)?|conda|mamba)[\"',\s]+(?:-[^\s]+\s+)*(?:install|sync)\b"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong; `value` holds no credential in the clear."""
+
+    document: int
+    """Number of the document in the file, from 1."""
+    path: str
+    """Where it stands, e.g. spec.template.spec.containers[0].image."""
+    rule: str
+    value: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"document {self.document}, {self.path}: {self.rule}: {self.value}; {self.fix}"
+
+
+_Found = Iterator[tuple[str, str, str, str]]
+"""Path, rule, value, fix."""
+
+
+def lint_file(path: str | Path) -> list[Finding]:
+    """Check every document of a YAML or JSON file.
+
+    Raises:
+        RecipeError: the file cannot be read, or holds neither a compiled pipeline nor manifests.
+    """
+    try:
+        documents = list(yaml.safe_load_all(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text: {error.reason}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return lint_documents(documents)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+
+
+def lint_documents(documents: list[Any]) -> list[Finding]:
+    """Check the documents of one file; a compiled pipeline's platform part goes with it.
+
+    Raises:
+        RecipeError: there is nothing to check, or a document is of an unknown kind.
+    """
+    numbered = [(number, found) for number, found in enumerate(documents, 1) if found is not None]
+    if not numbered:
+        raise RecipeError("there is no document in it: give a compiled pipeline or a manifest")
+    platform: dict[str, Any] = next((found for _, found in numbered if _is_platform(found)), {})
+    findings = []
+    for number, document in numbered:
+        findings += [Finding(number, *found) for found in _lint(document, platform)]
+    return findings
+
+
+def _lint(document: Any, platform: dict[str, Any]) -> _Found:
+    if not isinstance(document, dict) or not (
+        _is_pipeline(document) or _is_platform(document) or "kind" in document
+    ):
+        raise RecipeError(
+            "neither a compiled KFP pipeline (pipelineInfo) nor a Kubernetes resource (kind): "
+            "compile a recipe with `tuneline compile`, then check what it wrote"
+        )
+    for path, key, value, parent in _walk(document):
+        yield from _present(path, key, value, parent)
+    if _is_pipeline(document):
+        yield from _executors(document, platform)
+    else:
+        yield from _resources_of_kubernetes(document)
+
+
+def _is_pipeline(document: Any) -> bool:
+    return isinstance(document, dict) and "pipelineInfo" in document
+
+
+def _is_platform(document: Any) -> bool:
+    return isinstance(document, dict) and "platforms" in document
+
+
+def _walk(
+    node: Any, path: str = "", key: str = "", parent: Any = None
+) -> Iterator[tuple[str, str, Any, Any]]:
+    """Yield (path, nearest key, value, the mapping or list that holds it), depth first."""
+    if path:
+        yield path, key, node, parent
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _walk(value, f"{path}.{name}" if path else str(name), str(name), node)
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _walk(value, f"{path}[{index}]", key, node)
+
+
+def _present(path: str, key: str, value: Any, parent: Any) -> _Found:
+    """What is wrong by standing there, in any kind of document."""
+    if isinstance(value, str):
+        yield from _secrets(path, key, value, parent)
+    if key == "image" and isinstance(value, str) and isinstance(parent, dict):
+        yield from _image(path, value)
+    if key == "newTag" and value == "latest":
+        yield path, "image-tag", "latest", "name a version"
+    if key == "privileged" and value is True:
+        yield path, "privileged", "true", "remove it; no step needs the node"
+    if key == "allowPrivilegeEscalation" and value is True:
+        yield path, "privilege-escalation", "true", "set it to false"
+    if key == "hostPath" and isinstance(value, dict) and isinstance(value.get("path"), str):
+        yield path, "host-path", value["path"], "use a PersistentVolumeClaim or an emptyDir"
+    if key in ("hostNetwork", "hostPID", "hostIPC") and value is True:
+        yield path, "host-namespace", "true", "remove it; pods have a network of their own"
+    if key == "runAsUser" and str(value) == "0":
+        yield path, "root-user", "0", "give a number above 0, e.g. 65532"
+    if key == "runAsNonRoot" and value is False:
+        yield path, "root-user", "false", "set it to true"
+    if key in ("command", "args") and isinstance(value, list):
+        text = " ".join(str(part) for part in value)
+        match = PIP_INSTALL.search(text)
+        if match:
+            shown = _shorten(text[match.start() :])
+            yield path, "pip-install", shown, "build the package into the image"
+
+
+def _secrets(path: str, key: str, value: str, parent: Any) -> _Found:
+    fix = "take it out, revoke it, and refer to a Kubernetes secret by name"
+    found = find_secrets(value)
+    for kind, secret in found:
+        yield path, "secret-value", f"{kind} {mask(secret)}", fix
+    if found or not isinstance(parent, dict | list):
+        return
+    name = parent.get("name") if key == "value" and isinstance(parent, dict) else None
+    if isinstance(name, str) and is_credential_name(name) and value and "$(" not in value:
+        shown = f"{name} is {mask(value)}"
+        yield path, "secret-value", shown, "use valueFrom.secretKeyRef instead of value"
+
+
+def _image(path: str, image: str) -> _Found:
+    # What a pipeline fills in when it runs has no tag yet.
+    if "{{" in image or "@sha256:" in image:
+        return
+    tag = image.rpartition("/")[2].partition(":")[2]
+    if tag in ("", "latest"):
+        yield path, "image-tag", _shorten(image), "name a version or a digest (@sha256:...)"
+
+
+def _executors(document: dict[str, Any], platform: dict[str, Any]) -> _Found:
+    """What KFP's containers must say: in the pipeline, and in its platform part."""
+    executors = document.get("deploymentSpec", {}).get("executors", {})
+    kubernetes = platform.get("platforms", {}).get("kubernetes", {}).get("deploymentSpec", {})
+    for name, executor in executors.items():
+        if "container" not in executor:
+            continue
+        path = f"deploymentSpec.executors.{name}"
+        resources = executor["container"].get("resources", {})
+        absent = [
+            words
+            for key, words in {
+                "CpuRequest": "CPU request",
+                "CpuLimit": "CPU limit",
+                "MemoryRequest": "memory request",
+                "MemoryLimit": "memory limit",
+            }.items()
+            if not resources.get(f"resource{key}") and not resources.get(key[0].lower() + key[1:])
+        ]
+        if absent:
+            fix = "set_cpu_request, set_cpu_limit, set_memory_request, set_memory_limit"
+            yield f"{path}.container.resources", "resources", f"no {', no '.join(absent)}", fix
+        context = kubernetes.get("executors", {}).get(name, {}).get("securityContext", {})
+        if context.get("runAsNonRoot") is not True:
+            fix = "kfp.kubernetes.set_security_context(task, run_as_user=..., run_as_non_root=True)"
+            yield path, "root-user", "runAsNonRoot is not set", fix
+
+
+def _resources_of_kubernetes(document: dict[str, Any]) -> _Found:
+    """What whole pods, service accounts and secrets must say."""
+    kind = document.get("kind")
+    if kind == "ServiceAccount" and "automountServiceAccountToken" not in document:
+        fix = "say false, or true where its pods call the Kubernetes API"
+        yield "automountServiceAccountToken", "automount", "not set, which means true", fix
+    if kind == "Secret":
+        for part in ("data", "stringData"):
+            for name, value in (document.get(part) or {}).items():
+                # A token of a known form was found already.
+                if value and not find_secrets(str(value)):
+                    fix = "keep values out of files: kubectl create secret, or an external store"
+                    yield f"{part}.{name}", "secret-value", mask(str(value)), fix
+    if kind == "Kustomization":
+        for index, generator in enumerate(document.get("secretGenerator") or []):
+            for literal in generator.get("literals") or []:
+                name, _, value = str(literal).partition("=")
+                if value:
+                    fix = "name a file that is not committed (envs, files)"
+                    shown = f"{name}={mask(value)}"
+                    yield f"secretGenerator[{index}].literals", "secret-value", shown, fix
+    for path, _, node, _ in [("", "", document, None), *_walk(document)]:
+        if isinstance(node, dict) and isinstance(node.get("containers"), list):
+            yield from _pod(path, node)
+
+
+def _pod(path: str, pod: dict[str, Any]) -> _Found:
+    prefix = f"{path}." if path else ""
+    whole = [
+        (f"{prefix}{part}[{index}]", container)
+        for part in ("containers", "initContainers")
+        for index, container in enumerate(pod.get(part) or [])
+        if isinstance(container, dict) and isinstance(container.get("image"), str)
+    ]
+    if not whole:
+        return
+    account = pod.get("serviceAccountName")
+    if pod.get("automountServiceAccountToken") is not False and account in (None, "", "default"):
+        fix = "set it to false, or name a service account with the rights the pod needs"
+        where = f"{prefix}automountServiceAccountToken"
+        yield where, "automount", "a token of the default service account", fix
+    shared = pod.get("securityContext") or {}
+    for where, container in whole:
+        context = {**shared, **(container.get("securityContext") or {})}
+        if "runAsNonRoot" not in context:
+            fix = "set runAsNonRoot: true and a numeric runAsUser"
+            yield f"{where}.securityContext", "root-user", "runAsNonRoot is not set", fix
+        if "allowPrivilegeEscalation" not in context:
+            fix = "set allowPrivilegeEscalation: false"
+            yield f"{where}.securityContext", "privilege-escalation", "not set", fix
+        resources = container.get("resources") or {}
+        absent = [
+            f"no {name} {part.removesuffix('s')}"
+            for part in ("requests", "limits")
+            for name in ("cpu", "memory")
+            if not (resources.get(part) or {}).get(name)
+        ]
+        if absent:
+            fix = "give requests and limits for cpu and memory"
+            yield f"{where}.resources", "resources", ", ".join(absent), fix
+
+
+def _shorten(text: str) -> str:
+    text = " ".join(mask_within(text).split())
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 3]}..."
