@@ -13,20 +13,10 @@ from tuneline.fetch.config import FetchConfig
 from tuneline.gate.config import GateConfig
 from tuneline.merge.config import MergeConfig
 from tuneline.prepare.config import PrepareConfig
+from tuneline.profiles import PlacementConfig
 from tuneline.publish.config import PublishConfig
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.train.config import TrainConfig
-
-
-class PlacementConfig(StrictModel):
-    """Where the steps run on a cluster; local runs ignore it."""
-
-    accelerator: str = "nvidia.com/gpu"
-    """Kubernetes resource name of the accelerator."""
-    num_accelerators: int = Field(0, ge=0)
-    """For each of train, merge, evaluate and the GPTQ export; 0: CPU only."""
-    hub_token_secret: str | None = "huggingface"
-    """Name of a Kubernetes secret whose key `token` holds the Hub token; used where it exists."""
 
 
 class Recipe(StrictModel):

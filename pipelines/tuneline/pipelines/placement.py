@@ -1,8 +1,14 @@
-"""What each task asks of the cluster: CPU, memory, GPUs, retries, secrets, the pod's user.
+"""What each task asks of the cluster: CPU, memory, GPUs, nodes, volumes, retries, secrets, user.
 
-Kubernetes is known here and nowhere else in the pipeline. Local runners ignore all of it. Every
-pod runs as a numeric non-root user, as Pod Security "restricted" wants; the platform sets the
-rest of that profile (no privilege escalation, no capabilities, seccomp) for all KFP pods.
+Kubernetes is known here and nowhere else in the pipeline; local runners ignore all of it. What
+kfp.kubernetes 2.17 can say limits what is said:
+
+- The security context has a user, a group and runAsNonRoot. The platform adds the rest of Pod
+  Security "restricted" (no privilege escalation, no capabilities, seccomp) to all its pods. There
+  is no fsGroup, so a claim has to be writable for the user as it is.
+- Resources are CPU, memory and accelerators. Ephemeral storage is requested by the namespace's
+  LimitRange (manifests/base); here a scratch volume limits what a step writes to it.
+- A pod's priority class cannot be set; Kueue's label for it can.
 """
 
 from dataclasses import dataclass
@@ -10,10 +16,20 @@ from dataclasses import dataclass
 from kfp import kubernetes
 from kfp.dsl import PipelineTask
 
-from tuneline.recipe import PlacementConfig
+from tuneline.profiles import PlacementConfig, StepPlacement, quantity_value
 
 USER_ID = 65532
 """The user that our images are built for; any other works too, with HOME writable."""
+
+PART_OF_LABEL = ("app.kubernetes.io/part-of", "tuneline")
+"""What the network policy in manifests/base selects."""
+STEP_LABEL = "app.kubernetes.io/component"
+PRODUCT_LABEL = "nvidia.com/gpu.product"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
+
+CACHE_PATH = "/cache"
+SCRATCH_PATH = "/scratch"
 
 
 @dataclass(frozen=True)
@@ -24,48 +40,131 @@ class Needs:
     """Request and limit."""
     memory: tuple[str, str]
     """Request and limit."""
+    timeout_hours: float
+    """Far above what the step takes; it ends a pod that hangs."""
     gpu: bool = False
     """Whether the recipe's accelerators go to this task."""
     hub: bool = False
-    """Whether it may need the Hub token."""
+    """Whether it uses the network: the Hub's token and the cache."""
+    scratch: bool = True
+    """Whether it holds models, and so wants room for temporary files."""
     num_retries: int = 0
     """Where another try can help: the network, or a pod that was taken away."""
 
 
 NEEDS = {
-    "fetch": Needs(("1", "4"), ("4Gi", "16Gi"), hub=True, num_retries=3),
-    "prepare": Needs(("2", "8"), ("4Gi", "16Gi"), hub=True, num_retries=2),
-    "train": Needs(("4", "16"), ("16Gi", "64Gi"), gpu=True, num_retries=2),
-    "merge": Needs(("4", "16"), ("16Gi", "64Gi"), gpu=True, num_retries=1),
-    "convert-gguf": Needs(("2", "8"), ("8Gi", "48Gi"), num_retries=1),
-    "quantize-gguf": Needs(("2", "16"), ("8Gi", "48Gi"), num_retries=1),
-    "quantize-gptq": Needs(("4", "16"), ("16Gi", "64Gi"), gpu=True, num_retries=1),
-    "evaluate": Needs(("4", "16"), ("16Gi", "64Gi"), gpu=True, hub=True, num_retries=2),
-    "gate": Needs(("1", "2"), ("1Gi", "4Gi")),
-    "report": Needs(("500m", "1"), ("512Mi", "2Gi")),
-    "publish": Needs(("1", "4"), ("2Gi", "8Gi"), hub=True, num_retries=3),
-    "diagnose": Needs(("500m", "1"), ("512Mi", "1Gi")),
+    "fetch": Needs(("1", "4"), ("4Gi", "16Gi"), 6, hub=True, num_retries=3),
+    "prepare": Needs(("2", "8"), ("4Gi", "16Gi"), 12, hub=True, num_retries=2),
+    "train": Needs(("4", "16"), ("16Gi", "64Gi"), 96, gpu=True, num_retries=2),
+    "merge": Needs(("4", "16"), ("16Gi", "64Gi"), 6, gpu=True, num_retries=1),
+    "convert-gguf": Needs(("2", "8"), ("8Gi", "48Gi"), 6, num_retries=1),
+    "quantize-gguf": Needs(("2", "16"), ("8Gi", "48Gi"), 6, num_retries=1),
+    "quantize-gptq": Needs(("4", "16"), ("16Gi", "64Gi"), 24, gpu=True, num_retries=1),
+    "evaluate": Needs(("4", "16"), ("16Gi", "64Gi"), 24, gpu=True, hub=True, num_retries=2),
+    "gate": Needs(("1", "2"), ("1Gi", "4Gi"), 1, scratch=False),
+    "report": Needs(("500m", "1"), ("512Mi", "2Gi"), 1, scratch=False),
+    "publish": Needs(("1", "4"), ("2Gi", "8Gi"), 12, hub=True, num_retries=3),
+    "diagnose": Needs(("500m", "1"), ("512Mi", "1Gi"), 1, scratch=False),
 }
 
 
 def place(task: PipelineTask, name: str, config: PlacementConfig) -> PipelineTask:
-    """Give `task` what the table says for the component `name`; returns the task."""
+    """Give `task` what the table and the recipe say for the component `name`; returns the task."""
     needs = NEEDS[name]
-    task.set_cpu_request(needs.cpu[0]).set_cpu_limit(needs.cpu[1])
-    task.set_memory_request(needs.memory[0]).set_memory_limit(needs.memory[1])
-    if needs.gpu and config.num_accelerators:
-        task.set_accelerator_type(config.accelerator).set_accelerator_limit(config.num_accelerators)
-    if needs.num_retries:
+    accelerated = needs.gpu and config.num_accelerators > 0
+    wanted = _wanted(needs, name, config, accelerated)
+    assert wanted.cpu_request and wanted.cpu_limit
+    assert wanted.memory_request and wanted.memory_limit
+    assert wanted.timeout_hours and wanted.num_retries is not None
+    task.set_cpu_request(wanted.cpu_request).set_cpu_limit(wanted.cpu_limit)
+    task.set_memory_request(wanted.memory_request).set_memory_limit(wanted.memory_limit)
+    if wanted.num_retries:
         task.set_retry(
-            num_retries=needs.num_retries,
+            num_retries=wanted.num_retries,
             backoff_duration="30s",
             backoff_factor=2,
             backoff_max_duration="600s",
         )
-    if needs.hub and config.hub_token_secret:
-        # By name and optional: public models need no token, and the pipeline holds none.
+    kubernetes.set_timeout(task, int(wanted.timeout_hours * 3600))
+    if accelerated:
+        _accelerate(task, config)
+    _mount_and_connect(task, needs, config)
+    _label(task, name, config)
+    kubernetes.set_security_context(task, run_as_user=config.run_as_user, run_as_non_root=True)
+    if config.image_pull_secrets:
+        kubernetes.set_image_pull_secrets(task, config.image_pull_secrets)
+    return task
+
+
+def _wanted(needs: Needs, name: str, config: PlacementConfig, accelerated: bool) -> StepPlacement:
+    """Merge the table, the accelerated steps' values and the step's own; the last one wins.
+
+    Where only one of a request and a limit was given, the other one follows it.
+    """
+    values: dict[str, str | float] = {
+        "cpu_request": needs.cpu[0],
+        "cpu_limit": needs.cpu[1],
+        "memory_request": needs.memory[0],
+        "memory_limit": needs.memory[1],
+        "timeout_hours": needs.timeout_hours,
+        "num_retries": needs.num_retries,
+    }
+    layers = [config.accelerated] if accelerated else []
+    layers += [found for step, found in config.steps.items() if step == name]
+    for layer in layers:
+        given = layer.model_dump(exclude_none=True)
+        values.update(given)
+        for resource in ("cpu", "memory"):
+            request, limit = f"{resource}_request", f"{resource}_limit"
+            if quantity_value(str(values[request])) > quantity_value(str(values[limit])):
+                follower, leader = (limit, request) if request in given else (request, limit)
+                values[follower] = values[leader]
+    return StepPlacement.parse(values)
+
+
+def _accelerate(task: PipelineTask, config: PlacementConfig) -> None:
+    task.set_accelerator_type(config.accelerator).set_accelerator_limit(config.num_accelerators)
+    for key, value in config.node_selector.items():
+        kubernetes.add_node_selector(task, key, value)
+    if config.accelerator_products:
+        expression = {
+            "key": PRODUCT_LABEL,
+            "operator": "In",
+            "values": config.accelerator_products,
+        }
+        kubernetes.add_node_affinity(task, match_expressions=[expression])
+    for toleration in config.tolerations:
+        kubernetes.add_toleration(task, **toleration.model_dump())
+    if config.shared_memory:
+        # No runtime gives a container more than 64 MB, and NCCL and data loaders use more.
+        kubernetes.empty_dir_mount(
+            task, "dshm", "/dev/shm", medium="Memory", size_limit=config.shared_memory
+        )
+
+
+def _mount_and_connect(task: PipelineTask, needs: Needs, config: PlacementConfig) -> None:
+    """Volumes, and what comes from secrets: by name and optional, the pipeline holds none."""
+    if needs.scratch and config.scratch_size:
+        kubernetes.empty_dir_mount(task, "scratch", SCRATCH_PATH, size_limit=config.scratch_size)
+        task.set_env_variable("TMPDIR", SCRATCH_PATH)
+    if not needs.hub:
+        return
+    if config.cache_claim:
+        kubernetes.mount_pvc(task, config.cache_claim, CACHE_PATH)
+        task.set_env_variable("HF_HOME", f"{CACHE_PATH}/huggingface")
+    if config.hub_token_secret:
+        # Public models need no token.
         kubernetes.use_secret_as_env(
             task, config.hub_token_secret, {"token": "HF_TOKEN"}, optional=True
         )
-    kubernetes.set_security_context(task, run_as_user=USER_ID, run_as_non_root=True)
-    return task
+    for secret, variables in config.secrets.items():
+        kubernetes.use_secret_as_env(task, secret, variables, optional=True)
+
+
+def _label(task: PipelineTask, name: str, config: PlacementConfig) -> None:
+    kubernetes.add_pod_label(task, *PART_OF_LABEL)
+    kubernetes.add_pod_label(task, STEP_LABEL, name)
+    if config.queue:
+        kubernetes.add_pod_label(task, QUEUE_LABEL, config.queue)
+    if config.workload_priority_class:
+        kubernetes.add_pod_label(task, PRIORITY_LABEL, config.workload_priority_class)

@@ -1,0 +1,78 @@
+"""PlacementConfig and its profiles: who wins, what is refused."""
+
+import typing
+from typing import Any
+
+import pytest
+
+from tuneline.errors import RecipeError
+from tuneline.profiles import PROFILES, PlacementConfig, Profile, quantity_value
+
+GPU_PROFILES = sorted(set(PROFILES) - {"local"})
+
+
+def test_every_profile_is_in_the_table() -> None:
+    assert set(PROFILES) == set(typing.get_args(Profile))
+
+
+def test_local_is_the_defaults() -> None:
+    assert PlacementConfig.parse({"profile": "local"}) == PlacementConfig()
+    assert PlacementConfig().num_accelerators == 0
+
+
+@pytest.mark.parametrize("name", GPU_PROFILES)
+def test_a_profile_describes_a_node_that_can_exist(name: str) -> None:
+    config = PlacementConfig.parse({"profile": name})
+    node = config.accelerated
+    assert node.memory_request and node.memory_limit and config.shared_memory
+    assert config.num_accelerators == 1
+    assert config.tolerations[0].key == "nvidia.com/gpu"
+    # What a pod keeps in /dev/shm counts towards its memory.
+    assert quantity_value(config.shared_memory) < quantity_value(node.memory_request) / 2
+
+
+def test_what_a_recipe_says_wins_over_the_profile() -> None:
+    config = PlacementConfig.parse(
+        {"profile": "h100", "num_accelerators": 8, "accelerated": {"memory_limit": "1Ti"}}
+    )
+    assert config.num_accelerators == 8
+    assert config.accelerated.memory_limit == "1Ti"
+    assert config.accelerated.cpu_limit is None
+    assert config.shared_memory == "16Gi"
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_saved_config_reads_as_the_same(name: str) -> None:
+    config = PlacementConfig.parse({"profile": name, "shared_memory": None})
+    assert PlacementConfig.parse(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("500m", 0.5), ("2", 2), ("1.5", 1.5), ("2k", 2000), ("2Ki", 2048), ("1Ti", 2**40)],
+)
+def test_quantities(text: str, value: float) -> None:
+    assert quantity_value(text) == value
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"profile": "v100"}, "profile: .*'local', 't4', 'a10g'"),
+        (
+            {"accelerated": {"memory_request": "2Gi", "memory_limit": "1500Mi"}},
+            "accelerated: memory_request 2Gi is more than memory_limit 1500Mi",
+        ),
+        ({"accelerated": {"cpu_request": "two"}}, 'accelerated.cpu_request: .*got "two"'),
+        ({"steps": {"trian": {"cpu_limit": "2"}}}, "steps.trian.*'fetch', 'prepare', 'train'"),
+        ({"steps": {"train": {"timeout_hours": 0}}}, "timeout_hours: .*greater than 0"),
+        ({"workload_priority_class": "high"}, "'high' means nothing without `queue`"),
+        ({"secrets": {"s3": {"id": "AWS ID"}}}, "secrets.s3: 'AWS ID' is not a name"),
+        ({"run_as_user": 0}, "run_as_user: .*greater than or equal to 1"),
+        ({"cache_claim": "Model_Cache"}, "cache_claim: .*pattern"),
+        ({"shm": "1Gi"}, "shm: unknown key"),
+    ],
+)
+def test_a_mistake_is_named(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        PlacementConfig.parse(values)
