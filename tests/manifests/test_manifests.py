@@ -1,0 +1,175 @@
+"""The kustomizations: nothing dangles, and what is rendered belongs together.
+
+Rendered by the real kubectl where there is one. No cluster ever took these resources.
+"""
+
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from tuneline.pipelines.lint import lint_documents
+from tuneline.pipelines.placement import PART_OF_LABEL
+
+ROOT = Path(__file__).parent.parent.parent
+MANIFESTS = ROOT / "manifests"
+OVERLAYS = {"kubeflow": "tuneline", "standalone": "kubeflow", "dev": "kubeflow"}
+KUEUE_CRD = ROOT.parent / "shared" / "data" / "crds" / "kueue-localqueues.yaml"
+
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    return [found for found in yaml.safe_load_all(path.read_text(encoding="utf-8")) if found]
+
+
+def kustomization(directory: Path) -> dict[str, Any]:
+    (document,) = load(directory / "kustomization.yaml")
+    return document
+
+
+def referenced(directory: Path) -> list[Path]:
+    """Every file and directory that a kustomization names, at any depth."""
+    document = kustomization(directory)
+    names = [*document.get("resources", []), *document.get("components", [])]
+    found = []
+    for path in ((directory / name).resolve() for name in names):
+        assert path.exists(), f"{directory}: no {path}"
+        found.append(path)
+        if path.is_dir():
+            found += referenced(path)
+    return found
+
+
+def resources(directory: Path) -> list[dict[str, Any]]:
+    return [document for path in referenced(directory) if path.is_file() for document in load(path)]
+
+
+def of_kind(documents: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    (document,) = [found for found in documents if found["kind"] == kind]
+    return document
+
+
+def test_every_resource_is_used_by_an_overlay() -> None:
+    used = {path for name in OVERLAYS for path in referenced(MANIFESTS / "overlays" / name)}
+    there = {path.resolve() for path in MANIFESTS.rglob("*.yaml")}
+    templates = {path.resolve() for path in (MANIFESTS / "secrets").glob("*.yaml")}
+    kustomizations = {path for path in there if path.name == "kustomization.yaml"}
+    assert there - kustomizations - templates == {path for path in used if path.is_file()}
+    assert templates
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_names_are_unique_and_patches_have_a_target(name: str) -> None:
+    directory = MANIFESTS / "overlays" / name
+    documents = resources(directory)
+    there = Counter((found["kind"], found["metadata"]["name"]) for found in documents)
+    assert set(there.values()) == {1}
+    for patch in kustomization(directory).get("patches", []):
+        assert (patch["target"]["kind"], patch["target"]["name"]) in there
+        yaml.safe_load(patch["patch"])
+
+
+def test_the_binding_ties_what_exists() -> None:
+    documents = resources(MANIFESTS / "base")
+    binding = of_kind(documents, "RoleBinding")
+    assert binding["roleRef"]["name"] == of_kind(documents, "Role")["metadata"]["name"]
+    account = of_kind(documents, "ServiceAccount")["metadata"]["name"]
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account}]
+
+
+def test_the_role_reads_no_secret_but_the_artifact_stores() -> None:
+    rules = of_kind(resources(MANIFESTS / "base"), "Role")["rules"]
+    for rule in rules:
+        assert "*" not in [*rule["verbs"], *rule["resources"], *rule["apiGroups"]]
+        if {"secrets", "configmaps"} & set(rule["resources"]):
+            assert rule["resourceNames"]
+        assert not {"delete", "update", "deletecollection", "escalate"} & set(rule["verbs"])
+
+
+def test_the_network_policy_selects_the_pods_that_placement_labels() -> None:
+    policy = of_kind(resources(MANIFESTS / "base"), "NetworkPolicy")["spec"]
+    assert policy["podSelector"]["matchLabels"] == dict([PART_OF_LABEL])
+    assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
+    assert "ingress" not in policy
+    (outside,) = [
+        target["ipBlock"]
+        for rule in policy["egress"]
+        for target in rule["to"]
+        if "ipBlock" in target
+    ]
+    assert outside["except"] == ["169.254.0.0/16"]
+    assert all(rule["ports"] for rule in policy["egress"])
+
+
+def test_secret_templates_are_empty() -> None:
+    for path in (MANIFESTS / "secrets").glob("*.yaml"):
+        (secret,) = load(path)
+        assert secret["kind"] == "Secret"
+        assert set(secret["stringData"].values()) == {""}
+        assert "data" not in secret
+
+
+@pytest.mark.skipif(not KUEUE_CRD.exists(), reason="the CRD is not here")
+def test_the_local_queue_fits_kueues_schema() -> None:
+    (queue,) = load(MANIFESTS / "components" / "kueue" / "local-queue.yaml")
+    (crd,) = load(KUEUE_CRD)
+    version = queue["apiVersion"].rpartition("/")[2]
+    (schema,) = [
+        found["schema"]["openAPIV3Schema"]
+        for found in crd["spec"]["versions"]
+        if found["name"] == version and found["served"]
+    ]
+    assert queue["apiVersion"] == f"{crd['spec']['group']}/{version}"
+    strict = {**schema["properties"]["spec"], "additionalProperties": False}
+    jsonschema.validate(queue["spec"], strict)
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def rendered(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, Any]]]:
+    command = ["kubectl", "kustomize", str(MANIFESTS / "overlays" / request.param)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return request.param, list(yaml.safe_load_all(done.stdout))
+
+
+@needs_kubectl
+def test_rendered_resources_are_in_one_namespace(
+    rendered: tuple[str, list[dict[str, Any]]],
+) -> None:
+    name, documents = rendered
+    for document in documents:
+        if document["kind"] == "PriorityClass":
+            assert "namespace" not in document["metadata"]
+        else:
+            assert document["metadata"]["namespace"] == OVERLAYS[name]
+        assert document["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "tuneline"
+    (subject,) = of_kind(documents, "RoleBinding")["subjects"]
+    assert subject["namespace"] == OVERLAYS[name]
+
+
+@needs_kubectl
+def test_rendered_overlays_differ_where_they_should(
+    rendered: tuple[str, list[dict[str, Any]]],
+) -> None:
+    name, documents = rendered
+    always = {"ServiceAccount", "Role", "RoleBinding", "PersistentVolumeClaim"}
+    always |= {"NetworkPolicy", "PriorityClass"}
+    team = {"ResourceQuota", "LimitRange", "LocalQueue"} if name == "kubeflow" else set()
+    assert {document["kind"] for document in documents} == always | team
+    claim = of_kind(documents, "PersistentVolumeClaim")["spec"]
+    size = claim["resources"]["requests"]["storage"]
+    small = name == "dev"
+    expected = (["ReadWriteOnce"], "20Gi") if small else (["ReadWriteMany"], "500Gi")
+    assert (claim["accessModes"], size) == expected
+
+
+@needs_kubectl
+def test_the_lint_has_nothing_to_say(rendered: tuple[str, list[dict[str, Any]]]) -> None:
+    assert lint_documents(rendered[1]) == []
