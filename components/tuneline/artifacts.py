@@ -10,7 +10,7 @@ not an artifact. Records are strict: a producer and a consumer that disagree fai
                                     chat_template.jinja
     adapter      training.json     adapter_config.json, adapter_model.safetensors, tokenizer
     merged       merge.json        config.json, *.safetensors, tokenizer files
-    quantized    quantized.json    one .gguf file, or a GPTQ checkpoint
+    quantized    quantized.json    one .gguf file and its Modelfile, or a GPTQ checkpoint
     scores       scores.json       samples/<task>.jsonl, generations.jsonl
     decision     decision.json
     summary      summary.json
@@ -39,6 +39,8 @@ HELDOUT_FILE = "heldout.jsonl"
 REJECTED_FILE = "rejected.jsonl"
 # Beside the data set when the recipe names a template: it replaces the tokenizer's own.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+# For Ollama, beside a GGUF file.
+MODELFILE = "Modelfile"
 SAMPLES_DIR = "samples"
 GENERATIONS_FILE = "generations.jsonl"
 
@@ -199,6 +201,8 @@ class TrainingSummary(Record):
     peak_memory_bytes: int
     """Peak of the device's allocator, or resident memory of the process on a CPU."""
     history: list[TrainingPoint]
+    num_resumptions: int = 0
+    """How often the run was continued from a checkpoint."""
     base_sha256: str
     dataset_sha256: str
 
@@ -249,6 +253,30 @@ class QuantizedModel(Record):
     """What the loaded file generated, greedily."""
     reference: str | None = None
     """What the merged model generated from the same prompt, where it was run beside."""
+    mean_kl: float | None = None
+    """Mean KL divergence a token from the merged model, in nats, over `num_prompts` rows."""
+    max_mean_kl: float | None = None
+    """The bound that mean_kl was held against."""
+    top1_agreement: float | None = None
+    """Share of positions with the merged model's most likely token, 0 to 1."""
+    min_top1_agreement: float | None = None
+    """The bound that top1_agreement was held against."""
+    perplexity: float | None = None
+    """Of the export on the rows' answers."""
+    reference_perplexity: float | None = None
+    """Of the merged model on the same."""
+    num_prompts: int = 0
+    """Rows compared, held-out ones where there are any."""
+    num_tokenizer_texts: int | None = None
+    """Texts that llama.cpp splits exactly as the merged model's tokenizer; GGUF only."""
+    num_conversations: int | None = None
+    """Conversations that the file's chat template renders to the same text; GGUF only."""
+    stop_tokens: list[str] = Field(default_factory=list)
+    """What ends an answer, in llama.cpp as in the merged model; GGUF only."""
+    tokens_per_second: float | None = None
+    """Generating on a CPU, one sequence."""
+    num_threads: int | None = None
+    """CPU threads of `tokens_per_second`."""
 
 
 class TaskScore(StrictModel):

@@ -8,11 +8,12 @@
      |   |- TaskError                 an evaluation task
      |   |- CredentialsError          a token that is missing or refused
      |   `- OutputExistsError         a directory that would be overwritten
-     `- WorldError (RuntimeError)     the world can mend it: exit code 1
+     `- WorldError (RuntimeError)     the world can mend it: exit code 1 (StoppedError: 143)
          |- StorageError              disk full, not writable
          |- HubError                  the model hub or the network
          |- ToolError                 a converter or another program failed
          |- TrainingError             training did not end as it should
+         |- StoppedError              the step was told to stop, and can be continued
          `- ProofError                an artifact failed its own check, and was not kept
 
 A message is one sentence or two: the offending value, what is allowed, the next thing to try.
@@ -73,6 +74,13 @@ class ToolError(WorldError):
 
 class TrainingError(WorldError):
     """Training did not end as it should."""
+
+
+class StoppedError(WorldError):
+    """The step was told to stop, and can be continued where it was."""
+
+    exit_code = 143
+    # What a shell and Kubernetes report for a process that SIGTERM ended.
 
 
 class ProofError(WorldError):

@@ -91,12 +91,14 @@ def training_arguments(
         "use_cpu": device == "cpu",
         "dataloader_pin_memory": device != "cpu",
         "seed": config.seed,
+        # Named, so that the order of the rows hangs on nothing that happened before the trainer.
+        "data_seed": config.seed,
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": config.eval_steps or math.ceil(num_steps / NUM_EVALUATIONS),
-        "eval_on_start": evaluates,
         "logging_steps": min(config.logging_steps, num_steps),
         # A filter would show the last finite loss in the place of NaN.
         "logging_nan_inf_filter": False,
+        # Checkpoints are asked for by ResumableTrainer, by time and not by steps.
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,

@@ -64,6 +64,8 @@ class TrainConfig(StrictModel):
     logging_steps: int = Field(1, ge=1)
     eval_steps: int | None = Field(None, ge=1)
     """Measure the evaluation loss so often; default: five times over the run."""
+    checkpoint_minutes: float = Field(10.0, ge=0)
+    """Time between checkpoints; 0: after every step. SIGTERM writes one in any case."""
     seed: int = 3407
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from tuneline.artifacts import TrainingPoint
 from tuneline.errors import TrainingError
 from tuneline.step import emit
+from tuneline.train.run_state import RunState
 
 logger = logging.getLogger(__name__)
 
@@ -32,30 +33,18 @@ _FIELDS = {
 class ProgressCallback(TrainerCallback):
     """Show progress and gather history: a bar on a terminal, else a line now and then."""
 
-    def __init__(self) -> None:
-        self.step_seconds = 0.0
-        """Time in training steps alone, without evaluations."""
-        self._points: dict[int, dict[str, float | int | None]] = {}
+    def __init__(self, run_state: RunState) -> None:
+        self._run_state = run_state
         self._note = ""
         self._step_began = 0.0
         self._last_line = 0.0
         self._last_event = 0.0
         self._bar: Progress | None = None
 
-    @property
-    def history(self) -> list[TrainingPoint]:
-        """What was logged so far, one point a step."""
-        return [TrainingPoint.model_validate(point) for _, point in sorted(self._points.items())]
-
-    @property
-    def last_evaluated_step(self) -> int:
-        """The last step with an evaluation loss; -1 for none."""
-        return max((p.step for p in self.history if p.eval_loss is not None), default=-1)
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say how many steps there will be, and open the bar, on a terminal."""
         self._last_line = time.monotonic()
-        emit("train", "progress", done=0, total=state.max_steps, note="")
+        emit("train", "progress", done=state.global_step, total=state.max_steps, note="")
         if sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("train"),
@@ -65,7 +54,7 @@ class ProgressCallback(TrainerCallback):
                 TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
             )
-            self._bar.add_task("train", total=state.max_steps, note="")
+            self._bar.add_task("train", total=state.max_steps, completed=state.global_step, note="")
             self._bar.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -74,7 +63,7 @@ class ProgressCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the step's clock."""
-        self.step_seconds += time.monotonic() - self._step_began
+        self._run_state.step_seconds += time.monotonic() - self._step_began
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the values and show them.
@@ -90,8 +79,10 @@ class ProgressCallback(TrainerCallback):
         norm = found.get("grad_norm")
         if norm is not None and not args.fp16 and norm != norm:
             raise diverged("the gradient", state.global_step, args.learning_rate)
-        point = self._points.setdefault(state.global_step, {"step": state.global_step})
-        point.update({"epoch": state.epoch, **{k: float(v) for k, v in found.items()}})
+        points = self._run_state.points
+        before = points.get(state.global_step, TrainingPoint(step=state.global_step))
+        values = {name: float(value) for name, value in found.items()}
+        points[state.global_step] = before.model_copy(update={"epoch": state.epoch, **values})
         if "loss" in found:
             self._note = f"loss {found['loss']:.4g}"
             self._show(state)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from tuneline.artifacts import (
     TrainingSummary,
     new_directory,
 )
-from tuneline.errors import ModelError
+from tuneline.errors import ModelError, StoppedError
+from tuneline.train.checkpoints import ROOT_VARIABLE, CheckpointStore
 from tuneline.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ def run(
 ) -> TrainingSummary:
     """Train a LoRA adapter on a frozen base; the method is the data set's.
 
+    A run that was stopped or killed is continued: see `checkpoints` for where it is kept, and
+    what is one and the same run.
+
     Args:
         config: the recipe's part.
         base_model_dir: what fetch made.
@@ -46,6 +51,8 @@ def run(
         DataError: there is no row to train on.
         RecipeError: a name in the config is unknown to the libraries.
         TrainingError: the loss is not a finite number any more.
+        StoppedError: SIGTERM came; the checkpoint is written.
+        StorageError: checkpoints cannot be written, or another process is writing them.
         OutputExistsError: `adapter_dir` has something in it.
     """
     began = time.monotonic()
@@ -62,7 +69,12 @@ def run(
         check_targets(config.lora, base_model_dir)
         # Saved first: a trainer sets a padding token on the one that it is given.
         tokenizer.save_pretrained(str(directory))
-        with tempfile.TemporaryDirectory(dir=directory) as work, _no_progress_bars():
+        root = os.environ.get(ROOT_VARIABLE) or Path(adapter_dir).parent / ".checkpoints"
+        with (
+            CheckpointStore.opened(root, _identity(config, origin, manifest)) as store,
+            tempfile.TemporaryDirectory(dir=directory) as work,
+            _no_progress_bars(),
+        ):
             summary = _train(
                 config,
                 origin=origin,
@@ -73,11 +85,26 @@ def run(
                 directory=directory,
                 work_dir=Path(work),
                 device=device,
+                store=store,
             )
         summary = summary.model_copy(update={"seconds": time.monotonic() - began})
         _write_curves(summary, Path(curves_path))
         summary.write(directory)
+    store.remove()
     return summary
+
+
+def _identity(
+    config: TrainConfig, origin: ModelOrigin, manifest: DatasetManifest
+) -> dict[str, object]:
+    """Return everything that decides the adapter."""
+    return {
+        "base": origin.sha256,
+        "dataset": manifest.sha256,
+        "method": manifest.method,
+        "max_seq_length": manifest.max_seq_length,
+        "train": config.model_dump(mode="json", exclude={"checkpoint_minutes"}),
+    }
 
 
 def _train(
@@ -91,12 +118,14 @@ def _train(
     directory: Path,
     work_dir: Path,
     device: str,
+    store: CheckpointStore,
 ) -> TrainingSummary:
     from transformers.trainer_callback import PrinterCallback
 
     from tuneline.nf4 import load_base
     from tuneline.train.adapter import keep_adapter_in_fp32, lora_config, save_adapter
     from tuneline.train.arguments import num_total_steps, training_arguments
+    from tuneline.train.interruption import stop_on_sigterm
     from tuneline.train.precision import choose_dtype, peak_memory_bytes
     from tuneline.train.progress import ProgressCallback
     from tuneline.train.rows import load_rows
@@ -116,7 +145,6 @@ def _train(
         device=device,
         work_dir=work_dir,
     )
-    progress = ProgressCallback()
     trainer: Any = (PreferenceTrainer if manifest.method == "dpo" else SupervisedTrainer)(
         model=load_base(base_model_dir, dtype=dtype, device=device, quantized=config.load_in_4bit),
         args=arguments,
@@ -124,9 +152,11 @@ def _train(
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=lora_config(config.lora),
-        callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)
+    state = trainer.run_state
+    progress = ProgressCallback(state)
+    trainer.add_callback(progress)
     keep_adapter_in_fp32(trainer.model)
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     logger.info(
@@ -137,21 +167,27 @@ def _train(
         dtype,
         device,
     )
-    try:
-        result = trainer.train()
-        if eval_rows is not None and progress.last_evaluated_step != trainer.state.global_step:
-            trainer.evaluate()
-    finally:
-        progress.close()
+    with contextlib.closing(progress), stop_on_sigterm() as stop:
+        trainer.keep_checkpoints(store, minutes=config.checkpoint_minutes, stop=stop)
+        checkpoint = store.latest()
+        if checkpoint is not None:
+            logger.info("continuing from %s", checkpoint)
+        trainer.train_from(checkpoint)
+        if stop.is_made and not trainer.is_done:
+            raise StoppedError(
+                f"stopped by SIGTERM after step {trainer.state.global_step} of "
+                f"{trainer.state.max_steps}: run the step again with the checkpoints in "
+                f"{store.directory}, and it continues there"
+            )
     save_adapter(trainer.model, directory, origin)
-    history = progress.history
+    history = state.history
     losses = [point.loss for point in history if point.loss is not None]
     eval_losses = [point.eval_loss for point in history if point.eval_loss is not None]
     return TrainingSummary(
         method=manifest.method,
         num_steps=trainer.state.global_step,
-        num_tokens=trainer.num_tokens_seen,
-        final_loss=losses[-1] if losses else result.training_loss,
+        num_tokens=state.num_tokens,
+        final_loss=losses[-1],
         first_eval_loss=eval_losses[0] if eval_losses else None,
         final_eval_loss=eval_losses[-1] if eval_losses else None,
         num_trainable_parameters=trainable,
@@ -159,9 +195,10 @@ def _train(
         base_quantization="nf4" if config.load_in_4bit else "none",
         compute_dtype=str(dtype).removeprefix("torch."),
         device=device,
-        tokens_per_second=trainer.num_tokens_seen / max(progress.step_seconds, 1e-9),
+        tokens_per_second=state.num_tokens / max(state.step_seconds, 1e-9),
         peak_memory_bytes=peak_memory_bytes(device),
         history=history,
+        num_resumptions=state.num_resumptions,
         base_sha256=origin.sha256,
         dataset_sha256=manifest.sha256,
     )

@@ -7,10 +7,11 @@ import torch
 from trl import DPOTrainer, SFTTrainer
 
 from tuneline.train.progress import diverged
+from tuneline.train.resumable import ResumableTrainer
 from tuneline.train.rows import IGNORED
 
 
-class SupervisedTrainer(SFTTrainer):
+class SupervisedTrainer(ResumableTrainer, SFTTrainer):
     """SFTTrainer whose evaluation loss is a mean over tokens, not over batches.
 
     TRL averages the means of batches, so its figure depends on how rows were packed.
@@ -18,8 +19,6 @@ class SupervisedTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.num_tokens_seen = 0
-        """Tokens that went through training steps, padding not counted."""
         self._eval_loss_sum = 0.0
         self._eval_tokens = 0
         base: Any = self.model
@@ -45,7 +44,8 @@ class SupervisedTrainer(SFTTrainer):
         """
         if model.training:
             mask = inputs.get("attention_mask")
-            self.num_tokens_seen += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+            count = inputs["input_ids"].numel() if mask is None else mask.sum()
+            self.run_state.num_tokens += int(count)
         if self._selects_logits and not return_outputs:
             loss = _selected_loss(model, inputs, num_items_in_batch)
         else:
@@ -76,13 +76,8 @@ class SupervisedTrainer(SFTTrainer):
         return output
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(ResumableTrainer, DPOTrainer):
     """DPOTrainer on prompt_ids, chosen_ids and rejected_ids; the reference is the adapter off."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.num_tokens_seen = 0
-        """Tokens that went through training steps, prompts twice, padding not counted."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         # DPOTrainer 1.16 has no switch for rows that are tokenised: it would look for texts.
@@ -101,7 +96,8 @@ class PreferenceTrainer(DPOTrainer):
             TrainingError: it is NaN or infinite during training.
         """
         if model.training:
-            self.num_tokens_seen += int(inputs["attention_mask"].sum())
+            # Prompts count twice: once with each answer.
+            self.run_state.num_tokens += int(inputs["attention_mask"].sum())
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         _check_finite(self, model, loss[0] if return_outputs else loss)
         return loss

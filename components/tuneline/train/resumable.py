@@ -1,0 +1,163 @@
+"""A trainer that can be stopped and continued without a trace in its result."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from tuneline.train.checkpoints import CheckpointStore
+from tuneline.train.interruption import StopRequest
+from tuneline.train.run_state import RunState
+
+_STATE_FILE = "run_state.json"
+
+
+class EvaluationAbandoned(Exception):
+    """A stop was asked for in the middle of an evaluation."""
+
+
+class ResumableTrainer(Trainer):
+    """A base before TRL's trainers: transformers' checkpoints, made atomic and complete.
+
+    transformers keeps the adapter, the optimizer, the scheduler, the RNGs and the place in the
+    data. Added here: the run's own state, the sum of losses since the last log, and the
+    evaluation that a stop cut short. Evaluations leave the RNG alone, so that neither their
+    number nor a repeated one changes the training.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.run_state = RunState()
+        self.store: CheckpointStore | None = None
+        """Where checkpoints go; none are written without it."""
+        self.stop = StopRequest()
+
+    def keep_checkpoints(
+        self, store: CheckpointStore, *, minutes: float, stop: StopRequest
+    ) -> None:
+        """Write a checkpoint before the first step, every so many minutes and at a stop."""
+        self.store = store
+        self.stop = stop
+        self.add_callback(_CheckpointCallback(self, minutes))
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train to the end, from a checkpoint where one is given."""
+        if checkpoint is not None:
+            text = (checkpoint / _STATE_FILE).read_text(encoding="utf-8")
+            self.run_state.become(RunState.parse(text, where=str(checkpoint / _STATE_FILE)))
+            self.run_state.num_resumptions += 1
+        evaluates = self.eval_dataset is not None
+        first_is_missing = 0 not in self.run_state.points
+        self.args.eval_on_start = evaluates and (first_is_missing or self.run_state.evaluation_due)
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except EvaluationAbandoned:
+            # The one at the start: the checkpoint of this step is there already.
+            self.run_state.evaluation_due = True
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no step and no evaluation is left."""
+        return self.state.global_step >= self.state.max_steps and not self.run_state.evaluation_due
+
+    @property
+    def _measured(self) -> dict[str, list[float]]:
+        # TRL's, averaged and emptied at each log.
+        return self._metrics["train"]  # type: ignore[attr-defined]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate without a draw from the RNG that training uses."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            metrics = super().evaluate(*args, **kwargs)
+        self.run_state.evaluation_due = False
+        return metrics
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate one batch, unless a stop was asked for: evaluations can be long.
+
+        Raises:
+            EvaluationAbandoned: the process was told to stop.
+        """
+        if self.stop.is_made:
+            raise EvaluationAbandoned
+        return super().prediction_step(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint of the last step: transformers would take one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, *rest: Any, **named: Any
+    ) -> None:
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *rest, **named)
+        except EvaluationAbandoned:
+            self.run_state.evaluation_due = True
+            self.control.should_training_stop = True
+            self._save_checkpoint(model, None)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.store is None:
+            return
+        state = self.run_state
+        state.loss_since_log = float(self._tr_loss)
+        state.metrics_since_log = {name: list(map(float, v)) for name, v in self._measured.items()}
+        state.last_logged_step = self._globalstep_last_logged
+        step = self.state.global_step
+        with self._output_below(self.store.partial):
+            # Past TRL's own, which writes a model card beside every checkpoint.
+            Trainer._save_checkpoint(self, model, trial)
+        written = self.store.partial / f"checkpoint-{step}"
+        (written / _STATE_FILE).write_text(state.model_dump_json(), encoding="utf-8")
+        self.store.seal(written, step)
+
+    @contextlib.contextmanager
+    def _output_below(self, directory: Path) -> Iterator[None]:
+        before, self.args.output_dir = self.args.output_dir, str(directory)
+        try:
+            yield
+        finally:
+            self.args.output_dir = before
+
+
+class _CheckpointCallback(TrainerCallback):
+    """Says when a checkpoint is due, and puts back what the trainer's loop starts at nought."""
+
+    def __init__(self, trainer: ResumableTrainer, minutes: float) -> None:
+        self._trainer = trainer
+        self._seconds = 60 * minutes
+        self._last = math.inf
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer
+        self._last = time.monotonic()
+        if state.global_step:
+            run_state = trainer.run_state
+            trainer._tr_loss.fill_(run_state.loss_since_log)
+            trainer._measured.clear()
+            trainer._measured.update(run_state.metrics_since_log)
+            trainer._globalstep_last_logged = run_state.last_logged_step
+        elif trainer.store is not None and not trainer.store.steps():
+            # A disk that cannot be written is found now, and there is always one to go back to.
+            trainer._save_checkpoint(trainer.model, None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and self._trainer.eval_dataset is not None:
+            control.should_evaluate = True
+        if self._trainer.stop.is_made:
+            control.should_save = True
+            control.should_training_stop = True
+        elif time.monotonic() - self._last >= self._seconds:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._last = time.monotonic()

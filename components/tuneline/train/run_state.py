@@ -1,0 +1,39 @@
+"""What a run knows of itself beyond what transformers puts into a checkpoint."""
+
+from typing import Self
+
+from pydantic import ConfigDict
+
+from tuneline.artifacts import TrainingPoint
+from tuneline.config import StrictModel
+
+
+class RunState(StrictModel):
+    """Counters and history of a training run; changes as it goes, travels in every checkpoint."""
+
+    model_config = ConfigDict(frozen=False)
+
+    points: dict[int, TrainingPoint] = {}
+    """What was logged, by step."""
+    num_tokens: int = 0
+    """Tokens that went through training steps, padding not counted."""
+    step_seconds: float = 0.0
+    """Time in training steps alone, without evaluations."""
+    num_resumptions: int = 0
+    loss_since_log: float = 0.0
+    """Sum of the losses of the steps after the last one that was logged."""
+    metrics_since_log: dict[str, list[float]] = {}
+    """What TRL measured in those steps, by its names."""
+    last_logged_step: int = 0
+    evaluation_due: bool = False
+    """Whether the checkpoint was written in place of the evaluation that its step asks for."""
+
+    @property
+    def history(self) -> list[TrainingPoint]:
+        """The points in the order of steps."""
+        return [point for _, point in sorted(self.points.items())]
+
+    def become(self, other: Self) -> None:
+        """Take over every value of another state; whoever holds this one sees them."""
+        for name in type(self).model_fields:
+            setattr(self, name, getattr(other, name))

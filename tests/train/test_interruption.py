@@ -1,0 +1,221 @@
+"""A run that is stopped or killed, and continued, ends as one that never was."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tuneline.artifacts import TrainingSummary
+from tuneline.errors import StoppedError
+from tuneline.nf4 import load_base
+from tuneline.step import main
+from tuneline.train import TrainConfig, run
+
+# Several epochs, dropout, and logs, evaluations and checkpoints that do not fall together.
+SETTINGS = {
+    "dtype": "float32",
+    "learning_rate": 5e-3,
+    "max_steps": 18,
+    "eval_steps": 7,
+    "logging_steps": 4,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "lora": {"lora_dropout": 0.1},
+}
+
+
+def train(where: Path, base_dir: Path, dataset: Path, **settings) -> TrainingSummary:
+    return run(
+        TrainConfig.parse({**SETTINGS, **settings}),
+        base_model_dir=base_dir,
+        dataset_dir=dataset,
+        adapter_dir=where / "adapter",
+        curves_path=where / "curves.html",
+    )
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Start the same as `train` in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    # Imports take most of a minute on a busy machine; the processes share one.
+    context.set_forkserver_preload(["tuneline.train.trainers", "bitsandbytes"])
+
+    def begin(where: Path, base_dir: Path, dataset: Path, **settings):
+        where.mkdir(exist_ok=True)
+        config = where / "config.json"
+        config.write_text(json.dumps({**SETTINGS, **settings}))
+        arguments = [
+            *("--config", str(config), "--base-model", str(base_dir), "--dataset", str(dataset)),
+            *("--adapter", str(where / "adapter"), "--curves", str(where / "curves.html")),
+        ]
+        process = context.Process(target=main, args=("train", TrainConfig, run, arguments))
+        process.start()
+        return process
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("OMP_NUM_THREADS", "1")
+        yield begin
+
+
+def wait_for(done, process) -> None:
+    while not done():
+        assert process.is_alive(), f"ended with {process.exitcode}"
+        time.sleep(0.005)
+
+
+def newest_step(where: Path) -> int:
+    names = where.glob(".checkpoints/*/checkpoint-*")
+    return max((int(path.name.removeprefix("checkpoint-")) for path in names), default=-1)
+
+
+def assert_same(interrupted: Path, whole: Path) -> TrainingSummary:
+    """The same adapter, bit for bit, and the same history."""
+    weights = [path / "adapter" / "adapter_model.safetensors" for path in (interrupted, whole)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    found, expected = (TrainingSummary.read(path / "adapter") for path in (interrupted, whole))
+    assert found.history == expected.history
+    assert (found.num_tokens, found.final_loss) == (expected.num_tokens, expected.final_loss)
+    assert not (interrupted / ".checkpoints").exists()
+    return found
+
+
+def test_killed_then_stopped_then_finished(
+    tmp_path, tiny_model_dir, dataset_dir, answer_rows, start
+):
+    dataset = dataset_dir(answer_rows[:7], max_seq_length=32)
+    train(tmp_path / "whole", tiny_model_dir, dataset)
+    where = tmp_path / "interrupted"
+
+    process = start(where, tiny_model_dir, dataset, checkpoint_minutes=0)
+    wait_for(lambda: newest_step(where) >= 3, process)
+    process.kill()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    killed_at = newest_step(where)
+
+    process = start(where, tiny_model_dir, dataset, checkpoint_minutes=0)
+    wait_for(lambda: newest_step(where) >= killed_at + 3, process)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 143
+    assert not (where / "adapter").exists()
+    assert killed_at + 3 <= newest_step(where) < 40
+
+    train(where, tiny_model_dir, dataset)
+    assert assert_same(where, tmp_path / "whole").num_resumptions == 2
+
+
+@pytest.mark.parametrize(("method", "optim"), [("sft", "adamw_8bit"), ("dpo", "adamw_torch")])
+def test_a_stop_in_an_evaluation_repeats_it(
+    tmp_path, tiny_model_dir, dataset_dir, answer_rows, monkeypatch, optim, method
+):
+    if method == "dpo":
+        answer_rows = [
+            {"prompt_ids": ids[:2], "chosen_ids": ids[2:], "rejected_ids": ids[3:]}
+            for ids in (row["input_ids"] for row in answer_rows[:4])
+        ]
+    dataset = dataset_dir(answer_rows[:7], method=method, max_seq_length=32)
+    settings = {"optim": optim, "max_steps": 11, "eval_steps": 4, "logging_steps": 3}
+    settings["gradient_accumulation_steps"] = 1
+    train(tmp_path / "whole", tiny_model_dir, dataset, **settings)
+
+    where = tmp_path / "interrupted"
+    # DPO is slower and differs in what it measures, not in how it is stopped.
+    stops = ((0, 0), (1, 4), (2, 11)) if method == "sft" else ((1, 4),)
+    for stop_at, step in stops:
+        with monkeypatch.context() as patched, pytest.raises(StoppedError) as caught:
+            _stop_in_evaluation(patched, stop_at)
+            train(where, tiny_model_dir, dataset, **settings)
+        assert f"after step {step} of 11" in str(caught.value)
+        assert newest_step(where) == step
+    train(where, tiny_model_dir, dataset, **settings)
+    assert assert_same(where, tmp_path / "whole").num_resumptions == len(stops)
+
+
+def _stop_in_evaluation(patched, number: int) -> None:
+    """Send this process a SIGTERM in its evaluation of that number."""
+    began = []
+
+    def load(*args, **kwargs):
+        model = load_base(*args, **kwargs)
+
+        def forward(module, *_):
+            if not module.training and (not began or began[-1] != "evaluation"):
+                began.append("evaluation")
+                if began.count("evaluation") == number + 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            elif module.training:
+                began.append("training")
+
+        model.register_forward_hook(forward)
+        return model
+
+    patched.setattr("tuneline.nf4.load_base", load)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
+    tmp_path, tiny_model_dir, dataset_dir, answer_rows, monkeypatch, caplog
+):
+    dataset = dataset_dir(answer_rows[:7], max_seq_length=32)
+    settings = {"max_steps": 5, "eval_steps": 3, "checkpoint_minutes": 0}
+    settings["gradient_accumulation_steps"] = 1
+    train(tmp_path / "whole", tiny_model_dir, dataset, **settings)
+
+    where = tmp_path / "interrupted"
+    with monkeypatch.context() as patched, pytest.raises(StoppedError):
+        _stop_in_evaluation(patched, 1)
+        train(where, tiny_model_dir, dataset, **settings)
+    caplog.set_level("INFO")
+    newest = next(where.glob(".checkpoints/*/checkpoint-3"))
+    content = (newest / "optimizer.pt").read_bytes()
+    (newest / "optimizer.pt").write_bytes(content[:-1])
+    train(where, tiny_model_dir, dataset, **settings)
+    assert f"{newest} is not used, and removed: optimizer.pt is not what" in caplog.text
+    assert "checkpoint-2" in caplog.text
+    assert_same(where, tmp_path / "whole")
+
+
+def test_the_environment_names_the_root(
+    tmp_path, tiny_model_dir, dataset_dir, answer_rows, monkeypatch, caplog
+):
+    monkeypatch.setenv("TUNELINE_CHECKPOINT_DIR", str(tmp_path / "volume"))
+    dataset = dataset_dir(answer_rows[:7], max_seq_length=32)
+    with monkeypatch.context() as patched, pytest.raises(StoppedError, match="volume"):
+        _stop_in_evaluation(patched, 1)
+        train(tmp_path / "one", tiny_model_dir, dataset, max_steps=3, eval_steps=2)
+    caplog.set_level("INFO")
+    changed = {"max_steps": 3, "eval_steps": 2, "weight_decay": 0.5}
+    assert train(tmp_path / "two", tiny_model_dir, dataset, **changed).num_resumptions == 0
+    assert "differs in train.weight_decay (was 0.01, is 0.5)" in caplog.text
+    # Another output directory, as a retry on a cluster has: the run is the same one.
+    same = train(tmp_path / "three", tiny_model_dir, dataset, max_steps=3, eval_steps=2)
+    assert same.num_resumptions == 1 and not (tmp_path / "volume").exists()
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(tmp_path, tiny_model_dir, dataset_dir, answer_rows, start):
+    dataset = dataset_dir(answer_rows[:7], max_seq_length=32)
+    settings = {"max_steps": 400, "eval_steps": 45}
+    train(tmp_path / "whole", tiny_model_dir, dataset, **settings)
+    where = tmp_path / "interrupted"
+    generator = random.Random(20)
+    steps = []
+    for _ in range(20):
+        # From the start of the process on: loading, steps, evaluations and writes are all hit.
+        process = start(where, tiny_model_dir, dataset, **settings, checkpoint_minutes=0)
+        time.sleep(generator.uniform(0, 8))
+        process.kill()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        steps.append(newest_step(where))
+    print("newest checkpoints at the kills:", steps)
+    assert steps == sorted(steps) and 20 < steps[-1] < 400
+    summary = train(where, tiny_model_dir, dataset, **settings, checkpoint_minutes=60)
+    print("resumptions:", summary.num_resumptions)
+    assert_same(where, tmp_path / "whole")
