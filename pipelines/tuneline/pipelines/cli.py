@@ -1,4 +1,4 @@
-"""The command line: run, compile, lint, schema, recipes, report."""
+"""The command line: run, compile, lint, schema, recipes, report; cluster_cli has the rest."""
 
 import contextlib
 import datetime
@@ -19,9 +19,10 @@ from rich.table import Column, Table
 
 from tuneline.artifacts import RunSummary
 from tuneline.errors import OutputExistsError, RecipeError, TunelineError, WorldError
+from tuneline.pipelines import cluster_cli
+from tuneline.pipelines.catalog import RECIPES_DIR, find_recipe
 from tuneline.recipe import Recipe, load_recipe
 
-RECIPES_DIR = Path(__file__).parent / "recipes"
 REPORT_FILE = "report.html"
 LOG_FILE = "run.log"
 RECIPE_FILE = "recipe.yaml"
@@ -32,6 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cluster_cli.app)
 console = Console()
 
 
@@ -64,7 +66,7 @@ def run(
     from tuneline.pipelines.local import ARTIFACTS_DIR, EVENTS_FILE
     from tuneline.pipelines.watch import read_events, watch
 
-    loaded = _load(recipe, set_)
+    loaded = find_recipe(recipe, set_)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = (runs_dir / f"{loaded.name}-{stamp}").resolve()
     if run_dir.exists():
@@ -122,7 +124,7 @@ def compile_(
 
     from tuneline.pipelines.finetune import finetune
 
-    loaded = _load(recipe, set_)
+    loaded = find_recipe(recipe, set_)
     path = output or Path(f"{loaded.name}.yaml")
     compiler.Compiler().compile(finetune(loaded), str(path))
     console.print(f"wrote {path}", highlight=False)
@@ -191,24 +193,6 @@ def main() -> None:
     except TunelineError as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
-
-
-def _load(name: str, assignments: list[str]) -> Recipe:
-    """Load a recipe from a file or by the name of a shipped one."""
-    overrides = {}
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"--set {assignment}: write KEY=VALUE, e.g. train.max_steps=60")
-        overrides[key] = yaml.safe_load(value)
-    path = Path(name)
-    shipped = RECIPES_DIR / f"{name}.yaml"
-    if not path.exists() and shipped.exists():
-        path = shipped
-    if not path.exists():
-        known = ", ".join(sorted(found.stem for found in RECIPES_DIR.glob("*.yaml")))
-        raise RecipeError(f"no recipe '{name}': give a YAML file, or one of {known}")
-    return load_recipe(path, overrides)
 
 
 def _summary_path(run_dir: Path) -> Path | None:

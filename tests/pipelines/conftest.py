@@ -1,0 +1,36 @@
+"""A KFP server for the tests of the commands that talk to one."""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import kfp
+import pytest
+
+
+def load_kfp_server() -> ModuleType:
+    # tests are not packages, so the module beside this one is loaded by its path.
+    path = Path(__file__).parent / "kfp_server.py"
+    spec = importlib.util.spec_from_file_location("kfp_server", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def kfp_server(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Any]:
+    """The server, named in the environment; parametrize indirectly for its arguments."""
+    arguments = getattr(request, "param", {})
+    with load_kfp_server().KfpServer(**arguments) as server:
+        monkeypatch.setenv("KFP_ENDPOINT", server.host)
+        for name in ("KFP_TOKEN", "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_SA_TOKEN_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        # A session of the person who runs the tests has no part in them.
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setattr(kfp.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
+        yield server
