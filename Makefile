@@ -35,7 +35,7 @@ demo: $(STAMP)  ## run the whole line on an embedded small model, CPU only
 	$(BIN)/tuneline run demo
 
 test: $(STAMP)  ## run the tests (CPU)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

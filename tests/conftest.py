@@ -1,12 +1,14 @@
 """Fixtures that several areas share."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,15 +24,20 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model as the fetch step makes it."""
-    path = tmp_path_factory.mktemp("smollm2") / "model"
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "tuneline.fetch"),
-            *("--source", "builtin:smollm2-135m", "--base-model", str(path)),
-        ],
-        check=True,
-    )
+    """The embedded model as the fetch step makes it, once for all test processes."""
+    base = tmp_path_factory.getbasetemp()
+    # pytest-xdist gives each of its processes a directory below the run's.
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    path = shared / "smollm2"
+    with FileLock(shared / "smollm2.lock"):
+        if not path.is_dir():
+            subprocess.run(
+                [
+                    *(sys.executable, "-m", "tuneline.fetch"),
+                    *("--source", "builtin:smollm2-135m", "--base-model", str(path)),
+                ],
+                check=True,
+            )
     return path
 
 

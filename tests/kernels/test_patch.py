@@ -81,7 +81,7 @@ def make_model(family="llama", *, dtype=torch.float32, **lora):
     return model.to(dtype).train()
 
 
-def batch(num_rows=2, length=19):
+def batch(num_rows=2, length=9):
     """Random tokens; some labels are ignored."""
     generator = torch.Generator().manual_seed(3)
     input_ids = torch.randint(3, 67, (num_rows, length), generator=generator)
@@ -142,7 +142,7 @@ def test_gradients_match_stock(family, budget):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_row_equals_its_sequences_alone(family):
-    lengths = [11, 1, 13]
+    lengths = [8, 1, 4]
     ids = batch(1, sum(lengths))["input_ids"]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     labels = ids.clone()
@@ -162,21 +162,21 @@ def test_packed_row_equals_its_sequences_alone(family):
     assert_same(packed, (sum(losses), total))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_any_budget_gives_the_same_bits(family):
     model = make_model(family)
     results = []
-    for budget in ("lean", 0, 120e-6, 10, "auto"):
+    for budget in ("lean", 60e-6, 10):
         patch(model, budget=budget)
         results.append((step(model, batch()), model.get_base_model().model._tuneline_engine))
-    assert [engine.last_num_kept for _, engine in results] == [0, 0, 1, 2, 2]
+    assert [engine.last_num_kept for _, engine in results] == [0, 1, 2]
     for (loss, grads), _ in results[1:]:
         assert torch.equal(loss, results[0][0][0])
         for name, grad in results[0][0][1].items():
             assert torch.equal(grads[name], grad), name
 
 
-@pytest.mark.parametrize("chunk", [5, 16, 38])
+@pytest.mark.parametrize("chunk", [5, 18])
 def test_chunks_of_the_mlp_add_up(chunk, monkeypatch):
     model = make_model("gemma2")
     want = step(model, batch())
@@ -188,8 +188,8 @@ def test_chunks_of_the_mlp_add_up(chunk, monkeypatch):
 def test_right_padding_matches_stock_and_left_padding_takes_the_stock_path():
     inputs = batch()
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs["attention_mask"][0, 12:] = 0
-    inputs["labels"][0, 12:] = -100
+    inputs["attention_mask"][0, 6:] = 0
+    inputs["labels"][0, 6:] = -100
     model = make_model()
     want = step(model, inputs)
     patch(model)
@@ -222,8 +222,8 @@ def test_other_adapters_fall_back_with_a_reason_and_the_right_numbers(lora, reas
 
 def test_a_layer_that_cannot_be_fused_stays_stock_beside_fused_ones():
     # Without use_cache=False the stock model makes a cache, and then sees no packing.
-    positions = torch.cat([torch.arange(8), torch.arange(11)])[None]
-    packed = {**batch(1), "use_cache": False, "position_ids": positions}
+    positions = torch.cat([torch.arange(4), torch.arange(6)])[None]
+    packed = {**batch(1, 10), "use_cache": False, "position_ids": positions}
     model = make_model()
     norm = model.get_base_model().model.layers[0].input_layernorm
     norm.weight.requires_grad_(True)
@@ -286,7 +286,7 @@ def test_gradient_checkpointing_does_not_run_fused_layers_twice():
 
 def test_accumulation_and_two_forwards_before_one_backward():
     model = make_model()
-    one, two = batch(1, 9), batch(2, 14)
+    one, two = batch(1, 5), batch(2, 8)
     want = [step(model, one)[1], step(model, two)[1]]
     patch(model, budget="lean")
     model.zero_grad(set_to_none=True)

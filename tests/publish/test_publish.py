@@ -70,7 +70,7 @@ def run_dir(tmp_path: Path) -> Path:
         sha256="1" * 64,
     ).write(directory("base"))
     DatasetManifest(
-        source="/somewhere/private/rows.jsonl",
+        source="/home/someone/private/rows.jsonl",
         method="sft",
         format="alpaca",
         template="tokenizer",
@@ -160,7 +160,7 @@ def publish(
     recipe = Recipe(
         name="mine",
         base_model="org/base",
-        dataset="/somewhere/private/rows.jsonl",
+        dataset="/home/someone/private/rows.jsonl",
         publish_to="org/somewhere",
     )
     config = run_dir / "publish.json"
@@ -253,7 +253,7 @@ def test_the_card(run_dir: Path, tmp_path: Path) -> None:
     assert "| q8_0 | 0.0 MB | 8.50 | an answer |" in body
     assert "2" * 16 in body
     assert "90 rows to train" in body
-    assert "/somewhere" not in card
+    assert "/home/someone" not in card
     marker = json.loads((tmp_path / "out" / "mine" / "tuneline.json").read_text())
     assert marker["dataset_sha256"] == "2" * 64
 

@@ -5,10 +5,12 @@ run as lm-eval runs them by default: as plain text, no chat template, also for i
 that numbers can be set beside published ones.
 """
 
+import contextlib
 import importlib.metadata
 import logging
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +119,8 @@ def _measure(
     lm: Any, tasks: dict[str, Any], config: EvaluateConfig, *, manager: Any, templated: bool
 ) -> list[tuple[str, list[dict[str, Any]]]]:
     """Run lm-eval and return its samples by task."""
-    import contextlib
-
-    from lm_eval import simple_evaluate
-
-    with lm.templated() if templated else contextlib.nullcontext():
-        result = simple_evaluate(
+    with lm.templated() if templated else contextlib.nullcontext(), _no_machine_report() as lm_eval:
+        result = lm_eval.simple_evaluate(
             model=lm,
             tasks=list(tasks.values()),
             task_manager=manager,
@@ -133,3 +131,19 @@ def _measure(
             log_samples=True,
         )
     return sorted(result["samples"].items())
+
+
+@contextlib.contextmanager
+def _no_machine_report() -> Iterator[Any]:
+    """Give lm-eval's evaluator, its report on the machine left out.
+
+    The report runs `pip list`, compilers and more for 4 s a call, and nothing here reads it.
+    """
+    from lm_eval import evaluator
+
+    report = evaluator.add_env_info
+    evaluator.add_env_info = lambda results: None
+    try:
+        yield evaluator
+    finally:
+        evaluator.add_env_info = report

@@ -30,11 +30,19 @@ from tuneline.report.component import report
 from tuneline.train.component import train
 
 
-def finetune(recipe: Recipe) -> BaseComponent:
-    """Build the pipeline of a recipe, ready to compile or to run locally."""
+def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
+    """Build the pipeline of a recipe, ready to compile or to run locally.
+
+    Args:
+        recipe: what to build.
+        on_cluster: place tasks by the recipe. A local runner has no use for that, and would
+            honour the retries: minutes of waiting where a person could correct a name.
+    """
 
     def placed(component: Callable[..., dsl.PipelineTask], **arguments: object) -> dsl.PipelineTask:
         task = component(**arguments)
+        if not on_cluster:
+            return task
         return place(task, component.name, recipe.placement)  # type: ignore[attr-defined]
 
     exporters = {}

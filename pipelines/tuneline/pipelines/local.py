@@ -33,7 +33,7 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
     artifacts_dir.mkdir(parents=True, exist_ok=True)
     # Below the artifacts, because that is the directory that containers get mounted.
     environment = {EVENTS_VARIABLE: str(artifacts_dir / EVENTS_FILE)}
-    # Settings for a cluster are ignored here, and KFP warns about each; that is known.
+    # KFP warns of each setting that means nothing here (display names, caching); that is known.
     warnings.filterwarnings("ignore", module="kfp")
     if runner == "docker":
         chosen = local.DockerRunner(
@@ -51,7 +51,7 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
     publish_to = recipe.publish_to
     if publish_to.startswith("dir:"):
         publish_to = f"dir:{(run_dir / publish_to.removeprefix('dir:')).resolve()}"
-    finetune(recipe)(publish_to=publish_to)
+    finetune(recipe, on_cluster=False)(publish_to=publish_to)
 
 
 if __name__ == "__main__":
