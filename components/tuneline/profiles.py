@@ -80,6 +80,15 @@ class Toleration(StrictModel):
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = "NoSchedule"
     """None: every effect."""
 
+    @model_validator(mode="after")
+    def _value_goes_with_equal(self) -> Self:
+        if (self.value is None) != (self.operator == "Exists"):
+            raise ValueError(
+                f"a toleration of {self.key} with operator {self.operator} "
+                + ("takes no value" if self.operator == "Exists" else "needs a value")
+            )
+        return self
+
 
 Profile = Literal["local", "t4", "a10g", "a100-40g", "a100-80g", "h100"]
 
@@ -139,6 +148,13 @@ class PlacementConfig(StrictModel):
                 f"workload_priority_class '{self.workload_priority_class}' means nothing without "
                 "`queue`: name a LocalQueue, or leave it out"
             )
+        limit = self.accelerated.memory_limit
+        if self.shared_memory and limit:
+            if quantity_value(self.shared_memory) >= quantity_value(limit):
+                raise ValueError(
+                    f"shared_memory {self.shared_memory} counts towards accelerated.memory_limit "
+                    f"{limit}: make it smaller"
+                )
         for secret, variables in self.secrets.items():
             for variable in variables.values():
                 if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):

@@ -11,6 +11,7 @@ from kfp import compiler
 
 from tuneline.pipelines.cli import RECIPES_DIR
 from tuneline.pipelines.finetune import finetune
+from tuneline.pipelines.lint import lint_file
 from tuneline.pipelines.placement import NEEDS, USER_ID
 from tuneline.recipe import load_recipe
 
@@ -53,6 +54,7 @@ def test_nothing_that_must_not_be_there(name: str, tmp_path: Path) -> None:
     assert ":latest" not in text
     for home in ("/root", "/home", os.path.expanduser("~"), str(Path.cwd())):
         assert home not in text
+    assert lint_file(path) == []
 
 
 def executors(pipeline: dict) -> dict[str, dict]:

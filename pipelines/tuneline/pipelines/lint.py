@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from tuneline.errors import RecipeError
+from tuneline.pipelines.lint_absent import Found, check_executors, check_pod, check_resource
 from tuneline.pipelines.secret_values import find_secrets, is_credential_name, mask, mask_within
 
 MAX_SHOWN_CHARACTERS = 80
@@ -48,10 +49,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"document {self.document}, {self.path}: {self.rule}: {self.value}; {self.fix}"
-
-
-_Found = Iterator[tuple[str, str, str, str]]
-"""Path, rule, value, fix."""
 
 
 def lint_file(path: str | Path) -> list[Finding]:
@@ -90,7 +87,7 @@ def lint_documents(documents: list[Any]) -> list[Finding]:
     return findings
 
 
-def _lint(document: Any, platform: dict[str, Any]) -> _Found:
+def _lint(document: Any, platform: dict[str, Any]) -> Found:
     if not isinstance(document, dict) or not (
         _is_pipeline(document) or _is_platform(document) or "kind" in document
     ):
@@ -101,9 +98,12 @@ def _lint(document: Any, platform: dict[str, Any]) -> _Found:
     for path, key, value, parent in _walk(document):
         yield from _present(path, key, value, parent)
     if _is_pipeline(document):
-        yield from _executors(document, platform)
+        yield from check_executors(document, platform)
     else:
-        yield from _resources_of_kubernetes(document)
+        yield from check_resource(document)
+        for path, node in [("", document), *((path, node) for path, _, node, _ in _walk(document))]:
+            if isinstance(node, dict) and isinstance(node.get("containers"), list):
+                yield from check_pod(path, node)
 
 
 def _is_pipeline(document: Any) -> bool:
@@ -128,7 +128,7 @@ def _walk(
             yield from _walk(value, f"{path}[{index}]", key, node)
 
 
-def _present(path: str, key: str, value: Any, parent: Any) -> _Found:
+def _present(path: str, key: str, value: Any, parent: Any) -> Found:
     """What is wrong by standing there, in any kind of document."""
     if isinstance(value, str):
         yield from _secrets(path, key, value, parent)
@@ -156,7 +156,7 @@ def _present(path: str, key: str, value: Any, parent: Any) -> _Found:
             yield path, "pip-install", shown, "build the package into the image"
 
 
-def _secrets(path: str, key: str, value: str, parent: Any) -> _Found:
+def _secrets(path: str, key: str, value: str, parent: Any) -> Found:
     fix = "take it out, revoke it, and refer to a Kubernetes secret by name"
     found = find_secrets(value)
     for kind, secret in found:
@@ -169,103 +169,13 @@ def _secrets(path: str, key: str, value: str, parent: Any) -> _Found:
         yield path, "secret-value", shown, "use valueFrom.secretKeyRef instead of value"
 
 
-def _image(path: str, image: str) -> _Found:
+def _image(path: str, image: str) -> Found:
     # What a pipeline fills in when it runs has no tag yet.
     if "{{" in image or "@sha256:" in image:
         return
     tag = image.rpartition("/")[2].partition(":")[2]
     if tag in ("", "latest"):
         yield path, "image-tag", _shorten(image), "name a version or a digest (@sha256:...)"
-
-
-def _executors(document: dict[str, Any], platform: dict[str, Any]) -> _Found:
-    """What KFP's containers must say: in the pipeline, and in its platform part."""
-    executors = document.get("deploymentSpec", {}).get("executors", {})
-    kubernetes = platform.get("platforms", {}).get("kubernetes", {}).get("deploymentSpec", {})
-    for name, executor in executors.items():
-        if "container" not in executor:
-            continue
-        path = f"deploymentSpec.executors.{name}"
-        resources = executor["container"].get("resources", {})
-        absent = [
-            words
-            for key, words in {
-                "CpuRequest": "CPU request",
-                "CpuLimit": "CPU limit",
-                "MemoryRequest": "memory request",
-                "MemoryLimit": "memory limit",
-            }.items()
-            if not resources.get(f"resource{key}") and not resources.get(key[0].lower() + key[1:])
-        ]
-        if absent:
-            fix = "set_cpu_request, set_cpu_limit, set_memory_request, set_memory_limit"
-            yield f"{path}.container.resources", "resources", f"no {', no '.join(absent)}", fix
-        context = kubernetes.get("executors", {}).get(name, {}).get("securityContext", {})
-        if context.get("runAsNonRoot") is not True:
-            fix = "kfp.kubernetes.set_security_context(task, run_as_user=..., run_as_non_root=True)"
-            yield path, "root-user", "runAsNonRoot is not set", fix
-
-
-def _resources_of_kubernetes(document: dict[str, Any]) -> _Found:
-    """What whole pods, service accounts and secrets must say."""
-    kind = document.get("kind")
-    if kind == "ServiceAccount" and "automountServiceAccountToken" not in document:
-        fix = "say false, or true where its pods call the Kubernetes API"
-        yield "automountServiceAccountToken", "automount", "not set, which means true", fix
-    if kind == "Secret":
-        for part in ("data", "stringData"):
-            for name, value in (document.get(part) or {}).items():
-                # A token of a known form was found already.
-                if value and not find_secrets(str(value)):
-                    fix = "keep values out of files: kubectl create secret, or an external store"
-                    yield f"{part}.{name}", "secret-value", mask(str(value)), fix
-    if kind == "Kustomization":
-        for index, generator in enumerate(document.get("secretGenerator") or []):
-            for literal in generator.get("literals") or []:
-                name, _, value = str(literal).partition("=")
-                if value:
-                    fix = "name a file that is not committed (envs, files)"
-                    shown = f"{name}={mask(value)}"
-                    yield f"secretGenerator[{index}].literals", "secret-value", shown, fix
-    for path, _, node, _ in [("", "", document, None), *_walk(document)]:
-        if isinstance(node, dict) and isinstance(node.get("containers"), list):
-            yield from _pod(path, node)
-
-
-def _pod(path: str, pod: dict[str, Any]) -> _Found:
-    prefix = f"{path}." if path else ""
-    whole = [
-        (f"{prefix}{part}[{index}]", container)
-        for part in ("containers", "initContainers")
-        for index, container in enumerate(pod.get(part) or [])
-        if isinstance(container, dict) and isinstance(container.get("image"), str)
-    ]
-    if not whole:
-        return
-    account = pod.get("serviceAccountName")
-    if pod.get("automountServiceAccountToken") is not False and account in (None, "", "default"):
-        fix = "set it to false, or name a service account with the rights the pod needs"
-        where = f"{prefix}automountServiceAccountToken"
-        yield where, "automount", "a token of the default service account", fix
-    shared = pod.get("securityContext") or {}
-    for where, container in whole:
-        context = {**shared, **(container.get("securityContext") or {})}
-        if "runAsNonRoot" not in context:
-            fix = "set runAsNonRoot: true and a numeric runAsUser"
-            yield f"{where}.securityContext", "root-user", "runAsNonRoot is not set", fix
-        if "allowPrivilegeEscalation" not in context:
-            fix = "set allowPrivilegeEscalation: false"
-            yield f"{where}.securityContext", "privilege-escalation", "not set", fix
-        resources = container.get("resources") or {}
-        absent = [
-            f"no {name} {part.removesuffix('s')}"
-            for part in ("requests", "limits")
-            for name in ("cpu", "memory")
-            if not (resources.get(part) or {}).get(name)
-        ]
-        if absent:
-            fix = "give requests and limits for cpu and memory"
-            yield f"{where}.resources", "resources", ", ".join(absent), fix
 
 
 def _shorten(text: str) -> str:

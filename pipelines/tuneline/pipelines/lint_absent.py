@@ -1,0 +1,108 @@
+"""The part of the lint that asks what a document should say and does not.
+
+Asked of KFP's executors, whole pods, service accounts, secrets and generators of secrets; `lint`
+has the rules. Documents may be of any shape: what is not a mapping or a list counts as empty.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from tuneline.pipelines.secret_values import find_secrets, mask
+
+Found = Iterator[tuple[str, str, str, str]]
+"""Path, rule, value, fix."""
+
+
+def check_executors(pipeline: dict[str, Any], platform: dict[str, Any]) -> Found:
+    """Check KFP's containers: resources in the pipeline, the user in its platform part."""
+    kubernetes = _mapping(platform, "platforms", "kubernetes", "deploymentSpec", "executors")
+    for name, executor in _mapping(pipeline, "deploymentSpec", "executors").items():
+        if "container" not in _mapping(executor):
+            continue
+        path = f"deploymentSpec.executors.{name}"
+        resources = _mapping(executor, "container", "resources")
+        absent = [
+            words
+            for key, words in {
+                "CpuRequest": "CPU request",
+                "CpuLimit": "CPU limit",
+                "MemoryRequest": "memory request",
+                "MemoryLimit": "memory limit",
+            }.items()
+            if not resources.get(f"resource{key}") and not resources.get(key[0].lower() + key[1:])
+        ]
+        if absent:
+            fix = "set_cpu_request, set_cpu_limit, set_memory_request, set_memory_limit"
+            yield f"{path}.container.resources", "resources", f"no {', no '.join(absent)}", fix
+        if "runAsNonRoot" not in _mapping(kubernetes, name, "securityContext"):
+            fix = "kfp.kubernetes.set_security_context(task, run_as_user=..., run_as_non_root=True)"
+            yield path, "root-user", "runAsNonRoot is not set", fix
+
+
+def check_resource(document: dict[str, Any]) -> Found:
+    """Check a service account, a secret, or a kustomization that generates secrets."""
+    kind = document.get("kind")
+    if kind == "ServiceAccount" and "automountServiceAccountToken" not in document:
+        fix = "say false, or true where its pods call the Kubernetes API"
+        yield "automountServiceAccountToken", "automount", "not set, which means true", fix
+    if kind == "Secret":
+        fix = "keep values out of files: kubectl create secret, or an external store"
+        for part in ("data", "stringData"):
+            for name, value in _mapping(document, part).items():
+                # A token of a known form was found already.
+                if value and not find_secrets(str(value)):
+                    yield f"{part}.{name}", "secret-value", mask(str(value)), fix
+    if kind == "Kustomization":
+        fix = "name a file that is not committed (envs, files)"
+        for index, generator in enumerate(_list(document.get("secretGenerator"))):
+            for literal in _list(_mapping(generator).get("literals")):
+                name, _, value = str(literal).partition("=")
+                if value:
+                    path = f"secretGenerator[{index}].literals"
+                    yield path, "secret-value", f"{name}={mask(value)}", fix
+
+
+def check_pod(path: str, pod: dict[str, Any]) -> Found:
+    """Check a pod's spec, or what a template of one says, at `path`."""
+    prefix = f"{path}." if path else ""
+    whole = [
+        (f"{prefix}{part}[{index}]", container)
+        for part in ("containers", "initContainers")
+        for index, container in enumerate(_list(pod.get(part)))
+        if isinstance(_mapping(container).get("image"), str)
+    ]
+    if not whole:
+        return
+    account = pod.get("serviceAccountName")
+    if pod.get("automountServiceAccountToken") is not False and account in (None, "", "default"):
+        fix = "set it to false, or name a service account with the rights the pod needs"
+        where = f"{prefix}automountServiceAccountToken"
+        yield where, "automount", "a token of the default service account", fix
+    for where, container in whole:
+        own = _mapping(container, "securityContext")
+        if "runAsNonRoot" not in {**_mapping(pod, "securityContext"), **own}:
+            fix = "set runAsNonRoot: true and a numeric runAsUser"
+            yield f"{where}.securityContext", "root-user", "runAsNonRoot is not set", fix
+        if "allowPrivilegeEscalation" not in own:
+            fix = "set allowPrivilegeEscalation: false"
+            yield f"{where}.securityContext", "privilege-escalation", "not set", fix
+        absent = [
+            f"no {name} {part.removesuffix('s')}"
+            for part in ("requests", "limits")
+            for name in ("cpu", "memory")
+            if not _mapping(container, "resources", part).get(name)
+        ]
+        if absent:
+            fix = "give requests and limits for cpu and memory"
+            yield f"{where}.resources", "resources", ", ".join(absent), fix
+
+
+def _mapping(node: Any, *keys: str) -> dict[str, Any]:
+    """Follow keys through nested mappings; what is not there is empty."""
+    for key in keys:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node if isinstance(node, dict) else {}
+
+
+def _list(node: Any) -> list[Any]:
+    return node if isinstance(node, list) else []
