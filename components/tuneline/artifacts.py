@@ -201,6 +201,10 @@ class TrainingSummary(Record):
     peak_memory_bytes: int
     """Peak of the device's allocator, or resident memory of the process on a CPU."""
     history: list[TrainingPoint]
+    num_skipped_steps: int = 0
+    """Steps whose loss or gradient was not finite."""
+    num_rollbacks: int = 0
+    """How often too many of them in a row sent the run back, to go on with a lower rate."""
     num_resumptions: int = 0
     """How often the run was continued from a checkpoint."""
     base_sha256: str

@@ -125,6 +125,12 @@ class CheckpointStore:
         for old in self.steps()[:-NUM_KEPT]:
             shutil.rmtree(self.path(old), ignore_errors=True)
 
+    def discard_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps."""
+        for later in self.steps():
+            if later > step:
+                shutil.rmtree(self.path(later), ignore_errors=True)
+
     def remove(self) -> None:
         """Delete the run's directory, and the root if nothing else is in it."""
         shutil.rmtree(self.directory, ignore_errors=True)

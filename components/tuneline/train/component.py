@@ -15,7 +15,7 @@ def train(
     curves: dsl.Output[dsl.HTML],
 ):
     """Train a QLoRA adapter; `config` is a TrainConfig as JSON."""
-    from tuneline.step import step
+    from tuneline.step import log_metrics, step
     from tuneline.train import TrainConfig, run
     from tuneline.train.metrics import artifact_metadata, comparable_metrics
 
@@ -28,5 +28,4 @@ def train(
             curves_path=curves.path,
         )
         adapter.metadata.update(artifact_metadata(summary))
-        for name, value in comparable_metrics(summary).items():
-            metrics.log_metric(name, value)
+        log_metrics(metrics, comparable_metrics(summary))

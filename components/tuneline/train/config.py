@@ -64,6 +64,9 @@ class TrainConfig(StrictModel):
     logging_steps: int = Field(1, ge=1)
     eval_steps: int | None = Field(None, ge=1)
     """Measure the evaluation loss so often; default: five times over the run."""
+    max_skipped_in_a_row: int = Field(3, ge=1)
+    """A step whose loss or gradient is not finite is skipped; after so many in a row the run goes
+    back to a checkpoint, with a lower rate."""
     checkpoint_minutes: float = Field(10.0, ge=0)
     """Time between checkpoints; 0: after every step. SIGTERM writes one in any case."""
     seed: int = 3407

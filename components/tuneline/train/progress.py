@@ -10,7 +10,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from tuneline.artifacts import TrainingPoint
-from tuneline.errors import TrainingError
 from tuneline.step import emit
 from tuneline.train.run_state import RunState
 
@@ -66,19 +65,11 @@ class ProgressCallback(TrainerCallback):
         self._run_state.step_seconds += time.monotonic() - self._step_began
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the values and show them.
-
-        Raises:
-            TrainingError: the gradient is not a number any more.
-        """
+        """Keep the values and show them."""
         logs = kwargs["logs"]
         found = {field: logs[name] for name, field in _FIELDS.items() if name in logs}
         if not found:
             return
-        # With float16 the loss scaler meets infinite gradients on purpose, and skips the step.
-        norm = found.get("grad_norm")
-        if norm is not None and not args.fp16 and norm != norm:
-            raise diverged("the gradient", state.global_step, args.learning_rate)
         points = self._run_state.points
         before = points.get(state.global_step, TrainingPoint(step=state.global_step))
         values = {name: float(value) for name, value in found.items()}
@@ -112,12 +103,3 @@ class ProgressCallback(TrainerCallback):
                 total=state.max_steps,
                 note=self._note,
             )
-
-
-def diverged(what: str, step: int, learning_rate: float) -> TrainingError:
-    """Return the error for a value that is NaN or infinite."""
-    return TrainingError(
-        f"{what} is not a finite number at step {step}: lower train.learning_rate (it is "
-        f"{learning_rate:g}; try {learning_rate / 10:g}), lengthen warmup_steps, or lower "
-        "max_grad_norm"
-    )

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class ResumableTrainer(Trainer):
         self.store: CheckpointStore | None = None
         """Where checkpoints go; none are written without it."""
         self.stop = StopRequest()
+        self._rate_scale = 1.0
 
     def keep_checkpoints(
         self, store: CheckpointStore, *, minutes: float, stop: StopRequest
@@ -45,12 +46,23 @@ class ResumableTrainer(Trainer):
         self.stop = stop
         self.add_callback(_CheckpointCallback(self, minutes))
 
-    def train_from(self, checkpoint: Path | None) -> None:
-        """Train to the end, from a checkpoint where one is given."""
+    def train_from(self, checkpoint: Path | None, carried: Mapping[str, Any] = {}) -> None:
+        """Train to the end, from a checkpoint where one is given.
+
+        Args:
+            checkpoint: what `CheckpointStore.latest` found.
+            carried: values of the run's state that stay as they are when it is read; a
+                `rate_factor` among them scales the rates of the steps to come.
+        """
         if checkpoint is not None:
             text = (checkpoint / _STATE_FILE).read_text(encoding="utf-8")
             self.run_state.become(RunState.parse(text, where=str(checkpoint / _STATE_FILE)))
-            self.run_state.num_resumptions += 1
+            factor = self.run_state.rate_factor
+            if carried:
+                self.run_state.become(self.run_state.model_copy(update=carried))
+            else:
+                self.run_state.num_resumptions += 1
+            self._rate_scale = self.run_state.rate_factor / factor
         evaluates = self.eval_dataset is not None
         first_is_missing = 0 not in self.run_state.points
         self.args.eval_on_start = evaluates and (first_is_missing or self.run_state.evaluation_due)
@@ -64,6 +76,18 @@ class ResumableTrainer(Trainer):
     def is_done(self) -> bool:
         """Whether no step and no evaluation is left."""
         return self.state.global_step >= self.state.max_steps and not self.run_state.evaluation_due
+
+    def _scale_rates(self) -> None:
+        if self._rate_scale == 1.0:
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] *= self._rate_scale
+            group["initial_lr"] *= self._rate_scale
+        scheduler = self.lr_scheduler
+        scheduler.base_lrs = [rate * self._rate_scale for rate in scheduler.base_lrs]
+        scheduler._last_lr = [rate * self._rate_scale for rate in scheduler._last_lr]
+        self._rate_scale = 1.0
 
     @property
     def _measured(self) -> dict[str, list[float]]:
@@ -140,10 +164,11 @@ class _CheckpointCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
         self._last = time.monotonic()
+        trainer._scale_rates()
+        trainer._measured.clear()
         if state.global_step:
             run_state = trainer.run_state
             trainer._tr_loss.fill_(run_state.loss_since_log)
-            trainer._measured.clear()
             trainer._measured.update(run_state.metrics_since_log)
             trainer._globalstep_last_logged = run_state.last_logged_step
         elif trainer.store is not None and not trainer.store.steps():

@@ -61,6 +61,26 @@ def load_rows(
     return packed, _pack(held, manifest) if held is not None else None
 
 
+def rows_in_packs(
+    dataset_dir: str | Path, manifest: DatasetManifest, *, cache_dir: Path
+) -> "Dataset":
+    """Return packs as `load_rows` makes them, with one column: each token's `row`, from 0."""
+    from datasets import Dataset
+
+    rows = Dataset.from_parquet(str(Path(dataset_dir, TRAIN_FILE)), cache_dir=str(cache_dir))
+    numbered = rows.map(
+        lambda columns, numbers: {
+            "row": [
+                [number] * len(ids) for ids, number in zip(columns[INPUT_IDS], numbers, strict=True)
+            ]
+        },
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+    )
+    return _pack(numbered, manifest)
+
+
 def _read(path: Path, manifest: DatasetManifest, cache_dir: Path) -> "Dataset | None":
     from datasets import Dataset
 

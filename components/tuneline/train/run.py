@@ -50,7 +50,7 @@ def run(
         ModelError: a target module or the tokenizer is missing.
         DataError: there is no row to train on.
         RecipeError: a name in the config is unknown to the libraries.
-        TrainingError: the loss is not a finite number any more.
+        TrainingError: losses or gradients are not finite, and no lower rate helped.
         StoppedError: SIGTERM came; the checkpoint is written.
         StorageError: checkpoints cannot be written, or another process is writing them.
         OutputExistsError: `adapter_dir` has something in it.
@@ -125,6 +125,7 @@ def _train(
     from tuneline.nf4 import load_base
     from tuneline.train.adapter import keep_adapter_in_fp32, lora_config, save_adapter
     from tuneline.train.arguments import num_total_steps, training_arguments
+    from tuneline.train.divergence import train_through
     from tuneline.train.interruption import stop_on_sigterm
     from tuneline.train.precision import choose_dtype, peak_memory_bytes
     from tuneline.train.progress import ProgressCallback
@@ -155,6 +156,7 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     state = trainer.run_state
+    trainer.max_skipped_in_a_row = config.max_skipped_in_a_row
     progress = ProgressCallback(state)
     trainer.add_callback(progress)
     keep_adapter_in_fp32(trainer.model)
@@ -172,7 +174,13 @@ def _train(
         checkpoint = store.latest()
         if checkpoint is not None:
             logger.info("continuing from %s", checkpoint)
-        trainer.train_from(checkpoint)
+        train_through(
+            trainer,
+            checkpoint,
+            dataset_dir=dataset_dir,
+            manifest=manifest,
+            packing=config.packing,
+        )
         if stop.is_made and not trainer.is_done:
             raise StoppedError(
                 f"stopped by SIGTERM after step {trainer.state.global_step} of "
@@ -198,6 +206,8 @@ def _train(
         tokens_per_second=state.num_tokens / max(state.step_seconds, 1e-9),
         peak_memory_bytes=peak_memory_bytes(device),
         history=history,
+        num_skipped_steps=state.num_skipped_steps,
+        num_rollbacks=state.num_rollbacks,
         num_resumptions=state.num_resumptions,
         base_sha256=origin.sha256,
         dataset_sha256=manifest.sha256,

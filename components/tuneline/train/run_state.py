@@ -20,6 +20,12 @@ class RunState(StrictModel):
     step_seconds: float = 0.0
     """Time in training steps alone, without evaluations."""
     num_resumptions: int = 0
+    num_skipped_steps: int = 0
+    """Steps whose loss or gradient was not finite, those undone by a rollback too."""
+    skipped_in_a_row: int = 0
+    num_rollbacks: int = 0
+    rate_factor: float = 1.0
+    """What rollbacks multiplied the learning rate by."""
     loss_since_log: float = 0.0
     """Sum of the losses of the steps after the last one that was logged."""
     metrics_since_log: dict[str, list[float]] = {}

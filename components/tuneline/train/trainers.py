@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from trl import DPOTrainer, SFTTrainer
 
-from tuneline.train.progress import diverged
-from tuneline.train.resumable import ResumableTrainer
+from tuneline.train.divergence import GuardedTrainer
 from tuneline.train.rows import IGNORED
 
 
-class SupervisedTrainer(ResumableTrainer, SFTTrainer):
+class SupervisedTrainer(GuardedTrainer, SFTTrainer):
     """SFTTrainer whose evaluation loss is a mean over tokens, not over batches.
 
     TRL averages the means of batches, so its figure depends on how rows were packed.
@@ -37,21 +36,14 @@ class SupervisedTrainer(ResumableTrainer, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the mean negative log-likelihood of the labelled tokens.
-
-        Raises:
-            TrainingError: it is NaN or infinite during training.
-        """
+        """Return the mean negative log-likelihood of the labelled tokens."""
         if model.training:
             mask = inputs.get("attention_mask")
             count = inputs["input_ids"].numel() if mask is None else mask.sum()
             self.run_state.num_tokens += int(count)
         if self._selects_logits and not return_outputs:
-            loss = _selected_loss(model, inputs, num_items_in_batch)
-        else:
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        _check_finite(self, model, loss[0] if return_outputs else loss)
-        return loss
+            return _selected_loss(model, inputs, num_items_in_batch)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(
         self,
@@ -76,7 +68,7 @@ class SupervisedTrainer(ResumableTrainer, SFTTrainer):
         return output
 
 
-class PreferenceTrainer(ResumableTrainer, DPOTrainer):
+class PreferenceTrainer(GuardedTrainer, DPOTrainer):
     """DPOTrainer on prompt_ids, chosen_ids and rejected_ids; the reference is the adapter off."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
@@ -90,17 +82,11 @@ class PreferenceTrainer(ResumableTrainer, DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return TRL's loss.
-
-        Raises:
-            TrainingError: it is NaN or infinite during training.
-        """
+        """Return TRL's loss."""
         if model.training:
             # Prompts count twice: once with each answer.
             self.run_state.num_tokens += int(inputs["attention_mask"].sum())
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        _check_finite(self, model, loss[0] if return_outputs else loss)
-        return loss
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
 def _selected_loss(
@@ -119,8 +105,3 @@ def _selected_loss(
     )
     count = (targets != IGNORED).sum() if num_items is None else torch.as_tensor(num_items)
     return total / count.clamp(min=1)
-
-
-def _check_finite(trainer: Any, model: torch.nn.Module, loss: torch.Tensor) -> None:
-    if model.training and not torch.isfinite(loss):
-        raise diverged("the loss", trainer.state.global_step + 1, trainer.args.learning_rate)

@@ -1,0 +1,169 @@
+"""What happens when a loss or a gradient is NaN or infinite.
+
+The step is skipped: its gradients are dropped before the optimizer sees them, so that no weight
+and no moment is ever touched by them, and it is counted. Several in a row are no accident: the
+run goes back to the last checkpoint before them and on with a lower rate, twice at most.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuneline.artifacts import TRAIN_FILE, DatasetManifest
+from tuneline.errors import TrainingError
+from tuneline.train.batch_rows import rows_of_batches
+from tuneline.train.resumable import ResumableTrainer
+
+logger = logging.getLogger(__name__)
+
+MAX_ROLLBACKS = 2
+RATE_FACTOR = 0.3
+"""A rollback multiplies the learning rate by this: two make it a tenth."""
+NUM_NAMED_ROWS = 20
+
+
+class Diverged(Exception):
+    """Too many steps in a row were not finite."""
+
+
+class GuardedTrainer(ResumableTrainer):
+    """Skips steps whose loss or gradient is not finite.
+
+    One wait for the device a step: the losses of the micro-batches are looked at together with
+    the norm of their gradients. With float16 an infinite norm alone is the loss scaler at work,
+    which skips the step itself; it is not counted.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.max_skipped_in_a_row = 3
+        self.bad_batches: list[int] = []
+        """The micro-batches at fault in the last step that was skipped, from 0."""
+        self._losses: list[torch.Tensor] = []
+        self._loss_before_step = torch.zeros(())
+        self.last_skipped_step = 0
+        self.bad_value = "the loss"
+        """Which value was at fault then: the loss or the gradient."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the loss of a micro-batch after its backward pass."""
+        if not self._losses:
+            self._loss_before_step = self._tr_loss.clone()
+        loss = super().training_step(*args, **kwargs)
+        self._losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # Called once a step, after clipping and before the optimizer.
+        norm = super()._get_grad_norm(model, grad_norm)
+        finite = torch.stack([torch.isfinite(loss) for loss in self._losses]).tolist()
+        self._losses.clear()
+        norm_is_bad = not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm))
+        if all(finite) and not norm_is_bad:
+            self.run_state.skipped_in_a_row = 0
+            return norm
+        bad = [number for number, is_finite in enumerate(finite) if not is_finite]
+        # A bad gradient behind good losses: which batch made it is not known any more.
+        self.bad_batches = bad or list(range(len(finite)))
+        self.bad_value = "the loss" if bad else "the gradient"
+        self._skip_step(model)
+        return None
+
+    def _skip_step(self, model: torch.nn.Module) -> None:
+        state = self.run_state
+        self.last_skipped_step = self.state.global_step + 1
+        state.num_skipped_steps += 1
+        state.skipped_in_a_row += 1
+        logger.warning(
+            "step %d is skipped: %s is not finite", self.last_skipped_step, self.bad_value
+        )
+        # An optimizer passes over parameters without a gradient; weight decay too.
+        model.zero_grad(set_to_none=True)
+        # The logged loss is a mean over steps: this one is neither in its sum nor its count.
+        self._tr_loss.copy_(self._loss_before_step)
+        self._globalstep_last_logged += 1
+        for name, values in list(self._measured.items()):
+            values[:] = [value for value in values if torch.isfinite(torch.as_tensor(value))]
+            if not values:
+                del self._measured[name]
+        if state.skipped_in_a_row >= self.max_skipped_in_a_row:
+            raise Diverged
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.run_state.skipped_in_a_row and not self.stop.is_made:
+            # The newest checkpoint stays one from before the trouble.
+            self.control.should_save = False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+
+def train_through(
+    trainer: GuardedTrainer,
+    checkpoint: Path | None,
+    *,
+    dataset_dir: Path,
+    manifest: DatasetManifest,
+    packing: bool,
+) -> None:
+    """Train from a checkpoint, or from the start, to the end; go back where it diverges.
+
+    Raises:
+        TrainingError: it diverged once more than `MAX_ROLLBACKS`, or from the very first step,
+            where no rate has had a part in it. Names the rows of the last batch at fault.
+    """
+    state = trainer.run_state
+    assert trainer.store is not None
+    carried: dict[str, Any] = {}
+    while True:
+        try:
+            trainer.train_from(checkpoint, carried)
+        except Diverged:
+            last_good = trainer.state.global_step + 1 - state.skipped_in_a_row
+            if last_good > 0 and state.num_rollbacks < MAX_ROLLBACKS:
+                trainer.store.discard_after(last_good)
+                checkpoint = trainer.store.latest()
+                carried = {
+                    "num_skipped_steps": state.num_skipped_steps,
+                    "num_rollbacks": state.num_rollbacks + 1,
+                    "rate_factor": state.rate_factor * RATE_FACTOR,
+                }
+                logger.warning(
+                    "%d steps in a row were skipped: back to %s, with %g of the learning rate",
+                    state.skipped_in_a_row,
+                    checkpoint,
+                    carried["rate_factor"],
+                )
+                continue
+            raise _gave_up(trainer, dataset_dir, manifest, packing) from None
+        if state.skipped_in_a_row and not any(point.loss is not None for point in state.history):
+            raise _gave_up(trainer, dataset_dir, manifest, packing)
+        return
+
+
+def _gave_up(
+    trainer: GuardedTrainer, dataset_dir: Path, manifest: DatasetManifest, packing: bool
+) -> TrainingError:
+    state = trainer.run_state
+    rows = rows_of_batches(
+        trainer, trainer.last_skipped_step, trainer.bad_batches, dataset_dir, manifest, packing
+    )
+    named = ", ".join(str(row) for row in rows[:NUM_NAMED_ROWS])
+    more = f" and {len(rows) - NUM_NAMED_ROWS} more" if len(rows) > NUM_NAMED_ROWS else ""
+    where = (
+        f"{trainer.bad_value} is not a finite number at step {trainer.last_skipped_step}, the last "
+        f"of {state.skipped_in_a_row} in a row"
+    )
+    blame = f"the batch was rows {named}{more} of {TRAIN_FILE}, counted from 0"
+    if state.num_rollbacks:
+        rate = trainer.args.learning_rate
+        return TrainingError(
+            f"{where}, after {state.num_rollbacks} returns to a checkpoint with a lower rate; "
+            f"{blame}: look at them, or lower train.learning_rate (it is {rate:g}, and "
+            f"{rate * state.rate_factor:g} did not help), lengthen warmup_steps, or lower "
+            "max_grad_norm"
+        )
+    return TrainingError(
+        f"{where}, and none before was finite, so that no learning rate can be the cause; {blame}: "
+        "look at them, check that the base model answers sensibly, or take train.dtype float32"
+    )
