@@ -8,7 +8,7 @@ import pytest
 
 from tuneline.artifacts import Decision, new_directory
 from tuneline.errors import DataError, OutputExistsError, WorldError
-from tuneline.step import EVENTS_VARIABLE, step
+from tuneline.step import EVENTS_VARIABLE, log_metrics, step
 
 
 def events(path: Path) -> list[dict]:
@@ -80,3 +80,12 @@ def test_an_artifact_without_its_record_is_none(tmp_path: Path) -> None:
     read = Decision.read(tmp_path)
     assert (read.verdict, read.reason) == ("hold", "no")
     assert read.created_at.endswith("+00:00")
+
+
+def test_metrics_are_metadata_and_a_file(tmp_path: Path) -> None:
+    dsl = pytest.importorskip("kfp.dsl")
+    artifact = dsl.Metrics(name="metrics", uri=str(tmp_path / "metrics"))
+    log_metrics(artifact, {"loss": 0.5})
+    assert artifact.metadata == {"loss": 0.5}
+    # A file is what KFP's local cache looks for.
+    assert json.loads((tmp_path / "metrics").read_text()) == {"loss": 0.5}

@@ -70,6 +70,17 @@ def emit(name: str, event: str, **values: Any) -> None:
         events.write(line + "\n")
 
 
+def log_metrics(artifact: Any, values: dict[str, float]) -> None:
+    """Log numbers on a KFP Metrics artifact, and write them to its file as JSON.
+
+    KFP needs only the metadata; but its local cache takes an output without a file for one that
+    was lost, and runs the step again.
+    """
+    for name, value in values.items():
+        artifact.log_metric(name, value)
+    Path(artifact.path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 def main(
     name: str,
     config: type[StrictModel],

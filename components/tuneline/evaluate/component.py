@@ -16,7 +16,7 @@ def evaluate(
 ):
     """Measure a model, "base" or "tuned"; `config` is an EvaluateConfig as JSON."""
     from tuneline.evaluate import EvaluateConfig, run
-    from tuneline.step import step
+    from tuneline.step import log_metrics, step
 
     with step("evaluate"):
         result = run(
@@ -27,5 +27,4 @@ def evaluate(
             scores_dir=scores.path,
         )
         scores.metadata.update(model=label, harness=result.harness, seconds=result.seconds)
-        for name, score in result.tasks.items():
-            metrics.log_metric(name, score.value)
+        log_metrics(metrics, {name: score.value for name, score in result.tasks.items()})

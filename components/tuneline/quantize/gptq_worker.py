@@ -7,6 +7,7 @@ patches transformers, writes `logs/` into the working directory and draws on the
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main(job_file: str) -> None:
@@ -36,7 +37,21 @@ def main(job_file: str) -> None:
         batch_size=8,
         calibration_data_min_length=1,
     )
+    if not on_gpu:
+        _restore_dtype(model.model, job["model_dir"])
     model.save(job["target"])
+
+
+def _restore_dtype(model: Any, model_dir: str) -> None:
+    """Give embeddings, norms and head the type that they have in the merged model's files."""
+    import torch
+    from transformers import AutoConfig
+
+    dtype = AutoConfig.from_pretrained(model_dir).dtype or torch.float32
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 if __name__ == "__main__":
