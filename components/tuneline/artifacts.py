@@ -201,6 +201,14 @@ class TrainingSummary(Record):
     peak_memory_bytes: int
     """Peak of the device's allocator, or resident memory of the process on a CPU."""
     history: list[TrainingPoint]
+    learning_rate: float | None = None
+    """The schedule's highest: what `auto` came to."""
+    best_step: int | None = None
+    """The step whose adapter was kept: the one with the lowest evaluation loss."""
+    stopped_early: bool = False
+    eval_gap: float | None = None
+    """How far the evaluation loss of the last evaluation was above the mean training loss since the
+    one before it: it grows when a model learns its rows by heart."""
     num_skipped_steps: int = 0
     """Steps whose loss or gradient was not finite."""
     num_rollbacks: int = 0

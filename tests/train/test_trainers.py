@@ -21,6 +21,7 @@ def trainer_for(config, path, base_dir, work):
         args=training_arguments(
             config,
             method="sft",
+            learning_rate=1e-4,
             num_steps=num_total_steps(config, len(rows)),
             max_seq_length=manifest.max_seq_length,
             evaluates=True,

@@ -192,6 +192,9 @@ def training(line: Line) -> str:
     }
     lora = line.recipe.train.lora
     trainable = summary.num_trainable_parameters
+    asked = line.recipe.train.learning_rate
+    used = asked if summary.learning_rate is None else summary.learning_rate
+    rate = used if isinstance(used, str) else number(used)
     pairs = [
         ("Method", f"{summary.method}, LoRA r={lora.r}, alpha={lora.lora_alpha}"),
         ("Base weights", f"{summary.base_quantization}, computed in {summary.compute_dtype}"),
@@ -200,7 +203,7 @@ def training(line: Line) -> str:
             f"{parameters(trainable)} of {parameters(summary.num_parameters)} "
             f"({share(trainable / summary.num_parameters)})",
         ),
-        ("Learning rate", number(line.recipe.train.learning_rate)),
+        ("Learning rate", rate),
         ("Last training loss", number(summary.final_loss)),
         ("Speed", f"{number(summary.tokens_per_second, 3)} tokens/s"),
         ("Peak memory", size(summary.peak_memory_bytes)),

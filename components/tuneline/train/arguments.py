@@ -52,6 +52,7 @@ def training_arguments(
     config: TrainConfig,
     *,
     method: Method,
+    learning_rate: float,
     num_steps: int,
     max_seq_length: int,
     evaluates: bool,
@@ -71,11 +72,11 @@ def training_arguments(
             "reaches %g",
             warmup_steps,
             num_steps,
-            config.learning_rate,
+            learning_rate,
         )
     common: dict[str, Any] = {
         "output_dir": str(work_dir),
-        "learning_rate": config.learning_rate,
+        "learning_rate": learning_rate,
         "lr_scheduler_type": config.lr_scheduler_type,
         "warmup_steps": warmup_steps,
         "max_steps": num_steps,

@@ -1,6 +1,6 @@
 """The recipe's part for training an adapter."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -39,7 +39,8 @@ class TrainConfig(StrictModel):
     dpo: DpoConfig = DpoConfig()
     load_in_4bit: bool = True
     """Keep the frozen base in NF4 with double quantisation."""
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = 2e-4
+    """auto: by method and number of rows, see `train.rates`."""
     lr_scheduler_type: str = "cosine"
     """As in transformers.TrainingArguments."""
     warmup_steps: int = Field(5, ge=0)
@@ -64,6 +65,9 @@ class TrainConfig(StrictModel):
     logging_steps: int = Field(1, ge=1)
     eval_steps: int | None = Field(None, ge=1)
     """Measure the evaluation loss so often; default: five times over the run."""
+    early_stopping_patience: int | None = Field(3, ge=1)
+    """End the run after so many evaluations in a row without a lower loss; null: never. The adapter
+    with the lowest evaluation loss is kept in any case."""
     max_skipped_in_a_row: int = Field(3, ge=1)
     """A step whose loss or gradient is not finite is skipped; after so many in a row the run goes
     back to a checkpoint, with a lower rate."""

@@ -30,6 +30,7 @@ def render(summary: TrainingSummary) -> str:
         sections.append(section("Learning rate", chart))
     facts = [
         ("Steps", f"{summary.num_steps:,}"),
+        *_what_happened(summary),
         ("Tokens", f"{summary.num_tokens:,}"),
         ("Tokens a second", f"{summary.tokens_per_second:,.0f}"),
         ("Trainable parameters", f"{summary.num_trainable_parameters:,}"),
@@ -39,3 +40,19 @@ def render(summary: TrainingSummary) -> str:
     ]
     sections.append(section("Run", table(["Figure", "Value"], facts, numeric=[1])))
     return render_page("Training", sections, f"method {summary.method}")
+
+
+def _what_happened(summary: TrainingSummary) -> list[tuple[str, str]]:
+    """Return the rows that only some runs have."""
+    facts = []
+    if summary.best_step is not None:
+        early = ", stopped early" if summary.stopped_early else ""
+        facts.append(("Adapter kept", f"of step {summary.best_step:,}{early}"))
+    if summary.eval_gap is not None:
+        facts.append(("Evaluation above training loss, at the end", f"{summary.eval_gap:+.4f}"))
+    counts = {
+        "Steps skipped, not finite": summary.num_skipped_steps,
+        "Returns to a checkpoint, with a lower rate": summary.num_rollbacks,
+        "Continued after an interruption": summary.num_resumptions,
+    }
+    return facts + [(name, f"{count:,}") for name, count in counts.items() if count]

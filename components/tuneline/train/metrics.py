@@ -1,6 +1,8 @@
 """The few figures of a training run that a pipeline's pages compare in columns."""
 
-from tuneline.artifacts import TrainingSummary
+from collections.abc import Sequence
+
+from tuneline.artifacts import TrainingPoint, TrainingSummary
 
 
 def comparable_metrics(summary: TrainingSummary) -> dict[str, float]:
@@ -9,12 +11,25 @@ def comparable_metrics(summary: TrainingSummary) -> dict[str, float]:
         "final_loss": summary.final_loss,
         "first_eval_loss": summary.first_eval_loss,
         "final_eval_loss": summary.final_eval_loss,
+        "eval_gap": summary.eval_gap,
         "num_steps": summary.num_steps,
         "tokens_per_second": summary.tokens_per_second,
         "peak_memory_gib": summary.peak_memory_bytes / 2**30,
         "seconds": summary.seconds,
     }
     return {name: round(float(value), 6) for name, value in found.items() if value is not None}
+
+
+def eval_gap(history: Sequence[TrainingPoint]) -> float | None:
+    """Return the last evaluation loss less the mean training loss since the one before it."""
+    evaluated = [point for point in history if point.eval_loss is not None]
+    if len(evaluated) < 2:
+        return None
+    before, last = evaluated[-2:]
+    losses = [p.loss for p in history if p.loss is not None and before.step < p.step <= last.step]
+    if not losses or last.eval_loss is None:
+        return None
+    return last.eval_loss - sum(losses) / len(losses)
 
 
 def artifact_metadata(summary: TrainingSummary) -> dict[str, str | int]:

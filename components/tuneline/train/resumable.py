@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 from tuneline.train.checkpoints import CheckpointStore
@@ -15,6 +17,7 @@ from tuneline.train.interruption import StopRequest
 from tuneline.train.run_state import RunState
 
 _STATE_FILE = "run_state.json"
+_BEST_FILE = "best_adapter.safetensors"
 
 
 class EvaluationAbandoned(Exception):
@@ -37,6 +40,7 @@ class ResumableTrainer(Trainer):
         """Where checkpoints go; none are written without it."""
         self.stop = StopRequest()
         self._rate_scale = 1.0
+        self._best: dict[str, torch.Tensor] = {}
 
     def keep_checkpoints(
         self, store: CheckpointStore, *, minutes: float, stop: StopRequest
@@ -63,6 +67,8 @@ class ResumableTrainer(Trainer):
             else:
                 self.run_state.num_resumptions += 1
             self._rate_scale = self.run_state.rate_factor / factor
+            best = checkpoint / _BEST_FILE
+            self._best = load_file(best) if best.exists() else {}
         evaluates = self.eval_dataset is not None
         first_is_missing = 0 not in self.run_state.points
         self.args.eval_on_start = evaluates and (first_is_missing or self.run_state.evaluation_due)
@@ -75,7 +81,21 @@ class ResumableTrainer(Trainer):
     @property
     def is_done(self) -> bool:
         """Whether no step and no evaluation is left."""
-        return self.state.global_step >= self.state.max_steps and not self.run_state.evaluation_due
+        return self._has_no_step_left and not self.run_state.evaluation_due
+
+    @property
+    def _has_no_step_left(self) -> bool:
+        return self.run_state.stopped_early or self.state.global_step >= self.state.max_steps
+
+    def keep_best(self) -> None:
+        """Remember the adapter as it is now."""
+        weights = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        self._best = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+
+    def restore_best(self) -> None:
+        """Put the adapter back that `keep_best` remembered, if there is one."""
+        if self._best:
+            set_peft_model_state_dict(self.model, self._best)
 
     def _scale_rates(self) -> None:
         if self._rate_scale == 1.0:
@@ -113,8 +133,8 @@ class ResumableTrainer(Trainer):
         return super().prediction_step(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A checkpoint of the last step: transformers would take one step more.
-        if self.state.global_step >= self.state.max_steps:
+        # A checkpoint of the last step, or of an early end: transformers would take one step more.
+        if self._has_no_step_left:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -142,6 +162,8 @@ class ResumableTrainer(Trainer):
             Trainer._save_checkpoint(self, model, trial)
         written = self.store.partial / f"checkpoint-{step}"
         (written / _STATE_FILE).write_text(state.model_dump_json(), encoding="utf-8")
+        if self._best:
+            save_file(self._best, written / _BEST_FILE)
         self.store.seal(written, step)
 
     @contextlib.contextmanager

@@ -125,20 +125,30 @@ def _train(
     from tuneline.nf4 import load_base
     from tuneline.train.adapter import keep_adapter_in_fp32, lora_config, save_adapter
     from tuneline.train.arguments import num_total_steps, training_arguments
+    from tuneline.train.best import BestAdapterCallback
     from tuneline.train.divergence import train_through
     from tuneline.train.interruption import stop_on_sigterm
+    from tuneline.train.metrics import eval_gap
     from tuneline.train.precision import choose_dtype, peak_memory_bytes
     from tuneline.train.progress import ProgressCallback
+    from tuneline.train.rates import auto_learning_rate
     from tuneline.train.rows import load_rows
     from tuneline.train.trainers import PreferenceTrainer, SupervisedTrainer
 
     dtype = choose_dtype(config, device)
+    rate = config.learning_rate
+    if rate == "auto":
+        rate = auto_learning_rate(manifest.method, manifest.num_train_rows)
+        logger.info(
+            "learning rate %g, for %s on %d rows", rate, manifest.method, manifest.num_train_rows
+        )
     rows, eval_rows = load_rows(
         dataset_dir, manifest, packing=config.packing, cache_dir=work_dir / "rows"
     )
     arguments = training_arguments(
         config,
         method=manifest.method,
+        learning_rate=rate,
         num_steps=num_total_steps(config, len(rows)),
         max_seq_length=manifest.max_seq_length,
         evaluates=eval_rows is not None,
@@ -159,6 +169,7 @@ def _train(
     trainer.max_skipped_in_a_row = config.max_skipped_in_a_row
     progress = ProgressCallback(state)
     trainer.add_callback(progress)
+    trainer.add_callback(BestAdapterCallback(trainer, config.early_stopping_patience))
     keep_adapter_in_fp32(trainer.model)
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     logger.info(
@@ -187,6 +198,7 @@ def _train(
                 f"{trainer.state.max_steps}: run the step again with the checkpoints in "
                 f"{store.directory}, and it continues there"
             )
+    trainer.restore_best()
     save_adapter(trainer.model, directory, origin)
     history = state.history
     losses = [point.loss for point in history if point.loss is not None]
@@ -197,7 +209,7 @@ def _train(
         num_tokens=state.num_tokens,
         final_loss=losses[-1],
         first_eval_loss=eval_losses[0] if eval_losses else None,
-        final_eval_loss=eval_losses[-1] if eval_losses else None,
+        final_eval_loss=state.best_eval_loss,
         num_trainable_parameters=trainable,
         num_parameters=origin.num_parameters,
         base_quantization="nf4" if config.load_in_4bit else "none",
@@ -206,6 +218,10 @@ def _train(
         tokens_per_second=state.num_tokens / max(state.step_seconds, 1e-9),
         peak_memory_bytes=peak_memory_bytes(device),
         history=history,
+        learning_rate=rate,
+        best_step=state.best_step,
+        stopped_early=state.stopped_early,
+        eval_gap=eval_gap(history),
         num_skipped_steps=state.num_skipped_steps,
         num_rollbacks=state.num_rollbacks,
         num_resumptions=state.num_resumptions,

@@ -26,6 +26,10 @@ class RunState(StrictModel):
     num_rollbacks: int = 0
     rate_factor: float = 1.0
     """What rollbacks multiplied the learning rate by."""
+    best_step: int | None = None
+    best_eval_loss: float | None = None
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
     loss_since_log: float = 0.0
     """Sum of the losses of the steps after the last one that was logged."""
     metrics_since_log: dict[str, list[float]] = {}
