@@ -284,7 +284,7 @@ class QuantizedModel(Record):
     num_conversations: int | None = None
     """Conversations that the file's chat template renders to the same text; GGUF only."""
     stop_tokens: list[str] = Field(default_factory=list)
-    """What ends an answer, in llama.cpp as in the merged model; GGUF only."""
+    """What ends an answer, in the export as in the merged model."""
     tokens_per_second: float | None = None
     """Generating on a CPU, one sequence."""
     num_threads: int | None = None

@@ -97,7 +97,8 @@ def fetch(
 ) -> subprocess.CompletedProcess[str]:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"revision": revision} if revision else {}))
-    environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    # gptqmodel, where another test imported it, has set HF_HUB_CACHE, which goes before HF_HOME.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(tmp_path / "hf"),

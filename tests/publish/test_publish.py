@@ -122,7 +122,11 @@ def run_dir(tmp_path: Path) -> Path:
         max_mean_kl=0.01,
     ).write(directory("merged", model__safetensors=os.urandom(4096), config__json=b"{}"))
     for name, kind, file in (("q8_0", "gguf", "model.gguf"), ("gptq-4bit", "gptq", ".")):
-        files = {"model__gguf": os.urandom(2048)} if kind == "gguf" else {"config__json": b"{}"}
+        files = {"config__json": b"{}"}
+        measured = {"mean_kl": 0.0069, "top1_agreement": 0.977, "perplexity": 1.5}
+        if kind == "gguf":
+            modelfile = b'FROM ./model.gguf\nPARAMETER stop "</s>"\n'
+            files = {"model__gguf": os.urandom(2048), "Modelfile": modelfile}
         QuantizedModel(
             format=name,
             kind=kind,
@@ -131,6 +135,7 @@ def run_dir(tmp_path: Path) -> Path:
             bits_per_weight=8.5,
             prompt="p",
             generated="an answer",
+            **(measured if file != "." else {}),
         ).write(directory(name, **files))
     Decision(
         verdict="promote",
@@ -250,7 +255,14 @@ def test_the_card(run_dir: Path, tmp_path: Path) -> None:
     assert matter["library_name"] == "transformers"
     assert "datasets" not in matter, "a local file is no Hub data set"
     assert "| heldout_choice | acc | 0.2500 | 0.7500 | +0.5000 | [+0.4000, +0.6000] | 200 |" in body
-    assert "| q8_0 | 0.0 MB | 8.50 | an answer |" in body
+    assert "| q8_0 | 0.0 MB | 8.50 | an answer | 6.9e-03 | 97.7% | 1.500 |" in body
+    assert "| gptq-4bit | 0.0 MB | 8.50 | an answer | - | - | - |" in body
+    gguf = tmp_path / "out" / "mine-gguf"
+    assert (gguf / "Modelfile-q8_0").read_text() == (
+        'FROM ./mine-q8_0.gguf\nPARAMETER stop "</s>"\n'
+    )
+    assert (gguf / "mine-q8_0.gguf").is_file()
+    assert "ollama create mine -f Modelfile-q8_0" in (gguf / "README.md").read_text()
     assert "2" * 16 in body
     assert "90 rows to train" in body
     assert "/home/someone" not in card

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from tuneline.artifacts import MODELFILE
 from tuneline.publish.config import PublishConfig
 
 if TYPE_CHECKING:
@@ -111,21 +112,36 @@ def _exports(sources: "Sources") -> str:
         return ""
     rows = [
         f"| {export.format} | {export.num_bytes / 1e6:.1f} MB | {export.bits_per_weight:.2f} | "
-        f"{_cell(export.generated)} | {_cell('; '.join(export.notes))} |"
+        f"{_cell(export.generated)} | {_measured(export.mean_kl, '.1e')} | "
+        f"{_measured(export.top1_agreement, '.1%')} | {_measured(export.perplexity, '.3f')} | "
+        f"{_cell('; '.join(export.notes))} |"
         for export in sources.exports.values()
     ]
-    head = "| format | size | bits a weight | answer of the loaded file | notes |"
-    return "\n".join(["## Exports", "", head, "|---|---|---|---|---|", *rows])
+    head = (
+        "| format | size | bits a weight | answer of the loaded file | mean KL | same first choice "
+        "| perplexity | notes |"
+    )
+    note = (
+        "Mean KL (nats a token), the share of positions with the same most likely token, and "
+        "perplexity are measured against the merged model, on rows that training did not see."
+    )
+    return "\n".join(["## Exports", "", head, f"|{'---|' * 8}", *rows, "", note])
+
+
+def _measured(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
 
 
 def _usage(sources: "Sources", *, repo: str, kind: "Kind") -> str:
     name = repo.rsplit("/", 1)[-1]
     if kind == "gguf":
         formats = [item.format for item in sources.exports.values() if item.kind == "gguf"]
+        modelfile = f"{MODELFILE}-{formats[-1]}"
         file = f"{name.removesuffix('-gguf')}-{formats[-1]}.gguf"
         return (
             f"```sh\nllama-cli -m {file} -cnv\n```\n\n"
-            f"```sh\nollama run hf.co/{repo}:{formats[-1].upper()}\n```"
+            f"```sh\nollama run hf.co/{repo}:{formats[-1].upper()}\n"
+            f"ollama create {name.removesuffix('-gguf')} -f {modelfile}  # from a copy of this\n```"
         )
     if kind == "adapter":
         return (

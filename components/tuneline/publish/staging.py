@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from tuneline.artifacts import (
+    MODELFILE,
     DatasetManifest,
     Decision,
     MergeProof,
@@ -95,9 +96,15 @@ def stage(
         (name, "merged", _files(sources.merged_dir)),
     ]
     gguf: dict[str, Path] = {}
+    modelfiles: dict[str, str] = {}
     for path, export in sources.exports.items():
         if export.kind == "gguf":
-            gguf[f"{name.rsplit('/', 1)[-1]}-{export.format}.gguf"] = path / export.file
+            file = f"{name.rsplit('/', 1)[-1]}-{export.format}.gguf"
+            gguf[file] = path / export.file
+            if (path / MODELFILE).is_file():
+                text = (path / MODELFILE).read_text(encoding="utf-8")
+                own, there = f"FROM ./{export.file}\n", f"FROM ./{file}\n"
+                modelfiles[f"{MODELFILE}-{export.format}"] = text.replace(own, there, 1)
         else:
             plans.append((f"{name}-{export.format}", "gptq", _files(path)))
     if gguf:
@@ -108,6 +115,8 @@ def stage(
         folder = directory / repo.rsplit("/", 1)[-1]
         for relative, source in files.items():
             _place(source, folder / relative)
+        for relative, text in modelfiles.items() if kind == "gguf" else ():
+            (folder / relative).write_text(text, encoding="utf-8")
         card = model_card(
             sources,
             repo=repo,

@@ -1,13 +1,23 @@
 """The recipe's part for the exports."""
 
-from typing import Literal
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from tuneline.config import StrictModel
+from tuneline.quantize import formats
 
-GgufFormat = Literal["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0"]
-GptqFormat = Literal["gptq-4bit", "gptq-8bit"]
+GgufFormat = Annotated[
+    str,
+    AfterValidator(formats.known_gguf),
+    Field(json_schema_extra={"enum": list(formats.GGUF)}),
+]
+GptqFormat = Annotated[
+    str,
+    AfterValidator(formats.known_gptq),
+    Field(json_schema_extra={"enum": list(formats.GPTQ)}),
+]
+AnyFormat = Annotated[str, AfterValidator(formats.known)]
 
 
 class QuantizeConfig(StrictModel):
@@ -25,3 +35,11 @@ class QuantizeConfig(StrictModel):
     """GPTQ: rows of the run's own training data."""
     num_check_tokens: int = Field(24, ge=1)
     """Tokens that each loaded file generates as a check."""
+    num_proof_prompts: int = Field(8, ge=1)
+    """Held-out rows on which each export is compared with the merged model."""
+    max_mean_kl: dict[AnyFormat, Annotated[float, Field(gt=0)]] = {}
+    """By format: an export fails over this mean KL divergence a token, in nats, from the merged
+    model; formats that are not named have the bounds of quantize/formats.py, e.g. f16 0.001."""
+    min_top1_agreement: dict[AnyFormat, Annotated[float, Field(ge=0, le=1)]] = {}
+    """By format: an export fails under this share of positions where its most likely token is the
+    merged model's."""

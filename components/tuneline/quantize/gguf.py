@@ -7,58 +7,46 @@ import shutil
 from pathlib import Path
 
 from tuneline.artifacts import QuantizedModel
-from tuneline.errors import ProofError, ToolError
-from tuneline.quantize import converter, generation, gguf_tensors
+from tuneline.errors import ToolError
+from tuneline.quantize import converter, gguf_tensors
+from tuneline.quantize.formats import Bound
+from tuneline.quantize.reference import Reference
 
 
-def convert(model_dir: Path, target: Path, *, prompt: str, num_tokens: int) -> QuantizedModel:
-    """Convert to f16 and hold the file against the model in transformers, in fp32."""
+def convert(model_dir: Path, target: Path) -> Path:
+    """Convert to f16; return the file."""
     file = target / _file_name("f16")
     converter.convert(model_dir, file)
-    return _check_f16(model_dir, file, prompt=prompt, num_tokens=num_tokens)
+    return file
 
 
-def quantize(
-    model_dir: Path, f16_dir: Path, target: Path, *, format: str, prompt: str, num_tokens: int
-) -> QuantizedModel:
-    """Make one format from the f16 file and check it.
+def quantize(f16_dir: Path, target: Path, *, format: str) -> Path:
+    """Make one format from the f16 file; return the file.
 
-    f16 is held against the merged model in transformers; the others' `reference` is what the f16
-    file generates, which is cheap and is the merged model but for rounding.
+    Raises:
+        ToolError: llama.cpp did not make it.
     """
     f16 = f16_dir / QuantizedModel.read(f16_dir).file
     file = target / _file_name(format)
     if format == "f16":
         _link(f16, file)
-        return _check_f16(model_dir, file, prompt=prompt, num_tokens=num_tokens)
-    _quantize(f16, file, format)
-    generated = generation.with_llama_cpp(file, prompt, num_tokens=num_tokens)
-    reference = generation.with_llama_cpp(f16, prompt, num_tokens=num_tokens)
-    return _record(file, format, prompt, generated, reference, note=None)
+    else:
+        _quantize(f16, file, format)
+    return file
 
 
-def _check_f16(model_dir: Path, file: Path, *, prompt: str, num_tokens: int) -> QuantizedModel:
-    generated = generation.with_llama_cpp(file, prompt, num_tokens=num_tokens)
-    reference = generation.with_transformers(model_dir, prompt, num_tokens=num_tokens)
-    note = generation.hold_against(generated, reference)
-    return _record(file, "f16", prompt, generated, reference, note)
+def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> QuantizedModel:
+    """Check a file and return its record; a Modelfile is put beside it.
 
+    Raises:
+        ProofError: it fails a check.
+    """
+    from tuneline.quantize import gguf_proof
 
-def _record(
-    file: Path,
-    format: str,
-    prompt: str,
-    generated: generation.Generation,
-    reference: generation.Generation,
-    note: str | None,
-) -> QuantizedModel:
-    if not generated.text.strip() and reference.text.strip():
-        raise ProofError(
-            f"the export {format} generates nothing where the merged model says "
-            f"{reference.text[:60]!r}: take a format with more bits"
-        )
     tensors = gguf_tensors.read(file)
     fallback = gguf_tensors.fallback_note(tensors, format)
+    proof = gguf_proof.prove(file, format=format, reference=reference, bound=bound)
+    notes = [*([fallback] if fallback else []), *proof.pop("notes")]
     return QuantizedModel(
         format=format,
         kind="gguf",
@@ -66,10 +54,8 @@ def _record(
         num_bytes=file.stat().st_size,
         bits_per_weight=round(gguf_tensors.bits_per_weight(tensors), 4),
         tensor_types=gguf_tensors.count_types(tensors),
-        notes=[text for text in (fallback, note) if text],
-        prompt=prompt,
-        generated=generated.text,
-        reference=reference.text,
+        notes=notes,
+        **proof,
     )
 
 

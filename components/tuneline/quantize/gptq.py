@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ModelError, ProofError, ToolError
-from tuneline.quantize import generation
+from tuneline.quantize.formats import Bound
+from tuneline.quantize.reference import Reference
 
 GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
 """What the kernels know, the largest first."""
@@ -27,16 +28,21 @@ def quantize(
     rows: list[list[int]],
     group_size: int,
     desc_act: bool,
-    prompt: str,
-    num_tokens: int,
+    reference: Reference,
+    bound: Bound,
 ) -> QuantizedModel:
-    """Quantise on the calibration `rows` of token ids, reload and generate.
+    """Quantise on the calibration `rows` of token ids, reload, generate and compare.
 
     Raises:
         ModelError: no group size fits the model's layers.
         ToolError: gptqmodel is missing or failed.
-        ProofError: the checkpoint does not load, or does not answer.
+        ProofError: the checkpoint does not load, does not answer, or is over its bound.
     """
+    import torch
+
+    from tuneline.quantize import quality
+    from tuneline.quantize.transformers_model import TransformersModel
+
     bits = int(format.removeprefix("gptq-").removesuffix("bit"))
     taken, note = choose_group_size(linear_widths(model_dir), group_size)
     notes = [note] if note else []
@@ -44,17 +50,19 @@ def quantize(
     _scrub(target)
     weights = sorted(target.glob("*.safetensors"))
     try:
-        generated = generation.with_transformers(
-            target, prompt, num_tokens=num_tokens, dtype="float16"
-        )
+        model = TransformersModel(target, dtype=torch.float16)
     except ModelError as error:
         raise ProofError(f"the export {format} does not load again: {error}") from error
-    reference = generation.with_transformers(model_dir, prompt, num_tokens=num_tokens)
-    if not generated.text.strip() and reference.text.strip():
+    generated = model.generate(reference.prompt, num_tokens=reference.num_tokens)
+    if not generated.text.strip() and reference.generation.text.strip():
         raise ProofError(
             f"the export {format} generates nothing where the merged model says "
-            f"{reference.text[:60]!r}: take gptq-8bit, or more calibration rows"
+            f"{reference.generation.text[:60]!r}: take gptq-8bit, or more calibration rows"
         )
+    found = quality.compare(
+        reference.rows, reference.logits, (model.logits(row.ids) for row in reference.rows)
+    )
+    quality.hold(found, bound, format)
     tensors = [tensor for path in weights for tensor in _tensors(path)]
     num_bytes = sum(path.stat().st_size for path in weights)
     num_weights = sum(
@@ -69,9 +77,13 @@ def quantize(
         group_size=taken,
         tensor_types=dict(Counter(dtype.lower() for _, dtype, _ in tensors).most_common()),
         notes=notes,
-        prompt=prompt,
+        max_mean_kl=bound.max_mean_kl,
+        min_top1_agreement=bound.min_top1_agreement,
+        stop_tokens=reference.stop_texts,
+        prompt=reference.prompt,
         generated=generated.text,
-        reference=reference.text,
+        reference=reference.generation.text,
+        **found.record(),
     )
 
 

@@ -3,26 +3,29 @@
 import logging
 import tempfile
 import time
-import typing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tuneline.artifacts import (
-    HELDOUT_FILE,
     INPUT_IDS,
     PROMPT_IDS,
     TRAIN_FILE,
     MergeProof,
     QuantizedModel,
     new_directory,
-    read_jsonl,
 )
 from tuneline.errors import DataError, ModelError, RecipeError
-from tuneline.quantize.config import GgufFormat, GptqFormat, QuantizeConfig
+from tuneline.quantize import formats
+from tuneline.quantize.config import QuantizeConfig
+from tuneline.quantize.threads import few_threads
+
+if TYPE_CHECKING:
+    from tuneline.quantize.reference import Reference
 
 logger = logging.getLogger(__name__)
 
-BUILT_IN_PROMPT = "The capital of France is"
-"""Where a data set keeps no held-out rows, and for the conversion, which sees no data set."""
+NUM_CONVERT_TOKENS = 24
+"""Tokens that the conversion's check generates; it sees no recipe."""
 
 
 def convert(*, merged_dir: str, gguf_dir: str) -> QuantizedModel:
@@ -31,15 +34,19 @@ def convert(*, merged_dir: str, gguf_dir: str) -> QuantizedModel:
     Raises:
         ModelError: the directory is not a merged model.
         ToolError: the converter is missing or refused the model.
-        ProofError: the file does not answer as the merged model does.
+        ProofError: the file does not split, render, stop or predict as the merged model does.
     """
-    from tuneline.quantize import gguf
+    from tuneline.quantize import gguf, reference
 
     started = time.monotonic()
     _check_model(merged_dir)
-    with new_directory(gguf_dir) as target:
-        record = gguf.convert(
-            Path(merged_dir), target, prompt=BUILT_IN_PROMPT, num_tokens=24
+    with new_directory(gguf_dir) as target, few_threads():
+        file = gguf.convert(Path(merged_dir), target)
+        merged = reference.measure(
+            Path(merged_dir), dataset_dir=None, num_rows=0, num_tokens=NUM_CONVERT_TOKENS
+        )
+        record = gguf.prove(
+            file, format="f16", reference=merged, bound=formats.GGUF["f16"]
         ).model_copy(update={"seconds": round(time.monotonic() - started, 3)})
         record.write(target)
     _log(record)
@@ -70,52 +77,79 @@ def run(
         ModelError: the directory is not a merged model, or cannot be quantised.
         DataError: no training rows to calibrate on.
         ToolError: a converter or a quantiser is missing or failed.
-        ProofError: the export does not load, or does not answer.
+        ProofError: the export does not load, or is not the merged model but for rounding.
     """
     started = time.monotonic()
-    gguf_formats, gptq_formats = typing.get_args(GgufFormat), typing.get_args(GptqFormat)
-    if format not in gguf_formats + gptq_formats:
-        raise RecipeError(
-            f"the export format '{format}' is not known; known are "
-            f"{', '.join(gguf_formats + gptq_formats)}"
-        )
+    try:
+        formats.known(format)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
     _check_model(merged_dir)
-    prompt = _heldout_prompt(Path(dataset_dir))
-    with new_directory(quantized_dir) as target:
-        if format in gptq_formats:
-            from tuneline.quantize import gptq
-
-            rows = _calibration_rows(Path(dataset_dir), config.num_calibration_rows)
-            record = gptq.quantize(
-                Path(merged_dir),
-                target,
-                format=format,
-                rows=rows,
-                group_size=config.group_size,
-                desc_act=config.desc_act,
-                prompt=prompt,
-                num_tokens=config.num_check_tokens,
-            )
+    merged, dataset = Path(merged_dir), Path(dataset_dir)
+    bound = formats.bound_of(format, config.max_mean_kl, config.min_top1_agreement)
+    with new_directory(quantized_dir) as target, few_threads():
+        if format in formats.GPTQ:
+            record = _gptq(config, format, merged, dataset, target, bound)
         else:
-            from tuneline.quantize import gguf
-
-            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                source = gguf_dir
-                if source is None:
-                    source = f"{scratch}/f16"
-                    convert(merged_dir=merged_dir, gguf_dir=source)
-                record = gguf.quantize(
-                    Path(merged_dir),
-                    Path(source),
-                    target,
-                    format=format,
-                    prompt=prompt,
-                    num_tokens=config.num_check_tokens,
-                )
+            record = _gguf(config, format, merged, dataset, target, bound, gguf_dir)
         record = record.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
         record.write(target)
     _log(record)
     return record
+
+
+def _gguf(
+    config: QuantizeConfig,
+    format: str,
+    merged_dir: Path,
+    dataset_dir: Path,
+    target: Path,
+    bound: formats.Bound,
+    gguf_dir: str | None,
+) -> QuantizedModel:
+    from tuneline.quantize import gguf
+
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        source = gguf_dir
+        if source is None:
+            source = f"{scratch}/f16"
+            convert(merged_dir=str(merged_dir), gguf_dir=source)
+        file = gguf.quantize(Path(source), target, format=format)
+    merged = _reference(config, merged_dir, dataset_dir)
+    return gguf.prove(file, format=format, reference=merged, bound=bound)
+
+
+def _gptq(
+    config: QuantizeConfig,
+    format: str,
+    merged_dir: Path,
+    dataset_dir: Path,
+    target: Path,
+    bound: formats.Bound,
+) -> QuantizedModel:
+    from tuneline.quantize import gptq
+
+    return gptq.quantize(
+        merged_dir,
+        target,
+        format=format,
+        rows=_calibration_rows(dataset_dir, config.num_calibration_rows),
+        group_size=config.group_size,
+        desc_act=config.desc_act,
+        reference=_reference(config, merged_dir, dataset_dir),
+        bound=bound,
+    )
+
+
+def _reference(config: QuantizeConfig, merged_dir: Path, dataset_dir: Path) -> "Reference":
+    from tuneline.quantize import reference
+
+    return reference.measure(
+        merged_dir,
+        dataset_dir=dataset_dir,
+        num_rows=config.num_proof_prompts,
+        num_tokens=config.num_check_tokens,
+    )
 
 
 def _check_model(path: str) -> None:
@@ -128,12 +162,6 @@ def _check_model(path: str) -> None:
         raise ModelError(
             f"{path} lacks {' and '.join(missing)}, so it is not a whole model: run merge again"
         )
-
-
-def _heldout_prompt(dataset_dir: Path) -> str:
-    path = dataset_dir / HELDOUT_FILE
-    rows = read_jsonl(path) if path.is_file() else []
-    return rows[0]["prompt"] if rows else BUILT_IN_PROMPT
 
 
 def _calibration_rows(dataset_dir: Path, num_rows: int) -> list[list[int]]:

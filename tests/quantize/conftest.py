@@ -1,0 +1,56 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tuneline.artifacts import HELDOUT_FILE, INPUT_IDS, TRAIN_FILE, MergeProof, write_jsonl
+from tuneline.quantize import convert
+
+PROMPT = "<|im_start|>user\nHow many Mi are 3Gi?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="session")
+def merged_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as merge would leave it."""
+    path = tmp_path_factory.mktemp("quantize") / "merged"
+    shutil.copytree(tiny_model_dir, path, ignore=shutil.ignore_patterns("origin.json"))
+    MergeProof(
+        base="dequantized",
+        dtype="float32",
+        num_bytes=(path / "model.safetensors").stat().st_size,
+        num_shards=1,
+        num_merged_modules=14,
+        num_prompts=8,
+        max_logit_difference=0.01,
+        mean_kl=1e-4,
+        top1_agreement=1.0,
+        max_mean_kl=0.01,
+    ).write(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def dataset_dir(merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training rows to calibrate on, and one held-out prompt."""
+    import pyarrow
+    import pyarrow.parquet
+    from transformers import AutoTokenizer
+
+    path = tmp_path_factory.mktemp("dataset")
+    tokenizer = AutoTokenizer.from_pretrained(merged_dir)
+    rows = tokenizer([f"{number}Gi is {1024 * number}Mi of memory." for number in range(1, 17)])
+    column = pyarrow.array(rows["input_ids"], pyarrow.list_(pyarrow.int32()))
+    pyarrow.parquet.write_table(pyarrow.table({INPUT_IDS: column}), path / TRAIN_FILE)
+    row = {"prompt": PROMPT, "answer": "3072Mi", "end": "<|im_end|>", "question": "3Gi in Mi?"}
+    write_jsonl(path / HELDOUT_FILE, [row])
+    return path
+
+
+@pytest.fixture(scope="session")
+def f16_dir(merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The conversion that all formats share."""
+    path = tmp_path_factory.mktemp("f16") / "gguf"
+    convert(merged_dir=str(merged_dir), gguf_dir=str(path))
+    assert json.loads((path / "quantized.json").read_text())["format"] == "f16"
+    return path

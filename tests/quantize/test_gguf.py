@@ -1,0 +1,225 @@
+from pathlib import Path
+
+import pytest
+
+from tuneline.artifacts import MODELFILE, QuantizedModel
+from tuneline.errors import OutputExistsError, ProofError, RecipeError, ToolError, WorldError
+from tuneline.quantize import QuantizeConfig, converter, formats, gguf_tensors, run
+from tuneline.quantize.generation import NEAR_TIE, Generation, hold_against
+from tuneline.quantize.llama_file import LlamaFile
+from tuneline.quantize.transformers_model import TransformersModel
+
+# Weights of the tiny model: embeddings 49152 x 128, and two layers of seven matrices and two norms.
+NUM_MATRIX_WEIGHTS = 49152 * 128 + 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
+NUM_VECTOR_WEIGHTS = 5 * 128
+
+
+def test_f16_says_what_transformers_says(
+    merged_dir: Path, f16_dir: Path, dataset_dir: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "f16"
+    record = run(
+        QuantizeConfig(num_check_tokens=12),
+        format="f16",
+        merged_dir=str(merged_dir),
+        gguf_dir=str(f16_dir),
+        dataset_dir=str(dataset_dir),
+        quantized_dir=str(target),
+    )
+    file = target / record.file
+    assert record.prompt.startswith("<|im_start|>user")
+    theirs = TransformersModel(merged_dir).generate(record.prompt, num_tokens=12)
+    with LlamaFile(file, num_context=64) as loaded:
+        ours = loaded.generate(record.prompt, num_tokens=12)
+    assert ours.prompt_ids == theirs.prompt_ids
+    assert ours.ids == theirs.ids
+    assert record.reference == theirs.text
+    assert record.tensor_types == {"f16": 15, "f32": 5}
+    assert record.bits_per_weight == pytest.approx(
+        (16 * NUM_MATRIX_WEIGHTS + 32 * NUM_VECTOR_WEIGHTS)
+        / (NUM_MATRIX_WEIGHTS + NUM_VECTOR_WEIGHTS),
+        abs=1e-4,
+    )
+    assert file.stat().st_ino == (f16_dir / QuantizedModel.read(f16_dir).file).stat().st_ino
+    kept = QuantizedModel.read(target)
+    assert kept.notes == []
+    assert kept.mean_kl is not None and kept.mean_kl < 1e-5
+    assert kept.top1_agreement == 1.0
+    assert kept.perplexity == pytest.approx(kept.reference_perplexity, rel=1e-3)
+    assert kept.num_prompts == 8
+    assert kept.num_tokenizer_texts is not None and kept.num_tokenizer_texts > 200
+    assert kept.num_conversations == 7
+    assert kept.stop_tokens == ["<|im_end|>"]
+    assert kept.tokens_per_second is not None and kept.tokens_per_second > 0
+    assert (target / MODELFILE).is_file()
+
+
+def test_a_k_quant_tells_of_its_fallbacks(
+    merged_dir: Path, f16_dir: Path, dataset_dir: Path, tmp_path: Path
+) -> None:
+    record = run(
+        QuantizeConfig(num_check_tokens=4),
+        format="q4_k_m",
+        merged_dir=str(merged_dir),
+        gguf_dir=str(f16_dir),
+        dataset_dir=str(dataset_dir),
+        quantized_dir=str(tmp_path / "q4"),
+    )
+    # Only the down projections have rows of 256; everything else is 128 wide.
+    assert sum(record.tensor_types.values()) == 20
+    assert sum(n for name, n in record.tensor_types.items() if name.endswith("_K")) == 2
+    assert record.notes[0].startswith("13 of 20 tensors fell back to ")
+    assert record.notes[0].endswith("rows of 128 weights are not a multiple of 256")
+    assert 4.5 < record.bits_per_weight < 9
+    assert record.max_mean_kl == formats.GGUF["q4_k_m"].max_mean_kl
+    assert record.mean_kl is not None and 0 < record.mean_kl < record.max_mean_kl
+
+
+def test_q8_is_eight_and_a_half_bits(
+    merged_dir: Path, f16_dir: Path, dataset_dir: Path, tmp_path: Path
+) -> None:
+    record = run(
+        QuantizeConfig(num_check_tokens=4),
+        format="q8_0",
+        merged_dir=str(merged_dir),
+        gguf_dir=str(f16_dir),
+        dataset_dir=str(dataset_dir),
+        quantized_dir=str(tmp_path / "q8"),
+    )
+    # A block is 32 weights in 8 bits and a scale in 16.
+    assert record.bits_per_weight == pytest.approx(8.5, abs=0.01)
+    assert record.tensor_types == {"q8_0": 15, "f32": 5}
+
+
+def test_a_recipe_tightens_a_bound(
+    merged_dir: Path, f16_dir: Path, dataset_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ProofError,
+        match=r"export q4_0 is [\d.e-]+ nats a token from the merged model \(at most 1e-09\) .* "
+        r"over 8 rows; perplexity [\d.e+]+ against [\d.e+]+: take a format with more bits",
+    ):
+        run(
+            QuantizeConfig(num_check_tokens=4, max_mean_kl={"q4_0": 1e-9}),
+            format="q4_0",
+            merged_dir=str(merged_dir),
+            gguf_dir=str(f16_dir),
+            dataset_dir=str(dataset_dir),
+            quantized_dir=str(tmp_path / "q4"),
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def generation(ids: list[int], logits: list[list[float]]) -> Generation:
+    import numpy
+
+    return Generation(prompt_ids=[1], ids=ids, text=str(ids), logits=numpy.array(logits))
+
+
+def test_a_near_tie_is_a_note_and_a_real_difference_fails() -> None:
+    reference = generation([0, 1], [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0 - NEAR_TIE / 2]])
+    assert hold_against(generation([0, 1], []), reference) is None
+    assert "near tie" in str(hold_against(generation([0, 2], []), reference))
+    with pytest.raises(ProofError, match="part at token 0"):
+        hold_against(generation([2, 1], []), reference)
+    with pytest.raises(ProofError, match="tokenizer splits the prompt differently"):
+        hold_against(Generation(prompt_ids=[2], ids=[0], text=""), reference)
+
+
+def test_missing_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(converter.VARIABLE, str(tmp_path))
+    with pytest.raises(ToolError, match=r"there is no convert_hf_to_gguf\.py in it"):
+        converter.find()
+
+
+def test_a_wheel_without_the_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(converter.VARIABLE, raising=False)
+    stock = tmp_path / "llama_cpp" / "__init__.py"
+    stock.parent.mkdir()
+    stock.touch()
+    spec = converter.importlib.util.spec_from_file_location("llama_cpp", stock)
+    monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(ToolError, match="was not built with"):
+        converter.find()
+    monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ToolError, match="not installed"):
+        converter.find()
+
+
+def test_not_a_gguf_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF is not what follows")
+    with pytest.raises(ToolError, match="not a GGUF file"):
+        gguf_tensors.read(file)
+    with pytest.raises(ProofError, match="does not load"):
+        LlamaFile(file, num_context=1)
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        ("gptq", r"'gptq' is not known; did you mean 'gptq-.bit'\? known are f16"),
+        ("Q4_K_M", r"did you mean 'q4_k_m'\?"),
+        ("q3-k-m", r"did you mean 'q3_k_m'\?"),
+        ("q4km", r"did you mean 'q4_k_m'\?"),
+        ("zzz", "'zzz' is not known; known are f16, bf16, q8_0"),
+        ("iq2_xs", "needs an importance matrix.* q3_k_m"),
+        ("TQ1_0", "for models trained in so few values"),
+    ],
+)
+def test_unknown_format(format: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        run(
+            QuantizeConfig(),
+            format=format,
+            merged_dir=str(tmp_path),
+            dataset_dir=str(tmp_path),
+            quantized_dir=str(tmp_path / "out"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gguf": ["q4km"]}, r"gguf\.0: .*did you mean 'q4_k_m'\?"),
+        ({"gguf": ["gptq-4bit"]}, r"gguf\.0: the export format 'gptq-4bit' is not known"),
+        ({"gptq": ["gptq-5bit"]}, r"gptq\.0: .*did you mean 'gptq-.bit'\?"),
+        ({"max_mean_kl": {"q8": 0.1}}, r"max_mean_kl.*did you mean 'q8_0'\?"),
+        ({"min_top1_agreement": {"q8_0": 1.5}}, "less than or equal to 1"),
+    ],
+)
+def test_a_recipe_names_formats(settings: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        QuantizeConfig.parse(settings)
+
+
+def test_every_type_that_llama_cpp_names_is_made_or_refused_with_a_reason() -> None:
+    import llama_cpp
+
+    prefix = "LLAMA_FTYPE_MOSTLY_"
+    named = {name.removeprefix(prefix).lower() for name in vars(llama_cpp) if prefix in name}
+    assert set(formats.GGUF) | set(formats.NOT_MADE) == named
+    assert not set(formats.GGUF) & set(formats.NOT_MADE)
+
+
+def test_not_a_merged_model(tmp_path: Path) -> None:
+    with pytest.raises(WorldError, match=r"has no merge\.json"):
+        run(
+            QuantizeConfig(),
+            format="f16",
+            merged_dir=str(tmp_path),
+            dataset_dir=str(tmp_path),
+            quantized_dir=str(tmp_path / "out"),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_is_not_overwritten(merged_dir: Path, dataset_dir: Path) -> None:
+    with pytest.raises(OutputExistsError):
+        run(
+            QuantizeConfig(),
+            format="f16",
+            merged_dir=str(merged_dir),
+            dataset_dir=str(dataset_dir),
+            quantized_dir=str(dataset_dir),
+        )

@@ -1,0 +1,232 @@
+"""Each fault of a GGUF file that the proof is there for, made on purpose."""
+
+import dataclasses
+import json
+import math
+import shutil
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tuneline.artifacts import HELDOUT_FILE, MODELFILE, read_jsonl
+from tuneline.errors import DataError, ProofError
+from tuneline.quantize import gguf_proof, modelfile, probes, quality
+from tuneline.quantize.formats import GGUF, Bound
+from tuneline.quantize.llama_file import LlamaFile
+from tuneline.quantize.reference import Reference, measure
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# The shape of Llama 3's: stripped contents, a header round each role, and its own first token.
+HEADERS = (
+    "{{ '<|endoftext|>' }}{% for message in messages %}{{ '<h>' + message['role'] + '</h>\n\n' + "
+    "message['content'] | trim + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<h>assistant</h>\n\n' }}{% endif %}"
+)
+# The shape of Gemma's: no system role, and another word for the assistant.
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for message in messages %}{{ '<t>' + ('model' if message['role'] == 'assistant' else "
+    "message['role']) + '\n' + message['content'] + '</t>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<t>model\n' }}{% endif %}"
+)
+COUNTING = (
+    "{% for message in messages %}{{ loop.index ~ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '>' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def reference(merged_dir: Path, dataset_dir: Path) -> Reference:
+    return measure(merged_dir, dataset_dir=dataset_dir, num_rows=4, num_tokens=4)
+
+
+@pytest.fixture
+def f16_file(f16_dir: Path, tmp_path: Path) -> Path:
+    """The f16 file in a directory of its own, which a Modelfile is written into."""
+    return Path(shutil.copy(f16_dir / "model-F16.gguf", tmp_path))
+
+
+def with_template(reference: Reference, template: str | None, **changes: Any) -> Reference:
+    import copy
+
+    tokenizer = copy.deepcopy(reference.tokenizer)
+    tokenizer.chat_template = template
+    return dataclasses.replace(reference, tokenizer=tokenizer, **changes)
+
+
+def prove(file: Path, reference: Reference, *, bound: Bound = GGUF["f16"]) -> dict[str, Any]:
+    return gguf_proof.prove(file, format="f16", reference=reference, bound=bound)
+
+
+def test_texts_cover_what_they_say() -> None:
+    texts = probes.texts()
+    assert len(set(texts)) == len(texts) >= 200
+    together = "".join(texts)
+    names = {unicodedata.name(letter, "").split(" ")[0] for letter in together}
+    for script in ("HANGUL", "CJK", "CYRILLIC", "ARABIC", "DEVANAGARI", "THAI", "HEBREW", "GREEK"):
+        assert script in names
+    assert "\u200d" in together and "\U0001f1f0" in together  # joined emoji, flags
+    assert sum(text.strip() == "" for text in texts) >= 12
+    assert any(text.isdigit() and len(text) > 10 for text in texts)
+    assert any("def f(x):\n    return" in text for text in texts)
+    assert [messages[0]["role"] for messages in probes.conversations()].count("system") == 2
+
+
+def test_kl_and_perplexity_by_hand() -> None:
+    # Two positions, two tokens: p = (1/2, 1/2), q = (1/4, 3/4), then equal. The answer is token 1.
+    rows = [quality.Row([0, 1], 1)]
+    p = [torch.tensor([[0.0, 0.0], [1.0, 3.0]])]
+    q = [torch.tensor([[0.0, math.log(3)], [1.0, 3.0]])]
+    found = quality.compare(rows, p, q)
+    by_hand = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert found.mean_kl == pytest.approx(by_hand / 2, rel=1e-6)
+    assert found.top1_agreement == 0.5
+    assert found.perplexity == pytest.approx(4 / 3, rel=1e-6)
+    assert found.reference_perplexity == pytest.approx(2, rel=1e-6)
+
+
+def test_rows_begin_to_count_at_the_answer(reference: Reference, dataset_dir: Path) -> None:
+    first = read_jsonl(dataset_dir / HELDOUT_FILE)[0]
+    rows = quality.read_rows(dataset_dir, 3, reference.tokenise)
+    row = rows[0]
+    assert reference.tokenizer.decode(row.ids[: row.start]) == first["prompt"]
+    assert reference.tokenizer.decode(row.ids[row.start :]) == first["answer"] + first["end"]
+    # Then training rows, all of which counts.
+    assert len(rows) == 3
+    assert reference.tokenizer.decode(rows[1].ids) == "1Gi is 1024Mi of memory."
+
+
+def test_no_rows(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no row to compare"):
+        quality.read_rows(tmp_path, 3, lambda text: [1])
+
+
+@pytest.mark.parametrize("broken", [float("nan"), 5.0])
+def test_a_bound_holds_numbers_that_are_not_finite_too(broken: float) -> None:
+    found = quality.Quality(broken, 0.5, 2.0, 1.5, 8)
+    with pytest.raises(ProofError, match=rf"q8_0 is {broken:g} nats .* at 50\.0% of positions"):
+        quality.hold(found, GGUF["q8_0"], "q8_0")
+    with pytest.raises(ProofError, match=r"at least 93\.0%"):
+        quality.hold(dataclasses.replace(found, mean_kl=0.0), GGUF["q8_0"], "q8_0")
+
+
+def test_a_tokenizer_that_splits_otherwise(reference: Reference) -> None:
+    def digits_in_one(text: str) -> list[int]:
+        return [0] if text.isdigit() else reference.tokenise(text)
+
+    with pytest.raises(ProofError, match=r"splits \d+ of 2\d\d texts differently .* first '0'"):
+        gguf_proof.check_tokenizer(
+            probes.texts(), tested=digits_in_one, reference=reference.tokenise
+        )
+
+
+def test_another_template(f16_file: Path, reference: Reference) -> None:
+    template = CHATML.replace("'\n' }}{% endfor", "'\n\n' }}{% endfor")
+    with pytest.raises(ProofError, match=r"renders a conversation of 1 messages otherwise .* from"):
+        prove(f16_file, with_template(reference, template))
+    with pytest.raises(ProofError, match="against a refusal"):
+        prove(f16_file, with_template(reference, "{{ raise_exception('never') }}"))
+    assert not (f16_file.parent / MODELFILE).exists()
+
+
+def test_a_model_without_a_template(f16_file: Path, reference: Reference) -> None:
+    proof = prove(f16_file, with_template(reference, None))
+    assert proof["num_conversations"] == 0
+    assert "TEMPLATE" not in (f16_file.parent / MODELFILE).read_text()
+
+
+def test_a_stop_token_that_does_not_stop(f16_file: Path, reference: Reference) -> None:
+    (plain,) = reference.tokenise("a")
+    with pytest.raises(ProofError, match="does not stop at 'a', where the merged model stops"):
+        prove(f16_file, dataclasses.replace(reference, stop_ids=[plain]))
+    with pytest.raises(ProofError, match=r"does not stop at '<\|im_start\|>', which the chat"):
+        prove(f16_file, dataclasses.replace(reference, end="<|im_start|>"))
+    proof = prove(f16_file, dataclasses.replace(reference, end="### End\n"))
+    assert "'### End', is not one special token" in proof["notes"][0]
+    assert 'PARAMETER stop "### End"' in (f16_file.parent / MODELFILE).read_text()
+
+
+def test_a_file_that_runs_on(f16_file: Path, reference: Reference) -> None:
+    (stop,) = reference.stop_ids
+    stopping = [logits.clone() for logits in reference.logits]
+    for logits in stopping:
+        logits[:, stop] = logits.max() + 1
+    merged = dataclasses.replace(reference, logits=stopping)
+    with LlamaFile(f16_file, num_context=64) as loaded:
+        never = [logits.argmax(-1) * 0 + 100 for logits in stopping]
+        with pytest.raises(ProofError, match=r"stops at 0 of \d+ places"):
+            gguf_proof.check_stops("q2_k", never, loaded, merged)
+        always = [logits.argmax(-1) for logits in stopping]
+        gguf_proof.check_stops("q2_k", always, loaded, merged)
+
+
+def test_generation_ends_at_a_stop_token(f16_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LlamaFile(f16_file, num_context=64) as loaded:
+        long = loaded.generate("How many", num_tokens=6).ids
+        third = long[2]
+        monkeypatch.setattr(loaded, "is_stop", lambda token: token == third)
+        assert loaded.generate("How many", num_tokens=6).ids == long[: long.index(third) + 1]
+
+
+def test_weights_of_another_model(f16_file: Path, reference: Reference) -> None:
+    other = [torch.roll(logits, 1, dims=-1) for logits in reference.logits]
+    with pytest.raises(ProofError, match="export f16 is .* nats a token"):
+        prove(f16_file, dataclasses.replace(reference, logits=other))
+
+
+@pytest.mark.parametrize("template", [CHATML, HEADERS, NO_SYSTEM])
+def test_pieces_render_what_the_template_does(reference: Reference, template: str) -> None:
+    tested = with_template(reference, template)
+    found = modelfile.pieces(tested, bos="<|endoftext|>")
+    assert found is not None
+    assert (found.system is None) == (template == NO_SYSTEM)
+    messages = probes.conversations()[4]
+    text = tested.render(messages)
+    assert found.render(messages) == text.removeprefix("<|endoftext|>")
+
+
+def test_a_default_system_message(reference: Reference) -> None:
+    template = (
+        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
+        "{% endif %}" + CHATML
+    )
+    found = modelfile.pieces(with_template(reference, template), bos="")
+    assert found is not None
+    assert found.no_system == "<|im_start|>system\nBe kind.<|im_end|>\n"
+    assert "{{ else }}<|im_start|>system\nBe kind." in found.go_template()
+
+
+def test_a_template_that_is_more_than_frames(f16_file: Path, reference: Reference) -> None:
+    assert modelfile.pieces(with_template(reference, COUNTING), bos="") is None
+    counting = with_template(reference, COUNTING)
+    note = modelfile.write(f16_file, reference=counting, adds_bos=False)
+    assert note is not None and note.startswith("no Ollama template")
+    assert "TEMPLATE" not in (f16_file.parent / MODELFILE).read_text()
+
+
+def test_the_modelfile(f16_file: Path, reference: Reference, tmp_path: Path) -> None:
+    model_dir = tmp_path / "model"
+    model_dir.mkdir()
+    (model_dir / "config.json").write_text(json.dumps({"max_position_embeddings": 2048}))
+    sampling = {"temperature": 0.6, "repetition_penalty": 1.1, "do_sample": True}
+    (model_dir / "generation_config.json").write_text(json.dumps(sampling))
+    tested = dataclasses.replace(with_template(reference, CHATML), model_dir=model_dir)
+    assert modelfile.write(f16_file, reference=tested, adds_bos=False) is None
+    assert (f16_file.parent / MODELFILE).read_text() == (
+        "FROM ./model-F16.gguf\n"
+        'TEMPLATE """{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ else }}'
+        '{{ end }}{{ range .Messages }}{{ if eq .Role "user" }}<|im_start|>user\n'
+        '{{ .Content }}<|im_end|>\n{{ else if eq .Role "assistant" }}<|im_start|>assistant\n'
+        '{{ .Content }}<|im_end|>\n{{ end }}{{ end }}<|im_start|>assistant\n"""\n'
+        'PARAMETER stop "<|im_end|>"\n'
+        "PARAMETER num_ctx 2048\n"
+        "PARAMETER temperature 0.6\n"
+        "PARAMETER repeat_penalty 1.1\n"
+    )
