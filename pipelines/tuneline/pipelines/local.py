@@ -16,10 +16,12 @@ from kfp import local
 from tuneline.pipelines.finetune import finetune
 from tuneline.recipe import Recipe
 from tuneline.step import EVENTS_VARIABLE
+from tuneline.train.checkpoints import ROOT_VARIABLE
 
 EVENTS_FILE = "events.jsonl"
 ARTIFACTS_DIR = "artifacts"
 CACHE_DIR = ".cache"
+CHECKPOINT_DIR = ".checkpoints"
 """Beside the runs, shared by them."""
 
 
@@ -43,6 +45,8 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
         # Two steps run side by side: OpenMP threads that spin while they wait for one that has no
         # core made single training steps take 20 s instead of 5.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # The next run of the same recipe continues a training that was killed.
+        os.environ.setdefault(ROOT_VARIABLE, str(run_dir.resolve().parent / CHECKPOINT_DIR))
         os.environ.update(environment)
         chosen = local.SubprocessRunner(use_venv=False)
     local.init(
