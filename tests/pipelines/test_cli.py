@@ -1,8 +1,11 @@
 """The command line, as a person uses it: real processes, exit codes, one message."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,3 +72,41 @@ def test_a_run_that_fails_names_the_step_and_keeps_a_report(tmp_path: Path) -> N
     assert "absent" in page
     summary = next(run_dir.glob("artifacts/*/diagnose/summary"))
     assert "fetch" in summary.read_text()
+
+
+def processes_of(text: str) -> list[str]:
+    """Return the ids of live processes with a text in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if text.encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            continue  # It ended meanwhile.
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="no /proc")
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_leaves_no_process(tmp_path: Path, stop: signal.Signals) -> None:
+    # Fetch waits for a pipe that nobody writes to, so it is at work whenever the signal comes.
+    model = tmp_path / "model"
+    model.mkdir()
+    os.mkfifo(model / "config.json")
+    command = ["run", "demo", "--set", f"base_model={model}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tuneline.pipelines.cli", *command],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("runs/*/artifacts/events.jsonl")):
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < deadline, "no step began"
+        time.sleep(0.1)
+    process.send_signal(stop)
+    assert process.wait(timeout=30) == {signal.SIGTERM: 143, signal.SIGINT: 130}[stop]
+    while left := processes_of(str(tmp_path)):
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.1)

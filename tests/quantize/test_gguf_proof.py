@@ -159,12 +159,18 @@ def test_a_file_that_runs_on(f16_file: Path, reference: Reference) -> None:
     for logits in stopping:
         logits[:, stop] = logits.max() + 1
     merged = dataclasses.replace(reference, logits=stopping)
-    with LlamaFile(f16_file, num_context=64) as loaded:
-        never = [logits.argmax(-1) * 0 + 100 for logits in stopping]
-        with pytest.raises(ProofError, match=r"stops at 0 of \d+ places"):
-            gguf_proof.check_stops("q2_k", never, loaded, merged)
-        always = [logits.argmax(-1) for logits in stopping]
-        gguf_proof.check_stops("q2_k", always, loaded, merged)
+    own = [logits.softmax(-1)[:, stop] for logits in stopping]
+    gguf_proof.check_stops("q2_k", own, merged)
+    gguf_proof.check_stops("q2_k", [0.6 * p for p in own], merged)
+    with pytest.raises(
+        ProofError, match=r"at \d+ places .* probability of 0\.\d\d, the export q2_k"
+    ):
+        gguf_proof.check_stops("q2_k", [0.4 * p for p in own], merged)
+    # A merged model that stops nowhere asks nothing.
+    silent = dataclasses.replace(reference, logits=[x.clone() for x in reference.logits])
+    for logits in silent.logits:
+        logits[:, stop] = logits.min() - 1
+    gguf_proof.check_stops("q2_k", [0 * p for p in own], silent)
 
 
 def test_generation_ends_at_a_stop_token(f16_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
