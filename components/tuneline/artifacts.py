@@ -196,6 +196,8 @@ class TrainingSummary(Record):
     num_parameters: int
     base_quantization: Literal["nf4", "none"]
     compute_dtype: str
+    kernels: str = "off"
+    """What our kernels took over, in a sentence."""
     device: str
     tokens_per_second: float
     peak_memory_bytes: int
@@ -226,6 +228,12 @@ class MergeProof(Record):
 
     base: Literal["dequantized", "original"]
     """Which base weights the adapter was added to."""
+    base_asked: Literal["dequantized", "original", "auto"] | None = None
+    """What the recipe said; auto takes the base with the lower loss."""
+    base_losses: dict[str, float] = Field(default_factory=dict)
+    """Loss of base plus adapter on the rows' answers, nats a token, by each base measured."""
+    merged_loss: float | None = None
+    """Of the merged model on the same."""
     dtype: str
     num_bytes: int
     num_shards: int
@@ -239,6 +247,12 @@ class MergeProof(Record):
     """Share of positions with the same most likely token, 0 to 1."""
     max_mean_kl: float
     """The bound that mean_kl was held against."""
+    min_top1_agreement: float | None = None
+    """The bound that top1_agreement was held against."""
+    trained_answer: str | None = None
+    """What base plus adapter say to the first prompt, greedily."""
+    merged_answer: str | None = None
+    """What the merged model says to it."""
 
 
 class QuantizedModel(Record):

@@ -157,6 +157,23 @@ def test_gradients_accumulate_in_the_flat_buffer_and_zero_grad_clears(generator)
     assert (params[0].grad == 0).all()
 
 
+@pytest.mark.parametrize("state_bits", [8, 32])
+def test_a_step_without_any_gradient_changes_nothing(state_bits, generator):
+    params = _params(generator)
+    optimizer = FlatAdamW(params, lr=0.1, weight_decay=0.1, state_bits=state_bits)
+    sum((p * p).sum() for p in params).backward()
+    optimizer.step()
+    before, state = _copies(params), copy.deepcopy(optimizer.state_dict())
+    for p in params:
+        p.grad = None
+    optimizer.step()
+    assert _distance(params, before) == 0
+    for number, tensors in optimizer.state_dict()["state"].items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, state["state"][number][name])
+    assert optimizer.state_dict()["param_groups"] == state["param_groups"]
+
+
 def test_values_survive_flattening_and_other_dtypes_are_refused(generator):
     params = _params(generator)
     before = _copies(params)

@@ -60,6 +60,8 @@ class TrainConfig(StrictModel):
     max_grad_norm: float = Field(0.3, gt=0)
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, a quarter more time."""
+    kernels: Literal["auto", "off"] = "auto"
+    """auto: our fused layers where the GPU can run them, which then choose what to recompute."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type; auto: bfloat16 where the device is fast at it, else float32."""
     logging_steps: int = Field(1, ge=1)

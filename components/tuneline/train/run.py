@@ -128,6 +128,7 @@ def _train(
     from tuneline.train.best import BestAdapterCallback
     from tuneline.train.divergence import train_through
     from tuneline.train.interruption import stop_on_sigterm
+    from tuneline.train.kernels import can_fuse, fuse_model, fuse_trainer
     from tuneline.train.metrics import eval_gap
     from tuneline.train.precision import choose_dtype, peak_memory_bytes
     from tuneline.train.progress import ProgressCallback
@@ -156,8 +157,12 @@ def _train(
         device=device,
         work_dir=work_dir,
     )
+    model = load_base(base_model_dir, dtype=dtype, device=device, quantized=config.load_in_4bit)
+    fuses = can_fuse(config.kernels, device)
+    if fuses:
+        fuse_model(model)
     trainer: Any = (PreferenceTrainer if manifest.method == "dpo" else SupervisedTrainer)(
-        model=load_base(base_model_dir, dtype=dtype, device=device, quantized=config.load_in_4bit),
+        model=model,
         args=arguments,
         train_dataset=rows,
         eval_dataset=eval_rows,
@@ -171,6 +176,7 @@ def _train(
     trainer.add_callback(progress)
     trainer.add_callback(BestAdapterCallback(trainer, config.early_stopping_patience))
     keep_adapter_in_fp32(trainer.model)
+    kernels = fuse_trainer(trainer) if fuses else "off"
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     logger.info(
         "%s: %d steps, %d trainable parameters, %s on %s",
@@ -214,6 +220,7 @@ def _train(
         num_parameters=origin.num_parameters,
         base_quantization="nf4" if config.load_in_4bit else "none",
         compute_dtype=str(dtype).removeprefix("torch."),
+        kernels=kernels,
         device=device,
         tokens_per_second=state.num_tokens / max(state.step_seconds, 1e-9),
         peak_memory_bytes=peak_memory_bytes(device),

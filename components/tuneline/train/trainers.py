@@ -20,6 +20,8 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
         super().__init__(*args, **kwargs)
         self._eval_loss_sum = 0.0
         self._eval_tokens = 0
+        self.takes_model_loss = False
+        """Whether the model computes its training loss itself; see `kernels.fuse_trainer`."""
         base: Any = self.model
         base = base.get_base_model()
         # On a GPU, TRL's fused head scores only the tokens that count. On a CPU it scores all of
@@ -41,9 +43,20 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
             mask = inputs.get("attention_mask")
             count = inputs["input_ids"].numel() if mask is None else mask.sum()
             self.run_state.num_tokens += int(count)
+        if self.takes_model_loss and model.training and not return_outputs:
+            return self._model_loss(model, inputs, num_items_in_batch)
         if self._selects_logits and not return_outputs:
             return _selected_loss(model, inputs, num_items_in_batch)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _model_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        loss = model(**inputs, use_cache=False, num_items_in_batch=num_items).loss
+        if self.args.average_tokens_across_devices and num_items is not None:
+            # The count is over all ranks, whose gradients are then averaged.
+            loss = loss * self.accelerator.num_processes
+        return loss
 
     def prediction_step(
         self,

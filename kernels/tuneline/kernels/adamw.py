@@ -250,9 +250,10 @@ class FlatAdamW(torch.optim.Optimizer):
     """AdamW whose parameters become slices of one flat float32 buffer a group.
 
     Make it after the model is on its device and before DistributedDataParallel wraps it: it moves
-    each parameter's data into the flat buffer. A parameter without a gradient is stepped with a
-    gradient of zero, where torch's AdamW skips it. `last_grad_norm` holds the norm before the last
-    step's clip, on the device.
+    each parameter's data into the flat buffer. A group in which no parameter has a gradient is
+    passed over, as torch's AdamW does; beside others that have one, a parameter without a gradient
+    is stepped with a gradient of zero. `last_grad_norm` holds the norm before the last step's clip,
+    on the device.
 
     Args:
         params: Float32 parameters of one device, or groups of them.
@@ -329,13 +330,18 @@ class FlatAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, flat in zip(self.param_groups, self._flats, strict=True):
+        stepped = [
+            (group, flat)
+            for group, flat in zip(self.param_groups, self._flats, strict=True)
+            if any(p.grad is not None for p in group["params"])
+        ]
+        for group, flat in stepped:
             self._gather(group["params"], flat)
         partial = None
-        if self.max_grad_norm is not None:
-            partial = _partial_squares([flat.g for flat in self._flats])
+        if self.max_grad_norm is not None and stepped:
+            partial = _partial_squares([flat.g for _, flat in stepped])
             self.last_grad_norm = partial.sum().sqrt()
-        for group, flat in zip(self.param_groups, self._flats, strict=True):
+        for group, flat in stepped:
             group["step"] += 1
             self._step_group(group, flat, partial)
             torch.autograd.graph.increment_version(group["params"])

@@ -390,19 +390,16 @@ def _subclass(stock: type, mixin: type) -> type:
         "_tuneline_stock_class": stock,
     }
     cls = type(stock.__name__, (mixin, stock), names)
-    # transformers wraps a new layer class's forward in checkpointing: ours does its own, and only
-    # on the stock path. The signature stays the stock one: the Trainer reads column names off it.
-    cls.forward = functools.wraps(stock.forward)(_plain(mixin.forward))
-    return cls
-
-
-def _plain(function: Any) -> Any:
-    """Copy a function, so that `wraps` does not write on the mixin's own."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return function(self, *args, **kwargs)
+        # Whoever kept this function as the model's forward may call it after `unpatch`.
+        chosen = mixin if isinstance(self, cls) else stock
+        return chosen.forward(self, *args, **kwargs)
 
-    return forward
+    # transformers wraps a new layer class's forward in checkpointing: ours does its own, and only
+    # on the stock path. The signature stays the stock one: the Trainer reads column names off it.
+    cls.forward = functools.wraps(stock.forward)(forward)
+    return cls
 
 
 def _logged(report: PatchReport) -> PatchReport:

@@ -1,0 +1,91 @@
+"""A trainer with our kernels learns what it learns without them; on a CPU, by their references."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tuneline.artifacts import DatasetManifest
+from tuneline.kernels import FlatAdamW, unpatch
+from tuneline.nf4 import load_base
+from tuneline.train import TrainConfig
+from tuneline.train.adapter import keep_adapter_in_fp32, lora_config
+from tuneline.train.arguments import training_arguments
+from tuneline.train.kernels import can_fuse, fuse_model, fuse_trainer
+from tuneline.train.rows import load_rows
+from tuneline.train.trainers import SupervisedTrainer
+
+ROWS = [
+    {"input_ids": [5 + (start * 7 + n * n) % 90 for n in range(size)], "loss_mask": mask}
+    for start, size in enumerate([9, 17, 30, 12, 25, 40])
+    for mask in [[int(n >= 4) for n in range(size)]]
+]
+
+
+def train(base_dir: Path, data: Path, work: Path, *, fused: bool, packing: bool) -> tuple:
+    config = TrainConfig(
+        packing=packing,
+        max_steps=4,
+        warmup_steps=0,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        optim="adamw_torch",
+        learning_rate=1e-2,
+    )
+    manifest = DatasetManifest.read(data)
+    rows, held = load_rows(data, manifest, packing=packing, cache_dir=work / "cache")
+    model = load_base(base_dir, dtype=torch.float32, device="cpu", quantized=True)
+    if fused:
+        fuse_model(model)
+    torch.manual_seed(3)
+    trainer = SupervisedTrainer(
+        model=model,
+        args=training_arguments(
+            config,
+            method="sft",
+            learning_rate=1e-2,
+            num_steps=4,
+            max_seq_length=64,
+            evaluates=True,
+            dtype=torch.float32,
+            device="cpu",
+            work_dir=work,
+        ),
+        train_dataset=rows,
+        eval_dataset=held,
+        processing_class=AutoTokenizer.from_pretrained(str(base_dir)),
+        peft_config=lora_config(config.lora),
+    )
+    keep_adapter_in_fp32(trainer.model)
+    if fused:
+        assert fuse_trainer(trainer) == "llama: 2 layers fused; loss: fused"
+        assert isinstance(trainer.optimizer, FlatAdamW)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora" in n}
+    after = trainer.evaluate()["eval_loss"]
+    unpatch(trainer.model)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(after, rel=1e-6)
+    return [before, *losses, after], weights
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_losses_and_adapter_equal_those_of_the_stock_model(
+    dataset_dir, tiny_model_dir, tmp_path, packing
+):
+    data = dataset_dir(ROWS)
+    stock, stock_weights = train(
+        tiny_model_dir, data, tmp_path / "stock", fused=False, packing=packing
+    )
+    ours, our_weights = train(tiny_model_dir, data, tmp_path / "ours", fused=True, packing=packing)
+    assert ours == pytest.approx(stock, abs=2e-5)
+    assert ours[-1] < ours[0] - 0.1
+    for name, theirs in stock_weights.items():
+        assert torch.allclose(our_weights[name], theirs, atol=1e-4), name
+
+
+def test_kernels_stay_off_where_they_cannot_run():
+    assert not can_fuse("auto", "cpu")
+    assert not can_fuse("off", "cuda")
