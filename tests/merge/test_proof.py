@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from tuneline.artifacts import EVAL_FILE
-from tuneline.errors import DataError
-from tuneline.merge.proof import compare, proof_rows
+from tuneline.errors import DataError, ProofError
+from tuneline.heldout import Row, read_rows
+from tuneline.merge.config import MergeConfig
+from tuneline.merge.proof import Answers, Distance, compare, greedy_gap, hold, mean_loss
 
 
 def test_distance_by_hand():
@@ -30,9 +32,44 @@ def test_a_logit_that_is_not_a_number_is_far():
 def test_rows_come_from_evaluation_where_none_are_held_out(tmp_path):
     rows = [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}] * 3
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / EVAL_FILE)
-    assert proof_rows(tmp_path, None, 2) == [[1, 2, 3], [1, 2, 3]]
+    assert read_rows(tmp_path, 2, len) == [Row([1, 2, 3], 2)] * 2
 
 
 def test_no_rows(tmp_path):
     with pytest.raises(DataError, match="no row to compare"):
-        proof_rows(tmp_path, None, 2)
+        read_rows(tmp_path, 2, len)
+
+
+def test_loss_counts_the_answer_only():
+    # Ids 0 1 1; the last two count. Token 1 has probability 3/4 after 0 and 1/4 after the first 1.
+    logits = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0], [5.0, 0.0]])
+    by_hand = -(math.log(3 / 4) + math.log(1 / 4)) / 2
+    assert mean_loss([Row([0, 1, 1], 1)], [logits]) == pytest.approx(by_hand, rel=1e-6)
+    assert mean_loss([Row([0, 1, 1], 2)], [logits]) == pytest.approx(-math.log(1 / 4), rel=1e-6)
+
+
+def answers(ids, logits):
+    return Answers([], ids, torch.tensor(logits), 0.0)
+
+
+def test_where_greedy_answers_part():
+    trained = answers([2, 0], [[0.0, 0.0, 9.0], [1.5, 1.25, 0.0]])
+    assert greedy_gap(trained, answers([2, 0], [[0.0]])) is None
+    assert greedy_gap(trained, answers([2, 1], [[0.0]])) == 0.25
+    assert greedy_gap(trained, answers([0, 1], [[0.0]])) == 9.0
+
+
+@pytest.mark.parametrize(
+    ("kl", "top1", "gap", "message"),
+    [
+        (0.02, 1.0, None, "0.02 nats a token .* 4 prompts.* allows 0.01"),
+        (math.nan, 1.0, None, "nan nats"),
+        (0.0, 0.5, None, r"at 50\.0% of positions .* asks for 90\.0%"),
+        (0.0, 1.0, 3.0, "leads by 3 in the logits.* allows 0.5"),
+        (0.0, 1.0, math.nan, "leads by nan"),
+    ],
+)
+def test_each_bound_holds(kl, top1, gap, message):
+    with pytest.raises(ProofError, match=message):
+        hold(Distance(0.0, kl, top1), gap, MergeConfig(), num_rows=4)
+    hold(Distance(0.0, 0.009, 0.91), 0.4, MergeConfig(), num_rows=4)

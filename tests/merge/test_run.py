@@ -153,30 +153,67 @@ def test_tokenizer_template_and_generation_config_come_along(
     }
 
 
-def test_a_broken_merge_is_caught_and_not_kept(merge, monkeypatch, tmp_path):
-    right = Adapter.delta
+@pytest.fixture
+def spoilt_update(monkeypatch):
+    """Return a function that lets the update of a weight be spoilt."""
 
-    def perturbed(self, module):
-        update = right(self, module)
-        return update + (0.1 if module == "model.layers.1.mlp.down_proj" else 0.0)
+    def use(change):
+        right = Adapter.add_to
 
-    monkeypatch.setattr(Adapter, "delta", perturbed)
+        def spoilt(self, weight, module):
+            return weight.float() + change(module, right(self, weight, module) - weight.float())
+
+        monkeypatch.setattr(Adapter, "add_to", spoilt)
+
+    return use
+
+
+def test_a_broken_merge_is_caught_and_not_kept(merge, spoilt_update, tmp_path):
+    broken = "model.layers.1.mlp.down_proj"
+    spoilt_update(lambda module, update: update + (0.1 if module == broken else 0.0))
     with pytest.raises(ProofError, match=r"nats a token .*max_mean_kl allows 0\.01"):
         merge()
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_an_adapter_left_out_is_caught(merge, monkeypatch):
-    right = Adapter.delta
-    monkeypatch.setattr(Adapter, "delta", lambda self, module: 0 * right(self, module))
+def test_an_adapter_left_out_is_caught(merge, spoilt_update):
+    spoilt_update(lambda module, update: 0 * update)
     with pytest.raises(ProofError, match="nats a token"):
         merge()
 
 
-def test_weights_that_are_not_numbers_are_caught(merge, monkeypatch):
-    monkeypatch.setattr(Adapter, "delta", lambda self, module: torch.tensor(float("nan")))
+def test_weights_that_are_not_numbers_are_caught(merge, spoilt_update):
+    spoilt_update(lambda module, update: update * float("nan"))
     with pytest.raises(ProofError, match="is nan nats"):
         merge()
+
+
+def test_auto_takes_the_base_with_the_lower_loss(merge, tmp_path, caplog):
+    losses = {}
+    for base in ("dequantized", "original"):
+        proof, merged = merge(base=base, dtype="float32")
+        losses[base] = proof.base_losses[base]
+        assert proof.merged_loss == pytest.approx(losses[base], rel=1e-4)
+        assert proof.merged_answer == proof.trained_answer
+        merged.rename(tmp_path / base)
+    assert losses["dequantized"] != losses["original"]
+    with caplog.at_level("INFO"):
+        proof, merged = merge(base="auto", dtype="float32")
+    best = min(losses, key=losses.get)
+    assert (proof.base, proof.base_asked, proof.base_losses) == (best, "auto", losses)
+    assert f"merge.base auto: {best} is taken; held-out loss: dequantized" in caplog.text
+    taken = weights_of(tmp_path / best)
+    assert all(torch.equal(weight, taken[name]) for name, weight in weights_of(merged).items())
+
+
+def test_auto_without_4_bits_has_one_base(merge, tmp_path, adapter_dir, caplog):
+    adapter = changed_adapter(adapter_dir, tmp_path / "adapter")
+    record = adapter / "training.json"
+    record.write_text(record.read_text().replace('"nf4"', '"none"'))
+    with caplog.at_level("INFO"):
+        proof, _ = merge(adapter=adapter, base="auto")
+    assert proof.base == "original" and list(proof.base_losses) == ["original"]
+    assert "there is no other base" in caplog.text
 
 
 def test_modules_trained_in_full_take_the_bases_place(merge, tmp_path, adapter_dir):

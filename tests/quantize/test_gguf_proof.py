@@ -13,6 +13,7 @@ import torch
 
 from tuneline.artifacts import HELDOUT_FILE, MODELFILE, read_jsonl
 from tuneline.errors import DataError, ProofError
+from tuneline.heldout import Row, read_rows
 from tuneline.quantize import gguf_proof, modelfile, probes, quality
 from tuneline.quantize.formats import GGUF, Bound
 from tuneline.quantize.llama_file import LlamaFile
@@ -81,7 +82,7 @@ def test_texts_cover_what_they_say() -> None:
 
 def test_kl_and_perplexity_by_hand() -> None:
     # Two positions, two tokens: p = (1/2, 1/2), q = (1/4, 3/4), then equal. The answer is token 1.
-    rows = [quality.Row([0, 1], 1)]
+    rows = [Row([0, 1], 1)]
     p = [torch.tensor([[0.0, 0.0], [1.0, 3.0]])]
     q = [torch.tensor([[0.0, math.log(3)], [1.0, 3.0]])]
     found = quality.compare(rows, p, q)
@@ -94,7 +95,7 @@ def test_kl_and_perplexity_by_hand() -> None:
 
 def test_rows_begin_to_count_at_the_answer(reference: Reference, dataset_dir: Path) -> None:
     first = read_jsonl(dataset_dir / HELDOUT_FILE)[0]
-    rows = quality.read_rows(dataset_dir, 3, reference.tokenise)
+    rows = read_rows(dataset_dir, 3, reference.tokenise)
     row = rows[0]
     assert reference.tokenizer.decode(row.ids[: row.start]) == first["prompt"]
     assert reference.tokenizer.decode(row.ids[row.start :]) == first["answer"] + first["end"]
@@ -105,7 +106,7 @@ def test_rows_begin_to_count_at_the_answer(reference: Reference, dataset_dir: Pa
 
 def test_no_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no row to compare"):
-        quality.read_rows(tmp_path, 3, lambda text: [1])
+        read_rows(tmp_path, 3, lambda text: [1])
 
 
 @pytest.mark.parametrize("broken", [float("nan"), 5.0])

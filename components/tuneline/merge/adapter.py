@@ -67,12 +67,13 @@ class Adapter:
             for name in others
         }
 
-    def delta(self, module: str) -> torch.Tensor:
-        """Return s * B @ A in fp32, [out_features, in_features]."""
+    def add_to(self, weight: torch.Tensor, module: str) -> torch.Tensor:
+        """Return W + s * B @ A in fp32, [out_features, in_features]."""
         a_ri, b_or = self._a[module].float(), self._b[module].float()
         rank, alpha = a_ri.shape[0], self._config["lora_alpha"]
         scale = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
-        return scale * (b_or @ a_ri)
+        # One call and no third matrix of the weight's size.
+        return torch.addmm(weight.float(), b_or, a_ri, alpha=scale)
 
 
 def _check_plain(config: dict[str, Any], directory: Path) -> None:

@@ -1,48 +1,76 @@
 """Read and write a sharded safetensors checkpoint, one tensor at a time."""
 
 import json
+import struct
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from tuneline.errors import ModelError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
+# safetensors' names of types.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a tensor is, without its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in a file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
 
 class Checkpoint:
     """The weight files of a model directory.
 
     Attributes:
-        names: all tensor names, file by file.
+        specs: type and shape by tensor name, file by file.
     """
 
     def __init__(self, model_dir: str | Path) -> None:
         """Read the headers.
 
         Raises:
-            ModelError: there is no safetensors file, or one that the index names is missing.
+            ModelError: there is no safetensors file, one that the index names is missing, or a
+                tensor is of a type that is not merged.
         """
         self._directory = Path(model_dir)
         self._file_of: dict[str, str] = {}
+        self.specs: dict[str, Spec] = {}
         for file in self._files():
             with safe_open(self._directory / file, framework="pt") as tensors:
-                self._file_of.update(dict.fromkeys(tensors.keys(), file))
-        self.names = list(self._file_of)
-
-    def num_elements(self, name: str) -> int:
-        """Return how many values a tensor has, without reading them."""
-        with safe_open(self._directory / self._file_of[name], framework="pt") as tensors:
-            return torch.Size(tensors.get_slice(name).get_shape()).numel()
-
-    def is_floating(self, name: str) -> bool:
-        """Tell whether a tensor holds floating-point numbers."""
-        with safe_open(self._directory / self._file_of[name], framework="pt") as tensors:
-            return str(tensors.get_slice(name).get_dtype()).startswith(("F", "BF"))
+                for name in tensors.keys():  # noqa: SIM118, it is no mapping
+                    found = tensors.get_slice(name)
+                    if found.get_dtype() not in _DTYPES:
+                        raise ModelError(
+                            f"{self._directory / file}: {name} is of type {found.get_dtype()}: "
+                            "give the base in 16 or 32 bits"
+                        )
+                    self._file_of[name] = file
+                    self.specs[name] = Spec(_DTYPES[found.get_dtype()], tuple(found.get_shape()))
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor."""
@@ -65,46 +93,72 @@ class Checkpoint:
 
 def write_sharded(
     directory: Path,
-    sizes: dict[str, int],
+    specs: dict[str, Spec],
     make: Callable[[str], torch.Tensor],
     *,
     max_shard_bytes: int,
 ) -> int:
-    """Write tensors in the order of `sizes`, holding one shard in memory at a time.
+    """Write tensors, holding one at a time in memory.
+
+    safetensors' own writer wants all of a file's tensors at once. The format is a length, a JSON
+    header with each tensor's place, and the bytes, so that a file can grow a tensor at a time.
 
     Args:
         directory: gets model.safetensors, or numbered shards and their index.
-        sizes: tensor name -> bytes it will have.
+        specs: tensor name -> what it will be.
         make: returns the tensor of a name.
         max_shard_bytes: a shard ends before it; a larger single tensor has its own.
 
     Returns:
         The number of files.
     """
-    shards = list(_plan(sizes, max_shard_bytes))
+    shards = list(_plan(specs, max_shard_bytes))
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE_FILE
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: make(name).contiguous() for name in names}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        del tensors
+        _write_file(directory / file, {name: specs[name] for name in names}, make)
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        total = sum(spec.num_bytes for spec in specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return len(shards)
 
 
-def _plan(sizes: dict[str, int], max_shard_bytes: int) -> Iterator[list[str]]:
+def _write_file(path: Path, specs: dict[str, Spec], make: Callable[[str], torch.Tensor]) -> None:
+    # Wide types first: every tensor then starts at a multiple of its own width.
+    names = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        spec = specs[name]
+        start, end = end, end + spec.num_bytes
+        header[name] = {
+            "dtype": _NAMES[spec.dtype],
+            "shape": spec.shape,
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            tensor = make(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == (specs[name].dtype, specs[name].shape)
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            del tensor  # before the next one is made
+
+
+def _plan(specs: dict[str, Spec], max_shard_bytes: int) -> Iterator[list[str]]:
     names: list[str] = []
     used = 0
-    for name, size in sizes.items():
-        if names and used + size > max_shard_bytes:
+    for name, spec in specs.items():
+        if names and used + spec.num_bytes > max_shard_bytes:
             yield names
             names, used = [], 0
         names.append(name)
-        used += size
+        used += spec.num_bytes
     if names:
         yield names

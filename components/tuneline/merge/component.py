@@ -27,6 +27,7 @@ def merge(
         )
         merged.metadata.update(
             base=proof.base,
+            merged_loss=proof.merged_loss,
             dtype=proof.dtype,
             num_bytes=proof.num_bytes,
             mean_kl=proof.mean_kl,

@@ -1,4 +1,7 @@
-"""Compare the merged model with base plus adapter, on real prompts."""
+"""Compare the merged model with base plus adapter, on real prompts.
+
+Legend: T positions of a row, V vocabulary.
+"""
 
 import gc
 import logging
@@ -6,30 +9,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 
-from tuneline.artifacts import (
-    CHOSEN_IDS,
-    EVAL_FILE,
-    HELDOUT_FILE,
-    INPUT_IDS,
-    PROMPT_IDS,
-    TRAIN_FILE,
-    read_jsonl,
-)
-from tuneline.errors import DataError
+from tuneline.errors import ProofError
+from tuneline.heldout import Row
+from tuneline.merge.config import MergeConfig
 from tuneline.nf4 import load_base
 
 logger = logging.getLogger(__name__)
 
-MAX_PROOF_TOKENS = 512
-"""Of a row: the logits of all of them are kept, at the vocabulary's size each."""
+
+@dataclass(frozen=True)
+class Answers:
+    """What one model says to the rows."""
+
+    logits: list[torch.Tensor]
+    """A row's, [T, V] in fp32 on the CPU."""
+    greedy_ids: list[int]
+    """What follows the first row's prompt."""
+    greedy_logits: torch.Tensor
+    """What each of them was chosen from, [num_tokens, V]."""
+    loss: float
+    """Nats a token, over the tokens that the rows' losses count."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far two models' predictions are apart, over all positions of all prompts."""
+    """How far two models' predictions are apart, over all positions of all rows."""
 
     max_logit_difference: float
     mean_kl: float
@@ -37,69 +43,77 @@ class Distance:
     top1_agreement: float
 
 
-def proof_rows(dataset_dir: Path, tokenizer: Any, num_prompts: int) -> list[list[int]]:
-    """Return token ids of rows that training did not see, where there are any.
-
-    Held-out rows first, then evaluation rows, then training rows.
-
-    Raises:
-        DataError: the data set has no row at all.
-    """
-    path = dataset_dir / HELDOUT_FILE
-    rows: list[list[int]] = []
-    if path.is_file():
-        for row in read_jsonl(path)[:num_prompts]:
-            text = row["prompt"] + row["answer"]
-            rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    for name in (EVAL_FILE, TRAIN_FILE):
-        if len(rows) < num_prompts and (dataset_dir / name).is_file():
-            rows += _first_rows(dataset_dir / name, num_prompts - len(rows))
-    rows = [row[:MAX_PROOF_TOKENS] for row in rows if row]
-    if not rows:
-        raise DataError(f"{dataset_dir} has no row to compare the merged model on")
-    return rows
-
-
-def logits_of(model: torch.nn.Module, rows: list[list[int]]) -> list[torch.Tensor]:
-    """Return the logits of every position, [tokens, vocabulary] in fp32 on the CPU, a row."""
-    device = next(model.parameters()).device
-    model.eval()
-    with torch.inference_mode():
-        return [
-            model(input_ids=torch.tensor([row], device=device)).logits[0].float().cpu()
-            for row in rows
-        ]
-
-
-def trained_logits(
-    rows: list[list[int]],
+def ask_trained(
+    rows: list[Row],
     *,
+    num_greedy_tokens: int,
     base_model_dir: Path,
     adapter_dir: Path,
     dtype: torch.dtype,
     quantized: bool,
     device: str,
-) -> list[torch.Tensor]:
-    """Return the logits of the base with the adapter beside it, as it was trained."""
+) -> Answers:
+    """Ask the base with the adapter beside it, as it was trained."""
     from peft import PeftModel
 
     base = load_base(base_model_dir, dtype=dtype, device=device, quantized=quantized)
     model = PeftModel.from_pretrained(base, str(adapter_dir))
-    found = logits_of(model, rows)
+    answers = ask(model, rows, num_greedy_tokens=num_greedy_tokens)
     del model, base
     _free(device)
-    return found
+    return answers
 
 
-def merged_logits(
-    rows: list[list[int]], *, merged_dir: Path, dtype: torch.dtype, device: str
-) -> list[torch.Tensor]:
-    """Return the logits of a merged model."""
+def ask_merged(
+    rows: list[Row], *, num_greedy_tokens: int, merged_dir: Path, dtype: torch.dtype, device: str
+) -> Answers:
+    """Ask a merged model."""
     model = load_base(merged_dir, dtype=dtype, device=device, quantized=False)
-    found = logits_of(model, rows)
+    answers = ask(model, rows, num_greedy_tokens=num_greedy_tokens)
     del model
     _free(device)
-    return found
+    return answers
+
+
+def ask(model: Any, rows: list[Row], *, num_greedy_tokens: int) -> Answers:
+    """Compute logits of all rows, and a greedy answer to the first one's prompt."""
+    device = next(model.parameters()).device
+    model.eval()
+    prompt = torch.tensor([rows[0].ids[: max(rows[0].start, 1)]], device=device)
+    with torch.inference_mode():
+        logits = [
+            model(input_ids=torch.tensor([row.ids], device=device)).logits[0].float().cpu()
+            for row in rows
+        ]
+        output = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=num_greedy_tokens,
+            # Nothing is padded; without one, a line is logged.
+            pad_token_id=model.generation_config.pad_token_id or 0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    return Answers(
+        logits=logits,
+        greedy_ids=output.sequences[0, prompt.shape[1] :].tolist(),
+        greedy_logits=torch.cat(output.logits).float().cpu(),
+        loss=mean_loss(rows, logits),
+    )
+
+
+def mean_loss(rows: list[Row], logits: list[torch.Tensor]) -> float:
+    """Return nats a token over the tokens from each row's `start` on."""
+    loss, counted = 0.0, 0
+    for row, row_TV in zip(rows, logits, strict=True):
+        first = max(row.start, 1)
+        targets = torch.tensor(row.ids[first:])
+        loss += torch.nn.functional.cross_entropy(
+            row_TV[first - 1 : len(row.ids) - 1], targets, reduction="sum"
+        ).item()
+        counted += len(targets)
+    return loss / counted
 
 
 def compare(first: list[torch.Tensor], second: list[torch.Tensor]) -> Distance:
@@ -117,14 +131,47 @@ def compare(first: list[torch.Tensor], second: list[torch.Tensor]) -> Distance:
     return Distance(worst, max(mean_kl, 0.0) if mean_kl == mean_kl else mean_kl, agreed / total)
 
 
-def _first_rows(path: Path, num_rows: int) -> list[list[int]]:
-    batch = next(pq.ParquetFile(path).iter_batches(batch_size=num_rows), None)
-    if batch is None:
-        return []
-    columns = batch.to_pydict()
-    if INPUT_IDS in columns:
-        return columns[INPUT_IDS]
-    return [a + b for a, b in zip(columns[PROMPT_IDS], columns[CHOSEN_IDS], strict=True)]
+def greedy_gap(trained: Answers, merged: Answers) -> float | None:
+    """Return by how much the trained model prefers its own token where the answers part.
+
+    After that token the two continue different texts, which says nothing more. None: they are one.
+    """
+    for index, (ours, theirs) in enumerate(
+        zip(merged.greedy_ids, trained.greedy_ids, strict=False)
+    ):
+        if ours != theirs:
+            row = trained.greedy_logits[index]
+            return (row[theirs] - row[ours]).item()
+    return None
+
+
+def hold(distance: Distance, gap: float | None, config: MergeConfig, *, num_rows: int) -> None:
+    """Check the distance against the recipe's bounds.
+
+    Raises:
+        ProofError: it is over one of them; the message has the numbers.
+    """
+    what = "the merged model"
+    if not distance.mean_kl <= config.max_mean_kl:
+        raise ProofError(
+            f"{what} is {distance.mean_kl:.4g} nats a token (mean KL over {num_rows} prompts) from "
+            f"base plus adapter, and merge.max_mean_kl allows {config.max_mean_kl:g}: merge with "
+            "dtype float32 or base dequantized, or raise the bound if you accept it"
+        )
+    if distance.top1_agreement < config.min_top1_agreement:
+        raise ProofError(
+            f"{what} has the same most likely token as base plus adapter at "
+            f"{distance.top1_agreement:.1%} of positions (over {num_rows} prompts), and "
+            f"merge.min_top1_agreement asks for {config.min_top1_agreement:.1%}: merge with dtype "
+            "float32 or base dequantized, or lower the bound if you accept it"
+        )
+    if gap is not None and not gap <= config.max_greedy_gap:
+        raise ProofError(
+            f"{what}'s greedy answer parts from that of base plus adapter at a token which the "
+            f"latter's own leads by {gap:.4g} in the logits, and merge.max_greedy_gap allows "
+            f"{config.max_greedy_gap:g}: merge with dtype float32, or raise the bound if you "
+            "accept it"
+        )
 
 
 def _free(device: str) -> None:

@@ -11,7 +11,7 @@ from tuneline.artifacts import (
     TrainingSummary,
     new_directory,
 )
-from tuneline.errors import ModelError, ProofError
+from tuneline.errors import ModelError
 from tuneline.merge.config import MergeConfig
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def run(
 
     Raises:
         ModelError: the adapter belongs to another base, or is of a kind that is not merged.
-        ProofError: the merged model is further from the trained one than `max_mean_kl`.
+        ProofError: the merged model is further from the trained one than the recipe allows.
         OutputExistsError: `merged_dir` has something in it.
     """
     began = time.monotonic()
@@ -54,58 +54,74 @@ def run(
         import torch
         from transformers import AutoTokenizer
 
+        from tuneline.heldout import read_rows
+        from tuneline.merge import proof
         from tuneline.merge.adapter import Adapter
-        from tuneline.merge.proof import compare, merged_logits, proof_rows, trained_logits
-        from tuneline.merge.weights import copy_companions, merge_weights
+        from tuneline.merge.weights import (
+            check_adapter,
+            copy_companions,
+            merge_weights,
+            write_config,
+        )
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = getattr(torch, training.compute_dtype)
         adapter = Adapter(adapter_dir)
+        check_adapter(adapter, base_dir)
+        copy_companions(base_model_dir=base_dir, adapter_dir=adapter_dir, directory=directory)
+        write_config(base_model_dir=base_dir, dtype=config.dtype, directory=directory)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        rows = read_rows(
+            Path(dataset_dir),
+            config.num_proof_prompts,
+            lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+        )
+        # Each base with the adapter beside it is what the merged model is held against: that on
+        # the original weights it is not what training saw is for the loss to say.
+        losses: dict[str, float] = {}
+        trained, base = None, ""
+        for name in _bases(config, training):
+            answers = proof.ask_trained(
+                rows,
+                num_greedy_tokens=config.num_greedy_tokens,
+                base_model_dir=base_dir,
+                adapter_dir=adapter_dir,
+                dtype=dtype,
+                quantized=training.base_quantization == "nf4" and name == "dequantized",
+                device=device,
+            )
+            losses[name] = answers.loss
+            if trained is None or answers.loss < trained.loss:
+                trained, base = answers, name
+        assert trained is not None
+        _say(config, training, base, losses)
         num_shards = merge_weights(
-            config,
+            base=base,  # type: ignore[arg-type]
+            dtype=getattr(torch, config.dtype),
+            max_shard_bytes=config.max_shard_bytes,
             base_model_dir=base_dir,
             adapter=adapter,
             training=training,
             directory=directory,
             device=device,
         )
-        copy_companions(base_model_dir=base_dir, adapter_dir=adapter_dir, directory=directory)
         num_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         logger.info("merged into %d files, %.2f GB; now the proof", num_shards, num_bytes / 1e9)
-
-        # On the original weights the adapter is held against what it is there: base plus
-        # adapter unquantised. That this is not what training saw is said.
-        in_4bit = training.base_quantization == "nf4"
-        if in_4bit and config.base == "original":
-            logger.warning(
-                "merge.base is original: the adapter was trained on the NF4 weights, so the "
-                "merged model is not the one whose evaluation loss training reported"
-            )
-        rows = proof_rows(
-            Path(dataset_dir),
-            AutoTokenizer.from_pretrained(str(directory)),
-            config.num_proof_prompts,
+        merged = proof.ask_merged(
+            rows,
+            num_greedy_tokens=config.num_greedy_tokens,
+            merged_dir=directory,
+            dtype=dtype,
+            device=device,
         )
-        dtype = getattr(torch, training.compute_dtype)
-        distance = compare(
-            trained_logits(
-                rows,
-                base_model_dir=base_dir,
-                adapter_dir=adapter_dir,
-                dtype=dtype,
-                quantized=in_4bit and config.base == "dequantized",
-                device=device,
-            ),
-            merged_logits(rows, merged_dir=directory, dtype=dtype, device=device),
-        )
-        if not distance.mean_kl <= config.max_mean_kl:
-            raise ProofError(
-                f"the merged model is {distance.mean_kl:.4g} nats a token (mean KL over "
-                f"{len(rows)} prompts) from base plus adapter, and merge.max_mean_kl allows "
-                f"{config.max_mean_kl:g}: merge with dtype float32 or base dequantized, or raise "
-                "the bound if you accept it"
-            )
-        proof = MergeProof(
-            base=config.base,
+        distance = proof.compare(trained.logits, merged.logits)
+        gap = proof.greedy_gap(trained, merged)
+        proof.hold(distance, gap, config, num_rows=len(rows))
+        record = MergeProof(
+            base=base,
+            base_asked=config.base,
+            base_losses=losses,
+            merged_loss=merged.loss,
             dtype=config.dtype,
             num_bytes=num_bytes,
             num_shards=num_shards,
@@ -115,8 +131,35 @@ def run(
             mean_kl=distance.mean_kl,
             top1_agreement=distance.top1_agreement,
             max_mean_kl=config.max_mean_kl,
+            min_top1_agreement=config.min_top1_agreement,
+            trained_answer=tokenizer.decode(trained.greedy_ids, skip_special_tokens=True),
+            merged_answer=tokenizer.decode(merged.greedy_ids, skip_special_tokens=True),
             seconds=time.monotonic() - began,
         )
-        proof.write(directory)
+        record.write(directory)
     logger.info("proof: mean KL %.3g, top-1 %.4f", distance.mean_kl, distance.top1_agreement)
-    return proof
+    return record
+
+
+def _bases(config: MergeConfig, training: TrainingSummary) -> list[str]:
+    """Name the bases to measure; the first one is taken where two are equal."""
+    if config.base != "auto":
+        return [config.base]
+    if training.base_quantization != "nf4":
+        return ["original"]
+    return ["dequantized", "original"]
+
+
+def _say(
+    config: MergeConfig, training: TrainingSummary, base: str, losses: dict[str, float]
+) -> None:
+    if len(losses) > 1:
+        measured = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        logger.info("merge.base auto: %s is taken; held-out loss: %s", base, measured)
+    elif config.base == "auto":
+        logger.info("merge.base auto: training saw the original weights, so there is no other base")
+    elif base == "original" and training.base_quantization == "nf4":
+        logger.warning(
+            "merge.base is original: the adapter was trained on the NF4 weights, so the merged "
+            "model is not the one whose evaluation loss training reported (auto measures both)"
+        )

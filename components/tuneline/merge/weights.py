@@ -4,14 +4,14 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from tuneline.artifacts import ModelOrigin, TrainingSummary
 from tuneline.errors import ModelError
 from tuneline.merge.adapter import Adapter
-from tuneline.merge.checkpoint import Checkpoint, write_sharded
-from tuneline.merge.config import MergeConfig
+from tuneline.merge.checkpoint import Checkpoint, Spec, write_sharded
 from tuneline.nf4 import empty_model, quantized_modules, round_trip
 
 logger = logging.getLogger(__name__)
@@ -20,59 +20,71 @@ logger = logging.getLogger(__name__)
 _ADAPTERS_OWN = ("adapter_config.json", "adapter_model.safetensors", TrainingSummary.filename)
 
 
+def check_adapter(adapter: Adapter, base_model_dir: Path) -> None:
+    """Check from names alone that an adapter's weights have their places in the base.
+
+    Raises:
+        ModelError: one has none, or shares it with another weight.
+    """
+    needed = {f"{name}.weight" for name in adapter.modules} | set(adapter.replaced)
+    _check_names(Checkpoint(base_model_dir), needed, base_model_dir)
+    _check_tied(adapter, base_model_dir)
+
+
 def merge_weights(
-    config: MergeConfig,
     *,
+    base: Literal["dequantized", "original"],
+    dtype: torch.dtype,
+    max_shard_bytes: int,
     base_model_dir: Path,
     adapter: Adapter,
     training: TrainingSummary,
     directory: Path,
     device: str,
 ) -> int:
-    """Write the merged weights and config.json into `directory`; return the number of files.
+    """Write the merged weights into `directory`; return the number of files.
 
-    Every sum is made in fp32 and rounded once, to `config.dtype`.
+    Every sum is made in fp32 and rounded once, to `dtype`.
 
     Raises:
         ModelError: the base's files name a weight otherwise than the model does.
     """
-    base = Checkpoint(base_model_dir)
-    dtype = getattr(torch, config.dtype)
+    checkpoint = Checkpoint(base_model_dir)
     trained_dtype = getattr(torch, training.compute_dtype)
     in_4bit = set()
-    if training.base_quantization == "nf4" and config.base == "dequantized":
+    if training.base_quantization == "nf4" and base == "dequantized":
         in_4bit = {f"{name}.weight" for name in quantized_modules(empty_model(base_model_dir))}
     adapted = {f"{name}.weight": name for name in adapter.modules}
-    _check_names(base, in_4bit | set(adapted) | set(adapter.replaced), base_model_dir)
-    _check_tied(adapter, base_model_dir)
+    _check_names(checkpoint, in_4bit, base_model_dir)
 
     def make(name: str) -> torch.Tensor:
         weight = adapter.replaced.get(name)
         if weight is None:
-            weight = base.read(name)
+            weight = checkpoint.read(name)
         if not weight.is_floating_point():
             return weight
         if name in in_4bit:
             weight = round_trip(weight, dtype=trained_dtype, device=device)
         if name in adapted:
-            weight = weight.float() + adapter.delta(adapted[name])
+            weight = adapter.add_to(weight, adapted[name])
         return weight.to(dtype)
 
-    sizes = {
-        name: base.num_elements(name) * dtype.itemsize
-        if base.is_floating(name)
-        else base.read(name).nbytes
-        for name in base.names
+    specs = {
+        name: Spec(dtype, spec.shape) if spec.dtype.is_floating_point else spec
+        for name, spec in checkpoint.specs.items()
     }
     logger.info(
-        "merging %d of %d tensors, %d of them from NF4", len(adapted), len(sizes), len(in_4bit)
+        "merging %d of %d tensors, %d of them from NF4", len(adapted), len(specs), len(in_4bit)
     )
-    num_shards = write_sharded(directory, sizes, make, max_shard_bytes=config.max_shard_bytes)
+    return write_sharded(directory, specs, make, max_shard_bytes=max_shard_bytes)
+
+
+def write_config(*, base_model_dir: Path, dtype: str, directory: Path) -> None:
+    """Write the base's config.json with the merged model's type."""
     settings = json.loads((base_model_dir / "config.json").read_text(encoding="utf-8"))
     settings.pop("torch_dtype", None)
-    settings["dtype"] = config.dtype
+    settings["dtype"] = dtype
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return num_shards
 
 
 def copy_companions(*, base_model_dir: Path, adapter_dir: Path, directory: Path) -> None:
@@ -92,7 +104,7 @@ def copy_companions(*, base_model_dir: Path, adapter_dir: Path, directory: Path)
 
 
 def _check_names(base: Checkpoint, needed: set[str], base_model_dir: Path) -> None:
-    missing = sorted(needed - set(base.names))
+    missing = sorted(needed - set(base.specs))
     if missing:
         raise ModelError(
             f"{base_model_dir} has no tensor {missing[0]}, which the model's own names call for "

@@ -85,11 +85,19 @@ def _made_from(sources: "Sources") -> str:
             if training.first_eval_loss is not None and training.final_eval_loss is not None
             else ""
         ),
-        f"- merge: onto the {sources.merge.base} base weights; mean KL to the trained model "
-        f"{sources.merge.mean_kl:.1e} nats a token, same first choice on "
+        f"- merge: onto the {sources.merge.base} base weights{_bases(sources)}; mean KL to the "
+        f"trained model {sources.merge.mean_kl:.1e} nats a token, same first choice on "
         f"{sources.merge.top1_agreement:.1%} of positions",
     ]
     return "\n".join([lines[0], "", *lines[1:]])
+
+
+def _bases(sources: "Sources") -> str:
+    losses = sources.merge.base_losses
+    if len(losses) < 2:
+        return ""
+    measured = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    return f" (held-out loss by base: {measured})"
 
 
 def _scores(sources: "Sources") -> str:

@@ -1,40 +1,19 @@
-"""How far an export's predictions are from the merged model's, on rows that training did not see.
+"""How far an export's predictions are from the merged model's, on the same rows.
 
 Legend: T positions of a row, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuneline.artifacts import (
-    CHOSEN_IDS,
-    EVAL_FILE,
-    HELDOUT_FILE,
-    INPUT_IDS,
-    LOSS_MASK,
-    PROMPT_IDS,
-    TRAIN_FILE,
-    read_jsonl,
-)
-from tuneline.errors import DataError, ProofError
+from tuneline.errors import ProofError
+from tuneline.heldout import Row
 from tuneline.quantize.formats import Bound
 
 if TYPE_CHECKING:
     import torch
-
-MAX_ROW_TOKENS = 256
-"""Of a row: the reference's logits are kept, at the vocabulary's size for each token."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Token ids, and the position of the first that the loss counts."""
-
-    ids: list[int]
-    start: int
 
 
 @dataclass(frozen=True)
@@ -58,28 +37,6 @@ class Quality:
             "reference_perplexity": self.reference_perplexity,
             "num_prompts": self.num_rows,
         }
-
-
-def read_rows(dataset_dir: Path, num_rows: int, tokenise: Callable[[str], list[int]]) -> list[Row]:
-    """Return held-out rows with their answers, then evaluation rows, then training rows.
-
-    Raises:
-        DataError: the data set has no row at all.
-    """
-    path = dataset_dir / HELDOUT_FILE
-    rows = []
-    for row in read_jsonl(path)[:num_rows] if path.is_file() else []:
-        prompt, ids = tokenise(row["prompt"]), tokenise(row["prompt"] + row["answer"] + row["end"])
-        # Where the answer begins; a tokenizer may join the prompt's last letters with its first.
-        pairs = enumerate(zip(prompt, ids, strict=False))
-        rows.append(_cut(ids, next((n for n, pair in pairs if pair[0] != pair[1]), len(prompt))))
-    for name in (EVAL_FILE, TRAIN_FILE):
-        if len(rows) < num_rows and (dataset_dir / name).is_file():
-            rows += _prepared_rows(dataset_dir / name, num_rows - len(rows))
-    rows = [row for row in rows if max(row.start, 1) < len(row.ids)]
-    if not rows:
-        raise DataError(f"{dataset_dir} has no row to compare an export on: run prepare")
-    return rows
 
 
 def compare(
@@ -129,24 +86,3 @@ def hold(quality: Quality, bound: Bound, format: str) -> None:
         f"{quality.reference_perplexity:.4g}: take a format with more bits, or set "
         f"quantize.max_mean_kl and quantize.min_top1_agreement for {format} if you accept it"
     )
-
-
-def _cut(ids: list[int], start: int) -> Row:
-    """Keep a row's last tokens: the answer, and what fits of its prompt."""
-    left_out = max(0, len(ids) - MAX_ROW_TOKENS)
-    return Row(ids[left_out:], max(0, start - left_out))
-
-
-def _prepared_rows(path: Path, num_rows: int) -> list[Row]:
-    import pyarrow.parquet
-
-    batch = next(pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=num_rows), None)
-    columns = batch.to_pydict() if batch else {INPUT_IDS: []}
-    if INPUT_IDS not in columns:
-        pairs = zip(columns[PROMPT_IDS], columns[CHOSEN_IDS], strict=True)
-        return [_cut(prompt + chosen, len(prompt)) for prompt, chosen in pairs]
-    masks = columns.get(LOSS_MASK) or [[1] * len(ids) for ids in columns[INPUT_IDS]]
-    return [
-        _cut(ids, mask.index(1) if 1 in mask else 0)
-        for ids, mask in zip(columns[INPUT_IDS], masks, strict=True)
-    ]

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuneline.artifacts import HELDOUT_FILE, read_jsonl
-from tuneline.quantize import probes, quality
+from tuneline.heldout import Row, read_rows
+from tuneline.quantize import probes
 from tuneline.quantize.generation import Generation
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Reference:
     num_tokens: int
     """How many the generation may have."""
     generation: Generation
-    rows: list[quality.Row]
+    rows: list[Row]
     logits: list["torch.Tensor"]
     """A row's, [tokens, vocabulary]."""
 
@@ -94,10 +95,10 @@ def measure(
     found = read_jsonl(heldout)[:MAX_PROMPTS] if heldout and heldout.is_file() else []
     prompts = [row["prompt"] for row in found] or [BUILT_IN_PROMPT]
     if dataset_dir:
-        rows = quality.read_rows(dataset_dir, num_rows, model.tokenise)
+        rows = read_rows(dataset_dir, num_rows, model.tokenise)
     else:
         longest = sorted(probes.texts(), key=len)[-NUM_BUILT_IN_ROWS:]
-        rows = [quality.Row(model.tokenise(text), 1) for text in longest]
+        rows = [Row(model.tokenise(text), 1) for text in longest]
     return Reference(
         model_dir=model_dir,
         tokenizer=model.tokenizer,
