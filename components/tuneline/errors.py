@@ -11,6 +11,7 @@
      `- WorldError (RuntimeError)     the world can mend it: exit code 1 (StoppedError: 143)
          |- StorageError              disk full, not writable
          |- HubError                  the model hub or the network
+         |- ClusterError              Kubeflow Pipelines or Kubernetes
          |- ToolError                 a converter or another program failed
          |- TrainingError             training did not end as it should
          |- StoppedError              the step was told to stop, and can be continued
@@ -66,6 +67,10 @@ class StorageError(WorldError):
 
 class HubError(WorldError):
     """The model hub could not be reached or refused."""
+
+
+class ClusterError(WorldError):
+    """Kubeflow Pipelines or Kubernetes could not be reached, or failed."""
 
 
 class ToolError(WorldError):

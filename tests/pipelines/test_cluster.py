@@ -17,7 +17,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from tuneline.errors import CredentialsError, RecipeError, UserError
+from tuneline.errors import ClusterError, CredentialsError, RecipeError, UserError
 from tuneline.pipelines import cluster
 from tuneline.pipelines.cli import app
 
@@ -210,7 +210,7 @@ def test_no_such_run(kfp_server: Any) -> None:
     [
         (401, CredentialsError, r"does not know who asks \(401: token expired\): log in again"),
         (403, CredentialsError, r"refuses this \(403: token expired\): name a namespace"),
-        (503, cluster.ClusterError, "answered 503: token expired"),
+        (503, ClusterError, "answered 503: token expired"),
     ],
 )
 def test_refusals_are_sentences(
@@ -233,9 +233,9 @@ def test_a_host_where_nobody_answers(kfp_server: Any) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         host = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(cluster.ClusterError, match=f"reached at {host} .*refused.*: check"):
+        with pytest.raises(ClusterError, match=f"reached at {host} .*refused.*: check"):
             cluster.connect(host)
-    with pytest.raises(cluster.ClusterError, match=r"reached at https://nowhere\.invalid"):
+    with pytest.raises(ClusterError, match=r"reached at https://nowhere\.invalid"):
         cluster.connect("nowhere.invalid")
 
 
@@ -243,7 +243,7 @@ def test_a_server_that_goes_away(kfp_server: Any) -> None:
     client = cluster.connect(None)
     client.get_kfp_healthz()
     kfp_server.__exit__()
-    with pytest.raises(cluster.ClusterError, match="cannot be reached at 127.0.0.1"):
+    with pytest.raises(ClusterError, match="cannot be reached at 127.0.0.1"):
         cluster.recent_runs(client)
     kfp_server.__exit__ = lambda *_: None
 

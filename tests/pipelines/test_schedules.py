@@ -11,7 +11,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from tuneline.errors import UserError
+from tuneline.errors import ClusterError, UserError
 from tuneline.pipelines import cluster, schedules
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.cli import app
@@ -167,7 +167,7 @@ def test_when_creating_fails_the_old_one_goes_on(
 ) -> None:
     first = put()
     kfp_server.fail_creation = True
-    with pytest.raises(cluster.ClusterError, match="500: Internal error: the database is away"):
+    with pytest.raises(ClusterError, match="500: Internal error: the database is away"):
         put(schedules.interval_trigger("12h"))
     (kept,) = schedules.find_schedules(client)
     assert kept.recurring_run_id == first.recurring_run_id

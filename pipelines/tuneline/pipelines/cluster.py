@@ -26,7 +26,7 @@ import yaml
 from kfp import compiler
 from kfp.client import set_volume_credentials
 
-from tuneline.errors import CredentialsError, RecipeError, UserError, WorldError
+from tuneline.errors import ClusterError, CredentialsError, RecipeError, UserError
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.lint import lint_file
 from tuneline.recipe import Recipe
@@ -48,10 +48,6 @@ LOG_PATHS = (
     "/apis/v2beta1/runs/{run_id}/nodes/{pod}/log",
     "/apis/v1alpha1/runs/{run_id}/nodes/{pod}/log",
 )
-
-
-class ClusterError(WorldError):
-    """Kubeflow Pipelines could not be reached, or failed."""
 
 
 class Client(kfp.Client):
