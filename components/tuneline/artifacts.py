@@ -202,6 +202,12 @@ class TrainingSummary(Record):
     tokens_per_second: float
     peak_memory_bytes: int
     """Peak of the device's allocator, or resident memory of the process on a CPU."""
+    estimated_peak_bytes: int | None = None
+    """What `peak_memory_bytes` was estimated to be before the model was loaded."""
+    fitted: str = ""
+    """What was changed in the recipe's settings so that the run fits its memory."""
+    num_out_of_memory: int = 0
+    """How often memory ran out, and the run went on from a checkpoint with a smaller batch."""
     history: list[TrainingPoint]
     learning_rate: float | None = None
     """The schedule's highest: what `auto` came to."""
@@ -365,6 +371,9 @@ class PublishedRepo(StrictModel):
     kind: Literal["adapter", "merged", "gguf", "gptq"]
     url: str
     commit: str | None = None
+    """The revision that holds exactly this content; none below a directory."""
+    tag: str | None = None
+    """v1, v2, ...: a name for that revision."""
     num_files: int
     num_bytes: int
 
@@ -377,6 +386,20 @@ class Published(Record):
     target: str
     private: bool
     repos: list[PublishedRepo]
+
+    def metadata(self) -> dict[str, str]:
+        """Return where each repository is and its revision, for an artifact's metadata."""
+        found = {}
+        for repo in self.repos:
+            # Of several GPTQ checkpoints each has a repository, named for its format.
+            gptq = repo.repo.rpartition("gptq-")[2]
+            key = f"gptq-{gptq}" if repo.kind == "gptq" else repo.kind
+            found[key] = repo.url
+            if repo.commit:
+                found[f"{key}_revision"] = repo.commit
+            if repo.tag:
+                found[f"{key}_tag"] = repo.tag
+        return found
 
 
 class RunSummary(Record):

@@ -15,18 +15,27 @@ from urllib.parse import unquote, urlparse
 TOKEN = "hf_" + "t" * 34
 
 
+def new_repo(private: bool = True, **files: bytes) -> dict:
+    kept = {name: ("regular", content) for name, content in files.items()}
+    return {"private": private, "files": kept, "commits": ["0" * 40], "tags": {}}
+
+
 class Hub:
     """The server's state, and its switches."""
 
     def __init__(self) -> None:
         self.repos: dict[str, dict] = {}
         self.blobs: dict[str, bytes] = {}
-        self.faults: list[tuple[str, int, int]] = []
-        """(pattern of method and path, status, how many times)."""
+        self.faults: list[tuple[str, int | str, int]] = []
+        """(pattern of method and path, status or kind, how many times). Kinds: "cut", the
+        connection breaks before anything is done; "half", in the middle of the request's body;
+        "lost", after it was done and before the answer."""
         self.requests: list[str] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread = threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        )
         self.thread.start()
 
     def close(self) -> None:
@@ -38,7 +47,12 @@ class Hub:
         kind, value = self.repos[repo]["files"][path]
         return self.blobs[value] if kind == "lfs" else value
 
-    def fault(self, line: str) -> int | None:
+    def sent(self, repo: str) -> int:
+        """How often bytes of the repository's large files were sent."""
+        files = self.repos[repo]["files"].values()
+        return sum(self.requests.count(f"PUT /blob/{oid}") for kind, oid in files if kind == "lfs")
+
+    def fault(self, line: str) -> int | str | None:
         for index, (pattern, status, times) in enumerate(self.faults):
             if times and re.search(pattern, line):
                 self.faults[index] = (pattern, status, times - 1)
@@ -48,12 +62,18 @@ class Hub:
     def _handler(hub) -> type[BaseHTTPRequestHandler]:  # noqa: N805
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            # One packet an answer: two would wait 40 ms for each other.
+            wbufsize = -1
+            disable_nagle_algorithm = True
 
             def log_message(self, *arguments: object) -> None:
                 pass
 
             def answer(self, body: object = None, status: int = 200, **headers: str) -> None:
                 data = b"" if body is None else json.dumps(body).encode()
+                if getattr(self, "lost", False):
+                    self.close_connection = True
+                    return
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
@@ -63,16 +83,25 @@ class Hub:
                 self.wfile.write(data)
 
             def handle_request(self) -> None:
-                size = int(self.headers.get("Content-Length") or 0)
-                self.body = self.rfile.read(size)
-                if self.headers.get("Transfer-Encoding") == "chunked":
-                    self.body = self.read_chunks()
                 path = unquote(urlparse(self.path).path)
                 line = f"{self.command} {path}"
                 hub.requests.append(line)
-                status = hub.fault(line)
-                if status:
-                    self.answer({"error": "injected"}, status, Retry_After="0")
+                fault = hub.fault(line)
+                size = int(self.headers.get("Content-Length") or 0)
+                if fault == "half":
+                    self.rfile.read(size // 2)
+                    self.close_connection = True
+                    return
+                self.body = self.rfile.read(size)
+                if self.headers.get("Transfer-Encoding") == "chunked":
+                    self.body = self.read_chunks()
+                self.lost = fault == "lost"
+                if fault == "cut":
+                    self.close_connection = True
+                elif isinstance(fault, int):
+                    names = {404: "RepoNotFound"} if "/models/" in path else {}
+                    headers = {"X_Error_Code": names[fault]} if fault in names else {}
+                    self.answer({"error": "injected"}, fault, Retry_After="0", **headers)
                 elif self.headers.get("Authorization") != f"Bearer {TOKEN}" and (
                     not path.startswith("/blob/")
                 ):
@@ -114,7 +143,7 @@ class Hub:
                     self.answer({**url, "error": "exists"}, 409)
                     return
                 private = wanted.get("private", wanted.get("visibility") == "private")
-                hub.repos[repo] = {"private": private, "files": {}, "commits": ["0" * 40]}
+                hub.repos[repo] = new_repo(private)
                 self.answer(url)
 
             def info(self, repo: str, revision: str | None = None) -> None:
@@ -174,6 +203,10 @@ class Hub:
 
             def commit(self, repo: str) -> None:
                 found = hub.repos[repo]
+                header = json.loads(self.body.decode().splitlines()[0])["value"]
+                if header.get("parentCommit", found["commits"][-1]) != found["commits"][-1]:
+                    self.answer({"error": "A commit has happened since."}, 412)
+                    return
                 for text in self.body.decode().splitlines():
                     operation = json.loads(text)
                     value = operation["value"]
@@ -189,6 +222,22 @@ class Hub:
                 found["commits"].append(oid)
                 url = f"{hub.url}/{repo}/commit/{oid}"
                 self.answer({"success": True, "commitOid": oid, "commitUrl": url})
+
+            def refs(self, repo: str) -> None:
+                tags = [
+                    {"name": name, "ref": f"refs/tags/{name}", "targetCommit": commit}
+                    for name, commit in hub.repos[repo]["tags"].items()
+                ]
+                self.answer({"branches": [], "converts": [], "tags": tags})
+
+            def tag(self, repo: str, revision: str) -> None:
+                tags, name = hub.repos[repo]["tags"], json.loads(self.body)["tag"]
+                if name in tags:
+                    self.answer({"error": "exists"}, 409)
+                    return
+                assert revision in hub.repos[repo]["commits"]
+                tags[name] = revision
+                self.answer({})
 
             def validate(self) -> None:
                 self.answer({"errors": [], "warnings": []})
@@ -211,6 +260,8 @@ class Hub:
             (rf"GET /api/models/{repo}", Handler.info),
             (rf"GET /api/models/{repo}/revision/(?P<revision>.+)", Handler.info),
             (rf"GET /api/models/{repo}/tree/.+", Handler.tree),
+            (rf"GET /api/models/{repo}/refs", Handler.refs),
+            (rf"POST /api/models/{repo}/tag/(?P<revision>.+)", Handler.tag),
             (rf"POST /api/models/{repo}/paths-info/.+", Handler.paths_info),
             (rf"POST /api/models/{repo}/preupload/.+", Handler.preupload),
             (rf"POST /api/models/{repo}/commit/.+", Handler.commit),

@@ -43,4 +43,4 @@ def publish(
             decision_dir=decision.path,
             published_dir=published.path,
         )
-        published.metadata.update({repo.kind: repo.url for repo in record.repos})
+        published.metadata.update(record.metadata())

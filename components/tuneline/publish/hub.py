@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
 from tuneline.artifacts import PublishedRepo
-from tuneline.errors import CredentialsError, HubError, UserError
+from tuneline.errors import CredentialsError, HubError, TunelineError, UserError
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.staging import MARKER_FILE, StagedRepo
 
@@ -26,9 +27,11 @@ T = TypeVar("T")
 def push(staged: list[StagedRepo], *, token: str, config: PublishConfig) -> list[PublishedRepo]:
     """Push every repository; content that is there already makes no new commit.
 
+    What a push that broke off left behind is taken up: a file that the Hub has is not sent again.
+
     Raises:
         CredentialsError: the Hub does not know the token, or it may not write there.
-        UserError: a repository exists and was not made by tuneline.
+        UserError: a repository exists and was not made by tuneline, or another push came between.
         HubError: the Hub did not answer as it should after all tries.
     """
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
@@ -42,40 +45,58 @@ def push(staged: list[StagedRepo], *, token: str, config: PublishConfig) -> list
             partial(api.create_repo, repo.repo, private=config.private, exist_ok=True),
             config.max_attempts,
         )
-    published = []
-    for repo in staged:
-        commit = _call(
-            f"push {repo.repo}",
-            partial(
-                api.upload_folder,
-                repo_id=repo.repo,
-                folder_path=repo.folder,
-                commit_message=f"{repo.kind} by tuneline",
-                delete_patterns="*",
-            ),
-            config.max_attempts,
-        )
-        published.append(
-            PublishedRepo(
-                repo=repo.repo,
-                kind=repo.kind,
-                url=f"{api.endpoint}/{repo.repo}",
-                commit=commit.oid,
-                num_files=len(repo.files()),
-                num_bytes=sum(path.stat().st_size for path in repo.files()),
-            )
-        )
-    return published
+    return [_push_one(api, repo, config) for repo in staged]
+
+
+def _push_one(api: HfApi, repo: StagedRepo, config: PublishConfig) -> PublishedRepo:
+    info = _call(f"look up {repo.repo}", partial(api.model_info, repo.repo), config.max_attempts)
+    commit = _call(
+        f"push {repo.repo}",
+        partial(
+            api.upload_folder,
+            repo_id=repo.repo,
+            folder_path=repo.folder,
+            commit_message=f"{repo.kind} by tuneline",
+            delete_patterns="*",
+            # Somebody's commit in the meantime is not overwritten. One of ours whose answer was
+            # lost is no obstacle: the next try finds nothing left to commit.
+            parent_commit=info.sha,
+        ),
+        config.max_attempts,
+    )
+    tag = _call(f"tag {repo.repo}", partial(_tag, api, repo.repo, commit.oid), config.max_attempts)
+    return PublishedRepo(
+        repo=repo.repo,
+        kind=repo.kind,
+        url=f"{api.endpoint}/{repo.repo}",
+        commit=commit.oid,
+        tag=tag,
+        num_files=len(repo.files()),
+        num_bytes=sum(path.stat().st_size for path in repo.files()),
+    )
+
+
+def _tag(api: HfApi, repo: str, commit: str) -> str:
+    """Return the tag v1, v2, ... of a commit; it gets the next one where it has none."""
+    tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo).tags}
+    numbers = {int(name[1:]): name for name in tags if re.fullmatch(r"v[1-9]\d*", name)}
+    own = [number for number, name in numbers.items() if tags[name] == commit]
+    if own:
+        return numbers[max(own)]
+    tag = f"v{max(numbers, default=0) + 1}"
+    api.create_tag(repo, tag=tag, revision=commit)
+    return tag
 
 
 def _is_ours(api: HfApi, repo: str, config: PublishConfig) -> bool:
-    """Return whether the repository exists with our marker; False when there is none.
+    """Return whether the repository exists with our marker, or empty; False when there is none.
 
     Raises:
         UserError: it exists without the marker, and is not empty.
     """
+    request = partial(api.model_info, repo)
     try:
-        info = _call(f"look up {repo}", partial(api.model_info, repo), config.max_attempts)
+        info = _call(f"look up {repo}", request, config.max_attempts, may_be_absent=True)
     except RepositoryNotFoundError:
         return False
     names = {sibling.rfilename for sibling in info.siblings or []}
@@ -87,29 +108,30 @@ def _is_ours(api: HfApi, repo: str, config: PublishConfig) -> bool:
     return True
 
 
-def _call(what: str, request: Callable[[], T], max_attempts: int) -> T:
-    """Send a request; wait and repeat on 429, 5xx and a broken connection."""
+def _call(
+    what: str, request: Callable[[], T], max_attempts: int, *, may_be_absent: bool = False
+) -> T:
+    """Send a request; wait and repeat on 429, 5xx and a broken connection.
+
+    Raises:
+        RepositoryNotFoundError: only if `may_be_absent`; all else has a sentence.
+    """
     for attempt in range(1, max_attempts + 1):
         try:
-            return request()
-        except RepositoryNotFoundError as error:
-            # The Hub answers 401 for a private repository that a wrong token may not see.
-            if error.response.status_code == 404:
-                raise
-            raise _refused(what, 401) from None
+            return _unwrapped(request)
         except HfHubHTTPError as error:
             status = error.response.status_code
-            if status in (401, 403):
-                raise _refused(what, status) from None
-            if status == 409:
-                raise UserError(
-                    f"{what}: the Hub says 409, the repository exists or was changed meanwhile; "
-                    "see that no other run publishes to the same name, then run again"
-                ) from None
+            absent = isinstance(error, RepositoryNotFoundError) and status == 404
+            if absent and may_be_absent:
+                raise
             if status != 429 and status < 500:
-                raise HubError(f"{what}: the Hub says {status}: {error.server_message}") from None
+                raise _refused(what, status, error.server_message) from None
             cause, wait = f"the Hub says {status}", _retry_after(error)
         except (HTTPError, ConnectionError) as error:
+            # hf_xet has no error with a status; it only tells it in words.
+            refusal = re.search(r"\b(401|403|404)\b", str(error))
+            if isinstance(error, ConnectionError) and refusal:
+                raise _refused(what, int(refusal[0]), None) from None
             cause, wait = f"{type(error).__name__}: {error}", None
         if attempt == max_attempts:
             raise HubError(
@@ -123,16 +145,39 @@ def _call(what: str, request: Callable[[], T], max_attempts: int) -> T:
     raise AssertionError("max_attempts is at least 1")
 
 
-def _refused(what: str, status: int) -> CredentialsError:
+def _unwrapped(request: Callable[[], T]) -> T:
+    """Send a request; the client wraps what befalls a file in a RuntimeError without a status."""
+    try:
+        return request()
+    except RuntimeError as error:
+        if isinstance(error.__cause__, HTTPError | ConnectionError):
+            raise error.__cause__ from None
+        raise
+
+
+def _refused(what: str, status: int, message: str | None) -> TunelineError:
+    """Return the sentence for an answer that another try would not change."""
     if status == 401:
         return CredentialsError(
             f"{what}: the Hub does not accept the token in HF_TOKEN (401): make a new one with "
             "write access"
         )
-    return CredentialsError(
-        f"{what}: the token in HF_TOKEN may not do that (403): it needs write access to this "
-        "namespace"
-    )
+    if status == 403:
+        return CredentialsError(
+            f"{what}: the token in HF_TOKEN may not do that (403): it needs write access to this "
+            "namespace"
+        )
+    if status == 404:
+        return HubError(
+            f"{what}: the Hub does not find it (404): see that the namespace exists and that "
+            "nobody removes the repository meanwhile, then run again"
+        )
+    if status in (409, 412):
+        return UserError(
+            f"{what}: the Hub says {status}, the repository exists or was changed meanwhile; "
+            "see that nobody else publishes to the same name, then run again"
+        )
+    return HubError(f"{what}: the Hub says {status}: {message or 'without a reason'}")
 
 
 def _retry_after(error: HfHubHTTPError) -> float | None:
