@@ -30,6 +30,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field
 
 from tuneline.config import StrictModel
+from tuneline.environment import describe_environment
 from tuneline.errors import OutputExistsError, WorldError
 from tuneline.version import VERSION
 
@@ -41,6 +42,8 @@ REJECTED_FILE = "rejected.jsonl"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # For Ollama, beside a GGUF file.
 MODELFILE = "Modelfile"
+# In every published repository: what it was made from, and the hashes of its files.
+PUBLISHED_BUNDLE = "tuneline.json"
 SAMPLES_DIR = "samples"
 GENERATIONS_FILE = "generations.jsonl"
 
@@ -67,15 +70,30 @@ class Record(StrictModel):
     """When it was made, ISO 8601 in UTC."""
     tuneline: str = VERSION
     """The version of tuneline that made it."""
+    made_from: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of the artifacts that it was made from, by their name."""
+    files: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of each of the directory's other files; `tuneline verify` checks them."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Versions of what made it: packages, Python, machine, image."""
 
     def write(self, directory: str | Path) -> None:
-        """Write the record into `directory`, stamped with the time."""
+        """Write the record into `directory`, last: stamped with time, files and environment."""
         stamped = self.model_copy(
-            update={"created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+            update={
+                "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "files": hash_files(directory, leave_out={self.filename}),
+                "environment": describe_environment(),
+            }
         )
         Path(directory, self.filename).write_text(
             stamped.model_dump_json(indent=2) + "\n", encoding="utf-8"
         )
+
+    def content_sha256(self) -> str:
+        """Return one hash over the names and contents of the artifact's files."""
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.files.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
 
     @classmethod
     def read(cls, directory: str | Path) -> Self:
@@ -453,6 +471,17 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def hash_files(directory: str | Path, *, leave_out: set[str]) -> dict[str, str]:
+    """Return the SHA-256 of every file in a directory, by its relative name."""
+    found = {}
+    for path in sorted(Path(directory).rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name not in leave_out:
+            with open(path, "rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def sha256_of(paths: list[Path]) -> str:

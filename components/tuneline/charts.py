@@ -36,6 +36,15 @@ class IntervalRow(NamedTuple):
     """Positive is better; default: tuned - base."""
 
 
+class ScatterPoint(NamedTuple):
+    """One named point; points of a group share a colour."""
+
+    label: str
+    group: str
+    x: float
+    y: float
+
+
 class Scale:
     """A linear map from values to coordinates."""
 
@@ -285,6 +294,71 @@ def interval_chart(
     )
     legend = _legend([("hollow", "base"), ("s1", "tuned")])
     return _figure(title, _svg(bottom + 24, parts, title or x_label, summary), legend)
+
+
+def scatter_chart(
+    points: Sequence[ScatterPoint],
+    *,
+    x_label: str,
+    y_label: str,
+    x_text: Callable[[float], str] = number,
+    title: str = "",
+) -> str:
+    """Return named points over a linear x axis from zero and a logarithmic y axis.
+
+    Values of y are above zero. Names stand right of their points, moved apart where they meet.
+    """
+    if not points:
+        return _empty(title, "no values to draw")
+    low = math.floor(min(math.log10(point.y) for point in points))
+    high = max(math.ceil(max(math.log10(point.y) for point in points)), low + 1)
+    powers = range(low, high + 1)
+    ticks = nice_ticks(0, max(point.x for point in points), 5)
+    top, bottom, left = 28, 248, 54
+    longest = max(len(point.label) for point in points)
+    x = Scale(0, ticks[-1], left, WIDTH - 24 - BOLD_WIDTH * longest)
+    y = Scale(low, high, bottom, top)
+    parts = []
+    for power in powers:
+        parts.append(
+            f'<line class="grid" x1="{left}" x2="{WIDTH - 16}" y1="{_c(y(power))}" '
+            f'y2="{_c(y(power))}"/><text class="tick" x="{left - 7}" y="{_c(y(power) + 4)}" '
+            f'text-anchor="end">{10.0**power:g}</text>'
+        )
+    for tick in ticks:
+        parts.append(
+            f'<line class="tickmark" x1="{_c(x(tick))}" x2="{_c(x(tick))}" y1="{bottom}" '
+            f'y2="{bottom + 4}"/><text class="tick" x="{_c(x(tick))}" y="{bottom + 18}" '
+            f'text-anchor="middle">{escape(x_text(tick))}</text>'
+        )
+    parts.append(
+        f'<line class="base" x1="{left}" x2="{WIDTH - 16}" y1="{bottom}" y2="{bottom}"/>'
+        f'<text class="axis" x="4" y="14">{escape(y_label)}</text>'
+        f'<text class="axis" x="{WIDTH - 16}" y="{bottom + 36}" text-anchor="end">'
+        f"{escape(x_label)}</text>"
+    )
+    groups = list(dict.fromkeys(point.group for point in points))
+    named: list[tuple[float, float, float]] = []
+    for point in sorted(points, key=lambda point: point.y, reverse=True):
+        at, height = x(point.x), y(math.log10(point.y))
+        width = BOLD_WIDTH * len(point.label)
+        name = height + 4
+        while any(
+            abs(name - other) < 14 and at < right and start < at + 9 + width
+            for start, right, other in named
+        ):
+            name += 2
+        named.append((at, at + 9 + width, name))
+        parts.append(
+            f'<circle class="dot s{groups.index(point.group) + 1}" cx="{_c(at)}" '
+            f'cy="{_c(height)}" r="5"><title>{escape(point.label)}: {escape(x_text(point.x))}, '
+            f"{number(point.y)} {escape(y_label)}</title></circle>"
+            f'<text class="name" x="{_c(at + 9)}" y="{_c(name)}">{escape(point.label)}</text>'
+        )
+    summary = "; ".join(f"{p.label}: {x_text(p.x)}, {number(p.y)}" for p in points)
+    legend = _legend([(f"s{index}", name) for index, name in enumerate(groups, start=1)])
+    svg = _svg(bottom + 44, parts, title or y_label, summary)
+    return _figure(title, svg, legend if len(groups) > 1 else "")
 
 
 def thin(points: Sequence[Point], limit: int) -> Sequence[Point]:

@@ -10,10 +10,12 @@ from html import escape
 
 from tuneline.charts import (
     IntervalRow,
+    ScatterPoint,
     bar_chart,
     histogram,
     interval_chart,
     line_chart,
+    scatter_chart,
 )
 from tuneline.linepicture import Stage, line_diagram
 from tuneline.stylesheet import STYLESHEET
@@ -22,6 +24,7 @@ from tuneline.version import VERSION
 __all__ = [
     "Cell",
     "IntervalRow",
+    "ScatterPoint",
     "Stage",
     "badge",
     "banner",
@@ -34,6 +37,7 @@ __all__ = [
     "line_diagram",
     "paragraph",
     "render_page",
+    "scatter_chart",
     "section",
     "table",
     "tiles",

@@ -313,3 +313,23 @@ def test_a_model_on_hold_is_not_published(run_dir: Path, tmp_path: Path) -> None
 def test_a_target_that_is_neither(run_dir: Path) -> None:
     done = publish(run_dir, "no-namespace", "out", HF_TOKEN=TOKEN)
     assert "write namespace/name for the Hub, or dir:PATH" in sentence(done, 2)
+
+
+def test_a_published_repository_verifies_and_tells_of_a_change(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    from tuneline.verify import verify
+
+    assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0
+    checked = verify(tmp_path / "out")
+    assert {found.path.name for found in checked} == {name.split("/")[1] for name in REPOS}
+    assert all(found.differences == [] for found in checked)
+    folder = tmp_path / "out" / "mine-gguf"
+    marker = json.loads((folder / "tuneline.json").read_text())
+    assert (marker["base_revision"], marker["seed"]) == ("a" * 40, 3407)
+    assert marker["trained_with"]["torch"] and len(marker["recipe_sha256"]) == 64
+    (folder / "Modelfile-q8_0").write_text("FROM elsewhere")
+    (folder / "README.md").write_text("my own card")
+    (found,) = verify(folder)
+    assert len(found.differences) == 1
+    assert found.differences[0].startswith("Modelfile-q8_0 was changed")

@@ -138,11 +138,17 @@ def run_dirs(tmp_path: Path) -> dict:
         seconds=14.9,
     ).write(merged)
     exports = {"gguf": [], "gptq": []}
-    for name, num_bytes, bits, types in [
-        ("f16", 270_885_000, 16.0, {"F16": 211, "F32": 61}),
-        ("q8_0", 144_811_000, 8.5, {"Q8_0": 211, "F32": 61}),
-        ("q5_k_m", 112_054_000, 6.61, {"Q5_1": 180, "Q8_0": 31, "F32": 61}),
-        ("q4_k_m", 105_454_000, 6.17, {"Q5_0": 180, "Q8_0": 31, "F32": 61}),
+    for name, num_bytes, bits, types, (kl, top1, perplexity, speed) in [
+        ("f16", 270_885_000, 16.0, {"F16": 211, "F32": 61}, (3.4e-6, 1.0, 1.412, 45.2)),
+        ("q8_0", 144_811_000, 8.5, {"Q8_0": 211, "F32": 61}, (0.0069, 0.977, 1.415, 66.1)),
+        (
+            *("q5_k_m", 112_054_000, 6.61, {"Q5_1": 180, "Q8_0": 31, "F32": 61}),
+            (0.096, 0.864, 1.533, 70.3),
+        ),
+        (
+            *("q4_k_m", 105_454_000, 6.17, {"Q5_0": 180, "Q8_0": 31, "F32": 61}),
+            (0.068, 0.919, 1.491, 75.9),
+        ),
     ]:
         path = made(name)
         QuantizedModel(
@@ -156,6 +162,13 @@ def run_dirs(tmp_path: Path) -> dict:
             prompt="What is 1500m CPU in cores?",
             generated="1.5" if name != "q4_k_m" else "1.50 cores",
             reference="1.5",
+            mean_kl=kl,
+            top1_agreement=top1,
+            perplexity=perplexity,
+            reference_perplexity=1.411,
+            num_prompts=8,
+            tokens_per_second=speed,
+            num_threads=1,
             seconds=3.1,
         ).write(path)
         exports["gguf"].append(str(path))

@@ -43,6 +43,7 @@ def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
         "Training",
         "Data",
         "Merge and exports",
+        "Which export for what",
         "Provenance",
     ]
     for name, text in [
@@ -68,6 +69,10 @@ def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
         ("Merge and exports", "q4_k_m 105 MB 6.17 parts from merged after 3 characters"),
         ("Merge and exports", "gptq-4bit 131 MB 4.28 loads and answers groups of 64 58 s"),
         ("Merge and exports", "group_size 128 does not divide 576, took 64"),
+        ("Which export for what", "q8_0 145 MB 8.50 0.0069 97.7 % 1.415 66.1 llama.cpp and Ollama"),
+        ("Which export for what", "f16 271 MB 16.00 3e-06 100.0 % 1.412 45.2 closest"),
+        ("Which export for what", "75.9 least memory fastest on a CPU"),
+        ("Which export for what", "1.533 70.3 q4_k_m is smaller and closer"),
         ("Provenance", "base: same hash data: same hash"),
     ]:
         assert text in shown[name]

@@ -43,7 +43,7 @@ def run(
     base_dir, adapter_dir = Path(base_model_dir), Path(adapter_dir)
     origin = ModelOrigin.read(base_dir)
     training = TrainingSummary.read(adapter_dir)
-    DatasetManifest.read(dataset_dir)
+    dataset = DatasetManifest.read(dataset_dir)
     if training.base_sha256 != origin.sha256:
         raise ModelError(
             f"the adapter was trained on a base with sha256 {training.base_sha256[:12]}, and "
@@ -120,6 +120,11 @@ def run(
         record = MergeProof(
             base=base,
             base_asked=config.base,
+            made_from={
+                "base_model": origin.sha256,
+                "dataset": dataset.sha256,
+                "adapter": training.content_sha256(),
+            },
             base_losses=losses,
             merged_loss=merged.loss,
             dtype=config.dtype,

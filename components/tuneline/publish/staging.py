@@ -1,6 +1,7 @@
 """Lay out the repositories: one folder each, hard links where the file system allows."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -10,19 +11,21 @@ from typing import Literal, Self
 
 from tuneline.artifacts import (
     MODELFILE,
+    PUBLISHED_BUNDLE,
     DatasetManifest,
     Decision,
     MergeProof,
     ModelOrigin,
     QuantizedModel,
     TrainingSummary,
+    hash_files,
 )
 from tuneline.publish.card import model_card
 from tuneline.publish.config import PublishConfig
 from tuneline.recipe import Recipe
 from tuneline.version import VERSION
 
-MARKER_FILE = "tuneline.json"
+MARKER_FILE = PUBLISHED_BUNDLE
 """In every repository that we make; one without it is somebody else's and is left alone."""
 
 Kind = Literal["adapter", "merged", "gguf", "gptq"]
@@ -117,6 +120,8 @@ def stage(
             _place(source, folder / relative)
         for relative, text in modelfiles.items() if kind == "gguf" else ():
             (folder / relative).write_text(text, encoding="utf-8")
+        # Before the card, which names the repository: the rest is the same in every target.
+        content = hash_files(folder, leave_out=set())
         card = model_card(
             sources,
             repo=repo,
@@ -129,8 +134,13 @@ def stage(
             "tuneline": VERSION,
             "recipe": sources.recipe.name,
             "kind": kind,
+            "base_revision": sources.origin.revision,
             "base_sha256": sources.origin.sha256,
             "dataset_sha256": sources.dataset.sha256,
+            "recipe_sha256": hashlib.sha256(sources.recipe.model_dump_json().encode()).hexdigest(),
+            "seed": sources.recipe.train.seed,
+            "trained_with": sources.training.environment,
+            "files": content,
         }
         (folder / MARKER_FILE).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
         staged.append(StagedRepo(repo, kind, folder))

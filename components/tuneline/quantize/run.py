@@ -39,7 +39,7 @@ def convert(*, merged_dir: str, gguf_dir: str) -> QuantizedModel:
     from tuneline.quantize import gguf, reference
 
     started = time.monotonic()
-    _check_model(merged_dir)
+    merge = _check_model(merged_dir)
     with new_directory(gguf_dir) as target, few_threads():
         file = gguf.convert(Path(merged_dir), target)
         merged = reference.measure(
@@ -47,7 +47,12 @@ def convert(*, merged_dir: str, gguf_dir: str) -> QuantizedModel:
         )
         record = gguf.prove(
             file, format="f16", reference=merged, bound=formats.GGUF["f16"]
-        ).model_copy(update={"seconds": round(time.monotonic() - started, 3)})
+        ).model_copy(
+            update={
+                "seconds": round(time.monotonic() - started, 3),
+                "made_from": {"merged": merge.content_sha256()},
+            }
+        )
         record.write(target)
     _log(record)
     return record
@@ -84,7 +89,7 @@ def run(
         formats.known(format)
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    _check_model(merged_dir)
+    merge = _check_model(merged_dir)
     merged, dataset = Path(merged_dir), Path(dataset_dir)
     bound = formats.bound_of(format, config.max_mean_kl, config.min_top1_agreement)
     with new_directory(quantized_dir) as target, few_threads():
@@ -92,7 +97,12 @@ def run(
             record = _gptq(config, format, merged, dataset, target, bound)
         else:
             record = _gguf(config, format, merged, dataset, target, bound, gguf_dir)
-        record = record.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
+        record = record.model_copy(
+            update={
+                "seconds": round(time.monotonic() - started, 3),
+                "made_from": {"merged": merge.content_sha256()},
+            }
+        )
         record.write(target)
     _log(record)
     return record
@@ -152,9 +162,9 @@ def _reference(config: QuantizeConfig, merged_dir: Path, dataset_dir: Path) -> "
     )
 
 
-def _check_model(path: str) -> None:
-    """Refuse what the tools would refuse later and less clearly."""
-    MergeProof.read(path)
+def _check_model(path: str) -> MergeProof:
+    """Return the model's record; refuse what the tools would refuse later and less clearly."""
+    proof = MergeProof.read(path)
     missing = [
         name for name in ("config.json", "tokenizer_config.json") if not Path(path, name).is_file()
     ]
@@ -162,6 +172,7 @@ def _check_model(path: str) -> None:
         raise ModelError(
             f"{path} lacks {' and '.join(missing)}, so it is not a whole model: run merge again"
         )
+    return proof
 
 
 def _calibration_rows(dataset_dir: Path, num_rows: int) -> list[list[int]]:

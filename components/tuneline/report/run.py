@@ -19,7 +19,7 @@ from tuneline.artifacts import (
 )
 from tuneline.page import render_page
 from tuneline.recipe import Recipe
-from tuneline.report import sections
+from tuneline.report import comparison, sections
 from tuneline.report.records import Line
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,7 @@ def render(line: Line) -> str:
         sections.training(line),
         sections.data(line),
         sections.exports(line),
+        comparison.card(line),
         sections.provenance(line),
     ]
     return render_page(

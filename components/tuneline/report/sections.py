@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from tuneline.artifacts import QuantizedModel, TaskComparison
+from tuneline.artifacts import MergeProof, QuantizedModel, TaskComparison
 from tuneline.linepicture import Status
 from tuneline.page import (
     Cell,
@@ -280,6 +280,7 @@ def exports(line: Line) -> str:
     proof = facts(
         [
             ("Merged onto", f"{merge.base} base weights, saved as {merge.dtype}"),
+            *([("Held-out loss by base", _losses(merge))] if merge.base_losses else []),
             (
                 "Mean KL a token",
                 f"{number(merge.mean_kl)} nats (bound {number(merge.max_mean_kl)})",
@@ -383,6 +384,11 @@ def _times(line: Line) -> dict[str, float]:
     if line.exports:
         times["quantize"] = sum(export.seconds for export in line.exports)
     return times
+
+
+def _losses(merge: MergeProof) -> str:
+    found = [f"{name} {number(loss)}" for name, loss in merge.base_losses.items()]
+    return ", ".join([*found, f"merged {number(merge.merged_loss)}"])
 
 
 def _interval(comparison: TaskComparison) -> str:

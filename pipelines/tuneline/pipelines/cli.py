@@ -1,4 +1,4 @@
-"""The command line: run, compile, lint, schema, recipes, report; cluster_cli has the rest."""
+"""The command line: run, compile, lint, schema, recipes, report; others in *_cli.py."""
 
 import contextlib
 import datetime
@@ -19,7 +19,7 @@ from rich.table import Column, Table
 
 from tuneline.artifacts import RunSummary
 from tuneline.errors import OutputExistsError, RecipeError, TunelineError, WorldError
-from tuneline.pipelines import cluster_cli
+from tuneline.pipelines import cluster_cli, plan_cli, verify_cli
 from tuneline.pipelines.catalog import RECIPES_DIR, find_recipe
 from tuneline.recipe import Recipe, load_recipe
 
@@ -34,6 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cluster_cli.app)
+app.add_typer(plan_cli.app)
+app.add_typer(verify_cli.app)
 console = Console()
 
 

@@ -1,0 +1,84 @@
+"""Which export is recommended for what, by hand-written measurements."""
+
+import re
+
+from tuneline.artifacts import QuantizedModel
+from tuneline.charts import ScatterPoint, scatter_chart
+from tuneline.report import comparison
+
+
+def export(format: str, megabytes: int, kl: float | None, **values) -> QuantizedModel:
+    return QuantizedModel(
+        format=format,
+        kind="gptq" if format.startswith("gptq") else "gguf",
+        file=".",
+        num_bytes=megabytes * 10**6,
+        bits_per_weight=8.0,
+        prompt="p",
+        generated="g",
+        mean_kl=kl,
+        reference_perplexity=10.0,
+        **values,
+    )
+
+
+F16 = export("f16", 271, 1e-6, top1_agreement=1.0, perplexity=10.0, tokens_per_second=40.0)
+Q8 = export("q8_0", 145, 0.007, top1_agreement=0.98, perplexity=10.1, tokens_per_second=60.0)
+Q6 = export("q6_k", 120, 0.017, top1_agreement=0.96, perplexity=10.15, tokens_per_second=55.0)
+Q4 = export("q4_k_m", 100, 0.07, top1_agreement=0.92, perplexity=10.9, tokens_per_second=80.0)
+Q3 = export("q3_k_m", 90, 0.3, top1_agreement=0.78, perplexity=14.0, tokens_per_second=70.0)
+Q5_1 = export("q5_1", 125, 0.12, top1_agreement=0.87, perplexity=11.5, tokens_per_second=65.0)
+GPTQ = export("gptq-4bit", 115, 0.4, top1_agreement=0.8, perplexity=12.0)
+GPTQ8 = export("gptq-8bit", 150, 0.006, top1_agreement=0.97, perplexity=10.1)
+
+
+def test_each_use_has_the_format_that_the_numbers_say() -> None:
+    uses = comparison.recommend([F16, Q8, Q6, Q4, Q3, Q5_1, GPTQ, GPTQ8])
+    assert uses == {
+        "f16": [comparison.CLOSEST],
+        "q8_0": [],
+        "q6_k": [comparison.EVERYDAY],
+        "q4_k_m": [comparison.LEAST, comparison.FASTEST],
+        "q3_k_m": [],
+        "q5_1": [],
+        "gptq-4bit": [],
+        "gptq-8bit": [comparison.ON_GPU],
+    }
+
+
+def test_where_none_is_near_the_closest_is_taken() -> None:
+    uses = comparison.recommend([Q3, Q5_1, GPTQ])
+    assert uses["q5_1"] == [comparison.CLOSEST, comparison.EVERYDAY]
+    assert uses["q3_k_m"] == [comparison.FASTEST]  # its perplexity is no use where memory is short
+    assert uses["gptq-4bit"] == [comparison.ON_GPU]
+
+
+def test_what_was_not_measured_is_not_recommended() -> None:
+    unmeasured = export("q8_0", 145, None)
+    assert comparison.recommend([unmeasured]) == {"q8_0": []}
+    assert comparison.recommend([unmeasured, GPTQ])["q8_0"] == []
+
+
+def test_an_export_that_another_beats_says_so() -> None:
+    everything = [F16, Q8, Q6, Q4, Q5_1, GPTQ]
+    assert comparison.worse_than(Q5_1, everything) == "q6_k is smaller and closer"
+    assert comparison.worse_than(Q4, everything) == ""
+    assert comparison.worse_than(GPTQ, everything) == ""  # GGUF files do not run where GPTQ does
+
+
+def test_the_picture_has_every_point_where_it_belongs() -> None:
+    points = [
+        ScatterPoint("a<b", "GGUF", 100.0, 1e-4),
+        ScatterPoint("c", "GGUF", 200.0, 1e-2),
+        ScatterPoint("d", "GPTQ", 200.0, 1e-2),
+    ]
+    chart = scatter_chart(points, x_label="size", y_label="KL")
+    assert "a&lt;b" in chart and "a<b" not in chart
+    dots = re.findall(r'<circle class="dot s(\d)" cx="([\d.]+)" cy="([\d.]+)"', chart)
+    # Drawn from the top; the axes go from 0 to 200 and from 1e-4 to 1e-2.
+    assert [(group, float(y)) for group, _, y in dots] == [("1", 28), ("2", 28), ("1", 248)]
+    across = [float(x) - 54 for _, x, _ in dots]
+    assert across[0] == across[1] == 2 * across[2]
+    names = {text: float(y) for y, text in re.findall(r'class="name" .*? y="([\d.]+)">(.)<', chart)}
+    assert abs(names["c"] - names["d"]) >= 14, "names do not lie on each other"
+    assert "no values" in scatter_chart([], x_label="x", y_label="y")
