@@ -62,6 +62,15 @@ class TrainConfig(StrictModel):
     """Recompute activations in the backward pass: less memory, a quarter more time."""
     kernels: Literal["auto", "off"] = "auto"
     """auto: our fused layers where the GPU can run them, which then choose what to recompute."""
+    fit: Literal["auto", "refuse", "off"] = "auto"
+    """When memory is estimated to be short: auto takes fewer rows a forward and more forwards a
+    step, then gradient_checkpointing, then what fit_min_length allows; refuse names the change and
+    ends; off starts all the same. When it runs out, auto and refuse do so from the last checkpoint.
+    """
+    fit_min_length: int | None = Field(None, ge=8)
+    """Packs may get as short as this, if no row is cut by it; null: they keep max_seq_length."""
+    memory_gib: float | None = Field(None, gt=0)
+    """Memory of a device that the run may take; null: what is free."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type; auto: bfloat16 where the device is fast at it, else float32."""
     logging_steps: int = Field(1, ge=1)

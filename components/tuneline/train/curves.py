@@ -34,12 +34,21 @@ def render(summary: TrainingSummary) -> str:
         ("Tokens", f"{summary.num_tokens:,}"),
         ("Tokens a second", f"{summary.tokens_per_second:,.0f}"),
         ("Trainable parameters", f"{summary.num_trainable_parameters:,}"),
-        ("Peak memory", f"{summary.peak_memory_bytes / 2**30:.2f} GiB"),
+        *_memory(summary),
         ("Base", f"{summary.base_quantization}, computed in {summary.compute_dtype}"),
         ("Device", summary.device),
     ]
     sections.append(section("Run", table(["Figure", "Value"], facts, numeric=[1])))
     return render_page("Training", sections, f"method {summary.method}")
+
+
+def _memory(summary: TrainingSummary) -> list[tuple[str, str]]:
+    facts = [("Peak memory", f"{summary.peak_memory_bytes / 2**30:.2f} GiB")]
+    if summary.estimated_peak_bytes is not None:
+        facts.append(("Estimated before", f"{summary.estimated_peak_bytes / 2**30:.2f} GiB"))
+    if summary.fitted:
+        facts.append(("Made to fit", summary.fitted))
+    return facts
 
 
 def _what_happened(summary: TrainingSummary) -> list[tuple[str, str]]:
@@ -51,6 +60,7 @@ def _what_happened(summary: TrainingSummary) -> list[tuple[str, str]]:
     if summary.eval_gap is not None:
         facts.append(("Evaluation above training loss, at the end", f"{summary.eval_gap:+.4f}"))
     counts = {
+        "Memory ran out": summary.num_out_of_memory,
         "Steps skipped, not finite": summary.num_skipped_steps,
         "Returns to a checkpoint, with a lower rate": summary.num_rollbacks,
         "Continued after an interruption": summary.num_resumptions,

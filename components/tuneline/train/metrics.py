@@ -32,9 +32,14 @@ def eval_gap(history: Sequence[TrainingPoint]) -> float | None:
     return last.eval_loss - sum(losses) / len(losses)
 
 
-def artifact_metadata(summary: TrainingSummary) -> dict[str, str | int]:
+def artifact_metadata(summary: TrainingSummary) -> dict[str, str | int | float]:
     """Return what the adapter's artifact says of itself."""
+    memory = {"peak_memory_gib": round(summary.peak_memory_bytes / 2**30, 3)}
+    if summary.estimated_peak_bytes is not None:
+        memory["estimated_memory_gib"] = round(summary.estimated_peak_bytes / 2**30, 3)
     return {
+        **memory,
+        "fitted": summary.fitted,
         "method": summary.method,
         "base_quantization": summary.base_quantization,
         "compute_dtype": summary.compute_dtype,

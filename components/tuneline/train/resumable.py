@@ -24,6 +24,12 @@ class EvaluationAbandoned(Exception):
     """A stop was asked for in the middle of an evaluation."""
 
 
+def saved_state(checkpoint: Path) -> RunState:
+    """Read what a run knew of itself when it wrote a checkpoint."""
+    path = checkpoint / _STATE_FILE
+    return RunState.parse(path.read_text(encoding="utf-8"), where=str(path))
+
+
 class ResumableTrainer(Trainer):
     """A base before TRL's trainers: transformers' checkpoints, made atomic and complete.
 
@@ -59,8 +65,9 @@ class ResumableTrainer(Trainer):
                 `rate_factor` among them scales the rates of the steps to come.
         """
         if checkpoint is not None:
-            text = (checkpoint / _STATE_FILE).read_text(encoding="utf-8")
-            self.run_state.become(RunState.parse(text, where=str(checkpoint / _STATE_FILE)))
+            plan, num_out_of_memory = self.run_state.plan, self.run_state.num_out_of_memory
+            self.run_state.become(saved_state(checkpoint))
+            self.run_state.plan, self.run_state.num_out_of_memory = plan, num_out_of_memory
             factor = self.run_state.rate_factor
             if carried:
                 self.run_state.become(self.run_state.model_copy(update=carried))

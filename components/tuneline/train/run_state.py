@@ -6,6 +6,7 @@ from pydantic import ConfigDict
 
 from tuneline.artifacts import TrainingPoint
 from tuneline.config import StrictModel
+from tuneline.train.fit import Plan
 
 
 class RunState(StrictModel):
@@ -20,6 +21,10 @@ class RunState(StrictModel):
     step_seconds: float = 0.0
     """Time in training steps alone, without evaluations."""
     num_resumptions: int = 0
+    plan: Plan | None = None
+    """The settings that were made to fit; kept when a checkpoint is read."""
+    num_out_of_memory: int = 0
+    """How often memory ran out and a smaller plan was taken; kept likewise."""
     num_skipped_steps: int = 0
     """Steps whose loss or gradient was not finite, those undone by a rollback too."""
     skipped_in_a_row: int = 0

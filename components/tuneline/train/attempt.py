@@ -1,0 +1,165 @@
+"""One attempt at a run, with settings that are thought to fit: model, trainer, steps, adapter."""
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.trainer_callback import PrinterCallback
+
+from tuneline import nf4
+from tuneline.artifacts import DatasetManifest, ModelOrigin, TrainingSummary
+from tuneline.errors import StoppedError
+from tuneline.train.adapter import keep_adapter_in_fp32, lora_config, save_adapter
+from tuneline.train.arguments import num_total_steps, training_arguments
+from tuneline.train.best import BestAdapterCallback
+from tuneline.train.checkpoints import CheckpointStore
+from tuneline.train.config import TrainConfig
+from tuneline.train.divergence import train_through
+from tuneline.train.fit import Plan
+from tuneline.train.interruption import stop_on_sigterm
+from tuneline.train.kernels import can_fuse, fuse_model, fuse_trainer
+from tuneline.train.metrics import eval_gap
+from tuneline.train.precision import choose_dtype, peak_memory_bytes
+from tuneline.train.progress import ProgressCallback
+from tuneline.train.rates import auto_learning_rate
+from tuneline.train.rows import load_rows
+from tuneline.train.trainers import PreferenceTrainer, SupervisedTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class OutOfMemory(Exception):
+    """The device's memory was full in a training step."""
+
+
+def train(
+    config: TrainConfig,
+    *,
+    plan: Plan,
+    num_out_of_memory: int,
+    origin: ModelOrigin,
+    manifest: DatasetManifest,
+    tokenizer: "PreTrainedTokenizerBase",
+    base_model_dir: Path,
+    dataset_dir: Path,
+    directory: Path,
+    work_dir: Path,
+    device: str,
+    store: CheckpointStore,
+) -> TrainingSummary:
+    """Train from the newest checkpoint, where there is one, to the end, and save the adapter.
+
+    Raises:
+        OutOfMemory: in a step; the checkpoints before it are there.
+        TrainingError: see `divergence.train_through`.
+        StoppedError: SIGTERM came; the checkpoint is written.
+    """
+    dtype = choose_dtype(config, device)
+    rate = config.learning_rate
+    if rate == "auto":
+        rate = auto_learning_rate(manifest.method, manifest.num_train_rows)
+        logger.info(
+            "learning rate %g, for %s on %d rows", rate, manifest.method, manifest.num_train_rows
+        )
+    rows, eval_rows = load_rows(
+        dataset_dir, manifest, packing=config.packing, cache_dir=work_dir / "rows"
+    )
+    arguments = training_arguments(
+        config,
+        method=manifest.method,
+        learning_rate=rate,
+        num_steps=num_total_steps(config, len(rows)),
+        max_seq_length=manifest.max_seq_length,
+        evaluates=eval_rows is not None,
+        dtype=dtype,
+        device=device,
+        work_dir=work_dir,
+    )
+    model = nf4.load_base(base_model_dir, dtype=dtype, device=device, quantized=config.load_in_4bit)
+    fuses = can_fuse(config.kernels, device)
+    if fuses:
+        fuse_model(model)
+    trainer: Any = (PreferenceTrainer if manifest.method == "dpo" else SupervisedTrainer)(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=lora_config(config.lora),
+    )
+    trainer.remove_callback(PrinterCallback)
+    state = trainer.run_state
+    state.plan, state.num_out_of_memory = plan, num_out_of_memory
+    trainer.max_skipped_in_a_row = config.max_skipped_in_a_row
+    progress = ProgressCallback(state)
+    trainer.add_callback(progress)
+    trainer.add_callback(BestAdapterCallback(trainer, config.early_stopping_patience))
+    keep_adapter_in_fp32(trainer.model)
+    kernels = fuse_trainer(trainer) if fuses else "off"
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    logger.info(
+        "%s: %d steps, %d trainable parameters, %s on %s",
+        manifest.method,
+        arguments.max_steps,
+        trainable,
+        dtype,
+        device,
+    )
+    with contextlib.closing(progress), stop_on_sigterm() as stop:
+        trainer.keep_checkpoints(store, minutes=config.checkpoint_minutes, stop=stop)
+        checkpoint = store.latest()
+        if checkpoint is not None:
+            logger.info("continuing from %s", checkpoint)
+        try:
+            train_through(
+                trainer,
+                checkpoint,
+                dataset_dir=dataset_dir,
+                manifest=manifest,
+                packing=config.packing,
+            )
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(str(error).splitlines()[0]) from None
+        if stop.is_made and not trainer.is_done:
+            raise StoppedError(
+                f"stopped by SIGTERM after step {trainer.state.global_step} of "
+                f"{trainer.state.max_steps}: run the step again with the checkpoints in "
+                f"{store.directory}, and it continues there"
+            )
+    trainer.restore_best()
+    save_adapter(trainer.model, directory, origin)
+    history = state.history
+    losses = [point.loss for point in history if point.loss is not None]
+    eval_losses = [point.eval_loss for point in history if point.eval_loss is not None]
+    return TrainingSummary(
+        method=manifest.method,
+        num_steps=trainer.state.global_step,
+        num_tokens=state.num_tokens,
+        final_loss=losses[-1],
+        first_eval_loss=eval_losses[0] if eval_losses else None,
+        final_eval_loss=state.best_eval_loss,
+        num_trainable_parameters=trainable,
+        num_parameters=origin.num_parameters,
+        base_quantization="nf4" if config.load_in_4bit else "none",
+        compute_dtype=str(dtype).removeprefix("torch."),
+        kernels=kernels,
+        device=device,
+        tokens_per_second=state.num_tokens / max(state.step_seconds, 1e-9),
+        peak_memory_bytes=peak_memory_bytes(device),
+        history=history,
+        learning_rate=rate,
+        best_step=state.best_step,
+        stopped_early=state.stopped_early,
+        eval_gap=eval_gap(history),
+        num_out_of_memory=state.num_out_of_memory,
+        num_skipped_steps=state.num_skipped_steps,
+        num_rollbacks=state.num_rollbacks,
+        num_resumptions=state.num_resumptions,
+        base_sha256=origin.sha256,
+        dataset_sha256=manifest.sha256,
+    )

@@ -1,0 +1,126 @@
+"""Training in the memory there is: planned before, and planned again when it runs out."""
+
+import gc
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuneline.artifacts import DatasetManifest, TrainingSummary
+from tuneline.errors import TrainingError
+from tuneline.train.attempt import OutOfMemory, train
+from tuneline.train.checkpoints import CheckpointStore
+from tuneline.train.config import TrainConfig
+from tuneline.train.fit import (
+    Plan,
+    available_memory,
+    first_plan,
+    fitting_plan,
+    run_settings,
+    smaller_plan,
+)
+from tuneline.train.kernels import can_fuse
+from tuneline.train.memory import model_shape
+from tuneline.train.precision import choose_dtype
+from tuneline.train.resumable import saved_state
+
+logger = logging.getLogger(__name__)
+
+
+def plan_within_memory(
+    config: TrainConfig, manifest: DatasetManifest, base_model_dir: str | Path, device: str
+) -> tuple[Plan, int | None]:
+    """Return settings that fit the memory, and the estimate in bytes, where one can be made.
+
+    Raises:
+        RecipeError: see `fitting_plan`.
+    """
+    shape = model_shape(base_model_dir, config.lora)
+    if shape is None:
+        logger.warning(
+            "no estimate of the memory that %s takes: it is built otherwise than the "
+            "models whose memory is known",
+            base_model_dir,
+        )
+        return first_plan(config, manifest), None
+    settings = run_settings(
+        config,
+        manifest,
+        itemsize=choose_dtype(config, device).itemsize,
+        device=device,
+        fused=can_fuse(config.kernels, device),
+    )
+    available = available_memory(config, device)
+    plan, estimate = fitting_plan(config, manifest, shape, settings, available)
+    return plan, estimate.total
+
+
+def train_within_memory(
+    config: TrainConfig,
+    plan: Plan,
+    *,
+    manifest: DatasetManifest,
+    directory: Path,
+    store: CheckpointStore,
+    **rest: Any,
+) -> TrainingSummary:
+    """Train, and where memory runs out take a smaller plan from the last checkpoint on.
+
+    Args:
+        config: the recipe's part.
+        plan: what of it was made to fit.
+        manifest: of the data set.
+        directory: where temporary files may be put.
+        store: the run's checkpoints.
+        rest: what `attempt.train` takes besides.
+
+    Raises:
+        TrainingError: no smaller plan is left, or `fit` is off.
+    """
+    asked = first_plan(config, manifest)
+    num_out_of_memory = 0
+    checkpoint = store.latest()
+    if checkpoint is not None:
+        state = saved_state(checkpoint)
+        num_out_of_memory = state.num_out_of_memory
+        # What was too much before the interruption would be again.
+        plan = plan.at_most(state.plan) if state.plan is not None else plan
+    while True:
+        try:
+            with tempfile.TemporaryDirectory(dir=directory) as work:
+                summary = train(
+                    config.model_copy(update=plan.train_values),
+                    plan=plan,
+                    num_out_of_memory=num_out_of_memory,
+                    manifest=manifest.model_copy(update={"max_seq_length": plan.max_seq_length}),
+                    directory=directory,
+                    work_dir=Path(work),
+                    store=store,
+                    **rest,
+                )
+            return summary.model_copy(update={"fitted": plan.changes_from(asked)})
+        except OutOfMemory as error:
+            smaller = smaller_plan(plan)
+            if config.fit == "off" or smaller is None:
+                raise TrainingError(
+                    f"memory ran out ({error}), with {plan.per_device_train_batch_size} rows a "
+                    f"forward and gradient_checkpointing {str(plan.gradient_checkpointing).lower()}"
+                    ": lower prepare.max_seq_length or lora.r, take a larger device"
+                    + (", or set train.fit: auto" if smaller is not None else "")
+                ) from None
+            logger.warning(
+                "memory ran out (%s): going on with %s", error, smaller.changes_from(plan)
+            )
+            plan = smaller
+            num_out_of_memory += 1
+        # Only here, where the error and with it the frames that hold the old model are gone.
+        _release_memory()
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,208 @@
+"""Runs that do not fit their memory: planned smaller, refused, or continued smaller."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tuneline.artifacts import DatasetManifest
+from tuneline.errors import RecipeError, TrainingError
+from tuneline.nf4 import load_base
+from tuneline.train import TrainConfig, run
+from tuneline.train.fit import (
+    HEAD_ROOM,
+    Plan,
+    _container_headroom,
+    first_plan,
+    fitting_plan,
+    min_pack_length,
+    run_settings,
+    smaller_plan,
+)
+from tuneline.train.memory import GIB, estimate_memory, model_shape
+
+SETTINGS = {
+    "dtype": "float32",
+    "learning_rate": 5e-3,
+    "max_steps": 6,
+    "eval_steps": 3,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "packing": False,
+}
+
+
+def train(where, base_dir, dataset, **settings):
+    return run(
+        TrainConfig.parse({**SETTINGS, **settings}),
+        base_model_dir=base_dir,
+        dataset_dir=dataset,
+        adapter_dir=where / "adapter",
+        curves_path=where / "curves.html",
+    )
+
+
+def losses(summary):
+    return [point.loss for point in summary.history if point.loss is not None]
+
+
+@pytest.fixture
+def crowd(monkeypatch):
+    """Let memory run out in training forwards that `when(number from 0, rows)` names."""
+
+    def install(when):
+        seen = []
+
+        def forward(module, args, kwargs, output):
+            if module.training:
+                seen.append(len(kwargs["input_ids"]))
+                if when(len(seen) - 1, seen[-1]):
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+        def load(*args, **kwargs):
+            model = load_base(*args, **kwargs)
+            model.register_forward_hook(forward, with_kwargs=True)
+            return model
+
+        monkeypatch.setattr("tuneline.nf4.load_base", load)
+        return seen
+
+    return install
+
+
+def test_a_run_out_of_memory_goes_on_smaller_and_learns_the_same(
+    tmp_path, tiny_model_dir, dataset_dir, answer_rows, crowd, caplog
+):
+    dataset = dataset_dir(answer_rows[:12])
+    whole = train(tmp_path / "whole", tiny_model_dir, dataset)
+    # Full at the third step; then at the first with two rows; one row is enough.
+    crowd(lambda number, rows: (rows == 4 and number == 2) or (rows == 2 and number > 5))
+    summary = train(tmp_path / "full", tiny_model_dir, dataset, checkpoint_minutes=0)
+    assert losses(summary) == pytest.approx(losses(whole), abs=2e-4)
+    assert summary.final_eval_loss == pytest.approx(whole.final_eval_loss, abs=1e-3)
+    assert summary.num_out_of_memory == 2
+    assert summary.fitted == (
+        "per_device_train_batch_size 1 instead of 4, gradient_accumulation_steps 4 instead of 1"
+    )
+    assert "memory ran out (CUDA out of memory. Tried to allocate 2 GiB): going on" in caplog.text
+    assert whole.fitted == "" and whole.num_out_of_memory == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fit": "off"}, r"4 rows a forward.*or set train\.fit: auto"),
+        ({"per_device_train_batch_size": 1, "gradient_checkpointing": True}, "1 rows a forward"),
+    ],
+)
+def test_memory_that_cannot_be_saved_ends_the_step(
+    tmp_path, tiny_model_dir, dataset_dir, answer_rows, crowd, settings, message
+):
+    crowd(lambda *_: True)
+    with pytest.raises(TrainingError, match=message):
+        train(tmp_path, tiny_model_dir, dataset_dir(answer_rows), **settings)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.fixture
+def sizes(tiny_model_dir, dataset_dir, answer_rows):
+    """What the estimate says of the tiny model, by plan."""
+    manifest = DatasetManifest.read(dataset_dir(answer_rows, name="sizes"))
+    manifest = manifest.model_copy(
+        update={"lengths": manifest.lengths.model_copy(update={"max": 41})}
+    )
+    config = TrainConfig.parse({**SETTINGS, "packing": True})
+    shape = model_shape(tiny_model_dir, config.lora)
+    settings = run_settings(config, manifest, itemsize=4, device="cuda", fused=False)
+
+    def total(**changes):
+        return estimate_memory(shape, dataclasses.replace(settings, **changes)).total
+
+    return config, manifest, shape, settings, total
+
+
+def granted(num_bytes):
+    return int(num_bytes / (1 - HEAD_ROOM)) + 2
+
+
+def test_the_smallest_change_that_fits(sizes, caplog):
+    config, manifest, shape, settings, total = sizes
+    assert total() > total(rows=2) > total(rows=1) > total(rows=1, recompute=True)
+
+    def plan(num_bytes, **changes):
+        changed = config.model_copy(update=changes)
+        return fitting_plan(changed, manifest, shape, settings, granted(num_bytes))
+
+    assert plan(total())[0] == first_plan(config, manifest)
+    expected = Plan(
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=False,
+        max_seq_length=64,
+    )
+    assert plan(total(rows=2))[0] == expected
+    assert "taking per_device_train_batch_size 2 instead of 4" in caplog.text
+    assert plan(total(rows=1))[0].per_device_train_batch_size == 1
+    recomputed, estimate = plan(total(rows=1, recompute=True))
+    assert recomputed.gradient_checkpointing and recomputed.gradient_accumulation_steps == 4
+    assert estimate.total == total(rows=1, recompute=True)
+    with pytest.raises(RecipeError, match="take per_device_train_batch_size 2 instead of 4"):
+        plan(total(rows=2), fit="refuse")
+    with pytest.raises(RecipeError, match=r"the least it can do with is 0\.3 GiB"):
+        plan(total(rows=1, recompute=True) // 2)
+    assert plan(1, fit="off")[0] == first_plan(config, manifest)
+
+
+def test_packs_get_shorter_only_where_allowed_and_never_cut_a_row(sizes):
+    config, manifest, *_ = sizes
+    allowed = config.model_copy(update={"fit_min_length": 16})
+    assert min_pack_length(config, manifest) is None
+    assert min_pack_length(allowed, manifest) == 41
+    raw = manifest.model_copy(update={"method": "cpt"})
+    assert min_pack_length(allowed, raw) == 16
+    last = Plan(
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        gradient_checkpointing=True,
+        max_seq_length=64,
+    )
+    assert smaller_plan(last) is None and smaller_plan(last, min_length=41) is None
+    shorter = smaller_plan(last, min_length=16)
+    assert (shorter.max_seq_length, shorter.gradient_accumulation_steps) == (32, 8)
+    assert shorter.changes_from(last) == (
+        "gradient_accumulation_steps 8 instead of 4, max_seq_length 32 instead of 64"
+    )
+
+
+def test_rows_of_a_step_stay_whole_numbers():
+    plan = Plan(
+        per_device_train_batch_size=6,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=False,
+        max_seq_length=64,
+    )
+    seen = []
+    while plan is not None:
+        seen.append((plan.per_device_train_batch_size, plan.gradient_accumulation_steps))
+        plan = smaller_plan(plan)
+    assert seen == [(6, 2), (3, 4), (1, 12), (1, 12)]
+
+
+def test_too_little_memory_is_refused_before_the_model_is_loaded(
+    tmp_path, tiny_model_dir, dataset_dir, answer_rows, monkeypatch
+):
+    monkeypatch.setattr("tuneline.nf4.load_base", None)
+    with pytest.raises(RecipeError, match=r"takes about .* GiB of memory, and 0\.0 of 0\.0 GiB"):
+        train(tmp_path, tiny_model_dir, dataset_dir(answer_rows), memory_gib=0.001)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_containers_limit_counts(tmp_path):
+    assert _container_headroom(tmp_path) is None
+    (tmp_path / "memory.current").write_text(f"{3 * GIB}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {GIB}\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _container_headroom(tmp_path) is None
+    (tmp_path / "memory.max").write_text(f"{8 * GIB}\n")
+    assert _container_headroom(tmp_path) == 6 * GIB
