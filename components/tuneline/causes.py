@@ -60,7 +60,7 @@ CAUSES = (
     Cause(
         "disk",
         r"no space left on device|os error 28|errno 28|disk quota exceeded|disk is full"
-        r"|ephemeral[- ]storage",
+        r"|ephemeral[- ](local )?storage",
         "The disk, or the pod's ephemeral storage, is full.",
         "Free some space or give the step a larger volume; ask for fewer formats in quantize.gguf.",
     ),

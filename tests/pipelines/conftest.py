@@ -1,4 +1,4 @@
-"""A KFP server for the tests of the commands that talk to one."""
+"""A KFP and a Kubernetes server for the tests of the commands that talk to them."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ import kfp
 import pytest
 
 
-def load_kfp_server() -> ModuleType:
+def load_beside(name: str) -> ModuleType:
     # tests are not packages, so the module beside this one is loaded by its path.
-    path = Path(__file__).parent / "kfp_server.py"
-    spec = importlib.util.spec_from_file_location("kfp_server", path)
+    path = Path(__file__).parent / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -26,11 +26,19 @@ def kfp_server(
 ) -> Iterator[Any]:
     """The server, named in the environment; parametrize indirectly for its arguments."""
     arguments = getattr(request, "param", {})
-    with load_kfp_server().KfpServer(**arguments) as server:
+    with load_beside("kfp_server").KfpServer(**arguments) as server:
         monkeypatch.setenv("KFP_ENDPOINT", server.host)
         for name in ("KFP_TOKEN", "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_SA_TOKEN_PATH"):
             monkeypatch.delenv(name, raising=False)
         # A session of the person who runs the tests has no part in them.
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.setattr(kfp.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
+        yield server
+
+
+@pytest.fixture
+def kube_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The server, named by the kubeconfig in the environment."""
+    with load_beside("kube_server").KubeServer() as server:
+        monkeypatch.setenv("KUBECONFIG", str(server.write_kubeconfig(tmp_path / "kubeconfig")))
         yield server

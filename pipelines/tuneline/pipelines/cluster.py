@@ -246,7 +246,7 @@ def find_run(client: Client, name: str, *, namespace: str | None = None) -> Any:
         UserError: there is none.
     """
     with plainly():
-        if _is_id(name):
+        if is_id(name):
             try:
                 return client.get_run(name)
             except kfp_server_api.ApiException as error:
@@ -338,7 +338,8 @@ def _tasks(run: Any) -> list[Any]:
     return list((run.run_details and run.run_details.task_details) or [])
 
 
-def _is_id(name: str) -> bool:
+def is_id(name: str) -> bool:
+    """Say whether it is a run's id; otherwise it is a name."""
     try:
         return str(uuid.UUID(name)) == name.lower()
     except ValueError:

@@ -1,0 +1,203 @@
+"""Ask a Kubernetes API, with the client that Kubernetes publishes; nothing is written.
+
+Credentials are kubectl's: KUBECONFIG, ~/.kube/config, or a pod's own service account. A server that
+is away for a minute is asked again, for a minute.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import urllib3
+from kubernetes import client, config
+
+from tuneline.errors import ClusterError, CredentialsError, UserError
+
+AWAY = (429, 500, 502, 503, 504)
+BACKOFF_SECONDS = 1.0
+"""Six tries: 0, 2, 4, 8, 16 and 32 of it apart."""
+LOG_LINES = 200
+
+
+class Kube:
+    """One cluster, one namespace."""
+
+    def __init__(self, namespace: str, *, context: str | None = None) -> None:
+        """Read the credentials.
+
+        Raises:
+            UserError: there are none, or they cannot be read.
+        """
+        self.namespace = namespace
+        settings = client.Configuration()
+        # The client's own search reads KUBECONFIG when it is imported, and prints.
+        files = os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
+        try:
+            if any(Path(file).exists() for file in files.split(os.pathsep)):
+                config.load_kube_config(files, context=context, client_configuration=settings)
+            else:
+                config.load_incluster_config(client_configuration=settings)
+        except (config.ConfigException, OSError) as error:
+            raise UserError(
+                f"no Kubernetes cluster: {error}; set KUBECONFIG, or log in as for kubectl"
+            ) from None
+        settings.retries = urllib3.Retry(
+            total=6,
+            backoff_factor=BACKOFF_SECONDS,
+            status_forcelist=AWAY,
+            allowed_methods=["GET"],
+            raise_on_status=False,
+        )
+        self.host = settings.host
+        self._api = client.ApiClient(settings)
+        self._core = client.CoreV1Api(self._api)
+        self._custom = client.CustomObjectsApi(self._api)
+
+    def version(self) -> str:
+        """Return the server's version, e.g. v1.32.4."""
+        with self._plainly("its version"):
+            return client.VersionApi(self._api).get_code().git_version
+
+    def may(self, verb: str, resource: str, *, group: str = "", subresource: str = "") -> bool:
+        """Say whether these credentials allow it in the namespace."""
+        attributes = client.V1ResourceAttributes(
+            namespace=self.namespace,
+            verb=verb,
+            resource=resource,
+            group=group,
+            subresource=subresource,
+        )
+        spec = client.V1SelfSubjectAccessReviewSpec(resource_attributes=attributes)
+        with self._plainly("its access rules"):
+            review = client.AuthorizationV1Api(self._api).create_self_subject_access_review(
+                client.V1SelfSubjectAccessReview(spec=spec)
+            )
+        return bool(review.status.allowed)
+
+    def served_versions(self, crd: str) -> list[str] | None:
+        """Return the served versions of a custom resource, e.g. trainjobs.trainer.kubeflow.org."""
+        with self._plainly(f"customresourcedefinition {crd}"):
+            try:
+                found = client.ApiextensionsV1Api(self._api).read_custom_resource_definition(crd)
+            except client.ApiException as error:
+                if error.status == 404:
+                    return None
+                raise
+        return [version.name for version in found.spec.versions if version.served]
+
+    def secret_names(self) -> set[str]:
+        """Return the names of the namespace's secrets, and nothing that is in them."""
+        with self._plainly("secrets"):
+            return {
+                each.metadata.name
+                for each in self._core.list_namespaced_secret(self.namespace).items
+            }
+
+    def claim(self, name: str) -> Any | None:
+        """Return a PersistentVolumeClaim, or None."""
+        with self._plainly(f"persistentvolumeclaim {name}"):
+            return _found(self._core.read_namespaced_persistent_volume_claim, name, self.namespace)
+
+    def local_queue(self, name: str) -> dict[str, Any] | None:
+        """Return a Kueue LocalQueue, or None."""
+        with self._plainly(f"localqueue {name}"):
+            return _found(
+                self._custom.get_namespaced_custom_object,
+                "kueue.x-k8s.io",
+                "v1beta1",
+                self.namespace,
+                "localqueues",
+                name,
+            )
+
+    def quotas(self) -> list[Any]:
+        """Return the namespace's resource quotas."""
+        with self._plainly("resourcequotas"):
+            return self._core.list_namespaced_resource_quota(self.namespace).items
+
+    def nodes(self) -> list[Any]:
+        """Return the cluster's nodes."""
+        with self._plainly("nodes"):
+            return self._core.list_node().items
+
+    def pods(self, selector: str) -> list[Any]:
+        """Return the pods that a label selector picks."""
+        with self._plainly("pods"):
+            return self._core.list_namespaced_pod(self.namespace, label_selector=selector).items
+
+    def workflows(self, selector: str) -> list[dict[str, Any]]:
+        """Return the Argo workflows that a label selector picks."""
+        with self._plainly("workflows"):
+            return self._custom.list_namespaced_custom_object(
+                "argoproj.io", "v1alpha1", self.namespace, "workflows", label_selector=selector
+            )["items"]
+
+    def events(self, pod: str) -> list[Any]:
+        """Return what happened to a pod, the newest last."""
+        with self._plainly("events"):
+            return self._core.list_namespaced_event(
+                self.namespace, field_selector=f"involvedObject.name={pod}"
+            ).items
+
+    def log(self, pod: str, container: str) -> str:
+        """Return the last lines of a container; what a pod that is gone wrote is gone too."""
+        with self._plainly(f"the log of pod {pod}"):
+            text = _found(
+                self._core.read_namespaced_pod_log,
+                pod,
+                self.namespace,
+                container=container,
+                tail_lines=LOG_LINES,
+            )
+        return text or ""
+
+    @contextlib.contextmanager
+    def _plainly(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except client.ApiException as error:
+            if error.status in (401, 403):
+                raise Refused(
+                    f"Kubernetes at {self.host} refuses to show {what} in namespace "
+                    f"{self.namespace} ({error.status}): log in again, or ask for the right"
+                ) from None
+            raise ClusterError(
+                f"Kubernetes at {self.host} answered {error.status} when asked for {what}: "
+                f"{' '.join(str(error.reason).split())}"
+            ) from None
+        except urllib3.exceptions.HTTPError as error:
+            raise ClusterError(
+                f"Kubernetes cannot be reached at {self.host} ({type(error).__name__}): check the "
+                "network and the cluster in your kubeconfig"
+            ) from None
+
+
+class Refused(CredentialsError):
+    """These credentials may not see it."""
+
+
+@dataclass(frozen=True)
+class Right:
+    """Something that the line, or one who watches it, has to be allowed."""
+
+    verb: str
+    resource: str
+    group: str = ""
+    subresource: str = ""
+
+    def __str__(self) -> str:
+        """As kubectl auth can-i takes it."""
+        name = f"{self.resource}/{self.subresource}" if self.subresource else self.resource
+        return f"{self.verb} {name}{'.' if self.group else ''}{self.group}"
+
+
+def _found(call: Any, *arguments: Any, **named: Any) -> Any | None:
+    try:
+        return call(*arguments, **named)
+    except client.ApiException as error:
+        if error.status == 404:
+            return None
+        raise

@@ -1,0 +1,296 @@
+"""plan: the estimate against measured steps, and every check against a Kubernetes API over HTTP.
+
+The client is the unmodified one, the server tests/pipelines/kube_server.py; no cluster was there.
+"""
+
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from tuneline.errors import ClusterError, UserError
+from tuneline.pipelines import kube
+from tuneline.pipelines.catalog import find_recipe
+from tuneline.pipelines.cli import app
+from tuneline.pipelines.estimate import GIB, estimate, parameters_in_name
+from tuneline.pipelines.plan import CRDS, RIGHTS, Check, plan
+from tuneline.recipe import Recipe
+
+LLAMA = 8.03e9
+
+
+def recipe(*assignments: str, profile: str = "h100") -> Recipe:
+    return find_recipe("llama3-8b-instruct", [f"placement.profile={profile}", *assignments])
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "recompute", "measured"),
+    [(4, 2048, "false", 62.4), (4, 2048, "true", 19.4), (2, 512, "false", 12.7),
+     (1, 8192, "true", 19.4)],
+)  # fmt: skip
+def test_memory_is_near_what_an_h200_measured(
+    rows: int, length: int, recompute: str, measured: float
+) -> None:
+    # The README's PEFT column: Llama-3.1-8B shape, r=16 on seven modules, NF4.
+    loaded = recipe(
+        f"train.per_device_train_batch_size={rows}",
+        f"prepare.max_seq_length={length}",
+        f"train.gradient_checkpointing={recompute}",
+    )
+    assert estimate(loaded, LLAMA).gpu_bytes / GIB == pytest.approx(measured, rel=0.08)
+
+
+def test_time_is_what_the_measured_step_took() -> None:
+    loaded = recipe(
+        "train.per_device_train_batch_size=4",
+        "train.gradient_accumulation_steps=1",
+        "train.gradient_checkpointing=false",
+        "train.max_steps=1000",
+    )
+    found = estimate(loaded, LLAMA)
+    assert found.num_tokens == 1000 * 4 * 2048
+    assert found.gpu_hours == pytest.approx(1000 * 0.702 / 3600, rel=0.01)
+
+
+def test_disk_counts_base_merged_and_exports() -> None:
+    loaded = recipe('quantize.gguf=["f16", "q8_0"]', "quantize.gptq=[]")
+    found = estimate(loaded, LLAMA)
+    # 16 GB each: base, merged, f16 to convert from and the f16 export; and 8.5 GB.
+    assert found.artifact_bytes == pytest.approx(LLAMA * (2 + 2 + 2 + 2 + 1.0625), rel=0.01)
+    assert found.scratch_bytes == pytest.approx(LLAMA * 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("meta-llama/Llama-3.1-8B", 8e9), ("Qwen/Qwen2.5-0.5B-Instruct", 5e8),
+     ("builtin:smollm2-135m", 1.35e8), ("mistralai/Mistral-7B-v0.3", 7e9),
+     ("org/model-v3", None), ("org/abc8bit", None)],
+)  # fmt: skip
+def test_names_say_how_large_a_model_is(name: str, expected: float | None) -> None:
+    assert parameters_in_name(name) == expected
+
+
+def verdicts(checks: list[Check]) -> dict[str, str]:
+    order = ("ok", "unknown", "warn", "fail")
+    worst: dict[str, str] = {}
+    for check in checks:
+        known = worst.get(check.name, "ok")
+        worst[check.name] = max(known, check.verdict, key=order.index)
+    return worst
+
+
+@pytest.mark.parametrize(("profile", "verdict"), [("t4", "fail"), ("a10g", "ok"), ("h100", "ok")])
+def test_a_gpu_that_is_too_small_is_named(profile: str, verdict: str) -> None:
+    (memory,) = [each for each in plan(recipe(profile=profile)) if each.name == "GPU memory"]
+    assert memory.verdict == verdict
+    assert f"on {profile}" in memory.words
+
+
+def test_limits_that_the_run_would_hit_fail() -> None:
+    loaded = recipe(
+        "placement.scratch_size=20Gi", "train.max_steps=100000",
+        "placement.steps={train: {timeout_hours: 1}}",
+    )  # fmt: skip
+    checks = {check.name: check for check in plan(loaded, price_per_gpu_hour=2.0)}
+    assert checks["disk"].verdict == "fail"
+    assert checks["time"].verdict == "fail"
+    assert "ended after 1 h" in checks["time"].words
+    hours = estimate(loaded, 8e9).gpu_hours
+    assert hours is not None
+    assert checks["cost"].words.endswith(f"{2 * hours:.2f} at 2 an hour")
+
+
+CLUSTER = recipe("placement.cache_claim=cache", "placement.queue=team")
+NODE = {
+    "spec": {"taints": [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}]},
+    "status": {"allocatable": {"nvidia.com/gpu": "8", "cpu": "200", "memory": "2000Gi"}},
+    "metadata": {"labels": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}},
+}
+
+
+@pytest.fixture
+def cluster(kube_server: Any) -> Any:
+    """A cluster that has everything."""
+    for crd in CRDS:
+        served = [{"name": "v1beta1", "served": True, "storage": True},
+                  {"name": "v1alpha1", "served": False, "storage": False}]  # fmt: skip
+        group = crd.partition(".")[2]
+        names = {"plural": crd.partition(".")[0], "kind": "K"}
+        spec = {"group": group, "scope": "Namespaced", "names": names, "versions": served}
+        kube_server.put("customresourcedefinitions", crd, spec=spec)
+    kube_server.put("secrets", "huggingface")
+    claim = {"accessModes": ["ReadWriteMany"], "storageClassName": "nfs"}
+    kube_server.put("persistentvolumeclaims", "cache", spec=claim, status={"phase": "Bound"})
+    active = {"type": "Active", "status": "True"}
+    kube_server.put("localqueues", "team", status={"conditions": [active], "pendingWorkloads": 3})
+    hard = {"requests.nvidia.com/gpu": "8"}
+    used = {"requests.nvidia.com/gpu": "2"}
+    kube_server.put("resourcequotas", "q", spec={"hard": hard}, status={"hard": hard, "used": used})
+    kube_server.put("nodes", "gpu-1", **NODE)
+    return kube_server
+
+
+def look(loaded: Recipe = CLUSTER) -> list[Check]:
+    return plan(loaded, kube=kube.Kube("kubeflow"))
+
+
+def test_a_cluster_that_has_everything(cluster: Any) -> None:
+    checks = look()
+    assert set(verdicts(checks).values()) == {"ok"}
+    words = {check.name: check.words for check in checks}
+    assert words["API"] == f"Kubernetes v1.32.4 at {cluster.host}"
+    assert words["CRDs"] == "scheduledworkflows.kubeflow.org v1beta1"
+    assert words["queue"] == "team: 3 waiting"
+    assert words["quota"] == "q: 2 of 8 nvidia.com/gpu in use"
+    assert words["nodes"] == "1 of 1 nodes fit 1 nvidia.com/gpu: gpu-1"
+    # Reviews of rights are the only thing that is posted.
+    posts = [each for each in cluster.requests if not each.startswith("GET")]
+    assert len(posts) == len(RIGHTS)
+
+
+def without(plural: str, name: str) -> Any:
+    where = "" if plural in ("nodes", "customresourcedefinitions") else "kubeflow"
+    return lambda server: server.objects.pop((plural, where, name))
+
+
+def changed(plural: str, name: str, **parts: Any) -> Any:
+    return lambda server: server.put(plural, name, **parts)
+
+
+FAULTS = {
+    "no Kubeflow Pipelines": (
+        without("customresourcedefinitions", "workflows.argoproj.io"),
+        "CRDs", "fail", "there is no workflows.argoproj.io",
+    ),
+    "no secret": (
+        without("secrets", "huggingface"), "secrets", "warn", "no secret huggingface",
+    ),
+    "no claim": (
+        without("persistentvolumeclaims", "cache"), "cache", "fail", "no claim cache",
+    ),
+    "a claim for one node": (
+        changed("persistentvolumeclaims", "cache", spec={"accessModes": ["ReadWriteOnce"]},
+                status={"phase": "Bound"}),
+        "cache", "warn", "ReadWriteOnce",
+    ),
+    "a lost claim": (
+        changed("persistentvolumeclaims", "cache", spec={"accessModes": ["ReadWriteMany"]},
+                status={"phase": "Lost"}),
+        "cache", "fail", "cache is Lost",
+    ),
+    "no queue": (without("localqueues", "team"), "queue", "fail", "no LocalQueue team"),
+    "a queue that is stopped": (
+        changed("localqueues", "team", status={"conditions": [
+            {"type": "Active", "status": "False", "message": "ClusterQueue is stopped"}]}),
+        "queue", "fail", "ClusterQueue is stopped",
+    ),
+    "quota too small": (
+        changed("resourcequotas", "q", spec={"hard": {"requests.nvidia.com/gpu": "0"}}),
+        "quota", "fail", "0 of 0 nvidia.com/gpu",
+    ),
+    "quota used up": (
+        changed("resourcequotas", "q", spec={}, status={
+            "hard": {"requests.nvidia.com/gpu": "8"}, "used": {"requests.nvidia.com/gpu": "8"}}),
+        "quota", "warn", "8 of 8",
+    ),
+    "no node": (without("nodes", "gpu-1"), "nodes", "warn", "there are none"),
+    "another GPU": (
+        changed("nodes", "gpu-1", **{**NODE, "metadata": {
+            "labels": {"nvidia.com/gpu.product": "Tesla-T4"}}}),
+        "nodes", "warn", "gpu-1 has Tesla-T4",
+    ),
+    "a small node": (
+        changed("nodes", "gpu-1", **{**NODE, "status": {
+            "allocatable": {"nvidia.com/gpu": "1", "cpu": "8", "memory": "2000Gi"}}}),
+        "nodes", "warn", "gpu-1 has 8 cpu, less than 20",
+    ),
+    "another taint": (
+        changed("nodes", "gpu-1", **{**NODE, "spec": {
+            "taints": [{"key": "team", "value": "b", "effect": "NoExecute"}]}}),
+        "nodes", "warn", "gpu-1 has the taint team",
+    ),
+    "nodes may not be seen": (
+        lambda server: server.forbidden.add("list nodes"),
+        "nodes", "unknown", "refuses to show nodes",
+    ),
+    "logs may not be read": (
+        lambda server: server.forbidden.add("get pods/log"),
+        "rights", "warn", "you may not get pods/log",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_missing_is_named_and_nothing_else(cluster: Any, fault: str) -> None:
+    break_it, name, verdict, says = FAULTS[fault]
+    break_it(cluster)
+    checks = look()
+    assert {key: value for key, value in verdicts(checks).items() if value != "ok"} == {
+        name: verdict
+    }
+    (found,) = [check for check in checks if check.verdict != "ok"]
+    assert says in found.words
+
+
+def test_a_server_that_is_away_is_asked_again(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kube, "BACKOFF_SECONDS", 0.001)
+    cluster.down = 5
+    assert set(verdicts(look()).values()) == {"ok"}
+    cluster.down = 100
+    with pytest.raises(ClusterError, match="answered 503 when asked for its version"):
+        look()
+
+
+def test_a_server_that_is_not_there(
+    kube_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kube, "BACKOFF_SECONDS", 0.001)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        kube_server.host = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    kube_server.write_kubeconfig(tmp_path / "kubeconfig")
+    with pytest.raises(ClusterError, match=f"cannot be reached at {kube_server.host}"):
+        kube.Kube("kubeflow").version()
+
+
+def test_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "absent"))
+    with pytest.raises(UserError, match="no Kubernetes cluster: .*; set KUBECONFIG"):
+        kube.Kube("kubeflow")
+
+
+def tuneline(*arguments: str) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments)
+
+
+def test_the_command(cluster: Any) -> None:
+    done = tuneline("plan", "llama3-8b-instruct", "--profile", "h100", "--cluster")
+    assert done.exit_code == 0, done.output
+    assert "ok      GPU memory: 12." in done.output
+    assert f"ok      API: Kubernetes v1.32.4 at {cluster.host}" in done.output
+    small = tuneline("plan", "llama3-8b-instruct", "--profile", "t4")
+    assert small.exit_code == 1
+    assert "-> lower train.per_device_train_batch_size" in small.output
+    assert tuneline("plan", "demo", "--profile", "h200").exit_code != 0
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_kubectl_can_read_the_server(cluster: Any) -> None:
+    def kubectl(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["kubectl", *arguments], capture_output=True, text=True, check=False, timeout=60
+        )
+
+    assert kubectl("get", "nodes", "-o", "name").stdout == "node/gpu-1\n"
+    queues = kubectl("get", "localqueues", "-n", "kubeflow", "-o", "name")
+    assert queues.stdout == "localqueue.kueue.x-k8s.io/team\n", queues.stderr
+    assert "NotFound" in kubectl("get", "secret", "absent", "-n", "kubeflow").stderr
+    cluster.forbidden.add("list pods")
+    assert "Forbidden" in kubectl("get", "pods", "-n", "kubeflow").stderr
