@@ -156,6 +156,9 @@ class KfpServer:
     def _act(self, stored: dict[str, Any], verb: str) -> dict[str, Any]:
         if verb == "terminate":
             stored["state"] = "CANCELING"
+        elif verb == "retry":
+            _require(stored["state"] in ("FAILED", "CANCELED"), stored["state"], "Run")
+            stored["state"] = "RUNNING"
         elif verb in ("enable", "disable"):
             stored |= {"mode": verb.upper(), "status": f"{verb.upper()}D"}
         else:

@@ -197,6 +197,19 @@ def test_cancel_ends_a_run_once(kfp_server: Any) -> None:
     assert "has ended already: SUCCEEDED" in str(tuneline("cancel", run_id).exception)
 
 
+@pytest.mark.parametrize("state", ["FAILED", "CANCELED"])
+def test_resume_runs_again_what_failed(kfp_server: Any, state: str) -> None:
+    run_id = add_run(kfp_server, "line", TASKS, state=state)
+    done = tuneline("resume", "line")
+    assert done.output == f"run line: goes on\nfollow it: tuneline status {run_id}\n"
+    assert kfp_server.writes() == [f"POST /apis/v2beta1/runs/{run_id}:retry"]
+    # It runs now: asking once more is a mistake, and changes nothing.
+    again = tuneline("resume", run_id)
+    assert isinstance(again.exception, UserError)
+    assert "run line is RUNNING: only a run that is FAILED or CANCELED" in str(again.exception)
+    assert len(kfp_server.writes()) == 1
+
+
 def test_no_such_run(kfp_server: Any) -> None:
     assert "no run 'line': there are none yet" in str(tuneline("status", "line").exception)
     add_run(kfp_server, "other", [])

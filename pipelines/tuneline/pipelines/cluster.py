@@ -42,6 +42,7 @@ PROJECTED_TOKEN_PATH = Path("/var/run/secrets/kubeflow/pipelines/token")
 CONNECT_SECONDS = 10
 
 FINISHED_STATES = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
+RESUMABLE_STATES = ("FAILED", "CANCELED")
 
 # Newer servers know the first path only, 2.17 the second only.
 LOG_PATHS = (
@@ -82,6 +83,10 @@ class Client(kfp.Client):
             else:
                 return response.data.decode("utf-8", "replace")
         raise AssertionError("the last path returns or raises")
+
+    def resume_run(self, run_id: str) -> None:
+        """Have the server run a run's failed tasks again; kfp has no call for it."""
+        self._run_api.run_service_retry_run(run_id)
 
 
 def connect(host: str | None) -> Client:
@@ -277,6 +282,21 @@ def cancel(client: Client, run: Any) -> None:
         raise UserError(f"run {run.display_name} has ended already: {run.state}")
     with plainly():
         client.terminate_run(run.run_id)
+
+
+def resume(client: Client, run: Any) -> None:
+    """Run again what failed of a run, and what comes after it; finished steps stay as they are.
+
+    Raises:
+        UserError: it did not fail, so there is nothing to run again.
+    """
+    if run.state not in RESUMABLE_STATES:
+        raise UserError(
+            f"run {run.display_name} is {run.state}: only a run that is "
+            f"{' or '.join(RESUMABLE_STATES)} can be resumed"
+        )
+    with plainly():
+        client.resume_run(run.run_id)
 
 
 def step_names(run: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""The commands that talk to Kubeflow Pipelines: submit, schedule(s), status, logs, cancel."""
+"""The commands that talk to KFP: submit, schedule(s), status, logs, cancel, resume."""
 
 import datetime
 from typing import Annotated, Any
@@ -210,6 +210,17 @@ def cancel(run: RunArgument, host: HostOption = None, namespace: NamespaceOption
     found = cluster.find_run(client, run, namespace=namespace)
     cluster.cancel(client, found)
     _say(f"run {found.display_name}: asked to end")
+
+
+@app.command()
+def resume(run: RunArgument, host: HostOption = None, namespace: NamespaceOption = None) -> None:
+    """Run again what failed of a run; finished steps are kept."""
+    from tuneline.pipelines import cluster
+
+    client = cluster.connect(host)
+    found = cluster.find_run(client, run, namespace=namespace)
+    cluster.resume(client, found)
+    _say(f"run {found.display_name}: goes on\nfollow it: tuneline status {found.run_id}")
 
 
 def _load(recipe: str, assignments: list[str]) -> Recipe:
