@@ -83,8 +83,8 @@ def doctor(
         _say(f"  change: {found.advice}")
     if not findings:
         _say(
-            f"nothing wrong was found with run {run_id} in namespace {kube.namespace}: if it did fail, "
-            "its pods are gone; `tuneline status` has what KFP kept"
+            f"nothing wrong was found with run {run_id} in namespace {kube.namespace}: if it did "
+            "fail, its pods are gone; `tuneline status` has what KFP kept"
         )
 
 
