@@ -8,7 +8,8 @@ not an artifact. Records are strict: a producer and a consumer that disagree fai
     base_model   origin.json       config.json, *.safetensors, tokenizer files
     dataset      dataset.json      train.parquet, eval.parquet, heldout.jsonl, rejected.jsonl,
                                     chat_template.jinja
-    adapter      training.json     adapter_config.json, adapter_model.safetensors, tokenizer
+    adapter      training.json     adapter_config.json, adapter_model.safetensors, tokenizer,
+                                    progress.jsonl
     merged       merge.json        config.json, *.safetensors, tokenizer files
     quantized    quantized.json    one .gguf file and its Modelfile, or a GPTQ checkpoint
     scores       scores.json       samples/<task>.jsonl, generations.jsonl
@@ -38,6 +39,8 @@ TRAIN_FILE = "train.parquet"
 EVAL_FILE = "eval.parquet"
 HELDOUT_FILE = "heldout.jsonl"
 REJECTED_FILE = "rejected.jsonl"
+# Beside an adapter: one JSON object a logged step.
+PROGRESS_FILE = "progress.jsonl"
 # Beside the data set when the recipe names a template: it replaces the tokenizer's own.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # For Ollama, beside a GGUF file.
@@ -220,6 +223,12 @@ class TrainingSummary(Record):
     tokens_per_second: float
     peak_memory_bytes: int
     """Peak of the device's allocator, or resident memory of the process on a CPU."""
+    device_hours: float | None = None
+    """Hours of all devices in training, evaluations included: GPU-hours on GPUs."""
+    energy_kwh: float | None = None
+    """What the GPUs took in that time, where NVML says it."""
+    cost: float | None = None
+    """device_hours at the recipe's price."""
     estimated_peak_bytes: int | None = None
     """What `peak_memory_bytes` was estimated to be before the model was loaded."""
     fitted: str = ""

@@ -68,6 +68,7 @@ def test_loss_falls_and_the_adapter_reloads_in_plain_peft(
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
+        "progress.jsonl",
         "tokenizer.json",
         "tokenizer_config.json",
         "training.json",

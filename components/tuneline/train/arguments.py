@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tuneline.artifacts import Method
 from tuneline.errors import RecipeError
 from tuneline.train.config import DpoConfig, TrainConfig
+from tuneline.train.tracking import trackers
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +102,7 @@ def training_arguments(
         "logging_nan_inf_filter": False,
         # Checkpoints are asked for by ResumableTrainer, by time and not by steps.
         "save_strategy": "no",
-        "report_to": "none",
+        "report_to": trackers(config) or "none",
         "disable_tqdm": True,
     }
     if method == "dpo":

@@ -9,7 +9,7 @@ import torch
 from transformers.trainer_callback import PrinterCallback
 
 from tuneline import nf4
-from tuneline.artifacts import DatasetManifest, ModelOrigin, TrainingSummary
+from tuneline.artifacts import PROGRESS_FILE, DatasetManifest, ModelOrigin, TrainingSummary
 from tuneline.errors import StoppedError
 from tuneline.train.adapter import keep_adapter_in_fp32, lora_config, save_adapter
 from tuneline.train.arguments import num_total_steps, training_arguments
@@ -25,6 +25,7 @@ from tuneline.train.precision import choose_dtype, peak_memory_bytes
 from tuneline.train.progress import ProgressCallback
 from tuneline.train.rates import auto_learning_rate
 from tuneline.train.rows import load_rows
+from tuneline.train.telemetry import TelemetryCallback, costs, keep_progress_file
 from tuneline.train.trainers import PreferenceTrainer, SupervisedTrainer
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def train(
     trainer.max_skipped_in_a_row = config.max_skipped_in_a_row
     progress = ProgressCallback(state)
     trainer.add_callback(progress)
+    progress_path = store.directory / PROGRESS_FILE
+    trainer.add_callback(TelemetryCallback(state, progress_path, device))
     trainer.add_callback(BestAdapterCallback(trainer, config.early_stopping_patience))
     keep_adapter_in_fp32(trainer.model)
     kernels = fuse_trainer(trainer) if fuses else "off"
@@ -133,6 +136,7 @@ def train(
             )
     trainer.restore_best()
     save_adapter(trainer.model, directory, origin)
+    keep_progress_file(progress_path, directory)
     history = state.history
     losses = [point.loss for point in history if point.loss is not None]
     eval_losses = [point.eval_loss for point in history if point.eval_loss is not None]
@@ -156,6 +160,7 @@ def train(
         best_step=state.best_step,
         stopped_early=state.stopped_early,
         eval_gap=eval_gap(history),
+        **costs(state, config.price_per_hour),
         num_out_of_memory=state.num_out_of_memory,
         num_skipped_steps=state.num_skipped_steps,
         num_rollbacks=state.num_rollbacks,

@@ -82,6 +82,10 @@ class TrainConfig(StrictModel):
     max_skipped_in_a_row: int = Field(3, ge=1)
     """A step whose loss or gradient is not finite is skipped; after so many in a row the run goes
     back to a checkpoint, with a lower rate."""
+    track: tuple[Literal["mlflow", "wandb", "tensorboard"], ...] = ()
+    """Report to these; where they are, their own environment variables say."""
+    price_per_hour: float | None = Field(None, ge=0)
+    """Of one device, GPU or machine, in your currency: the summary then has the run's cost."""
     checkpoint_minutes: float = Field(10.0, ge=0)
     """Time between checkpoints; 0: after every step. SIGTERM writes one in any case."""
     seed: int = 3407

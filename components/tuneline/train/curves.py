@@ -34,7 +34,7 @@ def render(summary: TrainingSummary) -> str:
         ("Tokens", f"{summary.num_tokens:,}"),
         ("Tokens a second", f"{summary.tokens_per_second:,.0f}"),
         ("Trainable parameters", f"{summary.num_trainable_parameters:,}"),
-        *_memory(summary),
+        *_what_it_took(summary),
         ("Base", f"{summary.base_quantization}, computed in {summary.compute_dtype}"),
         ("Device", summary.device),
     ]
@@ -42,13 +42,18 @@ def render(summary: TrainingSummary) -> str:
     return render_page("Training", sections, f"method {summary.method}")
 
 
-def _memory(summary: TrainingSummary) -> list[tuple[str, str]]:
+def _what_it_took(summary: TrainingSummary) -> list[tuple[str, str]]:
     facts = [("Peak memory", f"{summary.peak_memory_bytes / 2**30:.2f} GiB")]
     if summary.estimated_peak_bytes is not None:
         facts.append(("Estimated before", f"{summary.estimated_peak_bytes / 2**30:.2f} GiB"))
     if summary.fitted:
         facts.append(("Made to fit", summary.fitted))
-    return facts
+    figures = {
+        "GPU-hours" if summary.device == "cuda" else "Hours": summary.device_hours,
+        "Energy of the GPU (kWh)": summary.energy_kwh,
+        "Cost": summary.cost,
+    }
+    return facts + [(name, f"{value:.3g}") for name, value in figures.items() if value is not None]
 
 
 def _what_happened(summary: TrainingSummary) -> list[tuple[str, str]]:

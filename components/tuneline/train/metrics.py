@@ -16,6 +16,9 @@ def comparable_metrics(summary: TrainingSummary) -> dict[str, float]:
         "tokens_per_second": summary.tokens_per_second,
         "peak_memory_gib": summary.peak_memory_bytes / 2**30,
         "seconds": summary.seconds,
+        "device_hours": summary.device_hours,
+        "energy_kwh": summary.energy_kwh,
+        "cost": summary.cost,
     }
     return {name: round(float(value), 6) for name, value in found.items() if value is not None}
 

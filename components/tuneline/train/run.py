@@ -64,9 +64,11 @@ def run(
         from tuneline.train.adapter import check_targets
         from tuneline.train.arguments import check_names
         from tuneline.train.precision import choose_device
+        from tuneline.train.tracking import trackers
 
         device = choose_device()
         check_names(config, manifest.method, device)
+        trackers(config)
         tokenizer = _load_tokenizer(base_model_dir, dataset_dir)
         check_targets(config.lora, base_model_dir)
         from tuneline.train.within_memory import plan_within_memory, train_within_memory
@@ -104,6 +106,7 @@ def _identity(
 ) -> dict[str, object]:
     """Return everything that decides the adapter."""
     without = {"checkpoint_minutes", "fit", "fit_min_length", "memory_gib"}
+    without |= {"track", "price_per_hour"}
     return {
         "base": origin.sha256,
         "dataset": manifest.sha256,

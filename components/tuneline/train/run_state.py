@@ -20,6 +20,10 @@ class RunState(StrictModel):
     """Tokens that went through training steps, padding not counted."""
     step_seconds: float = 0.0
     """Time in training steps alone, without evaluations."""
+    device_seconds: float = 0.0
+    """Time in training, evaluations included, of all devices."""
+    energy_joules: float | None = None
+    """What the GPU took in that time, where NVML says it."""
     num_resumptions: int = 0
     plan: Plan | None = None
     """The settings that were made to fit; kept when a checkpoint is read."""

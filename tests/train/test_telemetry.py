@@ -1,0 +1,140 @@
+"""progress.jsonl, energy, cost, and the trackers that a run reports to."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tuneline.artifacts import TrainingPoint
+from tuneline.errors import RecipeError
+from tuneline.train import TrainConfig, run
+from tuneline.train import tracking as tracking_module
+from tuneline.train.run_state import RunState
+from tuneline.train.telemetry import GpuMeter, TelemetryCallback, costs
+from tuneline.train.tracking import trackers
+
+
+def test_a_line_a_logged_step_and_the_cost(tmp_path, tiny_model_dir, dataset_dir, answer_rows):
+    summary = run(
+        TrainConfig.parse({"max_steps": 4, "eval_steps": 2, "price_per_hour": 3.5}),
+        base_model_dir=tiny_model_dir,
+        dataset_dir=dataset_dir(answer_rows),
+        adapter_dir=tmp_path / "adapter",
+        curves_path=tmp_path / "curves.html",
+    )
+    text = (tmp_path / "adapter" / "progress.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4]
+    last = {line["step"]: line for line in lines}
+    for point in summary.history:
+        for name, value in point.model_dump().items():
+            assert last[point.step][name] == value, (point.step, name)
+    assert lines[-1]["num_tokens"] == summary.num_tokens
+    measured = [line for line in lines if line["tokens_per_second"]]
+    assert [line["step"] for line in measured] == [1, 2, 3, 4]
+    assert summary.tokens_per_second == pytest.approx(
+        sum(line["tokens_per_second"] for line in measured) / 4, rel=0.9
+    )
+    seconds = [line["device_seconds"] for line in lines]
+    assert seconds == sorted(seconds) and all(line["peak_memory_bytes"] > 2**27 for line in lines)
+    assert 0 < seconds[-1] / 3600 <= summary.device_hours + 1e-6 < summary.seconds / 3600
+    assert summary.cost == pytest.approx(3.5 * summary.device_hours)
+    assert summary.energy_kwh is None and lines[-1]["gpu_use"] is None
+    assert "Cost" in (tmp_path / "curves.html").read_text()
+
+
+class NVMLError(Exception):
+    pass
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """One GPU that takes 500 J between two readings, as NVML shows it."""
+    readings = {"joules": 1000.0, "lost": False}
+
+    def energy(handle):
+        if readings["lost"]:
+            raise NVMLError("Not Supported")
+        readings["joules"] += 500
+        return int(1000 * readings["joules"])
+
+    def handle(uuid):
+        if uuid != "GPU-1234":
+            raise NVMLError("Not Found")
+        return uuid
+
+    module = SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=handle,
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=87),
+        nvmlDeviceGetTotalEnergyConsumption=energy,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234")
+    )
+    return readings
+
+
+def test_energy_is_added_up_over_an_interruption(tmp_path, nvml):
+    run_state = RunState(energy_joules=2000.0, device_seconds=1800.0)
+    callback = TelemetryCallback(run_state, tmp_path / "progress.jsonl", "cuda")
+    now = SimpleNamespace(global_step=0)
+    callback.on_train_begin(None, now, None)
+    callback.on_step_end(None, now, None)
+    callback.on_step_end(None, now, None)
+    assert run_state.energy_joules == 3000
+    found = costs(run_state, 4.0)
+    assert found["energy_kwh"] == pytest.approx(3000 / 3.6e6)
+    assert found["device_hours"] == pytest.approx(0.5, abs=0.01)
+    assert found["cost"] == pytest.approx(2.0, abs=0.04)
+
+
+def test_a_gpu_without_counters_has_none(nvml, monkeypatch, caplog):
+    meter = GpuMeter("cuda")
+    assert meter.use() == 0.87
+    nvml["lost"] = True
+    assert meter.energy_joules() is None and meter.use() == 0.87
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="99")
+    )
+    assert GpuMeter("cuda").use() is None
+    assert "NVML says Not Found" in caplog.text
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert GpuMeter("cuda").energy_joules() is None
+    assert "nvidia-ml-py is not installed" in caplog.text
+
+
+def test_steps_that_are_taken_again_have_one_line(tmp_path):
+    path = tmp_path / "progress.jsonl"
+    path.write_text("".join(f'{{"step": {n}, "loss": {n}}}\n' for n in range(6)) + '{"step": 2, "l')
+    run_state = RunState(points={3: TrainingPoint(step=3, loss=1.5)})
+    callback = TelemetryCallback(run_state, path, "cpu")
+    callback.on_train_begin(None, SimpleNamespace(global_step=2), None)
+    callback.on_log(None, SimpleNamespace(global_step=3), None, logs={"loss": 1.5})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and lines[-1]["loss"] == 1.5
+
+
+def test_trackers_are_off_until_named(monkeypatch, caplog):
+    for name in ("MLFLOW_RUN_ID", "TENSORBOARD_LOGGING_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    installed = {"tensorboardX"}
+    monkeypatch.setattr(
+        tracking_module.importlib.util, "find_spec", lambda name: name in installed or None
+    )
+    assert trackers(TrainConfig()) == []
+    with pytest.raises(RecipeError, match="names wandb, and no package wandb is installed"):
+        trackers(TrainConfig(track=("wandb",)))
+    with pytest.raises(RecipeError, match="TENSORBOARD_LOGGING_DIR"):
+        trackers(TrainConfig(track=("tensorboard",)))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "/logs")
+    assert trackers(TrainConfig(track=("tensorboard",))) == ["tensorboard"]
+    monkeypatch.setenv("MLFLOW_RUN_ID", "7")
+    assert trackers(TrainConfig()) == []
+    assert "MLFLOW_RUN_ID is set, and nothing is reported" in caplog.text
+    installed.add("mlflow")
+    assert trackers(TrainConfig()) == ["mlflow"]
