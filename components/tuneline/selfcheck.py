@@ -77,11 +77,14 @@ def _light() -> str:
 
 def _train() -> str:
     import bitsandbytes
+    import gguf
     import peft
     import torch
     import trl
     from bitsandbytes import functional
 
+    # Transformers reads .gguf files with it.
+    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q4_1] == (32, 20)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.linspace(-1, 1, 4096, device=device).reshape(64, 64)
     packed, state = functional.quantize_4bit(weight, quant_type="nf4")
