@@ -13,7 +13,9 @@ from pathlib import Path
 
 from kfp import local
 
+from tuneline.events import failed_run, step_runs
 from tuneline.pipelines.finetune import finetune
+from tuneline.pipelines.watch import read_events
 from tuneline.recipe import Recipe
 from tuneline.step import EVENTS_VARIABLE
 from tuneline.train.checkpoints import ROOT_VARIABLE
@@ -38,8 +40,13 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
     # KFP warns of each setting that means nothing here (display names, caching); that is known.
     warnings.filterwarnings("ignore", module="kfp")
     if runner == "docker":
+        environment |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
         chosen = local.DockerRunner(
-            environment=environment, user=f"{os.getuid()}:{os.getgid()}", network_mode="host"
+            environment=environment,
+            user=f"{os.getuid()}:{os.getgid()}",
+            network_mode="host",
+            cap_drop=["ALL"],
+            security_opt=["no-new-privileges"],
         )
     else:
         # Two steps run side by side: OpenMP threads that spin while they wait for one that has no
@@ -57,8 +64,25 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
     )
     publish_to = recipe.publish_to
     if publish_to.startswith("dir:"):
-        publish_to = f"dir:{(run_dir / publish_to.removeprefix('dir:')).resolve()}"
+        # Containers see the artifacts and nothing else of this machine.
+        root = artifacts_dir if runner == "docker" else run_dir
+        publish_to = f"dir:{(root / publish_to.removeprefix('dir:')).resolve()}"
     finetune(recipe, on_cluster=False)(publish_to=publish_to)
+    if runner == "docker":
+        check_that_all_steps_ended(artifacts_dir / EVENTS_FILE)
+
+
+def check_that_all_steps_ended(events_path: Path) -> None:
+    """Look for a step that did not end well.
+
+    KFP takes a container that is gone before it is asked for its exit code for a success.
+
+    Raises:
+        RuntimeError: there is one.
+    """
+    failed = failed_run(step_runs(read_events(events_path)))
+    if failed is not None:
+        raise RuntimeError(f"step {failed.step} failed: {failed.message or 'it was killed'}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,34 @@
+"""What the docker runner's report of success is held against."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tuneline.pipelines.local import check_that_all_steps_ended
+
+START = {"step": "train", "event": "started", "time": 1.0}
+END = {"step": "train", "event": "finished", "time": 2.0, "seconds": 1.0}
+FAILURE = {**END, "event": "failed", "kind": "DataError", "message": "no rows"}
+
+
+@pytest.mark.parametrize(
+    ("events", "says"),
+    [
+        ([START, END], None),
+        ([START, FAILURE], "step train failed: no rows"),
+        # A container that was killed says nothing, and KFP may take it for a success.
+        ([START], "step train failed: it was killed"),
+        ([START, END, START], "step train failed: it was killed"),
+    ],
+)
+def test_a_step_that_did_not_end_is_a_failure(
+    tmp_path: Path, events: list[dict[str, object]], says: str | None
+) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    if says is None:
+        check_that_all_steps_ended(path)
+    else:
+        with pytest.raises(RuntimeError, match=says):
+            check_that_all_steps_ended(path)
