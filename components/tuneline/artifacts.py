@@ -178,6 +178,8 @@ class DatasetManifest(Record):
     """Share of all tokens that truncation to max_seq_length loses, 0 to 1."""
     num_overlong_rows: int = 0
     """Rows left out because truncation would leave no token to learn."""
+    num_general_rows: int = 0
+    """Training rows that come from the general data set."""
     num_leaking_rows: int = 0
     """Rows left out because a held-out row is the same."""
     end_of_turn: str = ""

@@ -79,6 +79,45 @@ def test_rows_equal_to_a_heldout_row_are_left_out(prepare, tmp_path) -> None:
         prepare(numbered(3), heldout={"source": str(held)})
 
 
+def test_general_rows_are_mixed_in_by_their_share(prepare, tokenizer, tmp_path, caplog) -> None:
+    general = tmp_path / "general.jsonl"
+    rows = [{"ask": f"General {n}?", "say": f"Reply {n}."} for n in range(400)]
+    # Equal to rows of the data set, some of which are held out.
+    rows += [{"ask": row["prompt"], "say": row["completion"]} for row in numbered(200)]
+    general.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixture = {
+        "source": str(general),
+        "share": 0.25,
+        "columns": {"prompt": "ask", "completion": "say"},
+    }
+    plain = prepare(numbered(200), template="chatml", **SPLIT)
+    done = prepare(numbered(200), template="chatml", general=mixture, **SPLIT)
+    assert plain.manifest.num_general_rows == 0
+    assert (done.manifest.num_train_rows, done.manifest.num_general_rows) == (162 + 54, 54)
+    assert done.manifest.sha256 != plain.manifest.sha256
+    for name in ("eval.parquet", "heldout.jsonl"):
+        assert (done.path / name).read_bytes() == (plain.path / name).read_bytes()
+    mixed = texts(tokenizer, done.rows())
+    assert {*texts(tokenizer, plain.rows())} <= {*mixed}
+    # Mixed, not appended.
+    places = [place for place, text in enumerate(mixed) if "General" in text]
+    assert places[0] < 54 and places[-1] > 162
+    asked = [row["prompt"] for row in done.jsonl("heldout.jsonl")]
+    assert not any(text.startswith(prompt) for text in mixed for prompt in asked)
+    assert prepare(numbered(200), template="chatml", general=mixture, **SPLIT).rows() == done.rows()
+
+    short = prepare(numbered(3000), general={**mixture, "share": 0.5})
+    assert short.manifest.num_general_rows == 600
+    assert "asks for 3000 rows" in caplog.text and "they are 16.7 %" in caplog.text
+
+
+def test_a_general_source_that_is_not_there(prepare, tmp_path) -> None:
+    with pytest.raises(DataError, match="absent"):
+        prepare(numbered(5), general={"source": str(tmp_path / "absent.jsonl")})
+    with pytest.raises(RecipeError, match=r"general\.share"):
+        prepare(numbered(5), general={"source": "x", "share": 1.5})
+
+
 def test_builtin_holds_out_its_last_rows(prepare) -> None:
     from tuneline.prepare import quantities
 

@@ -17,6 +17,7 @@ from tuneline.errors import (
 )
 from tuneline.nf4 import load_base
 from tuneline.train import TrainConfig, run
+from tuneline.train.config import DpoConfig
 from tuneline.train.metrics import comparable_metrics
 
 QUICK = {
@@ -124,6 +125,42 @@ def test_preferences_widen_the_margin(tmp_path, tiny_model_dir, dataset_dir, cap
     assert margins[-1] > 0.1 and summary.final_loss < 0.65
     assert "train.packing has no effect on method dpo" in caplog.text
     assert not (tmp_path / "out" / "adapter" / "ref").exists()
+
+
+def test_a_cached_reference_gives_the_same_losses(
+    tmp_path, tiny_model_dir, dataset_dir, monkeypatch
+):
+    from tuneline.train import trainers
+
+    calls = []
+    score = trainers.DPOTrainer.compute_ref_log_probs
+
+    def counted(trainer, model, inputs):
+        calls.append(len(inputs["input_ids"]))
+        return score(trainer, model, inputs)
+
+    monkeypatch.setattr(trainers.DPOTrainer, "compute_ref_log_probs", counted)
+    rows = [
+        {"prompt_ids": [*range(100, 104 + n)], "chosen_ids": [200, 201 + n], "rejected_ids": [210]}
+        for n in range(6)
+    ]
+    dataset = dataset_dir(rows, method="dpo")
+    found = []
+    for name, cached, num_scored in (("not", False, 0), ("auto", None, 24), ("once", True, 24)):
+        summary = train(
+            tmp_path / name,
+            tiny_model_dir,
+            dataset,
+            max_steps=4,
+            eval_steps=2,
+            dpo=DpoConfig(cache_reference=cached),
+        )
+        found.append([(p.step, p.loss or p.eval_loss, p.reward_margin) for p in summary.history])
+        # Each pair once, in train and in eval: chosen and rejected.
+        assert sum(calls) == num_scored, name
+        calls.clear()
+    for one in found[1:]:
+        assert one == [pytest.approx(point, abs=1e-5) for point in found[0]]
 
 
 def test_same_seed_same_adapter(tmp_path, tiny_model_dir, dataset_dir, answer_rows):

@@ -24,6 +24,25 @@ class HeldoutConfig(StrictModel):
     """How many rows; 0 for none. With a source of its own: its first rows."""
 
 
+class GeneralConfig(StrictModel):
+    """A general data set, some rows of which are trained on beside the recipe's own."""
+
+    source: str
+    """A Hub id, a file, a directory, a glob of files or a built-in; rows of the same method."""
+    share: float = Field(default=0.2, gt=0, le=0.9)
+    """Share of the training rows that are general."""
+    format: Format = "auto"
+    """What its rows look like."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our column name -> the source's."""
+    split: str = "train"
+    """Hub sources only: the split's name."""
+    subset: str | None = None
+    """Hub sources only: the name of one of several subsets."""
+    revision: str | None = None
+    """Hub sources only: branch, tag or commit."""
+
+
 class PrepareConfig(StrictModel):
     """How rows become token ids; the rows' source is the recipe's `dataset`."""
 
@@ -51,6 +70,8 @@ class PrepareConfig(StrictModel):
     """Share of the rows kept for the evaluation loss during training."""
     max_eval_rows: int = Field(default=500, ge=0)
     heldout: HeldoutConfig = HeldoutConfig()
+    general: GeneralConfig | None = None
+    """Mixed into the training rows, so that the model forgets less of what it could do before."""
     max_rows: int | None = Field(default=None, ge=1)
     """Take only so many rows, drawn by the seed; default: all."""
     max_rejected_share: float = Field(default=0.01, ge=0, le=1)

@@ -25,6 +25,7 @@ from tuneline.errors import DataError
 from tuneline.prepare import formats, lengths, parquet
 from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.intake import Intake, take_in
+from tuneline.prepare.mixture import NUM_READ_FOR_ONE, mix_in, num_wanted
 from tuneline.prepare.render import Rendered, Renderer
 from tuneline.prepare.source import SourceRow, find_files, read_rows
 from tuneline.prepare.split import MAX_HELDOUT_SHARE, Split, split
@@ -64,6 +65,10 @@ def run(
     """
     started = time.monotonic()
     formats.check_names(config.format, config.columns, config.method)
+    general = config.general
+    if general is not None:
+        formats.check_names(general.format, general.columns, config.method)
+        find_files(general.source)
     for name in filter(None, (source, config.heldout.source)):
         find_files(name)
     tokenizer, longest_allowed = load_tokenizer(base_model_dir)
@@ -130,6 +135,7 @@ def run(
             recommended_max_seq_length=recommended,
             truncated_token_share=round(lost / all_tokens, 6),
             num_overlong_rows=train.num_overlong_rows + evaluation.num_overlong_rows,
+            num_general_rows=parts.num_general,
             num_leaking_rows=parts.num_leaking,
             end_of_turn=_end_of_turn(heldout, template, tokenizer, config),
             licence=config.licence,
@@ -196,7 +202,30 @@ def _collect(
             len(parts.heldout),
             100 * MAX_HELDOUT_SHARE,
         )
-    return intake, parts
+    general = config.general
+    if general is None:
+        return intake, parts
+    first = len(spool)
+    found = take_in(
+        read_rows(
+            general.source,
+            split=general.split,
+            subset=general.subset,
+            revision=general.revision,
+        ),
+        config.model_copy(update={"columns": general.columns}),
+        source=general.source,
+        format=general.format,
+        renderer=renderer,
+        spool=spool,
+        rejected=rejected,
+        max_rows=NUM_READ_FOR_ONE * max(1, num_wanted(general, len(parts.train))),
+    )
+    intake.num_rejected += found.num_rejected
+    candidates = range(first, len(spool))
+    return intake, mix_in(
+        parts, general, candidates=candidates, seed=config.seed, digest=spool.digest
+    )
 
 
 def _read_heldout(spool: Spool, indices: Sequence[int], digest: Any) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ class Split:
     heldout: Sequence[int]
     num_leaking: int
     """Rows left out because a held-out row is the same."""
+    num_general: int = 0
+    """Rows of `train` that come from the general data set."""
 
 
 def split(

@@ -86,6 +86,8 @@ def _lengths(manifest: DatasetManifest) -> str:
             f"{manifest.num_overlong_rows} rows are left out: cut to max_seq_length they have no "
             "token left to learn."
         )
+    if manifest.num_general_rows:
+        notes.append(f"{manifest.num_general_rows} training rows are of the general data set.")
     if manifest.num_leaking_rows:
         notes.append(f"{manifest.num_leaking_rows} rows are left out: a held-out row is the same.")
     return page.section(

@@ -60,8 +60,9 @@ def training_arguments(
     dtype: "torch.dtype",
     device: str,
     work_dir: Path,
+    cache_reference: bool = False,
 ) -> "TrainingArguments":
-    """Return an SFTConfig or a DPOConfig."""
+    """Return an SFTConfig or a DPOConfig; of the latter, `cache_reference` is the default."""
     import torch
 
     warmup_steps = config.warmup_steps
@@ -108,8 +109,13 @@ def training_arguments(
     if method == "dpo":
         from trl import DPOConfig
 
+        asked = config.dpo.cache_reference
         return DPOConfig(
-            **common, beta=config.dpo.beta, loss_type=[config.dpo.loss_type], max_length=None
+            **common,
+            beta=config.dpo.beta,
+            loss_type=[config.dpo.loss_type],
+            max_length=None,
+            precompute_ref_log_probs=cache_reference if asked is None else asked,
         )
     from trl import SFTConfig
 

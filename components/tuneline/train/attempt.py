@@ -70,16 +70,19 @@ def train(
     rows, eval_rows = load_rows(
         dataset_dir, manifest, packing=config.packing, cache_dir=work_dir / "rows"
     )
+    num_steps = num_total_steps(config, len(rows))
+    rows_a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     arguments = training_arguments(
         config,
         method=manifest.method,
         learning_rate=rate,
-        num_steps=num_total_steps(config, len(rows)),
+        num_steps=num_steps,
         max_seq_length=manifest.max_seq_length,
         evaluates=eval_rows is not None,
         dtype=dtype,
         device=device,
         work_dir=work_dir,
+        cache_reference=num_steps * rows_a_step > len(rows),
     )
     model = nf4.load_base(base_model_dir, dtype=dtype, device=device, quantized=config.load_in_4bit)
     fuses = can_fuse(config.kernels, device)

@@ -30,6 +30,9 @@ class DpoConfig(StrictModel):
     """Strength of the pull towards the reference model."""
     loss_type: str = "sigmoid"
     """As in trl.DPOConfig."""
+    cache_reference: bool | None = None
+    """Score every pair by the base model once, before the first step, and not in each step; null:
+    where the run comes by its rows more than once."""
 
 
 class TrainConfig(StrictModel):
