@@ -86,8 +86,7 @@ def test_an_image_and_the_layer_below_share_no_package(name: str, torch: str) ->
     own, below = pins(IMAGES / name / "requirements.lock"), pins(IMAGES / "torch" / f"{torch}.lock")
     if "torch" in wants:
         assert not set(own) & set(below)
-        # Triton has no use without a GPU.
-        assert wants <= set(own) | set(below) | {"triton"}
+        assert wants <= set(own) | set(below)
     else:
         assert wants <= set(own)
 
@@ -143,7 +142,8 @@ RESTRICTED = [
     "--rm", "--network=none", "--user=1000690000:0", "--cap-drop=ALL",
     "--security-opt=no-new-privileges",
 ]  # fmt: skip
-READ_ONLY = ["--read-only", "--tmpfs=/tmp"]
+# As an emptyDir is: Docker alone makes it noexec, and gptqmodel loads what it compiles there.
+READ_ONLY = ["--read-only", "--tmpfs=/tmp:exec"]
 
 
 @pytest.mark.docker

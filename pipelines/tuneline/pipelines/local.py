@@ -40,11 +40,16 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
     # KFP warns of each setting that means nothing here (display names, caching); that is known.
     warnings.filterwarnings("ignore", module="kfp")
     if runner == "docker":
+        from docker.types import Mount
+
         environment |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+        runs_dir = str(run_dir.resolve().parent)
         chosen = local.DockerRunner(
             environment=environment,
             user=f"{os.getuid()}:{os.getgid()}",
             network_mode="host",
+            # What the cache gives is in the directories of earlier runs.
+            mounts=[Mount(runs_dir, runs_dir, type="bind", read_only=True)],
             cap_drop=["ALL"],
             security_opt=["no-new-privileges"],
         )
