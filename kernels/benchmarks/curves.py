@@ -2,8 +2,8 @@
 
     python kernels/benchmarks/curves.py
 
-A small Llama (4 layers of 512) and the shapes of train_step.py named by --shapes; NF4 base, LoRA r=16,
-bfloat16, the same start and the same batches of a second-order Markov chain. Runs:
+A small Llama (4 layers of 512) and shapes of train_step.py, by --shapes; NF4 base, LoRA r=16,
+bfloat16, the same start and the same batches of a Markov chain. Runs:
 
     peft            the stock model, torch's AdamW
     peft-split      the same with every batch in two halves: other GEMM shapes, other roundings
@@ -56,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--shapes", nargs="+", default=["small", "llama-3.1-8b"])
+    parser.add_argument("--runs", nargs="+", default=RUNS, choices=RUNS)
     parser.add_argument("--out-dir", type=Path, default=train_step.RESULTS_DIR)
     args = parser.parse_args()
     train_step.SHAPES["small"] = ("Llama", SMALL)
@@ -67,14 +68,14 @@ def main() -> None:
             model = train_step.peft_model(shape, "peft", wide_adapters=True)
             initial = [p.detach().clone() for p in trained(model)]
             batches = markov_batches(args.steps, 2, 512)
-            names = [name for name in RUNS if name != "float32" or shape == "small"]
+            names = [name for name in args.runs if name != "float32" or shape == "small"]
             losses = {name: train(model, initial, batches, name) for name in names}
             for name, curve in losses.items():
                 writer.writerows([shape, name, step, loss] for step, loss in enumerate(curve))
             first, last = losses["peft"][0], sum(losses["peft"][-10:]) / 10
             print(f"{shape}: {args.steps} steps, peft {first:.4f} -> {last:.4f}")
             for one, other in PAIRS:
-                if one not in losses:
+                if one not in losses or other not in losses:
                     continue
                 gaps = [abs(a - b) for a, b in zip(losses[one], losses[other], strict=True)]
                 bias = sum(b - a for a, b in zip(losses[one], losses[other], strict=True))

@@ -472,7 +472,7 @@ def unsloth_model(shape: str) -> Any:
         model,
         r=16,
         lora_alpha=16,
-        target_modules=TARGETS,
+        target_modules=PHI_TARGETS if "phi" in shape else TARGETS,
         use_gradient_checkpointing="unsloth",
     )
 
