@@ -142,8 +142,7 @@ RESTRICTED = [
     "--rm", "--network=none", "--user=1000690000:0", "--cap-drop=ALL",
     "--security-opt=no-new-privileges",
 ]  # fmt: skip
-# As an emptyDir is: Docker alone makes it noexec, and gptqmodel loads what it compiles there.
-READ_ONLY = ["--read-only", "--tmpfs=/tmp:exec"]
+READ_ONLY = ["--read-only", "--tmpfs=/tmp"]
 
 
 @pytest.mark.docker
@@ -165,7 +164,8 @@ def test_any_user_can_work_in_an_image_with_a_read_only_root_too(name: str) -> N
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("user 1000690000:0")
+        # Not at the start: gptqmodel says something when it is imported.
+        assert "user 1000690000:0, Python 3.11" in done.stdout
     bill = subprocess.run(
         [*command, "cat", "/opt/tuneline/sbom.cdx.json"], capture_output=True, text=True, check=True
     )
