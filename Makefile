@@ -8,7 +8,7 @@ LOCK := images/line/requirements.lock
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format compile clean
+.PHONY: help install demo test lint format compile images clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,20 @@ compile: $(STAMP)  ## compile every shipped recipe to build/*.yaml
 	@mkdir -p build
 	@for recipe in pipelines/tuneline/pipelines/recipes/*.yaml; do \
 	  $(BIN)/tuneline compile $$recipe -o build/$$(basename $$recipe) || exit 1; done
+
+SETS ?= light publish train evaluate gguf gptq
+TORCH ?= cuda
+VERSION = $(shell sed -n 's/VERSION = "\(.*\)"/\1/p' components/tuneline/version.py)
+
+images:  ## build the container images; SETS="light train", TORCH=cpu, BUILD_ARGS=...
+	@for set in $(SETS); do \
+	  foundation=$$(grep -qx torch images/$$set/requirements.in && echo torch || echo bare); \
+	  docker build -f images/Dockerfile $(BUILD_ARGS) --build-arg SET=$$set \
+	    --build-arg FOUNDATION=$$foundation --build-arg TORCH=$(TORCH) \
+	    --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse --short HEAD) \
+	    -t tuneline/$$set:$(VERSION) . || exit 1; \
+	done
+	@docker image ls 'tuneline/*'
 
 clean:  ## remove the environment and what builds leave
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
