@@ -92,8 +92,9 @@ def run(
             env=environment,
             start_new_session=True,
         )
-        # SIGTERM would end this process alone: as an exception it takes the way of Ctrl-C.
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        # SIGTERM would end this process alone, and Ctrl-C's code hangs on typer's version.
+        for ending in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(ending, lambda number, _: sys.exit(128 + number))
         try:
             code = watch(process, events_path, console)
         except BaseException:
