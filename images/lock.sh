@@ -7,7 +7,7 @@
 # CPU_WHEELS: where torch for CPUs is, an index page or a directory.
 set -eu
 cd "$(dirname "$0")"
-cpu_wheels=${1:-https://download.pytorch.org/whl/cpu/torch/}
+cpu_wheels=${1:?give the address or directory of torch wheels for CPUs}
 versions=$(mktemp)
 trap 'rm -f "$versions"' EXIT
 grep -E '^[A-Za-z]' line/requirements.lock > "$versions"
