@@ -11,6 +11,7 @@ not an artifact. Records are strict: a producer and a consumer that disagree fai
     adapter      training.json     adapter_config.json, adapter_model.safetensors, tokenizer,
                                     progress.jsonl
     merged       merge.json        config.json, *.safetensors, tokenizer files
+    importance   importance.json   importance.gguf, for llama.cpp's quantisers
     quantized    quantized.json    one .gguf file and its Modelfile, or a GPTQ checkpoint
     scores       scores.json       samples/<task>.jsonl, generations.jsonl
     decision     decision.json
@@ -222,6 +223,8 @@ class TrainingSummary(Record):
     kernels: str = "off"
     """What our kernels took over, in a sentence."""
     device: str
+    num_ranks: int = 1
+    """Processes that trained together, each on a device of its own."""
     tokens_per_second: float
     peak_memory_bytes: int
     """Peak of the device's allocator, or resident memory of the process on a CPU."""
@@ -290,6 +293,18 @@ class MergeProof(Record):
     """What the merged model says to it."""
 
 
+class ImportanceMatrix(Record):
+    """Which inputs of each weight matter, measured on training rows."""
+
+    filename: ClassVar[str] = "importance.json"
+
+    file: str
+    """In the format of llama-imatrix."""
+    num_rows: int
+    num_tokens: int
+    num_tensors: int
+
+
 class QuantizedModel(Record):
     """One export of the merged model."""
 
@@ -304,6 +319,8 @@ class QuantizedModel(Record):
     bits_per_weight: float
     group_size: int | None = None
     """GPTQ only."""
+    num_importance_rows: int = 0
+    """Training rows of the importance matrix that it was rounded by; GGUF only."""
     tensor_types: dict[str, int] = Field(default_factory=dict)
     """How many tensors have each type."""
     notes: list[str] = Field(default_factory=list)

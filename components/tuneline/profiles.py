@@ -18,6 +18,7 @@ StepName = Literal[
     "train",
     "merge",
     "convert-gguf",
+    "measure-importance",
     "quantize-gguf",
     "quantize-gptq",
     "evaluate",

@@ -5,7 +5,8 @@
 Makes a random bf16 model of Llama 3's widths (4096, 14336; 32 layers are 16 GB) and an adapter of
 rank 16 on its seven linear layers, then runs each merge in a process of its own and prints wall
 time and the peak of resident memory. `original` is what peft does too; `dequantized` adds the NF4
-round trip of every layer. Both of ours are held against peft's file, tensor by tensor.
+round trip of every layer. Ours is held against peft's file, tensor by tensor; where the disk has
+no room for three copies, `--keep 1` compares only that many of our shards.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+INDEX_FILE = "model.safetensors.index.json"
 HIDDEN, INTERMEDIATE, KEY_VALUE, RANK = 4096, 14336, 1024, 16
 LINEAR = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
@@ -30,7 +32,7 @@ LINEAR = {
 
 
 def make(directory: Path, num_layers: int, vocab_size: int) -> None:
-    """Write base/ in shards of 2 GB, a layer at a time, and adapter/."""
+    """Write base/ in shards of 4 GB, a tensor at a time, and adapter/."""
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -65,7 +67,7 @@ def make(directory: Path, num_layers: int, vocab_size: int) -> None:
         return (torch.rand(shape, generator=generator) * 0.07 - 0.035).bfloat16()
 
     specs = {name: Spec(torch.bfloat16, shape) for name, shape in shapes.items()}
-    write_sharded(base, specs, value, max_shard_bytes=2 << 30)
+    write_sharded(base, specs, value, max_shard_bytes=4 << 30)
     names = sorted({name.split(".")[1] for name in LINEAR})
     LoraConfig(r=RANK, lora_alpha=32, target_modules=names, task_type="CAUSAL_LM").save_pretrained(
         adapter
@@ -115,19 +117,26 @@ def merge_with_peft(directory: Path, out: Path) -> None:
     merged.save_pretrained(out, max_shard_size="4GB")
 
 
-def difference(one: Path, other: Path) -> tuple[float, float]:
-    """Return the largest difference of a weight, and the share of weights that differ."""
+def keep_shards(directory: Path, num_kept: int) -> None:
+    """Remove a merged model but for some of its shards, which stay readable without an index."""
+    (directory / INDEX_FILE).unlink(missing_ok=True)
+    for path in sorted(directory.glob("*.safetensors"))[num_kept:]:
+        path.unlink()
+
+
+def difference(one: Path, other: Path) -> tuple[float, float, int]:
+    """Return a weight's largest difference, the share that differs, and how many tensors."""
     from tuneline.merge.checkpoint import Checkpoint
 
     ours, theirs = Checkpoint(one), Checkpoint(other)
-    assert ours.specs == theirs.specs
+    assert ours.specs.items() <= theirs.specs.items()
     worst, differing, total = 0.0, 0, 0
     for name in ours.specs:
         a, b = ours.read(name), theirs.read(name)
         worst = max(worst, (a.float() - b.float()).abs().max().item())
         differing += int((a != b).sum())
         total += a.numel()
-    return worst, differing / total
+    return worst, differing / total, len(ours.specs)
 
 
 def measure(directory: Path, what: str) -> None:
@@ -150,25 +159,33 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", default=["original", "peft", "dequantized"])
+    parser.add_argument("--keep", type=int, default=1000, help="of our shards, to compare")
+    parser.add_argument("--only", choices=["make", "measure"], help="half of the work")
     parser.add_argument("--child")
     arguments = parser.parse_args()
     if arguments.child:
         measure(arguments.directory, arguments.child)
         return
-    make(arguments.directory, arguments.layers, arguments.vocab)
+    if arguments.only != "measure":
+        make(arguments.directory, arguments.layers, arguments.vocab)
     size = sum(path.stat().st_size for path in (arguments.directory / "base").iterdir())
-    print(f"base: {size / 1e9:.2f} GB, {arguments.layers} layers")
+    print(f"base: {size / 1e9:.2f} GB, {arguments.layers} layers", flush=True)
+    if arguments.only == "make":
+        return
     for what in arguments.runs:
         command = [sys.executable, __file__, "--directory", str(arguments.directory)]
         done = subprocess.run([*command, "--child", what], stdout=subprocess.PIPE, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        print(f"{what}: {found['seconds']:.1f} s, {found['peak_bytes'] / 2**30:.2f} GiB resident")
-        if what not in ("peft", "original"):
+        seconds, peak = found["seconds"], found["peak_bytes"]
+        print(f"{what}: {seconds:.1f} s, {peak / 2**30:.2f} GiB resident", flush=True)
+        if what == "original":
+            keep_shards(arguments.directory / what, arguments.keep)
+        elif what != "peft":
             shutil.rmtree(arguments.directory / what)
     if {"peft", "original"} <= set(arguments.runs):
         both = [arguments.directory / name for name in ("original", "peft")]
         print(
-            "original against peft: largest difference {:.2g}, {:.2%} differ".format(
+            "original against peft: largest difference {:.2g}, {:.2%} differ, in {} tensors".format(
                 *difference(*both)
             )
         )

@@ -66,7 +66,9 @@ def test_every_pod_has_requests_limits_and_a_user(demo: tuple[str, dict, dict]) 
     _, pipeline, platform = demo
     kubernetes = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     containers = executors(pipeline)
-    assert {re.sub(r"-\d+$", "", name) for name in containers} == set(NEEDS)
+    # The importance matrix is for recipes that ask for it.
+    always = set(NEEDS) - {"measure-importance"}
+    assert {re.sub(r"-\d+$", "", name) for name in containers} == always
     for name, container in containers.items():
         resources = container["resources"]
         for key in ("CpuRequest", "CpuLimit", "MemoryRequest", "MemoryLimit"):
@@ -141,6 +143,30 @@ def test_a_recipe_with_one_kind_of_export_compiles(tmp_path: Path) -> None:
         names = set(executors(next(yaml.safe_load_all(path.read_text()))))
         assert f"quantize-{kind}" in names
         assert f"quantize-{other}" not in names
+
+
+def test_an_importance_matrix_is_measured_once_for_all_formats(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPES_DIR / "demo.yaml", {"quantize.num_importance_rows": 64})
+    path = tmp_path / "weighed.yaml"
+    compiler.Compiler().compile(finetune(recipe), str(path))
+    pipeline = next(yaml.safe_load_all(path.read_text()))
+    found = tasks(pipeline)
+    assert set(found["measure-importance"]["dependentTasks"]) == {"convert-gguf"}
+    assert "importance" in found["quantize-gguf"]["inputs"]["artifacts"]
+    # Both kinds of export have a loop of that name, so it is looked for in its own pipeline.
+    loops = [
+        task["inputs"]["artifacts"]
+        for name, task in pipeline["components"]["comp-export-gguf"]["dag"]["tasks"].items()
+        if name.startswith("for-loop")
+    ]
+    assert [loop["pipelinechannel--measure-importance-importance"] for loop in loops] == [
+        {
+            "taskOutputArtifact": {
+                "outputArtifactKey": "importance",
+                "producerTask": "measure-importance",
+            }
+        }
+    ]
 
 
 def test_accelerators_go_where_they_are_needed(tmp_path: Path) -> None:

@@ -182,6 +182,7 @@ def test_unknown_format(format: str, message: str, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"gguf": ["q4km"]}, r"gguf\.0: .*did you mean 'q4_k_m'\?"),
+        ({"gguf": ["iq3_m"]}, "'iq3_m' needs an importance matrix: set quantize.num_importance_r"),
         ({"gguf": ["gptq-4bit"]}, r"gguf\.0: the export format 'gptq-4bit' is not known"),
         ({"gptq": ["gptq-5bit"]}, r"gptq\.0: .*did you mean 'gptq-.bit'\?"),
         ({"max_mean_kl": {"q8": 0.1}}, r"max_mean_kl.*did you mean 'q8_0'\?"),

@@ -1,4 +1,7 @@
-"""The KFP components of the step: one conversion, then one task a format."""
+"""The KFP components of the step: one conversion, then one task a format.
+
+With an importance matrix there is one more between them, measured once.
+"""
 
 from kfp import dsl
 
@@ -17,6 +20,28 @@ def convert_gguf(merged: dsl.Input[dsl.Model], gguf: dsl.Output[dsl.Model]):
 
 
 @dsl.component(base_image=images.GGUF, install_kfp_package=False)
+def measure_importance(
+    config: str,
+    gguf: dsl.Input[dsl.Model],
+    dataset: dsl.Input[dsl.Dataset],
+    importance: dsl.Output[dsl.Artifact],
+):
+    """Measure the importance matrix, once for all formats; `config` is a QuantizeConfig as JSON."""
+    from tuneline.quantize import QuantizeConfig
+    from tuneline.quantize import measure_importance as measure
+    from tuneline.step import step
+
+    with step("measure-importance"):
+        record = measure(
+            QuantizeConfig.parse(config),
+            gguf_dir=gguf.path,
+            dataset_dir=dataset.path,
+            importance_dir=importance.path,
+        )
+        importance.metadata.update(num_rows=record.num_rows, num_tokens=record.num_tokens)
+
+
+@dsl.component(base_image=images.GGUF, install_kfp_package=False)
 def quantize_gguf(
     format: str,
     config: str,
@@ -24,6 +49,7 @@ def quantize_gguf(
     gguf: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
     quantized: dsl.Output[dsl.Model],
+    importance: dsl.Input[dsl.Artifact] = None,
 ):
     """Make and check one GGUF file; `config` is a QuantizeConfig as JSON."""
     from tuneline.quantize import QuantizeConfig, run
@@ -35,6 +61,7 @@ def quantize_gguf(
             format=format,
             merged_dir=merged.path,
             gguf_dir=gguf.path,
+            importance_dir=importance.path if importance else None,
             dataset_dir=dataset.path,
             quantized_dir=quantized.path,
         )

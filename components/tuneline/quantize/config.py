@@ -1,8 +1,8 @@
 """The recipe's part for the exports."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from tuneline.config import StrictModel
 from tuneline.quantize import formats
@@ -33,6 +33,9 @@ class QuantizeConfig(StrictModel):
     """GPTQ: quantise columns by decreasing activation; slower to run, a little better."""
     num_calibration_rows: int = Field(128, ge=1)
     """GPTQ: rows of the run's own training data."""
+    num_importance_rows: int = Field(0, ge=0)
+    """GGUF: training rows on which an importance matrix is measured, for formats below 8 bits; 128
+    is much. 0 makes none, and the iq1, iq2 and iq3 types need one."""
     num_check_tokens: int = Field(24, ge=1)
     """Tokens that each loaded file generates as a check."""
     num_proof_prompts: int = Field(8, ge=1)
@@ -43,3 +46,8 @@ class QuantizeConfig(StrictModel):
     min_top1_agreement: dict[AnyFormat, Annotated[float, Field(ge=0, le=1)]] = {}
     """By format: an export fails under this share of positions where its most likely token is the
     merged model's."""
+
+    @model_validator(mode="after")
+    def _check_importance(self) -> Self:
+        formats.check_importance(self.gguf, self.num_importance_rows)
+        return self

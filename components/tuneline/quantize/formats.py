@@ -6,6 +6,8 @@ most from few bits; a recipe can tighten or loosen each.
 """
 
 import difflib
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -26,6 +28,7 @@ _5BIT = Bound(0.5, 0.7)
 _4BIT = Bound(1.5, 0.5)
 _3BIT = Bound(2.0, 0.4)
 _2BIT = Bound(3.0, 0.3)
+_1BIT = Bound(6.0, 0.1)
 
 GGUF: dict[str, Bound] = {
     "f16": _16BIT,  # 3.4e-6 nats, 100 %
@@ -46,20 +49,29 @@ GGUF: dict[str, Bound] = {
     "q3_k_m": _3BIT,  # 0.26, 78.3 %
     "q3_k_s": _3BIT,  # 0.77, 65.9 %
     "q2_k": _2BIT,  # 0.77, 65.9 %
+    "iq3_m": _3BIT,
+    "iq3_s": _3BIT,
+    "iq3_xs": _3BIT,
+    "iq3_xxs": _3BIT,
+    "q2_k_s": _2BIT,
+    "iq2_m": _2BIT,
+    "iq2_s": _2BIT,
+    "iq2_xs": _2BIT,
+    "iq2_xxs": _2BIT,
+    "iq1_m": _1BIT,
+    "iq1_s": _1BIT,
 }
 """llama.cpp's types, from many bits to few."""
+
+NEEDS_IMPORTANCE = frozenset(name for name in GGUF if re.match("iq[123]|q2_k_s", name))
+"""llama.cpp makes the iq3 types without a matrix, and SmolLM2 was 0.9 to 3.8 nats away."""
+
+WEIGHED = frozenset(GGUF) - {"f16", "bf16", "q8_0"}
+"""Types whose rounding an importance matrix changes."""
 
 GPTQ: dict[str, Bound] = {"gptq-8bit": _8BIT, "gptq-4bit": _4BIT, "gptq-3bit": _3BIT}
 
 NOT_MADE: dict[str, str] = {
-    **dict.fromkeys(
-        # llama.cpp makes the iq3 types without one, and SmolLM2 was 0.9 to 3.8 nats away.
-        (
-            *("iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs"),
-            *("iq1_m", "iq1_s", "q2_k_s"),
-        ),
-        "needs an importance matrix, which is not made here; q3_k_m and q2_k do without",
-    ),
     **dict.fromkeys(("tq1_0", "tq2_0", "q1_0", "q2_0"), "is for models trained in so few values"),
     **dict.fromkeys(("mxfp4_moe", "nvfp4"), "is for models published in it"),
 }
@@ -75,6 +87,20 @@ def bound_of(
         max_mean_kl.get(format, bound.max_mean_kl),
         min_top1_agreement.get(format, bound.min_top1_agreement),
     )
+
+
+def check_importance(names: Iterable[str], num_rows: int) -> None:
+    """Check that formats which need an importance matrix get one.
+
+    Raises:
+        ValueError: one does not.
+    """
+    lacking = [name for name in names if name in NEEDS_IMPORTANCE and not num_rows]
+    if lacking:
+        raise ValueError(
+            f"the format '{lacking[0]}' needs an importance matrix: set "
+            "quantize.num_importance_rows, e.g. to 128; q3_k_m and q2_k do without"
+        )
 
 
 def known_gguf(name: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ToolError
-from tuneline.quantize import converter, gguf_tensors
+from tuneline.quantize import converter, gguf_tensors, importance_file
 from tuneline.quantize.formats import Bound
 from tuneline.quantize.reference import Reference
 
@@ -20,8 +20,14 @@ def convert(model_dir: Path, target: Path) -> Path:
     return file
 
 
-def quantize(f16_dir: Path, target: Path, *, format: str) -> Path:
+def quantize(f16_dir: Path, target: Path, *, format: str, importance: Path | None = None) -> Path:
     """Make one format from the f16 file; return the file.
+
+    Args:
+        f16_dir: what `convert` made.
+        target: gets the file.
+        format: its name.
+        importance: file of an importance matrix.
 
     Raises:
         ToolError: llama.cpp did not make it.
@@ -31,7 +37,7 @@ def quantize(f16_dir: Path, target: Path, *, format: str) -> Path:
     if format == "f16":
         _link(f16, file)
     else:
-        _quantize(f16, file, format)
+        _quantize(f16, file, format, importance)
     return file
 
 
@@ -59,12 +65,16 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> Qua
     )
 
 
-def _quantize(source: Path, file: Path, format: str) -> None:
+def _quantize(source: Path, file: Path, format: str, importance: Path | None) -> None:
     import llama_cpp
 
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{format.upper()}")
     parameters.nthread = len(os.sched_getaffinity(0))
+    # Kept until the call returns: the parameters only point into it.
+    entries = _entries(importance) if importance else None
+    if entries is not None:
+        parameters.imatrix = entries
     failed = llama_cpp.llama_model_quantize(
         os.fsencode(source), os.fsencode(file), ctypes.byref(parameters)
     )
@@ -72,6 +82,18 @@ def _quantize(source: Path, file: Path, format: str) -> None:
         raise ToolError(
             f"llama.cpp could not quantise to {format} (code {failed}); its log above says why"
         )
+
+
+def _entries(file: Path) -> ctypes.Array:
+    """Return the importance matrix as llama.cpp takes it: an array that an empty entry ends."""
+    from llama_cpp.llama_cpp import llama_model_imatrix_data as Entry
+
+    found = importance_file.read(file)
+    entries = (Entry * (len(found) + 1))()
+    for entry, (name, importance) in zip(entries, found.items(), strict=False):
+        values = (ctypes.c_float * len(importance.mean))(*importance.mean)
+        entry.name, entry.data, entry.size = name.encode(), values, len(values)
+    return entries
 
 
 def _link(source: Path, file: Path) -> None:

@@ -1,12 +1,13 @@
 """Read the types and sizes of the tensors in a GGUF file, with ggml's own reader."""
 
-import ctypes
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from tuneline.errors import ToolError
+from tuneline.quantize.ggml import InitParams, library
 
 K_BLOCK = 256
 """Weights in a block of a k-quant: a row that this does not divide gets another type."""
@@ -27,18 +28,14 @@ class Tensor:
         return math.prod(self.shape)
 
 
-class _InitParams(ctypes.Structure):
-    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
-
-
 def read(file: Path) -> list[Tensor]:
     """List the tensors of a file; only its header is read.
 
     Raises:
         ToolError: ggml does not read the file.
     """
-    ggml = _library()
-    context = ggml.gguf_init_from_file(str(file).encode(), _InitParams(no_alloc=True, ctx=None))
+    ggml = library()
+    context = ggml.gguf_init_from_file(os.fsencode(file), InitParams(no_alloc=True, ctx=None))
     if not context:
         raise ToolError(f"{file} is not a GGUF file that llama.cpp reads")
     try:
@@ -84,25 +81,3 @@ def fallback_note(tensors: list[Tensor], format: str) -> str | None:
         f"{', '.join(sorted(count_types(fallen)))}: rows of {', '.join(map(str, widths))} weights "
         f"are not a multiple of {K_BLOCK}"
     )
-
-
-def _library() -> ctypes.CDLL:
-    """Load ggml and declare the functions used; an untyped pointer would be cut to 32 bits."""
-    # Loading the bindings loads the libraries, each with its neighbours' path.
-    from llama_cpp._ggml import libggml_base_path
-
-    ggml = ctypes.CDLL(str(libggml_base_path / "libggml-base.so"))
-    context, index = ctypes.c_void_p, ctypes.c_int64
-    for name, result, arguments in (
-        ("gguf_init_from_file", ctypes.c_void_p, [ctypes.c_char_p, _InitParams]),
-        ("gguf_free", None, [context]),
-        ("gguf_get_n_tensors", ctypes.c_int64, [context]),
-        ("gguf_get_tensor_name", ctypes.c_char_p, [context, index]),
-        ("gguf_get_tensor_type", ctypes.c_int, [context, index]),
-        ("gguf_get_tensor_ne", ctypes.POINTER(ctypes.c_int64), [context, index]),
-        ("gguf_get_tensor_size", ctypes.c_size_t, [context, index]),
-        ("ggml_type_name", ctypes.c_char_p, [ctypes.c_int]),
-    ):
-        function = getattr(ggml, name)
-        function.restype, function.argtypes = result, arguments
-    return ggml

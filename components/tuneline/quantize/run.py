@@ -6,16 +6,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuneline.artifacts import (
-    INPUT_IDS,
-    PROMPT_IDS,
-    TRAIN_FILE,
-    MergeProof,
-    QuantizedModel,
-    new_directory,
-)
-from tuneline.errors import DataError, ModelError, RecipeError
+from tuneline.artifacts import ImportanceMatrix, MergeProof, QuantizedModel, new_directory
+from tuneline.errors import ModelError, RecipeError
 from tuneline.quantize import formats
+from tuneline.quantize.calibration import read_rows
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.quantize.threads import few_threads
 
@@ -66,6 +60,7 @@ def run(
     dataset_dir: str,
     quantized_dir: str,
     gguf_dir: str | None = None,
+    importance_dir: str | None = None,
 ) -> QuantizedModel:
     """Make the export `format` and check it.
 
@@ -76,9 +71,11 @@ def run(
         dataset_dir: held-out prompts for the check, training rows for GPTQ's calibration.
         quantized_dir: where the export is put; must not exist or be empty.
         gguf_dir: what `convert` made, so that formats share it; default: convert first.
+        importance_dir: what `measure_importance` made, likewise; default: measure it first where
+            the config asks for it. GPTQ has no use for it.
 
     Raises:
-        RecipeError: the format is unknown.
+        RecipeError: the format is unknown, or needs an importance matrix.
         ModelError: the directory is not a merged model, or cannot be quantised.
         DataError: no training rows to calibrate on.
         ToolError: a converter or a quantiser is missing or failed.
@@ -87,6 +84,8 @@ def run(
     started = time.monotonic()
     try:
         formats.known(format)
+        if importance_dir is None:
+            formats.check_importance([format], config.num_importance_rows)
     except ValueError as error:
         raise RecipeError(str(error)) from None
     merge = _check_model(merged_dir)
@@ -96,7 +95,7 @@ def run(
         if format in formats.GPTQ:
             record = _gptq(config, format, merged, dataset, target, bound)
         else:
-            record = _gguf(config, format, merged, dataset, target, bound, gguf_dir)
+            record = _gguf(config, format, merged, dataset, target, bound, gguf_dir, importance_dir)
         record = record.model_copy(
             update={
                 "seconds": round(time.monotonic() - started, 3),
@@ -116,17 +115,38 @@ def _gguf(
     target: Path,
     bound: formats.Bound,
     gguf_dir: str | None,
+    importance_dir: str | None,
 ) -> QuantizedModel:
     from tuneline.quantize import gguf
+    from tuneline.quantize.importance import measure_importance
 
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         source = gguf_dir
         if source is None:
             source = f"{scratch}/f16"
             convert(merged_dir=str(merged_dir), gguf_dir=source)
-        file = gguf.quantize(Path(source), target, format=format)
+        importance = importance_dir
+        weighed = format in formats.WEIGHED
+        if importance is None and weighed and config.num_importance_rows:
+            importance = f"{scratch}/importance"
+            measure_importance(
+                config, gguf_dir=source, dataset_dir=str(dataset_dir), importance_dir=importance
+            )
+        matrix = ImportanceMatrix.read(importance) if importance and weighed else None
+        file = gguf.quantize(
+            Path(source),
+            target,
+            format=format,
+            importance=Path(str(importance), matrix.file) if matrix else None,
+        )
     merged = _reference(config, merged_dir, dataset_dir)
-    return gguf.prove(file, format=format, reference=merged, bound=bound)
+    record = gguf.prove(file, format=format, reference=merged, bound=bound)
+    if matrix is None:
+        return record
+    note = f"importance matrix from {matrix.num_rows} training rows, {matrix.num_tokens} tokens"
+    return record.model_copy(
+        update={"num_importance_rows": matrix.num_rows, "notes": [*record.notes, note]}
+    )
 
 
 def _gptq(
@@ -143,7 +163,12 @@ def _gptq(
         merged_dir,
         target,
         format=format,
-        rows=_calibration_rows(dataset_dir, config.num_calibration_rows),
+        rows=read_rows(
+            dataset_dir,
+            config.num_calibration_rows,
+            setting="num_calibration_rows",
+            purpose="GPTQ calibrates",
+        ),
         group_size=config.group_size,
         desc_act=config.desc_act,
         reference=_reference(config, merged_dir, dataset_dir),
@@ -173,27 +198,6 @@ def _check_model(path: str) -> MergeProof:
             f"{path} lacks {' and '.join(missing)}, so it is not a whole model: run merge again"
         )
     return proof
-
-
-def _calibration_rows(dataset_dir: Path, num_rows: int) -> list[list[int]]:
-    """Read the token ids of the first training rows; they were shuffled when prepared."""
-    import pyarrow.parquet
-
-    path = dataset_dir / TRAIN_FILE
-    if not path.is_file():
-        raise DataError(f"{path} does not exist, and GPTQ calibrates on training rows: run prepare")
-    file = pyarrow.parquet.ParquetFile(path)
-    column = INPUT_IDS if INPUT_IDS in file.schema_arrow.names else PROMPT_IDS
-    rows: list[list[int]] = []
-    for batch in file.iter_batches(batch_size=num_rows, columns=[column]):
-        rows += batch.column(column).to_pylist()
-        if len(rows) >= num_rows:
-            break
-    if not rows:
-        raise DataError(f"{path} has no rows, and GPTQ calibrates on training rows: run prepare")
-    if len(rows) < num_rows:
-        logger.warning("num_calibration_rows is %d, the data set has %d", num_rows, len(rows))
-    return rows[:num_rows]
 
 
 def _log(record: QuantizedModel) -> None:

@@ -50,7 +50,7 @@ def stages_of_runs(runs: list[StepRun]) -> list[Stage]:
 
 
 def _stage_of(run: StepRun, *, merged: bool) -> str:
-    if run.step.startswith(("convert", "quantize")):
+    if run.step.startswith(("convert", "measure-importance", "quantize")):
         return "quantize"
     if run.step == "evaluate":
         # Both evaluations are one step; its progress says which. Before a note there is only

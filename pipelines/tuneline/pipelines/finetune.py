@@ -7,8 +7,9 @@ The steps' configs are pipeline parameters, one a step and not one for all: a ta
 its inputs, so that a new learning rate does not prepare the data again. They are JSON strings
 because KFP turns the integers of a struct into floats.
 
-Formats and accelerators shape the graph, so they are read when it is built; models, data, target
-and every step's config can be changed for each run of the compiled file.
+Formats, accelerators and whether there is an importance matrix shape the graph, so they are read
+when it is built; models, data, target and every step's config can be changed for each run of the
+compiled file.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,12 @@ from tuneline.merge.component import merge
 from tuneline.pipelines.placement import place
 from tuneline.prepare.component import prepare
 from tuneline.publish.component import publish
-from tuneline.quantize.component import convert_gguf, quantize_gguf, quantize_gptq
+from tuneline.quantize.component import (
+    convert_gguf,
+    measure_importance,
+    quantize_gguf,
+    quantize_gptq,
+)
 from tuneline.recipe import Recipe
 from tuneline.report.component import report
 from tuneline.train.component import train
@@ -47,7 +53,9 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
 
     exporters = {}
     if recipe.quantize.gguf:
-        exporters["gguf"] = _export_gguf(list(recipe.quantize.gguf), placed)
+        exporters["gguf"] = _export_gguf(
+            list(recipe.quantize.gguf), recipe.quantize.num_importance_rows > 0, placed
+        )
     if recipe.quantize.gptq:
         exporters["gptq"] = _export_gptq(list(recipe.quantize.gptq), placed)
 
@@ -117,12 +125,18 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
 
 # The exports are pipelines of their own, because a list that a loop collected cannot enter a
 # condition (here: promoted), while a pipeline's output can.
-def _export_gguf(formats: list[str], placed: Callable[..., dsl.PipelineTask]) -> BaseComponent:
+def _export_gguf(
+    formats: list[str], with_importance: bool, placed: Callable[..., dsl.PipelineTask]
+) -> BaseComponent:
     @dsl.pipeline(name="export-gguf", description="One GGUF file a format, from one conversion.")
     def export_gguf(
         config: str, merged: dsl.Input[dsl.Model], dataset: dsl.Input[dsl.Dataset]
     ) -> list[dsl.Model]:
         f16 = placed(convert_gguf, merged=merged).outputs["gguf"]
+        weighed = {}
+        if with_importance:
+            measured = placed(measure_importance, config=config, gguf=f16, dataset=dataset)
+            weighed["importance"] = measured.outputs["importance"]
         with dsl.ParallelFor(formats, name="formats") as item:
             task = placed(
                 quantize_gguf,
@@ -131,6 +145,7 @@ def _export_gguf(formats: list[str], placed: Callable[..., dsl.PipelineTask]) ->
                 merged=merged,
                 gguf=f16,
                 dataset=dataset,
+                **weighed,
             )
         return dsl.Collected(task.outputs["quantized"])
 

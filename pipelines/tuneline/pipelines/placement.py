@@ -58,6 +58,7 @@ NEEDS = {
     "train": Needs(("4", "16"), ("16Gi", "64Gi"), 96, gpu=True, num_retries=2),
     "merge": Needs(("4", "16"), ("16Gi", "64Gi"), 6, gpu=True, num_retries=1),
     "convert-gguf": Needs(("2", "8"), ("8Gi", "48Gi"), 6, num_retries=1),
+    "measure-importance": Needs(("2", "16"), ("8Gi", "48Gi"), 6, num_retries=1),
     "quantize-gguf": Needs(("2", "16"), ("8Gi", "48Gi"), 6, num_retries=1),
     "quantize-gptq": Needs(("4", "16"), ("16Gi", "64Gi"), 24, gpu=True, num_retries=1),
     "evaluate": Needs(("4", "16"), ("16Gi", "64Gi"), 24, gpu=True, hub=True, num_retries=2),

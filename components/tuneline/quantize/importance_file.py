@@ -1,0 +1,108 @@
+"""llama.cpp's file of an importance matrix: for each weight the sum of its inputs' squares.
+
+The same GGUF file that llama-imatrix writes, so that llama-quantize takes ours as well.
+"""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuneline.errors import ToolError
+from tuneline.quantize.ggml import F32, ContextParams, InitParams, library
+
+if TYPE_CHECKING:
+    import numpy
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+
+
+@dataclass
+class Importance:
+    """What went into one weight, a column of inputs each."""
+
+    sums: "numpy.ndarray"
+    """Of squares, over all tokens; float64 [num_inputs]."""
+    count: int
+    """Tokens."""
+
+    @property
+    def mean(self) -> "numpy.ndarray":
+        """Mean square of each input."""
+        return self.sums / max(self.count, 1)
+
+
+def write(file: Path, found: dict[str, Importance], *, source: str, num_rows: int) -> None:
+    """Write sums and counts by the weights' GGUF names.
+
+    Args:
+        file: new.
+        found: by name of the weight.
+        source: what the rows are.
+        num_rows: how many they were, which is llama.cpp's number of chunks.
+
+    Raises:
+        ToolError: ggml did not write it.
+    """
+    import numpy
+
+    ggml = library()
+    num_bytes = sum(
+        2 * ggml.ggml_tensor_overhead() + 4 * len(entry.sums) + 4 + 64 for entry in found.values()
+    )
+    with _freed(ggml.ggml_init(ContextParams(num_bytes, None, False)), ggml.ggml_free) as tensors:
+        with _freed(ggml.gguf_init_empty(), ggml.gguf_free) as gguf:
+            ggml.gguf_set_val_str(gguf, b"general.type", b"imatrix")
+            sources = (ctypes.c_char_p * 1)(source.encode())
+            ggml.gguf_set_arr_str(gguf, b"imatrix.datasets", sources, 1)
+            ggml.gguf_set_val_u32(gguf, b"imatrix.chunk_count", num_rows)
+            longest = max((entry.count for entry in found.values()), default=0)
+            ggml.gguf_set_val_u32(gguf, b"imatrix.chunk_size", max(1, longest // num_rows))
+            for name, entry in sorted(found.items()):
+                for suffix, values in ((SUMS, entry.sums), (COUNTS, [entry.count])):
+                    data = numpy.asarray(values, dtype=numpy.float32)
+                    tensor = ggml.ggml_new_tensor_2d(tensors, F32, len(data), 1)
+                    ggml.ggml_set_name(tensor, (name + suffix).encode())
+                    ctypes.memmove(ggml.ggml_get_data(tensor), data.ctypes.data, data.nbytes)
+                    ggml.gguf_add_tensor(gguf, tensor)
+            if not ggml.gguf_write_to_file(gguf, os.fsencode(file), False):
+                raise ToolError(f"the importance matrix could not be written to {file}")
+
+
+def read(file: Path) -> dict[str, Importance]:
+    """Read sums and counts by the weights' names.
+
+    Raises:
+        ToolError: it is no such file.
+    """
+    import numpy
+
+    ggml = library()
+    tensors = ctypes.c_void_p()
+    parameters = InitParams(no_alloc=False, ctx=ctypes.pointer(tensors))
+    gguf = ggml.gguf_init_from_file(os.fsencode(file), parameters)
+    if not gguf:
+        raise ToolError(f"{file} is not a GGUF file that llama.cpp reads")
+    with _freed(gguf, ggml.gguf_free), _freed(tensors, ggml.ggml_free):
+        values = {}
+        for index in range(ggml.gguf_get_n_tensors(gguf)):
+            name = ggml.gguf_get_tensor_name(gguf, index)
+            tensor = ggml.ggml_get_tensor(tensors, name)
+            pointer = ctypes.cast(ggml.ggml_get_data(tensor), ctypes.POINTER(ctypes.c_float))
+            shape = (ggml.ggml_nelements(tensor),)
+            values[name.decode()] = numpy.ctypeslib.as_array(pointer, shape).astype(numpy.float64)
+    names = [name.removesuffix(SUMS) for name in values if name.endswith(SUMS)]
+    if not names:
+        raise ToolError(f"{file} holds no importance matrix")
+    return {name: Importance(values[name + SUMS], int(values[name + COUNTS][0])) for name in names}
+
+
+@contextlib.contextmanager
+def _freed(pointer: Any, free: Any) -> Iterator[Any]:
+    try:
+        yield pointer
+    finally:
+        free(pointer)

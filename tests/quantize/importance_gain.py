@@ -1,0 +1,68 @@
+"""Compare formats with and without an importance matrix on a tuned model; run by hand.
+
+    python tests/quantize/importance_gain.py --run runs/demo-.../artifacts/tuneline-demo-...
+
+Takes the merged model, the conversion and the data set of a finished run, measures the matrix on
+its training rows and prints KL, top-1 agreement and perplexity on held-out rows, for both.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from tuneline.quantize import QuantizeConfig, gguf, measure_importance, quality, reference
+from tuneline.quantize.importance import FILE
+from tuneline.quantize.llama_file import LlamaFile
+from tuneline.quantize.threads import few_threads
+
+FORMATS = ("q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--weighed-only", nargs="*", default=("iq3_m", "iq2_m", "iq2_xs", "iq1_m"))
+    parser.add_argument("--num-importance-rows", type=int, default=128)
+    parser.add_argument("--num-prompts", type=int, default=32)
+    arguments = parser.parse_args()
+    run = arguments.run
+    f16_dir, dataset_dir = run / "convert-gguf" / "gguf", run / "prepare" / "dataset"
+    with tempfile.TemporaryDirectory() as scratch, few_threads():
+        record = measure_importance(
+            QuantizeConfig(num_importance_rows=arguments.num_importance_rows),
+            gguf_dir=str(f16_dir),
+            dataset_dir=str(dataset_dir),
+            importance_dir=f"{scratch}/importance",
+        )
+        print(f"{record.num_rows} rows, {record.num_tokens} tokens, {record.seconds:.1f} s")
+        merged = reference.measure(
+            run / "merge" / "merged",
+            dataset_dir=dataset_dir,
+            num_rows=arguments.num_prompts,
+            num_tokens=1,
+        )
+        for format in [*arguments.formats, *arguments.weighed_only]:
+            for importance in (None, Path(scratch, "importance", FILE)):
+                if importance is None and format in arguments.weighed_only:
+                    continue
+                target = Path(tempfile.mkdtemp(dir=scratch))
+                file = gguf.quantize(f16_dir, target, format=format, importance=importance)
+                with LlamaFile(file, num_context=merged.num_context) as loaded:
+                    logits = (torch.from_numpy(loaded.logits(row.ids)) for row in merged.rows)
+                    found = quality.compare(merged.rows, merged.logits, logits)
+                print(
+                    f"{format:8} {'weighed' if importance else 'plain':8} "
+                    f"{file.stat().st_size / 1e6:6.1f} MB  KL {found.mean_kl:.4f}  "
+                    f"top-1 {found.top1_agreement:.1%}  perplexity {found.perplexity:.4f} "
+                    f"({found.reference_perplexity:.4f})",
+                    flush=True,
+                )
+                file.unlink()
+
+
+if __name__ == "__main__":
+    main()
