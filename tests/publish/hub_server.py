@@ -1,7 +1,7 @@
 """A small Hub on localhost that the unmodified huggingface_hub client accepts.
 
-It keeps repositories, blobs and commits in memory, speaks the classic LFS way (the tests turn the
-client's xet off), and answers with chosen faults.
+It keeps repositories, blobs and commits in memory and answers with chosen faults. Large files come
+the classic LFS way, whole or in parts; or through xet, with a directory in place of its storage.
 """
 
 import base64
@@ -9,7 +9,9 @@ import hashlib
 import json
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 TOKEN = "hf_" + "t" * 34
@@ -31,6 +33,16 @@ class Hub:
         connection breaks before anything is done; "half", in the middle of the request's body;
         "lost", after it was done and before the answer."""
         self.requests: list[str] = []
+        self.part_bytes: int | None = None
+        """Above it a file is sent in parts of this size."""
+        self.keeps_content = True
+        """False: bytes are counted and dropped, for files that do not fit in memory."""
+        self.parts: dict[str, dict[int, bytes | int]] = {}
+        self.sizes: dict[str, int] = {}
+        self.num_received_bytes = 0
+        """In bodies of large files, whole or broken off."""
+        self.xet_dir: Path | None = None
+        """Where hf_xet stores what it is told to send."""
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.thread = threading.Thread(
@@ -88,11 +100,13 @@ class Hub:
                 hub.requests.append(line)
                 fault = hub.fault(line)
                 size = int(self.headers.get("Content-Length") or 0)
+                is_large = path.startswith(("/blob/", "/part/"))
                 if fault == "half":
-                    self.rfile.read(size // 2)
+                    hub.num_received_bytes += is_large * len(self.rfile.read(size // 2))
                     self.close_connection = True
                     return
                 self.body = self.rfile.read(size)
+                hub.num_received_bytes += is_large * len(self.body)
                 if self.headers.get("Transfer-Encoding") == "chunked":
                     self.body = self.read_chunks()
                 self.lost = fault == "lost"
@@ -103,7 +117,7 @@ class Hub:
                     headers = {"X_Error_Code": names[fault]} if fault in names else {}
                     self.answer({"error": "injected"}, fault, Retry_After="0", **headers)
                 elif self.headers.get("Authorization") != f"Bearer {TOKEN}" and (
-                    not path.startswith("/blob/")
+                    not path.startswith(("/blob/", "/part/", "/complete/"))
                 ):
                     self.answer({"error": "Invalid user token."}, 401)
                 else:
@@ -190,10 +204,48 @@ class Hub:
                 for wanted in json.loads(self.body)["objects"]:
                     item = {"oid": wanted["oid"], "size": wanted["size"]}
                     if wanted["oid"] not in hub.blobs:
-                        href = f"{hub.url}/blob/{wanted['oid']}"
-                        item["actions"] = {"upload": {"href": href, "header": {}}}
+                        item["actions"] = {"upload": self.upload_of(**item)}
                     objects.append(item)
                 self.answer({"transfer": "basic", "objects": objects})
+
+            def upload_of(self, oid: str, size: int) -> dict:
+                hub.sizes[oid] = size
+                if hub.part_bytes is None or size <= hub.part_bytes:
+                    return {"href": f"{hub.url}/blob/{oid}", "header": {}}
+                numbers = range(1, -(-size // hub.part_bytes) + 1)
+                header = {str(number): f"{hub.url}/part/{oid}/{number}" for number in numbers}
+                header["chunk_size"] = str(hub.part_bytes)
+                return {"href": f"{hub.url}/complete/{oid}", "header": header}
+
+            def put_part(self, oid: str, number: str) -> None:
+                kept = self.body if hub.keeps_content else len(self.body)
+                hub.parts.setdefault(oid, {})[int(number)] = kept
+                self.answer({}, ETag=f'"{oid[:8]}-{number}"')
+
+            def complete(self, oid: str) -> None:
+                named = [part["partNumber"] for part in json.loads(self.body)["parts"]]
+                parts = hub.parts[oid]
+                whole = named == sorted(parts)
+                if hub.keeps_content:
+                    content = b"".join(parts[number] for number in sorted(parts))
+                    whole = whole and hashlib.sha256(content).hexdigest() == oid
+                else:
+                    content, whole = b"", whole and sum(parts.values()) == hub.sizes[oid]
+                if whole:
+                    hub.blobs[oid] = content
+                self.answer({}, 200 if whole else 422)
+
+            def xet_token(self, repo: str) -> None:
+                if hub.xet_dir is None:
+                    self.answer({"error": "no xet here"}, 404)
+                    return
+                self.answer(
+                    {
+                        "accessToken": "xet",
+                        "exp": int(time.time()) + 3600,
+                        "casUrl": f"local://{hub.xet_dir}",
+                    }
+                )
 
             def put_blob(self, oid: str) -> None:
                 right = hashlib.sha256(self.body).hexdigest() == oid
@@ -214,7 +266,9 @@ class Hub:
                         data = base64.b64decode(value["content"])
                         found["files"][value["path"]] = ("regular", data)
                     elif operation["key"] == "lfsFile":
-                        assert value["oid"] in hub.blobs, "committed before it was sent"
+                        if hub.xet_dir is None:
+                            assert value["oid"] in hub.blobs, "committed before it was sent"
+                        hub.sizes[value["oid"]] = value["size"]
                         found["files"][value["path"]] = ("lfs", value["oid"])
                     elif operation["key"] == "deletedFile":
                         found["files"].pop(value["path"], None)
@@ -244,12 +298,13 @@ class Hub:
 
         def entry(name: str, file: tuple) -> dict:
             kind, value = file
-            data = hub.blobs[value] if kind == "lfs" else value
+            data = hub.blobs.get(value, b"") if kind == "lfs" else value
             git = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
             found = {"type": "file", "path": name, "size": len(data), "oid": git}
             if kind == "lfs":
                 found["oid"] = value
-                found["lfs"] = {"oid": value, "size": len(data), "pointerSize": 130}
+                found["size"] = hub.sizes.get(value, len(data))
+                found["lfs"] = {"oid": value, "size": found["size"], "pointerSize": 130}
             return found
 
         repo = r"(?P<repo>[^/ ]+/[^/ ]+)"
@@ -266,6 +321,9 @@ class Hub:
             (rf"POST /api/models/{repo}/preupload/.+", Handler.preupload),
             (rf"POST /api/models/{repo}/commit/.+", Handler.commit),
             (rf"POST /{repo}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+            (rf"GET /api/models/{repo}/xet-write-token/.+", Handler.xet_token),
             (r"PUT /blob/(?P<oid>[0-9a-f]{64})", Handler.put_blob),
+            (r"PUT /part/(?P<oid>[0-9a-f]{64})/(?P<number>\d+)", Handler.put_part),
+            (r"POST /complete/(?P<oid>[0-9a-f]{64})", Handler.complete),
         ]
         return Handler

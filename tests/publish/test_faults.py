@@ -4,6 +4,7 @@ The unmodified huggingface_hub client against a server on localhost. Waiting is 
 is recorded.
 """
 
+import hashlib
 import os
 import time
 from pathlib import Path
@@ -133,8 +134,6 @@ def test_what_does_not_pass_ends_and_is_taken_up(send, hub, staged, waits, route
 
 def test_a_cut_upload_goes_on_where_it_was(send, hub, staged) -> None:
     """The second of a repository's files never arrives; the next run sends that one alone."""
-    import hashlib
-
     second = hashlib.sha256((staged[1].folder / "2.safetensors").read_bytes()).hexdigest()
     with pytest.raises(HubError, match=rf"push {MERGED}"):
         send((f"PUT /blob/{second}", "half", 99), max_attempts=1)
@@ -142,6 +141,40 @@ def test_a_cut_upload_goes_on_where_it_was(send, hub, staged) -> None:
     hub.requests.clear()
     send()
     assert [line for line in hub.requests if line.startswith("PUT")] == [f"PUT /blob/{second}"]
+    assert_whole(hub, staged)
+
+
+def test_large_files_go_in_parts(send, hub, staged) -> None:
+    hub.part_bytes = 100_000
+    send()
+    assert_whole(hub, staged)
+    assert {len(parts) for parts in hub.parts.values()} == {3}
+    assert hub.num_received_bytes == 4 * 300_000
+
+
+@pytest.mark.parametrize("fault", ["cut", "half", "lost", 500, 503])
+def test_of_a_cut_file_one_part_is_sent_again(send, hub, staged, fault) -> None:
+    hub.part_bytes = 100_000
+    send((r"PUT /part/\w+/2", fault, 1))
+    assert_whole(hub, staged)
+    parts = [line for line in hub.requests if line.startswith("PUT /part/")]
+    assert len(parts) == 4 * 3 + 1
+    assert hub.num_received_bytes <= 4 * 300_000 + 100_000
+
+
+def test_a_file_whose_parts_never_all_arrive_is_alone_sent_by_the_next_run(
+    send, hub, staged
+) -> None:
+    hub.part_bytes = 100_000
+    second = hashlib.sha256((staged[1].folder / "2.safetensors").read_bytes()).hexdigest()
+    with pytest.raises(HubError, match=rf"push {MERGED}"):
+        send((f"PUT /part/{second}/3", "half", 99), max_attempts=1)
+    assert second not in hub.blobs and len(hub.blobs) == 3
+    hub.requests.clear()
+    send()
+    assert [line for line in hub.requests if line.startswith("PUT")] == [
+        f"PUT /part/{second}/{number}" for number in (1, 2, 3)
+    ]
     assert_whole(hub, staged)
 
 

@@ -1,5 +1,6 @@
 """Publishing to a directory and, with the real client, to a Hub on localhost."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -214,6 +215,41 @@ def test_one_private_commit_a_repository(run_dir: Path, hub) -> None:
         **dict.fromkeys(REPOS, "v1"),
         "me/mine": "v2",
     }
+
+
+def test_through_xet(run_dir: Path, hub, tmp_path: Path) -> None:
+    """What a machine with hf_xet sends: chunks to a storage that keeps each of them once."""
+    hub.xet_dir = tmp_path / "storage"
+    weights = run_dir / "merged" / "model.safetensors"
+    weights.write_bytes(os.urandom(3_000_000))
+
+    def push(out: str) -> int:
+        """Publish, and return how many bytes the storage grew by."""
+        before = stored()
+        done = to_hub(run_dir, hub, out, HF_HUB_DISABLE_XET="0", HF_HOME=str(tmp_path / "home"))
+        assert done.returncode == 0, done.stderr
+        return stored() - before
+
+    def stored() -> int:
+        return sum(path.stat().st_size for path in hub.xet_dir.rglob("*") if path.is_file())
+
+    # The answer to the first commit is lost, and the client asks again.
+    hub.faults = [("POST /api/models/me/mine/commit", "lost", 1)]
+    assert push("first") > 3_000_000
+    assert hub.requests.count("POST /api/models/me/mine/commit/main") == 2 and hub.blobs == {}
+    assert not any("/lfs/" in line or line.startswith("PUT") for line in hub.requests)
+    assert {name: len(kept["commits"]) for name, kept in hub.repos.items()} == dict.fromkeys(
+        REPOS, 2
+    )
+    kind, oid = hub.repos["me/mine"]["files"]["model.safetensors"]
+    assert (kind, oid) == ("lfs", hashlib.sha256(weights.read_bytes()).hexdigest())
+    assert push("second") < 100_000
+    assert all(len(kept["commits"]) == 2 for kept in hub.repos.values())
+    # Of a file that grew only the new end is stored.
+    with open(weights, "ab") as file:
+        file.write(os.urandom(1000))
+    assert 1000 < push("third") < 1_000_000
+    assert len(hub.repos["me/mine"]["commits"]) == 3
 
 
 def test_the_directory_is_the_tree_that_would_be_pushed(run_dir: Path, hub, tmp_path: Path) -> None:

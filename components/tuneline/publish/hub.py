@@ -1,5 +1,6 @@
 """Push staged repositories to the Hub: one commit each, ours only, patient with a busy server."""
 
+import hashlib
 import logging
 import os
 import random
@@ -7,10 +8,12 @@ import re
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
 
 from tuneline.artifacts import PublishedRepo
 from tuneline.errors import CredentialsError, HubError, TunelineError, UserError
@@ -52,28 +55,69 @@ def _push_one(api: HfApi, repo: StagedRepo, config: PublishConfig) -> PublishedR
     info = _call(f"look up {repo.repo}", partial(api.model_info, repo.repo), config.max_attempts)
     commit = _call(
         f"push {repo.repo}",
-        partial(
-            api.upload_folder,
-            repo_id=repo.repo,
-            folder_path=repo.folder,
-            commit_message=f"{repo.kind} by tuneline",
-            delete_patterns="*",
-            # Somebody's commit in the meantime is not overwritten. One of ours whose answer was
-            # lost is no obstacle: the next try finds nothing left to commit.
-            parent_commit=info.sha,
-        ),
+        partial(_upload, api, repo, parent_commit=str(info.sha)),
         config.max_attempts,
     )
-    tag = _call(f"tag {repo.repo}", partial(_tag, api, repo.repo, commit.oid), config.max_attempts)
+    tag = _call(f"tag {repo.repo}", partial(_tag, api, repo.repo, commit), config.max_attempts)
     return PublishedRepo(
         repo=repo.repo,
         kind=repo.kind,
         url=f"{api.endpoint}/{repo.repo}",
-        commit=commit.oid,
+        commit=commit,
         tag=tag,
         num_files=len(repo.files()),
         num_bytes=sum(path.stat().st_size for path in repo.files()),
     )
+
+
+def _upload(api: HfApi, repo: StagedRepo, *, parent_commit: str) -> str:
+    """Send the folder as one commit; return the commit that holds it.
+
+    Somebody's commit since `parent_commit` is not overwritten. One of ours whose answer was lost
+    is no obstacle: a new try finds nothing left to commit, and where the client itself repeats
+    the request (it does with xet) the Hub's refusal is held against what it has.
+    """
+    try:
+        commit = api.upload_folder(
+            repo_id=repo.repo,
+            folder_path=repo.folder,
+            commit_message=f"{repo.kind} by tuneline",
+            delete_patterns="*",
+            parent_commit=parent_commit,
+        )
+    except HfHubHTTPError as error:
+        if error.response.status_code != 412:
+            raise
+        head = str(api.model_info(repo.repo).sha)
+        if not _is_there(api, repo, head):
+            raise
+        return head
+    return commit.oid
+
+
+def _is_there(api: HfApi, repo: StagedRepo, revision: str) -> bool:
+    """Return whether a revision holds exactly the folder's files, by their hashes."""
+    found = {
+        entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
+        for entry in api.list_repo_tree(repo.repo, revision=revision, recursive=True)
+        if isinstance(entry, RepoFile) and entry.path != ".gitattributes"
+    }
+    wanted = {path.relative_to(repo.folder).as_posix(): path for path in repo.files()}
+    return found.keys() == wanted.keys() and all(
+        found[name] == (_git_blob(path) if len(found[name]) == 40 else _sha256(path))
+        for name, path in wanted.items()
+    )
+
+
+def _git_blob(path: Path) -> str:
+    """Return git's name of a small file's content."""
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tag(api: HfApi, repo: str, commit: str) -> str:
