@@ -8,6 +8,7 @@ bfloat16, the same start and the same batches of a Markov chain. Runs:
     peft            the stock model, torch's AdamW
     peft-split      the same with every batch in two halves: other GEMM shapes, other roundings
     tuneline        the patched model, torch's AdamW
+    tuneline-fp8    the patched model with fp8 products, torch's AdamW
     float32         the stock model on the same NF4 weights, all else in float32 (the small model)
     peft-8bit       the stock model, bitsandbytes' 8-bit AdamW
     tuneline-8bit   the patched model, FlatAdamW with 8-bit state
@@ -38,10 +39,11 @@ SMALL = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
-RUNS = ("peft", "peft-split", "tuneline", "peft-8bit", "tuneline-8bit", "float32")
+RUNS = ("peft", "peft-split", "tuneline", "peft-8bit", "tuneline-8bit", "tuneline-fp8", "float32")
 PAIRS = (
     ("peft", "peft-split"),
     ("peft", "tuneline"),
+    ("tuneline", "tuneline-fp8"),
     ("float32", "peft"),
     ("float32", "peft-split"),
     ("float32", "tuneline"),
@@ -117,7 +119,7 @@ def train(model: Any, initial: list[torch.Tensor], batches: torch.Tensor, name: 
             parameter.data = value.clone()
             parameter.grad = None
     if name.startswith("tuneline"):
-        report = patch(model)
+        report = patch(model, fp8=name == "tuneline-fp8")
         assert not report.unfused and report.loss == "fused", str(report)
     mixed = name != "float32"
     if not mixed:

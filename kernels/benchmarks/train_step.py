@@ -6,7 +6,8 @@ Every engine is a process of its own (Unsloth patches transformers globally) wit
 weights in NF4 with double quantisation, LoRA r=16 on all linears, the same batches and 8-bit
 AdamW (tuneline its own, the others bitsandbytes'); they take turns on the card, `--rounds` times
 a case. A row of the table is an engine in a mode: `free` recomputes nothing (tuneline: budget
-auto), `lean` recomputes the most.
+auto), `lean` recomputes the most (tuneline: with the input embedding on the host).
+`tuneline-fp8` is tuneline with its opt-in fp8 products.
 
 Floor: the products of the frozen weights and of causal attention, forward and input gradient
 (lean: once more forward but for down_proj), at the rate that `--peak-tflops` gives.
@@ -128,7 +129,7 @@ def main() -> None:
         collected: dict[str, list[dict[str, Any]]] = {}
         for turn in range(args.rounds):
             for engine, process in list(workers.items()):
-                profile = args.profile and engine == "tuneline" and turn == args.rounds - 1
+                profile = args.profile and engine.startswith("tuneline") and turn == args.rounds - 1
                 send(
                     process,
                     {
@@ -137,7 +138,9 @@ def main() -> None:
                         "mode": mode,
                         "warmup": args.warmup if turn == 0 else 1,
                         "steps": args.steps,
-                        "profile": str(args.out_dir / f"profile_{case.replace('/', '_')}.txt")
+                        "profile": str(
+                            args.out_dir / f"profile_{engine}_{case.replace('/', '_')}.txt"
+                        )
                         if profile
                         else None,
                     },
@@ -263,7 +266,9 @@ def worker(engine: str, shape: str, same_optimizer: bool) -> None:
     model = (
         unsloth_model(shape)
         if engine == "unsloth"
-        else peft_model(shape, engine, wide_adapters=same_optimizer or engine == "tuneline")
+        else peft_model(
+            shape, engine, wide_adapters=same_optimizer or engine.startswith("tuneline")
+        )
     )
     import bitsandbytes
     import torch
@@ -279,7 +284,7 @@ def worker(engine: str, shape: str, same_optimizer: bool) -> None:
                 for parameter, value in zip(trained, initial, strict=True):
                     parameter.copy_(value)
             optimizer = None
-            if engine == "tuneline" and not same_optimizer:
+            if engine.startswith("tuneline") and not same_optimizer:
                 from tuneline.kernels import FlatAdamW
 
                 optimizer = FlatAdamW(trained, lr=1e-4, state_bits=8)
@@ -314,21 +319,20 @@ def run_steps(model: Any, optimizer: Any, request: dict[str, Any]) -> dict[str, 
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    for index, input_ids in enumerate(batches):
-        if index == request["warmup"]:
-            torch.cuda.reset_peak_memory_stats()
+    # From before the warm-up: a graph takes its memory once, where it is captured.
+    torch.cuda.reset_peak_memory_stats()
+    for input_ids in batches:
         torch.cuda.synchronize()
         start = time.perf_counter()
         loss = step(input_ids)
         torch.cuda.synchronize()
-        if index >= request["warmup"]:
-            milliseconds.append((time.perf_counter() - start) * 1e3)
+        milliseconds.append((time.perf_counter() - start) * 1e3)
         losses.append(loss.item())
     peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     if request["profile"]:
         write_profile(lambda: step(batches[0]), Path(request["profile"]))
     return {
-        "milliseconds": milliseconds,
+        "milliseconds": milliseconds[request["warmup"] :],
         "losses": losses,
         "peak_allocated_gib": round(peaks[0] / 2**30, 2),
         "peak_reserved_gib": round(peaks[1] / 2**30, 2),
@@ -363,10 +367,12 @@ def write_profile(step: Any, path: Path) -> None:
 
 def set_mode(model: Any, engine: str, mode: str) -> None:
     """Choose what is recomputed."""
-    if engine == "tuneline":
+    if engine.startswith("tuneline"):
         from tuneline.kernels.patch import patch
 
-        report = patch(model, budget="auto" if mode == "free" else "lean")
+        budget = "auto" if mode == "free" else "lean"
+        fp8, host = engine == "tuneline-fp8", mode == "lean"
+        report = patch(model, budget=budget, fp8=fp8, embedding_on_host=host)
         assert not report.unfused, str(report)
     elif engine == "unsloth":
         checkpointing = "unsloth" if mode == "lean" else False

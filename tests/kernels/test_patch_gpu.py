@@ -38,7 +38,10 @@ FAMILIES = {
         Phi3ForCausalLM,
         Phi3Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}, sliding_window=None),
     ),
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**SIZES, attn_implementation="eager")),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config(**SIZES, sliding_window=100, attn_implementation="eager"),
+    ),
 }
 
 
@@ -151,3 +154,71 @@ def test_graphs_give_the_bits_of_the_eager_run(monkeypatch):
         if parameter.grad is not None:
             want = eager[0][1][name] + eager[1][1][name]
             assert (parameter.grad.double() - want).norm() <= 1e-2 * want.norm(), name
+
+
+def quantized_llama(**sizes):
+    """Build a small Llama on NF4 with double quantisation, and LoRA whose B is not zero."""
+    import bitsandbytes as bnb
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes})).to(torch.bfloat16)
+    for parent in list(model.model.modules()):
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                new = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, bias=False,
+                    compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True,
+                )  # fmt: skip
+                new.weight = bnb.nn.Params4bit(
+                    linear.weight.data, requires_grad=False, quant_type="nf4"
+                )
+                setattr(parent, name, new)
+    model = get_peft_model(model.cuda(), LoraConfig(r=8, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.02 * torch.randn_like(parameter)
+    return model.train()
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs Hopper"
+)
+@pytest.mark.parametrize("budget", ["lean", "auto"])
+def test_fp8_is_off_by_its_rounding_and_no_more(budget):
+    from tuneline.kernels.patch import patch
+
+    model = quantized_llama(intermediate_size=1408)
+    ids = torch.randint(1, 1000, (2, 640), generator=torch.Generator().manual_seed(2)).cuda()
+    inputs = {"input_ids": ids, "labels": ids}
+    patch(model, budget=budget)
+    want = gradients(model, inputs)
+    report = patch(model, budget=budget, fp8=True)
+    assert report.num_fp8_groups == 12
+    got, again = gradients(model, inputs), gradients(model, inputs)
+    assert abs(got[0] - want[0]) < 5e-3 * want[0]
+    for name, grad in want[1].items():
+        # Three layers of products, each off by 3.7 %.
+        assert (got[1][name] - grad).norm() < 0.25 * grad.norm(), name
+        assert torch.equal(got[1][name], again[1][name]), name
+
+
+def test_the_embedding_on_the_host_changes_no_bit():
+    from tuneline.kernels.patch import patch, unpatch
+
+    model = quantized_llama()
+    ids = torch.randint(1, 1000, (2, 300), generator=torch.Generator().manual_seed(2)).cuda()
+    inputs = {"input_ids": ids, "labels": ids}
+    patch(model, budget="lean")
+    want, table = gradients(model, inputs), model.get_input_embeddings().weight.clone()
+    patch(model, budget="lean", embedding_on_host=True)
+    embedding = model.get_input_embeddings()
+    assert not embedding.weight.is_cuda and embedding.weight.is_pinned()
+    got = gradients(model, inputs)
+    assert torch.equal(got[0], want[0])
+    assert all(torch.equal(got[1][name], want[1][name]) for name in want[1])
+    model.eval()
+    assert torch.equal(embedding(ids[0]), table[ids[0]])
+    unpatch(model)
+    assert type(embedding) is torch.nn.Embedding
+    assert embedding.weight.is_cuda and torch.equal(embedding.weight, table)

@@ -6,8 +6,10 @@
 Backends, picked from what is asked (H100, 4 x 32 heads x 2048 x 128, forward / backward):
 
     cuDNN          dense, no window, head_dim 64 or 128      0.275 / 0.911 ms
+                   (96 and 256 too on Hopper)
     flash (aten)   packed, or a window, or another head_dim  0.484 / 1.626 ms
-    reference      CPU, float64, a softcap (no backend has it)
+    flash.py       a softcap, which no library's backward has
+    reference      CPU, float32, float64
 
 The aten ops are called directly: the layer's backward is written by hand, and torch's public
 varlen function has neither GQA nor a window in 2.11. GQA is native in both (no repeated keys).
@@ -23,7 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tuneline.kernels.flash import flash_backward, flash_forward
+
 CUDNN_HEAD_DIMS = (64, 128)
+CUDNN_HOPPER_HEAD_DIMS = (64, 96, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +85,13 @@ def attention_forward(
             )
         )
         return out.transpose(1, 2), (lse, seed, offset)
-    q, k, v = _varlen(plan, q_BTHD, k_BTGD, v_BTGD)
     longest = plan.longest(q_BTHD.shape[1])
+    if backend == "softcap":
+        q, k, v = (t.flatten(0, 1) for t in (q_BTHD, k_BTGD, v_BTGD))
+        cu_seqlens = _cu_seqlens(plan, q_BTHD)
+        out, lse = flash_forward(q, k, v, cu_seqlens, longest, **_flash_arguments(config))
+        return out.view(q_BTHD.shape), (lse, cu_seqlens)
+    q, k, v = _varlen(plan, q_BTHD, k_BTGD, v_BTGD)
     out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward.default(
         q,
         k,
@@ -138,9 +148,14 @@ def attention_backward(
             scale=config.scale,
         )
         return tuple(grad.transpose(1, 2) for grad in grads)
+    longest = plan.longest(q_BTHD.shape[1])
+    if backend == "softcap":
+        lse, cu_seqlens = saved
+        tensors = (t.flatten(0, 1) for t in (dout_BTHD, q_BTHD, k_BTGD, v_BTGD, out_BTHD))
+        grads = flash_backward(*tensors, lse, cu_seqlens, longest, **_flash_arguments(config))
+        return tuple(grad.unflatten(0, q_BTHD.shape[:2]) for grad in grads)
     lse, state, unused = saved
     q, k, v, out, dout = _varlen(plan, q_BTHD, k_BTGD, v_BTGD, out_BTHD, dout_BTHD)
-    longest = plan.longest(q_BTHD.shape[1])
     dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
         dout,
         q,
@@ -190,12 +205,29 @@ def _one_sequence(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> T
 
 
 def _backend(q_BTHD: Tensor, plan: AttentionPlan, config: AttentionConfig) -> str:
-    if not q_BTHD.is_cuda or q_BTHD.element_size() != 2 or config.softcap is not None:
+    if not q_BTHD.is_cuda or q_BTHD.element_size() != 2:
         return "reference"
+    if config.softcap is not None:
+        return "softcap"
     windowed = config.window is not None and config.window < plan.longest(q_BTHD.shape[1])
-    if plan.sequence_lengths is None and not windowed and config.head_dim in CUDNN_HEAD_DIMS:
+    hopper = torch.cuda.get_device_capability(q_BTHD.device) == (9, 0)
+    head_dims = CUDNN_HOPPER_HEAD_DIMS if hopper else CUDNN_HEAD_DIMS
+    if plan.sequence_lengths is None and not windowed and config.head_dim in head_dims:
         return "cudnn"
     return "flash"
+
+
+def _cu_seqlens(plan: AttentionPlan, q_BTHD: Tensor) -> Tensor:
+    """Return the sequences' bounds among all tokens; a dense batch's rows are its sequences."""
+    if plan.cu_seqlens is not None:
+        return plan.cu_seqlens
+    batch, length = q_BTHD.shape[:2]
+    stop = (batch + 1) * length
+    return torch.arange(0, stop, length, dtype=torch.int32, device=q_BTHD.device)
+
+
+def _flash_arguments(config: AttentionConfig) -> dict[str, float | int | None]:
+    return {"scale": config.scale, "window": config.window, "softcap": config.softcap}
 
 
 def _varlen(plan: AttentionPlan, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -8,11 +8,13 @@ works, and imports, without transformers and PEFT.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from tuneline.kernels.attention import AttentionConfig
+from tuneline.kernels.fp8 import largest_weight
 from tuneline.kernels.layer import LayerWeights
 from tuneline.kernels.lora import LoraGroup, LoraLinear
 from tuneline.kernels.nf4 import NF4Weight
@@ -23,8 +25,10 @@ class Unfusable(ValueError):
     """A layer that keeps the stock path; the message is the reason that the report gives."""
 
 
-def bind_layer(layer: nn.Module, spec: FamilySpec, config: Any) -> LayerWeights:
-    """Collect what the fused layer computes with.
+def bind_layer(
+    layer: nn.Module, spec: FamilySpec, config: Any, *, fp8: bool = False
+) -> LayerWeights:
+    """Collect what the fused layer computes with; `fp8` for the groups that can.
 
     Raises:
         Unfusable: The layer does something that the fused layer does not.
@@ -48,10 +52,10 @@ def bind_layer(layer: nn.Module, spec: FamilySpec, config: Any) -> LayerWeights:
         raise Unfusable("a norm's weight is trained: only frozen norms are fused")
     first = norms[0]
     groups = {
-        "qkv": _group(attention, spec.qkv),
-        "o": _group(attention, ("o_proj",)),
-        "gate_up": _group(mlp, spec.gate_up),
-        "down": _group(mlp, ("down_proj",)),
+        "qkv": _group(attention, spec.qkv, fp8),
+        "o": _group(attention, ("o_proj",), fp8),
+        "gate_up": _group(mlp, spec.gate_up, fp8),
+        "down": _group(mlp, ("down_proj",), fp8),
     }
     for name, group in groups.items():
         for linear in group.linears:
@@ -136,8 +140,15 @@ def _attention(attention: nn.Module, config: Any) -> AttentionConfig:
     )
 
 
-def _group(parent: nn.Module, names: Iterable[str]) -> LoraGroup:
-    return LoraGroup(tuple(_linear(getattr(parent, name), name) for name in names))
+def _group(parent: nn.Module, names: Iterable[str], fp8: bool) -> LoraGroup:
+    linears = tuple(_linear(getattr(parent, name), name) for name in names)
+    frozen = [linear.weight for linear in linears]
+    # A bias would be rounded to three bits among the columns: such a group stays in bf16.
+    biased = any(linear.bias is not None for linear in linears)
+    if fp8 and not biased and all(isinstance(weight, NF4Weight) for weight in frozen):
+        group = LoraGroup(linears)
+        return replace(group, largest=largest_weight(frozen)) if group.rank else group
+    return LoraGroup(linears)
 
 
 def _linear(module: nn.Module, name: str) -> LoraLinear:

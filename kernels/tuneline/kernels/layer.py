@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tuneline.kernels.activation_lora import activation_lora_backward
 from tuneline.kernels.attention import (
     AttentionConfig,
     AttentionPlan,
@@ -33,18 +34,13 @@ from tuneline.kernels.attention import (
     attention_forward,
 )
 from tuneline.kernels.copy_rows import copy_rows
-from tuneline.kernels.gated_activation import (
-    gated_activation_backward,
-    gated_activation_forward,
-)
-from tuneline.kernels.lora import (
-    LoraGradients,
-    LoraGroup,
+from tuneline.kernels.gated_activation import gated_activation_forward
+from tuneline.kernels.lora import LoraGradients, LoraGroup, mm_wide
+from tuneline.kernels.operands import (
+    Fp8Operands,
+    WideOperands,
     augmented_input,
-    build_arena,
-    group_forward,
-    group_input_gradient,
-    write_lora_columns,
+    group_operands,
 )
 from tuneline.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from tuneline.kernels.rope import rope_backward, rope_forward
@@ -107,7 +103,7 @@ class _AttentionHalf:
     o_input_TKP: Tensor
     x2_TC: Tensor
     o_TC: Tensor | None
-    o_arena: Tensor | None
+    o_operands: WideOperands | Fp8Operands | None
 
 
 def fused_layer(
@@ -149,7 +145,7 @@ def layer_forward(
     """Return y and what the backward wants beside x; records no gradient."""
     x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
     half = _attention_half(x_TC, x_BLC.shape, cos, sin, weights, call.plan)
-    half.o_arena = None
+    half.o_operands = None
     saved: list[Tensor | None] = []
     if call.keep or call.parks:
         # What can be parked comes first. Without a head norm q and k are views of qkv.
@@ -188,9 +184,9 @@ def layer_backward(
     if call.keep:
         half = _AttentionHalf(qkv_TN, q, k, tuple(attention_saved), o_input_TKP, x2_TC, o_TC, None)
     elif call.parks:
-        o_arena = _arena(weights.o, x_TC)
+        o_operands = group_operands(weights.o, x_TC)
         half = _after_attention(
-            x_TC, qkv_TN, q, k, tuple(attention_saved), o_input_TKP, o_arena, weights
+            x_TC, qkv_TN, q, k, tuple(attention_saved), o_input_TKP, o_operands, weights
         )
     else:
         half = _attention_half(x_TC, x_BLC.shape, cos, sin, weights, call.plan)
@@ -205,18 +201,18 @@ def layer_backward(
 
 
 def _normed_input(
-    x_TC: Tensor, norm: Tensor, weights: LayerWeights, group: LoraGroup, arena: Tensor
+    x_TC: Tensor,
+    norm: Tensor,
+    weights: LayerWeights,
+    group: LoraGroup,
+    operands: WideOperands | Fp8Operands,
 ) -> tuple[Tensor, Tensor]:
     """Return X' = [norm(x) | norm(x) A^T] and rstd."""
     x_TKP = augmented_input(x_TC.shape[0], group, x_TC)
     out = x_TKP[:, : group.num_in]
     _, _, rstd_T = rms_norm_forward(x_TC, norm, weights.eps, gemma=weights.gemma, out=out)
-    write_lora_columns(x_TKP, arena, group)
+    operands.write_lora_columns(x_TKP)
     return x_TKP, rstd_T
-
-
-def _arena(group: LoraGroup, like: Tensor) -> Tensor:
-    return build_arena(group, dtype=like.dtype, device=like.device)
 
 
 def _split_heads(
@@ -235,10 +231,10 @@ def _attention_half(
     weights: LayerWeights,
     plan: AttentionPlan,
 ) -> _AttentionHalf:
-    arena = _arena(weights.qkv, x_TC)
-    x_TKP, _ = _normed_input(x_TC, weights.attention_norm, weights, weights.qkv, arena)
-    qkv_TN = group_forward(x_TKP, arena, weights.qkv)
-    del arena, x_TKP
+    operands = group_operands(weights.qkv, x_TC)
+    x_TKP, _ = _normed_input(x_TC, weights.attention_norm, weights, weights.qkv, operands)
+    qkv_TN = operands.forward(x_TKP)
+    del operands, x_TKP
     q, k, v = _split_heads(qkv_TN, shape, weights.attention)
     q, k = rope_forward(
         q,
@@ -255,9 +251,9 @@ def _attention_half(
     group = weights.o
     o_input_TKP = augmented_input(x_TC.shape[0], group, x_TC)
     copy_rows(a_BLHD.flatten(2).flatten(0, 1), o_input_TKP[:, : group.num_in])
-    o_arena = _arena(group, x_TC)
-    write_lora_columns(o_input_TKP, o_arena, group)
-    return _after_attention(x_TC, qkv_TN, q, k, saved, o_input_TKP, o_arena, weights)
+    o_operands = group_operands(group, x_TC)
+    o_operands.write_lora_columns(o_input_TKP)
+    return _after_attention(x_TC, qkv_TN, q, k, saved, o_input_TKP, o_operands, weights)
 
 
 def _after_attention(
@@ -267,17 +263,16 @@ def _after_attention(
     k_BLGD: Tensor,
     saved: tuple[Tensor, ...],
     o_input_TKP: Tensor,
-    o_arena: Tensor,
+    o_operands: WideOperands | Fp8Operands,
     weights: LayerWeights,
 ) -> _AttentionHalf:
-    group = weights.o
     if weights.after_attention_norm is None:
-        x2_TC = torch.addmm(x_TC, o_input_TKP, o_arena[: group.num_out].t())
+        x2_TC = o_operands.forward(o_input_TKP, residual_TN=x_TC)
         o_TC = None
     else:
-        o_TC = group_forward(o_input_TKP, o_arena, group)
+        o_TC = o_operands.forward(o_input_TKP)
         x2_TC = _add_normed(x_TC, o_TC, weights.after_attention_norm, weights)
-    return _AttentionHalf(qkv_TN, q_BLHD, k_BLGD, saved, o_input_TKP, x2_TC, o_TC, o_arena)
+    return _AttentionHalf(qkv_TN, q_BLHD, k_BLGD, saved, o_input_TKP, x2_TC, o_TC, o_operands)
 
 
 def _attention_half_backward(
@@ -293,10 +288,10 @@ def _attention_half_backward(
     do_TC = dx2_TC
     if weights.after_attention_norm is not None:
         do_TC = _normed_gradient(dx2_TC, half.o_TC, weights.after_attention_norm, weights)
-    arena = _arena(group, x_TC) if half.o_arena is None else half.o_arena
-    half.o_arena = None
-    da_TK, g_TP = group_input_gradient(do_TC, arena, group)
-    del arena
+    operands = group_operands(group, x_TC) if half.o_operands is None else half.o_operands
+    half.o_operands = None
+    da_TK, g_TP = operands.input_gradient(do_TC)
+    del operands
     o_grads = LoraGradients(group)
     o_grads.add(
         do_TC, g_TP, half.o_input_TKP[:, : group.num_in], half.o_input_TKP[:, group.num_in :]
@@ -330,9 +325,9 @@ def _attention_half_backward(
         inplace=True,
     )
     del dq, dk, dv
-    arena = _arena(weights.qkv, x_TC)
-    x_TKP, rstd_T = _normed_input(x_TC, weights.attention_norm, weights, weights.qkv, arena)
-    dn_TC, g_TP = group_input_gradient(dqkv_TN, arena, weights.qkv)
+    operands = group_operands(weights.qkv, x_TC)
+    x_TKP, rstd_T = _normed_input(x_TC, weights.attention_norm, weights, weights.qkv, operands)
+    dn_TC, g_TP = operands.input_gradient(dqkv_TN)
     num_in = weights.qkv.num_in
     qkv_grads = LoraGradients(weights.qkv)
     qkv_grads.add(dqkv_TN, g_TP, x_TKP[:, :num_in], x_TKP[:, num_in:])
@@ -362,21 +357,18 @@ def _mlp_forward(
     y_TC = x2_TC if in_place else torch.empty_like(x2_TC)
     gate_up_TF = x2_TC.new_empty(num_tokens, gate_up.num_out) if keep else None
     down_input_TP = x2_TC.new_empty(num_tokens, down.num_columns)
-    gate_up_arena, down_arena = _arena(gate_up, x2_TC), _arena(down, x2_TC)
+    gate_up_operands, down_operands = group_operands(gate_up, x2_TC), group_operands(down, x2_TC)
     for rows in _chunks(num_tokens):
-        x_TKP, _ = _normed_input(x2_TC[rows], weights.mlp_norm, weights, gate_up, gate_up_arena)
+        x_TKP, _ = _normed_input(x2_TC[rows], weights.mlp_norm, weights, gate_up, gate_up_operands)
         out = gate_up_TF[rows] if keep else None
-        gate_up_nF = group_forward(x_TKP, gate_up_arena, gate_up, out=out)
+        gate_up_nF = gate_up_operands.forward(x_TKP, out=out)
         h_TKP = augmented_input(x_TKP.shape[0], down, x2_TC)
         gated_activation_forward(gate_up_nF, weights.activation, out=h_TKP[:, : down.num_in])
         del gate_up_nF, out
-        write_lora_columns(h_TKP, down_arena, down)
+        down_operands.write_lora_columns(h_TKP)
         down_input_TP[rows] = h_TKP[:, down.num_in :]
-        down_weight = down_arena[: down.num_out].t()
-        if sandwich:
-            torch.mm(h_TKP, down_weight, out=y_TC[rows])
-        else:
-            torch.addmm(x2_TC[rows], h_TKP, down_weight, out=y_TC[rows])
+        residual_nC = None if sandwich else x2_TC[rows]
+        down_operands.forward(h_TKP, residual_TN=residual_nC, out=y_TC[rows])
     if not sandwich:
         return y_TC, gate_up_TF, down_input_TP, None
     return (
@@ -399,25 +391,36 @@ def _mlp_backward(
     dd_TC = dy_TC
     if weights.after_mlp_norm is not None:
         dd_TC = _normed_gradient(dy_TC, d_TC, weights.after_mlp_norm, weights)
-    gate_up_arena, down_arena = _arena(gate_up, x2_TC), _arena(down, x2_TC)
+    gate_up_operands, down_operands = group_operands(gate_up, x2_TC), group_operands(down, x2_TC)
     gate_up_grads, down_grads = LoraGradients(gate_up), LoraGradients(down)
     dx2_chunks = []
     for rows in _chunks(x2_TC.shape[0]):
         x2_nC, dd_nC = x2_TC[rows], dd_TC[rows]
-        x_TKP, rstd_n = _normed_input(x2_nC, weights.mlp_norm, weights, gate_up, gate_up_arena)
+        x_TKP, rstd_n = _normed_input(x2_nC, weights.mlp_norm, weights, gate_up, gate_up_operands)
         kept = gate_up_TF is not None
-        gate_up_nF = gate_up_TF[rows] if kept else group_forward(x_TKP, gate_up_arena, gate_up)
-        dh_nF, g_TP = group_input_gradient(dd_nC, down_arena, down)
-        d_gate_up_nF, h_nF = gated_activation_backward(
-            dh_nF, gate_up_nF, weights.activation, inplace=not kept, need_h=g_TP is not None
+        gate_up_nF = gate_up_TF[rows] if kept else gate_up_operands.forward(x_TKP)
+        dh_nF, g_TP = down_operands.input_gradient(dd_nC)
+        num_in = gate_up.num_in
+        # One pass over dh, gate and up gives their gradients and two of the adapters'.
+        along = activation_lora_backward(
+            dh_nF,
+            gate_up_nF,
+            weights.activation,
+            down=down,
+            gate_up=gate_up,
+            g_TP=g_TP,
+            xa_TP=x_TKP[:, num_in:],
+            inplace=not kept,
         )
         del gate_up_nF, dh_nF
-        down_grads.add(dd_nC, g_TP, h_nF, down_input_TP[rows])
-        del h_nF
-        dn_nC, g_TP = group_input_gradient(d_gate_up_nF, gate_up_arena, gate_up)
-        num_in = gate_up.num_in
-        gate_up_grads.add(d_gate_up_nF, g_TP, x_TKP[:, :num_in], x_TKP[:, num_in:])
-        del d_gate_up_nF
+        if along.da_down is not None:
+            down_grads.add_a(along.da_down)
+            down_grads.add_b(down.blocks(mm_wide(dd_nC.t(), down_input_TP[rows])))
+        dn_nC, g_TP = gate_up_operands.input_gradient(along.d_gate_up)
+        if g_TP is not None:
+            gate_up_grads.add_a(mm_wide(g_TP.t(), x_TKP[:, :num_in]))
+            gate_up_grads.add_b(along.db_gate_up)
+        del along
         dx2_nC, _ = rms_norm_backward(
             dn_nC, x2_nC, weights.mlp_norm, rstd_n, gemma=weights.gemma, dresidual=dy_TC[rows]
         )

@@ -15,9 +15,8 @@ from 64 on):
 A bias takes one of the padded columns: ones in X', the bias in W', zeros in A, so that neither dX
 nor an adapter's gradient sees it.
 
-W' and A live in one *arena* [N + P, K + P], written once per pass and shared by forward and
-backward. P is at least 64 because cuBLAS loses 2 to 19 % at K + 16 and K + 48 (H100), and a power
-of two because one Triton block spans it.
+operands.py holds W' and A in memory. P is at least 64 because cuBLAS loses 2 to 19 % at K + 16 and
+K + 48 (H100), and a power of two because one Triton block spans it.
 
 Shapes: T tokens, K inputs, N outputs of the group, P padded columns, r rank.
 """
@@ -32,11 +31,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tuneline.kernels.copy_rows import copy_rows
-from tuneline.kernels.nf4 import NF4Weight, dequantize_nf4
+from tuneline.kernels.nf4 import NF4Weight
 
 MIN_COLUMNS = 64
 MAX_LINEARS = 3
+_PACK_BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +61,8 @@ class LoraGroup:
     """The linears that share one input, outputs stacked in this order."""
 
     linears: tuple[LoraLinear, ...]
+    largest: Tensor | None = None
+    """max |W| on the device where the group is computed in fp8, else None."""
 
     def __post_init__(self) -> None:
         """Refuse what the packing kernel has no arguments for."""
@@ -94,102 +95,57 @@ class LoraGroup:
         used = self.rank + self.has_bias
         return max(MIN_COLUMNS, triton.next_power_of_2(used)) if used else 0
 
+    def blocks(self, db_NP: Tensor) -> list[Tensor]:
+        """Return the blocks on the diagonal of dY^T (X A^T): each linear's own [N, r]."""
+        parts, row, column = [], 0, 0
+        for linear in self.linears:
+            parts.append(db_NP[row : row + linear.num_out, column : column + linear.rank])
+            row += linear.num_out
+            column += linear.rank
+        return parts
+
     def parameters(self) -> list[Tensor]:
         """Trainable tensors in the order in which `lora_gradients` returns their gradients."""
         return [t for x in self.linears if x.lora_a is not None for t in (x.lora_a, x.lora_b)]
 
 
-def build_arena(group: LoraGroup, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Write [W | sB ; A | 0] as one fresh tensor [N + P, K + P]."""
-    num_out, num_in, num_columns = group.num_out, group.num_in, group.num_columns
-    arena = torch.empty(num_out + num_columns, num_in + num_columns, dtype=dtype, device=device)
-    row = 0
-    for linear in group.linears:
-        out = arena[row : row + linear.num_out, :num_in]
-        if isinstance(linear.weight, NF4Weight):
-            dequantize_nf4(linear.weight, out=out)
-        else:
-            out.copy_(linear.weight)
-        row += linear.num_out
-    if num_columns:
-        pack = _pack_triton if arena.is_cuda else pack_reference
-        pack(group, arena)
-    return arena
-
-
-def augmented_input(num_tokens: int, group: LoraGroup, like: Tensor) -> Tensor:
-    """Allocate X' [T, K + P] for the producer of X to write its first K columns into."""
-    return like.new_empty(num_tokens, group.num_in + group.num_columns)
-
-
-def write_lora_columns(x_TKP: Tensor, arena: Tensor, group: LoraGroup) -> None:
-    """Fill the last P columns of X' with X A^T, and ones for the bias."""
-    num_out, num_in = group.num_out, group.num_in
-    if group.num_columns == 0:
-        return
-    if group.rank:
-        torch.mm(x_TKP[:, :num_in], arena[num_out:, :num_in].t(), out=x_TKP[:, num_in:])
-    else:
-        x_TKP[:, num_in:].zero_()
-    if group.has_bias:
-        x_TKP[:, num_in + group.rank] = 1
-
-
-def group_forward(
-    x_TKP: Tensor, arena: Tensor, group: LoraGroup, *, out: Tensor | None = None
-) -> Tensor:
-    """Return Y = X' W'^T, [T, N]."""
-    return torch.mm(x_TKP, arena[: group.num_out].t(), out=out)
-
-
-def group_input_gradient(
-    dy_TN: Tensor, arena: Tensor, group: LoraGroup
-) -> tuple[Tensor, Tensor | None]:
-    """Return dX [T, K] and G = dY (sB) [T, P] (None where no adapter sits in the group)."""
-    num_out, num_in = group.num_out, group.num_in
-    if group.rank == 0:
-        return torch.mm(dy_TN, arena[:num_out, :num_in]), None
-    if num_out <= num_in:
-        dyg = dy_TN.new_empty(dy_TN.shape[0], num_out + group.num_columns)
-        copy_rows(dy_TN, dyg[:, :num_out])
-        g_TP = dyg[:, num_out:]
-        torch.mm(dy_TN, arena[:num_out, num_in:], out=g_TP)
-        return torch.mm(dyg, arena[:, :num_in]), g_TP
-    dxg = torch.mm(dy_TN, arena[:num_out])
-    dx_TK, g_TP = dxg[:, :num_in], dxg[:, num_in:]
-    dx_TK.addmm_(g_TP, arena[num_out:, :num_in])
-    return dx_TK, g_TP
-
-
 @dataclass(slots=True)
 class LoraGradients:
-    """Sums a group's dA [P, K] and s-less dB [N, P] over chunks of tokens, in fp32 or wider."""
+    """Sums a group's dA and s-less dB over chunks of tokens, in fp32 or wider."""
 
     group: LoraGroup
     da_PK: Tensor | None = None
-    db_NP: Tensor | None = None
+    db_Nr: list[Tensor] | None = None
+    """One block for each linear; without its adapter an empty one."""
 
     def add(self, dy_TN: Tensor, g_TP: Tensor | None, x_TK: Tensor, xa_TP: Tensor) -> None:
         """Add one chunk's G^T X and dY^T (X A^T)."""
-        if g_TP is None:
-            return
-        da_PK, db_NP = _mm_wide(g_TP.t(), x_TK), _mm_wide(dy_TN.t(), xa_TP)
+        if g_TP is not None:
+            self.add_a(mm_wide(g_TP.t(), x_TK))
+            self.add_b(self.group.blocks(mm_wide(dy_TN.t(), xa_TP)))
+
+    def add_a(self, da_PK: Tensor) -> None:
+        """Add one chunk's G^T X; rows beyond the ranks are never looked at."""
         self.da_PK = da_PK if self.da_PK is None else self.da_PK.add_(da_PK)
-        self.db_NP = db_NP if self.db_NP is None else self.db_NP.add_(db_NP)
+
+    def add_b(self, db_Nr: list[Tensor]) -> None:
+        """Add one chunk's blocks of dY^T (X A^T)."""
+        if self.db_Nr is None:
+            self.db_Nr = db_Nr
+        else:
+            for total, block in zip(self.db_Nr, db_Nr, strict=True):
+                total.add_(block)
 
     def split(self) -> list[Tensor]:
         """Return [dA, dB] of every adapter, in the parameter's dtype."""
         grads: list[Tensor] = []
-        row = column = 0
-        for linear in self.group.linears:
-            rank = linear.rank
-            if rank:
-                da_rK = self.da_PK[column : column + rank]
-                db_Nr = self.db_NP[row : row + linear.num_out, column : column + rank]
+        column = 0
+        for index, linear in enumerate(self.group.linears):
+            if linear.rank:
+                da_rK = self.da_PK[column : column + linear.rank]
                 grads += [da_rK.to(linear.lora_a.dtype)]
-                grads += [(db_Nr * linear.scaling).to(linear.lora_b.dtype)]
-            row += linear.num_out
-            column += rank
+                grads += [(self.db_Nr[index] * linear.scaling).to(linear.lora_b.dtype)]
+            column += linear.rank
         return grads
 
 
@@ -204,26 +160,55 @@ def group_reference(x_TK: Tensor, group: LoraGroup, weights: Sequence[Tensor]) -
     return torch.cat(outputs, dim=1)
 
 
-def pack_reference(group: LoraGroup, arena: Tensor) -> None:
-    """Write the adapters and biases into the last P rows and columns of the arena."""
-    num_out, num_in = group.num_out, group.num_in
-    arena[num_out:] = 0
-    arena[:, num_in:] = 0
+def pack(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:
+    """Write blockdiag(s B) and the bias into sb [N, P], A into a [P, K], zeros elsewhere."""
+    if not sb_NP.is_cuda:
+        pack_reference(group, sb_NP, a_PK)
+        return
+    absent = LoraLinear(weight=sb_NP, num_out=0, num_in=group.num_in)
+    linears = group.linears + (absent,) * (MAX_LINEARS - len(group.linears))
+
+    def pointer(tensor: Tensor | None) -> Tensor:
+        return sb_NP if tensor is None else tensor.detach().contiguous()
+
+    num_row_blocks = triton.cdiv(group.num_out, _PACK_BLOCK)
+    _pack_kernel[(num_row_blocks + triton.cdiv(group.num_in, _PACK_BLOCK),)](
+        sb_NP,
+        a_PK,
+        *(pointer(x.lora_a) for x in linears),
+        *(pointer(x.lora_b) for x in linears),
+        *(pointer(x.bias) for x in linears),
+        *(x.num_out for x in linears),
+        *(float(x.scaling) for x in linears),
+        group.num_in,
+        sb_NP.stride(0),
+        a_PK.stride(0),
+        num_row_blocks,
+        *(x.rank for x in linears),
+        *(x.bias is not None for x in linears),
+        P=group.num_columns,
+        BLOCK=_PACK_BLOCK,
+    )
+
+
+def pack_reference(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:
+    """Compute `pack` in plain torch."""
+    sb_NP.zero_()
+    a_PK.zero_()
     row = column = 0
     for linear in group.linears:
         rows = slice(row, row + linear.num_out)
         if linear.lora_a is not None:
-            arena[rows, num_in + column : num_in + column + linear.rank] = (
-                linear.lora_b * linear.scaling
-            )
-            arena[num_out + column : num_out + column + linear.rank, :num_in] = linear.lora_a
+            columns = slice(column, column + linear.rank)
+            sb_NP[rows, columns] = (linear.lora_b * linear.scaling).to(sb_NP.dtype)
+            a_PK[columns] = linear.lora_a.to(a_PK.dtype)
         if linear.bias is not None:
-            arena[rows, num_in + group.rank] = linear.bias
+            sb_NP[rows, group.rank] = linear.bias
         row += linear.num_out
         column += linear.rank
 
 
-def _mm_wide(a: Tensor, b: Tensor) -> Tensor:
+def mm_wide(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b without rounding the sum to 16 bits where the GEMM can avoid it."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -232,7 +217,8 @@ def _mm_wide(a: Tensor, b: Tensor) -> Tensor:
 
 @triton.jit
 def _pack_kernel(
-    arena_ptr,
+    sb_ptr,
+    a_ptr,
     a0_ptr,
     a1_ptr,
     a2_ptr,
@@ -249,7 +235,8 @@ def _pack_kernel(
     s1,
     s2,
     num_in,
-    stride,
+    sb_stride,
+    a_stride,
     num_row_blocks,
     R0: tl.constexpr,
     R1: tl.constexpr,
@@ -293,8 +280,8 @@ def _pack_kernel(
                 r = row - n0 - n1
                 bias += tl.load(bias2_ptr + r, (r >= 0) & (r < n2), 0.0).to(tl.float32)
             value += tl.where((p == R0 + R1 + R2)[None, :], bias[:, None], 0.0)
-        out = arena_ptr + row[:, None].to(tl.int64) * stride + num_in + p[None, :]
-        tl.store(out, value.to(arena_ptr.dtype.element_ty), (row < num_out)[:, None])
+        out = sb_ptr + row[:, None].to(tl.int64) * sb_stride + p[None, :]
+        tl.store(out, value.to(sb_ptr.dtype.element_ty), (row < num_out)[:, None])
     else:
         # Triton 3.6 wants a name that both branches bind to have one type: other names here.
         column = (pid - num_row_blocks) * BLOCK + block
@@ -317,34 +304,5 @@ def _pack_kernel(
             a_value += tl.load(a2_ptr + a_row[:, None] * num_in + column[None, :], a_mask, 0.0).to(
                 tl.float32
             )
-        a_out = arena_ptr + (num_out + p)[:, None].to(tl.int64) * stride + column[None, :]
-        tl.store(a_out, a_value.to(arena_ptr.dtype.element_ty), (column < num_in + P)[None, :])
-
-
-def _pack_triton(group: LoraGroup, arena: Tensor) -> None:
-    """Launch `_pack_kernel`: the same writes as `pack_reference` in one launch."""
-    num_out, num_in, num_columns = group.num_out, group.num_in, group.num_columns
-    absent = LoraLinear(weight=arena, num_out=0, num_in=num_in)
-    linears = group.linears + (absent,) * (MAX_LINEARS - len(group.linears))
-
-    def pointer(tensor: Tensor | None) -> Tensor:
-        return arena if tensor is None else tensor.detach().contiguous()
-
-    block = 64
-    num_row_blocks = triton.cdiv(num_out, block)
-    grid = (num_row_blocks + triton.cdiv(num_in + num_columns, block),)
-    _pack_kernel[grid](
-        arena,
-        *(pointer(x.lora_a) for x in linears),
-        *(pointer(x.lora_b) for x in linears),
-        *(pointer(x.bias) for x in linears),
-        *(x.num_out for x in linears),
-        *(float(x.scaling) for x in linears),
-        num_in,
-        arena.stride(0),
-        num_row_blocks,
-        *(x.rank for x in linears),
-        *(x.bias is not None for x in linears),
-        P=num_columns,
-        BLOCK=block,
-    )
+        a_out = a_ptr + p[:, None].to(tl.int64) * a_stride + column[None, :]
+        tl.store(a_out, a_value.to(a_ptr.dtype.element_ty), inside)

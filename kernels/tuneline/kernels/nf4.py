@@ -29,6 +29,20 @@ _SIDE_COLS = 64
 
 
 @triton.jit
+def load_absmax(
+    block, mask, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED: tl.constexpr
+):
+    """Return the absmax of quantisation blocks, for any kernel that reads NF4."""
+    if NESTED:
+        q = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(nested_absmax_ptr + block // 256, mask=mask, other=0.0)
+        absmax = tl.load(nested_code_ptr + q) * scale + tl.load(offset_ptr)
+    else:
+        absmax = tl.load(absmax_ptr + block, mask=mask, other=0.0)
+    return absmax
+
+
+@triton.jit
 def _store_weight(
     program, words_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
     out_ptr, num_words, out_stride, K: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr,
@@ -41,13 +55,9 @@ def _store_weight(
     word = program * BLOCK + tl.arange(0, BLOCK)
     mask = word < num_words
     bits = tl.load(words_ptr + word, mask=mask, other=0)
-    block = word // 8
-    if NESTED:
-        q = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
-        scale = tl.load(nested_absmax_ptr + block // 256, mask=mask, other=0.0)
-        absmax = tl.load(nested_code_ptr + q) * scale + tl.load(offset_ptr)
-    else:
-        absmax = tl.load(absmax_ptr + block, mask=mask, other=0.0)
+    absmax = load_absmax(
+        word // 8, mask, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED
+    )
     lane = tl.arange(0, 8)
     shift = (4 * lane) ^ 4  # the even element is the high nibble of its byte
     nibble = (bits[:, None] >> shift[None, :]) & 15
@@ -155,6 +165,13 @@ class NF4Weight:
             offset=None if nested is None else state.offset,
         )
 
+    def block_absmax(self) -> torch.Tensor:
+        """Return the largest |w| of every block of 64, float32."""
+        if self.nested_absmax is None:
+            return self.absmax
+        scale = self.nested_absmax.repeat_interleave(256)[: self.absmax.numel()]
+        return self.nested_code[self.absmax.int()] * scale + self.offset
+
 
 def dequantize_nf4_reference(
     w: NF4Weight,
@@ -169,11 +186,7 @@ def dequantize_nf4_reference(
     N, K = w.shape
     out = _output(w, out, lora_a, lora_b, lora_column)
     nibbles = torch.stack([w.packed >> 4, w.packed & 15], dim=-1).view(-1)
-    absmax = w.absmax
-    if w.nested_absmax is not None:
-        scale = w.nested_absmax.repeat_interleave(256)[: absmax.numel()]
-        absmax = w.nested_code[absmax.int()] * scale + w.offset
-    absmax = absmax.repeat_interleave(64)[: N * K]  # the last block may be short
+    absmax = w.block_absmax().repeat_interleave(64)[: N * K]  # the last block may be short
     out[:N, :K] = (w.code[nibbles.int()] * absmax).view(N, K).to(out.dtype)
     if lora_b is not None:
         out[:, K:] = 0

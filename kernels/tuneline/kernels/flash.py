@@ -1,0 +1,307 @@
+"""Flash attention with a softcap: what Gemma-2 trains with and no library's backward has.
+
+    s_ij = scale q_i . k_j;  c_ij = cap tanh(s_ij / cap) with a softcap, else s_ij
+    p_ij = exp(c_ij - lse_i) over j <= i, i - j < window, j in i's sequence;  o_i = sum_j p_ij v_j
+
+    delta_i = do_i . o_i
+    dc_ij = p_ij (do_i . v_j - delta_i);  ds_ij = dc_ij (1 - (c_ij / cap)^2)
+    dq_i = scale sum_j ds_ij k_j;  dk_j = scale sum_i ds_ij q_i;  dv_j = sum_i p_ij do_i
+
+Scores never leave the chip. One program owns a block of queries (forward, dq) or of keys (dk, dv,
+over all query heads that share them), so nothing is added atomically and the same inputs give the
+same bits. Blocks that the mask hides whole are not visited.
+
+Shapes: T tokens of all sequences, one behind the other; q, o [T, H, D]; k, v [T, G, D] with
+H / G query heads a key head; cu_seqlens [S + 1] int32; lse, delta [H, T] float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_HIDDEN = tl.constexpr(-1e30)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Queries and keys of a tile, and its warps."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def _forward_blocks(head_dim: int) -> Blocks:
+    return Blocks(128, 64, 8, 2) if head_dim > 128 else Blocks(128, 64, 4, 3)
+
+
+def _dq_blocks(head_dim: int) -> Blocks:
+    return Blocks(128, 64, 8, 1) if head_dim > 128 else Blocks(64, 64, 4, 2)
+
+
+def _dkdv_blocks(head_dim: int) -> Blocks:
+    return Blocks(64, 64, 8, 2) if head_dim > 128 else Blocks(32, 128, 8, 2)
+
+
+@triton.jit
+def _cap_scores(s, cap, CAPPED: tl.constexpr):
+    """Return c and dc/ds."""
+    if CAPPED:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1): right at both infinities.
+        t = 1.0 - 2.0 / (tl.exp2(s * (2.0 * _LOG2E / cap)) + 1.0)
+        c = cap * t
+        slope = 1.0 - t * t
+    else:
+        c = s
+        slope = tl.full(s.shape, 1.0, tl.float32)
+    return c, slope
+
+
+@triton.jit
+def _visible(query, key, length, WINDOW: tl.constexpr):
+    seen = (key <= query) & (key < length) & (query < length)
+    if WINDOW > 0:
+        seen = seen & (query - key < WINDOW)
+    return seen
+
+
+@triton.jit
+def _fwd_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_seqlens_ptr, T, scale, cap,
+    q_stride, q_head, k_stride, k_head, v_stride, v_head, o_stride, o_head,
+    D: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    sequence, head = tl.program_id(2), tl.program_id(1)
+    begin = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - begin
+    # The longest rows first: the short ones fill the last wave's holes.
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
+    if first >= length:
+        return
+    query, col = first + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
+    in_head = (col < D)[None, :]
+    rows = (begin + query).to(tl.int64)[:, None]
+    inside = (query < length)[:, None] & in_head
+    q = tl.load(q_ptr + rows * q_stride + head * q_head + col[None, :], inside, 0.0)
+    k_base = k_ptr + begin.to(tl.int64) * k_stride + (head // SHARED) * k_head
+    v_base = v_ptr + begin.to(tl.int64) * v_stride + (head // SHARED) * v_head
+    top = tl.full([QUERIES], _HIDDEN, tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    o = tl.zeros([QUERIES, WIDTH], tl.float32)
+    lowest = 0
+    if WINDOW > 0:
+        lowest = tl.maximum(first - WINDOW + 1, 0) // KEYS * KEYS
+    for start in range(lowest, tl.minimum(first + QUERIES, length), KEYS):
+        key = start + tl.arange(0, KEYS)
+        there = (key < length)[:, None] & in_head
+        k = tl.load(k_base + key.to(tl.int64)[:, None] * k_stride + col[None, :], there, 0.0)
+        v = tl.load(v_base + key.to(tl.int64)[:, None] * v_stride + col[None, :], there, 0.0)
+        c, _ = _cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, cap, CAPPED)
+        seen = _visible(query[:, None], key[None, :], length, WINDOW)
+        c = tl.where(seen, c * _LOG2E, _HIDDEN)
+        new_top = tl.maximum(top, tl.max(c, 1))
+        p = tl.where(seen, tl.exp2(c - new_top[:, None]), 0.0)
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
+        top = new_top
+    total = tl.where(query < length, total, 1.0)
+    o = o / total[:, None]
+    out = o_ptr + rows * o_stride + head * o_head + col[None, :]
+    tl.store(out, o.to(o_ptr.dtype.element_ty), inside)
+    # Base 2: the backward takes exp2 too.
+    tl.store(lse_ptr + head * T + begin + query, top + tl.log2(total), query < length)
+
+
+@triton.jit
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, cu_seqlens_ptr, T, scale, cap,
+    q_stride, q_head, k_stride, k_head, v_stride, v_head, o_stride, o_head,
+    do_stride, do_head, dq_stride, dq_head,
+    D: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Compute dq, and delta for the kernel that comes after."""
+    sequence, head = tl.program_id(2), tl.program_id(1)
+    begin = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - begin
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
+    if first >= length:
+        return
+    query, col = first + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
+    in_head = (col < D)[None, :]
+    rows = (begin + query).to(tl.int64)[:, None]
+    inside = (query < length)[:, None] & in_head
+    do = tl.load(do_ptr + rows * do_stride + head * do_head + col[None, :], inside, 0.0)
+    o = tl.load(o_ptr + rows * o_stride + head * o_head + col[None, :], inside, 0.0)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta_ptr + head * T + begin + query, delta, query < length)
+    q = tl.load(q_ptr + rows * q_stride + head * q_head + col[None, :], inside, 0.0)
+    lse = tl.load(lse_ptr + head * T + begin + query, query < length, 0.0)
+    k_base = k_ptr + begin.to(tl.int64) * k_stride + (head // SHARED) * k_head
+    v_base = v_ptr + begin.to(tl.int64) * v_stride + (head // SHARED) * v_head
+    dq = tl.zeros([QUERIES, WIDTH], tl.float32)
+    lowest = 0
+    if WINDOW > 0:
+        lowest = tl.maximum(first - WINDOW + 1, 0) // KEYS * KEYS
+    for start in range(lowest, tl.minimum(first + QUERIES, length), KEYS):
+        key = start + tl.arange(0, KEYS)
+        there = (key < length)[:, None] & in_head
+        k = tl.load(k_base + key.to(tl.int64)[:, None] * k_stride + col[None, :], there, 0.0)
+        v = tl.load(v_base + key.to(tl.int64)[:, None] * v_stride + col[None, :], there, 0.0)
+        c, slope = _cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, cap, CAPPED)
+        seen = _visible(query[:, None], key[None, :], length, WINDOW)
+        p = tl.where(seen, tl.exp2(c * _LOG2E - lse[:, None]), 0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None]) * slope
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    out = dq_ptr + rows * dq_stride + head * dq_head + col[None, :]
+    tl.store(out, (dq * scale).to(dq_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, cu_seqlens_ptr, T, scale, cap,
+    q_stride, q_head, k_stride, k_head, v_stride, v_head,
+    do_stride, do_head, dk_stride, dk_head, dv_stride, dv_head,
+    D: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Compute dk and dv; scores stand transposed, keys first, as both sums want them."""
+    sequence, kv_head = tl.program_id(2), tl.program_id(1)
+    begin = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - begin
+    first = tl.program_id(0) * KEYS
+    if first >= length:
+        return
+    key, col = first + tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    in_head = (col < D)[None, :]
+    rows = (begin + key).to(tl.int64)[:, None]
+    inside = (key < length)[:, None] & in_head
+    k = tl.load(k_ptr + rows * k_stride + kv_head * k_head + col[None, :], inside, 0.0)
+    v = tl.load(v_ptr + rows * v_stride + kv_head * v_head + col[None, :], inside, 0.0)
+    dk = tl.zeros([KEYS, WIDTH], tl.float32)
+    dv = tl.zeros([KEYS, WIDTH], tl.float32)
+    end = length
+    if WINDOW > 0:
+        end = tl.minimum(length, first + KEYS + WINDOW - 1)
+    for shared in range(SHARED):
+        head = kv_head * SHARED + shared
+        q_base = q_ptr + begin.to(tl.int64) * q_stride + head * q_head
+        do_base = do_ptr + begin.to(tl.int64) * do_stride + head * do_head
+        for start in range(first // QUERIES * QUERIES, end, QUERIES):
+            query = start + tl.arange(0, QUERIES)
+            there = (query < length)[:, None] & in_head
+            wide = query.to(tl.int64)[:, None]
+            q = tl.load(q_base + wide * q_stride + col[None, :], there, 0.0)
+            do = tl.load(do_base + wide * do_stride + col[None, :], there, 0.0)
+            lse = tl.load(lse_ptr + head * T + begin + query, query < length, 0.0)
+            delta = tl.load(delta_ptr + head * T + begin + query, query < length, 0.0)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+            c, slope = _cap_scores(s, cap, CAPPED)
+            seen = _visible(query[None, :], key[:, None], length, WINDOW)
+            p = tl.where(seen, tl.exp2(c * _LOG2E - lse[None, :]), 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            ds = p * (dp - delta[None, :]) * slope
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    dk_out = dk_ptr + rows * dk_stride + kv_head * dk_head + col[None, :]
+    dv_out = dv_ptr + rows * dv_stride + kv_head * dv_head + col[None, :]
+    tl.store(dk_out, (dk * scale).to(dk_ptr.dtype.element_ty), inside)
+    tl.store(dv_out, dv.to(dv_ptr.dtype.element_ty), inside)
+
+
+def _sizes(
+    q: Tensor, k: Tensor, window: int | None, softcap: float | None, blocks: Blocks
+) -> dict[str, int | bool]:
+    head_dim = q.shape[2]
+    return {
+        "D": head_dim,
+        "WIDTH": max(16, triton.next_power_of_2(head_dim)),
+        "SHARED": q.shape[1] // k.shape[1],
+        "WINDOW": window or 0,
+        "CAPPED": softcap is not None,
+        "QUERIES": blocks.queries,
+        "KEYS": blocks.keys,
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+    }
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    assert all(t.stride(2) == 1 for t in tensors), "heads must be contiguous"
+    return [stride for t in tensors for stride in t.stride()[:2]]
+
+
+def flash_forward(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return o [T, H, D] and lse [H, T] (base 2); unit stride along D, any other strides.
+
+    `window` counts the token itself; `longest` is the longest sequence's length, or more.
+    """
+    T, H, D = q_THD.shape
+    o_THD = torch.empty(T, H, D, dtype=q_THD.dtype, device=q_THD.device)
+    lse_HT = torch.empty(H, T, dtype=torch.float32, device=q_THD.device)
+    blocks = _forward_blocks(D)
+    grid = (triton.cdiv(longest, blocks.queries), H, cu_seqlens.numel() - 1)
+    _fwd_kernel[grid](
+        q_THD, k_TGD, v_TGD, o_THD, lse_HT, cu_seqlens, T, scale, softcap or 1.0,
+        *_strides(q_THD, k_TGD, v_TGD, o_THD),
+        **_sizes(q_THD, k_TGD, window, softcap, blocks),
+    )  # fmt: skip
+    return o_THD, lse_HT
+
+
+def flash_backward(
+    do_THD: Tensor,
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    o_THD: Tensor,
+    lse_HT: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dq, dk, dv), contiguous, in the shapes of q, k, v."""
+    T, H, D = q_THD.shape
+    dq, dk, dv = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THD, k_TGD, v_TGD)
+    )
+    delta_HT = torch.empty_like(lse_HT)
+    num_sequences = cu_seqlens.numel() - 1
+    blocks = _dq_blocks(D)
+    _dq_kernel[(triton.cdiv(longest, blocks.queries), H, num_sequences)](
+        q_THD, k_TGD, v_TGD, o_THD, do_THD, dq, lse_HT, delta_HT, cu_seqlens,
+        T, scale, softcap or 1.0,
+        *_strides(q_THD, k_TGD, v_TGD, o_THD, do_THD, dq),
+        **_sizes(q_THD, k_TGD, window, softcap, blocks),
+    )  # fmt: skip
+    blocks = _dkdv_blocks(D)
+    _dkdv_kernel[(triton.cdiv(longest, blocks.keys), k_TGD.shape[1], num_sequences)](
+        q_THD, k_TGD, v_TGD, do_THD, dk, dv, lse_HT, delta_HT, cu_seqlens,
+        T, scale, softcap or 1.0,
+        *_strides(q_THD, k_TGD, v_TGD, do_THD, dk, dv),
+        **_sizes(q_THD, k_TGD, window, softcap, blocks),
+    )  # fmt: skip
+    return dq, dk, dv

@@ -1,0 +1,152 @@
+"""A group's frozen weights and adapters as GEMM operands, in bf16 or fp8.
+
+Both kinds do what lora.py's equations say; they are made anew in each pass, from NF4.
+
+*Wide*: one arena [N + P, K + P] in the model's dtype holds [W | sB ; A | .], dequantised once.
+*Fp8*: [W | sB] as e4m3 rows for the forward, [W^T | A^T] as e4m3 rows for the input gradient, each
+made when first asked for; the inputs are quantised a row at a time, the adapter's columns with
+them. X A^T, G and the adapters' gradients are computed in bf16 from bf16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tuneline.kernels.copy_rows import copy_rows
+from tuneline.kernels.fp8 import nf4_to_fp8, quantize_rows, scaled_mm
+from tuneline.kernels.lora import LoraGroup, pack
+from tuneline.kernels.nf4 import NF4Weight, dequantize_nf4
+
+
+def group_operands(group: LoraGroup, like: Tensor) -> WideOperands | Fp8Operands:
+    """Make the operands in the dtype and on the device of `like`."""
+    return WideOperands(group, like) if group.largest is None else Fp8Operands(group, like)
+
+
+def augmented_input(num_tokens: int, group: LoraGroup, like: Tensor) -> Tensor:
+    """Allocate X' [T, K + P] for the producer of X to write its first K columns into."""
+    return like.new_empty(num_tokens, group.num_in + group.num_columns)
+
+
+class WideOperands:
+    """The arena and its products."""
+
+    def __init__(self, group: LoraGroup, like: Tensor) -> None:
+        """Dequantise the weights and pack the adapters beside them."""
+        num_out, num_in, num_columns = group.num_out, group.num_in, group.num_columns
+        self._group = group
+        self._arena = like.new_empty(num_out + num_columns, num_in + num_columns)
+        row = 0
+        for linear in group.linears:
+            out = self._arena[row : row + linear.num_out, :num_in]
+            if isinstance(linear.weight, NF4Weight):
+                dequantize_nf4(linear.weight, out=out)
+            else:
+                out.copy_(linear.weight)
+            row += linear.num_out
+        if num_columns:
+            pack(group, self._arena[:num_out, num_in:], self._arena[num_out:, :num_in])
+
+    def write_lora_columns(self, x_TKP: Tensor) -> None:
+        """Fill the last P columns of X' with X A^T, and ones for the bias."""
+        num_out, num_in = self._group.num_out, self._group.num_in
+        if self._group.num_columns == 0:
+            return
+        if self._group.rank:
+            a_PK = self._arena[num_out:, :num_in]
+            torch.mm(x_TKP[:, :num_in], a_PK.t(), out=x_TKP[:, num_in:])
+        else:
+            x_TKP[:, num_in:].zero_()
+        if self._group.has_bias:
+            x_TKP[:, num_in + self._group.rank] = 1
+
+    def forward(
+        self, x_TKP: Tensor, *, residual_TN: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Return Y = X' W'^T, [T, N], plus the residual; `out` may be the residual."""
+        weight = self._arena[: self._group.num_out].t()
+        if residual_TN is None:
+            return torch.mm(x_TKP, weight, out=out)
+        return torch.addmm(residual_TN, x_TKP, weight, out=out)
+
+    def input_gradient(self, dy_TN: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return dX [T, K] and G = dY (sB) [T, P] (None where no adapter sits in the group)."""
+        num_out, num_in = self._group.num_out, self._group.num_in
+        arena = self._arena
+        if self._group.rank == 0:
+            return torch.mm(dy_TN, arena[:num_out, :num_in]), None
+        if num_out <= num_in:
+            dyg = dy_TN.new_empty(dy_TN.shape[0], num_out + self._group.num_columns)
+            copy_rows(dy_TN, dyg[:, :num_out])
+            g_TP = dyg[:, num_out:]
+            torch.mm(dy_TN, arena[:num_out, num_in:], out=g_TP)
+            return torch.mm(dyg, arena[:, :num_in]), g_TP
+        dxg = torch.mm(dy_TN, arena[:num_out])
+        dx_TK, g_TP = dxg[:, :num_in], dxg[:, num_in:]
+        dx_TK.addmm_(g_TP, arena[num_out:, :num_in])
+        return dx_TK, g_TP
+
+
+class Fp8Operands:
+    """NF4 weights as e4m3; every group of this kind has an adapter and no bias."""
+
+    def __init__(self, group: LoraGroup, like: Tensor) -> None:
+        """Pack the adapters; the weights come when they are asked for."""
+        self._group = group
+        self._sb_NP = like.new_empty(group.num_out, group.num_columns)
+        self._a_PK = like.new_empty(group.num_columns, group.num_in)
+        pack(group, self._sb_NP, self._a_PK)
+        self._forward: tuple[Tensor, Tensor] | None = None
+        self._backward: tuple[Tensor, Tensor] | None = None
+
+    def write_lora_columns(self, x_TKP: Tensor) -> None:
+        """Fill the last P columns of X' with X A^T."""
+        num_in = self._group.num_in
+        torch.mm(x_TKP[:, :num_in], self._a_PK.t(), out=x_TKP[:, num_in:])
+
+    def forward(
+        self, x_TKP: Tensor, *, residual_TN: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Return Y = X' W'^T, [T, N], plus the residual; `out` may be the residual."""
+        if self._forward is None:
+            self._forward = self._weight_rows()
+        x8, scale = quantize_rows(x_TKP)
+        if residual_TN is None:
+            return scaled_mm(x8, scale, *self._forward, dtype=x_TKP.dtype, out=out)
+        y_TN = scaled_mm(x8, scale, *self._forward, dtype=x_TKP.dtype)
+        return torch.add(residual_TN, y_TN, out=y_TN if out is None else out)
+
+    def input_gradient(self, dy_TN: Tensor) -> tuple[Tensor, Tensor]:
+        """Return dX [T, K] and G = dY (sB) [T, P]."""
+        if self._backward is None:
+            self._backward = self._weight_columns()
+        g_TP = torch.mm(dy_TN, self._sb_NP)
+        dy8, scale = quantize_rows(dy_TN, side_TP=g_TP)
+        return scaled_mm(dy8, scale, *self._backward, dtype=dy_TN.dtype), g_TP
+
+    def _weight_rows(self) -> tuple[Tensor, Tensor]:
+        group = self._group
+        w8 = self._sb_NP.new_empty(
+            group.num_out, group.num_in + group.num_columns, dtype=torch.float8_e4m3fn
+        )
+        _, scale_N = quantize_rows(self._sb_NP, floor=group.largest, out=w8[:, group.num_in :])
+        row = 0
+        for linear in group.linears:
+            rows = slice(row, row + linear.num_out)
+            nf4_to_fp8(linear.weight, scale_N[rows], out=w8[rows, : group.num_in])
+            row += linear.num_out
+        return w8, scale_N
+
+    def _weight_columns(self) -> tuple[Tensor, Tensor]:
+        group = self._group
+        v8 = self._sb_NP.new_empty(
+            group.num_in, group.num_out + group.num_columns, dtype=torch.float8_e4m3fn
+        )
+        _, scale_K = quantize_rows(self._a_PK.t(), floor=group.largest, out=v8[:, group.num_out :])
+        row = 0
+        for linear in group.linears:
+            columns = slice(row, row + linear.num_out)
+            nf4_to_fp8(linear.weight, scale_K, out=v8[:, columns], transposed=True)
+            row += linear.num_out
+        return v8, scale_K
