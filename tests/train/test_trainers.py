@@ -78,7 +78,6 @@ def test_loss_and_gradient_equal_those_made_by_hand(
         ).backward()
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
-    assert trainer.run_state.num_tokens == sum(len(row["input_ids"]) for row in answer_rows)
 
 
 def test_trls_own_loss_agrees(dataset_dir, answer_rows, tiny_model_dir, tmp_path):

@@ -61,8 +61,25 @@ def training_arguments(
     device: str,
     work_dir: Path,
     cache_reference: bool = False,
+    num_ranks: int = 1,
+    deepspeed: dict[str, Any] | None = None,
 ) -> "TrainingArguments":
-    """Return an SFTConfig or a DPOConfig; of the latter, `cache_reference` is the default."""
+    """Return an SFTConfig or a DPOConfig, of one rank.
+
+    Args:
+        config: the recipe's part, of a whole step.
+        method: of the data set.
+        learning_rate: the schedule's highest.
+        num_steps: of the run.
+        max_seq_length: of a pack.
+        evaluates: whether there are rows for it.
+        dtype: to compute in.
+        device: "cpu" or "cuda".
+        work_dir: for what the libraries write.
+        cache_reference: the default of what a recipe says for DPO.
+        num_ranks: who share the forwards of a step.
+        deepspeed: its configuration, where it runs.
+    """
     import torch
 
     warmup_steps = config.warmup_steps
@@ -84,7 +101,7 @@ def training_arguments(
         "max_steps": num_steps,
         "per_device_train_batch_size": config.per_device_train_batch_size,
         "per_device_eval_batch_size": config.per_device_train_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps // num_ranks,
         "optim": config.optim,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
@@ -103,6 +120,13 @@ def training_arguments(
         "logging_nan_inf_filter": False,
         # Checkpoints are asked for by ResumableTrainer, by time and not by steps.
         "save_strategy": "no",
+        # `SharedStepTrainer` counts over ranks, and divides by it.
+        "average_tokens_across_devices": False,
+        "ddp_backend": "gloo" if device == "cpu" and num_ranks > 1 else None,
+        "ddp_find_unused_parameters": False,
+        # A model's buffers are tables that every rank has made for itself.
+        "ddp_broadcast_buffers": False,
+        "deepspeed": deepspeed,
         "report_to": trackers(config) or "none",
         "disable_tqdm": True,
     }

@@ -11,6 +11,7 @@ from transformers.trainer_callback import PrinterCallback
 from tuneline import nf4
 from tuneline.artifacts import PROGRESS_FILE, DatasetManifest, ModelOrigin, TrainingSummary
 from tuneline.errors import StoppedError
+from tuneline.train import ranks, zero2
 from tuneline.train.adapter import keep_adapter_in_fp32, lora_config, save_adapter
 from tuneline.train.arguments import num_total_steps, training_arguments
 from tuneline.train.best import BestAdapterCallback
@@ -23,6 +24,7 @@ from tuneline.train.kernels import can_fuse, fuse_model, fuse_trainer
 from tuneline.train.metrics import eval_gap
 from tuneline.train.precision import choose_dtype, peak_memory_bytes
 from tuneline.train.progress import ProgressCallback
+from tuneline.train.rank import OutOfMemory
 from tuneline.train.rates import auto_learning_rate
 from tuneline.train.rows import load_rows
 from tuneline.train.telemetry import TelemetryCallback, costs, keep_progress_file
@@ -34,15 +36,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class OutOfMemory(Exception):
-    """The device's memory was full in a training step."""
-
-
 def train(
     config: TrainConfig,
     *,
     plan: Plan,
     num_out_of_memory: int,
+    divides_optimizer: bool,
     origin: ModelOrigin,
     manifest: DatasetManifest,
     tokenizer: "PreTrainedTokenizerBase",
@@ -54,6 +53,9 @@ def train(
     store: CheckpointStore,
 ) -> TrainingSummary:
     """Train from the newest checkpoint, where there is one, to the end, and save the adapter.
+
+    On several ranks every one of them calls this with the same; the first one writes, and what it
+    returns is of all.
 
     Raises:
         OutOfMemory: in a step; the checkpoints before it are there.
@@ -67,11 +69,16 @@ def train(
         logger.info(
             "learning rate %g, for %s on %d rows", rate, manifest.method, manifest.num_train_rows
         )
-    rows, eval_rows = load_rows(
-        dataset_dir, manifest, packing=config.packing, cache_dir=work_dir / "rows"
-    )
+    with ranks.first_goes_first():
+        rows, eval_rows = load_rows(
+            dataset_dir, manifest, packing=config.packing, cache_dir=work_dir / "rows"
+        )
     num_steps = num_total_steps(config, len(rows))
     rows_a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    deepspeed = None
+    if divides_optimizer:
+        deepspeed = zero2.zero2_config(config, num_ranks=ranks.num_ranks(), dtype=dtype)
+        config = config.model_copy(update={"optim": zero2.OPTIMIZER})
     arguments = training_arguments(
         config,
         method=manifest.method,
@@ -83,8 +90,15 @@ def train(
         device=device,
         work_dir=work_dir,
         cache_reference=num_steps * rows_a_step > len(rows),
+        num_ranks=ranks.num_ranks(),
+        deepspeed=deepspeed,
     )
-    model = nf4.load_base(base_model_dir, dtype=dtype, device=device, quantized=config.load_in_4bit)
+    model = nf4.load_base(
+        base_model_dir,
+        dtype=dtype,
+        device=ranks.device_name(device),
+        quantized=config.load_in_4bit,
+    )
     fuses = can_fuse(config.kernels, device)
     if fuses:
         fuse_model(model)
@@ -99,13 +113,18 @@ def train(
     trainer.remove_callback(PrinterCallback)
     state = trainer.run_state
     state.plan, state.num_out_of_memory = plan, num_out_of_memory
+    state.divides_optimizer = divides_optimizer
     trainer.max_skipped_in_a_row = config.max_skipped_in_a_row
-    progress = ProgressCallback(state)
+    progress = ProgressCallback(state, shows=ranks.is_first())
     trainer.add_callback(progress)
     progress_path = store.directory / PROGRESS_FILE
     trainer.add_callback(TelemetryCallback(state, progress_path, device))
     trainer.add_callback(BestAdapterCallback(trainer, config.early_stopping_patience))
     keep_adapter_in_fp32(trainer.model)
+    # Every rank has read the frozen base from the same files: DDP need not send it.
+    trainer.model._ddp_params_and_buffers_to_ignore = [
+        name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad
+    ]
     kernels = fuse_trainer(trainer) if fuses else "off"
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     logger.info(
@@ -118,7 +137,7 @@ def train(
     )
     with contextlib.closing(progress), stop_on_sigterm() as stop:
         trainer.keep_checkpoints(store, minutes=config.checkpoint_minutes, stop=stop)
-        checkpoint = store.latest()
+        checkpoint = ranks.from_first(store.latest)
         if checkpoint is not None:
             logger.info("continuing from %s", checkpoint)
         try:
@@ -131,15 +150,16 @@ def train(
             )
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(str(error).splitlines()[0]) from None
-        if stop.is_made and not trainer.is_done:
+        if trainer.stops and not trainer.is_done:
             raise StoppedError(
                 f"stopped by SIGTERM after step {trainer.state.global_step} of "
                 f"{trainer.state.max_steps}: run the step again with the checkpoints in "
                 f"{store.directory}, and it continues there"
             )
     trainer.restore_best()
-    save_adapter(trainer.model, directory, origin)
-    keep_progress_file(progress_path, directory)
+    if ranks.is_first():
+        save_adapter(trainer.model, directory, origin)
+        keep_progress_file(progress_path, directory)
     history = state.history
     losses = [point.loss for point in history if point.loss is not None]
     eval_losses = [point.eval_loss for point in history if point.eval_loss is not None]
@@ -156,8 +176,9 @@ def train(
         compute_dtype=str(dtype).removeprefix("torch."),
         kernels=kernels,
         device=device,
+        num_ranks=ranks.num_ranks(),
         tokens_per_second=state.num_tokens / max(state.step_seconds, 1e-9),
-        peak_memory_bytes=peak_memory_bytes(device),
+        peak_memory_bytes=ranks.highest(peak_memory_bytes(device)),
         history=history,
         learning_rate=rate,
         best_step=state.best_step,

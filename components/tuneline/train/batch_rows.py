@@ -1,6 +1,5 @@
 """Which rows of the data set a batch was made of."""
 
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from tuneline.train.rows import rows_in_packs
 def rows_of_batches(
     trainer: Any,
     step: int,
-    batches: list[int],
+    batches: list[tuple[int, int]],
     dataset_dir: Path,
     manifest: DatasetManifest,
     packing: bool,
@@ -21,13 +20,18 @@ def rows_of_batches(
 
     The order is drawn again, and rows are packed again with their numbers: a run that goes well
     carries nothing along for this.
+
+    Args:
+        trainer: of the run.
+        step: the optimizer step, from 1.
+        batches: rank and number within the step.
+        dataset_dir: what prepare made.
+        manifest: its record.
+        packing: whether rows were packed.
     """
-    loader = trainer.get_train_dataloader()
-    num_accumulated = trainer.args.gradient_accumulation_steps
-    epoch, within = divmod(step - 1, math.ceil(len(loader) / num_accumulated))
-    loader.set_epoch(epoch)
-    order = list(loader.batch_sampler)
-    found = {index for number in batches for index in order[within * num_accumulated + number]}
+    epoch, within = divmod(step - 1, trainer.train_batches.num_steps)
+    of_step = trainer.train_batches.of_step(epoch, within)
+    found = {index for rank, number in batches for index in of_step[rank][number]}
     if manifest.method == "dpo" or not packing:
         return sorted(found)
     with tempfile.TemporaryDirectory() as cache:

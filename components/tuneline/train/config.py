@@ -55,6 +55,12 @@ class TrainConfig(StrictModel):
     per_device_train_batch_size: int = Field(2, ge=1)
     """Rows, or packs of rows, a forward."""
     gradient_accumulation_steps: int = Field(4, ge=1)
+    """Forwards a step, of all ranks together: a step has the same rows on any number of them."""
+    num_ranks: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Processes that share the rows of every step, each with a GPU of its own; auto: as many as the
+    step is given GPUs, and one on a CPU."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the host's memory; only several GPUs can."""
     packing: bool = True
     """Lay short rows end to end up to max_seq_length; they do not attend across each other."""
     optim: str = "adamw_8bit"

@@ -5,6 +5,7 @@ and no moment is ever touched by them, and it is counted. Several in a row are n
 run goes back to the last checkpoint before them and on with a lower rate, twice at most.
 """
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 
 from tuneline.artifacts import TRAIN_FILE, DatasetManifest
 from tuneline.errors import TrainingError
+from tuneline.train import ranks
 from tuneline.train.batch_rows import rows_of_batches
+from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)
@@ -39,8 +42,8 @@ class GuardedTrainer(ResumableTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.max_skipped_in_a_row = 3
-        self.bad_batches: list[int] = []
-        """The micro-batches at fault in the last step that was skipped, from 0."""
+        self.bad_batches: list[tuple[int, int]] = []
+        """The micro-batches at fault in the last step that was skipped: rank and number, from 0."""
         self._losses: list[torch.Tensor] = []
         self._loss_before_step = torch.zeros(())
         self.last_skipped_step = 0
@@ -58,15 +61,20 @@ class GuardedTrainer(ResumableTrainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Called once a step, after clipping and before the optimizer.
         norm = super()._get_grad_norm(model, grad_norm)
-        finite = torch.stack([torch.isfinite(loss) for loss in self._losses]).tolist()
+        own = torch.stack([torch.isfinite(loss) for loss in self._losses]).int()
+        finite = ranks.gathered(own).tolist()
         self._losses.clear()
         norm_is_bad = not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm))
-        if all(finite) and not norm_is_bad:
+        if self.is_deepspeed_enabled:
+            # It has looked for itself, and taken or skipped the step by now.
+            norm_is_bad = norm_is_bad or self.accelerator.optimizer_step_was_skipped
+        if all(map(all, finite)) and not norm_is_bad:
             self.run_state.skipped_in_a_row = 0
             return norm
-        bad = [number for number, is_finite in enumerate(finite) if not is_finite]
+        places = [(rank, number) for rank, row in enumerate(finite) for number in range(len(row))]
+        bad = [(rank, number) for rank, number in places if not finite[rank][number]]
         # A bad gradient behind good losses: which batch made it is not known any more.
-        self.bad_batches = bad or list(range(len(finite)))
+        self.bad_batches = bad or places
         self.bad_value = "the loss" if bad else "the gradient"
         self._skip_step(model)
         return None
@@ -92,7 +100,7 @@ class GuardedTrainer(ResumableTrainer):
             raise Diverged
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self.run_state.skipped_in_a_row and not self.stop.is_made:
+        if self.run_state.skipped_in_a_row and not self.stops:
             # The newest checkpoint stays one from before the trouble.
             self.control.should_save = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -113,7 +121,8 @@ def train_through(
             where no rate has had a part in it. Names the rows of the last batch at fault.
     """
     state = trainer.run_state
-    assert trainer.store is not None
+    store = trainer.store
+    assert store is not None
     carried: dict[str, Any] = {}
     while True:
         try:
@@ -121,8 +130,7 @@ def train_through(
         except Diverged:
             last_good = trainer.state.global_step + 1 - state.skipped_in_a_row
             if last_good > 0 and state.num_rollbacks < MAX_ROLLBACKS:
-                trainer.store.discard_after(last_good)
-                checkpoint = trainer.store.latest()
+                checkpoint = ranks.from_first(functools.partial(_back_to, store, last_good))
                 carried = {
                     "num_skipped_steps": state.num_skipped_steps,
                     "num_rollbacks": state.num_rollbacks + 1,
@@ -139,6 +147,11 @@ def train_through(
         if state.skipped_in_a_row and not any(point.loss is not None for point in state.history):
             raise _gave_up(trainer, dataset_dir, manifest, packing)
         return
+
+
+def _back_to(store: CheckpointStore, step: int) -> Path | None:
+    store.discard_after(step)
+    return store.latest()
 
 
 def _gave_up(

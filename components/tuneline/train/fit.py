@@ -7,6 +7,7 @@ cut no row. The same is done when memory runs out in spite of the estimate.
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,31 @@ class Plan(StrictModel):
         """What it says of a TrainConfig."""
         return self.model_dump(exclude={"max_seq_length"})
 
+    def shared_by(self, num_ranks: int) -> "Plan":
+        """Return a plan with the rows of a step of this, whose forwards ranks can share equally.
+
+        Raises:
+            RecipeError: they cannot.
+        """
+        in_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if in_step % num_ranks:
+            raise RecipeError(
+                f"train: a step of {in_step} rows (per_device_train_batch_size "
+                f"{self.per_device_train_batch_size} x gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}) cannot be shared equally by {num_ranks} "
+                f"ranks: make it a multiple of {num_ranks}, or set train.num_ranks to "
+                f"{math.gcd(in_step, num_ranks)}"
+            )
+        share = in_step // num_ranks
+        most = min(share, self.per_device_train_batch_size)
+        rows = max(number for number in range(1, most + 1) if share % number == 0)
+        return self.model_copy(
+            update={
+                "per_device_train_batch_size": rows,
+                "gradient_accumulation_steps": in_step // rows,
+            }
+        )
+
     def at_most(self, other: "Plan") -> "Plan":
         """Return a plan that takes no more memory than either, with the rows of a step of this."""
         rows = min(self.per_device_train_batch_size, other.per_device_train_batch_size)
@@ -58,14 +84,18 @@ class Plan(StrictModel):
         )
 
 
-def first_plan(config: TrainConfig, manifest: DatasetManifest) -> Plan:
-    """Return the recipe's own settings."""
+def first_plan(config: TrainConfig, manifest: DatasetManifest, num_ranks: int = 1) -> Plan:
+    """Return the recipe's own settings, with a step's forwards such that ranks can share them.
+
+    Raises:
+        RecipeError: see `Plan.shared_by`.
+    """
     return Plan(
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=config.gradient_checkpointing,
         max_seq_length=manifest.max_seq_length,
-    )
+    ).shared_by(num_ranks)
 
 
 def smaller_plan(plan: Plan, *, min_length: int | None = None) -> Plan | None:
@@ -112,6 +142,7 @@ def fitting_plan(
     shape: Shape,
     settings: Settings,
     available_bytes: int,
+    num_ranks: int = 1,
 ) -> tuple[Plan, MemoryEstimate]:
     """Return the first plan whose estimate fits, and the estimate.
 
@@ -121,11 +152,12 @@ def fitting_plan(
         shape: of the base model.
         settings: of the run as the recipe has it.
         available_bytes: what is free on the device.
+        num_ranks: who share a step.
 
     Raises:
         RecipeError: it does not fit as it is and `fit` is refuse, or nothing fits.
     """
-    asked = first_plan(config, manifest)
+    asked = first_plan(config, manifest, num_ranks)
     is_packed = config.packing and manifest.method != "dpo"
     longest = manifest.max_seq_length if is_packed else manifest.lengths.max
     needed = _estimate(shape, settings, asked, longest)
@@ -164,9 +196,15 @@ def fitting_plan(
 
 
 def run_settings(
-    config: TrainConfig, manifest: DatasetManifest, *, itemsize: int, device: str, fused: bool
+    config: TrainConfig,
+    manifest: DatasetManifest,
+    *,
+    itemsize: int,
+    device: str,
+    fused: bool,
+    num_sharing: int = 1,
 ) -> Settings:
-    """Return what the estimate needs to know of a run."""
+    """Return what the estimate needs to know of a run, of `num_sharing` ranks with ZeRO-2."""
     tiled = device != "cpu" or manifest.method == "dpo"
     return Settings(
         rows=config.per_device_train_batch_size,
@@ -178,11 +216,12 @@ def run_settings(
         method=manifest.method,
         loss="tiled" if tiled else "whole",
         fused=fused,
+        num_ranks=num_sharing,
     )
 
 
-def available_memory(config: TrainConfig, device: str) -> int:
-    """Return how many bytes a run may still take: what is free, or what the recipe grants."""
+def available_memory(config: TrainConfig, device: str, num_ranks: int = 1) -> int:
+    """Return how many bytes a rank may still take: what is free, or what the recipe grants."""
     if config.memory_gib is not None:
         return int(config.memory_gib * GIB)
     if device != "cpu":
@@ -193,7 +232,8 @@ def available_memory(config: TrainConfig, device: str) -> int:
 
     free = psutil.virtual_memory().available
     limit = _container_headroom()
-    return free if limit is None else min(free, limit)
+    # Ranks on a CPU share its memory; on GPUs each has its own.
+    return (free if limit is None else min(free, limit)) // num_ranks
 
 
 def _container_headroom(root: Path = Path("/sys/fs/cgroup")) -> int | None:

@@ -30,10 +30,14 @@ _FIELDS = {
 
 
 class ProgressCallback(TrainerCallback):
-    """Show progress and gather history: a bar on a terminal, else a line now and then."""
+    """Show progress and gather history: a bar on a terminal, else a line now and then.
 
-    def __init__(self, run_state: RunState) -> None:
+    Of several ranks all gather, and one shows.
+    """
+
+    def __init__(self, run_state: RunState, *, shows: bool = True) -> None:
         self._run_state = run_state
+        self._shows = shows
         self._note = ""
         self._step_began = 0.0
         self._last_line = 0.0
@@ -43,6 +47,8 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say how many steps there will be, and open the bar, on a terminal."""
         self._last_line = time.monotonic()
+        if not self._shows:
+            return
         emit("train", "progress", done=state.global_step, total=state.max_steps, note="")
         if sys.stderr.isatty():
             self._bar = Progress(
@@ -74,6 +80,8 @@ class ProgressCallback(TrainerCallback):
         before = points.get(state.global_step, TrainingPoint(step=state.global_step))
         values = {name: float(value) for name, value in found.items()}
         points[state.global_step] = before.model_copy(update={"epoch": state.epoch, **values})
+        if not self._shows:
+            return
         if "loss" in found:
             self._note = f"loss {found['loss']:.4g}"
             self._show(state)

@@ -12,9 +12,11 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
+from tuneline.train import ranks, zero2
 from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.interruption import StopRequest
 from tuneline.train.run_state import RunState
+from tuneline.train.shared_steps import SharedStepTrainer
 
 _STATE_FILE = "run_state.json"
 _BEST_FILE = "best_adapter.safetensors"
@@ -30,21 +32,25 @@ def saved_state(checkpoint: Path) -> RunState:
     return RunState.parse(path.read_text(encoding="utf-8"), where=str(path))
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(SharedStepTrainer):
     """A base before TRL's trainers: transformers' checkpoints, made atomic and complete.
 
     transformers keeps the adapter, the optimizer, the scheduler, the RNGs and the place in the
     data. Added here: the run's own state, the sum of losses since the last log, and the
     evaluation that a stop cut short. Evaluations leave the RNG alone, so that neither their
     number nor a repeated one changes the training.
+
+    On several ranks all of them come here together; the first one writes, and what is written does
+    not hang on their number, but for each rank's RNG.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.run_state = RunState()
         self.store: CheckpointStore | None = None
         """Where checkpoints go; none are written without it."""
         self.stop = StopRequest()
+        self.stops = False
+        """Whether all ranks know of a request to stop; see `agree_to_stop`."""
         self._rate_scale = 1.0
         self._best: dict[str, torch.Tensor] = {}
 
@@ -79,11 +85,27 @@ class ResumableTrainer(Trainer):
         evaluates = self.eval_dataset is not None
         first_is_missing = 0 not in self.run_state.points
         self.args.eval_on_start = evaluates and (first_is_missing or self.run_state.evaluation_due)
+        if not ranks.is_first():
+            # Other dropout than the first rank's; a checkpoint of this rank has it otherwise.
+            torch.manual_seed(self.args.seed + ranks.rank())
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except EvaluationAbandoned:
             # The one at the start: the checkpoint of this step is there already.
             self.run_state.evaluation_due = True
+
+    def agree_to_stop(self, *others: bool) -> list[bool]:
+        """Let all ranks know whether one was told to stop.
+
+        Args:
+            others: more that all ranks have to know; it costs nothing to ask at the same time.
+
+        Returns:
+            For each of these, whether it is so on some rank.
+        """
+        stops, *found = ranks.any_of(self.stop.is_made, *others)
+        self.stops = self.stops or stops
+        return found
 
     @property
     def is_done(self) -> bool:
@@ -135,7 +157,8 @@ class ResumableTrainer(Trainer):
         Raises:
             EvaluationAbandoned: the process was told to stop.
         """
-        if self.stop.is_made:
+        self.agree_to_stop()
+        if self.stops:
             raise EvaluationAbandoned
         return super().prediction_step(*args, **kwargs)
 
@@ -156,22 +179,52 @@ class ResumableTrainer(Trainer):
             self.control.should_training_stop = True
             self._save_checkpoint(model, None)
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        # DeepSpeed's own checkpoints are of one number of ranks.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        zero2.load_state(self, Path(resume_from_checkpoint))
+        return prepared
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            zero2.save_state(self, Path(output_dir))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter, on the first rank."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            # transformers would copy the whole model first, frozen base and all.
+            self._save(output_dir)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.store is None:
             return
         state = self.run_state
-        state.loss_since_log = float(self._tr_loss)
+        state.loss_since_log = float(ranks.gathered(self._tr_loss).mean())
         state.metrics_since_log = {name: list(map(float, v)) for name, v in self._measured.items()}
         state.last_logged_step = self._globalstep_last_logged
         step = self.state.global_step
         with self._output_below(self.store.partial):
             # Past TRL's own, which writes a model card beside every checkpoint.
             Trainer._save_checkpoint(self, model, trial)
-        written = self.store.partial / f"checkpoint-{step}"
-        (written / _STATE_FILE).write_text(state.model_dump_json(), encoding="utf-8")
-        if self._best:
-            save_file(self._best, written / _BEST_FILE)
-        self.store.seal(written, step)
+        ranks.wait_for_all()
+        if ranks.is_first():
+            written = self.store.partial / f"checkpoint-{step}"
+            (written / _STATE_FILE).write_text(state.model_dump_json(), encoding="utf-8")
+            if self._best:
+                save_file(self._best, written / _BEST_FILE)
+            self.store.seal(written, step)
+        # No rank goes on, and perhaps ends, while the first one is still writing.
+        ranks.wait_for_all()
 
     @contextlib.contextmanager
     def _output_below(self, directory: Path) -> Iterator[None]:
@@ -200,17 +253,18 @@ class _CheckpointCallback(TrainerCallback):
             trainer._tr_loss.fill_(run_state.loss_since_log)
             trainer._measured.update(run_state.metrics_since_log)
             trainer._globalstep_last_logged = run_state.last_logged_step
-        elif trainer.store is not None and not trainer.store.steps():
+        elif trainer.store is not None and not ranks.from_first(trainer.store.steps):
             # A disk that cannot be written is found now, and there is always one to go back to.
             trainer._save_checkpoint(trainer.model, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps and self._trainer.eval_dataset is not None:
             control.should_evaluate = True
-        if self._trainer.stop.is_made:
+        (is_due,) = self._trainer.agree_to_stop(time.monotonic() - self._last >= self._seconds)
+        if self._trainer.stops:
             control.should_save = True
             control.should_training_stop = True
-        elif time.monotonic() - self._last >= self._seconds:
+        elif is_due:
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -50,9 +50,9 @@ def run(
         ModelError: a target module or the tokenizer is missing.
         DataError: there is no row to train on.
         RecipeError: a name in the config is unknown to the libraries, or the run cannot fit the
-            memory that is free.
+            memory that is free, or its steps cannot be shared by the ranks.
         TrainingError: losses or gradients are not finite, and no lower rate helped; or memory ran
-            out with the smallest batch.
+            out with the smallest batch; or one of several ranks died.
         StoppedError: SIGTERM came; the checkpoint is written.
         StorageError: checkpoints cannot be written, or another process is writing them.
         OutputExistsError: `adapter_dir` has something in it.
@@ -63,10 +63,12 @@ def run(
     with new_directory(adapter_dir) as directory:
         from tuneline.train.adapter import check_targets
         from tuneline.train.arguments import check_names
+        from tuneline.train.launch import choose_num_ranks
         from tuneline.train.precision import choose_device
         from tuneline.train.tracking import trackers
 
         device = choose_device()
+        num_ranks = choose_num_ranks(config, device)
         check_names(config, manifest.method, device)
         trackers(config)
         tokenizer = _load_tokenizer(base_model_dir, dataset_dir)
@@ -75,7 +77,7 @@ def run(
 
         # Saved first: a trainer sets a padding token on the one that it is given.
         tokenizer.save_pretrained(str(directory))
-        plan, estimated = plan_within_memory(config, manifest, base_model_dir, device)
+        plan, estimated = plan_within_memory(config, manifest, base_model_dir, device, num_ranks)
         root = os.environ.get(ROOT_VARIABLE) or Path(adapter_dir).parent / ".checkpoints"
         with (
             CheckpointStore.opened(root, _identity(config, origin, manifest, plan)) as store,
@@ -92,6 +94,7 @@ def run(
                 directory=directory,
                 device=device,
                 store=store,
+                num_ranks=num_ranks,
             )
         seconds = time.monotonic() - began
         summary = summary.model_copy(update={"seconds": seconds, "estimated_peak_bytes": estimated})
@@ -106,7 +109,8 @@ def _identity(
 ) -> dict[str, object]:
     """Return everything that decides the adapter."""
     without = {"checkpoint_minutes", "fit", "fit_min_length", "memory_gib"}
-    without |= {"track", "price_per_hour"}
+    # A step has the same rows on any number of ranks.
+    without |= {"track", "price_per_hour", "num_ranks", "offload_optimizer"}
     return {
         "base": origin.sha256,
         "dataset": manifest.sha256,

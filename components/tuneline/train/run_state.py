@@ -25,6 +25,8 @@ class RunState(StrictModel):
     energy_joules: float | None = None
     """What the GPU took in that time, where NVML says it."""
     num_resumptions: int = 0
+    divides_optimizer: bool = False
+    """Whether ZeRO-2 has the optimizer: a run goes on as it began, on any number of ranks."""
     plan: Plan | None = None
     """The settings that were made to fit; kept when a checkpoint is read."""
     num_out_of_memory: int = 0

@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from tuneline.artifacts import PROGRESS_FILE
+from tuneline.train import ranks
 from tuneline.train.precision import peak_memory_bytes
 from tuneline.train.run_state import RunState
 
@@ -25,10 +26,14 @@ _JOULES_PER_KWH = 3.6e6
 
 
 class GpuMeter:
-    """NVML's view of the GPU that this process computes on; without one, all values are None."""
+    """NVML's view of the GPUs that the run computes on; without one, all values are None.
+
+    The ranks of a node see each other's GPUs, so that the first one can add up for all.
+    """
 
     def __init__(self, device: str) -> None:
         self._nvml: Any = None
+        self._handles: list[Any] = []
         if device == "cpu":
             return
         try:
@@ -36,31 +41,33 @@ class GpuMeter:
         except ImportError:
             logger.warning("no GPU use and energy: the package nvidia-ml-py is not installed")
             return
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        count = ranks.num_ranks()
+        devices = [device] if count == 1 else [f"{device}:{index}" for index in range(count)]
+        uuids = [f"GPU-{torch.cuda.get_device_properties(one).uuid}" for one in devices]
         try:
             pynvml.nvmlInit()
             # By its name: CUDA_VISIBLE_DEVICES and MIG give other numbers than NVML's.
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            self._handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
         except pynvml.NVMLError as error:
             logger.warning("no GPU use and energy: NVML says %s", error)
             return
         self._nvml = pynvml
 
     def use(self) -> float | None:
-        """Return the share of the last moments in which a kernel ran, 0 to 1."""
+        """Return the share of the last moments in which a kernel ran, 0 to 1: the GPUs' mean."""
         found = self._read("nvmlDeviceGetUtilizationRates")
-        return None if found is None else found.gpu / 100
+        return None if found is None else sum(rates.gpu for rates in found) / len(found) / 100
 
     def energy_joules(self) -> float | None:
-        """Return what the GPU took since its driver was loaded."""
+        """Return what the GPUs took since their driver was loaded."""
         found = self._read("nvmlDeviceGetTotalEnergyConsumption")
-        return None if found is None else found / 1000
+        return None if found is None else sum(found) / 1000
 
-    def _read(self, name: str) -> Any:
+    def _read(self, name: str) -> list[Any] | None:
         if self._nvml is None:
             return None
         try:
-            return getattr(self._nvml, name)(self._handle)
+            return [getattr(self._nvml, name)(handle) for handle in self._handles]
         except self._nvml.NVMLError:
             # Older and virtual GPUs lack single counters.
             return None
@@ -85,6 +92,8 @@ class TelemetryCallback(TrainerCallback):
         self._joules = self._meter.energy_joules()
         self._tokens = self._run_state.num_tokens
         self._step_seconds = self._run_state.step_seconds
+        if not ranks.is_first():
+            return
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step_of(line) <= state.global_step]
         self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -100,6 +109,8 @@ class TelemetryCallback(TrainerCallback):
         if point is None or not ("loss" in logs or "eval_loss" in logs):
             return
         self._add_up()
+        if not ranks.is_first():
+            return
         # A step that is logged and evaluated has two lines, each with what is known by then.
         line = {**point.model_dump(), "time": time.time(), **self._measured()}
         with open(self._path, "a", encoding="utf-8") as file:
@@ -127,7 +138,7 @@ class TelemetryCallback(TrainerCallback):
     def _add_up(self) -> None:
         now, joules = time.monotonic(), self._meter.energy_joules()
         run_state = self._run_state
-        run_state.device_seconds += now - self._time
+        run_state.device_seconds += (now - self._time) * ranks.num_ranks()
         if joules is not None and self._joules is not None:
             run_state.energy_joules = (run_state.energy_joules or 0.0) + joules - self._joules
         self._time, self._joules = now, joules

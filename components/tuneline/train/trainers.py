@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from trl import DPOTrainer, SFTTrainer
 
+from tuneline.train import ranks
 from tuneline.train.divergence import GuardedTrainer
 from tuneline.train.rows import IGNORED
+from tuneline.train.shared_steps import LOSS_FACTOR
 
 
 class SupervisedTrainer(GuardedTrainer, SFTTrainer):
@@ -18,8 +20,6 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._eval_loss_sum = 0.0
-        self._eval_tokens = 0
         self.takes_model_loss = False
         """Whether the model computes its training loss itself; see `kernels.fuse_trainer`."""
         base: Any = self.model
@@ -39,50 +39,27 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the mean negative log-likelihood of the labelled tokens."""
-        if model.training:
-            mask = inputs.get("attention_mask")
-            count = inputs["input_ids"].numel() if mask is None else mask.sum()
-            self.run_state.num_tokens += int(count)
+        factor = inputs.pop(LOSS_FACTOR, 1.0)
         if self.takes_model_loss and model.training and not return_outputs:
-            return self._model_loss(model, inputs, num_items_in_batch)
+            return factor * _model_loss(model, inputs, num_items_in_batch)
         if self._selects_logits and not return_outputs:
-            return _selected_loss(model, inputs, num_items_in_batch)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return factor * _selected_loss(model, inputs, num_items_in_batch)
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return (factor * found[0], found[1]) if return_outputs else factor * found
 
-    def _model_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
-    ) -> torch.Tensor:
-        loss = model(**inputs, use_cache=False, num_items_in_batch=num_items).loss
-        if self.args.average_tokens_across_devices and num_items is not None:
-            # The count is over all ranks, whose gradients are then averaged.
-            loss = loss * self.accelerator.num_processes
-        return loss
-
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: Any = None,
-    ) -> Any:
-        """Sum up what `evaluation_loop` needs for a mean over tokens."""
-        num_tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
-        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if num_tokens:
-            self._eval_loss_sum += float(result[0]) * num_tokens
-            self._eval_tokens += num_tokens
-        return result
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate, and put the mean over tokens in the place of the mean over batches."""
-        self._eval_loss_sum, self._eval_tokens = 0.0, 0
-        output: Any = super().evaluation_loop(*args, **kwargs)
-        output.metrics["eval_loss"] = self._eval_loss_sum / max(self._eval_tokens, 1)
-        return output
+    def eval_weight(self, inputs: dict[str, Any]) -> int:
+        """Return the number of labelled tokens."""
+        return int((inputs["labels"][:, 1:] != IGNORED).sum())
 
 
 class PreferenceTrainer(GuardedTrainer, DPOTrainer):
     """DPOTrainer on prompt_ids, chosen_ids and rejected_ids; the reference is the adapter off."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if ranks.num_ranks() > 1:
+            # TRL's measures are gathered row by row, and ranks may differ by a row.
+            self.accelerator.gather = ranks.concatenated
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         # DPOTrainer 1.16 has no switch for rows that are tokenised: it would look for texts.
@@ -95,11 +72,16 @@ class PreferenceTrainer(GuardedTrainer, DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return TRL's loss."""
-        if model.training:
-            # Prompts count twice: once with each answer.
-            self.run_state.num_tokens += int(inputs["attention_mask"].sum())
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """Return TRL's loss, a mean over rows, by the rows' share of the step."""
+        factor = inputs.pop(LOSS_FACTOR, 1.0)
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return (factor * found[0], found[1]) if return_outputs else factor * found
+
+
+def _model_loss(
+    model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
+) -> torch.Tensor:
+    return model(**inputs, use_cache=False, num_items_in_batch=num_items).loss
 
 
 def _selected_loss(

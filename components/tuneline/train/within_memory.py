@@ -10,7 +10,8 @@ import torch
 
 from tuneline.artifacts import DatasetManifest, TrainingSummary
 from tuneline.errors import TrainingError
-from tuneline.train.attempt import OutOfMemory, train
+from tuneline.train import zero2
+from tuneline.train.attempt import train
 from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.config import TrainConfig
 from tuneline.train.fit import (
@@ -22,15 +23,21 @@ from tuneline.train.fit import (
     smaller_plan,
 )
 from tuneline.train.kernels import can_fuse
+from tuneline.train.launch import run_on_ranks
 from tuneline.train.memory import model_shape
 from tuneline.train.precision import choose_dtype
+from tuneline.train.rank import OutOfMemory
 from tuneline.train.resumable import saved_state
 
 logger = logging.getLogger(__name__)
 
 
 def plan_within_memory(
-    config: TrainConfig, manifest: DatasetManifest, base_model_dir: str | Path, device: str
+    config: TrainConfig,
+    manifest: DatasetManifest,
+    base_model_dir: str | Path,
+    device: str,
+    num_ranks: int = 1,
 ) -> tuple[Plan, int | None]:
     """Return settings that fit the memory, and the estimate in bytes, where one can be made.
 
@@ -44,16 +51,17 @@ def plan_within_memory(
             "models whose memory is known",
             base_model_dir,
         )
-        return first_plan(config, manifest), None
+        return first_plan(config, manifest, num_ranks), None
     settings = run_settings(
         config,
         manifest,
         itemsize=choose_dtype(config, device).itemsize,
         device=device,
         fused=can_fuse(config.kernels, device),
+        num_sharing=num_ranks if zero2.is_wanted(config, device, num_ranks) else 1,
     )
-    available = available_memory(config, device)
-    plan, estimate = fitting_plan(config, manifest, shape, settings, available)
+    available = available_memory(config, device, num_ranks)
+    plan, estimate = fitting_plan(config, manifest, shape, settings, available, num_ranks)
     return plan, estimate.total
 
 
@@ -64,6 +72,8 @@ def train_within_memory(
     manifest: DatasetManifest,
     directory: Path,
     store: CheckpointStore,
+    device: str,
+    num_ranks: int = 1,
     **rest: Any,
 ) -> TrainingSummary:
     """Train, and where memory runs out take a smaller plan from the last checkpoint on.
@@ -74,32 +84,48 @@ def train_within_memory(
         manifest: of the data set.
         directory: where temporary files may be put.
         store: the run's checkpoints.
+        device: "cpu" or "cuda".
+        num_ranks: 1 trains in this process, more in as many others.
         rest: what `attempt.train` takes besides.
 
     Raises:
         TrainingError: no smaller plan is left, or `fit` is off.
     """
-    asked = first_plan(config, manifest)
+    asked = first_plan(config, manifest, num_ranks)
     num_out_of_memory = 0
+    divides_optimizer = zero2.is_wanted(config, device, num_ranks)
     checkpoint = store.latest()
     if checkpoint is not None:
         state = saved_state(checkpoint)
         num_out_of_memory = state.num_out_of_memory
+        divides_optimizer = state.divides_optimizer
         # What was too much before the interruption would be again.
-        plan = plan.at_most(state.plan) if state.plan is not None else plan
+        plan = plan.at_most(state.plan).shared_by(num_ranks) if state.plan is not None else plan
     while True:
         try:
             with tempfile.TemporaryDirectory(dir=directory) as work:
-                summary = train(
-                    config.model_copy(update=plan.train_values),
-                    plan=plan,
-                    num_out_of_memory=num_out_of_memory,
-                    manifest=manifest.model_copy(update={"max_seq_length": plan.max_seq_length}),
-                    directory=directory,
-                    work_dir=Path(work),
-                    store=store,
+                arguments = {
+                    "config": config.model_copy(update=plan.train_values),
+                    "plan": plan,
+                    "num_out_of_memory": num_out_of_memory,
+                    "divides_optimizer": divides_optimizer,
+                    "manifest": manifest.model_copy(update={"max_seq_length": plan.max_seq_length}),
+                    "directory": directory,
+                    "work_dir": Path(work),
+                    "store": store,
+                    "device": device,
                     **rest,
-                )
+                }
+                if num_ranks == 1 and not divides_optimizer:
+                    summary = train(**arguments)
+                else:
+                    summary = run_on_ranks(
+                        num_ranks,
+                        train,
+                        arguments,
+                        directory=Path(work, "ranks"),
+                        device=device,
+                    )
             return summary.model_copy(update={"fitted": plan.changes_from(asked)})
         except OutOfMemory as error:
             smaller = smaller_plan(plan)

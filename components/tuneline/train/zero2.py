@@ -1,0 +1,120 @@
+"""DeepSpeed's ZeRO-2: gradients and the optimizer's state divided over ranks.
+
+Its configuration is made here from the recipe, and handed to transformers as a dictionary. What a
+run computes in is taken over, and so are the batch, the accumulation and the clipping; the guide's
+JSON left them to defaults that need not be the trainer's, and named buckets of no size.
+
+A checkpoint has the whole state, gathered, and not a part for each rank: any number of ranks goes
+on from it. The frozen base, in 4 bits or not, is on every rank.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuneline.train.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "zero2.pt"
+_SCHEDULER_FILE = "scheduler.pt"
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_BUCKET = 2**24
+"""Elements that are reduced at a time: an adapter has some ten million, a model's layers more."""
+OPTIMIZER = "adamw_torch"
+"""DeepSpeed's own are compiled on first use, with a compiler that images lack."""
+
+
+def is_wanted(config: TrainConfig, device: str, num_ranks: int) -> bool:
+    """Whether a new run divides its optimizer: several GPUs do so for AdamW of any kind.
+
+    Ranks on a CPU, and other optimizers, have all of it on every rank.
+    """
+    return device == "cuda" and num_ranks > 1 and "adamw" in config.optim
+
+
+def zero2_config(config: TrainConfig, *, num_ranks: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of a run.
+
+    Args:
+        config: of whole steps: `gradient_accumulation_steps` counts the forwards of all ranks.
+        num_ranks: who share them.
+        dtype: to compute in. With bfloat16, ZeRO keeps an fp32 copy of what is trained.
+    """
+    zero: dict[str, Any] = {
+        "stage": 2,
+        "contiguous_gradients": True,
+        "overlap_comm": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": _BUCKET,
+        "allgather_partitions": True,
+        "allgather_bucket_size": _BUCKET,
+    }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    accumulation = config.gradient_accumulation_steps // num_ranks
+    return {
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "gradient_clipping": config.max_grad_norm,
+        "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": config.per_device_train_batch_size * accumulation * num_ranks,
+        "steps_per_print": 10**9,
+    }
+
+
+def save_state(trainer: Any, directory: Path) -> None:
+    """Gather the fp32 weights and moments of what is trained; the first rank writes them."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    inner = trainer.model_wrapped.optimizer.optimizer
+    steps = [state["step"] for state in inner.state.values()]
+    names = _MOMENTS if steps else ()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in _trained(trainer):
+        # Each of these is a sum over ranks, so all of them ask.
+        tensors[f"{name}:weight"] = safe_get_full_fp32_param(parameter).cpu()
+        for moment in names:
+            tensors[f"{name}:{moment}"] = safe_get_full_optimizer_state(parameter, moment).cpu()
+    if trainer.args.should_save:
+        torch.save({"step": int(steps[0]) if steps else 0, **tensors}, directory / STATE_FILE)
+        torch.save(trainer.lr_scheduler.state_dict(), directory / _SCHEDULER_FILE)
+
+
+def load_state(trainer: Any, directory: Path) -> None:
+    """Put back what `save_state` wrote, on any number of ranks."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    saved = torch.load(directory / STATE_FILE, map_location="cpu", weights_only=True)
+    zero = trainer.model_wrapped.optimizer
+    for group in zero.optimizer.param_groups:
+        for flat in group["params"]:
+            zero.optimizer.state[flat] = {
+                "step": torch.tensor(float(saved["step"])),
+                **{moment: torch.zeros_like(flat) for moment in _MOMENTS},
+            }
+    # The views of those that belong to single parameters; made at the first step otherwise.
+    zero._lazy_init_hp_params_optimizer_state()
+    for name, parameter in _trained(trainer):
+        weight = saved[f"{name}:weight"]
+        parameter.data.copy_(weight)
+        safe_set_full_fp32_param(parameter, weight)
+        for moment in _MOMENTS:
+            if saved["step"]:
+                safe_set_full_optimizer_state(parameter, saved[f"{name}:{moment}"], moment)
+    scheduler = trainer.lr_scheduler
+    scheduler.load_state_dict(torch.load(directory / _SCHEDULER_FILE, weights_only=True))
+    rates = zip(scheduler.get_last_lr(), scheduler.base_lrs, strict=True)
+    for group, (rate, base) in zip(trainer.optimizer.param_groups, rates, strict=True):
+        group["lr"], group["initial_lr"] = rate, base
+
+
+def _trained(trainer: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(n, p) for n, p in trainer.model.named_parameters() if p.requires_grad]

@@ -1,0 +1,78 @@
+"""What ranks do in tests/train/test_ranks.py: importable by name in processes of their own."""
+
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from tuneline.errors import StoppedError
+from tuneline.train import ranks
+
+logger = logging.getLogger(__name__)
+
+
+def all_jobs(jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Do several trainings one after another: what ranks import takes longer than they do."""
+    return {name: one_job(**job) for name, job in jobs.items()}
+
+
+def one_job(
+    arguments: dict[str, Any],
+    stop_at: int | None = None,
+    nan_at: int | None = None,
+    fused: bool = False,
+) -> Any:
+    """Train, told to stop, with a loss that is not finite, or with our kernels' references.
+
+    Args:
+        arguments: of `attempt.train`.
+        stop_at: SIGTERM comes to the last rank, and to no other, in this step.
+        nan_at: the last rank's loss is not finite in this step.
+        fused: patch the model as on a GPU.
+
+    Returns:
+        The summary, or the sentence of a StoppedError.
+    """
+    import pytest
+    import torch
+    from accelerate import Accelerator
+
+    from tuneline.train import attempt
+    from tuneline.train.trainers import SupervisedTrainer
+
+    is_last = ranks.rank() == ranks.num_ranks() - 1
+    compute = SupervisedTrainer.compute_loss
+
+    def compute_loss(trainer, model, inputs, *rest, **named):
+        loss = compute(trainer, model, inputs, *rest, **named)
+        if model.training and is_last and trainer.state.global_step + 1 == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if model.training and is_last and trainer.state.global_step + 1 == nan_at:
+            return loss * float("nan")
+        return loss
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SupervisedTrainer, "compute_loss", compute_loss)
+        if fused:
+            patched.setattr(attempt, "can_fuse", lambda *_: True)
+            # Ranks on a CPU are on "cpu:0", and moving a model there from "cpu" copies it, out of
+            # the flat optimizer's buffers. "cuda:0" is where it is already.
+            patched.setattr(Accelerator, "device", torch.device("cpu"))
+        try:
+            return attempt.train(**arguments)
+        except StoppedError as error:
+            return str(error)
+
+
+def fail(how: str, where: Path) -> None:
+    """Let rank 1 die while rank 0 waits for it, as it would in a step."""
+    (where / f"{ranks.rank()}").write_text(str(os.getpid()))
+    logger.warning("rank %d is about to meet the others", ranks.rank())
+    if ranks.rank() == 1:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("a fault of its own")
+    # A process that cannot be asked to stop, as one in a kernel of NCCL cannot.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pause()

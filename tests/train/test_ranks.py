@@ -1,0 +1,247 @@
+"""Several ranks learn what one does, decide alike, and end together.
+
+On a CPU, through gloo: gradients are averaged there as NCCL and DDP do it on GPUs.
+"""
+
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from tuneline.artifacts import PROGRESS_FILE, DatasetManifest, ModelOrigin, TrainingSummary
+from tuneline.errors import RecipeError, StoppedError, TrainingError
+from tuneline.train import TrainConfig, run
+from tuneline.train.checkpoints import CheckpointStore
+from tuneline.train.fit import first_plan
+from tuneline.train.launch import choose_num_ranks, run_on_ranks
+
+sys.path.append(str(Path(__file__).parent))
+rank_cases = importlib.import_module("rank_cases")
+
+SETTINGS = {
+    "dtype": "float32",
+    "learning_rate": 5e-3,
+    "optim": "adamw_torch",
+    "warmup_steps": 0,
+    "max_steps": 5,
+    "eval_steps": 4,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "packing": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def cases_are_importable(monkeypatch):
+    """The ranks import this directory's modules too."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def job(tmp_path, tiny_model_dir, dataset_dir, answer_rows):
+    """Make the arguments of a training; rows are 13, so that the last step of an epoch has one."""
+    pairs = [
+        {"prompt_ids": ids[:2], "chosen_ids": ids[2:], "rejected_ids": ids[3:]}
+        for ids in (row["input_ids"] for row in answer_rows)
+    ]
+    data = {
+        "sft": dataset_dir(answer_rows, eval_rows=answer_rows[:5], name="sft"),
+        "dpo": dataset_dir(pairs, eval_rows=pairs[:5], method="dpo", name="dpo"),
+    }
+
+    def make(name, num_ranks, *, method="sft", store=None, **settings):
+        config = TrainConfig.parse({**SETTINGS, **settings})
+        manifest = DatasetManifest.read(data[method])
+        where = tmp_path / f"{name}-{num_ranks}"
+        for part in ("adapter", "work", store or "store"):
+            (tmp_path / part if part == store else where / part).mkdir(parents=True, exist_ok=True)
+        plan = first_plan(config, manifest, num_ranks)
+        return {
+            "config": config.model_copy(update=plan.train_values),
+            "plan": plan,
+            "num_out_of_memory": 0,
+            "divides_optimizer": False,
+            "origin": ModelOrigin.read(tiny_model_dir),
+            "manifest": manifest,
+            "tokenizer": AutoTokenizer.from_pretrained(str(tiny_model_dir)),
+            "base_model_dir": tiny_model_dir,
+            "dataset_dir": data[method],
+            "directory": where / "adapter",
+            "work_dir": where / "work",
+            "device": "cpu",
+            "store": CheckpointStore(tmp_path / store if store else where / "store"),
+        }
+
+    return make
+
+
+CURVES = {
+    "unpacked": {},
+    # Five packs, of which the last step of an epoch has one.
+    "packed": {"packing": True, "max_steps": 3, "per_device_train_batch_size": 1},
+    "dpo": {"method": "dpo", "max_steps": 3, "gradient_accumulation_steps": 4},
+    "fused": {"max_steps": 2},
+}
+
+
+def assert_same_curves(found: TrainingSummary, expected: TrainingSummary) -> None:
+    assert [point.step for point in found.history] == [point.step for point in expected.history]
+    for ours, theirs in zip(found.history, expected.history, strict=True):
+        for name in ("loss", "eval_loss", "grad_norm", "reward_margin"):
+            value = getattr(theirs, name)
+            # TRL's margin is a mean over forwards, whatever rows they have, repeated ones too.
+            if name == "reward_margin" and (theirs.eval_loss or theirs.epoch % 1 == 0):
+                continue
+            assert getattr(ours, name) == pytest.approx(value, abs=3e-5), (ours, theirs)
+    assert found.num_tokens == expected.num_tokens
+
+
+def check(num_ranks, job, tmp_path, curves):
+    """Start ranks once, and let them do everything that is compared with one rank."""
+    alone = {
+        name: rank_cases.one_job(job(name, 1, **CURVES[name]), fused=name == "fused")
+        for name in curves
+    }
+    # A checkpoint of one rank, in step 3 of an epoch of 4, for the ranks to go on from.
+    stopped = rank_cases.one_job(job("first", 1, store="grows"), stop_at=3)
+    assert "after step 3 of 5" in stopped
+    jobs = {
+        name: {"arguments": job(name, num_ranks, **CURVES[name]), "fused": name == "fused"}
+        for name in curves
+    }
+    jobs["grown"] = {"arguments": job("grown", num_ranks, store="grows")}
+    jobs["stopped"] = {"arguments": job("stopped", num_ranks, store="shrinks"), "stop_at": 2}
+    jobs["skipped"] = {"arguments": job("skipped", num_ranks, max_steps=3), "nan_at": 2}
+    found = run_on_ranks(
+        num_ranks,
+        rank_cases.all_jobs,
+        {"jobs": jobs},
+        directory=tmp_path / "ranks",
+        device="cpu",
+    )
+    for name, summary in alone.items():
+        assert_same_curves(found[name], summary)
+        assert found[name].num_ranks == num_ranks
+        assert (tmp_path / f"{name}-{num_ranks}/adapter/adapter_model.safetensors").is_file()
+        lines = (tmp_path / f"{name}-{num_ranks}/store/{PROGRESS_FILE}").read_text().splitlines()
+        # One writes them: the start, each step, and each of the evaluations once more.
+        assert len(lines) == len(summary.history) + sum(
+            point.eval_loss is not None and point.step > 0 for point in summary.history
+        )
+    if "fused" in curves:
+        assert found["fused"].kernels == "llama: 2 layers fused; loss: fused"
+    assert_same_curves(found["grown"], alone["unpacked"])
+    assert found["grown"].num_resumptions == 1
+
+    # SIGTERM to one of the ranks stopped all of them, after the same step; one goes on.
+    assert "after step 2 of 5" in found["stopped"]
+    shrunk = rank_cases.one_job(job("shrunk", 1, store="shrinks"))
+    assert_same_curves(shrunk, alone["unpacked"])
+    assert shrunk.num_resumptions == 1
+
+    # A loss of one rank is the step of all.
+    assert found["skipped"].num_skipped_steps == 1
+    assert found["skipped"].num_steps == 3
+    losses = {point.step: point.loss for point in found["skipped"].history}
+    assert losses.get(2) is None and losses[3] is not None
+
+
+def test_two_ranks_learn_what_one_does(job, tmp_path):
+    check(2, job, tmp_path, ["unpacked", "packed"])
+
+
+@pytest.mark.slow
+def test_two_ranks_with_preferences_and_our_kernels(job, tmp_path):
+    check(2, job, tmp_path, list(CURVES))
+
+
+@pytest.mark.slow
+def test_four_ranks_learn_what_one_does(job, tmp_path):
+    check(4, job, tmp_path, list(CURVES))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("killed", "rank 1 of 2 was killed or crashed without a word"),
+        ("raises", "rank 1 of 2 failed: ValueError: a fault of its own, so the others were ended"),
+    ],
+)
+def test_a_rank_that_dies_ends_all_at_once(tmp_path, how, message):
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    arguments = {"how": how, "where": seen}
+    ended = []
+
+    def look() -> None:
+        while len(list(seen.iterdir())) < 2:
+            time.sleep(0.01)
+        ended.append(time.monotonic())
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    with pytest.raises(TrainingError) as caught:
+        run_on_ranks(2, rank_cases.fail, arguments, directory=tmp_path / "ranks", device="cpu")
+    watcher.join(60)
+    assert time.monotonic() - ended[0] < 5
+    assert message in str(caught.value)
+    last_line = "about to meet the others" if how == "killed" else "ValueError: a fault of its own"
+    assert last_line in str(caught.value).partition("its log ends: ")[2]
+    for path in seen.iterdir():
+        stat = Path("/proc", path.read_text(), "stat")
+        # Gone, or a zombie that nobody has asked about yet.
+        assert not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_ranks_are_as_many_as_gpus(monkeypatch):
+    assert choose_num_ranks(TrainConfig(), "cpu") == 1
+    assert choose_num_ranks(TrainConfig(num_ranks=3), "cpu") == 3
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert choose_num_ranks(TrainConfig(), "cuda") == 2
+    assert choose_num_ranks(TrainConfig(num_ranks=1), "cuda") == 1
+    with pytest.raises(RecipeError, match="num_ranks is 4, and this machine has 2 GPUs: give the"):
+        choose_num_ranks(TrainConfig(num_ranks=4), "cuda")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="one of WORLD_SIZE 2 that a launcher has started"):
+        choose_num_ranks(TrainConfig(), "cuda")
+
+
+@pytest.mark.slow
+def test_a_whole_run_on_two_ranks(tmp_path, tiny_model_dir, dataset_dir, answer_rows):
+    data = dataset_dir(answer_rows)
+
+    def train(where, **settings) -> TrainingSummary:
+        return run(
+            TrainConfig.parse({**SETTINGS, **settings}),
+            base_model_dir=tiny_model_dir,
+            dataset_dir=data,
+            adapter_dir=where / "adapter",
+            curves_path=where / "curves.html",
+        )
+
+    alone = train(tmp_path / "alone")
+    assert_same_curves(train(tmp_path / "two", num_ranks=2), alone)
+    assert not (tmp_path / "two" / ".checkpoints").exists()
+
+    # SIGTERM to the step's process reaches the ranks, which write a checkpoint; one rank goes on.
+    where = tmp_path / "stopped"
+
+    def stop() -> None:
+        while not list(where.glob(".checkpoints/*/checkpoint-2")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(StoppedError, match="stopped by SIGTERM after step "):
+        train(where, num_ranks=2, checkpoint_minutes=0, max_steps=60)
+    assert list(where.glob(".checkpoints/*/checkpoint-*"))
+    summary = train(where, num_ranks=1, max_steps=60)
+    assert summary.num_resumptions == 1
+    assert_same_curves(summary, train(tmp_path / "whole", max_steps=60))
