@@ -345,6 +345,13 @@ class QuantizedModel(Record):
     """Of the merged model on the same."""
     num_prompts: int = 0
     """Rows compared, held-out ones where there are any."""
+    benchmark: str | None = None
+    """The evaluate step's name of the task that the export was scored on."""
+    benchmark_score: float | None = None
+    """Share of right answers on `num_benchmark_rows` held-out rows, 0 to 1."""
+    reference_benchmark_score: float | None = None
+    """The merged model's on the same."""
+    num_benchmark_rows: int = 0
     num_tokenizer_texts: int | None = None
     """Texts that llama.cpp splits exactly as the merged model's tokenizer; GGUF only."""
     num_conversations: int | None = None

@@ -19,6 +19,7 @@ from tuneline.artifacts import (
     Published,
     QuantizedModel,
     TaskComparison,
+    TrainingPoint,
     TrainingSummary,
 )
 from tuneline.recipe import Recipe
@@ -77,7 +78,11 @@ def run_dir(tmp_path: Path) -> Path:
         device="cpu",
         tokens_per_second=100.0,
         peak_memory_bytes=1,
-        history=[],
+        history=[
+            TrainingPoint(step=0, eval_loss=2.0),
+            *(TrainingPoint(step=step, loss=2.0 / step) for step in range(1, 41)),
+            TrainingPoint(step=40, eval_loss=0.75),
+        ],
         base_sha256="1" * 64,
         dataset_sha256="2" * 64,
     ).write(
@@ -100,6 +105,8 @@ def run_dir(tmp_path: Path) -> Path:
     for name, kind, file in (("q8_0", "gguf", "model.gguf"), ("gptq-4bit", "gptq", ".")):
         files = {"config__json": b"{}"}
         measured = {"mean_kl": 0.0069, "top1_agreement": 0.977, "perplexity": 1.5}
+        measured |= {"benchmark": "heldout_choice", "num_benchmark_rows": 16}
+        measured |= {"benchmark_score": 0.875, "reference_benchmark_score": 0.9375}
         if kind == "gguf":
             modelfile = b'FROM ./model.gguf\nPARAMETER stop "</s>"\n'
             files = {"model__gguf": os.urandom(2048), "Modelfile": modelfile}
@@ -274,8 +281,12 @@ def test_the_card(run_dir: Path, tmp_path: Path) -> None:
     assert matter["library_name"] == "transformers"
     assert "datasets" not in matter, "a local file is no Hub data set"
     assert "| heldout_choice | acc | 0.2500 | 0.7500 | +0.5000 | [+0.4000, +0.6000] | 200 |" in body
-    assert "| q8_0 | 0.0 MB | 8.50 | an answer | 6.9e-03 | 97.7% | 1.500 |" in body
-    assert "| gptq-4bit | 0.0 MB | 8.50 | an answer | - | - | - |" in body
+    assert "| q8_0 | 0.0 MB | 8.50 | an answer | 6.9e-03 | 97.7% | 1.500 | 87.5% |" in body
+    assert "| gptq-4bit | 0.0 MB | 8.50 | an answer | - | - | - | - |" in body
+    assert "heldout_choice on 16 of them, on which the merged model has 93.8%." in body
+    curve = body.split("## Training curve")[1].split("##")[0].strip().splitlines()[2:]
+    assert curve[0] == "| 0 | - | 2.000 |" and curve[-1] == "| 40 | - | 0.750 |"
+    assert len(curve) == 10 and "| 5 | 0.400 | - |" in curve
     gguf = tmp_path / "out" / "mine-gguf"
     assert (gguf / "Modelfile-q8_0").read_text() == (
         'FROM ./mine-q8_0.gguf\nPARAMETER stop "</s>"\n'

@@ -1,9 +1,9 @@
 """Compare formats with and without an importance matrix on a tuned model; run by hand.
 
-    python tests/quantize/importance_gain.py --run runs/demo-.../artifacts/tuneline-demo-...
+    python tests/quantize/importance_gain.py --merged DIR --gguf DIR --dataset DIR
 
-Takes the merged model, the conversion and the data set of a finished run, measures the matrix on
-its training rows and prints KL, top-1 agreement and perplexity on held-out rows, for both.
+Takes what merge, convert-gguf and prepare of a finished run made, measures the matrix on training
+rows and prints KL, top-1 agreement and perplexity on held-out rows, for both.
 """
 
 import argparse
@@ -23,14 +23,14 @@ def main() -> None:
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True)
+    for name in ("--merged", "--gguf", "--dataset"):
+        parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--weighed-only", nargs="*", default=("iq3_m", "iq2_m", "iq2_xs", "iq1_m"))
     parser.add_argument("--num-importance-rows", type=int, default=128)
     parser.add_argument("--num-prompts", type=int, default=32)
     arguments = parser.parse_args()
-    run = arguments.run
-    f16_dir, dataset_dir = run / "convert-gguf" / "gguf", run / "prepare" / "dataset"
+    f16_dir, dataset_dir = arguments.gguf, arguments.dataset
     with tempfile.TemporaryDirectory() as scratch, few_threads():
         record = measure_importance(
             QuantizeConfig(num_importance_rows=arguments.num_importance_rows),
@@ -40,7 +40,7 @@ def main() -> None:
         )
         print(f"{record.num_rows} rows, {record.num_tokens} tokens, {record.seconds:.1f} s")
         merged = reference.measure(
-            run / "merge" / "merged",
+            arguments.merged,
             dataset_dir=dataset_dir,
             num_rows=arguments.num_prompts,
             num_tokens=1,

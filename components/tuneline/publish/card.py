@@ -17,6 +17,9 @@ _TITLES = {
     "gguf": "GGUF files",
     "gptq": "GPTQ checkpoint",
 }
+CURVE_POINTS = 10
+"""Rows of the training curve, evaluations not counted."""
+
 _LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf", "gptq": "transformers"}
 
 
@@ -35,6 +38,7 @@ def model_card(
         f"# {name}: {_TITLES[kind]}",
         sources.recipe.description,
         _made_from(sources),
+        _curve(sources),
         _scores(sources),
         _exports(sources),
         "## How to run it",
@@ -92,6 +96,25 @@ def _made_from(sources: "Sources") -> str:
     return "\n".join([lines[0], "", *lines[1:]])
 
 
+def _curve(sources: "Sources") -> str:
+    """Return some points of the losses; a card shows no picture that is not a file of its own."""
+    history = [
+        point
+        for point in sources.training.history
+        if point.loss is not None or point.eval_loss is not None
+    ]
+    if not history:
+        return ""
+    shown = {round(n * (len(history) - 1) / (CURVE_POINTS - 1)) for n in range(CURVE_POINTS)}
+    rows = [
+        f"| {point.step} | {_measured(point.loss, '.3f')} | {_measured(point.eval_loss, '.3f')} |"
+        for number, point in enumerate(history)
+        if number in shown or point.eval_loss is not None
+    ]
+    head = "| step | training loss | evaluation loss |"
+    return "\n".join(["## Training curve", "", head, "|---|---|---|", *rows])
+
+
 def _bases(sources: "Sources") -> str:
     losses = sources.merge.base_losses
     if len(losses) < 2:
@@ -122,18 +145,30 @@ def _exports(sources: "Sources") -> str:
         f"| {export.format} | {export.num_bytes / 1e6:.1f} MB | {export.bits_per_weight:.2f} | "
         f"{_cell(export.generated)} | {_measured(export.mean_kl, '.1e')} | "
         f"{_measured(export.top1_agreement, '.1%')} | {_measured(export.perplexity, '.3f')} | "
+        f"{_measured(export.benchmark_score, '.1%')} | "
         f"{_cell('; '.join(export.notes))} |"
         for export in sources.exports.values()
     ]
     head = (
         "| format | size | bits a weight | answer of the loaded file | mean KL | same first choice "
-        "| perplexity | notes |"
+        "| perplexity | benchmark | notes |"
     )
     note = (
         "Mean KL (nats a token), the share of positions with the same most likely token, and "
         "perplexity are measured against the merged model, on rows that training did not see."
+        f"{_benchmark(sources)}"
     )
-    return "\n".join(["## Exports", "", head, f"|{'---|' * 8}", *rows, "", note])
+    return "\n".join(["## Exports", "", head, f"|{'---|' * 9}", *rows, "", note])
+
+
+def _benchmark(sources: "Sources") -> str:
+    scored = next((export for export in sources.exports.values() if export.benchmark), None)
+    if scored is None:
+        return ""
+    return (
+        f" Benchmark: {scored.benchmark} on {scored.num_benchmark_rows} of them, on which the "
+        f"merged model has {_measured(scored.reference_benchmark_score, '.1%')}."
+    )
 
 
 def _measured(value: float | None, spec: str) -> str:

@@ -40,6 +40,9 @@ class QuantizeConfig(StrictModel):
     """Tokens that each loaded file generates as a check."""
     num_proof_prompts: int = Field(8, ge=1)
     """Held-out rows on which each export is compared with the merged model."""
+    num_benchmark_rows: int = Field(0, ge=0)
+    """Held-out rows that each export answers for the report's table, by choices where the rows have
+    them, else exactly; 0 for none."""
     max_mean_kl: dict[AnyFormat, Annotated[float, Field(gt=0)]] = {}
     """By format: an export fails over this mean KL divergence a token, in nats, from the merged
     model; formats that are not named have the bounds of quantize/formats.py, e.g. f16 0.001."""

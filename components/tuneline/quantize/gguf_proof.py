@@ -52,11 +52,13 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dic
         speed = loaded.tokens_per_second(
             reference.generation.prompt_ids, num_tokens=NUM_SPEED_TOKENS
         )
+        scored = reference.benchmark.record(loaded) if reference.benchmark else {}
         note = modelfile.write(file, reference=reference, adds_bos=loaded.adds_bos)
         notes += [note] if note else []
         num_threads = loaded.num_threads
     return {
         **found.record(),
+        **scored,
         "max_mean_kl": bound.max_mean_kl,
         "min_top1_agreement": bound.min_top1_agreement,
         "num_tokenizer_texts": len(texts),

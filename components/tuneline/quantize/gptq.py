@@ -84,6 +84,7 @@ def quantize(
         generated=generated.text,
         reference=reference.generation.text,
         **found.record(),
+        **(reference.benchmark.record(model) if reference.benchmark else {}),
     )
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from tuneline.artifacts import HELDOUT_FILE, read_jsonl
 from tuneline.heldout import Row, read_rows
-from tuneline.quantize import probes
+from tuneline.quantize import benchmark, probes
+from tuneline.quantize.benchmark import Benchmark
 from tuneline.quantize.generation import Generation
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Reference:
     rows: list[Row]
     logits: list["torch.Tensor"]
     """A row's, [tokens, vocabulary]."""
+    benchmark: Benchmark | None = None
+    """Where the recipe asks for one."""
 
     @property
     def prompt(self) -> str:
@@ -48,7 +51,8 @@ class Reference:
     def num_context(self) -> int:
         """Tokens that the longest row or generation takes."""
         generated = len(self.generation.prompt_ids) + self.num_tokens
-        return max(generated, *(len(row.ids) for row in self.rows))
+        longest = self.benchmark.num_context if self.benchmark else 0
+        return max(generated, longest, *(len(row.ids) for row in self.rows))
 
     @property
     def stop_texts(self) -> list[str]:
@@ -77,7 +81,12 @@ class Reference:
 
 
 def measure(
-    model_dir: Path, *, dataset_dir: Path | None, num_rows: int, num_tokens: int
+    model_dir: Path,
+    *,
+    dataset_dir: Path | None,
+    num_rows: int,
+    num_tokens: int,
+    num_benchmark_rows: int = 0,
 ) -> Reference:
     """Load the merged model in fp32, generate from the first held-out prompt, keep rows' logits.
 
@@ -109,4 +118,7 @@ def measure(
         generation=model.generate(prompts[0], num_tokens=num_tokens),
         rows=rows,
         logits=[model.logits(row.ids) for row in rows],
+        benchmark=benchmark.prepare(model, dataset_dir, num_benchmark_rows)
+        if dataset_dir
+        else None,
     )

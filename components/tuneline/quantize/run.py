@@ -184,6 +184,7 @@ def _reference(config: QuantizeConfig, merged_dir: Path, dataset_dir: Path) -> "
         dataset_dir=dataset_dir,
         num_rows=config.num_proof_prompts,
         num_tokens=config.num_check_tokens,
+        num_benchmark_rows=config.num_benchmark_rows,
     )
 
 

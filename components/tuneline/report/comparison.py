@@ -47,6 +47,7 @@ def card(line: Line) -> str:
         y_label="mean KL from the merged model, nats a token",
         x_text=size,
     )
+    scored = next((export for export in measured if export.benchmark), None)
     advice = [(use, export.format) for export in measured for use in uses[export.format]]
     rows = [
         [
@@ -57,6 +58,7 @@ def card(line: Line) -> str:
             "-" if export.top1_agreement is None else share(export.top1_agreement),
             number(export.perplexity),
             number(export.tokens_per_second, 3),
+            *([_score(export)] if scored else []),
             _for(export, uses[export.format], measured),
         ]
         for export in measured
@@ -66,18 +68,19 @@ def card(line: Line) -> str:
     speed = (
         f"tokens/s, {threads} CPU thread{'s' if threads != 1 else ''}" if threads else "tokens/s"
     )
-    headers = ["format", "size", "bits a weight", "mean KL", "top-1", "perplexity", speed, "for"]
+    headers = ["format", "size", "bits a weight", "mean KL", "top-1", "perplexity", speed]
+    headers += [*([str(scored.benchmark)] if scored else []), "for"]
     right = f'<div><h3 class="flush">Take</h3>{facts(_grouped(advice))}</div>'
     return section(
         "Which export for what",
         f'<div class="pair">{chart}{right}</div>',
-        table(headers, rows, numeric=range(1, 7)),
+        table(headers, rows, numeric=range(1, len(headers) - 1)),
         paragraph(
             f"Against the merged model (perplexity {number(first.reference_perplexity)}) on "
             f"{first.num_prompts} rows that training did not see. {EVERYDAY}: the smallest GGUF "
             f"file with the merged model's first choice at {share(NEAR_TOP1)} of positions and "
             f"perplexity within {share(NEAR_PERPLEXITY - 1)}, else the closest quantised one; "
-            f"{LEAST}: the smallest within {share(USABLE_PERPLEXITY - 1)}.",
+            f"{LEAST}: the smallest within {share(USABLE_PERPLEXITY - 1)}.{_benchmark(scored)}",
             muted=True,
         ),
         note="lower left is better: smaller and closer",
@@ -132,6 +135,22 @@ def _for(export: QuantizedModel, uses: list[str], others: list[QuantizedModel]) 
     if beaten and not uses:
         labels = [badge(beaten, "warn")]
     return Cell(" ".join(labels) or "-")
+
+
+def _score(export: QuantizedModel) -> str:
+    return "-" if export.benchmark_score is None else share(export.benchmark_score)
+
+
+def _benchmark(export: QuantizedModel | None) -> str:
+    if export is None or export.reference_benchmark_score is None:
+        return ""
+    rows = export.num_benchmark_rows
+    # A share's standard error is widest at one half.
+    return (
+        f" {export.benchmark}: on {rows} rows, of which the merged model has "
+        f"{share(export.reference_benchmark_score)}; differences below {share(rows**-0.5)} are "
+        "within what so few rows can tell."
+    )
 
 
 def _grouped(advice: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -1,0 +1,120 @@
+"""Scores of exports on held-out rows: by hand-made models, and held against the evaluate step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tuneline.artifacts import HELDOUT_FILE, QuantizedModel, write_jsonl
+from tuneline.quantize import QuantizeConfig, run
+from tuneline.quantize.benchmark import CHOICE, EXACT, prepare, score
+
+ROWS = [
+    {"prompt": "ab", "answer": "c", "end": ".\n", "choices": ["d", "c", "e"], "label": 1},
+    {"prompt": "aa", "answer": "e", "end": ".\n", "choices": ["e", "c"], "label": 0},
+]
+
+
+class Letters:
+    """A model over letters that answers with one of them, and then ends."""
+
+    def __init__(self, favourite: str) -> None:
+        self.favourite = favourite
+
+    def tokenise(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        found = torch.zeros(len(ids), 128)
+        for position, last in enumerate(ids):
+            found[position, ord(self.favourite if chr(last) in "ab" else ".")] = 5
+        return found
+
+
+@pytest.mark.parametrize(("favourite", "share"), [("c", 0.5), ("e", 0.5), ("d", 0.5), ("x", 0.5)])
+def test_choices_by_likelihood(favourite: str, share: float) -> None:
+    # "x" and "d" leave draws, of which the first counts: wrong in one row and right in the other.
+    assert score(Letters(favourite), ROWS, CHOICE) == share
+
+
+def test_exact_answers() -> None:
+    assert score(Letters("c"), ROWS, EXACT) == 0.5
+    assert score(Letters("d"), ROWS, EXACT) == 0.0
+
+
+def test_the_task_is_what_the_rows_allow(tmp_path: Path) -> None:
+    assert prepare(Letters("c"), tmp_path, 4) is None
+    write_jsonl(tmp_path / HELDOUT_FILE, ROWS)
+    assert prepare(Letters("c"), tmp_path, 0) is None
+    found = prepare(Letters("c"), tmp_path, 1)
+    assert found is not None and (found.task, found.reference) == (CHOICE, 1.0)
+    assert found.num_context >= len("abc.\n")
+    plain = [{key: row[key] for key in ("prompt", "answer", "end")} for row in ROWS]
+    write_jsonl(tmp_path / HELDOUT_FILE, plain)
+    found = prepare(Letters("c"), tmp_path, 4)
+    assert found is not None and (found.task, len(found.rows)) == (EXACT, 2)
+
+
+def test_files_are_scored_as_evaluate_scores_the_model(
+    merged_dir: Path, f16_dir: Path, dataset_dir: Path, tmp_path: Path
+) -> None:
+    """The merged model's score is lm-eval's on the same rows, and f16's is the same."""
+    import shutil
+
+    from tuneline.artifacts import DatasetManifest, LengthStatistics, Scores
+    from tuneline.evaluate import EvaluateConfig
+    from tuneline.evaluate import run as evaluate
+
+    data = tmp_path / "dataset"
+    shutil.copytree(dataset_dir, data)
+    rows = [
+        {
+            "prompt": f"<|im_start|>user\n{n}Gi in Mi?<|im_end|>\n<|im_start|>assistant\n",
+            "answer": f"{1024 * n}Mi",
+            "end": "<|im_end|>\n",
+            "question": f"{n}Gi in Mi?",
+            # Of the same length, so that a random model is sometimes right.
+            "choices": [f"{1024 * n + step}Mi" for step in (3, 0, 1, 4)],
+            "label": 1,
+        }
+        for n in range(1, 10)
+    ]
+    write_jsonl(data / HELDOUT_FILE, rows)
+    DatasetManifest(
+        source="rows.jsonl",
+        method="sft",
+        format="messages",
+        template="tokenizer",
+        loss_on="answers",
+        num_train_rows=16,
+        num_eval_rows=0,
+        num_heldout_rows=len(rows),
+        num_rejected_rows=0,
+        num_tokens=160,
+        num_loss_tokens=100,
+        lengths=LengthStatistics(mean=10, median=10, p95=11, p99=11, max=12),
+        max_seq_length=64,
+        recommended_max_seq_length=64,
+        truncated_token_share=0.0,
+        sha256="7" * 64,
+    ).write(data)
+    scores: Scores = evaluate(
+        EvaluateConfig(tasks=("heldout_choice",), num_generations=0),
+        label="tuned",
+        model_dir=str(merged_dir),
+        dataset_dir=str(data),
+        scores_dir=str(tmp_path / "scores"),
+    )
+    record: QuantizedModel = run(
+        QuantizeConfig(num_check_tokens=2, num_proof_prompts=2, num_benchmark_rows=9),
+        format="f16",
+        merged_dir=str(merged_dir),
+        gguf_dir=str(f16_dir),
+        dataset_dir=str(data),
+        quantized_dir=str(tmp_path / "f16"),
+    )
+    wanted = scores.tasks["heldout_choice"].value
+    assert 0 < wanted < 1, "a random model is sometimes right"
+    assert record.benchmark == "heldout_choice" and record.num_benchmark_rows == 9
+    assert record.reference_benchmark_score == pytest.approx(wanted)
+    assert record.benchmark_score == pytest.approx(wanted)
