@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
+from tuneline.names import place_names
 from tuneline.units import number
 
 WIDTH = 560
@@ -306,7 +307,7 @@ def scatter_chart(
 ) -> str:
     """Return named points over a linear x axis from zero and a logarithmic y axis.
 
-    Values of y are above zero. Names stand right of their points, moved apart where they meet.
+    Values of y are above zero. Names stand beside their points, or near with a line to them.
     """
     if not points:
         return _empty(title, "no values to draw")
@@ -338,22 +339,25 @@ def scatter_chart(
         f"{escape(x_label)}</text>"
     )
     groups = list(dict.fromkeys(point.group for point in points))
-    named: list[tuple[float, float, float]] = []
-    for point in sorted(points, key=lambda point: point.y, reverse=True):
-        at, height = x(point.x), y(math.log10(point.y))
-        width = BOLD_WIDTH * len(point.label)
-        name = height + 4
-        while any(
-            abs(name - other) < 14 and at < right and start < at + 9 + width
-            for start, right, other in named
-        ):
-            name += 2
-        named.append((at, at + 9 + width, name))
+    dots = [(x(point.x), y(math.log10(point.y))) for point in points]
+    places = place_names(
+        dots,
+        [BOLD_WIDTH * len(point.label) for point in points],
+        area=(left, top - 12, WIDTH, bottom),
+    )
+    for (at, height), place in zip(dots, places, strict=True):
+        if place.line:
+            parts.append(
+                f'<line class="tickmark" x1="{_c(at)}" y1="{_c(height)}" '
+                f'x2="{_c(place.line[0])}" y2="{_c(place.line[1])}"/>'
+            )
+    for point, (at, height), place in zip(points, dots, places, strict=True):
         parts.append(
             f'<circle class="dot s{groups.index(point.group) + 1}" cx="{_c(at)}" '
             f'cy="{_c(height)}" r="5"><title>{escape(point.label)}: {escape(x_text(point.x))}, '
             f"{number(point.y)} {escape(y_label)}</title></circle>"
-            f'<text class="name" x="{_c(at + 9)}" y="{_c(name)}">{escape(point.label)}</text>'
+            f'<text class="name" x="{_c(place.x)}" y="{_c(place.y)}" '
+            f'text-anchor="{"start" if place.x > at else "end"}">{escape(point.label)}</text>'
         )
     summary = "; ".join(f"{p.label}: {x_text(p.x)}, {number(p.y)}" for p in points)
     legend = _legend([(f"s{index}", name) for index, name in enumerate(groups, start=1)])

@@ -68,6 +68,7 @@ th{text-align:left;color:var(--muted);font-size:12.5px;font-weight:600;border-bo
 var(--rule);padding:4px 16px 6px 0;white-space:nowrap}
 td{border-bottom:1px solid var(--faint);padding:7px 16px 7px 0;vertical-align:top}
 tr:last-child td{border-bottom:0}
+table:not(.prose) td:first-child{white-space:nowrap}
 th:last-child,td:last-child{padding-right:0}
 .number{text-align:right;white-space:nowrap}
 table.prose{table-layout:fixed}

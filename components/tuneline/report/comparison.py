@@ -64,11 +64,7 @@ def card(line: Line) -> str:
         for export in measured
     ]
     first = measured[0]
-    threads = max((export.num_threads or 0 for export in measured), default=0)
-    speed = (
-        f"tokens/s, {threads} CPU thread{'s' if threads != 1 else ''}" if threads else "tokens/s"
-    )
-    headers = ["format", "size", "bits a weight", "mean KL", "top-1", "perplexity", speed]
+    headers = ["format", "size", "bits a weight", "mean KL", "top-1", "perplexity", "tokens/s"]
     headers += [*([str(scored.benchmark)] if scored else []), "for"]
     right = f'<div><h3 class="flush">Take</h3>{facts(_grouped(advice))}</div>'
     return section(
@@ -80,7 +76,8 @@ def card(line: Line) -> str:
             f"{first.num_prompts} rows that training did not see. {EVERYDAY}: the smallest GGUF "
             f"file with the merged model's first choice at {share(NEAR_TOP1)} of positions and "
             f"perplexity within {share(NEAR_PERPLEXITY - 1)}, else the closest quantised one; "
-            f"{LEAST}: the smallest within {share(USABLE_PERPLEXITY - 1)}.{_benchmark(scored)}",
+            f"{LEAST}: the smallest within {share(USABLE_PERPLEXITY - 1)}.{_speed(measured)}"
+            f"{_benchmark(scored)}",
             muted=True,
         ),
         note="lower left is better: smaller and closer",
@@ -135,6 +132,13 @@ def _for(export: QuantizedModel, uses: list[str], others: list[QuantizedModel]) 
     if beaten and not uses:
         labels = [badge(beaten, "warn")]
     return Cell(" ".join(labels) or "-")
+
+
+def _speed(measured: list[QuantizedModel]) -> str:
+    threads = max((export.num_threads or 0 for export in measured), default=0)
+    if not threads:
+        return ""
+    return f" Tokens/s on {threads} CPU thread{'s' if threads != 1 else ''}, one sequence."
 
 
 def _score(export: QuantizedModel) -> str:
