@@ -22,6 +22,7 @@ def one_job(
     stop_at: int | None = None,
     nan_at: int | None = None,
     fused: bool = False,
+    zero: bool = False,
 ) -> Any:
     """Train, told to stop, with a loss that is not finite, or with our kernels' references.
 
@@ -30,6 +31,7 @@ def one_job(
         stop_at: SIGTERM comes to the last rank, and to no other, in this step.
         nan_at: the last rank's loss is not finite in this step.
         fused: patch the model as on a GPU.
+        zero: DeepSpeed runs, without what it would compile for a CPU.
 
     Returns:
         The summary, or the sentence of a StoppedError.
@@ -59,6 +61,10 @@ def one_job(
             # Ranks on a CPU are on "cpu:0", and moving a model there from "cpu" copies it, out of
             # the flat optimizer's buffers. "cuda:0" is where it is already.
             patched.setattr(Accelerator, "device", torch.device("cpu"))
+        if zero:
+            import deepspeed
+
+            patched.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
         try:
             return attempt.train(**arguments)
         except StoppedError as error:

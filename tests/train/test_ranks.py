@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from tuneline.artifacts import PROGRESS_FILE, DatasetManifest, ModelOrigin, TrainingSummary
@@ -20,6 +21,8 @@ from tuneline.train import TrainConfig, run
 from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.fit import first_plan
 from tuneline.train.launch import choose_num_ranks, run_on_ranks
+from tuneline.train.rank import StartAgain
+from tuneline.train.zero2 import is_wanted, zero2_config
 
 sys.path.append(str(Path(__file__).parent))
 rank_cases = importlib.import_module("rank_cases")
@@ -56,7 +59,7 @@ def job(tmp_path, tiny_model_dir, dataset_dir, answer_rows):
         "dpo": dataset_dir(pairs, eval_rows=pairs[:5], method="dpo", name="dpo"),
     }
 
-    def make(name, num_ranks, *, method="sft", store=None, **settings):
+    def make(name, num_ranks, *, method="sft", store=None, divides_optimizer=False, **settings):
         config = TrainConfig.parse({**SETTINGS, **settings})
         manifest = DatasetManifest.read(data[method])
         where = tmp_path / f"{name}-{num_ranks}"
@@ -67,7 +70,8 @@ def job(tmp_path, tiny_model_dir, dataset_dir, answer_rows):
             "config": config.model_copy(update=plan.train_values),
             "plan": plan,
             "num_out_of_memory": 0,
-            "divides_optimizer": False,
+            "divides_optimizer": divides_optimizer,
+            "carried": {},
             "origin": ModelOrigin.read(tiny_model_dir),
             "manifest": manifest,
             "tokenizer": AutoTokenizer.from_pretrained(str(tiny_model_dir)),
@@ -165,6 +169,69 @@ def test_two_ranks_with_preferences_and_our_kernels(job, tmp_path):
 @pytest.mark.slow
 def test_four_ranks_learn_what_one_does(job, tmp_path):
     check(4, job, tmp_path, list(CURVES))
+
+
+def test_the_configuration_of_zero_2():
+    config = TrainConfig(
+        per_device_train_batch_size=2, gradient_accumulation_steps=8, offload_optimizer=True
+    )
+    found = zero2_config(config, num_ranks=4, dtype=torch.bfloat16)
+    batch = (found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"])
+    assert (*batch, found["train_batch_size"]) == (2, 2, 16)
+    assert found["gradient_clipping"] == config.max_grad_norm
+    assert found["bf16"] == {"enabled": True} and found["fp16"] == {"enabled": False}
+    zero = found["zero_optimization"]
+    assert zero["stage"] == 2 and zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    plain = zero2_config(TrainConfig(), num_ranks=2, dtype=torch.float32)
+    assert "offload_optimizer" not in plain["zero_optimization"]
+    assert not plain["bf16"]["enabled"]
+    assert is_wanted(TrainConfig(), "cuda", 2)
+    assert not is_wanted(TrainConfig(), "cuda", 1) and not is_wanted(TrainConfig(), "cpu", 2)
+    assert not is_wanted(TrainConfig(optim="sgd"), "cuda", 2)
+
+
+@pytest.mark.slow
+def test_zero_2_learns_what_one_rank_does(job, tmp_path):
+    alone = rank_cases.one_job(job("alone", 1))
+    half = rank_cases.one_job(job("half", 1, dtype="bfloat16"))
+
+    def on(num_ranks, name, **jobs):
+        for one in jobs.values():
+            one["zero"] = True
+        return run_on_ranks(
+            num_ranks,
+            rank_cases.all_jobs,
+            {"jobs": jobs},
+            directory=tmp_path / name,
+            device="cpu",
+        )
+
+    def zero(name, num_ranks, **settings):
+        return {"arguments": job(name, num_ranks, divides_optimizer=True, **settings)}
+
+    two = on(
+        2,
+        "two",
+        plain=zero("plain", 2, optim="adamw_8bit"),
+        half=zero("half", 2, dtype="bfloat16"),
+        offloaded=zero("offloaded", 2, offload_optimizer=True),
+        stopped={**zero("stopped", 2, store="shrinks"), "stop_at": 2},
+    )
+    assert_same_curves(two["plain"], alone)
+    assert_same_curves(two["offloaded"], alone)
+    for ours, theirs in zip(two["half"].history, half.history, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, abs=0.05)
+    assert "after step 2 of 5" in two["stopped"]
+    # Steps whose loss is not finite are skipped, and the run goes back, in new processes.
+    with pytest.raises(StartAgain) as caught:
+        diverging = zero("diverging", 2, max_skipped_in_a_row=1)
+        on(2, "diverging", it={**diverging, "nan_at": 3})
+    assert caught.value.carried["num_rollbacks"] == 1
+    again = zero("diverging", 2, max_skipped_in_a_row=1)
+    again["arguments"]["carried"] = caught.value.carried
+    one = on(1, "one", shrunk=zero("shrunk", 1, store="shrinks"), again=again)
+    assert_same_curves(one["shrunk"], alone)
+    assert one["again"].num_rollbacks == 1 and one["again"].num_steps == 5
 
 
 @pytest.mark.parametrize(

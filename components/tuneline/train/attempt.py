@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ def train(
     plan: Plan,
     num_out_of_memory: int,
     divides_optimizer: bool,
+    carried: Mapping[str, Any],
     origin: ModelOrigin,
     manifest: DatasetManifest,
     tokenizer: "PreTrainedTokenizerBase",
@@ -60,6 +62,7 @@ def train(
     Raises:
         OutOfMemory: in a step; the checkpoints before it are there.
         TrainingError: see `divergence.train_through`.
+        StartAgain: likewise.
         StoppedError: SIGTERM came; the checkpoint is written.
     """
     dtype = choose_dtype(config, device)
@@ -78,7 +81,19 @@ def train(
     deepspeed = None
     if divides_optimizer:
         deepspeed = zero2.zero2_config(config, num_ranks=ranks.num_ranks(), dtype=dtype)
+        if config.optim != zero2.OPTIMIZER:
+            logger.warning(
+                "train.optim: ZeRO-2 takes %s in the place of %s: its state is divided over %d "
+                "ranks",
+                zero2.OPTIMIZER,
+                config.optim,
+                ranks.num_ranks(),
+            )
         config = config.model_copy(update={"optim": zero2.OPTIMIZER})
+    elif config.offload_optimizer:
+        logger.warning(
+            "train.offload_optimizer has no effect: only several GPUs divide and move it"
+        )
     arguments = training_arguments(
         config,
         method=manifest.method,
@@ -147,6 +162,7 @@ def train(
                 dataset_dir=dataset_dir,
                 manifest=manifest,
                 packing=config.packing,
+                carried=carried,
             )
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(str(error).splitlines()[0]) from None

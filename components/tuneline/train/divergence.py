@@ -6,7 +6,9 @@ run goes back to the last checkpoint before them and on with a lower rate, twice
 """
 
 import functools
+import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tuneline.errors import TrainingError
 from tuneline.train import ranks
 from tuneline.train.batch_rows import rows_of_batches
 from tuneline.train.checkpoints import CheckpointStore
+from tuneline.train.rank import StartAgain
 from tuneline.train.resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)
@@ -76,10 +79,10 @@ class GuardedTrainer(ResumableTrainer):
         # A bad gradient behind good losses: which batch made it is not known any more.
         self.bad_batches = bad or places
         self.bad_value = "the loss" if bad else "the gradient"
-        self._skip_step(model)
+        self._skip_step()
         return None
 
-    def _skip_step(self, model: torch.nn.Module) -> None:
+    def _skip_step(self) -> None:
         state = self.run_state
         self.last_skipped_step = self.state.global_step + 1
         state.num_skipped_steps += 1
@@ -88,7 +91,8 @@ class GuardedTrainer(ResumableTrainer):
             "step %d is skipped: %s is not finite", self.last_skipped_step, self.bad_value
         )
         # An optimizer passes over parameters without a gradient; weight decay too.
-        model.zero_grad(set_to_none=True)
+        assert self.model is not None
+        self.model.zero_grad(set_to_none=True)
         # The logged loss is a mean over steps: this one is neither in its sum nor its count.
         self._tr_loss.copy_(self._loss_before_step)
         self._globalstep_last_logged += 1
@@ -113,17 +117,18 @@ def train_through(
     dataset_dir: Path,
     manifest: DatasetManifest,
     packing: bool,
+    carried: Mapping[str, Any],
 ) -> None:
     """Train from a checkpoint, or from the start, to the end; go back where it diverges.
 
     Raises:
         TrainingError: it diverged once more than `MAX_ROLLBACKS`, or from the very first step,
             where no rate has had a part in it. Names the rows of the last batch at fault.
+        StartAgain: it goes back, and has to be called in new processes with what that carries.
     """
     state = trainer.run_state
     store = trainer.store
     assert store is not None
-    carried: dict[str, Any] = {}
     while True:
         try:
             trainer.train_from(checkpoint, carried)
@@ -142,6 +147,8 @@ def train_through(
                     checkpoint,
                     carried["rate_factor"],
                 )
+                if trainer.is_deepspeed_enabled:
+                    raise StartAgain(json.dumps(carried)) from None
                 continue
             raise _gave_up(trainer, dataset_dir, manifest, packing) from None
         if state.skipped_in_a_row and not any(point.loss is not None for point in state.history):

@@ -33,7 +33,7 @@ from tuneline import errors
 from tuneline.errors import RecipeError, StoppedError, TrainingError
 from tuneline.train.config import TrainConfig
 from tuneline.train.interruption import StopRequest, stop_on_sigterm
-from tuneline.train.rank import JOB_FILE, RESULT_FILE, OutOfMemory
+from tuneline.train.rank import JOB_FILE, RESULT_FILE, OutOfMemory, StartAgain
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ def run_on_ranks(
     Raises:
         TunelineError: what a rank raised.
         OutOfMemory: what a rank raised.
+        StartAgain: what all ranks raised.
         TrainingError: a rank died, or raised something else.
         StoppedError: SIGTERM came before the ranks could write a checkpoint.
     """
@@ -207,9 +208,9 @@ def _failure(directory: Path, num_ranks: int, stop: StopRequest) -> Exception:
     if told:
         # What all ranks decided together, or the first sentence that was meant for people.
         first = min(told, key=lambda error: error["time"])
-        if first["kind"] == OutOfMemory.__name__:
-            return OutOfMemory(first["message"])
-        return getattr(errors, first["kind"])(first["message"])
+        kinds = {kind.__name__: kind for kind in (OutOfMemory, StartAgain)}
+        kind = kinds.get(first["kind"]) or getattr(errors, first["kind"])
+        return kind(first["message"])
     if stop.is_made:
         return StoppedError(
             "stopped by SIGTERM before the first step: run the step again, and it goes on from "

@@ -27,6 +27,18 @@ class OutOfMemory(Exception):
     """The device's memory was full in a training step."""
 
 
+class StartAgain(Exception):
+    """A run goes back to a checkpoint, and ZeRO-2 has to be made anew for it."""
+
+    def __init__(self, carried: str) -> None:
+        super().__init__(carried)
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """What `ResumableTrainer.train_from` keeps of the run so far; it is told as JSON."""
+        return json.loads(str(self))
+
+
 def main(directory: Path) -> None:
     """Do the job of this rank, and leave its result or its error in the directory."""
     number = int(os.environ["RANK"])
@@ -43,7 +55,7 @@ def main(directory: Path) -> None:
             _write(directory / RESULT_FILE, pickle.dumps(result))
     except Exception as error:
         traceback.print_exc()
-        is_known = isinstance(error, TunelineError | OutOfMemory)
+        is_known = isinstance(error, TunelineError | OutOfMemory | StartAgain)
         record = {
             "kind": type(error).__name__ if is_known else "Exception",
             "message": str(error) if is_known else f"{type(error).__name__}: {error}",

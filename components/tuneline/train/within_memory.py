@@ -26,7 +26,7 @@ from tuneline.train.kernels import can_fuse
 from tuneline.train.launch import run_on_ranks
 from tuneline.train.memory import model_shape
 from tuneline.train.precision import choose_dtype
-from tuneline.train.rank import OutOfMemory
+from tuneline.train.rank import OutOfMemory, StartAgain
 from tuneline.train.resumable import saved_state
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ def train_within_memory(
     asked = first_plan(config, manifest, num_ranks)
     num_out_of_memory = 0
     divides_optimizer = zero2.is_wanted(config, device, num_ranks)
+    carried: dict[str, Any] = {}
     checkpoint = store.latest()
     if checkpoint is not None:
         state = saved_state(checkpoint)
@@ -109,6 +110,7 @@ def train_within_memory(
                     "plan": plan,
                     "num_out_of_memory": num_out_of_memory,
                     "divides_optimizer": divides_optimizer,
+                    "carried": carried,
                     "manifest": manifest.model_copy(update={"max_seq_length": plan.max_seq_length}),
                     "directory": directory,
                     "work_dir": Path(work),
@@ -127,6 +129,9 @@ def train_within_memory(
                         device=device,
                     )
             return summary.model_copy(update={"fitted": plan.changes_from(asked)})
+        except StartAgain as again:
+            carried = again.carried
+            continue
         except OutOfMemory as error:
             smaller = smaller_plan(plan)
             if config.fit == "off" or smaller is None:
@@ -139,7 +144,7 @@ def train_within_memory(
             logger.warning(
                 "memory ran out (%s): going on with %s", error, smaller.changes_from(plan)
             )
-            plan = smaller
+            plan, carried = smaller, {}
             num_out_of_memory += 1
         # Only here, where the error and with it the frames that hold the old model are gone.
         _release_memory()
