@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tuneline import images, selfcheck
+from tuneline.environment import IMAGE_VARIABLE, describe_environment
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "images"
@@ -97,6 +98,20 @@ def test_the_dockerfile_ends_as_a_numeric_user_with_a_check() -> None:
     assert users == ["65532:65532"]
     assert lines[-1].startswith("RUN python3 -m tuneline.selfcheck ${SET};")
     assert not [line for line in lines if ":latest" in line]
+
+
+def test_an_image_names_itself_in_the_records_of_its_artifacts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = (IMAGES / "Dockerfile").read_text()
+    assert 'TUNELINE_IMAGE="tuneline/${SET}:${VERSION}+${REVISION}"' in text
+    # Each variable in it is declared in the last stage, where it would otherwise be empty.
+    last = text.rpartition("\nFROM ")[2]
+    assert all(f"ARG {name}" in last for name in ("SET", "VERSION", "REVISION"))
+    monkeypatch.setenv(IMAGE_VARIABLE, "tuneline/train:1+abc")
+    assert describe_environment()["image"] == "tuneline/train:1+abc"
+    monkeypatch.delenv(IMAGE_VARIABLE)
+    assert "image" not in describe_environment()
 
 
 def test_the_context_holds_what_the_dockerfile_copies() -> None:
