@@ -55,6 +55,12 @@ class Recipe(StrictModel):
             raise ValueError(
                 "evaluate.tasks needs held-out rows, and prepare.heldout.max_rows is 0"
             )
+        ranks, gpus = self.train.num_ranks, self.placement.num_accelerators
+        if isinstance(ranks, int) and 0 < gpus < ranks:
+            raise ValueError(
+                f"train.num_ranks is {ranks}, and placement.num_accelerators gives the step "
+                f"{gpus}: ask for {ranks}, or leave num_ranks at auto"
+            )
         return self
 
 

@@ -1,5 +1,7 @@
 """The memory estimate against peaks measured on an H200, and against what torch really keeps."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -84,6 +86,16 @@ def test_kept_activations_are_what_autograd_saves(tiny_model_dir, length):
     settings = Settings(1, length, False, quantized=True, itemsize=4, optim="adamw_8bit")
     estimate = estimate_memory(model_shape(tiny_model_dir, lora), settings)
     assert sum(saved.values()) == pytest.approx(estimate.activations, rel=0.1)
+
+
+def test_zero_2_divides_gradients_and_moments(tiny_model_dir):
+    shape = model_shape(tiny_model_dir, LoraConfig())
+    one = Settings(1, 64, False, quantized=True, itemsize=2, optim="adamw_torch")
+    four = dataclasses.replace(one, num_ranks=4)
+    # An fp32 weight, and of its gradient and two fp32 moments a quarter.
+    assert estimate_memory(shape, one).adapter == 16 * shape.num_adapter
+    assert estimate_memory(shape, four).adapter == 7 * shape.num_adapter
+    assert estimate_memory(shape, four).activations == estimate_memory(shape, one).activations
 
 
 def test_a_model_of_experts_has_no_estimate(tmp_path):

@@ -108,6 +108,9 @@ def train(
         num_ranks=ranks.num_ranks(),
         deepspeed=deepspeed,
     )
+    if arguments.n_gpu > 1:
+        # One rank that sees several GPUs: transformers would split its batches over them.
+        arguments._n_gpu = 1
     model = nf4.load_base(
         base_model_dir,
         dtype=dtype,

@@ -52,13 +52,14 @@ def plan_within_memory(
             base_model_dir,
         )
         return first_plan(config, manifest, num_ranks), None
+    divides = zero2.is_wanted(config, device, num_ranks)
     settings = run_settings(
-        config,
+        config.model_copy(update={"optim": zero2.OPTIMIZER}) if divides else config,
         manifest,
         itemsize=choose_dtype(config, device).itemsize,
         device=device,
         fused=can_fuse(config.kernels, device),
-        num_sharing=num_ranks if zero2.is_wanted(config, device, num_ranks) else 1,
+        num_sharing=num_ranks if divides else 1,
     )
     available = available_memory(config, device, num_ranks)
     plan, estimate = fitting_plan(config, manifest, shape, settings, available, num_ranks)
