@@ -92,9 +92,7 @@ def test_overrides_reach_nested_keys_and_are_checked(tmp_path: Path) -> None:
 def test_ranks_get_a_gpu_each(tmp_path: Path) -> None:
     path = write(tmp_path)
     values = {"train.num_ranks": 4, "placement.profile": "a100-80g"}
-    with pytest.raises(
-        RecipeError, match="num_ranks is 4, and placement.num_acc.* the step 1"
-    ):
+    with pytest.raises(RecipeError, match="num_ranks is 4, and placement.num_acc.* the step 1"):
         load_recipe(path, values)
     assert load_recipe(path, {**values, "placement.num_accelerators": 4}).train.num_ranks == 4
 

@@ -4,6 +4,7 @@ On a CPU, through gloo: gradients are averaged there as NCCL and DDP do it on GP
 """
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -16,12 +17,13 @@ import torch
 from transformers import AutoTokenizer
 
 from tuneline.artifacts import PROGRESS_FILE, DatasetManifest, ModelOrigin, TrainingSummary
-from tuneline.errors import RecipeError, StoppedError, TrainingError
+from tuneline.errors import DataError, RecipeError, StoppedError, TrainingError
 from tuneline.train import TrainConfig, run
 from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.fit import first_plan
-from tuneline.train.launch import choose_num_ranks, run_on_ranks
-from tuneline.train.rank import StartAgain
+from tuneline.train.interruption import StopRequest
+from tuneline.train.launch import _failure, choose_num_ranks, run_on_ranks
+from tuneline.train.rank import OutOfMemory, StartAgain
 from tuneline.train.zero2 import is_wanted, zero2_config
 
 sys.path.append(str(Path(__file__).parent))
@@ -246,7 +248,11 @@ def test_zero_2_learns_what_one_rank_does(job, tmp_path):
     ("how", "message"),
     [
         ("killed", "rank 1 of 2 was killed or crashed without a word"),
-        ("raises", "rank 1 of 2 failed: ValueError: a fault of its own, so the others were ended"),
+        pytest.param(
+            "raises",
+            "rank 1 of 2 failed: ValueError: a fault of its own, so the others were ended",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_rank_that_dies_ends_all_at_once(tmp_path, how, message):
@@ -273,6 +279,28 @@ def test_a_rank_that_dies_ends_all_at_once(tmp_path, how, message):
         stat = Path("/proc", path.read_text(), "stat")
         # Gone, or a zombie that nobody has asked about yet.
         assert not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_the_rank_that_failed_first_is_named(tmp_path):
+    def errors(**kinds):
+        for number, (kind, message, moment) in enumerate(kinds.values()):
+            record = {"kind": kind, "message": message, "time": moment}
+            (tmp_path / f"rank-{number}.error").write_text(json.dumps(record))
+        return _failure(tmp_path, 2, StopRequest())
+
+    lost = ("Exception", "RuntimeError: connection closed by peer", 2.0)
+    failure = errors(first=lost, second=("Exception", "ValueError: its own", 1.0))
+    assert str(failure) == "rank 1 of 2 failed: ValueError: its own, so the others were ended"
+    # A sentence for people goes before what it led to.
+    failure = errors(first=lost, second=("DataError", "there is no row", 3.0))
+    assert isinstance(failure, DataError) and str(failure) == "there is no row"
+    assert isinstance(errors(a=lost, b=("OutOfMemory", "full", 3.0)), OutOfMemory)
+    again = errors(a=("StartAgain", '{"num_rollbacks": 1}', 1.0), b=lost)
+    assert isinstance(again, StartAgain) and again.carried == {"num_rollbacks": 1}
+    # One that died without a word, before the one that missed it.
+    (tmp_path / "rank-1.error").unlink()
+    (tmp_path / "rank-1.dead").touch()
+    assert "rank 1 of 2 was killed" in str(errors(a=lost))
 
 
 def test_ranks_are_as_many_as_gpus(monkeypatch):
