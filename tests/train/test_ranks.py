@@ -311,6 +311,11 @@ def test_ranks_are_as_many_as_gpus(monkeypatch):
     assert choose_num_ranks(TrainConfig(num_ranks=1), "cuda") == 1
     with pytest.raises(RecipeError, match="num_ranks is 4, and this machine has 2 GPUs: give the"):
         choose_num_ranks(TrainConfig(num_ranks=4), "cuda")
+    with monkeypatch.context() as patched:
+        patched.setattr("importlib.util.find_spec", lambda name: None)
+        assert choose_num_ranks(TrainConfig(num_ranks=1), "cuda") == 1
+        with pytest.raises(RecipeError, match="2 GPUs train with DeepSpeed's ZeRO-2, and the pack"):
+            choose_num_ranks(TrainConfig(), "cuda")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="one of WORLD_SIZE 2 that a launcher has started"):
         choose_num_ranks(TrainConfig(), "cuda")

@@ -15,6 +15,7 @@ them as soon as one is gone, and says which one it was, with the end of its log.
 """
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ import torch
 
 from tuneline import errors
 from tuneline.errors import RecipeError, StoppedError, TrainingError
+from tuneline.train import zero2
 from tuneline.train.config import TrainConfig
 from tuneline.train.interruption import StopRequest, stop_on_sigterm
 from tuneline.train.rank import JOB_FILE, RESULT_FILE, OutOfMemory, StartAgain
@@ -47,8 +49,8 @@ def choose_num_ranks(config: TrainConfig, device: str) -> int:
     """Return how many ranks train.
 
     Raises:
-        RecipeError: more are asked for than there are GPUs, or a launcher has started this process
-            as one of several already.
+        RecipeError: more are asked for than there are GPUs, a launcher has started this process
+            as one of several already, or what several GPUs need is not installed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError(
@@ -57,15 +59,19 @@ def choose_num_ranks(config: TrainConfig, device: str) -> int:
             "with train.num_ranks"
         )
     num_gpus = torch.cuda.device_count() if device == "cuda" else 0
-    if config.num_ranks == "auto":
-        return max(1, num_gpus)
-    if device == "cuda" and config.num_ranks > num_gpus:
+    wanted = max(1, num_gpus) if config.num_ranks == "auto" else config.num_ranks
+    if device == "cuda" and wanted > num_gpus:
         raise RecipeError(
-            f"train.num_ranks is {config.num_ranks}, and this machine has {num_gpus} GPUs: give "
-            f"the step as many (placement.num_accelerators: {config.num_ranks}), or set num_ranks "
+            f"train.num_ranks is {wanted}, and this machine has {num_gpus} GPUs: give "
+            f"the step as many (placement.num_accelerators: {wanted}), or set num_ranks "
             f"to {num_gpus} or auto; a step learns from the same rows on any number"
         )
-    return config.num_ranks
+    if zero2.is_wanted(config, device, wanted) and not importlib.util.find_spec("deepspeed"):
+        raise RecipeError(
+            f"{wanted} GPUs train with DeepSpeed's ZeRO-2, and the package deepspeed is not "
+            "installed here: add it to the step's image, or set train.num_ranks to 1"
+        )
+    return wanted
 
 
 def run_on_ranks(
