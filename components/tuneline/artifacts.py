@@ -27,7 +27,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -80,14 +80,20 @@ class Record(StrictModel):
     """SHA-256 of each of the directory's other files; `tuneline verify` checks them."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Versions of what made it: packages, Python, machine, image."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """The step's part of the recipe, every default written out, its seed among them."""
 
-    def write(self, directory: str | Path) -> None:
-        """Write the record into `directory`, last: stamped with time, files and environment."""
+    def write(self, directory: str | Path, config: StrictModel | None = None) -> None:
+        """Write the record into `directory`, last.
+
+        It is stamped with the time, the files' hashes, the environment and the step's `config`.
+        """
         stamped = self.model_copy(
             update={
                 "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "files": hash_files(directory, leave_out={self.filename}),
                 "environment": describe_environment(),
+                "settings": config.model_dump(mode="json") if config else {},
             }
         )
         Path(directory, self.filename).write_text(

@@ -115,7 +115,7 @@ def test_scores_against_single_sequences(
     assert result.tasks["heldout_perplexity"].value == pytest.approx(nats / num_tokens, abs=1e-5)
     assert not result.tasks["heldout_perplexity"].higher_is_better
     # What writing adds: the time, the files' hashes, the versions of packages.
-    added = {"created_at", "files", "environment"}
+    added = {"created_at", "files", "environment", "settings"}
     assert result.model_dump(exclude=added) == Scores.read(scores_dir).model_dump(exclude=added)
 
 

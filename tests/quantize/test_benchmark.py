@@ -118,3 +118,20 @@ def test_files_are_scored_as_evaluate_scores_the_model(
     assert record.benchmark == "heldout_choice" and record.num_benchmark_rows == 9
     assert record.reference_benchmark_score == pytest.approx(wanted)
     assert record.benchmark_score == pytest.approx(wanted)
+
+
+def test_a_record_holds_the_settings_that_it_was_made_with(
+    merged_dir: Path, f16_dir: Path, dataset_dir: Path, tmp_path: Path
+) -> None:
+    config = QuantizeConfig(num_check_tokens=2, num_proof_prompts=1, max_mean_kl={"q8_0": 1.0})
+    run(
+        config,
+        format="q8_0",
+        merged_dir=str(merged_dir),
+        gguf_dir=str(f16_dir),
+        dataset_dir=str(dataset_dir),
+        quantized_dir=str(tmp_path / "q8"),
+    )
+    kept = QuantizedModel.read(tmp_path / "q8")
+    assert QuantizeConfig.parse(kept.settings) == config
+    assert kept.settings["num_calibration_rows"] == 128, "defaults are written out"

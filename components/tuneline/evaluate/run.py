@@ -99,7 +99,7 @@ def run(
             harness=f"lm-eval {importlib.metadata.version('lm-eval')}",
             seconds=round(time.monotonic() - started, 3),
         )
-        result.write(target)
+        result.write(target, config)
     return result
 
 

@@ -73,7 +73,7 @@ def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin
             runs_own_code=facts.runs_own_code,
             seconds=round(time.monotonic() - started, 3),
         )
-        origin.write(target)
+        origin.write(target, config)
     logger.info(
         "fetched %s: %s, %.1f M parameters, licence %s, %.1f s",
         source,

@@ -141,7 +141,7 @@ def run(
             merged_answer=tokenizer.decode(merged.greedy_ids, skip_special_tokens=True),
             seconds=time.monotonic() - began,
         )
-        record.write(directory)
+        record.write(directory, config)
     logger.info("proof: mean KL %.3g, top-1 %.4f", distance.mean_kl, distance.top1_agreement)
     return record
 

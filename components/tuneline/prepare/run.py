@@ -142,7 +142,7 @@ def run(
             sha256=digest.hexdigest(),
             seconds=round(time.monotonic() - started, 3),
         )
-        manifest.write(target)
+        manifest.write(target, config)
         _write_page(target, tokenizer, manifest, Path(statistics_path))
     _log(manifest)
     return manifest

@@ -117,7 +117,7 @@ def run(
             repos=repos,
             seconds=round(time.monotonic() - started, 3),
         )
-        record.write(record_dir)
+        record.write(record_dir, config)
     for repo in record.repos:
         logger.info("published %s: %d files, %d bytes", repo.url, repo.num_files, repo.num_bytes)
     return record

@@ -69,7 +69,7 @@ def measure_importance(
             made_from={"gguf": f16.content_sha256(), "dataset": source},
             seconds=round(time.monotonic() - started, 3),
         )
-        record.write(target)
+        record.write(target, config)
     logger.info(
         "importance matrix: %d tensors, %d rows, %d tokens, %.1f s",
         record.num_tensors,

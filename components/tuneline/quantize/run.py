@@ -102,7 +102,7 @@ def run(
                 "made_from": {"merged": merge.content_sha256()},
             }
         )
-        record.write(target)
+        record.write(target, config)
     _log(record)
     return record
 

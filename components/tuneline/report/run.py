@@ -85,7 +85,7 @@ def run(
             exports=line.exports,
             seconds=round(time.monotonic() - started, 3),
         )
-        summary.write(target)
+        summary.write(target, recipe)
     logger.info("report of %s: %s, %d bytes", recipe.name, page, page.stat().st_size)
     return summary
 
