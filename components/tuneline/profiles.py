@@ -102,7 +102,8 @@ class PlacementConfig(StrictModel):
     accelerator: str = "nvidia.com/gpu"
     """Kubernetes resource name of the accelerator."""
     num_accelerators: int = Field(0, ge=0)
-    """For each of train, merge, evaluate and the GPTQ export; 0: CPU only."""
+    """For train, which shares its rows among them; merge, evaluate and the GPTQ export get one, as
+    they use no more. 0: CPU only, for all four."""
     accelerator_products: list[str] = []
     """Values of the node label nvidia.com/gpu.product, any of which will do; empty: any GPU."""
     accelerated: StepPlacement = StepPlacement()

@@ -43,7 +43,7 @@ class Needs:
     timeout_hours: float
     """Far above what the step takes; it ends a pod that hangs."""
     gpu: bool = False
-    """Whether the recipe's accelerators go to this task."""
+    """Whether it can use an accelerator; only train can use several."""
     hub: bool = False
     """Whether it uses the network: the Hub's token and the cache."""
     scratch: bool = True
@@ -88,7 +88,7 @@ def place(task: PipelineTask, name: str, config: PlacementConfig) -> PipelineTas
         )
     kubernetes.set_timeout(task, int(wanted.timeout_hours * 3600))
     if accelerated:
-        _accelerate(task, config)
+        _accelerate(task, config, config.num_accelerators if name == "train" else 1)
     _mount_and_connect(task, needs, config)
     _label(task, name, config)
     kubernetes.set_security_context(task, run_as_user=config.run_as_user, run_as_non_root=True)
@@ -123,8 +123,8 @@ def _wanted(needs: Needs, name: str, config: PlacementConfig, accelerated: bool)
     return StepPlacement.parse(values)
 
 
-def _accelerate(task: PipelineTask, config: PlacementConfig) -> None:
-    task.set_accelerator_type(config.accelerator).set_accelerator_limit(config.num_accelerators)
+def _accelerate(task: PipelineTask, config: PlacementConfig, count: int) -> None:
+    task.set_accelerator_type(config.accelerator).set_accelerator_limit(count)
     for key, value in config.node_selector.items():
         kubernetes.add_node_selector(task, key, value)
     if config.accelerator_products:
