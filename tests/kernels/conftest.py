@@ -57,3 +57,12 @@ def assert_near():
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Return each dtype the kernels can be checked in on this machine."""
     return request.param
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch):
+    """Fill what `torch.empty` and its kin return with NaN, so that what nobody writes shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -99,6 +99,26 @@ class ActivationGradients:
     db_gate_up: list[Tensor] | None
 
 
+def activation_lora_backward_reference(
+    dh_TF: Tensor,
+    gate_up_TF: Tensor,
+    kind: Kind,
+    *,
+    down: LoraGroup,
+    gate_up: LoraGroup,
+    g_TP: Tensor | None,
+    xa_TP: Tensor,
+    inplace: bool = False,
+) -> ActivationGradients:
+    """Compute `activation_lora_backward` one op at a time; `down` is not looked at."""
+    d_gate_up, h_TF = gated_activation_backward(
+        dh_TF, gate_up_TF, kind, inplace=inplace, need_h=g_TP is not None
+    )
+    da = None if g_TP is None else mm_wide(g_TP.t(), h_TF)
+    db = gate_up.blocks(mm_wide(d_gate_up.t(), xa_TP)) if gate_up.rank else None
+    return ActivationGradients(d_gate_up, da, db)
+
+
 def activation_lora_backward(
     dh_TF: Tensor,
     gate_up_TF: Tensor,
@@ -126,7 +146,10 @@ def activation_lora_backward(
     ranks = [linear.rank for linear in gate_up.linears]
     widest = max(*ranks, down.rank)
     if widest == 0 or widest > MAX_RANK or not use_kernel(dh_TF):
-        return _apart(dh_TF, gate_up_TF, kind, gate_up, g_TP, xa_TP, inplace=inplace)
+        return activation_lora_backward_reference(
+            dh_TF, gate_up_TF, kind, down=down, gate_up=gate_up, g_TP=g_TP, xa_TP=xa_TP,
+            inplace=inplace,
+        )  # fmt: skip
     d_gate_up = gate_up_TF if inplace else torch.empty_like(gate_up_TF)
     e, g, de, dg = (x for pair in (gate_up_TF, d_gate_up) for x in pair.chunk(2, 1))
     # A fused gate_up_proj has one adapter, and both halves read all of its columns.
@@ -155,22 +178,3 @@ def activation_lora_backward(
         None if g_TP is None else sums[0, :, : down.rank].t(),
         db if any(ranks) else None,
     )
-
-
-def _apart(
-    dh_TF: Tensor,
-    gate_up_TF: Tensor,
-    kind: Kind,
-    gate_up: LoraGroup,
-    g_TP: Tensor | None,
-    xa_TP: Tensor,
-    *,
-    inplace: bool,
-) -> ActivationGradients:
-    """Compute the same one op at a time: the reference, and what runs where no kernel does."""
-    d_gate_up, h_TF = gated_activation_backward(
-        dh_TF, gate_up_TF, kind, inplace=inplace, need_h=g_TP is not None
-    )
-    da = None if g_TP is None else mm_wide(g_TP.t(), h_TF)
-    db = gate_up.blocks(mm_wide(d_gate_up.t(), xa_TP)) if gate_up.rank else None
-    return ActivationGradients(d_gate_up, da, db)
