@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 from tuneline.config import StrictModel
 
 StepName = Literal[
+    "look-up-model",
+    "look-up-data",
     "fetch",
     "prepare",
     "train",

@@ -139,6 +139,25 @@ def test_download_is_recorded_with_its_commit(hub, tiny_model_dir: Path, tmp_pat
     assert json.loads((out / "origin.json").read_text())["revision"] == COMMIT
 
 
+def test_the_version_of_a_model_is_its_commit(hub, tmp_path: Path) -> None:
+    program = (
+        "from tuneline.fetch import FetchConfig, version\n"
+        "print(version(FetchConfig(revision='v1'), source='org/model'))"
+    )
+
+    def look_up(**variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub[0], **variables}
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    assert look_up().stdout == f"{COMMIT}\n"
+    # Nothing was downloaded, so the cache knows nothing.
+    assert "is not whole in the cache" in look_up(HF_HUB_OFFLINE="1").stderr
+    assert fetch(hub[0], "org/model", tmp_path, "v1").returncode == 0
+    assert look_up(HF_HUB_OFFLINE="1").stdout == f"{COMMIT}\n"
+
+
 @pytest.mark.parametrize(
     ("source", "revision", "code", "sentence"),
     [

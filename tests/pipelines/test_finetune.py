@@ -129,10 +129,20 @@ def test_no_reference_dangles(demo: tuple[str, dict, dict]) -> None:
 def test_side_effects_are_never_cached(demo: tuple[str, dict, dict]) -> None:
     _, pipeline, _ = demo
     found = tasks(pipeline)
-    for name in ("publish", "report", "diagnose"):
+    for name in ("publish", "report", "diagnose", "look-up-model", "look-up-data"):
         assert not found[name].get("cachingOptions", {}).get("enableCache", False)
     for name in ("fetch", "prepare", "train", "merge", "evaluate", "gate"):
         assert found[name]["cachingOptions"]["enableCache"] is True
+
+
+def test_the_cache_asks_what_stands_behind_the_names(demo: tuple[str, dict, dict]) -> None:
+    found = tasks(demo[1])
+    for name, looked_up in (("fetch", "look-up-model"), ("prepare", "look-up-data")):
+        version = found[name]["inputs"]["parameters"]["version"]["taskOutputParameter"]
+        assert version == {"outputParameterKey": "Output", "producerTask": looked_up}
+        assert looked_up in found[name]["dependentTasks"]
+        # Beside each other, and before everything else.
+        assert "dependentTasks" not in found[looked_up]
 
 
 def test_a_recipe_with_one_kind_of_export_compiles(tmp_path: Path) -> None:

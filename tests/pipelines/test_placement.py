@@ -16,7 +16,8 @@ from tuneline.profiles import StepName
 from tuneline.recipe import load_recipe
 
 GPU_STEPS = {"train", "merge", "quantize-gptq", "evaluate", "evaluate-2"}
-HUB_STEPS = {"fetch", "prepare", "evaluate", "evaluate-2", "publish"}
+LOOK_UPS = {"look-up-model", "look-up-data"}
+HUB_STEPS = {"fetch", "prepare", "evaluate", "evaluate-2", "publish", *LOOK_UPS}
 
 EVERYTHING = {
     "profile": "a100-80g",
@@ -135,7 +136,7 @@ def test_volumes_and_secrets_go_where_they_are_used(
     for name, pod in pods.items():
         environment = {found["name"]: found["value"] for found in containers[name].get("env", [])}
         assert (scratch in pod.get("emptyDirMounts", [])) == (environment.get("TMPDIR") is not None)
-        assert ("TMPDIR" in environment) == (name not in ("gate", "report", "diagnose"))
+        assert ("TMPDIR" in environment) == (name not in {"gate", "report", "diagnose", *LOOK_UPS})
         claims = [(mount["constant"], mount["mountPath"]) for mount in pod.get("pvcMount", [])]
         variables = {
             variable["envVar"]: (secret["secretName"], variable["secretKey"], secret["optional"])

@@ -6,5 +6,6 @@ heavy imports stand inside the functions that need them.
 
 from tuneline.fetch.config import FetchConfig
 from tuneline.fetch.run import run
+from tuneline.fetch.version import version
 
-__all__ = ["FetchConfig", "run"]
+__all__ = ["FetchConfig", "run", "version"]

@@ -1,4 +1,4 @@
-"""The KFP component of the step."""
+"""The KFP components of the step."""
 
 from kfp import dsl
 
@@ -6,8 +6,19 @@ from tuneline import images
 
 
 @dsl.component(base_image=images.TRAIN, install_kfp_package=False)
-def fetch(source: str, config: str, base_model: dsl.Output[dsl.Model]):
-    """Fetch the base model; `config` is a FetchConfig as JSON."""
+def look_up_model(source: str, config: str) -> str:
+    """Say what stands behind the name now; `config` is a FetchConfig as JSON."""
+    from tuneline.fetch import FetchConfig, version
+    from tuneline.step import step
+
+    with step("look-up-model"):
+        found = version(FetchConfig.parse(config), source=source)
+    return found
+
+
+@dsl.component(base_image=images.TRAIN, install_kfp_package=False)
+def fetch(source: str, config: str, version: str, base_model: dsl.Output[dsl.Model]):
+    """Fetch the base model; `config` is a FetchConfig as JSON, `version` is for the cache."""
     from tuneline.fetch import FetchConfig, run
     from tuneline.step import step
 
@@ -16,6 +27,7 @@ def fetch(source: str, config: str, base_model: dsl.Output[dsl.Model]):
         base_model.metadata.update(
             source=origin.source,
             revision=origin.revision or "",
+            version=version,
             architecture=origin.architecture,
             num_parameters=origin.num_parameters,
             sha256=origin.sha256,

@@ -1,7 +1,9 @@
 """Download a model from the Hub, at one commit, only the files that tuning needs."""
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -41,30 +43,68 @@ def download(repo: str, *, revision: str | None, with_code: bool) -> Snapshot:
         HubError: the Hub could not be reached, or answered with an error.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub import errors as hub_errors
 
-    wanted: dict[str, Any] = {
-        "revision": revision,
-        "allow_patterns": [*_KEPT, "*.py"] if with_code else list(_KEPT),
-        "ignore_patterns": list(_LEFT),
-    }
+    wanted = _wanted(revision, with_code)
     if constants.HF_HUB_OFFLINE:
-        try:
-            path = Path(snapshot_download(repo, local_files_only=True, **wanted))
-        except hub_errors.LocalEntryNotFoundError:
-            raise HubError(
-                f"{repo} at {revision or 'main'} is not whole in the cache "
-                f"{constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids the network: unset it, or "
-                "fill the cache first"
-            ) from None
+        path = _in_cache(repo, revision, wanted)
         return Snapshot(path, commit=path.name, licence=licence_of(path))
-    try:
+    with _plainly(repo, revision):
         info = HfApi().model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
         if not any(_is_weight(name) for name in names):
             raise ModelError(explain_missing_weights(repo, names))
         # By the revision's name, so that the cache knows it when there is no network.
         path = Path(snapshot_download(repo, **wanted))
+    logger.info("%s at %s is commit %s", repo, revision or "main", path.name)
+    card = info.card_data
+    return Snapshot(path, commit=path.name, licence=licence_in(card.to_dict() if card else {}))
+
+
+def commit_of(repo: str, *, revision: str | None) -> str:
+    """Return the commit that a model's revision stands for now; offline, the one in the cache.
+
+    Raises:
+        ModelError: as `download`.
+        CredentialsError: as `download`.
+        HubError: as `download`.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return _in_cache(repo, revision, _wanted(revision, with_code=False)).name
+    with _plainly(repo, revision):
+        return str(HfApi().model_info(repo, revision=revision).sha)
+
+
+def _wanted(revision: str | None, with_code: bool) -> dict[str, Any]:
+    return {
+        "revision": revision,
+        "allow_patterns": [*_KEPT, "*.py"] if with_code else list(_KEPT),
+        "ignore_patterns": list(_LEFT),
+    }
+
+
+def _in_cache(repo: str, revision: str | None, wanted: dict[str, Any]) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import errors as hub_errors
+
+    try:
+        return Path(snapshot_download(repo, local_files_only=True, **wanted))
+    except hub_errors.LocalEntryNotFoundError:
+        raise HubError(
+            f"{repo} at {revision or 'main'} is not whole in the cache "
+            f"{constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids the network: unset it, or "
+            "fill the cache first"
+        ) from None
+
+
+@contextlib.contextmanager
+def _plainly(repo: str, revision: str | None) -> Iterator[None]:
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub_errors
+
+    try:
+        yield
     except hub_errors.GatedRepoError:
         raise CredentialsError(
             f"{repo} is gated: ask for access on its page at {constants.ENDPOINT}/{repo}, then "
@@ -97,9 +137,6 @@ def download(repo: str, *, revision: str | None, with_code: bool) -> Snapshot:
             f"{constants.ENDPOINT} cannot be reached for {repo} ({type(error).__name__}): check "
             "the network and HF_ENDPOINT; with the model in the cache set HF_HUB_OFFLINE=1"
         ) from error
-    logger.info("%s at %s is commit %s", repo, revision or "main", path.name)
-    card = info.card_data
-    return Snapshot(path, commit=path.name, licence=licence_in(card.to_dict() if card else {}))
 
 
 def _is_weight(name: str) -> bool:

@@ -6,5 +6,6 @@ heavy imports stand inside the functions that need them.
 
 from tuneline.prepare.config import HeldoutConfig, PrepareConfig
 from tuneline.prepare.run import run
+from tuneline.prepare.version import version
 
-__all__ = ["HeldoutConfig", "PrepareConfig", "run"]
+__all__ = ["HeldoutConfig", "PrepareConfig", "run", "version"]

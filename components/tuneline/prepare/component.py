@@ -1,4 +1,4 @@
-"""The KFP component of the step."""
+"""The KFP components of the step."""
 
 from kfp import dsl
 
@@ -6,14 +6,26 @@ from tuneline import images
 
 
 @dsl.component(base_image=images.TRAIN, install_kfp_package=False)
+def look_up_data(source: str, config: str) -> str:
+    """Say what stands behind the name now; `config` is a PrepareConfig as JSON."""
+    from tuneline.prepare import PrepareConfig, version
+    from tuneline.step import step
+
+    with step("look-up-data"):
+        found = version(PrepareConfig.parse(config), source=source)
+    return found
+
+
+@dsl.component(base_image=images.TRAIN, install_kfp_package=False)
 def prepare(
     source: str,
     config: str,
+    version: str,
     base_model: dsl.Input[dsl.Model],
     dataset: dsl.Output[dsl.Dataset],
     statistics: dsl.Output[dsl.HTML],
 ):
-    """Check, template and tokenise the rows; `config` is a PrepareConfig as JSON."""
+    """Check and tokenise the rows; `config` is a PrepareConfig as JSON, `version` for the cache."""
     from tuneline.prepare import PrepareConfig, run
     from tuneline.step import step
 
@@ -26,6 +38,7 @@ def prepare(
             statistics_path=statistics.path,
         )
         dataset.metadata.update(
+            version=version,
             format=manifest.format,
             num_train_rows=manifest.num_train_rows,
             num_heldout_rows=manifest.num_heldout_rows,

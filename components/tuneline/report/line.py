@@ -19,6 +19,8 @@ LINE: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 # Steps that are not drawn: they look at the line, they are not part of it.
 OUTSIDE = ("report", "diagnose")
+# The steps' names, where they are not the stage's.
+WITHIN = {"look-up-model": "fetch", "look-up-data": "prepare"}
 
 
 def stages(
@@ -59,4 +61,4 @@ def _stage_of(run: StepRun, *, merged: bool) -> str:
         if label not in ("base", "tuned"):
             label = "tuned" if merged else "base"
         return f"evaluate {label}"
-    return run.step
+    return WITHIN.get(run.step, run.step)

@@ -3,6 +3,11 @@
     fetch -> prepare -> train -> merge -> convert -> quantize (a task a format) -> gate -> publish
       `---------> evaluate the base           `---> evaluate the tuned ----'  `--> report
 
+Before fetch and prepare, a small task each looks up what stands behind the model's and the data's
+name now. They are never cached, and what they find is an input of fetch and prepare: a scheduled
+run of unchanged sources takes every step up to the gate from the cache, and one of changed sources
+trains anew; a name alone would be the same for ever.
+
 The steps' configs are pipeline parameters, one a step and not one for all: a task's cache key is
 its inputs, so that a new learning rate does not prepare the data again. They are JSON strings
 because KFP turns the integers of a struct into floats.
@@ -19,11 +24,11 @@ from kfp.dsl.base_component import BaseComponent
 
 from tuneline.diagnose.component import diagnose
 from tuneline.evaluate.component import evaluate
-from tuneline.fetch.component import fetch
+from tuneline.fetch.component import fetch, look_up_model
 from tuneline.gate.component import gate
 from tuneline.merge.component import merge
 from tuneline.pipelines.placement import place
-from tuneline.prepare.component import prepare
+from tuneline.prepare.component import look_up_data, prepare
 from tuneline.publish.component import publish
 from tuneline.quantize.component import (
     convert_gguf,
@@ -76,9 +81,22 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
     ):
         goodbye = placed(diagnose).set_caching_options(False)
         with dsl.ExitHandler(goodbye, name="line"):
-            fetched = placed(fetch, source=base_model, config=fetch_config)
+            model_now = placed(look_up_model, source=base_model, config=fetch_config)
+            data_now = placed(look_up_data, source=dataset, config=prepare_config)
+            fetched = placed(
+                fetch,
+                source=base_model,
+                config=fetch_config,
+                version=model_now.set_caching_options(False).output,
+            )
             base = fetched.outputs["base_model"]
-            prepared = placed(prepare, source=dataset, config=prepare_config, base_model=base)
+            prepared = placed(
+                prepare,
+                source=dataset,
+                config=prepare_config,
+                version=data_now.set_caching_options(False).output,
+                base_model=base,
+            )
             data = prepared.outputs["dataset"]
             base_scores = placed(
                 evaluate, label="base", config=evaluate_config, model=base, dataset=data

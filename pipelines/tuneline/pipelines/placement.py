@@ -53,6 +53,8 @@ class Needs:
 
 
 NEEDS = {
+    "look-up-model": Needs(("1", "4"), ("1Gi", "4Gi"), 2, hub=True, scratch=False, num_retries=3),
+    "look-up-data": Needs(("1", "4"), ("1Gi", "4Gi"), 2, hub=True, scratch=False, num_retries=3),
     "fetch": Needs(("1", "4"), ("4Gi", "16Gi"), 6, hub=True, num_retries=3),
     "prepare": Needs(("2", "8"), ("4Gi", "16Gi"), 12, hub=True, num_retries=2),
     "train": Needs(("4", "16"), ("16Gi", "64Gi"), 96, gpu=True, num_retries=2),
