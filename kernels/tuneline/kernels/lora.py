@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tuneline.kernels._dispatch import use_kernel
 from tuneline.kernels.nf4 import NF4Weight
 
 MIN_COLUMNS = 64
@@ -105,7 +106,7 @@ class LoraGroup:
         return parts
 
     def parameters(self) -> list[Tensor]:
-        """Trainable tensors in the order in which `lora_gradients` returns their gradients."""
+        """Trainable tensors in the order in which `LoraGradients.split` returns their gradients."""
         return [t for x in self.linears if x.lora_a is not None for t in (x.lora_a, x.lora_b)]
 
 
@@ -149,65 +150,6 @@ class LoraGradients:
         return grads
 
 
-def group_reference(x_TK: Tensor, group: LoraGroup, weights: Sequence[Tensor]) -> Tensor:
-    """What the group means, one linear at a time: X W^T + b + s (X A^T) B^T, [T, N]."""
-    outputs = []
-    for linear, weight in zip(group.linears, weights, strict=True):
-        y = torch.nn.functional.linear(x_TK, weight, linear.bias)
-        if linear.lora_a is not None:
-            y = y + linear.scaling * (x_TK @ linear.lora_a.t()) @ linear.lora_b.t()
-        outputs.append(y)
-    return torch.cat(outputs, dim=1)
-
-
-def pack(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:
-    """Write blockdiag(s B) and the bias into sb [N, P], A into a [P, K], zeros elsewhere."""
-    if not sb_NP.is_cuda:
-        pack_reference(group, sb_NP, a_PK)
-        return
-    absent = LoraLinear(weight=sb_NP, num_out=0, num_in=group.num_in)
-    linears = group.linears + (absent,) * (MAX_LINEARS - len(group.linears))
-
-    def pointer(tensor: Tensor | None) -> Tensor:
-        return sb_NP if tensor is None else tensor.detach().contiguous()
-
-    num_row_blocks = triton.cdiv(group.num_out, _PACK_BLOCK)
-    _pack_kernel[(num_row_blocks + triton.cdiv(group.num_in, _PACK_BLOCK),)](
-        sb_NP,
-        a_PK,
-        *(pointer(x.lora_a) for x in linears),
-        *(pointer(x.lora_b) for x in linears),
-        *(pointer(x.bias) for x in linears),
-        *(x.num_out for x in linears),
-        *(float(x.scaling) for x in linears),
-        group.num_in,
-        sb_NP.stride(0),
-        a_PK.stride(0),
-        num_row_blocks,
-        *(x.rank for x in linears),
-        *(x.bias is not None for x in linears),
-        P=group.num_columns,
-        BLOCK=_PACK_BLOCK,
-    )
-
-
-def pack_reference(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:
-    """Compute `pack` in plain torch."""
-    sb_NP.zero_()
-    a_PK.zero_()
-    row = column = 0
-    for linear in group.linears:
-        rows = slice(row, row + linear.num_out)
-        if linear.lora_a is not None:
-            columns = slice(column, column + linear.rank)
-            sb_NP[rows, columns] = (linear.lora_b * linear.scaling).to(sb_NP.dtype)
-            a_PK[columns] = linear.lora_a.to(a_PK.dtype)
-        if linear.bias is not None:
-            sb_NP[rows, group.rank] = linear.bias
-        row += linear.num_out
-        column += linear.rank
-
-
 def mm_wide(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b without rounding the sum to 16 bits where the GEMM can avoid it."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
@@ -217,36 +159,13 @@ def mm_wide(a: Tensor, b: Tensor) -> Tensor:
 
 @triton.jit
 def _pack_kernel(
-    sb_ptr,
-    a_ptr,
-    a0_ptr,
-    a1_ptr,
-    a2_ptr,
-    b0_ptr,
-    b1_ptr,
-    b2_ptr,
-    bias0_ptr,
-    bias1_ptr,
-    bias2_ptr,
-    n0,
-    n1,
-    n2,
-    s0,
-    s1,
-    s2,
-    num_in,
-    sb_stride,
-    a_stride,
-    num_row_blocks,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
-    R2: tl.constexpr,
-    HAS_BIAS0: tl.constexpr,
-    HAS_BIAS1: tl.constexpr,
-    HAS_BIAS2: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    sb_ptr, a_ptr, a0_ptr, a1_ptr, a2_ptr, b0_ptr, b1_ptr, b2_ptr,
+    bias0_ptr, bias1_ptr, bias2_ptr, n0, n1, n2, s0, s1, s2,
+    num_in, sb_stride, a_stride, num_row_blocks,
+    R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
+    HAS_BIAS0: tl.constexpr, HAS_BIAS1: tl.constexpr, HAS_BIAS2: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program writes either BLOCK rows of the sB columns or BLOCK columns of the A rows."""
     pid = tl.program_id(0)
     p = tl.arange(0, P)
@@ -306,3 +225,62 @@ def _pack_kernel(
             )
         a_out = a_ptr + p[:, None].to(tl.int64) * a_stride + column[None, :]
         tl.store(a_out, a_value.to(a_ptr.dtype.element_ty), inside)
+
+
+def pack(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:
+    """Write blockdiag(s B) and the bias into sb [N, P], A into a [P, K], zeros elsewhere."""
+    if not use_kernel(sb_NP):
+        pack_reference(group, sb_NP, a_PK)
+        return
+    absent = LoraLinear(weight=sb_NP, num_out=0, num_in=group.num_in)
+    linears = group.linears + (absent,) * (MAX_LINEARS - len(group.linears))
+
+    def pointer(tensor: Tensor | None) -> Tensor:
+        return sb_NP if tensor is None else tensor.detach().contiguous()
+
+    num_row_blocks = triton.cdiv(group.num_out, _PACK_BLOCK)
+    _pack_kernel[(num_row_blocks + triton.cdiv(group.num_in, _PACK_BLOCK),)](
+        sb_NP,
+        a_PK,
+        *(pointer(x.lora_a) for x in linears),
+        *(pointer(x.lora_b) for x in linears),
+        *(pointer(x.bias) for x in linears),
+        *(x.num_out for x in linears),
+        *(float(x.scaling) for x in linears),
+        group.num_in,
+        sb_NP.stride(0),
+        a_PK.stride(0),
+        num_row_blocks,
+        *(x.rank for x in linears),
+        *(x.bias is not None for x in linears),
+        P=group.num_columns,
+        BLOCK=_PACK_BLOCK,
+    )
+
+
+def pack_reference(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:
+    """Compute `pack` in plain torch."""
+    sb_NP.zero_()
+    a_PK.zero_()
+    row = column = 0
+    for linear in group.linears:
+        rows = slice(row, row + linear.num_out)
+        if linear.lora_a is not None:
+            columns = slice(column, column + linear.rank)
+            sb_NP[rows, columns] = (linear.lora_b * linear.scaling).to(sb_NP.dtype)
+            a_PK[columns] = linear.lora_a.to(a_PK.dtype)
+        if linear.bias is not None:
+            sb_NP[rows, group.rank] = linear.bias
+        row += linear.num_out
+        column += linear.rank
+
+
+def group_reference(x_TK: Tensor, group: LoraGroup, weights: Sequence[Tensor]) -> Tensor:
+    """What the group means, one linear at a time: X W^T + b + s (X A^T) B^T, [T, N]."""
+    outputs = []
+    for linear, weight in zip(group.linears, weights, strict=True):
+        y = torch.nn.functional.linear(x_TK, weight, linear.bias)
+        if linear.lora_a is not None:
+            y = y + linear.scaling * (x_TK @ linear.lora_a.t()) @ linear.lora_b.t()
+        outputs.append(y)
+    return torch.cat(outputs, dim=1)
