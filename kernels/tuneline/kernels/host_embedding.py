@@ -11,6 +11,8 @@ Shapes: ids [...]; table [V, C]; y [..., C].
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import triton
 import triton.language as tl
@@ -40,24 +42,32 @@ def gather_rows(ids: Tensor, table_VC: Tensor) -> Tensor:
 class _HostEmbedding(nn.Embedding):
     """A frozen embedding whose table may be on the host; forward on the device of the ids."""
 
+    _tuneline_device: torch.device
+    """Where the table came from."""
+
     def forward(self, ids: Tensor) -> Tensor:
         if ids.device == self.weight.device:
             return super().forward(ids)
         return gather_rows(ids, self.weight)
 
 
-def move_to_host(causal: nn.Module) -> None:
-    """Move the input embedding where it is plain, frozen, on a GPU and not the head as well."""
-    embedding = causal.get_input_embeddings()
-    head = causal.get_output_embeddings()
-    if type(embedding) is not nn.Embedding or not embedding.weight.is_cuda:
-        return
-    tied = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
-    if tied or embedding.weight.requires_grad:
-        return
-    embedding._tuneline_device = embedding.weight.device
-    embedding.weight.data = embedding.weight.data.cpu().pin_memory()
+def move_to_host(causal: Any) -> str | None:
+    """Move a causal LM's input embedding to the host; return the reason where that cannot be."""
+    embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    if type(embedding) is not nn.Embedding:
+        return f"the input embedding is a {type(embedding).__name__}, not a plain one"
+    table = embedding.weight
+    if table.requires_grad:
+        return "the input embedding is trained"
+    if head is not None and head.weight.data_ptr() == table.data_ptr():
+        return "the input embedding is the head as well, which reads all of it"
+    if not table.is_cuda:
+        return f"the input embedding is on {table.device}, not on a GPU"
+    device = table.device
+    table.data = table.data.cpu().pin_memory()
     embedding.__class__ = _HostEmbedding
+    cast(_HostEmbedding, embedding)._tuneline_device = device
+    return None
 
 
 def move_back(model: nn.Module) -> None:
@@ -65,5 +75,5 @@ def move_back(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _HostEmbedding):
             module.weight.data = module.weight.data.to(module._tuneline_device)
-            module.__class__ = nn.Embedding
             del module._tuneline_device
+            cast(nn.Module, module).__class__ = nn.Embedding

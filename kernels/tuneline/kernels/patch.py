@@ -109,7 +109,7 @@ def patch(
         model: A transformers causal LM, bare or inside PEFT.
         budget: Memory for kept activations; see `budget.Budget`. Patching again changes it.
         embedding_on_host: Keep the input embedding in pinned host memory, see host_embedding.py;
-            without effect where it is trained, tied to the head or not on a GPU.
+            a warning says why not where it is trained, tied to the head or not on a GPU.
         fp8: Multiply NF4 weights with adapters in 8-bit floats (see operands.py): faster, and each
             product is off by some 4 %, beside the 9 % that NF4 itself is off. Not for parity.
 
@@ -147,8 +147,9 @@ def patch(
         for index in specs:
             decoder.layers[index]._tuneline_index = index
             _swap(decoder.layers[index], _LayerMixin)
-        if embedding_on_host:
-            move_to_host(causal)
+        why_not = move_to_host(causal) if embedding_on_host else None
+        if why_not is not None:
+            logger.warning("embedding_on_host=True is ignored: %s", why_not)
         decoder.norm._tuneline_gemma = next(iter(specs.values())).gemma_norm
         _swap(decoder.norm, _NormMixin)
         loss = _stock_loss_reason(causal) or "fused"
