@@ -185,6 +185,33 @@ def test_values_survive_flattening_and_other_dtypes_are_refused(generator):
         FlatAdamW(params, state_bits=4)
 
 
+@pytest.mark.parametrize("num_steps", [0, 1, 5])
+def test_a_model_moved_after_the_optimizer_was_made_is_refused(num_steps, generator):
+    model = torch.nn.ParameterList(_params(generator))
+    optimizer = FlatAdamW(model.parameters(), **OPTIONS)
+
+    def step():
+        sum((p * p).sum() for p in model).backward()
+        optimizer.step()
+
+    for _ in range(num_steps):
+        step()
+    model.double().float()
+    with pytest.raises(RuntimeError, match=r"\(.*\) is no longer a slice .* the last move"):
+        step()
+
+
+def test_one_moved_parameter_is_found_in_as_many_steps_as_there_are(generator):
+    params = _params(generator)
+    optimizer = FlatAdamW(params, **OPTIONS)
+    sum((p * p).sum() for p in params).backward()
+    optimizer.step()
+    params[1].data = params[1].data.clone()
+    with pytest.raises(RuntimeError, match="shape \\(300,\\)"):
+        for _ in params:
+            optimizer.step()
+
+
 @pytest.mark.parametrize("size, max_norm", [(1, 1.0), (5000, 1.0), (5000, 1e3)])
 def test_clip_equals_torch(size, max_norm, generator):
     grad = torch.randn(size, generator=generator, device=generator.device)
