@@ -18,6 +18,7 @@ StepName = Literal[
     "fetch",
     "prepare",
     "train",
+    "train-on-nodes",
     "merge",
     "convert-gguf",
     "measure-importance",
@@ -29,6 +30,9 @@ StepName = Literal[
     "publish",
     "diagnose",
 ]
+
+PRODUCT_LABEL = "nvidia.com/gpu.product"
+"""Of nodes, as NVIDIA's feature discovery writes it."""
 
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 DNS_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
@@ -106,6 +110,16 @@ class PlacementConfig(StrictModel):
     num_accelerators: int = Field(0, ge=0)
     """For train, which shares its rows among them; merge, evaluate and the GPTQ export get one, as
     they use no more. 0: CPU only, for all four."""
+    num_nodes: int = Field(1, ge=1)
+    """Nodes that train together, each with `num_accelerators`; more than one need Kubeflow Trainer
+    2 and `shared_claim`."""
+    trainer_runtime: str = Field("tuneline", pattern=DNS_NAME)
+    """Trainer's runtime for several nodes; `tuneline` is in manifests/components/trainer."""
+    trainer_runtime_kind: Literal["TrainingRuntime", "ClusterTrainingRuntime"] = "TrainingRuntime"
+    """Whether it is the namespace's or the cluster's."""
+    shared_claim: str | None = Field(None, pattern=DNS_NAME)
+    """A ReadWriteMany PersistentVolumeClaim that several nodes share: inputs, checkpoints, the
+    adapter. It must be writable for `run_as_user`."""
     accelerator_products: list[str] = []
     """Values of the node label nvidia.com/gpu.product, any of which will do; empty: any GPU."""
     accelerated: StepPlacement = StepPlacement()
@@ -127,8 +141,8 @@ class PlacementConfig(StrictModel):
     hub_token_secret: str | None = "huggingface"
     """Name of a Kubernetes secret whose key `token` holds the Hub token; used where it exists."""
     secrets: dict[str, dict[str, str]] = {}
-    """More secrets, by name: {secret: {key: VARIABLE}}, for the steps that use the network; used
-    where they exist."""
+    """More secrets, by name: {secret: {key: VARIABLE}}, for the steps that use the network, and for
+    train, which may report to trackers; used where they exist."""
     image_pull_secrets: list[str] = []
     """Names of secrets with the credentials of the images' registry."""
     queue: str | None = Field(None, pattern=DNS_NAME)
@@ -151,6 +165,11 @@ class PlacementConfig(StrictModel):
             raise ValueError(
                 f"workload_priority_class '{self.workload_priority_class}' means nothing without "
                 "`queue`: name a LocalQueue, or leave it out"
+            )
+        if self.num_nodes > 1 and not self.shared_claim:
+            raise ValueError(
+                f"num_nodes is {self.num_nodes}, and nodes share a volume: name a ReadWriteMany "
+                "claim in shared_claim"
             )
         limit = self.accelerated.memory_limit
         if self.shared_memory and limit:

@@ -56,6 +56,12 @@ class Recipe(StrictModel):
                 "evaluate.tasks needs held-out rows, and prepare.heldout.max_rows is 0"
             )
         ranks, gpus = self.train.num_ranks, self.placement.num_accelerators
+        nodes = self.placement.num_nodes
+        if isinstance(ranks, int) and nodes > 1:
+            raise ValueError(
+                f"train.num_ranks is {ranks}, and placement.num_nodes {nodes}: leave num_ranks at "
+                "auto, every GPU of every node is then a rank"
+            )
         if isinstance(ranks, int) and 0 < gpus < ranks:
             raise ValueError(
                 f"train.num_ranks is {ranks}, and placement.num_accelerators gives the step "

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 STEPS = {
-    "light": ("gate", "report", "diagnose"),
+    "light": ("gate", "report", "diagnose", "train"),
     "train": ("fetch", "prepare", "train", "merge"),
     "gguf": ("quantize",),
     "gptq": ("quantize",),
@@ -22,6 +22,9 @@ STEPS = {
     "publish": ("publish",),
 }
 """The steps that each image runs."""
+
+_MODULES = {("light", "train"): "tuneline.train.launcher"}
+# Where an image has another part of a step than its run.
 
 CACHE_VARIABLES = ("HOME", "HF_HOME", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "TMPDIR")
 
@@ -47,7 +50,7 @@ def check(name: str) -> list[str]:
     importlib.import_module("kfp.dsl.executor_main")
     lines.append(f"kfp {metadata.version('kfp')}")
     for step in STEPS[name]:
-        importlib.import_module(f"tuneline.{step}.run")
+        importlib.import_module(_MODULES.get((name, step), f"tuneline.{step}.run"))
         lines.append(f"step {step}")
     lines.append(_WORK[name]())
     return lines
@@ -77,6 +80,7 @@ def _light() -> str:
 
 def _train() -> str:
     import bitsandbytes
+    import deepspeed
     import gguf
     import peft
     import torch
@@ -96,17 +100,22 @@ def _train() -> str:
     return (
         f"torch {torch.__version__}, trl {trl.__version__}, peft {peft.__version__}, "
         f"bitsandbytes {bitsandbytes.__version__}: NF4 on {device}, error {error:.3f}, "
-        f"triton {triton.__version__}"
+        f"triton {triton.__version__}, deepspeed {deepspeed.__version__}"
     )
 
 
 def _gguf() -> str:
+    # Transformers loads the merged model onto a device with it.
+    import accelerate
     import llama_cpp
 
     from tuneline.quantize.converter import find
 
     assert b"CPU" in llama_cpp.llama_print_system_info()
-    return f"llama-cpp-python {llama_cpp.__version__}, with {find().name}"
+    return (
+        f"llama-cpp-python {llama_cpp.__version__}, with {find().name}, "
+        f"accelerate {accelerate.__version__}"
+    )
 
 
 def _gptq() -> str:

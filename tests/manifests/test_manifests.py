@@ -3,6 +3,7 @@
 Rendered by the real kubectl where there is one. No cluster ever took these resources.
 """
 
+import re
 import shutil
 import subprocess
 from collections import Counter
@@ -13,13 +14,17 @@ import jsonschema
 import pytest
 import yaml
 
+from tuneline import images
 from tuneline.pipelines.lint import lint_documents
 from tuneline.pipelines.placement import PART_OF_LABEL
+from tuneline.profiles import PlacementConfig
+from tuneline.train.trainjob import CONTAINER
 
 ROOT = Path(__file__).parent.parent.parent
 MANIFESTS = ROOT / "manifests"
 OVERLAYS = {"kubeflow": "tuneline", "standalone": "kubeflow", "dev": "kubeflow"}
 KUEUE_CRD = ROOT.parent / "shared" / "data" / "crds" / "kueue-localqueues.yaml"
+RUNTIME_CRD = KUEUE_CRD.parent / "trainer-v2.3.0" / "clustertrainingruntimes.yaml"
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
 
@@ -50,8 +55,12 @@ def resources(directory: Path) -> list[dict[str, Any]]:
     return [document for path in referenced(directory) if path.is_file() for document in load(path)]
 
 
-def of_kind(documents: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    (document,) = [found for found in documents if found["kind"] == kind]
+def of_kind(documents: list[dict[str, Any]], kind: str, name: str | None = None) -> dict[str, Any]:
+    (document,) = [
+        found
+        for found in documents
+        if found["kind"] == kind and name in (None, found["metadata"]["name"])
+    ]
     return document
 
 
@@ -115,6 +124,73 @@ def test_secret_templates_are_empty() -> None:
         assert "data" not in secret
 
 
+def test_the_trainer_role_allows_what_the_launcher_asks_for_and_no_more() -> None:
+    documents = resources(MANIFESTS / "components" / "trainer")
+    allowed = {
+        f"{verb} {resource}"
+        for rule in of_kind(documents, "Role")["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    source = (ROOT / "components/tuneline/train/trainjob_api.py").read_text(encoding="utf-8")
+    # The client's names of calls: read_namespaced_pod_log, patch_namespaced_custom_object, ...
+    called = set(re.findall(r"\.(\w+?)_namespaced_(\w+)\(", source))
+    plurals = {"pod": "pods", "pod_log": "pods/log", "custom_object": "trainjobs"}
+    verbs = {"read": "get"}
+    assert allowed == {f"{verbs.get(verb, verb)} {plurals[what]}" for verb, what in called}
+    binding = of_kind(documents, "RoleBinding")
+    assert binding["roleRef"]["name"] == of_kind(documents, "Role")["metadata"]["name"]
+    account = of_kind(resources(MANIFESTS / "base"), "ServiceAccount")["metadata"]["name"]
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account}]
+
+
+def test_the_runtime_is_restricted_and_is_the_one_that_jobs_name() -> None:
+    documents = resources(MANIFESTS / "components" / "trainer")
+    runtime = of_kind(documents, "TrainingRuntime")
+    assert runtime["metadata"]["name"] == PlacementConfig().trainer_runtime
+    assert runtime["kind"] == PlacementConfig().trainer_runtime_kind
+    (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    assert job["name"] == container["name"] == CONTAINER
+    assert container["image"] == images.TRAIN
+    assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+    assert pod["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    selector = of_kind(documents, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"]
+    labels = pod["metadata"]["labels"]
+    assert selector.items() <= labels.items()
+    assert dict([PART_OF_LABEL]).items() <= labels.items()
+    assert lint_documents(documents) == []
+
+
+@pytest.mark.skipif(not RUNTIME_CRD.exists(), reason="the CRD is not here")
+def test_the_runtime_fits_trainers_schema() -> None:
+    runtime = of_kind(resources(MANIFESTS / "components" / "trainer"), "TrainingRuntime")
+    # Both kinds of runtime have one spec.
+    (crd,) = load(RUNTIME_CRD)
+    (version,) = crd["spec"]["versions"]
+    assert runtime["apiVersion"] == f"{crd['spec']['group']}/{version['name']}"
+    schema = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    jsonschema.validate(runtime["spec"], strict(schema))
+    misspelt = {**runtime["spec"], "mlPolicy": {"torsh": {}}}
+    with pytest.raises(jsonschema.ValidationError, match="torsh"):
+        jsonschema.validate(misspelt, strict(schema))
+
+
+def strict(schema: Any) -> Any:
+    """Return a schema that takes no field that it does not name."""
+    if isinstance(schema, list):
+        return [strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: strict(value) for key, value in schema.items()}
+    if made.get("type") == "object" and made.get("properties"):
+        made.setdefault("additionalProperties", False)
+    return made
+
+
 @pytest.mark.skipif(not KUEUE_CRD.exists(), reason="the CRD is not here")
 def test_the_local_queue_fits_kueues_schema() -> None:
     (queue,) = load(MANIFESTS / "components" / "kueue" / "local-queue.yaml")
@@ -150,8 +226,8 @@ def test_rendered_resources_are_in_one_namespace(
         else:
             assert document["metadata"]["namespace"] == OVERLAYS[name]
         assert document["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "tuneline"
-    (subject,) = of_kind(documents, "RoleBinding")["subjects"]
-    assert subject["namespace"] == OVERLAYS[name]
+    for binding in (found for found in documents if found["kind"] == "RoleBinding"):
+        assert [subject["namespace"] for subject in binding["subjects"]] == [OVERLAYS[name]]
 
 
 @needs_kubectl
@@ -161,9 +237,13 @@ def test_rendered_overlays_differ_where_they_should(
     name, documents = rendered
     always = {"ServiceAccount", "Role", "RoleBinding", "PersistentVolumeClaim"}
     always |= {"NetworkPolicy", "PriorityClass"}
-    team = {"ResourceQuota", "LimitRange", "LocalQueue"} if name == "kubeflow" else set()
+    team = (
+        {"ResourceQuota", "LimitRange", "LocalQueue", "TrainingRuntime"}
+        if name == "kubeflow"
+        else set()
+    )
     assert {document["kind"] for document in documents} == always | team
-    claim = of_kind(documents, "PersistentVolumeClaim")["spec"]
+    claim = of_kind(documents, "PersistentVolumeClaim", "tuneline-model-cache")["spec"]
     size = claim["resources"]["requests"]["storage"]
     small = name == "dev"
     expected = (["ReadWriteOnce"], "20Gi") if small else (["ReadWriteMany"], "500Gi")

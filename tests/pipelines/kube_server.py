@@ -1,4 +1,4 @@
-"""A small server that speaks the reading part of Kubernetes' API that tuneline uses.
+"""A small server that speaks the part of Kubernetes' API that tuneline uses.
 
 No cluster was there to test with. Requests come from the unmodified clients, the Python one and
 kubectl, which finds its way by discovery (its reviews of rights are not served: they come as
@@ -7,13 +7,19 @@ and field selectors; answers to what is not there or not allowed are Status obje
 that the real one gives.
 """
 
+import datetime
 import json
 import re
 import threading
+import time
 import urllib.parse
+import uuid
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+import jsonschema
 
 # plural -> (group, version, kind, namespaced)
 RESOURCES = {
@@ -24,13 +30,18 @@ RESOURCES = {
     "persistentvolumeclaims": ("", "v1", "PersistentVolumeClaim", True),
     "resourcequotas": ("", "v1", "ResourceQuota", True),
     "workflows": ("argoproj.io", "v1alpha1", "Workflow", True),
+    "trainjobs": ("trainer.kubeflow.org", "v1alpha1", "TrainJob", True),
     "localqueues": ("kueue.x-k8s.io", "v1beta1", "LocalQueue", True),
     "customresourcedefinitions": ("apiextensions.k8s.io", "v1", "CustomResourceDefinition", False),
 }
 REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+TRAINER = "trainer.kubeflow.org/v1alpha1"
 REASONS = {
+    400: "BadRequest",
     403: "Forbidden",
     404: "NotFound",
+    409: "AlreadyExists",
+    422: "Invalid",
     405: "MethodNotAllowed",
     415: "UnsupportedMediaType",
     503: "ServiceUnavailable",
@@ -41,7 +52,9 @@ class KubeServer:
     """Objects by (plural, namespace, name), logs by (pod, container).
 
     `forbidden` holds "verb plural" that these credentials may not; `down` is how many requests
-    are still answered 503.
+    are still answered 503. TrainJobs can be written, where `trainjob_schema` is the schema of their
+    definition: a field that it does not know is refused, as with fieldValidation=Strict. Lines of
+    logs may begin with a time, which is given where it is asked for; `now` is the clock.
     """
 
     def __init__(self) -> None:
@@ -49,6 +62,8 @@ class KubeServer:
         self.logs: dict[tuple[str, str], str] = {}
         self.forbidden: set[str] = set()
         self.down = 0
+        self.trainjob_schema: dict[str, Any] | None = None
+        self.now: Callable[[], float] = time.time
         self.requests: list[str] = []
         self._httpd = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._httpd.serve_forever, args=(0.01,), daemon=True)
@@ -103,8 +118,10 @@ class KubeServer:
             name = "/".join(part for part in parts if part)
             allowed = f"{wanted['verb']} {name}" not in self.forbidden
             return {**body, "status": {"allowed": allowed}}
+        if path == f"/openapi/v3/apis/{TRAINER}":
+            return self._schemas()
         if method != "GET":
-            raise Refused(405, f"{method} is not served here")
+            return self._write(method, path, body)
         if path in ("/api", "/apis") or re.fullmatch(r"/api/v1|/apis/[^/]+/[^/]+", path):
             return _discovery(path)
         return self._read(path, query)
@@ -126,7 +143,8 @@ class KubeServer:
             text = self.logs.get((name, query.get("container", "")))
             if text is None:
                 raise Refused(404, f'pods "{name}" not found')
-            lines = text.splitlines(keepends=True)
+            lines = [self._log_line(line, query) for line in text.splitlines(keepends=True)]
+            lines = [line for line in lines if line]
             return "".join(lines[-int(query.get("tailLines", len(lines))) :])
         if name:
             if (plural, namespace, name) not in self.objects:
@@ -139,6 +157,66 @@ class KubeServer:
         ]
         api = f"{group}/{version}" if group else version
         return {"apiVersion": api, "kind": f"{kind}List", "metadata": {}, "items": items}
+
+    def _log_line(self, line: str, query: dict[str, str]) -> str:
+        moment, _, text = line.partition(" ")
+        if not re.fullmatch(r"\d{4}-\d\d-\d\dT[0-9:.]+Z", moment):
+            return line
+        seconds = datetime.datetime.fromisoformat(moment[:19] + "+00:00").timestamp()
+        if seconds < self.now() - float(query.get("sinceSeconds", "inf")):
+            return ""
+        return line if query.get("timestamps") == "True" else text
+
+    def _schemas(self) -> Any:
+        if self.trainjob_schema is None:
+            raise Refused(404, "the server could not find the requested resource")
+        group, _, version = TRAINER.partition("/")
+        kind = {"group": group, "kind": "TrainJob", "version": version}
+        named = {**self.trainjob_schema, "x-kubernetes-group-version-kind": [kind]}
+        return {"openapi": "3.0.0", "components": {"schemas": {"org.kubeflow.TrainJob": named}}}
+
+    def _write(self, method: str, path: str, body: Any) -> Any:
+        match = re.fullmatch(rf"/apis/{TRAINER}/namespaces/([^/]+)/trainjobs(?:/([^/]+))?", path)
+        if match is None:
+            raise Refused(405, f"{method} is not served here")
+        verb = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}[method]
+        if f"{verb} trainjobs" in self.forbidden:
+            message = f'trainjobs.trainer.kubeflow.org is forbidden: "me" cannot {verb} trainjobs'
+            raise Refused(403, message)
+        name = match[2] or body["metadata"]["name"]
+        key = ("trainjobs", match[1], name)
+        if method == "POST":
+            if key in self.objects:
+                raise Refused(409, f'trainjobs "{name}" already exists')
+            try:
+                jsonschema.validate(body, strict(self.trainjob_schema or {}))
+            except jsonschema.ValidationError as error:
+                raise Refused(400, f"strict decoding error: {error.message}") from None
+            body["metadata"] |= {"uid": str(uuid.uuid4()), "namespace": match[1]}
+            self.objects[key] = body
+            return body
+        if key not in self.objects:
+            raise Refused(404, f'trainjobs "{name}" not found')
+        if method == "DELETE":
+            return self.objects.pop(key)
+        annotations = self.objects[key]["metadata"].setdefault("annotations", {})
+        annotations |= body["metadata"]["annotations"]
+        return self.objects[key]
+
+
+def strict(schema: Any) -> Any:
+    """Return a schema that takes no field that it does not name."""
+    if isinstance(schema, list):
+        return [strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: strict(value) for key, value in schema.items()}
+    # `properties` may itself be the name of a field; a schema has a type beside it.
+    names = made.get("properties")
+    if isinstance(names, dict) and names and made.get("type") == "object":
+        if not made.get("x-kubernetes-preserve-unknown-fields"):
+            made.setdefault("additionalProperties", False)
+    return made
 
 
 class Refused(Exception):
@@ -193,7 +271,8 @@ def _handler(server: KubeServer) -> type[BaseHTTPRequestHandler]:
             data = self.rfile.read(length)
             server.requests.append(f"{self.command} {address.path}")
             try:
-                if data and self.headers.get("Content-Type") != "application/json":
+                kinds = ("application/json", "application/merge-patch+json")
+                if data and self.headers.get("Content-Type") not in kinds:
                     raise Refused(415, "only JSON is understood here")
                 body = json.loads(data) if data else None
                 path = address.path.rstrip("/")

@@ -6,10 +6,12 @@ import pytest
 import yaml
 from kfp import compiler
 
+from tuneline.errors import RecipeError
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.lint import lint_documents
 from tuneline.profiles import PlacementConfig, quantity_value
+from tuneline.train import NodesConfig
 
 GPU_STEPS = {"train", "merge", "quantize-gptq", "evaluate", "evaluate-2"}
 WITHOUT_RETRY = {"gate", "report", "diagnose"}
@@ -100,3 +102,65 @@ def test_retries_secrets_and_users(compiled: tuple[int, list[dict[str, Any]]]) -
             if f"exec-{name}" in documents[0]["deploymentSpec"]["executors"]:
                 assert ("retryPolicy" in task) == (name not in WITHOUT_RETRY), name
     assert lint_documents(documents) == []
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    nodes = {"num_nodes": 2, "shared_claim": "tuneline-shared", "queue": "team"}
+    placement = {"profile": "h100", **NODE_OF_EIGHT, **nodes}
+    recipe = find_recipe("llama3-8b-instruct", []).model_copy(
+        update={"placement": PlacementConfig.parse(placement)}
+    )
+    path = tmp_path_factory.mktemp("h100") / "pipeline.yaml"
+    compiler.Compiler().compile(finetune(recipe), str(path))
+    return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+
+
+def test_two_nodes_are_a_small_pod_and_a_trainjob(two_nodes: list[dict[str, Any]]) -> None:
+    found = executors(two_nodes)
+    assert "train" not in found
+    container, pod = found["train-on-nodes"]
+    # It waits and watches: the GPUs are the job's.
+    assert "accelerator" not in container["resources"]
+    assert container["image"].startswith("tuneline/light:")
+    assert quantity_value(container["resources"]["resourceMemoryLimit"]) <= 4 * 2**30
+    (mount,) = pod["pvcMount"]
+    assert (mount["constant"], mount["mountPath"]) == ("tuneline-shared", "/shared")
+    # A queue may take longer than the training; the limit of that is the job's own.
+    assert int(pod["activeDeadlineSeconds"]) == 30 * 24 * 3600
+    tasks = {
+        name: task
+        for component in two_nodes[0]["components"].values()
+        for name, task in component.get("dag", {}).get("tasks", {}).items()
+    }
+    task = tasks["train-on-nodes"]
+    assert task["taskInfo"]["name"] == "train"
+    assert task["retryPolicy"]["maxRetryCount"] == 3
+    assert "train-on-nodes" in tasks["merge"]["dependentTasks"]
+    constant = task["inputs"]["parameters"]["nodes"]["runtimeValue"]["constant"]
+    nodes = NodesConfig.parse(constant)
+    assert (nodes.num_nodes, nodes.ranks_per_node, nodes.accelerator) == (2, 8, "nvidia.com/gpu")
+    assert (nodes.cpu_limit, nodes.memory_limit) == ("96", "900Gi")
+    assert (nodes.shared_memory, nodes.timeout_hours, nodes.queue) == ("64Gi", 96, "team")
+    assert nodes.image.startswith("tuneline/train:")
+    assert lint_documents(two_nodes) == []
+    # Other steps use one GPU of one node.
+    assert found["merge"][0]["resources"]["accelerator"]["resourceCount"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("placement", "says"),
+    [
+        ({"num_nodes": 2}, "nodes share a volume: name a ReadWriteMany claim in shared_claim"),
+        ({"num_nodes": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_nodes_without_what_they_need(placement: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        PlacementConfig.parse(placement)
+
+
+def test_ranks_are_not_counted_by_hand_on_several_nodes() -> None:
+    nodes = ["placement.num_nodes=2", "placement.shared_claim=c"]
+    with pytest.raises(RecipeError, match="leave num_ranks at auto, every GPU of every node"):
+        find_recipe("llama3-8b-instruct", [*nodes, "train.num_ranks=16"])

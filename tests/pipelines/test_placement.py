@@ -143,14 +143,17 @@ def test_volumes_and_secrets_go_where_they_are_used(
             for secret in pod.get("secretAsEnv", [])
             for variable in secret["keyToEnv"]
         }
+        of_the_recipe = {
+            "AWS_ACCESS_KEY_ID": ("object-store", "id", True),
+            "AWS_SECRET_ACCESS_KEY": ("object-store", "key", True),
+        }
         if name in HUB_STEPS:
             assert claims == [("tuneline-model-cache", "/cache")]
             assert environment["HF_HOME"] == "/cache/huggingface"
-            assert variables == {
-                "HF_TOKEN": ("huggingface", "token", True),
-                "AWS_ACCESS_KEY_ID": ("object-store", "id", True),
-                "AWS_SECRET_ACCESS_KEY": ("object-store", "key", True),
-            }
+            assert variables == {"HF_TOKEN": ("huggingface", "token", True), **of_the_recipe}
+        elif name == "train":
+            # For trackers; it has no use for the Hub.
+            assert (claims, variables) == ([], of_the_recipe)
         else:
             assert (claims, variables) == ([], {})
 

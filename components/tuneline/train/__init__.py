@@ -5,6 +5,8 @@ heavy imports stand inside the functions that need them.
 """
 
 from tuneline.train.config import TrainConfig
+from tuneline.train.on_nodes import run_on_nodes
 from tuneline.train.run import run
+from tuneline.train.trainjob import NodesConfig
 
-__all__ = ["TrainConfig", "run"]
+__all__ = ["NodesConfig", "TrainConfig", "run", "run_on_nodes"]

@@ -1,4 +1,4 @@
-"""The KFP component of the step."""
+"""The KFP components of the step."""
 
 from kfp import dsl
 
@@ -22,6 +22,34 @@ def train(
     with step("train"):
         summary = run(
             TrainConfig.parse(config),
+            base_model_dir=base_model.path,
+            dataset_dir=dataset.path,
+            adapter_dir=adapter.path,
+            curves_path=curves.path,
+        )
+        adapter.metadata.update(artifact_metadata(summary))
+        log_metrics(metrics, comparable_metrics(summary))
+
+
+@dsl.component(base_image=images.LIGHT, install_kfp_package=False)
+def train_on_nodes(
+    config: str,
+    nodes: str,
+    base_model: dsl.Input[dsl.Model],
+    dataset: dsl.Input[dsl.Dataset],
+    adapter: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+    curves: dsl.Output[dsl.HTML],
+):
+    """Train on the nodes of a TrainJob; `nodes` is a NodesConfig as JSON."""
+    from tuneline.step import log_metrics, step
+    from tuneline.train import NodesConfig, TrainConfig, run_on_nodes
+    from tuneline.train.metrics import artifact_metadata, comparable_metrics
+
+    with step("train"):
+        summary = run_on_nodes(
+            TrainConfig.parse(config),
+            NodesConfig.parse(nodes),
             base_model_dir=base_model.path,
             dataset_dir=dataset.path,
             adapter_dir=adapter.path,

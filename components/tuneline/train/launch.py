@@ -11,7 +11,10 @@ them as soon as one is gone, and says which one it was, with the end of its log.
                 rank-0.done       when it has returned
                 rank-0.dead       when it was found gone with neither of these
                 result.pickle     what the function returned on rank 0
-                logs/             stdout.log and stderr.log of each rank
+                logs-0/           stdout.log and stderr.log of each rank of a machine
+
+On several machines (see `nodes`) the directory is on a volume that they share, and each looks
+after the ranks of its own by their ids, and after the others' by these files.
 """
 
 import contextlib
@@ -35,6 +38,7 @@ from tuneline.errors import RecipeError, StoppedError, TrainingError
 from tuneline.train import zero2
 from tuneline.train.config import TrainConfig
 from tuneline.train.interruption import StopRequest, stop_on_sigterm
+from tuneline.train.nodes import Attempt, Nodes
 from tuneline.train.rank import JOB_FILE, RESULT_FILE, OutOfMemory, StartAgain
 
 logger = logging.getLogger(__name__)
@@ -59,8 +63,12 @@ def choose_num_ranks(config: TrainConfig, device: str) -> int:
             "with train.num_ranks"
         )
     num_gpus = torch.cuda.device_count() if device == "cuda" else 0
-    wanted = max(1, num_gpus) if config.num_ranks == "auto" else config.num_ranks
-    if device == "cuda" and wanted > num_gpus:
+    nodes = Nodes.from_environment()
+    if nodes is not None:
+        wanted = _of_all_nodes(nodes, config, device, num_gpus)
+    else:
+        wanted = max(1, num_gpus) if config.num_ranks == "auto" else config.num_ranks
+    if nodes is None and device == "cuda" and wanted > num_gpus:
         raise RecipeError(
             f"train.num_ranks is {wanted}, and this machine has {num_gpus} GPUs: give "
             f"the step as many (placement.num_accelerators: {wanted}), or set num_ranks "
@@ -72,6 +80,20 @@ def choose_num_ranks(config: TrainConfig, device: str) -> int:
             "installed here: add it to the step's image, or set train.num_ranks to 1"
         )
     return wanted
+
+
+def _of_all_nodes(nodes: Nodes, config: TrainConfig, device: str, num_gpus: int) -> int:
+    if device == "cuda" and nodes.ranks_each > num_gpus:
+        raise RecipeError(
+            f"this node has {num_gpus} GPUs, and {nodes.ranks_each} ranks are to train on it: ask "
+            "for as many with placement.num_accelerators"
+        )
+    if config.num_ranks not in ("auto", nodes.num_ranks):
+        raise RecipeError(
+            f"train.num_ranks is {config.num_ranks}, and {nodes.count} nodes with "
+            f"{nodes.ranks_each} ranks each have {nodes.num_ranks}: leave it at auto"
+        )
+    return nodes.num_ranks
 
 
 def run_on_ranks(
@@ -104,60 +126,111 @@ def run_on_ranks(
         "arguments": dict(arguments),
         "num_ranks": num_ranks,
         "device": device,
-        "parent": os.getpid(),
     }
     (directory / JOB_FILE).write_bytes(pickle.dumps(job))
+    nodes = Nodes.from_environment()
+    attempt = nodes and nodes.board.announce(directory, num_ranks=num_ranks, device=device)
+    logger.info("starting %d ranks on %s", num_ranks, device)
+    try:
+        with stop_on_sigterm() as stop:
+            code = _start(directory, num_ranks, nodes, stop, lambda: False)
+    finally:
+        if attempt:
+            attempt.end()
+    result = directory / RESULT_FILE
+    if code == 0 and result.is_file():
+        return pickle.loads(result.read_bytes())
+    raise _failure(directory, num_ranks, stop, nodes)
+
+
+def take_part(attempt: Attempt, nodes: Nodes, stop: StopRequest) -> None:
+    """Run this node's ranks of an attempt that the first node has announced, to its end."""
+    directory, own = attempt.directory, nodes.own_ranks
+    if not attempt.begin(nodes.number):
+        _say(directory, own, f"node {nodes.number} was started again while its ranks ran")
+        return
+    code = _start(directory, attempt.num_ranks, nodes, stop, lambda: attempt.is_over)
+    told = [_has_failed(directory, number) for number in own]
+    if code and not any(told) and not attempt.is_over:
+        _say(directory, own, f"torchrun on node {nodes.number} ended with {code}")
+
+
+def _say(directory: Path, own: range, message: str) -> None:
+    record = {"kind": "Exception", "message": message, "time": time.time()}
+    (directory / f"rank-{own[0]}.error").write_text(json.dumps(record), encoding="utf-8")
+
+
+def _start(
+    directory: Path,
+    num_ranks: int,
+    nodes: Nodes | None,
+    stop: StopRequest,
+    is_over: Callable[[], bool],
+) -> int:
+    """Start the ranks of this machine, watch them to their end, and return torchrun's exit code."""
+    own = nodes.own_ranks if nodes else range(num_ranks)
+    if nodes:
+        meeting = [
+            *("--nnodes", str(nodes.count), "--node-rank", str(nodes.number)),
+            *("--master-addr", nodes.master, "--master-port", str(nodes.port)),
+        ]
+    else:
+        meeting = ["--standalone", "--local-addr", "127.0.0.1"]
+    logs = f"logs-{nodes.number if nodes else 0}"
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--local-addr", "127.0.0.1", "--nproc-per-node", str(num_ranks)),
-        *("--log-dir", str(directory / "logs"), "--tee", "3", "--local-ranks-filter", "0"),
-        *("-m", "tuneline.train.rank", str(directory)),
+        *(sys.executable, "-m", "torch.distributed.run", *meeting),
+        *("--nproc-per-node", str(len(own))),
+        *("--log-dir", str(directory / logs), "--tee", "3", "--local-ranks-filter", "0"),
+        *("-m", "tuneline.train.rank", str(directory), str(os.getpid())),
     ]
     # Their threads share the cores.
-    threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
+    threads = str(max(1, (os.cpu_count() or 1) // len(own)))
     environment = {
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "rank ${rank}: ",
         "OMP_NUM_THREADS": threads,
         **os.environ,
     }
-    logger.info("starting %d ranks on %s", num_ranks, device)
-    with stop_on_sigterm() as stop:
-        # In a session of its own: Ctrl-C comes to this process, which passes it on.
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
-        try:
-            _watch(process, directory, num_ranks, stop)
-        finally:
-            _kill(process, directory, num_ranks)
-    result = directory / RESULT_FILE
-    if process.returncode == 0 and result.is_file():
-        return pickle.loads(result.read_bytes())
-    raise _failure(directory, num_ranks, stop)
+    # In a session of its own: Ctrl-C comes to this process, which passes it on.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        _watch(process, directory, own, num_ranks, stop, is_over)
+    finally:
+        _kill(process, directory, own)
+    return process.returncode
 
 
 def _watch(
-    process: subprocess.Popen[bytes], directory: Path, num_ranks: int, stop: StopRequest
+    process: subprocess.Popen[bytes],
+    directory: Path,
+    own: range,
+    num_ranks: int,
+    stop: StopRequest,
+    is_over: Callable[[], bool],
 ) -> None:
-    """Return when all ranks are through, or one has failed."""
+    """Return when this machine's ranks are through, or some rank has failed."""
     was_told = False
-    while process.poll() is None:
+    while process.poll() is None and not is_over():
         if stop.is_made and not was_told:
             # To the ranks themselves: torchrun would give them half a minute, and then kill them.
             was_told = True
-            for number in range(num_ranks):
+            for number in own:
                 _send(_pid(directory, number), signal.SIGTERM)
-        if any([_has_failed(directory, number) for number in range(num_ranks)]):
+        others = (number for number in range(num_ranks) if number not in own)
+        failed = [_has_failed(directory, number) for number in own]
+        failed += [_is_told(directory, number) for number in others]
+        if any(failed):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_SECONDS_FOR_OTHERS)
             # Again: one that the others missed may have been the first to go.
-            for number in range(num_ranks):
+            for number in own:
                 _has_failed(directory, number)
             return
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
-def _kill(process: subprocess.Popen[bytes], directory: Path, num_ranks: int) -> None:
+def _kill(process: subprocess.Popen[bytes], directory: Path, own: range) -> None:
     if process.poll() is None:
-        for number in range(num_ranks):
+        for number in own:
             _send(_pid(directory, number), signal.SIGKILL)
         try:
             process.wait(_SECONDS_FOR_OTHERS)
@@ -177,6 +250,11 @@ def _send(pid: int | None, number: int) -> None:
     if pid is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def _is_told(directory: Path, number: int) -> bool:
+    """Whether a rank of another machine has failed, as far as its files say."""
+    return any((directory / f"rank-{number}.{end}").exists() for end in ("error", "dead"))
 
 
 def _has_failed(directory: Path, number: int) -> bool:
@@ -200,7 +278,9 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _failure(directory: Path, num_ranks: int, stop: StopRequest) -> Exception:
+def _failure(
+    directory: Path, num_ranks: int, stop: StopRequest, nodes: Nodes | None = None
+) -> Exception:
     """Find the rank that failed first, and make its error ours."""
     found = []
     silent = []
@@ -231,13 +311,14 @@ def _failure(directory: Path, num_ranks: int, stop: StopRequest) -> Exception:
     elif found:
         error, number = min(found, key=lambda pair: pair[0]["time"])
         what = f"failed: {error['message']}"
-    lines = _last_lines(directory, number)
+    lines = _last_lines(directory, number, nodes.ranks_each if nodes else num_ranks)
     tail = f"; its log ends: {' | '.join(lines)}" if lines else ""
     return TrainingError(f"rank {number} of {num_ranks} {what}, so the others were ended{tail}")
 
 
-def _last_lines(directory: Path, number: int) -> list[str]:
-    for path in directory.glob(f"logs/*/attempt_0/{number}/stderr.log"):
+def _last_lines(directory: Path, number: int, ranks_each: int) -> list[str]:
+    node, local = divmod(number, ranks_each)
+    for path in directory.glob(f"logs-{node}/*/attempt_0/{local}/stderr.log"):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         return [line.strip() for line in lines if line.strip()][-_NUM_LOG_LINES:]
     return []

@@ -1,4 +1,4 @@
-"""One rank, as torchrun starts it: `python -m tuneline.train.rank DIRECTORY`; see `launch`."""
+"""One rank, as torchrun starts it: `python -m tuneline.train.rank DIRECTORY PID`; see `launch`."""
 
 import datetime
 import json
@@ -39,12 +39,17 @@ class StartAgain(Exception):
         return json.loads(str(self))
 
 
-def main(directory: Path) -> None:
-    """Do the job of this rank, and leave its result or its error in the directory."""
+def main(directory: Path, starter: int) -> None:
+    """Do the job of this rank, and leave its result or its error in the directory.
+
+    Args:
+        directory: see `launch`.
+        starter: the process that looks after this machine's ranks; they end with it.
+    """
     number = int(os.environ["RANK"])
     _write(directory / f"rank-{number}.pid", str(os.getpid()))
     job = pickle.loads((directory / JOB_FILE).read_bytes())
-    _end_with(job["parent"])
+    _end_with(starter)
     logging.basicConfig(
         level=logging.INFO if number == 0 else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
@@ -117,4 +122,4 @@ if __name__ == "__main__":
     # By its own name: what this module defines is pickled as tuneline.train.rank's.
     from tuneline.train.rank import main as _main
 
-    _main(Path(sys.argv[1]))
+    _main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -12,9 +12,9 @@ The steps' configs are pipeline parameters, one a step and not one for all: a ta
 its inputs, so that a new learning rate does not prepare the data again. They are JSON strings
 because KFP turns the integers of a struct into floats.
 
-Formats, accelerators and whether there is an importance matrix shape the graph, so they are read
-when it is built; models, data, target and every step's config can be changed for each run of the
-compiled file.
+Formats, nodes, accelerators and whether there is an importance matrix shape the graph, so they are
+read when it is built; models, data, target and every step's config can be changed for each run of
+the compiled file.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from tuneline.evaluate.component import evaluate
 from tuneline.fetch.component import fetch, look_up_model
 from tuneline.gate.component import gate
 from tuneline.merge.component import merge
-from tuneline.pipelines.placement import place
+from tuneline.pipelines.placement import nodes_config, place
 from tuneline.prepare.component import look_up_data, prepare
 from tuneline.publish.component import publish
 from tuneline.quantize.component import (
@@ -38,7 +38,7 @@ from tuneline.quantize.component import (
 )
 from tuneline.recipe import Recipe
 from tuneline.report.component import report
-from tuneline.train.component import train
+from tuneline.train.component import train, train_on_nodes
 
 
 def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
@@ -56,6 +56,9 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
             return task
         return place(task, component.name, recipe.placement)  # type: ignore[attr-defined]
 
+    on_nodes = None
+    if on_cluster and recipe.placement.num_nodes > 1:
+        on_nodes = nodes_config(recipe.placement).model_dump_json()
     exporters = {}
     if recipe.quantize.gguf:
         exporters["gguf"] = _export_gguf(
@@ -101,7 +104,16 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
             base_scores = placed(
                 evaluate, label="base", config=evaluate_config, model=base, dataset=data
             ).set_display_name("evaluate base")
-            trained = placed(train, config=train_config, base_model=base, dataset=data)
+            if on_nodes is not None:
+                trained = placed(
+                    train_on_nodes,
+                    config=train_config,
+                    nodes=on_nodes,
+                    base_model=base,
+                    dataset=data,
+                ).set_display_name("train")
+            else:
+                trained = placed(train, config=train_config, base_model=base, dataset=data)
             adapter = trained.outputs["adapter"]
             merged = placed(
                 merge, config=merge_config, base_model=base, adapter=adapter, dataset=data

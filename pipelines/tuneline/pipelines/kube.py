@@ -1,22 +1,19 @@
 """Ask a Kubernetes API, with the client that Kubernetes publishes; nothing is written.
 
-Credentials are kubectl's: KUBECONFIG, ~/.kube/config, or a pod's own service account. A server that
-is away for a minute is asked again, for a minute.
+A server that is away for a minute is asked again, for a minute.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import urllib3
-from kubernetes import client, config
+from kubernetes import client
 
-from tuneline.errors import ClusterError, CredentialsError, UserError
+from tuneline.errors import ClusterError, CredentialsError
+from tuneline.kubernetes_client import connect
 
-AWAY = (429, 500, 502, 503, 504)
 BACKOFF_SECONDS = 1.0
 """Six tries: 0, 2, 4, 8, 16 and 32 of it apart."""
 LOG_LINES = 200
@@ -32,27 +29,8 @@ class Kube:
             UserError: there are none, or they cannot be read.
         """
         self.namespace = namespace
-        settings = client.Configuration()
-        # The client's own search reads KUBECONFIG when it is imported, and prints.
-        files = os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
-        try:
-            if any(Path(file).exists() for file in files.split(os.pathsep)):
-                config.load_kube_config(files, context=context, client_configuration=settings)
-            else:
-                config.load_incluster_config(client_configuration=settings)
-        except (config.ConfigException, OSError) as error:
-            raise UserError(
-                f"no Kubernetes cluster: {error}; set KUBECONFIG, or log in as for kubectl"
-            ) from None
-        settings.retries = urllib3.Retry(
-            total=6,
-            backoff_factor=BACKOFF_SECONDS,
-            status_forcelist=AWAY,
-            allowed_methods=["GET"],
-            raise_on_status=False,
-        )
-        self.host = settings.host
-        self._api = client.ApiClient(settings)
+        self._api = connect(context=context, num_retries=6, backoff_seconds=BACKOFF_SECONDS)
+        self.host = self._api.configuration.host
         self._core = client.CoreV1Api(self._api)
         self._custom = client.CustomObjectsApi(self._api)
 

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from kfp import kubernetes
 from kfp.dsl import PipelineTask
 
-from tuneline.profiles import PlacementConfig, StepPlacement, quantity_value
+from tuneline import images
+from tuneline.profiles import PRODUCT_LABEL, PlacementConfig, StepPlacement, quantity_value
+from tuneline.train import NodesConfig
+from tuneline.train.trainjob import PRIORITY_LABEL, QUEUE_LABEL, SHARED_PATH
 
 USER_ID = 65532
 """The user that our images are built for; any other works too, with HOME writable."""
@@ -24,9 +27,6 @@ USER_ID = 65532
 PART_OF_LABEL = ("app.kubernetes.io/part-of", "tuneline")
 """What the network policy in manifests/base selects."""
 STEP_LABEL = "app.kubernetes.io/component"
-PRODUCT_LABEL = "nvidia.com/gpu.product"
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 
 CACHE_PATH = "/cache"
 SCRATCH_PATH = "/scratch"
@@ -46,6 +46,8 @@ class Needs:
     """Whether it can use an accelerator; only train can use several."""
     hub: bool = False
     """Whether it uses the network: the Hub's token and the cache."""
+    tracks: bool = False
+    """Whether it may report to trackers: the recipe's own secrets."""
     scratch: bool = True
     """Whether it holds models, and so wants room for temporary files."""
     num_retries: int = 0
@@ -57,7 +59,10 @@ NEEDS = {
     "look-up-data": Needs(("1", "4"), ("1Gi", "4Gi"), 2, hub=True, scratch=False, num_retries=3),
     "fetch": Needs(("1", "4"), ("4Gi", "16Gi"), 6, hub=True, num_retries=3),
     "prepare": Needs(("2", "8"), ("4Gi", "16Gi"), 12, hub=True, num_retries=2),
-    "train": Needs(("4", "16"), ("16Gi", "64Gi"), 96, gpu=True, num_retries=2),
+    "train": Needs(("4", "16"), ("16Gi", "64Gi"), 96, gpu=True, tracks=True, num_retries=2),
+    # It makes and follows a TrainJob, which may wait in a queue for days; the job has the time
+    # limit, the GPUs and the memory of `train`. A retry finds the job that is there.
+    "train-on-nodes": Needs(("500m", "2"), ("1Gi", "4Gi"), 720, scratch=False, num_retries=3),
     "merge": Needs(("4", "16"), ("16Gi", "64Gi"), 6, gpu=True, num_retries=1),
     "convert-gguf": Needs(("2", "8"), ("8Gi", "48Gi"), 6, num_retries=1),
     "measure-importance": Needs(("2", "16"), ("8Gi", "48Gi"), 6, num_retries=1),
@@ -88,6 +93,8 @@ def place(task: PipelineTask, name: str, config: PlacementConfig) -> PipelineTas
             backoff_factor=2,
             backoff_max_duration="600s",
         )
+    if name == "train-on-nodes" and config.shared_claim:
+        kubernetes.mount_pvc(task, config.shared_claim, SHARED_PATH)
     kubernetes.set_timeout(task, int(wanted.timeout_hours * 3600))
     if accelerated:
         _accelerate(task, config, config.num_accelerators if name == "train" else 1)
@@ -97,6 +104,36 @@ def place(task: PipelineTask, name: str, config: PlacementConfig) -> PipelineTas
     if config.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, config.image_pull_secrets)
     return task
+
+
+def nodes_config(config: PlacementConfig) -> NodesConfig:
+    """Return what the TrainJob of several nodes asks for: on each what `train` does on one."""
+    assert config.shared_claim is not None
+    accelerated = config.num_accelerators > 0
+    wanted = _wanted(NEEDS["train"], "train", config, accelerated)
+    values = {
+        "num_nodes": config.num_nodes,
+        "ranks_per_node": max(1, config.num_accelerators),
+        "accelerator": config.accelerator if accelerated else None,
+        **wanted.model_dump(exclude={"num_retries"}),
+        "image": images.TRAIN,
+        "runtime": config.trainer_runtime,
+        "runtime_kind": config.trainer_runtime_kind,
+        "shared_claim": config.shared_claim,
+        "scratch_size": config.scratch_size,
+        "secrets": config.secrets,
+        "image_pull_secrets": config.image_pull_secrets,
+        "queue": config.queue,
+        "workload_priority_class": config.workload_priority_class,
+    }
+    if accelerated:
+        values |= {
+            "shared_memory": config.shared_memory,
+            "node_selector": config.node_selector,
+            "accelerator_products": config.accelerator_products,
+            "tolerations": [each.model_dump() for each in config.tolerations],
+        }
+    return NodesConfig.parse(values)
 
 
 def _wanted(needs: Needs, name: str, config: PlacementConfig, accelerated: bool) -> StepPlacement:
@@ -150,6 +187,9 @@ def _mount_and_connect(task: PipelineTask, needs: Needs, config: PlacementConfig
     if needs.scratch and config.scratch_size:
         kubernetes.empty_dir_mount(task, "scratch", SCRATCH_PATH, size_limit=config.scratch_size)
         task.set_env_variable("TMPDIR", SCRATCH_PATH)
+    if needs.hub or needs.tracks:
+        for secret, variables in config.secrets.items():
+            kubernetes.use_secret_as_env(task, secret, variables, optional=True)
     if not needs.hub:
         return
     if config.cache_claim:
@@ -160,8 +200,6 @@ def _mount_and_connect(task: PipelineTask, needs: Needs, config: PlacementConfig
         kubernetes.use_secret_as_env(
             task, config.hub_token_secret, {"token": "HF_TOKEN"}, optional=True
         )
-    for secret, variables in config.secrets.items():
-        kubernetes.use_secret_as_env(task, secret, variables, optional=True)
 
 
 def _label(task: PipelineTask, name: str, config: PlacementConfig) -> None:

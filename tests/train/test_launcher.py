@@ -1,0 +1,502 @@
+"""The launcher of several nodes, with the real client against an API on localhost.
+
+No cluster was there: the server keeps objects as Kubernetes does, and holds what it is sent against
+the schemas that Kubeflow Trainer ships. What a controller and kubelets would do is written here,
+in fake time; in the last test they are processes that train.
+"""
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tuneline import errors
+from tuneline.artifacts import TrainingSummary
+from tuneline.errors import (
+    ClusterError,
+    CredentialsError,
+    DataError,
+    StoppedError,
+    TrainingError,
+    UserError,
+)
+from tuneline.kubernetes_client import connect
+from tuneline.pipelines.lint import lint_documents
+from tuneline.train import NodesConfig, TrainConfig, run, run_on_nodes
+from tuneline.train.launcher import Launcher
+from tuneline.train.nodes import Board, Verdict
+from tuneline.train.trainjob import build
+from tuneline.train.trainjob_api import TrainJobs
+
+TESTS = Path(__file__).parents[1]
+CRDS = TESTS.parents[1] / "shared" / "data" / "crds"
+VERSIONS = ["v2.0.0", "v2.0.1", "v2.1.0", "v2.2.1", "v2.3.0"]
+
+NODES: dict[str, Any] = {
+    "num_nodes": 2,
+    "ranks_per_node": 8,
+    "accelerator": "nvidia.com/gpu",
+    "cpu_request": "96",
+    "cpu_limit": "96",
+    "memory_request": "900Gi",
+    "memory_limit": "900Gi",
+    "timeout_hours": 0.5,
+    "image": "tuneline/train:0.1.0",
+    "runtime": "tuneline",
+    "runtime_kind": "TrainingRuntime",
+    "shared_claim": "tuneline-shared",
+    "shared_memory": "64Gi",
+    "scratch_size": "100Gi",
+    "node_selector": {"pool": "tuning"},
+    "accelerator_products": ["NVIDIA-H100-80GB-HBM3"],
+    "tolerations": [{"key": "nvidia.com/gpu"}],
+    "secrets": {"wandb": {"key": "WANDB_API_KEY"}},
+    "queue": "team",
+    "workload_priority_class": "batch",
+}
+OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "w", "uid": "1-2"}
+NAME = "tuneline-train-0123456789ab"
+
+
+def schema_of(version: str) -> dict[str, Any]:
+    path = CRDS / f"trainer-{version}" / "trainjobs.yaml"
+    if not path.exists():
+        pytest.skip("the definitions of Trainer are not here")
+    (found,) = yaml.safe_load(path.read_text())["spec"]["versions"]
+    return found["schema"]["openAPIV3Schema"]
+
+
+def load_server() -> Any:
+    path = TESTS / "pipelines" / "kube_server.py"
+    spec = importlib.util.spec_from_file_location("kube_server", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    with load_server().KubeServer() as server:
+        monkeypatch.setenv("KUBECONFIG", str(server.write_kubeconfig(tmp_path / "kubeconfig")))
+        yield server
+
+
+def body_for(supported: set[str], **changed: Any) -> dict[str, Any]:
+    return build(
+        NodesConfig.parse({**NODES, **changed}),
+        name=NAME,
+        directory=Path("/shared/tuneline", NAME),
+        labels={"app.kubernetes.io/part-of": "tuneline"},
+        owner=OWNER,
+        supported=supported,
+    )
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_each_version_of_trainer_takes_the_job(server: Any, version: str) -> None:
+    server.trainjob_schema = schema_of(version)
+    jobs = TrainJobs(connect(num_retries=0), "kubeflow")
+    body = body_for(jobs.supported())
+    jobs.create(body)
+    found = jobs.get(NAME)
+    assert found is not None
+    assert lint_documents([found]) == []
+    spec = found["spec"]
+    assert ("activeDeadlineSeconds" in spec) == (version >= "v2.2")
+    minor = version[:4]
+    if minor == "v2.0":
+        pod = spec["podSpecOverrides"][0]
+    elif minor == "v2.1":
+        pod = spec["podTemplateOverrides"][0]["spec"]
+    else:
+        runtime = spec["runtimePatches"][0]["trainingRuntimeSpec"]
+        pod = runtime["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"][
+            "spec"
+        ]
+    assert {"name": "dshm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
+    assert pod["tolerations"] == [
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    ]
+    # Before 2.1 there is no affinity.
+    assert ("affinity" in pod) == (minor != "v2.0")
+    assert ("nvidia.com/gpu.product" in pod["nodeSelector"]) == (minor == "v2.0")
+    # No patch of environment, and a secret's value nowhere.
+    assert "env" not in pod["containers"][0]
+    secret = {"name": "wandb", "key": "key", "optional": True}
+    assert {"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": secret}} in spec["trainer"][
+        "env"
+    ]
+    assert found["metadata"]["ownerReferences"] == [OWNER]
+    assert found["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+    assert spec["trainer"]["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == "8"
+    # One that is there already is no error, and stays.
+    jobs.create(body_for(jobs.supported(), num_nodes=4))
+    assert jobs.get(NAME) == found
+
+
+def test_the_server_refuses_what_a_version_does_not_know(server: Any) -> None:
+    server.trainjob_schema = schema_of("v2.0.0")
+    jobs = TrainJobs(connect(num_retries=0), "kubeflow")
+    with pytest.raises(ClusterError, match="400 .*runtimePatches.* unexpected"):
+        jobs.create(body_for({"runtimePatches"}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"accelerator_products": ["A", "B"]}, "cannot choose among A, B"),
+        ({"image_pull_secrets": ["registry"]}, "cannot set image pull secrets"),
+    ],
+)
+def test_what_an_old_trainer_cannot_say_is_an_error(changed: dict[str, Any], says: str) -> None:
+    with pytest.raises(ClusterError, match=says):
+        body_for({"podSpecOverrides"}, **changed)
+
+
+def test_a_cluster_without_trainer(server: Any) -> None:
+    with pytest.raises(ClusterError, match="need Kubeflow Trainer 2.0 or later; set placement"):
+        TrainJobs(connect(num_retries=0), "kubeflow").supported()
+
+
+class World:
+    """The API, its controller and kubelets, in a time that passes only while the launcher waits."""
+
+    def __init__(self, server: Any, directory: Path) -> None:
+        self.server, self.board = server, Board(directory)
+        self.time = 1.8e9
+        server.now = lambda: self.time
+        self.plan: list[tuple[float, Callable[[], None]]] = []
+        self.num_waits = 0
+        jobs = TrainJobs(connect(num_retries=0), "kubeflow")
+        server.trainjob_schema = {}
+        self.launcher = Launcher(
+            jobs,
+            body_for({"runtimePatches"}),
+            self.board,
+            timeout_seconds=1800,
+            wait=self.wait,
+            now=lambda: self.time,
+        )
+
+    def after(self, seconds: float, *actions: Callable[[], None]) -> None:
+        """Have something happen so long after what was planned last."""
+        start = self.plan[-1][0] if self.plan else self.time
+        self.plan += [(start + seconds, action) for action in actions]
+
+    def wait(self, seconds: float) -> None:
+        self.num_waits += 1
+        assert self.num_waits < 2000, "the launcher waits for ever"
+        self.time += seconds
+        while self.plan and self.plan[0][0] <= self.time:
+            self.plan.pop(0)[1]()
+
+    @property
+    def job(self) -> dict[str, Any]:
+        return self.server.objects["trainjobs", "kubeflow", NAME]
+
+    def condition(self, kind: str, status: str = "True", **more: str) -> None:
+        given = self.job.setdefault("status", {}).setdefault("conditions", [])
+        given[:] = [each for each in given if each["type"] != kind]
+        given.append({"type": kind, "status": status, **more})
+
+    def pods(self, **status: Any) -> None:
+        counts = {"name": "node", "active": 2, "ready": 2, "failed": 0}
+        self.job.setdefault("status", {})["jobsStatus"] = [counts]
+        for number in range(2):
+            self.server.put(
+                "pods",
+                f"{NAME}-node-0-{number}-x",
+                metadata={"labels": {"jobset.sigs.k8s.io/jobset-name": NAME}},
+                status={"phase": "Running", **(status if number == 1 else {})},
+            )
+
+    def log(self, text: str, number: int = 0) -> None:
+        key = (f"{NAME}-node-0-{number}-x", "node")
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self.time))
+        written = len(self.server.logs.get(key, "").splitlines())
+        line = f"{moment}.{written:09}Z {text}\n"
+        self.server.logs[key] = self.server.logs.get(key, "") + line
+
+    def fail(self, reason: str = "JobsFailed") -> None:
+        self.condition("Failed", reason=reason, message="a pod failed")
+
+    def writes(self, verb: str) -> int:
+        return sum(each.startswith(verb) for each in self.server.requests)
+
+
+@pytest.fixture
+def world(server: Any, tmp_path: Path) -> World:
+    return World(server, tmp_path)
+
+
+def test_a_job_that_is_queued_for_an_hour(world: World, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    world.after(0, lambda: world.condition("Suspended", reason="Suspended", message="no quota"))
+    world.after(3600, lambda: world.condition("Suspended", "False"), world.pods)
+    # The limit of half an hour begins with the pods.
+    world.after(1700, lambda: world.condition("Complete"))
+    world.launcher.run()
+    lines = [line for line in caplog.messages if "waits in its queue (no quota)" in line]
+    assert 6 <= len(lines) <= 8
+    assert any(line.endswith(" runs") for line in caplog.messages)
+    beats = world.writes("PATCH")
+    assert 5300 / 60 - 10 <= beats <= 5300 / 60 + 1
+    assert world.job["metadata"]["annotations"]["tuneline.dev/heartbeat"].startswith("2027-01-15T")
+    assert world.writes("DELETE") == 0
+
+
+def test_a_job_that_runs_too_long(world: World) -> None:
+    world.after(0, world.pods)
+    with pytest.raises(TrainingError, match="has run for 0.5 h, which is its limit: raise"):
+        world.launcher.run()
+    assert world.writes("DELETE") == 1
+
+
+def test_an_api_that_is_away_for_a_minute(world: World, caplog: Any) -> None:
+    world.after(0, world.pods)
+    world.after(30, lambda: setattr(world.server, "down", 6))
+    world.after(120, lambda: world.condition("Complete"))
+    world.launcher.run()
+    assert "asked again" in caplog.text
+
+
+def test_an_api_that_stays_away(world: World) -> None:
+    world.after(0, world.pods)
+    world.after(30, lambda: setattr(world.server, "down", 10**6))
+    with pytest.raises(ClusterError, match="503 .*for 15 minutes; the job goes on, and a retry"):
+        world.launcher.run()
+    assert world.writes("DELETE") == 0
+
+
+def test_a_log_that_is_cut_loses_no_line_and_doubles_none(world: World, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    world.after(0, world.pods)
+    for number in range(40):
+        world.after(7, lambda number=number: world.log(f"step {number} of 40"))
+        if number % 9 == 4:
+            world.after(0, lambda: setattr(world.server, "down", 3))
+    world.after(10, lambda: world.condition("Complete"))
+    world.launcher.run()
+    said = [line.partition(": ")[2] for line in caplog.messages if " of 40" in line]
+    assert said == [f"step {number} of 40" for number in range(40)]
+
+
+def test_a_pod_that_is_evicted(world: World, caplog: Any) -> None:
+    gone = {
+        "phase": "Failed",
+        "conditions": [
+            {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}
+        ],
+    }
+    world.after(0, world.pods)
+    world.after(60, lambda: world.pods(**gone), world.fail)
+    world.after(60, world.pods)
+    world.after(60, lambda: world.condition("Complete"))
+    world.launcher.run()
+    assert "lost a pod (" in caplog.text and "EvictionByEvictionAPI" in caplog.text
+    assert (world.writes("POST"), world.writes("DELETE")) == (2, 1)
+
+
+def test_a_job_that_is_disrupted_for_ever(world: World) -> None:
+    for _ in range(6):
+        world.after(30, world.fail)
+    with pytest.raises(TrainingError, match=r"disrupted 6 times.*JobsFailed: a pod failed"):
+        world.launcher.run()
+    assert world.writes("POST") == 6
+
+
+def test_an_error_of_the_step_is_raised_with_the_pods_logs(world: World, caplog: Any) -> None:
+    world.after(0, world.pods)
+    world.after(0, *[lambda n=n: world.log(f"line {n} of node 1", 1) for n in range(300)])
+    world.after(
+        30,
+        lambda: world.pods(phase="Failed"),
+        lambda: world.board.conclude(Verdict("DataError", "there is no row to train on")),
+        world.fail,
+    )
+    with pytest.raises(DataError, match="there is no row to train on"):
+        world.launcher.run()
+    lines = [line for line in caplog.messages if "of node 1" in line]
+    assert len(lines) == 200
+    assert lines[-1].endswith("-node-0-1-x: line 299 of node 1")
+    assert world.writes("DELETE") == 0
+
+
+def test_a_launcher_that_was_started_again_finds_its_job(world: World, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    world.server.put("trainjobs", NAME)
+    world.after(10, world.pods)
+    world.after(30, lambda: world.condition("Complete"))
+    world.launcher.run()
+    assert "is there: following it" in caplog.text
+    assert world.writes("POST") == 0
+
+
+@pytest.mark.parametrize(("kind", "again"), [("DataError", False), ("TrainingError", True)])
+def test_a_step_that_is_retried(world: World, kind: str, again: bool) -> None:
+    world.server.put("trainjobs", NAME)
+    world.board.conclude(Verdict(kind, "it did not work"))
+    world.fail()
+    world.after(30, lambda: world.condition("Complete"))
+    if again:
+        world.launcher.run()
+        assert (world.writes("DELETE"), world.writes("POST")) == (1, 1)
+    else:
+        # What the caller has to mend is the same the second time.
+        with pytest.raises(getattr(errors, kind), match="it did not work"):
+            world.launcher.run()
+        assert world.writes("POST") == 0
+
+
+def test_a_launcher_that_is_told_to_stop(world: World) -> None:
+    world.after(0, world.pods)
+    world.after(60, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(StoppedError):
+        world.launcher.run()
+    assert world.writes("DELETE") == 1
+    assert ("trainjobs", "kubeflow", NAME) not in world.server.objects
+
+
+def test_a_job_that_somebody_deleted(world: World) -> None:
+    world.after(30, lambda: world.server.objects.pop(("trainjobs", "kubeflow", NAME)))
+    with pytest.raises(ClusterError, match="is gone: somebody has deleted it"):
+        world.launcher.run()
+
+
+@pytest.mark.parametrize("verb", ["create", "get", "patch"])
+def test_a_right_that_is_missing_is_named(world: World, verb: str) -> None:
+    world.server.forbidden.add(f"{verb} trainjobs")
+    with pytest.raises(CredentialsError, match=r"\(403: .*trainjobs.*tuneline-runner"):
+        world.launcher.run()
+
+
+def test_outside_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KFP_POD_NAME", "HOSTNAME", "NAMESPACE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="this is no pod of a cluster"):
+        run_on_nodes(
+            TrainConfig(),
+            NodesConfig.parse(NODES),
+            base_model_dir=tmp_path,
+            dataset_dir=tmp_path,
+            adapter_dir=tmp_path / "adapter",
+            curves_path=tmp_path / "curves.html",
+        )
+
+
+SETTINGS = {
+    "dtype": "float32",
+    "learning_rate": 5e-3,
+    "optim": "adamw_torch",
+    "warmup_steps": 0,
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "packing": False,
+}
+
+
+def control(server: Any, logs: Path) -> None:
+    """Do what Trainer does: start a job's pods, here as processes, and say how they ended."""
+    while not (found := [each for key, each in server.objects.items() if key[0] == "trainjobs"]):
+        time.sleep(0.05)
+    (job,) = found
+    trainer = job["spec"]["trainer"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pods = []
+    for number in range(trainer["numNodes"]):
+        name = f"{job['metadata']['name']}-node-0-{number}-x"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment |= {each["name"]: each["value"] for each in trainer["env"]}
+        environment |= {
+            "PET_NNODES": str(trainer["numNodes"]),
+            "PET_NODE_RANK": str(number),
+            "PET_NPROC_PER_NODE": str(trainer["numProcPerNode"]),
+            "PET_MASTER_ADDR": "127.0.0.1",
+            "PET_MASTER_PORT": str(port),
+        }
+        with open(logs / name, "w") as log:
+            command = [sys.executable, *trainer["command"][1:]]
+            pods.append(
+                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            )
+        labels = {"jobset.sigs.k8s.io/jobset-name": job["metadata"]["name"]}
+        server.put("pods", name, metadata={"labels": labels}, status={"phase": "Running"})
+    codes = [pod.wait(180) for pod in pods]
+    for path in logs.iterdir():
+        # A kubelet puts the time before each line.
+        lines = path.read_text().splitlines(keepends=True)
+        stamped = (f"2027-01-15T08:00:00.{n:09}Z {line}" for n, line in enumerate(lines))
+        server.logs[path.name, "node"] = "".join(stamped)
+    kind = "Failed" if any(codes) else "Complete"
+    conditions = [{"type": kind, "status": "True", "reason": str(codes), "message": ""}]
+    job["status"] = {"conditions": conditions}
+
+
+@pytest.mark.slow
+def test_two_nodes_learn_what_one_does(
+    server: Any,
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    dataset_dir: Any,
+    answer_rows: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: Any,
+) -> None:
+    caplog.set_level("INFO")
+    server.trainjob_schema = schema_of("v2.3.0")
+    owner = {**OWNER, "controller": True}
+    metadata = {"labels": {"pipeline/runid": "run-1"}, "ownerReferences": [owner]}
+    server.put("pods", "step-pod", metadata=metadata)
+    monkeypatch.setenv("KFP_POD_NAME", "step-pod")
+    monkeypatch.setenv("NAMESPACE", "kubeflow")
+    monkeypatch.setattr("tuneline.train.launcher.SECONDS_BETWEEN_LOOKS", 0.1)
+    data = dataset_dir(answer_rows)
+    (tmp_path / "logs").mkdir()
+    controller = threading.Thread(target=control, args=(server, tmp_path / "logs"), daemon=True)
+    controller.start()
+    config = TrainConfig.parse(SETTINGS)
+    on_cpu = {"accelerator": None, "ranks_per_node": 1, "scratch_size": None, "secrets": {}}
+    found = run_on_nodes(
+        config,
+        NodesConfig.parse({**NODES, **on_cpu}),
+        base_model_dir=tiny_model_dir,
+        dataset_dir=data,
+        adapter_dir=tmp_path / "adapter",
+        curves_path=tmp_path / "curves.html",
+        shared_dir=tmp_path / "shared",
+    )
+    controller.join()
+    alone = run(
+        config,
+        base_model_dir=tiny_model_dir,
+        dataset_dir=data,
+        adapter_dir=tmp_path / "alone",
+        curves_path=tmp_path / "alone.html",
+    )
+    losses = [[p.loss for p in one.history if p.loss is not None] for one in (found, alone)]
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert found.num_ranks == 2
+    assert TrainingSummary.read(tmp_path / "adapter") == found
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "curves.html").stat().st_size > 1000
+    # Nothing is left: the job is deleted, the volume is empty.
+    assert not [key for key in server.objects if key[0] == "trainjobs"]
+    assert [path.name for path in (tmp_path / "shared" / "tuneline").iterdir()] == []
+    assert "-node-0-0-x: INFO tuneline.train.launch: starting 2 ranks on cpu" in caplog.text
+    (made,) = [each for each in server.requests if each.startswith("POST")]
+    assert made.endswith("/namespaces/kubeflow/trainjobs")

@@ -1,0 +1,126 @@
+"""Several machines that train one thing: here processes on this one, with what Trainer tells each.
+
+That two nodes learn what one does: test_launcher.py.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tuneline.errors import RecipeError
+from tuneline.train.nodes import Board, Nodes, Verdict
+
+SETTINGS = {
+    "dtype": "float32",
+    "learning_rate": 5e-3,
+    "optim": "adamw_torch",
+    "warmup_steps": 0,
+    "max_steps": 400,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "packing": False,
+    "checkpoint_minutes": 0,
+}
+
+
+@pytest.fixture
+def shared(tmp_path: Path, tiny_model_dir: Path, dataset_dir, answer_rows) -> Path:
+    """What the launcher puts on the volume."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "base_model").symlink_to(tiny_model_dir)
+    (shared / "dataset").symlink_to(dataset_dir(answer_rows))
+    (shared / "config.json").write_text(json.dumps(SETTINGS))
+    return shared
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(shared: Path, number: int, port: int, **more: str) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TUNELINE_NODES_DIR": str(shared),
+        "TUNELINE_CHECKPOINT_DIR": str(shared / "checkpoints"),
+        "PET_NNODES": "2",
+        "PET_NODE_RANK": str(number),
+        "PET_NPROC_PER_NODE": "1",
+        "PET_MASTER_ADDR": "127.0.0.1",
+        "PET_MASTER_PORT": str(port),
+        **more,
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "tuneline.train.node"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def newest(checkpoints: Path) -> int:
+    """Return the step of the newest checkpoint, 0 where there is none."""
+    return max((int(p.name.split("-")[1]) for p in checkpoints.glob("*/checkpoint-*")), default=0)
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_ends_the_job_and_the_next_one_goes_on(shared: Path) -> None:
+    port = free_port()
+    nodes = [start(shared, number, port) for number in range(2)]
+    checkpoints = shared / "checkpoints"
+    while not newest(checkpoints):
+        assert all(node.poll() is None for node in nodes)
+        time.sleep(0.1)
+    pid = int(next(shared.glob(".adapter.*/*/ranks/rank-1.pid")).read_text())
+    os.kill(pid, signal.SIGKILL)
+    assert [node.wait(60) for node in nodes] == [1, 1]
+    verdict = Board(shared).verdict()
+    assert verdict is not None and verdict.kind == "TrainingError"
+    assert "rank 1 of 2 was killed" in verdict.message
+    Board(shared).clear()
+    kept = newest(checkpoints)
+    nodes = [start(shared, number, port) for number in range(2)]
+    while newest(checkpoints) <= kept:
+        assert all(node.poll() is None for node in nodes)
+        time.sleep(0.1)
+    for node in nodes:
+        node.send_signal(signal.SIGTERM)
+    outputs = [node.communicate(timeout=60)[0] for node in nodes]
+    assert f"continuing from {checkpoints}" in outputs[0], outputs[0][-3000:]
+    assert [node.returncode for node in nodes] == [143, 143]
+    assert Board(shared).verdict().kind == "StoppedError"
+
+
+def test_what_trainer_did_not_say_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Nodes.from_environment() is None
+    monkeypatch.setenv("TUNELINE_NODES_DIR", str(tmp_path))
+    monkeypatch.setenv("PET_NNODES", "2")
+    with pytest.raises(RecipeError, match="PET_NODE_RANK, .* does not say which node this is"):
+        Nodes.from_environment()
+
+
+def test_attempts_are_begun_once(tmp_path: Path) -> None:
+    board = Board(tmp_path)
+    first = board.announce(tmp_path / "a", num_ranks=2, device="cpu")
+    second = board.announce(tmp_path / "b", num_ranks=4, device="cpu")
+    assert board.attempts() == [first, second]
+    assert second.begin(1)
+    assert not second.begin(1)
+    assert second.begin(2)
+    first.end()
+    assert [attempt.is_over for attempt in board.attempts()] == [True, False]
+    board.conclude(Verdict("DataError", "no rows"))
+    assert board.verdict() == Verdict("DataError", "no rows")
+    board.clear()
+    assert (board.attempts(), board.verdict()) == ([], None)
