@@ -20,6 +20,11 @@ def _inputs(shape, dtype, generator):
     return randn(*shape), randn(*shape), randn(shape[-1]), randn(*shape), randn(*shape)
 
 
+def _reference(x, weight, eps, *, residual, gemma):
+    total = x + residual
+    return rms_norm_reference(total, weight, eps, gemma=gemma), total
+
+
 def _run(function, x, residual, weight, dy, ds, gemma, train_weight):
     leaves = [t.detach().clone().requires_grad_() for t in (x, residual)]
     weight = weight.detach().clone().requires_grad_(train_weight)
@@ -34,8 +39,8 @@ def _run(function, x, residual, weight, dy, ds, gemma, train_weight):
 def test_values_and_gradients(shape, gemma, dtype, generator, assert_near):
     inputs = _inputs(shape, dtype, generator)
     ours = _run(rms_norm, *inputs, gemma, train_weight=True)
-    truth = _run(rms_norm_reference, *(t.double() for t in inputs), gemma, train_weight=True)
-    stock = _run(rms_norm_reference, *inputs, gemma, train_weight=True)
+    truth = _run(_reference, *(t.double() for t in inputs), gemma, train_weight=True)
+    stock = _run(_reference, *inputs, gemma, train_weight=True)
     again = _run(rms_norm, *inputs, gemma, train_weight=True)
     for a, b, c, d in zip(ours, truth, stock, again, strict=True):
         assert_near(a, b, c)

@@ -114,7 +114,8 @@ def activation_lora_backward_reference(
     d_gate_up, h_TF = gated_activation_backward(
         dh_TF, gate_up_TF, kind, inplace=inplace, need_h=g_TP is not None
     )
-    da = None if g_TP is None else mm_wide(g_TP.t(), h_TF)
+    assert isinstance(d_gate_up, Tensor)
+    da = None if g_TP is None or h_TF is None else mm_wide(g_TP.t(), h_TF)
     db = gate_up.blocks(mm_wide(d_gate_up.t(), xa_TP)) if gate_up.rank else None
     return ActivationGradients(d_gate_up, da, db)
 

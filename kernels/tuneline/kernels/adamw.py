@@ -126,8 +126,18 @@ def dynamic_map(*, signed: bool) -> torch.Tensor:
 
 
 @dataclasses.dataclass
+class _EightBit:
+    """What 8-bit m and v mean: the largest magnitude of each block, and the levels."""
+
+    m_absmax: torch.Tensor
+    v_absmax: torch.Tensor
+    m_code: torch.Tensor
+    v_code: torch.Tensor
+
+
+@dataclasses.dataclass
 class _Flat:
-    """The buffers of one parameter group; absmax and code only with 8-bit state."""
+    """The buffers of one parameter group."""
 
     p: torch.Tensor
     g: torch.Tensor
@@ -135,10 +145,7 @@ class _Flat:
     v: torch.Tensor
     starts: list[int]
     g_views: list[torch.Tensor]
-    m_absmax: torch.Tensor | None = None
-    v_absmax: torch.Tensor | None = None
-    m_code: torch.Tensor | None = None
-    v_code: torch.Tensor | None = None
+    eight_bit: _EightBit | None = None
     addresses: list[int] = dataclasses.field(default_factory=list)
     num_steps: int = 0
 
@@ -156,7 +163,7 @@ class _Flat:
             v = torch.zeros(n, dtype=torch.uint8, device=device)
             m_absmax, v_absmax = torch.zeros(2, n // _QUANT_BLOCK, device=device)
             codes = [dynamic_map(signed=signed).to(device) for signed in (True, False)]
-            flat = cls(p, g, m, v, starts, [], m_absmax, v_absmax, *codes)
+            flat = cls(p, g, m, v, starts, [], _EightBit(m_absmax, v_absmax, *codes))
         else:
             m, v = torch.zeros(n, device=device), torch.zeros(n, device=device)
             flat = cls(p, g, m, v, starts, [])
@@ -194,13 +201,14 @@ class _Flat:
     def state(self, params: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Return the slices of the state, one dict a parameter."""
         named = {"exp_avg": self.views(self.m, params), "exp_avg_sq": self.views(self.v, params)}
-        absmaxes = {"exp_avg_absmax": self.m_absmax, "exp_avg_sq_absmax": self.v_absmax}
+        bits, absmaxes = self.eight_bit, {}
+        if bits is not None:
+            absmaxes = {"exp_avg_absmax": bits.m_absmax, "exp_avg_sq_absmax": bits.v_absmax}
         for name, absmax in absmaxes.items():
-            if absmax is not None:
-                named[name] = [
-                    absmax[start // _QUANT_BLOCK :][: -(-p.numel() // _QUANT_BLOCK)]
-                    for start, p in zip(self.starts, params, strict=True)
-                ]
+            named[name] = [
+                absmax[start // _QUANT_BLOCK :][: -(-p.numel() // _QUANT_BLOCK)]
+                for start, p in zip(self.starts, params, strict=True)
+            ]
         columns = zip(*named.values(), strict=True)
         return [dict(zip(named, slices, strict=True)) for slices in columns]
 
@@ -248,20 +256,20 @@ def _quantize_reference(x: torch.Tensor, code: torch.Tensor, absmax: torch.Tenso
 
 
 def _step_reference(flat: _Flat, factor: torch.Tensor | float, **h: float) -> None:
-    m, v = flat.m, flat.v
-    if flat.m_absmax is not None:
-        m = flat.m_code[m.int()] * flat.m_absmax.repeat_interleave(_QUANT_BLOCK)
-        v = flat.v_code[v.int()] * flat.v_absmax.repeat_interleave(_QUANT_BLOCK)
+    m, v, bits = flat.m, flat.v, flat.eight_bit
+    if bits is not None:
+        m = bits.m_code[m.int()] * bits.m_absmax.repeat_interleave(_QUANT_BLOCK)
+        v = bits.v_code[v.int()] * bits.v_absmax.repeat_interleave(_QUANT_BLOCK)
     g = flat.g * factor
     m = h["beta1"] * m + h["rest1"] * g
     v = h["beta2"] * v + h["rest2"] * g * g
     denominator = v.sqrt() / h["root_correction2"] + h["eps"]
     flat.p.copy_(flat.p * h["decay"] - h["step_size"] * m / denominator)
-    if flat.m_absmax is not None:
-        flat.m_absmax.copy_(m.view(-1, _QUANT_BLOCK).abs().amax(1))
-        flat.v_absmax.copy_(v.view(-1, _QUANT_BLOCK).amax(1))
-        m = _quantize_reference(m, flat.m_code, flat.m_absmax)
-        v = _quantize_reference(v, flat.v_code, flat.v_absmax)
+    if bits is not None:
+        bits.m_absmax.copy_(m.view(-1, _QUANT_BLOCK).abs().amax(1))
+        bits.v_absmax.copy_(v.view(-1, _QUANT_BLOCK).amax(1))
+        m = _quantize_reference(m, bits.m_code, bits.m_absmax)
+        v = _quantize_reference(v, bits.v_code, bits.v_absmax)
     flat.m.copy_(m)
     flat.v.copy_(v)
 
@@ -343,8 +351,11 @@ class FlatAdamW(torch.optim.Optimizer):
         if old:
             torch._foreach_copy_(old, new)
 
+    # torch's stub promises a float; its own optimizers return what the closure does, as this one.
     @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], torch.Tensor] | None = None
+    ) -> torch.Tensor | None:
         """Clip and update all parameters.
 
         Raises:
@@ -385,19 +396,20 @@ class FlatAdamW(torch.optim.Optimizer):
             eps=group["eps"],
         )
         if not use_kernel(flat.p):
-            factor = 1.0
-            if partial is not None:
+            factor: torch.Tensor | float = 1.0
+            if partial is not None and self.max_grad_norm is not None:
                 factor = (self.max_grad_norm / (partial.sum().sqrt() + 1e-6)).clamp(max=1.0)
             return _step_reference(flat, factor, **h)
-        eight_bit = flat.m_absmax is not None
-        num_rows, n, unused = 8, flat.p.numel(), flat.p
-        middles = [(c[1:] + c[:-1]) / 2 if eight_bit else c for c in (flat.m_code, flat.v_code)]
-        pointers = [flat.m_absmax, flat.v_absmax, flat.m_code, flat.v_code, *middles]
+        num_rows, n, unused, bits = 8, flat.p.numel(), flat.p, flat.eight_bit
+        pointers = [unused] * 6
+        if bits is not None:
+            middles = [(code[1:] + code[:-1]) / 2 for code in (bits.m_code, bits.v_code)]
+            pointers = [bits.m_absmax, bits.v_absmax, bits.m_code, bits.v_code, *middles]
         _step_kernel[(triton.cdiv(n, num_rows * _QUANT_BLOCK),)](
-            flat.p, flat.g, flat.m, flat.v, *(pointers if eight_bit else [unused] * 6),
+            flat.p, flat.g, flat.m, flat.v, *pointers,
             unused if partial is None else partial, n, self.max_grad_norm or 0.0, **h,
             CLIP=partial is not None, PARTIALS=1 if partial is None else partial.numel(),
-            EIGHT_BIT=eight_bit, ROWS=num_rows, COLS=_QUANT_BLOCK, num_warps=8,
+            EIGHT_BIT=bits is not None, ROWS=num_rows, COLS=_QUANT_BLOCK, num_warps=8,
         )  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -89,7 +89,10 @@ def attention_forward(
     if backend == "softcap":
         q, k, v = (t.flatten(0, 1) for t in (q_BTHD, k_BTGD, v_BTGD))
         cu_seqlens = _cu_seqlens(plan, q_BTHD)
-        out, lse = flash_forward(q, k, v, cu_seqlens, longest, **_flash_arguments(config))
+        out, lse = flash_forward(
+            q, k, v, cu_seqlens, longest,
+            scale=config.scale, window=config.window, softcap=config.softcap,
+        )  # fmt: skip
         return out.view(q_BTHD.shape), (lse, cu_seqlens)
     q, k, v = _varlen(plan, q_BTHD, k_BTGD, v_BTGD)
     out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward.default(
@@ -123,9 +126,10 @@ def attention_backward(
     backend = _backend(q_BTHD, plan, config)
     if backend == "reference":
         with torch.enable_grad():
-            qkv = tuple(t.detach().requires_grad_() for t in (q_BTHD, k_BTGD, v_BTGD))
-            out = attention_reference(*qkv, plan, config)
-        return torch.autograd.grad(out, qkv, dout_BTHD)
+            q, k, v = (t.detach().requires_grad_() for t in (q_BTHD, k_BTGD, v_BTGD))
+            out = attention_reference(q, k, v, plan, config)
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout_BTHD)
+        return dq, dk, dv
     if backend == "cudnn":
         lse, seed, offset = saved
         length = q_BTHD.shape[1]
@@ -151,9 +155,14 @@ def attention_backward(
     longest = plan.longest(q_BTHD.shape[1])
     if backend == "softcap":
         lse, cu_seqlens = saved
-        tensors = (t.flatten(0, 1) for t in (dout_BTHD, q_BTHD, k_BTGD, v_BTGD, out_BTHD))
-        grads = flash_backward(*tensors, lse, cu_seqlens, longest, **_flash_arguments(config))
-        return tuple(grad.unflatten(0, q_BTHD.shape[:2]) for grad in grads)
+        dout, q, k, v, out = (
+            t.flatten(0, 1) for t in (dout_BTHD, q_BTHD, k_BTGD, v_BTGD, out_BTHD)
+        )
+        dq, dk, dv = flash_backward(
+            dout, q, k, v, out, lse, cu_seqlens, longest,
+            scale=config.scale, window=config.window, softcap=config.softcap,
+        )  # fmt: skip
+        return dq.view(q_BTHD.shape), dk.view(k_BTGD.shape), dv.view(v_BTGD.shape)
     lse, state, unused = saved
     q, k, v, out, dout = _varlen(plan, q_BTHD, k_BTGD, v_BTGD, out_BTHD, dout_BTHD)
     dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
@@ -224,10 +233,6 @@ def _cu_seqlens(plan: AttentionPlan, q_BTHD: Tensor) -> Tensor:
     batch, length = q_BTHD.shape[:2]
     stop = (batch + 1) * length
     return torch.arange(0, stop, length, dtype=torch.int32, device=q_BTHD.device)
-
-
-def _flash_arguments(config: AttentionConfig) -> dict[str, float | int | None]:
-    return {"scale": config.scale, "window": config.window, "softcap": config.softcap}
 
 
 def _varlen(plan: AttentionPlan, *tensors: Tensor) -> tuple[Tensor, ...]:

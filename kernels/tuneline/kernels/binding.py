@@ -2,7 +2,8 @@
 
 Looked at before every forward, because everything may change in between: adapters are disabled
 and merged, dropout is set, weights move. Attributes are looked at, nothing is imported: the package
-works, and imports, without transformers and PEFT.
+works, and imports, without transformers and PEFT. Their modules are `Any` here: nn.Module declares
+no attribute but its own.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ class Unfusable(ValueError):
     """A layer that keeps the stock path; the message is the reason that the report gives."""
 
 
-def bind_layer(
-    layer: nn.Module, spec: FamilySpec, config: Any, *, fp8: bool = False
-) -> LayerWeights:
+def bind_layer(layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False) -> LayerWeights:
     """Collect what the fused layer computes with; `fp8` for the groups that can.
 
     Raises:
@@ -79,7 +78,7 @@ def bind_layer(
     )
 
 
-def fingerprint(layer: nn.Module, spec: FamilySpec) -> tuple[Any, ...]:
+def fingerprint(layer: Any, spec: FamilySpec) -> tuple[Any, ...]:
     """Name what `bind_layer` read: equal fingerprints bind alike.
 
     It looks into the modules' dictionaries, because it runs at every forward: binding 32 layers
@@ -117,13 +116,13 @@ def fingerprint(layer: nn.Module, spec: FamilySpec) -> tuple[Any, ...]:
     return tuple(seen)
 
 
-def _adapter_parameters(module: nn.Module) -> list[Any]:
+def _adapter_parameters(module: Any) -> list[Any]:
     pairs = [module._modules[name] for name in ("lora_A", "lora_B") if name in module._modules]
     linears = [linear for pair in pairs for linear in pair._modules.values()]
     return [parameter for linear in linears for parameter in linear._parameters.values()]
 
 
-def _attention(attention: nn.Module, config: Any) -> AttentionConfig:
+def _attention(attention: Any, config: Any) -> AttentionConfig:
     # Llama has neither; Mistral and Phi-3 window every layer, the others name it on the module.
     # Gemma-3 has the softcap's attribute but hands none to its attention function.
     window = getattr(attention, "sliding_window", None)
@@ -140,18 +139,18 @@ def _attention(attention: nn.Module, config: Any) -> AttentionConfig:
     )
 
 
-def _group(parent: nn.Module, names: Iterable[str], fp8: bool) -> LoraGroup:
+def _group(parent: Any, names: Iterable[str], fp8: bool) -> LoraGroup:
     linears = tuple(_linear(getattr(parent, name), name) for name in names)
-    frozen = [linear.weight for linear in linears]
+    frozen = [linear.weight for linear in linears if isinstance(linear.weight, NF4Weight)]
     # A bias would be rounded to three bits among the columns: such a group stays in bf16.
     biased = any(linear.bias is not None for linear in linears)
-    if fp8 and not biased and all(isinstance(weight, NF4Weight) for weight in frozen):
+    if fp8 and not biased and len(frozen) == len(linears):
         group = LoraGroup(linears)
         return replace(group, largest=largest_weight(frozen)) if group.rank else group
     return LoraGroup(linears)
 
 
-def _linear(module: nn.Module, name: str) -> LoraLinear:
+def _linear(module: Any, name: str) -> LoraLinear:
     base, adapter = module, None
     if hasattr(module, "base_layer"):
         base, adapter = module.base_layer, _active_adapter(module, name)
@@ -186,7 +185,7 @@ def _linear(module: nn.Module, name: str) -> LoraLinear:
     )
 
 
-def _active_adapter(module: nn.Module, name: str) -> str | None:
+def _active_adapter(module: Any, name: str) -> str | None:
     """Name the one plain LoRA that acts on the module; None where the active one skips it."""
     if type(module).__module__.split(".")[:3] != ["peft", "tuners", "lora"] or type(
         module

@@ -95,7 +95,7 @@ def _log_probs_(
         return logp_C
     logp_C, vjp = torch.func.vjp(
         lambda z: _log_probs_reference(z, labels_C, ignore_index, softcap), logits_CV
-    )
+    )[:2]
     if need_grad:
         logits_CV.copy_(vjp(torch.ones_like(logp_C))[0])
     return logp_C
@@ -115,9 +115,9 @@ class TokenLogProbsFunction(torch.autograd.Function):
             part = slice(start, min(start + C, T))
             logits = torch.mm(hidden_TK[part], weight.T, out=logits_CV[: part.stop - start])
             logp.append(_log_probs_(logits, labels_T[part], ignore_index, softcap, need_grad))
-            if need_grad:
+            if unit_TK is not None:
                 torch.mm(logits, weight, out=unit_TK[part])
-        if need_grad:
+        if unit_TK is not None:
             ctx.save_for_backward(unit_TK)
         wide = torch.promote_types(weight.dtype, torch.float32)
         return torch.cat(logp) if logp else hidden_TK.new_empty(0, dtype=wide)

@@ -127,7 +127,7 @@ def gated_activation_backward(
     if inplace and _copied(gate_up):
         raise ValueError("inplace needs a gate_up with unit stride along F and even row strides")
     if not use_kernel(dh):
-        h, vjp = torch.func.vjp(lambda t: gated_activation_reference(t, kind), gate_up)
+        h, vjp = torch.func.vjp(lambda t: gated_activation_reference(t, kind), gate_up)[:2]
         (d_gate_up,) = vjp(dh)
         if inplace:
             for old, new in zip(_split(gate_up), _split(d_gate_up), strict=True):

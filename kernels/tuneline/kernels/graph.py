@@ -157,7 +157,7 @@ def _key(layers: Layers, x_BLC: Tensor, cos: Tensor) -> tuple[Any, ...]:
                 frozen = linear.weight
                 tensor = frozen if isinstance(frozen, Tensor) else frozen.packed
                 baked.append(tensor.data_ptr())
-                if linear.lora_a is not None:
-                    baked += [linear.lora_a.data_ptr(), linear.lora_b.data_ptr()]
+                if linear.adapter is not None:
+                    baked += [tensor.data_ptr() for tensor in linear.adapter]
                     baked += [linear.scaling, linear.rank]
     return (shape, tuple(baked))

@@ -20,6 +20,7 @@ Shapes: B rows of L tokens, T = B L, C hidden size, F intermediate size; see lor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ from tuneline.kernels.attention import (
     attention_forward,
 )
 from tuneline.kernels.copy_rows import copy_rows
-from tuneline.kernels.gated_activation import gated_activation_forward
+from tuneline.kernels.gated_activation import Kind, gated_activation_forward
 from tuneline.kernels.lora import LoraGradients, LoraGroup, mm_wide
 from tuneline.kernels.operands import (
     Fp8Operands,
@@ -59,7 +60,7 @@ class LayerWeights:
     gate_up: LoraGroup
     down: LoraGroup
     attention: AttentionConfig
-    activation: str
+    activation: Kind
     eps: float
     gemma: bool
     attention_norm: Tensor
@@ -163,13 +164,14 @@ def layer_forward(
 
 def layer_backward(
     dy_BLC: Tensor,
-    saved: list[Tensor | None],
+    saved: Sequence[Any],
     cos: Tensor,
     sin: Tensor,
     weights: LayerWeights,
     call: LayerCall,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return dx and the gradients of `weights.parameters()`; `saved` is x and the forward's."""
+    # By position: None only where the layer has no such tensor.
     x_BLC, *saved = saved
     x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
     dy_TC = dy_BLC.reshape(x_TC.shape)
@@ -287,6 +289,7 @@ def _attention_half_backward(
     shape, config, group = half.q_BLHD.shape, weights.attention, weights.o
     do_TC = dx2_TC
     if weights.after_attention_norm is not None:
+        assert half.o_TC is not None
         do_TC = _normed_gradient(dx2_TC, half.o_TC, weights.after_attention_norm, weights)
     operands = group_operands(group, x_TC) if half.o_operands is None else half.o_operands
     half.o_operands = None
@@ -360,7 +363,7 @@ def _mlp_forward(
     gate_up_operands, down_operands = group_operands(gate_up, x2_TC), group_operands(down, x2_TC)
     for rows in _chunks(num_tokens):
         x_TKP, _ = _normed_input(x2_TC[rows], weights.mlp_norm, weights, gate_up, gate_up_operands)
-        out = gate_up_TF[rows] if keep else None
+        out = None if gate_up_TF is None else gate_up_TF[rows]
         gate_up_nF = gate_up_operands.forward(x_TKP, out=out)
         h_TKP = augmented_input(x_TKP.shape[0], down, x2_TC)
         gated_activation_forward(gate_up_nF, weights.activation, out=h_TKP[:, : down.num_in])
@@ -369,14 +372,10 @@ def _mlp_forward(
         down_input_TP[rows] = h_TKP[:, down.num_in :]
         residual_nC = None if sandwich else x2_TC[rows]
         down_operands.forward(h_TKP, residual_TN=residual_nC, out=y_TC[rows])
-    if not sandwich:
+    if weights.after_mlp_norm is None:
         return y_TC, gate_up_TF, down_input_TP, None
-    return (
-        _add_normed(x2_TC, y_TC, weights.after_mlp_norm, weights),
-        gate_up_TF,
-        down_input_TP,
-        y_TC,
-    )
+    normed_TC = _add_normed(x2_TC, y_TC, weights.after_mlp_norm, weights)
+    return normed_TC, gate_up_TF, down_input_TP, y_TC
 
 
 def _mlp_backward(
@@ -390,6 +389,7 @@ def _mlp_backward(
     gate_up, down = weights.gate_up, weights.down
     dd_TC = dy_TC
     if weights.after_mlp_norm is not None:
+        assert d_TC is not None
         dd_TC = _normed_gradient(dy_TC, d_TC, weights.after_mlp_norm, weights)
     gate_up_operands, down_operands = group_operands(gate_up, x2_TC), group_operands(down, x2_TC)
     gate_up_grads, down_grads = LoraGradients(gate_up), LoraGradients(down)
@@ -398,7 +398,7 @@ def _mlp_backward(
         x2_nC, dd_nC = x2_TC[rows], dd_TC[rows]
         x_TKP, rstd_n = _normed_input(x2_nC, weights.mlp_norm, weights, gate_up, gate_up_operands)
         kept = gate_up_TF is not None
-        gate_up_nF = gate_up_TF[rows] if kept else gate_up_operands.forward(x_TKP)
+        gate_up_nF = gate_up_operands.forward(x_TKP) if gate_up_TF is None else gate_up_TF[rows]
         dh_nF, g_TP = down_operands.input_gradient(dd_nC)
         num_in = gate_up.num_in
         # One pass over dh, gate and up gives their gradients and two of the adapters'.
@@ -417,7 +417,7 @@ def _mlp_backward(
             down_grads.add_a(along.da_down)
             down_grads.add_b(down.blocks(mm_wide(dd_nC.t(), down_input_TP[rows])))
         dn_nC, g_TP = gate_up_operands.input_gradient(along.d_gate_up)
-        if g_TP is not None:
+        if g_TP is not None and along.db_gate_up is not None:
             gate_up_grads.add_a(mm_wide(g_TP.t(), x_TKP[:, :num_in]))
             gate_up_grads.add_b(along.db_gate_up)
         del along

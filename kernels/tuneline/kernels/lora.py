@@ -52,9 +52,16 @@ class LoraLinear:
     scaling: float = 1.0
 
     @property
+    def adapter(self) -> tuple[Tensor, Tensor] | None:
+        """A and B, or None."""
+        if self.lora_a is None or self.lora_b is None:
+            return None
+        return self.lora_a, self.lora_b
+
+    @property
     def rank(self) -> int:
-        """Rows of `lora_a`, zero without an adapter."""
-        return 0 if self.lora_a is None else self.lora_a.shape[0]
+        """Rows of A, zero without an adapter."""
+        return 0 if self.adapter is None else self.adapter[0].shape[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +114,7 @@ class LoraGroup:
 
     def parameters(self) -> list[Tensor]:
         """Trainable tensors in the order in which `LoraGradients.split` returns their gradients."""
-        return [t for x in self.linears if x.lora_a is not None for t in (x.lora_a, x.lora_b)]
+        return [tensor for linear in self.linears for tensor in linear.adapter or ()]
 
 
 @dataclass(slots=True)
@@ -142,10 +149,12 @@ class LoraGradients:
         grads: list[Tensor] = []
         column = 0
         for index, linear in enumerate(self.group.linears):
-            if linear.rank:
-                da_rK = self.da_PK[column : column + linear.rank]
-                grads += [da_rK.to(linear.lora_a.dtype)]
-                grads += [(self.db_Nr[index] * linear.scaling).to(linear.lora_b.dtype)]
+            if linear.adapter is None:
+                continue
+            assert self.da_PK is not None and self.db_Nr is not None, "no chunk was added"
+            lora_a, lora_b = linear.adapter
+            grads += [self.da_PK[column : column + linear.rank].to(lora_a.dtype)]
+            grads += [(self.db_Nr[index] * linear.scaling).to(lora_b.dtype)]
             column += linear.rank
         return grads
 
@@ -265,10 +274,11 @@ def pack_reference(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:
     row = column = 0
     for linear in group.linears:
         rows = slice(row, row + linear.num_out)
-        if linear.lora_a is not None:
+        if linear.adapter is not None:
+            lora_a, lora_b = linear.adapter
             columns = slice(column, column + linear.rank)
-            sb_NP[rows, columns] = (linear.lora_b * linear.scaling).to(sb_NP.dtype)
-            a_PK[columns] = linear.lora_a.to(a_PK.dtype)
+            sb_NP[rows, columns] = (lora_b * linear.scaling).to(sb_NP.dtype)
+            a_PK[columns] = lora_a.to(a_PK.dtype)
         if linear.bias is not None:
             sb_NP[rows, group.rank] = linear.bias
         row += linear.num_out
@@ -280,7 +290,8 @@ def group_reference(x_TK: Tensor, group: LoraGroup, weights: Sequence[Tensor]) -
     outputs = []
     for linear, weight in zip(group.linears, weights, strict=True):
         y = torch.nn.functional.linear(x_TK, weight, linear.bias)
-        if linear.lora_a is not None:
-            y = y + linear.scaling * (x_TK @ linear.lora_a.t()) @ linear.lora_b.t()
+        if linear.adapter is not None:
+            lora_a, lora_b = linear.adapter
+            y = y + linear.scaling * (x_TK @ lora_a.t()) @ lora_b.t()
         outputs.append(y)
     return torch.cat(outputs, dim=1)

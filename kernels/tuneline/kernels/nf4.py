@@ -167,7 +167,7 @@ class NF4Weight:
 
     def block_absmax(self) -> torch.Tensor:
         """Return the largest |w| of every block of 64, float32."""
-        if self.nested_absmax is None:
+        if self.nested_absmax is None or self.nested_code is None or self.offset is None:
             return self.absmax
         scale = self.nested_absmax.repeat_interleave(256)[: self.absmax.numel()]
         return self.nested_code[self.absmax.int()] * scale + self.offset

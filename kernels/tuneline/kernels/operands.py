@@ -134,6 +134,7 @@ class Fp8Operands:
         row = 0
         for linear in group.linears:
             rows = slice(row, row + linear.num_out)
+            assert isinstance(linear.weight, NF4Weight)
             nf4_to_fp8(linear.weight, scale_N[rows], out=w8[rows, : group.num_in])
             row += linear.num_out
         return w8, scale_N
@@ -147,6 +148,7 @@ class Fp8Operands:
         row = 0
         for linear in group.linears:
             columns = slice(row, row + linear.num_out)
+            assert isinstance(linear.weight, NF4Weight)
             nf4_to_fp8(linear.weight, scale_K, out=v8[:, columns], transposed=True)
             row += linear.num_out
         return v8, scale_K

@@ -22,7 +22,7 @@ import functools
 import logging
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -171,7 +171,18 @@ def unpatch(model: nn.Module) -> None:
                 module.__dict__.pop(name, None)
 
 
-class _LayerMixin:
+if TYPE_CHECKING:
+
+    class _Stock(nn.Module):
+        """The stock class that follows a mixin; its attributes are declared nowhere."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    _Stock = object
+
+
+class _LayerMixin(_Stock):
     """A decoder layer that runs fused when the decoder hands it its part of a `_ModelCall`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -181,9 +192,8 @@ class _LayerMixin:
     def forward(
         self, hidden_states: Tensor, *args: Any, tuneline: _ModelCall | None = None, **kwargs: Any
     ) -> Tensor:
-        fused = None if tuneline is None else tuneline.layers.get(self._tuneline_index)
-        if fused is not None:
-            weights, call = fused
+        if tuneline is not None and self._tuneline_index in tuneline.layers:
+            weights, call = tuneline.layers[self._tuneline_index]
             cos, sin = kwargs["position_embeddings"]
             if tuneline.done:
                 return hidden_states
@@ -201,7 +211,7 @@ class _LayerMixin:
         return stock(hidden_states, *args)
 
 
-class _NormMixin:
+class _NormMixin(_Stock):
     """The final norm; a trained weight gets its gradient too."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -211,7 +221,7 @@ class _NormMixin:
         return rms_norm(hidden_states, self.weight, eps, gemma=self._tuneline_gemma)
 
 
-class _DecoderMixin:
+class _DecoderMixin(_Stock):
     """The stack of layers: decides what the forward is, then runs the stock forward with it."""
 
     def forward(
@@ -236,13 +246,12 @@ class _DecoderMixin:
         return super().forward(attention_mask=attention_mask, tuneline=call, **arguments)
 
 
-class _CausalMixin:
+class _CausalMixin(_Stock):
     """The model with its head: the loss without the logits."""
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         fuse = (
-            labels is not None
-            and not args
+            not args
             and self.training
             and torch.is_grad_enabled()
             and kwargs.get("logits_to_keep", 0) == 0
@@ -250,7 +259,7 @@ class _CausalMixin:
             and not kwargs.get("fused_lm_head")
             and _stock_loss_reason(self) is None
         )
-        if not fuse:
+        if labels is None or not fuse:
             return super().forward(*args, labels=labels, **kwargs)
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -275,7 +284,7 @@ class _CausalMixin:
         )
 
 
-def _is_plain_training(decoder: nn.Module, kwargs: dict[str, Any]) -> bool:
+def _is_plain_training(decoder: Any, kwargs: dict[str, Any]) -> bool:
     """Whether nothing is asked for that only the stock path gives.
 
     `use_cache` is not looked at: configs default to it, and no training step reads the cache.
@@ -323,7 +332,7 @@ def _packed(starts: list[int], tokens: Tensor) -> AttentionPlan:
     return AttentionPlan.packed(starts, tokens.shape[1], tokens.device)
 
 
-def _decide(decoder: nn.Module, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | None:
+def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | None:
     """Bind the layers and share the budget out: the last layers keep, their backward is first."""
     engine: _Engine = decoder._tuneline_engine
     bound: dict[int, LayerWeights] = {}
@@ -331,14 +340,15 @@ def _decide(decoder: nn.Module, plan: AttentionPlan, tokens: Tensor) -> _ModelCa
         layer = decoder.layers[index]
         state = fingerprint(layer, spec)
         if index not in engine.bound or engine.bound[index][0] != state:
+            engine.bound[index] = (state, None)
             try:
                 weights = bind_layer(layer, spec, decoder.config, fp8=engine.fp8)
+                engine.bound[index] = (state, weights)
             except Unfusable as reason:
                 logger.info("layer %d runs stock: %s", index, reason)
-                weights = None
-            engine.bound[index] = (state, weights)
-        if engine.bound[index][1] is not None:
-            bound[index] = engine.bound[index][1]
+        known = engine.bound[index][1]
+        if known is not None:
+            bound[index] = known
     if not bound:
         return None
     dtype = next(iter(bound.values())).attention_norm.dtype
@@ -381,7 +391,7 @@ def _decide(decoder: nn.Module, plan: AttentionPlan, tokens: Tensor) -> _ModelCa
     return _ModelCall(layers, engine.graphs if graphed else None)
 
 
-def _stock_loss_reason(causal: nn.Module) -> str | None:
+def _stock_loss_reason(causal: Any) -> str | None:
     """Say why the loss cannot be fused, or None."""
     head = getattr(causal, "lm_head", None)
     if type(head) is not nn.Linear or head.bias is not None:
@@ -393,8 +403,8 @@ def _stock_loss_reason(causal: nn.Module) -> str | None:
     return None
 
 
-def _find_decoder(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
-    """Return the causal LM inside wrappers, and its stack of decoder layers."""
+def _find_decoder(model: Any) -> tuple[Any, Any]:
+    """Return the causal LM inside wrappers, and its stack of decoder layers or None."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = getattr(causal, "model", causal)
     layers = getattr(decoder, "layers", None)
@@ -403,12 +413,12 @@ def _find_decoder(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
     return causal, decoder
 
 
-def _swap(module: nn.Module, mixin: type) -> None:
-    module.__class__ = _subclass(type(module), mixin)
+def _swap(module: Any, mixin: type) -> None:
+    module.__class__ = _subclass(module.__class__, mixin)
 
 
 @functools.cache
-def _subclass(stock: type, mixin: type) -> type:
+def _subclass(stock: Any, mixin: Any) -> type:
     """Derive the fused class; transformers looks classes up by name, so it bears the stock one."""
     names = {
         "__module__": stock.__module__,
@@ -416,7 +426,7 @@ def _subclass(stock: type, mixin: type) -> type:
         "__doc__": stock.__doc__,
         "_tuneline_stock_class": stock,
     }
-    cls = type(stock.__name__, (mixin, stock), names)
+    cls: Any = type(stock.__name__, (mixin, stock), names)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Whoever kept this function as the model's forward may call it after `unpatch`.

@@ -12,6 +12,8 @@
 Shapes: x, residual, y [..., K]; weight [K]; rstd [T] float32, T the product of the leading sizes.
 """
 
+from typing import overload
+
 import torch
 import triton
 import triton.language as tl
@@ -95,15 +97,16 @@ def rms_norm_forward(
     """
     y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if not use_kernel(x):
-        s = x if residual is None else x + residual
-        y.copy_(rms_norm_reference(s, weight, eps, gemma=gemma))
-        wide = s if s.dtype == torch.float64 else s.float()
+        total = x if residual is None else x + residual
+        y.copy_(rms_norm_reference(total, weight, eps, gemma=gemma))
+        wide = total if total.dtype == torch.float64 else total.float()
         rstd = torch.rsqrt(wide.square().mean(-1) + eps).reshape(-1)
-        return y, None if residual is None else s, rstd
+        return y, None if residual is None else total, rstd
     x_TK, y_TK = rows(x), y.view(-1, y.shape[-1])
     T, K = x_TK.shape
     s = None if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    residual_TK, s_TK = (x_TK, x_TK) if residual is None else (rows(residual), s.view(T, K))
+    residual_TK = x_TK if residual is None else rows(residual)
+    s_TK = x_TK if s is None else s.view(T, K)
     rstd_T = torch.empty(T, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(K)
     _fwd_kernel[(T,)](
@@ -166,26 +169,25 @@ class RMSNormFunction(torch.autograd.Function):
         return dx, dx if ctx.has_residual else None, dweight, None, None
 
 
-def rms_norm_reference(
-    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, gemma: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute `rms_norm` in plain torch, as transformers does."""
-    s = x if residual is None else x + residual
-    wide = s if s.dtype == torch.float64 else s.float()
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, *, gemma: bool = False) -> Tensor:
+    """Compute `rms_norm` without a residual in plain torch, as transformers does."""
+    wide = x if x.dtype == torch.float64 else x.float()
     n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     y = n * (1 + weight.to(n.dtype)) if gemma else weight * n.to(x.dtype)
-    return y.to(x.dtype) if residual is None else (y.to(x.dtype), s)
+    return y.to(x.dtype)
 
 
+@overload
 def rms_norm(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    residual: Tensor | None = None,
-    gemma: bool = False,
-    out: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, eps: float, *,
+    residual: None = None, gemma: bool = False, out: Tensor | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *,
+    residual: Tensor, gemma: bool = False, out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def rms_norm(x, weight, eps, *, residual=None, gemma=False, out=None):
     """Return y, or (y, new residual) when a residual is given; differentiable unless `out` is."""
     if out is None:
         return RMSNormFunction.apply(x, residual, weight, eps, gemma)

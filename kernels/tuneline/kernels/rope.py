@@ -190,6 +190,7 @@ def rope_backward(
         return _launch(dq, dk, xq, xk, cos, sin, q_weight, k_weight, eps, gemma, inplace, True)
     new_dq, new_dk = rope_reference(dq, dk, cos, -sin)
     if q_weight is not None:
+        assert k_weight is not None
 
         def norms(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return (
@@ -262,9 +263,12 @@ def rope(
     gemma: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return rotated (q, k); differentiable in q, k and the norm weights."""
-    if q_weight is not None and (q_weight.requires_grad or k_weight.requires_grad):
+    norms = [weight for weight in (q_weight, k_weight) if weight is not None]
+    if len(norms) == 1:
+        raise ValueError("the head norm takes q_weight and k_weight: give both or neither")
+    if any(weight.requires_grad for weight in norms):
         # The fused norm gives no weight gradient, and training those weights is rare.
-        q = rms_norm(q, q_weight, eps, gemma=gemma)
-        k = rms_norm(k, k_weight, eps, gemma=gemma)
+        q = rms_norm(q, norms[0], eps, gemma=gemma)
+        k = rms_norm(k, norms[1], eps, gemma=gemma)
         q_weight = k_weight = None
     return RopeFunction.apply(q, k, cos, sin, q_weight, k_weight, eps, gemma)

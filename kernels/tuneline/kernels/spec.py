@@ -18,7 +18,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+from tuneline.kernels.gated_activation import Kind
+
+ACTIVATIONS: dict[str, Kind] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """The activations that `gated_activation` knows, by transformers' names."""
 
 

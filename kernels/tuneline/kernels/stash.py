@@ -92,21 +92,22 @@ class HostStash:
 
     def get(self, ticket: Ticket) -> list[Tensor]:
         """Return the tensors on their device, and start the way back of those parked before."""
-        self._fetch(ticket)
+        tensors = self._fetch(ticket)
         torch.cuda.current_stream().wait_event(ticket.arrived)
         before = None if ticket.before is None else ticket.before()
         if before is not None:
             self._fetch(before)
-        tensors, ticket.device_copies = ticket.device_copies, None
+        ticket.device_copies = None
         return tensors
 
-    def _fetch(self, ticket: Ticket) -> None:
-        if ticket.device_copies is not None:
-            return
-        device = ticket.device
-        copies = [torch.empty(h.shape, dtype=h.dtype, device=device) for h in ticket.hosts]
-        self._copy(copies, ticket.hosts, ticket.arrived, held=copies)
-        ticket.device_copies = copies
+    def _fetch(self, ticket: Ticket) -> list[Tensor]:
+        """Begin the way back if it has not begun."""
+        if ticket.device_copies is None:
+            device = ticket.device
+            copies = [torch.empty(h.shape, dtype=h.dtype, device=device) for h in ticket.hosts]
+            self._copy(copies, ticket.hosts, ticket.arrived, held=copies)
+            ticket.device_copies = copies
+        return ticket.device_copies
 
     def _copy(
         self,
