@@ -13,13 +13,17 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from tuneline.artifacts import DatasetManifest
 from tuneline.errors import ClusterError, UserError
 from tuneline.pipelines import kube
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.cli import app
-from tuneline.pipelines.estimate import GIB, estimate, parameters_in_name
-from tuneline.pipelines.plan import CRDS, RIGHTS, Check, plan
+from tuneline.pipelines.estimate import estimate, llama_shape, parameters_in_name
+from tuneline.pipelines.plan import CRDS, RIGHTS, TRAINER_CRD, Check, plan
 from tuneline.recipe import Recipe
+from tuneline.train.config import LoraConfig
+from tuneline.train.fit import run_settings
+from tuneline.train.memory import estimate_memory
 
 LLAMA = 8.03e9
 
@@ -28,21 +32,56 @@ def recipe(*assignments: str, profile: str = "h100") -> Recipe:
     return find_recipe("llama3-8b-instruct", [f"placement.profile={profile}", *assignments])
 
 
-@pytest.mark.parametrize(
-    ("rows", "length", "recompute", "measured"),
-    [(4, 2048, "false", 62.4), (4, 2048, "true", 19.4), (2, 512, "false", 12.7),
-     (1, 8192, "true", 19.4)],
-)  # fmt: skip
-def test_memory_is_near_what_an_h200_measured(
-    rows: int, length: int, recompute: str, measured: float
-) -> None:
-    # The README's PEFT column: Llama-3.1-8B shape, r=16 on seven modules, NF4.
-    loaded = recipe(
-        f"train.per_device_train_batch_size={rows}",
-        f"prepare.max_seq_length={length}",
-        f"train.gradient_checkpointing={recompute}",
+def test_a_size_gives_the_shape_of_a_llama() -> None:
+    # Its config: 32 layers of 4096, 14336 in the MLP, 1024 for keys; and its LoRA of seven modules.
+    shape = llama_shape(LLAMA, LoraConfig())
+    assert (shape.num_layers, shape.hidden, shape.mlp, shape.key_value) == (32, 4096, 14336, 1024)
+    assert shape.num_quantized + shape.num_other == int(LLAMA)
+    assert shape.num_adapter == 41_943_040
+    assert llama_shape(LLAMA, LoraConfig(target_modules=("q_proj",))).num_adapter == 4_194_304
+    # Small ones are off by their embeddings, not by their size.
+    small = llama_shape(1.345e8, LoraConfig())
+    assert small.num_quantized + small.num_other == pytest.approx(1.345e8)
+
+
+@pytest.mark.parametrize("profile", ["t4", "a100-80g", "h100"])
+@pytest.mark.parametrize("changes", [
+    {}, {"kernels": "off"}, {"gradient_checkpointing": False, "kernels": "off"},
+    {"per_device_train_batch_size": 4}, {"load_in_4bit": False},
+])  # fmt: skip
+def test_plan_and_train_go_by_one_estimate(profile: str, changes: dict[str, Any]) -> None:
+    loaded = recipe(profile=profile)
+    loaded = loaded.model_copy(update={"train": loaded.train.model_copy(update=changes)})
+    manifest = DatasetManifest.model_construct(method="sft", max_seq_length=2048)
+    # As train itself settles it, on the model's own config.
+    settings = run_settings(
+        loaded.train,
+        manifest,
+        itemsize=4 if profile == "t4" else 2,
+        device="cuda",
+        fused=loaded.train.kernels == "auto" and profile != "t4",
     )
-    assert estimate(loaded, LLAMA).gpu_bytes / GIB == pytest.approx(measured, rel=0.08)
+    known = estimate_memory(llama_shape(LLAMA, loaded.train.lora), settings).total
+    assert estimate(loaded, LLAMA).gpu_bytes == known
+
+
+def test_several_gpus_divide_the_optimizer_and_the_time() -> None:
+    one = recipe("train.max_steps=100")
+    eight = recipe("train.max_steps=100", "placement.num_accelerators=8")
+    sixteen = recipe(
+        "train.max_steps=100", "placement.num_accelerators=8", "placement.num_nodes=2",
+        "placement.shared_claim=shared",
+    )  # fmt: skip
+    found = [estimate(each, LLAMA) for each in (one, eight, sixteen)]
+    assert [each.num_gpus for each in found] == [1, 8, 16]
+    assert len({each.gpu_hours for each in found}) == 1
+    hours = [each.hours or 0 for each in found]
+    assert hours[0] == pytest.approx(8 * hours[1]) == pytest.approx(16 * hours[2])
+    # 8-bit moments on one; an eighth of fp32 gradients and moments on eight.
+    bytes_a_parameter = (found[0].gpu_bytes - found[1].gpu_bytes) / 41_943_040
+    assert bytes_a_parameter == pytest.approx((4 + 2) - (4 + 8) / 8, rel=0.01)
+    words = {check.name: check.words for check in plan(sixteen)}
+    assert words["time"].endswith("on 16 GPUs at best")
 
 
 def test_time_is_what_the_measured_step_took() -> None:
@@ -86,7 +125,8 @@ def verdicts(checks: list[Check]) -> dict[str, str]:
 
 @pytest.mark.parametrize(("profile", "verdict"), [("t4", "fail"), ("a10g", "ok"), ("h100", "ok")])
 def test_a_gpu_that_is_too_small_is_named(profile: str, verdict: str) -> None:
-    (memory,) = [each for each in plan(recipe(profile=profile)) if each.name == "GPU memory"]
+    loaded = recipe("train.per_device_train_batch_size=8", profile=profile)
+    (memory,) = [each for each in plan(loaded) if each.name == "GPU memory"]
     assert memory.verdict == verdict
     assert f"on {profile}" in memory.words
 
@@ -237,6 +277,34 @@ def test_what_is_missing_is_named_and_nothing_else(cluster: Any, fault: str) -> 
     assert says in found.words
 
 
+TWO_NODES = (
+    "placement.num_nodes=2", "placement.shared_claim=shared", "placement.num_accelerators=4",
+)  # fmt: skip
+
+
+def test_several_nodes_need_trainer_a_volume_and_the_nodes(cluster: Any) -> None:
+    loaded = recipe(*TWO_NODES)
+    bad = [check for check in look(loaded) if check.verdict != "ok"]
+    assert [(check.name, check.verdict) for check in bad] == [
+        ("CRDs", "fail"), ("shared volume", "fail"), ("quota", "warn"), ("nodes", "warn"),
+    ]  # fmt: skip
+    assert "Kubeflow Trainer 2 is not installed" in bad[0].words
+    assert "no claim shared" in bad[1].words
+    assert "only 1 of 2 nodes that training takes fits 4 nvidia.com/gpu" in bad[3].words
+    served = [{"name": "v1alpha1", "served": True, "storage": True}]
+    names = {"plural": "trainjobs", "kind": "TrainJob"}
+    cluster.put("customresourcedefinitions", TRAINER_CRD, spec={
+        "group": "trainer.kubeflow.org", "scope": "Namespaced", "names": names, "versions": served,
+    })  # fmt: skip
+    claim = {"accessModes": ["ReadWriteOnce"], "storageClassName": "ssd"}
+    cluster.put("persistentvolumeclaims", "shared", spec=claim, status={"phase": "Bound"})
+    cluster.put("nodes", "gpu-2", **NODE)
+    bad = [check for check in look(loaded) if check.verdict != "ok"]
+    assert [(check.name, check.verdict) for check in bad] == [
+        ("shared volume", "fail"), ("quota", "warn"),
+    ]  # fmt: skip
+
+
 def test_a_server_that_is_away_is_asked_again(
     cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,9 +341,10 @@ def tuneline(*arguments: str) -> Result:
 def test_the_command(cluster: Any) -> None:
     done = tuneline("plan", "llama3-8b-instruct", "--profile", "h100", "--cluster")
     assert done.exit_code == 0, done.output
-    assert "ok      GPU memory: 12." in done.output
+    assert "ok      GPU memory: 7." in done.output
     assert f"ok      API: Kubernetes v1.32.4 at {cluster.host}" in done.output
-    small = tuneline("plan", "llama3-8b-instruct", "--profile", "t4")
+    more = ("--set", "train.per_device_train_batch_size=8")
+    small = tuneline("plan", "llama3-8b-instruct", "--profile", "t4", *more)
     assert small.exit_code == 1
     assert "-> lower train.per_device_train_batch_size" in small.output
     assert tuneline("plan", "demo", "--profile", "h200").exit_code != 0

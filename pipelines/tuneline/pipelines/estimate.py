@@ -1,14 +1,8 @@
 """Estimate GPU memory, disk and GPU time of a recipe, before anything is fetched.
 
-All that is known of a model here is its number of parameters: layers and width follow from it as
-they do in the Llama family, N = 12 * layers * width^2 with a width of 128 a layer. Against PEFT on
-an H200, Llama-3.1-8B shape, r=16 on seven modules, NF4 (README, in GiB):
-
-    rows x tokens         measured   estimated
-    4 x 2048                  62.4        63
-    4 x 2048, recomputed      19.4        19
-    2 x 512                   12.7        13
-    1 x 8192, recomputed      19.4        19
+All that is known of a model here is its number of parameters, so its layers and widths are taken
+to be those of a Llama of that size. The memory is then what `train.memory` computes, the same that
+the train step goes by when it has the model's own config.
 """
 
 import re
@@ -16,8 +10,8 @@ from dataclasses import dataclass
 
 from tuneline.profiles import Profile
 from tuneline.recipe import Recipe
-
-GIB = 2**30
+from tuneline.train.config import LoraConfig
+from tuneline.train.memory import GIB, Settings, Shape, estimate_memory
 
 GPU_BYTES: dict[Profile, float] = {
     "t4": 14.6 * GIB,
@@ -43,6 +37,20 @@ RECOMPUTE_SLOWDOWN = 1.41
 """993 ms against 702, the same place."""
 
 VOCAB_SIZE = 128_256
+MAX_EMBEDDING_SHARE = 0.3
+"""Of all parameters, where a small model ties input and output."""
+HEAD_DIM = 128
+"""Width a layer: a Llama of 32 layers is 4096 wide."""
+SIDES = {
+    **dict.fromkeys(("q_proj", "o_proj"), 2.0),
+    **dict.fromkeys(("k_proj", "v_proj"), 1.25),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 4.5),
+}
+"""Inputs and outputs of a linear layer, in widths of the model."""
+FUSED = ("a10g", "a100-40g", "a100-80g", "h100")
+"""Profiles whose GPUs run our kernels."""
+ZERO_OPTIMIZER = "adamw_torch"
+"""What several GPUs divide (train.zero2)."""
 ASSUMED_LENGTH = 2048
 """Where max_seq_length is auto, which only the data decides."""
 BITS = {"f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9}
@@ -65,13 +73,20 @@ class Estimate:
     """Of one GPU; None without one."""
     num_tokens: int | None
     """That training sees; None where only the data says."""
+    num_gpus: int = 1
+    """That share its steps."""
 
     @property
     def gpu_hours(self) -> float | None:
-        """Of the training; None where tokens or speed are not known."""
+        """Of the training, on all GPUs together; None where tokens or speed are not known."""
         if self.num_tokens is None or self.tokens_per_second is None:
             return None
         return self.num_tokens / self.tokens_per_second / 3600
+
+    @property
+    def hours(self) -> float | None:
+        """Of the training, if all GPUs are as fast together as one after another."""
+        return None if self.gpu_hours is None else self.gpu_hours / self.num_gpus
 
 
 def parameters_in_name(name: str) -> float | None:
@@ -87,24 +102,25 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
     """Estimate a run of the recipe on the GPUs of its placement's profile."""
     train, prepare = recipe.train, recipe.prepare
     length = ASSUMED_LENGTH if prepare.max_seq_length == "auto" else prepare.max_seq_length
-    rows = train.per_device_train_batch_size * (2 if prepare.method == "dpo" else 1)
-    tokens = rows * length
-    num_layers = max(2.0, (num_parameters / (12 * 128**2)) ** (1 / 3))
-    width = 128 * num_layers
-    embedding = min(VOCAB_SIZE * width, 0.3 * num_parameters)
-    itemsize = 4 if train.dtype == "float32" or recipe.placement.profile == "t4" else 2
-    linear = num_parameters - 2 * embedding
-    weights = linear * (0.52 if train.load_in_4bit else itemsize) + 2 * embedding * itemsize
-    # fp32 weights and gradients and an 8-bit or fp32 optimizer's two moments.
-    moments = 2 if "8bit" in train.optim else 8
-    adapter = num_parameters * 0.0052 * train.lora.r / 16 * (8 + moments)
-    per_layer = 20 * itemsize * width * tokens
-    head = 12 * tokens * VOCAB_SIZE
-    if train.gradient_checkpointing:
-        activations = tokens * width * itemsize * num_layers
-        peak = max(per_layer, head)
-    else:
-        activations, peak = per_layer * num_layers, head
+    shape = llama_shape(num_parameters, train.lora)
+    profile, gpus = recipe.placement.profile, max(1, recipe.placement.num_accelerators)
+    gpus *= recipe.placement.num_nodes
+    divides = gpus > 1 and "adamw" in train.optim
+    memory = estimate_memory(
+        shape,
+        Settings(
+            rows=train.per_device_train_batch_size,
+            length=length,
+            recompute=train.gradient_checkpointing,
+            quantized=train.load_in_4bit,
+            itemsize=4 if train.dtype == "float32" or profile == "t4" else 2,
+            optim=ZERO_OPTIMIZER if divides else train.optim,
+            method=prepare.method,
+            loss="tiled",
+            fused=train.kernels == "auto" and profile in FUSED,
+            num_ranks=gpus if divides else 1,
+        ),
+    )
     base = 2 * num_parameters
     formats = [BITS.get(name, DEFAULT_BITS) for name in recipe.quantize.gguf]
     exports = sum(num_parameters * bits / 8 for bits in formats)
@@ -116,13 +132,39 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
         speed /= RECOMPUTE_SLOWDOWN if train.gradient_checkpointing else 1.0
     num_tokens = None
     if train.max_steps is not None:
-        num_tokens = train.max_steps * train.gradient_accumulation_steps * tokens
+        rows = train.per_device_train_batch_size * (2 if prepare.method == "dpo" else 1)
+        num_tokens = train.max_steps * train.gradient_accumulation_steps * rows * length
     return Estimate(
         num_parameters=num_parameters,
         length=length,
-        gpu_bytes=weights + adapter + activations + peak,
-        artifact_bytes=base * 2 + f16 + exports + adapter,
+        gpu_bytes=memory.total,
+        artifact_bytes=base * 2 + f16 + exports + 4 * shape.num_adapter,
         scratch_bytes=base * 2 + f16,
         tokens_per_second=speed,
         num_tokens=num_tokens,
+        num_gpus=gpus,
+    )
+
+
+def llama_shape(num_parameters: float, lora: LoraConfig) -> Shape:
+    """Return the shape of a Llama of about that size: 8.03e9 gives that of Llama 3.1 8B."""
+    embedding = 0.0
+    for _ in range(8):
+        linear = num_parameters - embedding
+        # A layer: q and o are square, k and v a quarter, the MLP three times 3.5.
+        num_layers = max(2, round((linear / (13 * HEAD_DIM**2)) ** (1 / 3)))
+        width = HEAD_DIM * num_layers
+        embedding = min(2.0 * VOCAB_SIZE * width, MAX_EMBEDDING_SHARE * num_parameters)
+    targets = SIDES if lora.target_modules == "all-linear" else lora.target_modules
+    sides = sum(SIDES.get(name, max(SIDES.values())) for name in targets)
+    return Shape(
+        num_layers=num_layers,
+        hidden=width,
+        query=width,
+        key_value=width // 4,
+        mlp=int(3.5 * width),
+        vocab=VOCAB_SIZE,
+        num_quantized=int(num_parameters - embedding),
+        num_other=int(embedding),
+        num_adapter=int(lora.r * num_layers * width * sides),
     )

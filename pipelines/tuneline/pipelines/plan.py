@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tuneline.pipelines.estimate import GIB, GPU_BYTES, Estimate, estimate, parameters_in_name
+from tuneline.pipelines.estimate import GPU_BYTES, Estimate, estimate, parameters_in_name
 from tuneline.pipelines.kube import Kube, Refused, Right
 from tuneline.pipelines.placement import PRODUCT_LABEL
 from tuneline.profiles import quantity_value
 from tuneline.recipe import Recipe
+from tuneline.train.memory import GIB
 from tuneline.units import duration, parameters, size
 
 Verdict = Literal["ok", "warn", "fail", "unknown"]
@@ -22,6 +23,8 @@ CRDS = {
     "scheduledworkflows.kubeflow.org": "Kubeflow Pipelines is not installed whole: `tuneline "
     "schedule` will not work",
 }
+
+TRAINER_CRD = "trainjobs.trainer.kubeflow.org"
 
 RIGHTS = (
     Right("get", "pods"),
@@ -75,7 +78,7 @@ def plan(
 
 
 def _resources(recipe: Recipe, found: Estimate, price: float | None) -> Iterator[Check]:
-    placement, count = recipe.placement, recipe.placement.num_accelerators
+    placement = recipe.placement
     what = f"{parameters(found.num_parameters)} parameters, {found.length} tokens a row"
     available = GPU_BYTES.get(placement.profile)
     needs = f"{found.gpu_bytes / GIB:.1f} GiB to train ({what})"
@@ -101,20 +104,20 @@ def _resources(recipe: Recipe, found: Estimate, price: float | None) -> Iterator
     if found.tokens_per_second is None:
         return
     speed = f"{found.tokens_per_second:,.0f} tokens/s a GPU"
-    if found.gpu_hours is None:
+    if found.hours is None or found.gpu_hours is None:
         yield Check("time", "ok", f"{speed}; how many tokens there are only the data says")
         return
-    words = f"{duration(found.gpu_hours * 3600)} of training, at {speed}"
+    words = f"{duration(found.hours * 3600)} of training, at {speed}"
+    words += f" on {found.num_gpus} GPUs at best" if found.num_gpus > 1 else ""
     limit = placement.steps["train"].timeout_hours if "train" in placement.steps else None
-    if limit is not None and limit < found.gpu_hours:
+    if limit is not None and limit < found.hours:
         advice = "raise placement.steps.train.timeout_hours"
         yield Check("time", "fail", f"{words}; the step is ended after {limit:g} h", advice)
     else:
         yield Check("time", "ok", words)
-    cost = found.gpu_hours * max(1, count)
-    bill = f"{cost:.2f} GPU hours of training"
+    bill = f"{found.gpu_hours:.2f} GPU hours of training"
     if price is not None:
-        bill += f", {cost * price:.2f} at {price:g} an hour"
+        bill += f", {found.gpu_hours * price:.2f} at {price:g} an hour"
     yield Check("cost", "ok", bill)
 
 
@@ -124,7 +127,7 @@ def _cluster(recipe: Recipe, kube: Kube) -> Iterator[Check]:
         ("CRDs", _crds),
         ("rights", _rights),
         ("secrets", _secrets),
-        ("cache", _cache),
+        ("volumes", _volumes),
         ("queue", _queue),
         ("quota", _quota),
         ("nodes", _nodes),
@@ -142,7 +145,13 @@ def _looked(
 
 
 def _crds(recipe: Recipe, kube: Kube) -> Iterator[Check]:
-    for crd, absence in CRDS.items():
+    wanted = dict(CRDS)
+    if recipe.placement.num_nodes > 1:
+        wanted[TRAINER_CRD] = (
+            "Kubeflow Trainer 2 is not installed, and placement.num_nodes is "
+            f"{recipe.placement.num_nodes}"
+        )
+    for crd, absence in wanted.items():
         versions = kube.served_versions(crd)
         if versions:
             yield Check("CRDs", "ok", f"{crd} {', '.join(versions)}")
@@ -183,23 +192,27 @@ def _secrets(recipe: Recipe, kube: Kube) -> Iterator[Check]:
             yield Check("secrets", "fail", words, "manifests/secrets/registry.yaml says how to")
 
 
-def _cache(recipe: Recipe, kube: Kube) -> Iterator[Check]:
-    name = recipe.placement.cache_claim
-    if name is None:
-        return
+def _volumes(recipe: Recipe, kube: Kube) -> Iterator[Check]:
+    placement = recipe.placement
+    if placement.cache_claim:
+        yield _claim(kube, "cache", placement.cache_claim, "cache_claim", "warn")
+    if placement.num_nodes > 1 and placement.shared_claim:
+        yield _claim(kube, "shared volume", placement.shared_claim, "shared_claim", "fail")
+
+
+def _claim(kube: Kube, check: str, name: str, field: str, if_for_one_node: Verdict) -> Check:
     claim = kube.claim(name)
     if claim is None:
         words = f"there is no claim {name} in {kube.namespace}: pods would wait for it for ever"
-        yield Check("cache", "fail", words, "apply manifests/, or leave placement.cache_claim out")
-        return
+        return Check(check, "fail", words, f"apply manifests/, or correct placement.{field}")
     modes = ", ".join(claim.spec.access_modes)
     words = f"{name} is {claim.status.phase}, {modes}, class {claim.spec.storage_class_name}"
     if claim.status.phase == "Lost":
-        yield Check("cache", "fail", words, "its volume is gone: make the claim anew")
-    elif "ReadWriteMany" not in claim.spec.access_modes:
-        yield Check("cache", "warn", words, "steps that run side by side need ReadWriteMany")
-    else:
-        yield Check("cache", "ok", words)
+        return Check(check, "fail", words, "its volume is gone: make the claim anew")
+    if "ReadWriteMany" not in claim.spec.access_modes:
+        advice = "pods that run side by side on several nodes need ReadWriteMany"
+        return Check(check, if_for_one_node, words, advice)
+    return Check(check, "ok", words)
 
 
 def _queue(recipe: Recipe, kube: Kube) -> Iterator[Check]:
@@ -232,10 +245,11 @@ def _quota(recipe: Recipe, kube: Kube) -> Iterator[Check]:
             continue
         used = float(((quota.status and quota.status.used) or {}).get(key, 0))
         words = f"{quota.metadata.name}: {used:g} of {hard} {placement.accelerator} in use"
-        if float(hard) < placement.num_accelerators:
-            advice = f"a step asks for {placement.num_accelerators}: have the quota raised"
+        wanted = placement.num_accelerators * placement.num_nodes
+        if float(hard) < wanted:
+            advice = f"training asks for {wanted}: have the quota raised"
             yield Check("quota", "fail", words, advice)
-        elif float(hard) - used < placement.num_accelerators:
+        elif float(hard) - used < wanted:
             yield Check("quota", "warn", words, "steps are retried until some are given back")
         else:
             yield Check("quota", "ok", words)
@@ -254,10 +268,13 @@ def _nodes(recipe: Recipe, kube: Kube) -> Iterator[Check]:
         else:
             fits.append(node.metadata.name)
     wanted = f"{placement.num_accelerators} {placement.accelerator}"
-    if fits:
+    if len(fits) >= placement.num_nodes:
         yield Check("nodes", "ok", f"{len(fits)} of {len(nodes)} nodes fit {wanted}: {fits[0]}")
     else:
-        words = f"no node fits {wanted}: {'; '.join(why[:5]) or 'there are none'}"
+        found = "no node"
+        if fits:
+            found = f"only {len(fits)} of {placement.num_nodes} nodes that training takes"
+        words = f"{found} fits {wanted}: {'; '.join(why[:5]) or 'there are none'}"
         advice = "another placement.profile, or a node pool that grows from zero"
         # A cluster autoscaler makes nodes that are not there yet.
         yield Check("nodes", "warn", words, advice)
