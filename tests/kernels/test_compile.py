@@ -99,6 +99,15 @@ KERNELS = {
         "fp8", "_transposed_kernel", FP8 | dict(ROWS=64, COLS=128),
         NF4_POINTERS | dict(scale_ptr=F32, out_ptr=E4M3), 4,
     ),
+    "pack": (
+        "lora", "_pack_kernel",
+        dict(R0=16, R1=16, R2=16, HAS_BIAS0=True, HAS_BIAS1=True, HAS_BIAS2=True, P=64, BLOCK=64),
+        dict.fromkeys(["a0_ptr", "a1_ptr", "a2_ptr", "b0_ptr", "b1_ptr", "b2_ptr"], F32), 4,
+    ),
+    "copy rows": ("copy_rows", "_copy_kernel", dict(K=4096, BLOCK=4096), {}, 8),
+    "gather rows": (
+        "host_embedding", "_gather_kernel", dict(C=4096, BLOCK=4096), {"ids_ptr": I64}, 8,
+    ),
     "cross entropy": (
         "cross_entropy", "_log_probs_kernel", dict(CAPPED=False, NEED_GRAD=True, BLOCK=8192),
         {"labels_ptr": I64, "logp_ptr": F32}, 16,
@@ -121,7 +130,7 @@ KERNELS = {
 CASES = [(name, a) for name in KERNELS for a in ARCHITECTURES if a >= 90 or name not in HOPPER_ONLY]
 FLOATS = {
     "eps", "side_scale", "softcap", "max_norm", "decay", "beta1", "beta2", "rest1", "rest2",
-    "step_size", "root_correction2", "scale", "cap",
+    "step_size", "root_correction2", "scale", "cap", "s0", "s1", "s2",
 }  # fmt: skip
 UNALIGNED = {"T", "ignore_index", "side_src_rows", "side_src_cols", "side_shift"}
 
@@ -188,7 +197,9 @@ def test_no_spills(name, architecture, resources, record_property):
     assert 0 < need["registers"] <= 255
 
 
-@pytest.mark.parametrize("name", ["nf4", "rms_norm forward", "swiglu backward", "rope"])
+@pytest.mark.parametrize(
+    "name", ["nf4", "rms_norm forward", "swiglu backward", "rope", "copy rows", "gather rows"]
+)
 def test_stores_are_16_bytes_wide(name, resources):
     assert resources[f"{name} sm_90"]["wide_stores"] > 0
 

@@ -10,6 +10,7 @@ import tuneline.kernels
 
 OPS = ["adamw", "cross_entropy", "gated_activation", "nf4", "rms_norm", "rope"]
 FOLDER = Path(tuneline.kernels.__file__).parent
+KERNEL_FILES = sorted(p.stem for p in FOLDER.glob("*.py") if "@triton.jit" in p.read_text())
 
 
 def test_every_public_name_is_listed_and_there():
@@ -24,7 +25,7 @@ def test_every_public_name_is_listed_and_there():
     assert all(callable(getattr(tuneline.kernels, name)) for name in listed)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNEL_FILES)
 def test_an_op_needs_torch_and_triton_only(op):
     imported = set()
     for node in ast.walk(ast.parse((FOLDER / f"{op}.py").read_text())):
@@ -50,3 +51,13 @@ def test_a_reader_finds_kernel_before_reference_before_public_function(op):
     public = [i for i, name in enumerate(order) if name in tuneline.kernels.__all__]
     assert ast.get_docstring(tree)
     assert max(kernels) < min(references) < max(public) == len(order) - 1
+
+
+@pytest.mark.parametrize("name", KERNEL_FILES)
+def test_kernels_come_before_the_functions_that_launch_them(name):
+    tree = ast.parse((FOLDER / f"{name}.py").read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    jitted = ["triton.jit" in map(ast.unparse, node.decorator_list) for node in functions]
+    public = [not node.name.startswith("_") for node in functions]
+    last_kernel = len(jitted) - 1 - jitted[::-1].index(True)
+    assert all(jitted[i] or i > last_kernel for i in range(len(functions)) if public[i])

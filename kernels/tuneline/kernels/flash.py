@@ -9,7 +9,7 @@
 
 Scores never leave the chip. One program owns a block of queries (forward, dq) or of keys (dk, dv,
 over all query heads that share them), so nothing is added atomically and the same inputs give the
-same bits. Blocks that the mask hides whole are not visited.
+same bits. Blocks that the mask hides whole are not visited. attention.py holds the reference.
 
 Shapes: T tokens of all sequences, one behind the other; q, o [T, H, D]; k, v [T, G, D] with
 H / G query heads a key head; cu_seqlens [S + 1] int32; lse, delta [H, T] float32.

@@ -27,7 +27,7 @@ from tuneline.kernels.nf4 import NF4Weight, dequantize_nf4_reference, load_absma
 LARGEST = 448.0
 """The largest e4m3."""
 SMALLEST_ROW = 1e-12
-"""Rows of zeros get this maximum, to divide by."""
+"""Rows of zeros get this maximum, to divide by; the kernel has both numbers as literals."""
 
 _WORDS = 512
 _TILE_ROWS = 64
@@ -99,6 +99,15 @@ def _transposed_kernel(
     w = tl.trans(w) / tl.load(scale_ptr + col, col < K, 1.0)[:, None]
     out_ptrs = out_ptr + col[:, None].to(tl.int64) * out_stride + row[None, :]
     tl.store(out_ptrs, w.to(out_ptr.dtype.element_ty), (col < K)[:, None] & (row < N)[None, :])
+
+
+def quantize_rows_reference(x_TK: Tensor, *, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Compute `quantize_rows` in plain torch."""
+    wide = x_TK.float()
+    largest = wide.abs().amax(1).clamp_min(SMALLEST_ROW)
+    if floor is not None:
+        largest = torch.maximum(largest, floor)
+    return (wide * (LARGEST / largest)[:, None]).to(torch.float8_e4m3fn), largest / LARGEST
 
 
 def quantize_rows(
@@ -182,12 +191,3 @@ def scaled_mm(
 def largest_weight(weights: list[NF4Weight]) -> Tensor:
     """Return max |w| over the weights, float32 on their device: the largest absmax."""
     return torch.stack([weight.block_absmax().max() for weight in weights]).max()
-
-
-def quantize_rows_reference(x_TK: Tensor, *, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compute `quantize_rows` in plain torch."""
-    wide = x_TK.float()
-    largest = wide.abs().amax(1).clamp_min(SMALLEST_ROW)
-    if floor is not None:
-        largest = torch.maximum(largest, floor)
-    return (wide * (LARGEST / largest)[:, None]).to(torch.float8_e4m3fn), largest / LARGEST

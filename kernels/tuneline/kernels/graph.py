@@ -151,12 +151,14 @@ def _key(layers: Layers, x_BLC: Tensor, cos: Tensor) -> tuple[Any, ...]:
     baked: list[Any] = []
     for weights, call in layers:
         baked.append(call.keep)
-        baked.append(weights.attention_norm.data_ptr())
+        baked += [norm.data_ptr() for norm in weights.norms() if norm is not None]
         for group in weights.groups():
             for linear in group.linears:
                 frozen = linear.weight
                 tensor = frozen if isinstance(frozen, Tensor) else frozen.packed
                 baked.append(tensor.data_ptr())
+                if linear.bias is not None:
+                    baked.append(linear.bias.data_ptr())
                 if linear.adapter is not None:
                     baked += [tensor.data_ptr() for tensor in linear.adapter]
                     baked += [linear.scaling, linear.rank]

@@ -10,8 +10,8 @@ again up to gate and up, but neither down_proj (27 % of a Llama layer's multipli
 activation's forward, which the activation's backward yields on the way. With a host stash it
 parks x there, and q, k, v and a beside it: their copies hide behind the forward too, and the
 backward computes o_proj, gate and up alone. A *kept* layer saves q, k, v, a, x2, gate and up, and
-computes only norms again. Both run the same kernels on the same
-numbers, so that the choice changes no bit of a gradient.
+computes only norms again. All run the same kernels on the same numbers, so that the choice changes
+no bit of a gradient.
 
 The MLP runs over chunks of tokens: its temporaries, three times 2 F wide, set a lean step's peak.
 
@@ -73,6 +73,11 @@ class LayerWeights:
     def groups(self) -> tuple[LoraGroup, LoraGroup, LoraGroup, LoraGroup]:
         """The four groups in the order of the layer's gradients."""
         return self.qkv, self.o, self.gate_up, self.down
+
+    def norms(self) -> tuple[Tensor | None, ...]:
+        """The weights of the norms, None where the family has none."""
+        sandwich = self.after_attention_norm, self.after_mlp_norm
+        return self.attention_norm, self.mlp_norm, self.q_norm, self.k_norm, *sandwich
 
     def parameters(self) -> list[Tensor]:
         """Every adapter tensor of the layer."""

@@ -159,13 +159,6 @@ class LoraGradients:
         return grads
 
 
-def mm_wide(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b without rounding the sum to 16 bits where the GEMM can avoid it."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b)
-
-
 @triton.jit
 def _pack_kernel(
     sb_ptr, a_ptr, a0_ptr, a1_ptr, a2_ptr, b0_ptr, b1_ptr, b2_ptr,
@@ -234,6 +227,13 @@ def _pack_kernel(
             )
         a_out = a_ptr + p[:, None].to(tl.int64) * a_stride + column[None, :]
         tl.store(a_out, a_value.to(a_ptr.dtype.element_ty), inside)
+
+
+def mm_wide(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b without rounding the sum to 16 bits where the GEMM can avoid it."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)
 
 
 def pack(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:

@@ -108,10 +108,10 @@ def patch(
     Args:
         model: A transformers causal LM, bare or inside PEFT.
         budget: Memory for kept activations; see `budget.Budget`. Patching again changes it.
-        embedding_on_host: Keep the input embedding in pinned host memory, see host_embedding.py;
-            a warning says why not where it is trained, tied to the head or not on a GPU.
         fp8: Multiply NF4 weights with adapters in 8-bit floats (see operands.py): faster, and each
             product is off by some 4 %, beside the 9 % that NF4 itself is off. Not for parity.
+        embedding_on_host: Keep the input embedding in pinned host memory, see host_embedding.py;
+            a warning says why not where it is trained, tied to the head or not on a GPU.
 
     Raises:
         ValueError: The budget is not understood, or the card has no fp8 GEMM.

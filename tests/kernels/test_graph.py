@@ -1,0 +1,51 @@
+"""When a captured graph may be replayed: its key, which needs no GPU."""
+
+import pytest
+import torch
+
+from tuneline.kernels.attention import AttentionConfig, AttentionPlan
+from tuneline.kernels.graph import _key
+from tuneline.kernels.layer import LayerCall, LayerWeights
+from tuneline.kernels.lora import LoraGroup, LoraLinear
+
+TENSORS = ["weight", "bias", "lora_a", "lora_b", "attention_norm", "mlp_norm", "q_norm", "k_norm"]
+TENSORS += ["after_attention_norm", "after_mlp_norm"]
+
+
+def _layers(tensors, *, keep=True, scaling=1.0):
+    """Build one layer that reads each of the tensors."""
+    names = ("weight", "bias", "lora_a", "lora_b")
+    first = LoraLinear(
+        num_out=8, num_in=8, scaling=scaling, **{name: tensors[name] for name in names}
+    )
+    plain = LoraGroup((LoraLinear(tensors["other"], 8, 8),))
+    weights = LayerWeights(
+        LoraGroup((first,)), plain, plain, plain, AttentionConfig(1, 1, 8, 1.0), "silu", 1e-6,
+        False, **{name: tensors[name] for name in TENSORS if name.endswith("norm")},
+    )  # fmt: skip
+    return [(weights, LayerCall(AttentionPlan(), keep))]
+
+
+@pytest.fixture
+def tensors():
+    sizes = {"weight": (8, 8), "other": (8, 8), "lora_a": (2, 8), "lora_b": (8, 2)}
+    return {name: torch.ones(sizes.get(name, (8,))) for name in [*TENSORS, "other"]}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_tensor_elsewhere_asks_for_another_graph(name, tensors):
+    x = torch.ones(1, 3, 8)
+    moved = _key(_layers({**tensors, name: tensors[name].clone()}), x, x)
+    assert moved != _key(_layers(tensors), x, x)
+    # The shape stands apart, so that what is stale of it can be found.
+    assert moved[0] == _key(_layers(tensors), x, x)[0]
+
+
+def test_the_same_call_finds_its_graph_and_others_do_not(tensors):
+    x = torch.ones(1, 3, 8)
+    key = _key(_layers(tensors), x, x)
+    assert key == _key(_layers(tensors), x.clone(), x.clone())
+    assert key != _key(_layers(tensors, keep=False), x, x)
+    assert key != _key(_layers(tensors, scaling=2.0), x, x)
+    assert key != _key(_layers(tensors), x[:, :2], x)
+    assert key != _key(_layers(tensors), x.half(), x)
