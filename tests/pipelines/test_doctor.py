@@ -4,6 +4,7 @@ The server is tests/pipelines/kube_server.py with the unmodified client. Conditi
 messages are worded as in the Kubernetes, Argo and Kueue sources; no cluster was there.
 """
 
+import time
 import uuid
 from typing import Any
 
@@ -161,6 +162,54 @@ def test_a_quota_leaves_no_pod_but_a_message(kube_server: Any) -> None:
     assert (found.step, found.cause, found.evidence) == ("train", "quota", said)
     # People on Kubeflow often may not see workflows: then the pods have to do.
     kube_server.forbidden.add("list workflows")
+    assert look() == []
+
+
+def put_job(server: Any, **parts: Any) -> None:
+    labels = {"pipeline/runid": RUN, "kueue.x-k8s.io/queue-name": "team"}
+    beat = {"tuneline.dev/heartbeat": parts.pop("beat", "2026-01-01T00:00:00Z")}
+    metadata = {"labels": labels, "annotations": beat}
+    server.put("trainjobs", "tuneline-train-1", metadata=metadata, **parts)
+
+
+def test_a_trainjob_that_waits_in_its_queue(kube_server: Any) -> None:
+    put_job(kube_server, status=condition("Suspended", "True", "Suspended", "no quota"))
+    (found,) = look()
+    assert (found.step, found.cause) == ("train", "queued")
+    assert found.evidence == (
+        "trainjob tuneline-train-1, LocalQueue team, since 2026-11-24T03:00:00Z"
+    )
+
+
+def test_a_trainjob_that_nobody_looks_after(kube_server: Any) -> None:
+    put_job(kube_server)
+    (found,) = look()
+    assert found.cause == "orphan"
+    assert "last looked after at 2026-01-01T00:00:00Z" in found.evidence
+    put_job(kube_server, beat=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    assert look() == []
+    put_job(kube_server, status=condition("Complete", "True", "JobsCompleted"))
+    assert look() == []
+
+
+def test_the_pods_of_a_trainjob_are_looked_at(kube_server: Any) -> None:
+    put_job(kube_server, status=condition("Failed", "True", "JobsFailed", "a job failed"))
+    said = "x\n[rank9]: Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9)\n"
+    ended = {"terminated": {"exitCode": 1, "reason": "Error"}}
+    state = {"name": "node", "image": "i", "imageID": "", "ready": False, "restartCount": 0}
+    labels = {"jobset.sigs.k8s.io/jobset-name": "tuneline-train-1",
+              "app.kubernetes.io/component": "train-node"}  # fmt: skip
+    kube_server.put(
+        "pods",
+        "tuneline-train-1-node-0-1-x",
+        metadata={"labels": labels},
+        spec={"containers": [{"name": "node"}]},
+        status={"phase": "Failed", "containerStatuses": [{**state, "state": ended}]},
+    )
+    kube_server.logs["tuneline-train-1-node-0-1-x", "node"] = said
+    (found,) = look()
+    assert (found.step, found.cause) == ("train-node", "nccl")
+    kube_server.forbidden.add("list trainjobs")
     assert look() == []
 
 

@@ -5,6 +5,7 @@ container states, which say what the cluster did to it; its events; the last lin
 say what the step itself ran into. Pods that are gone leave the workflow's own messages.
 """
 
+import datetime
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +15,16 @@ from tuneline.causes import CAUSES, OWN_ERRORS, RUN_AGAIN, Cause, find_cause
 from tuneline.pipelines.kube import Kube, Refused
 from tuneline.pipelines.placement import QUEUE_LABEL, STEP_LABEL
 from tuneline.pipelines.secret_values import mask_within
+from tuneline.train.trainjob import CONTAINER as NODE
+from tuneline.train.trainjob import HEARTBEAT
+from tuneline.train.trainjob_api import JOBSET_LABEL
 
 RUN_LABEL = "pipeline/runid"
 NODE_ANNOTATION = "workflows.argoproj.io/node-name"
-MAIN = "main"
+CONTAINERS = ("main", NODE)
+"""A step's own container, in its pod and in those of a TrainJob."""
+ORPHAN_SECONDS = 600.0
+"""A launcher that lives notes so more often."""
 FAILED_PHASES = ("Failed", "Error")
 
 _BY_NAME = {cause.name: cause for cause in CAUSES}
@@ -39,6 +46,13 @@ _CONFIG = Cause(
     "",
     "The pod refers to something that is not in the namespace.",
     "Make the secret or config map that the evidence names, or take it out of placement.",
+)
+_ORPHAN = Cause(
+    "orphan",
+    "",
+    "Nobody looks after the TrainJob, and its GPUs are in use.",
+    "`kubectl delete trainjob NAME`, unless its launcher is about to come back; the next run goes "
+    "on from the checkpoint.",
 )
 _HELD = Cause(
     "gate held",
@@ -76,7 +90,13 @@ def examine(kube: Kube, run_id: str) -> list[Finding]:
     """
     selector = f"{RUN_LABEL}={run_id}"
     pods = kube.pods(selector)
+    jobs = _trainjobs(kube, selector)
+    for job in jobs:
+        known = {pod.metadata.name for pod in pods}
+        of_job = kube.pods(f"{JOBSET_LABEL}={job['metadata']['name']}")
+        pods += [pod for pod in of_job if pod.metadata.name not in known]
     findings = [found for pod in pods for found in _pod(kube, pod)]
+    findings += [found for job in jobs for found in _job(job)]
     told = {found.evidence for found in findings}
     with_pod = {found.step for found in findings}
     for step, message in _messages(kube, selector):
@@ -93,15 +113,16 @@ def _pod(kube: Kube, pod: Any) -> Iterator[Finding]:
         return
     step = _step(pod)
     conditions = {each.type: each for each in status.conditions or []}
-    states = [each for each in status.container_statuses or [] if each.name == MAIN]
+    states = [each for each in status.container_statuses or [] if each.name in CONTAINERS]
+    own = states[0].name if states else CONTAINERS[0]
     ended = next((each.state.terminated for each in states if each.state.terminated), None)
     waiting = next((each.state.waiting for each in states if each.state.waiting), None)
     disrupted, scheduled = conditions.get("DisruptionTarget"), conditions.get("PodScheduled")
     if ended and ended.reason == "OOMKilled":
         limits = next(
-            (each.resources.limits or {} for each in pod.spec.containers if each.name == MAIN), {}
+            (each.resources.limits or {} for each in pod.spec.containers if each.name == own), {}
         )
-        words = f"container {MAIN}: OOMKilled, memory limit {limits.get('memory', 'not set')}"
+        words = f"container {own}: OOMKilled, memory limit {limits.get('memory', 'not set')}"
         yield _finding(step, _BY_NAME["host memory"], words)
     elif status.reason == "Evicted" or disrupted:
         words = status.message or (disrupted and f"{disrupted.reason}: {disrupted.message}") or ""
@@ -124,11 +145,11 @@ def _pod(kube: Kube, pod: Any) -> Iterator[Finding]:
     elif waiting and waiting.reason == "CreateContainerConfigError":
         yield _finding(step, _CONFIG, waiting.message or waiting.reason)
     elif status.phase in FAILED_PHASES and ended:
-        yield from _from_log(kube, pod, step, ended)
+        yield from _from_log(kube, pod, own, step, ended)
 
 
-def _from_log(kube: Kube, pod: Any, step: str, ended: Any) -> Iterator[Finding]:
-    text = kube.log(pod.metadata.name, MAIN)
+def _from_log(kube: Kube, pod: Any, container: str, step: str, ended: Any) -> Iterator[Finding]:
+    text = kube.log(pod.metadata.name, container)
     own = re.findall(rf"^\S+: ({'|'.join(OWN_ERRORS)}): (.+)$", text, re.M)
     if own:
         kind, message = own[-1]
@@ -155,6 +176,38 @@ def _from_text(step: str, text: str) -> list[Finding]:
     return [_finding(step, cause, lines[-1] if lines else text)]
 
 
+def _trainjobs(kube: Kube, selector: str) -> list[dict[str, Any]]:
+    try:
+        return kube.trainjobs(selector)
+    except Refused:
+        return []
+
+
+def _job(job: dict[str, Any]) -> Iterator[Finding]:
+    conditions = job.get("status", {}).get("conditions", [])
+    now = {each["type"]: each for each in conditions if each["status"] == "True"}
+    name = job["metadata"]["name"]
+    if "Complete" in now:
+        return
+    if "Failed" in now:
+        words = ": ".join(filter(None, (now["Failed"].get(key) for key in ("reason", "message"))))
+        yield from _from_text("train", f"trainjob {name}: {words}")
+        return
+    if "Suspended" in now:
+        queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL, "unknown")
+        since = now["Suspended"].get("lastTransitionTime")
+        yield _finding("train", _QUEUED, f"trainjob {name}, LocalQueue {queue}, since {since}")
+        return
+    beat = job["metadata"].get("annotations", {}).get(HEARTBEAT)
+    if beat and _age(beat) > ORPHAN_SECONDS:
+        yield _finding("train", _ORPHAN, f"trainjob {name}, last looked after at {beat}")
+
+
+def _age(moment: str) -> float:
+    then = datetime.datetime.fromisoformat(moment)
+    return (datetime.datetime.now(datetime.UTC) - then).total_seconds()
+
+
 def _messages(kube: Kube, selector: str) -> list[tuple[str, str]]:
     """Return step and message of the workflow's failed nodes."""
     try:
@@ -173,7 +226,7 @@ def _messages(kube: Kube, selector: str) -> list[tuple[str, str]]:
 def _held(kube: Kube, pod: Any) -> Iterator[Finding]:
     if _step(pod) == "gate" and pod.status.phase == "Succeeded":
         said = re.findall(
-            r"tuneline\.gate\.run: (hold: .+)$", kube.log(pod.metadata.name, MAIN), re.M
+            r"tuneline\.gate\.run: (hold: .+)$", kube.log(pod.metadata.name, CONTAINERS[0]), re.M
         )
         if said:
             yield _finding("gate", _HELD, said[-1])

@@ -13,6 +13,7 @@ from kubernetes import client
 
 from tuneline.errors import ClusterError, CredentialsError
 from tuneline.kubernetes_client import connect
+from tuneline.train.trainjob import GROUP, PLURAL, VERSION
 
 BACKOFF_SECONDS = 1.0
 """Six tries: 0, 2, 4, 8, 16 and 32 of it apart."""
@@ -112,6 +113,18 @@ class Kube:
             return self._custom.list_namespaced_custom_object(
                 "argoproj.io", "v1alpha1", self.namespace, "workflows", label_selector=selector
             )["items"]
+
+    def trainjobs(self, selector: str) -> list[dict[str, Any]]:
+        """Return the TrainJobs that a label selector picks; none where Trainer is not installed."""
+        with self._plainly("trainjobs"):
+            try:
+                return self._custom.list_namespaced_custom_object(
+                    GROUP, VERSION, self.namespace, PLURAL, label_selector=selector
+                )["items"]
+            except client.ApiException as error:
+                if error.status == 404:
+                    return []
+                raise
 
     def events(self, pod: str) -> list[Any]:
         """Return what happened to a pod, the newest last."""

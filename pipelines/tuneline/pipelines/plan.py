@@ -274,7 +274,8 @@ def _nodes(recipe: Recipe, kube: Kube) -> Iterator[Check]:
         found = "no node"
         if fits:
             found = f"only {len(fits)} of {placement.num_nodes} nodes that training takes"
-        words = f"{found} fits {wanted}: {'; '.join(why[:5]) or 'there are none'}"
+        none = "there are no more" if fits else "there are none"
+        words = f"{found} fits {wanted}: {'; '.join(why[:5]) or none}"
         advice = "another placement.profile, or a node pool that grows from zero"
         # A cluster autoscaler makes nodes that are not there yet.
         yield Check("nodes", "warn", words, advice)
