@@ -164,7 +164,10 @@ def test_gradients_match_stock(family, budget):
     assert_same(step(model, batch()), want, tolerance=1e-7)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# The others differ from these by a window, which on a CPU no kernel knows, or by a bias.
+@pytest.mark.parametrize(
+    "family", ["llama", "llama_tied_bias", "qwen3", "phi3", "gemma2", "gemma3"]
+)
 def test_kernels_match_float64(family, interpreted):
     model = make_model(family, dtype=torch.float32)
     assert patch(model, budget="lean").fused == (0, 1)
