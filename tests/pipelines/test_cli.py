@@ -64,14 +64,14 @@ def test_a_run_that_fails_names_the_step_and_keeps_a_report(tmp_path: Path) -> N
         "run", "demo", "--set", f"base_model={tmp_path}/absent", "--runs-dir", "r", cwd=tmp_path
     )
     assert done.returncode == 1
-    assert "step fetch failed" in done.stderr
+    assert "step look-up-model failed" in done.stderr
     assert "absent" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     run_dir = next(path for path in (tmp_path / "r").iterdir() if path.name.startswith("demo-"))
     page = (run_dir / "report.html").read_text()
     assert "absent" in page
     summary = next(run_dir.glob("artifacts/*/diagnose/summary"))
-    assert "fetch" in summary.read_text()
+    assert "look-up-model" in summary.read_text()
 
 
 def processes_of(text: str) -> list[str]:

@@ -123,14 +123,23 @@ def compile_(
         None
     ),
     set_: SetOption = [],  # noqa: B006, typer copies it
+    resources: Annotated[
+        str | None,
+        typer.Option(metavar="NAMESPACE", help="As Kubernetes resources, for GitOps."),
+    ] = None,
 ) -> None:
     """Compile a recipe to a KFP pipeline that a cluster takes."""
     from kfp import compiler
 
     from tuneline.pipelines.finetune import finetune
+    from tuneline.pipelines.resources import write_resources
 
     loaded = find_recipe(recipe, set_)
     path = output or Path(f"{loaded.name}.yaml")
+    if resources is not None:
+        version = write_resources(loaded, path, namespace=resources)
+        console.print(f"wrote {path}: version {version}", highlight=False, soft_wrap=True)
+        return
     compiler.Compiler().compile(finetune(loaded), str(path))
     console.print(f"wrote {path}", highlight=False)
 

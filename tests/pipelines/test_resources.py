@@ -1,0 +1,58 @@
+"""The pipeline as resources of Kubernetes, against the definitions that KFP ships."""
+
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from kfp import compiler
+from typer.testing import CliRunner
+
+from tuneline.pipelines.catalog import find_recipe
+from tuneline.pipelines.cli import app
+from tuneline.pipelines.finetune import finetune
+from tuneline.pipelines.lint import lint_file
+from tuneline.pipelines.resources import write_resources
+
+CRDS = Path(__file__).parents[3] / "shared" / "data" / "crds" / "kfp-2.17"
+
+
+def test_the_same_recipe_gives_the_same_version(tmp_path: Path) -> None:
+    path, again, other = (tmp_path / f"{name}.yaml" for name in ("a", "b", "c"))
+    version = write_resources(find_recipe("demo", []), path, namespace="team")
+    assert write_resources(find_recipe("demo", []), again, namespace="team") == version
+    assert path.read_text() == again.read_text()
+    changed = find_recipe("demo", ["train.max_steps=7"])
+    assert write_resources(changed, other, namespace="team") != version
+
+
+def test_the_resources_hold_what_is_compiled(tmp_path: Path) -> None:
+    path, plain = tmp_path / "resources.yaml", tmp_path / "plain.yaml"
+    arguments = ["compile", "demo", "--resources", "team", "-o", str(path)]
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    pipeline, version = yaml.safe_load_all(path.read_text())
+    assert done.output == f"wrote {path}: version {version['metadata']['name']}\n"
+    assert (pipeline["kind"], version["kind"]) == ("Pipeline", "PipelineVersion")
+    assert {found["metadata"]["namespace"] for found in (pipeline, version)} == {"team"}
+    assert version["spec"]["pipelineName"] == pipeline["metadata"]["name"] == "tuneline-demo"
+    compiler.Compiler().compile(finetune(find_recipe("demo", [])), str(plain))
+    documents = list(yaml.safe_load_all(plain.read_text()))
+    assert version["spec"]["pipelineSpec"] == documents[0]
+    assert version["spec"]["platformSpec"] == documents[1]
+    assert lint_file(path) == []
+
+
+@pytest.mark.skipif(not CRDS.exists(), reason="the definitions are not here")
+def test_the_resources_fit_kfps_definitions(tmp_path: Path) -> None:
+    path = tmp_path / "resources.yaml"
+    write_resources(find_recipe("demo", []), path, namespace="team")
+    for document in yaml.safe_load_all(path.read_text()):
+        plural = document["kind"].lower() + "s"
+        definition = CRDS / f"pipelines.kubeflow.org_{plural}.yaml"
+        (crd,) = [found for found in yaml.safe_load_all(definition.read_text()) if found]
+        (version,) = crd["spec"]["versions"]
+        assert document["apiVersion"] == f"{crd['spec']['group']}/{version['name']}"
+        schema: dict[str, Any] = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
+        jsonschema.validate(document["spec"], {**schema, "additionalProperties": False})
