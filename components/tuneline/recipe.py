@@ -62,6 +62,13 @@ class Recipe(StrictModel):
                 f"train.num_ranks is {ranks}, and placement.num_nodes {nodes}: leave num_ranks at "
                 "auto, every GPU of every node is then a rank"
             )
+        in_step = self.train.per_device_train_batch_size * self.train.gradient_accumulation_steps
+        if nodes > 1 and in_step % (nodes * max(1, gpus)):
+            raise ValueError(
+                f"a step of {in_step} rows (train.per_device_train_batch_size x "
+                f"gradient_accumulation_steps) cannot be shared equally by the {nodes} x "
+                f"{max(1, gpus)} ranks of placement: make it a multiple of {nodes * max(1, gpus)}"
+            )
         if isinstance(ranks, int) and 0 < gpus < ranks:
             raise ValueError(
                 f"train.num_ranks is {ranks}, and placement.num_accelerators gives the step "

@@ -14,7 +14,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from tuneline.artifacts import DatasetManifest
-from tuneline.errors import ClusterError, UserError
+from tuneline.errors import ClusterError, RecipeError, UserError
 from tuneline.pipelines import kube
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.cli import app
@@ -66,10 +66,11 @@ def test_plan_and_train_go_by_one_estimate(profile: str, changes: dict[str, Any]
 
 
 def test_several_gpus_divide_the_optimizer_and_the_time() -> None:
-    one = recipe("train.max_steps=100")
-    eight = recipe("train.max_steps=100", "placement.num_accelerators=8")
+    steps = ("train.max_steps=100", "train.gradient_accumulation_steps=8")
+    one = recipe(*steps)
+    eight = recipe(*steps, "placement.num_accelerators=8")
     sixteen = recipe(
-        "train.max_steps=100", "placement.num_accelerators=8", "placement.num_nodes=2",
+        *steps, "placement.num_accelerators=8", "placement.num_nodes=2",
         "placement.shared_claim=shared",
     )  # fmt: skip
     found = [estimate(each, LLAMA) for each in (one, eight, sixteen)]
@@ -82,6 +83,18 @@ def test_several_gpus_divide_the_optimizer_and_the_time() -> None:
     assert bytes_a_parameter == pytest.approx((4 + 2) - (4 + 8) / 8, rel=0.01)
     words = {check.name: check.words for check in plan(sixteen)}
     assert words["time"].endswith("on 16 GPUs at best")
+    assert words["ranks"] == "16 share a step of 16 rows"
+
+
+def test_gpus_that_cannot_share_a_step_are_told_so() -> None:
+    (found,) = [
+        each for each in plan(recipe("placement.num_accelerators=3")) if each.name == "ranks"
+    ]
+    assert (found.verdict, found.words) == (
+        "fail", "3 share a step of 8 rows, which cannot be done equally",
+    )  # fmt: skip
+    with pytest.raises(RecipeError, match="a step of 8 rows .* 2 x 8 ranks .* a multiple of 16"):
+        recipe("placement.num_accelerators=8", "placement.num_nodes=2", "placement.shared_claim=c")
 
 
 def test_time_is_what_the_measured_step_took() -> None:

@@ -65,7 +65,7 @@ def plan(
         ClusterError: the cluster cannot be reached.
     """
     num_parameters = num_parameters or parameters_in_name(recipe.base_model)
-    checks = []
+    checks = list(_ranks(recipe))
     if num_parameters is None:
         advice = "give --parameters, e.g. 8e9"
         words = f"the name {recipe.base_model} does not say how many parameters it has"
@@ -75,6 +75,21 @@ def plan(
     if kube is not None:
         checks += _cluster(recipe, kube)
     return checks
+
+
+def _ranks(recipe: Recipe) -> Iterator[Check]:
+    """Look whether the GPUs can share a step: the train step would refuse, hours later."""
+    train, placement = recipe.train, recipe.placement
+    num_ranks = placement.num_nodes * max(1, placement.num_accelerators)
+    if train.num_ranks != "auto":
+        num_ranks = train.num_ranks
+    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    words = f"{num_ranks} share a step of {rows} rows"
+    if rows % num_ranks:
+        advice = "change train.gradient_accumulation_steps, which counts those of all ranks"
+        yield Check("ranks", "fail", f"{words}, which cannot be done equally", advice)
+    elif num_ranks > 1:
+        yield Check("ranks", "ok", words)
 
 
 def _resources(recipe: Recipe, found: Estimate, price: float | None) -> Iterator[Check]:
