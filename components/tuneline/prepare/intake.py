@@ -1,15 +1,18 @@
 """Read, check and render rows into the spool; count and list those that cannot be used."""
 
 import collections
+import contextlib
 import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import IO
 
 from tuneline.errors import DataError
 from tuneline.prepare import formats
 from tuneline.prepare.config import PrepareConfig
+from tuneline.prepare.parallel import batched, in_order
 from tuneline.prepare.render import Renderer
 from tuneline.prepare.source import SourceRow
 from tuneline.prepare.spool import Spool
@@ -17,6 +20,7 @@ from tuneline.prepare.spool import Spool
 logger = logging.getLogger(__name__)
 
 _NUM_NAMED = 3
+_BATCH = 256
 
 
 @dataclass
@@ -57,31 +61,56 @@ def take_in(
         DataError: no rows, unknown columns, or more unusable rows than the config allows.
     """
     intake = Intake(format)
-    num_before = len(spool)
-    for row in rows:
-        intake.num_rows += 1
-        values = None if row.values is None else formats.rename(row.values, config.columns)
-        try:
-            if values is None:
-                raise formats.BadRowError(row.reason)
-            if intake.format == "auto":
-                _check_columns(row, config, source)
-                intake.format = formats.detect(values, config.method)
-            example = formats.convert(
-                values,
-                intake.format,
-                system_prompt=config.system_prompt,
-                alpaca_wording=config.template == "alpaca",
-            )
-            spool.append(renderer.render(example).to_json())
-        except formats.BadRowError as reason:
-            _reject(intake, row, str(reason), config, rejected)
-        if max_rows is not None and len(spool) - num_before == max_rows:
-            break
+    first = _until_format_is_known(rows, intake, config, source)
+
+    def lines(batch: list[SourceRow]) -> list[bytes | str]:
+        return [_line(row, config, intake.format, renderer) for row in batch]
+
+    room = -1 if max_rows is None else max_rows
+    with contextlib.closing(in_order(lines, batched(chain(first, rows), _BATCH))) as results:
+        for row, line in (pair for batch in results for pair in zip(*batch, strict=True)):
+            intake.num_rows += 1
+            if isinstance(line, str):
+                _reject(intake, row, line, config, rejected)
+                continue
+            spool.append(line)
+            room -= 1
+            if room == 0:
+                break
     if intake.num_rows == 0:
         raise DataError(f"{source} has no rows: it is empty")
     _check_share(intake, config, source)
     return intake
+
+
+def _until_format_is_known(
+    rows: Iterator[SourceRow], intake: Intake, config: PrepareConfig, source: str
+) -> list[SourceRow]:
+    """Return the rows up to the first that has columns, and note the format that they tell."""
+    read = []
+    while intake.format == "auto" and (row := next(rows, None)) is not None:
+        read.append(row)
+        if row.values is not None:
+            _check_columns(row, config, source)
+            values = formats.rename(row.values, config.columns)
+            intake.format = formats.detect(values, config.method)
+    return read
+
+
+def _line(row: SourceRow, config: PrepareConfig, format: str, renderer: Renderer) -> bytes | str:
+    """Return a row's line for the spool, or why it cannot be used."""
+    if row.values is None:
+        return row.reason
+    try:
+        example = formats.convert(
+            formats.rename(row.values, config.columns),
+            format,
+            system_prompt=config.system_prompt,
+            alpaca_wording=config.template == "alpaca",
+        )
+        return renderer.render(example).to_line()
+    except formats.BadRowError as reason:
+        return str(reason)
 
 
 def _check_columns(row: SourceRow, config: PrepareConfig, source: str) -> None:

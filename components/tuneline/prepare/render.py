@@ -5,7 +5,8 @@ generation prompt) and for the same with the answer. What the second has more is
 its end of turn. This needs no {% generation %} in the template, which few have.
 """
 
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import dataclass
 from typing import Any
 
 from tuneline.prepare.formats import BadRowError, Example, Message
@@ -41,13 +42,25 @@ class Rendered:
     heldout: dict[str, Any] | None = None
     """The row of heldout.jsonl that it would be, prompt and answer left out for `pieces`."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values for the spool."""
-        return asdict(self)
+    def to_line(self) -> bytes:
+        """Return a line of JSON for the spool."""
+        values = {
+            "pieces": None
+            if self.pieces is None
+            else [
+                {"text": piece.text, "answers": [vars(answer) for answer in piece.answers]}
+                for piece in self.pieces
+            ],
+            "preference": self.preference,
+            "text": self.text,
+            "heldout": self.heldout,
+        }
+        return json.dumps(values, ensure_ascii=False).encode("utf-8") + b"\n"
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Rendered":
-        """Make it from what `to_json` returned."""
+    def from_line(cls, line: bytes) -> "Rendered":
+        """Make it from what `to_line` returned."""
+        values = json.loads(line)
         if values["pieces"] is not None:
             values["pieces"] = [
                 Piece(piece["text"], [Answer(**answer) for answer in piece["answers"]])

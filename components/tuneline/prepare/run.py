@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from tuneline.artifacts import (
     CHAT_TEMPLATE_FILE,
@@ -26,18 +26,21 @@ from tuneline.prepare import formats, lengths, parquet
 from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.intake import Intake, take_in
 from tuneline.prepare.mixture import NUM_READ_FOR_ONE, mix_in, num_wanted
+from tuneline.prepare.parallel import batched, in_order
 from tuneline.prepare.render import Rendered, Renderer
 from tuneline.prepare.source import SourceRow, find_files, read_rows
 from tuneline.prepare.split import MAX_HELDOUT_SHARE, Split, split
 from tuneline.prepare.spool import Spool
 from tuneline.prepare.templates import use_template
-from tuneline.prepare.tokenise import TokenRow, tokenise
+from tuneline.prepare.tokenise import tokenise
 from tuneline.prepare.tokenizer import load_tokenizer
 from tuneline.prepare.truncation import choose_length, cut_rows, too_long
 
+if TYPE_CHECKING:
+    import pyarrow
+
 logger = logging.getLogger(__name__)
 
-_BATCH = 256
 _NUM_SAMPLES = 4
 
 
@@ -230,9 +233,9 @@ def _collect(
 
 def _read_heldout(spool: Spool, indices: Sequence[int], digest: Any) -> list[dict[str, Any]]:
     rows = []
-    for line, values in spool.read(indices):
+    for line in spool.read(indices):
         digest.update(line)
-        rows.append(Rendered.from_json(values).heldout_row())
+        rows.append(Rendered.from_line(line).heldout_row())
     return rows
 
 
@@ -243,16 +246,21 @@ def _tokens(
     config: PrepareConfig,
     digest: Any,
     sizes: array,
-) -> Iterator[TokenRow]:
+) -> "Iterator[pyarrow.RecordBatch]":
     """Yield the token rows of some rows of the spool, and note their lengths."""
-    lines = spool.read(indices)
-    while batch := list(islice(lines, _BATCH)):
-        for line, _ in batch:
+
+    def tokens(lines: list[bytes]) -> "tuple[pyarrow.RecordBatch, array]":
+        rendered = [Rendered.from_line(line) for line in lines]
+        rows = list(tokenise(tokenizer, rendered, loss_on=config.loss_on))
+        return parquet.to_batch(rows, method=config.method), array("l", map(len, rows))
+
+    for lines, (batch, lengths_of_rows) in in_order(
+        tokens, batched(spool.read(indices), parquet.BATCH)
+    ):
+        for line in lines:
             digest.update(line)
-        rendered = [Rendered.from_json(values) for _, values in batch]
-        for row in tokenise(tokenizer, rendered, loss_on=config.loss_on):
-            sizes.append(len(row))
-            yield row
+        sizes.extend(lengths_of_rows)
+        yield batch
 
 
 def _end_of_turn(

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
+
 from tuneline.prepare.render import Piece, Rendered
 
 
@@ -60,20 +62,20 @@ def answer_mask(piece: Piece, offsets: Sequence[tuple[int, int]]) -> list[int]:
             leave the white space in front of a word out of them: a token counts from the end of
             the token before it.
     """
-    mask = [0] * len(offsets)
-    answers = iter(piece.answers)
-    answer = next(answers, None)
-    previous_end = 0
-    for index, (first, end) in enumerate(offsets):
-        first = min(first, previous_end)
-        previous_end = max(previous_end, end)
-        while answer is not None and first >= answer.end:
-            answer = next(answers, None)
-        if answer is None:
-            break
-        # Equal only for a character that several tokens make up.
-        mask[index] = int(end > answer.start and first < answer.end)
-    return mask
+    first, end = _spans(offsets)
+    mask = numpy.zeros(len(offsets), dtype=bool)
+    for answer in piece.answers:
+        mask |= (end > answer.start) & (first < answer.end)
+    return mask.astype(int).tolist()
+
+
+def _spans(offsets: Sequence[tuple[int, int]]) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Return where tokens begin and end, white space in front of them included."""
+    pairs = numpy.array(offsets, dtype=numpy.int64).reshape(-1, 2)
+    first, end = pairs[:, 0], pairs[:, 1]
+    before = numpy.zeros_like(end)
+    numpy.maximum.accumulate(end[:-1], out=before[1:])
+    return numpy.minimum(first, before), end
 
 
 def _reaches_into_an_answer(piece: Piece, offsets: Sequence[tuple[int, int]]) -> bool:
@@ -82,19 +84,10 @@ def _reaches_into_an_answer(piece: Piece, offsets: Sequence[tuple[int, int]]) ->
     That happens when an answer begins with white space. The model is never given such a token:
     at inference the prompt ends where the answer begins.
     """
-    starts = iter(piece.answers)
-    answer = next(starts, None)
-    previous_end = 0
-    for first, end in offsets:
-        first = min(first, previous_end)
-        previous_end = max(previous_end, end)
-        while answer is not None and answer.start <= first:
-            answer = next(starts, None)
-        if answer is None:
-            return False
-        if answer.start < end:
-            return True
-    return False
+    first, end = _spans(offsets)
+    return any(
+        bool(((first < answer.start) & (answer.start < end)).any()) for answer in piece.answers
+    )
 
 
 def _in_parts(tokenizer: Any, piece: Piece, *, loss_on: str) -> TokenRow:

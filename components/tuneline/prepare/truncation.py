@@ -2,15 +2,19 @@
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tuneline.artifacts import LengthStatistics
 from tuneline.errors import DataError
 from tuneline.prepare import lengths, parquet
 from tuneline.prepare.config import PrepareConfig
-from tuneline.prepare.tokenise import TokenRow
+from tuneline.prepare.parallel import in_order
+
+if TYPE_CHECKING:
+    import pyarrow
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +30,14 @@ class Cut:
     num_loss_tokens: int = 0
     shortest_that_fits: int = sys.maxsize
     """Tokens that keep one token to learn of at least one row left out."""
+
+    def add(self, other: "Cut") -> None:
+        """Take in what was counted elsewhere; rows are counted where they are written."""
+        self.num_overlong_rows += other.num_overlong_rows
+        self.num_source_tokens += other.num_source_tokens
+        self.num_tokens += other.num_tokens
+        self.num_loss_tokens += other.num_loss_tokens
+        self.shortest_that_fits = min(self.shortest_that_fits, other.shortest_that_fits)
 
 
 def choose_length(config: PrepareConfig, recommended: int, longest_allowed: int) -> int:
@@ -44,26 +56,38 @@ def choose_length(config: PrepareConfig, recommended: int, longest_allowed: int)
 
 def cut_rows(source: Path, target: Path, max_seq_length: int, method: str) -> Cut:
     """Copy rows, cut to the length, and count what is kept."""
+    total = Cut()
+
+    def cut(batch: "pyarrow.RecordBatch") -> "tuple[pyarrow.RecordBatch, Cut]":
+        return _cut_batch(batch, max_seq_length, method)
+
+    def kept() -> "Iterator[pyarrow.RecordBatch]":
+        for _, (batch, counts) in in_order(cut, parquet.read_batches(source)):
+            total.add(counts)
+            yield batch
+
+    total.num_rows = parquet.write(target, kept(), method=method)
+    return total
+
+
+def _cut_batch(
+    batch: "pyarrow.RecordBatch", max_seq_length: int, method: str
+) -> "tuple[pyarrow.RecordBatch, Cut]":
     counts = Cut()
-
-    def kept(rows: Iterable[TokenRow]) -> Iterator[TokenRow]:
-        for row in rows:
-            counts.num_source_tokens += lengths.num_tokens(row)
-            pieces = list(lengths.fit(row, max_seq_length, is_document=method == "cpt"))
-            if not pieces:
-                counts.num_overlong_rows += 1
-                counts.shortest_that_fits = min(
-                    counts.shortest_that_fits, lengths.num_tokens_needed(row)
-                )
-            for piece in pieces:
-                counts.num_tokens += lengths.num_tokens(piece)
-                counts.num_loss_tokens += lengths.num_loss_tokens(piece)
-                yield piece
-
-    counts.num_rows = parquet.write(
-        target, kept(parquet.read(source, method=method)), method=method
-    )
-    return counts
+    kept = []
+    for row in parquet.rows_of(batch, method=method):
+        counts.num_source_tokens += lengths.num_tokens(row)
+        pieces = list(lengths.fit(row, max_seq_length, is_document=method == "cpt"))
+        if not pieces:
+            counts.num_overlong_rows += 1
+            counts.shortest_that_fits = min(
+                counts.shortest_that_fits, lengths.num_tokens_needed(row)
+            )
+        for piece in pieces:
+            counts.num_tokens += lengths.num_tokens(piece)
+            counts.num_loss_tokens += lengths.num_loss_tokens(piece)
+            kept.append(piece)
+    return parquet.to_batch(kept, method=method), counts
 
 
 def too_long(

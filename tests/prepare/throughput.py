@@ -1,0 +1,142 @@
+"""Time prepare against datasets.map with apply_chat_template, and watch its memory.
+
+    python tests/prepare/throughput.py ROWS.jsonl MODEL_DIR --rows 100000 1000000
+
+ROWS.jsonl has the columns `question` and `answer` (GSM8K's) and is repeated up to each number of
+rows. Each engine is a process of its own. Memory is the proportional set size of the process and
+its children, read five times a second: what is shared between them counts once.
+
+    map 1   datasets.map as it comes: one process, a row at a time
+    map 2   the same with num_proc=2, which is as many CPUs as prepare takes here
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ENGINES = ("map 1", "map 2", "prepare")
+
+
+def main() -> None:
+    """Print a line an engine and number of rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows_file", type=Path)
+    parser.add_argument("model_dir", type=Path)
+    parser.add_argument("--rows", nargs="+", type=int, default=[20000, 100000])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return child(args.child, args.rows_file, args.model_dir)
+    print(f"{'rows':>9} {'engine':8} {'rows/s':>8} {'seconds':>8} {'peak GiB':>9} {'load':>5}")
+    for num_rows in args.rows:
+        for engine in args.engines:
+            with tempfile.TemporaryDirectory() as root:
+                source = Path(root, "rows.jsonl")
+                repeat(args.rows_file, source, num_rows)
+                seconds, peak = watch(engine, source, args.model_dir)
+            load = psutil.getloadavg()[0]
+            print(
+                f"{num_rows:9} {engine:8} {num_rows / seconds:8.0f} {seconds:8.1f} "
+                f"{peak / 2**30:9.2f} {load:5.1f}",
+                flush=True,
+            )
+
+
+def repeat(rows_file: Path, target: Path, num_rows: int) -> None:
+    """Write so many rows; a number in each, so that none is the same as another."""
+    rows = [json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()]
+    with open(target, "w", encoding="utf-8") as file:
+        for number, row in enumerate(itertools.islice(itertools.cycle(rows), num_rows)):
+            row = {"question": f"{number}. {row['question']}", "answer": row["answer"]}
+            file.write(json.dumps(row) + "\n")
+
+
+def watch(engine: str, source: Path, model_dir: Path) -> tuple[float, int]:
+    """Run an engine; return the seconds that it says it took, and its peak memory in bytes."""
+    command = [sys.executable, __file__, str(source), str(model_dir), "--child", engine]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, memory(process.pid))
+            time.sleep(0.2)
+        output = process.stdout.read() if process.stdout else ""
+    if process.returncode:
+        raise SystemExit(f"{engine} ended with {process.returncode}")
+    return float(output.split()[-1]), peak
+
+
+def memory(pid: int) -> int:
+    """Return the proportional set size of a process and its children."""
+    total = 0
+    try:
+        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    for one in processes:
+        try:
+            total += one.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return total
+
+
+def child(engine: str, source: Path, model_dir: Path) -> None:
+    """Work through the rows and print the seconds, imports and the tokenizer's loading included."""
+    began = time.perf_counter()
+    if engine == "prepare":
+        prepare(source, model_dir)
+    else:
+        plain_map(source, model_dir, num_proc=int(engine.split()[1]))
+    print(time.perf_counter() - began)
+
+
+def prepare(source: Path, model_dir: Path) -> None:
+    """Run the step."""
+    from tuneline.prepare import PrepareConfig, run
+
+    columns = {"prompt": "question", "completion": "answer"}
+    run(
+        PrepareConfig.parse({"columns": columns, "heldout": {"max_rows": 0}}),
+        source=str(source),
+        base_model_dir=str(model_dir),
+        dataset_dir=str(source.parent / "dataset"),
+        statistics_path=str(source.parent / "page.html"),
+    )
+
+
+def plain_map(source: Path, model_dir: Path, *, num_proc: int) -> None:
+    """Tokenise with the chat template, without a loss mask or checks."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    cache = str(source.parent / "cache")
+    rows: Any = datasets.load_dataset(
+        "json", data_files=str(source), split="train", cache_dir=cache
+    )
+
+    def tokens(row: dict[str, str]) -> dict[str, list[int]]:
+        messages = [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": row["answer"]},
+        ]
+        return {"input_ids": tokenizer.apply_chat_template(messages)["input_ids"]}
+
+    done = rows.map(
+        tokens, remove_columns=rows.column_names, num_proc=num_proc if num_proc > 1 else None
+    )
+    done.to_parquet(str(source.parent / "train.parquet"))
+
+
+if __name__ == "__main__":
+    main()
