@@ -18,22 +18,29 @@ from tuneline.pipelines.resources import write_resources
 CRDS = Path(__file__).parents[3] / "shared" / "data" / "crds" / "kfp-2.17"
 
 
-def test_the_same_recipe_gives_the_same_version(tmp_path: Path) -> None:
-    path, again, other = (tmp_path / f"{name}.yaml" for name in ("a", "b", "c"))
-    version = write_resources(find_recipe("demo", []), path, namespace="team")
-    assert write_resources(find_recipe("demo", []), again, namespace="team") == version
-    assert path.read_text() == again.read_text()
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The demo's resources, written by the command, and what it said."""
+    path = tmp_path_factory.mktemp("resources") / "resources.yaml"
+    arguments = ["compile", "demo", "--resources", "team", "-o", str(path)]
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    return path, done.output
+
+
+def test_the_same_recipe_gives_the_same_version(written: tuple[Path, str], tmp_path: Path) -> None:
+    again, other = tmp_path / "b.yaml", tmp_path / "c.yaml"
+    version = write_resources(find_recipe("demo", []), again, namespace="team")
+    assert written[1].endswith(f": version {version}\n")
+    assert again.read_text() == written[0].read_text()
     changed = find_recipe("demo", ["train.max_steps=7"])
     assert write_resources(changed, other, namespace="team") != version
 
 
-def test_the_resources_hold_what_is_compiled(tmp_path: Path) -> None:
-    path, plain = tmp_path / "resources.yaml", tmp_path / "plain.yaml"
-    arguments = ["compile", "demo", "--resources", "team", "-o", str(path)]
-    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments)
-    assert done.exit_code == 0, done.output
+def test_the_resources_hold_what_is_compiled(written: tuple[Path, str], tmp_path: Path) -> None:
+    path, plain = written[0], tmp_path / "plain.yaml"
     pipeline, version = yaml.safe_load_all(path.read_text())
-    assert done.output == f"wrote {path}: version {version['metadata']['name']}\n"
+    assert written[1] == f"wrote {path}: version {version['metadata']['name']}\n"
     assert (pipeline["kind"], version["kind"]) == ("Pipeline", "PipelineVersion")
     assert {found["metadata"]["namespace"] for found in (pipeline, version)} == {"team"}
     assert version["spec"]["pipelineName"] == pipeline["metadata"]["name"] == "tuneline-demo"
@@ -45,10 +52,8 @@ def test_the_resources_hold_what_is_compiled(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not CRDS.exists(), reason="the definitions are not here")
-def test_the_resources_fit_kfps_definitions(tmp_path: Path) -> None:
-    path = tmp_path / "resources.yaml"
-    write_resources(find_recipe("demo", []), path, namespace="team")
-    for document in yaml.safe_load_all(path.read_text()):
+def test_the_resources_fit_kfps_definitions(written: tuple[Path, str]) -> None:
+    for document in yaml.safe_load_all(written[0].read_text()):
         plural = document["kind"].lower() + "s"
         definition = CRDS / f"pipelines.kubeflow.org_{plural}.yaml"
         (crd,) = [found for found in yaml.safe_load_all(definition.read_text()) if found]
