@@ -25,7 +25,8 @@ def check_names(config: TrainConfig, method: Method, device: str) -> None:
     """Refuse names that the libraries do not know, and warn of settings without effect.
 
     Raises:
-        RecipeError: an optimizer, a schedule or a loss of that name does not exist.
+        RecipeError: an optimizer, a schedule or a loss of that name does not exist, or the
+            adapter's start is not one for the method.
     """
     from transformers import SchedulerType
     from transformers.training_args import OptimizerNames
@@ -36,6 +37,11 @@ def check_names(config: TrainConfig, method: Method, device: str) -> None:
         logger.warning("train.optim: %s does not page on a CPU", config.optim)
     if method == "dpo" and config.packing:
         logger.warning("train.packing has no effect on method dpo: pairs are padded, not packed")
+    if method == "dpo" and config.lora.init_lora_weights == "loftq":
+        raise RecipeError(
+            "train.lora.init_lora_weights: loftq cannot start method dpo, whose reference is the "
+            "base without the adapter: the two would differ before the first step; take default"
+        )
     if method != "dpo" and config.dpo != DpoConfig():
         logger.warning("train.dpo has no effect: the data set was prepared with %s", method)
 

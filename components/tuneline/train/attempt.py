@@ -22,6 +22,7 @@ from tuneline.train.divergence import train_through
 from tuneline.train.fit import Plan
 from tuneline.train.interruption import stop_on_sigterm
 from tuneline.train.kernels import can_fuse, fuse_model, fuse_trainer
+from tuneline.train.loftq import start_from_the_rest
 from tuneline.train.metrics import eval_gap
 from tuneline.train.precision import choose_dtype, peak_memory_bytes
 from tuneline.train.progress import ProgressCallback
@@ -139,6 +140,8 @@ def train(
     trainer.add_callback(TelemetryCallback(state, progress_path, device))
     trainer.add_callback(BestAdapterCallback(trainer, config.early_stopping_patience))
     keep_adapter_in_fp32(trainer.model)
+    if config.lora.init_lora_weights == "loftq":
+        start_from_the_rest(trainer.model, base_model_dir)
     # Every rank has read the frozen base from the same files: DDP need not send it.
     trainer.model._ddp_params_and_buffers_to_ignore = [
         name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad

@@ -21,6 +21,9 @@ class LoraConfig(StrictModel):
     """Scale by lora_alpha / sqrt(r) instead."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = ATTENTION_AND_MLP
     """Names of the linear layers to adapt."""
+    init_lora_weights: Literal["default", "loftq"] = "default"
+    """default: the adapter adds nothing at first; loftq: it starts from what 4 bits lose of each
+    weight. Not for method dpo, whose reference is the base without the adapter."""
 
 
 class DpoConfig(StrictModel):
@@ -100,7 +103,12 @@ class TrainConfig(StrictModel):
     seed: int = 3407
 
     @model_validator(mode="after")
-    def _targets_named(self) -> Self:
+    def _lora_can_be_made(self) -> Self:
         if not self.lora.target_modules:
             raise ValueError("lora.target_modules is empty: name at least one, or 'all-linear'")
+        if self.lora.init_lora_weights == "loftq" and not self.load_in_4bit:
+            raise ValueError(
+                "lora.init_lora_weights loftq makes up for what 4 bits lose, and load_in_4bit is "
+                "false: take default, or load in 4 bits"
+            )
         return self
