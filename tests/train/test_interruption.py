@@ -1,17 +1,19 @@
 """A run that is stopped or killed, and continued, ends as one that never was."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from tuneline.artifacts import TrainingSummary
-from tuneline.errors import StoppedError
+from tuneline.errors import StoppedError, StorageError
 from tuneline.nf4 import load_base
 from tuneline.step import main
 from tuneline.train import TrainConfig, run
@@ -196,6 +198,45 @@ def test_the_environment_names_the_root(
     # Another output directory, as a retry on a cluster has: the run is the same one.
     same = train(tmp_path / "three", tiny_model_dir, dataset, max_steps=3, eval_steps=2)
     assert same.num_resumptions == 1 and not (tmp_path / "volume").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(path)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_no_checkpoint(
+    tmp_path, tiny_model_dir, dataset_dir, answer_rows, start, small_disk, monkeypatch
+):
+    dataset = dataset_dir(answer_rows[:7], max_seq_length=32)
+    settings = {"max_steps": 60, "eval_steps": 25}
+    train(tmp_path / "whole", tiny_model_dir, dataset, **settings)
+    where = tmp_path / "interrupted"
+    monkeypatch.setenv("TUNELINE_CHECKPOINT_DIR", str(small_disk))
+    process = start(where, tiny_model_dir, dataset, **settings, checkpoint_minutes=0)
+    wait_for(lambda: len(list(small_disk.glob("*/checkpoint-*"))) == 2, process)
+    with open(small_disk / "filler", "wb") as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(1 << 16))
+            filler.flush()
+    process.join(60)
+    # The world's fault, as `step` counts them.
+    assert process.exitcode == StorageError.exit_code == 1
+    assert list(small_disk.glob("*/checkpoint-*")) and not (where / "adapter").exists()
+    (small_disk / "filler").unlink()
+    assert train(where, tiny_model_dir, dataset, **settings).num_resumptions == 1
+    weights = [
+        path / "adapter" / "adapter_model.safetensors" for path in (where, tmp_path / "whole")
+    ]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 @pytest.mark.slow
