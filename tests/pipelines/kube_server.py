@@ -54,7 +54,8 @@ class KubeServer:
     `forbidden` holds "verb plural" that these credentials may not; `down` is how many requests
     are still answered 503. TrainJobs can be written, where `trainjob_schema` is the schema of their
     definition: a field that it does not know is refused, as with fieldValidation=Strict. Lines of
-    logs may begin with a time, which is given where it is asked for; `now` is the clock.
+    logs may begin with a time, which is given where it is asked for; `now` is the clock. With
+    `finalizers` what is deleted stays until the test takes it away.
     """
 
     def __init__(self) -> None:
@@ -63,6 +64,7 @@ class KubeServer:
         self.forbidden: set[str] = set()
         self.down = 0
         self.trainjob_schema: dict[str, Any] | None = None
+        self.finalizers = False
         self.now: Callable[[], float] = time.time
         self.requests: list[str] = []
         self._httpd = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -198,7 +200,7 @@ class KubeServer:
         if key not in self.objects:
             raise Refused(404, f'trainjobs "{name}" not found')
         if method == "DELETE":
-            return self.objects.pop(key)
+            return self.objects[key] if self.finalizers else self.objects.pop(key)
         annotations = self.objects[key]["metadata"].setdefault("annotations", {})
         annotations |= body["metadata"]["annotations"]
         return self.objects[key]

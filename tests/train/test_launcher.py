@@ -343,6 +343,20 @@ def test_a_launcher_that_was_started_again_finds_its_job(world: World, caplog: A
     assert world.writes("POST") == 0
 
 
+def test_a_job_that_is_still_being_deleted_is_waited_for(world: World) -> None:
+    # Its pods have their grace period, and the next try of the step is faster.
+    when = {"deletionTimestamp": "2027-01-15T08:00:00Z"}
+    key = ("trainjobs", "kubeflow", NAME)
+    world.server.put("trainjobs", NAME, metadata=when)
+    delete = world.server.objects.pop
+    world.server.finalizers = True
+    world.after(120, lambda: delete(key), lambda: setattr(world.server, "finalizers", False))
+    world.after(30, world.pods)
+    world.after(30, lambda: world.condition("Complete"))
+    world.launcher.run()
+    assert world.writes("POST") == 1
+
+
 @pytest.mark.parametrize(("kind", "again"), [("DataError", False), ("TrainingError", True)])
 def test_a_step_that_is_retried(world: World, kind: str, again: bool) -> None:
     world.server.put("trainjobs", NAME)

@@ -118,6 +118,13 @@ def test_attempts_are_begun_once(tmp_path: Path) -> None:
     assert second.begin(1)
     assert not second.begin(1)
     assert second.begin(2)
+    began = time.monotonic()
+    second.wait_for_others(0.2)
+    assert time.monotonic() - began >= 0.2
+    second.leave(1)
+    second.leave(2)
+    second.wait_for_others(60)
+    assert time.monotonic() - began < 30
     first.end()
     assert [attempt.is_over for attempt in board.attempts()] == [True, False]
     board.conclude(Verdict("DataError", "no rows"))

@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 0.05
 _SECONDS_FOR_OTHERS = 1.0
 """After one has failed: time for the others to say what happened to them."""
+_SECONDS_FOR_OTHER_NODES = 30.0
+"""To see that an attempt is over; one that is gone never does."""
 _NUM_LOG_LINES = 8
 
 
@@ -137,6 +139,7 @@ def run_on_ranks(
     finally:
         if attempt:
             attempt.end()
+            attempt.wait_for_others(_SECONDS_FOR_OTHER_NODES)
     result = directory / RESULT_FILE
     if code == 0 and result.is_file():
         return pickle.loads(result.read_bytes())
@@ -146,13 +149,20 @@ def run_on_ranks(
 def take_part(attempt: Attempt, nodes: Nodes, stop: StopRequest) -> None:
     """Run this node's ranks of an attempt that the first node has announced, to its end."""
     directory, own = attempt.directory, nodes.own_ranks
-    if not attempt.begin(nodes.number):
-        _say(directory, own, f"node {nodes.number} was started again while its ranks ran")
-        return
-    code = _start(directory, attempt.num_ranks, nodes, stop, lambda: attempt.is_over)
-    told = [_has_failed(directory, number) for number in own]
-    if code and not any(told) and not attempt.is_over:
-        _say(directory, own, f"torchrun on node {nodes.number} ended with {code}")
+    is_first_time = attempt.begin(nodes.number)
+    try:
+        # After it has begun: the first node waits for those that have.
+        if attempt.is_over:
+            return
+        if not is_first_time:
+            _say(directory, own, f"node {nodes.number} was started again while its ranks ran")
+            return
+        code = _start(directory, attempt.num_ranks, nodes, stop, lambda: attempt.is_over)
+        told = [_has_failed(directory, number) for number in own]
+        if code and not any(told) and not attempt.is_over:
+            _say(directory, own, f"torchrun on node {nodes.number} ended with {code}")
+    finally:
+        attempt.leave(nodes.number)
 
 
 def _say(directory: Path, own: range, message: str) -> None:

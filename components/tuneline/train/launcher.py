@@ -105,6 +105,10 @@ class Launcher:
 
     def _begin(self) -> None:
         job = self._patiently(lambda: self._jobs.get(self._name))
+        if job is not None and "deletionTimestamp" in job["metadata"]:
+            logger.info("trainjob %s is being deleted: waiting for its end", self._name)
+            self._remove()
+            job = None
         if job is not None and _condition(job, "Failed"):
             verdict = self._board.verdict()
             if verdict and issubclass(_kind_of(verdict), errors.UserError):

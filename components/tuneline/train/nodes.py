@@ -9,6 +9,7 @@ when memory ran out, or anew from a checkpoint.
     <directory>/config.json             what the launcher put there, beside base_model/ and dataset/
                 attempts/0001.json      {"directory", "num_ranks", "device"}
                 attempts/0001.node-1    node 1 has begun it
+                attempts/0001.left-1    and is through with it
                 attempts/0001.over      it has ended, well or not
                 verdict.json            {"kind", "message"} of the step; no kind: it went well
 """
@@ -16,6 +17,7 @@ when memory ran out, or anew from a checkpoint.
 import json
 import os
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -31,6 +33,7 @@ CURVES_FILE = "curves.html"
 
 _VERDICT_FILE = "verdict.json"
 _ATTEMPTS_DIR = "attempts"
+_SECONDS_BETWEEN_LOOKS = 0.05
 _SET_BY_TRAINER = ("NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -62,6 +65,25 @@ class Attempt:
     def end(self) -> None:
         """Tell the other nodes."""
         self.path.with_suffix(".over").touch()
+
+    def wait_for_others(self, seconds: float) -> None:
+        """Return when all nodes that have begun are through, because its directory goes then."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            begun, left = (
+                {path.suffix.partition("-")[2] for path in self._beside(f"{what}-*")}
+                for what in ("node", "left")
+            )
+            if begun <= left:
+                return
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    def _beside(self, pattern: str) -> list[Path]:
+        return list(self.path.parent.glob(f"{self.path.name}.{pattern}"))
+
+    def leave(self, node: int) -> None:
+        """Note that a node writes nothing more of it."""
+        self.path.with_suffix(f".left-{node}").touch()
 
     def begin(self, node: int) -> bool:
         """Note that a node begins it; False if it had already, and was started again since."""
