@@ -63,7 +63,15 @@ def plan_within_memory(
     )
     available = available_memory(config, device, num_ranks)
     plan, estimate = fitting_plan(config, manifest, shape, settings, available, num_ranks)
-    return plan, estimate.total
+    # What is free is counted beside this process; its peak is counted with it.
+    return plan, estimate.total + (_resident_bytes() if device == "cpu" else 0)
+
+
+def _resident_bytes() -> int:
+    """Return what the process has before a model is loaded: mostly its libraries."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 def train_within_memory(
