@@ -1,5 +1,6 @@
 """What `tuneline verify` finds in artifacts that were changed on purpose."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -7,10 +8,60 @@ from pathlib import Path
 
 import pytest
 
-from tuneline.artifacts import MergeProof, QuantizedModel, hash_files
+from tuneline.artifacts import (
+    DatasetManifest,
+    LengthStatistics,
+    MergeProof,
+    ModelOrigin,
+    QuantizedModel,
+    TrainingSummary,
+    hash_files,
+)
 from tuneline.environment import describe_environment
 from tuneline.errors import DataError
+from tuneline.merge import MergeConfig
+from tuneline.train import TrainConfig
 from tuneline.verify import verify
+
+
+def new_dataset(sha256: str) -> DatasetManifest:
+    return DatasetManifest(
+        source="rows.jsonl",
+        method="sft",
+        format="alpaca",
+        template="tokenizer",
+        loss_on="answers",
+        num_train_rows=90,
+        num_eval_rows=5,
+        num_heldout_rows=5,
+        num_rejected_rows=0,
+        num_tokens=900,
+        num_loss_tokens=300,
+        lengths=LengthStatistics(mean=9, median=9, p95=12, p99=13, max=14),
+        max_seq_length=64,
+        recommended_max_seq_length=64,
+        truncated_token_share=0.0,
+        sha256=sha256,
+    )
+
+
+def new_training() -> TrainingSummary:
+    return TrainingSummary(
+        method="sft",
+        num_steps=10,
+        num_tokens=900,
+        final_loss=0.5,
+        num_trainable_parameters=10,
+        num_parameters=1000,
+        base_quantization="nf4",
+        compute_dtype="float32",
+        device="cpu",
+        tokens_per_second=100.0,
+        peak_memory_bytes=1,
+        history=[],
+        base_sha256="1" * 64,
+        dataset_sha256="2" * 64,
+    )
 
 
 @pytest.fixture
@@ -32,7 +83,7 @@ def run_dir(tmp_path: Path) -> Path:
         mean_kl=3e-4,
         top1_agreement=0.99,
         max_mean_kl=0.01,
-    ).write(merged)
+    ).write(merged, MergeConfig())
     (export / "model.gguf").write_bytes(b"gguf")
     QuantizedModel(
         format="q8_0",
@@ -42,8 +93,7 @@ def run_dir(tmp_path: Path) -> Path:
         bits_per_weight=8.5,
         prompt="p",
         generated="g",
-        made_from={"merged": MergeProof.read(merged).content_sha256()},
-    ).write(export)
+    ).write(export, parents=[MergeProof.read(merged)])
     return tmp_path / "run"
 
 
@@ -68,12 +118,56 @@ def test_each_change_is_named(run_dir: Path) -> None:
 
 
 def test_an_export_of_another_model(run_dir: Path) -> None:
+    """It says which settings and versions of the two are not the same."""
     record = MergeProof.read(run_dir / "merged")
     (run_dir / "merged" / "model.safetensors").write_bytes(b"trained again")
-    record.write(run_dir / "merged")
+    record.write(run_dir / "merged", MergeConfig(dtype="float16"))
     found = differences(run_dir)
     assert found["merged"] == []
-    assert found["q8_0"][0].startswith(f"made from the merged {record.content_sha256()[:12]}, and")
+    (sentence,) = found["q8_0"]
+    assert sentence.startswith(f"made from the merged {record.content_sha256()[:12]}, and here is ")
+    assert sentence.endswith(": dtype bfloat16 there, float16 here")
+
+
+def test_everything_that_an_artifact_goes_back_to_is_held_against_what_is_here(
+    run_dir: Path,
+) -> None:
+    """Data, base revision, seed, package, image and kernels: each difference has its words."""
+    base, data, adapter = (run_dir / name for name in ("base", "data", "adapter"))
+    for path in (base, data, adapter):
+        path.mkdir()
+    origin = ModelOrigin(
+        source="org/base",
+        revision="a" * 40,
+        architecture="LlamaForCausalLM",
+        num_parameters=1,
+        num_bytes=1,
+        sha256="1" * 64,
+    )
+    origin.write(base)
+    dataset = new_dataset("2" * 64)
+    dataset.write(data)
+    summary = new_training()
+    summary.write(adapter, TrainConfig(seed=1), parents=[origin, dataset])
+    merged = MergeProof.read(run_dir / "merged")
+    merged.write(run_dir / "merged", parents=[TrainingSummary.read(adapter)])
+    assert differences(run_dir)["merged"] == []
+
+    origin.model_copy(update={"sha256": "3" * 64, "revision": "b" * 40}).write(base)
+    new_dataset("4" * 64).write(data)
+    (adapter / "adapter_model.safetensors").write_bytes(b"other")
+    summary.write(adapter, TrainConfig(seed=2))
+    path = adapter / "training.json"
+    record = json.loads(path.read_text())
+    record["environment"] |= {"torch": "1.0", "kernels": "0" * 12, "image": "train@sha256:abc"}
+    path.write_text(json.dumps(record))
+    of_base, of_data, of_adapter = differences(run_dir)["merged"]
+    assert of_base.startswith("made from the base_model 111111111111, and here is 333333333333: ")
+    assert of_base.endswith(f"revision {'a' * 40} there, {'b' * 40} here")
+    assert of_data == "made from the dataset 222222222222, and here is 444444444444"
+    assert "; seed 1 there, 2 here; " in of_adapter
+    assert "; torch 2" in of_adapter and " there, 1.0 here" in of_adapter
+    assert f"kernels {describe_environment()['kernels']} there, 000000000000 here" in of_adapter
 
 
 def test_other_versions_are_told_and_are_no_difference(run_dir: Path) -> None:

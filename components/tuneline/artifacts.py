@@ -25,7 +25,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -63,10 +63,22 @@ Method = Literal["sft", "dpo", "cpt"]
 Verdict = Literal["promote", "hold"]
 
 
+class Ancestor(StrictModel):
+    """An artifact that another was made from, by whatever way, as its own record told it."""
+
+    sha256: str
+    revision: str | None = None
+    """Of a base model: the Hub commit."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    environment: dict[str, str] = Field(default_factory=dict)
+
+
 class Record(StrictModel):
     """The JSON file that makes a directory an artifact."""
 
     filename: ClassVar[str]
+    role: ClassVar[str]
+    """What the artifact is to those made from it."""
 
     seconds: float = 0.0
     """Wall time of the step that made the artifact."""
@@ -74,8 +86,9 @@ class Record(StrictModel):
     """When it was made, ISO 8601 in UTC."""
     tuneline: str = VERSION
     """The version of tuneline that made it."""
-    made_from: dict[str, str] = Field(default_factory=dict)
-    """SHA-256 of the artifacts that it was made from, by their name."""
+    made_from: dict[str, Ancestor] = Field(default_factory=dict)
+    """All artifacts that it goes back to, by their role: with its own settings and environment this
+    is the whole recipe of its content, whatever directory it is moved to."""
     files: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of each of the directory's other files; `tuneline verify` checks them."""
     environment: dict[str, str] = Field(default_factory=dict)
@@ -83,17 +96,28 @@ class Record(StrictModel):
     settings: dict[str, Any] = Field(default_factory=dict)
     """The step's part of the recipe, every default written out, its seed among them."""
 
-    def write(self, directory: str | Path, config: StrictModel | None = None) -> None:
+    def write(
+        self,
+        directory: str | Path,
+        config: StrictModel | None = None,
+        *,
+        parents: Iterable["Record"] = (),
+    ) -> None:
         """Write the record into `directory`, last.
 
-        It is stamped with the time, the files' hashes, the environment and the step's `config`.
+        It is stamped with the time, the files' hashes, the environment, the step's `config`, and
+        the records of the artifacts that went in with all that those go back to.
         """
+        made_from: dict[str, Ancestor] = {}
+        for parent in parents:
+            made_from |= {**parent.made_from, parent.called(): parent.as_ancestor()}
         stamped = self.model_copy(
             update={
                 "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "files": hash_files(directory, leave_out={self.filename}),
                 "environment": describe_environment(),
                 "settings": config.model_dump(mode="json") if config else {},
+                "made_from": made_from,
             }
         )
         Path(directory, self.filename).write_text(
@@ -104,6 +128,16 @@ class Record(StrictModel):
         """Return one hash over the names and contents of the artifact's files."""
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.files.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
+
+    def called(self) -> str:
+        """Return the name under which a record of what was made from this one keeps it."""
+        return self.role
+
+    def as_ancestor(self) -> Ancestor:
+        """Return what the record of an artifact made from this one keeps of it."""
+        return Ancestor(
+            sha256=self.content_sha256(), settings=self.settings, environment=self.environment
+        )
 
     @classmethod
     def read(cls, directory: str | Path) -> Self:
@@ -127,6 +161,7 @@ class ModelOrigin(Record):
     """Where a base model came from."""
 
     filename: ClassVar[str] = "origin.json"
+    role: ClassVar[str] = "base_model"
 
     source: str
     """As the recipe names it: a Hub id, a directory, a GGUF file or builtin:NAME."""
@@ -143,6 +178,11 @@ class ModelOrigin(Record):
     """Hash over the names and contents of the weight files."""
     runs_own_code: bool = False
     """Whether loading needs trust_remote_code, which the recipe gave by name."""
+
+    def as_ancestor(self) -> Ancestor:
+        """Return the hash that is known before the model is fetched, and the revision."""
+        kept = super().as_ancestor()
+        return kept.model_copy(update={"sha256": self.sha256, "revision": self.revision})
 
 
 class LengthStatistics(StrictModel):
@@ -161,6 +201,7 @@ class DatasetManifest(Record):
     """What a prepared data set holds."""
 
     filename: ClassVar[str] = "dataset.json"
+    role: ClassVar[str] = "dataset"
 
     source: str
     method: Method
@@ -195,6 +236,10 @@ class DatasetManifest(Record):
     sha256: str
     """Hash of the checked rows in order, of the template and of the split."""
 
+    def as_ancestor(self) -> Ancestor:
+        """Return the hash of the rows, which other names and compressions do not change."""
+        return super().as_ancestor().model_copy(update={"sha256": self.sha256})
+
 
 class TrainingPoint(StrictModel):
     """One logged step; a value that was not measured then is null."""
@@ -213,6 +258,7 @@ class TrainingSummary(Record):
     """How an adapter was trained."""
 
     filename: ClassVar[str] = "training.json"
+    role: ClassVar[str] = "adapter"
 
     method: Method
     num_steps: int
@@ -269,6 +315,7 @@ class MergeProof(Record):
     """How the merged model was made, and how far it is from base plus adapter."""
 
     filename: ClassVar[str] = "merge.json"
+    role: ClassVar[str] = "merged"
 
     base: Literal["dequantized", "original"]
     """Which base weights the adapter was added to."""
@@ -303,6 +350,7 @@ class ImportanceMatrix(Record):
     """Which inputs of each weight matter, measured on training rows."""
 
     filename: ClassVar[str] = "importance.json"
+    role: ClassVar[str] = "importance"
 
     file: str
     """In the format of llama-imatrix."""
@@ -315,6 +363,7 @@ class QuantizedModel(Record):
     """One export of the merged model."""
 
     filename: ClassVar[str] = "quantized.json"
+    role: ClassVar[str] = "export"
 
     format: str
     """f16, bf16, q8_0, q5_k_m, q4_k_m, ... or gptq-4bit, ..."""
@@ -384,6 +433,7 @@ class Scores(Record):
     """What a benchmark measured on one model."""
 
     filename: ClassVar[str] = "scores.json"
+    role: ClassVar[str] = "scores"
 
     model: str
     """base, tuned or an export's format."""
@@ -392,6 +442,10 @@ class Scores(Record):
     "weight": int where a score is a ratio: `value` is the weighted mean of the scores."""
     harness: str
     """Name and version of the benchmark program."""
+
+    def called(self) -> str:
+        """Return base_scores or tuned_scores: a decision goes back to both."""
+        return f"{self.model}_scores"
 
 
 class TaskComparison(StrictModel):
@@ -416,6 +470,7 @@ class Decision(Record):
     """Whether the tuned model may be published, and why."""
 
     filename: ClassVar[str] = "decision.json"
+    role: ClassVar[str] = "decision"
 
     verdict: Verdict
     reason: str
@@ -441,6 +496,7 @@ class Published(Record):
     """What was published where."""
 
     filename: ClassVar[str] = "published.json"
+    role: ClassVar[str] = "published"
 
     target: str
     private: bool
@@ -465,6 +521,7 @@ class RunSummary(Record):
     """What a run came to, for tables and scripts."""
 
     filename: ClassVar[str] = "summary.json"
+    role: ClassVar[str] = "summary"
 
     recipe: str
     """The recipe's name."""

@@ -1,11 +1,14 @@
 """Check that artifacts and published repositories are what their records say."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tuneline.artifacts import (
     PUBLISHED_BUNDLE,
+    Ancestor,
     DatasetManifest,
     Decision,
     ImportanceMatrix,
@@ -38,6 +41,9 @@ KINDS: tuple[type[Record], ...] = (
 _NOT_OURS = {"README.md", ".gitattributes"}
 _CACHE = ".cache/"
 
+Known = dict[str, list[Ancestor]]
+"""What was found in a directory, by the names that later artifacts have for it."""
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -63,19 +69,27 @@ def verify(directory: Path) -> list[Checked]:
         for kind in KINDS
         for path in sorted(directory.rglob(kind.filename))
     ]
-    checked = [
-        _check(path, record.files, record.environment, {record.filename})
-        for path, record in records
-    ]
-    known = _known_inputs([record for _, record in records])
-    for (_, record), found in zip(records, checked, strict=True):
-        found.differences.extend(_foreign_inputs(record, known))
+    known: Known = {}
+    for _, record in records:
+        known.setdefault(record.called(), []).append(record.as_ancestor())
+    checked = []
+    for path, record in records:
+        found = _check(path, record.files, record.environment, {record.filename})
+        found.differences.extend(foreign_inputs(record.made_from, known))
+        checked.append(found)
     for path in sorted(directory.rglob(PUBLISHED_BUNDLE)):
         bundle = json.loads(path.read_text(encoding="utf-8"))
         left_out = {PUBLISHED_BUNDLE, *_NOT_OURS}
-        checked.append(
-            _check(path.parent, bundle.get("files", {}), bundle.get("trained_with", {}), left_out)
+        found = _check(
+            path.parent, bundle.get("files", {}), bundle.get("trained_with", {}), left_out
         )
+        made_from = {
+            name: Ancestor(sha256=bundle[f"{key}_sha256"], revision=bundle.get(f"{key}_revision"))
+            for name, key in (("base_model", "base"), ("dataset", "dataset"))
+            if f"{key}_sha256" in bundle
+        }
+        found.differences.extend(foreign_inputs(made_from, known))
+        checked.append(found)
     if not checked:
         names = ", ".join(kind.filename for kind in KINDS)
         raise DataError(
@@ -108,26 +122,41 @@ def _check(
     return Checked(path, len(found), differences, versions)
 
 
-def _known_inputs(records: list[Record]) -> dict[str, set[str]]:
-    """Return the hashes by which later artifacts call the ones that were found."""
-    known: dict[str, set[str]] = {}
-    for record in records:
-        if isinstance(record, ModelOrigin | DatasetManifest):
-            name = "base_model" if isinstance(record, ModelOrigin) else "dataset"
-            known.setdefault(name, set()).add(record.sha256)
-        elif isinstance(record, TrainingSummary | MergeProof):
-            name = "adapter" if isinstance(record, TrainingSummary) else "merged"
-            known.setdefault(name, set()).add(record.content_sha256())
-    return known
+def foreign_inputs(made_from: dict[str, Ancestor], known: Known) -> Iterator[str]:
+    """Say which inputs are of another content than the artifacts of that name found here, and why.
+
+    Yields:
+        A sentence an input: its hash against that here, then each setting and version that differs.
+    """
+    for name, there in made_from.items():
+        here = known.get(name, [])
+        if not here or there.sha256 in {one.sha256 for one in here}:
+            continue
+        why = [
+            f"{key} {old} there, {new} here"
+            for key, old, new in _what_differs(_flat(there), _flat(here[0]))
+        ]
+        yield (
+            f"made from the {name} {there.sha256[:12]}, and here is {here[0].sha256[:12]}"
+            + (f": {'; '.join(why)}" if why else "")
+        )
 
 
-def _foreign_inputs(record: Record, known: dict[str, set[str]]) -> list[str]:
-    """Say which inputs are of another content than the artifacts of that kind found here."""
-    made_from = dict(record.made_from)
-    if isinstance(record, TrainingSummary):
-        made_from |= {"base_model": record.base_sha256, "dataset": record.dataset_sha256}
-    return [
-        f"made from the {name} {digest[:12]}, and here is {', '.join(sorted(known[name]))[:12]}"
-        for name, digest in made_from.items()
-        if name in known and digest not in known[name]
-    ]
+def _flat(ancestor: Ancestor) -> dict[str, Any]:
+    """Return settings by dotted names, versions and the revision, those that are known."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else key, item)
+        else:
+            yield prefix, value
+
+    revision = {"revision": ancestor.revision} if ancestor.revision else {}
+    return {**revision, **dict(walk("", ancestor.settings)), **ancestor.environment}
+
+
+def _what_differs(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted(one.keys() & other.keys()):
+        if one[key] != other[key]:
+            yield key, one[key], other[key]

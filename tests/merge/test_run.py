@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tuneline.artifacts import MergeProof
+from tuneline.artifacts import MergeProof, ModelOrigin, TrainingSummary
 from tuneline.errors import ModelError, OutputExistsError, ProofError, WorldError
 from tuneline.merge import MergeConfig, run
 from tuneline.merge.adapter import Adapter
@@ -94,6 +94,18 @@ def test_weights_are_base_plus_scaled_product(
     assert num_merged == proof.num_merged_modules == 14
     assert proof.mean_kl < 1e-6 and proof.top1_agreement == 1.0 and proof.num_prompts == 8
     assert MergeProof.read(merged).mean_kl == proof.mean_kl
+
+
+def test_the_record_tells_all_that_the_model_goes_back_to(merge, tiny_model_dir, adapter_dir):
+    _, merged = merge()
+    made_from = MergeProof.read(merged).made_from
+    assert set(made_from) == {"base_model", "dataset", "adapter"}
+    origin, training = ModelOrigin.read(tiny_model_dir), TrainingSummary.read(adapter_dir)
+    assert made_from["base_model"].sha256 == origin.sha256 == training.base_sha256
+    assert made_from["dataset"].sha256 == "d" * 64
+    assert made_from["adapter"].sha256 == training.content_sha256()
+    assert made_from["adapter"].settings["seed"] == training.settings["seed"]
+    assert made_from["adapter"].environment["torch"] == torch.__version__
 
 
 def test_on_the_original_weights_equal_to_pefts_own_merge(merge, tiny_model_dir, adapter_dir):

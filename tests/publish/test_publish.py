@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,18 @@ from tuneline.artifacts import (
     TrainingPoint,
     TrainingSummary,
 )
+from tuneline.publish.config import PublishConfig
 from tuneline.recipe import Recipe
+
+
+def change_merged(run_dir: Path, content: bytes) -> None:
+    """Let the merged model and all that goes back to it be another, as a second run makes it."""
+    merged = run_dir / "merged"
+    (merged / "model.safetensors").write_bytes(content)
+    MergeProof.read(merged).write(merged)
+    proof = MergeProof.read(merged)
+    for name in ("q8_0", "gptq-4bit"):
+        QuantizedModel.read(run_dir / name).write(run_dir / name, parents=(proof,))
 
 
 @pytest.fixture
@@ -211,7 +223,7 @@ def test_one_private_commit_a_repository(run_dir: Path, hub) -> None:
     again = to_hub(run_dir, hub, "second")
     assert again.returncode == 0, again.stderr
     assert all(len(kept["commits"]) == 2 for kept in hub.repos.values())
-    (run_dir / "merged" / "model.safetensors").write_bytes(b"another")
+    change_merged(run_dir, b"another")
     assert to_hub(run_dir, hub, "third").returncode == 0
     assert {name: len(kept["commits"]) for name, kept in hub.repos.items()} == {
         **dict.fromkeys(REPOS, 2),
@@ -228,7 +240,7 @@ def test_through_xet(run_dir: Path, hub, tmp_path: Path) -> None:
     """What a machine with hf_xet sends: chunks to a storage that keeps each of them once."""
     hub.xet_dir = tmp_path / "storage"
     weights = run_dir / "merged" / "model.safetensors"
-    weights.write_bytes(os.urandom(3_000_000))
+    change_merged(run_dir, os.urandom(3_000_000))
 
     def push(out: str) -> int:
         """Publish, and return how many bytes the storage grew by."""
@@ -253,8 +265,7 @@ def test_through_xet(run_dir: Path, hub, tmp_path: Path) -> None:
     assert push("second") < 100_000
     assert all(len(kept["commits"]) == 2 for kept in hub.repos.values())
     # Of a file that grew only the new end is stored.
-    with open(weights, "ab") as file:
-        file.write(os.urandom(1000))
+    change_merged(run_dir, weights.read_bytes() + os.urandom(1000))
     assert 1000 < push("third") < 1_000_000
     assert len(hub.repos["me/mine"]["commits"]) == 3
 
@@ -305,7 +316,7 @@ def test_our_own_directory_is_replaced_and_a_foreign_one_is_not(
 ) -> None:
     target = f"dir:{tmp_path}/out"
     assert publish(run_dir, target, "one").returncode == 0
-    (run_dir / "merged" / "model.safetensors").write_bytes(b"another")
+    change_merged(run_dir, b"another")
     assert publish(run_dir, target, "two").returncode == 0
     assert (tmp_path / "out" / "mine" / "model.safetensors").read_bytes() == b"another"
     (tmp_path / "out" / "thesis.txt").write_text("mine")
@@ -348,6 +359,49 @@ def test_somebody_elses_repository_is_left_alone(run_dir: Path, hub, hub_server)
     assert "was not made by tuneline" in sentence(done, 2)
     assert set(hub.repos) == {"me/mine"}, "nothing else was created"
     assert len(theirs["commits"]) == 1
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (
+            lambda run: cut(run / "merged/model.safetensors"),
+            r"safetensors was changed after it was",
+        ),
+        (lambda run: cut(run / "q8_0/model.gguf"), r"model\.gguf was changed after it was proven"),
+        (lambda run: (run / "gptq-4bit/config.json").unlink(), r"config\.json is gone"),
+        (lambda run: (run / "q8_0/model.gguf").unlink(), r"model\.gguf is gone"),
+        (lambda run: (run / "adapter/more.bin").touch(), r"more\.bin was added after its step"),
+        (
+            # The model was merged again, and the exports are still those of the first.
+            lambda run: MergeProof.read(run / "merged").write(
+                run / "merged", PublishConfig(), parents=[ModelOrigin.read(run / "other")]
+            ),
+            r"the merged was made from the base_model 999999999999, and here is 111111111111",
+        ),
+        (
+            lambda run: change_merged_alone(run),
+            r"the q8_0 was made from the merged \w+, and here is",
+        ),
+    ],
+)
+def test_what_was_not_proven_is_not_published(run_dir: Path, hub, break_it, says) -> None:
+    origin = ModelOrigin.read(run_dir / "base")
+    (run_dir / "other").mkdir()
+    origin.model_copy(update={"sha256": "9" * 64}).write(run_dir / "other")
+    change_merged(run_dir, os.urandom(4096))
+    break_it(run_dir)
+    assert re.search(says, sentence(to_hub(run_dir, hub, "out"), 1))
+    assert hub.repos == {} and not (run_dir / "out").exists()
+
+
+def change_merged_alone(run_dir: Path) -> None:
+    (run_dir / "merged" / "model.safetensors").write_bytes(b"another")
+    MergeProof.read(run_dir / "merged").write(run_dir / "merged")
 
 
 def test_a_model_on_hold_is_not_published(run_dir: Path, tmp_path: Path) -> None:

@@ -17,6 +17,11 @@ from typing import Any
 from tuneline.artifacts import (
     GENERATIONS_FILE,
     SAMPLES_DIR,
+    DatasetManifest,
+    MergeProof,
+    ModelOrigin,
+    QuantizedModel,
+    Record,
     Scores,
     new_directory,
     write_jsonl,
@@ -99,8 +104,19 @@ def run(
             harness=f"lm-eval {importlib.metadata.version('lm-eval')}",
             seconds=round(time.monotonic() - started, 3),
         )
-        result.write(target, config)
+        result.write(target, config, parents=_parents(model_dir, dataset_dir))
     return result
+
+
+def _parents(model_dir: str, dataset_dir: str) -> list[Record]:
+    """Return the records of what was measured, and on what; a bare model directory has none."""
+    kinds = (DatasetManifest, ModelOrigin, MergeProof, QuantizedModel)
+    return [
+        kind.read(directory)
+        for directory in (dataset_dir, model_dir)
+        for kind in kinds
+        if Path(directory, kind.filename).is_file()
+    ]
 
 
 def _warn_of_ignored(config: EvaluateConfig, rows: list[dict[str, Any]]) -> None:

@@ -79,7 +79,7 @@ def run(
             comparisons=comparisons,
             seconds=round(time.monotonic() - started, 3),
         )
-        decision.write(directory, config)
+        decision.write(directory, config, parents=(base, tuned))
         if summary_path is not None:
             Path(summary_path).write_text(_markdown(decision), encoding="utf-8")
     logger.info("%s: %s", verdict, reason)

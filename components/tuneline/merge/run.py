@@ -120,11 +120,6 @@ def run(
         record = MergeProof(
             base=base,
             base_asked=config.base,
-            made_from={
-                "base_model": origin.sha256,
-                "dataset": dataset.sha256,
-                "adapter": training.content_sha256(),
-            },
             base_losses=losses,
             merged_loss=merged.loss,
             dtype=config.dtype,
@@ -141,7 +136,7 @@ def run(
             merged_answer=tokenizer.decode(merged.greedy_ids, skip_special_tokens=True),
             seconds=time.monotonic() - began,
         )
-        record.write(directory, config)
+        record.write(directory, config, parents=(origin, dataset, training))
     logger.info("proof: mean KL %.3g, top-1 %.4f", distance.mean_kl, distance.top1_agreement)
     return record
 

@@ -60,6 +60,7 @@ def run(
         RecipeError: the target is neither a Hub name nor `dir:PATH`.
         CredentialsError: the token is missing or refused; nothing was touched.
         HubError: the Hub did not take it after all tries.
+        ProofError: a file is not the one that its step proved, or was made from another artifact.
     """
     # A recipe is made of the steps' configs, this one's included, so it is imported late.
     from tuneline.publish.staging import Sources, stage
@@ -117,7 +118,7 @@ def run(
             repos=repos,
             seconds=round(time.monotonic() - started, 3),
         )
-        record.write(record_dir, config)
+        record.write(record_dir, config, parents=(sources.merge, decision))
     for repo in record.repos:
         logger.info("published %s: %d files, %d bytes", repo.url, repo.num_files, repo.num_bytes)
     return record

@@ -17,11 +17,13 @@ from tuneline.artifacts import (
     MergeProof,
     ModelOrigin,
     QuantizedModel,
+    Record,
     TrainingSummary,
     hash_files,
 )
 from tuneline.publish.card import model_card
 from tuneline.publish.config import PublishConfig
+from tuneline.publish.proven import StoredFile, check_lineage, check_present, check_unchanged
 from tuneline.recipe import Recipe
 from tuneline.version import VERSION
 
@@ -58,8 +60,13 @@ class Sources:
         gptq_dirs: list[Path],
         decision: Decision,
     ) -> Self:
-        """Read every record, so that a half-made artifact is found before anything is sent."""
-        return cls(
+        """Read every record, so that a half-made artifact is found before anything is sent.
+
+        Raises:
+            WorldError: an artifact has none.
+            ProofError: one was made from others than these.
+        """
+        sources = cls(
             recipe=recipe,
             origin=ModelOrigin.read(base_model_dir),
             dataset=DatasetManifest.read(dataset_dir),
@@ -70,6 +77,9 @@ class Sources:
             merged_dir=merged_dir,
             exports={path: QuantizedModel.read(path) for path in [*gguf_dirs, *gptq_dirs]},
         )
+        inputs = [sources.origin, sources.dataset, sources.training, sources.merge]
+        check_lineage([*inputs, *sources.exports.values(), decision], inputs)
+        return sources
 
 
 @dataclass(frozen=True)
@@ -94,34 +104,38 @@ def stage(
     Nothing that differs from run to run goes in (times, paths of this machine), so that the same
     content staged twice is the same tree.
     """
-    plans: list[tuple[str, Kind, dict[str, Path]]] = [
-        (f"{name}-lora", "adapter", _files(sources.adapter_dir)),
-        (name, "merged", _files(sources.merged_dir)),
+    plans: list[tuple[str, Kind, dict[str, StoredFile]]] = [
+        (f"{name}-lora", "adapter", _files(sources.adapter_dir, sources.training)),
+        (name, "merged", _files(sources.merged_dir, sources.merge)),
     ]
-    gguf: dict[str, Path] = {}
+    gguf: dict[str, StoredFile] = {}
     modelfiles: dict[str, str] = {}
     for path, export in sources.exports.items():
         if export.kind == "gguf":
             file = f"{name.rsplit('/', 1)[-1]}-{export.format}.gguf"
-            gguf[file] = path / export.file
+            gguf[file] = StoredFile(path / export.file, export.files.get(export.file))
             if (path / MODELFILE).is_file():
                 text = (path / MODELFILE).read_text(encoding="utf-8")
                 own, there = f"FROM ./{export.file}\n", f"FROM ./{file}\n"
                 modelfiles[f"{MODELFILE}-{export.format}"] = text.replace(own, there, 1)
         else:
-            plans.append((f"{name}-{export.format}", "gptq", _files(path)))
+            plans.append((f"{name}-{export.format}", "gptq", _files(path, export)))
     if gguf:
         plans.append((f"{name}-gguf", "gguf", gguf))
     family = {repo: kind for repo, kind, _ in plans}
     staged = []
+    for _, _, files in plans:
+        check_present(files)
     for repo, kind, files in plans:
         folder = directory / repo.rsplit("/", 1)[-1]
-        for relative, source in files.items():
-            _place(source, folder / relative)
+        for relative, stored in files.items():
+            _place(stored.path, folder / relative)
+        # Before anything else is written there: what goes out is what was proven.
+        content = hash_files(folder, leave_out=set())
+        check_unchanged(files, content)
         for relative, text in modelfiles.items() if kind == "gguf" else ():
             (folder / relative).write_text(text, encoding="utf-8")
-        # Before the card, which names the repository: the rest is the same in every target.
-        content = hash_files(folder, leave_out=set())
+            content[relative] = hashlib.sha256(text.encode()).hexdigest()
         card = model_card(
             sources,
             repo=repo,
@@ -150,15 +164,18 @@ def stage(
 _RECORDS = {TrainingSummary.filename, MergeProof.filename, QuantizedModel.filename}
 
 
-def _files(directory: Path) -> dict[str, Path]:
-    """Return relative name -> path of an artifact's files, without our record.
+def _files(directory: Path, record: Record) -> dict[str, StoredFile]:
+    """Return an artifact's files by relative name, those that it should have too, no record.
 
     Records carry times; what a reader needs of them is in the model card.
     """
+    found = {
+        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
+    }
     return {
-        str(path.relative_to(directory)): path
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name not in {*_RECORDS, "README.md"}
+        relative: StoredFile(directory / relative, record.files.get(relative))
+        for relative in sorted(found | record.files.keys())
+        if relative.rpartition("/")[2] not in {*_RECORDS, "README.md"}
     }
 
 

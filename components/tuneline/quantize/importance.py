@@ -59,17 +59,16 @@ def measure_importance(
     rows = [row[:MAX_ROW_TOKENS] for row in rows if row]
     with new_directory(importance_dir) as target:
         found = collect(Path(gguf_dir, f16.file), rows)
-        source = DatasetManifest.read(dataset_dir).sha256
-        importance_file.write(target / FILE, found, source=source, num_rows=len(rows))
+        dataset = DatasetManifest.read(dataset_dir)
+        importance_file.write(target / FILE, found, source=dataset.sha256, num_rows=len(rows))
         record = ImportanceMatrix(
             file=FILE,
             num_rows=len(rows),
             num_tokens=sum(len(row) for row in rows),
             num_tensors=len(found),
-            made_from={"gguf": f16.content_sha256(), "dataset": source},
             seconds=round(time.monotonic() - started, 3),
         )
-        record.write(target, config)
+        record.write(target, config, parents=(dataset, f16))
     logger.info(
         "importance matrix: %d tensors, %d rows, %d tokens, %.1f s",
         record.num_tensors,

@@ -6,7 +6,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuneline.artifacts import ImportanceMatrix, MergeProof, QuantizedModel, new_directory
+from tuneline.artifacts import (
+    ImportanceMatrix,
+    MergeProof,
+    QuantizedModel,
+    Record,
+    new_directory,
+)
 from tuneline.errors import ModelError, RecipeError
 from tuneline.quantize import formats
 from tuneline.quantize.calibration import read_rows
@@ -41,13 +47,8 @@ def convert(*, merged_dir: str, gguf_dir: str) -> QuantizedModel:
         )
         record = gguf.prove(
             file, format="f16", reference=merged, bound=formats.GGUF["f16"]
-        ).model_copy(
-            update={
-                "seconds": round(time.monotonic() - started, 3),
-                "made_from": {"merged": merge.content_sha256()},
-            }
-        )
-        record.write(target)
+        ).model_copy(update={"seconds": round(time.monotonic() - started, 3)})
+        record.write(target, parents=(merge,))
     _log(record)
     return record
 
@@ -92,17 +93,16 @@ def run(
     merged, dataset = Path(merged_dir), Path(dataset_dir)
     bound = formats.bound_of(format, config.max_mean_kl, config.min_top1_agreement)
     with new_directory(quantized_dir) as target, few_threads():
+        parents: list[Record] = [merge]
         if format in formats.GPTQ:
             record = _gptq(config, format, merged, dataset, target, bound)
         else:
-            record = _gguf(config, format, merged, dataset, target, bound, gguf_dir, importance_dir)
-        record = record.model_copy(
-            update={
-                "seconds": round(time.monotonic() - started, 3),
-                "made_from": {"merged": merge.content_sha256()},
-            }
-        )
-        record.write(target, config)
+            record, matrix = _gguf(
+                config, format, merged, dataset, target, bound, gguf_dir, importance_dir
+            )
+            parents += [matrix] if matrix else []
+        record = record.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
+        record.write(target, config, parents=parents)
     _log(record)
     return record
 
@@ -116,7 +116,7 @@ def _gguf(
     bound: formats.Bound,
     gguf_dir: str | None,
     importance_dir: str | None,
-) -> QuantizedModel:
+) -> tuple[QuantizedModel, ImportanceMatrix | None]:
     from tuneline.quantize import gguf
     from tuneline.quantize.importance import measure_importance
 
@@ -142,11 +142,12 @@ def _gguf(
     merged = _reference(config, merged_dir, dataset_dir)
     record = gguf.prove(file, format=format, reference=merged, bound=bound)
     if matrix is None:
-        return record
+        return record, None
     note = f"importance matrix from {matrix.num_rows} training rows, {matrix.num_tokens} tokens"
-    return record.model_copy(
+    noted = record.model_copy(
         update={"num_importance_rows": matrix.num_rows, "notes": [*record.notes, note]}
     )
+    return noted, matrix
 
 
 def _gptq(

@@ -99,7 +99,7 @@ def run(
         seconds = time.monotonic() - began
         summary = summary.model_copy(update={"seconds": seconds, "estimated_peak_bytes": estimated})
         _write_curves(summary, Path(curves_path))
-        summary.write(directory, config)
+        summary.write(directory, config, parents=(origin, manifest))
     store.remove()
     return summary
 
