@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 from tuneline import nf4
 from tuneline.artifacts import PROGRESS_FILE, DatasetManifest, ModelOrigin, TrainingSummary
 from tuneline.errors import StoppedError
+from tuneline.kernels import patch
 from tuneline.train import ranks, zero2
 from tuneline.train.adapter import keep_adapter_in_fp32, lora_config, save_adapter
 from tuneline.train.arguments import num_total_steps, training_arguments
@@ -147,6 +148,9 @@ def train(
         name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad
     ]
     kernels = fuse_trainer(trainer) if fuses else "off"
+    if fuses and plan.kept_gib is not None:
+        # Patching again changes what they may keep.
+        patch(trainer.model, budget=plan.kept_gib)
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     logger.info(
         "%s: %d steps, %d trainable parameters, %s on %s",

@@ -30,11 +30,13 @@ class Plan(StrictModel):
     gradient_accumulation_steps: int
     gradient_checkpointing: bool
     max_seq_length: int
+    kept_gib: float | None = 0.0
+    """What our kernels may take to keep activations; null: what is free."""
 
     @property
     def train_values(self) -> dict[str, int | bool]:
         """What it says of a TrainConfig."""
-        return self.model_dump(exclude={"max_seq_length"})
+        return self.model_dump(exclude={"max_seq_length", "kept_gib"})
 
     def shared_by(self, num_ranks: int) -> "Plan":
         """Return a plan with the rows of a step of this, whose forwards ranks can share equally.
@@ -71,6 +73,7 @@ class Plan(StrictModel):
                 "gradient_accumulation_steps": in_step // rows,
                 "gradient_checkpointing": self.gradient_checkpointing
                 or other.gradient_checkpointing,
+                "kept_gib": 0.0 if other.kept_gib == 0 else self.kept_gib,
             }
         )
 
@@ -84,8 +87,16 @@ class Plan(StrictModel):
         )
 
 
-def first_plan(config: TrainConfig, manifest: DatasetManifest, num_ranks: int = 1) -> Plan:
+def first_plan(
+    config: TrainConfig, manifest: DatasetManifest, num_ranks: int = 1, *, fused: bool = False
+) -> Plan:
     """Return the recipe's own settings, with a step's forwards such that ranks can share them.
+
+    Args:
+        config: the recipe's part.
+        manifest: of the data set.
+        num_ranks: who share a step.
+        fused: whether our kernels run.
 
     Raises:
         RecipeError: see `Plan.shared_by`.
@@ -95,6 +106,7 @@ def first_plan(config: TrainConfig, manifest: DatasetManifest, num_ranks: int = 
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=config.gradient_checkpointing,
         max_seq_length=manifest.max_seq_length,
+        kept_gib=None if fused else 0.0,
     ).shared_by(num_ranks)
 
 
@@ -105,6 +117,8 @@ def smaller_plan(plan: Plan, *, min_length: int | None = None) -> Plan | None:
         plan: what is too large.
         min_length: no pack gets shorter; None: packs stay as they are.
     """
+    if plan.kept_gib != 0:
+        return plan.model_copy(update={"kept_gib": 0.0})
     rows, accumulated = plan.per_device_train_batch_size, plan.gradient_accumulation_steps
     if rows > 1:
         fewer = max(number for number in range(1, rows) if rows % number == 0)
@@ -162,9 +176,20 @@ def fitting_plan(
     longest = manifest.max_seq_length if is_packed else manifest.lengths.max
     needed = _estimate(shape, settings, asked, longest)
     usable = int(available_bytes * (1 - HEAD_ROOM))
-    logger.info("memory: %s estimated, %.2f GiB free", needed, available_bytes / GIB)
+
+    def filled(plan: Plan, estimate: MemoryEstimate) -> tuple[Plan, MemoryEstimate]:
+        if settings.fused:
+            kept = max(0, usable - estimate.total)
+            gib = None if config.memory_gib is None else kept / GIB
+            plan = plan.model_copy(update={"kept_gib": gib})
+            estimate = _estimate(
+                shape, dataclasses.replace(settings, kept_bytes=kept), plan, longest
+            )
+        logger.info("memory: %s estimated, %.2f GiB free", estimate, available_bytes / GIB)
+        return plan, estimate
+
     if needed.total <= usable or config.fit == "off":
-        return asked, needed
+        return filled(asked, needed)
     where = (
         f"the run takes about {needed.total / GIB:.1f} GiB of memory, and {usable / GIB:.1f} of "
         f"{available_bytes / GIB:.1f} GiB free can be used"
@@ -187,7 +212,7 @@ def fitting_plan(
             changes,
             estimate.total / GIB,
         )
-        return plan, estimate
+        return filled(plan, estimate)
     raise RecipeError(
         f"train: {where}; the least it can do with is {smallest.total / GIB:.1f} GiB: lower "
         "prepare.max_seq_length or lora.r, take a smaller base model or a larger device, or set "
@@ -221,9 +246,12 @@ def run_settings(
 
 
 def available_memory(config: TrainConfig, device: str, num_ranks: int = 1) -> int:
-    """Return how many bytes a rank may still take: what is free, or what the recipe grants."""
-    if config.memory_gib is not None:
-        return int(config.memory_gib * GIB)
+    """Return how many bytes a rank may still take: what is free, and what the recipe grants."""
+    free = _free_memory(device, num_ranks)
+    return free if config.memory_gib is None else min(free, int(config.memory_gib * GIB))
+
+
+def _free_memory(device: str, num_ranks: int) -> int:
     if device != "cpu":
         import torch
 
@@ -267,5 +295,7 @@ def _estimate(shape: Shape, settings: Settings, plan: Plan, longest: int) -> Mem
     )
 
 
-def _text(value: int | bool) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _text(value: float | bool | None) -> str:
+    if value is None:
+        return "what is free"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"

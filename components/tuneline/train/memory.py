@@ -3,7 +3,7 @@
     weights      the base: 4-bit linear layers with their scales, the rest in the compute type
     adapter      trained weights and gradients in fp32, the optimizer's state
     activations  what the backward pass needs of each token: of every layer, or only the inputs of
-                 layers where activations are computed again
+                 layers where activations are computed again; our kernels fill what is free
     working set  of one layer's backward: what is computed again, a dequantised weight, gradients
     head         logits and their gradient, where the loss holds them whole
 
@@ -70,7 +70,9 @@ class Settings:
     loss: Loss = "tiled"
     """Whether the loss holds all logits at once."""
     fused: bool = False
-    """Whether our kernels run: they keep what fits, so the estimate is what they cannot do with."""
+    """Whether our kernels run."""
+    kept_bytes: int = 0
+    """What they may take to keep activations, a whole layer's or none of it."""
     num_ranks: int = 1
     """Ranks that share gradients and optimizer state."""
 
@@ -152,6 +154,8 @@ def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
     )
     if settings.fused:
         activations, working_set = _fused_bytes(shape, tokens, itemsize)
+        layer = _kept_bytes_per_token(shape, itemsize) * tokens
+        activations += min(shape.num_layers, settings.kept_bytes // layer) * layer
     else:
         layer = tokens * _layer_bytes_per_token(shape, itemsize)
         working_set = itemsize * (shape.hidden + tokens) * shape.mlp
@@ -171,6 +175,12 @@ def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
 def _layer_bytes_per_token(shape: Shape, itemsize: int) -> int:
     norms = 2 * (4 + itemsize) * shape.hidden
     return norms + itemsize * 2 * (shape.query + shape.key_value + 2 * shape.mlp)
+
+
+def _kept_bytes_per_token(shape: Shape, itemsize: int) -> int:
+    """Return what one of our layers holds where it keeps everything: `kernels.budget` decides."""
+    attention = 2 * shape.query + 2 * shape.key_value
+    return itemsize * (attention + shape.hidden + 2 * shape.mlp)
 
 
 def _fused_bytes(shape: Shape, tokens: int, itemsize: int) -> tuple[int, int]:

@@ -45,20 +45,21 @@ def plan_within_memory(
         RecipeError: see `fitting_plan`.
     """
     shape = model_shape(base_model_dir, config.lora)
+    fused = can_fuse(config.kernels, device)
     if shape is None:
         logger.warning(
             "no estimate of the memory that %s takes: it is built otherwise than the "
             "models whose memory is known",
             base_model_dir,
         )
-        return first_plan(config, manifest, num_ranks), None
+        return first_plan(config, manifest, num_ranks, fused=fused), None
     divides = zero2.is_wanted(config, device, num_ranks)
     settings = run_settings(
         config.model_copy(update={"optim": zero2.OPTIMIZER}) if divides else config,
         manifest,
         itemsize=choose_dtype(config, device).itemsize,
         device=device,
-        fused=can_fuse(config.kernels, device),
+        fused=fused,
         num_sharing=num_ranks if divides else 1,
     )
     available = available_memory(config, device, num_ranks)
@@ -101,6 +102,7 @@ def train_within_memory(
         TrainingError: no smaller plan is left, or `fit` is off.
     """
     asked = first_plan(config, manifest, num_ranks)
+    asked = asked.model_copy(update={"kept_gib": plan.kept_gib})
     num_out_of_memory = 0
     divides_optimizer = zero2.is_wanted(config, device, num_ranks)
     carried: dict[str, Any] = {}

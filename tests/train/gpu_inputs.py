@@ -1,0 +1,417 @@
+"""Base models of random weights and data sets of random tokens, for the scripts beside this.
+
+What a train step reads is written as fetch and prepare write it: the step then runs as ever.
+"""
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "components"), str(ROOT / "kernels")]
+
+GIB = 2**30
+MAX_SHARD = 2 * GIB
+
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+LLAMA_1B = {
+    **LLAMA_8B,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+QWEN_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+PHI_MINI = {
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "pad_token_id": 0,
+}
+SMALL = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama-3.1-8B": ("Llama", LLAMA_8B),
+    "Llama-3.2-1B": ("Llama", LLAMA_1B),
+    "Qwen2.5-7B": ("Qwen2", QWEN_7B),
+    "Phi-3.5-mini": ("Phi3", PHI_MINI),
+    "small": ("Llama", SMALL),
+    "tiny": ("Llama", TINY),
+}
+LENGTH_DECILES = [97, 141, 158, 173, 188, 204, 222, 243, 269, 312, 570]
+"""Tokens of GSM8K's training rows as chats under SmolLM2's tokenizer; their mean is 217."""
+
+NEEDED = (
+    *("torch", "transformers", "accelerate", "peft", "trl", "datasets", "bitsandbytes"),
+    *("pyarrow", "pydantic", "yaml", "rich", "psutil", "safetensors"),
+)
+
+
+def check_packages(*more: str) -> None:
+    """End with a sentence where a package is missing that a train step cannot do without."""
+    missing = [name for name in (*NEEDED, *more) if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"not installed here, and needed: {', '.join(missing)}")
+    if importlib.util.find_spec("pynvml") is None:
+        say("nvidia-ml-py is not installed: no use and energy of the GPU")
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    print(text, flush=True)
+
+
+def roomy_directory(num_bytes: int) -> Path:
+    """Return a new directory: in memory where there is plenty of it, else on the disk."""
+    memory = Path("/dev/shm")
+    if memory.is_dir() and shutil.disk_usage(memory).free > 2 * num_bytes:
+        return Path(tempfile.mkdtemp(dir=memory))
+    return Path(tempfile.mkdtemp())
+
+
+def write_base(directory: Path, shape: str) -> None:
+    """Write what a train step reads of a base model, but for its weights."""
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    from tuneline.artifacts import ModelOrigin
+
+    family, sizes = SHAPES[shape]
+    config = getattr(transformers, f"{family}Config")(
+        **sizes, max_position_embeddings=16384, dtype="bfloat16"
+    )
+    config.architectures = [f"{family}ForCausalLM"]
+    config.save_pretrained(directory)
+    # Nobody asks it for a token: the rows are tokens already.
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    ).save_pretrained(directory)
+    ModelOrigin(
+        source=shape,
+        architecture=f"{family}ForCausalLM",
+        num_parameters=0,
+        num_bytes=0,
+        sha256="0" * 64,
+    ).write(directory)
+
+
+def write_weights(directory: Path) -> int:
+    """Write random bf16 weights for a config, in shards; return their bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    from tuneline.nf4 import empty_model
+
+    model = empty_model(directory)
+    empty = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del empty["lm_head.weight"]
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in empty.items():
+        if size and size + 2 * tensor.numel() > MAX_SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += 2 * tensor.numel()
+    files = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+
+    def made(name: str) -> torch.Tensor:
+        shape = empty[name].shape
+        if len(shape) == 1:
+            fill = torch.zeros if name.endswith("bias") else torch.ones
+            return fill(shape, dtype=torch.bfloat16)
+        values = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+        return values.mul_(0.02).cpu()
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = []
+        for file, names in zip(files, shards, strict=True):
+            tensors = {name: made(name) for name in names}
+            path = directory / file
+            jobs.append(pool.submit(save_file, tensors, path, {"format": "pt"}))
+            if len(jobs) > 2:
+                jobs[-3].result()
+        for job in jobs:
+            job.result()
+    total = 2 * sum(tensor.numel() for tensor in empty.values())
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def gsm8k_lengths(num_tokens: int, scale: float = 1.0) -> list[int]:
+    """Draw lengths of rows, distributed as GSM8K's, of so many tokens in all."""
+    draw = random.Random(0)
+    lengths: list[int] = []
+    total = 0
+    while total < num_tokens:
+        place = draw.random() * 10
+        low, high = LENGTH_DECILES[int(place)], LENGTH_DECILES[int(place) + 1]
+        lengths.append(max(4, round(scale * (low + (high - low) * (place % 1)))))
+        total += lengths[-1]
+    return lengths
+
+
+def write_dataset(
+    directory: Path,
+    lengths: list[int],
+    *,
+    max_seq_length: int,
+    method: str = "sft",
+    num_eval_rows: int = 0,
+    max_token: int = 30000,
+) -> Any:
+    """Write rows of random tokens, small numbers the likelier, so that there is much to learn.
+
+    Args:
+        directory: new.
+        lengths: of the rows; a preference has so many tokens with either answer.
+        max_seq_length: of a pack.
+        method: sft or dpo.
+        num_eval_rows: rows that are kept for evaluation, of the first lengths.
+        max_token: tokens are below this.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    from tuneline.artifacts import EVAL_FILE, TRAIN_FILE, DatasetManifest, LengthStatistics
+
+    directory.mkdir(parents=True)
+    draw = random.Random(1)
+
+    def tokens(count: int) -> list[int]:
+        return [10 + int((max_token - 10) * draw.random() ** 4) for _ in range(count)]
+
+    def row(length: int) -> dict[str, list[int]]:
+        half = length // 2
+        if method == "dpo":
+            names = ("chosen_ids", "rejected_ids")
+            return {"prompt_ids": tokens(length - half)} | {name: tokens(half) for name in names}
+        return {"input_ids": tokens(length), "loss_mask": [0] * half + [1] * (length - half)}
+
+    for name, some in ((TRAIN_FILE, lengths), (EVAL_FILE, lengths[:num_eval_rows])):
+        if some:
+            table = pyarrow.Table.from_pylist([row(length) for length in some])
+            pyarrow.parquet.write_table(table, directory / name)
+    in_order = sorted(lengths)
+    manifest = DatasetManifest(
+        source="random",
+        method=method,
+        format="text",
+        template="none",
+        loss_on="answers",
+        num_train_rows=len(lengths),
+        num_eval_rows=num_eval_rows,
+        num_heldout_rows=0,
+        num_rejected_rows=0,
+        num_tokens=sum(lengths),
+        num_loss_tokens=0,
+        lengths=LengthStatistics(
+            mean=sum(lengths) / len(lengths),
+            median=in_order[len(lengths) // 2],
+            p95=in_order[int(len(lengths) * 0.95)],
+            p99=in_order[int(len(lengths) * 0.99)],
+            max=in_order[-1],
+        ),
+        max_seq_length=max_seq_length,
+        recommended_max_seq_length=max_seq_length,
+        truncated_token_share=0.0,
+        sha256=f"{len(lengths):064}",
+    )
+    manifest.write(directory)
+    return manifest
+
+
+@dataclass
+class Run:
+    """A train step in a process of its own."""
+
+    name: str
+    code: int
+    seconds: float
+    summary: dict[str, Any]
+    """training.json; empty where there is none."""
+    points: list[dict[str, Any]]
+    """Lines of progress.jsonl, those of the last process that wrote it."""
+    log: list[str]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Training losses by step."""
+        return {p["step"]: p["loss"] for p in self.points if p.get("loss") is not None}
+
+    def tokens_per_second(self, first_step: int) -> float:
+        """Return the median over steps from one on, by the clock: data, logs and all between."""
+        first_lines = {point["step"]: point for point in reversed(self.points)}
+        rates = []
+        for step, point in first_lines.items():
+            before = first_lines.get(step - 1)
+            if before is not None and step >= first_step:
+                tokens = point["num_tokens"] - before["num_tokens"]
+                rates.append(tokens / (point["time"] - before["time"]))
+        return statistics.median(rates) if rates else float("nan")
+
+    def show(self, first_step: int) -> str:
+        """Sum up in a line."""
+        if not self.summary:
+            return f"{self.name}: ended with {self.code} after {self.seconds:.0f} s: {self.said}"
+        found = self.summary
+        uses = [point["gpu_use"] for point in self.points if point["gpu_use"] is not None]
+        energy = found["energy_kwh"]
+        return (
+            f"{self.name}: {self.tokens_per_second(first_step):.0f} tok/s on {found['num_ranks']} "
+            f"rank(s), peak {found['peak_memory_bytes'] / GIB:.2f} GiB of "
+            f"{(found['estimated_peak_bytes'] or 0) / GIB:.2f} estimated, loss "
+            f"{self.losses.get(1, float('nan')):.4f} -> {found['final_loss']:.4f}, eval "
+            f"{found['first_eval_loss']} -> {found['final_eval_loss']}, use "
+            f"{statistics.mean(uses) if uses else float('nan'):.2f}, "
+            f"{'no energy' if energy is None else f'{1000 * energy:.2f} Wh'}, "
+            f"{found['num_resumptions']} resumed, {found['num_out_of_memory']} out of memory"
+            f"{', fitted: ' + found['fitted'] if found['fitted'] else ''}; kernels "
+            f"{found['kernels']}; {self.seconds:.0f} s in all"
+        )
+
+    @property
+    def said(self) -> str:
+        """The last lines of its log."""
+        return " | ".join(line for line in self.log[-12:] if line.strip())
+
+
+def train(
+    name: str,
+    config: dict[str, Any],
+    *,
+    base: Path,
+    dataset: Path,
+    work: Path,
+    stop_at: int | None = None,
+    timeout: float = 300,
+    on_log: tuple[str, Callable[[], None]] | None = None,
+) -> Run:
+    """Run `python -m tuneline.train`.
+
+    Args:
+        name: of the run; the same name goes on from its checkpoints.
+        config: a TrainConfig.
+        base: a base model.
+        dataset: a data set.
+        work: where its files go.
+        stop_at: it gets SIGTERM when this step is done.
+        timeout: it is killed after so many seconds.
+        on_log: what is called once a word is in its log.
+    """
+    adapter = work / name / "adapter"
+    adapter.parent.mkdir(parents=True, exist_ok=True)
+    config_path = work / name / "config.json"
+    config_path.write_text(json.dumps(config))
+    log_path = work / name / "log.txt"
+    command = [sys.executable, "-m", "tuneline.train", "--config", str(config_path)]
+    command += ["--base-model", str(base), "--dataset", str(dataset), "--adapter", str(adapter)]
+    command += ["--curves", str(work / name / "curves.html")]
+    began = time.monotonic()
+    sources = [str(ROOT / "components"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sources))}
+    with open(log_path, "w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
+        )
+    was_told = False
+    while process.poll() is None:
+        time.sleep(0.1)
+        if time.monotonic() - began > timeout:
+            process.kill()
+            say(f"{name}: killed after {timeout:.0f} s")
+        progress = next(adapter.parent.glob(".checkpoints/*/progress.jsonl"), None)
+        if stop_at is not None and not was_told and progress and _last_step(progress) >= stop_at:
+            process.send_signal(signal.SIGTERM)
+            was_told = True
+        if on_log is not None and on_log[0] in log_path.read_text(errors="replace"):
+            on_log[1]()
+            on_log = None
+    found = adapter / "progress.jsonl"
+    if not found.exists():
+        found = next(adapter.parent.glob(".checkpoints/*/progress.jsonl"), found)
+    summary = adapter / "training.json"
+    return Run(
+        name=name,
+        code=process.returncode,
+        seconds=time.monotonic() - began,
+        summary=json.loads(summary.read_text()) if summary.exists() else {},
+        points=_lines(found),
+        log=log_path.read_text(errors="replace").splitlines(),
+    )
+
+
+def largest_difference(one: dict[int, float], other: dict[int, float], steps: range) -> float:
+    """Return how far losses of the same step are apart at most."""
+    return max((abs(one[s] - other[s]) for s in steps if s in one and s in other), default=-1.0)
+
+
+def _last_step(path: Path) -> int:
+    points = _lines(path)
+    return points[-1]["step"] if points else 0
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break  # Being written.
+    return found
