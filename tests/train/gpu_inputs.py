@@ -340,7 +340,7 @@ def train(
     dataset: Path,
     work: Path,
     stop_at: int | None = None,
-    timeout: float = 300,
+    timeout: float = 150,
     on_log: tuple[str, Callable[[], None]] | None = None,
 ) -> Run:
     """Run `python -m tuneline.train`.

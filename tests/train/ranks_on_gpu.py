@@ -1,0 +1,176 @@
+"""Run `python -m tuneline.train` on one and on two GPUs, and compare what they learn and how fast.
+
+    python tests/train/ranks_on_gpu.py --out-dir DIR
+    python tests/train/ranks_on_gpu.py --parts big       some of its parts
+    python tests/train/ranks_on_gpu.py --tiny            whether this runs: two ranks on a CPU
+
+    medium  a 1B shape: one rank; two ranks with ZeRO-2, SIGTERM in the middle; one rank to the end
+    big     an 8B shape, packed to 8192: one rank and two
+    ddp     the 1B shape with SGD, which ZeRO-2 does not divide: one rank and two
+
+Every step has the same packs on any number of ranks, so that losses are to be the same but for
+rounding. Tokens a second are of all ranks, by the clock. Weights and tokens are random.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import gpu_inputs
+from gpu_inputs import Run, largest_difference, say, train
+
+PARTS = ("medium", "big", "ddp")
+WARM_UP = 6
+"""Steps that may compile kernels."""
+
+
+def main() -> None:
+    """Run the parts one after another, as long as there is time."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out-dir", type=Path, default=Path("."), help="for ranks.json and logs")
+    parser.add_argument("--work-dir", type=Path, help="for base models; default: memory or disk")
+    parser.add_argument("--deadline", type=float, default=180, help="start no run after so many s")
+    parser.add_argument("--tiny", action="store_true", help="two small layers and short rows")
+    args = parser.parse_args()
+    gpu_inputs.check_packages(*(() if args.tiny else ("deepspeed",)))
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    if num_gpus < 2 and not args.tiny:
+        raise SystemExit(f"this machine has {num_gpus} GPUs: two are needed, or --tiny")
+    name = torch.cuda.get_device_name() if num_gpus else "CPU"
+    work = args.work_dir or gpu_inputs.roomy_directory(0 if args.tiny else 20 * 10**9)
+    say(f"{num_gpus} x {name}, torch {torch.__version__}, {work}")
+    try:
+        Comparison(work, args.out_dir, args.steps, args.tiny, args.deadline).run(args.parts)
+    finally:
+        if args.work_dir is None:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+class Comparison:
+    """The runs, and what is said of them."""
+
+    def __init__(
+        self, work: Path, out_dir: Path, num_steps: int, tiny: bool, deadline: float
+    ) -> None:
+        self.work, self.out_dir = work, out_dir
+        self.num_steps, self.tiny = num_steps, tiny
+        self.began = time.monotonic()
+        self.deadline = deadline
+        self.found: dict[str, Any] = {}
+
+    def run(self, parts: list[str]) -> None:
+        """Run some parts."""
+        if "medium" in parts:
+            self.medium(*self.inputs("Llama-3.2-1B", pack=4096, packs_a_step=4))
+        if "big" in parts:
+            self.pair("big", *self.inputs("Llama-3.1-8B", pack=8192, packs_a_step=2), forwards=2)
+        if "ddp" in parts:
+            base, dataset = self.inputs("Llama-3.2-1B", pack=4096, packs_a_step=4)
+            self.pair("ddp", base, dataset, forwards=4, optim="sgd", learning_rate=0.5)
+        say(f"{time.monotonic() - self.began:.0f} s in all")
+
+    def medium(self, base: Path, dataset: Path) -> None:
+        """Compare one rank with two, and with two that are stopped and go on as one."""
+        half = self.num_steps // 2
+        one = self.train("medium_1", base, dataset, num_ranks=1, forwards=4)
+        stopped = self.train("medium_2", base, dataset, num_ranks=2, forwards=4, stop_at=half)
+        if stopped is not None:
+            say(f"medium_2: stopped with {stopped.code}: {stopped.said[-300:]}")
+            rate = stopped.tokens_per_second(min(WARM_UP, half - 1))
+            say(f"medium_2: {rate:.0f} tok/s on 2 ranks until then")
+        rest = self.train("medium_2", base, dataset, num_ranks=1, forwards=4, as_name="then_1")
+        if one is None or rest is None:
+            return
+        before = largest_difference(one.losses, rest.losses, range(1, half + 1))
+        after = largest_difference(one.losses, rest.losses, range(half + 1, self.num_steps + 1))
+        say(
+            f"medium: losses of one rank and of two differ by {before:.4f} at most in steps 1 to "
+            f"{half}, and by {after:.4f} after two went on as one (-1: no steps in common)"
+        )
+
+    def pair(self, name: str, base: Path, dataset: Path, forwards: int, **settings: Any) -> None:
+        """Compare one rank with two."""
+        one = self.train(f"{name}_1", base, dataset, num_ranks=1, forwards=forwards, **settings)
+        two = self.train(f"{name}_2", base, dataset, num_ranks=2, forwards=forwards, **settings)
+        if one is None or two is None:
+            return
+        apart = largest_difference(one.losses, two.losses, range(1, self.num_steps + 1))
+        gain = two.tokens_per_second(WARM_UP) / one.tokens_per_second(WARM_UP)
+        say(
+            f"{name}: losses differ by {apart:.4f} at most over {self.num_steps} steps (-1: no "
+            f"steps in common); two ranks are {gain:.2f} x as fast as one"
+        )
+
+    def inputs(self, shape: str, *, pack: int, packs_a_step: int) -> tuple[Path, Path]:
+        """Write a base model and a data set, unless they are there."""
+        start = time.monotonic()
+        if self.tiny:
+            shape, pack = "tiny", pack // 32
+        base, dataset = self.work / f"base-{shape}", self.work / f"dataset-{shape}-{pack}"
+        if not dataset.exists():
+            gpu_inputs.write_base(base, shape)
+            gpu_inputs.write_weights(base)
+            gpu_inputs.write_dataset(
+                dataset,
+                gpu_inputs.gsm8k_lengths(
+                    self.num_steps * pack * packs_a_step, scale=0.1 if self.tiny else 1.0
+                ),
+                max_seq_length=pack,
+                num_eval_rows=pack // 128,
+                max_token=500 if self.tiny else 30000,
+            )
+        say(f"{shape}: written in {time.monotonic() - start:.0f} s")
+        return base, dataset
+
+    def train(
+        self,
+        name: str,
+        base: Path,
+        dataset: Path,
+        *,
+        num_ranks: int,
+        forwards: int,
+        stop_at: int | None = None,
+        as_name: str = "",
+        **settings: Any,
+    ) -> Run | None:
+        """Run the step, unless time is over."""
+        shown = as_name or name
+        if time.monotonic() - self.began > self.deadline:
+            say(f"{shown}: not started, {self.deadline:.0f} s are over")
+            return None
+        config = {
+            "max_steps": self.num_steps,
+            "warmup_steps": 2,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": forwards,
+            "num_ranks": num_ranks,
+            "optim": "adamw_torch",
+            "learning_rate": 2e-4,
+            "eval_steps": self.num_steps,
+            **settings,
+        }
+        files = {"base": base, "dataset": dataset, "work": self.work}
+        run = train(name, config, **files, stop_at=stop_at)
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        (self.out_dir / f"ranks_{shown}.log").write_text("\n".join(run.log))
+        if stop_at is None:
+            say(run.show(WARM_UP))
+            self.found[shown] = {
+                "tokens_per_second": run.tokens_per_second(WARM_UP),
+                "losses": run.losses,
+                **{name: value for name, value in run.summary.items() if name != "history"},
+            }
+            (self.out_dir / "ranks.json").write_text(json.dumps(self.found, indent=1))
+        return run
+
+
+if __name__ == "__main__":
+    main()
