@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--out-dir", type=Path, default=train_step.RESULTS_DIR)
+    parser.add_argument("--trace", action="store_true", help="trace one of tuneline's steps")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -60,9 +61,12 @@ def main() -> None:
     rows = []
     for mode in args.modes:
         collected: dict[str, list[dict[str, Any]]] = {}
-        for _ in range(args.rounds):
+        for turn in range(args.rounds):
             for engine, process in workers.items():
-                send(process, {"mode": mode, "warmup": args.warmup, "steps": args.steps})
+                traces = args.trace and engine == "tuneline" and turn == args.rounds - 1
+                trace = str(args.out_dir / f"packed_trace_{mode}.json.gz") if traces else None
+                request = {"mode": mode, "warmup": args.warmup, "steps": args.steps}
+                send(process, {**request, "trace": trace})
                 result = receive(process)
                 if "error" in result:
                     print(f"{engine} {mode}: {result['error']}", flush=True)
@@ -214,21 +218,35 @@ def run(state: dict[str, Any], engine: str, request: dict[str, Any]) -> dict[str
     trainer = make_trainer(engine, state, trl.SFTConfig(**settings), rows, lean, timer)
     try:
         trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        if request["trace"]:
+            write_trace(trainer, Path(request["trace"]))
     finally:
         # Drop what the trainer holds: the next one makes its optimizer anew.
         trainer.optimizer = trainer.lr_scheduler = None
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    keep = slice(request["warmup"], None)
+    keep = slice(request["warmup"], num_steps)
     return {
         "milliseconds": timer.milliseconds[keep],
         "tokens": timer.tokens[keep],
         "losses": losses,
-        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+        "peak_allocated_gib": round(peaks[0] / 2**30, 2),
+        "peak_reserved_gib": round(peaks[1] / 2**30, 2),
         "device": torch.cuda.get_device_name(),
         "versions": f"torch {torch.__version__} transformers {transformers.__version__} "
         f"trl {trl.__version__}",
     }
+
+
+def write_trace(trainer: Any, path: Path) -> None:
+    """Write what host and device do in two more steps, for a trace viewer."""
+    from torch.profiler import ProfilerActivity, profile
+
+    trainer.args.max_steps = 2
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        trainer.train()
+    profiler.export_chrome_trace(str(path))
 
 
 def make_trainer(

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from tuneline.train import ranks
+from tuneline.train.quick_steps import QuickStepTrainer
 from tuneline.train.run_state import RunState
 from tuneline.train.shares import StepBatches, row_lengths
 
@@ -15,7 +15,7 @@ LOSS_FACTOR = "loss_factor"
 """In a batch of a training step: what its loss is multiplied by."""
 
 
-class SharedStepTrainer(Trainer):
+class SharedStepTrainer(QuickStepTrainer):
     """A base before TRL's trainers: batches by `StepBatches`, losses by what a whole step has.
 
     Gradients are averaged over ranks. So a rank divides the sum of its losses by the mean count of

@@ -4,10 +4,10 @@
     m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
     p = p (1 - lr weight_decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-Parameters, gradients and state of a group are slices of flat buffers, each padded to a multiple
-of 256 elements. With state_bits=8, m and v are stored in blocks of 256 as bitsandbytes stores
-them: one byte an element, an index into its dynamic map of [-1, 1] or [0, 1], times the block's
-largest magnitude. One thing differs: a positive v never rounds to 0, because m may then still be
+Parameters and state of a group are slices of flat buffers, each padded to a multiple of 256
+elements; a step collects the gradients into another, which lives no longer. With state_bits=8, m
+and v are stored in blocks of 256 as bitsandbytes stores them: one byte an element, an index into
+its dynamic map of [-1, 1] or [0, 1], times the block's largest magnitude. One thing differs: a positive v never rounds to 0, because m may then still be
 above 0 and m / eps would throw the parameter far away.
 
 Sums run in a fixed order: the same gradients give the same bits.
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch._utils import _flatten_dense_tensors
 
 from tuneline.kernels._dispatch import use_kernel
 
@@ -140,11 +141,9 @@ class _Flat:
     """The buffers of one parameter group."""
 
     p: torch.Tensor
-    g: torch.Tensor
     m: torch.Tensor
     v: torch.Tensor
     starts: list[int]
-    g_views: list[torch.Tensor]
     eight_bit: _EightBit | None = None
     addresses: list[int] = dataclasses.field(default_factory=list)
     num_steps: int = 0
@@ -157,17 +156,16 @@ class _Flat:
             starts.append(n)
             n += -(-param.numel() // _QUANT_BLOCK) * _QUANT_BLOCK
         device = params[0].device
-        p, g = torch.zeros(n, device=device), torch.zeros(n, device=device)
+        p = torch.zeros(n, device=device)
         if state_bits == 8:
             m = torch.full((n,), 127, dtype=torch.uint8, device=device)  # the index of level 0
             v = torch.zeros(n, dtype=torch.uint8, device=device)
             m_absmax, v_absmax = torch.zeros(2, n // _QUANT_BLOCK, device=device)
             codes = [dynamic_map(signed=signed).to(device) for signed in (True, False)]
-            flat = cls(p, g, m, v, starts, [], _EightBit(m_absmax, v_absmax, *codes))
+            flat = cls(p, m, v, starts, _EightBit(m_absmax, v_absmax, *codes))
         else:
             m, v = torch.zeros(n, device=device), torch.zeros(n, device=device)
-            flat = cls(p, g, m, v, starts, [])
-        flat.g_views = flat.views(flat.g, params)
+            flat = cls(p, m, v, starts)
         for param, view in zip(params, flat.views(flat.p, params), strict=True):
             view.copy_(param.detach())
             param.data = view
@@ -190,6 +188,16 @@ class _Flat:
                     "steps; make the optimizer after the last move"
                 )
         self.num_steps += 1
+
+    def collect(self, params: list[torch.Tensor]) -> torch.Tensor:
+        """Return the gradients laid out as the parameters are, zeros for one without."""
+        pieces: list[torch.Tensor] = []
+        for param in params:
+            grad = param.grad
+            pieces.append(torch.zeros_like(param) if grad is None else grad)
+            if rest := -param.numel() % _QUANT_BLOCK:
+                pieces.append(param.new_zeros(rest))
+        return _flatten_dense_tensors(pieces)
 
     def views(self, buffer: torch.Tensor, params: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return the buffer's slices, one in the shape of each parameter."""
@@ -255,12 +263,33 @@ def _quantize_reference(x: torch.Tensor, code: torch.Tensor, absmax: torch.Tenso
     return index.to(torch.uint8).view(-1)
 
 
-def _step_reference(flat: _Flat, factor: torch.Tensor | float, **h: float) -> None:
+def _any_gradient(params: list[torch.Tensor]) -> bool:
+    return any(param.grad is not None for param in params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Collected:
+    """The gradients of all groups, None for one without any, and sums of their squares if asked."""
+
+    grads: list[torch.Tensor | None]
+    partial: torch.Tensor | None
+    state: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def state_of(groups: list[list[torch.Tensor]]) -> tuple[tuple[int, int], ...]:
+        """Name the gradients as they are: who made or changed any made the first of its group."""
+        grads = [next((p.grad for p in params if p.grad is not None), None) for params in groups]
+        return tuple((0, 0) if grad is None else (id(grad), grad._version) for grad in grads)
+
+
+def _step_reference(
+    flat: _Flat, grad: torch.Tensor, factor: torch.Tensor | float, **h: float
+) -> None:
     m, v, bits = flat.m, flat.v, flat.eight_bit
     if bits is not None:
         m = bits.m_code[m.int()] * bits.m_absmax.repeat_interleave(_QUANT_BLOCK)
         v = bits.v_code[v.int()] * bits.v_absmax.repeat_interleave(_QUANT_BLOCK)
-    g = flat.g * factor
+    g = grad * factor
     m = h["beta1"] * m + h["rest1"] * g
     v = h["beta2"] * v + h["rest2"] * g * g
     denominator = v.sqrt() / h["root_correction2"] + h["eps"]
@@ -280,8 +309,7 @@ class FlatAdamW(torch.optim.Optimizer):
     Make it after the model is on its device and before DistributedDataParallel wraps it: it moves
     each parameter's data into the flat buffer. A group in which no parameter has a gradient is
     passed over, as torch's AdamW does; beside others that have one, a parameter without a gradient
-    is stepped with a gradient of zero. `last_grad_norm` holds the norm before the last step's clip,
-    on the device.
+    is stepped with a gradient of zero.
 
     Args:
         params: Float32 parameters of one device, or groups of them.
@@ -307,8 +335,8 @@ class FlatAdamW(torch.optim.Optimizer):
         if state_bits not in (8, 32):
             raise ValueError(f"state_bits={state_bits}: must be 8 or 32")
         self.state_bits, self.max_grad_norm = state_bits, max_grad_norm
-        self.last_grad_norm: torch.Tensor | None = None
         self._flats: list[_Flat] = []
+        self._collected: _Collected | None = None
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0)
         super().__init__(params, defaults)
 
@@ -326,30 +354,29 @@ class FlatAdamW(torch.optim.Optimizer):
         flat = _Flat.of(params, self.state_bits)
         self._flats.append(flat)
         self.state.update(zip(params, flat.state(params), strict=True))
-        self.zero_grad()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero the flat gradients and make each p.grad a slice of them, whatever `set_to_none`."""
-        for group, flat in zip(self.param_groups, self._flats, strict=True):
-            flat.g.zero_()
-            for p, view in zip(group["params"], flat.g_views, strict=True):
-                p.grad = view
+    @torch.no_grad()
+    def grad_norm(self) -> torch.Tensor:
+        """Return the norm of all gradients before the clip, on the device.
 
-    def _gather(self, params: list[torch.Tensor], flat: _Flat) -> None:
-        """Bring in gradients that someone replaced (model.zero_grad() does) since `zero_grad`."""
-        old, new = [], []
-        for p, view in zip(params, flat.g_views, strict=True):
-            grad = p.grad
-            if grad is view:
-                continue
-            if grad is None:
-                view.zero_()
-            else:
-                old.append(view)
-                new.append(grad)
-            p.grad = view
-        if old:
-            torch._foreach_copy_(old, new)
+        For a loop that looks at the norm before it steps: a step of the same gradients does not
+        collect them again.
+        """
+        self._collected = self._collect(with_norm=True)
+        partial = self._collected.partial
+        if partial is None:
+            return torch.zeros((), device=self._flats[0].p.device)
+        return partial.sum().sqrt()
+
+    def _collect(self, *, with_norm: bool) -> "_Collected":
+        groups = [group["params"] for group in self.param_groups]
+        grads = [
+            flat.collect(params) if _any_gradient(params) else None
+            for params, flat in zip(groups, self._flats, strict=True)
+        ]
+        there = [grad for grad in grads if grad is not None]
+        partial = _partial_squares(there) if there and with_norm else None
+        return _Collected(grads, partial, _Collected.state_of(groups))
 
     # torch's stub promises a float; its own optimizers return what the closure does, as this one.
     @torch.no_grad()
@@ -365,25 +392,26 @@ class FlatAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stepped = [
-            (group, flat)
-            for group, flat in zip(self.param_groups, self._flats, strict=True)
-            if any(p.grad is not None for p in group["params"])
-        ]
-        for group, flat in stepped:
-            flat.check_in_place(group["params"])
-            self._gather(group["params"], flat)
-        partial = None
-        if self.max_grad_norm is not None and stepped:
-            partial = _partial_squares([flat.g for _, flat in stepped])
-            self.last_grad_norm = partial.sum().sqrt()
-        for group, flat in stepped:
-            group["step"] += 1
-            self._step_group(group, flat, partial)
-            torch.autograd.graph.increment_version(group["params"])
+        groups = [group["params"] for group in self.param_groups]
+        collected, self._collected = self._collected, None
+        if collected is None or collected.state != _Collected.state_of(groups):
+            collected = self._collect(with_norm=self.max_grad_norm is not None)
+        for group, flat, grad in zip(self.param_groups, self._flats, collected.grads, strict=True):
+            if grad is not None:
+                flat.check_in_place(group["params"])
+                group["step"] += 1
+                partial = None if self.max_grad_norm is None else collected.partial
+                self._step_group(group, flat, grad, partial)
+                torch.autograd.graph.increment_version(group["params"])
         return loss
 
-    def _step_group(self, group: dict[str, Any], flat: _Flat, partial: torch.Tensor | None) -> None:
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        flat: _Flat,
+        grad: torch.Tensor,
+        partial: torch.Tensor | None,
+    ) -> None:
         (beta1, beta2), step = group["betas"], group["step"]
         h = dict(
             decay=1.0 - group["lr"] * group["weight_decay"],
@@ -399,14 +427,14 @@ class FlatAdamW(torch.optim.Optimizer):
             factor: torch.Tensor | float = 1.0
             if partial is not None and self.max_grad_norm is not None:
                 factor = (self.max_grad_norm / (partial.sum().sqrt() + 1e-6)).clamp(max=1.0)
-            return _step_reference(flat, factor, **h)
+            return _step_reference(flat, grad, factor, **h)
         num_rows, n, unused, bits = 8, flat.p.numel(), flat.p, flat.eight_bit
         pointers = [unused] * 6
         if bits is not None:
             middles = [(code[1:] + code[:-1]) / 2 for code in (bits.m_code, bits.v_code)]
             pointers = [bits.m_absmax, bits.v_absmax, bits.m_code, bits.v_code, *middles]
         _step_kernel[(triton.cdiv(n, num_rows * _QUANT_BLOCK),)](
-            flat.p, flat.g, flat.m, flat.v, *pointers,
+            flat.p, grad, flat.m, flat.v, *pointers,
             unused if partial is None else partial, n, self.max_grad_norm or 0.0, **h,
             CLIP=partial is not None, PARTIALS=1 if partial is None else partial.numel(),
             EIGHT_BIT=bits is not None, ROWS=num_rows, COLS=_QUANT_BLOCK, num_warps=8,
