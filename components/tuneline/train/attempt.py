@@ -14,7 +14,12 @@ from tuneline.artifacts import PROGRESS_FILE, DatasetManifest, ModelOrigin, Trai
 from tuneline.errors import StoppedError
 from tuneline.kernels import patch
 from tuneline.train import ranks, zero2
-from tuneline.train.adapter import keep_adapter_in_fp32, lora_config, save_adapter
+from tuneline.train.adapter import (
+    keep_adapter_in_fp32,
+    keep_hidden_states_in,
+    lora_config,
+    save_adapter,
+)
 from tuneline.train.arguments import num_total_steps, training_arguments
 from tuneline.train.best import BestAdapterCallback
 from tuneline.train.checkpoints import CheckpointStore
@@ -141,6 +146,7 @@ def train(
     trainer.add_callback(TelemetryCallback(state, progress_path, device))
     trainer.add_callback(BestAdapterCallback(trainer, config.early_stopping_patience))
     keep_adapter_in_fp32(trainer.model)
+    keep_hidden_states_in(trainer.model, dtype)
     if config.lora.init_lora_weights == "loftq":
         start_from_the_rest(trainer.model, base_model_dir)
     # Every rank has read the frozen base from the same files: DDP need not send it.
@@ -151,6 +157,10 @@ def train(
     if fuses and plan.kept_gib is not None:
         # Patching again changes what they may keep.
         patch(trainer.model, budget=plan.kept_gib)
+    if config.embedding_learning_rate is not None:
+        # A flat optimizer has one rate; the trainer makes one with two.
+        trainer.optimizer = trainer.own_grad_norm = None
+        trainer.embedding_rate = config.embedding_learning_rate
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     logger.info(
         "%s: %d steps, %d trainable parameters, %s on %s",

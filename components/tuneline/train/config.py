@@ -21,6 +21,9 @@ class LoraConfig(StrictModel):
     """Scale by lora_alpha / sqrt(r) instead."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = ATTENTION_AND_MLP
     """Names of the linear layers to adapt."""
+    modules_to_save: tuple[str, ...] = ()
+    """Names of modules that are trained in full beside the adapter, such as embed_tokens and
+    lm_head: 16 bytes of memory a parameter with AdamW. Not where those two are one matrix."""
     init_lora_weights: Literal["default", "loftq"] = "default"
     """default: the adapter adds nothing at first; loftq: it starts from what 4 bits lose of each
     weight. Not for method dpo, whose reference is the base without the adapter."""
@@ -47,6 +50,9 @@ class TrainConfig(StrictModel):
     """Keep the frozen base in NF4 with double quantisation."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = 2e-4
     """auto: by method and number of rows, see `train.rates`."""
+    embedding_learning_rate: float | None = Field(None, gt=0)
+    """The highest rate of lora.modules_to_save; null: learning_rate. Continued pre-training on new
+    words takes less for them than for the adapter, a half to a tenth."""
     lr_scheduler_type: str = "cosine"
     """As in transformers.TrainingArguments."""
     warmup_steps: int = Field(5, ge=0)
@@ -110,5 +116,10 @@ class TrainConfig(StrictModel):
             raise ValueError(
                 "lora.init_lora_weights loftq makes up for what 4 bits lose, and load_in_4bit is "
                 "false: take default, or load in 4 bits"
+            )
+        if self.embedding_learning_rate is not None and not self.lora.modules_to_save:
+            raise ValueError(
+                "embedding_learning_rate is of lora.modules_to_save, which names no module: add "
+                "embed_tokens and lm_head there, or leave the rate out"
             )
         return self

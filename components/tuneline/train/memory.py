@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from tuneline.artifacts import Method
 from tuneline.nf4 import BLOCKSIZE, empty_model, quantized_modules
+from tuneline.train.adapter import is_called
 from tuneline.train.config import LoraConfig
 
 GIB = 2**30
@@ -121,9 +122,11 @@ def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
     num_adapter = 0
     for name, module in model.named_modules():
         is_target = lora.target_modules == "all-linear" or any(
-            name == target or name.endswith(f".{target}") for target in lora.target_modules
+            is_called(name, target) for target in lora.target_modules
         )
-        if is_target and type(module) is torch.nn.Linear and module is not head:
+        if any(is_called(name, saved) for saved in lora.modules_to_save):
+            num_adapter += sum(parameter.numel() for parameter in module.parameters())
+        elif is_target and type(module) is torch.nn.Linear and module is not head:
             num_adapter += lora.r * (module.in_features + module.out_features)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     linear = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}

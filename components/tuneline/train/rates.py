@@ -1,6 +1,12 @@
-"""The learning rate that a recipe gets for `learning_rate: auto`."""
+"""Learning rates: what `learning_rate: auto` comes to, and one of their own for embeddings."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from tuneline.artifacts import Method
+
+if TYPE_CHECKING:
+    import torch
 
 # From the guide that this project started from, "Learning Rate Guide" and its examples for DPO
 # and continued pre-training. Where it gives a range, the geometric middle of it, rounded.
@@ -23,3 +29,15 @@ def auto_learning_rate(method: Method, num_rows: int) -> float:
     if num_rows < NUM_SMALL:
         return _SFT_SMALL
     return _SFT if num_rows < NUM_LARGE else _SFT_LARGE
+
+
+def set_rate(
+    optimizer: "torch.optim.Optimizer", parameters: "Iterable[torch.nn.Parameter]", rate: float
+) -> None:
+    """Give some parameters of a new optimizer a rate of their own, in groups of their own."""
+    apart = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if id(parameter) in apart]
+        if moved:
+            group["params"] = [one for one in group["params"] if id(one) not in apart]
+            optimizer.add_param_group({**group, "params": moved, "lr": rate})

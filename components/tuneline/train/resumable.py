@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from tuneline.train import ranks, zero2
 from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.interruption import StopRequest
+from tuneline.train.rates import set_rate
 from tuneline.train.run_state import RunState
 from tuneline.train.shared_steps import SharedStepTrainer
 
@@ -51,6 +52,8 @@ class ResumableTrainer(SharedStepTrainer):
         self.stop = StopRequest()
         self.stops = False
         """Whether all ranks know of a request to stop; see `agree_to_stop`."""
+        self.embedding_rate: float | None = None
+        """Of the modules that are trained in full; None: that of all."""
         self._rate_scale = 1.0
         self._best: dict[str, torch.Tensor] = {}
 
@@ -125,6 +128,16 @@ class ResumableTrainer(SharedStepTrainer):
         """Put the adapter back that `keep_best` remembered, if there is one."""
         if self._best:
             set_peft_model_state_dict(self.model, self._best)
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """Return the optimizer, with a rate of their own for modules that are trained in full."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args)
+        if is_new and self.embedding_rate is not None:
+            assert self.model is not None
+            in_full = (p for n, p in self.model.named_parameters() if ".modules_to_save." in n)
+            set_rate(optimizer, in_full, self.embedding_rate)
+        return optimizer
 
     def _scale_rates(self) -> None:
         if self._rate_scale == 1.0:
