@@ -1,12 +1,14 @@
 """A small server that speaks the part of Kubernetes' API that tuneline uses.
 
 No cluster was there to test with. Requests come from the unmodified clients, the Python one and
-kubectl, which finds its way by discovery (its reviews of rights are not served: they come as
-protobuf). Objects are kept as the API writes them, picked by label
-and field selectors; answers to what is not there or not allowed are Status objects with the codes
-that the real one gives.
+kubectl, which finds its way by discovery, applies, waits and deletes (its reviews of rights are not
+served: they come as protobuf). Objects are kept as the API writes them, picked by label and field
+selectors, and can be watched; answers to what is not there or not allowed are Status objects with
+the codes that the real one gives. No controller acts on them.
 """
 
+import contextlib
+import copy
 import datetime
 import json
 import re
@@ -14,12 +16,13 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import yaml
 
 # plural -> (group, version, kind, namespaced)
 RESOURCES = {
@@ -29,12 +32,25 @@ RESOURCES = {
     "nodes": ("", "v1", "Node", False),
     "persistentvolumeclaims": ("", "v1", "PersistentVolumeClaim", True),
     "resourcequotas": ("", "v1", "ResourceQuota", True),
+    "limitranges": ("", "v1", "LimitRange", True),
+    "serviceaccounts": ("", "v1", "ServiceAccount", True),
+    "roles": ("rbac.authorization.k8s.io", "v1", "Role", True),
+    "rolebindings": ("rbac.authorization.k8s.io", "v1", "RoleBinding", True),
+    "networkpolicies": ("networking.k8s.io", "v1", "NetworkPolicy", True),
+    "priorityclasses": ("scheduling.k8s.io", "v1", "PriorityClass", False),
     "workflows": ("argoproj.io", "v1alpha1", "Workflow", True),
     "trainjobs": ("trainer.kubeflow.org", "v1alpha1", "TrainJob", True),
-    "localqueues": ("kueue.x-k8s.io", "v1beta1", "LocalQueue", True),
+    "trainingruntimes": ("trainer.kubeflow.org", "v1alpha1", "TrainingRuntime", True),
+    "localqueues": ("kueue.x-k8s.io", "v1beta2", "LocalQueue", True),
     "customresourcedefinitions": ("apiextensions.k8s.io", "v1", "CustomResourceDefinition", False),
 }
-REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+REVIEWS = re.compile(
+    r"/apis/authorization\.k8s\.io/v1/"
+    r"(?:selfsubjectaccessreviews|namespaces/[^/]+/localsubjectaccessreviews)"
+)
+PATCHES = ("application/merge-patch+json", "application/strategic-merge-patch+json")
+APPLY = "application/apply-patch+yaml"
+VERBS = ["create", "delete", "get", "list", "patch", "update", "watch"]
 TRAINER = "trainer.kubeflow.org/v1alpha1"
 REASONS = {
     400: "BadRequest",
@@ -51,20 +67,24 @@ REASONS = {
 class KubeServer:
     """Objects by (plural, namespace, name), logs by (pod, container).
 
-    `forbidden` holds "verb plural" that these credentials may not; `down` is how many requests
-    are still answered 503. TrainJobs can be written, where `trainjob_schema` is the schema of their
-    definition: a field that it does not know is refused, as with fieldValidation=Strict. Lines of
+    `forbidden` holds "verb plural" that these credentials may not, and "account verb plural" of a
+    service account; `down` is how many requests are still answered 503. `trainjob_schema` is the
+    schema of TrainJobs' definition, if there is one: a field that it does not know is refused, as
+    with fieldValidation=Strict. `resources` are the kinds that are served. Lines of
     logs may begin with a time, which is given where it is asked for; `now` is the clock. With
     `finalizers` what is deleted stays until the test takes it away.
     """
 
     def __init__(self) -> None:
         self.objects: dict[tuple[str, str, str], dict[str, Any]] = {}
+        self.resources = dict(RESOURCES)
+        self.journal: list[tuple[str, str, dict[str, Any]]] = []
         self.logs: dict[tuple[str, str], str] = {}
         self.forbidden: set[str] = set()
         self.down = 0
         self.trainjob_schema: dict[str, Any] | None = None
         self.finalizers = False
+        self.closed = False
         self.now: Callable[[], float] = time.time
         self.requests: list[str] = []
         self._httpd = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -76,13 +96,14 @@ class KubeServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closed = True
         self._httpd.shutdown()
         self._httpd.server_close()
         self._thread.join()
 
     def put(self, plural: str, name: str, *, namespace: str = "", **parts: Any) -> dict[str, Any]:
         """Keep an object; metadata in `parts` is added to its name and namespace."""
-        group, version, kind, namespaced = RESOURCES[plural]
+        group, version, kind, namespaced = self.resources[plural]
         namespace = (namespace or "kubeflow") if namespaced else ""
         metadata = {"name": name, **({"namespace": namespace} if namespaced else {})}
         made = {
@@ -91,8 +112,19 @@ class KubeServer:
             **parts,
             "metadata": {**metadata, **parts.get("metadata", {})},
         }
-        self.objects[plural, namespace, name] = made
+        self._keep(plural, made, "ADDED")
         return made
+
+    def _keep(self, plural: str, made: dict[str, Any], event: str) -> None:
+        metadata = made["metadata"]
+        metadata.setdefault("uid", str(uuid.uuid4()))
+        key = (plural, metadata.get("namespace", ""), metadata["name"])
+        if event == "DELETED":
+            self.objects.pop(key, None)
+        else:
+            self.objects[key] = made
+        metadata["resourceVersion"] = str(len(self.journal) + 1)
+        self.journal.append((event, plural, copy.deepcopy(made)))
 
     def write_kubeconfig(self, path: Path) -> Path:
         cluster = {"name": "here", "cluster": {"server": self.host}}
@@ -103,7 +135,9 @@ class KubeServer:
         path.write_text(json.dumps(kinds | lists))
         return path
 
-    def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Any:
+    def answer(
+        self, method: str, path: str, query: dict[str, str], body: Any, content: str = ""
+    ) -> Any:
         if self.down > 0:
             self.down -= 1
             raise Refused(503, "the server is currently unable to handle the request")
@@ -114,34 +148,44 @@ class KubeServer:
                 "gitVersion": "v1.32.4", "goVersion": "", "major": "1", "minor": "32",
                 "platform": "",
             }  # fmt: skip
-        if (method, path) == ("POST", REVIEWS):
+        if method == "POST" and REVIEWS.fullmatch(path):
             wanted = body["spec"]["resourceAttributes"]
             parts = [wanted["resource"], wanted.get("subresource")]
             name = "/".join(part for part in parts if part)
-            allowed = f"{wanted['verb']} {name}" not in self.forbidden
-            return {**body, "status": {"allowed": allowed}}
+            account = body["spec"].get("user", "").rpartition(":")[2]
+            asked = f"{account} {wanted['verb']} {name}".strip()
+            return {**body, "status": {"allowed": asked not in self.forbidden}}
         if path == f"/openapi/v3/apis/{TRAINER}":
             return self._schemas()
         if method != "GET":
-            return self._write(method, path, body)
+            return self._write(method, path, query, body, content)
         if path in ("/api", "/apis") or re.fullmatch(r"/api/v1|/apis/[^/]+/[^/]+", path):
-            return _discovery(path)
+            return _discovery(path, self.resources)
         return self._read(path, query)
 
-    def _read(self, path: str, query: dict[str, str]) -> Any:
+    def _locate(self, path: str) -> tuple[str, str, str, str]:
+        """Return plural, namespace, name and subresource."""
         match = re.fullmatch(
             r"/(?:api|apis/([^/]+))/([^/]+)(?:/namespaces/([^/]+))?/([a-z]+)(?:/([^/]+))?(/log)?",
             path,
         )
         plural = match[4] if match else ""
-        if match is None or RESOURCES.get(plural, ("?",))[:2] != (match[1] or "", match[2]):
+        if match is None or self.resources.get(plural, ("?",))[:2] != (match[1] or "", match[2]):
             raise Refused(404, "the server could not find the requested resource")
-        group, version, kind, _ = RESOURCES[plural]
-        namespace, name = match[3] or "", match[5]
-        verb = f"{'get' if name else 'list'} {plural}{match[6] or ''}"
+        return plural, match[3] or "", match[5] or "", match[6] or ""
+
+    def _read(self, path: str, query: dict[str, str]) -> Any:
+        plural, namespace, name, subresource = self._locate(path)
+        group, version, kind, _ = self.resources[plural]
+        verb = f"{'get' if name else 'list'} {plural}{subresource}"
         if verb in self.forbidden:
             raise Refused(403, f'{plural} is forbidden: User "me" cannot {verb}')
-        if match[6]:
+        if query.get("watch") in ("true", "1"):
+            if "sendInitialEvents" in query:
+                # As before Kubernetes 1.32: clients list first, then.
+                raise Refused(422, "sendInitialEvents: Forbidden: the WatchList gate is off")
+            return self._watch(plural, namespace, query)
+        if subresource:
             text = self.logs.get((name, query.get("container", "")))
             if text is None:
                 raise Refused(404, f'pods "{name}" not found')
@@ -158,7 +202,21 @@ class KubeServer:
             if kept == plural and where == namespace and _is_picked(each, query)
         ]
         api = f"{group}/{version}" if group else version
-        return {"apiVersion": api, "kind": f"{kind}List", "metadata": {}, "items": items}
+        metadata = {"resourceVersion": str(len(self.journal))}
+        return {"apiVersion": api, "kind": f"{kind}List", "metadata": metadata, "items": items}
+
+    def _watch(self, plural: str, namespace: str, query: dict[str, str]) -> Iterator[bytes]:
+        """Yield what was written since a version, as it comes."""
+        self.requests.append(f"WATCH {plural}")
+        number = int(query.get("resourceVersion") or 0)
+        deadline = time.monotonic() + float(query.get("timeoutSeconds") or 60)
+        while time.monotonic() < deadline and not self.closed:
+            for event, kept, found in self.journal[number:]:
+                number += 1
+                where = found["metadata"].get("namespace", "")
+                if kept == plural and where == namespace and _is_picked(found, query):
+                    yield json.dumps({"type": event, "object": found}).encode() + b"\n"
+            time.sleep(0.02)
 
     def _log_line(self, line: str, query: dict[str, str]) -> str:
         moment, _, text = line.partition(" ")
@@ -177,33 +235,53 @@ class KubeServer:
         named = {**self.trainjob_schema, "x-kubernetes-group-version-kind": [kind]}
         return {"openapi": "3.0.0", "components": {"schemas": {"org.kubeflow.TrainJob": named}}}
 
-    def _write(self, method: str, path: str, body: Any) -> Any:
-        match = re.fullmatch(rf"/apis/{TRAINER}/namespaces/([^/]+)/trainjobs(?:/([^/]+))?", path)
-        if match is None:
-            raise Refused(405, f"{method} is not served here")
-        verb = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}[method]
-        if f"{verb} trainjobs" in self.forbidden:
-            message = f'trainjobs.trainer.kubeflow.org is forbidden: "me" cannot {verb} trainjobs'
-            raise Refused(403, message)
-        name = match[2] or body["metadata"]["name"]
-        key = ("trainjobs", match[1], name)
-        if method == "POST":
-            if key in self.objects:
-                raise Refused(409, f'trainjobs "{name}" already exists')
+    def _write(self, method: str, path: str, query: dict[str, str], body: Any, content: str) -> Any:
+        plural, namespace, name, _ = self._locate(path)
+        verb = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}[method]
+        if f"{verb} {plural}" in self.forbidden:
+            raise Refused(403, f'{plural} is forbidden: "me" cannot {verb} {plural}')
+        name = name or body["metadata"]["name"]
+        present = self.objects.get((plural, namespace, name))
+        if method == "POST" and present is not None:
+            raise Refused(409, f'{plural} "{name}" already exists')
+        if method != "POST" and present is None and content != APPLY:
+            raise Refused(404, f'{plural} "{name}" not found')
+        if method == "DELETE":
+            assert present is not None
+            if not self.finalizers and "dryRun" not in query:
+                self._keep(plural, present, "DELETED")
+            return present
+        if method == "PATCH":
+            if content not in (*PATCHES, APPLY):
+                raise Refused(415, f"{content} is not understood here")
+            body = merged(present or {}, body)
+        if plural == "trainjobs":
             try:
                 jsonschema.validate(body, strict(self.trainjob_schema or {}))
             except jsonschema.ValidationError as error:
                 raise Refused(400, f"strict decoding error: {error.message}") from None
-            body["metadata"] |= {"uid": str(uuid.uuid4()), "namespace": match[1]}
-            self.objects[key] = body
-            return body
-        if key not in self.objects:
-            raise Refused(404, f'trainjobs "{name}" not found')
-        if method == "DELETE":
-            return self.objects[key] if self.finalizers else self.objects.pop(key)
-        annotations = self.objects[key]["metadata"].setdefault("annotations", {})
-        annotations |= body["metadata"]["annotations"]
-        return self.objects[key]
+        if self.resources[plural][3]:
+            body["metadata"]["namespace"] = namespace
+        if "dryRun" not in query:
+            # In place, as those who hold an object see its changes.
+            made = present if present is not None else {}
+            made.update(body)
+            self._keep(plural, made, "MODIFIED" if present is not None else "ADDED")
+            return made
+        return body
+
+
+def merged(present: Any, patch: Any) -> Any:
+    """Apply a merge patch (RFC 7396); of a strategic one, lists are replaced too."""
+    if not isinstance(patch, dict):
+        return patch
+    made = dict(present) if isinstance(present, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            made.pop(key, None)
+        else:
+            made[key] = merged(made.get(key), value)
+    return made
 
 
 def strict(schema: Any) -> Any:
@@ -245,20 +323,20 @@ def _is_picked(found: dict[str, Any], query: dict[str, str]) -> bool:
     return True
 
 
-def _discovery(path: str) -> dict[str, Any]:
-    groups = sorted({entry[:2] for entry in RESOURCES.values() if entry[0]})
+def _discovery(path: str, served: dict[str, tuple[str, str, str, bool]]) -> dict[str, Any]:
+    groups = sorted({entry[:2] for entry in served.values() if entry[0]})
     if path == "/api":
         return {"kind": "APIVersions", "versions": ["v1"]}
     if path == "/apis":
         listed = []
         for group, version in groups:
-            served = {"groupVersion": f"{group}/{version}", "version": version}
-            listed.append({"name": group, "versions": [served], "preferredVersion": served})
+            entry = {"groupVersion": f"{group}/{version}", "version": version}
+            listed.append({"name": group, "versions": [entry], "preferredVersion": entry})
         return {"kind": "APIGroupList", "apiVersion": "v1", "groups": listed}
     wanted = path.removeprefix("/apis/").removeprefix("/api/")
     resources = [
-        {"name": plural, "kind": kind, "namespaced": namespaced, "verbs": ["get", "list"]}
-        for plural, (group, version, kind, namespaced) in RESOURCES.items()
+        {"name": plural, "kind": kind, "namespaced": namespaced, "verbs": VERBS}
+        for plural, (group, version, kind, namespaced) in served.items()
         if (f"{group}/{version}" if group else version) == wanted
     ]
     return {"kind": "APIResourceList", "groupVersion": wanted, "resources": resources}
@@ -273,12 +351,16 @@ def _handler(server: KubeServer) -> type[BaseHTTPRequestHandler]:
             data = self.rfile.read(length)
             server.requests.append(f"{self.command} {address.path}")
             try:
-                kinds = ("application/json", "application/merge-patch+json")
-                if data and self.headers.get("Content-Type") not in kinds:
+                content = self.headers.get("Content-Type") or ""
+                if data and content not in ("application/json", *PATCHES, APPLY):
                     raise Refused(415, "only JSON is understood here")
-                body = json.loads(data) if data else None
+                # YAML of server-side apply, which holds JSON.
+                body = yaml.safe_load(data) if data else None
                 path = address.path.rstrip("/")
-                answer, code = server.answer(self.command, path, query, body), 200
+                answer, code = server.answer(self.command, path, query, body, content), 200
+                if isinstance(answer, Iterator):
+                    self._stream(answer)
+                    return
             except Refused as error:
                 code = error.status
                 answer = {
@@ -292,6 +374,14 @@ def _handler(server: KubeServer) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
+
+        def _stream(self, lines: Iterator[bytes]) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                for line in lines:
+                    self.wfile.write(line)
 
         do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
 
