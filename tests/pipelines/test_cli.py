@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tuneline.pipelines import cli
+from tuneline.version import VERSION
+
 
 def tuneline(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -35,20 +38,71 @@ def test_recipes_lists_what_is_shipped(tmp_path: Path) -> None:
         assert name in done.stdout
 
 
+MISTAKES = [
+    (("compile", "nonsense"), "no recipe 'nonsense': give a YAML file, or one of demo"),
+    (("compile", "demo", "--set", "train.lr=1"), "train.lr: unknown key"),
+    (("compile", "demo", "--set", "train.max_steps"), "write KEY=VALUE"),
+    (("compile", "demo", "--set", "train.max_steps=["), "the value is not YAML"),
+    (("compile", "demo", "-o", "absent/x.yaml"), "there is no directory absent"),
+    (("compile", "demo", "-o", "x.txt"), "name a file that ends in .yaml"),
+    (("compile", "file"), "file holds str, not a mapping of keys"),
+    (("report", "."), "is not a run"),
+    (("lint", "absent.yaml"), "cannot read absent.yaml: No such file"),
+    (("verify", "absent"), "absent is no directory"),
+    (("plan", "demo", "--parameters", "-5"), "greater than or equal to"),
+    (("plan", "demo", "--profile", "x"), "there are local, t4, a10g"),
+    (("plan", "demo", "--cluster"), "no Kubernetes cluster: there is no"),
+    (("doctor", "a-run"), "no host: give --host URL or set KFP_ENDPOINT"),
+    (("submit", "demo"), "no host: give --host URL or set KFP_ENDPOINT"),
+    (("schedule", "demo"), "give one of --cron and --every"),
+    (("nonsense",), "No such command 'nonsense'"),
+]
+REFUSALS = [
+    (("run", "demo", "--runner", "docker"), "no container engine answers"),
+    (("run", "demo", "--runs-dir", "file"), "Not a directory"),
+    (("compile", "."), "error: .: Is a directory"),
+    (("submit", "demo", "--host", "http://127.0.0.1:1"), "cannot be reached at http://127"),
+]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("compile", "nonsense"), "no recipe 'nonsense': give a YAML file, or one of demo"),
-        (("compile", "demo", "--set", "train.lr=1"), "train.lr: unknown key"),
-        (("compile", "demo", "--set", "train.max_steps"), "write KEY=VALUE"),
-        (("report", "."), "is not a run"),
-    ],
+    ("arguments", "says", "code"),
+    [*((*each, 2) for each in MISTAKES), *((*each, 1) for each in REFUSALS)],
 )
-def test_a_mistake_is_one_message(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
-    done = tuneline(*arguments, cwd=tmp_path)
+def test_what_goes_wrong_is_one_message(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    says: str,
+    code: int,
+) -> None:
+    (tmp_path / "file").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    # Nobody's cluster, engine or session.
+    for name in ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "absent"))
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/absent.sock")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["tuneline", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    said = capsys.readouterr().err
+    assert says in said
+    assert "Traceback" not in said
+
+
+def test_a_mistake_is_one_message_in_a_shell_too(tmp_path: Path) -> None:
+    done = tuneline("compile", "nonsense", cwd=tmp_path)
     assert done.returncode == 2
-    assert says in done.stderr.replace("\n", " ")
-    assert "Traceback" not in done.stderr + done.stdout
+    assert done.stderr.startswith("error: no recipe 'nonsense'")
+
+
+def test_the_version(tmp_path: Path) -> None:
+    assert tuneline("--version", cwd=tmp_path).stdout == f"tuneline {VERSION}\n"
 
 
 def test_compile_writes_the_pipeline(tmp_path: Path) -> None:

@@ -25,7 +25,13 @@ def find_recipe(name: str, assignments: list[str]) -> Recipe:
         key, equals, value = assignment.partition("=")
         if not equals or not key:
             raise RecipeError(f"--set {assignment}: write KEY=VALUE, e.g. train.max_steps=60")
-        overrides[key] = yaml.safe_load(value)
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RecipeError(
+                f"--set {assignment}: the value is not YAML; quote text that has brackets, braces "
+                "or colons in it, e.g. 'description=\"a: b\"'"
+            ) from None
     path = Path(name)
     shipped = RECIPES_DIR / f"{name}.yaml"
     if not path.exists() and shipped.exists():

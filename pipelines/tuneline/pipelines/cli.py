@@ -10,7 +10,7 @@ import subprocess
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 import yaml
@@ -18,17 +18,17 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from tuneline.artifacts import RunSummary
-from tuneline.errors import OutputExistsError, RecipeError, TunelineError, WorldError
+from tuneline.errors import OutputExistsError, RecipeError, TunelineError, UserError, WorldError
 from tuneline.pipelines import cluster_cli, plan_cli, verify_cli
 from tuneline.pipelines.catalog import RECIPES_DIR, find_recipe
 from tuneline.recipe import Recipe, load_recipe
+from tuneline.version import VERSION
 
 REPORT_FILE = "report.html"
 LOG_FILE = "run.log"
 RECIPE_FILE = "recipe.yaml"
 
 app = typer.Typer(
-    help="A production line for fine-tuned language models on Kubeflow Pipelines.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -55,6 +55,24 @@ SetOption = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tuneline {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print it and exit."
+        ),
+    ] = False,
+) -> None:
+    """A production line for fine-tuned language models on Kubeflow Pipelines."""
+
+
 @app.command()
 def run(
     recipe: RecipeArgument,
@@ -69,6 +87,10 @@ def run(
     from tuneline.pipelines.watch import read_events, watch
 
     loaded = find_recipe(recipe, set_)
+    if runner is Runner.DOCKER:
+        from tuneline.pipelines.docker_engine import check_images
+
+        check_images(loaded)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = (runs_dir / f"{loaded.name}-{stamp}").resolve()
     if run_dir.exists():
@@ -136,6 +158,10 @@ def compile_(
 
     loaded = find_recipe(recipe, set_)
     path = output or Path(f"{loaded.name}.yaml")
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--output {path}: name a file that ends in .yaml")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: there is no directory {path.parent}, make it first")
     if resources is not None:
         version = write_resources(loaded, path, namespace=resources)
         console.print(f"wrote {path}: version {version}", highlight=False, soft_wrap=True)
@@ -205,8 +231,17 @@ def main() -> None:
     try:
         app()
     except TunelineError as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        _end(str(error), error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A path that was given: not there, not to be written, on a full disk.
+        _end(f"{error.filename}: {error.strerror}", WorldError.exit_code)
+
+
+def _end(message: str, exit_code: int) -> NoReturn:
+    Console(stderr=True).print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(exit_code)
 
 
 def _summary_path(run_dir: Path) -> Path | None:

@@ -26,16 +26,22 @@ ContextOption = Annotated[str | None, typer.Option(help="Of your kubeconfig; def
 def plan(
     recipe: RecipeArgument,
     set_: SetOption = [],  # noqa: B006, typer copies it
-    profile: Annotated[str | None, typer.Option(help="In place of placement.profile.")] = None,
-    parameters: Annotated[
-        float | None, typer.Option(help="Of the base model, e.g. 8e9; default: by its name.")
+    profile: Annotated[
+        str | None, typer.Option(help=f"In place of placement.profile: {', '.join(PROFILES)}.")
     ] = None,
-    price: Annotated[float | None, typer.Option(help="Of an hour of one GPU.")] = None,
+    parameters: Annotated[
+        float | None,
+        typer.Option(min=1e6, help="Of the base model, e.g. 8e9; default: by its name."),
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of an hour of one GPU.")] = None,
     cluster: Annotated[
         bool, typer.Option("--cluster", help="Ask the cluster of your kubeconfig, too.")
     ] = False,
     context: ContextOption = None,
     namespace: Annotated[str, typer.Option(help="Where runs go.")] = "kubeflow",
+    service_account: Annotated[
+        str | None, typer.Option(help="Of the runs: is it allowed what they need?")
+    ] = None,
 ) -> None:
     """Estimate what a recipe takes, and check that a cluster has it; exit code 1 where not."""
     from tuneline.pipelines.kube import Kube
@@ -50,6 +56,7 @@ def plan(
         num_parameters=parameters,
         price_per_gpu_hour=price,
         kube=Kube(namespace, context=context) if cluster or context else None,
+        account=service_account,
     )
     for each in checks:
         _say(f"{MARKS[each.verdict]} {each.name}: {each.words}")

@@ -13,7 +13,8 @@ app = typer.Typer()
 @app.command()
 def verify(
     directory: Annotated[
-        Path, typer.Argument(help="A run, an artifact or a downloaded repository.")
+        Path,
+        typer.Argument(metavar="DIRECTORY", help="A run, an artifact or a downloaded repository."),
     ],
 ) -> None:
     """Check files and inputs against their records; say what differs."""
