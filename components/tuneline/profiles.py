@@ -11,8 +11,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from tuneline.config import StrictModel
+from tuneline.images import REGISTRY
 
 StepName = Literal[
+    "plan",
     "look-up-model",
     "look-up-data",
     "fetch",
@@ -35,6 +37,7 @@ PRODUCT_LABEL = "nvidia.com/gpu.product"
 """Of nodes, as NVIDIA's feature discovery writes it."""
 
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
+REGISTRY_NAME = r"^[a-z0-9]([a-z0-9._:/-]*[a-z0-9])?$"
 DNS_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
 
 _SUFFIXES = {
@@ -143,6 +146,9 @@ class PlacementConfig(StrictModel):
     secrets: dict[str, dict[str, str]] = {}
     """More secrets, by name: {secret: {key: VARIABLE}}, for the steps that use the network, and for
     train, which may report to trackers; used where they exist."""
+    registry: str = Field(REGISTRY, pattern=REGISTRY_NAME)
+    """Where the images are, e.g. registry.example.com/team for
+    registry.example.com/team/train:VERSION; the default has no host, for nodes that have them."""
     image_pull_secrets: list[str] = []
     """Names of secrets with the credentials of the images' registry."""
     queue: str | None = Field(None, pattern=DNS_NAME)

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 STEPS = {
-    "light": ("gate", "report", "diagnose", "train"),
+    "light": ("plan", "gate", "report", "diagnose", "train"),
     "train": ("fetch", "prepare", "train", "merge"),
     "gguf": ("quantize",),
     "gptq": ("quantize",),
@@ -23,8 +23,11 @@ STEPS = {
 }
 """The steps that each image runs."""
 
-_MODULES = {("light", "train"): "tuneline.train.launcher"}
-# Where an image has another part of a step than its run.
+_MODULES = {
+    ("light", "plan"): "tuneline.pipelines.plan_run",
+    ("light", "train"): "tuneline.train.launcher",
+}
+# Where it is not the step's `run`.
 
 CACHE_VARIABLES = ("HOME", "HF_HOME", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "TMPDIR")
 

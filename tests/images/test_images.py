@@ -45,9 +45,13 @@ def test_there_is_an_image_for_each_set() -> None:
 
 def test_each_step_is_checked_in_the_image_that_it_runs_in() -> None:
     runs_in: dict[str, set[str]] = {}
-    for path in (ROOT / "components" / "tuneline").glob("*/component.py"):
+    sources = {
+        path: path.parent.name for path in (ROOT / "components" / "tuneline").glob("*/component.py")
+    }
+    sources[ROOT / "pipelines" / "tuneline" / "pipelines" / "plan_component.py"] = "plan"
+    for path, step in sources.items():
         for name in re.findall(r"base_image=images\.([A-Z]+)", path.read_text()):
-            runs_in.setdefault(name.lower(), set()).add(path.parent.name)
+            runs_in.setdefault(name.lower(), set()).add(step)
     assert runs_in == {name: set(steps) for name, steps in selfcheck.STEPS.items()}
 
 

@@ -129,7 +129,7 @@ def test_no_reference_dangles(demo: tuple[str, dict, dict]) -> None:
 def test_side_effects_are_never_cached(demo: tuple[str, dict, dict]) -> None:
     _, pipeline, _ = demo
     found = tasks(pipeline)
-    for name in ("publish", "report", "diagnose", "look-up-model", "look-up-data"):
+    for name in ("plan", "publish", "report", "diagnose", "look-up-model", "look-up-data"):
         assert not found[name].get("cachingOptions", {}).get("enableCache", False)
     for name in ("fetch", "prepare", "train", "merge", "evaluate", "gate"):
         assert found[name]["cachingOptions"]["enableCache"] is True
@@ -141,8 +141,9 @@ def test_the_cache_asks_what_stands_behind_the_names(demo: tuple[str, dict, dict
         version = found[name]["inputs"]["parameters"]["version"]["taskOutputParameter"]
         assert version == {"outputParameterKey": "Output", "producerTask": looked_up}
         assert looked_up in found[name]["dependentTasks"]
-        # Beside each other, and before everything else.
-        assert "dependentTasks" not in found[looked_up]
+        # Beside each other, and after nothing but the plan.
+        assert found[looked_up]["dependentTasks"] == ["plan"]
+    assert "dependentTasks" not in found["plan"]
 
 
 def test_a_recipe_with_one_kind_of_export_compiles(tmp_path: Path) -> None:

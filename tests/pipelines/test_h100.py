@@ -14,7 +14,7 @@ from tuneline.profiles import PlacementConfig, quantity_value
 from tuneline.train import NodesConfig
 
 GPU_STEPS = {"train", "merge", "quantize-gptq", "evaluate", "evaluate-2"}
-WITHOUT_RETRY = {"gate", "report", "diagnose"}
+WITHOUT_RETRY = {"plan", "gate", "report", "diagnose"}
 NODE_OF_EIGHT = {
     "num_accelerators": 8,
     "shared_memory": "64Gi",

@@ -8,12 +8,14 @@ import pytest
 import yaml
 from kfp import compiler
 
+from tuneline import images
 from tuneline.pipelines.cli import RECIPES_DIR
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.lint import lint_documents
-from tuneline.pipelines.placement import NEEDS
-from tuneline.profiles import StepName
+from tuneline.pipelines.placement import NEEDS, nodes_config
+from tuneline.profiles import PlacementConfig, StepName
 from tuneline.recipe import load_recipe
+from tuneline.version import VERSION
 
 GPU_STEPS = {"train", "merge", "quantize-gptq", "evaluate", "evaluate-2"}
 LOOK_UPS = {"look-up-model", "look-up-data"}
@@ -136,7 +138,9 @@ def test_volumes_and_secrets_go_where_they_are_used(
     for name, pod in pods.items():
         environment = {found["name"]: found["value"] for found in containers[name].get("env", [])}
         assert (scratch in pod.get("emptyDirMounts", [])) == (environment.get("TMPDIR") is not None)
-        assert ("TMPDIR" in environment) == (name not in {"gate", "report", "diagnose", *LOOK_UPS})
+        assert ("TMPDIR" in environment) == (
+            name not in {"plan", "gate", "report", "diagnose", *LOOK_UPS}
+        )
         claims = [(mount["constant"], mount["mountPath"]) for mount in pod.get("pvcMount", [])]
         variables = {
             variable["envVar"]: (secret["secretName"], variable["secretKey"], secret["optional"])
@@ -168,6 +172,23 @@ def test_every_pod_has_labels_a_user_and_pull_secrets(pods: dict[str, dict[str, 
         }
         assert pod["securityContext"] == {"runAsUser": "65532", "runAsNonRoot": True}
         assert [secret["secretName"] for secret in pod["imagePullSecret"]] == ["registry"]
+
+
+def test_another_registry_is_in_every_name(tmp_path: Path) -> None:
+    registry = "registry.example.com:5000/team"
+    documents = compiled({"registry": registry}, tmp_path / "pipeline.yaml")
+    found = {
+        name.removeprefix("exec-"): executor["container"]["image"]
+        for name, executor in documents[0]["deploymentSpec"]["executors"].items()
+    }
+    for name, image in found.items():
+        assert image.startswith(f"{registry}/"), name
+        assert image.endswith(f":{VERSION}"), name
+    assert found["train"] == images.in_registry(images.TRAIN, registry)
+    assert found["evaluate"] == found["evaluate-2"] == f"{registry}/evaluate:{VERSION}"
+    nodes = {"registry": registry, "num_nodes": 2, "shared_claim": "c"}
+    assert nodes_config(PlacementConfig.parse(nodes)).image == found["train"]
+    assert lint_documents(documents) == []
 
 
 def test_the_lint_has_nothing_to_say(everything: list[dict[str, Any]]) -> None:

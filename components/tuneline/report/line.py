@@ -19,8 +19,8 @@ LINE: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 # Steps that are not drawn: they look at the line, they are not part of it.
 OUTSIDE = ("report", "diagnose")
-# The steps' names, where they are not the stage's.
-WITHIN = {"look-up-model": "fetch", "look-up-data": "prepare"}
+# Small steps that come before a stage count as its beginning.
+WITHIN = {"plan": "fetch", "look-up-model": "fetch", "look-up-data": "prepare"}
 
 
 def stages(

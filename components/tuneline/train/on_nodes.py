@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 POD_VARIABLES = ("KFP_POD_NAME", "HOSTNAME")
 """What names the pod that this runs in; the first is KFP's, the second every pod's."""
-NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-NAMESPACE_VARIABLE = "NAMESPACE"
 
 LABELS = {"app.kubernetes.io/part-of": "tuneline", "app.kubernetes.io/component": "train"}
 
@@ -85,10 +83,10 @@ def run_on_nodes(
 
 
 def _whoami() -> tuple[str, str]:
+    from tuneline.kubernetes_client import NAMESPACE_VARIABLE, own_namespace
+
     pod = next((os.environ[key] for key in POD_VARIABLES if os.environ.get(key)), None)
-    namespace = os.environ.get(NAMESPACE_VARIABLE)
-    if namespace is None and NAMESPACE_FILE.is_file():
-        namespace = NAMESPACE_FILE.read_text(encoding="utf-8").strip()
+    namespace = own_namespace()
     if not pod or not namespace:
         raise UserError(
             f"this is no pod of a cluster ({POD_VARIABLES[0]} and {NAMESPACE_VARIABLE} are not "

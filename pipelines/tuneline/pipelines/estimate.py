@@ -6,7 +6,7 @@ the train step goes by when it has the model's own config.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tuneline.profiles import Profile
 from tuneline.recipe import Recipe
@@ -65,6 +65,8 @@ class Estimate:
     num_parameters: float
     length: int
     gpu_bytes: float
+    least_gpu_bytes: float
+    """With one row a forward and activations computed again, which train resorts to."""
     artifact_bytes: float
     """All that the run keeps."""
     scratch_bytes: float
@@ -106,21 +108,19 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
     profile, gpus = recipe.placement.profile, max(1, recipe.placement.num_accelerators)
     gpus *= recipe.placement.num_nodes
     divides = gpus > 1 and "adamw" in train.optim
-    memory = estimate_memory(
-        shape,
-        Settings(
-            rows=train.per_device_train_batch_size,
-            length=length,
-            recompute=train.gradient_checkpointing,
-            quantized=train.load_in_4bit,
-            itemsize=4 if train.dtype == "float32" or profile == "t4" else 2,
-            optim=ZERO_OPTIMIZER if divides else train.optim,
-            method=prepare.method,
-            loss="tiled",
-            fused=train.kernels == "auto" and profile in FUSED,
-            num_ranks=gpus if divides else 1,
-        ),
+    settings = Settings(
+        rows=train.per_device_train_batch_size,
+        length=length,
+        recompute=train.gradient_checkpointing,
+        quantized=train.load_in_4bit,
+        itemsize=4 if train.dtype == "float32" or profile == "t4" else 2,
+        optim=ZERO_OPTIMIZER if divides else train.optim,
+        method=prepare.method,
+        loss="tiled",
+        fused=train.kernels == "auto" and profile in FUSED,
+        num_ranks=gpus if divides else 1,
     )
+    smallest = replace(settings, rows=1, recompute=True)
     base = 2 * num_parameters
     formats = [BITS.get(name, DEFAULT_BITS) for name in recipe.quantize.gguf]
     exports = sum(num_parameters * bits / 8 for bits in formats)
@@ -137,7 +137,8 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
     return Estimate(
         num_parameters=num_parameters,
         length=length,
-        gpu_bytes=memory.total,
+        gpu_bytes=estimate_memory(shape, settings).total,
+        least_gpu_bytes=estimate_memory(shape, smallest).total,
         artifact_bytes=base * 2 + f16 + exports + 4 * shape.num_adapter,
         scratch_bytes=base * 2 + f16,
         tokens_per_second=speed,

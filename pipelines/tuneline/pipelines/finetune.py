@@ -1,7 +1,7 @@
 """The DAG: which step's artifacts go where. Wiring only.
 
-    fetch -> prepare -> train -> merge -> convert -> quantize (a task a format) -> gate -> publish
-      `---------> evaluate the base           `---> evaluate the tuned ----'  `--> report
+    plan -> fetch -> prepare -> train -> merge -> convert -> quantize -> gate -> publish
+                 `-> evaluate the base       `-> evaluate the tuned --'      and report
 
 Before fetch and prepare, a small task each looks up what stands behind the model's and the data's
 name now. They are never cached, and what they find is an input of fetch and prepare: a scheduled
@@ -28,6 +28,7 @@ from tuneline.fetch.component import fetch, look_up_model
 from tuneline.gate.component import gate
 from tuneline.merge.component import merge
 from tuneline.pipelines.placement import nodes_config, place
+from tuneline.pipelines.plan_component import plan
 from tuneline.prepare.component import look_up_data, prepare
 from tuneline.publish.component import publish
 from tuneline.quantize.component import (
@@ -84,8 +85,18 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
     ):
         goodbye = placed(diagnose).set_caching_options(False)
         with dsl.ExitHandler(goodbye, name="line"):
+            planned = placed(
+                plan,
+                recipe=recipe_json,
+                base_model=base_model,
+                train_config=train_config,
+                prepare_config=prepare_config,
+                quantize_config=quantize_config,
+            ).set_caching_options(False)
             model_now = placed(look_up_model, source=base_model, config=fetch_config)
             data_now = placed(look_up_data, source=dataset, config=prepare_config)
+            model_now.after(planned)
+            data_now.after(planned)
             fetched = placed(
                 fetch,
                 source=base_model,

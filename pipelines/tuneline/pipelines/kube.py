@@ -40,20 +40,44 @@ class Kube:
         with self._plainly("its version"):
             return client.VersionApi(self._api).get_code().git_version
 
-    def may(self, verb: str, resource: str, *, group: str = "", subresource: str = "") -> bool:
-        """Say whether these credentials allow it in the namespace."""
+    def may(self, right: "Right", *, account: str | None = None) -> bool:
+        """Say whether it is allowed in the namespace.
+
+        Args:
+            right: what.
+            account: a service account of the namespace; None: these credentials.
+        """
         attributes = client.V1ResourceAttributes(
             namespace=self.namespace,
-            verb=verb,
-            resource=resource,
-            group=group,
-            subresource=subresource,
+            verb=right.verb,
+            resource=right.resource,
+            group=right.group,
+            subresource=right.subresource,
         )
-        spec = client.V1SelfSubjectAccessReviewSpec(resource_attributes=attributes)
-        with self._plainly("its access rules"):
-            review = client.AuthorizationV1Api(self._api).create_self_subject_access_review(
-                client.V1SelfSubjectAccessReview(spec=spec)
-            )
+        reviews = client.AuthorizationV1Api(self._api)
+        with self._plainly("access rules"):
+            if account is None:
+                own = client.V1SelfSubjectAccessReviewSpec(resource_attributes=attributes)
+                review = reviews.create_self_subject_access_review(
+                    client.V1SelfSubjectAccessReview(spec=own)
+                )
+            else:
+                spec = client.V1SubjectAccessReviewSpec(
+                    resource_attributes=attributes,
+                    user=f"system:serviceaccount:{self.namespace}:{account}",
+                    groups=[
+                        "system:serviceaccounts",
+                        f"system:serviceaccounts:{self.namespace}",
+                        "system:authenticated",
+                    ],
+                )
+                # Of this namespace only, which its administrators may ask too.
+                review = reviews.create_namespaced_local_subject_access_review(
+                    self.namespace,
+                    client.V1LocalSubjectAccessReview(
+                        metadata=client.V1ObjectMeta(namespace=self.namespace), spec=spec
+                    ),
+                )
         return bool(review.status.allowed)
 
     def served_versions(self, crd: str) -> list[str] | None:
@@ -83,14 +107,15 @@ class Kube:
     def local_queue(self, name: str) -> dict[str, Any] | None:
         """Return a Kueue LocalQueue, or None."""
         with self._plainly(f"localqueue {name}"):
-            return _found(
-                self._custom.get_namespaced_custom_object,
-                "kueue.x-k8s.io",
-                "v1beta1",
-                self.namespace,
-                "localqueues",
-                name,
-            )
+            # Kueue before 0.14 knows the second only, one day the first only will be left.
+            for version in ("v1beta2", "v1beta1"):
+                found: dict[str, Any] | None = _found(
+                    self._custom.get_namespaced_custom_object,
+                    *("kueue.x-k8s.io", version, self.namespace, "localqueues", name),
+                )
+                if found is not None:
+                    return found
+        return None
 
     def quotas(self) -> list[Any]:
         """Return the namespace's resource quotas."""

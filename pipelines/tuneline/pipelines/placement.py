@@ -55,6 +55,8 @@ class Needs:
 
 
 NEEDS = {
+    # No retry: what it says no to is the same a minute later, and its client waits for an API.
+    "plan": Needs(("500m", "1"), ("512Mi", "1Gi"), 1, scratch=False),
     "look-up-model": Needs(("1", "4"), ("1Gi", "4Gi"), 2, hub=True, scratch=False, num_retries=3),
     "look-up-data": Needs(("1", "4"), ("1Gi", "4Gi"), 2, hub=True, scratch=False, num_retries=3),
     "fetch": Needs(("1", "4"), ("4Gi", "16Gi"), 6, hub=True, num_retries=3),
@@ -93,6 +95,8 @@ def place(task: PipelineTask, name: str, config: PlacementConfig) -> PipelineTas
             backoff_factor=2,
             backoff_max_duration="600s",
         )
+    if config.registry != images.REGISTRY:
+        task.set_container_image(images.in_registry(task.container_spec.image, config.registry))
     if name == "train-on-nodes" and config.shared_claim:
         kubernetes.mount_pvc(task, config.shared_claim, SHARED_PATH)
     kubernetes.set_timeout(task, int(wanted.timeout_hours * 3600))
@@ -116,7 +120,7 @@ def nodes_config(config: PlacementConfig) -> NodesConfig:
         "ranks_per_node": max(1, config.num_accelerators),
         "accelerator": config.accelerator if accelerated else None,
         **wanted.model_dump(exclude={"num_retries"}),
-        "image": images.TRAIN,
+        "image": images.in_registry(images.TRAIN, config.registry),
         "runtime": config.trainer_runtime,
         "runtime_kind": config.trainer_runtime_kind,
         "shared_claim": config.shared_claim,

@@ -1,0 +1,285 @@
+"""What `plan` asks of a cluster: is all there that a recipe names, and may the run use it.
+
+What the cluster does not let these credentials see is unknown, and no reason to stop.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tuneline import images
+from tuneline.pipelines.check import Check, Verdict
+from tuneline.pipelines.kube import Kube, Refused, Right
+from tuneline.pipelines.registry import Unknown, has_image
+from tuneline.profiles import PRODUCT_LABEL, quantity_value
+from tuneline.recipe import Recipe
+from tuneline.train.trainjob import GROUP, PLURAL
+
+CRDS = {
+    "workflows.argoproj.io": "Kubeflow Pipelines (its Argo Workflows) is not installed",
+    "scheduledworkflows.kubeflow.org": "Kubeflow Pipelines is not installed whole: `tuneline "
+    "schedule` will not work",
+}
+
+TRAINER_CRD = "trainjobs.trainer.kubeflow.org"
+
+RIGHTS = (
+    Right("get", "pods"),
+    Right("list", "pods"),
+    Right("get", "pods", subresource="log"),
+    Right("list", "events"),
+    Right("list", "workflows", "argoproj.io"),
+)
+"""What `tuneline doctor` reads with the credentials of whoever asks."""
+
+LAUNCHER_RIGHTS = (
+    *(Right(verb, PLURAL, GROUP) for verb in ("create", "get", "patch", "delete")),
+    Right("get", "pods"),
+    Right("list", "pods"),
+    Right("get", "pods", subresource="log"),
+)
+"""What the train step of several nodes does with the runs' service account."""
+
+
+def check_cluster(
+    recipe: Recipe, kube: Kube, *, account: str | None = None, is_step: bool = False
+) -> list[Check]:
+    """Check a cluster for a recipe; the arguments are those of `plan`.
+
+    Raises:
+        ClusterError: the cluster cannot be reached.
+    """
+    checks = [Check("API", "ok", f"Kubernetes {kube.version()} at {kube.host}")]
+    checks += _looked("rights", _rights_of_run(recipe, kube, account, is_step))
+    if not is_step:
+        checks += _looked("rights", _rights(kube))
+    for name, look in _LOOKS.items():
+        checks += _looked(name, look(recipe, kube))
+    return checks
+
+
+def _looked(name: str, checks: Iterator[Check]) -> Iterator[Check]:
+    try:
+        yield from checks
+    except Refused as error:
+        yield Check(name, "unknown", str(error))
+
+
+def _crds(recipe: Recipe, kube: Kube) -> Iterator[Check]:
+    wanted = dict(CRDS)
+    if recipe.placement.num_nodes > 1:
+        wanted[TRAINER_CRD] = (
+            "Kubeflow Trainer 2 is not installed, and placement.num_nodes is "
+            f"{recipe.placement.num_nodes}"
+        )
+    for crd, absence in wanted.items():
+        versions = kube.served_versions(crd)
+        if versions:
+            yield Check("CRDs", "ok", f"{crd} {', '.join(versions)}")
+        else:
+            yield Check("CRDs", "fail", f"there is no {crd}: {absence}", "ask the platform's owner")
+
+
+def _rights_of_run(
+    recipe: Recipe, kube: Kube, account: str | None, is_step: bool
+) -> Iterator[Check]:
+    if recipe.placement.num_nodes == 1:
+        return
+    if account is None and not is_step:
+        words = "several nodes need more than most service accounts may"
+        yield Check("rights", "unknown", words, "name the run's with --service-account")
+        return
+    who = "the run's service account" if account is None else account
+    missing = [str(right) for right in LAUNCHER_RIGHTS if not kube.may(right, account=account)]
+    if missing:
+        words = f"{who} may not {', '.join(missing)} in {kube.namespace}"
+        advice = "apply manifests/components/trainer, and submit with tuneline-runner"
+        yield Check("rights", "fail", words, advice)
+    else:
+        yield Check("rights", "ok", f"{who} may make and follow TrainJobs in {kube.namespace}")
+
+
+def _rights(kube: Kube) -> Iterator[Check]:
+    missing = [str(right) for right in RIGHTS if not kube.may(right)]
+    if missing:
+        words = f"you may not {', '.join(missing)} in {kube.namespace}"
+        yield Check("rights", "warn", words, "without them `tuneline doctor` sees less")
+    else:
+        yield Check("rights", "ok", f"you may read runs, pods, logs and events in {kube.namespace}")
+
+
+def _secrets(recipe: Recipe, kube: Kube) -> Iterator[Check]:
+    placement = recipe.placement
+    present = kube.secret_names()
+    wanted = list(placement.secrets)
+    if placement.hub_token_secret:
+        wanted.insert(0, placement.hub_token_secret)
+    for name in wanted:
+        if name in present:
+            yield Check("secrets", "ok", f"{name} is there")
+        else:
+            words = f"there is no secret {name} in {kube.namespace}: steps start without it"
+            yield Check("secrets", "warn", words, "manifests/secrets has the command to make one")
+    for name in placement.image_pull_secrets:
+        if name not in present:
+            words = f"there is no image pull secret {name} in {kube.namespace}"
+            yield Check("secrets", "fail", words, "manifests/secrets/registry.yaml says how to")
+
+
+def _volumes(recipe: Recipe, kube: Kube) -> Iterator[Check]:
+    placement = recipe.placement
+    if placement.cache_claim:
+        yield _claim(kube, "cache", placement.cache_claim, "cache_claim", "warn")
+    if placement.num_nodes > 1 and placement.shared_claim:
+        yield _claim(kube, "shared volume", placement.shared_claim, "shared_claim", "fail")
+
+
+def _claim(kube: Kube, check: str, name: str, field: str, if_for_one_node: Verdict) -> Check:
+    claim = kube.claim(name)
+    if claim is None:
+        words = f"there is no claim {name} in {kube.namespace}: pods would wait for it for ever"
+        return Check(check, "fail", words, f"apply manifests/, or correct placement.{field}")
+    modes = ", ".join(claim.spec.access_modes)
+    words = f"{name} is {claim.status.phase}, {modes}, class {claim.spec.storage_class_name}"
+    if claim.status.phase == "Lost":
+        return Check(check, "fail", words, "its volume is gone: make the claim anew")
+    if "ReadWriteMany" not in claim.spec.access_modes:
+        advice = "pods that run side by side on several nodes need ReadWriteMany"
+        return Check(check, if_for_one_node, words, advice)
+    return Check(check, "ok", words)
+
+
+def _queue(recipe: Recipe, kube: Kube) -> Iterator[Check]:
+    name = recipe.placement.queue
+    if name is None:
+        return
+    found = kube.local_queue(name)
+    if found is None:
+        words = f"there is no LocalQueue {name} in {kube.namespace}: pods would stay gated"
+        yield Check("queue", "fail", words, "apply manifests/components/kueue, or correct the name")
+        return
+    conditions = found.get("status", {}).get("conditions", [])
+    active = next((each for each in conditions if each["type"] == "Active"), None)
+    if active is not None and active["status"] != "True":
+        words = f"{name} takes nothing in: {active.get('message', active.get('reason', ''))}"
+        yield Check("queue", "fail", words, "ask who runs Kueue about its ClusterQueue")
+    else:
+        waiting = found.get("status", {}).get("pendingWorkloads", 0)
+        yield Check("queue", "ok", f"{name}: {waiting} waiting")
+
+
+def _quota(recipe: Recipe, kube: Kube) -> Iterator[Check]:
+    placement = recipe.placement
+    if not placement.num_accelerators:
+        return
+    key = f"requests.{placement.accelerator}"
+    for quota in kube.quotas():
+        hard = (quota.status and quota.status.hard or quota.spec.hard or {}).get(key)
+        if hard is None:
+            continue
+        used = float(((quota.status and quota.status.used) or {}).get(key, 0))
+        words = f"{quota.metadata.name}: {used:g} of {hard} {placement.accelerator} in use"
+        wanted = placement.num_accelerators * placement.num_nodes
+        if float(hard) < wanted:
+            advice = f"training asks for {wanted}: have the quota raised"
+            yield Check("quota", "fail", words, advice)
+        elif float(hard) - used < wanted:
+            yield Check("quota", "warn", words, "steps are retried until some are given back")
+        else:
+            yield Check("quota", "ok", words)
+
+
+def _nodes(recipe: Recipe, kube: Kube) -> Iterator[Check]:
+    placement = recipe.placement
+    if not placement.num_accelerators:
+        return
+    nodes = kube.nodes()
+    fits, why = [], []
+    for node in nodes:
+        reason = _refusal(recipe, node)
+        if reason:
+            why.append(f"{node.metadata.name} {reason}")
+        else:
+            fits.append(node.metadata.name)
+    wanted = f"{placement.num_accelerators} {placement.accelerator}"
+    if len(fits) >= placement.num_nodes:
+        yield Check("nodes", "ok", f"{len(fits)} of {len(nodes)} nodes fit {wanted}: {fits[0]}")
+    else:
+        found = "no node"
+        if fits:
+            found = f"only {len(fits)} of {placement.num_nodes} nodes that training takes"
+        none = "there are no more" if fits else "there are none"
+        words = f"{found} fits {wanted}: {'; '.join(why[:5]) or none}"
+        advice = "another placement.profile, or a node pool that grows from zero"
+        # A cluster autoscaler makes nodes that are not there yet.
+        yield Check("nodes", "warn", words, advice)
+
+
+def _refusal(recipe: Recipe, node: Any) -> str | None:
+    """Say why a pod with an accelerator cannot run on an empty node."""
+    placement = recipe.placement
+    labels, capacity = node.metadata.labels or {}, node.status.allocatable or {}
+    count = float(capacity.get(placement.accelerator, 0))
+    if count < placement.num_accelerators:
+        return f"has {count:g} {placement.accelerator}"
+    product = labels.get(PRODUCT_LABEL)
+    if placement.accelerator_products and product not in placement.accelerator_products:
+        return f"has {product or 'no label ' + PRODUCT_LABEL}"
+    for key, value in placement.node_selector.items():
+        if labels.get(key) != value:
+            return f"has {key}={labels.get(key)}"
+    for resource in ("cpu", "memory"):
+        request = getattr(placement.accelerated, f"{resource}_request")
+        if request and quantity_value(capacity.get(resource, "0")) < quantity_value(request):
+            return f"has {capacity.get(resource)} {resource}, less than {request}"
+    for taint in node.spec.taints or []:
+        tolerated = any(
+            each.key == taint.key
+            and each.effect in (None, taint.effect)
+            and (each.operator == "Exists" or each.value == taint.value)
+            for each in placement.tolerations
+        )
+        if taint.effect != "PreferNoSchedule" and not tolerated:
+            return f"has the taint {taint.key}"
+    return None
+
+
+def _images(recipe: Recipe, kube: Kube) -> Iterator[Check]:
+    wanted = [images.LIGHT, images.TRAIN, images.EVALUATE, images.PUBLISH]
+    wanted += [images.GGUF] if recipe.quantize.gguf else []
+    wanted += [images.GPTQ] if recipe.quantize.gptq else []
+    registry = recipe.placement.registry
+    try:
+        on_nodes = {
+            name
+            for node in kube.nodes()
+            for image in node.status.images or []
+            for name in image.names or []
+        }
+    except Refused:
+        on_nodes = set()
+    for image in (images.in_registry(name, registry) for name in wanted):
+        if {image, f"docker.io/{image}", f"localhost/{image}"} & on_nodes:
+            yield Check("images", "ok", f"a node has {image}")
+            continue
+        try:
+            found = has_image(image)
+        except Unknown as error:
+            advice = "push them to a registry that it reaches, and name that in placement.registry"
+            yield Check("images", "unknown", f"no node is seen to have {image}: {error}", advice)
+            continue
+        if found:
+            yield Check("images", "ok", f"its registry has {image}")
+        else:
+            words = f"its registry has no {image}"
+            yield Check("images", "fail", words, "push it, or correct placement.registry")
+
+
+_LOOKS: dict[str, Callable[[Recipe, Kube], Iterator[Check]]] = {
+    "CRDs": _crds,
+    "secrets": _secrets,
+    "volumes": _volumes,
+    "queue": _queue,
+    "quota": _quota,
+    "nodes": _nodes,
+    "images": _images,
+}

@@ -1,0 +1,81 @@
+"""The plan as the first step of a run, in the run's own pod and with its own credentials.
+
+It stands with the pipelines, because it looks at every step's config, and steps do not know each
+other.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+from tuneline.errors import ClusterError, UserError
+from tuneline.kubernetes_client import own_namespace
+from tuneline.pipelines.check import Check
+from tuneline.pipelines.kube import Kube
+from tuneline.pipelines.plan import plan
+from tuneline.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+POD_VARIABLE = "KFP_POD_NAME"
+"""Set in the steps' pods on a cluster, and nowhere else."""
+
+
+def run(
+    recipe: str, *, base_model: str, train: str, prepare: str, quantize: str, summary_path: str
+) -> list[Check]:
+    """Check a run that begins, and write down what was found.
+
+    Args:
+        recipe: as JSON.
+        base_model: of this run.
+        train: its config, as JSON; the next two alike.
+        prepare: see there.
+        quantize: see there.
+        summary_path: a Markdown page.
+
+    Raises:
+        UserError: the run cannot work as it stands.
+    """
+    values = json.loads(recipe)
+    values |= {"base_model": base_model}
+    values |= {"train": json.loads(train), "prepare": json.loads(prepare)}
+    values |= {"quantize": json.loads(quantize)}
+    asked = Recipe.parse(values)
+    checks = _checks(asked)
+    for check in checks:
+        level = logging.ERROR if check.verdict == "fail" else logging.INFO
+        logger.log(level, "%s: %s: %s", check.verdict, check.name, check.words)
+    Path(summary_path).parent.mkdir(parents=True, exist_ok=True)
+    Path(summary_path).write_text(_page(checks), encoding="utf-8")
+    failed = [check for check in checks if check.verdict == "fail"]
+    if failed:
+        said = "; ".join(f"{check.name}: {check.words}" for check in failed)
+        advice = "; ".join(dict.fromkeys(check.advice for check in failed if check.advice))
+        raise UserError(f"this run cannot work as it stands: {said}. What to change: {advice}")
+    return checks
+
+
+def _checks(recipe: Recipe) -> list[Check]:
+    namespace = own_namespace() if os.environ.get(POD_VARIABLE) else None
+    if namespace is None:
+        return plan(recipe)
+    try:
+        return plan(recipe, kube=Kube(namespace), is_step=True)
+    except ClusterError as error:
+        # The steps themselves need no API, but for several nodes, which wait longer for it.
+        return [*plan(recipe), Check("API", "unknown", str(error))]
+
+
+def _page(checks: list[Check]) -> str:
+    rows = [
+        f"| {check.verdict} | {check.name} | {_cell(check.words)} | {_cell(check.advice)} |"
+        for check in checks
+    ]
+    head = ["# Before the first step", "", "| | what | found | what to do |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows, ""])
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
