@@ -299,7 +299,7 @@ def bench_rope(table: Table, sweep: bool) -> None:
         ]
         passes = 3 if kw else 2
         table.time("rope", "tuneline", f"{mode} bwd", f"{T}x{HQ}+{HK}x{D}", back, passes * size)
-    calls = [lambda a=a: op.rope_forward(*a, cos, sin, inplace=True) for a in split]
+    calls = [lambda a=a: op.rope_forward(*a, cos, sin, out=a) for a in split]
     table.time("rope", "tuneline", "in place", f"{T}x{HQ}+{HK}x{D}", calls, 2 * size)
     if sweep:
         for warps in (1, 2, 4, 8):

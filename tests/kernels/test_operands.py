@@ -133,11 +133,20 @@ def test_wide_operands(case, dtype, generator, assert_near):
     x_TKP = augmented_input(TOKENS, group, x)
     x_TKP[:, :INPUTS] = x
     operands.write_lora_columns(x_TKP)
-    wide = truth[0] + residual.double()
-    assert_near(operands.forward(x_TKP, residual_TN=residual), wide, stock[0] + residual)
+    wide, stock_sum = truth[0] + residual.double(), stock[0] + residual
+    assert_near(operands.forward(x_TKP, residual_TN=residual), wide, stock_sum)
     same = operands.forward(x_TKP, residual_TN=residual, out=residual)
     assert same.data_ptr() == residual.data_ptr()
-    assert_near(residual, wide)
+    assert_near(residual, wide, stock_sum)
+    # The same with room for G beside dY.
+    room = dy.new_empty(TOKENS, group.num_out + group.num_columns)
+    room[:, : group.num_out] = dy
+    for a, b in zip(
+        operands.input_gradient(room[:, : group.num_out], room),
+        operands.input_gradient(dy),
+        strict=True,
+    ):
+        assert a is b is None or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("case", ["qkv", "qkv_bias", "bias_alone", "wide_ranks"])

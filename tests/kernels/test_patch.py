@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from tuneline.kernels import activation_lora
+from tuneline.kernels.budget import Kept, kept_bytes, normed_bytes
 from tuneline.kernels.patch import patch, unpatch
 
 SIZES = {
@@ -201,14 +202,24 @@ def test_packed_row_equals_its_sequences_alone(family):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_any_budget_gives_the_same_bits(family, interpreted):
     model = make_model(family, dtype=torch.float32)
-    results = []
-    for budget in ("lean", 15e-6, 10):
-        patch(model, budget=budget)
-        results.append((step(model, batch(1, 5)), model.get_base_model().model._tuneline_engine))
-    assert [engine.last_num_kept for _, engine in results] == [0, 1, 2]
-    for (loss, grads), _ in results[1:]:
-        assert torch.equal(loss, results[0][0][0])
-        for name, grad in results[0][0][1].items():
+    patch(model, budget="lean")
+    loss, expected = step(model, batch(1, 5))
+    engine = model.get_base_model().model._tuneline_engine
+    assert engine.last_kept == Kept(0, 0)
+    weights = [weights for _, weights in engine.bound.values()]
+    layer, normed = (max(size(w, 5, 4) for w in weights) for size in (kept_bytes, normed_bytes))
+    wanted = {
+        1.5 * layer: Kept(1, 0),
+        2 * layer + 0.5 * normed: Kept(2, 0),
+        2 * layer + 1.5 * normed: Kept(2, 1),
+        2**30: Kept(2, 2),
+    }
+    for num_bytes, kept in wanted.items():
+        patch(model, budget=num_bytes / 2**30)
+        found, grads = step(model, batch(1, 5))
+        assert model.get_base_model().model._tuneline_engine.last_kept == kept
+        assert torch.equal(found, loss)
+        for name, grad in expected.items():
             assert torch.equal(grads[name], grad), name
 
 

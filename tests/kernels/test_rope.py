@@ -79,11 +79,11 @@ def test_in_place_gives_the_same_bits(case, generator):
     expected = rope_forward(**inputs, gemma=gemma)
     assert torch.equal(inputs["q"], before[0]) and torch.equal(inputs["k"], before[1])
     in_place = dict(inputs, q=before[0], k=before[1])
-    out = rope_forward(**in_place, gemma=gemma, inplace=True)
+    out = rope_forward(**in_place, gemma=gemma, out=before)
     assert out[0] is before[0] and out[1] is before[1]
     assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
     expected = rope_backward(dq, dk, **inputs, gemma=gemma)
-    out = rope_backward(dq, dk, **inputs, gemma=gemma, inplace=True)
+    out = rope_backward(dq, dk, **inputs, gemma=gemma, out=(dq, dk))
     assert out[0] is dq and out[1] is dk
     assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
 

@@ -7,8 +7,9 @@
 Parameters and state of a group are slices of flat buffers, each padded to a multiple of 256
 elements; a step collects the gradients into another, which lives no longer. With state_bits=8, m
 and v are stored in blocks of 256 as bitsandbytes stores them: one byte an element, an index into
-its dynamic map of [-1, 1] or [0, 1], times the block's largest magnitude. One thing differs: a positive v never rounds to 0, because m may then still be
-above 0 and m / eps would throw the parameter far away.
+its dynamic map of [-1, 1] or [0, 1], times the block's largest magnitude. One thing differs: a
+positive v never rounds to 0, because m may then still be above 0 and m / eps would throw the
+parameter far away.
 
 Sums run in a fixed order: the same gradients give the same bits.
 """

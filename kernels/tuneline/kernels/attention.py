@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tuneline.kernels.copy_rows import copy_rows
 from tuneline.kernels.flash import flash_backward, flash_forward
 
 CUDNN_HEAD_DIMS = (64, 128)
@@ -64,14 +65,25 @@ class AttentionConfig:
 
 
 def attention_forward(
-    q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, plan: AttentionPlan, config: AttentionConfig
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the output [B, T, H, D] and what the backward needs beside it."""
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGD: Tensor,
+    plan: AttentionPlan,
+    config: AttentionConfig,
+    *,
+    out: Tensor,
+) -> tuple[Tensor, ...]:
+    """Write the output into `out` [B, T, H, D], heads side by side; return what the backward needs.
+
+    `out` may be a slice of wider rows; the libraries' ops give an output of their own, which is
+    copied there.
+    """
     backend = _backend(q_BTHD, plan, config)
     if backend == "reference":
-        return attention_reference(q_BTHD, k_BTGD, v_BTGD, plan, config), ()
+        out.copy_(attention_reference(q_BTHD, k_BTGD, v_BTGD, plan, config))
+        return ()
     if backend == "cudnn":
-        out, lse, _, _, _, _, seed, offset, _ = (
+        found, lse, _, _, _, _, seed, offset, _ = (
             torch.ops.aten._scaled_dot_product_cudnn_attention.default(
                 q_BTHD.transpose(1, 2),
                 k_BTGD.transpose(1, 2),
@@ -84,18 +96,19 @@ def attention_forward(
                 scale=config.scale,
             )
         )
-        return out.transpose(1, 2), (lse, seed, offset)
+        _copy_heads(found.transpose(1, 2), out)
+        return lse, seed, offset
     longest = plan.longest(q_BTHD.shape[1])
     if backend == "softcap":
         q, k, v = (t.flatten(0, 1) for t in (q_BTHD, k_BTGD, v_BTGD))
         cu_seqlens = _cu_seqlens(plan, q_BTHD)
-        out, lse = flash_forward(
-            q, k, v, cu_seqlens, longest,
+        lse = flash_forward(
+            q, k, v, cu_seqlens, longest, out=out.flatten(0, 1),
             scale=config.scale, window=config.window, softcap=config.softcap,
         )  # fmt: skip
-        return out.view(q_BTHD.shape), (lse, cu_seqlens)
+        return lse, cu_seqlens
     q, k, v = _varlen(plan, q_BTHD, k_BTGD, v_BTGD)
-    out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward.default(
+    found, lse, state, unused, _ = torch.ops.aten._flash_attention_forward.default(
         q,
         k,
         v,
@@ -109,7 +122,8 @@ def attention_forward(
         scale=config.scale,
         **_window_arguments(longest, config),
     )
-    return out.view(q_BTHD.shape), (lse, state, unused)
+    _copy_heads(found.view(q_BTHD.shape), out)
+    return lse, state, unused
 
 
 def attention_backward(
@@ -121,15 +135,22 @@ def attention_backward(
     saved: tuple[Tensor, ...],
     plan: AttentionPlan,
     config: AttentionConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dq, dk, dv) in the shapes of q, k, v."""
+    *,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Write dv into the last of `out`; return dq and dk, in the first two of them or elsewhere.
+
+    What comes next is rope's backward, which reads them anywhere and writes them to their place.
+    """
+    dv_out = out[2]
     backend = _backend(q_BTHD, plan, config)
     if backend == "reference":
         with torch.enable_grad():
             q, k, v = (t.detach().requires_grad_() for t in (q_BTHD, k_BTGD, v_BTGD))
-            out = attention_reference(q, k, v, plan, config)
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout_BTHD)
-        return dq, dk, dv
+            again = attention_reference(q, k, v, plan, config)
+        dq, dk, dv = torch.autograd.grad(again, (q, k, v), dout_BTHD)
+        dv_out.copy_(dv)
+        return dq, dk
     if backend == "cudnn":
         lse, seed, offset = saved
         length = q_BTHD.shape[1]
@@ -151,26 +172,28 @@ def attention_backward(
             True,
             scale=config.scale,
         )
-        return tuple(grad.transpose(1, 2) for grad in grads)
+        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+        _copy_heads(dv, dv_out)
+        return dq, dk
     longest = plan.longest(q_BTHD.shape[1])
     if backend == "softcap":
         lse, cu_seqlens = saved
-        dout, q, k, v, out = (
-            t.flatten(0, 1) for t in (dout_BTHD, q_BTHD, k_BTGD, v_BTGD, out_BTHD)
-        )
-        dq, dk, dv = flash_backward(
-            dout, q, k, v, out, lse, cu_seqlens, longest,
+        tensors = (dout_BTHD, q_BTHD, k_BTGD, v_BTGD, out_BTHD)
+        dout, q, k, v, o = (t.flatten(0, 1) for t in tensors)
+        flash_backward(
+            dout, q, k, v, o, lse, cu_seqlens, longest,
+            out=(out[0].flatten(0, 1), out[1].flatten(0, 1), dv_out.flatten(0, 1)),
             scale=config.scale, window=config.window, softcap=config.softcap,
         )  # fmt: skip
-        return dq.view(q_BTHD.shape), dk.view(k_BTGD.shape), dv.view(v_BTGD.shape)
+        return out[0], out[1]
     lse, state, unused = saved
-    q, k, v, out, dout = _varlen(plan, q_BTHD, k_BTGD, v_BTGD, out_BTHD, dout_BTHD)
+    q, k, v, o, dout = _varlen(plan, q_BTHD, k_BTGD, v_BTGD, out_BTHD, dout_BTHD)
     dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
         dout,
         q,
         k,
         v,
-        out,
+        o,
         lse,
         plan.cu_seqlens,
         plan.cu_seqlens,
@@ -183,7 +206,12 @@ def attention_backward(
         scale=config.scale,
         **_window_arguments(longest, config),
     )
-    return dq.view(q_BTHD.shape), dk.view(k_BTGD.shape), dv.view(v_BTGD.shape)
+    _copy_heads(dv.view(v_BTGD.shape), dv_out)
+    return dq.view(q_BTHD.shape), dk.view(k_BTGD.shape)
+
+
+def _copy_heads(heads_BTHD: Tensor, out_BTHD: Tensor) -> None:
+    copy_rows(heads_BTHD.flatten(2).flatten(0, 1), out_BTHD.flatten(2).flatten(0, 1))
 
 
 def attention_reference(

@@ -248,25 +248,26 @@ def flash_forward(
     cu_seqlens: Tensor,
     longest: int,
     *,
+    out: Tensor,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return o [T, H, D] and lse [H, T] (base 2); unit stride along D, any other strides.
+) -> Tensor:
+    """Write o into `out` [T, H, D], return lse [H, T] (base 2).
 
-    `window` counts the token itself; `longest` is the longest sequence's length, or more.
+    Unit stride along D, any other strides. `window` counts the token itself; `longest` is the
+    longest sequence's length, or more.
     """
     T, H, D = q_THD.shape
-    o_THD = torch.empty(T, H, D, dtype=q_THD.dtype, device=q_THD.device)
     lse_HT = torch.empty(H, T, dtype=torch.float32, device=q_THD.device)
     blocks = _forward_blocks(D)
     grid = (triton.cdiv(longest, blocks.queries), H, cu_seqlens.numel() - 1)
     _fwd_kernel[grid](
-        q_THD, k_TGD, v_TGD, o_THD, lse_HT, cu_seqlens, T, scale, softcap or 1.0,
-        *_strides(q_THD, k_TGD, v_TGD, o_THD),
+        q_THD, k_TGD, v_TGD, out, lse_HT, cu_seqlens, T, scale, softcap or 1.0,
+        *_strides(q_THD, k_TGD, v_TGD, out),
         **_sizes(q_THD, k_TGD, window, softcap, blocks),
     )  # fmt: skip
-    return o_THD, lse_HT
+    return lse_HT
 
 
 def flash_backward(
@@ -279,15 +280,14 @@ def flash_backward(
     cu_seqlens: Tensor,
     longest: int,
     *,
+    out: tuple[Tensor, Tensor, Tensor],
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dq, dk, dv), contiguous, in the shapes of q, k, v."""
+) -> None:
+    """Write dq, dk, dv into `out`, in the shapes of q, k, v and of strides as they like."""
     T, H, D = q_THD.shape
-    dq, dk, dv = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THD, k_TGD, v_TGD)
-    )
+    dq, dk, dv = out
     delta_HT = torch.empty_like(lse_HT)
     num_sequences = cu_seqlens.numel() - 1
     blocks = _dq_blocks(D)
@@ -304,4 +304,3 @@ def flash_backward(
         *_strides(q_THD, k_TGD, v_TGD, do_THD, dk, dv),
         **_sizes(q_THD, k_TGD, window, softcap, blocks),
     )  # fmt: skip
-    return dq, dk, dv

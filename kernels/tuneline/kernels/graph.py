@@ -150,7 +150,7 @@ def _key(layers: Layers, x_BLC: Tensor, cos: Tensor) -> tuple[Any, ...]:
     shape = (x_BLC.shape, x_BLC.dtype, cos.shape)
     baked: list[Any] = []
     for weights, call in layers:
-        baked.append(call.keep)
+        baked += [call.keep, call.keep_normed]
         baked += [norm.data_ptr() for norm in weights.norms() if norm is not None]
         for group in weights.groups():
             for linear in group.linears:

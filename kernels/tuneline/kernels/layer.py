@@ -10,7 +10,7 @@ again up to gate and up, but neither down_proj (27 % of a Llama layer's multipli
 activation's forward, which the activation's backward yields on the way. With a host stash it
 parks x there, and q, k, v and a beside it: their copies hide behind the forward too, and the
 backward computes o_proj, gate and up alone. A *kept* layer saves q, k, v, a, x2, gate and up, and
-computes only norms again. All run the same kernels on the same numbers, so that the choice changes
+computes only norms again, or nothing at all where it keeps their outputs too. All run the same kernels on the same numbers, so that the choice changes
 no bit of a gradient.
 
 The MLP runs over chunks of tokens: its temporaries, three times 2 F wide, set a lean step's peak.
@@ -34,7 +34,6 @@ from tuneline.kernels.attention import (
     attention_backward,
     attention_forward,
 )
-from tuneline.kernels.copy_rows import copy_rows
 from tuneline.kernels.gated_activation import Kind, gated_activation_forward
 from tuneline.kernels.lora import LoraGradients, LoraGroup, mm_wide
 from tuneline.kernels.operands import (
@@ -91,11 +90,17 @@ class LayerCall:
     plan: AttentionPlan
     keep: bool
     stash: HostStash | None = None
+    keep_normed: bool = False
+    """Whether a kept layer keeps n1 and n2 as well."""
 
     @property
     def parks(self) -> bool:
         """Whether the layer's tensors wait in the host's memory."""
         return self.stash is not None and not self.keep
+
+
+_Normed = tuple[Tensor, Tensor]
+"""X' = [norm(x) | norm(x) A^T], and rstd."""
 
 
 @dataclass(slots=True)
@@ -110,6 +115,7 @@ class _AttentionHalf:
     x2_TC: Tensor
     o_TC: Tensor | None
     o_operands: WideOperands | Fp8Operands | None
+    normed: _Normed | None
 
 
 def fused_layer(
@@ -152,6 +158,8 @@ def layer_forward(
     x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
     half = _attention_half(x_TC, x_BLC.shape, cos, sin, weights, call.plan)
     half.o_operands = None
+    normed = half.normed if call.keep_normed else None
+    half.normed = None
     saved: list[Tensor | None] = []
     if call.keep or call.parks:
         # What can be parked comes first. Without a head norm q and k are views of qkv.
@@ -162,7 +170,11 @@ def layer_forward(
     attention_saved = half.attention_saved if call.keep or call.parks else ()
     x2_TC = half.x2_TC
     del half
-    y_TC, gate_up_TF, down_input_TP, d_TC = _mlp_forward(x2_TC, weights, call.keep)
+    y_TC, gate_up_TF, down_input_TP, d_TC, mlp_normed = _mlp_forward(
+        x2_TC, weights, call.keep, keep_normed=call.keep_normed
+    )
+    if normed is not None and mlp_normed is not None:
+        saved += [*normed, *mlp_normed]
     saved += [down_input_TP, d_TC, gate_up_TF, *attention_saved]
     return y_TC.view(x_BLC.shape), saved
 
@@ -187,21 +199,28 @@ def layer_backward(
             q, k, *saved = saved
     if call.keep:
         x2_TC, o_TC, *saved = saved
+    normed: _Normed | None = None
+    mlp_normed: _Normed | None = None
+    if call.keep_normed:
+        normed, mlp_normed, saved = tuple(saved[:2]), tuple(saved[2:4]), saved[4:]
     down_input_TP, d_TC, gate_up_TF, *attention_saved = saved
     if call.keep:
-        half = _AttentionHalf(qkv_TN, q, k, tuple(attention_saved), o_input_TKP, x2_TC, o_TC, None)
+        half = _AttentionHalf(
+            qkv_TN, q, k, tuple(attention_saved), o_input_TKP, x2_TC, o_TC, None, normed
+        )
     elif call.parks:
         o_operands = group_operands(weights.o, x_TC)
         half = _after_attention(
-            x_TC, qkv_TN, q, k, tuple(attention_saved), o_input_TKP, o_operands, weights
+            x_TC, qkv_TN, q, k, tuple(attention_saved), o_input_TKP, o_operands, weights, None
         )
     else:
         half = _attention_half(x_TC, x_BLC.shape, cos, sin, weights, call.plan)
-    dx2_TC, gate_up_grads, down_grads = _mlp_backward(
-        dy_TC, half.x2_TC, gate_up_TF, down_input_TP, d_TC, weights
+        half.normed = None
+    dx2_TCP, gate_up_grads, down_grads = _mlp_backward(
+        dy_TC, half.x2_TC, gate_up_TF, down_input_TP, d_TC, mlp_normed, weights
     )
     dx_TC, qkv_grads, o_grads = _attention_half_backward(
-        dx2_TC, x_TC, half, cos, sin, weights, call.plan
+        dx2_TCP, x_TC, half, cos, sin, weights, call.plan
     )
     grads = [g for part in (qkv_grads, o_grads, gate_up_grads, down_grads) for g in part]
     return dx_TC.view(x_BLC.shape), grads
@@ -213,9 +232,11 @@ def _normed_input(
     weights: LayerWeights,
     group: LoraGroup,
     operands: WideOperands | Fp8Operands,
-) -> tuple[Tensor, Tensor]:
-    """Return X' = [norm(x) | norm(x) A^T] and rstd."""
-    x_TKP = augmented_input(x_TC.shape[0], group, x_TC)
+    x_TKP: Tensor | None = None,
+) -> _Normed:
+    """Write X' = [norm(x) | norm(x) A^T], and return it with rstd."""
+    if x_TKP is None:
+        x_TKP = augmented_input(x_TC.shape[0], group, x_TC)
     out = x_TKP[:, : group.num_in]
     _, _, rstd_T = rms_norm_forward(x_TC, norm, weights.eps, gemma=weights.gemma, out=out)
     operands.write_lora_columns(x_TKP)
@@ -239,9 +260,9 @@ def _attention_half(
     plan: AttentionPlan,
 ) -> _AttentionHalf:
     operands = group_operands(weights.qkv, x_TC)
-    x_TKP, _ = _normed_input(x_TC, weights.attention_norm, weights, weights.qkv, operands)
-    qkv_TN = operands.forward(x_TKP)
-    del operands, x_TKP
+    normed = _normed_input(x_TC, weights.attention_norm, weights, weights.qkv, operands)
+    qkv_TN = operands.forward(normed[0])
+    del operands
     q, k, v = _split_heads(qkv_TN, shape, weights.attention)
     q, k = rope_forward(
         q,
@@ -252,15 +273,20 @@ def _attention_half(
         k_weight=weights.k_norm,
         eps=weights.eps,
         gemma=weights.gemma,
-        inplace=weights.q_norm is None,
+        out=(q, k) if weights.q_norm is None else None,
     )
-    a_BLHD, saved = attention_forward(q, k, v, plan, weights.attention)
     group = weights.o
     o_input_TKP = augmented_input(x_TC.shape[0], group, x_TC)
-    copy_rows(a_BLHD.flatten(2).flatten(0, 1), o_input_TKP[:, : group.num_in])
+    a_BLHD = _heads(o_input_TKP, group, q.shape)
+    saved = attention_forward(q, k, v, plan, weights.attention, out=a_BLHD)
     o_operands = group_operands(group, x_TC)
     o_operands.write_lora_columns(o_input_TKP)
-    return _after_attention(x_TC, qkv_TN, q, k, saved, o_input_TKP, o_operands, weights)
+    return _after_attention(x_TC, qkv_TN, q, k, saved, o_input_TKP, o_operands, weights, normed)
+
+
+def _heads(o_input_TKP: Tensor, group: LoraGroup, shape: torch.Size) -> Tensor:
+    """View the attention's output [B, L, H, D] inside o_proj's input."""
+    return o_input_TKP[:, : group.num_in].unflatten(0, shape[:2]).view(shape)
 
 
 def _after_attention(
@@ -272,6 +298,7 @@ def _after_attention(
     o_input_TKP: Tensor,
     o_operands: WideOperands | Fp8Operands,
     weights: LayerWeights,
+    normed: _Normed | None,
 ) -> _AttentionHalf:
     if weights.after_attention_norm is None:
         x2_TC = o_operands.forward(o_input_TKP, residual_TN=x_TC)
@@ -279,11 +306,13 @@ def _after_attention(
     else:
         o_TC = o_operands.forward(o_input_TKP)
         x2_TC = _add_normed(x_TC, o_TC, weights.after_attention_norm, weights)
-    return _AttentionHalf(qkv_TN, q_BLHD, k_BLGD, saved, o_input_TKP, x2_TC, o_TC, o_operands)
+    return _AttentionHalf(
+        qkv_TN, q_BLHD, k_BLGD, saved, o_input_TKP, x2_TC, o_TC, o_operands, normed
+    )
 
 
 def _attention_half_backward(
-    dx2_TC: Tensor,
+    dx2_TCP: Tensor,
     x_TC: Tensor,
     half: _AttentionHalf,
     cos: Tensor,
@@ -292,36 +321,38 @@ def _attention_half_backward(
     plan: AttentionPlan,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     shape, config, group = half.q_BLHD.shape, weights.attention, weights.o
+    dx2_TC = dx2_TCP[:, : group.num_out]
+    do_TCP: Tensor | None = dx2_TCP
     do_TC = dx2_TC
     if weights.after_attention_norm is not None:
         assert half.o_TC is not None
+        do_TCP = None
         do_TC = _normed_gradient(dx2_TC, half.o_TC, weights.after_attention_norm, weights)
     operands = group_operands(group, x_TC) if half.o_operands is None else half.o_operands
     half.o_operands = None
-    da_TK, g_TP = operands.input_gradient(do_TC)
+    da_TK, g_TP = operands.input_gradient(do_TC, do_TCP)
     del operands
     o_grads = LoraGradients(group)
     o_grads.add(
         do_TC, g_TP, half.o_input_TKP[:, : group.num_in], half.o_input_TKP[:, group.num_in :]
     )
     q_in, k_in, v = _split_heads(half.qkv_TN, shape, config)
-    dq, dk, dv = attention_backward(
+    dqkv_TN = torch.empty_like(half.qkv_TN)
+    dq_out, dk_out, dv_out = _split_heads(dqkv_TN, shape, config)
+    dq, dk = attention_backward(
         da_TK.view(shape),
         half.q_BLHD,
         half.k_BLGD,
         v,
-        half.o_input_TKP[:, : group.num_in].unflatten(0, shape[:2]).view(shape),
+        _heads(half.o_input_TKP, group, shape),
         half.attention_saved,
         plan,
         config,
+        out=(dq_out, dk_out, dv_out),
     )
-    dqkv_TN = torch.empty_like(half.qkv_TN)
-    dq_out, dk_out, dv_out = _split_heads(dqkv_TN, shape, config)
-    for grad, out in ((dq, dq_out), (dk, dk_out), (dv, dv_out)):
-        copy_rows(grad.flatten(2).flatten(0, 1), out.flatten(2).flatten(0, 1))
     rope_backward(
-        dq_out,
-        dk_out,
+        dq,
+        dk,
         cos,
         sin,
         q=q_in,
@@ -330,11 +361,13 @@ def _attention_half_backward(
         k_weight=weights.k_norm,
         eps=weights.eps,
         gemma=weights.gemma,
-        inplace=True,
+        out=(dq_out, dk_out),
     )
-    del dq, dk, dv
+    del dq, dk
     operands = group_operands(weights.qkv, x_TC)
-    x_TKP, rstd_T = _normed_input(x_TC, weights.attention_norm, weights, weights.qkv, operands)
+    if half.normed is None:
+        half.normed = _normed_input(x_TC, weights.attention_norm, weights, weights.qkv, operands)
+    x_TKP, rstd_T = half.normed
     dn_TC, g_TP = operands.input_gradient(dqkv_TN)
     num_in = weights.qkv.num_in
     qkv_grads = LoraGradients(weights.qkv)
@@ -353,9 +386,9 @@ def _chunks(num_tokens: int) -> list[slice]:
 
 
 def _mlp_forward(
-    x2_TC: Tensor, weights: LayerWeights, keep: bool
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Return y, gate and up if kept, h A_down^T, and down's output if a norm follows it.
+    x2_TC: Tensor, weights: LayerWeights, keep: bool, *, keep_normed: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, _Normed | None]:
+    """Return y, gate and up if kept, h A_down^T, down's output if a norm follows it, and n2 if kept.
 
     x2 is overwritten by y unless it is kept or still needed whole.
     """
@@ -365,9 +398,15 @@ def _mlp_forward(
     y_TC = x2_TC if in_place else torch.empty_like(x2_TC)
     gate_up_TF = x2_TC.new_empty(num_tokens, gate_up.num_out) if keep else None
     down_input_TP = x2_TC.new_empty(num_tokens, down.num_columns)
+    normed_TKP = augmented_input(num_tokens, gate_up, x2_TC) if keep_normed else None
+    rstds = []
     gate_up_operands, down_operands = group_operands(gate_up, x2_TC), group_operands(down, x2_TC)
     for rows in _chunks(num_tokens):
-        x_TKP, _ = _normed_input(x2_TC[rows], weights.mlp_norm, weights, gate_up, gate_up_operands)
+        x_TKP = None if normed_TKP is None else normed_TKP[rows]
+        x_TKP, rstd_n = _normed_input(
+            x2_TC[rows], weights.mlp_norm, weights, gate_up, gate_up_operands, x_TKP
+        )
+        rstds.append(rstd_n)
         out = None if gate_up_TF is None else gate_up_TF[rows]
         gate_up_nF = gate_up_operands.forward(x_TKP, out=out)
         h_TKP = augmented_input(x_TKP.shape[0], down, x2_TC)
@@ -377,10 +416,11 @@ def _mlp_forward(
         down_input_TP[rows] = h_TKP[:, down.num_in :]
         residual_nC = None if sandwich else x2_TC[rows]
         down_operands.forward(h_TKP, residual_TN=residual_nC, out=y_TC[rows])
+    normed = None if normed_TKP is None else (normed_TKP, torch.cat(rstds))
     if weights.after_mlp_norm is None:
-        return y_TC, gate_up_TF, down_input_TP, None
-    normed_TC = _add_normed(x2_TC, y_TC, weights.after_mlp_norm, weights)
-    return normed_TC, gate_up_TF, down_input_TP, y_TC
+        return y_TC, gate_up_TF, down_input_TP, None, normed
+    sum_TC = _add_normed(x2_TC, y_TC, weights.after_mlp_norm, weights)
+    return sum_TC, gate_up_TF, down_input_TP, y_TC, normed
 
 
 def _mlp_backward(
@@ -389,19 +429,26 @@ def _mlp_backward(
     gate_up_TF: Tensor | None,
     down_input_TP: Tensor,
     d_TC: Tensor | None,
+    normed: _Normed | None,
     weights: LayerWeights,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return dx2 with o_proj's P columns beside it, still empty, and the adapters' gradients."""
     gate_up, down = weights.gate_up, weights.down
+    num_tokens, num_hidden = x2_TC.shape
     dd_TC = dy_TC
     if weights.after_mlp_norm is not None:
         assert d_TC is not None
         dd_TC = _normed_gradient(dy_TC, d_TC, weights.after_mlp_norm, weights)
     gate_up_operands, down_operands = group_operands(gate_up, x2_TC), group_operands(down, x2_TC)
     gate_up_grads, down_grads = LoraGradients(gate_up), LoraGradients(down)
-    dx2_chunks = []
-    for rows in _chunks(x2_TC.shape[0]):
+    dx2_TCP = x2_TC.new_empty(num_tokens, num_hidden + weights.o.num_columns)
+    for rows in _chunks(num_tokens):
         x2_nC, dd_nC = x2_TC[rows], dd_TC[rows]
-        x_TKP, rstd_n = _normed_input(x2_nC, weights.mlp_norm, weights, gate_up, gate_up_operands)
+        x_TKP, rstd_n = (
+            _normed_input(x2_nC, weights.mlp_norm, weights, gate_up, gate_up_operands)
+            if normed is None
+            else (normed[0][rows], normed[1][rows])
+        )
         kept = gate_up_TF is not None
         gate_up_nF = gate_up_operands.forward(x_TKP) if gate_up_TF is None else gate_up_TF[rows]
         dh_nF, g_TP = down_operands.input_gradient(dd_nC)
@@ -426,12 +473,16 @@ def _mlp_backward(
             gate_up_grads.add_a(mm_wide(g_TP.t(), x_TKP[:, :num_in]))
             gate_up_grads.add_b(along.db_gate_up)
         del along
-        dx2_nC, _ = rms_norm_backward(
-            dn_nC, x2_nC, weights.mlp_norm, rstd_n, gemma=weights.gemma, dresidual=dy_TC[rows]
+        rms_norm_backward(
+            dn_nC,
+            x2_nC,
+            weights.mlp_norm,
+            rstd_n,
+            gemma=weights.gemma,
+            dresidual=dy_TC[rows],
+            out=dx2_TCP[rows, :num_hidden],
         )
-        dx2_chunks.append(dx2_nC)
-    dx2_TC = dx2_chunks[0] if len(dx2_chunks) == 1 else torch.cat(dx2_chunks)
-    return dx2_TC, gate_up_grads.split(), down_grads.split()
+    return dx2_TCP, gate_up_grads.split(), down_grads.split()
 
 
 def _add_normed(x_TC: Tensor, branch_TC: Tensor, norm: Tensor, weights: LayerWeights) -> Tensor:

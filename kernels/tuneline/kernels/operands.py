@@ -70,18 +70,25 @@ class WideOperands:
             return torch.mm(x_TKP, weight, out=out)
         return torch.addmm(residual_TN, x_TKP, weight, out=out)
 
-    def input_gradient(self, dy_TN: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return dX [T, K] and G = dY (sB) [T, P] (None where no adapter sits in the group)."""
+    def input_gradient(
+        self, dy_TN: Tensor, room_TNP: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return dX [T, K] and G = dY (sB) [T, P] (None where no adapter sits in the group).
+
+        `room` is dY with P columns beside it for G, where the caller has it so: else dY is copied
+        into one where N <= K.
+        """
         num_out, num_in = self._group.num_out, self._group.num_in
         arena = self._arena
         if self._group.rank == 0:
             return torch.mm(dy_TN, arena[:num_out, :num_in]), None
         if num_out <= num_in:
-            dyg = dy_TN.new_empty(dy_TN.shape[0], num_out + self._group.num_columns)
-            copy_rows(dy_TN, dyg[:, :num_out])
-            g_TP = dyg[:, num_out:]
+            if room_TNP is None:
+                room_TNP = dy_TN.new_empty(dy_TN.shape[0], num_out + self._group.num_columns)
+                copy_rows(dy_TN, room_TNP[:, :num_out])
+            g_TP = room_TNP[:, num_out:]
             torch.mm(dy_TN, arena[:num_out, num_in:], out=g_TP)
-            return torch.mm(dyg, arena[:, :num_in]), g_TP
+            return torch.mm(room_TNP, arena[:, :num_in]), g_TP
         dxg = torch.mm(dy_TN, arena[:num_out])
         dx_TK, g_TP = dxg[:, :num_in], dxg[:, num_in:]
         dx_TK.addmm_(g_TP, arena[num_out:, :num_in])
@@ -117,8 +124,10 @@ class Fp8Operands:
         y_TN = scaled_mm(x8, scale, *self._forward, dtype=x_TKP.dtype)
         return torch.add(residual_TN, y_TN, out=y_TN if out is None else out)
 
-    def input_gradient(self, dy_TN: Tensor) -> tuple[Tensor, Tensor]:
-        """Return dX [T, K] and G = dY (sB) [T, P]."""
+    def input_gradient(
+        self, dy_TN: Tensor, room_TNP: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return dX [T, K] and G = dY (sB) [T, P]; dY is quantised, so `room` is of no use."""
         if self._backward is None:
             self._backward = self._weight_columns()
         g_TP = torch.mm(dy_TN, self._sb_NP)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from tuneline.kernels.attention import AttentionPlan
 from tuneline.kernels.binding import Unfusable, bind_layer, fingerprint
-from tuneline.kernels.budget import Budget, check_budget, num_kept_layers
+from tuneline.kernels.budget import Budget, Kept, check_budget, share_out
 from tuneline.kernels.cross_entropy import linear_cross_entropy
 from tuneline.kernels.graph import GRAPH_MAX_TOKENS, GraphCache
 from tuneline.kernels.host_embedding import move_back, move_to_host
@@ -79,8 +79,8 @@ class _Engine:
     stash: HostStash | None = None
     graphs: GraphCache = field(default_factory=GraphCache)
     bound: dict[int, tuple[tuple[Any, ...], LayerWeights | None]] = field(default_factory=dict)
-    last_num_kept: int = 0
-    kept_in_graphs: dict[int, int] = field(default_factory=dict)
+    last_kept: Kept = Kept()
+    kept_in_graphs: dict[int, Kept] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
         return _Engine(self.budget, self.specs, self.fp8)
@@ -360,21 +360,24 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
         return None
     num_tokens = tokens.shape[0] * tokens.shape[1]
     # A graph keeps its memory, so what is free after its capture says nothing: the choice stays.
-    num_kept = engine.kept_in_graphs.get(num_tokens)
-    if num_kept is None:
-        num_kept = num_kept_layers(
+    kept = engine.kept_in_graphs.get(num_tokens)
+    if kept is None:
+        kept = share_out(
             engine.budget,
             list(bound.values()),
             num_tokens=num_tokens,
             itemsize=dtype.itemsize,
             device=device,
         )
-    engine.last_num_kept = num_kept
+    engine.last_kept = kept
     if engine.stash is None and device.type == "cuda":
         engine.stash = HostStash()
     stash = engine.stash if num_tokens >= STASH_MIN_TOKENS else None
-    kept = set(sorted(bound)[len(bound) - num_kept :])
-    layers = {i: (weights, LayerCall(plan, i in kept, stash)) for i, weights in bound.items()}
+    layers = {}
+    for from_last, (index, weights) in enumerate(sorted(bound.items(), reverse=True)):
+        keep, keep_normed = from_last < kept.num_layers, from_last < kept.num_normed
+        layers[index] = (weights, LayerCall(plan, keep, stash, keep_normed))
+    layers = dict(sorted(layers.items()))
     # Gemma-3 hands its layers two kinds of rope tables; the graph takes one.
     one_rope = all(spec.name != "gemma3" for spec in engine.specs.values())
     dtypes = {p.dtype for weights in bound.values() for p in weights.parameters()}
@@ -387,7 +390,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
         and len(dtypes) == 1
     )
     if graphed:
-        engine.kept_in_graphs[num_tokens] = num_kept
+        engine.kept_in_graphs[num_tokens] = kept
     return _ModelCall(layers, engine.graphs if graphed else None)
 
 

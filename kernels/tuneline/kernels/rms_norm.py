@@ -121,17 +121,22 @@ def rms_norm_forward(
 def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *,
     gemma: bool, dresidual: Tensor | None = None, need_dweight: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return (dx, dweight or None); x is what was normed (the new residual), dresidual is added."""
+    """Return (dx, dweight or None); x is what was normed (the new residual), dresidual is added.
+
+    dx goes to `out` when given: [T, K] of any row stride.
+    """
     if not use_kernel(x):
         rstd = rstd.view(*x.shape[:-1], 1)
         n, dn = x * rstd, dy * (1 + weight if gemma else weight).to(rstd.dtype)
         dx = rstd * (dn - n * (dn * n).mean(-1, keepdim=True))
         dx = (dx if dresidual is None else dx + dresidual).to(x.dtype)
+        dx = dx if out is None else out.copy_(dx)
         return dx, (dy * n).flatten(0, -2).sum(0).to(weight.dtype) if need_dweight else None
     dy_TK, x_TK = rows(dy), rows(x)
     T, K = x_TK.shape
-    dx_TK = torch.empty(T, K, dtype=x.dtype, device=x.device)
+    dx_TK = torch.empty(T, K, dtype=x.dtype, device=x.device) if out is None else out
     dresidual_TK = dx_TK if dresidual is None else rows(dresidual)
     num_rows = _BACKWARD_ROWS if need_dweight else 1
     num_programs = triton.cdiv(T, num_rows)

@@ -124,13 +124,14 @@ def _rope_kernel(
     )  # fmt: skip
 
 
-def _launch(q, k, xq, xk, cos, sin, q_weight, k_weight, eps, gemma, inplace, backward):
+def _launch(q, k, xq, xk, cos, sin, q_weight, k_weight, eps, gemma, out, backward):
     B, T, HQ, D = q.shape
     HK, R = k.shape[2], cos.shape[-1]
     if max(t.stride(-1) for t in (q, k, xq, xk, cos, sin)) != 1:
         raise ValueError("q, k, cos and sin need unit stride along the head dimension")
-    oq = q if inplace else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    ok = k if inplace else torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    oq, ok = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)) if (
+        out is None
+    ) else out
     norm = q_weight is not None
     cos, sin = cos.expand(B, T, R), sin.expand(B, T, R)
     block_hq = triton.next_power_of_2(HQ)
@@ -157,15 +158,15 @@ def rope_forward(
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     gemma: bool = False,
-    inplace: bool = False,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rotated (q, k) without recording a gradient; `inplace` overwrites q and k."""
+    """Return rotated (q, k) without recording a gradient, in `out`, which may be q and k."""
     if use_kernel(q):
-        return _launch(q, k, q, k, cos, sin, q_weight, k_weight, eps, gemma, inplace, False)
+        return _launch(q, k, q, k, cos, sin, q_weight, k_weight, eps, gemma, out, False)
     new_q, new_k = rope_reference(
         q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=eps, gemma=gemma
     )
-    return (q.copy_(new_q), k.copy_(new_k)) if inplace else (new_q, new_k)
+    return _written(new_q, new_k, out)
 
 
 def rope_backward(
@@ -180,14 +181,17 @@ def rope_backward(
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     gemma: bool = False,
-    inplace: bool = False,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (dq, dk) of the inputs; q and k as they went in are needed only with the norm."""
+    """Return (dq, dk) of the inputs, in `out`, which may be dq and dk.
+
+    q and k as they went in are needed only with the norm.
+    """
     if q_weight is not None and (q is None or k is None):
         raise ValueError("the norm's backward needs q and k as they went into rope_forward")
     xq, xk = (dq, dk) if q_weight is None else (q, k)
     if use_kernel(dq):
-        return _launch(dq, dk, xq, xk, cos, sin, q_weight, k_weight, eps, gemma, inplace, True)
+        return _launch(dq, dk, xq, xk, cos, sin, q_weight, k_weight, eps, gemma, out, True)
     new_dq, new_dk = rope_reference(dq, dk, cos, -sin)
     if q_weight is not None:
         assert k_weight is not None
@@ -199,7 +203,13 @@ def rope_backward(
             )
 
         new_dq, new_dk = torch.func.vjp(norms, q, k)[1]((new_dq, new_dk))
-    return (dq.copy_(new_dq), dk.copy_(new_dk)) if inplace else (new_dq, new_dk)
+    return _written(new_dq, new_dk, out)
+
+
+def _written(
+    q: torch.Tensor, k: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (q, k) if out is None else (out[0].copy_(q), out[1].copy_(k))
 
 
 class RopeFunction(torch.autograd.Function):
