@@ -251,5 +251,27 @@ def test_rendered_overlays_differ_where_they_should(
 
 
 @needs_kubectl
+def test_kubernetes_knows_every_field(rendered: tuple[str, list[dict[str, Any]]]) -> None:
+    # `pip install kubernetes-validate`: 108 MB of schemas, so not in the environment of the line.
+    schemas = pytest.importorskip("kubernetes_validate")
+    secrets = [
+        document for path in (MANIFESTS / "secrets").glob("*.yaml") for document in load(path)
+    ]
+    documents = [
+        found
+        for found in [*rendered[1], *secrets]
+        if found["kind"] not in ("LocalQueue", "TrainingRuntime")
+    ]
+    for runtime in (found for found in rendered[1] if found["kind"] == "TrainingRuntime"):
+        for job in runtime["spec"]["template"]["spec"]["replicatedJobs"]:
+            pod = {**job["template"]["spec"]["template"], "apiVersion": "v1", "kind": "Pod"}
+            documents.append({**pod, "metadata": {**pod["metadata"], "name": job["name"]}})
+    for document in documents:
+        schemas.validate(document, "1.37", strict=True)
+        with pytest.raises(schemas.ValidationError):
+            schemas.validate({**document, "misspelt": {}}, "1.37", strict=True)
+
+
+@needs_kubectl
 def test_the_lint_has_nothing_to_say(rendered: tuple[str, list[dict[str, Any]]]) -> None:
     assert lint_documents(rendered[1]) == []

@@ -1,0 +1,64 @@
+"""The line through its images: minutes, and it needs `make images` before."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tuneline import images
+from tuneline.artifacts import RunSummary
+from tuneline.events import step_runs
+from tuneline.pipelines.catalog import find_recipe
+from tuneline.pipelines.docker_engine import check_images
+from tuneline.pipelines.watch import read_events
+
+# Few steps and rows, one format of each kind: every image, every step, published too.
+SMALL = [
+    "train.max_steps=8",
+    "train.eval_steps=8",
+    "prepare.heldout.max_rows=40",
+    "evaluate.tasks=[heldout_perplexity]",
+    "gate.target_tasks=[heldout_perplexity]",
+    "quantize.gguf=[q8_0]",
+    "quantize.num_calibration_rows=8",
+]
+STEPS = {
+    "plan", "look-up-model", "look-up-data", "fetch", "prepare", "train", "merge", "evaluate",
+    "convert-gguf", "quantize-gguf", "quantize-gptq", "gate", "publish", "report", "diagnose",
+}  # fmt: skip
+
+
+@pytest.mark.docker
+def test_a_short_demo_passes_through_every_image(tmp_path: Path) -> None:
+    check_images(find_recipe("demo", SMALL))
+    assignments = [part for value in SMALL for part in ("--set", value)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tuneline.pipelines.cli", "run", "demo", "--runner", "docker",
+         "--runs-dir", str(tmp_path), *assignments],
+        env={**os.environ, "COLUMNS": "200"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run_dir,) = tmp_path.glob("demo-*")
+    runs = step_runs(read_events(run_dir / "artifacts" / "events.jsonl"))
+    assert {run.step for run in runs} == STEPS
+    assert {run.status for run in runs} == {"finished"}
+    (summary,) = run_dir.glob(f"artifacts/*/*/*/{RunSummary.filename}")
+    found = RunSummary.read(summary.parent)
+    assert found.verdict == "promote"
+    assert {export.format for export in found.exports} == {"q8_0", "gptq-4bit"}
+    published = {path.name for path in (run_dir / "artifacts" / "published").iterdir()}
+    assert published == {"demo", "demo-lora", "demo-gguf", "demo-gptq-4bit"}
+    # Each record names the image that made it.
+    made_in = {
+        path.name: json.loads(path.read_text())["environment"]["image"].partition("+")[0]
+        for path in run_dir.glob("artifacts/tuneline-*/**/*.json")
+        if path.name in ("origin.json", "merge.json", "scores.json", "decision.json")
+    }
+    assert made_in == {
+        "origin.json": images.TRAIN, "merge.json": images.TRAIN,
+        "scores.json": images.EVALUATE, "decision.json": images.LIGHT,
+    }  # fmt: skip
