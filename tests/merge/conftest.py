@@ -82,6 +82,8 @@ def adapter_dir(
             warmup_steps=0,
             gradient_accumulation_steps=1,
             gradient_checkpointing=False,
+            # auto would be bfloat16 on some CPUs, and sums are held against float32 here.
+            dtype="float32",
         ),
         base_model_dir=tiny_model_dir,
         dataset_dir=small_dataset_dir,

@@ -158,6 +158,8 @@ def test_tokenizer_template_and_generation_config_come_along(
     (adapter / "chat_template.jinja").write_text("another template")
     _, merged = merge(adapter=adapter)
     assert (merged / "chat_template.jinja").read_text() == "another template"
+    settings = json.loads((merged / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     for name in ("tokenizer.json", "generation_config.json"):
         assert (merged / name).read_bytes() == (tiny_model_dir / name).read_bytes()
     assert not {"origin.json", "training.json", "adapter_config.json"} & {
@@ -278,6 +280,31 @@ def test_another_base_than_the_adapters(merge, tmp_path, tiny_model_dir):
     (other / "origin.json").write_text(json.dumps({**origin, "sha256": "f" * 64}))
     with pytest.raises(ModelError, match=r"trained on a base with sha256 .* ffffffffffff"):
         merge(base_model_dir=other)
+
+
+def test_an_adapter_with_another_vocabulary(merge, tmp_path, adapter_dir):
+    adapter = changed_adapter(adapter_dir, tmp_path / "adapter")
+    file = adapter / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["<|one|>"], vocab["<|other|>"] = 49152, 49153
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match=r"and 2 differ, first .*trained with another tokenizer"):
+        merge(adapter=adapter)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(merge, tmp_path, tiny_model_dir, adapter_dir):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    adapter = changed_adapter(adapter_dir, tmp_path / "adapter")
+    for path in (base, adapter):
+        tokenizer = json.loads((path / "tokenizer.json").read_text())
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added = {"id": 49152, "content": "<|more|>", "special": True, **flags}
+        tokenizer["added_tokens"].append(added)
+        (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match=r"token '<\|more\|>' with id 49152, .* for 49152: its"):
+        merge(base_model_dir=base, adapter=adapter)
 
 
 def test_an_adapter_without_its_record(merge, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from tuneline.artifacts import HELDOUT_FILE, INPUT_IDS, TRAIN_FILE, MergeProof, write_jsonl
 from tuneline.quantize import convert
+from tuneline.tokenizer_files import copy_tokenizer
 
 PROMPT = "<|im_start|>user\nHow many Mi are 3Gi?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -15,6 +16,7 @@ def merged_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The tiny model as merge would leave it."""
     path = tmp_path_factory.mktemp("quantize") / "merged"
     shutil.copytree(tiny_model_dir, path, ignore=shutil.ignore_patterns("origin.json"))
+    copy_tokenizer(tiny_model_dir, path)
     MergeProof(
         base="dequantized",
         dtype="float32",

@@ -145,8 +145,16 @@ def test_a_model_without_a_template(f16_file: Path, reference: Reference) -> Non
 
 def test_a_stop_token_that_does_not_stop(f16_file: Path, reference: Reference) -> None:
     (plain,) = reference.tokenise("a")
+    unframed = with_template(reference, None)
     with pytest.raises(ProofError, match="does not stop at 'a', where the merged model stops"):
-        prove(f16_file, dataclasses.replace(reference, stop_ids=[plain]))
+        prove(f16_file, dataclasses.replace(unframed, stop_ids=[plain]))
+    ending_in_a = with_template(reference, CHATML.replace("<|im_end|>", "a"))
+    with pytest.raises(ProofError, match="does not stop at 'a', where the merged model stops"):
+        with LlamaFile(f16_file, num_context=16) as loaded:
+            ends = dataclasses.replace(ending_in_a, stop_ids=[*reference.stop_ids, plain])
+            gguf_proof.check_stop_tokens(loaded, ends)
+    more = dataclasses.replace(reference, stop_ids=[*reference.stop_ids, plain])
+    assert "does not stop at 'a', which generation_config.json" in prove(f16_file, more)["notes"][0]
     with pytest.raises(ProofError, match=r"does not stop at '<\|im_start\|>', which the chat"):
         prove(f16_file, dataclasses.replace(reference, end="<|im_start|>"))
     proof = prove(f16_file, dataclasses.replace(reference, end="### End\n"))

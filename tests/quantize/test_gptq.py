@@ -77,7 +77,11 @@ def test_round_trip(
         dataset_dir=str(dataset_dir),
         quantized_dir=str(target),
     )
-    settings = json.loads((target / "config.json").read_text())["quantization_config"]
+    own, merged = (json.loads((path / "config.json").read_text()) for path in (target, merged_dir))
+    settings = own.pop("quantization_config")
+    assert own == merged, "the model's settings as the merged model has them"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (target / name).read_bytes() == (merged_dir / name).read_bytes()
     assert (settings["bits"], settings["group_size"]) == (bits, group_size)
     # What vLLM reads of it: the layout, and which kernels fit.
     assert (settings["quant_method"], settings["checkpoint_format"]) == ("gptq", "gptq")

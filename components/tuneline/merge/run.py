@@ -59,6 +59,7 @@ def run(
         from tuneline.merge.adapter import Adapter
         from tuneline.merge.weights import (
             check_adapter,
+            check_tokenizer,
             copy_companions,
             merge_weights,
             write_config,
@@ -71,6 +72,7 @@ def run(
         copy_companions(base_model_dir=base_dir, adapter_dir=adapter_dir, directory=directory)
         write_config(base_model_dir=base_dir, dtype=config.dtype, directory=directory)
         tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        check_tokenizer(tokenizer, directory, adapter_dir)
         rows = read_rows(
             Path(dataset_dir),
             config.num_proof_prompts,

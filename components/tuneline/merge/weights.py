@@ -4,20 +4,21 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from tuneline import tokenizer_files
 from tuneline.artifacts import ModelOrigin, TrainingSummary
 from tuneline.errors import ModelError
 from tuneline.merge.adapter import Adapter
 from tuneline.merge.checkpoint import Checkpoint, Spec, write_sharded
 from tuneline.nf4 import empty_model, quantized_modules, round_trip
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-# Files of an adapter's directory that are not the tokenizer.
-_ADAPTERS_OWN = ("adapter_config.json", "adapter_model.safetensors", TrainingSummary.filename)
+logger = logging.getLogger(__name__)
 
 
 def check_adapter(adapter: Adapter, base_model_dir: Path) -> None:
@@ -82,25 +83,61 @@ def merge_weights(
 def write_config(*, base_model_dir: Path, dtype: str, directory: Path) -> None:
     """Write the base's config.json with the merged model's type."""
     settings = json.loads((base_model_dir / "config.json").read_text(encoding="utf-8"))
-    settings.pop("torch_dtype", None)
-    settings["dtype"] = dtype
+    # transformers 4 knows the older name alone; where the base has it, it stays.
+    settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = dtype
+    # A base that transformers 5 wrote has its angles in a place where 4 does not look; without
+    # them it would compute with its default, and not say so.
+    rope = settings.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        settings.setdefault("rope_theta", rope["rope_theta"])
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_companions(*, base_model_dir: Path, adapter_dir: Path, directory: Path) -> None:
     """Carry along what stands beside the weights.
 
-    From the base: generation_config.json, licence, tokenizer. From the adapter: the tokenizer
-    and the chat template again, because training may have used another template.
+    From the base: generation_config.json, licence, tokenizer. From the adapter: the chat template,
+    because training may have used another.
     """
-    left_out = ("config.json", ModelOrigin.filename)
+    left_out = ("config.json", ModelOrigin.filename, *tokenizer_files.NAMES)
     for path in sorted(base_model_dir.iterdir()):
         is_weight = ".safetensors" in path.name or path.suffix in (".bin", ".gguf", ".pt", ".pth")
         if path.is_file() and not is_weight and path.name not in left_out:
             shutil.copyfile(path, directory / path.name)
-    for path in sorted(adapter_dir.iterdir()):
-        if path.is_file() and path.name not in (*_ADAPTERS_OWN, "README.md"):
-            shutil.copyfile(path, directory / path.name)
+    tokenizer_files.copy_tokenizer(base_model_dir, directory)
+    template = tokenizer_files.read_chat_template(adapter_dir)
+    if template is not None:
+        tokenizer_files.set_chat_template(directory, template)
+
+
+def check_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase", directory: Path, adapter_dir: Path
+) -> None:
+    """Check that base, adapter and model have the same tokens.
+
+    Raises:
+        ModelError: training saw another vocabulary, or the model has no place for a token.
+    """
+    from transformers import AutoTokenizer
+
+    ours = tokenizer.get_vocab()
+    if any((adapter_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        theirs = AutoTokenizer.from_pretrained(str(adapter_dir)).get_vocab()
+        if ours != theirs:
+            odd = sorted(set(ours.items()) ^ set(theirs.items()))
+            raise ModelError(
+                f"the tokenizer in {adapter_dir} has {len(theirs)} tokens and the base's "
+                f"{len(ours)}, and {len(odd)} differ, first {odd[0][0]!r}: the adapter was trained "
+                "with another tokenizer than this base has; give the base it was trained on"
+            )
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    size = (settings.get("text_config") or settings).get("vocab_size")
+    last = max(ours, key=ours.__getitem__)
+    if size is not None and ours[last] >= size:
+        raise ModelError(
+            f"the base's tokenizer has the token {last!r} with id {ours[last]}, and the model has "
+            f"places for {size}: its tokenizer files are another model's; fetch it again"
+        )
 
 
 def _check_names(base: Checkpoint, needed: set[str], base_model_dir: Path) -> None:

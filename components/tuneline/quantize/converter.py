@@ -7,6 +7,7 @@ in its place. It runs as a process of its own, because it puts a package `conver
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def convert(model_dir: Path, file: Path) -> None:
         [
             *(sys.executable, str(find()), str(model_dir), "--outfile", str(file)),
             # The directory's name would otherwise be read for a model's family and size.
-            *("--outtype", "f16", "--model-name", "tuned"),
+            *("--outtype", "f16", "--model-name", _name(model_dir)),
         ],
         capture_output=True,
         text=True,
@@ -69,3 +70,16 @@ def convert(model_dir: Path, file: Path) -> None:
             f"llama.cpp's converter refused the model: {lines[-1] if lines else 'no message'}; "
             "models it does not know can still be exported as gptq"
         )
+
+
+def _name(model_dir: Path) -> str:
+    """Return the name that stands in the file.
+
+    llama.cpp knows from nothing but "phi-3" in it that the special tokens of these models take the
+    white space after them along.
+    """
+    settings = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    file = model_dir / "tokenizer.json"
+    tokens = json.loads(file.read_text(encoding="utf-8"))["added_tokens"] if file.is_file() else []
+    takes_space = any(token["special"] and token["rstrip"] for token in tokens)
+    return "phi-3 tuned" if settings.get("model_type") == "phi3" and takes_space else "tuned"

@@ -31,7 +31,9 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dic
     """
     num_context = reference.num_context + NUM_SPEED_TOKENS
     with LlamaFile(file, num_context=num_context) as loaded:
-        texts = [*probes.texts(), *reference.prompts]
+        # Conversations too: in them special tokens stand beside white space.
+        rendered = (_text_or_refusal(reference.render, each) for each in probes.conversations())
+        texts = [*probes.texts(), *filter(None, rendered), *reference.prompts]
         check_tokenizer(texts, tested=loaded.tokenise, reference=reference.tokenise)
         num_conversations = check_template(loaded, reference)
         stop_note = check_stop_tokens(loaded, reference)
@@ -132,12 +134,19 @@ def check_stop_tokens(loaded: LlamaFile, reference: Reference) -> str | None:
         ProofError: it would run on after the model's end of a text or of an answer.
     """
     name = reference.tokenizer.convert_ids_to_tokens
-    for token in reference.stop_ids:
-        if not loaded.is_stop(token):
-            raise ProofError(
-                f"llama.cpp does not stop at {name(token)!r}, where the merged model stops: "
-                "answers would run on; set eos_token_id in the base model's generation_config.json"
-            )
+    passed = [token for token in reference.stop_ids if not loaded.is_stop(token)]
+    needed = set(_ends(reference)).intersection(passed)
+    if needed:
+        raise ProofError(
+            f"llama.cpp does not stop at {name(min(needed))!r}, where the merged model stops: "
+            "answers would run on; set eos_token_id in the base model's generation_config.json"
+        )
+    if passed:
+        # Phi-3 names <|assistant|>, which no answer of a whole model has.
+        return (
+            f"llama.cpp does not stop at {', '.join(map(repr, name(passed)))}, which "
+            "generation_config.json names beside the end of an answer; the Modelfile does"
+        )
     end = reference.end.strip()
     ids = reference.tokenise(end) if end else []
     if len(ids) == 1 and ids[0] in reference.tokenizer.added_tokens_decoder:
@@ -150,6 +159,19 @@ def check_stop_tokens(loaded: LlamaFile, reference: Reference) -> str | None:
     if ids:
         return f"the end of a turn, {end!r}, is not one special token: programs must stop on text"
     return None
+
+
+def _ends(reference: Reference) -> list[int]:
+    """Return the stop tokens that end a text, or an answer in the chat template; else all."""
+    if not reference.tokenizer.chat_template:
+        return reference.stop_ids
+    user, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}
+    try:
+        text = reference.render([user, answer], for_answer=False)
+    except ValueError:
+        return reference.stop_ids
+    after = reference.tokenise(text.rpartition(answer["content"])[2])
+    return [t for t in reference.stop_ids if t in after or t == reference.tokenizer.eos_token_id]
 
 
 def check_stops(format: str, stops: list[torch.Tensor], reference: Reference) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from tuneline import tokenizer_files
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ModelError, ProofError, ToolError
 from tuneline.quantize.formats import Bound
@@ -47,7 +49,7 @@ def quantize(
     taken, note = choose_group_size(linear_widths(model_dir), group_size)
     notes = [note] if note else []
     _run(model_dir, target, bits, taken, desc_act, rows)
-    _scrub(target)
+    _take_companions(model_dir, target)
     weights = sorted(target.glob("*.safetensors"))
     try:
         model = TransformersModel(target, dtype=torch.float16)
@@ -164,15 +166,26 @@ def _run(
         )
 
 
-def _scrub(target: Path) -> None:
-    """Take this machine's temporary path out of the checkpoint's configs."""
-    for name in ("quantize_config.json", "config.json"):
-        path = target / name
-        if not path.is_file():
-            continue
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        _drop(settings, "offload_to_disk_path")
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _take_companions(model_dir: Path, target: Path) -> None:
+    """Put the merged model's own tokenizer and settings beside the weights.
+
+    As transformers 5 saves them, transformers 4 and servers built on it load no tokenizer, or
+    compute with other angles; and this machine's temporary path stands in them.
+    """
+    quantization = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    quantization = quantization["quantization_config"]
+    settings = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    _drop(quantization, "offload_to_disk_path")
+    for name, content in (
+        ("config.json", {**settings, "quantization_config": quantization}),
+        ("quantize_config.json", quantization),
+    ):
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (target / name).write_text(text, encoding="utf-8")
+    tokenizer_files.copy_tokenizer(model_dir, target)
+    generation = model_dir / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, target / generation.name)
 
 
 def _drop(node: object, key: str) -> None:

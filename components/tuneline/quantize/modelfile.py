@@ -90,11 +90,17 @@ def pieces(reference: Reference, *, bos: str) -> Pieces | None:
         reference: renders.
         bos: begins every text, and llama.cpp adds it by itself: left out.
     """
+    # Some templates (Phi-3's) end a whole conversation, and not each answer, with this token.
+    ends = ("", reference.tokenizer.eos_token or "")
+    return next((found for end in ends if (found := _pieces(reference, bos, end))), None)
 
+
+def _pieces(reference: Reference, bos: str, end: str) -> Pieces | None:
     def render(*roles: str, for_answer: bool = True) -> list[str]:
         """Return the texts before, between and after the messages' contents."""
         messages = [{"role": role, "content": f"CONTENT{n}"} for n, role in enumerate(roles)]
         rest = reference.render(messages, for_answer=for_answer).removeprefix(bos)
+        rest = rest if for_answer else rest.removesuffix(end)
         found = []
         for message in messages:
             before, mark, rest = rest.partition(message["content"])
