@@ -154,6 +154,31 @@ def test_the_smallest_change_that_fits(sizes, caplog):
     assert plan(1, fit="off")[0] == first_plan(config, manifest)
 
 
+def test_kernels_keep_what_is_left(sizes):
+    config, manifest, shape, settings, _ = sizes
+    settings = dataclasses.replace(settings, fused=True)
+    lean = estimate_memory(shape, settings)
+    layer = 64 * 4 * 4 * (2 * 128 + 2 * 64 + 128 + 2 * 256)
+
+    def plan(num_bytes, **changes):
+        changed = config.model_copy(update=changes)
+        return fitting_plan(changed, manifest, shape, settings, granted(num_bytes))
+
+    # Nothing, one layer, both, and no more than both; by what is free, for want of a limit.
+    for extra, kept in ((0, 0), (layer, 1), (2 * layer, 2), (9 * layer, 2)):
+        found, estimate = plan(lean.total + extra)
+        assert estimate.total == lean.total + kept * layer
+        assert found.kept_gib is None
+    found, estimate = plan(lean.total + layer, memory_gib=1.0)
+    assert found.kept_gib == pytest.approx(layer / GIB, rel=0.01)
+    # When memory runs out in spite of it, they keep nothing; then the batch gets smaller.
+    smaller = smaller_plan(found)
+    assert smaller == found.model_copy(update={"kept_gib": 0.0})
+    assert smaller_plan(smaller).per_device_train_batch_size == 2
+    assert "kept_gib 0 instead of what is free" in smaller.changes_from(plan(lean.total)[0])
+    assert found.at_most(smaller).kept_gib == 0 and found.at_most(found) == found
+
+
 def test_packs_get_shorter_only_where_allowed_and_never_cut_a_row(sizes):
     config, manifest, *_ = sizes
     allowed = config.model_copy(update={"fit_min_length": 16})

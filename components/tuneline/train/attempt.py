@@ -35,6 +35,7 @@ from tuneline.train.progress import ProgressCallback
 from tuneline.train.rank import OutOfMemory
 from tuneline.train.rates import auto_learning_rate
 from tuneline.train.rows import load_rows
+from tuneline.train.samples import ask_before_and_after, prompts_of, write_samples
 from tuneline.train.telemetry import TelemetryCallback, costs, keep_progress_file
 from tuneline.train.trainers import PreferenceTrainer, SupervisedTrainer
 
@@ -196,6 +197,15 @@ def train(
     if ranks.is_first():
         save_adapter(trainer.model, directory, origin)
         keep_progress_file(progress_path, directory)
+        samples = ask_before_and_after(
+            trainer.model,
+            tokenizer,
+            prompts_of(config.sample_prompts, tokenizer, dataset_dir, manifest),
+            num_tokens=config.sample_tokens,
+            dtype=dtype,
+            end_of_turn=manifest.end_of_turn,
+        )
+        write_samples(samples, store.directory)
     history = state.history
     losses = [point.loss for point in history if point.loss is not None]
     eval_losses = [point.eval_loss for point in history if point.eval_loss is not None]

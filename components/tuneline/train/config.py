@@ -100,6 +100,10 @@ class TrainConfig(StrictModel):
     max_skipped_in_a_row: int = Field(3, ge=1)
     """A step whose loss or gradient is not finite is skipped; after so many in a row the run goes
     back to a checkpoint, with a lower rate."""
+    sample_prompts: tuple[str, ...] | None = None
+    """What the base and the tuned model are asked at the end; null: the first evaluation rows."""
+    sample_tokens: int = Field(64, ge=0)
+    """Length of those answers; 0: none are asked for."""
     track: tuple[Literal["mlflow", "wandb", "tensorboard"], ...] = ()
     """Report to these; where they are, their own environment variables say."""
     price_per_hour: float | None = Field(None, ge=0)

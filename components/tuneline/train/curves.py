@@ -1,11 +1,30 @@
-"""The page with the loss curve."""
+"""The page of a run: its curves, what it took, and answers before and after."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from tuneline.artifacts import TrainingSummary
-from tuneline.page import line_chart, render_page, section, table
+from tuneline.page import facts, line_chart, render_page, section, table
+from tuneline.train.samples import Sample
+
+# Of progress.jsonl: name, what the chart is called, its unit, and what values are divided by.
+_MEASURED = (
+    ("tokens_per_second", "Tokens a second", "tokens a second", 1),
+    ("peak_memory_bytes", "Peak memory so far", "GiB", 2**30),
+    ("gpu_use", "Use of the GPU", "share of time with a kernel", 1),
+)
 
 
-def render(summary: TrainingSummary) -> str:
-    """Return one self-contained HTML page."""
+def render(
+    summary: TrainingSummary, progress: Sequence[dict[str, Any]], samples: Sequence[Sample]
+) -> str:
+    """Return one self-contained HTML page.
+
+    Args:
+        summary: of the run.
+        progress: the lines of its progress.jsonl.
+        samples: prompts and what is said to them.
+    """
     history = summary.history
     loss = [(float(p.step), p.loss) for p in history if p.loss is not None]
     eval_loss = [(float(p.step), p.eval_loss) for p in history if p.eval_loss is not None]
@@ -25,10 +44,19 @@ def render(summary: TrainingSummary) -> str:
     if margin:
         chart = line_chart({"margin": margin}, x_label="step", y_label="reward margin")
         sections.append(section("Reward of chosen over rejected", chart))
+    norm = [(float(p.step), p.grad_norm) for p in history if p.grad_norm is not None]
+    if norm:
+        chart = line_chart({"norm": norm}, x_label="step", y_label="norm before clipping")
+        sections.append(section("Gradient", chart))
     if rate:
         chart = line_chart({"rate": rate}, x_label="step", y_label="learning rate")
         sections.append(section("Learning rate", chart))
-    facts = [
+    for name, heading, unit, divisor in _MEASURED:
+        found = [(p["step"], p[name] / divisor) for p in progress if p.get(name) is not None]
+        if found:
+            chart = line_chart({heading.lower(): found}, x_label="step", y_label=unit)
+            sections.append(section(heading, chart))
+    figures = [
         ("Steps", f"{summary.num_steps:,}"),
         *_what_happened(summary),
         ("Tokens", f"{summary.num_tokens:,}"),
@@ -38,8 +66,17 @@ def render(summary: TrainingSummary) -> str:
         ("Base", f"{summary.base_quantization}, computed in {summary.compute_dtype}"),
         ("Device", summary.device),
     ]
-    sections.append(section("Run", table(["Figure", "Value"], facts, numeric=[1])))
+    sections.append(section("Run", table(["Figure", "Value"], figures, numeric=[1])))
+    if samples:
+        sections.append(section("Answers before and after", *map(_shown, samples)))
     return render_page("Training", sections, f"method {summary.method}")
+
+
+def _shown(sample: Sample) -> str:
+    pairs = [("Prompt", sample.prompt), ("Base", sample.before), ("Tuned", sample.after)]
+    if sample.reference is not None:
+        pairs.append(("Reference", sample.reference))
+    return facts(pairs)
 
 
 def _what_it_took(summary: TrainingSummary) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """From a base model and token rows to an adapter."""
 
 import contextlib
+import json
 import logging
 import os
 import time
@@ -10,12 +11,14 @@ from typing import TYPE_CHECKING
 
 from tuneline.artifacts import (
     CHAT_TEMPLATE_FILE,
+    PROGRESS_FILE,
     DatasetManifest,
     ModelOrigin,
     TrainingSummary,
     new_directory,
 )
 from tuneline.errors import ModelError
+from tuneline.tokenizer_files import copy_tokenizer, set_chat_template
 from tuneline.train.checkpoints import ROOT_VARIABLE, CheckpointStore
 from tuneline.train.config import TrainConfig
 from tuneline.train.fit import Plan
@@ -44,7 +47,7 @@ def run(
         base_model_dir: what fetch made.
         dataset_dir: what prepare made.
         adapter_dir: new; gets the adapter, the tokenizer and training.json.
-        curves_path: an HTML page with the loss.
+        curves_path: an HTML page with the curves, and answers before and after.
 
     Raises:
         ModelError: a target module or the tokenizer is missing.
@@ -75,8 +78,10 @@ def run(
         check_targets(config.lora, base_model_dir)
         from tuneline.train.within_memory import plan_within_memory, train_within_memory
 
-        # Saved first: a trainer sets a padding token on the one that it is given.
-        tokenizer.save_pretrained(str(directory))
+        copy_tokenizer(Path(base_model_dir), directory)
+        template = Path(dataset_dir, CHAT_TEMPLATE_FILE)
+        if template.is_file():
+            set_chat_template(directory, template.read_text(encoding="utf-8"))
         plan, estimated = plan_within_memory(config, manifest, base_model_dir, device, num_ranks)
         root = os.environ.get(ROOT_VARIABLE) or Path(adapter_dir).parent / ".checkpoints"
         with (
@@ -98,7 +103,7 @@ def run(
             )
         seconds = time.monotonic() - began
         summary = summary.model_copy(update={"seconds": seconds, "estimated_peak_bytes": estimated})
-        _write_curves(summary, Path(curves_path))
+        _write_page(summary, directory, store.directory, Path(curves_path))
         summary.write(directory, config, parents=(origin, manifest))
     store.remove()
     return summary
@@ -111,6 +116,7 @@ def _identity(
     without = {"checkpoint_minutes", "fit", "fit_min_length", "memory_gib"}
     # A step has the same rows on any number of ranks.
     without |= {"track", "price_per_hour", "num_ranks", "offload_optimizer"}
+    without |= {"sample_prompts", "sample_tokens"}
     return {
         "base": origin.sha256,
         "dataset": manifest.sha256,
@@ -139,11 +145,14 @@ def _load_tokenizer(
     return tokenizer
 
 
-def _write_curves(summary: TrainingSummary, path: Path) -> None:
+def _write_page(summary: TrainingSummary, directory: Path, store_dir: Path, path: Path) -> None:
     from tuneline.train.curves import render
+    from tuneline.train.samples import read_samples
 
+    lines = (directory / PROGRESS_FILE).read_text(encoding="utf-8").splitlines()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(summary), encoding="utf-8")
+    page = render(summary, [json.loads(line) for line in lines], read_samples(store_dir))
+    path.write_text(page, encoding="utf-8")
 
 
 @contextlib.contextmanager
