@@ -185,7 +185,9 @@ def bare(base: Path, dataset: Path, num_steps: int) -> None:
     keep_adapter_in_fp32(model)
     patch(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = FlatAdamW(trained, lr=2e-4, weight_decay=0.01, state_bits=8)
+    optimizer = FlatAdamW(
+        trained, lr=2e-4, weight_decay=0.01, state_bits=8, max_grad_norm=recipe.max_grad_norm
+    )
     manifest = DatasetManifest.read(dataset)
     packs, _ = load_rows(dataset, manifest, packing=True, cache_dir=dataset / "cache")
     rates, losses = [], []
@@ -202,7 +204,6 @@ def bare(base: Path, dataset: Path, num_steps: int) -> None:
                 num_items_in_batch=(labels[:, 1:] != -100).sum().to(device),
             ).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss))
