@@ -34,7 +34,7 @@ from tuneline.train.precision import choose_dtype, peak_memory_bytes
 from tuneline.train.progress import ProgressCallback
 from tuneline.train.rank import OutOfMemory
 from tuneline.train.rates import auto_learning_rate
-from tuneline.train.rows import load_rows
+from tuneline.train.rows import load_rows, packs_are_trusted
 from tuneline.train.samples import ask_before_and_after, prompts_of, write_samples
 from tuneline.train.telemetry import TelemetryCallback, costs, keep_progress_file
 from tuneline.train.trainers import PreferenceTrainer, SupervisedTrainer
@@ -128,14 +128,15 @@ def train(
     fuses = can_fuse(config.kernels, device)
     if fuses:
         fuse_model(model)
-    trainer: Any = (PreferenceTrainer if manifest.method == "dpo" else SupervisedTrainer)(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        peft_config=lora_config(config.lora),
-    )
+    with packs_are_trusted():
+        trainer: Any = (PreferenceTrainer if manifest.method == "dpo" else SupervisedTrainer)(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            peft_config=lora_config(config.lora),
+        )
     trainer.remove_callback(PrinterCallback)
     state = trainer.run_state
     state.plan, state.num_out_of_memory = plan, num_out_of_memory
