@@ -121,8 +121,9 @@ class PlacementConfig(StrictModel):
     trainer_runtime_kind: Literal["TrainingRuntime", "ClusterTrainingRuntime"] = "TrainingRuntime"
     """Whether it is the namespace's or the cluster's."""
     shared_claim: str | None = Field(None, pattern=DNS_NAME)
-    """A ReadWriteMany PersistentVolumeClaim that several nodes share: inputs, checkpoints, the
-    adapter. It must be writable for `run_as_user`."""
+    """A PersistentVolumeClaim where train keeps checkpoints, so that a retry goes on from the last
+    one; several nodes share their inputs and the adapter on it too, and it must then be
+    ReadWriteMany. It must be writable for `run_as_user`. null: checkpoints go to `cache_claim`."""
     accelerator_products: list[str] = []
     """Values of the node label nvidia.com/gpu.product, any of which will do; empty: any GPU."""
     accelerated: StepPlacement = StepPlacement()
@@ -139,8 +140,9 @@ class PlacementConfig(StrictModel):
     """Temporary files of the steps that hold models get a volume of at most this size; null: the
     container's own file system."""
     cache_claim: str | None = Field(None, pattern=DNS_NAME)
-    """A PersistentVolumeClaim that keeps downloads (HF_HOME) between runs; it must be writable for
-    `run_as_user`, and ReadWriteMany where runs overlap."""
+    """A PersistentVolumeClaim that keeps downloads (HF_HOME) between runs, and checkpoints where
+    there is no `shared_claim`; it must be writable for `run_as_user`, and ReadWriteMany where runs
+    overlap."""
     hub_token_secret: str | None = "huggingface"
     """Name of a Kubernetes secret whose key `token` holds the Hub token; used where it exists."""
     secrets: dict[str, dict[str, str]] = {}

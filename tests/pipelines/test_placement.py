@@ -15,6 +15,8 @@ from tuneline.pipelines.lint import lint_documents
 from tuneline.pipelines.placement import NEEDS, nodes_config
 from tuneline.profiles import PlacementConfig, StepName
 from tuneline.recipe import load_recipe
+from tuneline.train.checkpoints import ROOT_VARIABLE
+from tuneline.train.trainjob import build
 from tuneline.version import VERSION
 
 GPU_STEPS = {"train", "merge", "quantize-gptq", "evaluate", "evaluate-2"}
@@ -156,10 +158,27 @@ def test_volumes_and_secrets_go_where_they_are_used(
             assert environment["HF_HOME"] == "/cache/huggingface"
             assert variables == {"HF_TOKEN": ("huggingface", "token", True), **of_the_recipe}
         elif name == "train":
-            # For trackers; it has no use for the Hub.
-            assert (claims, variables) == ([], of_the_recipe)
+            # For trackers; it has no use for the Hub, but for a place that outlives it.
+            assert claims == [("tuneline-model-cache", "/cache")]
+            assert environment[ROOT_VARIABLE] == "/cache/checkpoints"
+            assert variables == of_the_recipe
         else:
             assert (claims, variables) == ([], {})
+
+
+def test_checkpoints_lie_where_several_nodes_keep_them(tmp_path: Path) -> None:
+    claims = {"shared_claim": "shared", "cache_claim": "cache"}
+    pipeline, platform = compiled(claims, tmp_path / "pipeline.yaml")
+    container = pipeline["deploymentSpec"]["executors"]["exec-train"]["container"]
+    pod = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-train"]
+    (mount,) = pod["pvcMount"]
+    assert (mount["constant"], mount["mountPath"]) == ("shared", "/shared")
+    (variable,) = container["env"]
+    nodes = nodes_config(PlacementConfig.parse({**claims, "num_nodes": 2}))
+    job = build(nodes, name="n", directory=Path("/shared/tuneline/n"), labels={}, owner=None,
+                supported={"runtimePatches"})  # fmt: skip
+    assert variable in job["spec"]["trainer"]["env"]
+    assert variable["name"] == ROOT_VARIABLE
 
 
 def test_every_pod_has_labels_a_user_and_pull_secrets(pods: dict[str, dict[str, Any]]) -> None:

@@ -98,6 +98,13 @@ def test_gpus_that_cannot_share_a_step_are_told_so() -> None:
         recipe("placement.num_accelerators=8", "placement.num_nodes=2", "placement.shared_claim=c")
 
 
+@pytest.mark.parametrize("claim", [None, "shared_claim", "cache_claim"])
+def test_a_retry_that_would_begin_anew_is_told(claim: str | None) -> None:
+    loaded = recipe(*([f"placement.{claim}=c"] if claim else []))
+    found = [each.verdict for each in plan(loaded) if each.name == "checkpoints"]
+    assert found == ([] if claim else ["warn"])
+
+
 def test_time_is_what_the_measured_step_took() -> None:
     loaded = recipe(
         "train.per_device_train_batch_size=4",

@@ -382,6 +382,24 @@ def test_a_launcher_that_is_told_to_stop(world: World) -> None:
     assert ("trainjobs", "kubeflow", NAME) not in world.server.objects
 
 
+@pytest.mark.parametrize(("num_refused", "is_deleted"), [(8, True), (10**6, False)])
+def test_a_launcher_that_is_told_to_stop_while_the_api_is_away(
+    world: World, caplog: Any, num_refused: int, is_deleted: bool
+) -> None:
+    world.after(0, world.pods)
+    world.after(
+        60,
+        lambda: setattr(world.server, "down", num_refused),
+        lambda: os.kill(os.getpid(), signal.SIGTERM),
+    )
+    before = world.time
+    with pytest.raises(StoppedError):
+        world.launcher.run()
+    assert world.time - before <= 60 + 10 + 20
+    assert (("trainjobs", "kubeflow", NAME) not in world.server.objects) == is_deleted
+    assert ("it goes when its workflow does" in caplog.text) != is_deleted
+
+
 def test_a_job_that_somebody_deleted(world: World) -> None:
     world.after(30, lambda: world.server.objects.pop(("trainjobs", "kubeflow", NAME)))
     with pytest.raises(ClusterError, match="is gone: somebody has deleted it"):

@@ -32,6 +32,8 @@ SECONDS_AWAY = 15 * 60.0
 SECONDS_BETWEEN_BEATS = 60.0
 SECONDS_BETWEEN_NEWS = 600.0
 """A job that waits says so this often."""
+SECONDS_LEFT = 20.0
+"""Of the half a minute between SIGTERM and the end of a pod."""
 NUM_RESTARTS = 5
 NUM_LOG_LINES = 200
 _LOG_SLACK_SECONDS = 60
@@ -96,12 +98,24 @@ class Launcher:
                     self._remove()
             except StoppedError:
                 logger.warning("told to stop: trainjob %s is deleted", self._name)
-                self._jobs.delete(self._name)
+                self._delete_before_the_end()
                 raise
         raise TrainingError(
             f"trainjob {self._name} was disrupted {NUM_RESTARTS + 1} times, at last because it "
             f"{cause}: look at its nodes (`kubectl get events`), or choose ones that stay"
         )
+
+    def _delete_before_the_end(self) -> None:
+        """Delete the job in the seconds that a pod has left; its owner takes it along otherwise."""
+        deadline = self._now() + SECONDS_LEFT
+        while True:
+            try:
+                return self._jobs.delete(self._name)
+            except Away as error:
+                if self._now() >= deadline:
+                    logger.error("%s: it goes when its workflow does", error)
+                    return None
+                self._wait(1)
 
     def _begin(self) -> None:
         job = self._patiently(lambda: self._jobs.get(self._name))

@@ -129,8 +129,9 @@ def _volumes(recipe: Recipe, kube: Kube) -> Iterator[Check]:
     placement = recipe.placement
     if placement.cache_claim:
         yield _claim(kube, "cache", placement.cache_claim, "cache_claim", "warn")
-    if placement.num_nodes > 1 and placement.shared_claim:
-        yield _claim(kube, "shared volume", placement.shared_claim, "shared_claim", "fail")
+    if placement.shared_claim:
+        if_for_one_node: Verdict = "fail" if placement.num_nodes > 1 else "ok"
+        yield _claim(kube, "shared volume", placement.shared_claim, "shared_claim", if_for_one_node)
 
 
 def _claim(kube: Kube, check: str, name: str, field: str, if_for_one_node: Verdict) -> Check:
@@ -144,7 +145,7 @@ def _claim(kube: Kube, check: str, name: str, field: str, if_for_one_node: Verdi
         return Check(check, "fail", words, "its volume is gone: make the claim anew")
     if "ReadWriteMany" not in claim.spec.access_modes:
         advice = "pods that run side by side on several nodes need ReadWriteMany"
-        return Check(check, if_for_one_node, words, advice)
+        return Check(check, if_for_one_node, words, "" if if_for_one_node == "ok" else advice)
     return Check(check, "ok", words)
 
 

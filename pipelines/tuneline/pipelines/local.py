@@ -44,12 +44,18 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
 
         environment |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
         runs_dir = str(run_dir.resolve().parent)
+        checkpoint_dir = f"{runs_dir}/{CHECKPOINT_DIR}"
+        Path(checkpoint_dir).mkdir(exist_ok=True)
+        environment[ROOT_VARIABLE] = checkpoint_dir
         chosen = local.DockerRunner(
             environment=environment,
             user=f"{os.getuid()}:{os.getgid()}",
             network_mode="host",
             # What the cache gives is in the directories of earlier runs.
-            mounts=[Mount(runs_dir, runs_dir, type="bind", read_only=True)],
+            mounts=[
+                Mount(runs_dir, runs_dir, type="bind", read_only=True),
+                Mount(checkpoint_dir, checkpoint_dir, type="bind"),
+            ],
             cap_drop=["ALL"],
             security_opt=["no-new-privileges"],
         )

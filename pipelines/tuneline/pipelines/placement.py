@@ -19,6 +19,7 @@ from kfp.dsl import PipelineTask
 from tuneline import images
 from tuneline.profiles import PRODUCT_LABEL, PlacementConfig, StepPlacement, quantity_value
 from tuneline.train import NodesConfig
+from tuneline.train.checkpoints import ROOT_VARIABLE
 from tuneline.train.trainjob import PRIORITY_LABEL, QUEUE_LABEL, SHARED_PATH
 
 USER_ID = 65532
@@ -99,6 +100,8 @@ def place(task: PipelineTask, name: str, config: PlacementConfig) -> PipelineTas
         task.set_container_image(images.in_registry(task.container_spec.image, config.registry))
     if name == "train-on-nodes" and config.shared_claim:
         kubernetes.mount_pvc(task, config.shared_claim, SHARED_PATH)
+    if name == "train":
+        _keep_checkpoints(task, config)
     kubernetes.set_timeout(task, int(wanted.timeout_hours * 3600))
     if accelerated:
         _accelerate(task, config, config.num_accelerators if name == "train" else 1)
@@ -184,6 +187,17 @@ def _accelerate(task: PipelineTask, config: PlacementConfig, count: int) -> None
         kubernetes.empty_dir_mount(
             task, "dshm", "/dev/shm", medium="Memory", size_limit=config.shared_memory
         )
+
+
+def _keep_checkpoints(task: PipelineTask, config: PlacementConfig) -> None:
+    """Have a retry, whose pod has nothing of the last one's, find the checkpoints."""
+    if config.shared_claim:
+        kubernetes.mount_pvc(task, config.shared_claim, SHARED_PATH)
+        # Where several nodes keep theirs, too.
+        task.set_env_variable(ROOT_VARIABLE, f"{SHARED_PATH}/tuneline/checkpoints")
+    elif config.cache_claim:
+        kubernetes.mount_pvc(task, config.cache_claim, CACHE_PATH)
+        task.set_env_variable(ROOT_VARIABLE, f"{CACHE_PATH}/checkpoints")
 
 
 def _mount_and_connect(task: PipelineTask, needs: Needs, config: PlacementConfig) -> None:

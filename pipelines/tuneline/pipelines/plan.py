@@ -35,7 +35,7 @@ def plan(
         ClusterError: the cluster cannot be reached.
     """
     num_parameters = num_parameters or parameters_in_name(recipe.base_model)
-    checks = list(_ranks(recipe))
+    checks = [*_ranks(recipe), *_checkpoints(recipe)]
     if num_parameters is None:
         advice = "give --parameters, e.g. 8e9"
         words = f"the name {recipe.base_model} does not say how many parameters it has"
@@ -60,6 +60,14 @@ def _ranks(recipe: Recipe) -> Iterator[Check]:
         yield Check("ranks", "fail", f"{words}, which cannot be done equally", advice)
     elif num_ranks > 1:
         yield Check("ranks", "ok", words)
+
+
+def _checkpoints(recipe: Recipe) -> Iterator[Check]:
+    placement = recipe.placement
+    if placement.num_accelerators and not (placement.shared_claim or placement.cache_claim):
+        words = "a retry of train begins anew, as its checkpoints go with the pod"
+        advice = "name a claim in placement.shared_claim or placement.cache_claim"
+        yield Check("checkpoints", "warn", words, advice)
 
 
 def _resources(recipe: Recipe, found: Estimate, price: float | None) -> Iterator[Check]:
