@@ -3,7 +3,7 @@
 What the cluster does not let these credentials see is unknown, and no reason to stop.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 from tuneline import images
@@ -14,11 +14,15 @@ from tuneline.profiles import PRODUCT_LABEL, quantity_value
 from tuneline.recipe import Recipe
 from tuneline.train.trainjob import GROUP, PLURAL
 
+SCHEDULES_CRD = "scheduledworkflows.kubeflow.org"
 CRDS = {
     "workflows.argoproj.io": "Kubeflow Pipelines (its Argo Workflows) is not installed",
-    "scheduledworkflows.kubeflow.org": "Kubeflow Pipelines is not installed whole: `tuneline "
-    "schedule` will not work",
+    SCHEDULES_CRD: "`tuneline schedule` will not work",
 }
+
+ON_A_NODE = "a node has them"
+IN_REGISTRY = "the registry has them"
+NOT_IN_REGISTRY = "neither a node nor the registry has them"
 
 TRAINER_CRD = "trainjobs.trainer.kubeflow.org"
 
@@ -76,7 +80,10 @@ def _crds(recipe: Recipe, kube: Kube) -> Iterator[Check]:
         if versions:
             yield Check("CRDs", "ok", f"{crd} {', '.join(versions)}")
         else:
-            yield Check("CRDs", "fail", f"there is no {crd}: {absence}", "ask the platform's owner")
+            verdict: Verdict = "warn" if crd == SCHEDULES_CRD else "fail"
+            yield Check(
+                "CRDs", verdict, f"there is no {crd}: {absence}", "ask the platform's owner"
+            )
 
 
 def _rights_of_run(
@@ -258,21 +265,28 @@ def _images(recipe: Recipe, kube: Kube) -> Iterator[Check]:
         }
     except Refused:
         on_nodes = set()
+    found: dict[str, list[str]] = {}
     for image in (images.in_registry(name, registry) for name in wanted):
-        if {image, f"docker.io/{image}", f"localhost/{image}"} & on_nodes:
-            yield Check("images", "ok", f"a node has {image}")
-            continue
-        try:
-            found = has_image(image)
-        except Unknown as error:
-            advice = "push them to a registry that it reaches, and name that in placement.registry"
-            yield Check("images", "unknown", f"no node is seen to have {image}: {error}", advice)
-            continue
-        if found:
-            yield Check("images", "ok", f"its registry has {image}")
+        found.setdefault(_where_is(image, on_nodes), []).append(image)
+    for where, names in found.items():
+        words = f"{where}: {', '.join(names)}"
+        if where in (ON_A_NODE, IN_REGISTRY):
+            yield Check("images", "ok", words)
+        elif where == NOT_IN_REGISTRY:
+            yield Check("images", "fail", words, "push them, or correct placement.registry")
         else:
-            words = f"its registry has no {image}"
-            yield Check("images", "fail", words, "push it, or correct placement.registry")
+            advice = "push them to a registry, and name it in placement.registry"
+            yield Check("images", "unknown", words, advice)
+
+
+def _where_is(image: str, on_nodes: Set[str]) -> str:
+    # Container engines write the default registry's host.
+    if {image, f"docker.io/{image}", f"localhost/{image}"} & on_nodes:
+        return ON_A_NODE
+    try:
+        return IN_REGISTRY if has_image(image) else NOT_IN_REGISTRY
+    except Unknown as error:
+        return f"no node is seen to have them, and {error}"
 
 
 _LOOKS: dict[str, Callable[[Recipe, Kube], Iterator[Check]]] = {

@@ -26,7 +26,7 @@ def plan(
     Args:
         recipe: with the placement that it will run with.
         num_parameters: of the base model; None reads them off its name.
-        price_per_gpu_hour: in any currency.
+        price_per_gpu_hour: in any currency; None: the recipe's train.price_per_hour.
         kube: the cluster.
         account: the service account that the run will have; None: not known.
         is_step: the credentials are the run's own.
@@ -41,7 +41,8 @@ def plan(
         words = f"the name {recipe.base_model} does not say how many parameters it has"
         checks.append(Check("estimate", "unknown", words, advice))
     else:
-        checks += _resources(recipe, estimate(recipe, num_parameters), price_per_gpu_hour)
+        price = recipe.train.price_per_hour if price_per_gpu_hour is None else price_per_gpu_hour
+        checks += _resources(recipe, estimate(recipe, num_parameters), price)
     if kube is not None:
         checks += check_cluster(recipe, kube, account=account, is_step=is_step)
     return checks

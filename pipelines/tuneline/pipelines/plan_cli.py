@@ -33,7 +33,10 @@ def plan(
         float | None,
         typer.Option(min=1e6, help="Of the base model, e.g. 8e9; default: by its name."),
     ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Of an hour of one GPU.")] = None,
+    price: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of an hour of one GPU; default: train.price_per_hour."),
+    ] = None,
     cluster: Annotated[
         bool, typer.Option("--cluster", help="Ask the cluster of your kubeconfig, too.")
     ] = False,

@@ -27,7 +27,7 @@ def has_image(image: str) -> bool:
     """
     host, _, path = image.partition("/")
     if not path or not (":" in host or "." in host or host == "localhost"):
-        raise Unknown(f"{image} names no registry")
+        raise Unknown("their names have no registry")
     name, _, tag = path.rpartition(":")
     # As container engines do: no TLS on this machine.
     scheme = "http" if host.partition(":")[0] in ("localhost", "127.0.0.1") else "https"
