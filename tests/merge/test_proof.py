@@ -9,7 +9,14 @@ from tuneline.artifacts import EVAL_FILE
 from tuneline.errors import DataError, ProofError
 from tuneline.heldout import Row, read_rows
 from tuneline.merge.config import MergeConfig
-from tuneline.merge.proof import Answers, Distance, compare, greedy_gap, hold, mean_loss
+from tuneline.merge.proof import Answers, Comparison, Distance, answer_loss, greedy_gap, hold
+
+
+def compare(first, second):
+    comparison = Comparison(first)
+    for logits in second:
+        comparison.add(logits)
+    return comparison.distance()
 
 
 def test_distance_by_hand():
@@ -43,13 +50,13 @@ def test_no_rows(tmp_path):
 def test_loss_counts_the_answer_only():
     # Ids 0 1 1; the last two count. Token 1 has probability 3/4 after 0 and 1/4 after the first 1.
     logits = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0], [5.0, 0.0]])
-    by_hand = -(math.log(3 / 4) + math.log(1 / 4)) / 2
-    assert mean_loss([Row([0, 1, 1], 1)], [logits]) == pytest.approx(by_hand, rel=1e-6)
-    assert mean_loss([Row([0, 1, 1], 2)], [logits]) == pytest.approx(-math.log(1 / 4), rel=1e-6)
+    by_hand = -(math.log(3 / 4) + math.log(1 / 4))
+    assert answer_loss(Row([0, 1, 1], 1), logits) == (pytest.approx(by_hand, rel=1e-6), 2)
+    assert answer_loss(Row([0, 1, 1], 2), logits) == (pytest.approx(-math.log(1 / 4)), 1)
 
 
 def answers(ids, logits):
-    return Answers([], ids, torch.tensor(logits), 0.0)
+    return Answers(ids, torch.tensor(logits), 0.0)
 
 
 def test_where_greedy_answers_part():

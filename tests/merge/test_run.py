@@ -26,7 +26,7 @@ def merge(tmp_path, tiny_model_dir, adapter_dir, small_dataset_dir):
     def call(*, base_model_dir=tiny_model_dir, adapter=adapter_dir, **settings):
         merged = tmp_path / "out" / "merged"
         proof = run(
-            MergeConfig(**settings),
+            MergeConfig(**{"num_proof_prompts": 8, **settings}),
             base_model_dir=base_model_dir,
             adapter_dir=adapter,
             dataset_dir=small_dataset_dir,

@@ -17,7 +17,7 @@ class MergeConfig(StrictModel):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     max_shard_bytes: int = Field(4 << 30, ge=1 << 20)
     """Of a weight file; memory does not depend on it."""
-    num_proof_prompts: int = Field(8, ge=1)
+    num_proof_prompts: int = Field(32, ge=1)
     """Prompts on which adapter-on-base and merged are compared."""
     max_mean_kl: float = Field(0.01, gt=0)
     """The step fails over this mean KL divergence a token, in nats."""

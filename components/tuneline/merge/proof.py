@@ -5,6 +5,7 @@ Legend: T positions of a row, V vocabulary.
 
 import gc
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,6 @@ logger = logging.getLogger(__name__)
 class Answers:
     """What one model says to the rows."""
 
-    logits: list[torch.Tensor]
-    """A row's, [T, V] in fp32 on the CPU."""
     greedy_ids: list[int]
     """What follows the first row's prompt."""
     greedy_logits: torch.Tensor
@@ -43,8 +42,43 @@ class Distance:
     top1_agreement: float
 
 
+class Comparison:
+    """How far a second model's logits are from those of a first, a row at a time.
+
+    The first one's are kept and the second one's are not: of 32 rows and a vocabulary of 128,000
+    they are 4 GB.
+    """
+
+    def __init__(self, first: list[torch.Tensor]) -> None:
+        """Take the first model's logits, a row's [T, V]."""
+        self._rows = iter(first)
+        self._worst, self._kl, self._agreed, self._total = 0.0, 0.0, 0, 0
+
+    def add(self, other_TV: torch.Tensor) -> None:
+        """Compare the next row; a value that is not finite counts as far."""
+        one_TV = next(self._rows)
+        p_TV, q_TV = one_TV.log_softmax(-1), other_TV.log_softmax(-1)
+        self._kl += (p_TV.exp() * (p_TV - q_TV)).sum().item()
+        self._agreed += int((one_TV.argmax(-1) == other_TV.argmax(-1)).sum())
+        difference = (one_TV - other_TV).abs().max().item()
+        self._worst = difference if not difference <= self._worst else self._worst
+        self._total += len(one_TV)
+
+    def distance(self) -> Distance:
+        """Return what it came to over all positions."""
+        # Rounding makes the KL of equal distributions a little negative.
+        mean_kl = self._kl / self._total
+        mean_kl = max(mean_kl, 0.0) if mean_kl == mean_kl else mean_kl
+        return Distance(self._worst, mean_kl, self._agreed / self._total)
+
+
+Sink = Callable[[torch.Tensor], None]
+"""Takes a row's logits, [T, V] in fp32 on the CPU."""
+
+
 def ask_trained(
     rows: list[Row],
+    sink: Sink,
     *,
     num_greedy_tokens: int,
     base_model_dir: Path,
@@ -58,33 +92,42 @@ def ask_trained(
 
     base = load_base(base_model_dir, dtype=dtype, device=device, quantized=quantized)
     model = PeftModel.from_pretrained(base, str(adapter_dir))
-    answers = ask(model, rows, num_greedy_tokens=num_greedy_tokens)
+    answers = ask(model, rows, sink, num_greedy_tokens=num_greedy_tokens)
     del model, base
     _free(device)
     return answers
 
 
 def ask_merged(
-    rows: list[Row], *, num_greedy_tokens: int, merged_dir: Path, dtype: torch.dtype, device: str
+    rows: list[Row],
+    sink: Sink,
+    *,
+    num_greedy_tokens: int,
+    merged_dir: Path,
+    dtype: torch.dtype,
+    device: str,
 ) -> Answers:
     """Ask a merged model."""
     model = load_base(merged_dir, dtype=dtype, device=device, quantized=False)
-    answers = ask(model, rows, num_greedy_tokens=num_greedy_tokens)
+    answers = ask(model, rows, sink, num_greedy_tokens=num_greedy_tokens)
     del model
     _free(device)
     return answers
 
 
-def ask(model: Any, rows: list[Row], *, num_greedy_tokens: int) -> Answers:
+def ask(model: Any, rows: list[Row], sink: Sink, *, num_greedy_tokens: int) -> Answers:
     """Compute logits of all rows, and a greedy answer to the first one's prompt."""
     device = next(model.parameters()).device
     model.eval()
     prompt = torch.tensor([rows[0].ids[: max(rows[0].start, 1)]], device=device)
+    loss, counted = 0.0, 0
     with torch.inference_mode():
-        logits = [
-            model(input_ids=torch.tensor([row.ids], device=device)).logits[0].float().cpu()
-            for row in rows
-        ]
+        for row in rows:
+            ids = torch.tensor([row.ids], device=device)
+            row_TV = model(input_ids=ids).logits[0].float().cpu()
+            row_loss, row_count = answer_loss(row, row_TV)
+            loss, counted = loss + row_loss, counted + row_count
+            sink(row_TV)
         output = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
@@ -96,39 +139,18 @@ def ask(model: Any, rows: list[Row], *, num_greedy_tokens: int) -> Answers:
             output_logits=True,
         )
     return Answers(
-        logits=logits,
         greedy_ids=output.sequences[0, prompt.shape[1] :].tolist(),
         greedy_logits=torch.cat(output.logits).float().cpu(),
-        loss=mean_loss(rows, logits),
+        loss=loss / counted,
     )
 
 
-def mean_loss(rows: list[Row], logits: list[torch.Tensor]) -> float:
-    """Return nats a token over the tokens from each row's `start` on."""
-    loss, counted = 0.0, 0
-    for row, row_TV in zip(rows, logits, strict=True):
-        first = max(row.start, 1)
-        targets = torch.tensor(row.ids[first:])
-        loss += torch.nn.functional.cross_entropy(
-            row_TV[first - 1 : len(row.ids) - 1], targets, reduction="sum"
-        ).item()
-        counted += len(targets)
-    return loss / counted
-
-
-def compare(first: list[torch.Tensor], second: list[torch.Tensor]) -> Distance:
-    """Return how far two models' logits are apart; a value that is not finite counts as far."""
-    worst, kl, agreed, total = 0.0, 0.0, 0, 0
-    for one_TV, other_TV in zip(first, second, strict=True):
-        p_TV, q_TV = one_TV.log_softmax(-1), other_TV.log_softmax(-1)
-        kl += (p_TV.exp() * (p_TV - q_TV)).sum().item()
-        agreed += int((one_TV.argmax(-1) == other_TV.argmax(-1)).sum())
-        difference = (one_TV - other_TV).abs().max().item()
-        worst = difference if not difference <= worst else worst
-        total += len(one_TV)
-    # Rounding makes the KL of equal distributions a little negative.
-    mean_kl = kl / total
-    return Distance(worst, max(mean_kl, 0.0) if mean_kl == mean_kl else mean_kl, agreed / total)
+def answer_loss(row: Row, row_TV: torch.Tensor) -> tuple[float, int]:
+    """Return nats and tokens from the row's `start` on."""
+    first = max(row.start, 1)
+    targets = torch.tensor(row.ids[first:])
+    logits = row_TV[first - 1 : len(row.ids) - 1]
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item(), len(targets)
 
 
 def greedy_gap(trained: Answers, merged: Answers) -> float | None:

@@ -82,9 +82,12 @@ def run(
         # the original weights it is not what training saw is for the loss to say.
         losses: dict[str, float] = {}
         trained, base = None, ""
+        logits: list[torch.Tensor] = []
         for name in _bases(config, training):
+            found: list[torch.Tensor] = []
             answers = proof.ask_trained(
                 rows,
+                found.append,
                 num_greedy_tokens=config.num_greedy_tokens,
                 base_model_dir=base_dir,
                 adapter_dir=adapter_dir,
@@ -94,7 +97,7 @@ def run(
             )
             losses[name] = answers.loss
             if trained is None or answers.loss < trained.loss:
-                trained, base = answers, name
+                trained, base, logits = answers, name, found
         assert trained is not None
         _say(config, training, base, losses)
         num_shards = merge_weights(
@@ -109,14 +112,16 @@ def run(
         )
         num_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         logger.info("merged into %d files, %.2f GB; now the proof", num_shards, num_bytes / 1e9)
+        comparison = proof.Comparison(logits)
         merged = proof.ask_merged(
             rows,
+            comparison.add,
             num_greedy_tokens=config.num_greedy_tokens,
             merged_dir=directory,
             dtype=dtype,
             device=device,
         )
-        distance = proof.compare(trained.logits, merged.logits)
+        distance = comparison.distance()
         gap = proof.greedy_gap(trained, merged)
         proof.hold(distance, gap, config, num_rows=len(rows))
         record = MergeProof(
