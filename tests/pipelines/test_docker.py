@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from tuneline import images
 from tuneline.artifacts import RunSummary
 from tuneline.events import step_runs
 from tuneline.pipelines.catalog import find_recipe
-from tuneline.pipelines.docker_engine import check_images
+from tuneline.pipelines.docker_engine import RUN_LABEL, check_images
 from tuneline.pipelines.watch import read_events
 
 # Few steps and rows, one format of each kind: every image, every step, published too.
@@ -62,3 +64,30 @@ def test_a_short_demo_passes_through_every_image(tmp_path: Path) -> None:
         "origin.json": images.TRAIN, "merge.json": images.TRAIN,
         "scores.json": images.EVALUATE, "decision.json": images.LIGHT,
     }  # fmt: skip
+
+
+@pytest.mark.docker
+def test_a_stopped_run_leaves_no_container(tmp_path: Path) -> None:
+    import docker
+
+    check_images(find_recipe("demo", SMALL))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tuneline.pipelines.cli", "run", "demo", "--runner", "docker",
+         "--runs-dir", str(tmp_path)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    client = docker.from_env()
+    deadline = time.monotonic() + 180
+
+    def containers() -> list[str]:
+        found = client.containers.list(filters={"label": RUN_LABEL})
+        return [each.id for each in found if each.labels[RUN_LABEL].startswith(str(tmp_path))]
+
+    while not any('"fetch"' in path.read_text() for path in tmp_path.glob("*/*/events.jsonl")):
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < deadline, "fetch did not begin"
+        time.sleep(0.1)
+    assert containers()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 143
+    assert containers() == []

@@ -1,8 +1,15 @@
-"""Look at the container engine before a run asks it for anything."""
+"""What a run in containers needs of their engine beside what KFP asks of it."""
+
+import contextlib
 
 from tuneline.errors import ToolError, UserError
 from tuneline.pipelines.finetune import finetune
 from tuneline.recipe import Recipe
+
+RUN_LABEL = "tuneline.run"
+"""Of every container of a run: its directory."""
+STOP_SECONDS = 60
+"""For a step to end by itself: training writes a checkpoint."""
 
 
 def check_images(recipe: Recipe) -> None:
@@ -31,6 +38,22 @@ def check_images(recipe: Recipe) -> None:
             f"the engine has no {', '.join(absent)}: build them with `make images` (TORCH=cpu "
             "without a GPU)"
         )
+
+
+def stop_containers(run_dir: str) -> None:
+    """End the containers of a run, which do not end with the process that waits for them."""
+    import docker
+
+    client = docker.from_env(timeout=STOP_SECONDS + 30)
+    running = client.containers.list(filters={"label": f"{RUN_LABEL}={run_dir}"})
+    # What is gone meanwhile is no error.
+    for container in running:
+        with contextlib.suppress(docker.errors.APIError):
+            # To the step itself: the first process is KFP's shell, which passes no signal on.
+            container.exec_run(["sh", "-c", "kill -TERM -1"])
+    for container in running:
+        with contextlib.suppress(docker.errors.APIError):
+            container.stop(timeout=STOP_SECONDS)
 
 
 def _images_of(recipe: Recipe) -> set[str]:

@@ -7,6 +7,7 @@ line can watch it, show its progress and end it as a whole.
 """
 
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -42,13 +43,24 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
     if runner == "docker":
         from docker.types import Mount
 
+        from tuneline.pipelines.docker_engine import RUN_LABEL, stop_containers
+
         environment |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
         runs_dir = str(run_dir.resolve().parent)
         checkpoint_dir = f"{runs_dir}/{CHECKPOINT_DIR}"
         Path(checkpoint_dir).mkdir(exist_ok=True)
         environment[ROOT_VARIABLE] = checkpoint_dir
+        directory = str(run_dir.resolve())
+
+        def stop(number: int, _: object) -> None:
+            stop_containers(directory)
+            # Threads that wait for a container would keep the process.
+            os._exit(128 + number)
+
+        signal.signal(signal.SIGTERM, stop)
         chosen = local.DockerRunner(
             environment=environment,
+            labels={RUN_LABEL: directory},
             user=f"{os.getuid()}:{os.getgid()}",
             network_mode="host",
             # What the cache gives is in the directories of earlier runs.
