@@ -342,16 +342,17 @@ def run_steps(model: Any, optimizer: Any, request: dict[str, Any]) -> dict[str, 
 
 
 def write_profile(step: Any, path: Path) -> None:
-    """Write device time by kernel of one step, and the step's launches."""
+    """Write device time by kernel of one step and its number of launches, and a trace of it."""
+    import torch
     from torch.profiler import ProfilerActivity, profile
+
+    path.parent.mkdir(parents=True, exist_ok=True)
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         step()
-        import torch
-
         torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(path.with_suffix(".json.gz")))
     averages = profiler.key_averages()
-    path.parent.mkdir(parents=True, exist_ok=True)
     kernels = sorted(
         (e for e in averages if e.device_type.name == "CUDA"),
         key=lambda e: -e.self_device_time_total,

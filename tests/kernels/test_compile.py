@@ -36,13 +36,13 @@ NF4 = dict(K=4096, NESTED=True, BLOCK=1024, SIDE_ROWS=64, SIDE_COLS=64)
 ACTIVATION = dict(
     F=14336, R_DOWN=16, R_GATE=16, R_UP=16, RANKS=16, ROWS=512, BLOCK_ROWS=16, BLOCK_COLS=32,
 )  # fmt: skip
-FLASH = dict(D=256, WIDTH=256, SHARED=2, WINDOW=0, CAPPED=True)
+FLASH = dict(D=256, WIDTH=256, SHARED=2, PACK=2, WINDOW=0, CAPPED=True)
 FLASH_POINTERS = dict(lse_ptr=F32, delta_ptr=F32, cu_seqlens_ptr=I32)
 FP8 = dict(K=4096, NESTED=True)
 E4M3 = "*fp8e4nv"
 HOPPER_ONLY = {"fp8 rows", "fp8 weight", "fp8 weight transposed"}
 # Heads of 256 fill the registers with sums; smaller tiles spill nothing and were measured slower.
-SPILLS = {"flash forward": 64, "flash dq": 512, "flash dk, dv": 1024}
+SPILLS = {"flash forward": 128, "flash dq": 512, "flash dk, dv": 1024}
 KERNELS = {
     "nf4": ("nf4", "_fwd_kernel", NF4, NF4_POINTERS, 8),
     "rms_norm forward": (
@@ -83,10 +83,10 @@ KERNELS = {
         "activation_lora", "_bwd_kernel", ACTIVATION | dict(GELU=True), {"partial_ptr": F32}, 2,
     ),
     "flash forward": (
-        "flash", "_fwd_kernel", FLASH | dict(QUERIES=128, KEYS=64), FLASH_POINTERS, 8,
+        "flash", "_fwd_kernel", FLASH | dict(ROWS=128, KEYS=64), FLASH_POINTERS, 8,
     ),
-    "flash dq": ("flash", "_dq_kernel", FLASH | dict(QUERIES=128, KEYS=64), FLASH_POINTERS, 8),
-    "flash dk, dv": ("flash", "_dkdv_kernel", FLASH | dict(QUERIES=64, KEYS=64), FLASH_POINTERS, 8),
+    "flash dq": ("flash", "_dq_kernel", FLASH | dict(ROWS=128, KEYS=64), FLASH_POINTERS, 8),
+    "flash dk, dv": ("flash", "_dkdv_kernel", FLASH | dict(ROWS=64, KEYS=64), FLASH_POINTERS, 8),
     "fp8 rows": (
         "fp8", "_rows_kernel", dict(K=4096, P=64, HAS_FLOOR=False, BLOCK=4096),
         dict(out_ptr=E4M3, scale_ptr=F32, floor_ptr=F32), 4,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer
 
 from tuneline.artifacts import DatasetManifest
 from tuneline.nf4 import load_base
@@ -103,3 +103,24 @@ def test_trls_own_loss_agrees(dataset_dir, answer_rows, tiny_model_dir, tmp_path
 )
 def test_number_of_steps(num_rows, settings, expected):
     assert num_total_steps(TrainConfig(**settings), num_rows) == expected
+
+
+def test_what_a_step_asks_of_the_model_is_what_transformers_asks(
+    dataset_dir, answer_rows, tiny_model_dir, tmp_path
+):
+    data = dataset_dir(answer_rows)
+    trainer = trainer_for(TrainConfig(max_steps=1), data, tiny_model_dir, tmp_path)
+    short, long = ({"input_ids": torch.zeros(1, n, dtype=torch.long)} for n in (8, 50))
+    for batch in (short, long, short):
+        assert trainer.floating_point_ops(batch) == Trainer.floating_point_ops(trainer, batch)
+    trainer.create_optimizer_and_scheduler(1)
+    trainer.get_train_dataloader()
+    (batch,), labels = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, "cpu")
+    counted = batch["labels"][:, 1:] != -100
+    assert batch["num_labels"] == counted.sum() == labels
+    # An evaluation leaves every module in its other mode.
+    trainer.model.eval()
+    trainer._tr_loss = torch.zeros(())
+    trainer.training_step(trainer.model, batch, labels)
+    assert all(module.training for module in trainer.model.modules())
+    assert "train" not in vars(trainer.model)

@@ -8,11 +8,14 @@ from torch.utils.data import DataLoader
 
 from tuneline.train import ranks
 from tuneline.train.quick_steps import QuickStepTrainer
+from tuneline.train.rows import IGNORED
 from tuneline.train.run_state import RunState
 from tuneline.train.shares import StepBatches, row_lengths
 
 LOSS_FACTOR = "loss_factor"
 """In a batch of a training step: what its loss is multiplied by."""
+NUM_LABELS = "num_labels"
+"""In a batch of a training step with labels: how many count, known while they are on the host."""
 
 
 class SharedStepTrainer(QuickStepTrainer):
@@ -78,6 +81,8 @@ class SharedStepTrainer(QuickStepTrainer):
             # over ranks by that of ranks.
             share = _num_rows(batch) * len(batches) * ranks.num_ranks() / num_rows
             batch[LOSS_FACTOR] = 1.0 if counts_labels else share
+            if counts_labels:
+                batch[NUM_LABELS] = int((batch["labels"][:, 1:] != IGNORED).sum())
         for filler in batches[num_own:]:
             filler[LOSS_FACTOR] = 0.0
         if not counts_labels:

@@ -9,7 +9,7 @@ from trl import DPOTrainer, SFTTrainer
 from tuneline.train import ranks
 from tuneline.train.divergence import GuardedTrainer
 from tuneline.train.rows import IGNORED
-from tuneline.train.shared_steps import LOSS_FACTOR
+from tuneline.train.shared_steps import LOSS_FACTOR, NUM_LABELS
 
 
 class SupervisedTrainer(GuardedTrainer, SFTTrainer):
@@ -40,8 +40,9 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
     ) -> Any:
         """Return the mean negative log-likelihood of the labelled tokens."""
         factor = inputs.pop(LOSS_FACTOR, 1.0)
+        num_labels = inputs.pop(NUM_LABELS, None)
         if self.takes_model_loss and model.training and not return_outputs:
-            return factor * _model_loss(model, inputs, num_items_in_batch)
+            return factor * _model_loss(model, inputs, num_items_in_batch, num_labels)
         if self._selects_logits and not return_outputs:
             return factor * _selected_loss(model, inputs, num_items_in_batch)
         found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -79,9 +80,13 @@ class PreferenceTrainer(GuardedTrainer, DPOTrainer):
 
 
 def _model_loss(
-    model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
+    model: torch.nn.Module,
+    inputs: dict[str, Any],
+    num_items: torch.Tensor | int | None,
+    num_labels: int | None,
 ) -> torch.Tensor:
-    return model(**inputs, use_cache=False, num_items_in_batch=num_items).loss
+    counts = {"num_items_in_batch": num_items, "num_labels": num_labels}
+    return model(**inputs, use_cache=False, **counts).loss
 
 
 def _selected_loss(

@@ -129,6 +129,22 @@ class TokenLogProbsFunction(torch.autograd.Function):
         return grad_TK, None, None, None, None, None, None
 
 
+class _SelectFunction(torch.autograd.Function):
+    """Return the rows hidden[index], each index once: the backward only has to place them."""
+
+    @staticmethod
+    def forward(ctx, hidden_TK, index_N):  # noqa: D102
+        ctx.save_for_backward(index_N)
+        ctx.num_rows = hidden_TK.shape[0]
+        return hidden_TK.index_select(0, index_N)
+
+    @staticmethod
+    def backward(ctx, grad_NK):  # noqa: D102
+        (index_N,) = ctx.saved_tensors
+        grad_TK = grad_NK.new_zeros(ctx.num_rows, grad_NK.shape[1])
+        return grad_TK.index_copy_(0, index_N, grad_NK), None
+
+
 def _log_probs_reference(
     logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, softcap: float | None
 ) -> torch.Tensor:
@@ -221,13 +237,22 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     softcap: float | None = None,
     num_items: int | torch.Tensor | None = None,
+    num_labels: int | None = None,
     chunk_tokens: int | None = None,
 ) -> torch.Tensor:
     """Return the summed cross entropy over `num_items`; arguments as in `token_log_probs`.
 
     `num_items` defaults to the number of labels that are not `ignore_index`, at least 1: a batch
-    without labels costs 0 where torch's mean is NaN.
+    without labels costs 0 where torch's mean is NaN. `num_labels` is that number where the caller
+    knows it: the head is then computed for those tokens alone. (To ask the labels for it would be
+    to wait for the device.)
     """
+    if num_labels is not None and num_labels < labels.numel():
+        labels_T = labels.reshape(-1)
+        # Their places in order, without a wait: the others are sorted behind them.
+        ignored = (labels_T == ignore_index).to(torch.uint8)
+        index = torch.sort(ignored, stable=True).indices[:num_labels]
+        hidden, labels = _SelectFunction.apply(rows(hidden), index), labels_T[index]
     logp = token_log_probs(
         hidden, weight, labels,
         ignore_index=ignore_index, softcap=softcap, chunk_tokens=chunk_tokens,

@@ -10,8 +10,8 @@ again up to gate and up, but neither down_proj (27 % of a Llama layer's multipli
 activation's forward, which the activation's backward yields on the way. With a host stash it
 parks x there, and q, k, v and a beside it: their copies hide behind the forward too, and the
 backward computes o_proj, gate and up alone. A *kept* layer saves q, k, v, a, x2, gate and up, and
-computes only norms again, or nothing at all where it keeps their outputs too. All run the same kernels on the same numbers, so that the choice changes
-no bit of a gradient.
+computes only norms again, or nothing at all where it keeps their outputs too. All run the same
+kernels on the same numbers, so that the choice changes no bit of a gradient.
 
 The MLP runs over chunks of tokens: its temporaries, three times 2 F wide, set a lean step's peak.
 
@@ -388,7 +388,7 @@ def _chunks(num_tokens: int) -> list[slice]:
 def _mlp_forward(
     x2_TC: Tensor, weights: LayerWeights, keep: bool, *, keep_normed: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, _Normed | None]:
-    """Return y, gate and up if kept, h A_down^T, down's output if a norm follows it, and n2 if kept.
+    """Return y, gate and up if kept, h A_down^T, down's output if a norm follows it, n2 if kept.
 
     x2 is overwritten by y unless it is kept or still needed whole.
     """

@@ -247,7 +247,10 @@ class _DecoderMixin(_Stock):
 
 
 class _CausalMixin(_Stock):
-    """The model with its head: the loss without the logits."""
+    """The model with its head: the loss without the logits.
+
+    A caller that knows how many labels count gives `num_labels`, see `linear_cross_entropy`.
+    """
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         fuse = (
@@ -260,10 +263,12 @@ class _CausalMixin(_Stock):
             and _stock_loss_reason(self) is None
         )
         if labels is None or not fuse:
+            kwargs.pop("num_labels", None)
             return super().forward(*args, labels=labels, **kwargs)
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         num_items = kwargs.pop("num_items_in_batch", None)
+        num_labels = kwargs.pop("num_labels", None)
         shifted = kwargs.pop("shift_labels", None)
         kwargs.pop("logits_to_keep", None)
         outputs = self.model(**kwargs)
@@ -278,6 +283,7 @@ class _CausalMixin(_Stock):
             shifted.to(hidden_BLC.device),
             softcap=getattr(self.config, "final_logit_softcapping", None),
             num_items=num_items,
+            num_labels=num_labels,
         )
         return CausalLMOutputWithPast(
             loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions

@@ -129,9 +129,11 @@ def _launch(q, k, xq, xk, cos, sin, q_weight, k_weight, eps, gemma, out, backwar
     HK, R = k.shape[2], cos.shape[-1]
     if max(t.stride(-1) for t in (q, k, xq, xk, cos, sin)) != 1:
         raise ValueError("q, k, cos and sin need unit stride along the head dimension")
-    oq, ok = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)) if (
-        out is None
-    ) else out
+    oq, ok = (
+        (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+        if (out is None)
+        else out
+    )
     norm = q_weight is not None
     cos, sin = cos.expand(B, T, R), sin.expand(B, T, R)
     block_hq = triton.next_power_of_2(HQ)
