@@ -119,6 +119,8 @@ def run_dir(tmp_path: Path) -> Path:
         measured = {"mean_kl": 0.0069, "top1_agreement": 0.977, "perplexity": 1.5}
         measured |= {"benchmark": "heldout_choice", "num_benchmark_rows": 16}
         measured |= {"benchmark_score": 0.875, "reference_benchmark_score": 0.9375}
+        measured |= {"num_tokenizer_texts": 236, "num_conversations": 7, "stop_tokens": ["</s>"]}
+        measured |= {"tokens_per_second": 61.7}
         if kind == "gguf":
             modelfile = b'FROM ./model.gguf\nPARAMETER stop "</s>"\n'
             files = {"model__gguf": os.urandom(2048), "Modelfile": modelfile}
@@ -292,8 +294,15 @@ def test_the_card(run_dir: Path, tmp_path: Path) -> None:
     assert matter["library_name"] == "transformers"
     assert "datasets" not in matter, "a local file is no Hub data set"
     assert "| heldout_choice | acc | 0.2500 | 0.7500 | +0.5000 | [+0.4000, +0.6000] | 200 |" in body
-    assert "| q8_0 | 0.0 MB | 8.50 | an answer | 6.9e-03 | 97.7% | 1.500 | 87.5% |" in body
-    assert "| gptq-4bit | 0.0 MB | 8.50 | an answer | - | - | - | - |" in body
+    assert (
+        "| q8_0 | 0.0 MB | 8.50 | 6.9e-03 | 97.7% | 1.500 | 87.5% | 62 | "
+        'loaded, answered "an answer"; 236 texts split as by the tokenizer; '
+        "7 chats rendered as by the template; stops at `</s>` |"
+    ) in body
+    assert (
+        '| gptq-4bit | 0.0 MB | 8.50 | - | - | - | - | - | loaded, answered "an answer" |' in body
+    )
+    assert "torch 2" in body and "; seed 3407; all hashes in `tuneline.json`" in body
     assert "heldout_choice on 16 of them, on which the merged model has 93.8%." in body
     curve = body.split("## Training curve")[1].split("##")[0].strip().splitlines()[2:]
     assert curve[0] == "| 0 | - | 2.000 |" and curve[-1] == "| 40 | - | 0.750 |"
@@ -309,6 +318,29 @@ def test_the_card(run_dir: Path, tmp_path: Path) -> None:
     assert "/home/someone" not in card
     marker = json.loads((tmp_path / "out" / "mine" / "tuneline.json").read_text())
     assert marker["dataset_sha256"] == "2" * 64
+
+
+def test_every_card_says_how_to_run_all_of_the_family(run_dir: Path, hub) -> None:
+    """Own repository first; the adapter on the 4 bits that it was trained on."""
+    assert to_hub(run_dir, hub, "out").returncode == 0
+    for repo in REPOS:
+        body = hub.content(repo, "README.md").decode()
+        section = body.split("## How to run it")[1].split("\n## ")[0]
+        assert section.strip().split(":")[0].count(f"`{repo}`") == 1, "its own comes first"
+        for line in (
+            'base = AutoModelForCausalLM.from_pretrained("org/base", '
+            f'revision="{"a" * 40}", quantization_config=nf4)',
+            'model = PeftModel.from_pretrained(base, "me/mine-lora")',
+            'chat = pipeline("text-generation", model="me/mine")',
+            "vllm serve me/mine-gptq-4bit",
+            "llama-cli -hf me/mine-gguf:Q8_0 -cnv",
+            "ollama run hf.co/me/mine-gguf:Q8_0",
+        ):
+            assert line in section
+        blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+        assert len(blocks) == 3
+        for block in blocks:
+            compile(block, repo, "exec")
 
 
 def test_our_own_directory_is_replaced_and_a_foreign_one_is_not(
