@@ -65,6 +65,7 @@ NODES: dict[str, Any] = {
     "workload_priority_class": "batch",
 }
 OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "w", "uid": "1-2"}
+LIMITS = {"memory": "900Gi"}
 NAME = "tuneline-train-0123456789ab"
 
 
@@ -218,6 +219,7 @@ class World:
                 "pods",
                 f"{NAME}-node-0-{number}-x",
                 metadata={"labels": {"jobset.sigs.k8s.io/jobset-name": NAME}},
+                spec={"containers": [{"name": "node", "resources": {"limits": LIMITS}}]},
                 status={"phase": "Running", **(status if number == 1 else {})},
             )
 
@@ -306,6 +308,57 @@ def test_a_pod_that_is_evicted(world: World, caplog: Any) -> None:
     world.launcher.run()
     assert "lost a pod (" in caplog.text and "EvictionByEvictionAPI" in caplog.text
     assert (world.writes("POST"), world.writes("DELETE")) == (2, 1)
+
+
+def container(**state: Any) -> list[dict[str, Any]]:
+    return [{"name": "node", "image": "i", "imageID": "", "ready": False, "restartCount": 0,
+             "state": state}]  # fmt: skip
+
+
+def test_a_pod_that_is_killed_for_memory_is_not_tried_again(world: World) -> None:
+    killed = {"exitCode": 137, "reason": "OOMKilled"}
+    gone = {"phase": "Failed", "containerStatuses": container(terminated=killed)}
+    world.after(0, world.pods)
+    world.after(60, lambda: world.pods(**gone), world.fail)
+    with pytest.raises(
+        TrainingError, match="-node-0-1-x was killed for memory, its limit is 900Gi"
+    ):
+        world.launcher.run()
+    assert world.writes("POST") == 1
+
+
+def no_pod_is_ready(world: World) -> None:
+    world.job["status"]["jobsStatus"] = [{"name": "node", "active": 2, "ready": 0, "failed": 0}]
+
+
+def test_a_pod_without_its_image(world: World, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    waiting = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "r/train:9"'}
+    stuck = {"phase": "Pending", "containerStatuses": container(waiting=waiting)}
+    world.after(0, lambda: world.pods(**stuck), lambda: no_pod_is_ready(world))
+    with pytest.raises(ClusterError, match='does not start .ImagePullBackOff: .*"r/train:9"'):
+        world.launcher.run()
+    # Half an hour, said every ten minutes; and its GPUs are given back.
+    said = [line for line in caplog.messages if "waits for its pods (ImagePull" in line]
+    assert 3 <= len(said) <= 4
+    assert world.writes("DELETE") == 1
+
+
+def test_pods_that_wait_for_a_node_wait_on(world: World, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    unscheduled = {
+        "phase": "Pending",
+        "conditions": [
+            {"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+             "message": "0/4 nodes are available: 4 Insufficient nvidia.com/gpu."}
+        ],
+    }  # fmt: skip
+    world.after(0, lambda: world.pods(**unscheduled), lambda: no_pod_is_ready(world))
+    world.after(1700, world.pods)
+    world.after(60, lambda: world.condition("Complete"))
+    world.launcher.run()
+    assert "waits for its pods (Unschedulable: 0/4 nodes are available" in caplog.text
+    assert world.writes("DELETE") == 0
 
 
 def test_a_job_that_is_disrupted_for_ever(world: World) -> None:

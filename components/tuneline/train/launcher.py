@@ -22,6 +22,7 @@ from typing import Any
 from tuneline import errors
 from tuneline.errors import ClusterError, StoppedError, TrainingError, TunelineError
 from tuneline.train.nodes import Board, Verdict
+from tuneline.train.pod_state import CONFIG_REASON, IMAGE_REASONS, disruption, memory_kill, obstacle
 from tuneline.train.trainjob_api import Away, TrainJobs
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ SECONDS_AWAY = 15 * 60.0
 SECONDS_BETWEEN_BEATS = 60.0
 SECONDS_BETWEEN_NEWS = 600.0
 """A job that waits says so this often."""
+SECONDS_STUCK = 1800.0
+"""So long a pod may lack its image or its secrets, while it has its GPUs already."""
 SECONDS_LEFT = 20.0
 """Of the half a minute between SIGTERM and the end of a pod."""
 NUM_RESTARTS = 5
@@ -70,6 +73,7 @@ class Launcher:
         self._heard = now()
         self._beaten = self._told = float("-inf")
         self._active_since: float | None = None
+        self._stuck_since: float | None = None
         self._state = ""
         self._seen: dict[str, str] = {}
 
@@ -136,7 +140,7 @@ class Launcher:
         self._board.clear()
         self._patiently(lambda: self._jobs.create(self._body))
         logger.info("made trainjob %s", self._name)
-        self._active_since, self._state = None, ""
+        self._active_since, self._stuck_since, self._state = None, None, ""
 
     def _remove(self) -> None:
         """Delete the job, and wait until it is gone: its name is taken until then."""
@@ -219,13 +223,31 @@ class Launcher:
         elif counts["ready"]:
             state = "runs"
         else:
-            state = "waits for its pods"
+            state = f"waits for its pods{self._obstacle()}"
         if not suspended and counts["active"] and self._active_since is None:
             self._active_since = self._now()
         waits = state != "runs" and self._now() - self._told >= SECONDS_BETWEEN_NEWS
         if state != self._state or waits:
             logger.info("trainjob %s %s", self._name, state)
             self._state, self._told = state, self._now()
+
+    def _obstacle(self) -> str:
+        """Say what keeps pods from starting, and end a job that will not mend itself."""
+        pods = self._patiently(lambda: self._jobs.pods(self._name))
+        found = [(pod.metadata.name, *said) for pod in pods if (said := obstacle(pod))]
+        stuck = [each for each in found if each[1] in (*IMAGE_REASONS, CONFIG_REASON)]
+        if not stuck:
+            self._stuck_since = None
+        elif self._stuck_since is None:
+            self._stuck_since = self._now()
+        elif self._now() - self._stuck_since > SECONDS_STUCK:
+            pod, _, words = stuck[0]
+            self._jobs.delete(self._name)
+            raise ClusterError(
+                f"pod {pod} of trainjob {self._name} does not start ({words}): push the image or "
+                "make the secret that it names, or correct placement"
+            )
+        return f" ({stuck[0][2] if stuck else found[0][2]})" if found else ""
 
     def _check_time(self) -> None:
         since = self._active_since
@@ -236,18 +258,22 @@ class Launcher:
     def _cause_of(self, failed: dict[str, Any]) -> str:
         """Say what befell a failed job, or raise what its step did."""
         pods = self._patiently(lambda: self._jobs.pods(self._name))
-        disruptions = []
         for pod in pods:
-            conditions = {each.type: each for each in pod.status.conditions or []}
-            disrupted = conditions.get("DisruptionTarget")
-            if disrupted is not None and disrupted.status == "True":
-                disruptions.append(f"{pod.metadata.name}: {disrupted.reason}")
             if pod.status.phase == "Failed":
                 self._tell_end_of(pod.metadata.name)
+        disruptions = [f"{pod.metadata.name}: {why}" for pod in pods if (why := disruption(pod))]
         if failed.get("reason") == "DeadlineExceeded":
             raise _out_of_time(self._name, self._timeout)
         if disruptions:
             return f"lost a pod ({', '.join(disruptions)})"
+        for pod in pods:
+            limit = memory_kill(pod)
+            if limit is not None:
+                # Another try would end there too.
+                raise TrainingError(
+                    f"pod {pod.metadata.name} was killed for memory, its limit is {limit}: raise "
+                    "placement.steps.train.memory_limit, or lower prepare.max_seq_length"
+                )
         verdict = self._board.verdict()
         if verdict is None or verdict.kind == StoppedError.__name__:
             reason = ": ".join(filter(None, (failed.get("reason"), failed.get("message"))))
