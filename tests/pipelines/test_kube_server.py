@@ -31,8 +31,10 @@ def test_it_reads(kube_server: Any) -> None:
     assert "Forbidden" in kubectl("get", "pods", "-n", "kubeflow").stderr
 
 
-@pytest.mark.parametrize("how", [[], ["--server-side"]])
-@pytest.mark.parametrize("overlay", ["kubeflow", "standalone", "dev"])
+@pytest.mark.parametrize(
+    ("overlay", "how"),
+    [("kubeflow", []), ("kubeflow", ["--server-side"]), ("standalone", []), ("dev", [])],
+)
 def test_an_overlay_is_applied_and_applied_again(
     kube_server: Any, overlay: str, how: list[str]
 ) -> None:
