@@ -260,3 +260,34 @@ def test_twenty_kills_at_random_moments(tmp_path, tiny_model_dir, dataset_dir, a
     summary = train(where, tiny_model_dir, dataset, **settings, checkpoint_minutes=60)
     print("resumptions:", summary.num_resumptions)
     assert_same(where, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_ranks_and_their_step_are_killed_at_random_moments(
+    tmp_path, tiny_model_dir, dataset_dir, answer_rows, start
+):
+    dataset = dataset_dir(answer_rows[:7], max_seq_length=32)
+    settings = {"max_steps": 40, "eval_steps": 15, "num_ranks": 2}
+    train(tmp_path / "whole", tiny_model_dir, dataset, **settings)
+    where = tmp_path / "interrupted"
+    generator = random.Random(6)
+    steps = []
+    for victim in ("step", "rank-0", "rank-1", "step", "rank-1", "rank-0"):
+        before = newest_step(where)
+        process = start(where, tiny_model_dir, dataset, **settings, checkpoint_minutes=0)
+        wait_for(lambda before=before: newest_step(where) > before, process)
+        time.sleep(generator.uniform(0, 1))
+        if victim == "step":
+            process.kill()
+        else:
+            (pid,) = where.rglob(f"{victim}.pid")
+            os.kill(int(pid.read_text()), signal.SIGKILL)
+        process.join(60)
+        # The sentence that a rank is gone is a fault of the world's.
+        assert process.exitcode == (-signal.SIGKILL if victim == "step" else 1)
+        steps.append(newest_step(where))
+    print("newest checkpoints at the kills:", steps)
+    assert steps == sorted(steps) and steps[-1] < 40
+    summary = train(where, tiny_model_dir, dataset, **settings, checkpoint_minutes=60)
+    assert assert_same(where, tmp_path / "whole").num_ranks == 2
+    assert summary.num_resumptions > 0

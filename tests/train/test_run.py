@@ -21,6 +21,8 @@ from tuneline.train.config import DpoConfig
 from tuneline.train.metrics import comparable_metrics
 
 QUICK = {
+    # Losses are compared with a model in fp32; some CPUs would take bfloat16.
+    "dtype": "float32",
     "learning_rate": 5e-3,
     "max_steps": 12,
     "eval_steps": 6,
