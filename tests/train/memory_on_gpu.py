@@ -1,6 +1,6 @@
 """Measure the peak memory of training runs against what is estimated before they load a model.
 
-    python tests/train/memory_on_gpu.py --out-dir DIR     twelve settings, three shapes, one GPU
+    python tests/train/memory_on_gpu.py --out-dir DIR     fifteen settings, three shapes, one GPU
     python tests/train/memory_on_gpu.py --only 0 3        some of them
     python tests/train/memory_on_gpu.py --tiny            all of them, small: whether this runs
 
@@ -70,6 +70,10 @@ ON_GPU = [
     Setting("Phi-3.5-mini", 4, 2048, in_4bit=False, r=64, optim="adamw_torch"),
     Setting("Phi-3.5-mini", 4, 2048, kernels="free"),
     Setting("Llama-3.1-8B", 1, 4096, r=256, optim="adamw_torch"),
+    # Those of the guide's tables: batches of 8 and of 2, and LoRA on 16 bits.
+    Setting("Llama-3.1-8B", 8, 2048),
+    Setting("Llama-3.1-8B", 2, 2048),
+    Setting("Llama-3.1-8B", 2, 2048, in_4bit=False),
 ]
 ON_CPU = [
     Setting("small", 4, 256),
