@@ -11,6 +11,9 @@ from tuneline.recipe import Recipe
 from tuneline.train.memory import GIB
 from tuneline.units import duration, parameters, size
 
+CERTAINLY = 1.5
+"""So many times a limit an estimate must be to say no: it knows a model by its name only."""
+
 
 def plan(
     recipe: Recipe,
@@ -87,7 +90,7 @@ def _resources(recipe: Recipe, found: Estimate, price: float | None) -> Iterator
             advice = f"train takes fewer rows a forward and more forwards a step, down to {least}"
             yield Check("GPU memory", "warn", words, advice)
         else:
-            verdict: Verdict = "fail" if found.least_gpu_bytes > 1.1 * available else "warn"
+            verdict = _verdict(found.least_gpu_bytes, available)
             advice = "lower prepare.max_seq_length or train.lora.r, or take a larger GPU"
             yield Check("GPU memory", verdict, f"{words}; {least} at the least", advice)
     yield Check("artifacts", "ok", f"{size(found.artifact_bytes)} kept by a run")
@@ -95,7 +98,8 @@ def _resources(recipe: Recipe, found: Estimate, price: float | None) -> Iterator
     if placement.scratch_size and quantity_value(placement.scratch_size) < found.scratch_bytes:
         advice = "raise placement.scratch_size"
         words = f"{scratch}, and placement.scratch_size is {placement.scratch_size}"
-        yield Check("disk", "fail", words, advice)
+        verdict = _verdict(found.scratch_bytes, quantity_value(placement.scratch_size))
+        yield Check("disk", verdict, words, advice)
     else:
         yield Check("disk", "ok", scratch)
     if found.tokens_per_second is None:
@@ -109,10 +113,16 @@ def _resources(recipe: Recipe, found: Estimate, price: float | None) -> Iterator
     limit = placement.steps["train"].timeout_hours if "train" in placement.steps else None
     if limit is not None and limit < found.hours:
         advice = "raise placement.steps.train.timeout_hours"
-        yield Check("time", "fail", f"{words}; the step is ended after {limit:g} h", advice)
+        verdict = _verdict(found.hours, limit)
+        yield Check("time", verdict, f"{words}; the step is ended after {limit:g} h", advice)
     else:
         yield Check("time", "ok", words)
     bill = f"{found.gpu_hours:.2f} GPU hours of training"
     if price is not None:
         bill += f", {found.gpu_hours * price:.2f} at {price:g} an hour"
     yield Check("cost", "ok", bill)
+
+
+def _verdict(estimate: float, limit: float) -> Verdict:
+    """Judge what is over a limit: a run is ended for what the estimate's own error cannot be."""
+    return "fail" if estimate > CERTAINLY * limit else "warn"
