@@ -89,6 +89,20 @@ def test_every_turn_of_a_conversation_is_learnt(tokenizer) -> None:
     assert everything.loss_mask == [1] * len(everything.input_ids)
 
 
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [("alpaca", "<|im_end|>"), ("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>")],
+)
+def test_every_turn_is_learnt_under_every_named_template(fresh, template: str, end: str) -> None:
+    fresh.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+    fresh.add_tokens(["<|start_header_id|>", "<|end_header_id|>"], special_tokens=True)
+    templates.use_template(fresh, template)
+    system = {"role": "system", "content": "Be brief."}
+    turns = chat("One?", "First.", "Two?", "First.", "Three?", "3")
+    (row,) = rows_of(fresh, [system, *turns])
+    assert learnt(fresh, row) == ["First." + end, "First." + end, "3" + end]
+
+
 def test_heldout_row_asks_for_the_last_answer(tokenizer) -> None:
     messages = chat("One?", "First.", "Two?", "Second.")
     row = (
