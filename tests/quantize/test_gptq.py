@@ -91,6 +91,7 @@ def test_round_trip(
         assert '"offload_to_disk_path"' not in path.read_text()
     assert record.group_size == group_size
     assert QuantizedModel.read(target).reference
+    assert record.tokens_per_second > 0 and record.num_threads >= 1
     if bits == 8:  # with fewer a random model's argmax is another token
         assert record.generated == record.reference
     assert_layout(merged_dir, target, bits, group_size, desc_act)

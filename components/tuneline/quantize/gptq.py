@@ -11,15 +11,24 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tuneline import tokenizer_files
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ModelError, ProofError, ToolError
 from tuneline.quantize.formats import Bound
 from tuneline.quantize.reference import Reference
+from tuneline.quantize.threads import num_threads
+
+if TYPE_CHECKING:
+    from tuneline.quantize.transformers_model import TransformersModel
 
 GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
 """What the kernels know, the largest first."""
+MAX_ROW_TOKENS = 2048
+"""Of a calibration row. The inputs and outputs of a layer are kept on the device for all rows: at
+8B's width 128 rows of so many tokens are 2 x 2.1 GB in bf16, beside a layer and its Hessians."""
+NUM_SPEED_TOKENS = 16
 
 
 def quantize(
@@ -32,8 +41,9 @@ def quantize(
     desc_act: bool,
     reference: Reference,
     bound: Bound,
+    device: str = "cpu",
 ) -> QuantizedModel:
-    """Quantise on the calibration `rows` of token ids, reload, generate and compare.
+    """Quantise on the calibration `rows` of token ids, reload on `device`, generate and compare.
 
     Raises:
         ModelError: no group size fits the model's layers.
@@ -48,11 +58,11 @@ def quantize(
     bits = int(format.removeprefix("gptq-").removesuffix("bit"))
     taken, note = choose_group_size(linear_widths(model_dir), group_size)
     notes = [note] if note else []
-    _run(model_dir, target, bits, taken, desc_act, rows)
+    _run(model_dir, target, bits, taken, desc_act, [row[:MAX_ROW_TOKENS] for row in rows])
     _take_companions(model_dir, target)
     weights = sorted(target.glob("*.safetensors"))
     try:
-        model = TransformersModel(target, dtype=torch.float16)
+        model = TransformersModel(target, dtype=torch.float16, device=device)
     except ModelError as error:
         raise ProofError(f"the export {format} does not load again: {error}") from error
     generated = model.generate(reference.prompt, num_tokens=reference.num_tokens)
@@ -85,9 +95,18 @@ def quantize(
         prompt=reference.prompt,
         generated=generated.text,
         reference=reference.generation.text,
+        **_speed(model, reference, device),
         **found.record(),
         **(reference.benchmark.record(model) if reference.benchmark else {}),
     )
+
+
+def _speed(model: "TransformersModel", reference: Reference, device: str) -> dict[str, float | int]:
+    """Return tokens/s and threads for a table whose other formats are timed on a CPU."""
+    if device != "cpu":
+        return {}
+    speed = model.tokens_per_second(reference.generation.prompt_ids, num_tokens=NUM_SPEED_TOKENS)
+    return {"tokens_per_second": round(speed, 2), "num_threads": num_threads()}
 
 
 def choose_group_size(widths: set[int], wanted: int) -> tuple[int, str | None]:

@@ -87,19 +87,24 @@ def measure(
     num_rows: int,
     num_tokens: int,
     num_benchmark_rows: int = 0,
+    device: str = "cpu",
 ) -> Reference:
-    """Load the merged model in fp32, generate from the first held-out prompt, keep rows' logits.
+    """Load the merged model, generate from the first held-out prompt, keep rows' logits.
 
-    Without a data set, the built-in prompt and texts are taken.
+    Without a data set, the built-in prompt and texts are taken. On a CPU it computes in fp32; a GPU
+    may have no room for that, so there in the weights' own type.
 
     Raises:
         ModelError: transformers does not load it.
         DataError: the data set has no rows.
         ProofError: it computes a logit that is not finite.
     """
+    import torch
+
     from tuneline.quantize.transformers_model import TransformersModel
 
-    model = TransformersModel(model_dir)
+    dtype = torch.float32 if device == "cpu" else "auto"
+    model = TransformersModel(model_dir, dtype=dtype, device=device)
     heldout = dataset_dir / HELDOUT_FILE if dataset_dir else None
     found = read_jsonl(heldout)[:MAX_PROMPTS] if heldout and heldout.is_file() else []
     prompts = [row["prompt"] for row in found] or [BUILT_IN_PROMPT]

@@ -159,7 +159,9 @@ def _gptq(
     bound: formats.Bound,
 ) -> QuantizedModel:
     from tuneline.quantize import gptq
+    from tuneline.quantize.transformers_model import choose_device
 
+    device = choose_device(merged_dir)
     return gptq.quantize(
         merged_dir,
         target,
@@ -172,12 +174,15 @@ def _gptq(
         ),
         group_size=config.group_size,
         desc_act=config.desc_act,
-        reference=_reference(config, merged_dir, dataset_dir),
+        reference=_reference(config, merged_dir, dataset_dir, device),
         bound=bound,
+        device=device,
     )
 
 
-def _reference(config: QuantizeConfig, merged_dir: Path, dataset_dir: Path) -> "Reference":
+def _reference(
+    config: QuantizeConfig, merged_dir: Path, dataset_dir: Path, device: str = "cpu"
+) -> "Reference":
     from tuneline.quantize import reference
 
     return reference.measure(
@@ -186,6 +191,7 @@ def _reference(config: QuantizeConfig, merged_dir: Path, dataset_dir: Path) -> "
         num_rows=config.num_proof_prompts,
         num_tokens=config.num_check_tokens,
         num_benchmark_rows=config.num_benchmark_rows,
+        device=device,
     )
 
 

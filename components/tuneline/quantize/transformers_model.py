@@ -1,5 +1,7 @@
 """Load a model directory with transformers, to tokenise, to generate and to read logits."""
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +10,30 @@ import torch
 from tuneline.errors import ModelError, ProofError
 from tuneline.quantize.generation import Generation
 
+ROOM_BYTES = 2 << 30
+
+
+def choose_device(model_dir: Path) -> str:
+    """Return "cuda" where a GPU has room for the weights and a row's activations, else "cpu"."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    num_bytes = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+    free, _ = torch.cuda.mem_get_info()
+    return "cuda" if num_bytes + ROOM_BYTES < free else "cpu"
+
 
 class TransformersModel:
-    """A model on the CPU.
+    """A model on one device.
 
     Attributes:
         tokenizer: the directory's own.
         stop_ids: tokens after which it stops.
     """
 
-    def __init__(self, model_dir: Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Load it.
+    def __init__(
+        self, model_dir: Path, *, dtype: torch.dtype | str = torch.float32, device: str = "cpu"
+    ) -> None:
+        """Load it; the dtype "auto" is that of the files.
 
         Raises:
             ModelError: transformers cannot.
@@ -30,7 +45,7 @@ class TransformersModel:
             self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
             # Any: what generate returns depends on its flags, which types do not tell.
             self._model: Any = AutoModelForCausalLM.from_pretrained(
-                model_dir, dtype=dtype, device_map="cpu"
+                model_dir, dtype=dtype, device_map={"": device}, **_kernels(model_dir, device)
             )
         except (OSError, ValueError) as error:
             raise ModelError(f"transformers does not load {model_dir}: {error}") from error
@@ -46,7 +61,8 @@ class TransformersModel:
     def logits(self, ids: list[int]) -> torch.Tensor:
         """Return the logits of every position, [tokens, vocabulary] in fp32."""
         with torch.inference_mode():
-            return self._model(input_ids=torch.tensor([ids])).logits[0].float()
+            batch = torch.tensor([ids], device=self._model.device)
+            return self._model(input_ids=batch).logits[0].float().cpu()
 
     def generate(self, prompt: str, *, num_tokens: int) -> Generation:
         """Generate greedily.
@@ -55,7 +71,7 @@ class TransformersModel:
             ProofError: it computes a logit that is not finite.
         """
         prompt_ids = self.tokenise(prompt) or [self._model.config.bos_token_id]
-        batch = torch.tensor([prompt_ids])
+        batch = torch.tensor([prompt_ids], device=self._model.device)
         with torch.inference_mode():
             output = self._model.generate(
                 batch,
@@ -66,9 +82,34 @@ class TransformersModel:
                 return_dict_in_generate=True,
                 output_logits=True,
             )
-        logits = torch.cat(output.logits).float()
+        logits = torch.cat(output.logits).float().cpu()
         if not torch.isfinite(logits).all():
             raise ProofError(f"the model in {self._name} computes logits that are not finite")
         ids = output.sequences[0, len(prompt_ids) :].tolist()
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         return Generation(prompt_ids=prompt_ids, ids=ids, text=text, logits=logits.numpy())
+
+    def tokens_per_second(self, ids: list[int], *, num_tokens: int) -> float:
+        """Time so many single steps after a prompt, whatever it would say."""
+        batch = torch.tensor([ids], device=self._model.device)
+        with torch.inference_mode():
+            cache = self._model(input_ids=batch, use_cache=True).past_key_values
+            started = time.perf_counter()
+            for _ in range(num_tokens):
+                step = self._model(input_ids=batch[:, -1:], past_key_values=cache, use_cache=True)
+                cache = step.past_key_values
+        return num_tokens / (time.perf_counter() - started)
+
+
+def _kernels(model_dir: Path, device: str) -> dict[str, Any]:
+    """Return what makes GPTQ weights load with kernels that are there.
+
+    Chosen by itself on a GPU, one is compiled when it is loaded, and an image has no compiler.
+    """
+    settings = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    quantization = settings.get("quantization_config") or {}
+    if device == "cpu" or quantization.get("quant_method") != "gptq":
+        return {}
+    from transformers import GPTQConfig
+
+    return {"quantization_config": GPTQConfig(bits=quantization["bits"], backend="torch")}
