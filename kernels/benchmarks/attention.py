@@ -80,7 +80,8 @@ def time_case(
             dq, dk = attention.attention_backward(
                 s[2], *s[0], s[1], saved[0], plan, config, out=s[3]
             )
-            wanted = torch.autograd.grad(truth, truth_in, s[2][:1, :, :group].double())
+            upstream = s[2][:1, :, :group].double()
+            wanted = torch.autograd.grad(truth, truth_in, upstream, retain_graph=True)
             found = dq[:1, :, :group], dk[:1, :, :1], s[3][2][:1, :, :1]
             error = max(_error(a, b) for a, b in zip(found, wanted, strict=True))
             table.check("attention", f"{name} {label.get(provider, provider)} bwd", error, 1e-2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tuneline.kernels.attention import AttentionConfig, AttentionPlan
-from tuneline.kernels.graph import _key
+from tuneline.kernels.graph import Room, _key
 from tuneline.kernels.layer import LayerCall, LayerWeights
 from tuneline.kernels.lora import LoraGroup, LoraLinear
 
@@ -49,3 +49,27 @@ def test_the_same_call_finds_its_graph_and_others_do_not(tensors):
     assert key != _key(_layers(tensors, scaling=2.0), x, x)
     assert key != _key(_layers(tensors), x[:, :2], x)
     assert key != _key(_layers(tensors), x.half(), x)
+
+
+def _plan(*lengths):
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return AttentionPlan.packed(starts, sum(lengths), torch.device("cpu"))
+
+
+def test_packed_rows_share_a_room():
+    assert Room.of(AttentionPlan(), 300) is None
+    room = Room.of(_plan(200, 1, 47, 52), 300)
+    assert room == Room(num_tokens=384, num_sequences=8, longest=256)
+    assert room == Room.of(_plan(255, 50, 5, 5, 5, 5, 3), 328)
+    # Eight sequences and the one at the end are more than eight.
+    assert room != Room.of(_plan(200, 1, 47, 20, 20, 5, 5, 2), 300)
+    plan = room.plan(torch.device("cpu"))
+    assert plan.longest(384) == 256 and plan.cu_seqlens.numel() == 9
+
+
+def test_rows_of_one_room_find_one_graph(tensors):
+    keys = []
+    for lengths in [(200, 100), (150, 140), (20, 200)]:
+        layers = [(weights, LayerCall(_plan(*lengths), True)) for weights, _ in _layers(tensors)]
+        keys.append(_key(layers, torch.ones(1, sum(lengths), 8), torch.ones(1, sum(lengths), 4)))
+    assert keys[0] == keys[1] != keys[2]

@@ -156,6 +156,59 @@ def test_graphs_give_the_bits_of_the_eager_run(monkeypatch):
             assert (parameter.grad.double() - want).norm() <= 1e-2 * want.norm(), name
 
 
+def packed_row(lengths, seed):
+    """Return inputs of one packed row of such sequences."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 1000, (1, sum(lengths)), generator=generator).cuda()
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].cuda()
+    return {"input_ids": ids, "labels": ids, "position_ids": positions}
+
+
+def test_one_graph_serves_packed_rows_of_many_lengths(monkeypatch):
+    from tuneline.kernels.patch import patch
+
+    model = make_model("llama").to(torch.bfloat16)
+    rows = [
+        packed_row(lengths, seed)
+        for seed, lengths in enumerate(
+            [(120, 1, 47, 129), (128, 128, 100, 20, 8), (9, 80, 120, 60), (100, 100, 60, 30, 10)]
+        )
+    ]
+    patch(model)
+    module = sys.modules["tuneline.kernels.patch"]
+    monkeypatch.setattr(module, "GRAPH_MAX_TOKENS", 0)
+    eager = [gradients(model, row) for row in rows]
+    monkeypatch.setattr(module, "GRAPH_MAX_TOKENS", 2048)
+    replayed = [gradients(model, row) for row in rows]
+    graphs = model.get_base_model().model._tuneline_engine.graphs._graphs
+    assert [type(g).__name__ for g in graphs.values()] == ["GraphedStack"]
+    for (loss, grads), (want_loss, want) in zip(replayed, eager, strict=True):
+        # A product of another number of rows may round otherwise.
+        assert (loss - want_loss).abs() <= 1e-3 * want_loss
+        for name in want:
+            assert (grads[name] - want[name]).norm() <= 2e-2 * want[name].norm(), name
+
+
+@pytest.mark.parametrize("kept_layers", [0, 1, 2])
+def test_what_is_parked_comes_back_the_same(kept_layers, monkeypatch):
+    from tuneline.kernels.budget import kept_bytes
+    from tuneline.kernels.patch import patch
+
+    model = make_model("llama").to(torch.bfloat16)
+    row = packed_row((300, 213), 7)
+    patch(model, budget="lean")
+    want = gradients(model, row)
+    (_, weights), *_ = model.get_base_model().model._tuneline_engine.bound.values()
+    monkeypatch.setattr(sys.modules["tuneline.kernels.patch"], "STASH_MIN_TOKENS", 1)
+    patch(model, budget=(kept_layers + 0.5) * kept_bytes(weights, 513, 2) / 2**30)
+    for _ in range(2):
+        loss, grads = gradients(model, row)
+        engine = model.get_base_model().model._tuneline_engine
+        assert engine.last_kept.num_layers == kept_layers and engine.stash.last is not None
+        assert torch.equal(loss, want[0])
+        assert all(torch.equal(grads[name], want[1][name]) for name in grads)
+
+
 def quantized_llama(**sizes):
     """Build a small Llama on NF4 with double quantisation, and LoRA whose B is not zero."""
     import bitsandbytes as bnb

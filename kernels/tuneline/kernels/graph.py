@@ -4,26 +4,59 @@ A layer's forward and backward are some 120 launches. At 1024 tokens the card is
 2 ms (H200), the host needs 9: replayed from a graph they cost nothing. A graph owns its inputs,
 activations and gradients, so one replay's backward must run before the next replay's forward; a
 forward that comes in between is told so by `is_free` and runs layer by layer.
+
+Packed rows differ in their tokens and sequences. They are laid into a `Room` that is a little
+larger: the tokens at its end are a sequence of their own, whose gradient is zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
+from tuneline.kernels.attention import AttentionPlan
 from tuneline.kernels.layer import LayerCall, LayerWeights, layer_backward, layer_forward
 
 GRAPH_MAX_TOKENS = 2048
 """A graph holds its activations for good: 3 GB at 1024 tokens of a Llama-3.1-8B that keeps all."""
 
-MAX_GRAPHS = 4
-"""Shapes that get a graph, first come first served."""
+GRAPH_MAX_TOKENS_FP8 = 8192
+"""With fp8 products the card is done sooner: at 8192 tokens the host is 28 of 368 ms behind."""
+
+MAX_TOKENS_IN_ALL = 8192
+"""Tokens of all shapes that get a graph, first come first served."""
 
 Layers = Sequence[tuple[LayerWeights, LayerCall]]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What packed rows are rounded up to, so that a few graphs serve them all."""
+
+    num_tokens: int
+    num_sequences: int
+    longest: int
+
+    @classmethod
+    def of(cls, plan: AttentionPlan, num_tokens: int) -> Room | None:
+        """Return the room for a packed row; None for dense ones, whose graph has their shape."""
+        if plan.sequence_lengths is None:
+            return None
+        rounded = -(-num_tokens // 128) * 128
+        # The tokens at the end are one more sequence.
+        sequences = triton.next_power_of_2(len(plan.sequence_lengths) + 1)
+        return cls(rounded, sequences, triton.next_power_of_2(max(128, *plan.sequence_lengths)))
+
+    def plan(self, device: torch.device) -> AttentionPlan:
+        """Make the plan that a graph has baked in; its bounds are filled in before each replay."""
+        bounds = torch.zeros(self.num_sequences + 1, dtype=torch.int32, device=device)
+        return AttentionPlan((self.longest,) * self.num_sequences, bounds)
 
 
 class _Replay:
@@ -51,8 +84,16 @@ class GraphedStack:
         """Capture both graphs; every kernel must have run once before (compilation)."""
         self.generation = self.num_claims = 0
         self._parameters = [t for weights, _ in layers for t in weights.parameters()]
-        self._inputs = [t.detach().clone() for t in (x_BLC, cos, sin)]
-        self._dy_BLC = torch.zeros_like(x_BLC)
+        plan = layers[0][1].plan
+        room, self._bounds = Room.of(plan, x_BLC.shape[1]), None
+        length = x_BLC.shape[1] if room is None else room.num_tokens
+        self._inputs = [t.new_zeros(t.shape[0], length, t.shape[2]) for t in (x_BLC, cos, sin)]
+        self._dy_BLC = torch.zeros_like(self._inputs[0])
+        if room is not None:
+            baked = room.plan(x_BLC.device)
+            self._bounds = baked.cu_seqlens
+            layers = [(weights, replace(call, plan=baked)) for weights, call in layers]
+        self._fill(plan, x_BLC, cos, sin)
         x, cos, sin = self._inputs
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         steps = []
@@ -77,34 +118,43 @@ class GraphedStack:
         """Whether no forward still waits for its backward."""
         return self.num_claims == 0
 
-    def __call__(self, x_BLC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def __call__(self, x_BLC: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan) -> Tensor:
         """Run the stack; differentiable in x and the adapters."""
-        return _StackFunction.apply(x_BLC, cos, sin, self, *self._parameters)
+        return _StackFunction.apply(x_BLC, cos, sin, plan, self, *self._parameters)
 
-    def replay_forward(self, *inputs: Tensor) -> Tensor:
+    def replay_forward(self, plan: AttentionPlan, *inputs: Tensor) -> Tensor:
         """Copy the inputs in, replay, copy the output out."""
-        for static, tensor in zip(self._inputs, inputs, strict=True):
-            static.copy_(tensor)
+        self._fill(plan, *inputs)
         self._forward.replay()
-        return self._y_BLC.clone()
+        return self._y_BLC[:, : inputs[0].shape[1]].clone()
 
     def replay_backward(self, dy_BLC: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return dx and the parameters' gradients, in memory of their own."""
-        self._dy_BLC.copy_(dy_BLC)
+        _lay(dy_BLC, self._dy_BLC)
         self._backward.replay()
         grads = _unflatten_dense_tensors(self._flat_grads.clone(), self._parameters)
-        return self._dx_BLC.clone(), list(grads)
+        return self._dx_BLC[:, : dy_BLC.shape[1]].clone(), list(grads)
+
+    def _fill(self, plan: AttentionPlan, *inputs: Tensor) -> None:
+        for tensor, static in zip(inputs, self._inputs, strict=True):
+            _lay(tensor, static)
+        if self._bounds is not None:
+            assert plan.cu_seqlens is not None
+            num_bounds = plan.cu_seqlens.numel()
+            self._bounds[:num_bounds].copy_(plan.cu_seqlens)
+            # The end of the room's own tokens, then sequences without any.
+            self._bounds[num_bounds:].fill_(self._inputs[0].shape[1])
 
 
 class _StackFunction(torch.autograd.Function):
     """Replay the forward, later the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x_BLC, cos, sin, stack, *parameters):  # noqa: D102
+    def forward(ctx: Any, x_BLC, cos, sin, plan, stack, *parameters):  # noqa: D102
         ctx.replay = _Replay(stack)
         # Saved only for the check that no adapter is changed before the backward.
         ctx.save_for_backward(*parameters)
-        return stack.replay_forward(x_BLC, cos, sin)
+        return stack.replay_forward(plan, x_BLC, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dy_BLC):  # noqa: D102
@@ -117,7 +167,15 @@ class _StackFunction(torch.autograd.Function):
             )
         dx_BLC, grads = stack.replay_backward(dy_BLC)
         ctx.replay.release()
-        return dx_BLC if ctx.needs_input_grad[0] else None, None, None, None, *grads
+        return dx_BLC if ctx.needs_input_grad[0] else None, None, None, None, None, *grads
+
+
+def _lay(tensor: Tensor, static: Tensor) -> None:
+    """Copy [B, L, ...] to the front of [B, at least L, ...], zeros behind."""
+    length = tensor.shape[1]
+    static[:, :length].copy_(tensor)
+    if length < static.shape[1]:
+        static[:, length:].zero_()
 
 
 class GraphCache:
@@ -139,7 +197,8 @@ class GraphCache:
             stale = [k for k in self._graphs if k[0] == key[0] and k != key]
             for old in stale:
                 del self._graphs[old]
-            if sum(s is not None for s in self._graphs.values()) >= MAX_GRAPHS:
+            others = [k[0][0] for k, other in self._graphs.items() if other is not None]
+            if sum(size[0] * size[1] for size in [key[0][0], *others]) > MAX_TOKENS_IN_ALL:
                 return None
             stack = self._graphs[key] = GraphedStack(layers, x_BLC, cos, sin)
         return stack if stack.is_free else None
@@ -147,7 +206,9 @@ class GraphCache:
 
 def _key(layers: Layers, x_BLC: Tensor, cos: Tensor) -> tuple[Any, ...]:
     """Name everything that a captured kernel has baked in: shapes first, then addresses."""
-    shape = (x_BLC.shape, x_BLC.dtype, cos.shape)
+    room = Room.of(layers[0][1].plan, x_BLC.shape[1])
+    length = x_BLC.shape[1] if room is None else room.num_tokens
+    shape = ((x_BLC.shape[0], length), x_BLC.shape[2], x_BLC.dtype, cos.shape[::2], room)
     baked: list[Any] = []
     for weights, call in layers:
         baked += [call.keep, call.keep_normed]

@@ -9,7 +9,8 @@ A *lean* layer keeps x and h A_down^T (1/64 of h), and Gemma's d. Its backward c
 again up to gate and up, but neither down_proj (27 % of a Llama layer's multiplications) nor the
 activation's forward, which the activation's backward yields on the way. With a host stash it
 parks x there, and q, k, v and a beside it: their copies hide behind the forward too, and the
-backward computes o_proj, gate and up alone. A *kept* layer saves q, k, v, a, x2, gate and up, and
+backward computes o_proj, gate and up alone. The last layer *holds* them where they are: its
+backward begins before a copy could be back. A *kept* layer saves q, k, v, a, x2, gate and up, and
 computes only norms again, or nothing at all where it keeps their outputs too. All run the same
 kernels on the same numbers, so that the choice changes no bit of a gradient.
 
@@ -85,18 +86,24 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """What one forward hands to each layer beside x: plan, rope tables, what to keep."""
+    """What one forward hands to each layer beside x: who attends to whom, what to keep."""
 
     plan: AttentionPlan
-    keep: bool
-    stash: HostStash | None = None
+    keep: bool = False
     keep_normed: bool = False
     """Whether a kept layer keeps n1 and n2 as well."""
+    stash: HostStash | None = None
+    parks: bool = False
+    """Whether x, q, k, v and a wait in the stash."""
+    holds: bool = False
+    """Whether they wait on the device."""
+    fetches: bool = False
+    """Whether the layer before parks, and this one does not: its backward calls them back."""
 
     @property
-    def parks(self) -> bool:
-        """Whether the layer's tensors wait in the host's memory."""
-        return self.stash is not None and not self.keep
+    def saves_attention(self) -> bool:
+        """Whether the backward finds q, k, v and a somewhere."""
+        return self.keep or self.parks or self.holds
 
 
 _Normed = tuple[Tensor, Tensor]
@@ -133,6 +140,7 @@ class _LayerFunction(torch.autograd.Function):
         y_BLC, saved = layer_forward(x_BLC, cos, sin, weights, call)
         saved = [x_BLC, *saved]
         ctx.weights, ctx.call, ctx.ticket, ctx.num_parked = weights, call, None, 0
+        ctx.before = call.stash.last if call.fetches else None
         if call.parks:
             ctx.num_parked = 5 if weights.q_norm is not None else 3
             ctx.ticket = call.stash.put(saved[: ctx.num_parked])
@@ -145,6 +153,8 @@ class _LayerFunction(torch.autograd.Function):
         # Unpacking checks that no adapter was changed in place since the forward.
         cos, sin, *rest = ctx.saved_tensors
         saved = rest[: ctx.num_saved - ctx.num_parked]
+        if ctx.before is not None:
+            ctx.call.stash.begin(ctx.before)
         if ctx.ticket is not None:
             saved = [*ctx.call.stash.get(ctx.ticket), *saved]
         dx_BLC, grads = layer_backward(dy_BLC, saved, cos, sin, ctx.weights, ctx.call)
@@ -161,13 +171,13 @@ def layer_forward(
     normed = half.normed if call.keep_normed else None
     half.normed = None
     saved: list[Tensor | None] = []
-    if call.keep or call.parks:
+    if call.saves_attention:
         # What can be parked comes first. Without a head norm q and k are views of qkv.
         saved = [half.qkv_TN, half.o_input_TKP]
         saved += [] if weights.q_norm is None else [half.q_BLHD, half.k_BLGD]
     if call.keep:
         saved += [half.x2_TC, half.o_TC]
-    attention_saved = half.attention_saved if call.keep or call.parks else ()
+    attention_saved = half.attention_saved if call.saves_attention else ()
     x2_TC = half.x2_TC
     del half
     y_TC, gate_up_TF, down_input_TP, d_TC, mlp_normed = _mlp_forward(
@@ -192,7 +202,7 @@ def layer_backward(
     x_BLC, *saved = saved
     x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
     dy_TC = dy_BLC.reshape(x_TC.shape)
-    if call.keep or call.parks:
+    if call.saves_attention:
         qkv_TN, o_input_TKP, *saved = saved
         q, k, _ = _split_heads(qkv_TN, x_BLC.shape, weights.attention)
         if weights.q_norm is not None:
@@ -208,7 +218,7 @@ def layer_backward(
         half = _AttentionHalf(
             qkv_TN, q, k, tuple(attention_saved), o_input_TKP, x2_TC, o_TC, None, normed
         )
-    elif call.parks:
+    elif call.saves_attention:
         o_operands = group_operands(weights.o, x_TC)
         half = _after_attention(
             x_TC, qkv_TN, q, k, tuple(attention_saved), o_input_TKP, o_operands, weights, None

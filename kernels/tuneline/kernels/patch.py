@@ -31,7 +31,7 @@ from tuneline.kernels.attention import AttentionPlan
 from tuneline.kernels.binding import Unfusable, bind_layer, fingerprint
 from tuneline.kernels.budget import Budget, Kept, check_budget, share_out
 from tuneline.kernels.cross_entropy import linear_cross_entropy
-from tuneline.kernels.graph import GRAPH_MAX_TOKENS, GraphCache
+from tuneline.kernels.graph import GRAPH_MAX_TOKENS, GRAPH_MAX_TOKENS_FP8, GraphCache, Room
 from tuneline.kernels.host_embedding import move_back, move_to_host
 from tuneline.kernels.layer import LayerCall, LayerWeights, fused_layer
 from tuneline.kernels.rms_norm import rms_norm
@@ -203,7 +203,7 @@ class _LayerMixin(_Stock):
                     stack = tuneline.graphs.find(layers, hidden_states, cos, sin)
                     if stack is not None:
                         tuneline.done.append(True)
-                        return stack(hidden_states, cos, sin)
+                        return stack(hidden_states, cos, sin, call.plan)
                 return fused_layer(hidden_states, cos, sin, weights, call)
         stock = partial(super().forward, **kwargs)
         if self.gradient_checkpointing and self.training:
@@ -366,7 +366,9 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
         return None
     num_tokens = tokens.shape[0] * tokens.shape[1]
     # A graph keeps its memory, so what is free after its capture says nothing: the choice stays.
-    kept = engine.kept_in_graphs.get(num_tokens)
+    room = Room.of(plan, num_tokens)
+    graph_tokens = num_tokens if room is None else room.num_tokens
+    kept = engine.kept_in_graphs.get(graph_tokens)
     if kept is None:
         kept = share_out(
             engine.budget,
@@ -381,22 +383,38 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     stash = engine.stash if num_tokens >= STASH_MIN_TOKENS else None
     layers = {}
     for from_last, (index, weights) in enumerate(sorted(bound.items(), reverse=True)):
-        keep, keep_normed = from_last < kept.num_layers, from_last < kept.num_normed
-        layers[index] = (weights, LayerCall(plan, keep, stash, keep_normed))
+        keep = from_last < kept.num_layers
+        holds = stash is not None and from_last == 0 and not keep
+        parks = stash is not None and not keep and not holds
+        layers[index] = (
+            weights,
+            LayerCall(
+                plan,
+                keep,
+                keep_normed=from_last < kept.num_normed,
+                stash=stash,
+                parks=parks,
+                holds=holds,
+                # The layer before this one parks, if it is there.
+                fetches=stash is not None and from_last == max(kept.num_layers, 1) - 1,
+            ),
+        )
     layers = dict(sorted(layers.items()))
     # Gemma-3 hands its layers two kinds of rope tables; the graph takes one.
     one_rope = all(spec.name != "gemma3" for spec in engine.specs.values())
     dtypes = {p.dtype for weights in bound.values() for p in weights.parameters()}
+    most = GRAPH_MAX_TOKENS
+    if engine.fp8 and kept.num_layers == len(bound):
+        most = GRAPH_MAX_TOKENS_FP8
     graphed = (
         device.type == "cuda"
-        and num_tokens <= GRAPH_MAX_TOKENS
-        and plan.sequence_lengths is None
+        and num_tokens <= most
         and len(bound) == len(decoder.layers)
         and one_rope
         and len(dtypes) == 1
     )
     if graphed:
-        engine.kept_in_graphs[num_tokens] = kept
+        engine.kept_in_graphs[graph_tokens] = kept
     return _ModelCall(layers, engine.graphs if graphed else None)
 
 

@@ -79,7 +79,8 @@ class HostStash:
         """Open the side stream."""
         self._stream = torch.cuda.Stream()
         self._pool = HostPool()
-        self._last: weakref.ref[Ticket] | None = None
+        self.last: weakref.ref[Ticket] | None = None
+        """What was parked last, as long as somebody wants it back."""
         self._held: tuple[torch.cuda.Event, list[Tensor]] | None = None
 
     def put(self, tensors: Sequence[Tensor]) -> Ticket:
@@ -87,18 +88,23 @@ class HostStash:
         hosts = [self._pool.take(tensor) for tensor in tensors]
         self._copy(hosts, tensors, torch.cuda.Event(), held=list(tensors))
         ticket = Ticket(hosts, tensors[0].device, self._pool)
-        ticket.before, self._last = self._last, weakref.ref(ticket)
+        ticket.before, self.last = self.last, weakref.ref(ticket)
         return ticket
 
     def get(self, ticket: Ticket) -> list[Tensor]:
         """Return the tensors on their device, and start the way back of those parked before."""
         tensors = self._fetch(ticket)
         torch.cuda.current_stream().wait_event(ticket.arrived)
-        before = None if ticket.before is None else ticket.before()
-        if before is not None:
-            self._fetch(before)
+        if ticket.before is not None:
+            self.begin(ticket.before)
         ticket.device_copies = None
         return tensors
+
+    def begin(self, parked: weakref.ref[Ticket]) -> None:
+        """Start the way back of what `last` was."""
+        ticket = parked()
+        if ticket is not None:
+            self._fetch(ticket)
 
     def _fetch(self, ticket: Ticket) -> list[Tensor]:
         """Begin the way back if it has not begun."""
