@@ -171,7 +171,7 @@ def test_one_graph_serves_packed_rows_of_many_lengths(monkeypatch):
     rows = [
         packed_row(lengths, seed)
         for seed, lengths in enumerate(
-            [(120, 1, 47, 129), (128, 128, 100, 20, 8), (9, 80, 120, 60), (100, 100, 60, 30, 10)]
+            [(120, 1, 47, 129), (130, 126, 100, 20, 8), (9, 80, 140, 60), (140, 100, 30, 20, 10)]
         )
     ]
     patch(model)
