@@ -46,6 +46,15 @@ def test_estimate_is_within_a_tenth_of_the_measured_peak(
     assert estimate_memory(LLAMA_8B, settings).total / GIB == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize(("rows", "length", "measured"), [(4, 2048, 33.65), (2, 512, 9.77)])
+def test_estimate_knows_what_the_kernels_keep(rows, length, measured):
+    settings = Settings(
+        rows, length, True, quantized=True, itemsize=2, optim="adamw_8bit", fused=True,
+        kept_bytes=60 * GIB,
+    )  # fmt: skip
+    assert estimate_memory(LLAMA_8B, settings).total / GIB == pytest.approx(measured, rel=0.1)
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "down_proj"], "all-linear"])
 def test_parameters_are_counted_as_torch_does(tiny_model_dir, targets):
     import peft

@@ -29,6 +29,8 @@ _STATE_BYTES = {"8bit": 2.0, "adamw": 8.0, "adafactor": 0.1, "sgd": 4.0, "lion":
 # A parameter, by what is in the optimizer's name; AdamW keeps two fp32 moments.
 _HEAD_TILE = 4096 * 16384
 # Logits that TRL's loss holds at a time on a GPU.
+_ADAPTER_COLUMNS = 64
+# Beside the outputs of norms that our layers keep.
 _STASH_MIN_TOKENS = 4096
 _MLP_CHUNK_TOKENS = 4096
 # Our kernels': above the first, layer inputs wait in the host's memory.
@@ -157,8 +159,7 @@ def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
     )
     if settings.fused:
         activations, working_set = _fused_bytes(shape, tokens, itemsize)
-        layer = _kept_bytes_per_token(shape, itemsize) * tokens
-        activations += min(shape.num_layers, settings.kept_bytes // layer) * layer
+        activations += _kept_bytes(shape, tokens, itemsize, settings.kept_bytes)
     else:
         layer = tokens * _layer_bytes_per_token(shape, itemsize)
         working_set = itemsize * (shape.hidden + tokens) * shape.mlp
@@ -180,10 +181,15 @@ def _layer_bytes_per_token(shape: Shape, itemsize: int) -> int:
     return norms + itemsize * 2 * (shape.query + shape.key_value + 2 * shape.mlp)
 
 
-def _kept_bytes_per_token(shape: Shape, itemsize: int) -> int:
-    """Return what one of our layers holds where it keeps everything: `kernels.budget` decides."""
+def _kept_bytes(shape: Shape, tokens: int, itemsize: int, room: int) -> int:
+    """Return what our layers keep of so much room, as `kernels.budget` shares it out."""
     attention = 2 * shape.query + 2 * shape.key_value
-    return itemsize * (attention + shape.hidden + 2 * shape.mlp)
+    layer = tokens * itemsize * (attention + shape.hidden + 2 * shape.mlp)
+    normed = tokens * itemsize * 2 * (shape.hidden + _ADAPTER_COLUMNS)
+    num_layers = min(shape.num_layers, room // layer)
+    if num_layers < shape.num_layers:
+        return num_layers * layer
+    return num_layers * layer + min(num_layers, (room - num_layers * layer) // normed) * normed
 
 
 def _fused_bytes(shape: Shape, tokens: int, itemsize: int) -> tuple[int, int]:
