@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tuneline.artifacts import MergeProof, ModelOrigin, TrainingSummary
-from tuneline.errors import ModelError, OutputExistsError, ProofError, WorldError
+from tuneline.errors import ModelError, OutputExistsError, ProofError, RecipeError, WorldError
 from tuneline.merge import MergeConfig, run
 from tuneline.merge.adapter import Adapter
 from tuneline.nf4 import load_base
+from tuneline.train import TrainConfig
+from tuneline.train import run as train
 
 
 @pytest.fixture
@@ -359,3 +361,96 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_rest_whole(
     assert last.startswith("merge: StorageError: the disk is full")
     assert [path.name for path in small_disk.iterdir()] == ["earlier"]
     assert (earlier / "data").read_bytes() == b"whole" * 1000
+
+
+@pytest.mark.parametrize(
+    ("load_in_4bit", "dtype"),
+    [
+        (True, "bfloat16"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in ((True, "float32"), (False, "float32"), (False, "bfloat16"))
+        ),
+    ],
+)
+def test_embeddings_and_head_trained_in_full(
+    load_in_4bit, dtype, tmp_path, tiny_model_dir, small_dataset_dir
+):
+    """Through train itself; its copies are in fp32 beside a base in the compute type."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, tie_word_embeddings=False)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(base)
+    train(
+        TrainConfig(
+            lora={"modules_to_save": ("embed_tokens", "lm_head")},
+            load_in_4bit=load_in_4bit,
+            learning_rate=2e-2,
+            max_steps=3,
+            warmup_steps=0,
+            gradient_accumulation_steps=1,
+            dtype=dtype,
+        ),
+        base_model_dir=base,
+        dataset_dir=small_dataset_dir,
+        adapter_dir=tmp_path / "adapter",
+        curves_path=tmp_path / "curves.html",
+    )
+    proof = run(
+        MergeConfig(num_proof_prompts=8, dtype=dtype),
+        base_model_dir=base,
+        adapter_dir=tmp_path / "adapter",
+        dataset_dir=small_dataset_dir,
+        merged_dir=tmp_path / "merged",
+    )
+    assert proof.mean_kl < (1e-6 if dtype == "float32" else 1e-3)
+    before, after = weights_of(base), weights_of(tmp_path / "merged")
+    trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        kept = trained[f"base_model.model.{name}"]
+        assert torch.equal(after[name], kept.to(getattr(torch, dtype))), name
+        assert not torch.equal(after[name].float(), before[name].float()), "it was trained"
+
+
+def test_a_loftq_adapter_belongs_on_the_dequantized_weights(
+    tmp_path, tiny_model_dir, small_dataset_dir, caplog
+):
+    """What 4 bits lose is in it: on the original weights it would be there twice."""
+    train(
+        TrainConfig(
+            lora={"init_lora_weights": "loftq", "r": 32, "use_rslora": True},
+            max_steps=1,
+            gradient_accumulation_steps=1,
+            dtype="float32",
+        ),
+        base_model_dir=tiny_model_dir,
+        dataset_dir=small_dataset_dir,
+        adapter_dir=tmp_path / "adapter",
+        curves_path=tmp_path / "curves.html",
+    )
+
+    def merge(base):
+        return run(
+            MergeConfig(num_proof_prompts=4, dtype="float32", base=base),
+            base_model_dir=tiny_model_dir,
+            adapter_dir=tmp_path / "adapter",
+            dataset_dir=small_dataset_dir,
+            merged_dir=tmp_path / base,
+        )
+
+    with pytest.raises(RecipeError, match="merge.base is original, .* loftq"):
+        merge("original")
+    with caplog.at_level("INFO"):
+        proof = merge("auto")
+    assert proof.base == "dequantized" and proof.mean_kl < 1e-6
+    assert "a LoftQ adapter belongs on the dequantized weights alone" in caplog.text
+    # Nearer to the original than 4 bits are, for that is what the adapter starts from.
+    original, merged = weights_of(tiny_model_dir), weights_of(tmp_path / "auto")
+    base = load_base(tiny_model_dir, dtype=torch.float32, device="cpu", quantized=True)
+    name = "model.layers.0.mlp.up_proj"
+    layer = base.get_submodule(name)
+    lossy = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    target = original[f"{name}.weight"].float()
+    assert (merged[f"{name}.weight"] - target).norm() < 0.9 * (lossy - target).norm()

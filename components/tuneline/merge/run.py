@@ -11,7 +11,7 @@ from tuneline.artifacts import (
     TrainingSummary,
     new_directory,
 )
-from tuneline.errors import ModelError
+from tuneline.errors import ModelError, RecipeError
 from tuneline.merge.config import MergeConfig
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ def run(
 
     Raises:
         ModelError: the adapter belongs to another base, or is of a kind that is not merged.
+        RecipeError: it was made for the dequantised weights, and the config asks for others.
         ProofError: the merged model is further from the trained one than the recipe allows.
         OutputExistsError: `merged_dir` has something in it.
     """
@@ -50,6 +51,7 @@ def run(
             f"{base_dir} ({origin.source}) has {origin.sha256[:12]}: give the base it was "
             "trained on"
         )
+    bases = _bases(config, training)
     with new_directory(merged_dir) as directory:
         import torch
         from transformers import AutoTokenizer
@@ -83,7 +85,7 @@ def run(
         losses: dict[str, float] = {}
         trained, base = None, ""
         logits: list[torch.Tensor] = []
-        for name in _bases(config, training):
+        for name in bases:
             found: list[torch.Tensor] = []
             answers = proof.ask_trained(
                 rows,
@@ -150,11 +152,24 @@ def run(
 
 def _bases(config: MergeConfig, training: TrainingSummary) -> list[str]:
     """Name the bases to measure; the first one is taken where two are equal."""
+    if _starts_from_loss(training):
+        if config.base == "original":
+            raise RecipeError(
+                "merge.base is original, and the adapter was made with lora.init_lora_weights "
+                "loftq: what 4 bits lose of each weight is in it already, and would be added to "
+                "weights that lost nothing; take dequantized or auto"
+            )
+        return ["dequantized"]
     if config.base != "auto":
         return [config.base]
     if training.base_quantization != "nf4":
         return ["original"]
     return ["dequantized", "original"]
+
+
+def _starts_from_loss(training: TrainingSummary) -> bool:
+    """Tell whether the adapter started from what 4 bits lose, as LoftQ's does."""
+    return training.settings.get("lora", {}).get("init_lora_weights") == "loftq"
 
 
 def _say(
@@ -163,6 +178,8 @@ def _say(
     if len(losses) > 1:
         measured = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         logger.info("merge.base auto: %s is taken; held-out loss: %s", base, measured)
+    elif config.base == "auto" and _starts_from_loss(training):
+        logger.info("merge.base auto: a LoftQ adapter belongs on the dequantized weights alone")
     elif config.base == "auto":
         logger.info("merge.base auto: training saw the original weights, so there is no other base")
     elif base == "original" and training.base_quantization == "nf4":
