@@ -1,11 +1,14 @@
+import inspect
 import json
 import logging
+import re
 import shutil
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from trl import DPOTrainer
 
 from tuneline.artifacts import TrainingSummary
 from tuneline.errors import (
@@ -17,6 +20,7 @@ from tuneline.errors import (
 )
 from tuneline.nf4 import load_base
 from tuneline.train import TrainConfig, run
+from tuneline.train.arguments import DPO_LOSSES
 from tuneline.train.config import DpoConfig
 from tuneline.train.metrics import comparable_metrics
 
@@ -217,6 +221,34 @@ def test_unknown_names_are_refused_with_near_ones(
             curves_path=tmp_path / "curves.html",
         )
     assert not (tmp_path / "adapter").exists()
+
+
+def test_losses_of_preferences_are_those_that_trl_has(tmp_path, tiny_model_dir, dataset_dir):
+    source = inspect.getsource(DPOTrainer)
+    assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(DPO_LOSSES)
+    rows = [{"prompt_ids": [100, 101], "chosen_ids": [200, 201], "rejected_ids": [210]}] * 2
+    with pytest.raises(RecipeError, match="no 'sigmod'; did you mean sigmoid"):
+        dataset = dataset_dir(rows, method="dpo")
+        train(tmp_path, tiny_model_dir, dataset, dpo=DpoConfig(loss_type="sigmod"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", DPO_LOSSES)
+def test_every_loss_of_preferences_trains(tmp_path, tiny_model_dir, dataset_dir, loss):
+    rows = [
+        {"prompt_ids": [100, n], "chosen_ids": [200, 201, 202], "rejected_ids": [210, 211]}
+        for n in range(4)
+    ]
+    dataset = dataset_dir(rows, method="dpo")
+    settings = DpoConfig(loss_type=loss, label_smoothing=1e-3 if loss == "exo_pair" else 0)
+    summary = train(tmp_path, tiny_model_dir, dataset, dpo=settings)
+    losses = [point.loss for point in summary.history if point.loss is not None]
+    assert summary.num_skipped_steps == 0 and losses[-1] < losses[0]
+
+
+def test_a_loss_that_needs_smoothing_says_so():
+    with pytest.raises(RecipeError, match="exo_pair needs a label_smoothing above 0"):
+        TrainConfig.parse({"dpo": {"loss_type": "exo_pair"}})
 
 
 def test_output_that_is_not_empty(tmp_path, tiny_model_dir, dataset_dir, answer_rows):

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DPO_LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"),
+    *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+"""What TRL knows; it would say so only in the first step, with the model loaded."""
 NUM_EVALUATIONS = 5
 """How often a run without eval_steps measures the evaluation loss, the start not counted."""
 
@@ -33,6 +38,8 @@ def check_names(config: TrainConfig, method: Method, device: str) -> None:
 
     _check("optim", config.optim, [name.value for name in OptimizerNames])
     _check("lr_scheduler_type", config.lr_scheduler_type, [name.value for name in SchedulerType])
+    if method == "dpo":
+        _check("dpo.loss_type", config.dpo.loss_type, list(DPO_LOSSES))
     if config.optim.startswith("paged_") and device == "cpu":
         logger.warning("train.optim: %s does not page on a CPU", config.optim)
     if method == "dpo" and config.packing:
@@ -144,6 +151,7 @@ def training_arguments(
             **common,
             beta=config.dpo.beta,
             loss_type=[config.dpo.loss_type],
+            label_smoothing=config.dpo.label_smoothing,
             max_length=None,
             precompute_ref_log_probs=cache_reference if asked is None else asked,
         )

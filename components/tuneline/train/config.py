@@ -35,10 +35,20 @@ class DpoConfig(StrictModel):
     beta: float = Field(0.1, gt=0)
     """Strength of the pull towards the reference model."""
     loss_type: str = "sigmoid"
-    """As in trl.DPOConfig."""
+    """As in trl.DPOConfig: sigmoid, hinge, ipo, robust, apo_zero and others."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of the preferences that are thought to be the wrong way round; exo_pair needs some."""
     cache_reference: bool | None = None
     """Score every pair by the base model once, before the first step, and not in each step; null:
     where the run comes by its rows more than once."""
+
+    @model_validator(mode="after")
+    def _loss_and_smoothing_agree(self) -> Self:
+        if self.loss_type == "exo_pair" and not self.label_smoothing:
+            raise ValueError(
+                "dpo.loss_type exo_pair needs a label_smoothing above 0: its paper takes 0.001"
+            )
+        return self
 
 
 class TrainConfig(StrictModel):
