@@ -325,6 +325,13 @@ def test_what_is_missing_is_named_and_nothing_else(cluster: Any, fault: str) -> 
     assert says in found.words
 
 
+def test_what_the_recipe_asks_for_train_counts(cluster: Any) -> None:
+    loaded = recipe("placement.steps={train: {memory_request: 3000Gi}}")
+    (found,) = [check for check in look(loaded) if check.name == "nodes"]
+    assert found.verdict == "warn"
+    assert "gpu-1 has 2000Gi memory, less than 3000Gi" in found.words
+
+
 def test_nodes_that_may_not_be_seen(cluster: Any) -> None:
     cluster.forbidden.add("list nodes")
     found = [check for check in look() if check.verdict != "ok"]

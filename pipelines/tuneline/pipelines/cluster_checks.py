@@ -10,7 +10,7 @@ from tuneline import images
 from tuneline.pipelines.check import Check, Verdict
 from tuneline.pipelines.kube import Kube, Refused, Right
 from tuneline.pipelines.registry import Unknown, has_image
-from tuneline.profiles import PRODUCT_LABEL, quantity_value
+from tuneline.profiles import PRODUCT_LABEL, StepPlacement, quantity_value
 from tuneline.recipe import Recipe
 from tuneline.train.trainjob import GROUP, PLURAL
 
@@ -223,8 +223,9 @@ def _nodes(recipe: Recipe, kube: Kube) -> Iterator[Check]:
 
 
 def _refusal(recipe: Recipe, node: Any) -> str | None:
-    """Say why a pod with an accelerator cannot run on an empty node."""
+    """Say why train's pod cannot run on an empty node."""
     placement = recipe.placement
+    train = placement.steps.get("train", StepPlacement())
     labels, capacity = node.metadata.labels or {}, node.status.allocatable or {}
     count = float(capacity.get(placement.accelerator, 0))
     if count < placement.num_accelerators:
@@ -236,7 +237,8 @@ def _refusal(recipe: Recipe, node: Any) -> str | None:
         if labels.get(key) != value:
             return f"has {key}={labels.get(key)}"
     for resource in ("cpu", "memory"):
-        request = getattr(placement.accelerated, f"{resource}_request")
+        name = f"{resource}_request"
+        request = getattr(train, name) or getattr(placement.accelerated, name)
         if request and quantity_value(capacity.get(resource, "0")) < quantity_value(request):
             return f"has {capacity.get(resource)} {resource}, less than {request}"
     for taint in node.spec.taints or []:
