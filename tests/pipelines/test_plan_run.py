@@ -1,5 +1,6 @@
 """The plan as a run's first step, with the run's own credentials."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,18 @@ def test_an_api_that_is_away_is_no_reason_to_stop(pod: Any, tmp_path: Path) -> N
     *_, last = begin(tmp_path)
     assert (last.name, last.verdict) == ("API", "unknown")
     assert "503" in last.words
+
+
+def test_an_api_that_takes_no_connection_is_no_reason_to_wait(
+    pod: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        pod.host = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    monkeypatch.setenv("KUBECONFIG", str(pod.write_kubeconfig(tmp_path / "other")))
+    *_, last = begin(tmp_path)
+    assert (last.name, last.verdict) == ("API", "unknown")
+    assert "does a network policy allow it?" in last.words
 
 
 def test_several_nodes_without_the_rights_to_make_a_job(pod: Any, tmp_path: Path) -> None:

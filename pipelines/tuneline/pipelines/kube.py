@@ -4,6 +4,8 @@ A server that is away for a minute is asked again, for a minute.
 """
 
 import contextlib
+import socket
+import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +36,16 @@ class Kube:
         self.host = self._api.configuration.host
         self._core = client.CoreV1Api(self._api)
         self._custom = client.CustomObjectsApi(self._api)
+
+    def answers(self, seconds: float) -> bool:
+        """Say whether anybody takes a connection; the client would try for minutes."""
+        address = urllib.parse.urlsplit(self.host)
+        port = address.port or (443 if address.scheme == "https" else 80)
+        try:
+            socket.create_connection((address.hostname or "", port), seconds).close()
+        except OSError:
+            return False
+        return True
 
     def version(self) -> str:
         """Return the server's version, e.g. v1.32.4."""

@@ -18,6 +18,7 @@ from tuneline.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
+CONNECT_SECONDS = 10.0
 POD_VARIABLE = "KFP_POD_NAME"
 """Set in the steps' pods on a cluster, and nowhere else."""
 
@@ -61,10 +62,14 @@ def _checks(recipe: Recipe) -> list[Check]:
     namespace = own_namespace() if os.environ.get(POD_VARIABLE) else None
     if namespace is None:
         return plan(recipe)
+    # The steps themselves need no API, but for several nodes, which wait longer for it.
+    kube = Kube(namespace)
+    if not kube.answers(CONNECT_SECONDS):
+        words = f"{kube.host} takes no connection from this pod: does a network policy allow it?"
+        return [*plan(recipe), Check("API", "unknown", words)]
     try:
-        return plan(recipe, kube=Kube(namespace), is_step=True)
+        return plan(recipe, kube=kube, is_step=True)
     except ClusterError as error:
-        # The steps themselves need no API, but for several nodes, which wait longer for it.
         return [*plan(recipe), Check("API", "unknown", str(error))]
 
 

@@ -6,7 +6,7 @@ import urllib.parse
 
 import urllib3
 
-SECONDS = 10.0
+SECONDS = 5.0
 MANIFESTS = (
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.oci.image.manifest.v1+json",
@@ -33,7 +33,7 @@ def has_image(image: str) -> bool:
     scheme = "http" if host.partition(":")[0] in ("localhost", "127.0.0.1") else "https"
     address = f"{scheme}://{host}/v2/{name}/manifests/{tag}"
     headers = {"Accept": ", ".join(MANIFESTS)}
-    http = urllib3.PoolManager(timeout=SECONDS, retries=urllib3.Retry(2, redirect=3))
+    http = urllib3.PoolManager(timeout=SECONDS, retries=urllib3.Retry(3, connect=0))
     try:
         answer = http.request("HEAD", address, headers=headers)
         if answer.status == 401:
