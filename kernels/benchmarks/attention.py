@@ -66,8 +66,10 @@ def time_case(
     truth = attention.attention_reference(*truth_in, plan, few)
     checked = slice(truth.shape[1])
     library = attention._backend(q, plan, config)
-    providers = ["softcap"] if library == "softcap" else [library, "softcap"]
-    label = {"softcap": "tuneline"}
+    if library == "own" and config.softcap is None:
+        library = "flash"
+    providers = ["own"] if library == "own" else [library, "own"]
+    label = {"own": "tuneline"}
     stock = attention._backend
     for provider in providers:
         attention._backend = lambda *_, provider=provider: provider

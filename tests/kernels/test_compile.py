@@ -37,12 +37,13 @@ ACTIVATION = dict(
     F=14336, R_DOWN=16, R_GATE=16, R_UP=16, RANKS=16, ROWS=512, BLOCK_ROWS=16, BLOCK_COLS=32,
 )  # fmt: skip
 FLASH = dict(D=256, WIDTH=256, SHARED=2, PACK=2, WINDOW=0, CAPPED=True)
+PACKED = dict(D=128, WIDTH=128, SHARED=4, WINDOW=0, CAPPED=False)
 FLASH_POINTERS = dict(lse_ptr=F32, delta_ptr=F32, cu_seqlens_ptr=I32)
 FP8 = dict(K=4096, NESTED=True)
 E4M3 = "*fp8e4nv"
 HOPPER_ONLY = {"fp8 rows", "fp8 weight", "fp8 weight transposed"}
 # Heads of 256 fill the registers with sums; smaller tiles spill nothing and were measured slower.
-SPILLS = {"flash forward": 128, "flash dq": 512, "flash dk, dv": 1024}
+SPILLS = {"flash forward": 128, "flash dq": 512, "flash dk, dv": 1024, "flash dk, dv, packed": 256}
 KERNELS = {
     "nf4": ("nf4", "_fwd_kernel", NF4, NF4_POINTERS, 8),
     "rms_norm forward": (
@@ -87,6 +88,15 @@ KERNELS = {
     ),
     "flash dq": ("flash", "_dq_kernel", FLASH | dict(ROWS=128, KEYS=64), FLASH_POINTERS, 8),
     "flash dk, dv": ("flash", "_dkdv_kernel", FLASH | dict(ROWS=64, KEYS=64), FLASH_POINTERS, 8),
+    "flash forward, packed": (
+        "flash", "_fwd_kernel", PACKED | dict(PACK=4, ROWS=64, KEYS=32), FLASH_POINTERS, 4,
+    ),
+    "flash dq, packed": (
+        "flash", "_dq_kernel", PACKED | dict(PACK=4, ROWS=64, KEYS=32), FLASH_POINTERS, 4,
+    ),
+    "flash dk, dv, packed": (
+        "flash", "_dkdv_kernel", PACKED | dict(PACK=2, ROWS=32, KEYS=64), FLASH_POINTERS, 4,
+    ),
     "fp8 rows": (
         "fp8", "_rows_kernel", dict(K=4096, P=64, HAS_FLOOR=False, BLOCK=4096),
         dict(out_ptr=E4M3, scale_ptr=F32, floor_ptr=F32), 4,

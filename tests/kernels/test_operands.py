@@ -147,6 +147,9 @@ def test_wide_operands(case, dtype, generator, assert_near):
         strict=True,
     ):
         assert a is b is None or torch.equal(a, b)
+    _, g = operands.input_gradient(dy)
+    alone = operands.lora_gradient(dy)
+    assert g is alone is None or torch.allclose(g, alone, rtol=2**-7, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["qkv", "qkv_bias", "bias_alone", "wide_ranks"])

@@ -3,16 +3,19 @@
     s_ij = scale q_i . k_j;  s = cap tanh(s / cap) with a softcap
     p_i  = softmax over j <= i, i - j < window, j in i's own sequence;  o_i = sum_j p_ij v_j
 
-Backends, picked from what is asked (H100, 4 x 32 heads x 2048 x 128, forward / backward):
+Backends, picked from what is asked (ms on an H100, forward / backward: 4 rows of 2048, and 8192
+tokens of GSM8K's lengths packed; 32 + 8 heads of 128; benchmarks/attention.py):
 
-    cuDNN          dense, no window, head_dim 64 or 128      0.275 / 0.911 ms
-                   (96 and 256 too on Hopper)
-    flash (aten)   packed, or a window, or another head_dim  0.484 / 1.626 ms
-    flash.py       a softcap, which no library's backward has
-    reference      CPU, float32, float64
+    cudnn       dense, no window, heads of 64 or 128      0.30 / 0.96     -
+                (96 and 256 too on Hopper)
+    own         flash.py: packed, or a window, or a       0.60 / 1.52     0.13 / 0.39
+                softcap, which no library's backward has
+    flash       aten's: the same for heads over 128       0.53 / 1.7      0.30 / 0.78
+                without a softcap
+    reference   CPU, float32, float64
 
 The aten ops are called directly: the layer's backward is written by hand, and torch's public
-varlen function has neither GQA nor a window in 2.11. GQA is native in both (no repeated keys).
+varlen function has neither GQA nor a window in 2.11. GQA is native in all (no repeated keys).
 
 Shapes: B batch, T tokens of one row, H query heads, G key/value heads, D head size. Packed rows
 have B = 1.
@@ -30,6 +33,8 @@ from tuneline.kernels.flash import flash_backward, flash_forward
 
 CUDNN_HEAD_DIMS = (64, 128)
 CUDNN_HOPPER_HEAD_DIMS = (64, 96, 128, 256)
+OWN_MAX_HEAD_DIM = 128
+"""Wider heads fill the registers: there the library is faster, unless it lacks what is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +104,7 @@ def attention_forward(
         _copy_heads(found.transpose(1, 2), out)
         return lse, seed, offset
     longest = plan.longest(q_BTHD.shape[1])
-    if backend == "softcap":
+    if backend == "own":
         q, k, v = (t.flatten(0, 1) for t in (q_BTHD, k_BTGD, v_BTGD))
         cu_seqlens = _cu_seqlens(plan, q_BTHD)
         lse = flash_forward(
@@ -176,7 +181,7 @@ def attention_backward(
         _copy_heads(dv, dv_out)
         return dq, dk
     longest = plan.longest(q_BTHD.shape[1])
-    if backend == "softcap":
+    if backend == "own":
         lse, cu_seqlens = saved
         tensors = (dout_BTHD, q_BTHD, k_BTGD, v_BTGD, out_BTHD)
         dout, q, k, v, o = (t.flatten(0, 1) for t in tensors)
@@ -245,13 +250,13 @@ def _backend(q_BTHD: Tensor, plan: AttentionPlan, config: AttentionConfig) -> st
     if not q_BTHD.is_cuda or q_BTHD.element_size() != 2:
         return "reference"
     if config.softcap is not None:
-        return "softcap"
+        return "own"
     windowed = config.window is not None and config.window < plan.longest(q_BTHD.shape[1])
     hopper = torch.cuda.get_device_capability(q_BTHD.device) == (9, 0)
     head_dims = CUDNN_HOPPER_HEAD_DIMS if hopper else CUDNN_HEAD_DIMS
     if plan.sequence_lengths is None and not windowed and config.head_dim in head_dims:
         return "cudnn"
-    return "flash"
+    return "own" if config.head_dim <= OWN_MAX_HEAD_DIM else "flash"
 
 
 def _cu_seqlens(plan: AttentionPlan, q_BTHD: Tensor) -> Tensor:

@@ -107,8 +107,10 @@ class GraphedStack:
             dy = self._dy_BLC
             grads: list[Tensor] = []
             for saved, weights, call in reversed(steps):
-                dy, layer_grads = layer_backward(dy, saved, cos, sin, weights, call)
+                dx, layer_grads = layer_backward(dy, saved, cos, sin, weights, call)
                 grads[:0] = layer_grads
+                assert dx is not None
+                dy = dx
             self._dx_BLC = dy
             # One tensor, so that a replay hands out its gradients with one copy.
             self._flat_grads = torch.cat([grad.reshape(-1) for grad in grads])

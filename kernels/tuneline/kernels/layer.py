@@ -84,6 +84,23 @@ class LayerWeights:
         return [t for group in self.groups() for t in group.parameters()]
 
 
+@dataclass(slots=True)
+class Handover:
+    """The gradient that a layer's backward gave last, with room for G beside each row.
+
+    The layer before gets a view of its first C columns, knows it again and saves a copy.
+    """
+
+    dx_TCP: Tensor | None = None
+
+    def room_for(self, dy_TC: Tensor, num_columns: int) -> Tensor | None:
+        """Return the whole of dy's rows if they are what was given last, and wide enough."""
+        room, self.dx_TCP = self.dx_TCP, None
+        if room is None or room.data_ptr() != dy_TC.data_ptr() or room.stride() != dy_TC.stride():
+            return None
+        return room if room.shape[1] == dy_TC.shape[1] + num_columns else None
+
+
 @dataclass(frozen=True, slots=True)
 class LayerCall:
     """What one forward hands to each layer beside x: who attends to whom, what to keep."""
@@ -99,6 +116,8 @@ class LayerCall:
     """Whether they wait on the device."""
     fetches: bool = False
     """Whether the layer before parks, and this one does not: its backward calls them back."""
+    handover: Handover | None = None
+    """One for all layers of a forward."""
 
     @property
     def saves_attention(self) -> bool:
@@ -157,8 +176,10 @@ class _LayerFunction(torch.autograd.Function):
             ctx.call.stash.begin(ctx.before)
         if ctx.ticket is not None:
             saved = [*ctx.call.stash.get(ctx.ticket), *saved]
-        dx_BLC, grads = layer_backward(dy_BLC, saved, cos, sin, ctx.weights, ctx.call)
-        return dx_BLC if ctx.needs_input_grad[0] else None, None, None, None, None, *grads
+        dx_BLC, grads = layer_backward(
+            dy_BLC, saved, cos, sin, ctx.weights, ctx.call, need_dx=ctx.needs_input_grad[0]
+        )
+        return dx_BLC, None, None, None, None, *grads
 
 
 def layer_forward(
@@ -196,8 +217,13 @@ def layer_backward(
     sin: Tensor,
     weights: LayerWeights,
     call: LayerCall,
-) -> tuple[Tensor, list[Tensor]]:
-    """Return dx and the gradients of `weights.parameters()`; `saved` is x and the forward's."""
+    *,
+    need_dx: bool = True,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Return dx and the gradients of `weights.parameters()`; `saved` is x and the forward's.
+
+    Nobody asks for the first layer's dx: then qkv's product with the frozen weights is saved.
+    """
     # By position: None only where the layer has no such tensor.
     x_BLC, *saved = saved
     x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
@@ -226,14 +252,19 @@ def layer_backward(
     else:
         half = _attention_half(x_TC, x_BLC.shape, cos, sin, weights, call.plan)
         half.normed = None
+    handover = Handover() if call.handover is None else call.handover
+    dy_TCP = handover.room_for(dy_TC, weights.down.num_columns)
     dx2_TCP, gate_up_grads, down_grads = _mlp_backward(
-        dy_TC, half.x2_TC, gate_up_TF, down_input_TP, d_TC, mlp_normed, weights
+        dy_TC, dy_TCP, half.x2_TC, gate_up_TF, down_input_TP, d_TC, mlp_normed, weights
     )
-    dx_TC, qkv_grads, o_grads = _attention_half_backward(
-        dx2_TCP, x_TC, half, cos, sin, weights, call.plan
+    dx_TCP, qkv_grads, o_grads = _attention_half_backward(
+        dx2_TCP, x_TC, half, cos, sin, weights, call.plan, need_dx=need_dx
     )
     grads = [g for part in (qkv_grads, o_grads, gate_up_grads, down_grads) for g in part]
-    return dx_TC.view(x_BLC.shape), grads
+    if dx_TCP is None:
+        return None, grads
+    handover.dx_TCP = dx_TCP
+    return dx_TCP[:, : x_TC.shape[1]].unflatten(0, x_BLC.shape[:2]), grads
 
 
 def _normed_input(
@@ -329,7 +360,10 @@ def _attention_half_backward(
     sin: Tensor,
     weights: LayerWeights,
     plan: AttentionPlan,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    *,
+    need_dx: bool,
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Return dx with down_proj's P columns beside it, still empty, and the adapters' gradients."""
     shape, config, group = half.q_BLHD.shape, weights.attention, weights.o
     dx2_TC = dx2_TCP[:, : group.num_out]
     do_TCP: Tensor | None = dx2_TCP
@@ -378,14 +412,27 @@ def _attention_half_backward(
     if half.normed is None:
         half.normed = _normed_input(x_TC, weights.attention_norm, weights, weights.qkv, operands)
     x_TKP, rstd_T = half.normed
-    dn_TC, g_TP = operands.input_gradient(dqkv_TN)
+    dn_TC: Tensor | None = None
+    if need_dx:
+        dn_TC, g_TP = operands.input_gradient(dqkv_TN)
+    else:
+        g_TP = operands.lora_gradient(dqkv_TN)
     num_in = weights.qkv.num_in
     qkv_grads = LoraGradients(weights.qkv)
     qkv_grads.add(dqkv_TN, g_TP, x_TKP[:, :num_in], x_TKP[:, num_in:])
-    dx_TC, _ = rms_norm_backward(
-        dn_TC, x_TC, weights.attention_norm, rstd_T, gemma=weights.gemma, dresidual=dx2_TC
+    if dn_TC is None:
+        return None, qkv_grads.split(), o_grads.split()
+    dx_TCP = x_TC.new_empty(x_TC.shape[0], num_in + weights.down.num_columns)
+    rms_norm_backward(
+        dn_TC,
+        x_TC,
+        weights.attention_norm,
+        rstd_T,
+        gemma=weights.gemma,
+        dresidual=dx2_TC,
+        out=dx_TCP[:, :num_in],
     )
-    return dx_TC, qkv_grads.split(), o_grads.split()
+    return dx_TCP, qkv_grads.split(), o_grads.split()
 
 
 def _chunks(num_tokens: int) -> list[slice]:
@@ -435,6 +482,7 @@ def _mlp_forward(
 
 def _mlp_backward(
     dy_TC: Tensor,
+    dy_TCP: Tensor | None,
     x2_TC: Tensor,
     gate_up_TF: Tensor | None,
     down_input_TP: Tensor,
@@ -448,7 +496,7 @@ def _mlp_backward(
     dd_TC = dy_TC
     if weights.after_mlp_norm is not None:
         assert d_TC is not None
-        dd_TC = _normed_gradient(dy_TC, d_TC, weights.after_mlp_norm, weights)
+        dd_TC, dy_TCP = _normed_gradient(dy_TC, d_TC, weights.after_mlp_norm, weights), None
     gate_up_operands, down_operands = group_operands(gate_up, x2_TC), group_operands(down, x2_TC)
     gate_up_grads, down_grads = LoraGradients(gate_up), LoraGradients(down)
     dx2_TCP = x2_TC.new_empty(num_tokens, num_hidden + weights.o.num_columns)
@@ -461,7 +509,8 @@ def _mlp_backward(
         )
         kept = gate_up_TF is not None
         gate_up_nF = gate_up_operands.forward(x_TKP) if gate_up_TF is None else gate_up_TF[rows]
-        dh_nF, g_TP = down_operands.input_gradient(dd_nC)
+        room_nCP = None if dy_TCP is None else dy_TCP[rows]
+        dh_nF, g_TP = down_operands.input_gradient(dd_nC, room_nCP)
         num_in = gate_up.num_in
         # One pass over dh, gate and up gives their gradients and two of the adapters'.
         along = activation_lora_backward(

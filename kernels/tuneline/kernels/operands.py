@@ -94,6 +94,11 @@ class WideOperands:
         dx_TK.addmm_(g_TP, arena[num_out:, :num_in])
         return dx_TK, g_TP
 
+    def lora_gradient(self, dy_TN: Tensor) -> Tensor | None:
+        """Return G alone."""
+        num_out, num_in = self._group.num_out, self._group.num_in
+        return torch.mm(dy_TN, self._arena[:num_out, num_in:]) if self._group.rank else None
+
 
 class Fp8Operands:
     """NF4 weights as e4m3; every group of this kind has an adapter and no bias."""
@@ -133,6 +138,10 @@ class Fp8Operands:
         g_TP = torch.mm(dy_TN, self._sb_NP)
         dy8, scale = quantize_rows(dy_TN, side_TP=g_TP)
         return scaled_mm(dy8, scale, *self._backward, dtype=dy_TN.dtype), g_TP
+
+    def lora_gradient(self, dy_TN: Tensor) -> Tensor:
+        """Return G alone."""
+        return torch.mm(dy_TN, self._sb_NP)
 
     def _weight_rows(self) -> tuple[Tensor, Tensor]:
         group = self._group

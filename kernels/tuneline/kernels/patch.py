@@ -33,7 +33,7 @@ from tuneline.kernels.budget import Budget, Kept, check_budget, share_out
 from tuneline.kernels.cross_entropy import linear_cross_entropy
 from tuneline.kernels.graph import GRAPH_MAX_TOKENS, GRAPH_MAX_TOKENS_FP8, GraphCache, Room
 from tuneline.kernels.host_embedding import move_back, move_to_host
-from tuneline.kernels.layer import LayerCall, LayerWeights, fused_layer
+from tuneline.kernels.layer import Handover, LayerCall, LayerWeights, fused_layer
 from tuneline.kernels.rms_norm import rms_norm
 from tuneline.kernels.spec import FamilySpec, family_spec
 from tuneline.kernels.stash import HostStash
@@ -381,7 +381,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     if engine.stash is None and device.type == "cuda":
         engine.stash = HostStash()
     stash = engine.stash if num_tokens >= STASH_MIN_TOKENS else None
-    layers = {}
+    layers, handover = {}, Handover()
     for from_last, (index, weights) in enumerate(sorted(bound.items(), reverse=True)):
         keep = from_last < kept.num_layers
         holds = stash is not None and from_last == 0 and not keep
@@ -397,6 +397,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
                 holds=holds,
                 # The layer before this one parks, if it is there.
                 fetches=stash is not None and from_last == max(kept.num_layers, 1) - 1,
+                handover=handover,
             ),
         )
     layers = dict(sorted(layers.items()))
