@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tuneline.errors import UserError
+from tuneline.errors import RecipeError, UserError
 from tuneline.pipelines import kube
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.check import Check
@@ -44,6 +44,13 @@ def test_what_this_run_changed_of_the_recipe_counts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot work as it stands: GPU memory: .*70 B parameters"):
         begin(tmp_path, "placement.profile=t4", base_model="meta-llama/Llama-3.1-70B-Instruct")
     assert "| fail | GPU memory |" in (tmp_path / "out" / "summary").read_text()
+
+
+def test_a_recipe_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNELINE_IMAGE", "tuneline/light:0.1.0+abc")
+    says = r"train.new_key: unknown key.*this step's image \(tuneline/light:0.1.0\+abc\)"
+    with pytest.raises(RecipeError, match=says):
+        begin(tmp_path, train='{"new_key": 1}')
 
 
 def test_a_claim_that_is_missing_ends_the_run_before_its_first_pod_waits(

@@ -9,7 +9,8 @@ import logging
 import os
 from pathlib import Path
 
-from tuneline.errors import ClusterError, UserError
+from tuneline.environment import IMAGE_VARIABLE
+from tuneline.errors import ClusterError, RecipeError, UserError
 from tuneline.kubernetes_client import own_namespace
 from tuneline.pipelines.check import Check
 from tuneline.pipelines.kube import Kube
@@ -37,14 +38,14 @@ def run(
         summary_path: a Markdown page.
 
     Raises:
+        RecipeError: this image does not know what the recipe says.
         UserError: the run cannot work as it stands.
     """
     values = json.loads(recipe)
     values |= {"base_model": base_model}
     values |= {"train": json.loads(train), "prepare": json.loads(prepare)}
     values |= {"quantize": json.loads(quantize)}
-    asked = Recipe.parse(values)
-    checks = _checks(asked)
+    checks = _checks(_parse(values))
     for check in checks:
         level = logging.ERROR if check.verdict == "fail" else logging.INFO
         logger.log(level, "%s: %s: %s", check.verdict, check.name, check.words)
@@ -56,6 +57,17 @@ def run(
         advice = "; ".join(dict.fromkeys(check.advice for check in failed if check.advice))
         raise UserError(f"this run cannot work as it stands: {said}. What to change: {advice}")
     return checks
+
+
+def _parse(values: dict[str, object]) -> Recipe:
+    try:
+        return Recipe.parse(values)
+    except RecipeError as error:
+        image = os.environ.get(IMAGE_VARIABLE, "not named")
+        raise RecipeError(
+            f"{error}; if the recipe is right, this step's image ({image}) is of another version of "
+            "tuneline than what compiled the pipeline: build the images anew"
+        ) from None
 
 
 def _checks(recipe: Recipe) -> list[Check]:
