@@ -65,8 +65,8 @@ def _parse(values: dict[str, object]) -> Recipe:
     except RecipeError as error:
         image = os.environ.get(IMAGE_VARIABLE, "not named")
         raise RecipeError(
-            f"{error}; if the recipe is right, this step's image ({image}) is of another version of "
-            "tuneline than what compiled the pipeline: build the images anew"
+            f"{error}; if the recipe is right, this step's image ({image}) is of another version "
+            "of tuneline than what compiled the pipeline: build the images anew"
         ) from None
 
 
