@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,8 @@ def tiny_model_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from tuneline.artifacts import hash_files
+
     path = tmp_path_factory.mktemp("tiny") / "model"
     shutil.copytree(smollm2_dir, path, ignore=shutil.ignore_patterns("*.safetensors*"))
     settings = json.loads((smollm2_dir / "config.json").read_text())
@@ -73,6 +76,23 @@ def tiny_model_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
         source="tiny",
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_bytes=(path / "model.safetensors").stat().st_size,
+        files=hash_files(path, leave_out={"origin.json"}),
     )
     (path / "origin.json").write_text(json.dumps(origin))
     return path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB, where this process may mount one."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)

@@ -124,6 +124,28 @@ class Record(StrictModel):
             stamped.model_dump_json(indent=2) + "\n", encoding="utf-8"
         )
 
+    def check_files(self, directory: str | Path) -> None:
+        """Check that an artifact's files are those that its step left, before they are used.
+
+        Raises:
+            WorldError: one is missing, cut or changed.
+        """
+        for name, recorded in self.files.items():
+            path = Path(directory, name)
+            found = sha256_of_file(path) if path.is_file() else None
+            if found == recorded:
+                continue
+            what = (
+                "is missing"
+                if found is None
+                else f"is not what it was when it was made: its sha256 is {found[:12]}, and its "
+                f"record has {recorded[:12]}"
+            )
+            raise WorldError(
+                f"{path} {what}; run the step that made it again (`tuneline verify` names all that "
+                "differs)"
+            )
+
     def content_sha256(self) -> str:
         """Return one hash over the names and contents of the artifact's files."""
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.files.items()))
@@ -374,6 +396,8 @@ class QuantizedModel(Record):
     bits_per_weight: float
     group_size: int | None = None
     """GPTQ only."""
+    vllm_has_kernel: bool | None = None
+    """GPTQ only: whether vLLM serves such bits and groups."""
     num_importance_rows: int = 0
     """Training rows of the importance matrix that it was rounded by; GGUF only."""
     tensor_types: dict[str, int] = Field(default_factory=dict)
@@ -577,9 +601,14 @@ def hash_files(directory: str | Path, *, leave_out: set[str]) -> dict[str, str]:
     for path in sorted(Path(directory).rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name not in leave_out:
-            with open(path, "rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[name] = sha256_of_file(path)
     return found
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of(paths: list[Path]) -> str:

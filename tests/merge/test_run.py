@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tuneline.artifacts import MergeProof, ModelOrigin, TrainingSummary
+from tuneline.artifacts import MergeProof, ModelOrigin, TrainingSummary, hash_files
 from tuneline.errors import ModelError, OutputExistsError, ProofError, RecipeError, WorldError
 from tuneline.merge import MergeConfig, run
 from tuneline.merge.adapter import Adapter
@@ -25,8 +25,10 @@ from tuneline.train import run as train
 def merge(tmp_path, tiny_model_dir, adapter_dir, small_dataset_dir):
     """Merge with what differs from the usual; returns the proof and the directory."""
 
-    def call(*, base_model_dir=tiny_model_dir, adapter=adapter_dir, **settings):
+    def call(*, base_model_dir=tiny_model_dir, adapter=adapter_dir, as_recorded=False, **settings):
         merged = tmp_path / "out" / "merged"
+        for path in () if as_recorded else (base_model_dir, adapter):
+            record_again(path)
         proof = run(
             MergeConfig(**{"num_proof_prompts": 8, **settings}),
             base_model_dir=base_model_dir,
@@ -37,6 +39,16 @@ def merge(tmp_path, tiny_model_dir, adapter_dir, small_dataset_dir):
         return proof, merged
 
     return call
+
+
+def record_again(directory):
+    """Let the record of a directory that was changed on purpose hold its new files."""
+    for kind in (ModelOrigin, TrainingSummary):
+        path = directory / kind.filename
+        if path.is_file():
+            files = hash_files(directory, leave_out={kind.filename})
+            record = kind.read(directory).model_copy(update={"files": files})
+            path.write_text(record.model_dump_json())
 
 
 def weights_of(directory):
@@ -284,6 +296,20 @@ def test_another_base_than_the_adapters(merge, tmp_path, tiny_model_dir):
         merge(base_model_dir=other)
 
 
+@pytest.mark.parametrize("cut", ["base/model.safetensors", "adapter/adapter_model.safetensors"])
+def test_a_file_that_was_cut_is_named_before_anything_is_read(
+    merge, cut, tmp_path, tiny_model_dir, adapter_dir
+):
+    shutil.copytree(tiny_model_dir, tmp_path / "base")
+    shutil.copytree(adapter_dir, tmp_path / "adapter")
+    os.truncate(tmp_path / cut, 1000)
+    with pytest.raises(WorldError, match=rf"{cut} is not what it was when it was made: its sha256"):
+        merge(base_model_dir=tmp_path / "base", adapter=tmp_path / "adapter", as_recorded=True)
+    (tmp_path / cut).unlink()
+    with pytest.raises(WorldError, match=rf"{cut} is missing; run the step"):
+        merge(base_model_dir=tmp_path / "base", adapter=tmp_path / "adapter", as_recorded=True)
+
+
 def test_an_adapter_with_another_vocabulary(merge, tmp_path, adapter_dir):
     adapter = changed_adapter(adapter_dir, tmp_path / "adapter")
     file = adapter / "tokenizer.json"
@@ -321,22 +347,6 @@ def test_output_that_is_not_empty(merge, tmp_path):
     with pytest.raises(OutputExistsError, match="not empty"):
         merge()
     assert kept.read_text() == "mine"
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MB, where this process may mount one."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
-    try:
-        mounted = subprocess.run(command, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_rest_whole(
@@ -383,6 +393,7 @@ def test_embeddings_and_head_trained_in_full(
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     model.config.tie_word_embeddings = False
     model.save_pretrained(base)
+    record_again(base)
     train(
         TrainConfig(
             lora={"modules_to_save": ("embed_tokens", "lm_head")},

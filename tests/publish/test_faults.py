@@ -8,9 +8,11 @@ import hashlib
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import tuneline.publish.hub
 from tuneline.errors import CredentialsError, HubError, TunelineError, UserError
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.hub import push
@@ -33,11 +35,15 @@ ROUTES = {
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     from huggingface_hub import constants
+    from huggingface_hub.utils import _http
 
     # With hf_xet the client would talk to a storage server of another protocol.
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     found: list[float] = []
-    monkeypatch.setattr(time, "sleep", found.append)
+    # Not in the module itself: threads that other tests' libraries left behind sleep as well.
+    clock = SimpleNamespace(**{**vars(time), "sleep": found.append})
+    for module in (_http, tuneline.publish.hub):
+        monkeypatch.setattr(module, "time", clock)
     return found
 
 

@@ -343,6 +343,15 @@ def test_every_card_says_how_to_run_all_of_the_family(run_dir: Path, hub) -> Non
             compile(block, repo, "exec")
 
 
+def test_a_card_names_vllm_where_it_serves_the_checkpoint(run_dir: Path, tmp_path: Path) -> None:
+    record = QuantizedModel.read(run_dir / "gptq-4bit")
+    record.model_copy(update={"vllm_has_kernel": False}).write(run_dir / "gptq-4bit")
+    assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0
+    card = (tmp_path / "out" / "mine-gptq-4bit" / "README.md").read_text()
+    assert "vllm serve mine\n" in card and "vllm serve mine-gptq" not in card
+    assert "GPTQ, with transformers (`mine-gptq-4bit`)" in card
+
+
 def test_our_own_directory_is_replaced_and_a_foreign_one_is_not(
     run_dir: Path, tmp_path: Path
 ) -> None:

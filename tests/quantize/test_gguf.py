@@ -1,3 +1,5 @@
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -224,3 +226,40 @@ def test_an_output_is_not_overwritten(merged_dir: Path, dataset_dir: Path) -> No
             dataset_dir=str(dataset_dir),
             quantized_dir=str(dataset_dir),
         )
+
+
+@pytest.mark.parametrize("cut", ["merged/model.safetensors", "gguf/model-F16.gguf"])
+def test_a_file_that_was_cut_is_named_before_it_is_read(
+    cut: str, merged_dir: Path, f16_dir: Path, dataset_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(merged_dir, tmp_path / "merged")
+    shutil.copytree(f16_dir, tmp_path / "gguf")
+    os.truncate(tmp_path / cut, 100_000)
+    with pytest.raises(WorldError, match=rf"{cut} is not what it was when it was made: its sha256"):
+        run(
+            QuantizeConfig(),
+            format="q8_0",
+            merged_dir=str(tmp_path / "merged"),
+            gguf_dir=str(tmp_path / "gguf"),
+            dataset_dir=str(dataset_dir),
+            quantized_dir=str(tmp_path / "out"),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["f16", "q8_0"])
+def test_a_full_disk_is_said_so(
+    format: str, merged_dir: Path, f16_dir: Path, dataset_dir: Path, small_disk: Path
+) -> None:
+    """llama.cpp only says that a stream broke, and its converter how many bytes it wrote."""
+    shared = {} if format == "f16" else {"gguf_dir": str(f16_dir)}
+    with pytest.raises(OSError, match=r"No space left on device: .*\.gguf"):
+        run(
+            QuantizeConfig(),
+            format=format,
+            merged_dir=str(merged_dir),
+            dataset_dir=str(dataset_dir),
+            quantized_dir=str(small_disk / "out"),
+            **shared,
+        )
+    assert list(small_disk.iterdir()) == []

@@ -90,6 +90,8 @@ def test_round_trip(
         assert str(tmp_path.parent) not in path.read_text()
         assert '"offload_to_disk_path"' not in path.read_text()
     assert record.group_size == group_size
+    assert record.vllm_has_kernel == (bits != 3)
+    assert ("vLLM has no kernel for 3 bits in groups of 64" in record.notes) == (bits == 3)
     assert QuantizedModel.read(target).reference
     assert record.tokens_per_second > 0 and record.num_threads >= 1
     if bits == 8:  # with fewer a random model's argmax is another token

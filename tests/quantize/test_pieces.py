@@ -215,6 +215,7 @@ def test_special_tokens_that_transformers_forgets_are_missed(tmp_path: Path) -> 
 
     merged = save_merged(tmp_path, "Gemma2", gemma2)
     AutoTokenizer.from_pretrained(merged).save_pretrained(merged)
+    MergeProof.read(merged).write(merged)
     with pytest.raises(ProofError, match="splits 5 of .* '<bos><start_of_turn>user"):
         convert(merged_dir=str(merged), gguf_dir=str(tmp_path / "f16"))
     assert not (tmp_path / "f16").exists()

@@ -114,3 +114,9 @@ def test_the_picture_has_every_point_where_it_belongs() -> None:
     across = [float(x) - 54 for _, x, _ in dots]
     assert across[1] == across[2] == 2 * across[0]
     assert "no values" in scatter_chart([], x_label="x", y_label="y")
+
+
+def test_what_vllm_does_not_serve_is_not_recommended_for_it() -> None:
+    three = export("gptq-3bit", 90, 0.9, vllm_has_kernel=False)
+    assert comparison.recommend([F16, three])["gptq-3bit"] == []
+    assert comparison.ON_GPU in comparison.recommend([three, GPTQ])["gptq-4bit"]

@@ -37,6 +37,7 @@ def run(
     Raises:
         ModelError: the adapter belongs to another base, or is of a kind that is not merged.
         RecipeError: it was made for the dequantised weights, and the config asks for others.
+        WorldError: a file of theirs is not the one that its step left.
         ProofError: the merged model is further from the trained one than the recipe allows.
         OutputExistsError: `merged_dir` has something in it.
     """
@@ -52,6 +53,8 @@ def run(
             "trained on"
         )
     bases = _bases(config, training)
+    origin.check_files(base_dir)
+    training.check_files(adapter_dir)
     with new_directory(merged_dir) as directory:
         import torch
         from transformers import AutoTokenizer

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from tuneline.artifacts import PublishedRepo
+from tuneline.artifacts import PublishedRepo, sha256_of_file
 from tuneline.errors import CredentialsError, HubError, TunelineError, UserError
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.staging import MARKER_FILE, StagedRepo
@@ -104,7 +104,7 @@ def _is_there(api: HfApi, repo: StagedRepo, revision: str) -> bool:
     }
     wanted = {path.relative_to(repo.folder).as_posix(): path for path in repo.files()}
     return found.keys() == wanted.keys() and all(
-        found[name] == (_git_blob(path) if len(found[name]) == 40 else _sha256(path))
+        found[name] == (_git_blob(path) if len(found[name]) == 40 else sha256_of_file(path))
         for name, path in wanted.items()
     )
 
@@ -113,11 +113,6 @@ def _git_blob(path: Path) -> str:
     """Return git's name of a small file's content."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tag(api: HfApi, repo: str, commit: str) -> str:

@@ -18,7 +18,11 @@ def usage(sources: "Sources", *, repo: str, all_repos: "dict[str, Kind]") -> str
 def _of(sources: "Sources", repo: str, kind: "Kind") -> str:
     if kind == "adapter":
         return _adapter(sources, repo)
-    return _gguf(sources, repo) if kind == "gguf" else _checkpoint(repo, kind)
+    if kind == "gguf":
+        return _gguf(sources, repo)
+    own = (e for e in sources.exports.values() if kind == "gptq" and repo.endswith(e.format))
+    served = all(export.vllm_has_kernel is not False for export in own)
+    return _checkpoint(repo, kind, served)
 
 
 def _adapter(sources: "Sources", repo: str) -> str:
@@ -49,15 +53,15 @@ def _adapter(sources: "Sources", repo: str) -> str:
     )
 
 
-def _checkpoint(repo: str, kind: "Kind") -> str:
+def _checkpoint(repo: str, kind: "Kind", served: bool) -> str:
     what = "Merged model" if kind == "merged" else "GPTQ"
+    serve = f"\n\n```sh\nvllm serve {repo}\n```" if served else ""
     needs = "" if kind == "merged" else "# needs: pip install gptqmodel optimum\n"
     return (
-        f"{what}, with transformers or vLLM (`{repo}`):\n\n"
+        f"{what}, with transformers{' or vLLM' if served else ''} (`{repo}`):\n\n"
         f"```python\n{needs}from transformers import pipeline\n\n"
         f'chat = pipeline("text-generation", model="{repo}")\n'
-        'print(chat([{"role": "user", "content": "Hello"}]))\n```\n\n'
-        f"```sh\nvllm serve {repo}\n```"
+        f'print(chat([{{"role": "user", "content": "Hello"}}]))\n```{serve}'
     )
 
 

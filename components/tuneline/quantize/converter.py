@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from tuneline.errors import ToolError
+from tuneline.quantize.disk import raise_if_full
 
 VARIABLE = "TUNELINE_LLAMA_CPP"
 SCRIPT = "convert_hf_to_gguf.py"
@@ -52,6 +53,7 @@ def convert(model_dir: Path, file: Path) -> None:
 
     Raises:
         ToolError: the converter refused the model; the message is its own last line.
+        OSError: the disk is full.
     """
     done = subprocess.run(
         [
@@ -65,7 +67,9 @@ def convert(model_dir: Path, file: Path) -> None:
         env={"OMP_NUM_THREADS": "1", **os.environ},
     )
     if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise_if_full(file)
+        # A progress bar may be the last that it wrote.
+        lines = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line]
         raise ToolError(
             f"llama.cpp's converter refused the model: {lines[-1] if lines else 'no message'}; "
             "models it does not know can still be exported as gptq"

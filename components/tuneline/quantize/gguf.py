@@ -9,6 +9,7 @@ from pathlib import Path
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ToolError
 from tuneline.quantize import converter, gguf_tensors, importance_file
+from tuneline.quantize.disk import raise_if_full
 from tuneline.quantize.formats import Bound
 from tuneline.quantize.reference import Reference
 
@@ -31,6 +32,7 @@ def quantize(f16_dir: Path, target: Path, *, format: str, importance: Path | Non
 
     Raises:
         ToolError: llama.cpp did not make it.
+        OSError: the disk is full.
     """
     f16 = f16_dir / QuantizedModel.read(f16_dir).file
     file = target / _file_name(format)
@@ -79,6 +81,7 @@ def _quantize(source: Path, file: Path, format: str, importance: Path | None) ->
         os.fsencode(source), os.fsencode(file), ctypes.byref(parameters)
     )
     if failed:
+        raise_if_full(file)
         raise ToolError(
             f"llama.cpp could not quantise to {format} (code {failed}); its log above says why"
         )

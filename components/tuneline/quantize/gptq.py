@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from tuneline import tokenizer_files
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ModelError, ProofError, ToolError
+from tuneline.quantize.disk import raise_if_full
 from tuneline.quantize.formats import Bound
 from tuneline.quantize.reference import Reference
 from tuneline.quantize.threads import num_threads
@@ -29,6 +30,8 @@ MAX_ROW_TOKENS = 2048
 """Of a calibration row. The inputs and outputs of a layer are kept on the device for all rows: at
 8B's width 128 rows of so many tokens are 2 x 2.1 GB in bf16, beside a layer and its Hessians."""
 NUM_SPEED_TOKENS = 16
+# As vLLM's auto_gptq.py and marlin_utils.py have it, 2026-11; all ours are symmetric.
+VLLM_BITS, VLLM_GROUP_SIZES = (4, 8), (32, 64, 128)
 
 
 def quantize(
@@ -58,6 +61,9 @@ def quantize(
     bits = int(format.removeprefix("gptq-").removesuffix("bit"))
     taken, note = choose_group_size(linear_widths(model_dir), group_size)
     notes = [note] if note else []
+    for_vllm = bits in VLLM_BITS and taken in VLLM_GROUP_SIZES
+    if not for_vllm:
+        notes.append(f"vLLM has no kernel for {bits} bits in groups of {taken}")
     _run(model_dir, target, bits, taken, desc_act, [row[:MAX_ROW_TOKENS] for row in rows])
     _take_companions(model_dir, target)
     weights = sorted(target.glob("*.safetensors"))
@@ -87,6 +93,7 @@ def quantize(
         num_bytes=num_bytes,
         bits_per_weight=round(8 * num_bytes / num_weights, 4),
         group_size=taken,
+        vllm_has_kernel=for_vllm,
         tensor_types=dict(Counter(dtype.lower() for _, dtype, _ in tensors).most_common()),
         notes=notes,
         max_mean_kl=bound.max_mean_kl,
@@ -179,6 +186,7 @@ def _run(
             env=settings | os.environ,
         )
     if done.returncode != 0:
+        raise_if_full(target / "model.safetensors")
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise ToolError(
             f"gptqmodel could not quantise the model: {lines[-1] if lines else done.returncode}"

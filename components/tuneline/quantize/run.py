@@ -80,6 +80,7 @@ def run(
         ModelError: the directory is not a merged model, or cannot be quantised.
         DataError: no training rows to calibrate on.
         ToolError: a converter or a quantiser is missing or failed.
+        WorldError: a file of theirs is not the one that its step left.
         ProofError: the export does not load, or is not the merged model but for rounding.
     """
     started = time.monotonic()
@@ -132,7 +133,10 @@ def _gguf(
             measure_importance(
                 config, gguf_dir=source, dataset_dir=str(dataset_dir), importance_dir=importance
             )
+        QuantizedModel.read(source).check_files(source)
         matrix = ImportanceMatrix.read(importance) if importance and weighed else None
+        if importance and matrix:
+            matrix.check_files(importance)
         file = gguf.quantize(
             Path(source),
             target,
@@ -205,6 +209,7 @@ def _check_model(path: str) -> MergeProof:
         raise ModelError(
             f"{path} lacks {' and '.join(missing)}, so it is not a whole model: run merge again"
         )
+    proof.check_files(path)
     return proof
 
 

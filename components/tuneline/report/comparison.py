@@ -109,7 +109,7 @@ def recommend(exports: list[QuantizedModel]) -> dict[str, list[str]]:
     if timed:
         fastest = max(timed, key=lambda export: export.tokens_per_second or 0.0)
         uses[fastest.format].append(FASTEST)
-    gptq = [export for export in measured if export.kind == "gptq"]
+    gptq = [e for e in measured if e.kind == "gptq" and e.vllm_has_kernel is not False]
     if gptq:
         near = [e for e in gptq if _is_near(e)]
         uses[(min(near, key=_bytes) if near else min(gptq, key=_kl)).format].append(ON_GPU)
