@@ -24,15 +24,30 @@ from tuneline.kernels.attention import AttentionPlan
 from tuneline.kernels.layer import LayerCall, LayerWeights, layer_backward, layer_forward
 
 GRAPH_MAX_TOKENS = 2048
-"""A graph holds its activations for good: 3 GB at 1024 tokens of a Llama-3.1-8B that keeps all."""
+"""Of a layer as large as Llama-3.1-8B's, and more of a smaller one: see `equal_tokens`.
+
+A graph holds its activations for good: 3 GB at 1024 tokens of a Llama-3.1-8B that keeps all."""
 
 GRAPH_MAX_TOKENS_FP8 = 8192
 """With fp8 products the card is done sooner: at 8192 tokens the host is 28 of 368 ms behind."""
 
 MAX_TOKENS_IN_ALL = 8192
-"""Tokens of all shapes that get a graph, first come first served."""
+"""Tokens of all shapes that get a graph, first come first served; counted likewise."""
+
+_LAYER_WEIGHTS = 218_103_808
+"""Of Llama-3.1-8B."""
 
 Layers = Sequence[tuple[LayerWeights, LayerCall]]
+
+
+def equal_tokens(weights: LayerWeights, num_tokens: int) -> float:
+    """Return how many tokens of a Llama-3.1-8B take a layer of it as long as these take this one.
+
+    The host needs the same time for any layer: a 1B model's card is done with 4096 tokens in what
+    an 8B one's needs for 1000.
+    """
+    num_weights = sum(group.num_out * group.num_in for group in weights.groups())
+    return num_tokens * num_weights / _LAYER_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -200,7 +215,8 @@ class GraphCache:
             for old in stale:
                 del self._graphs[old]
             others = [k[0][0] for k, other in self._graphs.items() if other is not None]
-            if sum(size[0] * size[1] for size in [key[0][0], *others]) > MAX_TOKENS_IN_ALL:
+            num_tokens = sum(size[0] * size[1] for size in [key[0][0], *others])
+            if equal_tokens(layers[0][0], num_tokens) > MAX_TOKENS_IN_ALL:
                 return None
             stack = self._graphs[key] = GraphedStack(layers, x_BLC, cos, sin)
         return stack if stack.is_free else None

@@ -31,7 +31,13 @@ from tuneline.kernels.attention import AttentionPlan
 from tuneline.kernels.binding import Unfusable, bind_layer, fingerprint
 from tuneline.kernels.budget import Budget, Kept, check_budget, share_out
 from tuneline.kernels.cross_entropy import linear_cross_entropy
-from tuneline.kernels.graph import GRAPH_MAX_TOKENS, GRAPH_MAX_TOKENS_FP8, GraphCache, Room
+from tuneline.kernels.graph import (
+    GRAPH_MAX_TOKENS,
+    GRAPH_MAX_TOKENS_FP8,
+    GraphCache,
+    Room,
+    equal_tokens,
+)
 from tuneline.kernels.host_embedding import move_back, move_to_host
 from tuneline.kernels.layer import Handover, LayerCall, LayerWeights, fused_layer
 from tuneline.kernels.rms_norm import rms_norm
@@ -409,7 +415,9 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
         most = GRAPH_MAX_TOKENS_FP8
     graphed = (
         device.type == "cuda"
-        and num_tokens <= most
+        and equal_tokens(next(iter(bound.values())), num_tokens) <= most
+        # What a graph holds cannot wait in the host's memory.
+        and (stash is None or kept.num_layers == len(bound))
         and len(bound) == len(decoder.layers)
         and one_rope
         and len(dtypes) == 1
