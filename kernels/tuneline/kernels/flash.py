@@ -43,7 +43,7 @@ class Blocks:
     num_stages: int
 
 
-# Of 14 the fastest on an H100 (benchmarks/attention.py --sweep), for heads of 128 on rows packed with
+# Of 14 the fastest on an H100 (benchmarks/attention.py --sweep), heads of 128 on rows packed with
 # lengths of GSM8K; forward 128 x 32 takes 6 % less there, and spills on Ampere.
 def _forward_blocks(head_dim: int) -> Blocks:
     return Blocks(128, 64, 8, 2) if head_dim > 128 else Blocks(64, 32, 4, 2)
