@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def test_what_changes_can_be_waited_for(kube_server: Any) -> None:
     ) as process:
         while "WATCH trainjobs" not in kube_server.requests[before:]:
             assert process.poll() is None
+            time.sleep(0.05)
         done = {"type": "Complete", "status": "True"}
         kube_server.put("trainjobs", "job", status={"conditions": [done]})
         output, _ = process.communicate(timeout=30)
