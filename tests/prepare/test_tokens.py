@@ -7,7 +7,7 @@ import pytest
 from tuneline.prepare import templates
 from tuneline.prepare.formats import BadRowError, Example
 from tuneline.prepare.render import Answer, Piece, Renderer
-from tuneline.prepare.tokenise import answer_mask, tokenise
+from tuneline.prepare.tokenise import answer_spans, tokenise
 
 SMOLLM_SYSTEM = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -182,12 +182,14 @@ def test_template_that_refuses_a_role_rejects_the_row(fresh) -> None:
         Renderer(fresh).render(Example(messages=messages))
 
 
-def test_mask_with_trimmed_offsets_and_split_characters() -> None:
+def test_answers_with_trimmed_offsets_and_split_characters() -> None:
     # "Q: ab" + " cd" + end: tokens "Q:", " ab" (trimmed), " " alone (trimmed to nothing), "c",
     # one character as two tokens, end.
     piece = Piece("Q: ab  c\u20ac!\n", [Answer(start=5, content_end=9, end=10)])
     offsets = [(0, 2), (3, 5), (6, 6), (7, 8), (8, 9), (8, 9), (9, 10), (10, 11)]
-    assert answer_mask(piece, offsets) == [0, 0, 1, 1, 1, 1, 1, 0]
+    assert answer_spans(piece, offsets) == [(2, 7)]
+    # A token over the border of prompt and answer.
+    assert answer_spans(piece, [(0, 2), (3, 6), (7, 10), (10, 11)]) is None
 
 
 ALPACA = (

@@ -41,6 +41,9 @@ def load_tokenizer(base_model_dir: str) -> tuple[Any, int]:
             f"the tokenizer in {path} has no fast form (tokenizer.json), and the loss mask needs "
             "the places of tokens in the text that only the fast ones know: convert it first"
         )
+    # Rows are cut later, where it is counted.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     limits = [tokenizer.model_max_length]
     limits.append(getattr(model_config, "max_position_embeddings", None) or _NO_LIMIT)
     return tokenizer, int(min(*limits, _NO_LIMIT))

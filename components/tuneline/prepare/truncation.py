@@ -73,6 +73,8 @@ def cut_rows(source: Path, target: Path, max_seq_length: int, method: str) -> Cu
 def _cut_batch(
     batch: "pyarrow.RecordBatch", max_seq_length: int, method: str
 ) -> "tuple[pyarrow.RecordBatch, Cut]":
+    if _fits(batch, max_seq_length, method):
+        return batch, _count(batch, method)
     counts = Cut()
     kept = []
     for row in parquet.rows_of(batch, method=method):
@@ -88,6 +90,33 @@ def _cut_batch(
             counts.num_loss_tokens += lengths.num_loss_tokens(piece)
             kept.append(piece)
     return parquet.to_batch(kept, method=method), counts
+
+
+def _fits(batch: "pyarrow.RecordBatch", max_seq_length: int, method: str) -> bool:
+    """Whether all rows stay as they are."""
+    import numpy
+
+    sizes = [column.value_lengths().to_numpy() for column in batch.columns]
+    if method == "dpo":
+        prompt, chosen, rejected = sizes
+        longest = numpy.maximum(chosen, rejected)
+        return bool((prompt + longest <= max_seq_length).all() and (prompt < max_seq_length).all())
+    ids, mask = batch.columns
+    if not (sizes[0] <= max_seq_length).all() or (sizes[0] < 2).any():
+        return False
+    starts = mask.offsets.to_numpy()[:-1] - mask.offsets[0].as_py()
+    return bool(numpy.logical_or.reduceat(mask.flatten().to_numpy() == 1, starts).all())
+
+
+def _count(batch: "pyarrow.RecordBatch", method: str) -> Cut:
+    """Count a batch that is kept whole."""
+    sizes = [len(column.flatten()) for column in batch.columns]
+    if method == "dpo":
+        num_tokens, num_learnt = sum(sizes), sum(sizes[1:])
+    else:
+        num_tokens = sizes[0]
+        num_learnt = int(batch.columns[1].flatten().to_numpy().sum(dtype="int64"))
+    return Cut(num_source_tokens=num_tokens, num_tokens=num_tokens, num_loss_tokens=num_learnt)
 
 
 def too_long(
