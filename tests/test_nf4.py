@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tuneline.errors import ModelError
-from tuneline.nf4 import empty_model, load_base, quantized_modules, round_trip
+from tuneline.nf4 import empty_model, file_names, load_base, quantized_modules, round_trip
 
 
 def quantized_layers(model):
@@ -63,6 +63,23 @@ def test_an_eval_forward_leaves_weights_and_gradients_alone(tiny_model_dir, monk
         model(input_ids=ids)
     assert torch.equal(gradient(), first)
     assert all(torch.equal(worth(layer), before[name]) for name, layer in layers.items())
+
+
+def test_weights_are_called_as_in_the_files(tiny_model_dir, tmp_path):
+    """Also where transformers renames them: Gemma-3 with a vision tower is kept in other words."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 99}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    for directory in (tiny_model_dir, tmp_path):
+        names = file_names(empty_model(directory))
+        assert set(load_file(directory / "model.safetensors")) <= set(names.values())
+    own = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert names[own] == "language_model.model.layers.0.mlp.up_proj.weight"
 
 
 def test_a_directory_without_config_is_named(tmp_path):

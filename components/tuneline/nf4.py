@@ -126,6 +126,20 @@ def quantized_modules(model: "PreTrainedModel") -> set[str]:
     }
 
 
+def file_names(model: "PreTrainedModel") -> dict[str, str]:
+    """Name the weights of an empty model as its checkpoints do, by the model's own names.
+
+    transformers renames some families' weights on the way (Gemma-3 with its vision tower), and is
+    asked for the way back. Weights that it would also cut or join are left out.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    weights = model.state_dict()
+    names = {id(weight): name for name, weight in weights.items()}
+    saved = revert_weight_conversion(model, weights)
+    return {names[id(weight)]: name for name, weight in saved.items() if id(weight) in names}
+
+
 def round_trip(weight: "torch.Tensor", *, dtype: "torch.dtype", device: str) -> "torch.Tensor":
     """Return what a weight is worth after NF4 with double quantisation, in fp32 on the CPU.
 

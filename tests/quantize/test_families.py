@@ -43,8 +43,13 @@ BYTE_PAIRS = {
     "Qwen3": {"tie_word_embeddings": True},
 }
 # Of Qwen2 transformers replaces the pre-tokenizer by name, which llama.cpp then does not know.
+# From 4B on, whose text model is trained and exported.
+SEES = "Gemma3 with a vision tower"
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 PIECES = {"Qwen2": {}, "Phi3": {"num_key_value_heads": 4}, "Gemma2": GEMMA, "Gemma3": GEMMA}
-LINEAR = r".*\.(q|k|v|o|qkv|gate|up|down|gate_up)_proj"
+PIECES |= {SEES: GEMMA}
+LINEAR = r"(?!.*vision).*\.(q|k|v|o|qkv|gate|up|down|gate_up)_proj"
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +63,17 @@ def one_thread():
 def save_model(path: Path, family: str, vocab_size: int, ends: dict, **changes) -> None:
     import transformers
 
+    if family == SEES:
+        torch.manual_seed(0)
+        config = transformers.Gemma3Config(
+            text_config={**SIZES, "vocab_size": vocab_size, **ends, **changes},
+            vision_config=VISION,
+            **ends,
+        )
+        model = transformers.Gemma3ForConditionalGeneration(config)
+        model.generation_config.update(**ends)
+        model.save_pretrained(path)
+        return
     kind = "Gemma3Text" if family == "Gemma3" else family
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(

@@ -13,7 +13,7 @@ from tuneline.artifacts import ModelOrigin, TrainingSummary
 from tuneline.errors import ModelError
 from tuneline.merge.adapter import Adapter
 from tuneline.merge.checkpoint import Checkpoint, Spec, write_sharded
-from tuneline.nf4 import empty_model, quantized_modules, round_trip
+from tuneline.nf4 import empty_model, file_names, quantized_modules, round_trip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,8 +27,10 @@ def check_adapter(adapter: Adapter, base_model_dir: Path) -> None:
     Raises:
         ModelError: one has none, or shares it with another weight.
     """
+    checkpoint = Checkpoint(base_model_dir)
+    stored = _StoredNames(checkpoint, base_model_dir)
     needed = {f"{name}.weight" for name in adapter.modules} | set(adapter.replaced)
-    _check_names(Checkpoint(base_model_dir), needed, base_model_dir)
+    _check_names(checkpoint, {stored[name] for name in needed}, base_model_dir)
     _check_tied(adapter, base_model_dir)
 
 
@@ -52,14 +54,17 @@ def merge_weights(
     """
     checkpoint = Checkpoint(base_model_dir)
     trained_dtype = getattr(torch, training.compute_dtype)
+    stored = _StoredNames(checkpoint, base_model_dir)
     in_4bit = set()
     if training.base_quantization == "nf4" and base == "dequantized":
-        in_4bit = {f"{name}.weight" for name in quantized_modules(empty_model(base_model_dir))}
-    adapted = {f"{name}.weight": name for name in adapter.modules}
+        modules = quantized_modules(empty_model(base_model_dir))
+        in_4bit = {stored[f"{name}.weight"] for name in modules}
+    adapted = {stored[f"{name}.weight"]: name for name in adapter.modules}
+    replaced = {stored[name]: weight for name, weight in adapter.replaced.items()}
     _check_names(checkpoint, in_4bit, base_model_dir)
 
     def make(name: str) -> torch.Tensor:
-        weight = adapter.replaced.get(name)
+        weight = replaced.get(name)
         if weight is None:
             weight = checkpoint.read(name)
         if not weight.is_floating_point():
@@ -138,6 +143,19 @@ def check_tokenizer(
             f"the base's tokenizer has the token {last!r} with id {ours[last]}, and the model has "
             f"places for {size}: its tokenizer files are another model's; fetch it again"
         )
+
+
+class _StoredNames:
+    """The names in a checkpoint's files, by those that the model has for its weights."""
+
+    def __init__(self, checkpoint: Checkpoint, base_model_dir: Path) -> None:
+        self._stored = checkpoint.specs
+        self._renamed = file_names(empty_model(base_model_dir))
+
+    def __getitem__(self, name: str) -> str:
+        renamed = self._renamed.get(name, name)
+        # A checkpoint may have been saved under the model's own names.
+        return renamed if renamed in self._stored else name
 
 
 def _check_names(base: Checkpoint, needed: set[str], base_model_dir: Path) -> None:
