@@ -28,6 +28,11 @@ FAULTS = [
         "test_interruption.py::test_twenty_kills_at_random_moments",
     ),
     (
+        "SIGKILL of the step or of a rank, 6 times",
+        "resumed, bitwise equal (2 ranks)",
+        "test_interruption.py::test_ranks_and_their_step_are_killed_at_random_moments",
+    ),
+    (
         "SIGTERM in an evaluation (SFT, DPO)",
         "evaluation repeated, bitwise equal",
         "test_interruption.py::test_a_stop_in_an_evaluation_repeats_it",
