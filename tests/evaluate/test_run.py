@@ -114,9 +114,11 @@ def test_scores_against_single_sequences(
     # Over all tokens, not the mean of the rows' means.
     assert result.tasks["heldout_perplexity"].value == pytest.approx(nats / num_tokens, abs=1e-5)
     assert not result.tasks["heldout_perplexity"].higher_is_better
-    # What writing adds: the time, the files' hashes, the versions of packages.
-    added = {"created_at", "files", "environment", "settings"}
-    assert result.model_dump(exclude=added) == Scores.read(scores_dir).model_dump(exclude=added)
+    # What writing adds: the time, the files' hashes, versions, settings, what it goes back to.
+    added = {"created_at", "files", "environment", "settings", "made_from"}
+    kept = Scores.read(scores_dir)
+    assert result.model_dump(exclude=added) == kept.model_dump(exclude=added)
+    assert set(kept.made_from) == {"dataset", "base_model"}
 
 
 def test_ids_are_the_same_for_another_model_and_another_limit(
