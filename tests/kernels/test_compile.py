@@ -34,7 +34,7 @@ STEP = dict(CLIP=True, PARTIALS=1024, ROWS=8, COLS=256)
 GATED = dict(F=14336, BLOCK=1024)
 NF4 = dict(K=4096, NESTED=True, BLOCK=1024, SIDE_ROWS=64, SIDE_COLS=64)
 ACTIVATION = dict(
-    F=14336, R_DOWN=16, R_GATE=16, R_UP=16, RANKS=16, ROWS=512, BLOCK_ROWS=16, BLOCK_COLS=32,
+    F=14336, R_DOWN=16, R_GATE=16, R_UP=16, RANKS=16, ROWS=1024, BLOCK_ROWS=16, BLOCK_COLS=64,
 )  # fmt: skip
 FLASH = dict(D=256, WIDTH=256, SHARED=2, PACK=2, WINDOW=0, CAPPED=True)
 PACKED = dict(D=128, WIDTH=128, SHARED=4, WINDOW=0, CAPPED=False)
@@ -78,10 +78,10 @@ KERNELS = {
         "gated_activation", "_bwd_kernel", GATED | dict(GELU=True, NEED_H=True), {}, 4,
     ),
     "swiglu backward with LoRA": (
-        "activation_lora", "_bwd_kernel", ACTIVATION | dict(GELU=False), {"partial_ptr": F32}, 2,
+        "activation_lora", "_bwd_kernel", ACTIVATION | dict(GELU=False), {"partial_ptr": F32}, 4,
     ),
     "geglu backward with LoRA": (
-        "activation_lora", "_bwd_kernel", ACTIVATION | dict(GELU=True), {"partial_ptr": F32}, 2,
+        "activation_lora", "_bwd_kernel", ACTIVATION | dict(GELU=True), {"partial_ptr": F32}, 4,
     ),
     "flash forward": (
         "flash", "_fwd_kernel", FLASH | dict(ROWS=128, KEYS=64), FLASH_POINTERS, 8,

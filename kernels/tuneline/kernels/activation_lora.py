@@ -34,10 +34,10 @@ from tuneline.kernels.lora import LoraGroup, mm_wide
 MAX_RANK = 64
 """Three sums of [columns, rank] float32 must fit the registers."""
 
-_ROWS = 512
+_ROWS = 1024
 _BLOCK_ROWS = 16
-_BLOCK_COLS = 32
-_NUM_WARPS = 2
+_BLOCK_COLS = 64
+_NUM_WARPS = 4
 _NUM_STAGES = 3
 
 
