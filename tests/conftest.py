@@ -48,7 +48,7 @@ def tiny_model_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tuneline.artifacts import hash_files
+    from tuneline.record import hash_files
 
     path = tmp_path_factory.mktemp("tiny") / "model"
     shutil.copytree(smollm2_dir, path, ignore=shutil.ignore_patterns("*.safetensors*"))

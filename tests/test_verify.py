@@ -15,11 +15,11 @@ from tuneline.artifacts import (
     ModelOrigin,
     QuantizedModel,
     TrainingSummary,
-    hash_files,
 )
 from tuneline.environment import describe_environment
 from tuneline.errors import DataError
 from tuneline.merge import MergeConfig
+from tuneline.record import hash_files
 from tuneline.train import TrainConfig
 from tuneline.verify import verify
 

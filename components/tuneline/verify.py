@@ -8,7 +8,6 @@ from typing import Any
 
 from tuneline.artifacts import (
     PUBLISHED_BUNDLE,
-    Ancestor,
     DatasetManifest,
     Decision,
     ImportanceMatrix,
@@ -16,14 +15,13 @@ from tuneline.artifacts import (
     ModelOrigin,
     Published,
     QuantizedModel,
-    Record,
     RunSummary,
     Scores,
     TrainingSummary,
-    hash_files,
 )
 from tuneline.environment import describe_environment
 from tuneline.errors import DataError
+from tuneline.record import Ancestor, Record, hash_files
 
 KINDS: tuple[type[Record], ...] = (
     ModelOrigin,

@@ -12,11 +12,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tuneline.artifacts import MergeProof, ModelOrigin, TrainingSummary, hash_files
+from tuneline.artifacts import MergeProof, ModelOrigin, TrainingSummary
 from tuneline.errors import ModelError, OutputExistsError, ProofError, RecipeError, WorldError
 from tuneline.merge import MergeConfig, run
 from tuneline.merge.adapter import Adapter
 from tuneline.nf4 import load_base
+from tuneline.record import hash_files
 from tuneline.train import TrainConfig
 from tuneline.train import run as train
 

@@ -21,7 +21,6 @@ from tuneline.artifacts import (
     MergeProof,
     ModelOrigin,
     QuantizedModel,
-    Record,
     Scores,
     new_directory,
     write_jsonl,
@@ -29,6 +28,7 @@ from tuneline.artifacts import (
 from tuneline.errors import TaskError
 from tuneline.evaluate import heldout, samples
 from tuneline.evaluate.config import EvaluateConfig
+from tuneline.record import Record
 from tuneline.step import emit
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from tuneline.artifacts import PublishedRepo, sha256_of_file
+from tuneline.artifacts import PublishedRepo
 from tuneline.errors import CredentialsError, HubError, TunelineError, UserError
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.staging import MARKER_FILE, StagedRepo
+from tuneline.record import sha256_of_file
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuneline.artifacts import QuantizedModel, Record
+from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ProofError
+from tuneline.record import Record
 from tuneline.verify import foreign_inputs
 
 

@@ -17,14 +17,13 @@ from tuneline.artifacts import (
     MergeProof,
     ModelOrigin,
     QuantizedModel,
-    Record,
     TrainingSummary,
-    hash_files,
 )
 from tuneline.publish.card import model_card
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.proven import StoredFile, check_lineage, check_present, check_unchanged
 from tuneline.recipe import Recipe
+from tuneline.record import Record, hash_files
 from tuneline.version import VERSION
 
 MARKER_FILE = PUBLISHED_BUNDLE

@@ -10,7 +10,6 @@ from tuneline.artifacts import (
     ImportanceMatrix,
     MergeProof,
     QuantizedModel,
-    Record,
     new_directory,
 )
 from tuneline.errors import ModelError, RecipeError
@@ -18,6 +17,7 @@ from tuneline.quantize import formats
 from tuneline.quantize.calibration import read_rows
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.quantize.threads import few_threads
+from tuneline.record import Record
 
 if TYPE_CHECKING:
     from tuneline.quantize.reference import Reference
