@@ -1,0 +1,93 @@
+"""Print what a push comes to when the Hub or the network fails; run by hand.
+
+    python tests/publish/fault_table.py
+
+The real client pushes a merged model and an adapter to a server on localhost. A fault that passes
+is met once, at each of the requests in turn; one that stays is met every time. The tests hold each
+of these outcomes (test_faults.py); this is for reading.
+"""
+
+import collections
+import importlib.util
+import logging
+import os
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+PASSING = (429, 500, 503, "cut", "half", "lost")
+STAYING = (401, 403, 404, 409, 412, 422, 429, 503, "cut")
+WORDS = {
+    "cut": "the connection is cut before an answer",
+    "half": "the connection is cut in the middle of what is sent",
+    "lost": "the request arrives, its answer is lost",
+}
+
+
+def module(name: str) -> ModuleType:
+    """Load a module beside this one; tests are no package."""
+    path = Path(__file__).parent / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def outcome(hub_server: ModuleType, root: Path, route: str, fault, count: int) -> str:
+    """Push once to a new Hub with one fault; return "one commit each" or the error's sentence."""
+    from tuneline.errors import TunelineError
+    from tuneline.publish.config import PublishConfig
+    from tuneline.publish.hub import push
+    from tuneline.publish.staging import StagedRepo
+
+    server = hub_server.Hub()
+    os.environ["HF_ENDPOINT"] = server.url
+    server.faults = [(route, fault, count)]
+    staged = [
+        StagedRepo("me/mine-lora", "adapter", root / "lora"),
+        StagedRepo("me/mine", "merged", root / "merged"),
+    ]
+    try:
+        push(staged, token=hub_server.TOKEN, config=PublishConfig(max_attempts=3))
+        commits = {len(kept["commits"]) - 1 for kept in server.repos.values()}
+        return "one commit each" if commits == {1} else f"commits: {sorted(commits)}"
+    except TunelineError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        server.close()
+
+
+def main() -> None:
+    """Print two tables in Markdown."""
+    os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    logging.disable(logging.ERROR)
+    from huggingface_hub.utils import _http
+
+    import tuneline.publish.hub
+
+    tests, hub_server = module("test_faults"), module("hub_server")
+    for client in (_http, tuneline.publish.hub):
+        client.time.sleep = lambda seconds: None  # waiting is not waited for
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        for name in ("lora", "merged"):
+            (root / name).mkdir()
+            (root / name / "tuneline.json").write_text("{}")
+            (root / name / "1.safetensors").write_bytes(os.urandom(100_000))
+        print("| once, at any request | outcome |\n|---|---|")
+        for fault in PASSING:
+            routes = tests.ROUTES if fault != "half" else ("send", "commit")
+            found = collections.Counter(
+                outcome(hub_server, root, tests.ROUTES[route], fault, 1) for route in routes
+            )
+            shown = "; ".join(f"{text} ({count} requests)" for text, count in found.items())
+            print(f"| {WORDS.get(fault, fault)} | {shown} |", flush=True)
+        print("\n| every time, at the commit | outcome |\n|---|---|")
+        for fault in STAYING:
+            said = outcome(hub_server, root, tests.ROUTES["commit"], fault, 999)
+            print(f"| {WORDS.get(fault, fault)} | {said} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
