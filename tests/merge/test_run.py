@@ -322,17 +322,30 @@ def test_an_adapter_with_another_vocabulary(merge, tmp_path, adapter_dir):
         merge(adapter=adapter)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model(merge, tmp_path, tiny_model_dir, adapter_dir):
+@pytest.mark.parametrize("added", [True, False])
+def test_a_tokenizer_with_more_tokens_than_the_model(
+    merge, added, tmp_path, tiny_model_dir, adapter_dir, caplog
+):
+    """An added token is only warned of: Gemma-3 of 1B has one, for images."""
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir, base)
     adapter = changed_adapter(adapter_dir, tmp_path / "adapter")
     for path in (base, adapter):
         tokenizer = json.loads((path / "tokenizer.json").read_text())
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        added = {"id": 49152, "content": "<|more|>", "special": True, **flags}
-        tokenizer["added_tokens"].append(added)
+        if added:
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            token = {"id": 49152, "content": "<|more|>", "special": True, **flags}
+            tokenizer["added_tokens"].append(token)
+        else:
+            tokenizer["model"]["vocab"]["<|more|>"] = 49152
         (path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ModelError, match=r"token '<\|more\|>' with id 49152, .* for 49152: its"):
+    if added:
+        merge(base_model_dir=base, adapter=adapter)
+        assert r"no place for the tokens ['<|more|>']" in caplog.text
+        return
+    with pytest.raises(
+        ModelError, match=r"has 1 tokens, first '<\|more\|>', with ids from 49152 on"
+    ):
         merge(base_model_dir=base, adapter=adapter)
 
 

@@ -137,12 +137,17 @@ def check_tokenizer(
             )
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     size = (settings.get("text_config") or settings).get("vocab_size")
-    last = max(ours, key=ours.__getitem__)
-    if size is not None and ours[last] >= size:
+    beyond = sorted(token for token, index in ours.items() if size is not None and index >= size)
+    # Gemma-3 of 1B has a token for images, which its text model has no place for.
+    strange = [token for token in beyond if token not in tokenizer.get_added_vocab()]
+    if strange:
         raise ModelError(
-            f"the base's tokenizer has the token {last!r} with id {ours[last]}, and the model has "
-            f"places for {size}: its tokenizer files are another model's; fetch it again"
+            f"the base's tokenizer has {len(strange)} tokens, first {strange[0]!r}, with ids from "
+            f"{size} on, for which the model has no place: its tokenizer files are another "
+            "model's; fetch it again"
         )
+    if beyond:
+        logger.warning("the model has no place for the tokens %s: never use them", beyond)
 
 
 class _StoredNames:
