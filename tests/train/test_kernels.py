@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tuneline.artifacts import DatasetManifest
+from tuneline.errors import RecipeError
 from tuneline.kernels import FlatAdamW, unpatch
 from tuneline.nf4 import load_base
 from tuneline.train import TrainConfig
@@ -90,3 +91,5 @@ def test_losses_and_adapter_equal_those_of_the_stock_model(
 def test_kernels_stay_off_where_they_cannot_run():
     assert not can_fuse("auto", "cpu")
     assert not can_fuse("off", "cuda")
+    with pytest.raises(RecipeError, match=r"train.kernels: fp8 needs .* this is cpu: take auto"):
+        can_fuse("fp8", "cpu")

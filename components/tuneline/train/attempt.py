@@ -12,7 +12,6 @@ from transformers.trainer_callback import PrinterCallback
 from tuneline import nf4
 from tuneline.artifacts import PROGRESS_FILE, DatasetManifest, ModelOrigin, TrainingSummary
 from tuneline.errors import StoppedError
-from tuneline.kernels import patch
 from tuneline.train import ranks, zero2
 from tuneline.train.adapter import (
     keep_adapter_in_fp32,
@@ -155,10 +154,9 @@ def train(
     trainer.model._ddp_params_and_buffers_to_ignore = [
         name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad
     ]
-    kernels = fuse_trainer(trainer) if fuses else "off"
-    if fuses and plan.kept_gib is not None:
-        # Patching again changes what they may keep.
-        patch(trainer.model, budget=plan.kept_gib)
+    kernels = "off"
+    if fuses:
+        kernels = fuse_trainer(trainer, mode=config.kernels, kept_gib=plan.kept_gib)
     if config.embedding_learning_rate is not None:
         # A flat optimizer has one rate; the trainer makes one with two.
         trainer.optimizer = trainer.own_grad_norm = None

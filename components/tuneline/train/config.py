@@ -88,8 +88,9 @@ class TrainConfig(StrictModel):
     max_grad_norm: float = Field(0.3, gt=0)
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, a quarter more time."""
-    kernels: Literal["auto", "off"] = "auto"
-    """auto: our fused layers where the GPU can run them, which then choose what to recompute."""
+    kernels: Literal["auto", "off", "fp8"] = "auto"
+    """auto: our fused layers where the GPU can run them, which then choose what to recompute; fp8:
+    their products in 8 bits too, a third faster and some 4 % off each (Hopper)."""
     fit: Literal["auto", "refuse", "off"] = "auto"
     """When memory is estimated to be short: auto takes fewer rows a forward and more forwards a
     step, then gradient_checkpointing, then what fit_min_length allows; refuse names the change and
