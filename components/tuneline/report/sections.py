@@ -28,6 +28,7 @@ from tuneline.report.line import stages
 from tuneline.report.records import Line
 from tuneline.units import count, duration, number, parameters, share, signed, size
 
+TRAINED_WITH = ("torch", "transformers", "peft", "trl")
 OUTCOME_TONES = {"better": "good", "worse": "bad", "undecided": "plain"}
 
 
@@ -355,8 +356,11 @@ def provenance(line: Line) -> str:
         ("Revision", origin.revision or "none, a local source"),
         ("Base fetched", origin.created_at),
     ]
+    versions = [f"{name} {adapter.environment.get(name, '-')}" for name in TRAINED_WITH]
     right = [
         ("tuneline", ", ".join(made)),
+        ("Trained with", ", ".join(versions)),
+        ("Seed, kernels", f"{line.recipe.train.seed}, {adapter.environment.get('kernels', '-')}"),
         ("Benchmark", line.tuned_scores.harness),
         ("Decided", line.decision.created_at),
     ]
