@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tuneline.kernels.attention import AttentionConfig, AttentionPlan
-from tuneline.kernels.graph import Room, _key
+from tuneline.kernels.budget import kept_bytes, normed_bytes
+from tuneline.kernels.graph import Room, _key, equal_tokens, held_bytes
 from tuneline.kernels.layer import LayerCall, LayerWeights
 from tuneline.kernels.lora import LoraGroup, LoraLinear
 
@@ -73,3 +74,24 @@ def test_rows_of_one_room_find_one_graph(tensors):
         layers = [(weights, LayerCall(_plan(*lengths), True)) for weights, _ in _layers(tensors)]
         keys.append(_key(layers, torch.ones(1, sum(lengths), 8), torch.ones(1, sum(lengths), 4)))
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_graph_holds_what_its_layers_keep(tensors):
+    (weights, _), *_ = _layers(tensors)
+    plan = AttentionPlan()
+    lean, kept, all_of_it = (
+        held_bytes([(weights, LayerCall(plan, keep, keep_normed=normed))], 5, 2)
+        for keep, normed in [(False, False), (True, False), (True, True)]
+    )
+    assert lean == 5 * 8 * 2
+    assert kept - lean == kept_bytes(weights, 5, 2)
+    assert all_of_it - kept == normed_bytes(weights, 5, 2)
+
+
+def test_tokens_count_by_the_weights_that_they_meet(tensors):
+    (weights, _), *_ = _layers(tensors)
+    num_weights = sum(group.num_out * group.num_in for group in weights.groups())
+    assert num_weights == 4 * 64
+    # Llama-3.1-8B's layer: q and o, k and v, the MLP.
+    eight_b = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    assert equal_tokens(weights, eight_b) == num_weights

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
 from tuneline.kernels.attention import AttentionPlan
+from tuneline.kernels.budget import kept_bytes, normed_bytes
 from tuneline.kernels.layer import LayerCall, LayerWeights, layer_backward, layer_forward
 
 GRAPH_MAX_TOKENS = 2048
@@ -31,8 +32,8 @@ A graph holds its activations for good: 3 GB at 1024 tokens of a Llama-3.1-8B th
 GRAPH_MAX_TOKENS_FP8 = 8192
 """With fp8 products the card is done sooner: at 8192 tokens the host is 28 of 368 ms behind."""
 
-MAX_TOKENS_IN_ALL = 8192
-"""Tokens of all shapes that get a graph, first come first served; counted likewise."""
+MEMORY_SHARE = 0.5
+"""Of the card, for the activations of all graphs together; shapes come first served."""
 
 _LAYER_WEIGHTS = 218_103_808
 """Of Llama-3.1-8B."""
@@ -48,6 +49,16 @@ def equal_tokens(weights: LayerWeights, num_tokens: int) -> float:
     """
     num_weights = sum(group.num_out * group.num_in for group in weights.groups())
     return num_tokens * num_weights / _LAYER_WEIGHTS
+
+
+def held_bytes(layers: Layers, num_tokens: int, itemsize: int) -> int:
+    """Bytes that a graph holds between its replays: what the layers keep."""
+    num_bytes = 0
+    for weights, call in layers:
+        num_bytes += num_tokens * weights.qkv.num_in * itemsize
+        num_bytes += call.keep * kept_bytes(weights, num_tokens, itemsize)
+        num_bytes += call.keep_normed * normed_bytes(weights, num_tokens, itemsize)
+    return num_bytes
 
 
 @dataclass(frozen=True)
@@ -201,6 +212,7 @@ class GraphCache:
     def __init__(self) -> None:
         """Start empty."""
         self._graphs: dict[tuple[Any, ...], GraphedStack | None] = {}
+        self._held_bytes: dict[tuple[Any, ...], int] = {}
 
     def find(self, layers: Layers, x_BLC: Tensor, cos: Tensor, sin: Tensor) -> GraphedStack | None:
         """Return a free graph for this call, or None: then run layer by layer."""
@@ -214,11 +226,13 @@ class GraphCache:
             stale = [k for k in self._graphs if k[0] == key[0] and k != key]
             for old in stale:
                 del self._graphs[old]
-            others = [k[0][0] for k, other in self._graphs.items() if other is not None]
-            num_tokens = sum(size[0] * size[1] for size in [key[0][0], *others])
-            if equal_tokens(layers[0][0], num_tokens) > MAX_TOKENS_IN_ALL:
+                self._held_bytes.pop(old, None)
+            held = held_bytes(layers, key[0][0][0] * key[0][0][1], x_BLC.element_size())
+            total = torch.cuda.mem_get_info(x_BLC.device)[1]
+            if held + sum(self._held_bytes.values()) > MEMORY_SHARE * total:
                 return None
             stack = self._graphs[key] = GraphedStack(layers, x_BLC, cos, sin)
+            self._held_bytes[key] = held
         return stack if stack.is_free else None
 
 
