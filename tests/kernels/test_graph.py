@@ -6,7 +6,8 @@ import torch
 from tuneline.kernels.attention import AttentionConfig, AttentionPlan
 from tuneline.kernels.budget import kept_bytes, normed_bytes
 from tuneline.kernels.graph import Room, _key, equal_tokens, held_bytes
-from tuneline.kernels.layer import LayerCall, LayerWeights
+from tuneline.kernels.layer import LayerCall
+from tuneline.kernels.layer_weights import LayerWeights
 from tuneline.kernels.lora import LoraGroup, LoraLinear
 
 TENSORS = ["weight", "bias", "lora_a", "lora_b", "attention_norm", "mlp_norm", "q_norm", "k_norm"]

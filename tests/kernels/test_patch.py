@@ -225,7 +225,7 @@ def test_any_budget_gives_the_same_bits(family, interpreted):
 
 def test_chunks_of_the_mlp_add_up(monkeypatch, interpreted):
     model = make_model("gemma2", dtype=torch.float32)
-    monkeypatch.setattr("tuneline.kernels.layer.MLP_CHUNK_TOKENS", 4)
+    monkeypatch.setattr("tuneline.kernels.mlp_half.MLP_CHUNK_TOKENS", 4)
     patch(model, budget="lean")
     ours = step(model, batch(2, 5))
     monkeypatch.undo()

@@ -16,7 +16,7 @@ from torch import nn
 
 from tuneline.kernels.attention import AttentionConfig
 from tuneline.kernels.fp8 import largest_weight
-from tuneline.kernels.layer import LayerWeights
+from tuneline.kernels.layer_weights import LayerWeights
 from tuneline.kernels.lora import LoraGroup, LoraLinear
 from tuneline.kernels.nf4 import NF4Weight
 from tuneline.kernels.spec import ACTIVATIONS, FamilySpec

@@ -13,7 +13,8 @@ from typing import Literal
 
 import torch
 
-from tuneline.kernels.layer import MLP_CHUNK_TOKENS, LayerWeights
+from tuneline.kernels.layer_weights import LayerWeights
+from tuneline.kernels.mlp_half import MLP_CHUNK_TOKENS
 
 Budget = Literal["auto", "lean"] | float
 """`auto`: what is free now, less head-room; `lean`: nothing; or GiB for kept activations."""

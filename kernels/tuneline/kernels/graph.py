@@ -22,7 +22,8 @@ from torch._utils import _unflatten_dense_tensors
 
 from tuneline.kernels.attention import AttentionPlan
 from tuneline.kernels.budget import kept_bytes, normed_bytes
-from tuneline.kernels.layer import LayerCall, LayerWeights, layer_backward, layer_forward
+from tuneline.kernels.layer import LayerCall, layer_backward, layer_forward
+from tuneline.kernels.layer_weights import LayerWeights
 
 GRAPH_MAX_TOKENS = 2048
 """Of a layer as large as Llama-3.1-8B's, and more of a smaller one: see `equal_tokens`.

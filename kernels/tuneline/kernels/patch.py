@@ -39,7 +39,8 @@ from tuneline.kernels.graph import (
     equal_tokens,
 )
 from tuneline.kernels.host_embedding import move_back, move_to_host
-from tuneline.kernels.layer import Handover, LayerCall, LayerWeights, fused_layer
+from tuneline.kernels.layer import Handover, LayerCall, fused_layer
+from tuneline.kernels.layer_weights import LayerWeights
 from tuneline.kernels.rms_norm import rms_norm
 from tuneline.kernels.spec import FamilySpec, family_spec
 from tuneline.kernels.stash import HostStash

@@ -119,14 +119,10 @@ def rms_norm_forward(
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *,
-    gemma: bool, dresidual: Tensor | None = None, need_dweight: bool = False,
-    out: Tensor | None = None,
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, gemma: bool,
+    dresidual: Tensor | None = None, need_dweight: bool = False, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return (dx, dweight or None); x is what was normed (the new residual), dresidual is added.
-
-    dx goes to `out` when given: [T, K] of any row stride.
-    """
+    """Return (dx, dweight or None); x is what was normed, dx = `out` [T, K] when given."""
     if not use_kernel(x):
         rstd = rstd.view(*x.shape[:-1], 1)
         n, dn = x * rstd, dy * (1 + weight if gemma else weight).to(rstd.dtype)

@@ -1,0 +1,204 @@
+"""The first half of a decoder layer: x2 = x + o_proj(attention(rope(qkv(norm(x))))).
+
+Forward and backward by hand; layer.py says what is kept in between.
+
+Shapes: B rows of L tokens, T = B L, C hidden size, N outputs of a group; see lora.py for K and P.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tuneline.kernels.attention import (
+    AttentionConfig,
+    AttentionPlan,
+    attention_backward,
+    attention_forward,
+)
+from tuneline.kernels.layer_weights import (
+    LayerWeights,
+    Normed,
+    add_normed,
+    normed_gradient,
+    normed_input,
+)
+from tuneline.kernels.lora import LoraGradients, LoraGroup
+from tuneline.kernels.operands import (
+    Fp8Operands,
+    WideOperands,
+    augmented_input,
+    group_operands,
+)
+from tuneline.kernels.rms_norm import rms_norm_backward
+from tuneline.kernels.rope import rope_backward, rope_forward
+
+
+@dataclass(slots=True)
+class AttentionHalf:
+    """Intermediates of x -> x2; q and k before rope only where a head norm needs them."""
+
+    qkv_TN: Tensor
+    q_BLHD: Tensor
+    k_BLGD: Tensor
+    attention_saved: tuple[Tensor, ...]
+    o_input_TKP: Tensor
+    x2_TC: Tensor
+    o_TC: Tensor | None
+    o_operands: WideOperands | Fp8Operands | None
+    normed: Normed | None
+
+
+def split_heads(
+    qkv_TN: Tensor, shape: torch.Size, config: AttentionConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """View [T, N] as q [B, L, H, D], k and v [B, L, G, D]."""
+    heads_BLND = qkv_TN.view(shape[0], shape[1], -1, config.head_dim)
+    return heads_BLND.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], 2)
+
+
+def attention_half(
+    x_TC: Tensor,
+    shape: torch.Size,
+    cos: Tensor,
+    sin: Tensor,
+    weights: LayerWeights,
+    plan: AttentionPlan,
+) -> AttentionHalf:
+    """Compute x2 and all that its backward may want."""
+    operands = group_operands(weights.qkv, x_TC)
+    normed = normed_input(x_TC, weights.attention_norm, weights, weights.qkv, operands)
+    qkv_TN = operands.forward(normed[0])
+    del operands
+    q, k, v = split_heads(qkv_TN, shape, weights.attention)
+    q, k = rope_forward(
+        q,
+        k,
+        cos,
+        sin,
+        q_weight=weights.q_norm,
+        k_weight=weights.k_norm,
+        eps=weights.eps,
+        gemma=weights.gemma,
+        out=(q, k) if weights.q_norm is None else None,
+    )
+    group = weights.o
+    o_input_TKP = augmented_input(x_TC.shape[0], group, x_TC)
+    a_BLHD = _heads(o_input_TKP, group, q.shape)
+    saved = attention_forward(q, k, v, plan, weights.attention, out=a_BLHD)
+    o_operands = group_operands(group, x_TC)
+    o_operands.write_lora_columns(o_input_TKP)
+    return after_attention(x_TC, qkv_TN, q, k, saved, o_input_TKP, o_operands, weights, normed)
+
+
+def _heads(o_input_TKP: Tensor, group: LoraGroup, shape: torch.Size) -> Tensor:
+    """View the attention's output [B, L, H, D] inside o_proj's input."""
+    return o_input_TKP[:, : group.num_in].unflatten(0, shape[:2]).view(shape)
+
+
+def after_attention(
+    x_TC: Tensor,
+    qkv_TN: Tensor,
+    q_BLHD: Tensor,
+    k_BLGD: Tensor,
+    saved: tuple[Tensor, ...],
+    o_input_TKP: Tensor,
+    o_operands: WideOperands | Fp8Operands,
+    weights: LayerWeights,
+    normed: Normed | None,
+) -> AttentionHalf:
+    """Compute x2 from the attention's output, which lies in o_proj's input."""
+    if weights.after_attention_norm is None:
+        x2_TC = o_operands.forward(o_input_TKP, residual_TN=x_TC)
+        o_TC = None
+    else:
+        o_TC = o_operands.forward(o_input_TKP)
+        x2_TC = add_normed(x_TC, o_TC, weights.after_attention_norm, weights)
+    return AttentionHalf(
+        qkv_TN, q_BLHD, k_BLGD, saved, o_input_TKP, x2_TC, o_TC, o_operands, normed
+    )
+
+
+def attention_half_backward(
+    dx2_TCP: Tensor,
+    x_TC: Tensor,
+    half: AttentionHalf,
+    cos: Tensor,
+    sin: Tensor,
+    weights: LayerWeights,
+    plan: AttentionPlan,
+    *,
+    need_dx: bool,
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Return dx with down_proj's P columns beside it, still empty, and the adapters' gradients."""
+    shape, config, group = half.q_BLHD.shape, weights.attention, weights.o
+    dx2_TC = dx2_TCP[:, : group.num_out]
+    do_TCP: Tensor | None = dx2_TCP
+    do_TC = dx2_TC
+    if weights.after_attention_norm is not None:
+        assert half.o_TC is not None
+        do_TCP = None
+        do_TC = normed_gradient(dx2_TC, half.o_TC, weights.after_attention_norm, weights)
+    operands = group_operands(group, x_TC) if half.o_operands is None else half.o_operands
+    half.o_operands = None
+    da_TK, g_TP = operands.input_gradient(do_TC, do_TCP)
+    del operands
+    o_grads = LoraGradients(group)
+    o_grads.add(
+        do_TC, g_TP, half.o_input_TKP[:, : group.num_in], half.o_input_TKP[:, group.num_in :]
+    )
+    q_in, k_in, v = split_heads(half.qkv_TN, shape, config)
+    dqkv_TN = torch.empty_like(half.qkv_TN)
+    dq_out, dk_out, dv_out = split_heads(dqkv_TN, shape, config)
+    dq, dk = attention_backward(
+        da_TK.view(shape),
+        half.q_BLHD,
+        half.k_BLGD,
+        v,
+        _heads(half.o_input_TKP, group, shape),
+        half.attention_saved,
+        plan,
+        config,
+        out=(dq_out, dk_out, dv_out),
+    )
+    rope_backward(
+        dq,
+        dk,
+        cos,
+        sin,
+        q=q_in,
+        k=k_in,
+        q_weight=weights.q_norm,
+        k_weight=weights.k_norm,
+        eps=weights.eps,
+        gemma=weights.gemma,
+        out=(dq_out, dk_out),
+    )
+    del dq, dk
+    operands = group_operands(weights.qkv, x_TC)
+    if half.normed is None:
+        half.normed = normed_input(x_TC, weights.attention_norm, weights, weights.qkv, operands)
+    x_TKP, rstd_T = half.normed
+    dn_TC: Tensor | None = None
+    if need_dx:
+        dn_TC, g_TP = operands.input_gradient(dqkv_TN)
+    else:
+        g_TP = operands.lora_gradient(dqkv_TN)
+    num_in = weights.qkv.num_in
+    qkv_grads = LoraGradients(weights.qkv)
+    qkv_grads.add(dqkv_TN, g_TP, x_TKP[:, :num_in], x_TKP[:, num_in:])
+    if dn_TC is None:
+        return None, qkv_grads.split(), o_grads.split()
+    dx_TCP = x_TC.new_empty(x_TC.shape[0], num_in + weights.down.num_columns)
+    rms_norm_backward(
+        dn_TC,
+        x_TC,
+        weights.attention_norm,
+        rstd_T,
+        gemma=weights.gemma,
+        dresidual=dx2_TC,
+        out=dx_TCP[:, :num_in],
+    )
+    return dx_TCP, qkv_grads.split(), o_grads.split()

@@ -1,0 +1,83 @@
+"""What a decoder layer computes with, and its norms, which both halves of it begin or end with.
+
+Shapes: T tokens, C hidden size, K a group's inputs, P its padded columns (see lora.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tuneline.kernels.attention import AttentionConfig
+from tuneline.kernels.gated_activation import Kind
+from tuneline.kernels.lora import LoraGroup
+from tuneline.kernels.operands import Fp8Operands, WideOperands, augmented_input
+from tuneline.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+
+Normed = tuple[Tensor, Tensor]
+"""X' = [norm(x) | norm(x) A^T], and rstd."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Everything frozen and trained in one layer; norms by role, absent ones None."""
+
+    qkv: LoraGroup
+    o: LoraGroup
+    gate_up: LoraGroup
+    down: LoraGroup
+    attention: AttentionConfig
+    activation: Kind
+    eps: float
+    gemma: bool
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    after_attention_norm: Tensor | None = None
+    after_mlp_norm: Tensor | None = None
+
+    def groups(self) -> tuple[LoraGroup, LoraGroup, LoraGroup, LoraGroup]:
+        """The four groups in the order of the layer's gradients."""
+        return self.qkv, self.o, self.gate_up, self.down
+
+    def norms(self) -> tuple[Tensor | None, ...]:
+        """The weights of the norms, None where the family has none."""
+        sandwich = self.after_attention_norm, self.after_mlp_norm
+        return self.attention_norm, self.mlp_norm, self.q_norm, self.k_norm, *sandwich
+
+    def parameters(self) -> list[Tensor]:
+        """Every adapter tensor of the layer."""
+        return [t for group in self.groups() for t in group.parameters()]
+
+
+def normed_input(
+    x_TC: Tensor,
+    norm: Tensor,
+    weights: LayerWeights,
+    group: LoraGroup,
+    operands: WideOperands | Fp8Operands,
+    x_TKP: Tensor | None = None,
+) -> Normed:
+    """Write X' = [norm(x) | norm(x) A^T], and return it with rstd."""
+    if x_TKP is None:
+        x_TKP = augmented_input(x_TC.shape[0], group, x_TC)
+    out = x_TKP[:, : group.num_in]
+    _, _, rstd_T = rms_norm_forward(x_TC, norm, weights.eps, gemma=weights.gemma, out=out)
+    operands.write_lora_columns(x_TKP)
+    return x_TKP, rstd_T
+
+
+def add_normed(x_TC: Tensor, branch_TC: Tensor, norm: Tensor, weights: LayerWeights) -> Tensor:
+    """Return x + norm(branch)."""
+    normed, _, _ = rms_norm_forward(branch_TC, norm, weights.eps, gemma=weights.gemma)
+    return normed.add_(x_TC)
+
+
+def normed_gradient(
+    dy_TC: Tensor, branch_TC: Tensor, norm: Tensor, weights: LayerWeights
+) -> Tensor:
+    """Return the gradient of norm(branch) with respect to branch; rstd is computed again."""
+    _, _, rstd_T = rms_norm_forward(branch_TC, norm, weights.eps, gemma=weights.gemma)
+    return rms_norm_backward(dy_TC, branch_TC, norm, rstd_T, gemma=weights.gemma)[0]

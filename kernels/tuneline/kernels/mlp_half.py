@@ -1,0 +1,137 @@
+"""The second half of a decoder layer: y = x2 + down(act(gate(n2)) * up(n2)), n2 = norm(x2).
+
+Forward and backward by hand, over chunks of tokens: its temporaries, three times 2 F wide, set a
+lean step's peak. layer.py says what is kept in between.
+
+Shapes: T tokens, n of a chunk, C hidden size, F intermediate size; see lora.py for K and P.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tuneline.kernels.activation_lora import activation_lora_backward
+from tuneline.kernels.gated_activation import gated_activation_forward
+from tuneline.kernels.layer_weights import (
+    LayerWeights,
+    Normed,
+    add_normed,
+    normed_gradient,
+    normed_input,
+)
+from tuneline.kernels.lora import LoraGradients, mm_wide
+from tuneline.kernels.operands import augmented_input, group_operands
+from tuneline.kernels.rms_norm import rms_norm_backward
+
+MLP_CHUNK_TOKENS = 4096
+"""A GEMM of this many rows still fills an H100; fewer rows would leave it waiting for the tail."""
+
+
+def _chunks(num_tokens: int) -> list[slice]:
+    """Split the tokens evenly into the fewest chunks of at most MLP_CHUNK_TOKENS."""
+    num_chunks = -(-num_tokens // MLP_CHUNK_TOKENS)
+    size = -(-num_tokens // num_chunks)
+    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+
+def mlp_forward(
+    x2_TC: Tensor, weights: LayerWeights, keep: bool, *, keep_normed: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Normed | None]:
+    """Return y, gate and up if kept, h A_down^T, down's output if a norm follows it, n2 if kept.
+
+    x2 is overwritten by y unless it is kept or still needed whole.
+    """
+    num_tokens, gate_up, down = x2_TC.shape[0], weights.gate_up, weights.down
+    sandwich = weights.after_mlp_norm is not None
+    in_place = not keep and not sandwich
+    y_TC = x2_TC if in_place else torch.empty_like(x2_TC)
+    gate_up_TF = x2_TC.new_empty(num_tokens, gate_up.num_out) if keep else None
+    down_input_TP = x2_TC.new_empty(num_tokens, down.num_columns)
+    normed_TKP = augmented_input(num_tokens, gate_up, x2_TC) if keep_normed else None
+    rstds = []
+    gate_up_operands, down_operands = group_operands(gate_up, x2_TC), group_operands(down, x2_TC)
+    for rows in _chunks(num_tokens):
+        x_TKP = None if normed_TKP is None else normed_TKP[rows]
+        x_TKP, rstd_n = normed_input(
+            x2_TC[rows], weights.mlp_norm, weights, gate_up, gate_up_operands, x_TKP
+        )
+        rstds.append(rstd_n)
+        out = None if gate_up_TF is None else gate_up_TF[rows]
+        gate_up_nF = gate_up_operands.forward(x_TKP, out=out)
+        h_TKP = augmented_input(x_TKP.shape[0], down, x2_TC)
+        gated_activation_forward(gate_up_nF, weights.activation, out=h_TKP[:, : down.num_in])
+        del gate_up_nF, out
+        down_operands.write_lora_columns(h_TKP)
+        down_input_TP[rows] = h_TKP[:, down.num_in :]
+        residual_nC = None if sandwich else x2_TC[rows]
+        down_operands.forward(h_TKP, residual_TN=residual_nC, out=y_TC[rows])
+    normed = None if normed_TKP is None else (normed_TKP, torch.cat(rstds))
+    if weights.after_mlp_norm is None:
+        return y_TC, gate_up_TF, down_input_TP, None, normed
+    sum_TC = add_normed(x2_TC, y_TC, weights.after_mlp_norm, weights)
+    return sum_TC, gate_up_TF, down_input_TP, y_TC, normed
+
+
+def mlp_backward(
+    dy_TC: Tensor,
+    dy_TCP: Tensor | None,
+    x2_TC: Tensor,
+    gate_up_TF: Tensor | None,
+    down_input_TP: Tensor,
+    d_TC: Tensor | None,
+    normed: Normed | None,
+    weights: LayerWeights,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return dx2 with o_proj's P columns beside it, still empty, and the adapters' gradients."""
+    gate_up, down = weights.gate_up, weights.down
+    num_tokens, num_hidden = x2_TC.shape
+    dd_TC = dy_TC
+    if weights.after_mlp_norm is not None:
+        assert d_TC is not None
+        dd_TC, dy_TCP = normed_gradient(dy_TC, d_TC, weights.after_mlp_norm, weights), None
+    gate_up_operands, down_operands = group_operands(gate_up, x2_TC), group_operands(down, x2_TC)
+    gate_up_grads, down_grads = LoraGradients(gate_up), LoraGradients(down)
+    dx2_TCP = x2_TC.new_empty(num_tokens, num_hidden + weights.o.num_columns)
+    for rows in _chunks(num_tokens):
+        x2_nC, dd_nC = x2_TC[rows], dd_TC[rows]
+        x_TKP, rstd_n = (
+            normed_input(x2_nC, weights.mlp_norm, weights, gate_up, gate_up_operands)
+            if normed is None
+            else (normed[0][rows], normed[1][rows])
+        )
+        kept = gate_up_TF is not None
+        gate_up_nF = gate_up_operands.forward(x_TKP) if gate_up_TF is None else gate_up_TF[rows]
+        room_nCP = None if dy_TCP is None else dy_TCP[rows]
+        dh_nF, g_TP = down_operands.input_gradient(dd_nC, room_nCP)
+        num_in = gate_up.num_in
+        # One pass over dh, gate and up gives their gradients and two of the adapters'.
+        along = activation_lora_backward(
+            dh_nF,
+            gate_up_nF,
+            weights.activation,
+            down=down,
+            gate_up=gate_up,
+            g_TP=g_TP,
+            xa_TP=x_TKP[:, num_in:],
+            inplace=not kept,
+        )
+        del gate_up_nF, dh_nF
+        if along.da_down is not None:
+            down_grads.add_a(along.da_down)
+            down_grads.add_b(down.blocks(mm_wide(dd_nC.t(), down_input_TP[rows])))
+        dn_nC, g_TP = gate_up_operands.input_gradient(along.d_gate_up)
+        if g_TP is not None and along.db_gate_up is not None:
+            gate_up_grads.add_a(mm_wide(g_TP.t(), x_TKP[:, :num_in]))
+            gate_up_grads.add_b(along.db_gate_up)
+        del along
+        rms_norm_backward(
+            dn_nC,
+            x2_nC,
+            weights.mlp_norm,
+            rstd_n,
+            gemma=weights.gemma,
+            dresidual=dy_TC[rows],
+            out=dx2_TCP[rows, :num_hidden],
+        )
+    return dx2_TCP, gate_up_grads.split(), down_grads.split()
