@@ -64,8 +64,9 @@ def card(line: Line) -> str:
         for export in measured
     ]
     first = measured[0]
-    headers = ["format", "size", "bits a weight", "mean KL", "top-1", "perplexity", "tokens/s"]
-    headers += [*([str(scored.benchmark)] if scored else []), "for"]
+    # Short: with a score the table has nine columns, and a narrow window has to show the last.
+    headers = ["format", "size", "bits", "mean KL", "top-1", "perplexity", "tok/s"]
+    headers += [*(["score"] if scored else []), "for"]
     right = f'<div><h3 class="flush">Take</h3>{facts(_grouped(advice))}</div>'
     return section(
         "Which export for what",
@@ -73,7 +74,8 @@ def card(line: Line) -> str:
         table(headers, rows, numeric=range(1, len(headers) - 1)),
         paragraph(
             f"Against the merged model (perplexity {number(first.reference_perplexity)}) on "
-            f"{first.num_prompts} rows that training did not see. {EVERYDAY}: the smallest GGUF "
+            f"{first.num_prompts} rows that training did not see; bits are those a weight takes. "
+            f"{EVERYDAY}: the smallest GGUF "
             f"file with the merged model's first choice at {share(NEAR_TOP1)} of positions and "
             f"perplexity within {share(NEAR_PERPLEXITY - 1)}, else the closest quantised one; "
             f"{LEAST}: the smallest within {share(USABLE_PERPLEXITY - 1)}.{_speed(measured)}"
@@ -138,7 +140,8 @@ def _speed(measured: list[QuantizedModel]) -> str:
     threads = max((export.num_threads or 0 for export in measured), default=0)
     if not threads:
         return ""
-    return f" Tokens/s on {threads} CPU thread{'s' if threads != 1 else ''}, one sequence."
+    on = f"{threads} CPU thread{'s' if threads != 1 else ''}"
+    return f" Tok/s: tokens a second on {on}, one sequence."
 
 
 def _score(export: QuantizedModel) -> str:
@@ -151,7 +154,7 @@ def _benchmark(export: QuantizedModel | None) -> str:
     rows = export.num_benchmark_rows
     # A share's standard error is widest at one half.
     return (
-        f" {export.benchmark}: on {rows} rows, of which the merged model has "
+        f" Score: {export.benchmark} on {rows} rows, of which the merged model has "
         f"{share(export.reference_benchmark_score)}; differences below {share(rows**-0.5)} are "
         "within what so few rows can tell."
     )
