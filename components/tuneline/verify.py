@@ -141,7 +141,7 @@ def foreign_inputs(made_from: dict[str, Ancestor], known: Known) -> Iterator[str
 
 
 def _flat(ancestor: Ancestor) -> dict[str, Any]:
-    """Return settings by dotted names, versions and the revision, those that are known."""
+    """Return settings by dotted names, versions and the revision."""
 
     def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
@@ -150,8 +150,11 @@ def _flat(ancestor: Ancestor) -> dict[str, Any]:
         else:
             yield prefix, value
 
-    revision = {"revision": ancestor.revision} if ancestor.revision else {}
-    return {**revision, **dict(walk("", ancestor.settings)), **ancestor.environment}
+    return {
+        "revision": ancestor.revision or "none",
+        **dict(walk("", ancestor.settings)),
+        **ancestor.environment,
+    }
 
 
 def _what_differs(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
