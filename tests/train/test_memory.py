@@ -46,6 +46,20 @@ def test_estimate_is_within_a_tenth_of_the_measured_peak(
     assert estimate_memory(LLAMA_8B, settings).total / GIB == pytest.approx(measured, rel=0.1)
 
 
+def test_a_fused_projection_is_kept_beside_its_parts(tmp_path):
+    from transformers import Phi3Config
+
+    sizes = {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "pad_token_id": 0}
+    Phi3Config(**sizes).save_pretrained(tmp_path)
+    shape = model_shape(tmp_path, LoraConfig())
+    assert shape.fused_qkv == 3 * 3072
+    settings = Settings(
+        2, 2048, False, quantized=True, itemsize=2, optim="adamw_8bit", loss="tiled"
+    )
+    # On an H100: tests/train/memory_on_gpu.py.
+    assert estimate_memory(shape, settings).total / GIB == pytest.approx(20.32, rel=0.02)
+
+
 @pytest.mark.parametrize(("rows", "length", "measured"), [(4, 2048, 33.65), (2, 512, 9.77)])
 def test_estimate_knows_what_the_kernels_keep(rows, length, measured):
     settings = Settings(

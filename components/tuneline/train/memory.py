@@ -54,6 +54,9 @@ class Shape:
     """Parameters of the linear layers that 4-bit loading packs."""
     num_other: int
     num_adapter: int
+    fused_qkv: int = 0
+    """Width of q, k and v where one linear layer makes them: its output is kept beside its parts,
+    which attention wants apart."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,13 @@ def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
         num_quantized=num_quantized,
         num_other=num_parameters - num_quantized,
         num_adapter=num_adapter,
+        fused_qkv=_fused_qkv(model),
     )
+
+
+def _fused_qkv(model: Any) -> int:
+    fused = (m for name, m in model.named_modules() if name.endswith("qkv_proj"))
+    return getattr(next(fused, None), "out_features", 0)
 
 
 def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
@@ -178,7 +187,8 @@ def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
 
 def _layer_bytes_per_token(shape: Shape, itemsize: int) -> int:
     norms = 2 * (4 + itemsize) * shape.hidden
-    return norms + itemsize * 2 * (shape.query + shape.key_value + 2 * shape.mlp)
+    widths = 2 * (shape.query + shape.key_value + 2 * shape.mlp) + shape.fused_qkv
+    return norms + itemsize * widths
 
 
 def _kept_bytes(shape: Shape, tokens: int, itemsize: int, room: int) -> int:
