@@ -202,9 +202,9 @@ def test_the_environment_names_the_root(
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 24 MiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
+    """A file system of 24 MiB, where the run in `interrupted` keeps its checkpoints."""
+    path = tmp_path / "interrupted" / ".checkpoints"
+    path.mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(path)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a tmpfs is not permitted here")
@@ -214,13 +214,12 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_costs_no_checkpoint(
-    tmp_path, tiny_model_dir, dataset_dir, answer_rows, start, small_disk, monkeypatch
+    tmp_path, tiny_model_dir, dataset_dir, answer_rows, start, small_disk
 ):
     dataset = dataset_dir(answer_rows[:7], max_seq_length=32)
     settings = {"max_steps": 60, "eval_steps": 25}
     train(tmp_path / "whole", tiny_model_dir, dataset, **settings)
     where = tmp_path / "interrupted"
-    monkeypatch.setenv("TUNELINE_CHECKPOINT_DIR", str(small_disk))
     process = start(where, tiny_model_dir, dataset, **settings, checkpoint_minutes=0)
     wait_for(lambda: len(list(small_disk.glob("*/checkpoint-*"))) == 2, process)
     with open(small_disk / "filler", "wb") as filler, contextlib.suppress(OSError):
@@ -247,16 +246,22 @@ def test_twenty_kills_at_random_moments(tmp_path, tiny_model_dir, dataset_dir, a
     where = tmp_path / "interrupted"
     generator = random.Random(20)
     steps = []
-    for _ in range(20):
+    # How long a process takes to its first checkpoint depends on what else the machine does.
+    began, seconds = time.monotonic(), 0.0
+    for number in range(20):
         # From the start of the process on: loading, steps, evaluations and writes are all hit.
         process = start(where, tiny_model_dir, dataset, **settings, checkpoint_minutes=0)
-        time.sleep(generator.uniform(0, 8))
+        if number == 0:
+            wait_for(lambda: newest_step(where) > 0, process)
+            seconds = time.monotonic() - began
+        else:
+            time.sleep(generator.uniform(0, 1.5 * seconds))
         process.kill()
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
         steps.append(newest_step(where))
     print("newest checkpoints at the kills:", steps)
-    assert steps == sorted(steps) and 20 < steps[-1] < 400
+    assert steps == sorted(steps) and steps[0] < steps[-1] < 400
     summary = train(where, tiny_model_dir, dataset, **settings, checkpoint_minutes=60)
     print("resumptions:", summary.num_resumptions)
     assert_same(where, tmp_path / "whole")
@@ -267,7 +272,8 @@ def test_ranks_and_their_step_are_killed_at_random_moments(
     tmp_path, tiny_model_dir, dataset_dir, answer_rows, start
 ):
     dataset = dataset_dir(answer_rows[:7], max_seq_length=32)
-    settings = {"max_steps": 40, "eval_steps": 15, "num_ranks": 2}
+    # Without dropout: ranks that go on draw other masks than they would have, one rank does not.
+    settings = {"max_steps": 40, "eval_steps": 15, "num_ranks": 2, "lora": {}}
     train(tmp_path / "whole", tiny_model_dir, dataset, **settings)
     where = tmp_path / "interrupted"
     generator = random.Random(6)
@@ -280,14 +286,28 @@ def test_ranks_and_their_step_are_killed_at_random_moments(
         if victim == "step":
             process.kill()
         else:
-            (pid,) = where.rglob(f"{victim}.pid")
-            os.kill(int(pid.read_text()), signal.SIGKILL)
+            # Those of a step that was killed are still there.
+            newest = max(where.rglob(f"{victim}.pid"), key=lambda path: path.stat().st_mtime)
+            os.kill(int(newest.read_text()), signal.SIGKILL)
         process.join(60)
         # The sentence that a rank is gone is a fault of the world's.
         assert process.exitcode == (-signal.SIGKILL if victim == "step" else 1)
+        # Ranks see within a second that their step is gone; until then they go on.
+        for path in where.rglob("rank-?.pid"):
+            while Path("/proc", path.read_text()).exists():
+                time.sleep(0.05)
         steps.append(newest_step(where))
     print("newest checkpoints at the kills:", steps)
     assert steps == sorted(steps) and steps[-1] < 40
     summary = train(where, tiny_model_dir, dataset, **settings, checkpoint_minutes=60)
-    assert assert_same(where, tmp_path / "whole").num_ranks == 2
-    assert summary.num_resumptions > 0
+    assert summary.num_ranks == 2 and summary.num_resumptions > 0
+    weights = [
+        path / "adapter" / "adapter_model.safetensors" for path in (where, tmp_path / "whole")
+    ]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    # A checkpoint has the mean of the ranks' losses so far, whose sum rounds otherwise.
+    expected = TrainingSummary.read(tmp_path / "whole" / "adapter").history
+    for found, whole in zip(summary.history, expected, strict=True):
+        assert found.step == whole.step
+        assert found.loss == pytest.approx(whole.loss, abs=1e-5)
+        assert found.eval_loss == whole.eval_loss
