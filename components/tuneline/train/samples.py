@@ -52,7 +52,7 @@ def prompts_of(
     tokenizer: "PreTrainedTokenizerBase",
     dataset_dir: Path,
     manifest: DatasetManifest,
-) -> list[tuple[list[int], list[int] | None]]:
+) -> Sequence[tuple[list[int], list[int] | None]]:
     """Return token ids of prompts, each with its reference: the recipe's, or those of first rows.
 
     Rows are those for evaluation, and where there are none those for training; long ones are left
@@ -107,7 +107,7 @@ def ask_before_and_after(
         return []
 
     def text(ids: Any) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     return [
         Sample(
@@ -137,8 +137,8 @@ def read_samples(directory: Path) -> list[Sample]:
 def _ids(text: str, tokenizer: "PreTrainedTokenizerBase", manifest: DatasetManifest) -> list[int]:
     if manifest.method != "cpt" and tokenizer.chat_template:
         turn = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        asked: Any = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return tokenizer(asked, add_special_tokens=False)["input_ids"]
     return tokenizer(text)["input_ids"]
 
 
