@@ -164,10 +164,18 @@ def test_kernels_keep_what_is_left(sizes):
         changed = config.model_copy(update=changes)
         return fitting_plan(changed, manifest, shape, settings, granted(num_bytes))
 
-    # Nothing, one layer, both, and no more than both; by what is free, for want of a limit.
-    for extra, kept in ((0, 0), (layer, 1), (2 * layer, 2), (9 * layer, 2)):
+    # Nothing, one layer, both, their norms' outputs too, and no more than that; by what is free,
+    # for want of a limit.
+    normed = 64 * 4 * 4 * 2 * (128 + 64)
+    for extra, kept in (
+        (0, 0),
+        (layer, layer),
+        (2 * layer, 2 * layer),
+        (2 * layer + normed, 2 * layer + normed),
+        (9 * layer, 2 * (layer + normed)),
+    ):
         found, estimate = plan(lean.total + extra)
-        assert estimate.total == lean.total + kept * layer
+        assert estimate.total == lean.total + kept
         assert found.kept_gib is None
     found, estimate = plan(lean.total + layer, memory_gib=1.0)
     assert found.kept_gib == pytest.approx(layer / GIB, rel=0.01)
