@@ -105,6 +105,15 @@ def test_number_of_steps(num_rows, settings, expected):
     assert num_total_steps(TrainConfig(**settings), num_rows) == expected
 
 
+class Wrapper(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs):
+        return self.module(**inputs)
+
+
 def test_what_a_step_asks_of_the_model_is_what_transformers_asks(
     dataset_dir, answer_rows, tiny_model_dir, tmp_path
 ):
@@ -118,9 +127,10 @@ def test_what_a_step_asks_of_the_model_is_what_transformers_asks(
     (batch,), labels = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, "cpu")
     counted = batch["labels"][:, 1:] != -100
     assert batch["num_labels"] == counted.sum() == labels
-    # An evaluation leaves every module in its other mode.
-    trainer.model.eval()
+    # An evaluation leaves every module in its other mode, but for a wrapper such as DDP's.
     trainer._tr_loss = torch.zeros(())
-    trainer.training_step(trainer.model, batch, labels)
-    assert all(module.training for module in trainer.model.modules())
-    assert "train" not in vars(trainer.model)
+    for model in (trainer.model, Wrapper(trainer.model)):
+        trainer.model.eval()
+        trainer.training_step(model, dict(batch), labels)
+        assert model.training and all(module.training for module in trainer.model.modules())
+        assert "train" not in vars(model)

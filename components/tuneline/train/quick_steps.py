@@ -24,7 +24,10 @@ class QuickStepTrainer(Trainer):
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the loss of a micro-batch after its backward pass."""
-        with _mode_is_set(model):
+        # An evaluation turns the model, and leaves a wrapper of it (DDP's, DeepSpeed's) as it is.
+        if not (model.training and self.model is not None and self.model.training):
+            model.train()
+        with _mode_stays(model):
             return super().training_step(model, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -46,10 +49,8 @@ class QuickStepTrainer(Trainer):
 
 
 @contextlib.contextmanager
-def _mode_is_set(model: Any) -> Iterator[None]:
-    """Set the model's mode, and let `model.train()` do nothing for as long as it stays."""
-    if not model.training:
-        model.train()
+def _mode_stays(model: Any) -> Iterator[None]:
+    """Let `model.train()` do nothing."""
     model.train = lambda mode=True: model
     try:
         yield
