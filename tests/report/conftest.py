@@ -109,6 +109,7 @@ def run_dirs(tmp_path: Path) -> dict:
         num_steps=60,
         num_tokens=122_880,
         final_loss=0.2345,
+        eval_gap=0.0321,
         first_eval_loss=2.412,
         final_eval_loss=0.2648,
         num_trainable_parameters=4_884_480,
