@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def one_job(
     from tuneline.train import attempt
     from tuneline.train.trainers import SupervisedTrainer
 
+    num_fused: list[int] = []
     is_last = ranks.rank() == ranks.num_ranks() - 1
     compute = SupervisedTrainer.compute_loss
 
@@ -61,14 +63,25 @@ def one_job(
             # Ranks on a CPU are on "cpu:0", and moving a model there from "cpu" copies it, out of
             # the flat optimizer's buffers. "cuda:0" is where it is already.
             patched.setattr(Accelerator, "device", torch.device("cpu"))
+            # The stock layers would give the same numbers: count.
+            kernels = sys.modules["tuneline.kernels.patch"]
+            fused_layer = kernels.fused_layer
+
+            def counted(*args):
+                num_fused.append(1)
+                return fused_layer(*args)
+
+            patched.setattr(kernels, "fused_layer", counted)
         if zero:
             import deepspeed
 
             patched.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
         try:
-            return attempt.train(**arguments)
+            summary = attempt.train(**arguments)
         except StoppedError as error:
             return str(error)
+        assert bool(num_fused) == fused
+        return summary
 
 
 def fail(how: str, where: Path) -> None:
