@@ -48,7 +48,7 @@ def test_a_size_gives_the_shape_of_a_llama() -> None:
 @pytest.mark.parametrize("profile", ["t4", "a100-80g", "h100"])
 @pytest.mark.parametrize("changes", [
     {}, {"kernels": "off"}, {"gradient_checkpointing": False, "kernels": "off"},
-    {"per_device_train_batch_size": 4}, {"load_in_4bit": False},
+    {"per_device_train_batch_size": 4}, {"load_in_4bit": False}, {"kernels": "fp8"},
 ])  # fmt: skip
 def test_plan_and_train_go_by_one_estimate(profile: str, changes: dict[str, Any]) -> None:
     loaded = recipe(profile=profile)
@@ -60,7 +60,7 @@ def test_plan_and_train_go_by_one_estimate(profile: str, changes: dict[str, Any]
         manifest,
         itemsize=4 if profile == "t4" else 2,
         device="cuda",
-        fused=loaded.train.kernels == "auto" and profile != "t4",
+        fused=loaded.train.kernels != "off" and profile != "t4",
     )
     known = estimate_memory(llama_shape(LLAMA, loaded.train.lora), settings).total
     assert estimate(loaded, LLAMA).gpu_bytes == known

@@ -117,7 +117,7 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
         optim=ZERO_OPTIMIZER if divides else train.optim,
         method=prepare.method,
         loss="tiled",
-        fused=train.kernels == "auto" and profile in FUSED,
+        fused=train.kernels != "off" and profile in FUSED,
         num_ranks=gpus if divides else 1,
     )
     smallest = replace(settings, rows=1, recompute=True)
