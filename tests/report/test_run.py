@@ -60,7 +60,7 @@ def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
         ("Answers before and after", "Yes, 250m is more than 0.3 <b>bold</b>"),
         ("Training", "4.88 M of 139 M (3.5 %)"),
         ("Training", "Last training loss 0.2345"),
-        ("Training", "Evaluation above training loss +0.0321"),
+        ("Training", "Last evaluation above the training loss since the one before +0.0321"),
         ("Data", "1,140, 60, 200"),
         ("Data", "Rejected rows 3 (0.2 %)"),
         ("Data", "9,876 (answers)"),

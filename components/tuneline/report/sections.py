@@ -212,9 +212,9 @@ def training(line: Line) -> str:
         ("Time", duration(summary.seconds)),
     ]
     if summary.eval_gap is not None:
-        # What grows where a model learns its rows by heart.
-        place = [label for label, _ in pairs].index("Speed")
-        pairs.insert(place, ("Evaluation above training loss", f"{summary.eval_gap:+.4f}"))
+        # It grows where a model learns its rows by heart.
+        label = "Last evaluation above the training loss since the one before"
+        pairs.append((label, f"{summary.eval_gap:+.4f}"))
     chart = line_chart(
         {name: points for name, points in series.items() if points},
         x_label="step",

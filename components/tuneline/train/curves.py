@@ -100,7 +100,8 @@ def _what_happened(summary: TrainingSummary) -> list[tuple[str, str]]:
         early = ", stopped early" if summary.stopped_early else ""
         facts.append(("Adapter kept", f"of step {summary.best_step:,}{early}"))
     if summary.eval_gap is not None:
-        facts.append(("Evaluation above training loss, at the end", f"{summary.eval_gap:+.4f}"))
+        label = "Last evaluation above the training loss since the one before"
+        facts.append((label, f"{summary.eval_gap:+.4f}"))
     counts = {
         "Memory ran out": summary.num_out_of_memory,
         "Steps skipped, not finite": summary.num_skipped_steps,
