@@ -16,7 +16,7 @@ from tuneline.merge.checkpoint import Checkpoint, Spec, write_sharded
 from tuneline.nf4 import empty_model, file_names, quantized_modules, round_trip
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +27,11 @@ def check_adapter(adapter: Adapter, base_model_dir: Path) -> None:
     Raises:
         ModelError: one has none, or shares it with another weight.
     """
-    checkpoint = Checkpoint(base_model_dir)
-    stored = _StoredNames(checkpoint, base_model_dir)
+    checkpoint, model = Checkpoint(base_model_dir), empty_model(base_model_dir)
+    stored = _StoredNames(checkpoint, model)
     needed = {f"{name}.weight" for name in adapter.modules} | set(adapter.replaced)
     _check_names(checkpoint, {stored[name] for name in needed}, base_model_dir)
-    _check_tied(adapter, base_model_dir)
+    _check_tied(adapter, model)
 
 
 def merge_weights(
@@ -52,13 +52,12 @@ def merge_weights(
     Raises:
         ModelError: the base's files name a weight otherwise than the model does.
     """
-    checkpoint = Checkpoint(base_model_dir)
+    checkpoint, model = Checkpoint(base_model_dir), empty_model(base_model_dir)
     trained_dtype = getattr(torch, training.compute_dtype)
-    stored = _StoredNames(checkpoint, base_model_dir)
+    stored = _StoredNames(checkpoint, model)
     in_4bit = set()
     if training.base_quantization == "nf4" and base == "dequantized":
-        modules = quantized_modules(empty_model(base_model_dir))
-        in_4bit = {stored[f"{name}.weight"] for name in modules}
+        in_4bit = {stored[f"{name}.weight"] for name in quantized_modules(model)}
     adapted = {stored[f"{name}.weight"]: name for name in adapter.modules}
     replaced = {stored[name]: weight for name, weight in adapter.replaced.items()}
     _check_names(checkpoint, in_4bit, base_model_dir)
@@ -153,9 +152,9 @@ def check_tokenizer(
 class _StoredNames:
     """The names in a checkpoint's files, by those that the model has for its weights."""
 
-    def __init__(self, checkpoint: Checkpoint, base_model_dir: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: "PreTrainedModel") -> None:
         self._stored = checkpoint.specs
-        self._renamed = file_names(empty_model(base_model_dir))
+        self._renamed = file_names(model)
 
     def __getitem__(self, name: str) -> str:
         renamed = self._renamed.get(name, name)
@@ -173,11 +172,8 @@ def _check_names(base: Checkpoint, needed: set[str], base_model_dir: Path) -> No
         )
 
 
-def _check_tied(adapter: Adapter, base_model_dir: Path) -> None:
+def _check_tied(adapter: Adapter, model: "PreTrainedModel") -> None:
     """Refuse retrained embeddings where input and output share one matrix."""
-    if not adapter.replaced:
-        return
-    model = empty_model(base_model_dir)
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     ends = {model.get_input_embeddings(), model.get_output_embeddings()}
     for name in adapter.replaced:
