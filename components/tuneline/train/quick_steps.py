@@ -42,11 +42,6 @@ class QuickStepTrainer(Trainer):
             return super()._clip_grad_norm(model)
         return self.own_grad_norm()
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        if grad_norm is None and self.own_grad_norm is not None:
-            grad_norm = self.own_grad_norm()
-        return super()._get_grad_norm(model, grad_norm)
-
 
 @contextlib.contextmanager
 def _mode_stays(model: Any) -> Iterator[None]:

@@ -82,7 +82,7 @@ class SharedStepTrainer(QuickStepTrainer):
             share = _num_rows(batch) * len(batches) * ranks.num_ranks() / num_rows
             batch[LOSS_FACTOR] = 1.0 if counts_labels else share
             if counts_labels:
-                batch[NUM_LABELS] = int((batch["labels"][:, 1:] != IGNORED).sum())
+                batch[NUM_LABELS] = num_labels_of(batch)
         for filler in batches[num_own:]:
             filler[LOSS_FACTOR] = 0.0
         if not counts_labels:
@@ -135,6 +135,11 @@ class SharedStepTrainer(QuickStepTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+
+def num_labels_of(batch: dict[str, Any]) -> int:
+    """Return how many labels of a batch count; the first token of a row is never predicted."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 class _EpochLoader(DataLoader):

@@ -9,7 +9,7 @@ from trl import DPOTrainer, SFTTrainer
 from tuneline.train import ranks
 from tuneline.train.divergence import GuardedTrainer
 from tuneline.train.rows import IGNORED
-from tuneline.train.shared_steps import LOSS_FACTOR, NUM_LABELS
+from tuneline.train.shared_steps import LOSS_FACTOR, NUM_LABELS, num_labels_of
 
 
 class SupervisedTrainer(GuardedTrainer, SFTTrainer):
@@ -50,7 +50,7 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
 
     def eval_weight(self, inputs: dict[str, Any]) -> int:
         """Return the number of labelled tokens."""
-        return int((inputs["labels"][:, 1:] != IGNORED).sum())
+        return num_labels_of(inputs)
 
 
 class PreferenceTrainer(GuardedTrainer, DPOTrainer):
