@@ -68,14 +68,18 @@ class LayerCall:
     keep_normed: bool = False
     """Whether a kept layer keeps n1 and n2 as well."""
     stash: HostStash | None = None
-    parks: bool = False
-    """Whether x, q, k, v and a wait in the stash."""
+    """Where x, q, k, v and a wait, unless the layer keeps or holds them."""
     holds: bool = False
     """Whether they wait on the device."""
     fetches: bool = False
     """Whether the layer before parks, and this one does not: its backward calls them back."""
     handover: Handover | None = None
     """One for all layers of a forward."""
+
+    @property
+    def parks(self) -> bool:
+        """Whether the layer's tensors wait in the host's memory."""
+        return self.stash is not None and not (self.keep or self.holds)
 
     @property
     def saves_attention(self) -> bool:

@@ -389,10 +389,9 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
         engine.stash = HostStash()
     stash = engine.stash if num_tokens >= STASH_MIN_TOKENS else None
     layers, handover = {}, Handover()
-    for from_last, (index, weights) in enumerate(sorted(bound.items(), reverse=True)):
+    for place, (index, weights) in enumerate(bound.items()):
+        from_last = len(bound) - 1 - place
         keep = from_last < kept.num_layers
-        holds = stash is not None and from_last == 0 and not keep
-        parks = stash is not None and not keep and not holds
         layers[index] = (
             weights,
             LayerCall(
@@ -400,14 +399,12 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
                 keep,
                 keep_normed=from_last < kept.num_normed,
                 stash=stash,
-                parks=parks,
-                holds=holds,
+                holds=stash is not None and from_last == 0 and not keep,
                 # The layer before this one parks, if it is there.
                 fetches=stash is not None and from_last == max(kept.num_layers, 1) - 1,
                 handover=handover,
             ),
         )
-    layers = dict(sorted(layers.items()))
     # Gemma-3 hands its layers two kinds of rope tables; the graph takes one.
     one_rope = all(spec.name != "gemma3" for spec in engine.specs.values())
     dtypes = {p.dtype for weights in bound.values() for p in weights.parameters()}
