@@ -163,14 +163,18 @@ def worker(engine: str, shape: str) -> None:
         torch.cuda.empty_cache()
 
 
+def row_length(place: float) -> float:
+    """Return the length at a place among the rows in order of length, from 0 to 10."""
+    low, high = LENGTH_DECILES[int(place)], LENGTH_DECILES[int(place) + 1]
+    return low + (high - low) * (place % 1)
+
+
 def make_rows(num_packs: int) -> list[dict[str, list[int]]]:
     """Draw rows for so many packs, the same in every process."""
     draw = random.Random(0)
     rows, total = [], 0
     while total < num_packs * PACK:
-        place = draw.random() * 10
-        low, high = LENGTH_DECILES[int(place)], LENGTH_DECILES[int(place) + 1]
-        length = round(low + (high - low) * (place % 1))
+        length = round(row_length(draw.random() * 10))
         rows.append({"input_ids": [draw.randrange(10, 32000) for _ in range(length)]})
         total += length
     return rows

@@ -19,16 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-HIDDEN, INTERMEDIATE, KEY_VALUE, VOCAB = 4096, 14336, 1024, 128256
-LINEAR = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KEY_VALUE, HIDDEN),
-    "self_attn.v_proj": (KEY_VALUE, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
+HIDDEN, INTERMEDIATE, VOCAB = 4096, 14336, 128256
 
 
 def make(directory: Path, num_layers: int) -> None:
@@ -38,6 +29,7 @@ def make(directory: Path, num_layers: int) -> None:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     from tuneline.merge.checkpoint import Spec, write_sharded
+    from tuneline.nf4 import empty_model
 
     directory.mkdir(parents=True)
     LlamaConfig(
@@ -55,12 +47,9 @@ def make(directory: Path, num_layers: int) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w1").save_pretrained(
         directory
     )
-    ends = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN)}
-    shapes = {**ends, "model.norm.weight": (HIDDEN,)}
-    for layer in range(num_layers):
-        prefix = f"model.layers.{layer}"
-        shapes |= {f"{prefix}.{name}.weight": shape for name, shape in LINEAR.items()}
-        shapes |= {f"{prefix}.{name}_layernorm.weight": (HIDDEN,) for name in NORMS}
+    shapes = {
+        name: tuple(weight.shape) for name, weight in empty_model(directory).state_dict().items()
+    }
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
 
@@ -72,9 +61,6 @@ def make(directory: Path, num_layers: int) -> None:
 
     specs = {name: Spec(torch.bfloat16, shape) for name, shape in shapes.items()}
     write_sharded(directory, specs, value, max_shard_bytes=4 << 30)
-
-
-NORMS = ("input", "post_attention")
 
 
 def quantise(job_file: str, cap_gib: float) -> None:

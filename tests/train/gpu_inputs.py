@@ -21,19 +21,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "components"), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT / part) for part in ("components", "kernels", "kernels/benchmarks")]
+
+import train_step  # noqa: E402
+from packed import row_length  # noqa: E402
 
 GIB = 2**30
 MAX_SHARD = 2 * GIB
 
-LLAMA_8B = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
+LLAMA_8B = train_step.SHAPES["llama-3.1-8b"][1]
 LLAMA_1B = {
     **LLAMA_8B,
     "hidden_size": 2048,
@@ -41,23 +37,6 @@ LLAMA_1B = {
     "num_hidden_layers": 16,
     "head_dim": 64,
     "tie_word_embeddings": True,
-}
-QWEN_7B = {
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-}
-PHI_MINI = {
-    "vocab_size": 32064,
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "pad_token_id": 0,
 }
 SMALL = {
     "vocab_size": 49152,
@@ -77,15 +56,13 @@ TINY = {
     "num_key_value_heads": 2,
 }
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama-3.1-8B": ("Llama", LLAMA_8B),
+    "Llama-3.1-8B": train_step.SHAPES["llama-3.1-8b"],
     "Llama-3.2-1B": ("Llama", LLAMA_1B),
-    "Qwen2.5-7B": ("Qwen2", QWEN_7B),
-    "Phi-3.5-mini": ("Phi3", PHI_MINI),
+    "Qwen2.5-7B": train_step.SHAPES["qwen2.5-7b"],
+    "Phi-3.5-mini": train_step.SHAPES["phi-3.5-mini"],
     "small": ("Llama", SMALL),
     "tiny": ("Llama", TINY),
 }
-LENGTH_DECILES = [97, 141, 158, 173, 188, 204, 222, 243, 269, 312, 570]
-"""Tokens of GSM8K's training rows as chats under SmolLM2's tokenizer; their mean is 217."""
 
 NEEDED = (
     *("torch", "transformers", "accelerate", "peft", "trl", "datasets", "bitsandbytes"),
@@ -124,7 +101,7 @@ def write_base(directory: Path, shape: str) -> None:
 
     family, sizes = SHAPES[shape]
     config = getattr(transformers, f"{family}Config")(
-        **sizes, max_position_embeddings=16384, dtype="bfloat16"
+        **{**sizes, "max_position_embeddings": 16384}, dtype="bfloat16"
     )
     config.architectures = [f"{family}ForCausalLM"]
     config.save_pretrained(directory)
@@ -200,9 +177,7 @@ def gsm8k_lengths(num_tokens: int, scale: float = 1.0) -> list[int]:
     lengths: list[int] = []
     total = 0
     while total < num_tokens:
-        place = draw.random() * 10
-        low, high = LENGTH_DECILES[int(place)], LENGTH_DECILES[int(place) + 1]
-        lengths.append(max(4, round(scale * (low + (high - low) * (place % 1)))))
+        lengths.append(max(4, round(scale * row_length(draw.random() * 10))))
         total += lengths[-1]
     return lengths
 
