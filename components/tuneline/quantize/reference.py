@@ -1,5 +1,6 @@
 """What an export is held against: the merged model in transformers, measured once for a step."""
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,8 +92,8 @@ def measure(
 ) -> Reference:
     """Load the merged model, generate from the first held-out prompt, keep rows' logits.
 
-    Without a data set, the built-in prompt and texts are taken. On a CPU it computes in fp32; a GPU
-    may have no room for that, so there in the weights' own type.
+    Without a data set, the built-in prompt and texts are taken. On a CPU it computes in fp32, with
+    the weights in their files (`widening`); on a GPU in the weights' own type, for want of room.
 
     Raises:
         ModelError: transformers does not load it.
@@ -113,7 +114,7 @@ def measure(
     else:
         longest = sorted(probes.texts(), key=len)[-NUM_BUILT_IN_ROWS:]
         rows = [Row(model.tokenise(text), 1) for text in longest]
-    return Reference(
+    measured = Reference(
         model_dir=model_dir,
         tokenizer=model.tokenizer,
         stop_ids=model.stop_ids,
@@ -127,3 +128,7 @@ def measure(
         if dataset_dir
         else None,
     )
+    # Its modules and their forwards hold each other, and pages of files count for a pod's memory.
+    del model
+    gc.collect()
+    return measured
