@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tuneline.errors import ModelError, ProofError
+from tuneline.quantize import widening
 from tuneline.quantize.generation import Generation
 
 ROOM_BYTES = 2 << 30
@@ -35,18 +36,18 @@ class TransformersModel:
     ) -> None:
         """Load it; the dtype "auto" is that of the files.
 
+        In float32 on a CPU, weights that have 16 bits are left in their files (`widening`).
+
         Raises:
             ModelError: transformers cannot.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         self._name = model_dir
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
             # Any: what generate returns depends on its flags, which types do not tell.
-            self._model: Any = AutoModelForCausalLM.from_pretrained(
-                model_dir, dtype=dtype, device_map={"": device}, **_kernels(model_dir, device)
-            )
+            self._model: Any = _load(model_dir, dtype, device)
         except (OSError, ValueError) as error:
             raise ModelError(f"transformers does not load {model_dir}: {error}") from error
         ends = self._model.generation_config.eos_token_id
@@ -99,6 +100,17 @@ class TransformersModel:
                 step = self._model(input_ids=batch[:, -1:], past_key_values=cache, use_cache=True)
                 cache = step.past_key_values
         return num_tokens / (time.perf_counter() - started)
+
+
+def _load(model_dir: Path, dtype: torch.dtype | str, device: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    narrow = widening.narrow_dtype(model_dir)
+    if dtype == torch.float32 and device == "cpu" and narrow:
+        return widening.load(model_dir, narrow)
+    return AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=dtype, device_map={"": device}, **_kernels(model_dir, device)
+    )
 
 
 def _kernels(model_dir: Path, device: str) -> dict[str, Any]:
