@@ -8,6 +8,8 @@ import torch
 from tuneline.artifacts import HELDOUT_FILE, QuantizedModel, write_jsonl
 from tuneline.quantize import QuantizeConfig, run
 from tuneline.quantize.benchmark import CHOICE, EXACT, prepare, score
+from tuneline.quantize.llama_file import LlamaFile
+from tuneline.quantize.transformers_model import TransformersModel
 
 ROWS = [
     {"prompt": "ab", "answer": "c", "end": ".\n", "choices": ["d", "c", "e"], "label": 1},
@@ -24,10 +26,13 @@ class Letters:
     def tokenise(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
 
-    def logits(self, ids: list[int]) -> torch.Tensor:
-        found = torch.zeros(len(ids), 128)
-        for position, last in enumerate(ids):
-            found[position, ord(self.favourite if chr(last) in "ab" else ".")] = 5
+    def answer_logits(self, prompt: list[int], answers: list[list[int]]) -> list[torch.Tensor]:
+        found = []
+        for ids in answers:
+            logits = torch.zeros(len(ids), 128)
+            for position, last in enumerate([prompt[-1], *ids[:-1]]):
+                logits[position, ord(self.favourite if chr(last) in "ab" else ".")] = 5
+            found.append(logits)
         return found
 
 
@@ -53,6 +58,25 @@ def test_the_task_is_what_the_rows_allow(tmp_path: Path) -> None:
     write_jsonl(tmp_path / HELDOUT_FILE, plain)
     found = prepare(Letters("c"), tmp_path, 4)
     assert found is not None and (found.task, len(found.rows)) == (EXACT, 2)
+
+
+def test_a_prompt_is_computed_once_for_answers_of_any_length(
+    merged_dir: Path, f16_dir: Path
+) -> None:
+    """As each answer's text by itself, in an order that would show what an answer leaves behind."""
+    transformers = TransformersModel(merged_dir)
+    prompt = transformers.tokenise("How many Mi are 3Gi?")
+    long, short = (transformers.tokenise(text) for text in (" 3072Mi are as many.", " 96 MB"))
+    answers = [long, short, short[:1], long]
+    with LlamaFile(f16_dir / "model-F16.gguf", num_context=64) as llama:
+        for model in (transformers, llama):
+            found = model.answer_logits(prompt, answers)
+            for ids, logits_AV in zip(answers, found, strict=True):
+                expected_TV = torch.as_tensor(model.logits(prompt + ids))
+                torch.testing.assert_close(
+                    torch.as_tensor(logits_AV), expected_TV[len(prompt) - 1 : -1], rtol=0, atol=1e-4
+                )
+                assert logits_AV.shape[0] == len(ids)
 
 
 def test_files_are_scored_as_evaluate_scores_the_model(

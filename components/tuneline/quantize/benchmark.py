@@ -24,7 +24,7 @@ class Model(Protocol):
 
     def tokenise(self, text: str) -> list[int]: ...  # noqa: D102
 
-    def logits(self, ids: list[int]) -> Any: ...  # noqa: D102
+    def answer_logits(self, prompt: list[int], answers: list[list[int]]) -> list[Any]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -71,26 +71,33 @@ def score(model: Model, rows: list[dict[str, Any]], task: str) -> float:
 
 
 def _chooses_rightly(model: Model, row: dict[str, Any]) -> bool:
-    likelihoods = []
-    for choice in row["choices"]:
-        ids_A, logits_AV = _answer(model, row, choice)
-        likelihoods.append(logits_AV.log_softmax(-1).gather(1, ids_A[:, None]).sum().item())
+    likelihoods = [
+        logits_AV.log_softmax(-1).gather(1, ids_A[:, None]).sum().item()
+        for ids_A, logits_AV in _answers(model, row, row["choices"])
+    ]
     return max(range(len(likelihoods)), key=likelihoods.__getitem__) == row["label"]
 
 
 def _answers_exactly(model: Model, row: dict[str, Any]) -> bool:
-    ids_A, logits_AV = _answer(model, row, row["answer"])
+    ((ids_A, logits_AV),) = _answers(model, row, [row["answer"]])
     return bool((logits_AV.argmax(-1) == ids_A).all())
 
 
-def _answer(model: Model, row: dict[str, Any], text: str) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Return an answer's tokens with its end of turn, and the logits that each is chosen from."""
+def _answers(
+    model: Model, row: dict[str, Any], texts: list[str]
+) -> "list[tuple[torch.Tensor, torch.Tensor]]":
+    """Return answers' tokens with their end of turn, and the logits that each is chosen from."""
     import torch
 
-    prompt, answer = model.tokenise(row["prompt"]), text + row["end"].rstrip()
-    both = model.tokenise(row["prompt"] + answer)
-    # As the evaluate step: where the tokenizer joins across the border, each by itself.
-    joined = both[: len(prompt)] != prompt
-    ids = model.tokenise(answer) if joined else both[len(prompt) :]
-    logits_TV = torch.as_tensor(model.logits(prompt + ids))
-    return torch.tensor(ids), logits_TV[len(prompt) - 1 : -1].float()
+    prompt, answers = model.tokenise(row["prompt"]), []
+    for text in texts:
+        answer = text + row["end"].rstrip()
+        both = model.tokenise(row["prompt"] + answer)
+        # As the evaluate step: where the tokenizer joins across the border, each by itself.
+        joined = both[: len(prompt)] != prompt
+        answers.append(model.tokenise(answer) if joined else both[len(prompt) :])
+    found = model.answer_logits(prompt, answers)
+    return [
+        (torch.tensor(ids), torch.as_tensor(logits_AV).float())
+        for ids, logits_AV in zip(answers, found, strict=True)
+    ]

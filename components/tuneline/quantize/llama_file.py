@@ -95,6 +95,25 @@ class LlamaFile:
         """
         return self._decode(ids, position=0, all_positions=True)
 
+    def answer_logits(self, prompt: list[int], answers: list[list[int]]) -> list[Any]:
+        """Return what each answer's tokens are chosen from, numpy [tokens, vocabulary].
+
+        The prompt is computed once, but for a model that keeps no state of each position.
+        """
+        import numpy
+
+        found, after_prompt = [], False
+        for ids in answers:
+            if not after_prompt:
+                first = self._decode(prompt, position=0)
+            logits = [first]
+            if len(ids) > 1:
+                logits += [self._decode(ids[:-1], position=len(prompt), all_positions=True)]
+            found.append(numpy.concatenate(logits))
+            memory = self._api.llama_get_memory(self._model.ctx)
+            after_prompt = self._api.llama_memory_seq_rm(memory, 0, len(prompt), -1)
+        return found
+
     def generate(self, prompt: str, *, num_tokens: int) -> Generation:
         """Generate greedily; a token that ends the text is the last one.
 
