@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tuneline.artifacts import HELDOUT_FILE, QuantizedModel, write_jsonl
+from tuneline.likelihood import Pair
 from tuneline.quantize import QuantizeConfig, run
 from tuneline.quantize.benchmark import CHOICE, EXACT, prepare, score
 from tuneline.quantize.llama_file import LlamaFile
@@ -26,14 +27,16 @@ class Letters:
     def tokenise(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
 
-    def answer_logits(self, prompt: list[int], answers: list[list[int]]) -> list[torch.Tensor]:
-        found = []
-        for ids in answers:
-            logits = torch.zeros(len(ids), 128)
-            for position, last in enumerate([prompt[-1], *ids[:-1]]):
-                logits[position, ord(self.favourite if chr(last) in "ab" else ".")] = 5
-            found.append(logits)
-        return found
+    def score_answers(self, pairs: list[Pair]) -> dict[Pair, tuple[float, bool]]:
+        scores = {}
+        for prompt, answer in pairs:
+            before = (prompt[-1], *answer[:-1])
+            right = [
+                token == ord(self.favourite if chr(last) in "ab" else ".")
+                for last, token in zip(before, answer, strict=True)
+            ]
+            scores[prompt, answer] = (-5.0 * right.count(False), all(right))
+        return scores
 
 
 @pytest.mark.parametrize(("favourite", "share"), [("c", 0.5), ("e", 0.5), ("d", 0.5), ("x", 0.5)])
@@ -60,23 +63,26 @@ def test_the_task_is_what_the_rows_allow(tmp_path: Path) -> None:
     assert found is not None and (found.task, len(found.rows)) == (EXACT, 2)
 
 
-def test_a_prompt_is_computed_once_for_answers_of_any_length(
-    merged_dir: Path, f16_dir: Path
-) -> None:
-    """As each answer's text by itself, in an order that would show what an answer leaves behind."""
+def test_answers_are_scored_as_each_by_itself(merged_dir: Path, f16_dir: Path) -> None:
+    """In an order that shows what an answer leaves behind."""
     transformers = TransformersModel(merged_dir)
-    prompt = transformers.tokenise("How many Mi are 3Gi?")
-    long, short = (transformers.tokenise(text) for text in (" 3072Mi are as many.", " 96 MB"))
-    answers = [long, short, short[:1], long]
+
+    def tokens(text: str) -> tuple[int, ...]:
+        return tuple(transformers.tokenise(text))
+
+    prompt, other = tokens("How many Mi are 3Gi?"), tokens("And 5?")
+    long, short = tokens(" 3072Mi are as many."), tokens(" 96 MB")
+    likely = (int(transformers.logits(list(prompt))[-1].argmax()),)
+    pairs = [(prompt, long), (prompt, short), (prompt, likely), (prompt, short[:1]), (other, long)]
     with LlamaFile(f16_dir / "model-F16.gguf", num_context=64) as llama:
         for model in (transformers, llama):
-            found = model.answer_logits(prompt, answers)
-            for ids, logits_AV in zip(answers, found, strict=True):
-                expected_TV = torch.as_tensor(model.logits(prompt + ids))
-                torch.testing.assert_close(
-                    torch.as_tensor(logits_AV), expected_TV[len(prompt) - 1 : -1], rtol=0, atol=1e-4
-                )
-                assert logits_AV.shape[0] == len(ids)
+            found = model.score_answers(pairs)
+            assert list(sorted(found)) == sorted(pairs)
+            for (before, answer), (likelihood, greedy) in found.items():
+                logits_TV = torch.as_tensor(model.logits([*before, *answer]))[len(before) - 1 : -1]
+                chosen_A = logits_TV.log_softmax(-1)[range(len(answer)), list(answer)]
+                assert likelihood == pytest.approx(chosen_A.sum().item(), abs=1e-4)
+                assert greedy == (answer == likely)
 
 
 def test_files_are_scored_as_evaluate_scores_the_model(

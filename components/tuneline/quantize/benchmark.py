@@ -3,18 +3,14 @@
 The rows' choices where they have them (the most likely one, end of turn included, is the answer),
 else greedy answers, which have to be the reference to its end. Few rows on a CPU: it tells formats
 that answer from formats that broke, and its noise is that of so many rows.
-
-Legend: T positions, A those of an answer, V vocabulary.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from tuneline.artifacts import HELDOUT_FILE, read_jsonl
-
-if TYPE_CHECKING:
-    import torch
+from tuneline.likelihood import Pair
 
 CHOICE, EXACT = "heldout_choice", "heldout_exact"
 
@@ -24,7 +20,7 @@ class Model(Protocol):
 
     def tokenise(self, text: str) -> list[int]: ...  # noqa: D102
 
-    def answer_logits(self, prompt: list[int], answers: list[list[int]]) -> list[Any]: ...  # noqa: D102
+    def score_answers(self, pairs: list[Pair]) -> dict[Pair, tuple[float, bool]]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -66,38 +62,25 @@ def prepare(model: Model, dataset_dir: Path, num_rows: int) -> Benchmark | None:
 
 def score(model: Model, rows: list[dict[str, Any]], task: str) -> float:
     """Return the share of rows that a model answers rightly."""
-    right = _chooses_rightly if task == CHOICE else _answers_exactly
-    return sum(right(model, row) for row in rows) / len(rows)
-
-
-def _chooses_rightly(model: Model, row: dict[str, Any]) -> bool:
-    likelihoods = [
-        logits_AV.log_softmax(-1).gather(1, ids_A[:, None]).sum().item()
-        for ids_A, logits_AV in _answers(model, row, row["choices"])
+    texts = [row["choices"] if task == CHOICE else [row["answer"]] for row in rows]
+    pairs = [
+        [_pair(model, row, text) for text in each] for row, each in zip(rows, texts, strict=True)
     ]
-    return max(range(len(likelihoods)), key=likelihoods.__getitem__) == row["label"]
+    scores = model.score_answers(list(dict.fromkeys(pair for each in pairs for pair in each)))
+    right = 0
+    for row, each in zip(rows, pairs, strict=True):
+        if task == CHOICE:
+            likelihoods = [scores[pair][0] for pair in each]
+            right += max(range(len(each)), key=likelihoods.__getitem__) == row["label"]
+        else:
+            right += scores[each[0]][1]
+    return right / len(rows)
 
 
-def _answers_exactly(model: Model, row: dict[str, Any]) -> bool:
-    ((ids_A, logits_AV),) = _answers(model, row, [row["answer"]])
-    return bool((logits_AV.argmax(-1) == ids_A).all())
-
-
-def _answers(
-    model: Model, row: dict[str, Any], texts: list[str]
-) -> "list[tuple[torch.Tensor, torch.Tensor]]":
-    """Return answers' tokens with their end of turn, and the logits that each is chosen from."""
-    import torch
-
-    prompt, answers = model.tokenise(row["prompt"]), []
-    for text in texts:
-        answer = text + row["end"].rstrip()
-        both = model.tokenise(row["prompt"] + answer)
-        # As the evaluate step: where the tokenizer joins across the border, each by itself.
-        joined = both[: len(prompt)] != prompt
-        answers.append(model.tokenise(answer) if joined else both[len(prompt) :])
-    found = model.answer_logits(prompt, answers)
-    return [
-        (torch.tensor(ids), torch.as_tensor(logits_AV).float())
-        for ids, logits_AV in zip(answers, found, strict=True)
-    ]
+def _pair(model: Model, row: dict[str, Any], text: str) -> Pair:
+    """Return the tokens of a row's prompt, and those of an answer with its end of turn."""
+    prompt, answer = model.tokenise(row["prompt"]), text + row["end"].rstrip()
+    both = model.tokenise(row["prompt"] + answer)
+    # As the evaluate step: where the tokenizer joins across the border, each by itself.
+    joined = both[: len(prompt)] != prompt
+    return tuple(prompt), tuple(model.tokenise(answer) if joined else both[len(prompt) :])

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tuneline.errors import ProofError
+from tuneline.likelihood import Pair, Tokens
 from tuneline.quantize.generation import Generation
 from tuneline.quantize.threads import num_threads
 
@@ -95,24 +96,34 @@ class LlamaFile:
         """
         return self._decode(ids, position=0, all_positions=True)
 
-    def answer_logits(self, prompt: list[int], answers: list[list[int]]) -> list[Any]:
-        """Return what each answer's tokens are chosen from, numpy [tokens, vocabulary].
+    def score_answers(self, pairs: list[Pair]) -> dict[Pair, tuple[float, bool]]:
+        """Score answers given prompts, as `likelihood.score_answers` does.
 
-        The prompt is computed once, but for a model that keeps no state of each position.
+        A prompt is computed once for the answers that follow each other, but for a model that
+        keeps no state of each position.
         """
         import numpy
 
-        found, after_prompt = [], False
-        for ids in answers:
-            if not after_prompt:
-                first = self._decode(prompt, position=0)
-            logits = [first]
-            if len(ids) > 1:
-                logits += [self._decode(ids[:-1], position=len(prompt), all_positions=True)]
-            found.append(numpy.concatenate(logits))
+        # A answers' tokens, V vocabulary.
+        scores = {}
+        computed: Tokens | None = None
+        for prompt, answer in pairs:
+            if prompt != computed:
+                first = self._decode(list(prompt), position=0)
+            found = [first]
+            if len(answer) > 1:
+                rest = list(answer[:-1])
+                found.append(self._decode(rest, position=len(prompt), all_positions=True))
+            logits_AV = numpy.concatenate(found)
             memory = self._api.llama_get_memory(self._model.ctx)
-            after_prompt = self._api.llama_memory_seq_rm(memory, 0, len(prompt), -1)
-        return found
+            removed = self._api.llama_memory_seq_rm(memory, 0, len(prompt), -1)
+            computed = prompt if removed else None
+            shifted_AV = logits_AV - logits_AV.max(-1, keepdims=True)
+            totals_A = numpy.log(numpy.exp(shifted_AV).sum(-1, dtype=numpy.float64))
+            chosen_A = shifted_AV[numpy.arange(len(answer)), answer]
+            greedy = bool((logits_AV.argmax(-1) == numpy.array(answer)).all())
+            scores[prompt, answer] = (float((chosen_A - totals_A).sum()), greedy)
+        return scores
 
     def generate(self, prompt: str, *, num_tokens: int) -> Generation:
         """Generate greedily; a token that ends the text is the last one.

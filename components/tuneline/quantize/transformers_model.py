@@ -2,16 +2,20 @@
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tuneline.errors import ModelError, ProofError
+from tuneline.likelihood import Pair, score_answers
 from tuneline.quantize import widening
 from tuneline.quantize.generation import Generation
 
 ROOM_BYTES = 2 << 30
+BATCH_TOKENS = 512
+"""Of answers that are scored at a time; each has logits of the vocabulary's size."""
 
 
 def choose_device(model_dir: Path) -> str:
@@ -65,30 +69,12 @@ class TransformersModel:
             batch = torch.tensor([ids], device=self._model.device)
             return self._model(input_ids=batch).logits[0].float().cpu()
 
-    def answer_logits(self, prompt: list[int], answers: list[list[int]]) -> list[torch.Tensor]:
-        """Return what each answer's tokens are chosen from, [tokens, vocabulary] in fp32.
-
-        The prompt is computed once.
-        """
-        device, longest = self._model.device, max(len(ids) for ids in answers) - 1
-        with torch.inference_mode():
-            output = self._model(
-                input_ids=torch.tensor([prompt], device=device), use_cache=True, logits_to_keep=1
-            )
-            logits_ATV = output.logits.expand(len(answers), -1, -1)
-            if longest:
-                cache = output.past_key_values
-                cache.batch_repeat_interleave(len(answers))
-                # Padding comes after all that is read, and is seen by nothing before it.
-                padded = [ids[:-1] + [0] * (longest + 1 - len(ids)) for ids in answers]
-                rest = self._model(
-                    input_ids=torch.tensor(padded, device=device), past_key_values=cache
-                )
-                logits_ATV = torch.cat([logits_ATV, rest.logits], dim=1)
-        return [
-            logits_TV[: len(ids)].float().cpu()
-            for logits_TV, ids in zip(logits_ATV, answers, strict=True)
-        ]
+    def score_answers(self, pairs: list[Pair]) -> dict[Pair, tuple[float, bool]]:
+        """Score answers given prompts, as `likelihood.score_answers` does."""
+        num_answers = max(Counter(prompt for prompt, _ in pairs).values())
+        num_tokens = num_answers * max(len(answer) for _, answer in pairs)
+        batch_size = max(1, BATCH_TOKENS // num_tokens)
+        return score_answers(self._model, pairs, batch_size=batch_size)
 
     def generate(self, prompt: str, *, num_tokens: int) -> Generation:
         """Generate greedily.

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 Tokens = tuple[int, ...]
+Pair = tuple[Tokens, Tokens]
+"""Prompt and answer."""
 
 
 @torch.inference_mode()
 def score_answers(
-    model: Any, pairs: Iterable[tuple[Tokens, Tokens]], *, batch_size: int
-) -> dict[tuple[Tokens, Tokens], tuple[float, bool]]:
+    model: Any, pairs: Iterable[Pair], *, batch_size: int
+) -> dict[Pair, tuple[float, bool]]:
     """Score answers given prompts.
 
     Args:
@@ -41,7 +43,7 @@ def score_answers(
 
 def _score_batch(
     model: Any, prompts: list[Tokens], answers: list[list[Tokens]]
-) -> dict[tuple[Tokens, Tokens], tuple[float, bool]]:
+) -> dict[Pair, tuple[float, bool]]:
     device = model.device
     # Prompts are padded on the left, so that all end at one position, where the answers go on.
     prompt_ids_PS, prompt_mask_PS = (
