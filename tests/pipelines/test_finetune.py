@@ -12,7 +12,8 @@ from kfp import compiler
 from tuneline.pipelines.cli import RECIPES_DIR
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.lint import lint_file
-from tuneline.pipelines.placement import NEEDS, USER_ID
+from tuneline.pipelines.needs import NEEDS
+from tuneline.pipelines.placement import USER_ID
 from tuneline.recipe import load_recipe
 
 GOLDEN = Path(__file__).parent / "golden" / "demo.yaml"

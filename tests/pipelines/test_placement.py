@@ -12,7 +12,8 @@ from tuneline import images
 from tuneline.pipelines.cli import RECIPES_DIR
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.lint import lint_documents
-from tuneline.pipelines.placement import NEEDS, nodes_config
+from tuneline.pipelines.needs import NEEDS
+from tuneline.pipelines.placement import nodes_config
 from tuneline.profiles import PlacementConfig, StepName
 from tuneline.recipe import load_recipe
 from tuneline.train.checkpoints import ROOT_VARIABLE

@@ -4,6 +4,8 @@ The client is the unmodified one, the server tests/pipelines/kube_server.py; no 
 """
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ from tuneline.pipelines.check import Check
 from tuneline.pipelines.cli import app
 from tuneline.pipelines.cluster_checks import CRDS, LAUNCHER_RIGHTS, RIGHTS, TRAINER_CRD
 from tuneline.pipelines.estimate import estimate, llama_shape, parameters_in_name
+from tuneline.pipelines.host_memory import host_memory
 from tuneline.pipelines.plan import plan
+from tuneline.profiles import PlacementConfig
 from tuneline.recipe import Recipe
 from tuneline.train.config import LoraConfig
 from tuneline.train.fit import run_settings
-from tuneline.train.memory import estimate_memory
+from tuneline.train.memory import GIB, estimate_memory
 
 LLAMA = 8.03e9
 
@@ -180,6 +184,61 @@ def test_limits_that_the_run_would_hit_fail() -> None:
     own = loaded.model_copy(update={"train": loaded.train.model_copy(update={"price_per_hour": 3})})
     (cost,) = [check for check in plan(own) if check.name == "cost"]
     assert cost.words.endswith(f"{3 * hours:.2f} at 3 an hour")
+
+
+def test_host_memory_is_what_the_steps_took() -> None:
+    # tests/quantize/proof_memory.py, 8.03e9 parameters, two rows compared.
+    loaded = recipe("quantize.num_proof_prompts=2", 'quantize.gguf=["f16", "q4_k_m"]')
+    found = {each.step: each.own_bytes / GIB for each in host_memory(loaded, LLAMA)}
+    assert found == {
+        "convert-gguf": pytest.approx(3.43, rel=0.05),
+        "quantize-gguf": pytest.approx(4.81, rel=0.05),
+    }  # fmt: skip
+    # Without a GPU models are loaded in float32.
+    on_cpu = host_memory(recipe(profile="local").model_copy(
+        update={"placement": PlacementConfig()}
+    ), LLAMA)  # fmt: skip
+    assert {each.step for each in on_cpu} == {*found, "quantize-gptq", "evaluate"}
+    assert min(each.own_bytes for each in on_cpu[2:]) > 4 * LLAMA
+
+
+@pytest.mark.parametrize(
+    ("steps", "verdict", "words", "advice"),
+    [
+        ("", "ok", "by quantize-gguf, of 48Gi", ""),
+        ("{quantize-gguf: {memory_request: 5Gi}}", "warn", "requests 5Gi",
+         "quantize-gguf.memory_request"),
+        ("{quantize-gguf: {memory_limit: 5Gi}}", "warn", "of at most 5Gi",
+         "quantize-gguf.memory_limit"),
+        ("{quantize-gguf: {memory_limit: 2Gi}}", "fail", "of at most 2Gi",
+         "quantize-gguf.memory_limit"),
+        # Files may be read again; what a run cannot do without is there.
+        ("{convert-gguf: {memory_limit: 12Gi}}", "warn",
+         "files of 14.9 GiB are read again", "to save hours"),
+    ],
+)  # fmt: skip
+def test_a_pod_with_too_little_memory_is_named(
+    steps: str, verdict: str, words: str, advice: str
+) -> None:
+    loaded = recipe(*([f"placement.steps={steps}"] if steps else []))
+    (found,) = [each for each in plan(loaded) if each.name == "memory"]
+    assert found.verdict == verdict
+    assert words in found.words and advice in found.advice
+
+
+def test_the_plan_is_made_without_kfp() -> None:
+    """In a step's pod kfp.dsl has no tasks to place."""
+    code = "import sys, tuneline.pipelines.plan_run; sys.exit('kfp' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_pod_holds_a_run_on_this_machine_to_its_memory() -> None:
+    loaded = recipe(profile="local").model_copy(update={"placement": PlacementConfig()})
+    checks = [each for each in plan(loaded, num_parameters=70e9) if each.name == "memory"]
+    assert {each.verdict for each in checks} == {"warn"}
+    on_cluster = recipe(profile="h100")
+    checks = [each for each in plan(on_cluster, num_parameters=180e9) if each.name == "memory"]
+    assert "fail" in {each.verdict for each in checks}
 
 
 CLUSTER = recipe("placement.cache_claim=cache", "placement.queue=team")

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from tuneline.pipelines.check import Check, Verdict
 from tuneline.pipelines.cluster_checks import check_cluster
 from tuneline.pipelines.estimate import GPU_BYTES, Estimate, estimate, parameters_in_name
+from tuneline.pipelines.host_memory import host_memory
 from tuneline.pipelines.kube import Kube
+from tuneline.pipelines.needs import memory_of
 from tuneline.profiles import quantity_value
 from tuneline.recipe import Recipe
 from tuneline.train.memory import GIB
@@ -46,6 +48,7 @@ def plan(
     else:
         price = recipe.train.price_per_hour if price_per_gpu_hour is None else price_per_gpu_hour
         checks += _resources(recipe, estimate(recipe, num_parameters), price)
+        checks += _host_memory(recipe, num_parameters, has_pods=kube is not None)
     if kube is not None:
         checks += check_cluster(recipe, kube, account=account, is_step=is_step)
     return checks
@@ -121,6 +124,34 @@ def _resources(recipe: Recipe, found: Estimate, price: float | None) -> Iterator
     if price is not None:
         bill += f", {found.gpu_hours * price:.2f} at {price:g} an hour"
     yield Check("cost", "ok", bill)
+
+
+def _host_memory(recipe: Recipe, num_parameters: float, *, has_pods: bool) -> Iterator[Check]:
+    """Hold steps on a CPU against their pods' memory, which only a cluster keeps them to."""
+    found = host_memory(recipe, num_parameters)
+    fits = True
+    for each in found:
+        request, limit = memory_of(each.step, recipe.placement)
+        own, files = f"{each.own_bytes / GIB:.1f} GiB", f"{each.mapped_bytes / GIB:.1f} GiB"
+        setting = f"placement.steps.{each.step}.memory"
+        if each.own_bytes > quantity_value(limit):
+            verdict = _verdict(each.own_bytes, quantity_value(limit))
+            words, advice = f"of at most {limit}", f"raise {setting}_limit"
+            verdict = verdict if has_pods or recipe.placement.profile != "local" else "warn"
+        elif each.own_bytes > quantity_value(request):
+            words, advice = f"and requests {request}", f"raise {setting}_request"
+            verdict = "warn"
+        elif each.own_bytes + each.mapped_bytes > quantity_value(limit):
+            words = f"of {limit}: files of {files} are read again at every pass"
+            verdict, advice = "warn", f"raise {setting}_limit to save hours"
+        else:
+            continue
+        fits = False
+        yield Check("memory", verdict, f"{each.step} takes {own} {words}", advice)
+    if found and fits:
+        most = max(found, key=lambda each: each.own_bytes)
+        words = f"{most.own_bytes / GIB:.1f} GiB at the most, by {most.step}"
+        yield Check("memory", "ok", f"{words}, of {memory_of(most.step, recipe.placement)[1]}")
 
 
 def _verdict(estimate: float, limit: float) -> Verdict:
