@@ -4,9 +4,12 @@
 
 Makes random bf16 models of Llama 3's widths (4096, 14336, vocabulary 128,256), so many layers each,
 and 128 calibration rows of 2,048 tokens; quantises each in a process that may not allocate more
-than the cap, and prints wall time and peaks. A layer at a time is on the device, so that the peak
-of 32 layers is that of 4. Then merged model and export are loaded on the GPU as the step's proof
-does, and compared.
+than the cap, and prints wall time and peaks, every half a minute too. A layer at a time is on the
+device, so that the peak of 32 layers is that of 4. Then merged model and export are loaded on the
+GPU as the step's proof does, and compared.
+
+Where gptqmodel is out of memory it goes on with the CPU: what its log says of that is printed too.
+`GPTQMODEL_DISABLE_GPTQ_CUDA=1` quantises as in an image, which has no nvcc to compile a kernel.
 """
 
 import argparse
@@ -14,12 +17,20 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import TextIO
 
 HIDDEN, INTERMEDIATE, VOCAB = 4096, 14336, 128256
+SECONDS_BETWEEN_LINES = 30
+SECONDS_BETWEEN_LOOKS = 0.2
+FELL_BACK = re.compile(
+    r"out of memory|\bOOM\b|fell back|falling back|failed to build", re.IGNORECASE
+)
 
 
 def make(directory: Path, num_layers: int) -> None:
@@ -63,50 +74,75 @@ def make(directory: Path, num_layers: int) -> None:
     write_sharded(directory, specs, value, max_shard_bytes=4 << 30)
 
 
-def quantise(job_file: str, cap_gib: float) -> None:
+def quantise(job_file: str, cap_gib: float, out: TextIO) -> None:
     """Quantise in this process; print the peaks."""
-    import torch
+    # Before CUDA is first used: it sets the allocator's options, as in the worker.
+    import gptqmodel  # noqa: F401
 
     from tuneline.quantize.gptq_worker import main as work
 
-    _, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / total))
-    began = time.monotonic()
+    meter = Meter(cap_gib, out)
     work(job_file)
-    say("quantised", began)
+    meter.say("quantised")
 
 
-def prove(merged: Path, export: Path, cap_gib: float) -> None:
+def prove(merged: Path, export: Path, cap_gib: float, out: TextIO) -> None:
     """Compare export and merged model as the step does; print the peaks."""
     import torch
 
     from tuneline.quantize.transformers_model import TransformersModel
 
-    _, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / total))
-    began = time.monotonic()
+    meter = Meter(cap_gib, out)
     ids = [(7 * n * n + 3 * n) % VOCAB for n in range(256)]
     model = TransformersModel(merged, dtype="auto", device="cuda")
     p_TV = model.logits(ids).log_softmax(-1)
+    meter.say("proof, merged model")
     del model
     torch.cuda.empty_cache()
     q_TV = TransformersModel(export, dtype=torch.float16, device="cuda").logits(ids).log_softmax(-1)
     kl = (p_TV.exp() * (p_TV - q_TV)).sum(-1).mean().item()
-    say(f"proof, mean KL {kl:.3g} nats", began)
+    meter.say(f"proof, mean KL {kl:.3g} nats")
 
 
-def say(what: str, began: float) -> None:
-    """Print seconds, the allocator's peaks and that of resident memory."""
-    import torch
+class Meter:
+    """Cap this process's allocator, and tell time and peaks, in between too."""
 
-    status = Path("/proc/self/status").read_text()
-    resident = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status).group(1))
-    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    print(
-        f"{what}: {time.monotonic() - began:.0f} s, GPU {allocated / 2**30:.2f} GiB allocated, "
-        f"{reserved / 2**30:.2f} reserved, host {resident / 2**30:.1f} GiB",
-        flush=True,
-    )
+    def __init__(self, cap_gib: float, out: TextIO) -> None:
+        """Begin."""
+        import torch
+
+        self._out = out
+        self._least_free, self._total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / self._total))
+        self._began = time.monotonic()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def say(self, what: str) -> None:
+        """Print seconds and peaks: the allocator's, the whole GPU's and of resident memory."""
+        import torch
+
+        status = Path("/proc/self/status").read_text()
+        resident = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status).group(1))
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        print(
+            f"{what}: {time.monotonic() - self._began:.0f} s, "
+            f"GPU {allocated / 2**30:.2f} GiB allocated, {reserved / 2**30:.2f} reserved, "
+            f"{(self._total - self._least_free) / 2**30:.2f} with context and libraries, "
+            f"host {resident / 2**30:.1f} GiB",
+            file=self._out,
+            flush=True,
+        )
+
+    def _watch(self) -> None:
+        import torch
+
+        said = self._began
+        while True:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            self._least_free = min(self._least_free, torch.cuda.mem_get_info()[0])
+            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                self.say("so far")
 
 
 def main() -> None:
@@ -114,53 +150,80 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--cap", type=float, default=24.0, help="GiB")
-    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--rows", type=int, nargs="+", default=[128], help="one after the other")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--limit", type=float, default=540, help="seconds for one process")
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--child", nargs="+")
     arguments = parser.parse_args()
     if arguments.child:
         what, *paths = arguments.child
+        # What libraries print goes to the log.
+        out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
         if what == "quantise":
-            quantise(paths[0], arguments.cap)
+            quantise(paths[0], arguments.cap, out)
         else:
-            prove(Path(paths[0]), Path(paths[1]), arguments.cap)
+            prove(Path(paths[0]), Path(paths[1]), arguments.cap, out)
         return
-    rows = [
-        [(31 * row + 7 * n * n + 3 * n) % VOCAB for n in range(arguments.tokens)]
-        for row in range(arguments.rows)
-    ]
+    all_done = True
     for num_layers in arguments.layers:
         merged, export = arguments.directory / "merged", arguments.directory / "export"
+        shutil.rmtree(merged, ignore_errors=True)
         make(merged, num_layers)
         size = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
-        print(f"{num_layers} layers, {size / 1e9:.1f} GB:", flush=True)
-        settings = {"bits": arguments.bits, "group_size": 128, "desc_act": False}
-        job = {"model_dir": str(merged), "target": str(export), **settings, "rows": rows}
-        job_file = arguments.directory / "job.json"
-        job_file.write_text(json.dumps(job))
-        own = [sys.executable, str(Path(__file__).resolve())]
-        own += ["--directory", str(arguments.directory), "--cap", str(arguments.cap), "--child"]
-        for child in (["quantise", str(job_file)], ["prove", str(merged), str(export)]):
-            done = subprocess.run(
-                [*own, *child],
-                cwd=arguments.directory,
-                env={
-                    "GPTQMODEL_CPU_WORKERS": str(max(2, len(os.sched_getaffinity(0)))),
-                    **os.environ,
-                },
-                capture_output=True,
-                text=True,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            lines = done.stdout.splitlines()
-            print("\n".join(line for line in lines if "GiB" in line and "allocated" in line))
-            if done.returncode:
-                sys.exit(done.stderr[-3000:])
-        shutil.rmtree(merged)
-        shutil.rmtree(export)
+        for num_rows in arguments.rows:
+            print(f"{num_layers} layers, {size / 1e9:.1f} GB, {num_rows} rows:", flush=True)
+            shutil.rmtree(export, ignore_errors=True)
+            rows = [
+                [(31 * row + 7 * n * n + 3 * n) % VOCAB for n in range(arguments.tokens)]
+                for row in range(num_rows)
+            ]
+            settings = {"bits": arguments.bits, "group_size": 128, "desc_act": False}
+            job = {"model_dir": str(merged), "target": str(export), **settings, "rows": rows}
+            job_file = arguments.directory / "job.json"
+            job_file.write_text(json.dumps(job))
+            done = run(arguments, "quantise", job_file) and run(arguments, "prove", merged, export)
+            all_done = all_done and done
+    sys.exit(not all_done)
+
+
+def run(arguments: argparse.Namespace, *child: str | Path) -> bool:
+    """Run this script's other half; print what it says, and what its log says of a lack of memory.
+
+    Returns:
+        Whether it succeeded within the limit.
+    """
+    own = [sys.executable, str(Path(__file__).resolve()), "--directory", str(arguments.directory)]
+    own += ["--cap", str(arguments.cap), "--child", *map(str, child)]
+    log = arguments.directory / f"{child[0]}.log"
+    # As tuneline.quantize.gptq sets them.
+    settings = {
+        "GPTQMODEL_CPU_WORKERS": str(max(2, len(os.sched_getaffinity(0)))),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            own,
+            cwd=arguments.directory,
+            env=settings | os.environ,
+            stdin=subprocess.DEVNULL,
+            stderr=file,
+            start_new_session=True,
+        )
+        try:
+            status: int | str = process.wait(timeout=arguments.limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status = f"it took more than {arguments.limit:.0f} s"
+    text = log.read_text(errors="replace")
+    found = {line.strip() for line in re.split(r"[\r\n]+", text) if FELL_BACK.search(line)}
+    print("\n".join(sorted(found)[:20]), end="\n" if found else "", flush=True)
+    if status:
+        print(f"{text[-3000:]}\n{child[0]} failed: {status}", flush=True)
+    return not status
 
 
 if __name__ == "__main__":
