@@ -1,6 +1,7 @@
 """The patched model against the stock one of transformers and PEFT on the CPU."""
 
 import copy
+import itertools
 import sys
 
 import pytest
@@ -24,7 +25,9 @@ from transformers import (
 )
 
 from tuneline.kernels import activation_lora
+from tuneline.kernels.attention_half import Saved
 from tuneline.kernels.budget import Kept, kept_bytes, normed_bytes
+from tuneline.kernels.layer import LayerCall
 from tuneline.kernels.patch import patch, unpatch
 
 SIZES = {
@@ -221,6 +224,26 @@ def test_any_budget_gives_the_same_bits(family, interpreted):
         assert torch.equal(found, loss)
         for name, grad in expected.items():
             assert torch.equal(grads[name], grad), name
+
+
+@pytest.mark.parametrize("choice", list(itertools.product((False, True), repeat=3)))
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_whatever_waits_for_the_backward_gives_the_same_bits(family, choice, monkeypatch):
+    model = make_model(family, dtype=torch.float32)
+    patch(model, budget="lean")
+    loss, expected = step(model, batch())
+    seen = []
+
+    def holding(*args, **kwargs):
+        seen.append(LayerCall(*args, **{**kwargs, "holds": True, "waits": Saved(*choice)}))
+        return seen[-1]
+
+    monkeypatch.setattr(sys.modules["tuneline.kernels.patch"], "LayerCall", holding)
+    found, grads = step(model, batch())
+    assert [call.saved for call in seen] == [Saved(*choice)] * 2
+    assert torch.equal(found, loss)
+    for name, grad in expected.items():
+        assert torch.equal(grads[name], grad), name
 
 
 def test_chunks_of_the_mlp_add_up(monkeypatch, interpreted):

@@ -36,19 +36,31 @@ from tuneline.kernels.rms_norm import rms_norm_backward
 from tuneline.kernels.rope import rope_backward, rope_forward
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What of this half its backward finds beside x; it computes the rest again."""
+
+    qkv: bool = False
+    """q, k and v: rotated, but where a head norm wants them as they were."""
+    output: bool = False
+    """The attention's output and log-sum-exp."""
+    branch: bool = False
+    """x2; or where a norm follows o_proj, its output."""
+
+
 @dataclass(slots=True)
 class AttentionHalf:
-    """Intermediates of x -> x2; q and k before rope only where a head norm needs them."""
+    """Intermediates of x -> x2; those named in `Saved` first."""
 
-    qkv_TN: Tensor
-    q_BLHD: Tensor
-    k_BLGD: Tensor
-    attention_saved: tuple[Tensor, ...]
-    o_input_TKP: Tensor
-    x2_TC: Tensor
-    o_TC: Tensor | None
-    o_operands: WideOperands | Fp8Operands | None
-    normed: Normed | None
+    qkv_TN: Tensor | None = None
+    o_input_TKP: Tensor | None = None
+    branch_TC: Tensor | None = None
+    attention_saved: tuple[Tensor, ...] = ()
+    normed: Normed | None = None
+    q_BLHD: Tensor | None = None
+    k_BLGD: Tensor | None = None
+    x2_TC: Tensor | None = None
+    o_operands: WideOperands | Fp8Operands | None = None
 
 
 def split_heads(
@@ -59,66 +71,59 @@ def split_heads(
     return heads_BLND.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], 2)
 
 
-def attention_half(
+def complete(
+    half: AttentionHalf,
     x_TC: Tensor,
     shape: torch.Size,
     cos: Tensor,
     sin: Tensor,
     weights: LayerWeights,
     plan: AttentionPlan,
-) -> AttentionHalf:
-    """Compute x2 and all that its backward may want."""
-    operands = group_operands(weights.qkv, x_TC)
-    normed = normed_input(x_TC, weights.attention_norm, weights, weights.qkv, operands)
-    qkv_TN = operands.forward(normed[0])
-    del operands
-    q, k, v = split_heads(qkv_TN, shape, weights.attention)
-    q, k = rope_forward(
-        q,
-        k,
-        cos,
-        sin,
-        q_weight=weights.q_norm,
-        k_weight=weights.k_norm,
-        eps=weights.eps,
-        gemma=weights.gemma,
-        out=(q, k) if weights.q_norm is None else None,
-    )
+) -> Tensor:
+    """Compute what `half` lacks, x2 among it, and return x2."""
+    rotated = half.qkv_TN is not None and weights.q_norm is None
+    if half.qkv_TN is None:
+        operands = group_operands(weights.qkv, x_TC)
+        if half.normed is None:
+            half.normed = normed_input(x_TC, weights.attention_norm, weights, weights.qkv, operands)
+        half.qkv_TN = operands.forward(half.normed[0])
+        del operands
+    q, k, v = split_heads(half.qkv_TN, shape, weights.attention)
+    if not rotated:
+        q, k = rope_forward(
+            q,
+            k,
+            cos,
+            sin,
+            q_weight=weights.q_norm,
+            k_weight=weights.k_norm,
+            eps=weights.eps,
+            gemma=weights.gemma,
+            out=(q, k) if weights.q_norm is None else None,
+        )
+    half.q_BLHD, half.k_BLGD = q, k
     group = weights.o
-    o_input_TKP = augmented_input(x_TC.shape[0], group, x_TC)
-    a_BLHD = _heads(o_input_TKP, group, q.shape)
-    saved = attention_forward(q, k, v, plan, weights.attention, out=a_BLHD)
-    o_operands = group_operands(group, x_TC)
-    o_operands.write_lora_columns(o_input_TKP)
-    return after_attention(x_TC, qkv_TN, q, k, saved, o_input_TKP, o_operands, weights, normed)
+    if half.o_input_TKP is None:
+        half.o_input_TKP = augmented_input(x_TC.shape[0], group, x_TC)
+        a_BLHD = _heads(half.o_input_TKP, group, q.shape)
+        half.attention_saved = attention_forward(q, k, v, plan, weights.attention, out=a_BLHD)
+        half.o_operands = group_operands(group, x_TC)
+        half.o_operands.write_lora_columns(half.o_input_TKP)
+    sandwich = weights.after_attention_norm is not None
+    if half.branch_TC is None:
+        if half.o_operands is None:
+            half.o_operands = group_operands(group, x_TC)
+        residual_TC = None if sandwich else x_TC
+        half.branch_TC = half.o_operands.forward(half.o_input_TKP, residual_TN=residual_TC)
+    half.x2_TC = half.branch_TC
+    if weights.after_attention_norm is not None:
+        half.x2_TC = add_normed(x_TC, half.branch_TC, weights.after_attention_norm, weights)
+    return half.x2_TC
 
 
 def _heads(o_input_TKP: Tensor, group: LoraGroup, shape: torch.Size) -> Tensor:
     """View the attention's output [B, L, H, D] inside o_proj's input."""
     return o_input_TKP[:, : group.num_in].unflatten(0, shape[:2]).view(shape)
-
-
-def after_attention(
-    x_TC: Tensor,
-    qkv_TN: Tensor,
-    q_BLHD: Tensor,
-    k_BLGD: Tensor,
-    saved: tuple[Tensor, ...],
-    o_input_TKP: Tensor,
-    o_operands: WideOperands | Fp8Operands,
-    weights: LayerWeights,
-    normed: Normed | None,
-) -> AttentionHalf:
-    """Compute x2 from the attention's output, which lies in o_proj's input."""
-    if weights.after_attention_norm is None:
-        x2_TC = o_operands.forward(o_input_TKP, residual_TN=x_TC)
-        o_TC = None
-    else:
-        o_TC = o_operands.forward(o_input_TKP)
-        x2_TC = add_normed(x_TC, o_TC, weights.after_attention_norm, weights)
-    return AttentionHalf(
-        qkv_TN, q_BLHD, k_BLGD, saved, o_input_TKP, x2_TC, o_TC, o_operands, normed
-    )
 
 
 def attention_half_backward(
@@ -132,32 +137,36 @@ def attention_half_backward(
     *,
     need_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Return dx with down_proj's P columns beside it, still empty, and the adapters' gradients."""
-    shape, config, group = half.q_BLHD.shape, weights.attention, weights.o
+    """Return dx with down_proj's P columns beside it, still empty, and the adapters' gradients.
+
+    `half` is complete.
+    """
+    q_BLHD, k_BLGD, o_input_TKP = half.q_BLHD, half.k_BLGD, half.o_input_TKP
+    assert q_BLHD is not None and k_BLGD is not None
+    assert o_input_TKP is not None and half.qkv_TN is not None
+    shape, config, group = q_BLHD.shape, weights.attention, weights.o
     dx2_TC = dx2_TCP[:, : group.num_out]
     do_TCP: Tensor | None = dx2_TCP
     do_TC = dx2_TC
     if weights.after_attention_norm is not None:
-        assert half.o_TC is not None
+        assert half.branch_TC is not None
         do_TCP = None
-        do_TC = normed_gradient(dx2_TC, half.o_TC, weights.after_attention_norm, weights)
+        do_TC = normed_gradient(dx2_TC, half.branch_TC, weights.after_attention_norm, weights)
     operands = group_operands(group, x_TC) if half.o_operands is None else half.o_operands
     half.o_operands = None
     da_TK, g_TP = operands.input_gradient(do_TC, do_TCP)
     del operands
     o_grads = LoraGradients(group)
-    o_grads.add(
-        do_TC, g_TP, half.o_input_TKP[:, : group.num_in], half.o_input_TKP[:, group.num_in :]
-    )
+    o_grads.add(do_TC, g_TP, o_input_TKP[:, : group.num_in], o_input_TKP[:, group.num_in :])
     q_in, k_in, v = split_heads(half.qkv_TN, shape, config)
     dqkv_TN = torch.empty_like(half.qkv_TN)
     dq_out, dk_out, dv_out = split_heads(dqkv_TN, shape, config)
     dq, dk = attention_backward(
         da_TK.view(shape),
-        half.q_BLHD,
-        half.k_BLGD,
+        q_BLHD,
+        k_BLGD,
         v,
-        _heads(half.o_input_TKP, group, shape),
+        _heads(o_input_TKP, group, shape),
         half.attention_saved,
         plan,
         config,

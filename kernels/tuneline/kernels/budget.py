@@ -3,16 +3,20 @@
     kept          q, k, v, a, x2, gate, up     0.77 GB a Llama-3.1-8B layer of 8192 tokens, 4.4 ms
     kept, normed  n1 and n2 as well            0.14 GB more, 0.17 ms                   (one H100)
 
-Once all layers are kept, what is left goes to their norms' outputs.
+Once all layers are kept, what is left goes to their norms' outputs. A layer that does not keep
+parks in the host's memory what can be copied there while the next layer computes, see `parked`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import torch
 
+from tuneline.kernels.attention import AttentionPlan
+from tuneline.kernels.attention_half import Saved
 from tuneline.kernels.layer_weights import LayerWeights
 from tuneline.kernels.mlp_half import MLP_CHUNK_TOKENS
 
@@ -21,6 +25,16 @@ Budget = Literal["auto", "lean"] | float
 
 HEAD_ROOM = 0.06
 """Share of the card that `auto` leaves: fragmentation, the loss's chunk, the optimizer's step."""
+
+HOST_BYTES_PER_FLOP = 8.5e-5
+"""Bytes that reach the host behind one operation of a layer's forward: 54 GB/s beside 640 TFLOP/s,
+the norms and the dequantisation counted in (one H100)."""
+
+_FP8_SPEED = 1.5
+"""Of a layer's forward."""
+
+_ATTENTION_COST = 1.75
+"""Of an operation of the attention, beside one of a GEMM."""
 
 _GIB = 2**30
 
@@ -47,15 +61,9 @@ def check_budget(budget: Budget) -> Budget:
 
 def kept_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
     """Bytes that one kept layer holds beyond a lean one."""
-    hidden, attention = weights.qkv.num_in, weights.attention
     width = weights.qkv.num_out + weights.o.num_in + weights.o.num_columns
-    width += hidden + weights.gate_up.num_out
-    if weights.q_norm is not None:
-        # The head norm's inputs are kept beside its outputs.
-        width += (attention.num_heads + attention.num_kv_heads) * attention.head_dim
-    if weights.after_attention_norm is not None:
-        width += hidden
-    log_sum_exp = 4 * attention.num_heads
+    width += weights.qkv.num_in + weights.gate_up.num_out
+    log_sum_exp = 4 * weights.attention.num_heads
     return num_tokens * (width * itemsize + log_sum_exp)
 
 
@@ -73,6 +81,34 @@ def workspace_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> in
     # gate and up twice (kept layers cannot overwrite them), dh, h; and eight tensors as x.
     temporaries = chunk * (2 * gate_up.num_out + 2 * down.num_in)
     return itemsize * (arenas + temporaries + 8 * num_tokens * gate_up.num_in)
+
+
+def parked(weights: LayerWeights, plan: AttentionPlan, row_length: int, itemsize: int) -> Saved:
+    """Choose what a lean layer parks beside x: what saves the backward most operations.
+
+    No more than hides behind a layer's forward: a copy that the next layer waits for costs more
+    than the products that it saves. Each of these saves 2 C operations for every number copied,
+    the attention's output the attention's besides.
+    """
+    hidden, config = weights.qkv.num_in, weights.attention
+    lengths = plan.sequence_lengths or (row_length,)
+    context = sum(n * (n + 1) for n in lengths) / (2 * sum(lengths))
+    attention = _ATTENTION_COST * 4 * context * config.num_heads * config.head_dim
+    forward = attention + 2 * sum(group.num_out * group.num_in for group in weights.groups())
+    if any(group.largest is not None for group in weights.groups()):
+        forward /= _FP8_SPEED
+    # Gemma parks d too.
+    always = hidden * (1 if weights.after_mlp_norm is None else 2)
+    room = HOST_BYTES_PER_FLOP * forward - itemsize * always
+    widths = weights.qkv.num_out, weights.o.num_in + weights.o.num_columns, weights.o.num_out
+    gains = 2 * hidden * weights.qkv.num_out, attention, 2 * weights.o.num_in * weights.o.num_out
+
+    def total(choice: tuple[bool, ...], amounts: tuple[float, ...]) -> float:
+        return sum(amount for chosen, amount in zip(choice, amounts, strict=True) if chosen)
+
+    choices = product((False, True), repeat=3)
+    fitting = [c for c in choices if itemsize * total(c, widths) <= room or not any(c)]
+    return Saved(*max(fitting, key=lambda choice: total(choice, gains)))
 
 
 def share_out(

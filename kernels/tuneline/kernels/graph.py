@@ -126,8 +126,8 @@ class GraphedStack:
         steps = []
         with torch.cuda.graph(self._forward):
             for weights, call in layers:
-                y, saved = layer_forward(x, cos, sin, weights, call)
-                steps.append(([x, *saved], weights, call))
+                y, parkable, rest = layer_forward(x, cos, sin, weights, call)
+                steps.append(([x, *parkable, *rest], weights, call))
                 x = y
         self._y_BLC = x
         with torch.cuda.graph(self._backward, pool=self._forward.pool()):

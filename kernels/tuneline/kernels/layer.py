@@ -8,11 +8,11 @@
 A *lean* layer keeps x and h A_down^T (1/64 of h), and Gemma's d. Its backward computes the layer
 again up to gate and up, but neither down_proj (27 % of a Llama layer's multiplications) nor the
 activation's forward, which the activation's backward yields on the way. With a host stash it
-parks x there, and q, k, v and a beside it: their copies hide behind the forward too, and the
-backward computes o_proj, gate and up alone. The last layer *holds* them where they are: its
-backward begins before a copy could be back. A *kept* layer saves q, k, v, a, x2, gate and up, and
-computes only norms again, or nothing at all where it keeps their outputs too. All run the same
-kernels on the same numbers, so that the choice changes no bit of a gradient.
+parks x there, and of q, k, v, a and x2 what can be copied behind the forward (`budget.parked`):
+a Llama's backward then computes gate and up alone. The last layer *holds* them where they are:
+its backward begins before a copy could be back. A *kept* layer saves q, k, v, a, x2, gate and up,
+and computes only norms again, or nothing at all where it keeps their outputs too. All run the
+same kernels on the same numbers, so that the choice changes no bit of a gradient.
 
 The two halves are in attention_half.py and mlp_half.py.
 
@@ -31,14 +31,12 @@ from torch import Tensor
 from tuneline.kernels.attention import AttentionPlan
 from tuneline.kernels.attention_half import (
     AttentionHalf,
-    after_attention,
-    attention_half,
+    Saved,
     attention_half_backward,
-    split_heads,
+    complete,
 )
 from tuneline.kernels.layer_weights import LayerWeights, Normed
 from tuneline.kernels.mlp_half import mlp_backward, mlp_forward
-from tuneline.kernels.operands import group_operands
 from tuneline.kernels.stash import HostStash
 
 
@@ -68,7 +66,8 @@ class LayerCall:
     keep_normed: bool = False
     """Whether a kept layer keeps n1 and n2 as well."""
     stash: HostStash | None = None
-    """Where x, q, k, v and a wait, unless the layer keeps or holds them."""
+    """Where x and what is in `waits` wait, unless the layer keeps or holds them."""
+    waits: Saved = Saved()
     holds: bool = False
     """Whether they wait on the device."""
     fetches: bool = False
@@ -82,9 +81,11 @@ class LayerCall:
         return self.stash is not None and not (self.keep or self.holds)
 
     @property
-    def saves_attention(self) -> bool:
-        """Whether the backward finds q, k, v and a somewhere."""
-        return self.keep or self.parks or self.holds
+    def saved(self) -> Saved:
+        """What the backward finds of the first half."""
+        if self.keep:
+            return Saved(True, True, True)
+        return self.waits if self.parks or self.holds else Saved()
 
 
 def fused_layer(
@@ -99,12 +100,12 @@ class _LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_BLC, cos, sin, weights, call, *parameters):  # noqa: D102
-        y_BLC, saved = layer_forward(x_BLC, cos, sin, weights, call)
-        saved = [x_BLC, *saved]
+        y_BLC, parkable, rest = layer_forward(x_BLC, cos, sin, weights, call)
+        saved = [x_BLC, *parkable, *rest]
         ctx.weights, ctx.call, ctx.ticket, ctx.num_parked = weights, call, None, 0
         ctx.before = call.stash.last if call.fetches else None
         if call.parks:
-            ctx.num_parked = 5 if weights.q_norm is not None else 3
+            ctx.num_parked = 1 + len(parkable)
             ctx.ticket = call.stash.put(saved[: ctx.num_parked])
         ctx.num_saved = len(saved)
         ctx.save_for_backward(cos, sin, *saved[ctx.num_parked :], *parameters)
@@ -127,30 +128,30 @@ class _LayerFunction(torch.autograd.Function):
 
 def layer_forward(
     x_BLC: Tensor, cos: Tensor, sin: Tensor, weights: LayerWeights, call: LayerCall
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Return y and what the backward wants beside x; records no gradient."""
-    x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
-    half = attention_half(x_TC, x_BLC.shape, cos, sin, weights, call.plan)
-    half.o_operands = None
+) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+    """Return y and what the backward wants beside x: what may be parked, and the rest.
+
+    Records no gradient.
+    """
+    x_TC, wanted = x_BLC.reshape(-1, x_BLC.shape[-1]), call.saved
+    half = AttentionHalf()
+    x2_TC = complete(half, x_TC, x_BLC.shape, cos, sin, weights, call.plan)
     normed = half.normed if call.keep_normed else None
-    half.normed = None
-    saved: list[Tensor | None] = []
-    if call.saves_attention:
-        # What can be parked comes first. Without a head norm q and k are views of qkv.
-        saved = [half.qkv_TN, half.o_input_TKP]
-        saved += [] if weights.q_norm is None else [half.q_BLHD, half.k_BLGD]
-    if call.keep:
-        saved += [half.x2_TC, half.o_TC]
-    attention_saved = half.attention_saved if call.saves_attention else ()
-    x2_TC = half.x2_TC
+    attention_saved = half.attention_saved if wanted.output else ()
+    parkable: list[Tensor | None] = [half.qkv_TN] if wanted.qkv else []
+    parkable += [half.o_input_TKP] if wanted.output else []
+    parkable += [half.branch_TC] if wanted.branch else []
     del half
     y_TC, gate_up_TF, down_input_TP, d_TC, mlp_normed = mlp_forward(
-        x2_TC, weights, call.keep, keep_normed=call.keep_normed
+        x2_TC, weights, call.keep, keep_normed=call.keep_normed, overwrite=not wanted.branch
     )
+    if d_TC is not None:
+        parkable.append(d_TC)
+    rest: list[Tensor | None] = []
     if normed is not None and mlp_normed is not None:
-        saved += [*normed, *mlp_normed]
-    saved += [down_input_TP, d_TC, gate_up_TF, *attention_saved]
-    return y_TC.view(x_BLC.shape), saved
+        rest += [*normed, *mlp_normed]
+    rest += [down_input_TP, gate_up_TF, *attention_saved]
+    return y_TC.view(x_BLC.shape), parkable, rest
 
 
 def layer_backward(
@@ -163,7 +164,7 @@ def layer_backward(
     *,
     need_dx: bool = True,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Return dx and the gradients of `weights.parameters()`; `saved` is x and the forward's.
+    """Return dx and the gradients of `weights.parameters()`; `saved` is x and `layer_forward`'s.
 
     Nobody asks for the first layer's dx: then qkv's product with the frozen weights is saved.
     """
@@ -171,34 +172,28 @@ def layer_backward(
     x_BLC, *saved = saved
     x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
     dy_TC = dy_BLC.reshape(x_TC.shape)
-    if call.saves_attention:
-        qkv_TN, o_input_TKP, *saved = saved
-        q, k, _ = split_heads(qkv_TN, x_BLC.shape, weights.attention)
-        if weights.q_norm is not None:
-            q, k, *saved = saved
-    if call.keep:
-        x2_TC, o_TC, *saved = saved
-    normed: Normed | None = None
+    half, found, d_TC = AttentionHalf(), call.saved, None
+    if found.qkv:
+        half.qkv_TN, *saved = saved
+    if found.output:
+        half.o_input_TKP, *saved = saved
+    if found.branch:
+        half.branch_TC, *saved = saved
+    if weights.after_mlp_norm is not None:
+        d_TC, *saved = saved
     mlp_normed: Normed | None = None
     if call.keep_normed:
-        normed, mlp_normed, saved = tuple(saved[:2]), tuple(saved[2:4]), saved[4:]
-    down_input_TP, d_TC, gate_up_TF, *attention_saved = saved
-    if call.keep:
-        half = AttentionHalf(
-            qkv_TN, q, k, tuple(attention_saved), o_input_TKP, x2_TC, o_TC, None, normed
-        )
-    elif call.saves_attention:
-        o_operands = group_operands(weights.o, x_TC)
-        half = after_attention(
-            x_TC, qkv_TN, q, k, tuple(attention_saved), o_input_TKP, o_operands, weights, None
-        )
-    else:
-        half = attention_half(x_TC, x_BLC.shape, cos, sin, weights, call.plan)
+        half.normed, mlp_normed, saved = tuple(saved[:2]), tuple(saved[2:4]), saved[4:]
+    down_input_TP, gate_up_TF, *attention_saved = saved
+    half.attention_saved = tuple(attention_saved)
+    x2_TC = complete(half, x_TC, x_BLC.shape, cos, sin, weights, call.plan)
+    if not call.keep_normed:
+        # The MLP's backward is a step's peak: the norm is computed again after it.
         half.normed = None
     handover = Handover() if call.handover is None else call.handover
     dy_TCP = handover.room_for(dy_TC, weights.down.num_columns)
     dx2_TCP, gate_up_grads, down_grads = mlp_backward(
-        dy_TC, dy_TCP, half.x2_TC, gate_up_TF, down_input_TP, d_TC, mlp_normed, weights
+        dy_TC, dy_TCP, x2_TC, gate_up_TF, down_input_TP, d_TC, mlp_normed, weights
     )
     dx_TCP, qkv_grads, o_grads = attention_half_backward(
         dx2_TCP, x_TC, half, cos, sin, weights, call.plan, need_dx=need_dx

@@ -36,16 +36,15 @@ def _chunks(num_tokens: int) -> list[slice]:
 
 
 def mlp_forward(
-    x2_TC: Tensor, weights: LayerWeights, keep: bool, *, keep_normed: bool
+    x2_TC: Tensor, weights: LayerWeights, keep: bool, *, keep_normed: bool, overwrite: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Normed | None]:
     """Return y, gate and up if kept, h A_down^T, down's output if a norm follows it, n2 if kept.
 
-    x2 is overwritten by y unless it is kept or still needed whole.
+    With `overwrite` y takes the place of x2, unless that is still needed whole.
     """
     num_tokens, gate_up, down = x2_TC.shape[0], weights.gate_up, weights.down
     sandwich = weights.after_mlp_norm is not None
-    in_place = not keep and not sandwich
-    y_TC = x2_TC if in_place else torch.empty_like(x2_TC)
+    y_TC = x2_TC if overwrite and not sandwich else torch.empty_like(x2_TC)
     gate_up_TF = x2_TC.new_empty(num_tokens, gate_up.num_out) if keep else None
     down_input_TP = x2_TC.new_empty(num_tokens, down.num_columns)
     normed_TKP = augmented_input(num_tokens, gate_up, x2_TC) if keep_normed else None

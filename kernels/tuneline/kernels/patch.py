@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from tuneline.kernels.attention import AttentionPlan
 from tuneline.kernels.binding import Unfusable, bind_layer, fingerprint
-from tuneline.kernels.budget import Budget, Kept, check_budget, share_out
+from tuneline.kernels.budget import Budget, Kept, check_budget, parked, share_out
 from tuneline.kernels.cross_entropy import linear_cross_entropy
 from tuneline.kernels.graph import (
     GRAPH_MAX_TOKENS,
@@ -388,6 +388,8 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     if engine.stash is None and device.type == "cuda":
         engine.stash = HostStash()
     stash = engine.stash if num_tokens >= STASH_MIN_TOKENS else None
+    # The layers of a model are alike enough for one answer.
+    waits = parked(next(iter(bound.values())), plan, tokens.shape[1], dtype.itemsize)
     layers, handover = {}, Handover()
     for place, (index, weights) in enumerate(bound.items()):
         from_last = len(bound) - 1 - place
@@ -399,6 +401,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
                 keep,
                 keep_normed=from_last < kept.num_normed,
                 stash=stash,
+                waits=waits,
                 holds=stash is not None and from_last == 0 and not keep,
                 # The layer before this one parks, if it is there.
                 fetches=stash is not None and from_last == max(kept.num_layers, 1) - 1,

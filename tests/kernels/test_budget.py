@@ -1,0 +1,75 @@
+"""What a lean layer parks in the host's memory, by the shapes of real families."""
+
+import pytest
+import torch
+
+from tuneline.kernels.attention import AttentionConfig, AttentionPlan
+from tuneline.kernels.attention_half import Saved
+from tuneline.kernels.budget import parked
+from tuneline.kernels.layer_weights import LayerWeights
+from tuneline.kernels.lora import LoraGroup, LoraLinear
+
+
+def layer(hidden, mlp, num_heads, num_kv_heads, head_dim, *, sandwich=False, fp8=False):
+    """Build a layer's weights, empty; with an adapter of rank 16 on o_proj."""
+
+    def group(num_out, num_in):
+        weight = torch.empty(num_out, num_in, dtype=torch.bfloat16, device="meta")
+        adapter = torch.empty(16, num_in, device="meta"), torch.empty(num_out, 16, device="meta")
+        return LoraGroup(
+            (LoraLinear(weight, num_out, num_in, None, *adapter),),
+            largest=torch.ones(()) if fp8 else None,
+        )
+
+    query, key_value = num_heads * head_dim, num_kv_heads * head_dim
+    norm = torch.empty(hidden, device="meta")
+    return LayerWeights(
+        group(query + 2 * key_value, hidden),
+        group(hidden, query),
+        group(2 * mlp, hidden),
+        group(hidden, mlp),
+        AttentionConfig(num_heads, num_kv_heads, head_dim, head_dim**-0.5),
+        "silu",
+        1e-5,
+        False,
+        norm,
+        norm,
+        after_attention_norm=norm if sandwich else None,
+        after_mlp_norm=norm if sandwich else None,
+    )
+
+
+LLAMA_8B = (4096, 14336, 32, 8, 128)
+PHI_35 = (3072, 8192, 32, 32, 96)
+GEMMA_2_9B = (3584, 14336, 16, 8, 256)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sandwich", "expected"),
+    [
+        (LLAMA_8B, False, Saved(qkv=True, output=True, branch=True)),
+        # All of its q, k and v are 18 of 30 KB a token, which a forward of 0.32 us cannot hide.
+        (PHI_35, False, Saved(qkv=False, output=True, branch=True)),
+        # d goes along.
+        (GEMMA_2_9B, True, Saved(qkv=False, output=True, branch=True)),
+    ],
+)
+def test_a_lean_layer_parks_what_its_forward_hides(sizes, sandwich, expected):
+    assert parked(layer(*sizes, sandwich=sandwich), AttentionPlan(), 2048, 2) == expected
+
+
+def test_long_rows_hide_more():
+    weights = layer(*PHI_35)
+    assert parked(weights, AttentionPlan(), 32768, 2) == Saved(True, True, True)
+    # As sequences packed into the same row they do not.
+    starts = list(range(0, 32768, 128))
+    plan = AttentionPlan.packed(starts, 32768, torch.device("cpu"))
+    assert not parked(weights, plan, 32768, 2).qkv
+
+
+def test_fp8_is_done_before_so_much_is_copied():
+    assert parked(layer(*LLAMA_8B, fp8=True), AttentionPlan(), 2048, 2) != Saved(True, True, True)
+
+
+def test_wide_numbers_may_leave_only_x():
+    assert parked(layer(*PHI_35), AttentionPlan(), 16, 8) == Saved()
