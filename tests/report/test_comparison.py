@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from tuneline.artifacts import QuantizedModel
 from tuneline.charts import ScatterPoint, scatter_chart
 from tuneline.names import place_names
@@ -73,9 +75,19 @@ def test_a_benchmark_has_a_column_where_it_was_measured() -> None:
     scored = {"benchmark": "heldout_choice", "reference_benchmark_score": 0.875}
     q8 = Q8.model_copy(update={**scored, "benchmark_score": 0.75, "num_benchmark_rows": 16})
     page = comparison.card(types.SimpleNamespace(exports=[q8, Q4]))
-    assert "score</th>" in page and "75.0 %" in page
-    assert "on 16 rows, of which the merged model has 87.5 %; differences below 25.0 %" in page
+    assert "score</th>" in page and "75.0 % (51-90)" in page
+    assert "on 16 held-out rows, with the 95 % interval" in page
+    assert "the merged model has 87.5 % on the same" in page
     assert "heldout_choice" not in comparison.card(types.SimpleNamespace(exports=[Q8, Q4]))
+
+
+@pytest.mark.parametrize(
+    ("right", "rows", "interval"),
+    # Brown, Cai and DasGupta's formula by hand; for none of ten it is [0, z^2 / (10 + z^2)].
+    [(12, 16, (0.5050, 0.8982)), (0, 10, (0.0, 0.2775)), (10, 10, (0.7225, 1.0))],
+)
+def test_an_interval_of_few_rows(right: int, rows: int, interval: tuple[float, float]) -> None:
+    assert comparison.wilson_interval(right / rows, rows) == pytest.approx(interval, abs=5e-5)
 
 
 def test_names_lie_neither_on_points_nor_on_each_other() -> None:

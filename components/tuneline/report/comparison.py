@@ -1,5 +1,7 @@
 """The card that compares the exports, and says which is for what."""
 
+import math
+
 from tuneline.artifacts import QuantizedModel
 from tuneline.page import (
     Cell,
@@ -145,19 +147,29 @@ def _speed(measured: list[QuantizedModel]) -> str:
 
 
 def _score(export: QuantizedModel) -> str:
-    return "-" if export.benchmark_score is None else share(export.benchmark_score)
+    if export.benchmark_score is None:
+        return "-"
+    low, high = wilson_interval(export.benchmark_score, export.num_benchmark_rows)
+    return f"{share(export.benchmark_score)} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def _benchmark(export: QuantizedModel | None) -> str:
     if export is None or export.reference_benchmark_score is None:
         return ""
-    rows = export.num_benchmark_rows
-    # A share's standard error is widest at one half.
     return (
-        f" Score: {export.benchmark} on {rows} rows, of which the merged model has "
-        f"{share(export.reference_benchmark_score)}; differences below {share(rows**-0.5)} are "
-        "within what so few rows can tell."
+        f" Score: {export.benchmark} on {export.num_benchmark_rows} held-out rows, with the 95 % "
+        f"interval of so few; the merged model has {share(export.reference_benchmark_score)} on "
+        "the same: it tells a format that broke, not which of two is better."
     )
+
+
+def wilson_interval(score: float, num_rows: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share of right answers, which holds near 0 and 1 too."""
+    z = 1.96
+    spread = z * math.sqrt(score * (1 - score) / num_rows + (z / num_rows) ** 2 / 4)
+    scale = 1 + z**2 / num_rows
+    middle = score + z**2 / num_rows / 2
+    return (middle - spread) / scale, (middle + spread) / scale
 
 
 def _grouped(advice: list[tuple[str, str]]) -> list[tuple[str, str]]:
