@@ -7,8 +7,11 @@ import pytest
 import yaml
 
 from tuneline.errors import RecipeError
+from tuneline.kernels.patch import FP8_CAPABILITY
 from tuneline.pipelines.cli import RECIPES_DIR
+from tuneline.profiles import COMPUTE_CAPABILITY, FUSED, PROFILES
 from tuneline.recipe import Recipe, load_recipe
+from tuneline.train.kernels import MIN_CAPABILITY
 
 MINIMAL = {"name": "mine", "base_model": "a/b", "dataset": "c/d", "publish_to": "e/f"}
 
@@ -95,6 +98,26 @@ def test_ranks_get_a_gpu_each(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="num_ranks is 4, and placement.num_acc.* the step 1"):
         load_recipe(path, values)
     assert load_recipe(path, {**values, "placement.num_accelerators": 4}).train.num_ranks == 4
+
+
+def test_eight_bit_products_need_a_profile_that_has_them(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    assert set(COMPUTE_CAPABILITY) == set(PROFILES) - {"local"}
+    for profile, capability in COMPUTE_CAPABILITY.items():
+        values = {"train.kernels": "fp8", "placement.profile": profile}
+        assert (profile in FUSED) == (capability >= MIN_CAPABILITY)
+        if capability >= FP8_CAPABILITY:
+            assert load_recipe(path, values).train.kernels == "fp8"
+            continue
+        found = ".".join(map(str, capability))
+        with pytest.raises(RecipeError) as refused:
+            load_recipe(path, values)
+        assert (
+            "train.kernels is fp8, which needs compute capability 9.0 (Hopper), and the GPU of "
+            f"placement.profile {profile} has {found}: take kernels auto, or the profile h100"
+        ) in str(refused.value)
+    # What the machine has that a local run is on only the run knows.
+    assert load_recipe(path, {"train.kernels": "fp8"}).train.kernels == "fp8"
 
 
 def test_every_shipped_recipe_fits_the_schema() -> None:

@@ -102,6 +102,19 @@ class Toleration(StrictModel):
 
 Profile = Literal["local", "t4", "a10g", "a100-40g", "a100-80g", "h100"]
 
+COMPUTE_CAPABILITY: dict[Profile, tuple[int, int]] = {
+    "t4": (7, 5),
+    "a10g": (8, 6),
+    "a100-40g": (8, 0),
+    "a100-80g": (8, 0),
+    "h100": (9, 0),
+}
+"""Of the profile's GPU; local names none."""
+FUSED = tuple(name for name, found in COMPUTE_CAPABILITY.items() if found >= (8, 0))
+"""Profiles whose GPUs run our kernels: from Ampere on (train.kernels)."""
+FP8 = tuple(name for name, found in COMPUTE_CAPABILITY.items() if found >= (9, 0))
+"""Profiles whose GPUs multiply 8-bit floats: from Hopper on."""
+
 
 class PlacementConfig(StrictModel):
     """Where the steps run on a cluster; local runs ignore it."""

@@ -13,7 +13,7 @@ from tuneline.fetch.config import FetchConfig
 from tuneline.gate.config import GateConfig
 from tuneline.merge.config import MergeConfig
 from tuneline.prepare.config import PrepareConfig
-from tuneline.profiles import PlacementConfig
+from tuneline.profiles import COMPUTE_CAPABILITY, FP8, PlacementConfig
 from tuneline.publish.config import PublishConfig
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.train.config import TrainConfig
@@ -54,6 +54,14 @@ class Recipe(StrictModel):
         ):
             raise ValueError(
                 "evaluate.tasks needs held-out rows, and prepare.heldout.max_rows is 0"
+            )
+        profile = self.placement.profile
+        if self.train.kernels == "fp8" and profile in COMPUTE_CAPABILITY and profile not in FP8:
+            major, minor = COMPUTE_CAPABILITY[profile]
+            raise ValueError(
+                f"train.kernels is fp8, which needs compute capability 9.0 (Hopper), and the GPU "
+                f"of placement.profile {profile} has {major}.{minor}: take kernels auto, or the "
+                f"profile {' or '.join(FP8)}"
             )
         ranks, gpus = self.train.num_ranks, self.placement.num_accelerators
         nodes = self.placement.num_nodes

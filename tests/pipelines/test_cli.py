@@ -51,6 +51,11 @@ MISTAKES = [
     (("verify", "absent"), "absent is no directory"),
     (("plan", "demo", "--parameters", "-5"), "greater than or equal to"),
     (("plan", "demo", "--profile", "x"), "there are local, t4, a10g"),
+    (("plan", "demo", "--profile", "t4", "--set", "train.kernels=fp8"), "t4 has 7.5: take kernels"),
+    (
+        ("compile", "demo", "--set", "train.kernels=fp8", "--set", "placement.profile=a10g"),
+        "the GPU of placement.profile a10g has 8.6: take kernels auto",
+    ),
     (("plan", "demo", "--cluster"), "no Kubernetes cluster: there is no"),
     (("doctor", "a-run"), "no host: give --host URL or set KFP_ENDPOINT"),
     (("submit", "demo"), "no host: give --host URL or set KFP_ENDPOINT"),

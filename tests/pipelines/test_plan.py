@@ -102,6 +102,33 @@ def test_gpus_that_cannot_share_a_step_are_told_so() -> None:
         recipe("placement.num_accelerators=8", "placement.num_nodes=2", "placement.shared_claim=c")
 
 
+@pytest.mark.parametrize(
+    ("profile", "assignments", "found"),
+    [
+        ("t4", [], ("ok", "PyTorch's own: t4 is older than Ampere, from which ours run")),
+        ("t4", ['train.kernels="off"'], None),
+        ("a10g", [], None),
+        ("h100", ["train.kernels=fp8"], None),
+        ("local", ["train.kernels=fp8"], None),
+        ("h100", ["train.kernels=fp8", "placement.num_accelerators=0"], (
+            "fail", "train.kernels is fp8, which needs a GPU, and placement.num_accelerators is 0",
+        )),
+    ],
+)  # fmt: skip
+def test_where_our_kernels_do_not_run_is_told(
+    profile: str, assignments: list[str], found: tuple[str, str] | None
+) -> None:
+    checks = plan(recipe(*assignments, profile=profile))
+    kernels = [(each.verdict, each.words) for each in checks if each.name == "kernels"]
+    assert kernels == ([found] if found else [])
+
+
+def test_fp8_in_pods_without_a_gpu_fails(cluster: Any) -> None:
+    loaded = recipe("train.kernels=fp8", profile="local")
+    loaded = loaded.model_copy(update={"placement": PlacementConfig()})
+    assert verdicts(look(loaded))["kernels"] == "fail"
+
+
 @pytest.mark.parametrize("claim", [None, "shared_claim", "cache_claim"])
 def test_a_retry_that_would_begin_anew_is_told(claim: str | None) -> None:
     loaded = recipe(*([f"placement.{claim}=c"] if claim else []))

@@ -8,7 +8,7 @@ the train step goes by when it has the model's own config.
 import re
 from dataclasses import dataclass, replace
 
-from tuneline.profiles import Profile
+from tuneline.profiles import FUSED, Profile
 from tuneline.recipe import Recipe
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory import GIB, Settings, Shape, estimate_memory
@@ -47,8 +47,6 @@ SIDES = {
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 4.5),
 }
 """Inputs and outputs of a linear layer, in widths of the model."""
-FUSED = ("a10g", "a100-40g", "a100-80g", "h100")
-"""Profiles whose GPUs run our kernels."""
 ZERO_OPTIMIZER = "adamw_torch"
 """What several GPUs divide (train.zero2)."""
 ASSUMED_LENGTH = 2048

@@ -8,7 +8,7 @@ from tuneline.pipelines.estimate import GPU_BYTES, Estimate, estimate, parameter
 from tuneline.pipelines.host_memory import host_memory
 from tuneline.pipelines.kube import Kube
 from tuneline.pipelines.needs import memory_of
-from tuneline.profiles import quantity_value
+from tuneline.profiles import FUSED, quantity_value
 from tuneline.recipe import Recipe
 from tuneline.train.memory import GIB
 from tuneline.units import duration, parameters, size
@@ -41,6 +41,7 @@ def plan(
     """
     num_parameters = num_parameters or parameters_in_name(recipe.base_model)
     checks = [*_ranks(recipe), *_checkpoints(recipe)]
+    checks += _kernels(recipe, has_pods=kube is not None)
     if num_parameters is None:
         advice = "give --parameters, e.g. 8e9"
         words = f"the name {recipe.base_model} does not say how many parameters it has"
@@ -75,6 +76,18 @@ def _checkpoints(recipe: Recipe) -> Iterator[Check]:
         words = "a retry of train begins anew, as its checkpoints go with the pod"
         advice = "name a claim in placement.shared_claim or placement.cache_claim"
         yield Check("checkpoints", "warn", words, advice)
+
+
+def _kernels(recipe: Recipe, *, has_pods: bool) -> Iterator[Check]:
+    """Say where our kernels cannot run; a GPU too old for fp8 the recipe itself refuses."""
+    kernels, placement = recipe.train.kernels, recipe.placement
+    on_cluster = has_pods or placement.profile != "local"
+    if kernels == "fp8" and on_cluster and not placement.num_accelerators:
+        words = "train.kernels is fp8, which needs a GPU, and placement.num_accelerators is 0"
+        yield Check("kernels", "fail", words, "take train.kernels auto, or placement.profile h100")
+    elif kernels == "auto" and placement.profile in GPU_BYTES and placement.profile not in FUSED:
+        words = f"PyTorch's own: {placement.profile} is older than Ampere, from which ours run"
+        yield Check("kernels", "ok", words)
 
 
 def _resources(recipe: Recipe, found: Estimate, price: float | None) -> Iterator[Check]:
