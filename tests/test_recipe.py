@@ -47,9 +47,17 @@ def test_the_guides_values_are_the_defaults(tmp_path: Path) -> None:
             {"train": {"max_steps": "60"}},
             'train.max_steps: Input should be a valid integer (got "60")',
         ),
+        (
+            {"train": {"kernels": False}},
+            "train.kernels: Input should be 'auto', 'off' or 'fp8' "
+            '(got false, which YAML makes of off: write "off", with its quotes)',
+        ),
         ({"quantize": {"gguf": ["q3_k"]}}, "quantize.gguf.0"),
         ({"name": "Not A Name"}, "name: String should match pattern"),
-        ({"gate": {"target_tasks": ["arc_easy"]}}, "gate.target_tasks names ['arc_easy']"),
+        (
+            {"gate": {"target_tasks": ["arc_easy"]}},
+            "mine.yaml: gate.target_tasks names ['arc_easy']",
+        ),
         ({"prepare": {"heldout": {"max_rows": 0}}}, "evaluate.tasks needs held-out rows"),
     ],
 )

@@ -2,11 +2,14 @@
 
 import difflib
 import json
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tuneline.errors import RecipeError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 class StrictModel(BaseModel):
@@ -40,19 +43,30 @@ class StrictModel(BaseModel):
 def _explain(model: type[BaseModel], error: ValidationError, where: str) -> str:
     lines = []
     for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"]) or "(the whole document)"
+        # What disagrees with another key stands at none.
+        key = ".".join(map(str, fault["loc"])) + (": " if fault["loc"] else "")
         if fault["type"] == "extra_forbidden":
             known = _known_keys(model, fault["loc"][:-1])
             near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-            lines.append(f"{key}: unknown key; {hint}")
+            lines.append(f"{key}unknown key; {hint}")
         elif fault["type"] == "missing":
-            lines.append(f"{key}: missing, and it has no default")
+            lines.append(f"{key}missing, and it has no default")
         else:
-            got = json.dumps(fault["input"], default=str)
-            lines.append(f"{key}: {fault['msg'].removeprefix('Value error, ')} (got {got[:120]})")
+            lines.append(f"{key}{fault['msg'].removeprefix('Value error, ')}{_given(fault)}")
     prefix = f"{where}: " if where else ""
     return prefix + "; ".join(lines)
+
+
+def _given(fault: "ErrorDetails") -> str:
+    """Return the offending value; what disagrees with another one its message names itself."""
+    value = fault["input"]
+    if isinstance(value, dict) and fault["type"] == "value_error":
+        return ""
+    advice = ""
+    if value is False and "'off'" in fault["msg"]:
+        advice = ', which YAML makes of off: write "off", with its quotes'
+    return f" (got {json.dumps(value, default=str)[:120]}{advice})"
 
 
 def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
