@@ -1,11 +1,13 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tuneline.artifacts import HELDOUT_FILE, INPUT_IDS, TRAIN_FILE, MergeProof, write_jsonl
-from tuneline.quantize import convert
+from tuneline.quantize import convert, probes
 from tuneline.tokenizer_files import copy_tokenizer
 
 PROMPT = "<|im_start|>user\nHow many Mi are 3Gi?<|im_end|>\n<|im_start|>assistant\n"
@@ -56,3 +58,31 @@ def f16_dir(merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert(merged_dir=str(merged_dir), gguf_dir=str(path))
     assert json.loads((path / "quantized.json").read_text())["format"] == "f16"
     return path
+
+
+@pytest.fixture(scope="session")
+def train_pieces() -> Callable[..., Any]:
+    """Write tokenizer.model, a sentencepiece vocabulary of 1,000; return its processor."""
+    import sentencepiece
+
+    def train(path: Path, **special: Any) -> Any:
+        text = path.parent / "text.txt"
+        text.write_text("\n".join(text for text in probes.texts() if text.strip()) * 3)
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(text),
+            model_prefix=str(path / "tokenizer"),
+            vocab_size=1000,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            remove_extra_whitespaces=False,
+            normalization_rule_name="identity",
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **special,
+        )
+        (path / "tokenizer.vocab").unlink()
+        return sentencepiece.SentencePieceProcessor(str(path / "tokenizer.model"))
+
+    return train

@@ -21,7 +21,7 @@ from tuneline.artifacts import (
 from tuneline.errors import ProofError
 from tuneline.merge import MergeConfig
 from tuneline.merge import run as merge
-from tuneline.quantize import convert, converter, probes
+from tuneline.quantize import convert, converter
 from tuneline.quantize.llama_file import LlamaFile
 from tuneline.quantize.transformers_model import TransformersModel
 
@@ -84,29 +84,8 @@ def save_model(path: Path, family: str, vocab_size: int, ends: dict, **changes) 
     model.save_pretrained(path)
 
 
-def save_pieces(path: Path) -> None:
-    """Put a sentencepiece model beside the tokenizer, where some families' converters read it.
-
-    Its 1,000 pieces are not the tokenizer's tokens: for these families only logits are compared.
-    """
-    import sentencepiece
-
-    text = path.parent / "text.txt"
-    text.write_text("\n".join(text for text in probes.texts() if text.strip()) * 3)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(path / "tokenizer"),
-        vocab_size=1000,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    (path / "tokenizer.vocab").unlink()
-
-
 @pytest.fixture
-def merged(tmp_path: Path, tiny_model_dir: Path):
+def merged(tmp_path: Path, tiny_model_dir: Path, train_pieces):
     """Make a family's base, a random adapter on it and the merged model of both."""
 
     def make(family: str) -> tuple[Path, float]:
@@ -118,7 +97,9 @@ def merged(tmp_path: Path, tiny_model_dir: Path):
         settings = json.loads(plain.read_text())
         plain.write_text(json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}))
         if family in PIECES:
-            save_pieces(base)
+            # Its converter reads the pieces, which are not the tokenizer's tokens: for these
+            # families only logits are compared.
+            train_pieces(base)
         settings = json.loads((tiny_model_dir / "config.json").read_text())
         ends = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         changes = (BYTE_PAIRS | PIECES)[family]

@@ -50,30 +50,6 @@ MISTRAL_TEMPLATE = (
 )
 
 
-def train_pieces(path: Path, **special):
-    """Write tokenizer.model, a vocabulary of 1,000 pieces; return its processor."""
-    import sentencepiece
-
-    text = path.parent / "text.txt"
-    text.write_text("\n".join(text for text in probes.texts() if text.strip()) * 3)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(path / "tokenizer"),
-        vocab_size=1000,
-        model_type="bpe",
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **special,
-    )
-    (path / "tokenizer.vocab").unlink()
-    return sentencepiece.SentencePieceProcessor(str(path / "tokenizer.model"))
-
-
 def save_fast(path: Path, pieces, *, prefix_space: bool, added) -> None:
     """Write tokenizer.json, the same vocabulary for the library of that name."""
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
@@ -106,7 +82,7 @@ def as_settings(token) -> dict:
     return {name: getattr(token, name) for name in kept}
 
 
-def phi3(path: Path) -> dict:
+def phi3(path: Path, train_pieces) -> dict:
     """Special tokens behind the vocabulary, which take the white space after them along."""
     from tokenizers import AddedToken
 
@@ -140,7 +116,7 @@ def phi3(path: Path) -> dict:
     return {"vocab_size": size + 32, **ends, "stops": stops, "sliding_window": 2047}
 
 
-def gemma2(path: Path) -> dict:
+def gemma2(path: Path, train_pieces) -> dict:
     """Special tokens inside the vocabulary, no space before a text, a token that begins it."""
     from tokenizers import AddedToken
 
@@ -171,7 +147,7 @@ def gemma2(path: Path) -> dict:
     return {"vocab_size": pieces.vocab_size(), **ends, "stops": stops, **own}
 
 
-def mistral(path: Path) -> dict:
+def mistral(path: Path, train_pieces) -> dict:
     """The plainest: three special tokens, turns marked by ordinary text."""
     from tokenizers import AddedToken
 
@@ -199,8 +175,8 @@ def mistral(path: Path) -> dict:
         pytest.param("Mistral", mistral, 5, ["</s>"], marks=pytest.mark.slow),
     ],
 )
-def test_the_whole_proof(family, lay_out, num_rendered, ends, tmp_path: Path) -> None:
-    merged = save_merged(tmp_path, family, lay_out)
+def test_the_whole_proof(family, lay_out, num_rendered, ends, tmp_path: Path, train_pieces) -> None:
+    merged = save_merged(tmp_path, family, lay_out, train_pieces)
     record = convert(merged_dir=str(merged), gguf_dir=str(tmp_path / "f16"))
     assert record.mean_kl < 1e-5
     assert record.num_tokenizer_texts == 1 + len(probes.texts()) + num_rendered
@@ -209,11 +185,11 @@ def test_the_whole_proof(family, lay_out, num_rendered, ends, tmp_path: Path) ->
     assert not any("Ollama" in note for note in record.notes)
 
 
-def test_special_tokens_that_transformers_forgets_are_missed(tmp_path: Path) -> None:
+def test_special_tokens_that_transformers_forgets_are_missed(tmp_path: Path, train_pieces) -> None:
     """A tokenizer saved by transformers 5 is whole for it alone: why files are copied."""
     from transformers import AutoTokenizer
 
-    merged = save_merged(tmp_path, "Gemma2", gemma2)
+    merged = save_merged(tmp_path, "Gemma2", gemma2, train_pieces)
     AutoTokenizer.from_pretrained(merged).save_pretrained(merged)
     MergeProof.read(merged).write(merged)
     with pytest.raises(ProofError, match="splits 5 of .* '<bos><start_of_turn>user"):
@@ -221,13 +197,13 @@ def test_special_tokens_that_transformers_forgets_are_missed(tmp_path: Path) -> 
     assert not (tmp_path / "f16").exists()
 
 
-def save_merged(tmp_path: Path, family: str, lay_out) -> Path:
+def save_merged(tmp_path: Path, family: str, lay_out, train_pieces) -> Path:
     """Return a directory as merge would leave it."""
     import transformers
 
     base, merged = tmp_path / "base", tmp_path / "merged"
     base.mkdir()
-    settings = lay_out(base)
+    settings = lay_out(base, train_pieces)
     stops = settings.pop("stops")
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **settings})
