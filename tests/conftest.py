@@ -5,11 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
+
+from tuneline.artifacts import DatasetManifest, LengthStatistics
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,6 +83,34 @@ def tiny_model_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     )
     (path / "origin.json").write_text(json.dumps(origin))
     return path
+
+
+@pytest.fixture(scope="session")
+def new_dataset() -> Callable[..., DatasetManifest]:
+    """Make a data set's record; what a test does not name is of no matter to it."""
+
+    def make(**values: Any) -> DatasetManifest:
+        plain = {
+            "source": "rows.jsonl",
+            "method": "sft",
+            "format": "messages",
+            "template": "tokenizer",
+            "loss_on": "answers",
+            "num_train_rows": 16,
+            "num_eval_rows": 0,
+            "num_heldout_rows": 0,
+            "num_rejected_rows": 0,
+            "num_tokens": 160,
+            "num_loss_tokens": 100,
+            "lengths": LengthStatistics(mean=10, median=10, p95=11, p99=11, max=12),
+            "max_seq_length": 64,
+            "recommended_max_seq_length": 64,
+            "truncated_token_share": 0.0,
+            "sha256": "d" * 64,
+        }
+        return DatasetManifest(**(plain | values))
+
+    return make
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tuneline.artifacts import (
     DatasetManifest,
-    LengthStatistics,
     MergeProof,
     ModelOrigin,
     QuantizedModel,
@@ -22,27 +22,6 @@ from tuneline.merge import MergeConfig
 from tuneline.record import hash_files
 from tuneline.train import TrainConfig
 from tuneline.verify import verify
-
-
-def new_dataset(sha256: str) -> DatasetManifest:
-    return DatasetManifest(
-        source="rows.jsonl",
-        method="sft",
-        format="alpaca",
-        template="tokenizer",
-        loss_on="answers",
-        num_train_rows=90,
-        num_eval_rows=5,
-        num_heldout_rows=5,
-        num_rejected_rows=0,
-        num_tokens=900,
-        num_loss_tokens=300,
-        lengths=LengthStatistics(mean=9, median=9, p95=12, p99=13, max=14),
-        max_seq_length=64,
-        recommended_max_seq_length=64,
-        truncated_token_share=0.0,
-        sha256=sha256,
-    )
 
 
 def new_training() -> TrainingSummary:
@@ -130,7 +109,7 @@ def test_an_export_of_another_model(run_dir: Path) -> None:
 
 
 def test_everything_that_an_artifact_goes_back_to_is_held_against_what_is_here(
-    run_dir: Path,
+    run_dir: Path, new_dataset: Callable[..., DatasetManifest]
 ) -> None:
     """Data, base revision, seed, package, image and kernels: each difference has its words."""
     base, data, adapter = (run_dir / name for name in ("base", "data", "adapter"))
@@ -145,7 +124,7 @@ def test_everything_that_an_artifact_goes_back_to_is_held_against_what_is_here(
         sha256="1" * 64,
     )
     origin.write(base)
-    dataset = new_dataset("2" * 64)
+    dataset = new_dataset(sha256="2" * 64)
     dataset.write(data)
     summary = new_training()
     summary.write(adapter, TrainConfig(seed=1), parents=[origin, dataset])
@@ -154,7 +133,7 @@ def test_everything_that_an_artifact_goes_back_to_is_held_against_what_is_here(
     assert differences(run_dir)["merged"] == []
 
     origin.model_copy(update={"sha256": "3" * 64, "revision": "b" * 40}).write(base)
-    new_dataset("4" * 64).write(data)
+    new_dataset(sha256="4" * 64).write(data)
     (adapter / "adapter_model.safetensors").write_bytes(b"other")
     summary.write(adapter, TrainConfig(seed=2))
     path = adapter / "training.json"

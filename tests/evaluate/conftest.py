@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tuneline.artifacts import DatasetManifest, LengthStatistics, write_jsonl
+from tuneline.artifacts import DatasetManifest, write_jsonl
 
 WriteDataset = Callable[..., Path]
 
@@ -36,31 +36,14 @@ def _heldout_rows(*, choices: bool = True) -> list[dict]:
 
 
 @pytest.fixture
-def write_dataset(tmp_path: Path) -> WriteDataset:
+def write_dataset(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> WriteDataset:
     """Write a data set directory that holds out the given rows."""
 
     def write(rows: list[dict]) -> Path:
         path = tmp_path / "dataset"
         path.mkdir()
         write_jsonl(path / "heldout.jsonl", rows)
-        DatasetManifest(
-            source="test",
-            method="sft",
-            format="prompt-completion",
-            template="chatml",
-            loss_on="answers",
-            num_train_rows=1,
-            num_eval_rows=0,
-            num_heldout_rows=len(rows),
-            num_rejected_rows=0,
-            num_tokens=1,
-            num_loss_tokens=1,
-            lengths=LengthStatistics(mean=1, median=1, p95=1, p99=1, max=1),
-            max_seq_length=64,
-            recommended_max_seq_length=64,
-            truncated_token_share=0,
-            sha256="0",
-        ).write(path)
+        new_dataset(template="chatml", num_heldout_rows=len(rows)).write(path)
         return path
 
     return write

@@ -1,6 +1,6 @@
 """A data set and an adapter that the train step made on the tiny model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +12,6 @@ from tuneline.artifacts import (
     HELDOUT_FILE,
     TRAIN_FILE,
     DatasetManifest,
-    LengthStatistics,
     write_jsonl,
 )
 
@@ -29,7 +28,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def small_dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_dataset_dir(
+    tmp_path_factory: pytest.TempPathFactory, new_dataset: Callable[..., DatasetManifest]
+) -> Path:
     """Twelve rows of tokens, and three held-out texts."""
     path = tmp_path_factory.mktemp("merge") / "dataset"
     path.mkdir()
@@ -46,24 +47,7 @@ def small_dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for n in range(3)
         ],
     )
-    DatasetManifest(
-        source="test",
-        method="sft",
-        format="messages",
-        template="tokenizer",
-        loss_on="answers",
-        num_train_rows=12,
-        num_eval_rows=12,
-        num_heldout_rows=3,
-        num_rejected_rows=0,
-        num_tokens=240,
-        num_loss_tokens=180,
-        lengths=LengthStatistics(mean=20, median=20, p95=20, p99=20, max=20),
-        max_seq_length=64,
-        recommended_max_seq_length=64,
-        truncated_token_share=0.0,
-        sha256="d" * 64,
-    ).write(path)
+    new_dataset(num_train_rows=12, num_eval_rows=12, num_heldout_rows=3).write(path)
     return path
 
 

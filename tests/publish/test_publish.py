@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ import yaml
 from tuneline.artifacts import (
     DatasetManifest,
     Decision,
-    LengthStatistics,
     MergeProof,
     ModelOrigin,
     Published,
@@ -38,7 +38,7 @@ def change_merged(run_dir: Path, content: bytes) -> None:
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
+def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path:
     """Artifacts of a run with small but real files."""
     root = tmp_path / "run"
 
@@ -58,23 +58,8 @@ def run_dir(tmp_path: Path) -> Path:
         num_bytes=2000,
         sha256="1" * 64,
     ).write(directory("base"))
-    DatasetManifest(
-        source="/home/someone/private/rows.jsonl",
-        method="sft",
-        format="alpaca",
-        template="tokenizer",
-        loss_on="answers",
-        num_train_rows=90,
-        num_eval_rows=5,
-        num_heldout_rows=5,
-        num_rejected_rows=0,
-        num_tokens=900,
-        num_loss_tokens=300,
-        lengths=LengthStatistics(mean=9, median=9, p95=12, p99=13, max=14),
-        max_seq_length=64,
-        recommended_max_seq_length=64,
-        truncated_token_share=0.0,
-        sha256="2" * 64,
+    new_dataset(
+        source="/home/someone/private/rows.jsonl", num_train_rows=90, sha256="2" * 64
     ).write(directory("dataset"))
     TrainingSummary(
         method="sft",

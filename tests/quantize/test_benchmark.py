@@ -1,11 +1,12 @@
 """Scores of exports on held-out rows: by hand-made models, and held against the evaluate step."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tuneline.artifacts import HELDOUT_FILE, QuantizedModel, write_jsonl
+from tuneline.artifacts import HELDOUT_FILE, DatasetManifest, QuantizedModel, write_jsonl
 from tuneline.likelihood import Pair
 from tuneline.quantize import QuantizeConfig, run
 from tuneline.quantize.benchmark import CHOICE, EXACT, prepare, score
@@ -86,12 +87,16 @@ def test_answers_are_scored_as_each_by_itself(merged_dir: Path, f16_dir: Path) -
 
 
 def test_files_are_scored_as_evaluate_scores_the_model(
-    merged_dir: Path, f16_dir: Path, dataset_dir: Path, tmp_path: Path
+    merged_dir: Path,
+    f16_dir: Path,
+    dataset_dir: Path,
+    new_dataset: Callable[..., DatasetManifest],
+    tmp_path: Path,
 ) -> None:
     """The merged model's score is lm-eval's on the same rows, and f16's is the same."""
     import shutil
 
-    from tuneline.artifacts import DatasetManifest, LengthStatistics, Scores
+    from tuneline.artifacts import Scores
     from tuneline.evaluate import EvaluateConfig
     from tuneline.evaluate import run as evaluate
 
@@ -110,24 +115,7 @@ def test_files_are_scored_as_evaluate_scores_the_model(
         for n in range(1, 10)
     ]
     write_jsonl(data / HELDOUT_FILE, rows)
-    DatasetManifest(
-        source="rows.jsonl",
-        method="sft",
-        format="messages",
-        template="tokenizer",
-        loss_on="answers",
-        num_train_rows=16,
-        num_eval_rows=0,
-        num_heldout_rows=len(rows),
-        num_rejected_rows=0,
-        num_tokens=160,
-        num_loss_tokens=100,
-        lengths=LengthStatistics(mean=10, median=10, p95=11, p99=11, max=12),
-        max_seq_length=64,
-        recommended_max_seq_length=64,
-        truncated_token_share=0.0,
-        sha256="7" * 64,
-    ).write(data)
+    new_dataset(num_heldout_rows=len(rows)).write(data)
     scores: Scores = evaluate(
         EvaluateConfig(tasks=("heldout_choice",), num_generations=0),
         label="tuned",

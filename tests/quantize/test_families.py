@@ -13,7 +13,6 @@ import torch
 from tuneline.artifacts import (
     HELDOUT_FILE,
     DatasetManifest,
-    LengthStatistics,
     ModelOrigin,
     TrainingSummary,
     write_jsonl,
@@ -85,7 +84,7 @@ def save_model(path: Path, family: str, vocab_size: int, ends: dict, **changes) 
 
 
 @pytest.fixture
-def merged(tmp_path: Path, tiny_model_dir: Path, train_pieces):
+def merged(tmp_path: Path, tiny_model_dir: Path, new_dataset, train_pieces):
     """Make a family's base, a random adapter on it and the merged model of both."""
 
     def make(family: str) -> tuple[Path, float]:
@@ -112,7 +111,7 @@ def merged(tmp_path: Path, tiny_model_dir: Path, train_pieces):
             sha256="b" * 64,
         ).write(base)
         save_adapter(base, tmp_path / "adapter")
-        save_dataset(tmp_path / "dataset")
+        save_dataset(tmp_path / "dataset", new_dataset(num_train_rows=0, num_heldout_rows=4))
         proof = merge(
             MergeConfig(dtype="float32"),
             base_model_dir=base,
@@ -154,28 +153,11 @@ def save_adapter(base: Path, path: Path) -> None:
     ).write(path)
 
 
-def save_dataset(path: Path) -> None:
+def save_dataset(path: Path, manifest: DatasetManifest) -> None:
     path.mkdir()
     rows = [{"prompt": f"How much is {n} Ki?", "answer": f" {n * 1024}"} for n in range(4)]
     write_jsonl(path / HELDOUT_FILE, [{**row, "end": "", "question": ""} for row in rows])
-    DatasetManifest(
-        source="test",
-        method="sft",
-        format="messages",
-        template="tokenizer",
-        loss_on="answers",
-        num_train_rows=0,
-        num_eval_rows=0,
-        num_heldout_rows=4,
-        num_rejected_rows=0,
-        num_tokens=0,
-        num_loss_tokens=0,
-        lengths=LengthStatistics(mean=1, median=1, p95=1, p99=1, max=1),
-        max_seq_length=64,
-        recommended_max_seq_length=64,
-        truncated_token_share=0.0,
-        sha256="d" * 64,
-    ).write(path)
+    manifest.write(path)
 
 
 def kl_of(file: Path, merged_dir: Path) -> float:

@@ -2,12 +2,13 @@
 
 import ctypes
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import pytest
 
-from tuneline.artifacts import DatasetManifest, ImportanceMatrix, LengthStatistics
+from tuneline.artifacts import DatasetManifest, ImportanceMatrix
 from tuneline.errors import DataError, RecipeError, ToolError
 from tuneline.quantize import QuantizeConfig, importance_file, measure_importance, run
 from tuneline.quantize.calibration import read_rows
@@ -28,27 +29,14 @@ NAMES = {
 
 
 @pytest.fixture(scope="module")
-def prepared_dir(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared_dir(
+    dataset_dir: Path,
+    new_dataset: Callable[..., DatasetManifest],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     path = tmp_path_factory.mktemp("importance") / "dataset"
     shutil.copytree(dataset_dir, path)
-    DatasetManifest(
-        source="rows.jsonl",
-        method="sft",
-        format="messages",
-        template="tokenizer",
-        loss_on="answers",
-        num_train_rows=16,
-        num_eval_rows=0,
-        num_heldout_rows=1,
-        num_rejected_rows=0,
-        num_tokens=160,
-        num_loss_tokens=100,
-        lengths=LengthStatistics(mean=10, median=10, p95=11, p99=11, max=12),
-        max_seq_length=64,
-        recommended_max_seq_length=64,
-        truncated_token_share=0.0,
-        sha256="7" * 64,
-    ).write(path)
+    new_dataset(num_heldout_rows=1, sha256="7" * 64).write(path)
     return path
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tuneline.artifacts import EVAL_FILE, TRAIN_FILE, DatasetManifest, LengthStatistics
+from tuneline.artifacts import EVAL_FILE, TRAIN_FILE, DatasetManifest
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def dataset_dir(tmp_path: Path) -> Callable[..., Path]:
+def dataset_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Callable[..., Path]:
     """Make a data set: rows for training, and the same or others for the evaluation loss."""
 
     def make(
@@ -39,23 +39,11 @@ def dataset_dir(tmp_path: Path) -> Callable[..., Path]:
         held = rows if eval_rows is None else eval_rows
         if held:
             pq.write_table(pa.Table.from_pylist(held), path / EVAL_FILE)
-        DatasetManifest(
-            source="test",
+        new_dataset(
             method=method,
-            format="messages",
-            template="tokenizer",
-            loss_on="answers",
             num_train_rows=len(rows),
             num_eval_rows=len(held),
-            num_heldout_rows=0,
-            num_rejected_rows=0,
-            num_tokens=0,
-            num_loss_tokens=0,
-            lengths=LengthStatistics(mean=1, median=1, p95=1, p99=1, max=1),
             max_seq_length=max_seq_length,
-            recommended_max_seq_length=max_seq_length,
-            truncated_token_share=0.0,
-            sha256="d" * 64,
         ).write(path)
         return path
 
