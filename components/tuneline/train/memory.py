@@ -33,6 +33,7 @@ _ADAPTER_COLUMNS = 64
 # Beside the outputs of norms that our layers keep.
 _STASH_MIN_TOKENS = 4096
 _MLP_CHUNK_TOKENS = 4096
+_KEPT_MLP_CHUNK_TOKENS = 8192
 # Our kernels': above the first, layer inputs wait in the host's memory.
 
 Loss = Literal["whole", "tiled"]
@@ -167,7 +168,7 @@ def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
         4 + (4 + _state_bytes(settings.optim, shape.num_adapter)) / settings.num_ranks
     )
     if settings.fused:
-        activations, working_set = _fused_bytes(shape, tokens, itemsize)
+        activations, working_set = _fused_bytes(shape, tokens, itemsize, settings.kept_bytes > 0)
         activations += _kept_bytes(shape, tokens, itemsize, settings.kept_bytes)
     else:
         layer = tokens * _layer_bytes_per_token(shape, itemsize)
@@ -202,12 +203,12 @@ def _kept_bytes(shape: Shape, tokens: int, itemsize: int, room: int) -> int:
     return num_layers * layer + min(num_layers, (room - num_layers * layer) // normed) * normed
 
 
-def _fused_bytes(shape: Shape, tokens: int, itemsize: int) -> tuple[int, int]:
+def _fused_bytes(shape: Shape, tokens: int, itemsize: int, kept: bool) -> tuple[int, int]:
     """Return activations and working set of our layers where they keep the least."""
     row = shape.hidden * itemsize
     # Above this, inputs wait in host memory but for the few on their way.
     num_inputs = 4 if tokens >= _STASH_MIN_TOKENS else shape.num_layers
-    chunk = min(tokens, _MLP_CHUNK_TOKENS)
+    chunk = min(tokens, _KEPT_MLP_CHUNK_TOKENS if kept else _MLP_CHUNK_TOKENS)
     arenas = 3 * shape.mlp * shape.hidden
     temporaries = chunk * (4 * shape.mlp + 2 * shape.mlp)
     return num_inputs * tokens * row, itemsize * (arenas + temporaries) + 8 * tokens * row

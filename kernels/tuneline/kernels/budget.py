@@ -18,7 +18,7 @@ import torch
 from tuneline.kernels.attention import AttentionPlan
 from tuneline.kernels.attention_half import Saved
 from tuneline.kernels.layer_weights import LayerWeights
-from tuneline.kernels.mlp_half import MLP_CHUNK_TOKENS
+from tuneline.kernels.mlp_half import KEPT_MLP_CHUNK_TOKENS
 
 Budget = Literal["auto", "lean"] | float
 """`auto`: what is free now, less head-room; `lean`: nothing; or GiB for kept activations."""
@@ -75,7 +75,7 @@ def normed_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
 
 def workspace_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
     """Bytes of the temporaries at the peak of a layer's backward."""
-    chunk = min(num_tokens, MLP_CHUNK_TOKENS)
+    chunk = min(num_tokens, KEPT_MLP_CHUNK_TOKENS)
     gate_up, down = weights.gate_up, weights.down
     arenas = gate_up.num_out * gate_up.num_in + down.num_out * down.num_in
     # gate and up twice (kept layers cannot overwrite them), dh, h; and eight tensors as x.

@@ -12,7 +12,8 @@ parks x there, and of q, k, v, a and x2 what can be copied behind the forward (`
 a Llama's backward then computes gate and up alone. The last layer *holds* them where they are:
 its backward begins before a copy could be back. A *kept* layer saves q, k, v, a, x2, gate and up,
 and computes only norms again, or nothing at all where it keeps their outputs too. All run the
-same kernels on the same numbers, so that the choice changes no bit of a gradient.
+same kernels on the same numbers: the choice changes no bit of a gradient, but for the MLP's
+adapters beyond 4096 tokens, where kept layers sum over longer chunks.
 
 The two halves are in attention_half.py and mlp_half.py.
 
