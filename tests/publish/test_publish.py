@@ -403,6 +403,11 @@ def cut(path: Path) -> None:
         (lambda run: (run / "q8_0/model.gguf").unlink(), r"model\.gguf is gone"),
         (lambda run: (run / "adapter/more.bin").touch(), r"more\.bin was added after its step"),
         (
+            lambda run: (run / "q8_0/Modelfile").write_text("FROM ./model.gguf\nSYSTEM hello\n"),
+            r"Modelfile was changed after it was proven",
+        ),
+        (lambda run: (run / "q8_0/Modelfile").unlink(), r"Modelfile is gone"),
+        (
             # The model was merged again, and the exports are still those of the first.
             lambda run: MergeProof.read(run / "merged").write(
                 run / "merged", PublishConfig(), parents=[ModelOrigin.read(run / "other")]
@@ -423,6 +428,22 @@ def test_what_was_not_proven_is_not_published(run_dir: Path, hub, break_it, says
     break_it(run_dir)
     assert re.search(says, sentence(to_hub(run_dir, hub, "out"), 1))
     assert hub.repos == {} and not (run_dir / "out").exists()
+
+
+def test_what_the_base_brought_of_its_own_repository_is_left(run_dir: Path, tmp_path: Path) -> None:
+    """A base that was published by tuneline has our marker; files go out as links to the run's."""
+    from tuneline.verify import verify
+
+    brought = {"tuneline.json": "{}", ".gitattributes": "*.bin lfs", "README.md": "the base's"}
+    for name, text in brought.items():
+        (run_dir / "merged" / name).write_text(text)
+    change_merged(run_dir, b"weights")
+    assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0
+    assert {name: (run_dir / "merged" / name).read_text() for name in brought} == brought
+    assert not (tmp_path / "out" / "mine" / ".gitattributes").exists()
+    marker = json.loads((tmp_path / "out" / "mine" / "tuneline.json").read_text())
+    assert set(marker["files"]) == {"config.json", "model.safetensors"}
+    assert all(found.differences == [] for found in verify(tmp_path / "out"))
 
 
 def change_merged_alone(run_dir: Path) -> None:

@@ -23,7 +23,7 @@ from tuneline.publish.card import model_card
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.proven import StoredFile, check_lineage, check_present, check_unchanged
 from tuneline.recipe import Recipe
-from tuneline.record import Record, hash_files
+from tuneline.record import Record, hash_files, sha256_of_file
 from tuneline.version import VERSION
 
 MARKER_FILE = PUBLISHED_BUNDLE
@@ -113,8 +113,8 @@ def stage(
         if export.kind == "gguf":
             file = f"{name.rsplit('/', 1)[-1]}-{export.format}.gguf"
             gguf[file] = StoredFile(path / export.file, export.files.get(export.file))
-            if (path / MODELFILE).is_file():
-                text = (path / MODELFILE).read_text(encoding="utf-8")
+            text = _modelfile(path, export)
+            if text is not None:
                 own, there = f"FROM ./{export.file}\n", f"FROM ./{file}\n"
                 modelfiles[f"{MODELFILE}-{export.format}"] = text.replace(own, there, 1)
         else:
@@ -160,7 +160,22 @@ def stage(
     return staged
 
 
-_RECORDS = {TrainingSummary.filename, MergeProof.filename, QuantizedModel.filename}
+def _modelfile(path: Path, export: QuantizedModel) -> str | None:
+    """Return a GGUF export's Modelfile, which goes out under names of its own; None without one."""
+    stored = {MODELFILE: StoredFile(path / MODELFILE, export.files.get(MODELFILE))}
+    if MODELFILE not in export.files and not (path / MODELFILE).is_file():
+        return None
+    check_present(stored)
+    check_unchanged(stored, {MODELFILE: sha256_of_file(path / MODELFILE)})
+    return (path / MODELFILE).read_text(encoding="utf-8")
+
+
+_LEFT_OUT = {
+    *(TrainingSummary.filename, MergeProof.filename, QuantizedModel.filename),
+    # A base may have brought these, from its own repository: ours are written beside the files,
+    # which are links, and the Hub has its own.
+    *("README.md", MARKER_FILE, ".gitattributes"),
+}
 
 
 def _files(directory: Path, record: Record) -> dict[str, StoredFile]:
@@ -174,7 +189,7 @@ def _files(directory: Path, record: Record) -> dict[str, StoredFile]:
     return {
         relative: StoredFile(directory / relative, record.files.get(relative))
         for relative in sorted(found | record.files.keys())
-        if relative.rpartition("/")[2] not in {*_RECORDS, "README.md"}
+        if relative.rpartition("/")[2] not in _LEFT_OUT
     }
 
 
