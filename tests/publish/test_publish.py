@@ -378,6 +378,14 @@ def test_a_token_that_the_hub_does_not_know(run_dir: Path, hub) -> None:
     assert hub.repos == {}
 
 
+def test_a_token_with_a_line_break_is_the_token(run_dir: Path, hub) -> None:
+    """As in a secret made with --from-file; HTTP's own refusal would print it."""
+    done = to_hub(run_dir, hub, "out", HF_TOKEN=f"{TOKEN}\n")
+    assert done.returncode == 0, done.stderr
+    done = to_hub(run_dir, hub, "more", HF_TOKEN=f"{TOKEN}\n{TOKEN}")
+    assert "HF_TOKEN holds more than a token" in sentence(done, 2)
+
+
 def test_somebody_elses_repository_is_left_alone(run_dir: Path, hub, hub_server) -> None:
     theirs = hub_server.new_repo(private=False, a=b"theirs")
     hub.repos["me/mine"] = theirs

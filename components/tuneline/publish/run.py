@@ -79,13 +79,7 @@ def run(
             f"publish_to is '{target}': write namespace/name for the Hub, or dir:PATH"
         )
     # Checked before hours of files are read: a push that cannot start should say so at once.
-    token = os.environ.get(TOKEN_VARIABLE)
-    if not local and not token:
-        raise CredentialsError(
-            f"publishing to {target} needs a token with write access in the environment variable "
-            f"{TOKEN_VARIABLE} (on a cluster: the secret placement.hub_token_secret), "
-            "or use dir:PATH"
-        )
+    token = None if local else _read_token(target)
     sources = Sources.read(
         Recipe.parse(recipe),
         base_model_dir=Path(base_model_dir),
@@ -111,7 +105,8 @@ def run(
             else:
                 from tuneline.publish.hub import push
 
-                repos = push(staged, token=str(token), config=config)
+                assert token is not None
+                repos = push(staged, token=token, config=config)
         record = Published(
             target=target,
             private=config.private,
@@ -122,3 +117,25 @@ def run(
     for repo in record.repos:
         logger.info("published %s: %d files, %d bytes", repo.url, repo.num_files, repo.num_bytes)
     return record
+
+
+def _read_token(target: str) -> str:
+    """Read the Hub's token, which no message may hold.
+
+    Raises:
+        CredentialsError: there is none, or it is not one.
+    """
+    # A secret made from a file ends in a line break, and HTTP refuses that, quoting the header.
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if not token:
+        raise CredentialsError(
+            f"publishing to {target} needs a token with write access in the environment variable "
+            f"{TOKEN_VARIABLE} (on a cluster: the secret placement.hub_token_secret), "
+            "or use dir:PATH"
+        )
+    if not re.fullmatch(r"[!-~]+", token):
+        raise CredentialsError(
+            f"{TOKEN_VARIABLE} holds more than a token: white space or characters that are not "
+            "ASCII; set it to the token alone, as huggingface.co/settings/tokens shows it"
+        )
+    return token
