@@ -58,6 +58,10 @@ def test_the_guides_values_are_the_defaults(tmp_path: Path) -> None:
             {"gate": {"target_tasks": ["arc_easy"]}},
             "mine.yaml: gate.target_tasks names ['arc_easy']",
         ),
+        (
+            {"publish_to": "my--model"},
+            "publish_to: publish_to is 'my--model': write namespace/name",
+        ),
         ({"prepare": {"heldout": {"max_rows": 0}}}, "evaluate.tasks needs held-out rows"),
     ],
 )

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tuneline.config import StrictModel
 from tuneline.errors import RecipeError
@@ -15,6 +15,7 @@ from tuneline.merge.config import MergeConfig
 from tuneline.prepare.config import PrepareConfig
 from tuneline.profiles import COMPUTE_CAPABILITY, FP8, PlacementConfig
 from tuneline.publish.config import PublishConfig
+from tuneline.publish.target import check_target
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.train.config import TrainConfig
 
@@ -40,6 +41,12 @@ class Recipe(StrictModel):
     gate: GateConfig = GateConfig()
     publish: PublishConfig = PublishConfig()
     placement: PlacementConfig = PlacementConfig()
+
+    @field_validator("publish_to")
+    @classmethod
+    def _can_be_published_to(cls, value: str) -> str:
+        check_target(value)
+        return value
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:

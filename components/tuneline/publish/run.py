@@ -11,14 +11,13 @@ import time
 from pathlib import Path
 
 from tuneline.artifacts import Decision, Published, PublishedRepo, new_directory
-from tuneline.errors import CredentialsError, RecipeError, UserError
+from tuneline.errors import CredentialsError, UserError
 from tuneline.publish.config import PublishConfig
+from tuneline.publish.target import DIRECTORY_PREFIX, check_target
 
 logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "HF_TOKEN"
-DIRECTORY_PREFIX = "dir:"
-_HUB_TARGET = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]{0,80}")
 
 
 def run(
@@ -74,10 +73,7 @@ def run(
             "published; mend the cause and run again"
         )
     local = target.startswith(DIRECTORY_PREFIX)
-    if not local and not _HUB_TARGET.fullmatch(target):
-        raise RecipeError(
-            f"publish_to is '{target}': write namespace/name for the Hub, or dir:PATH"
-        )
+    check_target(target)
     # Checked before hours of files are read: a push that cannot start should say so at once.
     token = None if local else _read_token(target)
     sources = Sources.read(
