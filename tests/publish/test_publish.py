@@ -23,8 +23,9 @@ from tuneline.artifacts import (
     TrainingPoint,
     TrainingSummary,
 )
-from tuneline.errors import RecipeError
+from tuneline.errors import RecipeError, StorageError
 from tuneline.publish.config import PublishConfig
+from tuneline.publish.directory import write_tree
 from tuneline.publish.target import check_target
 from tuneline.recipe import Recipe
 
@@ -353,6 +354,37 @@ def test_our_own_directory_is_replaced_and_a_foreign_one_is_not(
     assert "thesis.txt, which tuneline did not make" in done.stderr
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
     assert not (run_dir / "three").exists()
+
+
+def test_a_target_that_cannot_be_written_is_one_sentence(run_dir: Path, small_disk: Path) -> None:
+    done = publish(run_dir, "dir:/proc/none/out", "one")
+    assert "/proc/none, where the repositories are laid out first, cannot" in sentence(done, 1)
+    # The volume itself: a rename cannot replace it.
+    done = publish(run_dir, f"dir:{small_disk}", "two")
+    assert f"{small_disk} cannot be put in its place" in sentence(done, 1)
+    assert small_disk.is_dir() and not list(small_disk.parent.glob(".publish.*"))
+    assert publish(run_dir, f"dir:{small_disk}/out", "three").returncode == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_what_was_published_survives_an_end_between_two_renames(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, staged = tmp_path / "out", tmp_path / "scratch" / "staged"
+    (target / "mine").mkdir(parents=True)
+    (target / "mine" / "tuneline.json").write_text("the first")
+    staged.mkdir(parents=True)
+    rename = Path.replace
+
+    def ended(self: Path, to: Path) -> Path:
+        if self == staged:
+            raise error
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "replace", ended)
+    with pytest.raises(StorageError if error is OSError else error):
+        write_tree(staged, [], target)
+    assert (target / "mine" / "tuneline.json").read_text() == "the first"
 
 
 def sentence(done: subprocess.CompletedProcess, code: int) -> str:

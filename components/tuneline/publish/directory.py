@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from tuneline.artifacts import PublishedRepo
-from tuneline.errors import OutputExistsError
+from tuneline.errors import OutputExistsError, StorageError
 from tuneline.publish.staging import MARKER_FILE, StagedRepo
 
 
@@ -13,6 +13,7 @@ def write_tree(staged_root: Path, staged: list[StagedRepo], target: Path) -> lis
 
     Raises:
         OutputExistsError: `target` holds something that tuneline did not make.
+        StorageError: it cannot be replaced; what it held is still there.
     """
     if target.exists():
         foreign = (
@@ -36,13 +37,20 @@ def write_tree(staged_root: Path, staged: list[StagedRepo], target: Path) -> lis
         for repo in staged
     ]
     previous = staged_root.with_name("previous")
-    if target.exists():
-        target.replace(previous)
     try:
+        if target.exists():
+            target.replace(previous)
         staged_root.replace(target)
-    except OSError:
-        if previous.exists():
+    except BaseException as error:
+        # Whatever ends it between the two, what was there is not lost with the scratch directory.
+        if previous.exists() and not target.exists():
             previous.replace(target)
-        raise
+        if not isinstance(error, OSError):
+            raise
+        raise StorageError(
+            f"{target} cannot be put in its place ({error.strerror}): it must not be a mounted "
+            "volume itself, nor another run's target now; name a directory below it in "
+            "publish_to, or run this step again"
+        ) from error
     shutil.rmtree(previous, ignore_errors=True)
     return repos

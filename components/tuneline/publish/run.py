@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from tuneline.artifacts import Decision, Published, PublishedRepo, new_directory
-from tuneline.errors import CredentialsError, UserError
+from tuneline.errors import CredentialsError, StorageError, UserError
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.target import DIRECTORY_PREFIX, check_target
 
@@ -59,6 +59,7 @@ def run(
         RecipeError: the target is neither a Hub name nor `dir:PATH`.
         CredentialsError: the token is missing or refused; nothing was touched.
         HubError: the Hub did not take it after all tries.
+        StorageError: the target directory or its parent cannot be written.
         ProofError: a file is not the one that its step proved, or was made from another artifact.
     """
     # A recipe is made of the steps' configs, this one's included, so it is imported late.
@@ -89,9 +90,8 @@ def run(
     name = sources.recipe.name if local else target
     with new_directory(published_dir) as record_dir:
         parent = Path(target.removeprefix(DIRECTORY_PREFIX)).resolve() if local else record_dir
-        parent.parent.mkdir(parents=True, exist_ok=True)
         # Beside the directory target, so that files can be hard links and one rename ends it.
-        with tempfile.TemporaryDirectory(dir=parent.parent, prefix=".publish.") as scratch:
+        with _scratch_in(parent.parent) as scratch:
             staged = stage(sources, name=name, config=config, directory=Path(scratch, "staged"))
             repos: list[PublishedRepo]
             if local:
@@ -113,6 +113,22 @@ def run(
     for repo in record.repos:
         logger.info("published %s: %d files, %d bytes", repo.url, repo.num_files, repo.num_bytes)
     return record
+
+
+def _scratch_in(directory: Path) -> tempfile.TemporaryDirectory[str]:
+    """Make a directory that is gone in the end.
+
+    Raises:
+        StorageError: there is no place for it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=directory, prefix=".publish.")
+    except OSError as error:
+        raise StorageError(
+            f"{directory}, where the repositories are laid out first, cannot be written "
+            f"({error.strerror}): name another directory in publish_to, whose parent can"
+        ) from error
 
 
 def _read_token(target: str) -> str:
