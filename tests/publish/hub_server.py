@@ -294,7 +294,12 @@ class Hub:
                 self.answer({})
 
             def validate(self) -> None:
-                self.answer({"errors": [], "warnings": []})
+                card = json.loads(self.body)["content"]
+                if re.search(r"^license: .*research", card, re.MULTILINE):
+                    message = '"license" must be one of [apache-2.0, mit, other]'
+                    self.answer({"errors": [{"message": message}], "warnings": []}, 400)
+                else:
+                    self.answer({"errors": [], "warnings": []})
 
         def entry(name: str, file: tuple) -> dict:
             kind, value = file

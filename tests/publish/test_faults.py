@@ -108,7 +108,7 @@ def test_what_passes_is_waited_for(send, hub, staged, waits, route, fault) -> No
     ("status", "error", "says"),
     [
         (401, CredentialsError, r"does not accept the token in HF_TOKEN \(401\)"),
-        (403, CredentialsError, r"needs write access to this namespace"),
+        (403, CredentialsError, r"write access to this namespace; the Hub says: injected"),
         (404, HubError, r"does not find it \(404\)"),
         (409, UserError, r"409, the repository exists or was changed meanwhile"),
         (412, UserError, r"412, the repository exists or was changed meanwhile"),
@@ -228,6 +228,22 @@ def test_somebody_elses_commit_in_between(send, hub, staged, monkeypatch) -> Non
         send()
     assert hub.repos[MERGED]["files"]["theirs.txt"] == ("regular", b"theirs")
     assert hub.repos[MERGED]["commits"][-1] == "f" * 40
+
+
+def test_a_card_that_the_hub_refuses_is_one_sentence(send, hub, staged) -> None:
+    (staged[1].folder / "README.md").write_text("---\nlicense: some-research\n---\n# mine")
+    with pytest.raises(UserError, match="must be one of .*; see publish.licence") as raised:
+        send()
+    assert len(str(raised.value).splitlines()) == 1
+    assert len(hub.repos[MERGED]["commits"]) == 1
+
+
+def test_what_is_public_already_is_told(send, hub, caplog) -> None:
+    send()
+    assert "is there and public" not in caplog.text
+    hub.repos[LORA]["private"] = False
+    send()
+    assert f"publish.private is true, and {LORA} is there and public: it stays so" in caplog.text
 
 
 def test_an_empty_repository_is_taken_and_a_foreign_one_is_not(send, hub, hub_server) -> None:

@@ -308,6 +308,29 @@ def test_the_card(run_dir: Path, tmp_path: Path) -> None:
     assert marker["dataset_sha256"] == "2" * 64
 
 
+@pytest.mark.parametrize(
+    ("licence", "fields"),
+    [
+        ("Llama3.1", {"license": "llama3.1"}),
+        # What fetch finds beside `license: other`.
+        ("qwen-research", {"license": "other", "license_name": "qwen-research"}),
+        ("Our Own, v2", {"license": "other", "license_name": "our-own-v2"}),
+        ("other", {"license": "other"}),
+        (None, {}),
+    ],
+)
+def test_a_licence_is_named_as_the_hub_takes_it(
+    run_dir: Path, hub, licence: str | None, fields: dict[str, str]
+) -> None:
+    origin = ModelOrigin.read(run_dir / "base")
+    origin.model_copy(update={"licence": licence}).write(run_dir / "base")
+    done = to_hub(run_dir, hub, "out")
+    assert done.returncode == 0, done.stderr
+    for repo in REPOS:
+        matter = yaml.safe_load(hub.content(repo, "README.md").decode().split("---\n")[1])
+        assert {key: matter[key] for key in matter if key.startswith("license")} == fields
+
+
 def test_every_card_says_how_to_run_all_of_the_family(run_dir: Path, hub) -> None:
     """Own repository first; the adapter on the 4 bits that it was trained on."""
     assert to_hub(run_dir, hub, "out").returncode == 0

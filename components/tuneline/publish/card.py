@@ -7,6 +7,7 @@ import yaml
 
 from tuneline.artifacts import PUBLISHED_BUNDLE, QuantizedModel
 from tuneline.publish.config import PublishConfig
+from tuneline.publish.licences import licence_fields
 from tuneline.publish.usage import usage
 
 if TYPE_CHECKING:
@@ -57,9 +58,7 @@ def _front_matter(sources: "Sources", kind: "Kind", config: PublishConfig) -> di
         "pipeline_tag": "text-generation",
         "tags": ["tuneline", sources.training.method, *config.tags],
     }
-    licence = config.licence or sources.origin.licence
-    if licence:
-        matter["license"] = licence.lower()
+    matter |= licence_fields(config.licence or sources.origin.licence)
     # Only names that mean the same on another machine: a revision says that it is a Hub id.
     if sources.origin.revision:
         matter["base_model"] = sources.origin.source

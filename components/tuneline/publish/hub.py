@@ -86,6 +86,14 @@ def _upload(api: HfApi, repo: StagedRepo, *, parent_commit: str) -> str:
             delete_patterns="*",
             parent_commit=parent_commit,
         )
+    except ValueError as error:
+        # The client has the Hub look at a card first, and makes this of its answer.
+        if "Invalid metadata" not in str(error):
+            raise
+        raise UserError(
+            f"push {repo.repo}: the Hub does not take the model card: "
+            f"{' '.join(str(error).split())}; see publish.licence and publish.tags"
+        ) from None
     except HfHubHTTPError as error:
         if error.response.status_code != 412:
             raise
@@ -145,6 +153,8 @@ def _is_ours(api: HfApi, repo: str, config: PublishConfig) -> bool:
             f"the repository {repo} exists and was not made by tuneline (it has no {MARKER_FILE}): "
             "choose another name in publish_to, or remove it yourself"
         )
+    if config.private and info.private is False:
+        logger.warning("publish.private is true, and %s is there and public: it stays so", repo)
     return True
 
 
@@ -203,9 +213,10 @@ def _refused(what: str, status: int, message: str | None) -> TunelineError:
             "write access"
         )
     if status == 403:
+        said = f"; the Hub says: {message}" if message else ""
         return CredentialsError(
             f"{what}: the token in HF_TOKEN may not do that (403): it needs write access to this "
-            "namespace"
+            f"namespace{said}"
         )
     if status == 404:
         return HubError(
