@@ -182,6 +182,31 @@ def test_tokenizer_template_and_generation_config_come_along(
     }
 
 
+def test_of_the_base_nothing_comes_along_that_is_its_own(merge, tmp_path, tiny_model_dir):
+    """Other forms of its weights, and what a base has that tuneline made or published itself."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    own = ("tf_model.h5", "flax_model.msgpack", "rust_model.ot", "pytorch_model.bin.index.json")
+    own += ("tuneline.json", "merge.json", ".gitattributes", "model.onnx")
+    for name in (*own, "LICENSE"):
+        (base / name).write_text("{}")
+    proof, merged = merge(base_model_dir=base)
+    there = {path.name for path in merged.iterdir()}
+    assert not (there - {"merge.json"}).intersection(own) and "LICENSE" in there
+    assert MergeProof.read(merged).mean_kl == proof.mean_kl
+
+
+def test_one_file_of_weights_comes_before_an_index(merge, tmp_path, tiny_model_dir):
+    """As in transformers: shards that an old index names need not be there."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    proof, merged = merge(base_model_dir=base)
+    assert proof.num_shards == 1 and proof.mean_kl < 0.01
+    assert set(weights_of(merged)) == set(weights_of(tiny_model_dir))
+
+
 @pytest.fixture
 def spoilt_update(monkeypatch):
     """Return a function that lets the update of a weight be spoilt."""

@@ -79,7 +79,10 @@ class Checkpoint:
 
     def _files(self) -> list[str]:
         index = self._directory / INDEX_FILE
-        if index.is_file():
+        if (self._directory / SINGLE_FILE).is_file():
+            # As transformers and fetch take them: an index beside it is another version's.
+            files = [SINGLE_FILE]
+        elif index.is_file():
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = sorted(set(weight_map.values()))
         else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from tuneline import tokenizer_files
-from tuneline.artifacts import ModelOrigin, TrainingSummary
+from tuneline.artifacts import PUBLISHED_BUNDLE, MergeProof, ModelOrigin, TrainingSummary
 from tuneline.errors import ModelError
 from tuneline.merge.adapter import Adapter
 from tuneline.merge.checkpoint import Checkpoint, Spec, write_sharded
@@ -97,15 +97,21 @@ def write_config(*, base_model_dir: Path, dtype: str, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+_WEIGHTS = (".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".index.json")
+"""The base's own weights, in whatever form."""
+_OTHERS = (ModelOrigin.filename, MergeProof.filename, PUBLISHED_BUNDLE, ".gitattributes")
+"""Of a base that tuneline made or published, and what its repository needs."""
+
+
 def copy_companions(*, base_model_dir: Path, adapter_dir: Path, directory: Path) -> None:
     """Carry along what stands beside the weights.
 
     From the base: generation_config.json, licence, tokenizer. From the adapter: the chat template,
     because training may have used another.
     """
-    left_out = ("config.json", ModelOrigin.filename, *tokenizer_files.NAMES)
+    left_out = ("config.json", *_OTHERS, *tokenizer_files.NAMES)
     for path in sorted(base_model_dir.iterdir()):
-        is_weight = ".safetensors" in path.name or path.suffix in (".bin", ".gguf", ".pt", ".pth")
+        is_weight = path.name.endswith(_WEIGHTS) or ".safetensors" in path.name
         if path.is_file() and not is_weight and path.name not in left_out:
             shutil.copyfile(path, directory / path.name)
     tokenizer_files.copy_tokenizer(base_model_dir, directory)
