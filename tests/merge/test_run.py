@@ -12,10 +12,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tuneline.artifacts import MergeProof, ModelOrigin, TrainingSummary
+from tuneline.artifacts import DatasetManifest, MergeProof, ModelOrigin, TrainingSummary
 from tuneline.errors import ModelError, OutputExistsError, ProofError, RecipeError, WorldError
 from tuneline.merge import MergeConfig, run
 from tuneline.merge.adapter import Adapter
+from tuneline.merge.weights import stop_at_end_of_turn
 from tuneline.nf4 import load_base
 from tuneline.record import hash_files
 from tuneline.train import TrainConfig
@@ -26,7 +27,14 @@ from tuneline.train import run as train
 def merge(tmp_path, tiny_model_dir, adapter_dir, small_dataset_dir):
     """Merge with what differs from the usual; returns the proof and the directory."""
 
-    def call(*, base_model_dir=tiny_model_dir, adapter=adapter_dir, as_recorded=False, **settings):
+    def call(
+        *,
+        base_model_dir=tiny_model_dir,
+        adapter=adapter_dir,
+        dataset_dir=small_dataset_dir,
+        as_recorded=False,
+        **settings,
+    ):
         merged = tmp_path / "out" / "merged"
         for path in () if as_recorded else (base_model_dir, adapter):
             record_again(path)
@@ -34,7 +42,7 @@ def merge(tmp_path, tiny_model_dir, adapter_dir, small_dataset_dir):
             MergeConfig(**{"num_proof_prompts": 8, **settings}),
             base_model_dir=base_model_dir,
             adapter_dir=adapter,
-            dataset_dir=small_dataset_dir,
+            dataset_dir=dataset_dir,
             merged_dir=merged,
         )
         return proof, merged
@@ -180,6 +188,51 @@ def test_tokenizer_template_and_generation_config_come_along(
     assert not {"origin.json", "training.json", "adapter_config.json"} & {
         path.name for path in merged.iterdir()
     }
+
+
+@pytest.mark.parametrize(
+    ("end_of_turn", "named", "stops"),
+    [
+        ("<|im_end|>\n", {"eos_token_id": 0, "top_p": 0.9}, [0, 2]),
+        ("<|im_end|>\n", {"eos_token_id": [0, 2]}, [0, 2]),
+        # Without the file, or its key, transformers goes by config.json.
+        ("<|im_end|>", None, [0, 2]),
+        ("<|im_end|>", {"top_p": 0.9}, [0, 2]),
+        # No token of its own: programs must stop on text, and quantize says so.
+        ("</answer>", {"eos_token_id": 0}, 0),
+        ("", {"eos_token_id": 0}, 0),
+    ],
+)
+def test_generation_stops_where_the_template_ends_an_answer(
+    end_of_turn, named, stops, tmp_path, tiny_model_dir
+):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    path = tmp_path / "generation_config.json"
+    if named is not None:
+        path.write_text(json.dumps(named))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 2
+    stop_at_end_of_turn(tmp_path, end_of_turn, tokenizer)
+    found = GenerationConfig.from_pretrained(tmp_path)
+    assert found.eos_token_id == stops
+    assert found.top_p == (named or {}).get("top_p")
+
+
+def test_a_merged_chat_model_stops_at_the_end_of_a_turn(
+    merge, tmp_path, tiny_model_dir, small_dataset_dir
+):
+    base, data = tmp_path / "base", tmp_path / "data"
+    shutil.copytree(tiny_model_dir, base)
+    settings = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 0}))
+    shutil.copytree(small_dataset_dir, data)
+    manifest = DatasetManifest.read(data).model_copy(update={"end_of_turn": "<|im_end|>\n"})
+    (data / "dataset.json").write_text(manifest.model_dump_json())
+    _, merged = merge(base_model_dir=base, dataset_dir=data)
+    assert json.loads((merged / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
+    MergeProof.read(merged).check_files(merged)
 
 
 def test_of_the_base_nothing_comes_along_that_is_its_own(merge, tmp_path, tiny_model_dir):

@@ -67,6 +67,7 @@ def run(
             check_tokenizer,
             copy_companions,
             merge_weights,
+            stop_at_end_of_turn,
             write_config,
         )
 
@@ -129,6 +130,8 @@ def run(
         distance = comparison.distance()
         gap = proof.greedy_gap(trained, merged)
         proof.hold(distance, gap, config, num_rows=len(rows))
+        # After the proof, whose two answers go on to the same tokens.
+        stop_at_end_of_turn(directory, dataset.end_of_turn, tokenizer)
         record = MergeProof(
             base=base,
             base_asked=config.base,

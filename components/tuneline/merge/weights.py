@@ -120,6 +120,36 @@ def copy_companions(*, base_model_dir: Path, adapter_dir: Path, directory: Path)
         tokenizer_files.set_chat_template(directory, template)
 
 
+def stop_at_end_of_turn(
+    directory: Path, end_of_turn: str, tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    """Have programs stop at the token that the chat template puts after an answer.
+
+    A base that was not made for chats names the end of a text alone in generation_config.json, and
+    transformers and vLLM, which go by it, would write on after the answers that were learnt.
+    """
+    end = end_of_turn.strip()
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
+    if len(ids) != 1 or ids[0] not in tokenizer.added_tokens_decoder:
+        return
+    model = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    path = directory / "generation_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        settings = {name: model[name] for name in names if model.get(name) is not None}
+    found = settings.get("eos_token_id", model.get("eos_token_id"))
+    stops = (
+        found if isinstance(found, list) else [tokenizer.eos_token_id if found is None else found]
+    )
+    if ids[0] in stops:
+        return
+    settings["eos_token_id"] = [*(stop for stop in stops if stop is not None), ids[0]]
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    logger.info("generation stops at %r too, where the chat template ends an answer", end)
+
+
 def check_tokenizer(
     tokenizer: "PreTrainedTokenizerBase", directory: Path, adapter_dir: Path
 ) -> None:
