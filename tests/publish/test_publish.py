@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,7 +146,7 @@ def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path
 
 
 def publish(
-    run_dir: Path, target: str, out: str, **environment: str
+    run_dir: Path, target: str, out: str, *, more_gptq: tuple[Path, ...] = (), **environment: str
 ) -> subprocess.CompletedProcess:
     recipe = Recipe(
         name="mine",
@@ -163,6 +164,7 @@ def publish(
             *("--base-model", str(run_dir / "base"), "--dataset", str(run_dir / "dataset")),
             *("--adapter", str(run_dir / "adapter"), "--merged", str(run_dir / "merged")),
             *("--gguf", str(run_dir / "q8_0"), "--gptq", str(run_dir / "gptq-4bit")),
+            *map(str, more_gptq),
             *("--base-scores", str(run_dir / "scores")),
             *("--tuned-scores", str(run_dir / "scores")),
             *("--decision", str(run_dir / "decision"), "--published", str(run_dir / out)),
@@ -329,6 +331,31 @@ def test_a_licence_is_named_as_the_hub_takes_it(
     for repo in REPOS:
         matter = yaml.safe_load(hub.content(repo, "README.md").decode().split("---\n")[1])
         assert {key: matter[key] for key in matter if key.startswith("license")} == fields
+
+
+@pytest.mark.parametrize(
+    ("source", "datasets"),
+    [("org/rows", ["org/rows"]), ("org/rows.v2", ["org/rows.v2"]), ("data/rows.jsonl", None)],
+)
+def test_a_card_names_a_data_set_of_the_hub(
+    run_dir: Path, tmp_path: Path, source: str, datasets: list[str] | None
+) -> None:
+    dataset = DatasetManifest.read(run_dir / "dataset")
+    dataset.model_copy(update={"source": source}).write(run_dir / "dataset")
+    assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0
+    card = (tmp_path / "out" / "mine" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1]).get("datasets") == datasets
+
+
+def test_a_format_that_was_exported_twice_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    """The second would be written through a link into the first one's artifact."""
+    shutil.copytree(run_dir / "gptq-4bit", run_dir / "again")
+    QuantizedModel.read(run_dir / "again").model_copy(update={"notes": ["another"]}).write(
+        run_dir / "again"
+    )
+    done = publish(run_dir, f"dir:{tmp_path}/out", "out", more_gptq=(run_dir / "again",))
+    assert "gptq-4bit was exported 2 times, and a format has one place" in sentence(done, 2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_card_says_how_to_run_all_of_the_family(run_dir: Path, hub) -> None:

@@ -19,6 +19,8 @@ _TITLES = {
     "gguf": "GGUF files",
     "gptq": "GPTQ checkpoint",
 }
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
+"""Of a file in a directory, whose path looks like a Hub id: data/rows.jsonl."""
 CURVE_POINTS = 10
 """Rows of the training curve, evaluations not counted."""
 
@@ -65,8 +67,9 @@ def _front_matter(sources: "Sources", kind: "Kind", config: PublishConfig) -> di
         matter["base_model_relation"] = "adapter" if kind == "adapter" else "finetune"
         if kind in ("gguf", "gptq"):
             matter["base_model_relation"] = "quantized"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", sources.dataset.source):
-        matter["datasets"] = [sources.dataset.source]
+    name = sources.dataset.source
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.lower().endswith(_DATA_SUFFIXES):
+        matter["datasets"] = [name]
     return matter
 
 

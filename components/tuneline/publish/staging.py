@@ -1,6 +1,5 @@
 """Lay out the repositories: one folder each, hard links where the file system allows."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from tuneline.artifacts import (
     QuantizedModel,
     TrainingSummary,
 )
+from tuneline.errors import UserError
 from tuneline.publish.card import model_card
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.proven import StoredFile, check_lineage, check_present, check_unchanged
@@ -63,6 +63,7 @@ class Sources:
 
         Raises:
             WorldError: an artifact has none.
+            UserError: a format was exported twice.
             ProofError: one was made from others than these.
         """
         sources = cls(
@@ -76,6 +77,13 @@ class Sources:
             merged_dir=merged_dir,
             exports={path: QuantizedModel.read(path) for path in [*gguf_dirs, *gptq_dirs]},
         )
+        formats = [export.format for export in sources.exports.values()]
+        twice = sorted({name for name in formats if formats.count(name) > 1})
+        if twice:
+            raise UserError(
+                f"{twice[0]} was exported {formats.count(twice[0])} times, and a format has one "
+                "place: name it once in quantize.gguf or quantize.gptq"
+            )
         inputs = [sources.origin, sources.dataset, sources.training, sources.merge]
         check_lineage([*inputs, *sources.exports.values(), decision], inputs)
         return sources
@@ -195,8 +203,10 @@ def _files(directory: Path, record: Record) -> dict[str, StoredFile]:
 
 def _place(source: Path, destination: Path) -> None:
     destination.parent.mkdir(parents=True, exist_ok=True)
-    # Another file system, or one without links: copy.
-    with contextlib.suppress(OSError):
+    try:
         os.link(source, destination)
-        return
-    shutil.copyfile(source, destination)
+    except FileExistsError:
+        raise  # it may be a link to another artifact's file, which a copy would write into
+    except OSError:
+        # Another file system, or one without links.
+        shutil.copyfile(source, destination)
