@@ -53,16 +53,19 @@ def test_a_size_gives_the_shape_of_a_llama() -> None:
 @pytest.mark.parametrize("changes", [
     {}, {"kernels": "off"}, {"gradient_checkpointing": False, "kernels": "off"},
     {"per_device_train_batch_size": 4}, {"load_in_4bit": False}, {"kernels": "fp8"},
+    {"dtype": "float16"}, {"dtype": "float32"},
 ])  # fmt: skip
 def test_plan_and_train_go_by_one_estimate(profile: str, changes: dict[str, Any]) -> None:
     loaded = recipe(profile=profile)
     loaded = loaded.model_copy(update={"train": loaded.train.model_copy(update=changes)})
     manifest = DatasetManifest.model_construct(method="sft", max_seq_length=2048)
-    # As train itself settles it, on the model's own config.
+    # As train itself settles it, on the model's own config; a T4 has no bfloat16.
+    auto = "float32" if profile == "t4" else "bfloat16"
+    own_dtype = auto if loaded.train.dtype == "auto" else loaded.train.dtype
     settings = run_settings(
         loaded.train,
         manifest,
-        itemsize=4 if profile == "t4" else 2,
+        itemsize=4 if own_dtype == "float32" else 2,
         device="cuda",
         fused=loaded.train.kernels != "off" and profile != "t4",
     )

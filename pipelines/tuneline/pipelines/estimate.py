@@ -106,12 +106,13 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
     profile, gpus = recipe.placement.profile, max(1, recipe.placement.num_accelerators)
     gpus *= recipe.placement.num_nodes
     divides = gpus > 1 and "adamw" in train.optim
+    takes_fp32 = train.dtype == "auto" and profile == "t4"  # see RELATIVE_SPEED
     settings = Settings(
         rows=train.per_device_train_batch_size,
         length=length,
         recompute=train.gradient_checkpointing,
         quantized=train.load_in_4bit,
-        itemsize=4 if train.dtype == "float32" or profile == "t4" else 2,
+        itemsize=4 if train.dtype == "float32" or takes_fp32 else 2,
         optim=ZERO_OPTIMIZER if divides else train.optim,
         method=prepare.method,
         loss="tiled",
