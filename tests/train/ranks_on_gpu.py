@@ -7,6 +7,7 @@
     medium  a 1B shape: one rank; two ranks with ZeRO-2, SIGTERM in the middle; one rank to the end
     big     an 8B shape, packed to 8192: one rank and two
     ddp     the 1B shape with SGD, which ZeRO-2 does not divide: one rank and two
+    stock   the 1B shape with ZeRO-2 and without our kernels: one rank and two
 
 Every step has the same packs on any number of ranks, so that losses are to be the same but for
 rounding. Tokens a second are of all ranks, by the clock. Weights and tokens are random.
@@ -22,7 +23,7 @@ from typing import Any
 import gpu_inputs
 from gpu_inputs import Run, largest_difference, say, train
 
-PARTS = ("medium", "big", "ddp")
+PARTS = ("medium", "big", "ddp", "stock")
 WARM_UP = 6
 """Steps that may compile kernels."""
 
@@ -74,6 +75,9 @@ class Comparison:
         if "ddp" in parts:
             base, dataset = self.inputs("Llama-3.2-1B", pack=4096, packs_a_step=4)
             self.pair("ddp", base, dataset, forwards=4, optim="sgd", learning_rate=0.5)
+        if "stock" in parts:
+            base, dataset = self.inputs("Llama-3.2-1B", pack=4096, packs_a_step=4)
+            self.pair("stock", base, dataset, forwards=4, kernels="off")
         say(f"{time.monotonic() - self.began:.0f} s in all")
 
     def medium(self, base: Path, dataset: Path) -> None:

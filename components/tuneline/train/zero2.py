@@ -47,7 +47,8 @@ def zero2_config(config: TrainConfig, *, num_ranks: int, dtype: torch.dtype) -> 
     zero: dict[str, Any] = {
         "stage": 2,
         "contiguous_gradients": True,
-        "overlap_comm": True,
+        # An adapter is a few buckets: there is nothing to overlap, and no second stream to trust.
+        "overlap_comm": False,
         "reduce_scatter": True,
         "reduce_bucket_size": _BUCKET,
         "allgather_partitions": True,
