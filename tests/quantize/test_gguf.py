@@ -3,9 +3,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from tuneline.artifacts import MODELFILE, QuantizedModel
-from tuneline.errors import OutputExistsError, ProofError, RecipeError, ToolError, WorldError
+from tuneline.artifacts import MODELFILE, MergeProof, QuantizedModel
+from tuneline.errors import (
+    ModelError,
+    OutputExistsError,
+    ProofError,
+    RecipeError,
+    ToolError,
+    WorldError,
+)
 from tuneline.quantize import QuantizeConfig, converter, formats, gguf_tensors, run
 from tuneline.quantize.generation import NEAR_TIE, Generation, hold_against
 from tuneline.quantize.llama_file import LlamaFile
@@ -241,6 +249,36 @@ def test_a_file_that_was_cut_is_named_before_it_is_read(
             format="q8_0",
             merged_dir=str(tmp_path / "merged"),
             gguf_dir=str(tmp_path / "gguf"),
+            dataset_dir=str(dataset_dir),
+            quantized_dir=str(tmp_path / "out"),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_file_of_another_model_is_refused(
+    recorded: bool, merged_dir: Path, f16_dir: Path, dataset_dir: Path, tmp_path: Path
+) -> None:
+    """As near as another epoch's: the proof's bounds would let it pass."""
+    other, gguf = tmp_path / "other", tmp_path / "gguf"
+    shutil.copytree(merged_dir, other)
+    shutil.copytree(f16_dir, gguf)
+    if recorded:
+        weights = load_file(other / "model.safetensors")
+        weights = {name: tensor * (1 + 1e-6) for name, tensor in weights.items()}
+        save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+        MergeProof.read(other).write(other)
+        found = f"the merged model {MergeProof.read(merged_dir).content_sha256()[:12]}"
+    else:
+        QuantizedModel.read(gguf).write(gguf)
+        found = "no merged model"
+    expected = MergeProof.read(other).content_sha256()[:12]
+    with pytest.raises(ModelError, match=rf"made from {found}, .*other is {expected}: convert"):
+        run(
+            QuantizeConfig(),
+            format="q8_0",
+            merged_dir=str(other),
+            gguf_dir=str(gguf),
             dataset_dir=str(dataset_dir),
             quantized_dir=str(tmp_path / "out"),
         )

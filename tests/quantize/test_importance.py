@@ -1,6 +1,7 @@
 """The importance matrix: measured as the reference says, in llama.cpp's file, and used."""
 
 import ctypes
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy
 import pytest
 
 from tuneline.artifacts import DatasetManifest, ImportanceMatrix
-from tuneline.errors import DataError, RecipeError, ToolError
+from tuneline.errors import DataError, RecipeError, ToolError, WorldError
 from tuneline.quantize import QuantizeConfig, importance_file, measure_importance, run
 from tuneline.quantize.calibration import read_rows
 from tuneline.quantize.ggml import Tensor, library
@@ -193,6 +194,22 @@ def test_it_needs_rows(f16_dir: Path, prepared_dir: Path, tmp_path: Path) -> Non
         measure(0, prepared_dir)
     with pytest.raises(DataError, match="importance matrix is measured on training rows"):
         measure(4, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_is_not_measured_with_a_file_that_was_cut(
+    f16_dir: Path, prepared_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(f16_dir, tmp_path / "gguf")
+    file = tmp_path / "gguf" / "model-F16.gguf"
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(WorldError, match=r"model-F16\.gguf is not what it was when it was made"):
+        measure_importance(
+            QuantizeConfig(num_importance_rows=NUM_ROWS),
+            gguf_dir=str(tmp_path / "gguf"),
+            dataset_dir=str(prepared_dir),
+            importance_dir=str(tmp_path / "out"),
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -45,11 +45,13 @@ def measure_importance(
         DataError: there are no training rows.
         ModelError: the model has several experts.
         ToolError: llama.cpp cannot compute the file.
+        WorldError: the file is not the one that `convert` left.
     """
     started = time.monotonic()
     if not config.num_importance_rows:
         raise RecipeError("quantize.num_importance_rows is 0: an importance matrix needs rows")
     f16 = QuantizedModel.read(gguf_dir)
+    f16.check_files(gguf_dir)
     rows = read_rows(
         Path(dataset_dir),
         config.num_importance_rows,

@@ -77,7 +77,8 @@ def run(
 
     Raises:
         RecipeError: the format is unknown, or needs an importance matrix.
-        ModelError: the directory is not a merged model, or cannot be quantised.
+        ModelError: the directory is not a merged model, or cannot be quantised; or `gguf_dir` was
+            made from another.
         DataError: no training rows to calibrate on.
         ToolError: a converter or a quantiser is missing or failed.
         WorldError: a file of theirs is not the one that its step left.
@@ -98,6 +99,8 @@ def run(
         if format in formats.GPTQ:
             record = _gptq(config, format, merged, dataset, target, bound)
         else:
+            if gguf_dir is not None:
+                _check_source(gguf_dir, merge, merged)
             record, matrix = _gguf(
                 config, format, merged, dataset, target, bound, gguf_dir, importance_dir
             )
@@ -211,6 +214,19 @@ def _check_model(path: str) -> MergeProof:
         )
     proof.check_files(path)
     return proof
+
+
+def _check_source(gguf_dir: str, merge: MergeProof, merged_dir: Path) -> None:
+    """Refuse a GGUF file of another merged model: of a near one, the proof sees no difference."""
+    made_from = QuantizedModel.read(gguf_dir).made_from.get(MergeProof.role)
+    expected = merge.content_sha256()
+    if made_from is None or made_from.sha256 != expected:
+        found = f"the merged model {made_from.sha256[:12]}" if made_from else "no merged model"
+        raise ModelError(
+            f"{gguf_dir} was made from {found}, as its record says, and {merged_dir} is "
+            f"{expected[:12]}: convert this model to GGUF again, or name the merged model that the "
+            "file was made from"
+        )
 
 
 def _log(record: QuantizedModel) -> None:
