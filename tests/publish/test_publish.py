@@ -141,7 +141,6 @@ def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path
             )
         ],
     ).write(directory("decision"))
-    directory("scores")
     return root
 
 
@@ -165,8 +164,6 @@ def publish(
             *("--adapter", str(run_dir / "adapter"), "--merged", str(run_dir / "merged")),
             *("--gguf", str(run_dir / "q8_0"), "--gptq", str(run_dir / "gptq-4bit")),
             *map(str, more_gptq),
-            *("--base-scores", str(run_dir / "scores")),
-            *("--tuned-scores", str(run_dir / "scores")),
             *("--decision", str(run_dir / "decision"), "--published", str(run_dir / out)),
         ],
         env={**clean, "HF_HUB_DISABLE_XET": "1", **environment},

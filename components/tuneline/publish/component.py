@@ -16,8 +16,6 @@ def publish(
     dataset: dsl.Input[dsl.Dataset],
     adapter: dsl.Input[dsl.Model],
     merged: dsl.Input[dsl.Model],
-    base_scores: dsl.Input[dsl.Artifact],
-    tuned_scores: dsl.Input[dsl.Artifact],
     decision: dsl.Input[dsl.Artifact],
     published: dsl.Output[dsl.Artifact],
     gguf: dsl.Input[List[dsl.Model]] = None,
@@ -38,8 +36,6 @@ def publish(
             merged_dir=merged.path,
             gguf_dirs=[item.path for item in gguf or []],
             gptq_dirs=[item.path for item in gptq or []],
-            base_scores_dir=base_scores.path,
-            tuned_scores_dir=tuned_scores.path,
             decision_dir=decision.path,
             published_dir=published.path,
         )

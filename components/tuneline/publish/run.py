@@ -31,8 +31,6 @@ def run(
     merged_dir: str | Path,
     gguf_dirs: list[str],
     gptq_dirs: list[str],
-    base_scores_dir: str | Path,
-    tuned_scores_dir: str | Path,
     decision_dir: str | Path,
     published_dir: str | Path,
 ) -> Published:
@@ -49,8 +47,6 @@ def run(
         merged_dir: what merge made.
         gguf_dirs: the GGUF exports; they share one repository.
         gptq_dirs: the GPTQ exports; a repository each.
-        base_scores_dir: the base model's benchmark.
-        tuned_scores_dir: the tuned model's benchmark.
         decision_dir: what the gate decided.
         published_dir: new; gets published.json.
 

@@ -138,24 +138,21 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
                 for name, pipeline in exporters.items()
             }
 
-            gated = placed(
-                gate,
-                config=gate_config,
-                base_scores=base_scores.outputs["scores"],
-                tuned_scores=tuned_scores.outputs["scores"],
-            )
+            scores = {
+                "base_scores": base_scores.outputs["scores"],
+                "tuned_scores": tuned_scores.outputs["scores"],
+            }
+            gated = placed(gate, config=gate_config, **scores)
             everything = {
                 "recipe": recipe_json,
                 "base_model": base,
                 "dataset": data,
                 "adapter": adapter,
                 "merged": merged,
-                "base_scores": base_scores.outputs["scores"],
-                "tuned_scores": tuned_scores.outputs["scores"],
                 "decision": gated.outputs["decision"],
                 **exports,
             }
-            placed(report, **everything).set_caching_options(False)
+            placed(report, **everything, **scores).set_caching_options(False)
             with dsl.If(gated.outputs["Output"] == "promote", name="promoted"):
                 placed(
                     publish, target=publish_to, config=publish_config, **everything
