@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import struct
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -20,6 +19,7 @@ from tuneline.quantize.disk import raise_if_full
 from tuneline.quantize.formats import Bound
 from tuneline.quantize.reference import Reference
 from tuneline.quantize.threads import num_threads
+from tuneline.quantize.worker import run_to_end
 
 if TYPE_CHECKING:
     from tuneline.quantize.transformers_model import TransformersModel
@@ -174,15 +174,9 @@ def _run(
     }
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "job.json").write_text(json.dumps(job), encoding="utf-8")
-        done = subprocess.run(
+        done = run_to_end(
             [sys.executable, "-m", "tuneline.quantize.gptq_worker", "job.json"],
-            cwd=scratch,
-            stdin=subprocess.DEVNULL,
-            # Its progress bars ask the terminal questions; in a background job that stops it.
-            start_new_session=True,
-            capture_output=True,
-            text=True,
-            errors="replace",
+            cwd=Path(scratch),
             env=settings | os.environ,
         )
     if done.returncode != 0:

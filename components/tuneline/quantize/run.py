@@ -1,5 +1,6 @@
 """Make one export of the merged model and check that it loads and answers."""
 
+import contextlib
 import logging
 import tempfile
 import time
@@ -17,6 +18,7 @@ from tuneline.quantize import formats
 from tuneline.quantize.calibration import read_rows
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.quantize.threads import few_threads
+from tuneline.quantize.worker import raised_on_sigterm
 from tuneline.record import Record
 
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ def run(
         ToolError: a converter or a quantiser is missing or failed.
         WorldError: a file of theirs is not the one that its step left.
         ProofError: the export does not load, or is not the merged model but for rounding.
+        StoppedError: SIGTERM came, and the format is GPTQ.
     """
     started = time.monotonic()
     try:
@@ -94,7 +97,9 @@ def run(
     merge = _check_model(merged_dir)
     merged, dataset = Path(merged_dir), Path(dataset_dir)
     bound = formats.bound_of(format, config.max_mean_kl, config.min_top1_agreement)
-    with new_directory(quantized_dir) as target, few_threads():
+    # A signal waits for llama.cpp to return, which is longer than a pod has to end.
+    stopping = raised_on_sigterm() if format in formats.GPTQ else contextlib.nullcontext()
+    with stopping, new_directory(quantized_dir) as target, few_threads():
         parents: list[Record] = [merge]
         if format in formats.GPTQ:
             record = _gptq(config, format, merged, dataset, target, bound)
