@@ -70,8 +70,12 @@ def test_builtin_origin(smollm2_dir: Path) -> None:
 def test_directory_is_taken_over_bit_by_bit(model_dir: Path, tmp_path: Path) -> None:
     (model_dir / "README.md").write_text("---\nlicense: mit\n---\n# A card\n")
     (model_dir / "pytorch_model.bin").write_bytes(b"pickle")
+    # A model that tuneline made is a base as any other.
+    for record in ("merge.json", "tuneline.json"):
+        (model_dir / record).write_text("{}")
     origin = fetch(model_dir, tmp_path)
     out = tmp_path / "out"
+    assert not {"merge.json", "tuneline.json"} & {file.name for file in out.iterdir()}
     ours, theirs = load_file(out / "model.safetensors"), load_file(model_dir / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

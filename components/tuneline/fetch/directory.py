@@ -11,7 +11,9 @@ from typing import Any
 
 import yaml
 
+from tuneline.artifacts import PUBLISHED_BUNDLE
 from tuneline.errors import ModelError
+from tuneline.verify import KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +50,10 @@ def take(path: Path, target: Path, *, source: str, trusted: bool) -> None:
     """
     check(path, source=source, trusted=trusted)
     weights = {file.name for file in _weights(path, source)}
+    # Of the line that made the model: they tell of other files than those taken.
+    records = {*(kind.filename for kind in KINDS), PUBLISHED_BUNDLE}
     for file in sorted(path.iterdir()):
-        if not file.is_file() or file.name == "origin.json":
+        if not file.is_file() or file.name in records:
             continue
         if file.suffix == ".safetensors":
             if file.name in weights:

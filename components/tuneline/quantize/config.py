@@ -2,7 +2,7 @@
 
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from tuneline.config import StrictModel
 from tuneline.quantize import formats
@@ -49,6 +49,14 @@ class QuantizeConfig(StrictModel):
     min_top1_agreement: dict[AnyFormat, Annotated[float, Field(ge=0, le=1)]] = {}
     """By format: an export fails under this share of positions where its most likely token is the
     merged model's."""
+
+    @field_validator("gguf", "gptq")
+    @classmethod
+    def _check_named_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is named more than once: name each format once")
+        return names
 
     @model_validator(mode="after")
     def _check_importance(self) -> Self:
