@@ -59,7 +59,6 @@ class AttentionHalf:
     normed: Normed | None = None
     q_BLHD: Tensor | None = None
     k_BLGD: Tensor | None = None
-    x2_TC: Tensor | None = None
     o_operands: WideOperands | Fp8Operands | None = None
 
 
@@ -80,12 +79,11 @@ def complete(
     weights: LayerWeights,
     plan: AttentionPlan,
 ) -> Tensor:
-    """Compute what `half` lacks, x2 among it, and return x2."""
+    """Compute what `half` lacks, and return x2."""
     rotated = half.qkv_TN is not None and weights.q_norm is None
     if half.qkv_TN is None:
         operands = group_operands(weights.qkv, x_TC)
-        if half.normed is None:
-            half.normed = normed_input(x_TC, weights.attention_norm, weights, weights.qkv, operands)
+        half.normed = normed_input(x_TC, weights.attention_norm, weights, weights.qkv, operands)
         half.qkv_TN = operands.forward(half.normed[0])
         del operands
     q, k, v = split_heads(half.qkv_TN, shape, weights.attention)
@@ -109,16 +107,13 @@ def complete(
         half.attention_saved = attention_forward(q, k, v, plan, weights.attention, out=a_BLHD)
         half.o_operands = group_operands(group, x_TC)
         half.o_operands.write_lora_columns(half.o_input_TKP)
-    sandwich = weights.after_attention_norm is not None
+    norm = weights.after_attention_norm
     if half.branch_TC is None:
         if half.o_operands is None:
             half.o_operands = group_operands(group, x_TC)
-        residual_TC = None if sandwich else x_TC
+        residual_TC = x_TC if norm is None else None
         half.branch_TC = half.o_operands.forward(half.o_input_TKP, residual_TN=residual_TC)
-    half.x2_TC = half.branch_TC
-    if weights.after_attention_norm is not None:
-        half.x2_TC = add_normed(x_TC, half.branch_TC, weights.after_attention_norm, weights)
-    return half.x2_TC
+    return half.branch_TC if norm is None else add_normed(x_TC, half.branch_TC, norm, weights)
 
 
 def _heads(o_input_TKP: Tensor, group: LoraGroup, shape: torch.Size) -> Tensor:
