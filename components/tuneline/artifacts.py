@@ -486,3 +486,21 @@ def sha256_of(paths: list[Path]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+KINDS: tuple[type[Record], ...] = (
+    ModelOrigin,
+    DatasetManifest,
+    TrainingSummary,
+    MergeProof,
+    ImportanceMatrix,
+    QuantizedModel,
+    Scores,
+    Decision,
+    Published,
+    RunSummary,
+)
+"""Records of artifacts, in the order in which a run makes them."""
+
+RECORD_FILES = frozenset(kind.filename for kind in KINDS) | {PUBLISHED_BUNDLE}
+"""Names of files that belong to one artifact, and mean nothing beside another's files."""

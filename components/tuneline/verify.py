@@ -6,35 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuneline.artifacts import (
-    PUBLISHED_BUNDLE,
-    DatasetManifest,
-    Decision,
-    ImportanceMatrix,
-    MergeProof,
-    ModelOrigin,
-    Published,
-    QuantizedModel,
-    RunSummary,
-    Scores,
-    TrainingSummary,
-)
+from tuneline.artifacts import KINDS, PUBLISHED_BUNDLE
 from tuneline.environment import describe_environment
 from tuneline.errors import DataError
-from tuneline.record import Ancestor, Record, hash_files
+from tuneline.record import Ancestor, hash_files
 
-KINDS: tuple[type[Record], ...] = (
-    ModelOrigin,
-    DatasetManifest,
-    TrainingSummary,
-    MergeProof,
-    ImportanceMatrix,
-    QuantizedModel,
-    Scores,
-    Decision,
-    Published,
-    RunSummary,
-)
 # What the Hub and its client add, and the card, which names the repository.
 _NOT_OURS = {"README.md", ".gitattributes"}
 _CACHE = ".cache/"

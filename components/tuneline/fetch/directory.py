@@ -11,9 +11,8 @@ from typing import Any
 
 import yaml
 
-from tuneline.artifacts import PUBLISHED_BUNDLE
+from tuneline.artifacts import RECORD_FILES
 from tuneline.errors import ModelError
-from tuneline.verify import KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +49,8 @@ def take(path: Path, target: Path, *, source: str, trusted: bool) -> None:
     """
     check(path, source=source, trusted=trusted)
     weights = {file.name for file in _weights(path, source)}
-    # Of the line that made the model: they tell of other files than those taken.
-    records = {*(kind.filename for kind in KINDS), PUBLISHED_BUNDLE}
     for file in sorted(path.iterdir()):
-        if not file.is_file() or file.name in records:
+        if not file.is_file() or file.name in RECORD_FILES:
             continue
         if file.suffix == ".safetensors":
             if file.name in weights:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from tuneline import tokenizer_files
-from tuneline.artifacts import PUBLISHED_BUNDLE, MergeProof, ModelOrigin, TrainingSummary
+from tuneline.artifacts import RECORD_FILES, TrainingSummary
 from tuneline.errors import ModelError
 from tuneline.merge.adapter import Adapter
 from tuneline.merge.checkpoint import Checkpoint, Spec, write_sharded
@@ -99,8 +99,6 @@ def write_config(*, base_model_dir: Path, dtype: str, directory: Path) -> None:
 
 _WEIGHTS = (".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".index.json")
 """The base's own weights, in whatever form."""
-_OTHERS = (ModelOrigin.filename, MergeProof.filename, PUBLISHED_BUNDLE, ".gitattributes")
-"""Of a base that tuneline made or published, and what its repository needs."""
 
 
 def copy_companions(*, base_model_dir: Path, adapter_dir: Path, directory: Path) -> None:
@@ -109,7 +107,8 @@ def copy_companions(*, base_model_dir: Path, adapter_dir: Path, directory: Path)
     From the base: generation_config.json, licence, tokenizer. From the adapter: the chat template,
     because training may have used another.
     """
-    left_out = ("config.json", *_OTHERS, *tokenizer_files.NAMES)
+    # What its repository needs goes as well, and records of a base that tuneline made.
+    left_out = {"config.json", ".gitattributes", *RECORD_FILES, *tokenizer_files.NAMES}
     for path in sorted(base_model_dir.iterdir()):
         is_weight = path.name.endswith(_WEIGHTS) or ".safetensors" in path.name
         if path.is_file() and not is_weight and path.name not in left_out:
