@@ -18,8 +18,8 @@ from tuneline.quantize import formats
 from tuneline.quantize.calibration import read_rows
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.quantize.threads import few_threads
-from tuneline.quantize.worker import raised_on_sigterm
 from tuneline.record import Record
+from tuneline.signals import raised_on_sigterm
 
 if TYPE_CHECKING:
     from tuneline.quantize.reference import Reference
@@ -98,7 +98,10 @@ def run(
     merged, dataset = Path(merged_dir), Path(dataset_dir)
     bound = formats.bound_of(format, config.max_mean_kl, config.min_top1_agreement)
     # A signal waits for llama.cpp to return, which is longer than a pod has to end.
-    stopping = raised_on_sigterm() if format in formats.GPTQ else contextlib.nullcontext()
+    stopping: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if format in formats.GPTQ:
+        advice = ", and nothing of the export was kept: run it again"
+        stopping = raised_on_sigterm(advice, once=True)
     with stopping, new_directory(quantized_dir) as target, few_threads():
         parents: list[Record] = [merge]
         if format in formats.GPTQ:

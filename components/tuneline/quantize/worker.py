@@ -4,12 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from tuneline.errors import StoppedError
 
 
 def run_to_end(
@@ -35,24 +30,3 @@ def run_to_end(
                 os.killpg(process.pid, signal.SIGKILL)
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-@contextlib.contextmanager
-def raised_on_sigterm() -> Iterator[None]:
-    """Have the first SIGTERM raise StoppedError in the body; later ones let it clean up.
-
-    Outside the main thread, where Python sets no handlers, nothing changes.
-    """
-
-    def stop(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise StoppedError("stopped by SIGTERM, and nothing of the export was kept: run it again")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -13,14 +13,13 @@
 import contextlib
 import datetime
 import logging
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from tuneline import errors
 from tuneline.errors import ClusterError, StoppedError, TrainingError, TunelineError
+from tuneline.signals import raised_on_sigterm
 from tuneline.train.nodes import Board, Verdict
 from tuneline.train.pod_state import CONFIG_REASON, IMAGE_REASONS, disruption, memory_kill, obstacle
 from tuneline.train.trainjob_api import Away, TrainJobs
@@ -87,7 +86,7 @@ class Launcher:
             CredentialsError: this service account may not do that.
             StoppedError: SIGTERM came; the job is deleted.
         """
-        with _raised_on_sigterm():
+        with raised_on_sigterm(": run the step again, and it goes on where it was"):
             try:
                 for number in range(NUM_RESTARTS + 1):
                     self._begin()
@@ -309,20 +308,3 @@ def _seconds_of(moment: str) -> float:
     # Kubernetes writes nanoseconds, Python reads six digits.
     whole = moment.partition(".")[0].rstrip("Z")
     return datetime.datetime.fromisoformat(f"{whole}+00:00").timestamp()
-
-
-@contextlib.contextmanager
-def _raised_on_sigterm() -> Iterator[None]:
-    """Have SIGTERM raise StoppedError in the body, in whatever it waits for."""
-
-    def stop(*_: Any) -> None:
-        raise StoppedError("stopped by SIGTERM: run the step again, and it goes on where it was")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
