@@ -24,10 +24,9 @@ from tuneline.artifacts import (
     TrainingPoint,
     TrainingSummary,
 )
-from tuneline.errors import RecipeError, StorageError
+from tuneline.errors import StorageError
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.directory import write_tree
-from tuneline.publish.target import check_target
 from tuneline.recipe import Recipe
 
 
@@ -545,36 +544,6 @@ def test_a_model_on_hold_is_not_published(run_dir: Path, tmp_path: Path) -> None
     done = publish(run_dir, f"dir:{tmp_path}/out", "out")
     assert "the gate said hold (no gain)" in sentence(done, 2)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("target", "is_one"),
-    [
-        *((name, True) for name in ("me/mine", "me_2/a.b-C_", "a/b", f"me/{'x' * 81}")),
-        *((name, False) for name in ("me/my--model", "me/mine-", "me/mine.git", "me/x..y")),
-        *((name, False) for name in ("m\u00e9/mine", "me-/mine", "me/-mine", "a/b/c", "mine")),
-        (f"me/{'x' * 97}", False),
-    ],
-)
-def test_the_hubs_client_agrees_on_names(target: str, is_one: bool) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if is_one:
-        check_target(target)
-        validate_repo_id(f"{target}-gptq-4bit")
-        return
-    with pytest.raises(RecipeError, match="write namespace/name for the Hub, or dir:PATH"):
-        check_target(target)
-    if "/" in target:
-        with pytest.raises(HFValidationError):
-            [validate_repo_id(f"{target}{suffix}") for suffix in ("", "-lora")]
-
-
-@pytest.mark.parametrize("target", ["dir:", "dir:~/out"])
-def test_a_directory_has_its_path_in_full(target: str) -> None:
-    with pytest.raises(RecipeError, match=f"publish_to is '{target}': write dir:PATH with"):
-        check_target(target)
 
 
 def test_a_target_that_is_neither(run_dir: Path) -> None:

@@ -25,6 +25,10 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from random_weights import write_weights  # noqa: E402
+
 HIDDEN, INTERMEDIATE, VOCAB = 4096, 14336, 128256
 SECONDS_BETWEEN_LINES = 30
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -35,12 +39,8 @@ FELL_BACK = re.compile(
 
 def make(directory: Path, num_layers: int) -> None:
     """Write a model directory: shards of 4 GB, a word-level tokenizer."""
-    import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, PreTrainedTokenizerFast
-
-    from tuneline.merge.checkpoint import Spec, write_sharded
-    from tuneline.nf4 import empty_model
 
     directory.mkdir(parents=True)
     LlamaConfig(
@@ -58,20 +58,7 @@ def make(directory: Path, num_layers: int) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w1").save_pretrained(
         directory
     )
-    shapes = {
-        name: tuple(weight.shape) for name, weight in empty_model(directory).state_dict().items()
-    }
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-
-    def value(name: str) -> torch.Tensor:
-        if len(shapes[name]) == 1:
-            return torch.ones(shapes[name], dtype=torch.bfloat16)
-        random = torch.randn(shapes[name], generator=generator, device=device)
-        return (random * 0.02).bfloat16().cpu()
-
-    specs = {name: Spec(torch.bfloat16, shape) for name, shape in shapes.items()}
-    write_sharded(directory, specs, value, max_shard_bytes=4 << 30)
+    write_weights(directory)
 
 
 def quantise(job_file: str, cap_gib: float, out: TextIO) -> None:

@@ -17,6 +17,10 @@ import threading
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from random_weights import write_weights  # noqa: E402
+
 STEPS = ("convert", "importance", "f16", "q8_0", "q4_k_m")
 HEAD_DIM = 128
 ROWS = 8
@@ -26,7 +30,6 @@ def make(directory: Path, *, num_layers: int, hidden: int, vocab: int, tied: boo
     """Write merged/, a tensor at a time, and dataset/."""
     import pyarrow
     import pyarrow.parquet
-    import torch
     from transformers import AutoTokenizer, LlamaConfig
 
     from tuneline.artifacts import (
@@ -38,8 +41,6 @@ def make(directory: Path, *, num_layers: int, hidden: int, vocab: int, tied: boo
         MergeProof,
         write_jsonl,
     )
-    from tuneline.merge.checkpoint import Spec, write_sharded
-    from tuneline.nf4 import empty_model
     from tuneline.tokenizer_files import copy_tokenizer
 
     small, merged, dataset = (directory / name for name in ("small", "merged", "dataset"))
@@ -69,16 +70,7 @@ def make(directory: Path, *, num_layers: int, hidden: int, vocab: int, tied: boo
         dtype="bfloat16",
     ).save_pretrained(merged)
     copy_tokenizer(small, merged)
-    shapes = {name: tuple(weight.shape) for name, weight in empty_model(merged).named_parameters()}
-    generator = torch.Generator().manual_seed(0)
-
-    def value(name: str) -> torch.Tensor:
-        if len(shapes[name]) == 1:
-            return torch.ones(shapes[name], dtype=torch.bfloat16)
-        return (torch.rand(shapes[name], generator=generator) * 0.07 - 0.035).bfloat16()
-
-    specs = {name: Spec(torch.bfloat16, shape) for name, shape in shapes.items()}
-    write_sharded(merged, specs, value, max_shard_bytes=4 << 30)
+    write_weights(merged)
     MergeProof(
         base="original",
         dtype="bfloat16",

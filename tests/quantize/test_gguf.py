@@ -24,18 +24,25 @@ NUM_MATRIX_WEIGHTS = 49152 * 128 + 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 *
 NUM_VECTOR_WEIGHTS = 5 * 128
 
 
+def export(
+    format: str, merged: Path, dataset: Path, target: Path, *, gguf: Path | None = None, **settings
+) -> QuantizedModel:
+    """Run the step with the recipe's settings."""
+    return run(
+        QuantizeConfig(**settings),
+        format=format,
+        merged_dir=str(merged),
+        dataset_dir=str(dataset),
+        quantized_dir=str(target),
+        gguf_dir=None if gguf is None else str(gguf),
+    )
+
+
 def test_f16_says_what_transformers_says(
     merged_dir: Path, f16_dir: Path, dataset_dir: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "f16"
-    record = run(
-        QuantizeConfig(num_check_tokens=12),
-        format="f16",
-        merged_dir=str(merged_dir),
-        gguf_dir=str(f16_dir),
-        dataset_dir=str(dataset_dir),
-        quantized_dir=str(target),
-    )
+    record = export("f16", merged_dir, dataset_dir, target, gguf=f16_dir, num_check_tokens=12)
     file = target / record.file
     assert record.prompt.startswith("<|im_start|>user")
     theirs = TransformersModel(merged_dir).generate(record.prompt, num_tokens=12)
@@ -67,13 +74,8 @@ def test_f16_says_what_transformers_says(
 def test_a_k_quant_tells_of_its_fallbacks(
     merged_dir: Path, f16_dir: Path, dataset_dir: Path, tmp_path: Path
 ) -> None:
-    record = run(
-        QuantizeConfig(num_check_tokens=4),
-        format="q4_k_m",
-        merged_dir=str(merged_dir),
-        gguf_dir=str(f16_dir),
-        dataset_dir=str(dataset_dir),
-        quantized_dir=str(tmp_path / "q4"),
+    record = export(
+        "q4_k_m", merged_dir, dataset_dir, tmp_path / "q4", gguf=f16_dir, num_check_tokens=4
     )
     # Only the down projections have rows of 256; everything else is 128 wide.
     assert sum(record.tensor_types.values()) == 20
@@ -88,13 +90,8 @@ def test_a_k_quant_tells_of_its_fallbacks(
 def test_q8_is_eight_and_a_half_bits(
     merged_dir: Path, f16_dir: Path, dataset_dir: Path, tmp_path: Path
 ) -> None:
-    record = run(
-        QuantizeConfig(num_check_tokens=4),
-        format="q8_0",
-        merged_dir=str(merged_dir),
-        gguf_dir=str(f16_dir),
-        dataset_dir=str(dataset_dir),
-        quantized_dir=str(tmp_path / "q8"),
+    record = export(
+        "q8_0", merged_dir, dataset_dir, tmp_path / "q8", gguf=f16_dir, num_check_tokens=4
     )
     # A block is 32 weights in 8 bits and a scale in 16.
     assert record.bits_per_weight == pytest.approx(8.5, abs=0.01)
@@ -109,13 +106,14 @@ def test_a_recipe_tightens_a_bound(
         match=r"export q4_0 is [\d.e-]+ nats a token from the merged model \(at most 1e-09\) .* "
         r"over 8 rows; perplexity [\d.e+]+ against [\d.e+]+: take a format with more bits",
     ):
-        run(
-            QuantizeConfig(num_check_tokens=4, max_mean_kl={"q4_0": 1e-9}),
-            format="q4_0",
-            merged_dir=str(merged_dir),
-            gguf_dir=str(f16_dir),
-            dataset_dir=str(dataset_dir),
-            quantized_dir=str(tmp_path / "q4"),
+        export(
+            "q4_0",
+            merged_dir,
+            dataset_dir,
+            tmp_path / "q4",
+            gguf=f16_dir,
+            num_check_tokens=4,
+            max_mean_kl={"q4_0": 1e-9},
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -179,13 +177,7 @@ def test_not_a_gguf_file(tmp_path: Path) -> None:
 )
 def test_unknown_format(format: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
-        run(
-            QuantizeConfig(),
-            format=format,
-            merged_dir=str(tmp_path),
-            dataset_dir=str(tmp_path),
-            quantized_dir=str(tmp_path / "out"),
-        )
+        export(format, tmp_path, tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -216,25 +208,13 @@ def test_every_type_that_llama_cpp_names_is_made_or_refused_with_a_reason() -> N
 
 def test_not_a_merged_model(tmp_path: Path) -> None:
     with pytest.raises(WorldError, match=r"has no merge\.json"):
-        run(
-            QuantizeConfig(),
-            format="f16",
-            merged_dir=str(tmp_path),
-            dataset_dir=str(tmp_path),
-            quantized_dir=str(tmp_path / "out"),
-        )
+        export("f16", tmp_path, tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_output_is_not_overwritten(merged_dir: Path, dataset_dir: Path) -> None:
     with pytest.raises(OutputExistsError):
-        run(
-            QuantizeConfig(),
-            format="f16",
-            merged_dir=str(merged_dir),
-            dataset_dir=str(dataset_dir),
-            quantized_dir=str(dataset_dir),
-        )
+        export("f16", merged_dir, dataset_dir, dataset_dir)
 
 
 @pytest.mark.parametrize("cut", ["merged/model.safetensors", "gguf/model-F16.gguf"])
@@ -245,14 +225,7 @@ def test_a_file_that_was_cut_is_named_before_it_is_read(
     shutil.copytree(f16_dir, tmp_path / "gguf")
     os.truncate(tmp_path / cut, 100_000)
     with pytest.raises(WorldError, match=rf"{cut} is not what it was when it was made: its sha256"):
-        run(
-            QuantizeConfig(),
-            format="q8_0",
-            merged_dir=str(tmp_path / "merged"),
-            gguf_dir=str(tmp_path / "gguf"),
-            dataset_dir=str(dataset_dir),
-            quantized_dir=str(tmp_path / "out"),
-        )
+        export("q8_0", tmp_path / "merged", dataset_dir, tmp_path / "out", gguf=tmp_path / "gguf")
     assert not (tmp_path / "out").exists()
 
 
@@ -275,14 +248,7 @@ def test_a_file_of_another_model_is_refused(
         found = "no merged model"
     expected = MergeProof.read(other).content_sha256()[:12]
     with pytest.raises(ModelError, match=rf"made from {found}, .*other is {expected}: convert"):
-        run(
-            QuantizeConfig(),
-            format="q8_0",
-            merged_dir=str(other),
-            gguf_dir=str(gguf),
-            dataset_dir=str(dataset_dir),
-            quantized_dir=str(tmp_path / "out"),
-        )
+        export("q8_0", other, dataset_dir, tmp_path / "out", gguf=gguf)
     assert not (tmp_path / "out").exists()
 
 
@@ -291,14 +257,7 @@ def test_a_full_disk_is_said_so(
     format: str, merged_dir: Path, f16_dir: Path, dataset_dir: Path, small_disk: Path
 ) -> None:
     """llama.cpp only says that a stream broke, and its converter how many bytes it wrote."""
-    shared = {} if format == "f16" else {"gguf_dir": str(f16_dir)}
+    gguf = None if format == "f16" else f16_dir
     with pytest.raises(OSError, match=r"No space left on device: .*\.gguf"):
-        run(
-            QuantizeConfig(),
-            format=format,
-            merged_dir=str(merged_dir),
-            dataset_dir=str(dataset_dir),
-            quantized_dir=str(small_disk / "out"),
-            **shared,
-        )
+        export(format, merged_dir, dataset_dir, small_disk / "out", gguf=gguf)
     assert list(small_disk.iterdir()) == []

@@ -15,19 +15,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / part) for part in ("components", "kernels", "kernels/benchmarks")]
+SOURCES = ("components", "kernels", "kernels/benchmarks", "tests")
+sys.path[:0] = [str(ROOT / source) for source in SOURCES]
 
 import train_step  # noqa: E402
 from packed import row_length  # noqa: E402
+from random_weights import write_weights  # noqa: E402, F401
 
 GIB = 2**30
-MAX_SHARD = 2 * GIB
 
 LLAMA_8B = train_step.SHAPES["llama-3.1-8b"][1]
 LLAMA_1B = {
@@ -121,54 +121,6 @@ def write_base(directory: Path, shape: str) -> None:
         num_bytes=0,
         sha256="0" * 64,
     ).write(directory)
-
-
-def write_weights(directory: Path) -> int:
-    """Write random bf16 weights for a config, in shards; return their bytes."""
-    import torch
-    from safetensors.torch import save_file
-
-    from tuneline.nf4 import empty_model
-
-    model = empty_model(directory)
-    empty = dict(model.state_dict())
-    if model.config.tie_word_embeddings:
-        del empty["lm_head.weight"]
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in empty.items():
-        if size and size + 2 * tensor.numel() > MAX_SHARD:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += 2 * tensor.numel()
-    files = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-
-    def made(name: str) -> torch.Tensor:
-        shape = empty[name].shape
-        if len(shape) == 1:
-            fill = torch.zeros if name.endswith("bias") else torch.ones
-            return fill(shape, dtype=torch.bfloat16)
-        values = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
-        return values.mul_(0.02).cpu()
-
-    with ThreadPoolExecutor(2) as pool:
-        jobs = []
-        for file, names in zip(files, shards, strict=True):
-            tensors = {name: made(name) for name in names}
-            path = directory / file
-            jobs.append(pool.submit(save_file, tensors, path, {"format": "pt"}))
-            if len(jobs) > 2:
-                jobs[-3].result()
-        for job in jobs:
-            job.result()
-    total = 2 * sum(tensor.numel() for tensor in empty.values())
-    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    return total
 
 
 def gsm8k_lengths(num_tokens: int, scale: float = 1.0) -> list[int]:
