@@ -134,6 +134,8 @@ def test_a_signal_leaves_neither_worker_nor_files(
         env={**os.environ, "TMPDIR": str(scratch)},
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts programs in the background with SIGINT ignored, and so all that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 120
