@@ -1,14 +1,19 @@
-"""When a captured graph may be replayed: its key, which needs no GPU."""
+"""When a captured graph may be replayed, and what autograd sees of it: neither needs a GPU."""
+
+import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tuneline.kernels.attention import AttentionConfig, AttentionPlan
 from tuneline.kernels.budget import kept_bytes, normed_bytes
-from tuneline.kernels.graph import Room, _key, equal_tokens, held_bytes
-from tuneline.kernels.layer import LayerCall
+from tuneline.kernels.graph import GraphedStack, Room, _key, equal_tokens, held_bytes
+from tuneline.kernels.layer import LayerCall, layer_backward, layer_forward
 from tuneline.kernels.layer_weights import LayerWeights
 from tuneline.kernels.lora import LoraGroup, LoraLinear
+from tuneline.kernels.patch import patch
 
 TENSORS = ["weight", "bias", "lora_a", "lora_b", "attention_norm", "mlp_norm", "q_norm", "k_norm"]
 TENSORS += ["after_attention_norm", "after_mlp_norm"]
@@ -96,3 +101,87 @@ def test_tokens_count_by_the_weights_that_they_meet(tensors):
     # Llama-3.1-8B's layer: q and o, k and v, the MLP.
     eight_b = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
     assert equal_tokens(weights, eight_b) == num_weights
+
+
+class _Unrecorded(GraphedStack):
+    """A stack that computes where the true one replays."""
+
+    def __init__(self, layers):
+        self.generation = self.num_claims = 0
+        self._layers = layers
+        self._parameters = [weights.parameters() for weights, _ in layers]
+
+    def replay_forward(self, plan, x_BLC, cos, sin):
+        self._tables, self._saved, x = (cos, sin), [], x_BLC
+        for weights, call in self._layers:
+            y, parkable, rest = layer_forward(x, cos, sin, weights, call)
+            self._saved.append([x, *parkable, *rest])
+            x = y
+        return x
+
+    def replay_backward(self, dy_BLC):
+        grads = []
+        for saved, (weights, call) in zip(reversed(self._saved), reversed(self._layers)):
+            dy_BLC, of_layer = layer_backward(dy_BLC, saved, *self._tables, weights, call)
+            grads.insert(0, of_layer)
+        return dy_BLC, grads
+
+
+class _Always:
+    """In place of the cache: every forward finds a stack."""
+
+    num_found = 0
+
+    def find(self, layers, *inputs):
+        self.num_found += 1
+        return _Unrecorded(layers)
+
+
+def _model():
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=67, hidden_size=32, intermediate_size=40, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, pad_token_id=0,
+    )  # fmt: skip
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM(config).double(), lora).double().train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def _arrivals(model, ids):
+    """Run a step; return the names of parameters as their gradients come, and the gradients."""
+    model.zero_grad(set_to_none=True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order, trained = [], [p for p in model.parameters() if p.requires_grad]
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda p: order.append(names[p])) for p in trained
+    ]
+    model(input_ids=ids, labels=ids).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return order, {names[p]: p.grad for p in trained}
+
+
+def test_gradients_of_a_stack_come_in_the_order_of_layers_run_alone(monkeypatch):
+    # ZeRO-2 sums buckets over ranks in this order, and a rank with a graph may meet one without.
+    for name in [name for name in sys.modules if name.startswith("tuneline.kernels.")]:
+        if hasattr(sys.modules[name], "use_kernel"):
+            monkeypatch.setattr(sys.modules[name], "use_kernel", lambda x: False)
+    model, ids = _model(), torch.randint(1, 67, (2, 9), generator=torch.Generator().manual_seed(5))
+    patch(model)
+    alone, want = _arrivals(model, ids)
+    module, always = sys.modules["tuneline.kernels.patch"], _Always()
+    decide = module._decide
+    monkeypatch.setattr(
+        module, "_decide", lambda *args: module._ModelCall(decide(*args).layers, always)
+    )
+    stacked, got = _arrivals(model, ids)
+    assert always.num_found == 1
+    assert stacked == alone
+    assert len(alone) == len(set(alone)) == 3 * 7 * 2
+    # The last layer's come first, whole.
+    assert [int(name.split("layers.")[1][0]) for name in alone] == [2] * 14 + [1] * 14 + [0] * 14
+    assert all(torch.equal(got[name], want[name]) for name in want)

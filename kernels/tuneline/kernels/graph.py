@@ -7,12 +7,17 @@ forward that comes in between is told so by `is_free` and runs layer by layer.
 
 Packed rows differ in their tokens and sequences. They are laid into a `Room` that is a little
 larger: the tokens at its end are a sequence of their own, whose gradient is zero.
+
+A replay yields all gradients at once, and they are still handed out layer by layer, from the last
+one. DeepSpeed's ZeRO-2 lays gradients into its buckets in the order in which they come, and sums
+the buckets over ranks; a rank with a graph may meet one whose rows have none yet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -93,6 +98,22 @@ class _Replay:
         stack.generation += 1
         stack.num_claims += 1
         self.stack, self.generation, self.claimed = stack, stack.generation, True
+        self._grads: list[list[Tensor]] = []
+
+    def backward(self, dy_BLC: Tensor) -> Tensor:
+        """Return dx of the stack, and have the layers' gradients ready."""
+        if self.generation != self.stack.generation:
+            raise RuntimeError(
+                "the activations of this forward were overwritten by a later one: run backward "
+                "before the next forward, or patch(model, budget='lean') with more tokens"
+            )
+        dx_BLC, self._grads = self.stack.replay_backward(dy_BLC)
+        self.release()
+        return dx_BLC
+
+    def take_gradients(self) -> list[Tensor]:
+        """Return those of the last layer that has not got its own."""
+        return self._grads.pop()
 
     def release(self) -> None:
         if self.claimed:
@@ -110,7 +131,7 @@ class GraphedStack:
     def __init__(self, layers: Layers, x_BLC: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Capture both graphs; every kernel must have run once before (compilation)."""
         self.generation = self.num_claims = 0
-        self._parameters = [t for weights, _ in layers for t in weights.parameters()]
+        self._parameters = [weights.parameters() for weights, _ in layers]
         plan = layers[0][1].plan
         room, self._bounds = Room.of(plan, x_BLC.shape[1]), None
         length = x_BLC.shape[1] if room is None else room.num_tokens
@@ -149,7 +170,12 @@ class GraphedStack:
 
     def __call__(self, x_BLC: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan) -> Tensor:
         """Run the stack; differentiable in x and the adapters."""
-        return _StackFunction.apply(x_BLC, cos, sin, plan, self, *self._parameters)
+        replay, last = _Replay(self), len(self._parameters) - 1
+        h_BLC = x_BLC
+        for index, parameters in enumerate(self._parameters):
+            inputs = (plan, cos, sin) if index == 0 else None
+            h_BLC = _LayerOfStack.apply(h_BLC, inputs, replay, index == last, *parameters)
+        return h_BLC
 
     def replay_forward(self, plan: AttentionPlan, *inputs: Tensor) -> Tensor:
         """Copy the inputs in, replay, copy the output out."""
@@ -157,12 +183,14 @@ class GraphedStack:
         self._forward.replay()
         return self._y_BLC[:, : inputs[0].shape[1]].clone()
 
-    def replay_backward(self, dy_BLC: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return dx and the parameters' gradients, in memory of their own."""
+    def replay_backward(self, dy_BLC: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
+        """Return dx and the gradients of each layer's parameters, in memory of their own."""
         _lay(dy_BLC, self._dy_BLC)
         self._backward.replay()
-        grads = _unflatten_dense_tensors(self._flat_grads.clone(), self._parameters)
-        return self._dx_BLC[:, : dy_BLC.shape[1]].clone(), list(grads)
+        every = [t for parameters in self._parameters for t in parameters]
+        grads = iter(_unflatten_dense_tensors(self._flat_grads.clone(), every))
+        by_layer = [list(islice(grads, len(parameters))) for parameters in self._parameters]
+        return self._dx_BLC[:, : dy_BLC.shape[1]].clone(), by_layer
 
     def _fill(self, plan: AttentionPlan, *inputs: Tensor) -> None:
         for tensor, static in zip(inputs, self._inputs, strict=True):
@@ -175,28 +203,30 @@ class GraphedStack:
             self._bounds[num_bounds:].fill_(self._inputs[0].shape[1])
 
 
-class _StackFunction(torch.autograd.Function):
-    """Replay the forward, later the backward."""
+class _LayerOfStack(torch.autograd.Function):
+    """A layer's place in autograd's graph, with the edges that `fused_layer` would have there.
+
+    The first one's forward is that of the stack, and the last one's backward; what the others hand
+    on unread is y, and on the way back dx.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_BLC, cos, sin, plan, stack, *parameters):  # noqa: D102
-        ctx.replay = _Replay(stack)
+    def forward(ctx: Any, h_BLC, inputs, replay, is_last, *parameters):  # noqa: D102
+        ctx.replay, ctx.is_last = replay, is_last
         # Saved only for the check that no adapter is changed before the backward.
         ctx.save_for_backward(*parameters)
-        return stack.replay_forward(plan, x_BLC, cos, sin)
+        if inputs is None:
+            return h_BLC
+        plan, cos, sin = inputs
+        return replay.stack.replay_forward(plan, h_BLC, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, dy_BLC):  # noqa: D102
+    def backward(ctx: Any, d_BLC):  # noqa: D102
         _ = ctx.saved_tensors
-        stack = ctx.replay.stack
-        if ctx.replay.generation != stack.generation:
-            raise RuntimeError(
-                "the activations of this forward were overwritten by a later one: run backward "
-                "before the next forward, or patch(model, budget='lean') with more tokens"
-            )
-        dx_BLC, grads = stack.replay_backward(dy_BLC)
-        ctx.replay.release()
-        return dx_BLC if ctx.needs_input_grad[0] else None, None, None, None, None, *grads
+        if ctx.is_last:
+            d_BLC = ctx.replay.backward(d_BLC)
+        grads = ctx.replay.take_gradients()
+        return d_BLC if ctx.needs_input_grad[0] else None, None, None, None, *grads
 
 
 def _lay(tensor: Tensor, static: Tensor) -> None:
