@@ -121,7 +121,9 @@ class _Unrecorded(GraphedStack):
 
     def replay_backward(self, dy_BLC):
         grads = []
-        for saved, (weights, call) in zip(reversed(self._saved), reversed(self._layers)):
+        for saved, (weights, call) in zip(
+            reversed(self._saved), reversed(self._layers), strict=True
+        ):
             dy_BLC, of_layer = layer_backward(dy_BLC, saved, *self._tables, weights, call)
             grads.insert(0, of_layer)
         return dy_BLC, grads
