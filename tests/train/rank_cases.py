@@ -49,6 +49,8 @@ def one_job(
     compute = SupervisedTrainer.compute_loss
 
     def compute_loss(trainer, model, inputs, *rest, **named):
+        # A part in the other mode would run stock layers, and no dropout.
+        assert len({module.training for module in trainer.model.modules()}) == 1
         loss = compute(trainer, model, inputs, *rest, **named)
         if model.training and is_last and trainer.state.global_step + 1 == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)

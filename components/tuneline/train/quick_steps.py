@@ -21,12 +21,21 @@ class QuickStepTrainer(Trainer):
         self.own_grad_norm: Callable[[], torch.Tensor] | None = None
         """The norm from an optimizer that clips inside its step; see `kernels.fuse_trainer`."""
         self._operations_a_token: float | None = None
+        self._is_turned = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, from a model in any mode."""
+        self._is_turned = False
+        return super().train(*args, **kwargs)
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the loss of a micro-batch after its backward pass."""
-        # An evaluation turns the model, and leaves a wrapper of it (DDP's, DeepSpeed's) as it is.
-        if not (model.training and self.model is not None and self.model.training):
+        # A loaded base is in evaluation mode, and wrappers that are new (PEFT's, DDP's, DeepSpeed's)
+        # are not. An evaluation turns what is inside, and leaves DDP and DeepSpeed as they are.
+        assert self.model is not None
+        if not (self._is_turned and model.training and self.model.training):
             model.train()
+            self._is_turned = True
         with _mode_stays(model):
             return super().training_step(model, *args, **kwargs)
 
