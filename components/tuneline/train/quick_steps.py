@@ -30,8 +30,8 @@ class QuickStepTrainer(Trainer):
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the loss of a micro-batch after its backward pass."""
-        # A loaded base is in evaluation mode, and wrappers that are new (PEFT's, DDP's, DeepSpeed's)
-        # are not. An evaluation turns what is inside, and leaves DDP and DeepSpeed as they are.
+        # A loaded base is in evaluation mode, new wrappers (PEFT's, DDP's, DeepSpeed's) are not.
+        # An evaluation turns what is inside, and leaves DDP's and DeepSpeed's as they are.
         assert self.model is not None
         if not (self._is_turned and model.training and self.model.training):
             model.train()
