@@ -8,6 +8,9 @@
     big     an 8B shape, packed to 8192: one rank and two
     ddp     the 1B shape with SGD, which ZeRO-2 does not divide: one rank and two
     stock   the 1B shape with ZeRO-2 and without our kernels: one rank and two
+    resume  the 1B shape on one rank, SIGTERM in the middle, and on to the end
+    truth   the 1B shape on one rank without our kernels, in float32: how far every other run of
+            that shape is from it
 
 Every step has the same packs on any number of ranks, so that losses are to be the same but for
 rounding. Tokens a second are of all ranks, by the clock. Weights and tokens are random.
@@ -23,7 +26,7 @@ from typing import Any
 import gpu_inputs
 from gpu_inputs import Run, largest_difference, say, train
 
-PARTS = ("medium", "big", "ddp", "stock")
+PARTS = ("medium", "big", "ddp", "stock", "resume", "truth")
 WARM_UP = 6
 """Steps that may compile kernels."""
 
@@ -78,6 +81,15 @@ class Comparison:
         if "stock" in parts:
             base, dataset = self.inputs("Llama-3.2-1B", pack=4096, packs_a_step=4)
             self.pair("stock", base, dataset, forwards=4, kernels="off")
+        if "resume" in parts:
+            base, dataset = self.inputs("Llama-3.2-1B", pack=4096, packs_a_step=4)
+            self.train(
+                "resume", base, dataset, num_ranks=1, forwards=4, stop_at=self.num_steps // 2
+            )
+            self.train("resume", base, dataset, num_ranks=1, forwards=4)
+        if "truth" in parts:
+            base, dataset = self.inputs("Llama-3.2-1B", pack=4096, packs_a_step=4)
+            self.truth(base, dataset)
         say(f"{time.monotonic() - self.began:.0f} s in all")
 
     def medium(self, base: Path, dataset: Path) -> None:
@@ -111,6 +123,18 @@ class Comparison:
             f"{name}: losses differ by {apart:.4f} at most over {self.num_steps} steps (-1: no "
             f"steps in common); two ranks are {gain:.2f} x as fast as one"
         )
+
+    def truth(self, base: Path, dataset: Path) -> None:
+        """Compare what ran of the same shape with float32."""
+        settings = {"kernels": "off", "dtype": "float32"}
+        run = self.train("truth", base, dataset, num_ranks=1, forwards=4, **settings)
+        if run is None:
+            return
+        for name, found in self.found.items():
+            if name not in ("truth", "big_1", "big_2"):
+                steps = range(1, self.num_steps + 1)
+                apart = largest_difference(run.losses, found["losses"], steps)
+                say(f"{name}: losses are within {apart:.4f} of float32's (-1: no steps in common)")
 
     def inputs(self, shape: str, *, pack: int, packs_a_step: int) -> tuple[Path, Path]:
         """Write a base model and a data set, unless they are there."""
