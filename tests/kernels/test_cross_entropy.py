@@ -94,7 +94,7 @@ def test_num_items_and_ignore_index(generator):
 
 
 @pytest.mark.parametrize("name", ["softcap", "odd_chunks"])
-def test_a_known_number_of_labels_gives_the_same_loss_and_gradient(name, generator):
+def test_a_known_number_of_labels_gives_the_same_loss_and_gradient(name, generator, assert_near):
     hidden, weight, labels, softcap, chunk = _inputs(name, torch.float32, generator)
     labels[-5:] = -100
     kwargs = dict(labels=labels, softcap=softcap, chunk_tokens=chunk)
@@ -102,7 +102,8 @@ def test_a_known_number_of_labels_gives_the_same_loss_and_gradient(name, generat
     count = int((labels != -100).sum())
     ours = _run(linear_cross_entropy, hidden, weight, False, num_labels=count, **kwargs)
     assert torch.allclose(ours[0], expected[0], rtol=1e-6)
-    assert torch.allclose(ours[1], expected[1], rtol=1e-5, atol=1e-8)
+    # Products of another number of rows: a CPU may sum them in another order.
+    assert_near(ours[1], expected[1].double())
     assert (ours[1][labels == -100] == 0).all()
     nothing = dict(kwargs, labels=torch.full_like(labels, -100), num_labels=0)
     loss, grad = _run(linear_cross_entropy, hidden, weight, False, **nothing)
