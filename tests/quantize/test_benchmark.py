@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tuneline.artifacts import HELDOUT_FILE, DatasetManifest, QuantizedModel, write_jsonl
+from tuneline.errors import ModelError
 from tuneline.likelihood import Pair
 from tuneline.quantize import QuantizeConfig, run
 from tuneline.quantize.benchmark import CHOICE, EXACT, prepare, score
@@ -21,6 +22,8 @@ ROWS = [
 
 class Letters:
     """A model over letters that answers with one of them, and then ends."""
+
+    begin_id = ord("a")
 
     def __init__(self, favourite: str) -> None:
         self.favourite = favourite
@@ -43,12 +46,22 @@ class Letters:
 @pytest.mark.parametrize(("favourite", "share"), [("c", 0.5), ("e", 0.5), ("d", 0.5), ("x", 0.5)])
 def test_choices_by_likelihood(favourite: str, share: float) -> None:
     # "x" and "d" leave draws, of which the first counts: wrong in one row and right in the other.
-    assert score(Letters(favourite), ROWS, CHOICE) == share
+    assert score(Letters(favourite), ROWS, CHOICE, begin_id=None) == share
+
+
+def test_an_empty_prompt_begins_with_the_token_that_begins_a_text() -> None:
+    bare = [{**row, "prompt": ""} for row in ROWS]
+    assert score(Letters("c"), bare, CHOICE, begin_id=ord("a")) == 0.5
+    assert score(Letters("c"), bare, EXACT, begin_id=ord("b")) == 0.5
+    assert score(Letters("c"), bare, EXACT, begin_id=ord("x")) == 0.0
+    # An answer that begins with it has it once, as lm-eval scores it.
+    begun = [{**bare[0], "answer": "ac"}]
+    assert score(Letters("c"), begun, EXACT, begin_id=ord("a")) == 1.0
 
 
 def test_exact_answers() -> None:
-    assert score(Letters("c"), ROWS, EXACT) == 0.5
-    assert score(Letters("d"), ROWS, EXACT) == 0.0
+    assert score(Letters("c"), ROWS, EXACT, begin_id=None) == 0.5
+    assert score(Letters("d"), ROWS, EXACT, begin_id=None) == 0.0
 
 
 def test_the_task_is_what_the_rows_allow(tmp_path: Path) -> None:
@@ -86,14 +99,19 @@ def test_answers_are_scored_as_each_by_itself(merged_dir: Path, f16_dir: Path) -
                 assert greedy == (answer == likely)
 
 
+@pytest.mark.parametrize("prompt", ["<|im_start|>user\n{n}Gi in Mi?<|im_end|>\n<|im_start|>", ""])
 def test_files_are_scored_as_evaluate_scores_the_model(
+    prompt: str,
     merged_dir: Path,
     f16_dir: Path,
     dataset_dir: Path,
     new_dataset: Callable[..., DatasetManifest],
     tmp_path: Path,
 ) -> None:
-    """The merged model's score is lm-eval's on the same rows, and f16's is the same."""
+    """The merged model's score is lm-eval's on the same rows, and f16's is the same.
+
+    Rows of raw text have no prompt: lm-eval begins them with a token, and so do exports.
+    """
     import shutil
 
     from tuneline.artifacts import Scores
@@ -104,7 +122,7 @@ def test_files_are_scored_as_evaluate_scores_the_model(
     shutil.copytree(dataset_dir, data)
     rows = [
         {
-            "prompt": f"<|im_start|>user\n{n}Gi in Mi?<|im_end|>\n<|im_start|>assistant\n",
+            "prompt": prompt.format(n=n),
             "answer": f"{1024 * n}Mi",
             "end": "<|im_end|>\n",
             "question": f"{n}Gi in Mi?",
@@ -153,3 +171,13 @@ def test_a_record_holds_the_settings_that_it_was_made_with(
     kept = QuantizedModel.read(tmp_path / "q8")
     assert QuantizeConfig.parse(kept.settings) == config
     assert kept.settings["num_calibration_rows"] == 128, "defaults are written out"
+
+
+def test_a_tokenizer_without_a_token_for_an_empty_prompt(merged_dir: Path) -> None:
+    model = TransformersModel(merged_dir)
+    assert model.begin_id == model.tokenizer.bos_token_id
+    model.tokenizer.bos_token = None
+    assert model.begin_id == model.tokenizer.eos_token_id
+    model.tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="neither bos_token nor eos_token, and a held-out row"):
+        _ = model.begin_id

@@ -45,10 +45,11 @@ def test_f16_says_what_transformers_says(
     record = export("f16", merged_dir, dataset_dir, target, gguf=f16_dir, num_check_tokens=12)
     file = target / record.file
     assert record.prompt.startswith("<|im_start|>user")
-    theirs = TransformersModel(merged_dir).generate(record.prompt, num_tokens=12)
+    merged = TransformersModel(merged_dir)
+    theirs = merged.generate(merged.tokenise(record.prompt), num_tokens=12)
     with LlamaFile(file, num_context=64) as loaded:
-        ours = loaded.generate(record.prompt, num_tokens=12)
-    assert ours.prompt_ids == theirs.prompt_ids
+        assert loaded.tokenise(record.prompt) == theirs.prompt_ids
+        ours = loaded.generate(theirs.prompt_ids, num_tokens=12)
     assert ours.ids == theirs.ids
     assert record.reference == theirs.text
     assert record.tensor_types == {"f16": 15, "f32": 5}
@@ -130,8 +131,6 @@ def test_a_near_tie_is_a_note_and_a_real_difference_fails() -> None:
     assert "near tie" in str(hold_against(generation([0, 2], []), reference))
     with pytest.raises(ProofError, match="part at token 0"):
         hold_against(generation([2, 1], []), reference)
-    with pytest.raises(ProofError, match="tokenizer splits the prompt differently"):
-        hold_against(Generation(prompt_ids=[2], ids=[0], text=""), reference)
 
 
 def test_missing_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

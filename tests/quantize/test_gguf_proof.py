@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from tuneline.artifacts import HELDOUT_FILE, MODELFILE, read_jsonl
+from tuneline.artifacts import HELDOUT_FILE, MODELFILE, read_jsonl, write_jsonl
 from tuneline.errors import DataError, ProofError
-from tuneline.heldout import Row, read_rows
+from tuneline.heldout import MAX_ROW_TOKENS, Row, read_rows
 from tuneline.quantize import gguf_proof, modelfile, probes, quality
 from tuneline.quantize.formats import GGUF, Bound
 from tuneline.quantize.llama_file import LlamaFile
 from tuneline.quantize.reference import Reference, measure
+from tuneline.quantize.transformers_model import TransformersModel
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
@@ -184,10 +185,30 @@ def test_a_file_that_runs_on(f16_file: Path, reference: Reference) -> None:
 
 def test_generation_ends_at_a_stop_token(f16_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LlamaFile(f16_file, num_context=64) as loaded:
-        long = loaded.generate("How many", num_tokens=6).ids
+        prompt_ids = loaded.tokenise("How many")
+        long = loaded.generate(prompt_ids, num_tokens=6).ids
         third = long[2]
         monkeypatch.setattr(loaded, "is_stop", lambda token: token == third)
-        assert loaded.generate("How many", num_tokens=6).ids == long[: long.index(third) + 1]
+        assert loaded.generate(prompt_ids, num_tokens=6).ids == long[: long.index(third) + 1]
+
+
+def test_a_long_prompt_is_cut_as_the_rows_are(
+    merged_dir: Path, f16_file: Path, tmp_path: Path
+) -> None:
+    """What is planned of a pod's memory counts so many tokens a row."""
+    prompt = "".join(f"{number}Gi is {1024 * number}Mi. " for number in range(1, 60))
+    write_jsonl(tmp_path / HELDOUT_FILE, [{"prompt": prompt, "answer": "7", "end": "<|im_end|>"}])
+    long = measure(merged_dir, dataset_dir=tmp_path, num_rows=1, num_tokens=4)
+    whole = long.tokenise(prompt)
+    assert len(whole) > 2 * MAX_ROW_TOKENS
+    assert long.generation.prompt_ids == whole[-MAX_ROW_TOKENS:]
+    assert long.num_context == MAX_ROW_TOKENS + 4
+    # The reference: the same tokens as a prompt of their own, and the file goes on as it does.
+    last = TransformersModel(merged_dir).logits(whole[-MAX_ROW_TOKENS:])[-1]
+    assert long.generation.ids[0] == int(last.argmax())
+    proof = prove(f16_file, long)
+    assert proof["generated"] == proof["reference"] == long.generation.text
+    assert proof["prompt"] == prompt
 
 
 def test_weights_of_another_model(f16_file: Path, reference: Reference) -> None:

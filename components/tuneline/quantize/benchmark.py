@@ -23,6 +23,13 @@ class Model(Protocol):
     def score_answers(self, pairs: list[Pair]) -> dict[Pair, tuple[float, bool]]: ...  # noqa: D102
 
 
+class Merged(Model, Protocol):
+    """The merged model, whose own tokenizer says how a text begins."""
+
+    @property
+    def begin_id(self) -> int: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """Held-out rows, and what the merged model scores on them."""
@@ -33,18 +40,20 @@ class Benchmark:
     """Share of right answers of the merged model, 0 to 1."""
     num_context: int
     """Tokens that the longest of them takes."""
+    begin_id: int | None
+    """What an empty prompt's answer is scored after, the same in every format."""
 
     def record(self, model: Model) -> dict[str, Any]:
         """Score a model; return the fields of its `QuantizedModel`."""
         return {
             "benchmark": self.task,
-            "benchmark_score": score(model, self.rows, self.task),
+            "benchmark_score": score(model, self.rows, self.task, begin_id=self.begin_id),
             "reference_benchmark_score": self.reference,
             "num_benchmark_rows": len(self.rows),
         }
 
 
-def prepare(model: Model, dataset_dir: Path, num_rows: int) -> Benchmark | None:
+def prepare(model: Merged, dataset_dir: Path, num_rows: int) -> Benchmark | None:
     """Read held-out rows and score the merged model; None where there are none, or none wanted."""
     path = dataset_dir / HELDOUT_FILE
     rows = read_jsonl(path)[:num_rows] if num_rows and path.is_file() else []
@@ -56,15 +65,26 @@ def prepare(model: Model, dataset_dir: Path, num_rows: int) -> Benchmark | None:
         for row in rows
         for text in (row["answer"], *(row.get("choices") or ()))
     )
-    # Two tokenisations of one border may differ by a token.
-    return Benchmark(task, rows, score(model, rows, task), longest + 2)
+    begin_id = None if all(model.tokenise(row["prompt"]) for row in rows) else model.begin_id
+    reference = score(model, rows, task, begin_id=begin_id)
+    # Two tokenisations of one border may differ by a token; the token that begins a text is there.
+    return Benchmark(task, rows, reference, longest + 2, begin_id)
 
 
-def score(model: Model, rows: list[dict[str, Any]], task: str) -> float:
-    """Return the share of rows that a model answers rightly."""
+def score(model: Model, rows: list[dict[str, Any]], task: str, *, begin_id: int | None) -> float:
+    """Return the share of rows that a model answers rightly.
+
+    Args:
+        model: scores them.
+        rows: held-out rows.
+        task: CHOICE or EXACT.
+        begin_id: the token that stands for an empty prompt, which rows of raw text have; None
+            where no row has one.
+    """
     texts = [row["choices"] if task == CHOICE else [row["answer"]] for row in rows]
     pairs = [
-        [_pair(model, row, text) for text in each] for row, each in zip(rows, texts, strict=True)
+        [_pair(model, row, text, begin_id) for text in each]
+        for row, each in zip(rows, texts, strict=True)
     ]
     scores = model.score_answers(list(dict.fromkeys(pair for each in pairs for pair in each)))
     right = 0
@@ -77,10 +97,13 @@ def score(model: Model, rows: list[dict[str, Any]], task: str) -> float:
     return right / len(rows)
 
 
-def _pair(model: Model, row: dict[str, Any], text: str) -> Pair:
+def _pair(model: Model, row: dict[str, Any], text: str, begin_id: int | None) -> Pair:
     """Return the tokens of a row's prompt, and those of an answer with its end of turn."""
     prompt, answer = model.tokenise(row["prompt"]), text + row["end"].rstrip()
     both = model.tokenise(row["prompt"] + answer)
+    if not prompt and begin_id is not None:
+        # As lm-eval: a model predicts nothing before its first token, and an answer may begin so.
+        return (begin_id,), tuple(both[1:] if both[:1] == [begin_id] else both)
     # As the evaluate step: where the tokenizer joins across the border, each by itself.
     joined = both[: len(prompt)] != prompt
     return tuple(prompt), tuple(model.tokenise(answer) if joined else both[len(prompt) :])

@@ -38,7 +38,9 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dic
         num_conversations = check_template(loaded, reference)
         stop_note = check_stop_tokens(loaded, reference)
         notes = [stop_note] if stop_note else []
-        generated = loaded.generate(reference.prompt, num_tokens=reference.num_tokens)
+        generated = loaded.generate(
+            reference.generation.prompt_ids, num_tokens=reference.num_tokens
+        )
         stops: list[torch.Tensor] = []
 
         def logits() -> Iterator[torch.Tensor]:

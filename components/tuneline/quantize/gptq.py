@@ -71,7 +71,7 @@ def quantize(
         model = TransformersModel(target, dtype=torch.float16, device=device)
     except ModelError as error:
         raise ProofError(f"the export {format} does not load again: {error}") from error
-    generated = model.generate(reference.prompt, num_tokens=reference.num_tokens)
+    generated = model.generate(reference.generation.prompt_ids, num_tokens=reference.num_tokens)
     if not generated.text.strip() and reference.generation.text.strip():
         raise ProofError(
             f"the export {format} generates nothing where the merged model says "

@@ -125,13 +125,12 @@ class LlamaFile:
             scores[prompt, answer] = (float((chosen_A - totals_A).sum()), greedy)
         return scores
 
-    def generate(self, prompt: str, *, num_tokens: int) -> Generation:
+    def generate(self, prompt_ids: list[int], *, num_tokens: int) -> Generation:
         """Generate greedily; a token that ends the text is the last one.
 
         Raises:
             ProofError: it computes a logit that is not finite.
         """
-        prompt_ids = self.tokenise(prompt) or [self._model.token_bos()]
         step, position = prompt_ids, 0
         ids: list[int] = []
         for _ in range(num_tokens):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuneline.artifacts import HELDOUT_FILE, read_jsonl
-from tuneline.heldout import Row, read_rows
+from tuneline.heldout import MAX_ROW_TOKENS, Row, read_rows
 from tuneline.quantize import benchmark, probes
 from tuneline.quantize.benchmark import Benchmark
 from tuneline.quantize.generation import Generation
@@ -45,7 +45,7 @@ class Reference:
 
     @property
     def prompt(self) -> str:
-        """The prompt of the generation."""
+        """The prompt of the generation, whole; what goes on from it are its last tokens."""
         return self.prompts[0]
 
     @property
@@ -114,6 +114,8 @@ def measure(
     else:
         longest = sorted(probes.texts(), key=len)[-NUM_BUILT_IN_ROWS:]
         rows = [Row(model.tokenise(text), 1) for text in longest]
+    # Its end, as of a row: exports are given these tokens.
+    prompt_ids = (model.tokenise(prompts[0]) or [model.begin_id])[-MAX_ROW_TOKENS:]
     measured = Reference(
         model_dir=model_dir,
         tokenizer=model.tokenizer,
@@ -121,7 +123,7 @@ def measure(
         prompts=prompts,
         end=found[0].get("end", "") if found else "",
         num_tokens=num_tokens,
-        generation=model.generate(prompts[0], num_tokens=num_tokens),
+        generation=model.generate(prompt_ids, num_tokens=num_tokens),
         rows=rows,
         logits=[model.logits(row.ids) for row in rows],
         benchmark=benchmark.prepare(model, dataset_dir, num_benchmark_rows)

@@ -59,6 +59,23 @@ class TransformersModel:
         own = self.tokenizer.eos_token_id
         self.stop_ids = sorted({end for end in (*ends, own) if end is not None})
 
+    @property
+    def begin_id(self) -> int:
+        """The token that stands for an empty prompt: it begins a text, or else ends one.
+
+        As lm-eval chooses it.
+
+        Raises:
+            ModelError: there is neither.
+        """
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise ModelError(
+            f"the tokenizer of {self._name} has neither bos_token nor eos_token, and a held-out "
+            "row has an empty prompt: name one in its tokenizer_config.json"
+        )
+
     def tokenise(self, text: str) -> list[int]:
         """Return the token ids of a text, its special tokens recognised and none added."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -76,13 +93,12 @@ class TransformersModel:
         batch_size = max(1, BATCH_TOKENS // num_tokens)
         return score_answers(self._model, pairs, batch_size=batch_size)
 
-    def generate(self, prompt: str, *, num_tokens: int) -> Generation:
+    def generate(self, prompt_ids: list[int], *, num_tokens: int) -> Generation:
         """Generate greedily.
 
         Raises:
             ProofError: it computes a logit that is not finite.
         """
-        prompt_ids = self.tokenise(prompt) or [self._model.config.bos_token_id]
         batch = torch.tensor([prompt_ids], device=self._model.device)
         with torch.inference_mode():
             output = self._model.generate(
