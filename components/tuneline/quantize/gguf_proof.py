@@ -57,8 +57,7 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dic
             reference.generation.prompt_ids, num_tokens=NUM_SPEED_TOKENS
         )
         scored = reference.benchmark.record(loaded) if reference.benchmark else {}
-        note = modelfile.write(file, reference=reference, adds_bos=loaded.adds_bos)
-        notes += [note] if note else []
+        notes += modelfile.write(file, reference=reference, adds_bos=loaded.adds_bos)
         num_threads = loaded.num_threads
     return {
         **found.record(),

@@ -6,6 +6,7 @@ give the same text for every conversation of probes.py.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ MAX_CONTEXT = 8192
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # Ollama's word where it is not that of generation_config.json.
 _NAMES = {"repetition_penalty": "repeat_penalty"}
+
+_UNSAYABLE = "characters that Ollama drops, or three quotes at the end of a line"
 
 Messages = list[dict[str, str]]
 
@@ -61,26 +64,46 @@ class Pieces:
         )
 
 
-def write(file: Path, *, reference: Reference, adds_bos: bool) -> str | None:
-    """Write the Modelfile beside a GGUF file; return a note where it has no template."""
-    lines = [f"FROM ./{file.name}"]
-    note = None
+def write(file: Path, *, reference: Reference, adds_bos: bool) -> list[str]:
+    """Write the Modelfile beside a GGUF file; return notes on what it lacks."""
+    lines, notes = [f"FROM ./{file.name}"], []
     if reference.tokenizer.chat_template:
         bos = reference.tokenizer.bos_token or ""
         found = pieces(reference, bos=bos if adds_bos else "")
-        template = found.go_template() if found else ""
-        if template and '"""' not in template:
-            lines.append(f'TEMPLATE """{template}"""')
+        template = quoted(found.go_template()) if found else None
+        if template:
+            lines.append(f"TEMPLATE {template}")
+        elif found:
+            notes.append(f"no Ollama template: the chat template has {_UNSAYABLE}")
         else:
-            note = "no Ollama template: the chat template does more than frame messages"
-    lines += [
-        f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}"
-        for text in reference.stop_texts
-        if "\n" not in text
-    ]
+            notes.append("no Ollama template: the chat template does more than frame messages")
+    for text in reference.stop_texts:
+        stop = quoted(text)
+        if stop:
+            lines.append(f"PARAMETER stop {stop}")
+        else:
+            notes.append(f"no Ollama stop for {text!r}: it has {_UNSAYABLE}")
     lines += [f"PARAMETER {name} {value}" for name, value in _parameters(reference.model_dir)]
-    (file.parent / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return note
+    # As it stands: a text may have a \r.
+    with open(file.parent / MODELFILE, "w", encoding="utf-8", newline="") as modelfile:
+        modelfile.write("\n".join(lines) + "\n")
+    return notes
+
+
+def quoted(text: str) -> str | None:
+    """Return a value as Ollama reads it back; None where it would read another.
+
+    In its parser/parser.go (2026-08) nothing is an escape: a backslash is one, and quotes inside
+    of quotes stand for themselves. A value ends with the first line whose end closes its quotes,
+    three where it begins with three. Characters that Go does not print are dropped; str.isprintable
+    goes by the same categories of Unicode.
+    """
+    if re.search(r'"""\s*[\r\n]', text):
+        return None
+    if not all(letter.isprintable() or letter in "\t\r\n" for letter in text):
+        return None
+    quotes = '"""' if re.search(r'["\r\n]', text) else '"'
+    return f"{quotes}{text}{quotes}"
 
 
 def pieces(reference: Reference, *, bos: str) -> Pieces | None:

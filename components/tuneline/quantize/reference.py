@@ -58,7 +58,8 @@ class Reference:
     @property
     def stop_texts(self) -> list[str]:
         """What ends an answer, as text: the end of a turn first."""
-        tokens = self.tokenizer.convert_ids_to_tokens(self.stop_ids)
+        # Decoded, for a vocabulary spells a newline in its own way.
+        tokens = [self.tokenizer.decode([token]) for token in self.stop_ids]
         return [text for text in dict.fromkeys([self.end.strip(), *tokens]) if text]
 
     def tokenise(self, text: str) -> list[int]:
