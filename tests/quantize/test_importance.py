@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy
 import pytest
+from safetensors.torch import load_file, save_file
 
-from tuneline.artifacts import DatasetManifest, ImportanceMatrix
-from tuneline.errors import DataError, RecipeError, ToolError, WorldError
+from tuneline.artifacts import DatasetManifest, ImportanceMatrix, MergeProof
+from tuneline.errors import DataError, ModelError, RecipeError, ToolError, WorldError
 from tuneline.quantize import QuantizeConfig, importance_file, measure_importance, run
 from tuneline.quantize.calibration import read_rows
 from tuneline.quantize.ggml import Tensor, library
 from tuneline.quantize.importance import FILE, collect
+from tuneline.record import sha256_of_file
 
 NUM_ROWS = 6
 # The names of a Llama's layers in GGUF files.
@@ -140,6 +142,77 @@ def test_without_a_matrix_at_hand_it_is_measured(
         assert record.num_importance_rows == NUM_ROWS
         files.append((tmp_path / name / record.file).read_bytes())
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("format", ["q4_0", "q8_0"])
+def test_a_matrix_of_another_model_is_refused(
+    format: str,
+    recorded: bool,
+    merged_dir: Path,
+    prepared_dir: Path,
+    importance_dir: Path,
+    tmp_path: Path,
+) -> None:
+    """It would round by another model's inputs, and the file be as good as any by its bounds.
+
+    Where the format has no use for it as well: the pipeline names one matrix for all of them.
+    """
+    other, matrix = tmp_path / "other", tmp_path / "matrix"
+    shutil.copytree(merged_dir, other)
+    shutil.copytree(importance_dir, matrix)
+    if recorded:
+        weights = load_file(other / "model.safetensors")
+        weights = {name: tensor * (1 + 1e-6) for name, tensor in weights.items()}
+        save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+        MergeProof.read(other).write(other)
+        found = f"the merged model {MergeProof.read(merged_dir).content_sha256()[:12]}"
+    else:
+        ImportanceMatrix.read(matrix).write(matrix)
+        found = "no merged model"
+    expected = MergeProof.read(other).content_sha256()[:12]
+    with pytest.raises(
+        ModelError,
+        match=rf"matrix was made from {found}, .*other is {expected}: measure the importance m",
+    ):
+        run(
+            QuantizeConfig(num_check_tokens=2, num_importance_rows=NUM_ROWS),
+            format=format,
+            merged_dir=str(other),
+            dataset_dir=str(prepared_dir),
+            quantized_dir=str(tmp_path / "out"),
+            importance_dir=str(matrix),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_f16_file_is_hashed_once(
+    given: bool,
+    merged_dir: Path,
+    f16_dir: Path,
+    prepared_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """16 GB for 8B, read from a disk each time."""
+    hashed = []
+
+    def watched(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256_of_file(path)
+
+    monkeypatch.setattr("tuneline.record.sha256_of_file", watched)
+    run(
+        QuantizeConfig(num_check_tokens=2, num_importance_rows=NUM_ROWS),
+        format="q4_0",
+        merged_dir=str(merged_dir),
+        gguf_dir=str(f16_dir) if given else None,
+        dataset_dir=str(prepared_dir),
+        quantized_dir=str(tmp_path / "out"),
+    )
+    assert hashed.count("model-F16.gguf") == 1
+    assert hashed.count("model.safetensors") == 1, "the merged model's"
 
 
 def test_eight_bits_are_not_weighed(

@@ -47,30 +47,39 @@ def measure_importance(
         ToolError: llama.cpp cannot compute the file.
         WorldError: the file is not the one that `convert` left.
     """
-    started = time.monotonic()
     if not config.num_importance_rows:
         raise RecipeError("quantize.num_importance_rows is 0: an importance matrix needs rows")
-    f16 = QuantizedModel.read(gguf_dir)
-    f16.check_files(gguf_dir)
+    QuantizedModel.read(gguf_dir).check_files(gguf_dir)
+    with new_directory(importance_dir) as target:
+        return measure(
+            config, gguf_dir=Path(gguf_dir), dataset_dir=Path(dataset_dir), target=target
+        )
+
+
+def measure(
+    config: QuantizeConfig, *, gguf_dir: Path, dataset_dir: Path, target: Path
+) -> ImportanceMatrix:
+    """Measure it with a GGUF file that was checked, as `measure_importance` does."""
+    started = time.monotonic()
     rows = read_rows(
-        Path(dataset_dir),
+        dataset_dir,
         config.num_importance_rows,
         setting="num_importance_rows",
         purpose="the importance matrix is measured",
     )
     rows = [row[:MAX_ROW_TOKENS] for row in rows if row]
-    with new_directory(importance_dir) as target:
-        found = collect(Path(gguf_dir, f16.file), rows)
-        dataset = DatasetManifest.read(dataset_dir)
-        importance_file.write(target / FILE, found, source=dataset.sha256, num_rows=len(rows))
-        record = ImportanceMatrix(
-            file=FILE,
-            num_rows=len(rows),
-            num_tokens=sum(len(row) for row in rows),
-            num_tensors=len(found),
-            seconds=round(time.monotonic() - started, 3),
-        )
-        record.write(target, config, parents=(dataset, f16))
+    f16 = QuantizedModel.read(gguf_dir)
+    found = collect(gguf_dir / f16.file, rows)
+    dataset = DatasetManifest.read(dataset_dir)
+    importance_file.write(target / FILE, found, source=dataset.sha256, num_rows=len(rows))
+    record = ImportanceMatrix(
+        file=FILE,
+        num_rows=len(rows),
+        num_tokens=sum(len(row) for row in rows),
+        num_tensors=len(found),
+        seconds=round(time.monotonic() - started, 3),
+    )
+    record.write(target, config, parents=(dataset, f16))
     logger.info(
         "importance matrix: %d tensors, %d rows, %d tokens, %.1f s",
         record.num_tensors,

@@ -9,6 +9,7 @@ from tuneline.artifacts import HELDOUT_FILE, read_jsonl
 from tuneline.heldout import MAX_ROW_TOKENS, Row, read_rows
 from tuneline.quantize import benchmark, probes
 from tuneline.quantize.benchmark import Benchmark
+from tuneline.quantize.config import QuantizeConfig
 from tuneline.quantize.generation import Generation
 
 if TYPE_CHECKING:
@@ -80,6 +81,20 @@ class Reference:
             )
         except TemplateError as error:
             raise ValueError(str(error)) from error
+
+
+def for_export(
+    config: QuantizeConfig, model_dir: Path, dataset_dir: Path, device: str = "cpu"
+) -> Reference:
+    """Measure what a recipe asks an export to be held against."""
+    return measure(
+        model_dir,
+        dataset_dir=dataset_dir,
+        num_rows=config.num_proof_prompts,
+        num_tokens=config.num_check_tokens,
+        num_benchmark_rows=config.num_benchmark_rows,
+        device=device,
+    )
 
 
 def measure(

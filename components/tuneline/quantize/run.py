@@ -5,7 +5,6 @@ import logging
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tuneline.artifacts import (
     ImportanceMatrix,
@@ -21,13 +20,7 @@ from tuneline.quantize.threads import few_threads
 from tuneline.record import Record
 from tuneline.signals import raised_on_sigterm
 
-if TYPE_CHECKING:
-    from tuneline.quantize.reference import Reference
-
 logger = logging.getLogger(__name__)
-
-NUM_CONVERT_TOKENS = 24
-"""Tokens that the conversion's check generates; it sees no recipe."""
 
 
 def convert(*, merged_dir: str, gguf_dir: str) -> QuantizedModel:
@@ -38,19 +31,11 @@ def convert(*, merged_dir: str, gguf_dir: str) -> QuantizedModel:
         ToolError: the converter is missing or refused the model.
         ProofError: the file does not split, render, stop or predict as the merged model does.
     """
-    from tuneline.quantize import gguf, reference
+    from tuneline.quantize import gguf_export
 
-    started = time.monotonic()
     merge = _check_model(merged_dir)
-    with new_directory(gguf_dir) as target, few_threads():
-        file = gguf.convert(Path(merged_dir), target)
-        merged = reference.measure(
-            Path(merged_dir), dataset_dir=None, num_rows=0, num_tokens=NUM_CONVERT_TOKENS
-        )
-        record = gguf.prove(
-            file, format="f16", reference=merged, bound=formats.GGUF["f16"]
-        ).model_copy(update={"seconds": round(time.monotonic() - started, 3)})
-        record.write(target, parents=(merge,))
+    with new_directory(gguf_dir) as target:
+        record = gguf_export.convert(merge, merged_dir=Path(merged_dir), target=target)
     _log(record)
     return record
 
@@ -79,8 +64,8 @@ def run(
 
     Raises:
         RecipeError: the format is unknown, or needs an importance matrix.
-        ModelError: the directory is not a merged model, or cannot be quantised; or `gguf_dir` was
-            made from another.
+        ModelError: the directory is not a merged model, or cannot be quantised; or `gguf_dir` or
+            `importance_dir` was made from another.
         DataError: no training rows to calibrate on.
         ToolError: a converter or a quantiser is missing or failed.
         WorldError: a file of theirs is not the one that its step left.
@@ -96,21 +81,18 @@ def run(
         raise RecipeError(str(error)) from None
     merge = _check_model(merged_dir)
     merged, dataset = Path(merged_dir), Path(dataset_dir)
-    bound = formats.bound_of(format, config.max_mean_kl, config.min_top1_agreement)
     # A signal waits for llama.cpp to return, which is longer than a pod has to end.
     stopping: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if format in formats.GPTQ:
         advice = ", and nothing of the export was kept: run it again"
         stopping = raised_on_sigterm(advice, once=True)
-    with stopping, new_directory(quantized_dir) as target, few_threads():
+    with stopping, new_directory(quantized_dir) as target:
         parents: list[Record] = [merge]
         if format in formats.GPTQ:
-            record = _gptq(config, format, merged, dataset, target, bound)
+            record = _gptq(config, format, merged, dataset, target)
         else:
-            if gguf_dir is not None:
-                _check_source(gguf_dir, merge, merged)
             record, matrix = _gguf(
-                config, format, merged, dataset, target, bound, gguf_dir, importance_dir
+                config, format, merge, merged, dataset, target, gguf_dir, importance_dir
             )
             parents += [matrix] if matrix else []
         record = record.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
@@ -122,47 +104,37 @@ def run(
 def _gguf(
     config: QuantizeConfig,
     format: str,
+    merge: MergeProof,
     merged_dir: Path,
     dataset_dir: Path,
     target: Path,
-    bound: formats.Bound,
     gguf_dir: str | None,
     importance_dir: str | None,
 ) -> tuple[QuantizedModel, ImportanceMatrix | None]:
-    from tuneline.quantize import gguf
-    from tuneline.quantize.importance import measure_importance
+    from tuneline.quantize import gguf_export
 
+    if gguf_dir is not None:
+        source = QuantizedModel.read(gguf_dir)
+        again = "convert this model to GGUF again"
+        _check_source(gguf_dir, source, merge, merged_dir, again)
+        source.check_files(gguf_dir)
+    if importance_dir is not None:
+        matrix = ImportanceMatrix.read(importance_dir)
+        again = "measure the importance matrix of this model"
+        _check_source(importance_dir, matrix, merge, merged_dir, again)
+        matrix.check_files(importance_dir)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        source = gguf_dir
-        if source is None:
-            source = f"{scratch}/f16"
-            convert(merged_dir=str(merged_dir), gguf_dir=source)
-        importance = importance_dir
-        weighed = format in formats.WEIGHED
-        if importance is None and weighed and config.num_importance_rows:
-            importance = f"{scratch}/importance"
-            measure_importance(
-                config, gguf_dir=source, dataset_dir=str(dataset_dir), importance_dir=importance
-            )
-        QuantizedModel.read(source).check_files(source)
-        matrix = ImportanceMatrix.read(importance) if importance and weighed else None
-        if importance and matrix:
-            matrix.check_files(importance)
-        file = gguf.quantize(
-            Path(source),
-            target,
+        return gguf_export.export(
+            config,
+            merge,
             format=format,
-            importance=Path(str(importance), matrix.file) if matrix else None,
+            merged_dir=merged_dir,
+            dataset_dir=dataset_dir,
+            target=target,
+            scratch=Path(scratch),
+            gguf_dir=Path(gguf_dir) if gguf_dir else None,
+            importance_dir=Path(importance_dir) if importance_dir else None,
         )
-    merged = _reference(config, merged_dir, dataset_dir)
-    record = gguf.prove(file, format=format, reference=merged, bound=bound)
-    if matrix is None:
-        return record, None
-    note = f"importance matrix from {matrix.num_rows} training rows, {matrix.num_tokens} tokens"
-    noted = record.model_copy(
-        update={"num_importance_rows": matrix.num_rows, "notes": [*record.notes, note]}
-    )
-    return noted, matrix
 
 
 def _gptq(
@@ -171,43 +143,29 @@ def _gptq(
     merged_dir: Path,
     dataset_dir: Path,
     target: Path,
-    bound: formats.Bound,
 ) -> QuantizedModel:
-    from tuneline.quantize import gptq
+    from tuneline.quantize import gptq, reference
     from tuneline.quantize.transformers_model import choose_device
 
     device = choose_device(merged_dir)
-    return gptq.quantize(
-        merged_dir,
-        target,
-        format=format,
-        rows=read_rows(
-            dataset_dir,
-            config.num_calibration_rows,
-            setting="num_calibration_rows",
-            purpose="GPTQ calibrates",
-        ),
-        group_size=config.group_size,
-        desc_act=config.desc_act,
-        reference=_reference(config, merged_dir, dataset_dir, device),
-        bound=bound,
-        device=device,
+    rows = read_rows(
+        dataset_dir,
+        config.num_calibration_rows,
+        setting="num_calibration_rows",
+        purpose="GPTQ calibrates",
     )
-
-
-def _reference(
-    config: QuantizeConfig, merged_dir: Path, dataset_dir: Path, device: str = "cpu"
-) -> "Reference":
-    from tuneline.quantize import reference
-
-    return reference.measure(
-        merged_dir,
-        dataset_dir=dataset_dir,
-        num_rows=config.num_proof_prompts,
-        num_tokens=config.num_check_tokens,
-        num_benchmark_rows=config.num_benchmark_rows,
-        device=device,
-    )
+    with few_threads():
+        return gptq.quantize(
+            merged_dir,
+            target,
+            format=format,
+            rows=rows,
+            group_size=config.group_size,
+            desc_act=config.desc_act,
+            reference=reference.for_export(config, merged_dir, dataset_dir, device),
+            bound=formats.bound_of(format, config.max_mean_kl, config.min_top1_agreement),
+            device=device,
+        )
 
 
 def _check_model(path: str) -> MergeProof:
@@ -224,16 +182,25 @@ def _check_model(path: str) -> MergeProof:
     return proof
 
 
-def _check_source(gguf_dir: str, merge: MergeProof, merged_dir: Path) -> None:
-    """Refuse a GGUF file of another merged model: of a near one, the proof sees no difference."""
-    made_from = QuantizedModel.read(gguf_dir).made_from.get(MergeProof.role)
+def _check_source(
+    directory: str, made: Record, merge: MergeProof, merged_dir: Path, again: str
+) -> None:
+    """Refuse what was made from another merged model: of a near one, the proof sees no difference.
+
+    Args:
+        directory: of what was made.
+        made: its record.
+        merge: the merged model's record.
+        merged_dir: the merged model.
+        again: what to do about it.
+    """
+    made_from = made.made_from.get(MergeProof.role)
     expected = merge.content_sha256()
     if made_from is None or made_from.sha256 != expected:
         found = f"the merged model {made_from.sha256[:12]}" if made_from else "no merged model"
         raise ModelError(
-            f"{gguf_dir} was made from {found}, as its record says, and {merged_dir} is "
-            f"{expected[:12]}: convert this model to GGUF again, or name the merged model that the "
-            "file was made from"
+            f"{directory} was made from {found}, as its record says, and {merged_dir} is "
+            f"{expected[:12]}: {again}, or name the merged model that it was made from"
         )
 
 
