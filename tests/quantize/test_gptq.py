@@ -1,9 +1,4 @@
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy
@@ -102,59 +97,6 @@ def test_round_trip(
     if bits == 8:  # with fewer a random model's argmax is another token
         assert record.generated == record.reference
     assert_layout(merged_dir, target, bits, group_size, desc_act)
-
-
-def processes_with(text: str) -> dict[int, str]:
-    """Return the living processes with a text in their command or working directory."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            where = str((path / "cwd").readlink())
-        except OSError:
-            continue
-        if text in command or text in where:
-            found[int(path.name)] = command
-    return found
-
-
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_neither_worker_nor_files(
-    sent: signal.Signals, merged_dir: Path, dataset_dir: Path, tmp_path: Path
-) -> None:
-    scratch, out = tmp_path / "scratch", tmp_path / "out"
-    scratch.mkdir()
-    out.mkdir()
-    step = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "tuneline.quantize", "--format", "gptq-4bit"),
-            *("--merged", str(merged_dir), "--dataset", str(dataset_dir)),
-            *("--quantized", str(out / "gptq")),
-        ],
-        env={**os.environ, "TMPDIR": str(scratch)},
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts programs in the background with SIGINT ignored, and so all that they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        deadline = time.monotonic() + 120
-        # The worker runs in its scratch directory.
-        while not any("gptq_worker" in line for line in processes_with(str(scratch)).values()):
-            assert step.poll() is None and time.monotonic() < deadline, "the worker did not start"
-            time.sleep(0.02)
-        assert [path.name[:6] for path in out.iterdir()] == [".gptq."]
-        step.send_signal(sent)
-        _, errors = step.communicate(timeout=60)
-    finally:
-        step.kill()
-    if sent == signal.SIGTERM:
-        assert step.returncode == 143
-        assert errors.splitlines()[-1].startswith("quantize: StoppedError: stopped by SIGTERM")
-    else:
-        assert step.returncode != 0 and errors.splitlines()[-1] == "KeyboardInterrupt"
-    assert processes_with(str(scratch)) == {}
-    assert list(out.iterdir()) == [] and list(scratch.iterdir()) == []
 
 
 def assert_layout(

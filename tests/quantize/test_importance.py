@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tuneline.artifacts import DatasetManifest, ImportanceMatrix, MergeProof
 from tuneline.errors import DataError, ModelError, RecipeError, ToolError, WorldError
-from tuneline.quantize import QuantizeConfig, importance_file, measure_importance, run
+from tuneline.quantize import QuantizeConfig, importance_file, measure_importance, run, worker
 from tuneline.quantize.calibration import read_rows
 from tuneline.quantize.ggml import Tensor, library
 from tuneline.quantize.importance import FILE, collect
@@ -203,6 +203,8 @@ def test_the_f16_file_is_hashed_once(
         return sha256_of_file(path)
 
     monkeypatch.setattr("tuneline.record.sha256_of_file", watched)
+    # In this process, to be watched.
+    monkeypatch.setattr(worker, "call", lambda function, *args, **named: function(*args, **named))
     run(
         QuantizeConfig(num_check_tokens=2, num_importance_rows=NUM_ROWS),
         format="q4_0",

@@ -15,12 +15,14 @@ from typing import Any
 
 from tuneline.artifacts import DatasetManifest, ImportanceMatrix, QuantizedModel, new_directory
 from tuneline.errors import ModelError, RecipeError, ToolError
-from tuneline.quantize import importance_file
+from tuneline.quantize import importance_file, worker
 from tuneline.quantize.calibration import read_rows
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.quantize.ggml import F32, Tensor, library
 from tuneline.quantize.importance_file import Importance
 from tuneline.quantize.threads import num_threads
+from tuneline.quantize.worker import STOPPED
+from tuneline.signals import raised_on_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ MAX_ROW_TOKENS = 512
 """Of a row; llama.cpp keeps a batch's logits, at the vocabulary's size for each token."""
 
 
+@raised_on_sigterm(STOPPED, once=True)
 def measure_importance(
     config: QuantizeConfig, *, gguf_dir: str, dataset_dir: str, importance_dir: str
 ) -> ImportanceMatrix:
@@ -46,13 +49,18 @@ def measure_importance(
         ModelError: the model has several experts.
         ToolError: llama.cpp cannot compute the file.
         WorldError: the file is not the one that `convert` left.
+        StoppedError: SIGTERM came; nothing is kept.
     """
     if not config.num_importance_rows:
         raise RecipeError("quantize.num_importance_rows is 0: an importance matrix needs rows")
     QuantizedModel.read(gguf_dir).check_files(gguf_dir)
     with new_directory(importance_dir) as target:
-        return measure(
-            config, gguf_dir=Path(gguf_dir), dataset_dir=Path(dataset_dir), target=target
+        return worker.call(
+            measure,
+            config,
+            gguf_dir=Path(gguf_dir),
+            dataset_dir=Path(dataset_dir),
+            target=target,
         )
 
 

@@ -1,6 +1,5 @@
 """Make one export of the merged model and check that it loads and answers."""
 
-import contextlib
 import logging
 import tempfile
 import time
@@ -13,16 +12,18 @@ from tuneline.artifacts import (
     new_directory,
 )
 from tuneline.errors import ModelError, RecipeError
-from tuneline.quantize import formats
+from tuneline.quantize import formats, gguf_export, worker
 from tuneline.quantize.calibration import read_rows
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.quantize.threads import few_threads
+from tuneline.quantize.worker import STOPPED
 from tuneline.record import Record
 from tuneline.signals import raised_on_sigterm
 
 logger = logging.getLogger(__name__)
 
 
+@raised_on_sigterm(STOPPED, once=True)
 def convert(*, merged_dir: str, gguf_dir: str) -> QuantizedModel:
     """Convert the merged model to GGUF in f16 and hold it against transformers.
 
@@ -30,16 +31,16 @@ def convert(*, merged_dir: str, gguf_dir: str) -> QuantizedModel:
         ModelError: the directory is not a merged model.
         ToolError: the converter is missing or refused the model.
         ProofError: the file does not split, render, stop or predict as the merged model does.
+        StoppedError: SIGTERM came; nothing is kept.
     """
-    from tuneline.quantize import gguf_export
-
     merge = _check_model(merged_dir)
     with new_directory(gguf_dir) as target:
-        record = gguf_export.convert(merge, merged_dir=Path(merged_dir), target=target)
+        record = worker.call(gguf_export.convert, merge, merged_dir=Path(merged_dir), target=target)
     _log(record)
     return record
 
 
+@raised_on_sigterm(STOPPED, once=True)
 def run(
     config: QuantizeConfig,
     *,
@@ -70,7 +71,7 @@ def run(
         ToolError: a converter or a quantiser is missing or failed.
         WorldError: a file of theirs is not the one that its step left.
         ProofError: the export does not load, or is not the merged model but for rounding.
-        StoppedError: SIGTERM came, and the format is GPTQ.
+        StoppedError: SIGTERM came; nothing is kept.
     """
     started = time.monotonic()
     try:
@@ -81,12 +82,7 @@ def run(
         raise RecipeError(str(error)) from None
     merge = _check_model(merged_dir)
     merged, dataset = Path(merged_dir), Path(dataset_dir)
-    # A signal waits for llama.cpp to return, which is longer than a pod has to end.
-    stopping: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if format in formats.GPTQ:
-        advice = ", and nothing of the export was kept: run it again"
-        stopping = raised_on_sigterm(advice, once=True)
-    with stopping, new_directory(quantized_dir) as target:
+    with new_directory(quantized_dir) as target:
         parents: list[Record] = [merge]
         if format in formats.GPTQ:
             record = _gptq(config, format, merged, dataset, target)
@@ -111,8 +107,6 @@ def _gguf(
     gguf_dir: str | None,
     importance_dir: str | None,
 ) -> tuple[QuantizedModel, ImportanceMatrix | None]:
-    from tuneline.quantize import gguf_export
-
     if gguf_dir is not None:
         source = QuantizedModel.read(gguf_dir)
         again = "convert this model to GGUF again"
@@ -124,7 +118,8 @@ def _gguf(
         _check_source(importance_dir, matrix, merge, merged_dir, again)
         matrix.check_files(importance_dir)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        return gguf_export.export(
+        return worker.call(
+            gguf_export.export,
             config,
             merge,
             format=format,
