@@ -72,16 +72,13 @@ TARGETS = "all-linear"
 
 
 @pytest.fixture(autouse=True)
-def references(request, monkeypatch):
+def references_unless_interpreted(request):
     """Let the ops run their references, but for tests that ask for `interpreted`.
 
     The kernels have tests of their own; here they show that the layer hands them what they want.
-    Interpreting a step takes seconds.
     """
-    ops = [name for name in sys.modules if name.startswith("tuneline.kernels.")]
-    for name in ops:
-        if hasattr(sys.modules[name], "use_kernel") and "interpreted" not in request.fixturenames:
-            monkeypatch.setattr(sys.modules[name], "use_kernel", lambda x: False)
+    if "interpreted" not in request.fixturenames:
+        request.getfixturevalue("references")
 
 
 @pytest.fixture

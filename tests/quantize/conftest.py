@@ -35,6 +35,20 @@ def merged_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
+def other_dir(merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another merged model, as near as another epoch's: bounds of a proof would let it pass."""
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path_factory.mktemp("quantize") / "other"
+    shutil.copytree(merged_dir, path)
+    weights = load_file(path / "model.safetensors")
+    weights = {name: tensor * (1 + 1e-6) for name, tensor in weights.items()}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    MergeProof.read(path).write(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def dataset_dir(merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Training rows to calibrate on, and one held-out prompt."""
     import pyarrow

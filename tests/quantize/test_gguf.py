@@ -3,7 +3,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from tuneline.artifacts import MODELFILE, MergeProof, QuantizedModel
 from tuneline.errors import (
@@ -230,24 +229,22 @@ def test_a_file_that_was_cut_is_named_before_it_is_read(
 
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_file_of_another_model_is_refused(
-    recorded: bool, merged_dir: Path, f16_dir: Path, dataset_dir: Path, tmp_path: Path
+    recorded: bool,
+    merged_dir: Path,
+    other_dir: Path,
+    f16_dir: Path,
+    dataset_dir: Path,
+    tmp_path: Path,
 ) -> None:
-    """As near as another epoch's: the proof's bounds would let it pass."""
-    other, gguf = tmp_path / "other", tmp_path / "gguf"
-    shutil.copytree(merged_dir, other)
-    shutil.copytree(f16_dir, gguf)
+    gguf = Path(shutil.copytree(f16_dir, tmp_path / "gguf"))
     if recorded:
-        weights = load_file(other / "model.safetensors")
-        weights = {name: tensor * (1 + 1e-6) for name, tensor in weights.items()}
-        save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-        MergeProof.read(other).write(other)
         found = f"the merged model {MergeProof.read(merged_dir).content_sha256()[:12]}"
     else:
         QuantizedModel.read(gguf).write(gguf)
         found = "no merged model"
-    expected = MergeProof.read(other).content_sha256()[:12]
+    expected = MergeProof.read(other_dir).content_sha256()[:12]
     with pytest.raises(ModelError, match=rf"made from {found}, .*other is {expected}: convert"):
-        export("q8_0", other, dataset_dir, tmp_path / "out", gguf=gguf)
+        export("q8_0", other_dir, dataset_dir, tmp_path / "out", gguf=gguf)
     assert not (tmp_path / "out").exists()
 
 

@@ -72,25 +72,24 @@ class Comparison:
     def run(self, parts: list[str]) -> None:
         """Run some parts."""
         if "medium" in parts:
-            self.medium(*self.inputs("Llama-3.2-1B", pack=4096, packs_a_step=4))
+            self.medium(*self.small())
         if "big" in parts:
             self.pair("big", *self.inputs("Llama-3.1-8B", pack=8192, packs_a_step=2), forwards=2)
         if "ddp" in parts:
-            base, dataset = self.inputs("Llama-3.2-1B", pack=4096, packs_a_step=4)
-            self.pair("ddp", base, dataset, forwards=4, optim="sgd", learning_rate=0.5)
+            self.pair("ddp", *self.small(), forwards=4, optim="sgd", learning_rate=0.5)
         if "stock" in parts:
-            base, dataset = self.inputs("Llama-3.2-1B", pack=4096, packs_a_step=4)
-            self.pair("stock", base, dataset, forwards=4, kernels="off")
+            self.pair("stock", *self.small(), forwards=4, kernels="off")
         if "resume" in parts:
-            base, dataset = self.inputs("Llama-3.2-1B", pack=4096, packs_a_step=4)
-            self.train(
-                "resume", base, dataset, num_ranks=1, forwards=4, stop_at=self.num_steps // 2
-            )
-            self.train("resume", base, dataset, num_ranks=1, forwards=4)
+            half = self.num_steps // 2
+            self.train("resume", *self.small(), num_ranks=1, forwards=4, stop_at=half)
+            self.train("resume", *self.small(), num_ranks=1, forwards=4)
         if "truth" in parts:
-            base, dataset = self.inputs("Llama-3.2-1B", pack=4096, packs_a_step=4)
-            self.truth(base, dataset)
+            self.truth(*self.small())
         say(f"{time.monotonic() - self.began:.0f} s in all")
+
+    def small(self) -> tuple[Path, Path]:
+        """Write what all parts but one train."""
+        return self.inputs("Llama-3.2-1B", pack=4096, packs_a_step=4)
 
     def medium(self, base: Path, dataset: Path) -> None:
         """Compare one rank with two, and with two that are stopped and go on as one."""
