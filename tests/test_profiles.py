@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tuneline.errors import RecipeError
-from tuneline.profiles import PROFILES, PlacementConfig, Profile, quantity_value
+from tuneline.placement import PROFILES, PlacementConfig, Profile, quantity_value
 
 GPU_PROFILES = sorted(set(PROFILES) - {"local"})
 

@@ -30,9 +30,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tuneline.config import StrictModel
 from tuneline.errors import OutputExistsError
 from tuneline.record import Ancestor, Record
+from tuneline.strict_model import StrictModel
 
 TRAIN_FILE = "train.parquet"
 EVAL_FILE = "eval.parquet"

@@ -6,17 +6,17 @@ from typing import Any, Self
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from tuneline.config import StrictModel
 from tuneline.errors import RecipeError
 from tuneline.evaluate.config import EvaluateConfig
 from tuneline.fetch.config import FetchConfig
 from tuneline.gate.config import GateConfig
 from tuneline.merge.config import MergeConfig
+from tuneline.placement import COMPUTE_CAPABILITY, FP8, PlacementConfig
 from tuneline.prepare.config import PrepareConfig
-from tuneline.profiles import COMPUTE_CAPABILITY, FP8, PlacementConfig
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.target import check_target
 from tuneline.quantize.config import QuantizeConfig
+from tuneline.strict_model import StrictModel
 from tuneline.train.config import TrainConfig
 
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field
 
-from tuneline.config import StrictModel
 from tuneline.environment import describe_environment
 from tuneline.errors import WorldError
+from tuneline.strict_model import StrictModel
 from tuneline.version import VERSION
 
 

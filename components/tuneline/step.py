@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tuneline.config import StrictModel
 from tuneline.errors import StorageError, TunelineError
+from tuneline.strict_model import StrictModel
 
 EVENTS_VARIABLE = "TUNELINE_EVENTS"
 

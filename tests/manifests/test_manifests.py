@@ -17,7 +17,7 @@ import yaml
 from tuneline import images
 from tuneline.pipelines.lint import lint_documents
 from tuneline.pipelines.placement import PART_OF_LABEL
-from tuneline.profiles import PlacementConfig
+from tuneline.placement import PlacementConfig
 from tuneline.train.trainjob import CONTAINER
 
 ROOT = Path(__file__).parent.parent.parent

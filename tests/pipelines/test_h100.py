@@ -10,7 +10,7 @@ from tuneline.errors import RecipeError
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.lint import lint_documents
-from tuneline.profiles import PlacementConfig, quantity_value
+from tuneline.placement import PlacementConfig, quantity_value
 from tuneline.train import NodesConfig
 
 GPU_STEPS = {"train", "merge", "quantize-gptq", "evaluate", "evaluate-2"}

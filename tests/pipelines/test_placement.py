@@ -14,7 +14,7 @@ from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.lint import lint_documents
 from tuneline.pipelines.needs import NEEDS
 from tuneline.pipelines.placement import nodes_config
-from tuneline.profiles import PlacementConfig, StepName
+from tuneline.placement import PlacementConfig, StepName
 from tuneline.recipe import load_recipe
 from tuneline.train.checkpoints import ROOT_VARIABLE
 from tuneline.train.trainjob import build

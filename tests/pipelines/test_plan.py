@@ -24,7 +24,7 @@ from tuneline.pipelines.cluster_checks import CRDS, LAUNCHER_RIGHTS, RIGHTS, TRA
 from tuneline.pipelines.estimate import estimate, llama_shape, parameters_in_name
 from tuneline.pipelines.host_memory import host_memory
 from tuneline.pipelines.plan import plan
-from tuneline.profiles import PlacementConfig
+from tuneline.placement import PlacementConfig
 from tuneline.recipe import Recipe
 from tuneline.train.config import LoraConfig
 from tuneline.train.fit import run_settings

@@ -1,6 +1,6 @@
 """The recipe's part for fetching a base model."""
 
-from tuneline.config import StrictModel
+from tuneline.strict_model import StrictModel
 
 
 class FetchConfig(StrictModel):

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from tuneline.config import StrictModel
+from tuneline.strict_model import StrictModel
 
 
 class GateConfig(StrictModel):

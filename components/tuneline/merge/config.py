@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tuneline.config import StrictModel
+from tuneline.strict_model import StrictModel
 
 
 class MergeConfig(StrictModel):

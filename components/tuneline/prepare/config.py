@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tuneline.artifacts import Method
-from tuneline.config import StrictModel
+from tuneline.strict_model import StrictModel
 
 Format = Literal[
     "auto", "alpaca", "messages", "sharegpt", "prompt-completion", "preference", "text"

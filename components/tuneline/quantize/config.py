@@ -4,8 +4,8 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from tuneline.config import StrictModel
 from tuneline.quantize import formats
+from tuneline.strict_model import StrictModel
 
 GgufFormat = Annotated[
     str,

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tuneline.artifacts import DatasetManifest
-from tuneline.config import StrictModel
 from tuneline.errors import RecipeError
+from tuneline.strict_model import StrictModel
 from tuneline.train.config import TrainConfig
 from tuneline.train.memory import GIB, MemoryEstimate, Settings, Shape, estimate_memory
 

@@ -5,7 +5,7 @@ from typing import Self
 from pydantic import ConfigDict
 
 from tuneline.artifacts import TrainingPoint
-from tuneline.config import StrictModel
+from tuneline.strict_model import StrictModel
 from tuneline.train.fit import Plan
 
 

@@ -21,7 +21,7 @@ from tuneline.artifacts import (
     TRAIN_FILE,
     DatasetManifest,
 )
-from tuneline.config import StrictModel
+from tuneline.strict_model import StrictModel
 
 if TYPE_CHECKING:
     import peft

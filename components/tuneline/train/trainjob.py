@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tuneline.config import StrictModel
 from tuneline.errors import ClusterError
-from tuneline.profiles import PRODUCT_LABEL, Toleration
+from tuneline.placement import PRODUCT_LABEL, Toleration
+from tuneline.strict_model import StrictModel
 from tuneline.train.checkpoints import ROOT_VARIABLE
 from tuneline.train.nodes import DIRECTORY_VARIABLE
 

@@ -10,7 +10,7 @@ from tuneline import images
 from tuneline.pipelines.check import Check, Verdict
 from tuneline.pipelines.kube import Kube, Refused, Right
 from tuneline.pipelines.registry import Unknown, has_image
-from tuneline.profiles import PRODUCT_LABEL, StepPlacement, quantity_value
+from tuneline.placement import PRODUCT_LABEL, StepPlacement, quantity_value
 from tuneline.recipe import Recipe
 from tuneline.train.trainjob import GROUP, PLURAL
 

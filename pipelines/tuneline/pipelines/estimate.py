@@ -8,7 +8,7 @@ the train step goes by when it has the model's own config.
 import re
 from dataclasses import dataclass, replace
 
-from tuneline.profiles import FUSED, Profile
+from tuneline.placement import FUSED, Profile
 from tuneline.recipe import Recipe
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory import GIB, Settings, Shape, estimate_memory

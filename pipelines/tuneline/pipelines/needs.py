@@ -5,7 +5,7 @@ Known without kfp: the plan looks at it in a run's first pod, where kfp is its e
 
 from dataclasses import dataclass
 
-from tuneline.profiles import PlacementConfig, StepPlacement, quantity_value
+from tuneline.placement import PlacementConfig, StepPlacement, quantity_value
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from kfp.dsl import PipelineTask
 
 from tuneline import images
 from tuneline.pipelines.needs import NEEDS, Needs, wanted_of
-from tuneline.profiles import PRODUCT_LABEL, PlacementConfig
+from tuneline.placement import PRODUCT_LABEL, PlacementConfig
 from tuneline.train import NodesConfig
 from tuneline.train.checkpoints import ROOT_VARIABLE
 from tuneline.train.trainjob import PRIORITY_LABEL, QUEUE_LABEL, SHARED_PATH

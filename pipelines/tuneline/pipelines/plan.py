@@ -8,7 +8,7 @@ from tuneline.pipelines.estimate import GPU_BYTES, Estimate, estimate, parameter
 from tuneline.pipelines.host_memory import host_memory
 from tuneline.pipelines.kube import Kube
 from tuneline.pipelines.needs import memory_of
-from tuneline.profiles import FUSED, quantity_value
+from tuneline.placement import FUSED, quantity_value
 from tuneline.recipe import Recipe
 from tuneline.train.memory import GIB
 from tuneline.units import duration, parameters, size

@@ -13,7 +13,7 @@ from tuneline.pipelines.cluster_cli import (
     SetOption,
     console,
 )
-from tuneline.profiles import PROFILES
+from tuneline.placement import PROFILES
 
 app = typer.Typer()
 

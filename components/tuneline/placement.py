@@ -10,8 +10,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tuneline.config import StrictModel
 from tuneline.images import REGISTRY
+from tuneline.strict_model import StrictModel
 
 StepName = Literal[
     "plan",
