@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tuneline.charts import nice_ticks, thin, tick_texts
-from tuneline.linepicture import Stage, place
-from tuneline.page import (
+from tuneline.html.charts import nice_ticks, thin, tick_texts
+from tuneline.html.flow import Stage, place
+from tuneline.html.page import (
     Cell,
     IntervalRow,
     badge,
@@ -21,7 +21,7 @@ from tuneline.page import (
     section,
     table,
 )
-from tuneline.units import duration, number, parameters, share, signed, size
+from tuneline.html.units import duration, number, parameters, share, signed, size
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -321,7 +321,7 @@ def luminance(colour: str) -> float:
 
 
 def test_text_has_contrast_in_light_and_dark() -> None:
-    from tuneline.stylesheet import STYLESHEET
+    from tuneline.html.stylesheet import STYLESHEET
 
     themes = [
         dict(re.findall(r"--([\w-]+):\s*(#[0-9a-f]{3,6})", block))

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from tuneline.artifacts import QuantizedModel
-from tuneline.charts import ScatterPoint, scatter_chart
-from tuneline.names import place_names
+from tuneline.html.charts import ScatterPoint, scatter_chart
+from tuneline.html.point_labels import place_names
 from tuneline.report import comparison
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tuneline.causes import explain
 from tuneline.events import StepRun, failed_run, parse_events, step_runs
+from tuneline.html.units import duration
 from tuneline.step import EVENTS_VARIABLE
-from tuneline.units import duration
 
 logger = logging.getLogger(__name__)
 

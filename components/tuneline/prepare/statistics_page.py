@@ -4,8 +4,8 @@ import itertools
 from html import escape
 from typing import Any
 
-from tuneline import page, units
 from tuneline.artifacts import DatasetManifest
+from tuneline.html import page, units
 from tuneline.prepare.tokenise import TokenRow
 
 _NUM_REJECTED_SHOWN = 50

@@ -3,7 +3,7 @@
 import math
 
 from tuneline.artifacts import QuantizedModel
-from tuneline.page import (
+from tuneline.html.page import (
     Cell,
     ScatterPoint,
     badge,
@@ -13,8 +13,8 @@ from tuneline.page import (
     section,
     table,
 )
+from tuneline.html.units import number, share, size
 from tuneline.report.records import Line
-from tuneline.units import number, share, size
 
 NEAR_TOP1 = 0.95
 NEAR_PERPLEXITY = 1.02

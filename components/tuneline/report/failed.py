@@ -5,7 +5,7 @@ from typing import Any
 
 from tuneline.causes import RUN_AGAIN, explain
 from tuneline.events import StepRun, failed_run, step_runs
-from tuneline.page import (
+from tuneline.html.page import (
     Cell,
     badge,
     banner,
@@ -16,8 +16,8 @@ from tuneline.page import (
     section,
     table,
 )
+from tuneline.html.units import duration
 from tuneline.report.line import OUTSIDE, stages_of_runs
-from tuneline.units import duration
 
 
 def render_failed(recipe_name: str, events: list[dict[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from tuneline.events import StepRun
-from tuneline.linepicture import Stage, Status
+from tuneline.html.flow import Stage, Status
 
 # Name and what it waits for. The main way comes first, so that it takes the first lane.
 LINE: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -17,7 +17,7 @@ from tuneline.artifacts import (
     new_directory,
     read_jsonl,
 )
-from tuneline.page import render_page
+from tuneline.html.page import render_page
 from tuneline.recipe import Recipe
 from tuneline.report import comparison, sections
 from tuneline.report.records import Line

@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 
 from tuneline.artifacts import MergeProof, QuantizedModel, TaskComparison
-from tuneline.linepicture import Status
-from tuneline.page import (
+from tuneline.html.flow import Status
+from tuneline.html.page import (
     Cell,
     IntervalRow,
     badge,
@@ -24,9 +24,9 @@ from tuneline.page import (
     table,
     tiles,
 )
+from tuneline.html.units import count, duration, number, parameters, share, signed, size
 from tuneline.report.line import stages
 from tuneline.report.records import Line
-from tuneline.units import count, duration, number, parameters, share, signed, size
 
 TRAINED_WITH = ("torch", "transformers", "peft", "trl")
 OUTCOME_TONES = {"better": "good", "worse": "bad", "undecided": "plain"}

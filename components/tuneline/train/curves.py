@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tuneline.artifacts import TrainingSummary
-from tuneline.page import facts, line_chart, render_page, section, table
+from tuneline.html.page import facts, line_chart, render_page, section, table
 from tuneline.train.samples import Sample
 
 # Of progress.jsonl: name, what the chart is called, its unit, and what values are divided by.

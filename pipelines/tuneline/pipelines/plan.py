@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from tuneline.html.units import duration, parameters, size
 from tuneline.pipelines.check import Check, Verdict
 from tuneline.pipelines.cluster_checks import check_cluster
 from tuneline.pipelines.estimate import GPU_BYTES, Estimate, estimate, parameters_in_name
@@ -11,7 +12,6 @@ from tuneline.pipelines.needs import memory_of
 from tuneline.placement import FUSED, quantity_value
 from tuneline.recipe import Recipe
 from tuneline.train.memory import GIB
-from tuneline.units import duration, parameters, size
 
 CERTAINLY = 1.5
 """So many times a limit an estimate must be to say no: it knows a model by its name only."""

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-from tuneline.names import place_names
-from tuneline.units import number
+from tuneline.html.point_labels import place_names
+from tuneline.html.units import number
 
 WIDTH = 560
 # Digits and lower case letters of the page's font at 12 units, on average.

@@ -8,7 +8,7 @@ in charts.py and come through here, so that a step imports one module.
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from tuneline.charts import (
+from tuneline.html.charts import (
     IntervalRow,
     ScatterPoint,
     bar_chart,
@@ -17,8 +17,8 @@ from tuneline.charts import (
     line_chart,
     scatter_chart,
 )
-from tuneline.linepicture import Stage, line_diagram
-from tuneline.stylesheet import STYLESHEET
+from tuneline.html.flow import Stage, line_diagram
+from tuneline.html.stylesheet import STYLESHEET
 from tuneline.version import VERSION
 
 __all__ = [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
-from tuneline.units import duration
+from tuneline.html.units import duration
 
 Status = Literal["finished", "failed", "running", "not run", "skipped", "next"]
 

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages: layout, charts and the picture of the line."""
