@@ -12,7 +12,7 @@ def write_weights(directory: Path) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from tuneline.nf4 import empty_model
+    from tuneline.models.nf4 import empty_model
 
     model = empty_model(directory)
     empty = dict(model.state_dict())

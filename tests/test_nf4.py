@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tuneline.errors import ModelError
-from tuneline.nf4 import empty_model, file_names, load_base, quantized_modules, round_trip
+from tuneline.models.nf4 import empty_model, file_names, load_base, quantized_modules, round_trip
 
 
 def quantized_layers(model):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from tuneline.tokenizer_files import (
+from tuneline.models.tokenizer_files import (
     NAMES,
     copy_tokenizer,
     read_chat_template,

@@ -7,9 +7,9 @@ import torch
 
 from tuneline.artifacts import EVAL_FILE
 from tuneline.errors import DataError, ProofError
-from tuneline.heldout import Row, read_rows
 from tuneline.merge.config import MergeConfig
 from tuneline.merge.proof import Answers, Comparison, Distance, answer_loss, greedy_gap, hold
+from tuneline.models.heldout_rows import Row, read_rows
 
 
 def compare(first, second):

@@ -17,7 +17,7 @@ from tuneline.errors import ModelError, OutputExistsError, ProofError, RecipeErr
 from tuneline.merge import MergeConfig, run
 from tuneline.merge.adapter import Adapter
 from tuneline.merge.weights import stop_at_end_of_turn
-from tuneline.nf4 import load_base
+from tuneline.models.nf4 import load_base
 from tuneline.record import hash_files
 from tuneline.train import TrainConfig
 from tuneline.train import run as train

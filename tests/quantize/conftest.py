@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tuneline.artifacts import HELDOUT_FILE, INPUT_IDS, TRAIN_FILE, MergeProof, write_jsonl
+from tuneline.models.tokenizer_files import copy_tokenizer
 from tuneline.quantize import convert, probes
-from tuneline.tokenizer_files import copy_tokenizer
 
 PROMPT = "<|im_start|>user\nHow many Mi are 3Gi?<|im_end|>\n<|im_start|>assistant\n"
 

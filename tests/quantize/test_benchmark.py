@@ -8,7 +8,7 @@ import torch
 
 from tuneline.artifacts import HELDOUT_FILE, DatasetManifest, QuantizedModel, write_jsonl
 from tuneline.errors import ModelError
-from tuneline.likelihood import Pair
+from tuneline.models.likelihood import Pair
 from tuneline.quantize import QuantizeConfig, run
 from tuneline.quantize.benchmark import CHOICE, EXACT, prepare, score
 from tuneline.quantize.llama_file import LlamaFile

@@ -13,7 +13,7 @@ import torch
 
 from tuneline.artifacts import HELDOUT_FILE, MODELFILE, read_jsonl, write_jsonl
 from tuneline.errors import DataError, ProofError
-from tuneline.heldout import MAX_ROW_TOKENS, Row, read_rows
+from tuneline.models.heldout_rows import MAX_ROW_TOKENS, Row, read_rows
 from tuneline.quantize import gguf_proof, modelfile, probes, quality
 from tuneline.quantize.formats import GGUF, Bound
 from tuneline.quantize.llama_file import LlamaFile

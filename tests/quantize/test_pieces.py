@@ -12,8 +12,8 @@ import torch
 
 from tuneline.artifacts import MergeProof
 from tuneline.errors import ProofError
+from tuneline.models.tokenizer_files import copy_tokenizer
 from tuneline.quantize import convert, probes
-from tuneline.tokenizer_files import copy_tokenizer
 
 SIZES = {
     "hidden_size": 128,

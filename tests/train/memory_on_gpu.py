@@ -169,7 +169,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     """Train for a few steps; return the estimate and the peaks in bytes."""
     import torch
 
-    from tuneline import nf4
+    from tuneline.models import nf4
     from tuneline.train import run as train
     from tuneline.train.config import TrainConfig
 
@@ -274,7 +274,7 @@ def random_base(base_model_dir: Any, *, dtype: Any, device: str, quantized: bool
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tuneline import nf4
+    from tuneline.models import nf4
 
     nf4.keep_plain_layout_on_cpu()
     packed = nf4.quantized_modules(nf4.empty_model(base_model_dir)) if quantized else set()

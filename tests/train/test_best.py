@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from tuneline.artifacts import TrainingPoint, TrainingSummary
 from tuneline.errors import StoppedError
-from tuneline.nf4 import load_base
+from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig, run
 from tuneline.train.metrics import eval_gap
 
@@ -100,7 +100,7 @@ def test_patience_and_the_best_adapter_survive_an_interruption(
         return model
 
     with monkeypatch.context() as patched, pytest.raises(StoppedError):
-        patched.setattr("tuneline.nf4.load_base", load)
+        patched.setattr("tuneline.models.nf4.load_base", load)
         train(tmp_path / "stopped", tiny_model_dir, dataset)
     again = train(tmp_path / "stopped", tiny_model_dir, dataset)
     assert again.history == whole.history

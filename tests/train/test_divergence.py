@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tuneline.errors import TrainingError
-from tuneline.nf4 import load_base
+from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig, run
 
 RATE = 4e-3
@@ -58,7 +58,7 @@ def poison(monkeypatch):
             model.register_forward_hook(forward, with_kwargs=True)
             return model
 
-        monkeypatch.setattr("tuneline.nf4.load_base", load)
+        monkeypatch.setattr("tuneline.models.nf4.load_base", load)
         return seen
 
     return install

@@ -7,7 +7,7 @@ import torch
 
 from tuneline.artifacts import DatasetManifest
 from tuneline.errors import RecipeError, TrainingError
-from tuneline.nf4 import load_base
+from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig, run
 from tuneline.train.fit import (
     HEAD_ROOM,
@@ -65,7 +65,7 @@ def crowd(monkeypatch):
             model.register_forward_hook(forward, with_kwargs=True)
             return model
 
-        monkeypatch.setattr("tuneline.nf4.load_base", load)
+        monkeypatch.setattr("tuneline.models.nf4.load_base", load)
         return seen
 
     return install
@@ -225,7 +225,7 @@ def test_rows_of_a_step_stay_whole_numbers():
 def test_too_little_memory_is_refused_before_the_model_is_loaded(
     tmp_path, tiny_model_dir, dataset_dir, answer_rows, monkeypatch
 ):
-    monkeypatch.setattr("tuneline.nf4.load_base", None)
+    monkeypatch.setattr("tuneline.models.nf4.load_base", None)
     with pytest.raises(RecipeError, match=r"takes about .* GiB of memory, and 0\.0 of 0\.0 GiB"):
         train(tmp_path, tiny_model_dir, dataset_dir(answer_rows), memory_gib=0.001)
     assert not (tmp_path / "adapter").exists()

@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from tuneline.errors import ModelError, RecipeError
-from tuneline.nf4 import load_base
+from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig, run
 from tuneline.train.adapter import check_targets, lora_config
 from tuneline.train.config import LoraConfig

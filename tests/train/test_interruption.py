@@ -14,7 +14,7 @@ import pytest
 
 from tuneline.artifacts import TrainingSummary
 from tuneline.errors import StoppedError, StorageError
-from tuneline.nf4 import load_base
+from tuneline.models.nf4 import load_base
 from tuneline.step import main
 from tuneline.train import TrainConfig, run
 
@@ -158,7 +158,7 @@ def _stop_in_evaluation(patched, number: int) -> None:
         model.register_forward_hook(forward)
         return model
 
-    patched.setattr("tuneline.nf4.load_base", load)
+    patched.setattr("tuneline.models.nf4.load_base", load)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(

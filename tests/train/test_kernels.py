@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from tuneline.artifacts import DatasetManifest
 from tuneline.errors import RecipeError
 from tuneline.kernels import FlatAdamW, unpatch
-from tuneline.nf4 import load_base
+from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig
 from tuneline.train.adapter import keep_adapter_in_fp32, lora_config
 from tuneline.train.arguments import training_arguments

@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from tuneline.errors import RecipeError
-from tuneline.nf4 import load_base
+from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig, run
 from tuneline.train.adapter import lora_config
 from tuneline.train.config import LoraConfig

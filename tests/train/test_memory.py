@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tuneline.nf4 import load_base
+from tuneline.models.nf4 import load_base
 from tuneline.train.adapter import lora_config
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory import GIB, Settings, Shape, estimate_memory, model_shape

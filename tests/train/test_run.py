@@ -18,7 +18,7 @@ from tuneline.errors import (
     TrainingError,
     WorldError,
 )
-from tuneline.nf4 import load_base
+from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig, run
 from tuneline.train.arguments import DPO_LOSSES
 from tuneline.train.config import DpoConfig

@@ -6,7 +6,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from tuneline.artifacts import DatasetManifest
-from tuneline.nf4 import load_base
+from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig, run
 from tuneline.train.samples import prompts_of
 

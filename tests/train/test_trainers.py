@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer, Trainer
 
 from tuneline.artifacts import DatasetManifest
-from tuneline.nf4 import load_base
+from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig
 from tuneline.train.adapter import lora_config
 from tuneline.train.arguments import num_total_steps, training_arguments

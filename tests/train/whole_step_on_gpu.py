@@ -171,9 +171,9 @@ def bare(base: Path, dataset: Path, num_steps: int) -> None:
     import peft
     import torch
 
-    from tuneline import nf4
     from tuneline.artifacts import DatasetManifest
     from tuneline.kernels import FlatAdamW, patch
+    from tuneline.models import nf4
     from tuneline.train.adapter import keep_adapter_in_fp32, lora_config
     from tuneline.train.config import TrainConfig
     from tuneline.train.rows import load_rows

@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError
 from tuneline.evaluate.encoding import encode_pair
-from tuneline.likelihood import score_answers
+from tuneline.models.likelihood import score_answers
 
 logger = logging.getLogger(__name__)
 

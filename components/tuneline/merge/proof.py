@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from tuneline.errors import ProofError
-from tuneline.heldout import Row
 from tuneline.merge.config import MergeConfig
-from tuneline.nf4 import load_base
+from tuneline.models.heldout_rows import Row
+from tuneline.models.nf4 import load_base
 
 logger = logging.getLogger(__name__)
 

@@ -59,7 +59,6 @@ def run(
         import torch
         from transformers import AutoTokenizer
 
-        from tuneline.heldout import read_rows
         from tuneline.merge import proof
         from tuneline.merge.adapter import Adapter
         from tuneline.merge.weights import (
@@ -70,6 +69,7 @@ def run(
             stop_at_end_of_turn,
             write_config,
         )
+        from tuneline.models.heldout_rows import read_rows
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, training.compute_dtype)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from tuneline import tokenizer_files
 from tuneline.artifacts import RECORD_FILES, TrainingSummary
 from tuneline.errors import ModelError
 from tuneline.merge.adapter import Adapter
 from tuneline.merge.checkpoint import Checkpoint, Spec, write_sharded
-from tuneline.nf4 import empty_model, file_names, quantized_modules, round_trip
+from tuneline.models import tokenizer_files
+from tuneline.models.nf4 import empty_model, file_names, quantized_modules, round_trip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tuneline.artifacts import HELDOUT_FILE, read_jsonl
-from tuneline.likelihood import Pair
+from tuneline.models.likelihood import Pair
 
 CHOICE, EXACT = "heldout_choice", "heldout_exact"
 

@@ -12,9 +12,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuneline import tokenizer_files
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ModelError, ProofError, ToolError
+from tuneline.models import tokenizer_files
 from tuneline.quantize.disk import raise_if_full
 from tuneline.quantize.formats import Bound
 from tuneline.quantize.reference import Reference

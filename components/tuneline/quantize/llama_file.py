@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tuneline.errors import ProofError
-from tuneline.likelihood import Pair, Tokens
+from tuneline.models.likelihood import Pair, Tokens
 from tuneline.quantize.generation import Generation
 from tuneline.quantize.threads import num_threads
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tuneline.errors import ProofError
-from tuneline.heldout import Row
+from tuneline.models.heldout_rows import Row
 from tuneline.quantize.formats import Bound
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuneline.artifacts import HELDOUT_FILE, read_jsonl
-from tuneline.heldout import MAX_ROW_TOKENS, Row, read_rows
+from tuneline.models.heldout_rows import MAX_ROW_TOKENS, Row, read_rows
 from tuneline.quantize import benchmark, probes
 from tuneline.quantize.benchmark import Benchmark
 from tuneline.quantize.config import QuantizeConfig

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tuneline.errors import ModelError, ProofError
-from tuneline.likelihood import Pair, score_answers
+from tuneline.models.likelihood import Pair, score_answers
 from tuneline.quantize import widening
 from tuneline.quantize.generation import Generation
 

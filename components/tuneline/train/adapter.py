@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError
-from tuneline.nf4 import empty_model
+from tuneline.models.nf4 import empty_model
 from tuneline.train.config import LoraConfig
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.trainer_callback import PrinterCallback
 
-from tuneline import nf4
 from tuneline.artifacts import PROGRESS_FILE, DatasetManifest, ModelOrigin, TrainingSummary
 from tuneline.errors import StoppedError
+from tuneline.models import nf4
 from tuneline.train import ranks, zero2
 from tuneline.train.adapter import (
     keep_adapter_in_fp32,

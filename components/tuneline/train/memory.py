@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tuneline.artifacts import Method
-from tuneline.nf4 import BLOCKSIZE, empty_model, quantized_modules
+from tuneline.models.nf4 import BLOCKSIZE, empty_model, quantized_modules
 from tuneline.train.adapter import is_called
 from tuneline.train.config import LoraConfig
 

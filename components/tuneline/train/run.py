@@ -18,7 +18,7 @@ from tuneline.artifacts import (
     new_directory,
 )
 from tuneline.errors import ModelError
-from tuneline.tokenizer_files import copy_tokenizer, set_chat_template
+from tuneline.models.tokenizer_files import copy_tokenizer, set_chat_template
 from tuneline.train.checkpoints import ROOT_VARIABLE, CheckpointStore
 from tuneline.train.config import TrainConfig
 from tuneline.train.fit import Plan
