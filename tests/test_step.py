@@ -8,7 +8,7 @@ import pytest
 
 from tuneline.artifacts import Decision, new_directory
 from tuneline.errors import DataError, OutputExistsError, WorldError
-from tuneline.step import EVENTS_VARIABLE, log_metrics, step
+from tuneline.runtime.step import EVENTS_VARIABLE, log_metrics, step
 
 
 def events(path: Path) -> list[dict]:

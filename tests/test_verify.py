@@ -16,10 +16,10 @@ from tuneline.artifacts import (
     QuantizedModel,
     TrainingSummary,
 )
-from tuneline.environment import describe_environment
 from tuneline.errors import DataError
 from tuneline.merge import MergeConfig
 from tuneline.record import hash_files
+from tuneline.runtime.environment import describe_environment
 from tuneline.train import TrainConfig
 from tuneline.verify import verify
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field
 
-from tuneline.environment import describe_environment
 from tuneline.errors import WorldError
+from tuneline.runtime.environment import describe_environment
 from tuneline.strict_model import StrictModel
 from tuneline.version import VERSION
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.artifacts import KINDS, PUBLISHED_BUNDLE
-from tuneline.environment import describe_environment
 from tuneline.errors import DataError
 from tuneline.record import Ancestor, hash_files
+from tuneline.runtime.environment import describe_environment
 
 # What the Hub and its client add, and the card, which names the repository.
 _NOT_OURS = {"README.md", ".gitattributes"}

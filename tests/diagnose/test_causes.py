@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from tuneline.causes import CAUSES, explain, find_cause
-from tuneline.events import StepRun
+from tuneline.runtime.causes import CAUSES, explain, find_cause
+from tuneline.runtime.events import StepRun
 
 
 @pytest.mark.parametrize(

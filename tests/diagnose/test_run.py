@@ -11,7 +11,7 @@ import pytest
 
 from tuneline.diagnose import run
 from tuneline.errors import DataError
-from tuneline.step import EVENTS_VARIABLE, emit, step
+from tuneline.runtime.step import EVENTS_VARIABLE, emit, step
 
 
 def write_events(path: Path, *events: tuple) -> str:
@@ -151,7 +151,7 @@ from tuneline.diagnose.component import diagnose
 @dsl.component(install_kfp_package=False)
 def prepare(fails: bool):
     from tuneline.errors import DataError
-    from tuneline.step import step
+    from tuneline.runtime.step import step
     with step("prepare"):
         if fails:
             raise DataError("row 7 has no answer: add one")

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tuneline import images, selfcheck
-from tuneline.environment import IMAGE_VARIABLE, describe_environment
+from tuneline.runtime.environment import IMAGE_VARIABLE, describe_environment
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "images"

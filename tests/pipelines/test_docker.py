@@ -12,10 +12,10 @@ import pytest
 
 from tuneline import images
 from tuneline.artifacts import RunSummary
-from tuneline.events import step_runs
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.docker_engine import RUN_LABEL, check_images
 from tuneline.pipelines.watch import read_events
+from tuneline.runtime.events import step_runs
 
 # Few steps and rows, one format of each kind: every image, every step, published too.
 SMALL = [

@@ -13,7 +13,7 @@ from tuneline.artifacts import DatasetManifest
 
 IN_A_STEP = """
 from tuneline.quantize import QuantizeConfig, convert, measure_importance
-from tuneline.step import step
+from tuneline.runtime.step import step
 with step("quantize"):
     """
 CONVERT = "convert(merged_dir='{merged}', gguf_dir='{out}')"

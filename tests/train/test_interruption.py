@@ -15,7 +15,7 @@ import pytest
 from tuneline.artifacts import TrainingSummary
 from tuneline.errors import StoppedError, StorageError
 from tuneline.models.nf4 import load_base
-from tuneline.step import main
+from tuneline.runtime.step import main
 from tuneline.train import TrainConfig, run
 
 # Several epochs, dropout, and logs, evaluations and checkpoints that do not fall together.

@@ -30,8 +30,8 @@ from tuneline.errors import (
     TrainingError,
     UserError,
 )
-from tuneline.kubernetes_client import connect
 from tuneline.pipelines.lint import lint_documents
+from tuneline.runtime.kubernetes_client import connect
 from tuneline.train import NodesConfig, TrainConfig, run, run_on_nodes
 from tuneline.train.launcher import Launcher
 from tuneline.train.nodes import Board, Verdict

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer
 
 from tuneline.artifacts import PROGRESS_FILE, DatasetManifest, ModelOrigin, TrainingSummary
 from tuneline.errors import DataError, RecipeError, StoppedError, TrainingError
+from tuneline.runtime.stop_request import StopRequest
 from tuneline.train import TrainConfig, run
 from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.fit import first_plan
-from tuneline.train.interruption import StopRequest
 from tuneline.train.launch import _failure, choose_num_ranks, run_on_ranks
 from tuneline.train.rank import OutOfMemory, StartAgain
 from tuneline.train.zero2 import is_wanted, zero2_config

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from tuneline.diagnose import run
-from tuneline.step import step
+from tuneline.runtime.step import step
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tuneline.diagnose", description=run.__doc__)

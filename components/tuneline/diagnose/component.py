@@ -9,7 +9,7 @@ from tuneline import images
 def diagnose(status: dsl.PipelineTaskFinalStatus, summary: dsl.Output[dsl.Markdown]):
     """Say what failed and what to change, or what was done."""
     from tuneline.diagnose import run
-    from tuneline.step import step
+    from tuneline.runtime.step import step
 
     with step("diagnose"):
         run(

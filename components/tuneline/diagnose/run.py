@@ -10,10 +10,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuneline.causes import explain
-from tuneline.events import StepRun, failed_run, parse_events, step_runs
 from tuneline.html.units import duration
-from tuneline.step import EVENTS_VARIABLE
+from tuneline.runtime.causes import explain
+from tuneline.runtime.events import StepRun, failed_run, parse_events, step_runs
+from tuneline.runtime.step import EVENTS_VARIABLE
 
 logger = logging.getLogger(__name__)
 

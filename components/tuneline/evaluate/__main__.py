@@ -1,7 +1,7 @@
 """Run as `python -m tuneline.evaluate --label base --model DIR --dataset DIR --scores DIR`."""
 
 from tuneline.evaluate import EvaluateConfig, run
-from tuneline.step import main
+from tuneline.runtime.step import main
 
 if __name__ == "__main__":
     main("evaluate", EvaluateConfig, run)

@@ -16,7 +16,7 @@ def evaluate(
 ):
     """Measure a model, "base" or "tuned"; `config` is an EvaluateConfig as JSON."""
     from tuneline.evaluate import EvaluateConfig, run
-    from tuneline.step import log_metrics, step
+    from tuneline.runtime.step import log_metrics, step
 
     with step("evaluate"):
         result = run(

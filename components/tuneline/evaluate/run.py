@@ -29,7 +29,7 @@ from tuneline.errors import TaskError
 from tuneline.evaluate import heldout, samples
 from tuneline.evaluate.config import EvaluateConfig
 from tuneline.record import Record
-from tuneline.step import emit
+from tuneline.runtime.step import emit
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Run as `python -m tuneline.fetch --source ... --base-model DIR`."""
 
 from tuneline.fetch import FetchConfig, run
-from tuneline.step import main
+from tuneline.runtime.step import main
 
 if __name__ == "__main__":
     main("fetch", FetchConfig, run)

@@ -9,7 +9,7 @@ from tuneline import images
 def look_up_model(source: str, config: str) -> str:
     """Say what stands behind the name now; `config` is a FetchConfig as JSON."""
     from tuneline.fetch import FetchConfig, version
-    from tuneline.step import step
+    from tuneline.runtime.step import step
 
     with step("look-up-model"):
         found = version(FetchConfig.parse(config), source=source)
@@ -20,7 +20,7 @@ def look_up_model(source: str, config: str) -> str:
 def fetch(source: str, config: str, version: str, base_model: dsl.Output[dsl.Model]):
     """Fetch the base model; `config` is a FetchConfig as JSON, `version` is for the cache."""
     from tuneline.fetch import FetchConfig, run
-    from tuneline.step import step
+    from tuneline.runtime.step import step
 
     with step("fetch"):
         origin = run(FetchConfig.parse(config), source=source, base_model_dir=base_model.path)

@@ -15,7 +15,7 @@ def gate(
 ) -> str:
     """Compare tuned against base on the same samples; returns "promote" or "hold"."""
     from tuneline.gate import GateConfig, run
-    from tuneline.step import step
+    from tuneline.runtime.step import step
 
     with step("gate"):
         record = run(

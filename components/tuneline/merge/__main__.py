@@ -1,7 +1,7 @@
 """`python -m tuneline.merge --base-model DIR --adapter DIR --dataset DIR --merged DIR`."""
 
 from tuneline.merge import MergeConfig, run
-from tuneline.step import main
+from tuneline.runtime.step import main
 
 if __name__ == "__main__":
     main("merge", MergeConfig, run)

@@ -15,7 +15,7 @@ def merge(
 ):
     """Merge the adapter into the base; `config` is a MergeConfig as JSON."""
     from tuneline.merge import MergeConfig, run
-    from tuneline.step import step
+    from tuneline.runtime.step import step
 
     with step("merge"):
         proof = run(

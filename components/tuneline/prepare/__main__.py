@@ -1,7 +1,7 @@
 """Run as `python -m tuneline.prepare --source ... --base-model DIR --dataset DIR ...`."""
 
 from tuneline.prepare import PrepareConfig, run
-from tuneline.step import main
+from tuneline.runtime.step import main
 
 if __name__ == "__main__":
     main("prepare", PrepareConfig, run)

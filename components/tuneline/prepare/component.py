@@ -9,7 +9,7 @@ from tuneline import images
 def look_up_data(source: str, config: str) -> str:
     """Say what stands behind the name now; `config` is a PrepareConfig as JSON."""
     from tuneline.prepare import PrepareConfig, version
-    from tuneline.step import step
+    from tuneline.runtime.step import step
 
     with step("look-up-data"):
         found = version(PrepareConfig.parse(config), source=source)
@@ -27,7 +27,7 @@ def prepare(
 ):
     """Check and tokenise the rows; `config` is a PrepareConfig as JSON, `version` for the cache."""
     from tuneline.prepare import PrepareConfig, run
-    from tuneline.step import step
+    from tuneline.runtime.step import step
 
     with step("prepare"):
         manifest = run(

@@ -23,7 +23,7 @@ def publish(
 ):
     """Publish what the gate promoted to the Hub, or to a directory (`dir:PATH`)."""
     from tuneline.publish import PublishConfig, run
-    from tuneline.step import step
+    from tuneline.runtime.step import step
 
     with step("publish"):
         record = run(

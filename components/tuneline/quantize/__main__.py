@@ -1,7 +1,7 @@
 """Run as `python -m tuneline.quantize --format q4_k_m --merged DIR ...`."""
 
 from tuneline.quantize import QuantizeConfig, run
-from tuneline.step import main
+from tuneline.runtime.step import main
 
 if __name__ == "__main__":
     main("quantize", QuantizeConfig, run)

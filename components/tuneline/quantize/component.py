@@ -12,7 +12,7 @@ from tuneline import images
 def convert_gguf(merged: dsl.Input[dsl.Model], gguf: dsl.Output[dsl.Model]):
     """Convert the merged model to GGUF in f16, once for all formats."""
     from tuneline.quantize import convert
-    from tuneline.step import step
+    from tuneline.runtime.step import step
 
     with step("convert-gguf"):
         record = convert(merged_dir=merged.path, gguf_dir=gguf.path)
@@ -29,7 +29,7 @@ def measure_importance(
     """Measure the importance matrix, once for all formats; `config` is a QuantizeConfig as JSON."""
     from tuneline.quantize import QuantizeConfig
     from tuneline.quantize import measure_importance as measure
-    from tuneline.step import step
+    from tuneline.runtime.step import step
 
     with step("measure-importance"):
         record = measure(
@@ -53,7 +53,7 @@ def quantize_gguf(
 ):
     """Make and check one GGUF file; `config` is a QuantizeConfig as JSON."""
     from tuneline.quantize import QuantizeConfig, run
-    from tuneline.step import step
+    from tuneline.runtime.step import step
 
     with step("quantize-gguf"):
         record = run(
@@ -82,7 +82,7 @@ def quantize_gptq(
 ):
     """Make and check one GPTQ checkpoint; `config` is a QuantizeConfig as JSON."""
     from tuneline.quantize import QuantizeConfig, run
-    from tuneline.step import step
+    from tuneline.runtime.step import step
 
     with step("quantize-gptq"):
         record = run(

@@ -22,7 +22,7 @@ from tuneline.quantize.ggml import F32, Tensor, library
 from tuneline.quantize.importance_file import Importance
 from tuneline.quantize.threads import num_threads
 from tuneline.quantize.worker import STOPPED
-from tuneline.signals import raised_on_sigterm
+from tuneline.runtime.signals import raised_on_sigterm
 
 logger = logging.getLogger(__name__)
 

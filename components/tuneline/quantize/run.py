@@ -18,7 +18,7 @@ from tuneline.quantize.config import QuantizeConfig
 from tuneline.quantize.threads import few_threads
 from tuneline.quantize.worker import STOPPED
 from tuneline.record import Record
-from tuneline.signals import raised_on_sigterm
+from tuneline.runtime.signals import raised_on_sigterm
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from tuneline.recipe import Recipe
 from tuneline.report import run
-from tuneline.step import main
+from tuneline.runtime.step import main
 
 if __name__ == "__main__":
     main("report", Recipe, run)

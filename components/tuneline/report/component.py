@@ -28,7 +28,7 @@ def report(
     """Write the run's page and summary; `recipe` is a Recipe as JSON."""
     from tuneline.recipe import Recipe
     from tuneline.report import run
-    from tuneline.step import step
+    from tuneline.runtime.step import step
 
     with step("report"):
         run(

@@ -3,8 +3,6 @@
 from html import escape
 from typing import Any
 
-from tuneline.causes import RUN_AGAIN, explain
-from tuneline.events import StepRun, failed_run, step_runs
 from tuneline.html.page import (
     Cell,
     badge,
@@ -18,6 +16,8 @@ from tuneline.html.page import (
 )
 from tuneline.html.units import duration
 from tuneline.report.line import OUTSIDE, stages_of_runs
+from tuneline.runtime.causes import RUN_AGAIN, explain
+from tuneline.runtime.events import StepRun, failed_run, step_runs
 
 
 def render_failed(recipe_name: str, events: list[dict[str, Any]]) -> str:

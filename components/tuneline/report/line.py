@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from tuneline.events import StepRun
 from tuneline.html.flow import Stage, Status
+from tuneline.runtime.events import StepRun
 
 # Name and what it waits for. The main way comes first, so that it takes the first lane.
 LINE: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -1,6 +1,6 @@
 """`python -m tuneline.train --base-model DIR --dataset DIR --adapter DIR --curves FILE`."""
 
-from tuneline.step import main
+from tuneline.runtime.step import main
 from tuneline.train import TrainConfig, run
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 from tuneline.artifacts import PROGRESS_FILE, DatasetManifest, ModelOrigin, TrainingSummary
 from tuneline.errors import StoppedError
 from tuneline.models import nf4
+from tuneline.runtime.stop_request import stop_on_sigterm
 from tuneline.train import ranks, zero2
 from tuneline.train.adapter import (
     keep_adapter_in_fp32,
@@ -25,7 +26,6 @@ from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.config import TrainConfig
 from tuneline.train.divergence import train_through
 from tuneline.train.fit import Plan
-from tuneline.train.interruption import stop_on_sigterm
 from tuneline.train.kernels import can_fuse, fuse_model, fuse_trainer
 from tuneline.train.loftq import start_from_the_rest
 from tuneline.train.metrics import eval_gap

@@ -15,7 +15,7 @@ def train(
     curves: dsl.Output[dsl.HTML],
 ):
     """Train a QLoRA adapter; `config` is a TrainConfig as JSON."""
-    from tuneline.step import log_metrics, step
+    from tuneline.runtime.step import log_metrics, step
     from tuneline.train import TrainConfig, run
     from tuneline.train.metrics import artifact_metadata, comparable_metrics
 
@@ -42,7 +42,7 @@ def train_on_nodes(
     curves: dsl.Output[dsl.HTML],
 ):
     """Train on the nodes of a TrainJob; `nodes` is a NodesConfig as JSON."""
-    from tuneline.step import log_metrics, step
+    from tuneline.runtime.step import log_metrics, step
     from tuneline.train import NodesConfig, TrainConfig, run_on_nodes
     from tuneline.train.metrics import artifact_metadata, comparable_metrics
 

@@ -35,9 +35,9 @@ import torch
 
 from tuneline import errors
 from tuneline.errors import RecipeError, StoppedError, TrainingError
+from tuneline.runtime.stop_request import StopRequest, stop_on_sigterm
 from tuneline.train import zero2
 from tuneline.train.config import TrainConfig
-from tuneline.train.interruption import StopRequest, stop_on_sigterm
 from tuneline.train.nodes import Attempt, Nodes
 from tuneline.train.rank import JOB_FILE, RESULT_FILE, OutOfMemory, StartAgain
 

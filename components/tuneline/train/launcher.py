@@ -19,7 +19,7 @@ from typing import Any
 
 from tuneline import errors
 from tuneline.errors import ClusterError, StoppedError, TrainingError, TunelineError
-from tuneline.signals import raised_on_sigterm
+from tuneline.runtime.signals import raised_on_sigterm
 from tuneline.train.nodes import Board, Verdict
 from tuneline.train.pod_state import CONFIG_REASON, IMAGE_REASONS, disruption, memory_kill, obstacle
 from tuneline.train.trainjob_api import Away, TrainJobs

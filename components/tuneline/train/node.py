@@ -9,9 +9,9 @@ import sys
 import time
 
 from tuneline.errors import RecipeError, TunelineError
-from tuneline.step import step
+from tuneline.runtime.step import step
+from tuneline.runtime.stop_request import stop_on_sigterm
 from tuneline.train.config import TrainConfig
-from tuneline.train.interruption import stop_on_sigterm
 from tuneline.train.nodes import (
     ADAPTER_DIR,
     BASE_MODEL_DIR,

@@ -58,7 +58,7 @@ def run_on_nodes(
         StorageError: the volume cannot be written.
         UserError: this is not a pod of a cluster.
     """
-    from tuneline.kubernetes_client import connect
+    from tuneline.runtime.kubernetes_client import connect
     from tuneline.train.launcher import Launcher
     from tuneline.train.trainjob_api import TrainJobs
 
@@ -83,7 +83,7 @@ def run_on_nodes(
 
 
 def _whoami() -> tuple[str, str]:
-    from tuneline.kubernetes_client import NAMESPACE_VARIABLE, own_namespace
+    from tuneline.runtime.kubernetes_client import NAMESPACE_VARIABLE, own_namespace
 
     pod = next((os.environ[key] for key in POD_VARIABLES if os.environ.get(key)), None)
     namespace = own_namespace()

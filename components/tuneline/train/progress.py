@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from tuneline.artifacts import TrainingPoint
-from tuneline.step import emit
+from tuneline.runtime.step import emit
 from tuneline.train.run_state import RunState
 
 logger = logging.getLogger(__name__)

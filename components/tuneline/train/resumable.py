@@ -12,9 +12,9 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
+from tuneline.runtime.stop_request import StopRequest
 from tuneline.train import ranks, zero2
 from tuneline.train.checkpoints import CheckpointStore
-from tuneline.train.interruption import StopRequest
 from tuneline.train.rates import set_rate
 from tuneline.train.run_state import RunState
 from tuneline.train.shared_steps import SharedStepTrainer

@@ -9,7 +9,7 @@ import urllib3
 from kubernetes import client
 
 from tuneline.errors import ClusterError, CredentialsError
-from tuneline.kubernetes_client import AWAY
+from tuneline.runtime.kubernetes_client import AWAY
 from tuneline.train.trainjob import CONTAINER, GROUP, HEARTBEAT, PLURAL, VERSION
 
 JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"

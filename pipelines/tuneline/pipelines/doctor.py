@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tuneline.causes import CAUSES, OWN_ERRORS, RUN_AGAIN, Cause, find_cause
 from tuneline.pipelines.kube import Kube, Refused
 from tuneline.pipelines.placement import QUEUE_LABEL, STEP_LABEL
 from tuneline.pipelines.secret_values import mask_within
+from tuneline.runtime.causes import CAUSES, OWN_ERRORS, RUN_AGAIN, Cause, find_cause
 from tuneline.train.trainjob import CONTAINER as NODE
 from tuneline.train.trainjob import HEARTBEAT
 from tuneline.train.trainjob_api import JOBSET_LABEL

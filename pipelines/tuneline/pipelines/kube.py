@@ -14,7 +14,7 @@ import urllib3
 from kubernetes import client
 
 from tuneline.errors import ClusterError, CredentialsError
-from tuneline.kubernetes_client import connect
+from tuneline.runtime.kubernetes_client import connect
 from tuneline.train.trainjob import GROUP, PLURAL, VERSION
 
 BACKOFF_SECONDS = 1.0

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from kfp import local
 
-from tuneline.events import failed_run, step_runs
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.watch import read_events
 from tuneline.recipe import Recipe
-from tuneline.step import EVENTS_VARIABLE
+from tuneline.runtime.events import failed_run, step_runs
+from tuneline.runtime.step import EVENTS_VARIABLE
 from tuneline.train.checkpoints import ROOT_VARIABLE
 
 EVENTS_FILE = "events.jsonl"

@@ -16,7 +16,7 @@ def plan(
 ):
     """Say no before a GPU is asked for, where the run cannot work as it stands."""
     from tuneline.pipelines.plan_run import run
-    from tuneline.step import step
+    from tuneline.runtime.step import step
 
     with step("plan"):
         run(

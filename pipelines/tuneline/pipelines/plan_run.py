@@ -9,13 +9,13 @@ import logging
 import os
 from pathlib import Path
 
-from tuneline.environment import IMAGE_VARIABLE
 from tuneline.errors import ClusterError, RecipeError, UserError
-from tuneline.kubernetes_client import own_namespace
 from tuneline.pipelines.check import Check
 from tuneline.pipelines.kube import Kube
 from tuneline.pipelines.plan import plan
 from tuneline.recipe import Recipe
+from tuneline.runtime.environment import IMAGE_VARIABLE
+from tuneline.runtime.kubernetes_client import own_namespace
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from tuneline import errors
-from tuneline.events import StepRun
+from tuneline.runtime.events import StepRun
 
 OWN_ERRORS = frozenset(
     name

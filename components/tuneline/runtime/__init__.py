@@ -1,0 +1,1 @@
+"""What every step runs inside: events, causes of failure, signals, the Kubernetes client."""
