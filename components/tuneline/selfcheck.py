@@ -112,7 +112,7 @@ def _gguf() -> str:
     import accelerate
     import llama_cpp
 
-    from tuneline.quantize.converter import find
+    from tuneline.quantize.gguf.converter import find
 
     assert b"CPU" in llama_cpp.llama_print_system_info()
     return (

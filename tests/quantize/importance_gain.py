@@ -10,9 +10,11 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from tuneline.quantize import QuantizeConfig, gguf, measure_importance, quality, reference
-from tuneline.quantize.importance import FILE
-from tuneline.quantize.llama_file import LlamaFile
+from tuneline.quantize import QuantizeConfig, measure_importance
+from tuneline.quantize.gguf import files
+from tuneline.quantize.gguf.importance import FILE
+from tuneline.quantize.gguf.llama_model import LlamaFile
+from tuneline.quantize.proof import quality, reference
 from tuneline.quantize.threads import few_threads
 
 FORMATS = ("q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
@@ -50,7 +52,7 @@ def main() -> None:
                 if importance is None and format in arguments.weighed_only:
                     continue
                 target = Path(tempfile.mkdtemp(dir=scratch))
-                file = gguf.quantize(f16_dir, target, format=format, importance=importance)
+                file = files.quantize(f16_dir, target, format=format, importance=importance)
                 with LlamaFile(file, num_context=merged.num_context) as loaded:
                     logits = (torch.from_numpy(loaded.logits(row.ids)) for row in merged.rows)
                     found = quality.compare(merged.rows, merged.logits, logits)

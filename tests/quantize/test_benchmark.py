@@ -10,9 +10,9 @@ from tuneline.artifacts import HELDOUT_FILE, DatasetManifest, QuantizedModel, wr
 from tuneline.errors import ModelError
 from tuneline.models.likelihood import Pair
 from tuneline.quantize import QuantizeConfig, run
-from tuneline.quantize.benchmark import CHOICE, EXACT, prepare, score
-from tuneline.quantize.llama_file import LlamaFile
-from tuneline.quantize.transformers_model import TransformersModel
+from tuneline.quantize.gguf.llama_model import LlamaFile
+from tuneline.quantize.proof.benchmark import CHOICE, EXACT, prepare, score
+from tuneline.quantize.proof.transformers_model import TransformersModel
 
 ROWS = [
     {"prompt": "ab", "answer": "c", "end": ".\n", "choices": ["d", "c", "e"], "label": 1},

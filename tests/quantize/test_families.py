@@ -20,9 +20,10 @@ from tuneline.artifacts import (
 from tuneline.errors import ProofError
 from tuneline.merge import MergeConfig
 from tuneline.merge import run as merge
-from tuneline.quantize import convert, converter
-from tuneline.quantize.llama_file import LlamaFile
-from tuneline.quantize.transformers_model import TransformersModel
+from tuneline.quantize import convert
+from tuneline.quantize.gguf import converter
+from tuneline.quantize.gguf.llama_model import LlamaFile
+from tuneline.quantize.proof.transformers_model import TransformersModel
 
 pytestmark = pytest.mark.slow
 

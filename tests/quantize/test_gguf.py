@@ -13,10 +13,11 @@ from tuneline.errors import (
     ToolError,
     WorldError,
 )
-from tuneline.quantize import QuantizeConfig, converter, formats, gguf_tensors, run
-from tuneline.quantize.generation import NEAR_TIE, Generation, hold_against
-from tuneline.quantize.llama_file import LlamaFile
-from tuneline.quantize.transformers_model import TransformersModel
+from tuneline.quantize import QuantizeConfig, formats, run
+from tuneline.quantize.gguf import converter, tensors
+from tuneline.quantize.gguf.llama_model import LlamaFile
+from tuneline.quantize.proof.generation import NEAR_TIE, Generation, hold_against
+from tuneline.quantize.proof.transformers_model import TransformersModel
 
 # Weights of the tiny model: embeddings 49152 x 128, and two layers of seven matrices and two norms.
 NUM_MATRIX_WEIGHTS = 49152 * 128 + 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
@@ -156,7 +157,7 @@ def test_not_a_gguf_file(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF is not what follows")
     with pytest.raises(ToolError, match="not a GGUF file"):
-        gguf_tensors.read(file)
+        tensors.read(file)
     with pytest.raises(ProofError, match="does not load"):
         LlamaFile(file, num_context=1)
 

@@ -14,11 +14,13 @@ import torch
 from tuneline.artifacts import HELDOUT_FILE, MODELFILE, read_jsonl, write_jsonl
 from tuneline.errors import DataError, ProofError
 from tuneline.models.heldout_rows import MAX_ROW_TOKENS, Row, read_rows
-from tuneline.quantize import gguf_proof, modelfile, probes, quality
 from tuneline.quantize.formats import GGUF, Bound
-from tuneline.quantize.llama_file import LlamaFile
-from tuneline.quantize.reference import Reference, measure
-from tuneline.quantize.transformers_model import TransformersModel
+from tuneline.quantize.gguf import modelfile
+from tuneline.quantize.gguf import proof as gguf_proof
+from tuneline.quantize.gguf.llama_model import LlamaFile
+from tuneline.quantize.proof import probes, quality
+from tuneline.quantize.proof.reference import Reference, measure
+from tuneline.quantize.proof.transformers_model import TransformersModel
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import DataError, ModelError
 from tuneline.quantize import QuantizeConfig, run
-from tuneline.quantize.gptq import choose_group_size, linear_widths
+from tuneline.quantize.gptq.quantize import choose_group_size, linear_widths
 
 
 @pytest.mark.parametrize(

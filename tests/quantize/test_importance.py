@@ -11,10 +11,11 @@ import pytest
 
 from tuneline.artifacts import DatasetManifest, ImportanceMatrix, MergeProof
 from tuneline.errors import DataError, ModelError, RecipeError, ToolError, WorldError
-from tuneline.quantize import QuantizeConfig, importance_file, measure_importance, run, worker
+from tuneline.quantize import QuantizeConfig, child_process, measure_importance, run
 from tuneline.quantize.calibration import read_rows
-from tuneline.quantize.ggml import Tensor, library
-from tuneline.quantize.importance import FILE, collect
+from tuneline.quantize.gguf import importance_file
+from tuneline.quantize.gguf.ggml import Tensor, library
+from tuneline.quantize.gguf.importance import FILE, collect
 from tuneline.record import sha256_of_file
 
 NUM_ROWS = 6
@@ -198,7 +199,9 @@ def test_the_f16_file_is_hashed_once(
 
     monkeypatch.setattr("tuneline.record.sha256_of_file", watched)
     # In this process, to be watched.
-    monkeypatch.setattr(worker, "call", lambda function, *args, **named: function(*args, **named))
+    monkeypatch.setattr(
+        child_process, "call", lambda function, *args, **named: function(*args, **named)
+    )
     run(
         QuantizeConfig(num_check_tokens=2, num_importance_rows=NUM_ROWS),
         format="q4_0",

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tuneline.artifacts import MODELFILE
-from tuneline.quantize import modelfile
-from tuneline.quantize.reference import Reference, measure
+from tuneline.quantize.gguf import modelfile
+from tuneline.quantize.proof.reference import Reference, measure
 
 
 def closed(value: str) -> str | None:

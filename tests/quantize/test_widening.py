@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tuneline.quantize import reference, widening
-from tuneline.quantize.transformers_model import TransformersModel
+from tuneline.quantize.proof import reference, widening
+from tuneline.quantize.proof.transformers_model import TransformersModel
 
 SIZES = {
     "hidden_size": 128,

@@ -13,27 +13,27 @@ from typing import Any
 import pytest
 
 from tuneline.errors import RecipeError, ToolError
-from tuneline.quantize import QuantizeConfig, worker
+from tuneline.quantize import QuantizeConfig, child_process
 
 
 def test_what_a_function_returns() -> None:
     config = QuantizeConfig(gguf=("q8_0",), max_mean_kl={"q8_0": 0.5})
     values = config.model_dump()
-    assert worker.call(QuantizeConfig.model_validate, values) == config
-    assert worker.call(json.dumps, {"b": 1, "a": 2}, sort_keys=True) == '{"a": 2, "b": 1}'
-    assert worker.call(os.getpid) != os.getpid()
+    assert child_process.call(QuantizeConfig.model_validate, values) == config
+    assert child_process.call(json.dumps, {"b": 1, "a": 2}, sort_keys=True) == '{"a": 2, "b": 1}'
+    assert child_process.call(os.getpid) != os.getpid()
 
 
 def test_what_a_function_raises() -> None:
     with pytest.raises(ValueError, match="math domain error") as plain:
-        worker.call(math.sqrt, -1)
+        child_process.call(math.sqrt, -1)
     assert "call_worker.py" in plain.value.__notes__[0]
     with pytest.raises(RecipeError, match=r"did you mean 'q8_0'\?") as ours:
-        worker.call(QuantizeConfig.parse, {"gguf": ["q8"]})
+        child_process.call(QuantizeConfig.parse, {"gguf": ["q8"]})
     assert ours.value.exit_code == 2
     # The frame of a step tells a full disk by its number.
     with pytest.raises(FileNotFoundError) as missing:
-        worker.call(os.stat, "/no/such/file")
+        child_process.call(os.stat, "/no/such/file")
     assert (missing.value.errno, missing.value.filename) == (errno.ENOENT, "/no/such/file")
 
 
@@ -50,7 +50,7 @@ def test_a_process_without_an_answer(
     function: Callable[[Any], Any], argument: Any, message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ToolError, match=message):
-        worker.call(function, argument)
+        child_process.call(function, argument)
     if function is threading.Semaphore:
         assert "cannot pickle" in capfd.readouterr().err
 
@@ -59,6 +59,6 @@ def test_nothing_stays_in_the_temporary_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    made = worker.call(os.getenv, "TMPDIR")
+    made = child_process.call(os.getenv, "TMPDIR")
     assert made is not None and Path(made).parent == tmp_path
     assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,7 @@ none of them, so heavy imports stand inside the functions that need them.
 """
 
 from tuneline.quantize.config import QuantizeConfig
-from tuneline.quantize.importance import measure_importance
+from tuneline.quantize.gguf.importance import measure_importance
 from tuneline.quantize.run import convert, run
 
 __all__ = ["QuantizeConfig", "convert", "measure_importance", "run"]

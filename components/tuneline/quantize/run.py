@@ -12,11 +12,12 @@ from tuneline.artifacts import (
     new_directory,
 )
 from tuneline.errors import ModelError, RecipeError
-from tuneline.quantize import formats, gguf_export, worker
+from tuneline.quantize import child_process, formats
 from tuneline.quantize.calibration import read_rows
+from tuneline.quantize.child_process import STOPPED
 from tuneline.quantize.config import QuantizeConfig
+from tuneline.quantize.gguf import export
 from tuneline.quantize.threads import few_threads
-from tuneline.quantize.worker import STOPPED
 from tuneline.record import Record
 from tuneline.runtime.signals import raised_on_sigterm
 
@@ -35,7 +36,9 @@ def convert(*, merged_dir: str, gguf_dir: str) -> QuantizedModel:
     """
     merge = _check_model(merged_dir)
     with new_directory(gguf_dir) as target:
-        record = worker.call(gguf_export.convert, merge, merged_dir=Path(merged_dir), target=target)
+        record = child_process.call(
+            export.convert, merge, merged_dir=Path(merged_dir), target=target
+        )
     _log(record)
     return record
 
@@ -118,8 +121,8 @@ def _gguf(
         _check_source(importance_dir, matrix, merge, merged_dir, again)
         matrix.check_files(importance_dir)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        return worker.call(
-            gguf_export.export,
+        return child_process.call(
+            export.export,
             config,
             merge,
             format=format,
@@ -139,8 +142,9 @@ def _gptq(
     dataset_dir: Path,
     target: Path,
 ) -> QuantizedModel:
-    from tuneline.quantize import gptq, reference
-    from tuneline.quantize.transformers_model import choose_device
+    from tuneline.quantize.gptq import quantize
+    from tuneline.quantize.proof import reference
+    from tuneline.quantize.proof.transformers_model import choose_device
 
     device = choose_device(merged_dir)
     rows = read_rows(
@@ -150,7 +154,7 @@ def _gptq(
         purpose="GPTQ calibrates",
     )
     with few_threads():
-        return gptq.quantize(
+        return quantize.quantize(
             merged_dir,
             target,
             format=format,

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from tuneline.errors import ProofError
 from tuneline.models.likelihood import Pair, Tokens
-from tuneline.quantize.generation import Generation
+from tuneline.quantize.proof.generation import Generation
 from tuneline.quantize.threads import num_threads
 
 TEMPLATE_KEY = "tokenizer.chat_template"

@@ -42,7 +42,7 @@ def call(
         Path(scratch, CALL).write_bytes(pickle.dumps((function, args, kwargs, level)))
         done = run_to_end(
             # -P: not to import what lies in the working directory.
-            [sys.executable, "-P", "-m", "tuneline.quantize.call_worker", scratch],
+            [sys.executable, "-P", "-m", "tuneline.quantize.child_main", scratch],
             cwd=Path.cwd(),
             env={**os.environ, "TMPDIR": scratch},
             captured=False,

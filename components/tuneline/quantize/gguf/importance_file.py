@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuneline.errors import ToolError
-from tuneline.quantize.ggml import F32, ContextParams, InitParams, library
+from tuneline.quantize.gguf.ggml import F32, ContextParams, InitParams, library
 
 if TYPE_CHECKING:
     import numpy

@@ -20,15 +20,16 @@ def convert(merge: MergeProof, *, merged_dir: Path, target: Path) -> QuantizedMo
         merged_dir: the merged model.
         target: gets the file.
     """
-    from tuneline.quantize import gguf, reference
+    from tuneline.quantize.gguf import files
+    from tuneline.quantize.proof import reference
 
     started = time.monotonic()
     with few_threads():
-        file = gguf.convert(merged_dir, target)
+        file = files.convert(merged_dir, target)
         merged = reference.measure(
             merged_dir, dataset_dir=None, num_rows=0, num_tokens=NUM_CONVERT_TOKENS
         )
-        record = gguf.prove(file, format="f16", reference=merged, bound=formats.GGUF["f16"])
+        record = files.prove(file, format="f16", reference=merged, bound=formats.GGUF["f16"])
     record = record.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
     record.write(target, parents=(merge,))
     return record
@@ -59,7 +60,8 @@ def export(
         gguf_dir: what `convert` made; None: convert first.
         importance_dir: likewise what `measure_importance` made.
     """
-    from tuneline.quantize import gguf, importance, reference
+    from tuneline.quantize.gguf import files, importance
+    from tuneline.quantize.proof import reference
 
     if gguf_dir is None:
         gguf_dir = scratch / "f16"
@@ -74,7 +76,7 @@ def export(
         )
     matrix = ImportanceMatrix.read(importance_dir) if weighed and importance_dir else None
     with few_threads():
-        file = gguf.quantize(
+        file = files.quantize(
             gguf_dir,
             target,
             format=format,
@@ -82,7 +84,7 @@ def export(
         )
         merged = reference.for_export(config, merged_dir, dataset_dir)
         bound = formats.bound_of(format, config.max_mean_kl, config.min_top1_agreement)
-        record = gguf.prove(file, format=format, reference=merged, bound=bound)
+        record = files.prove(file, format=format, reference=merged, bound=bound)
     if matrix is None:
         return record, None
     note = f"importance matrix from {matrix.num_rows} training rows, {matrix.num_tokens} tokens"

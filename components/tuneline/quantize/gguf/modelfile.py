@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuneline.artifacts import MODELFILE
-from tuneline.quantize import probes
-from tuneline.quantize.reference import Reference
+from tuneline.quantize.proof import probes
+from tuneline.quantize.proof.reference import Reference
 
 MAX_CONTEXT = 8192
 """Ollama reserves memory for all of it at once; a person with more can raise it."""

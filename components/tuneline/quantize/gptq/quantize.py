@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ModelError, ProofError, ToolError
 from tuneline.models import tokenizer_files
+from tuneline.quantize.child_process import run_to_end
 from tuneline.quantize.disk import raise_if_full
 from tuneline.quantize.formats import Bound
-from tuneline.quantize.reference import Reference
+from tuneline.quantize.proof.reference import Reference
 from tuneline.quantize.threads import num_threads
-from tuneline.quantize.worker import run_to_end
 
 if TYPE_CHECKING:
-    from tuneline.quantize.transformers_model import TransformersModel
+    from tuneline.quantize.proof.transformers_model import TransformersModel
 
 GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
 """What the kernels know, the largest first."""
@@ -55,8 +55,8 @@ def quantize(
     """
     import torch
 
-    from tuneline.quantize import quality
-    from tuneline.quantize.transformers_model import TransformersModel
+    from tuneline.quantize.proof import quality
+    from tuneline.quantize.proof.transformers_model import TransformersModel
 
     bits = int(format.removeprefix("gptq-").removesuffix("bit"))
     taken, note = choose_group_size(linear_widths(model_dir), group_size)
@@ -175,7 +175,7 @@ def _run(
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "job.json").write_text(json.dumps(job), encoding="utf-8")
         done = run_to_end(
-            [sys.executable, "-m", "tuneline.quantize.gptq_worker", "job.json"],
+            [sys.executable, "-m", "tuneline.quantize.gptq.process", "job.json"],
             cwd=Path(scratch),
             env=settings | os.environ,
         )

@@ -10,8 +10,8 @@ import torch
 
 from tuneline.errors import ModelError, ProofError
 from tuneline.models.likelihood import Pair, score_answers
-from tuneline.quantize import widening
-from tuneline.quantize.generation import Generation
+from tuneline.quantize.proof import widening
+from tuneline.quantize.proof.generation import Generation
 
 ROOM_BYTES = 2 << 30
 BATCH_TOKENS = 512

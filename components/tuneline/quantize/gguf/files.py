@@ -8,10 +8,11 @@ from pathlib import Path
 
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ToolError
-from tuneline.quantize import converter, gguf_tensors, importance_file
 from tuneline.quantize.disk import raise_if_full
 from tuneline.quantize.formats import Bound
-from tuneline.quantize.reference import Reference
+from tuneline.quantize.gguf import converter, importance_file
+from tuneline.quantize.gguf import tensors as gguf_tensors
+from tuneline.quantize.proof.reference import Reference
 
 
 def convert(model_dir: Path, target: Path) -> Path:
@@ -49,7 +50,7 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> Qua
     Raises:
         ProofError: it fails a check.
     """
-    from tuneline.quantize import gguf_proof
+    from tuneline.quantize.gguf import proof as gguf_proof
 
     tensors = gguf_tensors.read(file)
     fallback = gguf_tensors.fallback_note(tensors, format)

@@ -1,4 +1,4 @@
-"""Run gptqmodel once: `python -m tuneline.quantize.gptq_worker JOB.json`.
+"""Run gptqmodel once: `python -m tuneline.quantize.gptq.process JOB.json`.
 
 A process of its own, because gptqmodel reads its settings from the environment when imported,
 patches transformers, writes `logs/` into the working directory and draws on the terminal.
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def main(job_file: str) -> None:
-    """Quantise as a job of `tuneline.quantize.gptq` says, and save."""
+    """Quantise as a job of `tuneline.quantize.gptq.quantize` says, and save."""
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
 

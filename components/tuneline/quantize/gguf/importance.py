@@ -15,13 +15,14 @@ from typing import Any
 
 from tuneline.artifacts import DatasetManifest, ImportanceMatrix, QuantizedModel, new_directory
 from tuneline.errors import ModelError, RecipeError, ToolError
-from tuneline.quantize import importance_file, worker
+from tuneline.quantize import child_process
 from tuneline.quantize.calibration import read_rows
+from tuneline.quantize.child_process import STOPPED
 from tuneline.quantize.config import QuantizeConfig
-from tuneline.quantize.ggml import F32, Tensor, library
-from tuneline.quantize.importance_file import Importance
+from tuneline.quantize.gguf import importance_file
+from tuneline.quantize.gguf.ggml import F32, Tensor, library
+from tuneline.quantize.gguf.importance_file import Importance
 from tuneline.quantize.threads import num_threads
-from tuneline.quantize.worker import STOPPED
 from tuneline.runtime.signals import raised_on_sigterm
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def measure_importance(
         raise RecipeError("quantize.num_importance_rows is 0: an importance matrix needs rows")
     QuantizedModel.read(gguf_dir).check_files(gguf_dir)
     with new_directory(importance_dir) as target:
-        return worker.call(
+        return child_process.call(
             measure,
             config,
             gguf_dir=Path(gguf_dir),

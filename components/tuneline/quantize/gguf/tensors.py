@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuneline.errors import ToolError
-from tuneline.quantize.ggml import InitParams, library
+from tuneline.quantize.gguf.ggml import InitParams, library
 
 K_BLOCK = 256
 """Weights in a block of a k-quant: a row that this does not divide gets another type."""

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from tuneline.artifacts import HELDOUT_FILE, read_jsonl
 from tuneline.models.heldout_rows import MAX_ROW_TOKENS, Row, read_rows
-from tuneline.quantize import benchmark, probes
-from tuneline.quantize.benchmark import Benchmark
 from tuneline.quantize.config import QuantizeConfig
-from tuneline.quantize.generation import Generation
+from tuneline.quantize.proof import benchmark, probes
+from tuneline.quantize.proof.benchmark import Benchmark
+from tuneline.quantize.proof.generation import Generation
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ def measure(
     """
     import torch
 
-    from tuneline.quantize.transformers_model import TransformersModel
+    from tuneline.quantize.proof.transformers_model import TransformersModel
 
     dtype = torch.float32 if device == "cpu" else "auto"
     model = TransformersModel(model_dir, dtype=dtype, device=device)

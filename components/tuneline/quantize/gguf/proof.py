@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from tuneline.errors import ProofError
-from tuneline.quantize import modelfile, probes, quality
 from tuneline.quantize.formats import Bound
-from tuneline.quantize.generation import Generation, hold_against
-from tuneline.quantize.llama_file import LlamaFile
-from tuneline.quantize.reference import Reference
+from tuneline.quantize.gguf import modelfile
+from tuneline.quantize.gguf.llama_model import LlamaFile
+from tuneline.quantize.proof import probes, quality
+from tuneline.quantize.proof.generation import Generation, hold_against
+from tuneline.quantize.proof.reference import Reference
 
 NUM_SPEED_TOKENS = 16
 

@@ -1,4 +1,4 @@
-"""Answer one call of `worker.call`: `python -m tuneline.quantize.call_worker DIRECTORY`."""
+"""Answer one call of `worker.call`: `python -m tuneline.quantize.child_main DIRECTORY`."""
 
 import logging
 import pickle
@@ -6,7 +6,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from tuneline.quantize.worker import ANSWER, CALL
+from tuneline.quantize.child_process import ANSWER, CALL
 
 
 def main(directory: Path) -> None:

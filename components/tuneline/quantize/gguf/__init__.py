@@ -1,0 +1,1 @@
+"""Export to GGUF with llama.cpp, and prove the file."""

@@ -1,0 +1,1 @@
+"""Export to a GPTQ checkpoint with gptqmodel."""

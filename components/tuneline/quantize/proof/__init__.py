@@ -1,0 +1,1 @@
+"""Compare an export with the merged model it was made from."""
