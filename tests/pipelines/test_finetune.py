@@ -139,7 +139,7 @@ def test_side_effects_are_never_cached(demo: tuple[str, dict, dict]) -> None:
 def test_the_cache_asks_what_stands_behind_the_names(demo: tuple[str, dict, dict]) -> None:
     found = tasks(demo[1])
     for name, looked_up in (("fetch", "look-up-model"), ("prepare", "look-up-data")):
-        version = found[name]["inputs"]["parameters"]["version"]["taskOutputParameter"]
+        version = found[name]["inputs"]["parameters"]["fingerprint"]["taskOutputParameter"]
         assert version == {"outputParameterKey": "Output", "producerTask": looked_up}
         assert looked_up in found[name]["dependentTasks"]
         # Beside each other, and after nothing but the plan.

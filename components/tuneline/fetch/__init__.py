@@ -5,7 +5,7 @@ heavy imports stand inside the functions that need them.
 """
 
 from tuneline.fetch.config import FetchConfig
+from tuneline.fetch.fingerprint import fingerprint
 from tuneline.fetch.run import run
-from tuneline.fetch.version import version
 
-__all__ = ["FetchConfig", "run", "version"]
+__all__ = ["FetchConfig", "run", "fingerprint"]

@@ -8,17 +8,17 @@ from tuneline import images
 @dsl.component(base_image=images.TRAIN, install_kfp_package=False)
 def look_up_model(source: str, config: str) -> str:
     """Say what stands behind the name now; `config` is a FetchConfig as JSON."""
-    from tuneline.fetch import FetchConfig, version
+    from tuneline.fetch import FetchConfig, fingerprint
     from tuneline.runtime.step import step
 
     with step("look-up-model"):
-        found = version(FetchConfig.parse(config), source=source)
+        found = fingerprint(FetchConfig.parse(config), source=source)
     return found
 
 
 @dsl.component(base_image=images.TRAIN, install_kfp_package=False)
-def fetch(source: str, config: str, version: str, base_model: dsl.Output[dsl.Model]):
-    """Fetch the base model; `config` is a FetchConfig as JSON, `version` is for the cache."""
+def fetch(source: str, config: str, fingerprint: str, base_model: dsl.Output[dsl.Model]):
+    """Fetch the base model; `config` is a FetchConfig as JSON, `fingerprint` is for the cache."""
     from tuneline.fetch import FetchConfig, run
     from tuneline.runtime.step import step
 
@@ -27,7 +27,7 @@ def fetch(source: str, config: str, version: str, base_model: dsl.Output[dsl.Mod
         base_model.metadata.update(
             source=origin.source,
             revision=origin.revision or "",
-            version=version,
+            fingerprint=fingerprint,
             architecture=origin.architecture,
             num_parameters=origin.num_parameters,
             sha256=origin.sha256,

@@ -5,7 +5,7 @@ heavy imports stand inside the functions that need them.
 """
 
 from tuneline.prepare.config import HeldoutConfig, PrepareConfig
+from tuneline.prepare.fingerprint import fingerprint
 from tuneline.prepare.run import run
-from tuneline.prepare.version import version
 
-__all__ = ["HeldoutConfig", "PrepareConfig", "run", "version"]
+__all__ = ["HeldoutConfig", "PrepareConfig", "run", "fingerprint"]

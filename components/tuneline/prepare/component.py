@@ -8,11 +8,11 @@ from tuneline import images
 @dsl.component(base_image=images.TRAIN, install_kfp_package=False)
 def look_up_data(source: str, config: str) -> str:
     """Say what stands behind the name now; `config` is a PrepareConfig as JSON."""
-    from tuneline.prepare import PrepareConfig, version
+    from tuneline.prepare import PrepareConfig, fingerprint
     from tuneline.runtime.step import step
 
     with step("look-up-data"):
-        found = version(PrepareConfig.parse(config), source=source)
+        found = fingerprint(PrepareConfig.parse(config), source=source)
     return found
 
 
@@ -20,12 +20,12 @@ def look_up_data(source: str, config: str) -> str:
 def prepare(
     source: str,
     config: str,
-    version: str,
+    fingerprint: str,
     base_model: dsl.Input[dsl.Model],
     dataset: dsl.Output[dsl.Dataset],
     statistics: dsl.Output[dsl.HTML],
 ):
-    """Check and tokenise the rows; `config` is a PrepareConfig as JSON, `version` for the cache."""
+    """Check and tokenise the rows; `config` is a PrepareConfig as JSON, `fingerprint` for the cache."""
     from tuneline.prepare import PrepareConfig, run
     from tuneline.runtime.step import step
 
@@ -38,7 +38,7 @@ def prepare(
             statistics_path=statistics.path,
         )
         dataset.metadata.update(
-            version=version,
+            fingerprint=fingerprint,
             format=manifest.format,
             num_train_rows=manifest.num_train_rows,
             num_heldout_rows=manifest.num_heldout_rows,

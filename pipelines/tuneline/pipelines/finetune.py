@@ -101,14 +101,14 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
                 fetch,
                 source=base_model,
                 config=fetch_config,
-                version=model_now.set_caching_options(False).output,
+                fingerprint=model_now.set_caching_options(False).output,
             )
             base = fetched.outputs["base_model"]
             prepared = placed(
                 prepare,
                 source=dataset,
                 config=prepare_config,
-                version=data_now.set_caching_options(False).output,
+                fingerprint=data_now.set_caching_options(False).output,
                 base_model=base,
             )
             data = prepared.outputs["dataset"]

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from tuneline.errors import DataError
-from tuneline.prepare import PrepareConfig, version
+from tuneline.prepare import PrepareConfig, fingerprint
 
 COMMITS = {"org/rows": "a" * 40, "org/other": "b" * 40}
 
 
 def of(source: str | Path, **config: object) -> str:
-    return version(PrepareConfig.parse(config), source=str(source))
+    return fingerprint(PrepareConfig.parse(config), source=str(source))
 
 
 def test_a_file_counts_by_its_content(tmp_path: Path) -> None:
@@ -91,12 +91,12 @@ def hub() -> Iterator[str]:
 
 PROGRAM = """
 import sys
-from tuneline.prepare import PrepareConfig, version
+from tuneline.prepare import PrepareConfig, fingerprint
 from tuneline.errors import TunelineError
 for source, revision in (("org/rows", None), ("org/other", None), ("org/none", None),
                          ("org/rows", "v9")):
     try:
-        print(version(PrepareConfig(revision=revision), source=source))
+        print(fingerprint(PrepareConfig(revision=revision), source=source))
     except TunelineError as error:
         print(f"{type(error).__name__}: {error}")
 """

@@ -10,7 +10,7 @@ from tuneline.prepare.source import find_files
 logger = logging.getLogger(__name__)
 
 
-def version(config: PrepareConfig, *, source: str) -> str:
+def fingerprint(config: PrepareConfig, *, source: str) -> str:
     """Return a text that changes when the rows do: a hash of files, commits and names.
 
     KFP takes a finished step from its cache when the step's inputs are the same, and a name is the
@@ -27,11 +27,11 @@ def version(config: PrepareConfig, *, source: str) -> str:
         named.append((config.general.source, config.general.revision))
     digest = hashlib.sha256()
     for name, revision in named:
-        digest.update(f"{name}\0{_version_of(name, revision)}\0".encode())
+        digest.update(f"{name}\0{_fingerprint_of(name, revision)}\0".encode())
     return digest.hexdigest()
 
 
-def _version_of(source: str, revision: str | None) -> str:
+def _fingerprint_of(source: str, revision: str | None) -> str:
     if source.startswith("builtin:"):
         # Its rows are part of the image, whose name is in the cache's key.
         find_files(source)

@@ -8,7 +8,7 @@ from tuneline.fetch.config import FetchConfig
 from tuneline.fetch.run import kind_of
 
 
-def version(config: FetchConfig, *, source: str) -> str:
+def fingerprint(config: FetchConfig, *, source: str) -> str:
     """Return a text that changes when the model does: a commit, or a hash of files.
 
     KFP takes a finished step from its cache when the step's inputs are the same, and a name is the

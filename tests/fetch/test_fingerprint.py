@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from tuneline.errors import ModelError
-from tuneline.fetch import FetchConfig, version
+from tuneline.fetch import FetchConfig, fingerprint
 
 
 def of(source: str | Path) -> str:
-    return version(FetchConfig(), source=str(source))
+    return fingerprint(FetchConfig(), source=str(source))
 
 
 def test_a_directory_counts_by_its_files(tmp_path: Path) -> None:
