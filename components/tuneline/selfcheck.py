@@ -25,7 +25,7 @@ STEPS = {
 
 _MODULES = {
     ("light", "plan"): "tuneline.pipelines.plan_run",
-    ("light", "train"): "tuneline.train.launcher",
+    ("light", "train"): "tuneline.train.trainjob.follow",
 }
 # Where it is not the step's `run`.
 

@@ -266,9 +266,9 @@ def make_trainer(
         from peft import LoraConfig
 
         from tuneline.kernels import patch
-        from tuneline.train.adapter import keep_adapter_in_fp32
-        from tuneline.train.kernels import fuse_model, fuse_trainer
-        from tuneline.train.trainers import SupervisedTrainer
+        from tuneline.train.model.adapter import keep_adapter_in_fp32
+        from tuneline.train.model.fuse import fuse_model, fuse_trainer
+        from tuneline.train.trainer.trainers import SupervisedTrainer
 
         base = state["model"]
         if not hasattr(base, "peft_config"):

@@ -18,7 +18,7 @@ from tuneline import images
 from tuneline.pipelines.lint import lint_documents
 from tuneline.pipelines.placement import PART_OF_LABEL
 from tuneline.placement import PlacementConfig
-from tuneline.train.trainjob import CONTAINER
+from tuneline.train.trainjob.manifest import CONTAINER
 
 ROOT = Path(__file__).parent.parent.parent
 MANIFESTS = ROOT / "manifests"
@@ -132,7 +132,7 @@ def test_the_trainer_role_allows_what_the_launcher_asks_for_and_no_more() -> Non
         for resource in rule["resources"]
         for verb in rule["verbs"]
     }
-    source = (ROOT / "components/tuneline/train/trainjob_api.py").read_text(encoding="utf-8")
+    source = (ROOT / "components/tuneline/train/trainjob/client.py").read_text(encoding="utf-8")
     # The client's names of calls: read_namespaced_pod_log, patch_namespaced_custom_object, ...
     called = set(re.findall(r"\.(\w+?)_namespaced_(\w+)\(", source))
     plurals = {"pod": "pods", "pod_log": "pods/log", "custom_object": "trainjobs"}

@@ -17,7 +17,7 @@ from tuneline.pipelines.placement import nodes_config
 from tuneline.placement import PlacementConfig, StepName
 from tuneline.recipe import load_recipe
 from tuneline.train.checkpoints import ROOT_VARIABLE
-from tuneline.train.trainjob import build
+from tuneline.train.trainjob.manifest import build
 from tuneline.version import VERSION
 
 GPU_STEPS = {"train", "merge", "quantize-gptq", "evaluate", "evaluate-2"}

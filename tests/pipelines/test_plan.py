@@ -27,8 +27,8 @@ from tuneline.pipelines.plan import plan
 from tuneline.placement import PlacementConfig
 from tuneline.recipe import Recipe
 from tuneline.train.config import LoraConfig
-from tuneline.train.fit import run_settings
-from tuneline.train.memory import GIB, estimate_memory
+from tuneline.train.memory.estimate import GIB, estimate_memory
+from tuneline.train.memory.plan import run_settings
 
 LLAMA = 8.03e9
 

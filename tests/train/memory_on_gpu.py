@@ -189,7 +189,7 @@ def measure(setting: Setting) -> dict[str, Any]:
             subprocess.run(
                 [sys.executable, "-c", code, str(base)], check=True, cwd=Path(__file__).parent
             )
-        logger = logging.getLogger("tuneline.train.fit")
+        logger = logging.getLogger("tuneline.train.memory.plan")
         logger.addHandler(estimates)
         logger.setLevel(logging.INFO)
         try:

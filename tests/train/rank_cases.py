@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import StoppedError
-from tuneline.train import ranks
+from tuneline.train.ranks import collectives
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +42,10 @@ def one_job(
     from accelerate import Accelerator
 
     from tuneline.train import attempt
-    from tuneline.train.trainers import SupervisedTrainer
+    from tuneline.train.trainer.trainers import SupervisedTrainer
 
     num_fused: list[int] = []
-    is_last = ranks.rank() == ranks.num_ranks() - 1
+    is_last = collectives.rank() == collectives.num_ranks() - 1
     compute = SupervisedTrainer.compute_loss
 
     def compute_loss(trainer, model, inputs, *rest, **named):
@@ -88,9 +88,9 @@ def one_job(
 
 def fail(how: str, where: Path) -> None:
     """Let rank 1 die while rank 0 waits for it, as it would in a step."""
-    (where / f"{ranks.rank()}").write_text(str(os.getpid()))
-    logger.warning("rank %d is about to meet the others", ranks.rank())
-    if ranks.rank() == 1:
+    (where / f"{collectives.rank()}").write_text(str(os.getpid()))
+    logger.warning("rank %d is about to meet the others", collectives.rank())
+    if collectives.rank() == 1:
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise ValueError("a fault of its own")

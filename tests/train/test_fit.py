@@ -9,7 +9,8 @@ from tuneline.artifacts import DatasetManifest
 from tuneline.errors import RecipeError, TrainingError
 from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig, run
-from tuneline.train.fit import (
+from tuneline.train.memory.estimate import GIB, estimate_memory, model_shape
+from tuneline.train.memory.plan import (
     HEAD_ROOM,
     Plan,
     _container_headroom,
@@ -19,7 +20,6 @@ from tuneline.train.fit import (
     run_settings,
     smaller_plan,
 )
-from tuneline.train.memory import GIB, estimate_memory, model_shape
 
 SETTINGS = {
     "dtype": "float32",

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from tuneline.errors import ModelError, RecipeError
 from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig, run
-from tuneline.train.adapter import check_targets, lora_config
 from tuneline.train.config import LoraConfig
-from tuneline.train.memory import model_shape
-from tuneline.train.rates import set_rate
+from tuneline.train.memory.estimate import model_shape
+from tuneline.train.model.adapter import check_targets, lora_config
+from tuneline.train.trainer.rates import set_rate
 
 NAMES = ("embed_tokens", "lm_head")
 SETTINGS = {
@@ -106,7 +106,7 @@ def test_a_schedule_scales_both_rates():
 def test_hidden_states_stay_in_the_compute_type(untied_dir, dataset_dir, answer_rows, tmp_path):
     from peft import get_peft_model
 
-    from tuneline.train.adapter import keep_adapter_in_fp32, keep_hidden_states_in
+    from tuneline.train.model.adapter import keep_adapter_in_fp32, keep_hidden_states_in
 
     base = load_base(untied_dir, dtype=torch.bfloat16, device="cpu", quantized=False)
     model = get_peft_model(base, lora_config(LoraConfig(modules_to_save=NAMES)))

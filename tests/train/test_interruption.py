@@ -46,7 +46,7 @@ def start():
     """Start the same as `train` in a process of its own."""
     context = multiprocessing.get_context("forkserver")
     # Imports take most of a minute on a busy machine; the processes share one.
-    context.set_forkserver_preload(["tuneline.train.trainers", "bitsandbytes"])
+    context.set_forkserver_preload(["tuneline.train.trainer.trainers", "bitsandbytes"])
 
     def begin(where: Path, base_dir: Path, dataset: Path, **settings):
         where.mkdir(exist_ok=True)

@@ -11,11 +11,11 @@ from tuneline.errors import RecipeError
 from tuneline.kernels import FlatAdamW, unpatch
 from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig
-from tuneline.train.adapter import keep_adapter_in_fp32, lora_config
-from tuneline.train.arguments import training_arguments
-from tuneline.train.kernels import can_fuse, fuse_model, fuse_trainer
-from tuneline.train.rows import load_rows
-from tuneline.train.trainers import SupervisedTrainer
+from tuneline.train.model.adapter import keep_adapter_in_fp32, lora_config
+from tuneline.train.model.fuse import can_fuse, fuse_model, fuse_trainer
+from tuneline.train.rows.load import load_rows
+from tuneline.train.trainer.arguments import training_arguments
+from tuneline.train.trainer.trainers import SupervisedTrainer
 
 ROWS = [
     {"input_ids": [5 + (start * 7 + n * n) % 90 for n in range(size)], "loss_mask": mask}

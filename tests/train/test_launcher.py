@@ -33,10 +33,10 @@ from tuneline.errors import (
 from tuneline.pipelines.lint import lint_documents
 from tuneline.runtime.kubernetes_client import connect
 from tuneline.train import NodesConfig, TrainConfig, run, run_on_nodes
-from tuneline.train.launcher import Launcher
-from tuneline.train.nodes import Board, Verdict
-from tuneline.train.trainjob import build
-from tuneline.train.trainjob_api import TrainJobs
+from tuneline.train.ranks.board import Board, Verdict
+from tuneline.train.trainjob.client import TrainJobs
+from tuneline.train.trainjob.follow import Launcher
+from tuneline.train.trainjob.manifest import build
 
 TESTS = Path(__file__).parents[1]
 CRDS = TESTS.parents[1] / "shared" / "data" / "crds"
@@ -548,7 +548,7 @@ def test_two_nodes_learn_what_one_does(
     server.put("pods", "step-pod", metadata=metadata)
     monkeypatch.setenv("KFP_POD_NAME", "step-pod")
     monkeypatch.setenv("NAMESPACE", "kubeflow")
-    monkeypatch.setattr("tuneline.train.launcher.SECONDS_BETWEEN_LOOKS", 0.1)
+    monkeypatch.setattr("tuneline.train.trainjob.follow.SECONDS_BETWEEN_LOOKS", 0.1)
     data = dataset_dir(answer_rows)
     (tmp_path / "logs").mkdir()
     controller = threading.Thread(target=control, args=(server, tmp_path / "logs"), daemon=True)
@@ -582,6 +582,6 @@ def test_two_nodes_learn_what_one_does(
     # Nothing is left: the job is deleted, the volume is empty.
     assert not [key for key in server.objects if key[0] == "trainjobs"]
     assert [path.name for path in (tmp_path / "shared" / "tuneline").iterdir()] == []
-    assert "-node-0-0-x: INFO tuneline.train.launch: starting 2 ranks on cpu" in caplog.text
+    assert "-node-0-0-x: INFO tuneline.train.ranks.launch: starting 2 ranks on cpu" in caplog.text
     (made,) = [each for each in server.requests if each.startswith("POST")]
     assert made.endswith("/namespaces/kubeflow/trainjobs")

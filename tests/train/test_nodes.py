@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tuneline.errors import RecipeError
-from tuneline.train.nodes import Board, Nodes, Verdict
+from tuneline.train.ranks.board import Board, Nodes, Verdict
 
 SETTINGS = {
     "dtype": "float32",
@@ -61,7 +61,7 @@ def start(shared: Path, number: int, port: int, **more: str) -> subprocess.Popen
         **more,
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "tuneline.train.node"],
+        [sys.executable, "-m", "tuneline.train.trainjob.pod"],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

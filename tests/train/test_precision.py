@@ -3,7 +3,7 @@ import torch
 
 from tuneline.errors import RecipeError
 from tuneline.train import TrainConfig
-from tuneline.train.precision import choose_dtype
+from tuneline.train.model.precision import choose_dtype
 
 
 @pytest.mark.parametrize(

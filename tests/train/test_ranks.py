@@ -21,10 +21,10 @@ from tuneline.errors import DataError, RecipeError, StoppedError, TrainingError
 from tuneline.runtime.stop_request import StopRequest
 from tuneline.train import TrainConfig, run
 from tuneline.train.checkpoints import CheckpointStore
-from tuneline.train.fit import first_plan
-from tuneline.train.launch import _failure, choose_num_ranks, run_on_ranks
-from tuneline.train.rank import OutOfMemory, StartAgain
-from tuneline.train.zero2 import is_wanted, zero2_config
+from tuneline.train.memory.plan import first_plan
+from tuneline.train.ranks.launch import _failure, choose_num_ranks, run_on_ranks
+from tuneline.train.ranks.process import OutOfMemory, StartAgain
+from tuneline.train.ranks.zero2 import is_wanted, zero2_config
 
 sys.path.append(str(Path(__file__).parent))
 rank_cases = importlib.import_module("rank_cases")

@@ -2,7 +2,7 @@ import pytest
 
 from tuneline.errors import RecipeError
 from tuneline.train import TrainConfig
-from tuneline.train.rates import auto_learning_rate
+from tuneline.train.trainer.rates import auto_learning_rate
 
 
 @pytest.mark.parametrize(

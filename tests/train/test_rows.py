@@ -4,7 +4,7 @@ import pytest
 
 from tuneline.artifacts import TRAIN_FILE, DatasetManifest
 from tuneline.errors import DataError
-from tuneline.train.rows import load_rows
+from tuneline.train.rows.load import load_rows
 
 
 def load(path: Path, tmp_path: Path, *, packing: bool):

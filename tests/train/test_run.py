@@ -20,9 +20,9 @@ from tuneline.errors import (
 )
 from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig, run
-from tuneline.train.arguments import DPO_LOSSES
 from tuneline.train.config import DpoConfig
-from tuneline.train.metrics import comparable_metrics
+from tuneline.train.observe.metrics import comparable_metrics
+from tuneline.train.trainer.arguments import DPO_LOSSES
 
 QUICK = {
     # Losses are compared with a model in fp32; some CPUs would take bfloat16.
@@ -136,7 +136,7 @@ def test_preferences_widen_the_margin(tmp_path, tiny_model_dir, dataset_dir, cap
 def test_a_cached_reference_gives_the_same_losses(
     tmp_path, tiny_model_dir, dataset_dir, monkeypatch
 ):
-    from tuneline.train import trainers
+    from tuneline.train.trainer import trainers
 
     calls = []
     score = trainers.DPOTrainer.compute_ref_log_probs

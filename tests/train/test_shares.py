@@ -6,8 +6,8 @@ from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 
 from tuneline.errors import RecipeError
-from tuneline.train.fit import Plan
-from tuneline.train.shares import StepBatches, row_lengths
+from tuneline.train.memory.plan import Plan
+from tuneline.train.rows.batches import StepBatches, row_lengths
 
 
 def batches(num_rows, num_ranks, *, rank=0, rows_a_step=8, rows_a_batch=2, **rest) -> StepBatches:

@@ -10,10 +10,10 @@ import torch
 from tuneline.artifacts import TrainingPoint
 from tuneline.errors import RecipeError
 from tuneline.train import TrainConfig, run
-from tuneline.train import tracking as tracking_module
-from tuneline.train.run_state import RunState
-from tuneline.train.telemetry import GpuMeter, TelemetryCallback, costs
-from tuneline.train.tracking import trackers
+from tuneline.train.observe.telemetry import GpuMeter, TelemetryCallback, costs
+from tuneline.train.trainer import trackers as tracking_module
+from tuneline.train.trainer.state import RunState
+from tuneline.train.trainer.trackers import trackers
 
 
 def test_a_line_a_logged_step_and_the_cost(tmp_path, tiny_model_dir, dataset_dir, answer_rows):

@@ -7,10 +7,10 @@ from transformers import AutoTokenizer, Trainer
 from tuneline.artifacts import DatasetManifest
 from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig
-from tuneline.train.adapter import lora_config
-from tuneline.train.arguments import num_total_steps, training_arguments
-from tuneline.train.rows import load_rows
-from tuneline.train.trainers import SupervisedTrainer
+from tuneline.train.model.adapter import lora_config
+from tuneline.train.rows.load import load_rows
+from tuneline.train.trainer.arguments import num_total_steps, training_arguments
+from tuneline.train.trainer.trainers import SupervisedTrainer
 
 
 def trainer_for(config, path, base_dir, work):

@@ -5,8 +5,8 @@ heavy imports stand inside the functions that need them.
 """
 
 from tuneline.train.config import TrainConfig
-from tuneline.train.on_nodes import run_on_nodes
 from tuneline.train.run import run
-from tuneline.train.trainjob import NodesConfig
+from tuneline.train.trainjob.manifest import NodesConfig
+from tuneline.train.trainjob.run import run_on_nodes
 
 __all__ = ["NodesConfig", "TrainConfig", "run", "run_on_nodes"]

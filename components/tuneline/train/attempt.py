@@ -13,30 +13,30 @@ from tuneline.artifacts import PROGRESS_FILE, DatasetManifest, ModelOrigin, Trai
 from tuneline.errors import StoppedError
 from tuneline.models import nf4
 from tuneline.runtime.stop_request import stop_on_sigterm
-from tuneline.train import ranks, zero2
-from tuneline.train.adapter import (
+from tuneline.train.checkpoints import CheckpointStore
+from tuneline.train.config import TrainConfig
+from tuneline.train.memory.plan import Plan
+from tuneline.train.model.adapter import (
     keep_adapter_in_fp32,
     keep_hidden_states_in,
     lora_config,
     save_adapter,
 )
-from tuneline.train.arguments import num_total_steps, training_arguments
-from tuneline.train.best import BestAdapterCallback
-from tuneline.train.checkpoints import CheckpointStore
-from tuneline.train.config import TrainConfig
-from tuneline.train.divergence import train_through
-from tuneline.train.fit import Plan
-from tuneline.train.kernels import can_fuse, fuse_model, fuse_trainer
-from tuneline.train.loftq import start_from_the_rest
-from tuneline.train.metrics import eval_gap
-from tuneline.train.precision import choose_dtype, peak_memory_bytes
-from tuneline.train.progress import ProgressCallback
-from tuneline.train.rank import OutOfMemory
-from tuneline.train.rates import auto_learning_rate
-from tuneline.train.rows import load_rows, packs_are_trusted
-from tuneline.train.samples import ask_before_and_after, prompts_of, write_samples
-from tuneline.train.telemetry import TelemetryCallback, costs, keep_progress_file
-from tuneline.train.trainers import PreferenceTrainer, SupervisedTrainer
+from tuneline.train.model.fuse import can_fuse, fuse_model, fuse_trainer
+from tuneline.train.model.loftq import start_from_the_rest
+from tuneline.train.model.precision import choose_dtype, peak_memory_bytes
+from tuneline.train.observe.metrics import eval_gap
+from tuneline.train.observe.progress import ProgressCallback
+from tuneline.train.observe.samples import ask_before_and_after, prompts_of, write_samples
+from tuneline.train.observe.telemetry import TelemetryCallback, costs, keep_progress_file
+from tuneline.train.ranks import collectives, zero2
+from tuneline.train.ranks.process import OutOfMemory
+from tuneline.train.rows.load import load_rows, packs_are_trusted
+from tuneline.train.trainer.arguments import num_total_steps, training_arguments
+from tuneline.train.trainer.best_adapter import BestAdapterCallback
+from tuneline.train.trainer.nonfinite import train_through
+from tuneline.train.trainer.rates import auto_learning_rate
+from tuneline.train.trainer.trainers import PreferenceTrainer, SupervisedTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,7 +79,7 @@ def train(
         logger.info(
             "learning rate %g, for %s on %d rows", rate, manifest.method, manifest.num_train_rows
         )
-    with ranks.first_goes_first():
+    with collectives.first_goes_first():
         rows, eval_rows = load_rows(
             dataset_dir, manifest, packing=config.packing, cache_dir=work_dir / "rows"
         )
@@ -87,14 +87,14 @@ def train(
     rows_a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     deepspeed = None
     if divides_optimizer:
-        deepspeed = zero2.zero2_config(config, num_ranks=ranks.num_ranks(), dtype=dtype)
+        deepspeed = zero2.zero2_config(config, num_ranks=collectives.num_ranks(), dtype=dtype)
         if config.optim != zero2.OPTIMIZER:
             logger.warning(
                 "train.optim: ZeRO-2 takes %s in the place of %s: its state is divided over %d "
                 "ranks",
                 zero2.OPTIMIZER,
                 config.optim,
-                ranks.num_ranks(),
+                collectives.num_ranks(),
             )
         config = config.model_copy(update={"optim": zero2.OPTIMIZER})
     elif config.offload_optimizer:
@@ -112,7 +112,7 @@ def train(
         device=device,
         work_dir=work_dir,
         cache_reference=num_steps * rows_a_step > len(rows),
-        num_ranks=ranks.num_ranks(),
+        num_ranks=collectives.num_ranks(),
         deepspeed=deepspeed,
     )
     if arguments.n_gpu > 1:
@@ -121,7 +121,7 @@ def train(
     model = nf4.load_base(
         base_model_dir,
         dtype=dtype,
-        device=ranks.device_name(device),
+        device=collectives.device_name(device),
         quantized=config.load_in_4bit,
     )
     fuses = can_fuse(config.kernels, device)
@@ -141,7 +141,7 @@ def train(
     state.plan, state.num_out_of_memory = plan, num_out_of_memory
     state.divides_optimizer = divides_optimizer
     trainer.max_skipped_in_a_row = config.max_skipped_in_a_row
-    progress = ProgressCallback(state, shows=ranks.is_first())
+    progress = ProgressCallback(state, shows=collectives.is_first())
     trainer.add_callback(progress)
     progress_path = store.directory / PROGRESS_FILE
     trainer.add_callback(TelemetryCallback(state, progress_path, device))
@@ -172,7 +172,7 @@ def train(
     )
     with contextlib.closing(progress), stop_on_sigterm() as stop:
         trainer.keep_checkpoints(store, minutes=config.checkpoint_minutes, stop=stop)
-        checkpoint = ranks.from_first(store.latest)
+        checkpoint = collectives.from_first(store.latest)
         if checkpoint is not None:
             logger.info("continuing from %s", checkpoint)
         try:
@@ -193,7 +193,7 @@ def train(
                 f"{store.directory}, and it continues there"
             )
     trainer.restore_best()
-    if ranks.is_first():
+    if collectives.is_first():
         save_adapter(trainer.model, directory, origin)
         keep_progress_file(progress_path, directory)
         samples = ask_before_and_after(
@@ -221,9 +221,9 @@ def train(
         compute_dtype=str(dtype).removeprefix("torch."),
         kernels=kernels,
         device=device,
-        num_ranks=ranks.num_ranks(),
+        num_ranks=collectives.num_ranks(),
         tokens_per_second=state.num_tokens / max(state.step_seconds, 1e-9),
-        peak_memory_bytes=ranks.highest(peak_memory_bytes(device)),
+        peak_memory_bytes=collectives.highest(peak_memory_bytes(device)),
         history=history,
         learning_rate=rate,
         best_step=state.best_step,

@@ -17,7 +17,7 @@ def train(
     """Train a QLoRA adapter; `config` is a TrainConfig as JSON."""
     from tuneline.runtime.step import log_metrics, step
     from tuneline.train import TrainConfig, run
-    from tuneline.train.metrics import artifact_metadata, comparable_metrics
+    from tuneline.train.observe.metrics import artifact_metadata, comparable_metrics
 
     with step("train"):
         summary = run(
@@ -44,7 +44,7 @@ def train_on_nodes(
     """Train on the nodes of a TrainJob; `nodes` is a NodesConfig as JSON."""
     from tuneline.runtime.step import log_metrics, step
     from tuneline.train import NodesConfig, TrainConfig, run_on_nodes
-    from tuneline.train.metrics import artifact_metadata, comparable_metrics
+    from tuneline.train.observe.metrics import artifact_metadata, comparable_metrics
 
     with step("train"):
         summary = run_on_nodes(

@@ -21,7 +21,7 @@ from tuneline.errors import ModelError
 from tuneline.models.tokenizer_files import copy_tokenizer, set_chat_template
 from tuneline.train.checkpoints import ROOT_VARIABLE, CheckpointStore
 from tuneline.train.config import TrainConfig
-from tuneline.train.fit import Plan
+from tuneline.train.memory.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,11 +64,11 @@ def run(
     origin = ModelOrigin.read(base_model_dir)
     manifest = DatasetManifest.read(dataset_dir)
     with new_directory(adapter_dir) as directory:
-        from tuneline.train.adapter import check_targets
-        from tuneline.train.arguments import check_names
-        from tuneline.train.launch import choose_num_ranks
-        from tuneline.train.precision import choose_device
-        from tuneline.train.tracking import trackers
+        from tuneline.train.model.adapter import check_targets
+        from tuneline.train.model.precision import choose_device
+        from tuneline.train.ranks.launch import choose_num_ranks
+        from tuneline.train.trainer.arguments import check_names
+        from tuneline.train.trainer.trackers import trackers
 
         device = choose_device()
         num_ranks = choose_num_ranks(config, device)
@@ -146,8 +146,8 @@ def _load_tokenizer(
 
 
 def _write_page(summary: TrainingSummary, directory: Path, store_dir: Path, path: Path) -> None:
-    from tuneline.train.curves import render
-    from tuneline.train.samples import read_samples
+    from tuneline.train.observe.page import render
+    from tuneline.train.observe.samples import read_samples
 
     lines = (directory / PROGRESS_FILE).read_text(encoding="utf-8").splitlines()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,11 +10,11 @@ import torch
 
 from tuneline.artifacts import DatasetManifest, TrainingSummary
 from tuneline.errors import TrainingError
-from tuneline.train import zero2
 from tuneline.train.attempt import train
 from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.config import TrainConfig
-from tuneline.train.fit import (
+from tuneline.train.memory.estimate import model_shape
+from tuneline.train.memory.plan import (
     Plan,
     available_memory,
     first_plan,
@@ -22,12 +22,12 @@ from tuneline.train.fit import (
     run_settings,
     smaller_plan,
 )
-from tuneline.train.kernels import can_fuse
-from tuneline.train.launch import run_on_ranks
-from tuneline.train.memory import model_shape
-from tuneline.train.precision import choose_dtype
-from tuneline.train.rank import OutOfMemory, StartAgain
-from tuneline.train.resumable import saved_state
+from tuneline.train.model.fuse import can_fuse
+from tuneline.train.model.precision import choose_dtype
+from tuneline.train.ranks import zero2
+from tuneline.train.ranks.launch import run_on_ranks
+from tuneline.train.ranks.process import OutOfMemory, StartAgain
+from tuneline.train.trainer.resumable import saved_state
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from tuneline.pipelines.kube import Kube, Refused, Right
 from tuneline.pipelines.registry import Unknown, has_image
 from tuneline.placement import PRODUCT_LABEL, StepPlacement, quantity_value
 from tuneline.recipe import Recipe
-from tuneline.train.trainjob import GROUP, PLURAL
+from tuneline.train.trainjob.manifest import GROUP, PLURAL
 
 SCHEDULES_CRD = "scheduledworkflows.kubeflow.org"
 CRDS = {

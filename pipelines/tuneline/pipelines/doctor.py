@@ -15,9 +15,9 @@ from tuneline.pipelines.kube import Kube, Refused
 from tuneline.pipelines.placement import QUEUE_LABEL, STEP_LABEL
 from tuneline.pipelines.secret_values import mask_within
 from tuneline.runtime.causes import CAUSES, OWN_ERRORS, RUN_AGAIN, Cause, find_cause
-from tuneline.train.trainjob import CONTAINER as NODE
-from tuneline.train.trainjob import HEARTBEAT
-from tuneline.train.trainjob_api import JOBSET_LABEL
+from tuneline.train.trainjob.client import JOBSET_LABEL
+from tuneline.train.trainjob.manifest import CONTAINER as NODE
+from tuneline.train.trainjob.manifest import HEARTBEAT
 
 RUN_LABEL = "pipeline/runid"
 NODE_ANNOTATION = "workflows.argoproj.io/node-name"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from tuneline.placement import FUSED, Profile
 from tuneline.recipe import Recipe
 from tuneline.train.config import LoraConfig
-from tuneline.train.memory import GIB, Settings, Shape, estimate_memory
+from tuneline.train.memory.estimate import GIB, Settings, Shape, estimate_memory
 
 GPU_BYTES: dict[Profile, float] = {
     "t4": 14.6 * GIB,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tuneline.models.heldout_rows import MAX_ROW_TOKENS
 from tuneline.pipelines.estimate import BITS, DEFAULT_BITS, llama_shape
 from tuneline.recipe import Recipe
-from tuneline.train.memory import GIB
+from tuneline.train.memory.estimate import GIB
 
 PROCESS_BYTES = 0.5 * GIB
 """Python, torch and transformers."""

@@ -15,7 +15,7 @@ from kubernetes import client
 
 from tuneline.errors import ClusterError, CredentialsError
 from tuneline.runtime.kubernetes_client import connect
-from tuneline.train.trainjob import GROUP, PLURAL, VERSION
+from tuneline.train.trainjob.manifest import GROUP, PLURAL, VERSION
 
 BACKOFF_SECONDS = 1.0
 """Six tries: 0, 2, 4, 8, 16 and 32 of it apart."""

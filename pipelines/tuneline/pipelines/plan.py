@@ -11,7 +11,7 @@ from tuneline.pipelines.kube import Kube
 from tuneline.pipelines.needs import memory_of
 from tuneline.placement import FUSED, quantity_value
 from tuneline.recipe import Recipe
-from tuneline.train.memory import GIB
+from tuneline.train.memory.estimate import GIB
 
 CERTAINLY = 1.5
 """So many times a limit an estimate must be to say no: it knows a model by its name only."""

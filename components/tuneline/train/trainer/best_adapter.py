@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from tuneline.train.resumable import ResumableTrainer
+from tuneline.train.trainer.resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from tuneline.train import ranks
-from tuneline.train.quick_steps import QuickStepTrainer
-from tuneline.train.rows import IGNORED
-from tuneline.train.run_state import RunState
-from tuneline.train.shares import StepBatches, row_lengths
+from tuneline.train.ranks import collectives
+from tuneline.train.rows.batches import StepBatches, row_lengths
+from tuneline.train.rows.load import IGNORED
+from tuneline.train.trainer.host_overhead import QuickStepTrainer
+from tuneline.train.trainer.state import RunState
 
 LOSS_FACTOR = "loss_factor"
 """In a batch of a training step: what its loss is multiplied by."""
@@ -38,7 +38,7 @@ class SharedStepTrainer(QuickStepTrainer):
         """Return the forwards of this rank."""
         arguments = self.args
         rows_a_batch = arguments.per_device_train_batch_size
-        forwards = arguments.gradient_accumulation_steps * ranks.num_ranks()
+        forwards = arguments.gradient_accumulation_steps * collectives.num_ranks()
         self.train_batches = self._batches_of(
             self.train_dataset, rows_a_batch * forwards, rows_a_batch, seed=arguments.data_seed
         )
@@ -49,7 +49,7 @@ class SharedStepTrainer(QuickStepTrainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         rows_a_batch = self.args.per_device_eval_batch_size
         self._eval_batches = self._batches_of(
-            rows, rows_a_batch * ranks.num_ranks(), rows_a_batch, seed=None
+            rows, rows_a_batch * collectives.num_ranks(), rows_a_batch, seed=None
         )
         return self._loader(rows, self._eval_batches)
 
@@ -70,7 +70,7 @@ class SharedStepTrainer(QuickStepTrainer):
         if len(own) < len(batches):
             labels = super()._get_num_items_in_batch(own, device)
         counts_labels = "labels" in batches[0]
-        num_rows, num_tokens, num_labels = ranks.summed(
+        num_rows, num_tokens, num_labels = collectives.summed(
             sum(_num_rows(batch) for batch in own),
             sum(_num_tokens(batch) for batch in own),
             0.0 if labels is None else float(labels),
@@ -79,7 +79,7 @@ class SharedStepTrainer(QuickStepTrainer):
         for batch in batches:
             # Of a mean over rows: the trainer divides by the number of forwards, and the average
             # over ranks by that of ranks.
-            share = _num_rows(batch) * len(batches) * ranks.num_ranks() / num_rows
+            share = _num_rows(batch) * len(batches) * collectives.num_ranks() / num_rows
             batch[LOSS_FACTOR] = 1.0 if counts_labels else share
             if counts_labels:
                 batch[NUM_LABELS] = num_labels_of(batch)
@@ -87,7 +87,7 @@ class SharedStepTrainer(QuickStepTrainer):
             filler[LOSS_FACTOR] = 0.0
         if not counts_labels:
             return batches, None
-        return batches, torch.tensor(num_labels / ranks.num_ranks(), device=device)
+        return batches, torch.tensor(num_labels / collectives.num_ranks(), device=device)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Sum up what `evaluation_loop` needs for a mean over all ranks."""
@@ -108,7 +108,7 @@ class SharedStepTrainer(QuickStepTrainer):
         """Evaluate, and put the mean over all that counts in the place of the mean over batches."""
         self._eval_number, self._eval_sums = 0, (0.0, 0.0)
         output: Any = super().evaluation_loop(*args, **kwargs)
-        loss, total = ranks.summed(*self._eval_sums)
+        loss, total = collectives.summed(*self._eval_sums)
         output.metrics["eval_loss"] = loss / max(total, 1)
         return output
 
@@ -119,10 +119,10 @@ class SharedStepTrainer(QuickStepTrainer):
             len(rows),
             rows_a_step=rows_a_step,
             rows_a_batch=rows_a_batch,
-            rank=ranks.rank(),
-            num_ranks=ranks.num_ranks(),
+            rank=collectives.rank(),
+            num_ranks=collectives.num_ranks(),
             seed=seed,
-            lengths=row_lengths(rows) if seed is not None and ranks.num_ranks() > 1 else None,
+            lengths=row_lengths(rows) if seed is not None and collectives.num_ranks() > 1 else None,
         )
 
     def _loader(self, rows: Any, batches: StepBatches) -> DataLoader:

@@ -16,11 +16,11 @@ import torch
 
 from tuneline.artifacts import TRAIN_FILE, DatasetManifest
 from tuneline.errors import TrainingError
-from tuneline.train import ranks
-from tuneline.train.batch_rows import rows_of_batches
 from tuneline.train.checkpoints import CheckpointStore
-from tuneline.train.rank import StartAgain
-from tuneline.train.resumable import ResumableTrainer
+from tuneline.train.ranks import collectives
+from tuneline.train.ranks.process import StartAgain
+from tuneline.train.rows.trace import rows_of_batches
+from tuneline.train.trainer.resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class GuardedTrainer(ResumableTrainer):
         # Called once a step, after clipping and before the optimizer.
         norm = super()._get_grad_norm(model, grad_norm)
         own = torch.stack([torch.isfinite(loss) for loss in self._losses]).int()
-        finite = ranks.gathered(own).tolist()
+        finite = collectives.gathered(own).tolist()
         self._losses.clear()
         norm_is_bad = not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm))
         if self.is_deepspeed_enabled:
@@ -135,7 +135,7 @@ def train_through(
         except Diverged:
             last_good = trainer.state.global_step + 1 - state.skipped_in_a_row
             if last_good > 0 and state.num_rollbacks < MAX_ROLLBACKS:
-                checkpoint = ranks.from_first(functools.partial(_back_to, store, last_good))
+                checkpoint = collectives.from_first(functools.partial(_back_to, store, last_good))
                 carried = {
                     "num_skipped_steps": state.num_skipped_steps,
                     "num_rollbacks": state.num_rollbacks + 1,

@@ -1,4 +1,4 @@
-"""One rank, as torchrun starts it: `python -m tuneline.train.rank DIRECTORY PID`; see `launch`."""
+"""One rank, as torchrun starts it: `python -m tuneline.train.ranks.process DIRECTORY PID`; see `launch`."""
 
 import datetime
 import json
@@ -119,7 +119,7 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    # By its own name: what this module defines is pickled as tuneline.train.rank's.
-    from tuneline.train.rank import main as _main
+    # By its own name: what this module defines is pickled as tuneline.train.ranks.process's.
+    from tuneline.train.ranks.process import main as _main
 
     _main(Path(sys.argv[1]), int(sys.argv[2]))

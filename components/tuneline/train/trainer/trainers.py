@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from trl import DPOTrainer, SFTTrainer
 
-from tuneline.train import ranks
-from tuneline.train.divergence import GuardedTrainer
-from tuneline.train.rows import IGNORED
-from tuneline.train.shared_steps import LOSS_FACTOR, NUM_LABELS, num_labels_of
+from tuneline.train.ranks import collectives
+from tuneline.train.rows.load import IGNORED
+from tuneline.train.trainer.nonfinite import GuardedTrainer
+from tuneline.train.trainer.shared_steps import LOSS_FACTOR, NUM_LABELS, num_labels_of
 
 
 class SupervisedTrainer(GuardedTrainer, SFTTrainer):
@@ -58,9 +58,9 @@ class PreferenceTrainer(GuardedTrainer, DPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if ranks.num_ranks() > 1:
+        if collectives.num_ranks() > 1:
             # TRL's measures are gathered row by row, and ranks may differ by a row.
-            self.accelerator.gather = ranks.concatenated
+            self.accelerator.gather = collectives.concatenated
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         # DPOTrainer 1.16 has no switch for rows that are tokenised: it would look for texts.

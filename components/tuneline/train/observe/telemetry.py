@@ -16,9 +16,9 @@ import torch
 from transformers import TrainerCallback
 
 from tuneline.artifacts import PROGRESS_FILE
-from tuneline.train import ranks
-from tuneline.train.precision import peak_memory_bytes
-from tuneline.train.run_state import RunState
+from tuneline.train.model.precision import peak_memory_bytes
+from tuneline.train.ranks import collectives
+from tuneline.train.trainer.state import RunState
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class GpuMeter:
         except ImportError:
             logger.warning("no GPU use and energy: the package nvidia-ml-py is not installed")
             return
-        count = ranks.num_ranks()
+        count = collectives.num_ranks()
         devices = [device] if count == 1 else [f"{device}:{index}" for index in range(count)]
         uuids = [f"GPU-{torch.cuda.get_device_properties(one).uuid}" for one in devices]
         try:
@@ -92,7 +92,7 @@ class TelemetryCallback(TrainerCallback):
         self._joules = self._meter.energy_joules()
         self._tokens = self._run_state.num_tokens
         self._step_seconds = self._run_state.step_seconds
-        if not ranks.is_first():
+        if not collectives.is_first():
             return
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step_of(line) <= state.global_step]
@@ -109,7 +109,7 @@ class TelemetryCallback(TrainerCallback):
         if point is None or not ("loss" in logs or "eval_loss" in logs):
             return
         self._add_up()
-        if not ranks.is_first():
+        if not collectives.is_first():
             return
         # A step that is logged and evaluated has two lines, each with what is known by then.
         line = {**point.model_dump(), "time": time.time(), **self._measured()}
@@ -138,7 +138,7 @@ class TelemetryCallback(TrainerCallback):
     def _add_up(self) -> None:
         now, joules = time.monotonic(), self._meter.energy_joules()
         run_state = self._run_state
-        run_state.device_seconds += (now - self._time) * ranks.num_ranks()
+        run_state.device_seconds += (now - self._time) * collectives.num_ranks()
         if joules is not None and self._joules is not None:
             run_state.energy_joules = (run_state.energy_joules or 0.0) + joules - self._joules
         self._time, self._joules = now, joules

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from tuneline.artifacts import Method
 from tuneline.models.nf4 import BLOCKSIZE, empty_model, quantized_modules
-from tuneline.train.adapter import is_called
 from tuneline.train.config import LoraConfig
+from tuneline.train.model.adapter import is_called
 
 GIB = 2**30
 

@@ -36,10 +36,10 @@ import torch
 from tuneline import errors
 from tuneline.errors import RecipeError, StoppedError, TrainingError
 from tuneline.runtime.stop_request import StopRequest, stop_on_sigterm
-from tuneline.train import zero2
 from tuneline.train.config import TrainConfig
-from tuneline.train.nodes import Attempt, Nodes
-from tuneline.train.rank import JOB_FILE, RESULT_FILE, OutOfMemory, StartAgain
+from tuneline.train.ranks import zero2
+from tuneline.train.ranks.board import Attempt, Nodes
+from tuneline.train.ranks.process import JOB_FILE, RESULT_FILE, OutOfMemory, StartAgain
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def _start(
         *(sys.executable, "-m", "torch.distributed.run", *meeting),
         *("--nproc-per-node", str(len(own))),
         *("--log-dir", str(directory / logs), "--tee", "3", "--local-ranks-filter", "0"),
-        *("-m", "tuneline.train.rank", str(directory), str(os.getpid())),
+        *("-m", "tuneline.train.ranks.process", str(directory), str(os.getpid())),
     ]
     # Their threads share the cores.
     threads = str(max(1, (os.cpu_count() or 1) // len(own)))

@@ -20,9 +20,15 @@ from typing import Any
 from tuneline import errors
 from tuneline.errors import ClusterError, StoppedError, TrainingError, TunelineError
 from tuneline.runtime.signals import raised_on_sigterm
-from tuneline.train.nodes import Board, Verdict
-from tuneline.train.pod_state import CONFIG_REASON, IMAGE_REASONS, disruption, memory_kill, obstacle
-from tuneline.train.trainjob_api import Away, TrainJobs
+from tuneline.train.ranks.board import Board, Verdict
+from tuneline.train.trainjob.client import Away, TrainJobs
+from tuneline.train.trainjob.pod_state import (
+    CONFIG_REASON,
+    IMAGE_REASONS,
+    disruption,
+    memory_kill,
+    obstacle,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from tuneline.artifacts import TrainingSummary
 from tuneline.html.page import facts, line_chart, render_page, section, table
-from tuneline.train.samples import Sample
+from tuneline.train.observe.samples import Sample
 
 # Of progress.jsonl: name, what the chart is called, its unit, and what values are divided by.
 _MEASURED = (

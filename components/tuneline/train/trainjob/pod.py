@@ -1,4 +1,4 @@
-"""One pod of a TrainJob: `python -m tuneline.train.node`; see `nodes` for what it goes by.
+"""One pod of a TrainJob: `python -m tuneline.train.trainjob.pod`; see `nodes` for what it goes by.
 
 The first pod runs the train step. The others start ranks when it announces an attempt, and end
 with it. A pod that fails ends the job: ranks wait for each other, so none can go on alone.
@@ -12,7 +12,7 @@ from tuneline.errors import RecipeError, TunelineError
 from tuneline.runtime.step import step
 from tuneline.runtime.stop_request import stop_on_sigterm
 from tuneline.train.config import TrainConfig
-from tuneline.train.nodes import (
+from tuneline.train.ranks.board import (
     ADAPTER_DIR,
     BASE_MODEL_DIR,
     CONFIG_FILE,
@@ -55,7 +55,7 @@ def lead(nodes: Nodes) -> None:
 
 def follow(nodes: Nodes) -> int:
     """Take part in every attempt that the first node announces; return this pod's exit code."""
-    from tuneline.train.launch import take_part
+    from tuneline.train.ranks.launch import take_part
 
     done = {attempt.path for attempt in nodes.board.attempts() if attempt.is_over}
     with stop_on_sigterm() as stop:

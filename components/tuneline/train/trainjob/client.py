@@ -10,7 +10,7 @@ from kubernetes import client
 
 from tuneline.errors import ClusterError, CredentialsError
 from tuneline.runtime.kubernetes_client import AWAY
-from tuneline.train.trainjob import CONTAINER, GROUP, HEARTBEAT, PLURAL, VERSION
+from tuneline.train.trainjob.manifest import CONTAINER, GROUP, HEARTBEAT, PLURAL, VERSION
 
 JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 RUN_LABEL = "pipeline/runid"

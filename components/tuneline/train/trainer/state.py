@@ -6,7 +6,7 @@ from pydantic import ConfigDict
 
 from tuneline.artifacts import TrainingPoint
 from tuneline.strict_model import StrictModel
-from tuneline.train.fit import Plan
+from tuneline.train.memory.plan import Plan
 
 
 class RunState(StrictModel):

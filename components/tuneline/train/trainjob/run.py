@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tuneline.artifacts import DatasetManifest, ModelOrigin, TrainingSummary, new_directory
 from tuneline.errors import StorageError, UserError
 from tuneline.train.config import TrainConfig
-from tuneline.train.nodes import (
+from tuneline.train.ranks.board import (
     ADAPTER_DIR,
     BASE_MODEL_DIR,
     CONFIG_FILE,
@@ -19,10 +19,10 @@ from tuneline.train.nodes import (
     DATASET_DIR,
     Board,
 )
-from tuneline.train.trainjob import SHARED_PATH, NodesConfig, build
+from tuneline.train.trainjob.manifest import SHARED_PATH, NodesConfig, build
 
 if TYPE_CHECKING:
-    from tuneline.train.trainjob_api import TrainJobs
+    from tuneline.train.trainjob.client import TrainJobs
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ def run_on_nodes(
         UserError: this is not a pod of a cluster.
     """
     from tuneline.runtime.kubernetes_client import connect
-    from tuneline.train.launcher import Launcher
-    from tuneline.train.trainjob_api import TrainJobs
+    from tuneline.train.trainjob.client import TrainJobs
+    from tuneline.train.trainjob.follow import Launcher
 
     pod, namespace = _whoami()
     jobs = TrainJobs(connect(num_retries=0), namespace)

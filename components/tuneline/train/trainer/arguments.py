@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tuneline.artifacts import Method
 from tuneline.errors import RecipeError
 from tuneline.train.config import DpoConfig, TrainConfig
-from tuneline.train.tracking import trackers
+from tuneline.train.trainer.trackers import trackers
 
 if TYPE_CHECKING:
     import torch

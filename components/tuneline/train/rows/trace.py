@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.artifacts import DatasetManifest
-from tuneline.train.rows import rows_in_packs
+from tuneline.train.rows.load import rows_in_packs
 
 
 def rows_of_batches(

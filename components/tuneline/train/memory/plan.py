@@ -15,7 +15,7 @@ from tuneline.artifacts import DatasetManifest
 from tuneline.errors import RecipeError
 from tuneline.strict_model import StrictModel
 from tuneline.train.config import TrainConfig
-from tuneline.train.memory import GIB, MemoryEstimate, Settings, Shape, estimate_memory
+from tuneline.train.memory.estimate import GIB, MemoryEstimate, Settings, Shape, estimate_memory
 
 logger = logging.getLogger(__name__)
 

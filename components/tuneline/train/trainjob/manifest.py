@@ -17,7 +17,7 @@ from tuneline.errors import ClusterError
 from tuneline.placement import PRODUCT_LABEL, Toleration
 from tuneline.strict_model import StrictModel
 from tuneline.train.checkpoints import ROOT_VARIABLE
-from tuneline.train.nodes import DIRECTORY_VARIABLE
+from tuneline.train.ranks.board import DIRECTORY_VARIABLE
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 CONTAINER = "node"
@@ -97,7 +97,7 @@ def build(
         "runtimeRef": {"apiGroup": GROUP, "kind": config.runtime_kind, "name": config.runtime},
         "trainer": {
             "image": config.image,
-            "command": ["python3", "-m", "tuneline.train.node"],
+            "command": ["python3", "-m", "tuneline.train.trainjob.pod"],
             "numNodes": config.num_nodes,
             "numProcPerNode": config.ranks_per_node,
             "resourcesPerNode": {"requests": requests, "limits": limits},

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 from tuneline.runtime.stop_request import StopRequest
-from tuneline.train import ranks, zero2
 from tuneline.train.checkpoints import CheckpointStore
-from tuneline.train.rates import set_rate
-from tuneline.train.run_state import RunState
-from tuneline.train.shared_steps import SharedStepTrainer
+from tuneline.train.ranks import collectives, zero2
+from tuneline.train.trainer.rates import set_rate
+from tuneline.train.trainer.shared_steps import SharedStepTrainer
+from tuneline.train.trainer.state import RunState
 
 _STATE_FILE = "run_state.json"
 _BEST_FILE = "best_adapter.safetensors"
@@ -88,9 +88,9 @@ class ResumableTrainer(SharedStepTrainer):
         evaluates = self.eval_dataset is not None
         first_is_missing = 0 not in self.run_state.points
         self.args.eval_on_start = evaluates and (first_is_missing or self.run_state.evaluation_due)
-        if not ranks.is_first():
+        if not collectives.is_first():
             # Other dropout than the first rank's; a checkpoint of this rank has it otherwise.
-            torch.manual_seed(self.args.seed + ranks.rank())
+            torch.manual_seed(self.args.seed + collectives.rank())
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except EvaluationAbandoned:
@@ -106,7 +106,7 @@ class ResumableTrainer(SharedStepTrainer):
         Returns:
             For each of these, whether it is so on some rank.
         """
-        stops, *found = ranks.any_of(self.stop.is_made, *others)
+        stops, *found = collectives.any_of(self.stop.is_made, *others)
         self.stops = self.stops or stops
         return found
 
@@ -222,22 +222,22 @@ class ResumableTrainer(SharedStepTrainer):
         if self.store is None:
             return
         state = self.run_state
-        state.loss_since_log = float(ranks.gathered(self._tr_loss).mean())
+        state.loss_since_log = float(collectives.gathered(self._tr_loss).mean())
         state.metrics_since_log = {name: list(map(float, v)) for name, v in self._measured.items()}
         state.last_logged_step = self._globalstep_last_logged
         step = self.state.global_step
         with self._output_below(self.store.partial):
             # Past TRL's own, which writes a model card beside every checkpoint.
             Trainer._save_checkpoint(self, model, trial)
-        ranks.wait_for_all()
-        if ranks.is_first():
+        collectives.wait_for_all()
+        if collectives.is_first():
             written = self.store.partial / f"checkpoint-{step}"
             (written / _STATE_FILE).write_text(state.model_dump_json(), encoding="utf-8")
             if self._best:
                 save_file(self._best, written / _BEST_FILE)
             self.store.seal(written, step)
         # No rank goes on, and perhaps ends, while the first one is still writing.
-        ranks.wait_for_all()
+        collectives.wait_for_all()
 
     @contextlib.contextmanager
     def _output_below(self, directory: Path) -> Iterator[None]:
@@ -266,7 +266,7 @@ class _CheckpointCallback(TrainerCallback):
             trainer._tr_loss.fill_(run_state.loss_since_log)
             trainer._measured.update(run_state.metrics_since_log)
             trainer._globalstep_last_logged = run_state.last_logged_step
-        elif trainer.store is not None and not ranks.from_first(trainer.store.steps):
+        elif trainer.store is not None and not collectives.from_first(trainer.store.steps):
             # A disk that cannot be written is found now, and there is always one to go back to.
             trainer._save_checkpoint(trainer.model, None)
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from tuneline.artifacts import TrainingPoint
 from tuneline.runtime.step import emit
-from tuneline.train.run_state import RunState
+from tuneline.train.trainer.state import RunState
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Metrics, progress, answers and the page of a training run."""

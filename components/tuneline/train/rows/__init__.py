@@ -1,0 +1,1 @@
+"""The rows of a data set, from Parquet to batches."""

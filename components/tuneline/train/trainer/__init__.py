@@ -1,0 +1,1 @@
+"""The trainers: what happens in a step."""

@@ -1,0 +1,1 @@
+"""Training on several machines, as a TrainJob of Kubeflow Trainer."""
