@@ -14,8 +14,8 @@ import torch
 from ops import Table, _error
 from packed import make_rows
 
-from tuneline.kernels import attention, flash
-from tuneline.kernels.attention import AttentionConfig, AttentionPlan
+from tuneline.kernels.ops import attention, flash
+from tuneline.kernels.ops.attention import AttentionConfig, AttentionPlan
 
 TOKENS = 8192
 SCALE = 128**-0.5

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from tuneline.kernels import activation_lora
-from tuneline.kernels.activation_lora import (
+from tuneline.kernels.ops import activation_lora
+from tuneline.kernels.ops.activation_lora import (
     MAX_RANK,
     activation_lora_backward,
     activation_lora_backward_reference,
 )
-from tuneline.kernels.gated_activation import gated_activation_reference
-from tuneline.kernels.lora import LoraGroup, LoraLinear
+from tuneline.kernels.ops.gated_activation import gated_activation_reference
+from tuneline.kernels.ops.lora import LoraGroup, LoraLinear
 
 CASES = {
     # name: (tokens, F, rank of down, ranks of gate and up, or the one of a fused gate_up)

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-import tuneline.kernels.adamw as adamw
-from tuneline.kernels.adamw import FlatAdamW, clip_grad_norm_flat_, dynamic_map
+import tuneline.kernels.ops.adamw as adamw
+from tuneline.kernels.ops.adamw import FlatAdamW, clip_grad_norm_flat_, dynamic_map
 
 SHAPES = [(3, 5), (300,), (47, 64)]
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)

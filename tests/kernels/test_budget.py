@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tuneline.kernels.attention import AttentionConfig, AttentionPlan
-from tuneline.kernels.attention_half import Saved
-from tuneline.kernels.budget import parked
-from tuneline.kernels.layer_weights import LayerWeights
-from tuneline.kernels.lora import LoraGroup, LoraLinear
+from tuneline.kernels.decoder.attention_half import Saved
+from tuneline.kernels.decoder.budget import parked
+from tuneline.kernels.decoder.layer_weights import LayerWeights
+from tuneline.kernels.ops.attention import AttentionConfig, AttentionPlan
+from tuneline.kernels.ops.lora import LoraGroup, LoraLinear
 
 
 def layer(hidden, mlp, num_heads, num_kv_heads, head_dim, *, sandwich=False, fp8=False):

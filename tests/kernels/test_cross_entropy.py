@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tuneline.kernels.cross_entropy import (
+from tuneline.kernels.ops.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
     token_log_probs,

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from tuneline.kernels import flash
-from tuneline.kernels.attention import AttentionConfig, AttentionPlan, attention_reference
-from tuneline.kernels.flash import flash_backward, flash_forward
+from tuneline.kernels.ops import flash
+from tuneline.kernels.ops.attention import AttentionConfig, AttentionPlan, attention_reference
+from tuneline.kernels.ops.flash import flash_backward, flash_forward
 
 HEADS, KV_HEADS, SCALE = 4, 2, 0.3
 CASES = {

@@ -6,9 +6,9 @@ import pytest
 import torch
 import triton
 
-from tuneline.kernels import fp8
-from tuneline.kernels.adamw import dynamic_map
-from tuneline.kernels.fp8 import (
+from tuneline.kernels.ops import fp8
+from tuneline.kernels.ops.adamw import dynamic_map
+from tuneline.kernels.ops.fp8 import (
     LARGEST,
     largest_weight,
     nf4_to_fp8,
@@ -16,7 +16,7 @@ from tuneline.kernels.fp8 import (
     quantize_rows_reference,
     scaled_mm,
 )
-from tuneline.kernels.nf4 import NF4Weight, dequantize_nf4_reference
+from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4_reference
 
 E4M3 = torch.float8_e4m3fn
 

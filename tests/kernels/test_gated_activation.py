@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tuneline.kernels.gated_activation import (
+from tuneline.kernels.ops.gated_activation import (
     gated_activation,
     gated_activation_backward,
     gated_activation_forward,

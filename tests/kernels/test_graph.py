@@ -7,12 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tuneline.kernels.attention import AttentionConfig, AttentionPlan
-from tuneline.kernels.budget import kept_bytes, normed_bytes
-from tuneline.kernels.graph import GraphedStack, Room, _key, equal_tokens, held_bytes
-from tuneline.kernels.layer import LayerCall, layer_backward, layer_forward
-from tuneline.kernels.layer_weights import LayerWeights
-from tuneline.kernels.lora import LoraGroup, LoraLinear
+from tuneline.kernels.decoder.budget import kept_bytes, normed_bytes
+from tuneline.kernels.decoder.graph import GraphedStack, Room, _key, equal_tokens, held_bytes
+from tuneline.kernels.decoder.layer import LayerCall, layer_backward, layer_forward
+from tuneline.kernels.decoder.layer_weights import LayerWeights
+from tuneline.kernels.ops.attention import AttentionConfig, AttentionPlan
+from tuneline.kernels.ops.lora import LoraGroup, LoraLinear
 from tuneline.kernels.patch import patch
 
 TENSORS = ["weight", "bias", "lora_a", "lora_b", "attention_norm", "mlp_norm", "q_norm", "k_norm"]

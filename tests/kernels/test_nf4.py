@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from tuneline.kernels.adamw import dynamic_map
-from tuneline.kernels.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_reference
+from tuneline.kernels.ops.adamw import dynamic_map
+from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_reference
 
 
 def _weight(N, K, dtype, generator, nested=True):

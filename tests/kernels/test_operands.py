@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from tuneline.kernels import lora
-from tuneline.kernels.fp8 import largest_weight
-from tuneline.kernels.lora import (
+from tuneline.kernels.decoder.operands import (
+    Fp8Operands,
+    WideOperands,
+    augmented_input,
+    group_operands,
+)
+from tuneline.kernels.ops import lora
+from tuneline.kernels.ops.fp8 import largest_weight
+from tuneline.kernels.ops.lora import (
     LoraGradients,
     LoraGroup,
     LoraLinear,
@@ -13,13 +19,7 @@ from tuneline.kernels.lora import (
     pack,
     pack_reference,
 )
-from tuneline.kernels.nf4 import NF4Weight, dequantize_nf4_reference
-from tuneline.kernels.operands import (
-    Fp8Operands,
-    WideOperands,
-    augmented_input,
-    group_operands,
-)
+from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4_reference
 
 TOKENS, INPUTS = 23, 64
 CASES = {

@@ -24,10 +24,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tuneline.kernels import activation_lora
-from tuneline.kernels.attention_half import Saved
-from tuneline.kernels.budget import Kept, kept_bytes, normed_bytes
-from tuneline.kernels.layer import LayerCall
+from tuneline.kernels.decoder.attention_half import Saved
+from tuneline.kernels.decoder.budget import Kept, kept_bytes, normed_bytes
+from tuneline.kernels.decoder.layer import LayerCall
+from tuneline.kernels.ops import activation_lora
 from tuneline.kernels.patch import patch, unpatch
 
 SIZES = {
@@ -245,7 +245,7 @@ def test_whatever_waits_for_the_backward_gives_the_same_bits(family, choice, mon
 
 def test_chunks_of_the_mlp_add_up(monkeypatch, interpreted):
     model = make_model("gemma2", dtype=torch.float32)
-    monkeypatch.setattr("tuneline.kernels.mlp_half.MLP_CHUNK_TOKENS", 4)
+    monkeypatch.setattr("tuneline.kernels.decoder.mlp_half.MLP_CHUNK_TOKENS", 4)
     patch(model, budget="lean")
     ours = step(model, batch(2, 5))
     monkeypatch.undo()

@@ -100,7 +100,7 @@ def test_error_is_at_most_the_stock_models(family, packed):
 
 
 def test_the_host_stash_gives_back_what_it_took():
-    from tuneline.kernels.stash import HostStash
+    from tuneline.kernels.decoder.stash import HostStash
 
     stash = HostStash()
     parked = [torch.randn(64, 1024, 33, device="cuda") for _ in range(4)]
@@ -116,7 +116,7 @@ def test_the_host_stash_gives_back_what_it_took():
 
 
 def test_the_host_stash_pins_once_for_steps_of_unlike_lengths():
-    from tuneline.kernels.stash import HostPool
+    from tuneline.kernels.decoder.stash import HostPool
 
     pool, seen = HostPool(), set()
     for num_tokens in (8192, 8150, 8101, 8192):
@@ -191,7 +191,7 @@ def test_one_graph_serves_packed_rows_of_many_lengths(monkeypatch):
 
 @pytest.mark.parametrize("kept_layers", [0, 1, 2])
 def test_what_is_parked_comes_back_the_same(kept_layers, monkeypatch):
-    from tuneline.kernels.budget import kept_bytes
+    from tuneline.kernels.decoder.budget import kept_bytes
     from tuneline.kernels.patch import patch
 
     model = make_model("llama").to(torch.bfloat16)

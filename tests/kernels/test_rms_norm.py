@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tuneline.kernels.rms_norm import (
+from tuneline.kernels.ops.rms_norm import (
     rms_norm,
     rms_norm_backward,
     rms_norm_forward,

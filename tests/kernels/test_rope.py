@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tuneline.kernels.rope import rope, rope_backward, rope_forward, rope_reference
+from tuneline.kernels.ops.rope import rope, rope_backward, rope_forward, rope_reference
 
 CASES = {
     # name: (B, T, query heads, key heads, head dimension, rotary dimension, norm, gemma)

@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from tuneline.kernels.attention import AttentionConfig
-from tuneline.kernels.fp8 import largest_weight
-from tuneline.kernels.layer_weights import LayerWeights
-from tuneline.kernels.lora import LoraGroup, LoraLinear
-from tuneline.kernels.nf4 import NF4Weight
+from tuneline.kernels.decoder.layer_weights import LayerWeights
+from tuneline.kernels.ops.attention import AttentionConfig
+from tuneline.kernels.ops.fp8 import largest_weight
+from tuneline.kernels.ops.lora import LoraGroup, LoraLinear
+from tuneline.kernels.ops.nf4 import NF4Weight
 from tuneline.kernels.spec import ACTIVATIONS, FamilySpec
 
 

@@ -27,23 +27,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tuneline.kernels.attention import AttentionPlan
 from tuneline.kernels.binding import Unfusable, bind_layer, fingerprint
-from tuneline.kernels.budget import Budget, Kept, check_budget, parked, share_out
-from tuneline.kernels.cross_entropy import linear_cross_entropy
-from tuneline.kernels.graph import (
+from tuneline.kernels.decoder.budget import Budget, Kept, check_budget, parked, share_out
+from tuneline.kernels.decoder.graph import (
     GRAPH_MAX_TOKENS,
     GRAPH_MAX_TOKENS_FP8,
     GraphCache,
     Room,
     equal_tokens,
 )
-from tuneline.kernels.host_embedding import move_back, move_to_host
-from tuneline.kernels.layer import Handover, LayerCall, fused_layer
-from tuneline.kernels.layer_weights import LayerWeights
-from tuneline.kernels.rms_norm import rms_norm
+from tuneline.kernels.decoder.host_embedding import move_back, move_to_host
+from tuneline.kernels.decoder.layer import Handover, LayerCall, fused_layer
+from tuneline.kernels.decoder.layer_weights import LayerWeights
+from tuneline.kernels.decoder.stash import HostStash
+from tuneline.kernels.ops.attention import AttentionPlan
+from tuneline.kernels.ops.cross_entropy import linear_cross_entropy
+from tuneline.kernels.ops.rms_norm import rms_norm
 from tuneline.kernels.spec import FamilySpec, family_spec
-from tuneline.kernels.stash import HostStash
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tuneline.kernels.gated_activation import Kind
+from tuneline.kernels.ops.gated_activation import Kind
 
 ACTIVATIONS: dict[str, Kind] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """The activations that `gated_activation` knows, by transformers' names."""

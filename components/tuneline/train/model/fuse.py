@@ -7,7 +7,7 @@ import torch
 
 from tuneline.errors import RecipeError
 from tuneline.kernels import FlatAdamW, patch
-from tuneline.kernels.budget import Budget
+from tuneline.kernels.decoder.budget import Budget
 from tuneline.kernels.patch import FP8_CAPABILITY
 
 logger = logging.getLogger(__name__)

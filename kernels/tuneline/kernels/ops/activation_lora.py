@@ -22,14 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tuneline.kernels._dispatch import use_kernel
-from tuneline.kernels.gated_activation import (
+from tuneline.kernels.ops._dispatch import use_kernel
+from tuneline.kernels.ops.gated_activation import (
     Kind,
     _gate,
     _is_gelu,
     gated_activation_backward,
 )
-from tuneline.kernels.lora import LoraGroup, mm_wide
+from tuneline.kernels.ops.lora import LoraGroup, mm_wide
 
 MAX_RANK = 64
 """Three sums of [columns, rank] float32 must fit the registers."""

@@ -12,28 +12,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tuneline.kernels.attention import (
-    AttentionConfig,
-    AttentionPlan,
-    attention_backward,
-    attention_forward,
-)
-from tuneline.kernels.layer_weights import (
+from tuneline.kernels.decoder.layer_weights import (
     LayerWeights,
     Normed,
     add_normed,
     normed_gradient,
     normed_input,
 )
-from tuneline.kernels.lora import LoraGradients, LoraGroup
-from tuneline.kernels.operands import (
+from tuneline.kernels.decoder.operands import (
     Fp8Operands,
     WideOperands,
     augmented_input,
     group_operands,
 )
-from tuneline.kernels.rms_norm import rms_norm_backward
-from tuneline.kernels.rope import rope_backward, rope_forward
+from tuneline.kernels.ops.attention import (
+    AttentionConfig,
+    AttentionPlan,
+    attention_backward,
+    attention_forward,
+)
+from tuneline.kernels.ops.lora import LoraGradients, LoraGroup
+from tuneline.kernels.ops.rms_norm import rms_norm_backward
+from tuneline.kernels.ops.rope import rope_backward, rope_forward
 
 
 @dataclass(frozen=True, slots=True)

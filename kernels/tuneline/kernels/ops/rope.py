@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tuneline.kernels._dispatch import use_kernel
-from tuneline.kernels.rms_norm import rms_norm, rms_norm_reference
+from tuneline.kernels.ops._dispatch import use_kernel
+from tuneline.kernels.ops.rms_norm import rms_norm, rms_norm_reference
 
 _ELEMENTS_PER_WARP = 512
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tuneline.kernels._dispatch import use_kernel
+from tuneline.kernels.ops._dispatch import use_kernel
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch.utils.checkpoint import checkpoint
 
-from tuneline.kernels._dispatch import rows, use_kernel
+from tuneline.kernels.ops._dispatch import rows, use_kernel
 
 _CHUNK_BYTES = 256 * 2**20
 """Logits held at once: 1024 tokens of Llama 3's vocabulary in bfloat16, enough to fill a GEMM."""

@@ -11,18 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tuneline.kernels.activation_lora import activation_lora_backward
-from tuneline.kernels.gated_activation import gated_activation_forward
-from tuneline.kernels.layer_weights import (
+from tuneline.kernels.decoder.layer_weights import (
     LayerWeights,
     Normed,
     add_normed,
     normed_gradient,
     normed_input,
 )
-from tuneline.kernels.lora import LoraGradients, mm_wide
-from tuneline.kernels.operands import augmented_input, group_operands
-from tuneline.kernels.rms_norm import rms_norm_backward
+from tuneline.kernels.decoder.operands import augmented_input, group_operands
+from tuneline.kernels.ops.activation_lora import activation_lora_backward
+from tuneline.kernels.ops.gated_activation import gated_activation_forward
+from tuneline.kernels.ops.lora import LoraGradients, mm_wide
+from tuneline.kernels.ops.rms_norm import rms_norm_backward
 
 MLP_CHUNK_TOKENS = 4096
 """A GEMM of this many rows still fills an H100; fewer rows would leave it waiting for the tail."""

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tuneline.kernels.copy_rows import copy_rows
-from tuneline.kernels.flash import flash_backward, flash_forward
+from tuneline.kernels.ops.copy_rows import copy_rows
+from tuneline.kernels.ops.flash import flash_backward, flash_forward
 
 CUDNN_HEAD_DIMS = (64, 128)
 CUDNN_HOPPER_HEAD_DIMS = (64, 96, 128, 256)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tuneline.kernels.attention import AttentionConfig
-from tuneline.kernels.gated_activation import Kind
-from tuneline.kernels.lora import LoraGroup
-from tuneline.kernels.operands import Fp8Operands, WideOperands, augmented_input
-from tuneline.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from tuneline.kernels.decoder.operands import Fp8Operands, WideOperands, augmented_input
+from tuneline.kernels.ops.attention import AttentionConfig
+from tuneline.kernels.ops.gated_activation import Kind
+from tuneline.kernels.ops.lora import LoraGroup
+from tuneline.kernels.ops.rms_norm import rms_norm_backward, rms_norm_forward
 
 Normed = tuple[Tensor, Tensor]
 """X' = [norm(x) | norm(x) A^T], and rstd."""

@@ -31,8 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tuneline.kernels._dispatch import use_kernel
-from tuneline.kernels.nf4 import NF4Weight
+from tuneline.kernels.ops._dispatch import use_kernel
+from tuneline.kernels.ops.nf4 import NF4Weight
 
 MIN_COLUMNS = 64
 MAX_LINEARS = 3

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tuneline.kernels.nf4 import NF4Weight, dequantize_nf4_reference, load_absmax
+from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4_reference, load_absmax
 
 LARGEST = 448.0
 """The largest e4m3."""

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch._utils import _flatten_dense_tensors
 
-from tuneline.kernels._dispatch import use_kernel
+from tuneline.kernels.ops._dispatch import use_kernel
 
 _QUANT_BLOCK = 256
 _NORM_PROGRAMS = 1024

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tuneline.kernels._dispatch import use_kernel
+from tuneline.kernels.ops._dispatch import use_kernel
 
 _BLOCK_WORDS = 512
 _NUM_WARPS = 4

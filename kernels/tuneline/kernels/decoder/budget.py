@@ -15,10 +15,10 @@ from typing import Literal
 
 import torch
 
-from tuneline.kernels.attention import AttentionPlan
-from tuneline.kernels.attention_half import Saved
-from tuneline.kernels.layer_weights import LayerWeights
-from tuneline.kernels.mlp_half import KEPT_MLP_CHUNK_TOKENS
+from tuneline.kernels.decoder.attention_half import Saved
+from tuneline.kernels.decoder.layer_weights import LayerWeights
+from tuneline.kernels.decoder.mlp_half import KEPT_MLP_CHUNK_TOKENS
+from tuneline.kernels.ops.attention import AttentionPlan
 
 Budget = Literal["auto", "lean"] | float
 """`auto`: what is free now, less head-room; `lean`: nothing; or GiB for kept activations."""

@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tuneline.kernels.copy_rows import copy_rows
-from tuneline.kernels.fp8 import nf4_to_fp8, quantize_rows, scaled_mm
-from tuneline.kernels.lora import LoraGroup, pack
-from tuneline.kernels.nf4 import NF4Weight, dequantize_nf4
+from tuneline.kernels.ops.copy_rows import copy_rows
+from tuneline.kernels.ops.fp8 import nf4_to_fp8, quantize_rows, scaled_mm
+from tuneline.kernels.ops.lora import LoraGroup, pack
+from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4
 
 
 def group_operands(group: LoraGroup, like: Tensor) -> WideOperands | Fp8Operands:

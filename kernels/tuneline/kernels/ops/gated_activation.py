@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tuneline.kernels._dispatch import rows, use_kernel
+from tuneline.kernels.ops._dispatch import rows, use_kernel
 
 Kind = Literal["silu", "gelu_tanh"]
 GateUp = torch.Tensor | tuple[torch.Tensor, torch.Tensor]

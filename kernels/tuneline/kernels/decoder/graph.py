@@ -25,10 +25,10 @@ import triton
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from tuneline.kernels.attention import AttentionPlan
-from tuneline.kernels.budget import kept_bytes, normed_bytes
-from tuneline.kernels.layer import LayerCall, layer_backward, layer_forward
-from tuneline.kernels.layer_weights import LayerWeights
+from tuneline.kernels.decoder.budget import kept_bytes, normed_bytes
+from tuneline.kernels.decoder.layer import LayerCall, layer_backward, layer_forward
+from tuneline.kernels.decoder.layer_weights import LayerWeights
+from tuneline.kernels.ops.attention import AttentionPlan
 
 GRAPH_MAX_TOKENS = 2048
 """Of a layer as large as Llama-3.1-8B's, and more of a smaller one: see `equal_tokens`.

@@ -29,16 +29,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuneline.kernels.attention import AttentionPlan
-from tuneline.kernels.attention_half import (
+from tuneline.kernels.decoder.attention_half import (
     AttentionHalf,
     Saved,
     attention_half_backward,
     complete,
 )
-from tuneline.kernels.layer_weights import LayerWeights, Normed
-from tuneline.kernels.mlp_half import mlp_backward, mlp_forward
-from tuneline.kernels.stash import HostStash
+from tuneline.kernels.decoder.layer_weights import LayerWeights, Normed
+from tuneline.kernels.decoder.mlp_half import mlp_backward, mlp_forward
+from tuneline.kernels.decoder.stash import HostStash
+from tuneline.kernels.ops.attention import AttentionPlan
 
 
 @dataclass(slots=True)

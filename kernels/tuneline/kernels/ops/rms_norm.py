@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tuneline.kernels._dispatch import rows, use_kernel
+from tuneline.kernels.ops._dispatch import rows, use_kernel
 
 _BACKWARD_ROWS = 16
 """Tokens one program sums into its partial weight gradient, so that no atomics are needed."""
