@@ -24,7 +24,7 @@ STEPS = {
 """The steps that each image runs."""
 
 _MODULES = {
-    ("light", "plan"): "tuneline.pipelines.plan_run",
+    ("light", "plan"): "tuneline.pipelines.plan.run",
     ("light", "train"): "tuneline.train.trainjob.follow",
 }
 # Where it is not the step's `run`.

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tuneline import images
-from tuneline.pipelines.lint import lint_documents
+from tuneline.pipelines.lint.lint import lint_documents
 from tuneline.pipelines.placement import PART_OF_LABEL
 from tuneline.placement import PlacementConfig
 from tuneline.train.trainjob.manifest import CONTAINER

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tuneline.pipelines import cli
+from tuneline.pipelines.cli import main
 from tuneline.version import VERSION
 
 
 def tuneline(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tuneline.pipelines.cli", *arguments],
+        [sys.executable, "-m", "tuneline.pipelines.cli.main", *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -93,7 +93,7 @@ def test_what_goes_wrong_is_one_message(
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "argv", ["tuneline", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == code
     said = capsys.readouterr().err
     assert says in said
@@ -154,7 +154,7 @@ def test_a_stopped_run_leaves_no_process(tmp_path: Path, stop: signal.Signals) -
     os.mkfifo(model / "config.json")
     command = ["run", "demo", "--set", f"base_model={model}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tuneline.pipelines.cli", *command],
+        [sys.executable, "-m", "tuneline.pipelines.cli.main", *command],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -18,8 +18,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from tuneline.errors import ClusterError, CredentialsError, RecipeError, UserError
-from tuneline.pipelines import cluster
-from tuneline.pipelines.cli import app
+from tuneline.pipelines.cli.main import app
+from tuneline.pipelines.kfp_client import runs
 
 START = datetime.datetime(2026, 11, 24, 3, 0, tzinfo=datetime.UTC)
 
@@ -157,8 +157,8 @@ def test_status_shows_the_steps(kfp_server: Any) -> None:
 def test_a_name_means_its_newest_run(kfp_server: Any) -> None:
     add_run(kfp_server, "line", [task("fetch", 1, 1)])
     newest = add_run(kfp_server, "line", [task("train", 1, 1)])
-    client = cluster.connect(None)
-    assert cluster.find_run(client, "line").run_id == newest
+    client = runs.connect(None)
+    assert runs.find_run(client, "line").run_id == newest
 
 
 @pytest.mark.parametrize("version", ["v1alpha1", "v2beta1"])
@@ -231,7 +231,7 @@ def test_refusals_are_sentences(
 ) -> None:
     kfp_server.refuse = (status, "token expired")
     with pytest.raises(kind, match=says):
-        cluster.connect(None)
+        runs.connect(None)
     # Once, not again and again for 25 seconds.
     assert len(kfp_server.requests) == 1
 
@@ -239,7 +239,7 @@ def test_refusals_are_sentences(
 def test_a_login_page_is_told_from_the_api(kfp_server: Any) -> None:
     kfp_server.page = "<html>log in</html>"
     with pytest.raises(CredentialsError, match="perhaps a login page"):
-        cluster.connect(None)
+        runs.connect(None)
 
 
 def test_a_host_where_nobody_answers(kfp_server: Any) -> None:
@@ -247,17 +247,17 @@ def test_a_host_where_nobody_answers(kfp_server: Any) -> None:
         taken.bind(("127.0.0.1", 0))
         host = f"http://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ClusterError, match=f"reached at {host} .*refused.*: check"):
-            cluster.connect(host)
+            runs.connect(host)
     with pytest.raises(ClusterError, match=r"reached at https://nowhere\.invalid"):
-        cluster.connect("nowhere.invalid")
+        runs.connect("nowhere.invalid")
 
 
 def test_a_server_that_goes_away(kfp_server: Any) -> None:
-    client = cluster.connect(None)
+    client = runs.connect(None)
     client.get_kfp_healthz()
     kfp_server.__exit__()
     with pytest.raises(ClusterError, match="cannot be reached at 127.0.0.1"):
-        cluster.recent_runs(client)
+        runs.recent_runs(client)
     kfp_server.__exit__ = lambda *_: None
 
 
@@ -265,8 +265,8 @@ def test_no_host_at_all(kfp_server: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("KFP_ENDPOINT")
     monkeypatch.delenv("KUBECONFIG", raising=False)
     with pytest.raises(UserError, match="no host: give --host URL or set KFP_ENDPOINT"):
-        cluster.connect(None)
-    assert cluster.connect(kfp_server.host).get_kfp_healthz().multi_user is False
+        runs.connect(None)
+    assert runs.connect(kfp_server.host).get_kfp_healthz().multi_user is False
 
 
 def test_the_token_comes_from_the_environment(
@@ -280,7 +280,7 @@ def test_the_token_comes_from_the_environment(
 
 
 def test_an_error_is_one_line_and_an_exit_code(kfp_server: Any) -> None:
-    command = [sys.executable, "-m", "tuneline.pipelines.cli", "status", "absent"]
+    command = [sys.executable, "-m", "tuneline.pipelines.cli.main", "status", "absent"]
     done = subprocess.run(
         command, env=dict(os.environ), capture_output=True, text=True, check=False
     )

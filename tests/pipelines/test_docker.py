@@ -13,8 +13,8 @@ import pytest
 from tuneline import images
 from tuneline.artifacts import RunSummary
 from tuneline.pipelines.catalog import find_recipe
-from tuneline.pipelines.docker_engine import RUN_LABEL, check_images
-from tuneline.pipelines.watch import read_events
+from tuneline.pipelines.local.docker import RUN_LABEL, check_images
+from tuneline.pipelines.local.watch import read_events
 from tuneline.runtime.events import step_runs
 
 # Few steps and rows, one format of each kind: every image, every step, published too.
@@ -38,7 +38,7 @@ def test_a_short_demo_passes_through_every_image(tmp_path: Path) -> None:
     check_images(find_recipe("demo", SMALL))
     assignments = [part for value in SMALL for part in ("--set", value)]
     done = subprocess.run(
-        [sys.executable, "-m", "tuneline.pipelines.cli", "run", "demo", "--runner", "docker",
+        [sys.executable, "-m", "tuneline.pipelines.cli.main", "run", "demo", "--runner", "docker",
          "--runs-dir", str(tmp_path), *assignments],
         env={**os.environ, "COLUMNS": "200"},
         capture_output=True, text=True, check=False,
@@ -72,7 +72,7 @@ def test_a_stopped_run_leaves_no_container(tmp_path: Path) -> None:
 
     check_images(find_recipe("demo", SMALL))
     process = subprocess.Popen(
-        [sys.executable, "-m", "tuneline.pipelines.cli", "run", "demo", "--runner", "docker",
+        [sys.executable, "-m", "tuneline.pipelines.cli.main", "run", "demo", "--runner", "docker",
          "--runs-dir", str(tmp_path)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip

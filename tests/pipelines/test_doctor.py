@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from tuneline.errors import ClusterError, CredentialsError
 from tuneline.pipelines import kube
-from tuneline.pipelines.cli import app
+from tuneline.pipelines.cli.main import app
 from tuneline.pipelines.doctor import Finding, examine
 
 RUN = str(uuid.UUID(int=7))

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from kfp import compiler
 
-from tuneline.pipelines.cli import RECIPES_DIR
+from tuneline.pipelines.cli.main import RECIPES_DIR
 from tuneline.pipelines.finetune import finetune
-from tuneline.pipelines.lint import lint_file
+from tuneline.pipelines.lint.lint import lint_file
 from tuneline.pipelines.needs import NEEDS
 from tuneline.pipelines.placement import USER_ID
 from tuneline.recipe import load_recipe

@@ -9,7 +9,7 @@ from kfp import compiler
 from tuneline.errors import RecipeError
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.finetune import finetune
-from tuneline.pipelines.lint import lint_documents
+from tuneline.pipelines.lint.lint import lint_documents
 from tuneline.placement import PlacementConfig, quantity_value
 from tuneline.train import NodesConfig
 

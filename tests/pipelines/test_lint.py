@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from tuneline.errors import RecipeError
-from tuneline.pipelines.lint import Finding, lint_documents, lint_file
-from tuneline.pipelines.secret_values import find_secrets, mask
+from tuneline.pipelines.lint.lint import Finding, lint_documents, lint_file
+from tuneline.pipelines.lint.secrets import find_secrets, mask
 
 ROOT = Path(__file__).parent.parent.parent
 MANIFESTS = sorted(
@@ -380,7 +380,7 @@ def test_the_command_ends_with_one_where_something_is_wrong(tmp_path: Path) -> N
     good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
     good.write_text(yaml.safe_dump(POD), encoding="utf-8")
     bad.write_text(yaml.safe_dump(container("args", value=[HUB_TOKEN])), encoding="utf-8")
-    command = [sys.executable, "-m", "tuneline.pipelines.cli", "lint", str(good)]
+    command = [sys.executable, "-m", "tuneline.pipelines.cli.main", "lint", str(good)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "1 file(s) checked, nothing found\n")
     done = subprocess.run([*command, str(bad)], capture_output=True, text=True, check=False)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tuneline.pipelines.local import check_that_all_steps_ended
+from tuneline.pipelines.local.run import check_that_all_steps_ended
 
 START = {"step": "train", "event": "started", "time": 1.0}
 END = {"step": "train", "event": "finished", "time": 2.0, "seconds": 1.0}

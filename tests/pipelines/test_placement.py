@@ -9,9 +9,9 @@ import yaml
 from kfp import compiler
 
 from tuneline import images
-from tuneline.pipelines.cli import RECIPES_DIR
+from tuneline.pipelines.cli.main import RECIPES_DIR
 from tuneline.pipelines.finetune import finetune
-from tuneline.pipelines.lint import lint_documents
+from tuneline.pipelines.lint.lint import lint_documents
 from tuneline.pipelines.needs import NEEDS
 from tuneline.pipelines.placement import nodes_config
 from tuneline.placement import PlacementConfig, StepName

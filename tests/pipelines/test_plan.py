@@ -18,12 +18,12 @@ from tuneline.artifacts import DatasetManifest
 from tuneline.errors import ClusterError, RecipeError, UserError
 from tuneline.pipelines import kube
 from tuneline.pipelines.catalog import find_recipe
-from tuneline.pipelines.check import Check
-from tuneline.pipelines.cli import app
-from tuneline.pipelines.cluster_checks import CRDS, LAUNCHER_RIGHTS, RIGHTS, TRAINER_CRD
-from tuneline.pipelines.estimate import estimate, llama_shape, parameters_in_name
-from tuneline.pipelines.host_memory import host_memory
-from tuneline.pipelines.plan import plan
+from tuneline.pipelines.cli.main import app
+from tuneline.pipelines.plan.check import Check
+from tuneline.pipelines.plan.cluster import CRDS, LAUNCHER_RIGHTS, RIGHTS, TRAINER_CRD
+from tuneline.pipelines.plan.estimate import estimate, llama_shape, parameters_in_name
+from tuneline.pipelines.plan.host_memory import host_memory
+from tuneline.pipelines.plan.plan import plan
 from tuneline.placement import PlacementConfig
 from tuneline.recipe import Recipe
 from tuneline.train.config import LoraConfig
@@ -258,7 +258,7 @@ def test_a_pod_with_too_little_memory_is_named(
 
 def test_the_plan_is_made_without_kfp() -> None:
     """In a step's pod kfp.dsl has no tasks to place."""
-    code = "import sys, tuneline.pipelines.plan_run; sys.exit('kfp' in sys.modules)"
+    code = "import sys, tuneline.pipelines.plan.run; sys.exit('kfp' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -9,9 +9,9 @@ import pytest
 from tuneline.errors import RecipeError, UserError
 from tuneline.pipelines import kube
 from tuneline.pipelines.catalog import find_recipe
-from tuneline.pipelines.check import Check
-from tuneline.pipelines.cluster_checks import CRDS
-from tuneline.pipelines.plan_run import POD_VARIABLE, run
+from tuneline.pipelines.plan.check import Check
+from tuneline.pipelines.plan.cluster import CRDS
+from tuneline.pipelines.plan.run import POD_VARIABLE, run
 
 
 def begin(path: Path, *assignments: str, **changed: str) -> list[Check]:

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from tuneline.pipelines.registry import Unknown, has_image
+from tuneline.pipelines.plan.registry import Unknown, has_image
 
 
 class Registry(BaseHTTPRequestHandler):

@@ -10,10 +10,10 @@ from kfp import compiler
 from typer.testing import CliRunner
 
 from tuneline.pipelines.catalog import find_recipe
-from tuneline.pipelines.cli import app
+from tuneline.pipelines.cli.main import app
 from tuneline.pipelines.finetune import finetune
-from tuneline.pipelines.lint import lint_file
-from tuneline.pipelines.resources import write_resources
+from tuneline.pipelines.gitops import write_resources
+from tuneline.pipelines.lint.lint import lint_file
 
 CRDS = Path(__file__).parents[3] / "shared" / "data" / "crds" / "kfp-2.17"
 

@@ -30,7 +30,7 @@ from tuneline.errors import (
     TrainingError,
     UserError,
 )
-from tuneline.pipelines.lint import lint_documents
+from tuneline.pipelines.lint.lint import lint_documents
 from tuneline.runtime.kubernetes_client import connect
 from tuneline.train import NodesConfig, TrainConfig, run, run_on_nodes
 from tuneline.train.ranks.board import Board, Verdict

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuneline.pipelines.kube import Kube, Refused
+from tuneline.pipelines.lint.secrets import mask_within
 from tuneline.pipelines.placement import QUEUE_LABEL, STEP_LABEL
-from tuneline.pipelines.secret_values import mask_within
 from tuneline.runtime.causes import CAUSES, OWN_ERRORS, RUN_AGAIN, Cause, find_cause
 from tuneline.train.trainjob.client import JOBSET_LABEL
 from tuneline.train.trainjob.manifest import CONTAINER as NODE

@@ -28,7 +28,7 @@ from tuneline.fetch.component import fetch, look_up_model
 from tuneline.gate.component import gate
 from tuneline.merge.component import merge
 from tuneline.pipelines.placement import nodes_config, place
-from tuneline.pipelines.plan_component import plan
+from tuneline.pipelines.plan.component import plan
 from tuneline.prepare.component import look_up_data, prepare
 from tuneline.publish.component import publish
 from tuneline.quantize.component import (

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 
 from tuneline.html.units import duration, parameters, size
-from tuneline.pipelines.check import Check, Verdict
-from tuneline.pipelines.cluster_checks import check_cluster
-from tuneline.pipelines.estimate import GPU_BYTES, Estimate, estimate, parameters_in_name
-from tuneline.pipelines.host_memory import host_memory
 from tuneline.pipelines.kube import Kube
 from tuneline.pipelines.needs import memory_of
+from tuneline.pipelines.plan.check import Check, Verdict
+from tuneline.pipelines.plan.cluster import check_cluster
+from tuneline.pipelines.plan.estimate import GPU_BYTES, Estimate, estimate, parameters_in_name
+from tuneline.pipelines.plan.host_memory import host_memory
 from tuneline.placement import FUSED, quantity_value
 from tuneline.recipe import Recipe
 from tuneline.train.memory.estimate import GIB

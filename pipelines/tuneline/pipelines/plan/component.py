@@ -15,7 +15,7 @@ def plan(
     summary: dsl.Output[dsl.Markdown],
 ):
     """Say no before a GPU is asked for, where the run cannot work as it stands."""
-    from tuneline.pipelines.plan_run import run
+    from tuneline.pipelines.plan.run import run
     from tuneline.runtime.step import step
 
     with step("plan"):

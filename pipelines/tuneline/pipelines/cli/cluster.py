@@ -51,14 +51,14 @@ def submit(
     cache: Annotated[bool, typer.Option(help="Take finished steps from the cache.")] = True,
 ) -> None:
     """Run a recipe's line on a cluster, once."""
-    from tuneline.pipelines import cluster
+    from tuneline.pipelines.kfp_client import runs
 
     loaded = _load(recipe, set_)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run_name = name or f"{loaded.name}-{stamp}"
-    client = cluster.connect(host)
-    with cluster.compiled(loaded, cache=cache) as pipeline:
-        run_id = cluster.submit(
+    client = runs.connect(host)
+    with runs.compiled(loaded, cache=cache) as pipeline:
+        run_id = runs.submit(
             client,
             pipeline,
             name=run_name,
@@ -90,7 +90,7 @@ def schedule(
     ] = None,
 ) -> None:
     """Run a recipe's line on a cluster again and again; the same name changes the schedule."""
-    from tuneline.pipelines import cluster, schedules
+    from tuneline.pipelines.kfp_client import runs, schedules
 
     if (cron is None) == (every is None):
         raise UserError("give one of --cron and --every, e.g. --cron '0 3 * * 1' or --every 12h")
@@ -98,8 +98,8 @@ def schedule(
     trigger = schedules.cron_trigger(cron) if cron else schedules.interval_trigger(str(every))
     if cron and len(cron.split()) == 5:
         _say(f"five fields: KFP gets '{trigger.cron}', the second first")
-    client = cluster.connect(host)
-    with cluster.compiled(loaded) as pipeline:
+    client = runs.connect(host)
+    with runs.compiled(loaded) as pipeline:
         done = schedules.schedule(
             client,
             pipeline,
@@ -125,10 +125,10 @@ def schedules(
     delete: Annotated[str | None, typer.Option(metavar="NAME", help="Its runs stay.")] = None,
 ) -> None:
     """List the schedules, or change one."""
-    from tuneline.pipelines import cluster
-    from tuneline.pipelines import schedules as recurring
+    from tuneline.pipelines.kfp_client import runs
+    from tuneline.pipelines.kfp_client import schedules as recurring
 
-    client = cluster.connect(host)
+    client = runs.connect(host)
     for name, value in ((enable, True), (disable, False)):
         if name:
             found = recurring.find_schedule(client, name, namespace=namespace)
@@ -157,20 +157,20 @@ def status(
     namespace: NamespaceOption = None,
 ) -> None:
     """Say how far a run is; without one, list the newest."""
-    from tuneline.pipelines import cluster
+    from tuneline.pipelines.kfp_client import runs
 
-    client = cluster.connect(host)
+    client = runs.connect(host)
     if run is None:
         table = Table(Column("run", no_wrap=True), "state", "created", "id", box=None)
-        for each in cluster.recent_runs(client, namespace=namespace):
+        for each in runs.recent_runs(client, namespace=namespace):
             table.add_row(each.display_name, each.state, _time(each.created_at), each.run_id)
         console.print(table)
         return
-    found = cluster.find_run(client, run, namespace=namespace)
+    found = runs.find_run(client, run, namespace=namespace)
     _say(f"{found.display_name}: {found.state}, created {_time(found.created_at)}")
     if found.error and found.error.message:
         _say(f"error: {found.error.message}")
-    names = set(cluster.step_names(found))
+    names = set(runs.step_names(found))
     table = Table(Column("step", no_wrap=True), "state", "seconds", "error", box=None)
     details = found.run_details and found.run_details.task_details
     for task in details or []:
@@ -188,15 +188,15 @@ def logs(
     namespace: NamespaceOption = None,
 ) -> None:
     """Print what a step of a run has written so far."""
-    from tuneline.pipelines import cluster
+    from tuneline.pipelines.kfp_client import runs
 
-    client = cluster.connect(host)
-    found = cluster.find_run(client, run, namespace=namespace)
-    pods = cluster.pods_of(found, step)
+    client = runs.connect(host)
+    found = runs.find_run(client, run, namespace=namespace)
+    pods = runs.pods_of(found, step)
     for pod in pods:
         if len(pods) > 1:
             _say(f"--- {pod}")
-        with cluster.plainly():
+        with runs.plainly():
             text = client.read_log(found.run_id, pod)
         typer.echo(text, nl=not text.endswith("\n"))
 
@@ -204,22 +204,22 @@ def logs(
 @app.command()
 def cancel(run: RunArgument, host: HostOption = None, namespace: NamespaceOption = None) -> None:
     """End a run."""
-    from tuneline.pipelines import cluster
+    from tuneline.pipelines.kfp_client import runs
 
-    client = cluster.connect(host)
-    found = cluster.find_run(client, run, namespace=namespace)
-    cluster.cancel(client, found)
+    client = runs.connect(host)
+    found = runs.find_run(client, run, namespace=namespace)
+    runs.cancel(client, found)
     _say(f"run {found.display_name}: asked to end")
 
 
 @app.command()
 def resume(run: RunArgument, host: HostOption = None, namespace: NamespaceOption = None) -> None:
     """Run again what failed of a run; finished steps are kept."""
-    from tuneline.pipelines import cluster
+    from tuneline.pipelines.kfp_client import runs
 
-    client = cluster.connect(host)
-    found = cluster.find_run(client, run, namespace=namespace)
-    cluster.resume(client, found)
+    client = runs.connect(host)
+    found = runs.find_run(client, run, namespace=namespace)
+    runs.resume(client, found)
     _say(f"run {found.display_name}: goes on\nfollow it: tuneline status {found.run_id}")
 
 

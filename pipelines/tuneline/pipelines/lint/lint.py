@@ -25,8 +25,8 @@ from typing import Any
 import yaml
 
 from tuneline.errors import RecipeError
-from tuneline.pipelines.lint_absent import Found, check_executors, check_pod, check_resource
-from tuneline.pipelines.secret_values import find_secrets, is_credential_name, mask, mask_within
+from tuneline.pipelines.lint.required import Found, check_executors, check_pod, check_resource
+from tuneline.pipelines.lint.secrets import find_secrets, is_credential_name, mask, mask_within
 
 MAX_SHOWN_CHARACTERS = 80
 

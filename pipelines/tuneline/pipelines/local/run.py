@@ -1,6 +1,6 @@
 """Run a recipe's pipeline on this machine, in a process of its own.
 
-    python -m tuneline.pipelines.local RUN_DIR RECIPE_JSON subprocess|docker
+    python -m tuneline.pipelines.local.run RUN_DIR RECIPE_JSON subprocess|docker
 
 A process of its own because KFP's local runner prints and logs freely, and so that the command
 line can watch it, show its progress and end it as a whole.
@@ -15,7 +15,7 @@ from pathlib import Path
 from kfp import local
 
 from tuneline.pipelines.finetune import finetune
-from tuneline.pipelines.watch import read_events
+from tuneline.pipelines.local.watch import read_events
 from tuneline.recipe import Recipe
 from tuneline.runtime.events import failed_run, step_runs
 from tuneline.runtime.step import EVENTS_VARIABLE
@@ -43,7 +43,7 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
     if runner == "docker":
         from docker.types import Mount
 
-        from tuneline.pipelines.docker_engine import RUN_LABEL, stop_containers
+        from tuneline.pipelines.local.docker import RUN_LABEL, stop_containers
 
         environment |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
         runs_dir = str(run_dir.resolve().parent)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import UserError
-from tuneline.pipelines.cluster import Client, by_display_name, plainly
+from tuneline.pipelines.kfp_client.runs import Client, by_display_name, plainly
 
 MIN_INTERVAL_SECONDS = 60
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -7,7 +7,7 @@ has the rules. Documents may be of any shape: what is not a mapping or a list co
 from collections.abc import Iterator
 from typing import Any
 
-from tuneline.pipelines.secret_values import find_secrets, mask
+from tuneline.pipelines.lint.secrets import find_secrets, mask
 
 Found = Iterator[tuple[str, str, str, str]]
 """Path, rule, value, fix."""

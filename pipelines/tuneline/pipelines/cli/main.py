@@ -19,8 +19,8 @@ from rich.table import Column, Table
 
 from tuneline.artifacts import RunSummary
 from tuneline.errors import OutputExistsError, RecipeError, TunelineError, UserError, WorldError
-from tuneline.pipelines import cluster_cli, plan_cli, verify_cli
 from tuneline.pipelines.catalog import RECIPES_DIR, find_recipe
+from tuneline.pipelines.cli import cluster, plan, verify
 from tuneline.recipe import Recipe, load_recipe
 from tuneline.version import VERSION
 
@@ -33,9 +33,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(cluster_cli.app)
-app.add_typer(plan_cli.app)
-app.add_typer(verify_cli.app)
+app.add_typer(cluster.app)
+app.add_typer(plan.app)
+app.add_typer(verify.app)
 console = Console()
 
 
@@ -83,12 +83,12 @@ def run(
     runs_dir: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
 ) -> None:
     """Run a recipe's whole line on this machine."""
-    from tuneline.pipelines.local import ARTIFACTS_DIR, EVENTS_FILE
-    from tuneline.pipelines.watch import read_events, watch
+    from tuneline.pipelines.local.run import ARTIFACTS_DIR, EVENTS_FILE
+    from tuneline.pipelines.local.watch import read_events, watch
 
     loaded = find_recipe(recipe, set_)
     if runner is Runner.DOCKER:
-        from tuneline.pipelines.docker_engine import check_images
+        from tuneline.pipelines.local.docker import check_images
 
         check_images(loaded)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -102,7 +102,7 @@ def run(
     console.print(f"[bold]{loaded.name}[/bold]: {loaded.base_model} on {loaded.dataset}")
     console.print(f"run: {run_dir}\n", highlight=False)
     events_path = run_dir / ARTIFACTS_DIR / EVENTS_FILE
-    command = [sys.executable, "-m", "tuneline.pipelines.local"]
+    command = [sys.executable, "-m", "tuneline.pipelines.local.run"]
     # Waiting OpenMP threads would spin on cores that the other steps need.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", **os.environ}
     with open(run_dir / LOG_FILE, "w", encoding="utf-8") as log:
@@ -154,7 +154,7 @@ def compile_(
     from kfp import compiler
 
     from tuneline.pipelines.finetune import finetune
-    from tuneline.pipelines.resources import write_resources
+    from tuneline.pipelines.gitops import write_resources
 
     loaded = find_recipe(recipe, set_)
     path = output or Path(f"{loaded.name}.yaml")
@@ -201,7 +201,7 @@ def lint(
     ],
 ) -> None:
     """Check compiled pipelines and Kubernetes manifests for security faults."""
-    from tuneline.pipelines.lint import lint_file
+    from tuneline.pipelines.lint.lint import lint_file
 
     found = [(path, finding) for path in files for finding in lint_file(path)]
     for path, finding in found:
@@ -251,8 +251,8 @@ def _summary_path(run_dir: Path) -> Path | None:
 
 def _write_report(run_dir: Path) -> Path:
     """Copy the report step's page, or make the page of a run that did not get that far."""
-    from tuneline.pipelines.local import ARTIFACTS_DIR, EVENTS_FILE
-    from tuneline.pipelines.watch import read_events
+    from tuneline.pipelines.local.run import ARTIFACTS_DIR, EVENTS_FILE
+    from tuneline.pipelines.local.watch import read_events
     from tuneline.report import render_failed
 
     events = read_events(run_dir / ARTIFACTS_DIR / EVENTS_FILE)

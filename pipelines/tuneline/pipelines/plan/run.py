@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 
 from tuneline.errors import ClusterError, RecipeError, UserError
-from tuneline.pipelines.check import Check
 from tuneline.pipelines.kube import Kube
-from tuneline.pipelines.plan import plan
+from tuneline.pipelines.plan.check import Check
+from tuneline.pipelines.plan.plan import plan
 from tuneline.recipe import Recipe
 from tuneline.runtime.environment import IMAGE_VARIABLE
 from tuneline.runtime.kubernetes_client import own_namespace

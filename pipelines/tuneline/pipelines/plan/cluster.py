@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 from tuneline import images
-from tuneline.pipelines.check import Check, Verdict
 from tuneline.pipelines.kube import Kube, Refused, Right
-from tuneline.pipelines.registry import Unknown, has_image
+from tuneline.pipelines.plan.check import Check, Verdict
+from tuneline.pipelines.plan.registry import Unknown, has_image
 from tuneline.placement import PRODUCT_LABEL, StepPlacement, quantity_value
 from tuneline.recipe import Recipe
 from tuneline.train.trainjob.manifest import GROUP, PLURAL

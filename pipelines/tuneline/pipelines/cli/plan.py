@@ -6,7 +6,7 @@ import typer
 
 from tuneline.errors import UserError
 from tuneline.pipelines.catalog import find_recipe
-from tuneline.pipelines.cluster_cli import (
+from tuneline.pipelines.cli.cluster import (
     HostOption,
     RecipeArgument,
     RunArgument,
@@ -48,7 +48,7 @@ def plan(
 ) -> None:
     """Estimate what a recipe takes, and check that a cluster has it; exit code 1 where not."""
     from tuneline.pipelines.kube import Kube
-    from tuneline.pipelines.plan import plan as check
+    from tuneline.pipelines.plan.plan import plan as check
 
     if profile is not None and profile not in PROFILES:
         raise UserError(f"--profile {profile}: there are {', '.join(PROFILES)}")
@@ -58,7 +58,7 @@ def plan(
         loaded,
         num_parameters=parameters,
         price_per_gpu_hour=price,
-        kube=Kube(namespace, context=context) if cluster or context else None,
+        kube=Kube(namespace, context=context) if runs or context else None,
         account=service_account,
     )
     for each in checks:
@@ -79,13 +79,13 @@ def doctor(
     ] = None,
 ) -> None:
     """Say why a run failed or waits: cause, evidence, what to change."""
-    from tuneline.pipelines import cluster
     from tuneline.pipelines.doctor import examine
+    from tuneline.pipelines.kfp_client import runs
     from tuneline.pipelines.kube import Kube
 
     run_id = run
-    if not cluster.is_id(run):
-        run_id = cluster.find_run(cluster.connect(host), run, namespace=namespace).run_id
+    if not runs.is_id(run):
+        run_id = runs.find_run(runs.connect(host), run, namespace=namespace).run_id
     kube = Kube(namespace or "kubeflow", context=context)
     findings = examine(kube, run_id)
     for found in findings:

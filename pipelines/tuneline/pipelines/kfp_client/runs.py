@@ -28,7 +28,7 @@ from kfp.client import set_volume_credentials
 
 from tuneline.errors import ClusterError, CredentialsError, RecipeError, UserError
 from tuneline.pipelines.finetune import finetune
-from tuneline.pipelines.lint import lint_file
+from tuneline.pipelines.lint.lint import lint_file
 from tuneline.recipe import Recipe
 
 HOST_VARIABLE = "KFP_ENDPOINT"

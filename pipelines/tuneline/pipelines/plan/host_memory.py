@@ -10,7 +10,7 @@ rows to compare, and 2.8 with eight; measure-importance 0.3, whatever the size.
 from dataclasses import dataclass
 
 from tuneline.models.heldout_rows import MAX_ROW_TOKENS
-from tuneline.pipelines.estimate import BITS, DEFAULT_BITS, llama_shape
+from tuneline.pipelines.plan.estimate import BITS, DEFAULT_BITS, llama_shape
 from tuneline.recipe import Recipe
 from tuneline.train.memory.estimate import GIB
 

@@ -1,0 +1,1 @@
+"""What the KFP API is asked for: runs and schedules."""

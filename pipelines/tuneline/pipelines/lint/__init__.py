@@ -1,0 +1,1 @@
+"""Check compiled pipelines and Kubernetes manifests for security faults."""

@@ -1,0 +1,1 @@
+"""What a run needs, held against what there is, before anything is started."""
