@@ -217,7 +217,7 @@ def test_limits_that_the_run_would_hit_fail() -> None:
 
 
 def test_host_memory_is_what_the_steps_took() -> None:
-    # tests/quantize/proof_memory.py, 8.03e9 parameters, two rows compared.
+    # tests/measure/proof_memory.py, 8.03e9 parameters, two rows compared.
     loaded = recipe("quantize.num_proof_prompts=2", 'quantize.gguf=["f16", "q4_k_m"]')
     found = {each.step: each.own_bytes / GIB for each in host_memory(loaded, LLAMA)}
     assert found == {

@@ -7,7 +7,7 @@ it needs to. (A mixture's experts are copied, in 16 bits: transformers joins the
 
 It takes no longer: a linear layer is widened a block of rows at a time, which is still in the CPU's
 cache when it is multiplied. 14336 x 4096 on one core of an EPYC: 13 ms for one token and 0.32 s for
-256, either way; widened whole 144 ms and 0.46 s. `tests/quantize/proof_memory.py` measures steps.
+256, either way; widened whole 144 ms and 0.46 s. `tests/measure/proof_memory.py` measures steps.
 
 Legend: I and O a linear layer's inputs and outputs, R rows of a block, V vocabulary, H hidden size.
 """

@@ -3,7 +3,7 @@
 Only what a process holds of its own counts against a limit for good. The merged model and GGUF
 files are mapped: the kernel drops their pages where room is short, and reads them again at every
 pass, so that a limit below them costs time and no run. Measured at 8B and 1.1B, in GiB
-(tests/quantize/proof_memory.py): convert-gguf 3.4 and 1.9, quantize-gguf to q4_k_m 4.8 with two
+(tests/measure/proof_memory.py): convert-gguf 3.4 and 1.9, quantize-gguf to q4_k_m 4.8 with two
 rows to compare, and 2.8 with eight; measure-importance 0.3, whatever the size.
 """
 

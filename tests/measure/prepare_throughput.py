@@ -1,6 +1,6 @@
 """Time prepare against datasets.map with apply_chat_template, and watch its memory.
 
-    python tests/prepare/throughput.py ROWS.jsonl MODEL_DIR --rows 100000 1000000
+    python tests/measure/prepare_throughput.py ROWS.jsonl MODEL_DIR --rows 100000 1000000
 
 ROWS.jsonl has the columns `question` and `answer` (GSM8K's) and is repeated up to each number of
 rows. Each engine is a process of its own. Memory is the proportional set size of the process and

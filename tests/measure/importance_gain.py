@@ -1,6 +1,6 @@
 """Compare formats with and without an importance matrix on a tuned model; run by hand.
 
-    python tests/quantize/importance_gain.py --merged DIR --gguf DIR --dataset DIR
+    python tests/measure/importance_gain.py --merged DIR --gguf DIR --dataset DIR
 
 Takes what merge, convert-gguf and prepare of a finished run made, measures the matrix on training
 rows and prints KL, top-1 agreement and perplexity on held-out rows, for both.

@@ -1,6 +1,6 @@
 """Inject every fault that training is to survive, and print a table of what came of it.
 
-    python tests/train/faults.py
+    python tests/measure/train_faults.py
 
 The faults are injected by the tests named below, slow ones included; some minutes on two cores.
 "Survived" says that a test passed: the run ended with the adapter it would have had, or, where no

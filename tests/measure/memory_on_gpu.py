@@ -1,8 +1,8 @@
 """Measure the peak memory of training runs against what is estimated before they load a model.
 
-    python tests/train/memory_on_gpu.py --out-dir DIR     fifteen settings, three shapes, one GPU
-    python tests/train/memory_on_gpu.py --only 0 3        some of them
-    python tests/train/memory_on_gpu.py --tiny            all of them, small: whether this runs
+    python tests/measure/memory_on_gpu.py --out-dir DIR     fifteen settings, three shapes, one GPU
+    python tests/measure/memory_on_gpu.py --only 0 3        some of them
+    python tests/measure/memory_on_gpu.py --tiny            all of them, small: whether this runs
 
 Every setting goes through the train step's own `run`, on random weights in the shape of a real
 model, which are made on the device. Without a GPU three small settings run instead, each in a

@@ -1,6 +1,6 @@
 """Measure the streamed merge against peft's merge_and_unload + save_pretrained; run by hand.
 
-    OMP_NUM_THREADS=2 python tests/merge/memory.py --layers 8 --directory /tmp/merge
+    OMP_NUM_THREADS=2 python tests/measure/merge_memory.py --layers 8 --directory /tmp/merge
 
 Makes a random bf16 model of Llama 3's widths (4096, 14336; 32 layers are 16 GB) and an adapter of
 rank 16 on its seven linear layers, then runs each merge in a process of its own and prints wall

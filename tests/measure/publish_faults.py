@@ -1,6 +1,6 @@
 """Print what a push comes to when the Hub or the network fails; run by hand.
 
-    python tests/publish/fault_table.py
+    python tests/measure/publish_faults.py
 
 The real client pushes a merged model and an adapter to a server on localhost. A fault that passes
 is met once, at each of the requests in turn; one that stays is met every time. The tests hold each

@@ -1,6 +1,6 @@
 """Measure what quantising to GPTQ takes of a GPU's memory; run by hand, on a machine with one.
 
-    python tests/quantize/gptq_memory.py --layers 2 4 --cap 24 --directory /tmp/gptq
+    python tests/measure/gptq_memory.py --layers 2 4 --cap 24 --directory /tmp/gptq
 
 Makes random bf16 models of Llama 3's widths (4096, 14336, vocabulary 128,256), so many layers each,
 and 128 calibration rows of 2,048 tokens; quantises each in a process that may not allocate more

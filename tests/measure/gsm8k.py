@@ -1,6 +1,6 @@
 """Tune SmolLM2 on GSM8K by every method, on a CPU, and load each adapter in plain PEFT.
 
-    python tests/train/gsm8k.py DIR --out-dir OUT       DIR has train.jsonl and preferences.jsonl
+    python tests/measure/gsm8k.py DIR --out-dir OUT       DIR has train.jsonl and preferences.jsonl
 
     sft   questions and answers
     dpo   preferences

@@ -1,6 +1,6 @@
 """Push 20 GB of shards to a Hub on localhost through a cut connection; run by hand.
 
-    python tests/publish/large.py --directory /tmp/large
+    python tests/measure/publish_large.py --directory /tmp/large
 
 The shards are sparse files, each with a few bytes of its own, so that they take no disk; the server
 counts and drops what it gets, in parts of 64 MB as the Hub asks for. One part of the second shard

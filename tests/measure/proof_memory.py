@@ -1,6 +1,6 @@
 """Measure what the GGUF steps take of host memory, and how long; run by hand.
 
-    python tests/quantize/proof_memory.py --layers 16 --hidden 2048 --directory /tmp/proof
+    python tests/measure/proof_memory.py --layers 16 --hidden 2048 --directory /tmp/proof
 
 Makes a random bf16 model in Llama 3's proportions (32 layers of 4096 are 16 GB) with SmolLM2's
 tokenizer, then runs the steps, each in a process of its own, and prints seconds and two peaks:

@@ -1,8 +1,8 @@
 """Run `python -m tuneline.train` on one and on two GPUs, and compare what they learn and how fast.
 
-    python tests/train/ranks_on_gpu.py --out-dir DIR
-    python tests/train/ranks_on_gpu.py --parts big       some of its parts
-    python tests/train/ranks_on_gpu.py --tiny            whether this runs: two ranks on a CPU
+    python tests/measure/ranks_on_gpu.py --out-dir DIR
+    python tests/measure/ranks_on_gpu.py --parts big       some of its parts
+    python tests/measure/ranks_on_gpu.py --tiny            whether this runs: two ranks on a CPU
 
     medium  a 1B shape: one rank; two ranks with ZeRO-2, SIGTERM in the middle; one rank to the end
     big     an 8B shape, packed to 8192: one rank and two
