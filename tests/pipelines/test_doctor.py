@@ -1,6 +1,6 @@
 """doctor: each fault as Kubernetes shows it, read over HTTP, against what the person is told.
 
-The server is tests/pipelines/kube_server.py with the unmodified client. Conditions, states and
+The server is tests/support/kube_server.py with the unmodified client. Conditions, states and
 messages are worded as in the Kubernetes, Argo and Kueue sources; no cluster was there.
 """
 

@@ -9,7 +9,7 @@
 
 The counts per token are those of transformers' Llama family: RMSNorm keeps its input in fp32 and
 its output, attention q, k, v and its output, the MLP four tensors of its width. Against
-peaks measured on an H200: tests/train/test_memory.py.
+peaks measured on an H200: tests/train/memory/test_estimate.py.
 """
 
 from dataclasses import dataclass

@@ -88,7 +88,7 @@ def packs_are_trusted() -> Iterator[None]:
     """Leave out TRL's warnings that rows of a pack attend across each other.
 
     They go by the name of the attention. transformers makes the mask of a pack from its positions
-    for every kind of it; tests/train/test_trainers.py holds packs against rows alone.
+    for every kind of it; tests/train/trainer/test_trainers.py holds packs against rows alone.
     """
 
     def keep(record: logging.LogRecord) -> bool:

@@ -1,6 +1,6 @@
 """plan: the estimate against measured steps, and every check against a Kubernetes API over HTTP.
 
-The client is the unmodified one, the server tests/pipelines/kube_server.py; no cluster was there.
+The client is the unmodified one, the server tests/support/kube_server.py; no cluster was there.
 """
 
 import socket

@@ -1,6 +1,6 @@
 """Every family that is trained goes through merge and GGUF: tiny random models, logits compared.
 
-Run by hand: pytest -m slow tests/quantize/test_families.py
+Run by hand: pytest -m slow tests/quantize/gguf/test_families.py
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What ranks do in tests/train/test_ranks.py: importable by name in processes of their own."""
+"""What ranks do in tests/train/ranks/test_ranks.py: importable by name in processes of their own."""
 
 import logging
 import os
