@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tuneline.kernels import NF4Weight, dequantize_nf4  # noqa: E402
 
 OPS = {
-    name: import_module(f"tuneline.kernels.{name}")
+    name: import_module(f"tuneline.kernels.ops.{name}")
     for name in ("nf4", "rms_norm", "rope", "gated_activation", "cross_entropy", "adamw")
 }
 T, K, F, V, HQ, HK, D = 8192, 4096, 14336, 128256, 32, 8, 128

@@ -152,7 +152,7 @@ def _resources(name: str, architecture: int) -> dict[str, int]:
     from triton.compiler import ASTSource
 
     module, kernel, constants, pointers, num_warps = KERNELS[name]
-    function = getattr(import_module(f"tuneline.kernels.{module}"), kernel)
+    function = getattr(import_module(f"tuneline.kernels.ops.{module}"), kernel)
     signature, attributes = {}, {}
     for i, argument in enumerate(function.arg_names):
         if argument in constants:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tuneline.kernels.decoder.host_embedding import gather_rows, move_back, move_to_host
+from tuneline.kernels.ops.host_embedding import gather_rows, move_back, move_to_host
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -9,7 +9,7 @@ import pytest
 import tuneline.kernels
 
 OPS = ["adamw", "cross_entropy", "gated_activation", "nf4", "rms_norm", "rope"]
-FOLDER = Path(tuneline.kernels.__file__).parent
+FOLDER = Path(tuneline.kernels.__file__).parent / "ops"
 KERNEL_FILES = sorted(p.stem for p in FOLDER.glob("*.py") if "@triton.jit" in p.read_text())
 
 

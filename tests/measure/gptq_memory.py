@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "support"))
 
 from random_weights import write_weights  # noqa: E402
 

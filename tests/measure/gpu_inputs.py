@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("components", "kernels", "kernels/benchmarks", "tests")
+SOURCES = ("components", "kernels", "kernels/benchmarks", "tests/support")
 sys.path[:0] = [str(ROOT / source) for source in SOURCES]
 
 import train_step  # noqa: E402

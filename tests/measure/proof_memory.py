@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "support"))
 
 from random_weights import write_weights  # noqa: E402
 

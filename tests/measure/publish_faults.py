@@ -8,12 +8,17 @@ of these outcomes (test_faults.py); this is for reading.
 """
 
 import collections
-import importlib.util
 import logging
 import os
+import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS / "support"), str(TESTS / "publish")]
+
+import hub_server  # noqa: E402
+import test_faults  # noqa: E402
 
 PASSING = (429, 500, 503, "cut", "half", "lost")
 STAYING = (401, 403, 404, 409, 412, 422, 429, 503, "cut")
@@ -24,17 +29,7 @@ WORDS = {
 }
 
 
-def module(name: str) -> ModuleType:
-    """Load a module beside this one; tests are no package."""
-    path = Path(__file__).parent / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def outcome(hub_server: ModuleType, root: Path, route: str, fault, count: int) -> str:
+def outcome(root: Path, route: str, fault, count: int) -> str:
     """Push once to a new Hub with one fault; return "one commit each" or the error's sentence."""
     from tuneline.errors import TunelineError
     from tuneline.publish.config import PublishConfig
@@ -66,7 +61,6 @@ def main() -> None:
 
     import tuneline.publish.hub
 
-    tests, hub_server = module("test_faults"), module("hub_server")
     for client in (_http, tuneline.publish.hub):
         client.time.sleep = lambda seconds: None  # waiting is not waited for
     with tempfile.TemporaryDirectory() as scratch:
@@ -77,15 +71,15 @@ def main() -> None:
             (root / name / "1.safetensors").write_bytes(os.urandom(100_000))
         print("| once, at any request | outcome |\n|---|---|")
         for fault in PASSING:
-            routes = tests.ROUTES if fault != "half" else ("send", "commit")
+            routes = test_faults.ROUTES if fault != "half" else ("send", "commit")
             found = collections.Counter(
-                outcome(hub_server, root, tests.ROUTES[route], fault, 1) for route in routes
+                outcome(root, test_faults.ROUTES[route], fault, 1) for route in routes
             )
             shown = "; ".join(f"{text} ({count} requests)" for text, count in found.items())
             print(f"| {WORDS.get(fault, fault)} | {shown} |", flush=True)
         print("\n| every time, at the commit | outcome |\n|---|---|")
         for fault in STAYING:
-            said = outcome(hub_server, root, tests.ROUTES["commit"], fault, 999)
+            said = outcome(root, test_faults.ROUTES["commit"], fault, 999)
             print(f"| {WORDS.get(fault, fault)} | {said} |", flush=True)
 
 

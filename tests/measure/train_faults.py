@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
-HERE = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1] / "train"
 
 # Fault, what has to come of it, and the test; without parameters it stands for all of them.
 FAULTS = [
@@ -40,7 +40,7 @@ FAULTS = [
     (
         "SIGTERM before early stopping",
         "patience and best adapter kept",
-        "test_best.py::test_patience_and_the_best_adapter_survive_an_interruption",
+        "trainer/test_best_adapter.py::test_patience_and_the_best_adapter_survive_an_interruption",
     ),
     (
         "disk full while a checkpoint is written",
@@ -75,32 +75,32 @@ FAULTS = [
     (
         "NaN in a loss or a gradient",
         "step skipped and counted",
-        "test_divergence.py::test_a_bad_step_changes_nothing_and_is_counted",
+        "trainer/test_nonfinite.py::test_a_bad_step_changes_nothing_and_is_counted",
     ),
     (
         "NaN several times in a row",
         "back to a checkpoint, lower rate",
-        "test_divergence.py::test_several_in_a_row_go_back_to_a_lower_rate",
+        "trainer/test_nonfinite.py::test_several_in_a_row_go_back_to_a_lower_rate",
     ),
     (
         "NaN for ever",
         "ends, and names the rows",
-        "test_divergence.py::test_rows_that_never_work_are_named",
+        "trainer/test_nonfinite.py::test_rows_that_never_work_are_named",
     ),
     (
         "out of memory",
         "goes on smaller, learns the same",
-        "test_fit.py::test_a_run_out_of_memory_goes_on_smaller_and_learns_the_same",
+        "memory/test_plan.py::test_a_run_out_of_memory_goes_on_smaller_and_learns_the_same",
     ),
     (
         "out of memory with one row",
         "ends, and says what to lower",
-        "test_fit.py::test_memory_that_cannot_be_saved_ends_the_step",
+        "memory/test_plan.py::test_memory_that_cannot_be_saved_ends_the_step",
     ),
     (
         "a rank dies or fails",
         "all end at once, its log's last lines",
-        "test_ranks.py::test_a_rank_that_dies_ends_all_at_once",
+        "ranks/test_ranks.py::test_a_rank_that_dies_ends_all_at_once",
     ),
 ]
 
@@ -111,7 +111,7 @@ def main() -> None:
         results = Path(root, "results.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "--strict-markers"]
         command += ["--import-mode=importlib", f"--junitxml={results}"]
-        subprocess.run(command + [f"{HERE}/{test}" for _, _, test in FAULTS])
+        subprocess.run(command + [f"{TESTS}/{test}" for _, _, test in FAULTS])
         cases = list(ElementTree.parse(results).iter("testcase"))
     print(f"\n{'fault':42} {'what has to come of it':38} {'survived':9} {'s':>6}")
     num_lost = 0

@@ -2,7 +2,7 @@
 
     python tests/measure/whole_step_on_gpu.py --out-dir DIR
     python tests/measure/whole_step_on_gpu.py --parts bare free       some of its parts
-    python tests/measure/whole_step_on_gpu.py --tiny                  whether this runs, without a GPU
+    python tests/measure/whole_step_on_gpu.py --tiny                  a trial without a GPU
 
     bare    the kernels in a loop of their own, without a trainer: what the step can reach
     free    the step, with all memory for activations

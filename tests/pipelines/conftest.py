@@ -1,23 +1,13 @@
 """A KFP and a Kubernetes server for the tests of the commands that talk to them."""
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import kfp
 import pytest
-
-
-def load_beside(name: str) -> ModuleType:
-    # tests are not packages, so the module beside this one is loaded by its path.
-    path = Path(__file__).parent / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from kfp_server import KfpServer
+from kube_server import KubeServer
 
 
 @pytest.fixture
@@ -26,7 +16,7 @@ def kfp_server(
 ) -> Iterator[Any]:
     """The server, named in the environment; parametrize indirectly for its arguments."""
     arguments = getattr(request, "param", {})
-    with load_beside("kfp_server").KfpServer(**arguments) as server:
+    with KfpServer(**arguments) as server:
         monkeypatch.setenv("KFP_ENDPOINT", server.host)
         for name in ("KFP_TOKEN", "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_SA_TOKEN_PATH"):
             monkeypatch.delenv(name, raising=False)
@@ -39,6 +29,6 @@ def kfp_server(
 @pytest.fixture
 def kube_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The server, named by the kubeconfig in the environment."""
-    with load_beside("kube_server").KubeServer() as server:
+    with KubeServer() as server:
         monkeypatch.setenv("KUBECONFIG", str(server.write_kubeconfig(tmp_path / "kubeconfig")))
         yield server

@@ -15,7 +15,7 @@ from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.gitops import write_resources
 from tuneline.pipelines.lint.lint import lint_file
 
-CRDS = Path(__file__).parents[3] / "shared" / "data" / "crds" / "kfp-2.17"
+CRDS = Path(__file__).parents[2].parent / "shared" / "data" / "crds" / "kfp-2.17"
 
 
 @pytest.fixture(scope="module")

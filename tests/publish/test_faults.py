@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import hub_server
 import pytest
 
 import tuneline.publish.hub
@@ -62,7 +63,7 @@ def staged(tmp_path: Path) -> list[StagedRepo]:
 
 
 @pytest.fixture
-def send(hub, hub_server, staged, waits, monkeypatch):
+def send(hub, staged, waits, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
 
     def call(*faults, max_attempts=3):
@@ -246,7 +247,7 @@ def test_what_is_public_already_is_told(send, hub, caplog) -> None:
     assert f"publish.private is true, and {LORA} is there and public: it stays so" in caplog.text
 
 
-def test_an_empty_repository_is_taken_and_a_foreign_one_is_not(send, hub, hub_server) -> None:
+def test_an_empty_repository_is_taken_and_a_foreign_one_is_not(send, hub) -> None:
     hub.repos[LORA] = hub_server.new_repo(**{".gitattributes": b"*.bin lfs"})
     hub.repos[MERGED] = hub_server.new_repo(readme=b"mine")
     with pytest.raises(UserError, match=f"{MERGED} exists and was not made by tuneline"):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hub_server
 import pytest
 import yaml
 
@@ -466,7 +467,7 @@ def test_a_token_with_a_line_break_is_the_token(run_dir: Path, hub) -> None:
     assert "HF_TOKEN holds more than a token" in sentence(done, 2)
 
 
-def test_somebody_elses_repository_is_left_alone(run_dir: Path, hub, hub_server) -> None:
+def test_somebody_elses_repository_is_left_alone(run_dir: Path, hub) -> None:
     theirs = hub_server.new_repo(private=False, a=b"theirs")
     hub.repos["me/mine"] = theirs
     done = to_hub(run_dir, hub, "out")

@@ -1,4 +1,4 @@
-"""What ranks do in tests/train/ranks/test_ranks.py: importable by name in processes of their own."""
+"""What the ranks of tests/train/ranks/test_ranks.py do: importable in their processes."""
 
 import logging
 import os

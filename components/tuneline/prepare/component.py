@@ -25,7 +25,7 @@ def prepare(
     dataset: dsl.Output[dsl.Dataset],
     statistics: dsl.Output[dsl.HTML],
 ):
-    """Check and tokenise the rows; `config` is a PrepareConfig as JSON, `fingerprint` for the cache."""
+    """Check and tokenise the rows; `config` is a PrepareConfig as JSON."""
     from tuneline.prepare import PrepareConfig, run
     from tuneline.runtime.step import step
 

@@ -36,12 +36,12 @@ from tuneline.kernels.decoder.graph import (
     Room,
     equal_tokens,
 )
-from tuneline.kernels.decoder.host_embedding import move_back, move_to_host
 from tuneline.kernels.decoder.layer import Handover, LayerCall, fused_layer
 from tuneline.kernels.decoder.layer_weights import LayerWeights
 from tuneline.kernels.decoder.stash import HostStash
 from tuneline.kernels.ops.attention import AttentionPlan
 from tuneline.kernels.ops.cross_entropy import linear_cross_entropy
+from tuneline.kernels.ops.host_embedding import move_back, move_to_host
 from tuneline.kernels.ops.rms_norm import rms_norm
 from tuneline.kernels.spec import FamilySpec, family_spec
 

@@ -16,7 +16,7 @@ from tuneline.errors import RecipeError
 from tuneline.pipelines.lint.lint import Finding, lint_documents, lint_file
 from tuneline.pipelines.lint.secrets import find_secrets, mask
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 MANIFESTS = sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "manifests").rglob("*.yaml") if path.is_file()
 )
@@ -240,7 +240,7 @@ def test_a_patch_may_leave_out_what_its_base_says() -> None:
 @pytest.fixture(scope="module")
 def demo() -> list[dict[str, Any]]:
     # The compiled demo, as test_finetune holds it to.
-    path = Path(__file__).parent / "golden" / "demo.yaml"
+    path = Path(__file__).parents[1] / "golden" / "demo.yaml"
     return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
 
 

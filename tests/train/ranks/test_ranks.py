@@ -3,16 +3,15 @@
 On a CPU, through gloo: gradients are averaged there as NCCL and DDP do it on GPUs.
 """
 
-import importlib
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import rank_cases
 import torch
 from transformers import AutoTokenizer
 
@@ -25,9 +24,6 @@ from tuneline.train.memory.plan import first_plan
 from tuneline.train.ranks.launch import _failure, choose_num_ranks, run_on_ranks
 from tuneline.train.ranks.process import OutOfMemory, StartAgain
 from tuneline.train.ranks.zero2 import is_wanted, zero2_config
-
-sys.path.append(str(Path(__file__).parent))
-rank_cases = importlib.import_module("rank_cases")
 
 SETTINGS = {
     "dtype": "float32",
@@ -44,8 +40,8 @@ SETTINGS = {
 
 @pytest.fixture(autouse=True)
 def cases_are_importable(monkeypatch):
-    """The ranks import this directory's modules too."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    """The ranks import rank_cases too."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(rank_cases.__file__).parent))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 

@@ -5,7 +5,6 @@ the schemas that Kubeflow Trainer ships. What a controller and kubelets would do
 in fake time; in the last test they are processes that train.
 """
 
-import importlib.util
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from kube_server import KubeServer
 
 from tuneline import errors
 from tuneline.artifacts import TrainingSummary
@@ -38,8 +38,7 @@ from tuneline.train.trainjob.client import TrainJobs
 from tuneline.train.trainjob.follow import Launcher
 from tuneline.train.trainjob.manifest import build
 
-TESTS = Path(__file__).parents[1]
-CRDS = TESTS.parents[1] / "shared" / "data" / "crds"
+CRDS = Path(__file__).parents[4] / "shared" / "data" / "crds"
 VERSIONS = ["v2.0.0", "v2.0.1", "v2.1.0", "v2.2.1", "v2.3.0"]
 
 NODES: dict[str, Any] = {
@@ -77,18 +76,9 @@ def schema_of(version: str) -> dict[str, Any]:
     return found["schema"]["openAPIV3Schema"]
 
 
-def load_server() -> Any:
-    path = TESTS / "pipelines" / "kube_server.py"
-    spec = importlib.util.spec_from_file_location("kube_server", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    with load_server().KubeServer() as server:
+    with KubeServer() as server:
         monkeypatch.setenv("KUBECONFIG", str(server.write_kubeconfig(tmp_path / "kubeconfig")))
         yield server
 

@@ -1,4 +1,4 @@
-"""One rank, as torchrun starts it: `python -m tuneline.train.ranks.process DIRECTORY PID`; see `launch`."""
+"""One rank: `python -m tuneline.train.ranks.process DIRECTORY PID`; see `launch`."""
 
 import datetime
 import json

@@ -58,7 +58,7 @@ def plan(
         loaded,
         num_parameters=parameters,
         price_per_gpu_hour=price,
-        kube=Kube(namespace, context=context) if runs or context else None,
+        kube=Kube(namespace, context=context) if cluster or context else None,
         account=service_account,
     )
     for each in checks:
