@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tuneline.diagnose import run
+from tuneline.diagnose.run import run
 from tuneline.errors import DataError
 from tuneline.runtime.step import EVENTS_VARIABLE, emit, step
 

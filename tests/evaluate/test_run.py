@@ -9,7 +9,8 @@ import pytest
 
 from tuneline.artifacts import Scores, read_jsonl, write_jsonl
 from tuneline.errors import HubError, ModelError, TaskError, WorldError
-from tuneline.evaluate import EvaluateConfig, run
+from tuneline.evaluate import EvaluateConfig
+from tuneline.evaluate.run import run
 from tuneline.evaluate.samples import primary_metric, rows_of, score_of
 
 OURS = ("heldout_choice", "heldout_exact", "heldout_perplexity")

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError, OutputExistsError
-from tuneline.fetch import FetchConfig, run
-from tuneline.fetch.run import kind_of
+from tuneline.fetch import FetchConfig
+from tuneline.fetch.run import kind_of, run
 
 
 @pytest.fixture

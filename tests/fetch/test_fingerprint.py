@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tuneline.errors import ModelError
-from tuneline.fetch import FetchConfig, fingerprint
+from tuneline.fetch import FetchConfig
+from tuneline.fetch.fingerprint import fingerprint
 
 
 def of(source: str | Path) -> str:

@@ -141,7 +141,8 @@ def test_download_is_recorded_with_its_commit(hub, tiny_model_dir: Path, tmp_pat
 
 def test_the_version_of_a_model_is_its_commit(hub, tmp_path: Path) -> None:
     program = (
-        "from tuneline.fetch import FetchConfig, fingerprint\n"
+        "from tuneline.fetch import FetchConfig\n"
+        "from tuneline.fetch.fingerprint import fingerprint\n"
         "print(fingerprint(FetchConfig(revision='v1'), source='org/model'))"
     )
 

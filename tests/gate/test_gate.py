@@ -7,8 +7,9 @@ import pytest
 
 from tuneline.artifacts import Decision, Scores, TaskScore, read_jsonl, write_jsonl
 from tuneline.errors import TaskError
-from tuneline.gate import GateConfig, run
+from tuneline.gate import GateConfig
 from tuneline.gate.bootstrap import mean_interval
+from tuneline.gate.run import run
 
 
 def write_scores(

@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--out-dir", type=Path, required=True)
     args = parser.parse_args()
     from tuneline.fetch import FetchConfig
-    from tuneline.fetch import run as fetch
+    from tuneline.fetch.run import run as fetch
 
     base = args.out_dir / "base"
     if not base.exists():
@@ -77,9 +77,9 @@ def main() -> None:
 def tune(method: str, data_dir: Path, base: Path, where: Path, num_steps: int) -> Any:
     """Prepare and train."""
     from tuneline.prepare import PrepareConfig
-    from tuneline.prepare import run as prepare
+    from tuneline.prepare.run import run as prepare
     from tuneline.train import TrainConfig
-    from tuneline.train import run as train
+    from tuneline.train.run import run as train
 
     settings = METHODS[method]
     rows = {"max_rows": 1000, "max_eval_rows": 8, "heldout": {"max_rows": 0}}

@@ -10,9 +10,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from tuneline.quantize import QuantizeConfig, measure_importance
+from tuneline.quantize import QuantizeConfig
 from tuneline.quantize.gguf import files
-from tuneline.quantize.gguf.importance import FILE
+from tuneline.quantize.gguf.importance import FILE, measure_importance
 from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.proof import quality, reference
 from tuneline.quantize.threads import few_threads

@@ -170,8 +170,8 @@ def measure(setting: Setting) -> dict[str, Any]:
     import torch
 
     from tuneline.models import nf4
-    from tuneline.train import run as train
     from tuneline.train.config import TrainConfig
+    from tuneline.train.run import run as train
 
     load_base = nf4.load_base
     has_gpu = torch.cuda.is_available()

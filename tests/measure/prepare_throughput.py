@@ -112,7 +112,8 @@ def child(engine: str, source: Path, model_dir: Path) -> None:
 
 def prepare(source: Path, model_dir: Path) -> None:
     """Run the step."""
-    from tuneline.prepare import PrepareConfig, run
+    from tuneline.prepare import PrepareConfig
+    from tuneline.prepare.run import run
 
     columns = {"prompt": "question", "completion": "answer"}
     run(

@@ -146,7 +146,9 @@ def _status(process: int) -> dict[str, int]:
 
 def measure(directory: Path, step: str, num_prompts: int) -> None:
     """Run one step in this process; print seconds and peaks."""
-    from tuneline.quantize import QuantizeConfig, convert, measure_importance, run
+    from tuneline.quantize import QuantizeConfig
+    from tuneline.quantize.gguf.importance import measure_importance
+    from tuneline.quantize.run import convert, run
 
     merged, gguf, dataset = (str(directory / name) for name in ("merged", "gguf", "dataset"))
     # A random model is not what the bounds are for.

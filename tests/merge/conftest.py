@@ -56,7 +56,8 @@ def adapter_dir(
     tiny_model_dir: Path, small_dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """An adapter of a few large steps, so that it is far from nothing."""
-    from tuneline.train import TrainConfig, run
+    from tuneline.train import TrainConfig
+    from tuneline.train.run import run
 
     path = tmp_path_factory.mktemp("merge") / "adapter"
     run(

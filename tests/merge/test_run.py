@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from tuneline.artifacts import DatasetManifest, MergeProof, ModelOrigin, TrainingSummary
 from tuneline.errors import ModelError, OutputExistsError, ProofError, RecipeError, WorldError
-from tuneline.merge import MergeConfig, run
+from tuneline.merge import MergeConfig
 from tuneline.merge.adapter import Adapter
+from tuneline.merge.run import run
 from tuneline.merge.weights import stop_at_end_of_turn
 from tuneline.models.nf4 import load_base
 from tuneline.record import hash_files
 from tuneline.train import TrainConfig
-from tuneline.train import run as train
+from tuneline.train.run import run as train
 
 
 @pytest.fixture

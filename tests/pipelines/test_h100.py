@@ -11,7 +11,7 @@ from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.lint.lint import lint_documents
 from tuneline.placement import PlacementConfig, quantity_value
-from tuneline.train import NodesConfig
+from tuneline.train.trainjob.manifest import NodesConfig
 
 GPU_STEPS = {"train", "merge", "quantize-gptq", "evaluate", "evaluate-2"}
 WITHOUT_RETRY = {"plan", "gate", "report", "diagnose"}

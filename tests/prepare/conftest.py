@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from tuneline.artifacts import DatasetManifest, read_jsonl
-from tuneline.prepare import PrepareConfig, run
+from tuneline.prepare import PrepareConfig
+from tuneline.prepare.run import run
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tuneline.errors import DataError
-from tuneline.prepare import PrepareConfig, fingerprint
+from tuneline.prepare import PrepareConfig
+from tuneline.prepare.fingerprint import fingerprint
 
 COMMITS = {"org/rows": "a" * 40, "org/other": "b" * 40}
 
@@ -91,7 +92,8 @@ def hub() -> Iterator[str]:
 
 PROGRAM = """
 import sys
-from tuneline.prepare import PrepareConfig, fingerprint
+from tuneline.prepare import PrepareConfig
+from tuneline.prepare.fingerprint import fingerprint
 from tuneline.errors import TunelineError
 for source, revision in (("org/rows", None), ("org/other", None), ("org/none", None),
                          ("org/rows", "v9")):

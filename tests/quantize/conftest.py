@@ -8,8 +8,8 @@ import pytest
 
 from tuneline.artifacts import HELDOUT_FILE, INPUT_IDS, TRAIN_FILE, MergeProof, write_jsonl
 from tuneline.models.tokenizer_files import copy_tokenizer
-from tuneline.quantize import convert
 from tuneline.quantize.proof import probes
+from tuneline.quantize.run import convert
 
 PROMPT = "<|im_start|>user\nHow many Mi are 3Gi?<|im_end|>\n<|im_start|>assistant\n"
 

@@ -13,8 +13,8 @@ import torch
 from tuneline.artifacts import MergeProof
 from tuneline.errors import ProofError
 from tuneline.models.tokenizer_files import copy_tokenizer
-from tuneline.quantize import convert
 from tuneline.quantize.proof import probes
+from tuneline.quantize.run import convert
 
 SIZES = {
     "hidden_size": 128,

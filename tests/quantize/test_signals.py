@@ -12,7 +12,9 @@ import pytest
 from tuneline.artifacts import DatasetManifest
 
 IN_A_STEP = """
-from tuneline.quantize import QuantizeConfig, convert, measure_importance
+from tuneline.quantize import QuantizeConfig
+from tuneline.quantize.gguf.importance import measure_importance
+from tuneline.quantize.run import convert
 from tuneline.runtime.step import step
 with step("quantize"):
     """

@@ -3,7 +3,7 @@
 import re
 from html import unescape
 
-from tuneline.report import render_failed
+from tuneline.report.failed import render_failed
 
 
 def event(step: str, what: str, **values) -> dict:

@@ -14,7 +14,7 @@ import yaml
 from tuneline.artifacts import Decision, RunSummary
 from tuneline.errors import OutputExistsError, WorldError
 from tuneline.recipe import Recipe
-from tuneline.report import run
+from tuneline.report.run import run
 
 
 def cards(page: str) -> dict[str, str]:

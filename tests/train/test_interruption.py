@@ -16,7 +16,8 @@ from tuneline.artifacts import TrainingSummary
 from tuneline.errors import StoppedError, StorageError
 from tuneline.models.nf4 import load_base
 from tuneline.runtime.step import main
-from tuneline.train import TrainConfig, run
+from tuneline.train import TrainConfig
+from tuneline.train.run import run
 
 # Several epochs, dropout, and logs, evaluations and checkpoints that do not fall together.
 SETTINGS = {

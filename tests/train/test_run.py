@@ -19,9 +19,10 @@ from tuneline.errors import (
     WorldError,
 )
 from tuneline.models.nf4 import load_base
-from tuneline.train import TrainConfig, run
+from tuneline.train import TrainConfig
 from tuneline.train.config import DpoConfig
 from tuneline.train.observe.metrics import comparable_metrics
+from tuneline.train.run import run
 from tuneline.train.trainer.arguments import DPO_LOSSES
 
 QUICK = {

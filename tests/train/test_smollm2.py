@@ -3,9 +3,9 @@
 import pytest
 
 from tuneline.merge import MergeConfig
-from tuneline.merge import run as merge
+from tuneline.merge.run import run as merge
 from tuneline.train import TrainConfig
-from tuneline.train import run as train
+from tuneline.train.run import run as train
 
 
 @pytest.mark.slow

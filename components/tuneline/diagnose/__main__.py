@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from tuneline.diagnose import run
+from tuneline.diagnose.run import run
 from tuneline.runtime.step import step
 
 if __name__ == "__main__":

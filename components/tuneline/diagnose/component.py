@@ -8,7 +8,7 @@ from tuneline import images
 @dsl.component(base_image=images.LIGHT, install_kfp_package=False)
 def diagnose(status: dsl.PipelineTaskFinalStatus, summary: dsl.Output[dsl.Markdown]):
     """Say what failed and what to change, or what was done."""
-    from tuneline.diagnose import run
+    from tuneline.diagnose.run import run
     from tuneline.runtime.step import step
 
     with step("diagnose"):

@@ -1,10 +1,5 @@
-"""Measure a model on benchmarks with lm-eval, and keep every sample's score.
-
-Importing this loads neither kfp nor torch: a recipe is checked on machines that have neither, so
-heavy imports stand inside the functions that need them.
-"""
+"""Measure a model on benchmarks with lm-eval, and keep every sample's score."""
 
 from tuneline.evaluate.config import EvaluateConfig
-from tuneline.evaluate.run import run
 
-__all__ = ["EvaluateConfig", "run"]
+__all__ = ["EvaluateConfig"]

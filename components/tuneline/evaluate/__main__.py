@@ -1,6 +1,7 @@
 """Run as `python -m tuneline.evaluate --label base --model DIR --dataset DIR --scores DIR`."""
 
-from tuneline.evaluate import EvaluateConfig, run
+from tuneline.evaluate import EvaluateConfig
+from tuneline.evaluate.run import run
 from tuneline.runtime.step import main
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ def evaluate(
     metrics: dsl.Output[dsl.Metrics],
 ):
     """Measure a model, "base" or "tuned"; `config` is an EvaluateConfig as JSON."""
-    from tuneline.evaluate import EvaluateConfig, run
+    from tuneline.evaluate import EvaluateConfig
+    from tuneline.evaluate.run import run
     from tuneline.runtime.step import log_metrics, step
 
     with step("evaluate"):

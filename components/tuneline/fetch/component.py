@@ -8,7 +8,8 @@ from tuneline import images
 @dsl.component(base_image=images.TRAIN, install_kfp_package=False)
 def look_up_model(source: str, config: str) -> str:
     """Say what stands behind the name now; `config` is a FetchConfig as JSON."""
-    from tuneline.fetch import FetchConfig, fingerprint
+    from tuneline.fetch import FetchConfig
+    from tuneline.fetch.fingerprint import fingerprint
     from tuneline.runtime.step import step
 
     with step("look-up-model"):
@@ -19,7 +20,8 @@ def look_up_model(source: str, config: str) -> str:
 @dsl.component(base_image=images.TRAIN, install_kfp_package=False)
 def fetch(source: str, config: str, fingerprint: str, base_model: dsl.Output[dsl.Model]):
     """Fetch the base model; `config` is a FetchConfig as JSON, `fingerprint` is for the cache."""
-    from tuneline.fetch import FetchConfig, run
+    from tuneline.fetch import FetchConfig
+    from tuneline.fetch.run import run
     from tuneline.runtime.step import step
 
     with step("fetch"):

@@ -14,7 +14,8 @@ def gate(
     summary: dsl.Output[dsl.Markdown],
 ) -> str:
     """Compare tuned against base on the same samples; returns "promote" or "hold"."""
-    from tuneline.gate import GateConfig, run
+    from tuneline.gate import GateConfig
+    from tuneline.gate.run import run
     from tuneline.runtime.step import step
 
     with step("gate"):

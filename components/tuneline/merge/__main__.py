@@ -1,6 +1,7 @@
 """`python -m tuneline.merge --base-model DIR --adapter DIR --dataset DIR --merged DIR`."""
 
-from tuneline.merge import MergeConfig, run
+from tuneline.merge import MergeConfig
+from tuneline.merge.run import run
 from tuneline.runtime.step import main
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ def merge(
     merged: dsl.Output[dsl.Model],
 ):
     """Merge the adapter into the base; `config` is a MergeConfig as JSON."""
-    from tuneline.merge import MergeConfig, run
+    from tuneline.merge import MergeConfig
+    from tuneline.merge.run import run
     from tuneline.runtime.step import step
 
     with step("merge"):

@@ -8,7 +8,8 @@ from tuneline import images
 @dsl.component(base_image=images.TRAIN, install_kfp_package=False)
 def look_up_data(source: str, config: str) -> str:
     """Say what stands behind the name now; `config` is a PrepareConfig as JSON."""
-    from tuneline.prepare import PrepareConfig, fingerprint
+    from tuneline.prepare import PrepareConfig
+    from tuneline.prepare.fingerprint import fingerprint
     from tuneline.runtime.step import step
 
     with step("look-up-data"):
@@ -26,7 +27,8 @@ def prepare(
     statistics: dsl.Output[dsl.HTML],
 ):
     """Check and tokenise the rows; `config` is a PrepareConfig as JSON."""
-    from tuneline.prepare import PrepareConfig, run
+    from tuneline.prepare import PrepareConfig
+    from tuneline.prepare.run import run
     from tuneline.runtime.step import step
 
     with step("prepare"):

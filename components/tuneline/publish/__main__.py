@@ -1,6 +1,7 @@
 """Run the step alone: python -m tuneline.publish --help."""
 
-from tuneline.publish import PublishConfig, run
+from tuneline.publish import PublishConfig
+from tuneline.publish.run import run
 from tuneline.runtime.step import main
 
 main("publish", PublishConfig, run)

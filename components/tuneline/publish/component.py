@@ -22,7 +22,8 @@ def publish(
     gptq: dsl.Input[List[dsl.Model]] = None,
 ):
     """Publish what the gate promoted to the Hub, or to a directory (`dir:PATH`)."""
-    from tuneline.publish import PublishConfig, run
+    from tuneline.publish import PublishConfig
+    from tuneline.publish.run import run
     from tuneline.runtime.step import step
 
     with step("publish"):

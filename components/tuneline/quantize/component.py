@@ -11,7 +11,7 @@ from tuneline import images
 @dsl.component(base_image=images.GGUF, install_kfp_package=False)
 def convert_gguf(merged: dsl.Input[dsl.Model], gguf: dsl.Output[dsl.Model]):
     """Convert the merged model to GGUF in f16, once for all formats."""
-    from tuneline.quantize import convert
+    from tuneline.quantize.run import convert
     from tuneline.runtime.step import step
 
     with step("convert-gguf"):
@@ -28,7 +28,7 @@ def measure_importance(
 ):
     """Measure the importance matrix, once for all formats; `config` is a QuantizeConfig as JSON."""
     from tuneline.quantize import QuantizeConfig
-    from tuneline.quantize import measure_importance as measure
+    from tuneline.quantize.gguf.importance import measure_importance as measure
     from tuneline.runtime.step import step
 
     with step("measure-importance"):
@@ -52,7 +52,8 @@ def quantize_gguf(
     importance: dsl.Input[dsl.Artifact] = None,
 ):
     """Make and check one GGUF file; `config` is a QuantizeConfig as JSON."""
-    from tuneline.quantize import QuantizeConfig, run
+    from tuneline.quantize import QuantizeConfig
+    from tuneline.quantize.run import run
     from tuneline.runtime.step import step
 
     with step("quantize-gguf"):
@@ -81,7 +82,8 @@ def quantize_gptq(
     quantized: dsl.Output[dsl.Model],
 ):
     """Make and check one GPTQ checkpoint; `config` is a QuantizeConfig as JSON."""
-    from tuneline.quantize import QuantizeConfig, run
+    from tuneline.quantize import QuantizeConfig
+    from tuneline.quantize.run import run
     from tuneline.runtime.step import step
 
     with step("quantize-gptq"):

@@ -1,7 +1,7 @@
 """Run as `python -m tuneline.report --config RECIPE_JSON --base-model DIR ... --page FILE`."""
 
 from tuneline.recipe import Recipe
-from tuneline.report import run
+from tuneline.report.run import run
 from tuneline.runtime.step import main
 
 if __name__ == "__main__":

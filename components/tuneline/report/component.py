@@ -27,7 +27,7 @@ def report(
 ):
     """Write the run's page and summary; `recipe` is a Recipe as JSON."""
     from tuneline.recipe import Recipe
-    from tuneline.report import run
+    from tuneline.report.run import run
     from tuneline.runtime.step import step
 
     with step("report"):

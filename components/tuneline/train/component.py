@@ -16,8 +16,9 @@ def train(
 ):
     """Train a QLoRA adapter; `config` is a TrainConfig as JSON."""
     from tuneline.runtime.step import log_metrics, step
-    from tuneline.train import TrainConfig, run
+    from tuneline.train import TrainConfig
     from tuneline.train.observe.metrics import artifact_metadata, comparable_metrics
+    from tuneline.train.run import run
 
     with step("train"):
         summary = run(
@@ -43,8 +44,10 @@ def train_on_nodes(
 ):
     """Train on the nodes of a TrainJob; `nodes` is a NodesConfig as JSON."""
     from tuneline.runtime.step import log_metrics, step
-    from tuneline.train import NodesConfig, TrainConfig, run_on_nodes
+    from tuneline.train import TrainConfig
     from tuneline.train.observe.metrics import artifact_metadata, comparable_metrics
+    from tuneline.train.trainjob.manifest import NodesConfig
+    from tuneline.train.trainjob.run import run_on_nodes
 
     with step("train"):
         summary = run_on_nodes(

@@ -17,9 +17,8 @@ from kfp.dsl import PipelineTask
 from tuneline import images
 from tuneline.pipelines.needs import NEEDS, Needs, wanted_of
 from tuneline.placement import PRODUCT_LABEL, PlacementConfig
-from tuneline.train import NodesConfig
 from tuneline.train.checkpoints import ROOT_VARIABLE
-from tuneline.train.trainjob.manifest import PRIORITY_LABEL, QUEUE_LABEL, SHARED_PATH
+from tuneline.train.trainjob.manifest import PRIORITY_LABEL, QUEUE_LABEL, SHARED_PATH, NodesConfig
 
 USER_ID = 65532
 """The user that our images are built for; any other works too, with HOME writable."""

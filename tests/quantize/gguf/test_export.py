@@ -13,11 +13,12 @@ from tuneline.errors import (
     ToolError,
     WorldError,
 )
-from tuneline.quantize import QuantizeConfig, formats, run
+from tuneline.quantize import QuantizeConfig, formats
 from tuneline.quantize.gguf import converter, tensors
 from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.proof.generation import NEAR_TIE, Generation, hold_against
 from tuneline.quantize.proof.transformers_model import TransformersModel
+from tuneline.quantize.run import run
 
 # Weights of the tiny model: embeddings 49152 x 128, and two layers of seven matrices and two norms.
 NUM_MATRIX_WEIGHTS = 49152 * 128 + 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)

@@ -19,11 +19,11 @@ from tuneline.artifacts import (
 )
 from tuneline.errors import ProofError
 from tuneline.merge import MergeConfig
-from tuneline.merge import run as merge
-from tuneline.quantize import convert
+from tuneline.merge.run import run as merge
 from tuneline.quantize.gguf import converter
 from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.proof.transformers_model import TransformersModel
+from tuneline.quantize.run import convert
 
 pytestmark = pytest.mark.slow
 

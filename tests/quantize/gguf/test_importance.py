@@ -11,11 +11,12 @@ import pytest
 
 from tuneline.artifacts import DatasetManifest, ImportanceMatrix, MergeProof
 from tuneline.errors import DataError, ModelError, RecipeError, ToolError, WorldError
-from tuneline.quantize import QuantizeConfig, child_process, measure_importance, run
+from tuneline.quantize import QuantizeConfig, child_process
 from tuneline.quantize.calibration import read_rows
 from tuneline.quantize.gguf import importance_file
 from tuneline.quantize.gguf.ggml import Tensor, library
-from tuneline.quantize.gguf.importance import FILE, collect
+from tuneline.quantize.gguf.importance import FILE, collect, measure_importance
+from tuneline.quantize.run import run
 from tuneline.record import sha256_of_file
 
 NUM_ROWS = 6

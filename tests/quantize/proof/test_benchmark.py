@@ -9,10 +9,11 @@ import torch
 from tuneline.artifacts import HELDOUT_FILE, DatasetManifest, QuantizedModel, write_jsonl
 from tuneline.errors import ModelError
 from tuneline.models.likelihood import Pair
-from tuneline.quantize import QuantizeConfig, run
+from tuneline.quantize import QuantizeConfig
 from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.proof.benchmark import CHOICE, EXACT, prepare, score
 from tuneline.quantize.proof.transformers_model import TransformersModel
+from tuneline.quantize.run import run
 
 ROWS = [
     {"prompt": "ab", "answer": "c", "end": ".\n", "choices": ["d", "c", "e"], "label": 1},
@@ -116,7 +117,7 @@ def test_files_are_scored_as_evaluate_scores_the_model(
 
     from tuneline.artifacts import Scores
     from tuneline.evaluate import EvaluateConfig
-    from tuneline.evaluate import run as evaluate
+    from tuneline.evaluate.run import run as evaluate
 
     data = tmp_path / "dataset"
     shutil.copytree(dataset_dir, data)

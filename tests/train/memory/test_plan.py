@@ -8,7 +8,7 @@ import torch
 from tuneline.artifacts import DatasetManifest
 from tuneline.errors import RecipeError, TrainingError
 from tuneline.models.nf4 import load_base
-from tuneline.train import TrainConfig, run
+from tuneline.train import TrainConfig
 from tuneline.train.memory.estimate import GIB, estimate_memory, model_shape
 from tuneline.train.memory.plan import (
     HEAD_ROOM,
@@ -20,6 +20,7 @@ from tuneline.train.memory.plan import (
     run_settings,
     smaller_plan,
 )
+from tuneline.train.run import run
 
 SETTINGS = {
     "dtype": "float32",

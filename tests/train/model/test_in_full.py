@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 from tuneline.errors import ModelError, RecipeError
 from tuneline.models.nf4 import load_base
-from tuneline.train import TrainConfig, run
+from tuneline.train import TrainConfig
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.estimate import model_shape
 from tuneline.train.model.adapter import check_targets, lora_config
+from tuneline.train.run import run
 from tuneline.train.trainer.rates import set_rate
 
 NAMES = ("embed_tokens", "lm_head")

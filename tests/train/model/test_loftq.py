@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from tuneline.errors import RecipeError
 from tuneline.models.nf4 import load_base
-from tuneline.train import TrainConfig, run
+from tuneline.train import TrainConfig
 from tuneline.train.config import LoraConfig
 from tuneline.train.model.adapter import lora_config
 from tuneline.train.model.loftq import low_rank, start_from_the_rest
+from tuneline.train.run import run
 
 
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(7, 19, 4), (19, 7, 4), (5, 9, 8)])

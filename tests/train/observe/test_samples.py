@@ -7,8 +7,9 @@ from transformers import AutoTokenizer
 
 from tuneline.artifacts import DatasetManifest
 from tuneline.models.nf4 import load_base
-from tuneline.train import TrainConfig, run
+from tuneline.train import TrainConfig
 from tuneline.train.observe.samples import prompts_of
+from tuneline.train.run import run
 
 SETTINGS = {
     "learning_rate": 2e-2,

@@ -9,8 +9,9 @@ import torch
 
 from tuneline.artifacts import TrainingPoint
 from tuneline.errors import RecipeError
-from tuneline.train import TrainConfig, run
+from tuneline.train import TrainConfig
 from tuneline.train.observe.telemetry import GpuMeter, TelemetryCallback, costs
+from tuneline.train.run import run
 from tuneline.train.trainer import trackers as tracking_module
 from tuneline.train.trainer.state import RunState
 from tuneline.train.trainer.trackers import trackers

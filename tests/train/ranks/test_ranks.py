@@ -18,12 +18,13 @@ from transformers import AutoTokenizer
 from tuneline.artifacts import PROGRESS_FILE, DatasetManifest, ModelOrigin, TrainingSummary
 from tuneline.errors import DataError, RecipeError, StoppedError, TrainingError
 from tuneline.runtime.stop_request import StopRequest
-from tuneline.train import TrainConfig, run
+from tuneline.train import TrainConfig
 from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.memory.plan import first_plan
 from tuneline.train.ranks.launch import _failure, choose_num_ranks, run_on_ranks
 from tuneline.train.ranks.process import OutOfMemory, StartAgain
 from tuneline.train.ranks.zero2 import is_wanted, zero2_config
+from tuneline.train.run import run
 
 SETTINGS = {
     "dtype": "float32",

@@ -10,8 +10,9 @@ from peft import PeftModel
 from tuneline.artifacts import TrainingPoint, TrainingSummary
 from tuneline.errors import StoppedError
 from tuneline.models.nf4 import load_base
-from tuneline.train import TrainConfig, run
+from tuneline.train import TrainConfig
 from tuneline.train.observe.metrics import eval_gap
+from tuneline.train.run import run
 
 # A high rate on one set of rows, evaluated on others: the loss on those soon rises.
 SETTINGS = {

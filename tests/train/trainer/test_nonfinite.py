@@ -7,7 +7,8 @@ import torch
 
 from tuneline.errors import TrainingError
 from tuneline.models.nf4 import load_base
-from tuneline.train import TrainConfig, run
+from tuneline.train import TrainConfig
+from tuneline.train.run import run
 
 RATE = 4e-3
 SETTINGS = {

@@ -32,11 +32,13 @@ from tuneline.errors import (
 )
 from tuneline.pipelines.lint.lint import lint_documents
 from tuneline.runtime.kubernetes_client import connect
-from tuneline.train import NodesConfig, TrainConfig, run, run_on_nodes
+from tuneline.train import TrainConfig
 from tuneline.train.ranks.board import Board, Verdict
+from tuneline.train.run import run
 from tuneline.train.trainjob.client import TrainJobs
 from tuneline.train.trainjob.follow import Launcher
-from tuneline.train.trainjob.manifest import build
+from tuneline.train.trainjob.manifest import NodesConfig, build
+from tuneline.train.trainjob.run import run_on_nodes
 
 CRDS = Path(__file__).parents[4] / "shared" / "data" / "crds"
 VERSIONS = ["v2.0.0", "v2.0.1", "v2.1.0", "v2.2.1", "v2.3.0"]

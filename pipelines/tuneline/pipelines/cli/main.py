@@ -253,7 +253,7 @@ def _write_report(run_dir: Path) -> Path:
     """Copy the report step's page, or make the page of a run that did not get that far."""
     from tuneline.pipelines.local.run import ARTIFACTS_DIR, EVENTS_FILE
     from tuneline.pipelines.local.watch import read_events
-    from tuneline.report import render_failed
+    from tuneline.report.failed import render_failed
 
     events = read_events(run_dir / ARTIFACTS_DIR / EVENTS_FILE)
     page = run_dir / REPORT_FILE
