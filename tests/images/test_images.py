@@ -48,7 +48,7 @@ def test_each_step_is_checked_in_the_image_that_it_runs_in() -> None:
     sources = {
         path: path.parent.name for path in (ROOT / "components" / "tuneline").glob("*/component.py")
     }
-    sources[ROOT / "pipelines" / "tuneline" / "pipelines" / "plan_component.py"] = "plan"
+    sources[ROOT / "pipelines" / "tuneline" / "pipelines" / "plan" / "component.py"] = "plan"
     for path, step in sources.items():
         for name in re.findall(r"base_image=images\.([A-Z]+)", path.read_text()):
             runs_in.setdefault(name.lower(), set()).add(step)

@@ -74,10 +74,9 @@ def test_the_best_adapter_is_kept_and_training_ends_early(tmp_path, tiny_model_d
 
 
 def test_without_patience_the_best_is_kept_all_the_same(tmp_path, tiny_model_dir, dataset):
-    settings = {"early_stopping_patience": None, "max_steps": 16}
-    summary = train(tmp_path, tiny_model_dir, dataset, **settings)
-    assert summary.num_steps == 16 and not summary.stopped_early
-    assert summary.best_step < 16
+    summary = train(tmp_path, tiny_model_dir, dataset, early_stopping_patience=None)
+    assert summary.num_steps == 40 and not summary.stopped_early
+    assert summary.best_step < 40
     loss = eval_loss(tiny_model_dir, tmp_path / "adapter")
     assert loss == pytest.approx(summary.final_eval_loss, rel=1e-4)
 
