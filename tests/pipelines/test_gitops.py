@@ -15,7 +15,7 @@ from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.gitops import write_resources
 from tuneline.pipelines.lint.lint import lint_file
 
-CRDS = Path(__file__).parents[2].parent / "shared" / "data" / "crds" / "kfp-2.17"
+CRDS = Path(__file__).parents[1] / "data" / "crds" / "kfp-2.17"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,6 @@ def test_the_resources_hold_what_is_compiled(written: tuple[Path, str], tmp_path
     assert lint_file(path) == []
 
 
-@pytest.mark.skipif(not CRDS.exists(), reason="the definitions are not here")
 def test_the_resources_fit_kfps_definitions(written: tuple[Path, str]) -> None:
     for document in yaml.safe_load_all(written[0].read_text()):
         plural = document["kind"].lower() + "s"

@@ -1,6 +1,5 @@
 """The server that the other tests ask is one that the real kubectl gets along with."""
 
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -8,15 +7,14 @@ from typing import Any
 
 import pytest
 import yaml
+from kubectl import KUBECTL
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
-
-pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
 
 
 def kubectl(*arguments: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["kubectl", *arguments],
+        [KUBECTL, *arguments],
         input=given, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
 

@@ -40,7 +40,7 @@ from tuneline.train.trainjob.follow import Launcher
 from tuneline.train.trainjob.manifest import NodesConfig, build
 from tuneline.train.trainjob.run import run_on_nodes
 
-CRDS = Path(__file__).parents[4] / "shared" / "data" / "crds"
+CRDS = Path(__file__).parents[2] / "data" / "crds"
 VERSIONS = ["v2.0.0", "v2.0.1", "v2.1.0", "v2.2.1", "v2.3.0"]
 
 NODES: dict[str, Any] = {
@@ -72,8 +72,6 @@ NAME = "tuneline-train-0123456789ab"
 
 def schema_of(version: str) -> dict[str, Any]:
     path = CRDS / f"trainer-{version}" / "trainjobs.yaml"
-    if not path.exists():
-        pytest.skip("the definitions of Trainer are not here")
     (found,) = yaml.safe_load(path.read_text())["spec"]["versions"]
     return found["schema"]["openAPIV3Schema"]
 
