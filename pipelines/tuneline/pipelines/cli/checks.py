@@ -9,7 +9,9 @@ from tuneline.errors import DataError, UserError
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.cli.options import ContextOption, RecipeArgument, SetOption
 from tuneline.pipelines.cli.terminal import say
+from tuneline.pipelines.lint.lint import lint_file
 from tuneline.placement import PROFILES
+from tuneline.verify import verify as verify_directory
 
 PANEL = "Checks"
 
@@ -68,6 +70,7 @@ def plan(
 
     The exit code is 1 if a check fails. --context implies --cluster.
     """
+    # The Kubernetes client takes a second or two to import.
     from tuneline.pipelines.kube import Kube
     from tuneline.pipelines.plan.plan import plan as check_plan
 
@@ -100,8 +103,6 @@ def lint(
 
     The exit code is 1 if a problem is found.
     """
-    from tuneline.pipelines.lint.lint import lint_file
-
     findings = [(path, finding) for path in files for finding in lint_file(path)]
     for path, finding in findings:
         say(f"{path}: {finding}")
@@ -123,8 +124,6 @@ def verify(
 
     The exit code is 1 if a file or an input differs.
     """
-    from tuneline.verify import verify as verify_directory
-
     if not directory.is_dir():
         raise DataError(
             f"{directory} is no directory: give the directory of a run, of an artifact or of a "

@@ -21,7 +21,10 @@ from tuneline.errors import OutputExistsError, RecipeError, UserError, WorldErro
 from tuneline.pipelines.catalog import find_recipe, shipped_recipes
 from tuneline.pipelines.cli.options import RecipeArgument, SetOption
 from tuneline.pipelines.cli.terminal import console, say
+from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_events, watch
+from tuneline.pipelines.recipe_reference import recipe_reference
 from tuneline.recipe import Recipe, load_recipe
+from tuneline.report.failed import render_failed
 
 PANEL = "Recipes and local runs"
 
@@ -53,11 +56,9 @@ def run(
     ] = Path("runs"),
 ) -> None:
     """Run all steps of a recipe on this machine."""
-    from tuneline.pipelines.local.run import ARTIFACTS_DIR, EVENTS_FILE
-    from tuneline.pipelines.local.watch import read_events
-
     loaded = find_recipe(recipe, set_)
     if runner is Runner.DOCKER:
+        # kfp takes a second or two to import, here and in `compile`.
         from tuneline.pipelines.local.docker import check_images
 
         check_images(loaded)
@@ -173,8 +174,6 @@ def schema(
 ) -> None:
     """Print the JSON Schema of a recipe, for editors and other tools."""
     if markdown:
-        from tuneline.pipelines.recipe_reference import recipe_reference
-
         typer.echo(recipe_reference(), nl=False)
         return
     typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
@@ -182,8 +181,6 @@ def schema(
 
 def _execute(run_dir: Path, recipe: Recipe, runner: Runner, events_path: Path) -> int:
     """Run the pipeline in a process group of its own, show its progress, return its exit code."""
-    from tuneline.pipelines.local.watch import watch
-
     command = [sys.executable, "-m", "tuneline.pipelines.local.run"]
     # OpenMP threads that wait would otherwise spin on cores that other steps need.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", **os.environ}
@@ -217,10 +214,6 @@ def _summary_path(run_dir: Path) -> Path | None:
 
 def _write_report(run_dir: Path) -> Path:
     """Copy the report step's page, or render a page for a run that failed before that step."""
-    from tuneline.pipelines.local.run import ARTIFACTS_DIR, EVENTS_FILE
-    from tuneline.pipelines.local.watch import read_events
-    from tuneline.report.failed import render_failed
-
     events = read_events(run_dir / ARTIFACTS_DIR / EVENTS_FILE)
     page = run_dir / REPORT_FILE
     summary = _summary_path(run_dir)

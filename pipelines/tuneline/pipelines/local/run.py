@@ -15,14 +15,12 @@ from pathlib import Path
 from kfp import local
 
 from tuneline.pipelines.finetune import finetune
-from tuneline.pipelines.local.watch import read_events
+from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_events
 from tuneline.recipe import Recipe
 from tuneline.runtime.events import failed_run, step_runs
 from tuneline.runtime.step import EVENTS_VARIABLE
 from tuneline.train.checkpoints import ROOT_VARIABLE
 
-EVENTS_FILE = "events.jsonl"
-ARTIFACTS_DIR = "artifacts"
 CACHE_DIR = ".cache"
 CHECKPOINT_DIR = ".checkpoints"
 """Directory beside the runs, which share it."""

@@ -12,7 +12,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+ARTIFACTS_DIR = "artifacts"
+EVENTS_FILE = "events.jsonl"
+"""Names below a run's directory; the events are in the directory of the artifacts."""
+
 REFRESH_SECONDS = 0.5
+"""Pause between two readings of the events."""
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
