@@ -8,7 +8,7 @@ LOCK := images/line/requirements.lock
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format compile images clean
+.PHONY: help install demo test lint format compile docs images clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,10 @@ compile: $(STAMP)  ## compile every shipped recipe to build/*.yaml
 	@mkdir -p build
 	@for recipe in pipelines/tuneline/pipelines/recipes/*.yaml; do \
 	  $(BIN)/tuneline compile $$recipe -o build/$$(basename $$recipe) || exit 1; done
+
+docs: $(STAMP)  ## write docs/recipe.md from the recipe's schema
+	@mkdir -p docs
+	$(BIN)/tuneline schema --markdown > docs/recipe.md
 
 SETS ?= light publish train evaluate gguf gptq
 TORCH ?= cuda

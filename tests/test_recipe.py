@@ -8,7 +8,7 @@ import yaml
 
 from tuneline.errors import RecipeError
 from tuneline.kernels.patch import FP8_CAPABILITY
-from tuneline.pipelines.cli.main import RECIPES_DIR
+from tuneline.pipelines.catalog import RECIPES_DIR
 from tuneline.placement import COMPUTE_CAPABILITY, FUSED, PROFILES
 from tuneline.recipe import Recipe, load_recipe
 from tuneline.train.model.fuse import MIN_CAPABILITY

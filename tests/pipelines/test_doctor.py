@@ -82,7 +82,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str | None, str, str, str]] = {
     ),
     "waits in its queue": (
         {"phase": "Pending", **condition("PodScheduled", "False", "SchedulingGated")}, None,
-        "queued", "2026-11-24 03:00:00", "Kueue lets it in",
+        "queued", "2026-11-24 03:00:00", "Kueue admits the pod",
     ),
     "image not found": (
         {"phase": "Pending", **main_state(waiting={"reason": "ImagePullBackOff",
@@ -92,7 +92,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str | None, str, str, str]] = {
     "secret missing": (
         {"phase": "Pending", **main_state(waiting={
             "reason": "CreateContainerConfigError", "message": 'secret "wandb" not found'})}, None,
-        "container config", 'secret "wandb" not found', "Make the secret",
+        "container config", 'secret "wandb" not found', "Create the secret",
     ),
     "too slow": (
         {"reason": "DeadlineExceeded",
@@ -185,7 +185,7 @@ def test_a_trainjob_that_nobody_looks_after(kube_server: Any) -> None:
     put_job(kube_server)
     (found,) = look()
     assert found.cause == "orphan"
-    assert "last looked after at 2026-01-01T00:00:00Z" in found.evidence
+    assert "last heartbeat at 2026-01-01T00:00:00Z" in found.evidence
     put_job(kube_server, beat=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     assert look() == []
     put_job(kube_server, status=condition("Complete", "True", "JobsCompleted"))

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from kfp import compiler
 
-from tuneline.pipelines.cli.main import RECIPES_DIR
+from tuneline.pipelines.catalog import RECIPES_DIR
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.lint.lint import lint_file
 from tuneline.pipelines.needs import NEEDS

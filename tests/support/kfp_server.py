@@ -1,9 +1,9 @@
-"""A small server that speaks the part of KFP's v2beta1 REST API that tuneline uses.
+"""A small server for the part of KFP's v2beta1 REST API that tuneline uses.
 
-No cluster was there to test with. Requests come from the unmodified kfp.Client; bodies are checked
-against the models that KFP generates from its API specification (an unknown key or a value of
-another type is a 400), and pipelines against KFP's own protobuf messages. What it keeps, it gives
-back; nothing runs.
+It stands in for a cluster. Requests come from the unmodified kfp.Client. Bodies are checked against
+the models that KFP generates from its API specification (an unknown key or a value of another type
+is answered with 400), and pipelines against KFP's own protobuf messages. The server stores objects
+and returns them; it runs nothing.
 """
 
 import datetime
@@ -24,7 +24,7 @@ SIX_FIELDS = re.compile(r"\S+( \S+){5}")
 
 
 class Refused(Exception):
-    """An error answer, as grpc-gateway words it."""
+    """An error response, worded like those of grpc-gateway."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -32,10 +32,10 @@ class Refused(Exception):
 
 
 class KfpServer:
-    """The state behind the API, and a record of what was asked.
+    """The state behind the API, and a record of the requests.
 
-    Set `refuse` to (status, message) to have every request refused, `page` to an HTML text to
-    answer all of them with it, `fail_creation` to refuse the creation of recurring runs.
+    Set `refuse` to (status, message) to refuse every request, `page` to an HTML text to answer
+    every request with it, and `fail_creation` to refuse the creation of recurring runs.
     """
 
     def __init__(self, *, multi_user: bool = False) -> None:
@@ -64,7 +64,7 @@ class KfpServer:
         self._thread.join()
 
     def writes(self) -> list[str]:
-        """Methods and paths of the requests that changed something."""
+        """Return methods and paths of the requests that changed something."""
         return [f"{method} {path}" for method, path, _ in self.requests if method != "GET"]
 
     def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Any:
@@ -101,7 +101,7 @@ class KfpServer:
         found = list(store.values())
         if query.get("filter"):
             for predicate in json.loads(query["filter"])["predicates"]:
-                # An enum's name or its number: protobuf's JSON takes both, and kfp sends both.
+                # protobuf's JSON accepts an enum's name or its number, and kfp sends both.
                 _require(predicate["operation"] in ("EQUALS", 1), predicate, "Filter")
                 key, value = predicate["key"], predicate["stringValue"]
                 found = [each for each in found if each[key] == value]
@@ -113,7 +113,7 @@ class KfpServer:
         start = int(query.get("page_token") or 0)
         end = start + int(query.get("page_size") or 20)
         name = "recurringRuns" if kind == "recurringruns" else kind
-        # A list has no tasks, as the real one.
+        # As on a real server, the runs of a list come without their tasks.
         page = [{**each, "run_details": None} for each in found[start:end]]
         return {name: page, "next_page_token": str(end) if end < len(found) else ""}
 
@@ -167,7 +167,7 @@ class KfpServer:
 
 
 def check_body(value: Any, type_name: str) -> None:
-    """Check JSON against a type of the API's specification, as kfp_server_api holds it."""
+    """Check JSON against a type of the API's specification, which kfp_server_api contains."""
     if type_name.startswith("list["):
         for each in value:
             check_body(each, type_name.removeprefix("list[").removesuffix("]"))
@@ -175,7 +175,7 @@ def check_body(value: Any, type_name: str) -> None:
         for each in value.values():
             check_body(each, type_name.removeprefix("dict(").removesuffix(")").split(", ")[1])
     elif type_name == "str":
-        # 64-bit integers are strings in the specification; protobuf's JSON takes both.
+        # 64-bit integers are strings in the specification; protobuf's JSON accepts both.
         _require(isinstance(value, str | int) and not isinstance(value, bool), value, type_name)
     elif type_name in ("bool", "int"):
         _require(type(value).__name__ == type_name, value, type_name)

@@ -1,10 +1,10 @@
-"""A small server that speaks the part of Kubernetes' API that tuneline uses.
+"""A small server for the part of the Kubernetes API that tuneline uses.
 
-No cluster was there to test with. Requests come from the unmodified clients, the Python one and
-kubectl, which finds its way by discovery, applies, waits and deletes (its reviews of rights are not
-served: they come as protobuf). Objects are kept as the API writes them, picked by label and field
-selectors, and can be watched; answers to what is not there or not allowed are Status objects with
-the codes that the real one gives. No controller acts on them.
+It stands in for a cluster. Requests come from unmodified clients: the Python client, and kubectl,
+which discovers the API, applies, waits and deletes (kubectl's access reviews are not served: they
+are protobuf). Objects are stored as the API writes them, are selected by label and
+field selectors, and can be watched. A missing object or a missing permission is answered with a
+Status object that has the code of a real server. No controller acts on the objects.
 """
 
 import contextlib
@@ -67,12 +67,13 @@ REASONS = {
 class KubeServer:
     """Objects by (plural, namespace, name), logs by (pod, container).
 
-    `forbidden` holds "verb plural" that these credentials may not, and "account verb plural" of a
-    service account; `down` is how many requests are still answered 503. `trainjob_schema` is the
-    schema of TrainJobs' definition, if there is one: a field that it does not know is refused, as
-    with fieldValidation=Strict. `resources` are the kinds that are served. Lines of
-    logs may begin with a time, which is given where it is asked for; `now` is the clock. With
-    `finalizers` what is deleted stays until the test takes it away.
+    `forbidden` holds "verb plural" for requests that are denied to these credentials, and "account
+    verb plural" for those denied to a service account. The next `down` requests are answered with
+    503. `trainjob_schema` is the schema of the TrainJob definition, or None; a field that it does
+    not know is refused, as with fieldValidation=Strict. `resources` are the kinds that are served.
+    A line of a log may begin with a timestamp, which is returned only if the request asks for
+    timestamps; `now` is the clock. With `finalizers`, a deleted object stays until the test removes
+    it.
     """
 
     def __init__(self) -> None:
@@ -102,7 +103,7 @@ class KubeServer:
         self._thread.join()
 
     def put(self, plural: str, name: str, *, namespace: str = "", **parts: Any) -> dict[str, Any]:
-        """Keep an object; metadata in `parts` is added to its name and namespace."""
+        """Store an object; metadata in `parts` is added to its name and namespace."""
         group, version, kind, namespaced = self.resources[plural]
         namespace = (namespace or "kubeflow") if namespaced else ""
         metadata = {"name": name, **({"namespace": namespace} if namespaced else {})}
@@ -182,7 +183,7 @@ class KubeServer:
             raise Refused(403, f'{plural} is forbidden: User "me" cannot {verb}')
         if query.get("watch") in ("true", "1"):
             if "sendInitialEvents" in query:
-                # As before Kubernetes 1.32: clients list first, then.
+                # As before Kubernetes 1.32, so that clients list first.
                 raise Refused(422, "sendInitialEvents: Forbidden: the WatchList gate is off")
             return self._watch(plural, namespace, query)
         if subresource:
@@ -206,7 +207,7 @@ class KubeServer:
         return {"apiVersion": api, "kind": f"{kind}List", "metadata": metadata, "items": items}
 
     def _watch(self, plural: str, namespace: str, query: dict[str, str]) -> Iterator[bytes]:
-        """Yield what was written since a version, as it comes."""
+        """Yield every change since a resource version, as it happens."""
         self.requests.append(f"WATCH {plural}")
         number = int(query.get("resourceVersion") or 0)
         deadline = time.monotonic() + float(query.get("timeoutSeconds") or 60)
@@ -263,7 +264,7 @@ class KubeServer:
         if self.resources[plural][3]:
             body["metadata"]["namespace"] = namespace
         if "dryRun" not in query:
-            # In place, as those who hold an object see its changes.
+            # In place, so that a test that holds the object sees the change.
             made = present if present is not None else {}
             made.update(body)
             self._keep(plural, made, "MODIFIED" if present is not None else "ADDED")
@@ -272,7 +273,7 @@ class KubeServer:
 
 
 def merged(present: Any, patch: Any) -> Any:
-    """Apply a merge patch (RFC 7396); of a strategic one, lists are replaced too."""
+    """Apply a merge patch (RFC 7396); a strategic patch replaces lists too."""
     if not isinstance(patch, dict):
         return patch
     made = dict(present) if isinstance(present, dict) else {}
@@ -285,13 +286,13 @@ def merged(present: Any, patch: Any) -> Any:
 
 
 def strict(schema: Any) -> Any:
-    """Return a schema that takes no field that it does not name."""
+    """Return a copy of a schema that refuses unknown fields."""
     if isinstance(schema, list):
         return [strict(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
     made = {key: strict(value) for key, value in schema.items()}
-    # `properties` may itself be the name of a field; a schema has a type beside it.
+    # `properties` may itself be the name of a field; in a schema it has a type beside it.
     names = made.get("properties")
     if isinstance(names, dict) and names and made.get("type") == "object":
         if not made.get("x-kubernetes-preserve-unknown-fields"):
@@ -300,7 +301,7 @@ def strict(schema: Any) -> Any:
 
 
 class Refused(Exception):
-    """An error answer, as a Status."""
+    """An error response, sent as a Status object."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -354,7 +355,7 @@ def _handler(server: KubeServer) -> type[BaseHTTPRequestHandler]:
                 content = self.headers.get("Content-Type") or ""
                 if data and content not in ("application/json", *PATCHES, APPLY):
                     raise Refused(415, "only JSON is understood here")
-                # YAML of server-side apply, which holds JSON.
+                # Server-side apply sends YAML, of which JSON is a part.
                 body = yaml.safe_load(data) if data else None
                 path = address.path.rstrip("/")
                 answer, code = server.answer(self.command, path, query, body, content), 200

@@ -1,1 +1,1 @@
-"""The line as a Kubeflow pipeline, and the command line that compiles and runs it."""
+"""The Kubeflow pipeline of tuneline, and the command line that compiles and runs it."""

@@ -1,4 +1,4 @@
-"""Find a recipe: a file, or one of those that come along, with single values changed."""
+"""The shipped recipes, and how a command finds and overrides a recipe."""
 
 from pathlib import Path
 
@@ -10,15 +10,20 @@ from tuneline.recipe import Recipe, load_recipe
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
 
+def shipped_recipes() -> list[Path]:
+    """Return the files of the shipped recipes, ordered by name."""
+    return sorted(RECIPES_DIR.glob("*.yaml"))
+
+
 def find_recipe(name: str, assignments: list[str]) -> Recipe:
     """Load a recipe from a file or by the name of a shipped one.
 
     Args:
-        name: a path, or the name of a shipped recipe; a file wins.
-        assignments: KEY=VALUE, the key dotted, the value as YAML.
+        name: a path, or the name of a shipped recipe; an existing file takes precedence.
+        assignments: overrides as KEY=VALUE, with a dotted key and a YAML value.
 
     Raises:
-        RecipeError: there is no such recipe, or it or an assignment is not valid.
+        RecipeError: the recipe does not exist, or the recipe or an assignment is not valid.
     """
     overrides = {}
     for assignment in assignments:
@@ -37,6 +42,6 @@ def find_recipe(name: str, assignments: list[str]) -> Recipe:
     if not path.exists() and shipped.exists():
         path = shipped
     if not path.exists():
-        known = ", ".join(sorted(found.stem for found in RECIPES_DIR.glob("*.yaml")))
-        raise RecipeError(f"no recipe '{name}': give a YAML file, or one of {known}")
+        names = ", ".join(recipe.stem for recipe in shipped_recipes())
+        raise RecipeError(f"no recipe '{name}': give a YAML file, or one of {names}")
     return load_recipe(path, overrides)

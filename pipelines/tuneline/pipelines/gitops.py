@@ -1,8 +1,9 @@
-"""Write a pipeline as resources of Kubernetes, for a cluster that is kept by GitOps.
+"""Write a pipeline as Kubernetes resources, for a cluster that is managed with GitOps.
 
-Kubeflow Pipelines 2.17 with its Kubernetes-native store takes a Pipeline and PipelineVersions. A
-version is named after the recipe and tuneline's own version: the same give the same name.
-Recurring runs have no such resource that people may write; `tuneline schedule` makes them.
+Kubeflow Pipelines 2.17 with its Kubernetes-native store accepts Pipeline and PipelineVersion
+resources. The name of a version holds a hash of the recipe and of tuneline's version, so that the
+same input gives the same name. Recurring runs have no resource that users may write;
+`tuneline schedule` creates them.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from tuneline.version import VERSION
 
 
 def write_resources(recipe: Recipe, path: Path, *, namespace: str) -> str:
-    """Write a Pipeline and a PipelineVersion to `path`, and return the version's name."""
+    """Write a Pipeline and a PipelineVersion to `path`; return the name of the version."""
     pipeline = finetune(recipe)
     name = pipeline.name
     content = f"{VERSION}\n{recipe.model_dump_json()}"

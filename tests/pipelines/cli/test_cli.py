@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from tuneline.pipelines.catalog import shipped_recipes
 from tuneline.pipelines.cli import main
 from tuneline.version import VERSION
 
@@ -104,6 +106,52 @@ def test_a_mistake_is_one_message_in_a_shell_too(tmp_path: Path) -> None:
     done = tuneline("compile", "nonsense", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: no recipe 'nonsense'")
+
+
+def commands_of(panel: str, text: str) -> list[str]:
+    """Return the commands that a help panel lists, in order."""
+    rows = text.partition(f" {panel} ")[2].partition("\u2570")[0].splitlines()[1:]
+    return [row[2:].split()[0] for row in rows if row[2:3].isalpha()]
+
+
+def test_the_help_has_a_panel_for_each_kind_of_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = CliRunner().invoke(main.app, ["--help"]).output
+    assert commands_of("Recipes and local runs", text) == [
+        "run", "report", "recipes", "compile", "schema",
+    ]  # fmt: skip
+    assert commands_of("Checks", text) == ["plan", "lint", "verify"]
+    assert commands_of("Runs on a cluster", text) == [
+        "submit", "schedule", "schedules", "status", "logs", "cancel", "resume", "doctor",
+    ]  # fmt: skip
+    assert "--install-completion" in text
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("tuneline run de", ["demo"]),
+        ("tuneline plan ", [path.stem for path in shipped_recipes()]),
+        # None fits: the shell goes on with file names.
+        ("tuneline submit ./de", []),
+        ("tuneline sched", ["schedule", "schedules"]),
+    ],
+)
+def test_the_shell_completes_commands_and_recipes(typed: str, offered: list[str]) -> None:
+    asked = {"_TUNELINE_COMPLETE": "complete_bash", "COMP_WORDS": typed}
+    asked["COMP_CWORD"] = str(len(typed.split(" ")) - 1)
+    # As the installed script: the variable is named after it.
+    script = "import sys; from tuneline.pipelines.cli.main import main; sys.argv[0] = 'tuneline'"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}; main()"],
+        env={**os.environ, **asked},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == offered, done.stderr
 
 
 def test_the_version(tmp_path: Path) -> None:

@@ -180,7 +180,11 @@ def test_logs_are_those_of_the_steps_own_pods(kfp_server: Any, version: str) -> 
     ("step", "says"),
     [
         ("trian", "has no step 'trian': it has fetch, train, gate"),
-        ("gate", "step 'gate' of run line has no pod: it waits, or it came from the cache"),
+        (
+            "gate",
+            "step 'gate' of run line has no pod: it is still waiting, or its result "
+            "came from the cache",
+        ),
         ("fetch", "answered 500: Failed to read logs for run"),
     ],
 )
@@ -201,7 +205,7 @@ def test_cancel_ends_a_run_once(kfp_server: Any) -> None:
 def test_resume_runs_again_what_failed(kfp_server: Any, state: str) -> None:
     run_id = add_run(kfp_server, "line", TASKS, state=state)
     done = tuneline("resume", "line")
-    assert done.output == f"run line: goes on\nfollow it: tuneline status {run_id}\n"
+    assert done.output == f"run line: resumed\nfollow it with: tuneline status {run_id}\n"
     assert kfp_server.writes() == [f"POST /apis/v2beta1/runs/{run_id}:retry"]
     # It runs now: asking once more is a mistake, and changes nothing.
     again = tuneline("resume", run_id)
@@ -221,8 +225,8 @@ def test_no_such_run(kfp_server: Any) -> None:
 @pytest.mark.parametrize(
     ("status", "kind", "says"),
     [
-        (401, CredentialsError, r"does not know who asks \(401: token expired\): log in again"),
-        (403, CredentialsError, r"refuses this \(403: token expired\): name a namespace"),
+        (401, CredentialsError, r"cannot identify you \(401: token expired\): log in again"),
+        (403, CredentialsError, r"denies this request \(403: token expired\): name one of"),
         (503, ClusterError, "answered 503: token expired"),
     ],
 )

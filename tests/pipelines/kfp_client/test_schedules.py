@@ -63,17 +63,17 @@ def test_five_fields_become_kfps_six(text: str, six: str) -> None:
     [
         ("daily", "has 1 fields: write five"),
         ("0 0 0 1 1 * 2026", "has 7 fields"),
-        ("60 3 * * *", "'60' is not a minute; write 0 to 59"),
-        ("0 24 * * *", "'24' is not a hour"),
-        ("0 0 0 * *", "'0' is not a day of month; write 1 to 31"),
-        ("0 3 * 13 *", "'13' is not a month"),
-        ("0 3 * * 7", "'7' is not a day of week; write 0 to 6"),
-        ("0 3 * * sonntag", "'sonntag' is not a day of week"),
-        ("0 17-9 * * *", "'17-9' is not a hour"),
-        ("*/x 3 * * *", r"'\*/x' is not a minute"),
-        ("0 3,, * * *", "'' is not a hour"),
-        ("* 0 3 * * *", "starts more than one run a minute"),
-        ("*/10 0 3 * * *", "starts more than one run a minute"),
+        ("60 3 * * *", "'60' is not a valid minute; write 0 to 59"),
+        ("0 24 * * *", "'24' is not a valid hour"),
+        ("0 0 0 * *", "'0' is not a valid day of month; write 1 to 31"),
+        ("0 3 * 13 *", "'13' is not a valid month"),
+        ("0 3 * * 7", "'7' is not a valid day of week; write 0 to 6"),
+        ("0 3 * * sonntag", "'sonntag' is not a valid day of week"),
+        ("0 17-9 * * *", "'17-9' is not a valid hour"),
+        ("*/x 3 * * *", r"'\*/x' is not a valid minute"),
+        ("0 3,, * * *", "'' is not a valid hour"),
+        ("* 0 3 * * *", "starts more than one run per minute"),
+        ("*/10 0 3 * * *", "starts more than one run per minute"),
     ],
 )
 def test_a_wrong_cron_is_named(text: str, says: str) -> None:
@@ -190,7 +190,7 @@ def test_what_others_made_is_left_alone(kfp_server: Any, client: runs.Client, pu
     made = put()
     kfp_server.recurringruns[made.recurring_run_id]["description"] = "by hand"
     written = kfp_server.writes()
-    with pytest.raises(UserError, match="'weekly' exists that tuneline did not make"):
+    with pytest.raises(UserError, match="'weekly' exists that tuneline did not create"):
         put()
     assert kfp_server.writes() == written
 
@@ -221,7 +221,7 @@ def tuneline(*arguments: str) -> Result:
 
 def test_the_commands(kfp_server: Any) -> None:
     made = tuneline("schedule", "demo", "--cron", "0 3 * * 1")
-    assert "five fields: KFP gets '0 0 3 * * 1', the second first" in made.output
+    assert "--cron has five fields: KFP gets '0 0 3 * * 1', with the second first" in made.output
     assert "schedule demo: created, enabled, cron 0 0 3 * * 1 UTC" in made.output
     assert (
         "changed, enabled, every 43200 s" in tuneline("schedule", "demo", "--every", "12h").output

@@ -314,7 +314,7 @@ def test_a_token_in_a_parameter_is_found(demo: list[dict[str, Any]]) -> None:
         path=".".join(keys),
         rule="secret-value",
         value=f"a Hugging Face token {mask(HUB_TOKEN)}",
-        fix="take it out, revoke it, and refer to a Kubernetes secret by name",
+        fix="remove it, revoke it, and refer to a Kubernetes secret by name",
     )
 
 

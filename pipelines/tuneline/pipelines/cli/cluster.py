@@ -1,56 +1,54 @@
-"""The commands that talk to KFP: submit, schedule(s), status, logs, cancel, resume."""
+"""The commands for runs on a cluster, which talk to KFP's API.
+
+They import kfp when they run, not before: the import takes a second or two.
+"""
 
 import datetime
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
 from tuneline.errors import UserError
 from tuneline.pipelines.catalog import find_recipe
+from tuneline.pipelines.cli.options import (
+    AccountOption,
+    ContextOption,
+    ExperimentOption,
+    HostOption,
+    NamespaceOption,
+    RecipeArgument,
+    RootOption,
+    RunArgument,
+    SetOption,
+)
+from tuneline.pipelines.cli.terminal import console, say
 from tuneline.recipe import Recipe
 
-# What these commands need of kfp is imported when one runs: it takes a second or two.
+PANEL = "Runs on a cluster"
 
 app = typer.Typer()
-console = Console()
-
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name from `tuneline recipes`.")
-]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, or its name.")]
-SetOption = Annotated[
-    list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. train.max_steps=60."),
-]
-HostOption = Annotated[
-    str | None,
-    typer.Option(envvar="KFP_ENDPOINT", help="The API's URL; in a cluster it is found."),
-]
-NamespaceOption = Annotated[
-    str | None, typer.Option(help="Your namespace, on Kubeflow with profiles.")
-]
-ExperimentOption = Annotated[str | None, typer.Option(help="Default: the recipe's name.")]
-AccountOption = Annotated[
-    str | None, typer.Option(help="Service account of the pods, e.g. tuneline-runner.")
-]
-RootOption = Annotated[str | None, typer.Option(help="Where artifacts go, e.g. s3://bucket/path.")]
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def submit(
     recipe: RecipeArgument,
     set_: SetOption = [],  # noqa: B006, typer copies it
     host: HostOption = None,
     namespace: NamespaceOption = None,
     experiment: ExperimentOption = None,
-    name: Annotated[str | None, typer.Option(help="Default: RECIPE-TIME.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the run.", show_default="RECIPE-DATE-TIME"),
+    ] = None,
     service_account: AccountOption = None,
     pipeline_root: RootOption = None,
-    cache: Annotated[bool, typer.Option(help="Take finished steps from the cache.")] = True,
+    cache: Annotated[
+        bool,
+        typer.Option(help="Reuse cached results of steps whose inputs are unchanged."),
+    ] = True,
 ) -> None:
-    """Run a recipe's line on a cluster, once."""
+    """Start a run of a recipe on a cluster."""
     from tuneline.pipelines.kfp_client import runs
 
     loaded = _load(recipe, set_)
@@ -67,29 +65,49 @@ def submit(
             service_account=service_account,
             pipeline_root=pipeline_root,
         )
-    _say(f"run {run_name}: {run_id}\nfollow it: tuneline status {run_id}")
+    say(f"run {run_name}: {run_id}\nfollow it with: tuneline status {run_id}")
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def schedule(
     recipe: RecipeArgument,
     cron: Annotated[
         str | None,
-        typer.Option(help="Five fields, or KFP's six with the second first; UTC."),
+        typer.Option(
+            metavar="FIELDS",
+            help="Cron expression in UTC: the usual five fields, e.g. '0 3 * * 1' for Mondays at "
+            "3:00, or KFP's six with seconds first.",
+        ),
     ] = None,
-    every: Annotated[str | None, typer.Option(help="An interval instead, e.g. 12h.")] = None,
+    every: Annotated[
+        str | None,
+        typer.Option(metavar="INTERVAL", help="Interval between runs, e.g. 12h; replaces --cron."),
+    ] = None,
     set_: SetOption = [],  # noqa: B006, typer copies it
     host: HostOption = None,
     namespace: NamespaceOption = None,
     experiment: ExperimentOption = None,
-    name: Annotated[str | None, typer.Option(help="Default: the recipe's name.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Name of the schedule.", show_default="the recipe's name"
+        ),
+    ] = None,
     service_account: AccountOption = None,
     pipeline_root: RootOption = None,
     enabled: Annotated[
-        bool | None, typer.Option("--enabled/--disabled", help="Default: as it was, or enabled.")
+        bool | None,
+        typer.Option(
+            "--enabled/--disabled",
+            help="Whether the schedule starts runs.",
+            show_default="unchanged; a new schedule is enabled",
+        ),
     ] = None,
 ) -> None:
-    """Run a recipe's line on a cluster again and again; the same name changes the schedule."""
+    """Create or change a schedule that starts runs of a recipe.
+
+    If a schedule of that name exists, it is changed.
+    """
     from tuneline.pipelines.kfp_client import runs, schedules
 
     if (cron is None) == (every is None):
@@ -97,10 +115,10 @@ def schedule(
     loaded = _load(recipe, set_)
     trigger = schedules.cron_trigger(cron) if cron else schedules.interval_trigger(str(every))
     if cron and len(cron.split()) == 5:
-        _say(f"five fields: KFP gets '{trigger.cron}', the second first")
+        say(f"--cron has five fields: KFP gets '{trigger.cron}', with the second first")
     client = runs.connect(host)
     with runs.compiled(loaded) as pipeline:
-        done = schedules.schedule(
+        scheduled = schedules.schedule(
             client,
             pipeline,
             trigger,
@@ -112,137 +130,178 @@ def schedule(
             pipeline_root=pipeline_root,
             enabled=enabled,
         )
-    state = "enabled" if done.enabled else "disabled"
-    _say(f"schedule {name or loaded.name}: {done.outcome}, {state}, {trigger}")
+    state = "enabled" if scheduled.enabled else "disabled"
+    say(f"schedule {name or loaded.name}: {scheduled.outcome}, {state}, {trigger}")
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def schedules(
     host: HostOption = None,
     namespace: NamespaceOption = None,
-    enable: Annotated[str | None, typer.Option(metavar="NAME", help="Let it start runs.")] = None,
-    disable: Annotated[str | None, typer.Option(metavar="NAME", help="Stop it.")] = None,
-    delete: Annotated[str | None, typer.Option(metavar="NAME", help="Its runs stay.")] = None,
+    enable: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Let this schedule start runs again.")
+    ] = None,
+    disable: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Stop this schedule from starting runs.")
+    ] = None,
+    delete: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Delete this schedule; the runs it started are kept."),
+    ] = None,
 ) -> None:
-    """List the schedules, or change one."""
+    """List schedules, or enable, disable or delete one."""
     from tuneline.pipelines.kfp_client import runs
     from tuneline.pipelines.kfp_client import schedules as recurring
 
     client = runs.connect(host)
     for name, value in ((enable, True), (disable, False)):
         if name:
-            found = recurring.find_schedule(client, name, namespace=namespace)
-            recurring.set_enabled(client, found, value)
-            _say(f"schedule {name}: {'enabled' if value else 'disabled'}")
+            recurring_run = recurring.find_schedule(client, name, namespace=namespace)
+            recurring.set_enabled(client, recurring_run, value)
+            say(f"schedule {name}: {'enabled' if value else 'disabled'}")
     if delete:
-        found = recurring.find_schedule(client, delete, namespace=namespace)
-        recurring.delete_schedule(client, found)
-        _say(f"schedule {delete}: deleted")
+        recurring_run = recurring.find_schedule(client, delete, namespace=namespace)
+        recurring.delete_schedule(client, recurring_run)
+        say(f"schedule {delete}: deleted")
     if enable or disable or delete:
         return
-    table = Table(Column("name", no_wrap=True), "state", "starts", "id", box=None)
-    for found in recurring.find_schedules(client, namespace=namespace):
-        state = "enabled" if recurring.is_enabled(found) else "disabled"
-        starts = str(recurring.trigger_of(found))
-        table.add_row(found.display_name, state, starts, found.recurring_run_id)
+    table = Table(Column("name", no_wrap=True), "state", "starts", "ID", box=None)
+    for recurring_run in recurring.find_schedules(client, namespace=namespace):
+        state = "enabled" if recurring.is_enabled(recurring_run) else "disabled"
+        starts = str(recurring.trigger_of(recurring_run))
+        table.add_row(recurring_run.display_name, state, starts, recurring_run.recurring_run_id)
     console.print(table)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def status(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="A run's id or name; none: list them.")
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            help="ID or name of a run. A name means its newest run.",
+            show_default="list recent runs",
+        ),
     ] = None,
     host: HostOption = None,
     namespace: NamespaceOption = None,
 ) -> None:
-    """Say how far a run is; without one, list the newest."""
+    """Show a run's progress; without RUN, list recent runs."""
     from tuneline.pipelines.kfp_client import runs
 
     client = runs.connect(host)
     if run is None:
-        table = Table(Column("run", no_wrap=True), "state", "created", "id", box=None)
-        for each in runs.recent_runs(client, namespace=namespace):
-            table.add_row(each.display_name, each.state, _time(each.created_at), each.run_id)
+        table = Table(Column("run", no_wrap=True), "state", "created", "ID", box=None)
+        for recent in runs.recent_runs(client, namespace=namespace):
+            created = _format_time(recent.created_at)
+            table.add_row(recent.display_name, recent.state, created, recent.run_id)
         console.print(table)
         return
-    found = runs.find_run(client, run, namespace=namespace)
-    _say(f"{found.display_name}: {found.state}, created {_time(found.created_at)}")
-    if found.error and found.error.message:
-        _say(f"error: {found.error.message}")
-    names = set(runs.step_names(found))
+    details = runs.find_run(client, run, namespace=namespace)
+    say(f"{details.display_name}: {details.state}, created {_format_time(details.created_at)}")
+    if details.error and details.error.message:
+        say(f"error: {details.error.message}")
+    names = set(runs.step_names(details))
     table = Table(Column("step", no_wrap=True), "state", "seconds", "error", box=None)
-    details = found.run_details and found.run_details.task_details
-    for task in details or []:
+    for task in runs.tasks_of(details):
         if task.display_name in names:
             error = task.error.message if task.error and task.error.message else ""
-            table.add_row(task.display_name, task.state, _seconds(task), error)
+            table.add_row(task.display_name, task.state, _duration(task), error)
     console.print(table)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def logs(
     run: RunArgument,
-    step: Annotated[str, typer.Argument(metavar="STEP", help="E.g. train.")],
+    step: Annotated[str, typer.Argument(metavar="STEP", help="Name of a step, e.g. train.")],
     host: HostOption = None,
     namespace: NamespaceOption = None,
 ) -> None:
-    """Print what a step of a run has written so far."""
+    """Print the log of one step of a run."""
     from tuneline.pipelines.kfp_client import runs
 
     client = runs.connect(host)
-    found = runs.find_run(client, run, namespace=namespace)
-    pods = runs.pods_of(found, step)
+    details = runs.find_run(client, run, namespace=namespace)
+    pods = runs.pods_of(details, step)
     for pod in pods:
         if len(pods) > 1:
-            _say(f"--- {pod}")
-        with runs.plainly():
-            text = client.read_log(found.run_id, pod)
+            say(f"--- {pod}")
+        with runs.readable_errors():
+            text = client.read_log(details.run_id, pod)
         typer.echo(text, nl=not text.endswith("\n"))
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def cancel(run: RunArgument, host: HostOption = None, namespace: NamespaceOption = None) -> None:
-    """End a run."""
+    """Cancel a run."""
     from tuneline.pipelines.kfp_client import runs
 
     client = runs.connect(host)
-    found = runs.find_run(client, run, namespace=namespace)
-    runs.cancel(client, found)
-    _say(f"run {found.display_name}: asked to end")
+    details = runs.find_run(client, run, namespace=namespace)
+    runs.cancel(client, details)
+    say(f"run {details.display_name}: cancellation requested")
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def resume(run: RunArgument, host: HostOption = None, namespace: NamespaceOption = None) -> None:
-    """Run again what failed of a run; finished steps are kept."""
+    """Re-run the failed steps of a run; finished steps are kept."""
     from tuneline.pipelines.kfp_client import runs
 
     client = runs.connect(host)
-    found = runs.find_run(client, run, namespace=namespace)
-    runs.resume(client, found)
-    _say(f"run {found.display_name}: goes on\nfollow it: tuneline status {found.run_id}")
+    details = runs.find_run(client, run, namespace=namespace)
+    runs.resume(client, details)
+    say(f"run {details.display_name}: resumed\nfollow it with: tuneline status {details.run_id}")
+
+
+@app.command(rich_help_panel=PANEL)
+def doctor(
+    run: RunArgument,
+    host: HostOption = None,
+    context: ContextOption = None,
+    namespace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMESPACE", help="Namespace of the run's pods.", show_default="kubeflow"
+        ),
+    ] = None,
+) -> None:
+    """Explain why a run failed or is waiting, and what to change."""
+    from tuneline.pipelines.doctor import examine
+    from tuneline.pipelines.kfp_client import runs
+    from tuneline.pipelines.kube import Kube
+
+    run_id = run
+    if not runs.is_run_id(run):
+        run_id = runs.find_run(runs.connect(host), run, namespace=namespace).run_id
+    kube = Kube(namespace or "kubeflow", context=context)
+    findings = examine(kube, run_id)
+    for finding in findings:
+        say(f"{finding.step}: {finding.cause}\n  why: {finding.why}\n  seen: {finding.evidence}")
+        say(f"  change: {finding.advice}")
+    if not findings:
+        say(
+            f"nothing wrong was found with run {run_id} in namespace {kube.namespace}. If the run "
+            "failed, its pods have been deleted; `tuneline status` shows what KFP recorded."
+        )
 
 
 def _load(recipe: str, assignments: list[str]) -> Recipe:
+    """Load a recipe for a cluster, and warn if the published model would be lost there."""
     loaded = find_recipe(recipe, assignments)
     if loaded.publish_to.startswith("dir:"):
-        _say(
-            f"warning: publish_to {loaded.publish_to} is a directory inside a pod, and goes with "
-            "it; the model stays as an artifact of the run"
+        say(
+            f"warning: publish_to {loaded.publish_to} is a directory inside a pod and is deleted "
+            "with the pod; the model is still kept as an artifact of the run"
         )
     return loaded
 
 
-def _say(text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _time(value: datetime.datetime | None) -> str:
+def _format_time(value: datetime.datetime | None) -> str:
     return value.strftime("%Y-%m-%d %H:%M:%S") if value else ""
 
 
-def _seconds(task: Any) -> str:
-    # Go's zero time stands for a task that has not ended.
+def _duration(task: Any) -> str:
+    # A task that is still running has Go's zero time as its end.
     if not task.start_time or not task.end_time or task.end_time < task.start_time:
         return ""
     return f"{(task.end_time - task.start_time).total_seconds():.0f}"

@@ -1,1 +1,1 @@
-"""What the KFP API is asked for: runs and schedules."""
+"""Requests to the KFP API: runs and schedules."""

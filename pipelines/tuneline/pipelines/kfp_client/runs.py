@@ -1,8 +1,8 @@
-"""Send runs to Kubeflow Pipelines and follow them, through kfp.Client.
+"""Start, find, cancel and resume runs on Kubeflow Pipelines, through kfp.Client.
 
 Authentication is kfp's own: a session cookie in ~/.config/kfp/context.json, the token that a
-cluster projects into its pods, or one in the environment variable KFP_TOKEN; never an argument,
-which others could read in the process list.
+cluster projects into its pods, or a token in the environment variable KFP_TOKEN. A token is never
+an argument, which other users could read in the process list.
 """
 
 import contextlib
@@ -34,39 +34,40 @@ from tuneline.recipe import Recipe
 HOST_VARIABLE = "KFP_ENDPOINT"
 TOKEN_VARIABLE = "KFP_TOKEN"
 KFP_HOST_VARIABLE = "KF_PIPELINES_ENDPOINT"
-"""kfp's own name for it."""
+"""kfp's own variable for the host."""
 
 POD_TOKEN_PATH = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 PROJECTED_TOKEN_PATH = Path("/var/run/secrets/kubeflow/pipelines/token")
 
 CONNECT_SECONDS = 10
+"""Time limit for opening a connection to the host."""
 
 FINISHED_STATES = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
 RESUMABLE_STATES = ("FAILED", "CANCELED")
 
-# Newer servers know the first path only, 2.17 the second only.
+# Servers newer than 2.17 have only the first path, 2.17 has only the second.
 LOG_PATHS = (
     "/apis/v2beta1/runs/{run_id}/nodes/{pod}/log",
     "/apis/v1alpha1/runs/{run_id}/nodes/{pod}/log",
 )
 
 
-class Client(kfp.Client):
-    """kfp.Client that asks for the server's health once instead of for 25 seconds."""
+class Client(kfp.Client):  # type: ignore[misc, unused-ignore]  # kfp has no types
+    """A kfp.Client that checks the server's health once, not repeatedly for 25 seconds."""
 
     def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
-        """Return what the server says of itself; errors pass through."""
+        """Return the server's health record, or raise the first error."""
         health = self._healthz_api.healthz_service_get_healthz()
         if health.multi_user is None:
-            # A login page is a successful answer, too.
+            # A login page also answers with status 200.
             raise CredentialsError(
-                "the answer is not that of Kubeflow Pipelines, perhaps a login page: check that "
-                f"the host is the API's, and log in or set {TOKEN_VARIABLE}"
+                "the answer is not from Kubeflow Pipelines, perhaps a login page: check that the "
+                f"host is that of the API, and log in or set {TOKEN_VARIABLE}"
             )
         return health
 
     def read_log(self, run_id: str, pod: str) -> str:
-        """Return what a pod's main container has written so far; kfp has no call for it."""
+        """Return the log of a pod's main container; kfp.Client has no method for it."""
         for path in LOG_PATHS:
             try:
                 response = self._run_api.api_client.call_api(
@@ -81,21 +82,21 @@ class Client(kfp.Client):
                 if error.status != 404 or path == LOG_PATHS[-1]:
                     raise
             else:
-                return response.data.decode("utf-8", "replace")
+                return str(response.data, "utf-8", "replace")
         raise AssertionError("the last path returns or raises")
 
     def resume_run(self, run_id: str) -> None:
-        """Have the server run a run's failed tasks again; kfp has no call for it."""
+        """Ask the server to retry the failed tasks of a run; kfp.Client has no method for it."""
         self._run_api.run_service_retry_run(run_id)
 
 
 def connect(host: str | None) -> Client:
-    """Connect to `host`, or to what the environment names.
+    """Connect to the KFP API at `host`, or at the host that the environment names.
 
     Raises:
-        UserError: there is no host, and nothing to find one by.
-        CredentialsError: the server wants other credentials.
-        ClusterError: the server cannot be reached.
+        UserError: no host is given, and none can be found.
+        CredentialsError: the server does not accept the credentials.
+        ClusterError: the server is unreachable.
     """
     host = host or os.environ.get(HOST_VARIABLE) or os.environ.get(KFP_HOST_VARIABLE)
     kube_config = Path(os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config")
@@ -109,8 +110,8 @@ def connect(host: str | None) -> Client:
         _probe(host)
     projected = PROJECTED_TOKEN_PATH.exists() or "KF_PIPELINES_SA_TOKEN_PATH" in os.environ
     credentials = set_volume_credentials.ServiceAccountTokenVolumeCredentials()
-    with plainly(), warnings.catch_warnings():
-        # It warns of servers before 2.0.
+    with readable_errors(), warnings.catch_warnings():
+        # kfp warns that it does not support servers before 2.0.
         warnings.simplefilter("ignore", FutureWarning)
         return Client(
             host=host,
@@ -120,7 +121,7 @@ def connect(host: str | None) -> Client:
 
 
 def _probe(host: str) -> None:
-    """Open a connection, because kfp's client would wait for minutes where nobody answers."""
+    """Open a connection once, because kfp.Client retries an unreachable host for minutes."""
     address = urllib.parse.urlsplit(host)
     try:
         port = address.port or (443 if address.scheme == "https" else 80)
@@ -137,11 +138,12 @@ def _unreachable(host: str, reason: str) -> ClusterError:
 
 
 @contextlib.contextmanager
-def plainly() -> Iterator[None]:
-    """Turn the client's errors into sentences, and keep its prints away from ours.
+def readable_errors() -> Iterator[None]:
+    """Translate kfp's exceptions into tuneline's errors, and suppress what kfp prints.
 
     Raises:
-        CredentialsError, ClusterError: what the body's error means.
+        CredentialsError: the server answered 401 or 403.
+        ClusterError: the server answered with another error, or is unreachable.
     """
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -156,41 +158,41 @@ def plainly() -> Iterator[None]:
 
 
 def _explain(error: kfp_server_api.ApiException) -> Exception:
-    said = message_of(error)
+    message = message_of(error)
     if error.status == 401:
         return CredentialsError(
-            f"Kubeflow Pipelines does not know who asks (401: {said}): log in again, or set "
+            f"Kubeflow Pipelines cannot identify you (401: {message}): log in again, or set "
             f"{TOKEN_VARIABLE} to a token that has not expired"
         )
     if error.status == 403:
         return CredentialsError(
-            f"Kubeflow Pipelines refuses this (403: {said}): name a namespace of yours with "
-            "--namespace, or ask its owner for the rights"
+            f"Kubeflow Pipelines denies this request (403: {message}): name one of your namespaces "
+            "with --namespace, or ask the owner of the namespace for permission"
         )
-    return ClusterError(f"Kubeflow Pipelines answered {error.status}: {said}")
+    return ClusterError(f"Kubeflow Pipelines answered {error.status}: {message}")
 
 
 def message_of(error: kfp_server_api.ApiException) -> str:
-    """Return the server's own words, on one line."""
+    """Return the server's message on one line of at most 300 characters."""
     body = error.body.decode("utf-8", "replace") if isinstance(error.body, bytes) else error.body
     try:
         fields = json.loads(body or "")
-        words = fields.get("message") or fields.get("error_message") or fields.get("error")
+        message = fields.get("message") or fields.get("error_message") or fields.get("error")
     except (ValueError, AttributeError):
-        words = None
-    return " ".join(str(words or error.reason or "no reason given").split())[:300]
+        message = None
+    return " ".join(str(message or error.reason or "no reason given").split())[:300]
 
 
 @contextlib.contextmanager
 def compiled(recipe: Recipe, *, cache: bool = True) -> Iterator[Path]:
-    """Compile a recipe to a temporary file, and check it as `tuneline lint` does.
+    """Compile a recipe to a temporary file, and check the file as `tuneline lint` does.
 
     Args:
-        recipe: what to compile.
-        cache: False: no task is taken from the cache.
+        recipe: the recipe to compile.
+        cache: whether KFP may reuse results of earlier tasks.
 
     Raises:
-        RecipeError: the pipeline has a fault that must not reach a cluster.
+        RecipeError: the pipeline has a security problem.
     """
     with tempfile.TemporaryDirectory(prefix="tuneline-") as directory:
         path = Path(directory) / "pipeline.yaml"
@@ -199,17 +201,17 @@ def compiled(recipe: Recipe, *, cache: bool = True) -> Iterator[Path]:
             _forbid_cache(path)
         findings = lint_file(path)
         if findings:
-            raise RecipeError(f"not sent, because of {findings[0]}")
+            raise RecipeError(f"the pipeline was not sent because the lint found: {findings[0]}")
         yield path
 
 
 def _forbid_cache(path: Path) -> None:
-    # The client's own switch reaches the root's tasks only, and ours are in an exit handler.
-    pipeline, *rest = yaml.safe_load_all(path.read_text(encoding="utf-8"))
-    parts = [pipeline["root"], *pipeline["components"].values()]
-    for task in (task for part in parts for task in part.get("dag", {}).get("tasks", {}).values()):
-        task["cachingOptions"] = {}
-    path.write_text(yaml.safe_dump_all([pipeline, *rest]), encoding="utf-8")
+    # kfp.Client's own switch only reaches tasks of the root, and ours are inside an exit handler.
+    pipeline, *others = yaml.safe_load_all(path.read_text(encoding="utf-8"))
+    for component in (pipeline["root"], *pipeline["components"].values()):
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            task["cachingOptions"] = {}
+    path.write_text(yaml.safe_dump_all([pipeline, *others]), encoding="utf-8")
 
 
 def submit(
@@ -222,102 +224,113 @@ def submit(
     service_account: str | None = None,
     pipeline_root: str | None = None,
 ) -> str:
-    """Start a run of a compiled pipeline and return its id."""
-    with plainly():
-        found = client.create_experiment(experiment, namespace=namespace)
+    """Start a run of a compiled pipeline and return the run's ID.
+
+    Args:
+        client: connection to the KFP API.
+        pipeline: file of the compiled pipeline.
+        name: display name of the run.
+        experiment: KFP experiment of the run; created if it does not exist.
+        namespace: the user's namespace, on Kubeflow with profiles.
+        service_account: service account that the run's pods use; None: KFP's default.
+        pipeline_root: URI under which KFP stores artifacts; None: KFP's default.
+    """
+    with readable_errors():
+        group = client.create_experiment(experiment, namespace=namespace)
         run = client.run_pipeline(
-            experiment_id=found.experiment_id,
+            experiment_id=group.experiment_id,
             job_name=name,
             pipeline_package_path=str(pipeline),
             pipeline_root=pipeline_root,
             service_account=service_account,
         )
-    return run.run_id
+    return str(run.run_id)
 
 
 def recent_runs(client: Client, *, namespace: str | None = None, limit: int = 10) -> list[Any]:
-    """Return the newest runs, the newest first."""
-    with plainly():
-        found = client.list_runs(
+    """Return the most recent runs, newest first."""
+    with readable_errors():
+        page = client.list_runs(
             page_size=limit, sort_by="created_at desc", namespace=namespace or None
         )
-    return found.runs or []
+    return page.runs or []
 
 
 def find_run(client: Client, name: str, *, namespace: str | None = None) -> Any:
-    """Return a run by its id, or the newest one of a name.
+    """Return the run with this ID, or the newest run with this name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such run.
     """
-    with plainly():
-        if is_id(name):
+    with readable_errors():
+        if is_run_id(name):
             try:
                 return client.get_run(name)
             except kfp_server_api.ApiException as error:
                 if error.status != 404:
                     raise
         else:
-            found = client.list_runs(
+            page = client.list_runs(
                 page_size=1,
                 sort_by="created_at desc",
                 namespace=namespace or None,
                 filter=by_display_name(name),
             )
-            if found.runs:
-                # A list has no tasks in it.
-                return client.get_run(found.runs[0].run_id)
-    known = [run.display_name for run in recent_runs(client, namespace=namespace)]
-    near = f"the newest are {', '.join(known)}" if known else "there are none yet"
-    raise UserError(f"no run '{name}': {near}")
+            if page.runs:
+                # The runs of a list come without their tasks.
+                return client.get_run(page.runs[0].run_id)
+    names = [run.display_name for run in recent_runs(client, namespace=namespace)]
+    hint = f"the newest are {', '.join(names)}" if names else "there are none yet"
+    raise UserError(f"no run '{name}': {hint}")
 
 
 def cancel(client: Client, run: Any) -> None:
-    """End a run.
+    """Cancel a run.
 
     Raises:
-        UserError: it has ended already.
+        UserError: the run has ended already.
     """
     if run.state in FINISHED_STATES:
         raise UserError(f"run {run.display_name} has ended already: {run.state}")
-    with plainly():
+    with readable_errors():
         client.terminate_run(run.run_id)
 
 
 def resume(client: Client, run: Any) -> None:
-    """Run again what failed of a run, and what comes after it; finished steps stay as they are.
+    """Re-run the failed steps of a run and the steps that follow them; keep finished steps.
 
     Raises:
-        UserError: it did not fail, so there is nothing to run again.
+        UserError: the run did not fail and was not cancelled.
     """
     if run.state not in RESUMABLE_STATES:
         raise UserError(
             f"run {run.display_name} is {run.state}: only a run that is "
             f"{' or '.join(RESUMABLE_STATES)} can be resumed"
         )
-    with plainly():
+    with readable_errors():
         client.resume_run(run.run_id)
 
 
 def step_names(run: Any) -> list[str]:
-    """Return the names of a run's steps: what a person calls a task, in the order of starting."""
+    """Return the names of a run's steps, in the order in which they started."""
+    tasks = sorted(tasks_of(run), key=lambda task: (task.start_time is None, task.start_time))
     return [
         task.display_name
-        for task in sorted(_tasks(run), key=lambda task: (task.start_time is None, task.start_time))
+        for task in tasks
         if not task.display_name.endswith("driver")
         and task.display_name not in ("root", "executor")
-        # The workflow itself.
+        # KFP lists the workflow itself as a task.
         and task.display_name != task.task_id
     ]
 
 
 def pods_of(run: Any, step: str) -> list[str]:
-    """Return the pods that ran a step's own container, several after retries.
+    """Return the names of the pods that ran a step's own container; a retry adds a pod.
 
     Raises:
-        UserError: the run has no such step, or it has no pod yet.
+        UserError: the run has no such step, or the step has no pod.
     """
-    tasks = {task.task_id: task for task in _tasks(run)}
+    tasks = {task.task_id: task for task in tasks_of(run)}
     wanted = [task for task in tasks.values() if task.display_name == step]
     if not wanted:
         names = ", ".join(step_names(run)) or "none yet"
@@ -332,34 +345,35 @@ def pods_of(run: Any, step: str) -> list[str]:
         pods += [task.pod_name] if task.pod_name else []
         for child in task.child_tasks or []:
             pods += [child.pod_name] if child.pod_name else []
-            # Argo ends the names of a node and of its pod with the same number.
+            # Argo ends the name of a node and the name of its pod with the same number.
             wanted += [
-                found
-                for task_id, found in tasks.items()
+                candidate
+                for task_id, candidate in tasks.items()
                 if task_id == child.task_id
                 or (child.pod_name and task_id.rpartition("-")[2] == child.pod_name.split("-")[-1])
             ]
-    own = [pod for pod in dict.fromkeys(pods) if "-impl-" in pod]
-    if not own:
+    executor_pods = [pod for pod in dict.fromkeys(pods) if "-impl-" in pod]
+    if not executor_pods:
         raise UserError(
-            f"step '{step}' of run {run.display_name} has no pod: it waits, or it came from the "
-            "cache"
+            f"step '{step}' of run {run.display_name} has no pod: it is still waiting, or its "
+            "result came from the cache"
         )
-    return own
+    return executor_pods
 
 
 def by_display_name(name: str) -> str:
-    """Return KFP's filter for one display name."""
+    """Return the filter that selects one display name in requests to KFP."""
     predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
     return json.dumps({"predicates": [predicate]})
 
 
-def _tasks(run: Any) -> list[Any]:
+def tasks_of(run: Any) -> list[Any]:
+    """Return the tasks of a run; KFP lists drivers and the workflow itself among them."""
     return list((run.run_details and run.run_details.task_details) or [])
 
 
-def is_id(name: str) -> bool:
-    """Say whether it is a run's id; otherwise it is a name."""
+def is_run_id(name: str) -> bool:
+    """Return whether `name` is a run ID (a UUID)."""
     try:
         return str(uuid.UUID(name)) == name.lower()
     except ValueError:

@@ -1,9 +1,9 @@
-"""Recurring runs: one a name, changed by replacing it.
+"""Schedules, which KFP calls recurring runs: one per name, changed by replacing it.
 
-KFP has no call that changes a recurring run. The old one is disabled, the new one created, the
-old one deleted: never two that start runs, and when creating fails the old one goes on as it was.
-What a recurring run holds is known by a digest in its description, so that scheduling the same
-twice writes nothing.
+KFP has no request that changes a recurring run. The old one is disabled, the new one is created,
+then the old one is deleted. So two never start runs at the same time, and if the creation fails,
+the old one is enabled again. The description of a recurring run holds a digest of its content, so
+that scheduling the same content twice changes nothing.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import UserError
-from tuneline.pipelines.kfp_client.runs import Client, by_display_name, plainly
+from tuneline.pipelines.kfp_client.runs import Client, by_display_name, readable_errors
 
 MIN_INTERVAL_SECONDS = 60
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -22,7 +22,7 @@ _MARK = re.compile(r"\[tuneline ([0-9a-f]{16})\]")
 
 _MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 _DAYS = "sun mon tue wed thu fri sat".split()
-# Name, smallest, largest, names from the smallest on.
+# Name, smallest value, largest value, and names of the values from the smallest on.
 _FIELDS: list[tuple[str, int, int, list[str]]] = [
     ("second", 0, 59, []),
     ("minute", 0, 59, []),
@@ -35,11 +35,12 @@ _FIELDS: list[tuple[str, int, int, list[str]]] = [
 
 @dataclass(frozen=True)
 class Trigger:
-    """When runs start: one of the two is set."""
+    """When a schedule starts runs; one of the two fields is set."""
 
     cron: str | None = None
-    """KFP's six fields, in UTC."""
+    """Cron expression with KFP's six fields, in UTC."""
     interval_seconds: int | None = None
+    """Seconds between two starts."""
 
     def __str__(self) -> str:
         return f"cron {self.cron} UTC" if self.cron else f"every {self.interval_seconds} s"
@@ -47,22 +48,24 @@ class Trigger:
 
 @dataclass(frozen=True)
 class Scheduled:
-    """What became of a schedule."""
+    """Result of scheduling a pipeline."""
 
     recurring_run_id: str
     outcome: str
     """created, changed or unchanged."""
     enabled: bool
+    """Whether the schedule starts runs."""
 
 
 def cron_trigger(text: str) -> Trigger:
-    """Check a cron expression of five or six fields.
+    """Check a cron expression of five or six fields and return a trigger with six.
 
-    KFP reads six, seconds first, and takes five for the first five of them: "10 10 * * *" would
-    start every hour instead of every day. So five get a second in front.
+    KFP reads six fields with seconds first, and reads five fields as the first five of six:
+    "10 10 * * *" would start a run every hour, not every day. So five fields get a 0 for the
+    second in front.
 
     Raises:
-        UserError: it is not a cron expression, or starts a run every second.
+        UserError: the text is not a cron expression, or would start several runs per minute.
     """
     fields = text.split()
     if len(fields) == 5:
@@ -76,7 +79,7 @@ def cron_trigger(text: str) -> Trigger:
         _check_field(text, value, *field)
     if not fields[0].isdigit():
         raise UserError(
-            f"--cron '{text}' starts more than one run a minute: the first of six fields is the "
+            f"--cron '{text}' starts more than one run per minute: the first of six fields is the "
             "second, give it one number, e.g. 0"
         )
     return Trigger(cron=" ".join(fields))
@@ -85,31 +88,31 @@ def cron_trigger(text: str) -> Trigger:
 def _check_field(
     text: str, value: str, name: str, smallest: int, largest: int, names: list[str]
 ) -> None:
-    known = {word: smallest + index for index, word in enumerate(names)}
+    values = {word: smallest + index for index, word in enumerate(names)}
     for part in value.lower().split(","):
         span, _, step = part.partition("/")
         first, dash, last = span.partition("-")
         bounds = [] if span in ("*", "?") else [first, *([last] if dash else [])]
-        numbers = [known.get(bound, int(bound) if bound.isdigit() else -1) for bound in bounds]
+        numbers = [values.get(bound, int(bound) if bound.isdigit() else -1) for bound in bounds]
         fits = all(smallest <= number <= largest for number in numbers)
         if not fits or numbers != sorted(numbers) or ("/" in part and not step.isdigit()):
             raise UserError(
-                f"--cron '{text}': '{part}' is not a {name}; write {smallest} to {largest}, *, a "
-                "list a,b, a range a-b or a step */n"
+                f"--cron '{text}': '{part}' is not a valid {name}; write {smallest} to {largest}, "
+                "*, a list a,b, a range a-b or a step */n"
             )
 
 
 def interval_trigger(text: str) -> Trigger:
-    """Read an interval: a number with s, m, h or d.
+    """Parse an interval, a number with one of the units s, m, h and d.
 
     Raises:
-        UserError: it is not one, or shorter than a minute.
+        UserError: the text is not an interval, or the interval is shorter than a minute.
     """
     match = re.fullmatch(r"(\d+)([smhd])", text)
     seconds = int(match[1]) * _UNITS[match[2]] if match else 0
     if seconds < MIN_INTERVAL_SECONDS:
         raise UserError(
-            f"--every '{text}': write a number with s, m, h or d, a minute or more, e.g. 12h"
+            f"--every '{text}': write a number with s, m, h or d, at least a minute, e.g. 12h"
         )
     return Trigger(interval_seconds=seconds)
 
@@ -127,49 +130,51 @@ def schedule(
     pipeline_root: str | None = None,
     enabled: bool | None = None,
 ) -> Scheduled:
-    """Make the recurring run `name` what is asked for; one run at a time, none made up for.
+    """Create the recurring run `name`, or replace it if its content differs.
+
+    A recurring run starts one run at a time, and does not catch up on starts that it missed.
 
     Args:
-        client: where.
-        pipeline: the compiled pipeline that each run runs.
-        trigger: when.
-        name: of the recurring run, and so of its runs.
-        experiment: that its runs belong to.
-        description: for people; what tells one content from another is put behind it.
-        namespace: for Kubeflow with profiles.
-        service_account: that pods run as.
-        pipeline_root: where artifacts go.
-        enabled: None keeps what it was; a new one is enabled.
+        client: connection to the KFP API.
+        pipeline: file of the compiled pipeline that each run executes.
+        trigger: when runs start.
+        name: name of the recurring run; its runs are named after it.
+        experiment: KFP experiment of its runs; created if it does not exist.
+        description: text for readers; the digest of the content is appended to it.
+        namespace: the user's namespace, on Kubeflow with profiles.
+        service_account: service account that the pods use; None: KFP's default.
+        pipeline_root: URI under which KFP stores artifacts; None: KFP's default.
+        enabled: whether it starts runs; None: unchanged, and a new one is enabled.
 
     Raises:
-        UserError: one of this name exists that tuneline did not make.
+        UserError: a recurring run of this name exists that tuneline did not create.
     """
     present = find_schedules(client, name, namespace=namespace)
-    foreign = [found for found in present if not _digest_of(found)]
+    foreign = [recurring_run for recurring_run in present if not _digest_of(recurring_run)]
     if foreign:
         raise UserError(
-            f"a recurring run '{name}' exists that tuneline did not make "
+            f"a recurring run '{name}' exists that tuneline did not create "
             f"({foreign[0].recurring_run_id}): choose another --name, or delete it first"
         )
     if enabled is None:
-        enabled = any(is_enabled(found) for found in present) if present else True
+        enabled = not present or any(is_enabled(recurring_run) for recurring_run in present)
     text = pipeline.read_text(encoding="utf-8")
     content = [text, asdict(trigger), description, experiment, service_account, pipeline_root]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    if [_digest_of(found) for found in present] == [digest]:
+    if [_digest_of(recurring_run) for recurring_run in present] == [digest]:
         (same,) = present
         if is_enabled(same) == enabled:
             return Scheduled(same.recurring_run_id, "unchanged", enabled)
         set_enabled(client, same, enabled)
         return Scheduled(same.recurring_run_id, "changed", enabled)
-    were_enabled = [found for found in present if is_enabled(found)]
-    for found in were_enabled:
-        set_enabled(client, found, False)
+    were_enabled = [recurring_run for recurring_run in present if is_enabled(recurring_run)]
+    for recurring_run in were_enabled:
+        set_enabled(client, recurring_run, False)
     try:
-        with plainly():
-            owner = client.create_experiment(experiment, namespace=namespace)
-            made = client.create_recurring_run(
-                experiment_id=owner.experiment_id,
+        with readable_errors():
+            group = client.create_experiment(experiment, namespace=namespace)
+            created = client.create_recurring_run(
+                experiment_id=group.experiment_id,
                 job_name=name,
                 description=f"{description} [tuneline {digest}]".strip(),
                 interval_second=trigger.interval_seconds,
@@ -182,73 +187,73 @@ def schedule(
                 service_account=service_account,
             )
     except BaseException:
-        for found in were_enabled:
-            set_enabled(client, found, True)
+        for recurring_run in were_enabled:
+            set_enabled(client, recurring_run, True)
         raise
-    for found in present:
-        delete_schedule(client, found)
-    return Scheduled(made.recurring_run_id, "changed" if present else "created", enabled)
+    for recurring_run in present:
+        delete_schedule(client, recurring_run)
+    return Scheduled(created.recurring_run_id, "changed" if present else "created", enabled)
 
 
 def find_schedules(
     client: Client, name: str | None = None, *, namespace: str | None = None
 ) -> list[Any]:
-    """Return the recurring runs, all or those of one name."""
-    found: list[Any] = []
+    """Return all recurring runs, or those with one name."""
+    recurring_runs: list[Any] = []
     token = ""
     while True:
-        with plainly():
+        with readable_errors():
             page = client.list_recurring_runs(
                 page_token=token,
                 page_size=100,
                 namespace=namespace or client.get_user_namespace() or None,
                 filter=by_display_name(name) if name else None,
             )
-        found += page.recurring_runs or []
+        recurring_runs += page.recurring_runs or []
         token = page.next_page_token or ""
         if not token:
-            return found
+            return recurring_runs
 
 
 def find_schedule(client: Client, name: str, *, namespace: str | None = None) -> Any:
-    """Return the one recurring run of a name.
+    """Return the only recurring run with this name.
 
     Raises:
         UserError: there is none, or more than one.
     """
-    found = find_schedules(client, name, namespace=namespace)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        ids = ", ".join(each.recurring_run_id for each in found)
+    matches = find_schedules(client, name, namespace=namespace)
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        ids = ", ".join(recurring_run.recurring_run_id for recurring_run in matches)
         raise UserError(
-            f"{len(found)} recurring runs are named '{name}': delete all but one: {ids}"
+            f"{len(matches)} recurring runs are named '{name}': delete all but one: {ids}"
         )
-    known = [each.display_name for each in find_schedules(client, namespace=namespace)]
-    near = f"there are {', '.join(known)}" if known else "there are none"
-    raise UserError(f"no schedule '{name}': {near}")
+    others = find_schedules(client, namespace=namespace)
+    names = ", ".join(recurring_run.display_name for recurring_run in others)
+    raise UserError(f"no schedule '{name}': there are {names or 'none'}")
 
 
 def is_enabled(recurring_run: Any) -> bool:
-    """Say whether it starts runs."""
-    return recurring_run.mode != "DISABLE" and recurring_run.status != "DISABLED"
+    """Return whether a recurring run starts runs."""
+    return not (recurring_run.mode == "DISABLE" or recurring_run.status == "DISABLED")
 
 
 def set_enabled(client: Client, recurring_run: Any, enabled: bool) -> None:
-    """Let it start runs, or not."""
-    with plainly():
+    """Enable or disable a recurring run."""
+    with readable_errors():
         change = client.enable_recurring_run if enabled else client.disable_recurring_run
         change(recurring_run.recurring_run_id)
 
 
 def delete_schedule(client: Client, recurring_run: Any) -> None:
-    """Delete it; its runs stay."""
-    with plainly():
+    """Delete a recurring run; the runs that it started are kept."""
+    with readable_errors():
         client.delete_recurring_run(recurring_run.recurring_run_id)
 
 
 def trigger_of(recurring_run: Any) -> Trigger:
-    """Return when it starts runs."""
+    """Return when a recurring run starts runs."""
     trigger = recurring_run.trigger
     if trigger.cron_schedule:
         return Trigger(cron=trigger.cron_schedule.cron)

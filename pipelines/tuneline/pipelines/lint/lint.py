@@ -1,19 +1,19 @@
-"""Check compiled pipelines and Kubernetes manifests for what must not reach a cluster.
+"""Check compiled pipelines and Kubernetes manifests for settings that must not reach a cluster.
 
     secret-value          a credential in the document instead of a reference to a secret
-    image-tag             an image without a tag or digest, or `latest`: the cache keys on the name
-    privileged            privileged containers
-    privilege-escalation  not refused; in a compiled pipeline KFP itself refuses it
-    host-path             a volume of the node's own disk
-    host-namespace        hostNetwork, hostPID, hostIPC
-    root-user             user 0, or a pod that does not refuse to run as it
+    image-tag             an image without tag or digest, or with `latest`; KFP caches by image name
+    privileged            a privileged container
+    privilege-escalation  not forbidden; in a compiled pipeline KFP itself forbids it
+    host-path             a volume on the node's own disk
+    host-namespace        hostNetwork, hostPID or hostIPC
+    root-user             user 0, or a pod that does not set runAsNonRoot
     resources             a container without requests and limits for CPU and memory
-    automount             an API token in pods that have no use for one
+    automount             an API token in a pod that does not use one
     pip-install           packages installed when the pod starts: not pinned, not air-gapped
 
-What is wrong wherever it stands is found by walking the whole document, so custom resources and
-kustomize patches are covered. What is wrong by being absent is asked of whole pods and of KFP's
-executors only: a patch may leave out what its base says.
+A forbidden value is found by walking the whole document, so custom resources and kustomize patches
+are covered. A missing value is reported for whole pods and KFP executors only, because a patch may
+leave out what its base sets.
 """
 
 import re
@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from tuneline.errors import RecipeError
-from tuneline.pipelines.lint.required import Found, check_executors, check_pod, check_resource
+from tuneline.pipelines.lint.required import Problems, check_executors, check_pod, check_resource
 from tuneline.pipelines.lint.secrets import find_secrets, is_credential_name, mask, mask_within
 
 MAX_SHOWN_CHARACTERS = 80
@@ -37,15 +37,17 @@ PIP_INSTALL = re.compile(
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong; `value` holds no credential in the clear."""
+    """A violation of a rule."""
 
     document: int
-    """Number of the document in the file, from 1."""
+    """Number of the document in the file, starting at 1."""
     path: str
-    """Where it stands, e.g. spec.template.spec.containers[0].image."""
+    """Path of the value in the document, e.g. spec.template.spec.containers[0].image."""
     rule: str
     value: str
+    """The value, or what is missing; a credential is masked."""
     fix: str
+    """What to change."""
 
     def __str__(self) -> str:
         return f"document {self.document}, {self.path}: {self.rule}: {self.value}; {self.fix}"
@@ -55,7 +57,7 @@ def lint_file(path: str | Path) -> list[Finding]:
     """Check every document of a YAML or JSON file.
 
     Raises:
-        RecipeError: the file cannot be read, or holds neither a compiled pipeline nor manifests.
+        RecipeError: the file is unreadable, or holds neither a compiled pipeline nor manifests.
     """
     try:
         documents = list(yaml.safe_load_all(Path(path).read_text(encoding="utf-8")))
@@ -72,31 +74,31 @@ def lint_file(path: str | Path) -> list[Finding]:
 
 
 def lint_documents(documents: list[Any]) -> list[Finding]:
-    """Check the documents of one file; a compiled pipeline's platform part goes with it.
+    """Check the documents of one file; those of a compiled pipeline are checked together.
 
     Raises:
-        RecipeError: there is nothing to check, or a document is of an unknown kind.
+        RecipeError: there is no document, or a document is of an unknown kind.
     """
-    numbered = [(number, found) for number, found in enumerate(documents, 1) if found is not None]
+    numbered = [(number, doc) for number, doc in enumerate(documents, 1) if doc is not None]
     if not numbered:
         raise RecipeError("there is no document in it: give a compiled pipeline or a manifest")
-    platform: dict[str, Any] = next((found for _, found in numbered if _is_platform(found)), {})
+    platform: dict[str, Any] = next((doc for _, doc in numbered if _is_platform(doc)), {})
     findings = []
     for number, document in numbered:
-        findings += [Finding(number, *found) for found in _lint(document, platform)]
+        findings += [Finding(number, *problem) for problem in _lint(document, platform)]
     return findings
 
 
-def _lint(document: Any, platform: dict[str, Any]) -> Found:
+def _lint(document: Any, platform: dict[str, Any]) -> Problems:
     if not isinstance(document, dict) or not (
         _is_pipeline(document) or _is_platform(document) or "kind" in document
     ):
         raise RecipeError(
             "neither a compiled KFP pipeline (pipelineInfo) nor a Kubernetes resource (kind): "
-            "compile a recipe with `tuneline compile`, then check what it wrote"
+            "compile a recipe with `tuneline compile`, then check the file that it writes"
         )
     for path, key, value, parent in _walk(document):
-        yield from _present(path, key, value, parent)
+        yield from _check_value(path, key, value, parent)
     if _is_pipeline(document):
         yield from check_executors(document, platform)
     else:
@@ -117,7 +119,7 @@ def _is_platform(document: Any) -> bool:
 def _walk(
     node: Any, path: str = "", key: str = "", parent: Any = None
 ) -> Iterator[tuple[str, str, Any, Any]]:
-    """Yield (path, nearest key, value, the mapping or list that holds it), depth first."""
+    """Yield (path, nearest key, value, mapping or list that holds the value), depth first."""
     if path:
         yield path, key, node, parent
     if isinstance(node, dict):
@@ -128,8 +130,8 @@ def _walk(
             yield from _walk(value, f"{path}[{index}]", key, node)
 
 
-def _present(path: str, key: str, value: Any, parent: Any) -> Found:
-    """What is wrong by standing there, in any kind of document."""
+def _check_value(path: str, key: str, value: Any, parent: Any) -> Problems:
+    """Yield the problems of a value that is forbidden in any kind of document."""
     if isinstance(value, str):
         yield from _secrets(path, key, value, parent)
     if key == "image" and isinstance(value, str) and isinstance(parent, dict):
@@ -137,40 +139,40 @@ def _present(path: str, key: str, value: Any, parent: Any) -> Found:
     if key == "newTag" and value == "latest":
         yield path, "image-tag", "latest", "name a version"
     if key == "privileged" and value is True:
-        yield path, "privileged", "true", "remove it; no step needs the node"
+        yield path, "privileged", "true", "remove it; no step needs access to the node"
     if key == "allowPrivilegeEscalation" and value is True:
         yield path, "privilege-escalation", "true", "set it to false"
     if key == "hostPath" and isinstance(value, dict) and isinstance(value.get("path"), str):
         yield path, "host-path", value["path"], "use a PersistentVolumeClaim or an emptyDir"
     if key in ("hostNetwork", "hostPID", "hostIPC") and value is True:
-        yield path, "host-namespace", "true", "remove it; pods have a network of their own"
+        yield path, "host-namespace", "true", "remove it; pods have their own namespaces"
     if key == "runAsUser" and str(value) == "0":
-        yield path, "root-user", "0", "give a number above 0, e.g. 65532"
+        yield path, "root-user", "0", "set a number above 0, e.g. 65532"
     if key == "runAsNonRoot" and value is False:
         yield path, "root-user", "false", "set it to true"
     if key in ("command", "args") and isinstance(value, list):
         text = " ".join(str(part) for part in value)
         match = PIP_INSTALL.search(text)
         if match:
-            shown = _shorten(text[match.start() :])
-            yield path, "pip-install", shown, "build the package into the image"
+            command = _shorten(text[match.start() :])
+            yield path, "pip-install", command, "build the package into the image"
 
 
-def _secrets(path: str, key: str, value: str, parent: Any) -> Found:
-    fix = "take it out, revoke it, and refer to a Kubernetes secret by name"
-    found = find_secrets(value)
-    for kind, secret in found:
+def _secrets(path: str, key: str, value: str, parent: Any) -> Problems:
+    fix = "remove it, revoke it, and refer to a Kubernetes secret by name"
+    secrets = find_secrets(value)
+    for kind, secret in secrets:
         yield path, "secret-value", f"{kind} {mask(secret)}", fix
-    if found or not isinstance(parent, dict | list):
+    if secrets or not isinstance(parent, dict | list):
         return
     name = parent.get("name") if key == "value" and isinstance(parent, dict) else None
     if isinstance(name, str) and is_credential_name(name) and value and "$(" not in value:
-        shown = f"{name} is {mask(value)}"
-        yield path, "secret-value", shown, "use valueFrom.secretKeyRef instead of value"
+        variable = f"{name} is {mask(value)}"
+        yield path, "secret-value", variable, "use valueFrom.secretKeyRef instead of value"
 
 
-def _image(path: str, image: str) -> Found:
-    # What a pipeline fills in when it runs has no tag yet.
+def _image(path: str, image: str) -> Problems:
+    # A placeholder that a pipeline fills in when it runs has no tag yet.
     if "{{" in image or "@sha256:" in image:
         return
     tag = image.rpartition("/")[2].partition(":")[2]

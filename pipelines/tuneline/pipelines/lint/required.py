@@ -1,7 +1,8 @@
-"""The part of the lint that asks what a document should say and does not.
+"""Lint checks for values that a document must set.
 
-Asked of KFP's executors, whole pods, service accounts, secrets and generators of secrets; `lint`
-has the rules. Documents may be of any shape: what is not a mapping or a list counts as empty.
+They apply to KFP executors, whole pods, service accounts, secrets and generators of secrets; the
+rules are listed in `lint.py`. Documents may have any shape: a value that should be a mapping or a
+list but is not counts as empty.
 """
 
 from collections.abc import Iterator
@@ -9,12 +10,12 @@ from typing import Any
 
 from tuneline.pipelines.lint.secrets import find_secrets, mask
 
-Found = Iterator[tuple[str, str, str, str]]
-"""Path, rule, value, fix."""
+Problems = Iterator[tuple[str, str, str, str]]
+"""Problems as (path, rule, value, fix), the fields of a Finding."""
 
 
-def check_executors(pipeline: dict[str, Any], platform: dict[str, Any]) -> Found:
-    """Check KFP's containers: resources in the pipeline, the user in its platform part."""
+def check_executors(pipeline: dict[str, Any], platform: dict[str, Any]) -> Problems:
+    """Check KFP executors: resources in the pipeline, and the user in the platform document."""
     kubernetes = _mapping(platform, "platforms", "kubernetes", "deploymentSpec", "executors")
     for name, executor in _mapping(pipeline, "deploymentSpec", "executors").items():
         if "container" not in _mapping(executor):
@@ -22,8 +23,8 @@ def check_executors(pipeline: dict[str, Any], platform: dict[str, Any]) -> Found
         path = f"deploymentSpec.executors.{name}"
         resources = _mapping(executor, "container", "resources")
         absent = [
-            words
-            for key, words in {
+            resource
+            for key, resource in {
                 "CpuRequest": "CPU request",
                 "CpuLimit": "CPU limit",
                 "MemoryRequest": "memory request",
@@ -39,17 +40,17 @@ def check_executors(pipeline: dict[str, Any], platform: dict[str, Any]) -> Found
             yield path, "root-user", "runAsNonRoot is not set", fix
 
 
-def check_resource(document: dict[str, Any]) -> Found:
+def check_resource(document: dict[str, Any]) -> Problems:
     """Check a service account, a secret, or a kustomization that generates secrets."""
     kind = document.get("kind")
     if kind == "ServiceAccount" and "automountServiceAccountToken" not in document:
-        fix = "say false, or true where its pods call the Kubernetes API"
+        fix = "set it to false, or to true if its pods call the Kubernetes API"
         yield "automountServiceAccountToken", "automount", "not set, which means true", fix
     if kind == "Secret":
         fix = "keep values out of files: kubectl create secret, or an external store"
         for part in ("data", "stringData"):
             for name, value in _mapping(document, part).items():
-                # A token of a known form was found already.
+                # `lint` has already reported a token of a known form.
                 if value and not find_secrets(str(value)):
                     yield f"{part}.{name}", "secret-value", mask(str(value)), fix
     if kind == "Kustomization":
@@ -62,28 +63,28 @@ def check_resource(document: dict[str, Any]) -> Found:
                     yield path, "secret-value", f"{name}={mask(value)}", fix
 
 
-def check_pod(path: str, pod: dict[str, Any]) -> Found:
-    """Check a pod's spec, or what a template of one says, at `path`."""
+def check_pod(path: str, pod: dict[str, Any]) -> Problems:
+    """Check the pod spec at `path`, in a pod or in a pod template."""
     prefix = f"{path}." if path else ""
-    whole = [
+    containers = [
         (f"{prefix}{part}[{index}]", container)
         for part in ("containers", "initContainers")
         for index, container in enumerate(_list(pod.get(part)))
         if isinstance(_mapping(container).get("image"), str)
     ]
-    if not whole:
+    if not containers:
         return
     account = pod.get("serviceAccountName")
     if pod.get("automountServiceAccountToken") is not False and account in (None, "", "default"):
-        fix = "set it to false, or name a service account with the rights the pod needs"
+        fix = "set it to false, or name a service account with the permissions the pod needs"
         where = f"{prefix}automountServiceAccountToken"
         yield where, "automount", "a token of the default service account", fix
-    for where, container in whole:
-        own = _mapping(container, "securityContext")
-        if "runAsNonRoot" not in {**_mapping(pod, "securityContext"), **own}:
+    for where, container in containers:
+        context = _mapping(container, "securityContext")
+        if "runAsNonRoot" not in {**_mapping(pod, "securityContext"), **context}:
             fix = "set runAsNonRoot: true and a numeric runAsUser"
             yield f"{where}.securityContext", "root-user", "runAsNonRoot is not set", fix
-        if "allowPrivilegeEscalation" not in own:
+        if "allowPrivilegeEscalation" not in context:
             fix = "set allowPrivilegeEscalation: false"
             yield f"{where}.securityContext", "privilege-escalation", "not set", fix
         absent = [
@@ -93,12 +94,12 @@ def check_pod(path: str, pod: dict[str, Any]) -> Found:
             if not _mapping(container, "resources", part).get(name)
         ]
         if absent:
-            fix = "give requests and limits for cpu and memory"
+            fix = "set requests and limits for cpu and memory"
             yield f"{where}.resources", "resources", ", ".join(absent), fix
 
 
 def _mapping(node: Any, *keys: str) -> dict[str, Any]:
-    """Follow keys through nested mappings; what is not there is empty."""
+    """Return the mapping at `keys` in nested mappings; a missing one is empty."""
     for key in keys:
         node = node.get(key) if isinstance(node, dict) else None
     return node if isinstance(node, dict) else {}

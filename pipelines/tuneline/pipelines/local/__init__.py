@@ -1,1 +1,1 @@
-"""Run a pipeline on this machine, and watch it."""
+"""Run a pipeline on this machine and show its progress."""

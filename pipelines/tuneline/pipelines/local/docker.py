@@ -1,4 +1,4 @@
-"""What a run in containers needs of their engine beside what KFP asks of it."""
+"""Requests to the container engine that KFP's Docker runner does not make itself."""
 
 import contextlib
 
@@ -7,30 +7,31 @@ from tuneline.pipelines.finetune import finetune
 from tuneline.recipe import Recipe
 
 RUN_LABEL = "tuneline.run"
-"""Of every container of a run: its directory."""
+"""Label of every container of a run; its value is the run's directory."""
 STOP_SECONDS = 60
-"""For a step to end by itself: training writes a checkpoint."""
+"""Time that a step gets after SIGTERM, in which training writes a checkpoint."""
 
 
 def check_images(recipe: Recipe) -> None:
-    """Look whether the engine answers and has the images of a recipe's steps.
+    """Check that the container engine answers and has the images of a recipe's steps.
 
-    KFP would pull what is absent, from whoever has that name in the engine's default registry.
+    KFP would pull a missing image from the engine's default registry, where anyone may own its
+    name.
 
     Raises:
-        ToolError: no engine answers.
-        UserError: an image is not there.
+        ToolError: no container engine answers.
+        UserError: an image is missing.
     """
     import docker
 
     try:
         client = docker.from_env()
-        present = {tag for found in client.images.list() for tag in found.tags}
+        present = {tag for image in client.images.list() for tag in image.tags}
         client.close()
     except (docker.errors.DockerException, OSError) as error:
         raise ToolError(
             f"no container engine answers ({' '.join(str(error).split())[:200]}): start Docker, or "
-            "name another one's socket in DOCKER_HOST"
+            "set DOCKER_HOST to the socket of another engine"
         ) from None
     absent = sorted(_images_of(recipe) - present)
     if absent:
@@ -41,15 +42,15 @@ def check_images(recipe: Recipe) -> None:
 
 
 def stop_containers(run_dir: str) -> None:
-    """End the containers of a run, which do not end with the process that waits for them."""
+    """Stop the containers of a run, which outlive the process that waits for them."""
     import docker
 
     client = docker.from_env(timeout=STOP_SECONDS + 30)
     running = client.containers.list(filters={"label": f"{RUN_LABEL}={run_dir}"})
-    # What is gone meanwhile is no error.
+    # A container that ended in the meantime is not an error.
     for container in running:
         with contextlib.suppress(docker.errors.APIError):
-            # To the step itself: the first process is KFP's shell, which passes no signal on.
+            # Signal every process: the first one is KFP's shell, which forwards no signal.
             container.exec_run(["sh", "-c", "kill -TERM -1"])
     for container in running:
         with contextlib.suppress(docker.errors.APIError):

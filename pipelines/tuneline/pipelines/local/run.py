@@ -2,8 +2,8 @@
 
     python -m tuneline.pipelines.local.run RUN_DIR RECIPE_JSON subprocess|docker
 
-A process of its own because KFP's local runner prints and logs freely, and so that the command
-line can watch it, show its progress and end it as a whole.
+The process is separate because KFP's local runner prints and logs freely, and so that the command
+line can follow it, show its progress and stop it as a whole.
 """
 
 import os
@@ -15,93 +15,99 @@ from pathlib import Path
 from kfp import local
 
 from tuneline.pipelines.finetune import finetune
-from tuneline.pipelines.local.watch import read_events
+from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_events
 from tuneline.recipe import Recipe
 from tuneline.runtime.events import failed_run, step_runs
 from tuneline.runtime.step import EVENTS_VARIABLE
 from tuneline.train.checkpoints import ROOT_VARIABLE
 
-EVENTS_FILE = "events.jsonl"
-ARTIFACTS_DIR = "artifacts"
 CACHE_DIR = ".cache"
 CHECKPOINT_DIR = ".checkpoints"
-"""Beside the runs, shared by them."""
+"""Directory beside the runs, which share it."""
 
 
 def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
-    """Run the pipeline to its end.
+    """Run a recipe's pipeline to its end.
 
     Raises:
-        RuntimeError: a task failed; the events say which and why.
+        RuntimeError: a task failed; the events show which one and why.
     """
     artifacts_dir = run_dir / ARTIFACTS_DIR
     artifacts_dir.mkdir(parents=True, exist_ok=True)
-    # Below the artifacts, because that is the directory that containers get mounted.
-    environment = {EVENTS_VARIABLE: str(artifacts_dir / EVENTS_FILE)}
-    # KFP warns of each setting that means nothing here (display names, caching); that is known.
+    # The events are below the artifacts because containers get that directory mounted.
+    events_path = artifacts_dir / EVENTS_FILE
+    # KFP warns of every setting that has no effect locally (display names, caching).
     warnings.filterwarnings("ignore", module="kfp")
-    if runner == "docker":
-        from docker.types import Mount
-
-        from tuneline.pipelines.local.docker import RUN_LABEL, stop_containers
-
-        environment |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-        runs_dir = str(run_dir.resolve().parent)
-        checkpoint_dir = f"{runs_dir}/{CHECKPOINT_DIR}"
-        Path(checkpoint_dir).mkdir(exist_ok=True)
-        environment[ROOT_VARIABLE] = checkpoint_dir
-        directory = str(run_dir.resolve())
-
-        def stop(number: int, _: object) -> None:
-            stop_containers(directory)
-            # Threads that wait for a container would keep the process.
-            os._exit(128 + number)
-
-        signal.signal(signal.SIGTERM, stop)
-        chosen = local.DockerRunner(
-            environment=environment,
-            labels={RUN_LABEL: directory},
-            user=f"{os.getuid()}:{os.getgid()}",
-            network_mode="host",
-            # What the cache gives is in the directories of earlier runs.
-            mounts=[
-                Mount(runs_dir, runs_dir, type="bind", read_only=True),
-                Mount(checkpoint_dir, checkpoint_dir, type="bind"),
-            ],
-            cap_drop=["ALL"],
-            security_opt=["no-new-privileges"],
-        )
-    else:
-        # Two steps run side by side: OpenMP threads that spin while they wait for one that has no
-        # core made single training steps take 20 s instead of 5.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # The next run of the same recipe continues a training that was killed.
-        os.environ.setdefault(ROOT_VARIABLE, str(run_dir.resolve().parent / CHECKPOINT_DIR))
-        os.environ.update(environment)
-        chosen = local.SubprocessRunner(use_venv=False)
+    is_docker = runner == "docker"
     local.init(
-        runner=chosen,
+        runner=(_docker_runner if is_docker else _subprocess_runner)(run_dir, events_path),
         pipeline_root=str(artifacts_dir),
         enable_caching=True,
         cache_root=str(run_dir.parent / CACHE_DIR),
     )
     publish_to = recipe.publish_to
     if publish_to.startswith("dir:"):
-        # Containers see the artifacts and nothing else of this machine.
-        root = artifacts_dir if runner == "docker" else run_dir
+        # Of this machine's directories, containers can only write to the artifacts.
+        root = artifacts_dir if is_docker else run_dir
         publish_to = f"dir:{(root / publish_to.removeprefix('dir:')).resolve()}"
     finetune(recipe, on_cluster=False)(publish_to=publish_to)
-    if runner == "docker":
-        check_that_all_steps_ended(artifacts_dir / EVENTS_FILE)
+    if is_docker:
+        check_that_all_steps_ended(events_path)
+
+
+def _subprocess_runner(run_dir: Path, events_path: Path) -> local.SubprocessRunner:
+    # Two steps run side by side. OpenMP threads that spin while they wait for a busy core made
+    # single training steps take 20 s instead of 5 s.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # With shared checkpoints, the next run of the same recipe resumes a training that was killed.
+    os.environ.setdefault(ROOT_VARIABLE, str(run_dir.resolve().parent / CHECKPOINT_DIR))
+    os.environ[EVENTS_VARIABLE] = str(events_path)
+    return local.SubprocessRunner(use_venv=False)
+
+
+def _docker_runner(run_dir: Path, events_path: Path) -> local.DockerRunner:
+    from docker.types import Mount
+
+    from tuneline.pipelines.local.docker import RUN_LABEL, stop_containers
+
+    directory = str(run_dir.resolve())
+    runs_dir = str(run_dir.resolve().parent)
+    checkpoint_dir = f"{runs_dir}/{CHECKPOINT_DIR}"
+    Path(checkpoint_dir).mkdir(exist_ok=True)
+
+    def stop(number: int, _: object) -> None:
+        stop_containers(directory)
+        # Threads that wait for a container would keep the process alive after sys.exit.
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    return local.DockerRunner(
+        environment={
+            EVENTS_VARIABLE: str(events_path),
+            ROOT_VARIABLE: checkpoint_dir,
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "GOMP_SPINCOUNT": "0",
+        },
+        labels={RUN_LABEL: directory},
+        user=f"{os.getuid()}:{os.getgid()}",
+        network_mode="host",
+        # Cached results are in the directories of earlier runs.
+        mounts=[
+            Mount(runs_dir, runs_dir, type="bind", read_only=True),
+            Mount(checkpoint_dir, checkpoint_dir, type="bind"),
+        ],
+        cap_drop=["ALL"],
+        security_opt=["no-new-privileges"],
+    )
 
 
 def check_that_all_steps_ended(events_path: Path) -> None:
-    """Look for a step that did not end well.
+    """Check that every step that started has finished.
 
-    KFP takes a container that is gone before it is asked for its exit code for a success.
+    KFP counts a container as successful if it is removed before KFP asks for its exit code.
 
     Raises:
-        RuntimeError: there is one.
+        RuntimeError: a step failed or was killed.
     """
     failed = failed_run(step_runs(read_events(events_path)))
     if failed is not None:

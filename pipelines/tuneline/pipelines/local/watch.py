@@ -1,4 +1,4 @@
-"""Show a running pipeline on the terminal: one line a step, with progress and time left."""
+"""Show a running pipeline on the terminal: one line per step, with progress and time left."""
 
 import json
 import subprocess
@@ -12,11 +12,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+ARTIFACTS_DIR = "artifacts"
+EVENTS_FILE = "events.jsonl"
+"""Names below a run's directory; the events are in the directory of the artifacts."""
+
 REFRESH_SECONDS = 0.5
+"""Pause between two readings of the events."""
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Read the events file; a last line that is still being written is left for later."""
+    """Read the events file, except a last line that is still being written."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError:
@@ -24,8 +29,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def watch(process: subprocess.Popen, events_path: Path, console: Console) -> int:
-    """Show the steps until `process` ends; returns its exit code."""
+def watch(process: subprocess.Popen[Any], events_path: Path, console: Console) -> int:
+    """Show the steps until `process` ends, and return its exit code."""
     if not console.is_terminal:
         return _log(process, events_path, console)
     with Live(console=console, refresh_per_second=4) as live:
@@ -36,8 +41,8 @@ def watch(process: subprocess.Popen, events_path: Path, console: Console) -> int
     return code
 
 
-def _log(process: subprocess.Popen, events_path: Path, console: Console) -> int:
-    """Print one plain line an event: for log files and CI."""
+def _log(process: subprocess.Popen[Any], events_path: Path, console: Console) -> int:
+    """Print one plain line per event, for log files and CI."""
     shown = 0
     last_progress = 0.0
     while True:
@@ -67,8 +72,8 @@ def _line(event: dict[str, Any]) -> str:
             return f"{when} {name} finished in {event['seconds']:.1f} s"
         case "failed":
             return f"{when} {name} FAILED: {event['message']}"
-        case other:
-            return f"{when} {name} {other}"
+        case kind:
+            return f"{when} {name} {kind}"
 
 
 def _table(events: list[dict[str, Any]]) -> Group:
@@ -76,7 +81,7 @@ def _table(events: list[dict[str, Any]]) -> Group:
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     count: dict[str, int] = {}
     open_runs: dict[str, list[int]] = {}
-    # The same step may run several times (a format each), two at a time: pair starts and ends.
+    # A step may run once per format, and two such runs at a time: pair each end with a start.
     for event in events:
         name = event["step"]
         if event["event"] == "started":
@@ -102,8 +107,8 @@ def _row(name: str, row: dict[str, Any]) -> list[Any]:
             return [Text("failed", "bold red"), name, f"{row['seconds']:.1f} s", row["message"]]
         case "progress":
             elapsed = time.time() - row["started"]
-            share = row["done"] / max(1, row["total"])
-            left = elapsed * (1 - share) / share if share else 0.0
+            fraction = row["done"] / max(1, row["total"])
+            left = elapsed * (1 - fraction) / fraction if fraction else 0.0
             bar = ProgressBar(total=row["total"], completed=row["done"], width=30)
             note = f"{row['done']}/{row['total']}  {left:.0f} s left  {row.get('note', '')}"
             return [Text("running", "cyan"), name, bar, note]

@@ -1,0 +1,145 @@
+"""The commands that check a recipe, a compiled pipeline or an artifact: plan, lint, verify."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tuneline.errors import DataError, UserError
+from tuneline.pipelines.catalog import find_recipe
+from tuneline.pipelines.cli.options import ContextOption, RecipeArgument, SetOption
+from tuneline.pipelines.cli.terminal import say
+from tuneline.pipelines.lint.lint import lint_file
+from tuneline.placement import PROFILES
+from tuneline.verify import verify as verify_directory
+
+PANEL = "Checks"
+
+MARKS = {"ok": "ok     ", "warn": "WARN   ", "fail": "FAIL   ", "unknown": "unknown"}
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel=PANEL)
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = [],  # noqa: B006, typer copies it
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROFILE",
+            help=f"Use this placement profile ({', '.join(PROFILES)}).",
+            show_default="placement.profile of the recipe",
+        ),
+    ] = None,
+    parameters: Annotated[
+        float | None,
+        typer.Option(
+            min=1e6,
+            metavar="COUNT",
+            help="Number of parameters of the base model, e.g. 8e9.",
+            show_default="read from the model's name",
+        ),
+    ] = None,
+    price: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="AMOUNT",
+            help="Price of one GPU per hour, in any currency.",
+            show_default="train.price_per_hour of the recipe",
+        ),
+    ] = None,
+    cluster: Annotated[
+        bool,
+        typer.Option("--cluster", help="Also check the cluster of your kubeconfig."),
+    ] = False,
+    context: ContextOption = None,
+    namespace: Annotated[
+        str, typer.Option(metavar="NAMESPACE", help="Namespace that the runs will use.")
+    ] = "kubeflow",
+    service_account: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ACCOUNT",
+            help="Service account the runs will use; checks that it has the permissions they need.",
+        ),
+    ] = None,
+) -> None:
+    """Estimate a recipe's time, memory and cost, and check that a cluster can run it.
+
+    The exit code is 1 if a check fails. --context implies --cluster.
+    """
+    # The Kubernetes client takes a second or two to import.
+    from tuneline.pipelines.kube import Kube
+    from tuneline.pipelines.plan.plan import plan as check_plan
+
+    if profile is not None and profile not in PROFILES:
+        raise UserError(f"--profile {profile}: there are {', '.join(PROFILES)}")
+    assignments = [*set_, *([f"placement.profile={profile}"] if profile else [])]
+    checks = check_plan(
+        find_recipe(recipe, assignments),
+        num_parameters=parameters,
+        price_per_gpu_hour=price,
+        kube=Kube(namespace, context=context) if cluster or context else None,
+        account=service_account,
+    )
+    for check in checks:
+        say(f"{MARKS[check.verdict]} {check.name}: {check.words}")
+        if check.advice:
+            say(f"{'':7} -> {check.advice}")
+    if any(check.verdict == "fail" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=PANEL)
+def lint(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE", help="Compiled pipelines and Kubernetes manifests (YAML)."),
+    ],
+) -> None:
+    """Check compiled pipelines and Kubernetes manifests for security problems.
+
+    The exit code is 1 if a problem is found.
+    """
+    findings = [(path, finding) for path in files for finding in lint_file(path)]
+    for path, finding in findings:
+        say(f"{path}: {finding}")
+    if findings:
+        raise typer.Exit(1)
+    say(f"{len(files)} file(s) checked, nothing found")
+
+
+@app.command(rich_help_panel=PANEL)
+def verify(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIRECTORY", help="Directory of a run, an artifact or a downloaded repository."
+        ),
+    ],
+) -> None:
+    """Compare files with the hashes in their records, and list the differences.
+
+    The exit code is 1 if a file or an input differs.
+    """
+    if not directory.is_dir():
+        raise DataError(
+            f"{directory} is no directory: give the directory of a run, of an artifact or of a "
+            "downloaded repository"
+        )
+    results = verify_directory(directory)
+    for result in results:
+        state = "differs" if result.differences else "ok"
+        name = result.path.relative_to(directory).as_posix()
+        typer.echo(f"{state}: {name} ({result.num_files} files)")
+        for line in result.differences:
+            typer.echo(f"  {line}")
+    versions = sorted({line for result in results for line in result.versions})
+    if versions:
+        typer.echo("versions that differ from this machine's:")
+    for line in versions:
+        typer.echo(f"  {line}")
+    if any(result.differences for result in results):
+        raise typer.Exit(1)

@@ -1,0 +1,256 @@
+"""The commands for recipes and for runs on this machine: run, report, recipes, compile, schema."""
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.table import Column, Table
+
+from tuneline.artifacts import RunSummary
+from tuneline.errors import OutputExistsError, RecipeError, UserError, WorldError
+from tuneline.pipelines.catalog import find_recipe, shipped_recipes
+from tuneline.pipelines.cli.options import RecipeArgument, SetOption
+from tuneline.pipelines.cli.terminal import console, say
+from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_events, watch
+from tuneline.pipelines.recipe_reference import recipe_reference
+from tuneline.recipe import Recipe, load_recipe
+from tuneline.report.failed import render_failed
+
+PANEL = "Recipes and local runs"
+
+REPORT_FILE = "report.html"
+LOG_FILE = "run.log"
+RECIPE_FILE = "recipe.yaml"
+
+app = typer.Typer()
+
+
+class Runner(StrEnum):
+    """Where a local run executes its steps."""
+
+    SUBPROCESS = "subprocess"
+    DOCKER = "docker"
+
+
+@app.command(rich_help_panel=PANEL)
+def run(
+    recipe: RecipeArgument,
+    runner: Annotated[
+        Runner,
+        typer.Option(help="Run the steps in this Python environment, or in Docker containers."),
+    ] = Runner.SUBPROCESS,
+    set_: SetOption = [],  # noqa: B006, typer copies it
+    runs_dir: Annotated[
+        Path,
+        typer.Option(metavar="DIRECTORY", help="Directory that holds the runs."),
+    ] = Path("runs"),
+) -> None:
+    """Run all steps of a recipe on this machine."""
+    loaded = find_recipe(recipe, set_)
+    if runner is Runner.DOCKER:
+        # kfp takes a second or two to import, here and in `compile`.
+        from tuneline.pipelines.local.docker import check_images
+
+        check_images(loaded)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    run_dir = (runs_dir / f"{loaded.name}-{stamp}").resolve()
+    if run_dir.exists():
+        raise OutputExistsError(f"{run_dir} exists: wait a second and run again")
+    (run_dir / ARTIFACTS_DIR).mkdir(parents=True)
+    (run_dir / RECIPE_FILE).write_text(
+        yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+    )
+    console.print(f"[bold]{loaded.name}[/bold]: {loaded.base_model} on {loaded.dataset}")
+    console.print(f"run: {run_dir}\n", highlight=False)
+    events_path = run_dir / ARTIFACTS_DIR / EVENTS_FILE
+    exit_code = _execute(run_dir, loaded, runner, events_path)
+    page = _write_report(run_dir)
+    if exit_code != 0:
+        failures = [event for event in read_events(events_path) if event["event"] == "failed"]
+        cause = (
+            f"step {failures[-1]['step']} failed: {failures[-1]['message']}"
+            if failures
+            else f"the pipeline ended with exit code {exit_code}"
+        )
+        raise WorldError(f"{cause}\nlog: {run_dir / LOG_FILE}\nreport: {page}")
+    _print_summary(run_dir)
+    console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command(rich_help_panel=PANEL)
+def report(
+    run_dir: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="Directory of a local run, below runs/."),
+    ],
+) -> None:
+    """Rebuild the report.html of a local run and print its summary."""
+    if not (run_dir / RECIPE_FILE).is_file():
+        raise RecipeError(
+            f"{run_dir} is not a run: it has no {RECIPE_FILE}; give a directory below runs/"
+        )
+    page = _write_report(run_dir.resolve())
+    with contextlib.suppress(FileNotFoundError):
+        _print_summary(run_dir.resolve())
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command(rich_help_panel=PANEL)
+def recipes() -> None:
+    """List the recipes that ship with tuneline."""
+    # A person types a name next, so names are never cut, however narrow the terminal is.
+    name = Column("name", no_wrap=True, min_width=20)
+    table = Table(name, "base model", "dataset", "method", "description", box=None)
+    for path in shipped_recipes():
+        loaded = load_recipe(path)
+        table.add_row(
+            loaded.name,
+            loaded.base_model,
+            loaded.dataset,
+            loaded.prepare.method,
+            loaded.description,
+        )
+    console.print(table)
+
+
+@app.command(name="compile", rich_help_panel=PANEL)
+def compile_(
+    recipe: RecipeArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="File to write; its name ends in .yaml.",
+            show_default="NAME.yaml, after the recipe",
+        ),
+    ] = None,
+    set_: SetOption = [],  # noqa: B006, typer copies it
+    resources: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMESPACE",
+            help="Write Kubernetes resources for this namespace instead, for GitOps.",
+        ),
+    ] = None,
+) -> None:
+    """Compile a recipe to a KFP pipeline for a cluster."""
+    from kfp import compiler
+
+    from tuneline.pipelines.finetune import finetune
+    from tuneline.pipelines.gitops import write_resources
+
+    loaded = find_recipe(recipe, set_)
+    path = output or Path(f"{loaded.name}.yaml")
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--output {path}: name a file that ends in .yaml")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: there is no directory {path.parent}, make it first")
+    if resources is not None:
+        version = write_resources(loaded, path, namespace=resources)
+        say(f"wrote {path}: version {version}")
+        return
+    compiler.Compiler().compile(finetune(loaded), str(path))
+    say(f"wrote {path}")
+
+
+@app.command(rich_help_panel=PANEL)
+def schema(
+    markdown: Annotated[
+        bool,
+        typer.Option("--markdown", help="Print a reference of every key in Markdown instead."),
+    ] = False,
+) -> None:
+    """Print the JSON Schema of a recipe, for editors and other tools."""
+    if markdown:
+        typer.echo(recipe_reference(), nl=False)
+        return
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def _execute(run_dir: Path, recipe: Recipe, runner: Runner, events_path: Path) -> int:
+    """Run the pipeline in a process group of its own, show its progress, return its exit code."""
+    command = [sys.executable, "-m", "tuneline.pipelines.local.run"]
+    # OpenMP threads that wait would otherwise spin on cores that other steps need.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", **os.environ}
+    with open(run_dir / LOG_FILE, "w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [*command, str(run_dir), recipe.model_dump_json(), runner.value],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+        # By default SIGTERM would end this process only, and typer's version would decide the
+        # exit code after Ctrl-C.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
+        try:
+            return watch(process, events_path, console)
+        except BaseException:
+            # Signal the whole group: the runner and the step that it waits for.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            raise
+
+
+def _summary_path(run_dir: Path) -> Path | None:
+    paths = sorted(run_dir.glob(f"artifacts/*/*/*/{RunSummary.filename}"))
+    return paths[-1] if paths else None
+
+
+def _write_report(run_dir: Path) -> Path:
+    """Copy the report step's page, or render a page for a run that failed before that step."""
+    events = read_events(run_dir / ARTIFACTS_DIR / EVENTS_FILE)
+    page = run_dir / REPORT_FILE
+    summary = _summary_path(run_dir)
+    if summary is not None and not any(event["event"] == "failed" for event in events):
+        shutil.copyfile(summary.parent.parent / "page", page)
+    else:
+        recipe = load_recipe(run_dir / RECIPE_FILE)
+        page.write_text(render_failed(recipe.name, events), encoding="utf-8")
+    return page
+
+
+def _print_summary(run_dir: Path) -> None:
+    path = _summary_path(run_dir)
+    if path is None:
+        raise FileNotFoundError(RunSummary.filename)
+    summary = RunSummary.read(path.parent)
+    scores = Table("task", "metric", "base", "tuned", "difference", "95 % interval", box=None)
+    for comparison in summary.comparisons:
+        scores.add_row(
+            comparison.task,
+            comparison.metric,
+            f"{comparison.base:.3f}",
+            f"{comparison.tuned:.3f}",
+            f"{comparison.difference:+.3f}",
+            f"[{comparison.interval[0]:+.3f}, {comparison.interval[1]:+.3f}]",
+        )
+    exports = Table("export", "MB", "bits per weight", "generated text", box=None)
+    for export in summary.exports:
+        exports.add_row(
+            export.format,
+            f"{export.num_bytes / 1e6:.1f}",
+            f"{export.bits_per_weight:.2f}",
+            " ".join(export.generated.split())[:60],
+        )
+    console.print()
+    console.print(scores)
+    console.print()
+    console.print(exports)
+    colour = "green" if summary.verdict == "promote" else "yellow"
+    console.print(f"\n[bold {colour}]{summary.verdict}[/]: {summary.reason}", soft_wrap=True)

@@ -1,0 +1,10 @@
+"""Output of the commands."""
+
+from rich.console import Console
+
+console = Console()
+
+
+def say(text: str) -> None:
+    """Print `text` as it is: no markup, no colours, no line breaks of rich's own."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
