@@ -23,7 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tuneline.kernels import patching
+from tuneline.kernels import patching, spec
 from tuneline.kernels.decoder.attention_half import Saved
 from tuneline.kernels.decoder.budget import Kept, kept_bytes, normed_bytes
 from tuneline.kernels.decoder.layer import LayerCall
@@ -163,6 +163,27 @@ def test_gradients_match_stock(family, budget):
     unpatch(model)
     assert fused_layers(model) == 0
     assert_same(step(model, batch()), want, tolerance=1e-7)
+
+
+def test_every_family_of_the_table_is_compared_with_the_stock_model():
+    names = [family.name for family in spec.FAMILIES.values()]
+    assert {patch(make_model(family)).family for family in FAMILIES} == set(names)
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decoder_hands_its_layers_as_many_ropes_as_the_table_says(family):
+    model = make_model(family)
+    decoder = model.get_base_model().model
+    tables = []
+    for layer in decoder.layers:
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: tables.append(kwargs["position_embeddings"][0]),
+            with_kwargs=True,
+        )
+    model(**batch())
+    assert len(tables) == len(decoder.layers) == 2
+    assert len({id(table) for table in tables}) == spec.family_spec(decoder.layers[0]).num_ropes
 
 
 # The others differ from these by a window, which on a CPU no kernel knows, or by a bias.

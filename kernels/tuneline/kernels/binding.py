@@ -65,7 +65,7 @@ def bind_layer(layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False) 
                 )
     return LayerWeights(
         **groups,
-        attention=_attention(attention, config),
+        attention=_attention(attention, spec, config),
         activation=ACTIVATIONS[activation],
         eps=first.eps if hasattr(first, "eps") else first.variance_epsilon,
         gemma=spec.gemma_norm,
@@ -122,20 +122,17 @@ def _adapter_parameters(module: Any) -> list[Any]:
     return [parameter for linear in linears for parameter in linear._parameters.values()]
 
 
-def _attention(attention: Any, config: Any) -> AttentionConfig:
-    # Llama has neither; Mistral and Phi-3 window every layer, the others name it on the module.
-    # Gemma-3 has the softcap's attribute but hands none to its attention function.
-    window = getattr(attention, "sliding_window", None)
-    if not hasattr(attention, "sliding_window") and config.model_type in ("mistral", "phi3"):
-        window = config.sliding_window
-    softcap = attention.attn_logit_softcapping if config.model_type == "gemma2" else None
+def _attention(attention: Any, spec: FamilySpec, config: Any) -> AttentionConfig:
+    window = None
+    if spec.window is not None:
+        window = (config if spec.window == "config" else attention).sliding_window
     return AttentionConfig(
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,
         scale=attention.scaling,
         window=window,
-        softcap=softcap,
+        softcap=attention.attn_logit_softcapping if spec.softcap else None,
     )
 
 

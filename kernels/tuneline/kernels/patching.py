@@ -404,8 +404,6 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
                 handover=handover,
             ),
         )
-    # Gemma-3 hands its layers two kinds of rope tables; the graph takes one.
-    one_rope = all(spec.name != "gemma3" for spec in engine.specs.values())
     dtypes = {p.dtype for weights in bound.values() for p in weights.parameters()}
     most = GRAPH_MAX_TOKENS
     if engine.fp8 and kept.num_layers == len(bound):
@@ -416,7 +414,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
         # What a graph holds cannot wait in the host's memory.
         and (stash is None or kept.num_layers == len(bound))
         and len(bound) == len(decoder.layers)
-        and one_rope
+        and all(spec.num_ropes == 1 for spec in engine.specs.values())
         and len(dtypes) == 1
     )
     if graphed:
