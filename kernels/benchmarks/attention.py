@@ -1,9 +1,9 @@
 """Time attention's backends: `python kernels/benchmarks/attention.py --out attention.csv`.
 
-Cases: rows of GSM8K's lengths packed to 8192 tokens and dense rows of Llama-3.1-8B (32 + 8 heads of
-128), Gemma-2-9B's softcap (16 + 8 heads of 256), Phi-3.5's heads of 96. Providers: flash.py, and
-what torch brings (aten's flash and cuDNN's). Times are of replayed graphs, errors against float64.
-`--sweep` also times flash.py's tiles.
+Cases: rows with GSM8K's lengths packed to 8192 tokens and dense rows of Llama-3.1-8B (32 + 8 heads
+of 128), Gemma-2-9B's softcap (16 + 8 heads of 256), Phi-3.5's heads of 96. Providers: flash.py, and
+torch's backends (aten's flash and cuDNN's). Times are those of replayed graphs, errors are against
+float64. `--sweep` also times other tile shapes of flash.py.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TILES = [
 
 
 def gsm8k_plan() -> AttentionPlan:
-    """Pack rows of GSM8K's lengths in the order in which they come."""
+    """Return the plan of a pack of rows with GSM8K's lengths, in the dataset's order."""
     starts, total = [], 0
     for row in make_rows(1):
         if total + len(row["input_ids"]) > TOKENS:
@@ -76,7 +76,7 @@ def time_case(
         saved = [attention.attention_forward(*s[0], plan, config, out=s[1]) for s in sets]
         error = _error(sets[0][1][:1, checked, :group], truth.detach())
         table.check("attention", f"{name} {label.get(provider, provider)}", error, 5e-3)
-        # Only a whole row's gradients can be compared with a whole row's.
+        # Gradients can be compared only for a whole row.
         if plan.sequence_lengths is not None:
             s = sets[0]
             dq, dk = attention.attention_backward(
@@ -118,7 +118,9 @@ def main() -> None:
     """Run all cases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("attention.csv"))
-    parser.add_argument("--sweep", nargs="*", default=[], help="cases whose tiles are tried")
+    parser.add_argument(
+        "--sweep", nargs="*", default=[], help="cases for which other tile shapes are timed"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     llama = AttentionConfig(32, 8, 128, SCALE)

@@ -2,19 +2,20 @@
 
     python kernels/benchmarks/curves.py
 
-A small Llama (4 layers of 512) and shapes of train_step.py, by --shapes; NF4 base, LoRA r=16,
-bfloat16, the same start and the same batches of a Markov chain. Runs:
+--shapes selects a small Llama (4 layers of 512) and shapes of train_step.py; NF4 base, LoRA r=16,
+bfloat16, the same initial adapters and the same batches of a Markov chain. Runs:
 
     peft            the stock model, torch's AdamW
     peft-split      the same with every batch in two halves: other GEMM shapes, other roundings
     tuneline        the patched model, torch's AdamW
     tuneline-fp8    the patched model with fp8 products, torch's AdamW
-    float32         the stock model on the same NF4 weights, all else in float32 (the small model)
+    float32         the stock model on the same NF4 weights, otherwise in float32 (small model only)
     peft-8bit       the stock model, bitsandbytes' 8-bit AdamW
     tuneline-8bit   the patched model, FlatAdamW with 8-bit state
 
-The measure is the mean over all steps of the absolute difference of two runs' losses; that of peft
-and peft-split is what rounding alone does, and float32 tells who strays from the truth.
+The measure is the mean over all steps of the absolute difference between two runs' losses. The
+difference between peft and peft-split is the effect of rounding alone; float32 shows which run
+deviates from the exact result.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def markov_batches(num_steps: int, num_rows: int, length: int) -> torch.Tensor:
-    """Draw tokens of which each has four likely followers, [steps, rows, length]."""
+    """Draw tokens [steps, rows, length], each of which has four likely successors."""
     generator = torch.Generator().manual_seed(7)
     followers = torch.randint(0, 2048, (2048, 4), generator=generator)
     tokens = torch.empty(num_steps * num_rows, length, dtype=torch.long)
@@ -108,7 +109,7 @@ def markov_batches(num_steps: int, num_rows: int, length: int) -> torch.Tensor:
 
 
 def train(model: Any, initial: list[torch.Tensor], batches: torch.Tensor, name: str) -> list[float]:
-    """Train from the start and return the losses."""
+    """Train from the initial adapters and return the losses."""
     import bitsandbytes
 
     from tuneline.kernels import FlatAdamW, patch, unpatch
@@ -123,7 +124,7 @@ def train(model: Any, initial: list[torch.Tensor], batches: torch.Tensor, name: 
         assert not report.unfused and report.loss == "fused", str(report)
     mixed = name != "float32"
     if not mixed:
-        # The last run of a model, so nobody needs it in bfloat16 again.
+        # The last run of a model, so it is not needed in bfloat16 again.
         for module in model.modules():
             if hasattr(module, "compute_dtype"):
                 module.compute_dtype = torch.float32

@@ -38,7 +38,7 @@ NF4_LEVELS = [
 
 
 class Table:
-    """Collects rows, prints them, and knows the copy bandwidth."""
+    """Table of results, which prints its rows and holds the copy bandwidth."""
 
     def __init__(self, path: Path):
         self.path, self.rows, self.bandwidth = path, [], 0.0
@@ -55,10 +55,10 @@ class Table:
         flops: int = 0,
         graph: bool = True,
     ) -> float:
-        """Time calls in turn, record microseconds a call; return the median."""
+        """Time calls in turn, record microseconds per call, and return the median."""
         try:
             times = _graph_times(calls) if graph else _event_times(calls)
-        except Exception as error:  # one peer that fails must not lose the rest of the run
+        except Exception as error:  # A peer that fails must not end the run.
             print(f"{op:18} {provider:14} {mode:16} FAILED {type(error).__name__}: {error}"[:300])
             return float("nan")
         median, p20, p80 = times
@@ -78,7 +78,7 @@ class Table:
         return us[0]
 
     def check(self, op: str, mode: str, error: float, allowed: float) -> None:
-        """Record a relative error against float64 and say whether it is within bounds."""
+        """Record a relative error against float64, and print whether it is within the limit."""
         self.rows.append([op, "tuneline", mode, "error", "relative", "", f"{error:.3e}", "", ""])
         verdict = "ok" if error <= allowed else "WRONG"
         numbers = f"{error:.3e} <= {allowed:.3e}"
@@ -94,7 +94,7 @@ class Table:
 
 
 def _event_times(calls: list[Callable[[], object]]) -> list[float]:
-    """Return the median, p20 and p80 in ms, launches by Python included where they matter."""
+    """Return the median, p20 and p80 in ms, including the time of launches from Python."""
     turn = itertools.cycle(calls)
     p20, median, p80 = triton.testing.do_bench(
         lambda: next(turn)(), warmup=20, rep=100, quantiles=[0.2, 0.5, 0.8]
@@ -105,8 +105,8 @@ def _event_times(calls: list[Callable[[], object]]) -> list[float]:
 def _graph_times(calls: list[Callable[[], object]], num_replays: int = 15) -> list[float]:
     """Return the median, p20 and p80 in ms of a call in a replayed CUDA graph.
 
-    The graph holds about 12 calls, each with inputs and outputs of its own: no launch gaps, and
-    nothing found in the L2 cache that a training step would not find there.
+    The graph holds about 12 calls, each with its own inputs and outputs. There are no launch gaps,
+    and the L2 cache holds nothing that it would not hold in a training step.
     """
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -149,7 +149,7 @@ def _compiled(function: Callable) -> Callable:
 
 
 def bench_copy(table: Table) -> None:
-    """Measure the ceilings: a device-to-device copy, bytes read plus written, and a fill.
+    """Measure the ceilings: a device-to-device copy, counting bytes read and written, and a fill.
 
     Not in a graph: there a copy is a memcpy node, which runs slower than the copy kernel.
     """
@@ -329,7 +329,7 @@ def bench_gated_activation(table: Table, sweep: bool) -> None:
         fwd = [lambda a=a, kind=kind: op.gated_activation_forward(a[0], kind) for a in sets]
         table.time("gated_activation", "tuneline", f"{kind} fwd", shape, fwd, 3 * size)
         for need_h in (False, True):
-            # Not in place: repeated, that would run away to infinity.
+            # Not in place: repeated in-place calls would diverge to infinity.
             bwd = [
                 lambda a=a, kind=kind, h=need_h: op.gated_activation_backward(
                     a[1], a[0], kind, need_h=h

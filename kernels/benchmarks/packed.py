@@ -2,11 +2,11 @@
 
     python kernels/benchmarks/packed.py --engines tuneline peft liger unsloth
 
-Rows have the lengths of GSM8K's and random tokens, packed to 8192 tokens a step. Every engine is
-a process of its own with the same random weights in NF4, LoRA r=16 on all linears and 8-bit AdamW,
-in TRL's SFTTrainer (tuneline: the train step's SupervisedTrainer on top of it). They take turns on
-the card. A step's time is from its begin to its end as the trainer's callbacks see it, with the
-device drained at both; tokens are those of the rows, padding not counted.
+Rows have GSM8K's lengths and random tokens, packed to 8192 tokens per step. Every engine runs in
+its own process with the same random weights in NF4, LoRA r=16 on all linears and 8-bit AdamW, in
+TRL's SFTTrainer (tuneline: in the train step's SupervisedTrainer, a subclass). The engines take
+turns on the GPU. A step's time is measured between the trainer's callbacks at its start and end,
+with the device synchronised at both; tokens are those of the rows, without padding.
 """
 
 from __future__ import annotations
@@ -124,20 +124,20 @@ def line(row: dict[str, Any]) -> str:
 
 
 def start_worker(engine: str, args: argparse.Namespace) -> subprocess.Popen[str]:
-    """Start one engine; it answers once its model stands."""
+    """Start one engine, which answers when its model is built."""
     command = [sys.executable, __file__, "--worker", engine, "--shape", args.shape]
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        # The imports' site-packages stay in the path; a progress bar would fill the pipe.
+        # The parent's site-packages stay in the path; a progress bar would fill the pipe.
         env={**os.environ, "TQDM_DISABLE": "1"},
     )
 
 
 def worker(engine: str, shape: str) -> None:
-    """Build the model, then serve requests till stdin closes."""
+    """Build the model, then serve requests until stdin closes."""
     import json
 
     if engine == "unsloth":
@@ -164,13 +164,13 @@ def worker(engine: str, shape: str) -> None:
 
 
 def row_length(place: float) -> float:
-    """Return the length at a place among the rows in order of length, from 0 to 10."""
+    """Return the row length at a quantile, given in deciles from 0 to 10."""
     low, high = LENGTH_DECILES[int(place)], LENGTH_DECILES[int(place) + 1]
     return low + (high - low) * (place % 1)
 
 
 def make_rows(num_packs: int) -> list[dict[str, list[int]]]:
-    """Draw rows for so many packs, the same in every process."""
+    """Return rows for `num_packs` packs, the same in every process."""
     draw = random.Random(0)
     rows, total = [], 0
     while total < num_packs * PACK:
@@ -227,7 +227,7 @@ def run(state: dict[str, Any], engine: str, request: dict[str, Any]) -> dict[str
         if request["trace"]:
             write_trace(trainer, Path(request["trace"]))
     finally:
-        # Drop what the trainer holds: the next one makes its optimizer anew.
+        # Free what the trainer holds: the next trainer creates its own optimizer.
         trainer.optimizer = trainer.lr_scheduler = None
     keep = slice(request["warmup"], num_steps)
     return {
@@ -243,7 +243,7 @@ def run(state: dict[str, Any], engine: str, request: dict[str, Any]) -> dict[str
 
 
 def write_trace(trainer: Any, path: Path) -> None:
-    """Write what host and device do in two more steps, for a trace viewer."""
+    """Write a trace of host and device over two more steps, for a trace viewer."""
     from torch.profiler import ProfilerActivity, profile
 
     trainer.args.max_steps = 2
@@ -290,7 +290,7 @@ def make_trainer(
     class Callback(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             if engine == "unsloth":
-                # Its trainer switches recomputation on, whatever the arguments say.
+                # Its trainer switches recomputation on regardless of the arguments.
                 for module in state["model"].modules():
                     if hasattr(module, "gradient_checkpointing"):
                         module.gradient_checkpointing = lean
@@ -327,20 +327,20 @@ class Timer:
         return self.collated[: len(self.milliseconds)]
 
     def begin(self, torch: Any) -> None:
-        """Drain the device and start the clock."""
+        """Synchronise the device and start the clock."""
         if not self.milliseconds:
             torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
         self._start = time.perf_counter()
 
     def end(self, torch: Any) -> None:
-        """Drain the device and stop the clock."""
+        """Synchronise the device and stop the clock."""
         torch.cuda.synchronize()
         self.milliseconds.append((time.perf_counter() - self._start) * 1e3)
 
 
 def tokenizer() -> Any:
-    """Return a tokenizer that nobody asks for a token: the rows are tokens already."""
+    """Return a placeholder tokenizer: the rows are token IDs already."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

@@ -1,7 +1,7 @@
-"""Draw speed against memory from what train_step.py wrote: `python kernels/benchmarks/plot.py CSV`.
+"""Draw speed against memory from a table of train_step.py: `python kernels/benchmarks/plot.py CSV`.
 
-One SVG beside the CSV: a panel for each shape of a batch, a point for each engine and mode, peak
-allocated memory to the right, tokens a second upwards. Better is up and to the left.
+Writes one SVG beside the CSV, with a panel per batch shape and a point per engine and mode. Peak
+allocated memory is on the x axis, tokens per second on the y axis: better is up and to the left.
 """
 
 import argparse

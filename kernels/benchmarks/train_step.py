@@ -2,15 +2,15 @@
 
     python kernels/benchmarks/train_step.py --engines tuneline peft liger unsloth
 
-Every engine is a process of its own (Unsloth patches transformers globally) with the same random
-weights in NF4 with double quantisation, LoRA r=16 on all linears, the same batches and 8-bit
-AdamW (tuneline its own, the others bitsandbytes'); they take turns on the card, `--rounds` times
-a case. A row of the table is an engine in a mode: `free` recomputes nothing (tuneline: budget
-auto), `lean` recomputes the most (tuneline: with the input embedding on the host).
+Every engine runs in its own process (Unsloth patches transformers globally) with the same random
+weights in NF4 with double quantisation, LoRA r=16 on all linears, the same batches and 8-bit AdamW
+(tuneline's own, or bitsandbytes' for the others). The engines take turns on the GPU, `--rounds`
+times per case. A row of the table is an engine in a mode: `free` recomputes nothing (tuneline:
+budget auto), `lean` recomputes the most (tuneline: with the input embedding on the host).
 `tuneline-fp8` is tuneline with its opt-in fp8 products.
 
-Floor: the products of the frozen weights and of causal attention, forward and input gradient
-(lean: once more forward but for down_proj), at the rate that `--peak-tflops` gives.
+Floor: the products of the frozen weights and of causal attention in forward and input gradient
+(lean: plus a second forward without down_proj), at the rate of `--peak-tflops`.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def floor_tflop(shape: str, num_rows: int, length: int, mode: str) -> float:
-    """Count what the step cannot avoid; see the module's docstring."""
+    """Return the TFLOP that a step cannot avoid; see the module's docstring."""
     config = SHAPES[shape][1]
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -233,7 +233,7 @@ def floor_tflop(shape: str, num_rows: int, length: int, mode: str) -> float:
 
 
 def start_worker(engine: str, args: argparse.Namespace) -> subprocess.Popen[str]:
-    """Start one engine; it answers once its model stands."""
+    """Start one engine, which answers when its model is built."""
     command = [sys.executable, __file__, "--worker", engine, "--shape", args.shape]
     command += ["--same-optimizer"] if args.same_optimizer else []
     environment = {**os.environ, "PYTHONPATH": f"{SOURCE_DIR}:{os.environ.get('PYTHONPATH', '')}"}
@@ -249,7 +249,7 @@ def send(process: subprocess.Popen[str], message: dict[str, Any]) -> None:
 
 
 def receive(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """Read lines till the worker's answer; libraries print what they like in between."""
+    """Read lines until the worker's answer, skipping what libraries print in between."""
     for text in process.stdout:
         if text.startswith("ANSWER "):
             return json.loads(text.removeprefix("ANSWER "))
@@ -257,12 +257,12 @@ def receive(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def answer(message: dict[str, Any]) -> None:
-    """Answer from inside a worker."""
+    """Send an answer from inside a worker."""
     print("ANSWER " + json.dumps(message), flush=True)
 
 
 def worker(engine: str, shape: str, same_optimizer: bool) -> None:
-    """Build the model, then serve requests till stdin closes."""
+    """Build the model, then serve requests until stdin closes."""
     model = (
         unsloth_model(shape)
         if engine == "unsloth"
@@ -291,7 +291,7 @@ def worker(engine: str, shape: str, same_optimizer: bool) -> None:
             else:
                 optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
             set_mode(model, engine, request["mode"])
-            # A graph of the last case still holds its memory till here.
+            # A graph of the last case holds its memory until here.
             gc.collect()
             torch.cuda.empty_cache()
             answer(run_steps(model, optimizer, request))
@@ -302,7 +302,7 @@ def worker(engine: str, shape: str, same_optimizer: bool) -> None:
 
 
 def run_steps(model: Any, optimizer: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Time the steps of one request, each with the device drained before and after."""
+    """Time the steps of one request, with the device synchronised before and after each step."""
     import torch
     import transformers
 
@@ -319,7 +319,7 @@ def run_steps(model: Any, optimizer: Any, request: dict[str, Any]) -> dict[str, 
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    # From before the warm-up: a graph takes its memory once, where it is captured.
+    # Counted from before the warm-up, because a graph allocates its memory when it is captured.
     torch.cuda.reset_peak_memory_stats()
     for input_ids in batches:
         torch.cuda.synchronize()
@@ -367,9 +367,9 @@ def write_profile(step: Any, path: Path) -> None:
 
 
 def set_mode(model: Any, engine: str, mode: str) -> None:
-    """Choose what is recomputed."""
+    """Set what the engine recomputes."""
     if engine.startswith("tuneline"):
-        from tuneline.kernels.patch import patch
+        from tuneline.kernels.patching import patch
 
         budget = "auto" if mode == "free" else "lean"
         fp8, host = engine == "tuneline-fp8", mode == "lean"
@@ -449,7 +449,7 @@ def peft_model(shape: str, engine: str, *, wide_adapters: bool) -> Any:
         target_modules=PHI_TARGETS if "phi" in shape else TARGETS,
         task_type="CAUSAL_LM",
     )
-    # tuneline's FlatAdamW wants float32 adapters; the others get TRL's bf16, which is faster there.
+    # tuneline's FlatAdamW needs float32 adapters; the others get TRL's bf16, which is faster there.
     return get_peft_model(model, config, autocast_adapter_dtype=wide_adapters)
 
 

@@ -54,9 +54,9 @@ def _subclassed(model):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: TinyCausal(tied=True), "the head as well"),
+        (lambda: TinyCausal(tied=True), "is tied to the head"),
         (lambda: _trained(TinyCausal()), "trained"),
-        (lambda: _subclassed(TinyCausal()), "a Scaled, not a plain one"),
+        (lambda: _subclassed(TinyCausal()), "a Scaled, not an nn.Embedding"),
         (TinyCausal, "on cpu, not on a GPU"),
     ],
 )

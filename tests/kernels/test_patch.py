@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import sys
 
 import pytest
 import torch
@@ -24,11 +23,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from tuneline.kernels import patching, spec
 from tuneline.kernels.decoder.attention_half import Saved
 from tuneline.kernels.decoder.budget import Kept, kept_bytes, normed_bytes
 from tuneline.kernels.decoder.layer import LayerCall
 from tuneline.kernels.ops import activation_lora
-from tuneline.kernels.patch import patch, unpatch
+from tuneline.kernels.patching import patch, unpatch
 
 SIZES = {
     "vocab_size": 67,
@@ -165,6 +165,27 @@ def test_gradients_match_stock(family, budget):
     assert_same(step(model, batch()), want, tolerance=1e-7)
 
 
+def test_every_family_of_the_table_is_compared_with_the_stock_model():
+    names = [family.name for family in spec.FAMILIES.values()]
+    assert {patch(make_model(family)).family for family in FAMILIES} == set(names)
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decoder_hands_its_layers_as_many_ropes_as_the_table_says(family):
+    model = make_model(family)
+    decoder = model.get_base_model().model
+    tables = []
+    for layer in decoder.layers:
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: tables.append(kwargs["position_embeddings"][0]),
+            with_kwargs=True,
+        )
+    model(**batch())
+    assert len(tables) == len(decoder.layers) == 2
+    assert len({id(table) for table in tables}) == spec.family_spec(decoder.layers[0]).num_ropes
+
+
 # The others differ from these by a window, which on a CPU no kernel knows, or by a bias.
 @pytest.mark.parametrize(
     "family", ["llama", "llama_tied_bias", "qwen3", "phi3", "gemma2", "gemma3"]
@@ -235,7 +256,7 @@ def test_whatever_waits_for_the_backward_gives_the_same_bits(family, choice, mon
         seen.append(LayerCall(*args, **{**kwargs, "holds": True, "waits": Saved(*choice)}))
         return seen[-1]
 
-    monkeypatch.setattr(sys.modules["tuneline.kernels.patch"], "LayerCall", holding)
+    monkeypatch.setattr(patching, "LayerCall", holding)
     found, grads = step(model, batch())
     assert [call.saved for call in seen] == [Saved(*choice)] * 2
     assert torch.equal(found, loss)

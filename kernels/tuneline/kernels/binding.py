@@ -1,9 +1,9 @@
-"""Read a live decoder layer (transformers, PEFT, bitsandbytes) into `LayerWeights`, or say why not.
+"""Read a live decoder layer (transformers, PEFT, bitsandbytes) into `LayerWeights`.
 
-Looked at before every forward, because everything may change in between: adapters are disabled
-and merged, dropout is set, weights move. Attributes are looked at, nothing is imported: the package
-works, and imports, without transformers and PEFT. Their modules are `Any` here: nn.Module declares
-no attribute but its own.
+A layer is checked before every forward, because it may change between forwards: adapters are
+disabled or merged, dropout is set, weights move. Only attributes are read: the package neither
+imports nor needs transformers and PEFT. Their modules have the type `Any` here, because nn.Module
+does not declare their attributes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ from tuneline.kernels.spec import ACTIVATIONS, FamilySpec
 
 
 class Unfusable(ValueError):
-    """A layer that keeps the stock path; the message is the reason that the report gives."""
+    """Raised for a layer that keeps the stock path; its message is the reason in the report."""
 
 
 def bind_layer(layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False) -> LayerWeights:
-    """Collect what the fused layer computes with; `fp8` for the groups that can.
+    """Return the weights and adapters that the fused layer computes with.
+
+    Args:
+        layer: The decoder layer.
+        spec: The parts of its family's layers.
+        config: The decoder's config.
+        fp8: Prepare the groups that can multiply in fp8 for it.
 
     Raises:
-        Unfusable: The layer does something that the fused layer does not.
+        Unfusable: The layer has a feature that the fused layer does not support.
     """
     attention, mlp = layer.self_attn, layer.mlp
     for name in ("attention_dropout", "resid_pdrop"):
@@ -65,7 +71,7 @@ def bind_layer(layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False) 
                 )
     return LayerWeights(
         **groups,
-        attention=_attention(attention, config),
+        attention=_attention(attention, spec, config),
         activation=ACTIVATIONS[activation],
         eps=first.eps if hasattr(first, "eps") else first.variance_epsilon,
         gemma=spec.gemma_norm,
@@ -79,12 +85,12 @@ def bind_layer(layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False) 
 
 
 def fingerprint(layer: Any, spec: FamilySpec) -> tuple[Any, ...]:
-    """Name what `bind_layer` read: equal fingerprints bind alike.
+    """Return a key of the state that `bind_layer` reads: equal keys give equal weights.
 
-    It looks into the modules' dictionaries, because it runs at every forward: binding 32 layers
-    takes a slow host 10 ms, this one 1.
+    It reads the modules' dictionaries directly because it runs in every forward: binding 32 layers
+    takes 10 ms on a slow host, their fingerprints 1 ms.
     """
-    seen: list[Any] = []
+    state_parts: list[Any] = []
     attention, mlp = layer._modules["self_attn"], layer._modules["mlp"]
     for parent, names in ((attention, (*spec.qkv, "o_proj")), (mlp, (*spec.gate_up, "down_proj"))):
         for name in names:
@@ -92,10 +98,10 @@ def fingerprint(layer: Any, spec: FamilySpec) -> tuple[Any, ...]:
             base = module._modules.get("base_layer", module)
             for parameter in (*base._parameters.values(), *_adapter_parameters(module)):
                 if parameter is not None:
-                    seen += [id(parameter), parameter.data_ptr(), parameter.requires_grad]
+                    state_parts += [id(parameter), parameter.data_ptr(), parameter.requires_grad]
             state = module.__dict__
             active = state.get("_active_adapter")
-            seen += [
+            state_parts += [
                 id(module),
                 len(module._forward_hooks) + len(module._forward_pre_hooks),
                 len(base._forward_hooks),
@@ -107,13 +113,13 @@ def fingerprint(layer: Any, spec: FamilySpec) -> tuple[Any, ...]:
             ]
             if "lora_dropout" in module._modules:
                 dropouts = module._modules["lora_dropout"]._modules.values()
-                seen += [getattr(dropout, "p", 0.0) for dropout in dropouts]
+                state_parts += [getattr(dropout, "p", 0.0) for dropout in dropouts]
     for parent in (layer, attention):
         for name, module in parent._modules.items():
             if name.endswith("norm"):
                 weight = module._parameters["weight"]
-                seen += [id(weight), weight.data_ptr(), weight.requires_grad]
-    return tuple(seen)
+                state_parts += [id(weight), weight.data_ptr(), weight.requires_grad]
+    return tuple(state_parts)
 
 
 def _adapter_parameters(module: Any) -> list[Any]:
@@ -122,27 +128,24 @@ def _adapter_parameters(module: Any) -> list[Any]:
     return [parameter for linear in linears for parameter in linear._parameters.values()]
 
 
-def _attention(attention: Any, config: Any) -> AttentionConfig:
-    # Llama has neither; Mistral and Phi-3 window every layer, the others name it on the module.
-    # Gemma-3 has the softcap's attribute but hands none to its attention function.
-    window = getattr(attention, "sliding_window", None)
-    if not hasattr(attention, "sliding_window") and config.model_type in ("mistral", "phi3"):
-        window = config.sliding_window
-    softcap = attention.attn_logit_softcapping if config.model_type == "gemma2" else None
+def _attention(attention: Any, spec: FamilySpec, config: Any) -> AttentionConfig:
+    window = None
+    if spec.window is not None:
+        window = (config if spec.window == "config" else attention).sliding_window
     return AttentionConfig(
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,
         scale=attention.scaling,
         window=window,
-        softcap=softcap,
+        softcap=attention.attn_logit_softcapping if spec.softcap else None,
     )
 
 
 def _group(parent: Any, names: Iterable[str], fp8: bool) -> LoraGroup:
     linears = tuple(_linear(getattr(parent, name), name) for name in names)
     frozen = [linear.weight for linear in linears if isinstance(linear.weight, NF4Weight)]
-    # A bias would be rounded to three bits among the columns: such a group stays in bf16.
+    # A bias lies among the columns and would be rounded to three bits, so its group stays in bf16.
     biased = any(linear.bias is not None for linear in linears)
     if fp8 and not biased and len(frozen) == len(linears):
         group = LoraGroup(linears)
@@ -155,7 +158,7 @@ def _linear(module: Any, name: str) -> LoraLinear:
     if hasattr(module, "base_layer"):
         base, adapter = module.base_layer, _active_adapter(module, name)
     if module._forward_hooks or module._forward_pre_hooks or base._forward_hooks:
-        raise Unfusable(f"{name} has forward hooks, which would not run")
+        raise Unfusable(f"{name} has forward hooks, which the fused layer would not run")
     weight, kind = base.weight, type(base).__name__
     if weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         raise Unfusable(f"{name}'s base weight is trained: only frozen bases are fused")
@@ -186,7 +189,7 @@ def _linear(module: Any, name: str) -> LoraLinear:
 
 
 def _active_adapter(module: Any, name: str) -> str | None:
-    """Name the one plain LoRA that acts on the module; None where the active one skips it."""
+    """Return the name of the module's active plain LoRA; None if it has none."""
     if type(module).__module__.split(".")[:3] != ["peft", "tuners", "lora"] or type(
         module
     ).__name__ not in ("Linear", "Linear4bit"):

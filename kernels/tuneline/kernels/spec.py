@@ -1,27 +1,21 @@
 """What each family's decoder layer is made of: the table that `patch` reads.
 
-| family | projections | norms | activation | attention |
-|---|---|---|---|---|
-| Llama, Mistral, Yi, SmolLM2 | q, k, v; gate, up | 2 | silu | Mistral: window |
-| Qwen2, Qwen2.5 | q, k, v with bias | 2 | silu | |
-| Qwen3 | q, k, v | 2, and on each head of q, k | silu | |
-| Phi-3, Phi-3.5 | qkv_proj; gate_up_proj | 2 | silu | window |
-| Gemma-2 | q, k, v; gate, up | 4 (sandwich), 1 + w | gelu_tanh | softcap, window 1 of 2 |
-| Gemma-3 (text) | q, k, v; gate, up | 4, 1 + w, on each head of q, k | gelu_tanh | window 5 of 6 |
-
-Nothing of transformers is imported: a layer is known by its class's module and name.
+A family is one entry of `FAMILIES`; no other module of the package names a family or reads
+`config.model_type`. The activation and the biases of the linears are read from the live model.
+transformers is not imported: a layer is recognised by the module and name of its class.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 from tuneline.kernels.ops.gated_activation import Kind
 
 ACTIVATIONS: dict[str, Kind] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""The activations that `gated_activation` knows, by transformers' names."""
+"""The activations that `gated_activation` computes, by transformers' names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,27 +24,46 @@ class FamilySpec:
 
     name: str
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    """Linears of `self_attn` whose outputs, side by side, are q, k and v."""
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    """Linears of `mlp` whose outputs, side by side, are gate and up."""
     gemma_norm: bool = False
+    """Whether norms multiply by 1 + weight and round once, as Gemma's do; see ops/rms_norm.py."""
     sandwich: bool = False
+    """Whether the outputs of attention and MLP are normed too, which makes four norms per layer."""
     head_norms: bool = False
+    """Whether each head of q and k has a norm (`q_norm`, `k_norm`) before the rotation."""
+    window: Literal["config", "layer"] | None = None
+    """Where the width of the sliding window is: `config.sliding_window` for every layer, or
+    `self_attn.sliding_window` of each layer. Either may be None, which is full attention."""
+    softcap: bool = False
+    """Whether attention caps its scores at `self_attn.attn_logit_softcapping`. Gemma-3 has that
+    attribute but does not hand it to its attention function."""
+    num_ropes: int = 1
+    """Kinds of rope tables that the decoder hands its layers; a CUDA graph takes one."""
 
 
-_FAMILIES = {
+FAMILIES = {
+    # Yi and SmolLM2 are Llamas too.
     "llama.modeling_llama.LlamaDecoderLayer": FamilySpec("llama"),
-    "mistral.modeling_mistral.MistralDecoderLayer": FamilySpec("mistral"),
-    "qwen2.modeling_qwen2.Qwen2DecoderLayer": FamilySpec("qwen2"),
-    "qwen3.modeling_qwen3.Qwen3DecoderLayer": FamilySpec("qwen3", head_norms=True),
+    "mistral.modeling_mistral.MistralDecoderLayer": FamilySpec("mistral", window="config"),
+    # Qwen2.5 is a Qwen2; q, k and v have a bias.
+    "qwen2.modeling_qwen2.Qwen2DecoderLayer": FamilySpec("qwen2", window="layer"),
+    "qwen3.modeling_qwen3.Qwen3DecoderLayer": FamilySpec("qwen3", head_norms=True, window="layer"),
+    # Phi-3.5 is a Phi-3.
     "phi3.modeling_phi3.Phi3DecoderLayer": FamilySpec(
-        "phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",)
+        "phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), window="config"
     ),
+    # A window in every second layer.
     "gemma2.modeling_gemma2.Gemma2DecoderLayer": FamilySpec(
-        "gemma2", gemma_norm=True, sandwich=True
+        "gemma2", gemma_norm=True, sandwich=True, window="layer", softcap=True
     ),
+    # A window in five of six layers, which have another base of the rotation than the sixth.
     "gemma3.modeling_gemma3.Gemma3DecoderLayer": FamilySpec(
-        "gemma3", gemma_norm=True, sandwich=True, head_norms=True
+        "gemma3", gemma_norm=True, sandwich=True, head_norms=True, window="layer", num_ropes=2
     ),
 }
+"""The families by their decoder layer's class, `transformers.models` left off."""
 
 
 def family_spec(layer: nn.Module) -> FamilySpec | None:
@@ -59,4 +72,4 @@ def family_spec(layer: nn.Module) -> FamilySpec | None:
     prefix = "transformers.models."
     if not cls.__module__.startswith(prefix):
         return None
-    return _FAMILIES.get(f"{cls.__module__.removeprefix(prefix)}.{cls.__qualname__}")
+    return FAMILIES.get(f"{cls.__module__.removeprefix(prefix)}.{cls.__qualname__}")

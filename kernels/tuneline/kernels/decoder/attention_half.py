@@ -1,6 +1,6 @@
 """The first half of a decoder layer: x2 = x + o_proj(attention(rope(qkv(norm(x))))).
 
-Forward and backward by hand; layer.py says what is kept in between.
+Forward and backward are written by hand; layer.py says what is kept in between.
 
 Shapes: B rows of L tokens, T = B L, C hidden size, N outputs of a group; see lora.py for K and P.
 """
@@ -38,19 +38,19 @@ from tuneline.kernels.ops.rope import rope_backward, rope_forward
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What of this half its backward finds beside x; it computes the rest again."""
+    """The intermediates that this half saves beside x; its backward recomputes the others."""
 
     qkv: bool = False
-    """q, k and v: rotated, but where a head norm wants them as they were."""
+    """q, k and v: after the rotation, or before the head norm in families that have one."""
     output: bool = False
-    """The attention's output and log-sum-exp."""
+    """Output and log-sum-exp of the attention."""
     branch: bool = False
-    """x2; or where a norm follows o_proj, its output."""
+    """x2; the output of o_proj in families where a norm follows it."""
 
 
 @dataclass(slots=True)
 class AttentionHalf:
-    """Intermediates of x -> x2; those named in `Saved` first."""
+    """Intermediates of x -> x2; the first four are those of `Saved`."""
 
     qkv_TN: Tensor | None = None
     o_input_TKP: Tensor | None = None
@@ -65,7 +65,7 @@ class AttentionHalf:
 def split_heads(
     qkv_TN: Tensor, shape: torch.Size, config: AttentionConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """View [T, N] as q [B, L, H, D], k and v [B, L, G, D]."""
+    """Return views of [T, N]: q [B, L, H, D], k and v [B, L, G, D]."""
     heads_BLND = qkv_TN.view(shape[0], shape[1], -1, config.head_dim)
     return heads_BLND.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], 2)
 
@@ -79,7 +79,17 @@ def complete(
     weights: LayerWeights,
     plan: AttentionPlan,
 ) -> Tensor:
-    """Compute what `half` lacks, and return x2."""
+    """Compute the intermediates that `half` lacks, and return x2.
+
+    Args:
+        half: Intermediates that are known; the others are filled in.
+        x_TC: Input of the layer.
+        shape: Shape of the input, (B, L, C).
+        cos: Rope table [B or 1, L, R].
+        sin: Rope table [B or 1, L, R].
+        weights: The layer's weights and adapters.
+        plan: The sequences of this forward.
+    """
     rotated = half.qkv_TN is not None and weights.q_norm is None
     if half.qkv_TN is None:
         operands = group_operands(weights.qkv, x_TC)
@@ -117,7 +127,7 @@ def complete(
 
 
 def _heads(o_input_TKP: Tensor, group: LoraGroup, shape: torch.Size) -> Tensor:
-    """View the attention's output [B, L, H, D] inside o_proj's input."""
+    """Return the attention's output as a view [B, L, H, D] of o_proj's input."""
     return o_input_TKP[:, : group.num_in].unflatten(0, shape[:2]).view(shape)
 
 
@@ -132,9 +142,17 @@ def attention_half_backward(
     *,
     need_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Return dx with down_proj's P columns beside it, still empty, and the adapters' gradients.
+    """Return dx (with P empty columns for down_proj), and the gradients of qkv's and o's adapters.
 
-    `half` is complete.
+    Args:
+        dx2_TCP: Gradient of x2, with o_proj's P columns beside it.
+        x_TC: Input of the layer.
+        half: All intermediates, as `complete` leaves them.
+        cos: Rope table [B or 1, L, R].
+        sin: Rope table [B or 1, L, R].
+        weights: The layer's weights and adapters.
+        plan: The sequences of this forward.
+        need_dx: Compute dx; otherwise it is None.
     """
     q_BLHD, k_BLGD, o_input_TKP = half.q_BLHD, half.k_BLGD, half.o_input_TKP
     assert q_BLHD is not None and k_BLGD is not None

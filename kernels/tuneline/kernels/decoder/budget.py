@@ -1,10 +1,11 @@
-"""How many layers keep what: memory for time, by one number.
+"""How many layers keep their activations: memory against time, set by one number.
 
-    kept          q, k, v, a, x2, gate, up     0.77 GB a Llama-3.1-8B layer of 8192 tokens, 4.4 ms
-    kept, normed  n1 and n2 as well            0.14 GB more, 0.17 ms                   (one H100)
+    kept          q, k, v, a, x2, gate, up     costs 0.77 GB per layer, saves 4.4 ms
+    kept, normed  n1 and n2 as well            costs 0.14 GB more, saves 0.17 ms more
 
-Once all layers are kept, what is left goes to their norms' outputs. A layer that does not keep
-parks in the host's memory what can be copied there while the next layer computes, see `parked`.
+(Llama-3.1-8B, 8192 tokens, one H100.) Once all layers keep, the memory left is used for the outputs
+of their norms. A layer that does not keep parks some tensors in host memory instead: those that can
+be copied while the next layer computes, see `parked`.
 """
 
 from __future__ import annotations
@@ -17,50 +18,51 @@ import torch
 
 from tuneline.kernels.decoder.attention_half import Saved
 from tuneline.kernels.decoder.layer_weights import LayerWeights
-from tuneline.kernels.decoder.mlp_half import KEPT_MLP_CHUNK_TOKENS
+from tuneline.kernels.limits import KEPT_MLP_CHUNK_TOKENS
 from tuneline.kernels.ops.attention import AttentionPlan
 
 Budget = Literal["auto", "lean"] | float
-"""`auto`: what is free now, less head-room; `lean`: nothing; or GiB for kept activations."""
+"""Memory for kept activations: `auto` (what is free now, less head-room), `lean` (none), or GiB."""
 
 HEAD_ROOM = 0.06
-"""Share of the card that `auto` leaves: fragmentation, the loss's chunk, the optimizer's step."""
+"""Fraction of the GPU's memory that `auto` leaves for fragmentation, the loss's chunk and the
+optimizer step."""
 
 HOST_BYTES_PER_FLOP = 8.5e-5
-"""Bytes that reach the host behind one operation of a layer's forward: 54 GB/s beside 640 TFLOP/s,
-the norms and the dequantisation counted in (one H100)."""
+"""Bytes that can be copied to the host per operation of a layer's forward: 54 GB/s against
+640 TFLOP/s, with the norms and the dequantisation included (one H100)."""
 
 _FP8_SPEED = 1.5
-"""Of a layer's forward."""
+"""Speed of a layer's forward with fp8 products, relative to bf16."""
 
 _ATTENTION_COST = 1.75
-"""Of an operation of the attention, beside one of a GEMM."""
+"""Time of an operation of the attention, relative to one of a GEMM."""
 
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The last layers that keep, and the last of those that keep their norms' outputs too."""
+    """How many of the last layers keep, and how many of those keep their norms' outputs too."""
 
     num_layers: int = 0
     num_normed: int = 0
 
 
 def check_budget(budget: Budget) -> Budget:
-    """Return the budget.
+    """Return the budget if it is valid.
 
     Raises:
-        ValueError: It is neither a known word nor a number of GiB from 0 on.
+        ValueError: The budget is neither `auto`, `lean` nor a number of GiB that is at least 0.
     """
-    known = budget in ("auto", "lean") if isinstance(budget, str) else budget >= 0
-    if not known:
-        raise ValueError(f"budget={budget!r}: give 'auto', 'lean' or a number of GiB from 0 on")
+    is_valid = budget in ("auto", "lean") if isinstance(budget, str) else budget >= 0
+    if not is_valid:
+        raise ValueError(f"budget={budget!r}: give 'auto', 'lean' or a number of GiB, at least 0")
     return budget
 
 
 def kept_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
-    """Bytes that one kept layer holds beyond a lean one."""
+    """Return the bytes that a kept layer holds in addition to those of a lean layer."""
     width = weights.qkv.num_out + weights.o.num_in + weights.o.num_columns
     width += weights.qkv.num_in + weights.gate_up.num_out
     log_sum_exp = 4 * weights.attention.num_heads
@@ -68,27 +70,33 @@ def kept_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
 
 
 def normed_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
-    """Bytes that the outputs of one layer's two norms take, the adapters' columns beside them."""
+    """Return the bytes of the outputs of a layer's two norms, with the adapters' columns."""
     groups = weights.qkv, weights.gate_up
     return num_tokens * sum(itemsize * (g.num_in + g.num_columns) + 4 for g in groups)
 
 
 def workspace_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
-    """Bytes of the temporaries at the peak of a layer's backward."""
+    """Return the bytes of the temporaries at the peak of a layer's backward."""
     chunk = min(num_tokens, KEPT_MLP_CHUNK_TOKENS)
     gate_up, down = weights.gate_up, weights.down
     arenas = gate_up.num_out * gate_up.num_in + down.num_out * down.num_in
-    # gate and up twice (kept layers cannot overwrite them), dh, h; and eight tensors as x.
+    # gate and up twice (a kept layer does not overwrite them), dh, h; eight tensors of x's size.
     temporaries = chunk * (2 * gate_up.num_out + 2 * down.num_in)
     return itemsize * (arenas + temporaries + 8 * num_tokens * gate_up.num_in)
 
 
 def parked(weights: LayerWeights, plan: AttentionPlan, row_length: int, itemsize: int) -> Saved:
-    """Choose what a lean layer parks beside x: what saves the backward most operations.
+    """Return what a lean layer parks beside x: the choice that saves its backward most operations.
 
-    No more than hides behind a layer's forward: a copy that the next layer waits for costs more
-    than the products that it saves. Each of these saves 2 C operations for every number copied,
-    the attention's output the attention's besides.
+    The copies must finish within a layer's forward: a copy that the next layer waits for costs more
+    than the products that it saves. Each candidate saves the GEMM that computes it; the attention's
+    output saves the attention instead.
+
+    Args:
+        weights: A layer of the model.
+        plan: The sequences of this forward.
+        row_length: Tokens per row.
+        itemsize: Bytes of a number.
     """
     hidden, config = weights.qkv.num_in, weights.attention
     lengths = plan.sequence_lengths or (row_length,)
@@ -97,7 +105,7 @@ def parked(weights: LayerWeights, plan: AttentionPlan, row_length: int, itemsize
     forward = attention + 2 * sum(group.num_out * group.num_in for group in weights.groups())
     if any(group.largest is not None for group in weights.groups()):
         forward /= _FP8_SPEED
-    # Gemma parks d too.
+    # A layer with a norm after down_proj parks d too.
     always = hidden * (1 if weights.after_mlp_norm is None else 2)
     room = HOST_BYTES_PER_FLOP * forward - itemsize * always
     widths = weights.qkv.num_out, weights.o.num_in + weights.o.num_columns, weights.o.num_out
@@ -119,7 +127,15 @@ def share_out(
     itemsize: int,
     device: torch.device,
 ) -> Kept:
-    """Return what the layers keep for this forward."""
+    """Return how many layers keep their activations in this forward.
+
+    Args:
+        budget: Memory for kept activations.
+        layers: The fused layers.
+        num_tokens: Tokens of the micro-batch.
+        itemsize: Bytes of a number.
+        device: Device of the layers; `auto` keeps everything if it is not a GPU.
+    """
     if budget == "lean" or not layers:
         return Kept()
     if budget != "auto":
@@ -136,5 +152,5 @@ def share_out(
     if num_layers < len(layers):
         return Kept(num_layers)
     per_layer_normed = max(normed_bytes(weights, num_tokens, itemsize) for weights in layers)
-    rest = num_bytes - num_layers * per_layer
-    return Kept(num_layers, min(len(layers), int(rest / per_layer_normed)))
+    num_bytes_left = num_bytes - num_layers * per_layer
+    return Kept(num_layers, min(len(layers), int(num_bytes_left / per_layer_normed)))

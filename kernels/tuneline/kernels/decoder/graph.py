@@ -1,16 +1,16 @@
-"""The stack of fused layers as two CUDA graphs, for micro-batches too small to hide the host.
+"""The stack of fused layers as two CUDA graphs, for micro-batches that are too small for the host.
 
-A layer's forward and backward are some 120 launches. At 1024 tokens the card is done with them in
-2 ms (H200), the host needs 9: replayed from a graph they cost nothing. A graph owns its inputs,
-activations and gradients, so one replay's backward must run before the next replay's forward; a
-forward that comes in between is told so by `is_free` and runs layer by layer.
+A layer's forward and backward are about 120 launches. At 1024 tokens the GPU runs them in 2 ms
+(H200), but the host needs 9 ms to launch them; replaying a graph removes that cost. A graph owns
+its inputs, activations and gradients, so the backward of one replay must run before the forward of
+the next. While a backward is outstanding, `is_free` is false and a forward runs layer by layer.
 
-Packed rows differ in their tokens and sequences. They are laid into a `Room` that is a little
-larger: the tokens at its end are a sequence of their own, whose gradient is zero.
+Packed rows differ in their numbers of tokens and sequences. They are copied into a slightly larger
+`Room`; the unused tokens at its end form one more sequence, whose gradient is zero.
 
-A replay yields all gradients at once, and they are still handed out layer by layer, from the last
-one. DeepSpeed's ZeRO-2 lays gradients into its buckets in the order in which they come, and sums
-the buckets over ranks; a rank with a graph may meet one whose rows have none yet.
+A replay computes all gradients at once, but they are still handed out layer by layer, last layer
+first. DeepSpeed's ZeRO-2 puts gradients into buckets in the order of their arrival and sums the
+buckets over ranks, and a rank that replays a graph may meet a rank that runs layer by layer.
 """
 
 from __future__ import annotations
@@ -31,34 +31,35 @@ from tuneline.kernels.decoder.layer_weights import LayerWeights
 from tuneline.kernels.ops.attention import AttentionPlan
 
 GRAPH_MAX_TOKENS = 2048
-"""Of a layer as large as Llama-3.1-8B's, and more of a smaller one: see `equal_tokens`.
+"""Largest micro-batch that is replayed, for layers of Llama-3.1-8B's size; see `equal_tokens`.
 
-A graph holds its activations for good: 3 GB at 1024 tokens of a Llama-3.1-8B that keeps all."""
+A graph never frees its activations: 3 GB for 1024 tokens of a Llama-3.1-8B that keeps them all."""
 
 GRAPH_MAX_TOKENS_FP8 = 8192
-"""With fp8 products the card is done sooner: at 8192 tokens the host is 28 of 368 ms behind."""
+"""Largest micro-batch that is replayed with fp8 products, which are faster: without a graph the GPU
+waits 28 of 368 ms for the host at 8192 tokens."""
 
 MEMORY_SHARE = 0.5
-"""Of the card, for the activations of all graphs together; shapes come first served."""
+"""Fraction of the GPU's memory for the activations of all graphs; the first shapes get it."""
 
 _LAYER_WEIGHTS = 218_103_808
-"""Of Llama-3.1-8B."""
+"""Weights in the linears of a Llama-3.1-8B layer."""
 
 Layers = Sequence[tuple[LayerWeights, LayerCall]]
 
 
 def equal_tokens(weights: LayerWeights, num_tokens: int) -> float:
-    """Return how many tokens of a Llama-3.1-8B take a layer of it as long as these take this one.
+    """Return the number of tokens that take a Llama-3.1-8B layer as long as these take this layer.
 
-    The host needs the same time for any layer: a 1B model's card is done with 4096 tokens in what
-    an 8B one's needs for 1000.
+    The host needs the same time for any layer, but the GPU runs 4096 tokens of a 1B model as fast
+    as 1000 tokens of an 8B model.
     """
     num_weights = sum(group.num_out * group.num_in for group in weights.groups())
     return num_tokens * num_weights / _LAYER_WEIGHTS
 
 
 def held_bytes(layers: Layers, num_tokens: int, itemsize: int) -> int:
-    """Bytes that a graph holds between its replays: what the layers keep."""
+    """Return the bytes that a graph holds between replays: the activations that the layers keep."""
     num_bytes = 0
     for weights, call in layers:
         num_bytes += num_tokens * weights.qkv.num_in * itemsize
@@ -69,7 +70,7 @@ def held_bytes(layers: Layers, num_tokens: int, itemsize: int) -> int:
 
 @dataclass(frozen=True)
 class Room:
-    """What packed rows are rounded up to, so that a few graphs serve them all."""
+    """The size that packed rows are rounded up to, so that a few graphs serve all rows."""
 
     num_tokens: int
     num_sequences: int
@@ -77,22 +78,22 @@ class Room:
 
     @classmethod
     def of(cls, plan: AttentionPlan, num_tokens: int) -> Room | None:
-        """Return the room for a packed row; None for dense ones, whose graph has their shape."""
+        """Return the room for a packed row; None for dense rows, whose graph has their shape."""
         if plan.sequence_lengths is None:
             return None
         rounded = -(-num_tokens // 128) * 128
-        # The tokens at the end are one more sequence.
+        # The unused tokens at the end are one more sequence.
         sequences = triton.next_power_of_2(len(plan.sequence_lengths) + 1)
         return cls(rounded, sequences, triton.next_power_of_2(max(128, *plan.sequence_lengths)))
 
     def plan(self, device: torch.device) -> AttentionPlan:
-        """Make the plan that a graph has baked in; its bounds are filled in before each replay."""
+        """Return the plan that a graph is captured with; its bounds are set before each replay."""
         bounds = torch.zeros(self.num_sequences + 1, dtype=torch.int32, device=device)
         return AttentionPlan((self.longest,) * self.num_sequences, bounds)
 
 
 class _Replay:
-    """One forward's claim on the graph's memory; given up by its backward or its death."""
+    """A forward's claim on the graph's memory, released by its backward or when it is deleted."""
 
     def __init__(self, stack: GraphedStack) -> None:
         stack.generation += 1
@@ -101,7 +102,7 @@ class _Replay:
         self._grads: list[list[Tensor]] = []
 
     def backward(self, dy_BLC: Tensor) -> Tensor:
-        """Return dx of the stack, and have the layers' gradients ready."""
+        """Return dx of the stack; the layers' gradients are then ready in `take_gradients`."""
         if self.generation != self.stack.generation:
             raise RuntimeError(
                 "the activations of this forward were overwritten by a later one: run backward "
@@ -112,7 +113,7 @@ class _Replay:
         return dx_BLC
 
     def take_gradients(self) -> list[Tensor]:
-        """Return those of the last layer that has not got its own."""
+        """Return the gradients of the last layer that has not received its gradients yet."""
         return self._grads.pop()
 
     def release(self) -> None:
@@ -125,11 +126,18 @@ class _Replay:
 
 
 class GraphedStack:
-    """Forward and backward of all layers for one shape and one set of tensors."""
+    """The captured forward and backward of all layers for one shape and one set of tensors."""
 
     @torch.no_grad()
     def __init__(self, layers: Layers, x_BLC: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Capture both graphs; every kernel must have run once before (compilation)."""
+        """Capture both graphs; every kernel must have been compiled by an earlier run.
+
+        Args:
+            layers: Weights and call of each layer, in order.
+            x_BLC: Input of the first layer.
+            cos: Rope table [B or 1, L, R].
+            sin: Rope table [B or 1, L, R].
+        """
         self.generation = self.num_claims = 0
         self._parameters = [weights.parameters() for weights, _ in layers]
         plan = layers[0][1].plan
@@ -147,8 +155,8 @@ class GraphedStack:
         steps = []
         with torch.cuda.graph(self._forward):
             for weights, call in layers:
-                y, parkable, rest = layer_forward(x, cos, sin, weights, call)
-                steps.append(([x, *parkable, *rest], weights, call))
+                y, parkable, staying = layer_forward(x, cos, sin, weights, call)
+                steps.append(([x, *parkable, *staying], weights, call))
                 x = y
         self._y_BLC = x
         with torch.cuda.graph(self._backward, pool=self._forward.pool()):
@@ -160,16 +168,23 @@ class GraphedStack:
                 assert dx is not None
                 dy = dx
             self._dx_BLC = dy
-            # One tensor, so that a replay hands out its gradients with one copy.
+            # One tensor, so that a replay returns its gradients with one copy.
             self._flat_grads = torch.cat([grad.reshape(-1) for grad in grads])
 
     @property
     def is_free(self) -> bool:
-        """Whether no forward still waits for its backward."""
+        """Whether no forward is waiting for its backward."""
         return self.num_claims == 0
 
     def __call__(self, x_BLC: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan) -> Tensor:
-        """Run the stack; differentiable in x and the adapters."""
+        """Return the output of the stack [B, L, C], differentiable in x and the adapters.
+
+        Args:
+            x_BLC: Input of the first layer.
+            cos: Rope table [B or 1, L, R].
+            sin: Rope table [B or 1, L, R].
+            plan: The sequences of this forward.
+        """
         replay, last = _Replay(self), len(self._parameters) - 1
         h_BLC = x_BLC
         for index, parameters in enumerate(self._parameters):
@@ -178,13 +193,13 @@ class GraphedStack:
         return h_BLC
 
     def replay_forward(self, plan: AttentionPlan, *inputs: Tensor) -> Tensor:
-        """Copy the inputs in, replay, copy the output out."""
+        """Replay the forward on a copy of the inputs, and return a copy of the output."""
         self._fill(plan, *inputs)
         self._forward.replay()
         return self._y_BLC[:, : inputs[0].shape[1]].clone()
 
     def replay_backward(self, dy_BLC: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
-        """Return dx and the gradients of each layer's parameters, in memory of their own."""
+        """Return dx and the gradients of each layer's parameters, copied out of the graph."""
         _lay(dy_BLC, self._dy_BLC)
         self._backward.replay()
         every = [t for parameters in self._parameters for t in parameters]
@@ -199,21 +214,21 @@ class GraphedStack:
             assert plan.cu_seqlens is not None
             num_bounds = plan.cu_seqlens.numel()
             self._bounds[:num_bounds].copy_(plan.cu_seqlens)
-            # The end of the room's own tokens, then sequences without any.
+            # The unused tokens are one sequence; the remaining sequences are empty.
             self._bounds[num_bounds:].fill_(self._inputs[0].shape[1])
 
 
 class _LayerOfStack(torch.autograd.Function):
-    """A layer's place in autograd's graph, with the edges that `fused_layer` would have there.
+    """A layer's node in autograd's graph, with the same edges as the node of `fused_layer`.
 
-    The first one's forward is that of the stack, and the last one's backward; what the others hand
-    on unread is y, and on the way back dx.
+    The first layer's node runs the forward of the whole stack, the last layer's node the backward.
+    The other nodes pass y, and in the backward dx, on unchanged.
     """
 
     @staticmethod
     def forward(ctx: Any, h_BLC, inputs, replay, is_last, *parameters):  # noqa: D102
         ctx.replay, ctx.is_last = replay, is_last
-        # Saved only for the check that no adapter is changed before the backward.
+        # Saved only so that autograd checks that no adapter changes before the backward.
         ctx.save_for_backward(*parameters)
         if inputs is None:
             return h_BLC
@@ -230,7 +245,7 @@ class _LayerOfStack(torch.autograd.Function):
 
 
 def _lay(tensor: Tensor, static: Tensor) -> None:
-    """Copy [B, L, ...] to the front of [B, at least L, ...], zeros behind."""
+    """Copy [B, L, ...] to the start of [B, at least L, ...], followed by zeros."""
     length = tensor.shape[1]
     static[:, :length].copy_(tensor)
     if length < static.shape[1]:
@@ -238,18 +253,25 @@ def _lay(tensor: Tensor, static: Tensor) -> None:
 
 
 class GraphCache:
-    """The graphs of a model by shape; a shape gets one when it comes for the second time."""
+    """The graphs of a model by shape; a shape gets a graph when it is seen for the second time."""
 
     def __init__(self) -> None:
-        """Start empty."""
+        """Create an empty cache."""
         self._graphs: dict[tuple[Any, ...], GraphedStack | None] = {}
         self._held_bytes: dict[tuple[Any, ...], int] = {}
 
     def find(self, layers: Layers, x_BLC: Tensor, cos: Tensor, sin: Tensor) -> GraphedStack | None:
-        """Return a free graph for this call, or None: then run layer by layer."""
+        """Return a free graph for this call, or None if the stack has to run layer by layer.
+
+        Args:
+            layers: Weights and call of each layer, in order.
+            x_BLC: Input of the first layer.
+            cos: Rope table [B or 1, L, R].
+            sin: Rope table [B or 1, L, R].
+        """
         key = _key(layers, x_BLC, cos)
         if key not in self._graphs:
-            # The eager run that follows compiles every kernel.
+            # This call then runs layer by layer, which compiles every kernel.
             self._graphs[key] = None
             return None
         stack = self._graphs[key]
@@ -268,7 +290,7 @@ class GraphCache:
 
 
 def _key(layers: Layers, x_BLC: Tensor, cos: Tensor) -> tuple[Any, ...]:
-    """Name everything that a captured kernel has baked in: shapes first, then addresses."""
+    """Return everything that a captured kernel depends on: shapes first, then addresses."""
     room = Room.of(layers[0][1].plan, x_BLC.shape[1])
     length = x_BLC.shape[1] if room is None else room.num_tokens
     shape = ((x_BLC.shape[0], length), x_BLC.shape[2], x_BLC.dtype, cos.shape[::2], room)

@@ -1,19 +1,22 @@
-"""One decoder layer, forward and backward by hand, with a choice of what is kept in between.
+"""One decoder layer with hand-written forward and backward, and a choice of what is kept between.
 
     n1 = norm(x);  q, k, v = qkv(n1);  a = attention(rope(q), rope(k), v);  o = o_proj(a)
-    x2 = x + o                          (Gemma: x + norm(o))
+    x2 = x + o                          (sandwich norms: x + norm(o))
     n2 = norm(x2);  h = act(gate(n2)) * up(n2);  d = down(h)
-    y  = x2 + d                         (Gemma: x2 + norm(d))
+    y  = x2 + d                         (sandwich norms: x2 + norm(d))
 
-A *lean* layer keeps x and h A_down^T (1/64 of h), and Gemma's d. Its backward computes the layer
-again up to gate and up, but neither down_proj (27 % of a Llama layer's multiplications) nor the
-activation's forward, which the activation's backward yields on the way. With a host stash it
-parks x there, and of q, k, v, a and x2 what can be copied behind the forward (`budget.parked`):
-a Llama's backward then computes gate and up alone. The last layer *holds* them where they are:
-its backward begins before a copy could be back. A *kept* layer saves q, k, v, a, x2, gate and up,
-and computes only norms again, or nothing at all where it keeps their outputs too. All run the
-same kernels on the same numbers: the choice changes no bit of a gradient, but for the MLP's
-adapters beyond 4096 tokens, where kept layers sum over longer chunks.
+A *lean* layer keeps x and h A_down^T (1/64 of h), and d if a norm follows it. Its backward
+recomputes the layer up to gate and up. It recomputes neither down_proj (27 % of a Llama layer's
+multiplications) nor the activation, which the activation's backward computes anyway. With a host
+stash, a lean layer parks x in host memory, and those of q, k, v, a and x2 that can be copied while
+the forward runs (`budget.parked`); a Llama's backward then recomputes gate and up alone. The last
+layer *holds* these tensors on the device, because its backward starts before a copy could be back.
+
+A *kept* layer saves q, k, v, a, x2, gate and up. It recomputes only the norms, or nothing if it
+keeps their outputs too.
+
+All choices run the same kernels on the same numbers and give the same gradients bit for bit. The
+exception is the MLP's adapters beyond 4096 tokens, where kept layers sum over longer chunks.
 
 The two halves are in attention_half.py and mlp_half.py.
 
@@ -43,15 +46,16 @@ from tuneline.kernels.ops.attention import AttentionPlan
 
 @dataclass(slots=True)
 class Handover:
-    """The gradient that a layer's backward gave last, with room for G beside each row.
+    """The last dx that a layer's backward returned, in rows that have room for G.
 
-    The layer before gets a view of its first C columns, knows it again and saves a copy.
+    Autograd hands the layer before a view of the first C columns. That layer's backward recognises
+    the view and uses the rows without a copy.
     """
 
     dx_TCP: Tensor | None = None
 
     def room_for(self, dy_TC: Tensor, num_columns: int) -> Tensor | None:
-        """Return the whole of dy's rows if they are what was given last, and wide enough."""
+        """Return dy's rows with their extra columns if dy is the last dx and has enough of them."""
         room, self.dx_TCP = self.dx_TCP, None
         if room is None or room.data_ptr() != dy_TC.data_ptr() or room.stride() != dy_TC.stride():
             return None
@@ -60,30 +64,32 @@ class Handover:
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """What one forward hands to each layer beside x: who attends to whom, what to keep."""
+    """What a forward hands to a layer beside x: the sequences, and what to keep."""
 
     plan: AttentionPlan
     keep: bool = False
     keep_normed: bool = False
     """Whether a kept layer keeps n1 and n2 as well."""
     stash: HostStash | None = None
-    """Where x and what is in `waits` wait, unless the layer keeps or holds them."""
+    """Host memory for x and the tensors of `waits`, unless the layer keeps or holds them."""
     waits: Saved = Saved()
+    """What a layer that does not keep saves beside x for its backward."""
     holds: bool = False
-    """Whether they wait on the device."""
+    """Whether x and the tensors of `waits` stay on the device."""
     fetches: bool = False
-    """Whether the layer before parks, and this one does not: its backward calls them back."""
+    """Whether the layer before parks and this one does not. This layer's backward then starts the
+    copy of the parked tensors back to the device."""
     handover: Handover | None = None
-    """One for all layers of a forward."""
+    """Shared by all layers of a forward."""
 
     @property
     def parks(self) -> bool:
-        """Whether the layer's tensors wait in the host's memory."""
+        """Whether the layer's tensors are parked in host memory."""
         return self.stash is not None and not (self.keep or self.holds)
 
     @property
     def saved(self) -> Saved:
-        """What the backward finds of the first half."""
+        """The intermediates of the first half that are saved for the backward."""
         if self.keep:
             return Saved(True, True, True)
         return self.waits if self.parks or self.holds else Saved()
@@ -92,17 +98,25 @@ class LayerCall:
 def fused_layer(
     x_BLC: Tensor, cos: Tensor, sin: Tensor, weights: LayerWeights, call: LayerCall
 ) -> Tensor:
-    """Return y [B, L, C]; differentiable in x and the adapters."""
+    """Return the layer's output y [B, L, C].
+
+    Args:
+        x_BLC: Input, differentiable.
+        cos: Rope table [B or 1, L, R].
+        sin: Rope table [B or 1, L, R].
+        weights: The layer's weights and adapters; the adapters are differentiable.
+        call: The sequences, and what to keep.
+    """
     return _LayerFunction.apply(x_BLC, cos, sin, weights, call, *weights.parameters())
 
 
 class _LayerFunction(torch.autograd.Function):
-    """See the module's docstring."""
+    """Autograd function of the layer; see the module's docstring."""
 
     @staticmethod
     def forward(ctx: Any, x_BLC, cos, sin, weights, call, *parameters):  # noqa: D102
-        y_BLC, parkable, rest = layer_forward(x_BLC, cos, sin, weights, call)
-        saved = [x_BLC, *parkable, *rest]
+        y_BLC, parkable, staying = layer_forward(x_BLC, cos, sin, weights, call)
+        saved = [x_BLC, *parkable, *staying]
         ctx.weights, ctx.call, ctx.ticket, ctx.num_parked = weights, call, None, 0
         ctx.before = call.stash.last if call.fetches else None
         if call.parks:
@@ -114,9 +128,9 @@ class _LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_BLC):  # noqa: D102
-        # Unpacking checks that no adapter was changed in place since the forward.
-        cos, sin, *rest = ctx.saved_tensors
-        saved = rest[: ctx.num_saved - ctx.num_parked]
+        # Unpacking checks that no adapter changed in place since the forward.
+        cos, sin, *tensors = ctx.saved_tensors
+        saved = tensors[: ctx.num_saved - ctx.num_parked]
         if ctx.before is not None:
             ctx.call.stash.begin(ctx.before)
         if ctx.ticket is not None:
@@ -130,9 +144,18 @@ class _LayerFunction(torch.autograd.Function):
 def layer_forward(
     x_BLC: Tensor, cos: Tensor, sin: Tensor, weights: LayerWeights, call: LayerCall
 ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-    """Return y and what the backward wants beside x: what may be parked, and the rest.
+    """Compute the layer without recording a gradient.
 
-    Records no gradient.
+    Args:
+        x_BLC: Input.
+        cos: Rope table [B or 1, L, R].
+        sin: Rope table [B or 1, L, R].
+        weights: The layer's weights and adapters.
+        call: The sequences, and what to keep.
+
+    Returns:
+        y [B, L, C], and the tensors beside x that the backward needs: first those that may be
+        parked, then those that stay on the device.
     """
     x_TC, wanted = x_BLC.reshape(-1, x_BLC.shape[-1]), call.saved
     half = AttentionHalf()
@@ -148,11 +171,11 @@ def layer_forward(
     )
     if d_TC is not None:
         parkable.append(d_TC)
-    rest: list[Tensor | None] = []
+    staying: list[Tensor | None] = []
     if normed is not None and mlp_normed is not None:
-        rest += [*normed, *mlp_normed]
-    rest += [down_input_TP, gate_up_TF, *attention_saved]
-    return y_TC.view(x_BLC.shape), parkable, rest
+        staying += [*normed, *mlp_normed]
+    staying += [down_input_TP, gate_up_TF, *attention_saved]
+    return y_TC.view(x_BLC.shape), parkable, staying
 
 
 def layer_backward(
@@ -165,20 +188,28 @@ def layer_backward(
     *,
     need_dx: bool = True,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Return dx and the gradients of `weights.parameters()`; `saved` is x and `layer_forward`'s.
+    """Return dx [B, L, C] and the gradients of `weights.parameters()`.
 
-    Nobody asks for the first layer's dx: then qkv's product with the frozen weights is saved.
+    Args:
+        dy_BLC: Gradient of the output.
+        saved: x, followed by the tensors that `layer_forward` returned.
+        cos: Rope table [B or 1, L, R].
+        sin: Rope table [B or 1, L, R].
+        weights: The layer's weights and adapters.
+        call: The call of the forward.
+        need_dx: Compute dx; otherwise it is None. The first layer's dx is rarely needed, and
+            without it one product with qkv's frozen weights is saved.
     """
-    # By position: None only where the layer has no such tensor.
+    # The order is that of `layer_forward`; a tensor is None only if the layer does not have it.
     x_BLC, *saved = saved
     x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
     dy_TC = dy_BLC.reshape(x_TC.shape)
-    half, found, d_TC = AttentionHalf(), call.saved, None
-    if found.qkv:
+    half, present, d_TC = AttentionHalf(), call.saved, None
+    if present.qkv:
         half.qkv_TN, *saved = saved
-    if found.output:
+    if present.output:
         half.o_input_TKP, *saved = saved
-    if found.branch:
+    if present.branch:
         half.branch_TC, *saved = saved
     if weights.after_mlp_norm is not None:
         d_TC, *saved = saved
@@ -189,7 +220,7 @@ def layer_backward(
     half.attention_saved = tuple(attention_saved)
     x2_TC = complete(half, x_TC, x_BLC.shape, cos, sin, weights, call.plan)
     if not call.keep_normed:
-        # The MLP's backward is a step's peak: the norm is computed again after it.
+        # The MLP's backward is the peak of a step, so the norm is recomputed after it.
         half.normed = None
     handover = Handover() if call.handover is None else call.handover
     dy_TCP = handover.room_for(dy_TC, weights.down.num_columns)

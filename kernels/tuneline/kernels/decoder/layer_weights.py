@@ -1,6 +1,6 @@
-"""What a decoder layer computes with, and its norms, which both halves of it begin or end with.
+"""The weights of a decoder layer, and the norms that both of its halves begin or end with.
 
-Shapes: T tokens, C hidden size, K a group's inputs, P its padded columns (see lora.py).
+Shapes: T tokens, C hidden size, K inputs of a group, P its padded columns (see lora.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Normed = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """Everything frozen and trained in one layer; norms by role, absent ones None."""
+    """All frozen weights and adapters of a layer; norms by role, None if the family has none."""
 
     qkv: LoraGroup
     o: LoraGroup
@@ -39,16 +39,16 @@ class LayerWeights:
     after_mlp_norm: Tensor | None = None
 
     def groups(self) -> tuple[LoraGroup, LoraGroup, LoraGroup, LoraGroup]:
-        """The four groups in the order of the layer's gradients."""
+        """Return the four groups in the order of the layer's gradients."""
         return self.qkv, self.o, self.gate_up, self.down
 
     def norms(self) -> tuple[Tensor | None, ...]:
-        """The weights of the norms, None where the family has none."""
+        """Return the weights of the norms; None where the family has no such norm."""
         sandwich = self.after_attention_norm, self.after_mlp_norm
         return self.attention_norm, self.mlp_norm, self.q_norm, self.k_norm, *sandwich
 
     def parameters(self) -> list[Tensor]:
-        """Every adapter tensor of the layer."""
+        """Return every adapter tensor of the layer."""
         return [t for group in self.groups() for t in group.parameters()]
 
 
@@ -60,7 +60,16 @@ def normed_input(
     operands: WideOperands | Fp8Operands,
     x_TKP: Tensor | None = None,
 ) -> Normed:
-    """Write X' = [norm(x) | norm(x) A^T], and return it with rstd."""
+    """Return X' = [norm(x) | norm(x) A^T] and rstd.
+
+    Args:
+        x_TC: Input of the norm.
+        norm: Scale of the norm [C].
+        weights: The layer's weights.
+        group: The group that reads X'.
+        operands: The group's operands, which compute norm(x) A^T.
+        x_TKP: Where X' is written; allocated if None.
+    """
     if x_TKP is None:
         x_TKP = augmented_input(x_TC.shape[0], group, x_TC)
     out = x_TKP[:, : group.num_in]
@@ -70,7 +79,14 @@ def normed_input(
 
 
 def add_normed(x_TC: Tensor, branch_TC: Tensor, norm: Tensor, weights: LayerWeights) -> Tensor:
-    """Return x + norm(branch)."""
+    """Return x + norm(branch).
+
+    Args:
+        x_TC: Residual stream.
+        branch_TC: Output of o_proj or down_proj.
+        norm: Scale of the norm [C].
+        weights: The layer's weights.
+    """
     normed, _, _ = rms_norm_forward(branch_TC, norm, weights.eps, gemma=weights.gemma)
     return normed.add_(x_TC)
 
@@ -78,6 +94,13 @@ def add_normed(x_TC: Tensor, branch_TC: Tensor, norm: Tensor, weights: LayerWeig
 def normed_gradient(
     dy_TC: Tensor, branch_TC: Tensor, norm: Tensor, weights: LayerWeights
 ) -> Tensor:
-    """Return the gradient of norm(branch) with respect to branch; rstd is computed again."""
+    """Return the gradient of norm(branch) with respect to branch; rstd is recomputed.
+
+    Args:
+        dy_TC: Gradient of norm(branch).
+        branch_TC: Output of o_proj or down_proj.
+        norm: Scale of the norm [C].
+        weights: The layer's weights.
+    """
     _, _, rstd_T = rms_norm_forward(branch_TC, norm, weights.eps, gemma=weights.gemma)
     return rms_norm_backward(dy_TC, branch_TC, norm, rstd_T, gemma=weights.gemma)[0]

@@ -1,9 +1,9 @@
 """The second half of a decoder layer: y = x2 + down(act(gate(n2)) * up(n2)), n2 = norm(x2).
 
-Forward and backward by hand, over chunks of tokens: its temporaries, three times 2 F wide, set a
-lean step's peak. layer.py says what is kept in between.
+Forward and backward are written by hand and run over chunks of tokens, because the temporaries,
+three times 2 F wide, set the peak of a lean step. layer.py says what is kept in between.
 
-Shapes: T tokens, n of a chunk, C hidden size, F intermediate size; see lora.py for K and P.
+Shapes: T tokens, n tokens per chunk, C hidden size, F intermediate size; see lora.py for K and P.
 """
 
 from __future__ import annotations
@@ -19,21 +19,15 @@ from tuneline.kernels.decoder.layer_weights import (
     normed_input,
 )
 from tuneline.kernels.decoder.operands import augmented_input, group_operands
+from tuneline.kernels.limits import KEPT_MLP_CHUNK_TOKENS, MLP_CHUNK_TOKENS
 from tuneline.kernels.ops.activation_lora import activation_lora_backward
 from tuneline.kernels.ops.gated_activation import gated_activation_forward
 from tuneline.kernels.ops.lora import LoraGradients, mm_wide
 from tuneline.kernels.ops.rms_norm import rms_norm_backward
 
-MLP_CHUNK_TOKENS = 4096
-"""A GEMM of this many rows still fills an H100; fewer rows would leave it waiting for the tail."""
-
-KEPT_MLP_CHUNK_TOKENS = 8192
-"""Of a layer that keeps gate and up, where 0.3 GiB more at the peak are little: 480 ms a step of
-8192 tokens of a Llama-3.1-8B, where twice 4096 take 488."""
-
 
 def _chunks(num_tokens: int, kept: bool) -> list[slice]:
-    """Split the tokens evenly into the fewest chunks of at most so many."""
+    """Split the tokens evenly into the fewest chunks that the limit allows."""
     num_chunks = -(-num_tokens // (KEPT_MLP_CHUNK_TOKENS if kept else MLP_CHUNK_TOKENS))
     size = -(-num_tokens // num_chunks)
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
@@ -42,9 +36,19 @@ def _chunks(num_tokens: int, kept: bool) -> list[slice]:
 def mlp_forward(
     x2_TC: Tensor, weights: LayerWeights, keep: bool, *, keep_normed: bool, overwrite: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Normed | None]:
-    """Return y, gate and up if kept, h A_down^T, down's output if a norm follows it, n2 if kept.
+    """Compute y from x2.
 
-    With `overwrite` y takes the place of x2, unless that is still needed whole.
+    Args:
+        x2_TC: Output of the first half.
+        weights: The layer's weights and adapters.
+        keep: Return gate and up.
+        keep_normed: Return n2 and its rstd.
+        overwrite: Write y over x2. A layer with a norm after down_proj ignores this, because it
+            needs all of x2 until the end.
+
+    Returns:
+        y [T, C]; gate and up [T, 2 F] or None; h A_down^T [T, P]; the output of down_proj [T, C] if
+        a norm follows it, else None; n2 and its rstd or None.
     """
     num_tokens, gate_up, down = x2_TC.shape[0], weights.gate_up, weights.down
     sandwich = weights.after_mlp_norm is not None
@@ -86,7 +90,18 @@ def mlp_backward(
     normed: Normed | None,
     weights: LayerWeights,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Return dx2 with o_proj's P columns beside it, still empty, and the adapters' gradients."""
+    """Return dx2 (with P empty columns for o_proj), and gate_up's and down's adapter gradients.
+
+    Args:
+        dy_TC: Gradient of the layer's output.
+        dy_TCP: The same rows with down_proj's P columns beside them, or None.
+        x2_TC: Output of the first half.
+        gate_up_TF: Gate and up [T, 2 F] if the layer keeps them; otherwise they are recomputed.
+        down_input_TP: h A_down^T of the forward.
+        d_TC: Output of down_proj if a norm follows it, else None.
+        normed: n2 and its rstd if the layer keeps them; otherwise they are recomputed.
+        weights: The layer's weights and adapters.
+    """
     gate_up, down = weights.gate_up, weights.down
     num_tokens, num_hidden = x2_TC.shape
     kept = gate_up_TF is not None
@@ -108,7 +123,7 @@ def mlp_backward(
         room_nCP = None if dy_TCP is None else dy_TCP[rows]
         dh_nF, g_TP = down_operands.input_gradient(dd_nC, room_nCP)
         num_in = gate_up.num_in
-        # One pass over dh, gate and up gives their gradients and two of the adapters'.
+        # One pass over dh, gate and up gives their gradients and those of the adapters along F.
         along = activation_lora_backward(
             dh_nF,
             gate_up_nF,

@@ -1,11 +1,11 @@
 """A group's frozen weights and adapters as GEMM operands, in bf16 or fp8.
 
-Both kinds do what lora.py's equations say; they are made anew in each pass, from NF4.
+Both kinds compute lora.py's equations. They are created from NF4 in each pass and then freed.
 
 *Wide*: one arena [N + P, K + P] in the model's dtype holds [W | sB ; A | .], dequantised once.
 *Fp8*: [W | sB] as e4m3 rows for the forward, [W^T | A^T] as e4m3 rows for the input gradient, each
-made when first asked for; the inputs are quantised a row at a time, the adapter's columns with
-them. X A^T, G and the adapters' gradients are computed in bf16 from bf16.
+computed when it is first used. The inputs are quantised row by row together with the adapter's
+columns. X A^T, G and the adapters' gradients are computed in bf16 from bf16.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4
 
 
 def group_operands(group: LoraGroup, like: Tensor) -> WideOperands | Fp8Operands:
-    """Make the operands in the dtype and on the device of `like`."""
+    """Return the group's operands in the dtype and on the device of `like`."""
     return WideOperands(group, like) if group.largest is None else Fp8Operands(group, like)
 
 
 def augmented_input(num_tokens: int, group: LoraGroup, like: Tensor) -> Tensor:
-    """Allocate X' [T, K + P] for the producer of X to write its first K columns into."""
+    """Allocate X' [T, K + P]; the op that computes X writes its first K columns."""
     return like.new_empty(num_tokens, group.num_in + group.num_columns)
 
 
 class WideOperands:
-    """The arena and its products."""
+    """Operands in the model's dtype: the arena and its products."""
 
     def __init__(self, group: LoraGroup, like: Tensor) -> None:
         """Dequantise the weights and pack the adapters beside them."""
@@ -64,7 +64,7 @@ class WideOperands:
     def forward(
         self, x_TKP: Tensor, *, residual_TN: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """Return Y = X' W'^T, [T, N], plus the residual; `out` may be the residual."""
+        """Return Y = X' W'^T [T, N], plus the residual if given; `out` may be the residual."""
         weight = self._arena[: self._group.num_out].t()
         if residual_TN is None:
             return torch.mm(x_TKP, weight, out=out)
@@ -73,10 +73,12 @@ class WideOperands:
     def input_gradient(
         self, dy_TN: Tensor, room_TNP: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return dX [T, K] and G = dY (sB) [T, P] (None where no adapter sits in the group).
+        """Return dX [T, K] and G = dY (sB) [T, P]; G is None if the group has no adapter.
 
-        `room` is dY with P columns beside it for G, where the caller has it so: else dY is copied
-        into one where N <= K.
+        Args:
+            dy_TN: Gradient of the output.
+            room_TNP: The rows of dY with P more columns, which G is written into. If it is None and
+                N <= K, dY is copied into such rows.
         """
         num_out, num_in = self._group.num_out, self._group.num_in
         arena = self._arena
@@ -95,16 +97,16 @@ class WideOperands:
         return dx_TK, g_TP
 
     def lora_gradient(self, dy_TN: Tensor) -> Tensor | None:
-        """Return G alone."""
+        """Return G without dX; None if the group has no adapter."""
         num_out, num_in = self._group.num_out, self._group.num_in
         return torch.mm(dy_TN, self._arena[:num_out, num_in:]) if self._group.rank else None
 
 
 class Fp8Operands:
-    """NF4 weights as e4m3; every group of this kind has an adapter and no bias."""
+    """Operands in e4m3; every group of this kind has NF4 weights, an adapter and no bias."""
 
     def __init__(self, group: LoraGroup, like: Tensor) -> None:
-        """Pack the adapters; the weights come when they are asked for."""
+        """Pack the adapters; the weights are converted when they are first used."""
         self._group = group
         self._sb_NP = like.new_empty(group.num_out, group.num_columns)
         self._a_PK = like.new_empty(group.num_columns, group.num_in)
@@ -120,7 +122,7 @@ class Fp8Operands:
     def forward(
         self, x_TKP: Tensor, *, residual_TN: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """Return Y = X' W'^T, [T, N], plus the residual; `out` may be the residual."""
+        """Return Y = X' W'^T [T, N], plus the residual if given; `out` may be the residual."""
         if self._forward is None:
             self._forward = self._weight_rows()
         x8, scale = quantize_rows(x_TKP)
@@ -132,7 +134,7 @@ class Fp8Operands:
     def input_gradient(
         self, dy_TN: Tensor, room_TNP: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return dX [T, K] and G = dY (sB) [T, P]; dY is quantised, so `room` is of no use."""
+        """Return dX [T, K] and G = dY (sB) [T, P]; `room_TNP` is not used, as dY is quantised."""
         if self._backward is None:
             self._backward = self._weight_columns()
         g_TP = torch.mm(dy_TN, self._sb_NP)
@@ -140,7 +142,7 @@ class Fp8Operands:
         return scaled_mm(dy8, scale, *self._backward, dtype=dy_TN.dtype), g_TP
 
     def lora_gradient(self, dy_TN: Tensor) -> Tensor:
-        """Return G alone."""
+        """Return G without dX."""
         return torch.mm(dy_TN, self._sb_NP)
 
     def _weight_rows(self) -> tuple[Tensor, Tensor]:

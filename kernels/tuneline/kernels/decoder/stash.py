@@ -1,15 +1,14 @@
 """Layer tensors parked in pinned host memory between forward and backward.
 
-At 8192 tokens of a Llama-3.1-8B the inputs of the 32 layers are 2.1 GB of GPU memory that nobody
-reads for half a step, q, k, v and the attention's output another 5.4 GB. The copy of one layer's
-235 MB to the host (4.4 ms at 55 GB/s) hides behind the layer's forward, the way back behind the
-backward of the layer after it, if it is asked for one layer ahead.
+At 8192 tokens of a Llama-3.1-8B the inputs of the 32 layers take 2.1 GB of GPU memory and are not
+read for half a step; q, k, v and the attention's output take another 5.4 GB. One layer's 235 MB are
+copied to the host (4.4 ms at 55 GB/s) while the layer's forward runs. They are copied back while
+the backward of the layer after it runs, if the copy is requested one layer ahead.
 
-All copies run on one side stream, so that a host buffer can go to the next tensor as soon as its
-last copy is queued: the stream keeps the order. What a copy reads or writes on the device is held
-until the main stream has waited for it, one copy later. `record_stream` would do that too, but
-returns memory only when the host next asks: the host runs layers ahead, and the allocator then
-reserved 13.4 GiB where 7.5 were in use.
+All copies run on one side stream, which keeps them in order, so a host buffer can be reused as soon
+as its last copy is queued. The device tensors of a copy are held until the main stream has waited
+for it, one copy later. `record_stream` would do the same, but it frees memory only when the host
+next allocates. The host runs layers ahead, and the allocator then reserved 13.4 GiB for 7.5 in use.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from torch import Tensor
 
 
 class Ticket:
-    """Parked tensors; their host buffers go back to the pool when the graph that holds this dies.
+    """Parked tensors; their host buffers return to the pool when autograd's graph frees the ticket.
 
     Attributes:
         hosts: The pinned copies.
-        device_copies: Set once the way back has begun.
-        arrived: Recorded when the way back is done.
-        before: What was parked before this, which a backward asks for next.
+        device_copies: The tensors on the device, once the copy back has been queued.
+        arrived: Event that is recorded when the copy back is done.
+        before: The ticket that was parked before this one; the backward needs it next.
     """
 
     def __init__(self, hosts: list[Tensor], device: torch.device, pool: HostPool) -> None:
-        """Hold `hosts` until this object dies, then give them to `pool`."""
+        """Hold `hosts` until this object is deleted, then return them to `pool`."""
         self.hosts, self.device = hosts, device
         self.device_copies: list[Tensor] | None = None
         self.arrived = torch.cuda.Event()
@@ -41,31 +40,31 @@ class Ticket:
 
 
 def rounded_size(num_bytes: int) -> int:
-    """Round up to three significant bits, at most a quarter more."""
+    """Round up to three significant bits, which adds at most a quarter."""
     step = 1 << max(0, num_bytes.bit_length() - 3)
     return -(-num_bytes // step) * step
 
 
 class HostPool:
-    """Pinned buffers by rounded size; pinning costs milliseconds, so they are kept.
+    """Pinned buffers by rounded size; they are reused because pinning takes milliseconds.
 
-    Not by shape: every step of packed training has another number of tokens, and would pin all of
-    its buffers anew.
+    They are not keyed by shape: every step of packed training has a different number of tokens and
+    would pin all of its buffers again.
     """
 
     def __init__(self) -> None:
-        """Start empty."""
+        """Create an empty pool."""
         self._free: dict[int, list[Tensor]] = {}
 
     def take(self, like: Tensor) -> Tensor:
-        """Return a view of a buffer in the shape and dtype of `like`."""
+        """Return a view of a free or newly pinned buffer, in the shape and dtype of `like`."""
         size = rounded_size(like.nbytes)
         free = self._free.get(size)
         buffer = free.pop() if free else torch.empty(size, dtype=torch.uint8, pin_memory=True)
         return buffer[: like.nbytes].view(like.dtype).view(like.shape)
 
     def give(self, views: list[Tensor]) -> None:
-        """Take the buffers of such views back."""
+        """Take back the buffers of views that `take` returned."""
         for view in views:
             size = rounded_size(view.nbytes)
             whole = torch.empty(0, dtype=torch.uint8).set_(view.untyped_storage())
@@ -73,18 +72,18 @@ class HostPool:
 
 
 class HostStash:
-    """A side stream and a pool of host buffers; one a model, CUDA only."""
+    """A side stream and a pool of host buffers; one per model, CUDA only."""
 
     def __init__(self) -> None:
-        """Open the side stream."""
+        """Create the side stream."""
         self._stream = torch.cuda.Stream()
         self._pool = HostPool()
         self.last: weakref.ref[Ticket] | None = None
-        """What was parked last, as long as somebody wants it back."""
+        """The last ticket, as long as a backward holds it."""
         self._held: tuple[torch.cuda.Event, list[Tensor]] | None = None
 
     def put(self, tensors: Sequence[Tensor]) -> Ticket:
-        """Start the copies to the host; the tensors may be freed by their owner at once."""
+        """Queue the copies to the host; the caller may free the tensors at once."""
         hosts = [self._pool.take(tensor) for tensor in tensors]
         self._copy(hosts, tensors, torch.cuda.Event(), held=list(tensors))
         ticket = Ticket(hosts, tensors[0].device, self._pool)
@@ -92,7 +91,7 @@ class HostStash:
         return ticket
 
     def get(self, ticket: Ticket) -> list[Tensor]:
-        """Return the tensors on their device, and start the way back of those parked before."""
+        """Return the tensors on their device, and queue the copy back of the ticket before."""
         tensors = self._fetch(ticket)
         torch.cuda.current_stream().wait_event(ticket.arrived)
         if ticket.before is not None:
@@ -101,13 +100,13 @@ class HostStash:
         return tensors
 
     def begin(self, parked: weakref.ref[Ticket]) -> None:
-        """Start the way back of what `last` was."""
+        """Queue the copy back of a ticket, if it still exists."""
         ticket = parked()
         if ticket is not None:
             self._fetch(ticket)
 
     def _fetch(self, ticket: Ticket) -> list[Tensor]:
-        """Begin the way back if it has not begun."""
+        """Queue the copy back unless it is queued, and return the tensors."""
         if ticket.device_copies is None:
             device = ticket.device
             copies = [torch.empty(h.shape, dtype=h.dtype, device=device) for h in ticket.hosts]
@@ -123,7 +122,7 @@ class HostStash:
         *,
         held: list[Tensor],
     ) -> None:
-        """Queue the copies after all that the main stream has queued."""
+        """Queue the copies behind all work that the main stream has queued."""
         main = torch.cuda.current_stream()
         self._stream.wait_stream(main)
         with torch.cuda.stream(self._stream):

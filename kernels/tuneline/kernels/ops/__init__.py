@@ -1,1 +1,1 @@
-"""Ops: each file holds one equation, its Triton kernel and its plain-torch reference."""
+"""Ops: each file holds an equation, its Triton kernels and its plain-torch reference."""

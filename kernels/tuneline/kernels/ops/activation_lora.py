@@ -1,14 +1,14 @@
-"""The gated activation's backward in one pass with the LoRA gradients that read its outputs.
+"""The backward of the gated activation, fused with the LoRA gradients that read its outputs.
 
     h, de, dg                            as in gated_activation.py, from dh, e, g
     dA_down = G^T h             [r, F]   G = dY (s B_down)
-    dB_gate = de^T (X A_gate^T) [F, r]   without the adapter's scale, which `LoraGradients` puts on
+    dB_gate = de^T (X A_gate^T) [F, r]   without the adapter's scale, which `LoraGradients` applies
     dB_up   = dg^T (X A_up^T)   [F, r]
 
-Done apart, h is written and read again and d_gate_up read again: 2 of 7 passes over [T, F]. A
-program walks _ROWS tokens down a strip of columns and keeps the three sums in registers; its
-partial sums lie side by side in memory and are added by one more launch, without atomics, so that
-the same inputs give the same bits.
+Separate ops would write h, read it again and read d_gate_up again: 2 of 7 passes over [T, F]. Here
+a program goes through _ROWS tokens of a strip of columns and keeps the three sums in registers. The
+programs' partial sums lie side by side in memory and are added by one more launch. There are no
+atomics, so the same inputs give the same bits.
 
 Shapes: dh [T, F]; gate_up [T, 2 F], the gate first; G, XA [T, P] with the ranks side by side.
 """
@@ -32,7 +32,7 @@ from tuneline.kernels.ops.gated_activation import (
 from tuneline.kernels.ops.lora import LoraGroup, mm_wide
 
 MAX_RANK = 64
-"""Three sums of [columns, rank] float32 must fit the registers."""
+"""Largest rank of the fused kernel: three float32 sums [columns, rank] must fit in registers."""
 
 _ROWS = 1024
 _BLOCK_ROWS = 16
@@ -65,7 +65,7 @@ def _bwd_kernel(
         g = tl.load(g_ptr + row[:, None] * g_stride + col[None, :], mask, 0.0).to(tl.float32)
         sig, bend = _gate(e, GELU)
         act = e * sig
-        # Rounded as they are stored: the sums read what a GEMM would read.
+        # Rounded as they are stored, so that the sums read what a GEMM would read.
         h = (act * g).to(dh_ptr.dtype.element_ty)
         de = (dh * g * sig * (1.0 + bend)).to(dh_ptr.dtype.element_ty)
         dg = (dh * act).to(dh_ptr.dtype.element_ty)
@@ -92,7 +92,7 @@ def _bwd_kernel(
 
 @dataclass(frozen=True, slots=True)
 class ActivationGradients:
-    """d_gate_up [T, 2 F]; dA_down [r, F] or None; the blocks of dB, one for each linear."""
+    """d_gate_up [T, 2 F]; dA_down [r, F] or None; one block of dB per linear, or None."""
 
     d_gate_up: Tensor
     da_down: Tensor | None
@@ -110,7 +110,7 @@ def activation_lora_backward_reference(
     xa_TP: Tensor,
     inplace: bool = False,
 ) -> ActivationGradients:
-    """Compute `activation_lora_backward` one op at a time; `down` is not looked at."""
+    """Compute `activation_lora_backward` one op at a time; same arguments, `down` is not used."""
     d_gate_up, h_TF = gated_activation_backward(
         dh_TF, gate_up_TF, kind, inplace=inplace, need_h=g_TP is not None
     )
@@ -134,12 +134,12 @@ def activation_lora_backward(
     """Return the activation's gradients and the LoRA gradients along F, in float32.
 
     Args:
-        dh_TF: Gradient at down's input.
-        gate_up_TF: What the forward computed.
+        dh_TF: Gradient of h, the input of down_proj.
+        gate_up_TF: Gate and up [T, 2 F] of the forward.
         kind: The activation.
         down: The group that reads h.
-        gate_up: The group that wrote gate_up: one linear, or two of F outputs each.
-        g_TP: G of `down`, None without an adapter on it.
+        gate_up: The group that computes gate_up: one linear, or two of F outputs each.
+        g_TP: G of `down`; None if it has no adapter.
         xa_TP: X A^T of `gate_up`.
         inplace: Overwrite gate_up_TF with its gradient.
     """
@@ -153,7 +153,7 @@ def activation_lora_backward(
         )  # fmt: skip
     d_gate_up = gate_up_TF if inplace else torch.empty_like(gate_up_TF)
     e, g, de, dg = (x for pair in (gate_up_TF, d_gate_up) for x in pair.chunk(2, 1))
-    # A fused gate_up_proj has one adapter, and both halves read all of its columns.
+    # A fused gate_up_proj has one adapter, whose columns both halves read.
     gate_TP = xa_TP
     up_TP = xa_TP[:, ranks[0] :] if len(ranks) > 1 else xa_TP
     down_TP = dh_TF if g_TP is None else g_TP

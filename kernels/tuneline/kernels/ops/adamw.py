@@ -1,17 +1,16 @@
-"""AdamW over flat buffers, with the gradient-norm clip, in two launches a parameter group.
+"""AdamW over flat buffers, with the gradient-norm clip, in two launches per parameter group.
 
     coef = min(1, max_norm / (norm + 1e-6)),  norm = ||g|| over all groups;  g = coef g
     m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
     p = p (1 - lr weight_decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-Parameters and state of a group are slices of flat buffers, each padded to a multiple of 256
-elements; a step collects the gradients into another, which lives no longer. With state_bits=8, m
-and v are stored in blocks of 256 as bitsandbytes stores them: one byte an element, an index into
-its dynamic map of [-1, 1] or [0, 1], times the block's largest magnitude. One thing differs: a
-positive v never rounds to 0, because m may then still be above 0 and m / eps would throw the
-parameter far away.
+Parameters and state of a group are slices of flat buffers, each slice padded to a multiple of 256
+elements. A step collects the gradients into a temporary flat buffer. With state_bits=8, m and v are
+stored in blocks of 256 as bitsandbytes stores them: one byte per element, which is an index into
+its dynamic map of [-1, 1] or [0, 1], scaled by the block's largest magnitude. One thing differs: a
+positive v never rounds to 0, because m / eps would then move the parameter far away if m is not 0.
 
-Sums run in a fixed order: the same gradients give the same bits.
+Sums have a fixed order, so the same gradients give the same bits.
 """
 
 import dataclasses
@@ -60,7 +59,7 @@ def _scale_kernel(grad_ptr, partial_ptr, n, max_norm, PARTIALS: tl.constexpr, BL
 
 @triton.jit
 def _nearest(x, middles_ptr):
-    """Return how many of the 255 sorted middles lie below x: the index of the nearest level."""
+    """Return the index of the nearest level: the number of the 255 sorted middles below x."""
     index = tl.zeros_like(x).to(tl.int32)
     for bit in tl.static_range(8):
         below = tl.load(middles_ptr + index + ((128 >> bit) - 1)) < x
@@ -116,8 +115,8 @@ def _step_kernel(
 def dynamic_map(*, signed: bool) -> torch.Tensor:
     """Return the 256 sorted levels of the dynamic 8-bit type, float32.
 
-    Decade i of seven, ending at 10^(i - 6), holds 2^i levels a sign (2^(i + 1) when unsigned),
-    each in the middle of an equal share of it; 0 and 1 are added. bitsandbytes uses the same map.
+    Decade i of seven, ending at 10^(i - 6), is cut into 2^i equal parts per sign (2^(i + 1) if
+    unsigned), and the middle of each part is a level; 0 and 1 are added. This is bitsandbytes' map.
     """
     levels = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for i in range(7):
@@ -129,7 +128,7 @@ def dynamic_map(*, signed: bool) -> torch.Tensor:
 
 @dataclasses.dataclass
 class _EightBit:
-    """What 8-bit m and v mean: the largest magnitude of each block, and the levels."""
+    """Scales and levels of 8-bit m and v: the largest magnitude of each block, and the map."""
 
     m_absmax: torch.Tensor
     v_absmax: torch.Tensor
@@ -151,7 +150,7 @@ class _Flat:
 
     @classmethod
     def of(cls, params: list[torch.Tensor], state_bits: int) -> "_Flat":
-        """Lay the parameters out in one buffer and make them slices of it."""
+        """Copy the parameters into one buffer and make them slices of it."""
         starts, n = [], 0
         for param in params:
             starts.append(n)
@@ -159,7 +158,7 @@ class _Flat:
         device = params[0].device
         p = torch.zeros(n, device=device)
         if state_bits == 8:
-            m = torch.full((n,), 127, dtype=torch.uint8, device=device)  # the index of level 0
+            m = torch.full((n,), 127, dtype=torch.uint8, device=device)  # The index of level 0.
             v = torch.zeros(n, dtype=torch.uint8, device=device)
             m_absmax, v_absmax = torch.zeros(2, n // _QUANT_BLOCK, device=device)
             codes = [dynamic_map(signed=signed).to(device) for signed in (True, False)]
@@ -174,41 +173,41 @@ class _Flat:
         return flat
 
     def check_in_place(self, params: list[torch.Tensor]) -> None:
-        """Refuse a step of parameters that were moved out of the buffer.
+        """Raise RuntimeError if a parameter is no longer a slice of the buffer.
 
-        The first step looks at all of them, each later one at the next in turn: looking at the
-        448 of an 8B model's adapters takes 70 us, and who moves a model moves all of it.
+        The first step checks all parameters, each later step only the next one in turn: checking
+        the 448 tensors of an 8B model's adapters takes 70 us, and moving a model moves them all.
         """
         every = range(len(params))
         for i in every if self.num_steps == 0 else [self.num_steps % len(params)]:
             if params[i].data_ptr() != self.addresses[i]:
                 raise RuntimeError(
                     f"the parameter of shape {tuple(params[i].shape)} is no longer a slice of "
-                    "FlatAdamW's buffer: something moved the model (model.to, model.half, a "
-                    "trainer's placement) after the optimizer was made, and would never see its "
-                    "steps; make the optimizer after the last move"
+                    "FlatAdamW's buffer. The model was moved (model.to, model.half, a trainer's "
+                    "placement) after the optimizer was created, so steps would not change it. "
+                    "Create the optimizer after the last move"
                 )
         self.num_steps += 1
 
     def collect(self, params: list[torch.Tensor]) -> torch.Tensor:
-        """Return the gradients laid out as the parameters are, zeros for one without."""
+        """Return the gradients in the parameters' layout; a parameter without one gets zeros."""
         pieces: list[torch.Tensor] = []
         for param in params:
             grad = param.grad
             pieces.append(torch.zeros_like(param) if grad is None else grad)
-            if rest := -param.numel() % _QUANT_BLOCK:
-                pieces.append(param.new_zeros(rest))
+            if padding := -param.numel() % _QUANT_BLOCK:
+                pieces.append(param.new_zeros(padding))
         return _flatten_dense_tensors(pieces)
 
     def views(self, buffer: torch.Tensor, params: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the buffer's slices, one in the shape of each parameter."""
+        """Return the slices of the buffer in the shapes of the parameters."""
         return [
             buffer[start : start + p.numel()].view(p.shape)
             for start, p in zip(self.starts, params, strict=True)
         ]
 
     def state(self, params: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """Return the slices of the state, one dict a parameter."""
+        """Return the slices of the state as one dict per parameter."""
         named = {"exp_avg": self.views(self.m, params), "exp_avg_sq": self.views(self.v, params)}
         bits, absmaxes = self.eight_bit, {}
         if bits is not None:
@@ -223,7 +222,7 @@ class _Flat:
 
 
 def _partial_squares(grads: list[torch.Tensor]) -> torch.Tensor:
-    """Return partial sums of squares whose sum, in this order, is the squared norm."""
+    """Return partial sums of squares; their sum is the squared norm of all gradients."""
     groups = triton.next_power_of_2(len(grads))
     partial = torch.zeros(groups * _NORM_PROGRAMS, device=grads[0].device)
     for i, grad in enumerate(grads):
@@ -238,12 +237,17 @@ def _partial_squares(grads: list[torch.Tensor]) -> torch.Tensor:
 
 
 def clip_grad_norm_flat_(flat_grad: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """Scale a flat gradient [n] in place to a norm of at most `max_norm`; return the norm before.
+    """Scale a flat gradient [n] in place to a norm of at most `max_norm`.
 
-    Two launches, nothing waits for the device. The result is a 0-dimensional float32 tensor.
+    This takes two launches and does not wait for the device.
+
+    Returns:
+        The norm before the clip, a 0-dimensional float32 tensor.
     """
     if flat_grad.dim() != 1 or not flat_grad.is_contiguous():
-        raise ValueError(f"flat_grad {tuple(flat_grad.shape)}: must be contiguous, 1-dimensional")
+        raise ValueError(
+            f"flat_grad {tuple(flat_grad.shape)}: must be contiguous and 1-dimensional"
+        )
     partial = _partial_squares([flat_grad])
     norm = partial.sum().sqrt()
     if use_kernel(flat_grad):
@@ -270,7 +274,7 @@ def _any_gradient(params: list[torch.Tensor]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Collected:
-    """The gradients of all groups, None for one without any, and sums of their squares if asked."""
+    """The gradients of all groups (None for a group without any), and partial sums of squares."""
 
     grads: list[torch.Tensor | None]
     partial: torch.Tensor | None
@@ -278,7 +282,7 @@ class _Collected:
 
     @staticmethod
     def state_of(groups: list[list[torch.Tensor]]) -> tuple[tuple[int, int], ...]:
-        """Name the gradients as they are: who made or changed any made the first of its group."""
+        """Return a key of the gradients: the identity and version of each group's first one."""
         grads = [next((p.grad for p in params if p.grad is not None), None) for params in groups]
         return tuple((0, 0) if grad is None else (id(grad), grad._version) for grad in grads)
 
@@ -305,21 +309,21 @@ def _step_reference(
 
 
 class FlatAdamW(torch.optim.Optimizer):
-    """AdamW whose parameters become slices of one flat float32 buffer a group.
+    """AdamW whose parameters become slices of one flat float32 buffer per group.
 
-    Make it after the model is on its device and before DistributedDataParallel wraps it: it moves
-    each parameter's data into the flat buffer. A group in which no parameter has a gradient is
-    passed over, as torch's AdamW does; beside others that have one, a parameter without a gradient
-    is stepped with a gradient of zero.
+    Create it after the model is on its device and before DistributedDataParallel wraps the model,
+    because it moves each parameter's data into the flat buffer. A group in which no parameter has a
+    gradient is skipped, as torch's AdamW does. If only some parameters of a group have a gradient,
+    the others are updated with a gradient of zero.
 
     Args:
-        params: Float32 parameters of one device, or groups of them.
+        params: Float32 parameters on one device, or groups of them.
         lr: Learning rate.
-        betas: Decay of the mean and of the mean square.
-        eps: Added to the root.
-        weight_decay: Decoupled.
+        betas: Decay rates of the mean and of the mean square.
+        eps: Added to the root of the mean square.
+        weight_decay: Decoupled weight decay, as a multiple of the learning rate.
         state_bits: 32, or 8 for blockwise 8-bit state (a quarter of the memory).
-        max_grad_norm: Clip inside the step; None leaves the gradients as they are.
+        max_grad_norm: Norm to which the step clips the gradients; None does not clip.
     """
 
     def __init__(
@@ -342,13 +346,13 @@ class FlatAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group and flatten it."""
+        """Add a parameter group and move its parameters into a flat buffer."""
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
         kinds = {(p.dtype, p.device) for p in params}
         if len(kinds) != 1 or params[0].dtype != torch.float32:
             raise ValueError(
-                "a group's parameters must be float32 on one device, these are "
+                "the parameters of a group must be float32 on one device, but these are "
                 f"{sorted(map(str, kinds))}; PEFT keeps LoRA in float32 by default "
                 "(autocast_adapter_dtype)"
             )
@@ -358,9 +362,9 @@ class FlatAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def grad_norm(self) -> torch.Tensor:
-        """Return the norm of all gradients before the clip, on the device.
+        """Return the norm of all gradients before the clip, as a tensor on the device.
 
-        For a loop that looks at the norm before it steps: a step of the same gradients does not
+        The gradients collected here are kept, so the next step with the same gradients does not
         collect them again.
         """
         self._collected = self._collect(with_norm=True)
@@ -375,11 +379,11 @@ class FlatAdamW(torch.optim.Optimizer):
             flat.collect(params) if _any_gradient(params) else None
             for params, flat in zip(groups, self._flats, strict=True)
         ]
-        there = [grad for grad in grads if grad is not None]
-        partial = _partial_squares(there) if there and with_norm else None
+        present = [grad for grad in grads if grad is not None]
+        partial = _partial_squares(present) if present and with_norm else None
         return _Collected(grads, partial, _Collected.state_of(groups))
 
-    # torch's stub promises a float; its own optimizers return what the closure does, as this one.
+    # torch's stub promises a float, but its own optimizers return the closure's result too.
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, closure: Callable[[], torch.Tensor] | None = None
@@ -387,7 +391,7 @@ class FlatAdamW(torch.optim.Optimizer):
         """Clip and update all parameters.
 
         Raises:
-            RuntimeError: The model was moved since the optimizer was made.
+            RuntimeError: The model was moved after the optimizer was created.
         """
         loss = None
         if closure is not None:
@@ -442,15 +446,20 @@ class FlatAdamW(torch.optim.Optimizer):
         )  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of the same `state_bits` into the flat buffers."""
+        """Load a state of the same `state_bits` into the flat buffers.
+
+        Raises:
+            ValueError: The state was saved with other `state_bits`.
+        """
         super().load_state_dict(state_dict)
         for group, flat in zip(self.param_groups, self._flats, strict=True):
             for p, views in zip(group["params"], flat.state(group["params"]), strict=True):
                 loaded = self.state[p]
                 if set(loaded) != set(views):
                     raise ValueError(
-                        f"the state holds {sorted(loaded)}, state_bits={self.state_bits} needs "
-                        f"{sorted(views)}: make the optimizer with the state_bits it was saved with"
+                        f"the state holds {sorted(loaded)}, but state_bits={self.state_bits} "
+                        f"needs {sorted(views)}: create the optimizer with the state_bits that "
+                        "the state was saved with"
                     )
                 for name, view in views.items():
                     view.copy_(loaded[name])

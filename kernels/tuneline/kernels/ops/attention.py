@@ -1,21 +1,21 @@
-"""Causal attention over dense batches and packed rows: which backend runs, forward and backward.
+"""Causal attention over dense batches and packed rows, on the fastest backend for each case.
 
     s_ij = scale q_i . k_j;  s = cap tanh(s / cap) with a softcap
-    p_i  = softmax over j <= i, i - j < window, j in i's own sequence;  o_i = sum_j p_ij v_j
+    p_i  = softmax over j <= i, i - j < window, j in i's sequence;  o_i = sum_j p_ij v_j
 
-Backends, picked from what is asked (ms on an H100, forward / backward: 4 rows of 2048, and 8192
-tokens of GSM8K's lengths packed; 32 + 8 heads of 128; benchmarks/attention.py):
+Backends (ms on an H100, forward / backward; left for 4 rows of 2048 tokens, right for 8192 tokens
+packed from rows with GSM8K's lengths; 32 + 8 heads of 128; benchmarks/attention.py):
 
     cudnn       dense, no window, heads of 64 or 128      0.30 / 0.96     -
                 (96 and 256 too on Hopper)
-    own         flash.py: packed, or a window, or a       0.60 / 1.52     0.13 / 0.39
-                softcap, which no library's backward has
-    flash       aten's: the same for heads over 128       0.53 / 1.7      0.30 / 0.78
-                without a softcap
+    own         flash.py: packed, a window, or a softcap  0.60 / 1.52     0.13 / 0.39
+                (no library's backward has a softcap)
+    flash       aten's: heads over 128, packed or with    0.53 / 1.7      0.30 / 0.78
+                a window, without a softcap
     reference   CPU, float32, float64
 
-The aten ops are called directly: the layer's backward is written by hand, and torch's public
-varlen function has neither GQA nor a window in 2.11. GQA is native in all (no repeated keys).
+The aten ops are called directly, because the layer's backward is written by hand and torch's public
+varlen function has neither GQA nor a window in 2.11. No backend repeats keys for GQA.
 
 Shapes: B batch, T tokens of one row, H query heads, G key/value heads, D head size. Packed rows
 have B = 1.
@@ -34,12 +34,12 @@ from tuneline.kernels.ops.flash import flash_backward, flash_forward
 CUDNN_HEAD_DIMS = (64, 128)
 CUDNN_HOPPER_HEAD_DIMS = (64, 96, 128, 256)
 OWN_MAX_HEAD_DIM = 128
-"""Wider heads fill the registers: there the library is faster, unless it lacks what is asked."""
+"""Widest head for flash.py: wider heads fill the registers, and aten is faster where it can run."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """Who sees whom in one forward: whole rows, or the sequences packed into one row."""
+    """The sequences of one forward: whole rows, or the sequences packed into one row."""
 
     sequence_lengths: tuple[int, ...] | None = None
     cu_seqlens: Tensor | None = None
@@ -53,13 +53,13 @@ class AttentionPlan:
         return cls(sequence_lengths=lengths, cu_seqlens=cu_seqlens)
 
     def longest(self, row_length: int) -> int:
-        """Length of the longest sequence."""
+        """Return the length of the longest sequence; `row_length` if nothing is packed."""
         return row_length if self.sequence_lengths is None else max(self.sequence_lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
-    """What a layer's attention computes; `window` counts the token itself."""
+    """Sizes and options of a layer's attention; `window` counts the token itself."""
 
     num_heads: int
     num_kv_heads: int
@@ -78,17 +78,23 @@ def attention_forward(
     *,
     out: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Write the output into `out` [B, T, H, D], heads side by side; return what the backward needs.
+    """Write the attention's output into `out`; return the tensors that the backward needs.
 
-    `out` may be a slice of wider rows; the libraries' ops give an output of their own, which is
-    copied there.
+    Args:
+        q_BTHD: Queries.
+        k_BTGD: Keys.
+        v_BTGD: Values.
+        plan: The sequences of this forward.
+        config: Sizes and options of the layer's attention.
+        out: Where the output is written, [B, T, H, D] with the heads side by side; may be a slice
+            of wider rows. The libraries' ops allocate their output, which is then copied.
     """
     backend = _backend(q_BTHD, plan, config)
     if backend == "reference":
         out.copy_(attention_reference(q_BTHD, k_BTGD, v_BTGD, plan, config))
         return ()
     if backend == "cudnn":
-        found, lse, _, _, _, _, seed, offset, _ = (
+        output, lse, _, _, _, _, seed, offset, _ = (
             torch.ops.aten._scaled_dot_product_cudnn_attention.default(
                 q_BTHD.transpose(1, 2),
                 k_BTGD.transpose(1, 2),
@@ -101,7 +107,7 @@ def attention_forward(
                 scale=config.scale,
             )
         )
-        _copy_heads(found.transpose(1, 2), out)
+        _copy_heads(output.transpose(1, 2), out)
         return lse, seed, offset
     longest = plan.longest(q_BTHD.shape[1])
     if backend == "own":
@@ -113,7 +119,7 @@ def attention_forward(
         )  # fmt: skip
         return lse, cu_seqlens
     q, k, v = _varlen(plan, q_BTHD, k_BTGD, v_BTGD)
-    found, lse, state, unused, _ = torch.ops.aten._flash_attention_forward.default(
+    output, lse, state, unused, _ = torch.ops.aten._flash_attention_forward.default(
         q,
         k,
         v,
@@ -127,7 +133,7 @@ def attention_forward(
         scale=config.scale,
         **_window_arguments(longest, config),
     )
-    _copy_heads(found.view(q_BTHD.shape), out)
+    _copy_heads(output.view(q_BTHD.shape), out)
     return lse, state, unused
 
 
@@ -143,9 +149,21 @@ def attention_backward(
     *,
     out: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Write dv into the last of `out`; return dq and dk, in the first two of them or elsewhere.
+    """Write dv into the last tensor of `out`; return dq and dk.
 
-    What comes next is rope's backward, which reads them anywhere and writes them to their place.
+    dq and dk may be the first two tensors of `out` or new ones: rope's backward, which runs next,
+    reads them from either and writes its results into `out`.
+
+    Args:
+        dout_BTHD: Gradient of the output.
+        q_BTHD: Queries.
+        k_BTGD: Keys.
+        v_BTGD: Values.
+        out_BTHD: Output of the forward.
+        saved: Result of `attention_forward`.
+        plan: The sequences of this forward.
+        config: Sizes and options of the layer's attention.
+        out: Where dq, dk and dv may be written, in the shapes of q, k and v.
     """
     dv_out = out[2]
     backend = _backend(q_BTHD, plan, config)
@@ -222,7 +240,18 @@ def _copy_heads(heads_BTHD: Tensor, out_BTHD: Tensor) -> None:
 def attention_reference(
     q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, plan: AttentionPlan, config: AttentionConfig
 ) -> Tensor:
-    """Compute the module's equation one sequence at a time, [B, T, H, D]."""
+    """Compute the module's equation in plain torch, one sequence at a time.
+
+    Args:
+        q_BTHD: Queries.
+        k_BTGD: Keys.
+        v_BTGD: Values.
+        plan: The sequences of this forward.
+        config: Sizes and options of the layer's attention.
+
+    Returns:
+        The output [B, T, H, D].
+    """
     lengths = plan.sequence_lengths or (q_BTHD.shape[1],)
     sequences = zip(*(t.split(lengths, 1) for t in (q_BTHD, k_BTGD, v_BTGD)), strict=True)
     return torch.cat([_one_sequence(q, k, v, config) for q, k, v in sequences], 1)
@@ -260,7 +289,7 @@ def _backend(q_BTHD: Tensor, plan: AttentionPlan, config: AttentionConfig) -> st
 
 
 def _cu_seqlens(plan: AttentionPlan, q_BTHD: Tensor) -> Tensor:
-    """Return the sequences' bounds among all tokens; a dense batch's rows are its sequences."""
+    """Return the bounds of the sequences in all tokens; the rows of a dense batch are sequences."""
     if plan.cu_seqlens is not None:
         return plan.cu_seqlens
     batch, length = q_BTHD.shape[:2]
@@ -274,7 +303,7 @@ def _varlen(plan: AttentionPlan, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _window_arguments(longest: int, config: AttentionConfig) -> dict[str, int]:
-    """Flash counts the window without the token itself; none is given where it hides nothing."""
+    """Return flash's window, which excludes the token itself; empty if it hides no key."""
     if config.window is None or config.window >= longest:
         return {}
     return {"window_size_left": config.window - 1, "window_size_right": 0}

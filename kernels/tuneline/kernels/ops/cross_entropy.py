@@ -1,15 +1,15 @@
-"""Cross entropy and token log-probabilities through the head, never holding all the logits.
+"""Cross entropy and token log-probabilities of the head, without holding all logits at once.
 
     z = softcap * tanh(hidden W^T / softcap)    (z = hidden W^T without softcap)
     logp[t] = z[t, y] - logsumexp(z[t]),  y = labels[t];  0 where labels[t] is ignore_index
     d logp[t] / d hidden[t] = ((onehot(y) - softmax(z[t])) * (1 - tanh^2)) W
 
-Row t of the hidden gradient depends on the upstream gradient only through the factor g[t], so the
-forward makes d logp / d hidden chunk by chunk while the logits are there, and the backward is one
-multiplication; the same serves the loss (g[t] = -1 / num_items) and DPO (any g). Nothing here
-waits for the device.
+Row t of the hidden gradient depends on the upstream gradient only through the factor g[t]. The
+forward therefore computes d logp / d hidden chunk by chunk while the logits exist, and the backward
+is one multiplication. This serves both the loss (g[t] = -1 / num_items) and DPO (any g). Nothing
+here waits for the device.
 
-Shapes: hidden [..., K], weight [V, K], labels [...]; T tokens in all, C of them a chunk.
+Shapes: hidden [..., K], weight [V, K], labels [...]; T tokens in total, C tokens per chunk.
 """
 
 import torch
@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from tuneline.kernels.ops._dispatch import rows, use_kernel
 
 _CHUNK_BYTES = 256 * 2**20
-"""Logits held at once: 1024 tokens of Llama 3's vocabulary in bfloat16, enough to fill a GEMM."""
+"""Size of the logits held at once: 1024 tokens of Llama 3's vocabulary in bfloat16, which is enough
+to fill a GEMM."""
 _BLOCK = 8192
 _NUM_WARPS = 16
 
@@ -30,7 +31,7 @@ def _log_probs_kernel(
     logits_ptr, labels_ptr, logp_ptr, logits_stride, V, ignore_index, softcap,
     CAPPED: tl.constexpr, NEED_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write logp of one row, and d logp / d logits over the logits themselves."""
+    """Write logp of one row, and overwrite its logits with d logp / d logits."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     label = tl.load(labels_ptr + row)
@@ -53,14 +54,14 @@ def _log_probs_kernel(
             total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
             top = new_top
         lse = top + tl.log(tl.sum(total, axis=0))
-        # A label outside the vocabulary gives NaN, which is seen, and reads nothing.
+        # A label outside the vocabulary gives NaN, which is noticed, and reads no memory.
         known = (label >= 0) & (label < V)
         target = tl.load(logits_ptr + label, mask=known, other=float("nan")).to(tl.float32)
         if CAPPED:
             target = softcap * (2.0 * tl.sigmoid(2.0 * target / softcap) - 1.0)
         tl.store(logp_ptr + row, target - lse)
         if NEED_GRAD:
-            # Every read of the target's logit is over before it is overwritten.
+            # All threads have read the target's logit before it is overwritten.
             tl.debug_barrier()
             for start in range(0, V, BLOCK):
                 mask = start + cols < V
@@ -82,7 +83,7 @@ def _log_probs_(
     softcap: float | None,
     need_grad: bool,
 ) -> torch.Tensor:
-    """Return logp [C]; with `need_grad`, overwrite the logits with d logp / d logits."""
+    """Return logp [C]; with `need_grad`, also overwrite the logits with d logp / d logits."""
     C, V = logits_CV.shape
     wide = torch.promote_types(logits_CV.dtype, torch.float32)
     if use_kernel(logits_CV):
@@ -102,7 +103,7 @@ def _log_probs_(
 
 
 class TokenLogProbsFunction(torch.autograd.Function):
-    """Return logp [T] of a frozen head, and keep d logp / d hidden [T, K] for the backward."""
+    """Autograd function for a frozen head: logp [T], with d logp / d hidden [T, K] saved."""
 
     @staticmethod
     def forward(ctx, hidden_TK, weight, labels_T, ignore_index, softcap, chunk_tokens, need_grad):  # noqa: D102
@@ -130,7 +131,7 @@ class TokenLogProbsFunction(torch.autograd.Function):
 
 
 class _SelectFunction(torch.autograd.Function):
-    """Return the rows hidden[index], each index once: the backward only has to place them."""
+    """Autograd function of hidden[index] for distinct indices, so the backward sums nothing."""
 
     @staticmethod
     def forward(ctx, hidden_TK, index_N):  # noqa: D102
@@ -164,7 +165,7 @@ def token_log_probs_reference(
     ignore_index: int = -100,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Compute `token_log_probs` in plain torch, all logits at once."""
+    """Compute `token_log_probs` in plain torch; same arguments, but no chunks."""
     return _log_probs_reference(hidden @ weight.T, labels, ignore_index, softcap)
 
 
@@ -177,7 +178,7 @@ def linear_cross_entropy_reference(
     softcap: float | None = None,
     num_items: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute `linear_cross_entropy` in plain torch, all logits at once."""
+    """Compute `linear_cross_entropy` in plain torch; same arguments, but no chunks."""
     logp = token_log_probs_reference(
         hidden, weight, labels, ignore_index=ignore_index, softcap=softcap
     )
@@ -195,15 +196,15 @@ def token_log_probs(
     softcap: float | None = None,
     chunk_tokens: int | None = None,
 ) -> torch.Tensor:
-    """Return log p(labels[t] | hidden[t]), shape of labels; differentiable in hidden and weight.
+    """Return log p(labels[t] | hidden[t]) in the shape of labels.
 
     Args:
-        hidden: [..., K]; position t predicts labels[t], so shift before.
-        weight: The head [V, K]. A trained head costs a second pass over the logits.
-        labels: int64 [...]; one outside the vocabulary gives NaN.
-        ignore_index: Label of positions that get 0 and no gradient.
-        softcap: Gemma's final_logit_softcapping.
-        chunk_tokens: Tokens whose logits are held at once; by default 256 MiB of logits.
+        hidden: [..., K], differentiable. Position t predicts labels[t]: shift the labels before.
+        weight: The head [V, K], differentiable. A trained head costs a second pass over the logits.
+        labels: int64 [...]; a label outside the vocabulary gives NaN.
+        ignore_index: Label of the positions whose result is 0 and which get no gradient.
+        softcap: Cap of the logits (Gemma's final_logit_softcapping); None for no cap.
+        chunk_tokens: Tokens whose logits are held at once; None takes 256 MiB of logits.
     """
     hidden_TK = rows(hidden).to(weight.dtype)
     labels_T = labels.reshape(-1).contiguous()
@@ -211,8 +212,8 @@ def token_log_probs(
         row_bytes = weight.shape[0] * weight.element_size()
         chunk_tokens = max(_CHUNK_BYTES // row_bytes // 128 * 128, 128)
     if torch.is_grad_enabled() and weight.requires_grad:
-        # The head's gradient mixes all tokens, each with its own upstream factor, unknown in the
-        # forward: torch recomputes each chunk in the backward.
+        # The head's gradient sums over tokens with upstream factors that the forward does not know,
+        # so torch recomputes each chunk in the backward.
         chunks = zip(hidden_TK.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True)
         logp = [
             checkpoint(
@@ -240,16 +241,23 @@ def linear_cross_entropy(
     num_labels: int | None = None,
     chunk_tokens: int | None = None,
 ) -> torch.Tensor:
-    """Return the summed cross entropy over `num_items`; arguments as in `token_log_probs`.
+    """Return the sum of the labels' cross entropy divided by `num_items`.
 
-    `num_items` defaults to the number of labels that are not `ignore_index`, at least 1: a batch
-    without labels costs 0 where torch's mean is NaN. `num_labels` is that number where the caller
-    knows it: the head is then computed for those tokens alone. (To ask the labels for it would be
-    to wait for the device.)
+    Args:
+        hidden: [..., K], differentiable. Position t predicts labels[t]: shift the labels before.
+        weight: The head [V, K], differentiable. A trained head costs a second pass over the logits.
+        labels: int64 [...]; a label outside the vocabulary gives NaN.
+        ignore_index: Label of the positions that do not count.
+        softcap: Cap of the logits (Gemma's final_logit_softcapping); None for no cap.
+        num_items: Divisor of the sum. None takes the number of labels that count, at least 1: the
+            loss of a batch without labels is 0, where torch's mean is NaN.
+        num_labels: Number of labels that count, if the caller knows it. The head is then computed
+            for those tokens alone. Counting the labels here would wait for the device.
+        chunk_tokens: Tokens whose logits are held at once; None takes 256 MiB of logits.
     """
     if num_labels is not None and num_labels < labels.numel():
         labels_T = labels.reshape(-1)
-        # Their places in order, without a wait: the others are sorted behind them.
+        # A stable sort puts the labels that count first, in order, without waiting for the device.
         ignored = (labels_T == ignore_index).to(torch.uint8)
         index = torch.sort(ignored, stable=True).indices[:num_labels]
         hidden, labels = _SelectFunction.apply(rows(hidden), index), labels_T[index]

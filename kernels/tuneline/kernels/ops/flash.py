@@ -1,4 +1,4 @@
-"""Flash attention for packed rows, windows, and the softcap that no library's backward has.
+"""Flash attention for packed rows, windows and softcaps (no library has a softcap's backward).
 
     s_ij = scale q_i . k_j;  c_ij = cap tanh(s_ij / cap) with a softcap, else s_ij
     p_ij = exp(c_ij - lse_i) over j <= i, i - j < window, j in i's sequence;  o_i = sum_j p_ij v_j
@@ -7,15 +7,15 @@
     dc_ij = p_ij (do_i . v_j - delta_i);  ds_ij = dc_ij (1 - (c_ij / cap)^2)
     dq_i = scale sum_j ds_ij k_j;  dk_j = scale sum_i ds_ij q_i;  dv_j = sum_i p_ij do_i
 
-Scores never leave the chip. A tile's rows are PACK query heads of one key head, each with the same
-few queries: they share its keys, and the diagonal cuts finer, which short sequences are all about
-(217 tokens and 4 heads a key head: 1.5 times fewer tiles). One program owns a block of queries
-(forward, dq) or of keys (dk, dv, over all query heads that share them), so nothing is added
-atomically and the same inputs give the same bits. Blocks that the mask hides whole are not visited.
-attention.py holds the reference.
+Scores never leave the chip. The rows of a tile are a few queries in each of PACK query heads that
+share one key head. They share its keys, and a tile spans fewer queries, so the causal diagonal cuts
+off more tiles, which matters for short sequences (1.5 times fewer tiles for 217 tokens and 4 query
+heads per key head). One program computes a block of queries (forward, dq) or a block of keys (dk,
+dv, over all query heads that share them). Nothing is added atomically, so the same inputs give the
+same bits. Blocks that the mask hides completely are skipped. The reference is in attention.py.
 
-Shapes: T tokens of all sequences, one behind the other; q, o [T, H, D]; k, v [T, G, D] with
-H / G query heads a key head; cu_seqlens [S + 1] int32; lse, delta [H, T] float32.
+Shapes: T tokens of all sequences, laid end to end; q, o [T, H, D]; k, v [T, G, D] with H / G query
+heads per key head; cu_seqlens [S + 1] int32; lse, delta [H, T] float32.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from torch import Tensor
 _LOG2E = tl.constexpr(1.4426950408889634)
 _HIDDEN = tl.constexpr(-1e30)
 _MIN_QUERIES = 16
-"""Fewer queries a tile would visit keys once more for nothing."""
+"""Least number of queries per tile; with fewer, keys would be read more often without a gain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Rows (heads times queries) and keys of a tile, and its warps."""
+    """Rows (heads times queries) and keys of a tile, its warps and its pipeline stages."""
 
     rows: int
     keys: int
@@ -43,8 +43,8 @@ class Blocks:
     num_stages: int
 
 
-# Of 14 the fastest on an H100 (benchmarks/attention.py --sweep), heads of 128 on rows packed with
-# lengths of GSM8K; forward 128 x 32 takes 6 % less there, and spills on Ampere.
+# The fastest of 14 shapes on an H100 (benchmarks/attention.py --sweep) for heads of 128 and rows
+# with GSM8K's lengths, packed. A forward of 128 x 32 takes 6 % less there but spills on Ampere.
 def _forward_blocks(head_dim: int) -> Blocks:
     return Blocks(128, 64, 8, 2) if head_dim > 128 else Blocks(64, 32, 4, 2)
 
@@ -61,7 +61,7 @@ def _dkdv_blocks(head_dim: int) -> Blocks:
 def _cap_scores(s, cap, CAPPED: tl.constexpr):
     """Return c and dc/ds."""
     if CAPPED:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1): right at both infinities.
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is exact at both infinities.
         t = 1.0 - 2.0 / (tl.exp2(s * (2.0 * _LOG2E / cap)) + 1.0)
         c = cap * t
         slope = 1.0 - t * t
@@ -90,7 +90,7 @@ def _fwd_kernel(
     kv_head = head // SHARED
     begin = tl.load(cu_seqlens_ptr + sequence)
     length = tl.load(cu_seqlens_ptr + sequence + 1) - begin
-    # The longest rows first: the short ones fill the last wave's holes.
+    # Blocks with the most keys start first; short blocks then fill the last wave.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * (ROWS // PACK)
     if first >= length:
         return
@@ -127,7 +127,7 @@ def _fwd_kernel(
     o = o / total[:, None]
     out = o_ptr + rows * o_stride + head[:, None] * o_head + col[None, :]
     tl.store(out, o.to(o_ptr.dtype.element_ty), inside)
-    # Base 2: the backward takes exp2 too.
+    # Base 2, because the backward uses exp2 as well.
     tl.store(lse_ptr + head * T + begin + query, top + tl.log2(total), query < length)
 
 
@@ -139,7 +139,7 @@ def _dq_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr,
     CAPPED: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq, and delta for the kernel that comes after."""
+    """Compute dq, and delta for `_dkdv_kernel`, which runs next."""
     sequence, head = tl.program_id(2), tl.program_id(1) * PACK
     kv_head = head // SHARED
     begin = tl.load(cu_seqlens_ptr + sequence)
@@ -188,7 +188,7 @@ def _dkdv_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr,
     CAPPED: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv; scores stand transposed, keys first, as both sums want them."""
+    """Compute dk and dv; scores are transposed (keys first), as both sums need them."""
     sequence, kv_head = tl.program_id(2), tl.program_id(1)
     begin = tl.load(cu_seqlens_ptr + sequence)
     length = tl.load(cu_seqlens_ptr + sequence + 1) - begin
@@ -234,7 +234,7 @@ def _dkdv_kernel(
 
 
 def _pack(shared: int, blocks: Blocks) -> int:
-    """Return the most heads that fill a tile: a power of two that divides `shared`."""
+    """Return heads per tile: the largest power of two that divides `shared` and fits."""
     return min(shared & -shared, blocks.rows // _MIN_QUERIES)
 
 
@@ -273,10 +273,18 @@ def flash_forward(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Write o into `out` [T, H, D], return lse [H, T] (base 2).
+    """Write o into `out` and return lse [H, T] in base 2.
 
-    Unit stride along D, any other strides. `window` counts the token itself; `longest` is the
-    longest sequence's length, or more.
+    Args:
+        q_THD: Queries; unit stride along D, any other strides. The same holds for k, v and `out`.
+        k_TGD: Keys.
+        v_TGD: Values.
+        cu_seqlens: Bounds of the S sequences, int32 [S + 1].
+        longest: Length of the longest sequence, or more.
+        out: Where o is written, [T, H, D].
+        scale: Factor of the scores.
+        window: Number of tokens that a query sees, itself included; None for all.
+        softcap: Cap of the scores; None for no cap.
     """
     T, H, D = q_THD.shape
     lse_HT = torch.empty(H, T, dtype=torch.float32, device=q_THD.device)
@@ -306,7 +314,22 @@ def flash_backward(
     window: int | None = None,
     softcap: float | None = None,
 ) -> None:
-    """Write dq, dk, dv into `out`, in the shapes of q, k, v and of strides as they like."""
+    """Write dq, dk and dv into `out`.
+
+    Args:
+        do_THD: Gradient of o. All tensors [T, ., D] have unit stride along D, any other strides.
+        q_THD: Queries.
+        k_TGD: Keys.
+        v_TGD: Values.
+        o_THD: Output of the forward.
+        lse_HT: Result of `flash_forward`.
+        cu_seqlens: Bounds of the S sequences, int32 [S + 1].
+        longest: Length of the longest sequence, or more.
+        out: Where dq, dk and dv are written, in the shapes of q, k and v.
+        scale: Factor of the scores.
+        window: Number of tokens that a query sees, itself included; None for all.
+        softcap: Cap of the scores; None for no cap.
+    """
     T, H, D = q_THD.shape
     dq, dk, dv = out
     delta_HT = torch.empty_like(lse_HT)

@@ -1,16 +1,16 @@
-"""Rows in 8-bit floats (e4m3) for Hopper's fp8 GEMM: activations, and NF4 weights both ways round.
+"""Rows in 8-bit floats (e4m3) for Hopper's fp8 GEMM: activations, NF4 weights and their transpose.
 
     s_t = max_k |x_tk| / 448;  x8_tk = round(x_tk / s_t)               quantize_rows
-    W8[n, k] = round(w[n, k] / s_n)                                    the forward's operand
-    V8[k, n] = round(w[n, k] / s_k), written transposed                the input gradient's
+    W8[n, k] = round(w[n, k] / s_n)                                    operand of the forward
+    V8[k, n] = round(w[n, k] / s_k), written transposed                operand of the input gradient
     Y = (x8 W8^T) s_t s_n                                              scaled_mm
 
-w is the dequantised NF4 weight in float32, never rounded to bf16 on the way. Its scales are given:
-an NF4 block holds its own largest weight exactly, so the largest of a weight is that of its
+w is the dequantised NF4 weight in float32; it is not rounded to bf16 in between. Its scales are
+arguments: an NF4 block represents its largest weight exactly, so the largest weight is the largest
 absmax, and no pass over the weights is needed. fp8 GEMMs take both operands with the summed
-dimension last, hence the transposed copy.
+dimension last, which is why the transposed copy exists.
 
-Shapes: x [T, K]; W [N, K]; scales float32, one a row.
+Shapes: x [T, K]; W [N, K]; scales float32, one per row.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from torch import Tensor
 from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4_reference, load_absmax
 
 LARGEST = 448.0
-"""The largest e4m3."""
+"""The largest e4m3 number."""
 SMALLEST_ROW = 1e-12
-"""Rows of zeros get this maximum, to divide by; the kernel has both numbers as literals."""
+"""Least maximum of a row, so that rows of zeros can be divided by it. The kernel has LARGEST and
+SMALLEST_ROW as literals."""
 
 _WORDS = 512
 _TILE_ROWS = 64
@@ -102,7 +103,7 @@ def _transposed_kernel(
 
 
 def quantize_rows_reference(x_TK: Tensor, *, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compute `quantize_rows` in plain torch."""
+    """Compute `quantize_rows` in plain torch; same arguments, without side and `out`."""
     wide = x_TK.float()
     largest = wide.abs().amax(1).clamp_min(SMALLEST_ROW)
     if floor is not None:
@@ -117,13 +118,13 @@ def quantize_rows(
     floor: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (x8 [T, K + P], scale [T]); any strides.
+    """Return (x8 [T, K + P], scale [T]).
 
     Args:
-        x_TK: Values.
-        side_TP: More columns of the same rows, unit stride along P, a power of two.
-        floor: A number on the device that a row's largest is at least taken for.
-        out: Where to write x8, unit stride along K.
+        x_TK: Values, of any strides.
+        side_TP: More columns of the same rows; P is a power of two with unit stride.
+        floor: Scalar tensor on the device: the least maximum that a row is scaled by.
+        out: Where x8 is written, with unit stride along its columns.
     """
     if not x_TK.is_cuda:
         whole = x_TK if side_TP is None else torch.cat([x_TK, side_TP], 1)
@@ -145,7 +146,14 @@ def quantize_rows(
 
 
 def nf4_to_fp8(weight: NF4Weight, scale: Tensor, *, out: Tensor, transposed: bool = False) -> None:
-    """Write the weight divided by `scale` into `out`: [N, K] and [N], transposed [K, N] and [K]."""
+    """Write a weight, divided by its scales, as e4m3.
+
+    Args:
+        weight: NF4 weight [N, K].
+        scale: Divisor per row of the result: float32 [N], or [K] if transposed.
+        out: Where the result is written: [N, K], or [K, N] if transposed.
+        transposed: Write the transpose.
+    """
     N, K = weight.shape
     if not out.is_cuda:
         wide = dequantize_nf4_reference(dataclasses.replace(weight, dtype=torch.float32))
@@ -176,7 +184,16 @@ def scaled_mm(
     x8_TK: Tensor, x_scale_T: Tensor, w8_NK: Tensor, w_scale_N: Tensor,
     *, dtype: torch.dtype, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return (x8 W8^T) with both rows' scales, [T, N]; sums in float32."""
+    """Return (x8 W8^T) times the scales of both operands' rows, [T, N]; sums are in float32.
+
+    Args:
+        x8_TK: Rows in e4m3.
+        x_scale_T: Scale per row of x8, float32.
+        w8_NK: Weight in e4m3.
+        w_scale_N: Scale per row of w8, float32.
+        dtype: Dtype of the result.
+        out: Where the result is written.
+    """
     if not x8_TK.is_cuda:
         y = (x8_TK.float() * x_scale_T[:, None]) @ (w8_NK.float() * w_scale_N[:, None]).t()
         return y.to(dtype) if out is None else out.copy_(y)
@@ -189,5 +206,5 @@ def scaled_mm(
 
 
 def largest_weight(weights: list[NF4Weight]) -> Tensor:
-    """Return max |w| over the weights, float32 on their device: the largest absmax."""
+    """Return max |w| of the weights, a float32 scalar on their device: it is the largest absmax."""
     return torch.stack([weight.block_absmax().max() for weight in weights]).max()

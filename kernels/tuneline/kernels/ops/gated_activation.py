@@ -9,7 +9,7 @@ Both activations are the gate times a sigmoid, so one kernel serves both:
     silu:      z = e,                             z' = 1
     gelu_tanh: z = 2 c (e + 0.044715 e^3),        z' = 2 c (1 + 0.134145 e^2),   c = sqrt(2 / pi)
 
-because 0.5 (1 + tanh(u)) = sigmoid(2 u). All in float32, rounded once.
+because 0.5 (1 + tanh(u)) = sigmoid(2 u). Everything is computed in float32 and rounded once.
 
 Shapes: gate_up [..., 2 F] with the gate e first, or a pair (e, g) of [..., F]; h [..., F].
 """
@@ -74,7 +74,7 @@ def _bwd_kernel(
     sig, bend = _gate(e, GELU)
     act = e * sig
     de = dh * g * sig * (1.0 + bend)
-    # In place, de and dg lie over e and g: both are in registers by now.
+    # In place, de and dg overwrite e and g, which are in registers by now.
     tl.store(de_ptr + row * de_stride + cols, de.to(de_ptr.dtype.element_ty), mask=mask)
     tl.store(dg_ptr + row * dg_stride + cols, (dh * act).to(dg_ptr.dtype.element_ty), mask=mask)
     if NEED_H:
@@ -118,10 +118,18 @@ def gated_activation_forward(
 def gated_activation_backward(
     dh: torch.Tensor, gate_up: GateUp, kind: Kind, *, inplace: bool = False, need_h: bool = True
 ) -> tuple[GateUp, torch.Tensor | None]:
-    """Return (d_gate_up, h recomputed or None).
+    """Return (d_gate_up, recomputed h or None).
 
-    `inplace` overwrites gate_up with d_gate_up, for a caller that owns it and reads it no more;
-    it must then be one tensor whose rows are views of it, such as a contiguous one.
+    Args:
+        dh: Gradient of h [..., F].
+        gate_up: Input of the forward: one tensor [..., 2 F], or a pair of [..., F].
+        kind: The activation.
+        inplace: Overwrite gate_up with its gradient. The caller must own gate_up and not read it
+            again, and its rows must be views of it, as those of a contiguous tensor are.
+        need_h: Compute h [..., F] too.
+
+    Raises:
+        ValueError: `inplace` is set but the rows of gate_up are not views of it.
     """
     gelu = _is_gelu(kind)
     if inplace and _copied(gate_up):
@@ -156,13 +164,13 @@ def gated_activation_backward(
 
 
 def _copied(gate_up: GateUp) -> bool:
-    """Return whether `rows` had to copy, so that writing to its result would be lost."""
+    """Return whether `rows` had to copy `gate_up`: then a write to the copy would be lost."""
     whole = [gate_up] if isinstance(gate_up, torch.Tensor) else list(gate_up)
     return any(rows(t).data_ptr() != t.data_ptr() for t in whole)
 
 
 class GatedActivationFunction(torch.autograd.Function):
-    """Record `gated_activation_forward`; saves only its inputs."""
+    """Autograd function of `gated_activation`; saves only its inputs."""
 
     @staticmethod
     def forward(ctx, kind, *gate_up):  # noqa: D102
@@ -179,7 +187,7 @@ class GatedActivationFunction(torch.autograd.Function):
 
 
 def gated_activation_reference(gate_up: GateUp, kind: Kind) -> torch.Tensor:
-    """Compute `gated_activation` in plain torch."""
+    """Compute `gated_activation` in plain torch; same arguments."""
     e, g = gate_up.chunk(2, dim=-1) if isinstance(gate_up, torch.Tensor) else gate_up
     wide = torch.promote_types(e.dtype, torch.float32)
     if _is_gelu(kind):
@@ -190,7 +198,7 @@ def gated_activation_reference(gate_up: GateUp, kind: Kind) -> torch.Tensor:
 
 
 def gated_activation(gate_up: GateUp, kind: Kind = "silu") -> torch.Tensor:
-    """Return act(gate) * up; differentiable."""
+    """Return act(gate) * up, differentiable in gate and up."""
     if isinstance(gate_up, torch.Tensor):
         return GatedActivationFunction.apply(kind, gate_up)
     return GatedActivationFunction.apply(kind, *gate_up)

@@ -1,10 +1,10 @@
-"""The input embedding in pinned host memory, read by the GPU across the bus.
+"""The input embedding in pinned host memory, read by the GPU over PCIe.
 
     y_t = table[id_t]
 
-A frozen table of 128256 x 4096 is 1.05 GB of GPU memory for 67 MB of rows a step of 8192 tokens.
-One kernel reads those rows straight from the host's pages (1.2 ms at 55 GB/s), without a copy of
-the ids to the host, which would wait for the device.
+A frozen table of 128256 x 4096 takes 1.05 GB of GPU memory, but a step of 8192 tokens reads only
+67 MB of it. One kernel reads those rows directly from host memory (1.2 ms at 55 GB/s). The IDs are
+not copied to the host, because that copy would wait for the device.
 
 Shapes: ids [...]; table [V, C]; y [..., C].
 """
@@ -29,7 +29,7 @@ def _gather_kernel(ids_ptr, table_ptr, out_ptr, C: tl.constexpr, BLOCK: tl.const
 
 
 def gather_rows(ids: Tensor, table_VC: Tensor) -> Tensor:
-    """Return the rows on the device of `ids`; the table in pinned host memory or on the device."""
+    """Return table[ids] on the device of `ids`; the table is there or in pinned host memory."""
     C = table_VC.shape[1]
     out = torch.empty(*ids.shape, C, dtype=table_VC.dtype, device=ids.device)
     block = triton.next_power_of_2(C)
@@ -40,10 +40,10 @@ def gather_rows(ids: Tensor, table_VC: Tensor) -> Tensor:
 
 
 class _HostEmbedding(nn.Embedding):
-    """A frozen embedding whose table may be on the host; forward on the device of the ids."""
+    """A frozen embedding whose table may be on the host; it computes on the device of the IDs."""
 
     _tuneline_device: torch.device
-    """Where the table came from."""
+    """Device that the table was on before it moved to the host."""
 
     def forward(self, ids: Tensor) -> Tensor:
         if ids.device == self.weight.device:
@@ -52,15 +52,15 @@ class _HostEmbedding(nn.Embedding):
 
 
 def move_to_host(causal: Any) -> str | None:
-    """Move a causal LM's input embedding to the host; return the reason where that cannot be."""
+    """Move a causal LM's input embedding to the host, or return the reason why it stays."""
     embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
     if type(embedding) is not nn.Embedding:
-        return f"the input embedding is a {type(embedding).__name__}, not a plain one"
+        return f"the input embedding is a {type(embedding).__name__}, not an nn.Embedding"
     table = embedding.weight
     if table.requires_grad:
         return "the input embedding is trained"
     if head is not None and head.weight.data_ptr() == table.data_ptr():
-        return "the input embedding is the head as well, which reads all of it"
+        return "the input embedding is tied to the head, which reads the whole table"
     if not table.is_cuda:
         return f"the input embedding is on {table.device}, not on a GPU"
     device = table.device
@@ -71,7 +71,7 @@ def move_to_host(causal: Any) -> str | None:
 
 
 def move_back(model: nn.Module) -> None:
-    """Undo `move_to_host`."""
+    """Move an embedding that `move_to_host` moved back to its device."""
     for module in model.modules():
         if isinstance(module, _HostEmbedding):
             module.weight.data = module.weight.data.to(module._tuneline_device)

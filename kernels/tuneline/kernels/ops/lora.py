@@ -1,8 +1,8 @@
 """LoRA folded into the base GEMM by widening it along K.
 
-A *group* is the linears that share one input: q, k, v; o; gate, up; down. With stacked outputs N,
-input width K and the adapters' ranks side by side (R, padded with zeros to P, a power of two
-from 64 on):
+A *group* is the linears that share one input: q, k, v; o; gate, up; down. Their outputs are stacked
+(N), their input has width K, and their adapters' ranks lie side by side (R columns, padded with
+zeros to P, a power of two that is at least 64):
 
     X' = [X | X A^T]            [T, K + P]
     W' = [W | blockdiag(s B)]   [N, K + P]
@@ -10,13 +10,13 @@ from 64 on):
     [dX0 | G] = dY W'           [T, K + P]      then dX = dX0 + G A
     dX = [dY | G] [W ; A]                       when N <= K: the sum happens inside the GEMM
     dA = G^T X                  [P, K]
-    dB = s dY^T (X A^T)         [N, P]          of which the diagonal blocks are the gradients
+    dB = s dY^T (X A^T)         [N, P]          whose diagonal blocks are the gradients
 
-A bias takes one of the padded columns: ones in X', the bias in W', zeros in A, so that neither dX
-nor an adapter's gradient sees it.
+A bias takes one of the padded columns: ones in X', the bias in W', zeros in A. Neither dX nor an
+adapter's gradient depends on that column.
 
 operands.py holds W' and A in memory. P is at least 64 because cuBLAS loses 2 to 19 % at K + 16 and
-K + 48 (H100), and a power of two because one Triton block spans it.
+K + 48 (H100), and P is a power of two because one Triton block spans it.
 
 Shapes: T tokens, K inputs, N outputs of the group, P padded columns, r rank.
 """
@@ -31,17 +31,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tuneline.kernels.limits import MIN_ADAPTER_COLUMNS
 from tuneline.kernels.ops._dispatch import use_kernel
 from tuneline.kernels.ops.nf4 import NF4Weight
 
-MIN_COLUMNS = 64
 MAX_LINEARS = 3
 _PACK_BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True)
 class LoraLinear:
-    """One frozen linear [N, K] and its adapter; `lora_a` [r, K] and `lora_b` [N, r] go together."""
+    """One frozen linear [N, K] and its adapter: `lora_a` [r, K] and `lora_b` [N, r], or neither."""
 
     weight: Tensor | NF4Weight
     num_out: int
@@ -53,58 +53,58 @@ class LoraLinear:
 
     @property
     def adapter(self) -> tuple[Tensor, Tensor] | None:
-        """A and B, or None."""
+        """A and B, or None without an adapter."""
         if self.lora_a is None or self.lora_b is None:
             return None
         return self.lora_a, self.lora_b
 
     @property
     def rank(self) -> int:
-        """Rows of A, zero without an adapter."""
+        """Number of rows of A; zero without an adapter."""
         return 0 if self.adapter is None else self.adapter[0].shape[0]
 
 
 @dataclass(frozen=True, slots=True)
 class LoraGroup:
-    """The linears that share one input, outputs stacked in this order."""
+    """The linears that share one input; their outputs are stacked in this order."""
 
     linears: tuple[LoraLinear, ...]
     largest: Tensor | None = None
-    """max |W| on the device where the group is computed in fp8, else None."""
+    """max |W|, on the device, if the group is computed in fp8; otherwise None."""
 
     def __post_init__(self) -> None:
-        """Refuse what the packing kernel has no arguments for."""
+        """Check that the packing kernel can take the linears."""
         assert 1 <= len(self.linears) <= MAX_LINEARS
         assert len({linear.num_in for linear in self.linears}) == 1
 
     @property
     def num_in(self) -> int:
-        """K."""
+        """K: inputs of each linear."""
         return self.linears[0].num_in
 
     @property
     def num_out(self) -> int:
-        """N."""
+        """N: outputs of all linears."""
         return sum(linear.num_out for linear in self.linears)
 
     @property
     def rank(self) -> int:
-        """R: the ranks side by side."""
+        """R: the sum of the ranks."""
         return sum(linear.rank for linear in self.linears)
 
     @property
     def has_bias(self) -> bool:
-        """Whether a column is spent on a bias."""
+        """Whether a column holds biases."""
         return any(linear.bias is not None for linear in self.linears)
 
     @property
     def num_columns(self) -> int:
-        """P: ranks and bias, padded; zero when there is neither."""
+        """P: columns of ranks and bias, padded; zero without adapters and biases."""
         used = self.rank + self.has_bias
-        return max(MIN_COLUMNS, triton.next_power_of_2(used)) if used else 0
+        return max(MIN_ADAPTER_COLUMNS, triton.next_power_of_2(used)) if used else 0
 
     def blocks(self, db_NP: Tensor) -> list[Tensor]:
-        """Return the blocks on the diagonal of dY^T (X A^T): each linear's own [N, r]."""
+        """Return the diagonal blocks of dY^T (X A^T): [N, r] of each linear."""
         parts, row, column = [], 0, 0
         for linear in self.linears:
             parts.append(db_NP[row : row + linear.num_out, column : column + linear.rank])
@@ -113,27 +113,34 @@ class LoraGroup:
         return parts
 
     def parameters(self) -> list[Tensor]:
-        """Trainable tensors in the order in which `LoraGradients.split` returns their gradients."""
+        """Return the trainable tensors, in the order of the gradients of `LoraGradients.split`."""
         return [tensor for linear in self.linears for tensor in linear.adapter or ()]
 
 
 @dataclass(slots=True)
 class LoraGradients:
-    """Sums a group's dA and s-less dB over chunks of tokens, in fp32 or wider."""
+    """Sums of a group's dA and dB / s over chunks of tokens, in fp32 or wider."""
 
     group: LoraGroup
     da_PK: Tensor | None = None
     db_Nr: list[Tensor] | None = None
-    """One block for each linear; without its adapter an empty one."""
+    """One block per linear; a linear without an adapter has an empty one."""
 
     def add(self, dy_TN: Tensor, g_TP: Tensor | None, x_TK: Tensor, xa_TP: Tensor) -> None:
-        """Add one chunk's G^T X and dY^T (X A^T)."""
+        """Add one chunk's G^T X and dY^T (X A^T).
+
+        Args:
+            dy_TN: Gradient of the group's output.
+            g_TP: dY (s B); None if the group has no adapter.
+            x_TK: Input of the group.
+            xa_TP: X A^T of the forward.
+        """
         if g_TP is not None:
             self.add_a(mm_wide(g_TP.t(), x_TK))
             self.add_b(self.group.blocks(mm_wide(dy_TN.t(), xa_TP)))
 
     def add_a(self, da_PK: Tensor) -> None:
-        """Add one chunk's G^T X; rows beyond the ranks are never looked at."""
+        """Add one chunk's G^T X; rows beyond the ranks are not read."""
         self.da_PK = da_PK if self.da_PK is None else self.da_PK.add_(da_PK)
 
     def add_b(self, db_Nr: list[Tensor]) -> None:
@@ -145,7 +152,7 @@ class LoraGradients:
                 total.add_(block)
 
     def split(self) -> list[Tensor]:
-        """Return [dA, dB] of every adapter, in the parameter's dtype."""
+        """Return dA and dB of every adapter, in the parameters' dtype."""
         grads: list[Tensor] = []
         column = 0
         for index, linear in enumerate(self.group.linears):
@@ -168,7 +175,7 @@ def _pack_kernel(
     HAS_BIAS0: tl.constexpr, HAS_BIAS1: tl.constexpr, HAS_BIAS2: tl.constexpr,
     P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program writes either BLOCK rows of the sB columns or BLOCK columns of the A rows."""
+    """Write, per program, BLOCK rows of the sB columns or BLOCK columns of the A rows."""
     pid = tl.program_id(0)
     p = tl.arange(0, P)
     block = tl.arange(0, BLOCK)
@@ -204,7 +211,7 @@ def _pack_kernel(
         out = sb_ptr + row[:, None].to(tl.int64) * sb_stride + p[None, :]
         tl.store(out, value.to(sb_ptr.dtype.element_ty), (row < num_out)[:, None])
     else:
-        # Triton 3.6 wants a name that both branches bind to have one type: other names here.
+        # Triton 3.6 requires one type for a name that both branches bind, so the names differ here.
         column = (pid - num_row_blocks) * BLOCK + block
         inside = (column < num_in)[None, :]
         a_value = tl.zeros([P, BLOCK], dtype=tl.float32)
@@ -230,14 +237,14 @@ def _pack_kernel(
 
 
 def mm_wide(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b without rounding the sum to 16 bits where the GEMM can avoid it."""
+    """Return a @ b; the result of 16-bit inputs on CUDA stays in float32."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)
 
 
 def pack(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:
-    """Write blockdiag(s B) and the bias into sb [N, P], A into a [P, K], zeros elsewhere."""
+    """Write blockdiag(s B) and the bias into sb [N, P] and A into a [P, K]; the rest is zeros."""
     if not use_kernel(sb_NP):
         pack_reference(group, sb_NP, a_PK)
         return
@@ -268,7 +275,7 @@ def pack(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:
 
 
 def pack_reference(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:
-    """Compute `pack` in plain torch."""
+    """Compute `pack` in plain torch; same arguments."""
     sb_NP.zero_()
     a_PK.zero_()
     row = column = 0
@@ -286,7 +293,7 @@ def pack_reference(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:
 
 
 def group_reference(x_TK: Tensor, group: LoraGroup, weights: Sequence[Tensor]) -> Tensor:
-    """What the group means, one linear at a time: X W^T + b + s (X A^T) B^T, [T, N]."""
+    """Return X W^T + b + s (X A^T) B^T [T, N], computed one linear at a time."""
     outputs = []
     for linear, weight in zip(group.linears, weights, strict=True):
         y = torch.nn.functional.linear(x_TK, weight, linear.bias)

@@ -1,11 +1,11 @@
-"""Dequantise bitsandbytes' NF4 weights in one launch, with LoRA columns or rows written beside.
+"""Dequantise bitsandbytes' NF4 weights in one launch, with LoRA columns or rows beside them.
 
     w[i] = round(code[nibble(i)] * absmax[i // 64])
     absmax[j] = nested_code[u8(j)] * nested_absmax[j // 256] + offset     (double quantisation)
 
 i counts the elements of the [N, K] weight row by row; byte b holds elements 2b (high nibble) and
-2b + 1 (low). Products and sums are rounded one by one in float32 (no fused multiply-add), then
-once to the output's dtype: bit for bit what bitsandbytes gives.
+2b + 1 (low). Each product and sum is rounded to float32 (no fused multiply-add), and the result
+is rounded once to the output's dtype. The result is bit-exact with bitsandbytes.
 
 One launch fills the operand of an augmented matrix product:
 
@@ -32,7 +32,7 @@ _SIDE_COLS = 64
 def load_absmax(
     block, mask, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED: tl.constexpr
 ):
-    """Return the absmax of quantisation blocks, for any kernel that reads NF4."""
+    """Return the absmax of quantisation blocks; used by every kernel that reads NF4."""
     if NESTED:
         q = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
         scale = tl.load(nested_absmax_ptr + block // 256, mask=mask, other=0.0)
@@ -49,18 +49,19 @@ def _store_weight(
 ):  # fmt: skip
     """Dequantise BLOCK words.
 
-    One int32 word is 8 weights of one row and one quantisation block, and 16 bytes of bfloat16:
-    each thread stores 16 bytes at a time.
+    One int32 word holds 8 weights of one row and one quantisation block. They are 16 bytes in
+    bfloat16, which a thread stores at once.
     """
     word = program * BLOCK + tl.arange(0, BLOCK)
     mask = word < num_words
-    # Read once, written once: neither is to push anything out of the L2 cache (3 % on an H100).
+    # Words are read once and weights written once, so neither should evict other data from the L2
+    # cache (3 % on an H100).
     bits = tl.load(words_ptr + word, mask=mask, other=0, eviction_policy="evict_first")
     absmax = load_absmax(
         word // 8, mask, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED
     )
     lane = tl.arange(0, 8)
-    shift = (4 * lane) ^ 4  # the even element is the high nibble of its byte
+    shift = (4 * lane) ^ 4  # The even element is the high nibble of its byte.
     nibble = (bits[:, None] >> shift[None, :]) & 15
     w = tl.load(code_ptr + nibble) * absmax[:, None]
     start = (word // (K // 8)).to(tl.int64) * out_stride + (word % (K // 8)) * 8
@@ -75,7 +76,7 @@ def _store_side(
     first_row, first_col, num_rows, num_cols, src_rows, src_cols, src_shift,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Fill one tile of the LoRA rectangle: scaled source values where there are any, else 0."""
+    """Fill one tile of the LoRA rectangle with scaled source values, and with 0 outside them."""
     col_tiles = tl.cdiv(num_cols, COLS)
     row = (program // col_tiles) * ROWS + tl.arange(0, ROWS)
     col = (program % col_tiles) * COLS + tl.arange(0, COLS)
@@ -114,15 +115,15 @@ def _fwd_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class NF4Weight:
-    """A weight [N, K] as bitsandbytes stores it; the nested fields are None without double quant.
+    """A weight [N, K] in bitsandbytes' layout; nested fields are None without double quantisation.
 
     Attributes:
         packed: uint8, N * K / 2 bytes.
-        absmax: One a block of 64: float32, or uint8 when nested.
+        absmax: One per block of 64 weights: float32, or uint8 when nested.
         code: The 16 levels, float32.
         shape: (N, K).
-        dtype: What the weight dequantises to.
-        nested_absmax: float32, one per 256 absmax.
+        dtype: Dtype of the dequantised weight.
+        nested_absmax: float32, one per block of 256 absmax.
         nested_code: float32 [256].
         offset: float32, 0-dimensional, added to every absmax.
     """
@@ -138,10 +139,11 @@ class NF4Weight:
 
     @classmethod
     def from_bnb(cls, param: Any) -> "NF4Weight":
-        """Wrap a bitsandbytes `Params4bit` (shares its memory).
+        """Wrap a bitsandbytes `Params4bit`, sharing its memory.
 
         Raises:
-            ValueError: If it is not NF4 in blocks of 64, nested blocks of 256, K a multiple of 8.
+            ValueError: The weight is not NF4 in blocks of 64, its nested blocks are not of 256, or
+                K is not a multiple of 8.
         """
         state = getattr(param, "quant_state", None)
         if state is None:
@@ -184,11 +186,11 @@ def dequantize_nf4_reference(
     lora_scale: float = 1.0,
     lora_column: int = 0,
 ) -> torch.Tensor:
-    """Compute `dequantize_nf4` in plain torch."""
+    """Compute `dequantize_nf4` in plain torch; same arguments."""
     N, K = w.shape
     out = _output(w, out, lora_a, lora_b, lora_column)
     nibbles = torch.stack([w.packed >> 4, w.packed & 15], dim=-1).view(-1)
-    absmax = w.block_absmax().repeat_interleave(64)[: N * K]  # the last block may be short
+    absmax = w.block_absmax().repeat_interleave(64)[: N * K]  # The last block may be short.
     out[:N, :K] = (w.code[nibbles.int()] * absmax).view(N, K).to(out.dtype)
     if lora_b is not None:
         out[:, K:] = 0
@@ -207,7 +209,7 @@ def _output(
     lora_b: torch.Tensor | None,
     lora_column: int,
 ) -> torch.Tensor:
-    """Check or allocate the output; a pad is a multiple of 64, which cuBLAS needs to be fast."""
+    """Check or allocate the output; its pad is a multiple of 64, which cuBLAS needs for speed."""
     N, K = w.shape
     if lora_a is not None and lora_b is not None:
         raise ValueError("lora_a adds rows and lora_b adds columns: pass one of them")
@@ -239,15 +241,16 @@ def dequantize_nf4(
     lora_scale: float = 1.0,
     lora_column: int = 0,
 ) -> torch.Tensor:
-    """Return the weight [N, K], with lora_scale * B beside it or A below it when given.
+    """Return the weight [N, K], followed by columns of lora_scale * B or rows of A if given.
 
     Args:
         w: The quantised weight.
-        out: Where to write, unit stride along K; its pad beyond [N, K] is filled with LoRA, then 0.
-        lora_a: [R, K], any float dtype; rows N to N + R of the output.
-        lora_b: [N, R], any float dtype; columns K + lora_column on of the output.
+        out: Where the weight is written, with unit stride along K. Its pad beyond [N, K] is filled
+            with A or B, the rest of the pad with zeros.
+        lora_a: [R, K], any float dtype; written to rows N to N + R of the output.
+        lora_b: [N, R], any float dtype; written to the output from column K + lora_column on.
         lora_scale: Multiplies lora_b in float32.
-        lora_column: Column in the pad, so that stacked weights get a block-diagonal B.
+        lora_column: First column of B in the pad; stacked weights get a block-diagonal B with it.
     """
     if not use_kernel(w.code):
         return dequantize_nf4_reference(
@@ -256,7 +259,7 @@ def dequantize_nf4(
     N, K = w.shape
     out = _output(w, out, lora_a, lora_b, lora_column)
     num_words = N * K // 8
-    # (row, column) of the side's rectangle, its size, and how far B lies inside it
+    # (row, column) of the pad, its size, the size of A or B, and the first column of B in the pad.
     if lora_b is not None:
         side, place = lora_b, (0, K, N, out.shape[1] - K, *lora_b.shape, lora_column)
     elif lora_a is not None:

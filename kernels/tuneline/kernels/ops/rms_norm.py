@@ -1,4 +1,4 @@
-"""RMSNorm, with the residual addition in front of it fused in.
+"""RMSNorm, fused with the residual addition before it.
 
     s = x + residual                                (rounded to x's dtype; s = x without residual)
     n = s * rstd,  rstd = 1 / sqrt(mean(s^2) + eps) (float32)
@@ -9,7 +9,8 @@
     ds = rstd * (dn - n * mean(dn * n)) + dresidual
     dweight = sum over tokens of dy * n
 
-Shapes: x, residual, y [..., K]; weight [K]; rstd [T] float32, T the product of the leading sizes.
+Shapes: x, residual, y [..., K]; weight [K]; rstd [T] float32, T the product of the leading
+sizes.
 """
 
 from typing import overload
@@ -22,7 +23,7 @@ from torch import Tensor
 from tuneline.kernels.ops._dispatch import rows, use_kernel
 
 _BACKWARD_ROWS = 16
-"""Tokens one program sums into its partial weight gradient, so that no atomics are needed."""
+"""Tokens that one program sums into its partial weight gradient; this avoids atomics."""
 _COLS_PER_WARP = 512
 
 
@@ -93,7 +94,14 @@ def rms_norm_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Return (y, new residual or None, rstd [T]) without recording a gradient.
 
-    y goes to `out` when given: shape of x, any dtype and row stride (a slice of a wider buffer).
+    Args:
+        x: Input [..., K].
+        weight: Scale [K].
+        eps: Added to the mean square.
+        residual: Tensor [..., K] added to x before the norm.
+        gemma: Use Gemma's equation.
+        out: Where y is written: the shape of x, any dtype and row stride (e.g. a slice of a wider
+            buffer).
     """
     y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if not use_kernel(x):
@@ -122,7 +130,18 @@ def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, gemma: bool,
     dresidual: Tensor | None = None, need_dweight: bool = False, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return (dx, dweight or None); x is what was normed, dx = `out` [T, K] when given."""
+    """Return (dx, dweight or None).
+
+    Args:
+        dy: Gradient of the output [..., K].
+        x: Input of the norm [..., K], after the residual addition.
+        weight: Scale [K].
+        rstd: Result of `rms_norm_forward` [T], float32.
+        gemma: Use Gemma's equation.
+        dresidual: Gradient [..., K] that is added to dx.
+        need_dweight: Compute dweight [K] too.
+        out: Where dx is written, [T, K].
+    """
     if not use_kernel(x):
         rstd = rstd.view(*x.shape[:-1], 1)
         n, dn = x * rstd, dy * (1 + weight if gemma else weight).to(rstd.dtype)
@@ -149,7 +168,7 @@ def rms_norm_backward(
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """Record `rms_norm_forward`; returns (y, new residual), the latter x itself without one."""
+    """Autograd function of `rms_norm`; returns y, or (y, new residual) if a residual is given."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, eps, gemma):  # noqa: D102
@@ -162,7 +181,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, ds=None):  # noqa: D102
         x, weight, rstd = ctx.saved_tensors
-        if dy is None:  # only the new residual was used
+        if dy is None:  # Only the new residual was used.
             return ds, ds, None, None, None
         dx, dweight = rms_norm_backward(
             dy, x, weight, rstd, gemma=ctx.gemma, dresidual=ds, need_dweight=ctx.needs_input_grad[2]
@@ -171,7 +190,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, *, gemma: bool = False) -> Tensor:
-    """Compute `rms_norm` without a residual in plain torch, as transformers does."""
+    """Compute `rms_norm` in plain torch as transformers does; same arguments, no residual."""
     wide = x if x.dtype == torch.float64 else x.float()
     n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     y = n * (1 + weight.to(n.dtype)) if gemma else weight * n.to(x.dtype)
@@ -189,7 +208,19 @@ def rms_norm(
     residual: Tensor, gemma: bool = False, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def rms_norm(x, weight, eps, *, residual=None, gemma=False, out=None):
-    """Return y, or (y, new residual) when a residual is given; differentiable unless `out` is."""
+    """Return y, or (y, new residual) if a residual is given.
+
+    Args:
+        x: Input [..., K]; differentiable unless `out` is given.
+        weight: Scale [K]; differentiable unless `out` is given.
+        eps: Added to the mean square.
+        residual: Tensor [..., K] added to x before the norm; the sum is returned too.
+        gemma: Use Gemma's equation: all in float32, scaled by 1 + weight.
+        out: Where y is written, in the shape of x; allowed only where no gradient is recorded.
+
+    Raises:
+        ValueError: `out` is given although a gradient has to be recorded.
+    """
     if out is None:
         return RMSNormFunction.apply(x, residual, weight, eps, gemma)
     inputs = [x, weight] if residual is None else [x, weight, residual]

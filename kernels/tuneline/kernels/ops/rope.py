@@ -1,15 +1,16 @@
-"""Rotary position embedding of q and k in one launch, with Qwen3's and Gemma-3's norm fused in.
+"""Rotary position embedding of q and k in one launch, fused with the head norms of some families.
 
-    n = q, or RMSNorm(q) over the head (q_weight given; roundings as in rms_norm.py)
+    n = q, or RMSNorm(q) over the head if q_weight is given (rounded as in rms_norm.py)
     y1 = n1 cos - n2 sin,   y2 = n2 cos + n1 sin    (halves of the head, Hugging Face's convention)
 
     dn1 = dy1 cos + dy2 sin,   dn2 = dy2 cos - dy1 sin    (the rotation with -sin)
 
-cos and sin are the tables of transformers: [B or 1, T, R], each half of R the same. R may be less
-than the head dimension D: the rest of the head passes through. Any attention scaling is in them.
+cos and sin are the tables of transformers: [B or 1, T, R], with two equal halves along R. They
+include any attention scaling. If R is less than the head dimension D, the rest of the head passes
+through.
 
-Shapes: q [B, T, H, D], k [B, T, Hk, D], any strides but 1 along D. transformers holds
-[B, H, T, D]: pass q.transpose(1, 2).
+Shapes: q [B, T, H, D] and k [B, T, Hk, D], with unit stride along D and any other strides.
+transformers holds [B, H, T, D]: pass q.transpose(1, 2).
 """
 
 import torch
@@ -29,7 +30,7 @@ def _heads(
     HALF: tl.constexpr, REST: tl.constexpr,
     NORM: tl.constexpr, GEMMA: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Turn all heads of one token: the two halves, then what lies beyond the rotary part."""
+    """Rotate all heads of one token; elements beyond the rotary part pass through."""
     head = tl.arange(0, BLOCK_H)[:, None]
     half = tl.arange(0, HALF)
     beyond = R + tl.arange(0, REST)
@@ -46,7 +47,7 @@ def _heads(
         v2 = v2 * c - v1 * s
         v1 = turned1
     if NORM:
-        # Forward: v is x. Backward: v is dn-before-weight, and x is read beside it.
+        # Forward: v is x. Backward: v is dn before the weight, and x is read too.
         w1 = tl.load(weight_ptr + half, mask=half < R // 2, other=0.0).to(tl.float32)
         w2 = tl.load(weight_ptr + R // 2 + half, mask=half < R // 2, other=0.0).to(tl.float32)
         w3 = tl.load(weight_ptr + beyond, mask=beyond < D, other=0.0).to(tl.float32)
@@ -81,7 +82,7 @@ def _heads(
                 n2 = n2.to(in_ptr.dtype.element_ty).to(tl.float32)
                 n3 = n3.to(in_ptr.dtype.element_ty).to(tl.float32)
             v1, v2, v3 = n1 * w1[None, :], n2 * w2[None, :], n3 * w3[None, :]
-            # transformers rounds between the norm and the rotation
+            # transformers rounds between the norm and the rotation.
             v1 = v1.to(in_ptr.dtype.element_ty).to(tl.float32)
             v2 = v2.to(in_ptr.dtype.element_ty).to(tl.float32)
     if not BACKWARD:
@@ -162,7 +163,19 @@ def rope_forward(
     gemma: bool = False,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rotated (q, k) without recording a gradient, in `out`, which may be q and k."""
+    """Return rotated (q, k) without recording a gradient.
+
+    Args:
+        q: Queries [B, T, H, D].
+        k: Keys [B, T, Hk, D].
+        cos: Table [B or 1, T, R].
+        sin: Table [B or 1, T, R].
+        q_weight: Scale [D] of the norm over each head of q; None without a norm.
+        k_weight: Scale [D] of the norm over each head of k; given together with q_weight.
+        eps: Added to the mean square of the norm.
+        gemma: Use Gemma's equation for the norm.
+        out: Where the results are written, in the shapes of q and k; may be q and k themselves.
+    """
     if use_kernel(q):
         return _launch(q, k, q, k, cos, sin, q_weight, k_weight, eps, gemma, out, False)
     new_q, new_k = rope_reference(
@@ -185,12 +198,26 @@ def rope_backward(
     gemma: bool = False,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (dq, dk) of the inputs, in `out`, which may be dq and dk.
+    """Return the gradients (dq, dk) of the inputs of `rope_forward`.
 
-    q and k as they went in are needed only with the norm.
+    Args:
+        dq: Gradient of the rotated q [B, T, H, D].
+        dk: Gradient of the rotated k [B, T, Hk, D].
+        cos: Table [B or 1, T, R].
+        sin: Table [B or 1, T, R].
+        q: Input q of the forward; needed only with the norm.
+        k: Input k of the forward; needed only with the norm.
+        q_weight: Scale [D] of the norm over each head of q; None without a norm.
+        k_weight: Scale [D] of the norm over each head of k; given together with q_weight.
+        eps: Added to the mean square of the norm.
+        gemma: Use Gemma's equation for the norm.
+        out: Where the results are written, in the shapes of dq and dk; may be dq and dk themselves.
+
+    Raises:
+        ValueError: q_weight is given but q or k is not.
     """
     if q_weight is not None and (q is None or k is None):
-        raise ValueError("the norm's backward needs q and k as they went into rope_forward")
+        raise ValueError("the norm's backward needs q and k, the inputs of rope_forward")
     xq, xk = (dq, dk) if q_weight is None else (q, k)
     if use_kernel(dq):
         return _launch(dq, dk, xq, xk, cos, sin, q_weight, k_weight, eps, gemma, out, True)
@@ -215,7 +242,7 @@ def _written(
 
 
 class RopeFunction(torch.autograd.Function):
-    """Record `rope_forward`; saves q and k only for the norm, and recomputes its rstd."""
+    """Autograd function of `rope`; saves q and k only for the norm, whose rstd is recomputed."""
 
     @staticmethod
     def forward(ctx, q, k, cos, sin, q_weight, k_weight, eps, gemma):  # noqa: D102
@@ -249,7 +276,7 @@ def rope_reference(
     eps: float = 1e-6,
     gemma: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute `rope` in plain torch."""
+    """Compute `rope` in plain torch; same arguments."""
 
     def rotate(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         n = x if weight is None else rms_norm_reference(x, weight, eps, gemma=gemma)
@@ -274,12 +301,26 @@ def rope(
     eps: float = 1e-6,
     gemma: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rotated (q, k); differentiable in q, k and the norm weights."""
+    """Return rotated (q, k), differentiable in q, k and the norm weights.
+
+    Args:
+        q: Queries [B, T, H, D].
+        k: Keys [B, T, Hk, D].
+        cos: Table [B or 1, T, R].
+        sin: Table [B or 1, T, R].
+        q_weight: Scale [D] of the norm over each head of q; None without a norm.
+        k_weight: Scale [D] of the norm over each head of k; given together with q_weight.
+        eps: Added to the mean square of the norm.
+        gemma: Use Gemma's equation for the norm.
+
+    Raises:
+        ValueError: Only one of the norm weights is given.
+    """
     norms = [weight for weight in (q_weight, k_weight) if weight is not None]
     if len(norms) == 1:
         raise ValueError("the head norm takes q_weight and k_weight: give both or neither")
     if any(weight.requires_grad for weight in norms):
-        # The fused norm gives no weight gradient, and training those weights is rare.
+        # The fused norm has no weight gradient: those weights are rarely trained.
         q = rms_norm(q, norms[0], eps, gemma=gemma)
         k = rms_norm(k, norms[1], eps, gemma=gemma)
         q_weight = k_weight = None

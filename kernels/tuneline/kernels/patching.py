@@ -1,19 +1,19 @@
-"""Put the fused layer, final norm and loss into a live model, and take them out again.
+"""Put the fused layers, final norm and loss into a live model, and remove them again.
 
     report = patch(model, budget="auto")
     ...train...
     unpatch(model)
 
-Each instance's class is swapped for a subclass with the same name, so that state_dict, PEFT's
-save, load and merge, and isinstance work as before; no module, class or function of transformers
-changes for anybody else. The subclasses act in training mode with gradients and without a KV
-cache; every other call is the stock model's own. A layer that cannot be fused (see `binding`)
-keeps its stock forward beside fused neighbours.
+The class of each instance is replaced by a subclass of the same name, so state_dict, isinstance and
+PEFT's save, load and merge work as before. No module, class or function of transformers changes for
+other models. The subclasses run fused code in training mode, with gradients and without a KV cache;
+every other call runs the stock model. A layer that cannot be fused (see `binding`) keeps its stock
+forward next to fused layers.
 
-    causal LM   labels given: loss by `linear_cross_entropy`, logits None
-    decoder     decides per forward: who attends to whom, which layers are fused, what they keep
-    layer       runs `fused_layer` with what the decoder decided, handed down as a keyword
-    final norm  `rms_norm`
+    causal LM   with labels: computes the loss by `linear_cross_entropy`, and no logits
+    decoder     decides in each forward: the sequences, which layers are fused, what they keep
+    layer       runs `fused_layer` with the decoder's decision, which is passed on as a keyword
+    final norm  runs `rms_norm`
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from tuneline.kernels.decoder.graph import (
 from tuneline.kernels.decoder.layer import Handover, LayerCall, fused_layer
 from tuneline.kernels.decoder.layer_weights import LayerWeights
 from tuneline.kernels.decoder.stash import HostStash
+from tuneline.kernels.limits import FP8_CAPABILITY, STASH_MIN_TOKENS
 from tuneline.kernels.ops.attention import AttentionPlan
 from tuneline.kernels.ops.cross_entropy import linear_cross_entropy
 from tuneline.kernels.ops.host_embedding import move_back, move_to_host
@@ -47,26 +48,21 @@ from tuneline.kernels.spec import FamilySpec, family_spec
 
 logger = logging.getLogger(__name__)
 
-FP8_CAPABILITY = (9, 0)
-
-STASH_MIN_TOKENS = 4096
-"""Fewer tokens' layer inputs are not worth their copies to the host."""
-
 
 @dataclass(frozen=True, slots=True)
 class PatchReport:
-    """What `patch` did; `unfused` has the reason of each layer that keeps the stock path."""
+    """What `patch` did; `unfused` holds the reason for each layer that keeps the stock path."""
 
     family: str | None
     fused: tuple[int, ...]
     unfused: dict[int, str]
     loss: str
-    """"fused", or why the stock loss stays."""
+    """"fused", or the reason why the stock loss stays."""
     num_fp8_groups: int = 0
-    """Groups of linears that multiply in fp8: four a layer."""
+    """Groups of linears that multiply in fp8, at most four per layer."""
 
     def __str__(self) -> str:
-        """Sum up in one line."""
+        """Return a summary in one line."""
         text = f"{self.family or 'unknown family'}: {len(self.fused)} layers fused"
         for reason in sorted(set(self.unfused.values())):
             layers = [i for i, r in self.unfused.items() if r == reason]
@@ -78,7 +74,7 @@ class PatchReport:
 
 @dataclass(slots=True)
 class _Engine:
-    """What the decoder remembers between forwards; a copied model gets its own."""
+    """State that the decoder keeps between forwards; a copied model gets a new one."""
 
     budget: Budget
     specs: dict[int, FamilySpec]
@@ -95,11 +91,11 @@ class _Engine:
 
 @dataclass(frozen=True, slots=True)
 class _ModelCall:
-    """One forward's decisions, by layer index; absent layers run stock."""
+    """The decisions of one forward by layer index; layers that are not in it run stock."""
 
     layers: dict[int, tuple[LayerWeights, LayerCall]]
     graphs: GraphCache | None = None
-    """Set where the whole stack may run from a graph: its first layer then runs all of them."""
+    """Set if the whole stack may run from a graph; the first layer then runs all layers."""
     done: list[bool] = field(default_factory=list)
 
 
@@ -110,42 +106,44 @@ def patch(
     fp8: bool = False,
     embedding_on_host: bool = False,
 ) -> PatchReport:
-    """Fuse what can be fused, in place.
+    """Fuse a model's layers, final norm and loss in place, as far as they can be fused.
 
     Args:
         model: A transformers causal LM, bare or inside PEFT.
-        budget: Memory for kept activations; see `budget.Budget`. Patching again changes it.
-        fp8: Multiply NF4 weights with adapters in 8-bit floats (see operands.py): faster, and each
-            product is off by some 4 %, beside the 9 % that NF4 itself is off. Not for parity.
-        embedding_on_host: Keep the input embedding in pinned host memory, see host_embedding.py;
-            a warning says why not where it is trained, tied to the head or not on a GPU.
+        budget: Memory for kept activations; see `budget.Budget`. Patch again to change it.
+        fp8: Multiply by NF4 weights that have adapters in 8-bit floats (see operands.py). This is
+            faster, but each product has an error of about 4 %, in addition to NF4's own 9 %. Do not
+            use it to compare losses.
+        embedding_on_host: Keep the input embedding in pinned host memory (see host_embedding.py).
+            If it is trained, tied to the head or not on a GPU, it stays and a warning says why.
 
     Raises:
-        ValueError: The budget is not understood, or the card has no fp8 GEMM.
+        ValueError: The budget is invalid, or the GPU has no fp8 GEMM.
     """
     check_budget(budget)
     if fp8 and torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY:
         raise ValueError(
-            f"fp8=True needs compute capability {FP8_CAPABILITY} (Hopper), "
-            f"{torch.cuda.get_device_name()} has {torch.cuda.get_device_capability()}: leave it out"
+            f"fp8=True needs compute capability {FP8_CAPABILITY} (Hopper), but "
+            f"{torch.cuda.get_device_name()} has {torch.cuda.get_device_capability()}: "
+            "remove fp8=True"
         )
     unpatch(model)
     causal, decoder = _find_decoder(model)
     if decoder is None:
-        reason = f"{type(causal).__name__} has no decoder layers that are known"
+        reason = f"{type(causal).__name__} has no decoder layers that can be found"
         return _logged(PatchReport(None, (), {}, reason))
     specs, unfused, num_fp8_groups = {}, {}, 0
     for index, layer in enumerate(decoder.layers):
         spec = family_spec(layer)
         if spec is None:
-            unfused[index] = f"{type(layer).__name__} is not in the table of families"
+            unfused[index] = f"{type(layer).__name__} is not in the table of families (spec.py)"
             continue
         specs[index] = spec
         try:
             weights = bind_layer(layer, spec, decoder.config, fp8=fp8)
             num_fp8_groups += sum(group.largest is not None for group in weights.groups())
         except Unfusable as reason:
-            # Still swapped: what is in the way may be gone by the next forward.
+            # The layer is swapped anyway: the obstacle may be gone by the next forward.
             unfused[index] = str(reason)
     loss = "the stock model has no lm_head"
     if specs:
@@ -168,7 +166,7 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give every patched module its class back; does nothing to a model that is not patched."""
+    """Restore the class of every patched module; a model that is not patched stays as it is."""
     move_back(model)
     for module in model.modules():
         stock = getattr(type(module), "_tuneline_stock_class", None)
@@ -181,7 +179,7 @@ def unpatch(model: nn.Module) -> None:
 if TYPE_CHECKING:
 
     class _Stock(nn.Module):
-        """The stock class that follows a mixin; its attributes are declared nowhere."""
+        """Stand-in for the stock class behind a mixin, whose attributes are not declared."""
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -190,10 +188,10 @@ else:
 
 
 class _LayerMixin(_Stock):
-    """A decoder layer that runs fused when the decoder hands it its part of a `_ModelCall`."""
+    """A decoder layer that runs fused if the decoder's `_ModelCall` says so."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Past the checkpointing that some versions of transformers put into __call__.
+        # Skips the checkpointing that some versions of transformers do in __call__.
         return nn.Module.__call__(self, *args, **kwargs)
 
     def forward(
@@ -219,7 +217,7 @@ class _LayerMixin(_Stock):
 
 
 class _NormMixin(_Stock):
-    """The final norm; a trained weight gets its gradient too."""
+    """The final norm; its weight may be trained."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
@@ -229,7 +227,7 @@ class _NormMixin(_Stock):
 
 
 class _DecoderMixin(_Stock):
-    """The stack of layers: decides what the forward is, then runs the stock forward with it."""
+    """The stack of layers: decides how a forward runs, then runs the stock forward with that."""
 
     def forward(
         self,
@@ -247,16 +245,16 @@ class _DecoderMixin(_Stock):
         if call is None or not call.layers:
             return super().forward(attention_mask=attention_mask, **arguments)
         if len(call.layers) == len(self.layers):
-            # A 4-D mask is handed on as it is: no layer reads it, so none is built.
+            # transformers passes a 4-D mask on unchanged; no layer reads it, so none is built.
             attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
         arguments["use_cache"] = False
         return super().forward(attention_mask=attention_mask, tuneline=call, **arguments)
 
 
 class _CausalMixin(_Stock):
-    """The model with its head: the loss without the logits.
+    """The model with its head, which computes the loss without the logits.
 
-    A caller that knows how many labels count gives `num_labels`, see `linear_cross_entropy`.
+    A caller that knows how many labels count passes `num_labels`, see `linear_cross_entropy`.
     """
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
@@ -298,9 +296,9 @@ class _CausalMixin(_Stock):
 
 
 def _is_plain_training(decoder: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether nothing is asked for that only the stock path gives.
+    """Return whether a forward needs nothing that only the stock path provides.
 
-    `use_cache` is not looked at: configs default to it, and no training step reads the cache.
+    `use_cache` is ignored: configs default to it, but no training step reads the cache.
     """
     config = decoder.config
     recorded = any(
@@ -319,10 +317,10 @@ def _is_plain_training(decoder: Any, kwargs: dict[str, Any]) -> bool:
 def _attention_plan(
     tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> AttentionPlan | None:
-    """Tell rows from packed sequences; None for what only a mask can say (left padding, 4-D).
+    """Return the sequences of a forward; None if they need a mask (left padding, 4-D masks).
 
-    Padding on the right needs no mask: causal attention never looks at it, and its own outputs
-    have no label. Either argument costs one wait for the device.
+    Padding on the right needs no mask: causal attention never reads it, and its outputs have no
+    label. A mask or position IDs cost one wait for the device.
     """
     batch, length = tokens.shape[:2]
     if attention_mask is not None:
@@ -346,7 +344,7 @@ def _packed(starts: list[int], tokens: Tensor) -> AttentionPlan:
 
 
 def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | None:
-    """Bind the layers and share the budget out: the last layers keep, their backward is first."""
+    """Bind the layers and spend the budget on the last layers, whose backward runs first."""
     engine: _Engine = decoder._tuneline_engine
     bound: dict[int, LayerWeights] = {}
     for index, spec in engine.specs.items():
@@ -359,9 +357,9 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
                 engine.bound[index] = (state, weights)
             except Unfusable as reason:
                 logger.info("layer %d runs stock: %s", index, reason)
-        known = engine.bound[index][1]
-        if known is not None:
-            bound[index] = known
+        current = engine.bound[index][1]
+        if current is not None:
+            bound[index] = current
     if not bound:
         return None
     dtype = next(iter(bound.values())).attention_norm.dtype
@@ -369,10 +367,10 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     device = tokens.device
     mixed = torch.is_autocast_enabled(device.type)
     if embedding != dtype or (mixed and torch.get_autocast_dtype(device.type) != dtype):
-        # Hidden states come in another dtype than the layers': the stock casts apply.
+        # The hidden states have another dtype than the layers, so the stock casts apply.
         return None
     num_tokens = tokens.shape[0] * tokens.shape[1]
-    # A graph keeps its memory, so what is free after its capture says nothing: the choice stays.
+    # A graph keeps its memory, so the free memory after its capture must not change the choice.
     room = Room.of(plan, num_tokens)
     graph_tokens = num_tokens if room is None else room.num_tokens
     kept = engine.kept_in_graphs.get(graph_tokens)
@@ -388,7 +386,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     if engine.stash is None and device.type == "cuda":
         engine.stash = HostStash()
     stash = engine.stash if num_tokens >= STASH_MIN_TOKENS else None
-    # The layers of a model are alike enough for one answer.
+    # The layers of a model are similar enough for one answer.
     waits = parked(next(iter(bound.values())), plan, tokens.shape[1], dtype.itemsize)
     layers, handover = {}, Handover()
     for place, (index, weights) in enumerate(bound.items()):
@@ -403,13 +401,11 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
                 stash=stash,
                 waits=waits,
                 holds=stash is not None and from_last == 0 and not keep,
-                # The layer before this one parks, if it is there.
+                # The layer before this one parks, if there is one.
                 fetches=stash is not None and from_last == max(kept.num_layers, 1) - 1,
                 handover=handover,
             ),
         )
-    # Gemma-3 hands its layers two kinds of rope tables; the graph takes one.
-    one_rope = all(spec.name != "gemma3" for spec in engine.specs.values())
     dtypes = {p.dtype for weights in bound.values() for p in weights.parameters()}
     most = GRAPH_MAX_TOKENS
     if engine.fp8 and kept.num_layers == len(bound):
@@ -417,10 +413,10 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     graphed = (
         device.type == "cuda"
         and equal_tokens(next(iter(bound.values())), num_tokens) <= most
-        # What a graph holds cannot wait in the host's memory.
+        # A graph's tensors cannot be parked in host memory.
         and (stash is None or kept.num_layers == len(bound))
         and len(bound) == len(decoder.layers)
-        and one_rope
+        and all(spec.num_ropes == 1 for spec in engine.specs.values())
         and len(dtypes) == 1
     )
     if graphed:
@@ -429,10 +425,10 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
 
 
 def _stock_loss_reason(causal: Any) -> str | None:
-    """Say why the loss cannot be fused, or None."""
+    """Return the reason why the loss cannot be fused, or None."""
     head = getattr(causal, "lm_head", None)
     if type(head) is not nn.Linear or head.bias is not None:
-        return f"lm_head is a {type(head).__name__}, not a plain linear without bias"
+        return f"lm_head is a {type(head).__name__}, not an nn.Linear without bias"
     if head.weight.requires_grad:
         return "lm_head is trained"
     if getattr(causal, "loss_type", "ForCausalLM") not in (None, "ForCausalLM"):
@@ -456,7 +452,7 @@ def _swap(module: Any, mixin: type) -> None:
 
 @functools.cache
 def _subclass(stock: Any, mixin: Any) -> type:
-    """Derive the fused class; transformers looks classes up by name, so it bears the stock one."""
+    """Return the fused subclass; transformers looks classes up by name, so the name is kept."""
     names = {
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
@@ -466,12 +462,13 @@ def _subclass(stock: Any, mixin: Any) -> type:
     cls: Any = type(stock.__name__, (mixin, stock), names)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Whoever kept this function as the model's forward may call it after `unpatch`.
+        # Code that stored this function as the model's forward may call it after `unpatch`.
         chosen = mixin if isinstance(self, cls) else stock
         return chosen.forward(self, *args, **kwargs)
 
-    # transformers wraps a new layer class's forward in checkpointing: ours does its own, and only
-    # on the stock path. The signature stays the stock one: the Trainer reads column names off it.
+    # Set after the class is created, because transformers wraps a new layer class's forward in
+    # checkpointing; the mixin does its own, on the stock path only. The signature stays the stock
+    # one, because the Trainer reads column names from it.
     cls.forward = functools.wraps(stock.forward)(forward)
     return cls
 
