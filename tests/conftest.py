@@ -14,17 +14,6 @@ from filelock import FileLock
 
 from tuneline.artifacts import DatasetManifest, LengthStatistics
 
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Real data beside the checkout; the test is skipped where it is absent."""
-    path = ROOT.parent / "shared" / "data"
-    if not path.is_dir():
-        pytest.skip("no shared data beside this checkout")
-    return path
-
 
 @pytest.fixture(scope="session")
 def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -11,6 +11,8 @@ from tuneline.artifacts import DatasetManifest
 from tuneline.errors import DataError, ModelError, RecipeError
 from tuneline.prepare import PrepareConfig
 
+DATA = Path(__file__).parents[1] / "data"
+
 
 def numbered(count: int) -> list[dict]:
     return [{"prompt": f"Question {n}?", "completion": f"Answer {n}."} for n in range(count)]
@@ -269,41 +271,38 @@ def test_settings_that_are_ignored_are_named(prepare, caplog) -> None:
     assert "prepare.system_prompt is ignored" in caplog.text
 
 
-def test_gsm8k_through_the_column_map(prepare, tokenizer, shared_data: Path) -> None:
-    source = shared_data / "gsm8k" / "train.jsonl"
-    held = shared_data / "gsm8k" / "test.jsonl"
+def test_gsm8k_through_the_column_map(prepare, tokenizer) -> None:
+    source, held = DATA / "gsm8k" / "train.jsonl", DATA / "gsm8k" / "test.jsonl"
     done = prepare(
         source,
         columns={"prompt": "question", "completion": "answer"},
-        heldout={"source": str(held), "max_rows": 100},
-        max_rows=200,
+        heldout={"source": str(held), "max_rows": 30},
+        max_rows=50,
         max_seq_length="auto",
     )
     assert done.manifest.num_rejected_rows == 0
-    assert (done.manifest.num_train_rows, done.manifest.num_heldout_rows) == (200, 100)
+    assert (done.manifest.num_train_rows, done.manifest.num_heldout_rows) == (50, 30)
     with open(held, encoding="utf-8") as lines:
-        asked = [json.loads(next(lines)) for _ in range(100)]
+        asked = [json.loads(next(lines)) for _ in range(30)]
     assert [row["question"] for row in done.jsonl("heldout.jsonl")] == [
         r["question"] for r in asked
     ]
     assert [row["answer"] for row in done.jsonl("heldout.jsonl")] == [r["answer"] for r in asked]
 
 
-def test_gsm8k_preferences(prepare, shared_data: Path) -> None:
-    done = prepare(shared_data / "gsm8k" / "preferences.jsonl", method="dpo", max_rows=50)
-    assert done.manifest.num_train_rows == 50
+def test_gsm8k_preferences(prepare) -> None:
+    done = prepare(DATA / "gsm8k" / "preferences.jsonl", method="dpo", max_rows=25)
+    assert done.manifest.num_train_rows == 25
     assert all(
         row["prompt_ids"] and row["chosen_ids"] != row["rejected_ids"] for row in done.rows()
     )
 
 
-def test_korean_text_is_tokenised_losslessly(prepare, tokenizer, shared_data: Path) -> None:
-    source = shared_data / "kobest" / "BoolQ" / "dev.tsv"
-    done = prepare(
-        source, method="cpt", columns={"text": "Text"}, max_rows=100, max_seq_length=2048
-    )
+def test_korean_text_is_tokenised_losslessly(prepare, tokenizer) -> None:
+    source = DATA / "kobest" / "boolq.tsv"
+    done = prepare(source, method="cpt", columns={"text": "Text"}, max_rows=30, max_seq_length=2048)
     lines = source.read_text(encoding="utf-8").splitlines()[1:]
     known = {line.split("\t")[1] for line in lines}
     decoded = [tokenizer.decode(row["input_ids"][:-1]) for row in done.rows()]
-    assert len(decoded) == 100
+    assert len(decoded) == 30
     assert set(decoded) <= known
