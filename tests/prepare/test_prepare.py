@@ -10,6 +10,7 @@ import pytest
 from tuneline.artifacts import DatasetManifest
 from tuneline.errors import DataError, ModelError, RecipeError
 from tuneline.prepare import PrepareConfig
+from tuneline.prepare.sources import quantities
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -56,7 +57,7 @@ def test_split_is_decided_by_the_seed(prepare) -> None:
 def test_small_data_sets_hold_out_a_fifth(prepare, caplog) -> None:
     done = prepare(numbered(50), heldout={"max_rows": 200})
     assert done.manifest.num_heldout_rows == 10
-    assert "asks for 200 rows, and 10 are held out" in caplog.text
+    assert "asks for 200 rows, but 10 are held out" in caplog.text
 
 
 def test_max_rows_are_drawn_by_the_seed(prepare, tokenizer) -> None:
@@ -121,10 +122,8 @@ def test_a_general_source_that_is_not_there(prepare, tmp_path) -> None:
 
 
 def test_builtin_holds_out_its_last_rows(prepare) -> None:
-    from tuneline.prepare import quantities
-
     done = prepare("builtin:kubernetes-quantities", heldout={"max_rows": 200}, max_rows=50)
-    last = list(quantities.rows())[-quantities.num_heldout() :]
+    last = list(quantities.rows())[-quantities.NUM_HELDOUT :]
     heldout = done.jsonl("heldout.jsonl")
     assert [row["question"] for row in heldout] == [row["prompt"] for row in last]
     assert [row["choices"][row["label"]] for row in heldout] == [row["completion"] for row in last]
@@ -194,7 +193,7 @@ def test_bad_rows_are_counted_and_listed(prepare) -> None:
 def test_row_without_its_answer(prepare, tmp_path) -> None:
     message = (
         r"1 of 3 rows of .*rows-1\.jsonl cannot be used \(rows-1\.jsonl line 2: completion is "
-        r"missing\): that is 33\.3%, and max_rejected_share allows 1\.0%"
+        r"missing\): that is 33\.3%, but max_rejected_share allows 1\.0%"
     )
     with pytest.raises(DataError, match=message):
         prepare([numbered(1)[0], {"prompt": "Question?"}, numbered(1)[0]])
@@ -207,7 +206,7 @@ def test_mapped_column_is_named_as_the_source_names_it(prepare) -> None:
     rows = [{"question": "a?", "answer": "4"}, {"question": "b?", "answer": ""}]
     with pytest.raises(DataError, match=r"line 2: answer \(completion\) is empty"):
         prepare(rows, columns=columns)
-    with pytest.raises(DataError, match="maps completion to 'answr', which .* question, answer"):
+    with pytest.raises(DataError, match="maps completion to 'answr', but .* question, answer"):
         prepare(rows, columns=columns | {"completion": "answr"})
 
 
