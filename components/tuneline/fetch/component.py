@@ -26,7 +26,7 @@ def look_up_model(source: str, config: str) -> str:
 
 
 @dsl.component(base_image=images.TRAIN, install_kfp_package=False)
-def fetch(source: str, config: str, fingerprint: str, base_model: dsl.Output[dsl.Model]):
+def fetch(source: str, config: str, fingerprint: str, base_model: dsl.Output[dsl.Model]) -> None:
     """Fetch the base model.
 
     Args:

@@ -40,12 +40,14 @@ def quantization_config(compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
     """Return the settings for NF4 in blocks of 64 whose scales are quantised to 8 bits."""
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(
+    config_class: Any = BitsAndBytesConfig
+    config: BitsAndBytesConfig = config_class(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+    return config
 
 
 def load_base(
@@ -97,12 +99,14 @@ def empty_model(base_model_dir: str | Path) -> "PreTrainedModel":
         )
     try:
         config = AutoConfig.from_pretrained(str(base_model_dir))
+        auto_model: Any = AutoModelForCausalLM
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = auto_model.from_config(config)
     except (ValueError, KeyError) as error:
         raise ModelError(
             f"transformers does not support the model in {base_model_dir}: {error}"
         ) from error
+    return model
 
 
 def quantized_modules(model: "PreTrainedModel") -> set[str]:
@@ -111,9 +115,9 @@ def quantized_modules(model: "PreTrainedModel") -> set[str]:
     The selection is made by transformers, which leaves out the output embeddings, modules tied to
     them and modules that the architecture keeps in fp32. The layers of `model` are replaced.
     """
-    import bitsandbytes
     import torch
-    from transformers.integrations import replace_with_bnb_linear
+    from bitsandbytes.nn.modules import Linear4bit
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.auto import AutoHfQuantizer
 
     config = quantization_config(torch.float32)
@@ -124,11 +128,7 @@ def quantized_modules(model: "PreTrainedModel") -> set[str]:
     replaced = replace_with_bnb_linear(
         model, modules_to_not_convert=skipped, quantization_config=config
     )
-    return {
-        name
-        for name, module in replaced.named_modules()
-        if isinstance(module, bitsandbytes.nn.Linear4bit)
-    }
+    return {name for name, module in replaced.named_modules() if isinstance(module, Linear4bit)}
 
 
 def file_names(model: "PreTrainedModel") -> dict[str, str]:
@@ -171,10 +171,11 @@ def round_trip(weight: "torch.Tensor", *, dtype: "torch.dtype", device: str) -> 
 def _no_progress_bar() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    progress_bar: Any = transformers_logging
+    was_enabled = progress_bar.is_progress_bar_enabled()
+    progress_bar.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+        if was_enabled:
+            progress_bar.enable_progress_bar()

@@ -33,7 +33,7 @@ def prepare(
     base_model: dsl.Input[dsl.Model],
     dataset: dsl.Output[dsl.Dataset],
     statistics: dsl.Output[dsl.HTML],
-):
+) -> None:
     """Check and tokenise the rows of a dataset, and divide them into its parts.
 
     Args:
