@@ -174,7 +174,7 @@ def _collect(
 
     rows = read_rows(source, Selection(config.split, config.subset, config.revision))
     wanted = config.heldout.max_rows
-    own: range | None = None
+    heldout: range | None = None
     builtin = find_builtin(source)
     if builtin is not None:
         everything = list(rows)
@@ -183,10 +183,10 @@ def _collect(
         if config.heldout.source is None:
             if wanted:
                 take(iter(everything[num_train:]), source, intake.format, wanted)
-            own = range(num_train, len(spool))
+            heldout = range(num_train, len(spool))
     else:
         intake = take(rows, source, config.format, None)
-    num_rows = len(spool) if own is None else own.start
+    num_rows = len(spool) if heldout is None else heldout.start
     if config.heldout.source is not None:
         if wanted:
             selection = Selection(
@@ -195,9 +195,9 @@ def _collect(
             rows = read_rows(config.heldout.source, selection)
             held = take(rows, config.heldout.source, intake.format, wanted)
             intake.num_rejected += held.num_rejected
-        own = range(num_rows, len(spool))
-    parts = split(num_rows, config, own_heldout=own, digest=spool.digest)
-    if own is None and len(parts.heldout) < wanted:
+        heldout = range(num_rows, len(spool))
+    parts = split(num_rows, config, own_heldout=heldout, digest=spool.digest)
+    if heldout is None and len(parts.heldout) < wanted:
         logger.warning(
             "prepare.heldout.max_rows asks for %d rows, but %d are held out: at most %.0f %% of "
             "the dataset are, unless prepare.heldout.source names other rows",
