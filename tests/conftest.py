@@ -14,23 +14,12 @@ from filelock import FileLock
 
 from tuneline.artifacts import DatasetManifest, LengthStatistics
 
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Real data beside the checkout; the test is skipped where it is absent."""
-    path = ROOT.parent / "shared" / "data"
-    if not path.is_dir():
-        pytest.skip("no shared data beside this checkout")
-    return path
-
 
 @pytest.fixture(scope="session")
 def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model as the fetch step makes it, once for all test processes."""
+    """The built-in model as the fetch step writes it, once for all test processes."""
     base = tmp_path_factory.getbasetemp()
-    # pytest-xdist gives each of its processes a directory below the run's.
+    # pytest-xdist gives each worker a directory below that of the run.
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     path = shared / "smollm2"
     with FileLock(shared / "smollm2.lock"):
@@ -47,7 +36,7 @@ def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers with SmolLM2's tokenizer, as fetch would leave it."""
+    """A random Llama with two layers and SmolLM2's tokenizer, as the fetch step writes it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -87,7 +76,7 @@ def tiny_model_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def new_dataset() -> Callable[..., DatasetManifest]:
-    """Make a data set's record; what a test does not name is of no matter to it."""
+    """Create a dataset's record; values that a test does not name do not matter to it."""
 
     def make(**values: Any) -> DatasetManifest:
         plain = {
@@ -115,7 +104,7 @@ def new_dataset() -> Callable[..., DatasetManifest]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB, where this process may mount one."""
+    """A file system of 4 MB; the test is skipped if this process may not mount one."""
     path = tmp_path / "disk"
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]

@@ -49,7 +49,7 @@ def test_the_guides_values_are_the_defaults(tmp_path: Path) -> None:
         (
             {"train": {"kernels": False}},
             "train.kernels: Input should be 'auto', 'off' or 'fp8' "
-            '(got false, which YAML makes of off: write "off", with its quotes)',
+            '(got false, because YAML reads off as false: write "off" in quotes)',
         ),
         ({"quantize": {"gguf": ["q3_k"]}}, "quantize.gguf.0"),
         ({"name": "Not A Name"}, "name: String should match pattern"),

@@ -1,4 +1,4 @@
-"""Strict models for everything a person writes, with errors that name the nearest known key."""
+"""Strict models for everything that users write, with errors that suggest the nearest key."""
 
 import difflib
 import json
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class StrictModel(BaseModel):
-    """A model that refuses unknown keys and does not convert types.
+    """A model that rejects unknown keys and does not convert types.
 
     The docstring under each field is its description in the JSON Schema.
     """
@@ -22,17 +22,18 @@ class StrictModel(BaseModel):
 
     @classmethod
     def parse(cls, value: str | dict[str, Any], *, where: str = "") -> Self:
-        """Validate JSON text, or what a YAML file held, as this model.
+        """Validate JSON text or the content of a YAML file as this model.
 
         Args:
             value: JSON text, or a mapping of plain values.
-            where: what stands before the key in messages, e.g. "demo.yaml".
+            where: prefix of the error message, e.g. "demo.yaml".
 
         Raises:
-            RecipeError: with one line a fault: the key, the value, what is allowed.
+            RecipeError: the value is invalid. The message names, for each fault, the key, the
+                value and what is allowed.
         """
-        # One strict path for both: JSON knows lists and strings, so tuples and paths are
-        # accepted from them, while "3" is still not an int.
+        # Validate both as JSON: lists and strings are then accepted for tuples and paths, while
+        # "3" is still not an int.
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         try:
             return cls.model_validate_json(text, strict=True)
@@ -43,15 +44,15 @@ class StrictModel(BaseModel):
 def _explain(model: type[BaseModel], error: ValidationError, where: str) -> str:
     lines = []
     for fault in error.errors():
-        # What disagrees with another key stands at none.
+        # A fault between several keys has no location.
         key = ".".join(map(str, fault["loc"])) + (": " if fault["loc"] else "")
         if fault["type"] == "extra_forbidden":
-            known = _known_keys(model, fault["loc"][:-1])
-            near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+            keys = _known_keys(model, fault["loc"][:-1])
+            near = difflib.get_close_matches(str(fault["loc"][-1]), keys, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(keys)}"
             lines.append(f"{key}unknown key; {hint}")
         elif fault["type"] == "missing":
-            lines.append(f"{key}missing, and it has no default")
+            lines.append(f"{key}missing, but required")
         else:
             lines.append(f"{key}{fault['msg'].removeprefix('Value error, ')}{_given(fault)}")
     prefix = f"{where}: " if where else ""
@@ -59,18 +60,18 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str) -> str:
 
 
 def _given(fault: "ErrorDetails") -> str:
-    """Return the offending value; what disagrees with another one its message names itself."""
+    """Return the offending value, unless the fault is between keys, whose message names them."""
     value = fault["input"]
     if isinstance(value, dict) and fault["type"] == "value_error":
         return ""
     advice = ""
     if value is False and "'off'" in fault["msg"]:
-        advice = ', which YAML makes of off: write "off", with its quotes'
+        advice = ', because YAML reads off as false: write "off" in quotes'
     return f" (got {json.dumps(value, default=str)[:120]}{advice})"
 
 
 def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """Return the field names of the nested model that `path` leads to."""
+    """Return the field names of the nested model at `path`, sorted."""
     schema = model.model_json_schema()
     node: Any = schema
     for part in path:
@@ -80,16 +81,17 @@ def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str
 
 
 def _property(schema: dict[str, Any], node: dict[str, Any], name: str) -> dict[str, Any]:
-    properties = _properties(schema, node)
-    return properties.get(name, node.get("additionalProperties") or {})
+    values = node.get("additionalProperties") or {}
+    schema_of_key: dict[str, Any] = _properties(schema, node).get(name, values)
+    return schema_of_key
 
 
 def _properties(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
     node = _resolve(schema, node)
-    found = dict(node.get("properties", {}))
+    properties: dict[str, Any] = dict(node.get("properties", {}))
     for branch in node.get("anyOf", []):
-        found.update(_properties(schema, branch))
-    return found
+        properties.update(_properties(schema, branch))
+    return properties
 
 
 def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError, OutputExistsError
 from tuneline.fetch import FetchConfig
-from tuneline.fetch.run import kind_of, run
+from tuneline.fetch.kinds import KINDS, KindName, kind_of
+from tuneline.fetch.run import run
 
 
 @pytest.fixture
@@ -180,6 +182,7 @@ def test_output_is_not_overwritten(model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_kinds(tmp_path: Path) -> None:
+    assert set(get_args(KindName)) == set(KINDS)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     (tmp_path / "m.bin").write_bytes(b"x")
     assert kind_of("builtin:smollm2-135m") == "builtin"

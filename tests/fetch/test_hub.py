@@ -154,7 +154,7 @@ def test_the_version_of_a_model_is_its_commit(hub, tmp_path: Path) -> None:
 
     assert look_up().stdout == f"{COMMIT}\n"
     # Nothing was downloaded, so the cache knows nothing.
-    assert "is not whole in the cache" in look_up(HF_HUB_OFFLINE="1").stderr
+    assert "is not complete in the cache" in look_up(HF_HUB_OFFLINE="1").stderr
     assert fetch(hub[0], "org/model", tmp_path, "v1").returncode == 0
     assert look_up(HF_HUB_OFFLINE="1").stdout == f"{COMMIT}\n"
 
@@ -163,7 +163,7 @@ def test_the_version_of_a_model_is_its_commit(hub, tmp_path: Path) -> None:
     ("source", "revision", "code", "sentence"),
     [
         ("org/gated", None, 2, "CredentialsError: org/gated is gated: ask for access"),
-        ("org/none", None, 2, "has no model 'org/none' that this token may see"),
+        ("org/none", None, 2, "has no model 'org/none' that this token may read"),
         ("org/model", "v9", 2, "ModelError: org/model has no revision 'v9'"),
     ],
 )

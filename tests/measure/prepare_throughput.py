@@ -1,14 +1,15 @@
-"""Time prepare against datasets.map with apply_chat_template, and watch its memory.
+"""Compare the speed and memory of prepare with datasets.map and apply_chat_template.
 
     python tests/measure/prepare_throughput.py ROWS.jsonl MODEL_DIR --rows 100000 1000000
 
-ROWS.jsonl has the columns `question` and `answer` (GSM8K's) and is repeated up to each number of
-rows. Each engine is a process of its own. Memory is the proportional set size of the process and
-its children, read five times a second: what is shared between them counts once. Processor time is
-that of all of them; it says more than the clock where other work shares the CPUs.
+ROWS.jsonl has the columns `question` and `answer` (as GSM8K has) and is repeated up to each number
+of rows. Each engine runs in a process of its own. Memory is the proportional set size of the
+process and its children, read five times per second, so shared pages count once. CPU time is the
+sum over these processes, which is more reliable than wall-clock time on a machine with other work.
 
-    map 1   datasets.map as it comes: one process, a row at a time
-    map 2   the same with num_proc=2, which is as many CPUs as prepare takes here
+    map 1     datasets.map with its defaults: one process, one row at a time
+    map 2     datasets.map with num_proc=2
+    prepare   the prepare step, with one worker per CPU
 """
 
 import argparse
@@ -28,7 +29,7 @@ ENGINES = ("map 1", "map 2", "prepare")
 
 
 def main() -> None:
-    """Print a line an engine and number of rows."""
+    """Print one line per engine and number of rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows_file", type=Path)
     parser.add_argument("model_dir", type=Path)
@@ -38,8 +39,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return child(args.child, args.rows_file, args.model_dir)
-    heads = f"{'rows/s':>8} {'seconds':>8} {'rows/CPU s':>10} {'peak GiB':>9} {'load':>5}"
-    print(f"{'rows':>9} {'engine':8} {heads}", flush=True)
+    columns = f"{'rows/s':>8} {'seconds':>8} {'rows/CPU s':>10} {'peak GiB':>9} {'load':>5}"
+    print(f"{'rows':>9} {'engine':8} {columns}", flush=True)
     for num_rows in args.rows:
         for engine in args.engines:
             with tempfile.TemporaryDirectory() as root:
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def repeat(rows_file: Path, target: Path, num_rows: int) -> None:
-    """Write so many rows; a number in each, so that none is the same as another."""
+    """Write `num_rows` rows with a number in each, so that no two are equal."""
     rows = [json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()]
     with open(target, "w", encoding="utf-8") as file:
         for number, row in enumerate(itertools.islice(itertools.cycle(rows), num_rows)):
@@ -66,7 +67,13 @@ def repeat(rows_file: Path, target: Path, num_rows: int) -> None:
 
 
 def watch(engine: str, source: Path, model_dir: Path) -> tuple[float, int]:
-    """Run an engine; return the seconds that it says it took, and its peak memory in bytes."""
+    """Run an engine; return the seconds that it reports and its peak memory in bytes.
+
+    Args:
+        engine: one of ENGINES.
+        source: file with the rows.
+        model_dir: directory with the tokenizer.
+    """
     command = [sys.executable, __file__, str(source), str(model_dir), "--child", engine]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         peak = 0
@@ -80,28 +87,28 @@ def watch(engine: str, source: Path, model_dir: Path) -> tuple[float, int]:
 
 
 def cpu_seconds() -> float:
-    """Return the processor time of all processes that were started here and have ended."""
+    """Return the CPU time of all child processes that have ended, in seconds."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def memory(pid: int) -> int:
-    """Return the proportional set size of a process and its children."""
+    """Return the proportional set size of a process and its children, in bytes."""
     total = 0
     try:
         processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
         return 0
-    for one in processes:
+    for process in processes:
         try:
-            total += one.memory_full_info().pss
+            total += process.memory_full_info().pss
         except psutil.Error:
             continue
     return total
 
 
 def child(engine: str, source: Path, model_dir: Path) -> None:
-    """Work through the rows and print the seconds, imports and the tokenizer's loading included."""
+    """Process the rows and print the seconds, including imports and loading the tokenizer."""
     began = time.perf_counter()
     if engine == "prepare":
         prepare(source, model_dir)
@@ -144,10 +151,10 @@ def plain_map(source: Path, model_dir: Path, *, num_proc: int) -> None:
         ]
         return {"input_ids": tokenizer.apply_chat_template(messages)["input_ids"]}
 
-    done = rows.map(
+    tokenised = rows.map(
         tokens, remove_columns=rows.column_names, num_proc=num_proc if num_proc > 1 else None
     )
-    done.to_parquet(str(source.parent / "train.parquet"))
+    tokenised.to_parquet(str(source.parent / "train.parquet"))
 
 
 if __name__ == "__main__":

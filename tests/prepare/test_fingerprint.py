@@ -60,7 +60,7 @@ def test_held_out_and_general_rows_count(tmp_path: Path) -> None:
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file or directory"):
         of(tmp_path / "absent.jsonl")
-    with pytest.raises(DataError, match="no builtin data set 'nothing'"):
+    with pytest.raises(DataError, match="no builtin dataset 'nothing'"):
         of("builtin:nothing")
 
 
@@ -121,12 +121,12 @@ def test_a_hub_data_set_counts_by_its_commit(hub: str, tmp_path: Path) -> None:
 
     first = lines(HF_ENDPOINT=hub)
     assert first[0] != first[1]
-    assert first[2].startswith("DataError: ") and "no data set 'org/none'" in first[2]
+    assert first[2].startswith("DataError: ") and "no dataset 'org/none'" in first[2]
     assert first[3] == (
-        "DataError: data set org/rows has no revision 'v9': give a branch, a tag or a commit"
+        "DataError: dataset org/rows has no revision 'v9': give a branch, a tag or a commit"
     )
     COMMITS["org/rows"] = "c" * 40
     second = lines(HF_ENDPOINT=hub)
     assert second[0] != first[0] and second[1] == first[1]
     away = lines(HF_ENDPOINT="http://127.0.0.1:9")
-    assert away[0].startswith("HubError: http://127.0.0.1:9 cannot be reached for the data set")
+    assert away[0].startswith("HubError: http://127.0.0.1:9 cannot be reached for the dataset")

@@ -10,6 +10,9 @@ import pytest
 from tuneline.artifacts import DatasetManifest
 from tuneline.errors import DataError, ModelError, RecipeError
 from tuneline.prepare import PrepareConfig
+from tuneline.prepare.sources import quantities
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 def numbered(count: int) -> list[dict]:
@@ -54,7 +57,7 @@ def test_split_is_decided_by_the_seed(prepare) -> None:
 def test_small_data_sets_hold_out_a_fifth(prepare, caplog) -> None:
     done = prepare(numbered(50), heldout={"max_rows": 200})
     assert done.manifest.num_heldout_rows == 10
-    assert "asks for 200 rows, and 10 are held out" in caplog.text
+    assert "asks for 200 rows, but 10 are held out" in caplog.text
 
 
 def test_max_rows_are_drawn_by_the_seed(prepare, tokenizer) -> None:
@@ -119,10 +122,8 @@ def test_a_general_source_that_is_not_there(prepare, tmp_path) -> None:
 
 
 def test_builtin_holds_out_its_last_rows(prepare) -> None:
-    from tuneline.prepare import quantities
-
     done = prepare("builtin:kubernetes-quantities", heldout={"max_rows": 200}, max_rows=50)
-    last = list(quantities.rows())[-quantities.num_heldout() :]
+    last = list(quantities.rows())[-quantities.NUM_HELDOUT :]
     heldout = done.jsonl("heldout.jsonl")
     assert [row["question"] for row in heldout] == [row["prompt"] for row in last]
     assert [row["choices"][row["label"]] for row in heldout] == [row["completion"] for row in last]
@@ -192,7 +193,7 @@ def test_bad_rows_are_counted_and_listed(prepare) -> None:
 def test_row_without_its_answer(prepare, tmp_path) -> None:
     message = (
         r"1 of 3 rows of .*rows-1\.jsonl cannot be used \(rows-1\.jsonl line 2: completion is "
-        r"missing\): that is 33\.3%, and max_rejected_share allows 1\.0%"
+        r"missing\): that is 33\.3%, but max_rejected_share allows 1\.0%"
     )
     with pytest.raises(DataError, match=message):
         prepare([numbered(1)[0], {"prompt": "Question?"}, numbered(1)[0]])
@@ -205,7 +206,7 @@ def test_mapped_column_is_named_as_the_source_names_it(prepare) -> None:
     rows = [{"question": "a?", "answer": "4"}, {"question": "b?", "answer": ""}]
     with pytest.raises(DataError, match=r"line 2: answer \(completion\) is empty"):
         prepare(rows, columns=columns)
-    with pytest.raises(DataError, match="maps completion to 'answr', which .* question, answer"):
+    with pytest.raises(DataError, match="maps completion to 'answr', but .* question, answer"):
         prepare(rows, columns=columns | {"completion": "answr"})
 
 
@@ -269,41 +270,38 @@ def test_settings_that_are_ignored_are_named(prepare, caplog) -> None:
     assert "prepare.system_prompt is ignored" in caplog.text
 
 
-def test_gsm8k_through_the_column_map(prepare, tokenizer, shared_data: Path) -> None:
-    source = shared_data / "gsm8k" / "train.jsonl"
-    held = shared_data / "gsm8k" / "test.jsonl"
+def test_gsm8k_through_the_column_map(prepare, tokenizer) -> None:
+    source, held = DATA / "gsm8k" / "train.jsonl", DATA / "gsm8k" / "test.jsonl"
     done = prepare(
         source,
         columns={"prompt": "question", "completion": "answer"},
-        heldout={"source": str(held), "max_rows": 100},
-        max_rows=200,
+        heldout={"source": str(held), "max_rows": 30},
+        max_rows=50,
         max_seq_length="auto",
     )
     assert done.manifest.num_rejected_rows == 0
-    assert (done.manifest.num_train_rows, done.manifest.num_heldout_rows) == (200, 100)
+    assert (done.manifest.num_train_rows, done.manifest.num_heldout_rows) == (50, 30)
     with open(held, encoding="utf-8") as lines:
-        asked = [json.loads(next(lines)) for _ in range(100)]
+        asked = [json.loads(next(lines)) for _ in range(30)]
     assert [row["question"] for row in done.jsonl("heldout.jsonl")] == [
         r["question"] for r in asked
     ]
     assert [row["answer"] for row in done.jsonl("heldout.jsonl")] == [r["answer"] for r in asked]
 
 
-def test_gsm8k_preferences(prepare, shared_data: Path) -> None:
-    done = prepare(shared_data / "gsm8k" / "preferences.jsonl", method="dpo", max_rows=50)
-    assert done.manifest.num_train_rows == 50
+def test_gsm8k_preferences(prepare) -> None:
+    done = prepare(DATA / "gsm8k" / "preferences.jsonl", method="dpo", max_rows=25)
+    assert done.manifest.num_train_rows == 25
     assert all(
         row["prompt_ids"] and row["chosen_ids"] != row["rejected_ids"] for row in done.rows()
     )
 
 
-def test_korean_text_is_tokenised_losslessly(prepare, tokenizer, shared_data: Path) -> None:
-    source = shared_data / "kobest" / "BoolQ" / "dev.tsv"
-    done = prepare(
-        source, method="cpt", columns={"text": "Text"}, max_rows=100, max_seq_length=2048
-    )
+def test_korean_text_is_tokenised_losslessly(prepare, tokenizer) -> None:
+    source = DATA / "kobest" / "boolq.tsv"
+    done = prepare(source, method="cpt", columns={"text": "Text"}, max_rows=30, max_seq_length=2048)
     lines = source.read_text(encoding="utf-8").splitlines()[1:]
     known = {line.split("\t")[1] for line in lines}
     decoded = [tokenizer.decode(row["input_ids"][:-1]) for row in done.rows()]
-    assert len(decoded) == 100
+    assert len(decoded) == 30
     assert set(decoded) <= known

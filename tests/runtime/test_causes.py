@@ -7,59 +7,58 @@ import pytest
 from tuneline.runtime.causes import CAUSES, explain, find_cause
 from tuneline.runtime.events import StepRun
 
+MESSAGES = [
+    (
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
+        "capacity of 79.15 GiB",
+        "gpu memory",
+    ),
+    ("task train failed: OOMKilled", "host memory"),
+    ("main container failed with exit code 137", "host memory"),
+    ("Error (exit code: 137)", "host memory"),
+    ("MemoryError: ", "host memory"),
+    ("RuntimeError: [enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator", "host memory"),
+    ("OSError: [Errno 28] No space left on device", "disk"),
+    ("SafetensorError: Error while serializing: IoError(Os { code: 28 }) os error 28", "disk"),
+    ("Pod ephemeral local storage usage exceeds the total limit: ephemeral-storage", "disk"),
+    ("RuntimeError: loss is nan at step 23", "not a number"),
+    ("ValueError: the logits are not finite", "not a number"),
+    (
+        "GatedRepoError: 403 Client Error. Access to model meta-llama/Llama-3 is restricted",
+        "gated model",
+    ),
+    ("HfHubHTTPError: 401 Client Error: Unauthorized for url", "token"),
+    ("HfHubHTTPError: 403 Forbidden: you have insufficient permissions", "forbidden"),
+    ("RepositoryNotFoundError: 404 Client Error. Repository Not Found", "unknown repository"),
+    ("RevisionNotFoundError: no revision v9", "unknown repository"),
+    ('Back-off pulling image "tuneline/train:0.1.0": ImagePullBackOff', "image"),
+    (
+        "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+        "unschedulable",
+    ),
+    ("The node was low on resource: memory. Pod was Evicted", "evicted"),
+    ("pod was preempted by a pod of higher priority", "evicted"),
+    (
+        "Pod was active longer than the specified deadline: DeadlineExceeded",
+        "timeout",
+    ),
+    ("ReadTimeout: HTTPSConnectionPool: Read timed out.", "timeout"),
+    ("container received SIGTERM", "terminated"),
+    ("exited with code 143", "terminated"),
+    ("ConnectionError: Max retries exceeded with url: /api/models", "network"),
+    ("ValueError: all rows are longer than max_seq_length", "long rows"),
+    ("JSONDecodeError: Expecting value: line 3 column 1", "bad rows"),
+    ("UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff", "bad rows"),
+    ("KeyError: task 'kobest' not found in registry", "task"),
+    ("ProofError: mean KL 0.5 is over the bound", "proof"),
+    ("RuntimeError: No CUDA GPUs are available", "gpu driver"),
+    ("RuntimeError: NCCL error in: ProcessGroupNCCL.cpp", "gpu driver"),
+    ("ModuleNotFoundError: No module named 'gptqmodel'", "not installed"),
+    ("PermissionError: [Errno 13] Permission denied: '/data'", "permission"),
+]
 
-@pytest.mark.parametrize(
-    ("message", "name"),
-    [
-        (
-            "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
-            "capacity of 79.15 GiB",
-            "gpu memory",
-        ),
-        ("task train failed: OOMKilled", "host memory"),
-        ("main container failed with exit code 137", "host memory"),
-        ("Error (exit code: 137)", "host memory"),
-        ("MemoryError: ", "host memory"),
-        ("RuntimeError: [enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator", "host memory"),
-        ("OSError: [Errno 28] No space left on device", "disk"),
-        ("SafetensorError: Error while serializing: IoError(Os { code: 28 }) os error 28", "disk"),
-        ("Pod ephemeral local storage usage exceeds the total limit: ephemeral-storage", "disk"),
-        ("RuntimeError: loss is nan at step 23", "not a number"),
-        ("ValueError: the logits are not finite", "not a number"),
-        (
-            "GatedRepoError: 403 Client Error. Access to model meta-llama/Llama-3 is restricted",
-            "gated model",
-        ),
-        ("HfHubHTTPError: 401 Client Error: Unauthorized for url", "token"),
-        ("HfHubHTTPError: 403 Forbidden: you have insufficient permissions", "forbidden"),
-        ("RepositoryNotFoundError: 404 Client Error. Repository Not Found", "unknown repository"),
-        ("RevisionNotFoundError: no revision v9", "unknown repository"),
-        ('Back-off pulling image "tuneline/train:0.1.0": ImagePullBackOff', "image"),
-        (
-            "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
-            "unschedulable",
-        ),
-        ("The node was low on resource: memory. Pod was Evicted", "evicted"),
-        ("pod was preempted by a pod of higher priority", "evicted"),
-        (
-            "Pod was active longer than the specified deadline: DeadlineExceeded",
-            "timeout",
-        ),
-        ("ReadTimeout: HTTPSConnectionPool: Read timed out.", "timeout"),
-        ("container received SIGTERM", "terminated"),
-        ("exited with code 143", "terminated"),
-        ("ConnectionError: Max retries exceeded with url: /api/models", "network"),
-        ("ValueError: all rows are longer than max_seq_length", "long rows"),
-        ("JSONDecodeError: Expecting value: line 3 column 1", "bad rows"),
-        ("UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff", "bad rows"),
-        ("KeyError: task 'kobest' not found in registry", "task"),
-        ("ProofError: mean KL 0.5 is over the bound", "proof"),
-        ("RuntimeError: No CUDA GPUs are available", "gpu driver"),
-        ("RuntimeError: NCCL error in: ProcessGroupNCCL.cpp", "gpu driver"),
-        ("ModuleNotFoundError: No module named 'gptqmodel'", "not installed"),
-        ("PermissionError: [Errno 13] Permission denied: '/data'", "permission"),
-    ],
-)
+
+@pytest.mark.parametrize(("message", "name"), MESSAGES)
 def test_a_message_leads_to_its_cause(message: str, name: str) -> None:
     found = find_cause(message)
     assert found is not None and found.name == name
@@ -73,7 +72,8 @@ def test_what_is_not_known_is_not_guessed(message: str) -> None:
     assert find_cause(message) is None
 
 
-def test_each_cause_has_a_sentence_and_something_to_do() -> None:
+def test_each_cause_has_a_message_a_sentence_and_something_to_do() -> None:
+    assert {name for _, name in MESSAGES} == {cause.name for cause in CAUSES}
     assert len({cause.name for cause in CAUSES}) == len(CAUSES)
     for cause in CAUSES:
         re.compile(cause.pattern)
@@ -115,10 +115,10 @@ def test_a_step_without_an_end_was_killed() -> None:
 
 def test_a_killed_step_with_the_platforms_word() -> None:
     assert explain(StepRun("train", 0), "exit code 143").cause.startswith(
-        "The step was asked to stop"
+        "The step was stopped by a person"
     )
 
 
 def test_nothing_known_at_all() -> None:
     assert explain(None).cause == "No step reported an error."
-    assert explain(None, "odd").cause == "The platform says: odd"
+    assert explain(None, "odd").cause == "The platform reports: odd"

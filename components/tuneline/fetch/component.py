@@ -7,19 +7,34 @@ from tuneline import images
 
 @dsl.component(base_image=images.TRAIN, install_kfp_package=False)
 def look_up_model(source: str, config: str) -> str:
-    """Say what stands behind the name now; `config` is a FetchConfig as JSON."""
+    """Fingerprint the base model, so that KFP's cache notices when its content changes.
+
+    Args:
+        source: The recipe's `base_model`: a Hub ID, a directory, a .gguf file or builtin:NAME.
+        config: The recipe's `fetch` section as JSON.
+
+    Returns:
+        A text that changes when the model does.
+    """
     from tuneline.fetch import FetchConfig
     from tuneline.fetch.fingerprint import fingerprint
     from tuneline.runtime.step import step
 
     with step("look-up-model"):
-        found = fingerprint(FetchConfig.parse(config), source=source)
-    return found
+        content = fingerprint(FetchConfig.parse(config), source=source)
+    return content
 
 
 @dsl.component(base_image=images.TRAIN, install_kfp_package=False)
-def fetch(source: str, config: str, fingerprint: str, base_model: dsl.Output[dsl.Model]):
-    """Fetch the base model; `config` is a FetchConfig as JSON, `fingerprint` is for the cache."""
+def fetch(source: str, config: str, fingerprint: str, base_model: dsl.Output[dsl.Model]) -> None:
+    """Fetch the base model.
+
+    Args:
+        source: The recipe's `base_model`: a Hub ID, a directory, a .gguf file or builtin:NAME.
+        config: The recipe's `fetch` section as JSON.
+        fingerprint: Output of look_up_model, part of the cache key.
+        base_model: The model as safetensors, with its tokenizer.
+    """
     from tuneline.fetch import FetchConfig
     from tuneline.fetch.run import run
     from tuneline.runtime.step import step

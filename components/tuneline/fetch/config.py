@@ -1,14 +1,16 @@
-"""The recipe's part for fetching a base model."""
+"""The `fetch` section of a recipe."""
 
 from tuneline.strict_model import StrictModel
 
 
 class FetchConfig(StrictModel):
-    """How the base model is fetched; the model itself is the recipe's `base_model`."""
+    """How the base model is fetched. The model itself is the recipe's `base_model`."""
 
     revision: str | None = None
-    """Hub only: branch, tag or commit; resolved to a commit and recorded. Default: main."""
+    """Branch, tag or commit if the model is on the Hub; the commit it names is recorded. Default:
+    the default branch."""
     trust_remote_code: str | None = None
-    """Hub id or directory whose own Python code may be run; must equal `base_model`.
+    """Hub ID or directory whose own Python code may be run; must equal `base_model`.
 
-    Off by default, and by name, so that changing the model does not carry the trust along."""
+    The permission names the model, so that a change of `base_model` does not extend it to another
+    one. Default: no code of a model is run."""

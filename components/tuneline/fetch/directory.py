@@ -1,4 +1,4 @@
-"""Take over a model directory, and check that it is one that can be tuned."""
+"""Copy a model directory, and check that the model can be tuned."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from tuneline.errors import ModelError
 logger = logging.getLogger(__name__)
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-# Any of these sets of files makes a tokenizer.
+# Each of these sets of files is a complete tokenizer.
 _TOKENIZER_FILES = (
     {"tokenizer.json"},
     {"tokenizer.model"},
@@ -30,22 +30,31 @@ _INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a checked directory holds."""
+    """Properties of a checked model directory."""
 
     architecture: str
+    """First entry of `architectures` in config.json."""
     num_parameters: int
     weights: list[Path]
+    """The weight files that transformers loads."""
     runs_own_code: bool
+    """Whether loading the model runs Python code of its own."""
 
 
 def take(path: Path, target: Path, *, source: str, trusted: bool) -> None:
-    """Bring the files that belong to the model from `path` into the empty `target`.
+    """Copy the files of the model in `path` to the empty directory `target`.
 
-    Weights are hard-linked where the file system allows it, as they are large and no step
-    writes into them; the rest is copied.
+    Weights are hard-linked where the file system allows it, because they are large and no step
+    modifies them.
+
+    Args:
+        path: the model directory.
+        target: an empty directory.
+        source: the model's name, for messages.
+        trusted: whether the model's own Python code may be run.
 
     Raises:
-        ModelError: `path` is no model directory that can be tuned.
+        ModelError: the model in `path` cannot be tuned.
     """
     check(path, source=source, trusted=trusted)
     weights = {file.name for file in _weights(path, source)}
@@ -66,16 +75,16 @@ def take(path: Path, target: Path, *, source: str, trusted: bool) -> None:
 
 
 def check(path: Path, *, source: str, trusted: bool) -> Facts:
-    """Check that `path` holds a causal language model with a tokenizer and safetensors.
+    """Check that `path` is a causal language model with a tokenizer and safetensors weights.
 
     Raises:
-        ModelError: what is missing or refused, and what to do about it.
+        ModelError: something is missing or refused.
     """
     names = {file.name for file in path.iterdir()}
     if "config.json" not in names:
         if "adapter_config.json" in names:
             raise ModelError(
-                f"{source} is a LoRA adapter, not a whole model: name the base model that its "
+                f"{source} is a LoRA adapter, not a complete model: name the base model that its "
                 "adapter_config.json points to, or merge the two first"
             )
         if not any(name.endswith(".safetensors") for name in names):
@@ -85,14 +94,14 @@ def check(path: Path, *, source: str, trusted: bool) -> Facts:
     if not any(files <= names for files in _TOKENIZER_FILES):
         raise ModelError(
             f"{source} has no tokenizer (no tokenizer.json, tokenizer.model, or vocab.json with "
-            "merges.txt): copy the tokenizer files of the model it was made from beside it"
+            "merges.txt): copy the tokenizer files of the original model into the same directory"
         )
     config = _json(path / "config.json", source)
     quantization = config.get("quantization_config")
     if quantization:
         raise ModelError(
             f"{source} is quantised already ({quantization.get('quant_method', 'unknown')}): name "
-            "the full-precision model, tuneline quantises it by itself for training"
+            "the full-precision model instead, which tuneline quantises itself for training"
         )
     architectures = config.get("architectures") or []
     if not architectures:
@@ -110,19 +119,19 @@ def check(path: Path, *, source: str, trusted: bool) -> Facts:
 
 
 def explain_missing_weights(source: str, names: list[str]) -> str:
-    """Say in one sentence why a set of files without safetensors is refused."""
+    """Return why a model with these files, none of them safetensors, is refused."""
     pickled = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
     gguf = [name for name in names if name.endswith(".gguf")]
     if pickled:
         return (
-            f"{source} has its weights only as pickle ({pickled[0]}), which can run code when "
-            "it is opened: name a revision with safetensors, or convert it where you trust it "
-            "(load it in transformers and save_pretrained)"
+            f"{source} has its weights only as pickle ({pickled[0]}), which can run code when it "
+            "is opened: name a revision with safetensors, or, if you trust the file, convert it "
+            "by loading it in transformers and calling save_pretrained"
         )
     if gguf:
         return (
-            f"{source} has its weights only as GGUF ({gguf[0]}): name that .gguf file itself, or "
-            "better the safetensors model it was made from"
+            f"{source} has its weights only as GGUF ({gguf[0]}): name that .gguf file itself or, "
+            "preferably, the safetensors model that it was made from"
         )
     return f"{source} has no safetensors weights: it is not a model that can be tuned"
 
@@ -146,13 +155,13 @@ def licence_of(path: Path) -> str | None:
 
 
 def licence_in(header: dict[str, Any]) -> str | None:
-    """Return the licence of a model card's header; "other" goes by the name beside it."""
+    """Return the licence of a model card's header; for "other", its `license_name`."""
     licence = header.get("license")
     return header.get("license_name") or licence if licence == "other" else licence
 
 
 def _weights(path: Path, source: str) -> list[Path]:
-    """Return the weight files that transformers would load."""
+    """Return the weight files that transformers loads."""
     if (path / _SINGLE_FILE).is_file():
         return [path / _SINGLE_FILE]
     if (path / _INDEX_FILE).is_file():
@@ -167,14 +176,14 @@ def _weights(path: Path, source: str) -> list[Path]:
     names = sorted(file.name for file in path.iterdir())
     if any(name.endswith(".safetensors") for name in names):
         raise ModelError(
-            f"{source} has safetensors under other names than {_SINGLE_FILE} or those in "
-            f"{_INDEX_FILE}: it is not a whole transformers model"
+            f"{source} has safetensors files, but neither {_SINGLE_FILE} nor {_INDEX_FILE}: it is "
+            "not a complete transformers model"
         )
     raise ModelError(explain_missing_weights(source, names))
 
 
 def _count(file: Path, source: str) -> int:
-    """Count the parameters from a safetensors header: a length in 8 bytes, then JSON."""
+    """Return the number of parameters that a safetensors header (length, then JSON) declares."""
     with open(file, "rb") as stream:
         head = stream.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
@@ -202,16 +211,16 @@ def _count(file: Path, source: str) -> int:
 
 
 def _check_own_code(path: Path, config: dict[str, Any], *, source: str, trusted: bool) -> bool:
-    """Return whether the model's own code is to be run; refuse where it must and may not."""
+    """Return whether the model's own code will run; refuse if it is needed but not trusted."""
     tokenizer_config = path / "tokenizer_config.json"
     tokenizer = _json(tokenizer_config, source) if tokenizer_config.is_file() else {}
     if not config.get("auto_map") and not tokenizer.get("auto_map"):
         return False
     if trusted:
-        logger.warning("%s runs its own Python code, as trust_remote_code says", source)
+        logger.warning("%s runs Python code of its own: trust_remote_code allows it", source)
         return True
-    # Many repositories keep the code from before transformers knew their model; that code is
-    # not needed, and not run.
+    # Many repositories still contain the code from before transformers supported their model.
+    # That code is not needed and not run. (Imported here because transformers takes seconds.)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
@@ -219,11 +228,11 @@ def _check_own_code(path: Path, config: dict[str, Any], *, source: str, trusted:
     elif tokenizer.get("auto_map") and not (path / "tokenizer.json").is_file():
         needed_for = "tokenizer"
     else:
-        logger.info("%s brings code of its own; transformers knows it, so it is left", source)
+        logger.info("%s has code of its own, which is not run: transformers supports it", source)
         return False
     raise ModelError(
-        f"{source} needs Python code of its own for its {needed_for}, and running it is off: read "
-        f"that code, then set fetch.trust_remote_code: {source}"
+        f"{source} needs Python code of its own for its {needed_for}, which is not run by default: "
+        f"read that code, then set fetch.trust_remote_code: {source}"
     )
 
 
@@ -246,10 +255,10 @@ def _json(file: Path, source: str) -> dict[str, Any]:
 
 
 def _link(file: Path, target: Path) -> None:
-    # The Hub's cache has symlinks into its blobs; a link must be to the file itself.
+    # Files in the Hub's cache are symlinks to blobs; the hard link must be to the blob itself.
     real = file.resolve()
     try:
         os.link(real, target)
     except OSError:
-        # Another file system, or one without hard links.
+        # The target is on another file system, or on one without hard links.
         shutil.copyfile(real, target)

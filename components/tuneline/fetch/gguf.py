@@ -1,4 +1,4 @@
-"""Turn a GGUF file into a safetensors directory that trains and tokenises as the original."""
+"""Convert a GGUF file to safetensors with a tokenizer that splits text as the original does."""
 
 import json
 import logging
@@ -9,21 +9,21 @@ from tuneline.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-# Pre-tokenizers by GGUF's name for them whose effect transformers' reader reproduces.
-_READ_RIGHT = {"gpt-2", "default", "llama-bpe", "qwen2"}
-# What is true of the process that loaded the file, not of the tokenizer.
+# GGUF's names of the pre-tokenizers that transformers' reader reproduces correctly.
+_READ_CORRECTLY = {"gpt-2", "default", "llama-bpe", "qwen2"}
+# Settings that describe how the file was loaded, not the tokenizer.
 _LOADING_DETAILS = ("is_local", "local_files_only", "name_or_path")
 
 
 def convert(path: Path, target: Path) -> str | None:
-    """Write the model in `path` to `target` in bfloat16; return the licence the file names.
+    """Write the model in `path` to `target` in bfloat16; return the licence that the file states.
 
     Raises:
         ModelError: the file is broken or of an architecture that transformers does not know.
     """
     if path.open("rb").read(4) != b"GGUF":
         raise ModelError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
-    # torch and transformers take seconds to import: only when there is something to convert.
+    # Imported here because torch and transformers take seconds, and most models need neither.
     import torch
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -36,16 +36,16 @@ def convert(path: Path, target: Path) -> str | None:
         model = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
-            # Without it the weights stay in GGUF's blocks, which cannot be saved.
+            # Otherwise the weights stay in GGUF's blocks, which cannot be saved.
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
         )
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         raise ModelError(
             f"{path} cannot be read as a causal language model ({' '.join(str(error).split())}): "
-            "name the safetensors model it was made from instead"
+            "name the safetensors model that it was made from instead"
         ) from error
-    _mend(tokenizer, pre_tokenizer.contents() if pre_tokenizer else "default")
+    _complete(tokenizer, pre_tokenizer.contents() if pre_tokenizer else "default")
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
@@ -53,23 +53,23 @@ def convert(path: Path, target: Path) -> str | None:
     return licence.contents() if licence else None
 
 
-def _mend(tokenizer: Any, pre_tokenizer: str) -> None:
-    """Put right what transformers' GGUF reader leaves out of the tokenizer."""
+def _complete(tokenizer: Any, pre_tokenizer: str) -> None:
+    """Set the parts of the tokenizer that transformers' GGUF reader leaves out."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     if pre_tokenizer == "smollm":
-        # The reader makes a plain byte-level one, and numbers then become tokens that the
-        # model has never seen: SmolLM was trained on single digits.
+        # The reader uses a plain byte-level pre-tokenizer, which turns numbers into tokens that
+        # the model has never seen: SmolLM was trained on single digits.
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [
                 Digits(individual_digits=True),
                 ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
-    elif pre_tokenizer not in _READ_RIGHT:
+    elif pre_tokenizer not in _READ_CORRECTLY:
         logger.warning(
-            "the GGUF file asks for the pre-tokenizer '%s', and transformers may split text "
-            "another way: compare a few tokenised lines, or name the safetensors model",
+            "the GGUF file names the pre-tokenizer '%s', but transformers may split text "
+            "differently: compare a few tokenised lines, or name the safetensors model",
             pre_tokenizer,
         )
     if tokenizer.pad_token is None:

@@ -1,4 +1,4 @@
-"""Download a model from the Hub, at one commit, only the files that tuning needs."""
+"""Download the files of a Hub model that tuning needs, at one commit."""
 
 import contextlib
 import logging
@@ -9,18 +9,24 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import errors as hub_errors
+
 from tuneline.errors import CredentialsError, HubError, ModelError
 from tuneline.fetch.directory import explain_missing_weights, licence_in, licence_of
 
 logger = logging.getLogger(__name__)
 
+# The HTTP client's base class; huggingface_hub has it without exporting it.
+_HTTPError: type[Exception] = vars(hub_errors)["HTTPError"]
+
 _KEPT = (
     *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"),
     *("LICENSE*", "NOTICE*", "README.md"),
 )
-# Subdirectories hold other formats (onnx/, original/); consolidated*.safetensors holds the
-# weights a second time in Mistral's own names.
-_LEFT = ("*/*", "consolidated*")
+# Subdirectories contain other formats (onnx/, original/). consolidated*.safetensors contains the
+# weights a second time, under Mistral's own names.
+_IGNORED = ("*/*", "consolidated*")
 
 
 @dataclass(frozen=True)
@@ -33,46 +39,47 @@ class Snapshot:
 
 
 def download(repo: str, *, revision: str | None, with_code: bool) -> Snapshot:
-    """Bring `repo` into the cache, once a commit; HF_ENDPOINT, HF_TOKEN and HF_HOME apply.
+    """Download `repo` to the local cache; HF_ENDPOINT, HF_TOKEN and HF_HOME apply.
 
-    With HF_HUB_OFFLINE=1 the cache is all that is looked at.
+    With HF_HUB_OFFLINE=1 only the cache is used.
+
+    Args:
+        repo: Hub ID of the model.
+        revision: branch, tag or commit; None: the default branch.
+        with_code: whether to download Python files too.
 
     Raises:
-        ModelError: no such model or revision, or it has no safetensors.
+        ModelError: there is no such model or revision, or it has no safetensors.
         CredentialsError: the model is gated or private.
         HubError: the Hub could not be reached, or answered with an error.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
-
     wanted = _wanted(revision, with_code)
     if constants.HF_HUB_OFFLINE:
         path = _in_cache(repo, revision, wanted)
         return Snapshot(path, commit=path.name, licence=licence_of(path))
-    with _plainly(repo, revision):
+    with _translated_errors(repo, revision):
         info = HfApi().model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
         if not any(_is_weight(name) for name in names):
             raise ModelError(explain_missing_weights(repo, names))
-        # By the revision's name, so that the cache knows it when there is no network.
+        # Download by the revision's name, so that the cache can resolve the name offline.
         path = Path(snapshot_download(repo, **wanted))
     logger.info("%s at %s is commit %s", repo, revision or "main", path.name)
     card = info.card_data
-    return Snapshot(path, commit=path.name, licence=licence_in(card.to_dict() if card else {}))
+    return Snapshot(path, commit=path.name, licence=licence_in(vars(card) if card else {}))
 
 
 def commit_of(repo: str, *, revision: str | None) -> str:
-    """Return the commit that a model's revision stands for now; offline, the one in the cache.
+    """Return the commit that a model's revision names now; offline, the one in the cache.
 
     Raises:
-        ModelError: as `download`.
-        CredentialsError: as `download`.
-        HubError: as `download`.
+        ModelError: there is no such model or revision.
+        CredentialsError: the model is gated or private.
+        HubError: the Hub could not be reached, or answered with an error.
     """
-    from huggingface_hub import HfApi, constants
-
     if constants.HF_HUB_OFFLINE:
         return _in_cache(repo, revision, _wanted(revision, with_code=False)).name
-    with _plainly(repo, revision):
+    with _translated_errors(repo, revision):
         return str(HfApi().model_info(repo, revision=revision).sha)
 
 
@@ -80,35 +87,30 @@ def _wanted(revision: str | None, with_code: bool) -> dict[str, Any]:
     return {
         "revision": revision,
         "allow_patterns": [*_KEPT, "*.py"] if with_code else list(_KEPT),
-        "ignore_patterns": list(_LEFT),
+        "ignore_patterns": list(_IGNORED),
     }
 
 
 def _in_cache(repo: str, revision: str | None, wanted: dict[str, Any]) -> Path:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub import errors as hub_errors
-
     try:
         return Path(snapshot_download(repo, local_files_only=True, **wanted))
     except hub_errors.LocalEntryNotFoundError:
         raise HubError(
-            f"{repo} at {revision or 'main'} is not whole in the cache "
-            f"{constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids the network: unset it, or "
-            "fill the cache first"
+            f"{repo} at {revision or 'main'} is not complete in the cache "
+            f"{constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids downloads: unset "
+            "HF_HUB_OFFLINE, or fill the cache first"
         ) from None
 
 
 @contextlib.contextmanager
-def _plainly(repo: str, revision: str | None) -> Iterator[None]:
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub_errors
-
+def _translated_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Raise errors of huggingface_hub in the body as errors of tuneline."""
     try:
         yield
     except hub_errors.GatedRepoError:
         raise CredentialsError(
             f"{repo} is gated: ask for access on its page at {constants.ENDPOINT}/{repo}, then "
-            "set HF_TOKEN to a token of the account that was given it"
+            "set HF_TOKEN to a token of the account that was granted it"
             + ("" if os.environ.get("HF_TOKEN") else " (HF_TOKEN is not set now)")
         ) from None
     except hub_errors.RevisionNotFoundError:
@@ -117,7 +119,7 @@ def _plainly(repo: str, revision: str | None) -> Iterator[None]:
         ) from None
     except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
         raise ModelError(
-            f"{constants.ENDPOINT} has no model '{repo}' that this token may see: check the "
+            f"{constants.ENDPOINT} has no model '{repo}' that this token may read: check the "
             "spelling, and set HF_TOKEN if it is private"
         ) from None
     except hub_errors.HfHubHTTPError as error:
@@ -130,14 +132,14 @@ def _plainly(repo: str, revision: str | None) -> Iterator[None]:
         raise HubError(
             f"{constants.ENDPOINT} answered {status} for {repo}: try again later"
         ) from error
-    except (hub_errors.HTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
+    except (_HTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename:
-            raise  # a local disk, not the network
+            raise  # an error of the local disk, not of the network
         raise HubError(
             f"{constants.ENDPOINT} cannot be reached for {repo} ({type(error).__name__}): check "
-            "the network and HF_ENDPOINT; with the model in the cache set HF_HUB_OFFLINE=1"
+            "the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 if the model is in the cache"
         ) from error
 
 
 def _is_weight(name: str) -> bool:
-    return name.endswith(".safetensors") and not any(fnmatch(name, left) for left in _LEFT)
+    return name.endswith(".safetensors") and not any(fnmatch(name, pattern) for pattern in _IGNORED)

@@ -1,71 +1,53 @@
-"""Put a base model, checked and with its origin recorded, into a directory."""
+"""Write a base model, checked and with a record of its origin, to a directory."""
 
 import logging
-import re
 import time
-from pathlib import Path
-from typing import Literal
 
 from tuneline.artifacts import ModelOrigin, new_directory, sha256_of
 from tuneline.errors import ModelError
-from tuneline.fetch import builtin, directory, gguf, hub
+from tuneline.fetch import directory
 from tuneline.fetch.config import FetchConfig
+from tuneline.fetch.kinds import KINDS, kind_of
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["builtin", "directory", "gguf", "hub"]
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
 
 def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin:
-    """Fetch the model that `source` names and record where it came from.
+    """Fetch the model `source` and record where it came from.
 
     Args:
-        config: the recipe's part.
-        source: a Hub id, a directory, a .gguf file or builtin:NAME.
-        base_model_dir: where the model is put; must not exist or be empty.
+        config: the `fetch` section of the recipe.
+        source: a Hub ID, a directory, a .gguf file or builtin:NAME.
+        base_model_dir: directory to write the model to; must be empty or not exist.
 
     Raises:
         ModelError: the source is not a model that can be tuned.
         HubError: the Hub could not be reached.
-        CredentialsError: the Hub asks for a token with access.
+        CredentialsError: the Hub requires a token with access.
     """
     started = time.monotonic()
-    kind = kind_of(source)
+    kind = KINDS[kind_of(source)]
     trusted = config.trust_remote_code is not None
     if trusted and config.trust_remote_code != source:
         raise ModelError(
-            f"trust_remote_code names '{config.trust_remote_code}', and the base model is "
-            f"'{source}': trust is given by name, so write the same in both, or leave it out"
+            f"trust_remote_code names '{config.trust_remote_code}', but the base model is "
+            f"'{source}': write the same name in both, or remove trust_remote_code"
         )
-    if config.revision and kind != "hub":
+    if config.revision and not kind.has_revisions:
         logger.warning("revision '%s' is ignored: %s is not on the Hub", config.revision, source)
-    if trusted and kind in ("builtin", "gguf"):
-        logger.warning("trust_remote_code is ignored: %s brings no code", source)
+    if trusted and not kind.may_bring_code:
+        logger.warning("trust_remote_code is ignored: %s has no code of its own", source)
 
     with new_directory(base_model_dir) as target:
-        revision = licence = None
-        if kind == "hub":
-            snapshot = hub.download(source, revision=config.revision, with_code=trusted)
-            revision, licence = snapshot.commit, snapshot.licence
-            directory.take(snapshot.path, target, source=source, trusted=trusted)
-        elif kind == "directory":
-            path = Path(source).expanduser()
-            directory.take(path, target, source=source, trusted=trusted)
-            licence = directory.licence_of(path)
-        elif kind == "gguf":
-            licence = gguf.convert(Path(source).expanduser(), target)
-        else:
-            licence = builtin.unpack(source.removeprefix("builtin:"), target)
+        provenance = kind.take(source, target, config)
         facts = directory.check(target, source=source, trusted=trusted)
         for path in facts.weights:
             if not path.stat().st_mode & 0o044:
                 path.chmod(0o644)  # safetensors writes 0600, which another pod could not read
         origin = ModelOrigin(
             source=source,
-            revision=revision,
-            licence=licence,
+            revision=provenance.revision,
+            licence=provenance.licence,
             architecture=facts.architecture,
             num_parameters=facts.num_parameters,
             num_bytes=sum(path.stat().st_size for path in facts.weights),
@@ -79,34 +61,7 @@ def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin
         source,
         origin.architecture,
         origin.num_parameters / 1e6,
-        licence or "unknown",
+        provenance.licence or "unknown",
         origin.seconds,
     )
     return origin
-
-
-def kind_of(source: str) -> Kind:
-    """Say what kind of source a recipe's `base_model` is. What exists on disk comes first.
-
-    Raises:
-        ModelError: it is none of the kinds.
-    """
-    if source.startswith("builtin:"):
-        return "builtin"
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return "directory"
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return "gguf"
-        raise ModelError(
-            f"{source} is a file of another kind: a base model is a directory with safetensors, "
-            "a .gguf file, a Hub id or builtin:smollm2-135m"
-        )
-    looks_like_a_path = source.startswith(("/", ".", "~")) or source.endswith(".gguf")
-    if looks_like_a_path or not _HUB_ID.fullmatch(source):
-        raise ModelError(
-            f"there is no directory or file '{source}', and it is not a Hub id like "
-            "'HuggingFaceTB/SmolLM2-135M-Instruct' either"
-        )
-    return "hub"

@@ -1,6 +1,6 @@
-"""The rows on which two models are compared: those that training did not see, where there are any.
+"""The rows on which two models are compared, if possible rows that were not trained on.
 
-Importing this loads neither torch nor pyarrow.
+This module is importable without torch and pyarrow.
 """
 
 from collections.abc import Callable
@@ -20,28 +20,33 @@ from tuneline.artifacts import (
 from tuneline.errors import DataError
 
 MAX_ROW_TOKENS = 256
-"""Of a row: a reference's logits are kept, at the vocabulary's size for each token."""
+"""Maximum length of a row. A reference's logits are kept: one vocabulary per token."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids, and the position of the first that the loss counts."""
+    """Token IDs and the position of the first one that the loss counts."""
 
     ids: list[int]
     start: int
 
 
 def read_rows(dataset_dir: Path, num_rows: int, tokenise: Callable[[str], list[int]]) -> list[Row]:
-    """Return held-out rows with their answers, then evaluation rows, then training rows.
+    """Return up to `num_rows` rows: held-out rows first, then evaluation and training rows.
+
+    Args:
+        dataset_dir: the dataset that the prepare step made.
+        num_rows: maximum number of rows.
+        tokenise: returns the token IDs of a text.
 
     Raises:
-        DataError: the data set has no row at all.
+        DataError: the dataset has no row that is long enough.
     """
     path = dataset_dir / HELDOUT_FILE
     rows = []
     for row in read_jsonl(path)[:num_rows] if path.is_file() else []:
         prompt, ids = tokenise(row["prompt"]), tokenise(row["prompt"] + row["answer"] + row["end"])
-        # Where the answer begins; a tokenizer may join the prompt's last letters with its first.
+        # The answer begins where the IDs differ: a token may span both prompt and answer.
         pairs = enumerate(zip(prompt, ids, strict=False))
         rows.append(_cut(ids, next((n for n, pair in pairs if pair[0] != pair[1]), len(prompt))))
     for name in (EVAL_FILE, TRAIN_FILE):
@@ -49,12 +54,12 @@ def read_rows(dataset_dir: Path, num_rows: int, tokenise: Callable[[str], list[i
             rows += _prepared_rows(dataset_dir / name, num_rows - len(rows))
     rows = [row for row in rows if max(row.start, 1) < len(row.ids)]
     if not rows:
-        raise DataError(f"{dataset_dir} has no row to compare models on: run prepare")
+        raise DataError(f"{dataset_dir} has no row to compare models on: run the prepare step")
     return rows
 
 
 def _cut(ids: list[int], start: int) -> Row:
-    """Keep a row's last tokens: the answer, and what fits of its prompt."""
+    """Return a row with its last tokens only: the answer and the part of the prompt that fits."""
     left_out = max(0, len(ids) - MAX_ROW_TOKENS)
     return Row(ids[left_out:], max(0, start - left_out))
 

@@ -1,7 +1,7 @@
-"""Log likelihoods of several answers to each prompt, the prompt computed once.
+"""Log likelihoods of several answers per prompt, where each prompt is computed only once.
 
-Shapes: P prompts, A answers to all of them, S tokens of the longest prompt, T of the longest
-answer, V the vocabulary.
+Shapes: P prompts, A answers to all prompts, S tokens of the longest prompt, T tokens of the longest
+answer, V tokens of the vocabulary.
 """
 
 from collections.abc import Iterable
@@ -11,28 +11,28 @@ import torch
 
 Tokens = tuple[int, ...]
 Pair = tuple[Tokens, Tokens]
-"""Prompt and answer."""
+"""Token IDs of a prompt and of an answer."""
 
 
 @torch.inference_mode()
 def score_answers(
     model: Any, pairs: Iterable[Pair], *, batch_size: int
 ) -> dict[Pair, tuple[float, bool]]:
-    """Score answers given prompts.
+    """Return the log likelihood of each answer given its prompt.
 
     Args:
         model: a causal language model with a key-value cache.
-        pairs: (prompt, answer) as token ids, neither empty.
-        batch_size: prompts a forward.
+        pairs: (prompt, answer) as token IDs, neither empty.
+        batch_size: number of prompts per forward pass.
 
     Returns:
-        Pair -> (log likelihood of the answer in nats, whether each token of it is the most likely
-        one after those before it).
+        Pair -> (log likelihood of the answer in nats, whether greedy decoding would produce the
+        answer).
     """
     answers: dict[Tokens, dict[Tokens, None]] = {}
     for prompt, answer in pairs:
         answers.setdefault(prompt, {})[answer] = None
-    # Prompts of like length together: little padding.
+    # Batch prompts of similar length, which need little padding.
     prompts = sorted(answers, key=lambda prompt: (len(prompt), prompt))
     scores = {}
     for start in range(0, len(prompts), batch_size):
@@ -45,7 +45,7 @@ def _score_batch(
     model: Any, prompts: list[Tokens], answers: list[list[Tokens]]
 ) -> dict[Pair, tuple[float, bool]]:
     device = model.device
-    # Prompts are padded on the left, so that all end at one position, where the answers go on.
+    # Prompts are padded on the left, so that all end at the position where the answers begin.
     prompt_ids_PS, prompt_mask_PS = (
         tensor.flip(1) for tensor in _padded([prompt[::-1] for prompt in prompts], device)
     )
@@ -63,18 +63,18 @@ def _score_batch(
     answer_ids_AT, answer_mask_AT = _padded(flat, device)
     logits_ATV = output.logits[owners_A]
     if answer_ids_AT.shape[1] > 1:
-        # The last token's successor is not asked for.
+        # The last token of an answer is not an input: nothing after it is predicted.
         cache = output.past_key_values
         cache.batch_select_indices(owners_A)
         mask = torch.cat([prompt_mask_PS[owners_A], answer_mask_AT[:, :-1]], dim=1)
-        rest = model(
+        continuation = model(
             input_ids=answer_ids_AT[:, :-1],
             attention_mask=mask,
             position_ids=_positions(mask)[:, prompt_ids_PS.shape[1] :],
             past_key_values=cache,
             use_cache=True,
         )
-        logits_ATV = torch.cat([logits_ATV, rest.logits], dim=1)
+        logits_ATV = torch.cat([logits_ATV, continuation.logits], dim=1)
     log_probs_AT = -torch.nn.functional.cross_entropy(
         logits_ATV.float().transpose(1, 2), answer_ids_AT, reduction="none"
     )
@@ -90,7 +90,7 @@ def _score_batch(
 
 
 def _padded(rows: list[Tokens], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and mask, padded on the right; masked ids are zero."""
+    """Return IDs and mask, padded on the right; padding has ID 0."""
     length = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask = torch.zeros(len(rows), length, dtype=torch.long)

@@ -1,14 +1,15 @@
-"""The 4-bit base that training sees: how it is made, which layers are in it, what they hold.
+"""The base model in 4 bits (NF4): how it is loaded, which layers it quantises, what they contain.
 
-Train and merge must agree on every bit of it, so the rule is here, once. Torch and transformers
-are imported when a function is called: this module is importable without them.
+Train and merge must agree on every bit of it, so this module is the only definition. Torch,
+transformers and bitsandbytes are imported in the functions: memory estimates for `tuneline plan`
+import this module where those are not installed.
 """
 
 import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tuneline.errors import ModelError
 
@@ -19,30 +20,34 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BLOCKSIZE = 64
+"""Number of weights that share a scale."""
 
 
 def keep_plain_layout_on_cpu() -> None:
     """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
-    There, Linear4bit rewrites its weights in place at the first forward in eval mode. Afterwards
-    gradients through the frozen base are wrong without a sign of it, and dequantising returns
-    garbage (bitsandbytes 0.50.2). Call before a model is made; calling twice does no harm.
+    On such a CPU, Linear4bit rewrites its weights in place in the first forward pass in eval mode.
+    Afterwards gradients through the frozen base are silently wrong, and dequantising returns
+    garbage (bitsandbytes 0.50.2). Call this before loading a model; further calls do nothing.
     """
-    import bitsandbytes.nn.modules as modules
+    import bitsandbytes.nn
 
+    modules: Any = bitsandbytes.nn.modules
     modules.has_avx512bf16 = lambda: False
 
 
 def quantization_config(compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
-    """Return NF4 in blocks of 64 whose scales are themselves quantised to 8 bits."""
+    """Return the settings for NF4 in blocks of 64 whose scales are quantised to 8 bits."""
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(
+    config_class: Any = BitsAndBytesConfig
+    config: BitsAndBytesConfig = config_class(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+    return config
 
 
 def load_base(
@@ -52,16 +57,16 @@ def load_base(
     device: str,
     quantized: bool,
 ) -> "PreTrainedModel":
-    """Load a causal language model from a directory, its linear layers in NF4 if `quantized`.
+    """Load a causal language model from a directory.
 
     Args:
-        base_model_dir: safetensors and config.json.
-        dtype: type of everything that is not 4-bit, and of the computation.
+        base_model_dir: directory with safetensors and config.json.
+        dtype: type of the computation and of all weights that are not in 4 bits.
         device: "cpu", "cuda" or "cuda:N".
-        quantized: whether linear layers are kept in 4 bits.
+        quantized: whether to quantise the linear layers to NF4.
 
     Raises:
-        ModelError: transformers cannot make a model of the directory.
+        ModelError: transformers cannot load the model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -80,7 +85,7 @@ def load_base(
 
 
 def empty_model(base_model_dir: str | Path) -> "PreTrainedModel":
-    """Build the model of a directory without its weights: names and shapes only.
+    """Return the model of a directory on the meta device: names and shapes without weights.
 
     Raises:
         ModelError: config.json is missing or names no causal language model.
@@ -90,25 +95,29 @@ def empty_model(base_model_dir: str | Path) -> "PreTrainedModel":
 
     if not Path(base_model_dir, "config.json").is_file():
         raise ModelError(
-            f"{base_model_dir} has no config.json: give a model directory, as fetch makes it"
+            f"{base_model_dir} has no config.json: give the directory that the fetch step made"
         )
     try:
         config = AutoConfig.from_pretrained(str(base_model_dir))
+        auto_model: Any = AutoModelForCausalLM
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = auto_model.from_config(config)
     except (ValueError, KeyError) as error:
-        raise ModelError(f"transformers knows no model for {base_model_dir}: {error}") from error
+        raise ModelError(
+            f"transformers does not support the model in {base_model_dir}: {error}"
+        ) from error
+    return model
 
 
 def quantized_modules(model: "PreTrainedModel") -> set[str]:
-    """Name the modules of an empty model that `load_base(quantized=True)` keeps in 4 bits.
+    """Return the names of the modules that `load_base(quantized=True)` quantises.
 
-    transformers itself is asked: it leaves out the output embeddings, what is tied to them, and
-    what an architecture wants in fp32.
+    The selection is made by transformers, which leaves out the output embeddings, modules tied to
+    them and modules that the architecture keeps in fp32. The layers of `model` are replaced.
     """
-    import bitsandbytes
     import torch
-    from transformers.integrations import replace_with_bnb_linear
+    from bitsandbytes.nn.modules import Linear4bit
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.auto import AutoHfQuantizer
 
     config = quantization_config(torch.float32)
@@ -119,18 +128,14 @@ def quantized_modules(model: "PreTrainedModel") -> set[str]:
     replaced = replace_with_bnb_linear(
         model, modules_to_not_convert=skipped, quantization_config=config
     )
-    return {
-        name
-        for name, module in replaced.named_modules()
-        if isinstance(module, bitsandbytes.nn.Linear4bit)
-    }
+    return {name for name, module in replaced.named_modules() if isinstance(module, Linear4bit)}
 
 
 def file_names(model: "PreTrainedModel") -> dict[str, str]:
-    """Name the weights of an empty model as its checkpoints do, by the model's own names.
+    """Return the name of each weight in the checkpoint files, by its name in the model.
 
-    transformers renames some families' weights on the way (Gemma-3 with its vision tower), and is
-    asked for the way back. Weights that it would also cut or join are left out.
+    transformers renames the weights of some families when it loads them (Gemma-3 with its vision
+    tower), and its own conversion is reverted here. Weights that it splits or joins are left out.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -141,12 +146,12 @@ def file_names(model: "PreTrainedModel") -> dict[str, str]:
 
 
 def round_trip(weight: "torch.Tensor", *, dtype: "torch.dtype", device: str) -> "torch.Tensor":
-    """Return what a weight is worth after NF4 with double quantisation, in fp32 on the CPU.
+    """Return a weight after NF4 quantisation and dequantisation, in fp32 on the CPU.
 
     Args:
-        weight: as the base's file has it, any floating type.
-        dtype: the type in which training loaded the base; quantising starts from it.
-        device: where to quantise; rounding may differ in the last bit between devices.
+        weight: the weight of the base model, in any floating type.
+        dtype: type in which training loaded the base model, from which it is quantised.
+        device: device to quantise on; rounding may differ in the last bit between devices.
     """
     import bitsandbytes.functional as bnb
     import torch
@@ -157,7 +162,7 @@ def round_trip(weight: "torch.Tensor", *, dtype: "torch.dtype", device: str) -> 
         compress_statistics=True,
         quant_type="nf4",
     )
-    # The product of code and scale is rounded to this type; fp32 keeps all of it.
+    # The product of code and scale is rounded to this type; fp32 represents it exactly.
     state.dtype = torch.float32
     return bnb.dequantize_4bit(packed, state).cpu()
 
@@ -166,10 +171,11 @@ def round_trip(weight: "torch.Tensor", *, dtype: "torch.dtype", device: str) -> 
 def _no_progress_bar() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    progress_bar: Any = transformers_logging
+    was_enabled = progress_bar.is_progress_bar_enabled()
+    progress_bar.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+        if was_enabled:
+            progress_bar.enable_progress_bar()

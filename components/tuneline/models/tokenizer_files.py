@@ -1,8 +1,8 @@
-"""Carry a tokenizer's files along as its authors wrote them, and not as they are saved again.
+"""Copy a tokenizer's files as its authors wrote them, instead of saving the tokenizer again.
 
-transformers 5 saves every tokenizer under a class of its own, which transformers 4, and servers
-built on it, refuse to load; and it leaves out `added_tokens_decoder`, from which llama.cpp's
-converter learns the special tokens of models with a sentencepiece vocabulary.
+transformers 5 saves every tokenizer under a class of its own, which transformers 4 and servers
+built on it refuse to load. It also leaves out `added_tokens_decoder`, from which llama.cpp's
+converter reads the special tokens of models with a sentencepiece vocabulary.
 """
 
 import json
@@ -26,37 +26,37 @@ NAMES = (
     "chat_template.json",
 )
 
-# What a model that was read from a GGUF file has: transformers 5 wrote it.
-_OURS = {"TokenizersBackend", "TokenizersBackendFast"}
-_KNOWN_TO_ALL = "PreTrainedTokenizerFast"
-# True of the process that loaded a tokenizer, not of the tokenizer.
-_OF_LOADING = ("backend", "is_local", "local_files_only", "fix_mistral_regex")
+# The classes that transformers 5 writes, e.g. for a model that was read from a GGUF file.
+_NEW_CLASSES = {"TokenizersBackend", "TokenizersBackendFast"}
+_PORTABLE_CLASS = "PreTrainedTokenizerFast"
+# Settings that describe how a tokenizer was loaded, not the tokenizer.
+_LOADING_DETAILS = ("backend", "is_local", "local_files_only", "fix_mistral_regex")
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer of a model directory; others of the target's are removed."""
+    """Replace the tokenizer files in `target` with those of the model directory `source`."""
     for name in NAMES:
         (target / name).unlink(missing_ok=True)
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    _name_for_all(target)
+    _use_portable_class(target)
 
 
 def read_chat_template(directory: Path) -> str | None:
-    """Return a tokenizer's default chat template; None where it has none."""
+    """Return the tokenizer's default chat template; None if it has none."""
     if (directory / TEMPLATE_FILE).is_file():
         return (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
-    found = _read(directory).get("chat_template")
-    if isinstance(found, list):  # several, by name
-        found = next((one["template"] for one in found if one["name"] == "default"), None)
-    return found
+    template = _read(directory).get("chat_template")
+    if isinstance(template, list):  # several templates, each with a name
+        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return None if template is None else str(template)
 
 
 def set_chat_template(directory: Path, template: str) -> None:
-    """Give a tokenizer another default chat template; the same one changes nothing.
+    """Set the tokenizer's default chat template; nothing is written if it is unchanged.
 
-    It goes where readers look for it: into a file of its own, and into the tokenizer's settings
-    where those had one, which older readers would otherwise still find there.
+    The template is written to a file of its own. If the tokenizer's settings contain a template,
+    that one is replaced too, because older readers use it.
     """
     if read_chat_template(directory) == template:
         return
@@ -66,17 +66,20 @@ def set_chat_template(directory: Path, template: str) -> None:
     (directory / TEMPLATE_FILE).write_text(template, encoding="utf-8")
 
 
-def _name_for_all(directory: Path) -> None:
+def _use_portable_class(directory: Path) -> None:
     settings = _read(directory)
-    if settings.get("tokenizer_class") not in _OURS:
+    if settings.get("tokenizer_class") not in _NEW_CLASSES:
         return
-    kept = {name: value for name, value in settings.items() if name not in _OF_LOADING}
-    _write(directory, {**kept, "tokenizer_class": _KNOWN_TO_ALL})
+    kept = {name: value for name, value in settings.items() if name not in _LOADING_DETAILS}
+    _write(directory, {**kept, "tokenizer_class": _PORTABLE_CLASS})
 
 
 def _read(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings: dict[str, Any] = (
+        json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    )
+    return settings
 
 
 def _write(directory: Path, settings: dict[str, Any]) -> None:

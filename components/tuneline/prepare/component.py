@@ -7,14 +7,22 @@ from tuneline import images
 
 @dsl.component(base_image=images.TRAIN, install_kfp_package=False)
 def look_up_data(source: str, config: str) -> str:
-    """Say what stands behind the name now; `config` is a PrepareConfig as JSON."""
+    """Fingerprint the dataset, so that KFP's cache notices when its content changes.
+
+    Args:
+        source: The recipe's `dataset`: a Hub ID, a file, a directory, a glob or builtin:NAME.
+        config: The recipe's `prepare` section as JSON.
+
+    Returns:
+        A text that changes when the rows do.
+    """
     from tuneline.prepare import PrepareConfig
     from tuneline.prepare.fingerprint import fingerprint
     from tuneline.runtime.step import step
 
     with step("look-up-data"):
-        found = fingerprint(PrepareConfig.parse(config), source=source)
-    return found
+        content = fingerprint(PrepareConfig.parse(config), source=source)
+    return content
 
 
 @dsl.component(base_image=images.TRAIN, install_kfp_package=False)
@@ -25,8 +33,17 @@ def prepare(
     base_model: dsl.Input[dsl.Model],
     dataset: dsl.Output[dsl.Dataset],
     statistics: dsl.Output[dsl.HTML],
-):
-    """Check and tokenise the rows; `config` is a PrepareConfig as JSON."""
+) -> None:
+    """Check and tokenise the rows of a dataset, and divide them into its parts.
+
+    Args:
+        source: The recipe's `dataset`: a Hub ID, a file, a directory, a glob or builtin:NAME.
+        config: The recipe's `prepare` section as JSON.
+        fingerprint: Output of look_up_data, part of the cache key.
+        base_model: The fetched model, for its tokenizer and chat template.
+        dataset: Token IDs for training and evaluation, and the held-out rows.
+        statistics: Page with counts, row lengths, samples and rejected rows.
+    """
     from tuneline.prepare import PrepareConfig
     from tuneline.prepare.run import run
     from tuneline.runtime.step import step

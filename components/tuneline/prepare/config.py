@@ -1,88 +1,96 @@
-"""The recipe's part for preparing a data set."""
+"""The `prepare` section of a recipe."""
 
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from tuneline.artifacts import Method
+from tuneline.prepare.formats.table import AUTO, FormatName
+from tuneline.prepare.formats.table import DESCRIPTION as FORMAT_DESCRIPTION
+from tuneline.prepare.tokens.templates import DESCRIPTION as TEMPLATE_DESCRIPTION
+from tuneline.prepare.tokens.templates import OWN_TEMPLATE, TemplateName
 from tuneline.strict_model import StrictModel
-
-Format = Literal[
-    "auto", "alpaca", "messages", "sharegpt", "prompt-completion", "preference", "text"
-]
-Template = Literal["tokenizer", "alpaca", "chatml", "llama3"]
 
 
 class HeldoutConfig(StrictModel):
-    """Rows that training never sees and that the benchmark is made of."""
+    """Rows that are never trained on; the benchmark of the evaluate step is made of them."""
 
     source: str | None = None
-    """Another source in the same format; default: rows split off the data set itself."""
+    """Another source of rows in the same format. Default: rows split off the dataset itself."""
     split: str | None = None
-    """Hub sources only: the split's name."""
+    """Split of `source` if it is a Hub dataset. Default: the value of prepare.split."""
     max_rows: int = Field(default=200, ge=0)
-    """How many rows; 0 for none. With a source of its own: its first rows."""
+    """Maximum number of held-out rows; 0 holds out none.
+
+    Rows of `source` are taken from its beginning. Otherwise the seed selects the rows, and at most
+    20 % of the dataset are held out."""
 
 
 class GeneralConfig(StrictModel):
-    """A general data set, some rows of which are trained on beside the recipe's own."""
+    """A general dataset, part of which is mixed into the training rows."""
 
     source: str
-    """A Hub id, a file, a directory, a glob of files or a built-in; rows of the same method."""
+    """A Hub ID, a file, a directory, a glob of files or a built-in, for the same method."""
     share: float = Field(default=0.2, gt=0, le=0.9)
-    """Share of the training rows that are general."""
-    format: Format = "auto"
-    """What its rows look like."""
+    """Fraction of the training rows that are general rows."""
+    format: FormatName = Field(default=AUTO, description=FORMAT_DESCRIPTION)
     columns: dict[str, str] = Field(default_factory=dict)
-    """Our column name -> the source's."""
+    """Column that tuneline reads -> column of the source, as in prepare.columns."""
     split: str = "train"
-    """Hub sources only: the split's name."""
+    """Split to read if the source is a Hub dataset."""
     subset: str | None = None
-    """Hub sources only: the name of one of several subsets."""
+    """Subset to read if the source is a Hub dataset. Default: the dataset's default subset."""
     revision: str | None = None
-    """Hub sources only: branch, tag or commit."""
+    """Branch, tag or commit if the source is a Hub dataset. Default: the default branch."""
 
 
 class PrepareConfig(StrictModel):
-    """How rows become token ids; the rows' source is the recipe's `dataset`."""
+    """How rows become token IDs. The source of the rows is the recipe's `dataset`."""
 
     method: Method = "sft"
-    """sft: answers to prompts; dpo: preferences; cpt: continued pre-training on raw text."""
-    format: Format = "auto"
-    """What the rows look like; auto reads it off the columns of the first row."""
+    """Training method. sft: supervised fine-tuning on answers to prompts; dpo: direct preference
+    optimisation on pairs of answers; cpt: continued pre-training on raw text."""
+    format: FormatName = Field(default=AUTO, description=FORMAT_DESCRIPTION)
     columns: dict[str, str] = Field(default_factory=dict)
-    """Our column name -> the source's, e.g. {prompt: question, completion: answer}."""
+    """Column that tuneline reads -> column of the source, e.g. {prompt: question, completion:
+    answer}. Default: the source's columns already have the format's names."""
     split: str = "train"
-    """Hub sources only: the split's name."""
+    """Split to read if the source is a Hub dataset."""
     subset: str | None = None
-    """Hub sources only: the name of one of several subsets, e.g. main of openai/gsm8k."""
+    """Subset to read if the source is a Hub dataset, e.g. main for openai/gsm8k. Default: the
+    dataset's default subset."""
     revision: str | None = None
-    """Hub sources only: branch, tag or commit."""
-    template: Template = "tokenizer"
-    """The chat template: the tokenizer's own, or a named one that replaces it."""
+    """Branch, tag or commit if the source is a Hub dataset. Default: the default branch."""
+    template: TemplateName = Field(default=OWN_TEMPLATE, description=TEMPLATE_DESCRIPTION)
     system_prompt: str | None = None
-    """A system message for rows that bring none. An empty string asks for an empty one."""
+    """System message for rows without one; an empty string adds an empty system message. Default:
+    none is added, so the chat template may insert its own."""
     loss_on: Literal["answers", "all"] = "answers"
-    """answers: completion or assistant tokens only, end of turn included; all: every token."""
+    """Tokens that the loss counts. answers: the completion or the assistant's messages, with their
+    end of turn; all: every token."""
     max_seq_length: int | Literal["auto"] = 2048
-    """Tokens a row is cut to; auto: the length that 99 % of the rows fit in."""
+    """Maximum length of an example in tokens, at least 8; longer ones are truncated. auto: the
+    length that 99 % of the rows fit in, rounded up to a multiple of 64."""
     eval_share: float = Field(default=0.05, ge=0, le=0.5)
-    """Share of the rows kept for the evaluation loss during training."""
+    """Fraction of the rows on which the evaluation loss is measured during training."""
     max_eval_rows: int = Field(default=500, ge=0)
-    heldout: HeldoutConfig = HeldoutConfig()
+    """Maximum number of evaluation rows; 0 evaluates none."""
+    heldout: HeldoutConfig = Field(default=HeldoutConfig())
+    """Rows that are never trained on, for the benchmark before and after tuning."""
     general: GeneralConfig | None = None
-    """Mixed into the training rows, so that the model forgets less of what it could do before."""
+    """A general dataset to mix into the training rows, so that the model forgets fewer of its
+    general abilities. Default: none."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Take only so many rows, drawn by the seed; default: all."""
+    """Maximum number of rows of the dataset to use, selected by the seed. Default: all rows."""
     max_rejected_share: float = Field(default=0.01, ge=0, le=1)
-    """The step fails when a larger share of the rows is not usable."""
+    """Fraction of unusable rows above which the step fails."""
     seed: int = 3407
-    """Decides the splits and the order."""
+    """Seed of the splits and of the order of the rows."""
     licence: str | None = None
-    """Licence of the data, for the model card."""
+    """Licence of the data, for the model card. Default: none is stated."""
 
     @model_validator(mode="after")
-    def _method_and_loss_agree(self) -> Self:
+    def _length_is_usable(self) -> Self:
         if isinstance(self.max_seq_length, int) and self.max_seq_length < 8:
             raise ValueError("max_seq_length must be at least 8 tokens, or 'auto'")
         return self

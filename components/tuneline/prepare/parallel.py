@@ -1,8 +1,9 @@
-"""Work on batches in as many processes as there are CPUs, with the results in order.
+"""Apply a function to batches in one process per CPU, and yield the results in order.
 
-Few batches are worked on here: a small data set is done before a second process has begun. Only a
-few batches are on their way at a time, so memory does not grow with their number. Processes are
-forked, so that the function and what it holds (a tokenizer) need no pickling and no loading.
+The first batches are processed in the calling process: a small dataset is finished before a second
+process would have started. Only a few batches are in flight at a time, so memory does not grow with
+their number. Processes are forked, so the function and its tokenizer are neither pickled nor
+loaded again.
 """
 
 import multiprocessing
@@ -17,15 +18,15 @@ Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
 NUM_ALONE = 16
-"""Batches before the first process is started."""
+"""Number of batches to process before the first worker is started."""
 _NUM_WAITING = 3
-"""Batches on their way for each process."""
+"""Number of batches in flight per worker."""
 
 _function: Callable[[Any], Any]
 
 
 def batched(rows: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Yield lists of so many rows, the last one of the rest."""
+    """Yield lists of `size` rows; the last list may be shorter."""
     rows = iter(rows)
     while batch := list(islice(rows, size)):
         yield batch
@@ -38,16 +39,16 @@ def in_order(
     num_processes: int | None = None,
     num_alone: int = NUM_ALONE,
 ) -> Generator[tuple[Batch, Result], None, None]:
-    """Yield each batch with what the function returns for it.
+    """Yield each batch with the function's result for it.
 
     Args:
-        function: called in another process from batch `num_alone` on: what it changes is lost.
-        batches: what can be pickled, as can the results.
-        num_processes: default: as many as this process may use CPUs.
-        num_alone: batches that are worked on in this process first.
+        function: called in a worker from batch `num_alone` on, where its side effects are lost.
+        batches: the batches; they and the results must be picklable.
+        num_processes: number of workers. Default: the number of CPUs that this process may use.
+        num_alone: number of batches to process in the calling process first.
 
     Raises:
-        BrokenProcessPool: a process was killed, e.g. for want of memory.
+        BrokenProcessPool: a worker was killed, e.g. because memory ran out.
     """
     num_processes = num_processes or len(os.sched_getaffinity(0))
     batches = iter(batches)
@@ -78,7 +79,7 @@ def in_order(
 
 def _become(function: Callable[[Any], Any]) -> None:
     global _function
-    # One thread a process: there are as many processes as CPUs.
+    # One thread per worker: there is already one worker per CPU.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _function = function
 

@@ -1,4 +1,4 @@
-"""Turn a source of rows into token ids, held-out prompts and a page of statistics."""
+"""Turn a source of rows into token IDs, held-out rows and a page of statistics."""
 
 import hashlib
 import logging
@@ -8,7 +8,9 @@ from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
+
+import pyarrow
 
 from tuneline.artifacts import (
     CHAT_TEMPLATE_FILE,
@@ -22,22 +24,24 @@ from tuneline.artifacts import (
     write_jsonl,
 )
 from tuneline.errors import DataError
-from tuneline.prepare import formats, lengths, parquet
 from tuneline.prepare.config import PrepareConfig
-from tuneline.prepare.intake import Intake, take_in
-from tuneline.prepare.mixture import NUM_READ_FOR_ONE, mix_in, num_wanted
+from tuneline.prepare.formats.example import Example
+from tuneline.prepare.formats.table import check_names
 from tuneline.prepare.parallel import batched, in_order
-from tuneline.prepare.render import Rendered, Renderer
-from tuneline.prepare.source import SourceRow, find_files, read_rows
-from tuneline.prepare.split import MAX_HELDOUT_SHARE, Split, split
-from tuneline.prepare.spool import Spool
-from tuneline.prepare.templates import use_template
-from tuneline.prepare.tokenise import tokenise
-from tuneline.prepare.tokenizer import load_tokenizer
-from tuneline.prepare.truncation import choose_length, cut_rows, too_long
-
-if TYPE_CHECKING:
-    import pyarrow
+from tuneline.prepare.rows.intake import Intake, take_in
+from tuneline.prepare.rows.mixture import NUM_READ_FOR_ONE, mix_in, num_wanted
+from tuneline.prepare.rows.split import MAX_HELDOUT_SHARE, Split, split
+from tuneline.prepare.rows.spool import Spool
+from tuneline.prepare.sources.builtin import find_builtin
+from tuneline.prepare.sources.kinds import kind_of, read_rows
+from tuneline.prepare.sources.row import Selection, SourceRow
+from tuneline.prepare.statistics_page import render
+from tuneline.prepare.tokens import lengths, parquet
+from tuneline.prepare.tokens.render import Rendered, Renderer
+from tuneline.prepare.tokens.templates import OWN_TEMPLATE, use_template
+from tuneline.prepare.tokens.tokenise import tokenise
+from tuneline.prepare.tokens.tokenizer import load_tokenizer
+from tuneline.prepare.tokens.truncation import choose_length, cut_rows, too_long
 
 logger = logging.getLogger(__name__)
 
@@ -52,28 +56,28 @@ def run(
     dataset_dir: str,
     statistics_path: str,
 ) -> DatasetManifest:
-    """Prepare the data set that `source` names for the model in `base_model_dir`.
+    """Prepare the dataset `source` for the model in `base_model_dir`.
 
     Args:
-        config: the recipe's part.
-        source: a Hub id, a file, a directory, a glob of files or builtin:NAME.
-        base_model_dir: the fetched model; its tokenizer and template are used.
-        dataset_dir: where the data set is put; must not exist or be empty.
-        statistics_path: the HTML page.
+        config: the `prepare` section of the recipe.
+        source: a Hub ID, a file, a directory, a glob of files or builtin:NAME.
+        base_model_dir: the fetched model, for its tokenizer and chat template.
+        dataset_dir: directory to write the dataset to; must be empty or not exist.
+        statistics_path: HTML page to write.
 
     Raises:
-        DataError: the rows cannot be used, or nothing would be left to learn.
+        DataError: the rows cannot be used, or nothing is left to learn.
         ModelError: the model's tokenizer cannot be used.
         HubError: the Hub could not be reached.
     """
     started = time.monotonic()
-    formats.check_names(config.format, config.columns, config.method)
+    check_names(config.format, config.columns, config.method)
     general = config.general
     if general is not None:
-        formats.check_names(general.format, general.columns, config.method)
-        find_files(general.source)
+        check_names(general.format, general.columns, config.method)
+        kind_of(general.source)
     for name in filter(None, (source, config.heldout.source)):
-        find_files(name)
+        kind_of(name)
     tokenizer, longest_allowed = load_tokenizer(base_model_dir)
     template = "" if config.method == "cpt" else use_template(tokenizer, config.template)
     if config.method == "cpt":
@@ -101,12 +105,12 @@ def run(
                 parquet.write(work / name, rows, method=config.method)
         if not sizes:
             raise DataError(
-                f"{source}: all {parts.num_leaking} rows are the same as held-out rows, and none "
-                "is left to train on: name another prepare.heldout.source"
+                f"{source}: all {parts.num_leaking} rows are the same as held-out rows, so none is "
+                "left to train on: name another prepare.heldout.source"
             )
         statistics = lengths.statistics(sizes)
         recommended = lengths.recommend(statistics, longest_allowed)
-        max_seq_length = choose_length(config, recommended, longest_allowed)
+        max_seq_length = choose_length(config.max_seq_length, recommended, longest_allowed)
         digest.update(f"max_seq_length {max_seq_length}".encode())
         kept = {
             name: cut_rows(work / name, target / name, max_seq_length, config.method)
@@ -116,7 +120,7 @@ def run(
         if train.num_rows == 0:
             raise too_long(source, statistics, train, max_seq_length)
         write_jsonl(target / HELDOUT_FILE, heldout)
-        if template and config.template != "tokenizer":
+        if template and config.template != OWN_TEMPLATE:
             (target / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
         shutil.rmtree(work)
         all_tokens = train.num_source_tokens + evaluation.num_source_tokens
@@ -140,7 +144,7 @@ def run(
             num_overlong_rows=train.num_overlong_rows + evaluation.num_overlong_rows,
             num_general_rows=parts.num_general,
             num_leaking_rows=parts.num_leaking,
-            end_of_turn=_end_of_turn(heldout, template, tokenizer, config),
+            end_of_turn=_end_of_turn(heldout, template, tokenizer),
             licence=config.licence,
             sha256=digest.hexdigest(),
             seconds=round(time.monotonic() - started, 3),
@@ -154,7 +158,7 @@ def run(
 def _collect(
     source: str, config: PrepareConfig, renderer: Renderer, spool: Spool, rejected: IO[str]
 ) -> tuple[Intake, Split]:
-    """Read all rows into the spool and deal them."""
+    """Read all rows into the spool and divide them into the parts of the dataset."""
 
     def take(rows: Iterator[SourceRow], name: str, format: str, limit: int | None) -> Intake:
         return take_in(
@@ -168,39 +172,35 @@ def _collect(
             max_rows=limit,
         )
 
-    rows = read_rows(source, split=config.split, subset=config.subset, revision=config.revision)
+    rows = read_rows(source, Selection(config.split, config.subset, config.revision))
     wanted = config.heldout.max_rows
-    own: range | None = None
-    if source.startswith("builtin:"):
-        # A built-in's last rows are made to be held out, whatever the seed.
-        from tuneline.prepare import quantities
-
+    heldout: range | None = None
+    builtin = find_builtin(source)
+    if builtin is not None:
         everything = list(rows)
-        num_train = len(everything) - quantities.num_heldout()
+        num_train = len(everything) - builtin.num_heldout
         intake = take(iter(everything[:num_train]), source, config.format, None)
         if config.heldout.source is None:
             if wanted:
                 take(iter(everything[num_train:]), source, intake.format, wanted)
-            own = range(num_train, len(spool))
+            heldout = range(num_train, len(spool))
     else:
         intake = take(rows, source, config.format, None)
-    num_rows = len(spool) if own is None else own.start
+    num_rows = len(spool) if heldout is None else heldout.start
     if config.heldout.source is not None:
         if wanted:
-            rows = read_rows(
-                config.heldout.source,
-                split=config.heldout.split or config.split,
-                subset=config.subset,
-                revision=config.revision,
+            selection = Selection(
+                config.heldout.split or config.split, config.subset, config.revision
             )
+            rows = read_rows(config.heldout.source, selection)
             held = take(rows, config.heldout.source, intake.format, wanted)
             intake.num_rejected += held.num_rejected
-        own = range(num_rows, len(spool))
-    parts = split(num_rows, config, own_heldout=own, digest=spool.digest)
-    if own is None and len(parts.heldout) < wanted:
+        heldout = range(num_rows, len(spool))
+    parts = split(num_rows, config, own_heldout=heldout, digest=spool.digest)
+    if heldout is None and len(parts.heldout) < wanted:
         logger.warning(
-            "prepare.heldout.max_rows asks for %d rows, and %d are held out: at most %.0f %% of "
-            "the data set is, unless prepare.heldout.source names other rows",
+            "prepare.heldout.max_rows asks for %d rows, but %d are held out: at most %.0f %% of "
+            "the dataset are, unless prepare.heldout.source names other rows",
             wanted,
             len(parts.heldout),
             100 * MAX_HELDOUT_SHARE,
@@ -209,13 +209,8 @@ def _collect(
     if general is None:
         return intake, parts
     first = len(spool)
-    found = take_in(
-        read_rows(
-            general.source,
-            split=general.split,
-            subset=general.subset,
-            revision=general.revision,
-        ),
+    general_intake = take_in(
+        read_rows(general.source, Selection(general.split, general.subset, general.revision)),
         config.model_copy(update={"columns": general.columns}),
         source=general.source,
         format=general.format,
@@ -224,7 +219,7 @@ def _collect(
         rejected=rejected,
         max_rows=NUM_READ_FOR_ONE * max(1, num_wanted(general, len(parts.train))),
     )
-    intake.num_rejected += found.num_rejected
+    intake.num_rejected += general_intake.num_rejected
     candidates = range(first, len(spool))
     return intake, mix_in(
         parts, general, candidates=candidates, seed=config.seed, digest=spool.digest
@@ -245,11 +240,11 @@ def _tokens(
     tokenizer: Any,
     config: PrepareConfig,
     digest: Any,
-    sizes: array,
-) -> "Iterator[pyarrow.RecordBatch]":
-    """Yield the token rows of some rows of the spool, and note their lengths."""
+    sizes: "array[int]",
+) -> Iterator[pyarrow.RecordBatch]:
+    """Yield the examples of the rows with the given indices, and append their lengths to sizes."""
 
-    def tokens(lines: list[bytes]) -> "tuple[pyarrow.RecordBatch, array]":
+    def tokens(lines: list[bytes]) -> tuple[pyarrow.RecordBatch, "array[int]"]:
         rendered = [Rendered.from_line(line) for line in lines]
         rows = list(tokenise(tokenizer, rendered, loss_on=config.loss_on))
         return parquet.to_batch(rows, method=config.method), array("l", map(len, rows))
@@ -263,22 +258,16 @@ def _tokens(
         yield batch
 
 
-def _end_of_turn(
-    heldout: list[dict[str, Any]], template: str, tokenizer: Any, config: PrepareConfig
-) -> str:
-    """Return what ends an answer, from a conversation of one question."""
+def _end_of_turn(heldout: list[dict[str, Any]], template: str, tokenizer: Any) -> str:
+    """Return the text that ends an answer, as the chat template renders it."""
     if not template:
         return ""
-    if heldout:
-        return heldout[0]["end"]
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    example = formats.Example(messages=messages)
-    return Renderer(tokenizer).render(example).heldout_row()["end"]
+    row = heldout[0] if heldout else Renderer(tokenizer).render(Example(messages)).heldout_row()
+    return str(row["end"])
 
 
 def _write_page(target: Path, tokenizer: Any, manifest: DatasetManifest, path: Path) -> None:
-    from tuneline.prepare.statistics_page import render
-
     samples = list(islice(parquet.read(target / TRAIN_FILE, method=manifest.method), _NUM_SAMPLES))
     rejected = read_jsonl(target / REJECTED_FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -287,8 +276,9 @@ def _write_page(target: Path, tokenizer: Any, manifest: DatasetManifest, path: P
 
 def _log(manifest: DatasetManifest) -> None:
     logger.info(
-        "prepared %s (%s): %d rows to train on, %d to evaluate, %d held out, %d rejected; "
-        "%d tokens, %d of them learnt; max_seq_length %d loses %.2f %% of the tokens; %.1f s",
+        "prepared %s (%s): %d training rows, %d evaluation rows, %d held-out rows, %d rejected; "
+        "%d tokens, of which the loss counts %d; max_seq_length %d loses %.2f %% of the tokens; "
+        "%.1f s",
         manifest.source,
         manifest.format,
         manifest.num_train_rows,

@@ -1,4 +1,4 @@
-"""The page that shows what was prepared: counts, lengths, rejected rows, and samples."""
+"""The HTML page of a prepared dataset: counts, lengths, samples and rejected rows."""
 
 import itertools
 from html import escape
@@ -6,28 +6,31 @@ from typing import Any
 
 from tuneline.artifacts import DatasetManifest
 from tuneline.html import page, units
-from tuneline.prepare.tokenise import TokenRow
+from tuneline.prepare.tokens.tokenise import TokenRow
 
 _NUM_REJECTED_SHOWN = 50
 _NUM_SAMPLE_TOKENS = 600
 _WRAPPED = "white-space: pre-wrap; overflow-wrap: anywhere"
-# See-through, so that it is right on light and on dark pages.
+# Translucent, so that it is readable on light and on dark pages.
 _MARK = '<mark style="background: rgba(64, 160, 96, 0.3); color: inherit">'
 
 
 def render(
-    manifest: DatasetManifest, tokenizer: Any, samples: list[TokenRow], rejected: list[dict]
+    manifest: DatasetManifest,
+    tokenizer: Any,
+    samples: list[TokenRow],
+    rejected: list[dict[str, Any]],
 ) -> str:
     """Return the page as HTML.
 
     Args:
-        manifest: the data set's record.
+        manifest: the dataset's record.
         tokenizer: decodes the samples.
-        samples: a few rows of train.parquet.
+        samples: a few examples of train.parquet.
         rejected: the rows of rejected.jsonl.
     """
     return page.render_page(
-        "Data set",
+        "Dataset",
         [_lengths(manifest), _samples(manifest, tokenizer, samples), _rejected(manifest, rejected)],
         subtitle=f"{manifest.source} - {manifest.format}, method {manifest.method}, "
         f"template {manifest.template}",
@@ -41,17 +44,21 @@ def _counts(manifest: DatasetManifest) -> list[tuple[str, str, str]]:
         (
             "training",
             units.count(manifest.num_train_rows),
-            f"rows, and {units.count(manifest.num_eval_rows)} for the evaluation loss",
+            f"rows, plus {units.count(manifest.num_eval_rows)} for the evaluation loss",
         ),
-        ("held out", units.count(manifest.num_heldout_rows), "rows, the benchmark"),
+        ("held out", units.count(manifest.num_heldout_rows), "rows for the benchmark"),
         ("rejected", units.count(manifest.num_rejected_rows), "rows that cannot be used"),
-        ("tokens", units.count(manifest.num_tokens), f"{learnt:.0%} of them learnt"),
+        (
+            "tokens",
+            units.count(manifest.num_tokens),
+            f"the loss counts {learnt:.0%}",
+        ),
         ("max_seq_length", units.count(manifest.max_seq_length), _lost(manifest)),
     ]
 
 
 def _lost(manifest: DatasetManifest) -> str:
-    return f"loses {manifest.truncated_token_share:.2%} of the tokens"
+    return f"truncation loses {manifest.truncated_token_share:.2%} of the tokens"
 
 
 def _lengths(manifest: DatasetManifest) -> str:
@@ -83,13 +90,13 @@ def _lengths(manifest: DatasetManifest) -> str:
     notes = []
     if manifest.num_overlong_rows:
         notes.append(
-            f"{manifest.num_overlong_rows} rows are left out: cut to max_seq_length they have no "
-            "token left to learn."
+            f"{manifest.num_overlong_rows} rows are left out: their answer begins after "
+            "max_seq_length, so nothing is left to learn."
         )
     if manifest.num_general_rows:
-        notes.append(f"{manifest.num_general_rows} training rows are of the general data set.")
+        notes.append(f"{manifest.num_general_rows} training rows come from the general dataset.")
     if manifest.num_leaking_rows:
-        notes.append(f"{manifest.num_leaking_rows} rows are left out: a held-out row is the same.")
+        notes.append(f"{manifest.num_leaking_rows} rows are left out: they equal a held-out row.")
     return page.section(
         "Row lengths", chart, table, *map(page.paragraph, notes), note="before truncation"
     )
@@ -98,7 +105,7 @@ def _lengths(manifest: DatasetManifest) -> str:
 def _samples(manifest: DatasetManifest, tokenizer: Any, samples: list[TokenRow]) -> str:
     shown = [f'<pre style="{_WRAPPED}">{_marked(tokenizer, row)}</pre>' for row in samples]
     return page.section(
-        "Samples", *shown, note="as the model reads them; the loss counts what is marked"
+        "Samples", *shown, note="exactly as the model reads them; the loss counts the marked text"
     )
 
 
@@ -118,12 +125,12 @@ def _marked(tokenizer: Any, row: TokenRow) -> str:
         text = escape(tokenizer.decode([token for token, _ in run]))
         parts.append(f"{_MARK}{text}</mark>" if is_learnt else text)
     more = len(row.input_ids) - len(tokens)
-    return "".join(parts) + (f" ... and {more} tokens more" if more else "")
+    return "".join(parts) + (f" ... and {more} more tokens" if more else "")
 
 
-def _rejected(manifest: DatasetManifest, rejected: list[dict]) -> str:
+def _rejected(manifest: DatasetManifest, rejected: list[dict[str, Any]]) -> str:
     if not rejected:
-        return page.section("Rejected rows", page.paragraph("None: every row could be used."))
+        return page.section("Rejected rows", page.paragraph("None: every row is usable."))
     table = page.table(
         ["file", "line", "reason", "row"],
         [

@@ -1,4 +1,4 @@
-"""What a step ran with, for the record of the artifact that it made."""
+"""Versions of the software that a step ran with, for the record of its artifact."""
 
 import functools
 import hashlib
@@ -9,9 +9,8 @@ import platform
 from pathlib import Path
 
 IMAGE_VARIABLE = "TUNELINE_IMAGE"
-"""Where a container tells its image, with its digest if it is known."""
+"""Environment variable with the container image, including its digest if that is known."""
 
-# Those whose version can change an artifact.
 PACKAGES = (
     "accelerate",
     "bitsandbytes",
@@ -32,32 +31,33 @@ PACKAGES = (
     "trl",
     "tuneline",
 )
+"""Packages whose version can change an artifact."""
 
 
 def describe_environment() -> dict[str, str]:
-    """Return versions by name; a package that is not installed has none."""
-    found = {
+    """Return versions by name; packages that are not installed are left out."""
+    versions = {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "os": f"{platform.system()} {platform.release()}",
     }
     image = os.environ.get(IMAGE_VARIABLE)
     if image:
-        found["image"] = image
+        versions["image"] = image
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     kernels = _kernel_sources()
     if kernels:
-        found["kernels"] = kernels
-    return found
+        versions["kernels"] = kernels
+    return versions
 
 
 @functools.cache
 def _kernel_sources() -> str | None:
-    """Return a hash over the sources of `tuneline.kernels`: it changes between releases too."""
+    """Return a hash over the sources of `tuneline.kernels`, which also change between releases."""
     spec = importlib.util.find_spec("tuneline.kernels")
     if spec is None or spec.origin is None:
         return None

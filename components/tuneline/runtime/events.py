@@ -1,6 +1,6 @@
-"""Read the events that step.py appends, as runs of steps.
+"""Reconstruct runs of steps from the events that step.py appends.
 
-A step that was killed leaves a start without an end; that is a fact to show, not an error.
+A step that was killed leaves a start without an end, which is reported as a running step.
 """
 
 import json
@@ -11,23 +11,28 @@ from typing import Any, Literal
 
 @dataclass
 class StepRun:
-    """One run of a step; the same step may run several times, two at a time."""
+    """One execution of a step; a step may be executed several times, also concurrently."""
 
     step: str
     started: float
     """Seconds since the epoch."""
     status: Literal["running", "finished", "failed"] = "running"
     seconds: float | None = None
+    """Duration; None until the step ends."""
     done: int | None = None
+    """Work units finished, from the last progress event."""
     total: int | None = None
+    """Work units in all."""
     note: str = ""
+    """Remark of the last progress event, e.g. the loss."""
     kind: str = ""
-    """Class of the error."""
+    """Class name of the error of a failed step."""
     message: str = ""
+    """Message of the error of a failed step."""
 
 
 def parse_events(text: str) -> tuple[list[dict[str, Any]], int]:
-    """Return the events in JSON Lines text, and how many lines were not events."""
+    """Return the events in JSON Lines text and the number of lines that are not events."""
     events, unreadable = [], 0
     for line in text.splitlines():
         if not line.strip():
@@ -45,9 +50,9 @@ def parse_events(text: str) -> tuple[list[dict[str, Any]], int]:
 
 
 def step_runs(events: Iterable[dict[str, Any]]) -> list[StepRun]:
-    """Return the runs of all steps in the order of their starts.
+    """Return the runs of all steps, ordered by their start.
 
-    Events name a step, not a run of it, so ends go to the oldest run that is still open.
+    Events name the step but not the run, so an end is assigned to the oldest run still open.
     """
     runs: list[StepRun] = []
     for event in events:
@@ -70,7 +75,7 @@ def step_runs(events: Iterable[dict[str, Any]]) -> list[StepRun]:
 
 
 def failed_run(runs: list[StepRun]) -> StepRun | None:
-    """Return the run that ended the line: the first that failed, else the last cut off."""
+    """Return the first run that failed, or else the last one that did not end; None if neither."""
     failed = [run for run in runs if run.status == "failed"]
     cut_off = [run for run in runs if run.status == "running"]
     return failed[0] if failed else cut_off[-1] if cut_off else None

@@ -1,4 +1,4 @@
-"""A signal to a step as an exception in what it waits for."""
+"""SIGTERM as an exception, so that a step stops whatever it is waiting for."""
 
 import contextlib
 import signal
@@ -11,13 +11,13 @@ from tuneline.errors import StoppedError
 
 @contextlib.contextmanager
 def raised_on_sigterm(advice: str, *, once: bool = False) -> Iterator[None]:
-    """Have SIGTERM raise StoppedError in the body, in whatever it waits for.
+    """Raise StoppedError in the body when the process receives SIGTERM.
 
-    Outside the main thread, where Python sets no handlers, nothing changes.
+    Outside the main thread, where Python cannot set signal handlers, this does nothing.
 
     Args:
-        advice: what to do about it; ends the sentence.
-        once: whether later ones let the body clean up.
+        advice: what the user should do; the end of the error's sentence.
+        once: whether to ignore further signals, so that the body can clean up.
     """
 
     def stop(*_: Any) -> None:

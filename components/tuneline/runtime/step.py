@@ -1,8 +1,8 @@
 """The frame that every step runs in, as a KFP component or from the command line.
 
-Known errors become one sentence on stderr and an exit code; nobody has to read a traceback for
-a full disk. What happened is appended to the file that the environment variable TUNELINE_EVENTS
-names, one JSON object a line, where a runner or a shared volume offers one:
+Known errors become one sentence on stderr and an exit code, so that nobody has to read a traceback
+because a disk is full. If the environment variable TUNELINE_EVENTS names a file, events are
+appended to it, one JSON object per line:
 
     {"step": "train", "event": "started", "time": 1732400000.0}
     {"step": "train", "event": "progress", "time": ..., "done": 10, "total": 60, "note": "loss 1.2"}
@@ -29,6 +29,7 @@ from tuneline.errors import StorageError, TunelineError
 from tuneline.strict_model import StrictModel
 
 EVENTS_VARIABLE = "TUNELINE_EVENTS"
+"""Environment variable that names the file for events."""
 
 
 @contextlib.contextmanager
@@ -36,7 +37,7 @@ def step(name: str) -> Iterator[None]:
     """Run the body as the step `name`.
 
     Raises:
-        SystemExit: after a known error was said in one sentence; other errors pass through.
+        SystemExit: after a known error was printed in one sentence; other errors pass through.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     started = time.time()
@@ -44,7 +45,7 @@ def step(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as raw:
-        error = _known(raw)
+        error = _as_known_error(raw)
         emit(
             name,
             "failed",
@@ -60,21 +61,21 @@ def step(name: str) -> Iterator[None]:
 
 
 def emit(name: str, event: str, **values: Any) -> None:
-    """Append one event, where a file for them is named; otherwise do nothing."""
+    """Append an event to the file for events, if there is one."""
     path = os.environ.get(EVENTS_VARIABLE)
     if not path:
         return
     line = json.dumps({"step": name, "event": event, "time": time.time(), **values})
-    # One write of one short line: appends of several processes do not mix.
+    # One write of one short line, so that lines of several processes do not interleave.
     with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as events:
         events.write(line + "\n")
 
 
 def log_metrics(artifact: Any, values: dict[str, float]) -> None:
-    """Log numbers on a KFP Metrics artifact, and write them to its file as JSON.
+    """Log numbers on a KFP Metrics artifact and write them to its file as JSON.
 
-    KFP needs only the metadata; but its local cache takes an output without a file for one that
-    was lost, and runs the step again.
+    KFP needs only the metadata, but its local cache runs a step again if the file of an output is
+    missing.
     """
     for name, value in values.items():
         artifact.log_metric(name, value)
@@ -89,14 +90,20 @@ def main(
 ) -> None:
     """Run a step from the command line: `python -m tuneline.NAME --config FILE ...`.
 
-    The flags are the keyword-only parameters of `run` with `_dir` and `_path` left off; a
+    Each keyword-only parameter of `run` becomes a flag, without `_dir`, `_dirs` or `_path`. A
     parameter annotated `list[...]` takes several values.
+
+    Args:
+        name: the step's name.
+        config: the step's config class.
+        run: the step's function; its first argument is the config.
+        argv: command line arguments; None: those of the process.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m tuneline.{name}", description=inspect.getdoc(run)
     )
     parser.add_argument(
-        "--config", help=f"a JSON file with a {config.__name__}; default: all defaults"
+        "--config", help=f"JSON file with a {config.__name__} (default: the default of every key)"
     )
     hints = typing.get_type_hints(run)
     destinations = {}
@@ -121,21 +128,21 @@ def main(
         run(config.parse(text, where=path or ""), **values)
 
 
-def _known(error: Exception) -> Exception:
-    """Turn an operating system's error that has a plain cause into a sentence."""
+def _as_known_error(error: Exception) -> Exception:
+    """Return a StorageError if a full disk caused the error, otherwise the error itself."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" while writing {cause.filename}" if cause.filename else ""
-            return StorageError(
-                f"the disk is full{where}: free some space or give the step a larger volume "
-                "(ephemeral-storage), then run it again; finished artifacts are whole"
-            )
-        # Rust writers (safetensors) carry the number only in their text.
+            return _full_disk(f" while writing {cause.filename}" if cause.filename else "")
+        # Writers in Rust (safetensors) have the number only in their message.
         if "os error 28" in str(cause).lower() or "no space left on device" in str(cause).lower():
-            return StorageError(
-                "the disk is full: free some space or give the step a larger volume "
-                "(ephemeral-storage), then run it again; finished artifacts are whole"
-            )
+            return _full_disk()
         cause = cause.__cause__ or cause.__context__
     return error
+
+
+def _full_disk(where: str = "") -> StorageError:
+    return StorageError(
+        f"the disk is full{where}: free some space or give the step a larger volume "
+        "(ephemeral-storage), then run it again; finished artifacts are complete"
+    )

@@ -1,4 +1,4 @@
-"""A request to stop, as Kubernetes and schedulers make it: SIGTERM."""
+"""SIGTERM, which Kubernetes and schedulers send, as a request to stop at the next safe point."""
 
 import contextlib
 import logging
@@ -11,27 +11,27 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Whether the process was told to stop."""
+    """A flag that is set once the process has received SIGTERM."""
 
     def __init__(self) -> None:
         self.is_made = False
 
     def make(self, *_: Any) -> None:
-        """Ask for a stop at the next place where a run can be continued from."""
+        """Set the flag; its arguments are those of a signal handler."""
         self.is_made = True
-        logger.warning("told to stop: writing a checkpoint after this step")
+        logger.warning("received SIGTERM: writing a checkpoint after this optimizer step")
 
 
 @contextlib.contextmanager
 def stop_on_sigterm() -> Iterator[StopRequest]:
-    """Turn SIGTERM into a request while the body runs.
+    """Turn SIGTERM into a request to stop while the body runs.
 
-    Only the step that is being computed is finished before the checkpoint is written, so the
-    grace period (30 s by default in Kubernetes) has to be longer than a step and a write.
+    The current optimizer step is finished and a checkpoint is written, so the grace period (30 s by
+    default in Kubernetes) has to be longer than both together.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        logger.warning("not in the main thread: SIGTERM ends this run without a checkpoint")
+        logger.warning("not in the main thread: SIGTERM will end this run without a checkpoint")
         yield request
         return
     before = signal.signal(signal.SIGTERM, request.make)

@@ -1,6 +1,5 @@
-"""Read, check and render rows into the spool; count and list those that cannot be used."""
+"""Check and render rows into the spool; count and list the rows that cannot be used."""
 
-import collections
 import contextlib
 import json
 import logging
@@ -10,28 +9,34 @@ from itertools import chain
 from typing import IO
 
 from tuneline.errors import DataError
-from tuneline.prepare import formats
 from tuneline.prepare.config import PrepareConfig
+from tuneline.prepare.formats import table
+from tuneline.prepare.formats.example import BadRowError
+from tuneline.prepare.formats.readers import Wording
 from tuneline.prepare.parallel import batched, in_order
-from tuneline.prepare.render import Renderer
-from tuneline.prepare.source import SourceRow
-from tuneline.prepare.spool import Spool
+from tuneline.prepare.rows.spool import Spool
+from tuneline.prepare.sources.row import SourceRow
+from tuneline.prepare.tokens.render import Renderer
+from tuneline.prepare.tokens.templates import TEMPLATES
 
 logger = logging.getLogger(__name__)
 
 _NUM_NAMED = 3
+"""Number of unusable rows that a message quotes."""
 _BATCH = 256
+"""Number of rows per batch."""
 
 
 @dataclass
 class Intake:
-    """What came of the rows of one source."""
+    """Counts of the rows of one source."""
 
     format: str
+    """The rows' format, or auto until it is recognised."""
     num_rows: int = 0
     num_rejected: int = 0
-    reasons: collections.Counter[str] = field(default_factory=collections.Counter)
     first_rejected: list[str] = field(default_factory=list)
+    """The first unusable rows: file, line and reason."""
 
 
 def take_in(
@@ -48,25 +53,29 @@ def take_in(
     """Append the usable rows of `source` to the spool and the others to `rejected`.
 
     Args:
-        rows: what was read.
-        config: the recipe's part.
-        source: the name of the source in messages.
+        rows: the rows to check.
+        config: the `prepare` section of the recipe.
+        source: name of the source, for messages.
         format: the rows' format, or auto.
-        renderer: the chat template.
-        spool: where usable rows go.
-        rejected: an open file for lines {"source", "line", "reason", "row"}.
-        max_rows: stop after so many usable rows.
+        renderer: renders rows with the chat template.
+        spool: receives the usable rows.
+        rejected: open file that receives the unusable rows, as JSON objects with the keys source,
+            line, reason and row.
+        max_rows: number of usable rows to stop after; None: all rows.
 
     Raises:
-        DataError: no rows, unknown columns, or more unusable rows than the config allows.
+        DataError: there are no rows, a mapped column is missing, or more rows are unusable than
+            the config allows.
     """
     intake = Intake(format)
     first = _until_format_is_known(rows, intake, config, source)
 
-    def lines(batch: list[SourceRow]) -> list[bytes | str]:
-        return [_line(row, config, intake.format, renderer) for row in batch]
+    wording = _wording(config)
 
-    room = -1 if max_rows is None else max_rows
+    def lines(batch: list[SourceRow]) -> list[bytes | str]:
+        return [_line(row, config, intake.format, renderer, wording) for row in batch]
+
+    num_left = -1 if max_rows is None else max_rows
     with contextlib.closing(in_order(lines, batched(chain(first, rows), _BATCH))) as results:
         for row, line in (pair for batch in results for pair in zip(*batch, strict=True)):
             intake.num_rows += 1
@@ -74,8 +83,8 @@ def take_in(
                 _reject(intake, row, line, config, rejected)
                 continue
             spool.append(line)
-            room -= 1
-            if room == 0:
+            num_left -= 1
+            if num_left == 0:
                 break
     if intake.num_rows == 0:
         raise DataError(f"{source} has no rows: it is empty")
@@ -86,30 +95,34 @@ def take_in(
 def _until_format_is_known(
     rows: Iterator[SourceRow], intake: Intake, config: PrepareConfig, source: str
 ) -> list[SourceRow]:
-    """Return the rows up to the first that has columns, and note the format that they tell."""
+    """Return the rows up to the first one with columns, and set the format from those columns."""
     read = []
-    while intake.format == "auto" and (row := next(rows, None)) is not None:
+    while intake.format == table.AUTO and (row := next(rows, None)) is not None:
         read.append(row)
         if row.values is not None:
             _check_columns(row, config, source)
-            values = formats.rename(row.values, config.columns)
-            intake.format = formats.detect(values, config.method)
+            values = table.rename(row.values, config.columns)
+            intake.format = table.detect(values, config.method)
     return read
 
 
-def _line(row: SourceRow, config: PrepareConfig, format: str, renderer: Renderer) -> bytes | str:
-    """Return a row's line for the spool, or why it cannot be used."""
+def _wording(config: PrepareConfig) -> Wording:
+    template = TEMPLATES.get(config.template)
+    if template is None:
+        return Wording(config.system_prompt)
+    return Wording(config.system_prompt, input_heading=template.input_heading)
+
+
+def _line(
+    row: SourceRow, config: PrepareConfig, format: str, renderer: Renderer, wording: Wording
+) -> bytes | str:
+    """Return a row's line for the spool, or the reason why the row cannot be used."""
     if row.values is None:
         return row.reason
     try:
-        example = formats.convert(
-            formats.rename(row.values, config.columns),
-            format,
-            system_prompt=config.system_prompt,
-            alpaca_wording=config.template == "alpaca",
-        )
+        example = table.read_row(table.rename(row.values, config.columns), format, wording)
         return renderer.render(example).to_line()
-    except formats.BadRowError as reason:
+    except BadRowError as reason:
         return str(reason)
 
 
@@ -118,7 +131,7 @@ def _check_columns(row: SourceRow, config: PrepareConfig, source: str) -> None:
     for ours, theirs in config.columns.items():
         if theirs not in row.values:
             raise DataError(
-                f"prepare.columns maps {ours} to '{theirs}', which {source} does not have: "
+                f"prepare.columns maps {ours} to '{theirs}', but {source} has no such column: "
                 f"its columns are {', '.join(map(str, row.values))}"
             )
 
@@ -131,7 +144,6 @@ def _reject(
             reason = f"{theirs} ({ours}){reason.removeprefix(ours)}"
             break
     intake.num_rejected += 1
-    intake.reasons[reason.split(" (")[0]] += 1
     if len(intake.first_rejected) < _NUM_NAMED:
         intake.first_rejected.append(f"{row.file} line {row.line}: {reason}")
     excerpt = "" if row.values is None else json.dumps(row.values, default=str)[:300]
@@ -146,10 +158,12 @@ def _check_share(intake: Intake, config: PrepareConfig, source: str) -> None:
     named = "; ".join(intake.first_rejected)
     more = intake.num_rejected - len(intake.first_rejected)
     named += f"; and {more} more" if more else ""
-    said = f"{intake.num_rejected} of {intake.num_rows} rows of {source} cannot be used ({named})"
+    message = (
+        f"{intake.num_rejected} of {intake.num_rows} rows of {source} cannot be used ({named})"
+    )
     if share > config.max_rejected_share or intake.num_rejected == intake.num_rows:
         raise DataError(
-            f"{said}: that is {share:.1%}, and max_rejected_share allows "
-            f"{config.max_rejected_share:.1%}; mend the rows, or raise prepare.max_rejected_share"
+            f"{message}: that is {share:.1%}, but max_rejected_share allows "
+            f"{config.max_rejected_share:.1%}. Fix the rows, or raise prepare.max_rejected_share"
         )
-    logger.warning("%s", said)
+    logger.warning("%s", message)

@@ -1,20 +1,20 @@
-"""Length statistics, and what truncation does to rows."""
+"""Length statistics, and the truncation of one example."""
 
 import math
 from collections.abc import Iterator, Sequence
 
-from tuneline.artifacts import LengthStatistics
-from tuneline.prepare.tokenise import TokenRow
+import numpy
 
-# Lengths are rounded up to it: tensor cores and packing like multiples of 64.
+from tuneline.artifacts import LengthStatistics
+from tuneline.prepare.tokens.tokenise import TokenRow
+
+# Lengths are rounded up to a multiple of it, which suits tensor cores and packing.
 _MULTIPLE = 64
 _NUM_BINS = 40
 
 
 def statistics(lengths: Sequence[int]) -> LengthStatistics:
-    """Describe the lengths of rows in tokens; there must be one at least."""
-    import numpy
-
+    """Return statistics of lengths in tokens; `lengths` must not be empty."""
     values = numpy.asarray(lengths)
     shortest, longest = int(values.min()), int(values.max())
     width = max(1, math.ceil((longest - shortest + 1) / _NUM_BINS))
@@ -39,11 +39,16 @@ def recommend(lengths: LengthStatistics, longest_allowed: int) -> int:
 
 
 def fit(row: TokenRow, max_seq_length: int, *, is_document: bool) -> Iterator[TokenRow]:
-    """Yield what is kept of a row.
+    """Yield what remains of an example after truncation.
 
-    The head of a conversation is kept, and nothing when no token is left that the loss counts.
-    Documents have no head that matters more: they are cut into pieces, nothing is lost but a
-    last piece of one token, which has nothing to predict it from.
+    Of a conversation the beginning is kept, unless it contains no token that the loss counts.
+    A document is cut into pieces instead, and only a last piece of one token is dropped, because
+    nothing could predict that token.
+
+    Args:
+        row: the example.
+        max_seq_length: maximum length in tokens.
+        is_document: whether to cut into pieces.
     """
     if is_document:
         for start in range(0, len(row.input_ids), max_seq_length):
@@ -60,17 +65,17 @@ def fit(row: TokenRow, max_seq_length: int, *, is_document: bool) -> Iterator[To
 
 
 def num_tokens(row: TokenRow) -> int:
-    """Return the tokens that a row stores."""
+    """Return the number of tokens that an example stores."""
     return len(row.input_ids) + sum(map(len, row.answers or ()))
 
 
 def num_loss_tokens(row: TokenRow) -> int:
-    """Return the tokens that the loss counts; for preferences both answers."""
+    """Return the number of tokens that the loss counts; for preferences, of both answers."""
     return sum(row.loss_mask) + sum(map(len, row.answers or ()))
 
 
 def num_tokens_needed(row: TokenRow) -> int:
-    """Return the length at which one token is left that the loss counts."""
+    """Return the smallest length that keeps one token that the loss counts."""
     if row.answers is not None:
         return len(row.input_ids) + 1
     return row.loss_mask.index(1) + 1 if 1 in row.loss_mask else len(row.loss_mask) + 1

@@ -1,4 +1,4 @@
-"""Checked rows on disk, read back in any order; memory holds 16 bytes a row for them."""
+"""Checked rows on disk, readable in any order; memory holds 16 bytes per row."""
 
 import hashlib
 from array import array
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class Spool:
-    """An append-only file of JSON lines with their offsets."""
+    """An append-only file of JSON lines whose offsets are kept in memory."""
 
     def __init__(self, path: Path):
         self._file = open(path, "w+b")
@@ -25,7 +25,7 @@ class Spool:
         return len(self._offsets)
 
     def append(self, line: bytes) -> None:
-        """Add a line of JSON behind the others."""
+        """Append a line of JSON that ends with a line feed."""
         self._file.write(line)
         self._offsets.append(self._end)
         self._digests.append(
@@ -34,11 +34,11 @@ class Spool:
         self._end += len(line)
 
     def digest(self, index: int) -> int:
-        """Return a 64-bit hash of the line; equal ones have equal hashes."""
+        """Return a 64-bit hash of a line; equal lines have equal hashes."""
         return self._digests[index]
 
     def read(self, indices: Iterable[int]) -> Iterator[bytes]:
-        """Yield the lines with these numbers."""
+        """Yield the lines with the given indices, in the given order."""
         self._file.flush()
         for index in indices:
             self._file.seek(self._offsets[index])

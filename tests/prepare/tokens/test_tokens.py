@@ -1,13 +1,15 @@
 """Token rows against the template written out by hand, and the loss mask against the answer."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from tuneline.prepare import templates
-from tuneline.prepare.formats import BadRowError, Example
-from tuneline.prepare.render import Answer, Piece, Renderer
-from tuneline.prepare.tokenise import answer_spans, tokenise
+from tuneline.errors import DataError
+from tuneline.prepare.config import PrepareConfig
+from tuneline.prepare.formats.example import BadRowError, Example
+from tuneline.prepare.tokens import templates
+from tuneline.prepare.tokens.render import Answer, Piece, Renderer
+from tuneline.prepare.tokens.tokenise import answer_spans, tokenise
 
 SMOLLM_SYSTEM = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -89,18 +91,32 @@ def test_every_turn_of_a_conversation_is_learnt(tokenizer) -> None:
     assert everything.loss_mask == [1] * len(everything.input_ids)
 
 
-@pytest.mark.parametrize(
-    ("template", "end"),
-    [("alpaca", "<|im_end|>"), ("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>")],
-)
-def test_every_turn_is_learnt_under_every_named_template(fresh, template: str, end: str) -> None:
-    fresh.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
-    fresh.add_tokens(["<|start_header_id|>", "<|end_header_id|>"], special_tokens=True)
-    templates.use_template(fresh, template)
+TEMPLATE_FIELD = PrepareConfig.model_fields["template"]
+
+
+@pytest.mark.parametrize("name", sorted(set(get_args(TEMPLATE_FIELD.annotation)) - {"tokenizer"}))
+def test_every_template_that_a_recipe_may_name_learns_every_turn(fresh, name: str) -> None:
+    template = templates.TEMPLATES[name]
+    assert f"{name}: {template.summary}." in TEMPLATE_FIELD.description
+    end = template.end_of_turn or fresh.eos_token
+    fresh.add_tokens([end, *template.other_tokens], special_tokens=True)
+    templates.use_template(fresh, name)
+    written = rows_of(fresh, chat("One?", "First."))[0]
+    assert all(
+        fresh.convert_tokens_to_ids(token) in written.input_ids for token in template.other_tokens
+    )
     system = {"role": "system", "content": "Be brief."}
     turns = chat("One?", "First.", "Two?", "First.", "Three?", "3")
     (row,) = rows_of(fresh, [system, *turns])
     assert learnt(fresh, row) == ["First." + end, "First." + end, "3" + end]
+
+
+def test_a_template_whose_end_of_turn_the_tokenizer_lacks(fresh) -> None:
+    with pytest.raises(DataError, match=r"llama3 needs the tokens .*<\|eot_id\|>.* alpaca or tok"):
+        templates.use_template(fresh, "llama3")
+    fresh.eos_token = None
+    with pytest.raises(DataError, match="template alpaca ends an answer with the end-of-sequence"):
+        templates.use_template(fresh, "alpaca")
 
 
 def test_heldout_row_asks_for_the_last_answer(tokenizer) -> None:
@@ -178,7 +194,7 @@ def test_template_that_refuses_a_role_rejects_the_row(fresh) -> None:
         "{{ m['content'] }}{% endfor %}"
     )
     messages = [{"role": "system", "content": "x"}, *chat("One?", "First.")]
-    with pytest.raises(BadRowError, match="refuses it: System role not supported"):
+    with pytest.raises(BadRowError, match="refuses the row: System role not supported"):
         Renderer(fresh).render(Example(messages=messages))
 
 
@@ -216,7 +232,7 @@ def test_alpaca_template(prepare, tokenizer, row: dict, before: str) -> None:
     assert tokenizer.decode(done.rows()[0]["input_ids"]) == before + "4<|im_end|>"
     assert sum(done.rows()[0]["loss_mask"]) == 2
     assert (done.manifest.template, done.manifest.end_of_turn) == ("alpaca", "<|im_end|>")
-    assert (done.path / "chat_template.jinja").read_text() == templates._ALPACA
+    assert (done.path / "chat_template.jinja").read_text() == templates.TEMPLATES["alpaca"].text
 
 
 def test_chatml_has_no_system_message_of_its_own(prepare, tokenizer) -> None:

@@ -1,38 +1,39 @@
-"""Cut rows to max_seq_length, and count what is lost."""
+"""Truncate examples to max_seq_length and count the tokens that are lost."""
 
 import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
+
+import numpy
+import pyarrow
 
 from tuneline.artifacts import LengthStatistics
 from tuneline.errors import DataError
-from tuneline.prepare import lengths, parquet
-from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.parallel import in_order
-
-if TYPE_CHECKING:
-    import pyarrow
+from tuneline.prepare.tokens import lengths, parquet
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Cut:
-    """What truncation left of a file of rows."""
+    """Counts of a file of examples after truncation."""
 
     num_rows: int = 0
     num_overlong_rows: int = 0
+    """Number of rows left out because no token is left that the loss counts."""
     num_source_tokens: int = 0
+    """Number of tokens before truncation."""
     num_tokens: int = 0
     num_loss_tokens: int = 0
     shortest_that_fits: int = sys.maxsize
-    """Tokens that keep one token to learn of at least one row left out."""
+    """Smallest length, in tokens, at which one of the rows left out would be kept."""
 
     def add(self, other: "Cut") -> None:
-        """Take in what was counted elsewhere; rows are counted where they are written."""
+        """Add the counts of a batch, except `num_rows`, which is counted when rows are written."""
         self.num_overlong_rows += other.num_overlong_rows
         self.num_source_tokens += other.num_source_tokens
         self.num_tokens += other.num_tokens
@@ -40,28 +41,35 @@ class Cut:
         self.shortest_that_fits = min(self.shortest_that_fits, other.shortest_that_fits)
 
 
-def choose_length(config: PrepareConfig, recommended: int, longest_allowed: int) -> int:
-    """Return the length that the config asks for and the model can hold."""
-    if config.max_seq_length == "auto":
+def choose_length(requested: int | Literal["auto"], recommended: int, longest_allowed: int) -> int:
+    """Return the requested length, or the recommended one for auto, within the model's limit."""
+    if requested == "auto":
         return recommended
-    if config.max_seq_length > longest_allowed:
+    if requested > longest_allowed:
         logger.warning(
             "prepare.max_seq_length %d is more than the model's %d positions: %d is used",
-            config.max_seq_length,
+            requested,
             longest_allowed,
             longest_allowed,
         )
-    return min(config.max_seq_length, longest_allowed)
+    return min(requested, longest_allowed)
 
 
 def cut_rows(source: Path, target: Path, max_seq_length: int, method: str) -> Cut:
-    """Copy rows, cut to the length, and count what is kept."""
+    """Copy examples from one Parquet file to another, truncated, and return the counts.
+
+    Args:
+        source: file that `parquet.write` wrote.
+        target: file to write.
+        max_seq_length: maximum length in tokens.
+        method: sft, dpo or cpt.
+    """
     total = Cut()
 
-    def cut(batch: "pyarrow.RecordBatch") -> "tuple[pyarrow.RecordBatch, Cut]":
+    def cut(batch: pyarrow.RecordBatch) -> tuple[pyarrow.RecordBatch, Cut]:
         return _cut_batch(batch, max_seq_length, method)
 
-    def kept() -> "Iterator[pyarrow.RecordBatch]":
+    def kept() -> Iterator[pyarrow.RecordBatch]:
         for _, (batch, counts) in in_order(cut, parquet.read_batches(source)):
             total.add(counts)
             yield batch
@@ -71,8 +79,8 @@ def cut_rows(source: Path, target: Path, max_seq_length: int, method: str) -> Cu
 
 
 def _cut_batch(
-    batch: "pyarrow.RecordBatch", max_seq_length: int, method: str
-) -> "tuple[pyarrow.RecordBatch, Cut]":
+    batch: pyarrow.RecordBatch, max_seq_length: int, method: str
+) -> tuple[pyarrow.RecordBatch, Cut]:
     if _fits(batch, max_seq_length, method):
         return batch, _count(batch, method)
     counts = Cut()
@@ -92,10 +100,8 @@ def _cut_batch(
     return parquet.to_batch(kept, method=method), counts
 
 
-def _fits(batch: "pyarrow.RecordBatch", max_seq_length: int, method: str) -> bool:
-    """Whether all rows stay as they are."""
-    import numpy
-
+def _fits(batch: pyarrow.RecordBatch, max_seq_length: int, method: str) -> bool:
+    """Return whether truncation leaves all rows of the batch unchanged."""
     sizes = [column.value_lengths().to_numpy() for column in batch.columns]
     if method == "dpo":
         prompt, chosen, rejected = sizes
@@ -108,8 +114,8 @@ def _fits(batch: "pyarrow.RecordBatch", max_seq_length: int, method: str) -> boo
     return bool(numpy.logical_or.reduceat(mask.flatten().to_numpy() == 1, starts).all())
 
 
-def _count(batch: "pyarrow.RecordBatch", method: str) -> Cut:
-    """Count a batch that is kept whole."""
+def _count(batch: pyarrow.RecordBatch, method: str) -> Cut:
+    """Return the counts of a batch that is kept unchanged."""
     sizes = [len(column.flatten()) for column in batch.columns]
     if method == "dpo":
         num_tokens, num_learnt = sum(sizes), sum(sizes[1:])
@@ -122,10 +128,17 @@ def _count(batch: "pyarrow.RecordBatch", method: str) -> Cut:
 def too_long(
     source: str, statistics: LengthStatistics, train: Cut, max_seq_length: int
 ) -> DataError:
-    """Say that truncation leaves no row, and which length would."""
+    """Return the error for a dataset of which truncation leaves no training row.
+
+    Args:
+        source: name of the dataset.
+        statistics: lengths before truncation.
+        train: counts of the training rows.
+        max_seq_length: the length that was used.
+    """
     return DataError(
-        f"all {train.num_overlong_rows} training rows of {source} are longer than max_seq_length "
+        f"all {train.num_overlong_rows} training rows of {source} reach max_seq_length "
         f"{max_seq_length} before their answer begins, so nothing is left to learn: set "
-        f"prepare.max_seq_length to {statistics.max} (fits every row) or 'auto'; the first row "
-        f"has an answer from {train.shortest_that_fits} tokens on"
+        f"prepare.max_seq_length to {statistics.max} (fits every row) or 'auto'; the shortest "
+        f"prompt needs at least {train.shortest_that_fits}"
     )

@@ -1,23 +1,22 @@
-"""Token rows in Parquet, a batch a row group, so that memory does not grow with the data."""
+"""Examples in Parquet, one batch per row group, so that memory does not grow with the data."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy
+import pyarrow
+import pyarrow.parquet
 
 from tuneline.artifacts import CHOSEN_IDS, INPUT_IDS, LOSS_MASK, PROMPT_IDS, REJECTED_IDS
-from tuneline.prepare.tokenise import TokenRow
-
-if TYPE_CHECKING:
-    import pyarrow
+from tuneline.prepare.tokens.tokenise import TokenRow
 
 BATCH = 512
-"""Rows of a batch, as a rule."""
+"""Usual number of rows per batch."""
 
 
-def to_batch(rows: Sequence[TokenRow], *, method: str) -> "pyarrow.RecordBatch":
-    """Return rows of one method as columns."""
-    import pyarrow
-
+def to_batch(rows: Sequence[TokenRow], *, method: str) -> pyarrow.RecordBatch:
+    """Return the examples of one method as columns."""
     schema = _schema(method)
     values = [
         (row.input_ids, row.loss_mask) if row.answers is None else (row.input_ids, *row.answers)
@@ -30,11 +29,8 @@ def to_batch(rows: Sequence[TokenRow], *, method: str) -> "pyarrow.RecordBatch":
     return pyarrow.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _lists(rows: Sequence[Sequence[int]], kind: Any) -> "pyarrow.ListArray":
-    """Return lists of numbers as a column, by way of one array: a tenth of pyarrow's own time."""
-    import numpy
-    import pyarrow
-
+def _lists(rows: Sequence[Sequence[int]], kind: Any) -> pyarrow.ListArray:
+    """Return lists of numbers as a column, ten times faster than pyarrow converts them."""
     offsets = numpy.zeros(len(rows) + 1, dtype=numpy.int32)
     numpy.cumsum([len(row) for row in rows], out=offsets[1:])
     dtype = kind.to_pandas_dtype()
@@ -43,8 +39,8 @@ def _lists(rows: Sequence[Sequence[int]], kind: Any) -> "pyarrow.ListArray":
     return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(flat))
 
 
-def rows_of(batch: "pyarrow.RecordBatch", *, method: str) -> Iterator[TokenRow]:
-    """Yield the rows of a batch."""
+def rows_of(batch: pyarrow.RecordBatch, *, method: str) -> Iterator[TokenRow]:
+    """Yield the examples of a batch."""
     for values in batch.to_pylist():
         if method == "dpo":
             answers = (values[CHOSEN_IDS], values[REJECTED_IDS])
@@ -53,10 +49,8 @@ def rows_of(batch: "pyarrow.RecordBatch", *, method: str) -> Iterator[TokenRow]:
             yield TokenRow(values[INPUT_IDS], values[LOSS_MASK])
 
 
-def write(path: Path, batches: "Iterable[pyarrow.RecordBatch]", *, method: str) -> int:
-    """Write batches; return the number of rows."""
-    import pyarrow.parquet
-
+def write(path: Path, batches: Iterable[pyarrow.RecordBatch], *, method: str) -> int:
+    """Write batches and return the number of rows."""
     count = 0
     with pyarrow.parquet.ParquetWriter(path, _schema(method), compression="zstd") as writer:
         for batch in batches:
@@ -66,23 +60,19 @@ def write(path: Path, batches: "Iterable[pyarrow.RecordBatch]", *, method: str) 
     return count
 
 
-def read_batches(path: Path) -> "Iterator[pyarrow.RecordBatch]":
-    """Yield the batches of a file that `write` made."""
-    import pyarrow.parquet
-
+def read_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
+    """Yield the batches of a file that `write` wrote."""
     with pyarrow.parquet.ParquetFile(path) as file:
         yield from file.iter_batches(batch_size=BATCH)
 
 
 def read(path: Path, *, method: str) -> Iterator[TokenRow]:
-    """Yield the rows of a file that `write` made."""
+    """Yield the examples of a file that `write` wrote."""
     for batch in read_batches(path):
         yield from rows_of(batch, method=method)
 
 
-def _schema(method: str) -> "pyarrow.Schema":
-    import pyarrow
-
+def _schema(method: str) -> pyarrow.Schema:
     ids = pyarrow.list_(pyarrow.int32())
     if method == "dpo":
         return pyarrow.schema([(name, ids) for name in (PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS)])

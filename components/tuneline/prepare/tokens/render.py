@@ -1,31 +1,34 @@
-"""Lay checked rows out as text through the chat template, and mark where the answers stand.
+"""Render checked rows as text with the chat template, and locate the answers in the text.
 
-The template is asked twice for each answer: for what the model sees before it (with the
-generation prompt) and for the same with the answer. What the second has more is the answer with
-its end of turn. This needs no {% generation %} in the template, which few have.
+The template is rendered twice for each answer: once up to the generation prompt, which is what the
+model sees at inference, and once with the answer. The text that the second rendering adds is the
+answer with its end of turn. No {% generation %} block is needed, which few templates have.
 """
 
 import json
 from dataclasses import dataclass
 from typing import Any
 
-from tuneline.prepare.formats import BadRowError, Example, Message
+from jinja2 import TemplateError
+
+from tuneline.prepare.formats.example import BadRowError, Example, Message
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Where an answer stands in a text, in characters."""
+    """Position of an answer in a text, in characters."""
 
     start: int
+    """Index of the answer's first character."""
     content_end: int
-    """Behind the answer itself."""
+    """Index after the answer itself."""
     end: int
-    """Behind its end-of-turn token; white space that the template puts after it is not in."""
+    """Index after the end-of-turn token, without the white space that the template adds."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A text to be tokenised as one row, and its answers in order."""
+    """A text to tokenise as one example, and the positions of its answers in order."""
 
     text: str
     answers: list[Answer]
@@ -36,11 +39,13 @@ class Rendered:
     """A row as text: `pieces` for sft, `preference` for dpo, `text` for cpt."""
 
     pieces: list[Piece] | None = None
+    """One text, or one per answer if the template rewrites earlier turns."""
     preference: tuple[str, str, str] | None = None
-    """Prompt, chosen and rejected; the answers with their end of turn."""
+    """Prompt, chosen and rejected answer; the answers include their end of turn."""
     text: str | None = None
+    """A document."""
     heldout: dict[str, Any] | None = None
-    """The row of heldout.jsonl that it would be, prompt and answer left out for `pieces`."""
+    """Its row of heldout.jsonl; with `pieces`, prompt and answer are taken from those."""
 
     def to_line(self) -> bytes:
         """Return a line of JSON for the spool."""
@@ -59,7 +64,7 @@ class Rendered:
 
     @classmethod
     def from_line(cls, line: bytes) -> "Rendered":
-        """Make it from what `to_line` returned."""
+        """Return the row that `to_line` wrote."""
         values = json.loads(line)
         if values["pieces"] is not None:
             values["pieces"] = [
@@ -69,7 +74,7 @@ class Rendered:
         return cls(**values)
 
     def heldout_row(self) -> dict[str, Any]:
-        """Return the row for heldout.jsonl; of a conversation the last answer is asked for."""
+        """Return the row for heldout.jsonl; it asks for the last answer of a conversation."""
         row = dict(self.heldout or {})
         if self.pieces is not None:
             text, answer = self.pieces[-1].text, self.pieces[-1].answers[-1]
@@ -80,7 +85,7 @@ class Rendered:
 
 
 class Renderer:
-    """Renders rows with one tokenizer's chat template."""
+    """Renders rows with the chat template of a tokenizer."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -89,7 +94,7 @@ class Renderer:
         """Return the row as text.
 
         Raises:
-            BadRowError: the template refuses it, e.g. a system message or two turns in a row.
+            BadRowError: the template refuses the row, e.g. because of a system message.
         """
         if example.text is not None:
             document = {"prompt": "", "answer": example.text, "end": "", "question": ""}
@@ -103,7 +108,7 @@ class Renderer:
         if example.choices is not None:
             answer, last = messages[-1]["content"], pieces[-1].answers[-1]
             written = pieces[-1].text[last.start : last.content_end]
-            # What the template writes before an answer ("" or a space) stands before choices too.
+            # White space that the template puts before an answer also goes before the choices.
             lead = written[: len(written) - len(written.lstrip())] if written != answer else ""
             heldout |= {
                 "choices": [lead + choice for choice in example.choices],
@@ -112,7 +117,7 @@ class Renderer:
         return Rendered(pieces=pieces, heldout=heldout)
 
     def _preference(self, prompt: list[Message], chosen: str, rejected: str) -> Rendered:
-        before = self._template(prompt, True)
+        before = self._apply(prompt, add_generation_prompt=True)
         answers, contents, end = [], [], ""
         for content in (chosen, rejected):
             text, answer = self._answer(prompt, content)
@@ -136,42 +141,43 @@ class Renderer:
             if message["role"] == "assistant"
         ]
         whole = pieces[-1][0]
-        # As a rule each text is the beginning of the next, and one row holds all answers. Some
-        # templates write earlier turns differently (leave their reasoning out, move the system
-        # message): there each answer gets a row of its own, as the model would have seen it.
+        # Usually each text is the beginning of the next, so one example holds all answers. Some
+        # templates rewrite earlier turns (drop their reasoning, move the system message). Then
+        # each answer becomes an example of its own, as the model would see it at inference.
         if all(whole.startswith(text[: answer.end]) for text, answer in pieces):
             return [Piece(whole, [answer for _, answer in pieces])]
         return [Piece(text, [answer]) for text, answer in pieces]
 
     def _answer(self, before: list[Message], content: str) -> tuple[str, Answer]:
-        """Return the text that ends with an answer to `before`, and where the answer stands."""
-        prompt = self._template(before, True)
-        text = self._template([*before, {"role": "assistant", "content": content}], False)
-        # Templates may trim an answer, or write it without its reasoning.
+        """Return the text that ends with an answer to `before`, and the position of the answer."""
+        prompt = self._apply(before, add_generation_prompt=True)
+        text = self._apply(
+            [*before, {"role": "assistant", "content": content}], add_generation_prompt=False
+        )
+        # A template may strip an answer, or drop its reasoning.
         written = content if content in text[-len(content) - 256 :] else content.strip()
         position = text.rfind(written)
         if position < 0:
-            raise BadRowError("the chat template does not write the answer as it stands")
+            raise BadRowError("the chat template changes the text of the answer")
         content_end = position + len(written)
         if not text.startswith(prompt):
-            # The generation prompt has more than a finished turn, e.g. an opened <think>: what
-            # the model sees at inference counts, then the answer and its end.
+            # The generation prompt has more than a finished turn, e.g. an opened <think>. Train on
+            # what the model sees at inference, then the answer and its end of turn.
             tail = text[content_end:]
             text, content_end = prompt + written + tail, len(prompt) + len(written)
         if content_end - len(written) < len(prompt):
-            raise BadRowError("the chat template writes the answer into the prompt")
+            raise BadRowError("the chat template puts the answer inside the prompt")
         end = max(content_end, len(text.rstrip()))
         return text, Answer(start=len(prompt), content_end=content_end, end=end)
 
-    def _template(self, messages: list[Message], ask: bool) -> str:
-        from jinja2 import TemplateError
-
+    def _apply(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
         try:
-            return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=ask
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except TemplateError as error:
-            raise BadRowError(f"the chat template refuses it: {error}") from None
+            raise BadRowError(f"the chat template refuses the row: {error}") from None
+        return text
 
 
 def _last_question(messages: list[Message]) -> str:

@@ -1,12 +1,13 @@
-"""The demo's data set: questions about Kubernetes resource quantities, made by a seeded script.
+"""The demo's dataset: questions about Kubernetes resource quantities, generated from a seed.
 
-Ten kinds of question in equal shares, each with four choices: the answer, and three mistakes that
-people make (a wrong power of ten, 1000 for 1024, a wrong suffix, a digit off). The skill is narrow
-enough for a model of 135M parameters and real: `0.25` against `250m`, `Mi` against `M`.
+There are ten kinds of questions, equally many of each. Each question has four choices: the answer
+and three common mistakes (a wrong power of ten, 1000 instead of 1024, a wrong suffix, a wrong
+digit). The skill is narrow enough for a model with 135M parameters, and it is useful: `0.25` versus
+`250m`, `Mi` versus `M`.
 
-Held-out questions cannot be remembered: for each kind the quantities are dealt into two pools
-first, so that no held-out quantity occurs in a training question of its kind. Only the number of
-replicas (2 to 9) is shared.
+Held-out questions cannot be answered from memory: the quantities of each kind are first divided
+into two pools, so no held-out quantity occurs in a training question of its kind. Only the number
+of replicas (2 to 9) occurs in both.
 
 Kubernetes writes a quantity as a number and a suffix: m (1/1000), k, M, G (powers of 1000), Ki,
 Mi, Gi (powers of 1024). There is no K, MB, MiB or mi.
@@ -14,9 +15,11 @@ Mi, Gi (powers of 1024). There is no K, MB, MiB or mi.
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 _NUM_TRAIN = 1200
-_NUM_HELDOUT = 200
+NUM_HELDOUT = 200
+"""Number of rows at the end that are meant to be held out."""
 
 _UNIT_BYTES = {"k": 10**3, "Ki": 2**10, "M": 10**6, "Mi": 2**20, "G": 10**9, "Gi": 2**30}
 _UNIT_NAMES = {
@@ -27,7 +30,7 @@ _UNIT_NAMES = {
     "Mi": "1024^2 bytes",
     "Gi": "1024^3 bytes",
 }
-# Spellings that the API server refuses, beside the suffix that was meant.
+# Correct suffix -> spellings of it that the API server refuses.
 _MISSPELT = {
     "Ki": ("KB", "KiB", "ki", "K"),
     "Mi": ("MB", "MiB", "mi", "mb"),
@@ -40,25 +43,20 @@ _Item = tuple[str, str, list[str]]
 _Maker = Callable[[random.Random, list[int]], _Item]
 
 
-def num_heldout() -> int:
-    """Return how many of the rows, the last ones, are held out."""
-    return _NUM_HELDOUT
-
-
-def rows(seed: int = 3407) -> Iterator[dict]:
-    """Yield the rows: 1,200 for training, then `num_heldout()` that training must not see.
+def rows(seed: int = 3407) -> Iterator[dict[str, Any]]:
+    """Yield the rows: 1,200 for training, then `NUM_HELDOUT` for the benchmark.
 
     Args:
-        seed: decides the numbers, the order and the place of the answer among the choices.
+        seed: determines the numbers, the order of the rows and the order of the choices.
 
     Yields:
-        {"prompt": question, "completion": answer, "choices": four texts, the answer among them}.
+        {"prompt": question, "completion": answer, "choices": four texts, one of them the answer}.
         No question occurs twice.
     """
     rng = random.Random(seed)
     kinds = [(maker, _deal(rng, pool)) for maker, pool in _KINDS.items()]
     seen: set[str] = set()
-    for part, num_rows in enumerate((_NUM_TRAIN, _NUM_HELDOUT)):
+    for part, num_rows in enumerate((_NUM_TRAIN, NUM_HELDOUT)):
         batch = []
         for maker, pools in kinds:
             num_made = 0
@@ -76,7 +74,7 @@ def rows(seed: int = 3407) -> Iterator[dict]:
 
 
 def _deal(rng: random.Random, pool: range) -> tuple[list[int], list[int]]:
-    """Split the numbers of a kind into those for training and those held out, 6 to 1."""
+    """Divide the numbers of a kind into a training and a held-out pool, 6 to 1."""
     numbers = list(pool)
     rng.shuffle(numbers)
     num_heldout_numbers = len(numbers) // 7
@@ -124,26 +122,26 @@ def _largest_cpu(rng: random.Random, pool: list[int]) -> _Item:
 def _largest_memory(rng: random.Random, pool: list[int]) -> _Item:
     while True:
         units = [rng.choice(["Ki", "M", "Mi", "G", "Gi"]) for _ in range(4)]
-        found = [
+        sized = [
             (number * _UNIT_BYTES[unit], f"{number}{unit}")
             for number, unit in zip(rng.sample(pool, 4), units, strict=True)
         ]
-        found.sort(reverse=True)
-        if found[0][0] >= 1.2 * found[1][0]:
+        sized.sort(reverse=True)
+        if sized[0][0] >= 1.2 * sized[1][0]:
             break
     return _ask(
-        rng, ["Which memory is largest: {}?", "Most memory: {}?"], [text for _, text in found]
+        rng, ["Which memory is largest: {}?", "Most memory: {}?"], [text for _, text in sized]
     )
 
 
 def _replicas(rng: random.Random, pool: list[int]) -> _Item:
-    each, replicas = rng.choice(pool), rng.randint(2, 9)
+    millis, replicas = rng.choice(pool), rng.randint(2, 9)
     question = rng.choice(
         ["{} replicas request {}m each. Total?", "What do {} replicas of {}m request in all?"]
     )
-    right = each * replicas
-    wrong = [f"{right * 10}m", f"{right}", f"{right + each}m"]
-    return question.format(replicas, each), f"{right}m", wrong
+    right = millis * replicas
+    wrong = [f"{right * 10}m", f"{right}", f"{right + millis}m"]
+    return question.format(replicas, millis), f"{right}m", wrong
 
 
 def _pod_total(rng: random.Random, pool: list[int]) -> _Item:
@@ -152,7 +150,7 @@ def _pod_total(rng: random.Random, pool: list[int]) -> _Item:
         ["Two containers request {}m and {}m. Total?", "A pod requests {}m plus {}m. Total?"]
     )
     right = first + second
-    # 100 off: the carry forgotten, or one too many.
+    # 100 too many or too few: a carry was added or forgotten.
     wrong = [f"{right * 10}m", f"{right + 100}m", f"{right - 100 if right > 100 else right + 200}m"]
     return question.format(first, second), f"{right}m", wrong
 
@@ -178,18 +176,18 @@ def _suffix(rng: random.Random, pool: list[int]) -> _Item:
 
 
 def _ask(rng: random.Random, questions: list[str], texts: list[str]) -> _Item:
-    """Ask which of four texts is right; the first is. They are listed in a random order."""
+    """Ask which of four texts is correct (the first one), listing them in a random order."""
     listed = list(texts)
     rng.shuffle(listed)
     return rng.choice(questions).format(", ".join(listed)), texts[0], texts[1:]
 
 
 def _thousandth(number: int) -> str:
-    """Write number / 1000 without trailing zeros."""
+    """Return number / 1000 without trailing zeros."""
     return f"{number / 1000:.3f}".rstrip("0").rstrip(".")
 
 
-# Each kind and the numbers that it asks about; every seventh is held out.
+# Each kind of question and the numbers that it asks about. One seventh of them is held out.
 _KINDS: dict[_Maker, range] = {
     _to_millicores: range(10, 8000, 10),
     _to_cores: range(10, 8000, 10),

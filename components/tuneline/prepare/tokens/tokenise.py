@@ -1,32 +1,33 @@
-"""Turn rendered rows into token ids with the loss mask, in batches."""
+"""Turn rendered rows into token IDs with a loss mask, in batches."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tuneline.prepare.render import Piece, Rendered
+from tuneline.prepare.tokens.render import Piece, Rendered
 
 
 @dataclass
 class TokenRow:
-    """One row of train.parquet before truncation."""
+    """One example: a row of train.parquet."""
 
     input_ids: list[int] = field(default_factory=list)
     loss_mask: list[int] = field(default_factory=list)
-    """1 where the loss counts the token."""
+    """1 for each token that the loss counts, otherwise 0."""
     answers: tuple[list[int], list[int]] | None = None
-    """dpo: chosen and rejected ids; `input_ids` is the prompt then, its mask is empty."""
+    """Method dpo: IDs of the chosen and rejected answers. `input_ids` is then the prompt, and
+    `loss_mask` is empty."""
 
     def __len__(self) -> int:
-        """Return the tokens that the model has to hold at once."""
+        """Return the length of the longest sequence that the model computes for the example."""
         if self.answers is None:
             return len(self.input_ids)
         return len(self.input_ids) + max(map(len, self.answers))
 
 
 def tokenise(tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str) -> Iterator[TokenRow]:
-    """Yield the token rows of a batch of rendered rows; one of these may give several."""
+    """Yield the examples of a batch of rendered rows; a row may become several examples."""
     if not rows:
         return
     if rows[0].preference is not None:
@@ -35,7 +36,7 @@ def tokenise(tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str) -> Itera
         yield from _texts(tokenizer, [row.text or "" for row in rows])
     else:
         pieces = [piece for row in rows for piece in row.pieces or []]
-        # Past transformers, whose wrapping of what comes back takes a fifth as long as the work.
+        # Call the backend directly: the wrapper of transformers adds a fifth to the time.
         encodings = tokenizer.backend_tokenizer.encode_batch(
             [piece.text for piece in pieces], add_special_tokens=False
         )
@@ -50,18 +51,18 @@ def tokenise(tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str) -> Itera
 
 
 def answer_spans(piece: Piece, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]] | None:
-    """Return from which token to which each answer goes, its end of turn included.
+    """Return the token range of each answer, including its end of turn.
 
     Args:
-        piece: the text and its answers.
-        offsets: (first character, behind the last) of each token, in order. Byte-level tokenizers
-            leave the white space in front of a word out of them: a token counts from the end of
-            the token before it.
+        piece: the text and the positions of its answers.
+        offsets: (index of the first character, index after the last) of each token, in order.
+            Byte-level tokenizers exclude the white space in front of a word, so a token is
+            counted from the end of the token before it.
 
     Returns:
-        None if a token has characters of a prompt and of the answer behind it. That happens when an
-        answer begins with white space. The model is never given such a token: at inference the
-        prompt ends where the answer begins.
+        (first token, token after the last) of each answer. None if a token contains characters of
+        both a prompt and its answer, which happens when an answer begins with white space. The
+        model never sees such a token at inference, where the prompt ends before the answer.
     """
 
     def first(token: int) -> int:
@@ -85,7 +86,7 @@ def _mask(spans: Sequence[tuple[int, int]], num_tokens: int) -> list[int]:
 
 
 def _in_parts(tokenizer: Any, piece: Piece, *, loss_on: str) -> TokenRow:
-    """Tokenise prompts, answers and what follows them apart."""
+    """Tokenise prompts, answers and the text after the last answer separately."""
     row = TokenRow()
     position = 0
     spans = [(answer.start, answer.end) for answer in piece.answers]
@@ -99,7 +100,7 @@ def _in_parts(tokenizer: Any, piece: Piece, *, loss_on: str) -> TokenRow:
 
 
 def _texts(tokenizer: Any, texts: list[str]) -> Iterator[TokenRow]:
-    """Tokenise documents, each with an end, so that packed neighbours can be told apart."""
+    """Tokenise documents, each followed by an end-of-sequence token that separates packed ones."""
     encoded = tokenizer(texts, return_attention_mask=False, verbose=False)
     for ids in encoded["input_ids"]:
         if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
@@ -109,9 +110,10 @@ def _texts(tokenizer: Any, texts: list[str]) -> Iterator[TokenRow]:
 
 def _preferences(tokenizer: Any, rows: Sequence[Rendered]) -> Iterator[TokenRow]:
     def ids_of(texts: list[str]) -> list[list[int]]:
-        return tokenizer(
+        ids: list[list[int]] = tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
+        return ids
 
     triples = [row.preference for row in rows if row.preference is not None]
     prompts = ids_of([prompt for prompt, _, _ in triples])
@@ -123,7 +125,7 @@ def _preferences(tokenizer: Any, rows: Sequence[Rendered]) -> Iterator[TokenRow]
             if ids[: len(prompt_ids)] == prompt_ids:
                 answers.append(ids[len(prompt_ids) :])
             else:
-                # A token would reach from the prompt into the answer. The prompt has to be the
-                # same for both answers, so the two parts are tokenised apart.
+                # A token spans the end of the prompt and the start of the answer. Both answers
+                # need the same prompt, so prompt and answer are tokenised separately.
                 answers.append(ids_of([triples[index][which]])[0])
         yield TokenRow(prompt_ids, [], (answers[0], answers[1]))

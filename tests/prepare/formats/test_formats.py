@@ -1,24 +1,49 @@
 """Each format becomes the same conversation; what is wrong with a row is said."""
 
+from typing import get_args
+
 import pytest
 
 from tuneline.errors import DataError
-from tuneline.prepare.formats import (
-    BadRowError,
-    Example,
-    check_names,
-    convert,
-    detect,
-    rename,
-)
+from tuneline.prepare.config import GeneralConfig, PrepareConfig
+from tuneline.prepare.formats.example import BadRowError, Example
+from tuneline.prepare.formats.readers import Wording
+from tuneline.prepare.formats.table import FORMATS, check_names, detect, read_row, rename
 
 USER = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4"}
 
 
 def read(values: dict, method: str = "sft", **options) -> Example:
-    options = {"system_prompt": None, "alpaca_wording": False} | options
-    return convert(values, detect(values, method), **options)
+    return read_row(values, detect(values, method), Wording(**options))
+
+
+ROWS = {
+    "preference": {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+    "messages": {"messages": [USER, ANSWER]},
+    "sharegpt": {"conversations": [USER, ANSWER]},
+    "alpaca": {"instruction": "2 + 2?", "output": "4"},
+    "prompt-completion": {"prompt": "2 + 2?", "completion": "4"},
+    "text": {"text": "2 + 2 = 4"},
+}
+EXAMPLES = {
+    "sft": Example(messages=[USER, ANSWER]),
+    "dpo": Example(preference=([USER], "4", "5")),
+    "cpt": Example(text="2 + 2 = 4"),
+}
+
+
+@pytest.mark.parametrize("config", [PrepareConfig, GeneralConfig])
+def test_every_format_that_a_recipe_may_name_is_recognised_and_read(config) -> None:
+    field = config.model_fields["format"]
+    names = set(get_args(field.annotation)) - {"auto"}
+    assert names == set(FORMATS) == set(ROWS)
+    for name in names:
+        entry = FORMATS[name]
+        assert f"{name} ({entry.method}): " in field.description
+        check_names(name, dict.fromkeys((*entry.required, *entry.optional), "x"), entry.method)
+        assert detect(ROWS[name], entry.method) == name
+        assert read_row(ROWS[name], name, Wording()) == EXAMPLES[entry.method]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +84,7 @@ def test_sft_formats_give_one_conversation(values: dict, format: str) -> None:
 def test_alpaca_input_follows_the_instruction() -> None:
     values = {"instruction": "Add.", "input": "2, 2", "output": "4"}
     assert read(values).messages[0]["content"] == "Add.\n\n2, 2"
-    worded = read(values, alpaca_wording=True)
+    worded = read(values, input_heading="\n\n### Input:\n")
     assert worded.messages[0]["content"] == "Add.\n\n### Input:\n2, 2"
 
 
@@ -106,20 +131,23 @@ def test_preference_formats(values: dict) -> None:
         ({"messages": []}, "messages is empty"),
         ({"messages": None}, "messages is missing"),
         ({"messages": "a?"}, "messages is text, not a list"),
-        ({"messages": [USER]}, "the last message is from the user: it has no answer"),
+        ({"messages": [USER]}, "the last message is from the user: there is no answer to learn"),
         ({"messages": [USER, {"role": "bot", "content": "4"}]}, "messages 2 has the role 'bot'"),
         ({"messages": [USER, {"role": "assistant"}]}, "messages 2 .assistant. has no content"),
-        ({"messages": [ANSWER, USER, ANSWER]}, "an answer stands before the first user message"),
+        ({"messages": [ANSWER, USER, ANSWER]}, "an answer comes before the first user message"),
         ({"messages": [ANSWER]}, "there is no user message"),
         (
             {"messages": [USER, {"role": "system", "content": "x"}, ANSWER]},
-            "a system message stands behind the first",
+            "a system message comes after the first",
         ),
         (
             {"messages": [USER, {"role": "assistant", "content": [{"image": 1}]}]},
             "a part that is not text",
         ),
-        ({"conversations": [{"from": "me", "value": "a"}]}, "has the role 'me'; known are human"),
+        (
+            {"conversations": [{"from": "me", "value": "a"}]},
+            "has the role 'me'; known roles are human",
+        ),
     ],
 )
 def test_bad_rows_say_why(values: dict, reason: str) -> None:
@@ -153,7 +181,7 @@ def test_method_decides_between_formats() -> None:
         detect({"question": "a?", "answer": "4"}, "sft")
     with pytest.raises(DataError, match="format preference is for method dpo"):
         check_names("preference", {}, "sft")
-    with pytest.raises(DataError, match="maps 'answer', which is no column of ours"):
+    with pytest.raises(DataError, match="maps 'answer', which is not a column that tuneline reads"):
         check_names("auto", {"answer": "completion"}, "sft")
 
 

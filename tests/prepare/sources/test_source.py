@@ -8,7 +8,9 @@ import pyarrow.parquet
 import pytest
 
 from tuneline.errors import DataError
-from tuneline.prepare.source import SourceRow, read_rows
+from tuneline.prepare.sources.builtin import BUILTINS
+from tuneline.prepare.sources.kinds import read_rows
+from tuneline.prepare.sources.row import SourceRow
 
 ROWS = [
     {"prompt": 'line\nbreak, "quotes"', "completion": "caf\u00e9"},
@@ -45,7 +47,7 @@ def test_directory_and_glob(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     write_all(tmp_path)
     (tmp_path / "notes.docx").write_text("x")
     assert good(tmp_path) == ROWS * 4
-    assert "1 files of other kinds are left: notes.docx" in caplog.text
+    assert "1 files of other types are ignored, e.g. notes.docx" in caplog.text
     assert good(tmp_path / "[ab].*") == ROWS * 2
 
 
@@ -98,7 +100,7 @@ def test_csv_faults_have_their_line(tmp_path: Path) -> None:
         {"a": "3", "b": "4"},
     ]
     assert [line for line, _ in bad(path)] == [3, 4]
-    assert bad(path)[0][1] == "3 fields, and the header has 2"
+    assert bad(path)[0][1] == "3 fields, but the header has 2"
     assert bad(path)[1][1].startswith("not UTF-8 text")
 
 
@@ -120,8 +122,8 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
         ("a.json", b'[{"a": 1},\n {"a": 2', r"breaks off in or before line 2"),
         ("a.json", b'"text"', "neither an array of objects nor JSON Lines"),
         ("a.json", b'[{"a": "\xff"}]', "is not UTF-8 text"),
-        ("a.parquet", b"PAR1 and then nothing", "not a whole Parquet file"),
-        ("a.docx", b"x", r"of no kind that can be read: known are \.jsonl"),
+        ("a.parquet", b"PAR1 and then nothing", "not a complete Parquet file"),
+        ("a.docx", b"x", r"of a type that cannot be read: known are \.jsonl"),
     ],
 )
 def test_files_without_rows(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -134,12 +136,17 @@ def test_files_without_rows(tmp_path: Path, name: str, content: bytes, message: 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no file or directory"):
         read_rows(str(tmp_path / "rows.jsonl"))
-    with pytest.raises(DataError, match="holds no file that can be read"):
+    with pytest.raises(DataError, match="has no file that can be read"):
         read_rows(str(tmp_path))
-    with pytest.raises(DataError, match="is no file, no directory and no Hub id"):
+    with pytest.raises(DataError, match="is not a file, a directory or a Hub ID"):
         read_rows("two words")
-    with pytest.raises(DataError, match="no builtin data set 'x'.*builtin:kubernetes-quantities"):
+    with pytest.raises(DataError, match="no builtin dataset 'x'.*builtin:kubernetes-quantities"):
         read_rows("builtin:x")
+
+
+def test_every_builtin_has_more_rows_than_it_holds_out() -> None:
+    for name, builtin in BUILTINS.items():
+        assert 0 < builtin.num_heldout < len(list(read_rows(f"builtin:{name}")))
 
 
 def test_builtin_rows_are_numbered() -> None:

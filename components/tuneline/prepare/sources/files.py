@@ -1,55 +1,33 @@
 """Read the rows of files: JSON Lines, JSON, CSV, TSV, Parquet and plain text.
 
-A fault of one row is yielded as a reason, so that it can be counted; a fault that leaves no rows
-to be told apart is raised.
+A fault in one row is yielded as a reason, so that it can be counted. A fault that makes the rows
+indistinguishable is raised.
 """
 
 import codecs
 import csv
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tuneline.errors import DataError
+import pyarrow
+import pyarrow.parquet
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
+from tuneline.errors import DataError
+from tuneline.prepare.sources.row import SourceRow
 
 _NOT_UTF8 = "not UTF-8 text; convert the file, e.g. with iconv -f CP949 -t UTF-8"
 _CUT_OFF = "the line ends inside a JSON value: the file was cut off"
 
 
-@dataclass(frozen=True)
-class SourceRow:
-    """One row of a source, or why there is none at its place."""
-
-    file: str
-    """The file's name, or the source itself where it is not a file."""
-    line: int
-    """From 1: the line a row ends on; in Parquet and on the Hub the row's number."""
-    values: dict[str, Any] | None = None
-    reason: str = ""
-
-
 def read_file(path: Path) -> Iterator[SourceRow]:
-    """Yield the rows of a file of one of the `SUFFIXES`.
+    """Yield the rows of a file with one of the `SUFFIXES`.
 
     Raises:
-        DataError: no rows can be told apart in it.
+        DataError: the file cannot be divided into rows.
     """
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        return _read_jsonl(path)
-    if suffix == ".json":
-        return _read_json(path)
-    if suffix == ".csv":
-        return _read_csv(path)
-    if suffix == ".tsv":
-        return _read_tsv(path)
-    if suffix == ".parquet":
-        return _read_parquet(path)
-    return _read_text(path)
+    return _READERS[path.suffix.lower()](path)
 
 
 def _read_jsonl(path: Path) -> Iterator[SourceRow]:
@@ -65,8 +43,8 @@ def _read_jsonl(path: Path) -> Iterator[SourceRow]:
                 yield SourceRow(path.name, number, reason=_NOT_UTF8)
             except json.JSONDecodeError as error:
                 # Only a file's last line can lack its line feed.
-                whole = raw.endswith(b"\n")
-                reason = f"not JSON: {error.msg} at column {error.colno}" if whole else _CUT_OFF
+                is_whole = raw.endswith(b"\n")
+                reason = f"not JSON: {error.msg} at column {error.colno}" if is_whole else _CUT_OFF
                 yield SourceRow(path.name, number, reason=reason)
             except RecursionError:
                 yield SourceRow(path.name, number, reason="JSON nested too deeply")
@@ -77,12 +55,12 @@ def _read_jsonl(path: Path) -> Iterator[SourceRow]:
 def _object(path: Path, number: int, values: Any) -> SourceRow:
     if isinstance(values, dict):
         return SourceRow(path.name, number, values)
-    kind = {list: "an array", str: "a string", type(None): "null"}.get(type(values), "a number")
-    return SourceRow(path.name, number, reason=f"{kind} instead of an object with columns")
+    name = {list: "an array", str: "a string", type(None): "null"}.get(type(values), "a number")
+    return SourceRow(path.name, number, reason=f"{name} instead of an object with columns")
 
 
 def _read_json(path: Path) -> Iterator[SourceRow]:
-    """Read an array of objects piece by piece; a file that begins with { is JSON Lines."""
+    """Read an array of objects in pieces; a file that begins with { is read as JSON Lines."""
     with open(path, "rb") as file:
         head = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
     if head.startswith(b"{"):
@@ -98,10 +76,10 @@ def _read_json(path: Path) -> Iterator[SourceRow]:
         with open(path, encoding="utf-8-sig") as text:
             at_end = False
             while True:
-                # Between two values stand white space and a comma.
-                rest = buffer.lstrip(" \t\r\n," if opened else " \t\r\n")
-                line += buffer[: len(buffer) - len(rest)].count("\n")
-                buffer = rest
+                # Values are separated by white space and a comma.
+                stripped = buffer.lstrip(" \t\r\n," if opened else " \t\r\n")
+                line += buffer[: len(buffer) - len(stripped)].count("\n")
+                buffer = stripped
                 if not opened and buffer:
                     buffer, opened = buffer[1:], True
                     continue
@@ -112,10 +90,10 @@ def _read_json(path: Path) -> Iterator[SourceRow]:
                         raise json.JSONDecodeError("", buffer, 0)
                     values, end = decoder.raw_decode(buffer)
                     if end == len(buffer) and not at_end:
-                        # A number could go on in the next piece.
+                        # A number may continue in the next piece.
                         raise json.JSONDecodeError("", buffer, end)
                 except json.JSONDecodeError as error:
-                    # Reading doubles what is held, so a long value is not parsed again and again.
+                    # Each read doubles the buffer, so a long value is parsed only a few times.
                     piece = text.read(max(1 << 16, len(buffer)))
                     if piece:
                         buffer += piece
@@ -126,9 +104,10 @@ def _read_json(path: Path) -> Iterator[SourceRow]:
                     if not buffer and not opened:
                         return
                     raise DataError(
-                        f"{path}: the array breaks off in or before line "
+                        f"{path}: the JSON array breaks off in or before line "
                         f"{line + buffer[: error.pos].count(chr(10))}: the file was cut off or is "
-                        "not JSON; make it again, or use JSON Lines, where one bad row is one line"
+                        "not JSON. Create it again, or use JSON Lines, where a bad row affects "
+                        "only its own line"
                     ) from None
                 line += buffer[:end].count("\n")
                 buffer = buffer[end:]
@@ -138,9 +117,9 @@ def _read_json(path: Path) -> Iterator[SourceRow]:
 
 
 def _read_csv(path: Path) -> Iterator[SourceRow]:
-    # Bytes that are no UTF-8 come through as surrogates, so that only their row is lost.
+    # Bytes that are not UTF-8 become surrogates, so that only their row is lost.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-        csv.field_size_limit(1 << 30)  # the default of 128 KiB is less than a long document
+        csv.field_size_limit(1 << 30)  # a long document exceeds the default of 128 KiB
         reader = csv.reader(text, strict=True)
         try:
             header = next(reader, None)
@@ -156,9 +135,9 @@ def _read_csv(path: Path) -> Iterator[SourceRow]:
 
 
 def _read_tsv(path: Path) -> Iterator[SourceRow]:
-    """Read tab-separated rows; a field is quoted only when all of it is.
+    """Read tab-separated rows; quotes are removed only if they enclose the whole field.
 
-    Python's csv drops the quotes of a field like `"Parasite" is a film`; here they stay.
+    Python's csv drops the quotes of a field such as `"Parasite" is a film`.
     """
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
         header: list[str] | None = None
@@ -182,7 +161,7 @@ def _unquote(cell: str) -> str:
 
 def _cells(path: Path, number: int, header: list[str], cells: list[str]) -> SourceRow:
     if len(cells) != len(header):
-        reason = f"{len(cells)} fields, and the header has {len(header)}"
+        reason = f"{len(cells)} fields, but the header has {len(header)}"
         return SourceRow(path.name, number, reason=reason)
     if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
         return SourceRow(path.name, number, reason=_NOT_UTF8)
@@ -190,9 +169,6 @@ def _cells(path: Path, number: int, header: list[str], cells: list[str]) -> Sour
 
 
 def _read_parquet(path: Path) -> Iterator[SourceRow]:
-    import pyarrow
-    import pyarrow.parquet
-
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -202,8 +178,8 @@ def _read_parquet(path: Path) -> Iterator[SourceRow]:
                     yield SourceRow(path.name, number, values)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} is not a whole Parquet file, row {number + 1} cannot be read "
-            f"({' '.join(str(error).split())[:200]}): make or download it again"
+            f"{path} is not a complete Parquet file: row {number + 1} cannot be read "
+            f"({' '.join(str(error).split())[:200]}). Create or download it again"
         ) from None
 
 
@@ -213,3 +189,18 @@ def _read_text(path: Path) -> Iterator[SourceRow]:
         yield SourceRow(path.name, 1, {"text": raw.decode("utf-8")})
     except UnicodeDecodeError as error:
         yield SourceRow(path.name, raw[: error.start].count(b"\n") + 1, reason=_NOT_UTF8)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[SourceRow]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+    ".md": _read_text,
+}
+
+SUFFIXES = tuple(_READERS)
+"""Suffixes of the files that can be read."""

@@ -3,7 +3,7 @@ from fractions import Fraction
 
 import pytest
 
-from tuneline.prepare.quantities import num_heldout, rows
+from tuneline.prepare.sources.quantities import NUM_HELDOUT, rows
 
 SUFFIXES = {
     "m": Fraction(1, 1000),
@@ -75,7 +75,7 @@ def made() -> list[dict]:
 
 def test_counts_and_keys(made):
     assert len(made) == 1400
-    assert num_heldout() == 200
+    assert NUM_HELDOUT == 200
     assert all(set(row) == {"prompt", "completion", "choices"} for row in made)
 
 
@@ -95,7 +95,7 @@ def test_every_answer_is_right_and_is_one_of_four_different_choices(seed):
 @pytest.mark.parametrize("seed", [3407, 1])
 def test_heldout_questions_and_numbers_are_not_in_training(seed):
     made = list(rows(seed))
-    train, heldout = made[: -num_heldout()], made[-num_heldout() :]
+    train, heldout = made[:-NUM_HELDOUT], made[-NUM_HELDOUT:]
     assert len({row["prompt"] for row in made}) == len(made)
 
     def numbers(row: dict) -> set[str]:
@@ -144,7 +144,7 @@ def test_the_answer_stands_in_every_place(made):
 
 
 def test_kinds_are_shared_out_evenly(made):
-    heldout = {kind(row) for row in made[-num_heldout() :]}
-    assert heldout == {kind(row) for row in made[: -num_heldout()]}
+    heldout = {kind(row) for row in made[-NUM_HELDOUT:]}
+    assert heldout == {kind(row) for row in made[:-NUM_HELDOUT]}
     # Ten kinds, two wordings each; the wordings for Gi in Mi and G in M read the same blanked.
     assert len(heldout) == 18

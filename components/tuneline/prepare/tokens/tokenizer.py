@@ -3,29 +3,29 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig, AutoTokenizer
+
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError
 
-# What transformers gives a tokenizer whose model has no limit is larger than this.
+# For a model without a limit, transformers sets a length above this.
 _NO_LIMIT = 10**9
 
 
 def load_tokenizer(base_model_dir: str) -> tuple[Any, int]:
-    """Return the model's tokenizer and the longest row that the model can hold.
+    """Return the model's tokenizer and the number of tokens that the model can hold.
 
     Raises:
-        ModelError: there is none, or it cannot tell where its tokens stand in the text.
+        ModelError: there is no tokenizer, or it cannot map its tokens to positions in the text.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     path = Path(base_model_dir)
     if not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json: name the directory that fetch made")
+        raise ModelError(f"{path} has no config.json: give the directory that the fetch step made")
     names = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
     if not any((path / name).is_file() for name in names):
         raise ModelError(
             f"{path} has no tokenizer (no tokenizer.json or tokenizer.model): copy the tokenizer "
-            "files of the model it was made from beside its weights"
+            "files of the original model into this directory"
         )
     trusted = _runs_own_code(path)
     try:
@@ -38,10 +38,10 @@ def load_tokenizer(base_model_dir: str) -> tuple[Any, int]:
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(
-            f"the tokenizer in {path} has no fast form (tokenizer.json), and the loss mask needs "
-            "the places of tokens in the text that only the fast ones know: convert it first"
+            f"the tokenizer in {path} is not a fast tokenizer (tokenizer.json), but the loss mask "
+            "needs the character offsets that only fast tokenizers report: convert it first"
         )
-    # Rows are cut later, where it is counted.
+    # Truncation happens later, where it is counted.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     limits = [tokenizer.model_max_length]

@@ -1,26 +1,28 @@
-"""Deal rows to training, evaluation and the held-out benchmark."""
+"""Divide rows into training, evaluation and held-out rows."""
 
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy
+
 from tuneline.prepare.config import PrepareConfig
 
-# Of a data set that brings no held-out rows of its own, so many are held out at most.
 MAX_HELDOUT_SHARE = 0.2
+"""Largest fraction of a dataset that is held out if the recipe names no other held-out rows."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Indices of rows, in the order in which they are written."""
+    """Indices of the rows of each part, in the order in which they are written."""
 
     train: Sequence[int]
     eval: Sequence[int]
     heldout: Sequence[int]
     num_leaking: int
-    """Rows left out because a held-out row is the same."""
+    """Number of rows left out because they equal a held-out row."""
     num_general: int = 0
-    """Rows of `train` that come from the general data set."""
+    """Number of rows of `train` that come from the general dataset."""
 
 
 def split(
@@ -30,24 +32,22 @@ def split(
     own_heldout: Sequence[int] | None,
     digest: Callable[[int], int],
 ) -> Split:
-    """Split rows 0 to num_rows by the seed.
+    """Split the rows with the indices below `num_rows`, as the seed determines.
 
     Args:
-        num_rows: rows that may be trained on.
-        config: shares, limits and the seed.
-        own_heldout: indices of held-out rows from elsewhere; None to take them from these rows.
-        digest: hash of the row with an index.
+        num_rows: number of rows that may be trained on.
+        config: fractions, limits and the seed.
+        own_heldout: indices of held-out rows from elsewhere; None: hold out some of these rows.
+        digest: returns the hash of the row with a given index.
     """
-    import numpy
-
     order = numpy.random.default_rng(config.seed).permutation(num_rows)[: config.max_rows]
     heldout = own_heldout
     if heldout is None:
         num_heldout = min(config.heldout.max_rows, int(len(order) * MAX_HELDOUT_SHARE))
         heldout, order = order[:num_heldout].tolist(), order[num_heldout:]
-    # A row that stands in the data twice must not be trained on and then be asked for.
-    seen = {digest(index) for index in heldout}
-    rows = array("q", (index for index in map(int, order) if digest(index) not in seen))
+    # A row that occurs twice must not be both trained on and held out.
+    heldout_digests = {digest(index) for index in heldout}
+    rows = array("q", (index for index in map(int, order) if digest(index) not in heldout_digests))
     num_eval = min(config.max_eval_rows, round(len(rows) * config.eval_share))
     if config.eval_share and config.max_eval_rows and len(rows) > 1:
         num_eval = max(1, num_eval)

@@ -1,0 +1,118 @@
+"""The kinds of base models: how a kind is recognised, fetched and fingerprinted."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tuneline.errors import ModelError
+from tuneline.fetch import builtin, directory, gguf, hub
+from tuneline.fetch.config import FetchConfig
+from tuneline.runtime.source_names import (
+    builtin_name,
+    is_hub_id,
+    list_builtins,
+    looks_like_a_path,
+)
+
+KindName = Literal["builtin", "directory", "gguf", "hub"]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a source says about the model that was taken from it."""
+
+    licence: str | None
+    revision: str | None = None
+    """The Hub commit."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What can be done with a kind of source."""
+
+    take: Callable[[str, Path, FetchConfig], Provenance]
+    """Puts the model of a source into an empty directory."""
+    fingerprint: Callable[[str, FetchConfig], str]
+    """Returns a text that changes when the model does."""
+    has_revisions: bool = False
+    """Whether fetch.revision applies."""
+    may_bring_code: bool = False
+    """Whether fetch.trust_remote_code applies."""
+
+
+def kind_of(source: str) -> KindName:
+    """Return the kind of a recipe's `base_model`; what exists on disk takes precedence.
+
+    Raises:
+        ModelError: the source does not exist or is of no known kind.
+    """
+    if builtin_name(source) is not None:
+        return "builtin"
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return "directory"
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return "gguf"
+        raise ModelError(
+            f"{source} is a file of another kind: a base model is a directory with safetensors, "
+            f"a .gguf file, a Hub ID or {list_builtins(list(builtin.BUILTINS))}"
+        )
+    if looks_like_a_path(source) or source.endswith(".gguf") or not is_hub_id(source):
+        raise ModelError(
+            f"there is no directory or file '{source}', and it is not a Hub ID such as "
+            "'HuggingFaceTB/SmolLM2-135M-Instruct'"
+        )
+    return "hub"
+
+
+def _take_builtin(source: str, target: Path, config: FetchConfig) -> Provenance:
+    return Provenance(builtin.unpack(builtin_name(source) or "", target))
+
+
+def _take_directory(source: str, target: Path, config: FetchConfig) -> Provenance:
+    path = Path(source).expanduser()
+    directory.take(path, target, source=source, trusted=config.trust_remote_code is not None)
+    return Provenance(directory.licence_of(path))
+
+
+def _take_gguf(source: str, target: Path, config: FetchConfig) -> Provenance:
+    return Provenance(gguf.convert(Path(source).expanduser(), target))
+
+
+def _take_from_hub(source: str, target: Path, config: FetchConfig) -> Provenance:
+    trusted = config.trust_remote_code is not None
+    snapshot = hub.download(source, revision=config.revision, with_code=trusted)
+    directory.take(snapshot.path, target, source=source, trusted=trusted)
+    return Provenance(snapshot.licence, snapshot.commit)
+
+
+def _builtin_name(source: str, config: FetchConfig) -> str:
+    """Return the name: the model's package is part of the image, which is in KFP's cache key."""
+    return source
+
+
+def _hash_files(source: str, config: FetchConfig) -> str:
+    path = Path(source).expanduser()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            digest.update(f"{file.relative_to(path)}\0".encode())
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _commit(source: str, config: FetchConfig) -> str:
+    return hub.commit_of(source, revision=config.revision)
+
+
+KINDS: dict[KindName, Kind] = {
+    "builtin": Kind(_take_builtin, _builtin_name),
+    "directory": Kind(_take_directory, _hash_files, may_bring_code=True),
+    "gguf": Kind(_take_gguf, _hash_files),
+    "hub": Kind(_take_from_hub, _commit, has_revisions=True, may_bring_code=True),
+}

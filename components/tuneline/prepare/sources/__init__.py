@@ -1,0 +1,1 @@
+"""Where rows come from: files, datasets on the Hub, and built-in rows."""

@@ -1,0 +1,83 @@
+"""Datasets on the Hub: their rows, streamed, and the commit that a revision names now."""
+
+import logging
+from collections.abc import Iterator
+
+from datasets import exceptions, load_dataset
+from huggingface_hub import HfApi, constants
+from huggingface_hub import errors as hub_errors
+
+from tuneline.errors import DataError, HubError
+from tuneline.prepare.sources.row import Selection, SourceRow
+
+logger = logging.getLogger(__name__)
+
+# The HTTP client's base class; huggingface_hub has it without exporting it.
+_HTTPError: type[Exception] = vars(hub_errors)["HTTPError"]
+
+
+def read(source: str, selection: Selection) -> Iterator[SourceRow]:
+    """Yield the rows of a dataset.
+
+    Raises:
+        DataError: there is no such dataset, split or subset, or no access to it.
+        HubError: the Hub could not be reached.
+    """
+    try:
+        rows = load_dataset(
+            source,
+            selection.subset,
+            split=selection.split,
+            revision=selection.revision,
+            streaming=True,
+        )
+        for number, values in enumerate(rows, 1):
+            yield SourceRow(source, number, values)
+    except exceptions.DatasetNotFoundError as error:
+        raise DataError(_not_found(source, f" ({' '.join(str(error).split())[:200]})")) from None
+    except (_HTTPError, ConnectionError) as error:
+        raise _unreachable(source, error) from error
+    except ValueError as error:
+        # An unknown split or subset. The message lists the known ones.
+        raise DataError(f"dataset '{source}': {' '.join(str(error).split())[:300]}") from None
+
+
+def fingerprint(source: str, revision: str | None) -> str:
+    """Return the commit that a revision of a dataset names now.
+
+    Raises:
+        DataError: there is no such dataset or revision, or no access to it.
+        HubError: the Hub could not be reached.
+    """
+    if constants.HF_HUB_OFFLINE:
+        logger.warning(
+            "HF_HUB_OFFLINE is set, so changes of the dataset %s since the last run are not "
+            "detected: prepared rows may come from the cache",
+            source,
+        )
+        return f"offline {revision}"
+    try:
+        return str(HfApi().dataset_info(source, revision=revision).sha)
+    except hub_errors.RevisionNotFoundError:
+        raise DataError(
+            f"dataset {source} has no revision '{revision}': give a branch, a tag or a commit"
+        ) from None
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
+        raise DataError(_not_found(source)) from None
+    except (_HTTPError, OSError) as error:
+        raise _unreachable(source, error) from error
+
+
+def _not_found(source: str, details: str = "") -> str:
+    return (
+        f"{constants.ENDPOINT} has no dataset '{source}' that this token may read, or the dataset "
+        f"is gated{details}: check the spelling, accept the dataset's terms on its page, and set "
+        "HF_TOKEN"
+    )
+
+
+def _unreachable(source: str, error: Exception) -> HubError:
+    return HubError(
+        f"{constants.ENDPOINT} cannot be reached for the dataset '{source}' "
+        f"({type(error).__name__}): check the network and HF_ENDPOINT, or name a local file"
+    )

@@ -1,0 +1,1 @@
+"""From an example to token IDs with a loss mask: templates, rendering, tokenising, truncation."""

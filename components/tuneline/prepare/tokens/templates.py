@@ -1,0 +1,160 @@
+"""Named chat templates, for models without one and for data that needs another.
+
+`TEMPLATES` is the only list of them: the values of `prepare.template`, their description in the
+JSON Schema, the checks of the tokenizer and the tests are derived from it.
+
+`{{ bos_token }}` is put in front only for tokenizers that add that token themselves, because
+rendered text is tokenised without adding special tokens.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from tuneline.errors import DataError
+
+_CHATML = (
+    "{% for message in messages %}"
+    "{% if message['role'] != 'system' or message['content'] %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+_LLAMA3 = (
+    "{% for message in messages %}"
+    "{% if message['role'] != 'system' or message['content'] %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{ message['content'] | trim + '<|eot_id|>' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
+    "{% endif %}"
+)
+
+# Separates an instruction from its input. The template below looks for it.
+_ALPACA_INPUT = "\n\n### Input:\n"
+
+# The wording of the Stanford Alpaca dataset, with and without an input. A system message replaces
+# the first paragraph.
+_ALPACA = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set opening = messages[0]['content'] %}{% set turns = messages[1:] %}"
+    "{% elif '\\n\\n### Input:\\n' in messages[0]['content'] %}"
+    "{% set opening = 'Below is an instruction that describes a task, paired with an input that "
+    "provides further context. Write a response that appropriately completes the request.' %}"
+    "{% set turns = messages %}"
+    "{% else %}"
+    "{% set opening = 'Below is an instruction that describes a task. Write a response that "
+    "appropriately completes the request.' %}"
+    "{% set turns = messages %}"
+    "{% endif %}"
+    "{% if opening %}{{ opening + '\\n\\n' }}{% endif %}"
+    "{% for message in turns %}"
+    "{% if message['role'] == 'user' %}"
+    "{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
+    "{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
+    "{% else %}"
+    "{{ '### Response:\\n' + message['content'] + eos_token }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A named chat template and what the tokenizer needs for it."""
+
+    text: str
+    """The Jinja template."""
+    summary: str
+    """What the template writes, for the description of `prepare.template`."""
+    end_of_turn: str | None
+    """Token that ends an answer; None: the end-of-sequence token of the tokenizer."""
+    other_tokens: tuple[str, ...] = ()
+    """Further tokens that the vocabulary has to contain."""
+    input_heading: str = "\n\n"
+    """Text between the instruction and the input of a row in the alpaca format."""
+
+
+TEMPLATES = {
+    "alpaca": ChatTemplate(
+        _ALPACA,
+        "the wording of Stanford Alpaca, for base models (needs no special tokens)",
+        end_of_turn=None,
+        input_heading=_ALPACA_INPUT,
+    ),
+    "chatml": ChatTemplate(
+        _CHATML,
+        "ChatML, as Qwen and SmolLM use it",
+        end_of_turn="<|im_end|>",
+        other_tokens=("<|im_start|>",),
+    ),
+    "llama3": ChatTemplate(
+        _LLAMA3,
+        "the header tokens of Llama 3",
+        end_of_turn="<|eot_id|>",
+        other_tokens=("<|start_header_id|>", "<|end_header_id|>"),
+    ),
+}
+
+OWN_TEMPLATE = "tokenizer"
+"""Value of `prepare.template` that keeps the chat template of the model's tokenizer."""
+
+if TYPE_CHECKING:
+    TemplateName = str
+else:
+    TemplateName = Literal[OWN_TEMPLATE, *TEMPLATES]
+
+DESCRIPTION = f"Chat template. {OWN_TEMPLATE} keeps the one of the model's tokenizer. " + " ".join(
+    f"{name}: {template.summary}." for name, template in TEMPLATES.items()
+)
+"""Description of `prepare.template`."""
+
+
+def use_template(tokenizer: Any, name: str) -> str:
+    """Set the chat template `name` on the tokenizer and return the template's text.
+
+    Raises:
+        DataError: the tokenizer has no chat template of its own, or its vocabulary lacks a token
+            that the named one needs.
+    """
+    names = list(TEMPLATES)
+    if name == OWN_TEMPLATE:
+        if not isinstance(tokenizer.chat_template, str):
+            raise DataError(
+                "the model's tokenizer has no chat template, so the model is a base model rather "
+                f"than a chat model: set prepare.template to {', '.join(names[:-1])} or {names[-1]}"
+            )
+        return tokenizer.chat_template
+    template = TEMPLATES[name]
+    _check_tokens(tokenizer, name, template)
+    text = template.text
+    if tokenizer.bos_token and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id:
+        text = "{{ bos_token }}" + text
+    tokenizer.chat_template = text
+    return text
+
+
+def _check_tokens(tokenizer: Any, name: str, template: ChatTemplate) -> None:
+    """Check that what the template writes is in the vocabulary.
+
+    A model would learn to spell a marker that is several tokens, and would never stop after one.
+    """
+    if template.end_of_turn is None and not tokenizer.eos_token:
+        raise DataError(
+            f"template {name} ends an answer with the end-of-sequence token, but the model's "
+            "tokenizer defines none: set prepare.template to a template with an end of turn of "
+            "its own"
+        )
+    vocabulary = tokenizer.get_vocab()
+    needed = (*template.other_tokens, *filter(None, [template.end_of_turn]))
+    missing = [token for token in needed if token not in vocabulary]
+    if missing:
+        without = [other for other, entry in TEMPLATES.items() if entry.end_of_turn is None]
+        raise DataError(
+            f"template {name} needs the tokens {', '.join(missing)}, which the model's tokenizer "
+            f"does not have: set prepare.template to {' or '.join([*without, OWN_TEMPLATE])}"
+        )
