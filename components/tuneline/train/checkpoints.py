@@ -2,7 +2,7 @@
 
     <root>/<key>/identity.json      everything that decides the result of the run; key is its hash
                  lock               locked while a run uses the directory
-                 checkpoint-120/    the two newest checkpoints, each with SHA-256 hashes of its files
+                 checkpoint-120/    the two newest checkpoints, each with hashes of its files
                  checkpoint-160/
                  .partial/          checkpoint that is being written
 
@@ -111,7 +111,7 @@ class CheckpointStore:
             if fault is None:
                 return path
             logger.warning("deleting damaged checkpoint %s: %s", path, fault)
-            # If it stayed, it would count as one of the newest, and `seal` would delete intact ones.
+            # A damaged checkpoint would count as one of the newest, and `seal` keeps only those.
             shutil.rmtree(path, ignore_errors=True)
         return None
 

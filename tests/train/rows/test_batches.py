@@ -10,7 +10,9 @@ from tuneline.train.memory.plan import Plan
 from tuneline.train.rows.batches import StepBatches, row_lengths
 
 
-def batches(num_rows, num_ranks, *, rank=0, global_batch_size=8, micro_batch_size=2, **rest) -> StepBatches:
+def batches(
+    num_rows, num_ranks, *, rank=0, global_batch_size=8, micro_batch_size=2, **rest
+) -> StepBatches:
     return StepBatches(
         num_rows,
         global_batch_size=global_batch_size,

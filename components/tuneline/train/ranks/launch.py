@@ -12,7 +12,7 @@ The processes exchange files in one directory:
                 rank-0.pid        process ID, written when the rank starts
                 rank-0.error      {"kind", "message", "time"}, written when the rank fails
                 rank-0.done       written when the function has returned
-                rank-0.dead       written by the watcher: the process is gone without .error or .done
+                rank-0.dead       written by the watcher when the process is gone without either
                 result.pickle     what the function returned on rank 0
                 logs-0/           stdout.log and stderr.log of each rank on node 0
 

@@ -96,8 +96,8 @@ def _run(job: dict[str, Any]) -> Any:
     )
     if dist.get_world_size() != job["num_ranks"]:
         raise TrainingError(
-            f"{job['num_ranks']} ranks should train together, but {dist.get_world_size()} have joined "
-            "the process group: check that the launcher passes its environment on to the ranks"
+            f"{job['num_ranks']} ranks should train together, but the process group has "
+            f"{dist.get_world_size()}: check that the launcher passes its environment on to them"
         )
     result = job["function"](**job["arguments"])
     dist.barrier()

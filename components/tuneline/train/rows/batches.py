@@ -1,10 +1,10 @@
 """Division of a dataset into optimizer steps, and of each step over the ranks.
 
-    global batch    examples of one step; only the seed and the epoch decide which, so a step has the
-                    same examples on any number of ranks
-    part            examples that one rank takes of a global batch; the parts have equal numbers of
-                    examples, up to one, and about equal numbers of tokens
-    micro-batch     examples of one forward and backward pass on one rank
+    global batch    examples of one step. Only the seed and the epoch decide which examples, so a
+                    step has the same ones on any number of ranks.
+    part            examples that one rank takes of a global batch. The numbers of examples of two
+                    parts differ by one at most, and the numbers of tokens are about equal.
+    micro-batch     examples of one forward and backward pass on one rank.
 
 With packing, an example here is a pack. The last step of an epoch has the remaining examples. All
 ranks run the same number of micro-batches in it: a rank without examples for a micro-batch repeats
@@ -111,9 +111,7 @@ def row_lengths(rows: Dataset) -> list[int]:
     """Return the number of tokens of every row, summed over all columns of token IDs."""
     names = [name for name in rows.column_names if name.endswith("ids")]
     table = rows.with_format("arrow")[:]
-    columns = [
-        pyarrow.compute.list_value_length(table.column(name)).to_pylist() for name in names
-    ]
+    columns = [pyarrow.compute.list_value_length(table.column(name)).to_pylist() for name in names]
     return [sum(counts) for counts in zip(*columns, strict=True)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from trl import pack_dataset
+from trl.data_utils import pack_dataset
 
 from tuneline.artifacts import (
     CHOSEN_IDS,
