@@ -66,7 +66,7 @@ def quantise(job_file: str, cap_gib: float, out: TextIO) -> None:
     # Before CUDA is first used: it sets the allocator's options, as in the worker.
     import gptqmodel  # noqa: F401
 
-    from tuneline.quantize.gptq.process import main as work
+    from tuneline.quantize.gptq.run_gptqmodel import main as work
 
     meter = Meter(cap_gib, out)
     work(job_file)
@@ -185,7 +185,7 @@ def run(arguments: argparse.Namespace, *child: str | Path) -> bool:
     own = [sys.executable, str(Path(__file__).resolve()), "--directory", str(arguments.directory)]
     own += ["--cap", str(arguments.cap), "--child", *map(str, child)]
     log = arguments.directory / f"{child[0]}.log"
-    # As tuneline.quantize.gptq.quantize sets them.
+    # The settings of tuneline.quantize.gptq.export.
     settings = {
         "GPTQMODEL_CPU_WORKERS": str(max(2, len(os.sched_getaffinity(0)))),
         "OMP_WAIT_POLICY": "PASSIVE",

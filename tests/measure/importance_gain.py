@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 
 from tuneline.quantize import QuantizeConfig
-from tuneline.quantize.gguf import files
+from tuneline.quantize.gguf import export
 from tuneline.quantize.gguf.importance import FILE, measure_importance
 from tuneline.quantize.gguf.llama_model import LlamaFile
+from tuneline.quantize.machine import few_threads
 from tuneline.quantize.proof import quality, reference
-from tuneline.quantize.threads import few_threads
 
 FORMATS = ("q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 
@@ -52,7 +52,7 @@ def main() -> None:
                 if importance is None and format in arguments.weighed_only:
                     continue
                 target = Path(tempfile.mkdtemp(dir=scratch))
-                file = files.quantize(f16_dir, target, format=format, importance=importance)
+                file = export.quantise(f16_dir, target, format=format, importance=importance)
                 with LlamaFile(file, num_context=merged.num_context) as loaded:
                     logits = (torch.from_numpy(loaded.logits(row.ids)) for row in merged.rows)
                     found = quality.compare(merged.rows, merged.logits, logits)
