@@ -252,7 +252,7 @@ def test_a_task_file_whose_data_file_is_missing(
         "test_split: train\noutput_type: loglikelihood\ndoc_to_text: q\ndoc_to_target: a\n"
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
-    with pytest.raises(TaskError, match=r"gone\.jsonl is not there"):
+    with pytest.raises(TaskError, match=r"gone\.jsonl does not exist"):
         evaluate(
             tmp_path,
             tiny_model_dir,
@@ -313,7 +313,7 @@ def test_the_metric_that_can_be_compared_is_chosen():
     }
     assert primary_metric("t", [sample]) == "acc"
     assert rows_of([sample], "acc") == [{"id": "0-0123456789ab", "score": 0.0}]
-    with pytest.raises(TaskError, match="no metric that is one number a sample"):
+    with pytest.raises(TaskError, match="no metric with one number per sample"):
         primary_metric("t", [sample | {"metrics": ["f1"]}])
 
 

@@ -1,14 +1,14 @@
-"""Measure what quantising to GPTQ takes of a GPU's memory; run by hand, on a machine with one.
+"""Measure the GPU memory that quantising to GPTQ takes; run by hand on a machine with a GPU.
 
     python tests/measure/gptq_memory.py --layers 2 4 --cap 24 --directory /tmp/gptq
 
-Makes random bf16 models of Llama 3's widths (4096, 14336, vocabulary 128,256), so many layers each,
-and 128 calibration rows of 2,048 tokens; quantises each in a process that may not allocate more
-than the cap, and prints wall time and peaks, every half a minute too. A layer at a time is on the
-device, so that the peak of 32 layers is that of 4. Then merged model and export are loaded on the
-GPU as the step's proof does, and compared.
+Makes random bf16 models with the widths of Llama 3 (4096, 14336, vocabulary 128,256), one for each
+number of layers, and 128 calibration rows of 2,048 tokens. Quantises each model in a process that
+may not allocate more than the cap, and prints wall time and peaks, also every half minute. Only one
+layer at a time is on the device, so the peak of 32 layers equals that of 4. Then loads merged model
+and export on the GPU as the step's proof does, and compares them.
 
-Where gptqmodel is out of memory it goes on with the CPU: what its log says of that is printed too.
+If gptqmodel runs out of GPU memory, it continues on the CPU; its log lines about that are printed.
 `GPTQMODEL_DISABLE_GPTQ_CUDA=1` quantises as in an image, which has no nvcc to compile a kernel.
 """
 
@@ -38,7 +38,7 @@ FELL_BACK = re.compile(
 
 
 def make(directory: Path, num_layers: int) -> None:
-    """Write a model directory: shards of 4 GB, a word-level tokenizer."""
+    """Write a model directory with random weights and a word-level tokenizer."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -62,19 +62,19 @@ def make(directory: Path, num_layers: int) -> None:
 
 
 def quantise(job_file: str, cap_gib: float, out: TextIO) -> None:
-    """Quantise in this process; print the peaks."""
-    # Before CUDA is first used: it sets the allocator's options, as in the worker.
+    """Quantise in this process and print the peaks."""
+    # Before the first use of CUDA: gptqmodel sets the allocator's options, as in run_gptqmodel.
     import gptqmodel  # noqa: F401
 
-    from tuneline.quantize.gptq.process import main as work
+    from tuneline.quantize.gptq.run_gptqmodel import main as run_gptqmodel
 
     meter = Meter(cap_gib, out)
-    work(job_file)
-    meter.say("quantised")
+    run_gptqmodel(job_file)
+    meter.report("quantised")
 
 
 def prove(merged: Path, export: Path, cap_gib: float, out: TextIO) -> None:
-    """Compare export and merged model as the step does; print the peaks."""
+    """Compare export and merged model as the step does, and print the peaks."""
     import torch
 
     from tuneline.quantize.proof.transformers_model import TransformersModel
@@ -83,19 +83,19 @@ def prove(merged: Path, export: Path, cap_gib: float, out: TextIO) -> None:
     ids = [(7 * n * n + 3 * n) % VOCAB for n in range(256)]
     model = TransformersModel(merged, dtype="auto", device="cuda")
     p_TV = model.logits(ids).log_softmax(-1)
-    meter.say("proof, merged model")
+    meter.report("proof, merged model")
     del model
     torch.cuda.empty_cache()
     q_TV = TransformersModel(export, dtype=torch.float16, device="cuda").logits(ids).log_softmax(-1)
     kl = (p_TV.exp() * (p_TV - q_TV)).sum(-1).mean().item()
-    meter.say(f"proof, mean KL {kl:.3g} nats")
+    meter.report(f"proof, mean KL {kl:.3g} nats")
 
 
 class Meter:
-    """Cap this process's allocator, and tell time and peaks, in between too."""
+    """Caps the GPU memory of this process, and prints time and peaks, also at intervals."""
 
     def __init__(self, cap_gib: float, out: TextIO) -> None:
-        """Begin."""
+        """Set the cap and start to watch."""
         import torch
 
         self._out = out
@@ -104,15 +104,15 @@ class Meter:
         self._began = time.monotonic()
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def say(self, what: str) -> None:
-        """Print seconds and peaks: the allocator's, the whole GPU's and of resident memory."""
+    def report(self, label: str) -> None:
+        """Print seconds and peaks: of the allocator, of the whole GPU and of resident memory."""
         import torch
 
         status = Path("/proc/self/status").read_text()
         resident = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status).group(1))
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         print(
-            f"{what}: {time.monotonic() - self._began:.0f} s, "
+            f"{label}: {time.monotonic() - self._began:.0f} s, "
             f"GPU {allocated / 2**30:.2f} GiB allocated, {reserved / 2**30:.2f} reserved, "
             f"{(self._total - self._least_free) / 2**30:.2f} with context and libraries, "
             f"host {resident / 2**30:.1f} GiB",
@@ -123,21 +123,27 @@ class Meter:
     def _watch(self) -> None:
         import torch
 
-        said = self._began
+        reported = self._began
         while True:
             time.sleep(SECONDS_BETWEEN_LOOKS)
             self._least_free = min(self._least_free, torch.cuda.mem_get_info()[0])
-            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                self.say("so far")
+            if time.monotonic() - reported > SECONDS_BETWEEN_LINES:
+                reported = time.monotonic()
+                self.report("so far")
 
 
 def main() -> None:
-    """Make each model, quantise and prove it in processes of their own."""
+    """Make each model, then quantise and prove it in separate processes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--cap", type=float, default=24.0, help="GiB")
-    parser.add_argument("--rows", type=int, nargs="+", default=[128], help="one after the other")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[128],
+        help="one run per number",
+    )
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--limit", type=float, default=540, help="seconds for one process")
@@ -177,22 +183,27 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, *child: str | Path) -> bool:
-    """Run this script's other half; print what it says, and what its log says of a lack of memory.
+    """Run this script as a child process; print its output and its log lines about low memory.
 
     Returns:
-        Whether it succeeded within the limit.
+        Whether the child succeeded within the limit.
     """
-    own = [sys.executable, str(Path(__file__).resolve()), "--directory", str(arguments.directory)]
-    own += ["--cap", str(arguments.cap), "--child", *map(str, child)]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--directory",
+        str(arguments.directory),
+    ]
+    command += ["--cap", str(arguments.cap), "--child", *map(str, child)]
     log = arguments.directory / f"{child[0]}.log"
-    # As tuneline.quantize.gptq.quantize sets them.
+    # The settings of tuneline.quantize.gptq.export.
     settings = {
         "GPTQMODEL_CPU_WORKERS": str(max(2, len(os.sched_getaffinity(0)))),
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     with log.open("w") as file:
         process = subprocess.Popen(
-            own,
+            command,
             cwd=arguments.directory,
             env=settings | os.environ,
             stdin=subprocess.DEVNULL,
@@ -206,8 +217,8 @@ def run(arguments: argparse.Namespace, *child: str | Path) -> bool:
             process.wait()
             status = f"it took more than {arguments.limit:.0f} s"
     text = log.read_text(errors="replace")
-    found = {line.strip() for line in re.split(r"[\r\n]+", text) if FELL_BACK.search(line)}
-    print("\n".join(sorted(found)[:20]), end="\n" if found else "", flush=True)
+    fallbacks = {line.strip() for line in re.split(r"[\r\n]+", text) if FELL_BACK.search(line)}
+    print("\n".join(sorted(fallbacks)[:20]), end="\n" if fallbacks else "", flush=True)
     if status:
         print(f"{text[-3000:]}\n{child[0]} failed: {status}", flush=True)
     return not status

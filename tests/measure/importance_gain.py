@@ -2,28 +2,29 @@
 
     python tests/measure/importance_gain.py --merged DIR --gguf DIR --dataset DIR
 
-Takes what merge, convert-gguf and prepare of a finished run made, measures the matrix on training
-rows and prints KL, top-1 agreement and perplexity on held-out rows, for both.
+Takes the outputs of merge, convert-gguf and prepare of a finished run, measures the importance
+matrix on training rows, and prints KL divergence, top-1 agreement and perplexity on held-out rows,
+with and without the matrix.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
+import torch
+
 from tuneline.quantize import QuantizeConfig
-from tuneline.quantize.gguf import files
+from tuneline.quantize.gguf import export
 from tuneline.quantize.gguf.importance import FILE, measure_importance
 from tuneline.quantize.gguf.llama_model import LlamaFile
+from tuneline.quantize.machine import few_threads
 from tuneline.quantize.proof import quality, reference
-from tuneline.quantize.threads import few_threads
 
 FORMATS = ("q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 
 
 def main() -> None:
-    """Measure, and print a table."""
-    import torch
-
+    """Measure the formats and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("--merged", "--gguf", "--dataset"):
         parser.add_argument(name, type=Path, required=True)
@@ -52,15 +53,15 @@ def main() -> None:
                 if importance is None and format in arguments.weighed_only:
                     continue
                 target = Path(tempfile.mkdtemp(dir=scratch))
-                file = files.quantize(f16_dir, target, format=format, importance=importance)
+                file = export.quantise(f16_dir, target, format=format, importance=importance)
                 with LlamaFile(file, num_context=merged.num_context) as loaded:
                     logits = (torch.from_numpy(loaded.logits(row.ids)) for row in merged.rows)
-                    found = quality.compare(merged.rows, merged.logits, logits)
+                    distance = quality.compare(merged.rows, merged.logits, logits)
                 print(
                     f"{format:8} {'weighed' if importance else 'plain':8} "
-                    f"{file.stat().st_size / 1e6:6.1f} MB  KL {found.mean_kl:.4f}  "
-                    f"top-1 {found.top1_agreement:.1%}  perplexity {found.perplexity:.4f} "
-                    f"({found.reference_perplexity:.4f})",
+                    f"{file.stat().st_size / 1e6:6.1f} MB  KL {distance.mean_kl:.4f}  "
+                    f"top-1 {distance.top1_agreement:.1%}  perplexity {distance.perplexity:.4f} "
+                    f"({distance.reference_perplexity:.4f})",
                     flush=True,
                 )
                 file.unlink()

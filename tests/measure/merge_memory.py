@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=2 python tests/measure/merge_memory.py --layers 8 --directory /tmp/merge
 
-Makes a random bf16 model of Llama 3's widths (4096, 14336; 32 layers are 16 GB) and an adapter of
-rank 16 on its seven linear layers, then runs each merge in a process of its own and prints wall
-time and the peak of resident memory. `original` is what peft does too; `dequantized` adds the NF4
-round trip of every layer. Ours is held against peft's file, tensor by tensor; where the disk has
-no room for three copies, `--keep 1` compares only that many of our shards.
+Makes a random bf16 model with the widths of Llama 3 (4096, 14336; 32 layers are 16 GB) and an
+adapter of rank 16 on its seven linear layers. Then runs each merge in its own process, and prints
+wall time and peak resident memory. `original` does the same as peft; `dequantized` adds the NF4
+round trip of every layer. The streamed merge is compared with peft's, tensor by tensor. If the disk
+has no room for three copies, `--keep 1` keeps and compares only one of its shards.
 """
 
 import argparse
@@ -32,7 +32,7 @@ LINEAR = {
 
 
 def make(directory: Path, num_layers: int, vocab_size: int) -> None:
-    """Write base/ in shards of 4 GB, a tensor at a time, and adapter/."""
+    """Write base/ in shards of 4 GB, one tensor at a time, and adapter/."""
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -118,14 +118,14 @@ def merge_with_peft(directory: Path, out: Path) -> None:
 
 
 def keep_shards(directory: Path, num_kept: int) -> None:
-    """Remove a merged model but for some of its shards, which stay readable without an index."""
+    """Delete all but `num_kept` shards of a merged model, which are readable without an index."""
     (directory / INDEX_FILE).unlink(missing_ok=True)
     for path in sorted(directory.glob("*.safetensors"))[num_kept:]:
         path.unlink()
 
 
 def difference(one: Path, other: Path) -> tuple[float, float, int]:
-    """Return a weight's largest difference, the share that differs, and how many tensors."""
+    """Return the largest difference, the fraction of weights that differ, and the tensor count."""
     from tuneline.merge.checkpoint import Checkpoint
 
     ours, theirs = Checkpoint(one), Checkpoint(other)
@@ -140,13 +140,13 @@ def difference(one: Path, other: Path) -> tuple[float, float, int]:
 
 
 def measure(directory: Path, what: str) -> None:
-    """Run one merge in this process; print seconds and the peak of resident memory."""
+    """Run one merge in this process; print its seconds and its peak resident memory as JSON."""
     began = time.monotonic()
     if what == "peft":
         merge_with_peft(directory, directory / what)
     else:
         merge_streamed(directory, what, directory / what)
-    # Not getrusage: its maximum is inherited from the process that made the model.
+    # Not getrusage: its maximum is inherited from the parent process, which made the model.
     status = Path("/proc/self/status").read_text()
     peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status).group(1))
     print(json.dumps({"seconds": time.monotonic() - began, "peak_bytes": peak}))
@@ -159,8 +159,8 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", default=["original", "peft", "dequantized"])
-    parser.add_argument("--keep", type=int, default=1000, help="of our shards, to compare")
-    parser.add_argument("--only", choices=["make", "measure"], help="half of the work")
+    parser.add_argument("--keep", type=int, default=1000, help="shards to compare")
+    parser.add_argument("--only", choices=["make", "measure"], help="run only one part")
     parser.add_argument("--child")
     arguments = parser.parse_args()
     if arguments.child:
@@ -175,8 +175,8 @@ def main() -> None:
     for what in arguments.runs:
         command = [sys.executable, __file__, "--directory", str(arguments.directory)]
         done = subprocess.run([*command, "--child", what], stdout=subprocess.PIPE, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        seconds, peak = found["seconds"], found["peak_bytes"]
+        result = json.loads(done.stdout.splitlines()[-1])
+        seconds, peak = result["seconds"], result["peak_bytes"]
         print(f"{what}: {seconds:.1f} s, {peak / 2**30:.2f} GiB resident", flush=True)
         if what == "original":
             keep_shards(arguments.directory / what, arguments.keep)

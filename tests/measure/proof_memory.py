@@ -1,11 +1,11 @@
-"""Measure what the GGUF steps take of host memory, and how long; run by hand.
+"""Measure the host memory and the time that the GGUF steps take; run by hand.
 
     python tests/measure/proof_memory.py --layers 16 --hidden 2048 --directory /tmp/proof
 
-Makes a random bf16 model in Llama 3's proportions (32 layers of 4096 are 16 GB) with SmolLM2's
-tokenizer, then runs the steps, each in a process of its own, and prints seconds and two peaks:
-anonymous memory, which a pod's limit has to hold, and mapped files, which the kernel can drop and
-read again. Programs that a step starts are counted with it.
+Makes a random bf16 model in the proportions of Llama 3 (32 layers of 4096 are 16 GB) with the
+tokenizer of SmolLM2. Then runs each step in its own process, and prints its seconds and two peaks:
+anonymous memory, which has to fit into a pod's limit, and mapped files, which the kernel can drop
+and read again. The child processes of a step are included.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def make(directory: Path, *, num_layers: int, hidden: int, vocab: int, tied: boo
 
 
 class Peaks(threading.Thread):
-    """Watch this process and those that it started."""
+    """Records the peaks of this process and its child processes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -122,9 +122,9 @@ class Peaks(threading.Thread):
         while True:
             anonymous = file = 0
             for process in (os.getpid(), *_children()):
-                found = _status(process)
-                anonymous += found.get("RssAnon", 0) + found.get("RssShmem", 0)
-                file += found.get("RssFile", 0)
+                status = _status(process)
+                anonymous += status.get("RssAnon", 0) + status.get("RssShmem", 0)
+                file += status.get("RssFile", 0)
             self.anonymous_bytes = max(self.anonymous_bytes, anonymous)
             self.file_bytes = max(self.file_bytes, file)
             time.sleep(0.02)
@@ -145,13 +145,13 @@ def _status(process: int) -> dict[str, int]:
 
 
 def measure(directory: Path, step: str, num_prompts: int) -> None:
-    """Run one step in this process; print seconds and peaks."""
+    """Run one step in this process and print its seconds and peaks."""
     from tuneline.quantize import QuantizeConfig
     from tuneline.quantize.gguf.importance import measure_importance
     from tuneline.quantize.run import convert, run
 
     merged, gguf, dataset = (str(directory / name) for name in ("merged", "gguf", "dataset"))
-    # A random model is not what the bounds are for.
+    # The bounds are not meant for a random model.
     lenient = {step: 10.0} if step[0] == "q" else {}
     config = QuantizeConfig(
         num_importance_rows=ROWS,
@@ -162,7 +162,7 @@ def measure(directory: Path, step: str, num_prompts: int) -> None:
     out = directory / f"out-{step}"
     peaks = Peaks()
     peaks.start()
-    began, said = time.monotonic(), ""
+    began, quality = time.monotonic(), ""
     if step == "convert":
         convert(merged_dir=merged, gguf_dir=gguf)
     elif step == "importance":
@@ -178,16 +178,16 @@ def measure(directory: Path, step: str, num_prompts: int) -> None:
             importance_dir=importance if Path(importance).is_dir() else None,
             quantized_dir=str(out),
         )
-        said = f", KL {record.mean_kl:.2g}"
+        quality = f", KL {record.mean_kl:.2g}"
     print(
         f"{step}: {time.monotonic() - began:.0f} s, anonymous {peaks.anonymous_bytes / 2**30:.2f} "
-        f"GiB, files {peaks.file_bytes / 2**30:.2f} GiB{said}",
+        f"GiB, files {peaks.file_bytes / 2**30:.2f} GiB{quality}",
         flush=True,
     )
 
 
 def main() -> None:
-    """Make the model and run the steps one after another."""
+    """Make the model, and run the steps one after another."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=2048)

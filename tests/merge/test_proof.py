@@ -69,7 +69,7 @@ def test_where_greedy_answers_part():
 @pytest.mark.parametrize(
     ("kl", "top1", "gap", "message"),
     [
-        (0.02, 1.0, None, "0.02 nats a token .* 4 prompts.* allows 0.01"),
+        (0.02, 1.0, None, "0.02 nats per token .* 4 prompts.* allows 0.01"),
         (math.nan, 1.0, None, "nan nats"),
         (0.0, 0.5, None, r"at 50\.0% of positions .* asks for 90\.0%"),
         (0.0, 1.0, 3.0, "leads by 3 in the logits.* allows 0.5"),

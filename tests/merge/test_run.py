@@ -280,14 +280,14 @@ def spoilt_update(monkeypatch):
 def test_a_broken_merge_is_caught_and_not_kept(merge, spoilt_update, tmp_path):
     broken = "model.layers.1.mlp.down_proj"
     spoilt_update(lambda module, update: update + (0.1 if module == broken else 0.0))
-    with pytest.raises(ProofError, match=r"nats a token .*max_mean_kl allows 0\.01"):
+    with pytest.raises(ProofError, match=r"nats per token .*max_mean_kl allows 0\.01"):
         merge()
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_an_adapter_left_out_is_caught(merge, spoilt_update):
     spoilt_update(lambda module, update: 0 * update)
-    with pytest.raises(ProofError, match="nats a token"):
+    with pytest.raises(ProofError, match="nats per token"):
         merge()
 
 
@@ -421,10 +421,10 @@ def test_a_tokenizer_with_more_tokens_than_the_model(
         (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     if added:
         merge(base_model_dir=base, adapter=adapter)
-        assert r"no place for the tokens ['<|more|>']" in caplog.text
+        assert r"no embedding for the tokens ['<|more|>']" in caplog.text
         return
     with pytest.raises(
-        ModelError, match=r"has 1 tokens, first '<\|more\|>', with ids from 49152 on"
+        ModelError, match=r"has 1 tokens, first '<\|more\|>', with IDs from 49152 on"
     ):
         merge(base_model_dir=base, adapter=adapter)
 

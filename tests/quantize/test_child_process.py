@@ -27,7 +27,7 @@ def test_what_a_function_returns() -> None:
 def test_what_a_function_raises() -> None:
     with pytest.raises(ValueError, match="math domain error") as plain:
         child_process.call(math.sqrt, -1)
-    assert "child_main.py" in plain.value.__notes__[0]
+    assert "child_process.py" in plain.value.__notes__[0]
     with pytest.raises(RecipeError, match=r"did you mean 'q8_0'\?") as ours:
         child_process.call(QuantizeConfig.parse, {"gguf": ["q8"]})
     assert ours.value.exit_code == 2

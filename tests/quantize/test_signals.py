@@ -29,12 +29,12 @@ QUANTIZE += ("--quantized", "{out}", "--format")
 # What each of them is stopped in: the words of a program's command line.
 CASES = [
     (("-c", IN_A_STEP + CONVERT), "convert_hf_to_gguf", signal.SIGTERM),
-    (("-c", IN_A_STEP + MEASURE), "child_main", signal.SIGTERM),
-    ((*QUANTIZE, "q8_0", "--gguf", "{f16}"), "child_main", signal.SIGTERM),
-    ((*QUANTIZE, "q8_0", "--gguf", "{f16}"), "child_main", signal.SIGINT),
+    (("-c", IN_A_STEP + MEASURE), "child_process", signal.SIGTERM),
+    ((*QUANTIZE, "q8_0", "--gguf", "{f16}"), "child_process", signal.SIGTERM),
+    ((*QUANTIZE, "q8_0", "--gguf", "{f16}"), "child_process", signal.SIGINT),
     ((*QUANTIZE, "q8_0"), "convert_hf_to_gguf", signal.SIGTERM),
-    ((*QUANTIZE, "gptq-4bit"), "gptq.process", signal.SIGTERM),
-    ((*QUANTIZE, "gptq-4bit"), "gptq.process", signal.SIGINT),
+    ((*QUANTIZE, "gptq-4bit"), "run_gptqmodel", signal.SIGTERM),
+    ((*QUANTIZE, "gptq-4bit"), "run_gptqmodel", signal.SIGINT),
 ]
 
 

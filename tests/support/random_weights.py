@@ -1,14 +1,18 @@
-"""Random weights for a model's config, for the scripts that measure time and memory."""
+"""Random weights for a model config, for the scripts that measure time and memory.
+
+The scripts import this module in processes whose memory they measure, so torch is imported late.
+"""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MAX_SHARD = 2 * 2**30
+"""Largest size of a shard, in bytes."""
 
 
 def write_weights(directory: Path) -> int:
-    """Write random bf16 weights for a config, in shards; return their bytes."""
+    """Write random bf16 weights for the config in `directory`, in shards; return their bytes."""
     import torch
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""Run as `python -m tuneline.evaluate --label base --model DIR --dataset DIR --scores DIR`."""
+"""Run the step as `python -m tuneline.evaluate --label base --model DIR ...`."""
 
 from tuneline.evaluate import EvaluateConfig
 from tuneline.evaluate.run import run

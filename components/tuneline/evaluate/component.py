@@ -1,3 +1,4 @@
+# mypy: allow-untyped-decorators
 """The KFP component of the step."""
 
 from kfp import dsl
@@ -13,8 +14,17 @@ def evaluate(
     dataset: dsl.Input[dsl.Dataset],
     scores: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
-):
-    """Measure a model, "base" or "tuned"; `config` is an EvaluateConfig as JSON."""
+) -> None:
+    """Measure one model on the recipe's benchmarks.
+
+    Args:
+        label: The model's role in this run, "base" or "tuned".
+        config: The recipe's evaluate section, as JSON.
+        model: The model to measure.
+        dataset: The prepared dataset, with its held-out rows.
+        scores: The score of every sample, and the model's answers to held-out prompts.
+        metrics: The score of every task.
+    """
     from tuneline.evaluate import EvaluateConfig
     from tuneline.evaluate.run import run
     from tuneline.runtime.step import log_metrics, step

@@ -1,4 +1,4 @@
-"""The recipe's part for the benchmarks."""
+"""The `evaluate` section of a recipe."""
 
 from pydantic import Field
 
@@ -9,17 +9,19 @@ class EvaluateConfig(StrictModel):
     """Which benchmarks run on the base and on the tuned model."""
 
     tasks: tuple[str, ...] = ("heldout_choice",)
-    """Names from lm-eval's registry, from `task_dir`, or ours over the data set's held-out rows:
-    heldout_choice (pick the right answer), heldout_exact (greedy answer equals the reference),
-    heldout_perplexity (of the answers)."""
+    """Benchmarks to run: names from lm-eval's registry, from `task_dir`, or one of three over the
+    dataset's held-out rows: heldout_choice (pick the right answer), heldout_exact (the greedy
+    answer equals the reference) and heldout_perplexity (log perplexity of the answers)."""
     task_dir: str | None = None
-    """A directory with lm-eval task YAML files over local JSONL."""
-    limit: int | None = Field(None, ge=1)
-    """Samples a task; default: all."""
-    num_fewshot: int | None = Field(None, ge=0)
-    """Default: what the task says."""
-    batch_size: int = Field(8, ge=1)
-    num_generations: int = Field(6, ge=0)
-    """Held-out prompts that the model answers for the report, greedily."""
-    max_new_tokens: int = Field(48, ge=1)
-    """Length of those answers."""
+    """A directory with lm-eval task YAML files over local data files. The default has none."""
+    limit: int | None = Field(default=None, ge=1)
+    """Largest number of samples per task. The default uses all."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Examples in each prompt before the question. The default is the number that the task
+    declares; the tasks over held-out rows ignore it."""
+    batch_size: int = Field(default=8, ge=1)
+    """Sequences per forward pass."""
+    num_generations: int = Field(default=6, ge=0)
+    """Held-out prompts that the model answers greedily for the report; 0 for none."""
+    max_new_tokens: int = Field(default=48, ge=1)
+    """Largest number of tokens of each of these answers."""

@@ -1,17 +1,18 @@
-"""Tokens of a templated prompt and of the answer to it."""
+"""Encode a templated prompt and its answer."""
 
 from typing import Any
 
 
 def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Encode a prompt that holds its special tokens already, and the answer to it.
+    """Return the token IDs of a prompt, which contains its special tokens, and of its answer.
 
-    The prompt's tokens are those that a generation starts from. The answer's are what follows
-    them in the encoding of both together; where the tokenizer merges across the border, the
-    answer is encoded by itself, since a generation cannot take back the prompt's last token.
+    A generation starts from the prompt's tokens. The answer's tokens are those that follow them
+    when both are encoded together. If a token crosses the border, the answer is encoded alone,
+    because a generation cannot change the prompt's last token.
     """
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-    both = tokenizer.encode(prompt + answer, add_special_tokens=False)
+    prompt_ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
+    both: list[int] = tokenizer.encode(prompt + answer, add_special_tokens=False)
     if both[: len(prompt_ids)] == prompt_ids:
         return prompt_ids, both[len(prompt_ids) :]
-    return prompt_ids, tokenizer.encode(answer, add_special_tokens=False)
+    answer_ids: list[int] = tokenizer.encode(answer, add_special_tokens=False)
+    return prompt_ids, answer_ids

@@ -1,4 +1,5 @@
-"""A model directory as lm-eval's model."""
+# mypy: allow-subclassing-any
+"""Load a model directory as lm-eval's model, and generate answers with it."""
 
 import contextlib
 import json
@@ -14,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError
 from tuneline.evaluate.encoding import encode_pair
-from tuneline.models.likelihood import score_answers
+from tuneline.models.likelihood import Pair, score_answers
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ def load_tokenizer(model_dir: str | Path) -> Any:
     """Load the tokenizer of a model directory.
 
     Raises:
-        ModelError: it has none that transformers can load.
+        ModelError: the directory has no tokenizer that transformers can load.
     """
     try:
         return transformers.AutoTokenizer.from_pretrained(
@@ -37,20 +38,22 @@ def load_tokenizer(model_dir: str | Path) -> Any:
 
 
 class TemplatedHFLM(HFLM):
-    """lm-eval's Hugging Face model, which can also take prompts that are templated already.
+    """lm-eval's Hugging Face model, which can also take prompts that are already templated.
 
-    lm-eval moves white space at the end of a prompt into the answer, so that for ChatML the
-    newline after "assistant" would be scored as the model's own; and it adds the tokenizer's
-    beginning-of-sequence token. Within `templated()` neither happens: the prompt's text is all.
-    There a prompt also goes through the model once for all its answers, and an answer that
-    another task asked for is not computed again: a quarter of the time on a CPU.
+    lm-eval moves white space at the end of a prompt into the answer, so for ChatML the newline
+    after "assistant" would be scored as part of the answer. It also adds the BOS token. Within
+    `templated()` neither happens, and the text of the prompt is used unchanged.
+
+    Within `templated()` a prompt also passes through the model once for all its answers, and
+    scores are shared between tasks. This takes a quarter of the time on a CPU.
     """
 
     _templated = False
+    _cached_scores: dict[Pair, tuple[float, bool]] | None = None
 
     @contextlib.contextmanager
     def templated(self) -> Iterator[None]:
-        """Take prompts as they stand."""
+        """Use prompts unchanged within the body."""
         self._templated = True
         try:
             yield
@@ -60,26 +63,30 @@ class TemplatedHFLM(HFLM):
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if self._templated:
             return encode_pair(self.tokenizer, context, continuation)
-        return super()._encode_pair(context, continuation)
+        ids: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+        return ids
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> Any:
         if not self._templated:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         pairs = [(tuple(prompt), tuple(answer)) for _, prompt, answer in requests]
-        known = self.__dict__.setdefault("_known", {})
-        missing = [pair for pair in pairs if pair not in known]
-        known.update(score_answers(self.model, missing, batch_size=self.batch_size))
-        return [known[pair] for pair in pairs]
+        if self._cached_scores is None:
+            self._cached_scores = {}
+        missing = [pair for pair in pairs if pair not in self._cached_scores]
+        self._cached_scores |= score_answers(self.model, missing, batch_size=self.batch_size)
+        return [self._cached_scores[pair] for pair in pairs]
 
 
 def load(model_dir: str | Path, tokenizer: Any, *, batch_size: int) -> TemplatedHFLM:
-    """Load the model for evaluation, on the GPU where there is one.
+    """Load a model for evaluation, on a GPU if there is one.
 
-    The weights' own type on a GPU; float32 on a CPU: of the CPUs in use only some have bfloat16
-    units, and on one without (AVX2) bfloat16 took several times as long.
+    It computes in the dtype of its weights on a GPU and in float32 on a CPU: not all CPUs have
+    bfloat16 units, and on one without them (AVX2) bfloat16 took several times as long.
 
     Raises:
-        ModelError: transformers cannot load it.
+        ModelError: transformers cannot load the model.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -108,7 +115,8 @@ def generate(
     """Answer the prompts of held-out rows greedily.
 
     Returns:
-        Rows {"question", "prompt", "answer", "text"}: the reference and what the model wrote.
+        Rows {"question", "prompt", "answer", "text"}: "answer" is the reference, "text" is the
+        model's answer.
     """
     if not rows:
         return []
@@ -117,7 +125,7 @@ def generate(
     ends = tokenizer.encode(rows[0].get("end", "").rstrip(), add_special_tokens=False)
     if len(ends) == 1:
         stops.add(ends[0])
-    # Left padding: a generation goes on from the last position.
+    # Left padding, because a generation continues from the last position.
     batch = tokenizer(
         [row["prompt"] for row in rows],
         padding=True,
@@ -130,8 +138,8 @@ def generate(
         output = model.generate(
             input_ids=batch["input_ids"].to(model.device),
             attention_mask=batch["attention_mask"].to(model.device),
-            # What stands here is not filled in from the model's own defaults, which may sample.
-            generation_config=transformers.GenerationConfig(
+            # Explicit settings override the model's own defaults, which may sample.
+            generation_config=cast(Any, transformers.GenerationConfig)(
                 do_sample=False,
                 num_beams=1,
                 repetition_penalty=1.0,
@@ -153,7 +161,7 @@ def generate(
 
 
 def _runs_own_code(model_dir: str | Path) -> bool:
-    """Say whether fetch was told, by name, to trust the code in the directory."""
+    """Return whether the recipe trusts the code in the directory, as fetch recorded."""
     origin = Path(model_dir, ModelOrigin.filename)
     return origin.is_file() and bool(
         json.loads(origin.read_text(encoding="utf-8")).get("runs_own_code", False)

@@ -1,8 +1,8 @@
-"""Run benchmarks on one model and keep each sample's score.
+"""Run benchmarks on one model, and keep the score of every sample.
 
-Prompts of the run's own held-out rows are templated already. Tasks from lm-eval's registry are
-run as lm-eval runs them by default: as plain text, no chat template, also for instruct models, so
-that numbers can be set beside published ones.
+Prompts of the run's own held-out rows are already templated. Tasks from lm-eval's registry run with
+lm-eval's defaults: as plain text without a chat template, even for instruct models, so that the
+numbers are comparable with published ones.
 """
 
 import contextlib
@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from lm_eval import evaluator
 
 from tuneline.artifacts import (
     GENERATIONS_FILE,
@@ -27,7 +29,9 @@ from tuneline.artifacts import (
 )
 from tuneline.errors import TaskError
 from tuneline.evaluate import heldout, samples
+from tuneline.evaluate import model as models
 from tuneline.evaluate.config import EvaluateConfig
+from tuneline.evaluate.tasks_by_name import TaskFinder
 from tuneline.record import Record
 from tuneline.runtime.step import emit
 
@@ -40,16 +44,16 @@ def run(
     """Measure the model in `model_dir` on the tasks of the config.
 
     Args:
-        config: the recipe's part.
-        label: what the model is in this run: base, tuned or an export's format.
-        model_dir: a model directory with its tokenizer.
-        dataset_dir: the prepared data set, for its held-out rows.
-        scores_dir: where the scores are put; must not exist or be empty.
+        config: the `evaluate` section of the recipe.
+        label: role of the model in this run: base, tuned or the format of an export.
+        model_dir: a model directory with a tokenizer.
+        dataset_dir: directory that prepare made, with the held-out rows.
+        scores_dir: directory to create for the scores; it may exist if it is empty.
 
     Raises:
-        TaskError: a task is unknown, or cannot be made of the data set's rows.
+        TaskError: a task is unknown, or the dataset's rows lack what it needs.
         ModelError: the model or its tokenizer cannot be loaded.
-        HubError: a task's data are not on this machine and could not be fetched.
+        HubError: the data of a task are not on this machine and could not be fetched.
     """
     started = time.monotonic()
     if not config.tasks:
@@ -57,11 +61,7 @@ def run(
     rows = heldout.read_rows(dataset_dir, config.tasks)
     _warn_of_ignored(config, rows)
 
-    # Here and not above: lm-eval and torch take seconds to import.
-    from tuneline.evaluate import model as models
-    from tuneline.evaluate.tasks_by_name import TaskFinder
-
-    # All that can be wrong with names, rows and data is found before the weights are loaded.
+    # Faults in names, rows and data are reported before the weights are loaded.
     finder = TaskFinder(config.tasks, config.task_dir)
     tokenizer = models.load_tokenizer(model_dir)
     with new_directory(scores_dir) as target, tempfile.TemporaryDirectory() as scratch:
@@ -75,11 +75,11 @@ def run(
         scores = {}
         for number, (name, tasks) in enumerate(loaded.items()):
             emit("evaluate", "progress", done=number, total=len(loaded), note=f"{label}: {name}")
-            for task, found in _measure(
+            for task, task_samples in _measure(
                 lm, tasks, config, manager=finder.manager, templated=name in heldout.TASKS
             ):
-                metric = samples.primary_metric(task, found)
-                table = samples.rows_of(found, metric)
+                metric = samples.primary_metric(task, task_samples)
+                table = samples.rows_of(task_samples, metric)
                 scores[task] = samples.score_of(
                     table,
                     metric=metric,
@@ -109,7 +109,7 @@ def run(
 
 
 def _parents(model_dir: str, dataset_dir: str) -> list[Record]:
-    """Return the records of what was measured, and on what; a bare model directory has none."""
+    """Return the records of dataset and model; a plain model directory has none."""
     kinds = (DatasetManifest, ModelOrigin, MergeProof, QuantizedModel)
     return [
         kind.read(directory)
@@ -120,29 +120,30 @@ def _parents(model_dir: str, dataset_dir: str) -> list[Record]:
 
 
 def _warn_of_ignored(config: EvaluateConfig, rows: list[dict[str, Any]]) -> None:
+    """Warn about settings that have no effect on these tasks and rows."""
     ours = [task for task in config.tasks if task in heldout.TASKS]
     if config.num_fewshot and ours:
         logger.warning(
-            "num_fewshot %d is ignored for %s: held-out prompts are complete as they stand",
+            "num_fewshot %d is ignored for %s, whose prompts are already complete",
             config.num_fewshot,
             ", ".join(ours),
         )
     if config.num_generations and not rows:
-        logger.warning("num_generations is ignored: the data set has no held-out rows")
+        logger.warning("num_generations is ignored: the dataset has no held-out rows")
 
 
 def _measure(
     lm: Any, tasks: dict[str, Any], config: EvaluateConfig, *, manager: Any, templated: bool
 ) -> list[tuple[str, list[dict[str, Any]]]]:
     """Run lm-eval and return its samples by task."""
-    with lm.templated() if templated else contextlib.nullcontext(), _no_machine_report() as lm_eval:
-        result = lm_eval.simple_evaluate(
+    with lm.templated() if templated else contextlib.nullcontext(), _no_machine_report():
+        result = evaluator.simple_evaluate(
             model=lm,
             tasks=list(tasks.values()),
             task_manager=manager,
             num_fewshot=None if templated else config.num_fewshot,
             limit=config.limit,
-            # The standard error comes from the samples; lm-eval's bootstrap would repeat it.
+            # samples.py computes the standard error, so lm-eval's bootstrap is not needed.
             bootstrap_iters=0,
             log_samples=True,
         )
@@ -150,16 +151,14 @@ def _measure(
 
 
 @contextlib.contextmanager
-def _no_machine_report() -> Iterator[Any]:
-    """Give lm-eval's evaluator, its report on the machine left out.
+def _no_machine_report() -> Iterator[None]:
+    """Keep lm-eval from reporting on the machine within the body.
 
-    The report runs `pip list`, compilers and more for 4 s a call, and nothing here reads it.
+    The report runs `pip list`, compilers and more for 4 s per call, and nothing here reads it.
     """
-    from lm_eval import evaluator
-
     report = evaluator.add_env_info
     evaluator.add_env_info = lambda results: None
     try:
-        yield evaluator
+        yield
     finally:
         evaluator.add_env_info = report

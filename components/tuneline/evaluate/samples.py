@@ -1,4 +1,4 @@
-"""From lm-eval's samples to one score a sample, and to a task's score."""
+"""Reduce lm-eval's samples to one score per sample, and to the score of a task."""
 
 import math
 from typing import Any
@@ -6,31 +6,31 @@ from typing import Any
 from tuneline.artifacts import TaskScore
 from tuneline.errors import TaskError
 
-# Where a task has several metrics, the one that a gate can compare sample by sample.
+# Metrics that the gate can compare sample by sample, in order of preference.
 _PREFERRED = ("acc", "exact_match", "log_perplexity", "acc_norm", "em", "pass@1")
 
 
 def primary_metric(name: str, samples: list[dict[str, Any]]) -> str:
-    """Choose the metric of a task that is a number for each sample.
+    """Return the preferred metric of a task among those with a number for each sample.
 
     Raises:
-        TaskError: it has none; an F1 over all samples cannot be compared pair by pair.
+        TaskError: there is none; an F1 over all samples, for example, has no value per sample.
     """
-    # "metrics" are the keys that the task's process_results gave for the sample.
+    # "metrics" lists the keys that the task's process_results returned for the sample.
     numeric = [metric for metric in samples[0]["metrics"] if _scored(samples[0][metric])]
     if not numeric:
         raise TaskError(
-            f"task '{name}' has no metric that is one number a sample (it has "
-            f"{', '.join(samples[0]['metrics'])}), and the gate compares samples: "
+            f"task '{name}' has no metric with one number per sample (it has "
+            f"{', '.join(samples[0]['metrics'])}), but the gate compares samples: "
             "name a task with acc or exact_match"
         )
     return next((metric for metric in _PREFERRED if metric in numeric), numeric[0])
 
 
 def rows_of(samples: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
-    """Return rows {"id", "score"}, with "weight" where a sample is a ratio such as nats a token.
+    """Return rows {"id", "score"}, with "weight" if a sample is a ratio such as nats per token.
 
-    The id is the same for the same document, whichever model answered.
+    The ID of a document is the same for every model.
     """
     rows = []
     for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
@@ -46,13 +46,13 @@ def rows_of(samples: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
 
 
 def score_of(rows: list[dict[str, Any]], *, metric: str, higher_is_better: bool) -> TaskScore:
-    """Return the weighted mean of the samples' scores and its standard error."""
+    """Return the weighted mean of the samples' scores, with its standard error."""
     weights = [row.get("weight", 1.0) for row in rows]
     total = sum(weights)
     value = sum(row["score"] * weight for row, weight in zip(rows, weights, strict=True)) / total
     stderr = None
     if len(rows) > 1:
-        # The ratio estimator's standard error; without weights it is the mean's.
+        # Standard error of a ratio estimator; without weights it is that of the mean.
         squares = sum(
             (weight * (row["score"] - value)) ** 2
             for row, weight in zip(rows, weights, strict=True)
@@ -70,7 +70,7 @@ def score_of(rows: list[dict[str, Any]], *, metric: str, higher_is_better: bool)
 def _scored(value: Any) -> bool:
     if isinstance(value, bool | int | float):
         return True
-    # A sum and the number of tokens it is over; a pair of a label and a guess is not that.
+    # A sum with its number of tokens, but not a pair of label and guess.
     return (
         isinstance(value, list | tuple)
         and len(value) == 2

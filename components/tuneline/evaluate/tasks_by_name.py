@@ -16,18 +16,18 @@ logger = logging.getLogger(__name__)
 
 
 class TaskFinder:
-    """Knows every task by name: ours, those of a directory, those of lm-eval's registry.
+    """Finds tasks by name: tuneline's own, those of a directory and those of lm-eval's registry.
 
     Args:
-        names: the tasks that will be loaded; each is checked here.
-        task_dir: a directory with task files; its names go before the registry's.
+        names: the tasks that will be loaded; each name is checked at once.
+        task_dir: a directory with task files, whose names take precedence over the registry's.
 
     Attributes:
-        manager: lm-eval's own finder, for calls that would make another one: reading the whole
-            registry takes 19 s on two cores.
+        manager: lm-eval's task manager. Pass it to calls that would otherwise create another one:
+            reading the whole registry takes 19 s on two cores.
 
     Raises:
-        TaskError: a name is unknown, or the directory is not there.
+        TaskError: a name is unknown, or the directory does not exist.
     """
 
     def __init__(self, names: tuple[str, ...], task_dir: str | None = None) -> None:
@@ -37,8 +37,8 @@ class TaskFinder:
             if not path.is_dir():
                 raise TaskError(f"evaluate.task_dir: there is no directory {task_dir}")
             paths.append(path)
-            logger.info("tasks of %s go before lm-eval's of the same name", path)
-        # The registry has 15,000 files: it is read only when a name asks for it.
+            logger.info("tasks of %s take precedence over lm-eval's tasks of the same name", path)
+        # The registry has 15,000 files, so it is read only if a name needs it.
         self.manager = TaskManager(include_path=paths, include_defaults=False)
         if set(names) - set(self.manager.all_tasks):
             self.manager = TaskManager(include_path=paths)
@@ -46,19 +46,19 @@ class TaskFinder:
             self._check(name, task_dir)
 
     def load(self, name: str, heldout_file: Path, cache_dir: Path) -> dict[str, Any]:
-        """Load one task, or the tasks of a group or tag, with its data.
+        """Load one task, or the tasks of a group or tag, with their data.
 
         Args:
-            name: as the recipe has it.
-            heldout_file: documents for our own tasks.
-            cache_dir: where converted local files are kept meanwhile.
+            name: name of the task in the recipe.
+            heldout_file: documents for tuneline's own tasks.
+            cache_dir: directory for converted local files.
 
         Returns:
-            Task name -> lm-eval task.
+            The lm-eval tasks by name.
 
         Raises:
             TaskError: the task file or its data are broken.
-            HubError: the data are on the Hub, and it was not reached.
+            HubError: the data are on the Hub, which is unreachable.
         """
         entry = self.manager.task_index[name]
         spec: Any = name
@@ -74,44 +74,46 @@ class TaskFinder:
             kwargs = {**given, "data_files": files, "cache_dir": str(cache_dir)}
             spec = {**config, "dataset_kwargs": kwargs}
         try:
-            return self.manager.load([spec])["tasks"]
+            tasks: dict[str, Any] = self.manager.load([spec])["tasks"]
+            return tasks
         except (ConnectionError, datasets.exceptions.DatasetNotFoundError, OSError) as error:
             raise HubError(
                 f"the data of task '{name}' are not on this machine and could not be fetched "
-                f"({_first_line(error)}): run once with network, so that they are in "
-                "HF_HOME, or name a task over local files (evaluate.task_dir)"
+                f"({_first_line(error)}): run once with network access, so that they "
+                "are cached in HF_HOME, or name a task over local files (evaluate.task_dir)"
             ) from None
         except Exception as error:
-            # A task file is code that others wrote: whatever it raises is about that file.
+            # A task file can run code of its own, which can raise any exception.
             raise TaskError(
                 f"task '{name}' cannot be loaded ({entry.yaml_path}): "
                 f"{type(error).__name__}: {_first_line(error)}"
             ) from error
 
     def _check(self, name: str, task_dir: str | None) -> None:
-        known = self.manager.all_tasks
-        if name in known:
+        names = self.manager.all_tasks
+        if name in names:
             return
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         where = f"task_dir {task_dir}, " if task_dir else ""
         hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
         raise TaskError(
-            f"evaluate.tasks: '{name}' is unknown; looked in ours ({', '.join(heldout.TASKS)}), "
-            f"{where}lm-eval's registry; {hint}"
+            f"evaluate.tasks: '{name}' is unknown; searched tuneline's own tasks "
+            f"({', '.join(heldout.TASKS)}), {where}lm-eval's registry; {hint}"
         )
 
 
 def _full_config(entry: Any) -> dict[str, Any]:
-    """Read a task file with its functions, which lm-eval's index leaves out.
+    """Return the settings of a task file with its functions, which lm-eval's index leaves out.
 
-    lm-eval 0.4.13 takes overrides for a task by name only inside a group, and offers this reader
-    under a private name; the version is pinned.
+    lm-eval 0.4.13 accepts overrides for a task by name only within a group, and has this reader
+    only under a private name. Its version is pinned.
     """
-    return load_yaml(entry.yaml_path)
+    settings: dict[str, Any] = load_yaml(entry.yaml_path)
+    return settings
 
 
 def _resolve(files: Any, base: Path, task: str) -> Any:
-    """Make local paths absolute: lm-eval takes them from the working directory."""
+    """Make local paths absolute, because lm-eval resolves them against the working directory."""
     if isinstance(files, dict):
         return {split: _resolve(file, base, task) for split, file in files.items()}
     if isinstance(files, list):
@@ -120,7 +122,7 @@ def _resolve(files: Any, base: Path, task: str) -> Any:
         return files
     path = base / files
     if not any(character in files for character in "*?[") and not path.is_file():
-        raise TaskError(f"task '{task}': its data file {path} is not there")
+        raise TaskError(f"task '{task}': its data file {path} does not exist")
     return str(path)
 
 

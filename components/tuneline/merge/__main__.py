@@ -1,4 +1,4 @@
-"""`python -m tuneline.merge --base-model DIR --adapter DIR --dataset DIR --merged DIR`."""
+"""Run the step as `python -m tuneline.merge --base-model DIR --adapter DIR ...`."""
 
 from tuneline.merge import MergeConfig
 from tuneline.merge.run import run

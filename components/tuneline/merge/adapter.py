@@ -1,4 +1,4 @@
-"""What an adapter's file adds to each weight of the base."""
+"""Read an adapter, and add its updates to the base model's weights."""
 
 import json
 import math
@@ -17,7 +17,7 @@ _PREFIX = "base_model.model."
 _A = ".lora_A.weight"
 _B = ".lora_B.weight"
 
-# Settings of peft.LoraConfig that change what a weight becomes, with the value we merge.
+# Settings of peft.LoraConfig that change the merged weight, with the only value supported here.
 _PLAIN: dict[str, Any] = {
     "fan_in_fan_out": False,
     "use_dora": False,
@@ -29,18 +29,18 @@ _PLAIN: dict[str, Any] = {
 
 
 class Adapter:
-    """A LoRA adapter: low-rank updates, and modules that were trained in full.
+    """A LoRA adapter: low-rank updates, and weights that were trained in full.
 
     Attributes:
-        modules: names of the modules with an update, as the base model names them.
-        replaced: weights that take the base's place, by the base's tensor name.
+        modules: names of the modules with a low-rank update, as the base model names them.
+        replaced: weights that replace the base model's, by the base model's tensor name.
     """
 
     def __init__(self, adapter_dir: str | Path) -> None:
         """Read the adapter.
 
         Raises:
-            ModelError: a file is missing, or the adapter is of a kind that adds up differently.
+            ModelError: a file is missing, or this kind of adapter is not supported.
         """
         directory = Path(adapter_dir)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -53,14 +53,16 @@ class Adapter:
         self._b = _with_suffix(tensors, _B)
         if set(self._a) != set(self._b):
             odd = sorted(set(self._a) ^ set(self._b))
-            raise ModelError(f"{directory}: {odd[0]} has only one of lora_A and lora_B")
+            raise ModelError(
+                f"{directory}: {odd[0]} has only one of lora_A and lora_B; train again"
+            )
         self.modules = set(self._a)
         others = [name for name in tensors if not name.endswith((_A, _B))]
         strange = [name for name in others if "lora_" in name or not name.startswith(_PREFIX)]
         if strange:
             raise ModelError(
                 f"{directory}: cannot merge the tensor {strange[0]}: only LoRA on linear layers "
-                "and modules_to_save are merged"
+                "and modules_to_save are supported"
             )
         self.replaced = {
             name.removeprefix(_PREFIX).replace(".modules_to_save.default", ""): tensors[name]
@@ -72,17 +74,19 @@ class Adapter:
         a_ri, b_or = self._a[module].float(), self._b[module].float()
         rank, alpha = a_ri.shape[0], self._config["lora_alpha"]
         scale = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
-        # One call and no third matrix of the weight's size.
+        # A single call needs no third matrix of the weight's size.
         return torch.addmm(weight.float(), b_or, a_ri, alpha=scale)
 
 
 def _check_plain(config: dict[str, Any], directory: Path) -> None:
     if config.get("peft_type") != "LORA":
-        raise ModelError(f"{directory} is a {config.get('peft_type')} adapter: only LORA is merged")
+        raise ModelError(
+            f"{directory} is a {config.get('peft_type')} adapter: only LORA is supported"
+        )
     for key, plain in _PLAIN.items():
         if config.get(key, plain) not in (plain, None):
             raise ModelError(
-                f"{directory}: the adapter has {key}={config[key]!r}, which is not merged here; "
+                f"{directory}: the adapter has {key}={config[key]!r}, which is not supported: "
                 "train without it"
             )
 

@@ -1,4 +1,4 @@
-"""Read and write a sharded safetensors checkpoint, one tensor at a time."""
+"""Read and write a sharded safetensors checkpoint one tensor at a time."""
 
 import json
 import struct
@@ -14,7 +14,7 @@ from tuneline.errors import ModelError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
-# safetensors' names of types.
+# The dtypes by safetensors' name.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -32,14 +32,14 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class Spec:
-    """What a tensor is, without its values."""
+    """Dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Size in a file."""
+        """Size of the tensor in a file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -47,40 +47,42 @@ class Checkpoint:
     """The weight files of a model directory.
 
     Attributes:
-        specs: type and shape by tensor name, file by file.
+        specs: dtype and shape by tensor name, in the order of the files.
     """
 
     def __init__(self, model_dir: str | Path) -> None:
         """Read the headers.
 
         Raises:
-            ModelError: there is no safetensors file, one that the index names is missing, or a
-                tensor is of a type that is not merged.
+            ModelError: there is no safetensors file, a file that the index names is missing, or
+                the dtype of a tensor is not supported.
         """
         self._directory = Path(model_dir)
         self._file_of: dict[str, str] = {}
         self.specs: dict[str, Spec] = {}
         for file in self._files():
             with safe_open(self._directory / file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118, it is no mapping
-                    found = tensors.get_slice(name)
-                    if found.get_dtype() not in _DTYPES:
+                for name in tensors.keys():  # noqa: SIM118, it is not a mapping
+                    header = tensors.get_slice(name)
+                    dtype = _DTYPES.get(header.get_dtype())
+                    if dtype is None:
                         raise ModelError(
-                            f"{self._directory / file}: {name} is of type {found.get_dtype()}: "
-                            "give the base in 16 or 32 bits"
+                            f"{self._directory / file}: {name} has dtype {header.get_dtype()}: "
+                            "use a base model in 16 or 32 bits"
                         )
                     self._file_of[name] = file
-                    self.specs[name] = Spec(_DTYPES[found.get_dtype()], tuple(found.get_shape()))
+                    self.specs[name] = Spec(dtype, tuple(header.get_shape()))
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor."""
         with safe_open(self._directory / self._file_of[name], framework="pt") as tensors:
-            return tensors.get_tensor(name)
+            tensor: torch.Tensor = tensors.get_tensor(name)
+            return tensor
 
     def _files(self) -> list[str]:
         index = self._directory / INDEX_FILE
         if (self._directory / SINGLE_FILE).is_file():
-            # As transformers and fetch take them: an index beside it is another version's.
+            # As in transformers and fetch: an index beside it belongs to another version.
             files = [SINGLE_FILE]
         elif index.is_file():
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -89,8 +91,10 @@ class Checkpoint:
             files = sorted(path.name for path in self._directory.glob("*.safetensors"))
         missing = [file for file in files if not (self._directory / file).is_file()]
         if missing or not files:
-            what = f"lacks {missing[0]}, which its index names" if missing else "has no safetensors"
-            raise ModelError(f"{self._directory} {what}: fetch the model again")
+            fault = (
+                f"lacks {missing[0]}, which its index names" if missing else "has no safetensors"
+            )
+            raise ModelError(f"{self._directory} {fault}: fetch the model again")
         return files
 
 
@@ -101,16 +105,17 @@ def write_sharded(
     *,
     max_shard_bytes: int,
 ) -> int:
-    """Write tensors, holding one at a time in memory.
+    """Write tensors to safetensors files with only one tensor in memory at a time.
 
-    safetensors' own writer wants all of a file's tensors at once. The format is a length, a JSON
-    header with each tensor's place, and the bytes, so that a file can grow a tensor at a time.
+    The writer of the safetensors library needs all tensors of a file at once. The file format is a
+    length, a JSON header with each tensor's offsets, and the bytes, so a file can be written tensor
+    by tensor.
 
     Args:
-        directory: gets model.safetensors, or numbered shards and their index.
-        specs: tensor name -> what it will be.
+        directory: directory that gets model.safetensors, or numbered shards and their index.
+        specs: dtype and shape of each tensor, by name.
         make: returns the tensor of a name.
-        max_shard_bytes: a shard ends before it; a larger single tensor has its own.
+        max_shard_bytes: largest size of a shard; a larger tensor gets a shard of its own.
 
     Returns:
         The number of files.
@@ -131,7 +136,7 @@ def write_sharded(
 
 
 def _write_file(path: Path, specs: dict[str, Spec], make: Callable[[str], torch.Tensor]) -> None:
-    # Wide types first: every tensor then starts at a multiple of its own width.
+    # Wide dtypes first, so that every tensor starts at a multiple of its element size.
     names = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -155,6 +160,7 @@ def _write_file(path: Path, specs: dict[str, Spec], make: Callable[[str], torch.
 
 
 def _plan(specs: dict[str, Spec], max_shard_bytes: int) -> Iterator[list[str]]:
+    """Yield the tensor names of each shard."""
     names: list[str] = []
     used = 0
     for name, spec in specs.items():

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-decorators
 """The KFP component of the step."""
 
 from kfp import dsl
@@ -12,8 +13,16 @@ def merge(
     adapter: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
     merged: dsl.Output[dsl.Model],
-):
-    """Merge the adapter into the base; `config` is a MergeConfig as JSON."""
+) -> None:
+    """Merge the adapter into the base model, and prove the result.
+
+    Args:
+        config: The recipe's merge section, as JSON.
+        base_model: The base model that the adapter was trained on.
+        adapter: The adapter.
+        dataset: The prepared dataset; its held-out rows are the proof's prompts.
+        merged: The merged model.
+    """
     from tuneline.merge import MergeConfig
     from tuneline.merge.run import run
     from tuneline.runtime.step import step

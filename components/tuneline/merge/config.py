@@ -1,4 +1,4 @@
-"""The recipe's part for merging the adapter into the base."""
+"""The `merge` section of a recipe."""
 
 from typing import Literal
 
@@ -8,23 +8,28 @@ from tuneline.strict_model import StrictModel
 
 
 class MergeConfig(StrictModel):
-    """How the merged model is made and what it has to prove."""
+    """How the adapter is merged into the base model, and what the result has to prove."""
 
     base: Literal["dequantized", "original", "auto"] = "dequantized"
-    """dequantized: the NF4 weights that training saw, so that merged equals trained;
-    original: the full-precision weights, which the adapter has never met;
-    auto: both are measured with the adapter, and the one with the lower held-out loss is taken."""
+    """Weights that the adapter is added to. dequantized: the NF4 weights that training saw, so that
+    the merged model equals the trained one. original: the full-precision weights, which the adapter
+    was not trained on. auto: measures both with the adapter, and takes the one with the lower
+    held-out loss."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    max_shard_bytes: int = Field(4 << 30, ge=1 << 20)
-    """Of a weight file; memory does not depend on it."""
-    num_proof_prompts: int = Field(32, ge=1)
-    """Prompts on which adapter-on-base and merged are compared."""
-    max_mean_kl: float = Field(0.01, gt=0)
-    """The step fails over this mean KL divergence a token, in nats."""
-    min_top1_agreement: float = Field(0.9, ge=0, le=1)
-    """And under this share of positions with the same most likely token."""
-    num_greedy_tokens: int = Field(16, ge=1)
-    """Tokens of the greedy answer that both give to the first prompt."""
-    max_greedy_gap: float = Field(0.5, ge=0)
-    """Logits: where the two answers part, the trained model may prefer its own token by this much;
-    more is no near tie, and the step fails."""
+    """Dtype of the merged weights."""
+    max_shard_bytes: int = Field(default=4 << 30, ge=1 << 20)
+    """Largest size of a weight file, in bytes; the default is 4 GiB. Memory use does not depend on
+    it."""
+    num_proof_prompts: int = Field(default=32, ge=1)
+    """Held-out prompts on which the merged model is compared with base plus adapter."""
+    max_mean_kl: float = Field(default=0.01, gt=0)
+    """Largest mean KL divergence of the merged model from base plus adapter, in nats per token. The
+    step fails above it."""
+    min_top1_agreement: float = Field(default=0.9, ge=0, le=1)
+    """Smallest fraction of positions, 0 to 1, at which both models have the same most likely token.
+    The step fails below it."""
+    num_greedy_tokens: int = Field(default=16, ge=1)
+    """Tokens of the greedy answer that both models generate to the first prompt."""
+    max_greedy_gap: float = Field(default=0.5, ge=0)
+    """Where the two greedy answers part, the largest lead, in logits, that base plus adapter may
+    give its own token. A larger lead is not a near tie, and the step fails."""

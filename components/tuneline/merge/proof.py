@@ -1,4 +1,4 @@
-"""Compare the merged model with base plus adapter, on real prompts.
+"""Compare the merged model with base plus adapter on held-out prompts.
 
 Legend: T positions of a row, V vocabulary.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from tuneline.errors import ProofError
 from tuneline.merge.config import MergeConfig
@@ -22,40 +23,40 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model says to the rows."""
+    """One model's answers to the rows."""
 
     greedy_ids: list[int]
-    """What follows the first row's prompt."""
+    """Greedy continuation of the first row's prompt."""
     greedy_logits: torch.Tensor
-    """What each of them was chosen from, [num_tokens, V]."""
+    """Logits that each of its tokens was chosen from, [num_tokens, V]."""
     loss: float
-    """Nats a token, over the tokens that the rows' losses count."""
+    """Mean loss over the answer tokens of all rows, in nats per token."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far two models' predictions are apart, over all positions of all rows."""
+    """Distance between two models' predictions, over all positions of all rows."""
 
     max_logit_difference: float
     mean_kl: float
-    """Nats a token, of the first against the second."""
+    """KL divergence of the second model from the first, in nats per token."""
     top1_agreement: float
+    """Fraction of positions with the same most likely token, 0 to 1."""
 
 
 class Comparison:
-    """How far a second model's logits are from those of a first, a row at a time.
+    """Compares a second model's logits with those of a first model, one row at a time.
 
-    The first one's are kept and the second one's are not: of 32 rows and a vocabulary of 128,000
-    they are 4 GB.
+    Only the first model's logits are kept: for 32 rows and a vocabulary of 128,000 they are 4 GB.
     """
 
     def __init__(self, first: list[torch.Tensor]) -> None:
-        """Take the first model's logits, a row's [T, V]."""
+        """Take the first model's logits, [T, V] per row."""
         self._rows = iter(first)
         self._worst, self._kl, self._agreed, self._total = 0.0, 0.0, 0, 0
 
     def add(self, other_TV: torch.Tensor) -> None:
-        """Compare the next row; a value that is not finite counts as far."""
+        """Compare the next row; a NaN makes the KL divergence NaN, which no bound accepts."""
         one_TV = next(self._rows)
         p_TV, q_TV = one_TV.log_softmax(-1), other_TV.log_softmax(-1)
         self._kl += (p_TV.exp() * (p_TV - q_TV)).sum().item()
@@ -65,15 +66,15 @@ class Comparison:
         self._total += len(one_TV)
 
     def distance(self) -> Distance:
-        """Return what it came to over all positions."""
-        # Rounding makes the KL of equal distributions a little negative.
+        """Return the distance over all positions so far."""
+        # Rounding makes the KL divergence of equal distributions slightly negative.
         mean_kl = self._kl / self._total
         mean_kl = max(mean_kl, 0.0) if mean_kl == mean_kl else mean_kl
         return Distance(self._worst, mean_kl, self._agreed / self._total)
 
 
 Sink = Callable[[torch.Tensor], None]
-"""Takes a row's logits, [T, V] in fp32 on the CPU."""
+"""A function that takes the logits of a row, [T, V] in fp32 on the CPU."""
 
 
 def ask_trained(
@@ -87,9 +88,18 @@ def ask_trained(
     quantized: bool,
     device: str,
 ) -> Answers:
-    """Ask the base with the adapter beside it, as it was trained."""
-    from peft import PeftModel
+    """Return the answers of the base model with the adapter beside it, as it was trained.
 
+    Args:
+        rows: the rows to compute.
+        sink: takes the logits of each row.
+        num_greedy_tokens: tokens of the greedy answer.
+        base_model_dir: directory of the base model.
+        adapter_dir: directory of the adapter.
+        dtype: dtype to compute in.
+        quantized: whether to quantise the base model to NF4, as in training.
+        device: "cpu" or "cuda".
+    """
     base = load_base(base_model_dir, dtype=dtype, device=device, quantized=quantized)
     model = PeftModel.from_pretrained(base, str(adapter_dir))
     answers = ask(model, rows, sink, num_greedy_tokens=num_greedy_tokens)
@@ -107,7 +117,16 @@ def ask_merged(
     dtype: torch.dtype,
     device: str,
 ) -> Answers:
-    """Ask a merged model."""
+    """Return the answers of a merged model.
+
+    Args:
+        rows: the rows to compute.
+        sink: takes the logits of each row.
+        num_greedy_tokens: tokens of the greedy answer.
+        merged_dir: directory of the merged model.
+        dtype: dtype to compute in.
+        device: "cpu" or "cuda".
+    """
     model = load_base(merged_dir, dtype=dtype, device=device, quantized=False)
     answers = ask(model, rows, sink, num_greedy_tokens=num_greedy_tokens)
     del model
@@ -116,7 +135,14 @@ def ask_merged(
 
 
 def ask(model: Any, rows: list[Row], sink: Sink, *, num_greedy_tokens: int) -> Answers:
-    """Compute logits of all rows, and a greedy answer to the first one's prompt."""
+    """Compute the logits of all rows, and a greedy answer to the first row's prompt.
+
+    Args:
+        model: the model, with or without an adapter.
+        rows: the rows to compute.
+        sink: takes the logits of each row.
+        num_greedy_tokens: tokens of the greedy answer.
+    """
     device = next(model.parameters()).device
     model.eval()
     prompt = torch.tensor([rows[0].ids[: max(rows[0].start, 1)]], device=device)
@@ -133,7 +159,7 @@ def ask(model: Any, rows: list[Row], sink: Sink, *, num_greedy_tokens: int) -> A
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
             max_new_tokens=num_greedy_tokens,
-            # Nothing is padded; without one, a line is logged.
+            # Nothing is padded, but transformers logs a line if there is no padding token.
             pad_token_id=model.generation_config.pad_token_id or 0,
             return_dict_in_generate=True,
             output_logits=True,
@@ -146,7 +172,7 @@ def ask(model: Any, rows: list[Row], sink: Sink, *, num_greedy_tokens: int) -> A
 
 
 def answer_loss(row: Row, row_TV: torch.Tensor) -> tuple[float, int]:
-    """Return nats and tokens from the row's `start` on."""
+    """Return the summed loss, in nats, and the number of tokens from the row's `start` on."""
     first = max(row.start, 1)
     targets = torch.tensor(row.ids[first:])
     logits = row_TV[first - 1 : len(row.ids) - 1]
@@ -154,45 +180,52 @@ def answer_loss(row: Row, row_TV: torch.Tensor) -> tuple[float, int]:
 
 
 def greedy_gap(trained: Answers, merged: Answers) -> float | None:
-    """Return by how much the trained model prefers its own token where the answers part.
+    """Return the lead, in logits, of the trained model's own token where the two answers part.
 
-    After that token the two continue different texts, which says nothing more. None: they are one.
+    Later tokens are not compared, because they continue different texts. None means that the
+    answers are equal.
     """
     for index, (ours, theirs) in enumerate(
         zip(merged.greedy_ids, trained.greedy_ids, strict=False)
     ):
         if ours != theirs:
-            row = trained.greedy_logits[index]
-            return (row[theirs] - row[ours]).item()
+            logits_V = trained.greedy_logits[index]
+            return (logits_V[theirs] - logits_V[ours]).item()
     return None
 
 
 def hold(distance: Distance, gap: float | None, config: MergeConfig, *, num_rows: int) -> None:
     """Check the distance against the recipe's bounds.
 
+    Args:
+        distance: distance of the merged model from base plus adapter.
+        gap: result of `greedy_gap`.
+        config: the `merge` section of the recipe, with the bounds.
+        num_rows: rows that were compared, for the message.
+
     Raises:
-        ProofError: it is over one of them; the message has the numbers.
+        ProofError: a bound is violated; the message has the numbers.
     """
-    what = "the merged model"
     if not distance.mean_kl <= config.max_mean_kl:
         raise ProofError(
-            f"{what} is {distance.mean_kl:.4g} nats a token (mean KL over {num_rows} prompts) from "
-            f"base plus adapter, and merge.max_mean_kl allows {config.max_mean_kl:g}: merge with "
-            "dtype float32 or base dequantized, or raise the bound if you accept it"
+            f"the merged model is {distance.mean_kl:.4g} nats per token (mean KL over {num_rows} "
+            f"prompts) from base plus adapter, but merge.max_mean_kl allows "
+            f"{config.max_mean_kl:g}: merge with dtype float32 or base dequantized, or raise the "
+            "bound if you accept it"
         )
     if distance.top1_agreement < config.min_top1_agreement:
         raise ProofError(
-            f"{what} has the same most likely token as base plus adapter at "
-            f"{distance.top1_agreement:.1%} of positions (over {num_rows} prompts), and "
+            "the merged model has the same most likely token as base plus adapter at "
+            f"{distance.top1_agreement:.1%} of positions (over {num_rows} prompts), but "
             f"merge.min_top1_agreement asks for {config.min_top1_agreement:.1%}: merge with dtype "
             "float32 or base dequantized, or lower the bound if you accept it"
         )
     if gap is not None and not gap <= config.max_greedy_gap:
         raise ProofError(
-            f"{what}'s greedy answer parts from that of base plus adapter at a token which the "
-            f"latter's own leads by {gap:.4g} in the logits, and merge.max_greedy_gap allows "
-            f"{config.max_greedy_gap:g}: merge with dtype float32, or raise the bound if you "
-            "accept it"
+            "the greedy answers of the merged model and of base plus adapter part at a token "
+            f"where the latter's own choice leads by {gap:.4g} in the logits, but "
+            f"merge.max_greedy_gap allows {config.max_greedy_gap:g}: merge with dtype float32, or "
+            "raise the bound if you accept it"
         )
 
 

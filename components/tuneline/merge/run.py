@@ -1,8 +1,11 @@
-"""From a base model and an adapter to a merged model with its proof."""
+"""Merge an adapter into its base model, and prove the merged model."""
 
 import logging
 import time
 from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
 
 from tuneline.artifacts import (
     DatasetManifest,
@@ -12,7 +15,19 @@ from tuneline.artifacts import (
     new_directory,
 )
 from tuneline.errors import ModelError, RecipeError
+from tuneline.merge import proof
+from tuneline.merge.adapter import Adapter
 from tuneline.merge.config import MergeConfig
+from tuneline.merge.weights import (
+    Base,
+    check_adapter,
+    check_tokenizer,
+    copy_companions,
+    merge_weights,
+    stop_at_end_of_turn,
+    write_config,
+)
+from tuneline.models.heldout_rows import read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -25,21 +40,21 @@ def run(
     dataset_dir: str | Path,
     merged_dir: str | Path,
 ) -> MergeProof:
-    """Merge an adapter into its base, one tensor at a time, and prove the result.
+    """Merge an adapter into its base model, one tensor at a time, and prove the result.
 
     Args:
-        config: the recipe's part.
-        base_model_dir: what fetch made.
-        adapter_dir: what train made, on that base.
-        dataset_dir: what prepare made; its held-out rows are the proof's prompts.
-        merged_dir: new; gets a model directory and merge.json.
+        config: the `merge` section of the recipe.
+        base_model_dir: directory that fetch made.
+        adapter_dir: directory that train made, on that base model.
+        dataset_dir: directory that prepare made; its held-out rows are the proof's prompts.
+        merged_dir: directory to create for the merged model and merge.json.
 
     Raises:
-        ModelError: the adapter belongs to another base, or is of a kind that is not merged.
-        RecipeError: it was made for the dequantised weights, and the config asks for others.
-        WorldError: a file of theirs is not the one that its step left.
+        ModelError: the adapter belongs to another base model, or its kind is not supported.
+        RecipeError: the adapter needs the dequantised weights, but the config asks for others.
+        WorldError: a file of an input has changed since its step made it.
         ProofError: the merged model is further from the trained one than the recipe allows.
-        OutputExistsError: `merged_dir` has something in it.
+        OutputExistsError: `merged_dir` is not empty.
     """
     began = time.monotonic()
     base_dir, adapter_dir = Path(base_model_dir), Path(adapter_dir)
@@ -48,29 +63,14 @@ def run(
     dataset = DatasetManifest.read(dataset_dir)
     if training.base_sha256 != origin.sha256:
         raise ModelError(
-            f"the adapter was trained on a base with sha256 {training.base_sha256[:12]}, and "
-            f"{base_dir} ({origin.source}) has {origin.sha256[:12]}: give the base it was "
-            "trained on"
+            f"the adapter was trained on a base model with sha256 {training.base_sha256[:12]}, "
+            f"but {base_dir} ({origin.source}) has {origin.sha256[:12]}: use the base model that "
+            "it was trained on"
         )
     bases = _bases(config, training)
     origin.check_files(base_dir)
     training.check_files(adapter_dir)
     with new_directory(merged_dir) as directory:
-        import torch
-        from transformers import AutoTokenizer
-
-        from tuneline.merge import proof
-        from tuneline.merge.adapter import Adapter
-        from tuneline.merge.weights import (
-            check_adapter,
-            check_tokenizer,
-            copy_companions,
-            merge_weights,
-            stop_at_end_of_turn,
-            write_config,
-        )
-        from tuneline.models.heldout_rows import read_rows
-
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, training.compute_dtype)
         adapter = Adapter(adapter_dir)
@@ -84,16 +84,16 @@ def run(
             config.num_proof_prompts,
             lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
         )
-        # Each base with the adapter beside it is what the merged model is held against: that on
-        # the original weights it is not what training saw is for the loss to say.
+        # The merged model is compared with its own base plus adapter. Whether the original weights
+        # suit an adapter that was trained on others shows in the loss.
         losses: dict[str, float] = {}
-        trained, base = None, ""
+        trained, base = None, bases[0]
         logits: list[torch.Tensor] = []
         for name in bases:
-            found: list[torch.Tensor] = []
+            row_logits: list[torch.Tensor] = []
             answers = proof.ask_trained(
                 rows,
-                found.append,
+                row_logits.append,
                 num_greedy_tokens=config.num_greedy_tokens,
                 base_model_dir=base_dir,
                 adapter_dir=adapter_dir,
@@ -103,11 +103,11 @@ def run(
             )
             losses[name] = answers.loss
             if trained is None or answers.loss < trained.loss:
-                trained, base, logits = answers, name, found
+                trained, base, logits = answers, name, row_logits
         assert trained is not None
-        _say(config, training, base, losses)
+        _log_choice(config, training, base, losses)
         num_shards = merge_weights(
-            base=base,  # type: ignore[arg-type]
+            base=base,
             dtype=getattr(torch, config.dtype),
             max_shard_bytes=config.max_shard_bytes,
             base_model_dir=base_dir,
@@ -117,7 +117,9 @@ def run(
             device=device,
         )
         num_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-        logger.info("merged into %d files, %.2f GB; now the proof", num_shards, num_bytes / 1e9)
+        logger.info(
+            "merged into %d files, %.2f GB; proving the result", num_shards, num_bytes / 1e9
+        )
         comparison = proof.Comparison(logits)
         merged = proof.ask_merged(
             rows,
@@ -130,7 +132,7 @@ def run(
         distance = comparison.distance()
         gap = proof.greedy_gap(trained, merged)
         proof.hold(distance, gap, config, num_rows=len(rows))
-        # After the proof, whose two answers go on to the same tokens.
+        # After the proof, because it changes where the merged model stops.
         stop_at_end_of_turn(directory, dataset.end_of_turn, tokenizer)
         record = MergeProof(
             base=base,
@@ -156,14 +158,18 @@ def run(
     return record
 
 
-def _bases(config: MergeConfig, training: TrainingSummary) -> list[str]:
-    """Name the bases to measure; the first one is taken where two are equal."""
-    if _starts_from_loss(training):
+def _bases(config: MergeConfig, training: TrainingSummary) -> list[Base]:
+    """Return the bases to measure, the preferred one first.
+
+    Raises:
+        RecipeError: the adapter needs the dequantised weights, but the config asks for others.
+    """
+    if _is_loftq(training):
         if config.base == "original":
             raise RecipeError(
-                "merge.base is original, and the adapter was made with lora.init_lora_weights "
-                "loftq: what 4 bits lose of each weight is in it already, and would be added to "
-                "weights that lost nothing; take dequantized or auto"
+                "merge.base is original, but the adapter was trained with lora.init_lora_weights "
+                "loftq: it already contains the quantisation error of the 4-bit weights, which "
+                "the original weights do not have; take dequantized or auto"
             )
         return ["dequantized"]
     if config.base != "auto":
@@ -173,23 +179,24 @@ def _bases(config: MergeConfig, training: TrainingSummary) -> list[str]:
     return ["dequantized", "original"]
 
 
-def _starts_from_loss(training: TrainingSummary) -> bool:
-    """Tell whether the adapter started from what 4 bits lose, as LoftQ's does."""
-    return training.settings.get("lora", {}).get("init_lora_weights") == "loftq"
+def _is_loftq(training: TrainingSummary) -> bool:
+    """Return whether the adapter was initialised with the quantisation error, as LoftQ does."""
+    return bool(training.settings.get("lora", {}).get("init_lora_weights") == "loftq")
 
 
-def _say(
+def _log_choice(
     config: MergeConfig, training: TrainingSummary, base: str, losses: dict[str, float]
 ) -> None:
+    """Log which base was chosen and why, or warn about the choice of the recipe."""
     if len(losses) > 1:
         measured = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         logger.info("merge.base auto: %s is taken; held-out loss: %s", base, measured)
-    elif config.base == "auto" and _starts_from_loss(training):
+    elif config.base == "auto" and _is_loftq(training):
         logger.info("merge.base auto: a LoftQ adapter belongs on the dequantized weights alone")
     elif config.base == "auto":
         logger.info("merge.base auto: training saw the original weights, so there is no other base")
     elif base == "original" and training.base_quantization == "nf4":
         logger.warning(
-            "merge.base is original: the adapter was trained on the NF4 weights, so the merged "
+            "merge.base is original, but the adapter was trained on the NF4 weights, so the merged "
             "model is not the one whose evaluation loss training reported (auto measures both)"
         )

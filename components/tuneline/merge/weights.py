@@ -1,12 +1,13 @@
-"""Merge weights: W' + s B A, where W' is the base's weight as training saw it."""
+"""Merge weights: W' + s B A, where W' is the base model's weight as training saw it."""
 
 import json
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tuneline.artifacts import RECORD_FILES, TrainingSummary
 from tuneline.errors import ModelError
@@ -15,17 +16,17 @@ from tuneline.merge.checkpoint import Checkpoint, Spec, write_sharded
 from tuneline.models import tokenizer_files
 from tuneline.models.nf4 import empty_model, file_names, quantized_modules, round_trip
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 logger = logging.getLogger(__name__)
+
+Base = Literal["dequantized", "original"]
+"""Weights that an adapter is added to, as in `MergeConfig.base`."""
 
 
 def check_adapter(adapter: Adapter, base_model_dir: Path) -> None:
-    """Check from names alone that an adapter's weights have their places in the base.
+    """Check, by names alone, that every weight of an adapter has its counterpart in the base.
 
     Raises:
-        ModelError: one has none, or shares it with another weight.
+        ModelError: a weight has no counterpart, or shares it with another weight.
     """
     checkpoint, model = Checkpoint(base_model_dir), empty_model(base_model_dir)
     stored = _StoredNames(checkpoint, model)
@@ -36,7 +37,7 @@ def check_adapter(adapter: Adapter, base_model_dir: Path) -> None:
 
 def merge_weights(
     *,
-    base: Literal["dequantized", "original"],
+    base: Base,
     dtype: torch.dtype,
     max_shard_bytes: int,
     base_model_dir: Path,
@@ -47,10 +48,20 @@ def merge_weights(
 ) -> int:
     """Write the merged weights into `directory`; return the number of files.
 
-    Every sum is made in fp32 and rounded once, to `dtype`.
+    Every sum is computed in fp32 and rounded once, to `dtype`.
+
+    Args:
+        base: weights that the adapter is added to.
+        dtype: dtype of the merged weights.
+        max_shard_bytes: largest size of a weight file.
+        base_model_dir: directory of the base model.
+        adapter: the adapter.
+        training: record of the training run, which says how the base model was loaded.
+        directory: directory that gets the files.
+        device: device for the NF4 round trip, "cpu" or "cuda".
 
     Raises:
-        ModelError: the base's files name a weight otherwise than the model does.
+        ModelError: the base model's files name a weight differently from the model.
     """
     checkpoint, model = Checkpoint(base_model_dir), empty_model(base_model_dir)
     trained_dtype = getattr(torch, training.compute_dtype)
@@ -85,12 +96,12 @@ def merge_weights(
 
 
 def write_config(*, base_model_dir: Path, dtype: str, directory: Path) -> None:
-    """Write the base's config.json with the merged model's type."""
+    """Write the base model's config.json with the merged model's dtype."""
     settings = json.loads((base_model_dir / "config.json").read_text(encoding="utf-8"))
-    # transformers 4 knows the older name alone; where the base has it, it stays.
+    # transformers 4 knows only the older name, which stays if the base model has it.
     settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = dtype
-    # A base that transformers 5 wrote has its angles in a place where 4 does not look; without
-    # them it would compute with its default, and not say so.
+    # transformers 5 writes the rotary base frequency where transformers 4 does not look for it.
+    # Version 4 would silently compute with its default.
     rope = settings.get("rope_parameters") or {}
     if "rope_theta" in rope:
         settings.setdefault("rope_theta", rope["rope_theta"])
@@ -98,16 +109,16 @@ def write_config(*, base_model_dir: Path, dtype: str, directory: Path) -> None:
 
 
 _WEIGHTS = (".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".index.json")
-"""The base's own weights, in whatever form."""
+"""Endings of weight files in any format, which are not copied."""
 
 
 def copy_companions(*, base_model_dir: Path, adapter_dir: Path, directory: Path) -> None:
-    """Carry along what stands beside the weights.
+    """Copy the files beside the weights.
 
-    From the base: generation_config.json, licence, tokenizer. From the adapter: the chat template,
-    because training may have used another.
+    generation_config.json, licence and tokenizer come from the base model. The chat template comes
+    from the adapter, because training may have used another one.
     """
-    # What its repository needs goes as well, and records of a base that tuneline made.
+    # Files of the base model's repository, and records of a base model that tuneline made.
     left_out = {"config.json", ".gitattributes", *RECORD_FILES, *tokenizer_files.NAMES}
     for path in sorted(base_model_dir.iterdir()):
         is_weight = path.name.endswith(_WEIGHTS) or ".safetensors" in path.name
@@ -120,12 +131,12 @@ def copy_companions(*, base_model_dir: Path, adapter_dir: Path, directory: Path)
 
 
 def stop_at_end_of_turn(
-    directory: Path, end_of_turn: str, tokenizer: "PreTrainedTokenizerBase"
+    directory: Path, end_of_turn: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Have programs stop at the token that the chat template puts after an answer.
+    """Add the token that the chat template puts after an answer to generation_config.json.
 
-    A base that was not made for chats names the end of a text alone in generation_config.json, and
-    transformers and vLLM, which go by it, would write on after the answers that were learnt.
+    A base model that was not trained for chats lists only the end of a text there. transformers and
+    vLLM read the stop tokens from this file, and would continue after an answer.
     """
     end = end_of_turn.strip()
     ids = tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
@@ -138,56 +149,50 @@ def stop_at_end_of_turn(
     else:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         settings = {name: model[name] for name in names if model.get(name) is not None}
-    found = settings.get("eos_token_id", model.get("eos_token_id"))
-    stops = (
-        found if isinstance(found, list) else [tokenizer.eos_token_id if found is None else found]
-    )
+    eos = settings.get("eos_token_id", model.get("eos_token_id"))
+    stops = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
     if ids[0] in stops:
         return
     settings["eos_token_id"] = [*(stop for stop in stops if stop is not None), ids[0]]
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    logger.info("generation stops at %r too, where the chat template ends an answer", end)
+    logger.info("generation also stops at %r, with which the chat template ends an answer", end)
 
 
-def check_tokenizer(
-    tokenizer: "PreTrainedTokenizerBase", directory: Path, adapter_dir: Path
-) -> None:
-    """Check that base, adapter and model have the same tokens.
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, adapter_dir: Path) -> None:
+    """Check that the tokenizers of base model and adapter agree, and fit the embedding matrix.
 
     Raises:
-        ModelError: training saw another vocabulary, or the model has no place for a token.
+        ModelError: training used another vocabulary, or the model has no embedding for a token.
     """
-    from transformers import AutoTokenizer
-
     ours = tokenizer.get_vocab()
     if any((adapter_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         theirs = AutoTokenizer.from_pretrained(str(adapter_dir)).get_vocab()
         if ours != theirs:
             odd = sorted(set(ours.items()) ^ set(theirs.items()))
             raise ModelError(
-                f"the tokenizer in {adapter_dir} has {len(theirs)} tokens and the base's "
+                f"the tokenizer in {adapter_dir} has {len(theirs)} tokens, the base model's has "
                 f"{len(ours)}, and {len(odd)} differ, first {odd[0][0]!r}: the adapter was trained "
-                "with another tokenizer than this base has; give the base it was trained on"
+                "with another tokenizer; use the base model that it was trained on"
             )
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     size = (settings.get("text_config") or settings).get("vocab_size")
     beyond = sorted(token for token, index in ours.items() if size is not None and index >= size)
-    # Gemma-3 of 1B has a token for images, which its text model has no place for.
+    # Gemma-3 1B has a token for images, for which its text model has no embedding.
     strange = [token for token in beyond if token not in tokenizer.get_added_vocab()]
     if strange:
         raise ModelError(
-            f"the base's tokenizer has {len(strange)} tokens, first {strange[0]!r}, with ids from "
-            f"{size} on, for which the model has no place: its tokenizer files are another "
-            "model's; fetch it again"
+            f"the base model's tokenizer has {len(strange)} tokens, first {strange[0]!r}, with IDs "
+            f"from {size} on, for which the model has no embedding, so the tokenizer files belong "
+            "to another model: fetch the base model again"
         )
     if beyond:
-        logger.warning("the model has no place for the tokens %s: never use them", beyond)
+        logger.warning("the model has no embedding for the tokens %s: do not use them", beyond)
 
 
 class _StoredNames:
-    """The names in a checkpoint's files, by those that the model has for its weights."""
+    """Maps the model's names of its weights to the names in the checkpoint's files."""
 
-    def __init__(self, checkpoint: Checkpoint, model: "PreTrainedModel") -> None:
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         self._stored = checkpoint.specs
         self._renamed = file_names(model)
 
@@ -201,20 +206,20 @@ def _check_names(base: Checkpoint, needed: set[str], base_model_dir: Path) -> No
     missing = sorted(needed - set(base.specs))
     if missing:
         raise ModelError(
-            f"{base_model_dir} has no tensor {missing[0]}, which the model's own names call for "
-            f"({len(missing)} such): the adapter is for another model, or this architecture's "
-            "files name or fuse weights differently, which is not merged here"
+            f"{base_model_dir} has no tensor {missing[0]} ({len(missing)} tensors are missing): "
+            "the adapter belongs to another model, or this architecture's files name or fuse "
+            "weights differently from the model, which is not supported"
         )
 
 
-def _check_tied(adapter: Adapter, model: "PreTrainedModel") -> None:
-    """Refuse retrained embeddings where input and output share one matrix."""
+def _check_tied(adapter: Adapter, model: Any) -> None:
+    """Refuse retrained embeddings if input and output embeddings share one matrix."""
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     ends = {model.get_input_embeddings(), model.get_output_embeddings()}
     for name in adapter.replaced:
         module = name.rpartition(".")[0]
         if tied and model.get_submodule(module) in ends:
             raise ModelError(
-                f"the adapter retrained {module}, and this model's input and output embeddings "
-                "are one matrix: train without it in modules_to_save"
+                f"the adapter retrained {module}, but this model's input and output embeddings "
+                "share one matrix: train without it in modules_to_save"
             )

@@ -1,4 +1,4 @@
-"""Run as `python -m tuneline.quantize --format q4_k_m --merged DIR ...`."""
+"""Run the step as `python -m tuneline.quantize --format q4_k_m --merged DIR ...`."""
 
 from tuneline.quantize import QuantizeConfig
 from tuneline.quantize.run import run

@@ -3,6 +3,8 @@
 import logging
 from pathlib import Path
 
+import pyarrow.parquet
+
 from tuneline.artifacts import INPUT_IDS, PROMPT_IDS, TRAIN_FILE
 from tuneline.errors import DataError
 
@@ -10,22 +12,20 @@ logger = logging.getLogger(__name__)
 
 
 def read_rows(dataset_dir: Path, num_rows: int, *, setting: str, purpose: str) -> list[list[int]]:
-    """Read the token ids of the first training rows; they were shuffled when prepared.
+    """Read the token IDs of the first training rows, which the prepare step has shuffled.
 
     Args:
-        dataset_dir: what prepare made.
-        num_rows: how many; fewer where there are not so many.
-        setting: the config's name of that number, for a warning.
-        purpose: for errors: "GPTQ calibrates".
+        dataset_dir: the directory that prepare made.
+        num_rows: number of rows to read; a shorter dataset gives all that it has.
+        setting: the config key that holds `num_rows`, for the warning about a short dataset.
+        purpose: what needs the rows, for error messages, e.g. "GPTQ calibrates".
 
     Raises:
-        DataError: there are none.
+        DataError: the dataset has no training rows.
     """
-    import pyarrow.parquet
-
     path = dataset_dir / TRAIN_FILE
     if not path.is_file():
-        raise DataError(f"{path} does not exist, and {purpose} on training rows: run prepare")
+        raise DataError(f"{path} does not exist, but {purpose} on training rows: run prepare")
     file = pyarrow.parquet.ParquetFile(path)
     column = INPUT_IDS if INPUT_IDS in file.schema_arrow.names else PROMPT_IDS
     rows: list[list[int]] = []
@@ -34,7 +34,7 @@ def read_rows(dataset_dir: Path, num_rows: int, *, setting: str, purpose: str) -
         if len(rows) >= num_rows:
             break
     if not rows:
-        raise DataError(f"{path} has no rows, and {purpose} on training rows: run prepare")
+        raise DataError(f"{path} has no rows, but {purpose} on training rows: run prepare")
     if len(rows) < num_rows:
-        logger.warning("%s is %d, the data set has %d", setting, num_rows, len(rows))
+        logger.warning("%s is %d, but the dataset has only %d rows", setting, num_rows, len(rows))
     return rows[:num_rows]

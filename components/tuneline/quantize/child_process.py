@@ -1,7 +1,10 @@
-"""Run a program, or a function, in a process that ends with the step: no signal leaves it behind.
+"""Run a function or a program in a child process that never outlives the step.
 
-Python sees a signal only between its own instructions, and llama.cpp computes for minutes in one
-call; raised where llama.cpp calls back into Python, to log a line, the exception would be lost.
+Python handles a signal only between its own instructions, but llama.cpp computes for minutes in one
+call. If the signal's exception were raised where llama.cpp calls back into Python to log a line, it
+would be lost. The step therefore waits in Python, and kills the child when it is interrupted.
+
+`python -m tuneline.quantize.child_process DIRECTORY` is the child's side of `call`.
 """
 
 import contextlib
@@ -12,15 +15,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from tuneline.errors import ToolError
 
-STOPPED = ", and nothing of the export was kept: run it again"
-"""What is said of SIGTERM, after that it came."""
-CALL, ANSWER = "call.pickle", "answer.pickle"
+ADVICE_ON_SIGTERM = ", and nothing of the export was kept: run it again"
+"""Rest of the message of a step that SIGTERM stopped."""
+
+_CALL, _ANSWER = "call.pickle", "answer.pickle"
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -29,27 +34,29 @@ Result = TypeVar("Result")
 def call(
     function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
-    """Call a module's function in a process of its own; what interrupts the wait ends it at once.
+    """Call a module-level function in a child process and return its result.
 
-    Its log goes on standard error, and its temporary files are removed, however it ended.
+    An exception in the parent, such as an interrupt, kills the child at once. The child logs to
+    standard error. Its temporary files are removed, however it ends.
 
     Raises:
-        ToolError: the process ended without an answer: memory ran out, or llama.cpp gave up.
-        Exception: what the function raised, with its traceback as a note.
+        ToolError: the child ended without an answer: it ran out of memory, or llama.cpp aborted.
+        Exception: what the function raised, with the child's traceback as a note.
     """
     level = logging.getLogger().getEffectiveLevel()
     with tempfile.TemporaryDirectory() as scratch:
-        Path(scratch, CALL).write_bytes(pickle.dumps((function, args, kwargs, level)))
+        Path(scratch, _CALL).write_bytes(pickle.dumps((function, args, kwargs, level)))
         done = run_to_end(
-            # -P: not to import what lies in the working directory.
-            [sys.executable, "-P", "-m", "tuneline.quantize.child_main", scratch],
+            # -P: the child must not import modules from the working directory.
+            [sys.executable, "-P", "-m", "tuneline.quantize.child_process", scratch],
             cwd=Path.cwd(),
             env={**os.environ, "TMPDIR": scratch},
             captured=False,
         )
-        answer = Path(scratch, ANSWER)
+        answer = Path(scratch, _ANSWER)
         if not answer.is_file():
-            raise ToolError(_end(done.returncode))
+            raise ToolError(_describe_end(done.returncode))
+        result: Result
         result, error = pickle.loads(answer.read_bytes())
     if error is not None:
         raise error
@@ -59,13 +66,13 @@ def call(
 def run_to_end(
     command: list[str], *, cwd: Path, env: dict[str, str], captured: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program in a session of its own; what interrupts the wait ends it and its children.
+    """Run a program in its own session; an exception during the wait kills the whole session.
 
     Args:
         command: the program and its arguments.
-        cwd: where it runs.
-        env: all of its environment.
-        captured: whether its output is returned; else it goes where the step's own goes.
+        cwd: the working directory.
+        env: the whole environment of the program.
+        captured: True returns the program's output; False passes it to the step's own output.
     """
     output = subprocess.PIPE if captured else None
     with subprocess.Popen(
@@ -77,7 +84,7 @@ def run_to_end(
         stderr=output,
         text=True,
         errors="replace",
-        # gptqmodel's progress bars ask the terminal questions; in a background job that stops it.
+        # gptqmodel's progress bars query the terminal, which would stop a background job.
         start_new_session=True,
     ) as process:
         try:
@@ -85,18 +92,39 @@ def run_to_end(
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            # Popen does not wait at an interrupt, and the files it writes are removed next.
+            # Popen does not wait after an interrupt, and the child's files are removed next.
             process.wait()
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def _end(code: int) -> str:
-    """Say how a process ended that gave no answer."""
+def _describe_end(code: int) -> str:
+    """Return the error message for a child that ended with `code` and left no answer."""
     if code == -signal.SIGKILL:
         return (
-            "the process that makes the export was killed, as the kernel does where memory runs "
-            "out: give the step more (`tuneline plan` says how much it takes), and run it again"
+            "the process that makes the export was killed, which is what the kernel does when "
+            "memory runs out: give the step more memory (`tuneline plan` estimates how much it "
+            "needs), and run it again"
         )
     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
     return f"the process that makes the export ended {how}; its log above says why"
+
+
+def _answer(directory: Path) -> None:
+    """Make the call that `directory` holds, and write its result or error there."""
+    function, args, kwargs, level = pickle.loads((directory / _CALL).read_bytes())
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    result, raised = None, None
+    try:
+        result = function(*args, **kwargs)
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        raised = error
+    answer = pickle.dumps((result, raised))
+    # Some exceptions cannot be unpickled. This process then ends with the traceback.
+    pickle.loads(answer)
+    (directory / _ANSWER).write_bytes(answer)
+
+
+if __name__ == "__main__":
+    _answer(Path(sys.argv[1]))

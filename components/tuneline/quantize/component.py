@@ -1,6 +1,7 @@
-"""The KFP components of the step: one conversion, then one task a format.
+# mypy: allow-untyped-decorators
+"""The KFP components of the step: one conversion to GGUF, then one task per format.
 
-With an importance matrix there is one more between them, measured once.
+If an importance matrix is used, it is measured once between them.
 """
 
 from kfp import dsl
@@ -9,8 +10,13 @@ from tuneline import images
 
 
 @dsl.component(base_image=images.GGUF, install_kfp_package=False)
-def convert_gguf(merged: dsl.Input[dsl.Model], gguf: dsl.Output[dsl.Model]):
-    """Convert the merged model to GGUF in f16, once for all formats."""
+def convert_gguf(merged: dsl.Input[dsl.Model], gguf: dsl.Output[dsl.Model]) -> None:
+    """Convert the merged model to GGUF in f16, once for all formats.
+
+    Args:
+        merged: The merged model.
+        gguf: The f16 file.
+    """
     from tuneline.quantize.run import convert
     from tuneline.runtime.step import step
 
@@ -25,8 +31,15 @@ def measure_importance(
     gguf: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
     importance: dsl.Output[dsl.Artifact],
-):
-    """Measure the importance matrix, once for all formats; `config` is a QuantizeConfig as JSON."""
+) -> None:
+    """Measure the importance matrix, once for all formats.
+
+    Args:
+        config: The recipe's quantize section, as JSON.
+        gguf: The f16 file that convert-gguf made.
+        dataset: The prepared dataset; its first training rows are used.
+        importance: The importance matrix.
+    """
     from tuneline.quantize import QuantizeConfig
     from tuneline.quantize.gguf.importance import measure_importance as measure
     from tuneline.runtime.step import step
@@ -50,8 +63,18 @@ def quantize_gguf(
     dataset: dsl.Input[dsl.Dataset],
     quantized: dsl.Output[dsl.Model],
     importance: dsl.Input[dsl.Artifact] = None,
-):
-    """Make and check one GGUF file; `config` is a QuantizeConfig as JSON."""
+) -> None:
+    """Make and check one GGUF file.
+
+    Args:
+        format: The name of the format, e.g. q4_k_m.
+        config: The recipe's quantize section, as JSON.
+        merged: The merged model, with which the file is compared.
+        gguf: The f16 file that convert-gguf made.
+        dataset: The prepared dataset; its held-out rows are the check's prompts.
+        quantized: The GGUF file and its Modelfile.
+        importance: The importance matrix; without one, weights are rounded equally.
+    """
     from tuneline.quantize import QuantizeConfig
     from tuneline.quantize.run import run
     from tuneline.runtime.step import step
@@ -80,8 +103,16 @@ def quantize_gptq(
     merged: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
     quantized: dsl.Output[dsl.Model],
-):
-    """Make and check one GPTQ checkpoint; `config` is a QuantizeConfig as JSON."""
+) -> None:
+    """Make and check one GPTQ checkpoint.
+
+    Args:
+        format: The name of the format, e.g. gptq-4bit.
+        config: The recipe's quantize section, as JSON.
+        merged: The merged model, with which the checkpoint is compared.
+        dataset: The prepared dataset; its training rows calibrate the rounding.
+        quantized: The checkpoint.
+    """
     from tuneline.quantize import QuantizeConfig
     from tuneline.quantize.run import run
     from tuneline.runtime.step import step

@@ -1,5 +1,6 @@
-"""The recipe's part for the exports."""
+"""The `quantize` section of a recipe."""
 
+import functools
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -9,53 +10,60 @@ from tuneline.strict_model import StrictModel
 
 GgufFormat = Annotated[
     str,
-    AfterValidator(formats.known_gguf),
-    Field(json_schema_extra={"enum": list(formats.GGUF)}),
+    AfterValidator(functools.partial(formats.check_name, kind="gguf")),
+    Field(json_schema_extra={"enum": formats.names("gguf")}),
 ]
 GptqFormat = Annotated[
     str,
-    AfterValidator(formats.known_gptq),
-    Field(json_schema_extra={"enum": list(formats.GPTQ)}),
+    AfterValidator(functools.partial(formats.check_name, kind="gptq")),
+    Field(json_schema_extra={"enum": formats.names("gptq")}),
 ]
-AnyFormat = Annotated[str, AfterValidator(formats.known)]
+AnyFormat = Annotated[str, AfterValidator(formats.check_name)]
 
 
 class QuantizeConfig(StrictModel):
-    """Which exports are made and how they are checked."""
+    """Which exports are made of the merged model, and how each one is checked."""
 
     gguf: tuple[GgufFormat, ...] = ("f16", "q8_0", "q5_k_m", "q4_k_m")
-    """Files for llama.cpp and Ollama; an empty list for none."""
+    """GGUF files to make, for llama.cpp and Ollama. An empty list makes none."""
     gptq: tuple[GptqFormat, ...] = ("gptq-4bit",)
-    """Checkpoints for transformers and vLLM; an empty list for none."""
-    group_size: int = Field(128, ge=16)
-    """GPTQ; the largest that divides every layer is taken where this one does not."""
+    """GPTQ checkpoints to make, for transformers and vLLM. An empty list makes none."""
+    group_size: int = Field(default=128, ge=16)
+    """GPTQ: weights that share one scale. If a layer's width is not a multiple of it, the next
+    smaller size that divides every layer is used."""
     desc_act: bool = False
-    """GPTQ: quantise columns by decreasing activation; slower to run, a little better."""
-    num_calibration_rows: int = Field(128, ge=1)
-    """GPTQ: rows of the run's own training data."""
-    num_importance_rows: int = Field(0, ge=0)
-    """GGUF: training rows on which an importance matrix is measured, for formats below 8 bits; 128
-    is much. 0 makes none, and the iq1, iq2 and iq3 types need one."""
-    num_check_tokens: int = Field(24, ge=1)
-    """Tokens that each loaded file generates as a check."""
-    num_proof_prompts: int = Field(8, ge=1)
+    """GPTQ: quantise columns in order of decreasing activation, which is a little more accurate
+    and slower to run."""
+    num_calibration_rows: int = Field(default=128, ge=1)
+    """GPTQ: training rows of this run on which the rounding is calibrated."""
+    num_importance_rows: int = Field(default=0, ge=0)
+    """GGUF: training rows on which an importance matrix is measured, for formats below 8 bits. The
+    default 0 measures none; 128 is plenty. The iq1, iq2 and iq3 types and q2_k_s require one."""
+    num_check_tokens: int = Field(default=24, ge=1)
+    """Tokens that each export generates as a check after it is loaded."""
+    num_proof_prompts: int = Field(default=8, ge=1)
     """Held-out rows on which each export is compared with the merged model."""
-    num_benchmark_rows: int = Field(0, ge=0)
-    """Held-out rows that each export answers for the report's table, by choices where the rows have
-    them, else exactly; 0 for none."""
+    num_benchmark_rows: int = Field(default=0, ge=0)
+    """Held-out rows that each export answers for the report's table: it picks one of the choices
+    if every row has them, and has to generate the exact answer otherwise. The default 0 scores
+    none."""
     max_mean_kl: dict[AnyFormat, Annotated[float, Field(gt=0)]] = {}
-    """By format: an export fails over this mean KL divergence a token, in nats, from the merged
-    model; formats that are not named have the bounds of quantize/formats.py, e.g. f16 0.001."""
+    """By format: the largest mean KL divergence from the merged model, in nats per token. An export
+    above it fails the step. Formats that are not listed keep their built-in bound, e.g. f16
+    0.001."""
     min_top1_agreement: dict[AnyFormat, Annotated[float, Field(ge=0, le=1)]] = {}
-    """By format: an export fails under this share of positions where its most likely token is the
-    merged model's."""
+    """By format: the smallest fraction of positions, 0 to 1, at which export and merged model have
+    the same most likely token. An export below it fails the step. Formats that are not listed keep
+    their built-in bound, e.g. f16 0.98."""
 
     @field_validator("gguf", "gptq")
     @classmethod
     def _check_named_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"{', '.join(twice)} is named more than once: name each format once")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(
+                f"{', '.join(repeated)} is named more than once: name each format once"
+            )
         return names
 
     @model_validator(mode="after")

@@ -1,24 +1,48 @@
-"""The formats by name: what each is for, and how far from the merged model it may be.
+"""The table of export formats: which tool makes each one, and what it has to prove.
 
-The bounds are there to catch a broken file, which is nats away, not to rank formats. They are
-two to ten times what SmolLM2-135M measured (beside each, over 8 rows), and small models suffer
-most from few bits; a recipe can tighten or loosen each.
+To add a format, add an entry to `FORMATS`; everything else about it is derived.
+
+A bound detects a broken file, whose predictions are nats away from the merged model's; it does not
+rank formats. The bounds are two to ten times what SmolLM2-135M measured (the comment beside each
+entry, over 8 rows), and small models lose most from few bits. A recipe can change each bound.
 """
 
 import difflib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["gguf", "gptq"]
+"""The tool that makes an export, and the directory of this package that runs it."""
+
+Importance = Literal["unused", "optional", "required"]
+"""Whether an importance matrix changes the rounding of a format. llama.cpp makes the iq3 types
+without one too, but SmolLM2 was then 0.9 to 3.8 nats from the merged model."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What an export has to prove on held-out prompts."""
+    """How close an export has to be to the merged model on held-out prompts."""
 
     max_mean_kl: float
-    """Nats a token, merged model against export."""
+    """Mean KL divergence of the export from the merged model, in nats per token."""
     min_top1_agreement: float
-    """Share of positions with the same most likely token, 0 to 1."""
+    """Fraction of positions at which both have the same most likely token, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One export format."""
+
+    kind: Kind
+    bound: Bound
+    importance: Importance = "unused"
+    bits: int | None = None
+    """Bits per quantised weight; GPTQ only, because llama.cpp knows its types by name."""
+
+
+def _gguf(bound: Bound, importance: Importance = "optional") -> Format:
+    return Format("gguf", bound, importance)
 
 
 _16BIT = Bound(1e-3, 0.98)
@@ -30,115 +54,95 @@ _3BIT = Bound(2.0, 0.4)
 _2BIT = Bound(3.0, 0.3)
 _IQ = Bound(6.0, 0.1)
 
-GGUF: dict[str, Bound] = {
-    "f16": _16BIT,  # 3.4e-6 nats, 100 %
-    "bf16": Bound(0.01, 0.95),  # 1.4e-4, 99.6 %: made from f16
-    "q8_0": _8BIT,  # 0.0069, 97.7 %
-    "q6_k": _6BIT,  # 0.017, 96.5 %
-    "q5_k_m": _5BIT,  # 0.096, 86.4 %
-    "q5_k_s": _5BIT,  # 0.15, 84.9 %
-    "q5_1": _5BIT,  # 0.12, 87.6 %
-    "q5_0": _5BIT,  # 0.090, 89.5 %
-    "q4_k_m": _5BIT,  # 0.068, 91.9 %: most of its tensors fell back to 5 bits
-    "q4_k_s": _5BIT,  # 0.12, 86.0 %
-    "q4_1": _4BIT,  # 0.35, 74.0 %
-    "q4_0": _4BIT,  # 0.71, 68.2 %
-    "iq4_nl": _4BIT,  # 0.66, 68.2 %
-    "iq4_xs": _4BIT,  # 0.65, 71.7 %
-    "q3_k_l": _3BIT,  # 0.28, 76.4 %
-    "q3_k_m": _3BIT,  # 0.26, 78.3 %
-    "q3_k_s": _3BIT,  # 0.77, 65.9 %
-    "q2_k": _2BIT,  # 0.77, 65.9 %
-    # With an importance matrix of 128 rows; another SmolLM2, of which q4_k_m was 0.067 away and
-    # q2_k 0.60. Only its 30 down projections have rows that these types take.
-    "iq3_m": _IQ,  # 2.2, 39.8 %
-    "iq3_s": _IQ,
-    "iq3_xs": _IQ,
-    "iq3_xxs": _IQ,
-    "q2_k_s": _IQ,
-    "iq2_m": _IQ,  # 5.0, 22.2 %
-    "iq2_s": _IQ,
-    "iq2_xs": _IQ,  # 2.5, 34.7 %
-    "iq2_xxs": _IQ,
-    "iq1_m": _IQ,  # 0.73, 57.1 %
-    "iq1_s": _IQ,
+FORMATS: dict[str, Format] = {
+    # llama.cpp's types by its own names, from many bits to few.
+    "f16": _gguf(_16BIT, "unused"),  # 3.4e-6 nats, 100 %
+    "bf16": _gguf(Bound(0.01, 0.95), "unused"),  # 1.4e-4, 99.6 %: made from f16
+    "q8_0": _gguf(_8BIT, "unused"),  # 0.0069, 97.7 %
+    "q6_k": _gguf(_6BIT),  # 0.017, 96.5 %
+    "q5_k_m": _gguf(_5BIT),  # 0.096, 86.4 %
+    "q5_k_s": _gguf(_5BIT),  # 0.15, 84.9 %
+    "q5_1": _gguf(_5BIT),  # 0.12, 87.6 %
+    "q5_0": _gguf(_5BIT),  # 0.090, 89.5 %
+    "q4_k_m": _gguf(_5BIT),  # 0.068, 91.9 %: most of its tensors fell back to 5 bits
+    "q4_k_s": _gguf(_5BIT),  # 0.12, 86.0 %
+    "q4_1": _gguf(_4BIT),  # 0.35, 74.0 %
+    "q4_0": _gguf(_4BIT),  # 0.71, 68.2 %
+    "iq4_nl": _gguf(_4BIT),  # 0.66, 68.2 %
+    "iq4_xs": _gguf(_4BIT),  # 0.65, 71.7 %
+    "q3_k_l": _gguf(_3BIT),  # 0.28, 76.4 %
+    "q3_k_m": _gguf(_3BIT),  # 0.26, 78.3 %
+    "q3_k_s": _gguf(_3BIT),  # 0.77, 65.9 %
+    "q2_k": _gguf(_2BIT),  # 0.77, 65.9 %
+    # Measured with an importance matrix of 128 rows on another SmolLM2, for which q4_k_m was at
+    # 0.067 and q2_k at 0.60 nats. Only its 30 down projections have rows that these types take.
+    "iq3_m": _gguf(_IQ, "required"),  # 2.2, 39.8 %
+    "iq3_s": _gguf(_IQ, "required"),
+    "iq3_xs": _gguf(_IQ, "required"),
+    "iq3_xxs": _gguf(_IQ, "required"),
+    "q2_k_s": _gguf(_IQ, "required"),
+    "iq2_m": _gguf(_IQ, "required"),  # 5.0, 22.2 %
+    "iq2_s": _gguf(_IQ, "required"),
+    "iq2_xs": _gguf(_IQ, "required"),  # 2.5, 34.7 %
+    "iq2_xxs": _gguf(_IQ, "required"),
+    "iq1_m": _gguf(_IQ, "required"),  # 0.73, 57.1 %
+    "iq1_s": _gguf(_IQ, "required"),
+    "gptq-8bit": Format("gptq", _8BIT, bits=8),
+    "gptq-4bit": Format("gptq", _4BIT, bits=4),
+    "gptq-3bit": Format("gptq", _3BIT, bits=3),
 }
-"""llama.cpp's types, from many bits to few."""
-
-NEEDS_IMPORTANCE = frozenset(name for name in GGUF if re.match("iq[123]|q2_k_s", name))
-"""llama.cpp makes the iq3 types without a matrix, and SmolLM2 was 0.9 to 3.8 nats away."""
-
-WEIGHED = frozenset(GGUF) - {"f16", "bf16", "q8_0"}
-"""Types whose rounding an importance matrix changes."""
-
-GPTQ: dict[str, Bound] = {"gptq-8bit": _8BIT, "gptq-4bit": _4BIT, "gptq-3bit": _3BIT}
+"""Every format that this step makes, by the name that a recipe uses."""
 
 NOT_MADE: dict[str, str] = {
     **dict.fromkeys(("tq1_0", "tq2_0", "q1_0", "q2_0"), "is for models trained in so few values"),
     **dict.fromkeys(("mxfp4_moe", "nvfp4"), "is for models published in it"),
 }
-"""Types that llama.cpp names and this step refuses, with the reason."""
+"""Types of llama.cpp that this step refuses, with the reason."""
+
+
+def names(kind: Kind | None = None) -> list[str]:
+    """Return the names of the formats of one kind, or of all kinds."""
+    return [name for name, format in FORMATS.items() if kind in (None, format.kind)]
 
 
 def bound_of(
-    format: str, max_mean_kl: dict[str, float], min_top1_agreement: dict[str, float]
+    name: str, max_mean_kl: dict[str, float], min_top1_agreement: dict[str, float]
 ) -> Bound:
-    """Return a format's bound with what the recipe says instead."""
-    bound = (GGUF | GPTQ)[format]
+    """Return the bound of a format, with the values that the recipe sets instead."""
+    bound = FORMATS[name].bound
     return Bound(
-        max_mean_kl.get(format, bound.max_mean_kl),
-        min_top1_agreement.get(format, bound.min_top1_agreement),
+        max_mean_kl.get(name, bound.max_mean_kl),
+        min_top1_agreement.get(name, bound.min_top1_agreement),
     )
 
 
-def check_importance(names: Iterable[str], num_rows: int) -> None:
-    """Check that formats which need an importance matrix get one.
+def check_importance(wanted: Iterable[str], num_rows: int) -> None:
+    """Check that an importance matrix is measured if one of the formats `wanted` requires it.
 
     Raises:
-        ValueError: one does not.
+        ValueError: a format requires a matrix, but `num_rows` is 0.
     """
-    lacking = [name for name in names if name in NEEDS_IMPORTANCE and not num_rows]
+    lacking = [name for name in wanted if FORMATS[name].importance == "required" and not num_rows]
     if lacking:
         raise ValueError(
             f"the format '{lacking[0]}' needs an importance matrix: set "
-            "quantize.num_importance_rows, e.g. to 128; q3_k_m and q2_k do without"
+            "quantize.num_importance_rows, e.g. to 128, or take q3_k_m or q2_k, which need none"
         )
 
 
-def known_gguf(name: str) -> str:
-    """Return the name of a GGUF format.
+def check_name(name: str, *, kind: Kind | None = None) -> str:
+    """Return `name` if it is a format of the kind, or of any kind.
 
     Raises:
-        ValueError: there is none; the message names the nearest, or why it is not made.
+        ValueError: it is not; the message names the nearest format, or why the type is not made.
     """
-    return _known(name, GGUF)
-
-
-def known_gptq(name: str) -> str:
-    """Return the name of a GPTQ format.
-
-    Raises:
-        ValueError: there is none; the message names the nearest.
-    """
-    return _known(name, GPTQ)
-
-
-def known(name: str) -> str:
-    """Return the name of a format of either kind.
-
-    Raises:
-        ValueError: there is none; the message names the nearest.
-    """
-    return _known(name, GGUF | GPTQ)
-
-
-def _known(name: str, formats: dict[str, Bound]) -> str:
-    if name in formats:
+    known = names(kind)
+    if name in known:
         return name
     plain = name.lower()
     if plain in NOT_MADE:
         raise ValueError(f"the format '{name}' {NOT_MADE[plain]}")
-    near = difflib.get_close_matches(plain.replace("-", "_"), formats, n=1, cutoff=0.5)
-    near = near or difflib.get_close_matches(plain, formats, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(plain.replace("-", "_"), known, n=1, cutoff=0.5)
+    near = near or difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? known are" if near else "known are"
-    raise ValueError(f"the export format '{name}' is not known; {hint} {', '.join(formats)}")
+    raise ValueError(f"the export format '{name}' is not known; {hint} {', '.join(known)}")

@@ -16,7 +16,7 @@ from tuneline.errors import (
 from tuneline.quantize import QuantizeConfig, formats
 from tuneline.quantize.gguf import converter, tensors
 from tuneline.quantize.gguf.llama_model import LlamaFile
-from tuneline.quantize.proof.generation import NEAR_TIE, Generation, hold_against
+from tuneline.quantize.proof.quality import NEAR_TIE, Generation, hold_generation
 from tuneline.quantize.proof.transformers_model import TransformersModel
 from tuneline.quantize.run import run
 
@@ -85,7 +85,7 @@ def test_a_k_quant_tells_of_its_fallbacks(
     assert record.notes[0].startswith("13 of 20 tensors fell back to ")
     assert record.notes[0].endswith("rows of 128 weights are not a multiple of 256")
     assert 4.5 < record.bits_per_weight < 9
-    assert record.max_mean_kl == formats.GGUF["q4_k_m"].max_mean_kl
+    assert record.max_mean_kl == formats.FORMATS["q4_k_m"].bound.max_mean_kl
     assert record.mean_kl is not None and 0 < record.mean_kl < record.max_mean_kl
 
 
@@ -105,7 +105,7 @@ def test_a_recipe_tightens_a_bound(
 ) -> None:
     with pytest.raises(
         ProofError,
-        match=r"export q4_0 is [\d.e-]+ nats a token from the merged model \(at most 1e-09\) .* "
+        match=r"export q4_0 is [\d.e-]+ nats per token from the merged model \(at most 1e-09\) .* "
         r"over 8 rows; perplexity [\d.e+]+ against [\d.e+]+: take a format with more bits",
     ):
         export(
@@ -128,10 +128,10 @@ def generation(ids: list[int], logits: list[list[float]]) -> Generation:
 
 def test_a_near_tie_is_a_note_and_a_real_difference_fails() -> None:
     reference = generation([0, 1], [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0 - NEAR_TIE / 2]])
-    assert hold_against(generation([0, 1], []), reference) is None
-    assert "near tie" in str(hold_against(generation([0, 2], []), reference))
+    assert hold_generation(generation([0, 1], []), reference) is None
+    assert "near tie" in str(hold_generation(generation([0, 2], []), reference))
     with pytest.raises(ProofError, match="part at token 0"):
-        hold_against(generation([2, 1], []), reference)
+        hold_generation(generation([2, 1], []), reference)
 
 
 def test_missing_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,8 +202,8 @@ def test_every_type_that_llama_cpp_names_is_made_or_refused_with_a_reason() -> N
 
     prefix = "LLAMA_FTYPE_MOSTLY_"
     named = {name.removeprefix(prefix).lower() for name in vars(llama_cpp) if prefix in name}
-    assert set(formats.GGUF) | set(formats.NOT_MADE) == named
-    assert not set(formats.GGUF) & set(formats.NOT_MADE)
+    assert {*formats.names("gguf"), *formats.NOT_MADE} == named
+    assert not set(formats.FORMATS) & set(formats.NOT_MADE)
 
 
 def test_not_a_merged_model(tmp_path: Path) -> None:

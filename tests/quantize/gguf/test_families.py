@@ -205,6 +205,6 @@ def test_a_weight_that_was_spoilt_after_the_merge_is_caught(merged, tmp_path: Pa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(converter, "convert", convert_another)
-        with pytest.raises(ProofError, match="export f16 is .* nats a token"):
+        with pytest.raises(ProofError, match="export f16 is .* nats per token"):
             convert(merged_dir=str(merged_dir), gguf_dir=str(tmp_path / "f16"))
     assert not (tmp_path / "f16").exists()

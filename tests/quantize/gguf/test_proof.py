@@ -14,7 +14,7 @@ import torch
 from tuneline.artifacts import HELDOUT_FILE, MODELFILE, read_jsonl, write_jsonl
 from tuneline.errors import DataError, ProofError
 from tuneline.models.heldout_rows import MAX_ROW_TOKENS, Row, read_rows
-from tuneline.quantize.formats import GGUF, Bound
+from tuneline.quantize.formats import FORMATS, Bound
 from tuneline.quantize.gguf import modelfile
 from tuneline.quantize.gguf import proof as gguf_proof
 from tuneline.quantize.gguf.llama_model import LlamaFile
@@ -65,7 +65,9 @@ def with_template(reference: Reference, template: str | None, **changes: Any) ->
     return dataclasses.replace(reference, tokenizer=tokenizer, **changes)
 
 
-def prove(file: Path, reference: Reference, *, bound: Bound = GGUF["f16"]) -> dict[str, Any]:
+def prove(
+    file: Path, reference: Reference, *, bound: Bound = FORMATS["f16"].bound
+) -> dict[str, Any]:
     return gguf_proof.prove(file, format="f16", reference=reference, bound=bound)
 
 
@@ -116,9 +118,9 @@ def test_no_rows(tmp_path: Path) -> None:
 def test_a_bound_holds_numbers_that_are_not_finite_too(broken: float) -> None:
     found = quality.Quality(broken, 0.5, 2.0, 1.5, 8)
     with pytest.raises(ProofError, match=rf"q8_0 is {broken:g} nats .* at 50\.0% of positions"):
-        quality.hold(found, GGUF["q8_0"], "q8_0")
+        quality.hold(found, FORMATS["q8_0"].bound, "q8_0")
     with pytest.raises(ProofError, match=r"at least 93\.0%"):
-        quality.hold(dataclasses.replace(found, mean_kl=0.0), GGUF["q8_0"], "q8_0")
+        quality.hold(dataclasses.replace(found, mean_kl=0.0), FORMATS["q8_0"].bound, "q8_0")
 
 
 def test_a_tokenizer_that_splits_otherwise(reference: Reference) -> None:
@@ -133,7 +135,7 @@ def test_a_tokenizer_that_splits_otherwise(reference: Reference) -> None:
 
 def test_another_template(f16_file: Path, reference: Reference) -> None:
     template = CHATML.replace("'\n' }}{% endfor", "'\n\n' }}{% endfor")
-    with pytest.raises(ProofError, match=r"renders a conversation of 1 messages otherwise .* from"):
+    with pytest.raises(ProofError, match=r"a conversation of 1 messages differently .* from"):
         prove(f16_file, with_template(reference, template))
     with pytest.raises(ProofError, match="against a refusal"):
         prove(f16_file, with_template(reference, "{{ raise_exception('never') }}"))
@@ -215,7 +217,7 @@ def test_a_long_prompt_is_cut_as_the_rows_are(
 
 def test_weights_of_another_model(f16_file: Path, reference: Reference) -> None:
     other = [torch.roll(logits, 1, dims=-1) for logits in reference.logits]
-    with pytest.raises(ProofError, match="export f16 is .* nats a token"):
+    with pytest.raises(ProofError, match="export f16 is .* nats per token"):
         prove(f16_file, dataclasses.replace(reference, logits=other))
 
 

@@ -1,9 +1,9 @@
 """Run llama.cpp's own converter from safetensors to GGUF.
 
-It is not on PyPI in the version that fits: our build of llama-cpp-python (images/gguf) puts it
-beside the bindings, from the same source. TUNELINE_LLAMA_CPP names a checkout of llama.cpp to use
-in its place. It runs as a process of its own, because it puts a package `conversion` and its own
-`gguf` on sys.path.
+PyPI does not have the converter in the matching version, so our build of llama-cpp-python
+(images/gguf) installs it beside the bindings, from the same source. TUNELINE_LLAMA_CPP can name a
+checkout of llama.cpp to use instead. The converter runs in a child process, because it puts a
+package `conversion` and its own `gguf` on sys.path.
 """
 
 import importlib.util
@@ -14,73 +14,73 @@ import sys
 from pathlib import Path
 
 from tuneline.errors import ToolError
-from tuneline.quantize.disk import raise_if_full
+from tuneline.quantize.machine import raise_if_full
 
 VARIABLE = "TUNELINE_LLAMA_CPP"
 SCRIPT = "convert_hf_to_gguf.py"
 
 
 def find() -> Path:
-    """Return the converter's path.
+    """Return the path of the converter's script.
 
     Raises:
-        ToolError: it is not installed.
+        ToolError: the converter is not installed.
     """
     named = os.environ.get(VARIABLE)
     if named:
         script = Path(named, SCRIPT)
         if not script.is_file():
-            raise ToolError(f"{VARIABLE} is {named}, and there is no {SCRIPT} in it")
+            raise ToolError(f"{VARIABLE} is {named}, but there is no {SCRIPT} in it")
         return script
     bindings = importlib.util.find_spec("llama_cpp")
     if bindings is None or bindings.origin is None:
         raise ToolError(
-            "llama-cpp-python is not installed, and GGUF exports need it: `make install`, the gguf "
-            "image, or set quantize.gguf to [] in the recipe"
+            "llama-cpp-python is not installed, but GGUF exports need it: run `make install`, use "
+            "the gguf image, or set quantize.gguf to [] in the recipe"
         )
     script = Path(bindings.origin).parent / "converter" / SCRIPT
     if not script.is_file():
         raise ToolError(
-            f"llama-cpp-python has no converter beside it ({script}): it was not built with "
-            f"images/gguf/llama-cpp.cmake; `make install` does, or let {VARIABLE} name a checkout "
-            "of llama.cpp"
+            f"llama-cpp-python has no converter beside it ({script}), because it was not built "
+            f"with images/gguf/llama-cpp.cmake: run `make install`, or set {VARIABLE} to a "
+            "checkout of llama.cpp"
         )
     return script
 
 
 def convert(model_dir: Path, file: Path) -> None:
-    """Convert a directory with safetensors to a GGUF file in f16.
+    """Convert a model directory with safetensors files to a GGUF file in f16.
 
     Raises:
-        ToolError: the converter refused the model; the message is its own last line.
+        ToolError: the converter failed; the message quotes its last line.
         OSError: the disk is full.
     """
     done = subprocess.run(
         [
             *(sys.executable, str(find()), str(model_dir), "--outfile", str(file)),
-            # The directory's name would otherwise be read for a model's family and size.
+            # By default the converter parses a model family and size from the directory's name.
             *("--outtype", "f16", "--model-name", _name(model_dir)),
         ],
         capture_output=True,
         text=True,
-        # Two OpenMP threads beside another busy process spin longer than they work.
+        # Two OpenMP threads spin longer than they work if another process is busy.
         env={"OMP_NUM_THREADS": "1", **os.environ},
     )
     if done.returncode != 0:
         raise_if_full(file)
-        # A progress bar may be the last that it wrote.
+        # The last line may be a progress bar.
         lines = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line]
         raise ToolError(
-            f"llama.cpp's converter refused the model: {lines[-1] if lines else 'no message'}; "
-            "models it does not know can still be exported as gptq"
+            f"llama.cpp's converter failed: {lines[-1] if lines else 'it printed no message'}; a "
+            "model that it does not support can still be exported as gptq"
         )
 
 
 def _name(model_dir: Path) -> str:
-    """Return the name that stands in the file.
+    """Return the model name to write into the GGUF file.
 
-    llama.cpp knows from nothing but "phi-3" in it that the special tokens of these models take the
-    white space after them along.
+    The special tokens of Phi-3 swallow the white space that follows them. llama.cpp does so only
+    if the model name contains "phi-3".
     """
     settings = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     file = model_dir / "tokenizer.json"

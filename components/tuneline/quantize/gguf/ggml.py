@@ -1,20 +1,20 @@
-"""ggml's functions for tensors and GGUF files, as the llama.cpp bindings ship them."""
+"""ctypes bindings to ggml's functions for tensors and GGUF files, from llama-cpp-python."""
 
 import ctypes
 from pathlib import Path
 
 F32 = 0
-"""ggml's number of the type."""
+"""GGML_TYPE_F32, the number of the type in ggml.h."""
 
 
 class InitParams(ctypes.Structure):
-    """What `gguf_init_from_file` takes; with `ctx` the tensors' data are read as well."""
+    """ggml's `gguf_init_params`; if `ctx` is set, the tensors' data are read too."""
 
     _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.POINTER(ctypes.c_void_p))]
 
 
 class ContextParams(ctypes.Structure):
-    """What `ggml_init` takes: the bytes that all of a context's tensors need."""
+    """ggml's `ggml_init_params`; `mem_size` is what all tensors of the context need, in bytes."""
 
     _fields_ = [
         ("mem_size", ctypes.c_size_t),
@@ -24,7 +24,7 @@ class ContextParams(ctypes.Structure):
 
 
 class Tensor(ctypes.Structure):
-    """ggml.h's `ggml_tensor`, for what no function tells: what an operation is made from."""
+    """ggml's `ggml_tensor`, for fields that no function returns, such as an operation's sources."""
 
 
 Tensor._fields_ = [
@@ -44,8 +44,8 @@ Tensor._fields_ = [
 
 
 def library() -> ctypes.CDLL:
-    """Load ggml and declare the functions used; an untyped pointer would be cut to 32 bits."""
-    # Loading the bindings loads the libraries, each with its neighbours' path.
+    """Load ggml and declare the functions used; ctypes cuts undeclared pointers to 32 bits."""
+    # Importing the bindings loads the libraries, so that each one finds those that it depends on.
     from llama_cpp._ggml import libggml_base_path
 
     ggml = ctypes.CDLL(str(Path(libggml_base_path, "libggml-base.so")))

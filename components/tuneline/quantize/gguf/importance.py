@@ -1,10 +1,10 @@
-"""Measure which inputs of each weight matter: the importance matrix of llama.cpp's quantisers.
+"""Measure the importance matrix, with which llama.cpp's quantisers round less where it matters.
 
-They round a weight by the error that it makes in the output, and for that they want to know how
-large the weight's input is: its mean square over the run's own training rows. It is measured as
-llama-imatrix does, by watching the matrix products while llama.cpp computes the f16 file, but a
-row of the data set is a text of its own; llama-imatrix cuts one long text into pieces. Embeddings
-and head are left out, as it leaves them out.
+The quantisers minimise the error in a layer's output. For that they need the mean square of each
+input of a weight matrix, which is measured here on the run's own training rows. The method is that
+of llama-imatrix: llama.cpp computes the f16 file, and a callback sees the inputs of every matrix
+product. Embeddings and head are left out, as in llama-imatrix. Unlike there, each dataset row is a
+text of its own; llama-imatrix cuts one long text into chunks.
 """
 
 import ctypes
@@ -13,44 +13,46 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from tuneline.artifacts import DatasetManifest, ImportanceMatrix, QuantizedModel, new_directory
 from tuneline.errors import ModelError, RecipeError, ToolError
 from tuneline.quantize import child_process
 from tuneline.quantize.calibration import read_rows
-from tuneline.quantize.child_process import STOPPED
+from tuneline.quantize.child_process import ADVICE_ON_SIGTERM
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.quantize.gguf import importance_file
 from tuneline.quantize.gguf.ggml import F32, Tensor, library
 from tuneline.quantize.gguf.importance_file import Importance
-from tuneline.quantize.threads import num_threads
+from tuneline.quantize.machine import num_threads
 from tuneline.runtime.signals import raised_on_sigterm
 
 logger = logging.getLogger(__name__)
 
 FILE = "importance.gguf"
 MAX_ROW_TOKENS = 512
-"""Of a row; llama.cpp keeps a batch's logits, at the vocabulary's size for each token."""
+"""Tokens of a row that are used; llama.cpp keeps a batch's logits, [tokens, vocabulary]."""
 
 
-@raised_on_sigterm(STOPPED, once=True)
+@raised_on_sigterm(ADVICE_ON_SIGTERM, once=True)
 def measure_importance(
     config: QuantizeConfig, *, gguf_dir: str, dataset_dir: str, importance_dir: str
 ) -> ImportanceMatrix:
     """Measure the importance matrix on the first training rows.
 
     Args:
-        config: the recipe's part; `num_importance_rows` rows are taken.
-        gguf_dir: what `convert` made.
-        dataset_dir: what prepare made.
-        importance_dir: new; gets the file and its record.
+        config: the `quantize` section of the recipe; `num_importance_rows` rows are used.
+        gguf_dir: output of `convert`.
+        dataset_dir: directory that prepare made.
+        importance_dir: directory to create for the matrix and its record.
 
     Raises:
-        RecipeError: the config asks for no rows.
+        RecipeError: `num_importance_rows` is 0.
         DataError: there are no training rows.
-        ModelError: the model has several experts.
+        ModelError: the model is a mixture of experts.
         ToolError: llama.cpp cannot compute the file.
-        WorldError: the file is not the one that `convert` left.
-        StoppedError: SIGTERM came; nothing is kept.
+        WorldError: the f16 file has changed since `convert` made it.
+        StoppedError: the process received SIGTERM; no output is kept.
     """
     if not config.num_importance_rows:
         raise RecipeError("quantize.num_importance_rows is 0: an importance matrix needs rows")
@@ -68,7 +70,14 @@ def measure_importance(
 def measure(
     config: QuantizeConfig, *, gguf_dir: Path, dataset_dir: Path, target: Path
 ) -> ImportanceMatrix:
-    """Measure it with a GGUF file that was checked, as `measure_importance` does."""
+    """Measure the importance matrix in this process, with an f16 file that has been checked.
+
+    Args:
+        config: the `quantize` section of the recipe; `num_importance_rows` rows are used.
+        gguf_dir: output of `convert`.
+        dataset_dir: directory that prepare made.
+        target: directory that gets the matrix and its record.
+    """
     started = time.monotonic()
     rows = read_rows(
         dataset_dir,
@@ -78,14 +87,14 @@ def measure(
     )
     rows = [row[:MAX_ROW_TOKENS] for row in rows if row]
     f16 = QuantizedModel.read(gguf_dir)
-    found = collect(gguf_dir / f16.file, rows)
+    matrix = collect(gguf_dir / f16.file, rows)
     dataset = DatasetManifest.read(dataset_dir)
-    importance_file.write(target / FILE, found, source=dataset.sha256, num_rows=len(rows))
+    importance_file.write(target / FILE, matrix, source=dataset.sha256, num_rows=len(rows))
     record = ImportanceMatrix(
         file=FILE,
         num_rows=len(rows),
         num_tokens=sum(len(row) for row in rows),
-        num_tensors=len(found),
+        num_tensors=len(matrix),
         seconds=round(time.monotonic() - started, 3),
     )
     record.write(target, config, parents=(dataset, f16))
@@ -100,12 +109,13 @@ def measure(
 
 
 def collect(file: Path, rows: list[list[int]]) -> dict[str, Importance]:
-    """Compute rows of token ids with a GGUF file; return what went into its matrices, by name.
+    """Compute rows of token IDs with a GGUF file; return the input statistics by weight name.
 
     Raises:
-        ModelError: the model has several experts.
+        ModelError: the model is a mixture of experts.
         ToolError: llama.cpp cannot compute the file.
     """
+    # Late: the parent process imports this module too, and the GPTQ image has no llama.cpp.
     import llama_cpp
 
     watch = _Watch()
@@ -113,7 +123,7 @@ def collect(file: Path, rows: list[list[int]]) -> dict[str, Importance]:
     llama_cpp.llama_backend_init()
     model_params = llama_cpp.llama_model_default_params()
     model_params.n_gpu_layers = 0
-    # Repacked weights lose their place in the file.
+    # A repacked weight is a copy in memory instead of a mapped part of the file.
     model_params.use_extra_bufts = False
     model = llama_cpp.llama_model_load_from_file(str(file).encode(), model_params)
     if not model:
@@ -134,7 +144,7 @@ def collect(file: Path, rows: list[list[int]]) -> dict[str, Importance]:
             llama_cpp.llama_free(context)
     finally:
         llama_cpp.llama_model_free(model)
-    return watch.found
+    return watch.matrix
 
 
 def _compute(api: Any, context: Any, row: list[int]) -> None:
@@ -147,7 +157,7 @@ def _compute(api: Any, context: Any, row: list[int]) -> None:
             batch.pos[index] = index
             batch.n_seq_id[index] = 1
             batch.seq_id[index][0] = 0
-            # All: the last layer computes nothing for tokens without an output.
+            # The last layer computes only the tokens whose logits are requested.
             batch.logits[index] = True
         if api.llama_decode(context, batch):
             raise ToolError(f"llama.cpp could not compute a row of {len(row)} tokens")
@@ -156,10 +166,10 @@ def _compute(api: Any, context: Any, row: list[int]) -> None:
 
 
 class _Watch:
-    """What llama.cpp calls before and after each operation; errors wait for `check`."""
+    """A callback of llama.cpp around each operation; errors are kept until `check` raises them."""
 
     def __init__(self) -> None:
-        self.found: dict[str, Importance] = {}
+        self.matrix: dict[str, Importance] = {}
         self._ggml = library()
         self._error: Exception | None = None
 
@@ -169,46 +179,44 @@ class _Watch:
             if asks:
                 return self._is_wanted(tensor, pointer)
             self._add(tensor.src[0].contents, tensor.src[1].contents)
-        except Exception as error:  # it cannot pass through llama.cpp
+        except Exception as error:  # an exception cannot propagate through llama.cpp
             self._error = self._error or error
         return True
 
     def check(self) -> None:
-        """Raise what a call found."""
+        """Raise the first error of a callback."""
         if self._error:
             raise self._error
 
     def _is_wanted(self, tensor: Tensor, pointer: int) -> bool:
         if self._ggml.ggml_get_name(pointer) != tensor.name:
             raise ToolError(
-                "this llama-cpp-python lays out its tensors otherwise than the version that "
-                "tuneline is made for: install the locked one, or set quantize.num_importance_rows "
-                "to 0"
+                "this version of llama-cpp-python has another tensor layout than the one that "
+                "tuneline supports: install the locked version, or set "
+                "quantize.num_importance_rows to 0"
             )
         operation = self._ggml.ggml_op_name(tensor.op)
         if operation == b"MUL_MAT_ID":
             raise ModelError(
-                "the model has several experts, for which no importance matrix is measured: set "
-                "quantize.num_importance_rows to 0"
+                "the model is a mixture of experts, for which importance matrices are not "
+                "supported: set quantize.num_importance_rows to 0"
             )
         if operation != b"MUL_MAT":
             return False
         weight, inputs = tensor.src[0].contents, tensor.src[1].contents
-        return weight.name.startswith(b"blk.") and inputs.type == F32
+        return bool(weight.name.startswith(b"blk.") and inputs.type == F32)
 
     def _add(self, weight: Tensor, inputs: Tensor) -> None:
-        import numpy
-
         num_inputs = inputs.ne[0]
         num_tokens = inputs.ne[1] * inputs.ne[2] * inputs.ne[3]
-        # Rows of a batch follow each other without gaps in everything that a weight multiplies.
+        # The inputs of a weight are contiguous: the rows of a batch follow without gaps.
         assert inputs.nb[0] == 4 and inputs.nb[1] == 4 * num_inputs
         values = ctypes.cast(inputs.data, ctypes.POINTER(ctypes.c_float))
         x_TI = numpy.ctypeslib.as_array(values, (num_tokens, num_inputs))
         sums = numpy.einsum("ti,ti->i", x_TI, x_TI, dtype=numpy.float64)
         if not numpy.isfinite(sums).all():
             raise ToolError(f"an input of {weight.name.decode()} is not finite")
-        entry = self.found.setdefault(
+        entry = self.matrix.setdefault(
             weight.name.decode(), Importance(numpy.zeros(num_inputs), count=0)
         )
         entry.sums += sums

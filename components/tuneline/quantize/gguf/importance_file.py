@@ -1,6 +1,7 @@
-"""llama.cpp's file of an importance matrix: for each weight the sum of its inputs' squares.
+"""Read and write llama.cpp's file of an importance matrix.
 
-The same GGUF file that llama-imatrix writes, so that llama-quantize takes ours as well.
+It holds, for each weight matrix, the sum of squares of every input and the number of tokens. The
+format is the GGUF file of llama-imatrix, so llama-quantize reads the file too.
 """
 
 import contextlib
@@ -9,49 +10,50 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy
+import numpy.typing
 
 from tuneline.errors import ToolError
 from tuneline.quantize.gguf.ggml import F32, ContextParams, InitParams, library
 
-if TYPE_CHECKING:
-    import numpy
-
 SUMS, COUNTS = ".in_sum2", ".counts"
+"""Suffixes of the two tensors that the file has per weight."""
+
+Float64s = numpy.typing.NDArray[numpy.float64]
 
 
 @dataclass
 class Importance:
-    """What went into one weight, a column of inputs each."""
+    """Statistics of the inputs of one weight matrix."""
 
-    sums: "numpy.ndarray"
-    """Of squares, over all tokens; float64 [num_inputs]."""
+    sums: Float64s
+    """Sum of squares of each input over all tokens, [num_inputs]."""
     count: int
-    """Tokens."""
+    """Number of tokens."""
 
     @property
-    def mean(self) -> "numpy.ndarray":
-        """Mean square of each input."""
+    def mean(self) -> Float64s:
+        """Mean square of each input, [num_inputs]."""
         return self.sums / max(self.count, 1)
 
 
-def write(file: Path, found: dict[str, Importance], *, source: str, num_rows: int) -> None:
-    """Write sums and counts by the weights' GGUF names.
+def write(file: Path, matrix: dict[str, Importance], *, source: str, num_rows: int) -> None:
+    """Write an importance matrix.
 
     Args:
-        file: new.
-        found: by name of the weight.
-        source: what the rows are.
-        num_rows: how many they were, which is llama.cpp's number of chunks.
+        file: path of the new file.
+        matrix: the statistics by GGUF name of the weight.
+        source: name of the dataset, for llama.cpp's metadata.
+        num_rows: rows that were measured, which llama.cpp calls chunks.
 
     Raises:
-        ToolError: ggml did not write it.
+        ToolError: ggml could not write the file.
     """
-    import numpy
-
     ggml = library()
     num_bytes = sum(
-        2 * ggml.ggml_tensor_overhead() + 4 * len(entry.sums) + 4 + 64 for entry in found.values()
+        2 * ggml.ggml_tensor_overhead() + 4 * len(entry.sums) + 4 + 64 for entry in matrix.values()
     )
     with _freed(ggml.ggml_init(ContextParams(num_bytes, None, False)), ggml.ggml_free) as tensors:
         with _freed(ggml.gguf_init_empty(), ggml.gguf_free) as gguf:
@@ -59,9 +61,9 @@ def write(file: Path, found: dict[str, Importance], *, source: str, num_rows: in
             sources = (ctypes.c_char_p * 1)(source.encode())
             ggml.gguf_set_arr_str(gguf, b"imatrix.datasets", sources, 1)
             ggml.gguf_set_val_u32(gguf, b"imatrix.chunk_count", num_rows)
-            longest = max((entry.count for entry in found.values()), default=0)
+            longest = max((entry.count for entry in matrix.values()), default=0)
             ggml.gguf_set_val_u32(gguf, b"imatrix.chunk_size", max(1, longest // num_rows))
-            for name, entry in sorted(found.items()):
+            for name, entry in sorted(matrix.items()):
                 for suffix, values in ((SUMS, entry.sums), (COUNTS, [entry.count])):
                     data = numpy.asarray(values, dtype=numpy.float32)
                     tensor = ggml.ggml_new_tensor_2d(tensors, F32, len(data), 1)
@@ -73,13 +75,11 @@ def write(file: Path, found: dict[str, Importance], *, source: str, num_rows: in
 
 
 def read(file: Path) -> dict[str, Importance]:
-    """Read sums and counts by the weights' names.
+    """Read an importance matrix; return the statistics by GGUF name of the weight.
 
     Raises:
-        ToolError: it is no such file.
+        ToolError: the file is not an importance matrix.
     """
-    import numpy
-
     ggml = library()
     tensors = ctypes.c_void_p()
     parameters = InitParams(no_alloc=False, ctx=ctypes.pointer(tensors))

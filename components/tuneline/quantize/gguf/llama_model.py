@@ -1,35 +1,42 @@
-"""Load a GGUF file with llama.cpp, to tokenise, to render chats, to generate and to read logits."""
+"""Load a GGUF file with llama.cpp to tokenise, render chats, generate and compute logits."""
 
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import llama_cpp
+import numpy
+import numpy.typing
+from jinja2 import TemplateError
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
 from tuneline.errors import ProofError
 from tuneline.models.likelihood import Pair, Tokens
-from tuneline.quantize.proof.generation import Generation
-from tuneline.quantize.threads import num_threads
+from tuneline.quantize.machine import num_threads
+from tuneline.quantize.proof.quality import Generation
 
 TEMPLATE_KEY = "tokenizer.chat_template"
+"""Name of the chat template in a GGUF file's metadata."""
+
+Array = numpy.typing.NDArray[Any]
 
 
 class LlamaFile:
     """A GGUF file on the CPU; use it in a `with` statement.
 
     Attributes:
-        num_threads: threads that it computes on.
-        chat_template: as the file carries it, "" for none.
-        adds_bos: whether llama.cpp puts the token that begins a text before a prompt by itself.
+        num_threads: number of CPU threads that it computes on.
+        chat_template: chat template in the file, "" for none.
+        adds_bos: whether llama.cpp by default puts the BOS token before a prompt.
     """
 
     def __init__(self, file: Path, *, num_context: int) -> None:
-        """Load it, with room for so many tokens.
+        """Load `file` with a context of `num_context` tokens.
 
         Raises:
-            ProofError: llama.cpp does not load it.
+            ProofError: llama.cpp does not load the file.
         """
-        import llama_cpp
-
         self._api: Any = llama_cpp
         self._name = file.name
         self.num_threads = num_threads()
@@ -62,22 +69,19 @@ class LlamaFile:
         self._model.close()
 
     def tokenise(self, text: str) -> list[int]:
-        """Return the token ids of a text, its special tokens recognised and none added."""
+        """Return the token IDs of a text; special tokens are recognised, but none are added."""
         return self._model.tokenize(text.encode(), add_bos=False, special=True)
 
     def is_stop(self, token: int) -> bool:
-        """Tell whether llama.cpp ends a text after a token."""
+        """Return whether llama.cpp stops generating after `token`."""
         return bool(self._api.llama_vocab_is_eog(self._vocab, token))
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """Return the prompt that the file's chat template makes, for an answer to follow.
+        """Return a conversation rendered by the file's chat template, with a generation prompt.
 
         Raises:
-            ValueError: the template refuses the conversation.
+            ValueError: the template rejects the conversation.
         """
-        from jinja2 import TemplateError
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
         formatter = Jinja2ChatFormatter(
             template=self.chat_template,
             bos_token=self._text_of(self._model.token_bos()),
@@ -88,33 +92,31 @@ class LlamaFile:
         except TemplateError as error:
             raise ValueError(str(error)) from error
 
-    def logits(self, ids: list[int]) -> Any:
-        """Return the logits of every position, numpy [tokens, vocabulary] in fp32.
+    def logits(self, ids: list[int]) -> Array:
+        """Return the logits of every position, [tokens, vocabulary] in fp32.
 
         Raises:
-            ProofError: one of them is not finite.
+            ProofError: a logit is not finite.
         """
         return self._decode(ids, position=0, all_positions=True)
 
     def score_answers(self, pairs: list[Pair]) -> dict[Pair, tuple[float, bool]]:
         """Score answers given prompts, as `likelihood.score_answers` does.
 
-        A prompt is computed once for the answers that follow each other, but for a model that
-        keeps no state of each position.
+        Consecutive answers to the same prompt share one computation of the prompt, unless the
+        model keeps no state per position that could be rolled back.
         """
-        import numpy
-
-        # A answers' tokens, V vocabulary.
+        # Legend: A tokens of the answer, V vocabulary.
         scores = {}
         computed: Tokens | None = None
         for prompt, answer in pairs:
             if prompt != computed:
                 first = self._decode(list(prompt), position=0)
-            found = [first]
+            parts = [first]
             if len(answer) > 1:
-                rest = list(answer[:-1])
-                found.append(self._decode(rest, position=len(prompt), all_positions=True))
-            logits_AV = numpy.concatenate(found)
+                ids = list(answer[:-1])
+                parts.append(self._decode(ids, position=len(prompt), all_positions=True))
+            logits_AV = numpy.concatenate(parts)
             memory = self._api.llama_get_memory(self._model.ctx)
             removed = self._api.llama_memory_seq_rm(memory, 0, len(prompt), -1)
             computed = prompt if removed else None
@@ -126,10 +128,10 @@ class LlamaFile:
         return scores
 
     def generate(self, prompt_ids: list[int], *, num_tokens: int) -> Generation:
-        """Generate greedily; a token that ends the text is the last one.
+        """Generate greedily, up to and including the first stop token.
 
         Raises:
-            ProofError: it computes a logit that is not finite.
+            ProofError: a logit is not finite.
         """
         step, position = prompt_ids, 0
         ids: list[int] = []
@@ -143,17 +145,15 @@ class LlamaFile:
         return Generation(prompt_ids=prompt_ids, ids=ids, text=text)
 
     def tokens_per_second(self, ids: list[int], *, num_tokens: int) -> float:
-        """Time so many single steps after a prompt, whatever it would say."""
+        """Measure the speed of `num_tokens` single-token steps after a prompt of `ids`."""
         self._decode(ids, position=0)
         started = time.perf_counter()
         for step in range(num_tokens):
             self._decode(ids[-1:], position=len(ids) + step)
         return num_tokens / (time.perf_counter() - started)
 
-    def _decode(self, ids: list[int], *, position: int, all_positions: bool = False) -> Any:
-        """Run tokens that stand at `position`; return logits of the last, or of all of them."""
-        import numpy
-
+    def _decode(self, ids: list[int], *, position: int, all_positions: bool = False) -> Array:
+        """Compute tokens that begin at `position`; return the logits of the last one, or of all."""
         api, context = self._api, self._model.ctx
         if position == 0:
             api.llama_memory_clear(api.llama_get_memory(context), True)
@@ -174,12 +174,12 @@ class LlamaFile:
                 f"llama.cpp could not compute {len(ids)} tokens with {self._name} (code {failed})"
             )
         shape = (len(ids) if all_positions else 1, self._model.n_vocab())
-        # A copy: the next call writes over it.
-        logits = numpy.ctypeslib.as_array(api.llama_get_logits(context), shape).copy()
+        # A copy, because the next call overwrites the buffer.
+        logits: Array = numpy.ctypeslib.as_array(api.llama_get_logits(context), shape).copy()
         if not numpy.isfinite(logits).all():
             raise ProofError(
                 f"the export {self._name} computes logits that are not finite: the merged model "
-                "has weights that the format cannot hold"
+                "has weights that the format cannot represent; take a format with more bits"
             )
         return logits
 

@@ -1,10 +1,11 @@
-"""Write a Modelfile, with which Ollama makes a model of a GGUF file: `ollama create NAME -f FILE`.
+"""Write a Modelfile, from which `ollama create NAME -f FILE` makes a model of a GGUF file.
 
-Ollama's templates are Go's, a chat template is Jinja: one is not the other's translation. So the
-pieces round each message are read off what the chat template renders, and taken only when they
-give the same text for every conversation of probes.py.
+Ollama's templates are Go templates, chat templates are Jinja, and there is no translation between
+them. The text that the chat template puts around each message is therefore read from conversations
+that it renders, and used only if it reproduces every conversation of probes.py.
 """
 
+import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -15,32 +16,32 @@ from tuneline.quantize.proof import probes
 from tuneline.quantize.proof.reference import Reference
 
 MAX_CONTEXT = 8192
-"""Ollama reserves memory for all of it at once; a person with more can raise it."""
+"""Largest `num_ctx` written. Ollama reserves memory for the whole context; users can raise it."""
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# Ollama's word where it is not that of generation_config.json.
+# Ollama's name of a parameter, where generation_config.json has another.
 _NAMES = {"repetition_penalty": "repeat_penalty"}
 
-_UNSAYABLE = "characters that Ollama drops, or three quotes at the end of a line"
+_NOT_EXPRESSIBLE = "characters that Ollama drops, or three quotes at the end of a line"
 
 Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a chat template puts round the messages."""
+    """Text that a chat template puts around the messages, as (before, after) per role."""
 
     no_system: str
-    """At the start, where there is no system message: "" or a default one."""
+    """Beginning of a conversation without a system message: "" or a default system message."""
     system: tuple[str, str] | None
-    """Before and after it; None where the template refuses one."""
+    """Text around the system message; None if the template rejects system messages."""
     user: tuple[str, str]
     assistant: tuple[str, str]
     for_answer: str
-    """At the end, for the answer to follow."""
+    """Generation prompt at the end of a conversation."""
 
     def render(self, messages: Messages) -> str:
-        """Return a conversation's text, as the Go template below does."""
+        """Return the text of a conversation, as the template of `go_template` renders it."""
         parts = [self.no_system] if messages[0]["role"] != "system" else []
         around = {"system": self.system, "user": self.user, "assistant": self.assistant}
         for message in messages:
@@ -49,7 +50,7 @@ class Pieces:
         return "".join([*parts, self.for_answer])
 
     def go_template(self) -> str:
-        """Return it in the language of Ollama's templates."""
+        """Return the pieces as a Go template for Ollama."""
         system = "{{ if .System }}%s{{ .System }}%s{{ else }}%s{{ end }}"
         if self.system:
             start = system % (*map(_go, self.system), _go(self.no_system))
@@ -65,16 +66,22 @@ class Pieces:
 
 
 def write(file: Path, *, reference: Reference, adds_bos: bool) -> list[str]:
-    """Write the Modelfile beside a GGUF file; return notes on what it lacks."""
+    """Write the Modelfile beside a GGUF file; return notes on what it cannot express.
+
+    Args:
+        file: the GGUF file.
+        reference: the merged model, with its chat template and stop tokens.
+        adds_bos: whether llama.cpp adds the BOS token, so that the template must not.
+    """
     lines, notes = [f"FROM ./{file.name}"], []
     if reference.tokenizer.chat_template:
         bos = reference.tokenizer.bos_token or ""
-        found = pieces(reference, bos=bos if adds_bos else "")
-        template = quoted(found.go_template()) if found else None
+        framing = pieces(reference, bos=bos if adds_bos else "")
+        template = quoted(framing.go_template()) if framing else None
         if template:
             lines.append(f"TEMPLATE {template}")
-        elif found:
-            notes.append(f"no Ollama template: the chat template has {_UNSAYABLE}")
+        elif framing:
+            notes.append(f"no Ollama template: the chat template contains {_NOT_EXPRESSIBLE}")
         else:
             notes.append("no Ollama template: the chat template does more than frame messages")
     for text in reference.stop_texts:
@@ -82,21 +89,21 @@ def write(file: Path, *, reference: Reference, adds_bos: bool) -> list[str]:
         if stop:
             lines.append(f"PARAMETER stop {stop}")
         else:
-            notes.append(f"no Ollama stop for {text!r}: it has {_UNSAYABLE}")
+            notes.append(f"no Ollama stop for {text!r}: it contains {_NOT_EXPRESSIBLE}")
     lines += [f"PARAMETER {name} {value}" for name, value in _parameters(reference.model_dir)]
-    # As it stands: a text may have a \r.
+    # newline="": a text may contain \r, which must stay.
     with open(file.parent / MODELFILE, "w", encoding="utf-8", newline="") as modelfile:
         modelfile.write("\n".join(lines) + "\n")
     return notes
 
 
 def quoted(text: str) -> str | None:
-    """Return a value as Ollama reads it back; None where it would read another.
+    """Return a value in quotes, or None if Ollama would not read back the same text.
 
-    In its parser/parser.go (2026-08) nothing is an escape: a backslash is one, and quotes inside
-    of quotes stand for themselves. A value ends with the first line whose end closes its quotes,
-    three where it begins with three. Characters that Go does not print are dropped; str.isprintable
-    goes by the same categories of Unicode.
+    Ollama's parser/parser.go (2026-08) has no escapes: a backslash is a backslash, and quotes
+    within quotes are plain characters. A value ends at the first line end that closes its quotes,
+    which are three if it begins with three. The parser drops characters that Go does not consider
+    printable; str.isprintable uses the same Unicode categories.
     """
     if re.search(r'"""\s*[\r\n]', text):
         return None
@@ -107,30 +114,30 @@ def quoted(text: str) -> str | None:
 
 
 def pieces(reference: Reference, *, bos: str) -> Pieces | None:
-    """Read a chat template's pieces off its renderings; None where it is not made of such.
+    """Return the pieces of a chat template; None if it does more than frame messages.
 
     Args:
-        reference: renders.
-        bos: begins every text, and llama.cpp adds it by itself: left out.
+        reference: renders conversations with the template.
+        bos: BOS token to leave out of the pieces, because llama.cpp adds it; "" for none.
     """
-    # Some templates (Phi-3's) end a whole conversation, and not each answer, with this token.
+    # Some templates, such as Phi-3's, put EOS after the whole conversation and not after an answer.
     ends = ("", reference.tokenizer.eos_token or "")
-    return next((found for end in ends if (found := _pieces(reference, bos, end))), None)
+    return next((framing for end in ends if (framing := _pieces(reference, bos, end))), None)
 
 
 def _pieces(reference: Reference, bos: str, end: str) -> Pieces | None:
     def render(*roles: str, for_answer: bool = True) -> list[str]:
-        """Return the texts before, between and after the messages' contents."""
+        """Return the texts before, between and after the contents of the messages."""
         messages = [{"role": role, "content": f"CONTENT{n}"} for n, role in enumerate(roles)]
-        rest = reference.render(messages, for_answer=for_answer).removeprefix(bos)
-        rest = rest if for_answer else rest.removesuffix(end)
-        found = []
+        text = reference.render(messages, for_answer=for_answer).removeprefix(bos)
+        text = text if for_answer else text.removesuffix(end)
+        parts = []
         for message in messages:
-            before, mark, rest = rest.partition(message["content"])
+            before, mark, text = text.partition(message["content"])
             if not mark:
-                raise ValueError("a message is not shown")
-            found.append(before)
-        return [*found, rest]
+                raise ValueError("the template does not show a message")
+            parts.append(before)
+        return [*parts, text]
 
     def cut(text: str, *, start: str = "", end: str = "") -> str:
         if not (text.startswith(start) and text.endswith(end)):
@@ -142,7 +149,7 @@ def _pieces(reference: Reference, bos: str, end: str) -> Pieces | None:
         *_, assistant_after = render("user", "assistant", for_answer=False)
         _, between, to_user, last = render("user", "assistant", "user")
         user_before = cut(to_user, start=assistant_after)
-        found = Pieces(
+        framing = Pieces(
             no_system=cut(first, end=user_before),
             system=None,
             user=(user_before, user_after),
@@ -156,28 +163,28 @@ def _pieces(reference: Reference, bos: str, end: str) -> Pieces | None:
         system = (before, cut(to_user, end=user_before))
     except ValueError:
         system = None
-    found = Pieces(found.no_system, system, found.user, found.assistant, found.for_answer)
+    framing = dataclasses.replace(framing, system=system)
     for messages in probes.conversations():
-        # Templates differ in whether they strip contents, and Ollama sends what it is given.
+        # Some templates strip the contents and others do not; Ollama never does.
         bare = [{**message, "content": message["content"].strip()} for message in messages]
         try:
             expected = reference.render(bare).removeprefix(bos)
         except ValueError:
             continue
-        if found.render(bare) != expected:
+        if framing.render(bare) != expected:
             return None
-    return found
+    return framing
 
 
 def _parameters(model_dir: Path) -> list[tuple[str, float]]:
-    """Return the context's length, and how the base model's authors want it sampled."""
+    """Return the context length, and the sampling parameters of generation_config.json."""
     settings = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     settings = settings.get("text_config") or settings
     longest = settings.get("max_position_embeddings") or MAX_CONTEXT
-    found: list[tuple[str, float]] = [("num_ctx", min(longest, MAX_CONTEXT))]
+    parameters: list[tuple[str, float]] = [("num_ctx", min(longest, MAX_CONTEXT))]
     path = model_dir / "generation_config.json"
     sampling = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found + [
+    return parameters + [
         (_NAMES.get(name, name), sampling[name])
         for name in _SAMPLING
         if sampling.get(name) is not None
@@ -185,4 +192,5 @@ def _parameters(model_dir: Path) -> list[tuple[str, float]]:
 
 
 def _go(text: str) -> str:
+    """Return `text` escaped for a Go template."""
     return text.replace("{{", '{{ "{{" }}')

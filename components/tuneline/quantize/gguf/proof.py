@@ -1,7 +1,7 @@
-"""Prove a GGUF file: llama.cpp reads, splits, renders, stops and predicts as the merged model.
+"""Prove a GGUF file: llama.cpp tokenises, renders, stops and predicts as the merged model does.
 
-Quantised files carry the tokenizer and the template of the f16 file, and are checked all the same:
-it is these files that people download.
+Quantised files copy tokenizer and template from the f16 file. They are checked nevertheless,
+because they are the files that people download.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,25 +15,34 @@ from tuneline.quantize.formats import Bound
 from tuneline.quantize.gguf import modelfile
 from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.proof import probes, quality
-from tuneline.quantize.proof.generation import Generation, hold_against
+from tuneline.quantize.proof.quality import Generation
 from tuneline.quantize.proof.reference import Reference
 
 NUM_SPEED_TOKENS = 16
+"""Tokens that are generated to measure the speed."""
 
 
 def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dict[str, Any]:
     """Check a file, and write a Modelfile for Ollama beside it.
 
+    Args:
+        file: the GGUF file.
+        format: name of its format.
+        reference: measurements of the merged model.
+        bound: how close the file has to be to the merged model.
+
     Returns:
-        Fields of its `QuantizedModel`.
+        Fields of the file's `QuantizedModel`.
 
     Raises:
-        ProofError: it fails a check; the message has the numbers.
+        ProofError: the file fails a check; the message has the numbers.
     """
     num_context = reference.num_context + NUM_SPEED_TOKENS
     with LlamaFile(file, num_context=num_context) as loaded:
-        # Conversations too: in them special tokens stand beside white space.
-        rendered = (_text_or_refusal(reference.render, each) for each in probes.conversations())
+        # Conversations are tokenised too, because there special tokens touch white space.
+        rendered = (
+            _text_or_refusal(reference.render, messages) for messages in probes.conversations()
+        )
         texts = [*probes.texts(), *filter(None, rendered), *reference.prompts]
         check_tokenizer(texts, tested=loaded.tokenise, reference=reference.tokenise)
         num_conversations = check_template(loaded, reference)
@@ -50,8 +59,8 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dic
                 stops.append(_stop_probability(row_logits, reference.stop_ids))
                 yield row_logits
 
-        found = quality.compare(reference.rows, reference.logits, logits())
-        quality.hold(found, bound, format)
+        distance = quality.compare(reference.rows, reference.logits, logits())
+        quality.hold(distance, bound, format)
         notes += _check_answer(format, generated, reference.generation)
         check_stops(format, stops, reference)
         speed = loaded.tokens_per_second(
@@ -61,7 +70,7 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dic
         notes += modelfile.write(file, reference=reference, adds_bos=loaded.adds_bos)
         num_threads = loaded.num_threads
     return {
-        **found.record(),
+        **distance.record(),
         **scored,
         "max_mean_kl": bound.max_mean_kl,
         "min_top1_agreement": bound.min_top1_agreement,
@@ -83,10 +92,15 @@ def check_tokenizer(
     tested: Callable[[str], list[int]],
     reference: Callable[[str], list[int]],
 ) -> None:
-    """Check that every text is split as the merged model's own tokenizer does.
+    """Check that two tokenizers split every text into the same tokens.
+
+    Args:
+        texts: texts to tokenise.
+        tested: the file's tokenizer.
+        reference: the merged model's tokenizer.
 
     Raises:
-        ProofError: with the number of texts and the first one that differs.
+        ProofError: a text differs; the message has the number of texts and the first one.
     """
     wrong = [text for text in texts if tested(text) != reference(text)]
     if wrong:
@@ -99,20 +113,20 @@ def check_tokenizer(
 
 
 def check_template(loaded: LlamaFile, reference: Reference) -> int:
-    """Check that conversations are rendered to the same text; return how many were.
+    """Check that both templates render the same text; return the number of conversations.
 
-    A conversation that the model's template refuses (a system role, mostly) has to be refused by
-    the file's as well.
+    A conversation that the model's template rejects, mostly for its system message, has to be
+    rejected by the file's template as well.
 
     Raises:
-        ProofError: the template is missing, or renders otherwise.
+        ProofError: the template is missing, or renders another text.
     """
     if not reference.tokenizer.chat_template:
         return 0
     if not loaded.chat_template:
         raise ProofError(
-            "the GGUF file carries no chat template, and the merged model's tokenizer has one: "
-            "chat programs would guess it; convert again with a newer llama.cpp"
+            "the GGUF file has no chat template, but the merged model's tokenizer has one, so "
+            "chat programs would guess it: convert again with a newer llama.cpp"
         )
     rendered = 0
     for messages in probes.conversations():
@@ -122,32 +136,33 @@ def check_template(loaded: LlamaFile, reference: Reference) -> int:
             where = _first_difference(ours or "", theirs or "")
             raise ProofError(
                 "the chat template in the GGUF file renders a conversation of "
-                f"{len(messages)} messages otherwise than the model's own, from character {where}: "
-                f"{_around(ours, where)} against {_around(theirs, where)}"
+                f"{len(messages)} messages differently from the model's own, from character "
+                f"{where} on: {_around(ours, where)} against {_around(theirs, where)}; do not use "
+                "this file, and report the model to llama.cpp"
             )
         rendered += ours is not None
     return rendered
 
 
 def check_stop_tokens(loaded: LlamaFile, reference: Reference) -> str | None:
-    """Check that llama.cpp ends a text where the merged model does; return a note.
+    """Check that llama.cpp stops at the merged model's stop tokens; return a note, or None.
 
     Raises:
-        ProofError: it would run on after the model's end of a text or of an answer.
+        ProofError: llama.cpp would continue after the model's end of text or end of turn.
     """
     name = reference.tokenizer.convert_ids_to_tokens
     passed = [token for token in reference.stop_ids if not loaded.is_stop(token)]
     needed = set(_ends(reference)).intersection(passed)
     if needed:
         raise ProofError(
-            f"llama.cpp does not stop at {name(min(needed))!r}, where the merged model stops: "
-            "answers would run on; set eos_token_id in the base model's generation_config.json"
+            f"llama.cpp does not stop at {name(min(needed))!r}, where the merged model stops, so "
+            "answers would run on: set eos_token_id in the base model's generation_config.json"
         )
     if passed:
-        # Phi-3 names <|assistant|>, which no answer of a whole model has.
+        # Phi-3 lists <|assistant|>, which a working model never generates in an answer.
         return (
             f"llama.cpp does not stop at {', '.join(map(repr, name(passed)))}, which "
-            "generation_config.json names beside the end of an answer; the Modelfile does"
+            "generation_config.json lists beside the end of an answer; the Modelfile does"
         )
     end = reference.end.strip()
     ids = reference.tokenise(end) if end else []
@@ -155,7 +170,7 @@ def check_stop_tokens(loaded: LlamaFile, reference: Reference) -> str | None:
         if not loaded.is_stop(ids[0]):
             raise ProofError(
                 f"llama.cpp does not stop at {end!r}, which the chat template puts after an "
-                "answer: answers would run on; take a template whose end of turn is a stop token"
+                "answer, so answers would run on: take a template whose end of turn is a stop token"
             )
         return None
     if ids:
@@ -164,7 +179,7 @@ def check_stop_tokens(loaded: LlamaFile, reference: Reference) -> str | None:
 
 
 def _ends(reference: Reference) -> list[int]:
-    """Return the stop tokens that end a text, or an answer in the chat template; else all."""
+    """Return the stop tokens that end a text, or a turn in the chat template; all if unknown."""
     if not reference.tokenizer.chat_template:
         return reference.stop_ids
     user, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}
@@ -177,18 +192,18 @@ def _ends(reference: Reference) -> list[int]:
 
 
 def check_stops(format: str, stops: list[torch.Tensor], reference: Reference) -> None:
-    """Check on the rows' answers that the file stops where the merged model does.
+    """Check on the rows' answers that the file stops where the merged model stops.
 
-    By probability, not by the most likely token: a model that hardly learned to stop is near to a
-    draw at these places, and any rounding turns it over.
+    The check compares probabilities and not the most likely tokens: if a model has hardly learned
+    to stop, two tokens are almost equally likely there, and any rounding changes the winner.
 
     Args:
-        format: for the message.
-        stops: a row's probabilities of a stop token [positions].
-        reference: the merged model.
+        format: name of the format, for the message.
+        stops: by row, the file's probability of a stop token at each position, [T].
+        reference: measurements of the merged model.
 
     Raises:
-        ProofError: it stops with less than half of the merged model's probability.
+        ProofError: the file's mean probability is less than half of the merged model's.
     """
     ours, theirs = [], []
     for row, stops_T, logits_TV in zip(reference.rows, stops, reference.logits, strict=True):
@@ -197,12 +212,12 @@ def check_stops(format: str, stops: list[torch.Tensor], reference: Reference) ->
         places = torch.isin(logits_AV.argmax(-1), torch.tensor(reference.stop_ids))
         ours.append(stops_T[answer][places])
         theirs.append(_stop_probability(logits_AV, reference.stop_ids)[places])
-    own, other = torch.cat(ours), torch.cat(theirs)
-    if len(own) and 2 * own.mean() < other.mean():
+    tested, expected = torch.cat(ours), torch.cat(theirs)
+    if len(tested) and 2 * tested.mean() < expected.mean():
         raise ProofError(
-            f"at {len(own)} places where the merged model stops, with a probability of "
-            f"{other.mean():.2f}, the export {format} stops with {own.mean():.2f}: its answers "
-            "would run on; take a format with more bits"
+            f"at {len(tested)} places where the merged model stops with a probability of "
+            f"{expected.mean():.2f}, the export {format} stops with {tested.mean():.2f}, so its "
+            "answers would run on: take a format with more bits"
         )
 
 
@@ -212,12 +227,12 @@ def _stop_probability(logits_TV: torch.Tensor, stop_ids: list[int]) -> torch.Ten
 
 def _check_answer(format: str, ours: Generation, theirs: Generation) -> list[str]:
     if format == "f16":
-        note = hold_against(ours, theirs)
+        note = quality.hold_generation(ours, theirs)
         return [note] if note else []
     if not ours.text.strip() and theirs.text.strip():
         raise ProofError(
-            f"the export {format} generates nothing where the merged model says "
-            f"{theirs.text[:60]!r}: take a format with more bits"
+            f"the export {format} generates nothing where the merged model "
+            f"generates {theirs.text[:60]!r}: take a format with more bits"
         )
     return []
 

@@ -1,4 +1,4 @@
-"""Read the types and sizes of the tensors in a GGUF file, with ggml's own reader."""
+"""Read the types and sizes of the tensors in a GGUF file with ggml's own reader."""
 
 import math
 import os
@@ -10,12 +10,12 @@ from tuneline.errors import ToolError
 from tuneline.quantize.gguf.ggml import InitParams, library
 
 K_BLOCK = 256
-"""Weights in a block of a k-quant: a row that this does not divide gets another type."""
+"""Weights per block of a k-quant. llama.cpp uses another type for rows that it does not divide."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file; `shape` as ggml counts, the length of a row first."""
+    """One tensor of a file; `shape` is in ggml's order, row length first."""
 
     name: str
     type: str
@@ -24,15 +24,15 @@ class Tensor:
 
     @property
     def num_weights(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 def read(file: Path) -> list[Tensor]:
-    """List the tensors of a file; only its header is read.
+    """Return the tensors of a file, from its header alone.
 
     Raises:
-        ToolError: ggml does not read the file.
+        ToolError: ggml cannot read the file.
     """
     ggml = library()
     context = ggml.gguf_init_from_file(os.fsencode(file), InitParams(no_alloc=True, ctx=None))
@@ -53,31 +53,31 @@ def read(file: Path) -> list[Tensor]:
 
 
 def count_types(tensors: list[Tensor]) -> dict[str, int]:
-    """Return how many tensors have each type, the most frequent first."""
+    """Return the number of tensors of each type, most frequent type first."""
     return dict(Counter(tensor.type for tensor in tensors).most_common())
 
 
 def bits_per_weight(tensors: list[Tensor]) -> float:
-    """Return the mean over all weights of the file."""
+    """Return the mean bits per weight over all tensors."""
     num_weights = sum(tensor.num_weights for tensor in tensors)
     return 8 * sum(tensor.num_bytes for tensor in tensors) / num_weights
 
 
 def fallback_note(tensors: list[Tensor], format: str) -> str | None:
-    """Say which tensors a k-quant could not be used for; llama.cpp only logs it."""
+    """Return a note on the tensors for which llama.cpp could not use the k-quant, or None."""
     if "_k" not in format:
         return None
-    fallen = [
+    others = [
         tensor
         for tensor in tensors
         if tensor.type.startswith("q") and not tensor.type.endswith("_K")
         if tensor.shape[0] % K_BLOCK
     ]
-    if not fallen:
+    if not others:
         return None
-    widths = sorted({tensor.shape[0] for tensor in fallen})
+    widths = sorted({tensor.shape[0] for tensor in others})
     return (
-        f"{len(fallen)} of {len(tensors)} tensors fell back to "
-        f"{', '.join(sorted(count_types(fallen)))}: rows of {', '.join(map(str, widths))} weights "
+        f"{len(others)} of {len(tensors)} tensors fell back to "
+        f"{', '.join(sorted(count_types(others)))}: rows of {', '.join(map(str, widths))} weights "
         f"are not a multiple of {K_BLOCK}"
     )

@@ -1,1 +1,1 @@
-"""Compare an export with the merged model it was made from."""
+"""Compare an export with the merged model that it was made from."""

@@ -1,8 +1,8 @@
-"""Score a loaded model on held-out rows as the evaluate step does, for a table of formats.
+"""Score a loaded model on held-out rows as the evaluate step does, for the table of formats.
 
-The rows' choices where they have them (the most likely one, end of turn included, is the answer),
-else greedy answers, which have to be the reference to its end. Few rows on a CPU: it tells formats
-that answer from formats that broke, and its noise is that of so many rows.
+If every row has choices, the most likely choice, end of turn included, is the answer. Otherwise the
+greedy answer has to equal the whole reference. The benchmark runs on few rows on a CPU: it tells
+formats that still answer from broken ones, and is too noisy to rank them.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ CHOICE, EXACT = "heldout_choice", "heldout_exact"
 
 
 class Model(Protocol):
-    """What is asked of a model; `LlamaFile` and `TransformersModel` have it."""
+    """A model that can be scored, such as `LlamaFile` and `TransformersModel`."""
 
     def tokenise(self, text: str) -> list[int]: ...  # noqa: D102
 
@@ -24,7 +24,7 @@ class Model(Protocol):
 
 
 class Merged(Model, Protocol):
-    """The merged model, whose own tokenizer says how a text begins."""
+    """The merged model, whose tokenizer also has the token that begins a text."""
 
     @property
     def begin_id(self) -> int: ...  # noqa: D102
@@ -32,19 +32,20 @@ class Merged(Model, Protocol):
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Held-out rows, and what the merged model scores on them."""
+    """Held-out rows with the merged model's score on them."""
 
     task: str
+    """CHOICE or EXACT."""
     rows: list[dict[str, Any]]
     reference: float
-    """Share of right answers of the merged model, 0 to 1."""
+    """Fraction of rows that the merged model answers correctly, 0 to 1."""
     num_context: int
-    """Tokens that the longest of them takes."""
+    """Tokens of the longest prompt with its answer."""
     begin_id: int | None
-    """What an empty prompt's answer is scored after, the same in every format."""
+    """Token that stands for an empty prompt, the same in every format; None if no row has one."""
 
     def record(self, model: Model) -> dict[str, Any]:
-        """Score a model; return the fields of its `QuantizedModel`."""
+        """Score a model and return the fields of its `QuantizedModel`."""
         return {
             "benchmark": self.task,
             "benchmark_score": score(model, self.rows, self.task, begin_id=self.begin_id),
@@ -54,7 +55,7 @@ class Benchmark:
 
 
 def prepare(model: Merged, dataset_dir: Path, num_rows: int) -> Benchmark | None:
-    """Read held-out rows and score the merged model; None where there are none, or none wanted."""
+    """Read held-out rows and score the merged model; None if there are no rows or none wanted."""
     path = dataset_dir / HELDOUT_FILE
     rows = read_jsonl(path)[:num_rows] if num_rows and path.is_file() else []
     if not rows:
@@ -67,43 +68,46 @@ def prepare(model: Merged, dataset_dir: Path, num_rows: int) -> Benchmark | None
     )
     begin_id = None if all(model.tokenise(row["prompt"]) for row in rows) else model.begin_id
     reference = score(model, rows, task, begin_id=begin_id)
-    # Two tokenisations of one border may differ by a token; the token that begins a text is there.
+    # + 2: one for the token that begins a text, and one because the border between prompt and
+    # answer may be tokenised in two ways.
     return Benchmark(task, rows, reference, longest + 2, begin_id)
 
 
 def score(model: Model, rows: list[dict[str, Any]], task: str, *, begin_id: int | None) -> float:
-    """Return the share of rows that a model answers rightly.
+    """Return the fraction of rows that a model answers correctly, 0 to 1.
 
     Args:
-        model: scores them.
+        model: the model to score.
         rows: held-out rows.
         task: CHOICE or EXACT.
-        begin_id: the token that stands for an empty prompt, which rows of raw text have; None
-            where no row has one.
+        begin_id: token that stands for an empty prompt, which rows of raw text have; None if no
+            row has one.
     """
     texts = [row["choices"] if task == CHOICE else [row["answer"]] for row in rows]
     pairs = [
-        [_pair(model, row, text, begin_id) for text in each]
-        for row, each in zip(rows, texts, strict=True)
+        [_pair(model, row, text, begin_id) for text in answers]
+        for row, answers in zip(rows, texts, strict=True)
     ]
-    scores = model.score_answers(list(dict.fromkeys(pair for each in pairs for pair in each)))
-    right = 0
-    for row, each in zip(rows, pairs, strict=True):
+    unique = dict.fromkeys(pair for row_pairs in pairs for pair in row_pairs)
+    scores = model.score_answers(list(unique))
+    correct = 0
+    for row, row_pairs in zip(rows, pairs, strict=True):
         if task == CHOICE:
-            likelihoods = [scores[pair][0] for pair in each]
-            right += max(range(len(each)), key=likelihoods.__getitem__) == row["label"]
+            likelihoods = [scores[pair][0] for pair in row_pairs]
+            correct += max(range(len(row_pairs)), key=likelihoods.__getitem__) == row["label"]
         else:
-            right += scores[each[0]][1]
-    return right / len(rows)
+            correct += scores[row_pairs[0]][1]
+    return correct / len(rows)
 
 
 def _pair(model: Model, row: dict[str, Any], text: str, begin_id: int | None) -> Pair:
-    """Return the tokens of a row's prompt, and those of an answer with its end of turn."""
+    """Return the tokens of a row's prompt, and the tokens of an answer with its end of turn."""
     prompt, answer = model.tokenise(row["prompt"]), text + row["end"].rstrip()
     both = model.tokenise(row["prompt"] + answer)
     if not prompt and begin_id is not None:
-        # As lm-eval: a model predicts nothing before its first token, and an answer may begin so.
+        # As in lm-eval: a model predicts nothing before the first token, which is this one. The
+        # tokenizer may have put it before the answer already.
         return (begin_id,), tuple(both[1:] if both[:1] == [begin_id] else both)
-    # As the evaluate step: where the tokenizer joins across the border, each by itself.
+    # As in the evaluate step: if a token crosses the border, prompt and answer are tokenised apart.
     joined = both[: len(prompt)] != prompt
     return tuple(prompt), tuple(model.tokenise(answer) if joined else both[len(prompt) :])

@@ -1,6 +1,7 @@
-"""What a tokenizer and a chat template are tried on: texts of many scripts, and conversations.
+"""Texts and conversations on which tokenizers and chat templates are compared.
 
-Built by rule from short lists, so that a reader can see what is covered; the source is ASCII.
+They are built by rule from short lists, so that a reader can see what is covered. The source is
+ASCII.
 """
 
 _WORDS = (
@@ -108,19 +109,19 @@ _MIXED = _WORDS + _DIGITS + _CODE + _KOREAN + _SCRIPTS + _EMOJI
 
 def texts() -> list[str]:
     """Return at least 200 different texts: words, digits, code, scripts, emoji, white space."""
-    found = list(_MIXED)
-    found += _SPACES
-    found += [f"a{space}b" for space in _SPACES]
-    # Where a text begins and ends decides about leading spaces, and about runs of them.
-    found += [f" {text}" for text in _MIXED]
-    found += [f"{text}\n" for text in _KOREAN + _EMOJI + _DIGITS]
-    found += [str(7**power) for power in range(4, 24, 2)]
-    found += [chr(0xAC00 + 588 * step) + chr(0xAC01 + 389 * step) for step in range(19)]
-    return list(dict.fromkeys(found))
+    probes = list(_MIXED)
+    probes += _SPACES
+    probes += [f"a{space}b" for space in _SPACES]
+    # Tokenizers treat spaces at the beginning and the end of a text differently.
+    probes += [f" {text}" for text in _MIXED]
+    probes += [f"{text}\n" for text in _KOREAN + _EMOJI + _DIGITS]
+    probes += [str(7**power) for power in range(4, 24, 2)]
+    probes += [chr(0xAC00 + 588 * step) + chr(0xAC01 + 389 * step) for step in range(19)]
+    return list(dict.fromkeys(probes))
 
 
 def conversations() -> list[list[dict[str, str]]]:
-    """Return conversations for a chat template: short, long, with and without a system's words."""
+    """Return conversations for a chat template: short, long, with and without a system message."""
     user = {"role": "user", "content": "How many Mi are 3Gi?"}
     answer = {"role": "assistant", "content": "3072Mi"}
     more = {"role": "user", "content": "\uadf8\ub7fc 5Gi\ub294? \U0001f914"}

@@ -1,4 +1,4 @@
-"""How far an export's predictions are from the merged model's, on the same rows.
+"""Measure how far an export's answers are from the merged model's, and hold them to the bounds.
 
 Legend: T positions of a row, V vocabulary.
 """
@@ -6,26 +6,31 @@ Legend: T positions of a row, V vocabulary.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy
+import numpy.typing
+import torch
 
 from tuneline.errors import ProofError
 from tuneline.models.heldout_rows import Row
 from tuneline.quantize.formats import Bound
 
-if TYPE_CHECKING:
-    import torch
+NEAR_TIE = 0.1
+"""Difference of two logits that counts as equal: f16 and fp32 differ by some hundredths."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """An export against the merged model, over all positions of all rows."""
+    """Distance of an export from the merged model, over all positions of all rows."""
 
     mean_kl: float
-    """Nats a token, merged against export."""
+    """KL divergence of the export from the merged model, in nats per token."""
     top1_agreement: float
+    """Fraction of positions with the same most likely token, 0 to 1."""
     perplexity: float
-    """Of the export, on the tokens from `Row.start` on."""
+    """Perplexity of the export on the tokens of each row from `Row.start` on."""
     reference_perplexity: float
+    """Perplexity of the merged model on the same tokens."""
     num_rows: int
 
     def record(self) -> dict[str, float | int]:
@@ -39,12 +44,21 @@ class Quality:
         }
 
 
-def compare(
-    rows: list[Row], reference: Iterable["torch.Tensor"], tested: Iterable["torch.Tensor"]
-) -> Quality:
-    """Hold an export's logits against the merged model's, a row of each at a time, [T, V]."""
-    import torch
+@dataclass(frozen=True)
+class Generation:
+    """Greedy continuation of a prompt; the last token is a stop token if the model stopped."""
 
+    prompt_ids: list[int]
+    ids: list[int]
+    text: str
+    logits: numpy.typing.NDArray[numpy.float32] | None = None
+    """Logits that each token was chosen from, [num_ids, V] in fp32; None from llama.cpp."""
+
+
+def compare(
+    rows: list[Row], reference: Iterable[torch.Tensor], tested: Iterable[torch.Tensor]
+) -> Quality:
+    """Compare an export's logits with the merged model's; each iterable gives [T, V] per row."""
     kl, agreed, positions = 0.0, 0, 0
     loss, reference_loss, counted = 0.0, 0.0, 0
     for row, p_TV, q_TV in zip(rows, reference, tested, strict=True):
@@ -60,7 +74,7 @@ def compare(
         counted += len(targets_T1)
     mean_kl = kl / positions
     return Quality(
-        # Rounding makes the KL of equal distributions a little negative.
+        # Rounding makes the KL divergence of equal distributions slightly negative.
         mean_kl=max(mean_kl, 0.0) if mean_kl == mean_kl else mean_kl,
         top1_agreement=agreed / positions,
         perplexity=math.exp(loss / counted),
@@ -73,16 +87,42 @@ def hold(quality: Quality, bound: Bound, format: str) -> None:
     """Check an export against its bound.
 
     Raises:
-        ProofError: it is too far from the merged model; the message has the numbers.
+        ProofError: the export is too far from the merged model; the message has the numbers.
     """
     close = quality.mean_kl <= bound.max_mean_kl
     if close and quality.top1_agreement >= bound.min_top1_agreement:
         return
     raise ProofError(
-        f"the export {format} is {quality.mean_kl:.4g} nats a token from the merged model (at most "
-        f"{bound.max_mean_kl:g}) and has the same most likely token at "
+        f"the export {format} is {quality.mean_kl:.4g} nats per token from the merged model (at "
+        f"most {bound.max_mean_kl:g}) and has the same most likely token at "
         f"{quality.top1_agreement:.1%} of positions (at least {bound.min_top1_agreement:.1%}), "
         f"over {quality.num_rows} rows; perplexity {quality.perplexity:.4g} against "
         f"{quality.reference_perplexity:.4g}: take a format with more bits, or set "
         f"quantize.max_mean_kl and quantize.min_top1_agreement for {format} if you accept it"
     )
+
+
+def hold_generation(tested: Generation, reference: Generation) -> str | None:
+    """Check that two greedy generations are equal up to a near tie; return a note on the tie.
+
+    After the first different token the two continue different texts, so only that token is
+    compared: the reference's logit for the tested token may be at most NEAR_TIE below the best.
+
+    Raises:
+        ProofError: the models disagree.
+    """
+    for index, (ours, theirs) in enumerate(zip(tested.ids, reference.ids, strict=False)):
+        if ours == theirs:
+            continue
+        assert reference.logits is not None
+        logits_V = reference.logits[index]
+        gap = float(logits_V[theirs] - logits_V[ours])
+        if gap > NEAR_TIE:
+            raise ProofError(
+                f"the GGUF file in f16 and the merged model part at token {index} of a greedy "
+                f"answer, by {gap:.3f} in the logits where at most {NEAR_TIE} is rounding: "
+                f"{tested.text[:60]!r} against {reference.text[:60]!r}; do not use this file, "
+                "and report the model to llama.cpp"
+            )
+        return f"parts from the merged model at token {index}, a near tie ({gap:.4f} in the logits)"
+    return None

@@ -1,84 +1,91 @@
-"""What an export is held against: the merged model in transformers, measured once for a step."""
+"""Measure the merged model with transformers, once per step, as the reference for exports."""
 
 import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
 
 from tuneline.artifacts import HELDOUT_FILE, read_jsonl
 from tuneline.models.heldout_rows import MAX_ROW_TOKENS, Row, read_rows
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.quantize.proof import benchmark, probes
 from tuneline.quantize.proof.benchmark import Benchmark
-from tuneline.quantize.proof.generation import Generation
-
-if TYPE_CHECKING:
-    import torch
+from tuneline.quantize.proof.quality import Generation
+from tuneline.quantize.proof.transformers_model import TransformersModel
 
 BUILT_IN_PROMPT = "The capital of France is"
-"""Where a data set keeps no held-out rows, and for the conversion, which sees no data set."""
+"""Prompt for datasets without held-out rows, and for the conversion, which has no dataset."""
 
 NUM_BUILT_IN_ROWS = 8
+"""Probe texts that are compared where there is no dataset."""
 MAX_PROMPTS = 200
-"""Held-out prompts that are tokenised for comparison."""
+"""Held-out prompts on which tokenizers are compared."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The merged model's answers; the model itself is not kept in memory."""
+    """Measurements of the merged model; the model itself is not kept in memory."""
 
     model_dir: Path
     tokenizer: Any
     stop_ids: list[int]
     """Tokens after which the merged model stops."""
     prompts: list[str]
-    """Held-out prompts, the generation's first."""
+    """Held-out prompts; `generation` continues the first one."""
     end: str
-    """What the chat template puts after an answer; "" where it is not known."""
+    """Text that the chat template puts after an answer; "" if unknown."""
     num_tokens: int
-    """How many the generation may have."""
+    """Largest number of tokens that are generated."""
     generation: Generation
     rows: list[Row]
-    logits: list["torch.Tensor"]
-    """A row's, [tokens, vocabulary]."""
+    """Rows on which predictions are compared."""
+    logits: list[torch.Tensor]
+    """Logits of each row, [tokens, vocabulary]."""
     benchmark: Benchmark | None = None
-    """Where the recipe asks for one."""
+    """Benchmark rows and score, if the recipe asks for them."""
 
     @property
     def prompt(self) -> str:
-        """The prompt of the generation, whole; what goes on from it are its last tokens."""
+        """Whole prompt of the generation, of which only the last MAX_ROW_TOKENS are used."""
         return self.prompts[0]
 
     @property
     def num_context(self) -> int:
-        """Tokens that the longest row or generation takes."""
+        """Tokens of the longest row, generation or benchmark answer."""
         generated = len(self.generation.prompt_ids) + self.num_tokens
         longest = self.benchmark.num_context if self.benchmark else 0
         return max(generated, longest, *(len(row.ids) for row in self.rows))
 
     @property
     def stop_texts(self) -> list[str]:
-        """What ends an answer, as text: the end of a turn first."""
-        # Decoded, for a vocabulary spells a newline in its own way.
+        """Texts that end an answer, the end of a turn first."""
+        # Decoded, because a vocabulary may spell a newline differently.
         tokens = [self.tokenizer.decode([token]) for token in self.stop_ids]
         return [text for text in dict.fromkeys([self.end.strip(), *tokens]) if text]
 
     def tokenise(self, text: str) -> list[int]:
-        """Return the token ids of a text, its special tokens recognised and none added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Return the token IDs of a text; special tokens are recognised, but none are added."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def render(self, messages: list[dict[str, str]], *, for_answer: bool = True) -> str:
-        """Return what the chat template makes of a conversation.
+        """Return a conversation rendered by the chat template.
+
+        Args:
+            messages: the conversation.
+            for_answer: whether to end with the generation prompt.
 
         Raises:
-            ValueError: the template refuses it.
+            ValueError: the template rejects the conversation.
         """
-        from jinja2 import TemplateError
-
         try:
-            return self.tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=for_answer
             )
+            return text
         except TemplateError as error:
             raise ValueError(str(error)) from error
 
@@ -86,7 +93,14 @@ class Reference:
 def for_export(
     config: QuantizeConfig, model_dir: Path, dataset_dir: Path, device: str = "cpu"
 ) -> Reference:
-    """Measure what a recipe asks an export to be held against."""
+    """Measure the merged model as the recipe asks.
+
+    Args:
+        config: the `quantize` section of the recipe.
+        model_dir: directory of the merged model.
+        dataset_dir: directory that prepare made.
+        device: "cpu" or "cuda".
+    """
     return measure(
         model_dir,
         dataset_dir=dataset_dir,
@@ -106,38 +120,42 @@ def measure(
     num_benchmark_rows: int = 0,
     device: str = "cpu",
 ) -> Reference:
-    """Load the merged model, generate from the first held-out prompt, keep rows' logits.
+    """Load the merged model, generate from the first held-out prompt and compute the rows' logits.
 
-    Without a data set, the built-in prompt and texts are taken. On a CPU it computes in fp32, with
-    the weights in their files (`widening`); on a GPU in the weights' own type, for want of room.
+    On a CPU the model computes in fp32, with its weights mapped from their files (`widening`). On a
+    GPU it computes in the dtype of its weights, because fp32 may not fit.
+
+    Args:
+        model_dir: directory of the merged model.
+        dataset_dir: directory that prepare made; None uses the built-in prompt and texts.
+        num_rows: number of rows to compare.
+        num_tokens: largest number of tokens to generate.
+        num_benchmark_rows: held-out rows to score; 0 for none.
+        device: "cpu" or "cuda".
 
     Raises:
-        ModelError: transformers does not load it.
-        DataError: the data set has no rows.
-        ProofError: it computes a logit that is not finite.
+        ModelError: transformers does not load the model.
+        DataError: the dataset has no rows.
+        ProofError: the model computes a logit that is not finite.
     """
-    import torch
-
-    from tuneline.quantize.proof.transformers_model import TransformersModel
-
-    dtype = torch.float32 if device == "cpu" else "auto"
+    dtype: torch.dtype | str = torch.float32 if device == "cpu" else "auto"
     model = TransformersModel(model_dir, dtype=dtype, device=device)
     heldout = dataset_dir / HELDOUT_FILE if dataset_dir else None
-    found = read_jsonl(heldout)[:MAX_PROMPTS] if heldout and heldout.is_file() else []
-    prompts = [row["prompt"] for row in found] or [BUILT_IN_PROMPT]
+    examples = read_jsonl(heldout)[:MAX_PROMPTS] if heldout and heldout.is_file() else []
+    prompts = [row["prompt"] for row in examples] or [BUILT_IN_PROMPT]
     if dataset_dir:
         rows = read_rows(dataset_dir, num_rows, model.tokenise)
     else:
         longest = sorted(probes.texts(), key=len)[-NUM_BUILT_IN_ROWS:]
         rows = [Row(model.tokenise(text), 1) for text in longest]
-    # Its end, as of a row: exports are given these tokens.
+    # Long prompts lose their beginning, like rows. Exports are given these token IDs, not the text.
     prompt_ids = (model.tokenise(prompts[0]) or [model.begin_id])[-MAX_ROW_TOKENS:]
     measured = Reference(
         model_dir=model_dir,
         tokenizer=model.tokenizer,
         stop_ids=model.stop_ids,
         prompts=prompts,
-        end=found[0].get("end", "") if found else "",
+        end=examples[0].get("end", "") if examples else "",
         num_tokens=num_tokens,
         generation=model.generate(prompt_ids, num_tokens=num_tokens),
         rows=rows,
@@ -146,7 +164,8 @@ def measure(
         if dataset_dir
         else None,
     )
-    # Its modules and their forwards hold each other, and pages of files count for a pod's memory.
+    # Modules and their patched forward methods refer to each other, so only the collector frees
+    # them; mapped files count towards a pod's memory.
     del model
     gc.collect()
     return measured

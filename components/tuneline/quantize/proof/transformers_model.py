@@ -1,4 +1,4 @@
-"""Load a model directory with transformers, to tokenise, to generate and to read logits."""
+"""Load a model directory with transformers to tokenise, generate and compute logits."""
 
 import json
 import time
@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
 from tuneline.errors import ModelError, ProofError
 from tuneline.models.likelihood import Pair, score_answers
 from tuneline.quantize.proof import widening
-from tuneline.quantize.proof.generation import Generation
+from tuneline.quantize.proof.quality import Generation
 
 ROOM_BYTES = 2 << 30
+"""GPU memory for a row's activations, beside the weights."""
 BATCH_TOKENS = 512
-"""Of answers that are scored at a time; each has logits of the vocabulary's size."""
+"""Answer tokens that are scored at a time; each needs logits of the vocabulary's size."""
 
 
 def choose_device(model_dir: Path) -> str:
-    """Return "cuda" where a GPU has room for the weights and a row's activations, else "cpu"."""
+    """Return "cuda" if a GPU has room for the weights and a row's activations, else "cpu"."""
     if not torch.cuda.is_available():
         return "cpu"
     num_bytes = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
@@ -31,43 +33,44 @@ class TransformersModel:
     """A model on one device.
 
     Attributes:
-        tokenizer: the directory's own.
-        stop_ids: tokens after which it stops.
+        tokenizer: the model's tokenizer.
+        stop_ids: tokens after which the model stops.
     """
 
     def __init__(
         self, model_dir: Path, *, dtype: torch.dtype | str = torch.float32, device: str = "cpu"
     ) -> None:
-        """Load it; the dtype "auto" is that of the files.
+        """Load the model.
 
-        In float32 on a CPU, weights that have 16 bits are left in their files (`widening`).
+        Args:
+            model_dir: the model directory.
+            dtype: dtype to compute in; "auto" is the dtype of the files. With float32 on a CPU,
+                16-bit weights stay mapped from their files (`widening`).
+            device: "cpu" or "cuda".
 
         Raises:
-            ModelError: transformers cannot.
+            ModelError: transformers cannot load the model.
         """
-        from transformers import AutoTokenizer
-
         self._name = model_dir
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
-            # Any: what generate returns depends on its flags, which types do not tell.
+            # Any, because the type of generate's result depends on its flags.
             self._model: Any = _load(model_dir, dtype, device)
         except (OSError, ValueError) as error:
             raise ModelError(f"transformers does not load {model_dir}: {error}") from error
         ends = self._model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        own = self.tokenizer.eos_token_id
-        self.stop_ids = sorted({end for end in (*ends, own) if end is not None})
+        eos = self.tokenizer.eos_token_id
+        self.stop_ids = sorted({end for end in (*ends, eos) if end is not None})
 
     @property
     def begin_id(self) -> int:
-        """The token that stands for an empty prompt: it begins a text, or else ends one.
-
-        As lm-eval chooses it.
+        """Token that stands for an empty prompt: BOS, or EOS if there is none, as in lm-eval.
 
         Raises:
-            ModelError: there is neither.
+            ModelError: the tokenizer has neither.
         """
+        token: int | None
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return token
@@ -77,14 +80,16 @@ class TransformersModel:
         )
 
     def tokenise(self, text: str) -> list[int]:
-        """Return the token ids of a text, its special tokens recognised and none added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Return the token IDs of a text; special tokens are recognised, but none are added."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def logits(self, ids: list[int]) -> torch.Tensor:
         """Return the logits of every position, [tokens, vocabulary] in fp32."""
         with torch.inference_mode():
             batch = torch.tensor([ids], device=self._model.device)
-            return self._model(input_ids=batch).logits[0].float().cpu()
+            logits_TV: torch.Tensor = self._model(input_ids=batch).logits[0]
+            return logits_TV.float().cpu()
 
     def score_answers(self, pairs: list[Pair]) -> dict[Pair, tuple[float, bool]]:
         """Score answers given prompts, as `likelihood.score_answers` does."""
@@ -94,10 +99,10 @@ class TransformersModel:
         return score_answers(self._model, pairs, batch_size=batch_size)
 
     def generate(self, prompt_ids: list[int], *, num_tokens: int) -> Generation:
-        """Generate greedily.
+        """Generate greedily, up to and including the first stop token.
 
         Raises:
-            ProofError: it computes a logit that is not finite.
+            ProofError: a logit is not finite.
         """
         batch = torch.tensor([prompt_ids], device=self._model.device)
         with torch.inference_mode():
@@ -118,7 +123,7 @@ class TransformersModel:
         return Generation(prompt_ids=prompt_ids, ids=ids, text=text, logits=logits.numpy())
 
     def tokens_per_second(self, ids: list[int], *, num_tokens: int) -> float:
-        """Time so many single steps after a prompt, whatever it would say."""
+        """Measure the speed of `num_tokens` single-token steps after a prompt of `ids`."""
         batch = torch.tensor([ids], device=self._model.device)
         with torch.inference_mode():
             cache = self._model(input_ids=batch, use_cache=True).past_key_values
@@ -130,8 +135,6 @@ class TransformersModel:
 
 
 def _load(model_dir: Path, dtype: torch.dtype | str, device: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
     narrow = widening.narrow_dtype(model_dir)
     if dtype == torch.float32 and device == "cpu" and narrow:
         return widening.load(model_dir, narrow)
@@ -141,14 +144,13 @@ def _load(model_dir: Path, dtype: torch.dtype | str, device: str) -> Any:
 
 
 def _kernels(model_dir: Path, device: str) -> dict[str, Any]:
-    """Return what makes GPTQ weights load with kernels that are there.
+    """Return arguments that load GPTQ weights on a GPU with torch's kernels.
 
-    Chosen by itself on a GPU, one is compiled when it is loaded, and an image has no compiler.
+    By default gptqmodel chooses a kernel that is compiled when it is loaded, but an image has no
+    compiler.
     """
     settings = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     quantization = settings.get("quantization_config") or {}
     if device == "cpu" or quantization.get("quant_method") != "gptq":
         return {}
-    from transformers import GPTQConfig
-
     return {"quantization_config": GPTQConfig(bits=quantization["bits"], backend="torch")}

@@ -1,15 +1,17 @@
-"""Compute in float32 with weights that stay in 16 bits, mapped from their files.
+"""Compute in float32 with 16-bit weights that stay mapped from their files.
 
-float32 holds every bfloat16 and float16, so a weight that is widened just before it is used gives
-what one gives that was loaded in float32; only a product's order of additions may differ. Loaded,
-8B parameters take 32 GB; mapped, they are pages of files, which the kernel drops and reads again as
-it needs to. (A mixture's experts are copied, in 16 bits: transformers joins them into one tensor.)
+float32 represents every bfloat16 and float16 value, so a weight that is widened just before its use
+gives the same result as one that was loaded in float32, except that the additions of a product may
+be in another order. Loaded in float32, 8B parameters take 32 GB. Mapped, they are pages of files,
+which the kernel drops and reads again when it needs memory. (The experts of a mixture are copied,
+in 16 bits, because transformers joins them into one tensor.)
 
-It takes no longer: a linear layer is widened a block of rows at a time, which is still in the CPU's
-cache when it is multiplied. 14336 x 4096 on one core of an EPYC: 13 ms for one token and 0.32 s for
-256, either way; widened whole 144 ms and 0.46 s. `tests/measure/proof_memory.py` measures steps.
+Widening takes no extra time: a linear layer is widened one block of rows at a time, which is still
+in the CPU's cache when it is multiplied. For 14336 x 4096 on one core of an EPYC, both ways take
+13 ms for one token and 0.32 s for 256; widened as a whole, 144 ms and 0.46 s.
+`tests/measure/proof_memory.py` measures whole steps.
 
-Legend: I and O a linear layer's inputs and outputs, R rows of a block, V vocabulary, H hidden size.
+Legend: I inputs and O outputs of a linear layer, R rows of a block, V vocabulary, H hidden size.
 """
 
 import copy
@@ -19,47 +21,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 BLOCK_WEIGHTS = 1 << 21
-"""8 MB in float32. A quarter of it was a fifth slower with 1024 tokens, eight times as much took
-twice as long with one."""
+"""Weights of a block, 8 MB in float32. A quarter of it was a fifth slower with 1024 tokens; eight
+times as much took twice as long with one token."""
 
 NUM_SMALL = 1 << 20
-"""A weight of fewer numbers is widened for good: norms, biases, and what a module of another may
-read, as Mamba reads its convolution's."""
+"""A weight with fewer elements is widened once and stays wide: norms, biases, and weights that one
+module may read from another, as Mamba reads those of its convolution."""
 
 NARROW = {"F16": torch.float16, "BF16": torch.bfloat16}
-"""safetensors' names of the types that are widened."""
+"""The dtypes that are widened, by safetensors' name."""
 
 
 def narrow_dtype(model_dir: Path) -> torch.dtype | None:
-    """Return the 16-bit type that all weights of a directory have; None if one has another."""
-    from safetensors import safe_open
-
-    found = set()
+    """Return the 16-bit dtype of all weights in a directory, or None for any other mix."""
+    dtypes = set()
     for path in model_dir.glob("*.safetensors"):
         with safe_open(path, framework="pt") as tensors:
-            # safe_open is no mapping.
-            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-    return NARROW.get(found.pop()) if len(found) == 1 else None
+            # safe_open is not a mapping.
+            dtypes |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    return NARROW.get(dtypes.pop()) if len(dtypes) == 1 else None
 
 
 def load(model_dir: Path, dtype: torch.dtype) -> Any:
-    """Load a causal language model whose weights are of `dtype` and which computes in float32.
+    """Load a causal language model with weights of `dtype` that computes in float32.
 
     Raises:
-        OSError: transformers cannot.
-        ValueError: transformers cannot.
+        OSError: transformers cannot load the model.
+        ValueError: transformers cannot load the model.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    # On a CPU, and without a conversion, transformers leaves weights where safetensors mapped them.
+    # On a CPU and without a conversion, transformers uses the weights as safetensors mapped them.
     mapped = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, device_map={"": "cpu"})
-    # One that was made for float32, since constants are rounded to a model's type as well: Gemma's
-    # embeddings are multiplied by the root of their width.
+    # The modules are created for float32, because a model rounds constants to its dtype too: Gemma
+    # multiplies embeddings by the root of their width.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(mapped.config), dtype=torch.float32)
+        auto: Any = AutoModelForCausalLM
+        model: Any = auto.from_config(copy.deepcopy(mapped.config), dtype=torch.float32)
     model.load_state_dict(mapped.state_dict(), assign=True)
     model.generation_config = mapped.generation_config
     widen(model)
@@ -67,10 +68,10 @@ def load(model_dir: Path, dtype: torch.dtype) -> Any:
 
 
 def widen(model: torch.nn.Module) -> None:
-    """Let a model on a CPU compute in float32, its large weights widened when they are used.
+    """Make a model on a CPU compute in float32, with large weights widened when they are used.
 
-    Product and sum of different types are errors in torch, or float32, so that nothing can be
-    computed in 16 bits without a word.
+    Nothing can be computed in 16 bits unnoticed: in torch, a product or sum of a float32 and a
+    16-bit tensor is float32 or an error.
     """
     for module in model.modules():
         narrow = []
@@ -94,33 +95,34 @@ def widen(model: torch.nn.Module) -> None:
 
 
 def _looks_up(module: torch.nn.Module) -> bool:
-    """Tell embeddings of tokens, Gemma's with their factor too, from those of positions."""
+    """Return whether a module embeds tokens, not positions. Gemma has a class with a factor."""
     return type(module) is torch.nn.Embedding or (
         isinstance(module, torch.nn.Embedding)
         and type(module).__name__.endswith("ScaledWordEmbedding")
     )
 
 
-def _linear(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    num_outputs, num_inputs = module.weight.shape
+def _linear(module: torch.nn.Linear, x: torch.Tensor) -> Any:
+    weight_OI: Any = module.weight
+    num_outputs, num_inputs = weight_OI.shape
     num_rows = max(1, BLOCK_WEIGHTS // num_inputs)
-    y = x.new_empty(*x.shape[:-1], num_outputs)
+    y: Any = x.new_empty(*x.shape[:-1], num_outputs)
     room_RI = x.new_empty(min(num_rows, num_outputs), num_inputs)
-    for weight_RI, y_R in zip(
-        module.weight.split(num_rows), y.split(num_rows, dim=-1), strict=True
-    ):
+    for weight_RI, y_R in zip(weight_OI.split(num_rows), y.split(num_rows, dim=-1), strict=True):
         block_RI = room_RI[: len(weight_RI)].copy_(weight_RI)
         y_R.copy_(torch.nn.functional.linear(x, block_RI))
-    return y if module.bias is None else y.add_(module.bias)
+    if module.bias is not None:
+        y.add_(module.bias)
+    return y
 
 
 def _embedding(
     module: Any, forward: Callable[..., torch.Tensor], ids: torch.Tensor
 ) -> torch.Tensor:
-    """Look up the rows that are asked for in a table of only these."""
-    rows, places = ids.unique(return_inverse=True)
+    """Look up embeddings in a widened table of only the rows that `ids` name."""
+    rows, places = torch.unique(ids, return_inverse=True)
     weight_VH, padding = module.weight, module.padding_idx
-    # Padding is for gradients only, and may not lie outside the table.
+    # padding_idx only matters for gradients, and must not be outside the table.
     module.weight, module.padding_idx = _fixed(weight_VH[rows].float()), None
     try:
         return forward(places)
@@ -135,7 +137,7 @@ def _widened(
     *arguments: Any,
     **named: Any,
 ) -> Any:
-    """Run a forward with weights that are wide as long as it takes: a layer's experts, mostly."""
+    """Run `forward` with the weights `names` widened until it returns: mostly a layer's experts."""
     narrow = {name: getattr(module, name) for name in names}
     for name, weight in narrow.items():
         setattr(module, name, _fixed(weight.float()))

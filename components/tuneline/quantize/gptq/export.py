@@ -1,4 +1,4 @@
-"""Make GPTQ checkpoints with gptqmodel, and load them again through transformers."""
+"""Make GPTQ checkpoints with gptqmodel, and load them again with transformers."""
 
 import importlib.util
 import json
@@ -10,63 +10,96 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ModelError, ProofError, ToolError
 from tuneline.models import tokenizer_files
+from tuneline.quantize import formats
+from tuneline.quantize.calibration import read_rows
 from tuneline.quantize.child_process import run_to_end
-from tuneline.quantize.disk import raise_if_full
-from tuneline.quantize.formats import Bound
-from tuneline.quantize.proof.reference import Reference
-from tuneline.quantize.threads import num_threads
-
-if TYPE_CHECKING:
-    from tuneline.quantize.proof.transformers_model import TransformersModel
+from tuneline.quantize.config import QuantizeConfig
+from tuneline.quantize.machine import few_threads, num_threads, raise_if_full
+from tuneline.quantize.proof import quality
+from tuneline.quantize.proof.reference import Reference, for_export
+from tuneline.quantize.proof.transformers_model import TransformersModel, choose_device
 
 GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
-"""What the kernels know, the largest first."""
+"""Group sizes that the kernels support, largest first."""
 MAX_ROW_TOKENS = 2048
-"""Of a calibration row. The inputs and outputs of a layer are kept on the device for all rows: at
-8B's width 128 rows of so many tokens are 2 x 2.1 GB in bf16, beside a layer and its Hessians."""
+"""Tokens of a calibration row that are used. The inputs and outputs of a layer stay on the device
+for all rows: at the width of an 8B model, 128 rows of this length are 2 x 2.1 GB in bf16, beside a
+layer and its Hessians."""
 NUM_SPEED_TOKENS = 16
-# As vLLM's auto_gptq.py and marlin_utils.py have it, 2026-11; all ours are symmetric.
+"""Tokens that are generated to measure the speed."""
+# From vLLM's auto_gptq.py and marlin_utils.py, 2026-11; all exports here are symmetric.
 VLLM_BITS, VLLM_GROUP_SIZES = (4, 8), (32, 64, 128)
 
 
-def quantize(
-    model_dir: Path,
+def export(
+    config: QuantizeConfig, *, format: str, merged_dir: Path, dataset_dir: Path, target: Path
+) -> QuantizedModel:
+    """Make and check one GPTQ checkpoint, on a GPU if the model fits and on the CPU otherwise.
+
+    Args:
+        config: the `quantize` section of the recipe.
+        format: name of the format.
+        merged_dir: directory of the merged model.
+        dataset_dir: directory that prepare made; its training rows calibrate the rounding.
+        target: directory that gets the checkpoint.
+
+    Returns:
+        The record of the checkpoint.
+
+    Raises:
+        DataError: there are no training rows.
+        ModelError: no group size fits the model's layers.
+        ToolError: gptqmodel is missing or failed.
+        ProofError: the checkpoint does not load or answer, or is above its bound.
+    """
+    device = choose_device(merged_dir)
+    rows = read_rows(
+        dataset_dir,
+        config.num_calibration_rows,
+        setting="num_calibration_rows",
+        purpose="GPTQ calibrates",
+    )
+    bits = formats.FORMATS[format].bits
+    assert bits is not None
+    group_size, note = choose_group_size(linear_widths(merged_dir), config.group_size)
+    notes = [note] if note else []
+    for_vllm = bits in VLLM_BITS and group_size in VLLM_GROUP_SIZES
+    if not for_vllm:
+        notes.append(f"vLLM has no kernel for {bits} bits in groups of {group_size}")
+    with few_threads():
+        merged = for_export(config, merged_dir, dataset_dir, device)
+        _quantise(
+            merged_dir,
+            target,
+            rows=[row[:MAX_ROW_TOKENS] for row in rows],
+            bits=bits,
+            group_size=group_size,
+            desc_act=config.desc_act,
+        )
+        _take_companions(merged_dir, target)
+        record = _prove(config, merged_dir, target, format=format, reference=merged, device=device)
+    return record.model_copy(
+        update={"group_size": group_size, "vllm_has_kernel": for_vllm, "notes": notes}
+    )
+
+
+def _prove(
+    config: QuantizeConfig,
+    merged_dir: Path,
     target: Path,
     *,
     format: str,
-    rows: list[list[int]],
-    group_size: int,
-    desc_act: bool,
     reference: Reference,
-    bound: Bound,
-    device: str = "cpu",
+    device: str,
 ) -> QuantizedModel:
-    """Quantise on the calibration `rows` of token ids, reload on `device`, generate and compare.
-
-    Raises:
-        ModelError: no group size fits the model's layers.
-        ToolError: gptqmodel is missing or failed.
-        ProofError: the checkpoint does not load, does not answer, or is over its bound.
-    """
-    import torch
-
-    from tuneline.quantize.proof import quality
-    from tuneline.quantize.proof.transformers_model import TransformersModel
-
-    bits = int(format.removeprefix("gptq-").removesuffix("bit"))
-    taken, note = choose_group_size(linear_widths(model_dir), group_size)
-    notes = [note] if note else []
-    for_vllm = bits in VLLM_BITS and taken in VLLM_GROUP_SIZES
-    if not for_vllm:
-        notes.append(f"vLLM has no kernel for {bits} bits in groups of {taken}")
-    _run(model_dir, target, bits, taken, desc_act, [row[:MAX_ROW_TOKENS] for row in rows])
-    _take_companions(model_dir, target)
-    weights = sorted(target.glob("*.safetensors"))
+    """Load a checkpoint, generate, compare it with the merged model and return its record."""
+    bound = formats.bound_of(format, config.max_mean_kl, config.min_top1_agreement)
     try:
         model = TransformersModel(target, dtype=torch.float16, device=device)
     except ModelError as error:
@@ -74,17 +107,18 @@ def quantize(
     generated = model.generate(reference.generation.prompt_ids, num_tokens=reference.num_tokens)
     if not generated.text.strip() and reference.generation.text.strip():
         raise ProofError(
-            f"the export {format} generates nothing where the merged model says "
+            f"the export {format} generates nothing where the merged model generates "
             f"{reference.generation.text[:60]!r}: take gptq-8bit, or more calibration rows"
         )
-    found = quality.compare(
+    distance = quality.compare(
         reference.rows, reference.logits, (model.logits(row.ids) for row in reference.rows)
     )
-    quality.hold(found, bound, format)
+    quality.hold(distance, bound, format)
+    weights = _weight_files(target)
     tensors = [tensor for path in weights for tensor in _tensors(path)]
     num_bytes = sum(path.stat().st_size for path in weights)
     num_weights = sum(
-        math.prod(shape) for path in _weight_files(model_dir) for _, _, shape in _tensors(path)
+        math.prod(shape) for path in _weight_files(merged_dir) for _, _, shape in _tensors(path)
     )
     return QuantizedModel(
         format=format,
@@ -92,10 +126,7 @@ def quantize(
         file=".",
         num_bytes=num_bytes,
         bits_per_weight=round(8 * num_bytes / num_weights, 4),
-        group_size=taken,
-        vllm_has_kernel=for_vllm,
         tensor_types=dict(Counter(dtype.lower() for _, dtype, _ in tensors).most_common()),
-        notes=notes,
         max_mean_kl=bound.max_mean_kl,
         min_top1_agreement=bound.min_top1_agreement,
         stop_tokens=reference.stop_texts,
@@ -103,13 +134,13 @@ def quantize(
         generated=generated.text,
         reference=reference.generation.text,
         **_speed(model, reference, device),
-        **found.record(),
+        **distance.record(),
         **(reference.benchmark.record(model) if reference.benchmark else {}),
     )
 
 
-def _speed(model: "TransformersModel", reference: Reference, device: str) -> dict[str, float | int]:
-    """Return tokens/s and threads for a table whose other formats are timed on a CPU."""
+def _speed(model: TransformersModel, reference: Reference, device: str) -> dict[str, float | int]:
+    """Return tokens per second and threads, on a CPU only: the other formats are timed there."""
     if device != "cpu":
         return {}
     speed = model.tokens_per_second(reference.generation.prompt_ids, num_tokens=NUM_SPEED_TOKENS)
@@ -117,12 +148,13 @@ def _speed(model: "TransformersModel", reference: Reference, device: str) -> dic
 
 
 def choose_group_size(widths: set[int], wanted: int) -> tuple[int, str | None]:
-    """Return the largest group size up to `wanted` that divides every layer, and a note.
+    """Return the largest group size up to `wanted` that divides every width, and a note.
 
-    gptqmodel quantises and saves with one that does not divide, and fails at the first forward.
+    The note is None if the size is `wanted`. gptqmodel does not check this: it quantises and saves
+    with any group size, and the checkpoint fails in its first forward pass.
 
     Raises:
-        ModelError: none does.
+        ModelError: no group size divides every width.
     """
     sizes = [wanted, *(size for size in GROUP_SIZES if size < wanted)]
     for size in sizes:
@@ -132,13 +164,17 @@ def choose_group_size(widths: set[int], wanted: int) -> tuple[int, str | None]:
             odd = ", ".join(str(width) for width in sorted(widths) if width % wanted)
             return size, f"group size {size}, not {wanted}: layers are {odd} wide"
     raise ModelError(
-        f"no group size up to {wanted} divides layers of the widths {sorted(widths)}: "
-        "GPTQ cannot hold this model; set quantize.gptq to []"
+        f"no group size up to {wanted} divides layers of the widths {sorted(widths)}, so GPTQ "
+        "cannot store this model: set quantize.gptq to []"
     )
 
 
 def linear_widths(model_dir: Path) -> set[int]:
-    """Return the input widths of the linear layers inside the decoder's blocks."""
+    """Return the input widths of the linear layers in the decoder blocks.
+
+    Raises:
+        ModelError: there are none.
+    """
     widths = {
         shape[1]
         for path in _weight_files(model_dir)
@@ -150,13 +186,20 @@ def linear_widths(model_dir: Path) -> set[int]:
     return widths
 
 
-def _run(
-    model_dir: Path, target: Path, bits: int, group_size: int, desc_act: bool, rows: list[list[int]]
+def _quantise(
+    model_dir: Path,
+    target: Path,
+    *,
+    rows: list[list[int]],
+    bits: int,
+    group_size: int,
+    desc_act: bool,
 ) -> None:
+    """Run gptqmodel in a child process (run_gptqmodel.py)."""
     if importlib.util.find_spec("gptqmodel") is None:
         raise ToolError(
-            "gptqmodel is not installed, and GPTQ exports need it: `make install`, the gptq image, "
-            "or set quantize.gptq to [] in the recipe"
+            "gptqmodel is not installed, but GPTQ exports need it: run `make install`, use the "
+            "gptq image, or set quantize.gptq to [] in the recipe"
         )
     job = {
         "model_dir": str(model_dir.resolve()),
@@ -167,15 +210,15 @@ def _run(
         "rows": rows,
     }
     settings = {
-        # By default one worker on two cores, where it then asks for two.
+        # The default is one worker on two cores, but gptqmodel then asks for two.
         "GPTQMODEL_CPU_WORKERS": str(max(2, len(os.sched_getaffinity(0)))),
-        # Beside another busy process, waiting OpenMP threads spin longer than they work.
+        # Waiting OpenMP threads spin longer than they work if another process is busy.
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "job.json").write_text(json.dumps(job), encoding="utf-8")
         done = run_to_end(
-            [sys.executable, "-m", "tuneline.quantize.gptq.process", "job.json"],
+            [sys.executable, "-m", "tuneline.quantize.gptq.run_gptqmodel", "job.json"],
             cwd=Path(scratch),
             env=settings | os.environ,
         )
@@ -188,10 +231,11 @@ def _run(
 
 
 def _take_companions(model_dir: Path, target: Path) -> None:
-    """Put the merged model's own tokenizer and settings beside the weights.
+    """Write the merged model's own tokenizer and settings beside the weights.
 
-    As transformers 5 saves them, transformers 4 and servers built on it load no tokenizer, or
-    compute with other angles; and this machine's temporary path stands in them.
+    The files that transformers 5 saves do not work with transformers 4 and the servers built on it:
+    they load no tokenizer, or use other rotary angles. They also hold a temporary path of this
+    machine.
     """
     quantization = json.loads((target / "config.json").read_text(encoding="utf-8"))
     quantization = quantization["quantization_config"]
@@ -221,7 +265,7 @@ def _weight_files(model_dir: Path) -> list[Path]:
 
 
 def _tensors(path: Path) -> list[tuple[str, str, list[int]]]:
-    """List name, type and shape of a safetensors file's tensors; only its header is read."""
+    """Return name, dtype and shape of each tensor, from the header of a safetensors file."""
     with open(path, "rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import DataError, ModelError
 from tuneline.quantize import QuantizeConfig
-from tuneline.quantize.gptq.quantize import choose_group_size, linear_widths
+from tuneline.quantize.gptq.export import choose_group_size, linear_widths
 from tuneline.quantize.run import run
 
 

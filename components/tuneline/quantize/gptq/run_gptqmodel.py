@@ -1,7 +1,7 @@
-"""Run gptqmodel once: `python -m tuneline.quantize.gptq.process JOB.json`.
+"""Run gptqmodel once: `python -m tuneline.quantize.gptq.run_gptqmodel JOB.json`.
 
-A process of its own, because gptqmodel reads its settings from the environment when imported,
-patches transformers, writes `logs/` into the working directory and draws on the terminal.
+It runs in a child process, because gptqmodel reads its settings from the environment when it is
+imported, patches transformers, writes `logs/` into the working directory and draws on the terminal.
 """
 
 import json
@@ -9,23 +9,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from gptqmodel import GPTQModel, QuantizeConfig
+from transformers import AutoConfig
+
 
 def main(job_file: str) -> None:
-    """Quantise as a job of `tuneline.quantize.gptq.quantize` says, and save."""
-    import torch
-    from gptqmodel import GPTQModel, QuantizeConfig
-
+    """Quantise and save a model as the job file says, which gptq/export.py writes."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     config = QuantizeConfig(
         bits=job["bits"],
         group_size=job["group_size"],
         desc_act=job["desc_act"],
         offload_to_disk=False,
-        # Its default compiles a C++ extension first: 93 s, and a compiler in the image.
+        # The default first compiles a C++ extension: 93 s, and a compiler in the image.
         pack_impl="original",
     )
     on_gpu = torch.cuda.is_available()
-    # Most CPUs emulate bfloat16: a third of the time in float32.
+    # Most CPUs emulate bfloat16; float32 takes a third of the time.
     model = GPTQModel.load(
         job["model_dir"],
         config,
@@ -43,10 +44,7 @@ def main(job_file: str) -> None:
 
 
 def _restore_dtype(model: Any, model_dir: str) -> None:
-    """Give embeddings, norms and head the type that they have in the merged model's files."""
-    import torch
-    from transformers import AutoConfig
-
+    """Cast embeddings, norms and head back to the dtype of the merged model's files."""
     dtype = AutoConfig.from_pretrained(model_dir).dtype or torch.float32
     for parameter in model.parameters():
         if parameter.dtype == torch.float32:
