@@ -33,9 +33,12 @@ def test_the_page_has_the_answers_of_base_and_adapter(
         curves_path=tmp_path / "curves.html",
     )
     page = (tmp_path / "curves.html").read_text()
-    for heading in ("Loss", "Gradient", "Tokens a second", "Peak memory so far", "Learning rate"):
+    for heading in (
+        *("Loss", "Gradient norm", "Learning rate"),
+        *("Tokens per second", "Peak memory so far"),
+    ):
         assert f"<h2>{heading}</h2>" in page, heading
-    assert "<h2>Use of the GPU</h2>" not in page
+    assert "<h2>GPU utilisation</h2>" not in page
     # They may come from private rows, and the adapter's directory is published.
     assert not any("samples" in path.name for path in (tmp_path / "adapter").iterdir())
 
