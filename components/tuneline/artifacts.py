@@ -65,8 +65,8 @@ Verdict = Literal["promote", "hold"]
 class RunHeader(StrictModel):
     """The keys of a recipe that the report and the model cards read; other keys are kept as data.
 
-    A `Recipe` knows the config of every step, so a step cannot use that class. The pipeline hands
-    over the recipe as JSON after it was validated, and `model_dump` returns all of it again.
+    `Recipe` imports the config of every step, so a step cannot use it. The pipeline validates the
+    recipe and passes it on as JSON; `model_dump` returns all of its keys in the same order.
     """
 
     model_config = ConfigDict(extra="allow")

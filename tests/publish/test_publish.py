@@ -505,7 +505,7 @@ def cut(path: Path) -> None:
             lambda run: MergeProof.read(run / "merged").write(
                 run / "merged", PublishConfig(), parents=[ModelOrigin.read(run / "other")]
             ),
-            r"the merged was made from the base_model 999999999999, but the one here is 111111111111",
+            r"the merged was made from the base_model 9{12}, but the one here is 1{12}",
         ),
         (
             lambda run: change_merged_alone(run),

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-decorators
 """The gate step as a KFP component."""
 
 from kfp import dsl

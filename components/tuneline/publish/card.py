@@ -149,8 +149,8 @@ def _scores(sources: Sources) -> str:
     head = "| task | metric | base | tuned | improvement | 95 % interval | samples |"
     note = (
         f"Why it was published: {sources.decision.reason}\n\n"
-        "Both models answered the same samples. A positive improvement is better in every metric. The interval comes from a paired "
-        "bootstrap over the samples."
+        "Both models answered the same samples. A positive improvement is better in every metric. "
+        "The interval comes from a paired bootstrap over the samples."
     )
     return "\n".join(["## Scores", "", head, "|---|---|---|---|---|---|---|", *rows, "", note])
 

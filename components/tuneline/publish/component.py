@@ -1,3 +1,4 @@
+# mypy: allow-untyped-decorators
 """The publish step as a KFP component.
 
 KFP has no list that holds the exports of several loops, so there is an input per kind of export.
@@ -24,21 +25,21 @@ def publish(
     published: dsl.Output[dsl.Artifact],
     gguf: dsl.Input[List[dsl.Model]] = None,
     gptq: dsl.Input[List[dsl.Model]] = None,
-):
+) -> None:
     """Publish a model that the gate promoted to the Hub, or to a directory (`dir:PATH`).
 
     Args:
         target: namespace/name on the Hub, or dir:PATH.
-        config: a PublishConfig as JSON.
-        recipe: the whole recipe as JSON, for the model cards.
-        base_model: the base model.
-        dataset: the prepared dataset.
-        adapter: the LoRA adapter.
-        merged: the merged model.
-        decision: the verdict of the gate.
-        published: record of the repositories, with their URLs and commits.
-        gguf: the GGUF exports.
-        gptq: the GPTQ exports.
+        config: A PublishConfig as JSON.
+        recipe: The whole recipe as JSON, for the model cards.
+        base_model: The base model.
+        dataset: The prepared dataset.
+        adapter: The LoRA adapter.
+        merged: The merged model.
+        decision: The verdict of the gate.
+        published: Record of the repositories, with their URLs and commits.
+        gguf: The GGUF exports.
+        gptq: The GPTQ exports.
     """
     from tuneline.publish import PublishConfig
     from tuneline.publish.run import run

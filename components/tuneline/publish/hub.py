@@ -44,7 +44,7 @@ def push(staged: list[StagedRepo], *, token: str, config: PublishConfig) -> list
     """
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     _call("who am I", api.whoami, config.max_attempts)
-    # All names are checked before anything is sent, so that a refusal leaves nothing half published.
+    # All names are checked before anything is sent, so that nothing is published by halves.
     absent = [repo for repo in staged if not _is_ours(api, repo.repo, config)]
     for repo in absent:
         _call(
@@ -154,7 +154,7 @@ def _is_ours(api: HfApi, repo: str, config: PublishConfig) -> bool:
     names = {sibling.rfilename for sibling in info.siblings or []}
     if MARKER_FILE not in names and names - {".gitattributes"}:
         raise UserError(
-            f"the repository {repo} exists, but was not made by tuneline (it has no {MARKER_FILE}). "
+            f"the repository {repo} exists, but was not made by tuneline: it has no {MARKER_FILE}. "
             "Choose another name in publish_to, or remove the repository yourself"
         )
     if config.private and info.private is False:
@@ -235,8 +235,8 @@ def _refused(what: str, status: int, message: str | None) -> TunelineError:
         )
     if status == 404:
         return HubError(
-            f"{what}: the Hub cannot find the repository (404). Check that the namespace exists and "
-            "that nobody removes the repository meanwhile, then run the step again"
+            f"{what}: the Hub cannot find the repository (404). Check that its namespace exists "
+            "and that nobody removes the repository meanwhile, then run the step again"
         )
     if status in (409, 412):
         return UserError(

@@ -16,7 +16,7 @@ def comparable_metrics(summary: TrainingSummary) -> dict[str, float]:
 
 
 def eval_gap(history: Sequence[TrainingPoint]) -> float | None:
-    """Return the last evaluation loss minus the mean training loss since the previous evaluation."""
+    """Return the last evaluation loss minus the mean training loss since the one before."""
     evaluated = [point for point in history if point.eval_loss is not None]
     if len(evaluated) < 2:
         return None
