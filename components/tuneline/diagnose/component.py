@@ -1,5 +1,5 @@
 # mypy: allow-untyped-decorators
-"""The KFP component of the step: the exit handler."""
+"""The diagnose step as a KFP component: the exit handler."""
 
 from kfp import dsl
 
@@ -8,7 +8,12 @@ from tuneline import images
 
 @dsl.component(base_image=images.LIGHT, install_kfp_package=False)
 def diagnose(status: dsl.PipelineTaskFinalStatus, summary: dsl.Output[dsl.Markdown]) -> None:
-    """Say what failed and what to change, or what was done."""
+    """Explain why a run failed and what to change, or list what it did.
+
+    Args:
+        status: Final status of the run; KFP fills it in.
+        summary: The explanation as Markdown.
+    """
     from tuneline.diagnose.run import run
     from tuneline.runtime.step import step
 

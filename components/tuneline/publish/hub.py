@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined, unused-ignore]
     HfHubHTTPError,
-    HTTPError,  # type: ignore[attr-defined, unused-ignore] # of the HTTP client that the Hub's uses
+    HTTPError,
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile

@@ -78,7 +78,7 @@ def _steps(runs: list[StepRun]) -> str:
         tone, status = {
             "finished": ("good", "finished"),
             "failed": ("bad", "failed"),
-            "running": ("bad", "did not end"),
+            "running": ("bad", "not finished"),
         }[run.status]
         unfinished = run.status != "finished" and run.total
         reached = f"{run.done} of {run.total}" if unfinished else ""
