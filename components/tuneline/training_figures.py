@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tuneline.artifacts import TrainingSummary
-from tuneline.html.units import count, duration, number, parameters, share
+from tuneline.html.units import count, duration, number, parameters, percent
 
 _GIB = 2**30
 
@@ -45,9 +45,7 @@ def training_figures(summary: TrainingSummary) -> list[Figure]:
             "num_trainable_parameters",
             "Trainable parameters",
             s.num_trainable_parameters,
-            lambda v: (
-                f"{parameters(v)} of {parameters(s.num_parameters)} ({share(v / s.num_parameters)})"
-            ),
+            lambda v: _part(v, s.num_parameters),
             "artifact",
         ),
         ("learning_rate", "Highest learning rate", s.learning_rate, number, ""),
@@ -96,6 +94,11 @@ def training_figures(summary: TrainingSummary) -> list[Figure]:
         for name, label, value, text, uses in table
         if value is not None
     ]
+
+
+def _part(num_trainable: int, num_parameters: int) -> str:
+    fraction = percent(num_trainable / num_parameters)
+    return f"{parameters(num_trainable)} of {parameters(num_parameters)} ({fraction})"
 
 
 def _three(value: float) -> str:

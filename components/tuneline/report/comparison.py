@@ -13,7 +13,7 @@ from tuneline.html.page import (
     section,
     table,
 )
-from tuneline.html.units import number, share, size
+from tuneline.html.units import number, percent, size
 from tuneline.kinds import EXPORT_KINDS, KINDS
 from tuneline.report.records import Line
 
@@ -59,7 +59,7 @@ def card(line: Line) -> str:
             size(export.num_bytes),
             f"{export.bits_per_weight:.2f}",
             number(export.mean_kl, 3),
-            "-" if export.top1_agreement is None else share(export.top1_agreement),
+            "-" if export.top1_agreement is None else percent(export.top1_agreement),
             number(export.perplexity),
             number(export.tokens_per_second, 3),
             *([_score(export)] if scored else []),
@@ -85,10 +85,10 @@ def card(line: Line) -> str:
         ),
         paragraph(
             "How the recommendations are made: for each program, the smallest export with a top-1 "
-            f"of at least {share(NEAR_TOP1)} and a perplexity at most {share(NEAR_PERPLEXITY - 1)} "
-            "above the merged model's; if there is none, the one with the lowest mean KL. For the "
+            f"of at least {percent(NEAR_TOP1)} and a perplexity at most "
+            f"{percent(NEAR_PERPLEXITY - 1)} above the merged model's; if there is none, the one with the lowest mean KL. For the "
             "least memory, the smallest with a perplexity at most "
-            f"{share(USABLE_PERPLEXITY - 1)} above.",
+            f"{percent(USABLE_PERPLEXITY - 1)} above.",
             muted=True,
         ),
         note="Lower left is better: smaller, and closer to the merged model.",
@@ -164,7 +164,7 @@ def _score(export: QuantizedModel) -> str:
     if export.benchmark_score is None:
         return "-"
     low, high = wilson_interval(export.benchmark_score, export.num_benchmark_rows)
-    return f"{share(export.benchmark_score)} ({100 * low:.0f}-{100 * high:.0f})"
+    return f"{percent(export.benchmark_score)} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def _benchmark(export: QuantizedModel | None) -> str:
@@ -172,7 +172,7 @@ def _benchmark(export: QuantizedModel | None) -> str:
         return ""
     return (
         f" Score: {export.benchmark} on {export.num_benchmark_rows} held-out rows, with its 95 % "
-        f"interval; the merged model has {share(export.reference_benchmark_score)} on the same "
+        f"interval; the merged model has {percent(export.reference_benchmark_score)} on the same "
         "rows. The score reveals a broken format, but not which of two formats is better."
     )
 

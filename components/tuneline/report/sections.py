@@ -24,7 +24,7 @@ from tuneline.html.page import (
     table,
     tiles,
 )
-from tuneline.html.units import count, duration, number, parameters, share, signed, size
+from tuneline.html.units import count, duration, number, parameters, percent, signed, size
 from tuneline.report.line import stages
 from tuneline.report.records import Line
 from tuneline.training_figures import training_figures
@@ -224,7 +224,7 @@ def data(line: Line) -> str:
             f"{count(dataset.num_train_rows)}, {count(dataset.num_eval_rows)}, "
             f"{count(dataset.num_heldout_rows)}",
         ),
-        ("Rejected rows", f"{count(rejected)} ({share(rejected / num_rows if num_rows else 0)})"),
+        ("Rejected rows", f"{count(rejected)} ({percent(rejected / num_rows if num_rows else 0)})"),
         ("Rows left out as too long", count(dataset.num_overlong_rows)),
         ("Tokens", count(dataset.num_tokens)),
         (
@@ -243,7 +243,7 @@ def data(line: Line) -> str:
             f"{count(dataset.max_seq_length)} "
             f"(recommended {count(dataset.recommended_max_seq_length)})",
         ),
-        ("Tokens removed by truncation", share(dataset.truncated_token_share)),
+        ("Tokens removed by truncation", percent(dataset.truncated_token_share)),
     ]
     chart = histogram(
         lengths.histogram,
@@ -270,7 +270,7 @@ def exports(line: Line) -> str:
                 f"{number(merge.mean_kl)} nats (at most {number(merge.max_mean_kl)})",
             ),
             ("Largest logit difference", number(merge.max_logit_difference)),
-            ("Same most likely token", share(merge.top1_agreement)),
+            ("Same most likely token", percent(merge.top1_agreement)),
             ("Prompts compared", count(merge.num_prompts)),
             ("Modules merged", count(merge.num_merged_modules)),
             ("Weight files", f"{count(merge.num_shards)}, {size(merge.num_bytes)}"),
