@@ -86,8 +86,8 @@ def card(line: Line) -> str:
         paragraph(
             "How the recommendations are made: for each program, the smallest export with a top-1 "
             f"of at least {percent(NEAR_TOP1)} and a perplexity at most "
-            f"{percent(NEAR_PERPLEXITY - 1)} above the merged model's; if there is none, the one with the lowest mean KL. For the "
-            "least memory, the smallest with a perplexity at most "
+            f"{percent(NEAR_PERPLEXITY - 1)} above the merged model's; if there is none, the one "
+            "with the lowest mean KL. For the least memory, the smallest with a perplexity at most "
             f"{percent(USABLE_PERPLEXITY - 1)} above.",
             muted=True,
         ),
