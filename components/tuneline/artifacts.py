@@ -393,7 +393,7 @@ class TaskComparison(StrictModel):
 
 
 class Decision(Record):
-    """Whether the tuned model may be published, and why."""
+    """Verdict on publishing the tuned model, with its reason and the comparisons."""
 
     filename: ClassVar[str] = "decision.json"
     role: ClassVar[str] = "decision"

@@ -22,8 +22,8 @@ class KindTraits:
     base_model_relation: Literal["adapter", "finetune", "quantized"]
     """`base_model_relation` of a model card's front matter."""
     suffix: str
-    """End of the repository's name. With `{format}`, every format has a repository that holds its
-    whole directory; without, all formats share one, which holds a file per format."""
+    """End of the repository's name. If it contains `{format}`, every format has a repository of its
+    own, which holds the whole checkpoint. Otherwise all formats share one repository of files."""
     runs_with: str = ""
     """Programs that run the export, for the report's recommendations."""
     runs_on_cpu: bool = False

@@ -58,8 +58,8 @@ def stage(
 ) -> list[StagedRepo]:
     """Lay out all repositories below `directory`.
 
-    Nothing that differs between runs of the same content is written (no times, no paths of this
-    machine), so staging the same artifacts twice gives the same tree.
+    The artifacts alone decide what is written (no date, no path of this machine), so staging the
+    same artifacts twice gives the same tree.
 
     Args:
         sources: the artifacts.

@@ -23,7 +23,7 @@ def _adapter(sources: Sources, repo: Repository) -> str:
     if sources.training.base_quantization == "nf4":
         classes.append("BitsAndBytesConfig")
         settings = (
-            "# The adapter was trained on an NF4 base model and answers differently on 16 bits.\n"
+            "# The adapter was trained on NF4 base weights and answers differently on others.\n"
             "nf4 = BitsAndBytesConfig(\n"
             '    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,\n'
             f"    bnb_4bit_compute_dtype=torch.{sources.training.compute_dtype},\n"
