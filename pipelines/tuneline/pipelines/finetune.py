@@ -143,7 +143,7 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
                 "tuned_scores": tuned_scores.outputs["scores"],
             }
             gated = placed(gate, config=gate_config, **scores)
-            everything = {
+            everything: dict[str, object] = {
                 "recipe": recipe_json,
                 "base_model": base,
                 "dataset": data,
