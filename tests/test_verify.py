@@ -92,7 +92,7 @@ def test_each_change_is_named(run_dir: Path) -> None:
     (run_dir / "q8_0" / "extra.txt").touch()
     found = differences(run_dir)
     assert found["merged"][0] == "sub/config.json is missing"
-    assert found["merged"][1].startswith("model.safetensors was changed: sha256 d9298a10d1b0, rec")
+    assert found["merged"][1].startswith("model.safetensors was changed: SHA-256 d9298a10d1b0, rec")
     assert found["q8_0"] == ["extra.txt is not in the record"]
 
 
@@ -104,7 +104,9 @@ def test_an_export_of_another_model(run_dir: Path) -> None:
     found = differences(run_dir)
     assert found["merged"] == []
     (sentence,) = found["q8_0"]
-    assert sentence.startswith(f"made from the merged {record.content_sha256()[:12]}, and here is ")
+    assert sentence.startswith(
+        f"made from the merged {record.content_sha256()[:12]}, but the one here is "
+    )
     assert sentence.endswith(": dtype bfloat16 there, float16 here")
 
 
@@ -141,9 +143,11 @@ def test_everything_that_an_artifact_goes_back_to_is_held_against_what_is_here(
     record["environment"] |= {"torch": "1.0", "kernels": "0" * 12, "image": "train@sha256:abc"}
     path.write_text(json.dumps(record))
     of_base, of_data, of_adapter = differences(run_dir)["merged"]
-    assert of_base.startswith("made from the base_model 111111111111, and here is 333333333333: ")
+    assert of_base.startswith(
+        "made from the base_model 111111111111, but the one here is 333333333333: "
+    )
     assert of_base.endswith(f"revision {'a' * 40} there, {'b' * 40} here")
-    assert of_data == "made from the dataset 222222222222, and here is 444444444444"
+    assert of_data == "made from the dataset 222222222222, but the one here is 444444444444"
     assert "; seed 1 there, 2 here; " in of_adapter
     assert "; torch 2" in of_adapter and " there, 1.0 here" in of_adapter
     assert f"kernels {describe_environment()['kernels']} there, 000000000000 here" in of_adapter

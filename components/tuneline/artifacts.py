@@ -1,7 +1,7 @@
-"""What the steps hand each other: directories, their file names, and the record in each.
+"""The artifacts that steps hand to each other: directories, file names, and the record in each.
 
-Every artifact directory holds one JSON record, written last. A directory without its record is
-not an artifact. Records are strict: a producer and a consumer that disagree fail at once.
+Every artifact directory holds one JSON record, which is written last. A directory without a record
+is not an artifact. Records are strict: a step that reads an unknown or a missing key fails at once.
 
     artifact     record            other files
     -----------  ----------------  -----------------------------------------------------------
@@ -16,7 +16,7 @@ not an artifact. Records are strict: a producer and a consumer that disagree fai
     scores       scores.json       samples/<task>.jsonl, generations.jsonl
     decision     decision.json
     summary      summary.json
-    published    published.json    for a `dir:` target: the trees that would be pushed
+    published    published.json
 """
 
 import contextlib
@@ -26,11 +26,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from tuneline.errors import OutputExistsError
+from tuneline.kinds import KINDS, ExportKind, RepoKind
 from tuneline.record import Ancestor, Record
 from tuneline.strict_model import StrictModel
 
@@ -38,27 +39,43 @@ TRAIN_FILE = "train.parquet"
 EVAL_FILE = "eval.parquet"
 HELDOUT_FILE = "heldout.jsonl"
 REJECTED_FILE = "rejected.jsonl"
-# Beside an adapter: one JSON object a logged step.
+# Next to an adapter: one JSON object per logged step.
 PROGRESS_FILE = "progress.jsonl"
-# Beside the data set when the recipe names a template: it replaces the tokenizer's own.
+# In a dataset whose recipe names a template; it replaces the tokenizer's own template.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-# For Ollama, beside a GGUF file.
+# Next to a GGUF file, for Ollama.
 MODELFILE = "Modelfile"
-# In every published repository: what it was made from, and the hashes of its files.
+# In every published repository: what the repository was made from, and its files' hashes.
 PUBLISHED_BUNDLE = "tuneline.json"
 SAMPLES_DIR = "samples"
 GENERATIONS_FILE = "generations.jsonl"
 
-# Columns of train.parquet and eval.parquet for the methods sft and cpt: lists of int32, int8.
+# Columns of train.parquet and eval.parquet for the methods sft and cpt: lists of int32 and int8.
 INPUT_IDS = "input_ids"
 LOSS_MASK = "loss_mask"
-# And for dpo: prompt, chosen and rejected token ids; the prompt is in neither of the others.
+# The columns for dpo hold token IDs. The prompt is repeated in neither of the two answers.
 PROMPT_IDS = "prompt_ids"
 CHOSEN_IDS = "chosen_ids"
 REJECTED_IDS = "rejected_ids"
 
 Method = Literal["sft", "dpo", "cpt"]
 Verdict = Literal["promote", "hold"]
+
+
+class RunHeader(StrictModel):
+    """The keys of a recipe that the report and the model cards read; other keys are kept as data.
+
+    `Recipe` imports the config of every step, so a step cannot use it. The pipeline validates the
+    recipe and passes it on as JSON; `model_dump` returns all of its keys in the same order.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    description: str = ""
+    base_model: str
+    dataset: str
+    publish_to: str
 
 
 class ModelOrigin(Record):
@@ -68,29 +85,29 @@ class ModelOrigin(Record):
     role: ClassVar[str] = "base_model"
 
     source: str
-    """As the recipe names it: a Hub id, a directory, a GGUF file or builtin:NAME."""
+    """The source as the recipe names it: a Hub ID, a directory, a GGUF file or builtin:NAME."""
     revision: str | None = None
-    """The Hub commit that a revision was resolved to; none for local sources."""
+    """Hub commit that the revision was resolved to; null for a local source."""
     licence: str | None = None
-    """SPDX-like identifier, where the source says."""
+    """SPDX-like identifier; null where the source names no licence."""
     architecture: str
-    """The class in config.json's `architectures`."""
+    """Class name in config.json's `architectures`."""
     num_parameters: int
     num_bytes: int
-    """Size of the weight files."""
+    """Size of the weight files, in bytes."""
     sha256: str
-    """Hash over the names and contents of the weight files."""
+    """SHA-256 over the names and contents of the weight files."""
     runs_own_code: bool = False
-    """Whether loading needs trust_remote_code, which the recipe gave by name."""
+    """Whether loading needs trust_remote_code, which the recipe has to allow by name."""
 
     def as_ancestor(self) -> Ancestor:
-        """Return the hash that is known before the model is fetched, and the revision."""
-        kept = super().as_ancestor()
-        return kept.model_copy(update={"sha256": self.sha256, "revision": self.revision})
+        """Return the hash of the weights, which other files do not change, and the revision."""
+        ancestor = super().as_ancestor()
+        return ancestor.model_copy(update={"sha256": self.sha256, "revision": self.revision})
 
 
 class LengthStatistics(StrictModel):
-    """Lengths of the rows in tokens, before truncation."""
+    """Lengths of the rows before truncation, in tokens."""
 
     mean: float
     median: float
@@ -98,11 +115,11 @@ class LengthStatistics(StrictModel):
     p99: float
     max: int
     histogram: list[tuple[int, int, int]] = Field(default_factory=list)
-    """Bins (from, below, number of rows)."""
+    """Bins of (lowest length, first length above the bin, number of rows)."""
 
 
 class DatasetManifest(Record):
-    """What a prepared data set holds."""
+    """Contents of a prepared dataset."""
 
     filename: ClassVar[str] = "dataset.json"
     role: ClassVar[str] = "dataset"
@@ -110,43 +127,43 @@ class DatasetManifest(Record):
     source: str
     method: Method
     format: str
-    """alpaca, messages, sharegpt, prompt-completion, preference or text."""
+    """Format of the rows: alpaca, messages, sharegpt, prompt-completion, preference or text."""
     template: str
-    """The chat template's name: tokenizer, alpaca, chatml, llama3, or none."""
+    """Name of the chat template: tokenizer, alpaca, chatml, llama3 or none."""
     loss_on: str
-    """answers or all."""
+    """Tokens that count in the loss: answers or all."""
     num_train_rows: int
     num_eval_rows: int
     num_heldout_rows: int
     num_rejected_rows: int
     num_tokens: int
-    """Tokens in train.parquet."""
+    """Number of tokens in train.parquet."""
     num_loss_tokens: int
-    """Tokens in train.parquet that the loss counts."""
+    """Number of tokens in train.parquet that count in the loss."""
     lengths: LengthStatistics
     max_seq_length: int
     recommended_max_seq_length: int
     truncated_token_share: float
-    """Share of all tokens that truncation to max_seq_length loses, 0 to 1."""
+    """Fraction of all tokens that truncation to max_seq_length removes, 0 to 1."""
     num_overlong_rows: int = 0
-    """Rows left out because truncation would leave no token to learn."""
+    """Number of rows left out because truncation would leave no token that counts in the loss."""
     num_general_rows: int = 0
-    """Training rows that come from the general data set."""
+    """Number of training rows that come from the general dataset."""
     num_leaking_rows: int = 0
-    """Rows left out because a held-out row is the same."""
+    """Number of rows left out because they equal a held-out row."""
     end_of_turn: str = ""
-    """What the template puts after an answer, e.g. <|im_end|>: where generation has to stop."""
+    """Text that the template puts after an answer, e.g. <|im_end|>; generation stops there."""
     licence: str | None = None
     sha256: str
-    """Hash of the checked rows in order, of the template and of the split."""
+    """SHA-256 over the checked rows in order, the template and the split."""
 
     def as_ancestor(self) -> Ancestor:
-        """Return the hash of the rows, which other names and compressions do not change."""
+        """Return the hash of the rows, which file names and compression do not change."""
         return super().as_ancestor().model_copy(update={"sha256": self.sha256})
 
 
 class TrainingPoint(StrictModel):
-    """One logged step; a value that was not measured then is null."""
+    """One logged step; a value that was not measured at this step is null."""
 
     step: int
     epoch: float | None = None
@@ -159,7 +176,7 @@ class TrainingPoint(StrictModel):
 
 
 class TrainingSummary(Record):
-    """How an adapter was trained."""
+    """How an adapter was trained. `training_figures` lists the figures that pages show."""
 
     filename: ClassVar[str] = "training.json"
     role: ClassVar[str] = "adapter"
@@ -167,97 +184,100 @@ class TrainingSummary(Record):
     method: Method
     num_steps: int
     num_tokens: int
-    """Tokens that went through the model, padding not counted."""
+    """Number of tokens trained on, without padding."""
     final_loss: float
+    """Last logged training loss."""
     first_eval_loss: float | None = None
-    """Before the first step."""
+    """Evaluation loss before the first step."""
     final_eval_loss: float | None = None
+    """Evaluation loss of the adapter that was kept."""
     num_trainable_parameters: int
     num_parameters: int
     base_quantization: Literal["nf4", "none"]
     compute_dtype: str
     kernels: str = "off"
-    """What our kernels took over, in a sentence."""
+    """A sentence that says which operations ran in tuneline's kernels."""
     device: str
     num_ranks: int = 1
-    """Processes that trained together, each on a device of its own."""
+    """Number of training processes, each with its own device."""
     tokens_per_second: float
     peak_memory_bytes: int
-    """Peak of the device's allocator, or resident memory of the process on a CPU."""
+    """Peak of the device's allocator, or of the process's resident memory on a CPU, in bytes."""
     device_hours: float | None = None
-    """Hours of all devices in training, evaluations included: GPU-hours on GPUs."""
+    """Device time of training, over all ranks and with evaluations, in hours."""
     energy_kwh: float | None = None
-    """What the GPUs took in that time, where NVML says it."""
+    """Energy that the GPUs used during training, in kWh; null where NVML does not report it."""
     cost: float | None = None
-    """device_hours at the recipe's price."""
+    """`device_hours` times the recipe's price per hour; null where the recipe names no price."""
     estimated_peak_bytes: int | None = None
-    """What `peak_memory_bytes` was estimated to be before the model was loaded."""
+    """Estimate of `peak_memory_bytes` from before the model was loaded."""
     fitted: str = ""
-    """What was changed in the recipe's settings so that the run fits its memory."""
+    """Settings of the recipe that were changed so that training fits into memory; "" for none."""
     num_out_of_memory: int = 0
-    """How often memory ran out, and the run went on from a checkpoint with a smaller batch."""
+    """How often memory ran out; training then resumed with a smaller micro-batch."""
     history: list[TrainingPoint]
     learning_rate: float | None = None
-    """The schedule's highest: what `auto` came to."""
+    """Highest learning rate of the schedule: the one that was chosen where the recipe says auto."""
     best_step: int | None = None
-    """The step whose adapter was kept: the one with the lowest evaluation loss."""
+    """Step with the lowest evaluation loss, whose adapter was kept."""
     stopped_early: bool = False
+    """Whether training stopped because the evaluation loss no longer improved."""
     eval_gap: float | None = None
-    """How far the evaluation loss of the last evaluation was above the mean training loss since the
-    one before it: it grows when a model learns its rows by heart."""
+    """Last evaluation loss minus the mean training loss since the previous evaluation. The gap
+    grows when the model memorises its training rows."""
     num_skipped_steps: int = 0
-    """Steps whose loss or gradient was not finite."""
+    """Number of steps skipped because the loss or the gradient was not finite."""
     num_rollbacks: int = 0
-    """How often too many of them in a row sent the run back, to go on with a lower rate."""
+    """How often training returned to a checkpoint with a lower rate after several skipped steps."""
     num_resumptions: int = 0
-    """How often the run was continued from a checkpoint."""
+    """How often training resumed from a checkpoint after an interruption."""
     base_sha256: str
     dataset_sha256: str
 
 
 class MergeProof(Record):
-    """How the merged model was made, and how far it is from base plus adapter."""
+    """How the merged model was made, and how far it differs from base model plus adapter."""
 
     filename: ClassVar[str] = "merge.json"
     role: ClassVar[str] = "merged"
 
     base: Literal["dequantized", "original"]
-    """Which base weights the adapter was added to."""
+    """Base weights that the adapter was added to: as training saw them, or the original ones."""
     base_asked: Literal["dequantized", "original", "auto"] | None = None
-    """What the recipe said; auto takes the base with the lower loss."""
+    """Setting in the recipe; auto takes the base weights with the lower loss."""
     base_losses: dict[str, float] = Field(default_factory=dict)
-    """Loss of base plus adapter on the rows' answers, nats a token, by each base measured."""
+    """Loss of base model plus adapter on the answers of the rows, in nats per token, by base."""
     merged_loss: float | None = None
-    """Of the merged model on the same."""
+    """Loss of the merged model on the same rows."""
     dtype: str
     num_bytes: int
     num_shards: int
     num_merged_modules: int
     num_prompts: int
     max_logit_difference: float
-    """Largest absolute difference of a logit, adapter on base against merged."""
+    """Largest absolute difference of a logit between base model plus adapter and merged model."""
     mean_kl: float
-    """Mean KL divergence a token, in nats."""
+    """Mean KL divergence per token, in nats."""
     top1_agreement: float
-    """Share of positions with the same most likely token, 0 to 1."""
+    """Fraction of positions with the same most likely token, 0 to 1."""
     max_mean_kl: float
-    """The bound that mean_kl was held against."""
+    """Highest `mean_kl` that was allowed."""
     min_top1_agreement: float | None = None
-    """The bound that top1_agreement was held against."""
+    """Lowest `top1_agreement` that was allowed."""
     trained_answer: str | None = None
-    """What base plus adapter say to the first prompt, greedily."""
+    """Greedy answer of base model plus adapter to the first prompt."""
     merged_answer: str | None = None
-    """What the merged model says to it."""
+    """Greedy answer of the merged model to the same prompt."""
 
 
 class ImportanceMatrix(Record):
-    """Which inputs of each weight matter, measured on training rows."""
+    """Importance matrix: per-weight statistics of the inputs, measured on training rows."""
 
     filename: ClassVar[str] = "importance.json"
     role: ClassVar[str] = "importance"
 
     file: str
-    """In the format of llama-imatrix."""
+    """Name of the file, which has the format of llama-imatrix."""
     num_rows: int
     num_tokens: int
     num_tensors: int
@@ -270,59 +290,59 @@ class QuantizedModel(Record):
     role: ClassVar[str] = "export"
 
     format: str
-    """f16, bf16, q8_0, q5_k_m, q4_k_m, ... or gptq-4bit, ..."""
-    kind: Literal["gguf", "gptq"]
+    """Format of the export: f16, bf16, q8_0, q5_k_m, q4_k_m, ... or gptq-4bit, ..."""
+    kind: ExportKind
     file: str
-    """Name of the .gguf file in the directory; "." where the directory is the checkpoint."""
+    """Name of the .gguf file in the directory; "." where the directory is a checkpoint."""
     num_bytes: int
     bits_per_weight: float
     group_size: int | None = None
-    """GPTQ only."""
+    """Weights that share a scale; GPTQ only."""
     vllm_has_kernel: bool | None = None
-    """GPTQ only: whether vLLM serves such bits and groups."""
+    """Whether vLLM has a kernel for these bits and this group size; GPTQ only."""
     num_importance_rows: int = 0
-    """Training rows of the importance matrix that it was rounded by; GGUF only."""
+    """Number of training rows behind the importance matrix, 0 without one; GGUF only."""
     tensor_types: dict[str, int] = Field(default_factory=dict)
-    """How many tensors have each type."""
+    """Number of tensors by their type."""
     notes: list[str] = Field(default_factory=list)
-    """What a reader should know: fallbacks, a smaller group size."""
+    """Remarks for the user, such as a fallback type or a smaller group size."""
     prompt: str
-    """The prompt of the load-and-generate check."""
+    """Prompt of the check that the export loads and generates."""
     generated: str
-    """What the loaded file generated, greedily."""
+    """Greedy answer of the export."""
     reference: str | None = None
-    """What the merged model generated from the same prompt, where it was run beside."""
+    """Greedy answer of the merged model to the same prompt; null where it was not run."""
     mean_kl: float | None = None
-    """Mean KL divergence a token from the merged model, in nats, over `num_prompts` rows."""
+    """Mean KL divergence per token from the merged model, in nats, over `num_prompts` rows."""
     max_mean_kl: float | None = None
-    """The bound that mean_kl was held against."""
+    """Highest `mean_kl` that was allowed."""
     top1_agreement: float | None = None
-    """Share of positions with the merged model's most likely token, 0 to 1."""
+    """Fraction of positions with the merged model's most likely token, 0 to 1."""
     min_top1_agreement: float | None = None
-    """The bound that top1_agreement was held against."""
+    """Lowest `top1_agreement` that was allowed."""
     perplexity: float | None = None
-    """Of the export on the rows' answers."""
+    """Perplexity of the export on the answers of the rows."""
     reference_perplexity: float | None = None
-    """Of the merged model on the same."""
+    """Perplexity of the merged model on the same answers."""
     num_prompts: int = 0
-    """Rows compared, held-out ones where there are any."""
+    """Number of rows compared: held-out rows where the dataset has any."""
     benchmark: str | None = None
-    """The evaluate step's name of the task that the export was scored on."""
+    """Name of the evaluation task that the export was scored on."""
     benchmark_score: float | None = None
-    """Share of right answers on `num_benchmark_rows` held-out rows, 0 to 1."""
+    """Fraction of correct answers on `num_benchmark_rows` held-out rows, 0 to 1."""
     reference_benchmark_score: float | None = None
-    """The merged model's on the same."""
+    """Fraction of correct answers of the merged model on the same rows."""
     num_benchmark_rows: int = 0
     num_tokenizer_texts: int | None = None
-    """Texts that llama.cpp splits exactly as the merged model's tokenizer; GGUF only."""
+    """Number of texts that llama.cpp and the merged model's tokenizer split alike; GGUF only."""
     num_conversations: int | None = None
-    """Conversations that the file's chat template renders to the same text; GGUF only."""
+    """Number of conversations that both chat templates render alike; GGUF only."""
     stop_tokens: list[str] = Field(default_factory=list)
-    """What ends an answer, in the export as in the merged model."""
+    """Tokens that end an answer, in the export and in the merged model."""
     tokens_per_second: float | None = None
-    """Generating on a CPU, one sequence."""
+    """Generation speed on a CPU, for one sequence."""
     num_threads: int | None = None
-    """CPU threads of `tokens_per_second`."""
+    """Number of CPU threads behind `tokens_per_second`."""
 
 
 class TaskScore(StrictModel):
@@ -336,26 +356,26 @@ class TaskScore(StrictModel):
 
 
 class Scores(Record):
-    """What a benchmark measured on one model."""
+    """Results of the evaluation of one model."""
 
     filename: ClassVar[str] = "scores.json"
     role: ClassVar[str] = "scores"
 
     model: str
-    """base, tuned or an export's format."""
+    """Which model was evaluated: base, tuned or the format of an export."""
     tasks: dict[str, TaskScore]
-    """By task name. Per-sample scores: samples/<task>.jsonl, rows {"id": str, "score": float}, with
-    "weight": int where a score is a ratio: `value` is the weighted mean of the scores."""
+    """Scores by task name. samples/<task>.jsonl holds the score of every sample: rows {"id": str,
+    "score": float}, with "weight": int where the score is a ratio. `value` is the weighted mean."""
     harness: str
-    """Name and version of the benchmark program."""
+    """Name and version of the evaluation program."""
 
     def called(self) -> str:
-        """Return base_scores or tuned_scores: a decision goes back to both."""
+        """Return base_scores or tuned_scores: a decision has both among its ancestors."""
         return f"{self.model}_scores"
 
 
 class TaskComparison(StrictModel):
-    """Tuned against base on the same samples of one task."""
+    """Comparison of the tuned and the base model on the same samples of one task."""
 
     task: str
     metric: str
@@ -363,17 +383,17 @@ class TaskComparison(StrictModel):
     base: float
     tuned: float
     difference: float
-    """Mean over samples of tuned minus base, turned so that positive is better."""
+    """Mean over the samples of tuned minus base, with the sign that makes positive better."""
     interval: tuple[float, float]
-    """95 % interval of the difference, paired bootstrap."""
+    """95 % interval of the difference, from a paired bootstrap."""
     num_samples: int
     outcome: Literal["better", "worse", "undecided"]
     target: bool
-    """Whether the task has to get better; the others must not get worse."""
+    """Whether the task has to improve; other tasks must not get worse."""
 
 
 class Decision(Record):
-    """Whether the tuned model may be published, and why."""
+    """Verdict on publishing the tuned model, with its reason and the comparisons."""
 
     filename: ClassVar[str] = "decision.json"
     role: ClassVar[str] = "decision"
@@ -384,22 +404,22 @@ class Decision(Record):
 
 
 class PublishedRepo(StrictModel):
-    """One repository that was written."""
+    """One repository that was published."""
 
     repo: str
-    """Hub id, or a path below the target directory."""
-    kind: Literal["adapter", "merged", "gguf", "gptq"]
+    """Hub ID, or a path below the target directory."""
+    kind: RepoKind
     url: str
     commit: str | None = None
-    """The revision that holds exactly this content; none below a directory."""
+    """Commit that holds exactly this content; null below a directory."""
     tag: str | None = None
-    """v1, v2, ...: a name for that revision."""
+    """Tag of the commit: v1, v2, ..."""
     num_files: int
     num_bytes: int
 
 
 class Published(Record):
-    """What was published where."""
+    """What was published, and where."""
 
     filename: ClassVar[str] = "published.json"
     role: ClassVar[str] = "published"
@@ -409,28 +429,29 @@ class Published(Record):
     repos: list[PublishedRepo]
 
     def metadata(self) -> dict[str, str]:
-        """Return where each repository is and its revision, for an artifact's metadata."""
-        found = {}
+        """Return the URL, commit and tag of each repository, for an artifact's metadata."""
+        metadata = {}
         for repo in self.repos:
-            # Of several GPTQ checkpoints each has a repository, named for its format.
-            gptq = repo.repo.rpartition("gptq-")[2]
-            key = f"gptq-{gptq}" if repo.kind == "gptq" else repo.kind
-            found[key] = repo.url
+            key: str = repo.kind
+            if KINDS[repo.kind].has_repo_per_format:
+                # The repository's name ends in its format, and a format starts with its kind.
+                key = f"{repo.kind}-{repo.repo.rpartition(f'{repo.kind}-')[2]}"
+            metadata[key] = repo.url
             if repo.commit:
-                found[f"{key}_revision"] = repo.commit
+                metadata[f"{key}_revision"] = repo.commit
             if repo.tag:
-                found[f"{key}_tag"] = repo.tag
-        return found
+                metadata[f"{key}_tag"] = repo.tag
+        return metadata
 
 
 class RunSummary(Record):
-    """What a run came to, for tables and scripts."""
+    """Result of a run, for tables and scripts."""
 
     filename: ClassVar[str] = "summary.json"
     role: ClassVar[str] = "summary"
 
     recipe: str
-    """The recipe's name."""
+    """Name of the recipe."""
     verdict: Verdict
     reason: str
     comparisons: list[TaskComparison]
@@ -439,10 +460,10 @@ class RunSummary(Record):
 
 @contextlib.contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
-    """Make an output directory that appears whole or not at all.
+    """Create an output directory that appears complete or not at all.
 
-    Yields a directory beside `path` to write into, and renames it to `path` on success. On an
-    error nothing is left behind and nothing that stood at `path` is touched.
+    Yields a temporary directory next to `path` to write into, and renames it to `path` on success.
+    On an error, the temporary directory is removed and `path` is left as it was.
 
     Raises:
         OutputExistsError: `path` exists and is not an empty directory.
@@ -451,26 +472,26 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise OutputExistsError(
             f"the output {path} exists and is not empty: name a new directory, "
-            "or remove it if you do not need it"
+            "or remove this one if you do not need it"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes 0700, which another pod's user could not read
+        partial.chmod(0o755)  # mkdtemp sets 0700, and another pod may run as another user
         partial.replace(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    """Read one of our own JSON Lines files."""
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Read a JSON Lines file that tuneline wrote."""
     with open(path, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if line.strip()]
 
 
-def write_jsonl(path: str | Path, rows: list[dict]) -> None:
+def write_jsonl(path: str | Path, rows: list[dict[str, Any]]) -> None:
     """Write rows as JSON Lines."""
     with open(path, "w", encoding="utf-8") as file:
         for row in rows:
@@ -478,7 +499,7 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
 
 
 def sha256_of(paths: list[Path]) -> str:
-    """Return one hash over the names and contents of files."""
+    """Return one SHA-256 over the names and contents of files."""
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
         digest.update(path.name.encode())
@@ -488,7 +509,7 @@ def sha256_of(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
-KINDS: tuple[type[Record], ...] = (
+RECORDS: tuple[type[Record], ...] = (
     ModelOrigin,
     DatasetManifest,
     TrainingSummary,
@@ -500,7 +521,7 @@ KINDS: tuple[type[Record], ...] = (
     Published,
     RunSummary,
 )
-"""Records of artifacts, in the order in which a run makes them."""
+"""Classes of records, in the order in which a run writes them."""
 
-RECORD_FILES = frozenset(kind.filename for kind in KINDS) | {PUBLISHED_BUNDLE}
-"""Names of files that belong to one artifact, and mean nothing beside another's files."""
+RECORD_FILES = frozenset(record.filename for record in RECORDS) | {PUBLISHED_BUNDLE}
+"""Names of files that describe one artifact, and are never copied into another one."""

@@ -1,52 +1,52 @@
-"""The errors that a person is meant to read.
+"""The errors whose messages are written for users.
 
     TunelineError
-     |- UserError (ValueError)        the caller can mend it: exit code 2
-     |   |- RecipeError               a recipe or a step's config
-     |   |- DataError                 rows, files and columns of a data set
-     |   |- ModelError                a model directory or a model id
+     |- UserError (ValueError)        the user can fix it: exit code 2
+     |   |- RecipeError               an invalid recipe or config of a step
+     |   |- DataError                 rows, files or columns of a dataset
+     |   |- ModelError                a model directory or a model ID
      |   |- TaskError                 an evaluation task
-     |   |- CredentialsError          a token that is missing or refused
-     |   `- OutputExistsError         a directory that would be overwritten
-     `- WorldError (RuntimeError)     the world can mend it: exit code 1 (StoppedError: 143)
-         |- StorageError              disk full, not writable
+     |   |- CredentialsError          a missing or refused token
+     |   `- OutputExistsError         an output directory that is not empty
+     `- WorldError (RuntimeError)     something outside the program: exit code 1
+         |- StorageError              a disk is full or not writable
          |- HubError                  the model hub or the network
          |- ClusterError              Kubeflow Pipelines or Kubernetes
          |- ToolError                 a converter or another program failed
-         |- TrainingError             training did not end as it should
-         |- StoppedError              the step was told to stop, and can be continued
-         `- ProofError                an artifact failed its own check, and was not kept
+         |- TrainingError             training did not complete
+         |- StoppedError              the step received SIGTERM and can resume: exit code 143
+         `- ProofError                an artifact failed its proof and was not kept
 
-A message is one sentence or two: the offending value, what is allowed, the next thing to try.
+A message has the offending value, what is allowed, and the next thing to try, in a sentence or two.
 """
 
 
 class TunelineError(Exception):
-    """Base of every error with a message for people."""
+    """Base class of all errors whose message is written for users."""
 
     exit_code = 1
 
 
 class UserError(TunelineError, ValueError):
-    """The caller's mistake."""
+    """A mistake of the user, who can fix it."""
 
     exit_code = 2
 
 
 class RecipeError(UserError):
-    """A recipe or a step's config is not valid."""
+    """A recipe or a config of a step is invalid."""
 
 
 class DataError(UserError):
-    """A data set cannot be used as it is."""
+    """A dataset cannot be used in its present form."""
 
 
 class ModelError(UserError):
-    """A model cannot be used as it is."""
+    """A model cannot be used in its present form."""
 
 
 class TaskError(UserError):
-    """An evaluation task is unknown or broken."""
+    """An evaluation task is unknown or failed."""
 
 
 class CredentialsError(UserError):
@@ -54,7 +54,7 @@ class CredentialsError(UserError):
 
 
 class OutputExistsError(UserError):
-    """An output directory has something in it already."""
+    """An output directory exists and is not empty."""
 
 
 class WorldError(TunelineError, RuntimeError):
@@ -62,31 +62,31 @@ class WorldError(TunelineError, RuntimeError):
 
 
 class StorageError(WorldError):
-    """A disk is full or cannot be written."""
+    """A disk is full or not writable."""
 
 
 class HubError(WorldError):
-    """The model hub could not be reached or refused."""
+    """The model hub is unreachable or refused a request."""
 
 
 class ClusterError(WorldError):
-    """Kubeflow Pipelines or Kubernetes could not be reached, or failed."""
+    """Kubeflow Pipelines or Kubernetes is unreachable or failed."""
 
 
 class ToolError(WorldError):
-    """A program that a step relies on failed."""
+    """A program that a step runs failed or is missing."""
 
 
 class TrainingError(WorldError):
-    """Training did not end as it should."""
+    """Training did not complete."""
 
 
 class StoppedError(WorldError):
-    """The step was told to stop, and can be continued where it was."""
+    """The step received SIGTERM and can resume from where it was."""
 
+    # 128 + SIGTERM, as shells and Kubernetes report it.
     exit_code = 143
-    # What a shell and Kubernetes report for a process that SIGTERM ended.
 
 
 class ProofError(WorldError):
-    """An artifact failed its own check."""
+    """An artifact failed its proof and was not kept."""

@@ -1,4 +1,4 @@
-"""The JSON file that makes a directory an artifact: what it is, and what it goes back to."""
+"""The record of an artifact: the JSON file with its contents, settings, hashes and lineage."""
 
 import datetime
 import hashlib
@@ -15,37 +15,38 @@ from tuneline.version import VERSION
 
 
 class Ancestor(StrictModel):
-    """An artifact that another was made from, by whatever way, as its own record told it."""
+    """An artifact that another one was made from, directly or indirectly, as its record had it."""
 
     sha256: str
     revision: str | None = None
-    """Of a base model: the Hub commit."""
+    """Hub commit; base models only."""
     settings: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, str] = Field(default_factory=dict)
 
 
 class Record(StrictModel):
-    """The JSON file that makes a directory an artifact."""
+    """Base class of the JSON files that make a directory an artifact."""
 
     filename: ClassVar[str]
+    """Name of the JSON file."""
     role: ClassVar[str]
-    """What the artifact is to those made from it."""
+    """Name of the artifact in the lineage of artifacts made from it."""
 
     seconds: float = 0.0
-    """Wall time of the step that made the artifact."""
+    """Wall time of the step that made the artifact, in seconds."""
     created_at: str = ""
-    """When it was made, ISO 8601 in UTC."""
+    """Time at which the artifact was made, ISO 8601 in UTC."""
     tuneline: str = VERSION
-    """The version of tuneline that made it."""
+    """Version of tuneline that made the artifact."""
     made_from: dict[str, Ancestor] = Field(default_factory=dict)
-    """All artifacts that it goes back to, by their role: with its own settings and environment this
-    is the whole recipe of its content, whatever directory it is moved to."""
+    """Lineage: every artifact that this one was made from, directly or indirectly, by role. With
+    `settings` and `environment`, the lineage says how to make the same content again."""
     files: dict[str, str] = Field(default_factory=dict)
-    """SHA-256 of each of the directory's other files; `tuneline verify` checks them."""
+    """SHA-256 of every other file in the directory; `tuneline verify` checks them."""
     environment: dict[str, str] = Field(default_factory=dict)
-    """Versions of what made it: packages, Python, machine, image."""
+    """Versions of the packages, Python, the machine and the image that made the artifact."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """The step's part of the recipe, every default written out, its seed among them."""
+    """The step's part of the recipe, with all defaults and the seed."""
 
     def write(
         self,
@@ -54,10 +55,14 @@ class Record(StrictModel):
         *,
         parents: Iterable["Record"] = (),
     ) -> None:
-        """Write the record into `directory`, last.
+        """Write the record into `directory`, after all other files.
 
-        It is stamped with the time, the files' hashes, the environment, the step's `config`, and
-        the records of the artifacts that went in with all that those go back to.
+        The time, the hashes of the files, the environment, the settings and the lineage are added.
+
+        Args:
+            directory: the artifact.
+            config: the step's part of the recipe.
+            parents: records of the artifacts that this one was made from.
         """
         made_from: dict[str, Ancestor] = {}
         for parent in parents:
@@ -76,38 +81,38 @@ class Record(StrictModel):
         )
 
     def check_files(self, directory: str | Path) -> None:
-        """Check that an artifact's files are those that its step left, before they are used.
+        """Check that the artifact's files are complete and unchanged, before they are used.
 
         Raises:
-            WorldError: one is missing, cut or changed.
+            WorldError: a file is missing or was changed.
         """
         for name, recorded in self.files.items():
             path = Path(directory, name)
-            found = sha256_of_file(path) if path.is_file() else None
-            if found == recorded:
+            actual = sha256_of_file(path) if path.is_file() else None
+            if actual == recorded:
                 continue
             what = (
                 "is missing"
-                if found is None
-                else f"is not what it was when it was made: its sha256 is {found[:12]}, and its "
-                f"record has {recorded[:12]}"
+                if actual is None
+                else f"was changed after it was made: its SHA-256 is {actual[:12]}, but its record "
+                f"has {recorded[:12]}"
             )
             raise WorldError(
-                f"{path} {what}; run the step that made it again (`tuneline verify` names all that "
-                "differs)"
+                f"{path} {what}. Run the step that made it again; `tuneline verify` lists all "
+                "differences"
             )
 
     def content_sha256(self) -> str:
-        """Return one hash over the names and contents of the artifact's files."""
+        """Return one SHA-256 over the names and contents of the artifact's files."""
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.files.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
 
     def called(self) -> str:
-        """Return the name under which a record of what was made from this one keeps it."""
+        """Return this artifact's name in the lineage of artifacts made from it."""
         return self.role
 
     def as_ancestor(self) -> Ancestor:
-        """Return what the record of an artifact made from this one keeps of it."""
+        """Return this artifact's entry in the lineage of artifacts made from it."""
         return Ancestor(
             sha256=self.content_sha256(), settings=self.settings, environment=self.environment
         )
@@ -117,7 +122,7 @@ class Record(StrictModel):
         """Read the record of the artifact in `directory`.
 
         Raises:
-            WorldError: the directory has none, so the step that makes it did not finish.
+            WorldError: there is no record, so the step that makes the artifact did not finish.
         """
         path = Path(directory, cls.filename)
         try:
@@ -125,19 +130,19 @@ class Record(StrictModel):
         except FileNotFoundError:
             raise WorldError(
                 f"{directory} has no {cls.filename}: the step that makes it did not finish, "
-                "or this is another kind of directory; run that step again"
+                "or the directory is another artifact. Run that step again, or name its output"
             ) from None
         return cls.parse(text, where=str(path))
 
 
 def hash_files(directory: str | Path, *, leave_out: set[str]) -> dict[str, str]:
-    """Return the SHA-256 of every file in a directory, by its relative name."""
-    found = {}
+    """Return the SHA-256 of every file in a directory, by its relative path."""
+    hashes = {}
     for path in sorted(Path(directory).rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name not in leave_out:
-            found[name] = sha256_of_file(path)
-    return found
+            hashes[name] = sha256_of_file(path)
+    return hashes
 
 
 def sha256_of_file(path: Path) -> str:

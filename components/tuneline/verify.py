@@ -1,4 +1,4 @@
-"""Check that artifacts and published repositories are what their records say."""
+"""Check that artifacts and published repositories match their records."""
 
 import json
 from collections.abc import Iterator
@@ -6,55 +6,54 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuneline.artifacts import KINDS, PUBLISHED_BUNDLE
+from tuneline.artifacts import PUBLISHED_BUNDLE, RECORDS
 from tuneline.errors import DataError
 from tuneline.record import Ancestor, hash_files
 from tuneline.runtime.environment import describe_environment
 
-# What the Hub and its client add, and the card, which names the repository.
-_NOT_OURS = {"README.md", ".gitattributes"}
+# Users edit model cards, and the Hub and its client add the other files.
+_NOT_HASHED = {"README.md", ".gitattributes"}
 _CACHE = ".cache/"
 
 Known = dict[str, list[Ancestor]]
-"""What was found in a directory, by the names that later artifacts have for it."""
+"""Artifacts found in a directory, by their names in the lineage of other artifacts."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """One directory that was checked."""
+    """Result of checking one directory."""
 
     path: Path
     num_files: int
     differences: list[str]
-    """Files and inputs that are not what the record says."""
+    """Files and inputs that do not match the record, a sentence each."""
     versions: list[str]
-    """Versions that differ from this machine's: making it again may come out otherwise."""
+    """Versions that differ from this machine's; a new run may give other results here."""
 
 
 def verify(directory: Path) -> list[Checked]:
     """Check every artifact and every published repository in or below a directory.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no artifact and no published repository.
     """
-    # A directory that has a record with hashes; older ones have records without.
     records = [
-        (path.parent, kind.read(path.parent))
-        for kind in KINDS
-        for path in sorted(directory.rglob(kind.filename))
+        (path.parent, record.read(path.parent))
+        for record in RECORDS
+        for path in sorted(directory.rglob(record.filename))
     ]
     known: Known = {}
     for _, record in records:
         known.setdefault(record.called(), []).append(record.as_ancestor())
     checked = []
     for path, record in records:
-        found = _check(path, record.files, record.environment, {record.filename})
-        found.differences.extend(foreign_inputs(record.made_from, known))
-        checked.append(found)
+        result = _check(path, record.files, record.environment, {record.filename})
+        result.differences.extend(foreign_inputs(record.made_from, known))
+        checked.append(result)
     for path in sorted(directory.rglob(PUBLISHED_BUNDLE)):
         bundle = json.loads(path.read_text(encoding="utf-8"))
-        left_out = {PUBLISHED_BUNDLE, *_NOT_OURS}
-        found = _check(
+        left_out = {PUBLISHED_BUNDLE, *_NOT_HASHED}
+        result = _check(
             path.parent, bundle.get("files", {}), bundle.get("trained_with", {}), left_out
         )
         made_from = {
@@ -62,13 +61,14 @@ def verify(directory: Path) -> list[Checked]:
             for name, key in (("base_model", "base"), ("dataset", "dataset"))
             if f"{key}_sha256" in bundle
         }
-        found.differences.extend(foreign_inputs(made_from, known))
-        checked.append(found)
+        result.differences.extend(foreign_inputs(made_from, known))
+        checked.append(result)
     if not checked:
-        names = ", ".join(kind.filename for kind in KINDS)
+        names = ", ".join(record.filename for record in RECORDS)
         raise DataError(
-            f"{directory} holds no artifact and no published repository (none of {names}, "
-            f"{PUBLISHED_BUNDLE} in it or below): give a run's directory or a downloaded repository"
+            f"{directory} holds no artifact and no published repository: neither it nor a "
+            f"directory below has {names} or {PUBLISHED_BUNDLE}. Name the directory of a run or a "
+            "downloaded repository"
         )
     return checked
 
@@ -77,15 +77,15 @@ def _check(
     path: Path, files: dict[str, str], environment: dict[str, str], leave_out: set[str]
 ) -> Checked:
     if not files and not environment:
-        return Checked(path, 0, ["its record has no hashes: made by an older tuneline"], [])
-    found = hash_files(path, leave_out=leave_out)
-    found = {name: digest for name, digest in found.items() if not name.startswith(_CACHE)}
-    differences = [f"{name} is missing" for name in sorted(files.keys() - found.keys())]
-    differences += [f"{name} is not in the record" for name in sorted(found.keys() - files.keys())]
+        return Checked(path, 0, ["the record has no hashes: an older tuneline made it"], [])
+    hashes = hash_files(path, leave_out=leave_out)
+    hashes = {name: digest for name, digest in hashes.items() if not name.startswith(_CACHE)}
+    differences = [f"{name} is missing" for name in sorted(files.keys() - hashes.keys())]
+    differences += [f"{name} is not in the record" for name in sorted(hashes.keys() - files.keys())]
     differences += [
-        f"{name} was changed: sha256 {found[name][:12]}, recorded {files[name][:12]}"
-        for name in sorted(files.keys() & found.keys())
-        if files[name] != found[name]
+        f"{name} was changed: SHA-256 {hashes[name][:12]}, recorded {files[name][:12]}"
+        for name in sorted(files.keys() & hashes.keys())
+        if files[name] != hashes[name]
     ]
     here = describe_environment()
     versions = [
@@ -93,31 +93,35 @@ def _check(
         for name, version in environment.items()
         if here.get(name) != version
     ]
-    return Checked(path, len(found), differences, versions)
+    return Checked(path, len(hashes), differences, versions)
 
 
 def foreign_inputs(made_from: dict[str, Ancestor], known: Known) -> Iterator[str]:
-    """Say which inputs are of another content than the artifacts of that name found here, and why.
+    """Find inputs whose content differs from the artifacts of that name found here.
+
+    Args:
+        made_from: lineage of an artifact.
+        known: the artifacts found here.
 
     Yields:
-        A sentence an input: its hash against that here, then each setting and version that differs.
+        A sentence per input: both hashes, then the settings and versions that differ.
     """
     for name, there in made_from.items():
         here = known.get(name, [])
-        if not here or there.sha256 in {one.sha256 for one in here}:
+        if not here or there.sha256 in {ancestor.sha256 for ancestor in here}:
             continue
         why = [
             f"{key} {old} there, {new} here"
             for key, old, new in _what_differs(_flat(there), _flat(here[0]))
         ]
         yield (
-            f"made from the {name} {there.sha256[:12]}, and here is {here[0].sha256[:12]}"
+            f"made from the {name} {there.sha256[:12]}, but the one here is {here[0].sha256[:12]}"
             + (f": {'; '.join(why)}" if why else "")
         )
 
 
 def _flat(ancestor: Ancestor) -> dict[str, Any]:
-    """Return settings by dotted names, versions and the revision."""
+    """Return the revision, the settings by their dotted names, and the versions."""
 
     def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):

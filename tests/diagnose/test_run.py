@@ -41,7 +41,7 @@ def test_success_lists_the_steps_with_their_times(tmp_path: Path) -> None:
     assert found.succeeded and found.step is None
     assert found.markdown == (
         "# The run succeeded\n\n"
-        "The line ran to its end: 2 steps, 3 min 13 s of work.\n\n"
+        "2 tasks finished and took 3 min 13 s in total.\n\n"
         "| step | status | time |\n| --- | --- | ---: |\n"
         "| fetch | finished | 11 s |\n| train | finished | 3 min 02 s |\n"
     )
@@ -116,7 +116,7 @@ def test_it_never_fails_on_what_it_is_given(tmp_path: Path, state: str) -> None:
     found = run(state=state, message=None, events_path=str(broken))
     assert "4 of 5 lines of" in found.markdown and "| a | finished | - |" in found.markdown
     for path in (tmp_path, tmp_path / "absent"):
-        assert "could not be read" in run(state=state, events_path=str(path)).markdown
+        assert "cannot be read" in run(state=state, events_path=str(path)).markdown
 
 
 def test_a_summary_that_cannot_be_written_is_logged(
@@ -124,7 +124,7 @@ def test_a_summary_that_cannot_be_written_is_logged(
 ) -> None:
     (tmp_path / "file").write_text("")
     found = run(state="SUCCEEDED", summary_path=str(tmp_path / "file" / "below"))
-    assert found.succeeded and "could not be written" in caplog.text
+    assert found.succeeded and "cannot write the diagnosis" in caplog.text
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:

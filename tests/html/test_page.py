@@ -21,7 +21,7 @@ from tuneline.html.page import (
     section,
     table,
 )
-from tuneline.html.units import duration, number, parameters, share, signed, size
+from tuneline.html.units import duration, number, parameters, percent, signed, size
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -298,9 +298,9 @@ def test_cells_are_escaped_unless_they_are_html() -> None:
         (size(1_934_000_000), "1.93 GB"),
         (parameters(134_515_008), "135 M"),
         (parameters(8_030_261_248), "8.03 B"),
-        (share(0.0349), "3.5 %"),
-        (share(0.0001), "< 0.1 %"),
-        (share(0.0), "0.0 %"),
+        (percent(0.0349), "3.5 %"),
+        (percent(0.0001), "< 0.1 %"),
+        (percent(0.0), "0.0 %"),
         (number(0.31), "0.31"),
         (number(0.00031), "0.00031"),
         (number(12345.678), "12,346"),

@@ -1,10 +1,10 @@
-"""Print what a push comes to when the Hub or the network fails; run by hand.
+"""Print the outcome of a push when the Hub or the network fails; run by hand.
 
     python tests/measure/publish_faults.py
 
-The real client pushes a merged model and an adapter to a server on localhost. A fault that passes
-is met once, at each of the requests in turn; one that stays is met every time. The tests hold each
-of these outcomes (test_faults.py); this is for reading.
+The real client pushes a merged model and an adapter to a server on localhost. A temporary fault
+occurs once, at each request in turn; a permanent one occurs every time. test_faults.py asserts each
+of these outcomes; this script prints them.
 """
 
 import collections
@@ -23,14 +23,14 @@ import test_faults  # noqa: E402
 PASSING = (429, 500, 503, "cut", "half", "lost")
 STAYING = (401, 403, 404, 409, 412, 422, 429, 503, "cut")
 WORDS = {
-    "cut": "the connection is cut before an answer",
-    "half": "the connection is cut in the middle of what is sent",
-    "lost": "the request arrives, its answer is lost",
+    "cut": "the connection is cut before a response",
+    "half": "the connection is cut in the middle of the request",
+    "lost": "the request arrives, but its response is lost",
 }
 
 
 def outcome(root: Path, route: str, fault, count: int) -> str:
-    """Push once to a new Hub with one fault; return "one commit each" or the error's sentence."""
+    """Push once to a new Hub with one fault; return "one commit each" or the error message."""
     from tuneline.errors import TunelineError
     from tuneline.publish.config import PublishConfig
     from tuneline.publish.hub import push
@@ -62,7 +62,7 @@ def main() -> None:
     import tuneline.publish.hub
 
     for client in (_http, tuneline.publish.hub):
-        client.time.sleep = lambda seconds: None  # waiting is not waited for
+        client.time.sleep = lambda seconds: None  # the client does not wait
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         for name in ("lora", "merged"):
@@ -72,15 +72,15 @@ def main() -> None:
         print("| once, at any request | outcome |\n|---|---|")
         for fault in PASSING:
             routes = test_faults.ROUTES if fault != "half" else ("send", "commit")
-            found = collections.Counter(
+            outcomes = collections.Counter(
                 outcome(root, test_faults.ROUTES[route], fault, 1) for route in routes
             )
-            shown = "; ".join(f"{text} ({count} requests)" for text, count in found.items())
+            shown = "; ".join(f"{text} ({count} requests)" for text, count in outcomes.items())
             print(f"| {WORDS.get(fault, fault)} | {shown} |", flush=True)
         print("\n| every time, at the commit | outcome |\n|---|---|")
         for fault in STAYING:
-            said = outcome(root, test_faults.ROUTES["commit"], fault, 999)
-            print(f"| {WORDS.get(fault, fault)} | {said} |", flush=True)
+            text = outcome(root, test_faults.ROUTES["commit"], fault, 999)
+            print(f"| {WORDS.get(fault, fault)} | {text} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     python tests/measure/publish_large.py --directory /tmp/large
 
-The shards are sparse files, each with a few bytes of its own, so that they take no disk; the server
-counts and drops what it gets, in parts of 64 MB as the Hub asks for. One part of the second shard
-breaks off and is sent again by the client; in the middle of the fourth shard the connection stays
-broken, and a second run takes the push up. Prints bytes, seconds and the client's peak of resident
-memory. Without xet, whose storage would see through the zeros.
+The shards are sparse files that differ in a few bytes, so they take no disk space. The server
+counts what it receives, in parts of 64 MiB like the Hub, and drops it. One part is interrupted and
+sent again by the client. In the middle of the fourth shard the connection breaks for good, and a
+second run completes the push. The script prints bytes, seconds and the client's peak of resident
+memory. xet is off, because its storage would deduplicate the zeros.
 """
 
 import argparse
@@ -24,7 +24,7 @@ REPO, PART_BYTES = "me/large", 64 << 20
 
 
 def push(directory: Path) -> None:
-    """Push as the step does, in this process; print the outcome and the memory's peak."""
+    """Push in this process as the step does; print the outcome and the peak of memory."""
     from tuneline.errors import HubError
     from tuneline.publish.config import PublishConfig
     from tuneline.publish.hub import push
@@ -45,7 +45,7 @@ def push(directory: Path) -> None:
 
 
 def main() -> None:
-    """Make the shards, push twice, and print what it took."""
+    """Make the shards, push twice, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--shards", type=int, default=5)
@@ -82,11 +82,11 @@ def main() -> None:
             stderr=subprocess.DEVNULL,
             check=True,
         )
-        found = json.loads(done.stdout.splitlines()[-1])
+        child = json.loads(done.stdout.splitlines()[-1])
         received = hub.num_received_bytes - before
         print(
-            f"{name}: {found['outcome'] or 'published'}; {received / 1e9:.2f} GB sent, "
-            f"{time.monotonic() - began:.0f} s, {found['peak_bytes'] / 2**20:.0f} MiB resident",
+            f"{name}: {child['outcome'] or 'published'}; {received / 1e9:.2f} GB sent, "
+            f"{time.monotonic() - began:.0f} s, {child['peak_bytes'] / 2**20:.0f} MiB resident",
             flush=True,
         )
         hub.faults = []

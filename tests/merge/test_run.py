@@ -384,10 +384,10 @@ def test_a_file_that_was_cut_is_named_before_anything_is_read(
     shutil.copytree(tiny_model_dir, tmp_path / "base")
     shutil.copytree(adapter_dir, tmp_path / "adapter")
     os.truncate(tmp_path / cut, 1000)
-    with pytest.raises(WorldError, match=rf"{cut} is not what it was when it was made: its sha256"):
+    with pytest.raises(WorldError, match=rf"{cut} was changed after it was made: its SHA-256"):
         merge(base_model_dir=tmp_path / "base", adapter=tmp_path / "adapter", as_recorded=True)
     (tmp_path / cut).unlink()
-    with pytest.raises(WorldError, match=rf"{cut} is missing; run the step"):
+    with pytest.raises(WorldError, match=rf"{cut} is missing\. Run the step"):
         merge(base_model_dir=tmp_path / "base", adapter=tmp_path / "adapter", as_recorded=True)
 
 

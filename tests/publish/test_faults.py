@@ -109,11 +109,11 @@ def test_what_passes_is_waited_for(send, hub, staged, waits, route, fault) -> No
     ("status", "error", "says"),
     [
         (401, CredentialsError, r"does not accept the token in HF_TOKEN \(401\)"),
-        (403, CredentialsError, r"write access to this namespace; the Hub says: injected"),
-        (404, HubError, r"does not find it \(404\)"),
-        (409, UserError, r"409, the repository exists or was changed meanwhile"),
-        (412, UserError, r"412, the repository exists or was changed meanwhile"),
-        (422, HubError, r"the Hub says 422: injected"),
+        (403, CredentialsError, r"write access to this namespace. The Hub says: injected"),
+        (404, HubError, r"cannot find the repository \(404\)"),
+        (409, UserError, r"409: the repository exists or was changed meanwhile"),
+        (412, UserError, r"412: the repository exists or was changed meanwhile"),
+        (422, HubError, r"the Hub answered 422: injected"),
     ],
 )
 @pytest.mark.parametrize("route", ROUTES)
@@ -132,7 +132,7 @@ def test_what_stays_is_one_sentence(send, hub, waits, route, status, error, says
     ("route", "fault"), [(route, (503, "cut")[n % 2]) for n, route in enumerate(ROUTES)]
 )
 def test_what_does_not_pass_ends_and_is_taken_up(send, hub, staged, waits, route, fault) -> None:
-    with pytest.raises(HubError, match=r"after 2 tries; run the step again later, what arrived"):
+    with pytest.raises(HubError, match=r"after 2 attempts\. Run the step again later; files"):
         send((ROUTES[route], fault, 99), max_attempts=2)
     assert waits and all(wait <= 60 for wait in waits)
     send()
@@ -225,7 +225,7 @@ def test_somebody_elses_commit_in_between(send, hub, staged, monkeypatch) -> Non
     send()
     (staged[1].folder / "2.safetensors").write_bytes(b"another")
     monkeypatch.setattr(hub, "fault", intrude)
-    with pytest.raises(UserError, match="412, the repository exists or was changed meanwhile"):
+    with pytest.raises(UserError, match="412: the repository exists or was changed meanwhile"):
         send()
     assert hub.repos[MERGED]["files"]["theirs.txt"] == ("regular", b"theirs")
     assert hub.repos[MERGED]["commits"][-1] == "f" * 40
@@ -233,7 +233,7 @@ def test_somebody_elses_commit_in_between(send, hub, staged, monkeypatch) -> Non
 
 def test_a_card_that_the_hub_refuses_is_one_sentence(send, hub, staged) -> None:
     (staged[1].folder / "README.md").write_text("---\nlicense: some-research\n---\n# mine")
-    with pytest.raises(UserError, match="must be one of .*; see publish.licence") as raised:
+    with pytest.raises(UserError, match=r"must be one of .*\. Check publish.licence") as raised:
         send()
     assert len(str(raised.value).splitlines()) == 1
     assert len(hub.repos[MERGED]["commits"]) == 1
@@ -241,16 +241,16 @@ def test_a_card_that_the_hub_refuses_is_one_sentence(send, hub, staged) -> None:
 
 def test_what_is_public_already_is_told(send, hub, caplog) -> None:
     send()
-    assert "is there and public" not in caplog.text
+    assert "stays public" not in caplog.text
     hub.repos[LORA]["private"] = False
     send()
-    assert f"publish.private is true, and {LORA} is there and public: it stays so" in caplog.text
+    assert f"publish.private is true, but {LORA} exists and stays public" in caplog.text
 
 
 def test_an_empty_repository_is_taken_and_a_foreign_one_is_not(send, hub) -> None:
     hub.repos[LORA] = hub_server.new_repo(**{".gitattributes": b"*.bin lfs"})
     hub.repos[MERGED] = hub_server.new_repo(readme=b"mine")
-    with pytest.raises(UserError, match=f"{MERGED} exists and was not made by tuneline"):
+    with pytest.raises(UserError, match=f"{MERGED} exists, but was not made by tuneline"):
         send()
     assert len(hub.repos[LORA]["commits"]) == 1, "nothing was sent before all names were checked"
     del hub.repos[MERGED]

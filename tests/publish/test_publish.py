@@ -29,6 +29,7 @@ from tuneline.errors import StorageError
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.directory import write_tree
 from tuneline.recipe import Recipe
+from tuneline.train.config import TrainConfig
 
 
 def change_merged(run_dir: Path, content: bytes) -> None:
@@ -89,7 +90,8 @@ def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path
     ).write(
         directory(
             "adapter", adapter_model__safetensors=b"adapter weights", adapter_config__json=b"{}"
-        )
+        ),
+        TrainConfig(),
     )
     MergeProof(
         base="dequantized",
@@ -145,7 +147,7 @@ def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path
 
 
 def publish(
-    run_dir: Path, target: str, out: str, *, more_gptq: tuple[Path, ...] = (), **environment: str
+    run_dir: Path, target: str, out: str, *, more_exports: tuple[Path, ...] = (), **environment: str
 ) -> subprocess.CompletedProcess:
     recipe = Recipe(
         name="mine",
@@ -162,8 +164,8 @@ def publish(
             *("--target", target, "--recipe", recipe.model_dump_json()),
             *("--base-model", str(run_dir / "base"), "--dataset", str(run_dir / "dataset")),
             *("--adapter", str(run_dir / "adapter"), "--merged", str(run_dir / "merged")),
-            *("--gguf", str(run_dir / "q8_0"), "--gptq", str(run_dir / "gptq-4bit")),
-            *map(str, more_gptq),
+            *("--exports", str(run_dir / "q8_0"), str(run_dir / "gptq-4bit")),
+            *map(str, more_exports),
             *("--decision", str(run_dir / "decision"), "--published", str(run_dir / out)),
         ],
         env={**clean, "HF_HUB_DISABLE_XET": "1", **environment},
@@ -283,14 +285,16 @@ def test_the_card(run_dir: Path, tmp_path: Path) -> None:
     assert "| heldout_choice | acc | 0.2500 | 0.7500 | +0.5000 | [+0.4000, +0.6000] | 200 |" in body
     assert (
         "| q8_0 | 0.0 MB | 8.50 | 6.9e-03 | 97.7% | 1.500 | 87.5% | 62 | "
-        'loaded, answered "an answer"; 236 texts split as by the tokenizer; '
-        "7 chats rendered as by the template; stops at `</s>` |"
+        'loads and answers "an answer"; same tokens as the tokenizer on 236 texts; '
+        "same chat template on 7 conversations; stops at `</s>` |"
     ) in body
     assert (
-        '| gptq-4bit | 0.0 MB | 8.50 | - | - | - | - | - | loaded, answered "an answer" |' in body
+        '| gptq-4bit | 0.0 MB | 8.50 | - | - | - | - | - | loads and answers "an answer" |' in body
     )
-    assert "torch 2" in body and "; seed 3407; all hashes in `tuneline.json`" in body
-    assert "heldout_choice on 16 of them, on which the merged model has 93.8%." in body
+    assert "torch 2" in body and "; seed 3407\n" in body
+    assert "hashes of all files: in `tuneline.json`" in body
+    assert "heldout_choice on 16 of these rows; the merged model scores 93.8%." in body
+    assert "| Last training loss | 0.5 |" in body and "| Adapter | LoRA, r=16, " in body
     curve = body.split("## Training curve")[1].split("##")[0].strip().splitlines()[2:]
     assert curve[0] == "| 0 | - | 2.000 |" and curve[-1] == "| 40 | - | 0.750 |"
     assert len(curve) == 10 and "| 5 | 0.400 | - |" in curve
@@ -301,7 +305,7 @@ def test_the_card(run_dir: Path, tmp_path: Path) -> None:
     assert (gguf / "mine-q8_0.gguf").is_file()
     assert "ollama create mine -f Modelfile-q8_0" in (gguf / "README.md").read_text()
     assert "2" * 16 in body
-    assert "90 rows to train" in body
+    assert "90 training rows" in body
     assert "/home/someone" not in card
     marker = json.loads((tmp_path / "out" / "mine" / "tuneline.json").read_text())
     assert marker["dataset_sha256"] == "2" * 64
@@ -350,8 +354,8 @@ def test_a_format_that_was_exported_twice_is_refused(run_dir: Path, tmp_path: Pa
     QuantizedModel.read(run_dir / "again").model_copy(update={"notes": ["another"]}).write(
         run_dir / "again"
     )
-    done = publish(run_dir, f"dir:{tmp_path}/out", "out", more_gptq=(run_dir / "again",))
-    assert "gptq-4bit was exported 2 times, and a format has one place" in sentence(done, 2)
+    done = publish(run_dir, f"dir:{tmp_path}/out", "out", more_exports=(run_dir / "again",))
+    assert "gptq-4bit was exported 2 times, but a format has one place" in sentence(done, 2)
     assert not (tmp_path / "out").exists()
 
 
@@ -405,10 +409,10 @@ def test_our_own_directory_is_replaced_and_a_foreign_one_is_not(
 
 def test_a_target_that_cannot_be_written_is_one_sentence(run_dir: Path, small_disk: Path) -> None:
     done = publish(run_dir, "dir:/proc/none/out", "one")
-    assert "/proc/none, where the repositories are laid out first, cannot" in sentence(done, 1)
+    assert "/proc/none, where the repositories are staged, is not writable" in sentence(done, 1)
     # The volume itself: a rename cannot replace it.
     done = publish(run_dir, f"dir:{small_disk}", "two")
-    assert f"{small_disk} cannot be put in its place" in sentence(done, 1)
+    assert f"{small_disk} cannot be replaced" in sentence(done, 1)
     assert small_disk.is_dir() and not list(small_disk.parent.glob(".publish.*"))
     assert publish(run_dir, f"dir:{small_disk}/out", "three").returncode == 0
 
@@ -488,24 +492,24 @@ def cut(path: Path) -> None:
             r"safetensors was changed after it was",
         ),
         (lambda run: cut(run / "q8_0/model.gguf"), r"model\.gguf was changed after it was proven"),
-        (lambda run: (run / "gptq-4bit/config.json").unlink(), r"config\.json is gone"),
-        (lambda run: (run / "q8_0/model.gguf").unlink(), r"model\.gguf is gone"),
+        (lambda run: (run / "gptq-4bit/config.json").unlink(), r"config\.json is missing"),
+        (lambda run: (run / "q8_0/model.gguf").unlink(), r"model\.gguf is missing"),
         (lambda run: (run / "adapter/more.bin").touch(), r"more\.bin was added after its step"),
         (
             lambda run: (run / "q8_0/Modelfile").write_text("FROM ./model.gguf\nSYSTEM hello\n"),
             r"Modelfile was changed after it was proven",
         ),
-        (lambda run: (run / "q8_0/Modelfile").unlink(), r"Modelfile is gone"),
+        (lambda run: (run / "q8_0/Modelfile").unlink(), r"Modelfile is missing"),
         (
             # The model was merged again, and the exports are still those of the first.
             lambda run: MergeProof.read(run / "merged").write(
                 run / "merged", PublishConfig(), parents=[ModelOrigin.read(run / "other")]
             ),
-            r"the merged was made from the base_model 999999999999, and here is 111111111111",
+            r"the merged was made from the base_model 9{12}, but the one here is 1{12}",
         ),
         (
             lambda run: change_merged_alone(run),
-            r"the q8_0 was made from the merged \w+, and here is",
+            r"the q8_0 was made from the merged \w+, but the one here is",
         ),
     ],
 )
@@ -543,7 +547,7 @@ def change_merged_alone(run_dir: Path) -> None:
 def test_a_model_on_hold_is_not_published(run_dir: Path, tmp_path: Path) -> None:
     Decision(verdict="hold", reason="no gain", comparisons=[]).write(run_dir / "decision")
     done = publish(run_dir, f"dir:{tmp_path}/out", "out")
-    assert "the gate said hold (no gain)" in sentence(done, 2)
+    assert "the verdict is hold (no gain)" in sentence(done, 2)
     assert not (tmp_path / "out").exists()
 
 

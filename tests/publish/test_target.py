@@ -32,5 +32,5 @@ def test_the_hubs_client_agrees_on_names(target: str, is_one: bool) -> None:
 
 @pytest.mark.parametrize("target", ["dir:", "dir:~/out"])
 def test_a_directory_has_its_path_in_full(target: str) -> None:
-    with pytest.raises(RecipeError, match=f"publish_to is '{target}': write dir:PATH with"):
+    with pytest.raises(RecipeError, match=f"publish_to is '{target}'. Write dir:PATH with"):
         check_target(target)

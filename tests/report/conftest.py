@@ -19,6 +19,7 @@ from tuneline.artifacts import (
     write_jsonl,
 )
 from tuneline.recipe import Recipe
+from tuneline.train.config import TrainConfig
 
 BASE_HASH = "5f0c" * 16
 DATA_HASH = "a91e" * 16
@@ -122,8 +123,11 @@ def run_dirs(tmp_path: Path) -> dict:
         history=history,
         base_sha256=BASE_HASH,
         dataset_sha256=DATA_HASH,
+        device_hours=0.05,
+        energy_kwh=0.0123,
+        cost=0.175,
         seconds=181.7,
-    ).write(adapter)
+    ).write(adapter, TrainConfig())
     merged = made("merged")
     MergeProof(
         base="dequantized",
@@ -138,7 +142,7 @@ def run_dirs(tmp_path: Path) -> dict:
         max_mean_kl=0.01,
         seconds=14.9,
     ).write(merged)
-    exports = {"gguf": [], "gptq": []}
+    exports = []
     for name, num_bytes, bits, types, (kl, top1, perplexity, speed) in [
         ("f16", 270_885_000, 16.0, {"F16": 211, "F32": 61}, (3.4e-6, 1.0, 1.412, 45.2)),
         ("q8_0", 144_811_000, 8.5, {"Q8_0": 211, "F32": 61}, (0.0069, 0.977, 1.415, 66.1)),
@@ -172,7 +176,7 @@ def run_dirs(tmp_path: Path) -> dict:
             num_threads=1,
             seconds=3.1,
         ).write(path)
-        exports["gguf"].append(str(path))
+        exports.append(str(path))
     path = made("gptq-4bit")
     QuantizedModel(
         format="gptq-4bit",
@@ -186,7 +190,7 @@ def run_dirs(tmp_path: Path) -> dict:
         generated="1.5",
         seconds=58.0,
     ).write(path)
-    exports["gptq"].append(str(path))
+    exports.append(str(path))
     scores = {}
     for index, label in enumerate(("base", "tuned")):
         scores[label] = made(f"{label}_scores")
@@ -267,6 +271,5 @@ def run_dirs(tmp_path: Path) -> dict:
         "decision_dir": str(decision),
         "page_path": str(tmp_path / "report" / "page"),
         "summary_dir": str(tmp_path / "report" / "summary"),
-        "gguf_dirs": exports["gguf"],
-        "gptq_dirs": exports["gptq"],
+        "exports_dirs": exports,
     }

@@ -7,7 +7,10 @@ import pytest
 from tuneline.artifacts import QuantizedModel
 from tuneline.html.charts import ScatterPoint, scatter_chart
 from tuneline.html.point_labels import place_names
+from tuneline.kinds import KINDS
 from tuneline.report import comparison
+
+LLAMA_CPP, VLLM = KINDS["gguf"].runs_with, KINDS["gptq"].runs_with
 
 
 def export(format: str, megabytes: int, kl: float | None, **values) -> QuantizedModel:
@@ -40,20 +43,20 @@ def test_each_use_has_the_format_that_the_numbers_say() -> None:
     assert uses == {
         "f16": [comparison.CLOSEST],
         "q8_0": [],
-        "q6_k": [comparison.EVERYDAY],
+        "q6_k": [LLAMA_CPP],
         "q4_k_m": [comparison.LEAST, comparison.FASTEST],
         "q3_k_m": [],
         "q5_1": [],
         "gptq-4bit": [],
-        "gptq-8bit": [comparison.ON_GPU],
+        "gptq-8bit": [VLLM],
     }
 
 
 def test_where_none_is_near_the_closest_is_taken() -> None:
     uses = comparison.recommend([Q3, Q5_1, GPTQ])
-    assert uses["q5_1"] == [comparison.CLOSEST, comparison.EVERYDAY]
+    assert uses["q5_1"] == [comparison.CLOSEST, LLAMA_CPP]
     assert uses["q3_k_m"] == [comparison.FASTEST]  # its perplexity is no use where memory is short
-    assert uses["gptq-4bit"] == [comparison.ON_GPU]
+    assert uses["gptq-4bit"] == [VLLM]
 
 
 def test_what_was_not_measured_is_not_recommended() -> None:
@@ -76,7 +79,7 @@ def test_a_benchmark_has_a_column_where_it_was_measured() -> None:
     q8 = Q8.model_copy(update={**scored, "benchmark_score": 0.75, "num_benchmark_rows": 16})
     page = comparison.card(types.SimpleNamespace(exports=[q8, Q4]))
     assert "score</th>" in page and "75.0 % (51-90)" in page
-    assert "on 16 held-out rows, with the 95 % interval" in page
+    assert "on 16 held-out rows, with its 95 % interval" in page
     assert "the merged model has 87.5 % on the same" in page
     assert "heldout_choice" not in comparison.card(types.SimpleNamespace(exports=[Q8, Q4]))
 
@@ -131,4 +134,4 @@ def test_the_picture_has_every_point_where_it_belongs() -> None:
 def test_what_vllm_does_not_serve_is_not_recommended_for_it() -> None:
     three = export("gptq-3bit", 90, 0.9, vllm_has_kernel=False)
     assert comparison.recommend([F16, three])["gptq-3bit"] == []
-    assert comparison.ON_GPU in comparison.recommend([three, GPTQ])["gptq-4bit"]
+    assert VLLM in comparison.recommend([three, GPTQ])["gptq-4bit"]

@@ -96,4 +96,4 @@ def test_nothing_started() -> None:
 
 def test_all_finished_but_no_report() -> None:
     page = render_failed("demo", finished("fetch", 1.0))
-    assert "The run did not end as it should" in page and "Failed at" not in page
+    assert "The run ended without a report" in page and "Failed at" not in page

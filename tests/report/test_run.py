@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tuneline.artifacts import Decision, RunSummary
+from tuneline.artifacts import Decision, RunHeader, RunSummary
 from tuneline.errors import OutputExistsError, WorldError
 from tuneline.recipe import Recipe
 from tuneline.report.run import run
@@ -29,7 +29,7 @@ def cards(page: str) -> dict[str, str]:
 
 
 def write_page(recipe: Recipe, run_dirs: dict) -> tuple[str, RunSummary]:
-    summary = run(recipe, **run_dirs)
+    summary = run(RunHeader.parse(recipe.model_dump_json()), **run_dirs)
     return Path(run_dirs["page_path"]).read_text(encoding="utf-8"), summary
 
 
@@ -37,44 +37,54 @@ def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
     page, _ = write_page(recipe, run_dirs)
     shown = cards(page)
     assert list(shown) == [
-        "The line",
-        "Before and after",
-        "Answers before and after",
+        "Steps of the run",
+        "Scores before and after training",
+        "Answers before and after training",
         "Training",
         "Data",
         "Merge and exports",
-        "Which export for what",
+        "Which export to use",
         "Provenance",
     ]
     for name, text in [
-        ("The line", "train 3 min 02 s 60 steps"),
-        ("The line", "quantize 1 min 10 s 5 files"),
-        ("The line", "publish next"),
+        ("Steps of the run", "train 3 min 02 s 60 steps"),
+        ("Steps of the run", "quantize 1 min 10 s 5 exports"),
+        ("Steps of the run", "publish next"),
         (
-            "Before and after",
+            "Scores before and after training",
             "heldout_choice target acc 0.31 0.87 +0.56 [+0.485, +0.63] 200",
         ),
-        ("Before and after", "heldout_exact acc 0.02 0 -0.02 [-0.045, +0.01] 200 undecided"),
-        ("Answers before and after", "base 0 of 5, tuned 4 of 5"),
-        ("Answers before and after", "524288 512 * 1000 = 512000 524,288"),
-        ("Answers before and after", "Yes, 250m is more than 0.3 <b>bold</b>"),
+        (
+            "Scores before and after training",
+            "heldout_exact acc 0.02 0 -0.02 [-0.045, +0.01] 200 undecided",
+        ),
+        ("Answers before and after training", "base 0 of 5, tuned 4 of 5"),
+        ("Answers before and after training", "524288 512 * 1000 = 512000 524,288"),
+        ("Answers before and after training", "Yes, 250m is more than 0.3 <b>bold</b>"),
         ("Training", "4.88 M of 139 M (3.5 %)"),
         ("Training", "Last training loss 0.2345"),
-        ("Training", "Last evaluation above the training loss since the one before +0.0321"),
+        ("Training", "Evaluation loss above training loss +0.0321"),
+        (
+            "Training",
+            "Device hours 0.05 Energy of the GPUs 0.0123 kWh Cost (at price_per_hour) 0.175",
+        ),
         ("Data", "1,140, 60, 200"),
         ("Data", "Rejected rows 3 (0.2 %)"),
         ("Data", "9,876 (answers)"),
         ("Data", "256 (recommended 80)"),
-        ("Merge and exports", "0.00031 nats (bound 0.01)"),
+        ("Merge and exports", "0.00031 nats (at most 0.01)"),
         ("Merge and exports", "Same most likely token 99.7 %"),
-        ("Merge and exports", "q4_k_m 105 MB 6.17 parts from merged after 3 characters"),
+        (
+            "Merge and exports",
+            "q4_k_m 105 MB 6.17 differs from the merged model after 3 characters",
+        ),
         ("Merge and exports", "gptq-4bit 131 MB 4.28 loads and answers groups of 64 58 s"),
         ("Merge and exports", "group_size 128 does not divide 576, took 64"),
-        ("Which export for what", "q8_0 145 MB 8.50 0.0069 97.7 % 1.415 66.1 llama.cpp and Ollama"),
-        ("Which export for what", "f16 271 MB 16.00 3e-06 100.0 % 1.412 45.2 closest"),
-        ("Which export for what", "75.9 least memory fastest on a CPU"),
-        ("Which export for what", "1.533 70.3 q4_k_m is smaller and closer"),
-        ("Provenance", "base: same hash data: same hash"),
+        ("Which export to use", "q8_0 145 MB 8.50 0.0069 97.7 % 1.415 66.1 llama.cpp and Ollama"),
+        ("Which export to use", "f16 271 MB 16.00 3e-06 100.0 % 1.412 45.2 closest"),
+        ("Which export to use", "75.9 least memory fastest on a CPU"),
+        ("Which export to use", "1.533 70.3 q4_k_m is smaller and closer"),
+        ("Provenance", "base model: same hash dataset: same hash"),
     ]:
         assert text in shown[name]
     lead = page[: page.index('<section class="card">')]
@@ -127,41 +137,41 @@ def test_a_held_model_is_not_shown_as_published(recipe: Recipe, run_dirs: dict) 
     page, summary = write_page(recipe, run_dirs)
     assert summary.verdict == "hold"
     assert 'class="banner warn"' in page and "Nothing is published to dir:published." in page
-    assert "publish skipped held" in cards(page)["The line"]
+    assert "publish skipped on hold" in cards(page)["Steps of the run"]
 
 
 def test_a_run_without_exports(recipe: Recipe, run_dirs: dict) -> None:
-    page, summary = write_page(recipe, {**run_dirs, "gguf_dirs": [], "gptq_dirs": []})
+    page, summary = write_page(recipe, {**run_dirs, "exports_dirs": []})
     assert summary.exports == []
-    assert "No exports were asked for." in cards(page)["Merge and exports"]
-    assert "quantize skipped" in cards(page)["The line"]
+    assert "The recipe asks for no exports." in cards(page)["Merge and exports"]
+    assert "quantize skipped" in cards(page)["Steps of the run"]
 
 
 def test_a_run_without_generations(recipe: Recipe, run_dirs: dict) -> None:
     for side in ("base", "tuned"):
         Path(run_dirs[f"{side}_scores_dir"], "generations.jsonl").write_text("")
     page, _ = write_page(recipe, run_dirs)
-    assert "Answers before and after" not in cards(page)
+    assert "Answers before and after training" not in cards(page)
 
 
 def test_another_base_than_the_adapters_is_shown(recipe: Recipe, run_dirs: dict) -> None:
     path = Path(run_dirs["base_model_dir"], "origin.json")
     path.write_text(path.read_text().replace("5f0c" * 16, "0000" * 16))
     page, _ = write_page(recipe, run_dirs)
-    assert "base: another hash, 5f0c5f0c5f0c" in cards(page)["Provenance"]
+    assert "base model: another hash, 5f0c5f0c5f0c" in cards(page)["Provenance"]
 
 
 def test_an_unfinished_artifact_is_named(recipe: Recipe, run_dirs: dict) -> None:
     Path(run_dirs["merged_dir"], "merge.json").unlink()
     with pytest.raises(WorldError, match="has no merge.json: the step that makes it"):
-        run(recipe, **run_dirs)
+        write_page(recipe, run_dirs)
     assert not Path(run_dirs["page_path"]).exists()
 
 
 def test_a_summary_is_not_overwritten(recipe: Recipe, run_dirs: dict) -> None:
     write_page(recipe, run_dirs)
     with pytest.raises(OutputExistsError, match="summary exists and is not empty"):
-        run(recipe, **run_dirs)
+        write_page(recipe, run_dirs)
 
 
 def test_from_the_command_line(recipe: Recipe, run_dirs: dict, tmp_path: Path) -> None:

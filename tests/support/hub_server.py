@@ -1,7 +1,7 @@
-"""A small Hub on localhost that the unmodified huggingface_hub client accepts.
+"""A small Hub on localhost for the unmodified huggingface_hub client.
 
-It keeps repositories, blobs and commits in memory and answers with chosen faults. Large files come
-the classic LFS way, whole or in parts; or through xet, with a directory in place of its storage.
+It keeps repositories, blobs and commits in memory and injects faults. Large files arrive through
+LFS, whole or in parts, or through xet, with a directory instead of xet's storage.
 """
 
 import base64
@@ -23,26 +23,26 @@ def new_repo(private: bool = True, **files: bytes) -> dict:
 
 
 class Hub:
-    """The server's state, and its switches."""
+    """State of the server, and its settings."""
 
     def __init__(self) -> None:
         self.repos: dict[str, dict] = {}
         self.blobs: dict[str, bytes] = {}
         self.faults: list[tuple[str, int | str, int]] = []
-        """(pattern of method and path, status or kind, how many times). Kinds: "cut", the
-        connection breaks before anything is done; "half", in the middle of the request's body;
-        "lost", after it was done and before the answer."""
+        """(pattern of method and path, status or kind, number of times). "cut" ends the connection
+        before the request is handled, "half" in the middle of the request's body, and "lost" after
+        the request was handled, before the response."""
         self.requests: list[str] = []
         self.part_bytes: int | None = None
-        """Above it a file is sent in parts of this size."""
+        """Larger files are sent in parts of this size."""
         self.keeps_content = True
-        """False: bytes are counted and dropped, for files that do not fit in memory."""
+        """Whether content is kept. If not, bytes are only counted: for files larger than memory."""
         self.parts: dict[str, dict[int, bytes | int]] = {}
         self.sizes: dict[str, int] = {}
         self.num_received_bytes = 0
-        """In bodies of large files, whole or broken off."""
+        """Bytes received of large files, whole or interrupted."""
         self.xet_dir: Path | None = None
-        """Where hf_xet stores what it is told to send."""
+        """Directory in which hf_xet stores its chunks."""
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.thread = threading.Thread(
@@ -60,7 +60,7 @@ class Hub:
         return self.blobs[value] if kind == "lfs" else value
 
     def sent(self, repo: str) -> int:
-        """How often bytes of the repository's large files were sent."""
+        """Return how often large files of the repository were sent."""
         files = self.repos[repo]["files"].values()
         return sum(self.requests.count(f"PUT /blob/{oid}") for kind, oid in files if kind == "lfs")
 
@@ -74,7 +74,7 @@ class Hub:
     def _handler(hub) -> type[BaseHTTPRequestHandler]:  # noqa: N805
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            # One packet an answer: two would wait 40 ms for each other.
+            # One packet per response: two would wait 40 ms for each other.
             wbufsize = -1
             disable_nagle_algorithm = True
 

@@ -1,1 +1,1 @@
-"""Say what failed, why, and what to change; or, after success, what was done."""
+"""Explain why a run failed and what to change, or list what a successful run did."""

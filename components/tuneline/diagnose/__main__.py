@@ -8,17 +8,19 @@ from tuneline.runtime.step import step
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tuneline.diagnose", description=run.__doc__)
-    parser.add_argument("--events", help="the events file of a run")
-    parser.add_argument("--state", default="FAILED", help="SUCCEEDED, FAILED or CANCELLED")
-    parser.add_argument("--message", default="", help="what the platform said")
-    parser.add_argument("--summary", help="where to write the Markdown; default: standard output")
-    given = parser.parse_args()
+    parser.add_argument("--events", help="events file of the run")
+    parser.add_argument(
+        "--state", default="FAILED", help="final state of the run: SUCCEEDED, FAILED or CANCELLED"
+    )
+    parser.add_argument("--message", default="", help="error message of the platform")
+    parser.add_argument("--summary", help="Markdown file to write; default: standard output")
+    arguments = parser.parse_args()
     with step("diagnose"):
         diagnosis = run(
-            state=given.state,
-            message=given.message,
-            events_path=given.events,
-            summary_path=given.summary,
+            state=arguments.state,
+            message=arguments.message,
+            events_path=arguments.events,
+            summary_path=arguments.summary,
         )
-        if not given.summary:
+        if not arguments.summary:
             sys.stdout.write(diagnosis.markdown)

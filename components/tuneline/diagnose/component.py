@@ -1,4 +1,5 @@
-"""The KFP component of the step: the exit handler."""
+# mypy: allow-untyped-decorators
+"""The diagnose step as a KFP component: the exit handler."""
 
 from kfp import dsl
 
@@ -6,8 +7,13 @@ from tuneline import images
 
 
 @dsl.component(base_image=images.LIGHT, install_kfp_package=False)
-def diagnose(status: dsl.PipelineTaskFinalStatus, summary: dsl.Output[dsl.Markdown]):
-    """Say what failed and what to change, or what was done."""
+def diagnose(status: dsl.PipelineTaskFinalStatus, summary: dsl.Output[dsl.Markdown]) -> None:
+    """Explain why a run failed and what to change, or list what it did.
+
+    Args:
+        status: Final status of the run; KFP fills it in.
+        summary: The explanation as Markdown.
+    """
     from tuneline.diagnose.run import run
     from tuneline.runtime.step import step
 

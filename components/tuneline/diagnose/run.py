@@ -1,7 +1,7 @@
-"""Turn a run's final status and its events into a short Markdown text.
+"""Explain the end of a run in a short Markdown text, from its final status and its events.
 
-An exit handler that fails hides the failure it was to explain, so what cannot be read is said in
-the text and never raised.
+An exit handler that fails hides the failure that it should explain. Problems with reading or
+writing files are therefore mentioned in the text or the log, and never raised.
 """
 
 import logging
@@ -23,14 +23,16 @@ OWN_STEP = "diagnose"
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a run came to."""
+    """Explanation of the end of a run."""
 
     succeeded: bool
     step: str | None
-    """The step that failed, where known."""
+    """The step that failed, if it is known."""
     cause: str
     advice: str
+    """What to change; "" after success."""
     markdown: str
+    """The whole text."""
 
 
 def run(
@@ -41,14 +43,14 @@ def run(
     events_path: str | None = None,
     summary_path: str | None = None,
 ) -> Diagnosis:
-    """Diagnose a run that ended.
+    """Explain why a run failed and what to change, or list what a successful run did.
 
     Args:
-        state: KFP's final state: SUCCEEDED, FAILED or CANCELLED.
-        task: name of the task that the status is of; often only the exit handler's group.
-        message: the platform's error message.
-        events_path: the events file; default: what TUNELINE_EVENTS names, if anything.
-        summary_path: where to write the Markdown; default: nowhere.
+        state: final state in KFP: SUCCEEDED, FAILED or CANCELLED.
+        task: name of the failed task; often KFP names only the group of the exit handler.
+        message: error message of KFP.
+        events_path: events file. Default: the file that TUNELINE_EVENTS names, if it is set.
+        summary_path: Markdown file to write. Default: none.
     """
     runs, remark = _read_runs(events_path or os.environ.get(EVENTS_VARIABLE))
     if state == SUCCEEDED:
@@ -60,34 +62,34 @@ def run(
             Path(summary_path).parent.mkdir(parents=True, exist_ok=True)
             Path(summary_path).write_text(diagnosis.markdown, encoding="utf-8")
         except OSError as error:
-            logger.error("the diagnosis could not be written: %s\n%s", error, diagnosis.markdown)
+            logger.error("cannot write the diagnosis: %s\n%s", error, diagnosis.markdown)
     if not diagnosis.succeeded:
         logger.error("%s: %s %s", diagnosis.step or task, diagnosis.cause, diagnosis.advice)
     return diagnosis
 
 
 def _read_runs(path: str | None) -> tuple[list[StepRun], str]:
-    """Return the runs of the steps, and a remark on what could not be read."""
+    """Return the runs of the steps, and a remark about lines that are unreadable."""
     if not path:
-        return [], "No events were kept (TUNELINE_EVENTS was not set), so times are not known."
+        return [], "TUNELINE_EVENTS was not set, so there are no events and no times."
     try:
         text = Path(path).read_bytes().decode("utf-8", errors="replace")
     except OSError as error:
-        return [], f"The events in {path} could not be read: {error.strerror or error}."
+        return [], f"The events in {path} cannot be read: {error.strerror or error}."
     events, unreadable = parse_events(text)
     remark = ""
     if unreadable:
-        remark = f"{unreadable} of {unreadable + len(events)} lines of {path} could not be read."
+        remark = f"{unreadable} of {unreadable + len(events)} lines of {path} cannot be read."
     return [run for run in step_runs(events) if run.step != OWN_STEP], remark
 
 
 def _success(runs: list[StepRun], remark: str) -> Diagnosis:
-    known = sum(run.seconds or 0 for run in runs)
+    seconds = sum(run.seconds or 0 for run in runs)
     num_finished = sum(run.status == "finished" for run in runs)
-    steps = "step" if num_finished == 1 else "steps"
-    cause = f"The line ran to its end: {num_finished} {steps}, {duration(known)} of work."
+    tasks = "task" if num_finished == 1 else "tasks"
+    cause = f"{num_finished} {tasks} finished and took {duration(seconds)} in total."
     if not runs:
-        cause = "The line ran to its end."
+        cause = "All tasks finished."
     lines = ["# The run succeeded", "", cause, "", *_table(runs), *_remark(remark)]
     return Diagnosis(True, None, cause, "", "\n".join(lines).rstrip() + "\n")
 
@@ -95,15 +97,16 @@ def _success(runs: list[StepRun], remark: str) -> Diagnosis:
 def _failure(state: str, task: str, message: str, runs: list[StepRun], remark: str) -> Diagnosis:
     cancelled = state == "CANCELLED"
     failed = failed_run(runs)
-    # Locally KFP says only that its own group failed; that is no news.
+    # A local run reports only that the group of the exit handler failed, which adds nothing.
     if re.fullmatch(r"Task exit-handler-\d+ failed\.", message.strip()):
         message = ""
     if cancelled and (failed is None or failed.status != "failed"):
-        cause, advice = "The run was cancelled.", "Run the recipe again: finished steps are cached."
+        cause, advice = "The run was cancelled.", "Run the recipe again; finished steps are cached."
     else:
         explanation = explain(failed, message)
         cause, advice = explanation.cause, explanation.advice
-    name = failed.step if failed else task if task and "exit-handler" not in task else None
+    known_task = task if "exit-handler" not in task else ""
+    name = failed.step if failed else known_task or None
     heading = f"# The run {'was cancelled' if cancelled else 'failed'}"
     if name:
         heading += f" at {_text(name)}"
@@ -120,7 +123,7 @@ def _table(runs: list[StepRun]) -> list[str]:
         return []
     rows = ["| step | status | time |", "| --- | --- | ---: |"]
     for run in runs:
-        status: str = "did not end" if run.status == "running" else run.status
+        status: str = "not finished" if run.status == "running" else run.status
         if run.status != "finished" and run.total:
             status += f" at {run.done} of {run.total}"
         rows.append(f"| {_text(run.step)} | {status} | {duration(run.seconds)} |")
@@ -132,5 +135,5 @@ def _remark(remark: str) -> list[str]:
 
 
 def _text(text: str) -> str:
-    """Return text that Markdown shows as it is, on one line."""
+    """Return text on one line, with the characters escaped that Markdown would interpret."""
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))

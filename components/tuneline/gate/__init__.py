@@ -1,4 +1,4 @@
-"""Decide whether a tuned model is better than its base."""
+"""Decide whether a tuned model is better than its base model."""
 
 from tuneline.gate.config import GateConfig
 

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-decorators
 """The gate step as a KFP component."""
 
 from kfp import dsl
@@ -13,7 +14,18 @@ def gate(
     decision: dsl.Output[dsl.Artifact],
     summary: dsl.Output[dsl.Markdown],
 ) -> str:
-    """Compare tuned against base on the same samples; returns "promote" or "hold"."""
+    """Compare the tuned with the base model on the same samples.
+
+    Args:
+        config: A GateConfig as JSON.
+        base_scores: Scores of the base model.
+        tuned_scores: Scores of the tuned model.
+        decision: The verdict, its reason and the comparisons.
+        summary: The same as Markdown.
+
+    Returns:
+        "promote" or "hold".
+    """
     from tuneline.gate import GateConfig
     from tuneline.gate.run import run
     from tuneline.runtime.step import step

@@ -1,4 +1,4 @@
-"""The recipe's part for the decision to publish."""
+"""Config of the gate step."""
 
 from pydantic import Field
 
@@ -6,13 +6,14 @@ from tuneline.strict_model import StrictModel
 
 
 class GateConfig(StrictModel):
-    """When a tuned model is good enough."""
+    """When a tuned model is good enough to be published."""
 
     target_tasks: tuple[str, ...] = ()
-    """Tasks that must get better; default: all tasks of the evaluation."""
-    max_regression: float = Field(0.0, ge=0)
-    """How much worse another task's score may become, in the metric's unit: it holds the model
-    when the whole interval lies below minus this."""
-    num_resamples: int = Field(10_000, ge=100)
-    """Bootstrap resamples."""
+    """Tasks that have to improve. Default: all tasks of the evaluation."""
+    max_regression: float = Field(default=0.0, ge=0)
+    """How much worse the other tasks may become, in the unit of the metric. The verdict is hold if
+    the whole 95 % interval of a task lies below minus this value."""
+    num_resamples: int = Field(default=10_000, ge=100)
+    """Resamples of the bootstrap behind the 95 % intervals."""
     seed: int = 3407
+    """Seed of the bootstrap."""

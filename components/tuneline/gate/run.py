@@ -1,9 +1,11 @@
-"""Compare two benchmarks sample by sample and decide."""
+"""Compare the scores of two models sample by sample, and decide."""
 
 import logging
 import time
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from tuneline.artifacts import (
     SAMPLES_DIR,
@@ -11,16 +13,18 @@ from tuneline.artifacts import (
     Scores,
     TaskComparison,
     TaskScore,
+    Verdict,
     new_directory,
     read_jsonl,
 )
 from tuneline.errors import TaskError
+from tuneline.gate.bootstrap import mean_interval
 from tuneline.gate.config import GateConfig
 
 logger = logging.getLogger(__name__)
 
 MIN_SAMPLES = 20
-"""With fewer, the bootstrap's interval is too narrow to be trusted."""
+"""With fewer samples, the interval of the bootstrap is too narrow to be reliable."""
 
 
 def run(
@@ -33,31 +37,31 @@ def run(
 ) -> Decision:
     """Decide by a paired bootstrap whether the tuned model may be published.
 
-    A target task has to get better: its 95 % interval lies above 0. Another task must not get
-    worse: it holds the model when its whole interval lies below -max_regression.
+    A target task has to improve: its 95 % interval has to lie above 0. Another task must not get
+    worse: the verdict is hold if its whole interval lies below -max_regression.
 
     Args:
-        config: the recipe's part.
-        base_scores_dir: the base model's scores.
-        tuned_scores_dir: the tuned model's, on the same tasks and samples.
-        decision_dir: new; gets decision.json.
-        summary_path: a Markdown file with the same, for the UI.
+        config: the recipe's part for the gate.
+        base_scores_dir: artifact scores, of the base model.
+        tuned_scores_dir: artifact scores, of the tuned model on the same tasks and samples.
+        decision_dir: new directory for decision.json.
+        summary_path: Markdown file with the decision, for KFP's UI. Default: none.
 
     Raises:
-        TaskError: the two were not measured on the same tasks and samples.
+        TaskError: the models were not evaluated on the same tasks and samples.
     """
     started = time.monotonic()
     base, tuned = Scores.read(base_scores_dir), Scores.read(tuned_scores_dir)
     if set(base.tasks) != set(tuned.tasks):
         raise TaskError(
-            f"base was measured on {', '.join(sorted(base.tasks))} and tuned on "
-            f"{', '.join(sorted(tuned.tasks))}: run both with the same evaluation config"
+            f"the base model was evaluated on {', '.join(sorted(base.tasks))}, but the tuned model "
+            f"on {', '.join(sorted(tuned.tasks))}. Evaluate both with the same evaluation config"
         )
     targets = set(config.target_tasks or base.tasks)
     if unknown := targets - set(base.tasks):
         raise TaskError(
-            f"gate.target_tasks names {', '.join(sorted(unknown))}, which was not measured; "
-            f"measured were {', '.join(sorted(base.tasks))}"
+            f"gate.target_tasks names {', '.join(sorted(unknown))}, which was not evaluated. "
+            f"Name tasks among {', '.join(sorted(base.tasks))}"
         )
     with new_directory(decision_dir) as directory:
         comparisons = [
@@ -90,7 +94,8 @@ def _samples(scores_dir: str | Path, task: str) -> dict[str, dict[str, Any]]:
     path = Path(scores_dir, SAMPLES_DIR, f"{task}.jsonl")
     if not path.is_file():
         raise TaskError(
-            f"{path} does not exist: the evaluation kept no per-sample scores of {task}"
+            f"{path} does not exist: the evaluation wrote no scores per sample of {task}. Run it "
+            "again"
         )
     return {row["id"]: row for row in read_jsonl(path)}
 
@@ -105,16 +110,12 @@ def _compare(
     target: bool,
     config: GateConfig,
 ) -> TaskComparison:
-    import numpy as np
-
-    from tuneline.gate.bootstrap import mean_interval
-
     if set(base_samples) != set(tuned_samples) or base.metric != tuned.metric:
-        only = set(base_samples) ^ set(tuned_samples)
+        unmatched = set(base_samples) ^ set(tuned_samples)
         raise TaskError(
             f"{task}: base ({base.metric}, {len(base_samples)} samples) and tuned ({tuned.metric}, "
-            f"{len(tuned_samples)} samples) were not measured on the same samples "
-            f"({len(only)} in one only): run both with the same data and evaluation config"
+            f"{len(tuned_samples)} samples) were not evaluated on the same samples "
+            f"({len(unmatched)} in one only). Evaluate both with the same dataset and config"
         )
     sign = 1.0 if base.higher_is_better else -1.0
     ids = sorted(base_samples)
@@ -122,12 +123,12 @@ def _compare(
         [tuned_samples[sample]["score"] - base_samples[sample]["score"] for sample in ids],
         dtype=np.float64,
     )
-    # The same for both models: what a sample weighs is the length of its reference.
+    # The weight is the length of the reference answer, so it is the same for both models.
     weights = np.array([base_samples[sample].get("weight", 1) for sample in ids], np.float64)
     if not np.isfinite(differences).all():
         raise TaskError(
-            f"{task}: a sample's score is not a finite number: the model that was measured "
-            "computes NaN or infinity; look at the merge and the training"
+            f"{task}: the score of a sample is not finite, so a model computes NaN or infinity. "
+            "Check the pages of the training and the merge"
         )
     low, high = mean_interval(
         differences, num_resamples=config.num_resamples, seed=config.seed, weights=weights
@@ -151,25 +152,23 @@ def _compare(
     )
 
 
-def _decide(
-    comparisons: list[TaskComparison], config: GateConfig
-) -> tuple[Literal["promote", "hold"], str]:
+def _decide(comparisons: list[TaskComparison], config: GateConfig) -> tuple[Verdict, str]:
     for item in comparisons:
         if item.num_samples < MIN_SAMPLES:
             return "hold", (
-                f"{item.task} has {item.num_samples} samples, and fewer than {MIN_SAMPLES} "
-                "decide nothing: keep more held-out rows"
+                f"{item.task} has {item.num_samples} samples, but a decision needs {MIN_SAMPLES}: "
+                "raise prepare.heldout.max_rows"
             )
     for item in comparisons:
         if item.target and item.outcome != "better":
-            why = "is worse" if item.outcome == "worse" else "the interval includes no change"
-            return "hold", f"{_says(item)}: {why}"
+            why = "the score got worse" if item.outcome == "worse" else "the interval includes 0"
+            return "hold", f"{_result(item)}: {why}"
         if not item.target and item.interval[1] < -config.max_regression:
-            return "hold", f"{_says(item)}: another task became worse"
-    return "promote", "; ".join(_says(item) for item in comparisons if item.target)
+            return "hold", f"{_result(item)}: a task that is no target got worse"
+    return "promote", "; ".join(_result(item) for item in comparisons if item.target)
 
 
-def _says(item: TaskComparison) -> str:
+def _result(item: TaskComparison) -> str:
     return (
         f"{item.task} {item.difference:+.3f} {item.metric}, 95 % interval "
         f"[{item.interval[0]:+.3f}, {item.interval[1]:+.3f}]"
@@ -187,7 +186,7 @@ def _markdown(decision: Decision) -> str:
         [
             f"**{decision.verdict}**: {decision.reason}",
             "",
-            "| task | metric | base | tuned | better by | 95 % interval | samples | outcome |",
+            "| task | metric | base | tuned | improvement | 95 % interval | samples | outcome |",
             "|---|---|---|---|---|---|---|---|",
             *rows,
             "",

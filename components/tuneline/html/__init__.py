@@ -1,1 +1,1 @@
-"""Self-contained HTML pages: layout, charts and the picture of the line."""
+"""Self-contained HTML pages: layout, charts and the diagram of a run's steps."""

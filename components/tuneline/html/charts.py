@@ -1,9 +1,8 @@
-"""Charts as inline SVG: a curve, a histogram, bars, and intervals of a difference.
+"""Charts as inline SVG: curves, histograms, bars, intervals of a difference, and scatter plots.
 
-Each function returns a <figure>. Colours are classes of stylesheet.py, so that one picture serves
-light and dark. A chart is drawn 560 units wide, which keeps its text readable from a telephone
-(two thirds of that) to a half page. Values are in the picture as <title> of their marks: a
-pointer shows them and a screen reader can reach them.
+Every function returns a <figure>. Colours are classes of stylesheet.py, so a chart works in light
+and dark. A chart is 560 units wide, which keeps its text readable from a phone (two thirds of that
+width) to half a page. Each mark has its value as <title>, for tooltips and screen readers.
 """
 
 import math
@@ -15,7 +14,7 @@ from tuneline.html.point_labels import place_names
 from tuneline.html.units import number
 
 WIDTH = 560
-# Digits and lower case letters of the page's font at 12 units, on average.
+# Average width of digits and lower-case letters of the page's font at 12 units.
 CHARACTER_WIDTH = 6.7
 BOLD_WIDTH = 7.4
 MAX_POINTS = 400
@@ -25,7 +24,7 @@ Point = tuple[float, float]
 
 
 class IntervalRow(NamedTuple):
-    """One comparison: two values and the interval of their difference."""
+    """One comparison of two values, with the interval of their difference."""
 
     label: str
     base: float
@@ -33,12 +32,13 @@ class IntervalRow(NamedTuple):
     low: float
     """Lower end of the interval of `difference`."""
     high: float
+    """Upper end of the interval."""
     difference: float | None = None
-    """Positive is better; default: tuned - base."""
+    """Improvement from base to tuned; positive is better. Default: tuned - base."""
 
 
 class ScatterPoint(NamedTuple):
-    """One named point; points of a group share a colour."""
+    """One labelled point; the points of a group share a colour."""
 
     label: str
     group: str
@@ -47,7 +47,7 @@ class ScatterPoint(NamedTuple):
 
 
 class Scale:
-    """A linear map from values to coordinates."""
+    """Linear map from values to coordinates."""
 
     def __init__(self, low: float, high: float, start: float, stop: float) -> None:
         if high == low:
@@ -61,7 +61,7 @@ class Scale:
 
 
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Return round values (1, 2, 2.5 or 5 times a power of ten) that span low to high."""
+    """Return round values (1, 2, 2.5 or 5 times a power of ten) that cover low to high."""
     if high == low:
         spread = abs(low) * 0.1 or 1.0
         low, high = low - spread, high + spread
@@ -73,7 +73,7 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def tick_texts(ticks: Sequence[float]) -> list[str]:
-    """Return round values as text, all with as many decimals as the finest needs."""
+    """Return the ticks as text, all with the decimals that the finest tick needs."""
     texts = [f"{tick:.12f}".rstrip("0").rstrip(".") for tick in ticks]
     decimals = max((len(text.partition(".")[2]) for text in texts), default=0)
     return [f"{tick:,.{decimals}f}" if abs(tick) < 1e9 else f"{tick:.3g}" for tick in ticks]
@@ -84,8 +84,14 @@ def line_chart(
 ) -> str:
     """Return curves over a common x axis.
 
-    A series of up to 25 values shows its points, e.g. evaluations during training. A longer one is
-    thinned to 400 with the extremes kept. Values that are not finite break the curve.
+    A series of up to 25 values is drawn with its points, e.g. evaluations during training. A longer
+    one is thinned to 400 points that keep the extremes. Values that are not finite leave a gap.
+
+    Args:
+        series: points (x, y) by the name of their curve.
+        x_label: quantity on the x axis, with its unit.
+        y_label: quantity on the y axis, with its unit.
+        title: heading of the chart.
     """
     finite = {name: [p for p in points if _is_finite(p)] for name, points in series.items()}
     everything = [point for points in finite.values() for point in points]
@@ -94,7 +100,7 @@ def line_chart(
     xs, ys = [x for x, _ in everything], [y for _, y in everything]
     y_low, y_high = min(ys), max(ys)
     if 0 <= y_low < 0.35 * y_high:
-        y_low = 0.0  # close enough that an axis from zero costs little and misleads less
+        y_low = 0.0  # an axis from zero misleads less, and costs little here
     frame = _Frame(
         x_low=min(xs),
         x_high=max(xs),
@@ -135,9 +141,16 @@ def histogram(
     markers: Mapping[str, float] | None = None,
     title: str = "",
 ) -> str:
-    """Return bars over bins (from, below, number), with named positions marked.
+    """Return a histogram with marked positions.
 
-    A marker so far to the right that it would squash the bars is named at the edge, with an arrow.
+    A marker that is too far to the right to be drawn is named at the edge, with an arrow.
+
+    Args:
+        bins: (lowest value, first value above the bin, number).
+        x_label: quantity on the x axis, with its unit.
+        y_label: what is counted.
+        markers: values to mark, by their names.
+        title: heading of the chart.
     """
     if not bins:
         return _empty(title, "no values to draw")
@@ -162,7 +175,7 @@ def histogram(
         parts.append(
             f'<rect class="bar s1" x="{_c(left)}" y="{_c(top)}" '
             f'width="{_c(right - left - gap)}" height="{_c(frame.bottom - top)}">'
-            f"<title>{number(start)} to below {number(below)} {escape(x_label)}: "
+            f"<title>{number(start)} to {number(below - 1)} {escape(x_label)}: "
             f"{number(value)} {escape(y_label)}</title></rect>"
         )
     names = []
@@ -194,14 +207,14 @@ def bar_chart(
     text: Callable[[float], str] = number,
     muted: Iterable[str] = (),
 ) -> str:
-    """Return horizontal bars from zero, each with its value written beside it.
+    """Return horizontal bars from zero, each with its value next to it.
 
     Args:
-        rows: (label, value not below zero), drawn in this order.
-        x_label: what the values are, with the unit.
-        title: above the chart.
-        text: how a value is written.
-        muted: labels of the bars that are there for comparison.
+        rows: (label, value of at least zero), in the order of drawing.
+        x_label: quantity, with its unit.
+        title: heading of the chart. Default: `x_label`.
+        text: formats a value.
+        muted: labels of bars that are drawn in grey, as a comparison.
     """
     if not rows:
         return _empty(title, "no values to draw")
@@ -233,10 +246,10 @@ def interval_chart(
     x_label: str = "score",
     title: str = "",
 ) -> str:
-    """Return for each row base and tuned on one scale, and their difference with its interval.
+    """Return base and tuned of each row on one scale, and their difference with its interval.
 
-    All rows share the two scales, so give rows of one metric. The interval's colour says whether
-    it leaves zero out, and to which side.
+    All rows share the two scales, so they should have the same metric. The colour of an interval
+    shows whether it excludes zero, and on which side it is.
     """
     if not rows:
         return _empty(title, "no comparisons")
@@ -255,7 +268,7 @@ def interval_chart(
     right = Scale(change_ticks[0], change_ticks[-1], 312, WIDTH - 20)
     parts = [
         f'<text class="axis" x="8" y="14">{escape(x_label)}</text>',
-        '<text class="axis" x="300" y="14">difference (95 %), right is better</text>',
+        '<text class="axis" x="300" y="14">improvement (95 % interval)</text>',
     ]
     for scale, ticks in ((left, value_ticks), (right, change_ticks)):
         for tick, text in zip(ticks, tick_texts(ticks), strict=True):
@@ -277,7 +290,7 @@ def interval_chart(
             f"<title>base: {number(row.base)}</title></circle>"
             f'<circle class="dot s1" cx="{_c(left(row.tuned))}" cy="{y + 18}" r="5">'
             f"<title>tuned: {number(row.tuned)}</title></circle>"
-            f'<g class="{side}"><title>difference {number(change)}, 95 % interval '
+            f'<g class="{side}"><title>improvement {number(change)}, 95 % interval '
             f"{number(row.low)} to {number(row.high)}</title>"
             f'<line class="interval" x1="{_c(right(row.low))}" x2="{_c(right(row.high))}" '
             f'y1="{y + 18}" y2="{y + 18}"/>'
@@ -289,7 +302,7 @@ def interval_chart(
             + f'<circle class="estimate" cx="{_c(right(change))}" cy="{y + 18}" r="4.5"/></g>'
         )
     summary = "; ".join(
-        f"{row.label}: base {number(row.base)}, tuned {number(row.tuned)}, difference "
+        f"{row.label}: base {number(row.base)}, tuned {number(row.tuned)}, improvement "
         f"{number(_difference(row))}, interval {number(row.low)} to {number(row.high)}"
         for row in full
     )
@@ -305,9 +318,14 @@ def scatter_chart(
     x_text: Callable[[float], str] = number,
     title: str = "",
 ) -> str:
-    """Return named points over a linear x axis from zero and a logarithmic y axis.
+    """Return labelled points over a linear x axis from zero and a logarithmic y axis.
 
-    Values of y are above zero. Names stand beside their points, or near with a line to them.
+    Args:
+        points: the points; y has to be above zero.
+        x_label: quantity on the x axis.
+        y_label: quantity on the y axis, with its unit.
+        x_text: formats a value of x.
+        title: heading of the chart.
     """
     if not points:
         return _empty(title, "no values to draw")
@@ -366,7 +384,7 @@ def scatter_chart(
 
 
 def thin(points: Sequence[Point], limit: int) -> Sequence[Point]:
-    """Return at most about `limit` points, with the lowest and highest of each stretch kept."""
+    """Return about `limit` points at most: the lowest and the highest of every stretch."""
     if len(points) <= limit:
         return points
     stretch = math.ceil(2 * len(points) / limit)
@@ -375,7 +393,7 @@ def thin(points: Sequence[Point], limit: int) -> Sequence[Point]:
         part = points[start : start + stretch]
         finite = [point for point in part if _is_finite(point)]
         if not finite:
-            kept.append(part[0])  # keeps the gap visible
+            kept.append(part[0])  # the gap stays visible
             continue
         ends = {min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])}
         kept.extend(sorted(ends))
@@ -383,7 +401,7 @@ def thin(points: Sequence[Point], limit: int) -> Sequence[Point]:
 
 
 class _Frame:
-    """Axes, grid and labels of a chart with an x and a y scale."""
+    """Axes, grid and labels of a chart."""
 
     def __init__(
         self,
@@ -435,13 +453,13 @@ class _Frame:
 def _place_markers(
     marked: list[tuple[str, float]], low: float, high: float
 ) -> tuple[int, list[tuple[str, float, int, str]]]:
-    """Return how many rows the markers' names take, and (name, value, row, anchor) of each.
+    """Return the number of rows of the markers' names, and (name, value, row, anchor) of each.
 
-    A name stands to the right of its line, or to the left where the drawing ends. Those to the
-    left come first and from the right, the others below them from the left: so each line starts
-    below the names that reach over its place.
+    A name is right of its line, or left of it near the right edge. The names on the left come
+    first, ordered from the right; the others follow in the rows below, ordered from the left. Each
+    line then starts below the names that extend over its position.
     """
-    # The left edge of the drawing is not known yet; 40 is what most counts need.
+    # The left edge of the drawing is not known yet; most counts need 40 units.
     x = Scale(low, high, 40, WIDTH - 16)
     spans = []
     for name, value in marked:
@@ -486,7 +504,7 @@ def _is_finite(point: Point) -> bool:
 
 
 def _c(value: float) -> str:
-    """Return a coordinate, short."""
+    """Return a coordinate with at most two decimals."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 

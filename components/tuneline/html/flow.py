@@ -1,7 +1,7 @@
-"""The line as a picture: one box a step, placed by what it waits for, with status and time.
+"""The diagram of a run's steps: one box per step, with its status, its time and its inputs.
 
-Two drawings are made, one across for a wide screen and one down for a narrow one; the stylesheet
-shows the one that fits.
+There are two drawings, from left to right for wide screens and from top to bottom for narrow ones.
+The stylesheet shows the one that fits.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ GAP_X, GAP_Y = 20, 16
 ROW_HEIGHT = 46
 NARROW_WIDTH = 360
 
-# Drawn in a circle of radius 7 around the origin, so that a status is not told by colour alone.
+# Drawn in a circle of radius 7 around the origin, so that a status differs not only by colour.
 ICONS: dict[str, str] = {
     "finished": "M-3.2 .2L-1 2.6L3.4 -2.6",
     "failed": "M-2.6 -2.6L2.6 2.6M2.6 -2.6L-2.6 2.6",
@@ -31,19 +31,19 @@ ICONS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the line as it is drawn."""
+    """One step of the diagram."""
 
     name: str
     status: Status
     seconds: float | None = None
     detail: str = ""
-    """A few words: what came out, or how far it came."""
+    """A few words on the result, or on the progress of a step that did not finish."""
     after: tuple[str, ...] = ()
-    """Names of the steps it waits for; steps that are not drawn are left out."""
+    """Names of the steps that this one waits for; names of steps not drawn are ignored."""
 
 
 def line_diagram(steps: Sequence[Stage]) -> str:
-    """Return the picture of the line, for a wide and for a narrow screen."""
+    """Return the diagram, in a drawing for wide screens and one for narrow screens."""
     if not steps:
         return '<figure class="line"><p class="muted">no steps</p></figure>'
     return f'<figure class="line">{_across(steps)}{_down(steps)}</figure>'
@@ -52,8 +52,8 @@ def line_diagram(steps: Sequence[Stage]) -> str:
 def place(steps: Sequence[Stage]) -> dict[str, tuple[int, int]]:
     """Return (column, lane) of each step.
 
-    The column is the length of the longest way to the step. A step keeps its lane up to the
-    column before the last step that waits for it, so that its line runs free of other boxes.
+    The column is the length of the longest path to the step. A step occupies its lane up to the
+    column before the last step that waits for it, so that its edge crosses no other box.
     """
     names = {step.name for step in steps}
     columns: dict[str, int] = {}
@@ -75,7 +75,7 @@ def place(steps: Sequence[Stage]) -> dict[str, tuple[int, int]]:
             taken.append(set())
         taken[lane] |= span
         places[step.name] = (column, lane)
-    assert set(places) == names, "two steps of one name"
+    assert set(places) == names, "two steps have the same name"
     return places
 
 
@@ -89,9 +89,10 @@ def _across(steps: Sequence[Stage]) -> str:
     for step in steps:
         for name in step.after:
             if name in places:
-                walked = "" if status[name] == "finished" and step.status != "skipped" else " idle"
+                used = status[name] == "finished" and step.status != "skipped"
+                idle = "" if used else " idle"
                 parts.append(
-                    f'<path class="edge{walked}" d="{_edge(places[name], places[step.name])}"/>'
+                    f'<path class="edge{idle}" d="{_edge(places[name], places[step.name])}"/>'
                 )
     for step in steps:
         x, y = _corner(places[step.name])
@@ -113,14 +114,15 @@ def _across(steps: Sequence[Stage]) -> str:
 def _down(steps: Sequence[Stage]) -> str:
     longest = _longest(steps)
     places = place(steps)
-    # Downwards is the order of the work: what waits for more stands lower.
+    # From top to bottom in the order of execution.
     steps = sorted(steps, key=lambda step: places[step.name])
     parts = [
         f'<line class="edge" x1="14" x2="14" y1="16" y2="{ROW_HEIGHT * (len(steps) - 1) + 16}"/>'
     ]
     for index, step in enumerate(steps):
         y = ROW_HEIGHT * index
-        room = NARROW_WIDTH - 33
+        track = NARROW_WIDTH - 33
+        spent = track * (step.seconds or 0) / longest
         parts.append(
             f'<g class="stage {_class(step)}" transform="translate(0 {y})">'
             f"<title>{escape(_sentence(step))}</title>"
@@ -130,9 +132,8 @@ def _down(steps: Sequence[Stage]) -> str:
             f"{escape(step.detail)}</text>"
             f'<text class="time" x="{NARROW_WIDTH - 1}" y="20" text-anchor="end">'
             f"{escape(_time(step))}</text>"
-            f'<rect class="track" x="32" y="29" width="{room}" height="3" rx="1.5"/>'
-            f'<rect class="spent" x="32" y="29" width="{room * (step.seconds or 0) / longest:.1f}" '
-            f'height="3" rx="1.5"/></g>'
+            f'<rect class="track" x="32" y="29" width="{track}" height="3" rx="1.5"/>'
+            f'<rect class="spent" x="32" y="29" width="{spent:.1f}" height="3" rx="1.5"/></g>'
         )
     return _svg("down", NARROW_WIDTH, ROW_HEIGHT * len(steps), steps, parts)
 
@@ -142,12 +143,12 @@ def _corner(position: tuple[int, int]) -> tuple[int, int]:
 
 
 def _edge(source: tuple[int, int], target: tuple[int, int]) -> str:
-    """Return a path from the right side of one box to the left side of another."""
+    """Return the path from the right side of one box to the left side of another."""
     (x1, y1), (x2, y2) = _corner(source), _corner(target)
     x1, y1, y2 = x1 + BOX_WIDTH, y1 + BOX_HEIGHT // 2, y2 + BOX_HEIGHT // 2
     if y1 == y2:
         return f"M{x1} {y1}H{x2}"
-    # A fork turns in the first gap, a join in the last: the way between is the step's own lane.
+    # A fork turns in the first gap and a join in the last one; between them is the step's own lane.
     down = target[1] > source[1]
     bend = x1 + GAP_X // 2 if down else x2 - GAP_X // 2
     radius = 6 if down else -6
@@ -165,11 +166,11 @@ def _icon(step: Stage, x: int, y: int) -> str:
 
 
 def _svg(kind: str, width: int, height: int, steps: Sequence[Stage], parts: list[str]) -> str:
-    told = "; ".join(_sentence(step) for step in steps)
+    description = "; ".join(_sentence(step) for step in steps)
     return (
         f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" '
-        f'xmlns="http://www.w3.org/2000/svg"><title>The line</title><desc>{escape(told)}</desc>'
-        f"{''.join(parts)}</svg>"
+        f'xmlns="http://www.w3.org/2000/svg"><title>Steps of the run</title>'
+        f"<desc>{escape(description)}</desc>{''.join(parts)}</svg>"
     )
 
 
@@ -186,5 +187,5 @@ def _time(step: Stage) -> str:
 
 
 def _sentence(step: Stage) -> str:
-    known = [step.status, duration(step.seconds) if step.seconds is not None else "", step.detail]
-    return f"{step.name}: {', '.join(part for part in known if part)}"
+    parts = [step.status, duration(step.seconds) if step.seconds is not None else "", step.detail]
+    return f"{step.name}: {', '.join(part for part in parts if part)}"

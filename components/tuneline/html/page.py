@@ -1,8 +1,8 @@
-"""The frame of every page that the line shows: one file, no network, no script.
+"""The layout of every page: one file that needs no network and no script.
 
-A page opens from a disk, in KFP's viewer and in a mail attachment, so styles and pictures are
-inline, colours follow the reader's light or dark setting, and everything prints. The charts are
-in charts.py and come through here, so that a step imports one module.
+A page opens from a disk, in KFP's viewer and as a mail attachment. Styles and charts are therefore
+inline, colours follow the light or dark setting of the reader, and everything prints. The charts of
+charts.py are exported here, so that a step imports one module.
 """
 
 from collections.abc import Iterable, Sequence
@@ -47,7 +47,7 @@ TONES = ("good", "bad", "warn", "plain")
 
 
 class Cell(str):
-    """A table cell that is HTML already; plain strings are escaped."""
+    """A table cell that holds HTML; plain strings are escaped."""
 
 
 def render_page(
@@ -56,9 +56,9 @@ def render_page(
     """Return a whole HTML page.
 
     Args:
-        title: plain text, also the window's title.
-        sections_html: what `section` returned, or any HTML; one card each.
-        subtitle: plain text under the title.
+        title: plain text of the heading and of the window's title.
+        sections_html: HTML of the cards, usually made by `section`.
+        subtitle: plain text below the title.
         lead: HTML between the title and the cards, e.g. a banner and tiles.
     """
     cards = "\n".join(f'<section class="card">\n{html}\n</section>' for html in sections_html)
@@ -90,7 +90,13 @@ def render_page(
 
 
 def section(heading: str, *parts: str, note: str = "") -> str:
-    """Return a card's content: a heading, a muted line beside it, and HTML parts."""
+    """Return the content of a card.
+
+    Args:
+        heading: plain text.
+        parts: HTML.
+        note: plain text next to the heading, in a muted colour.
+    """
     aside = f'<p class="note">{escape(note)}</p>' if note else ""
     return "\n".join([f'<div class="heading"><h2>{escape(heading)}</h2>{aside}</div>', *parts])
 
@@ -101,12 +107,19 @@ def paragraph(text: str, *, muted: bool = False) -> str:
 
 
 def badge(text: str, tone: str = "plain") -> Cell:
-    """Return a small label; the tone is good, bad, warn or plain."""
+    """Return a small coloured label; the tone is good, bad, warn or plain."""
     return Cell(f'<span class="badge {_tone(tone)}">{escape(text)}</span>')
 
 
 def banner(heading: str, text: str, tone: str = "plain", *, small: str = "") -> str:
-    """Return the box that says what came out."""
+    """Return the box with the result of the page.
+
+    Args:
+        heading: a word or two, in bold.
+        text: the sentence next to it.
+        tone: colour of the box: good, bad, warn or plain.
+        small: a sentence below, in small print.
+    """
     more = f'<p class="small">{escape(small)}</p>' if small else ""
     return (
         f'<div class="banner {_tone(tone)}" role="status"><strong>{escape(heading)}</strong>'
@@ -115,7 +128,7 @@ def banner(heading: str, text: str, tone: str = "plain", *, small: str = "") -> 
 
 
 def tiles(values: Iterable[tuple[str, str, str]]) -> str:
-    """Return a row of figures: (name, value, a line below it)."""
+    """Return a row of figures, each with its name, its value and a line below."""
     inner = "".join(
         f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}</dd>'
         f'<dd class="below">{escape(below)}</dd></div>'
@@ -125,7 +138,7 @@ def tiles(values: Iterable[tuple[str, str, str]]) -> str:
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """Return names with their values; a `Cell` value is taken as HTML."""
+    """Return a list of names and values; a value that is a `Cell` is HTML."""
     inner = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{_cell(value)}</dd></div>" for name, value in pairs
     )
@@ -133,7 +146,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def details(summary: str, html: str, *, is_open: bool = False) -> str:
-    """Return HTML that opens on a click; printing shows it."""
+    """Return HTML that opens on a click and that is always printed."""
     opened = " open" if is_open else ""
     return f"<details{opened}><summary>{escape(summary)}</summary>\n{html}\n</details>"
 
@@ -150,10 +163,11 @@ def table(
 
     Args:
         headers: column names.
-        rows: plain strings, escaped here, or `Cell`s.
+        rows: cells of plain text, or `Cell`s of HTML.
         numeric: indices of the columns that are aligned to the right.
         caption: plain text above the table.
-        prose: the cells hold sentences: equal columns that wrap, stacked on a narrow screen.
+        prose: whether cells hold sentences: columns are then equal and wrap, and narrow screens
+            stack them.
     """
     right = set(numeric)
 
@@ -187,5 +201,5 @@ def _cell(value: str) -> str:
 
 def _tone(tone: str) -> str:
     if tone not in TONES:
-        raise ValueError(f"no tone '{tone}': one of {', '.join(TONES)}")
+        raise ValueError(f"unknown tone '{tone}': use one of {', '.join(TONES)}")
     return tone

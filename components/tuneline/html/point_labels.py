@@ -1,24 +1,24 @@
-"""Place the names of points in a chart, so that none lies on a point or on another name."""
+"""Place the labels of points in a chart, so that none covers a point or another label."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 GAP = 9.0
-"""Pixels between a point's middle and its name."""
+"""Pixels between the centre of a point and its label."""
 LINE_HEIGHT = 14.0
 RADIUS = 6.5
-"""Of a point, with its edge."""
+"""Radius of a point with its edge, in pixels."""
 
 
 class Place(NamedTuple):
-    """Where a name stands."""
+    """Position of a label."""
 
     x: float
-    """Its end at the point: the left one where it stands right of it."""
+    """End of the label at the point: its left end if the label is right of the point."""
     y: float
-    """Its baseline."""
+    """Baseline of the label."""
     line: tuple[float, float] | None
-    """End of the line at the name; none where the name is beside its point."""
+    """End of the line from point to label; none if the label is next to the point."""
 
 
 class _Box(NamedTuple):
@@ -37,19 +37,22 @@ class _Box(NamedTuple):
 
 
 def place_names(
-    points: Sequence[tuple[float, float]], widths: Sequence[float], *, area: _Box | tuple
+    points: Sequence[tuple[float, float]],
+    widths: Sequence[float],
+    *,
+    area: tuple[float, float, float, float],
 ) -> list[Place]:
-    """Return a place for the name of each point, in the points' order.
+    """Return a position for the label of each point, in the order of the points.
 
-    Beside its point if there is room, else the nearest free place above or below, right before
-    left; where there is none, right of it all the same.
+    A label is next to its point if there is room, otherwise at the nearest free position above or
+    below; the right side comes before the left. Without a free position it is right of its point.
 
     Args:
-        points: middle of each, in pixels from the top left.
-        widths: of each name.
-        area: left, top, right and bottom that names stay within.
+        points: centres of the points, in pixels from the top left.
+        widths: widths of the labels, in pixels.
+        area: left, top, right and bottom of the area that labels stay within.
     """
-    area = _Box(*area)
+    bounds = _Box(*area)
     taken = [_Box(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in points]
     places = []
     for (x, y), width in zip(points, widths, strict=True):
@@ -62,7 +65,7 @@ def place_names(
         free = (
             place
             for place in candidates
-            if _within(_box(*place, width), area)
+            if _within(_box(*place, width), bounds)
             and not any(_box(*place, width).meets(other) for other in taken)
         )
         left, baseline = next(free, candidates[0])

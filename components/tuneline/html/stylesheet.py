@@ -1,7 +1,7 @@
-"""The one stylesheet of the pages, inlined by page.py.
+"""The stylesheet of all pages; page.py inlines it.
 
-Colours are named by what they mean and given twice, for light and dark; text keeps a contrast of
-at least 4.5 to 1 on its background in both.
+Colours are named by their meaning and defined twice, for light and dark. In both, text has a
+contrast of at least 4.5 to 1 with its background.
 """
 
 STYLESHEET = """

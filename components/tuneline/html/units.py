@@ -1,10 +1,10 @@
-"""Numbers as people read them: durations, sizes, counts, shares and measurements."""
+"""Numbers as text: durations, sizes, counts, percentages and measurements."""
 
 import math
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds as "0.4 s", "12 s", "3 min 05 s" or "1 h 02 min"; nothing known is "-"."""
+    """Return seconds as "0.4 s", "12 s", "3 min 05 s" or "1 h 02 min", or "-" if unknown."""
     if seconds is None or not math.isfinite(seconds) or seconds < 0:
         return "-"
     if seconds < 9.95:
@@ -19,7 +19,7 @@ def duration(seconds: float | None) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Return bytes in decimal units with three digits, as disks and the Hub count them."""
+    """Return bytes in decimal units with three digits, as disks and the Hub show them."""
     value = float(num_bytes)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 999.5:
@@ -41,16 +41,16 @@ def parameters(value: float) -> str:
     return count(value)
 
 
-def share(value: float) -> str:
-    """Return a share of 1 as a percentage; what is not zero is never shown as zero."""
-    percent = 100 * value
-    if percent and abs(percent) < 0.05:
-        return "< 0.1 %" if percent > 0 else "> -0.1 %"
-    return f"{percent:.1f} %"
+def percent(value: float) -> str:
+    """Return a fraction as a percentage; a value that is not zero is never shown as zero."""
+    value = 100 * value
+    if value and abs(value) < 0.05:
+        return "< 0.1 %" if value > 0 else "> -0.1 %"
+    return f"{value:.1f} %"
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Return a measurement with so many significant digits, thousands separated."""
+    """Return a measurement with `digits` significant digits and thousands separators."""
     if value is None or math.isnan(value):
         return "-"
     if math.isinf(value):
@@ -70,7 +70,7 @@ def signed(value: float, digits: int = 4) -> str:
 
 
 def _digits(value: float, digits: int) -> str:
-    """Return the value with so many significant digits, trailing zeros left off."""
+    """Return the value with `digits` significant digits, without trailing zeros."""
     before_point = math.floor(math.log10(abs(value))) + 1 if value else 1
     text = f"{value:,.{max(digits - before_point, 0)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text

@@ -1,4 +1,4 @@
-"""Publish the adapter, the merged model and the exports, each as one commit."""
+"""Publish the adapter, the merged model and the exports, with one commit per repository."""
 
 from tuneline.publish.config import PublishConfig
 

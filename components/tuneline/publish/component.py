@@ -1,4 +1,9 @@
-"""The publish step as a KFP component."""
+# mypy: allow-untyped-decorators
+"""The publish step as a KFP component.
+
+KFP has no list that holds the exports of several loops, so there is an input per kind of export.
+The inputs have defaults, because a recipe may ask for no export of a kind.
+"""
 
 from typing import List
 
@@ -20,8 +25,22 @@ def publish(
     published: dsl.Output[dsl.Artifact],
     gguf: dsl.Input[List[dsl.Model]] = None,
     gptq: dsl.Input[List[dsl.Model]] = None,
-):
-    """Publish what the gate promoted to the Hub, or to a directory (`dir:PATH`)."""
+) -> None:
+    """Publish a model that the gate promoted to the Hub, or to a directory (`dir:PATH`).
+
+    Args:
+        target: namespace/name on the Hub, or dir:PATH.
+        config: A PublishConfig as JSON.
+        recipe: The whole recipe as JSON, for the model cards.
+        base_model: The base model.
+        dataset: The prepared dataset.
+        adapter: The LoRA adapter.
+        merged: The merged model.
+        decision: The verdict of the gate.
+        published: Record of the repositories, with their URLs and commits.
+        gguf: The GGUF exports.
+        gptq: The GPTQ exports.
+    """
     from tuneline.publish import PublishConfig
     from tuneline.publish.run import run
     from tuneline.runtime.step import step
@@ -35,8 +54,7 @@ def publish(
             dataset_dir=dataset.path,
             adapter_dir=adapter.path,
             merged_dir=merged.path,
-            gguf_dirs=[item.path for item in gguf or []],
-            gptq_dirs=[item.path for item in gptq or []],
+            exports_dirs=[export.path for export in [*(gguf or []), *(gptq or [])]],
             decision_dir=decision.path,
             published_dir=published.path,
         )

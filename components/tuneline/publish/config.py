@@ -1,4 +1,4 @@
-"""The recipe's part for publishing."""
+"""Config of the publish step."""
 
 from pydantic import Field
 
@@ -6,12 +6,13 @@ from tuneline.strict_model import StrictModel
 
 
 class PublishConfig(StrictModel):
-    """What is pushed where; the target is the recipe's `publish_to`."""
+    """How the repositories are published. `publish_to` of the recipe names the target."""
 
     private: bool = True
+    """Whether new Hub repositories are private. Existing repositories keep their visibility."""
     licence: str | None = None
-    """Licence of the published weights; default: the base model's."""
+    """Licence of the published weights. Default: the licence of the base model."""
     tags: tuple[str, ...] = ()
-    """Further tags in the model card."""
-    max_attempts: int = Field(5, ge=1)
-    """Tries of a request that the Hub answers with 429 or 5xx."""
+    """Tags that the model cards have besides tuneline and the method."""
+    max_attempts: int = Field(default=5, ge=1)
+    """Attempts per request when the Hub answers 429 or 5xx or is unreachable."""

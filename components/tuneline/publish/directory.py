@@ -1,4 +1,4 @@
-"""Publish into a directory: the very tree that a push would send."""
+"""Publish into a directory: the same tree that a push would send."""
 
 import shutil
 from pathlib import Path
@@ -9,11 +9,16 @@ from tuneline.publish.staging import MARKER_FILE, StagedRepo
 
 
 def write_tree(staged_root: Path, staged: list[StagedRepo], target: Path) -> list[PublishedRepo]:
-    """Put the staged tree at `target`; a tree that we made before is replaced as a whole.
+    """Move the staged tree to `target`. A tree that tuneline published before is replaced.
+
+    Args:
+        staged_root: the staged tree, on the file system of `target`.
+        staged: its repositories.
+        target: the directory.
 
     Raises:
         OutputExistsError: `target` holds something that tuneline did not make.
-        StorageError: it cannot be replaced; what it held is still there.
+        StorageError: `target` cannot be replaced; its content is unchanged.
     """
     if target.exists():
         foreign = (
@@ -23,8 +28,8 @@ def write_tree(staged_root: Path, staged: list[StagedRepo], target: Path) -> lis
         )
         if foreign:
             raise OutputExistsError(
-                f"{target} holds {', '.join(sorted(foreign)[:3])}, which tuneline did not make: "
-                "name another directory in publish_to"
+                f"{target} holds {', '.join(sorted(foreign)[:3])}, which tuneline did not make. "
+                "Name another directory in publish_to"
             )
     repos = [
         PublishedRepo(
@@ -42,14 +47,14 @@ def write_tree(staged_root: Path, staged: list[StagedRepo], target: Path) -> lis
             target.replace(previous)
         staged_root.replace(target)
     except BaseException as error:
-        # Whatever ends it between the two, what was there is not lost with the scratch directory.
+        # An end between the two renames must not lose the old tree with the scratch directory.
         if previous.exists() and not target.exists():
             previous.replace(target)
         if not isinstance(error, OSError):
             raise
         raise StorageError(
-            f"{target} cannot be put in its place ({error.strerror}): it must not be a mounted "
-            "volume itself, nor another run's target now; name a directory below it in "
+            f"{target} cannot be replaced ({error.strerror}): it may be the root of a mounted "
+            "volume, or another run may be publishing to it. Name a directory below it in "
             "publish_to, or run this step again"
         ) from error
     shutil.rmtree(previous, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Push staged repositories to the Hub: one commit each, ours only, patient with a busy server."""
+"""Push staged repositories to the Hub: one commit each, only into repositories of tuneline."""
 
 import hashlib
 import logging
@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (  # type: ignore[attr-defined, unused-ignore]
+    HfHubHTTPError,
+    HTTPError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.hf_api import RepoFile
 
 from tuneline.artifacts import PublishedRepo
@@ -29,23 +33,23 @@ T = TypeVar("T")
 
 
 def push(staged: list[StagedRepo], *, token: str, config: PublishConfig) -> list[PublishedRepo]:
-    """Push every repository; content that is there already makes no new commit.
+    """Push every repository. Unchanged content makes no new commit.
 
-    What a push that broke off left behind is taken up: a file that the Hub has is not sent again.
+    A push after an interrupted one sends only the files that the Hub does not have yet.
 
     Raises:
-        CredentialsError: the Hub does not know the token, or it may not write there.
-        UserError: a repository exists and was not made by tuneline, or another push came between.
-        HubError: the Hub did not answer as it should after all tries.
+        CredentialsError: the Hub refuses the token, or the token has no write access.
+        UserError: tuneline did not make a repository, or it was changed during the push.
+        HubError: the Hub failed after all attempts.
     """
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     _call("who am I", api.whoami, config.max_attempts)
-    # All names are checked before the first byte is sent: nothing is half published.
+    # All names are checked before anything is sent, so that nothing is published by halves.
     absent = [repo for repo in staged if not _is_ours(api, repo.repo, config)]
     for repo in absent:
         _call(
             f"create {repo.repo}",
-            # exist_ok: a try whose answer was lost may have made it.
+            # exist_ok: an attempt whose response was lost may have created it.
             partial(api.create_repo, repo.repo, private=config.private, exist_ok=True),
             config.max_attempts,
         )
@@ -72,11 +76,11 @@ def _push_one(api: HfApi, repo: StagedRepo, config: PublishConfig) -> PublishedR
 
 
 def _upload(api: HfApi, repo: StagedRepo, *, parent_commit: str) -> str:
-    """Send the folder as one commit; return the commit that holds it.
+    """Push the folder as one commit and return the commit that holds it.
 
-    Somebody's commit since `parent_commit` is not overwritten. One of ours whose answer was lost
-    is no obstacle: a new try finds nothing left to commit, and where the client itself repeats
-    the request (it does with xet) the Hub's refusal is held against what it has.
+    The Hub refuses the push (412) if somebody committed after `parent_commit`. A commit of an
+    earlier attempt whose response was lost also causes that, because the client repeats the request
+    when it uses xet. In that case the Hub has exactly the folder's files, and the push is complete.
     """
     try:
         commit = api.upload_folder(
@@ -87,60 +91,60 @@ def _upload(api: HfApi, repo: StagedRepo, *, parent_commit: str) -> str:
             parent_commit=parent_commit,
         )
     except ValueError as error:
-        # The client has the Hub look at a card first, and makes this of its answer.
+        # The Hub validates the model card first, and the client raises ValueError if it refuses.
         if "Invalid metadata" not in str(error):
             raise
         raise UserError(
-            f"push {repo.repo}: the Hub does not take the model card: "
-            f"{' '.join(str(error).split())}; see publish.licence and publish.tags"
+            f"push {repo.repo}: the Hub refuses the model card: "
+            f"{' '.join(str(error).split())}. Check publish.licence and publish.tags"
         ) from None
     except HfHubHTTPError as error:
         if error.response.status_code != 412:
             raise
         head = str(api.model_info(repo.repo).sha)
-        if not _is_there(api, repo, head):
+        if not _has_files(api, repo, head):
             raise
         return head
     return commit.oid
 
 
-def _is_there(api: HfApi, repo: StagedRepo, revision: str) -> bool:
+def _has_files(api: HfApi, repo: StagedRepo, revision: str) -> bool:
     """Return whether a revision holds exactly the folder's files, by their hashes."""
-    found = {
+    remote = {
         entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
         for entry in api.list_repo_tree(repo.repo, revision=revision, recursive=True)
         if isinstance(entry, RepoFile) and entry.path != ".gitattributes"
     }
-    wanted = {path.relative_to(repo.folder).as_posix(): path for path in repo.files()}
-    return found.keys() == wanted.keys() and all(
-        found[name] == (_git_blob(path) if len(found[name]) == 40 else sha256_of_file(path))
-        for name, path in wanted.items()
+    local = {path.relative_to(repo.folder).as_posix(): path for path in repo.files()}
+    return remote.keys() == local.keys() and all(
+        remote[name] == (_git_blob(path) if len(remote[name]) == 40 else sha256_of_file(path))
+        for name, path in local.items()
     )
 
 
 def _git_blob(path: Path) -> str:
-    """Return git's name of a small file's content."""
+    """Return the ID that git gives to a file's content."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def _tag(api: HfApi, repo: str, commit: str) -> str:
-    """Return the tag v1, v2, ... of a commit; it gets the next one where it has none."""
+    """Return the tag v1, v2, ... of a commit; a commit without a tag gets the next one."""
     tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo).tags}
     numbers = {int(name[1:]): name for name in tags if re.fullmatch(r"v[1-9]\d*", name)}
-    own = [number for number, name in numbers.items() if tags[name] == commit]
-    if own:
-        return numbers[max(own)]
+    existing = [number for number, name in numbers.items() if tags[name] == commit]
+    if existing:
+        return numbers[max(existing)]
     tag = f"v{max(numbers, default=0) + 1}"
     api.create_tag(repo, tag=tag, revision=commit)
     return tag
 
 
 def _is_ours(api: HfApi, repo: str, config: PublishConfig) -> bool:
-    """Return whether the repository exists with our marker, or empty; False when there is none.
+    """Return whether the repository exists. One that tuneline did not make is refused.
 
     Raises:
-        UserError: it exists without the marker, and is not empty.
+        UserError: the repository is not empty and has no marker file.
     """
     request = partial(api.model_info, repo)
     try:
@@ -150,21 +154,30 @@ def _is_ours(api: HfApi, repo: str, config: PublishConfig) -> bool:
     names = {sibling.rfilename for sibling in info.siblings or []}
     if MARKER_FILE not in names and names - {".gitattributes"}:
         raise UserError(
-            f"the repository {repo} exists and was not made by tuneline (it has no {MARKER_FILE}): "
-            "choose another name in publish_to, or remove it yourself"
+            f"the repository {repo} exists, but was not made by tuneline: it has no {MARKER_FILE}. "
+            "Choose another name in publish_to, or remove the repository yourself"
         )
     if config.private and info.private is False:
-        logger.warning("publish.private is true, and %s is there and public: it stays so", repo)
+        logger.warning("publish.private is true, but %s exists and stays public", repo)
     return True
 
 
 def _call(
     what: str, request: Callable[[], T], max_attempts: int, *, may_be_absent: bool = False
 ) -> T:
-    """Send a request; wait and repeat on 429, 5xx and a broken connection.
+    """Send a request; wait and repeat it on 429, 5xx and a broken connection.
+
+    Args:
+        what: what the request does, for messages.
+        request: sends the request.
+        max_attempts: attempts before the request counts as failed.
+        may_be_absent: pass RepositoryNotFoundError on to the caller.
 
     Raises:
-        RepositoryNotFoundError: only if `may_be_absent`; all else has a sentence.
+        CredentialsError: the Hub refused the token.
+        UserError: the repository was changed meanwhile.
+        HubError: the request failed after all attempts.
+        RepositoryNotFoundError: only if `may_be_absent`.
     """
     for attempt in range(1, max_attempts + 1):
         try:
@@ -176,27 +189,29 @@ def _call(
                 raise
             if status != 429 and status < 500:
                 raise _refused(what, status, error.server_message) from None
-            cause, wait = f"the Hub says {status}", _retry_after(error)
+            cause, wait = f"the Hub answered {status}", _retry_after(error)
         except (HTTPError, ConnectionError) as error:
-            # hf_xet has no error with a status; it only tells it in words.
+            # Errors of hf_xet have the status in their text only.
             refusal = re.search(r"\b(401|403|404)\b", str(error))
             if isinstance(error, ConnectionError) and refusal:
                 raise _refused(what, int(refusal[0]), None) from None
             cause, wait = f"{type(error).__name__}: {error}", None
         if attempt == max_attempts:
             raise HubError(
-                f"{what}: {cause}, after {max_attempts} tries; run the step again later, "
-                "what arrived is not sent again"
+                f"{what}: {cause}, after {max_attempts} attempts. Run the step again later; files "
+                "that the Hub has are not sent again"
             )
         backoff = 2.0**attempt * random.uniform(0.5, 1)
         pause = min(MAX_WAIT_SECONDS, backoff if wait is None else wait)
-        logger.warning("%s: %s; next of %d tries in %.1f s", what, cause, max_attempts, pause)
+        logger.warning(
+            "%s: %s; attempt %d of %d in %.1f s", what, cause, attempt + 1, max_attempts, pause
+        )
         time.sleep(pause)
     raise AssertionError("max_attempts is at least 1")
 
 
 def _unwrapped(request: Callable[[], T]) -> T:
-    """Send a request; the client wraps what befalls a file in a RuntimeError without a status."""
+    """Send a request. The client wraps errors of single files in a RuntimeError: unwrap them."""
     try:
         return request()
     except RuntimeError as error:
@@ -206,29 +221,29 @@ def _unwrapped(request: Callable[[], T]) -> T:
 
 
 def _refused(what: str, status: int, message: str | None) -> TunelineError:
-    """Return the sentence for an answer that another try would not change."""
+    """Return the error for a response that another attempt would not change."""
     if status == 401:
         return CredentialsError(
-            f"{what}: the Hub does not accept the token in HF_TOKEN (401): make a new one with "
+            f"{what}: the Hub does not accept the token in HF_TOKEN (401). Create a new one with "
             "write access"
         )
     if status == 403:
-        said = f"; the Hub says: {message}" if message else ""
+        reason = f". The Hub says: {message}" if message else ""
         return CredentialsError(
-            f"{what}: the token in HF_TOKEN may not do that (403): it needs write access to this "
-            f"namespace{said}"
+            f"{what}: the token in HF_TOKEN lacks the permission (403): it needs write access to "
+            f"this namespace{reason}"
         )
     if status == 404:
         return HubError(
-            f"{what}: the Hub does not find it (404): see that the namespace exists and that "
-            "nobody removes the repository meanwhile, then run again"
+            f"{what}: the Hub cannot find the repository (404). Check that its namespace exists "
+            "and that nobody removes the repository meanwhile, then run the step again"
         )
     if status in (409, 412):
         return UserError(
-            f"{what}: the Hub says {status}, the repository exists or was changed meanwhile; "
-            "see that nobody else publishes to the same name, then run again"
+            f"{what}: the Hub answered {status}: the repository exists or was changed meanwhile. "
+            "Check that nobody else publishes to the same name, then run the step again"
         )
-    return HubError(f"{what}: the Hub says {status}: {message or 'without a reason'}")
+    return HubError(f"{what}: the Hub answered {status}: {message or 'no reason given'}")
 
 
 def _retry_after(error: HfHubHTTPError) -> float | None:

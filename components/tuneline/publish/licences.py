@@ -1,4 +1,4 @@
-"""Licences as a model card has to name them: the Hub refuses a card with an id that it lacks."""
+"""Licences as a model card must name them: the Hub refuses a card with an unknown licence ID."""
 
 import re
 
@@ -15,12 +15,12 @@ HUB_LICENCES = frozenset(
     openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
     """.split()
 )
-"""As https://huggingface.co/docs/hub/repositories-licenses lists them; one that it gained since is
-named as `other`, which is right too."""
+"""Licence IDs listed at https://huggingface.co/docs/hub/repositories-licenses. A licence that was
+added there later is published as `other`, which the Hub accepts too."""
 
 
 def licence_fields(licence: str | None) -> dict[str, str]:
-    """Return a card's fields for a licence: `other`, with a name, for one that the Hub lacks."""
+    """Return a card's licence fields: `other` with a name for a licence that the Hub lacks."""
     if not licence:
         return {}
     if licence.lower() in HUB_LICENCES:

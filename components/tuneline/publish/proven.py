@@ -1,4 +1,4 @@
-"""Let nothing out but what its step proved: the same bytes, made from what goes out beside it."""
+"""Checks that only proven files are published: unchanged, and made from each other."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,67 +12,68 @@ from tuneline.verify import foreign_inputs
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of an artifact, and its SHA-256 in the artifact's record."""
+    """A file of an artifact, with its SHA-256 in the artifact's record."""
 
     path: Path
     recorded: str | None
+    """SHA-256 in the record; null where the record does not have the file."""
 
 
 def check_lineage(records: Iterable[Record], inputs: Sequence[Record]) -> None:
-    """Check that artifacts were made from each other, and the gate decided on this model.
+    """Check that the artifacts were made from each other, and that the gate judged this model.
 
     Args:
-        records: what goes out, and the decision.
-        inputs: those that the others go back to.
+        records: the artifacts to publish, and the decision.
+        inputs: the artifacts that the others were made from.
 
     Raises:
-        ProofError: one was made from another artifact than its like among `inputs`.
+        ProofError: the lineage of an artifact names other inputs than `inputs`.
     """
     known = {record.called(): [record.as_ancestor()] for record in inputs}
     for record in records:
         for sentence in foreign_inputs(record.made_from, known):
             name = record.format if isinstance(record, QuantizedModel) else record.called()
             raise ProofError(
-                f"the {name} was {sentence}; nothing is published: run the line again from the "
-                "step where they part"
+                f"the {name} was {sentence}. Nothing was published. Run the pipeline again from "
+                "the step whose input differs"
             )
 
 
 def check_present(files: dict[str, StoredFile]) -> None:
-    """Check that no file is gone.
+    """Check that all files exist.
 
     Raises:
-        ProofError: one is.
+        ProofError: a file is missing.
     """
     for file in files.values():
         if not file.path.is_file():
             raise ProofError(
-                f"{file.path} is gone, which its step made and proved; nothing is published: run "
-                "that step again"
+                f"{file.path} is missing, although its step made and proved it. Nothing was "
+                "published. Run that step again"
             )
 
 
-def check_unchanged(files: dict[str, StoredFile], content: dict[str, str]) -> None:
-    """Check that files are still those that their step proved and recorded.
+def check_unchanged(files: dict[str, StoredFile], hashes: dict[str, str]) -> None:
+    """Check that files are unchanged since their step proved and recorded them.
 
     Args:
-        files: by the name that they go out under.
-        content: the SHA-256 of each as it would go out.
+        files: the files, by their names in the repository.
+        hashes: SHA-256 of the staged files, by the same names.
 
     Raises:
-        ProofError: one was changed or added since.
+        ProofError: a file was changed or added.
     """
     for relative, file in files.items():
-        found = content[relative]
-        if found == file.recorded:
+        actual = hashes[relative]
+        if actual == file.recorded:
             continue
         what = (
-            "was added after its step had proven the rest"
+            "was added after its step proved the other files"
             if file.recorded is None
-            else f"was changed after it was proven: its sha256 is {found[:12]}, and its record has "
-            f"{file.recorded[:12]}"
+            else f"was changed after it was proven: its SHA-256 is {actual[:12]}, but its record "
+            f"has {file.recorded[:12]}"
         )
         raise ProofError(
-            f"{file.path} {what}; nothing is published: run the step that made it again "
-            "(`tuneline verify` names all that differs)"
+            f"{file.path} {what}. Nothing was published. Run the step that made it again; "
+            "`tuneline verify` lists all differences"
         )

@@ -1,6 +1,6 @@
-"""Stage the repositories, then put them on the Hub or into a directory.
+"""Stage the repositories, then push them to the Hub or write them into a directory.
 
-One staged tree feeds both targets, so that `dir:PATH` shows exactly what a push would send.
+Both targets get the same staged tree, so `dir:PATH` shows exactly what a push would send.
 """
 
 import logging
@@ -10,9 +10,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from tuneline.artifacts import Decision, Published, PublishedRepo, new_directory
+from tuneline.artifacts import Decision, Published, RunHeader, new_directory
 from tuneline.errors import CredentialsError, StorageError, UserError
 from tuneline.publish.config import PublishConfig
+from tuneline.publish.directory import write_tree
+from tuneline.publish.hub import push
+from tuneline.publish.sources import Sources
+from tuneline.publish.staging import stage
 from tuneline.publish.target import DIRECTORY_PREFIX, check_target
 
 logger = logging.getLogger(__name__)
@@ -29,75 +33,63 @@ def run(
     dataset_dir: str | Path,
     adapter_dir: str | Path,
     merged_dir: str | Path,
-    gguf_dirs: list[str],
-    gptq_dirs: list[str],
+    exports_dirs: list[str],
     decision_dir: str | Path,
     published_dir: str | Path,
 ) -> Published:
-    """Publish a promoted model.
+    """Publish a model that the gate promoted.
 
     Args:
-        config: the recipe's part.
+        config: the recipe's part for publishing.
         target: `namespace/name` on the Hub, or `dir:PATH`. The repositories are named after it:
-            NAME (merged), NAME-lora, NAME-gguf, NAME-gptq-4bit.
-        recipe: the whole recipe as JSON, for the model card.
-        base_model_dir: what fetch made.
-        dataset_dir: what prepare made.
-        adapter_dir: what train made.
-        merged_dir: what merge made.
-        gguf_dirs: the GGUF exports; they share one repository.
-        gptq_dirs: the GPTQ exports; a repository each.
-        decision_dir: what the gate decided.
-        published_dir: new; gets published.json.
+            NAME (merged model), NAME-lora, NAME-gguf, NAME-gptq-4bit.
+        recipe: the whole recipe as JSON, for the model cards.
+        base_model_dir: artifact base_model.
+        dataset_dir: artifact dataset.
+        adapter_dir: artifact adapter.
+        merged_dir: artifact merged.
+        exports_dirs: artifacts quantized, one per format; empty for none.
+        decision_dir: artifact decision.
+        published_dir: new directory for published.json.
 
     Raises:
-        UserError: the gate said hold, or a repository of that name was not made by tuneline.
+        UserError: the verdict is hold, or tuneline did not make the repository of that name.
         RecipeError: the target is neither a Hub name nor `dir:PATH`.
-        CredentialsError: the token is missing or refused; nothing was touched.
-        HubError: the Hub did not take it after all tries.
-        StorageError: the target directory or its parent cannot be written.
-        ProofError: a file is not the one that its step proved, or was made from another artifact.
+        CredentialsError: the token is missing or refused; nothing was changed.
+        HubError: the Hub failed after all attempts.
+        StorageError: the target directory or its parent is not writable.
+        ProofError: a file is not the one that its step proved, or has another lineage.
     """
-    # A recipe is made of the steps' configs, this one's included, so it is imported late.
-    from tuneline.publish.staging import Sources, stage
-    from tuneline.recipe import Recipe
-
     started = time.monotonic()
     decision = Decision.read(decision_dir)
     if decision.verdict != "promote":
         raise UserError(
-            f"the gate said {decision.verdict} ({decision.reason}), and only a promoted model is "
-            "published; mend the cause and run again"
+            f"the verdict is {decision.verdict} ({decision.reason}), but only a promoted model is "
+            "published. Improve the model or change the recipe's gate, then run again"
         )
     local = target.startswith(DIRECTORY_PREFIX)
     check_target(target)
-    # Checked before hours of files are read: a push that cannot start should say so at once.
-    token = None if local else _read_token(target)
+    # Checked before large files are hashed, which can take an hour.
+    token = "" if local else _read_token(target)
     sources = Sources.read(
-        Recipe.parse(recipe),
+        RunHeader.parse(recipe, where="recipe"),
         base_model_dir=Path(base_model_dir),
         dataset_dir=Path(dataset_dir),
         adapter_dir=Path(adapter_dir),
         merged_dir=Path(merged_dir),
-        gguf_dirs=[Path(path) for path in gguf_dirs],
-        gptq_dirs=[Path(path) for path in gptq_dirs],
+        exports_dirs=[Path(path) for path in exports_dirs],
         decision=decision,
     )
-    name = sources.recipe.name if local else target
+    name = sources.header.name if local else target
     with new_directory(published_dir) as record_dir:
-        parent = Path(target.removeprefix(DIRECTORY_PREFIX)).resolve() if local else record_dir
-        # Beside the directory target, so that files can be hard links and one rename ends it.
-        with _scratch_in(parent.parent) as scratch:
-            staged = stage(sources, name=name, config=config, directory=Path(scratch, "staged"))
-            repos: list[PublishedRepo]
+        output = Path(target.removeprefix(DIRECTORY_PREFIX)).resolve() if local else record_dir
+        # Next to a directory target, so that files can be hard links and one rename completes it.
+        with _scratch_in(output.parent) as scratch:
+            staged_root = Path(scratch, "staged")
+            staged = stage(sources, name=name, config=config, directory=staged_root)
             if local:
-                from tuneline.publish.directory import write_tree
-
-                repos = write_tree(Path(scratch, "staged"), staged, parent)
+                repos = write_tree(staged_root, staged, output)
             else:
-                from tuneline.publish.hub import push
-
-                assert token is not None
                 repos = push(staged, token=token, config=config)
         record = Published(
             target=target,
@@ -112,38 +104,38 @@ def run(
 
 
 def _scratch_in(directory: Path) -> tempfile.TemporaryDirectory[str]:
-    """Make a directory that is gone in the end.
+    """Create a temporary directory.
 
     Raises:
-        StorageError: there is no place for it.
+        StorageError: `directory` is not writable.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=directory, prefix=".publish.")
     except OSError as error:
         raise StorageError(
-            f"{directory}, where the repositories are laid out first, cannot be written "
-            f"({error.strerror}): name another directory in publish_to, whose parent can"
+            f"{directory}, where the repositories are staged, is not writable "
+            f"({error.strerror}). Name another directory in publish_to, with a writable parent"
         ) from error
 
 
 def _read_token(target: str) -> str:
-    """Read the Hub's token, which no message may hold.
+    """Return the Hub token, which no message may contain.
 
     Raises:
-        CredentialsError: there is none, or it is not one.
+        CredentialsError: the variable is empty, or holds something else than a token.
     """
-    # A secret made from a file ends in a line break, and HTTP refuses that, quoting the header.
+    # A secret made from a file ends in a line break, and HTTP's refusal would quote the header.
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     if not token:
         raise CredentialsError(
             f"publishing to {target} needs a token with write access in the environment variable "
-            f"{TOKEN_VARIABLE} (on a cluster: the secret placement.hub_token_secret), "
-            "or use dir:PATH"
+            f"{TOKEN_VARIABLE}. Set it (on a cluster: the secret placement.hub_token_secret), or "
+            "publish to dir:PATH"
         )
     if not re.fullmatch(r"[!-~]+", token):
         raise CredentialsError(
-            f"{TOKEN_VARIABLE} holds more than a token: white space or characters that are not "
-            "ASCII; set it to the token alone, as huggingface.co/settings/tokens shows it"
+            f"{TOKEN_VARIABLE} holds more than a token: it has white space or characters that are "
+            "not ASCII. Set it to the token alone, as huggingface.co/settings/tokens shows it"
         )
     return token

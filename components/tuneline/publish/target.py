@@ -1,4 +1,4 @@
-"""Where a model is published: a name on the Hub, or a directory."""
+"""The target of publish: a name on the Hub, or a directory."""
 
 import re
 
@@ -6,31 +6,33 @@ from tuneline.errors import RecipeError
 
 DIRECTORY_PREFIX = "dir:"
 MAX_NAME_LENGTH = 81
-"""The Hub takes 96; the repositories of a family have up to 10 more than the name."""
+"""Length of a model's name. The Hub allows 96 characters, and exports add a suffix such as
+-gptq-4bit."""
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _HUB_TARGET = re.compile(rf"{_PART}/(?P<name>{_PART})")
 
 
 def check_target(target: str) -> None:
-    """Check a recipe's `publish_to` as far as its words go: a run's last step is late to say so.
+    """Check the form of `publish_to` when the recipe is read, hours before it is used.
 
     Raises:
-        RecipeError: it is neither a name that the Hub takes nor `dir:PATH`.
+        RecipeError: the target is neither a name that the Hub accepts nor `dir:PATH`.
     """
     if target.startswith(DIRECTORY_PREFIX):
         path = target.removeprefix(DIRECTORY_PREFIX)
         if not path or path.startswith("~"):
             raise RecipeError(
-                f"publish_to is '{target}': write dir:PATH with the path in full, as a step's home "
-                "may be another than yours"
+                f"publish_to is '{target}'. Write dir:PATH with a full path: the home directory of "
+                "a step may differ from yours"
             )
         return
-    found = _HUB_TARGET.fullmatch(target)
-    strange = re.search(r"--|\.\.|\.git$", target)
-    if not found or strange or len(found["name"]) > MAX_NAME_LENGTH:
+    match = _HUB_TARGET.fullmatch(target)
+    forbidden = re.search(r"--|\.\.|\.git$", target)
+    if not match or forbidden or len(match["name"]) > MAX_NAME_LENGTH:
         raise RecipeError(
-            f"publish_to is '{target}': write namespace/name for the Hub, or dir:PATH; the Hub "
-            f"takes ASCII letters, digits, '-', '_' and '.', a letter or digit first and no '-' or "
-            f"'.' last, no '--', no '..', no '.git' at the end, and here {MAX_NAME_LENGTH} of them"
+            f"publish_to is '{target}': write namespace/name for the Hub, or dir:PATH. A Hub name "
+            "has ASCII letters, digits, '-', '_' and '.'; it starts with a letter or digit, does "
+            "not end with '-', '.' or '.git', has no '--' and no '..', and the model's name has at "
+            f"most {MAX_NAME_LENGTH} characters"
         )

@@ -1,41 +1,29 @@
-"""How to run each repository of a family, for its model card: this one first, then the others."""
+"""The section of a model card that shows how to run each repository of the family."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 from tuneline.artifacts import MODELFILE
-
-if TYPE_CHECKING:
-    from tuneline.publish.staging import Kind, Sources
-
-
-def usage(sources: "Sources", *, repo: str, all_repos: "dict[str, Kind]") -> str:
-    """Return the card's section."""
-    others = [other for other in all_repos if other != repo]
-    parts = [_of(sources, other, all_repos[other]) for other in (repo, *others)]
-    return "\n\n".join(["## How to run it", *parts])
+from tuneline.kinds import RepoKind
+from tuneline.publish.sources import Repository, Sources
 
 
-def _of(sources: "Sources", repo: str, kind: "Kind") -> str:
-    if kind == "adapter":
-        return _adapter(sources, repo)
-    if kind == "gguf":
-        return _gguf(sources, repo)
-    own = (e for e in sources.exports.values() if kind == "gptq" and repo.endswith(e.format))
-    served = all(export.vllm_has_kernel is not False for export in own)
-    return _checkpoint(repo, kind, served)
+def usage(sources: Sources, repo: Repository, family: Sequence[Repository]) -> str:
+    """Return the section: `repo` first, then the other repositories of the family."""
+    ordered = [repo, *(other for other in family if other != repo)]
+    return "\n\n".join(["## How to run it", *(USAGE[item.kind](sources, item) for item in ordered)])
 
 
-def _adapter(sources: "Sources", repo: str) -> str:
+def _adapter(sources: Sources, repo: Repository) -> str:
     origin = sources.origin
     base, revision = origin.source, f', revision="{origin.revision}"' if origin.revision else ""
     if not origin.revision:
-        base = "path/to/the/base"  # what this machine calls it means nothing on another
-    loads = ["AutoModelForCausalLM", "AutoTokenizer"]
+        base = "path/to/the/base/model"  # a path on this machine means nothing to a reader
+    classes = ["AutoModelForCausalLM", "AutoTokenizer"]
     settings = quantized = ""
     if sources.training.base_quantization == "nf4":
-        loads.append("BitsAndBytesConfig")
+        classes.append("BitsAndBytesConfig")
         settings = (
-            "# The adapter was trained on the base in these 4 bits; on 16 it answers otherwise.\n"
+            "# The adapter was trained on NF4 base weights and answers differently on others.\n"
             "nf4 = BitsAndBytesConfig(\n"
             '    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,\n'
             f"    bnb_4bit_compute_dtype=torch.{sources.training.compute_dtype},\n"
@@ -44,38 +32,56 @@ def _adapter(sources: "Sources", repo: str) -> str:
         quantized = ", quantization_config=nf4"
     torch = "import torch\n" if settings else ""
     return (
-        f"Adapter, with transformers and peft (`{repo}`):\n\n"
+        f"Adapter, with transformers and peft (`{repo.name}`):\n\n"
         f"```python\n{torch}from peft import PeftModel\n"
-        f"from transformers import {', '.join(loads)}\n\n{settings}"
+        f"from transformers import {', '.join(classes)}\n\n{settings}"
         f'base = AutoModelForCausalLM.from_pretrained("{base}"{revision}{quantized})\n'
-        f'model = PeftModel.from_pretrained(base, "{repo}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```'
+        f'model = PeftModel.from_pretrained(base, "{repo.name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo.name}")\n```'
     )
 
 
-def _checkpoint(repo: str, kind: "Kind", served: bool) -> str:
-    what = "Merged model" if kind == "merged" else "GPTQ"
-    serve = f"\n\n```sh\nvllm serve {repo}\n```" if served else ""
-    needs = "" if kind == "merged" else "# needs: pip install gptqmodel optimum\n"
+def _merged(sources: Sources, repo: Repository) -> str:
+    return _checkpoint("Merged model", repo, served=True)
+
+
+def _gptq(sources: Sources, repo: Repository) -> str:
+    served = all(export.vllm_has_kernel is not False for export in repo.exports.values())
+    return _checkpoint("GPTQ", repo, served=served, needs="gptqmodel optimum")
+
+
+def _checkpoint(title: str, repo: Repository, *, served: bool, needs: str = "") -> str:
+    serve = f"\n\n```sh\nvllm serve {repo.name}\n```" if served else ""
+    install = f"# needs: pip install {needs}\n" if needs else ""
     return (
-        f"{what}, with transformers{' or vLLM' if served else ''} (`{repo}`):\n\n"
-        f"```python\n{needs}from transformers import pipeline\n\n"
-        f'chat = pipeline("text-generation", model="{repo}")\n'
+        f"{title}, with transformers{' or vLLM' if served else ''} (`{repo.name}`):\n\n"
+        f"```python\n{install}from transformers import pipeline\n\n"
+        f'chat = pipeline("text-generation", model="{repo.name}")\n'
         f'print(chat([{{"role": "user", "content": "Hello"}}]))\n```{serve}'
     )
 
 
-def _gguf(sources: "Sources", repo: str) -> str:
-    name = repo.rsplit("/", 1)[-1].removesuffix("-gguf")
-    formats = [export.format for export in sources.exports.values() if export.kind == "gguf"]
-    chosen = formats[-1]
+def _gguf(sources: Sources, repo: Repository) -> str:
+    name = repo.short_name.removesuffix(repo.traits.suffix)
+    formats = [export.format for export in repo.exports.values()]
+    example = formats[-1]
     lines = [
-        f"llama-cli -m {name}-{chosen}.gguf -cnv",
-        f"llama-cli -hf {repo}:{chosen.upper()} -cnv",
-        f"ollama run hf.co/{repo}:{chosen.upper()}",
-        f"ollama create {name} -f {MODELFILE}-{chosen}  # from a copy of the repository",
+        f"llama-cli -m {name}-{example}.gguf -cnv",
+        f"llama-cli -hf {repo.name}:{example.upper()} -cnv",
+        f"ollama run hf.co/{repo.name}:{example.upper()}",
+        f"ollama create {name} -f {MODELFILE}-{example}  # in a copy of the repository",
     ]
-    shown = "\n".join(lines)
+    commands = "\n".join(lines)
     return (
-        f"GGUF, with llama.cpp or Ollama (`{repo}`, {', '.join(formats)}):\n\n```sh\n{shown}\n```"
+        f"GGUF, with llama.cpp or Ollama (`{repo.name}`, {', '.join(formats)}):\n\n"
+        f"```sh\n{commands}\n```"
     )
+
+
+USAGE: dict[RepoKind, Callable[[Sources, Repository], str]] = {
+    "adapter": _adapter,
+    "merged": _merged,
+    "gguf": _gguf,
+    "gptq": _gptq,
+}
+"""The paragraph of each kind of repository."""

@@ -1,1 +1,1 @@
-"""Write the page that shows a run, and a record of its results."""
+"""Write the page of a run, and a record of its results."""

@@ -1,4 +1,4 @@
-"""The page of a run that did not reach its report."""
+"""The page of a run that ended before its report."""
 
 from html import escape
 from typing import Any
@@ -21,18 +21,18 @@ from tuneline.runtime.events import StepRun, failed_run, step_runs
 
 
 def render_failed(recipe_name: str, events: list[dict[str, Any]]) -> str:
-    """Return the page: where the line stopped, why, and what to try next.
+    """Return the page: the step that failed, the cause, and what to try next.
 
     Args:
-        recipe_name: as in the recipe.
-        events: the events file's lines, in step.py's form.
+        recipe_name: name of the recipe.
+        events: lines of the events file, as runtime/step.py writes them.
     """
     runs = [run for run in step_runs(events) if run.step not in OUTSIDE or run.status == "failed"]
     failed = failed_run(runs)
     explanation = explain(failed)
     if failed is None and runs:
-        heading = "The run did not end as it should"
-        text = "Every step that started has finished, but there is no report: see the run's log."
+        heading = "The run ended without a report"
+        text = "All steps that started have finished, but the report is missing. See the run's log."
         advice = RUN_AGAIN
     else:
         heading = f"Failed at {failed.step}" if failed else "Failed before the first step"
@@ -41,9 +41,9 @@ def render_failed(recipe_name: str, events: list[dict[str, Any]]) -> str:
     spent = sum(run.seconds or 0 for run in runs)
     cards = [
         section(
-            "The line",
+            "Steps of the run",
             line_diagram(stages_of_runs(runs)),
-            note=f"{len(finished)} tasks finished, {duration(spent)} of work",
+            note=f"{len(finished)} tasks finished; they took {duration(spent)}.",
         ),
         section(
             "What to try next",
@@ -51,7 +51,7 @@ def render_failed(recipe_name: str, events: list[dict[str, Any]]) -> str:
         ),
     ]
     if runs:
-        cards.append(section("Steps", _steps(runs)))
+        cards.append(section("Tasks", _steps(runs)))
     return render_page(recipe_name, cards, lead=banner(heading, text, "bad"))
 
 
@@ -60,11 +60,11 @@ def _about(run: StepRun | None) -> str:
         return ""
     pairs = [("Step", run.step), ("Time", duration(run.seconds))]
     if run.kind:
-        pairs.append(("Kind of error", Cell(f"<code>{escape(run.kind)}</code>")))
+        pairs.append(("Type of error", Cell(f"<code>{escape(run.kind)}</code>")))
     if run.total:
         pairs.append(("Reached", f"{run.done} of {run.total} {run.note}".strip()))
     alone = Cell(f"<code>python -m tuneline.{_module(run.step)} --help</code>")
-    pairs.append(("Run it alone", alone))
+    pairs.append(("Run the step alone", alone))
     return facts(pairs)
 
 
@@ -78,7 +78,7 @@ def _steps(runs: list[StepRun]) -> str:
         tone, status = {
             "finished": ("good", "finished"),
             "failed": ("bad", "failed"),
-            "running": ("bad", "did not end"),
+            "running": ("bad", "not finished"),
         }[run.status]
         unfinished = run.status != "finished" and run.total
         reached = f"{run.done} of {run.total}" if unfinished else ""

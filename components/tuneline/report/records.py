@@ -1,6 +1,7 @@
-"""The records of one run, read once and handed to the sections of its page."""
+"""The records of one run, which are read once and passed to the sections of its page."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from tuneline.artifacts import (
     DatasetManifest,
@@ -8,17 +9,17 @@ from tuneline.artifacts import (
     MergeProof,
     ModelOrigin,
     QuantizedModel,
+    RunHeader,
     Scores,
     TrainingSummary,
 )
-from tuneline.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Line:
-    """The records of one run, as the sections read them."""
+    """The records of one run."""
 
-    recipe: Recipe
+    header: RunHeader
     origin: ModelOrigin
     dataset: DatasetManifest
     training: TrainingSummary
@@ -26,6 +27,8 @@ class Line:
     exports: list[QuantizedModel]
     base_scores: Scores
     tuned_scores: Scores
-    base_generations: list[dict]
-    tuned_generations: list[dict]
+    base_generations: list[dict[str, Any]]
+    """Rows with the prompt, the reference answer and the answer of the base model."""
+    tuned_generations: list[dict[str, Any]]
+    """Rows with the prompt, the reference answer and the answer of the tuned model."""
     decision: Decision

@@ -1,4 +1,4 @@
-"""Read the records of a run's artifacts and write its page."""
+"""Write the page of a run from the records of its artifacts."""
 
 import logging
 import time
@@ -11,6 +11,7 @@ from tuneline.artifacts import (
     MergeProof,
     ModelOrigin,
     QuantizedModel,
+    RunHeader,
     RunSummary,
     Scores,
     TrainingSummary,
@@ -18,7 +19,6 @@ from tuneline.artifacts import (
     read_jsonl,
 )
 from tuneline.html.page import render_page
-from tuneline.recipe import Recipe
 from tuneline.report import comparison, sections
 from tuneline.report.records import Line
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(
-    recipe: Recipe,
+    header: RunHeader,
     *,
     base_model_dir: str,
     dataset_dir: str,
@@ -35,38 +35,36 @@ def run(
     base_scores_dir: str,
     tuned_scores_dir: str,
     decision_dir: str,
-    gguf_dirs: list[str],
-    gptq_dirs: list[str],
+    exports_dirs: list[str],
     page_path: str,
     summary_dir: str,
 ) -> RunSummary:
     """Write the page and the summary of a run.
 
     Args:
-        recipe: what the run was asked for.
+        header: the recipe.
         base_model_dir: artifact base_model.
         dataset_dir: artifact dataset.
         adapter_dir: artifact adapter.
         merged_dir: artifact merged.
-        base_scores_dir: artifact scores of the base model.
-        tuned_scores_dir: artifact scores of the tuned model.
+        base_scores_dir: artifact scores, of the base model.
+        tuned_scores_dir: artifact scores, of the tuned model.
         decision_dir: artifact decision.
-        gguf_dirs: artifacts quantized; empty where the recipe asks for none.
-        gptq_dirs: likewise.
+        exports_dirs: artifacts quantized, one per format; empty for none.
         page_path: the HTML file to write.
-        summary_dir: where the summary's record goes.
+        summary_dir: new directory for summary.json.
 
     Raises:
         WorldError: an artifact has no record.
     """
     started = time.monotonic()
     line = Line(
-        recipe=recipe,
+        header=header,
         origin=ModelOrigin.read(base_model_dir),
         dataset=DatasetManifest.read(dataset_dir),
         training=TrainingSummary.read(adapter_dir),
         merge=MergeProof.read(merged_dir),
-        exports=[QuantizedModel.read(path) for path in [*gguf_dirs, *gptq_dirs]],
+        exports=[QuantizedModel.read(path) for path in exports_dirs],
         base_scores=Scores.read(base_scores_dir),
         tuned_scores=Scores.read(tuned_scores_dir),
         base_generations=read_jsonl(Path(base_scores_dir, GENERATIONS_FILE)),
@@ -78,22 +76,22 @@ def run(
     with new_directory(summary_dir) as target:
         page.write_text(render(line), encoding="utf-8")
         summary = RunSummary(
-            recipe=recipe.name,
+            recipe=header.name,
             verdict=line.decision.verdict,
             reason=line.decision.reason,
             comparisons=line.decision.comparisons,
             exports=line.exports,
             seconds=round(time.monotonic() - started, 3),
         )
-        summary.write(target, recipe)
-    logger.info("report of %s: %s, %d bytes", recipe.name, page, page.stat().st_size)
+        summary.write(target, header)
+    logger.info("report of %s: %s, %d bytes", header.name, page, page.stat().st_size)
     return summary
 
 
 def render(line: Line) -> str:
-    """Return the page."""
-    recipe = line.recipe
-    about = f"{recipe.base_model} tuned on {recipe.dataset}"
+    """Return the page as HTML."""
+    header = line.header
+    about = f"{header.base_model} tuned on {header.dataset}"
     cards = [
         sections.picture(line),
         sections.scores(line),
@@ -105,8 +103,8 @@ def render(line: Line) -> str:
         sections.provenance(line),
     ]
     return render_page(
-        recipe.name,
+        header.name,
         [card for card in cards if card],
-        f"{recipe.description.rstrip('.')} - {about}" if recipe.description else about,
+        f"{header.description.rstrip('.')} - {about}" if header.description else about,
         lead=sections.verdict(line) + sections.headline(line),
     )

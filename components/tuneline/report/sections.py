@@ -1,7 +1,7 @@
-"""The cards of a run's page, each from the records it shows."""
+"""The sections of a run's page."""
 
+import os
 from html import escape
-from typing import Any
 
 import yaml
 
@@ -24,27 +24,28 @@ from tuneline.html.page import (
     table,
     tiles,
 )
-from tuneline.html.units import count, duration, number, parameters, share, signed, size
+from tuneline.html.units import count, duration, number, parameters, percent, signed, size
 from tuneline.report.line import stages
 from tuneline.report.records import Line
+from tuneline.training_figures import training_figures
 
 TRAINED_WITH = ("torch", "transformers", "peft", "trl")
 OUTCOME_TONES = {"better": "good", "worse": "bad", "undecided": "plain"}
 
 
 def verdict(line: Line) -> str:
-    """Return the banner."""
+    """Return the banner with the verdict."""
     decision = line.decision
     if decision.verdict == "promote":
-        after = f"Goes to {line.recipe.publish_to}."
+        after = f"It will be published to {line.header.publish_to}."
         return banner("Promote", decision.reason, "good", small=after)
-    after = f"Nothing is published to {line.recipe.publish_to}."
+    after = f"Nothing is published to {line.header.publish_to}."
     return banner("Hold", decision.reason, "warn", small=after)
 
 
 def headline(line: Line) -> str:
-    """Return the few figures that a reader looks for first."""
-    shown = []
+    """Return the tiles with the most important figures."""
+    shown: list[tuple[str, str, str]] = []
     comparisons = line.decision.comparisons
     first = next((c for c in comparisons if c.target), comparisons[0] if comparisons else None)
     if first:
@@ -66,15 +67,15 @@ def headline(line: Line) -> str:
             )
         )
     else:
-        shown.append(("Training loss", number(training.final_loss, 3), "last"))
+        shown.append(("Training loss", number(training.final_loss, 3), "last logged"))
     if line.exports:
         smallest = min(line.exports, key=lambda export: export.num_bytes)
-        exports = "export" if len(line.exports) == 1 else "exports"
+        plural = "s" if len(line.exports) > 1 else ""
         shown.append(
             (
-                f"Smallest of {len(line.exports)} {exports}",
+                f"Smallest of {len(line.exports)} export{plural}",
                 size(smallest.num_bytes),
-                f"{smallest.format}, merged {size(line.merge.num_bytes)}",
+                f"{smallest.format}; merged model {size(line.merge.num_bytes)}",
             )
         )
     times = _times(line)
@@ -83,40 +84,40 @@ def headline(line: Line) -> str:
         (
             "Time of all steps",
             duration(sum(times.values())),
-            f"{longest}: {duration(times[longest])}",
+            f"longest: {longest}, {duration(times[longest])}",
         )
     )
     return tiles(shown)
 
 
 def picture(line: Line) -> str:
-    """Return the picture of the line."""
+    """Return the diagram of the steps."""
     training, promoted = line.training, line.decision.verdict == "promote"
-    doing = {
+    details = {
         "fetch": parameters(line.origin.num_parameters),
         "prepare": f"{count(line.dataset.num_train_rows)} rows",
         "train": f"{count(training.num_steps)} steps",
-        "merge": f"{count(line.merge.num_merged_modules)} layers",
+        "merge": f"{count(line.merge.num_merged_modules)} modules",
         "evaluate base": _tasks(len(line.base_scores.tasks)),
         "evaluate tuned": _tasks(len(line.tuned_scores.tasks)),
         "gate": line.decision.verdict,
-        "quantize": f"{len(line.exports)} files",
+        "quantize": f"{len(line.exports)} export{'s' if len(line.exports) > 1 else ''}",
     }
     known: dict[str, tuple[Status, float | None, str]] = {
-        name: ("finished", seconds, doing[name]) for name, seconds in _times(line).items()
+        name: ("finished", seconds, details[name]) for name, seconds in _times(line).items()
     }
-    known["publish"] = ("next", None, "") if promoted else ("skipped", None, "held")
+    known["publish"] = ("next", None, "") if promoted else ("skipped", None, "on hold")
     if not line.exports:
-        known["quantize"] = ("skipped", None, "none asked for")
+        known["quantize"] = ("skipped", None, "no exports")
     return section(
-        "The line",
+        "Steps of the run",
         line_diagram(stages(known)),
-        note="time of each step when it was made; a step from the cache keeps its first time",
+        note="A step whose result came from the cache shows the time of the run that made it.",
     )
 
 
 def scores(line: Line) -> str:
-    """Return the comparison of base and tuned, one chart a metric."""
+    """Return the comparison of base and tuned model, with one chart per metric."""
     comparisons = line.decision.comparisons
     by_metric: dict[str, list[TaskComparison]] = {}
     for comparison in comparisons:
@@ -144,21 +145,22 @@ def scores(line: Line) -> str:
         ]
         for c in comparisons
     ]
-    headers = ["task", "metric", "base", "tuned", "difference", "95 % interval", "samples", ""]
+    headers = ["task", "metric", "base", "tuned"]
+    headers += ["improvement", "95 % interval", "samples", "outcome"]
     return section(
-        "Before and after",
+        "Scores before and after training",
         f'<div class="pair">{"".join(charts)}</div>' if len(charts) > 1 else "".join(charts),
         table(headers, rows, numeric=range(2, 7)),
         paragraph(
-            "The same held-out samples, base against tuned. Differences are turned so that "
-            "positive is better; the interval is a paired bootstrap over the samples.",
+            "Both models answered the same held-out samples. A positive improvement is better in "
+            "every metric. The interval comes from a paired bootstrap over the samples.",
             muted=True,
         ),
     )
 
 
 def generations(line: Line) -> str:
-    """Return what base and tuned answer, beside the reference."""
+    """Return the answers of base and tuned model next to the reference answers."""
     tuned = {row["prompt"]: row["text"] for row in line.tuned_generations}
     rows = []
     exact = [0, 0]
@@ -177,57 +179,34 @@ def generations(line: Line) -> str:
     if not rows:
         return ""
     return section(
-        "Answers before and after",
+        "Answers before and after training",
         table(["question", "reference", "base", "tuned"], rows, prose=True),
-        note=f"greedy; equal to the reference: base {exact[0]} of {len(rows)}, "
-        f"tuned {exact[1]} of {len(rows)}",
+        note=f"Greedy generation. Equal to the reference: base {exact[0]} of {len(rows)}, "
+        f"tuned {exact[1]} of {len(rows)}.",
     )
 
 
 def training(line: Line) -> str:
-    """Return the loss curve and how the adapter was trained."""
+    """Return the loss curve and the figures of the training."""
     summary = line.training
     series: dict[str, list[tuple[float, float]]] = {
         "training": [(p.step, p.loss) for p in summary.history if p.loss is not None],
         "evaluation": [(p.step, p.eval_loss) for p in summary.history if p.eval_loss is not None],
     }
-    lora = line.recipe.train.lora
-    trainable = summary.num_trainable_parameters
-    asked = line.recipe.train.learning_rate
-    used = asked if summary.learning_rate is None else summary.learning_rate
-    rate = used if isinstance(used, str) else number(used)
-    pairs = [
-        ("Method", f"{summary.method}, LoRA r={lora.r}, alpha={lora.lora_alpha}"),
-        ("Base weights", f"{summary.base_quantization}, computed in {summary.compute_dtype}"),
-        (
-            "Trainable",
-            f"{parameters(trainable)} of {parameters(summary.num_parameters)} "
-            f"({share(trainable / summary.num_parameters)})",
-        ),
-        ("Learning rate", rate),
-        ("Last training loss", number(summary.final_loss)),
-        ("Speed", f"{number(summary.tokens_per_second, 3)} tokens/s"),
-        ("Peak memory", size(summary.peak_memory_bytes)),
-        ("Device", summary.device),
-        ("Time", duration(summary.seconds)),
-    ]
-    if summary.eval_gap is not None:
-        # It grows where a model learns its rows by heart.
-        label = "Last evaluation above the training loss since the one before"
-        pairs.append((label, f"{summary.eval_gap:+.4f}"))
+    pairs = [(figure.label, figure.text) for figure in training_figures(summary)]
     chart = line_chart(
         {name: points for name, points in series.items() if points},
         x_label="step",
-        y_label="loss" if summary.method == "dpo" else "loss, nats a token",
+        y_label="loss" if summary.method == "dpo" else "loss (nats per token)",
     )
     return section("Training", f'<div class="pair">{chart}{facts(pairs)}</div>')
 
 
 def data(line: Line) -> str:
-    """Return what the data set holds."""
+    """Return the figures of the dataset."""
     dataset = line.dataset
     lengths = dataset.lengths
-    read = sum(
+    num_rows = sum(
         (
             dataset.num_train_rows,
             dataset.num_eval_rows,
@@ -239,21 +218,21 @@ def data(line: Line) -> str:
     rejected = dataset.num_rejected_rows
     pairs = [
         ("Source", dataset.source),
-        ("Format, template", f"{dataset.format}, {dataset.template}"),
+        ("Format and template", f"{dataset.format}, {dataset.template}"),
         (
-            "Rows: train, eval, held out",
+            "Rows: training, evaluation, held-out",
             f"{count(dataset.num_train_rows)}, {count(dataset.num_eval_rows)}, "
             f"{count(dataset.num_heldout_rows)}",
         ),
-        ("Rejected rows", f"{count(rejected)} ({share(rejected / read if read else 0)})"),
-        ("Overlong rows left out", count(dataset.num_overlong_rows)),
+        ("Rejected rows", f"{count(rejected)} ({percent(rejected / num_rows if num_rows else 0)})"),
+        ("Rows left out as too long", count(dataset.num_overlong_rows)),
         ("Tokens", count(dataset.num_tokens)),
         (
-            "Tokens that the loss counts",
+            "Tokens that count in the loss",
             f"{count(dataset.num_loss_tokens)} ({dataset.loss_on})",
         ),
         (
-            "Length: mean, median, p95, p99",
+            "Row length: mean, median, p95, p99",
             ", ".join(
                 number(value, 3)
                 for value in (lengths.mean, lengths.median, lengths.p95, lengths.p99)
@@ -264,11 +243,11 @@ def data(line: Line) -> str:
             f"{count(dataset.max_seq_length)} "
             f"(recommended {count(dataset.recommended_max_seq_length)})",
         ),
-        ("Tokens lost to truncation", share(dataset.truncated_token_share)),
+        ("Tokens removed by truncation", percent(dataset.truncated_token_share)),
     ]
     chart = histogram(
         lengths.histogram,
-        x_label="tokens a row",
+        x_label="tokens per row",
         y_label="rows",
         markers={
             "median": lengths.median,
@@ -280,21 +259,21 @@ def data(line: Line) -> str:
 
 
 def exports(line: Line) -> str:
-    """Return sizes and checks of the merged model and its exports."""
+    """Return the proof of the merged model, and the sizes and checks of its exports."""
     merge = line.merge
     proof = facts(
         [
-            ("Merged onto", f"{merge.base} base weights, saved as {merge.dtype}"),
-            *([("Held-out loss by base", _losses(merge))] if merge.base_losses else []),
+            ("Adapter added to", f"{merge.base} base weights, saved in {merge.dtype}"),
+            *([("Held-out loss by base weights", _losses(merge))] if merge.base_losses else []),
             (
-                "Mean KL a token",
-                f"{number(merge.mean_kl)} nats (bound {number(merge.max_mean_kl)})",
+                "Mean KL per token",
+                f"{number(merge.mean_kl)} nats (at most {number(merge.max_mean_kl)})",
             ),
             ("Largest logit difference", number(merge.max_logit_difference)),
-            ("Same most likely token", share(merge.top1_agreement)),
+            ("Same most likely token", percent(merge.top1_agreement)),
             ("Prompts compared", count(merge.num_prompts)),
-            ("Layers merged", count(merge.num_merged_modules)),
-            ("Shards", f"{count(merge.num_shards)}, {size(merge.num_bytes)}"),
+            ("Modules merged", count(merge.num_merged_modules)),
+            ("Weight files", f"{count(merge.num_shards)}, {size(merge.num_bytes)}"),
         ]
     )
     sizes = [(f"merged, {merge.dtype}", float(merge.num_bytes))]
@@ -302,10 +281,10 @@ def exports(line: Line) -> str:
     chart = bar_chart(
         sizes, x_label="Size of the weights", text=size, muted=[f"merged, {merge.dtype}"]
     )
-    proven = f'<div><h3 class="flush">Merged against adapter</h3>{proof}</div>'
+    proven = f'<div><h3 class="flush">Merged model and adapter compared</h3>{proof}</div>'
     pair = f'<div class="pair">{chart}{proven}</div>'
     if not line.exports:
-        return section("Merge and exports", pair, paragraph("No exports were asked for."))
+        return section("Merge and exports", pair, paragraph("The recipe asks for no exports."))
     rows = [
         [
             export.format,
@@ -326,56 +305,61 @@ def exports(line: Line) -> str:
         ]
         for export in line.exports
     ]
-    headers = ["format", "size", "bits a weight", "check", "tensor types", "time"]
+    headers = ["format", "size", "bits per weight", "check", "tensor types", "time"]
     return section(
         "Merge and exports",
         pair,
         table(headers, rows, numeric=[1, 2, 5]),
         details(
-            "What each file answered when it was loaded, and notes",
-            table(["format", "answer", "merged model's answer", "notes"], answers, prose=True),
+            "Answers of the exports, and notes",
+            table(
+                ["format", "answer of the export", "answer of the merged model", "notes"],
+                answers,
+                prose=True,
+            ),
         ),
     )
 
 
 def provenance(line: Line) -> str:
-    """Return hashes, versions and the recipe."""
+    """Return the hashes, the versions and the recipe."""
     origin, dataset, adapter = line.origin, line.dataset, line.training
     rows = [
-        ["base model", origin.source, _code(origin.sha256), origin.licence or "not said"],
-        ["data", dataset.source, _code(dataset.sha256), dataset.licence or "not said"],
+        ["base model", origin.source, _code(origin.sha256), origin.licence or "not stated"],
+        ["dataset", dataset.source, _code(dataset.sha256), dataset.licence or "not stated"],
         [
-            "adapter trained on",
-            "base and data above",
+            "adapter",
+            "trained on the two above",
             Cell(
-                f"{_same('base', adapter.base_sha256, origin.sha256)} "
-                f"{_same('data', adapter.dataset_sha256, dataset.sha256)}"
+                f"{_same('base model', adapter.base_sha256, origin.sha256)} "
+                f"{_same('dataset', adapter.dataset_sha256, dataset.sha256)}"
             ),
             "",
         ],
     ]
-    made = sorted({record.tuneline for record in (origin, dataset, adapter, line.decision)})
+    tuneline = sorted({record.tuneline for record in (origin, dataset, adapter, line.decision)})
     left = [
-        ("Base model class", origin.architecture),
-        ("Revision", origin.revision or "none, a local source"),
-        ("Base fetched", origin.created_at),
+        ("Architecture of the base model", origin.architecture),
+        ("Revision of the base model", origin.revision or "none: a local source"),
+        ("Base model fetched", origin.created_at),
     ]
     versions = [f"{name} {adapter.environment.get(name, '-')}" for name in TRAINED_WITH]
     right = [
-        ("tuneline", ", ".join(made)),
+        ("tuneline", ", ".join(tuneline)),
         ("Trained with", ", ".join(versions)),
-        ("Seed, kernels", f"{line.recipe.train.seed}, {adapter.environment.get('kernels', '-')}"),
-        ("Benchmark", line.tuned_scores.harness),
-        ("Decided", line.decision.created_at),
+        ("Kernels", adapter.environment.get("kernels", "-")),
+        ("Seed of the training", str(adapter.settings.get("seed", "-"))),
+        ("Evaluated with", line.tuned_scores.harness),
+        ("Time of the decision", line.decision.created_at),
     ]
     text = yaml.safe_dump(
-        line.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+        line.header.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
     )
     return section(
         "Provenance",
         table(["", "source", "SHA-256", "licence"], rows),
         f'<div class="pair">{facts(left)}{facts(right)}</div>',
-        details("The recipe, with every default", f"<pre>{escape(text)}</pre>"),
+        details("The recipe, with all defaults", f"<pre>{escape(text)}</pre>"),
     )
 
 
@@ -395,8 +379,8 @@ def _times(line: Line) -> dict[str, float]:
 
 
 def _losses(merge: MergeProof) -> str:
-    found = [f"{name} {number(loss)}" for name, loss in merge.base_losses.items()]
-    return ", ".join([*found, f"merged {number(merge.merged_loss)}"])
+    losses = [f"{name} {number(loss)}" for name, loss in merge.base_losses.items()]
+    return ", ".join([*losses, f"merged {number(merge.merged_loss)}"])
 
 
 def _interval(comparison: TaskComparison) -> str:
@@ -404,23 +388,19 @@ def _interval(comparison: TaskComparison) -> str:
     return f"[{signed(low, 3)}, {signed(high, 3)}]"
 
 
-def _tasks(number_of: int) -> str:
-    return "1 task" if number_of == 1 else f"{number_of} tasks"
+def _tasks(num_tasks: int) -> str:
+    return "1 task" if num_tasks == 1 else f"{num_tasks} tasks"
 
 
 def _check(export: QuantizedModel) -> Cell:
     if not export.generated.strip():
-        return badge("loads, empty answer", "bad")
+        return badge("loads, but the answer is empty", "bad")
     if export.reference is None:
         return badge("loads and answers", "good")
     if export.generated == export.reference:
-        return badge("answers as merged", "good")
-    same = 0
-    for ours, theirs in zip(export.generated, export.reference, strict=False):
-        if ours != theirs:
-            break
-        same += 1
-    return badge(f"parts from merged after {same} characters", "plain")
+        return badge("same answer as the merged model", "good")
+    common = os.path.commonprefix([export.generated, export.reference])
+    return badge(f"differs from the merged model after {len(common)} characters", "plain")
 
 
 def _types(export: QuantizedModel) -> str:
@@ -434,7 +414,7 @@ def _code(text: str) -> Cell:
     return Cell(f'<code title="{escape(text)}">{escape(text[:16])}</code>')
 
 
-def _same(what: str, ours: Any, theirs: Any) -> Cell:
-    if ours == theirs:
-        return badge(f"{what}: same hash", "good")
-    return badge(f"{what}: another hash, {str(ours)[:12]}", "bad")
+def _same(name: str, recorded: str, actual: str) -> Cell:
+    if recorded == actual:
+        return badge(f"{name}: same hash", "good")
+    return badge(f"{name}: another hash, {recorded[:12]}", "bad")

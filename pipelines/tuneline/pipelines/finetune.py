@@ -26,6 +26,7 @@ from tuneline.diagnose.component import diagnose
 from tuneline.evaluate.component import evaluate
 from tuneline.fetch.component import fetch, look_up_model
 from tuneline.gate.component import gate
+from tuneline.kinds import ExportKind
 from tuneline.merge.component import merge
 from tuneline.pipelines.placement import nodes_config, place
 from tuneline.pipelines.plan.component import plan
@@ -37,6 +38,7 @@ from tuneline.quantize.component import (
     quantize_gguf,
     quantize_gptq,
 )
+from tuneline.quantize.config import QuantizeConfig
 from tuneline.recipe import Recipe
 from tuneline.report.component import report
 from tuneline.train.component import train, train_on_nodes
@@ -60,13 +62,11 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
     on_nodes = None
     if on_cluster and recipe.placement.num_nodes > 1:
         on_nodes = nodes_config(recipe.placement).model_dump_json()
-    exporters = {}
-    if recipe.quantize.gguf:
-        exporters["gguf"] = _export_gguf(
-            list(recipe.quantize.gguf), recipe.quantize.num_importance_rows > 0, placed
-        )
-    if recipe.quantize.gptq:
-        exporters["gptq"] = _export_gptq(list(recipe.quantize.gptq), placed)
+    exporters = {
+        kind: make_exporter(recipe.quantize, placed)
+        for kind, make_exporter in EXPORTERS.items()
+        if getattr(recipe.quantize, kind)
+    }
 
     @dsl.pipeline(name=f"tuneline-{recipe.name}".replace(".", "-"), description=recipe.description)
     def line(
@@ -134,8 +134,8 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
             ).set_display_name("evaluate tuned")
 
             exports = {
-                name: pipeline(config=quantize_config, merged=merged, dataset=data).output
-                for name, pipeline in exporters.items()
+                kind: exporter(config=quantize_config, merged=merged, dataset=data).output
+                for kind, exporter in exporters.items()
             }
 
             scores = {
@@ -143,7 +143,7 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
                 "tuned_scores": tuned_scores.outputs["scores"],
             }
             gated = placed(gate, config=gate_config, **scores)
-            everything = {
+            everything: dict[str, object] = {
                 "recipe": recipe_json,
                 "base_model": base,
                 "dataset": data,
@@ -164,7 +164,7 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
 # The exports are pipelines of their own, because a list that a loop collected cannot enter a
 # condition (here: promoted), while a pipeline's output can.
 def _export_gguf(
-    formats: list[str], with_importance: bool, placed: Callable[..., dsl.PipelineTask]
+    quantize: QuantizeConfig, placed: Callable[..., dsl.PipelineTask]
 ) -> BaseComponent:
     @dsl.pipeline(name="export-gguf", description="One GGUF file a format, from one conversion.")
     def export_gguf(
@@ -172,10 +172,10 @@ def _export_gguf(
     ) -> list[dsl.Model]:
         f16 = placed(convert_gguf, merged=merged).outputs["gguf"]
         weighed = {}
-        if with_importance:
+        if quantize.num_importance_rows > 0:
             measured = placed(measure_importance, config=config, gguf=f16, dataset=dataset)
             weighed["importance"] = measured.outputs["importance"]
-        with dsl.ParallelFor(formats, name="formats") as item:
+        with dsl.ParallelFor(list(quantize.gguf), name="formats") as item:
             task = placed(
                 quantize_gguf,
                 format=item,
@@ -190,13 +190,21 @@ def _export_gguf(
     return export_gguf
 
 
-def _export_gptq(formats: list[str], placed: Callable[..., dsl.PipelineTask]) -> BaseComponent:
+def _export_gptq(
+    quantize: QuantizeConfig, placed: Callable[..., dsl.PipelineTask]
+) -> BaseComponent:
     @dsl.pipeline(name="export-gptq", description="One GPTQ checkpoint a format.")
     def export_gptq(
         config: str, merged: dsl.Input[dsl.Model], dataset: dsl.Input[dsl.Dataset]
     ) -> list[dsl.Model]:
-        with dsl.ParallelFor(formats, name="formats") as item:
+        with dsl.ParallelFor(list(quantize.gptq), name="formats") as item:
             task = placed(quantize_gptq, format=item, config=config, merged=merged, dataset=dataset)
         return dsl.Collected(task.outputs["quantized"])
 
     return export_gptq
+
+
+EXPORTERS: dict[
+    ExportKind, Callable[[QuantizeConfig, Callable[..., dsl.PipelineTask]], BaseComponent]
+] = {"gguf": _export_gguf, "gptq": _export_gptq}
+"""Makes the nested pipeline of each kind of export; report and publish have an input per kind."""

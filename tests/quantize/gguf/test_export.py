@@ -224,7 +224,7 @@ def test_a_file_that_was_cut_is_named_before_it_is_read(
     shutil.copytree(merged_dir, tmp_path / "merged")
     shutil.copytree(f16_dir, tmp_path / "gguf")
     os.truncate(tmp_path / cut, 100_000)
-    with pytest.raises(WorldError, match=rf"{cut} is not what it was when it was made: its sha256"):
+    with pytest.raises(WorldError, match=rf"{cut} was changed after it was made: its SHA-256"):
         export("q8_0", tmp_path / "merged", dataset_dir, tmp_path / "out", gguf=tmp_path / "gguf")
     assert not (tmp_path / "out").exists()
 

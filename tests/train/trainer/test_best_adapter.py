@@ -69,7 +69,7 @@ def test_the_best_adapter_is_kept_and_training_ends_early(tmp_path, tiny_model_d
     assert eval_loss(tiny_model_dir, tmp_path / "adapter") == pytest.approx(losses[best], rel=1e-4)
     assert summary.eval_gap > 0
     page = (tmp_path / "curves.html").read_text()
-    assert f"of step {best}, stopped early" in page
+    assert f"from step {best}, stopped early" in page
     assert f"{summary.eval_gap:+.4f}" in page
 
 

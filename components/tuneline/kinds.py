@@ -1,0 +1,53 @@
+"""The kinds of repositories that a run publishes, and what differs between them.
+
+Some kinds are exports: a run makes one export per format, and every format belongs to one kind.
+Publish and report read this table and name no kind themselves.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+ExportKind = Literal["gguf", "gptq"]
+RepoKind = Literal["adapter", "merged", ExportKind]
+
+
+@dataclass(frozen=True)
+class KindTraits:
+    """What publish and report need to know of one kind."""
+
+    title: str
+    """Name of the kind in a model card."""
+    library_name: str
+    """`library_name` of a model card's front matter."""
+    base_model_relation: Literal["adapter", "finetune", "quantized"]
+    """`base_model_relation` of a model card's front matter."""
+    suffix: str
+    """End of the repository's name. If it contains `{format}`, every format has a repository of its
+    own, which holds the whole checkpoint. Otherwise all formats share one repository of files."""
+    runs_with: str = ""
+    """Programs that run the export, for the report's recommendations."""
+    runs_on_cpu: bool = False
+    """Whether the export is meant for machines without a GPU."""
+
+    @property
+    def has_repo_per_format(self) -> bool:
+        """Return whether every format has a repository of its own."""
+        return "{format}" in self.suffix
+
+
+KINDS: dict[RepoKind, KindTraits] = {
+    "adapter": KindTraits("LoRA adapter", "peft", "adapter", "-lora"),
+    "merged": KindTraits("merged model", "transformers", "finetune", ""),
+    "gguf": KindTraits(
+        "GGUF files", "gguf", "quantized", "-gguf", "llama.cpp and Ollama", runs_on_cpu=True
+    ),
+    "gptq": KindTraits(
+        "GPTQ checkpoint",
+        "transformers",
+        "quantized",
+        "-{format}",
+        "vLLM and transformers on a GPU",
+    ),
+}
+
+EXPORT_KINDS: tuple[ExportKind, ...] = get_args(ExportKind)

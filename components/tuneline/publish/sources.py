@@ -1,0 +1,119 @@
+"""The artifacts of a run that publish reads, and the repositories that it makes of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from tuneline.artifacts import (
+    DatasetManifest,
+    Decision,
+    MergeProof,
+    ModelOrigin,
+    QuantizedModel,
+    RunHeader,
+    TrainingSummary,
+)
+from tuneline.errors import UserError
+from tuneline.kinds import KINDS, KindTraits, RepoKind
+from tuneline.publish.proven import check_lineage
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The records of a run, and the directories that are published."""
+
+    header: RunHeader
+    origin: ModelOrigin
+    dataset: DatasetManifest
+    training: TrainingSummary
+    merge: MergeProof
+    decision: Decision
+    adapter_dir: Path
+    merged_dir: Path
+    exports: dict[Path, QuantizedModel]
+    """Records of the exports, by their directories."""
+
+    @classmethod
+    def read(
+        cls,
+        header: RunHeader,
+        *,
+        base_model_dir: Path,
+        dataset_dir: Path,
+        adapter_dir: Path,
+        merged_dir: Path,
+        exports_dirs: list[Path],
+        decision: Decision,
+    ) -> Self:
+        """Read every record, so that an incomplete artifact is found before anything is sent.
+
+        Args:
+            header: the recipe.
+            base_model_dir: artifact base_model.
+            dataset_dir: artifact dataset.
+            adapter_dir: artifact adapter.
+            merged_dir: artifact merged.
+            exports_dirs: artifacts quantized.
+            decision: record of the gate.
+
+        Raises:
+            WorldError: an artifact has no record.
+            UserError: two exports have the same format.
+            ProofError: an artifact was made from other artifacts than these.
+        """
+        sources = cls(
+            header=header,
+            origin=ModelOrigin.read(base_model_dir),
+            dataset=DatasetManifest.read(dataset_dir),
+            training=TrainingSummary.read(adapter_dir),
+            merge=MergeProof.read(merged_dir),
+            decision=decision,
+            adapter_dir=adapter_dir,
+            merged_dir=merged_dir,
+            exports={path: QuantizedModel.read(path) for path in exports_dirs},
+        )
+        formats = [export.format for export in sources.exports.values()]
+        for export in sources.exports.values():
+            if formats.count(export.format) > 1:
+                raise UserError(
+                    f"{export.format} was exported {formats.count(export.format)} times, but a "
+                    f"format has one place in a repository. Name it once in quantize.{export.kind}"
+                )
+        inputs = [sources.origin, sources.dataset, sources.training, sources.merge]
+        check_lineage([*inputs, *sources.exports.values(), decision], inputs)
+        return sources
+
+
+@dataclass(frozen=True)
+class Repository:
+    """One repository of the family that a run publishes."""
+
+    name: str
+    """Hub ID, or the folder's name below a directory target."""
+    kind: RepoKind
+    exports: dict[Path, QuantizedModel]
+    """The exports in the repository, by their directories; none for adapter and merged model."""
+
+    @property
+    def short_name(self) -> str:
+        """Return the name without the Hub namespace."""
+        return self.name.rsplit("/", 1)[-1]
+
+    @property
+    def traits(self) -> KindTraits:
+        """Return what is particular to the repository's kind."""
+        return KINDS[self.kind]
+
+
+def repositories(sources: Sources, name: str) -> list[Repository]:
+    """Return the repositories of a run; `name` is the one of the merged model."""
+    kinds: dict[str, RepoKind] = {
+        name + KINDS["adapter"].suffix: "adapter",
+        name + KINDS["merged"].suffix: "merged",
+    }
+    exports: dict[str, dict[Path, QuantizedModel]] = {}
+    for path, export in sources.exports.items():
+        repo = name + KINDS[export.kind].suffix.format(format=export.format)
+        kinds[repo] = export.kind
+        exports.setdefault(repo, {})[path] = export
+    return [Repository(repo, kind, exports.get(repo, {})) for repo, kind in kinds.items()]

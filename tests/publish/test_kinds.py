@@ -1,0 +1,36 @@
+"""A kind of repository or export is known everywhere, or a test fails."""
+
+from typing import get_args
+
+import pytest
+
+from tuneline.kinds import EXPORT_KINDS, KINDS, RepoKind
+from tuneline.pipelines.finetune import EXPORTERS
+from tuneline.publish.component import publish
+from tuneline.publish.usage import USAGE
+from tuneline.quantize import formats
+from tuneline.quantize.config import QuantizeConfig
+from tuneline.report.component import report
+
+
+def test_every_kind_has_its_traits_and_its_paragraph() -> None:
+    assert set(KINDS) == set(USAGE) == set(get_args(RepoKind))
+    assert set(EXPORT_KINDS) < set(KINDS)
+    suffixes = [traits.suffix for traits in KINDS.values()]
+    assert len(set(suffixes)) == len(suffixes), "two kinds would share a repository"
+    for kind in EXPORT_KINDS:
+        assert KINDS[kind].runs_with and KINDS[kind].base_model_relation == "quantized"
+
+
+def test_every_kind_of_export_is_made_and_reaches_report_and_publish() -> None:
+    assert set(EXPORTERS) == set(EXPORT_KINDS) <= set(QuantizeConfig.model_fields)
+    for component in (publish, report):
+        inputs = component.component_spec.inputs
+        assert {name for name, item in inputs.items() if item.is_artifact_list} == set(EXPORT_KINDS)
+        assert all(inputs[kind].optional for kind in EXPORT_KINDS)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EXPORT_KINDS if KINDS[kind].has_repo_per_format])
+def test_a_format_with_a_repository_of_its_own_begins_with_its_kind(kind: str) -> None:
+    """The key of a published repository's metadata is read from its name."""
+    assert all(name.startswith(f"{kind}-") for name in getattr(formats, kind.upper()))
