@@ -7,11 +7,10 @@ import pytest
 import yaml
 
 from tuneline.errors import RecipeError
-from tuneline.kernels.patch import FP8_CAPABILITY
+from tuneline.kernels.limits import FP8_CAPABILITY, MIN_CAPABILITY
 from tuneline.pipelines.cli.main import RECIPES_DIR
 from tuneline.placement import COMPUTE_CAPABILITY, FUSED, PROFILES
 from tuneline.recipe import Recipe, load_recipe
-from tuneline.train.model.fuse import MIN_CAPABILITY
 
 MINIMAL = {"name": "mine", "base_model": "a/b", "dataset": "c/d", "publish_to": "e/f"}
 

@@ -99,7 +99,7 @@ def _train() -> str:
     error = (functional.dequantize_4bit(packed, state) - weight).abs().max().item()
     # Half of NF4's widest gap, between -1 and -0.696.
     assert error < 0.16, error
-    importlib.import_module("tuneline.kernels")
+    importlib.import_module("tuneline.kernels.patching")
     return (
         f"torch {torch.__version__}, trl {trl.__version__}, peft {peft.__version__}, "
         f"bitsandbytes {bitsandbytes.__version__}: NF4 on {device}, error {error:.3f}, "

@@ -369,7 +369,7 @@ def write_profile(step: Any, path: Path) -> None:
 def set_mode(model: Any, engine: str, mode: str) -> None:
     """Choose what is recomputed."""
     if engine.startswith("tuneline"):
-        from tuneline.kernels.patch import patch
+        from tuneline.kernels.patching import patch
 
         budget = "auto" if mode == "free" else "lean"
         fp8, host = engine == "tuneline-fp8", mode == "lean"

@@ -1,19 +1,18 @@
 """When a captured graph may be replayed, and what autograd sees of it: neither needs a GPU."""
 
-import sys
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tuneline.kernels import patching
 from tuneline.kernels.decoder.budget import kept_bytes, normed_bytes
 from tuneline.kernels.decoder.graph import GraphedStack, Room, _key, equal_tokens, held_bytes
 from tuneline.kernels.decoder.layer import LayerCall, layer_backward, layer_forward
 from tuneline.kernels.decoder.layer_weights import LayerWeights
 from tuneline.kernels.ops.attention import AttentionConfig, AttentionPlan
 from tuneline.kernels.ops.lora import LoraGroup, LoraLinear
-from tuneline.kernels.patch import patch
+from tuneline.kernels.patching import patch
 
 TENSORS = ["weight", "bias", "lora_a", "lora_b", "attention_norm", "mlp_norm", "q_norm", "k_norm"]
 TENSORS += ["after_attention_norm", "after_mlp_norm"]
@@ -172,10 +171,9 @@ def test_gradients_of_a_stack_come_in_the_order_of_layers_run_alone(references, 
     model, ids = _model(), torch.randint(1, 67, (2, 9), generator=torch.Generator().manual_seed(5))
     patch(model)
     alone, want = _arrivals(model, ids)
-    module, always = sys.modules["tuneline.kernels.patch"], _Always()
-    decide = module._decide
+    always, decide = _Always(), patching._decide
     monkeypatch.setattr(
-        module, "_decide", lambda *args: module._ModelCall(decide(*args).layers, always)
+        patching, "_decide", lambda *args: patching._ModelCall(decide(*args).layers, always)
     )
     stacked, got = _arrivals(model, ids)
     assert always.num_found == 1

@@ -1,13 +1,22 @@
 """What the package promises as a whole: its names, and what an op may import."""
 
 import ast
+import pkgutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import tuneline.kernels
+from tuneline.kernels import limits, patching
+from tuneline.kernels.decoder import budget, mlp_half
+from tuneline.kernels.ops import lora
+from tuneline.train.memory import estimate
 
+ROOT = Path(__file__).parent.parent.parent
+ESTIMATED = ["STASH_MIN_TOKENS", "MLP_CHUNK_TOKENS", "KEPT_MLP_CHUNK_TOKENS", "MIN_ADAPTER_COLUMNS"]
+SUBMODULES = [module.name for module in pkgutil.iter_modules(tuneline.kernels.__path__)]
 OPS = ["adamw", "cross_entropy", "gated_activation", "nf4", "rms_norm", "rope"]
 FOLDER = Path(tuneline.kernels.__file__).parent / "ops"
 KERNEL_FILES = sorted(p.stem for p in FOLDER.glob("*.py") if "@triton.jit" in p.read_text())
@@ -15,14 +24,72 @@ KERNEL_FILES = sorted(p.stem for p in FOLDER.glob("*.py") if "@triton.jit" in p.
 
 def test_every_public_name_is_listed_and_there():
     listed = tuneline.kernels.__all__
-    imported = [
-        alias.name
-        for node in ast.parse(Path(tuneline.kernels.__file__).read_text()).body
-        if isinstance(node, ast.ImportFrom)
+    typed = {
+        alias.name: node.module
+        for node in ast.walk(ast.parse(Path(tuneline.kernels.__file__).read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("tuneline.")
         for alias in node.names
-    ]
-    assert sorted(imported) == sorted(listed) == listed
+    }
+    assert typed == tuneline.kernels._MODULES
+    assert sorted(typed) == sorted(listed) == listed
+    assert set(listed) <= set(dir(tuneline.kernels))
     assert all(callable(getattr(tuneline.kernels, name)) for name in listed)
+    with pytest.raises(AttributeError, match="'tuneline.kernels' has no attribute 'patsch'"):
+        _ = tuneline.kernels.patsch
+
+
+def test_no_submodule_takes_the_place_of_a_function():
+    assert not set(tuneline.kernels.__all__) & set(SUBMODULES)
+    imports = "".join(f"import tuneline.kernels.{name}\n" for name in SUBMODULES)
+    program = f"""
+from tuneline.kernels import patch as before
+{imports}
+from tuneline.kernels import patch
+assert callable(patch) and patch is before
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_package_and_its_limits_need_no_torch():
+    program = """
+import sys
+import tuneline.kernels
+from tuneline.kernels.limits import FP8_CAPABILITY
+assert "torch" not in sys.modules and "triton" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def assigned_names(path):
+    """Return the names that a file's top level assigns, without leading underscores."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id.lstrip("_") for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_a_limit_is_written_once():
+    written = {name for name in vars(limits) if name.isupper()}
+    assert "STASH_MIN_TOKENS" in written
+    folders = (ROOT / "components", ROOT / "kernels", ROOT / "pipelines")
+    sources = [path for folder in folders for path in folder.rglob("*.py")]
+    twice = {
+        (path.relative_to(ROOT).as_posix(), name)
+        for path in sources
+        if path != Path(limits.__file__)
+        for name in assigned_names(path) & written
+    }
+    assert twice == set()
+
+
+def test_the_memory_estimate_plans_with_the_limits_of_the_kernels():
+    modules = (estimate, patching, mlp_half, budget, lora)
+    for name in ESTIMATED:
+        values = [getattr(module, name) for module in modules if hasattr(module, name)]
+        assert hasattr(estimate, name) and len(values) > 1
+        assert all(value is getattr(limits, name) for value in values)
 
 
 @pytest.mark.parametrize("op", KERNEL_FILES)

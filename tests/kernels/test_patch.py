@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import sys
 
 import pytest
 import torch
@@ -24,11 +23,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from tuneline.kernels import patching
 from tuneline.kernels.decoder.attention_half import Saved
 from tuneline.kernels.decoder.budget import Kept, kept_bytes, normed_bytes
 from tuneline.kernels.decoder.layer import LayerCall
 from tuneline.kernels.ops import activation_lora
-from tuneline.kernels.patch import patch, unpatch
+from tuneline.kernels.patching import patch, unpatch
 
 SIZES = {
     "vocab_size": 67,
@@ -235,7 +235,7 @@ def test_whatever_waits_for_the_backward_gives_the_same_bits(family, choice, mon
         seen.append(LayerCall(*args, **{**kwargs, "holds": True, "waits": Saved(*choice)}))
         return seen[-1]
 
-    monkeypatch.setattr(sys.modules["tuneline.kernels.patch"], "LayerCall", holding)
+    monkeypatch.setattr(patching, "LayerCall", holding)
     found, grads = step(model, batch())
     assert [call.saved for call in seen] == [Saved(*choice)] * 2
     assert torch.equal(found, loss)

@@ -1,7 +1,6 @@
 """The patched model on a GPU in bf16: no further from float32's truth than the stock model is."""
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -70,7 +69,7 @@ def gradients(model, inputs):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_error_is_at_most_the_stock_models(family, packed):
-    from tuneline.kernels.patch import patch, unpatch
+    from tuneline.kernels.patching import patch, unpatch
 
     generator = torch.Generator().manual_seed(2)
     inputs = {"input_ids": torch.randint(1, 1000, (1 if packed else 2, 517), generator=generator)}
@@ -129,17 +128,15 @@ def test_the_host_stash_pins_once_for_steps_of_unlike_lengths():
 
 
 def test_graphs_give_the_bits_of_the_eager_run(monkeypatch):
-    from tuneline.kernels.patch import patch
+    from tuneline.kernels import patch, patching
 
     model = make_model("llama").to(torch.bfloat16)
     generator = torch.Generator().manual_seed(4)
     batches = torch.randint(1, 1000, (4, 2, 300), generator=generator).cuda()
     patch(model)
-    # By the module itself: the package's attribute of that name is the function.
-    module = sys.modules["tuneline.kernels.patch"]
-    monkeypatch.setattr(module, "GRAPH_MAX_TOKENS", 0)
+    monkeypatch.setattr(patching, "GRAPH_MAX_TOKENS", 0)
     eager = [gradients(model, {"input_ids": ids, "labels": ids}) for ids in batches]
-    monkeypatch.setattr(module, "GRAPH_MAX_TOKENS", 2048)
+    monkeypatch.setattr(patching, "GRAPH_MAX_TOKENS", 2048)
     replayed = [gradients(model, {"input_ids": ids, "labels": ids}) for ids in batches]
     graphs = model.get_base_model().model._tuneline_engine.graphs._graphs
     assert [type(g).__name__ for g in graphs.values()] == ["GraphedStack"]
@@ -165,7 +162,7 @@ def packed_row(lengths, seed):
 
 
 def test_one_graph_serves_packed_rows_of_many_lengths(monkeypatch):
-    from tuneline.kernels.patch import patch
+    from tuneline.kernels import patch, patching
 
     model = make_model("llama").to(torch.bfloat16)
     rows = [
@@ -175,10 +172,9 @@ def test_one_graph_serves_packed_rows_of_many_lengths(monkeypatch):
         )
     ]
     patch(model)
-    module = sys.modules["tuneline.kernels.patch"]
-    monkeypatch.setattr(module, "GRAPH_MAX_TOKENS", 0)
+    monkeypatch.setattr(patching, "GRAPH_MAX_TOKENS", 0)
     eager = [gradients(model, row) for row in rows]
-    monkeypatch.setattr(module, "GRAPH_MAX_TOKENS", 2048)
+    monkeypatch.setattr(patching, "GRAPH_MAX_TOKENS", 2048)
     replayed = [gradients(model, row) for row in rows]
     graphs = model.get_base_model().model._tuneline_engine.graphs._graphs
     assert [type(g).__name__ for g in graphs.values()] == ["GraphedStack"]
@@ -191,15 +187,15 @@ def test_one_graph_serves_packed_rows_of_many_lengths(monkeypatch):
 
 @pytest.mark.parametrize("kept_layers", [0, 1, 2])
 def test_what_is_parked_comes_back_the_same(kept_layers, monkeypatch):
+    from tuneline.kernels import patch, patching
     from tuneline.kernels.decoder.budget import kept_bytes
-    from tuneline.kernels.patch import patch
 
     model = make_model("llama").to(torch.bfloat16)
     row = packed_row((300, 213), 7)
     patch(model, budget="lean")
     want = gradients(model, row)
     (_, weights), *_ = model.get_base_model().model._tuneline_engine.bound.values()
-    monkeypatch.setattr(sys.modules["tuneline.kernels.patch"], "STASH_MIN_TOKENS", 1)
+    monkeypatch.setattr(patching, "STASH_MIN_TOKENS", 1)
     patch(model, budget=(kept_layers + 0.5) * kept_bytes(weights, 513, 2) / 2**30)
     for _ in range(2):
         loss, grads = gradients(model, row)
@@ -239,7 +235,7 @@ def quantized_llama(**sizes):
 )
 @pytest.mark.parametrize("budget", ["lean", "auto"])
 def test_fp8_is_off_by_its_rounding_and_no_more(budget):
-    from tuneline.kernels.patch import patch
+    from tuneline.kernels.patching import patch
 
     model = quantized_llama(intermediate_size=1408)
     ids = torch.randint(1, 1000, (2, 640), generator=torch.Generator().manual_seed(2)).cuda()
@@ -257,7 +253,7 @@ def test_fp8_is_off_by_its_rounding_and_no_more(budget):
 
 
 def test_the_embedding_on_the_host_changes_no_bit():
-    from tuneline.kernels.patch import patch, unpatch
+    from tuneline.kernels.patching import patch, unpatch
 
     model = quantized_llama()
     ids = torch.randint(1, 1000, (2, 300), generator=torch.Generator().manual_seed(2)).cuda()

@@ -66,7 +66,7 @@ def one_job(
             # the flat optimizer's buffers. "cuda:0" is where it is already.
             patched.setattr(Accelerator, "device", torch.device("cpu"))
             # The stock layers would give the same numbers: count.
-            kernels = sys.modules["tuneline.kernels.patch"]
+            kernels = sys.modules["tuneline.kernels.patching"]
             fused_layer = kernels.fused_layer
 
             def counted(*args):

@@ -17,6 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tuneline.artifacts import Method
+from tuneline.kernels.limits import (
+    KEPT_MLP_CHUNK_TOKENS,
+    MIN_ADAPTER_COLUMNS,
+    MLP_CHUNK_TOKENS,
+    STASH_MIN_TOKENS,
+)
 from tuneline.models.nf4 import BLOCKSIZE, empty_model, quantized_modules
 from tuneline.train.config import LoraConfig
 from tuneline.train.model.adapter import is_called
@@ -29,12 +35,6 @@ _STATE_BYTES = {"8bit": 2.0, "adamw": 8.0, "adafactor": 0.1, "sgd": 4.0, "lion":
 # A parameter, by what is in the optimizer's name; AdamW keeps two fp32 moments.
 _HEAD_TILE = 4096 * 16384
 # Logits that TRL's loss holds at a time on a GPU.
-_ADAPTER_COLUMNS = 64
-# Beside the outputs of norms that our layers keep.
-_STASH_MIN_TOKENS = 4096
-_MLP_CHUNK_TOKENS = 4096
-_KEPT_MLP_CHUNK_TOKENS = 8192
-# Our kernels': above the first, layer inputs wait in the host's memory.
 
 Loss = Literal["whole", "tiled"]
 
@@ -196,7 +196,7 @@ def _kept_bytes(shape: Shape, tokens: int, itemsize: int, room: int) -> int:
     """Return what our layers keep of so much room, as `kernels.budget` shares it out."""
     attention = 2 * shape.query + 2 * shape.key_value
     layer = tokens * itemsize * (attention + shape.hidden + 2 * shape.mlp)
-    normed = tokens * itemsize * 2 * (shape.hidden + _ADAPTER_COLUMNS)
+    normed = tokens * itemsize * 2 * (shape.hidden + MIN_ADAPTER_COLUMNS)
     num_layers = min(shape.num_layers, room // layer)
     if num_layers < shape.num_layers:
         return num_layers * layer
@@ -207,8 +207,8 @@ def _fused_bytes(shape: Shape, tokens: int, itemsize: int, kept: bool) -> tuple[
     """Return activations and working set of our layers where they keep the least."""
     row = shape.hidden * itemsize
     # Above this, inputs wait in host memory but for the few on their way.
-    num_inputs = 4 if tokens >= _STASH_MIN_TOKENS else shape.num_layers
-    chunk = min(tokens, _KEPT_MLP_CHUNK_TOKENS if kept else _MLP_CHUNK_TOKENS)
+    num_inputs = 4 if tokens >= STASH_MIN_TOKENS else shape.num_layers
+    chunk = min(tokens, KEPT_MLP_CHUNK_TOKENS if kept else MLP_CHUNK_TOKENS)
     arenas = 3 * shape.mlp * shape.hidden
     temporaries = chunk * (4 * shape.mlp + 2 * shape.mlp)
     return num_inputs * tokens * row, itemsize * (arenas + temporaries) + 8 * tokens * row

@@ -8,12 +8,9 @@ import torch
 from tuneline.errors import RecipeError
 from tuneline.kernels import FlatAdamW, patch
 from tuneline.kernels.decoder.budget import Budget
-from tuneline.kernels.patch import FP8_CAPABILITY
+from tuneline.kernels.limits import FP8_CAPABILITY, MIN_CAPABILITY
 
 logger = logging.getLogger(__name__)
-
-MIN_CAPABILITY = (8, 0)
-"""Ampere: older cards have neither bfloat16 nor the attention that the layers call."""
 
 STATE_BITS = {"adamw_8bit": 8, "adamw_bnb_8bit": 8, "adamw_torch": 32, "adamw_torch_fused": 32}
 """Optimizers, as transformers names them, that `FlatAdamW` computes too."""

@@ -17,7 +17,7 @@ import torch
 
 from tuneline.kernels.decoder.attention_half import Saved
 from tuneline.kernels.decoder.layer_weights import LayerWeights
-from tuneline.kernels.decoder.mlp_half import KEPT_MLP_CHUNK_TOKENS
+from tuneline.kernels.limits import KEPT_MLP_CHUNK_TOKENS
 from tuneline.kernels.ops.attention import AttentionPlan
 
 Budget = Literal["auto", "lean"] | float

@@ -19,17 +19,11 @@ from tuneline.kernels.decoder.layer_weights import (
     normed_input,
 )
 from tuneline.kernels.decoder.operands import augmented_input, group_operands
+from tuneline.kernels.limits import KEPT_MLP_CHUNK_TOKENS, MLP_CHUNK_TOKENS
 from tuneline.kernels.ops.activation_lora import activation_lora_backward
 from tuneline.kernels.ops.gated_activation import gated_activation_forward
 from tuneline.kernels.ops.lora import LoraGradients, mm_wide
 from tuneline.kernels.ops.rms_norm import rms_norm_backward
-
-MLP_CHUNK_TOKENS = 4096
-"""A GEMM of this many rows still fills an H100; fewer rows would leave it waiting for the tail."""
-
-KEPT_MLP_CHUNK_TOKENS = 8192
-"""Of a layer that keeps gate and up, where 0.3 GiB more at the peak are little: 480 ms a step of
-8192 tokens of a Llama-3.1-8B, where twice 4096 take 488."""
 
 
 def _chunks(num_tokens: int, kept: bool) -> list[slice]:

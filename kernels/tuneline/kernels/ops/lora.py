@@ -31,10 +31,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tuneline.kernels.limits import MIN_ADAPTER_COLUMNS
 from tuneline.kernels.ops._dispatch import use_kernel
 from tuneline.kernels.ops.nf4 import NF4Weight
 
-MIN_COLUMNS = 64
 MAX_LINEARS = 3
 _PACK_BLOCK = 64
 
@@ -101,7 +101,7 @@ class LoraGroup:
     def num_columns(self) -> int:
         """P: ranks and bias, padded; zero when there is neither."""
         used = self.rank + self.has_bias
-        return max(MIN_COLUMNS, triton.next_power_of_2(used)) if used else 0
+        return max(MIN_ADAPTER_COLUMNS, triton.next_power_of_2(used)) if used else 0
 
     def blocks(self, db_NP: Tensor) -> list[Tensor]:
         """Return the blocks on the diagonal of dY^T (X A^T): each linear's own [N, r]."""

@@ -39,6 +39,7 @@ from tuneline.kernels.decoder.graph import (
 from tuneline.kernels.decoder.layer import Handover, LayerCall, fused_layer
 from tuneline.kernels.decoder.layer_weights import LayerWeights
 from tuneline.kernels.decoder.stash import HostStash
+from tuneline.kernels.limits import FP8_CAPABILITY, STASH_MIN_TOKENS
 from tuneline.kernels.ops.attention import AttentionPlan
 from tuneline.kernels.ops.cross_entropy import linear_cross_entropy
 from tuneline.kernels.ops.host_embedding import move_back, move_to_host
@@ -46,11 +47,6 @@ from tuneline.kernels.ops.rms_norm import rms_norm
 from tuneline.kernels.spec import FamilySpec, family_spec
 
 logger = logging.getLogger(__name__)
-
-FP8_CAPABILITY = (9, 0)
-
-STASH_MIN_TOKENS = 4096
-"""Fewer tokens' layer inputs are not worth their copies to the host."""
 
 
 @dataclass(frozen=True, slots=True)
