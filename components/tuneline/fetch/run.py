@@ -1,7 +1,6 @@
 """Put a base model, checked and with its origin recorded, into a directory."""
 
 import logging
-import re
 import time
 from pathlib import Path
 from typing import Literal
@@ -10,12 +9,11 @@ from tuneline.artifacts import ModelOrigin, new_directory, sha256_of
 from tuneline.errors import ModelError
 from tuneline.fetch import builtin, directory, gguf, hub
 from tuneline.fetch.config import FetchConfig
+from tuneline.hub_id import HUB_ID
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["builtin", "directory", "gguf", "hub"]
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin:
@@ -104,7 +102,7 @@ def kind_of(source: str) -> Kind:
             "a .gguf file, a Hub id or builtin:smollm2-135m"
         )
     looks_like_a_path = source.startswith(("/", ".", "~")) or source.endswith(".gguf")
-    if looks_like_a_path or not _HUB_ID.fullmatch(source):
+    if looks_like_a_path or not HUB_ID.fullmatch(source):
         raise ModelError(
             f"there is no directory or file '{source}', and it is not a Hub id like "
             "'HuggingFaceTB/SmolLM2-135M-Instruct' either"

@@ -3,18 +3,16 @@
 import glob
 import itertools
 import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from tuneline.errors import DataError, HubError
+from tuneline.hub_id import HUB_ID
 from tuneline.prepare.files import SUFFIXES, SourceRow, read_file
 
 logger = logging.getLogger(__name__)
 
 BUILTINS = ("kubernetes-quantities",)
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def read_rows(
@@ -55,7 +53,7 @@ def find_files(source: str) -> list[Path]:
         found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     elif source.startswith(("/", ".", "~")) or path.suffix.lower() in SUFFIXES:
         raise DataError(f"there is no file or directory {source}")
-    elif not _HUB_ID.fullmatch(source):
+    elif not HUB_ID.fullmatch(source):
         raise DataError(
             f"'{source}' is no file, no directory and no Hub id: name e.g. rows.jsonl, "
             "data/*.parquet, openai/gsm8k or builtin:kubernetes-quantities"

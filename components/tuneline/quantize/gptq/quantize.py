@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ModelError, ProofError, ToolError
 from tuneline.models import tokenizer_files
+from tuneline.models.weight_files import SINGLE_FILE
 from tuneline.quantize.child_process import run_to_end
 from tuneline.quantize.disk import raise_if_full
 from tuneline.quantize.formats import Bound
@@ -180,7 +181,7 @@ def _run(
             env=settings | os.environ,
         )
     if done.returncode != 0:
-        raise_if_full(target / "model.safetensors")
+        raise_if_full(target / SINGLE_FILE)
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise ToolError(
             f"gptqmodel could not quantise the model: {lines[-1] if lines else done.returncode}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tuneline.artifacts import DatasetManifest, ModelOrigin, TrainingSummary, new_directory
 from tuneline.errors import StorageError, UserError
+from tuneline.pods import PART_OF_LABEL, POD_NAME_VARIABLE, RUN_LABEL, SHARED_PATH, STEP_LABEL
 from tuneline.train.config import TrainConfig
 from tuneline.train.ranks.board import (
     ADAPTER_DIR,
@@ -19,17 +20,17 @@ from tuneline.train.ranks.board import (
     DATASET_DIR,
     Board,
 )
-from tuneline.train.trainjob.manifest import SHARED_PATH, NodesConfig, build
+from tuneline.train.trainjob.manifest import NodesConfig, build
 
 if TYPE_CHECKING:
     from tuneline.train.trainjob.client import TrainJobs
 
 logger = logging.getLogger(__name__)
 
-POD_VARIABLES = ("KFP_POD_NAME", "HOSTNAME")
+POD_VARIABLES = (POD_NAME_VARIABLE, "HOSTNAME")
 """What names the pod that this runs in; the first is KFP's, the second every pod's."""
 
-LABELS = {"app.kubernetes.io/part-of": "tuneline", "app.kubernetes.io/component": "train"}
+LABELS = dict([PART_OF_LABEL, (STEP_LABEL, "train")])
 
 
 def run_on_nodes(
@@ -73,7 +74,7 @@ def run_on_nodes(
             nodes,
             name=name,
             directory=directory,
-            labels={**LABELS, "pipeline/runid": run_id} if run_id else dict(LABELS),
+            labels={**LABELS, RUN_LABEL: run_id} if run_id else dict(LABELS),
             owner=owner,
             supported=jobs.supported(),
         )
