@@ -82,7 +82,7 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
         gate_config: str = recipe.gate.model_dump_json(),
         publish_config: str = recipe.publish.model_dump_json(),
         recipe_json: str = recipe.model_dump_json(),
-    ):
+    ) -> None:
         goodbye = placed(diagnose).set_caching_options(False)
         with dsl.ExitHandler(goodbye, name="line"):
             planned = placed(
@@ -185,7 +185,8 @@ def _export_gguf(
                 dataset=dataset,
                 **weighed,
             )
-        return dsl.Collected(task.outputs["quantized"])
+        collected: list[dsl.Model] = dsl.Collected(task.outputs["quantized"])
+        return collected
 
     return export_gguf
 
@@ -197,6 +198,7 @@ def _export_gptq(formats: list[str], placed: Callable[..., dsl.PipelineTask]) ->
     ) -> list[dsl.Model]:
         with dsl.ParallelFor(formats, name="formats") as item:
             task = placed(quantize_gptq, format=item, config=config, merged=merged, dataset=dataset)
-        return dsl.Collected(task.outputs["quantized"])
+        collected: list[dsl.Model] = dsl.Collected(task.outputs["quantized"])
+        return collected
 
     return export_gptq

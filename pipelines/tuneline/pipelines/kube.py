@@ -51,7 +51,8 @@ class Kube:
     def version(self) -> str:
         """Return the server's version, e.g. v1.32.4."""
         with self._explained("its version"):
-            return client.VersionApi(self._api).get_code().git_version
+            version: str = client.VersionApi(self._api).get_code().git_version
+        return version
 
     def may(self, right: "Right", *, account: str | None = None) -> bool:
         """Return whether a right is granted in the namespace.
@@ -142,32 +143,39 @@ class Kube:
     def quotas(self) -> list[Any]:
         """Return the namespace's resource quotas."""
         with self._explained("resourcequotas"):
-            return self._core.list_namespaced_resource_quota(self.namespace).items
+            quotas: list[Any] = self._core.list_namespaced_resource_quota(self.namespace).items
+        return quotas
 
     def nodes(self) -> list[Any]:
         """Return the cluster's nodes."""
         with self._explained("nodes"):
-            return self._core.list_node().items
+            nodes: list[Any] = self._core.list_node().items
+        return nodes
 
     def pods(self, selector: str) -> list[Any]:
         """Return the pods that a label selector matches."""
         with self._explained("pods"):
-            return self._core.list_namespaced_pod(self.namespace, label_selector=selector).items
+            pods: list[Any] = self._core.list_namespaced_pod(
+                self.namespace, label_selector=selector
+            ).items
+        return pods
 
     def workflows(self, selector: str) -> list[dict[str, Any]]:
         """Return the Argo workflows that a label selector matches."""
         with self._explained("workflows"):
-            return self._custom.list_namespaced_custom_object(
+            workflows: list[dict[str, Any]] = self._custom.list_namespaced_custom_object(
                 "argoproj.io", "v1alpha1", self.namespace, "workflows", label_selector=selector
             )["items"]
+        return workflows
 
     def trainjobs(self, selector: str) -> list[dict[str, Any]]:
         """Return the TrainJobs that a label selector matches; none if Trainer is not installed."""
         with self._explained("trainjobs"):
             try:
-                return self._custom.list_namespaced_custom_object(
+                jobs: list[dict[str, Any]] = self._custom.list_namespaced_custom_object(
                     GROUP, VERSION, self.namespace, PLURAL, label_selector=selector
                 )["items"]
+                return jobs
             except client.ApiException as error:
                 if error.status == 404:
                     return []
@@ -176,9 +184,10 @@ class Kube:
     def events(self, pod: str) -> list[Any]:
         """Return the events of a pod, the newest last."""
         with self._explained("events"):
-            return self._core.list_namespaced_event(
+            events: list[Any] = self._core.list_namespaced_event(
                 self.namespace, field_selector=f"involvedObject.name={pod}"
             ).items
+        return events
 
     def log(self, pod: str, container: str) -> str:
         """Return the last lines of a container's log; empty if the pod no longer exists."""

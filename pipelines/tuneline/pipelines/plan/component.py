@@ -13,7 +13,7 @@ def plan(
     prepare_config: str,
     quantize_config: str,
     summary: dsl.Output[dsl.Markdown],
-):
+) -> None:
     """Fail before a GPU is requested if the run cannot work as configured.
 
     Args:

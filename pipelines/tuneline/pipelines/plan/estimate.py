@@ -109,6 +109,7 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
         fused=train.kernels != "off" and gpu is not None and gpu.runs_kernels,
         num_ranks=gpus if divides else 1,
     )
+    gpu_bytes = estimate_memory(shape, settings).total
     smallest = replace(settings, rows=1, recompute=True)
     base = 2 * num_parameters
     formats = [BITS.get(name, DEFAULT_BITS) for name in recipe.quantize.gguf]
@@ -126,8 +127,8 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
     return Estimate(
         num_parameters=num_parameters,
         length=length,
-        gpu_bytes=estimate_memory(shape, settings).total,
-        least_gpu_bytes=estimate_memory(shape, smallest).total,
+        gpu_bytes=gpu_bytes,
+        least_gpu_bytes=min(gpu_bytes, estimate_memory(shape, smallest).total),
         artifact_bytes=base * 2 + f16 + exports + 4 * shape.num_adapter,
         scratch_bytes=base * 2 + f16,
         tokens_per_second=speed,

@@ -62,7 +62,7 @@ def _anonymous_token(http: urllib3.PoolManager, challenge: str) -> str | None:
     if answer.status != 200:
         return None
     try:
-        body = json.loads(answer.data)
+        body: dict[str, str] = json.loads(answer.data)
     except ValueError:
         return None
     return body.get("token") or body.get("access_token")
