@@ -17,14 +17,11 @@ import torch
 
 from tuneline.kernels.decoder.attention_half import Saved
 from tuneline.kernels.decoder.layer_weights import LayerWeights
-from tuneline.kernels.limits import KEPT_MLP_CHUNK_TOKENS
+from tuneline.kernels.limits import HEAD_ROOM, KEPT_MLP_CHUNK_TOKENS
 from tuneline.kernels.ops.attention import AttentionPlan
 
 Budget = Literal["auto", "lean"] | float
 """`auto`: what is free now, less head-room; `lean`: nothing; or GiB for kept activations."""
-
-HEAD_ROOM = 0.06
-"""Share of the card that `auto` leaves: fragmentation, the loss's chunk, the optimizer's step."""
 
 HOST_BYTES_PER_FLOP = 8.5e-5
 """Bytes that reach the host behind one operation of a layer's forward: 54 GB/s beside 640 TFLOP/s,
