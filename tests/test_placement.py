@@ -1,18 +1,19 @@
 """PlacementConfig and its profiles: who wins, what is refused."""
 
-import typing
 from typing import Any
 
 import pytest
 
 from tuneline.errors import RecipeError
-from tuneline.placement import PROFILES, PlacementConfig, Profile, quantity_value
+from tuneline.gpu_profiles import GPU_PROFILES
+from tuneline.placement import PROFILES, PlacementConfig, quantity_value
+from tuneline.steps import STEPS
 
-GPU_PROFILES = sorted(set(PROFILES) - {"local"})
 
-
-def test_every_profile_is_in_the_table() -> None:
-    assert set(PROFILES) == set(typing.get_args(Profile))
+def test_the_schema_lists_the_names_of_both_tables() -> None:
+    properties = PlacementConfig.model_json_schema()["properties"]
+    assert properties["profile"]["enum"] == ["local", *GPU_PROFILES] == list(PROFILES)
+    assert properties["steps"]["propertyNames"]["enum"] == list(STEPS)
 
 
 def test_local_is_the_defaults() -> None:
@@ -58,7 +59,7 @@ def test_quantities(text: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"profile": "v100"}, "profile: .*'local', 't4', 'a10g'"),
+        ({"profile": "v100"}, "profile: .*'local', 't4', 'l4', 'a10g'"),
         (
             {"accelerated": {"memory_request": "2Gi", "memory_limit": "1500Mi"}},
             "accelerated: memory_request 2Gi is more than memory_limit 1500Mi",
@@ -69,7 +70,7 @@ def test_quantities(text: str, value: float) -> None:
         ({"profile": "t4", "shared_memory": "14Gi"}, "shared_memory 14Gi counts towards"),
         ({"tolerations": [{"key": "a", "value": "b"}]}, "of a with operator Exists takes no value"),
         ({"tolerations": [{"key": "a", "operator": "Equal"}]}, "operator Equal needs a value"),
-        ({"workload_priority_class": "high"}, "'high' means nothing without `queue`"),
+        ({"workload_priority_class": "high"}, "'high' has no effect without `queue`"),
         ({"secrets": {"s3": {"id": "AWS ID"}}}, "secrets.s3: 'AWS ID' is not a name"),
         ({"run_as_user": 0}, "run_as_user: .*greater than or equal to 1"),
         ({"cache_claim": "Model_Cache"}, "cache_claim: .*pattern"),

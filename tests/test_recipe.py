@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from tuneline.errors import RecipeError
+from tuneline.gpu_profiles import GPU_PROFILES
 from tuneline.kernels.limits import FP8_CAPABILITY, MIN_CAPABILITY
 from tuneline.pipelines.catalog import RECIPES_DIR
-from tuneline.placement import COMPUTE_CAPABILITY, FUSED, PROFILES
 from tuneline.recipe import Recipe, load_recipe
 
 MINIMAL = {"name": "mine", "base_model": "a/b", "dataset": "c/d", "publish_to": "e/f"}
@@ -113,19 +113,19 @@ def test_ranks_get_a_gpu_each(tmp_path: Path) -> None:
 
 def test_eight_bit_products_need_a_profile_that_has_them(tmp_path: Path) -> None:
     path = write(tmp_path)
-    assert set(COMPUTE_CAPABILITY) == set(PROFILES) - {"local"}
-    for profile, capability in COMPUTE_CAPABILITY.items():
+    for profile, gpu in GPU_PROFILES.items():
         values = {"train.kernels": "fp8", "placement.profile": profile}
-        assert (profile in FUSED) == (capability >= MIN_CAPABILITY)
-        if capability >= FP8_CAPABILITY:
+        assert gpu.runs_kernels == (gpu.capability >= MIN_CAPABILITY)
+        if gpu.capability >= FP8_CAPABILITY:
             assert load_recipe(path, values).train.kernels == "fp8"
             continue
-        found = ".".join(map(str, capability))
+        found = ".".join(map(str, gpu.capability))
         with pytest.raises(RecipeError) as refused:
             load_recipe(path, values)
         assert (
             "train.kernels is fp8, which needs compute capability 9.0 (Hopper), and the GPU of "
-            f"placement.profile {profile} has {found}: take kernels auto, or the profile h100"
+            f"placement.profile {profile} has {found}: take kernels auto, or the "
+            "profile h100 or h200 or b200"
         ) in str(refused.value)
     # What the machine has that a local run is on only the run knows.
     assert load_recipe(path, {"train.kernels": "fp8"}).train.kernels == "fp8"

@@ -1,23 +1,33 @@
-"""The container images that the components run in: one a dependency set, pinned by version.
+"""Names of the container images: one image per dependency set, pinned by version.
 
-KFP's cache keys on the image's name, so a name stands for one content: never `latest`.
+The name is part of KFP's cache key, so a name must stand for one content: never use `latest`.
+Which steps run in an image is in steps.py.
 """
 
 from tuneline.version import VERSION
 
 REGISTRY = "tuneline"
+"""Prefix of the names below; `placement.registry` of a recipe replaces it."""
+USER_ID = 65532
+"""Numeric user that the images run as; any other user works too if it can write to HOME."""
 
-LIGHT = f"{REGISTRY}/light:{VERSION}"
-"""kfp, pydantic, numpy, the Kubernetes client: plan, gate, report, diagnose, train-on-nodes."""
-TRAIN = f"{REGISTRY}/train:{VERSION}"
-"""torch, transformers, peft, trl, bitsandbytes, datasets: fetch, prepare, train, merge."""
-GGUF = f"{REGISTRY}/gguf:{VERSION}"
+
+def of_set(name: str) -> str:
+    """Return the image of a dependency set, a directory in images/."""
+    return f"{REGISTRY}/{name}:{VERSION}"
+
+
+LIGHT = of_set("light")
+"""kfp, pydantic, numpy and the Kubernetes client; no torch."""
+TRAIN = of_set("train")
+"""torch, transformers, peft, trl, bitsandbytes and datasets."""
+GGUF = of_set("gguf")
 """The llama.cpp converter and quantiser."""
-GPTQ = f"{REGISTRY}/gptq:{VERSION}"
-"""gptqmodel, optimum."""
-EVALUATE = f"{REGISTRY}/evaluate:{VERSION}"
+GPTQ = of_set("gptq")
+"""gptqmodel and optimum."""
+EVALUATE = of_set("evaluate")
 """lm-eval."""
-PUBLISH = f"{REGISTRY}/publish:{VERSION}"
+PUBLISH = of_set("publish")
 """huggingface_hub."""
 
 

@@ -10,8 +10,9 @@ from tuneline.errors import RecipeError
 from tuneline.evaluate.config import EvaluateConfig
 from tuneline.fetch.config import FetchConfig
 from tuneline.gate.config import GateConfig
+from tuneline.gpu_profiles import GPU_PROFILES, fp8_profiles
 from tuneline.merge.config import MergeConfig
-from tuneline.placement import COMPUTE_CAPABILITY, FP8, PlacementConfig
+from tuneline.placement import PlacementConfig
 from tuneline.prepare.config import PrepareConfig
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.target import check_target
@@ -63,12 +64,13 @@ class Recipe(StrictModel):
                 "evaluate.tasks needs held-out rows, and prepare.heldout.max_rows is 0"
             )
         profile = self.placement.profile
-        if self.train.kernels == "fp8" and profile in COMPUTE_CAPABILITY and profile not in FP8:
-            major, minor = COMPUTE_CAPABILITY[profile]
+        gpu = GPU_PROFILES.get(profile)
+        if self.train.kernels == "fp8" and gpu is not None and not gpu.runs_fp8:
+            major, minor = gpu.capability
             raise ValueError(
                 f"train.kernels is fp8, which needs compute capability 9.0 (Hopper), and the GPU "
                 f"of placement.profile {profile} has {major}.{minor}: take kernels auto, or the "
-                f"profile {' or '.join(FP8)}"
+                f"profile {' or '.join(fp8_profiles())}"
             )
         ranks, gpus = self.train.num_ranks, self.placement.num_accelerators
         nodes = self.placement.num_nodes

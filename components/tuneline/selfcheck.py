@@ -1,7 +1,7 @@
 """Check that an environment can run the steps of one image: `python -m tuneline.selfcheck SET`.
 
-Every image runs it as the last step of its build, so one that lacks a package does not come to be.
-It also tells, in a pod, whether that pod's user can write where the steps write.
+The build of every image ends with this check, so an image that lacks a package is never built.
+Run in a pod, the check also shows whether that pod's user can write where the steps write.
 """
 
 import argparse
@@ -13,30 +13,17 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-STEPS = {
-    "light": ("plan", "gate", "report", "diagnose", "train"),
-    "train": ("fetch", "prepare", "train", "merge"),
-    "gguf": ("quantize",),
-    "gptq": ("quantize",),
-    "evaluate": ("evaluate",),
-    "publish": ("publish",),
-}
-"""The steps that each image runs."""
-
-_MODULES = {
-    ("light", "plan"): "tuneline.pipelines.plan.run",
-    ("light", "train"): "tuneline.train.trainjob.follow",
-}
-# Where it is not the step's `run`.
+from tuneline.steps import IMAGE_SETS, STEPS, steps_in
 
 CACHE_VARIABLES = ("HOME", "HF_HOME", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "TMPDIR")
+"""Environment variables with directories that a step must be able to write to."""
 
 
-def check(name: str) -> list[str]:
-    """Check the environment for the set `name` and return a line for each thing that was tried.
+def check(image_set: str) -> list[str]:
+    """Check the environment for a dependency set; return one line per check that passed.
 
     Raises:
-        Exception: whatever the first thing that does not work raises.
+        Exception: the exception of the first check that failed.
     """
     lines = [f"user {os.getuid()}:{os.getgid()}, Python {sys.version.split()[0]}"]
     for variable in CACHE_VARIABLES:
@@ -47,30 +34,30 @@ def check(name: str) -> list[str]:
             Path(directory).mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=directory):
                 lines.append(f"{variable}: {directory} can be written")
-    # As KFP starts a component: it sends the component's source along, so component.py is not
-    # imported, and kfp's own dependencies are not needed.
+    # KFP starts a component with this variable and with the component's source, so component.py is
+    # not imported and the dependencies of kfp's compiler are not needed.
     os.environ["_KFP_RUNTIME"] = "true"
     importlib.import_module("kfp.dsl.executor_main")
     lines.append(f"kfp {metadata.version('kfp')}")
-    for step in STEPS[name]:
-        importlib.import_module(_MODULES.get((name, step), f"tuneline.{step}.run"))
-        lines.append(f"step {step}")
-    lines.append(_WORK[name]())
+    for name in steps_in(image_set):
+        importlib.import_module(STEPS[name].module)
+        lines.append(f"step {name}")
+    lines.append(LIBRARY_CHECKS[image_set]())
     return lines
 
 
 def main() -> None:
-    """Run the check and say what was found."""
+    """Run the check and print its lines."""
     parser = argparse.ArgumentParser(
         prog="python -m tuneline.selfcheck",
         description="Check that this environment can run an image's steps.",
     )
-    parser.add_argument("set", choices=sorted(STEPS))
+    parser.add_argument("set", choices=sorted(IMAGE_SETS))
     for line in check(parser.parse_args().set):
         print(line)
 
 
-# Something small of the work itself: a library that imports may still lack its binary part.
+# A small computation with the libraries of each set: one that imports may still lack its binaries.
 
 
 def _light() -> str:
@@ -91,13 +78,13 @@ def _train() -> str:
     import trl
     from bitsandbytes import functional
 
-    # Transformers reads .gguf files with it.
+    # transformers reads .gguf files with this package.
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q4_1] == (32, 20)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.linspace(-1, 1, 4096, device=device).reshape(64, 64)
     packed, state = functional.quantize_4bit(weight, quant_type="nf4")
     error = (functional.dequantize_4bit(packed, state) - weight).abs().max().item()
-    # Half of NF4's widest gap, between -1 and -0.696.
+    # Half of NF4's widest gap, which is between -1 and -0.696.
     assert error < 0.16, error
     importlib.import_module("tuneline.kernels.patching")
     return (
@@ -108,7 +95,7 @@ def _train() -> str:
 
 
 def _gguf() -> str:
-    # Transformers loads the merged model onto a device with it.
+    # transformers needs accelerate to load the merged model onto a device.
     import accelerate
     import llama_cpp
 
@@ -143,7 +130,7 @@ def _publish() -> str:
     return f"huggingface_hub {huggingface_hub.__version__}"
 
 
-_WORK: dict[str, Callable[[], str]] = {
+LIBRARY_CHECKS: dict[str, Callable[[], str]] = {
     "light": _light,
     "train": _train,
     "gguf": _gguf,
@@ -151,6 +138,7 @@ _WORK: dict[str, Callable[[], str]] = {
     "evaluate": _evaluate,
     "publish": _publish,
 }
+"""Check of the libraries per dependency set; returns a line with their versions."""
 
 
 if __name__ == "__main__":

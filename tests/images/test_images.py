@@ -12,11 +12,13 @@ import pytest
 import yaml
 
 from tuneline import images, selfcheck
+from tuneline.images import USER_ID
 from tuneline.runtime.environment import IMAGE_VARIABLE, describe_environment
+from tuneline.steps import IMAGE_SETS, steps_in
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "images"
-SETS = sorted(selfcheck.STEPS)
+SETS = sorted(IMAGE_SETS)
 LOCKS = sorted(set(IMAGES.glob("*/*.lock")) - {IMAGES / "line" / "requirements.lock"})
 
 
@@ -38,21 +40,19 @@ def test_there_is_an_image_for_each_set() -> None:
     named = {name.lower() for name in vars(images) if isinstance(getattr(images, name), str)}
     named -= {"registry", "version"}
     assert set(SETS) == {name for name in named if not name.startswith("__")}
+    assert set(SETS) == set(selfcheck.LIBRARY_CHECKS)
+    assert set(SETS) == {path.parent.name for path in IMAGES.glob("*/requirements.lock")} - {
+        "line", "tools"
+    }  # fmt: skip
     for name in SETS:
         assert image_of(name).startswith(f"{images.REGISTRY}/{name}:")
         assert (IMAGES / name / "requirements.lock").is_file()
 
 
-def test_each_step_is_checked_in_the_image_that_it_runs_in() -> None:
-    runs_in: dict[str, set[str]] = {}
-    sources = {
-        path: path.parent.name for path in (ROOT / "components" / "tuneline").glob("*/component.py")
-    }
-    sources[ROOT / "pipelines" / "tuneline" / "pipelines" / "plan" / "component.py"] = "plan"
-    for path, step in sources.items():
-        for name in re.findall(r"base_image=images\.([A-Z]+)", path.read_text()):
-            runs_in.setdefault(name.lower(), set()).add(step)
-    assert runs_in == {name: set(steps) for name, steps in selfcheck.STEPS.items()}
+def test_the_readme_lists_the_steps_of_each_image() -> None:
+    rows = re.findall(r"^\| (\w+) \| ([\w, -]+) \|", (IMAGES / "README.md").read_text(), re.M)
+    listed = {name: steps.split(", ") for name, steps in rows if name != "set"}
+    assert listed == {name: steps_in(name) for name in SETS}
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -99,7 +99,7 @@ def test_an_image_and_the_layer_below_share_no_package(name: str, torch: str) ->
 def test_the_dockerfile_ends_as_a_numeric_user_with_a_check() -> None:
     lines = (IMAGES / "Dockerfile").read_text().splitlines()
     users = [line.split()[1] for line in lines if line.startswith("USER ")]
-    assert users == ["65532:65532"]
+    assert users == [f"{USER_ID}:{USER_ID}"]
     assert lines[-1].startswith("RUN python3 -m tuneline.selfcheck ${SET};")
     assert not [line for line in lines if ":latest" in line]
 
@@ -130,7 +130,7 @@ def test_the_self_check_says_what_works(name: str, tmp_path: Path) -> None:
     done = run_check(name, HF_HOME=str(tmp_path / "hf"))
     assert done.returncode == 0, done.stderr
     assert f"HF_HOME: {tmp_path}/hf can be written" in done.stdout
-    for step in selfcheck.STEPS[name]:
+    for step in steps_in(name):
         assert f"step {step}\n" in done.stdout
 
 
@@ -173,7 +173,7 @@ def test_any_user_can_work_in_an_image_with_a_read_only_root_too(name: str) -> N
     if present.returncode:
         pytest.skip(f"{image_of(name)} is not built: make images")
     (image,) = json.loads(present.stdout)
-    assert image["Config"]["User"] == "65532:65532"
+    assert image["Config"]["User"] == f"{USER_ID}:{USER_ID}"
     for root in ([], READ_ONLY):
         command = ["docker", "run", *RESTRICTED, *root, image_of(name)]
         done = subprocess.run(

@@ -17,8 +17,8 @@ from kubectl import KUBECTL
 
 from tuneline import images
 from tuneline.pipelines.lint.lint import lint_documents
-from tuneline.pipelines.placement import PART_OF_LABEL
 from tuneline.placement import PlacementConfig
+from tuneline.pods import PART_OF_LABEL
 from tuneline.train.trainjob.manifest import CONTAINER
 
 ROOT = Path(__file__).parents[2]

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from kfp import compiler
 
+from tuneline.images import USER_ID
 from tuneline.pipelines.catalog import RECIPES_DIR
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.lint.lint import lint_file
-from tuneline.pipelines.needs import NEEDS
-from tuneline.pipelines.placement import USER_ID
 from tuneline.recipe import load_recipe
+from tuneline.steps import STEPS
 
 GOLDEN = Path(__file__).parent / "golden" / "demo.yaml"
 RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
@@ -68,7 +68,7 @@ def test_every_pod_has_requests_limits_and_a_user(demo: tuple[str, dict, dict]) 
     kubernetes = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     containers = executors(pipeline)
     # The importance matrix and several nodes are for recipes that ask for them.
-    always = set(NEEDS) - {"measure-importance", "train-on-nodes"}
+    always = set(STEPS) - {"measure-importance", "train-on-nodes"}
     assert {re.sub(r"-\d+$", "", name) for name in containers} == always
     for name, container in containers.items():
         resources = container["resources"]
@@ -185,7 +185,7 @@ def test_accelerators_go_where_they_are_needed(tmp_path: Path) -> None:
     pipeline = compile_recipe("llama3-8b-instruct", tmp_path / "big.yaml")[0]
     for name, container in executors(pipeline).items():
         accelerator = container["resources"].get("accelerator")
-        if NEEDS[re.sub(r"-\d+$", "", name)].gpu:
+        if STEPS[re.sub(r"-\d+$", "", name)].gpu:
             assert accelerator["resourceType"] == "nvidia.com/gpu"
         else:
             assert accelerator is None

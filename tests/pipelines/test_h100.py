@@ -151,7 +151,10 @@ def test_two_nodes_are_a_small_pod_and_a_trainjob(two_nodes: list[dict[str, Any]
 @pytest.mark.parametrize(
     ("placement", "says"),
     [
-        ({"num_nodes": 2}, "nodes share a volume: name a ReadWriteMany claim in shared_claim"),
+        (
+            {"num_nodes": 2},
+            "shared_claim is not set: set it to a ReadWriteMany claim",
+        ),
         ({"num_nodes": 0}, "greater than or equal to 1"),
     ],
 )

@@ -1,6 +1,5 @@
 """What compiled tasks ask of the cluster, read from the YAML that a cluster gets."""
 
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ from tuneline import images
 from tuneline.pipelines.catalog import RECIPES_DIR
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.lint.lint import lint_documents
-from tuneline.pipelines.needs import NEEDS
 from tuneline.pipelines.placement import nodes_config
-from tuneline.placement import PlacementConfig, StepName
+from tuneline.placement import PlacementConfig
 from tuneline.recipe import load_recipe
 from tuneline.train.checkpoints import ROOT_VARIABLE
 from tuneline.train.trainjob.manifest import build
@@ -66,10 +64,6 @@ def containers(everything: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def pods(everything: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     kubernetes = everything[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     return {name.removeprefix("exec-"): found for name, found in kubernetes.items()}
-
-
-def test_steps_have_the_names_that_a_recipe_may_use() -> None:
-    assert set(typing.get_args(StepName)) == set(NEEDS)
 
 
 def test_accelerated_steps_get_the_node(

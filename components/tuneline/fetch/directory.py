@@ -13,6 +13,7 @@ import yaml
 
 from tuneline.artifacts import RECORD_FILES
 from tuneline.errors import ModelError
+from tuneline.models.weight_files import INDEX_FILE, SINGLE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +25,6 @@ _TOKENIZER_FILES = (
     {"vocab.json", "merges.txt"},
     {"vocab.txt"},
 )
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -162,21 +161,21 @@ def licence_in(header: dict[str, Any]) -> str | None:
 
 def _weights(path: Path, source: str) -> list[Path]:
     """Return the weight files that transformers loads."""
-    if (path / _SINGLE_FILE).is_file():
-        return [path / _SINGLE_FILE]
-    if (path / _INDEX_FILE).is_file():
-        shards = sorted(set(_json(path / _INDEX_FILE, source).get("weight_map", {}).values()))
+    if (path / SINGLE_FILE).is_file():
+        return [path / SINGLE_FILE]
+    if (path / INDEX_FILE).is_file():
+        shards = sorted(set(_json(path / INDEX_FILE, source).get("weight_map", {}).values()))
         missing = [name for name in shards if not (path / name).is_file()]
         if missing or not shards:
             raise ModelError(
                 f"{source} lacks {len(missing)} of the {len(shards)} weight files that "
-                f"{_INDEX_FILE} names ({', '.join(missing[:3])}): download it again"
+                f"{INDEX_FILE} names ({', '.join(missing[:3])}): download it again"
             )
         return [path / name for name in shards]
     names = sorted(file.name for file in path.iterdir())
     if any(name.endswith(".safetensors") for name in names):
         raise ModelError(
-            f"{source} has safetensors files, but neither {_SINGLE_FILE} nor {_INDEX_FILE}: it is "
+            f"{source} has safetensors files, but neither {SINGLE_FILE} nor {INDEX_FILE}: it is "
             "not a complete transformers model"
         )
     raise ModelError(explain_missing_weights(source, names))

@@ -10,9 +10,7 @@ import torch
 from safetensors import safe_open
 
 from tuneline.errors import ModelError
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
+from tuneline.models.weight_files import INDEX_FILE, SINGLE_FILE
 
 # The dtypes by safetensors' name.
 _DTYPES = {

@@ -1,11 +1,11 @@
-"""The steps of the line, as stages of its picture."""
+"""The picture of the line: its stages, and the state of each stage in a run."""
 
 from collections.abc import Mapping
 
 from tuneline.html.flow import Stage, Status
 from tuneline.runtime.events import StepRun
+from tuneline.steps import STEPS
 
-# Name and what it waits for. The main way comes first, so that it takes the first lane.
 LINE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("fetch", ()),
     ("prepare", ("fetch",)),
@@ -17,21 +17,20 @@ LINE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("evaluate base", ("prepare",)),
     ("quantize", ("merge",)),
 )
-# Steps that are not drawn: they look at the line, they are not part of it.
-OUTSIDE = ("report", "diagnose")
-# Small steps that come before a stage count as its beginning.
-WITHIN = {"plan": "fetch", "look-up-model": "fetch", "look-up-data": "prepare"}
+"""Each stage with the stages that it waits for. The main path is first, so that it gets the first
+lane. Which steps make up a stage is in steps.py; `evaluate` runs once per model."""
+OUTSIDE = tuple(name for name, step in STEPS.items() if step.stage is None)
+"""Steps that are not drawn: they describe the line and are not part of it."""
 
 
-def stages(
-    known: Mapping[str, tuple[Status, float | None, str]], rest: Status = "not run"
-) -> list[Stage]:
-    """Return all stages, with (status, seconds, detail) of the known ones."""
-    return [Stage(name, *known.get(name, (rest, None, "")), after=after) for name, after in LINE]
+def stages(states: Mapping[str, tuple[Status, float | None, str]]) -> list[Stage]:
+    """Return all stages of the picture, from status, seconds and detail of those that ran."""
+    not_run: tuple[Status, None, str] = ("not run", None, "")
+    return [Stage(name, *states.get(name, not_run), after=after) for name, after in LINE]
 
 
 def stages_of_runs(runs: list[StepRun]) -> list[Stage]:
-    """Return the stages of a run that is over, from its events."""
+    """Return the stages of a run that has ended, from the events of its steps."""
     grouped: dict[str, list[StepRun]] = {}
     merged = False
     for run in runs:
@@ -39,7 +38,7 @@ def stages_of_runs(runs: list[StepRun]) -> list[Stage]:
             continue
         grouped.setdefault(_stage_of(run, merged=merged), []).append(run)
         merged = merged or (run.step == "merge" and run.status == "finished")
-    known: dict[str, tuple[Status, float | None, str]] = {}
+    states: dict[str, tuple[Status, float | None, str]] = {}
     for name, group in grouped.items():
         status: Status = "finished" if all(run.status == "finished" for run in group) else "failed"
         seconds = [run.seconds for run in group if run.seconds is not None]
@@ -47,18 +46,17 @@ def stages_of_runs(runs: list[StepRun]) -> list[Stage]:
         detail = f"{len(group)} tasks" if len(group) > 1 else ""
         if last.status != "finished" and last.total:
             detail = f"{last.done} of {last.total}"
-        known[name] = (status, sum(seconds) if seconds else None, detail)
-    return stages(known)
+        states[name] = (status, sum(seconds) if seconds else None, detail)
+    return stages(states)
 
 
 def _stage_of(run: StepRun, *, merged: bool) -> str:
-    if run.step.startswith(("convert", "measure-importance", "quantize")):
-        return "quantize"
     if run.step == "evaluate":
-        # Both evaluations are one step; its progress says which. Before a note there is only
-        # the order: nothing tuned can be measured before the merge.
+        # Both evaluations are the same step, and its progress notes name the model. Before the
+        # first note only the order tells them apart: the tuned model exists after the merge.
         label = run.note.partition(":")[0]
         if label not in ("base", "tuned"):
             label = "tuned" if merged else "base"
         return f"evaluate {label}"
-    return WITHIN.get(run.step, run.step)
+    step = STEPS.get(run.step)
+    return step.stage if step and step.stage else run.step

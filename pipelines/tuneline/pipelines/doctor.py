@@ -13,13 +13,12 @@ from typing import Any
 
 from tuneline.pipelines.kube import Kube, Refused
 from tuneline.pipelines.lint.secrets import mask_within
-from tuneline.pipelines.placement import STEP_LABEL
+from tuneline.pods import QUEUE_LABEL, RUN_LABEL, STEP_LABEL
 from tuneline.runtime.causes import CAUSES, OWN_ERRORS, RUN_AGAIN, Cause, find_cause
 from tuneline.train.trainjob.client import JOBSET_LABEL
 from tuneline.train.trainjob.manifest import CONTAINER as NODE
-from tuneline.train.trainjob.manifest import HEARTBEAT, QUEUE_LABEL
+from tuneline.train.trainjob.manifest import HEARTBEAT
 
-RUN_LABEL = "pipeline/runid"
 NODE_ANNOTATION = "workflows.argoproj.io/node-name"
 CONTAINERS = ("main", NODE)
 """Names of a step's own container: in its pod, and in the pods of a TrainJob."""

@@ -1,20 +1,20 @@
-"""The DAG: which step's artifacts go where. Wiring only.
+"""The pipeline's graph: which artifacts go from which step to which. Wiring only.
 
     plan -> fetch -> prepare -> train -> merge -> convert -> quantize -> gate -> publish
                  `-> evaluate the base       `-> evaluate the tuned --'      and report
 
-Before fetch and prepare, a small task each looks up what stands behind the model's and the data's
-name now. They are never cached, and what they find is an input of fetch and prepare: a scheduled
-run of unchanged sources takes every step up to the gate from the cache, and one of changed sources
-trains anew; a name alone would be the same for ever.
+Before fetch and before prepare, a small task looks up the fingerprint of what the model's or the
+dataset's name refers to now. These tasks are never cached, and fetch and prepare take their results
+as inputs. A scheduled run of unchanged sources therefore takes every step up to the gate from the
+cache, and a run of changed sources trains again; the name alone would never change.
 
-The steps' configs are pipeline parameters, one a step and not one for all: a task's cache key is
-its inputs, so that a new learning rate does not prepare the data again. They are JSON strings
-because KFP turns the integers of a struct into floats.
+Each step's config is a pipeline parameter of its own, because a task's inputs are its cache key: a
+new learning rate does not prepare the data again. The configs are JSON strings because KFP turns
+the integers of a struct into floats.
 
-Formats, nodes, accelerators and whether there is an importance matrix shape the graph, so they are
-read when it is built; models, data, target and every step's config can be changed for each run of
-the compiled file.
+Formats, nodes, accelerators and the importance matrix shape the graph, so they are fixed when it is
+built. Models, data, target and every step's config can be changed for each run of the compiled
+file.
 """
 
 from collections.abc import Callable
@@ -48,9 +48,9 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
     """Build the pipeline of a recipe, ready to compile or to run locally.
 
     Args:
-        recipe: what to build.
-        on_cluster: place tasks by the recipe. A local runner has no use for that, and would
-            honour the retries: minutes of waiting where a person could correct a name.
+        recipe: the recipe.
+        on_cluster: whether to place tasks as the recipe says. A local runner ignores all of it
+            except the retries, which would make a person wait for minutes for a wrong name.
     """
 
     def placed(component: Callable[..., dsl.PipelineTask], **arguments: object) -> dsl.PipelineTask:
@@ -82,7 +82,7 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
         gate_config: str = recipe.gate.model_dump_json(),
         publish_config: str = recipe.publish.model_dump_json(),
         recipe_json: str = recipe.model_dump_json(),
-    ):
+    ) -> None:
         goodbye = placed(diagnose).set_caching_options(False)
         with dsl.ExitHandler(goodbye, name="line"):
             planned = placed(
@@ -161,12 +161,12 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
     return line
 
 
-# The exports are pipelines of their own, because a list that a loop collected cannot enter a
-# condition (here: promoted), while a pipeline's output can.
+# Each kind of export is a nested pipeline, because a condition (here: promoted) accepts the output
+# of a pipeline but not a list that a loop collected.
 def _export_gguf(
     quantize: QuantizeConfig, placed: Callable[..., dsl.PipelineTask]
 ) -> BaseComponent:
-    @dsl.pipeline(name="export-gguf", description="One GGUF file a format, from one conversion.")
+    @dsl.pipeline(name="export-gguf", description="One GGUF file per format, from one conversion.")
     def export_gguf(
         config: str, merged: dsl.Input[dsl.Model], dataset: dsl.Input[dsl.Dataset]
     ) -> list[dsl.Model]:
@@ -185,7 +185,8 @@ def _export_gguf(
                 dataset=dataset,
                 **weighed,
             )
-        return dsl.Collected(task.outputs["quantized"])
+        collected: list[dsl.Model] = dsl.Collected(task.outputs["quantized"])
+        return collected
 
     return export_gguf
 
@@ -193,13 +194,14 @@ def _export_gguf(
 def _export_gptq(
     quantize: QuantizeConfig, placed: Callable[..., dsl.PipelineTask]
 ) -> BaseComponent:
-    @dsl.pipeline(name="export-gptq", description="One GPTQ checkpoint a format.")
+    @dsl.pipeline(name="export-gptq", description="One GPTQ checkpoint per format.")
     def export_gptq(
         config: str, merged: dsl.Input[dsl.Model], dataset: dsl.Input[dsl.Dataset]
     ) -> list[dsl.Model]:
         with dsl.ParallelFor(list(quantize.gptq), name="formats") as item:
             task = placed(quantize_gptq, format=item, config=config, merged=merged, dataset=dataset)
-        return dsl.Collected(task.outputs["quantized"])
+        collected: list[dsl.Model] = dsl.Collected(task.outputs["quantized"])
+        return collected
 
     return export_gptq
 

@@ -1,6 +1,6 @@
-"""Ask a Kubernetes API, with the client that Kubernetes publishes; nothing is written.
+"""Read from a Kubernetes API with the official client; nothing is written.
 
-A server that is away for a minute is asked again, for a minute.
+Requests to a server that is unreachable are repeated for about a minute.
 """
 
 import contextlib
@@ -18,18 +18,19 @@ from tuneline.runtime.kubernetes_client import connect
 from tuneline.train.trainjob.manifest import GROUP, PLURAL, VERSION
 
 BACKOFF_SECONDS = 1.0
-"""Six tries: 0, 2, 4, 8, 16 and 32 of it apart."""
+"""Base of the wait between tries: the six retries wait 0, 2, 4, 8, 16 and 32 times as long."""
 LOG_LINES = 200
+"""Lines at the end of a container's log that are read."""
 
 
 class Kube:
-    """One cluster, one namespace."""
+    """One namespace of one cluster."""
 
     def __init__(self, namespace: str, *, context: str | None = None) -> None:
-        """Read the credentials.
+        """Read the credentials of the kubeconfig, or of the pod.
 
         Raises:
-            UserError: there are none, or they cannot be read.
+            UserError: there are no credentials, or they cannot be read.
         """
         self.namespace = namespace
         self._api = connect(context=context, num_retries=6, backoff_seconds=BACKOFF_SECONDS)
@@ -38,7 +39,7 @@ class Kube:
         self._custom = client.CustomObjectsApi(self._api)
 
     def answers(self, seconds: float) -> bool:
-        """Say whether anybody takes a connection; the client would try for minutes."""
+        """Return whether the server accepts a connection; the client itself retries for minutes."""
         address = urllib.parse.urlsplit(self.host)
         port = address.port or (443 if address.scheme == "https" else 80)
         try:
@@ -49,15 +50,16 @@ class Kube:
 
     def version(self) -> str:
         """Return the server's version, e.g. v1.32.4."""
-        with self._plainly("its version"):
-            return client.VersionApi(self._api).get_code().git_version
+        with self._explained("its version"):
+            version: str = client.VersionApi(self._api).get_code().git_version
+        return version
 
     def may(self, right: "Right", *, account: str | None = None) -> bool:
-        """Say whether it is allowed in the namespace.
+        """Return whether a right is granted in the namespace.
 
         Args:
-            right: what.
-            account: a service account of the namespace; None: these credentials.
+            right: the right.
+            account: a service account of the namespace; None asks about these credentials.
         """
         attributes = client.V1ResourceAttributes(
             namespace=self.namespace,
@@ -67,11 +69,12 @@ class Kube:
             subresource=right.subresource,
         )
         reviews = client.AuthorizationV1Api(self._api)
-        with self._plainly("access rules"):
+        with self._explained("access rules"):
             if account is None:
-                own = client.V1SelfSubjectAccessReviewSpec(resource_attributes=attributes)
                 review = reviews.create_self_subject_access_review(
-                    client.V1SelfSubjectAccessReview(spec=own)
+                    client.V1SelfSubjectAccessReview(
+                        spec=client.V1SelfSubjectAccessReviewSpec(resource_attributes=attributes)
+                    )
                 )
             else:
                 spec = client.V1SubjectAccessReviewSpec(
@@ -83,7 +86,7 @@ class Kube:
                         "system:authenticated",
                     ],
                 )
-                # Of this namespace only, which its administrators may ask too.
+                # A local review is open to the administrators of a namespace too.
                 review = reviews.create_namespaced_local_subject_access_review(
                     self.namespace,
                     client.V1LocalSubjectAccessReview(
@@ -93,87 +96,103 @@ class Kube:
         return bool(review.status.allowed)
 
     def served_versions(self, crd: str) -> list[str] | None:
-        """Return the served versions of a custom resource, e.g. trainjobs.trainer.kubeflow.org."""
-        with self._plainly(f"customresourcedefinition {crd}"):
+        """Return the served versions of a custom resource; None if it is not installed.
+
+        Args:
+            crd: full name, e.g. trainjobs.trainer.kubeflow.org.
+        """
+        with self._explained(f"customresourcedefinition {crd}"):
             try:
-                found = client.ApiextensionsV1Api(self._api).read_custom_resource_definition(crd)
+                definition = client.ApiextensionsV1Api(self._api).read_custom_resource_definition(
+                    crd
+                )
             except client.ApiException as error:
                 if error.status == 404:
                     return None
                 raise
-        return [version.name for version in found.spec.versions if version.served]
+        return [version.name for version in definition.spec.versions if version.served]
 
     def secret_names(self) -> set[str]:
-        """Return the names of the namespace's secrets, and nothing that is in them."""
-        with self._plainly("secrets"):
+        """Return the names of the namespace's secrets; their contents are not kept."""
+        with self._explained("secrets"):
             return {
-                each.metadata.name
-                for each in self._core.list_namespaced_secret(self.namespace).items
+                secret.metadata.name
+                for secret in self._core.list_namespaced_secret(self.namespace).items
             }
 
     def claim(self, name: str) -> Any | None:
-        """Return a PersistentVolumeClaim, or None."""
-        with self._plainly(f"persistentvolumeclaim {name}"):
-            return _found(self._core.read_namespaced_persistent_volume_claim, name, self.namespace)
+        """Return a PersistentVolumeClaim; None if it does not exist."""
+        with self._explained(f"persistentvolumeclaim {name}"):
+            return _or_none(
+                self._core.read_namespaced_persistent_volume_claim, name, self.namespace
+            )
 
     def local_queue(self, name: str) -> dict[str, Any] | None:
-        """Return a Kueue LocalQueue, or None."""
-        with self._plainly(f"localqueue {name}"):
-            # Kueue before 0.14 knows the second only, one day the first only will be left.
+        """Return a Kueue LocalQueue; None if it does not exist."""
+        with self._explained(f"localqueue {name}"):
+            # Kueue before 0.14 serves only v1beta1; later versions will drop it.
             for version in ("v1beta2", "v1beta1"):
-                found: dict[str, Any] | None = _found(
+                queue: dict[str, Any] | None = _or_none(
                     self._custom.get_namespaced_custom_object,
                     *("kueue.x-k8s.io", version, self.namespace, "localqueues", name),
                 )
-                if found is not None:
-                    return found
+                if queue is not None:
+                    return queue
         return None
 
     def quotas(self) -> list[Any]:
         """Return the namespace's resource quotas."""
-        with self._plainly("resourcequotas"):
-            return self._core.list_namespaced_resource_quota(self.namespace).items
+        with self._explained("resourcequotas"):
+            quotas: list[Any] = self._core.list_namespaced_resource_quota(self.namespace).items
+        return quotas
 
     def nodes(self) -> list[Any]:
         """Return the cluster's nodes."""
-        with self._plainly("nodes"):
-            return self._core.list_node().items
+        with self._explained("nodes"):
+            nodes: list[Any] = self._core.list_node().items
+        return nodes
 
     def pods(self, selector: str) -> list[Any]:
-        """Return the pods that a label selector picks."""
-        with self._plainly("pods"):
-            return self._core.list_namespaced_pod(self.namespace, label_selector=selector).items
+        """Return the pods that a label selector matches."""
+        with self._explained("pods"):
+            pods: list[Any] = self._core.list_namespaced_pod(
+                self.namespace, label_selector=selector
+            ).items
+        return pods
 
     def workflows(self, selector: str) -> list[dict[str, Any]]:
-        """Return the Argo workflows that a label selector picks."""
-        with self._plainly("workflows"):
-            return self._custom.list_namespaced_custom_object(
+        """Return the Argo workflows that a label selector matches."""
+        with self._explained("workflows"):
+            workflows: list[dict[str, Any]] = self._custom.list_namespaced_custom_object(
                 "argoproj.io", "v1alpha1", self.namespace, "workflows", label_selector=selector
             )["items"]
+        return workflows
 
     def trainjobs(self, selector: str) -> list[dict[str, Any]]:
-        """Return the TrainJobs that a label selector picks; none where Trainer is not installed."""
-        with self._plainly("trainjobs"):
+        """Return the TrainJobs that a label selector matches; none if Trainer is not installed."""
+        with self._explained("trainjobs"):
             try:
-                return self._custom.list_namespaced_custom_object(
+                jobs: list[dict[str, Any]] = self._custom.list_namespaced_custom_object(
                     GROUP, VERSION, self.namespace, PLURAL, label_selector=selector
                 )["items"]
+                return jobs
             except client.ApiException as error:
                 if error.status == 404:
                     return []
                 raise
 
     def events(self, pod: str) -> list[Any]:
-        """Return what happened to a pod, the newest last."""
-        with self._plainly("events"):
-            return self._core.list_namespaced_event(
+        """Return the events of a pod, the newest last."""
+        with self._explained("events"):
+            events: list[Any] = self._core.list_namespaced_event(
                 self.namespace, field_selector=f"involvedObject.name={pod}"
             ).items
+        return events
 
     def log(self, pod: str, container: str) -> str:
-        """Return the last lines of a container; what a pod that is gone wrote is gone too."""
-        with self._plainly(f"the log of pod {pod}"):
-            text = _found(
+        """Return the last lines of a container's log; empty if the pod no longer exists."""
+        with self._explained(f"the log of pod {pod}"):
+            text = _or_none(
                 self._core.read_namespaced_pod_log,
                 pod,
                 self.namespace,
@@ -183,7 +202,7 @@ class Kube:
         return text or ""
 
     @contextlib.contextmanager
-    def _plainly(self, what: str) -> Iterator[None]:
+    def _explained(self, what: str) -> Iterator[None]:
         try:
             yield
         except client.ApiException as error:
@@ -204,12 +223,12 @@ class Kube:
 
 
 class Refused(CredentialsError):
-    """These credentials may not see it."""
+    """The credentials are not allowed to see the object."""
 
 
 @dataclass(frozen=True)
 class Right:
-    """Something that the line, or one who watches it, has to be allowed."""
+    """A right that the line, or a person who watches it, needs."""
 
     verb: str
     resource: str
@@ -217,12 +236,13 @@ class Right:
     subresource: str = ""
 
     def __str__(self) -> str:
-        """As kubectl auth can-i takes it."""
+        """Return the right as `kubectl auth can-i` takes it."""
         name = f"{self.resource}/{self.subresource}" if self.subresource else self.resource
         return f"{self.verb} {name}{'.' if self.group else ''}{self.group}"
 
 
-def _found(call: Any, *arguments: Any, **named: Any) -> Any | None:
+def _or_none(call: Any, *arguments: Any, **named: Any) -> Any | None:
+    """Return the result of a call; None if the object does not exist."""
     try:
         return call(*arguments, **named)
     except client.ApiException as error:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from tuneline import images
 from tuneline.artifacts import DatasetManifest
 from tuneline.errors import ClusterError, RecipeError, UserError
+from tuneline.gpu_profiles import GPU_PROFILES
 from tuneline.pipelines import kube
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.cli.main import app
@@ -108,13 +109,13 @@ def test_gpus_that_cannot_share_a_step_are_told_so() -> None:
 @pytest.mark.parametrize(
     ("profile", "assignments", "found"),
     [
-        ("t4", [], ("ok", "PyTorch's own: t4 is older than Ampere, from which ours run")),
+        ("t4", [], ("ok", "PyTorch's, because t4 is older than Ampere")),
         ("t4", ['train.kernels="off"'], None),
         ("a10g", [], None),
         ("h100", ["train.kernels=fp8"], None),
         ("local", ["train.kernels=fp8"], None),
         ("h100", ["train.kernels=fp8", "placement.num_accelerators=0"], (
-            "fail", "train.kernels is fp8, which needs a GPU, and placement.num_accelerators is 0",
+            "fail", "train.kernels is fp8, which needs a GPU, but placement.num_accelerators is 0",
         )),
     ],
 )  # fmt: skip
@@ -182,7 +183,7 @@ def verdicts(checks: list[Check]) -> dict[str, str]:
     ("profile", "num_parameters", "verdict", "advice"),
     [
         # Train makes eight rows a forward fewer; 70 B parameters it cannot make fewer.
-        ("t4", 8e9, "warn", "fewer rows a forward and more forwards a step, down to 9."),
+        ("t4", 8e9, "warn", "smaller micro-batches, and more per step, down to 9."),
         ("t4", 70e9, "fail", "take a larger GPU"),
         ("a10g", 8e9, "ok", ""),
         ("h100", 8e9, "ok", ""),
@@ -199,6 +200,17 @@ def test_a_gpu_that_is_too_small_is_named(
     assert advice in memory.advice and bool(advice) == bool(memory.advice)
 
 
+@pytest.mark.parametrize("profile", GPU_PROFILES)
+def test_every_gpu_is_checked(profile: str) -> None:
+    gpu = GPU_PROFILES[profile]
+    # So large that no GPU trains it.
+    checks = {each.name: each for each in plan(recipe(profile=profile), num_parameters=2e12)}
+    assert checks["GPU memory"].verdict == "fail"
+    assert f"of {gpu.memory_bytes / GIB:.1f} GiB on {profile}" in checks["GPU memory"].words
+    speed = estimate(recipe(profile=profile), LLAMA).tokens_per_second
+    assert speed == pytest.approx(gpu.relative_speed * 11_700 / 1.41)
+
+
 def test_limits_that_the_run_would_hit_fail() -> None:
     loaded = recipe(
         "placement.scratch_size=20Gi", "train.max_steps=100000",
@@ -210,10 +222,10 @@ def test_limits_that_the_run_would_hit_fail() -> None:
     assert "ended after 1 h" in checks["time"].words
     hours = estimate(loaded, 8e9).gpu_hours
     assert hours is not None
-    assert checks["cost"].words.endswith(f"{2 * hours:.2f} at 2 an hour")
+    assert checks["cost"].words.endswith(f"{2 * hours:.2f} at 2 per GPU hour")
     own = loaded.model_copy(update={"train": loaded.train.model_copy(update={"price_per_hour": 3})})
     (cost,) = [check for check in plan(own) if check.name == "cost"]
-    assert cost.words.endswith(f"{3 * hours:.2f} at 3 an hour")
+    assert cost.words.endswith(f"{3 * hours:.2f} at 3 per GPU hour")
 
 
 def test_host_memory_is_what_the_steps_took() -> None:
@@ -238,13 +250,13 @@ def test_host_memory_is_what_the_steps_took() -> None:
         ("", "ok", "by quantize-gguf, of 48Gi", ""),
         ("{quantize-gguf: {memory_request: 5Gi}}", "warn", "requests 5Gi",
          "quantize-gguf.memory_request"),
-        ("{quantize-gguf: {memory_limit: 5Gi}}", "warn", "of at most 5Gi",
+        ("{quantize-gguf: {memory_limit: 5Gi}}", "warn", "but its limit is 5Gi",
          "quantize-gguf.memory_limit"),
-        ("{quantize-gguf: {memory_limit: 2Gi}}", "fail", "of at most 2Gi",
+        ("{quantize-gguf: {memory_limit: 2Gi}}", "fail", "but its limit is 2Gi",
          "quantize-gguf.memory_limit"),
         # Files may be read again; what a run cannot do without is there.
         ("{convert-gguf: {memory_limit: 12Gi}}", "warn",
-         "files of 14.9 GiB are read again", "to save hours"),
+         "files of 14.9 GiB do not fit and are read again", "to save hours"),
     ],
 )  # fmt: skip
 def test_a_pod_with_too_little_memory_is_named(
@@ -321,7 +333,7 @@ def test_a_cluster_that_has_everything(cluster: Any) -> None:
     words = {check.name: check.words for check in checks}
     assert words["API"] == f"Kubernetes v1.32.4 at {cluster.host}"
     assert words["CRDs"] == "scheduledworkflows.kubeflow.org v1beta1"
-    assert words["queue"] == "team: 3 waiting"
+    assert words["queue"] == "team: 3 workloads waiting"
     assert words["quota"] == "q: 2 of 8 nvidia.com/gpu in use"
     assert words["nodes"] == "1 of 2 nodes fit 1 nvidia.com/gpu: gpu-1"
     assert words["images"].startswith(f"a node has them: {images.LIGHT}, ")
@@ -429,7 +441,7 @@ def test_nodes_that_may_not_be_seen(cluster: Any) -> None:
     ]  # fmt: skip
     assert "refuses to show nodes" in found[0].words
     assert found[1].words.startswith(
-        f"no node is seen to have them, and their names have no registry: {images.LIGHT}, "
+        f"no visible node has them, and their names have no registry: {images.LIGHT}, "
     )
 
 
@@ -452,10 +464,10 @@ def test_several_nodes_need_trainer_a_volume_and_the_nodes(cluster: Any) -> None
         ("rights", "unknown"), ("CRDs", "fail"), ("shared volume", "fail"), ("quota", "warn"),
         ("nodes", "warn"),
     ]  # fmt: skip
-    assert "name the run's with --service-account" in bad[0].advice
+    assert "name the run's service account with --service-account" in bad[0].advice
     assert "Kubeflow Trainer 2 is not installed" in bad[1].words
     assert "no claim shared" in bad[2].words
-    assert "only 1 of 2 nodes that training takes fits 4 nvidia.com/gpu" in bad[4].words
+    assert "training needs 2 nodes but only 1 fit 4 nvidia.com/gpu" in bad[4].words
     served = [{"name": "v1alpha1", "served": True, "storage": True}]
     names = {"plural": "trainjobs", "kind": "TrainJob"}
     cluster.put("customresourcedefinitions", TRAINER_CRD, spec={
@@ -531,4 +543,4 @@ def test_the_command(cluster: Any) -> None:
     small = tuneline("plan", "llama3-8b-instruct", "--profile", "t4", "--parameters", "70e9")
     assert small.exit_code == 1
     assert "-> lower prepare.max_seq_length" in small.output
-    assert tuneline("plan", "demo", "--profile", "h200").exit_code != 0
+    assert tuneline("plan", "demo", "--profile", "h300").exit_code != 0

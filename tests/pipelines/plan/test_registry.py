@@ -59,7 +59,7 @@ def test_a_registry_says_whether_it_has_an_image(host: str) -> None:
 @pytest.mark.parametrize(
     ("image", "says"),
     [
-        ("{}/team/private:1", "wants credentials, which the cluster may have"),
+        ("{}/team/private:1", "asks for credentials, which the cluster may have"),
         ("tuneline/train:0.1.0", "their names have no registry"),
     ],
 )

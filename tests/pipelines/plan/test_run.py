@@ -11,7 +11,8 @@ from tuneline.pipelines import kube
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.plan.check import Check
 from tuneline.pipelines.plan.cluster import CRDS
-from tuneline.pipelines.plan.run import POD_VARIABLE, run
+from tuneline.pipelines.plan.run import run
+from tuneline.pods import POD_NAME_VARIABLE
 
 
 def begin(path: Path, *assignments: str, **changed: str) -> list[Check]:
@@ -28,7 +29,7 @@ def begin(path: Path, *assignments: str, **changed: str) -> list[Check]:
 
 @pytest.fixture
 def pod(kube_server: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv(POD_VARIABLE, "line-plan-1")
+    monkeypatch.setenv(POD_NAME_VARIABLE, "line-plan-1")
     monkeypatch.setenv("NAMESPACE", "team")
     monkeypatch.setattr(kube, "BACKOFF_SECONDS", 0.001)
     return kube_server
@@ -41,7 +42,7 @@ def test_what_this_run_changed_of_the_recipe_counts(tmp_path: Path) -> None:
     assert f"| ok | GPU memory | {checks['GPU memory'].words} |  |" in page
     # Outside a pod no cluster is asked.
     assert "API" not in checks
-    with pytest.raises(UserError, match="cannot work as it stands: GPU memory: .*70 B parameters"):
+    with pytest.raises(UserError, match="cannot work as configured: GPU memory: .*70 B parameters"):
         begin(tmp_path, "placement.profile=t4", base_model="meta-llama/Llama-3.1-70B-Instruct")
     assert "| fail | GPU memory |" in (tmp_path / "out" / "summary").read_text()
 

@@ -16,6 +16,7 @@ import torch
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ModelError, ProofError, ToolError
 from tuneline.models import tokenizer_files
+from tuneline.models.weight_files import SINGLE_FILE
 from tuneline.quantize import formats
 from tuneline.quantize.calibration import read_rows
 from tuneline.quantize.child_process import run_to_end
@@ -223,7 +224,7 @@ def _quantise(
             env=settings | os.environ,
         )
     if done.returncode != 0:
-        raise_if_full(target / "model.safetensors")
+        raise_if_full(target / SINGLE_FILE)
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise ToolError(
             f"gptqmodel could not quantise the model: {lines[-1] if lines else done.returncode}"

@@ -13,14 +13,12 @@ from pathlib import Path
 
 from tuneline.artifacts import DatasetManifest
 from tuneline.errors import RecipeError
+from tuneline.kernels.limits import HEAD_ROOM
 from tuneline.strict_model import StrictModel
 from tuneline.train.config import TrainConfig
 from tuneline.train.memory.estimate import GIB, MemoryEstimate, Settings, Shape, estimate_memory
 
 logger = logging.getLogger(__name__)
-
-HEAD_ROOM = 0.06
-"""Share of the free memory that is left: an allocator never fills all of it."""
 
 
 class Plan(StrictModel):

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuneline.errors import ModelError
+from tuneline.models.weight_files import INDEX_FILE
 
 if TYPE_CHECKING:
     import peft
     import torch
 
 logger = logging.getLogger(__name__)
-
-_INDEX_FILE = "model.safetensors.index.json"
 
 
 def start_from_the_rest(model: "peft.PeftModel", base_model_dir: str | Path) -> None:
@@ -91,7 +90,7 @@ def _files(base_model_dir: Path) -> dict[str, Path]:
     """Return the file of each tensor."""
     from safetensors import safe_open
 
-    index = base_model_dir / _INDEX_FILE
+    index = base_model_dir / INDEX_FILE
     if index.is_file():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {name: base_model_dir / file for name, file in names.items()}

@@ -9,11 +9,11 @@ import urllib3
 from kubernetes import client
 
 from tuneline.errors import ClusterError, CredentialsError
+from tuneline.pods import RUN_LABEL
 from tuneline.runtime.kubernetes_client import AWAY
 from tuneline.train.trainjob.manifest import CONTAINER, GROUP, HEARTBEAT, PLURAL, VERSION
 
 JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
-RUN_LABEL = "pipeline/runid"
 
 
 class ApiUnavailable(ClusterError):

@@ -18,7 +18,15 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tuneline.errors import ClusterError
-from tuneline.placement import PRODUCT_LABEL, Toleration
+from tuneline.placement import Toleration
+from tuneline.pods import (
+    PRIORITY_LABEL,
+    PRODUCT_LABEL,
+    QUEUE_LABEL,
+    SCRATCH_PATH,
+    SHARED_MEMORY_PATH,
+    SHARED_PATH,
+)
 from tuneline.strict_model import StrictModel
 from tuneline.train.checkpoints import ROOT_VARIABLE
 from tuneline.train.ranks.nodes import DIRECTORY_VARIABLE
@@ -30,11 +38,6 @@ HEARTBEAT = "tuneline.dev/heartbeat"
 """Annotation with the time of the launcher's last heartbeat."""
 MANAGER = "tuneline.dev/launcher"
 """Name of the launcher as the author of a runtime patch."""
-
-SHARED_PATH = "/shared"
-SCRATCH_PATH = "/scratch"
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 
 
 class NodesConfig(StrictModel):
@@ -195,7 +198,7 @@ def _pod(config: NodesConfig) -> dict[str, Any]:
     if config.shared_memory:
         memory = {"medium": "Memory", "sizeLimit": config.shared_memory}
         volumes.append({"name": "dshm", "emptyDir": memory})
-        mounts.append({"name": "dshm", "mountPath": "/dev/shm"})
+        mounts.append({"name": "dshm", "mountPath": SHARED_MEMORY_PATH})
     if config.scratch_size:
         volumes.append({"name": "scratch", "emptyDir": {"sizeLimit": config.scratch_size}})
         mounts.append({"name": "scratch", "mountPath": SCRATCH_PATH})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tuneline.artifacts import DatasetManifest, ModelOrigin, TrainingSummary, new_directory
 from tuneline.errors import StorageError, UserError
+from tuneline.pods import PART_OF_LABEL, POD_NAME_VARIABLE, RUN_LABEL, SHARED_PATH, STEP_LABEL
 from tuneline.runtime.kubernetes_client import NAMESPACE_VARIABLE, connect, own_namespace
 from tuneline.train.config import TrainConfig
 from tuneline.train.ranks.nodes import (
@@ -19,16 +20,16 @@ from tuneline.train.ranks.nodes import (
     DATASET_DIR,
     SharedDirectory,
 )
-from tuneline.train.trainjob.client import RUN_LABEL, TrainJobs
+from tuneline.train.trainjob.client import TrainJobs
 from tuneline.train.trainjob.follow import Launcher
-from tuneline.train.trainjob.manifest import SHARED_PATH, NodesConfig, build
+from tuneline.train.trainjob.manifest import NodesConfig, build
 
 logger = logging.getLogger(__name__)
 
-POD_VARIABLES = ("KFP_POD_NAME", "HOSTNAME")
+POD_VARIABLES = (POD_NAME_VARIABLE, "HOSTNAME")
 """Environment variables with the name of this pod: KFP sets the first, Kubernetes the second."""
 
-LABELS = {"app.kubernetes.io/part-of": "tuneline", "app.kubernetes.io/component": "train"}
+LABELS = dict([PART_OF_LABEL, (STEP_LABEL, "train")])
 
 
 def run_on_nodes(

@@ -18,15 +18,11 @@ import torch
 
 from tuneline.kernels.decoder.attention_half import Saved
 from tuneline.kernels.decoder.layer_weights import LayerWeights
-from tuneline.kernels.limits import KEPT_MLP_CHUNK_TOKENS
+from tuneline.kernels.limits import HEAD_ROOM, KEPT_MLP_CHUNK_TOKENS
 from tuneline.kernels.ops.attention import AttentionPlan
 
 Budget = Literal["auto", "lean"] | float
 """Memory for kept activations: `auto` (what is free now, less head-room), `lean` (none), or GiB."""
-
-HEAD_ROOM = 0.06
-"""Fraction of the GPU's memory that `auto` leaves for fragmentation, the loss's chunk and the
-optimizer step."""
 
 HOST_BYTES_PER_FLOP = 8.5e-5
 """Bytes that can be copied to the host per operation of a layer's forward: 54 GB/s against

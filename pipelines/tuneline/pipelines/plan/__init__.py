@@ -1,1 +1,1 @@
-"""What a run needs, held against what there is, before anything is started."""
+"""Compare what a run needs with what is available, before anything is started."""

@@ -1,17 +1,34 @@
-"""One thing that `plan` looked at, and what it found."""
+"""The checks of `plan`: their type, and the page that shows them."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 Verdict = Literal["ok", "warn", "fail", "unknown"]
-"""`fail`: the run cannot work as it stands; `warn`: it may not; `unknown`: it could not be seen."""
+"""`fail`: the run cannot work as configured; `warn`: it may not work; `unknown`: `plan` was not
+allowed to look, or could not."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """One thing that `plan` checked."""
 
     name: str
     verdict: Verdict
     words: str
+    """What `plan` found, with the value and the limit."""
     advice: str = ""
+    """What to change; empty if nothing has to be changed."""
+
+
+def markdown_page(checks: list[Check]) -> str:
+    """Return the checks as a Markdown page with one table."""
+    rows = [
+        f"| {check.verdict} | {check.name} | {_cell(check.words)} | {_cell(check.advice)} |"
+        for check in checks
+    ]
+    head = ["# Plan", "", "| verdict | check | result | what to do |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows, ""])
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,6 +1,6 @@
-"""What `plan` asks of a cluster: is all there that a recipe names, and may the run use it.
+"""Check a cluster for a recipe: everything that the recipe names exists, and the run may use it.
 
-What the cluster does not let these credentials see is unknown, and no reason to stop.
+Whatever the credentials are not allowed to see is reported as unknown and does not fail the plan.
 """
 
 from collections.abc import Callable, Iterator, Set
@@ -8,23 +8,26 @@ from typing import Any
 
 from tuneline import images
 from tuneline.pipelines.kube import Kube, Refused, Right
+from tuneline.pipelines.needs import needs_of
 from tuneline.pipelines.plan.check import Check, Verdict
 from tuneline.pipelines.plan.registry import Unknown, has_image
-from tuneline.placement import PRODUCT_LABEL, StepPlacement, quantity_value
+from tuneline.placement import quantity_value
+from tuneline.pods import PRODUCT_LABEL
 from tuneline.recipe import Recipe
+from tuneline.steps import IMAGE_SETS
 from tuneline.train.trainjob.manifest import GROUP, PLURAL
 
 SCHEDULES_CRD = "scheduledworkflows.kubeflow.org"
+TRAINER_CRD = f"{PLURAL}.{GROUP}"
 CRDS = {
     "workflows.argoproj.io": "Kubeflow Pipelines (its Argo Workflows) is not installed",
     SCHEDULES_CRD: "`tuneline schedule` will not work",
 }
+"""Custom resources that every run needs, and what their absence means."""
 
 ON_A_NODE = "a node has them"
 IN_REGISTRY = "the registry has them"
 NOT_IN_REGISTRY = "neither a node nor the registry has them"
-
-TRAINER_CRD = "trainjobs.trainer.kubeflow.org"
 
 RIGHTS = (
     Right("get", "pods"),
@@ -33,7 +36,7 @@ RIGHTS = (
     Right("list", "events"),
     Right("list", "workflows", "argoproj.io"),
 )
-"""What `tuneline doctor` reads with the credentials of whoever asks."""
+"""What `tuneline doctor` reads, with the credentials of the person who runs it."""
 
 LAUNCHER_RIGHTS = (
     *(Right(verb, PLURAL, GROUP) for verb in ("create", "get", "patch", "delete")),
@@ -41,27 +44,33 @@ LAUNCHER_RIGHTS = (
     Right("list", "pods"),
     Right("get", "pods", subresource="log"),
 )
-"""What the train step of several nodes does with the runs' service account."""
+"""What the train step does on several nodes, with the service account of the run."""
 
 
 def check_cluster(
     recipe: Recipe, kube: Kube, *, account: str | None = None, is_step: bool = False
 ) -> list[Check]:
-    """Check a cluster for a recipe; the arguments are those of `plan`.
+    """Check a cluster for a recipe.
+
+    Args:
+        recipe: the recipe.
+        kube: the cluster, and the namespace of the run.
+        account: service account that the run will use; None if it is not known.
+        is_step: whether `kube` uses the credentials of the run itself.
 
     Raises:
-        ClusterError: the cluster cannot be reached.
+        ClusterError: the cluster is unreachable.
     """
     checks = [Check("API", "ok", f"Kubernetes {kube.version()} at {kube.host}")]
-    checks += _looked("rights", _rights_of_run(recipe, kube, account, is_step))
+    checks += _or_unknown("rights", _rights_of_run(recipe, kube, account, is_step))
     if not is_step:
-        checks += _looked("rights", _rights(kube))
-    for name, look in _LOOKS.items():
-        checks += _looked(name, look(recipe, kube))
+        checks += _or_unknown("rights", _rights(kube))
+    for name, check in _CHECKS.items():
+        checks += _or_unknown(name, check(recipe, kube))
     return checks
 
 
-def _looked(name: str, checks: Iterator[Check]) -> Iterator[Check]:
+def _or_unknown(name: str, checks: Iterator[Check]) -> Iterator[Check]:
     try:
         yield from checks
     except Refused as error:
@@ -72,7 +81,7 @@ def _crds(recipe: Recipe, kube: Kube) -> Iterator[Check]:
     wanted = dict(CRDS)
     if recipe.placement.num_nodes > 1:
         wanted[TRAINER_CRD] = (
-            "Kubeflow Trainer 2 is not installed, and placement.num_nodes is "
+            "Kubeflow Trainer 2 is not installed, but placement.num_nodes is "
             f"{recipe.placement.num_nodes}"
         )
     for crd, absence in wanted.items():
@@ -81,9 +90,8 @@ def _crds(recipe: Recipe, kube: Kube) -> Iterator[Check]:
             yield Check("CRDs", "ok", f"{crd} {', '.join(versions)}")
         else:
             verdict: Verdict = "warn" if crd == SCHEDULES_CRD else "fail"
-            yield Check(
-                "CRDs", verdict, f"there is no {crd}: {absence}", "ask the platform's owner"
-            )
+            words = f"there is no {crd}: {absence}"
+            yield Check("CRDs", verdict, words, "ask the owner of the platform to install it")
 
 
 def _rights_of_run(
@@ -92,8 +100,9 @@ def _rights_of_run(
     if recipe.placement.num_nodes == 1:
         return
     if account is None and not is_step:
-        words = "several nodes need more than most service accounts may"
-        yield Check("rights", "unknown", words, "name the run's with --service-account")
+        words = "a run on several nodes needs rights that most service accounts do not have"
+        advice = "name the run's service account with --service-account"
+        yield Check("rights", "unknown", words, advice)
         return
     who = "the run's service account" if account is None else account
     missing = [str(right) for right in LAUNCHER_RIGHTS if not kube.may(right, account=account)]
@@ -102,14 +111,14 @@ def _rights_of_run(
         advice = "apply manifests/components/trainer, and submit with tuneline-runner"
         yield Check("rights", "fail", words, advice)
     else:
-        yield Check("rights", "ok", f"{who} may make and follow TrainJobs in {kube.namespace}")
+        yield Check("rights", "ok", f"{who} may create and follow TrainJobs in {kube.namespace}")
 
 
 def _rights(kube: Kube) -> Iterator[Check]:
     missing = [str(right) for right in RIGHTS if not kube.may(right)]
     if missing:
         words = f"you may not {', '.join(missing)} in {kube.namespace}"
-        yield Check("rights", "warn", words, "without them `tuneline doctor` sees less")
+        yield Check("rights", "warn", words, "`tuneline doctor` needs these rights")
     else:
         yield Check("rights", "ok", f"you may read runs, pods, logs and events in {kube.namespace}")
 
@@ -122,14 +131,19 @@ def _secrets(recipe: Recipe, kube: Kube) -> Iterator[Check]:
         wanted.insert(0, placement.hub_token_secret)
     for name in wanted:
         if name in present:
-            yield Check("secrets", "ok", f"{name} is there")
+            yield Check("secrets", "ok", f"{name} exists")
         else:
-            words = f"there is no secret {name} in {kube.namespace}: steps start without it"
-            yield Check("secrets", "warn", words, "manifests/secrets has the command to make one")
+            words = f"there is no secret {name} in {kube.namespace}: the steps run without it"
+            yield Check("secrets", "warn", words, "manifests/secrets has the command to create it")
     for name in placement.image_pull_secrets:
         if name not in present:
             words = f"there is no image pull secret {name} in {kube.namespace}"
-            yield Check("secrets", "fail", words, "manifests/secrets/registry.yaml says how to")
+            yield Check(
+                "secrets",
+                "fail",
+                words,
+                "manifests/secrets/registry.yaml shows how",
+            )
 
 
 def _volumes(recipe: Recipe, kube: Kube) -> Iterator[Check]:
@@ -144,14 +158,14 @@ def _volumes(recipe: Recipe, kube: Kube) -> Iterator[Check]:
 def _claim(kube: Kube, check: str, name: str, field: str, if_for_one_node: Verdict) -> Check:
     claim = kube.claim(name)
     if claim is None:
-        words = f"there is no claim {name} in {kube.namespace}: pods would wait for it for ever"
+        words = f"there is no claim {name} in {kube.namespace}: pods would wait for it forever"
         return Check(check, "fail", words, f"apply manifests/, or correct placement.{field}")
     modes = ", ".join(claim.spec.access_modes)
     words = f"{name} is {claim.status.phase}, {modes}, class {claim.spec.storage_class_name}"
     if claim.status.phase == "Lost":
-        return Check(check, "fail", words, "its volume is gone: make the claim anew")
+        return Check(check, "fail", words, "its volume is lost: create the claim again")
     if "ReadWriteMany" not in claim.spec.access_modes:
-        advice = "pods that run side by side on several nodes need ReadWriteMany"
+        advice = "pods that run at the same time on several nodes need ReadWriteMany"
         return Check(check, if_for_one_node, words, "" if if_for_one_node == "ok" else advice)
     return Check(check, "ok", words)
 
@@ -160,19 +174,19 @@ def _queue(recipe: Recipe, kube: Kube) -> Iterator[Check]:
     name = recipe.placement.queue
     if name is None:
         return
-    found = kube.local_queue(name)
-    if found is None:
+    queue = kube.local_queue(name)
+    if queue is None:
         words = f"there is no LocalQueue {name} in {kube.namespace}: pods would stay gated"
         yield Check("queue", "fail", words, "apply manifests/components/kueue, or correct the name")
         return
-    conditions = found.get("status", {}).get("conditions", [])
-    active = next((each for each in conditions if each["type"] == "Active"), None)
+    conditions = queue.get("status", {}).get("conditions", [])
+    active = next((item for item in conditions if item["type"] == "Active"), None)
     if active is not None and active["status"] != "True":
-        words = f"{name} takes nothing in: {active.get('message', active.get('reason', ''))}"
-        yield Check("queue", "fail", words, "ask who runs Kueue about its ClusterQueue")
+        words = f"{name} admits no workloads: {active.get('message', active.get('reason', ''))}"
+        yield Check("queue", "fail", words, "ask the administrator of Kueue about its ClusterQueue")
     else:
-        waiting = found.get("status", {}).get("pendingWorkloads", 0)
-        yield Check("queue", "ok", f"{name}: {waiting} waiting")
+        waiting = queue.get("status", {}).get("pendingWorkloads", 0)
+        yield Check("queue", "ok", f"{name}: {waiting} workloads waiting")
 
 
 def _quota(recipe: Recipe, kube: Kube) -> Iterator[Check]:
@@ -188,10 +202,10 @@ def _quota(recipe: Recipe, kube: Kube) -> Iterator[Check]:
         words = f"{quota.metadata.name}: {used:g} of {hard} {placement.accelerator} in use"
         wanted = placement.num_accelerators * placement.num_nodes
         if float(hard) < wanted:
-            advice = f"training asks for {wanted}: have the quota raised"
+            advice = f"training requests {wanted}: ask for a higher quota"
             yield Check("quota", "fail", words, advice)
         elif float(hard) - used < wanted:
-            yield Check("quota", "warn", words, "steps are retried until some are given back")
+            yield Check("quota", "warn", words, "steps are retried until accelerators are released")
         else:
             yield Check("quota", "ok", words)
 
@@ -212,20 +226,20 @@ def _nodes(recipe: Recipe, kube: Kube) -> Iterator[Check]:
     if len(fits) >= placement.num_nodes:
         yield Check("nodes", "ok", f"{len(fits)} of {len(nodes)} nodes fit {wanted}: {fits[0]}")
     else:
-        found = "no node"
+        count = "no node fits"
         if fits:
-            found = f"only {len(fits)} of {placement.num_nodes} nodes that training takes"
-        none = "there are no more" if fits else "there are none"
-        words = f"{found} fits {wanted}: {'; '.join(why[:5]) or none}"
-        advice = "another placement.profile, or a node pool that grows from zero"
-        # A cluster autoscaler makes nodes that are not there yet.
+            count = f"training needs {placement.num_nodes} nodes but only {len(fits)} fit"
+        none = "there are no other nodes" if fits else "there are no nodes"
+        words = f"{count} {wanted}: {'; '.join(why[:5]) or none}"
+        advice = "choose another placement.profile, or a node pool that scales up from zero"
+        # No failure: a cluster autoscaler may add the nodes.
         yield Check("nodes", "warn", words, advice)
 
 
 def _refusal(recipe: Recipe, node: Any) -> str | None:
-    """Say why train's pod cannot run on an empty node."""
+    """Return why the pod of train cannot run on the node even if it is empty, or None."""
     placement = recipe.placement
-    train = placement.steps.get("train", StepPlacement())
+    needs = needs_of("train", placement)
     labels, capacity = node.metadata.labels or {}, node.status.allocatable or {}
     count = float(capacity.get(placement.accelerator, 0))
     if count < placement.num_accelerators:
@@ -237,16 +251,15 @@ def _refusal(recipe: Recipe, node: Any) -> str | None:
         if labels.get(key) != value:
             return f"has {key}={labels.get(key)}"
     for resource in ("cpu", "memory"):
-        name = f"{resource}_request"
-        request = getattr(train, name) or getattr(placement.accelerated, name)
-        if request and quantity_value(capacity.get(resource, "0")) < quantity_value(request):
+        request = getattr(needs, f"{resource}_request")
+        if quantity_value(capacity.get(resource, "0")) < quantity_value(request):
             return f"has {capacity.get(resource)} {resource}, less than {request}"
     for taint in node.spec.taints or []:
         tolerated = any(
-            each.key == taint.key
-            and each.effect in (None, taint.effect)
-            and (each.operator == "Exists" or each.value == taint.value)
-            for each in placement.tolerations
+            toleration.key == taint.key
+            and toleration.effect in (None, taint.effect)
+            and (toleration.operator == "Exists" or toleration.value == taint.value)
+            for toleration in placement.tolerations
         )
         if taint.effect != "PreferNoSchedule" and not tolerated:
             return f"has the taint {taint.key}"
@@ -254,9 +267,8 @@ def _refusal(recipe: Recipe, node: Any) -> str | None:
 
 
 def _images(recipe: Recipe, kube: Kube) -> Iterator[Check]:
-    wanted = [images.LIGHT, images.TRAIN, images.EVALUATE, images.PUBLISH]
-    wanted += [images.GGUF] if recipe.quantize.gguf else []
-    wanted += [images.GPTQ] if recipe.quantize.gptq else []
+    exports = {"gguf": recipe.quantize.gguf, "gptq": recipe.quantize.gptq}
+    wanted = [images.of_set(name) for name in IMAGE_SETS if exports.get(name, True)]
     registry = recipe.placement.registry
     try:
         on_nodes = {
@@ -267,31 +279,31 @@ def _images(recipe: Recipe, kube: Kube) -> Iterator[Check]:
         }
     except Refused:
         on_nodes = set()
-    found: dict[str, list[str]] = {}
+    by_place: dict[str, list[str]] = {}
     for image in (images.in_registry(name, registry) for name in wanted):
-        found.setdefault(_where_is(image, on_nodes), []).append(image)
-    for where, names in found.items():
+        by_place.setdefault(_where_is(image, on_nodes), []).append(image)
+    for where, names in by_place.items():
         words = f"{where}: {', '.join(names)}"
         if where in (ON_A_NODE, IN_REGISTRY):
             yield Check("images", "ok", words)
         elif where == NOT_IN_REGISTRY:
-            yield Check("images", "fail", words, "push them, or correct placement.registry")
+            yield Check("images", "fail", words, "push the images, or correct placement.registry")
         else:
-            advice = "push them to a registry, and name it in placement.registry"
+            advice = "push the images to a registry, and set placement.registry to it"
             yield Check("images", "unknown", words, advice)
 
 
 def _where_is(image: str, on_nodes: Set[str]) -> str:
-    # Container engines write the default registry's host.
+    # Container engines prefix the host of the default registry.
     if {image, f"docker.io/{image}", f"localhost/{image}"} & on_nodes:
         return ON_A_NODE
     try:
         return IN_REGISTRY if has_image(image) else NOT_IN_REGISTRY
     except Unknown as error:
-        return f"no node is seen to have them, and {error}"
+        return f"no visible node has them, and {error}"
 
 
-_LOOKS: dict[str, Callable[[Recipe, Kube], Iterator[Check]]] = {
+_CHECKS: dict[str, Callable[[Recipe, Kube], Iterator[Check]]] = {
     "CRDs": _crds,
     "secrets": _secrets,
     "volumes": _volumes,

@@ -13,8 +13,17 @@ def plan(
     prepare_config: str,
     quantize_config: str,
     summary: dsl.Output[dsl.Markdown],
-):
-    """Say no before a GPU is asked for, where the run cannot work as it stands."""
+) -> None:
+    """Fail before a GPU is requested if the run cannot work as configured.
+
+    Args:
+        recipe: The recipe that the pipeline was compiled from, as JSON.
+        base_model: Base model of this run.
+        train_config: TrainConfig of this run, as JSON.
+        prepare_config: PrepareConfig of this run, as JSON.
+        quantize_config: QuantizeConfig of this run, as JSON.
+        summary: Markdown page with all checks.
+    """
     from tuneline.pipelines.plan.run import run
     from tuneline.runtime.step import step
 

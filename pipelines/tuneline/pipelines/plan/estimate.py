@@ -1,133 +1,124 @@
 """Estimate GPU memory, disk and GPU time of a recipe, before anything is fetched.
 
-All that is known of a model here is its number of parameters, so its layers and widths are taken
-to be those of a Llama of that size. The memory is then what `train.memory` computes, the same that
-the train step goes by when it has the model's own config.
+Only the model's number of parameters is known here, so its layers and widths are assumed to be
+those of a Llama of that size. The memory then comes from `train.memory.estimate`, which the train
+step also uses, with the model's own config. What a GPU has is in gpu_profiles.py.
 """
 
 import re
 from dataclasses import dataclass, replace
 
-from tuneline.placement import FUSED, Profile
+from tuneline.gpu_profiles import GPU_PROFILES
 from tuneline.recipe import Recipe
 from tuneline.train.config import LoraConfig
-from tuneline.train.memory.estimate import GIB, Settings, Shape, estimate_memory
+from tuneline.train.memory.estimate import Settings, Shape, estimate_memory
 
-GPU_BYTES: dict[Profile, float] = {
-    "t4": 14.6 * GIB,
-    "a10g": 22.1 * GIB,
-    "a100-40g": 39.4 * GIB,
-    "a100-80g": 79.2 * GIB,
-    "h100": 79.1 * GIB,
-}
-"""What a process can have of such a GPU."""
-
-RELATIVE_SPEED: dict[Profile, float] = {
-    # Dense TFLOP/s of the type that `dtype: auto` takes, by data sheet, against an H100's 989. A T4
-    # knows no bfloat16 and computes in fp32.
-    "t4": 8.1 / 989,
-    "a10g": 70 / 989,
-    "a100-40g": 312 / 989,
-    "a100-80g": 312 / 989,
-    "h100": 1.0,
-}
 TOKENS_PER_SECOND_8B = 11_700.0
-"""PEFT, 4 x 2048 tokens, H200 (702 ms a step); other sizes by 1 / parameters."""
+"""Training speed of Llama 3.1 8B with PEFT at 4 x 2048 tokens per step, measured on an H200 (702 ms
+per step); an H100 has the same compute. For other GPUs it is multiplied by `relative_speed`, for
+other models it is inversely proportional to the parameters."""
+MEASURED_PARAMETERS = 8.03e9
+"""Parameters of Llama 3.1 8B."""
 RECOMPUTE_SLOWDOWN = 1.41
-"""993 ms against 702, the same place."""
+"""Slowdown with gradient checkpointing: 993 ms instead of 702 ms in the same measurement."""
 
 VOCAB_SIZE = 128_256
-MAX_EMBEDDING_SHARE = 0.3
-"""Of all parameters, where a small model ties input and output."""
+MAX_EMBEDDING_FRACTION = 0.3
+"""Largest fraction of all parameters in the embeddings; small models tie input and output."""
 HEAD_DIM = 128
-"""Width a layer: a Llama of 32 layers is 4096 wide."""
+"""Hidden width per layer: a Llama of 32 layers is 4096 wide."""
 SIDES = {
     **dict.fromkeys(("q_proj", "o_proj"), 2.0),
     **dict.fromkeys(("k_proj", "v_proj"), 1.25),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 4.5),
 }
-"""Inputs and outputs of a linear layer, in widths of the model."""
+"""Inputs plus outputs of a linear layer, in hidden widths of the model."""
 ZERO_OPTIMIZER = "adamw_torch"
-"""What several GPUs divide (train.zero2)."""
+"""Optimizer whose state several GPUs divide (train.ranks.zero2)."""
 ASSUMED_LENGTH = 2048
-"""Where max_seq_length is auto, which only the data decides."""
+"""Tokens per row where prepare.max_seq_length is auto, which only the data decides."""
 BITS = {"f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9}
-"""Of a weight, where hidden sizes are multiples of 256."""
+"""Bits per weight of a GGUF format, where hidden sizes are multiples of 256."""
 DEFAULT_BITS = 5.5
+"""Bits per weight of all other formats."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one run; sizes in bytes."""
+    """Estimate for one run; sizes are in bytes."""
 
     num_parameters: float
     length: int
+    """Tokens per row."""
     gpu_bytes: float
+    """GPU memory of training with the recipe's settings."""
     least_gpu_bytes: float
-    """With one row a forward and activations computed again, which train resorts to."""
+    """GPU memory with one row per micro-batch and gradient checkpointing, to which train reduces
+    its settings if it has to."""
     artifact_bytes: float
-    """All that the run keeps."""
+    """Size of all artifacts that the run keeps."""
     scratch_bytes: float
-    """The most that one step has on its disk."""
+    """Disk space of the step that needs most."""
     tokens_per_second: float | None
-    """Of one GPU; None without one."""
+    """Training speed of one GPU; None without a GPU."""
     num_tokens: int | None
-    """That training sees; None where only the data says."""
+    """Tokens that training sees; None where only the data says."""
     num_gpus: int = 1
-    """That share its steps."""
+    """GPUs that train together, on all nodes."""
 
     @property
     def gpu_hours(self) -> float | None:
-        """Of the training, on all GPUs together; None where tokens or speed are not known."""
+        """GPU hours of training; None where the tokens or the speed are not known."""
         if self.num_tokens is None or self.tokens_per_second is None:
             return None
         return self.num_tokens / self.tokens_per_second / 3600
 
     @property
     def hours(self) -> float | None:
-        """Of the training, if all GPUs are as fast together as one after another."""
+        """Hours of training, if the speed grows in proportion to the GPUs."""
         return None if self.gpu_hours is None else self.gpu_hours / self.num_gpus
 
 
 def parameters_in_name(name: str) -> float | None:
-    """Read "8B" or "135m" off a model's name."""
-    found = re.findall(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", name.lower())
-    if not found:
+    """Return the number of parameters that a model's name gives, e.g. "8B" or "135m"."""
+    sizes = re.findall(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", name.lower())
+    if not sizes:
         return None
-    number, unit = found[-1]
+    number, unit = sizes[-1]
     return float(number) * (1e9 if unit == "b" else 1e6)
 
 
 def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
-    """Estimate a run of the recipe on the GPUs of its placement's profile."""
+    """Estimate a run of the recipe on the GPUs of its placement profile."""
     train, prepare = recipe.train, recipe.prepare
     length = ASSUMED_LENGTH if prepare.max_seq_length == "auto" else prepare.max_seq_length
     shape = llama_shape(num_parameters, train.lora)
-    profile, gpus = recipe.placement.profile, max(1, recipe.placement.num_accelerators)
-    gpus *= recipe.placement.num_nodes
+    gpu = GPU_PROFILES.get(recipe.placement.profile)
+    gpus = max(1, recipe.placement.num_accelerators) * recipe.placement.num_nodes
     divides = gpus > 1 and "adamw" in train.optim
-    takes_fp32 = train.dtype == "auto" and profile == "t4"  # see RELATIVE_SPEED
+    is_fp32 = train.dtype == "auto" and gpu is not None and not gpu.has_bfloat16
     settings = Settings(
         rows=train.per_device_train_batch_size,
         length=length,
         recompute=train.gradient_checkpointing,
         quantized=train.load_in_4bit,
-        itemsize=4 if train.dtype == "float32" or takes_fp32 else 2,
+        itemsize=4 if train.dtype == "float32" or is_fp32 else 2,
         optim=ZERO_OPTIMIZER if divides else train.optim,
         method=prepare.method,
         loss="tiled",
-        fused=train.kernels != "off" and profile in FUSED,
+        fused=train.kernels != "off" and gpu is not None and gpu.runs_kernels,
         num_ranks=gpus if divides else 1,
     )
+    gpu_bytes = estimate_memory(shape, settings).total
     smallest = replace(settings, rows=1, recompute=True)
     base = 2 * num_parameters
     formats = [BITS.get(name, DEFAULT_BITS) for name in recipe.quantize.gguf]
     exports = sum(num_parameters * bits / 8 for bits in formats)
     exports += len(recipe.quantize.gptq) * num_parameters * DEFAULT_BITS / 8
     f16 = base if recipe.quantize.gguf else 0.0
-    speed = RELATIVE_SPEED.get(recipe.placement.profile)
-    if speed is not None:
-        speed *= TOKENS_PER_SECOND_8B * 8.03e9 / num_parameters
+    speed = None
+    if gpu is not None:
+        speed = gpu.relative_speed * TOKENS_PER_SECOND_8B * MEASURED_PARAMETERS / num_parameters
         speed /= RECOMPUTE_SLOWDOWN if train.gradient_checkpointing else 1.0
     num_tokens = None
     if train.max_steps is not None:
@@ -136,8 +127,8 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
     return Estimate(
         num_parameters=num_parameters,
         length=length,
-        gpu_bytes=estimate_memory(shape, settings).total,
-        least_gpu_bytes=estimate_memory(shape, smallest).total,
+        gpu_bytes=gpu_bytes,
+        least_gpu_bytes=min(gpu_bytes, estimate_memory(shape, smallest).total),
         artifact_bytes=base * 2 + f16 + exports + 4 * shape.num_adapter,
         scratch_bytes=base * 2 + f16,
         tokens_per_second=speed,
@@ -147,14 +138,14 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
 
 
 def llama_shape(num_parameters: float, lora: LoraConfig) -> Shape:
-    """Return the shape of a Llama of about that size: 8.03e9 gives that of Llama 3.1 8B."""
+    """Return the shape of a Llama of about that size; 8.03e9 gives the shape of Llama 3.1 8B."""
     embedding = 0.0
     for _ in range(8):
         linear = num_parameters - embedding
-        # A layer: q and o are square, k and v a quarter, the MLP three times 3.5.
+        # Per layer, in squares of the width: q and o 1, k and v a quarter, the MLP three times 3.5.
         num_layers = max(2, round((linear / (13 * HEAD_DIM**2)) ** (1 / 3)))
         width = HEAD_DIM * num_layers
-        embedding = min(2.0 * VOCAB_SIZE * width, MAX_EMBEDDING_SHARE * num_parameters)
+        embedding = min(2.0 * VOCAB_SIZE * width, MAX_EMBEDDING_FRACTION * num_parameters)
     targets = SIDES if lora.target_modules == "all-linear" else lora.target_modules
     sides = sum(SIDES.get(name, max(SIDES.values())) for name in targets)
     return Shape(

@@ -1,20 +1,24 @@
-"""Say no before a GPU is asked for: what a recipe will take, and whether a cluster has it."""
+"""Check before a run starts what a recipe will use, and whether the cluster provides it."""
 
 from collections.abc import Iterator
 
+from tuneline.gpu_profiles import GPU_PROFILES, LOCAL, fp8_profiles
 from tuneline.html.units import duration, parameters, size
 from tuneline.pipelines.kube import Kube
 from tuneline.pipelines.needs import memory_of
 from tuneline.pipelines.plan.check import Check, Verdict
 from tuneline.pipelines.plan.cluster import check_cluster
-from tuneline.pipelines.plan.estimate import GPU_BYTES, Estimate, estimate, parameters_in_name
+from tuneline.pipelines.plan.estimate import Estimate, estimate, parameters_in_name
 from tuneline.pipelines.plan.host_memory import host_memory
-from tuneline.placement import FUSED, quantity_value
+from tuneline.placement import quantity_value
 from tuneline.recipe import Recipe
 from tuneline.train.memory.estimate import GIB
 
-CERTAINLY = 1.5
-"""So many times a limit an estimate must be to say no: it knows a model by its name only."""
+MEMORY_FRACTION = 0.9
+"""Fraction of a GPU's memory that an estimate may take up to be "ok"."""
+FAIL_FACTOR = 1.5
+"""An estimate fails a run only above this multiple of a limit, because of its own error: it knows
+only the model's number of parameters."""
 
 
 def plan(
@@ -26,15 +30,15 @@ def plan(
     account: str | None = None,
     is_step: bool = False,
 ) -> list[Check]:
-    """Check a recipe, by itself and, where one is given, against a cluster.
+    """Check a recipe by itself and, if `kube` is given, against a cluster.
 
     Args:
-        recipe: with the placement that it will run with.
-        num_parameters: of the base model; None reads them off its name.
-        price_per_gpu_hour: in any currency; None: the recipe's train.price_per_hour.
-        kube: the cluster.
-        account: the service account that the run will have; None: not known.
-        is_step: the credentials are the run's own.
+        recipe: the recipe, with the placement that it will run with.
+        num_parameters: parameters of the base model; None takes the number from its name.
+        price_per_gpu_hour: in any currency; None takes the recipe's train.price_per_hour.
+        kube: the cluster; None checks the recipe only.
+        account: service account that the run will use; None if it is not known.
+        is_step: whether `kube` uses the credentials of the run itself.
 
     Raises:
         ClusterError: the cluster cannot be reached.
@@ -43,8 +47,8 @@ def plan(
     checks = [*_ranks(recipe), *_checkpoints(recipe)]
     checks += _kernels(recipe, has_pods=kube is not None)
     if num_parameters is None:
-        advice = "give --parameters, e.g. 8e9"
-        words = f"the name {recipe.base_model} does not say how many parameters it has"
+        advice = "pass --parameters, e.g. --parameters 8e9"
+        words = f"the name {recipe.base_model} does not give the number of parameters"
         checks.append(Check("estimate", "unknown", words, advice))
     else:
         price = recipe.train.price_per_hour if price_per_gpu_hour is None else price_per_gpu_hour
@@ -73,100 +77,113 @@ def _ranks(recipe: Recipe) -> Iterator[Check]:
 def _checkpoints(recipe: Recipe) -> Iterator[Check]:
     placement = recipe.placement
     if placement.num_accelerators and not (placement.shared_claim or placement.cache_claim):
-        words = "a retry of train begins anew, as its checkpoints go with the pod"
-        advice = "name a claim in placement.shared_claim or placement.cache_claim"
+        words = "a retry of train starts from the beginning: checkpoints are lost with the pod"
+        advice = "set placement.shared_claim or placement.cache_claim to a claim"
         yield Check("checkpoints", "warn", words, advice)
 
 
 def _kernels(recipe: Recipe, *, has_pods: bool) -> Iterator[Check]:
-    """Say where our kernels cannot run; a GPU too old for fp8 the recipe itself refuses."""
+    """Check whether tuneline's kernels run; the recipe itself refuses fp8 on a GPU without it."""
     kernels, placement = recipe.train.kernels, recipe.placement
-    on_cluster = has_pods or placement.profile != "local"
+    gpu = GPU_PROFILES.get(placement.profile)
+    on_cluster = has_pods or placement.profile != LOCAL
     if kernels == "fp8" and on_cluster and not placement.num_accelerators:
-        words = "train.kernels is fp8, which needs a GPU, and placement.num_accelerators is 0"
-        yield Check("kernels", "fail", words, "take train.kernels auto, or placement.profile h100")
-    elif kernels == "auto" and placement.profile in GPU_BYTES and placement.profile not in FUSED:
-        words = f"PyTorch's own: {placement.profile} is older than Ampere, from which ours run"
+        words = "train.kernels is fp8, which needs a GPU, but placement.num_accelerators is 0"
+        profiles = " or ".join(fp8_profiles())
+        advice = f"set train.kernels to auto, or placement.profile to {profiles}"
+        yield Check("kernels", "fail", words, advice)
+    elif kernels == "auto" and gpu is not None and not gpu.runs_kernels:
+        words = f"PyTorch's, because {placement.profile} is older than Ampere"
         yield Check("kernels", "ok", words)
 
 
-def _resources(recipe: Recipe, found: Estimate, price: float | None) -> Iterator[Check]:
-    placement = recipe.placement
-    what = f"{parameters(found.num_parameters)} parameters, {found.length} tokens a row"
-    available = GPU_BYTES.get(placement.profile)
-    needs = f"{found.gpu_bytes / GIB:.1f} GiB to train ({what})"
-    if available is None:
-        yield Check("GPU memory", "ok", f"{needs}; profile local names no GPU")
-    else:
-        words = f"{needs}, of {available / GIB:.1f} GiB on {placement.profile}"
-        least = f"{found.least_gpu_bytes / GIB:.1f} GiB"
-        if found.gpu_bytes <= 0.9 * available:
-            yield Check("GPU memory", "ok", words)
-        elif found.least_gpu_bytes <= 0.9 * available:
-            advice = f"train takes fewer rows a forward and more forwards a step, down to {least}"
-            yield Check("GPU memory", "warn", words, advice)
-        else:
-            verdict = _verdict(found.least_gpu_bytes, available)
-            advice = "lower prepare.max_seq_length or train.lora.r, or take a larger GPU"
-            yield Check("GPU memory", verdict, f"{words}; {least} at the least", advice)
-    yield Check("artifacts", "ok", f"{size(found.artifact_bytes)} kept by a run")
-    scratch = f"{size(found.scratch_bytes)} on the disk of the largest step"
-    if placement.scratch_size and quantity_value(placement.scratch_size) < found.scratch_bytes:
-        advice = "raise placement.scratch_size"
-        words = f"{scratch}, and placement.scratch_size is {placement.scratch_size}"
-        verdict = _verdict(found.scratch_bytes, quantity_value(placement.scratch_size))
-        yield Check("disk", verdict, words, advice)
-    else:
-        yield Check("disk", "ok", scratch)
-    if found.tokens_per_second is None:
+def _resources(recipe: Recipe, estimated: Estimate, price: float | None) -> Iterator[Check]:
+    yield _gpu_memory(recipe, estimated)
+    yield Check("artifacts", "ok", f"the run keeps {size(estimated.artifact_bytes)}")
+    yield _disk(recipe, estimated)
+    yield from _time(recipe, estimated, price)
+
+
+def _gpu_memory(recipe: Recipe, estimated: Estimate) -> Check:
+    what = f"{parameters(estimated.num_parameters)} parameters, {estimated.length} tokens per row"
+    needs = f"{estimated.gpu_bytes / GIB:.1f} GiB to train ({what})"
+    gpu = GPU_PROFILES.get(recipe.placement.profile)
+    if gpu is None:
+        return Check("GPU memory", "ok", f"{needs}; profile local names no GPU")
+    words = f"{needs}, of {gpu.memory_bytes / GIB:.1f} GiB on {recipe.placement.profile}"
+    least = f"{estimated.least_gpu_bytes / GIB:.1f} GiB"
+    if estimated.gpu_bytes <= MEMORY_FRACTION * gpu.memory_bytes:
+        return Check("GPU memory", "ok", words)
+    if estimated.least_gpu_bytes <= MEMORY_FRACTION * gpu.memory_bytes:
+        advice = f"train will use smaller micro-batches, and more per step, down to {least}"
+        return Check("GPU memory", "warn", words, advice)
+    verdict = _verdict(estimated.least_gpu_bytes, gpu.memory_bytes)
+    advice = "lower prepare.max_seq_length or train.lora.r, or take a larger GPU"
+    return Check("GPU memory", verdict, f"{words}; at least {least}", advice)
+
+
+def _disk(recipe: Recipe, estimated: Estimate) -> Check:
+    words = f"the largest step needs {size(estimated.scratch_bytes)}"
+    limit = recipe.placement.scratch_size
+    if limit and quantity_value(limit) < estimated.scratch_bytes:
+        verdict = _verdict(estimated.scratch_bytes, quantity_value(limit))
+        words += f", but placement.scratch_size is {limit}"
+        return Check("disk", verdict, words, "raise placement.scratch_size")
+    return Check("disk", "ok", words)
+
+
+def _time(recipe: Recipe, estimated: Estimate, price: float | None) -> Iterator[Check]:
+    if estimated.tokens_per_second is None:
         return
-    speed = f"{found.tokens_per_second:,.0f} tokens/s a GPU"
-    if found.hours is None or found.gpu_hours is None:
-        yield Check("time", "ok", f"{speed}; how many tokens there are only the data says")
+    speed = f"{estimated.tokens_per_second:,.0f} tokens per second and GPU"
+    if estimated.hours is None or estimated.gpu_hours is None:
+        yield Check("time", "ok", f"{speed}; the number of tokens is known only with the data")
         return
-    words = f"{duration(found.hours * 3600)} of training, at {speed}"
-    words += f" on {found.num_gpus} GPUs at best" if found.num_gpus > 1 else ""
-    limit = placement.steps["train"].timeout_hours if "train" in placement.steps else None
-    if limit is not None and limit < found.hours:
+    words = f"{duration(estimated.hours * 3600)} of training, at {speed}"
+    words += f" on {estimated.num_gpus} GPUs at best" if estimated.num_gpus > 1 else ""
+    steps = recipe.placement.steps
+    limit = steps["train"].timeout_hours if "train" in steps else None
+    if limit is not None and limit < estimated.hours:
         advice = "raise placement.steps.train.timeout_hours"
-        verdict = _verdict(found.hours, limit)
+        verdict = _verdict(estimated.hours, limit)
         yield Check("time", verdict, f"{words}; the step is ended after {limit:g} h", advice)
     else:
         yield Check("time", "ok", words)
-    bill = f"{found.gpu_hours:.2f} GPU hours of training"
+    bill = f"{estimated.gpu_hours:.2f} GPU hours of training"
     if price is not None:
-        bill += f", {found.gpu_hours * price:.2f} at {price:g} an hour"
+        bill += f", {estimated.gpu_hours * price:.2f} at {price:g} per GPU hour"
     yield Check("cost", "ok", bill)
 
 
 def _host_memory(recipe: Recipe, num_parameters: float, *, has_pods: bool) -> Iterator[Check]:
-    """Hold steps on a CPU against their pods' memory, which only a cluster keeps them to."""
-    found = host_memory(recipe, num_parameters)
+    """Compare the memory of steps on a CPU with their pods' limits, which only a cluster sets."""
+    estimates = host_memory(recipe, num_parameters)
     fits = True
-    for each in found:
-        request, limit = memory_of(each.step, recipe.placement)
-        own, files = f"{each.own_bytes / GIB:.1f} GiB", f"{each.mapped_bytes / GIB:.1f} GiB"
-        setting = f"placement.steps.{each.step}.memory"
-        if each.own_bytes > quantity_value(limit):
-            verdict = _verdict(each.own_bytes, quantity_value(limit))
-            words, advice = f"of at most {limit}", f"raise {setting}_limit"
-            verdict = verdict if has_pods or recipe.placement.profile != "local" else "warn"
-        elif each.own_bytes > quantity_value(request):
-            words, advice = f"and requests {request}", f"raise {setting}_request"
+    for step in estimates:
+        request, limit = memory_of(step.step, recipe.placement)
+        process, files = f"{step.own_bytes / GIB:.1f} GiB", f"{step.mapped_bytes / GIB:.1f} GiB"
+        setting = f"placement.steps.{step.step}.memory"
+        if step.own_bytes > quantity_value(limit):
+            verdict = _verdict(step.own_bytes, quantity_value(limit))
+            words, advice = f"but its limit is {limit}", f"raise {setting}_limit"
+            verdict = verdict if has_pods or recipe.placement.profile != LOCAL else "warn"
+        elif step.own_bytes > quantity_value(request):
+            words, advice = f"but requests {request}", f"raise {setting}_request"
             verdict = "warn"
-        elif each.own_bytes + each.mapped_bytes > quantity_value(limit):
-            words = f"of {limit}: files of {files} are read again at every pass"
+        elif step.own_bytes + step.mapped_bytes > quantity_value(limit):
+            words = f"of {limit}: its files of {files} do not fit and are read again in every pass"
             verdict, advice = "warn", f"raise {setting}_limit to save hours"
         else:
             continue
         fits = False
-        yield Check("memory", verdict, f"{each.step} takes {own} {words}", advice)
-    if found and fits:
-        most = max(found, key=lambda each: each.own_bytes)
-        words = f"{most.own_bytes / GIB:.1f} GiB at the most, by {most.step}"
-        yield Check("memory", "ok", f"{words}, of {memory_of(most.step, recipe.placement)[1]}")
+        yield Check("memory", verdict, f"{step.step} needs {process} {words}", advice)
+    if estimates and fits:
+        most = max(estimates, key=lambda step: step.own_bytes)
+        limit = memory_of(most.step, recipe.placement)[1]
+        words = f"at most {most.own_bytes / GIB:.1f} GiB, by {most.step}, of {limit}"
+        yield Check("memory", "ok", words)
 
 
 def _verdict(estimate: float, limit: float) -> Verdict:
-    """Judge what is over a limit: a run is ended for what the estimate's own error cannot be."""
-    return "fail" if estimate > CERTAINLY * limit else "warn"
+    """Return the verdict on an estimate above a limit."""
+    return "fail" if estimate > FAIL_FACTOR * limit else "warn"

@@ -1,4 +1,4 @@
-"""Ask a registry whether it has an image, without credentials (OCI distribution)."""
+"""Ask a registry without credentials whether it has an image (OCI distribution API)."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import urllib.parse
 
 import urllib3
 
-SECONDS = 5.0
+TIMEOUT_SECONDS = 5.0
 MANIFESTS = (
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.oci.image.manifest.v1+json",
@@ -16,24 +16,24 @@ MANIFESTS = (
 
 
 class Unknown(Exception):
-    """Why the registry's answer says nothing about what a node can pull."""
+    """It cannot be known from here whether a node can pull the image; the message says why."""
 
 
 def has_image(image: str) -> bool:
-    """Say whether the registry in an image's name has it.
+    """Return whether the registry in an image's name has the image.
 
     Raises:
-        Unknown: the name has no registry, or it cannot be reached from here, or wants credentials.
+        Unknown: the name has no registry, or the registry is unreachable or wants credentials.
     """
     host, _, path = image.partition("/")
     if not path or not (":" in host or "." in host or host == "localhost"):
         raise Unknown("their names have no registry")
     name, _, tag = path.rpartition(":")
-    # As container engines do: no TLS on this machine.
+    # Like container engines: no TLS for a registry on the same machine.
     scheme = "http" if host.partition(":")[0] in ("localhost", "127.0.0.1") else "https"
     address = f"{scheme}://{host}/v2/{name}/manifests/{tag}"
     headers = {"Accept": ", ".join(MANIFESTS)}
-    http = urllib3.PoolManager(timeout=SECONDS, retries=urllib3.Retry(3, connect=0))
+    http = urllib3.PoolManager(timeout=TIMEOUT_SECONDS, retries=urllib3.Retry(3, connect=0))
     try:
         answer = http.request("HEAD", address, headers=headers)
         if answer.status == 401:
@@ -46,12 +46,12 @@ def has_image(image: str) -> bool:
     if answer.status in (200, 404):
         return answer.status == 200
     if answer.status in (401, 403):
-        raise Unknown(f"{host} wants credentials, which the cluster may have")
+        raise Unknown(f"{host} asks for credentials, which the cluster may have")
     raise Unknown(f"{host} answered {answer.status}")
 
 
 def _anonymous_token(http: urllib3.PoolManager, challenge: str) -> str | None:
-    """Return the token that anybody gets, or None."""
+    """Return the token that the registry gives to anonymous clients, or None."""
     if not challenge.lower().startswith("bearer "):
         return None
     values = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
@@ -62,7 +62,7 @@ def _anonymous_token(http: urllib3.PoolManager, challenge: str) -> str | None:
     if answer.status != 200:
         return None
     try:
-        found = json.loads(answer.data)
+        body: dict[str, str] = json.loads(answer.data)
     except ValueError:
         return None
-    return found.get("token") or found.get("access_token")
+    return body.get("token") or body.get("access_token")

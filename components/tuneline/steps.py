@@ -1,0 +1,133 @@
+"""The steps of the line: one table with everything that is known of a step outside its code.
+
+Each key is the name of a KFP component in some `component.py`. Placement, the resource requests,
+the images' self-check and the report's picture are derived from this table; tests hold it equal to
+the components and to images/README.md.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step: where its code runs, what it needs there, and where the report draws it."""
+
+    image: str
+    """Dependency set of the step's image, a directory in images/."""
+    module: str
+    """Module that does the step's work; the image's self-check imports it."""
+    stage: str | None
+    """Stage of the report's picture that the step belongs to; None: the step is not drawn."""
+    cpu: tuple[str, str]
+    """CPU request and limit, as Kubernetes quantities."""
+    memory: tuple[str, str]
+    """Memory request and limit, as Kubernetes quantities."""
+    timeout_hours: float
+    """Time after which a pod that hangs is ended; far above what the step takes."""
+    gpu: bool = False
+    """Whether the step can use an accelerator; only train can use several."""
+    hub: bool = False
+    """Whether the step uses the network: it gets the Hub token and the cache."""
+    tracks: bool = False
+    """Whether the step may report to trackers: it gets the recipe's own secrets."""
+    scratch: bool = True
+    """Whether the step holds models, and so needs room for temporary files."""
+    num_retries: int = 0
+    """Retries; above zero where a retry can help: after a network error or a lost pod."""
+
+
+STEPS: dict[str, Step] = {
+    # No retry: a second plan finds the same faults, and its client already waits for the API.
+    "plan": Step(
+        image="light", module="tuneline.pipelines.plan.run", stage="fetch",
+        cpu=("500m", "1"), memory=("512Mi", "1Gi"), timeout_hours=1, scratch=False,
+    ),
+    "look-up-model": Step(
+        image="train", module="tuneline.fetch.fingerprint", stage="fetch",
+        cpu=("1", "4"), memory=("1Gi", "4Gi"), timeout_hours=2,
+        hub=True, scratch=False, num_retries=3,
+    ),
+    "look-up-data": Step(
+        image="train", module="tuneline.prepare.fingerprint", stage="prepare",
+        cpu=("1", "4"), memory=("1Gi", "4Gi"), timeout_hours=2,
+        hub=True, scratch=False, num_retries=3,
+    ),
+    "fetch": Step(
+        image="train", module="tuneline.fetch.run", stage="fetch",
+        cpu=("1", "4"), memory=("4Gi", "16Gi"), timeout_hours=6, hub=True, num_retries=3,
+    ),
+    "prepare": Step(
+        image="train", module="tuneline.prepare.run", stage="prepare",
+        cpu=("2", "8"), memory=("4Gi", "16Gi"), timeout_hours=12, hub=True, num_retries=2,
+    ),
+    "train": Step(
+        image="train", module="tuneline.train.run", stage="train",
+        cpu=("4", "16"), memory=("16Gi", "64Gi"), timeout_hours=96,
+        gpu=True, tracks=True, num_retries=2,
+    ),
+    # Creates and follows a TrainJob, which may wait in a queue for days. The time limit, GPUs and
+    # memory of `train` are the job's. A retry finds the job that the first attempt created.
+    "train-on-nodes": Step(
+        image="light", module="tuneline.train.trainjob.follow", stage="train",
+        cpu=("500m", "2"), memory=("1Gi", "4Gi"), timeout_hours=720, scratch=False, num_retries=3,
+    ),
+    "merge": Step(
+        image="train", module="tuneline.merge.run", stage="merge",
+        cpu=("4", "16"), memory=("16Gi", "64Gi"), timeout_hours=6, gpu=True, num_retries=1,
+    ),
+    # An 8B model needs 6 GiB besides its mapped files; the limit leaves room for the files too
+    # (plan/host_memory.py).
+    "convert-gguf": Step(
+        image="gguf", module="tuneline.quantize.run", stage="quantize",
+        cpu=("2", "8"), memory=("8Gi", "48Gi"), timeout_hours=6, num_retries=1,
+    ),
+    "measure-importance": Step(
+        image="gguf", module="tuneline.quantize.gguf.importance", stage="quantize",
+        cpu=("2", "16"), memory=("8Gi", "48Gi"), timeout_hours=6, num_retries=1,
+    ),
+    "quantize-gguf": Step(
+        image="gguf", module="tuneline.quantize.run", stage="quantize",
+        cpu=("2", "16"), memory=("8Gi", "48Gi"), timeout_hours=6, num_retries=1,
+    ),
+    "quantize-gptq": Step(
+        image="gptq", module="tuneline.quantize.run", stage="quantize",
+        cpu=("4", "16"), memory=("16Gi", "64Gi"), timeout_hours=24, gpu=True, num_retries=1,
+    ),
+    # Runs twice; the report draws "evaluate base" and "evaluate tuned".
+    "evaluate": Step(
+        image="evaluate", module="tuneline.evaluate.run", stage="evaluate",
+        cpu=("4", "16"), memory=("16Gi", "64Gi"), timeout_hours=24,
+        gpu=True, hub=True, num_retries=2,
+    ),
+    "gate": Step(
+        image="light", module="tuneline.gate.run", stage="gate",
+        cpu=("1", "2"), memory=("1Gi", "4Gi"), timeout_hours=1, scratch=False,
+    ),
+    "report": Step(
+        image="light", module="tuneline.report.run", stage=None,
+        cpu=("500m", "1"), memory=("512Mi", "2Gi"), timeout_hours=1, scratch=False,
+    ),
+    "publish": Step(
+        image="publish", module="tuneline.publish.run", stage="publish",
+        cpu=("1", "4"), memory=("2Gi", "8Gi"), timeout_hours=12, hub=True, num_retries=3,
+    ),
+    "diagnose": Step(
+        image="light", module="tuneline.diagnose.run", stage=None,
+        cpu=("500m", "1"), memory=("512Mi", "1Gi"), timeout_hours=1, scratch=False,
+    ),
+}  # fmt: skip
+
+IMAGE_SETS = tuple(dict.fromkeys(step.image for step in STEPS.values()))
+"""Dependency sets that the steps' images are built from."""
+
+if TYPE_CHECKING:
+    StepName = str
+else:
+    StepName = Literal[tuple(STEPS)]
+"""Name of a step; pydantic accepts, and the JSON Schema lists, the names in the table."""
+
+
+def steps_in(image_set: str) -> list[str]:
+    """Return the names of the steps that run in the image of a dependency set."""
+    return [name for name, step in STEPS.items() if step.image == image_set]
