@@ -44,7 +44,7 @@ CAUSES = (
         r"cuda out of memory|outofmemoryerror|cuda error: out of memory|hip out of memory"
         r"|cublas_status_alloc_failed",
         "The GPU ran out of memory.",
-        "Halve train.per_device_train_batch_size and double train.gradient_accumulation_steps, "
+        "Halve train.micro_batch_size, which does not change what is learned, "
         "lower prepare.max_seq_length, keep train.gradient_checkpointing on, or take a larger "
         "GPU; in evaluate lower evaluate.batch_size.",
     ),

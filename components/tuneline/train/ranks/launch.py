@@ -18,7 +18,6 @@ after the ranks of its own by their ids, and after the others' by these files.
 """
 
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -37,7 +36,6 @@ from tuneline import errors
 from tuneline.errors import RecipeError, StoppedError, TrainingError
 from tuneline.runtime.stop_request import StopRequest, stop_on_sigterm
 from tuneline.train.config import TrainConfig
-from tuneline.train.ranks import zero2
 from tuneline.train.ranks.board import Attempt, Nodes
 from tuneline.train.ranks.process import JOB_FILE, RESULT_FILE, OutOfMemory, StartAgain
 
@@ -55,8 +53,8 @@ def choose_num_ranks(config: TrainConfig, device: str) -> int:
     """Return how many ranks train.
 
     Raises:
-        RecipeError: more are asked for than there are GPUs, a launcher has started this process
-            as one of several already, or what several GPUs need is not installed.
+        RecipeError: more are asked for than there are GPUs, or a launcher has started this process
+            as one of several already.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError(
@@ -75,11 +73,6 @@ def choose_num_ranks(config: TrainConfig, device: str) -> int:
             f"train.num_ranks is {wanted}, and this machine has {num_gpus} GPUs: give "
             f"the step as many (placement.num_accelerators: {wanted}), or set num_ranks "
             f"to {num_gpus} or auto; a step learns from the same rows on any number"
-        )
-    if zero2.is_wanted(config, device, wanted) and not importlib.util.find_spec("deepspeed"):
-        raise RecipeError(
-            f"{wanted} GPUs train with DeepSpeed's ZeRO-2, and the package deepspeed is not "
-            "installed here: add it to the step's image, or set train.num_ranks to 1"
         )
     return wanted
 

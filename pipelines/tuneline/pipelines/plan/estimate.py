@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from tuneline.placement import FUSED, Profile
 from tuneline.recipe import Recipe
+from tuneline.train.batch_size import batch_size
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.estimate import GIB, Settings, Shape, estimate_memory
 
@@ -64,7 +65,7 @@ class Estimate:
     length: int
     gpu_bytes: float
     least_gpu_bytes: float
-    """With one row a forward and activations computed again, which train resorts to."""
+    """The same with micro-batches of 1 and recomputed activations, the least that train can use."""
     artifact_bytes: float
     """All that the run keeps."""
     scratch_bytes: float
@@ -107,8 +108,9 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
     gpus *= recipe.placement.num_nodes
     divides = gpus > 1 and "adamw" in train.optim
     takes_fp32 = train.dtype == "auto" and profile == "t4"  # see RELATIVE_SPEED
+    batch = batch_size(train, recipe.num_ranks)
     settings = Settings(
-        rows=train.per_device_train_batch_size,
+        rows=batch.micro_batch_size,
         length=length,
         recompute=train.gradient_checkpointing,
         quantized=train.load_in_4bit,
@@ -131,8 +133,8 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
         speed /= RECOMPUTE_SLOWDOWN if train.gradient_checkpointing else 1.0
     num_tokens = None
     if train.max_steps is not None:
-        rows = train.per_device_train_batch_size * (2 if prepare.method == "dpo" else 1)
-        num_tokens = train.max_steps * train.gradient_accumulation_steps * rows * length
+        sequences = batch.global_batch_size * (2 if prepare.method == "dpo" else 1)
+        num_tokens = train.max_steps * sequences * length
     return Estimate(
         num_parameters=num_parameters,
         length=length,
