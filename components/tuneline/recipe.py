@@ -129,9 +129,7 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
-        raise RecipeError(
-            f"{path} contains a {type(document).__name__}, but a recipe is a mapping of keys"
-        )
+        raise RecipeError(f"{path} holds {type(document).__name__}, not a mapping of keys")
     for key, value in (overrides or {}).items():
         _set(document, key, value)
     return Recipe.parse(document, where=str(path))

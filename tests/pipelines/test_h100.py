@@ -162,5 +162,7 @@ def test_nodes_without_what_they_need(placement: dict[str, Any], says: str) -> N
 
 def test_ranks_are_not_counted_by_hand_on_several_nodes() -> None:
     nodes = ["placement.num_nodes=2", "placement.shared_claim=c"]
-    with pytest.raises(RecipeError, match="leave num_ranks at auto, every GPU of every node"):
+    with pytest.raises(
+        RecipeError, match="set num_ranks to auto, which makes every GPU of every node"
+    ):
         find_recipe("llama3-8b-instruct", [*nodes, "train.num_ranks=16"])

@@ -128,5 +128,7 @@ def test_names_that_cannot_be_trained_so(tiny_model_dir, untied_dir):
         check_targets(LoraConfig(modules_to_save=("lm_head",)), tiny_model_dir)
     with pytest.raises(ModelError, match="or train it in full as one of lora.modules_to_save"):
         check_targets(LoraConfig(target_modules=("lm_head",)), untied_dir)
-    with pytest.raises(RecipeError, match="embedding_learning_rate is of lora.modules_to_save"):
+    with pytest.raises(
+        RecipeError, match="embedding_learning_rate is the rate of lora.modules_to_save"
+    ):
         TrainConfig.parse({"embedding_learning_rate": 1e-5})
