@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that holds a whole run."""
+"""A recipe: one YAML file that describes a whole run."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -18,21 +18,26 @@ from tuneline.publish.config import PublishConfig
 from tuneline.publish.target import check_target
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.strict_model import StrictModel
+from tuneline.train.batch_size import batch_size
 from tuneline.train.config import TrainConfig
 
 
 class Recipe(StrictModel):
-    """One run of the line, from a base model and rows to a published model."""
+    """One run of the pipeline, from a base model and a dataset to a published model."""
 
     name: str = Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,46}[a-z0-9])?$")
-    """Lower case letters, digits, dots and dashes: it names runs and pipelines."""
+    """Name of the recipe's runs and pipeline: lower-case letters, digits, dots and dashes, at most
+    48 characters."""
     description: str = ""
+    """One sentence on the run, for people."""
     base_model: str
-    """A Hub id, a directory, a .gguf file or builtin:smollm2-135m."""
+    """Model to fine-tune: a Hub ID, a directory, a .gguf file or builtin:smollm2-135m."""
     dataset: str
-    """A Hub id, a file, a directory, a glob of files or builtin:kubernetes-quantities."""
+    """Training data: a Hub ID, a file, a directory, a glob of files or
+    builtin:kubernetes-quantities."""
     publish_to: str
-    """A Hub namespace and name, e.g. my-org/my-model, or dir:PATH, which writes the same tree."""
+    """Where to publish: a Hub repository such as my-org/my-model, or dir:PATH for a directory with
+    the same files."""
     fetch: FetchConfig = FetchConfig()
     prepare: PrepareConfig = PrepareConfig()
     train: TrainConfig = TrainConfig()
@@ -45,7 +50,7 @@ class Recipe(StrictModel):
 
     @field_validator("publish_to")
     @classmethod
-    def _can_be_published_to(cls, value: str) -> str:
+    def _is_a_target(cls, value: str) -> str:
         check_target(value)
         return value
 
@@ -61,37 +66,44 @@ class Recipe(StrictModel):
             task.startswith("heldout_") for task in self.evaluate.tasks
         ):
             raise ValueError(
-                "evaluate.tasks needs held-out rows, and prepare.heldout.max_rows is 0"
+                "evaluate.tasks needs held-out rows but prepare.heldout.max_rows is 0: set it to "
+                "a higher number, or remove the heldout_ tasks"
             )
         profile = self.placement.profile
         gpu = GPU_PROFILES.get(profile)
         if self.train.kernels == "fp8" and gpu is not None and not gpu.runs_fp8:
             major, minor = gpu.capability
             raise ValueError(
-                f"train.kernels is fp8, which needs compute capability 9.0 (Hopper), and the GPU "
-                f"of placement.profile {profile} has {major}.{minor}: take kernels auto, or the "
-                f"profile {' or '.join(fp8_profiles())}"
+                f"train.kernels is fp8, which needs compute capability 9.0 (Hopper), but the GPU "
+                f"of placement.profile {profile} has {major}.{minor}: set kernels to auto, or the "
+                f"profile to {' or '.join(fp8_profiles())}"
             )
         ranks, gpus = self.train.num_ranks, self.placement.num_accelerators
         nodes = self.placement.num_nodes
         if isinstance(ranks, int) and nodes > 1:
             raise ValueError(
-                f"train.num_ranks is {ranks}, and placement.num_nodes {nodes}: leave num_ranks at "
-                "auto, every GPU of every node is then a rank"
+                f"train.num_ranks is {ranks} but placement.num_nodes is {nodes}: set num_ranks to "
+                "auto, which makes every GPU of every node a rank"
             )
-        in_step = self.train.per_device_train_batch_size * self.train.gradient_accumulation_steps
-        if nodes > 1 and in_step % (nodes * max(1, gpus)):
+        batch = batch_size(self.train, self.num_ranks)
+        if nodes > 1 and not batch.divides:
             raise ValueError(
-                f"a step of {in_step} rows (train.per_device_train_batch_size x "
-                f"gradient_accumulation_steps) cannot be shared equally by the {nodes} x "
-                f"{max(1, gpus)} ranks of placement: make it a multiple of {nodes * max(1, gpus)}"
+                f"train.global_batch_size is {batch.global_batch_size}, which the {nodes} x "
+                f"{max(1, gpus)} ranks of placement cannot divide equally: {batch.advice}"
             )
         if isinstance(ranks, int) and 0 < gpus < ranks:
             raise ValueError(
-                f"train.num_ranks is {ranks}, and placement.num_accelerators gives the step "
-                f"{gpus}: ask for {ranks}, or leave num_ranks at auto"
+                f"train.num_ranks is {ranks} but placement.num_accelerators is {gpus}: set "
+                f"num_accelerators to {ranks}, or num_ranks to auto"
             )
         return self
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of training processes: train.num_ranks, or one per accelerator of every node."""
+        if self.train.num_ranks != "auto":
+            return self.train.num_ranks
+        return self.placement.num_nodes * max(1, self.placement.num_accelerators)
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -99,17 +111,18 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
 
     Args:
         path: the YAML file.
-        overrides: dotted key -> value, e.g. {"train.max_steps": 60}.
+        overrides: values that replace those of the file, by dotted key, such as
+            {"train.max_steps": 60}.
 
     Raises:
-        RecipeError: the file is missing, is not YAML, or does not say what a recipe must.
+        RecipeError: the file is missing, is not YAML, or is not a valid recipe.
     """
     path = Path(path)
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(
-            f"no recipe at {path}: give a file, or a name that `tuneline recipes` lists"
+            f"there is no recipe at {path}: give a file, or a name that `tuneline recipes` lists"
         ) from None
     except UnicodeDecodeError as error:
         raise RecipeError(
@@ -129,6 +142,6 @@ def _set(document: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         inner = document.setdefault(parent, {})
         if not isinstance(inner, dict):
-            raise RecipeError(f"--set {key}: '{parent}' is a value, it has no keys below it")
+            raise RecipeError(f"--set {key}: '{parent}' is a value and has no keys below it")
         document = inner
     document[last] = value

@@ -93,8 +93,8 @@ def tune(method: str, data_dir: Path, base: Path, where: Path, num_steps: int) -
     config = {
         "max_steps": num_steps,
         "eval_steps": num_steps,
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 2,
+        "global_batch_size": 2,
+        "micro_batch_size": 1,
         "gradient_checkpointing": False,
         "warmup_steps": 2,
         "sample_tokens": 48,

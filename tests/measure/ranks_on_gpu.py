@@ -176,8 +176,8 @@ class Comparison:
         config = {
             "max_steps": self.num_steps,
             "warmup_steps": 2,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": forwards,
+            "global_batch_size": forwards,
+            "micro_batch_size": 1,
             "num_ranks": num_ranks,
             "optim": "adamw_torch",
             "learning_rate": 2e-4,

@@ -123,8 +123,8 @@ def config(num_steps: int) -> dict[str, Any]:
     return {
         "max_steps": num_steps,
         "warmup_steps": 3,
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 1,
+        "global_batch_size": 1,
+        "micro_batch_size": 1,
         "num_ranks": 1,
         "eval_steps": max(1, num_steps // 2),
         "early_stopping_patience": None,

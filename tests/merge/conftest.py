@@ -65,7 +65,7 @@ def adapter_dir(
             learning_rate=2e-2,
             max_steps=6,
             warmup_steps=0,
-            gradient_accumulation_steps=1,
+            global_batch_size=2,
             gradient_checkpointing=False,
             # auto would be bfloat16 on some CPUs, and sums are held against float32 here.
             dtype="float32",

@@ -495,7 +495,7 @@ def test_embeddings_and_head_trained_in_full(
             learning_rate=2e-2,
             max_steps=3,
             warmup_steps=0,
-            gradient_accumulation_steps=1,
+            global_batch_size=2,
             dtype=dtype,
         ),
         base_model_dir=base,
@@ -527,7 +527,7 @@ def test_a_loftq_adapter_belongs_on_the_dequantized_weights(
         TrainConfig(
             lora={"init_lora_weights": "loftq", "r": 32, "use_rslora": True},
             max_steps=1,
-            gradient_accumulation_steps=1,
+            global_batch_size=2,
             dtype="float32",
         ),
         base_model_dir=tiny_model_dir,

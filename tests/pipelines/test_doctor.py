@@ -105,7 +105,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str | None, str, str, str]] = {
     ),
     "GPU memory": (
         exited(1), "step 12\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n",
-        "gpu memory", "Tried to allocate 2 GiB", "per_device_train_batch_size",
+        "gpu memory", "Tried to allocate 2 GiB", "micro_batch_size",
     ),
     "NCCL": (
         exited(1), "x\n[rank1]: Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9)\n",

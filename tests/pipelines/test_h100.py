@@ -108,7 +108,7 @@ def test_retries_secrets_and_users(compiled: tuple[int, list[dict[str, Any]]]) -
 def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     nodes = {"num_nodes": 2, "shared_claim": "tuneline-shared", "queue": "team"}
     placement = {"profile": "h100", **NODE_OF_EIGHT, **nodes}
-    recipe = find_recipe("llama3-8b-instruct", ["train.gradient_accumulation_steps=16"]).model_copy(
+    recipe = find_recipe("llama3-8b-instruct", ["train.global_batch_size=32"]).model_copy(
         update={"placement": PlacementConfig.parse(placement)}
     )
     path = tmp_path_factory.mktemp("h100") / "pipeline.yaml"
@@ -165,5 +165,7 @@ def test_nodes_without_what_they_need(placement: dict[str, Any], says: str) -> N
 
 def test_ranks_are_not_counted_by_hand_on_several_nodes() -> None:
     nodes = ["placement.num_nodes=2", "placement.shared_claim=c"]
-    with pytest.raises(RecipeError, match="leave num_ranks at auto, every GPU of every node"):
+    with pytest.raises(
+        RecipeError, match="set num_ranks to auto, which makes every GPU of every node"
+    ):
         find_recipe("llama3-8b-instruct", [*nodes, "train.num_ranks=16"])

@@ -100,7 +100,7 @@ def test_a_librarys_error_is_explained_and_quoted() -> None:
     run = StepRun("train", 0, "failed", kind="OutOfMemoryError", message="CUDA out of memory.")
     found = explain(run)
     assert found.cause == "The GPU ran out of memory. (OutOfMemoryError: CUDA out of memory.)"
-    assert "train.per_device_train_batch_size" in found.advice
+    assert "train.micro_batch_size" in found.advice
 
 
 def test_an_unknown_error_is_quoted() -> None:

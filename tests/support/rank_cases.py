@@ -1,5 +1,6 @@
 """What the ranks of tests/train/ranks/test_ranks.py do: importable in their processes."""
 
+import dataclasses
 import logging
 import os
 import signal
@@ -61,7 +62,8 @@ def one_job(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(SupervisedTrainer, "compute_loss", compute_loss)
         if fused:
-            patched.setattr(attempt, "can_fuse", lambda *_: True)
+            setup = dataclasses.replace(arguments["setup"], fused=True)
+            arguments = {**arguments, "setup": setup}
             # Ranks on a CPU are on "cpu:0", and moving a model there from "cpu" copies it, out of
             # the flat optimizer's buffers. "cuda:0" is where it is already.
             patched.setattr(Accelerator, "device", torch.device("cpu"))

@@ -26,8 +26,8 @@ SETTINGS = {
     "max_steps": 18,
     "eval_steps": 7,
     "logging_steps": 4,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 2,
+    "global_batch_size": 2,
+    "micro_batch_size": 1,
     "lora": {"lora_dropout": 0.1},
 }
 
@@ -125,7 +125,7 @@ def test_a_stop_in_an_evaluation_repeats_it(
         ]
     dataset = dataset_dir(answer_rows[:7], method=method, max_seq_length=32)
     settings = {"optim": optim, "max_steps": 11, "eval_steps": 4, "logging_steps": 3}
-    settings["gradient_accumulation_steps"] = 1
+    settings["global_batch_size"] = 1
     train(tmp_path / "whole", tiny_model_dir, dataset, **settings)
 
     where = tmp_path / "interrupted"
@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
 ):
     dataset = dataset_dir(answer_rows[:7], max_seq_length=32)
     settings = {"max_steps": 5, "eval_steps": 3, "checkpoint_minutes": 0}
-    settings["gradient_accumulation_steps"] = 1
+    settings["global_batch_size"] = 1
     train(tmp_path / "whole", tiny_model_dir, dataset, **settings)
 
     where = tmp_path / "interrupted"

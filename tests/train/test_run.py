@@ -31,7 +31,7 @@ QUICK = {
     "learning_rate": 5e-3,
     "max_steps": 12,
     "eval_steps": 6,
-    "gradient_accumulation_steps": 1,
+    "global_batch_size": 2,
     "max_grad_norm": 1.0,
     "warmup_steps": 2,
 }

@@ -25,7 +25,7 @@ def test_a_real_model_learns_and_merges(tmp_path, smollm2_dir, dataset_dir):
             learning_rate=2e-3,
             max_steps=4,
             warmup_steps=0,
-            gradient_accumulation_steps=1,
+            global_batch_size=2,
             gradient_checkpointing=False,
         ),
         base_model_dir=smollm2_dir,

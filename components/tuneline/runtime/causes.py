@@ -51,9 +51,9 @@ CAUSES = (
         r"cuda out of memory|outofmemoryerror|cuda error: out of memory|hip out of memory"
         r"|cublas_status_alloc_failed",
         "The GPU ran out of memory.",
-        "Halve train.per_device_train_batch_size and double train.gradient_accumulation_steps, "
-        "lower prepare.max_seq_length, keep train.gradient_checkpointing on, or use a larger "
-        "GPU. In the evaluate step, lower evaluate.batch_size.",
+        "Halve train.micro_batch_size, which does not change what is learned, lower "
+        "prepare.max_seq_length, keep train.gradient_checkpointing on, or use a larger GPU. In the "
+        "evaluate step, lower evaluate.batch_size.",
     ),
     Cause(
         "host memory",

@@ -1,30 +1,31 @@
-"""One attempt at a run, with settings that are thought to fit: model, trainer, steps, adapter."""
+"""One attempt at a run, with a plan that should fit: model, trainer, steps, adapter, summary."""
 
 import contextlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
-from tuneline.artifacts import PROGRESS_FILE, DatasetManifest, ModelOrigin, TrainingSummary
+from tuneline.artifacts import PROGRESS_FILE, TrainingSummary
 from tuneline.errors import StoppedError
 from tuneline.models import nf4
 from tuneline.runtime.stop_request import stop_on_sigterm
 from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.config import TrainConfig
-from tuneline.train.memory.plan import Plan
 from tuneline.train.model.adapter import (
     keep_adapter_in_fp32,
     keep_hidden_states_in,
     lora_config,
     save_adapter,
 )
-from tuneline.train.model.fuse import can_fuse, fuse_model, fuse_trainer
+from tuneline.train.model.fuse import fuse_model, fuse_trainer
 from tuneline.train.model.loftq import start_from_the_rest
-from tuneline.train.model.precision import choose_dtype, peak_memory_bytes
+from tuneline.train.model.precision import peak_memory_bytes
 from tuneline.train.observe.metrics import eval_gap
 from tuneline.train.observe.progress import ProgressCallback
 from tuneline.train.observe.samples import ask_before_and_after, prompts_of, write_samples
@@ -32,144 +33,67 @@ from tuneline.train.observe.telemetry import TelemetryCallback, costs, keep_prog
 from tuneline.train.ranks import collectives, zero2
 from tuneline.train.ranks.process import OutOfMemory
 from tuneline.train.rows.load import load_rows, packs_are_trusted
+from tuneline.train.setup import Inputs, Setup
 from tuneline.train.trainer.arguments import num_total_steps, training_arguments
 from tuneline.train.trainer.best_adapter import BestAdapterCallback
-from tuneline.train.trainer.nonfinite import train_through
-from tuneline.train.trainer.rates import auto_learning_rate
+from tuneline.train.trainer.nonfinite import GuardedTrainer, train_through
 from tuneline.train.trainer.trainers import PreferenceTrainer, SupervisedTrainer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 
 def train(
     config: TrainConfig,
+    setup: Setup,
+    inputs: Inputs,
     *,
-    plan: Plan,
-    num_out_of_memory: int,
-    divides_optimizer: bool,
-    carried: Mapping[str, Any],
-    origin: ModelOrigin,
-    manifest: DatasetManifest,
-    tokenizer: "PreTrainedTokenizerBase",
-    base_model_dir: Path,
-    dataset_dir: Path,
     directory: Path,
     work_dir: Path,
-    device: str,
     store: CheckpointStore,
+    num_out_of_memory: int,
+    carried: Mapping[str, Any],
 ) -> TrainingSummary:
-    """Train from the newest checkpoint, where there is one, to the end, and save the adapter.
+    """Train from the newest checkpoint, or from the start, to the end, and save the adapter.
 
-    On several ranks every one of them calls this with the same; the first one writes, and what it
-    returns is of all.
+    With several ranks every rank calls this with the same arguments. Only the first rank writes,
+    and its summary describes all ranks.
+
+    Args:
+        config: The recipe's part for training, as it was written. What the run decided, or the
+            plan changed, is in `setup` and is not read here.
+        setup: Decisions of the run, and the plan of this attempt.
+        inputs: The base model and the dataset.
+        directory: A directory for the adapter.
+        work_dir: A directory for temporary files of this attempt.
+        store: The run's checkpoints.
+        num_out_of_memory: How often memory has run out in this run so far.
+        carried: Values of the run's state that a rollback keeps, see `StartAgain`.
 
     Raises:
-        OutOfMemory: in a step; the checkpoints before it are there.
-        TrainingError: see `divergence.train_through`.
-        StartAgain: likewise.
-        StoppedError: SIGTERM came; the checkpoint is written.
+        OutOfMemory: memory ran out in a step; earlier checkpoints are kept.
+        TrainingError: see `nonfinite.train_through`.
+        StartAgain: see `nonfinite.train_through`.
+        StoppedError: SIGTERM was received; the checkpoint is written.
     """
-    dtype = choose_dtype(config, device)
-    rate = config.learning_rate
-    if rate == "auto":
-        rate = auto_learning_rate(manifest.method, manifest.num_train_rows)
-        logger.info(
-            "learning rate %g, for %s on %d rows", rate, manifest.method, manifest.num_train_rows
-        )
+    # Rows are packed to the plan's length, which may be shorter than the dataset's.
+    packed = inputs.manifest.model_copy(update={"max_seq_length": setup.plan.max_seq_length})
     with collectives.first_goes_first():
         rows, eval_rows = load_rows(
-            dataset_dir, manifest, packing=config.packing, cache_dir=work_dir / "rows"
+            inputs.dataset_dir, packed, packing=config.packing, cache_dir=work_dir / "rows"
         )
-    num_steps = num_total_steps(config, len(rows))
-    rows_a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    deepspeed = None
-    if divides_optimizer:
-        deepspeed = zero2.zero2_config(config, num_ranks=collectives.num_ranks(), dtype=dtype)
-        if config.optim != zero2.OPTIMIZER:
-            logger.warning(
-                "train.optim: ZeRO-2 takes %s in the place of %s: its state is divided over %d "
-                "ranks",
-                zero2.OPTIMIZER,
-                config.optim,
-                collectives.num_ranks(),
-            )
-        config = config.model_copy(update={"optim": zero2.OPTIMIZER})
-    elif config.offload_optimizer:
-        logger.warning(
-            "train.offload_optimizer has no effect: only several GPUs divide and move it"
-        )
-    arguments = training_arguments(
-        config,
-        method=manifest.method,
-        learning_rate=rate,
-        num_steps=num_steps,
-        max_seq_length=manifest.max_seq_length,
-        evaluates=eval_rows is not None,
-        dtype=dtype,
-        device=device,
-        work_dir=work_dir,
-        cache_reference=num_steps * rows_a_step > len(rows),
-        num_ranks=collectives.num_ranks(),
-        deepspeed=deepspeed,
-    )
-    if arguments.n_gpu > 1:
-        # One rank that sees several GPUs: transformers would split its batches over them.
-        arguments._n_gpu = 1
-    model = nf4.load_base(
-        base_model_dir,
-        dtype=dtype,
-        device=collectives.device_name(device),
-        quantized=config.load_in_4bit,
-    )
-    fuses = can_fuse(config.kernels, device)
-    if fuses:
-        fuse_model(model)
-    with packs_are_trusted():
-        trainer: Any = (PreferenceTrainer if manifest.method == "dpo" else SupervisedTrainer)(
-            model=model,
-            args=arguments,
-            train_dataset=rows,
-            eval_dataset=eval_rows,
-            processing_class=tokenizer,
-            peft_config=lora_config(config.lora),
-        )
-    trainer.remove_callback(PrinterCallback)
-    state = trainer.run_state
-    state.plan, state.num_out_of_memory = plan, num_out_of_memory
-    state.divides_optimizer = divides_optimizer
-    trainer.max_skipped_in_a_row = config.max_skipped_in_a_row
-    progress = ProgressCallback(state, shows=collectives.is_first())
-    trainer.add_callback(progress)
-    progress_path = store.directory / PROGRESS_FILE
-    trainer.add_callback(TelemetryCallback(state, progress_path, device))
-    trainer.add_callback(BestAdapterCallback(trainer, config.early_stopping_patience))
-    keep_adapter_in_fp32(trainer.model)
-    keep_hidden_states_in(trainer.model, dtype)
-    if config.lora.init_lora_weights == "loftq":
-        start_from_the_rest(trainer.model, base_model_dir)
-    # Every rank has read the frozen base from the same files: DDP need not send it.
-    trainer.model._ddp_params_and_buffers_to_ignore = [
-        name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad
-    ]
-    kernels = "off"
-    if fuses:
-        kernels = fuse_trainer(trainer, mode=config.kernels, kept_gib=plan.kept_gib)
-    if config.embedding_learning_rate is not None:
-        # A flat optimizer has one rate; the trainer makes one with two.
-        trainer.optimizer = trainer.own_grad_norm = None
-        trainer.embedding_rate = config.embedding_learning_rate
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trainer = _build_trainer(config, setup, inputs, rows, eval_rows, work_dir)
+    trainer.run_state.num_out_of_memory = num_out_of_memory
+    kernels = _prepare_model(trainer, config, setup, inputs.base_model_dir)
     logger.info(
         "%s: %d steps, %d trainable parameters, %s on %s",
-        manifest.method,
-        arguments.max_steps,
-        trainable,
-        dtype,
-        device,
+        inputs.manifest.method,
+        trainer.args.max_steps,
+        _num_trainable(trainer),
+        setup.dtype,
+        setup.device,
     )
+    progress_path = store.directory / PROGRESS_FILE
+    progress = _add_callbacks(trainer, config, setup, progress_path)
     with contextlib.closing(progress), stop_on_sigterm() as stop:
         trainer.keep_checkpoints(store, minutes=config.checkpoint_minutes, stop=stop)
         checkpoint = collectives.from_first(store.latest)
@@ -179,53 +103,178 @@ def train(
             train_through(
                 trainer,
                 checkpoint,
-                dataset_dir=dataset_dir,
-                manifest=manifest,
+                dataset_dir=inputs.dataset_dir,
+                manifest=packed,
                 packing=config.packing,
                 carried=carried,
             )
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(str(error).splitlines()[0]) from None
-        if trainer.stops and not trainer.is_done:
-            raise StoppedError(
-                f"stopped by SIGTERM after step {trainer.state.global_step} of "
-                f"{trainer.state.max_steps}: run the step again with the checkpoints in "
-                f"{store.directory}, and it continues there"
-            )
+        _check_it_is_done(trainer, store)
     trainer.restore_best()
     if collectives.is_first():
-        save_adapter(trainer.model, directory, origin)
+        save_adapter(trainer.model, directory, inputs.origin)
         keep_progress_file(progress_path, directory)
-        samples = ask_before_and_after(
-            trainer.model,
-            tokenizer,
-            prompts_of(config.sample_prompts, tokenizer, dataset_dir, manifest),
-            num_tokens=config.sample_tokens,
-            dtype=dtype,
-            end_of_turn=manifest.end_of_turn,
+        _write_samples(trainer, config, setup, inputs, store)
+    return _summary(trainer, config, setup, inputs, kernels)
+
+
+def _build_trainer(
+    config: TrainConfig,
+    setup: Setup,
+    inputs: Inputs,
+    rows: Dataset,
+    eval_rows: Dataset | None,
+    work_dir: Path,
+) -> Any:
+    """Load the base model and build the method's trainer around it, with a new adapter."""
+    method = inputs.manifest.method
+    num_steps = num_total_steps(config, len(rows), setup.plan.global_batch_size)
+    arguments = training_arguments(
+        config,
+        setup,
+        method=method,
+        num_steps=num_steps,
+        evaluates=eval_rows is not None,
+        work_dir=work_dir,
+        cache_reference=num_steps * setup.plan.global_batch_size > len(rows),
+        deepspeed=_deepspeed_config(config, setup),
+    )
+    if arguments.n_gpu > 1:
+        # One rank that sees several GPUs: transformers would split its batches over them.
+        arguments._n_gpu = 1
+    model: PreTrainedModel = nf4.load_base(
+        inputs.base_model_dir,
+        dtype=setup.dtype,
+        device=collectives.device_name(setup.device),
+        quantized=config.load_in_4bit,
+    )
+    if setup.fused:
+        fuse_model(model)
+    # Any, as TRL's trainers and their mix-ins are typed more narrowly than they are used.
+    trainer_class: Any = PreferenceTrainer if method == "dpo" else SupervisedTrainer
+    with packs_are_trusted():
+        trainer = trainer_class(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            processing_class=inputs.tokenizer,
+            peft_config=lora_config(config.lora),
         )
-        write_samples(samples, store.directory)
+    trainer.run_state.plan = setup.plan
+    trainer.run_state.divides_optimizer = setup.divides_optimizer
+    trainer.max_skipped_in_a_row = config.max_skipped_in_a_row
+    return trainer
+
+
+def _deepspeed_config(config: TrainConfig, setup: Setup) -> dict[str, Any] | None:
+    """Return the configuration of ZeRO-2 if it runs; warn about settings that it changes."""
+    if not setup.divides_optimizer:
+        if config.offload_optimizer:
+            logger.warning(
+                "train.offload_optimizer has no effect: only a run on several GPUs can move the "
+                "optimizer state to host memory"
+            )
+        return None
+    if config.optim != setup.optimizer:
+        logger.warning(
+            "train.optim is %s but ZeRO-2 uses %s, whose state it divides over %d ranks",
+            config.optim,
+            setup.optimizer,
+            setup.num_ranks,
+        )
+    return zero2.zero2_config(
+        config,
+        micro_batch_size=setup.plan.micro_batch_size,
+        accumulation_steps=setup.accumulation_steps,
+        num_ranks=setup.num_ranks,
+        dtype=setup.dtype,
+    )
+
+
+def _prepare_model(trainer: Any, config: TrainConfig, setup: Setup, base_model_dir: Path) -> str:
+    """Prepare the trainer's adapted model and its optimizer; return what was fused."""
+    keep_adapter_in_fp32(trainer.model)
+    keep_hidden_states_in(trainer.model, setup.dtype)
+    if config.lora.init_lora_weights == "loftq":
+        start_from_the_rest(trainer.model, base_model_dir)
+    # Every rank has read the frozen base from the same files, so DDP need not send it.
+    trainer.model._ddp_params_and_buffers_to_ignore = [
+        name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad
+    ]
+    kernels = "off"
+    if setup.fused:
+        kernels = fuse_trainer(trainer, mode=config.kernels, kept_gib=setup.plan.kept_gib)
+    if config.embedding_learning_rate is not None:
+        # The flat optimizer has one learning rate; the trainer creates an optimizer with two.
+        trainer.optimizer = trainer.own_grad_norm = None
+        trainer.embedding_rate = config.embedding_learning_rate
+    return kernels
+
+
+def _add_callbacks(
+    trainer: Any, config: TrainConfig, setup: Setup, progress_path: Path
+) -> ProgressCallback:
+    """Add the callbacks in the order that they need, and return the one that must be closed."""
+    trainer.remove_callback(PrinterCallback)
+    progress = ProgressCallback(trainer.run_state, shows=collectives.is_first())
+    trainer.add_callback(progress)
+    trainer.add_callback(TelemetryCallback(trainer.run_state, progress_path, setup.device))
+    trainer.add_callback(BestAdapterCallback(trainer, config.early_stopping_patience))
+    return progress
+
+
+def _check_it_is_done(trainer: GuardedTrainer, store: CheckpointStore) -> None:
+    """Raise StoppedError if the trainer was stopped before its last step or evaluation."""
+    if trainer.stops and not trainer.is_done:
+        raise StoppedError(
+            f"stopped by SIGTERM after step {trainer.state.global_step} of "
+            f"{trainer.state.max_steps}: run the step again with the checkpoints in "
+            f"{store.directory}, and it continues there"
+        )
+
+
+def _write_samples(
+    trainer: Any, config: TrainConfig, setup: Setup, inputs: Inputs, store: CheckpointStore
+) -> None:
+    samples = ask_before_and_after(
+        trainer.model,
+        inputs.tokenizer,
+        prompts_of(config.sample_prompts, inputs.tokenizer, inputs.dataset_dir, inputs.manifest),
+        num_tokens=config.sample_tokens,
+        dtype=setup.dtype,
+        end_of_turn=inputs.manifest.end_of_turn,
+    )
+    write_samples(samples, store.directory)
+
+
+def _summary(
+    trainer: Any, config: TrainConfig, setup: Setup, inputs: Inputs, kernels: str
+) -> TrainingSummary:
+    """Summarise the run, all of its attempts and ranks included."""
+    state = trainer.run_state
     history = state.history
     losses = [point.loss for point in history if point.loss is not None]
     eval_losses = [point.eval_loss for point in history if point.eval_loss is not None]
     return TrainingSummary(
-        method=manifest.method,
+        method=inputs.manifest.method,
         num_steps=trainer.state.global_step,
         num_tokens=state.num_tokens,
         final_loss=losses[-1],
         first_eval_loss=eval_losses[0] if eval_losses else None,
         final_eval_loss=state.best_eval_loss,
-        num_trainable_parameters=trainable,
-        num_parameters=origin.num_parameters,
+        num_trainable_parameters=_num_trainable(trainer),
+        num_parameters=inputs.origin.num_parameters,
         base_quantization="nf4" if config.load_in_4bit else "none",
-        compute_dtype=str(dtype).removeprefix("torch."),
+        compute_dtype=str(setup.dtype).removeprefix("torch."),
         kernels=kernels,
-        device=device,
-        num_ranks=collectives.num_ranks(),
+        device=setup.device,
+        num_ranks=setup.num_ranks,
         tokens_per_second=state.num_tokens / max(state.step_seconds, 1e-9),
-        peak_memory_bytes=collectives.highest(peak_memory_bytes(device)),
+        peak_memory_bytes=collectives.highest(peak_memory_bytes(setup.device)),
         history=history,
-        learning_rate=rate,
+        learning_rate=setup.learning_rate,
         best_step=state.best_step,
         stopped_early=state.stopped_early,
         eval_gap=eval_gap(history),
@@ -234,6 +283,10 @@ def train(
         num_skipped_steps=state.num_skipped_steps,
         num_rollbacks=state.num_rollbacks,
         num_resumptions=state.num_resumptions,
-        base_sha256=origin.sha256,
-        dataset_sha256=manifest.sha256,
+        base_sha256=inputs.origin.sha256,
+        dataset_sha256=inputs.manifest.sha256,
     )
+
+
+def _num_trainable(trainer: Any) -> int:
+    return sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)

@@ -1,140 +1,220 @@
-"""The recipe's part for training an adapter."""
+"""The part of a recipe that describes training."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from tuneline.strict_model import StrictModel
 
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+BATCH_KEYS = ("global_batch_size", "micro_batch_size")
+UPSTREAM_BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""transformers' names for the batch size, which count per rank."""
+
 
 class LoraConfig(StrictModel):
-    """The adapter. Terms and defaults as in peft.LoraConfig."""
+    """The LoRA adapter. Names and defaults are those of peft.LoraConfig."""
 
-    r: int = Field(16, ge=1, le=1024)
-    """Rank."""
-    lora_alpha: int = Field(16, ge=1)
-    """The update is scaled by lora_alpha / r."""
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    r: int = Field(default=16, ge=1, le=1024)
+    """Rank of the adapter: the inner dimension of its two matrices per layer. Its size, and the
+    memory of its optimizer state, grow in proportion."""
+    lora_alpha: int = Field(default=16, ge=1)
+    """Scale of the adapter: its product is multiplied by lora_alpha / r."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability with which an input of the adapter is zeroed in training. 0 turns dropout off."""
     use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r) instead."""
+    """Multiply by lora_alpha / sqrt(r) instead, which keeps the scale steady at high ranks."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = ATTENTION_AND_MLP
-    """Names of the linear layers to adapt."""
+    """Linear layers that get an adapter: whole module names, or their last parts. all-linear: every
+    linear layer but the output layer. Default: attention and MLP of a Llama-like model."""
     modules_to_save: tuple[str, ...] = ()
-    """Names of modules that are trained in full beside the adapter, such as embed_tokens and
-    lm_head: 16 bytes of memory a parameter with AdamW. Not where those two are one matrix."""
+    """Modules that are trained in full beside the adapter, such as embed_tokens and lm_head. They
+    take 16 bytes of memory per parameter with AdamW. Not possible for input and output embeddings
+    that are one matrix. Default: none."""
     init_lora_weights: Literal["default", "loftq"] = "default"
-    """default: the adapter adds nothing at first; loftq: it starts from what 4 bits lose of each
-    weight. Not for method dpo, whose reference is the base without the adapter."""
+    """Initial weights. default: the adapter changes nothing at first. loftq: the adapter starts as
+    an approximation of the error that 4-bit quantisation makes in each weight; not for method dpo,
+    whose reference is the base model without the adapter."""
 
 
 class DpoConfig(StrictModel):
-    """Used when the data set was prepared with method dpo."""
+    """Direct preference optimisation. Used only if the dataset was prepared with method dpo."""
 
-    beta: float = Field(0.1, gt=0)
-    """Strength of the pull towards the reference model."""
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull towards the reference model: a higher beta stays closer to it."""
     loss_type: str = "sigmoid"
-    """As in trl.DPOConfig: sigmoid, hinge, ipo, robust, apo_zero and others."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Share of the preferences that are thought to be the wrong way round; exo_pair needs some."""
+    """Loss, as in trl.DPOConfig: sigmoid, hinge, ipo, robust, apo_zero and others."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Assumed fraction of preferences whose chosen and rejected answers are swapped. loss_type
+    exo_pair needs a value above 0."""
     cache_reference: bool | None = None
-    """Score every pair by the base model once, before the first step, and not in each step; null:
-    where the run comes by its rows more than once."""
+    """Compute the reference model's log-probabilities of every pair once, before the first step,
+    instead of in each step. null: do so if the run sees its examples more than once."""
 
     @model_validator(mode="after")
     def _loss_and_smoothing_agree(self) -> Self:
         if self.loss_type == "exo_pair" and not self.label_smoothing:
             raise ValueError(
-                "dpo.loss_type exo_pair needs a label_smoothing above 0: its paper takes 0.001"
+                "dpo.loss_type exo_pair needs a label_smoothing above 0: its paper uses 0.001"
             )
         return self
 
 
 class TrainConfig(StrictModel):
-    """How the adapter is trained. The method is the data set's."""
+    """How the adapter is trained. The method (sft, cpt or dpo) is the prepared dataset's."""
 
     lora: LoraConfig = LoraConfig()
+    """The adapter: its size, and the layers that it is attached to."""
     dpo: DpoConfig = DpoConfig()
+    """Settings of method dpo."""
     load_in_4bit: bool = True
-    """Keep the frozen base in NF4 with double quantisation."""
+    """Hold the frozen base model in NF4 with double quantisation (QLoRA). false: hold it in the
+    compute type, which takes about four times the memory."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = 2e-4
-    """auto: by method and number of rows, see `train.rates`."""
-    embedding_learning_rate: float | None = Field(None, gt=0)
-    """The highest rate of lora.modules_to_save; null: learning_rate. Continued pre-training on new
-    words takes less for them than for the adapter, a half to a tenth."""
+    """Highest learning rate of the schedule. auto: by method and number of rows: 5e-7 for dpo, 2e-5
+    for cpt, and for sft 7e-5 below 1,000 rows, 2e-4 below 100,000, else 1e-4."""
+    embedding_learning_rate: float | None = Field(default=None, gt=0)
+    """Highest learning rate of lora.modules_to_save. null: learning_rate. Continued pre-training on
+    new vocabulary usually takes a half to a tenth of the adapter's rate."""
     lr_scheduler_type: str = "cosine"
-    """As in transformers.TrainingArguments."""
-    warmup_steps: int = Field(5, ge=0)
-    warmup_ratio: float | None = Field(None, ge=0, le=1)
-    """Share of all steps; given, it takes the place of warmup_steps."""
-    num_train_epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, ge=1)
-    """Given, it takes the place of num_train_epochs."""
-    per_device_train_batch_size: int = Field(2, ge=1)
-    """Rows, or packs of rows, a forward."""
-    gradient_accumulation_steps: int = Field(4, ge=1)
-    """Forwards a step, of all ranks together: a step has the same rows on any number of them."""
+    """Learning-rate schedule after warm-up, as in transformers.TrainingArguments: cosine, linear,
+    constant_with_warmup and others."""
+    warmup_steps: int = Field(default=5, ge=0)
+    """Optimizer steps in which the learning rate rises linearly from 0."""
+    warmup_ratio: float | None = Field(default=None, ge=0, le=1)
+    """Fraction of all optimizer steps used for warm-up. If set, it replaces warmup_steps."""
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training data; may be a fraction."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps of the run. If set, it replaces num_train_epochs."""
+    global_batch_size: int = Field(default=8, ge=1)
+    """Examples per optimizer step, over all ranks together. With packing an example is a pack. A
+    run learns from the same examples per step on any number of ranks, which has to divide this."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 2
+    """Highest number of examples per forward and backward pass on one rank. It decides memory and
+    speed, not what is learned. A rank's part of the global batch is cut into equal micro-batches:
+    6 examples with a micro_batch_size of 4 are two passes of 3. auto: the whole part, or the
+    largest divisor of it whose estimated memory fits; 1 if no estimate can be made. With fused
+    kernels a smaller micro-batch may be faster, as it leaves memory to keep activations in."""
+    per_device_train_batch_size: int | None = Field(
+        default=None, ge=1, json_schema_extra={"deprecated": True}
+    )
+    """Deprecated: set micro_batch_size. transformers' name, with its meaning: examples per
+    micro-batch on each rank. global_batch_size is then per_device_train_batch_size x
+    gradient_accumulation_steps x ranks, and depends on the number of ranks. null: 2 if
+    gradient_accumulation_steps is set. Not together with the new names."""
+    gradient_accumulation_steps: int | None = Field(
+        default=None, ge=1, json_schema_extra={"deprecated": True}
+    )
+    """Deprecated: set global_batch_size. transformers' name, with its meaning: micro-batches per
+    optimizer step on each rank. null: 4 if per_device_train_batch_size is set. Not together with
+    the new names."""
     num_ranks: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Processes that share the rows of every step, each with a GPU of its own; auto: as many as the
-    step is given GPUs, and one on a CPU."""
+    """Training processes, each with a device of its own, that divide every global batch. auto: one
+    per GPU that the step is given, and one on a CPU."""
     offload_optimizer: bool = False
-    """Keep the optimizer's state in the host's memory; only several GPUs can."""
+    """Hold the optimizer state in host memory. Has an effect only with two or more GPUs."""
     packing: bool = True
-    """Lay short rows end to end up to max_seq_length; they do not attend across each other."""
+    """Lay short examples end to end in packs of max_seq_length tokens. Examples of a pack do not
+    attend to each other. No effect on method dpo."""
     optim: str = "adamw_8bit"
-    """As in transformers.TrainingArguments."""
-    weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: float = Field(0.3, gt=0)
+    """Optimizer, as in transformers.TrainingArguments: adamw_8bit, adamw_torch, adafactor and
+    others. Several GPUs replace any AdamW by adamw_torch, whose state ZeRO-2 divides over them."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay of the optimizer."""
+    max_grad_norm: float = Field(default=0.3, gt=0)
+    """Gradients are scaled down to this L2 norm if theirs is higher."""
     gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, a quarter more time."""
+    """Recompute activations in the backward pass instead of keeping them: less memory, about a
+    quarter more time. Fused kernels choose for themselves what to keep."""
     kernels: Literal["auto", "off", "fp8"] = "auto"
-    """auto: our fused layers where the GPU can run them, which then choose what to recompute; fp8:
-    their products in 8 bits too, a third faster and some 4 % off each (Hopper)."""
+    """Fused layers. auto: use them if the GPU can (Ampere or newer). off: never use them. fp8: also
+    compute their matrix products in 8 bits, a third faster with an error of about 4 % per product
+    (Hopper or newer)."""
     fit: Literal["auto", "refuse", "off"] = "auto"
-    """When memory is estimated to be short: auto takes fewer rows a forward and more forwards a
-    step, then gradient_checkpointing, then what fit_min_length allows; refuse names the change and
-    ends; off starts all the same. When it runs out, auto and refuse do so from the last checkpoint.
-    """
-    fit_min_length: int | None = Field(None, ge=8)
-    """Packs may get as short as this, if no row is cut by it; null: they keep max_seq_length."""
-    memory_gib: float | None = Field(None, gt=0)
-    """Memory of a device that the run may take; null: what is free."""
+    """What happens when memory is estimated to be too small. auto: use smaller micro-batches, then
+    gradient_checkpointing, then the shorter packs that fit_min_length allows. refuse: end with an
+    error that names these changes. off: start anyway. If memory runs out during training, auto
+    and refuse continue with such changes from the last checkpoint, and off ends the run."""
+    fit_min_length: int | None = Field(default=None, ge=8)
+    """Shortest packs, in tokens, that `fit` may use. Packs never become shorter than the longest
+    row. null: packs keep max_seq_length."""
+    memory_gib: float | None = Field(default=None, gt=0)
+    """Memory per device that the run may take, in GiB. null: all memory that is free."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute type; auto: bfloat16 where the device is fast at it, else float32."""
-    logging_steps: int = Field(1, ge=1)
-    eval_steps: int | None = Field(None, ge=1)
-    """Measure the evaluation loss so often; default: five times over the run."""
-    early_stopping_patience: int | None = Field(3, ge=1)
-    """End the run after so many evaluations in a row without a lower loss; null: never. The adapter
-    with the lowest evaluation loss is kept in any case."""
-    max_skipped_in_a_row: int = Field(3, ge=1)
-    """A step whose loss or gradient is not finite is skipped; after so many in a row the run goes
-    back to a checkpoint, with a lower rate."""
+    """Compute type. auto: bfloat16 if the device has instructions for it, else float32."""
+    logging_steps: int = Field(default=1, ge=1)
+    """Optimizer steps between two logged values of the loss."""
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps between two evaluations. null: five evaluations over the run."""
+    early_stopping_patience: int | None = Field(default=3, ge=1)
+    """Evaluations in a row without a lower evaluation loss after which the run ends. null: the run
+    never ends early. The adapter with the lowest evaluation loss is kept in any case."""
+    max_skipped_in_a_row: int = Field(default=3, ge=1)
+    """A step whose loss or gradient is not finite is skipped. After this number of skipped steps in
+    a row, the run returns to the last checkpoint with a lower learning rate, at most twice."""
     sample_prompts: tuple[str, ...] | None = None
-    """What the base and the tuned model are asked at the end; null: the first evaluation rows."""
-    sample_tokens: int = Field(64, ge=0)
-    """Length of those answers; 0: none are asked for."""
+    """Prompts that the base and the tuned model answer at the end, for the report. null: those of
+    the first evaluation rows."""
+    sample_tokens: int = Field(default=64, ge=0)
+    """Highest number of tokens per sample answer. 0: no sample answers."""
     track: tuple[Literal["mlflow", "wandb", "tensorboard"], ...] = ()
-    """Report to these; where they are, their own environment variables say."""
-    price_per_hour: float | None = Field(None, ge=0)
-    """Of one device, GPU or machine, in your currency: the summary then has the run's cost."""
-    checkpoint_minutes: float = Field(10.0, ge=0)
-    """Time between checkpoints; 0: after every step. SIGTERM writes one in any case."""
+    """Experiment trackers to report to. Each is configured by environment variables of its own."""
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """Price of one GPU (or of the machine, without GPUs) per hour, in any currency. If set, the
+    training summary contains the cost of the run."""
+    checkpoint_minutes: float = Field(default=10.0, ge=0)
+    """Minutes between two checkpoints. 0: write one after every step. SIGTERM always writes one."""
     seed: int = 3407
+    """Seed of the adapter's initial weights, the order of examples, and dropout."""
+
+    @property
+    def uses_upstream_batch_keys(self) -> bool:
+        """Whether the batch size is given by transformers' names, per rank."""
+        return any(getattr(self, key) is not None for key in UPSTREAM_BATCH_KEYS)
 
     @model_validator(mode="after")
-    def _lora_can_be_made(self) -> Self:
+    def _settings_agree(self) -> Self:
         if not self.lora.target_modules:
             raise ValueError("lora.target_modules is empty: name at least one, or 'all-linear'")
         if self.lora.init_lora_weights == "loftq" and not self.load_in_4bit:
             raise ValueError(
-                "lora.init_lora_weights loftq makes up for what 4 bits lose, and load_in_4bit is "
-                "false: take default, or load in 4 bits"
+                "lora.init_lora_weights loftq corrects the error of 4-bit weights, but "
+                "load_in_4bit is false: set init_lora_weights to default, or load_in_4bit to true"
             )
         if self.embedding_learning_rate is not None and not self.lora.modules_to_save:
             raise ValueError(
-                "embedding_learning_rate is of lora.modules_to_save, which names no module: add "
-                "embed_tokens and lm_head there, or leave the rate out"
+                "embedding_learning_rate is the rate of lora.modules_to_save, which is empty: add "
+                "embed_tokens and lm_head there, or remove embedding_learning_rate"
             )
         return self
+
+    @model_validator(mode="after")
+    def _batch_size_is_given_once(self) -> Self:
+        new = [key for key in BATCH_KEYS if key in self.model_fields_set]
+        upstream = [key for key in UPSTREAM_BATCH_KEYS if getattr(self, key) is not None]
+        if new and upstream:
+            raise ValueError(
+                f"{' and '.join(new)} and transformers' {' and '.join(upstream)} both set the "
+                f"batch size: remove {' and '.join(upstream)}"
+            )
+        if self.micro_batch_size == "auto" and self.fit == "off":
+            raise ValueError(
+                "micro_batch_size auto uses the estimate that fit: off ignores: set "
+                "micro_batch_size to a number, or fit to auto or refuse"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_the_batch_keys_in_use(
+        self, serialize: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        """Leave out the batch keys that mean nothing, so that a saved config can be read again."""
+        unused = BATCH_KEYS if self.uses_upstream_batch_keys else UPSTREAM_BATCH_KEYS
+        return {key: value for key, value in serialize(self).items() if key not in unused}

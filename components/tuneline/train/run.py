@@ -1,4 +1,4 @@
-"""From a base model and token rows to an adapter."""
+"""Train an adapter: from a base model and a dataset of tokens to an adapter and its curves."""
 
 import contextlib
 import json
@@ -7,7 +7,9 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import datasets
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tuneline.artifacts import (
     CHAT_TEMPLATE_FILE,
@@ -19,14 +21,36 @@ from tuneline.artifacts import (
 )
 from tuneline.errors import ModelError
 from tuneline.models.tokenizer_files import copy_tokenizer, set_chat_template
+from tuneline.train.batch_size import batch_size
 from tuneline.train.checkpoints import ROOT_VARIABLE, CheckpointStore
-from tuneline.train.config import TrainConfig
-from tuneline.train.memory.plan import Plan
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from tuneline.train.config import BATCH_KEYS, UPSTREAM_BATCH_KEYS, TrainConfig
+from tuneline.train.memory.plan import recipe_plan
+from tuneline.train.model.adapter import check_targets
+from tuneline.train.model.fuse import can_fuse
+from tuneline.train.model.precision import choose_device, choose_dtype
+from tuneline.train.observe.page import render
+from tuneline.train.observe.samples import read_samples
+from tuneline.train.ranks import zero2
+from tuneline.train.ranks.launch import choose_num_ranks
+from tuneline.train.setup import Inputs, Setup, optimizer_name
+from tuneline.train.trainer.arguments import check_names
+from tuneline.train.trainer.rates import auto_learning_rate
+from tuneline.train.trainer.trackers import trackers
+from tuneline.train.within_memory import made_to_fit, train_within_memory
 
 logger = logging.getLogger(__name__)
+
+NOT_IN_IDENTITY = {
+    *("checkpoint_minutes", "fit", "fit_min_length", "memory_gib"),
+    # A step has the same examples on any number of ranks.
+    *("num_ranks", "offload_optimizer"),
+    *("track", "price_per_hour", "sample_prompts", "sample_tokens"),
+    # The global batch is in the identity by its value, whatever names the config uses; the
+    # micro-batch does not decide what is learned.
+    *BATCH_KEYS,
+    *UPSTREAM_BATCH_KEYS,
+}
+"""Settings that a run may change between two attempts and still resume from its checkpoints."""
 
 
 def run(
@@ -37,118 +61,135 @@ def run(
     adapter_dir: str | Path,
     curves_path: str | Path,
 ) -> TrainingSummary:
-    """Train a LoRA adapter on a frozen base; the method is the data set's.
+    """Train a LoRA adapter on a frozen base model, with the method of the dataset.
 
-    A run that was stopped or killed is continued: see `checkpoints` for where it is kept, and
-    what is one and the same run.
+    A run that was stopped or killed resumes from its last checkpoint. `checkpoints` explains where
+    checkpoints are kept, and which runs may use them.
 
     Args:
-        config: the recipe's part.
-        base_model_dir: what fetch made.
-        dataset_dir: what prepare made.
-        adapter_dir: new; gets the adapter, the tokenizer and training.json.
-        curves_path: an HTML page with the curves, and answers before and after.
+        config: The recipe's part for training.
+        base_model_dir: The base model, as fetch leaves it.
+        dataset_dir: The dataset, as prepare leaves it.
+        adapter_dir: A new directory for the adapter, the tokenizer and training.json.
+        curves_path: An HTML page to write, with curves, and answers before and after.
+
+    Returns:
+        The summary that training.json contains.
 
     Raises:
         ModelError: a target module or the tokenizer is missing.
         DataError: there is no row to train on.
-        RecipeError: a name in the config is unknown to the libraries, or the run cannot fit the
-            memory that is free, or its steps cannot be shared by the ranks.
+        RecipeError: the libraries do not know a name in the config, or the run cannot fit the free
+            memory, or the ranks cannot divide its global batch.
         TrainingError: losses or gradients are not finite, and no lower rate helped; or memory ran
-            out with the smallest batch; or one of several ranks died.
-        StoppedError: SIGTERM came; the checkpoint is written.
+            out with the smallest micro-batch; or one of several ranks died.
+        StoppedError: SIGTERM was received; the checkpoint is written.
         StorageError: checkpoints cannot be written, or another process is writing them.
-        OutputExistsError: `adapter_dir` has something in it.
+        OutputExistsError: `adapter_dir` is not empty.
     """
     began = time.monotonic()
     origin = ModelOrigin.read(base_model_dir)
     manifest = DatasetManifest.read(dataset_dir)
     with new_directory(adapter_dir) as directory:
-        from tuneline.train.model.adapter import check_targets
-        from tuneline.train.model.precision import choose_device
-        from tuneline.train.ranks.launch import choose_num_ranks
-        from tuneline.train.trainer.arguments import check_names
-        from tuneline.train.trainer.trackers import trackers
-
-        device = choose_device()
-        num_ranks = choose_num_ranks(config, device)
-        check_names(config, manifest.method, device)
-        trackers(config)
-        tokenizer = _load_tokenizer(base_model_dir, dataset_dir)
+        check_names(config, manifest.method, choose_device())
+        inputs = Inputs(
+            base_model_dir=Path(base_model_dir),
+            dataset_dir=Path(dataset_dir),
+            origin=origin,
+            manifest=manifest,
+            tokenizer=_load_tokenizer(base_model_dir, dataset_dir),
+        )
         check_targets(config.lora, base_model_dir)
-        from tuneline.train.within_memory import plan_within_memory, train_within_memory
-
-        copy_tokenizer(Path(base_model_dir), directory)
-        template = Path(dataset_dir, CHAT_TEMPLATE_FILE)
-        if template.is_file():
-            set_chat_template(directory, template.read_text(encoding="utf-8"))
-        plan, estimated = plan_within_memory(config, manifest, base_model_dir, device, num_ranks)
+        setup = decide(config, inputs)
+        _copy_tokenizer(inputs, directory)
         root = os.environ.get(ROOT_VARIABLE) or Path(adapter_dir).parent / ".checkpoints"
         with (
-            CheckpointStore.opened(root, _identity(config, origin, manifest, plan)) as store,
+            CheckpointStore.opened(root, _identity(config, setup, inputs)) as store,
             _no_progress_bars(),
         ):
-            summary = train_within_memory(
-                config,
-                plan,
-                origin=origin,
-                manifest=manifest,
-                tokenizer=tokenizer,
-                base_model_dir=Path(base_model_dir),
-                dataset_dir=Path(dataset_dir),
-                directory=directory,
-                device=device,
-                store=store,
-                num_ranks=num_ranks,
-            )
+            summary = train_within_memory(config, setup, inputs, directory=directory, store=store)
         seconds = time.monotonic() - began
-        summary = summary.model_copy(update={"seconds": seconds, "estimated_peak_bytes": estimated})
+        summary = summary.model_copy(
+            update={"seconds": seconds, "estimated_peak_bytes": setup.estimated_bytes}
+        )
         _write_page(summary, directory, store.directory, Path(curves_path))
         summary.write(directory, config, parents=(origin, manifest))
     store.remove()
     return summary
 
 
-def _identity(
-    config: TrainConfig, origin: ModelOrigin, manifest: DatasetManifest, plan: Plan
-) -> dict[str, object]:
+def decide(config: TrainConfig, inputs: Inputs) -> Setup:
+    """Decide everything that depends on the config, the data and this machine, once.
+
+    Raises:
+        RecipeError: the run is not possible on this machine as the config describes it.
+    """
+    manifest = inputs.manifest
+    device = choose_device()
+    num_ranks = choose_num_ranks(config, device)
+    divides_optimizer = zero2.is_wanted(config, device, num_ranks)
+    rate = config.learning_rate
+    if rate == "auto":
+        rate = auto_learning_rate(manifest.method, manifest.num_train_rows)
+        logger.info(
+            "learning rate %g, for %s on %d rows", rate, manifest.method, manifest.num_train_rows
+        )
+    size = batch_size(config, num_ranks)
+    if size.deprecation:
+        logger.warning("%s", size.deprecation)
+    asked = recipe_plan(config, size, manifest.max_seq_length)
+    setup = Setup(
+        device=device,
+        num_ranks=num_ranks,
+        dtype=choose_dtype(config, device),
+        learning_rate=rate,
+        fused=can_fuse(config.kernels, device),
+        divides_optimizer=divides_optimizer,
+        optimizer=optimizer_name(config, divides_optimizer),
+        trackers=tuple(trackers(config)),
+        asked=asked,
+        plan=asked,
+    )
+    return made_to_fit(setup, config, inputs, is_auto=size.is_auto)
+
+
+def _identity(config: TrainConfig, setup: Setup, inputs: Inputs) -> dict[str, object]:
     """Return everything that decides the adapter."""
-    without = {"checkpoint_minutes", "fit", "fit_min_length", "memory_gib"}
-    # A step has the same rows on any number of ranks.
-    without |= {"track", "price_per_hour", "num_ranks", "offload_optimizer"}
-    without |= {"sample_prompts", "sample_tokens"}
+    settings = config.model_dump(mode="json", exclude=NOT_IN_IDENTITY)
+    settings["global_batch_size"] = setup.asked.global_batch_size
     return {
-        "base": origin.sha256,
-        "dataset": manifest.sha256,
-        "method": manifest.method,
-        "max_seq_length": plan.max_seq_length,
-        "train": config.model_dump(mode="json", exclude=without),
+        "base": inputs.origin.sha256,
+        "dataset": inputs.manifest.sha256,
+        "method": inputs.manifest.method,
+        "max_seq_length": setup.plan.max_seq_length,
+        "train": settings,
     }
 
 
-def _load_tokenizer(
-    base_model_dir: str | Path, dataset_dir: str | Path
-) -> "PreTrainedTokenizerBase":
-    """Load the base's tokenizer with the template that the data set was prepared with."""
-    from transformers import AutoTokenizer
-
+def _load_tokenizer(base_model_dir: str | Path, dataset_dir: str | Path) -> PreTrainedTokenizerBase:
+    """Load the base model's tokenizer with the chat template that the dataset was prepared with."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any(Path(base_model_dir, name).is_file() for name in names):
         raise ModelError(
             f"{base_model_dir} has no tokenizer (none of {', '.join(names)}): fetch the model "
-            "from a source that carries one"
+            "from a source that has one"
         )
-    tokenizer = AutoTokenizer.from_pretrained(str(base_model_dir))
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(base_model_dir))
     template = Path(dataset_dir, CHAT_TEMPLATE_FILE)
     if template.is_file():
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     return tokenizer
 
 
-def _write_page(summary: TrainingSummary, directory: Path, store_dir: Path, path: Path) -> None:
-    from tuneline.train.observe.page import render
-    from tuneline.train.observe.samples import read_samples
+def _copy_tokenizer(inputs: Inputs, directory: Path) -> None:
+    """Put the base model's tokenizer, with the dataset's chat template, beside the adapter."""
+    copy_tokenizer(inputs.base_model_dir, directory)
+    template = inputs.dataset_dir / CHAT_TEMPLATE_FILE
+    if template.is_file():
+        set_chat_template(directory, template.read_text(encoding="utf-8"))
 
+
+def _write_page(summary: TrainingSummary, directory: Path, store_dir: Path, path: Path) -> None:
     lines = (directory / PROGRESS_FILE).read_text(encoding="utf-8").splitlines()
     path.parent.mkdir(parents=True, exist_ok=True)
     page = render(summary, [json.loads(line) for line in lines], read_samples(store_dir))
@@ -157,9 +198,7 @@ def _write_page(summary: TrainingSummary, directory: Path, store_dir: Path, path
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Silence the bars of datasets: ours is the one that is shown."""
-    import datasets
-
+    """Hide the progress bars of datasets; the train step shows one of its own."""
     were_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -1,5 +1,6 @@
-"""Training in the memory there is: planned before, and planned again when it runs out."""
+"""Train within the memory that is available: planned before, and planned again if it runs out."""
 
+import dataclasses
 import gc
 import logging
 import tempfile
@@ -8,157 +9,180 @@ from typing import Any
 
 import torch
 
-from tuneline.artifacts import DatasetManifest, TrainingSummary
+from tuneline.artifacts import TrainingSummary
 from tuneline.errors import TrainingError
 from tuneline.train.attempt import train
 from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.config import TrainConfig
-from tuneline.train.memory.estimate import model_shape
+from tuneline.train.memory.available import available_memory, resident_bytes
 from tuneline.train.memory.plan import (
-    Plan,
-    available_memory,
-    first_plan,
     fitting_plan,
+    largest_that_fits,
+    min_pack_length,
     run_settings,
     smaller_plan,
 )
-from tuneline.train.model.fuse import can_fuse
-from tuneline.train.model.precision import choose_dtype
-from tuneline.train.ranks import zero2
+from tuneline.train.memory.shape import model_shape
 from tuneline.train.ranks.launch import run_on_ranks
 from tuneline.train.ranks.process import OutOfMemory, StartAgain
+from tuneline.train.setup import Inputs, Setup, optimizer_name
 from tuneline.train.trainer.resumable import saved_state
+from tuneline.train.trainer.state import RunState
 
 logger = logging.getLogger(__name__)
 
 
-def plan_within_memory(
-    config: TrainConfig,
-    manifest: DatasetManifest,
-    base_model_dir: str | Path,
-    device: str,
-    num_ranks: int = 1,
-) -> tuple[Plan, int | None]:
-    """Return settings that fit the memory, and the estimate in bytes, where one can be made.
+def made_to_fit(setup: Setup, config: TrainConfig, inputs: Inputs, *, is_auto: bool) -> Setup:
+    """Return the setup with a plan that fits the memory, and its estimate if one can be made.
+
+    Args:
+        setup: Its plan is the recipe's.
+        config: The recipe's part for training.
+        inputs: The base model and the dataset.
+        is_auto: Whether the recipe leaves the micro-batch to us.
 
     Raises:
         RecipeError: see `fitting_plan`.
     """
-    shape = model_shape(base_model_dir, config.lora)
-    fused = can_fuse(config.kernels, device)
+    shape = model_shape(inputs.base_model_dir, config.lora)
     if shape is None:
         logger.warning(
-            "no estimate of the memory that %s takes: it is built otherwise than the "
-            "models whose memory is known",
-            base_model_dir,
+            "no estimate of the memory that %s takes: its architecture is not one whose memory is "
+            "known",
+            inputs.base_model_dir,
         )
-        return first_plan(config, manifest, num_ranks, fused=fused), None
-    divides = zero2.is_wanted(config, device, num_ranks)
+        asked = setup.asked
+        if is_auto:
+            asked = asked.model_copy(update={"micro_batch_size": 1})
+        plan = asked.model_copy(update={"kept_gib": None if setup.fused else 0.0})
+        return dataclasses.replace(setup, asked=asked, plan=plan)
     settings = run_settings(
-        config.model_copy(update={"optim": zero2.OPTIMIZER}) if divides else config,
-        manifest,
-        itemsize=choose_dtype(config, device).itemsize,
-        device=device,
-        fused=fused,
-        num_sharing=num_ranks if divides else 1,
+        config,
+        inputs.manifest,
+        setup.asked,
+        itemsize=setup.dtype.itemsize,
+        optimizer=setup.optimizer,
+        device=setup.device,
+        fused=setup.fused,
+        num_sharing=setup.num_ranks if setup.divides_optimizer else 1,
     )
-    available = available_memory(config, device, num_ranks)
-    plan, estimate = fitting_plan(config, manifest, shape, settings, available, num_ranks)
-    # What is free is counted beside this process; its peak is counted with it.
-    return plan, estimate.total + (_resident_bytes() if device == "cpu" else 0)
-
-
-def _resident_bytes() -> int:
-    """Return what the process has before a model is loaded: mostly its libraries."""
-    import psutil
-
-    return psutil.Process().memory_info().rss
+    available = available_memory(config, setup.device, setup.num_ranks)
+    asked = setup.asked
+    if is_auto:
+        asked = largest_that_fits(asked, shape, settings, available)
+        logger.info("train.micro_batch_size auto is %d", asked.micro_batch_size)
+    plan, estimate = fitting_plan(
+        config,
+        asked,
+        shape,
+        settings,
+        available_bytes=available,
+        min_length=min_pack_length(config, inputs.manifest),
+    )
+    # The process' own memory is not part of what is free, but it is part of its peak.
+    own_bytes = resident_bytes() if setup.device == "cpu" else 0
+    return dataclasses.replace(
+        setup, asked=asked, plan=plan, estimated_bytes=estimate.total + own_bytes
+    )
 
 
 def train_within_memory(
     config: TrainConfig,
-    plan: Plan,
+    setup: Setup,
+    inputs: Inputs,
     *,
-    manifest: DatasetManifest,
     directory: Path,
     store: CheckpointStore,
-    device: str,
-    num_ranks: int = 1,
-    **rest: Any,
 ) -> TrainingSummary:
-    """Train, and where memory runs out take a smaller plan from the last checkpoint on.
+    """Train; if memory runs out, continue from the last checkpoint with a smaller plan.
 
     Args:
-        config: the recipe's part.
-        plan: what of it was made to fit.
-        manifest: of the data set.
-        directory: where temporary files may be put.
-        store: the run's checkpoints.
-        device: "cpu" or "cuda".
-        num_ranks: 1 trains in this process, more in as many others.
-        rest: what `attempt.train` takes besides.
+        config: The recipe's part for training.
+        setup: Decisions of the run. With one rank, training runs in this process.
+        inputs: The base model and the dataset.
+        directory: A directory for the adapter, in which temporary files may be put too.
+        store: The run's checkpoints.
 
     Raises:
-        TrainingError: no smaller plan is left, or `fit` is off.
+        TrainingError: memory ran out, and no smaller plan is left or `fit` is off.
     """
-    asked = first_plan(config, manifest, num_ranks)
-    asked = asked.model_copy(update={"kept_gib": plan.kept_gib})
     num_out_of_memory = 0
-    divides_optimizer = zero2.is_wanted(config, device, num_ranks)
     carried: dict[str, Any] = {}
     checkpoint = store.latest()
     if checkpoint is not None:
         state = saved_state(checkpoint)
         num_out_of_memory = state.num_out_of_memory
-        divides_optimizer = state.divides_optimizer
-        # What was too much before the interruption would be again.
-        plan = plan.at_most(state.plan).shared_by(num_ranks) if state.plan is not None else plan
+        setup = _resumed(setup, config, state)
     while True:
         try:
             with tempfile.TemporaryDirectory(dir=directory) as work:
-                arguments = {
-                    "config": config.model_copy(update=plan.train_values),
-                    "plan": plan,
-                    "num_out_of_memory": num_out_of_memory,
-                    "divides_optimizer": divides_optimizer,
-                    "carried": carried,
-                    "manifest": manifest.model_copy(update={"max_seq_length": plan.max_seq_length}),
+                arguments: dict[str, Any] = {
+                    "config": config,
+                    "setup": setup,
+                    "inputs": inputs,
                     "directory": directory,
                     "work_dir": Path(work),
                     "store": store,
-                    "device": device,
-                    **rest,
+                    "num_out_of_memory": num_out_of_memory,
+                    "carried": carried,
                 }
-                if num_ranks == 1 and not divides_optimizer:
+                summary: TrainingSummary
+                if setup.num_ranks == 1 and not setup.divides_optimizer:
                     summary = train(**arguments)
                 else:
                     summary = run_on_ranks(
-                        num_ranks,
+                        setup.num_ranks,
                         train,
                         arguments,
                         directory=Path(work, "ranks"),
-                        device=device,
+                        device=setup.device,
                     )
-            return summary.model_copy(update={"fitted": plan.changes_from(asked)})
+            return summary.model_copy(update={"fitted": setup.changes})
         except StartAgain as again:
             carried = again.carried
             continue
         except OutOfMemory as error:
-            smaller = smaller_plan(plan)
-            if config.fit == "off" or smaller is None:
-                raise TrainingError(
-                    f"memory ran out ({error}), with {plan.per_device_train_batch_size} rows a "
-                    f"forward and gradient_checkpointing {str(plan.gradient_checkpointing).lower()}"
-                    ": lower prepare.max_seq_length or lora.r, take a larger device"
-                    + (", or set train.fit: auto" if smaller is not None else "")
-                ) from None
-            logger.warning(
-                "memory ran out (%s): going on with %s", error, smaller.changes_from(plan)
-            )
-            plan, carried = smaller, {}
+            setup = _smaller(setup, config, error)
+            carried = {}
             num_out_of_memory += 1
         # Only here, where the error and with it the frames that hold the old model are gone.
         _release_memory()
+
+
+def _resumed(setup: Setup, config: TrainConfig, state: RunState) -> Setup:
+    """Return the setup with which a run continues from a checkpoint with this state.
+
+    A run divides its optimizer state as it did from its start, on any number of ranks. A plan that
+    took too much memory before the interruption would do so again.
+    """
+    plan = setup.plan
+    if state.plan is not None:
+        plan = plan.at_most(state.plan).divided_over(setup.num_ranks)
+    return dataclasses.replace(
+        setup,
+        plan=plan,
+        divides_optimizer=state.divides_optimizer,
+        optimizer=optimizer_name(config, state.divides_optimizer),
+    )
+
+
+def _smaller(setup: Setup, config: TrainConfig, error: OutOfMemory) -> Setup:
+    """Return the setup with the next smaller plan.
+
+    Raises:
+        TrainingError: there is none, or `fit` is off.
+    """
+    plan = setup.plan
+    smaller = smaller_plan(plan)
+    if config.fit == "off" or smaller is None:
+        raise TrainingError(
+            f"memory ran out ({error}) with micro-batches of {plan.micro_batch_size} and "
+            f"gradient_checkpointing {str(plan.gradient_checkpointing).lower()}: lower "
+            "prepare.max_seq_length or lora.r, use a larger device"
+            + (", or set train.fit to auto" if smaller is not None else "")
+        ) from None
+    logger.warning("memory ran out (%s): continuing with %s", error, smaller.changes_from(plan))
+    return dataclasses.replace(setup, plan=smaller)
 
 
 def _release_memory() -> None:

@@ -133,7 +133,7 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
                 evaluate, label="tuned", config=evaluate_config, model=merged, dataset=data
             ).set_display_name("evaluate tuned")
 
-            exports = {
+            exports: dict[str, object] = {
                 kind: exporter(config=quantize_config, merged=merged, dataset=data).output
                 for kind, exporter in exporters.items()
             }

@@ -27,9 +27,10 @@ from tuneline.pipelines.plan.host_memory import host_memory
 from tuneline.pipelines.plan.plan import plan
 from tuneline.placement import PlacementConfig
 from tuneline.recipe import Recipe
+from tuneline.train.batch_size import batch_size
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.estimate import GIB, estimate_memory
-from tuneline.train.memory.plan import run_settings
+from tuneline.train.memory.plan import recipe_plan, run_settings
 
 LLAMA = 8.03e9
 
@@ -53,7 +54,7 @@ def test_a_size_gives_the_shape_of_a_llama() -> None:
 @pytest.mark.parametrize("profile", ["t4", "a100-80g", "h100"])
 @pytest.mark.parametrize("changes", [
     {}, {"kernels": "off"}, {"gradient_checkpointing": False, "kernels": "off"},
-    {"per_device_train_batch_size": 4}, {"load_in_4bit": False}, {"kernels": "fp8"},
+    {"micro_batch_size": 4}, {"load_in_4bit": False}, {"kernels": "fp8"},
     {"dtype": "float16"}, {"dtype": "float32"},
 ])  # fmt: skip
 def test_plan_and_train_go_by_one_estimate(profile: str, changes: dict[str, Any]) -> None:
@@ -63,10 +64,13 @@ def test_plan_and_train_go_by_one_estimate(profile: str, changes: dict[str, Any]
     # As train itself settles it, on the model's own config; a T4 has no bfloat16.
     auto = "float32" if profile == "t4" else "bfloat16"
     own_dtype = auto if loaded.train.dtype == "auto" else loaded.train.dtype
+    size = batch_size(loaded.train, 1)
     settings = run_settings(
         loaded.train,
         manifest,
+        recipe_plan(loaded.train, size, manifest.max_seq_length),
         itemsize=4 if own_dtype == "float32" else 2,
+        optimizer=loaded.train.optim,
         device="cuda",
         fused=loaded.train.kernels != "off" and profile != "t4",
     )
@@ -75,7 +79,7 @@ def test_plan_and_train_go_by_one_estimate(profile: str, changes: dict[str, Any]
 
 
 def test_several_gpus_divide_the_optimizer_and_the_time() -> None:
-    steps = ("train.max_steps=100", "train.gradient_accumulation_steps=8")
+    steps = ("train.max_steps=100", "train.global_batch_size=16")
     one = recipe(*steps)
     eight = recipe(*steps, "placement.num_accelerators=8")
     sixteen = recipe(
@@ -92,7 +96,7 @@ def test_several_gpus_divide_the_optimizer_and_the_time() -> None:
     assert bytes_a_parameter == pytest.approx((4 + 2) - (4 + 8) / 8, rel=0.01)
     words = {check.name: check.words for check in plan(sixteen)}
     assert words["time"].endswith("on 16 GPUs at best")
-    assert words["ranks"] == "16 share a step of 16 rows"
+    assert words["ranks"] == "16 ranks and a global batch of 16 examples"
 
 
 def test_gpus_that_cannot_share_a_step_are_told_so() -> None:
@@ -100,9 +104,10 @@ def test_gpus_that_cannot_share_a_step_are_told_so() -> None:
         each for each in plan(recipe("placement.num_accelerators=3")) if each.name == "ranks"
     ]
     assert (found.verdict, found.words) == (
-        "fail", "3 share a step of 8 rows, which cannot be done equally",
+        "fail",
+        "3 ranks and a global batch of 8 examples, which they cannot divide equally",
     )  # fmt: skip
-    with pytest.raises(RecipeError, match="a step of 8 rows .* 2 x 8 ranks .* a multiple of 16"):
+    with pytest.raises(RecipeError, match="size is 8, .* 2 x 8 ranks .* multiple of 16"):
         recipe("placement.num_accelerators=8", "placement.num_nodes=2", "placement.shared_claim=c")
 
 
@@ -142,8 +147,8 @@ def test_a_retry_that_would_begin_anew_is_told(claim: str | None) -> None:
 
 def test_time_is_what_the_measured_step_took() -> None:
     loaded = recipe(
-        "train.per_device_train_batch_size=4",
-        "train.gradient_accumulation_steps=1",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=4",
         "train.gradient_checkpointing=false",
         "train.max_steps=1000",
     )
@@ -192,7 +197,7 @@ def verdicts(checks: list[Check]) -> dict[str, str]:
 def test_a_gpu_that_is_too_small_is_named(
     profile: str, num_parameters: float, verdict: str, advice: str
 ) -> None:
-    loaded = recipe("train.per_device_train_batch_size=8", profile=profile)
+    loaded = recipe("train.global_batch_size=32", "train.micro_batch_size=8", profile=profile)
     checks = plan(loaded, num_parameters=num_parameters)
     (memory,) = [each for each in checks if each.name == "GPU memory"]
     assert memory.verdict == verdict

@@ -9,17 +9,19 @@ from tuneline.artifacts import DatasetManifest
 from tuneline.errors import RecipeError, TrainingError
 from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig
-from tuneline.train.memory.estimate import GIB, estimate_memory, model_shape
+from tuneline.train.batch_size import batch_size
+from tuneline.train.memory.available import _container_headroom
+from tuneline.train.memory.estimate import GIB, estimate_memory
 from tuneline.train.memory.plan import (
     HEAD_ROOM,
     Plan,
-    _container_headroom,
-    first_plan,
     fitting_plan,
     min_pack_length,
+    recipe_plan,
     run_settings,
     smaller_plan,
 )
+from tuneline.train.memory.shape import model_shape
 from tuneline.train.run import run
 
 SETTINGS = {
@@ -27,8 +29,8 @@ SETTINGS = {
     "learning_rate": 5e-3,
     "max_steps": 6,
     "eval_steps": 3,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 1,
+    "global_batch_size": 4,
+    "micro_batch_size": 4,
     "gradient_checkpointing": False,
     "packing": False,
 }
@@ -83,18 +85,16 @@ def test_a_run_out_of_memory_goes_on_smaller_and_learns_the_same(
     assert losses(summary) == pytest.approx(losses(whole), abs=2e-4)
     assert summary.final_eval_loss == pytest.approx(whole.final_eval_loss, abs=1e-3)
     assert summary.num_out_of_memory == 2
-    assert summary.fitted == (
-        "per_device_train_batch_size 1 instead of 4, gradient_accumulation_steps 4 instead of 1"
-    )
-    assert "memory ran out (CUDA out of memory. Tried to allocate 2 GiB): going on" in caplog.text
+    assert summary.fitted == ("micro_batch_size 1 instead of 4")
+    assert "memory ran out (CUDA out of memory. Tried to allocate 2 GiB): continuing" in caplog.text
     assert whole.fitted == "" and whole.num_out_of_memory == 0
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fit": "off"}, r"4 rows a forward.*or set train\.fit: auto"),
-        ({"per_device_train_batch_size": 1, "gradient_checkpointing": True}, "1 rows a forward"),
+        ({"fit": "off"}, r"micro-batches of 4 .*or set train\.fit to auto"),
+        ({"micro_batch_size": 1, "gradient_checkpointing": True}, "micro-batches of 1 "),
     ],
 )
 def test_memory_that_cannot_be_saved_ends_the_step(
@@ -115,12 +115,15 @@ def sizes(tiny_model_dir, dataset_dir, answer_rows):
     )
     config = TrainConfig.parse({**SETTINGS, "packing": True})
     shape = model_shape(tiny_model_dir, config.lora)
-    settings = run_settings(config, manifest, itemsize=4, device="cuda", fused=False)
+    asked = recipe_plan(config, batch_size(config, 1), manifest.max_seq_length)
+    settings = run_settings(
+        config, manifest, asked, itemsize=4, optimizer=config.optim, device="cuda", fused=False
+    )
 
     def total(**changes):
         return estimate_memory(shape, dataclasses.replace(settings, **changes)).total
 
-    return config, manifest, shape, settings, total
+    return config, manifest, asked, shape, settings, total
 
 
 def granted(num_bytes):
@@ -128,42 +131,44 @@ def granted(num_bytes):
 
 
 def test_the_smallest_change_that_fits(sizes, caplog):
-    config, manifest, shape, settings, total = sizes
+    config, _, asked, shape, settings, total = sizes
     assert total() > total(rows=2) > total(rows=1) > total(rows=1, recompute=True)
 
     def plan(num_bytes, **changes):
         changed = config.model_copy(update=changes)
-        return fitting_plan(changed, manifest, shape, settings, granted(num_bytes))
+        available = granted(num_bytes)
+        return fitting_plan(changed, asked, shape, settings, available_bytes=available)
 
-    assert plan(total())[0] == first_plan(config, manifest)
+    assert plan(total())[0] == asked
     expected = Plan(
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
+        global_batch_size=4,
+        micro_batch_size=2,
         gradient_checkpointing=False,
         max_seq_length=64,
     )
     assert plan(total(rows=2))[0] == expected
-    assert "taking per_device_train_batch_size 2 instead of 4" in caplog.text
-    assert plan(total(rows=1))[0].per_device_train_batch_size == 1
+    assert "using micro_batch_size 2 instead of 4" in caplog.text
+    assert plan(total(rows=1))[0].micro_batch_size == 1
     recomputed, estimate = plan(total(rows=1, recompute=True))
-    assert recomputed.gradient_checkpointing and recomputed.gradient_accumulation_steps == 4
+    assert recomputed.gradient_checkpointing and recomputed.accumulation_steps(1) == 4
     assert estimate.total == total(rows=1, recompute=True)
-    with pytest.raises(RecipeError, match="take per_device_train_batch_size 2 instead of 4"):
+    with pytest.raises(RecipeError, match="set micro_batch_size 2 instead of 4"):
         plan(total(rows=2), fit="refuse")
-    with pytest.raises(RecipeError, match=r"the least it can do with is 0\.3 GiB"):
+    with pytest.raises(RecipeError, match=r"the smallest plan needs 0\.3 GiB"):
         plan(total(rows=1, recompute=True) // 2)
-    assert plan(1, fit="off")[0] == first_plan(config, manifest)
+    assert plan(1, fit="off")[0] == asked
 
 
 def test_kernels_keep_what_is_left(sizes):
-    config, manifest, shape, settings, _ = sizes
+    config, _, asked, shape, settings, _ = sizes
     settings = dataclasses.replace(settings, fused=True)
     lean = estimate_memory(shape, settings)
     layer = 64 * 4 * 4 * (2 * 128 + 2 * 64 + 128 + 2 * 256)
 
     def plan(num_bytes, **changes):
         changed = config.model_copy(update=changes)
-        return fitting_plan(changed, manifest, shape, settings, granted(num_bytes))
+        available = granted(num_bytes)
+        return fitting_plan(changed, asked, shape, settings, available_bytes=available)
 
     # Nothing, one layer, both, their norms' outputs too, and no more than that; by what is free,
     # for want of a limit.
@@ -183,8 +188,8 @@ def test_kernels_keep_what_is_left(sizes):
     # When memory runs out in spite of it, they keep nothing; then the batch gets smaller.
     smaller = smaller_plan(found)
     assert smaller == found.model_copy(update={"kept_gib": 0.0})
-    assert smaller_plan(smaller).per_device_train_batch_size == 2
-    assert "kept_gib 0 instead of what is free" in smaller.changes_from(plan(lean.total)[0])
+    assert smaller_plan(smaller).micro_batch_size == 2
+    assert "kept_gib 0 instead of all that is free" in smaller.changes_from(plan(lean.total)[0])
     assert found.at_most(smaller).kept_gib == 0 and found.at_most(found) == found
 
 
@@ -196,29 +201,29 @@ def test_packs_get_shorter_only_where_allowed_and_never_cut_a_row(sizes):
     raw = manifest.model_copy(update={"method": "cpt"})
     assert min_pack_length(allowed, raw) == 16
     last = Plan(
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=4,
+        global_batch_size=4,
+        micro_batch_size=1,
         gradient_checkpointing=True,
         max_seq_length=64,
     )
     assert smaller_plan(last) is None and smaller_plan(last, min_length=41) is None
     shorter = smaller_plan(last, min_length=16)
-    assert (shorter.max_seq_length, shorter.gradient_accumulation_steps) == (32, 8)
+    assert (shorter.max_seq_length, shorter.global_batch_size) == (32, 8)
     assert shorter.changes_from(last) == (
-        "gradient_accumulation_steps 8 instead of 4, max_seq_length 32 instead of 64"
+        "global_batch_size 8 instead of 4, max_seq_length 32 instead of 64"
     )
 
 
 def test_rows_of_a_step_stay_whole_numbers():
     plan = Plan(
-        per_device_train_batch_size=6,
-        gradient_accumulation_steps=2,
+        global_batch_size=12,
+        micro_batch_size=6,
         gradient_checkpointing=False,
         max_seq_length=64,
     )
     seen = []
     while plan is not None:
-        seen.append((plan.per_device_train_batch_size, plan.gradient_accumulation_steps))
+        seen.append((plan.micro_batch_size, plan.accumulation_steps(1)))
         plan = smaller_plan(plan)
     assert seen == [(6, 2), (3, 4), (1, 12), (1, 12)]
 
@@ -227,7 +232,7 @@ def test_too_little_memory_is_refused_before_the_model_is_loaded(
     tmp_path, tiny_model_dir, dataset_dir, answer_rows, monkeypatch
 ):
     monkeypatch.setattr("tuneline.models.nf4.load_base", None)
-    with pytest.raises(RecipeError, match=r"takes about .* GiB of memory, and 0\.0 of 0\.0 GiB"):
+    with pytest.raises(RecipeError, match=r"takes about .* memory, but only 0\.0 of 0\.0 GiB"):
         train(tmp_path, tiny_model_dir, dataset_dir(answer_rows), memory_gib=0.001)
     assert not (tmp_path / "adapter").exists()
 

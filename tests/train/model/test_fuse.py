@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from train_setups import cpu_setup
 from transformers import AutoTokenizer
 
 from tuneline.artifacts import DatasetManifest
@@ -29,8 +30,8 @@ def train(base_dir: Path, data: Path, work: Path, *, fused: bool, packing: bool)
         packing=packing,
         max_steps=4,
         warmup_steps=0,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=2,
+        global_batch_size=2,
+        micro_batch_size=1,
         optim="adamw_torch",
         learning_rate=1e-2,
     )
@@ -44,13 +45,10 @@ def train(base_dir: Path, data: Path, work: Path, *, fused: bool, packing: bool)
         model=model,
         args=training_arguments(
             config,
+            cpu_setup(config, learning_rate=1e-2),
             method="sft",
-            learning_rate=1e-2,
             num_steps=4,
-            max_seq_length=64,
             evaluates=True,
-            dtype=torch.float32,
-            device="cpu",
             work_dir=work,
         ),
         train_dataset=rows,

@@ -11,7 +11,7 @@ from tuneline.errors import ModelError, RecipeError
 from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig
 from tuneline.train.config import LoraConfig
-from tuneline.train.memory.estimate import model_shape
+from tuneline.train.memory.shape import model_shape
 from tuneline.train.model.adapter import check_targets, lora_config
 from tuneline.train.run import run
 from tuneline.train.trainer.rates import set_rate
@@ -23,7 +23,7 @@ SETTINGS = {
     "dtype": "float32",
     "max_steps": 4,
     "warmup_steps": 0,
-    "gradient_accumulation_steps": 1,
+    "global_batch_size": 2,
     "lr_scheduler_type": "constant",
     "early_stopping_patience": None,
 }
@@ -128,5 +128,7 @@ def test_names_that_cannot_be_trained_so(tiny_model_dir, untied_dir):
         check_targets(LoraConfig(modules_to_save=("lm_head",)), tiny_model_dir)
     with pytest.raises(ModelError, match="or train it in full as one of lora.modules_to_save"):
         check_targets(LoraConfig(target_modules=("lm_head",)), untied_dir)
-    with pytest.raises(RecipeError, match="embedding_learning_rate is of lora.modules_to_save"):
+    with pytest.raises(
+        RecipeError, match="embedding_learning_rate is the rate of lora.modules_to_save"
+    ):
         TrainConfig.parse({"embedding_learning_rate": 1e-5})

@@ -16,7 +16,7 @@ SETTINGS = {
     "dtype": "float32",
     "max_steps": 6,
     "warmup_steps": 0,
-    "gradient_accumulation_steps": 1,
+    "global_batch_size": 2,
     "sample_tokens": 6,
 }
 

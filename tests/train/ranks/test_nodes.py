@@ -23,8 +23,8 @@ SETTINGS = {
     "optim": "adamw_torch",
     "warmup_steps": 0,
     "max_steps": 400,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
+    "global_batch_size": 4,
+    "micro_batch_size": 2,
     "packing": False,
     "checkpoint_minutes": 0,
 }

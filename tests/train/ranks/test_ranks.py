@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import rank_cases
 import torch
+from train_setups import cpu_setup
 from transformers import AutoTokenizer
 
 from tuneline.artifacts import PROGRESS_FILE, DatasetManifest, ModelOrigin, TrainingSummary
@@ -20,11 +21,11 @@ from tuneline.errors import DataError, RecipeError, StoppedError, TrainingError
 from tuneline.runtime.stop_request import StopRequest
 from tuneline.train import TrainConfig
 from tuneline.train.checkpoints import CheckpointStore
-from tuneline.train.memory.plan import first_plan
 from tuneline.train.ranks.launch import _failure, choose_num_ranks, run_on_ranks
 from tuneline.train.ranks.process import OutOfMemory, StartAgain
 from tuneline.train.ranks.zero2 import is_wanted, zero2_config
 from tuneline.train.run import run
+from tuneline.train.setup import Inputs, optimizer_name
 
 SETTINGS = {
     "dtype": "float32",
@@ -33,8 +34,8 @@ SETTINGS = {
     "warmup_steps": 0,
     "max_steps": 5,
     "eval_steps": 4,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
+    "global_batch_size": 4,
+    "micro_batch_size": 2,
     "packing": False,
 }
 
@@ -64,21 +65,27 @@ def job(tmp_path, tiny_model_dir, dataset_dir, answer_rows):
         where = tmp_path / f"{name}-{num_ranks}"
         for part in ("adapter", "work", store or "store"):
             (tmp_path / part if part == store else where / part).mkdir(parents=True, exist_ok=True)
-        plan = first_plan(config, manifest, num_ranks)
         return {
-            "config": config.model_copy(update=plan.train_values),
-            "plan": plan,
+            "config": config,
+            "setup": cpu_setup(
+                config,
+                num_ranks=num_ranks,
+                learning_rate=config.learning_rate,
+                max_seq_length=manifest.max_seq_length,
+                divides_optimizer=divides_optimizer,
+                optimizer=optimizer_name(config, divides_optimizer),
+            ),
+            "inputs": Inputs(
+                base_model_dir=tiny_model_dir,
+                dataset_dir=data[method],
+                origin=ModelOrigin.read(tiny_model_dir),
+                manifest=manifest,
+                tokenizer=AutoTokenizer.from_pretrained(str(tiny_model_dir)),
+            ),
             "num_out_of_memory": 0,
-            "divides_optimizer": divides_optimizer,
             "carried": {},
-            "origin": ModelOrigin.read(tiny_model_dir),
-            "manifest": manifest,
-            "tokenizer": AutoTokenizer.from_pretrained(str(tiny_model_dir)),
-            "base_model_dir": tiny_model_dir,
-            "dataset_dir": data[method],
             "directory": where / "adapter",
             "work_dir": where / "work",
-            "device": "cpu",
             "store": CheckpointStore(tmp_path / store if store else where / "store"),
         }
 
@@ -91,10 +98,10 @@ CURVES = {
     "packed": {
         "packing": True,
         "max_steps": 3,
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 4,
+        "global_batch_size": 4,
+        "micro_batch_size": 1,
     },
-    "dpo": {"method": "dpo", "max_steps": 3, "gradient_accumulation_steps": 4},
+    "dpo": {"method": "dpo", "max_steps": 3, "global_batch_size": 8},
     "fused": {"max_steps": 2},
 }
 
@@ -179,17 +186,16 @@ def test_four_ranks_learn_what_one_does(job, tmp_path):
 
 
 def test_the_configuration_of_zero_2():
-    config = TrainConfig(
-        per_device_train_batch_size=2, gradient_accumulation_steps=8, offload_optimizer=True
-    )
-    found = zero2_config(config, num_ranks=4, dtype=torch.bfloat16)
-    batch = (found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"])
-    assert (*batch, found["train_batch_size"]) == (2, 2, 16)
+    config = TrainConfig(global_batch_size=16, offload_optimizer=True)
+    batch = {"micro_batch_size": 2, "accumulation_steps": 2}
+    found = zero2_config(config, **batch, num_ranks=4, dtype=torch.bfloat16)
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    assert [found[name] for name in names] == [2, 2, 16]
     assert found["gradient_clipping"] == config.max_grad_norm
     assert found["bf16"] == {"enabled": True} and found["fp16"] == {"enabled": False}
     zero = found["zero_optimization"]
     assert zero["stage"] == 2 and zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
-    plain = zero2_config(TrainConfig(), num_ranks=2, dtype=torch.float32)
+    plain = zero2_config(TrainConfig(), **batch, num_ranks=2, dtype=torch.float32)
     assert "offload_optimizer" not in plain["zero_optimization"]
     assert not plain["bf16"]["enabled"]
     assert is_wanted(TrainConfig(), "cuda", 2)
@@ -310,9 +316,9 @@ def test_ranks_are_as_many_as_gpus(monkeypatch):
         choose_num_ranks(TrainConfig(num_ranks=4), "cuda")
     with monkeypatch.context() as patched:
         patched.setattr("importlib.util.find_spec", lambda name: None)
-        assert choose_num_ranks(TrainConfig(num_ranks=1), "cuda") == 1
-        with pytest.raises(RecipeError, match="2 GPUs train with DeepSpeed's ZeRO-2, and the pack"):
-            choose_num_ranks(TrainConfig(), "cuda")
+        assert not is_wanted(TrainConfig(), "cuda", 1)
+        with pytest.raises(RecipeError, match="2 GPUs train with DeepSpeed's ZeRO-2, but the pack"):
+            is_wanted(TrainConfig(), "cuda", 2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         RecipeError, match="launcher has started this process as one of WORLD_SIZE 2"

@@ -81,8 +81,8 @@ def test_lengths_are_those_of_all_the_tokens_of_a_row():
 
 def plan(rows, accumulated) -> Plan:
     return Plan(
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=accumulated,
+        global_batch_size=rows * accumulated,
+        micro_batch_size=rows,
         gradient_checkpointing=False,
         max_seq_length=64,
     )
@@ -100,10 +100,16 @@ def plan(rows, accumulated) -> Plan:
     ],
 )
 def test_a_step_keeps_its_rows(asked, num_ranks, expected):
-    found = plan(*asked).shared_by(num_ranks)
-    assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == expected
+    found = plan(*asked).divided_over(num_ranks)
+    micro, accumulated = expected
+    assert found.global_batch_size == micro * accumulated
+    assert found.micro_batch_size == micro
+    assert num_ranks * found.accumulation_steps(num_ranks) == accumulated
 
 
 def test_rows_that_cannot_be_shared():
-    with pytest.raises(RecipeError, match="a step of 6 rows .* by 4 ranks: make it a multiple of "):
-        plan(2, 3).shared_by(4)
+    with pytest.raises(
+        RecipeError,
+        match=r"size is 6, which 4 ranks cannot .* multiple of 4, such as 4 or 8, or .* 2$",
+    ):
+        plan(2, 3).divided_over(4)

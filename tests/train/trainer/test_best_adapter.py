@@ -23,8 +23,8 @@ SETTINGS = {
     "max_grad_norm": 1.0,
     "max_steps": 40,
     "eval_steps": 2,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
+    "global_batch_size": 1,
+    "micro_batch_size": 1,
     "gradient_checkpointing": False,
 }
 

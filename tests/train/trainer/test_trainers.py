@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from train_setups import cpu_setup
 from transformers import AutoTokenizer, Trainer
 
 from tuneline.artifacts import DatasetManifest
@@ -20,13 +21,10 @@ def trainer_for(config, path, base_dir, work):
         model=load_base(base_dir, dtype=torch.float32, device="cpu", quantized=True),
         args=training_arguments(
             config,
+            cpu_setup(config, max_seq_length=manifest.max_seq_length),
             method="sft",
-            learning_rate=1e-4,
-            num_steps=num_total_steps(config, len(rows)),
-            max_seq_length=manifest.max_seq_length,
+            num_steps=num_total_steps(config, len(rows), config.global_batch_size),
             evaluates=True,
-            dtype=torch.float32,
-            device="cpu",
             work_dir=work,
         ),
         train_dataset=rows,
@@ -62,7 +60,10 @@ def test_loss_and_gradient_equal_those_made_by_hand(
 ):
     path = dataset_dir(answer_rows, max_seq_length=64)
     config = TrainConfig(
-        packing=packing, per_device_train_batch_size=batch_size, gradient_checkpointing=False
+        packing=packing,
+        global_batch_size=4 * batch_size,
+        micro_batch_size=batch_size,
+        gradient_checkpointing=False,
     )
     trainer = trainer_for(config, path, tiny_model_dir, tmp_path)
     by_hand = loss_by_hand(trainer.model.eval(), answer_rows)
@@ -95,14 +96,14 @@ def test_trls_own_loss_agrees(dataset_dir, answer_rows, tiny_model_dir, tmp_path
 @pytest.mark.parametrize(
     ("num_rows", "settings", "expected"),
     [
-        (10, {}, 2),  # 5 batches of 2, 4 a step
+        (10, {}, 2),  # 8 examples per step
         (10, {"num_train_epochs": 3.0}, 6),
         (10, {"num_train_epochs": 0.5}, 1),
         (1, {"max_steps": 7}, 7),
     ],
 )
 def test_number_of_steps(num_rows, settings, expected):
-    assert num_total_steps(TrainConfig(**settings), num_rows) == expected
+    assert num_total_steps(TrainConfig(**settings), num_rows, 8) == expected
 
 
 class Wrapper(torch.nn.Module):

@@ -1,1 +1,1 @@
-"""How much memory a run takes, and which settings make it fit."""
+"""How much memory a run takes, how much is free, and which settings make the run fit."""

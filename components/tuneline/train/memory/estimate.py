@@ -1,20 +1,22 @@
-"""How much memory a run will take, from the base model's config and the recipe alone.
+"""How much memory a run will take, from the shape of the base model and the recipe alone.
 
-    weights      the base: 4-bit linear layers with their scales, the rest in the compute type
-    adapter      trained weights and gradients in fp32, the optimizer's state
-    activations  what the backward pass needs of each token: of every layer, or only the inputs of
-                 layers where activations are computed again; our kernels fill what is free
-    working set  of one layer's backward: what is computed again, a dequantised weight, gradients
-    head         logits and their gradient, where the loss holds them whole
+    weights      the base model: 4-bit linear layers with their scales, the rest in the compute type
+    adapter      trained weights and gradients in fp32, and the optimizer state
+    activations  what the backward pass needs per token: of every layer, or only the inputs of
+                 layers whose activations are recomputed; fused kernels fill the memory that is free
+    working set  of one layer's backward pass: recomputed activations, a dequantised weight,
+                 gradients
+    head         logits and their gradient, if the loss holds all of them at once
 
 The counts per token are those of transformers' Llama family: RMSNorm keeps its input in fp32 and
-its output, attention q, k, v and its output, the MLP four tensors of its width. Against
-peaks measured on an H200: tests/train/memory/test_estimate.py.
+its output, attention keeps q, k, v and its output, the MLP four tensors of its width.
+tests/train/memory/test_estimate.py compares the estimate with peaks measured on an H200.
+
+This module is importable without torch, because `tuneline plan` uses it on a laptop.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tuneline.artifacts import Method
 from tuneline.kernels.limits import (
@@ -23,53 +25,55 @@ from tuneline.kernels.limits import (
     MLP_CHUNK_TOKENS,
     STASH_MIN_TOKENS,
 )
-from tuneline.models.nf4 import BLOCKSIZE, empty_model, quantized_modules
-from tuneline.train.config import LoraConfig
-from tuneline.train.model.adapter import is_called
+from tuneline.models.nf4 import BLOCKSIZE
 
 GIB = 2**30
 
 _NF4_BYTES = 0.5 + 1 / BLOCKSIZE + 4 / (BLOCKSIZE * 256)
-# Four bits, a byte of scale a block, and fp32 for 256 of those scales.
+# Four bits, one byte of scale per block, and one fp32 number per 256 of those scales.
 _STATE_BYTES = {"8bit": 2.0, "adamw": 8.0, "adafactor": 0.1, "sgd": 4.0, "lion": 4.0}
-# A parameter, by what is in the optimizer's name; AdamW keeps two fp32 moments.
+# Bytes per trained parameter, by a part of the optimizer's name; AdamW keeps two fp32 moments.
 _HEAD_TILE = 4096 * 16384
-# Logits that TRL's loss holds at a time on a GPU.
+# Logits that TRL's loss holds at once on a GPU.
 
 Loss = Literal["whole", "tiled"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides its memory."""
+    """Sizes of a model that decide its memory."""
 
     num_layers: int
     hidden: int
     query: int
     """Width of all query heads together."""
     key_value: int
-    """Width of the keys; that of the values is the same."""
+    """Width of all key heads together, which is also that of the value heads."""
     mlp: int
     vocab: int
     num_quantized: int
-    """Parameters of the linear layers that 4-bit loading packs."""
+    """Parameters of the linear layers that 4-bit loading quantises."""
     num_other: int
+    """Parameters of all other modules."""
     num_adapter: int
+    """Trained parameters."""
     fused_qkv: int = 0
-    """Width of q, k and v where one linear layer makes them: its output is kept beside its parts,
-    which attention wants apart."""
+    """Output width of the linear layer that computes q, k and v at once, or 0. Its output is kept
+    beside the three parts that attention reads."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What of a recipe decides a run's memory."""
+    """Settings of a run that decide its memory."""
 
     rows: int
-    """Rows, or packs, a forward."""
+    """Examples per micro-batch."""
     length: int
-    """Tokens of the longest row, or of a pack."""
+    """Tokens of the longest example, or of a pack."""
     recompute: bool
+    """Whether activations are recomputed in the backward pass."""
     quantized: bool
+    """Whether the base model is held in 4 bits."""
     itemsize: int
     """Bytes of the compute type."""
     optim: str
@@ -77,11 +81,11 @@ class Settings:
     loss: Loss = "tiled"
     """Whether the loss holds all logits at once."""
     fused: bool = False
-    """Whether our kernels run."""
+    """Whether fused kernels run."""
     kept_bytes: int = 0
-    """What they may take to keep activations, a whole layer's or none of it."""
+    """Bytes in which fused kernels may keep activations; they keep those of whole layers."""
     num_ranks: int = 1
-    """Ranks that share gradients and optimizer state."""
+    """Ranks over which ZeRO-2 divides gradients and optimizer state."""
 
 
 @dataclass(frozen=True)
@@ -96,71 +100,20 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The peak: a layer's backward and the head's are never at the same time."""
+        """The peak. A layer's backward pass and the head's never happen at the same time."""
         return self.weights + self.adapter + self.activations + max(self.working_set, self.head)
 
     def __str__(self) -> str:
-        """Name the parts in GiB."""
+        """Return the total and its parts in GiB, for a log."""
         parts = ("weights", "adapter", "activations", "working_set", "head")
         named = ", ".join(f"{p.replace('_', ' ')} {getattr(self, p) / GIB:.2f}" for p in parts)
         return f"{self.total / GIB:.2f} GiB ({named})"
 
 
-def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
-    """Read the shape off a model's config, without its weights.
-
-    Returns:
-        None for a model whose config does not say it in the usual words, or that routes tokens
-        to experts: no estimate is better than a wrong one.
-    """
-    import torch
-
-    model = empty_model(base_model_dir)
-    config: Any = model.config.get_text_config()
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    if any(not isinstance(getattr(config, name, None), int) for name in names):
-        return None
-    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts")):
-        return None
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = model.get_output_embeddings()
-    num_adapter = 0
-    for name, module in model.named_modules():
-        is_target = lora.target_modules == "all-linear" or any(
-            is_called(name, target) for target in lora.target_modules
-        )
-        if any(is_called(name, saved) for saved in lora.modules_to_save):
-            num_adapter += sum(parameter.numel() for parameter in module.parameters())
-        elif is_target and type(module) is torch.nn.Linear and module is not head:
-            num_adapter += lora.r * (module.in_features + module.out_features)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    linear = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
-    sizes = {name: module.weight.numel() for name, module in linear.items()}
-    num_quantized = sum(sizes[name] for name in quantized_modules(model))
-    return Shape(
-        num_layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        query=config.num_attention_heads * head_dim,
-        key_value=num_kv_heads * head_dim,
-        mlp=config.intermediate_size,
-        vocab=config.vocab_size,
-        num_quantized=num_quantized,
-        num_other=num_parameters - num_quantized,
-        num_adapter=num_adapter,
-        fused_qkv=_fused_qkv(model),
-    )
-
-
-def _fused_qkv(model: Any) -> int:
-    fused = (m for name, m in model.named_modules() if name.endswith("qkv_proj"))
-    return getattr(next(fused, None), "out_features", 0)
-
-
 def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
-    """Estimate the peak of a training step on one device."""
+    """Return an estimate of the peak memory of a training step on one device."""
     itemsize = settings.itemsize
-    # A preference is two rows: the prompt with each of its answers.
+    # A preference is two sequences: the prompt with each of its answers.
     tokens = settings.rows * settings.length * (2 if settings.method == "dpo" else 1)
     frozen = _NF4_BYTES if settings.quantized else itemsize
     weights = shape.num_quantized * frozen + shape.num_other * itemsize
@@ -193,7 +146,7 @@ def _layer_bytes_per_token(shape: Shape, itemsize: int) -> int:
 
 
 def _kept_bytes(shape: Shape, tokens: int, itemsize: int, room: int) -> int:
-    """Return what our layers keep of so much room, as `kernels.budget` shares it out."""
+    """Return the bytes that fused layers keep within `room`, as `kernels.decoder.budget` does."""
     attention = 2 * shape.query + 2 * shape.key_value
     layer = tokens * itemsize * (attention + shape.hidden + 2 * shape.mlp)
     normed = tokens * itemsize * 2 * (shape.hidden + MIN_ADAPTER_COLUMNS)
@@ -204,9 +157,9 @@ def _kept_bytes(shape: Shape, tokens: int, itemsize: int, room: int) -> int:
 
 
 def _fused_bytes(shape: Shape, tokens: int, itemsize: int, kept: bool) -> tuple[int, int]:
-    """Return activations and working set of our layers where they keep the least."""
+    """Return activations and working set of fused layers that keep as little as possible."""
     row = shape.hidden * itemsize
-    # Above this, inputs wait in host memory but for the few on their way.
+    # From this number of tokens on, layer inputs are in host memory, but for the few in transfer.
     num_inputs = 4 if tokens >= STASH_MIN_TOKENS else shape.num_layers
     chunk = min(tokens, KEPT_MLP_CHUNK_TOKENS if kept else MLP_CHUNK_TOKENS)
     arenas = 3 * shape.mlp * shape.hidden
@@ -215,5 +168,5 @@ def _fused_bytes(shape: Shape, tokens: int, itemsize: int, kept: bool) -> tuple[
 
 
 def _state_bytes(optim: str, num_parameters: int) -> float:
-    """Return the optimizer's bytes a trained parameter."""
+    """Return the bytes of optimizer state per trained parameter."""
     return next((size for name, size in _STATE_BYTES.items() if name in optim), 8.0)

@@ -1,20 +1,20 @@
-"""Settings that fit the memory there is, without a change of what is learnt.
+"""The settings that memory depends on, and how they are reduced until a run fits.
 
-In this order, as far as needed: fewer rows a forward and more forwards a step, which keeps the rows
-of every step; activations computed again; and, where the recipe allows it, shorter packs, which
-cut no row. The same is done when memory runs out in spite of the estimate.
+They are reduced in this order, as far as needed: smaller micro-batches, with the same examples per
+optimizer step; recomputed activations; and, if the recipe allows it, shorter packs, which cut no
+row. None of these changes what is learned. The order is the same if memory runs out in spite of
+the estimate.
 """
 
 import dataclasses
 import logging
-import math
 from collections.abc import Iterator
-from pathlib import Path
 
 from tuneline.artifacts import DatasetManifest
 from tuneline.errors import RecipeError
 from tuneline.kernels.limits import HEAD_ROOM
 from tuneline.strict_model import StrictModel
+from tuneline.train.batch_size import BatchSize, largest_micro_batch
 from tuneline.train.config import TrainConfig
 from tuneline.train.memory.estimate import GIB, MemoryEstimate, Settings, Shape, estimate_memory
 
@@ -22,53 +22,40 @@ logger = logging.getLogger(__name__)
 
 
 class Plan(StrictModel):
-    """The settings that memory depends on and the recipe leaves to us."""
+    """The settings that memory depends on. Training reads them here, never in the config."""
 
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
+    global_batch_size: int
+    """Examples per optimizer step, over all ranks. Packs of half the length are twice as many."""
+    micro_batch_size: int
+    """Examples per forward and backward pass on one rank."""
     gradient_checkpointing: bool
+    """Whether activations are recomputed in the backward pass."""
     max_seq_length: int
+    """Tokens per pack."""
     kept_gib: float | None = 0.0
-    """What our kernels may take to keep activations; null: what is free."""
+    """GiB in which fused kernels may keep activations. null: all memory that is free."""
 
-    @property
-    def train_values(self) -> dict[str, int | bool]:
-        """What it says of a TrainConfig."""
-        return self.model_dump(exclude={"max_seq_length", "kept_gib"})
+    def accumulation_steps(self, num_ranks: int) -> int:
+        """Return the number of micro-batches per optimizer step on one rank."""
+        return self.global_batch_size // (self.micro_batch_size * num_ranks)
 
-    def shared_by(self, num_ranks: int) -> "Plan":
-        """Return a plan with the rows of a step of this, whose forwards ranks can share equally.
+    def divided_over(self, num_ranks: int) -> "Plan":
+        """Return this plan with a micro-batch that divides the global batch's part of a rank.
 
         Raises:
-            RecipeError: they cannot.
+            RecipeError: the ranks cannot divide the global batch equally.
         """
-        in_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        if in_step % num_ranks:
-            raise RecipeError(
-                f"train: a step of {in_step} rows (per_device_train_batch_size "
-                f"{self.per_device_train_batch_size} x gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps}) cannot be shared equally by {num_ranks} "
-                f"ranks: make it a multiple of {num_ranks}, or set train.num_ranks to "
-                f"{math.gcd(in_step, num_ranks)}"
-            )
-        share = in_step // num_ranks
-        most = min(share, self.per_device_train_batch_size)
-        rows = max(number for number in range(1, most + 1) if share % number == 0)
-        return self.model_copy(
-            update={
-                "per_device_train_batch_size": rows,
-                "gradient_accumulation_steps": in_step // rows,
-            }
-        )
+        size = largest_micro_batch(self.global_batch_size, self.micro_batch_size, num_ranks)
+        return self.model_copy(update={"micro_batch_size": size})
 
     def at_most(self, other: "Plan") -> "Plan":
-        """Return a plan that takes no more memory than either, with the rows of a step of this."""
-        rows = min(self.per_device_train_batch_size, other.per_device_train_batch_size)
-        in_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        """Return a plan with this global batch that takes no more memory than either plan.
+
+        Its micro-batch may have to be divided over ranks again.
+        """
         return self.model_copy(
             update={
-                "per_device_train_batch_size": rows,
-                "gradient_accumulation_steps": in_step // rows,
+                "micro_batch_size": min(self.micro_batch_size, other.micro_batch_size),
                 "gradient_checkpointing": self.gradient_checkpointing
                 or other.gradient_checkpointing,
                 "kept_gib": 0.0 if other.kept_gib == 0 else self.kept_gib,
@@ -76,7 +63,7 @@ class Plan(StrictModel):
         )
 
     def changes_from(self, other: "Plan") -> str:
-        """Name the settings that another plan has differently."""
+        """Return the settings in which this plan differs from another, for people to read."""
         values = other.model_dump()
         return ", ".join(
             f"{name} {_text(value)} instead of {_text(values[name])}"
@@ -85,62 +72,46 @@ class Plan(StrictModel):
         )
 
 
-def first_plan(
-    config: TrainConfig, manifest: DatasetManifest, num_ranks: int = 1, *, fused: bool = False
-) -> Plan:
-    """Return the recipe's own settings, with a step's forwards such that ranks can share them.
-
-    Args:
-        config: the recipe's part.
-        manifest: of the data set.
-        num_ranks: who share a step.
-        fused: whether our kernels run.
+def recipe_plan(config: TrainConfig, size: BatchSize, max_seq_length: int) -> Plan:
+    """Return the plan that a recipe asks for, before it is made to fit.
 
     Raises:
-        RecipeError: see `Plan.shared_by`.
+        RecipeError: the ranks cannot divide the global batch equally.
     """
     return Plan(
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        global_batch_size=size.global_batch_size,
+        micro_batch_size=size.micro_batch_size,
         gradient_checkpointing=config.gradient_checkpointing,
-        max_seq_length=manifest.max_seq_length,
-        kept_gib=None if fused else 0.0,
-    ).shared_by(num_ranks)
+        max_seq_length=max_seq_length,
+    ).divided_over(size.num_ranks)
 
 
 def smaller_plan(plan: Plan, *, min_length: int | None = None) -> Plan | None:
-    """Return the next plan that takes less memory, or None.
+    """Return the next plan that takes less memory, or None if there is none.
 
     Args:
-        plan: what is too large.
-        min_length: no pack gets shorter; None: packs stay as they are.
+        plan: The plan that takes too much.
+        min_length: Tokens below which no pack may be shortened. None: packs keep their length.
     """
     if plan.kept_gib != 0:
         return plan.model_copy(update={"kept_gib": 0.0})
-    rows, accumulated = plan.per_device_train_batch_size, plan.gradient_accumulation_steps
-    if rows > 1:
-        fewer = max(number for number in range(1, rows) if rows % number == 0)
-        return plan.model_copy(
-            update={
-                "per_device_train_batch_size": fewer,
-                "gradient_accumulation_steps": accumulated * (rows // fewer),
-            }
-        )
+    if plan.micro_batch_size > 1:
+        return _with_fewer_examples(plan)
     if not plan.gradient_checkpointing:
         return plan.model_copy(update={"gradient_checkpointing": True})
     if min_length is not None and plan.max_seq_length // 2 >= min_length:
-        # Half the tokens a pack, so twice the packs a step.
+        # Half the tokens per pack, so twice the packs per optimizer step.
         return plan.model_copy(
             update={
                 "max_seq_length": plan.max_seq_length // 2,
-                "gradient_accumulation_steps": 2 * accumulated,
+                "global_batch_size": 2 * plan.global_batch_size,
             }
         )
     return None
 
 
 def min_pack_length(config: TrainConfig, manifest: DatasetManifest) -> int | None:
-    """Return how short packs may get without a row being cut, or None if they stay."""
+    """Return the shortest pack, in tokens, that cuts no row; None if packs keep their length."""
     if config.fit_min_length is None or manifest.method == "dpo" or not config.packing:
         return None
     if manifest.method == "cpt":
@@ -148,94 +119,38 @@ def min_pack_length(config: TrainConfig, manifest: DatasetManifest) -> int | Non
     return max(config.fit_min_length, min(manifest.lengths.max, manifest.max_seq_length))
 
 
-def fitting_plan(
-    config: TrainConfig,
-    manifest: DatasetManifest,
-    shape: Shape,
-    settings: Settings,
-    available_bytes: int,
-    num_ranks: int = 1,
-) -> tuple[Plan, MemoryEstimate]:
-    """Return the first plan whose estimate fits, and the estimate.
-
-    Args:
-        config: `fit` says whether a smaller plan may be taken, or is only named.
-        manifest: of the data set.
-        shape: of the base model.
-        settings: of the run as the recipe has it.
-        available_bytes: what is free on the device.
-        num_ranks: who share a step.
-
-    Raises:
-        RecipeError: it does not fit as it is and `fit` is refuse, or nothing fits.
-    """
-    asked = first_plan(config, manifest, num_ranks)
-    is_packed = config.packing and manifest.method != "dpo"
-    longest = manifest.max_seq_length if is_packed else manifest.lengths.max
-    needed = _estimate(shape, settings, asked, longest)
-    usable = int(available_bytes * (1 - HEAD_ROOM))
-
-    def filled(plan: Plan, estimate: MemoryEstimate) -> tuple[Plan, MemoryEstimate]:
-        if settings.fused:
-            kept = max(0, usable - estimate.total)
-            gib = None if config.memory_gib is None else kept / GIB
-            plan = plan.model_copy(update={"kept_gib": gib})
-            estimate = _estimate(
-                shape, dataclasses.replace(settings, kept_bytes=kept), plan, longest
-            )
-        logger.info("memory: %s estimated, %.2f GiB free", estimate, available_bytes / GIB)
-        return plan, estimate
-
-    if needed.total <= usable or config.fit == "off":
-        return filled(asked, needed)
-    where = (
-        f"the run takes about {needed.total / GIB:.1f} GiB of memory, and {usable / GIB:.1f} of "
-        f"{available_bytes / GIB:.1f} GiB free can be used"
-    )
-    smallest = needed
-    for plan in _plans(asked, min_pack_length(config, manifest)):
-        estimate = _estimate(shape, settings, plan, longest)
-        smallest = min(smallest, estimate, key=lambda one: one.total)
-        if estimate.total > usable:
-            continue
-        changes = plan.changes_from(asked)
-        if config.fit == "refuse":
-            raise RecipeError(
-                f"train: {where}: take {changes}, which needs {estimate.total / GIB:.1f} GiB and "
-                "learns the same, or train.fit: auto, which takes it by itself"
-            )
-        logger.warning(
-            "%s: taking %s, %.1f GiB; every step learns from the same tokens",
-            where,
-            changes,
-            estimate.total / GIB,
-        )
-        return filled(plan, estimate)
-    raise RecipeError(
-        f"train: {where}; the least it can do with is {smallest.total / GIB:.1f} GiB: lower "
-        "prepare.max_seq_length or lora.r, take a smaller base model or a larger device, or set "
-        "train.fit: off to try all the same"
-    )
-
-
 def run_settings(
     config: TrainConfig,
     manifest: DatasetManifest,
+    asked: Plan,
     *,
     itemsize: int,
+    optimizer: str,
     device: str,
     fused: bool,
     num_sharing: int = 1,
 ) -> Settings:
-    """Return what the estimate needs to know of a run, of `num_sharing` ranks with ZeRO-2."""
+    """Return the settings of a run that its memory estimate needs.
+
+    Args:
+        config: The recipe's part for training.
+        manifest: Record of the dataset.
+        asked: The plan that the recipe asks for.
+        itemsize: Bytes per number in the compute type.
+        optimizer: The optimizer's name, as in transformers.
+        device: "cpu" or "cuda".
+        fused: Whether fused kernels run.
+        num_sharing: Ranks over which ZeRO-2 divides the optimizer state.
+    """
+    is_packed = config.packing and manifest.method != "dpo"
     tiled = device != "cpu" or manifest.method == "dpo"
     return Settings(
-        rows=config.per_device_train_batch_size,
-        length=manifest.max_seq_length,
-        recompute=config.gradient_checkpointing,
+        rows=asked.micro_batch_size,
+        length=asked.max_seq_length if is_packed else manifest.lengths.max,
+        recompute=asked.gradient_checkpointing,
         quantized=config.load_in_4bit,
         itemsize=itemsize,
-        optim=config.optim,
+        optim=optimizer,
         method=manifest.method,
         loss="tiled" if tiled else "whole",
         fused=fused,
@@ -243,35 +158,86 @@ def run_settings(
     )
 
 
-def available_memory(config: TrainConfig, device: str, num_ranks: int = 1) -> int:
-    """Return how many bytes a rank may still take: what is free, and what the recipe grants."""
-    free = _free_memory(device, num_ranks)
-    return free if config.memory_gib is None else min(free, int(config.memory_gib * GIB))
+def largest_that_fits(asked: Plan, shape: Shape, settings: Settings, available_bytes: int) -> Plan:
+    """Return a plan with the largest micro-batch that fits, or with 1 if none does."""
+    plan = asked
+    while plan.micro_batch_size > 1:
+        if _estimate(shape, settings, plan).total <= _usable(available_bytes):
+            break
+        plan = _with_fewer_examples(plan)
+    return plan
 
 
-def _free_memory(device: str, num_ranks: int) -> int:
-    if device != "cpu":
-        import torch
+def fitting_plan(
+    config: TrainConfig,
+    asked: Plan,
+    shape: Shape,
+    settings: Settings,
+    *,
+    available_bytes: int,
+    min_length: int | None = None,
+) -> tuple[Plan, MemoryEstimate]:
+    """Return the first plan whose estimate fits, and its estimate.
 
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
+    Args:
+        config: Its `fit` decides whether a smaller plan may be used, or is only named.
+        asked: The plan that the recipe asks for.
+        shape: Shape of the base model.
+        settings: Settings of the run, see `run_settings`.
+        available_bytes: Memory that a rank may take on its device.
+        min_length: See `min_pack_length`.
 
-    free = psutil.virtual_memory().available
-    limit = _container_headroom()
-    # Ranks on a CPU share its memory; on GPUs each has its own.
-    return (free if limit is None else min(free, limit)) // num_ranks
+    Raises:
+        RecipeError: the recipe's own plan does not fit and `fit` is refuse, or no plan fits.
+    """
+    needed = _estimate(shape, settings, asked)
+    usable = _usable(available_bytes)
+
+    def filled(plan: Plan, estimate: MemoryEstimate) -> tuple[Plan, MemoryEstimate]:
+        if settings.fused:
+            kept = max(0, usable - estimate.total)
+            gib = None if config.memory_gib is None else kept / GIB
+            plan = plan.model_copy(update={"kept_gib": gib})
+            estimate = _estimate(shape, dataclasses.replace(settings, kept_bytes=kept), plan)
+        logger.info("memory: %s estimated, %.2f GiB free", estimate, available_bytes / GIB)
+        return plan, estimate
+
+    if needed.total <= usable or config.fit == "off":
+        return filled(asked, needed)
+    where = (
+        f"the run takes about {needed.total / GIB:.1f} GiB of memory, but only "
+        f"{usable / GIB:.1f} of {available_bytes / GIB:.1f} GiB free can be used"
+    )
+    smallest = needed
+    for plan in _plans(asked, min_length):
+        estimate = _estimate(shape, settings, plan)
+        smallest = min(smallest, estimate, key=lambda one: one.total)
+        if estimate.total > usable:
+            continue
+        changes = plan.changes_from(asked)
+        if config.fit == "refuse":
+            raise RecipeError(
+                f"train: {where}: set {changes}, which needs {estimate.total / GIB:.1f} GiB and "
+                "learns the same, or set train.fit to auto, which makes this change"
+            )
+        logger.warning(
+            "%s: using %s, which needs %.1f GiB; every step learns from the same tokens",
+            where,
+            changes,
+            estimate.total / GIB,
+        )
+        return filled(plan, estimate)
+    raise RecipeError(
+        f"train: {where}, and the smallest plan needs {smallest.total / GIB:.1f} GiB: lower "
+        "prepare.max_seq_length or lora.r, use a smaller base model or a larger device, or set "
+        "train.fit to off to try anyway"
+    )
 
 
-def _container_headroom(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return what a container's memory limit leaves, or None where there is no limit."""
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
-        details = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-    except OSError:
-        return None
-    # The kernel gives back files that it only keeps in case they are read again.
-    return None if limit == "max" else int(limit) - used + int(details["inactive_file"])
+def _with_fewer_examples(plan: Plan) -> Plan:
+    micro = plan.micro_batch_size
+    fewer = max(size for size in range(1, micro) if micro % size == 0)
+    return plan.model_copy(update={"micro_batch_size": fewer})
 
 
 def _plans(plan: Plan, min_length: int | None) -> Iterator[Plan]:
@@ -281,13 +247,17 @@ def _plans(plan: Plan, min_length: int | None) -> Iterator[Plan]:
         smaller = smaller_plan(smaller, min_length=min_length)
 
 
-def _estimate(shape: Shape, settings: Settings, plan: Plan, longest: int) -> MemoryEstimate:
+def _usable(available_bytes: int) -> int:
+    return int(available_bytes * (1 - HEAD_ROOM))
+
+
+def _estimate(shape: Shape, settings: Settings, plan: Plan) -> MemoryEstimate:
     return estimate_memory(
         shape,
         dataclasses.replace(
             settings,
-            rows=plan.per_device_train_batch_size,
-            length=min(plan.max_seq_length, longest),
+            rows=plan.micro_batch_size,
+            length=min(plan.max_seq_length, settings.length),
             recompute=plan.gradient_checkpointing,
         ),
     )
@@ -295,5 +265,5 @@ def _estimate(shape: Shape, settings: Settings, plan: Plan, longest: int) -> Mem
 
 def _text(value: float | bool | None) -> str:
     if value is None:
-        return "what is free"
+        return "all that is free"
     return str(value).lower() if isinstance(value, bool) else f"{value:g}"

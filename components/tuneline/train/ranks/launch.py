@@ -21,7 +21,6 @@ watches the processes of its own ranks, and the .error and .dead files of the ot
 """
 
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -40,7 +39,6 @@ from tuneline import errors
 from tuneline.errors import RecipeError, StoppedError, TrainingError
 from tuneline.runtime.stop_request import StopRequest, stop_on_sigterm
 from tuneline.train.config import TrainConfig
-from tuneline.train.ranks import zero2
 from tuneline.train.ranks.nodes import Attempt, Node
 from tuneline.train.ranks.process import JOB_FILE, RESULT_FILE, OutOfMemory, StartAgain
 
@@ -58,8 +56,8 @@ def choose_num_ranks(config: TrainConfig, device: str) -> int:
     """Return the number of ranks that train together.
 
     Raises:
-        RecipeError: num_ranks does not match the GPUs or the nodes, another launcher has started
-            this process as one of several, or DeepSpeed is needed but not installed.
+        RecipeError: num_ranks does not match the GPUs or the nodes, or another launcher has started
+            this process as one of several.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError(
@@ -78,11 +76,6 @@ def choose_num_ranks(config: TrainConfig, device: str) -> int:
             f"train.num_ranks is {wanted}, but this machine has {num_gpus} GPUs: set "
             f"placement.num_accelerators to {wanted}, or train.num_ranks to {num_gpus} or auto; "
             "the number of ranks does not change which rows a step learns from"
-        )
-    if zero2.is_wanted(config, device, wanted) and not importlib.util.find_spec("deepspeed"):
-        raise RecipeError(
-            f"{wanted} GPUs train with DeepSpeed's ZeRO-2, and the package deepspeed is not "
-            "installed here: add it to the step's image, or set train.num_ranks to 1"
         )
     return wanted
 

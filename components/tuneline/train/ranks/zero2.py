@@ -8,12 +8,14 @@ A checkpoint has the whole state, gathered from all ranks, so a run can resume o
 ranks. The frozen base model is on every rank, in 4 bits or not.
 """
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tuneline.errors import RecipeError
 from tuneline.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -30,20 +32,38 @@ OPTIMIZER = "adamw_torch"
 
 
 def is_wanted(config: TrainConfig, device: str, num_ranks: int) -> bool:
-    """Whether a new run divides its optimizer: several GPUs do so for AdamW of any kind.
+    """Return whether a new run divides its optimizer state: several GPUs do so for any AdamW.
 
-    Ranks on a CPU, and other optimizers, have all of it on every rank.
+    Ranks on a CPU, and other optimizers, have the whole state on every rank.
+
+    Raises:
+        RecipeError: the run divides it, but DeepSpeed is not installed.
     """
-    return device == "cuda" and num_ranks > 1 and "adamw" in config.optim
+    is_wanted = device == "cuda" and num_ranks > 1 and "adamw" in config.optim
+    if is_wanted and not importlib.util.find_spec("deepspeed"):
+        raise RecipeError(
+            f"{num_ranks} GPUs train with DeepSpeed's ZeRO-2, but the package deepspeed is not "
+            "installed here: add it to the step's image, or set train.num_ranks to 1"
+        )
+    return is_wanted
 
 
-def zero2_config(config: TrainConfig, *, num_ranks: int, dtype: torch.dtype) -> dict[str, Any]:
+def zero2_config(
+    config: TrainConfig,
+    *,
+    micro_batch_size: int,
+    accumulation_steps: int,
+    num_ranks: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
     """Return DeepSpeed's configuration of a run.
 
     Args:
-        config: of whole steps: `gradient_accumulation_steps` counts the forwards of all ranks.
-        num_ranks: who share them.
-        dtype: to compute in. With bfloat16, ZeRO keeps an fp32 copy of what is trained.
+        config: The recipe's part for training.
+        micro_batch_size: Examples per forward and backward pass on one rank.
+        accumulation_steps: Micro-batches per optimizer step on one rank.
+        num_ranks: Number of ranks.
+        dtype: Compute type. With bfloat16, ZeRO keeps an fp32 copy of the trained weights.
     """
     zero: dict[str, Any] = {
         "stage": 2,
@@ -57,7 +77,6 @@ def zero2_config(config: TrainConfig, *, num_ranks: int, dtype: torch.dtype) -> 
     }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    accumulation = config.gradient_accumulation_steps // num_ranks
     return {
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
@@ -65,9 +84,9 @@ def zero2_config(config: TrainConfig, *, num_ranks: int, dtype: torch.dtype) -> 
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
         "gradient_clipping": config.max_grad_norm,
-        "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": config.per_device_train_batch_size * accumulation * num_ranks,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "train_batch_size": micro_batch_size * accumulation_steps * num_ranks,
         "steps_per_print": 10**9,
     }
 

@@ -1,19 +1,21 @@
-"""A TrainConfig in the words of TRL and transformers."""
+"""Translate a TrainConfig and a Setup into the arguments of TRL and transformers."""
 
 import difflib
 import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import SchedulerType, TrainingArguments
+from transformers.training_args import OptimizerNames
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.sft_config import SFTConfig
 
 from tuneline.artifacts import Method
 from tuneline.errors import RecipeError
 from tuneline.train.config import DpoConfig, TrainConfig
-from tuneline.train.trainer.trackers import trackers
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import TrainingArguments
+from tuneline.train.setup import Setup
 
 logger = logging.getLogger(__name__)
 
@@ -21,21 +23,18 @@ DPO_LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"),
     *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
-"""What TRL knows; it would say so only in the first step, with the model loaded."""
+"""Losses that TRL has. TRL itself would check the name only in the first step."""
 NUM_EVALUATIONS = 5
-"""How often a run without eval_steps measures the evaluation loss, the start not counted."""
+"""Evaluations of a run without eval_steps, besides the one before the first step."""
 
 
 def check_names(config: TrainConfig, method: Method, device: str) -> None:
-    """Refuse names that the libraries do not know, and warn of settings without effect.
+    """Refuse names that the libraries do not have, and warn about settings without effect.
 
     Raises:
-        RecipeError: an optimizer, a schedule or a loss of that name does not exist, or the
-            adapter's start is not one for the method.
+        RecipeError: there is no optimizer, schedule or loss of that name, or the method cannot use
+            the adapter's initial weights.
     """
-    from transformers import SchedulerType
-    from transformers.training_args import OptimizerNames
-
     _check("optim", config.optim, [name.value for name in OptimizerNames])
     _check("lr_scheduler_type", config.lr_scheduler_type, [name.value for name in SchedulerType])
     if method == "dpo":
@@ -47,105 +46,93 @@ def check_names(config: TrainConfig, method: Method, device: str) -> None:
     if method == "dpo" and config.lora.init_lora_weights == "loftq":
         raise RecipeError(
             "train.lora.init_lora_weights: loftq cannot start method dpo, whose reference is the "
-            "base without the adapter: the two would differ before the first step; take default"
+            "base without the adapter: the two would differ before the first step; set it to "
+            "default"
         )
     if method != "dpo" and config.dpo != DpoConfig():
-        logger.warning("train.dpo has no effect: the data set was prepared with %s", method)
+        logger.warning("train.dpo has no effect: the dataset was prepared with method %s", method)
 
 
-def num_total_steps(config: TrainConfig, num_rows: int) -> int:
-    """Return the number of optimizer steps over rows, or packs of rows."""
+def num_total_steps(config: TrainConfig, num_examples: int, global_batch_size: int) -> int:
+    """Return the number of optimizer steps of a run over rows, or packs of rows."""
     if config.max_steps is not None:
         return config.max_steps
-    batches = math.ceil(num_rows / config.per_device_train_batch_size)
-    steps_an_epoch = math.ceil(batches / config.gradient_accumulation_steps)
-    return math.ceil(config.num_train_epochs * steps_an_epoch)
+    steps_per_epoch = math.ceil(num_examples / global_batch_size)
+    return math.ceil(config.num_train_epochs * steps_per_epoch)
 
 
 def training_arguments(
     config: TrainConfig,
+    setup: Setup,
     *,
     method: Method,
-    learning_rate: float,
     num_steps: int,
-    max_seq_length: int,
     evaluates: bool,
-    dtype: "torch.dtype",
-    device: str,
     work_dir: Path,
     cache_reference: bool = False,
-    num_ranks: int = 1,
     deepspeed: dict[str, Any] | None = None,
-) -> "TrainingArguments":
-    """Return an SFTConfig or a DPOConfig, of one rank.
+) -> TrainingArguments:
+    """Return the SFTConfig or DPOConfig of one rank.
 
     Args:
-        config: the recipe's part, of a whole step.
-        method: of the data set.
-        learning_rate: the schedule's highest.
-        num_steps: of the run.
-        max_seq_length: of a pack.
-        evaluates: whether there are rows for it.
-        dtype: to compute in.
-        device: "cpu" or "cuda".
-        work_dir: for what the libraries write.
-        cache_reference: the default of what a recipe says for DPO.
-        num_ranks: who share the forwards of a step.
-        deepspeed: its configuration, where it runs.
+        config: The recipe's part for training.
+        setup: Decisions of the run, and its plan.
+        method: Method of the dataset.
+        num_steps: Optimizer steps of the run.
+        evaluates: Whether there are evaluation rows.
+        work_dir: Directory for files that the libraries write.
+        cache_reference: Value of dpo.cache_reference if the recipe leaves it null.
+        deepspeed: DeepSpeed's configuration, if it runs.
     """
-    import torch
-
     warmup_steps = config.warmup_steps
     if config.warmup_ratio is not None:
         warmup_steps = math.ceil(config.warmup_ratio * num_steps)
     if warmup_steps >= num_steps:
         logger.warning(
-            "warmup_steps %d is not below the %d steps of this run: the learning rate never "
+            "train.warmup_steps %d is not below the %d steps of this run: the learning rate never "
             "reaches %g",
             warmup_steps,
             num_steps,
-            learning_rate,
+            setup.learning_rate,
         )
     common: dict[str, Any] = {
         "output_dir": str(work_dir),
-        "learning_rate": learning_rate,
+        "learning_rate": setup.learning_rate,
         "lr_scheduler_type": config.lr_scheduler_type,
         "warmup_steps": warmup_steps,
         "max_steps": num_steps,
-        "per_device_train_batch_size": config.per_device_train_batch_size,
-        "per_device_eval_batch_size": config.per_device_train_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps // num_ranks,
-        "optim": config.optim,
+        "per_device_train_batch_size": setup.plan.micro_batch_size,
+        "per_device_eval_batch_size": setup.plan.micro_batch_size,
+        "gradient_accumulation_steps": setup.accumulation_steps,
+        "optim": setup.optimizer,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "use_cpu": device == "cpu",
-        "dataloader_pin_memory": device != "cpu",
+        "gradient_checkpointing": setup.plan.gradient_checkpointing,
+        "bf16": setup.dtype == torch.bfloat16,
+        "fp16": setup.dtype == torch.float16,
+        "use_cpu": setup.device == "cpu",
+        "dataloader_pin_memory": setup.device != "cpu",
         "seed": config.seed,
-        # Named, so that the order of the rows hangs on nothing that happened before the trainer.
+        # Set, so that the order of examples does not depend on random numbers drawn before.
         "data_seed": config.seed,
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": config.eval_steps or math.ceil(num_steps / NUM_EVALUATIONS),
         "logging_steps": min(config.logging_steps, num_steps),
-        # A filter would show the last finite loss in the place of NaN.
+        # The filter would log the last finite loss in place of NaN.
         "logging_nan_inf_filter": False,
-        # Checkpoints are asked for by ResumableTrainer, by time and not by steps.
+        # ResumableTrainer requests checkpoints, by time and not by steps.
         "save_strategy": "no",
-        # `SharedStepTrainer` counts over ranks, and divides by it.
+        # SharedStepTrainer counts labels over all ranks, and divides by that count.
         "average_tokens_across_devices": False,
-        "ddp_backend": "gloo" if device == "cpu" and num_ranks > 1 else None,
+        "ddp_backend": "gloo" if setup.device == "cpu" and setup.num_ranks > 1 else None,
         "ddp_find_unused_parameters": False,
-        # A model's buffers are tables that every rank has made for itself.
+        # A model's buffers are tables that every rank has computed for itself.
         "ddp_broadcast_buffers": False,
         "deepspeed": deepspeed,
-        "report_to": trackers(config) or "none",
+        "report_to": list(setup.trackers) or "none",
         "disable_tqdm": True,
     }
     if method == "dpo":
-        from trl import DPOConfig
-
         asked = config.dpo.cache_reference
         return DPOConfig(
             **common,
@@ -155,19 +142,17 @@ def training_arguments(
             max_length=None,
             precompute_ref_log_probs=cache_reference if asked is None else asked,
         )
-    from trl import SFTConfig
-
     return SFTConfig(
         **common,
         packing=config.packing,
         packing_strategy="bfd_split",
-        max_length=max_seq_length,
-        # Rows are tokens, labelled, cut and packed already.
+        max_length=setup.plan.max_seq_length,
+        # The examples are tokens already, with labels, cut and packed.
         dataset_kwargs={"skip_prepare_dataset": True},
     )
 
 
-def _check(key: str, name: str, known: list[str]) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)
+def _check(key: str, name: str, names: list[str]) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or sorted(names)
         raise RecipeError(f"train.{key}: no '{name}'; did you mean {', '.join(near)}?")

@@ -4,7 +4,8 @@ import inspect
 from typing import Any
 
 import torch
-from trl import DPOTrainer, SFTTrainer
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 
 from tuneline.train.ranks import collectives
 from tuneline.train.rows.load import IGNORED

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from tuneline.gpu_profiles import GPU_PROFILES
 from tuneline.recipe import Recipe
+from tuneline.train.batch_size import batch_size
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.estimate import Settings, Shape, estimate_memory
 
@@ -53,8 +54,8 @@ class Estimate:
     gpu_bytes: float
     """GPU memory of training with the recipe's settings."""
     least_gpu_bytes: float
-    """GPU memory with one row per micro-batch and gradient checkpointing, to which train reduces
-    its settings if it has to."""
+    """GPU memory with a micro-batch of 1 and gradient checkpointing, to which train reduces its
+    settings if it has to."""
     artifact_bytes: float
     """Size of all artifacts that the run keeps."""
     scratch_bytes: float
@@ -97,8 +98,9 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
     gpus = max(1, recipe.placement.num_accelerators) * recipe.placement.num_nodes
     divides = gpus > 1 and "adamw" in train.optim
     is_fp32 = train.dtype == "auto" and gpu is not None and not gpu.has_bfloat16
+    batch = batch_size(train, recipe.num_ranks)
     settings = Settings(
-        rows=train.per_device_train_batch_size,
+        rows=batch.micro_batch_size,
         length=length,
         recompute=train.gradient_checkpointing,
         quantized=train.load_in_4bit,
@@ -122,8 +124,8 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
         speed /= RECOMPUTE_SLOWDOWN if train.gradient_checkpointing else 1.0
     num_tokens = None
     if train.max_steps is not None:
-        rows = train.per_device_train_batch_size * (2 if prepare.method == "dpo" else 1)
-        num_tokens = train.max_steps * train.gradient_accumulation_steps * rows * length
+        sequences = batch.global_batch_size * (2 if prepare.method == "dpo" else 1)
+        num_tokens = train.max_steps * sequences * length
     return Estimate(
         num_parameters=num_parameters,
         length=length,

@@ -12,6 +12,7 @@ from tuneline.pipelines.plan.estimate import Estimate, estimate, parameters_in_n
 from tuneline.pipelines.plan.host_memory import host_memory
 from tuneline.placement import quantity_value
 from tuneline.recipe import Recipe
+from tuneline.train.batch_size import batch_size
 from tuneline.train.memory.estimate import GIB
 
 MEMORY_FRACTION = 0.9
@@ -60,18 +61,16 @@ def plan(
 
 
 def _ranks(recipe: Recipe) -> Iterator[Check]:
-    """Look whether the GPUs can share a step: the train step would refuse, hours later."""
-    train, placement = recipe.train, recipe.placement
-    num_ranks = placement.num_nodes * max(1, placement.num_accelerators)
-    if train.num_ranks != "auto":
-        num_ranks = train.num_ranks
-    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    words = f"{num_ranks} share a step of {rows} rows"
-    if rows % num_ranks:
-        advice = "change train.gradient_accumulation_steps, which counts those of all ranks"
-        yield Check("ranks", "fail", f"{words}, which cannot be done equally", advice)
-    elif num_ranks > 1:
+    """Check that ranks can divide the global batch; the train step would refuse hours later."""
+    batch = batch_size(recipe.train, recipe.num_ranks)
+    words = f"{batch.num_ranks} ranks and a global batch of {batch.global_batch_size} examples"
+    if not batch.divides:
+        yield Check("ranks", "fail", f"{words}, which they cannot divide equally", batch.advice)
+    elif batch.num_ranks > 1:
         yield Check("ranks", "ok", words)
+    if batch.deprecation:
+        words, _, advice = batch.deprecation.partition(": ")
+        yield Check("batch size", "warn", words, advice)
 
 
 def _checkpoints(recipe: Recipe) -> Iterator[Check]:

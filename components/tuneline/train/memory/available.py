@@ -1,0 +1,41 @@
+"""How much memory a rank may still take on its device."""
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from tuneline.train.config import TrainConfig
+from tuneline.train.memory.estimate import GIB
+
+
+def available_memory(config: TrainConfig, device: str, num_ranks: int = 1) -> int:
+    """Return the bytes that a rank may still take: what is free, up to `train.memory_gib`."""
+    free = _free_memory(device, num_ranks)
+    return free if config.memory_gib is None else min(free, int(config.memory_gib * GIB))
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process: before a model is loaded, mostly libraries."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def _free_memory(device: str, num_ranks: int) -> int:
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    free = int(psutil.virtual_memory().available)
+    limit = _container_headroom()
+    # Ranks on a CPU divide its memory; on GPUs each rank has memory of its own.
+    return (free if limit is None else min(free, limit)) // num_ranks
+
+
+def _container_headroom(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return the bytes below a container's memory limit, or None if there is no limit."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+        details = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    # Inactive file pages are cache, which the kernel gives back when memory is needed.
+    return None if limit == "max" else int(limit) - used + int(details["inactive_file"])

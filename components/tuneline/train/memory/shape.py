@@ -1,0 +1,62 @@
+"""Read the sizes that decide memory off a base model's config, without its weights."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tuneline.models.nf4 import empty_model, quantized_modules
+from tuneline.train.config import LoraConfig
+from tuneline.train.memory.estimate import Shape
+from tuneline.train.model.adapter import is_called
+
+
+def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
+    """Return the shape of a model with an adapter.
+
+    Returns:
+        None for a model whose config lacks the usual keys, or that routes tokens to experts: no
+        estimate is better than a wrong one.
+    """
+    model = empty_model(base_model_dir)
+    config: Any = model.config.get_text_config()
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    if any(not isinstance(getattr(config, name, None), int) for name in names):
+        return None
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts")):
+        return None
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = model.get_output_embeddings()
+    num_adapter = 0
+    for name, module in model.named_modules():
+        is_target = lora.target_modules == "all-linear" or any(
+            is_called(name, target) for target in lora.target_modules
+        )
+        if any(is_called(name, saved) for saved in lora.modules_to_save):
+            num_adapter += sum(parameter.numel() for parameter in module.parameters())
+        elif is_target and type(module) is nn.Linear and module is not head:
+            num_adapter += lora.r * (module.in_features + module.out_features)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    weights: dict[str, Any] = {
+        name: module.weight for name, module in model.named_modules() if hasattr(module, "weight")
+    }
+    num_quantized = sum(weights[name].numel() for name in quantized_modules(model))
+    return Shape(
+        num_layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        query=config.num_attention_heads * head_dim,
+        key_value=num_kv_heads * head_dim,
+        mlp=config.intermediate_size,
+        vocab=config.vocab_size,
+        num_quantized=num_quantized,
+        num_other=num_parameters - num_quantized,
+        num_adapter=num_adapter,
+        fused_qkv=_fused_qkv(model),
+    )
+
+
+def _fused_qkv(model: nn.Module) -> int:
+    fused = (module for name, module in model.named_modules() if name.endswith("qkv_proj"))
+    width = getattr(next(fused, None), "out_features", 0)
+    return int(width)

@@ -1,0 +1,76 @@
+"""What a run decides once, before it trains, from its config, its data and this machine.
+
+Nothing is decided a second time: every later function reads the values here. Only the plan, and
+what a checkpoint says, can replace values later, and both are visible in `within_memory`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tuneline.artifacts import DatasetManifest, ModelOrigin
+from tuneline.train.config import TrainConfig
+from tuneline.train.memory.plan import Plan
+from tuneline.train.ranks import zero2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the earlier steps made: the base model and the dataset."""
+
+    base_model_dir: Path
+    dataset_dir: Path
+    origin: ModelOrigin
+    """Record of the base model."""
+    manifest: DatasetManifest
+    """Record of the dataset."""
+    tokenizer: "PreTrainedTokenizerBase"
+    """The base model's tokenizer, with the dataset's chat template."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Decisions of a run that hold for all its attempts and ranks."""
+
+    device: str
+    """Kind of device: "cpu" or "cuda"."""
+    num_ranks: int
+    dtype: torch.dtype
+    """Compute type."""
+    learning_rate: float
+    """Highest learning rate of the schedule."""
+    fused: bool
+    """Whether fused kernels replace the model's layers."""
+    divides_optimizer: bool
+    """Whether ZeRO-2 divides gradients and optimizer state over the ranks."""
+    optimizer: str
+    """Name of the optimizer, as in transformers. ZeRO-2 has one of its own."""
+    trackers: tuple[str, ...]
+    """Names of the experiment trackers to report to."""
+    asked: Plan
+    """Plan that the recipe asks for."""
+    plan: Plan
+    """Plan to train with: the first smaller one that fits, where `asked` does not."""
+    estimated_bytes: int | None = None
+    """Estimated peak memory of a rank with `plan`. None: no estimate can be made."""
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step on one rank."""
+        return self.plan.accumulation_steps(self.num_ranks)
+
+    @property
+    def changes(self) -> str:
+        """What the plan changes of the recipe's settings, for people to read."""
+        kept = {"kept_gib": self.plan.kept_gib}
+        return self.plan.changes_from(self.asked.model_copy(update=kept))
+
+
+def optimizer_name(config: TrainConfig, divides_optimizer: bool) -> str:
+    """Return the name of the optimizer that a run uses."""
+    return zero2.OPTIMIZER if divides_optimizer else config.optim
