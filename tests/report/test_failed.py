@@ -51,7 +51,7 @@ def test_a_known_error_is_said_in_its_own_words() -> None:
     assert "Failed at train" in shown
     assert "the loss became nan at step 23: lower train.learning_rate (<2e-2>)" in shown
     assert "(&lt;2e-2&gt;)" in page
-    assert "the steps before it come from the cache" in shown
+    assert "finished steps are taken from the cache" in shown
     assert "python -m tuneline.train --help" in shown
     assert statuses(page) == {
         "fetch": ("finished", "11 s"),
@@ -68,7 +68,7 @@ def test_a_known_error_is_said_in_its_own_words() -> None:
 
 def test_a_step_that_was_killed() -> None:
     page = render_failed("demo", [*finished("fetch", 1.0), event("train", "started")])
-    assert "Failed at train" in page and "it was killed, most often for memory" in page
+    assert "Failed at train" in page and "it was killed, most often because memory ran out" in page
     assert statuses(page)["train"] == ("failed", "failed")
 
 

@@ -61,7 +61,8 @@ CAUSES = (
         r"|signal 9|sigkill|cannot allocate memory|\bmemoryerror\b|exit code:? ?-9\b"
         r"|defaultcpuallocator",
         "The step was killed because the pod's memory limit or the machine's memory was exhausted.",
-        "Raise the pod's memory limit, or lower prepare.max_seq_length or the batch size.",
+        "Give the step more memory (the pod's memory limit), or lower prepare.max_seq_length or "
+        "the batch size.",
     ),
     Cause(
         "disk",
