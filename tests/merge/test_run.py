@@ -373,7 +373,7 @@ def test_another_base_than_the_adapters(merge, tmp_path, tiny_model_dir):
     shutil.copytree(tiny_model_dir, other)
     origin = json.loads((other / "origin.json").read_text())
     (other / "origin.json").write_text(json.dumps({**origin, "sha256": "f" * 64}))
-    with pytest.raises(ModelError, match=r"trained on a base with sha256 .* ffffffffffff"):
+    with pytest.raises(ModelError, match=r"trained on a base model with sha256 .* ffffffffffff"):
         merge(base_model_dir=other)
 
 

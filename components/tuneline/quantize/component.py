@@ -73,7 +73,7 @@ def quantize_gguf(
         gguf: The f16 file that convert-gguf made.
         dataset: The prepared dataset; its held-out rows are the check's prompts.
         quantized: The GGUF file and its Modelfile.
-        importance: The importance matrix; without one, weights are rounded equally.
+        importance: The importance matrix; without it, all inputs of a layer weigh equally.
     """
     from tuneline.quantize import QuantizeConfig
     from tuneline.quantize.run import run

@@ -1,6 +1,6 @@
 """The table of export formats: which tool makes each one, and what it has to prove.
 
-To add a format, add an entry to `FORMATS`; everything else about it is derived.
+To add a format, add an entry to `FORMATS`; the rest of the step derives what it needs.
 
 A bound detects a broken file, whose predictions are nats away from the merged model's; it does not
 rank formats. The bounds are two to ten times what SmolLM2-135M measured (the comment beside each

@@ -179,7 +179,7 @@ def check_stop_tokens(loaded: LlamaFile, reference: Reference) -> str | None:
 
 
 def _ends(reference: Reference) -> list[int]:
-    """Return the stop tokens that end a text, or a turn in the chat template; all if unknown."""
+    """Return EOS and the stop tokens that end a turn; all stop tokens if there is no template."""
     if not reference.tokenizer.chat_template:
         return reference.stop_ids
     user, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}
