@@ -35,20 +35,6 @@ KNOWS_KUBERNETES = {
 }
 
 
-@functools.cache
-def imported_modules(path: Path) -> frozenset[str]:
-    """Every module, and every name in one, that a file imports, at any depth."""
-    modules = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            modules.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, f"{path}: relative import"
-            modules.add(node.module)
-            modules.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return frozenset(modules)
-
-
 def files(name: str) -> list[Path]:
     found = sorted(SOURCES[name].rglob("*.py"))
     assert found
@@ -64,6 +50,22 @@ def module_paths() -> dict[str, Path]:
             parts = path.relative_to(source.parent).with_suffix("").parts
             named[".".join(parts).removesuffix(".__init__")] = path
     return named
+
+
+@functools.cache
+def imported_modules(path: Path) -> frozenset[str]:
+    """Every module that a file imports, at any depth, and every name that is not a module."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules.update(names)
+            if any(name not in module_paths() for name in names):
+                modules.add(node.module)
+    return frozenset(modules)
 
 
 def room(module: str) -> str:

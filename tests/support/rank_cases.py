@@ -1,4 +1,7 @@
-"""What the ranks of tests/train/ranks/test_ranks.py do: importable in their processes."""
+"""Functions that the ranks of tests/train/ranks/test_ranks.py run, importable in their processes.
+
+The imports that only `one_job` needs are late, because `fail` should start without them.
+"""
 
 import dataclasses
 import logging
@@ -15,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def all_jobs(jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Do several trainings one after another: what ranks import takes longer than they do."""
+    """Run several trainings in the same processes, because imports take longer than a training."""
     return {name: one_job(**job) for name, job in jobs.items()}
 
 
@@ -26,17 +29,17 @@ def one_job(
     fused: bool = False,
     zero: bool = False,
 ) -> Any:
-    """Train, told to stop, with a loss that is not finite, or with our kernels' references.
+    """Train, optionally with SIGTERM, a NaN loss, the fused layers or DeepSpeed.
 
     Args:
-        arguments: of `attempt.train`.
-        stop_at: SIGTERM comes to the last rank, and to no other, in this step.
-        nan_at: the last rank's loss is not finite in this step.
-        fused: patch the model as on a GPU.
-        zero: DeepSpeed runs, without what it would compile for a CPU.
+        arguments: Arguments of `attempt.train`.
+        stop_at: Send SIGTERM to the last rank, and to no other, in this step.
+        nan_at: Make the loss of the last rank NaN in this step.
+        fused: Patch the model as on a GPU.
+        zero: Prepare DeepSpeed for a CPU, without the extension that it would compile.
 
     Returns:
-        The summary, or the sentence of a StoppedError.
+        The summary, or the message of a StoppedError.
     """
     import pytest
     import torch
@@ -50,7 +53,7 @@ def one_job(
     compute = SupervisedTrainer.compute_loss
 
     def compute_loss(trainer, model, inputs, *rest, **named):
-        # A part in the other mode would run stock layers, and no dropout.
+        # A module in the other mode would use the stock layers, and no dropout.
         assert len({module.training for module in trainer.model.modules()}) == 1
         loss = compute(trainer, model, inputs, *rest, **named)
         if model.training and is_last and trainer.state.global_step + 1 == stop_at:
@@ -89,13 +92,18 @@ def one_job(
 
 
 def fail(how: str, where: Path) -> None:
-    """Let rank 1 die while rank 0 waits for it, as it would in a step."""
+    """Let rank 1 die while rank 0 waits for it, as in a step.
+
+    Args:
+        how: "killed" dies by SIGKILL; anything else raises an exception.
+        where: Directory for the process ID of each rank.
+    """
     (where / f"{collectives.rank()}").write_text(str(os.getpid()))
     logger.warning("rank %d is about to meet the others", collectives.rank())
     if collectives.rank() == 1:
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise ValueError("a fault of its own")
-    # A process that cannot be asked to stop, as one in a kernel of NCCL cannot.
+    # Ignore SIGTERM, like a process that waits in an NCCL kernel.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.pause()
