@@ -24,6 +24,8 @@ class KindTraits:
     suffix: str
     """End of the repository's name. If it contains `{format}`, every format has a repository of its
     own, which holds the whole checkpoint. Otherwise all formats share one repository of files."""
+    packages: str = ""
+    """Packages that transformers needs to load the checkpoint."""
     runs_with: str = ""
     """Programs that run the export, for the report's recommendations."""
     runs_on_cpu: bool = False
@@ -39,14 +41,20 @@ KINDS: dict[RepoKind, KindTraits] = {
     "adapter": KindTraits("LoRA adapter", "peft", "adapter", "-lora"),
     "merged": KindTraits("merged model", "transformers", "finetune", ""),
     "gguf": KindTraits(
-        "GGUF files", "gguf", "quantized", "-gguf", "llama.cpp and Ollama", runs_on_cpu=True
+        "GGUF files",
+        "gguf",
+        "quantized",
+        "-gguf",
+        runs_with="llama.cpp and Ollama",
+        runs_on_cpu=True,
     ),
     "gptq": KindTraits(
         "GPTQ checkpoint",
         "transformers",
         "quantized",
         "-{format}",
-        "vLLM and transformers on a GPU",
+        packages="gptqmodel optimum",
+        runs_with="vLLM and transformers on a GPU",
     ),
 }
 

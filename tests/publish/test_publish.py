@@ -388,7 +388,7 @@ def test_a_card_names_vllm_where_it_serves_the_checkpoint(run_dir: Path, tmp_pat
     assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0
     card = (tmp_path / "out" / "mine-gptq-4bit" / "README.md").read_text()
     assert "vllm serve mine\n" in card and "vllm serve mine-gptq" not in card
-    assert "GPTQ, with transformers (`mine-gptq-4bit`)" in card
+    assert "GPTQ checkpoint, with transformers (`mine-gptq-4bit`)" in card
 
 
 def test_our_own_directory_is_replaced_and_a_foreign_one_is_not(

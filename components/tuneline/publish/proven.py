@@ -16,7 +16,7 @@ class StoredFile:
 
     path: Path
     recorded: str | None
-    """SHA-256 in the record; null where the record does not have the file."""
+    """SHA-256 in the record; None if the record does not have the file."""
 
 
 def check_lineage(records: Iterable[Record], inputs: Sequence[Record]) -> None:

@@ -10,7 +10,8 @@ from tuneline.publish.sources import Repository, Sources
 def usage(sources: Sources, repo: Repository, family: Sequence[Repository]) -> str:
     """Return the section: `repo` first, then the other repositories of the family."""
     ordered = [repo, *(other for other in family if other != repo)]
-    return "\n\n".join(["## How to run it", *(USAGE[item.kind](sources, item) for item in ordered)])
+    paragraphs = [USAGE.get(item.kind, _checkpoint)(sources, item) for item in ordered]
+    return "\n\n".join(["## How to run it", *paragraphs])
 
 
 def _adapter(sources: Sources, repo: Repository) -> str:
@@ -41,20 +42,14 @@ def _adapter(sources: Sources, repo: Repository) -> str:
     )
 
 
-def _merged(sources: Sources, repo: Repository) -> str:
-    return _checkpoint("Merged model", repo, served=True)
-
-
-def _gptq(sources: Sources, repo: Repository) -> str:
+def _checkpoint(sources: Sources, repo: Repository) -> str:
+    title, packages = repo.traits.title, repo.traits.packages
     served = all(export.vllm_has_kernel is not False for export in repo.exports.values())
-    return _checkpoint("GPTQ", repo, served=served, needs="gptqmodel optimum")
-
-
-def _checkpoint(title: str, repo: Repository, *, served: bool, needs: str = "") -> str:
+    programs = "transformers or vLLM" if served else "transformers"
     serve = f"\n\n```sh\nvllm serve {repo.name}\n```" if served else ""
-    install = f"# needs: pip install {needs}\n" if needs else ""
+    install = f"# needs: pip install {packages}\n" if packages else ""
     return (
-        f"{title}, with transformers{' or vLLM' if served else ''} (`{repo.name}`):\n\n"
+        f"{title[0].upper()}{title[1:]}, with {programs} (`{repo.name}`):\n\n"
         f"```python\n{install}from transformers import pipeline\n\n"
         f'chat = pipeline("text-generation", model="{repo.name}")\n'
         f'print(chat([{{"role": "user", "content": "Hello"}}]))\n```{serve}'
@@ -80,8 +75,6 @@ def _gguf(sources: Sources, repo: Repository) -> str:
 
 USAGE: dict[RepoKind, Callable[[Sources, Repository], str]] = {
     "adapter": _adapter,
-    "merged": _merged,
     "gguf": _gguf,
-    "gptq": _gptq,
 }
-"""The paragraph of each kind of repository."""
+"""The paragraphs of the kinds whose repositories are no checkpoint of a whole model."""

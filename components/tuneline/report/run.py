@@ -42,7 +42,7 @@ def run(
     """Write the page and the summary of a run.
 
     Args:
-        header: the recipe.
+        header: the recipe; on the command line, `--config` names the JSON file.
         base_model_dir: artifact base_model.
         dataset_dir: artifact dataset.
         adapter_dir: artifact adapter.

@@ -62,7 +62,7 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
     on_nodes = None
     if on_cluster and recipe.placement.num_nodes > 1:
         on_nodes = nodes_config(recipe.placement).model_dump_json()
-    exporters = {
+    exporters: dict[str, BaseComponent] = {
         kind: make_exporter(recipe.quantize, placed)
         for kind, make_exporter in EXPORTERS.items()
         if getattr(recipe.quantize, kind)
@@ -143,7 +143,7 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
                 "tuned_scores": tuned_scores.outputs["scores"],
             }
             gated = placed(gate, config=gate_config, **scores)
-            everything: dict[str, object] = {
+            everything = {
                 "recipe": recipe_json,
                 "base_model": base,
                 "dataset": data,
