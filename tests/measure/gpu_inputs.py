@@ -1,6 +1,6 @@
-"""Base models of random weights and data sets of random tokens, for the scripts beside this.
+"""Base models of random weights and datasets of random tokens, for the scripts in this directory.
 
-What a train step reads is written as fetch and prepare write it: the step then runs as ever.
+The files are those that fetch and prepare write, so the train step runs unchanged.
 """
 
 import importlib.util
@@ -71,21 +71,21 @@ NEEDED = (
 
 
 def check_packages(*more: str) -> None:
-    """End with a sentence where a package is missing that a train step cannot do without."""
+    """Exit with a message if a package that the train step needs is not installed."""
     missing = [name for name in (*NEEDED, *more) if importlib.util.find_spec(name) is None]
     if missing:
-        sys.exit(f"not installed here, and needed: {', '.join(missing)}")
+        sys.exit(f"these packages are needed but not installed: {', '.join(missing)}")
     if importlib.util.find_spec("pynvml") is None:
-        say("nvidia-ml-py is not installed: no use and energy of the GPU")
+        say("nvidia-ml-py is not installed: GPU utilisation and energy are not measured")
 
 
 def say(text: str) -> None:
-    """Print a line at once."""
+    """Print a line and flush."""
     print(text, flush=True)
 
 
 def roomy_directory(num_bytes: int) -> Path:
-    """Return a new directory: in memory where there is plenty of it, else on the disk."""
+    """Create a directory, in memory if that has twice `num_bytes` free, otherwise on the disk."""
     memory = Path("/dev/shm")
     if memory.is_dir() and shutil.disk_usage(memory).free > 2 * num_bytes:
         return Path(tempfile.mkdtemp(dir=memory))
@@ -93,7 +93,7 @@ def roomy_directory(num_bytes: int) -> Path:
 
 
 def write_base(directory: Path, shape: str) -> None:
-    """Write what a train step reads of a base model, but for its weights."""
+    """Write the files of a base model that the train step reads, except the weights."""
     import transformers
     from tokenizers import Tokenizer, models
 
@@ -105,7 +105,7 @@ def write_base(directory: Path, shape: str) -> None:
     )
     config.architectures = [f"{family}ForCausalLM"]
     config.save_pretrained(directory)
-    # Nobody asks it for a token: the rows are tokens already.
+    # The rows are token IDs already, so the tokenizer only needs its special tokens.
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
@@ -124,7 +124,12 @@ def write_base(directory: Path, shape: str) -> None:
 
 
 def gsm8k_lengths(num_tokens: int, scale: float = 1.0) -> list[int]:
-    """Draw lengths of rows, distributed as GSM8K's, of so many tokens in all."""
+    """Draw row lengths with GSM8K's distribution until they add up to a number of tokens.
+
+    Args:
+        num_tokens: Smallest sum of the lengths.
+        scale: Factor of each length.
+    """
     draw = random.Random(0)
     lengths: list[int] = []
     total = 0
@@ -143,15 +148,15 @@ def write_dataset(
     num_eval_rows: int = 0,
     max_token: int = 30000,
 ) -> Any:
-    """Write rows of random tokens, small numbers the likelier, so that there is much to learn.
+    """Write rows of random tokens. Small token IDs are likelier, so that the loss can fall.
 
     Args:
-        directory: new.
-        lengths: of the rows; a preference has so many tokens with either answer.
-        max_seq_length: of a pack.
+        directory: New directory.
+        lengths: Tokens per row; for dpo, the tokens of the prompt with either answer.
+        max_seq_length: Tokens per pack.
         method: sft or dpo.
-        num_eval_rows: rows that are kept for evaluation, of the first lengths.
-        max_token: tokens are below this.
+        num_eval_rows: Number of evaluation rows, which have the first lengths.
+        max_token: Upper bound of the token IDs, exclusive.
     """
     import pyarrow
     import pyarrow.parquet
@@ -206,16 +211,20 @@ def write_dataset(
 
 @dataclass
 class Run:
-    """A train step in a process of its own."""
+    """Results of a train step that ran in a process of its own."""
 
     name: str
+    """Name of the run."""
     code: int
+    """Exit code of the process."""
     seconds: float
+    """Wall-clock time of the process."""
     summary: dict[str, Any]
-    """training.json; empty where there is none."""
+    """Content of training.json; empty if the step did not write it."""
     points: list[dict[str, Any]]
-    """Lines of progress.jsonl, those of the last process that wrote it."""
+    """Lines of progress.jsonl."""
     log: list[str]
+    """Lines of the log."""
 
     @property
     def losses(self) -> dict[int, float]:
@@ -223,7 +232,7 @@ class Run:
         return {p["step"]: p["loss"] for p in self.points if p.get("loss") is not None}
 
     def tokens_per_second(self, first_step: int) -> float:
-        """Return the median over steps from one on, by the clock: data, logs and all between."""
+        """Return the median speed from a step on, in wall-clock time with loading and logging."""
         first_lines = {point["step"]: point for point in reversed(self.points)}
         rates = []
         for step, point in first_lines.items():
@@ -234,28 +243,28 @@ class Run:
         return statistics.median(rates) if rates else float("nan")
 
     def show(self, first_step: int) -> str:
-        """Sum up in a line."""
+        """Return the results as one line."""
         if not self.summary:
-            return f"{self.name}: ended with {self.code} after {self.seconds:.0f} s: {self.said}"
-        found = self.summary
+            return f"{self.name}: exit code {self.code} after {self.seconds:.0f} s: {self.log_tail}"
+        summary = self.summary
         uses = [point["gpu_use"] for point in self.points if point["gpu_use"] is not None]
-        energy = found["energy_kwh"]
+        energy = summary["energy_kwh"]
         return (
-            f"{self.name}: {self.tokens_per_second(first_step):.0f} tok/s on {found['num_ranks']} "
-            f"rank(s), peak {found['peak_memory_bytes'] / GIB:.2f} GiB of "
-            f"{(found['estimated_peak_bytes'] or 0) / GIB:.2f} estimated, loss "
-            f"{self.losses.get(1, float('nan')):.4f} -> {found['final_loss']:.4f}, eval "
-            f"{found['first_eval_loss']} -> {found['final_eval_loss']}, use "
+            f"{self.name}: {self.tokens_per_second(first_step):.0f} tok/s on "
+            f"{summary['num_ranks']} rank(s), peak {summary['peak_memory_bytes'] / GIB:.2f} GiB of "
+            f"{(summary['estimated_peak_bytes'] or 0) / GIB:.2f} estimated, loss "
+            f"{self.losses.get(1, float('nan')):.4f} -> {summary['final_loss']:.4f}, eval "
+            f"{summary['first_eval_loss']} -> {summary['final_eval_loss']}, GPU utilisation "
             f"{statistics.mean(uses) if uses else float('nan'):.2f}, "
             f"{'no energy' if energy is None else f'{1000 * energy:.2f} Wh'}, "
-            f"{found['num_resumptions']} resumed, {found['num_out_of_memory']} out of memory"
-            f"{', fitted: ' + found['fitted'] if found['fitted'] else ''}; kernels "
-            f"{found['kernels']}; {self.seconds:.0f} s in all"
+            f"{summary['num_resumptions']} resumed, {summary['num_out_of_memory']} out of memory"
+            f"{', fitted: ' + summary['fitted'] if summary['fitted'] else ''}; kernels "
+            f"{summary['kernels']}; {self.seconds:.0f} s in total"
         )
 
     @property
-    def said(self) -> str:
-        """The last lines of its log."""
+    def log_tail(self) -> str:
+        """The last lines of the log."""
         return " | ".join(line for line in self.log[-12:] if line.strip())
 
 
@@ -273,14 +282,14 @@ def train(
     """Run `python -m tuneline.train`.
 
     Args:
-        name: of the run; the same name goes on from its checkpoints.
-        config: a TrainConfig.
-        base: a base model.
-        dataset: a data set.
-        work: where its files go.
-        stop_at: it gets SIGTERM when this step is done.
-        timeout: it is killed after so many seconds.
-        on_log: what is called once a word is in its log.
+        name: Name of the run; a run resumes from the checkpoints of the same name.
+        config: Fields of TrainConfig.
+        base: Directory of the base model.
+        dataset: Directory of the dataset.
+        work: Directory for the files of the run.
+        stop_at: Send SIGTERM when progress.jsonl has this step; None lets the run end.
+        timeout: Kill the process after this many seconds.
+        on_log: A text and a function, which is called once when the text is in the log.
     """
     adapter = work / name / "adapter"
     adapter.parent.mkdir(parents=True, exist_ok=True)
@@ -297,35 +306,42 @@ def train(
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
         )
-    was_told = False
+    is_stopped = False
     while process.poll() is None:
         time.sleep(0.1)
         if time.monotonic() - began > timeout:
             process.kill()
             say(f"{name}: killed after {timeout:.0f} s")
         progress = next(adapter.parent.glob(".checkpoints/*/progress.jsonl"), None)
-        if stop_at is not None and not was_told and progress and _last_step(progress) >= stop_at:
+        if stop_at is not None and not is_stopped and progress and _last_step(progress) >= stop_at:
             process.send_signal(signal.SIGTERM)
-            was_told = True
+            is_stopped = True
         if on_log is not None and on_log[0] in log_path.read_text(errors="replace"):
             on_log[1]()
             on_log = None
-    found = adapter / "progress.jsonl"
-    if not found.exists():
-        found = next(adapter.parent.glob(".checkpoints/*/progress.jsonl"), found)
+    progress_path = adapter / "progress.jsonl"
+    if not progress_path.exists():
+        kept = adapter.parent.glob(".checkpoints/*/progress.jsonl")
+        progress_path = next(kept, progress_path)
     summary = adapter / "training.json"
     return Run(
         name=name,
         code=process.returncode,
         seconds=time.monotonic() - began,
         summary=json.loads(summary.read_text()) if summary.exists() else {},
-        points=_lines(found),
+        points=_lines(progress_path),
         log=log_path.read_text(errors="replace").splitlines(),
     )
 
 
 def largest_difference(one: dict[int, float], other: dict[int, float], steps: range) -> float:
-    """Return how far losses of the same step are apart at most."""
+    """Return the largest difference of two losses of the same step; -1 if they share no step.
+
+    Args:
+        one: Losses by step.
+        other: Losses by step.
+        steps: Steps to compare.
+    """
     return max((abs(one[s] - other[s]) for s in steps if s in one and s in other), default=-1.0)
 
 
@@ -335,10 +351,10 @@ def _last_step(path: Path) -> int:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    found = []
+    points = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            found.append(json.loads(line))
+            points.append(json.loads(line))
         except ValueError:
-            break  # Being written.
-    return found
+            break  # The process is still writing the line.
+    return points

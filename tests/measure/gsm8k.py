@@ -1,4 +1,4 @@
-"""Tune SmolLM2 on GSM8K by every method, on a CPU, and load each adapter in plain PEFT.
+"""Fine-tune SmolLM2 on GSM8K with every method, on a CPU, and load each adapter in plain PEFT.
 
     python tests/measure/gsm8k.py DIR --out-dir OUT       DIR has train.jsonl and preferences.jsonl
 
@@ -6,8 +6,8 @@
     dpo   preferences
     cpt   the questions as raw text
 
-Each goes through the steps fetch, prepare and train as a pipeline calls them. Then peft and
-transformers alone load the base in 4 bits and the adapter, and score a few evaluation rows.
+Each method runs the steps fetch, prepare and train as a pipeline calls them. Then PEFT and
+transformers alone load the base model in 4 bits and the adapter, and score a few evaluation rows.
 """
 
 import argparse
@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "dpo": {
         "file": "preferences.jsonl",
-        # Right and wrong look alike to so small a model: it can only learn a few by heart.
+        # So small a model cannot tell right answers from wrong ones; it can only memorise a few.
         "prepare": {"method": "dpo", "max_rows": 16, "eval_share": 0.25},
         "train": {"learning_rate": 1e-4},
     },
@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Run the methods, and print a line each."""
+    """Run the methods, and print one line per method."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -75,7 +75,15 @@ def main() -> None:
 
 
 def tune(method: str, data_dir: Path, base: Path, where: Path, num_steps: int) -> Any:
-    """Prepare and train."""
+    """Prepare the dataset of a method and train on it; return the training summary.
+
+    Args:
+        method: Name of the method, a key of METHODS.
+        data_dir: Directory with the source files.
+        base: Directory of the base model.
+        where: Directory for the outputs.
+        num_steps: Number of optimizer steps.
+    """
     from tuneline.prepare import PrepareConfig
     from tuneline.prepare.run import run as prepare
     from tuneline.train import TrainConfig
@@ -109,13 +117,13 @@ def tune(method: str, data_dir: Path, base: Path, where: Path, num_steps: int) -
 
 
 def score(method: str, base: Path, where: Path) -> tuple[int, str]:
-    """Score evaluation rows with peft alone, without and with the adapter."""
+    """Score the evaluation rows with PEFT alone; return their number and a text with the result."""
     import bitsandbytes.nn.modules
     import pyarrow.parquet
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    # As in training: bitsandbytes' layout for AVX512 is no plain NF4.
+    # As in training: the layout that bitsandbytes uses with AVX512 is not plain NF4.
     bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
     dtype = getattr(
         torch, json.loads((where / "adapter/training.json").read_text())["compute_dtype"]
@@ -136,13 +144,15 @@ def score(method: str, base: Path, where: Path) -> tuple[int, str]:
     if method == "dpo":
         better = [now - then for then, now in zip(before, after, strict=True)]
         mean = sum(better) / len(rows)
-        share = sum(value > 0 for value in better) / len(rows)
-        return len(rows), f"chosen gains {mean:+.3f} nats on rejected, on {share:.0%} of the rows"
+        fraction = sum(value > 0 for value in better) / len(rows)
+        return len(rows), (
+            f"chosen gains {mean:+.3f} nats over rejected, and gains on {fraction:.0%} of the rows"
+        )
     return len(rows), f"loss {sum(before) / len(rows):.4f} -> {sum(after) / len(rows):.4f}"
 
 
 def measure(model: Any, method: str, row: dict[str, list[int]]) -> float:
-    """Return a row's mean loss over its labels; of a preference, by how much chosen is likelier."""
+    """Return a row's mean loss over its labels, or the log-odds of chosen over rejected for dpo."""
     if method == "dpo":
         prompt = row["prompt_ids"]
         chosen, rejected = (
@@ -155,7 +165,7 @@ def measure(model: Any, method: str, row: dict[str, list[int]]) -> float:
 
 
 def log_probs(model: Any, ids: list[int]) -> torch.Tensor:
-    """Return the log-probability of each token but the first."""
+    """Return the log-probability of each token except the first."""
     tokens = torch.tensor([ids])
     logits = model(input_ids=tokens).logits[0, :-1].float()
     return logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]

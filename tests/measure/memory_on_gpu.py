@@ -1,12 +1,12 @@
-"""Measure the peak memory of training runs against what is estimated before they load a model.
+"""Compare the peak memory of training runs with the estimate made before the model is loaded.
 
     python tests/measure/memory_on_gpu.py --out-dir DIR     fifteen settings, three shapes, one GPU
-    python tests/measure/memory_on_gpu.py --only 0 3        some of them
-    python tests/measure/memory_on_gpu.py --tiny            all of them, small: whether this runs
+    python tests/measure/memory_on_gpu.py --only 0 3        some of the settings
+    python tests/measure/memory_on_gpu.py --tiny            all settings, tiny, as a trial
 
-Every setting goes through the train step's own `run`, on random weights in the shape of a real
-model, which are made on the device. Without a GPU three small settings run instead, each in a
-process of its own, because resident memory does not fall again.
+Every setting calls the train step's own `run`, with random weights in the shape of a real model,
+which are created on the device. Without a GPU, three small settings run instead, each in a process
+of its own, because the resident memory of a process does not shrink.
 """
 
 import argparse
@@ -30,15 +30,18 @@ PHI_TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One run."""
+    """Settings of one training run."""
 
     shape: str
+    """Name of the model's shape, a key of gpu_inputs.SHAPES."""
     rows: int
+    """Examples, or packs, per micro-batch."""
     length: int
+    """Tokens per example or pack."""
     recompute: bool = True
     packing: bool = True
     kernels: Literal["off", "lean", "free"] = "off"
-    """Whether ours run, with nothing to keep activations or with all there is."""
+    """off: no fused kernels; lean: fused, with no memory for activations; free: with all memory."""
     method: str = "sft"
     in_4bit: bool = True
     r: int = 16
@@ -70,7 +73,7 @@ ON_GPU = [
     Setting("Phi-3.5-mini", 4, 2048, in_4bit=False, r=64, optim="adamw_torch"),
     Setting("Phi-3.5-mini", 4, 2048, kernels="free"),
     Setting("Llama-3.1-8B", 1, 4096, r=256, optim="adamw_torch"),
-    # Those of the guide's tables: batches of 8 and of 2, and LoRA on 16 bits.
+    # The settings of the guide's tables: batches of 8 and of 2, and LoRA on 16-bit weights.
     Setting("Llama-3.1-8B", 8, 2048),
     Setting("Llama-3.1-8B", 2, 2048),
     Setting("Llama-3.1-8B", 2, 2048, in_4bit=False),
@@ -83,11 +86,13 @@ ON_CPU = [
 
 
 def main() -> None:
-    """Print a line a setting, and the largest deviation."""
+    """Print one line per setting, and the largest deviation."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", type=int, metavar="N", help="numbers of settings")
+    parser.add_argument("--only", nargs="+", type=int, metavar="N", help="indices of settings")
     parser.add_argument("--out-dir", type=Path, help="for memory.csv")
-    parser.add_argument("--deadline", type=float, default=230, help="start none after so many s")
+    parser.add_argument(
+        "--deadline", type=float, default=230, help="start no run after this many seconds"
+    )
     parser.add_argument("--tiny", action="store_true", help="two small layers and short rows")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -114,28 +119,28 @@ def main() -> None:
         if args.only and number not in args.only:
             continue
         if time.monotonic() - began > args.deadline:
-            say(f"{setting!s:62} not started: {args.deadline:.0f} s are over")
+            say(f"{setting!s:62} not started: {args.deadline:.0f} s have passed")
             continue
         start = time.monotonic()
-        found = measure(setting) if in_process else measure_apart(number)
+        measured = measure(setting) if in_process else measure_apart(number)
         seconds = time.monotonic() - start
-        if "error" in found:
-            say(f"{setting!s:62} {found['error'][:400]}")
+        if "error" in measured:
+            say(f"{setting!s:62} {measured['error'][:400]}")
             continue
-        ratio = found["estimate"] / found["peak"]
+        ratio = measured["estimate"] / measured["peak"]
         say(
-            f"{setting!s:62} {found['estimate'] / GIB:8.2f} {found['peak'] / GIB:7.2f} "
-            f"{found['reserved'] / GIB:8.2f} {found['before'] / GIB:6.2f} {ratio:6.3f} "
-            f"{seconds:5.1f}  {found['parts']}"
+            f"{setting!s:62} {measured['estimate'] / GIB:8.2f} {measured['peak'] / GIB:7.2f} "
+            f"{measured['reserved'] / GIB:8.2f} {measured['before'] / GIB:6.2f} {ratio:6.3f} "
+            f"{seconds:5.1f}  {measured['parts']}"
         )
         rows.append(
             {
                 **dataclasses.asdict(setting),
-                "estimate_gib": round(found["estimate"] / GIB, 3),
-                "peak_gib": round(found["peak"] / GIB, 3),
-                "reserved_gib": round(found["reserved"] / GIB, 3),
+                "estimate_gib": round(measured["estimate"] / GIB, 3),
+                "peak_gib": round(measured["peak"] / GIB, 3),
+                "reserved_gib": round(measured["reserved"] / GIB, 3),
                 "ratio": round(ratio, 4),
-                "parts": found["parts"],
+                "parts": measured["parts"],
             }
         )
         if args.out_dir:
@@ -143,12 +148,12 @@ def main() -> None:
     if rows:
         worst = max((row["ratio"] for row in rows), key=lambda ratio: abs(ratio - 1))
         within = sum(abs(row["ratio"] - 1) <= 0.1 for row in rows)
-        say(f"{within} of {len(rows)} within a tenth, furthest from 1: {worst:.3f}")
-    say(f"{time.monotonic() - began:.0f} s in all")
+        say(f"{within} of {len(rows)} within 10 %, furthest from 1: {worst:.3f}")
+    say(f"{time.monotonic() - began:.0f} s in total")
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write what is there by now."""
+    """Write the results so far."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
@@ -166,7 +171,7 @@ def measure_apart(number: int) -> dict[str, Any]:
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    """Train for a few steps; return the estimate and the peaks in bytes."""
+    """Train for a few steps, and return the estimate and the measured peaks in bytes."""
     import torch
 
     from tuneline.models import nf4
@@ -184,7 +189,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         if has_gpu or setting.shape == "tiny":
             nf4.load_base = random_base
         else:
-            # In a process of its own, so that its memory is none of the run's.
+            # In a process of its own, so that its memory does not count as the run's.
             code = "import sys, gpu_inputs as g; g.write_weights(g.Path(sys.argv[1]))"
             subprocess.run(
                 [sys.executable, "-c", code, str(base)], check=True, cwd=Path(__file__).parent
@@ -211,7 +216,7 @@ def measure(setting: Setting) -> dict[str, Any]:
                 torch.cuda.empty_cache()
     return {
         "estimate": summary.estimated_peak_bytes,
-        # An earlier setting's embedding stays in this process, an artefact of measuring.
+        # The embedding of an earlier setting stays in this process, which only happens here.
         "peak": summary.peak_memory_bytes - before,
         "reserved": reserved if has_gpu else summary.peak_memory_bytes,
         "before": before,
@@ -220,18 +225,18 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 
 class Estimates(logging.Handler):
-    """Keeps what the step said of the memory that it will take."""
+    """Keeps the last memory estimate that the step has logged."""
 
     last = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take the estimate out of the sentence."""
+        """Keep the estimate of a log record about memory."""
         if record.msg.startswith("memory:"):
             self.last = str(record.args[0])  # type: ignore[index]
 
 
 def train_config(setting: Setting) -> dict[str, Any]:
-    """Return the recipe's part."""
+    """Return the TrainConfig of a setting, as a dictionary."""
     return {
         "lora": {
             "r": setting.r,
@@ -246,7 +251,7 @@ def train_config(setting: Setting) -> dict[str, Any]:
         "optim": setting.optim,
         "gradient_checkpointing": setting.recompute,
         "kernels": "off" if setting.kernels == "off" else "auto",
-        # Too little to keep anything.
+        # Too little memory to keep any activations.
         "memory_gib": 0.1 if setting.kernels == "lean" else None,
         "fit": "off",
         "num_ranks": 1,
@@ -254,10 +259,10 @@ def train_config(setting: Setting) -> dict[str, Any]:
 
 
 def write_rows(directory: Path, setting: Setting) -> None:
-    """Write rows that fill every batch of the run."""
+    """Write rows that fill every micro-batch of the run."""
     num_rows, length = NUM_STEPS * setting.rows, setting.length
     if setting.packing and setting.method != "dpo":
-        # Rows of an eighth of a pack: a batch holds as many tokens, and attention its borders.
+        # Eight rows per pack: the tokens stay the same, but attention has borders within a pack.
         num_rows, length = 8 * num_rows, length // 8
     write_dataset(
         directory,
@@ -269,7 +274,16 @@ def write_rows(directory: Path, setting: Setting) -> None:
 
 
 def random_base(base_model_dir: Any, *, dtype: Any, device: str, quantized: bool) -> Any:
-    """Make a model of a directory's shape on the device, as `nf4.load_base` would load it."""
+    """Create a random model on the device with the shape of a directory's config.
+
+    It has the layers and types of a model that `nf4.load_base` loads.
+
+    Args:
+        base_model_dir: Directory with the model's config.
+        dtype: Type of the weights that are not quantised.
+        device: Device of the model.
+        quantized: Whether to quantise the linear layers to NF4.
+    """
     import bitsandbytes
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -306,7 +320,7 @@ def random_base(base_model_dir: Any, *, dtype: Any, device: str, quantized: bool
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        # The 16-bit weights were there all at once; a loader never has more than one of them.
+        # All 16-bit weights were in memory at once, but a loader has at most one of them at a time.
         torch.cuda.reset_peak_memory_stats()
     return model
 

@@ -1,19 +1,19 @@
 """Run `python -m tuneline.train` on one and on two GPUs, and compare what they learn and how fast.
 
     python tests/measure/ranks_on_gpu.py --out-dir DIR
-    python tests/measure/ranks_on_gpu.py --parts big       some of its parts
-    python tests/measure/ranks_on_gpu.py --tiny            whether this runs: two ranks on a CPU
+    python tests/measure/ranks_on_gpu.py --parts big       some of the parts
+    python tests/measure/ranks_on_gpu.py --tiny            a trial with two ranks on a CPU
 
-    medium  a 1B shape: one rank; two ranks with ZeRO-2, SIGTERM in the middle; one rank to the end
-    big     an 8B shape, packed to 8192: one rank and two
-    ddp     the 1B shape with SGD, which ZeRO-2 does not divide: one rank and two
-    stock   the 1B shape with ZeRO-2 and without our kernels: one rank and two
-    resume  the 1B shape on one rank, SIGTERM in the middle, and on to the end
-    truth   the 1B shape on one rank without our kernels, in float32: how far every other run of
-            that shape is from it
+    medium  a 1B shape: one rank; two ranks with ZeRO-2 and SIGTERM half-way, finished by one rank
+    big     an 8B shape, packed to 8192 tokens: one rank and two ranks
+    ddp     the 1B shape with SGD, for which ZeRO-2 is not used: one rank and two ranks
+    stock   the 1B shape with ZeRO-2 and without fused kernels: one rank and two ranks
+    resume  the 1B shape on one rank, with SIGTERM half-way, then resumed to the end
+    truth   the 1B shape on one rank without fused kernels, in float32: the difference of every
+            other run of that shape from it
 
-Every step has the same packs on any number of ranks, so that losses are to be the same but for
-rounding. Tokens a second are of all ranks, by the clock. Weights and tokens are random.
+Every step has the same packs on any number of ranks, so the losses should be equal up to rounding.
+Tokens per second are over all ranks, by wall-clock time. Weights and tokens are random.
 """
 
 import argparse
@@ -28,17 +28,19 @@ from gpu_inputs import Run, largest_difference, say, train
 
 PARTS = ("medium", "big", "ddp", "stock", "resume", "truth")
 WARM_UP = 6
-"""Steps that may compile kernels."""
+"""First step whose speed counts; earlier steps may compile kernels."""
 
 
 def main() -> None:
-    """Run the parts one after another, as long as there is time."""
+    """Run the parts one after another until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out-dir", type=Path, default=Path("."), help="for ranks.json and logs")
-    parser.add_argument("--work-dir", type=Path, help="for base models; default: memory or disk")
-    parser.add_argument("--deadline", type=float, default=180, help="start no run after so many s")
+    parser.add_argument("--work-dir", type=Path, help="for base models; default: /dev/shm or disk")
+    parser.add_argument(
+        "--deadline", type=float, default=180, help="start no run after this many seconds"
+    )
     parser.add_argument("--tiny", action="store_true", help="two small layers and short rows")
     args = parser.parse_args()
     gpu_inputs.check_packages(*(() if args.tiny else ("deepspeed",)))
@@ -46,7 +48,7 @@ def main() -> None:
 
     num_gpus = torch.cuda.device_count()
     if num_gpus < 2 and not args.tiny:
-        raise SystemExit(f"this machine has {num_gpus} GPUs: two are needed, or --tiny")
+        raise SystemExit(f"this machine has {num_gpus} GPUs, but two are needed: try --tiny")
     name = torch.cuda.get_device_name() if num_gpus else "CPU"
     work = args.work_dir or gpu_inputs.roomy_directory(0 if args.tiny else 20 * 10**9)
     say(f"{num_gpus} x {name}, torch {torch.__version__}, {work}")
@@ -58,7 +60,7 @@ def main() -> None:
 
 
 class Comparison:
-    """The runs, and what is said of them."""
+    """Runs the parts and compares their losses and speeds."""
 
     def __init__(
         self, work: Path, out_dir: Path, num_steps: int, tiny: bool, deadline: float
@@ -67,14 +69,14 @@ class Comparison:
         self.num_steps, self.tiny = num_steps, tiny
         self.began = time.monotonic()
         self.deadline = deadline
-        self.found: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
 
     def run(self, parts: list[str]) -> None:
-        """Run some parts."""
+        """Run some of the parts."""
         if "medium" in parts:
             self.medium(*self.small())
         if "big" in parts:
-            self.pair("big", *self.inputs("Llama-3.1-8B", pack=8192, packs_a_step=2), forwards=2)
+            self.pair("big", *self.inputs("Llama-3.1-8B", pack=8192, packs_per_step=2), forwards=2)
         if "ddp" in parts:
             self.pair("ddp", *self.small(), forwards=4, optim="sgd", learning_rate=0.5)
         if "stock" in parts:
@@ -85,33 +87,41 @@ class Comparison:
             self.train("resume", *self.small(), num_ranks=1, forwards=4)
         if "truth" in parts:
             self.truth(*self.small())
-        say(f"{time.monotonic() - self.began:.0f} s in all")
+        say(f"{time.monotonic() - self.began:.0f} s in total")
 
     def small(self) -> tuple[Path, Path]:
-        """Write what all parts but one train."""
-        return self.inputs("Llama-3.2-1B", pack=4096, packs_a_step=4)
+        """Write the base model and the dataset that all parts except `big` use."""
+        return self.inputs("Llama-3.2-1B", pack=4096, packs_per_step=4)
 
     def medium(self, base: Path, dataset: Path) -> None:
-        """Compare one rank with two, and with two that are stopped and go on as one."""
+        """Compare one rank with two ranks that are stopped, after which one rank resumes."""
         half = self.num_steps // 2
         one = self.train("medium_1", base, dataset, num_ranks=1, forwards=4)
         stopped = self.train("medium_2", base, dataset, num_ranks=2, forwards=4, stop_at=half)
         if stopped is not None:
-            say(f"medium_2: stopped with {stopped.code}: {stopped.said[-300:]}")
+            say(f"medium_2: stopped with exit code {stopped.code}: {stopped.log_tail[-300:]}")
             rate = stopped.tokens_per_second(min(WARM_UP, half - 1))
             say(f"medium_2: {rate:.0f} tok/s on 2 ranks until then")
-        rest = self.train("medium_2", base, dataset, num_ranks=1, forwards=4, as_name="then_1")
-        if one is None or rest is None:
+        resumed = self.train("medium_2", base, dataset, num_ranks=1, forwards=4, as_name="then_1")
+        if one is None or resumed is None:
             return
-        before = largest_difference(one.losses, rest.losses, range(1, half + 1))
-        after = largest_difference(one.losses, rest.losses, range(half + 1, self.num_steps + 1))
+        before = largest_difference(one.losses, resumed.losses, range(1, half + 1))
+        after = largest_difference(one.losses, resumed.losses, range(half + 1, self.num_steps + 1))
         say(
-            f"medium: losses of one rank and of two differ by {before:.4f} at most in steps 1 to "
-            f"{half}, and by {after:.4f} after two went on as one (-1: no steps in common)"
+            f"medium: losses of one rank and of two differ by at most {before:.4f} in steps 1 to "
+            f"{half}, and by {after:.4f} after one rank resumed (-1: no steps in common)"
         )
 
     def pair(self, name: str, base: Path, dataset: Path, forwards: int, **settings: Any) -> None:
-        """Compare one rank with two."""
+        """Compare one rank with two ranks.
+
+        Args:
+            name: Name of the part.
+            base: Directory of the base model.
+            dataset: Directory of the dataset.
+            forwards: Micro-batches per optimizer step, over all ranks.
+            settings: Fields of TrainConfig.
+        """
         one = self.train(f"{name}_1", base, dataset, num_ranks=1, forwards=forwards, **settings)
         two = self.train(f"{name}_2", base, dataset, num_ranks=2, forwards=forwards, **settings)
         if one is None or two is None:
@@ -119,24 +129,30 @@ class Comparison:
         apart = largest_difference(one.losses, two.losses, range(1, self.num_steps + 1))
         gain = two.tokens_per_second(WARM_UP) / one.tokens_per_second(WARM_UP)
         say(
-            f"{name}: losses differ by {apart:.4f} at most over {self.num_steps} steps (-1: no "
+            f"{name}: losses differ by at most {apart:.4f} over {self.num_steps} steps (-1: no "
             f"steps in common); two ranks are {gain:.2f} x as fast as one"
         )
 
     def truth(self, base: Path, dataset: Path) -> None:
-        """Compare what ran of the same shape with float32."""
+        """Compare the results of the same shape with those in float32."""
         settings = {"kernels": "off", "dtype": "float32"}
         run = self.train("truth", base, dataset, num_ranks=1, forwards=4, **settings)
         if run is None:
             return
-        for name, found in self.found.items():
+        for name, result in self.results.items():
             if name not in ("truth", "big_1", "big_2"):
                 steps = range(1, self.num_steps + 1)
-                apart = largest_difference(run.losses, found["losses"], steps)
+                apart = largest_difference(run.losses, result["losses"], steps)
                 say(f"{name}: losses are within {apart:.4f} of float32's (-1: no steps in common)")
 
-    def inputs(self, shape: str, *, pack: int, packs_a_step: int) -> tuple[Path, Path]:
-        """Write a base model and a data set, unless they are there."""
+    def inputs(self, shape: str, *, pack: int, packs_per_step: int) -> tuple[Path, Path]:
+        """Write a base model and a dataset, unless they exist.
+
+        Args:
+            shape: Name of the model's shape, a key of gpu_inputs.SHAPES.
+            pack: Tokens per pack.
+            packs_per_step: Packs per optimizer step, over all ranks.
+        """
         start = time.monotonic()
         if self.tiny:
             shape, pack = "tiny", pack // 32
@@ -147,7 +163,7 @@ class Comparison:
             gpu_inputs.write_dataset(
                 dataset,
                 gpu_inputs.gsm8k_lengths(
-                    self.num_steps * pack * packs_a_step, scale=0.1 if self.tiny else 1.0
+                    self.num_steps * pack * packs_per_step, scale=0.1 if self.tiny else 1.0
                 ),
                 max_seq_length=pack,
                 num_eval_rows=pack // 128,
@@ -168,10 +184,21 @@ class Comparison:
         as_name: str = "",
         **settings: Any,
     ) -> Run | None:
-        """Run the step, unless time is over."""
+        """Run the train step, unless the time is up.
+
+        Args:
+            name: Name of the run; runs of the same name share checkpoints.
+            base: Directory of the base model.
+            dataset: Directory of the dataset.
+            num_ranks: Number of ranks.
+            forwards: Micro-batches per optimizer step, over all ranks.
+            stop_at: Send SIGTERM after this step; None lets the run end.
+            as_name: Name in the results; empty uses `name`.
+            settings: Fields of TrainConfig.
+        """
         shown = as_name or name
         if time.monotonic() - self.began > self.deadline:
-            say(f"{shown}: not started, {self.deadline:.0f} s are over")
+            say(f"{shown}: not started: {self.deadline:.0f} s have passed")
             return None
         config = {
             "max_steps": self.num_steps,
@@ -190,12 +217,12 @@ class Comparison:
         (self.out_dir / f"ranks_{shown}.log").write_text("\n".join(run.log))
         if stop_at is None:
             say(run.show(WARM_UP))
-            self.found[shown] = {
+            self.results[shown] = {
                 "tokens_per_second": run.tokens_per_second(WARM_UP),
                 "losses": run.losses,
                 **{name: value for name, value in run.summary.items() if name != "history"},
             }
-            (self.out_dir / "ranks.json").write_text(json.dumps(self.found, indent=1))
+            (self.out_dir / "ranks.json").write_text(json.dumps(self.results, indent=1))
         return run
 
 

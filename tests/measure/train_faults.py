@@ -1,10 +1,10 @@
-"""Inject every fault that training is to survive, and print a table of what came of it.
+"""Inject every fault that training must survive, and print a table of the results.
 
     python tests/measure/train_faults.py
 
-The faults are injected by the tests named below, slow ones included; some minutes on two cores.
-"Survived" says that a test passed: the run ended with the adapter it would have had, or, where no
-run can go on, at once and with a sentence that names the cause.
+The tests listed below inject the faults, including slow tests; they take some minutes on two cores.
+"Survived" means that the test passed: the run ended with the adapter of an undisturbed run, or, if
+no run can continue after the fault, it ended at once with an error that names the cause.
 """
 
 import subprocess
@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 TESTS = Path(__file__).resolve().parents[1] / "train"
 
-# Fault, what has to come of it, and the test; without parameters it stands for all of them.
+# The fault, the required outcome, and the test; a test without parameters stands for all its cases.
 FAULTS = [
     (
         "SIGKILL, then SIGTERM, in training",
@@ -64,7 +64,7 @@ FAULTS = [
     ),
     (
         "recipe changed",
-        "not resumed; says what differs",
+        "not resumed; logs the difference",
         "test_interruption.py::test_the_environment_names_the_root",
     ),
     (
@@ -79,53 +79,56 @@ FAULTS = [
     ),
     (
         "NaN several times in a row",
-        "back to a checkpoint, lower rate",
+        "rollback to a lower rate",
         "trainer/test_nonfinite.py::test_several_in_a_row_go_back_to_a_lower_rate",
     ),
     (
-        "NaN for ever",
+        "NaN in every step",
         "ends, and names the rows",
         "trainer/test_nonfinite.py::test_rows_that_never_work_are_named",
     ),
     (
         "out of memory",
-        "goes on smaller, learns the same",
+        "smaller micro-batch, same losses",
         "memory/test_plan.py::test_a_run_out_of_memory_goes_on_smaller_and_learns_the_same",
     ),
     (
-        "out of memory with one row",
+        "out of memory with one example",
         "ends, and says what to lower",
         "memory/test_plan.py::test_memory_that_cannot_be_saved_ends_the_step",
     ),
     (
         "a rank dies or fails",
-        "all end at once, its log's last lines",
+        "all end at once, with its last log lines",
         "ranks/test_ranks.py::test_a_rank_that_dies_ends_all_at_once",
     ),
 ]
 
 
 def main() -> None:
-    """Run the tests in one process, and print a line a fault; exit with the number not survived."""
+    """Run the tests in one process, and print one line per fault.
+
+    The exit code is the number of faults that were not survived.
+    """
     with tempfile.TemporaryDirectory() as root:
         results = Path(root, "results.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "--strict-markers"]
         command += ["--import-mode=importlib", f"--junitxml={results}"]
         subprocess.run(command + [f"{TESTS}/{test}" for _, _, test in FAULTS])
         cases = list(ElementTree.parse(results).iter("testcase"))
-    print(f"\n{'fault':42} {'what has to come of it':38} {'survived':9} {'s':>6}")
+    print(f"\n{'fault':42} {'required outcome':41} {'survived':9} {'s':>6}")
     num_lost = 0
     for fault, outcome, test in FAULTS:
         name = test.partition("::")[2]
-        found = [case for case in cases if case.get("name", "").partition("[")[0] == name]
-        seconds = sum(float(case.get("time", 0)) for case in found)
-        verdict = _verdict(found)
-        num_lost += verdict == "no"
-        print(f"{fault:42} {outcome:38} {verdict:9} {seconds:6.1f}")
+        matching = [case for case in cases if case.get("name", "").partition("[")[0] == name]
+        seconds = sum(float(case.get("time", 0)) for case in matching)
+        survived = _survived(matching)
+        num_lost += survived == "no"
+        print(f"{fault:42} {outcome:41} {survived:9} {seconds:6.1f}")
     sys.exit(num_lost)
 
 
-def _verdict(cases: list[ElementTree.Element]) -> str:
+def _survived(cases: list[ElementTree.Element]) -> str:
     if not cases or any(
         case.find(kind) is not None for case in cases for kind in ("failure", "error")
     ):

@@ -1,16 +1,16 @@
-"""Run `python -m tuneline.train` on an 8B shape with packed rows of GSM8K's lengths, on one GPU.
+"""Run `python -m tuneline.train` on an 8B shape with packed rows as long as GSM8K's, on one GPU.
 
     python tests/measure/whole_step_on_gpu.py --out-dir DIR
-    python tests/measure/whole_step_on_gpu.py --parts bare free       some of its parts
+    python tests/measure/whole_step_on_gpu.py --parts bare free       some of the parts
     python tests/measure/whole_step_on_gpu.py --tiny                  a trial without a GPU
 
-    bare    the kernels in a loop of their own, without a trainer: what the step can reach
+    bare    the kernels in a plain loop without a trainer, as the upper bound of the step's speed
     free    the step, with all memory for activations
-    lean    the step, with memory for none; SIGTERM in the middle, and then to its end
-    oom     the step, while another process takes the memory that it had planned with
+    lean    the step, with no memory for activations; SIGTERM half-way, then resumed to the end
+    oom     the step, while another process takes the memory that the step has planned to use
 
-Weights and tokens are random and the same in all of them, so the losses can be compared. Prints
-tokens a second by the clock, peak memory beside the estimate, and what NVML says.
+All parts use the same random weights and tokens, so the losses can be compared. Prints tokens per
+second by wall-clock time, peak memory beside the estimate, and NVML's figures.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from gpu_inputs import GIB, largest_difference, say, train
 
 PARTS = ("bare", "free", "lean", "oom")
 WARM_UP = 6
-"""Steps that may compile kernels."""
+"""First step whose speed counts; earlier steps may compile kernels."""
 HOG = """
 import sys, torch
 torch.zeros(1, device="cuda")
@@ -42,13 +42,17 @@ sys.stdin.readline()
 
 
 def main() -> None:
-    """Run the parts one after another, as long as there is time."""
+    """Run the parts one after another until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out-dir", type=Path, default=Path("."), help="for whole_step.json, logs")
-    parser.add_argument("--work-dir", type=Path, help="for the 16 GB base; default: memory or disk")
-    parser.add_argument("--deadline", type=float, default=210, help="start none after so many s")
+    parser.add_argument(
+        "--work-dir", type=Path, help="for the 16 GB base; default: /dev/shm or disk"
+    )
+    parser.add_argument(
+        "--deadline", type=float, default=210, help="start no run after this many seconds"
+    )
     parser.add_argument("--tiny", action="store_true", help="two small layers and short rows")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -74,26 +78,26 @@ def main() -> None:
         max_token=500 if args.tiny else 30000,
     )
     say(f"{size / 1e9:.1f} GB of weights and {len(lengths)} rows: {time.monotonic() - began:.0f} s")
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     files = {"base": base, "dataset": dataset, "work": work}
 
     def finish(run: gpu_inputs.Run) -> gpu_inputs.Run:
         say(run.show(WARM_UP))
-        found[run.name] = {
+        results[run.name] = {
             "tokens_per_second": run.tokens_per_second(WARM_UP),
             "losses": run.losses,
             **{name: value for name, value in run.summary.items() if name != "history"},
         }
         args.out_dir.mkdir(parents=True, exist_ok=True)
         (args.out_dir / f"whole_step_{run.name}.log").write_text("\n".join(run.log))
-        (args.out_dir / "whole_step.json").write_text(json.dumps(found, indent=1))
+        (args.out_dir / "whole_step.json").write_text(json.dumps(results, indent=1))
         return run
 
     runs: dict[str, gpu_inputs.Run] = {}
     try:
         for part in args.parts:
             if time.monotonic() - began > args.deadline:
-                say(f"{part}: not started, {args.deadline:.0f} s are over")
+                say(f"{part}: not started: {args.deadline:.0f} s have passed")
             elif part == "bare":
                 command = [sys.executable, __file__, "--steps", str(args.steps)]
                 done = subprocess.run(
@@ -106,20 +110,20 @@ def main() -> None:
                 settings = {**config(args.steps), "memory_gib": 1.0 if args.tiny else 8.4}
                 half = args.steps // 2
                 stopped = train(part, settings, **files, stop_at=half)
-                say(f"lean, stopped: code {stopped.code}, {stopped.said[-300:]}")
+                say(f"lean: stopped with exit code {stopped.code}: {stopped.log_tail[-300:]}")
                 runs[part] = finish(train(part, settings, **files))
             elif part == "oom" and has_gpu:
                 runs[part] = finish(crowded(config(args.steps // 3), files))
         if "free" in runs and "lean" in runs:
             compare(runs["free"], runs["lean"], args.steps)
-        say(f"{time.monotonic() - began:.0f} s in all")
+        say(f"{time.monotonic() - began:.0f} s in total")
     finally:
         if args.work_dir is None:
             shutil.rmtree(work, ignore_errors=True)
 
 
 def config(num_steps: int) -> dict[str, Any]:
-    """Return a TrainConfig of a step of one pack."""
+    """Return a TrainConfig with one pack per optimizer step, as a dictionary."""
     return {
         "max_steps": num_steps,
         "warmup_steps": 3,
@@ -133,20 +137,20 @@ def config(num_steps: int) -> dict[str, Any]:
 
 
 def compare(free: gpu_inputs.Run, lean: gpu_inputs.Run, num_steps: int) -> None:
-    """Say how far losses are apart before and after the stop."""
+    """Print the largest difference of the losses before and after the stop."""
     half = num_steps // 2
     parts = {"before": range(1, half + 1), "after": range(half + 1, num_steps + 1)}
     apart = {
         name: largest_difference(free.losses, lean.losses, steps) for name, steps in parts.items()
     }
     say(
-        f"losses of free and lean differ by {apart['before']:.4f} at most before the stop and by "
+        f"losses of free and lean differ by at most {apart['before']:.4f} before the stop and by "
         f"{apart['after']:.4f} after it (-1: no steps in common)"
     )
 
 
 def crowded(settings: dict[str, Any], files: dict[str, Path]) -> gpu_inputs.Run:
-    """Train while another process takes all but 20 GiB of the GPU, after the plan is made."""
+    """Train while another process takes all but 20 GiB of the GPU once the plan is made."""
     hog = subprocess.Popen(
         [sys.executable, "-c", HOG, "20"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -159,7 +163,7 @@ def crowded(settings: dict[str, Any], files: dict[str, Path]) -> gpu_inputs.Run:
         say(f"oom: {hog.stdout.readline().strip()} by another process")  # type: ignore[union-attr]
 
     try:
-        # Granted, so that what is kept is decided before and not by what is free at the step.
+        # memory_gib fixes how many activations are kept; otherwise the free memory decides later.
         granted = {**settings, "memory_gib": 40.0, "checkpoint_minutes": 0}
         return train("oom", granted, **files, on_log=("GiB free", take))
     finally:
@@ -167,7 +171,7 @@ def crowded(settings: dict[str, Any], files: dict[str, Path]) -> gpu_inputs.Run:
 
 
 def bare(base: Path, dataset: Path, num_steps: int) -> None:
-    """Train with the kernels alone, and print tokens a second and the peak."""
+    """Train with the kernels alone, and print tokens per second and the peak memory."""
     import peft
     import torch
 

@@ -1,4 +1,4 @@
-"""A small data set of tokens, as prepare leaves it."""
+"""Small datasets of token IDs, in the files that prepare writes."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,15 +6,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tuneline.artifacts import EVAL_FILE, TRAIN_FILE, DatasetManifest
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny models run faster on one thread, above all beside other processes."""
-    import torch
-
+    """Run on one thread, which is faster for tiny models, above all beside other processes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -23,7 +22,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def dataset_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Callable[..., Path]:
-    """Make a data set: rows for training, and the same or others for the evaluation loss."""
+    """Return a function that writes a dataset; by default its rows serve for evaluation too."""
 
     def make(
         rows: list[dict],
@@ -36,13 +35,13 @@ def dataset_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> 
         path = tmp_path / name
         path.mkdir()
         pq.write_table(pa.Table.from_pylist(rows), path / TRAIN_FILE)
-        held = rows if eval_rows is None else eval_rows
-        if held:
-            pq.write_table(pa.Table.from_pylist(held), path / EVAL_FILE)
+        evaluation = rows if eval_rows is None else eval_rows
+        if evaluation:
+            pq.write_table(pa.Table.from_pylist(evaluation), path / EVAL_FILE)
         new_dataset(
             method=method,
             num_train_rows=len(rows),
-            num_eval_rows=len(held),
+            num_eval_rows=len(evaluation),
             max_seq_length=max_seq_length,
         ).write(path)
         return path
@@ -52,7 +51,7 @@ def dataset_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> 
 
 @pytest.fixture
 def answer_rows() -> list[dict]:
-    """Rows of odd lengths whose last third is the answer."""
+    """Return rows of odd lengths whose last third is the answer."""
     rows = []
     for number in range(13):
         length = 5 + 3 * number

@@ -40,9 +40,15 @@ def test_a_step_is_written_again(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
-        (lambda path: (path / "weights").write_text("weights of st"), "weights is not what"),
+        (
+            lambda path: (path / "weights").write_text("weights of st"),
+            "weights does not match its SHA-256 hash",
+        ),
         (lambda path: (path / "state").unlink(), "state cannot be read"),
-        (lambda path: (path / "checksums.json").write_text("{"), "checksums.json is not JSON"),
+        (
+            lambda path: (path / "checksums.json").write_text("{"),
+            "checksums.json is not valid JSON",
+        ),
         (lambda path: (path / "checksums.json").unlink(), "checksums.json cannot be read"),
     ],
 )

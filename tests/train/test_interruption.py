@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
     content = (newest / "optimizer.pt").read_bytes()
     (newest / "optimizer.pt").write_bytes(content[:-1])
     train(where, tiny_model_dir, dataset, **settings)
-    assert f"{newest} is not used, and removed: optimizer.pt is not what" in caplog.text
+    assert f"deleting damaged checkpoint {newest}: optimizer.pt does not match" in caplog.text
     assert "checkpoint-2" in caplog.text
     assert_same(where, tmp_path / "whole")
 

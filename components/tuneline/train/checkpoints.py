@@ -1,19 +1,20 @@
-"""Checkpoints that are whole or not there, each under the key of the run that may use it.
+"""Atomic checkpoints: a checkpoint exists completely or not at all, and belongs to one run.
 
-    <root>/<key>/identity.json              what the key is the hash of
-                 lock                       held while a run uses the directory
-                 checkpoint-120/            the two newest, each with the SHA-256 of its files
+    <root>/<key>/identity.json      everything that decides the result of the run; key is its hash
+                 lock               locked while a run uses the directory
+                 checkpoint-120/    the two newest checkpoints, each with hashes of its files
                  checkpoint-160/
-                 .partial/                  one that is being written
+                 .partial/          checkpoint that is being written
 
-A checkpoint is written under another name, its files are hashed and flushed, and one rename makes
-it a checkpoint. So a run that is killed while writing leaves the ones before it as they were, and
-a file that a disk damaged later is found by its hash.
+The trainer writes a checkpoint below `.partial`. `seal` hashes its files, flushes them to the disk
+and renames the directory; the rename makes it a checkpoint. A run that is killed while it writes
+therefore leaves the earlier checkpoints intact. A file that is damaged later fails its hash, and
+the run resumes from the checkpoint before it.
 
-The root is, in this order: the environment variable TUNELINE_CHECKPOINT_DIR, e.g. a volume that
-outlives the pod (without one, a retry on another node has nothing to resume from) or a directory
-beside local runs; else `.checkpoints` beside the step's output. Runs of any recipes may share one
-root. A run that ends well removes its own directory.
+The root is the environment variable TUNELINE_CHECKPOINT_DIR, or `.checkpoints` beside the step's
+output if the variable is not set. On a cluster it should be on a volume that outlives the pod:
+otherwise a retry on another node has nothing to resume from. Runs of different recipes can share
+one root. A run that succeeds deletes its own directory.
 """
 
 import contextlib
@@ -40,24 +41,27 @@ _PREFIX = "checkpoint-"
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Use `opened`, which holds the lock."""
+    """The checkpoints of one run. Create it with `opened`, which holds the lock."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.partial = directory / ".partial"
-        """Where a checkpoint is written before `seal`."""
+        """Directory below which a checkpoint is written before `seal`."""
 
     @classmethod
     @contextlib.contextmanager
     def opened(cls, root: str | Path, identity: Mapping[str, Any]) -> Iterator[Self]:
-        """Open the directory of the run with this identity, alone, and say what is not resumed.
+        """Open and lock the directory of the run that has an identity.
+
+        If the run has no checkpoint but another run under the same root has, a log line says in
+        what the two differ.
 
         Args:
-            root: see the module's docstring.
-            identity: everything that decides the result, as plain values; its hash is the key.
+            root: Directory of all runs; see the module's docstring.
+            identity: Everything that decides the result, as JSON values. Its hash is the key.
 
         Raises:
-            StorageError: the directory cannot be made, or another process is using it.
+            StorageError: the directory cannot be created, or another process holds its lock.
         """
         root = Path(root)
         text = json.dumps(identity, sort_keys=True, indent=2)
@@ -68,20 +72,21 @@ class CheckpointStore:
             lock = open(store.directory / "lock", "w")
         except OSError as error:
             raise StorageError(
-                f"no checkpoints can be written to {store.directory} ({error.strerror}): name a "
-                f"directory that can be, in the environment variable {ROOT_VARIABLE}"
+                f"checkpoints cannot be written to {store.directory} ({error.strerror}): set the "
+                f"environment variable {ROOT_VARIABLE} to a directory that is writable"
             ) from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StorageError(
-                    f"another process is training the same thing with the checkpoints in "
-                    f"{store.directory}: wait for it, or set {ROOT_VARIABLE} to another directory"
+                    "another process is training the same run with the checkpoints in "
+                    f"{store.directory}: wait until it ends, or set {ROOT_VARIABLE} to another "
+                    "directory"
                 ) from None
             shutil.rmtree(store.partial, ignore_errors=True)
             if not store.steps():
-                _say_what_differs(root, store.directory, identity)
+                _log_differences(root, store.directory, identity)
             (store.directory / _IDENTITY).write_text(text + "\n", encoding="utf-8")
             try:
                 yield store
@@ -90,28 +95,33 @@ class CheckpointStore:
                     store.remove()
 
     def steps(self) -> list[int]:
-        """Return the steps that have a checkpoint, whole or damaged, oldest first."""
+        """Return the steps that have a checkpoint, intact or damaged, oldest first."""
         names = (path.name for path in self.directory.glob(f"{_PREFIX}*"))
         return sorted(int(name.removeprefix(_PREFIX)) for name in names)
 
     def path(self, step: int) -> Path:
-        """Return where the checkpoint of a step is."""
+        """Return the directory of a step's checkpoint."""
         return self.directory / f"{_PREFIX}{step}"
 
     def latest(self) -> Path | None:
-        """Return the newest checkpoint whose every file is as it was written; remove others."""
+        """Return the newest intact checkpoint, and delete newer ones that are damaged."""
         for step in reversed(self.steps()):
             path = self.path(step)
             fault = _fault(path)
             if fault is None:
                 return path
-            logger.warning("checkpoint %s is not used, and removed: %s", path, fault)
-            # Left there, it would count as one of the newest, and newer ones would be dropped.
+            logger.warning("deleting damaged checkpoint %s: %s", path, fault)
+            # A damaged checkpoint would count as one of the newest, and `seal` keeps only those.
             shutil.rmtree(path, ignore_errors=True)
         return None
 
     def seal(self, written: Path, step: int) -> None:
-        """Make what was written below `partial` the checkpoint of a step; drop the oldest."""
+        """Turn a directory below `partial` into the checkpoint of a step, and delete old ones.
+
+        Args:
+            written: Directory below `partial`, with all files of the checkpoint.
+            step: Optimizer step after which it was written.
+        """
         sums = {path.name: _sha256(path) for path in sorted(written.iterdir())}
         (written / _CHECKSUMS).write_text(json.dumps(sums, indent=2), encoding="utf-8")
         for path in written.iterdir():
@@ -132,18 +142,18 @@ class CheckpointStore:
                 shutil.rmtree(self.path(later), ignore_errors=True)
 
     def remove(self) -> None:
-        """Delete the run's directory, and the root if nothing else is in it."""
+        """Delete the run's directory, and the root if it is empty then."""
         shutil.rmtree(self.directory, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty: other runs keep theirs here
+        with contextlib.suppress(OSError):  # The root has the checkpoints of other runs.
             self.directory.parent.rmdir()
 
 
-def _say_what_differs(root: Path, own: Path, identity: Mapping[str, Any]) -> None:
-    """Name what sets this run apart from the last one that left a checkpoint here."""
+def _log_differences(root: Path, directory: Path, identity: Mapping[str, Any]) -> None:
+    """Log in what this run differs from the newest other run that has a checkpoint."""
     others = [
         path
         for path in root.glob(f"*/{_IDENTITY}")
-        if path.parent != own and CheckpointStore(path.parent).steps()
+        if path.parent != directory and CheckpointStore(path.parent).steps()
     ]
     if not others:
         return
@@ -156,7 +166,7 @@ def _say_what_differs(root: Path, own: Path, identity: Mapping[str, Any]) -> Non
         if before.get(name) != now.get(name)
     ]
     logger.info(
-        "not resumed: the checkpoints in %s are of a run that differs in %s; starting from step 0",
+        "not resumed: the checkpoints in %s belong to a run that differs in %s; starting at step 0",
         newest.parent,
         ", ".join(changes),
     )
@@ -178,16 +188,16 @@ def _short(value: Any) -> str:
 
 
 def _fault(path: Path) -> str | None:
-    """Say what is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint, or None if it is intact."""
     try:
         sums = json.loads((path / _CHECKSUMS).read_text(encoding="utf-8"))
         for name, expected in sums.items():
             if _sha256(path / name) != expected:
-                return f"{name} is not what was written"
+                return f"{name} does not match its SHA-256 hash"
     except OSError as error:
         return f"{Path(error.filename).name} cannot be read ({error.strerror})"
     except ValueError:
-        return f"{_CHECKSUMS} is not JSON"
+        return f"{_CHECKSUMS} is not valid JSON"
     return None
 
 
@@ -197,7 +207,7 @@ def _sha256(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or a directory's entries, are on the disk."""
+    """Wait until a file, or the entries of a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

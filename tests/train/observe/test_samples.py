@@ -1,4 +1,6 @@
-"""Answers before and after: those that plain transformers and peft give to the same prompts."""
+"""Answers before and after training are those of plain transformers and PEFT."""
+
+from html import escape
 
 import pytest
 import torch
@@ -33,9 +35,15 @@ def test_the_page_has_the_answers_of_base_and_adapter(
         curves_path=tmp_path / "curves.html",
     )
     page = (tmp_path / "curves.html").read_text()
-    for heading in ("Loss", "Gradient", "Tokens a second", "Peak memory so far", "Learning rate"):
+    for heading in (
+        "Loss",
+        "Gradient norm",
+        "Tokens per second",
+        "Peak memory so far",
+        "Learning rate",
+    ):
         assert f"<h2>{heading}</h2>" in page, heading
-    assert "<h2>Use of the GPU</h2>" not in page
+    assert "<h2>GPU utilisation</h2>" not in page
     # They may come from private rows, and the adapter's directory is published.
     assert not any("samples" in path.name for path in (tmp_path / "adapter").iterdir())
 
@@ -53,8 +61,6 @@ def test_the_page_has_the_answers_of_base_and_adapter(
     before = answers(base)
     after = answers(PeftModel.from_pretrained(base, tmp_path / "adapter").eval())
     assert before != after
-    from html import escape
-
     for text in before + after:
         assert f"<dd>{escape(text)}</dd>" in page
 

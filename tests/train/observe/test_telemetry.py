@@ -103,7 +103,7 @@ def test_a_gpu_without_counters_has_none(nvml, monkeypatch, caplog):
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="99")
     )
     assert GpuMeter("cuda").use() is None
-    assert "NVML says Not Found" in caplog.text
+    assert "NVML reports Not Found" in caplog.text
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert GpuMeter("cuda").energy_joules() is None
     assert "nvidia-ml-py is not installed" in caplog.text

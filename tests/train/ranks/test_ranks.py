@@ -1,6 +1,6 @@
-"""Several ranks learn what one does, decide alike, and end together.
+"""Several ranks learn what one rank learns, take the same decisions, and end together.
 
-On a CPU, through gloo: gradients are averaged there as NCCL and DDP do it on GPUs.
+The ranks run on a CPU with gloo, which averages gradients as NCCL and DDP do on GPUs.
 """
 
 import json
@@ -250,10 +250,10 @@ def test_zero_2_learns_what_one_rank_does(job, tmp_path):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("killed", "rank 1 of 2 was killed or crashed without a word"),
+        ("killed", "rank 1 of 2 was killed or crashed without an error message"),
         pytest.param(
             "raises",
-            "rank 1 of 2 failed: ValueError: a fault of its own, so the others were ended",
+            "rank 1 of 2 failed: ValueError: a fault of its own, so the other ranks were killed",
             marks=pytest.mark.slow,
         ),
     ],
@@ -277,7 +277,7 @@ def test_a_rank_that_dies_ends_all_at_once(tmp_path, how, message):
     assert time.monotonic() - ended[0] < 5
     assert message in str(caught.value)
     last_line = "about to meet the others" if how == "killed" else "ValueError: a fault of its own"
-    assert last_line in str(caught.value).partition("its log ends: ")[2]
+    assert last_line in str(caught.value).partition("the end of its log: ")[2]
     for path in seen.iterdir():
         stat = Path("/proc", path.read_text(), "stat")
         # Gone, or a zombie that nobody has asked about yet.
@@ -293,7 +293,7 @@ def test_the_rank_that_failed_first_is_named(tmp_path):
 
     lost = ("Exception", "RuntimeError: connection closed by peer", 2.0)
     failure = errors(first=lost, second=("Exception", "ValueError: its own", 1.0))
-    assert str(failure) == "rank 1 of 2 failed: ValueError: its own, so the others were ended"
+    assert str(failure) == "rank 1 of 2 failed: ValueError: its own, so the other ranks were killed"
     # A sentence for people goes before what it led to.
     failure = errors(first=lost, second=("DataError", "there is no row", 3.0))
     assert isinstance(failure, DataError) and str(failure) == "there is no row"
@@ -312,7 +312,7 @@ def test_ranks_are_as_many_as_gpus(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert choose_num_ranks(TrainConfig(), "cuda") == 2
     assert choose_num_ranks(TrainConfig(num_ranks=1), "cuda") == 1
-    with pytest.raises(RecipeError, match="num_ranks is 4, and this machine has 2 GPUs: give the"):
+    with pytest.raises(RecipeError, match="num_ranks is 4, but this machine has 2 GPUs: set"):
         choose_num_ranks(TrainConfig(num_ranks=4), "cuda")
     with monkeypatch.context() as patched:
         patched.setattr("importlib.util.find_spec", lambda name: None)
@@ -320,7 +320,9 @@ def test_ranks_are_as_many_as_gpus(monkeypatch):
         with pytest.raises(RecipeError, match="2 GPUs train with DeepSpeed's ZeRO-2, but the pack"):
             is_wanted(TrainConfig(), "cuda", 2)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="one of WORLD_SIZE 2 that a launcher has started"):
+    with pytest.raises(
+        RecipeError, match="launcher has started this process as one of WORLD_SIZE 2"
+    ):
         choose_num_ranks(TrainConfig(), "cuda")
 
 

@@ -10,11 +10,13 @@ from tuneline.train.memory.plan import Plan
 from tuneline.train.rows.batches import StepBatches, row_lengths
 
 
-def batches(num_rows, num_ranks, *, rank=0, rows_a_step=8, rows_a_batch=2, **rest) -> StepBatches:
+def batches(
+    num_rows, num_ranks, *, rank=0, global_batch_size=8, micro_batch_size=2, **rest
+) -> StepBatches:
     return StepBatches(
         num_rows,
-        rows_a_step=rows_a_step,
-        rows_a_batch=rows_a_batch,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
         rank=rank,
         num_ranks=num_ranks,
         seed=7,
@@ -64,7 +66,7 @@ def test_steps_have_the_rows_of_one_rank(num_rows, num_ranks):
 def test_packs_give_ranks_the_same_number_of_tokens():
     generator = torch.Generator().manual_seed(0)
     lengths = (2048 - torch.randint(0, 400, (512,), generator=generator)).tolist()
-    shared = batches(512, 4, rows_a_step=16, rows_a_batch=1, lengths=lengths)
+    shared = batches(512, 4, global_batch_size=16, micro_batch_size=1, lengths=lengths)
     for step in range(shared.num_steps):
         tokens = [
             sum(lengths[row] for batch in part for row in batch) for part in shared.of_step(0, step)

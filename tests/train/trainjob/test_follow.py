@@ -33,7 +33,7 @@ from tuneline.errors import (
 from tuneline.pipelines.lint.lint import lint_documents
 from tuneline.runtime.kubernetes_client import connect
 from tuneline.train import TrainConfig
-from tuneline.train.ranks.board import Board, Verdict
+from tuneline.train.ranks.nodes import Outcome, SharedDirectory
 from tuneline.train.run import run
 from tuneline.train.trainjob.client import TrainJobs
 from tuneline.train.trainjob.follow import Launcher
@@ -148,7 +148,7 @@ def test_the_server_refuses_what_a_version_does_not_know(server: Any) -> None:
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"accelerator_products": ["A", "B"]}, "cannot choose among A, B"),
+        ({"accelerator_products": ["A", "B"]}, "cannot choose among the GPU products A, B"),
         ({"image_pull_secrets": ["registry"]}, "cannot set image pull secrets"),
     ],
 )
@@ -158,7 +158,9 @@ def test_what_an_old_trainer_cannot_say_is_an_error(changed: dict[str, Any], say
 
 
 def test_a_cluster_without_trainer(server: Any) -> None:
-    with pytest.raises(ClusterError, match="need Kubeflow Trainer 2.0 or later; set placement"):
+    with pytest.raises(
+        ClusterError, match="need Kubeflow Trainer 2.0 or later: install it, or set pl"
+    ):
         TrainJobs(connect(num_retries=0), "kubeflow").supported()
 
 
@@ -166,7 +168,7 @@ class World:
     """The API, its controller and kubelets, in a time that passes only while the launcher waits."""
 
     def __init__(self, server: Any, directory: Path) -> None:
-        self.server, self.board = server, Board(directory)
+        self.server, self.shared = server, SharedDirectory(directory)
         self.time = 1.8e9
         server.now = lambda: self.time
         self.plan: list[tuple[float, Callable[[], None]]] = []
@@ -176,7 +178,7 @@ class World:
         self.launcher = Launcher(
             jobs,
             body_for({"runtimePatches"}),
-            self.board,
+            self.shared,
             timeout_seconds=1800,
             wait=self.wait,
             now=lambda: self.time,
@@ -252,7 +254,7 @@ def test_a_job_that_is_queued_for_an_hour(world: World, caplog: Any) -> None:
 
 def test_a_job_that_runs_too_long(world: World) -> None:
     world.after(0, world.pods)
-    with pytest.raises(TrainingError, match="has run for 0.5 h, which is its limit: raise"):
+    with pytest.raises(TrainingError, match="reached its time limit of 0.5 h: raise"):
         world.launcher.run()
     assert world.writes("DELETE") == 1
 
@@ -262,13 +264,13 @@ def test_an_api_that_is_away_for_a_minute(world: World, caplog: Any) -> None:
     world.after(30, lambda: setattr(world.server, "down", 6))
     world.after(120, lambda: world.condition("Complete"))
     world.launcher.run()
-    assert "asked again" in caplog.text
+    assert ": retrying" in caplog.text
 
 
 def test_an_api_that_stays_away(world: World) -> None:
     world.after(0, world.pods)
     world.after(30, lambda: setattr(world.server, "down", 10**6))
-    with pytest.raises(ClusterError, match="503 .*for 15 minutes; the job goes on, and a retry"):
+    with pytest.raises(ClusterError, match="503 .*for 15 minutes; the job itself continues: run"):
         world.launcher.run()
     assert world.writes("DELETE") == 0
 
@@ -313,7 +315,7 @@ def test_a_pod_that_is_killed_for_memory_is_not_tried_again(world: World) -> Non
     world.after(0, world.pods)
     world.after(60, lambda: world.pods(**gone), world.fail)
     with pytest.raises(
-        TrainingError, match="-node-0-1-x was killed for memory, its limit is 900Gi"
+        TrainingError, match="-node-0-1-x was killed because it exceeded its memory limit .900Gi"
     ):
         world.launcher.run()
     assert world.writes("POST") == 1
@@ -367,7 +369,7 @@ def test_an_error_of_the_step_is_raised_with_the_pods_logs(world: World, caplog:
     world.after(
         30,
         lambda: world.pods(phase="Failed"),
-        lambda: world.board.conclude(Verdict("DataError", "there is no row to train on")),
+        lambda: world.shared.write_outcome(Outcome("DataError", "there is no row to train on")),
         world.fail,
     )
     with pytest.raises(DataError, match="there is no row to train on"):
@@ -384,7 +386,7 @@ def test_a_launcher_that_was_started_again_finds_its_job(world: World, caplog: A
     world.after(10, world.pods)
     world.after(30, lambda: world.condition("Complete"))
     world.launcher.run()
-    assert "is there: following it" in caplog.text
+    assert "already exists: following it" in caplog.text
     assert world.writes("POST") == 0
 
 
@@ -405,7 +407,7 @@ def test_a_job_that_is_still_being_deleted_is_waited_for(world: World) -> None:
 @pytest.mark.parametrize(("kind", "again"), [("DataError", False), ("TrainingError", True)])
 def test_a_step_that_is_retried(world: World, kind: str, again: bool) -> None:
     world.server.put("trainjobs", NAME)
-    world.board.conclude(Verdict(kind, "it did not work"))
+    world.shared.write_outcome(Outcome(kind, "it did not work"))
     world.fail()
     world.after(30, lambda: world.condition("Complete"))
     if again:
@@ -442,12 +444,12 @@ def test_a_launcher_that_is_told_to_stop_while_the_api_is_away(
         world.launcher.run()
     assert world.time - before <= 60 + 10 + 20
     assert (("trainjobs", "kubeflow", NAME) not in world.server.objects) == is_deleted
-    assert ("it goes when its workflow does" in caplog.text) != is_deleted
+    assert ("will be deleted with its workflow" in caplog.text) != is_deleted
 
 
 def test_a_job_that_somebody_deleted(world: World) -> None:
     world.after(30, lambda: world.server.objects.pop(("trainjobs", "kubeflow", NAME)))
-    with pytest.raises(ClusterError, match="is gone: somebody has deleted it"):
+    with pytest.raises(ClusterError, match="no longer exists, because somebody else deleted it"):
         world.launcher.run()
 
 
@@ -461,7 +463,7 @@ def test_a_right_that_is_missing_is_named(world: World, verb: str) -> None:
 def test_outside_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("KFP_POD_NAME", "HOSTNAME", "NAMESPACE"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match="this is no pod of a cluster"):
+    with pytest.raises(UserError, match="does not run in a pod of a cluster"):
         run_on_nodes(
             TrainConfig(),
             NodesConfig.parse(NODES),
@@ -540,7 +542,7 @@ def test_two_nodes_learn_what_one_does(
     server.put("pods", "step-pod", metadata=metadata)
     monkeypatch.setenv("KFP_POD_NAME", "step-pod")
     monkeypatch.setenv("NAMESPACE", "kubeflow")
-    monkeypatch.setattr("tuneline.train.trainjob.follow.SECONDS_BETWEEN_LOOKS", 0.1)
+    monkeypatch.setattr("tuneline.train.trainjob.follow.POLL_SECONDS", 0.1)
     data = dataset_dir(answer_rows)
     (tmp_path / "logs").mkdir()
     controller = threading.Thread(target=control, args=(server, tmp_path / "logs"), daemon=True)

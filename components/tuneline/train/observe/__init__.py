@@ -1,1 +1,1 @@
-"""Metrics, progress, answers and the page of a training run."""
+"""What a run shows of itself: progress, cost, answers of the model, and an HTML page."""

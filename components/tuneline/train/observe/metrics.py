@@ -1,4 +1,4 @@
-"""The few figures of a training run that a pipeline's pages compare in columns."""
+"""Figures of a training run for the comparison and artifact pages of Kubeflow Pipelines."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from tuneline.artifacts import TrainingPoint, TrainingSummary
 
 
 def comparable_metrics(summary: TrainingSummary) -> dict[str, float]:
-    """Return numbers by stable names; one that was not measured is left out."""
+    """Return the figures that KFP compares between runs, without those that were not measured."""
     found = {
         "final_loss": summary.final_loss,
         "first_eval_loss": summary.first_eval_loss,
@@ -24,7 +24,10 @@ def comparable_metrics(summary: TrainingSummary) -> dict[str, float]:
 
 
 def eval_gap(history: Sequence[TrainingPoint]) -> float | None:
-    """Return the last evaluation loss less the mean training loss since the one before it."""
+    """Return the last evaluation loss minus the mean training loss since the evaluation before it.
+
+    None if the run has fewer than two evaluations, or no training loss between the last two.
+    """
     evaluated = [point for point in history if point.eval_loss is not None]
     if len(evaluated) < 2:
         return None
@@ -36,7 +39,7 @@ def eval_gap(history: Sequence[TrainingPoint]) -> float | None:
 
 
 def artifact_metadata(summary: TrainingSummary) -> dict[str, str | int | float]:
-    """Return what the adapter's artifact says of itself."""
+    """Return the metadata of the adapter's artifact in KFP."""
     memory = {"peak_memory_gib": round(summary.peak_memory_bytes / 2**30, 3)}
     if summary.estimated_peak_bytes is not None:
         memory["estimated_memory_gib"] = round(summary.estimated_peak_bytes / 2**30, 3)

@@ -1,4 +1,4 @@
-"""What a person and a runner see of a training run, and its history."""
+"""Progress of a run for a person and for the runner, and the history of its losses."""
 
 import logging
 import sys
@@ -16,9 +16,11 @@ from tuneline.train.trainer.state import RunState
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
+"""Shortest time between two log lines with the loss, where there is no progress bar."""
 SECONDS_BETWEEN_EVENTS = 1.0
+"""Shortest time between two progress events for the runner."""
 
-# TRL's and transformers' names of what a TrainingPoint holds.
+# The fields of a TrainingPoint by their names in the logs of transformers and TRL.
 _FIELDS = {
     "loss": "loss",
     "eval_loss": "eval_loss",
@@ -30,9 +32,9 @@ _FIELDS = {
 
 
 class ProgressCallback(TrainerCallback):
-    """Show progress and gather history: a bar on a terminal, else a line now and then.
+    """Records the history, and shows progress: a bar on a terminal, log lines elsewhere.
 
-    Of several ranks all gather, and one shows.
+    Every rank records the history, but only one shows progress (`shows`).
     """
 
     def __init__(self, run_state: RunState, *, shows: bool = True) -> None:
@@ -45,7 +47,7 @@ class ProgressCallback(TrainerCallback):
         self._bar: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say how many steps there will be, and open the bar, on a terminal."""
+        """Report the number of steps, and open the bar on a terminal."""
         self._last_line = time.monotonic()
         if not self._shows:
             return
@@ -63,33 +65,32 @@ class ProgressCallback(TrainerCallback):
             self._bar.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the step's clock."""
+        """Start the clock of the step."""
         self._step_began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the step's clock."""
+        """Add the time of the step to the run's."""
         self._run_state.step_seconds += time.monotonic() - self._step_began
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the values and show them."""
+        """Record the logged values, and show the loss."""
         logs = kwargs["logs"]
-        found = {field: logs[name] for name, field in _FIELDS.items() if name in logs}
-        if not found:
+        values = {field: float(logs[name]) for name, field in _FIELDS.items() if name in logs}
+        if not values:
             return
         points = self._run_state.points
         before = points.get(state.global_step, TrainingPoint(step=state.global_step))
-        values = {name: float(value) for name, value in found.items()}
         points[state.global_step] = before.model_copy(update={"epoch": state.epoch, **values})
         if not self._shows:
             return
-        if "loss" in found:
-            self._note = f"loss {found['loss']:.4g}"
+        if "loss" in values:
+            self._note = f"loss {values['loss']:.4g}"
             self._show(state)
-        elif "eval_loss" in found:
-            logger.info("step %d: eval loss %.4f", state.global_step, found["eval_loss"])
+        elif "eval_loss" in values:
+            logger.info("step %d: evaluation loss %.4f", state.global_step, values["eval_loss"])
 
     def close(self) -> None:
-        """Take the bar down, however training ended."""
+        """Remove the bar; call this also if training failed."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -1,7 +1,7 @@
-"""What the base and the tuned model say to a few prompts, for people to read beside the curves.
+"""Answers of the base model and of the tuned model to a few prompts, for the page of the run.
 
-"Before" is the model with its adapter switched off, so both are asked at the end: a run that was
-interrupted has them too, and nothing of it touches the training.
+Both are generated after training, the base model's with the adapter disabled. Sampling therefore
+does not affect the training, and a resumed run has answers too.
 """
 
 import json
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.parquet
 import torch
 
 from tuneline.artifacts import (
@@ -32,19 +33,23 @@ logger = logging.getLogger(__name__)
 SAMPLES_FILE = "samples.json"
 
 NUM_ROWS = 3
+"""Number of dataset rows that are used as prompts."""
 _MAX_PROMPT_TOKENS = 512
 _NUM_TEXT_TOKENS = 32
-"""Of a raw text, so many are the prompt."""
+"""Largest number of tokens at the start of a raw text that are used as the prompt."""
 
 
 class Sample(StrictModel):
-    """A prompt and what is said to it."""
+    """A prompt and the answers to it."""
 
     prompt: str
+    """Text of the prompt."""
     reference: str | None
-    """What the row answers; null for a prompt of the recipe."""
+    """Answer in the dataset; null for a prompt from the recipe."""
     before: str
+    """Answer of the base model."""
     after: str
+    """Answer of the tuned model."""
 
 
 def prompts_of(
@@ -53,15 +58,17 @@ def prompts_of(
     dataset_dir: Path,
     manifest: DatasetManifest,
 ) -> Sequence[tuple[list[int], list[int] | None]]:
-    """Return token ids of prompts, each with its reference: the recipe's, or those of first rows.
+    """Return the token IDs of each prompt and of its reference answer.
 
-    Rows are those for evaluation, and where there are none those for training; long ones are left
-    out.
+    Args:
+        prompts: The recipe's prompts, which have no references. None uses the first evaluation
+            rows, or the first training rows if there are none; rows with long prompts are skipped.
+        tokenizer: Tokenizer of the base model.
+        dataset_dir: Dataset directory that prepare wrote.
+        manifest: Record of that dataset.
     """
     if prompts is not None:
         return [(_ids(text, tokenizer, manifest), None) for text in prompts]
-    import pyarrow.parquet
-
     name = EVAL_FILE if manifest.num_eval_rows else TRAIN_FILE
     with pyarrow.parquet.ParquetFile(dataset_dir / name) as file:
         rows = next(file.iter_batches(batch_size=100)).to_pylist()
@@ -78,7 +85,19 @@ def ask_before_and_after(
     dtype: torch.dtype,
     end_of_turn: str,
 ) -> list[Sample]:
-    """Let the model answer greedily without its adapter and with it; none if memory runs out."""
+    """Generate answers greedily without and with the adapter.
+
+    Args:
+        model: Model with the trained adapter.
+        tokenizer: Tokenizer of the base model.
+        prompts: Token IDs of each prompt and of its reference answer, or None for the latter.
+        num_tokens: Largest number of tokens per answer; 0 generates no answers.
+        dtype: Compute type.
+        end_of_turn: Text that ends a turn in the chat template; it ends an answer too.
+
+    Returns:
+        One sample per prompt; none if the device runs out of memory.
+    """
     if not prompts or not num_tokens:
         return []
     stops = {tokenizer.eos_token_id, tokenizer.get_vocab().get(end_of_turn)} - {None}
@@ -87,7 +106,7 @@ def ask_before_and_after(
     padding = tokenizer.pad_token_id or 0
     rows = [[padding] * (longest - len(ids)) + ids for ids, _ in prompts]
     mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in prompts]
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         "input_ids": torch.tensor(rows, device=device),
         "attention_mask": torch.tensor(mask, device=device),
         "max_new_tokens": num_tokens,
@@ -96,14 +115,15 @@ def ask_before_and_after(
         "eos_token_id": sorted(stops) or None,
     }
     model.eval()
+    generate: Any = model.generate
     mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     try:
         with torch.inference_mode(), mixed:
-            after = model.generate(**asked)
+            after = generate(**options)
             with model.disable_adapter():
-                before = model.generate(**asked)
+                before = generate(**options)
     except torch.OutOfMemoryError:
-        logger.warning("no answers before and after: the device's memory was full")
+        logger.warning("no sample answers on the page: the device ran out of memory")
         return []
 
     def text(ids: Any) -> str:
@@ -121,29 +141,42 @@ def ask_before_and_after(
 
 
 def write_samples(samples: Sequence[Sample], directory: Path) -> None:
-    """Leave them where `read_samples` looks; not beside the adapter, which may be published."""
+    """Write samples for `read_samples`.
+
+    Args:
+        samples: The samples.
+        directory: Directory of the checkpoints, not of the adapter: that one may be published,
+            but the rows may be private.
+    """
     text = json.dumps([sample.model_dump() for sample in samples], ensure_ascii=False)
     (directory / SAMPLES_FILE).write_text(text, encoding="utf-8")
 
 
 def read_samples(directory: Path) -> list[Sample]:
-    """Read what `write_samples` left there, if it did."""
+    """Return the samples that `write_samples` wrote, or none if it wrote none."""
     path = directory / SAMPLES_FILE
     if not path.is_file():
         return []
-    return [Sample.model_validate(one) for one in json.loads(path.read_text(encoding="utf-8"))]
+    return [
+        Sample.model_validate(sample) for sample in json.loads(path.read_text(encoding="utf-8"))
+    ]
 
 
 def _ids(text: str, tokenizer: "PreTrainedTokenizerBase", manifest: DatasetManifest) -> list[int]:
+    ids: list[int]
     if manifest.method != "cpt" and tokenizer.chat_template:
         turn = [{"role": "user", "content": text}]
-        asked: Any = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return tokenizer(asked, add_special_tokens=False)["input_ids"]
-    return tokenizer(text)["input_ids"]
+        prompt: Any = tokenizer.apply_chat_template(
+            turn, tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(text)["input_ids"]
+    return ids
 
 
 def _split(row: dict[str, Any], manifest: DatasetManifest) -> tuple[list[int], list[int]]:
-    """Return a row's prompt and its first answer."""
+    """Return the token IDs of a row's prompt and of its first answer."""
     if manifest.method == "dpo":
         return row[PROMPT_IDS], row[CHOSEN_IDS]
     ids, counts = row[INPUT_IDS], row[LOSS_MASK]

@@ -1,9 +1,11 @@
-"""What a run costs while it goes: progress.jsonl, and at the end hours, energy and money.
+"""Resource use of a run: progress.jsonl while it trains, and its hours, energy and cost at the end.
 
-progress.jsonl has one JSON object a logged step; a value that was not measured then is null. It
-lies beside the checkpoints while the run goes and with the adapter when it is done. Energy and use
-of a GPU come from NVML (the package nvidia-ml-py) and are null where it is not installed. What a
-run did after its last checkpoint before it was killed is not in the sums.
+progress.jsonl has one JSON object per logged step; a value that was not measured is null. The file
+is beside the checkpoints while the run trains, and is copied to the adapter at the end.
+
+GPU utilisation and energy come from NVML, and are null if the package nvidia-ml-py is not
+installed. The sums of time and energy are part of each checkpoint. If a run is killed, the time
+and energy since its last checkpoint are not counted.
 """
 
 import json
@@ -26,9 +28,9 @@ _JOULES_PER_KWH = 3.6e6
 
 
 class GpuMeter:
-    """NVML's view of the GPUs that the run computes on; without one, all values are None.
+    """Reads the use of the run's GPUs from NVML; without NVML, all values are None.
 
-    The ranks of a node see each other's GPUs, so that the first one can add up for all.
+    Rank 0 reads for all ranks, because the ranks of a node see each other's GPUs.
     """
 
     def __init__(self, device: str) -> None:
@@ -39,29 +41,32 @@ class GpuMeter:
         try:
             import pynvml
         except ImportError:
-            logger.warning("no GPU use and energy: the package nvidia-ml-py is not installed")
+            logger.warning(
+                "GPU utilisation and energy are not measured: the package nvidia-ml-py is not "
+                "installed"
+            )
             return
         count = collectives.num_ranks()
         devices = [device] if count == 1 else [f"{device}:{index}" for index in range(count)]
-        uuids = [f"GPU-{torch.cuda.get_device_properties(one).uuid}" for one in devices]
+        uuids = [f"GPU-{torch.cuda.get_device_properties(name).uuid}" for name in devices]
         try:
             pynvml.nvmlInit()
-            # By its name: CUDA_VISIBLE_DEVICES and MIG give other numbers than NVML's.
+            # By UUID: CUDA_VISIBLE_DEVICES and MIG number the GPUs differently from NVML.
             self._handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
         except pynvml.NVMLError as error:
-            logger.warning("no GPU use and energy: NVML says %s", error)
+            logger.warning("GPU utilisation and energy are not measured: NVML reports %s", error)
             return
         self._nvml = pynvml
 
     def use(self) -> float | None:
-        """Return the share of the last moments in which a kernel ran, 0 to 1: the GPUs' mean."""
-        found = self._read("nvmlDeviceGetUtilizationRates")
-        return None if found is None else sum(rates.gpu for rates in found) / len(found) / 100
+        """Return the fraction of recent time in which a kernel ran (0 to 1), averaged over GPUs."""
+        rates = self._read("nvmlDeviceGetUtilizationRates")
+        return None if rates is None else sum(rate.gpu for rate in rates) / len(rates) / 100
 
     def energy_joules(self) -> float | None:
-        """Return what the GPUs took since their driver was loaded."""
-        found = self._read("nvmlDeviceGetTotalEnergyConsumption")
-        return None if found is None else sum(found) / 1000
+        """Return the energy that the GPUs have used since their driver was loaded, in joules."""
+        millijoules = self._read("nvmlDeviceGetTotalEnergyConsumption")
+        return None if millijoules is None else sum(millijoules) / 1000
 
     def _read(self, name: str) -> list[Any] | None:
         if self._nvml is None:
@@ -69,12 +74,15 @@ class GpuMeter:
         try:
             return [getattr(self._nvml, name)(handle) for handle in self._handles]
         except self._nvml.NVMLError:
-            # Older and virtual GPUs lack single counters.
+            # Older and virtual GPUs lack some of the counters.
             return None
 
 
 class TelemetryCallback(TrainerCallback):
-    """Writes a line a logged step, and adds up time and energy. Comes after ProgressCallback."""
+    """Writes one line per logged step, and adds up time and energy.
+
+    It must be added after ProgressCallback, whose points and step times it reads.
+    """
 
     def __init__(self, run_state: RunState, path: Path, device: str) -> None:
         self._run_state = run_state
@@ -87,7 +95,7 @@ class TelemetryCallback(TrainerCallback):
         self._step_seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clocks, and drop lines of steps that will be taken again."""
+        """Start the clocks, and delete the lines of steps that this run repeats."""
         self._time = time.monotonic()
         self._joules = self._meter.energy_joules()
         self._tokens = self._run_state.num_tokens
@@ -99,11 +107,11 @@ class TelemetryCallback(TrainerCallback):
         self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add up, so that a checkpoint of this step has it."""
+        """Add up time and energy, so that a checkpoint of this step has both."""
         self._add_up()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write a line, if something of the step was measured."""
+        """Write a line if the training loss or the evaluation loss was logged."""
         logs = kwargs["logs"]
         point = self._run_state.points.get(state.global_step)
         if point is None or not ("loss" in logs or "eval_loss" in logs):
@@ -111,13 +119,13 @@ class TelemetryCallback(TrainerCallback):
         self._add_up()
         if not collectives.is_first():
             return
-        # A step that is logged and evaluated has two lines, each with what is known by then.
+        # A step with both losses has two lines, and the second one repeats the first one's values.
         line = {**point.model_dump(), "time": time.time(), **self._measured()}
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add up what came after the last log."""
+        """Add up the time and energy since the last log."""
         self._add_up()
 
     def _measured(self) -> dict[str, Any]:
@@ -145,7 +153,12 @@ class TelemetryCallback(TrainerCallback):
 
 
 def costs(run_state: RunState, price_per_hour: float | None) -> dict[str, float | None]:
-    """Return hours of the device, its energy and what it cost, as TrainingSummary names them."""
+    """Return the fields of TrainingSummary for device hours, energy and cost.
+
+    Args:
+        run_state: State of the run, with its sums of time and energy.
+        price_per_hour: Price of one device for an hour; None leaves the cost null.
+    """
     hours = run_state.device_seconds / 3600
     joules = run_state.energy_joules
     return {
@@ -156,13 +169,13 @@ def costs(run_state: RunState, price_per_hour: float | None) -> dict[str, float 
 
 
 def keep_progress_file(path: Path, directory: Path) -> None:
-    """Put progress.jsonl into the adapter's directory."""
+    """Copy progress.jsonl to the adapter's directory."""
     (directory / PROGRESS_FILE).write_bytes(path.read_bytes())
 
 
 def _step_of(line: str) -> float:
-    """Return a line's step; one that a kill cut short counts as never reached."""
+    """Return the step of a line; infinity if the line is incomplete because the run was killed."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except ValueError:
         return float("inf")

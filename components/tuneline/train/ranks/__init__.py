@@ -1,1 +1,1 @@
-"""Several processes on one machine, or on several, that train as one."""
+"""Several processes, on one machine or on several, that train one model together."""

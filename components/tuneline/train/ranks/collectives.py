@@ -1,8 +1,8 @@
-"""The ranks that train together, as one of them sees the others; alone, everything is itself.
+"""Collective operations over the ranks, as called by one rank; with one rank they do nothing.
 
-A rank is a process with a GPU, or a process on a CPU. Whatever decides how a run goes on, that is
-to write a checkpoint, to stop, to skip a step, to end early, is asked of all ranks here, because
-ranks that decide differently wait for each other for ever.
+A rank is a process with one GPU, or a process on a CPU. All ranks must decide together how a run
+goes on: whether to write a checkpoint, stop, skip a step or stop early. Ranks that decide
+differently wait for each other forever, so every such decision goes through this module.
 """
 
 import contextlib
@@ -16,22 +16,22 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """Return this process' rank, from 0."""
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def num_ranks() -> int:
-    """Return how many ranks train together."""
+    """Return the number of ranks that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Whether this is the rank that writes, logs and reports."""
+    """Return whether this is rank 0, which writes files, logs and reports progress."""
     return rank() == 0
 
 
 def any_of(*flags: bool) -> list[bool]:
-    """Tell for each flag whether it is set on some rank."""
+    """Return for each flag whether it is set on at least one rank."""
     if num_ranks() == 1:
         return list(flags)
     values = torch.tensor(flags, dtype=torch.int32, device=_device())
@@ -40,60 +40,61 @@ def any_of(*flags: bool) -> list[bool]:
 
 
 def summed(*values: float) -> list[float]:
-    """Add up values over all ranks, in float64."""
+    """Return the sum of each value over all ranks, added in float64."""
     if num_ranks() == 1:
         return list(values)
-    sums = torch.tensor(values, dtype=torch.float64, device=_device())
-    dist.all_reduce(sums)
-    return sums.tolist()
+    tensor = torch.tensor(values, dtype=torch.float64, device=_device())
+    dist.all_reduce(tensor)
+    sums: list[float] = tensor.tolist()
+    return sums
 
 
 def highest(value: int) -> int:
-    """Return the largest value of any rank."""
+    """Return the maximum of a value over all ranks."""
     if num_ranks() == 1:
         return value
-    found = torch.tensor(value, dtype=torch.int64, device=_device())
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return int(found)
+    maximum = torch.tensor(value, dtype=torch.int64, device=_device())
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+    return int(maximum)
 
 
 def gathered(values: torch.Tensor) -> torch.Tensor:
-    """Stack a tensor of every rank, all of one shape, in the order of ranks."""
+    """Stack one tensor per rank in the order of ranks; all must have the same shape."""
     if num_ranks() == 1:
         return values[None]
-    found = [torch.empty_like(values) for _ in range(num_ranks())]
-    dist.all_gather(found, values)
-    return torch.stack(found)
+    tensors = [torch.empty_like(values) for _ in range(num_ranks())]
+    dist.all_gather(tensors, values)
+    return torch.stack(tensors)
 
 
 def concatenated(values: torch.Tensor) -> torch.Tensor:
-    """Join a tensor of every rank along its first axis, of whatever length each has it."""
+    """Concatenate one tensor per rank along the first axis, whose length may differ."""
     if values.dim() == 0:
         return gathered(values)
     lengths = gathered(torch.tensor(len(values), device=values.device)).tolist()
-    missing = values.new_zeros(max(lengths) - len(values), *values.shape[1:])
-    parts = gathered(torch.cat([values, missing]))
+    padding = values.new_zeros(max(lengths) - len(values), *values.shape[1:])
+    parts = gathered(torch.cat([values, padding]))
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """Call a function on the first rank only, and give every rank what it returned."""
+    """Call a function on rank 0 only, and return its result on every rank."""
     if num_ranks() == 1:
         return make()
-    found = [make() if is_first() else None]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]  # type: ignore[return-value]
+    results = [make() if is_first() else None]
+    dist.broadcast_object_list(results, src=0)
+    return results[0]  # type: ignore[return-value]
 
 
 def wait_for_all() -> None:
-    """Return when every rank has come here."""
+    """Wait until every rank has called this function."""
     if num_ranks() > 1:
         dist.barrier()
 
 
 @contextlib.contextmanager
 def first_goes_first() -> Iterator[None]:
-    """Let the first rank run the body alone, so that the others find what it has cached."""
+    """Run the body on rank 0 before the other ranks, so that they find what it has cached."""
     if not is_first():
         wait_for_all()
     yield
@@ -102,7 +103,7 @@ def first_goes_first() -> Iterator[None]:
 
 
 def device_name(device: str) -> str:
-    """Return which device of a kind is this rank's: "cuda:1" of "cuda" on the second one."""
+    """Return the device of this rank for a kind of device, such as "cuda:1" for "cuda"."""
     if device != "cuda" or num_ranks() == 1:
         return device
     return f"cuda:{torch.cuda.current_device()}"

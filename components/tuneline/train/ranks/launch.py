@@ -1,20 +1,23 @@
-"""N processes that train together: started by torchrun, watched from here.
+"""Run a function on N ranks: torchrun starts the processes, and this module watches them.
 
-torchrun gives each process its rank and its log, and a place to meet. What it does when one of them
-dies is not enough: it asks the others to stop, and they wait for the dead one; half a minute later
-it kills them, with NCCL. So the step's own process looks after the ranks by their ids, ends all of
-them as soon as one is gone, and says which one it was, with the end of its log.
+torchrun gives each process its rank, a log and a place to meet. Its handling of a rank that dies is
+too slow: it sends SIGTERM to the other ranks, which are blocked in a collective operation with the
+dead rank, and kills them half a minute later. Therefore the step's own process watches the rank
+processes by their process IDs. As soon as one rank has failed or is gone, the watcher kills the
+others, and raises an error that names the failed rank and has the last lines of its log.
 
-    <directory>/job.pickle        a function and its arguments, the same for every rank
-                rank-0.pid        of each rank, when it has started
-                rank-0.error      {"kind", "message", "time"}, when it has failed
-                rank-0.done       when it has returned
-                rank-0.dead       when it was found gone with neither of these
+The processes exchange files in one directory:
+
+    <directory>/job.pickle        the function and its arguments, the same for every rank
+                rank-0.pid        process ID, written when the rank starts
+                rank-0.error      {"kind", "message", "time"}, written when the rank fails
+                rank-0.done       written when the function has returned
+                rank-0.dead       written by the watcher when the process is gone without either
                 result.pickle     what the function returned on rank 0
-                logs-0/           stdout.log and stderr.log of each rank of a machine
+                logs-0/           stdout.log and stderr.log of each rank on node 0
 
-On several machines (see `nodes`) the directory is on a volume that they share, and each looks
-after the ranks of its own by their ids, and after the others' by these files.
+With several nodes (see `nodes`) the directory is on the volume that the nodes share. Each node
+watches the processes of its own ranks, and the .error and .dead files of the other nodes' ranks.
 """
 
 import contextlib
@@ -36,59 +39,59 @@ from tuneline import errors
 from tuneline.errors import RecipeError, StoppedError, TrainingError
 from tuneline.runtime.stop_request import StopRequest, stop_on_sigterm
 from tuneline.train.config import TrainConfig
-from tuneline.train.ranks.board import Attempt, Nodes
+from tuneline.train.ranks.nodes import Attempt, Node
 from tuneline.train.ranks.process import JOB_FILE, RESULT_FILE, OutOfMemory, StartAgain
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_LOOKS = 0.05
-_SECONDS_FOR_OTHERS = 1.0
-"""After one has failed: time for the others to say what happened to them."""
+_POLL_SECONDS = 0.05
+_SECONDS_FOR_OTHER_RANKS = 1.0
+"""Time for the other ranks to write their errors after one rank has failed."""
 _SECONDS_FOR_OTHER_NODES = 30.0
-"""To see that an attempt is over; one that is gone never does."""
+"""Longest wait for the other nodes to leave an attempt; a node that is gone never leaves it."""
 _NUM_LOG_LINES = 8
 
 
 def choose_num_ranks(config: TrainConfig, device: str) -> int:
-    """Return how many ranks train.
+    """Return the number of ranks that train together.
 
     Raises:
-        RecipeError: more are asked for than there are GPUs, or a launcher has started this process
-            as one of several already.
+        RecipeError: num_ranks does not match the GPUs or the nodes, or another launcher has
+            started this process as one of several.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError(
-            f"this process is one of WORLD_SIZE {os.environ['WORLD_SIZE']} that a launcher has "
-            "started, and the step starts its ranks itself: run `python -m tuneline.train` alone, "
-            "with train.num_ranks"
+            f"a launcher has started this process as one of WORLD_SIZE {os.environ['WORLD_SIZE']}, "
+            "but the step starts its ranks itself: run `python -m tuneline.train` without a "
+            "launcher and set train.num_ranks"
         )
     num_gpus = torch.cuda.device_count() if device == "cuda" else 0
-    nodes = Nodes.from_environment()
-    if nodes is not None:
-        wanted = _of_all_nodes(nodes, config, device, num_gpus)
+    node = Node.from_environment()
+    if node is not None:
+        wanted = _num_ranks_of_all_nodes(node, config, device, num_gpus)
     else:
         wanted = max(1, num_gpus) if config.num_ranks == "auto" else config.num_ranks
-    if nodes is None and device == "cuda" and wanted > num_gpus:
+    if node is None and device == "cuda" and wanted > num_gpus:
         raise RecipeError(
-            f"train.num_ranks is {wanted}, and this machine has {num_gpus} GPUs: give "
-            f"the step as many (placement.num_accelerators: {wanted}), or set num_ranks "
-            f"to {num_gpus} or auto; a step learns from the same rows on any number"
+            f"train.num_ranks is {wanted}, but this machine has {num_gpus} GPUs: set "
+            f"placement.num_accelerators to {wanted}, or train.num_ranks to {num_gpus} or auto; "
+            "the number of ranks does not change which rows a step learns from"
         )
     return wanted
 
 
-def _of_all_nodes(nodes: Nodes, config: TrainConfig, device: str, num_gpus: int) -> int:
-    if device == "cuda" and nodes.ranks_each > num_gpus:
+def _num_ranks_of_all_nodes(node: Node, config: TrainConfig, device: str, num_gpus: int) -> int:
+    if device == "cuda" and node.ranks_per_node > num_gpus:
         raise RecipeError(
-            f"this node has {num_gpus} GPUs, and {nodes.ranks_each} ranks are to train on it: ask "
-            "for as many with placement.num_accelerators"
+            f"{node.ranks_per_node} ranks should train on this node, but it has {num_gpus} GPUs: "
+            f"set placement.num_accelerators to {node.ranks_per_node}"
         )
-    if config.num_ranks not in ("auto", nodes.num_ranks):
+    if config.num_ranks not in ("auto", node.num_ranks):
         raise RecipeError(
-            f"train.num_ranks is {config.num_ranks}, and {nodes.count} nodes with "
-            f"{nodes.ranks_each} ranks each have {nodes.num_ranks}: leave it at auto"
+            f"train.num_ranks is {config.num_ranks}, but {node.num_nodes} nodes with "
+            f"{node.ranks_per_node} ranks each have {node.num_ranks} ranks: set it to auto"
         )
-    return nodes.num_ranks
+    return node.num_ranks
 
 
 def run_on_ranks(
@@ -99,20 +102,20 @@ def run_on_ranks(
     directory: Path,
     device: str,
 ) -> Any:
-    """Call a function on every rank, and return what it returned on the first.
+    """Call a function on every rank, and return what it returned on rank 0.
 
     Args:
-        num_ranks: how many; each is a process of its own.
-        function: importable by name; `ranks` tells it where it runs.
-        arguments: pickled for it.
-        directory: new or empty, for what passes between the processes.
-        device: "cuda": rank n has GPU n, and they meet through NCCL; "cpu": gloo.
+        num_ranks: Number of ranks, each a process of its own.
+        function: Function that the ranks import by its name; `collectives` gives it its rank.
+        arguments: Keyword arguments of the function; they are pickled.
+        directory: New or empty directory for the files that the processes exchange.
+        device: "cuda" gives each rank its own GPU and uses NCCL; "cpu" uses gloo.
 
     Raises:
-        TunelineError: what a rank raised.
-        OutOfMemory: what a rank raised.
-        StartAgain: what all ranks raised.
-        TrainingError: a rank died, or raised something else.
+        TunelineError: raised by the function on a rank.
+        OutOfMemory: raised by the function on a rank.
+        StartAgain: raised by the function on all ranks.
+        TrainingError: a rank died, or the function raised another exception.
         StoppedError: SIGTERM came before the ranks could write a checkpoint.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -123,12 +126,12 @@ def run_on_ranks(
         "device": device,
     }
     (directory / JOB_FILE).write_bytes(pickle.dumps(job))
-    nodes = Nodes.from_environment()
-    attempt = nodes and nodes.board.announce(directory, num_ranks=num_ranks, device=device)
+    node = Node.from_environment()
+    attempt = node and node.shared.announce(directory, num_ranks=num_ranks, device=device)
     logger.info("starting %d ranks on %s", num_ranks, device)
     try:
         with stop_on_sigterm() as stop:
-            code = _start(directory, num_ranks, nodes, stop, lambda: False)
+            code = _run_torchrun(directory, num_ranks, node, stop, lambda: False)
     finally:
         if attempt:
             attempt.end()
@@ -136,140 +139,142 @@ def run_on_ranks(
     result = directory / RESULT_FILE
     if code == 0 and result.is_file():
         return pickle.loads(result.read_bytes())
-    raise _failure(directory, num_ranks, stop, nodes)
+    raise _failure(directory, num_ranks, stop, node)
 
 
-def take_part(attempt: Attempt, nodes: Nodes, stop: StopRequest) -> None:
-    """Run this node's ranks of an attempt that the first node has announced, to its end."""
-    directory, own = attempt.directory, nodes.own_ranks
-    is_first_time = attempt.begin(nodes.number)
+def take_part(attempt: Attempt, node: Node, stop: StopRequest) -> None:
+    """Run the ranks of this node in an attempt that node 0 has announced, until they end."""
+    directory, local = attempt.directory, node.local_ranks
+    is_first_time = attempt.begin(node.number)
     try:
-        # After it has begun: the first node waits for those that have.
+        # Only now: node 0 waits for the nodes that have begun, so the directory cannot vanish.
         if attempt.is_over:
             return
         if not is_first_time:
-            _say(directory, own, f"node {nodes.number} was started again while its ranks ran")
+            message = f"the pod of node {node.number} restarted while its ranks were running"
+            _write_error(directory, local[0], message)
             return
-        code = _start(directory, attempt.num_ranks, nodes, stop, lambda: attempt.is_over)
-        told = [_has_failed(directory, number) for number in own]
-        if code and not any(told) and not attempt.is_over:
-            _say(directory, own, f"torchrun on node {nodes.number} ended with {code}")
+        code = _run_torchrun(directory, attempt.num_ranks, node, stop, lambda: attempt.is_over)
+        have_failed = [_has_failed(directory, rank) for rank in local]
+        if code and not any(have_failed) and not attempt.is_over:
+            message = f"torchrun on node {node.number} exited with code {code}"
+            _write_error(directory, local[0], message)
     finally:
-        attempt.leave(nodes.number)
+        attempt.leave(node.number)
 
 
-def _say(directory: Path, own: range, message: str) -> None:
+def _write_error(directory: Path, rank: int, message: str) -> None:
     record = {"kind": "Exception", "message": message, "time": time.time()}
-    (directory / f"rank-{own[0]}.error").write_text(json.dumps(record), encoding="utf-8")
+    (directory / f"rank-{rank}.error").write_text(json.dumps(record), encoding="utf-8")
 
 
-def _start(
+def _run_torchrun(
     directory: Path,
     num_ranks: int,
-    nodes: Nodes | None,
+    node: Node | None,
     stop: StopRequest,
     is_over: Callable[[], bool],
 ) -> int:
-    """Start the ranks of this machine, watch them to their end, and return torchrun's exit code."""
-    own = nodes.own_ranks if nodes else range(num_ranks)
-    if nodes:
-        meeting = [
-            *("--nnodes", str(nodes.count), "--node-rank", str(nodes.number)),
-            *("--master-addr", nodes.master, "--master-port", str(nodes.port)),
+    """Start the ranks of this machine, watch them until they end, and return torchrun's code."""
+    local = node.local_ranks if node else range(num_ranks)
+    if node:
+        rendezvous = [
+            *("--nnodes", str(node.num_nodes), "--node-rank", str(node.number)),
+            *("--master-addr", node.master_address, "--master-port", str(node.master_port)),
         ]
     else:
-        meeting = ["--standalone", "--local-addr", "127.0.0.1"]
-    logs = f"logs-{nodes.number if nodes else 0}"
+        rendezvous = ["--standalone", "--local-addr", "127.0.0.1"]
+    logs = f"logs-{node.number if node else 0}"
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", *meeting),
-        *("--nproc-per-node", str(len(own))),
+        *(sys.executable, "-m", "torch.distributed.run", *rendezvous),
+        *("--nproc-per-node", str(len(local))),
         *("--log-dir", str(directory / logs), "--tee", "3", "--local-ranks-filter", "0"),
         *("-m", "tuneline.train.ranks.process", str(directory), str(os.getpid())),
     ]
-    # Their threads share the cores.
-    threads = str(max(1, (os.cpu_count() or 1) // len(own)))
+    # The ranks of this machine share its cores.
+    threads = str(max(1, (os.cpu_count() or 1) // len(local)))
     environment = {
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "rank ${rank}: ",
         "OMP_NUM_THREADS": threads,
         **os.environ,
     }
-    # In a session of its own: Ctrl-C comes to this process, which passes it on.
+    # A new session keeps Ctrl-C away from the ranks: this process receives it and stops them.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        _watch(process, directory, own, num_ranks, stop, is_over)
+        _watch(process, directory, local, num_ranks, stop, is_over)
     finally:
-        _kill(process, directory, own)
+        _kill(process, directory, local)
     return process.returncode
 
 
 def _watch(
     process: subprocess.Popen[bytes],
     directory: Path,
-    own: range,
+    local: range,
     num_ranks: int,
     stop: StopRequest,
     is_over: Callable[[], bool],
 ) -> None:
-    """Return when this machine's ranks are through, or some rank has failed."""
-    was_told = False
+    """Wait until the ranks of this machine have ended, or a rank of any machine has failed."""
+    is_forwarded = False
     while process.poll() is None and not is_over():
-        if stop.is_made and not was_told:
-            # To the ranks themselves: torchrun would give them half a minute, and then kill them.
-            was_told = True
-            for number in own:
-                _send(_pid(directory, number), signal.SIGTERM)
-        others = (number for number in range(num_ranks) if number not in own)
-        failed = [_has_failed(directory, number) for number in own]
-        failed += [_is_told(directory, number) for number in others]
-        if any(failed):
+        if stop.is_made and not is_forwarded:
+            # Not to torchrun: it would kill the ranks half a minute after it had passed this on.
+            is_forwarded = True
+            for rank in local:
+                _send(_pid(directory, rank), signal.SIGTERM)
+        remote = (rank for rank in range(num_ranks) if rank not in local)
+        have_failed = [_has_failed(directory, rank) for rank in local]
+        have_failed += [_has_recorded_failure(directory, rank) for rank in remote]
+        if any(have_failed):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_SECONDS_FOR_OTHERS)
-            # Again: one that the others missed may have been the first to go.
-            for number in own:
-                _has_failed(directory, number)
+                process.wait(_SECONDS_FOR_OTHER_RANKS)
+            # Check again: another rank that is dead by now may be the cause of the first failure.
+            for rank in local:
+                _has_failed(directory, rank)
             return
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(_POLL_SECONDS)
 
 
-def _kill(process: subprocess.Popen[bytes], directory: Path, own: range) -> None:
+def _kill(process: subprocess.Popen[bytes], directory: Path, local: range) -> None:
     if process.poll() is None:
-        for number in own:
-            _send(_pid(directory, number), signal.SIGKILL)
+        for rank in local:
+            _send(_pid(directory, rank), signal.SIGKILL)
         try:
-            process.wait(_SECONDS_FOR_OTHERS)
+            process.wait(_SECONDS_FOR_OTHER_RANKS)
         except subprocess.TimeoutExpired:
             process.kill()
     process.wait()
 
 
-def _pid(directory: Path, number: int) -> int | None:
+def _pid(directory: Path, rank: int) -> int | None:
     try:
-        return int((directory / f"rank-{number}.pid").read_text())
+        return int((directory / f"rank-{rank}.pid").read_text())
     except (OSError, ValueError):
         return None
 
 
-def _send(pid: int | None, number: int) -> None:
+def _send(pid: int | None, signal_number: int) -> None:
     if pid is not None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+            os.kill(pid, signal_number)
 
 
-def _is_told(directory: Path, number: int) -> bool:
-    """Whether a rank of another machine has failed, as far as its files say."""
-    return any((directory / f"rank-{number}.{end}").exists() for end in ("error", "dead"))
+def _has_recorded_failure(directory: Path, rank: int) -> bool:
+    """Return whether the files say that a rank has failed; this works for any machine's ranks."""
+    return any((directory / f"rank-{rank}.{suffix}").exists() for suffix in ("error", "dead"))
 
 
-def _has_failed(directory: Path, number: int) -> bool:
-    """Whether a rank said so, or is gone without a word; the latter is kept in `rank-N.dead`."""
-    if (directory / f"rank-{number}.error").exists():
+def _has_failed(directory: Path, rank: int) -> bool:
+    """Return whether a rank of this machine has failed; write `rank-N.dead` if it is gone."""
+    if (directory / f"rank-{rank}.error").exists():
         return True
-    pid = _pid(directory, number)
-    if pid is None or _is_running(pid) or (directory / f"rank-{number}.done").exists():
+    pid = _pid(directory, rank)
+    if pid is None or _is_running(pid) or (directory / f"rank-{rank}.done").exists():
         return False
-    # It may have spoken between the first look and its end.
-    if not (directory / f"rank-{number}.error").exists():
-        (directory / f"rank-{number}.dead").touch()
+    # The rank may have written its error between the first check and its end.
+    if not (directory / f"rank-{rank}.error").exists():
+        (directory / f"rank-{rank}.dead").touch()
     return True
 
 
@@ -282,46 +287,49 @@ def _is_running(pid: int) -> bool:
 
 
 def _failure(
-    directory: Path, num_ranks: int, stop: StopRequest, nodes: Nodes | None = None
+    directory: Path, num_ranks: int, stop: StopRequest, node: Node | None = None
 ) -> Exception:
-    """Find the rank that failed first, and make its error ours."""
-    found = []
+    """Return the error of the rank that failed first."""
+    errors_of_ranks: list[tuple[dict[str, Any], int]] = []
     silent = []
-    for number in range(num_ranks):
-        path = directory / f"rank-{number}.error"
+    for rank in range(num_ranks):
+        path = directory / f"rank-{rank}.error"
         if path.exists():
-            found.append((json.loads(path.read_text(encoding="utf-8")), number))
-        elif not (directory / f"rank-{number}.done").exists():
-            silent.append(number)
-    told = [error for error, _ in found if error["kind"] != "Exception"]
-    if told:
-        # What all ranks decided together, or the first sentence that was meant for people.
-        first = min(told, key=lambda error: error["time"])
-        kinds = {kind.__name__: kind for kind in (OutOfMemory, StartAgain)}
-        kind = kinds.get(first["kind"]) or getattr(errors, first["kind"])
-        return kind(first["message"])
+            errors_of_ranks.append((json.loads(path.read_text(encoding="utf-8")), rank))
+        elif not (directory / f"rank-{rank}.done").exists():
+            silent.append(rank)
+    known_errors = [error for error, _ in errors_of_ranks if error["kind"] != "Exception"]
+    if known_errors:
+        # These explain more than the exceptions that follow from them on the other ranks.
+        first = min(known_errors, key=lambda error: error["time"])
+        internal_kinds = {kind.__name__: kind for kind in (OutOfMemory, StartAgain)}
+        kind = internal_kinds.get(first["kind"]) or getattr(errors, first["kind"])
+        failure: Exception = kind(first["message"])
+        return failure
     if stop.is_made:
         return StoppedError(
-            "stopped by SIGTERM before the first step: run the step again, and it goes on from "
-            "its last checkpoint"
+            "stopped by SIGTERM before the first step: run the step again, and it resumes from "
+            "its last checkpoint if there is one"
         )
-    number, what = 0, "ended"
-    # Of the ranks that were still alive, some are silent too: they were killed by us.
-    dead = [number for number in silent if (directory / f"rank-{number}.dead").exists()]
+    failed_rank, what = 0, "ended without a result"
+    # A silent rank without a .dead file was alive until the watcher killed it.
+    dead = [rank for rank in silent if (directory / f"rank-{rank}.dead").exists()]
     if dead:
-        number = dead[0]
-        what = "was killed or crashed without a word (is the machine short of memory?)"
-    elif found:
-        error, number = min(found, key=lambda pair: pair[0]["time"])
+        failed_rank = dead[0]
+        what = "was killed or crashed without an error message (is the machine short of memory?)"
+    elif errors_of_ranks:
+        error, failed_rank = min(errors_of_ranks, key=lambda pair: pair[0]["time"])
         what = f"failed: {error['message']}"
-    lines = _last_lines(directory, number, nodes.ranks_each if nodes else num_ranks)
-    tail = f"; its log ends: {' | '.join(lines)}" if lines else ""
-    return TrainingError(f"rank {number} of {num_ranks} {what}, so the others were ended{tail}")
+    lines = _last_lines(directory, failed_rank, node.ranks_per_node if node else num_ranks)
+    tail = f"; the end of its log: {' | '.join(lines)}" if lines else ""
+    return TrainingError(
+        f"rank {failed_rank} of {num_ranks} {what}, so the other ranks were killed{tail}"
+    )
 
 
-def _last_lines(directory: Path, number: int, ranks_each: int) -> list[str]:
-    node, local = divmod(number, ranks_each)
-    for path in directory.glob(f"logs-{node}/*/attempt_0/{local}/stderr.log"):
+def _last_lines(directory: Path, rank: int, ranks_per_node: int) -> list[str]:
+    node, local_rank = divmod(rank, ranks_per_node)
+    for path in directory.glob(f"logs-{node}/*/attempt_0/{local_rank}/stderr.log"):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         return [line.strip() for line in lines if line.strip()][-_NUM_LOG_LINES:]
     return []

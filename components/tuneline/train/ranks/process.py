@@ -1,4 +1,10 @@
-"""One rank: `python -m tuneline.train.ranks.process DIRECTORY PID`; see `launch`."""
+"""The process of one rank: `python -m tuneline.train.ranks.process DIRECTORY WATCHER_PID`.
+
+torchrun starts this module once per rank. The process writes its process ID, calls the function of
+job.pickle, and writes the result or the error, as files in DIRECTORY; `launch` lists the files.
+WATCHER_PID is the process that watches the ranks of this machine: a rank exits when that process
+is gone, because nothing else would read its result or pass SIGTERM on to it.
+"""
 
 import datetime
 import json
@@ -19,45 +25,47 @@ logger = logging.getLogger(__name__)
 JOB_FILE = "job.pickle"
 RESULT_FILE = "result.pickle"
 
-_MEETING_TIME = datetime.timedelta(hours=12)
-"""Ranks wait so long for each other; one that died is found by its process' end, not by this."""
+_COLLECTIVE_TIMEOUT = datetime.timedelta(hours=12)
+"""Longest time that a rank waits for the others. A dead rank is not found by this timeout: the
+watcher sees that its process is gone."""
 
 
 class OutOfMemory(Exception):
-    """The device's memory was full in a training step."""
+    """A training step ran out of device memory."""
 
 
 class StartAgain(Exception):
-    """A run goes back to a checkpoint, and ZeRO-2 has to be made anew for it."""
+    """The run returns to a checkpoint, for which ZeRO-2 needs new processes."""
 
     def __init__(self, carried: str) -> None:
         super().__init__(carried)
 
     @property
     def carried(self) -> dict[str, Any]:
-        """What `ResumableTrainer.train_from` keeps of the run so far; it is told as JSON."""
-        return json.loads(str(self))
+        """Values of the run so far that `ResumableTrainer.train_from` keeps, sent as JSON."""
+        carried: dict[str, Any] = json.loads(str(self))
+        return carried
 
 
-def main(directory: Path, starter: int) -> None:
-    """Do the job of this rank, and leave its result or its error in the directory.
+def main(directory: Path, watcher: int) -> None:
+    """Run the job as one rank, and write its result or its error to the directory.
 
     Args:
-        directory: see `launch`.
-        starter: the process that looks after this machine's ranks; they end with it.
+        directory: Directory of the files that the ranks exchange; see `launch`.
+        watcher: Process ID of the process that watches the ranks of this machine.
     """
-    number = int(os.environ["RANK"])
-    _write(directory / f"rank-{number}.pid", str(os.getpid()))
+    rank = int(os.environ["RANK"])
+    _write_atomically(directory / f"rank-{rank}.pid", str(os.getpid()))
     job = pickle.loads((directory / JOB_FILE).read_bytes())
-    _end_with(starter)
+    _exit_with(watcher)
     logging.basicConfig(
-        level=logging.INFO if number == 0 else logging.WARNING,
+        level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
     )
     try:
-        result = _do(job)
-        if number == 0:
-            _write(directory / RESULT_FILE, pickle.dumps(result))
+        result = _run(job)
+        if rank == 0:
+            _write_atomically(directory / RESULT_FILE, pickle.dumps(result))
     except Exception as error:
         traceback.print_exc()
         is_known = isinstance(error, TunelineError | OutOfMemory | StartAgain)
@@ -66,30 +74,30 @@ def main(directory: Path, starter: int) -> None:
             "message": str(error) if is_known else f"{type(error).__name__}: {error}",
             "time": time.time(),
         }
-        _write(directory / f"rank-{number}.error", json.dumps(record))
+        _write_atomically(directory / f"rank-{rank}.error", json.dumps(record))
         sys.stderr.flush()
-        # Not through the interpreter's end: clean-ups of libraries wait for the other ranks.
+        # A normal interpreter exit runs clean-ups of libraries that wait for the other ranks.
         os._exit(1)
-    _write(directory / f"rank-{number}.done", "")
+    _write_atomically(directory / f"rank-{rank}.done", "")
 
 
-def _do(job: dict[str, Any]) -> Any:
+def _run(job: dict[str, Any]) -> Any:
+    # Imported late: torch takes seconds to import, and the watcher needs the .pid file before.
     import torch
     import torch.distributed as dist
 
-    if job["device"] == "cuda":
+    uses_cuda = job["device"] == "cuda"
+    if uses_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
-        "nccl" if job["device"] == "cuda" else "gloo",
-        timeout=_MEETING_TIME,
-        device_id=torch.device("cuda", torch.cuda.current_device())
-        if job["device"] == "cuda"
-        else None,
+        "nccl" if uses_cuda else "gloo",
+        timeout=_COLLECTIVE_TIMEOUT,
+        device_id=torch.device("cuda", torch.cuda.current_device()) if uses_cuda else None,
     )
     if dist.get_world_size() != job["num_ranks"]:
         raise TrainingError(
-            f"{job['num_ranks']} ranks were to train together, and {dist.get_world_size()} have "
-            "met: a launcher did not pass its environment on"
+            f"{job['num_ranks']} ranks should train together, but the process group has "
+            f"{dist.get_world_size()}: check that the launcher passes its environment on to them"
         )
     result = job["function"](**job["arguments"])
     dist.barrier()
@@ -97,29 +105,29 @@ def _do(job: dict[str, Any]) -> Any:
     return result
 
 
-def _write(path: Path, content: str | bytes) -> None:
-    """Write a file that nobody sees half written."""
+def _write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file that a reader sees either complete or not at all."""
     partial = path.with_name(f".{path.name}")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.rename(path)
 
 
-def _end_with(parent: int) -> None:
-    """End this process when the step's is gone: nobody would take the result or stop the work."""
+def _exit_with(watcher: int) -> None:
+    """Start a thread that exits this process when the watcher's process is gone."""
 
-    def watch() -> None:
+    def poll() -> None:
         while True:
             try:
-                os.kill(parent, 0)
+                os.kill(watcher, 0)
             except ProcessLookupError:
                 os._exit(1)
             time.sleep(0.5)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=poll, daemon=True).start()
 
 
 if __name__ == "__main__":
-    # By its own name: what this module defines is pickled as tuneline.train.ranks.process's.
+    # Import the module by its name, so that its classes are not pickled as those of __main__.
     from tuneline.train.ranks.process import main as _main
 
     _main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,11 +1,11 @@
-"""DeepSpeed's ZeRO-2: gradients and the optimizer's state divided over ranks.
+"""DeepSpeed's ZeRO-2: gradients and the optimizer's state are divided over the ranks.
 
-Its configuration is made here from the recipe, and handed to transformers as a dictionary. What a
-run computes in is taken over, and so are the batch, the accumulation and the clipping; the guide's
-JSON left them to defaults that need not be the trainer's, and named buckets of no size.
+The recipe decides DeepSpeed's configuration, which transformers takes as a dictionary. It sets the
+compute type, the batch sizes and the gradient clipping explicitly, because DeepSpeed's defaults
+differ from the trainer's.
 
-A checkpoint has the whole state, gathered, and not a part for each rank: any number of ranks goes
-on from it. The frozen base, in 4 bits or not, is on every rank.
+A checkpoint has the whole state, gathered from all ranks, so a run can resume on any number of
+ranks. The frozen base model is on every rank, in 4 bits or not.
 """
 
 import importlib.util
@@ -25,9 +25,10 @@ _SCHEDULER_FILE = "scheduler.pt"
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BUCKET = 2**24
-"""Elements that are reduced at a time: an adapter has some ten million, a model's layers more."""
+"""Elements per bucket of the reduction. An adapter has some ten million elements, modules that are
+trained in full have more."""
 OPTIMIZER = "adamw_torch"
-"""DeepSpeed's own are compiled on first use, with a compiler that images lack."""
+"""PyTorch's AdamW. DeepSpeed's own optimizers need a compiler on first use, which images lack."""
 
 
 def is_wanted(config: TrainConfig, device: str, num_ranks: int) -> bool:
@@ -67,7 +68,7 @@ def zero2_config(
     zero: dict[str, Any] = {
         "stage": 2,
         "contiguous_gradients": True,
-        # An adapter is a few buckets: there is nothing to overlap, and no second stream to trust.
+        # An adapter fills only a few buckets, too few to overlap on a second stream.
         "overlap_comm": False,
         "reduce_scatter": True,
         "reduce_bucket_size": _BUCKET,
@@ -91,7 +92,10 @@ def zero2_config(
 
 
 def save_state(trainer: Any, directory: Path) -> None:
-    """Gather the fp32 weights and moments of what is trained; the first rank writes them."""
+    """Write the fp32 weights and moments of the trained parameters, gathered from all ranks.
+
+    All ranks call this function, and rank 0 writes.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     inner = trainer.model_wrapped.optimizer.optimizer
@@ -99,7 +103,7 @@ def save_state(trainer: Any, directory: Path) -> None:
     names = _MOMENTS if steps else ()
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in _trained(trainer):
-        # Each of these is a sum over ranks, so all of them ask.
+        # Each getter is a collective operation, so every rank calls it for every parameter.
         tensors[f"{name}:weight"] = safe_get_full_fp32_param(parameter).cpu()
         for moment in names:
             tensors[f"{name}:{moment}"] = safe_get_full_optimizer_state(parameter, moment).cpu()
@@ -109,7 +113,7 @@ def save_state(trainer: Any, directory: Path) -> None:
 
 
 def load_state(trainer: Any, directory: Path) -> None:
-    """Put back what `save_state` wrote, on any number of ranks."""
+    """Restore what `save_state` wrote, on any number of ranks."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     saved = torch.load(directory / STATE_FILE, map_location="cpu", weights_only=True)
@@ -120,7 +124,7 @@ def load_state(trainer: Any, directory: Path) -> None:
                 "step": torch.tensor(float(saved["step"])),
                 **{moment: torch.zeros_like(flat) for moment in _MOMENTS},
             }
-    # The views of those that belong to single parameters; made at the first step otherwise.
+    # Create each parameter's views of the flat state now instead of at the first step.
     zero._lazy_init_hp_params_optimizer_state()
     for name, parameter in _trained(trainer):
         weight = saved[f"{name}:weight"]

@@ -1,1 +1,1 @@
-"""The rows of a data set, from Parquet to batches."""
+"""The rows of a dataset, from Parquet files to micro-batches."""

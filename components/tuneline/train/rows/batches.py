@@ -1,124 +1,136 @@
-"""Which rows each rank takes of every step, so that a step has the same rows on any number of them.
+"""Division of a dataset into optimizer steps, and of each step over the ranks.
 
-    step      rows_a_step rows, in an order that only the seed and the epoch decide
-    share     what a rank takes of them: as many rows as the others, and about as many tokens
-    batch     the rows of one forward
+    global batch    examples of one step. Only the seed and the epoch decide which examples, so a
+                    step has the same ones on any number of ranks.
+    part            examples that one rank takes of a global batch. The numbers of examples of two
+                    parts differ by one at most, and the numbers of tokens are about equal.
+    micro-batch     examples of one forward and backward pass on one rank.
 
-The last step of an epoch has the rows that are left. Ranks make the same number of forwards in it:
-one that has no row for a forward repeats one of the step's, and counts it for nothing.
+With packing, an example here is a pack. The last step of an epoch has the remaining examples. All
+ranks run the same number of micro-batches in it: a rank without examples for a micro-batch repeats
+one of the same step, and the trainer gives its loss the weight zero.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+import pyarrow.compute
 import torch
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from datasets import Dataset
 
 
 class StepBatches:
-    """A batch sampler with the forwards of one rank, or of all of them by `of_step`."""
+    """A batch sampler: yields the micro-batches of one rank, or returns all of a step."""
 
     def __init__(
         self,
-        num_rows: int,
+        num_examples: int,
         *,
-        rows_a_step: int,
-        rows_a_batch: int,
+        global_batch_size: int,
+        micro_batch_size: int,
         rank: int = 0,
         num_ranks: int = 1,
         seed: int | None = None,
         lengths: Sequence[int] | None = None,
     ) -> None:
-        """Divide rows into steps.
+        """Divide a dataset into steps.
 
         Args:
-            num_rows: rows, or packs, of the data set.
-            rows_a_step: rows of an optimizer step, of all ranks together.
-            rows_a_batch: rows of a forward.
-            rank: whose batches `iter` yields.
-            num_ranks: who share every step.
-            seed: of the order, together with the epoch; None: as they lie.
-            lengths: tokens of every row, for shares of like size; None: not looked at.
+            num_examples: Number of examples, or packs, in the dataset.
+            global_batch_size: Examples per step, over all ranks.
+            micro_batch_size: Largest number of examples in a micro-batch.
+            rank: Rank whose micro-batches iteration yields.
+            num_ranks: Number of ranks that share every step.
+            seed: Seed of the order, to which the epoch is added; None keeps the dataset's order.
+            lengths: Tokens per example, used to balance the ranks; None balances examples only.
         """
-        self._num_rows = num_rows
-        self._rows_a_step = rows_a_step
-        self._rows_a_batch = rows_a_batch
+        self._num_examples = num_examples
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
         self._rank = rank
         self._num_ranks = num_ranks
         self._seed = seed
         self._lengths = lengths
         self._epoch = 0
-        self.num_steps = math.ceil(num_rows / rows_a_step)
+        self.num_steps = math.ceil(num_examples / global_batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order of an epoch, from 0."""
+        """Use the order of an epoch, from 0."""
         self._epoch = epoch
 
     def __len__(self) -> int:
-        last = self._num_rows - (self.num_steps - 1) * self._rows_a_step
-        return (self.num_steps - 1) * self._num_batches(self._rows_a_step) + self._num_batches(last)
+        num_full = self.num_steps - 1
+        last = self._num_examples - num_full * self._global_batch_size
+        return num_full * self._num_batches(self._global_batch_size) + self._num_batches(last)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order(self._epoch)
         for step in range(self.num_steps):
-            shares = self._shares(order, step)
-            for batch in shares[self._rank]:
-                yield batch or shares[0][0]
+            parts = self._parts(order, step)
+            for batch in parts[self._rank]:
+                yield batch or parts[0][0]
 
     def of_step(self, epoch: int, step: int) -> list[list[list[int]]]:
-        """Return the rows of a step, from 0 within its epoch, by rank and forward.
+        """Return the examples of a step as a list per rank of micro-batches.
 
-        A forward without a row of its own is empty here.
+        A micro-batch for which a rank has no examples is an empty list here.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            step: Number of the step within the epoch, from 0.
         """
-        return self._shares(self._order(epoch), step)
+        return self._parts(self._order(epoch), step)
 
     def num_own(self, step: int) -> int:
-        """Return how many of this rank's forwards of a step have rows of its own."""
-        size = min(self._rows_a_step, self._num_rows - step * self._rows_a_step)
-        own = size // self._num_ranks + (self._rank < size % self._num_ranks)
-        return math.ceil(own / self._rows_a_batch)
+        """Return how many of this rank's micro-batches of a step have examples of their own."""
+        size = min(self._global_batch_size, self._num_examples - step * self._global_batch_size)
+        part = size // self._num_ranks + (self._rank < size % self._num_ranks)
+        return math.ceil(part / self._micro_batch_size)
 
     def _order(self, epoch: int) -> list[int]:
         if self._seed is None:
-            return list(range(self._num_rows))
+            return list(range(self._num_examples))
         generator = torch.Generator().manual_seed(self._seed + epoch)
-        return torch.randperm(self._num_rows, generator=generator).tolist()
+        order: list[int] = torch.randperm(self._num_examples, generator=generator).tolist()
+        return order
 
-    def _num_batches(self, num_rows: int) -> int:
-        return math.ceil(math.ceil(num_rows / self._num_ranks) / self._rows_a_batch)
+    def _num_batches(self, num_examples: int) -> int:
+        return math.ceil(math.ceil(num_examples / self._num_ranks) / self._micro_batch_size)
 
-    def _shares(self, order: list[int], step: int) -> list[list[list[int]]]:
-        rows = order[step * self._rows_a_step : (step + 1) * self._rows_a_step]
-        dealt: list[list[int]] = [rows]
+    def _parts(self, order: list[int], step: int) -> list[list[list[int]]]:
+        start = step * self._global_batch_size
+        examples = order[start : start + self._global_batch_size]
+        parts = [examples]
         if self._num_ranks > 1:
-            dealt = _deal(rows, self._num_ranks, self._lengths)
-        size, number = self._rows_a_batch, self._num_batches(len(rows))
-        return [[share[n * size : (n + 1) * size] for n in range(number)] for share in dealt]
+            parts = _balanced_parts(examples, self._num_ranks, self._lengths)
+        size, number = self._micro_batch_size, self._num_batches(len(examples))
+        return [[part[n * size : (n + 1) * size] for n in range(number)] for part in parts]
 
 
-def row_lengths(rows: "Dataset") -> list[int]:
-    """Count the tokens of every row, over all its lists of token ids."""
-    import pyarrow.compute as pc
-
+def row_lengths(rows: Dataset) -> list[int]:
+    """Return the number of tokens of every row, summed over all columns of token IDs."""
     names = [name for name in rows.column_names if name.endswith("ids")]
     table = rows.with_format("arrow")[:]
-    columns = [pc.list_value_length(table.column(name)).to_pylist() for name in names]
+    columns = [pyarrow.compute.list_value_length(table.column(name)).to_pylist() for name in names]
     return [sum(counts) for counts in zip(*columns, strict=True)]
 
 
-def _deal(rows: list[int], num_ranks: int, lengths: Sequence[int] | None) -> list[list[int]]:
-    """Deal rows, the longest first, each to the rank that has the fewest tokens and a seat left."""
-    size = [0 if lengths is None else lengths[row] for row in rows]
-    # As `num_own` has it: what does not go round goes to the first ranks.
-    seats = [len(rows) // num_ranks + (rank < len(rows) % num_ranks) for rank in range(num_ranks)]
+def _balanced_parts(
+    examples: list[int], num_ranks: int, lengths: Sequence[int] | None
+) -> list[list[int]]:
+    """Assign the longest examples first, each to the rank with the fewest tokens and a free seat.
+
+    A rank's seats are the number of examples that it takes.
+    """
+    size = [0 if lengths is None else lengths[example] for example in examples]
+    # The first ranks take one example more if the number is not divisible, as `num_own` assumes.
+    quotient, remainder = divmod(len(examples), num_ranks)
+    seats = [quotient + (rank < remainder) for rank in range(num_ranks)]
     tokens = [0] * num_ranks
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    for place in sorted(range(len(rows)), key=lambda place: -size[place]):
-        free = [rank for rank in range(num_ranks) if len(shares[rank]) < seats[rank]]
+    parts: list[list[int]] = [[] for _ in range(num_ranks)]
+    for place in sorted(range(len(examples)), key=lambda place: -size[place]):
+        free = [rank for rank in range(num_ranks) if len(parts[rank]) < seats[rank]]
         rank = min(free, key=lambda rank: tokens[rank])
-        shares[rank].append(place)
+        parts[rank].append(place)
         tokens[rank] += size[place]
-    return [[rows[place] for place in sorted(share)] for share in shares]
+    return [[examples[place] for place in sorted(part)] for part in parts]

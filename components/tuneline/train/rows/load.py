@@ -1,10 +1,13 @@
-"""The rows of a prepared data set as a trainer takes them: already tokens, perhaps packed."""
+"""The rows of a prepared dataset in the form that a trainer takes: token IDs, packed or not."""
 
 import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset
+from trl.data_utils import pack_dataset
 
 from tuneline.artifacts import (
     CHOSEN_IDS,
@@ -18,57 +21,59 @@ from tuneline.artifacts import (
 )
 from tuneline.errors import DataError
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-"""The label that the loss leaves out; PyTorch's cross_entropy has the same default."""
+"""Label of a token that the loss ignores; the default of PyTorch's cross_entropy."""
 
 
 def load_rows(
     dataset_dir: str | Path, manifest: DatasetManifest, *, packing: bool, cache_dir: Path
-) -> "tuple[Dataset, Dataset | None]":
-    """Read the training rows and, where there are any, the evaluation rows.
+) -> tuple[Dataset, Dataset | None]:
+    """Read the training rows, and the evaluation rows if the dataset has any.
 
-    Rows of sft and cpt have `input_ids`, `labels` and, packed, `seq_lengths`; rows of dpo the
-    three columns of TRL's preference collator.
+    Rows for sft and cpt have `input_ids`, `labels` and, if packed, `seq_lengths`. Rows for dpo
+    have the three columns of TRL's preference collator.
 
     Args:
-        dataset_dir: what prepare made.
-        manifest: its record.
-        packing: lay rows end to end up to the manifest's max_seq_length. Rows are never cut:
-            a raw text longer than a pack is split, and every piece is kept.
-        cache_dir: where intermediate tables are kept while the run lasts.
+        dataset_dir: Dataset directory that prepare wrote.
+        manifest: Record of that dataset.
+        packing: Whether to lay rows end to end up to the manifest's max_seq_length. No token is
+            dropped: a raw text that is longer than a pack is split over several packs.
+        cache_dir: Directory for intermediate tables, needed until the run ends.
 
     Raises:
-        DataError: a file or column is missing, or there is not one row.
+        DataError: a file or a column is missing, or there are no training rows.
     """
     dataset_dir = Path(dataset_dir)
     train = _read(dataset_dir / TRAIN_FILE, manifest, cache_dir)
     if train is None or not len(train):
-        raise DataError(f"{dataset_dir / TRAIN_FILE} has no row to train on: run prepare again")
-    held = _read(dataset_dir / EVAL_FILE, manifest, cache_dir)
-    held = held if held is not None and len(held) else None
+        raise DataError(f"{dataset_dir / TRAIN_FILE} has no rows to train on: run prepare again")
+    evaluation = _read(dataset_dir / EVAL_FILE, manifest, cache_dir)
+    if evaluation is not None and not len(evaluation):
+        evaluation = None
     if manifest.method == "dpo" or not packing:
-        return train, held
+        return train, evaluation
     packed = _pack(train, manifest)
     logger.info(
-        "packed %d rows into %d of up to %d tokens",
+        "packed %d rows into %d packs of up to %d tokens",
         len(train),
         len(packed),
         manifest.max_seq_length,
     )
-    return packed, _pack(held, manifest) if held is not None else None
+    return packed, None if evaluation is None else _pack(evaluation, manifest)
 
 
 def rows_in_packs(
     dataset_dir: str | Path, manifest: DatasetManifest, *, cache_dir: Path
-) -> "Dataset":
-    """Return packs as `load_rows` makes them, with one column: each token's `row`, from 0."""
-    from datasets import Dataset
+) -> Dataset:
+    """Return the packs of `load_rows` with one column `row`: the row number of each token, from 0.
 
+    Args:
+        dataset_dir: Dataset directory that prepare wrote.
+        manifest: Record of that dataset.
+        cache_dir: Directory for intermediate tables, needed while the packs are in use.
+    """
     rows = Dataset.from_parquet(str(Path(dataset_dir, TRAIN_FILE)), cache_dir=str(cache_dir))
     numbered = rows.map(
         lambda columns, numbers: {
@@ -85,10 +90,11 @@ def rows_in_packs(
 
 @contextlib.contextmanager
 def packs_are_trusted() -> Iterator[None]:
-    """Leave out TRL's warnings that rows of a pack attend across each other.
+    """Suppress TRL's warning that the examples of a pack attend to each other.
 
-    They go by the name of the attention. transformers makes the mask of a pack from its positions
-    for every kind of it; tests/train/trainer/test_trainers.py holds packs against rows alone.
+    TRL decides by the name of the attention implementation. transformers derives the mask of a
+    pack from its position IDs for every implementation, and tests/train/trainer/test_trainers.py
+    compares packs with single rows.
     """
 
     def keep(record: logging.LogRecord) -> bool:
@@ -102,24 +108,22 @@ def packs_are_trusted() -> Iterator[None]:
         trl_logger.removeFilter(keep)
 
 
-def _read(path: Path, manifest: DatasetManifest, cache_dir: Path) -> "Dataset | None":
-    from datasets import Dataset
-
+def _read(path: Path, manifest: DatasetManifest, cache_dir: Path) -> Dataset | None:
     if not path.is_file():
         return None
     rows = Dataset.from_parquet(str(path), cache_dir=str(cache_dir))
-    wanted = (
+    columns = (
         [PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS]
         if manifest.method == "dpo"
         else [INPUT_IDS, LOSS_MASK]
     )
-    missing = [name for name in wanted if name not in rows.column_names]
+    missing = [name for name in columns if name not in rows.column_names]
     if missing:
         raise DataError(
-            f"{path} lacks the column {', '.join(missing)} of method {manifest.method} (it has "
-            f"{', '.join(rows.column_names)}): run prepare again"
+            f"{path} lacks the column {', '.join(missing)} that method {manifest.method} needs "
+            f"(its columns are {', '.join(rows.column_names)}): run prepare again"
         )
-    rows = rows.select_columns(wanted)
+    rows = rows.select_columns(columns)
     if manifest.method == "dpo":
         return rows
     return rows.map(_to_labels, batched=True, remove_columns=[LOSS_MASK])
@@ -134,8 +138,6 @@ def _to_labels(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
     }
 
 
-def _pack(rows: "Dataset", manifest: DatasetManifest) -> "Dataset":
-    from trl import pack_dataset
-
-    # bfd_split never drops a token; prepared sft rows fit already, so nothing of them is split.
+def _pack(rows: Dataset, manifest: DatasetManifest) -> Dataset:
+    # bfd_split never drops a token. It splits only raw texts: prepared sft rows fit into a pack.
     return pack_dataset(rows, manifest.max_seq_length, "bfd_split")

@@ -19,7 +19,7 @@ from tuneline.errors import TrainingError
 from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.ranks import collectives
 from tuneline.train.ranks.process import StartAgain
-from tuneline.train.rows.trace import rows_of_batches
+from tuneline.train.rows.lookup import rows_of_batches
 from tuneline.train.trainer.resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)

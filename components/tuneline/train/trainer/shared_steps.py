@@ -117,8 +117,8 @@ class SharedStepTrainer(QuickStepTrainer):
     ) -> StepBatches:
         return StepBatches(
             len(rows),
-            rows_a_step=rows_a_step,
-            rows_a_batch=rows_a_batch,
+            global_batch_size=rows_a_step,
+            micro_batch_size=rows_a_batch,
             rank=collectives.rank(),
             num_ranks=collectives.num_ranks(),
             seed=seed,

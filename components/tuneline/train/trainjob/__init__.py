@@ -1,1 +1,1 @@
-"""Training on several machines, as a TrainJob of Kubeflow Trainer."""
+"""Training on several nodes, as a TrainJob of Kubeflow Trainer."""

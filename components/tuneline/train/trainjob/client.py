@@ -1,4 +1,4 @@
-"""What the launcher asks of Kubernetes: TrainJobs, their pods, and its own pod."""
+"""The Kubernetes API as the launcher uses it: TrainJobs, their pods, and the launcher's own pod."""
 
 import contextlib
 import re
@@ -16,8 +16,8 @@ JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 RUN_LABEL = "pipeline/runid"
 
 
-class Away(ClusterError):
-    """The API did not answer, or said that it cannot now."""
+class ApiUnavailable(ClusterError):
+    """The API is unreachable or temporarily cannot answer."""
 
 
 class TrainJobs:
@@ -33,15 +33,15 @@ class TrainJobs:
     def supported(self) -> set[str]:
         """Return the fields of `spec` that the installed Trainer knows.
 
-        From the API's own schema, which everyone who is logged in may read; the resource's
-        definition is for administrators.
+        They come from the API's OpenAPI schema, which every authenticated user may read; reading
+        the custom resource definition takes an administrator's rights.
 
         Raises:
             ClusterError: Kubeflow Trainer v2 is not installed.
         """
-        with self._plainly("the schema of TrainJob"):
+        with self._errors_named("reading the schema of TrainJob"):
             try:
-                answer = self._api.call_api(
+                schemas = self._api.call_api(
                     f"/openapi/v3/apis/{GROUP}/{VERSION}",
                     "GET",
                     header_params={"Accept": "application/json"},
@@ -53,30 +53,34 @@ class TrainJobs:
                 if error.status != 404:
                     raise
                 raise ClusterError(
-                    f"this cluster has no {GROUP}/{VERSION}: several nodes need Kubeflow Trainer "
-                    "2.0 or later; set placement.num_nodes to 1, or have it installed"
+                    f"this cluster has no {GROUP}/{VERSION}, but several nodes need Kubeflow "
+                    "Trainer 2.0 or later: install it, or set placement.num_nodes to 1"
                 ) from None
-        for schema in answer["components"]["schemas"].values():
-            kinds = {each["kind"] for each in schema.get("x-kubernetes-group-version-kind", [])}
-            if "TrainJob" in kinds:
+        for schema in schemas["components"]["schemas"].values():
+            names = schema.get("x-kubernetes-group-version-kind", [])
+            if any(name["kind"] == "TrainJob" for name in names):
                 return set(schema["properties"]["spec"]["properties"])
-        raise ClusterError(f"{GROUP}/{VERSION} has no TrainJob: is it Kubeflow Trainer 2?")
+        raise ClusterError(
+            f"{GROUP}/{VERSION} has no kind TrainJob: install Kubeflow Trainer 2.0 or later, or "
+            "set placement.num_nodes to 1"
+        )
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """Return a job, or None."""
-        with self._plainly(f"trainjob {name}"):
+        """Return a job, or None if it does not exist."""
+        with self._errors_named(f"reading trainjob {name}"):
             try:
-                return self._custom.get_namespaced_custom_object(*self._where, name)
+                job: dict[str, Any] = self._custom.get_namespaced_custom_object(*self._where, name)
+                return job
             except client.ApiException as error:
                 if error.status == 404:
                     return None
                 raise
 
     def create(self, body: dict[str, Any]) -> None:
-        """Create a job; one of that name that is there already stays as it is."""
-        with self._plainly(f"a new trainjob {body['metadata']['name']}"):
+        """Create a job, unless a job of that name exists."""
+        with self._errors_named(f"creating trainjob {body['metadata']['name']}"):
             try:
-                # Strict: a field that this Trainer does not know would be dropped in silence.
+                # Without Strict, the API would silently drop a field that this Trainer lacks.
                 self._custom.create_namespaced_custom_object(
                     *self._where, body, field_validation="Strict"
                 )
@@ -85,8 +89,8 @@ class TrainJobs:
                     raise
 
     def delete(self, name: str) -> None:
-        """Delete a job with its pods; one that is gone is no error."""
-        with self._plainly(f"deleting trainjob {name}"):
+        """Delete a job and its pods, if it exists."""
+        with self._errors_named(f"deleting trainjob {name}"):
             try:
                 self._custom.delete_namespaced_custom_object(
                     *self._where, name, propagation_policy="Foreground"
@@ -96,26 +100,36 @@ class TrainJobs:
                     raise
 
     def beat(self, name: str, moment: str) -> None:
-        """Note on a job that it is looked after."""
-        with self._plainly(f"a note on trainjob {name}"):
+        """Write the time of the launcher's heartbeat to a job.
+
+        Args:
+            name: Name of the job.
+            moment: The time, in RFC 3339 format.
+        """
+        with self._errors_named(f"writing the heartbeat of trainjob {name}"):
             self._custom.patch_namespaced_custom_object(
                 *self._where, name, {"metadata": {"annotations": {HEARTBEAT: moment}}}
             )
 
     def pods(self, name: str) -> list[Any]:
-        """Return a job's pods, by their names."""
-        with self._plainly(f"pods of trainjob {name}"):
-            found = self._core.list_namespaced_pod(
+        """Return the pods of a job, sorted by name."""
+        with self._errors_named(f"listing the pods of trainjob {name}"):
+            pods = self._core.list_namespaced_pod(
                 self.namespace, label_selector=f"{JOBSET_LABEL}={name}"
             ).items
-        return sorted(found, key=lambda pod: pod.metadata.name)
+        return sorted(pods, key=lambda pod: str(pod.metadata.name))
 
-    def log(self, pod: str, **which: Any) -> list[str]:
-        """Return lines of a pod's log; none of a pod that has not started or is gone."""
-        with self._plainly(f"the log of pod {pod}"):
+    def log(self, pod: str, **options: Any) -> list[str]:
+        """Return lines of a pod's log; none if the pod has not started or is gone.
+
+        Args:
+            pod: Name of the pod.
+            options: Passed on to the API, such as `tail_lines` or `since_seconds`.
+        """
+        with self._errors_named(f"reading the log of pod {pod}"):
             try:
-                text = self._core.read_namespaced_pod_log(
-                    pod, self.namespace, container=CONTAINER, **which
+                text: str | None = self._core.read_namespaced_pod_log(
+                    pod, self.namespace, container=CONTAINER, **options
                 )
             except client.ApiException as error:
                 # 400: the container is being created.
@@ -125,11 +139,14 @@ class TrainJobs:
         return (text or "").splitlines()
 
     def run_of(self, pod: str) -> tuple[dict[str, Any] | None, str]:
-        """Return the workflow that a step's pod belongs to, as an owner, and the run's id."""
-        with self._plainly(f"pod {pod}"):
-            found = self._core.read_namespaced_pod(pod, self.namespace)
-        run_id = (found.metadata.labels or {}).get(RUN_LABEL, "")
-        for owner in found.metadata.owner_references or []:
+        """Return the workflow that owns a step's pod, as an owner reference, and the run ID.
+
+        The reference is None if no workflow owns the pod, and the run ID is empty if it has none.
+        """
+        with self._errors_named(f"reading pod {pod}"):
+            body = self._core.read_namespaced_pod(pod, self.namespace)
+        run_id = (body.metadata.labels or {}).get(RUN_LABEL, "")
+        for owner in body.metadata.owner_references or []:
             if owner.kind == "Workflow":
                 return {
                     "apiVersion": owner.api_version,
@@ -140,28 +157,31 @@ class TrainJobs:
         return None, run_id
 
     @contextlib.contextmanager
-    def _plainly(self, what: str) -> Iterator[None]:
+    def _errors_named(self, action: str) -> Iterator[None]:
+        """Turn errors of the client into errors of ours that name what was asked for."""
         try:
             yield
         except client.ApiException as error:
-            said = re.sub(r"\s+", " ", _message(error))[:300]
+            message = re.sub(r"\s+", " ", _message(error))[:300]
             if error.status in AWAY:
-                raise Away(f"Kubernetes answered {error.status} when asked for {what}") from None
+                raise ApiUnavailable(
+                    f"Kubernetes answered with status {error.status} when {action}"
+                ) from None
             if error.status in (401, 403):
                 raise CredentialsError(
-                    f"Kubernetes refuses {what} in namespace {self.namespace} ({error.status}: "
-                    f"{said}): run with the service account of manifests/components/trainer, "
-                    "tuneline-runner"
+                    f"Kubernetes refused access when {action} in namespace {self.namespace} "
+                    f"({error.status}: {message}): run with the service account tuneline-runner of "
+                    "manifests/components/trainer"
                 ) from None
             raise ClusterError(
-                f"Kubernetes answered {error.status} when asked for {what}: {said}"
+                f"Kubernetes answered with status {error.status} when {action}: {message}"
             ) from None
         except urllib3.exceptions.HTTPError as error:
-            raise Away(
-                f"Kubernetes cannot be reached for {what} ({type(error).__name__})"
+            raise ApiUnavailable(
+                f"Kubernetes was unreachable when {action} ({type(error).__name__})"
             ) from None
 
 
 def _message(error: client.ApiException) -> str:
-    found = re.search(r'"message":\s*"((?:[^"\\]|\\.)*)"', str(error.body or ""))
-    return found[1] if found else str(error.reason)
+    match = re.search(r'"message":\s*"((?:[^"\\]|\\.)*)"', str(error.body or ""))
+    return match[1] if match else str(error.reason)

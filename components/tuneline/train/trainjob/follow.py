@@ -1,13 +1,19 @@
-"""Make a TrainJob and follow it to its end.
+"""Create a TrainJob and follow it until it ends.
 
-- Its name comes from the run and the training, so a launcher that was started again finds the job
-  that is there.
-- Waiting in a queue has no end of its own; running has `timeout_hours`.
-- SIGTERM deletes the job; the workflow owns it; a heartbeat tells a job that nobody looks after.
-- A job that was disrupted, or that ended without a verdict of the step, is made again and goes on
-  from its last checkpoint. An error of the step is raised here.
-- An API that is away is asked again for a while. Logs are read from where they were, so a read that
-  failed loses nothing.
+The launcher is the pod of the train step. It repeats three things until the job ends: it writes a
+heartbeat to the job, copies new log lines of node 0 to its own log, and reads the job's conditions.
+
+- Name. The job's name depends only on the run and the training. A launcher that restarts, or a
+  retry of the step, therefore finds the existing job and follows it.
+- Time. A job may wait in a queue without a limit; `timeout_seconds` counts from its first pod on.
+- Failure. If the cluster disrupted a pod, or the job failed before the step wrote an outcome
+  (see `ranks.nodes`), the launcher deletes the job and creates it again; training resumes from the
+  last checkpoint. If the step wrote an error, the launcher raises that error.
+- Cancellation. SIGTERM deletes the job. If the launcher cannot delete it, Kubernetes does so
+  together with the workflow that owns the job. `tuneline doctor` reports jobs without a recent
+  heartbeat.
+- Kubernetes API. While the API is unreachable, requests are retried for a limited time. Each read
+  of the log starts where the last successful read ended, so that a failed read loses no lines.
 """
 
 import contextlib
@@ -15,13 +21,13 @@ import datetime
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from tuneline import errors
 from tuneline.errors import ClusterError, StoppedError, TrainingError, TunelineError
 from tuneline.runtime.signals import raised_on_sigterm
-from tuneline.train.ranks.board import Board, Verdict
-from tuneline.train.trainjob.client import Away, TrainJobs
+from tuneline.train.ranks.nodes import Outcome, SharedDirectory
+from tuneline.train.trainjob.client import ApiUnavailable, TrainJobs
 from tuneline.train.trainjob.pod_state import (
     CONFIG_REASON,
     IMAGE_REASONS,
@@ -32,67 +38,69 @@ from tuneline.train.trainjob.pod_state import (
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LOOKS = 10.0
-SECONDS_AWAY = 15 * 60.0
-"""So long an API may be away."""
-SECONDS_BETWEEN_BEATS = 60.0
-SECONDS_BETWEEN_NEWS = 600.0
-"""A job that waits says so this often."""
-SECONDS_STUCK = 1800.0
-"""So long a pod may lack its image or its secrets, while it has its GPUs already."""
-SECONDS_LEFT = 20.0
-"""Of the half a minute between SIGTERM and the end of a pod."""
+T = TypeVar("T")
+
+POLL_SECONDS = 10.0
+MAX_SECONDS_UNAVAILABLE = 15 * 60.0
+"""Time for which requests to an unreachable API are retried."""
+SECONDS_BETWEEN_HEARTBEATS = 60.0
+SECONDS_BETWEEN_MESSAGES = 600.0
+"""Time between log lines about a job that is still waiting."""
+MAX_SECONDS_STUCK = 1800.0
+"""Time for which a pod that occupies its GPUs may lack its image or a secret."""
+SECONDS_TO_DELETE = 20.0
+"""Time for deleting the job after SIGTERM; Kubernetes kills a pod after 30 seconds by default."""
 NUM_RESTARTS = 5
 NUM_LOG_LINES = 200
 _LOG_SLACK_SECONDS = 60
-"""A node's clock may differ from ours by so much."""
+"""Largest difference between the clock of a node and the launcher's."""
 
 
 class Launcher:
-    """One job, followed."""
+    """Follows one job."""
 
     def __init__(
         self,
         jobs: TrainJobs,
         body: dict[str, Any],
-        board: Board,
+        shared: SharedDirectory,
         *,
         timeout_seconds: float,
         wait: Callable[[float], None] = time.sleep,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """Follow nothing yet.
+        """Prepare to follow a job; `run` starts.
 
         Args:
-            jobs: the API.
-            body: the TrainJob.
-            board: where its nodes leave their verdict.
-            timeout_seconds: that it may run.
-            wait: sleeps.
-            now: seconds since 1970.
+            jobs: The TrainJobs of the namespace.
+            body: The TrainJob, from `manifest.build`.
+            shared: Directory in which the nodes write the outcome of the step.
+            timeout_seconds: Longest running time of the job, without the time in a queue.
+            wait: Function that sleeps for some seconds; tests replace it.
+            now: Function that returns the Unix time in seconds; tests replace it.
         """
-        self._jobs, self._body, self._board = jobs, body, board
+        self._jobs, self._body, self._shared = jobs, body, shared
         self._name: str = body["metadata"]["name"]
         self._timeout = timeout_seconds
         self._wait, self._now = wait, now
-        self._heard = now()
-        self._beaten = self._told = float("-inf")
+        self._last_answer = now()
+        self._last_heartbeat = self._last_message = float("-inf")
         self._active_since: float | None = None
         self._stuck_since: float | None = None
         self._state = ""
-        self._seen: dict[str, str] = {}
+        self._last_log_times: dict[str, str] = {}
 
     def run(self) -> None:
-        """Return when the job is complete.
+        """Create the job or find it, and return when it is complete.
 
         Raises:
-            TunelineError: what the step raised on the nodes.
-            TrainingError: it was disrupted too often, or ran out of time.
-            ClusterError: the API is away, or the job was deleted by somebody.
-            CredentialsError: this service account may not do that.
+            TunelineError: the error that the step raised on the nodes.
+            TrainingError: the job was disrupted too often, or reached its time limit.
+            ClusterError: the API is unreachable, or somebody else deleted the job.
+            CredentialsError: the service account lacks a permission.
             StoppedError: SIGTERM came; the job is deleted.
         """
-        with raised_on_sigterm(": run the step again, and it goes on where it was"):
+        with raised_on_sigterm(": run the step again, and it resumes from its last checkpoint"):
             try:
                 for number in range(NUM_RESTARTS + 1):
                     self._begin()
@@ -100,67 +108,71 @@ class Launcher:
                     if cause is None:
                         return
                     logger.warning(
-                        "trainjob %s %s; made again (%d of %d), it goes on from its last "
+                        "trainjob %s %s; recreating it (%d of %d), training resumes from its last "
                         "checkpoint",
                         *(self._name, cause, number + 1, NUM_RESTARTS),
                     )
                     self._remove()
             except StoppedError:
-                logger.warning("told to stop: trainjob %s is deleted", self._name)
-                self._delete_before_the_end()
+                logger.warning("received SIGTERM: deleting trainjob %s", self._name)
+                self._delete_before_exit()
                 raise
         raise TrainingError(
-            f"trainjob {self._name} was disrupted {NUM_RESTARTS + 1} times, at last because it "
-            f"{cause}: look at its nodes (`kubectl get events`), or choose ones that stay"
+            f"trainjob {self._name} was disrupted {NUM_RESTARTS + 1} times, the last time because "
+            f"it {cause}: check its nodes (`kubectl get events`), or select nodes that are not "
+            "preempted"
         )
 
-    def _delete_before_the_end(self) -> None:
-        """Delete the job in the seconds that a pod has left; its owner takes it along otherwise."""
-        deadline = self._now() + SECONDS_LEFT
+    def _delete_before_exit(self) -> None:
+        """Delete the job before Kubernetes kills this pod; leave it to its owner otherwise."""
+        deadline = self._now() + SECONDS_TO_DELETE
         while True:
             try:
                 return self._jobs.delete(self._name)
-            except Away as error:
+            except ApiUnavailable as error:
                 if self._now() >= deadline:
-                    logger.error("%s: it goes when its workflow does", error)
+                    logger.error(
+                        "%s: trainjob %s will be deleted with its workflow", error, self._name
+                    )
                     return None
                 self._wait(1)
 
     def _begin(self) -> None:
-        job = self._patiently(lambda: self._jobs.get(self._name))
+        """Follow the existing job; create one if there is none or if it cannot be continued."""
+        job = self._retrying(lambda: self._jobs.get(self._name))
         if job is not None and "deletionTimestamp" in job["metadata"]:
-            logger.info("trainjob %s is being deleted: waiting for its end", self._name)
+            logger.info("trainjob %s is being deleted: waiting until it is gone", self._name)
             self._remove()
             job = None
         if job is not None and _condition(job, "Failed"):
-            verdict = self._board.verdict()
-            if verdict and issubclass(_kind_of(verdict), errors.UserError):
-                raise _kind_of(verdict)(verdict.message)
-            logger.info("trainjob %s is there, and has failed: made again", self._name)
+            outcome = self._shared.read_outcome()
+            if outcome and issubclass(_error_type(outcome), errors.UserError):
+                raise _error_type(outcome)(outcome.message)
+            logger.info("trainjob %s already exists but has failed: recreating it", self._name)
             self._remove()
             job = None
         if job is not None:
-            logger.info("trainjob %s is there: following it", self._name)
+            logger.info("trainjob %s already exists: following it", self._name)
             return
-        self._board.clear()
-        self._patiently(lambda: self._jobs.create(self._body))
-        logger.info("made trainjob %s", self._name)
+        self._shared.clear()
+        self._retrying(lambda: self._jobs.create(self._body))
+        logger.info("created trainjob %s", self._name)
         self._active_since, self._stuck_since, self._state = None, None, ""
 
     def _remove(self) -> None:
-        """Delete the job, and wait until it is gone: its name is taken until then."""
-        self._patiently(lambda: self._jobs.delete(self._name))
-        while self._patiently(lambda: self._jobs.get(self._name)) is not None:
-            self._wait(SECONDS_BETWEEN_LOOKS)
+        """Delete the job, and wait until it is gone, because its name is in use until then."""
+        self._retrying(lambda: self._jobs.delete(self._name))
+        while self._retrying(lambda: self._jobs.get(self._name)) is not None:
+            self._wait(POLL_SECONDS)
 
     def _follow(self) -> str | None:
-        """Return None when the job is complete, or the cause that it has to be made again for."""
+        """Return None when the job is complete, or the reason why it must be recreated."""
         while True:
-            job = self._patiently(lambda: self._jobs.get(self._name))
+            job = self._retrying(lambda: self._jobs.get(self._name))
             if job is None:
                 raise ClusterError(
-                    f"trainjob {self._name} is gone: somebody has deleted it; run the step again, "
-                    "and it goes on from its last checkpoint"
+                    f"trainjob {self._name} no longer exists, because somebody else deleted it: "
+                    "run the step again, and it resumes from its last checkpoint"
                 )
             self._beat()
             self._mirror_logs()
@@ -169,54 +181,57 @@ class Launcher:
             failed = _condition(job, "Failed")
             if failed:
                 return self._cause_of(failed)
-            self._say_state(job)
+            self._log_state(job)
             self._check_time()
-            self._wait(SECONDS_BETWEEN_LOOKS)
+            self._wait(POLL_SECONDS)
 
-    def _patiently(self, ask: Callable[[], Any]) -> Any:
+    def _retrying(self, request: Callable[[], T]) -> T:
+        """Return the answer to a request; retry while the API is unavailable."""
         while True:
             try:
-                answer = ask()
-            except Away as error:
-                if self._now() - self._heard > SECONDS_AWAY:
+                answer = request()
+            except ApiUnavailable as error:
+                if self._now() - self._last_answer > MAX_SECONDS_UNAVAILABLE:
                     raise ClusterError(
-                        f"{error}, for {SECONDS_AWAY / 60:.0f} minutes; the job goes on, and a "
-                        "retry of this step finds it"
+                        f"{error}, for {MAX_SECONDS_UNAVAILABLE / 60:.0f} minutes; the job itself "
+                        "continues: run the step again, and it follows the job"
                     ) from None
-                logger.warning("%s: asked again", error)
-                self._wait(SECONDS_BETWEEN_LOOKS)
+                logger.warning("%s: retrying", error)
+                self._wait(POLL_SECONDS)
             else:
-                self._heard = self._now()
+                self._last_answer = self._now()
                 return answer
 
     def _beat(self) -> None:
-        if self._now() - self._beaten >= SECONDS_BETWEEN_BEATS:
+        """Write a heartbeat if one is due; a failed one is repeated in the next round."""
+        if self._now() - self._last_heartbeat >= SECONDS_BETWEEN_HEARTBEATS:
             moment = datetime.datetime.fromtimestamp(self._now(), datetime.UTC)
-            with contextlib.suppress(Away):
+            with contextlib.suppress(ApiUnavailable):
                 self._jobs.beat(self._name, moment.strftime("%Y-%m-%dT%H:%M:%SZ"))
-                self._beaten = self._now()
+                self._last_heartbeat = self._now()
 
     def _mirror_logs(self) -> None:
-        """Write what the first node has written since the last look."""
-        with contextlib.suppress(Away):
+        """Log what node 0 has logged since the last successful read."""
+        with contextlib.suppress(ApiUnavailable):
             pods = self._jobs.pods(self._name)
             for pod in pods[:1]:
                 self._mirror(pod.metadata.name)
 
     def _mirror(self, pod: str) -> None:
-        which: dict[str, Any] = {"timestamps": True}
-        last = self._seen.get(pod, "")
+        options: dict[str, Any] = {"timestamps": True}
+        last = self._last_log_times.get(pod, "")
         if last:
             seconds = self._now() - _seconds_of(last) + _LOG_SLACK_SECONDS
-            which["since_seconds"] = max(1, int(seconds))
-        for line in self._jobs.log(pod, **which):
+            options["since_seconds"] = max(1, int(seconds))
+        for line in self._jobs.log(pod, **options):
             moment, _, text = line.partition(" ")
-            # Times of one container rise, and have nine digits behind the point.
+            # The times of a container ascend and have nine decimals, so they compare as strings.
             if moment > last:
-                self._seen[pod] = moment
+                self._last_log_times[pod] = moment
                 logger.info("%s: %s", pod, text)
 
-    def _say_state(self, job: dict[str, Any]) -> None:
+    def _log_state(self, job: dict[str, Any]) -> None:
+        """Log the state of the job if it has changed, or from time to time while it waits."""
         suspended = _condition(job, "Suspended")
         counts = {"active": 0, "ready": 0, "failed": 0}
         for status in job.get("status", {}).get("jobsStatus", []):
@@ -231,28 +246,34 @@ class Launcher:
             state = f"waits for its pods{self._obstacle()}"
         if not suspended and counts["active"] and self._active_since is None:
             self._active_since = self._now()
-        waits = state != "runs" and self._now() - self._told >= SECONDS_BETWEEN_NEWS
-        if state != self._state or waits:
+        is_due = self._now() - self._last_message >= SECONDS_BETWEEN_MESSAGES
+        if state != self._state or (state != "runs" and is_due):
             logger.info("trainjob %s %s", self._name, state)
-            self._state, self._told = state, self._now()
+            self._state, self._last_message = state, self._now()
 
     def _obstacle(self) -> str:
-        """Say what keeps pods from starting, and end a job that will not mend itself."""
-        pods = self._patiently(lambda: self._jobs.pods(self._name))
-        found = [(pod.metadata.name, *said) for pod in pods if (said := obstacle(pod))]
-        stuck = [each for each in found if each[1] in (*IMAGE_REASONS, CONFIG_REASON)]
+        """Return why pods do not start; delete the job if one has been stuck for too long."""
+        pods = self._retrying(lambda: self._jobs.pods(self._name))
+        obstacles = [(pod.metadata.name, *reason) for pod in pods if (reason := obstacle(pod))]
+        stuck = [
+            (pod, text)
+            for pod, reason, text in obstacles
+            if reason in (*IMAGE_REASONS, CONFIG_REASON)
+        ]
         if not stuck:
             self._stuck_since = None
         elif self._stuck_since is None:
             self._stuck_since = self._now()
-        elif self._now() - self._stuck_since > SECONDS_STUCK:
-            pod, _, words = stuck[0]
+        elif self._now() - self._stuck_since > MAX_SECONDS_STUCK:
+            pod, text = stuck[0]
             self._jobs.delete(self._name)
             raise ClusterError(
-                f"pod {pod} of trainjob {self._name} does not start ({words}): push the image or "
-                "make the secret that it names, or correct placement"
+                f"pod {pod} of trainjob {self._name} does not start ({text}): push the image or "
+                "create the secret that the message names, or correct placement"
             )
-        return f" ({stuck[0][2] if stuck else found[0][2]})" if found else ""
+        if stuck:
+            return f" ({stuck[0][1]})"
+        return f" ({obstacles[0][2]})" if obstacles else ""
 
     def _check_time(self) -> None:
         since = self._active_since
@@ -261,12 +282,14 @@ class Launcher:
             raise _out_of_time(self._name, self._timeout)
 
     def _cause_of(self, failed: dict[str, Any]) -> str:
-        """Say what befell a failed job, or raise what its step did."""
-        pods = self._patiently(lambda: self._jobs.pods(self._name))
+        """Return why a failed job must be recreated, or raise the error that ended it."""
+        pods = self._retrying(lambda: self._jobs.pods(self._name))
         for pod in pods:
             if pod.status.phase == "Failed":
-                self._tell_end_of(pod.metadata.name)
-        disruptions = [f"{pod.metadata.name}: {why}" for pod in pods if (why := disruption(pod))]
+                self._log_end_of(pod.metadata.name)
+        disruptions = [
+            f"{pod.metadata.name}: {reason}" for pod in pods if (reason := disruption(pod))
+        ]
         if failed.get("reason") == "DeadlineExceeded":
             raise _out_of_time(self._name, self._timeout)
         if disruptions:
@@ -274,43 +297,48 @@ class Launcher:
         for pod in pods:
             limit = memory_kill(pod)
             if limit is not None:
-                # Another try would end there too.
+                # Not recreated: the next job would be killed too.
                 raise TrainingError(
-                    f"pod {pod.metadata.name} was killed for memory, its limit is {limit}: raise "
-                    "placement.steps.train.memory_limit, or lower prepare.max_seq_length"
+                    f"pod {pod.metadata.name} was killed because it exceeded its memory limit "
+                    f"({limit}): raise placement.steps.train.memory_limit, or lower "
+                    "prepare.max_seq_length"
                 )
-        verdict = self._board.verdict()
-        if verdict is None or verdict.kind == StoppedError.__name__:
+        outcome = self._shared.read_outcome()
+        if outcome is None or outcome.kind == StoppedError.__name__:
             reason = ": ".join(filter(None, (failed.get("reason"), failed.get("message"))))
-            return f"ended before the step did ({reason or 'no reason given'})"
-        raise _kind_of(verdict)(verdict.message)
+            return f"failed before the step ended ({reason or 'no reason given'})"
+        raise _error_type(outcome)(outcome.message)
 
-    def _tell_end_of(self, pod: str) -> None:
-        lines = self._patiently(lambda: self._jobs.log(pod, tail_lines=NUM_LOG_LINES))
-        logger.error("pod %s failed; its log's last %d lines:", pod, len(lines))
+    def _log_end_of(self, pod: str) -> None:
+        lines = self._retrying(lambda: self._jobs.log(pod, tail_lines=NUM_LOG_LINES))
+        logger.error("pod %s failed; the last %d lines of its log:", pod, len(lines))
         for line in lines:
             logger.error("%s: %s", pod, line)
 
 
-def _kind_of(verdict: Verdict) -> type[TunelineError]:
-    return getattr(errors, verdict.kind, None) or TrainingError
+def _error_type(outcome: Outcome) -> type[TunelineError]:
+    error_type: type[TunelineError] = getattr(errors, outcome.kind, None) or TrainingError
+    return error_type
 
 
 def _out_of_time(name: str, seconds: float) -> TrainingError:
     return TrainingError(
-        f"trainjob {name} has run for {seconds / 3600:g} h, which is its limit: raise "
-        "placement.steps.train.timeout_hours, and it goes on from its last checkpoint"
+        f"trainjob {name} has reached its time limit of {seconds / 3600:g} h: raise "
+        "placement.steps.train.timeout_hours and run the step again; it resumes from its last "
+        "checkpoint"
     )
 
 
 def _condition(job: dict[str, Any], kind: str) -> dict[str, Any] | None:
-    for each in job.get("status", {}).get("conditions", []):
-        if each["type"] == kind and each["status"] == "True":
-            return each
+    """Return a condition of the job if its status is True."""
+    conditions: list[dict[str, Any]] = job.get("status", {}).get("conditions", [])
+    for condition in conditions:
+        if condition["type"] == kind and condition["status"] == "True":
+            return condition
     return None
 
 
 def _seconds_of(moment: str) -> float:
-    # Kubernetes writes nanoseconds, Python reads six digits.
+    # Kubernetes writes nine decimals, but Python reads at most six.
     whole = moment.partition(".")[0].rstrip("Z")
     return datetime.datetime.fromisoformat(f"{whole}+00:00").timestamp()

@@ -1,10 +1,14 @@
-"""The custom resource of a training on several nodes: a Kubeflow TrainJob.
+"""The Kubeflow TrainJob of a training on several nodes.
 
-What a TrainJob can say of its pods has another name in each minor version of Trainer, and the
-installed one is known by the API's own schema: `podSpecOverrides` (2.0), `podTemplateOverrides`
-(2.1), `runtimePatches` (2.2 and later). Environment goes into `trainer.env` in all of them: a patch
-of it is refused. What no version can patch, pod security and the grace period, is in the runtime
-that comes with tuneline (manifests/components/trainer).
+A TrainJob refers to a training runtime, a template for its pods, and overrides parts of it:
+
+- The image, the command, the resources and the environment are in `spec.trainer`, in every version
+  of Trainer.
+- Volumes, node selection and pull secrets are in a field whose name depends on the version:
+  `podSpecOverrides` (2.0), `podTemplateOverrides` (2.1) or `runtimePatches` (2.2 and later). The
+  fields in the API's schema tell which version is installed.
+- Pod security and the grace period cannot be overridden in every version, so they are in the
+  runtime that tuneline provides (manifests/components/trainer).
 """
 
 from collections.abc import Collection
@@ -17,14 +21,15 @@ from tuneline.errors import ClusterError
 from tuneline.placement import PRODUCT_LABEL, Toleration
 from tuneline.strict_model import StrictModel
 from tuneline.train.checkpoints import ROOT_VARIABLE
-from tuneline.train.ranks.board import DIRECTORY_VARIABLE
+from tuneline.train.ranks.nodes import DIRECTORY_VARIABLE
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 CONTAINER = "node"
-"""Trainer's name for the replicated job that trains, and for the container in it."""
+"""Trainer's name of the replicated job that trains, and of the container in its pods."""
 HEARTBEAT = "tuneline.dev/heartbeat"
-"""Annotation with the time at which the launcher last looked after the job."""
+"""Annotation with the time of the launcher's last heartbeat."""
 MANAGER = "tuneline.dev/launcher"
+"""Name of the launcher as the author of a runtime patch."""
 
 SHARED_PATH = "/shared"
 SCRATCH_PATH = "/scratch"
@@ -33,31 +38,50 @@ PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 
 
 class NodesConfig(StrictModel):
-    """Nodes that train together; made from the recipe's placement."""
+    """Nodes that train together, derived from the recipe's placement."""
 
     num_nodes: int = Field(ge=2)
+    """Number of nodes, each with one pod."""
     ranks_per_node: int = Field(ge=1)
+    """Number of ranks on each node."""
     accelerator: str | None
-    """Resource name; each rank has one. None: on CPUs."""
+    """Resource name of the accelerator, one per rank; None trains on CPUs."""
     cpu_request: str
+    """CPU request of each pod, as a Kubernetes quantity."""
     cpu_limit: str
+    """CPU limit of each pod, as a Kubernetes quantity."""
     memory_request: str
+    """Memory request of each pod, as a Kubernetes quantity."""
     memory_limit: str
+    """Memory limit of each pod, as a Kubernetes quantity."""
     timeout_hours: float = Field(gt=0)
-    """From the first pod on; waiting in a queue does not count."""
+    """Longest running time in hours, from the first pod on. Time in a queue does not count."""
     image: str
+    """Container image of the train step."""
     runtime: str
+    """Name of the training runtime."""
     runtime_kind: Literal["TrainingRuntime", "ClusterTrainingRuntime"]
+    """Kind of the training runtime."""
     shared_claim: str
+    """ReadWriteMany claim that all pods mount."""
     shared_memory: str | None = None
+    """Size limit of /dev/shm, as a Kubernetes quantity; None keeps the container runtime's."""
     scratch_size: str | None = None
+    """Size limit of a volume for temporary files, as a Kubernetes quantity; None mounts none."""
     node_selector: dict[str, str] = {}
+    """Labels that a node must have."""
     accelerator_products: list[str] = []
+    """GPU product labels of which a node must have one; an empty list accepts every node."""
     tolerations: list[Toleration] = []
+    """Tolerations of each pod."""
     secrets: dict[str, dict[str, str]] = {}
+    """For each secret, the environment variable of each of its keys."""
     image_pull_secrets: list[str] = []
+    """Secrets for the image registry."""
     queue: str | None = None
+    """Kueue's LocalQueue; None sets none."""
     workload_priority_class: str | None = None
+    """Kueue's workload priority class; None sets none."""
 
 
 def build(
@@ -69,18 +93,18 @@ def build(
     owner: dict[str, Any] | None,
     supported: Collection[str],
 ) -> dict[str, Any]:
-    """Return the TrainJob.
+    """Return the TrainJob as a resource.
 
     Args:
-        config: what it asks for.
-        name: of the job.
-        directory: on the shared volume, as all its pods see it.
-        labels: beside those of the queue.
-        owner: the object that it goes with.
-        supported: the fields of `spec` that the cluster's Trainer knows.
+        config: Nodes that the job asks for.
+        name: Name of the job.
+        directory: Directory of the job on the shared volume, as its pods see it.
+        labels: Labels of the job, to which those for the queue are added.
+        owner: Owner reference; Kubernetes deletes the job together with its owner. None sets none.
+        supported: Fields of `spec` that the installed Trainer knows.
 
     Raises:
-        ClusterError: that Trainer cannot say what the recipe asks for.
+        ClusterError: the installed Trainer lacks a field that the recipe needs.
     """
     metadata: dict[str, Any] = {"name": name, "labels": dict(labels), "annotations": {}}
     if config.queue:
@@ -118,17 +142,19 @@ def build(
 def _environment(config: NodesConfig, directory: Path) -> list[dict[str, Any]]:
     values = {
         DIRECTORY_VARIABLE: str(directory),
-        # Beside the jobs' directories: the next job of the same training goes on from them.
+        # Outside the job's directory, so that the next job of the same training resumes from them.
         ROOT_VARIABLE: str(directory.parent / "checkpoints"),
     }
     if config.scratch_size:
         values["TMPDIR"] = SCRATCH_PATH
-    found: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in values.items()]
-    for secret, variables in config.secrets.items():
-        for key, variable in variables.items():
+    variables: list[dict[str, Any]] = [
+        {"name": name, "value": value} for name, value in values.items()
+    ]
+    for secret, names in config.secrets.items():
+        for key, name in names.items():
             reference = {"name": secret, "key": key, "optional": True}
-            found.append({"name": variable, "valueFrom": {"secretKeyRef": reference}})
-    return found
+            variables.append({"name": name, "valueFrom": {"secretKeyRef": reference}})
+    return variables
 
 
 def _patches(config: NodesConfig, supported: Collection[str]) -> dict[str, Any]:
@@ -142,21 +168,22 @@ def _patches(config: NodesConfig, supported: Collection[str]) -> dict[str, Any]:
         return {"podTemplateOverrides": [{**target, "spec": pod}]}
     if "podSpecOverrides" not in supported:
         raise ClusterError(
-            "this cluster's TrainJob has none of runtimePatches, podTemplateOverrides and "
-            "podSpecOverrides: it needs Kubeflow Trainer 2.0 or later"
+            "the TrainJob of this cluster has none of the fields runtimePatches, "
+            "podTemplateOverrides and podSpecOverrides: install Kubeflow Trainer 2.0 or later"
         )
     products = config.accelerator_products
     if pod.pop("affinity", None) and len(products) > 1:
         raise ClusterError(
-            f"Trainer 2.0 cannot choose among {', '.join(products)}: name one in "
-            "placement.accelerator_products, or have Trainer updated"
+            f"Trainer 2.0 cannot choose among the GPU products {', '.join(products)}: keep one in "
+            "placement.accelerator_products, or install Trainer 2.1 or later"
         )
     if products:
         pod["nodeSelector"] = {**pod.get("nodeSelector", {}), PRODUCT_LABEL: products[0]}
     if pod.pop("imagePullSecrets", None):
         raise ClusterError(
-            "Trainer 2.0 cannot set image pull secrets: put them into the namespace's default "
-            "service account and take placement.image_pull_secrets out, or have Trainer updated"
+            "Trainer 2.0 cannot set image pull secrets: add them to the namespace's default "
+            "service account and remove placement.image_pull_secrets, or install Trainer 2.1 or "
+            "later"
         )
     return {"podSpecOverrides": [{**target, **pod}]}
 
@@ -179,14 +206,16 @@ def _pod(config: NodesConfig) -> dict[str, Any]:
     if config.node_selector:
         pod["nodeSelector"] = dict(config.node_selector)
     if config.tolerations:
-        pod["tolerations"] = [each.model_dump(exclude_none=True) for each in config.tolerations]
+        pod["tolerations"] = [
+            toleration.model_dump(exclude_none=True) for toleration in config.tolerations
+        ]
     if config.accelerator_products:
-        wanted = {
+        expression = {
             "key": PRODUCT_LABEL,
             "operator": "In",
             "values": list(config.accelerator_products),
         }
-        terms = {"nodeSelectorTerms": [{"matchExpressions": [wanted]}]}
+        terms = {"nodeSelectorTerms": [{"matchExpressions": [expression]}]}
         pod["affinity"] = {
             "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}
         }

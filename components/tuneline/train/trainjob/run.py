@@ -1,4 +1,4 @@
-"""Train on several nodes: inputs onto the volume that they share, a TrainJob, the adapter back."""
+"""Train on several nodes: copy the inputs to a volume, run a TrainJob, collect the adapter."""
 
 import hashlib
 import json
@@ -6,28 +6,27 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tuneline.artifacts import DatasetManifest, ModelOrigin, TrainingSummary, new_directory
 from tuneline.errors import StorageError, UserError
+from tuneline.runtime.kubernetes_client import NAMESPACE_VARIABLE, connect, own_namespace
 from tuneline.train.config import TrainConfig
-from tuneline.train.ranks.board import (
+from tuneline.train.ranks.nodes import (
     ADAPTER_DIR,
     BASE_MODEL_DIR,
     CONFIG_FILE,
     CURVES_FILE,
     DATASET_DIR,
-    Board,
+    SharedDirectory,
 )
+from tuneline.train.trainjob.client import RUN_LABEL, TrainJobs
+from tuneline.train.trainjob.follow import Launcher
 from tuneline.train.trainjob.manifest import SHARED_PATH, NodesConfig, build
-
-if TYPE_CHECKING:
-    from tuneline.train.trainjob.client import TrainJobs
 
 logger = logging.getLogger(__name__)
 
 POD_VARIABLES = ("KFP_POD_NAME", "HOSTNAME")
-"""What names the pod that this runs in; the first is KFP's, the second every pod's."""
+"""Environment variables with the name of this pod: KFP sets the first, Kubernetes the second."""
 
 LABELS = {"app.kubernetes.io/part-of": "tuneline", "app.kubernetes.io/component": "train"}
 
@@ -42,30 +41,26 @@ def run_on_nodes(
     curves_path: str | Path,
     shared_dir: str | Path = SHARED_PATH,
 ) -> TrainingSummary:
-    """Train as `run` does, on the nodes of a TrainJob.
+    """Train like `run`, but on the nodes of a TrainJob.
 
     Args:
-        config: the recipe's part.
-        nodes: what the job asks for.
-        base_model_dir: what fetch made.
-        dataset_dir: what prepare made.
-        adapter_dir: new; gets the adapter, the tokenizer and training.json.
-        curves_path: an HTML page with the loss.
-        shared_dir: the volume; this pod and the job's pods see it at the same path.
+        config: The recipe's part for training.
+        nodes: Number of nodes, and resources and settings of their pods.
+        base_model_dir: Base model directory that fetch wrote.
+        dataset_dir: Dataset directory that prepare wrote.
+        adapter_dir: New directory for the adapter, the tokenizer and training.json.
+        curves_path: HTML page to write, with the curves of the run.
+        shared_dir: Shared volume, mounted at the same path in this pod and in the job's pods.
 
     Raises:
-        TunelineError: as `run`, and what `launcher` says.
-        StorageError: the volume cannot be written.
-        UserError: this is not a pod of a cluster.
+        TunelineError: raised by `run` on the nodes, or by `Launcher.run`.
+        StorageError: the shared volume cannot be written.
+        UserError: this process does not run in a pod of a cluster.
     """
-    from tuneline.runtime.kubernetes_client import connect
-    from tuneline.train.trainjob.client import TrainJobs
-    from tuneline.train.trainjob.follow import Launcher
-
-    pod, namespace = _whoami()
+    pod, namespace = _own_pod()
     jobs = TrainJobs(connect(num_retries=0), namespace)
     owner, run_id = jobs.run_of(pod)
-    name = _name_of(run_id or pod, config, base_model_dir, dataset_dir)
+    name = _job_name(run_id or pod, config, base_model_dir, dataset_dir)
     directory = Path(shared_dir, "tuneline", name)
     if not (directory / ADAPTER_DIR).is_dir():
         _stage(directory, config, base_model_dir, dataset_dir)
@@ -73,43 +68,42 @@ def run_on_nodes(
             nodes,
             name=name,
             directory=directory,
-            labels={**LABELS, "pipeline/runid": run_id} if run_id else dict(LABELS),
+            labels={**LABELS, RUN_LABEL: run_id} if run_id else dict(LABELS),
             owner=owner,
             supported=jobs.supported(),
         )
         seconds = nodes.timeout_hours * 3600
-        Launcher(jobs, body, Board(directory), timeout_seconds=seconds).run()
+        Launcher(jobs, body, SharedDirectory(directory), timeout_seconds=seconds).run()
     return _collect(directory, jobs, name, Path(adapter_dir), Path(curves_path))
 
 
-def _whoami() -> tuple[str, str]:
-    from tuneline.runtime.kubernetes_client import NAMESPACE_VARIABLE, own_namespace
-
+def _own_pod() -> tuple[str, str]:
+    """Return the name and the namespace of the pod that this process runs in."""
     pod = next((os.environ[key] for key in POD_VARIABLES if os.environ.get(key)), None)
     namespace = own_namespace()
     if not pod or not namespace:
         raise UserError(
-            f"this is no pod of a cluster ({POD_VARIABLES[0]} and {NAMESPACE_VARIABLE} are not "
-            "set), and only those can make a TrainJob: run the recipe with tuneline submit, or set "
-            "placement.num_nodes to 1"
+            "this process does not run in a pod of a cluster, which it must to create a TrainJob "
+            f"({POD_VARIABLES[0]} or {NAMESPACE_VARIABLE} is not set): run the recipe with "
+            "`tuneline submit`, or set placement.num_nodes to 1"
         )
     return pod, namespace
 
 
-def _name_of(
+def _job_name(
     run_id: str, config: TrainConfig, base_model_dir: str | Path, dataset_dir: str | Path
 ) -> str:
-    """Return the name of this training of this run, the same in every try of the step."""
+    """Return a job name that is the same in every retry of this training in this run."""
     base = ModelOrigin.read(base_model_dir).sha256
-    data = DatasetManifest.read(dataset_dir).sha256
-    text = json.dumps([run_id, "train", config.model_dump(mode="json"), base, data])
+    dataset = DatasetManifest.read(dataset_dir).sha256
+    text = json.dumps([run_id, "train", config.model_dump(mode="json"), base, dataset])
     return f"tuneline-train-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _stage(
     directory: Path, config: TrainConfig, base_model_dir: str | Path, dataset_dir: str | Path
 ) -> None:
-    """Copy the step's inputs to where all nodes see them; what is there already stays."""
+    """Copy the step's inputs to the shared volume, unless an earlier try has copied them."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, source in ((BASE_MODEL_DIR, base_model_dir), (DATASET_DIR, dataset_dir)):
@@ -119,20 +113,21 @@ def _stage(
         (directory / CONFIG_FILE).write_text(config.model_dump_json(), encoding="utf-8")
     except PermissionError as error:
         raise StorageError(
-            f"{error.filename} cannot be written: placement.shared_claim must be writable for "
-            "placement.run_as_user, as KFP sets no fsGroup"
+            f"{error.filename} cannot be written: make the volume of placement.shared_claim "
+            "writable for placement.run_as_user (KFP sets no fsGroup)"
         ) from None
 
 
 def _collect(
-    directory: Path, jobs: "TrainJobs", name: str, adapter_dir: Path, curves_path: Path
+    directory: Path, jobs: TrainJobs, name: str, adapter_dir: Path, curves_path: Path
 ) -> TrainingSummary:
+    """Copy the adapter and the page from the shared volume, then delete the job and its files."""
     with new_directory(adapter_dir) as target:
         shutil.copytree(directory / ADAPTER_DIR, target, dirs_exist_ok=True)
     curves_path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(directory / CURVES_FILE, curves_path)
     summary = TrainingSummary.read(adapter_dir)
-    # Only now: a try that ends before finds all of it again.
+    # Last, so that a retry of a step that was interrupted before this line finds the adapter.
     jobs.delete(name)
     shutil.rmtree(directory)
     logger.info("collected the adapter of %d ranks from %s", summary.num_ranks, directory)

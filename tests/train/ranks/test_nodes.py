@@ -1,6 +1,6 @@
-"""Several machines that train one thing: here processes on this one, with what Trainer tells each.
+"""Several nodes of one training, which here are processes with the environment that Trainer sets.
 
-That two nodes learn what one does: test_launcher.py.
+tests/train/trainjob/test_follow.py compares what two nodes learn with what one learns.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tuneline.errors import RecipeError
-from tuneline.train.ranks.board import Board, Nodes, Verdict
+from tuneline.train.ranks.nodes import Node, Outcome, SharedDirectory
 
 SETTINGS = {
     "dtype": "float32",
@@ -32,7 +32,7 @@ SETTINGS = {
 
 @pytest.fixture
 def shared(tmp_path: Path, tiny_model_dir: Path, dataset_dir, answer_rows) -> Path:
-    """What the launcher puts on the volume."""
+    """Return a directory with what the launcher writes to the shared volume."""
     shared = tmp_path / "shared"
     shared.mkdir()
     (shared / "base_model").symlink_to(tiny_model_dir)
@@ -42,9 +42,9 @@ def shared(tmp_path: Path, tiny_model_dir: Path, dataset_dir, answer_rows) -> Pa
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def start(shared: Path, number: int, port: int, **more: str) -> subprocess.Popen[str]:
@@ -85,10 +85,11 @@ def test_a_node_that_dies_ends_the_job_and_the_next_one_goes_on(shared: Path) ->
     pid = int(next(shared.glob(".adapter.*/*/ranks/rank-1.pid")).read_text())
     os.kill(pid, signal.SIGKILL)
     assert [node.wait(60) for node in nodes] == [1, 1]
-    verdict = Board(shared).verdict()
-    assert verdict is not None and verdict.kind == "TrainingError"
-    assert "rank 1 of 2 was killed" in verdict.message
-    Board(shared).clear()
+    directory = SharedDirectory(shared)
+    outcome = directory.read_outcome()
+    assert outcome is not None and outcome.kind == "TrainingError"
+    assert "rank 1 of 2 was killed" in outcome.message
+    directory.clear()
     kept = newest(checkpoints)
     nodes = [start(shared, number, port) for number in range(2)]
     while newest(checkpoints) <= kept:
@@ -99,22 +100,25 @@ def test_a_node_that_dies_ends_the_job_and_the_next_one_goes_on(shared: Path) ->
     outputs = [node.communicate(timeout=60)[0] for node in nodes]
     assert f"continuing from {checkpoints}" in outputs[0], outputs[0][-3000:]
     assert [node.returncode for node in nodes] == [143, 143]
-    assert Board(shared).verdict().kind == "StoppedError"
+    outcome = directory.read_outcome()
+    assert outcome is not None and outcome.kind == "StoppedError"
 
 
 def test_what_trainer_did_not_say_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Nodes.from_environment() is None
+    assert Node.from_environment() is None
     monkeypatch.setenv("TUNELINE_NODES_DIR", str(tmp_path))
     monkeypatch.setenv("PET_NNODES", "2")
-    with pytest.raises(RecipeError, match="PET_NODE_RANK, .* does not say which node this is"):
-        Nodes.from_environment()
+    with pytest.raises(
+        RecipeError, match="no valid PET_NODE_RANK, .* does not know which node it is"
+    ):
+        Node.from_environment()
 
 
 def test_attempts_are_begun_once(tmp_path: Path) -> None:
-    board = Board(tmp_path)
-    first = board.announce(tmp_path / "a", num_ranks=2, device="cpu")
-    second = board.announce(tmp_path / "b", num_ranks=4, device="cpu")
-    assert board.attempts() == [first, second]
+    shared = SharedDirectory(tmp_path)
+    first = shared.announce(tmp_path / "a", num_ranks=2, device="cpu")
+    second = shared.announce(tmp_path / "b", num_ranks=4, device="cpu")
+    assert shared.attempts() == [first, second]
     assert second.begin(1)
     assert not second.begin(1)
     assert second.begin(2)
@@ -126,8 +130,8 @@ def test_attempts_are_begun_once(tmp_path: Path) -> None:
     second.wait_for_others(60)
     assert time.monotonic() - began < 30
     first.end()
-    assert [attempt.is_over for attempt in board.attempts()] == [True, False]
-    board.conclude(Verdict("DataError", "no rows"))
-    assert board.verdict() == Verdict("DataError", "no rows")
-    board.clear()
-    assert (board.attempts(), board.verdict()) == ([], None)
+    assert [attempt.is_over for attempt in shared.attempts()] == [True, False]
+    shared.write_outcome(Outcome("DataError", "no rows"))
+    assert shared.read_outcome() == Outcome("DataError", "no rows")
+    shared.clear()
+    assert (shared.attempts(), shared.read_outcome()) == ([], None)

@@ -1,0 +1,39 @@
+"""Look up which rows of the dataset a micro-batch was made of, to name them in an error."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tuneline.artifacts import DatasetManifest
+from tuneline.train.rows.load import rows_in_packs
+
+
+def rows_of_batches(
+    trainer: Any,
+    step: int,
+    batches: list[tuple[int, int]],
+    dataset_dir: Path,
+    manifest: DatasetManifest,
+    packing: bool,
+) -> list[int]:
+    """Return the rows of train.parquet, from 0, that some micro-batches of a step contain.
+
+    Training does not carry row numbers along. This function recomputes the order of the examples,
+    and packs the row numbers as the rows were packed.
+
+    Args:
+        trainer: Trainer of the run.
+        step: Number of the optimizer step, from 1.
+        batches: Rank and number within the step of each micro-batch, both from 0.
+        dataset_dir: Dataset directory that prepare wrote.
+        manifest: Record of that dataset.
+        packing: Whether the run packs rows.
+    """
+    epoch, step_in_epoch = divmod(step - 1, trainer.train_batches.num_steps)
+    batches_of_ranks = trainer.train_batches.of_step(epoch, step_in_epoch)
+    examples = {example for rank, number in batches for example in batches_of_ranks[rank][number]}
+    if manifest.method == "dpo" or not packing:
+        return sorted(examples)
+    with tempfile.TemporaryDirectory() as cache:
+        packs = rows_in_packs(dataset_dir, manifest, cache_dir=Path(cache))
+        return sorted({row for example in examples for row in packs[example]["row"]})
