@@ -12,8 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["gguf", "gptq"]
-"""The tool that makes an export, and the directory of this package that runs it."""
+from tuneline.kinds import ExportKind
 
 Importance = Literal["unused", "optional", "required"]
 """Whether an importance matrix changes the rounding of a format. llama.cpp makes the iq3 types
@@ -34,7 +33,8 @@ class Bound:
 class Format:
     """One export format."""
 
-    kind: Kind
+    kind: ExportKind
+    """The tool that makes the export, and the room of this package that runs it."""
     bound: Bound
     importance: Importance = "unused"
     bits: int | None = None
@@ -100,7 +100,7 @@ NOT_MADE: dict[str, str] = {
 """Types of llama.cpp that this step refuses, with the reason."""
 
 
-def names(kind: Kind | None = None) -> list[str]:
+def names(kind: ExportKind | None = None) -> list[str]:
     """Return the names of the formats of one kind, or of all kinds."""
     return [name for name, format in FORMATS.items() if kind in (None, format.kind)]
 
@@ -130,7 +130,7 @@ def check_importance(wanted: Iterable[str], num_rows: int) -> None:
         )
 
 
-def check_name(name: str, *, kind: Kind | None = None) -> str:
+def check_name(name: str, *, kind: ExportKind | None = None) -> str:
     """Return `name` if it is a format of the kind, or of any kind.
 
     Raises:

@@ -14,6 +14,7 @@ from tuneline.artifacts import (
     new_directory,
 )
 from tuneline.errors import ModelError, RecipeError
+from tuneline.kinds import ExportKind
 from tuneline.quantize import child_process, formats
 from tuneline.quantize.child_process import ADVICE_ON_SIGTERM
 from tuneline.quantize.config import QuantizeConfig
@@ -160,7 +161,7 @@ def _gptq(
 
 
 Exporter = Callable[[QuantizeConfig, str, _Inputs, Path], tuple[QuantizedModel, list[Record]]]
-EXPORTERS: dict[formats.Kind, Exporter] = {"gguf": _gguf, "gptq": _gptq}
+EXPORTERS: dict[ExportKind, Exporter] = {"gguf": _gguf, "gptq": _gptq}
 """The function that makes an export of each kind and returns its record with further parents."""
 
 
