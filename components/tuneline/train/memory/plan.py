@@ -21,7 +21,6 @@ from tuneline.train.memory.estimate import GIB, MemoryEstimate, Settings, Shape,
 logger = logging.getLogger(__name__)
 
 
-
 class Plan(StrictModel):
     """The settings that memory depends on and the recipe leaves to us."""
 
