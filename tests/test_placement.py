@@ -59,7 +59,7 @@ def test_quantities(text: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"profile": "v100"}, "profile: .*'local', 't4', 'l4', 'a10g'"),
+        ({"profile": "v100"}, "profile: .*'local', 't4', 'a10g'"),
         (
             {"accelerated": {"memory_request": "2Gi", "memory_limit": "1500Mi"}},
             "accelerated: memory_request 2Gi is more than memory_limit 1500Mi",

@@ -1,4 +1,4 @@
-"""GPU profiles: the hardware facts of each kind of GPU, and the node that such a GPU is usually in.
+"""GPU profiles: the hardware facts of each kind of GPU, and the node that usually has it.
 
 This is the only table of GPUs. `placement.profile` of a recipe is one of its names: placement takes
 the node's values from here, and `tuneline plan` the memory, the speed and what the GPU supports. A
@@ -100,17 +100,6 @@ GPU_PROFILES: dict[str, GpuProfile] = {
             cpu=("3", "4"), memory=("12Gi", "14Gi"), shared_memory="2Gi",
         ),
     ),
-    "l4": GpuProfile(
-        products=("NVIDIA-L4",),
-        capability=(8, 9),
-        gpu_memory_gib=22.0,
-        tflops=121,
-        bandwidth=300,
-        node=Node(
-            machine="g2-standard-8, g6.2xlarge", vcpus=8, memory_gib=32,
-            cpu=("6", "8"), memory=("24Gi", "29Gi"), shared_memory="4Gi",
-        ),
-    ),
     "a10g": GpuProfile(
         products=("NVIDIA-A10G",),
         capability=(8, 6),
@@ -119,6 +108,17 @@ GPU_PROFILES: dict[str, GpuProfile] = {
         bandwidth=600,
         node=Node(
             machine="g5.2xlarge", vcpus=8, memory_gib=32,
+            cpu=("6", "8"), memory=("24Gi", "29Gi"), shared_memory="4Gi",
+        ),
+    ),
+    "l4": GpuProfile(
+        products=("NVIDIA-L4",),
+        capability=(8, 9),
+        gpu_memory_gib=22.0,
+        tflops=121,
+        bandwidth=300,
+        node=Node(
+            machine="g2-standard-8, g6.2xlarge", vcpus=8, memory_gib=32,
             cpu=("6", "8"), memory=("24Gi", "29Gi"), shared_memory="4Gi",
         ),
     ),

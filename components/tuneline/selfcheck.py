@@ -57,7 +57,7 @@ def main() -> None:
         print(line)
 
 
-# A small computation with the libraries of each set: one that imports may still lack its binaries.
+# Each check computes something small: a library that can be imported may still lack its binaries.
 
 
 def _light() -> str:

@@ -1,4 +1,4 @@
-"""The steps of the line: one table with everything that is known of a step outside its code.
+"""The steps of the line: one table with every fact about a step that is needed outside its code.
 
 Each key is the name of a KFP component in some `component.py`. Placement, the resource requests,
 the images' self-check and the report's picture are derived from this table; tests hold it equal to
@@ -38,7 +38,7 @@ class Step:
 
 
 STEPS: dict[str, Step] = {
-    # No retry: a second plan finds the same faults, and its client already waits for the API.
+    # No retry: a second attempt finds the same faults, and the client already waits for the API.
     "plan": Step(
         image="light", module="tuneline.pipelines.plan.run", stage="fetch",
         cpu=("500m", "1"), memory=("512Mi", "1Gi"), timeout_hours=1, scratch=False,

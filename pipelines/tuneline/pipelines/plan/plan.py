@@ -16,10 +16,10 @@ from tuneline.train.batch_size import batch_size
 from tuneline.train.memory.estimate import GIB
 
 MEMORY_FRACTION = 0.9
-"""Fraction of a GPU's memory that an estimate may take up to be "ok"."""
+"""Largest fraction of a GPU's memory for which an estimate is "ok"."""
 FAIL_FACTOR = 1.5
-"""An estimate fails a run only above this multiple of a limit, because of its own error: it knows
-only the model's number of parameters."""
+"""Multiple of a limit above which an estimate fails a run. Below it the run is only warned about,
+because an estimate from the number of parameters alone is not exact."""
 
 
 def plan(

@@ -16,7 +16,7 @@ MANIFESTS = (
 
 
 class Unknown(Exception):
-    """It cannot be known from here whether a node can pull the image; the message says why."""
+    """Reason why the registry does not tell from here whether a node can pull the image."""
 
 
 def has_image(image: str) -> bool:
