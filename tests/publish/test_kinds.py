@@ -6,7 +6,6 @@ from tuneline.kinds import EXPORT_KINDS, KINDS, RepoKind
 from tuneline.pipelines.finetune import EXPORTERS
 from tuneline.publish.component import publish
 from tuneline.publish.usage import USAGE
-from tuneline.quantize import formats
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.report.component import report
 
@@ -32,6 +31,9 @@ def test_every_kind_of_export_is_made_and_reaches_report_and_publish() -> None:
 
 def test_a_format_with_a_repository_of_its_own_begins_with_its_kind() -> None:
     """The key of a published repository's metadata is read from its name."""
+    properties = QuantizeConfig.model_json_schema()["properties"]
     for kind in EXPORT_KINDS:
+        formats = properties[kind]["items"]["enum"]
+        assert formats
         if KINDS[kind].has_repo_per_format:
-            assert all(name.startswith(f"{kind}-") for name in getattr(formats, kind.upper()))
+            assert all(name.startswith(f"{kind}-") for name in formats)

@@ -1,4 +1,6 @@
-"""Answers before and after: those that plain transformers and peft give to the same prompts."""
+"""Answers before and after training are those of plain transformers and PEFT."""
+
+from html import escape
 
 import pytest
 import torch
@@ -34,8 +36,11 @@ def test_the_page_has_the_answers_of_base_and_adapter(
     )
     page = (tmp_path / "curves.html").read_text()
     for heading in (
-        *("Loss", "Gradient norm", "Learning rate"),
-        *("Tokens per second", "Peak memory so far"),
+        "Loss",
+        "Gradient norm",
+        "Tokens per second",
+        "Peak memory so far",
+        "Learning rate",
     ):
         assert f"<h2>{heading}</h2>" in page, heading
     assert "<h2>GPU utilisation</h2>" not in page
@@ -56,8 +61,6 @@ def test_the_page_has_the_answers_of_base_and_adapter(
     before = answers(base)
     after = answers(PeftModel.from_pretrained(base, tmp_path / "adapter").eval())
     assert before != after
-    from html import escape
-
     for text in before + after:
         assert f"<dd>{escape(text)}</dd>" in page
 

@@ -42,7 +42,12 @@ def render(
         )
     ]
     for field, heading, name, unit in (
-        ("reward_margin", "Reward margin of chosen over rejected", "margin", "reward margin"),
+        (
+            "reward_margin",
+            "Reward margin of chosen over rejected answers",
+            "margin",
+            "reward margin",
+        ),
         ("grad_norm", "Gradient norm", "norm", "norm before clipping"),
         ("learning_rate", "Learning rate", "rate", "learning rate"),
     ):
@@ -67,7 +72,11 @@ def _series(history: Sequence[TrainingPoint], field: str) -> list[tuple[float, f
 
 
 def _answers(sample: Sample) -> str:
-    pairs = [("Prompt", sample.prompt), ("Base", sample.before), ("Tuned", sample.after)]
+    pairs = [
+        ("Prompt", sample.prompt),
+        ("Base model", sample.before),
+        ("Tuned model", sample.after),
+    ]
     if sample.reference is not None:
         pairs.append(("Reference", sample.reference))
     return facts(pairs)
