@@ -116,7 +116,7 @@ def train_within_memory(
     while True:
         try:
             with tempfile.TemporaryDirectory(dir=directory) as work:
-                arguments = {
+                arguments: dict[str, Any] = {
                     "config": config,
                     "setup": setup,
                     "inputs": inputs,
