@@ -25,7 +25,7 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
         """Whether the model computes its training loss itself, see `fuse.fuse_trainer`."""
         base: Any = self.model
         base = base.get_base_model()
-        # On a GPU, TRL's fused head computes logits only for tokens that count, but on a CPU for all.
+        # On a GPU, TRL's fused head computes logits only for tokens that count; on a CPU, for all.
         # Without those of the prompt, a step of SmolLM2 is a fifth to a third shorter.
         self._selects_logits = (
             self.args.device.type == "cpu"
