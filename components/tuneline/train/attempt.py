@@ -24,7 +24,7 @@ from tuneline.train.model.adapter import (
     save_adapter,
 )
 from tuneline.train.model.fuse import fuse_model, fuse_trainer
-from tuneline.train.model.loftq import start_from_the_rest
+from tuneline.train.model.loftq import start_from_error
 from tuneline.train.model.precision import peak_memory_bytes
 from tuneline.train.observe.metrics import eval_gap
 from tuneline.train.observe.progress import ProgressCallback
@@ -198,7 +198,7 @@ def _prepare_model(trainer: Any, config: TrainConfig, setup: Setup, base_model_d
     keep_adapter_in_fp32(trainer.model)
     keep_hidden_states_in(trainer.model, setup.dtype)
     if config.lora.init_lora_weights == "loftq":
-        start_from_the_rest(trainer.model, base_model_dir)
+        start_from_error(trainer.model, base_model_dir)
     # Every rank has read the frozen base from the same files, so DDP need not send it.
     trainer.model._ddp_params_and_buffers_to_ignore = [
         name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad

@@ -1,4 +1,5 @@
-"""The KFP components of the step."""
+# mypy: allow-untyped-decorators
+"""The KFP components of the step: training on one machine, and on several nodes."""
 
 from kfp import dsl
 
@@ -13,8 +14,17 @@ def train(
     adapter: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
     curves: dsl.Output[dsl.HTML],
-):
-    """Train a QLoRA adapter; `config` is a TrainConfig as JSON."""
+) -> None:
+    """Train a QLoRA adapter.
+
+    Args:
+        config: The recipe's train section as JSON.
+        base_model: The base model that fetch made.
+        dataset: The dataset that prepare made.
+        adapter: The trained adapter, with its tokenizer and training.json.
+        metrics: Figures of the training, for comparing runs in the KFP UI.
+        curves: Page with the training curves, and answers before and after.
+    """
     from tuneline.runtime.step import log_metrics, step
     from tuneline.train import TrainConfig
     from tuneline.train.observe.metrics import artifact_metadata, comparable_metrics
@@ -41,8 +51,18 @@ def train_on_nodes(
     adapter: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
     curves: dsl.Output[dsl.HTML],
-):
-    """Train on the nodes of a TrainJob; `nodes` is a NodesConfig as JSON."""
+) -> None:
+    """Train a QLoRA adapter on the nodes of a TrainJob.
+
+    Args:
+        config: The recipe's train section as JSON.
+        nodes: What the TrainJob asks for, a NodesConfig as JSON.
+        base_model: The base model that fetch made.
+        dataset: The dataset that prepare made.
+        adapter: The trained adapter, with its tokenizer and training.json.
+        metrics: Figures of the training, for comparing runs in the KFP UI.
+        curves: Page with the training curves, and answers before and after.
+    """
     from tuneline.runtime.step import log_metrics, step
     from tuneline.train import TrainConfig
     from tuneline.train.observe.metrics import artifact_metadata, comparable_metrics

@@ -1,7 +1,7 @@
 """What a run decides once, before it trains, from its config, its data and this machine.
 
-Nothing is decided a second time: every later function reads the values here. Only the plan, and
-what a checkpoint says, can replace values later, and both are visible in `within_memory`.
+`run.decide` makes the Setup, and every later function reads its values instead of deciding again.
+Only `within_memory` replaces values: the plan after memory ran out, and what a checkpoint fixes.
 """
 
 from dataclasses import dataclass
@@ -40,6 +40,7 @@ class Setup:
     device: str
     """Kind of device: "cpu" or "cuda"."""
     num_ranks: int
+    """Training processes, each with a device of its own."""
     dtype: torch.dtype
     """Compute type."""
     learning_rate: float
@@ -49,13 +50,13 @@ class Setup:
     divides_optimizer: bool
     """Whether ZeRO-2 divides gradients and optimizer state over the ranks."""
     optimizer: str
-    """Name of the optimizer, as in transformers. ZeRO-2 has one of its own."""
+    """Name of the optimizer, as in transformers: the config's, or the one that ZeRO-2 uses."""
     trackers: tuple[str, ...]
     """Names of the experiment trackers to report to."""
     asked: Plan
     """Plan that the recipe asks for."""
     plan: Plan
-    """Plan to train with: the first smaller one that fits, where `asked` does not."""
+    """Plan to train with: `asked` if it fits, else the first smaller plan that does."""
     estimated_bytes: int | None = None
     """Estimated peak memory of a rank with `plan`. None: no estimate can be made."""
 

@@ -111,6 +111,24 @@ def test_gpus_that_cannot_share_a_step_are_told_so() -> None:
         recipe("placement.num_accelerators=8", "placement.num_nodes=2", "placement.shared_claim=c")
 
 
+def test_upstreams_batch_names_are_resolved_by_the_ranks_of_the_placement() -> None:
+    raw = {"name": "a", "base_model": "org/m-8b", "dataset": "d", "publish_to": "dir:p"}
+    loaded = Recipe.parse(
+        {
+            **raw,
+            "train": {"per_device_train_batch_size": 2, "max_steps": 10},
+            "placement": {"profile": "h100", "num_accelerators": 3},
+        }
+    )
+    checks = {check.name: check for check in plan(loaded)}
+    assert checks["ranks"].words == "3 ranks and a global batch of 24 examples"
+    assert checks["batch size"].verdict == "warn"
+    assert checks["batch size"].advice == (
+        "write train.global_batch_size: 24 and train.micro_batch_size: 2 instead"
+    )
+    assert estimate(loaded, LLAMA).num_tokens == 10 * 24 * 2048
+
+
 @pytest.mark.parametrize(
     ("profile", "assignments", "found"),
     [

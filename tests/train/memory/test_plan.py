@@ -16,6 +16,7 @@ from tuneline.train.memory.plan import (
     HEAD_ROOM,
     Plan,
     fitting_plan,
+    largest_that_fits,
     min_pack_length,
     recipe_plan,
     run_settings,
@@ -157,6 +158,13 @@ def test_the_smallest_change_that_fits(sizes, caplog):
     with pytest.raises(RecipeError, match=r"the smallest plan needs 0\.3 GiB"):
         plan(total(rows=1, recompute=True) // 2)
     assert plan(1, fit="off")[0] == asked
+
+
+def test_auto_is_the_largest_micro_batch_that_fits(sizes):
+    _, _, asked, shape, settings, total = sizes
+    for available, expected in ((total(), 4), (total(rows=2), 2), (total(rows=1), 1), (1, 1)):
+        plan = largest_that_fits(asked, shape, settings, granted(available))
+        assert plan == asked.model_copy(update={"micro_batch_size": expected})
 
 
 def test_kernels_keep_what_is_left(sizes):

@@ -13,7 +13,7 @@ from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig
 from tuneline.train.config import LoraConfig
 from tuneline.train.model.adapter import lora_config
-from tuneline.train.model.loftq import low_rank, start_from_the_rest
+from tuneline.train.model.loftq import low_rank, start_from_error
 from tuneline.train.run import run
 
 
@@ -37,7 +37,7 @@ def test_base_plus_adapter_is_nearer_to_the_full_weights(tiny_model_dir, use_rsl
         if name.endswith("_proj"):
             plain[name] = module(torch.eye(module.in_features)).T
     model = peft.get_peft_model(base, lora_config(lora)).eval()
-    start_from_the_rest(model, tiny_model_dir)
+    start_from_error(model, tiny_model_dir)
     for name, module in model.get_base_model().named_modules():
         if name not in plain:
             continue

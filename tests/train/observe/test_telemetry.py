@@ -128,7 +128,7 @@ def test_trackers_are_off_until_named(monkeypatch, caplog):
         tracking_module.importlib.util, "find_spec", lambda name: name in installed or None
     )
     assert trackers(TrainConfig()) == []
-    with pytest.raises(RecipeError, match="names wandb, and no package wandb is installed"):
+    with pytest.raises(RecipeError, match="names wandb, but the package wandb is not installed"):
         trackers(TrainConfig(track=("wandb",)))
     with pytest.raises(RecipeError, match="TENSORBOARD_LOGGING_DIR"):
         trackers(TrainConfig(track=("tensorboard",)))
@@ -136,6 +136,6 @@ def test_trackers_are_off_until_named(monkeypatch, caplog):
     assert trackers(TrainConfig(track=("tensorboard",))) == ["tensorboard"]
     monkeypatch.setenv("MLFLOW_RUN_ID", "7")
     assert trackers(TrainConfig()) == []
-    assert "MLFLOW_RUN_ID is set, and nothing is reported" in caplog.text
+    assert "MLFLOW_RUN_ID is set but nothing is reported" in caplog.text
     installed.add("mlflow")
     assert trackers(TrainConfig()) == ["mlflow"]

@@ -103,7 +103,8 @@ def test_several_in_a_row_go_back_to_a_lower_rate(
     seen = poison(lambda number, _: number in (8, 10, 12) or number in (17, 19, 21))
     summary = train(tmp_path, tiny_model_dir, dataset_dir(rows))
     assert (summary.num_rollbacks, summary.num_skipped_steps) == (2, 6)
-    assert "back to " in caplog.text and "checkpoint-4, with 0.3 of the learning" in caplog.text
+    assert "steps in a row were skipped: returning to " in caplog.text
+    assert "checkpoint-4, with 0.3 of the learning" in caplog.text
     assert "checkpoint-5, with 0.09 of the learning" in caplog.text
     rates = {p.step: p.learning_rate for p in summary.history if p.learning_rate is not None}
     expected = [RATE] * 4 + [0.3 * RATE] + [0.09 * RATE] * 5

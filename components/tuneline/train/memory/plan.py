@@ -25,7 +25,7 @@ class Plan(StrictModel):
     """The settings that memory depends on. Training reads them here, never in the config."""
 
     global_batch_size: int
-    """Examples per optimizer step, over all ranks. Packs of half the length are twice as many."""
+    """Examples per optimizer step, over all ranks. It doubles if packs get half as long."""
     micro_batch_size: int
     """Examples per forward and backward pass on one rank."""
     gradient_checkpointing: bool
@@ -159,7 +159,14 @@ def run_settings(
 
 
 def largest_that_fits(asked: Plan, shape: Shape, settings: Settings, available_bytes: int) -> Plan:
-    """Return a plan with the largest micro-batch that fits, or with 1 if none does."""
+    """Return the plan with the largest micro-batch that fits, or with 1 if none does.
+
+    Args:
+        asked: A plan with the largest micro-batch to try.
+        shape: Shape of the base model.
+        settings: Settings of the run, see `run_settings`.
+        available_bytes: Memory that a rank may take on its device.
+    """
     plan = asked
     while plan.micro_batch_size > 1:
         if _estimate(shape, settings, plan).total <= _usable(available_bytes):

@@ -18,7 +18,7 @@ def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
         None for a model whose config lacks the usual keys, or that routes tokens to experts: no
         estimate is better than a wrong one.
     """
-    model = empty_model(base_model_dir)
+    model: Any = empty_model(base_model_dir)
     config: Any = model.config.get_text_config()
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     if any(not isinstance(getattr(config, name, None), int) for name in names):

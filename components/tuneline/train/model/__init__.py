@@ -1,1 +1,1 @@
-"""The adapter, the fused layers and the number format of the model in training."""
+"""The model in training: adapter, initial weights, fused layers and number format."""

@@ -1,84 +1,80 @@
-"""A new LoRA adapter on a base model."""
+"""The LoRA adapter: which modules it may be attached to, its number format, and its files."""
 
 import difflib
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import peft
+import torch
+from peft.utils import ModulesToSaveWrapper
+from transformers import PreTrainedModel
 
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError
 from tuneline.models.nf4 import empty_model
 from tuneline.train.config import LoraConfig
 
-if TYPE_CHECKING:
-    import peft
-    import torch
-    from transformers import PreTrainedModel
-
 logger = logging.getLogger(__name__)
 
 
 def check_targets(lora: LoraConfig, base_model_dir: str | Path) -> None:
-    """Refuse modules that the model does not have, before its weights are read.
+    """Check that the model has the modules that an adapter names, before its weights are read.
 
     Raises:
-        ModelError: a name matches no layer that can be trained so.
+        ModelError: a name matches no module that can be trained in this way.
     """
     if lora.target_modules == "all-linear" and not lora.modules_to_save:
         return
-    model = empty_model(base_model_dir)
+    model: Any = empty_model(base_model_dir)
     ends = {model.get_input_embeddings(): "input", model.get_output_embeddings(): "output"}
     if lora.target_modules != "all-linear":
         for module in _named(model, "target_modules", lora.target_modules):
             if ends.get(model.get_submodule(module)) == "output":
                 raise ModelError(
-                    f"lora.target_modules names '{module}', the output layer, which cannot carry "
-                    "an adapter: leave it out, or train it in full as one of lora.modules_to_save"
+                    f"lora.target_modules names '{module}', the output layer, which cannot have an "
+                    "adapter: remove it, or train it in full as one of lora.modules_to_save"
                 )
     is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     for module in _named(model, "modules_to_save", lora.modules_to_save):
         if is_tied and model.get_submodule(module) in ends:
             raise ModelError(
-                f"lora.modules_to_save names '{module}', and the input and output embeddings of "
+                f"lora.modules_to_save names '{module}', but the input and output embeddings of "
                 f"{type(model).__name__} are one matrix here (tie_word_embeddings): an adapter "
-                "can replace either of them, not both as one; leave it out"
+                "cannot replace both as one; remove it from lora.modules_to_save"
             )
 
 
-def _named(model: "PreTrainedModel", key: str, names: Iterable[str]) -> list[str]:
-    """Return the modules that some names mean, whole names or their last parts."""
-    import torch
-
+def _named(model: PreTrainedModel, key: str, names: Iterable[str]) -> list[str]:
+    """Return the modules that some names, whole names or their last parts, refer to."""
     kinds: tuple[type, ...] = (torch.nn.Linear,)
     what = "linear layer"
     if key == "modules_to_save":
         kinds, what = (torch.nn.Linear, torch.nn.Embedding), "linear layer or embedding"
-    there = [name for name, module in model.named_modules() if type(module) in kinds]
-    found = []
+    candidates = [name for name, module in model.named_modules() if type(module) in kinds]
+    modules = []
     for wanted in names:
-        matched = [name for name in there if is_called(name, wanted)]
+        matched = [name for name in candidates if is_called(name, wanted)]
         if not matched:
-            known = sorted({name.rsplit(".", 1)[-1] for name in there})
-            near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
+            ends = sorted({name.rsplit(".", 1)[-1] for name in candidates})
+            near = difflib.get_close_matches(wanted, ends, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(ends)}"
             raise ModelError(
-                f"lora.{key} names '{wanted}', and no {what} of {type(model).__name__} is called "
-                f"so: {hint}"
+                f"lora.{key} names '{wanted}', but {type(model).__name__} has no {what} of this "
+                f"name: {hint}"
             )
-        found += matched
-    return found
+        modules += matched
+    return modules
 
 
 def is_called(module: str, name: str) -> bool:
-    """Whether a module's whole name is, or ends with, one that a recipe gives."""
+    """Return whether a module's whole name is a recipe's name, or ends with it."""
     return module == name or module.endswith(f".{name}")
 
 
-def lora_config(lora: LoraConfig) -> "peft.LoraConfig":
-    """Return the same settings in peft's words."""
-    import peft
-
+def lora_config(lora: LoraConfig) -> peft.LoraConfig:
+    """Return the same settings as a peft.LoraConfig."""
     names = lora.target_modules
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -92,16 +88,14 @@ def lora_config(lora: LoraConfig) -> "peft.LoraConfig":
     )
 
 
-def keep_adapter_in_fp32(model: "torch.nn.Module") -> None:
+def keep_adapter_in_fp32(model: torch.nn.Module) -> None:
     """Undo TRL's cast of a 4-bit model's adapter to bfloat16.
 
-    bfloat16 has 8 bits of mantissa: late in the schedule an update is smaller than the last of
-    them and is lost. The adapter is under a hundredth of the model, so fp32 costs little, and
-    autocast still multiplies in the compute type. Modules that are trained in full are the base's
-    once more: what the cast took from them is in the base.
+    bfloat16 has 8 bits of mantissa: late in the schedule an update is smaller than the last bit
+    and is lost. The adapter is under a hundredth of the model, so fp32 costs little memory, and
+    autocast still multiplies in the compute type. Modules that are trained in full are copied from
+    the base again, to restore the bits that the cast removed.
     """
-    from peft.utils import ModulesToSaveWrapper
-
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -111,22 +105,23 @@ def keep_adapter_in_fp32(model: "torch.nn.Module") -> None:
                 copy.load_state_dict(module.original_module.state_dict())
 
 
-def keep_hidden_states_in(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
-    """Let an embedding that is trained, in fp32, give what the base's own gives: the compute type.
+def keep_hidden_states_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Make a trained embedding, which is fp32, return the compute type as the base's does.
 
-    Otherwise all layers would run on fp32 hidden states.
+    Otherwise all layers would compute with fp32 hidden states.
     """
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    pretrained: Any = model
+    embedding = pretrained.get_input_embeddings()
     if any(parameter.requires_grad for parameter in embedding.parameters()):
         embedding.register_forward_hook(lambda module, inputs, output: output.to(dtype))
 
 
-def save_adapter(model: "peft.PeftModel", directory: Path, origin: ModelOrigin) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, with no path of this machine."""
+def save_adapter(model: peft.PeftModel, directory: Path, origin: ModelOrigin) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, without paths of this machine."""
     config = model.peft_config["default"]
     config.base_model_name_or_path = origin.source
     config.revision = origin.revision
-    # peft would ask the Hub whether the vocabulary grew; ours never does in this step.
+    # Otherwise peft asks the Hub whether the vocabulary grew; it never does in this step.
     model.save_pretrained(str(directory), save_embedding_layers=False)
-    # Its model card has no content yet; publish writes one with the scores.
+    # peft's model card is an empty form; publish writes one with the scores.
     (directory / "README.md").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Our kernels inside a trainer: fused layers, the model's own fused loss, a flat optimizer."""
+"""Fused kernels in a trainer: fused layers, the model's own fused loss, a flat optimizer."""
 
 import logging
 from typing import Any
@@ -13,29 +13,29 @@ from tuneline.kernels.limits import FP8_CAPABILITY, MIN_CAPABILITY
 logger = logging.getLogger(__name__)
 
 STATE_BITS = {"adamw_8bit": 8, "adamw_bnb_8bit": 8, "adamw_torch": 32, "adamw_torch_fused": 32}
-"""Optimizers, as transformers names them, that `FlatAdamW` computes too."""
+"""Bits of optimizer state, by transformers' names of the optimizers that `FlatAdamW` replaces."""
 
 
 def can_fuse(mode: str, device: str) -> bool:
-    """Tell whether kernels are wanted and can run; a reason against it is logged.
+    """Return whether fused kernels are wanted and can run; log why they cannot.
 
     Raises:
-        RecipeError: 8-bit products are asked for where there are none.
+        RecipeError: the mode is fp8, but the device has no 8-bit matrix products.
     """
     if mode == "off":
         return False
     capability = torch.cuda.get_device_capability() if device == "cuda" else None
     if mode == "fp8" and (capability is None or capability < FP8_CAPABILITY):
-        found = device if capability is None else torch.cuda.get_device_name()
+        name = device if capability is None else torch.cuda.get_device_name()
         raise RecipeError(
             f"train.kernels: fp8 needs a GPU of compute capability {FP8_CAPABILITY} (Hopper) or "
-            f"higher, and this is {found}: take auto"
+            f"higher, but this is {name}: set it to auto"
         )
     if capability is None:
         return False
     if capability < MIN_CAPABILITY:
         logger.info(
-            "kernels are off: %s has compute capability %d.%d, and they need %d.%d",
+            "fused kernels are off: %s has compute capability %d.%d but they need %d.%d",
             torch.cuda.get_device_name(),
             *capability,
             *MIN_CAPABILITY,
@@ -45,27 +45,27 @@ def can_fuse(mode: str, device: str) -> bool:
 
 
 def fuse_model(model: torch.nn.Module) -> None:
-    """Put fused layers and loss into a base model, which is frozen; before the trainer is made.
+    """Freeze a base model and give it fused layers and a fused loss, before the trainer exists.
 
-    TRL lays a function of its own over the model's forward, and calls the one that it found
-    wherever its own has nothing to do: it has to find the fused one.
+    TRL replaces the model's forward by a function that may call the replaced one, so that one has
+    to be the fused forward.
     """
     model.requires_grad_(False)
     patch(model)
 
 
 def fuse_trainer(trainer: Any, *, mode: str = "auto", kept_gib: float | None = None) -> str:
-    """Let a trainer of a fused model take the model's loss and a flat optimizer.
+    """Make a trainer of a fused model use the model's loss and a flat optimizer.
 
     Args:
-        trainer: Its model has its adapters by now.
+        trainer: A trainer whose model has its adapters.
         mode: The recipe's `train.kernels`.
-        kept_gib: What layers may keep; None is what is free.
+        kept_gib: GiB in which layers may keep activations. None: all memory that is free.
 
     Returns:
-        What was fused, in a sentence.
+        What was fused, for people to read.
     """
-    # Once more: the adapters came with the trainer, and decide which layers can be fused.
+    # Again, because the trainer has added adapters, which decide what layers can be fused.
     budget: Budget = "auto" if kept_gib is None else kept_gib
     report = patch(trainer.model, budget=budget, fp8=mode == "fp8")
     trainer.takes_model_loss = report.loss == "fused"
@@ -82,7 +82,7 @@ def fuse_trainer(trainer: Any, *, mode: str = "auto", kept_gib: float | None = N
             max_grad_norm=arguments.max_grad_norm or None,
         )
         if not arguments.fp16:
-            # Its norm is two launches; accelerate's clip looks at every parameter of the model,
-            # 25 ms of an 8B model's step. In float16 it also undoes the loss scaling.
+            # The optimizer's norm takes two kernel launches. accelerate's clip visits every
+            # parameter, 25 ms per step of an 8B model, but it also undoes float16's loss scaling.
             trainer.own_grad_norm = trainer.optimizer.grad_norm
     return str(report)

@@ -1,1 +1,27 @@
-"""The trainers: what happens in a step."""
+"""What happens in a step.
+
+The trainers are a ladder of classes between TRL's and ours. Each adds one concern and calls the one
+below it. From the bottom:
+
+    SFTTrainer, DPOTrainer  TRL's, on transformers.Trainer with the loop over steps
+    QuickStepTrainer        host_overhead.py: visits the whole model once per run, not per step
+    SharedStepTrainer       shared_steps.py: divides a step's examples over ranks
+    ResumableTrainer        resumable.py: writes and reads checkpoints, stops on request
+    GuardedTrainer          nonfinite.py: skips steps whose loss or gradient is not finite
+    SupervisedTrainer       trainers.py: the loss of sft and cpt
+    PreferenceTrainer       trainers.py: the loss of dpo
+
+The loop calls their methods once per optimizer step, in this order:
+
+    get_batch_samples       collects this rank's micro-batches, and counts the labels of all ranks
+    training_step           per micro-batch: compute_loss, then the backward pass (with ZeRO-2, the
+                            last one also clips and takes the optimizer step)
+    _clip_grad_norm         scales the gradients down to max_grad_norm
+    _get_grad_norm          checks losses and gradients of all ranks; drops the gradients of a bad
+                            step, and raises Diverged after several bad steps in a row
+    optimizer, scheduler    change the adapter and the learning rate
+    on_step_end             agrees with all ranks whether a checkpoint or a stop is due
+    _maybe_log_save_evaluate  logs, evaluates and writes the checkpoint
+
+`nonfinite.train_through` runs the loop, and returns to a checkpoint after Diverged.
+"""

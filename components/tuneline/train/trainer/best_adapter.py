@@ -1,4 +1,4 @@
-"""The adapter with the lowest evaluation loss, and the end of a run that gets no better."""
+"""Keep the adapter with the lowest evaluation loss, and end a run that no longer improves."""
 
 import logging
 from typing import Any
@@ -11,10 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 class BestAdapterCallback(TrainerCallback):
-    """Keeps the best adapter in host memory, and stops training when patience is over.
+    """Keeps the best adapter, and stops training after `patience` evaluations without a better one.
 
-    In memory, because an adapter is small; it travels in every checkpoint. The evaluation before
-    the first step does not count: an untrained adapter is no result.
+    The best adapter is in host memory, because it is small, and in every checkpoint. The evaluation
+    before the first step does not count: an untrained adapter is not a result.
     """
 
     def __init__(self, trainer: ResumableTrainer, patience: int | None) -> None:
@@ -22,7 +22,7 @@ class BestAdapterCallback(TrainerCallback):
         self._patience = patience
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Compare the loss with the best one so far."""
+        """Compare the evaluation loss with the lowest one so far."""
         run_state = self._trainer.run_state
         loss = float(kwargs["metrics"]["eval_loss"])
         if state.global_step == 0:
@@ -38,8 +38,8 @@ class BestAdapterCallback(TrainerCallback):
             run_state.stopped_early = state.global_step < state.max_steps
             control.should_training_stop = True
             logger.info(
-                "stopped at step %d: no evaluation was better than that of step %d for %d times",
+                "stopped at step %d: %d evaluations in a row were no better than that of step %d",
                 state.global_step,
-                run_state.best_step,
                 self._patience,
+                run_state.best_step,
             )

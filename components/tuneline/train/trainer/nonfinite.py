@@ -1,8 +1,8 @@
 """What happens when a loss or a gradient is NaN or infinite.
 
-The step is skipped: its gradients are dropped before the optimizer sees them, so that no weight
-and no moment is ever touched by them, and it is counted. Several in a row are no accident: the
-run goes back to the last checkpoint before them and on with a lower rate, twice at most.
+The step is skipped and counted: its gradients are dropped before the optimizer sees them, so that
+they change no weight and no moment. After several skipped steps in a row, the run returns to the
+last checkpoint before them and continues with a lower learning rate, at most twice.
 """
 
 import functools
@@ -25,33 +25,36 @@ from tuneline.train.trainer.resumable import ResumableTrainer
 logger = logging.getLogger(__name__)
 
 MAX_ROLLBACKS = 2
+"""Rollbacks after which a run that diverges again ends with an error."""
 RATE_FACTOR = 0.3
-"""A rollback multiplies the learning rate by this: two make it a tenth."""
+"""Factor by which a rollback lowers the learning rate; two rollbacks make it about a tenth."""
 NUM_NAMED_ROWS = 20
+"""Highest number of rows that an error names."""
 
 
 class Diverged(Exception):
-    """Too many steps in a row were not finite."""
+    """Too many steps in a row had a loss or gradient that is not finite."""
 
 
 class GuardedTrainer(ResumableTrainer):
     """Skips steps whose loss or gradient is not finite.
 
-    One wait for the device a step: the losses of the micro-batches are looked at together with
-    the norm of their gradients. With float16 an infinite norm alone is the loss scaler at work,
-    which skips the step itself; it is not counted.
+    It waits for the device once per step: the losses of all micro-batches are checked together
+    with the norm of their gradients. With float16, an infinite norm alone comes from the loss
+    scaler, which skips the step itself; the step is not counted.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.max_skipped_in_a_row = 3
         self.bad_batches: list[tuple[int, int]] = []
-        """The micro-batches at fault in the last step that was skipped: rank and number, from 0."""
+        """Micro-batches for which the last step was skipped: rank and number in it, from 0."""
         self._losses: list[torch.Tensor] = []
         self._loss_before_step = torch.zeros(())
         self.last_skipped_step = 0
+        """The last skipped optimizer step, from 1; 0: none."""
         self.bad_value = "the loss"
-        """Which value was at fault then: the loss or the gradient."""
+        """Which value was not finite in that step: the loss or the gradient."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the loss of a micro-batch after its backward pass."""
@@ -62,21 +65,22 @@ class GuardedTrainer(ResumableTrainer):
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        # Called once a step, after clipping and before the optimizer.
-        norm = super()._get_grad_norm(model, grad_norm)
-        own = torch.stack([torch.isfinite(loss) for loss in self._losses]).int()
-        finite = collectives.gathered(own).tolist()
+        # Called once per step, after clipping and before the optimizer.
+        transformers: Any = super()
+        norm = transformers._get_grad_norm(model, grad_norm)
+        are_finite = torch.stack([torch.isfinite(loss) for loss in self._losses]).int()
+        finite = collectives.gathered(are_finite).tolist()
         self._losses.clear()
         norm_is_bad = not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm))
         if self.is_deepspeed_enabled:
-            # It has looked for itself, and taken or skipped the step by now.
+            # DeepSpeed has checked the norm itself, and taken or skipped the step by now.
             norm_is_bad = norm_is_bad or self.accelerator.optimizer_step_was_skipped
         if all(map(all, finite)) and not norm_is_bad:
             self.run_state.skipped_in_a_row = 0
             return norm
         places = [(rank, number) for rank, row in enumerate(finite) for number in range(len(row))]
         bad = [(rank, number) for rank, number in places if not finite[rank][number]]
-        # A bad gradient behind good losses: which batch made it is not known any more.
+        # If only the gradient is bad, the micro-batch that caused it is no longer known.
         self.bad_batches = bad or places
         self.bad_value = "the loss" if bad else "the gradient"
         self._skip_step()
@@ -90,10 +94,10 @@ class GuardedTrainer(ResumableTrainer):
         logger.warning(
             "step %d is skipped: %s is not finite", self.last_skipped_step, self.bad_value
         )
-        # An optimizer passes over parameters without a gradient; weight decay too.
+        # An optimizer leaves parameters without a gradient alone, and does not decay them either.
         assert self.model is not None
         self.model.zero_grad(set_to_none=True)
-        # The logged loss is a mean over steps: this one is neither in its sum nor its count.
+        # The logged loss is a mean over steps: leave this step out of its sum and its count.
         self._tr_loss.copy_(self._loss_before_step)
         self._globalstep_last_logged += 1
         for name, values in list(self._measured.items()):
@@ -105,7 +109,7 @@ class GuardedTrainer(ResumableTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.run_state.skipped_in_a_row and not self.stops:
-            # The newest checkpoint stays one from before the trouble.
+            # The newest checkpoint has to be from before the skipped steps.
             self.control.should_save = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -119,12 +123,21 @@ def train_through(
     packing: bool,
     carried: Mapping[str, Any],
 ) -> None:
-    """Train from a checkpoint, or from the start, to the end; go back where it diverges.
+    """Train to the end; if training diverges, return to an earlier checkpoint.
+
+    Args:
+        trainer: A new trainer.
+        checkpoint: The checkpoint to start from. None: start from the beginning.
+        dataset_dir: The dataset, as prepare leaves it.
+        manifest: Record of the dataset, with the pack length of this attempt.
+        packing: Whether the trainer's examples are packs.
+        carried: Values of the run's state that a rollback keeps, see `StartAgain`.
 
     Raises:
-        TrainingError: it diverged once more than `MAX_ROLLBACKS`, or from the very first step,
-            where no rate has had a part in it. Names the rows of the last batch at fault.
-        StartAgain: it goes back, and has to be called in new processes with what that carries.
+        TrainingError: training diverged after `MAX_ROLLBACKS`, or from the first step on, which no
+            lower learning rate can fix. The error names the rows of the last bad micro-batch.
+        StartAgain: the run returns to a checkpoint, but with ZeRO-2 this needs new processes: call
+            this there, with the values that the error carries.
     """
     state = trainer.run_state
     store = trainer.store
@@ -142,7 +155,7 @@ def train_through(
                     "rate_factor": state.rate_factor * RATE_FACTOR,
                 }
                 logger.warning(
-                    "%d steps in a row were skipped: back to %s, with %g of the learning rate",
+                    "%d steps in a row were skipped: returning to %s, with %g of the learning rate",
                     state.skipped_in_a_row,
                     checkpoint,
                     carried["rate_factor"],
@@ -179,11 +192,12 @@ def _gave_up(
         rate = trainer.args.learning_rate
         return TrainingError(
             f"{where}, after {state.num_rollbacks} returns to a checkpoint with a lower rate; "
-            f"{blame}: look at them, or lower train.learning_rate (it is {rate:g}, and "
-            f"{rate * state.rate_factor:g} did not help), lengthen warmup_steps, or lower "
-            "max_grad_norm"
+            f"{blame}: check these rows, lower train.learning_rate (it is {rate:g}, and "
+            f"{rate * state.rate_factor:g} did not help), raise train.warmup_steps, or lower "
+            "train.max_grad_norm"
         )
     return TrainingError(
-        f"{where}, and none before was finite, so that no learning rate can be the cause; {blame}: "
-        "look at them, check that the base model answers sensibly, or take train.dtype float32"
+        f"{where}, and no step before was finite, so the learning rate is not the cause; {blame}: "
+        "check these rows, check that the base model answers sensibly, or set train.dtype to "
+        "float32"
     )

@@ -1,18 +1,16 @@
-"""Learning rates: what `learning_rate: auto` comes to, and one of their own for embeddings."""
+"""Learning rates: the value of `learning_rate: auto`, and a separate rate for embeddings."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+
+import torch
 
 from tuneline.artifacts import Method
 
-if TYPE_CHECKING:
-    import torch
-
-# From the guide that this project started from, "Learning Rate Guide" and its examples for DPO
-# and continued pre-training. Where it gives a range, the geometric middle of it, rounded.
+# From the guide that this project started from: its "Learning Rate Guide", and its examples for DPO
+# and continued pre-training. For a range, the geometric mean of its ends, rounded.
 _DPO = 5e-7
 _CPT = 2e-5  # 1e-5 to 5e-5
-_SFT_SMALL = 7e-5  # 5e-5 to 1e-4, under 1,000 rows
+_SFT_SMALL = 7e-5  # 5e-5 to 1e-4, below 1,000 rows
 _SFT = 2e-4
 _SFT_LARGE = 1e-4  # from 100,000 rows
 
@@ -21,7 +19,7 @@ NUM_LARGE = 100_000
 
 
 def auto_learning_rate(method: Method, num_rows: int) -> float:
-    """Return the rate for a method and a number of training rows, before packing."""
+    """Return the rate for a method and a number of training rows, counted before packing."""
     if method == "dpo":
         return _DPO
     if method == "cpt":
@@ -32,9 +30,9 @@ def auto_learning_rate(method: Method, num_rows: int) -> float:
 
 
 def set_rate(
-    optimizer: "torch.optim.Optimizer", parameters: "Iterable[torch.nn.Parameter]", rate: float
+    optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], rate: float
 ) -> None:
-    """Give some parameters of a new optimizer a rate of their own, in groups of their own."""
+    """Move some parameters of a new optimizer to parameter groups with a rate of their own."""
     apart = {id(parameter) for parameter in parameters}
     for group in list(optimizer.param_groups):
         moved = [parameter for parameter in group["params"] if id(parameter) in apart]

@@ -1,4 +1,4 @@
-"""A trainer that can be stopped and continued without a trace in its result."""
+"""A trainer that can be stopped and resumed without any effect on its result."""
 
 import contextlib
 import math
@@ -24,54 +24,55 @@ _BEST_FILE = "best_adapter.safetensors"
 
 
 class EvaluationAbandoned(Exception):
-    """A stop was asked for in the middle of an evaluation."""
+    """A stop was requested during an evaluation."""
 
 
 def saved_state(checkpoint: Path) -> RunState:
-    """Read what a run knew of itself when it wrote a checkpoint."""
+    """Return the state of the run that a checkpoint contains."""
     path = checkpoint / _STATE_FILE
     return RunState.parse(path.read_text(encoding="utf-8"), where=str(path))
 
 
 class ResumableTrainer(SharedStepTrainer):
-    """A base before TRL's trainers: transformers' checkpoints, made atomic and complete.
+    """A base of TRL's trainers that makes transformers' checkpoints atomic and complete.
 
-    transformers keeps the adapter, the optimizer, the scheduler, the RNGs and the place in the
-    data. Added here: the run's own state, the sum of losses since the last log, and the
-    evaluation that a stop cut short. Evaluations leave the RNG alone, so that neither their
-    number nor a repeated one changes the training.
+    A checkpoint of transformers has the adapter, the optimizer, the scheduler, the RNG states and
+    the position in the data. This class adds the run's own state, the sum of losses since the last
+    log, and whether an evaluation is due that a stop cut short. Evaluations do not touch the RNG
+    that training uses, so neither their number nor a repeated one changes the training.
 
-    On several ranks all of them come here together; the first one writes, and what is written does
-    not hang on their number, but for each rank's RNG.
+    With several ranks, all of them call these methods together and the first one writes. Except for
+    the RNG state of each rank, a checkpoint does not depend on the number of ranks.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.store: CheckpointStore | None = None
-        """Where checkpoints go; none are written without it."""
+        """Where checkpoints are written. None: no checkpoints."""
         self.stop = StopRequest()
+        """The request of this process alone to stop."""
         self.stops = False
-        """Whether all ranks know of a request to stop; see `agree_to_stop`."""
+        """Whether all ranks know of a request to stop, see `agree_to_stop`."""
         self.embedding_rate: float | None = None
-        """Of the modules that are trained in full; None: that of all."""
+        """Learning rate of modules that are trained in full. None: the same as the adapter's."""
         self._rate_scale = 1.0
         self._best: dict[str, torch.Tensor] = {}
 
     def keep_checkpoints(
         self, store: CheckpointStore, *, minutes: float, stop: StopRequest
     ) -> None:
-        """Write a checkpoint before the first step, every so many minutes and at a stop."""
+        """Write a checkpoint before the first step, then every `minutes` minutes, and at a stop."""
         self.store = store
         self.stop = stop
         self.add_callback(_CheckpointCallback(self, minutes))
 
     def train_from(self, checkpoint: Path | None, carried: Mapping[str, Any] = {}) -> None:
-        """Train to the end, from a checkpoint where one is given.
+        """Train to the end.
 
         Args:
-            checkpoint: what `CheckpointStore.latest` found.
-            carried: values of the run's state that stay as they are when it is read; a
-                `rate_factor` among them scales the rates of the steps to come.
+            checkpoint: The checkpoint to resume from. None: start from the beginning.
+            carried: Values that replace those of the checkpoint's run state. A `rate_factor` among
+                them scales the learning rates of all further steps.
         """
         if checkpoint is not None:
             plan, num_out_of_memory = self.run_state.plan, self.run_state.num_out_of_memory
@@ -89,30 +90,30 @@ class ResumableTrainer(SharedStepTrainer):
         first_is_missing = 0 not in self.run_state.points
         self.args.eval_on_start = evaluates and (first_is_missing or self.run_state.evaluation_due)
         if not collectives.is_first():
-            # Other dropout than the first rank's; a checkpoint of this rank has it otherwise.
+            # For dropout other than the first rank's. A checkpoint of this rank overwrites it.
             torch.manual_seed(self.args.seed + collectives.rank())
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except EvaluationAbandoned:
-            # The one at the start: the checkpoint of this step is there already.
+            # The evaluation at the start: this step already has a checkpoint.
             self.run_state.evaluation_due = True
 
     def agree_to_stop(self, *others: bool) -> list[bool]:
-        """Let all ranks know whether one was told to stop.
+        """Set `stops` on all ranks if any rank was asked to stop.
 
         Args:
-            others: more that all ranks have to know; it costs nothing to ask at the same time.
+            others: More flags to exchange in the same collective operation.
 
         Returns:
-            For each of these, whether it is so on some rank.
+            For each of these flags, whether it is set on any rank.
         """
-        stops, *found = collectives.any_of(self.stop.is_made, *others)
+        stops, *flags = collectives.any_of(self.stop.is_made, *others)
         self.stops = self.stops or stops
-        return found
+        return flags
 
     @property
     def is_done(self) -> bool:
-        """Whether no step and no evaluation is left."""
+        """Whether no step and no evaluation remains."""
         return self._has_no_step_left and not self.run_state.evaluation_due
 
     @property
@@ -120,17 +121,17 @@ class ResumableTrainer(SharedStepTrainer):
         return self.run_state.stopped_early or self.state.global_step >= self.state.max_steps
 
     def keep_best(self) -> None:
-        """Remember the adapter as it is now."""
+        """Keep a copy of the current adapter as the best one."""
         weights = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         self._best = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
 
     def restore_best(self) -> None:
-        """Put the adapter back that `keep_best` remembered, if there is one."""
+        """Replace the adapter by the copy that `keep_best` made, if there is one."""
         if self._best:
             set_peft_model_state_dict(self.model, self._best)
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """Return the optimizer, with a rate of their own for modules that are trained in full."""
+        """Return the optimizer, with `embedding_rate` for modules that are trained in full."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args)
         if is_new and self.embedding_rate is not None:
@@ -153,11 +154,13 @@ class ResumableTrainer(SharedStepTrainer):
 
     @property
     def _measured(self) -> dict[str, list[float]]:
-        # TRL's, averaged and emptied at each log.
-        return self._metrics["train"]  # type: ignore[attr-defined]
+        # TRL's metrics, which it averages and clears at each log.
+        trl: Any = self
+        metrics: dict[str, list[float]] = trl._metrics["train"]
+        return metrics
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate without a draw from the RNG that training uses."""
+        """Evaluate without drawing from the RNG that training uses."""
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
             metrics = super().evaluate(*args, **kwargs)
@@ -165,10 +168,10 @@ class ResumableTrainer(SharedStepTrainer):
         return metrics
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate one batch, unless a stop was asked for: evaluations can be long.
+        """Evaluate one batch, unless a stop was requested: evaluations can take long.
 
         Raises:
-            EvaluationAbandoned: the process was told to stop.
+            EvaluationAbandoned: a rank was asked to stop.
         """
         self.agree_to_stop()
         if self.stops:
@@ -176,11 +179,12 @@ class ResumableTrainer(SharedStepTrainer):
         return super().prediction_step(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A checkpoint of the last step, or of an early end: transformers would take one step more.
+        # After resuming at the last step, or after an early stop, transformers would take one more.
         if self._has_no_step_left:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        transformers: Any = super()
+        transformers._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, *rest: Any, **named: Any
@@ -195,12 +199,13 @@ class ResumableTrainer(SharedStepTrainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
+        transformers: Any = super()
         if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
-            return super()._prepare_for_training(
+            return transformers._prepare_for_training(
                 max_steps, train_dataloader, resume_from_checkpoint
             )
-        # DeepSpeed's own checkpoints are of one number of ranks.
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        # DeepSpeed's own checkpoints can be read only with the same number of ranks.
+        prepared = transformers._prepare_for_training(max_steps, train_dataloader, None)
         zero2.load_state(self, Path(resume_from_checkpoint))
         return prepared
 
@@ -215,7 +220,7 @@ class ResumableTrainer(SharedStepTrainer):
         if not self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
-            # transformers would copy the whole model first, frozen base and all.
+            # transformers would first copy the whole model, including the frozen base.
             self._save(output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -227,7 +232,7 @@ class ResumableTrainer(SharedStepTrainer):
         state.last_logged_step = self._globalstep_last_logged
         step = self.state.global_step
         with self._output_below(self.store.partial):
-            # Past TRL's own, which writes a model card beside every checkpoint.
+            # Not TRL's method, which writes a model card beside every checkpoint.
             Trainer._save_checkpoint(self, model, trial)
         collectives.wait_for_all()
         if collectives.is_first():
@@ -236,7 +241,7 @@ class ResumableTrainer(SharedStepTrainer):
             if self._best:
                 save_file(self._best, written / _BEST_FILE)
             self.store.seal(written, step)
-        # No rank goes on, and perhaps ends, while the first one is still writing.
+        # No rank may continue, and perhaps end, while the first one is still writing.
         collectives.wait_for_all()
 
     @contextlib.contextmanager
@@ -249,7 +254,7 @@ class ResumableTrainer(SharedStepTrainer):
 
 
 class _CheckpointCallback(TrainerCallback):
-    """Says when a checkpoint is due, and puts back what the trainer's loop starts at nought."""
+    """Decides when a checkpoint is due, and restores counters that the trainer's loop resets."""
 
     def __init__(self, trainer: ResumableTrainer, minutes: float) -> None:
         self._trainer = trainer
@@ -267,7 +272,7 @@ class _CheckpointCallback(TrainerCallback):
             trainer._measured.update(run_state.metrics_since_log)
             trainer._globalstep_last_logged = run_state.last_logged_step
         elif trainer.store is not None and not collectives.from_first(trainer.store.steps):
-            # A disk that cannot be written is found now, and there is always one to go back to.
+            # So that an unwritable disk fails now, and a rollback always finds a checkpoint.
             trainer._save_checkpoint(trainer.model, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

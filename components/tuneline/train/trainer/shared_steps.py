@@ -1,4 +1,4 @@
-"""A trainer whose steps are shared out over ranks and learn what one rank would."""
+"""A trainer that divides its steps over ranks, which together learn what one rank would."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,17 +13,17 @@ from tuneline.train.trainer.host_overhead import QuickStepTrainer
 from tuneline.train.trainer.state import RunState
 
 LOSS_FACTOR = "loss_factor"
-"""In a batch of a training step: what its loss is multiplied by."""
+"""Key of a training batch: the factor by which its loss is multiplied."""
 NUM_LABELS = "num_labels"
-"""In a batch of a training step with labels: how many count, known while they are on the host."""
+"""Key of a training batch with labels: how many of them count, known while they are on the host."""
 
 
 class SharedStepTrainer(QuickStepTrainer):
-    """A base before TRL's trainers: batches by `StepBatches`, losses by what a whole step has.
+    """A base of TRL's trainers: `StepBatches` picks batches, a whole step decides their weights.
 
-    Gradients are averaged over ranks. So a rank divides the sum of its losses by the mean count of
-    a rank, not by its own: the average is then the sum over all ranks by the count over all of
-    them, whoever had how many.
+    DDP averages gradients over ranks. A rank therefore divides the sum of its losses by the mean
+    number of labels per rank, not by its own number. The average over ranks is then the sum of all
+    losses divided by the number of all labels, however the labels are distributed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -34,36 +34,44 @@ class SharedStepTrainer(QuickStepTrainer):
         self._eval_number = 0
         self._eval_sums = (0.0, 0.0)
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Return the forwards of this rank."""
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the micro-batches of this rank."""
         arguments = self.args
-        rows_a_batch = arguments.per_device_train_batch_size
-        forwards = arguments.gradient_accumulation_steps * collectives.num_ranks()
+        micro_batch_size = arguments.per_device_train_batch_size
+        num_micro_batches = arguments.gradient_accumulation_steps * collectives.num_ranks()
         self.train_batches = self._batches_of(
-            self.train_dataset, rows_a_batch * forwards, rows_a_batch, seed=arguments.data_seed
+            self.train_dataset,
+            micro_batch_size * num_micro_batches,
+            micro_batch_size,
+            seed=arguments.data_seed,
         )
         return self._loader(self.train_dataset, self.train_batches)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return the evaluation's forwards of this rank: as many as the others have."""
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Return the evaluation batches of this rank, the same number on every rank."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        rows_a_batch = self.args.per_device_eval_batch_size
+        batch_size = self.args.per_device_eval_batch_size
         self._eval_batches = self._batches_of(
-            rows, rows_a_batch * collectives.num_ranks(), rows_a_batch, seed=None
+            rows, batch_size * collectives.num_ranks(), batch_size, seed=None
         )
         return self._loader(rows, self._eval_batches)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Collect the forwards of a step, and count what the step has on all ranks.
+        """Collect the micro-batches of a step, and count the step's labels over all ranks.
+
+        Args:
+            epoch_iterator: Micro-batches of the epoch.
+            num_batches: How many of them the step has on this rank.
+            device: Device of the rank.
 
         Returns:
-            The batches, each with its `LOSS_FACTOR`, and the mean count of labels a rank, or None
-            where the loss is a mean over rows.
+            The micro-batches, each with its `LOSS_FACTOR`, and the mean number of labels per rank,
+            or None if the loss is a mean over examples.
         """
-        found: Any = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches, labels = found
+        samples: Any = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, labels = samples
         assert self.train_batches is not None
         num_own = self.train_batches.num_own(self.state.global_step % self.train_batches.num_steps)
         own = batches[:num_own]
@@ -77,10 +85,10 @@ class SharedStepTrainer(QuickStepTrainer):
         )
         self.run_state.num_tokens += int(num_tokens)
         for batch in batches:
-            # Of a mean over rows: the trainer divides by the number of forwards, and the average
-            # over ranks by that of ranks.
-            share = _num_rows(batch) * len(batches) * collectives.num_ranks() / num_rows
-            batch[LOSS_FACTOR] = 1.0 if counts_labels else share
+            # For a mean over examples: the trainer divides by the number of micro-batches, and the
+            # average over ranks divides by the number of ranks.
+            factor = _num_rows(batch) * len(batches) * collectives.num_ranks() / num_rows
+            batch[LOSS_FACTOR] = 1.0 if counts_labels else factor
             if counts_labels:
                 batch[NUM_LABELS] = num_labels_of(batch)
         for filler in batches[num_own:]:
@@ -90,7 +98,7 @@ class SharedStepTrainer(QuickStepTrainer):
         return batches, torch.tensor(num_labels / collectives.num_ranks(), device=device)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Sum up what `evaluation_loop` needs for a mean over all ranks."""
+        """Evaluate one batch, and add its loss to the sum that `evaluation_loop` divides."""
         weight = self.eval_weight(inputs)
         result = super().prediction_step(model, inputs, *args, **kwargs)
         assert self._eval_batches is not None and result[0] is not None
@@ -101,11 +109,11 @@ class SharedStepTrainer(QuickStepTrainer):
         return result
 
     def eval_weight(self, inputs: dict[str, Any]) -> int:
-        """Return what a batch's loss is the mean of: its rows, unless a subclass counts others."""
+        """Return the number of values that a batch's loss is the mean of: its rows, by default."""
         return _num_rows(inputs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate, and put the mean over all that counts in the place of the mean over batches."""
+        """Evaluate, and replace the mean over batches by the mean over all values of all ranks."""
         self._eval_number, self._eval_sums = 0, (0.0, 0.0)
         output: Any = super().evaluation_loop(*args, **kwargs)
         loss, total = collectives.summed(*self._eval_sums)
@@ -113,21 +121,21 @@ class SharedStepTrainer(QuickStepTrainer):
         return output
 
     def _batches_of(
-        self, rows: Any, rows_a_step: int, rows_a_batch: int, seed: int | None
+        self, rows: Any, global_batch_size: int, micro_batch_size: int, seed: int | None
     ) -> StepBatches:
         return StepBatches(
             len(rows),
-            global_batch_size=rows_a_step,
-            micro_batch_size=rows_a_batch,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
             rank=collectives.rank(),
             num_ranks=collectives.num_ranks(),
             seed=seed,
             lengths=row_lengths(rows) if seed is not None and collectives.num_ranks() > 1 else None,
         )
 
-    def _loader(self, rows: Any, batches: StepBatches) -> DataLoader:
-        # Not through accelerate, which shares out batches as they come and fills up the last ones
-        # with rows from the front.
+    def _loader(self, rows: Any, batches: StepBatches) -> DataLoader[Any]:
+        # Not with accelerate, which deals out batches in their order and fills the last ones with
+        # rows from the start of the dataset.
         return _EpochLoader(
             self._remove_unused_columns(rows),
             batch_sampler=batches,
@@ -138,19 +146,19 @@ class SharedStepTrainer(QuickStepTrainer):
 
 
 def num_labels_of(batch: dict[str, Any]) -> int:
-    """Return how many labels of a batch count; the first token of a row is never predicted."""
+    """Return the number of labels that count in a batch; the first token is never predicted."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
-class _EpochLoader(DataLoader):
+class _EpochLoader(DataLoader[Any]):
     def set_epoch(self, epoch: int) -> None:
         batches: Any = self.batch_sampler
         batches.set_epoch(epoch)
 
 
 def _num_rows(batch: dict[str, Any]) -> int:
-    # A preference is two rows of a batch; only ratios are taken of this.
-    return batch["input_ids"].shape[0]
+    # A preference is two rows of a batch; only ratios of these numbers are used.
+    return len(batch["input_ids"])
 
 
 def _num_tokens(batch: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""What a run knows of itself beyond what transformers puts into a checkpoint."""
+"""The state of a run that transformers does not put into a checkpoint."""
 
 from typing import Self
 
@@ -10,51 +10,60 @@ from tuneline.train.memory.plan import Plan
 
 
 class RunState(StrictModel):
-    """Counters and history of a training run; changes as it goes, travels in every checkpoint."""
+    """Counters and history of a training run. Every checkpoint contains them."""
 
     model_config = ConfigDict(frozen=False)
 
     points: dict[int, TrainingPoint] = {}
-    """What was logged, by step."""
+    """Logged values, by optimizer step."""
     num_tokens: int = 0
-    """Tokens that went through training steps, padding not counted."""
+    """Tokens that went through training steps, without padding."""
     step_seconds: float = 0.0
-    """Time in training steps alone, without evaluations."""
+    """Seconds in training steps, without evaluations."""
     device_seconds: float = 0.0
-    """Time in training, evaluations included, of all devices."""
+    """Seconds in training, evaluations included, summed over devices."""
     energy_joules: float | None = None
-    """What the GPU took in that time, where NVML says it."""
+    """Energy that the GPUs used in that time, in joules. null: NVML does not report it."""
     num_resumptions: int = 0
+    """How often the run resumed from a checkpoint after an interruption."""
     divides_optimizer: bool = False
-    """Whether ZeRO-2 has the optimizer: a run goes on as it began, on any number of ranks."""
+    """Whether ZeRO-2 divides the optimizer state. A run keeps this on any number of ranks."""
     plan: Plan | None = None
-    """The settings that were made to fit; kept when a checkpoint is read."""
+    """The plan of the attempt. Reading a checkpoint does not replace it."""
     num_out_of_memory: int = 0
-    """How often memory ran out and a smaller plan was taken; kept likewise."""
+    """How often memory ran out, so that a smaller plan was used. Reading a checkpoint does not
+    replace it."""
     num_skipped_steps: int = 0
-    """Steps whose loss or gradient was not finite, those undone by a rollback too."""
+    """Steps whose loss or gradient was not finite, including those undone by a rollback."""
     skipped_in_a_row: int = 0
+    """Skipped steps since the last step that was taken."""
     num_rollbacks: int = 0
+    """How often the run returned to a checkpoint because it diverged."""
     rate_factor: float = 1.0
-    """What rollbacks multiplied the learning rate by."""
+    """Product of the factors by which rollbacks lowered the learning rate."""
     best_step: int | None = None
+    """Optimizer step with the lowest evaluation loss."""
     best_eval_loss: float | None = None
+    """Lowest evaluation loss."""
     evaluations_since_best: int = 0
+    """Evaluations since then."""
     stopped_early: bool = False
+    """Whether the run ended before its last step because the evaluation loss no longer fell."""
     loss_since_log: float = 0.0
-    """Sum of the losses of the steps after the last one that was logged."""
+    """Sum of the losses of the steps after the last logged one."""
     metrics_since_log: dict[str, list[float]] = {}
-    """What TRL measured in those steps, by its names."""
+    """TRL's metrics of those steps, by TRL's names."""
     last_logged_step: int = 0
+    """The last optimizer step whose loss was logged."""
     evaluation_due: bool = False
-    """Whether the checkpoint was written in place of the evaluation that its step asks for."""
+    """Whether the checkpoint was written before the evaluation that its step requires."""
 
     @property
     def history(self) -> list[TrainingPoint]:
-        """The points in the order of steps."""
+        """The logged points in the order of steps."""
         return [point for _, point in sorted(self.points.items())]
 
     def become(self, other: Self) -> None:
-        """Take over every value of another state; whoever holds this one sees them."""
+        """Copy every value of another state, so that all holders of this object see them."""
         for name in type(self).model_fields:
             setattr(self, name, getattr(other, name))

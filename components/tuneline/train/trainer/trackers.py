@@ -1,4 +1,4 @@
-"""Which trackers of experiments a run reports to."""
+"""Experiment trackers that a run reports to."""
 
 import importlib.util
 import logging
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 TENSORBOARD_VARIABLE = "TENSORBOARD_LOGGING_DIR"
 MLFLOW_VARIABLE = "MLFLOW_RUN_ID"
-"""Kubeflow Pipelines sets it where it keeps a run of its own in MLflow."""
+"""Kubeflow Pipelines sets it if it has created an MLflow run for the pipeline run."""
 
 _PACKAGES = {
     "mlflow": ("mlflow",),
@@ -21,21 +21,21 @@ _PACKAGES = {
 
 
 def trackers(config: TrainConfig) -> list[str]:
-    """Return the trackers by transformers' names: the recipe's, and the run that KFP injects.
+    """Return transformers' names of the trackers: the recipe's, and MLflow if KFP has set it up.
 
     Raises:
-        RecipeError: one is not installed here, or TensorBoard has no directory.
+        RecipeError: a tracker is not installed here, or TensorBoard has no directory.
     """
     for name in config.track:
         if not _is_installed(name):
             raise RecipeError(
-                f"train.track names {name}, and no package {' or '.join(_PACKAGES[name])} is "
-                "installed here: add it to the step's image, or leave it out"
+                f"train.track names {name}, but the package {' or '.join(_PACKAGES[name])} is not "
+                "installed here: add it to the step's image, or remove it from train.track"
             )
     if "tensorboard" in config.track and not os.environ.get(TENSORBOARD_VARIABLE):
         raise RecipeError(
-            "train.track names tensorboard, which needs a directory that outlives the step in the "
-            f"environment variable {TENSORBOARD_VARIABLE}"
+            "train.track names tensorboard: set the environment variable "
+            f"{TENSORBOARD_VARIABLE} to a directory that outlives the step"
         )
     names: list[str] = list(config.track)
     if os.environ.get(MLFLOW_VARIABLE) and "mlflow" not in names:
@@ -43,7 +43,8 @@ def trackers(config: TrainConfig) -> list[str]:
             names.append("mlflow")
         else:
             logger.warning(
-                "%s is set, and nothing is reported to it: mlflow is not installed", MLFLOW_VARIABLE
+                "%s is set but nothing is reported to MLflow: mlflow is not installed",
+                MLFLOW_VARIABLE,
             )
     return names
 

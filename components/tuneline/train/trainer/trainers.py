@@ -1,4 +1,4 @@
-"""TRL's trainers on rows that are tokens already, with a loss that is exact however rows lie."""
+"""TRL's trainers for examples that are tokens, with a loss that does not depend on batching."""
 
 import inspect
 from typing import Any
@@ -14,19 +14,19 @@ from tuneline.train.trainer.shared_steps import LOSS_FACTOR, NUM_LABELS, num_lab
 
 
 class SupervisedTrainer(GuardedTrainer, SFTTrainer):
-    """SFTTrainer whose evaluation loss is a mean over tokens, not over batches.
+    """SFTTrainer whose evaluation loss is a mean over tokens instead of over batches.
 
-    TRL averages the means of batches, so its figure depends on how rows were packed.
+    TRL averages the means of batches, so its loss depends on how the rows were packed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.takes_model_loss = False
-        """Whether the model computes its training loss itself; see `kernels.fuse_trainer`."""
+        """Whether the model computes its training loss itself, see `fuse.fuse_trainer`."""
         base: Any = self.model
         base = base.get_base_model()
-        # On a GPU, TRL's fused head scores only the tokens that count. On a CPU it scores all of
-        # them; leaving out the prompt makes a step of SmolLM2 a fifth to a third shorter.
+        # On a GPU, TRL's fused head computes logits only for tokens that count; on a CPU, for all.
+        # Without those of the prompt, a step of SmolLM2 is a fifth to a third shorter.
         self._selects_logits = (
             self.args.device.type == "cpu"
             and "logits_to_keep" in inspect.signature(base.forward).parameters
@@ -39,15 +39,23 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the mean negative log-likelihood of the labelled tokens."""
+        """Return the mean negative log-likelihood of the labelled tokens.
+
+        Args:
+            model: The model, perhaps wrapped by DDP or DeepSpeed.
+            inputs: A batch; `LOSS_FACTOR` and `NUM_LABELS` are removed from it.
+            return_outputs: Whether to return the model's outputs too.
+            num_items_in_batch: Labels by which the sum is divided; None: those of the batch.
+        """
         factor = inputs.pop(LOSS_FACTOR, 1.0)
         num_labels = inputs.pop(NUM_LABELS, None)
         if self.takes_model_loss and model.training and not return_outputs:
             return factor * _model_loss(model, inputs, num_items_in_batch, num_labels)
         if self._selects_logits and not return_outputs:
             return factor * _selected_loss(model, inputs, num_items_in_batch)
-        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return (factor * found[0], found[1]) if return_outputs else factor * found
+        trl: Any = super()
+        loss = trl.compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return (factor * loss[0], loss[1]) if return_outputs else factor * loss
 
     def eval_weight(self, inputs: dict[str, Any]) -> int:
         """Return the number of labelled tokens."""
@@ -55,16 +63,16 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
 
 
 class PreferenceTrainer(GuardedTrainer, DPOTrainer):
-    """DPOTrainer on prompt_ids, chosen_ids and rejected_ids; the reference is the adapter off."""
+    """DPOTrainer for token IDs; the reference is the base model without the adapter."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if collectives.num_ranks() > 1:
-            # TRL's measures are gathered row by row, and ranks may differ by a row.
+            # TRL gathers its metrics example by example, and ranks may differ by an example.
             self.accelerator.gather = collectives.concatenated
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
-        # DPOTrainer 1.16 has no switch for rows that are tokenised: it would look for texts.
+        # DPOTrainer 1.16 has no option for tokenised examples: it would look for texts.
         return dataset
 
     def compute_loss(
@@ -74,10 +82,18 @@ class PreferenceTrainer(GuardedTrainer, DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return TRL's loss, a mean over rows, by the rows' share of the step."""
+        """Return TRL's loss, a mean over examples, weighted by the batch's part of the step.
+
+        Args:
+            model: The model, perhaps wrapped by DDP or DeepSpeed.
+            inputs: A batch; `LOSS_FACTOR` is removed from it.
+            return_outputs: Whether to return the model's outputs too.
+            num_items_in_batch: Not used by DPO.
+        """
         factor = inputs.pop(LOSS_FACTOR, 1.0)
-        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return (factor * found[0], found[1]) if return_outputs else factor * found
+        trl: Any = super()
+        loss = trl.compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return (factor * loss[0], loss[1]) if return_outputs else factor * loss
 
 
 def _model_loss(
@@ -87,17 +103,18 @@ def _model_loss(
     num_labels: int | None,
 ) -> torch.Tensor:
     counts = {"num_items_in_batch": num_items, "num_labels": num_labels}
-    return model(**inputs, use_cache=False, **counts).loss
+    loss: torch.Tensor = model(**inputs, use_cache=False, **counts).loss
+    return loss
 
 
 def _selected_loss(
     model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
 ) -> torch.Tensor:
-    """Compute logits only where some row of the batch has a label."""
+    """Compute the loss from the logits of those positions where some row has a label."""
     targets = inputs["labels"][:, 1:]
     kept = (targets != IGNORED).any(dim=0).nonzero().flatten()
-    rest = {name: value for name, value in inputs.items() if name != "labels"}
-    logits = model(**rest, use_cache=False, logits_to_keep=kept).logits
+    unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+    logits = model(**unlabelled, use_cache=False, logits_to_keep=kept).logits
     total = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(),
         targets[:, kept].flatten(),
