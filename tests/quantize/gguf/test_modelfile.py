@@ -142,4 +142,4 @@ def test_what_a_modelfile_cannot_say_is_noted(
     )
     found, notes = written(file, reference)
     assert "TEMPLATE" not in dict(found)
-    assert len(notes) == 1 and notes[0].startswith("no Ollama template: the chat template has")
+    assert len(notes) == 1 and notes[0].startswith("no Ollama template: the chat template contains")
