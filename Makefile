@@ -8,7 +8,7 @@ LOCK := images/line/requirements.lock
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format compile docs images clean
+.PHONY: help install demo test test-fast lint format compile docs images clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,10 @@ demo: $(STAMP)  ## run the whole line on an embedded small model, CPU only
 
 test: $(STAMP)  ## run the tests (CPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
+
+test-fast: $(STAMP)  ## run the tests that need no model and no kernel; under a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile \
+	  -m "not model and not gpu and not docker and not cluster and not slow"
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -14,6 +14,18 @@ from filelock import FileLock
 
 from tuneline.artifacts import DatasetManifest, LengthStatistics
 
+# Tests with these fixtures, or below these folders, load a model or interpret kernels.
+MODEL_FIXTURES = {"smollm2_dir"}
+MODEL_FOLDERS = (Path(__file__).parent / "kernels",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that `make test-fast` leaves out."""
+    for item in items:
+        uses_model = not MODEL_FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
+        if uses_model or any(item.path.is_relative_to(folder) for folder in MODEL_FOLDERS):
+            item.add_marker("model")
+
 
 @pytest.fixture(scope="session")
 def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
