@@ -29,7 +29,7 @@ class Recipe(StrictModel):
     """Name of the recipe's runs and pipeline: lower-case letters, digits, dots and dashes, at most
     48 characters."""
     description: str = ""
-    """One sentence on the run, for people."""
+    """One-sentence description, shown in KFP, on the report and in the model card."""
     base_model: str
     """Model to fine-tune: a Hub ID, a directory, a .gguf file or builtin:smollm2-135m."""
     dataset: str

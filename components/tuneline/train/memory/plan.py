@@ -2,8 +2,8 @@
 
 They are reduced in this order, as far as needed: smaller micro-batches, with the same examples per
 optimizer step; recomputed activations; and, if the recipe allows it, shorter packs, which cut no
-row. None of these changes what is learned. The order is the same if memory runs out in spite of
-the estimate.
+row. None of these changes what is learned. If memory runs out in spite of the estimate, the first two
+are applied in the same order; packs keep their length.
 """
 
 import dataclasses
