@@ -18,8 +18,8 @@ class EvaluateConfig(StrictModel):
     limit: int | None = Field(default=None, ge=1)
     """Largest number of samples per task. null: all samples."""
     num_fewshot: int | None = Field(default=None, ge=0)
-    """Examples in each prompt before the question. null: the number that the task declares. The tasks
-    over held-out rows ignore it."""
+    """Examples in each prompt before the question. null: the number that the task declares. The
+    tasks over held-out rows ignore it."""
     batch_size: int = Field(default=8, ge=1)
     """Sequences per forward pass."""
     num_generations: int = Field(default=6, ge=0)

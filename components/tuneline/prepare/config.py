@@ -67,8 +67,8 @@ class PrepareConfig(StrictModel):
     """System message for rows without one; an empty string adds an empty system message. Default:
     none is added, so the chat template may insert its own."""
     loss_on: Literal["answers", "all"] = "answers"
-    """Tokens that contribute to the loss. answers: the completion or the assistant's messages, with their
-    end of turn; all: every token."""
+    """Tokens that contribute to the loss. answers: the completion or the assistant's messages, with
+    their end of turn; all: every token."""
     max_seq_length: int | Literal["auto"] = 2048
     """Maximum length of an example in tokens, at least 8; longer ones are truncated. auto: the
     length that 99 % of the rows fit in, rounded up to a multiple of 64."""

@@ -37,8 +37,8 @@ class QuantizeConfig(StrictModel):
     num_calibration_rows: int = Field(default=128, ge=1)
     """GPTQ: training rows of this run on which the rounding is calibrated."""
     num_importance_rows: int = Field(default=0, ge=0)
-    """GGUF: training rows on which an importance matrix is measured, for formats below 8 bits. 0: no
-    importance matrix. 128 rows are enough. The iq1, iq2 and iq3 types and q2_k_s require one."""
+    """GGUF: training rows on which an importance matrix is measured, for formats below 8 bits. 0:
+    no importance matrix. 128 rows are enough. The iq1, iq2 and iq3 types and q2_k_s require one."""
     num_check_tokens: int = Field(default=24, ge=1)
     """Tokens that each export generates as a check after it is loaded."""
     num_proof_prompts: int = Field(default=8, ge=1)

@@ -115,9 +115,9 @@ class TrainConfig(StrictModel):
     gradient_accumulation_steps: int | None = Field(
         default=None, ge=1, json_schema_extra={"deprecated": True}
     )
-    """Deprecated: set global_batch_size. As in transformers: micro-batches per optimizer step on each
-    rank. null: 4 if per_device_train_batch_size is set. Cannot be combined with global_batch_size
-    or micro_batch_size."""
+    """Deprecated: set global_batch_size. As in transformers: micro-batches per optimizer step on
+    each rank. null: 4 if per_device_train_batch_size is set. Cannot be combined with
+    global_batch_size or micro_batch_size."""
     num_ranks: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Training processes, each with a device of its own, that divide every global batch. auto: one
     per GPU that the step is given, and one on a CPU."""
@@ -142,10 +142,10 @@ class TrainConfig(StrictModel):
     compute their matrix products in 8 bits, a third faster with an error of about 4 % per product
     (Hopper or newer)."""
     fit: Literal["auto", "refuse", "off"] = "auto"
-    """What to do if the estimated memory exceeds what is available. auto: use smaller micro-batches,
-    then gradient_checkpointing, then the shorter packs that fit_min_length allows. refuse: end with
-    an error that names these changes. off: start anyway. If memory runs out during training, auto
-    and refuse continue from the last checkpoint with a smaller micro-batch, then
+    """What to do if the estimated memory exceeds what is available. auto: use smaller
+    micro-batches, then gradient_checkpointing, then the shorter packs that fit_min_length allows.
+    refuse: end with an error that names these changes. off: start anyway. If memory runs out during
+    training, auto and refuse continue from the last checkpoint with a smaller micro-batch, then
     gradient_checkpointing; off ends the run."""
     fit_min_length: int | None = Field(default=None, ge=8)
     """Shortest packs, in tokens, that `fit` may use. Packs never become shorter than the longest

@@ -209,7 +209,7 @@ class Kube:
             if error.status in (401, 403):
                 raise Refused(
                     f"Kubernetes at {self.host} refuses to show {what} in namespace "
-                    f"{self.namespace} ({error.status}): log in again, or ask for the right"
+                    f"{self.namespace} ({error.status}): log in again, or request the permission"
                 ) from None
             raise ClusterError(
                 f"Kubernetes at {self.host} answered {error.status} when asked for {what}: "
