@@ -158,7 +158,7 @@ def _all_files(directory: Path, record: Record) -> dict[str, StoredFile]:
 
 
 def _modelfiles(repo: Repository) -> dict[str, str]:
-    """Return the Modelfiles of a repository's exports, which name the exports' new file names."""
+    """Return the Modelfiles of a repository's exports, with FROM set to the new file names."""
     texts = {}
     for path, export in repo.exports.items():
         if repo.traits.has_repo_per_format:

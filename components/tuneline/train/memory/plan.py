@@ -63,7 +63,7 @@ class Plan(StrictModel):
         )
 
     def changes_from(self, other: "Plan") -> str:
-        """Return the settings in which this plan differs from another, as human-readable text."""
+        """Return a human-readable list of the settings in which this plan differs from another."""
         values = other.model_dump()
         return ", ".join(
             f"{name} {_text(value)} instead of {_text(values[name])}"

@@ -133,7 +133,7 @@ def _walk(
 
 
 def _check_value(path: str, key: str, value: Any, parent: Any) -> Problems:
-    """Yield the problems of a value that is forbidden in any kind of document."""
+    """Yield problems of one value that is forbidden in every kind of document."""
     if isinstance(value, str):
         yield from _secrets(path, key, value, parent)
     if key == "image" and isinstance(value, str) and isinstance(parent, dict):
