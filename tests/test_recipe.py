@@ -80,7 +80,11 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"a: [1", "is not YAML"), (b"- 1", "not a mapping"), (b"\xff\xfe\x00", "not UTF-8")],
+    [
+        (b"a: [1", "is not YAML"),
+        (b"- 1", "contains a list, but a recipe is a mapping"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+    ],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "mine.yaml"

@@ -1,8 +1,8 @@
 """GPU profiles: the hardware facts of each kind of GPU, and the node that usually has it.
 
-This is the only table of GPUs. `placement.profile` of a recipe is one of its names: placement takes
-the node's values from here, and `tuneline plan` the memory, the speed and what the GPU supports. A
-new profile needs one entry here and nothing else.
+This is the only table of GPUs. `placement.profile` names an entry of this table. Placement reads
+the node's values from it, and `tuneline plan` reads the memory, the speed and what the GPU
+supports. A new profile needs one entry here and nothing else.
 
 Compute and bandwidth are from NVIDIA's datasheets, without sparsity, for the SXM variant where
 there are several. Memory is what `torch.cuda.get_device_properties` reports, below the nominal size

@@ -1,7 +1,7 @@
 """Where the steps run on a cluster: the `placement` section of a recipe.
 
 A profile (gpu_profiles.py) is a set of values for the keys of PlacementConfig. A key that the
-recipe sets wins over the profile, and a key that neither sets keeps its default. The values of the
+recipe sets overrides the profile, and a key that neither sets keeps its default. The values of the
 profile are filled in when a recipe is read, so a saved recipe keeps its meaning when a later
 version changes a profile.
 """
@@ -36,10 +36,10 @@ def quantity_value(text: str) -> float:
 
 
 class StepPlacement(StrictModel):
-    """Resources of one step; null keeps the value of the next wider setting.
+    """Resources of one step.
 
-    The order is `placement.steps`, `placement.accelerated` for steps that get an accelerator, and
-    the step's own default.
+    null: inherit. A value is taken from `placement.steps`, else from `placement.accelerated` (steps
+    with an accelerator), else from the step's default.
     """
 
     cpu_request: str | None = Field(default=None, pattern=QUANTITY)
@@ -96,8 +96,8 @@ class PlacementConfig(StrictModel):
     accelerator: str = "nvidia.com/gpu"
     """Kubernetes resource name of the accelerator."""
     num_accelerators: int = Field(default=0, ge=0)
-    """Accelerators for train, which divides its examples among them. merge, evaluate and
-    quantize-gptq get one, because they cannot use more. 0: all four run on CPUs."""
+    """Accelerators per node for train, one rank on each. merge, evaluate and quantize-gptq get one,
+    because they cannot use more. 0: all four run on CPUs."""
     num_nodes: int = Field(default=1, ge=1)
     """Nodes that train together, each with `num_accelerators`. More than one node needs Kubeflow
     Trainer 2 and `shared_claim`."""
@@ -115,9 +115,12 @@ class PlacementConfig(StrictModel):
     accelerator_products: list[str] = []
     """Accepted values of the node label nvidia.com/gpu.product; empty accepts any GPU."""
     accelerated: StepPlacement = StepPlacement()
-    """Resources of every step that gets an accelerator; they should fit the GPU node."""
+    """Resources of every step that gets an accelerator; they should fit the GPU node.
+
+    null: inherit. A value is taken from `placement.steps`, else from `placement.accelerated` (steps
+    with an accelerator), else from the step's default."""
     steps: dict[StepName, StepPlacement] = {}
-    """Resources of single steps, by name; they win over `accelerated`."""
+    """Resources of single steps, by name; they override `accelerated`."""
     node_selector: dict[str, str] = {}
     """Labels that a node must have for the steps that get an accelerator."""
     tolerations: list[Toleration] = []
@@ -126,8 +129,8 @@ class PlacementConfig(StrictModel):
     """Size of /dev/shm for the steps with an accelerator; null keeps the container runtime's 64
     MB."""
     scratch_size: str | None = Field(default=None, pattern=QUANTITY)
-    """Largest size of the volume for temporary files of the steps that hold models; null keeps them
-    in the container's file system."""
+    """Size limit of the volume for temporary files, for steps that load or write models; null keeps
+    the files in the container's file system."""
     cache_claim: str | None = Field(default=None, pattern=DNS_NAME)
     """PersistentVolumeClaim that keeps downloads (HF_HOME) between runs, and checkpoints if there
     is no `shared_claim`. `run_as_user` must be able to write to it, and it must be ReadWriteMany if
@@ -140,8 +143,8 @@ class PlacementConfig(StrictModel):
     secrets may be absent."""
     registry: str = Field(default=REGISTRY, pattern=REGISTRY_NAME)
     """Registry and path of the images, e.g. registry.example.com/team for
-    registry.example.com/team/train:VERSION. The default names no host, for nodes that have the
-    images."""
+    registry.example.com/team/train:VERSION. The default has no host: it works only on nodes
+    that already have the images."""
     image_pull_secrets: list[str] = []
     """Kubernetes secrets with the credentials for `registry`."""
     queue: str | None = Field(default=None, pattern=DNS_NAME)

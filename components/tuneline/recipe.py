@@ -29,7 +29,7 @@ class Recipe(StrictModel):
     """Name of the recipe's runs and pipeline: lower-case letters, digits, dots and dashes, at most
     48 characters."""
     description: str = ""
-    """One sentence on the run, for people."""
+    """One-sentence description, shown in KFP, on the report and in the model card."""
     base_model: str
     """Model to fine-tune: a Hub ID, a directory, a .gguf file or builtin:smollm2-135m."""
     dataset: str
@@ -88,8 +88,9 @@ class Recipe(StrictModel):
         batch = batch_size(self.train, self.num_ranks)
         if nodes > 1 and not batch.divides:
             raise ValueError(
-                f"train.global_batch_size is {batch.global_batch_size}, which the {nodes} x "
-                f"{max(1, gpus)} ranks of placement cannot divide equally: {batch.advice}"
+                f"train.global_batch_size is {batch.global_batch_size}, which is not divisible by "
+                f"the {self.num_ranks} ranks ({nodes} nodes x {max(1, gpus)} GPUs): "
+                f"{batch.advice}"
             )
         if isinstance(ranks, int) and 0 < gpus < ranks:
             raise ValueError(
@@ -131,7 +132,10 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
-        raise RecipeError(f"{path} holds {type(document).__name__}, not a mapping of keys")
+        raise RecipeError(
+            f"{path} contains a {type(document).__name__}, but a recipe is a mapping of keys to "
+            "values"
+        )
     for key, value in (overrides or {}).items():
         _set(document, key, value)
     return Recipe.parse(document, where=str(path))

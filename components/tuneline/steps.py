@@ -24,7 +24,7 @@ class Step:
     memory: tuple[str, str]
     """Memory request and limit, as Kubernetes quantities."""
     timeout_hours: float
-    """Time after which a pod that hangs is ended; far above what the step takes."""
+    """Time limit of the pod; far above the usual duration."""
     gpu: bool = False
     """Whether the step can use an accelerator; only train can use several."""
     hub: bool = False
@@ -38,7 +38,7 @@ class Step:
 
 
 STEPS: dict[str, Step] = {
-    # No retry: a second attempt finds the same faults, and the client already waits for the API.
+    # No retry: a second attempt finds the same problems, and the client already waits for the API.
     "plan": Step(
         image="light", module="tuneline.pipelines.plan.run", stage="fetch",
         cpu=("500m", "1"), memory=("512Mi", "1Gi"), timeout_hours=1, scratch=False,

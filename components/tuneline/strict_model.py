@@ -29,7 +29,7 @@ class StrictModel(BaseModel):
             where: prefix of the error message, e.g. "demo.yaml".
 
         Raises:
-            RecipeError: the value is invalid. The message names, for each fault, the key, the
+            RecipeError: the value is invalid. The message names, for each error, the key, the
                 value and what is allowed.
         """
         # Validate both as JSON: lists and strings are then accepted for tuples and paths, while
@@ -43,29 +43,29 @@ class StrictModel(BaseModel):
 
 def _explain(model: type[BaseModel], error: ValidationError, where: str) -> str:
     lines = []
-    for fault in error.errors():
-        # A fault between several keys has no location.
-        key = ".".join(map(str, fault["loc"])) + (": " if fault["loc"] else "")
-        if fault["type"] == "extra_forbidden":
-            keys = _known_keys(model, fault["loc"][:-1])
-            near = difflib.get_close_matches(str(fault["loc"][-1]), keys, n=1, cutoff=0.5)
+    for problem in error.errors():
+        # An error between several keys has no location.
+        key = ".".join(map(str, problem["loc"])) + (": " if problem["loc"] else "")
+        if problem["type"] == "extra_forbidden":
+            keys = _known_keys(model, problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), keys, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(keys)}"
             lines.append(f"{key}unknown key; {hint}")
-        elif fault["type"] == "missing":
+        elif problem["type"] == "missing":
             lines.append(f"{key}missing, but required")
         else:
-            lines.append(f"{key}{fault['msg'].removeprefix('Value error, ')}{_given(fault)}")
+            lines.append(f"{key}{problem['msg'].removeprefix('Value error, ')}{_given(problem)}")
     prefix = f"{where}: " if where else ""
     return prefix + "; ".join(lines)
 
 
-def _given(fault: "ErrorDetails") -> str:
-    """Return the offending value, unless the fault is between keys, whose message names them."""
-    value = fault["input"]
-    if isinstance(value, dict) and fault["type"] == "value_error":
+def _given(problem: "ErrorDetails") -> str:
+    """Return the offending value, unless the error is between keys, whose message names them."""
+    value = problem["input"]
+    if isinstance(value, dict) and problem["type"] == "value_error":
         return ""
     advice = ""
-    if value is False and "'off'" in fault["msg"]:
+    if value is False and "'off'" in problem["msg"]:
         advice = ', because YAML reads off as false: write "off" in quotes'
     return f" (got {json.dumps(value, default=str)[:120]}{advice})"
 

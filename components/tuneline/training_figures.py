@@ -1,4 +1,4 @@
-"""The figures of a training run, in one table.
+"""The metrics of a training run, in one table.
 
 KFP's metrics, the adapter's metadata, the pages of train and report, and the model card read it. A
 new field of TrainingSummary that users should see needs one line here.
@@ -35,7 +35,7 @@ def training_figures(summary: TrainingSummary) -> list[Figure]:
     is_gpu = s.device.startswith("cuda")
     estimate = None if s.estimated_peak_bytes is None else s.estimated_peak_bytes / _GIB
     lora = s.settings.get("lora")
-    # name, label, value, text, where besides the pages
+    # name, label, value, text, also shown in: KFP metric, artifact
     table: list[tuple[str, str, Any, Callable[[Any], str], str]] = [
         ("method", "Method", s.method, str, "artifact"),
         ("lora", "Adapter", lora, lambda v: f"LoRA, r={v['r']}, alpha={v['lora_alpha']}", ""),

@@ -72,7 +72,7 @@ def main() -> None:
     body: list[str] = []
     for i, shape in enumerate(shapes):
         found = [row for row in rows if row["shape"] == shape]
-        title = f"{shape} tokens, tokens a second"
+        title = f"{shape} tokens, tokens per second"
         body += panel(title, found, i % 2 * WIDTH, 26 + i // 2 * HEIGHT)
     width, height = min(len(shapes), 2) * WIDTH, 26 + -(-len(shapes) // 2) * HEIGHT
     first = rows[0]

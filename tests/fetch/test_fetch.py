@@ -198,7 +198,7 @@ def test_kinds(tmp_path: Path) -> None:
 
 
 def test_unknown_builtin(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no builtin model 'llama'.*builtin:smollm2-135m"):
+    with pytest.raises(ModelError, match="no built-in model 'llama'.*builtin:smollm2-135m"):
         fetch("builtin:llama", tmp_path)
 
 

@@ -8,7 +8,14 @@ import torch
 from tuneline.artifacts import EVAL_FILE
 from tuneline.errors import DataError, ProofError
 from tuneline.merge.config import MergeConfig
-from tuneline.merge.proof import Answers, Comparison, Distance, answer_loss, greedy_gap, hold
+from tuneline.merge.proof import (
+    Answers,
+    Comparison,
+    Distance,
+    answer_loss,
+    check_bounds,
+    greedy_gap,
+)
 from tuneline.models.heldout_rows import Row, read_rows
 
 
@@ -71,12 +78,12 @@ def test_where_greedy_answers_part():
     [
         (0.02, 1.0, None, "0.02 nats per token .* 4 prompts.* allows 0.01"),
         (math.nan, 1.0, None, "nan nats"),
-        (0.0, 0.5, None, r"at 50\.0% of positions .* asks for 90\.0%"),
-        (0.0, 1.0, 3.0, "leads by 3 in the logits.* allows 0.5"),
-        (0.0, 1.0, math.nan, "leads by nan"),
+        (0.0, 0.5, None, r"at 50\.0% of positions .* requires 90\.0%"),
+        (0.0, 1.0, 3.0, "prefers by 3 logits.* allows 0.5"),
+        (0.0, 1.0, math.nan, "prefers by nan"),
     ],
 )
 def test_each_bound_holds(kl, top1, gap, message):
     with pytest.raises(ProofError, match=message):
-        hold(Distance(0.0, kl, top1), gap, MergeConfig(), num_rows=4)
-    hold(Distance(0.0, 0.009, 0.91), 0.4, MergeConfig(), num_rows=4)
+        check_bounds(Distance(0.0, kl, top1), gap, MergeConfig(), num_rows=4)
+    check_bounds(Distance(0.0, 0.009, 0.91), 0.4, MergeConfig(), num_rows=4)

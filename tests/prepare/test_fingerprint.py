@@ -60,7 +60,7 @@ def test_held_out_and_general_rows_count(tmp_path: Path) -> None:
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file or directory"):
         of(tmp_path / "absent.jsonl")
-    with pytest.raises(DataError, match="no builtin dataset 'nothing'"):
+    with pytest.raises(DataError, match="no built-in dataset 'nothing'"):
         of("builtin:nothing")
 
 

@@ -355,7 +355,7 @@ def test_a_format_that_was_exported_twice_is_refused(run_dir: Path, tmp_path: Pa
         run_dir / "again"
     )
     done = publish(run_dir, f"dir:{tmp_path}/out", "out", more_exports=(run_dir / "again",))
-    assert "gptq-4bit was exported 2 times, but a format has one place" in sentence(done, 2)
+    assert "gptq-4bit was exported 2 times, but each format can be published" in sentence(done, 2)
     assert not (tmp_path / "out").exists()
 
 
@@ -468,7 +468,7 @@ def test_a_token_with_a_line_break_is_the_token(run_dir: Path, hub) -> None:
     done = to_hub(run_dir, hub, "out", HF_TOKEN=f"{TOKEN}\n")
     assert done.returncode == 0, done.stderr
     done = to_hub(run_dir, hub, "more", HF_TOKEN=f"{TOKEN}\n{TOKEN}")
-    assert "HF_TOKEN holds more than a token" in sentence(done, 2)
+    assert "HF_TOKEN is not a valid token" in sentence(done, 2)
 
 
 def test_somebody_elses_repository_is_left_alone(run_dir: Path, hub) -> None:

@@ -7,7 +7,10 @@ from tuneline.diagnose.run import run
 from tuneline.runtime.step import step
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m tuneline.diagnose", description=run.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tuneline.diagnose",
+        description="Explain why a run failed and what to change, or list what a run did.",
+    )
     parser.add_argument("--events", help="events file of the run")
     parser.add_argument(
         "--state", default="FAILED", help="final state of the run: SUCCEEDED, FAILED or CANCELLED"

@@ -19,7 +19,7 @@ def evaluate(
 
     Args:
         label: The model's role in this run, "base" or "tuned".
-        config: The recipe's evaluate section, as JSON.
+        config: The `evaluate` section of the recipe as JSON.
         model: The model to measure.
         dataset: The prepared dataset, with its held-out rows.
         scores: The score of every sample, and the model's answers to held-out prompts.

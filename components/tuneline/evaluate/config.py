@@ -13,15 +13,17 @@ class EvaluateConfig(StrictModel):
     dataset's held-out rows: heldout_choice (pick the right answer), heldout_exact (the greedy
     answer equals the reference) and heldout_perplexity (log perplexity of the answers)."""
     task_dir: str | None = None
-    """A directory with lm-eval task YAML files over local data files. The default has none."""
+    """A directory with lm-eval task YAML files over local data files. null: no additional
+    tasks."""
     limit: int | None = Field(default=None, ge=1)
-    """Largest number of samples per task. The default uses all."""
+    """Largest number of samples per task. null: all samples."""
     num_fewshot: int | None = Field(default=None, ge=0)
-    """Examples in each prompt before the question. The default is the number that the task
-    declares; the tasks over held-out rows ignore it."""
+    """Examples in each prompt before the question. null: the number that the task declares. The
+    tasks over held-out rows ignore it."""
     batch_size: int = Field(default=8, ge=1)
     """Sequences per forward pass."""
     num_generations: int = Field(default=6, ge=0)
-    """Held-out prompts that the model answers greedily for the report; 0 for none."""
+    """Held-out prompts that each model (base and tuned) answers greedily for the report; 0 for
+    none."""
     max_new_tokens: int = Field(default=48, ge=1)
     """Largest number of tokens of each of these answers."""

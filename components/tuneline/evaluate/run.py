@@ -61,7 +61,7 @@ def run(
     rows = heldout.read_rows(dataset_dir, config.tasks)
     _warn_of_ignored(config, rows)
 
-    # Faults in names, rows and data are reported before the weights are loaded.
+    # Errors in names, rows and data are reported before the weights are loaded.
     finder = TaskFinder(config.tasks, config.task_dir)
     tokenizer = models.load_tokenizer(model_dir)
     with new_directory(scores_dir) as target, tempfile.TemporaryDirectory() as scratch:
@@ -109,7 +109,7 @@ def run(
 
 
 def _parents(model_dir: str, dataset_dir: str) -> list[Record]:
-    """Return the records of dataset and model; a plain model directory has none."""
+    """Return the records of the dataset and the model; a directory without a record adds none."""
     kinds = (DatasetManifest, ModelOrigin, MergeProof, QuantizedModel)
     return [
         kind.read(directory)

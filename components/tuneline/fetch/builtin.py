@@ -38,7 +38,7 @@ def unpack(name: str, target: Path) -> str:
     """
     if name not in BUILTINS:
         raise ModelError(
-            f"there is no builtin model '{name}': known are {list_builtins(list(BUILTINS))}"
+            f"there is no built-in model '{name}': choose one of {list_builtins(list(BUILTINS))}"
         )
     builtin = BUILTINS[name]
     # Located without importing: the package imports llama-cpp-python, which is not needed here.

@@ -11,7 +11,7 @@ def look_up_model(source: str, config: str) -> str:
 
     Args:
         source: The recipe's `base_model`: a Hub ID, a directory, a .gguf file or builtin:NAME.
-        config: The recipe's `fetch` section as JSON.
+        config: The `fetch` section of the recipe as JSON.
 
     Returns:
         A text that changes when the model does.
@@ -31,7 +31,7 @@ def fetch(source: str, config: str, fingerprint: str, base_model: dsl.Output[dsl
 
     Args:
         source: The recipe's `base_model`: a Hub ID, a directory, a .gguf file or builtin:NAME.
-        config: The recipe's `fetch` section as JSON.
+        config: The `fetch` section of the recipe as JSON.
         fingerprint: Output of look_up_model, part of the cache key.
         base_model: The model as safetensors, with its tokenizer.
     """

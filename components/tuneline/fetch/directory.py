@@ -249,7 +249,10 @@ def _json(file: Path, source: str) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"{source}: {file.name} is not JSON ({error})") from None
     if not isinstance(values, dict):
-        raise ModelError(f"{source}: {file.name} holds {type(values).__name__}, not a mapping")
+        raise ModelError(
+            f"{source}: {file.name} contains a {type(values).__name__}, but must be a mapping of "
+            "keys to values"
+        )
     return values
 
 

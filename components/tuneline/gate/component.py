@@ -17,7 +17,7 @@ def gate(
     """Compare the tuned with the base model on the same samples.
 
     Args:
-        config: A GateConfig as JSON.
+        config: The `gate` section of the recipe as JSON.
         base_scores: Scores of the base model.
         tuned_scores: Scores of the tuned model.
         decision: The verdict, its reason and the comparisons.

@@ -11,8 +11,9 @@ class GateConfig(StrictModel):
     target_tasks: tuple[str, ...] = ()
     """Tasks that have to improve. Default: all tasks of the evaluation."""
     max_regression: float = Field(default=0.0, ge=0)
-    """How much worse the other tasks may become, in the unit of the metric. The verdict is hold if
-    the whole 95 % interval of a task lies below minus this value."""
+    """Allowed loss of quality on the other tasks, in the unit of the metric. The verdict is hold
+    if, for any such task, the whole 95 % interval of the difference (positive: tuned is better)
+    lies below -max_regression."""
     num_resamples: int = Field(default=10_000, ge=100)
     """Resamples of the bootstrap behind the 95 % intervals."""
     seed: int = 3407

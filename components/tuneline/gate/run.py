@@ -41,9 +41,10 @@ def run(
     worse: the verdict is hold if its whole interval lies below -max_regression.
 
     Args:
-        config: the recipe's part for the gate.
-        base_scores_dir: artifact scores, of the base model.
-        tuned_scores_dir: artifact scores, of the tuned model on the same tasks and samples.
+        config: the `gate` section of the recipe.
+        base_scores_dir: directory of the `scores` artifact of the base model.
+        tuned_scores_dir: directory of the `scores` artifact of the tuned model, on the same tasks
+            and samples.
         decision_dir: new directory for decision.json.
         summary_path: Markdown file with the decision, for KFP's UI. Default: none.
 
@@ -94,7 +95,7 @@ def _samples(scores_dir: str | Path, task: str) -> dict[str, dict[str, Any]]:
     path = Path(scores_dir, SAMPLES_DIR, f"{task}.jsonl")
     if not path.is_file():
         raise TaskError(
-            f"{path} does not exist: the evaluation wrote no scores per sample of {task}. Run it "
+            f"{path} does not exist: the evaluation wrote no per-sample scores for {task}. Run it "
             "again"
         )
     return {row["id"]: row for row in read_jsonl(path)}
@@ -128,7 +129,7 @@ def _compare(
     if not np.isfinite(differences).all():
         raise TaskError(
             f"{task}: the score of a sample is not finite, so a model computes NaN or infinity. "
-            "Check the pages of the training and the merge"
+            "Check the training curves (the page of the train step) and merge.json"
         )
     low, high = mean_interval(
         differences, num_resamples=config.num_resamples, seed=config.seed, weights=weights

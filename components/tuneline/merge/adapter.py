@@ -87,7 +87,7 @@ def _check_plain(config: dict[str, Any], directory: Path) -> None:
         if config.get(key, plain) not in (plain, None):
             raise ModelError(
                 f"{directory}: the adapter has {key}={config[key]!r}, which is not supported: "
-                "train without it"
+                "remove it from the adapter's config and train again"
             )
 
 

@@ -89,10 +89,10 @@ class Checkpoint:
             files = sorted(path.name for path in self._directory.glob("*.safetensors"))
         missing = [file for file in files if not (self._directory / file).is_file()]
         if missing or not files:
-            fault = (
+            problem = (
                 f"lacks {missing[0]}, which its index names" if missing else "has no safetensors"
             )
-            raise ModelError(f"{self._directory} {fault}: fetch the model again")
+            raise ModelError(f"{self._directory} {problem}: fetch the model again")
         return files
 
 

@@ -17,7 +17,7 @@ def merge(
     """Merge the adapter into the base model, and prove the result.
 
     Args:
-        config: The recipe's merge section, as JSON.
+        config: The `merge` section of the recipe as JSON.
         base_model: The base model that the adapter was trained on.
         adapter: The adapter.
         dataset: The prepared dataset; its held-out rows are the proof's prompts.

@@ -13,8 +13,7 @@ class MergeConfig(StrictModel):
     base: Literal["dequantized", "original", "auto"] = "dequantized"
     """Weights that the adapter is added to. dequantized: the NF4 weights that training saw, so that
     the merged model equals the trained one. original: the full-precision weights, which the adapter
-    was not trained on. auto: measures both with the adapter, and takes the one with the lower
-    held-out loss."""
+    was not trained on. auto: measure both, and use the one with the lower loss on held-out rows."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype of the merged weights."""
     max_shard_bytes: int = Field(default=4 << 30, ge=1 << 20)
@@ -31,5 +30,6 @@ class MergeConfig(StrictModel):
     num_greedy_tokens: int = Field(default=16, ge=1)
     """Tokens of the greedy answer that both models generate to the first prompt."""
     max_greedy_gap: float = Field(default=0.5, ge=0)
-    """Where the two greedy answers part, the largest lead, in logits, that base plus adapter may
-    give its own token. A larger lead is not a near tie, and the step fails."""
+    """At the first token where the two greedy answers differ: the largest difference, in logits of
+    base plus adapter, between its token and the merged model's. The step fails above it; small
+    differences are rounding."""

@@ -28,7 +28,7 @@ class Answers:
     greedy_ids: list[int]
     """Greedy continuation of the first row's prompt."""
     greedy_logits: torch.Tensor
-    """Logits that each of its tokens was chosen from, [num_tokens, V]."""
+    """Logits from which each token of `greedy_ids` was chosen, [num_tokens, V]."""
     loss: float
     """Mean loss over the answer tokens of all rows, in nats per token."""
 
@@ -180,7 +180,7 @@ def answer_loss(row: Row, row_TV: torch.Tensor) -> tuple[float, int]:
 
 
 def greedy_gap(trained: Answers, merged: Answers) -> float | None:
-    """Return the lead, in logits, of the trained model's own token where the two answers part.
+    """Return by how many logits the trained model prefers its own token where the answers differ.
 
     Later tokens are not compared, because they continue different texts. None means that the
     answers are equal.
@@ -194,7 +194,9 @@ def greedy_gap(trained: Answers, merged: Answers) -> float | None:
     return None
 
 
-def hold(distance: Distance, gap: float | None, config: MergeConfig, *, num_rows: int) -> None:
+def check_bounds(
+    distance: Distance, gap: float | None, config: MergeConfig, *, num_rows: int
+) -> None:
     """Check the distance against the recipe's bounds.
 
     Args:
@@ -210,22 +212,22 @@ def hold(distance: Distance, gap: float | None, config: MergeConfig, *, num_rows
         raise ProofError(
             f"the merged model is {distance.mean_kl:.4g} nats per token (mean KL over {num_rows} "
             f"prompts) from base plus adapter, but merge.max_mean_kl allows "
-            f"{config.max_mean_kl:g}: merge with dtype float32 or base dequantized, or raise the "
-            "bound if you accept it"
+            f"{config.max_mean_kl:g}: set merge.dtype to float32 or merge.base to dequantized, or "
+            "raise the bound if you accept it"
         )
     if distance.top1_agreement < config.min_top1_agreement:
         raise ProofError(
             "the merged model has the same most likely token as base plus adapter at "
             f"{distance.top1_agreement:.1%} of positions (over {num_rows} prompts), but "
-            f"merge.min_top1_agreement asks for {config.min_top1_agreement:.1%}: merge with dtype "
-            "float32 or base dequantized, or lower the bound if you accept it"
+            f"merge.min_top1_agreement requires {config.min_top1_agreement:.1%}: set merge.dtype "
+            "to float32 or merge.base to dequantized, or lower the bound if you accept it"
         )
     if gap is not None and not gap <= config.max_greedy_gap:
         raise ProofError(
-            "the greedy answers of the merged model and of base plus adapter part at a token "
-            f"where the latter's own choice leads by {gap:.4g} in the logits, but "
-            f"merge.max_greedy_gap allows {config.max_greedy_gap:g}: merge with dtype float32, or "
-            "raise the bound if you accept it"
+            "the greedy answers of the merged model and of base plus adapter differ at a token "
+            f"that base plus adapter prefers by {gap:.4g} logits, but merge.max_greedy_gap allows "
+            f"{config.max_greedy_gap:g}: set merge.dtype to float32, or raise the bound if you "
+            "accept it"
         )
 
 

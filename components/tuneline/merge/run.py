@@ -131,7 +131,7 @@ def run(
         )
         distance = comparison.distance()
         gap = proof.greedy_gap(trained, merged)
-        proof.hold(distance, gap, config, num_rows=len(rows))
+        proof.check_bounds(distance, gap, config, num_rows=len(rows))
         # After the proof, because it changes where the merged model stops.
         stop_at_end_of_turn(directory, dataset.end_of_turn, tokenizer)
         record = MergeProof(

@@ -81,7 +81,10 @@ def load_base(
                 use_safetensors=True,
             )
     except (ValueError, OSError) as error:
-        raise ModelError(f"transformers cannot load {base_model_dir}: {error}") from error
+        raise ModelError(
+            f"transformers cannot load {base_model_dir} ({error}): run the step that made it "
+            "again, or use another base model"
+        ) from error
 
 
 def empty_model(base_model_dir: str | Path) -> "PreTrainedModel":
@@ -104,7 +107,8 @@ def empty_model(base_model_dir: str | Path) -> "PreTrainedModel":
             model: PreTrainedModel = auto_model.from_config(config)
     except (ValueError, KeyError) as error:
         raise ModelError(
-            f"transformers does not support the model in {base_model_dir}: {error}"
+            f"transformers does not support the model in {base_model_dir} ({error}): use another "
+            "base model"
         ) from error
     return model
 

@@ -11,7 +11,7 @@ def look_up_data(source: str, config: str) -> str:
 
     Args:
         source: The recipe's `dataset`: a Hub ID, a file, a directory, a glob or builtin:NAME.
-        config: The recipe's `prepare` section as JSON.
+        config: The `prepare` section of the recipe as JSON.
 
     Returns:
         A text that changes when the rows do.
@@ -38,7 +38,7 @@ def prepare(
 
     Args:
         source: The recipe's `dataset`: a Hub ID, a file, a directory, a glob or builtin:NAME.
-        config: The recipe's `prepare` section as JSON.
+        config: The `prepare` section of the recipe as JSON.
         fingerprint: Output of look_up_data, part of the cache key.
         base_model: The fetched model, for its tokenizer and chat template.
         dataset: Token IDs for training and evaluation, and the held-out rows.

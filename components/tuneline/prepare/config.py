@@ -30,7 +30,8 @@ class GeneralConfig(StrictModel):
     """A general dataset, part of which is mixed into the training rows."""
 
     source: str
-    """A Hub ID, a file, a directory, a glob of files or a built-in, for the same method."""
+    """A Hub ID, a file, a directory, a glob of files or builtin:NAME, with rows for the same
+    method."""
     share: float = Field(default=0.2, gt=0, le=0.9)
     """Fraction of the training rows that are general rows."""
     format: FormatName = Field(default=AUTO, description=FORMAT_DESCRIPTION)
@@ -66,8 +67,8 @@ class PrepareConfig(StrictModel):
     """System message for rows without one; an empty string adds an empty system message. Default:
     none is added, so the chat template may insert its own."""
     loss_on: Literal["answers", "all"] = "answers"
-    """Tokens that the loss counts. answers: the completion or the assistant's messages, with their
-    end of turn; all: every token."""
+    """Tokens that contribute to the loss. answers: the completion or the assistant's messages, with
+    their end of turn; all: every token."""
     max_seq_length: int | Literal["auto"] = 2048
     """Maximum length of an example in tokens, at least 8; longer ones are truncated. auto: the
     length that 99 % of the rows fit in, rounded up to a multiple of 64."""

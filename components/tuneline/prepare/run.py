@@ -158,7 +158,7 @@ def run(
 def _collect(
     source: str, config: PrepareConfig, renderer: Renderer, spool: Spool, rejected: IO[str]
 ) -> tuple[Intake, Split]:
-    """Read all rows into the spool and divide them into the parts of the dataset."""
+    """Read all rows into the spool and split them into training, evaluation and held-out rows."""
 
     def take(rows: Iterator[SourceRow], name: str, format: str, limit: int | None) -> Intake:
         return take_in(

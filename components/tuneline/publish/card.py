@@ -34,7 +34,7 @@ def model_card(
         sources: the artifacts of the run.
         repo: the repository of the card.
         family: all repositories of the run.
-        config: the recipe's part for publishing.
+        config: the `publish` section of the recipe.
     """
     recipe = _without_paths(sources.header.model_dump(mode="json"))
     parts = [

@@ -30,7 +30,7 @@ def publish(
 
     Args:
         target: namespace/name on the Hub, or dir:PATH.
-        config: A PublishConfig as JSON.
+        config: The `publish` section of the recipe as JSON.
         recipe: The whole recipe as JSON, for the model cards.
         base_model: The base model.
         dataset: The prepared dataset.

@@ -199,7 +199,7 @@ def _call(
         if attempt == max_attempts:
             raise HubError(
                 f"{what}: {cause}, after {max_attempts} attempts. Run the step again later; files "
-                "that the Hub has are not sent again"
+                "already uploaded are not sent again"
             )
         backoff = 2.0**attempt * random.uniform(0.5, 1)
         pause = min(MAX_WAIT_SECONDS, backoff if wait is None else wait)

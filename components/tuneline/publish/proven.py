@@ -1,4 +1,8 @@
-"""Checks that only proven files are published: unchanged, and made from each other."""
+"""Checks before publishing.
+
+Every file must be unchanged since its step checked it, and all artifacts must belong to one
+lineage.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -40,16 +40,16 @@ def run(
     """Publish a model that the gate promoted.
 
     Args:
-        config: the recipe's part for publishing.
+        config: the `publish` section of the recipe.
         target: `namespace/name` on the Hub, or `dir:PATH`. The repositories are named after it:
             NAME (merged model), NAME-lora, NAME-gguf, NAME-gptq-4bit.
         recipe: the whole recipe as JSON, for the model cards.
-        base_model_dir: artifact base_model.
-        dataset_dir: artifact dataset.
-        adapter_dir: artifact adapter.
-        merged_dir: artifact merged.
-        exports_dirs: artifacts quantized, one per format; empty for none.
-        decision_dir: artifact decision.
+        base_model_dir: directory of the `base_model` artifact.
+        dataset_dir: directory of the `dataset` artifact.
+        adapter_dir: directory of the `adapter` artifact.
+        merged_dir: directory of the `merged` artifact.
+        exports_dirs: directories of the `quantized` artifacts, one per format; may be empty.
+        decision_dir: directory of the `decision` artifact.
         published_dir: new directory for published.json.
 
     Raises:
@@ -58,7 +58,7 @@ def run(
         CredentialsError: the token is missing or refused; nothing was changed.
         HubError: the Hub failed after all attempts.
         StorageError: the target directory or its parent is not writable.
-        ProofError: a file is not the one that its step proved, or has another lineage.
+        ProofError: a file differs from its record, or was made from other inputs.
     """
     started = time.monotonic()
     decision = Decision.read(decision_dir)
@@ -135,7 +135,7 @@ def _read_token(target: str) -> str:
         )
     if not re.fullmatch(r"[!-~]+", token):
         raise CredentialsError(
-            f"{TOKEN_VARIABLE} holds more than a token: it has white space or characters that are "
-            "not ASCII. Set it to the token alone, as huggingface.co/settings/tokens shows it"
+            f"{TOKEN_VARIABLE} is not a valid token: it contains white space or characters that "
+            "are not ASCII. Set it to the token alone, as huggingface.co/settings/tokens shows it"
         )
     return token

@@ -49,11 +49,11 @@ class Sources:
 
         Args:
             header: the recipe.
-            base_model_dir: artifact base_model.
-            dataset_dir: artifact dataset.
-            adapter_dir: artifact adapter.
-            merged_dir: artifact merged.
-            exports_dirs: artifacts quantized.
+            base_model_dir: directory of the `base_model` artifact.
+            dataset_dir: directory of the `dataset` artifact.
+            adapter_dir: directory of the `adapter` artifact.
+            merged_dir: directory of the `merged` artifact.
+            exports_dirs: directories of the `quantized` artifacts.
             decision: record of the gate.
 
         Raises:
@@ -76,8 +76,8 @@ class Sources:
         for export in sources.exports.values():
             if formats.count(export.format) > 1:
                 raise UserError(
-                    f"{export.format} was exported {formats.count(export.format)} times, but a "
-                    f"format has one place in a repository. Name it once in quantize.{export.kind}"
+                    f"{export.format} was exported {formats.count(export.format)} times, but each "
+                    f"format can be published only once. Name it once in quantize.{export.kind}"
                 )
         inputs = [sources.origin, sources.dataset, sources.training, sources.merge]
         check_lineage([*inputs, *sources.exports.values(), decision], inputs)

@@ -64,7 +64,7 @@ def stage(
     Args:
         sources: the artifacts.
         name: the merged model's Hub ID, or its folder below a directory target.
-        config: the recipe's part for publishing.
+        config: the `publish` section of the recipe.
         directory: where the folders are made.
 
     Raises:
@@ -94,7 +94,7 @@ def _stage_one(
         repo: the repository.
         family: all repositories of the run, for the model card.
         files: files of the artifacts, by their names in the repository.
-        config: the recipe's part for publishing.
+        config: the `publish` section of the recipe.
         directory: where the folder is made.
     """
     folder = directory / repo.short_name
@@ -158,7 +158,7 @@ def _all_files(directory: Path, record: Record) -> dict[str, StoredFile]:
 
 
 def _modelfiles(repo: Repository) -> dict[str, str]:
-    """Return the Modelfiles of a repository's exports, which name the exports' new file names."""
+    """Return the Modelfiles of a repository's exports, with FROM set to the new file names."""
     texts = {}
     for path, export in repo.exports.items():
         if repo.traits.has_repo_per_format:

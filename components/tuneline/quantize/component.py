@@ -35,7 +35,7 @@ def measure_importance(
     """Measure the importance matrix, once for all formats.
 
     Args:
-        config: The recipe's quantize section, as JSON.
+        config: The `quantize` section of the recipe as JSON.
         gguf: The f16 file that convert-gguf made.
         dataset: The prepared dataset; its first training rows are used.
         importance: The importance matrix.
@@ -68,7 +68,7 @@ def quantize_gguf(
 
     Args:
         format: The name of the format, e.g. q4_k_m.
-        config: The recipe's quantize section, as JSON.
+        config: The `quantize` section of the recipe as JSON.
         merged: The merged model, with which the file is compared.
         gguf: The f16 file that convert-gguf made.
         dataset: The prepared dataset; its held-out rows are the check's prompts.
@@ -108,7 +108,7 @@ def quantize_gptq(
 
     Args:
         format: The name of the format, e.g. gptq-4bit.
-        config: The recipe's quantize section, as JSON.
+        config: The `quantize` section of the recipe as JSON.
         merged: The merged model, with which the checkpoint is compared.
         dataset: The prepared dataset; its training rows calibrate the rounding.
         quantized: The checkpoint.

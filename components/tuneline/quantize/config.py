@@ -29,7 +29,7 @@ class QuantizeConfig(StrictModel):
     gptq: tuple[GptqFormat, ...] = ("gptq-4bit",)
     """GPTQ checkpoints to make, for transformers and vLLM. An empty list makes none."""
     group_size: int = Field(default=128, ge=16)
-    """GPTQ: weights that share one scale. If a layer's width is not a multiple of it, the next
+    """GPTQ: number of weights per scale. If a layer's width is not a multiple of it, the next
     smaller size that divides every layer is used."""
     desc_act: bool = False
     """GPTQ: quantise columns in order of decreasing activation, which is a little more accurate
@@ -37,16 +37,15 @@ class QuantizeConfig(StrictModel):
     num_calibration_rows: int = Field(default=128, ge=1)
     """GPTQ: training rows of this run on which the rounding is calibrated."""
     num_importance_rows: int = Field(default=0, ge=0)
-    """GGUF: training rows on which an importance matrix is measured, for formats below 8 bits. The
-    default 0 measures none; 128 is plenty. The iq1, iq2 and iq3 types and q2_k_s require one."""
+    """GGUF: training rows on which an importance matrix is measured, for formats below 8 bits. 0:
+    no importance matrix. 128 rows are enough. The iq1, iq2 and iq3 types and q2_k_s require one."""
     num_check_tokens: int = Field(default=24, ge=1)
     """Tokens that each export generates as a check after it is loaded."""
     num_proof_prompts: int = Field(default=8, ge=1)
     """Held-out rows on which each export is compared with the merged model."""
     num_benchmark_rows: int = Field(default=0, ge=0)
-    """Held-out rows that each export answers for the report's table: it picks one of the choices
-    if every row has them, and has to generate the exact answer otherwise. The default 0 scores
-    none."""
+    """Held-out rows that each export answers for the report's table. If every row has choices, the
+    most likely one counts; otherwise the greedy answer must equal the reference. 0: no score."""
     max_mean_kl: dict[AnyFormat, Annotated[float, Field(gt=0)]] = {}
     """By format: the largest mean KL divergence from the merged model, in nats per token. An export
     above it fails the step. Formats that are not listed keep their built-in bound, e.g. f16

@@ -144,5 +144,5 @@ def check_name(name: str, *, kind: ExportKind | None = None) -> str:
         raise ValueError(f"the format '{name}' {NOT_MADE[plain]}")
     near = difflib.get_close_matches(plain.replace("-", "_"), known, n=1, cutoff=0.5)
     near = near or difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'? known are" if near else "known are"
-    raise ValueError(f"the export format '{name}' is not known; {hint} {', '.join(known)}")
+    hint = f"did you mean '{near[0]}'? Choose one of" if near else "choose one of"
+    raise ValueError(f"the export format '{name}' is unknown; {hint} {', '.join(known)}")

@@ -76,9 +76,9 @@ def run(
         dataset_dir: directory that prepare made: held-out prompts for the check, and training
             rows for calibration.
         quantized_dir: directory to create for the export; it may exist if it is empty.
-        gguf_dir: output of `convert`, which all GGUF formats share; None converts first.
-        importance_dir: output of `measure_importance`; None measures a matrix first if the config
-            asks for one. GPTQ does not use it.
+        gguf_dir: output of `convert`, which all GGUF formats share. Default: convert first.
+        importance_dir: output of `measure_importance`; GPTQ does not use it. Default: measure a
+            matrix first if the config asks for one.
 
     Raises:
         RecipeError: the format is unknown, or requires an importance matrix.
@@ -87,8 +87,8 @@ def run(
         DataError: there are no training rows to calibrate on.
         ToolError: a converter or a quantiser is missing or failed.
         WorldError: a file of an input has changed since its step made it.
-        ProofError: the export does not load, or differs from the merged model by more than
-            rounding.
+        ProofError: the export cannot be loaded, or differs from the merged model by more than the
+            recipe allows.
         StoppedError: the process received SIGTERM; no output is kept.
     """
     started = time.monotonic()

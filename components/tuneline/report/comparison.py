@@ -135,7 +135,10 @@ def recommend(exports: list[QuantizedModel]) -> dict[str, list[str]]:
 
 
 def worse_than(export: QuantizedModel, others: list[QuantizedModel]) -> str:
-    """Return a sentence that names a smaller and closer export of the same kind, or ""."""
+    """Return a phrase naming an export of the same kind that is smaller and closer, or "".
+
+    Closer means a lower mean KL divergence from the merged model.
+    """
     for other in others:
         better = _bytes(other) < _bytes(export) and _kl(other) < _kl(export)
         if other.kind == export.kind and better:

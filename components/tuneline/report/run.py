@@ -42,15 +42,15 @@ def run(
     """Write the page and the summary of a run.
 
     Args:
-        header: the recipe; on the command line, `--config` names the JSON file.
-        base_model_dir: artifact base_model.
-        dataset_dir: artifact dataset.
-        adapter_dir: artifact adapter.
-        merged_dir: artifact merged.
-        base_scores_dir: artifact scores, of the base model.
-        tuned_scores_dir: artifact scores, of the tuned model.
-        decision_dir: artifact decision.
-        exports_dirs: artifacts quantized, one per format; empty for none.
+        header: the whole recipe.
+        base_model_dir: directory of the `base_model` artifact.
+        dataset_dir: directory of the `dataset` artifact.
+        adapter_dir: directory of the `adapter` artifact.
+        merged_dir: directory of the `merged` artifact.
+        base_scores_dir: directory of the `scores` artifact of the base model.
+        tuned_scores_dir: directory of the `scores` artifact of the tuned model.
+        decision_dir: directory of the `decision` artifact.
+        exports_dirs: directories of the `quantized` artifacts, one per format; may be empty.
         page_path: the HTML file to write.
         summary_dir: new directory for summary.json.
 

@@ -1,8 +1,8 @@
 """Likely causes of failures that are not errors of tuneline, and what to change.
 
-A TunelineError states its cause and the next act itself. This table is for failures from outside a
-step, e.g. an eviction, and for errors of libraries. The first cause whose pattern matches is
-taken, so specific causes come before general ones.
+A TunelineError already states its cause and what to do next. This table is for failures from
+outside a step, e.g. an eviction, and for errors of libraries. The first cause whose pattern matches
+is taken, so specific causes come before general ones.
 """
 
 import re
@@ -51,9 +51,9 @@ CAUSES = (
         r"cuda out of memory|outofmemoryerror|cuda error: out of memory|hip out of memory"
         r"|cublas_status_alloc_failed",
         "The GPU ran out of memory.",
-        "Halve train.micro_batch_size, which does not change what is learned, lower "
-        "prepare.max_seq_length, keep train.gradient_checkpointing on, or use a larger GPU. In the "
-        "evaluate step, lower evaluate.batch_size.",
+        "Halve train.micro_batch_size (the result stays the same), lower prepare.max_seq_length, "
+        "set train.gradient_checkpointing to true, or use a larger GPU. In the evaluate step, "
+        "lower evaluate.batch_size.",
     ),
     Cause(
         "host memory",

@@ -18,6 +18,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import sys
 import time
 import typing
@@ -91,23 +92,30 @@ def main(
     """Run a step from the command line: `python -m tuneline.NAME --config FILE ...`.
 
     Each keyword-only parameter of `run` becomes a flag, without `_dir`, `_dirs` or `_path`. A
-    parameter annotated `list[...]` takes several values.
+    parameter annotated `list[...]` takes several values. The help is the docstring of `run`.
 
     Args:
         name: the step's name.
         config: the step's config class.
-        run: the step's function; its first argument is the config.
+        run: the step's function, with a Google-style docstring; its first argument is the config.
         argv: command line arguments; None: those of the process.
     """
+    description, help_of = _parse_docstring(run)
     parser = argparse.ArgumentParser(
-        prog=f"python -m tuneline.{name}", description=inspect.getdoc(run)
+        prog=f"python -m tuneline.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parameters = inspect.signature(run).parameters
+    has_defaults = not any(field.is_required() for field in config.model_fields.values())
     parser.add_argument(
-        "--config", help=f"JSON file with a {config.__name__} (default: the default of every key)"
+        "--config",
+        metavar="FILE",
+        help=f"JSON file: {help_of.get(next(iter(parameters)), '')}"
+        + (" Default: the default of every key." if has_defaults else ""),
     )
     hints = typing.get_type_hints(run)
-    destinations = {}
-    for parameter in inspect.signature(run).parameters.values():
+    for parameter in parameters.values():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
         flag = parameter.name.removesuffix("_dir").removesuffix("_dirs").removesuffix("_path")
@@ -118,14 +126,27 @@ def main(
             dest=parameter.name,
             required=required,
             default=None if required else parameter.default,
+            help=help_of.get(parameter.name),
             **({"nargs": "*"} if many else {}),
         )
-        destinations[parameter.name] = parameter
     values = vars(parser.parse_args(argv))
     with step(name):
         path = values.pop("config")
         text = Path(path).read_text(encoding="utf-8") if path else "{}"
         run(config.parse(text, where=path or ""), **values)
+
+
+def _parse_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
+    """Return the description of a Google-style docstring, and argparse's help per argument."""
+    docstring = inspect.getdoc(function) or ""
+    description, *sections = re.split(r"^(\w+):\n", docstring, flags=re.MULTILINE)
+    arguments = dict(zip(sections[::2], sections[1::2], strict=True)).get("Args", "")
+    items = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", arguments, flags=re.MULTILINE)
+    return description.strip(), {
+        # argparse replaces %(default)s and the like.
+        name: " ".join(text.split()).replace("%", "%%")
+        for name, text in items
+    }
 
 
 def _as_known_error(error: Exception) -> Exception:

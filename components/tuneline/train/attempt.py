@@ -59,7 +59,7 @@ def train(
     and its summary describes all ranks.
 
     Args:
-        config: The recipe's part for training, as it was written. What the run decided, or the
+        config: The `train` section of the recipe, as it was written. What the run decided, or the
             plan changed, is in `setup` and is not read here.
         setup: Decisions of the run, and the plan of this attempt.
         inputs: The base model and the dataset.

@@ -1,11 +1,12 @@
-"""How many examples an optimizer step and a micro-batch have, from a config and a number of ranks.
+"""Compute global batch and micro-batch from a config and a number of ranks.
 
     global batch      the examples of an optimizer step, over all ranks
     rank's part       global batch / ranks
     micro-batch       a divisor of the rank's part: the examples of one forward and backward pass
 
-The recipe check, `tuneline plan` and the train step all ask here. transformers' two names are
-resolved here as well: they count per rank, so the global batch depends on the number of ranks.
+The recipe check, `tuneline plan` and the train step all use this module. It also resolves the
+deprecated transformers keys per_device_train_batch_size and gradient_accumulation_steps, which
+count per rank: the global batch then depends on the number of ranks.
 """
 
 import math

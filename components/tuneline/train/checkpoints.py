@@ -107,10 +107,10 @@ class CheckpointStore:
         """Return the newest intact checkpoint, and delete newer ones that are damaged."""
         for step in reversed(self.steps()):
             path = self.path(step)
-            fault = _fault(path)
-            if fault is None:
+            problem = _problem(path)
+            if problem is None:
                 return path
-            logger.warning("deleting damaged checkpoint %s: %s", path, fault)
+            logger.warning("deleting damaged checkpoint %s: %s", path, problem)
             # A damaged checkpoint would count as one of the newest, and `seal` keeps only those.
             shutil.rmtree(path, ignore_errors=True)
         return None
@@ -187,7 +187,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:16]}..."
 
 
-def _fault(path: Path) -> str | None:
+def _problem(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None if it is intact."""
     try:
         sums = json.loads((path / _CHECKSUMS).read_text(encoding="utf-8"))

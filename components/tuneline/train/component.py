@@ -18,7 +18,7 @@ def train(
     """Train a QLoRA adapter.
 
     Args:
-        config: The recipe's train section as JSON.
+        config: The `train` section of the recipe as JSON.
         base_model: The base model that fetch made.
         dataset: The dataset that prepare made.
         adapter: The trained adapter, with its tokenizer and training.json.
@@ -55,7 +55,7 @@ def train_on_nodes(
     """Train a QLoRA adapter on the nodes of a TrainJob.
 
     Args:
-        config: The recipe's train section as JSON.
+        config: The `train` section of the recipe as JSON.
         nodes: What the TrainJob asks for, a NodesConfig as JSON.
         base_model: The base model that fetch made.
         dataset: The dataset that prepare made.

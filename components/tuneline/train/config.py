@@ -19,24 +19,25 @@ UPSTREAM_BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_ste
 
 
 class LoraConfig(StrictModel):
-    """The LoRA adapter. Names and defaults are those of peft.LoraConfig."""
+    """The LoRA adapter. Names are those of peft.LoraConfig."""
 
     r: int = Field(default=16, ge=1, le=1024)
     """Rank of the adapter: the inner dimension of its two matrices per layer. Its size, and the
     memory of its optimizer state, grow in proportion."""
     lora_alpha: int = Field(default=16, ge=1)
-    """Scale of the adapter: its product is multiplied by lora_alpha / r."""
+    """Scale of the adapter: its update B A is multiplied by lora_alpha / r."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability with which an input of the adapter is zeroed in training. 0 turns dropout off."""
     use_rslora: bool = False
-    """Multiply by lora_alpha / sqrt(r) instead, which keeps the scale steady at high ranks."""
+    """Scale the adapter by lora_alpha / sqrt(r) instead of lora_alpha / r, which keeps the scale
+    steady at high ranks."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = ATTENTION_AND_MLP
     """Linear layers that get an adapter: whole module names, or their last parts. all-linear: every
     linear layer but the output layer. Default: attention and MLP of a Llama-like model."""
     modules_to_save: tuple[str, ...] = ()
     """Modules that are trained in full beside the adapter, such as embed_tokens and lm_head. They
-    take 16 bytes of memory per parameter with AdamW. Not possible for input and output embeddings
-    that are one matrix. Default: none."""
+    take 16 bytes of memory per parameter with AdamW. Not supported for embed_tokens and lm_head
+    of models with tied embeddings. Default: none."""
     init_lora_weights: Literal["default", "loftq"] = "default"
     """Initial weights. default: the adapter changes nothing at first. loftq: the adapter starts as
     an approximation of the error that 4-bit quantisation makes in each weight; not for method dpo,
@@ -67,12 +68,13 @@ class DpoConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """How the adapter is trained. The method (sft, cpt or dpo) is the prepared dataset's."""
+    """How the adapter is trained. `prepare.method` selects the training method."""
 
     lora: LoraConfig = LoraConfig()
-    """The adapter: its size, and the layers that it is attached to."""
+    """The adapter: its size, and the layers that it is attached to. Names are those of
+    peft.LoraConfig."""
     dpo: DpoConfig = DpoConfig()
-    """Settings of method dpo."""
+    """Settings of method dpo; other methods ignore them."""
     load_in_4bit: bool = True
     """Hold the frozen base model in NF4 with double quantisation (QLoRA). false: hold it in the
     compute type, which takes about four times the memory."""
@@ -94,27 +96,28 @@ class TrainConfig(StrictModel):
     max_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps of the run. If set, it replaces num_train_epochs."""
     global_batch_size: int = Field(default=8, ge=1)
-    """Examples per optimizer step, over all ranks together. With packing an example is a pack. A
-    run learns from the same examples per step on any number of ranks, which has to divide this."""
+    """Examples per optimizer step, over all ranks together. With packing an example is a pack. Each
+    step uses the same examples on any number of ranks; the number of ranks must divide this
+    value."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 2
-    """Highest number of examples per forward and backward pass on one rank. It decides memory and
-    speed, not what is learned. A rank's part of the global batch is cut into equal micro-batches:
+    """Highest number of examples per forward and backward pass on one rank. It affects memory and
+    speed, but not the result. A rank's part of the global batch is cut into equal micro-batches:
     6 examples with a micro_batch_size of 4 are two passes of 3. auto: the whole part, or the
     largest divisor of it whose estimated memory fits; 1 if no estimate can be made. With fused
-    kernels a smaller micro-batch may be faster, as it leaves memory to keep activations in."""
+    kernels a smaller micro-batch may be faster, because more memory is left for activations."""
     per_device_train_batch_size: int | None = Field(
         default=None, ge=1, json_schema_extra={"deprecated": True}
     )
-    """Deprecated: set micro_batch_size. transformers' name, with its meaning: examples per
-    micro-batch on each rank. global_batch_size is then per_device_train_batch_size x
-    gradient_accumulation_steps x ranks, and depends on the number of ranks. null: 2 if
-    gradient_accumulation_steps is set. Not together with the new names."""
+    """Deprecated: set micro_batch_size. As in transformers: examples per micro-batch on each rank.
+    global_batch_size is then per_device_train_batch_size x gradient_accumulation_steps x ranks, and
+    depends on the number of ranks. null: 2 if gradient_accumulation_steps is set. Cannot be
+    combined with global_batch_size or micro_batch_size."""
     gradient_accumulation_steps: int | None = Field(
         default=None, ge=1, json_schema_extra={"deprecated": True}
     )
-    """Deprecated: set global_batch_size. transformers' name, with its meaning: micro-batches per
-    optimizer step on each rank. null: 4 if per_device_train_batch_size is set. Not together with
-    the new names."""
+    """Deprecated: set global_batch_size. As in transformers: micro-batches per optimizer step on
+    each rank. null: 4 if per_device_train_batch_size is set. Cannot be combined with
+    global_batch_size or micro_batch_size."""
     num_ranks: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Training processes, each with a device of its own, that divide every global batch. auto: one
     per GPU that the step is given, and one on a CPU."""
@@ -125,23 +128,25 @@ class TrainConfig(StrictModel):
     attend to each other. No effect on method dpo."""
     optim: str = "adamw_8bit"
     """Optimizer, as in transformers.TrainingArguments: adamw_8bit, adamw_torch, adafactor and
-    others. Several GPUs replace any AdamW by adamw_torch, whose state ZeRO-2 divides over them."""
+    others. With several GPUs, any AdamW becomes adamw_torch, and ZeRO-2 partitions its state over
+    them."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay of the optimizer."""
     max_grad_norm: float = Field(default=0.3, gt=0)
-    """Gradients are scaled down to this L2 norm if theirs is higher."""
+    """Gradient clipping: the largest L2 norm of the gradients."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass instead of keeping them: less memory, about a
-    quarter more time. Fused kernels choose for themselves what to keep."""
+    quarter more time. Fused layers ignore this key and keep as many activations as fit."""
     kernels: Literal["auto", "off", "fp8"] = "auto"
     """Fused layers. auto: use them if the GPU can (Ampere or newer). off: never use them. fp8: also
     compute their matrix products in 8 bits, a third faster with an error of about 4 % per product
     (Hopper or newer)."""
     fit: Literal["auto", "refuse", "off"] = "auto"
-    """What happens when memory is estimated to be too small. auto: use smaller micro-batches, then
-    gradient_checkpointing, then the shorter packs that fit_min_length allows. refuse: end with an
-    error that names these changes. off: start anyway. If memory runs out during training, auto
-    and refuse continue with such changes from the last checkpoint, and off ends the run."""
+    """What to do if the estimated memory exceeds what is available. auto: use smaller
+    micro-batches, then gradient_checkpointing, then the shorter packs that fit_min_length allows.
+    refuse: end with an error that names these changes. off: start anyway. If memory runs out during
+    training, auto and refuse continue from the last checkpoint with a smaller micro-batch, then
+    gradient_checkpointing; off ends the run."""
     fit_min_length: int | None = Field(default=None, ge=8)
     """Shortest packs, in tokens, that `fit` may use. Packs never become shorter than the longest
     row. null: packs keep max_seq_length."""
@@ -154,23 +159,26 @@ class TrainConfig(StrictModel):
     eval_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps between two evaluations. null: five evaluations over the run."""
     early_stopping_patience: int | None = Field(default=3, ge=1)
-    """Evaluations in a row without a lower evaluation loss after which the run ends. null: the run
-    never ends early. The adapter with the lowest evaluation loss is kept in any case."""
+    """Number of consecutive evaluations without a lower evaluation loss after which the run ends.
+    null: the run never ends early. The adapter with the lowest evaluation loss is kept in any
+    case."""
     max_skipped_in_a_row: int = Field(default=3, ge=1)
-    """A step whose loss or gradient is not finite is skipped. After this number of skipped steps in
-    a row, the run returns to the last checkpoint with a lower learning rate, at most twice."""
+    """Number of consecutive skipped steps (loss or gradient not finite) after which the run returns
+    to the last checkpoint with a lower learning rate. It does so at most twice."""
     sample_prompts: tuple[str, ...] | None = None
     """Prompts that the base and the tuned model answer at the end, for the report. null: those of
     the first evaluation rows."""
     sample_tokens: int = Field(default=64, ge=0)
     """Highest number of tokens per sample answer. 0: no sample answers."""
     track: tuple[Literal["mlflow", "wandb", "tensorboard"], ...] = ()
-    """Experiment trackers to report to. Each is configured by environment variables of its own."""
+    """Experiment trackers to report to. Each reads its usual environment variables (e.g.
+    WANDB_API_KEY); see placement.secrets."""
     price_per_hour: float | None = Field(default=None, ge=0)
     """Price of one GPU (or of the machine, without GPUs) per hour, in any currency. If set, the
     training summary contains the cost of the run."""
     checkpoint_minutes: float = Field(default=10.0, ge=0)
-    """Minutes between two checkpoints. 0: write one after every step. SIGTERM always writes one."""
+    """Minutes between two checkpoints. 0: write one after every step. One is always written on
+    SIGTERM."""
     seed: int = 3407
     """Seed of the adapter's initial weights, the order of examples, and dropout."""
 

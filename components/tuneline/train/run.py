@@ -67,7 +67,7 @@ def run(
     checkpoints are kept, and which runs may use them.
 
     Args:
-        config: The recipe's part for training.
+        config: The `train` section of the recipe.
         base_model_dir: The base model, as fetch leaves it.
         dataset_dir: The dataset, as prepare leaves it.
         adapter_dir: A new directory for the adapter, the tokenizer and training.json.
@@ -81,8 +81,8 @@ def run(
         DataError: there is no row to train on.
         RecipeError: the libraries do not know a name in the config, or the run cannot fit the free
             memory, or the ranks cannot divide its global batch.
-        TrainingError: losses or gradients are not finite, and no lower rate helped; or memory ran
-            out with the smallest micro-batch; or one of several ranks died.
+        TrainingError: losses or gradients are not finite, also after lowering the learning rate; or
+            memory ran out with the smallest micro-batch; or one of several ranks died.
         StoppedError: SIGTERM was received; the checkpoint is written.
         StorageError: checkpoints cannot be written, or another process is writing them.
         OutputExistsError: `adapter_dir` is not empty.

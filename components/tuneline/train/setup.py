@@ -67,7 +67,7 @@ class Setup:
 
     @property
     def changes(self) -> str:
-        """What the plan changes of the recipe's settings, for people to read."""
+        """Human-readable list of the recipe's settings that the plan changes."""
         kept = {"kept_gib": self.plan.kept_gib}
         return self.plan.changes_from(self.asked.model_copy(update=kept))
 

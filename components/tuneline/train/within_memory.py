@@ -1,4 +1,4 @@
-"""Train within the memory that is available: planned before, and planned again if it runs out."""
+"""Train within the available memory: plan memory before training, and again if memory runs out."""
 
 import dataclasses
 import gc
@@ -37,7 +37,7 @@ def made_to_fit(setup: Setup, config: TrainConfig, inputs: Inputs, *, is_auto: b
 
     Args:
         setup: Its plan is the recipe's.
-        config: The recipe's part for training.
+        config: The `train` section of the recipe.
         inputs: The base model and the dataset.
         is_auto: Whether the recipe leaves the micro-batch to us.
 
@@ -97,7 +97,7 @@ def train_within_memory(
     """Train; if memory runs out, continue from the last checkpoint with a smaller plan.
 
     Args:
-        config: The recipe's part for training.
+        config: The `train` section of the recipe.
         setup: Decisions of the run. With one rank, training runs in this process.
         inputs: The base model and the dataset.
         directory: A directory for the adapter, in which temporary files may be put too.
@@ -145,7 +145,7 @@ def train_within_memory(
             setup = _smaller(setup, config, error)
             carried = {}
             num_out_of_memory += 1
-        # Only here, where the error and with it the frames that hold the old model are gone.
+        # Release only here: the exception's frames held the old model until now.
         _release_memory()
 
 
@@ -175,11 +175,12 @@ def _smaller(setup: Setup, config: TrainConfig, error: OutOfMemory) -> Setup:
     plan = setup.plan
     smaller = smaller_plan(plan)
     if config.fit == "off" or smaller is None:
+        advice = "lower prepare.max_seq_length or train.lora.r, or use a larger device"
+        if smaller is not None:
+            advice = f"set train.fit to auto, {advice}"
         raise TrainingError(
             f"memory ran out ({error}) with micro-batches of {plan.micro_batch_size} and "
-            f"gradient_checkpointing {str(plan.gradient_checkpointing).lower()}: lower "
-            "prepare.max_seq_length or lora.r, use a larger device"
-            + (", or set train.fit to auto" if smaller is not None else "")
+            f"gradient_checkpointing {str(plan.gradient_checkpointing).lower()}: {advice}"
         ) from None
     logger.warning("memory ran out (%s): continuing with %s", error, smaller.changes_from(plan))
     return dataclasses.replace(setup, plan=smaller)

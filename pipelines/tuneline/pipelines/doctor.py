@@ -1,6 +1,6 @@
 """Explain a failed or waiting run from its pods: cause, evidence, what to change.
 
-Each pod is examined in this order, and the first fault is reported: its conditions and container
+Each pod is examined in this order, and the first problem is reported: its conditions and container
 states, which show what the cluster did to the pod; its events; the end of its log, which shows what
 the step itself reported. For deleted pods, the messages of the Argo workflow are used.
 """
@@ -71,7 +71,7 @@ _NCCL = Cause(
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault of one step."""
+    """A problem of one step."""
 
     step: str
     cause: str
@@ -85,7 +85,7 @@ class Finding:
 
 
 def examine(kube: Kube, run_id: str) -> list[Finding]:
-    """Return the faults of a run and the reasons why it waits; an empty list if there are none.
+    """Return the problems of a run and the reasons why it waits; an empty list if there are none.
 
     Raises:
         ClusterError: the cluster is unreachable.

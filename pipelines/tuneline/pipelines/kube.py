@@ -39,7 +39,10 @@ class Kube:
         self._custom = client.CustomObjectsApi(self._api)
 
     def answers(self, seconds: float) -> bool:
-        """Return whether the server accepts a connection; the client itself retries for minutes."""
+        """Return whether the server accepts a connection within `seconds`.
+
+        The client's own requests would retry for minutes.
+        """
         address = urllib.parse.urlsplit(self.host)
         port = address.port or (443 if address.scheme == "https" else 80)
         try:
@@ -209,7 +212,7 @@ class Kube:
             if error.status in (401, 403):
                 raise Refused(
                     f"Kubernetes at {self.host} refuses to show {what} in namespace "
-                    f"{self.namespace} ({error.status}): log in again, or ask for the right"
+                    f"{self.namespace} ({error.status}): log in again, or request the permission"
                 ) from None
             raise ClusterError(
                 f"Kubernetes at {self.host} answered {error.status} when asked for {what}: "

@@ -77,13 +77,14 @@ class _Reference:
     def _key(self, path: str, node: Schema, parent: Schema, level: int) -> Iterator[str]:
         key = path.rpartition(".")[2]
         yield from (f"{'#' * level} `{path}`", "")
-        yield from _paragraphs(node.get("description", ""))
         nested = _nested_path(node, path)
         model_name, keys_path = nested or ("", "")
         is_new = bool(nested) and model_name not in self.documented
+        description = node.get("description", "")
         if is_new:
             self.documented[model_name] = keys_path
-            yield from _paragraphs(self.schema["$defs"][model_name].get("description", ""))
+            description = description or self.schema["$defs"][model_name].get("description", "")
+        yield from _paragraphs(description)
         if "$ref" in node:
             if not is_new:
                 yield from (f"It has the keys of {_link(self.documented[model_name])}.", "")

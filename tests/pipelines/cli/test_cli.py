@@ -31,7 +31,7 @@ def test_schema_is_the_recipes(tmp_path: Path) -> None:
     done = tuneline("schema", cwd=tmp_path)
     schema = json.loads(done.stdout)
     assert schema["required"] == ["name", "base_model", "dataset", "publish_to"]
-    assert schema["$defs"]["LoraConfig"]["properties"]["r"]["description"] == "Rank."
+    assert schema["$defs"]["LoraConfig"]["properties"]["r"]["description"].startswith("Rank of")
 
 
 def test_recipes_lists_what_is_shipped(tmp_path: Path) -> None:
@@ -45,18 +45,21 @@ MISTAKES = [
     (("compile", "demo", "--set", "train.lr=1"), "train.lr: unknown key"),
     (("compile", "demo", "--set", "train.max_steps"), "write KEY=VALUE"),
     (("compile", "demo", "--set", "train.max_steps=["), "the value is not YAML"),
-    (("compile", "demo", "-o", "absent/x.yaml"), "there is no directory absent"),
+    (
+        ("compile", "demo", "-o", "absent/x.yaml"),
+        "the directory absent does not exist: create it first",
+    ),
     (("compile", "demo", "-o", "x.txt"), "name a file that ends in .yaml"),
-    (("compile", "file"), "file holds str, not a mapping of keys"),
+    (("compile", "file"), "file contains a str, but a recipe is a mapping of keys"),
     (("report", "."), "is not a run"),
     (("lint", "absent.yaml"), "cannot read absent.yaml: No such file"),
-    (("verify", "absent"), "absent is no directory"),
+    (("verify", "absent"), "absent is not a directory"),
     (("plan", "demo", "--parameters", "-5"), "greater than or equal to"),
-    (("plan", "demo", "--profile", "x"), "there are local, t4, a10g"),
-    (("plan", "demo", "--profile", "t4", "--set", "train.kernels=fp8"), "t4 has 7.5: take kernels"),
+    (("plan", "demo", "--profile", "x"), "--profile x is unknown: choose one of local, t4, a10g"),
+    (("plan", "demo", "--profile", "t4", "--set", "train.kernels=fp8"), "t4 has 7.5: set kernels"),
     (
         ("compile", "demo", "--set", "train.kernels=fp8", "--set", "placement.profile=a10g"),
-        "the GPU of placement.profile a10g has 8.6: take kernels auto",
+        "the GPU of placement.profile a10g has 8.6: set kernels to auto",
     ),
     (("plan", "demo", "--cluster"), "no Kubernetes cluster: there is no"),
     (("doctor", "a-run"), "no host: give --host URL or set KFP_ENDPOINT"),

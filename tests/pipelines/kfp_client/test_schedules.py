@@ -221,7 +221,7 @@ def tuneline(*arguments: str) -> Result:
 
 def test_the_commands(kfp_server: Any) -> None:
     made = tuneline("schedule", "demo", "--cron", "0 3 * * 1")
-    assert "--cron has five fields: KFP gets '0 0 3 * * 1', with the second first" in made.output
+    assert "--cron has five fields: KFP gets '0 0 3 * * 1', with seconds first" in made.output
     assert "schedule demo: created, enabled, cron 0 0 3 * * 1 UTC" in made.output
     assert (
         "changed, enabled, every 43200 s" in tuneline("schedule", "demo", "--every", "12h").output
@@ -240,7 +240,7 @@ def test_the_commands(kfp_server: Any) -> None:
     [
         (("schedule", "demo"), "give one of --cron and --every"),
         (("schedule", "demo", "--cron", "0 3 * * 1", "--every", "1h"), "give one of"),
-        (("schedules", "--enable", "nightly"), "no schedule 'nightly': there are none"),
+        (("schedules", "--enable", "nightly"), "no schedule 'nightly'; existing schedules: none"),
     ],
 )
 def test_mistakes_on_the_command_line(

@@ -339,7 +339,7 @@ def test_what_only_looks_like_a_credential(text: str) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "there is no document in it"),
+        (b"", "the file contains no YAML document"),
         (b"a: [", "is not YAML"),
         (b"\xff\xfe", "is not UTF-8 text"),
         (b"name: demo\nbase_model: x\n", "neither a compiled KFP pipeline"),

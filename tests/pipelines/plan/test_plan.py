@@ -107,7 +107,9 @@ def test_gpus_that_cannot_share_a_step_are_told_so() -> None:
         "fail",
         "3 ranks and a global batch of 8 examples, which they cannot divide equally",
     )  # fmt: skip
-    with pytest.raises(RecipeError, match="size is 8, .* 2 x 8 ranks .* multiple of 16"):
+    with pytest.raises(
+        RecipeError, match=r"size is 8, .* 16 ranks \(2 nodes x 8 GPUs\): .* multiple of 16"
+    ):
         recipe("placement.num_accelerators=8", "placement.num_nodes=2", "placement.shared_claim=c")
 
 

@@ -119,11 +119,11 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", b'[{"a": 1},\n {"a": 2', r"breaks off in or before line 2"),
+        ("a.json", b'[{"a": 1},\n {"a": 2', r"ends unexpectedly in or before line 2"),
         ("a.json", b'"text"', "neither an array of objects nor JSON Lines"),
         ("a.json", b'[{"a": "\xff"}]', "is not UTF-8 text"),
         ("a.parquet", b"PAR1 and then nothing", "not a complete Parquet file"),
-        ("a.docx", b"x", r"of a type that cannot be read: known are \.jsonl"),
+        ("a.docx", b"x", r"has a type that cannot be read; supported types: \.jsonl"),
     ],
 )
 def test_files_without_rows(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -140,7 +140,7 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         read_rows(str(tmp_path))
     with pytest.raises(DataError, match="is not a file, a directory or a Hub ID"):
         read_rows("two words")
-    with pytest.raises(DataError, match="no builtin dataset 'x'.*builtin:kubernetes-quantities"):
+    with pytest.raises(DataError, match="no built-in dataset 'x'.*builtin:kubernetes-quantities"):
         read_rows("builtin:x")
 
 

@@ -16,7 +16,7 @@ from tuneline.errors import (
 from tuneline.quantize import QuantizeConfig, formats
 from tuneline.quantize.gguf import converter, tensors
 from tuneline.quantize.gguf.llama_model import LlamaFile
-from tuneline.quantize.proof.quality import NEAR_TIE, Generation, hold_generation
+from tuneline.quantize.proof.quality import NEAR_TIE, Generation, check_generation
 from tuneline.quantize.proof.transformers_model import TransformersModel
 from tuneline.quantize.run import run
 
@@ -105,8 +105,9 @@ def test_a_recipe_tightens_a_bound(
 ) -> None:
     with pytest.raises(
         ProofError,
-        match=r"export q4_0 is [\d.e-]+ nats per token from the merged model \(at most 1e-09\) .* "
-        r"over 8 rows; perplexity [\d.e+]+ against [\d.e+]+: take a format with more bits",
+        match=r"export q4_0 has a mean KL divergence of [\d.e-]+ nats per token from the merged "
+        r"model \(at most 1e-09\) .* over 8 rows; perplexity [\d.e+]+ against [\d.e+]+: "
+        r"use a format with more bits",
     ):
         export(
             "q4_0",
@@ -128,10 +129,10 @@ def generation(ids: list[int], logits: list[list[float]]) -> Generation:
 
 def test_a_near_tie_is_a_note_and_a_real_difference_fails() -> None:
     reference = generation([0, 1], [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0 - NEAR_TIE / 2]])
-    assert hold_generation(generation([0, 1], []), reference) is None
-    assert "near tie" in str(hold_generation(generation([0, 2], []), reference))
+    assert check_generation(generation([0, 1], []), reference) is None
+    assert "near tie" in str(check_generation(generation([0, 2], []), reference))
     with pytest.raises(ProofError, match="part at token 0"):
-        hold_generation(generation([2, 1], []), reference)
+        check_generation(generation([2, 1], []), reference)
 
 
 def test_missing_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,18 +160,18 @@ def test_not_a_gguf_file(tmp_path: Path) -> None:
     file.write_bytes(b"GGUF is not what follows")
     with pytest.raises(ToolError, match="not a GGUF file"):
         tensors.read(file)
-    with pytest.raises(ProofError, match="does not load"):
+    with pytest.raises(ProofError, match="cannot load"):
         LlamaFile(file, num_context=1)
 
 
 @pytest.mark.parametrize(
     ("format", "message"),
     [
-        ("gptq", r"'gptq' is not known; did you mean 'gptq-.bit'\? known are f16"),
+        ("gptq", r"'gptq' is unknown; did you mean 'gptq-.bit'\? Choose one of f16"),
         ("Q4_K_M", r"did you mean 'q4_k_m'\?"),
         ("q3-k-m", r"did you mean 'q3_k_m'\?"),
         ("q4km", r"did you mean 'q4_k_m'\?"),
-        ("zzz", "'zzz' is not known; known are f16, bf16, q8_0"),
+        ("zzz", "'zzz' is unknown; choose one of f16, bf16, q8_0"),
         ("iq2_xs", "needs an importance matrix.* q3_k_m"),
         ("TQ1_0", "for models trained in so few values"),
     ],

@@ -183,7 +183,7 @@ def test_merged_and_converted_say_what_transformers_says(merged, tmp_path: Path,
         file = tmp_path / "model.gguf"
         converter.convert(merged_dir, file)
     found = kl_of(file, merged_dir)
-    print(f"{family}: merge {mean_kl:.1e}, f16 {found:.1e} nats a token")
+    print(f"{family}: merge {mean_kl:.1e}, f16 {found:.1e} nats per token")
     assert found < 1e-4
 
 

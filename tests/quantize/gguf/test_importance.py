@@ -250,7 +250,7 @@ def test_what_is_no_matrix(f16_dir: Path, tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"no")
     with pytest.raises(ToolError, match="not a GGUF file"):
         importance_file.read(tmp_path / FILE)
-    with pytest.raises(ToolError, match="llama.cpp does not load"):
+    with pytest.raises(ToolError, match="llama.cpp cannot load"):
         collect(tmp_path / FILE, [[1]])
 
 

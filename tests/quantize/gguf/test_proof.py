@@ -118,9 +118,9 @@ def test_no_rows(tmp_path: Path) -> None:
 def test_a_bound_holds_numbers_that_are_not_finite_too(broken: float) -> None:
     found = quality.Quality(broken, 0.5, 2.0, 1.5, 8)
     with pytest.raises(ProofError, match=rf"q8_0 is {broken:g} nats .* at 50\.0% of positions"):
-        quality.hold(found, FORMATS["q8_0"].bound, "q8_0")
+        quality.check_bounds(found, FORMATS["q8_0"].bound, "q8_0")
     with pytest.raises(ProofError, match=r"at least 93\.0%"):
-        quality.hold(dataclasses.replace(found, mean_kl=0.0), FORMATS["q8_0"].bound, "q8_0")
+        quality.check_bounds(dataclasses.replace(found, mean_kl=0.0), FORMATS["q8_0"].bound, "q8_0")
 
 
 def test_a_tokenizer_that_splits_otherwise(reference: Reference) -> None:

@@ -94,7 +94,7 @@ def test_a_run_out_of_memory_goes_on_smaller_and_learns_the_same(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fit": "off"}, r"micro-batches of 4 .*or set train\.fit to auto"),
+        ({"fit": "off"}, r"micro-batches of 4 .*: set train\.fit to auto, lower"),
         ({"micro_batch_size": 1, "gradient_checkpointing": True}, "micro-batches of 1 "),
     ],
 )
@@ -153,7 +153,9 @@ def test_the_smallest_change_that_fits(sizes, caplog):
     recomputed, estimate = plan(total(rows=1, recompute=True))
     assert recomputed.gradient_checkpointing and recomputed.accumulation_steps(1) == 4
     assert estimate.total == total(rows=1, recompute=True)
-    with pytest.raises(RecipeError, match="set micro_batch_size 2 instead of 4"):
+    with pytest.raises(
+        RecipeError, match="set train.micro_batch_size to 2 .needs .* GiB, same result"
+    ):
         plan(total(rows=2), fit="refuse")
     with pytest.raises(RecipeError, match=r"the smallest plan needs 0\.3 GiB"):
         plan(total(rows=1, recompute=True) // 2)

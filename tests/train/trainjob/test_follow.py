@@ -461,7 +461,7 @@ def test_a_right_that_is_missing_is_named(world: World, verb: str) -> None:
 def test_outside_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("KFP_POD_NAME", "HOSTNAME", "NAMESPACE"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match="does not run in a pod of a cluster"):
+    with pytest.raises(UserError, match="requires running in a pod of the cluster"):
         run_on_nodes(
             TrainConfig(),
             NodesConfig.parse(NODES),

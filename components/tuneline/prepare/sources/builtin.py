@@ -33,7 +33,7 @@ def find_builtin(source: str) -> Builtin | None:
         return None
     if name not in BUILTINS:
         raise DataError(
-            f"there is no builtin dataset '{name}': known are {list_builtins(list(BUILTINS))}"
+            f"there is no built-in dataset '{name}': choose one of {list_builtins(list(BUILTINS))}"
         )
     return BUILTINS[name]
 

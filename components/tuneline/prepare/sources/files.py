@@ -1,6 +1,6 @@
 """Read the rows of files: JSON Lines, JSON, CSV, TSV, Parquet and plain text.
 
-A fault in one row is yielded as a reason, so that it can be counted. A fault that makes the rows
+An error in one row is yielded as a reason, so that it can be counted. An error that makes the rows
 indistinguishable is raised.
 """
 
@@ -104,7 +104,7 @@ def _read_json(path: Path) -> Iterator[SourceRow]:
                     if not buffer and not opened:
                         return
                     raise DataError(
-                        f"{path}: the JSON array breaks off in or before line "
+                        f"{path}: the JSON array ends unexpectedly in or before line "
                         f"{line + buffer[: error.pos].count(chr(10))}: the file was cut off or is "
                         "not JSON. Create it again, or use JSON Lines, where a bad row affects "
                         "only its own line"

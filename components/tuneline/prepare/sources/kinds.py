@@ -68,7 +68,7 @@ def _find_files(source: str) -> list[Path]:
     suffixes = ", ".join(SUFFIXES)
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{source} is of a type that cannot be read: known are {suffixes}")
+            raise DataError(f"{source} has a type that cannot be read; supported types: {suffixes}")
         return [path]
     if path.is_dir():
         candidates = sorted(path.rglob("*"))
@@ -78,7 +78,7 @@ def _find_files(source: str) -> list[Path]:
     files = [file for file in candidates if file.suffix.lower() in SUFFIXES]
     ignored = sorted({file.name for file in candidates} - {file.name for file in files})
     if not files:
-        raise DataError(f"{source} has no file that can be read: known are {suffixes}")
+        raise DataError(f"{source} has no file that can be read; supported types: {suffixes}")
     if ignored:
         logger.warning(
             "%s: %d files of other types are ignored, e.g. %s", source, len(ignored), ignored[0]

@@ -161,8 +161,9 @@ class Renderer:
             raise BadRowError("the chat template changes the text of the answer")
         content_end = position + len(written)
         if not text.startswith(prompt):
-            # The generation prompt has more than a finished turn, e.g. an opened <think>. Train on
-            # what the model sees at inference, then the answer and its end of turn.
+            # The generation prompt contains text that a finished turn does not have, e.g. an opened
+            # <think>. Train on what the model sees at inference, then the answer and its end of
+            # turn.
             tail = text[content_end:]
             text, content_end = prompt + written + tail, len(prompt) + len(written)
         if content_end - len(written) < len(prompt):

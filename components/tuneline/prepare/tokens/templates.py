@@ -108,8 +108,9 @@ if TYPE_CHECKING:
 else:
     TemplateName = Literal[OWN_TEMPLATE, *TEMPLATES]
 
-DESCRIPTION = f"Chat template. {OWN_TEMPLATE} keeps the one of the model's tokenizer. " + " ".join(
-    f"{name}: {template.summary}." for name, template in TEMPLATES.items()
+DESCRIPTION = (
+    f"Chat template. {OWN_TEMPLATE}: the chat template of the model's tokenizer. "
+    + " ".join(f"{name}: {template.summary}." for name, template in TEMPLATES.items())
 )
 """Description of `prepare.template`."""
 

@@ -41,8 +41,8 @@ def find() -> Path:
     script = Path(bindings.origin).parent / "converter" / SCRIPT
     if not script.is_file():
         raise ToolError(
-            f"llama-cpp-python has no converter beside it ({script}), because it was not built "
-            f"with images/gguf/llama-cpp.cmake: run `make install`, or set {VARIABLE} to a "
+            f"llama-cpp-python was installed without llama.cpp's converter script ({script}), "
+            f"which images/gguf/llama-cpp.cmake adds: run `make install`, or set {VARIABLE} to a "
             "checkout of llama.cpp"
         )
     return script

@@ -1,4 +1,4 @@
-"""Measure the importance matrix, with which llama.cpp's quantisers round less where it matters.
+"""Measure the importance matrix, with which llama.cpp quantises important weights more accurately.
 
 The quantisers minimise the error in a layer's output. For that they need the mean square of each
 input of a weight matrix, which is measured here on the run's own training rows. The method is that
@@ -127,7 +127,10 @@ def collect(file: Path, rows: list[list[int]]) -> dict[str, Importance]:
     model_params.use_extra_bufts = False
     model = llama_cpp.llama_model_load_from_file(str(file).encode(), model_params)
     if not model:
-        raise ToolError(f"llama.cpp does not load {file}")
+        raise ToolError(
+            f"llama.cpp cannot load {file}: its log has the reason; set "
+            "quantize.num_importance_rows to 0 to export without an importance matrix"
+        )
     try:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = max(len(row) for row in rows)
@@ -135,7 +138,10 @@ def collect(file: Path, rows: list[list[int]]) -> dict[str, Importance]:
         params.cb_eval = watching
         context = llama_cpp.llama_init_from_model(model, params)
         if not context:
-            raise ToolError(f"llama.cpp has no room to compute {file}")
+            raise ToolError(
+                f"llama.cpp could not allocate memory for {file}: raise the memory limit of "
+                "measure-importance"
+            )
         try:
             for row in rows:
                 _compute(llama_cpp, context, row)
@@ -160,7 +166,10 @@ def _compute(api: Any, context: Any, row: list[int]) -> None:
             # The last layer computes only the tokens whose logits are requested.
             batch.logits[index] = True
         if api.llama_decode(context, batch):
-            raise ToolError(f"llama.cpp could not compute a row of {len(row)} tokens")
+            raise ToolError(
+                f"llama.cpp could not compute a row of {len(row)} tokens: raise the memory limit "
+                "of measure-importance, or set quantize.num_importance_rows to 0"
+            )
     finally:
         api.llama_batch_free(batch)
 
@@ -215,7 +224,10 @@ class _Watch:
         x_TI = numpy.ctypeslib.as_array(values, (num_tokens, num_inputs))
         sums = numpy.einsum("ti,ti->i", x_TI, x_TI, dtype=numpy.float64)
         if not numpy.isfinite(sums).all():
-            raise ToolError(f"an input of {weight.name.decode()} is not finite")
+            raise ToolError(
+                f"an input of {weight.name.decode()} is not finite in f16: set "
+                "quantize.num_importance_rows to 0, or train with a lower train.learning_rate"
+            )
         entry = self.matrix.setdefault(
             weight.name.decode(), Importance(numpy.zeros(num_inputs), count=0)
         )

@@ -71,7 +71,10 @@ def write(file: Path, matrix: dict[str, Importance], *, source: str, num_rows: i
                     ctypes.memmove(ggml.ggml_get_data(tensor), data.ctypes.data, data.nbytes)
                     ggml.gguf_add_tensor(gguf, tensor)
             if not ggml.gguf_write_to_file(gguf, os.fsencode(file), False):
-                raise ToolError(f"the importance matrix could not be written to {file}")
+                raise ToolError(
+                    f"the importance matrix could not be written to {file}: make its directory "
+                    "writable, and free some space"
+                )
 
 
 def read(file: Path) -> dict[str, Importance]:
@@ -85,7 +88,9 @@ def read(file: Path) -> dict[str, Importance]:
     parameters = InitParams(no_alloc=False, ctx=ctypes.pointer(tensors))
     gguf = ggml.gguf_init_from_file(os.fsencode(file), parameters)
     if not gguf:
-        raise ToolError(f"{file} is not a GGUF file that llama.cpp reads")
+        raise ToolError(
+            f"{file} is not a GGUF file that llama.cpp can read: run measure-importance again"
+        )
     with _freed(gguf, ggml.gguf_free), _freed(tensors, ggml.ggml_free):
         values = {}
         for index in range(ggml.gguf_get_n_tensors(gguf)):
@@ -96,7 +101,9 @@ def read(file: Path) -> dict[str, Importance]:
             values[name.decode()] = numpy.ctypeslib.as_array(pointer, shape).astype(numpy.float64)
     names = [name.removesuffix(SUMS) for name in values if name.endswith(SUMS)]
     if not names:
-        raise ToolError(f"{file} holds no importance matrix")
+        raise ToolError(
+            f"{file} contains no importance matrix: use the file that measure-importance wrote"
+        )
     return {name: Importance(values[name + SUMS], int(values[name + COUNTS][0])) for name in names}
 
 

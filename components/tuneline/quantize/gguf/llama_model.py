@@ -35,7 +35,7 @@ class LlamaFile:
         """Load `file` with a context of `num_context` tokens.
 
         Raises:
-            ProofError: llama.cpp does not load the file.
+            ProofError: llama.cpp cannot load the file.
         """
         self._api: Any = llama_cpp
         self._name = file.name
@@ -52,7 +52,10 @@ class LlamaFile:
                 verbose=False,
             )
         except (ValueError, RuntimeError, OSError) as error:
-            raise ProofError(f"llama.cpp does not load the export {file.name}: {error}") from error
+            raise ProofError(
+                f"llama.cpp cannot load the export {file.name} ({error}): use another format, and "
+                "report the model to llama.cpp"
+            ) from error
         self._vocab = llama_cpp.llama_model_get_vocab(self._model.model)
         self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
         self.chat_template = self._model.metadata.get(TEMPLATE_KEY, "")
@@ -171,7 +174,8 @@ class LlamaFile:
             api.llama_batch_free(batch)
         if failed:
             raise ProofError(
-                f"llama.cpp could not compute {len(ids)} tokens with {self._name} (code {failed})"
+                f"llama.cpp could not compute {len(ids)} tokens with {self._name} (code {failed}): "
+                "raise the memory limit of quantize-gguf"
             )
         shape = (len(ids) if all_positions else 1, self._model.n_vocab())
         # A copy, because the next call overwrites the buffer.
@@ -179,7 +183,7 @@ class LlamaFile:
         if not numpy.isfinite(logits).all():
             raise ProofError(
                 f"the export {self._name} computes logits that are not finite: the merged model "
-                "has weights that the format cannot represent; take a format with more bits"
+                "has weights that the format cannot represent; use a format with more bits"
             )
         return logits
 

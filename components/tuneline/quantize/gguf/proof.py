@@ -60,7 +60,7 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dic
                 yield row_logits
 
         distance = quality.compare(reference.rows, reference.logits, logits())
-        quality.hold(distance, bound, format)
+        quality.check_bounds(distance, bound, format)
         notes += _check_answer(format, generated, reference.generation)
         check_stops(format, stops, reference)
         speed = loaded.tokens_per_second(
@@ -227,7 +227,7 @@ def _stop_probability(logits_TV: torch.Tensor, stop_ids: list[int]) -> torch.Ten
 
 def _check_answer(format: str, ours: Generation, theirs: Generation) -> list[str]:
     if format == "f16":
-        note = quality.hold_generation(ours, theirs)
+        note = quality.check_generation(ours, theirs)
         return [note] if note else []
     if not ours.text.strip() and theirs.text.strip():
         raise ProofError(

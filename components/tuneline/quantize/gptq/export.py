@@ -114,7 +114,7 @@ def _prove(
     distance = quality.compare(
         reference.rows, reference.logits, (model.logits(row.ids) for row in reference.rows)
     )
-    quality.hold(distance, bound, format)
+    quality.check_bounds(distance, bound, format)
     weights = _weight_files(target)
     tensors = [tensor for path in weights for tensor in _tensors(path)]
     num_bytes = sum(path.stat().st_size for path in weights)

@@ -1,4 +1,4 @@
-"""Measure how far an export's answers are from the merged model's, and hold them to the bounds.
+"""Measure how far an export's answers are from the merged model's, and check the bounds.
 
 Legend: T positions of a row, V vocabulary.
 """
@@ -83,7 +83,7 @@ def compare(
     )
 
 
-def hold(quality: Quality, bound: Bound, format: str) -> None:
+def check_bounds(quality: Quality, bound: Bound, format: str) -> None:
     """Check an export against its bound.
 
     Raises:
@@ -93,16 +93,16 @@ def hold(quality: Quality, bound: Bound, format: str) -> None:
     if close and quality.top1_agreement >= bound.min_top1_agreement:
         return
     raise ProofError(
-        f"the export {format} is {quality.mean_kl:.4g} nats per token from the merged model (at "
-        f"most {bound.max_mean_kl:g}) and has the same most likely token at "
+        f"the export {format} has a mean KL divergence of {quality.mean_kl:.4g} nats per token "
+        f"from the merged model (at most {bound.max_mean_kl:g}) and the same most likely token at "
         f"{quality.top1_agreement:.1%} of positions (at least {bound.min_top1_agreement:.1%}), "
         f"over {quality.num_rows} rows; perplexity {quality.perplexity:.4g} against "
-        f"{quality.reference_perplexity:.4g}: take a format with more bits, or set "
+        f"{quality.reference_perplexity:.4g}: use a format with more bits, or set "
         f"quantize.max_mean_kl and quantize.min_top1_agreement for {format} if you accept it"
     )
 
 
-def hold_generation(tested: Generation, reference: Generation) -> str | None:
+def check_generation(tested: Generation, reference: Generation) -> str | None:
     """Check that two greedy generations are equal up to a near tie; return a note on the tie.
 
     After the first different token the two continue different texts, so only that token is
@@ -119,10 +119,10 @@ def hold_generation(tested: Generation, reference: Generation) -> str | None:
         gap = float(logits_V[theirs] - logits_V[ours])
         if gap > NEAR_TIE:
             raise ProofError(
-                f"the GGUF file in f16 and the merged model part at token {index} of a greedy "
-                f"answer, by {gap:.3f} in the logits where at most {NEAR_TIE} is rounding: "
-                f"{tested.text[:60]!r} against {reference.text[:60]!r}; do not use this file, "
+                f"the GGUF file in f16 and the merged model differ at token {index} of a greedy "
+                f"answer by {gap:.3f} logits; at most {NEAR_TIE} can be rounding "
+                f"({tested.text[:60]!r} against {reference.text[:60]!r}): do not use this file, "
                 "and report the model to llama.cpp"
             )
-        return f"parts from the merged model at token {index}, a near tie ({gap:.4f} in the logits)"
+        return f"differs from the merged model at token {index}, a near tie ({gap:.4f} logits)"
     return None

@@ -134,7 +134,7 @@ def measure(
         device: "cpu" or "cuda".
 
     Raises:
-        ModelError: transformers does not load the model.
+        ModelError: transformers cannot load the model.
         DataError: the dataset has no rows.
         ProofError: the model computes a logit that is not finite.
     """

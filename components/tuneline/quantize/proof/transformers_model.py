@@ -57,7 +57,9 @@ class TransformersModel:
             # Any, because the type of generate's result depends on its flags.
             self._model: Any = _load(model_dir, dtype, device)
         except (OSError, ValueError) as error:
-            raise ModelError(f"transformers does not load {model_dir}: {error}") from error
+            raise ModelError(
+                f"transformers cannot load {model_dir} ({error}): run the step that made it again"
+            ) from error
         ends = self._model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         eos = self.tokenizer.eos_token_id
@@ -117,7 +119,10 @@ class TransformersModel:
             )
         logits = torch.cat(output.logits).float().cpu()
         if not torch.isfinite(logits).all():
-            raise ProofError(f"the model in {self._name} computes logits that are not finite")
+            raise ProofError(
+                f"the model in {self._name} computes logits that are not finite: train with a "
+                "lower train.learning_rate, or use a format with more bits"
+            )
         ids = output.sequences[0, len(prompt_ids) :].tolist()
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         return Generation(prompt_ids=prompt_ids, ids=ids, text=text, logits=logits.numpy())

@@ -2,8 +2,8 @@
 
 They are reduced in this order, as far as needed: smaller micro-batches, with the same examples per
 optimizer step; recomputed activations; and, if the recipe allows it, shorter packs, which cut no
-row. None of these changes what is learned. The order is the same if memory runs out in spite of
-the estimate.
+row. None of these changes what is learned. If memory runs out in spite of the estimate, the first
+two are applied in the same order; packs keep their length.
 """
 
 import dataclasses
@@ -63,10 +63,20 @@ class Plan(StrictModel):
         )
 
     def changes_from(self, other: "Plan") -> str:
-        """Return the settings in which this plan differs from another, for people to read."""
+        """Return a human-readable list of the settings in which this plan differs from another."""
         values = other.model_dump()
         return ", ".join(
             f"{name} {_text(value)} instead of {_text(values[name])}"
+            for name, value in self.model_dump().items()
+            if value != values[name]
+        )
+
+    def as_settings(self, other: "Plan") -> str:
+        """Return the changes from another plan as keys of a recipe and their new values."""
+        sections = {"max_seq_length": "prepare"}
+        values = other.model_dump()
+        return " and ".join(
+            f"{sections.get(name, 'train')}.{name} to {_text(value)}"
             for name, value in self.model_dump().items()
             if value != values[name]
         )
@@ -133,7 +143,7 @@ def run_settings(
     """Return the settings of a run that its memory estimate needs.
 
     Args:
-        config: The recipe's part for training.
+        config: The `train` section of the recipe.
         manifest: Record of the dataset.
         asked: The plan that the recipe asks for.
         itemsize: Bytes per number in the compute type.
@@ -224,8 +234,8 @@ def fitting_plan(
         changes = plan.changes_from(asked)
         if config.fit == "refuse":
             raise RecipeError(
-                f"train: {where}: set {changes}, which needs {estimate.total / GIB:.1f} GiB and "
-                "learns the same, or set train.fit to auto, which makes this change"
+                f"train: {where}: set {plan.as_settings(asked)} (needs {estimate.total / GIB:.1f} "
+                "GiB, same result), or set train.fit to auto, which makes this change"
             )
         logger.warning(
             "%s: using %s, which needs %.1f GiB; every step learns from the same tokens",
@@ -236,8 +246,8 @@ def fitting_plan(
         return filled(plan, estimate)
     raise RecipeError(
         f"train: {where}, and the smallest plan needs {smallest.total / GIB:.1f} GiB: lower "
-        "prepare.max_seq_length or lora.r, use a smaller base model or a larger device, or set "
-        "train.fit to off to try anyway"
+        "prepare.max_seq_length or train.lora.r, use a smaller base model or a larger device, or "
+        "set train.fit to off to try anyway"
     )
 
 

@@ -1,4 +1,4 @@
-"""Read the sizes that decide memory off a base model's config, without its weights."""
+"""Read from a base model's config the sizes that determine memory, without its weights."""
 
 from pathlib import Path
 from typing import Any

@@ -1,1 +1,1 @@
-"""What a run shows of itself: progress, cost, answers of the model, and an HTML page."""
+"""What a training run reports: progress, cost, answers of the model, and an HTML page."""

@@ -61,8 +61,8 @@ def choose_num_ranks(config: TrainConfig, device: str) -> int:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError(
-            f"a launcher has started this process as one of WORLD_SIZE {os.environ['WORLD_SIZE']}, "
-            "but the step starts its ranks itself: run `python -m tuneline.train` without a "
+            f"this process was started by a launcher (WORLD_SIZE={os.environ['WORLD_SIZE']}), but "
+            "train starts its own ranks: run `python -m tuneline.train` without a "
             "launcher and set train.num_ranks"
         )
     num_gpus = torch.cuda.device_count() if device == "cuda" else 0
@@ -147,7 +147,8 @@ def take_part(attempt: Attempt, node: Node, stop: StopRequest) -> None:
     directory, local = attempt.directory, node.local_ranks
     is_first_time = attempt.begin(node.number)
     try:
-        # Only now: node 0 waits for the nodes that have begun, so the directory cannot vanish.
+        # Begin only now, because node 0 waits for the nodes that have begun, so the directory
+        # cannot vanish.
         if attempt.is_over:
             return
         if not is_first_time:
@@ -219,7 +220,7 @@ def _watch(
     is_forwarded = False
     while process.poll() is None and not is_over():
         if stop.is_made and not is_forwarded:
-            # Not to torchrun: it would kill the ranks half a minute after it had passed this on.
+            # Do not send it to torchrun, which would kill the ranks half a minute later.
             is_forwarded = True
             for rank in local:
                 _send(_pid(directory, rank), signal.SIGTERM)

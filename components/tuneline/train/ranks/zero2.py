@@ -59,7 +59,7 @@ def zero2_config(
     """Return DeepSpeed's configuration of a run.
 
     Args:
-        config: The recipe's part for training.
+        config: The `train` section of the recipe.
         micro_batch_size: Examples per forward and backward pass on one rank.
         accumulation_steps: Micro-batches per optimizer step on one rank.
         num_ranks: Number of ranks.

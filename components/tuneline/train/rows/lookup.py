@@ -16,15 +16,15 @@ def rows_of_batches(
     manifest: DatasetManifest,
     packing: bool,
 ) -> list[int]:
-    """Return the rows of train.parquet, from 0, that some micro-batches of a step contain.
+    """Return the indices, from 0, of the train.parquet rows in the given micro-batches of a step.
 
-    Training does not carry row numbers along. This function recomputes the order of the examples,
+    Training does not keep row numbers. This function recomputes the order of the examples,
     and packs the row numbers as the rows were packed.
 
     Args:
         trainer: Trainer of the run.
         step: Number of the optimizer step, from 1.
-        batches: Rank and number within the step of each micro-batch, both from 0.
+        batches: (rank, micro-batch number within the step) pairs, both from 0.
         dataset_dir: Dataset directory that prepare wrote.
         manifest: Record of that dataset.
         packing: Whether the run packs rows.

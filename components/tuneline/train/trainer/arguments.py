@@ -75,7 +75,7 @@ def training_arguments(
     """Return the SFTConfig or DPOConfig of one rank.
 
     Args:
-        config: The recipe's part for training.
+        config: The `train` section of the recipe.
         setup: Decisions of the run, and its plan.
         method: Method of the dataset.
         num_steps: Optimizer steps of the run.

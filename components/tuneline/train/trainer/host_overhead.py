@@ -40,7 +40,10 @@ class QuickStepTrainer(Trainer):
             return super().training_step(model, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return transformers' estimate, parameters times tokens, but count the parameters once."""
+        """Return transformers' FLOP estimate (parameters x tokens).
+
+        The parameters are counted only on the first call.
+        """
         num_tokens = inputs["input_ids"].numel()
         if self._operations_per_token is None:
             self._operations_per_token = super().floating_point_ops(inputs) / num_tokens

@@ -50,9 +50,9 @@ class ResumableTrainer(SharedStepTrainer):
         self.store: CheckpointStore | None = None
         """Where checkpoints are written. None: no checkpoints."""
         self.stop = StopRequest()
-        """The request of this process alone to stop."""
+        """Stop request that this process received; see `agree_to_stop` for all ranks."""
         self.stops = False
-        """Whether all ranks know of a request to stop, see `agree_to_stop`."""
+        """Whether all ranks have agreed to stop."""
         self.embedding_rate: float | None = None
         """Learning rate of modules that are trained in full. None: the same as the adapter's."""
         self._rate_scale = 1.0

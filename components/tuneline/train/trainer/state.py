@@ -46,7 +46,7 @@ class RunState(StrictModel):
     best_eval_loss: float | None = None
     """Lowest evaluation loss."""
     evaluations_since_best: int = 0
-    """Evaluations since then."""
+    """Evaluations since `best_step`."""
     stopped_early: bool = False
     """Whether the run ended before its last step because the evaluation loss no longer fell."""
     loss_since_log: float = 0.0

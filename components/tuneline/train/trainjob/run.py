@@ -45,7 +45,7 @@ def run_on_nodes(
     """Train like `run`, but on the nodes of a TrainJob.
 
     Args:
-        config: The recipe's part for training.
+        config: The `train` section of the recipe.
         nodes: Number of nodes, and resources and settings of their pods.
         base_model_dir: Base model directory that fetch wrote.
         dataset_dir: Dataset directory that prepare wrote.
@@ -84,7 +84,7 @@ def _own_pod() -> tuple[str, str]:
     namespace = own_namespace()
     if not pod or not namespace:
         raise UserError(
-            "this process does not run in a pod of a cluster, which it must to create a TrainJob "
+            "creating a TrainJob requires running in a pod of the cluster "
             f"({POD_VARIABLES[0]} or {NAMESPACE_VARIABLE} is not set): run the recipe with "
             "`tuneline submit`, or set placement.num_nodes to 1"
         )

@@ -131,7 +131,7 @@ def activation_lora_backward(
     xa_TP: Tensor,
     inplace: bool = False,
 ) -> ActivationGradients:
-    """Return the activation's gradients and the LoRA gradients along F, in float32.
+    """Return the gradient of gate and up, and the float32 gradients of down's A and gate_up's B.
 
     Args:
         dh_TF: Gradient of h, the input of down_proj.

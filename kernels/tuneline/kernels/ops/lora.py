@@ -1,8 +1,8 @@
 """LoRA folded into the base GEMM by widening it along K.
 
-A *group* is the linears that share one input: q, k, v; o; gate, up; down. Their outputs are stacked
-(N), their input has width K, and their adapters' ranks lie side by side (R columns, padded with
-zeros to P, a power of two that is at least 64):
+A *group* is the set of linear layers that share one input (q, k, v; or o; or gate, up; or down).
+Their outputs are stacked (N), their input has width K, and their adapters' ranks lie side by side
+(R columns, padded with zeros to P, a power of two that is at least 64):
 
     X' = [X | X A^T]            [T, K + P]
     W' = [W | blockdiag(s B)]   [N, K + P]
@@ -15,8 +15,8 @@ zeros to P, a power of two that is at least 64):
 A bias takes one of the padded columns: ones in X', the bias in W', zeros in A. Neither dX nor an
 adapter's gradient depends on that column.
 
-operands.py holds W' and A in memory. P is at least 64 because cuBLAS loses 2 to 19 % at K + 16 and
-K + 48 (H100), and P is a power of two because one Triton block spans it.
+operands.py holds W' and A in memory. P is at least 64 because cuBLAS is 2 to 19 % slower with
+widths of K + 16 and K + 48 (H100), and P is a power of two because one Triton block spans it.
 
 Shapes: T tokens, K inputs, N outputs of the group, P padded columns, r rank.
 """

@@ -56,13 +56,18 @@ def plan(
     ] = False,
     context: ContextOption = None,
     namespace: Annotated[
-        str, typer.Option(metavar="NAMESPACE", help="Namespace that the runs will use.")
+        str,
+        typer.Option(
+            metavar="NAMESPACE",
+            help="Namespace that the runs will use.",
+            show_default="kubeflow",
+        ),
     ] = "kubeflow",
     service_account: Annotated[
         str | None,
         typer.Option(
             metavar="ACCOUNT",
-            help="Service account the runs will use; checks that it has the permissions they need.",
+            help="Service account that the runs will use; plan checks its permissions.",
         ),
     ] = None,
 ) -> None:
@@ -75,7 +80,7 @@ def plan(
     from tuneline.pipelines.plan.plan import plan as check_plan
 
     if profile is not None and profile not in PROFILES:
-        raise UserError(f"--profile {profile}: there are {', '.join(PROFILES)}")
+        raise UserError(f"--profile {profile} is unknown: choose one of {', '.join(PROFILES)}")
     assignments = [*set_, *([f"placement.profile={profile}"] if profile else [])]
     checks = check_plan(
         find_recipe(recipe, assignments),
@@ -122,11 +127,12 @@ def verify(
 ) -> None:
     """Compare files with the hashes in their records, and list the differences.
 
-    The exit code is 1 if a file or an input differs.
+    The exit code is 1 if a file differs from its record, or an artifact was made from another input
+    than the one in DIRECTORY.
     """
     if not directory.is_dir():
         raise DataError(
-            f"{directory} is no directory: give the directory of a run, of an artifact or of a "
+            f"{directory} is not a directory: give the directory of a run, of an artifact or of a "
             "downloaded repository"
         )
     results = verify_directory(directory)

@@ -115,7 +115,7 @@ def schedule(
     loaded = _load(recipe, set_)
     trigger = schedules.cron_trigger(cron) if cron else schedules.interval_trigger(str(every))
     if cron and len(cron.split()) == 5:
-        say(f"--cron has five fields: KFP gets '{trigger.cron}', with the second first")
+        say(f"--cron has five fields: KFP gets '{trigger.cron}', with seconds first")
     client = runs.connect(host)
     with runs.compiled(loaded) as pipeline:
         scheduled = schedules.schedule(

@@ -133,7 +133,7 @@ def compile_(
             "-o",
             metavar="FILE",
             help="File to write; its name ends in .yaml.",
-            show_default="NAME.yaml, after the recipe",
+            show_default="the recipe's name + .yaml",
         ),
     ] = None,
     set_: SetOption = [],  # noqa: B006, typer copies it
@@ -156,7 +156,9 @@ def compile_(
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output {path}: name a file that ends in .yaml")
     if not path.parent.is_dir():
-        raise UserError(f"--output {path}: there is no directory {path.parent}, make it first")
+        raise UserError(
+            f"--output {path}: the directory {path.parent} does not exist: create it first"
+        )
     if resources is not None:
         version = write_resources(loaded, path, namespace=resources)
         say(f"wrote {path}: version {version}")

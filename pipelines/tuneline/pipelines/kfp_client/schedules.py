@@ -73,14 +73,14 @@ def cron_trigger(text: str) -> Trigger:
     if len(fields) != 6:
         raise UserError(
             f"--cron '{text}' has {len(fields)} fields: write five (minute hour day month "
-            "weekday), e.g. '0 3 * * 1' for Mondays at 3, or six with the second first"
+            "weekday), e.g. '0 3 * * 1' for Mondays at 3, or six, seconds first"
         )
     for value, field in zip(fields, _FIELDS, strict=True):
         _check_field(text, value, *field)
     if not fields[0].isdigit():
         raise UserError(
-            f"--cron '{text}' starts more than one run per minute: the first of six fields is the "
-            "second, give it one number, e.g. 0"
+            f"--cron '{text}' starts more than one run per minute: with six fields, the first one "
+            "is for seconds; set it to a single number, e.g. 0"
         )
     return Trigger(cron=" ".join(fields))
 
@@ -231,7 +231,7 @@ def find_schedule(client: Client, name: str, *, namespace: str | None = None) ->
         )
     others = find_schedules(client, namespace=namespace)
     names = ", ".join(recurring_run.display_name for recurring_run in others)
-    raise UserError(f"no schedule '{name}': there are {names or 'none'}")
+    raise UserError(f"no schedule '{name}'; existing schedules: {names or 'none'}")
 
 
 def is_enabled(recurring_run: Any) -> bool:

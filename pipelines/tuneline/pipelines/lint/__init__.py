@@ -1,1 +1,1 @@
-"""Check compiled pipelines and Kubernetes manifests for security faults."""
+"""Check compiled pipelines and Kubernetes manifests for security problems."""

@@ -81,7 +81,9 @@ def lint_documents(documents: list[Any]) -> list[Finding]:
     """
     numbered = [(number, doc) for number, doc in enumerate(documents, 1) if doc is not None]
     if not numbered:
-        raise RecipeError("there is no document in it: give a compiled pipeline or a manifest")
+        raise RecipeError(
+            "the file contains no YAML document: give a compiled pipeline or a manifest"
+        )
     platform: dict[str, Any] = next((doc for _, doc in numbered if _is_platform(doc)), {})
     findings = []
     for number, document in numbered:
@@ -131,7 +133,7 @@ def _walk(
 
 
 def _check_value(path: str, key: str, value: Any, parent: Any) -> Problems:
-    """Yield the problems of a value that is forbidden in any kind of document."""
+    """Yield problems of one value that is forbidden in every kind of document."""
     if isinstance(value, str):
         yield from _secrets(path, key, value, parent)
     if key == "image" and isinstance(value, str) and isinstance(parent, dict):

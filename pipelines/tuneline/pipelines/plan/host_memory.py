@@ -21,8 +21,8 @@ CONVERTED_BYTES = 6
 COPIED_FRACTION = 0.8
 """Fraction of the weights that are copied in the formats below; other tensors have other types."""
 COPIED = ("q4", "iq4_nl", "q2_k")
-"""Formats that llama.cpp copies into another order for a CPU's wide registers. On an EPYC with
-AVX-512, it computes other formats from the mapped file. On ARM and with AMX, it copies q8_0 too."""
+"""Formats whose weights llama.cpp repacks into a copy for SIMD instructions (measured on an EPYC
+with AVX-512). On ARM and with AMX it also repacks q8_0."""
 ROWS_COMPARED = 5
 """Rows of logits in addition to the reference's: those of an export for one row, the logarithms of
 both, and intermediate results."""

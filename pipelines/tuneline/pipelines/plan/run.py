@@ -53,9 +53,9 @@ def run(
     Path(summary_path).write_text(markdown_page(checks), encoding="utf-8")
     failed = [check for check in checks if check.verdict == "fail"]
     if failed:
-        faults = "; ".join(f"{check.name}: {check.words}" for check in failed)
+        problems = "; ".join(f"{check.name}: {check.words}" for check in failed)
         advice = "; ".join(dict.fromkeys(check.advice for check in failed if check.advice))
-        raise UserError(f"this run cannot work as configured: {faults}. What to change: {advice}")
+        raise UserError(f"this run cannot work as configured: {problems}. What to change: {advice}")
     return checks
 
 
