@@ -97,6 +97,8 @@ def training_figures(summary: TrainingSummary) -> list[Figure]:
 
 
 def _part(num_trainable: int, num_parameters: int) -> str:
+    if not num_parameters:  # the base model's record does not know
+        return parameters(num_trainable)
     fraction = percent(num_trainable / num_parameters)
     return f"{parameters(num_trainable)} of {parameters(num_parameters)} ({fraction})"
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from tuneline.errors import ToolError
+from tuneline.runtime.signals import deferred_signals
 
 ADVICE_ON_SIGTERM = ", and nothing of the export was kept: run it again"
 """Rest of the message of a step that SIGTERM stopped."""
@@ -75,26 +76,30 @@ def run_to_end(
         captured: True returns the program's output; False passes it to the step's own output.
     """
     output = subprocess.PIPE if captured else None
-    with subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
-        text=True,
-        errors="replace",
-        # gptqmodel's progress bars query the terminal, which would stop a background job.
-        start_new_session=True,
-    ) as process:
-        try:
-            out, err = process.communicate()
-        except BaseException:
+    process: subprocess.Popen[str] | None = None
+    try:
+        # A signal while the program starts would leave it running, with a process ID unknown here.
+        with deferred_signals():
+            process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                text=True,
+                errors="replace",
+                # gptqmodel's progress bars query the terminal, which would stop a background job.
+                start_new_session=True,
+            )
+        out, err = process.communicate()
+    except BaseException:
+        if process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             # Popen does not wait after an interrupt, and the child's files are removed next.
             process.wait()
-            raise
+        raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 

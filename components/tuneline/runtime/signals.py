@@ -1,4 +1,4 @@
-"""SIGTERM as an exception, so that a step stops whatever it is waiting for."""
+"""SIGTERM as an exception, so that a step stops whatever it waits for; and signals put off."""
 
 import contextlib
 import signal
@@ -7,6 +7,30 @@ from collections.abc import Iterator
 from typing import Any
 
 from tuneline.errors import StoppedError
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Deliver SIGINT and SIGTERM only after the body, for code that must not be interrupted.
+
+    Outside the main thread, where Python never runs signal handlers, this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for caught in received:
+        signal.raise_signal(caught)
 
 
 @contextlib.contextmanager
