@@ -245,7 +245,7 @@ def test_a_file_survives_the_round_trip(tmp_path: Path) -> None:
 
 
 def test_what_is_no_matrix(f16_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match="holds no importance matrix"):
+    with pytest.raises(ToolError, match="contains no importance matrix"):
         importance_file.read(f16_dir / "model-F16.gguf")
     (tmp_path / FILE).write_bytes(b"no")
     with pytest.raises(ToolError, match="not a GGUF file"):

@@ -117,7 +117,10 @@ def test_no_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("broken", [float("nan"), 5.0])
 def test_a_bound_holds_numbers_that_are_not_finite_too(broken: float) -> None:
     found = quality.Quality(broken, 0.5, 2.0, 1.5, 8)
-    with pytest.raises(ProofError, match=rf"q8_0 is {broken:g} nats .* at 50\.0% of positions"):
+    with pytest.raises(
+        ProofError,
+        match=rf"q8_0 has a mean KL divergence of {broken:g} nats .* at 50\.0% of positions",
+    ):
         quality.check_bounds(found, FORMATS["q8_0"].bound, "q8_0")
     with pytest.raises(ProofError, match=r"at least 93\.0%"):
         quality.check_bounds(dataclasses.replace(found, mean_kl=0.0), FORMATS["q8_0"].bound, "q8_0")
@@ -217,7 +220,9 @@ def test_a_long_prompt_is_cut_as_the_rows_are(
 
 def test_weights_of_another_model(f16_file: Path, reference: Reference) -> None:
     other = [torch.roll(logits, 1, dims=-1) for logits in reference.logits]
-    with pytest.raises(ProofError, match="export f16 is .* nats per token"):
+    with pytest.raises(
+        ProofError, match="export f16 has a mean KL divergence of .* nats per token"
+    ):
         prove(f16_file, dataclasses.replace(reference, logits=other))
 
 
