@@ -121,3 +121,10 @@ def test_the_names_in_kfp_stay() -> None:
 @pytest.mark.parametrize("name", ["energy_kwh", "cost", "eval_gap", "num_skipped_steps", "fitted"])
 def test_what_was_not_measured_is_left_out(name: str) -> None:
     assert name not in {figure.name for figure in training_figures(new_summary())}
+
+
+def test_an_unknown_number_of_parameters_has_no_percentage() -> None:
+    shown = {
+        figure.label: figure.text for figure in training_figures(new_summary(num_parameters=0))
+    }
+    assert shown["Trainable parameters"] == "10"
