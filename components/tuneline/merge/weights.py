@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -166,7 +166,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, adapter
     """
     ours = tokenizer.get_vocab()
     if any((adapter_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        theirs = AutoTokenizer.from_pretrained(str(adapter_dir)).get_vocab()
+        other = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(str(adapter_dir)))
+        theirs = other.get_vocab()
         if ours != theirs:
             odd = sorted(set(ours.items()) ^ set(theirs.items()))
             raise ModelError(

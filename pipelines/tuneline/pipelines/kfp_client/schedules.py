@@ -20,8 +20,8 @@ MIN_INTERVAL_SECONDS = 60
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _MARK = re.compile(r"\[tuneline ([0-9a-f]{16})\]")
 
-_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
-_DAYS = "sun mon tue wed thu fri sat".split()
+_MONTHS: list[str] = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+_DAYS: list[str] = "sun mon tue wed thu fri sat".split()
 # Name, smallest value, largest value, and names of the values from the smallest on.
 _FIELDS: list[tuple[str, int, int, list[str]]] = [
     ("second", 0, 59, []),
