@@ -166,9 +166,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, adapter
     """
     ours = tokenizer.get_vocab()
     if any((adapter_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        # Any: transformers' types give every attribute the type of a special token too.
-        other = cast(Any, AutoTokenizer.from_pretrained(str(adapter_dir)))
-        theirs: dict[str, int] = other.get_vocab()
+        theirs = AutoTokenizer.from_pretrained(str(adapter_dir)).get_vocab()
         if ours != theirs:
             odd = sorted(set(ours.items()) ^ set(theirs.items()))
             raise ModelError(
@@ -180,7 +178,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, adapter
     size = (settings.get("text_config") or settings).get("vocab_size")
     beyond = sorted(token for token, index in ours.items() if size is not None and index >= size)
     # Gemma-3 1B has a token for images, for which its text model has no embedding.
-    strange = [token for token in beyond if token not in tokenizer.get_added_vocab()]
+    # Any: PreTrainedTokenizerBase declares no get_added_vocab, which both kinds of tokenizer have.
+    strange = [token for token in beyond if token not in cast(Any, tokenizer).get_added_vocab()]
     if strange:
         raise ModelError(
             f"the base model's tokenizer has {len(strange)} tokens, first {strange[0]!r}, with IDs "
