@@ -37,7 +37,11 @@ def load_tokenizer(model_dir: str | Path) -> Any:
         ) from None
 
 
-class TemplatedHFLM(HFLM):
+# Any: the decorator that registers HFLM erases its type.
+_HFLM: Any = cast(Any, HFLM)
+
+
+class TemplatedHFLM(_HFLM):
     """lm-eval's Hugging Face model, which can also take prompts that are already templated.
 
     lm-eval moves white space at the end of a prompt into the answer, so for ChatML the newline

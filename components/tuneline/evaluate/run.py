@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lm_eval import evaluator
 
@@ -147,7 +147,8 @@ def _measure(
             bootstrap_iters=0,
             log_samples=True,
         )
-    return sorted(result["samples"].items())
+    # Any: the type allows None, for ranks other than 0, and results without samples.
+    return sorted(cast(Any, result)["samples"].items())
 
 
 @contextlib.contextmanager

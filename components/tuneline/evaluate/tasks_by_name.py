@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import datasets
+from datasets.exceptions import DatasetNotFoundError
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -31,7 +31,7 @@ class TaskFinder:
     """
 
     def __init__(self, names: tuple[str, ...], task_dir: str | None = None) -> None:
-        paths = [heldout.TASKS_DIR]
+        paths: list[str | Path] = [heldout.TASKS_DIR]
         if task_dir is not None:
             path = Path(task_dir).expanduser().resolve()
             if not path.is_dir():
@@ -76,7 +76,7 @@ class TaskFinder:
         try:
             tasks: dict[str, Any] = self.manager.load([spec])["tasks"]
             return tasks
-        except (ConnectionError, datasets.exceptions.DatasetNotFoundError, OSError) as error:
+        except (ConnectionError, DatasetNotFoundError, OSError) as error:
             raise HubError(
                 f"the data of task '{name}' are not on this machine and could not be fetched "
                 f"({_first_line(error)}): run once with network access, so that they "

@@ -253,7 +253,7 @@ def interval_chart(
     """
     if not rows:
         return _empty(title, "no comparisons")
-    full = [IntervalRow(*row) for row in rows]
+    full = [row if isinstance(row, IntervalRow) else IntervalRow(*row) for row in rows]
     values = [value for row in full for value in (row.base, row.tuned)]
     low, high = min(values), max(values)
     if low >= 0 and high <= 1:

@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -178,7 +178,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, adapter
     size = (settings.get("text_config") or settings).get("vocab_size")
     beyond = sorted(token for token, index in ours.items() if size is not None and index >= size)
     # Gemma-3 1B has a token for images, for which its text model has no embedding.
-    strange = [token for token in beyond if token not in tokenizer.get_added_vocab()]
+    # Any: PreTrainedTokenizerBase declares no get_added_vocab, which both kinds of tokenizer have.
+    strange = [token for token in beyond if token not in cast(Any, tokenizer).get_added_vocab()]
     if strange:
         raise ModelError(
             f"the base model's tokenizer has {len(strange)} tokens, first {strange[0]!r}, with IDs "

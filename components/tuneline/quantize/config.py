@@ -11,12 +11,12 @@ from tuneline.strict_model import StrictModel
 GgufFormat = Annotated[
     str,
     AfterValidator(functools.partial(formats.check_name, kind="gguf")),
-    Field(json_schema_extra={"enum": formats.names("gguf")}),
+    Field(json_schema_extra={"enum": [*formats.names("gguf")]}),
 ]
 GptqFormat = Annotated[
     str,
     AfterValidator(functools.partial(formats.check_name, kind="gptq")),
-    Field(json_schema_extra={"enum": formats.names("gptq")}),
+    Field(json_schema_extra={"enum": [*formats.names("gptq")]}),
 ]
 AnyFormat = Annotated[str, AfterValidator(formats.check_name)]
 

@@ -6,6 +6,7 @@ its service account.
 
 import os
 from pathlib import Path
+from typing import Any, cast
 
 import urllib3
 import yaml
@@ -61,7 +62,8 @@ def connect(
                 f"no Kubernetes cluster: there is no {files}, and this is not a pod; set "
                 "KUBECONFIG, or log in as for kubectl"
             ) from None
-    settings.retries = urllib3.Retry(
+    # The client takes urllib3's object too; its type says only a number.
+    cast(Any, settings).retries = urllib3.Retry(
         total=num_retries,
         backoff_factor=backoff_seconds,
         status_forcelist=AWAY,

@@ -18,6 +18,7 @@ file.
 """
 
 from collections.abc import Callable
+from typing import Any, cast
 
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
@@ -53,11 +54,13 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
             except the retries, which would make a person wait for minutes for a wrong name.
     """
 
-    def placed(component: Callable[..., dsl.PipelineTask], **arguments: object) -> dsl.PipelineTask:
+    def placed(function: Callable[..., Any], **arguments: object) -> dsl.PipelineTask:
+        # The types of kfp's decorators say that the function stays one.
+        component = cast(BaseComponent, function)
         task = component(**arguments)
         if not on_cluster:
             return task
-        return place(task, component.name, recipe.placement)  # type: ignore[attr-defined]
+        return place(task, component.name, recipe.placement)
 
     on_nodes = None
     if on_cluster and recipe.placement.num_nodes > 1:
@@ -158,7 +161,7 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
                     publish, target=publish_to, config=publish_config, **everything
                 ).set_caching_options(False)
 
-    return line
+    return cast(BaseComponent, line)
 
 
 # Each kind of export is a nested pipeline, because a condition (here: promoted) accepts the output
@@ -185,10 +188,9 @@ def _export_gguf(
                 dataset=dataset,
                 **weighed,
             )
-        collected: list[dsl.Model] = dsl.Collected(task.outputs["quantized"])
-        return collected
+        return cast(list[dsl.Model], dsl.Collected(task.outputs["quantized"]))
 
-    return export_gguf
+    return cast(BaseComponent, export_gguf)
 
 
 def _export_gptq(
@@ -200,10 +202,9 @@ def _export_gptq(
     ) -> list[dsl.Model]:
         with dsl.ParallelFor(list(quantize.gptq), name="formats") as item:
             task = placed(quantize_gptq, format=item, config=config, merged=merged, dataset=dataset)
-        collected: list[dsl.Model] = dsl.Collected(task.outputs["quantized"])
-        return collected
+        return cast(list[dsl.Model], dsl.Collected(task.outputs["quantized"]))
 
-    return export_gptq
+    return cast(BaseComponent, export_gptq)
 
 
 EXPORTERS: dict[

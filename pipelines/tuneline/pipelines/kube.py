@@ -8,7 +8,7 @@ import socket
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import urllib3
 from kubernetes import client
@@ -21,6 +21,9 @@ BACKOFF_SECONDS = 1.0
 """Base of the wait between tries: the six retries wait 0, 2, 4, 8, 16 and 32 times as long."""
 LOG_LINES = 200
 """Lines at the end of a container's log that are read."""
+
+# Any: the types of the generated client are unions with what its other modes return.
+_apis = cast(Any, client)
 
 
 class Kube:
@@ -35,8 +38,8 @@ class Kube:
         self.namespace = namespace
         self._api = connect(context=context, num_retries=6, backoff_seconds=BACKOFF_SECONDS)
         self.host = self._api.configuration.host
-        self._core = client.CoreV1Api(self._api)
-        self._custom = client.CustomObjectsApi(self._api)
+        self._core = _apis.CoreV1Api(self._api)
+        self._custom = _apis.CustomObjectsApi(self._api)
 
     def answers(self, seconds: float) -> bool:
         """Return whether the server accepts a connection within `seconds`.
@@ -54,7 +57,7 @@ class Kube:
     def version(self) -> str:
         """Return the server's version, e.g. v1.32.4."""
         with self._explained("its version"):
-            version: str = client.VersionApi(self._api).get_code().git_version
+            version: str = _apis.VersionApi(self._api).get_code().git_version
         return version
 
     def may(self, right: "Right", *, account: str | None = None) -> bool:
@@ -71,7 +74,7 @@ class Kube:
             group=right.group,
             subresource=right.subresource,
         )
-        reviews = client.AuthorizationV1Api(self._api)
+        reviews = _apis.AuthorizationV1Api(self._api)
         with self._explained("access rules"):
             if account is None:
                 review = reviews.create_self_subject_access_review(
@@ -106,7 +109,7 @@ class Kube:
         """
         with self._explained(f"customresourcedefinition {crd}"):
             try:
-                definition = client.ApiextensionsV1Api(self._api).read_custom_resource_definition(
+                definition = _apis.ApiextensionsV1Api(self._api).read_custom_resource_definition(
                     crd
                 )
             except client.ApiException as error:

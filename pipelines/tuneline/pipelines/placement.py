@@ -49,6 +49,7 @@ def place(task: PipelineTask, name: str, config: PlacementConfig) -> PipelineTas
             backoff_max_duration="600s",
         )
     if config.registry != images.REGISTRY:
+        assert task.container_spec is not None
         task.set_container_image(images.in_registry(task.container_spec.image, config.registry))
     if name == "train-on-nodes" and config.shared_claim:
         kubernetes.mount_pvc(task, config.shared_claim, SHARED_PATH)

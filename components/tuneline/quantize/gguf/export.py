@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tuneline.artifacts import ImportanceMatrix, MergeProof, QuantizedModel
 from tuneline.errors import ToolError
@@ -164,14 +164,16 @@ def _prove(file: Path, *, format: str, reference: "Reference", bound: Bound) -> 
 def _quantise(source: Path, file: Path, format: str, importance: Path | None) -> None:
     import llama_cpp
 
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{format.upper()}")
+    # Any: the types of llama-cpp-python miss the array and the reference that ctypes accepts.
+    api = cast(Any, llama_cpp)
+    parameters = api.llama_model_quantize_default_params()
+    parameters.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{format.upper()}")
     parameters.nthread = len(os.sched_getaffinity(0))
     # The parameters only point to the entries, so `entries` has to live until the call returns.
     entries = _entries(importance) if importance else None
     if entries is not None:
         parameters.imatrix = entries
-    failed = llama_cpp.llama_model_quantize(
+    failed = api.llama_model_quantize(
         os.fsencode(source), os.fsencode(file), ctypes.byref(parameters)
     )
     if failed:

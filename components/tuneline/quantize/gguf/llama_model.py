@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import llama_cpp
 import numpy
@@ -37,7 +37,7 @@ class LlamaFile:
         Raises:
             ProofError: llama.cpp cannot load the file.
         """
-        self._api: Any = llama_cpp
+        self._api = cast(Any, llama_cpp)
         self._name = file.name
         self.num_threads = num_threads()
         try:
@@ -57,7 +57,7 @@ class LlamaFile:
                 "report the model to llama.cpp"
             ) from error
         self._vocab = llama_cpp.llama_model_get_vocab(self._model.model)
-        self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+        self.adds_bos = bool(self._api.llama_vocab_get_add_bos(self._vocab))
         self.chat_template = self._model.metadata.get(TEMPLATE_KEY, "")
 
     def __enter__(self) -> Self:

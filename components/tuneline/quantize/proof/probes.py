@@ -109,7 +109,7 @@ _MIXED = _WORDS + _DIGITS + _CODE + _KOREAN + _SCRIPTS + _EMOJI
 
 def texts() -> list[str]:
     """Return at least 200 different texts: words, digits, code, scripts, emoji, white space."""
-    probes = list(_MIXED)
+    probes: list[str] = list(_MIXED)
     probes += _SPACES
     probes += [f"a{space}b" for space in _SPACES]
     # Tokenizers treat spaces at the beginning and the end of a text differently.

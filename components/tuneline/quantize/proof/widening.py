@@ -18,7 +18,7 @@ import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -91,7 +91,7 @@ def widen(model: torch.nn.Module) -> None:
             forward = functools.partial(_embedding, module, forward)
         else:
             forward = functools.partial(_widened, module, forward, narrow)
-        module.forward = forward
+        cast(Any, module).forward = forward
 
 
 def _looks_up(module: torch.nn.Module) -> bool:

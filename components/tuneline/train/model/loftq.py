@@ -10,7 +10,7 @@ a scale of one only. This version runs on any device, and divides by the adapter
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes.functional as bnb
 import peft
@@ -44,13 +44,14 @@ def start_from_error(model: peft.PeftModel, base_model_dir: str | Path) -> None:
                 )
             with safe_open(files[f"{name}.weight"], framework="pt") as tensors:
                 weight = tensors.get_tensor(f"{name}.weight")
-            packed: Any = layer.get_base_layer().weight
+            adapted = cast(Any, layer)
+            packed = adapted.get_base_layer().weight
             kept = bnb.dequantize_4bit(packed.data, packed.quant_state).float()
             error = weight.to(kept.device).float() - kept
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            a, b = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
             down, up = low_rank(error, a.shape[0])
             a.copy_(down)
-            b.copy_(up / layer.scaling["default"])
+            b.copy_(up / adapted.scaling["default"])
             before += float(error.square().sum())
             after += float((error - up @ down).square().sum())
             count += 1

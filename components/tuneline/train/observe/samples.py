@@ -100,7 +100,8 @@ def ask_before_and_after(
     """
     if not prompts or not num_tokens:
         return []
-    stops = {tokenizer.eos_token_id, tokenizer.get_vocab().get(end_of_turn)} - {None}
+    ends = (tokenizer.eos_token_id, tokenizer.get_vocab().get(end_of_turn))
+    stops = {token for token in ends if isinstance(token, int)}
     device = next(model.parameters()).device
     longest = max(len(ids) for ids, _ in prompts)
     padding = tokenizer.pad_token_id or 0

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from transformers import TrainerCallback
@@ -152,7 +152,15 @@ class TelemetryCallback(TrainerCallback):
         self._time, self._joules = now, joules
 
 
-def costs(run_state: RunState, price_per_hour: float | None) -> dict[str, float | None]:
+class Costs(TypedDict):
+    """The fields of TrainingSummary for device hours, energy and cost."""
+
+    device_hours: float
+    energy_kwh: float | None
+    cost: float | None
+
+
+def costs(run_state: RunState, price_per_hour: float | None) -> Costs:
     """Return the fields of TrainingSummary for device hours, energy and cost.
 
     Args:

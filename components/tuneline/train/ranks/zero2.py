@@ -104,9 +104,13 @@ def save_state(trainer: Any, directory: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in _trained(trainer):
         # Each getter is a collective operation, so every rank calls it for every parameter.
-        tensors[f"{name}:weight"] = safe_get_full_fp32_param(parameter).cpu()
+        weight = safe_get_full_fp32_param(parameter)
+        assert weight is not None
+        tensors[f"{name}:weight"] = weight.cpu()
         for moment in names:
-            tensors[f"{name}:{moment}"] = safe_get_full_optimizer_state(parameter, moment).cpu()
+            values = safe_get_full_optimizer_state(parameter, moment)
+            assert values is not None
+            tensors[f"{name}:{moment}"] = values.cpu()
     if trainer.args.should_save:
         torch.save({"step": int(steps[0]) if steps else 0, **tensors}, directory / STATE_FILE)
         torch.save(trainer.lr_scheduler.state_dict(), directory / _SCHEDULER_FILE)

@@ -13,6 +13,7 @@ one of the same step, and the trainer gives its loss the weight zero.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import pyarrow.compute
 import torch
@@ -110,8 +111,9 @@ class StepBatches:
 def row_lengths(rows: Dataset) -> list[int]:
     """Return the number of tokens of every row, summed over all columns of token IDs."""
     names = [name for name in rows.column_names if name.endswith("ids")]
-    table = rows.with_format("arrow")[:]
-    columns = [pyarrow.compute.list_value_length(table.column(name)).to_pylist() for name in names]
+    table = cast(Any, rows.with_format("arrow")[:])
+    compute = cast(Any, pyarrow.compute)
+    columns = [compute.list_value_length(table.column(name)).to_pylist() for name in names]
     return [sum(counts) for counts in zip(*columns, strict=True)]
 
 

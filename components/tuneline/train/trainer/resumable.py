@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -144,10 +144,11 @@ class ResumableTrainer(SharedStepTrainer):
         if self._rate_scale == 1.0:
             return
         assert self.optimizer is not None and self.lr_scheduler is not None
-        for group in self.optimizer.param_groups:
+        # Any: the types allow DeepSpeed's placeholders, which no run has.
+        optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+        for group in optimizer.param_groups:
             group["lr"] *= self._rate_scale
             group["initial_lr"] *= self._rate_scale
-        scheduler = self.lr_scheduler
         scheduler.base_lrs = [rate * self._rate_scale for rate in scheduler.base_lrs]
         scheduler._last_lr = [rate * self._rate_scale for rate in scheduler._last_lr]
         self._rate_scale = 1.0

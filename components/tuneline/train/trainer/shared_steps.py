@@ -1,7 +1,7 @@
 """A trainer that divides its steps over ranks, which together learn what one rank would."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -137,7 +137,7 @@ class SharedStepTrainer(QuickStepTrainer):
         # Not with accelerate, which deals out batches in their order and fills the last ones with
         # rows from the start of the dataset.
         return _EpochLoader(
-            self._remove_unused_columns(rows),
+            cast(Any, self._remove_unused_columns(rows)),
             batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,

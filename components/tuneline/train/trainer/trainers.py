@@ -1,7 +1,7 @@
 """TRL's trainers for examples that are tokens, with a loss that does not depend on batching."""
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -69,7 +69,7 @@ class PreferenceTrainer(GuardedTrainer, DPOTrainer):
         super().__init__(*args, **kwargs)
         if collectives.num_ranks() > 1:
             # TRL gathers its metrics example by example, and ranks may differ by an example.
-            self.accelerator.gather = collectives.concatenated
+            cast(Any, self.accelerator).gather = collectives.concatenated
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         # DPOTrainer 1.16 has no option for tokenised examples: it would look for texts.

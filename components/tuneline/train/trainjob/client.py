@@ -25,9 +25,10 @@ class TrainJobs:
 
     def __init__(self, api: client.ApiClient, namespace: str) -> None:
         self.namespace = namespace
-        self._api = api
-        self._core = client.CoreV1Api(api)
-        self._custom = client.CustomObjectsApi(api)
+        # Any: the types of the generated client are unions with what its other modes return.
+        self._api: Any = api
+        self._core: Any = client.CoreV1Api(api)
+        self._custom: Any = client.CustomObjectsApi(api)
         self._where = (GROUP, VERSION, namespace, PLURAL)
 
     def supported(self) -> set[str]:

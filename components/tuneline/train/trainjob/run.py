@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 POD_VARIABLES = (POD_NAME_VARIABLE, "HOSTNAME")
 """Environment variables with the name of this pod: KFP sets the first, Kubernetes the second."""
 
-LABELS = dict([PART_OF_LABEL, (STEP_LABEL, "train")])
+LABELS: dict[str, str] = dict([PART_OF_LABEL, (STEP_LABEL, "train")])
 
 
 def run_on_nodes(

@@ -67,7 +67,9 @@ def split_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return views of [T, N]: q [B, L, H, D], k and v [B, L, G, D]."""
     heads_BLND = qkv_TN.view(shape[0], shape[1], -1, config.head_dim)
-    return heads_BLND.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], 2)
+    sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+    q, k, v = heads_BLND.split(sizes, 2)
+    return q, k, v
 
 
 def complete(

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -83,8 +83,9 @@ class Room:
             return None
         rounded = -(-num_tokens // 128) * 128
         # The unused tokens at the end are one more sequence.
-        sequences = triton.next_power_of_2(len(plan.sequence_lengths) + 1)
-        return cls(rounded, sequences, triton.next_power_of_2(max(128, *plan.sequence_lengths)))
+        sequences = cast(int, triton.next_power_of_2(len(plan.sequence_lengths) + 1))
+        longest = cast(int, triton.next_power_of_2(max(128, *plan.sequence_lengths)))
+        return cls(rounded, sequences, longest)
 
     def plan(self, device: torch.device) -> AttentionPlan:
         """Return the plan that a graph is captured with; its bounds are set before each replay."""

@@ -7,14 +7,14 @@ the kernels compute in float32 and float64 is used to compute the exact result.
 """
 
 import torch
-import triton
+from triton import knobs
 
 
 def use_kernel(x: torch.Tensor) -> bool:
     """Return whether an op whose main input is `x` runs its kernel."""
     if x.dtype == torch.float64:
         return False
-    return x.is_cuda or (x.device.type == "cpu" and bool(triton.knobs.runtime.interpret))
+    return x.is_cuda or (x.device.type == "cpu" and bool(knobs.runtime.interpret))
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,9 @@ atomics, so the same inputs give the same bits.
 Shapes: dh [T, F]; gate_up [T, 2 F], the gate first; G, XA [T, P] with the ranks side by side.
 """
 
+# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass

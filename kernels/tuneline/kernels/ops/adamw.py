@@ -13,6 +13,9 @@ positive v never rounds to 0, because m / eps would then move the parameter far 
 Sums have a fixed order, so the same gradients give the same bits.
 """
 
+# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -12,6 +12,9 @@ here waits for the device.
 Shapes: hidden [..., K], weight [V, K], labels [...]; T tokens in total, C tokens per chunk.
 """
 
+# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 import torch
 import triton
 import triton.language as tl

@@ -18,9 +18,13 @@ Shapes: T tokens of all sequences, laid end to end; q, o [T, H, D]; k, v [T, G, 
 heads per key head; cu_seqlens [S + 1] int32; lse, delta [H, T] float32.
 """
 
+# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import triton
@@ -244,7 +248,7 @@ def _sizes(
     head_dim, shared = q.shape[2], q.shape[1] // k.shape[1]
     return {
         "D": head_dim,
-        "WIDTH": max(16, triton.next_power_of_2(head_dim)),
+        "WIDTH": max(16, cast(int, triton.next_power_of_2(head_dim))),
         "SHARED": shared,
         "PACK": _pack(shared, blocks),
         "WINDOW": window or 0,

@@ -13,6 +13,9 @@ dimension last, which is why the transposed copy exists.
 Shapes: x [T, K]; W [N, K]; scales float32, one per row.
 """
 
+# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import dataclasses

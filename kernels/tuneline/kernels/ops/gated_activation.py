@@ -14,6 +14,9 @@ because 0.5 (1 + tanh(u)) = sigmoid(2 u). Everything is computed in float32 and 
 Shapes: gate_up [..., 2 F] with the gate e first, or a pair (e, g) of [..., F]; h [..., F].
 """
 
+# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from typing import Literal
 
 import torch
@@ -146,8 +149,9 @@ def gated_activation_backward(
     elif isinstance(gate_up, torch.Tensor):
         d_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     else:
-        d_gate_up = tuple(
-            torch.empty_like(t, memory_format=torch.contiguous_format) for t in gate_up
+        d_gate_up = (
+            torch.empty_like(gate_up[0], memory_format=torch.contiguous_format),
+            torch.empty_like(gate_up[1], memory_format=torch.contiguous_format),
         )
     e_TF, g_TF = _split(gate_up)
     de_TF, dg_TF = _split(d_gate_up)

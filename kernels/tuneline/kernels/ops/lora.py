@@ -21,10 +21,14 @@ widths of K + 16 and K + 48 (H100), and P is a power of two because one Triton b
 Shapes: T tokens, K inputs, N outputs of the group, P padded columns, r rank.
 """
 
+# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import triton
@@ -101,7 +105,7 @@ class LoraGroup:
     def num_columns(self) -> int:
         """P: columns of ranks and bias, padded; zero without adapters and biases."""
         used = self.rank + self.has_bias
-        return max(MIN_ADAPTER_COLUMNS, triton.next_power_of_2(used)) if used else 0
+        return max(MIN_ADAPTER_COLUMNS, cast(int, triton.next_power_of_2(used))) if used else 0
 
     def blocks(self, db_NP: Tensor) -> list[Tensor]:
         """Return the diagonal blocks of dY^T (X A^T): [N, r] of each linear."""

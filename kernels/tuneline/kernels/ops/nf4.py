@@ -13,6 +13,9 @@ One launch fills the operand of an augmented matrix product:
     lora_a [R, K]:  out [N + P, K] = [W ; A ; 0]
 """
 
+# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 import dataclasses
 from typing import Any
 

@@ -13,6 +13,9 @@ Shapes: x, residual, y [..., K]; weight [K]; rstd [T] float32, T the product of 
 sizes.
 """
 
+# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from typing import overload
 
 import torch

@@ -13,6 +13,9 @@ Shapes: q [B, T, H, D] and k [B, T, Hk, D], with unit stride along D and any oth
 transformers holds [B, H, T, D]: pass q.transpose(1, 2).
 """
 
+# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 import torch
 import triton
 import triton.language as tl

@@ -17,7 +17,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import kfp
 import kfp_server_api
@@ -52,7 +52,11 @@ LOG_PATHS = (
 )
 
 
-class Client(kfp.Client):  # type: ignore[misc, unused-ignore]  # kfp has no types
+# Any: kfp.Client declares optional arguments without None, and its results as unions.
+_KfpClient: Any = cast(Any, kfp.Client)
+
+
+class Client(_KfpClient):  # type: ignore[misc, unused-ignore]  # kfp has no types
     """A kfp.Client that checks the server's health once, not repeatedly for 25 seconds."""
 
     def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:

@@ -9,6 +9,7 @@ that scheduling the same content twice changes nothing.
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ MIN_INTERVAL_SECONDS = 60
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _MARK = re.compile(r"\[tuneline ([0-9a-f]{16})\]")
 
-_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
-_DAYS = "sun mon tue wed thu fri sat".split()
+_MONTHS: Sequence[str] = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+_DAYS: Sequence[str] = "sun mon tue wed thu fri sat".split()
 # Name, smallest value, largest value, and names of the values from the smallest on.
-_FIELDS: list[tuple[str, int, int, list[str]]] = [
+_FIELDS: list[tuple[str, int, int, Sequence[str]]] = [
     ("second", 0, 59, []),
     ("minute", 0, 59, []),
     ("hour", 0, 23, []),
@@ -86,7 +87,7 @@ def cron_trigger(text: str) -> Trigger:
 
 
 def _check_field(
-    text: str, value: str, name: str, smallest: int, largest: int, names: list[str]
+    text: str, value: str, name: str, smallest: int, largest: int, names: Sequence[str]
 ) -> None:
     values = {word: smallest + index for index, word in enumerate(names)}
     for part in value.lower().split(","):

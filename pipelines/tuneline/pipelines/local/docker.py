@@ -23,12 +23,13 @@ def check_images(recipe: Recipe) -> None:
         UserError: an image is missing.
     """
     import docker
+    from docker import errors
 
     try:
         client = docker.from_env()
         present = {tag for image in client.images.list() for tag in image.tags}
         client.close()
-    except (docker.errors.DockerException, OSError) as error:
+    except (errors.DockerException, OSError) as error:
         raise ToolError(
             f"no container engine answers ({' '.join(str(error).split())[:200]}): start Docker, or "
             "set DOCKER_HOST to the socket of another engine"
@@ -44,16 +45,17 @@ def check_images(recipe: Recipe) -> None:
 def stop_containers(run_dir: str) -> None:
     """Stop the containers of a run, which outlive the process that waits for them."""
     import docker
+    from docker import errors
 
     client = docker.from_env(timeout=STOP_SECONDS + 30)
     running = client.containers.list(filters={"label": f"{RUN_LABEL}={run_dir}"})
     # A container that ended in the meantime is not an error.
     for container in running:
-        with contextlib.suppress(docker.errors.APIError):
+        with contextlib.suppress(errors.APIError):
             # Signal every process: the first one is KFP's shell, which forwards no signal.
             container.exec_run(["sh", "-c", "kill -TERM -1"])
     for container in running:
-        with contextlib.suppress(docker.errors.APIError):
+        with contextlib.suppress(errors.APIError):
             container.stop(timeout=STOP_SECONDS)
 
 
