@@ -12,8 +12,10 @@ from tuneline.artifacts import QuantizedModel
 from tuneline.kinds import EXPORT_KINDS
 from tuneline.quantize import QuantizeConfig, component, formats
 from tuneline.quantize.run import EXPORTERS
+from tuneline.steps import STEPS
 
 ROOM = Path(formats.__file__).parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_every_kind_of_export_is_everywhere() -> None:
@@ -25,7 +27,9 @@ def test_every_kind_of_export_is_everywhere() -> None:
     named = {name.removeprefix("quantize_") for name in vars(component) if "quantize_" in name}
     assert named == kinds
     for kind in kinds:
-        assert hasattr(images, kind.upper())
+        image_set = STEPS[f"quantize-{kind}"].image
+        assert images.of_set(image_set) in vars(images).values()
+        assert (REPOSITORY / "images" / image_set).is_dir()
         default = QuantizeConfig.model_fields[kind].default
         assert default and set(default) <= set(formats.names(kind))
 
