@@ -1,5 +1,6 @@
 """A format or a kind of export that is entered in one place only is found here."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,10 @@ def test_every_format_has_what_its_kind_needs(name: str) -> None:
     format = formats.FORMATS[name]
     assert 0 < format.bound.max_mean_kl and 0 < format.bound.min_top1_agreement < 1
     assert (format.bits is not None) == (format.kind == "gptq")
+    assert 1 < format.bits_per_weight <= 16
     if format.bits is not None:
+        assert format.bits < format.bits_per_weight
+        assert not format.repacked
         assert name == f"gptq-{format.bits}bit"
         assert format.importance == "unused"
     # A recipe can name it, and its editor completes it.
@@ -48,6 +52,14 @@ def test_every_format_has_what_its_kind_needs(name: str) -> None:
     settings = {"gguf": [], "gptq": [], "num_importance_rows": 1, format.kind: [name]}
     assert getattr(QuantizeConfig.parse(settings), format.kind) == (name,)
     assert QuantizeConfig.parse({"max_mean_kl": {name: 1.0}}).max_mean_kl == {name: 1.0}
+
+
+def test_an_entry_cannot_leave_out_its_size_or_its_memory() -> None:
+    fields = {field.name: field for field in dataclasses.fields(formats.Format)}
+    for name in ("bits_per_weight", "repacked"):
+        assert fields[name].default is dataclasses.MISSING
+    repacked = {name for name, format in formats.FORMATS.items() if format.repacked}
+    assert repacked == {"q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "q2_k", "q2_k_s"}
 
 
 def test_formats_that_need_a_matrix() -> None:
