@@ -15,6 +15,23 @@ def test_an_entry_cannot_leave_anything_out() -> None:
 
 
 @pytest.mark.parametrize("name", GPU_PROFILES)
+def test_an_entry_is_plausible(name: str) -> None:
+    gpu = GPU_PROFILES[name]
+    assert gpu.products and all(gpu.products)
+    assert 8 <= gpu.gpu_memory_gib <= 300 and 8 <= gpu.node.memory_gib <= 300
+    assert gpu.tflops > 0 and gpu.bandwidth > 0
+    assert gpu.node.machine.strip()
+    for request, limit in (gpu.node.cpu, gpu.node.memory):
+        assert 0 < quantity_value(request) <= quantity_value(limit)
+    assert 0 < quantity_value(gpu.node.shared_memory) < quantity_value(gpu.node.memory[0])
+
+
+def test_no_product_is_in_two_profiles() -> None:
+    products = [product for gpu in GPU_PROFILES.values() for product in gpu.products]
+    assert len(products) == len(set(products))
+
+
+@pytest.mark.parametrize("name", GPU_PROFILES)
 def test_a_pod_and_the_daemons_fit_the_machine(name: str) -> None:
     node = GPU_PROFILES[name].node
     memory = node.memory_gib * 2**30

@@ -127,9 +127,10 @@ class DatasetManifest(Record):
     source: str
     method: Method
     format: str
-    """Format of the rows: alpaca, messages, sharegpt, prompt-completion, preference or text."""
+    """Format of the rows, a key of `prepare.formats.table.FORMATS`."""
     template: str
-    """Name of the chat template: tokenizer, alpaca, chatml, llama3 or none."""
+    """Name of the chat template: a value of `prepare.template`, or none for continued
+    pre-training."""
     loss_on: str
     """Tokens that count in the loss: answers or all."""
     num_train_rows: int
@@ -290,7 +291,7 @@ class QuantizedModel(Record):
     role: ClassVar[str] = "export"
 
     format: str
-    """Format of the export: f16, bf16, q8_0, q5_k_m, q4_k_m, ... or gptq-4bit, ..."""
+    """Format of the export, a key of `quantize.formats.FORMATS`."""
     kind: ExportKind
     file: str
     """Name of the .gguf file in the directory; "." where the directory is a checkpoint."""

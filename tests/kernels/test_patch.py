@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tuneline.kernels import patching, spec
+from tuneline.kernels import binding, patching, spec
 from tuneline.kernels.decoder.attention_half import Saved
 from tuneline.kernels.decoder.budget import Kept, kept_bytes, normed_bytes
 from tuneline.kernels.decoder.layer import LayerCall
@@ -306,6 +307,38 @@ def test_other_adapters_fall_back_with_a_reason_and_the_right_numbers(lora, reas
     assert report.fused == () and all(reason in why for why in report.unfused.values())
     torch.manual_seed(5)
     assert_same(step(model, batch()), want)
+
+
+@pytest.mark.parametrize(
+    "name", ["attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"]
+)
+def test_any_dropout_of_the_config_keeps_the_layers_stock(name):
+    for value, fused in ((0.0, (0, 1)), (None, (0, 1)), (0.1, ())):
+        model = make_model()
+        setattr(model.get_base_model().config, name, value)
+        report = patch(model)
+        assert report.fused == fused
+        reason = f"config.{name}=0.1: only 0 is fused"
+        assert report.unfused == ({} if fused else dict.fromkeys((0, 1), reason))
+
+
+PARTS = ["input_layernorm", "self_attn", "self_attn.o_proj", "mlp.up_proj", "self_attn.scaling"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_entry_of_the_table_that_describes_another_layer_is_no_error(part):
+    model = make_model()
+    owner, _, name = ("layers.0." + part).rpartition(".")
+    layer = model.get_base_model().model.layers[0]
+    stock = type(layer)
+    delattr(model.get_base_model().model.get_submodule(owner), name)
+    named = "self_attn.q_proj" if part == "self_attn" else part
+    reason = f"LlamaDecoderLayer has no {named}: its entry in the table of families (spec.py)"
+    with pytest.raises(binding.Unfusable, match=re.escape(reason)):
+        binding.check_parts(layer, spec.family_spec(layer))
+    report = patch(model)
+    assert report.fused == (1,) and report.unfused[0].startswith(reason)
+    assert type(layer) is stock
 
 
 def test_a_layer_that_cannot_be_fused_stays_stock_beside_fused_ones():

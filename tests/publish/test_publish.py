@@ -147,10 +147,17 @@ def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path
 
 
 def publish(
-    run_dir: Path, target: str, out: str, *, more_exports: tuple[Path, ...] = (), **environment: str
+    run_dir: Path,
+    target: str,
+    out: str,
+    *,
+    more_exports: tuple[Path, ...] = (),
+    description: str = "",
+    **environment: str,
 ) -> subprocess.CompletedProcess:
     recipe = Recipe(
         name="mine",
+        description=description,
         base_model="org/base",
         dataset="/home/someone/private/rows.jsonl",
         publish_to="org/somewhere",
@@ -271,6 +278,18 @@ def test_the_directory_is_the_tree_that_would_be_pushed(run_dir: Path, hub, tmp_
         # Only the names of the repositories differ, and those stand in the card.
         there["README.md"] = there["README.md"].replace(b"me/mine", b"mine")
         assert here == there
+
+
+def test_a_card_has_the_description_of_the_recipe(run_dir: Path, tmp_path: Path) -> None:
+    said = "Answers questions about tides."
+    assert publish(run_dir, f"dir:{tmp_path}/out", "with", description=said).returncode == 0
+    assert publish(run_dir, f"dir:{tmp_path}/plain", "without").returncode == 0
+    for repo in REPOS:
+        name = repo.split("/")[1]
+        _, _, body = (tmp_path / "out" / name / "README.md").read_text().split("---\n", 2)
+        title, description, _ = body.strip().split("\n\n", 2)
+        assert title.startswith(f"# {name}: ") and description == said
+        assert said not in (tmp_path / "plain" / name / "README.md").read_text()
 
 
 def test_the_card(run_dir: Path, tmp_path: Path) -> None:

@@ -26,11 +26,37 @@ class Unfusable(ValueError):
     """Raised for a layer that keeps the stock path; its message is the reason in the report."""
 
 
+def check_parts(layer: Any, spec: FamilySpec) -> None:
+    """Check that a decoder layer has the modules and attributes that its family's spec names.
+
+    Raises:
+        Unfusable: A part is missing; the message names it.
+    """
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if spec.sandwich:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    attention = [*spec.qkv, "o_proj", "head_dim", "scaling"]
+    attention += ["q_norm", "k_norm"] if spec.head_norms else []
+    attention += ["sliding_window"] if spec.window == "layer" else []
+    attention += ["attn_logit_softcapping"] if spec.softcap else []
+    parts = [*norms, *(f"self_attn.{name}" for name in attention)]
+    parts += [f"mlp.{name}" for name in (*spec.gate_up, "down_proj")]
+    for path in parts:
+        owner = layer
+        for name in path.split("."):
+            if not hasattr(owner, name):
+                raise Unfusable(
+                    f"{type(layer).__name__} has no {path}: its entry in the table of families "
+                    "(spec.py) describes another layer"
+                )
+            owner = getattr(owner, name)
+
+
 def bind_layer(layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False) -> LayerWeights:
     """Return the weights and adapters that the fused layer computes with.
 
     Args:
-        layer: The decoder layer.
+        layer: The decoder layer; `check_parts` has accepted it.
         spec: The parts of its family's layers.
         config: The decoder's config.
         fp8: Prepare the groups that can multiply in fp8 for it.
@@ -39,13 +65,14 @@ def bind_layer(layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False) 
         Unfusable: The layer has a feature that the fused layer does not support.
     """
     attention, mlp = layer.self_attn, layer.mlp
-    for name in ("attention_dropout", "resid_pdrop"):
-        if getattr(config, name, 0.0):
-            raise Unfusable(f"config.{name}={getattr(config, name)}: only 0 is fused")
+    for name, value in vars(config).items():
+        # The dropout of adapters is read from the modules, by `_active_adapter`.
+        is_dropout = name.endswith(("dropout", "pdrop")) and not name.startswith("lora")
+        if is_dropout and isinstance(value, int | float) and value > 0:
+            raise Unfusable(f"config.{name}={value}: only 0 is fused")
     if getattr(config, "use_bidirectional_attention", False):
         raise Unfusable("bidirectional attention is not fused")
-    activation = getattr(config, "hidden_act", None) or config.hidden_activation
-    activation = getattr(config, "hidden_activation", None) or activation
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     if activation not in ACTIVATIONS:
         raise Unfusable(f"activation {activation!r}: only {sorted(ACTIVATIONS)} are fused")
     norms = [layer.input_layernorm, layer.post_attention_layernorm]

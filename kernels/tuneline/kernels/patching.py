@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tuneline.kernels.binding import Unfusable, bind_layer, fingerprint
+from tuneline.kernels.binding import Unfusable, bind_layer, check_parts, fingerprint
 from tuneline.kernels.decoder.budget import Budget, Kept, check_budget, parked, share_out
 from tuneline.kernels.decoder.graph import (
     GRAPH_MAX_TOKENS,
@@ -137,6 +137,11 @@ def patch(
         spec = family_spec(layer)
         if spec is None:
             unfused[index] = f"{type(layer).__name__} is not in the table of families (spec.py)"
+            continue
+        try:
+            check_parts(layer, spec)
+        except Unfusable as reason:
+            unfused[index] = str(reason)
             continue
         specs[index] = spec
         try:

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
 from tuneline.pipelines.catalog import shipped_recipes
-from tuneline.pipelines.cli import main
+from tuneline.pipelines.cli import checks, cluster, main, run
 from tuneline.version import VERSION
 
 
@@ -38,6 +39,16 @@ def test_recipes_lists_what_is_shipped(tmp_path: Path) -> None:
     done = tuneline("recipes", cwd=tmp_path)
     for name in ("demo", "llama3-8b-instruct", "qwen2.5-7b-korean", "mistral-7b-dpo", "domain-cpt"):
         assert name in done.stdout
+
+
+def test_every_command_is_in_a_panel_of_the_help() -> None:
+    commands = typer.main.get_command(main.app).commands
+    assert len(commands) >= 16
+    without = [name for name, command in commands.items() if not command.rich_help_panel]
+    assert without == []
+    assert {command.rich_help_panel for command in commands.values()} == {
+        module.PANEL for module in (run, checks, cluster)
+    }
 
 
 MISTAKES = [

@@ -165,6 +165,83 @@ def test_bad_preferences_say_why() -> None:
         read({"chosen": [USER, ANSWER], "rejected": other}, "dpo")
 
 
+def preference(prompt: str = "2 + 2?", chosen: str = "4", rejected: str = "5") -> dict:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def as_messages(row: dict) -> dict:
+    """The same row with a list of one message per column."""
+    return {
+        "prompt": [USER | {"content": row["prompt"]}],
+        "chosen": [ANSWER | {"content": row["chosen"]}],
+        "rejected": [ANSWER | {"content": row["rejected"]}],
+    }
+
+
+def as_conversations(row: dict) -> dict:
+    """The same row with the prompt repeated in front of both answers, and no column for it."""
+    lists = as_messages(row)
+    return {name: lists["prompt"] + lists[name] for name in ("chosen", "rejected")}
+
+
+@pytest.mark.parametrize("written", [dict, as_messages, as_conversations])
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "is empty"),
+        (" \n", "is empty"),
+        ("...", "has no letter and no digit"),
+        ("x\ud800", "half of a surrogate pair"),
+    ],
+)
+def test_a_preference_is_refused_alike_in_every_spelling(written, column, text, reason) -> None:
+    with pytest.raises(BadRowError, match=f"^{column} {reason}|^{column} is not .* {reason}"):
+        read(written(preference(**{column: text})), "dpo")
+
+
+def test_earlier_turns_of_a_preference_are_checked() -> None:
+    for earlier, reason in (
+        ([USER | {"content": " "}, ANSWER], "a user message is empty"),
+        ([USER, ANSWER | {"content": ""}], "the answer is empty"),
+        ([{"role": "system", "content": "\ud800"}], "the system message is not valid Unicode"),
+    ):
+        row = as_messages(preference())
+        with pytest.raises(BadRowError, match=reason):
+            read(row | {"prompt": [*earlier, *row["prompt"]]}, "dpo")
+    with pytest.raises(BadRowError, match="the system message is not valid Unicode"):
+        read(preference() | {"system": "\ud800"}, "dpo")
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        (("", "4"), "a user message is empty"),
+        ((" \n", "4"), "a user message is empty"),
+        (("2 + 2?", ""), "the answer is empty"),
+        (("2 + 2?", "4", "", "5"), "a user message is empty"),
+        (("2 + 2?", "", "3 + 2?", "5"), "the answer is empty"),
+    ],
+)
+def test_an_empty_turn_is_refused_in_every_list_of_messages(turns, reason) -> None:
+    messages = [(USER, ANSWER)[n % 2] | {"content": text} for n, text in enumerate(turns)]
+    shared = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(turns)]
+    for row in (
+        {"messages": messages},
+        {"conversations": messages},
+        {"conversations": shared},
+        {"prompt": messages[:-1], "completion": messages[-1:]},
+    ):
+        with pytest.raises(BadRowError, match=reason):
+            read(row)
+
+
+def test_choices_that_cannot_be_written_are_refused() -> None:
+    row = {"prompt": "a?", "completion": "4", "choices": ["4", "\ud800"]}
+    with pytest.raises(BadRowError, match="a choice is not valid Unicode"):
+        read(row)
+
+
 def test_choices_of_another_kind_are_no_choices() -> None:
     row = {"prompt": "a?", "completion": "4"}
     assert read(row | {"choices": ["5", "6"]}).choices is None

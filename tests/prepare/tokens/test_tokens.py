@@ -1,5 +1,6 @@
 """Token rows against the template written out by hand, and the loss mask against the answer."""
 
+import re
 from typing import Any, get_args
 
 import pytest
@@ -109,6 +110,24 @@ def test_every_template_that_a_recipe_may_name_learns_every_turn(fresh, name: st
     turns = chat("One?", "First.", "Two?", "First.", "Three?", "3")
     (row,) = rows_of(fresh, [system, *turns])
     assert learnt(fresh, row) == ["First." + end, "First." + end, "3" + end]
+    text = fresh.decode(row.input_ids)
+    assert text.count(system["content"]) == 1
+    assert text.index(system["content"]) < text.index("One?")
+
+
+MARKER = re.compile(r"<\|.+?\|>|<[a-z_/]+>|\[/?[A-Z_]+\]")
+
+
+def test_what_is_a_marker() -> None:
+    text = "<|im_start|>a<start_of_turn>[INST] b [/INST]</s>{{ messages[0]['role'] + c }}"
+    assert MARKER.findall(text) == ["<|im_start|>", "<start_of_turn>", "[INST]", "[/INST]", "</s>"]
+
+
+@pytest.mark.parametrize("name", templates.TEMPLATES)
+def test_a_template_declares_the_markers_that_it_writes(name: str) -> None:
+    template = templates.TEMPLATES[name]
+    declared = {*template.other_tokens, *filter(None, [template.end_of_turn])}
+    assert set(MARKER.findall(template.text)) == declared
 
 
 def test_a_template_whose_end_of_turn_the_tokenizer_lacks(fresh) -> None:

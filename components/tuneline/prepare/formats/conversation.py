@@ -93,6 +93,11 @@ def check_conversation(messages: list[Message]) -> None:
         raise BadRowError(f"the last message is from the {roles[-1]}: there is no answer to learn")
     if roles.index("assistant") < roles.index("user"):
         raise BadRowError("an answer comes before the first user message")
+    check_contents(messages)
+
+
+def check_contents(messages: list[Message]) -> None:
+    """Refuse empty messages of the user and the assistant, and text that is not valid Unicode."""
     for message in messages:
         if message["role"] == "assistant":
             check_text(message["content"], "the answer")

@@ -3,9 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tuneline.prepare.formats.checks import describe_type, read_string, read_text
+from tuneline.prepare.formats.checks import (
+    check_text,
+    check_unicode,
+    describe_type,
+    read_string,
+    read_text,
+)
 from tuneline.prepare.formats.conversation import (
     assistant,
+    check_contents,
     check_conversation,
     read_messages,
     user,
@@ -70,13 +77,18 @@ def read_preference(row: Row, wording: Wording) -> Example:
     if isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list):
         prompt, chosen, rejected = _preferred_messages(row)
     else:
-        chosen, rejected = read_text(row, "chosen"), read_text(row, "rejected")
+        chosen, rejected = read_string(row, "chosen"), read_string(row, "rejected")
         prompt = _prompt(row)
+    check_text(chosen, "chosen")
+    check_text(rejected, "rejected")
     if not prompt or prompt[-1]["role"] != "user":
         raise BadRowError("the prompt does not end with a user message")
+    check_text(prompt[-1]["content"], "prompt")
     if chosen == rejected:
         raise BadRowError("chosen and rejected are the same")
-    return Example(preference=(with_system(prompt, system), chosen, rejected))
+    prompt = with_system(prompt, system)
+    check_contents(prompt)
+    return Example(preference=(prompt, chosen, rejected))
 
 
 def _preferred_messages(row: Row) -> tuple[list[Message], str, str]:
@@ -99,7 +111,7 @@ def _preferred_messages(row: Row) -> tuple[list[Message], str, str]:
 def _prompt(row: Row) -> list[Message]:
     if isinstance(row.get("prompt"), list):
         return read_messages(row, "prompt")
-    return [user(read_text(row, "prompt"))]
+    return [user(read_string(row, "prompt"))]
 
 
 def _system(row: Row, wording: Wording) -> str | None:
@@ -120,4 +132,8 @@ def _choices(row: Row, answer: str) -> list[str] | None:
     choices = row.get("choices")
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         return None
-    return choices if answer in choices else None
+    if answer not in choices:
+        return None
+    for choice in choices:
+        check_unicode(choice, "a choice")
+    return choices

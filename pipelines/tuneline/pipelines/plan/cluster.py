@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 from tuneline import images
+from tuneline.kinds import EXPORT_KINDS
 from tuneline.pipelines.kube import Kube, Refused, Right
 from tuneline.pipelines.needs import needs_of
 from tuneline.pipelines.plan.check import Check, Verdict
@@ -14,7 +15,7 @@ from tuneline.pipelines.plan.registry import Unknown, has_image
 from tuneline.placement import quantity_value
 from tuneline.pods import PRODUCT_LABEL
 from tuneline.recipe import Recipe
-from tuneline.steps import IMAGE_SETS
+from tuneline.steps import STEPS
 from tuneline.train.trainjob.manifest import GROUP, PLURAL
 
 SCHEDULES_CRD = "scheduledworkflows.kubeflow.org"
@@ -267,8 +268,11 @@ def _refusal(recipe: Recipe, node: Any) -> str | None:
 
 
 def _images(recipe: Recipe, kube: Kube) -> Iterator[Check]:
-    exports = {"gguf": recipe.quantize.gguf, "gptq": recipe.quantize.gptq}
-    wanted = [images.of_set(name) for name in IMAGE_SETS if exports.get(name, True)]
+    makers = {f"quantize-{kind}" for kind in EXPORT_KINDS if getattr(recipe.quantize, kind)}
+    image_sets = dict.fromkeys(
+        step.image for name, step in STEPS.items() if step.stage != "quantize" or name in makers
+    )
+    wanted = [images.of_set(name) for name in image_sets]
     registry = recipe.placement.registry
     try:
         on_nodes = {

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass, replace
 
 from tuneline.gpu_profiles import GPU_PROFILES
+from tuneline.kinds import EXPORT_KINDS
+from tuneline.quantize.formats import FORMATS
 from tuneline.recipe import Recipe
 from tuneline.train.batch_size import batch_size
 from tuneline.train.config import LoraConfig
@@ -38,10 +40,6 @@ ZERO_OPTIMIZER = "adamw_torch"
 """Optimizer whose state several GPUs divide (train.ranks.zero2)."""
 ASSUMED_LENGTH = 2048
 """Tokens per row where prepare.max_seq_length is auto, which only the data decides."""
-BITS = {"f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9}
-"""Bits per weight of a GGUF format, where hidden sizes are multiples of 256."""
-DEFAULT_BITS = 5.5
-"""Bits per weight of all other formats."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +112,8 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
     gpu_bytes = estimate_memory(shape, settings).total
     smallest = replace(settings, rows=1, recompute=True)
     base = 2 * num_parameters
-    formats = [BITS.get(name, DEFAULT_BITS) for name in recipe.quantize.gguf]
-    exports = sum(num_parameters * bits / 8 for bits in formats)
-    exports += len(recipe.quantize.gptq) * num_parameters * DEFAULT_BITS / 8
+    formats = [name for kind in EXPORT_KINDS for name in getattr(recipe.quantize, kind)]
+    exports = sum(num_parameters * FORMATS[name].bits_per_weight / 8 for name in formats)
     f16 = base if recipe.quantize.gguf else 0.0
     speed = None
     if gpu is not None:

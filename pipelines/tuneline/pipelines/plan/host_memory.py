@@ -9,9 +9,12 @@ with two rows to compare, and 2.8 with eight; measure-importance 0.3 at either s
 
 from dataclasses import dataclass
 
+from tuneline.kinds import EXPORT_KINDS
 from tuneline.models.heldout_rows import MAX_ROW_TOKENS
-from tuneline.pipelines.plan.estimate import BITS, DEFAULT_BITS, llama_shape
+from tuneline.pipelines.plan.estimate import llama_shape
+from tuneline.quantize.formats import FORMATS
 from tuneline.recipe import Recipe
+from tuneline.steps import STEPS
 from tuneline.train.memory.estimate import GIB
 
 PROCESS_BYTES = 0.5 * GIB
@@ -19,10 +22,8 @@ PROCESS_BYTES = 0.5 * GIB
 CONVERTED_BYTES = 6
 """Bytes per weight of the largest tensor, which llama.cpp's converter holds in float32 and f16."""
 COPIED_FRACTION = 0.8
-"""Fraction of the weights that are copied in the formats below; other tensors have other types."""
-COPIED = ("q4", "iq4_nl", "q2_k")
-"""Formats whose weights llama.cpp repacks into a copy for SIMD instructions (measured on an EPYC
-with AVX-512). On ARM and with AMX it also repacks q8_0."""
+"""Fraction of the weights that are copied in a format that llama.cpp repacks; other tensors have
+other types."""
 ROWS_COMPARED = 5
 """Rows of logits in addition to the reference's: those of an export for one row, the logarithms of
 both, and intermediate results."""
@@ -51,7 +52,8 @@ def host_memory(recipe: Recipe, num_parameters: float) -> list[HostMemory]:
         converted = PROCESS_BYTES + CONVERTED_BYTES * shape.vocab * shape.hidden
         rows = quantize.num_proof_prompts + ROWS_COMPARED
         logits = rows * MAX_ROW_TOKENS * shape.vocab * FLOAT32_BYTES
-        copied = [BITS.get(name, DEFAULT_BITS) for name in quantize.gguf if name.startswith(COPIED)]
+        formats = [FORMATS[name] for name in quantize.gguf]
+        copied = [format.bits_per_weight for format in formats if format.repacked]
         most_bits = COPIED_FRACTION * max(copied, default=0.0)
         proof = PROCESS_BYTES + logits + num_parameters * most_bits / 8
         steps += [
@@ -60,6 +62,8 @@ def host_memory(recipe: Recipe, num_parameters: float) -> list[HostMemory]:
         ]
     if not recipe.placement.num_accelerators:
         wide = PROCESS_BYTES + FLOAT32_BYTES * num_parameters
-        steps += [HostMemory("quantize-gptq", wide, 0.0)] if quantize.gptq else []
-        steps += [HostMemory("evaluate", wide, 0.0)]
+        makers = [f"quantize-{kind}" for kind in EXPORT_KINDS if getattr(quantize, kind)]
+        # The steps that use a GPU if there is one: transformers loads the whole model.
+        loading = [name for name in (*makers, "evaluate") if STEPS[name].gpu]
+        steps += [HostMemory(name, wide, 0.0) for name in loading]
     return steps
