@@ -1,7 +1,7 @@
 """What happens in an optimizer step.
 
-The trainers are a chain of subclasses of TRL's trainers. Each adds one concern and calls the one it
-extends. From the base:
+The trainers are a chain of classes around TRL's trainers. Each class adds one concern, and calls
+the method of its base class. From the base:
 
     SFTTrainer, DPOTrainer  TRL's, on transformers.Trainer with the loop over steps
     QuickStepTrainer        host_overhead.py: visits the whole model once per run, not per step
