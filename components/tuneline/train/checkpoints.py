@@ -105,21 +105,24 @@ class CheckpointStore:
         return self.directory / f"{_PREFIX}{step}"
 
     def latest(self) -> Path | None:
-        """Return the newest intact checkpoint, or None; delete damaged checkpoints found first."""
+        """Return the newest intact checkpoint, or None if there is none.
+
+        Newer checkpoints, which are damaged, are deleted.
+        """
         for step in reversed(self.steps()):
             path = self.path(step)
             problem = _problem(path)
             if problem is None:
                 return path
             logger.warning("deleting damaged checkpoint %s: %s", path, problem)
-            # Otherwise `seal` would count it as one of the newest, and delete an intact one.
+            # Otherwise `seal` would retain the damaged checkpoint, and delete an intact one.
             shutil.rmtree(path, ignore_errors=True)
         return None
 
     def seal(self, written: Path, step: int) -> None:
         """Turn a directory below `partial` into a checkpoint, and delete older checkpoints.
 
-        The `NUM_KEPT` newest checkpoints, including this one, remain.
+        The `NUM_KEPT` newest checkpoints remain.
 
         Args:
             written: Directory below `partial`, with all files of the checkpoint.

@@ -16,7 +16,7 @@ def available_memory(config: TrainConfig, device: str, num_ranks: int = 1) -> in
 
 
 def resident_bytes() -> int:
-    """Return the bytes of resident memory of this process, which are mostly libraries at first."""
+    """Return this process' resident memory in bytes: mostly libraries, until a model is loaded."""
     return int(psutil.Process().memory_info().rss)
 
 

@@ -1,9 +1,10 @@
 """The settings that memory depends on, and how they are reduced until a run fits.
 
 They are reduced in this order, until the run fits: smaller micro-batches, with the same examples
-per optimizer step; recomputed activations; and, if the recipe allows it, shorter packs, which are
-still long enough for every row. None of these changes what is learned. If memory runs out in spite
-of the estimate, only the first two reductions are made; packs keep their length.
+per optimizer step; recomputed activations; and, if the recipe allows it, shorter packs, as long as
+no row is cut. None of these changes what is learned. If memory runs out in spite of the estimate,
+fused kernels first stop keeping activations. Then the first two reductions are made in the same
+order, but packs keep their length.
 """
 
 import dataclasses
@@ -49,10 +50,10 @@ class Plan(StrictModel):
         return self.model_copy(update={"micro_batch_size": size})
 
     def at_most(self, other: "Plan") -> "Plan":
-        """Return this plan, reduced to the micro-batch, recomputation and kept GiB of another.
+        """Return this plan, changed so that it takes no more memory than another plan.
 
-        Pack length and global batch stay. Call `divided_over` on the result, because its
-        micro-batch may not divide a rank's part of the global batch.
+        Only the micro-batch, the recomputation and `kept_gib` change. Call `divided_over` on the
+        result, because its micro-batch may not divide a rank's part of the global batch.
         """
         return self.model_copy(
             update={

@@ -69,7 +69,7 @@ def _named(model: PreTrainedModel, key: str, names: Iterable[str]) -> list[str]:
 
 
 def is_called(module: str, name: str) -> bool:
-    """Return whether a module's full name equals a name in the recipe, or has it as last parts."""
+    """Return whether a module's full name equals a name in the recipe, or ends with that name."""
     return module == name or module.endswith(f".{name}")
 
 

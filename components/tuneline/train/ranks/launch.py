@@ -146,7 +146,7 @@ def run_on_ranks(
 
 
 def take_part(attempt: Attempt, node: Node, stop: StopRequest) -> None:
-    """Run this node's ranks in an attempt that node 0 has announced; return when they have ended."""
+    """Run this node's ranks in an attempt that node 0 has announced, and wait until they end."""
     directory, local = attempt.directory, node.local_ranks
     is_first_time = attempt.begin(node.number)
     try:

@@ -103,7 +103,7 @@ class Attempt:
             time.sleep(_POLL_SECONDS)
 
     def _nodes_with(self, note: str) -> set[str]:
-        """Return the numbers of the nodes with a file ("node": has begun; "left": has left)."""
+        """Return the numbers of the nodes that have begun ("node") or left ("left") the attempt."""
         notes = self.path.parent.glob(f"{self.path.name}.{note}-*")
         return {path.suffix.partition("-")[2] for path in notes}
 

@@ -42,7 +42,7 @@ class StartAgain(Exception):
 
     @property
     def carried(self) -> dict[str, Any]:
-        """Values that replace those of the checkpoint's run state, see `train_from`."""
+        """Values that replace those in the checkpoint, see `ResumableTrainer.train_from`."""
         carried: dict[str, Any] = json.loads(str(self))
         return carried
 

@@ -15,8 +15,7 @@ from tuneline.train.trainer.state import RunState
 LOSS_FACTOR = "loss_factor"
 """Key of a training batch: the factor by which its loss is multiplied."""
 NUM_LABELS = "num_labels"
-"""Key of a training batch with labels: how many labels count, computed while they are on the host.
-"""
+"""Key of a training batch with labels: how many count, computed while they are on the host."""
 
 
 class SharedStepTrainer(QuickStepTrainer):

@@ -124,7 +124,7 @@ class Launcher:
         )
 
     def _delete_before_exit(self) -> None:
-        """Delete the job before Kubernetes kills this pod; if that fails, leave it to Kubernetes."""
+        """Delete the job before Kubernetes kills this pod; give up after `SECONDS_TO_DELETE`."""
         deadline = self._now() + SECONDS_TO_DELETE
         while True:
             try:
@@ -203,7 +203,7 @@ class Launcher:
                 return answer
 
     def _beat(self) -> None:
-        """Write a heartbeat if one is due; if the API is unavailable, the next round tries again."""
+        """Write a heartbeat if one is due; if the API is unavailable, the next round retries."""
         if self._now() - self._last_heartbeat >= SECONDS_BETWEEN_HEARTBEATS:
             moment = datetime.datetime.fromtimestamp(self._now(), datetime.UTC)
             with contextlib.suppress(ApiUnavailable):
