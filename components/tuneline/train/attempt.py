@@ -1,4 +1,4 @@
-"""One attempt at a run, with a plan that should fit: model, trainer, steps, adapter, summary."""
+"""One attempt of a run with a given plan: load the model, train, save the adapter, summarise."""
 
 import contextlib
 import logging
@@ -53,29 +53,30 @@ def train(
     num_out_of_memory: int,
     carried: Mapping[str, Any],
 ) -> TrainingSummary:
-    """Train from the newest checkpoint, or from the start, to the end, and save the adapter.
+    """Train to the end, from the newest checkpoint if there is one, and save the adapter.
 
-    With several ranks every rank calls this with the same arguments. Only the first rank writes,
-    and its summary describes all ranks.
+    With several ranks, every rank calls this function with the same arguments. Only rank 0 writes
+    files, and its summary describes all ranks.
 
     Args:
-        config: The `train` section of the recipe, as it was written. What the run decided, or the
-            plan changed, is in `setup` and is not read here.
+        config: The `train` section of the recipe, as it was written. Settings that the run decides
+            or the plan changes are read from `setup` instead.
         setup: Decisions of the run, and the plan of this attempt.
         inputs: The base model and the dataset.
         directory: A directory for the adapter.
         work_dir: A directory for temporary files of this attempt.
         store: The run's checkpoints.
         num_out_of_memory: How often memory has run out in this run so far.
-        carried: Values of the run's state that a rollback keeps, see `StartAgain`.
+        carried: After a rollback, the values of the run's state that replace those of the
+            checkpoint, see `StartAgain`; otherwise empty.
 
     Raises:
-        OutOfMemory: memory ran out in a step; earlier checkpoints are kept.
+        OutOfMemory: memory ran out in a step. The checkpoints written before remain.
         TrainingError: see `nonfinite.train_through`.
         StartAgain: see `nonfinite.train_through`.
-        StoppedError: SIGTERM was received; the checkpoint is written.
+        StoppedError: SIGTERM was received, and a checkpoint has been written.
     """
-    # Rows are packed to the plan's length, which may be shorter than the dataset's.
+    # Rows are packed to the plan's max_seq_length, which may be below that of the dataset.
     packed = inputs.manifest.model_copy(update={"max_seq_length": setup.plan.max_seq_length})
     with collectives.first_goes_first():
         rows, eval_rows = load_rows(
@@ -141,7 +142,7 @@ def _build_trainer(
         deepspeed=_deepspeed_config(config, setup),
     )
     if arguments.n_gpu > 1:
-        # One rank that sees several GPUs: transformers would split its batches over them.
+        # If one rank sees several GPUs, transformers would split its batches over them.
         arguments._n_gpu = 1
     model: PreTrainedModel = nf4.load_base(
         inputs.base_model_dir,
@@ -169,7 +170,7 @@ def _build_trainer(
 
 
 def _deepspeed_config(config: TrainConfig, setup: Setup) -> dict[str, Any] | None:
-    """Return the configuration of ZeRO-2 if it runs; warn about settings that it changes."""
+    """Return DeepSpeed's configuration, or None without ZeRO-2; warn about ignored settings."""
     if not setup.divides_optimizer:
         if config.offload_optimizer:
             logger.warning(
@@ -194,7 +195,7 @@ def _deepspeed_config(config: TrainConfig, setup: Setup) -> dict[str, Any] | Non
 
 
 def _prepare_model(trainer: Any, config: TrainConfig, setup: Setup, base_model_dir: Path) -> str:
-    """Prepare the trainer's adapted model and its optimizer; return what was fused."""
+    """Prepare the model and the optimizer of a trainer; return a description of what was fused."""
     keep_adapter_in_fp32(trainer.model)
     keep_hidden_states_in(trainer.model, setup.dtype)
     if config.lora.init_lora_weights == "loftq":
@@ -207,7 +208,8 @@ def _prepare_model(trainer: Any, config: TrainConfig, setup: Setup, base_model_d
     if setup.fused:
         kernels = fuse_trainer(trainer, mode=config.kernels, kept_gib=setup.plan.kept_gib)
     if config.embedding_learning_rate is not None:
-        # The flat optimizer has one learning rate; the trainer creates an optimizer with two.
+        # The flat optimizer supports only one learning rate. Without it, the trainer creates
+        # another optimizer, with two rates.
         trainer.optimizer = trainer.own_grad_norm = None
         trainer.embedding_rate = config.embedding_learning_rate
     return kernels
@@ -216,7 +218,7 @@ def _prepare_model(trainer: Any, config: TrainConfig, setup: Setup, base_model_d
 def _add_callbacks(
     trainer: Any, config: TrainConfig, setup: Setup, progress_path: Path
 ) -> ProgressCallback:
-    """Add the callbacks in the order that they need, and return the one that must be closed."""
+    """Add the callbacks in the order that they need; return ProgressCallback, to be closed."""
     trainer.remove_callback(PrinterCallback)
     progress = ProgressCallback(trainer.run_state, shows=collectives.is_first())
     trainer.add_callback(progress)

@@ -4,9 +4,9 @@
     rank's part       global batch / ranks
     micro-batch       a divisor of the rank's part: the examples of one forward and backward pass
 
-The recipe check, `tuneline plan` and the train step all use this module. It also resolves the
-deprecated transformers keys per_device_train_batch_size and gradient_accumulation_steps, which
-count per rank: the global batch then depends on the number of ranks.
+The recipe check, `tuneline plan` and the train step all use this module. It also accepts the
+deprecated transformers keys per_device_train_batch_size and gradient_accumulation_steps. These
+count per rank, so a global batch that is set with them depends on the number of ranks.
 """
 
 import math
@@ -17,8 +17,8 @@ from tuneline.train.config import TrainConfig
 
 UPSTREAM_MICRO_BATCH_SIZE = 2
 UPSTREAM_ACCUMULATION_STEPS = 4
-"""Values of transformers' two names if a config has only the other one: the defaults that they had
-in earlier versions."""
+"""Defaults of per_device_train_batch_size and gradient_accumulation_steps. Each is used if a config
+has only the other key, and is the key's default in earlier versions of tuneline."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class BatchSize:
     micro_batch_size: int
     """Highest number of examples per micro-batch; at most a rank's part of the global batch."""
     is_auto: bool = False
-    """Whether `micro_batch_size` may be lowered to what fits, because the config says auto."""
+    """Whether the config says auto, so that `micro_batch_size` may be lowered to fit memory."""
     deprecation: str = ""
-    """What to write instead, if the config uses transformers' names."""
+    """Warning that names the keys to use instead of transformers' keys; empty without those."""
 
     @property
     def divides(self) -> bool:
@@ -42,7 +42,7 @@ class BatchSize:
 
     @property
     def advice(self) -> str:
-        """Global batch sizes that the ranks can divide equally."""
+        """Advice to set a global batch size that the ranks can divide equally."""
         below = self.global_batch_size // self.num_ranks * self.num_ranks
         near = f"{below} or {below + self.num_ranks}" if below else f"{self.num_ranks}"
         return f"set train.global_batch_size to a multiple of {self.num_ranks}, such as {near}"

@@ -1,6 +1,7 @@
 """Atomic checkpoints: a checkpoint exists completely or not at all, and belongs to one run.
 
-    <root>/<key>/identity.json      everything that decides the result of the run; key is its hash
+    <root>/<key>/identity.json      everything that decides the result of the run; <key> is a hash
+                                    of these values
                  lock               locked while a run uses the directory
                  checkpoint-120/    the two newest checkpoints, each with hashes of its files
                  checkpoint-160/
@@ -8,13 +9,13 @@
 
 The trainer writes a checkpoint below `.partial`. `seal` hashes its files, flushes them to the disk
 and renames the directory; the rename makes it a checkpoint. A run that is killed while it writes
-therefore leaves the earlier checkpoints intact. A file that is damaged later fails its hash, and
-the run resumes from the checkpoint before it.
+therefore leaves the earlier checkpoints intact. If a file is damaged later, it no longer matches
+its hash, and the run resumes from the previous checkpoint.
 
-The root is the environment variable TUNELINE_CHECKPOINT_DIR, or `.checkpoints` beside the step's
-output if the variable is not set. On a cluster it should be on a volume that outlives the pod:
-otherwise a retry on another node has nothing to resume from. Runs of different recipes can share
-one root. A run that succeeds deletes its own directory.
+The root is the value of the environment variable TUNELINE_CHECKPOINT_DIR, or `.checkpoints` next to
+the adapter's directory if the variable is not set. On a cluster the root should be on a volume that
+outlives the pod: otherwise a retry on another node has nothing to resume from. Runs of different
+recipes can share one root. A run that succeeds deletes its own directory.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ _PREFIX = "checkpoint-"
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Create it with `opened`, which holds the lock."""
+    """The checkpoints of one run. Create it with `opened`, which also locks the run's directory."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -51,14 +52,14 @@ class CheckpointStore:
     @classmethod
     @contextlib.contextmanager
     def opened(cls, root: str | Path, identity: Mapping[str, Any]) -> Iterator[Self]:
-        """Open and lock the directory of the run that has an identity.
+        """Open the directory of the run with this identity, and lock it until the context ends.
 
-        If the run has no checkpoint but another run under the same root has, a log line says in
-        what the two differ.
+        If this run has no checkpoint but another run under the same root has one, the values in
+        which the two identities differ are logged.
 
         Args:
             root: Directory of all runs; see the module's docstring.
-            identity: Everything that decides the result, as JSON values. Its hash is the key.
+            identity: Everything that decides the result of the run, as JSON values.
 
         Raises:
             StorageError: the directory cannot be created, or another process holds its lock.
@@ -104,23 +105,28 @@ class CheckpointStore:
         return self.directory / f"{_PREFIX}{step}"
 
     def latest(self) -> Path | None:
-        """Return the newest intact checkpoint, and delete newer ones that are damaged."""
+        """Return the newest intact checkpoint, or None if there is none.
+
+        Newer checkpoints, which are damaged, are deleted.
+        """
         for step in reversed(self.steps()):
             path = self.path(step)
             problem = _problem(path)
             if problem is None:
                 return path
             logger.warning("deleting damaged checkpoint %s: %s", path, problem)
-            # A damaged checkpoint would count as one of the newest, and `seal` keeps only those.
+            # Otherwise `seal` would retain the damaged checkpoint, and delete an intact one.
             shutil.rmtree(path, ignore_errors=True)
         return None
 
     def seal(self, written: Path, step: int) -> None:
-        """Turn a directory below `partial` into the checkpoint of a step, and delete old ones.
+        """Turn a directory below `partial` into a checkpoint, and delete older checkpoints.
+
+        The `NUM_KEPT` newest checkpoints remain.
 
         Args:
             written: Directory below `partial`, with all files of the checkpoint.
-            step: Optimizer step after which it was written.
+            step: Optimizer step after which the directory was written.
         """
         sums = {path.name: _sha256(path) for path in sorted(written.iterdir())}
         (written / _CHECKSUMS).write_text(json.dumps(sums, indent=2), encoding="utf-8")
@@ -136,20 +142,20 @@ class CheckpointStore:
             shutil.rmtree(self.path(old), ignore_errors=True)
 
     def discard_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps."""
+        """Delete the checkpoints of all steps after the given one."""
         for later in self.steps():
             if later > step:
                 shutil.rmtree(self.path(later), ignore_errors=True)
 
     def remove(self) -> None:
-        """Delete the run's directory, and the root if it is empty then."""
+        """Delete the run's directory, and then the root if no other run has a directory there."""
         shutil.rmtree(self.directory, ignore_errors=True)
-        with contextlib.suppress(OSError):  # The root has the checkpoints of other runs.
+        with contextlib.suppress(OSError):  # rmdir fails if the root has other directories.
             self.directory.parent.rmdir()
 
 
 def _log_differences(root: Path, directory: Path, identity: Mapping[str, Any]) -> None:
-    """Log in what this run differs from the newest other run that has a checkpoint."""
+    """Log the values in which this run differs from the newest other run with a checkpoint."""
     others = [
         path
         for path in root.glob(f"*/{_IDENTITY}")

@@ -45,8 +45,8 @@ NOT_IN_IDENTITY = {
     # A step has the same examples on any number of ranks.
     *("num_ranks", "offload_optimizer"),
     *("track", "price_per_hour", "sample_prompts", "sample_tokens"),
-    # The global batch is in the identity by its value, whatever names the config uses; the
-    # micro-batch does not decide what is learned.
+    # The identity has the resulting global batch size instead, whichever keys the config uses. The
+    # micro-batch size does not change what is learned.
     *BATCH_KEYS,
     *UPSTREAM_BATCH_KEYS,
 }
@@ -63,15 +63,15 @@ def run(
 ) -> TrainingSummary:
     """Train a LoRA adapter on a frozen base model, with the method of the dataset.
 
-    A run that was stopped or killed resumes from its last checkpoint. `checkpoints` explains where
-    checkpoints are kept, and which runs may use them.
+    A run that was stopped or killed resumes from its last checkpoint. The module `checkpoints`
+    explains where checkpoints are stored, and which runs may use them.
 
     Args:
         config: The `train` section of the recipe.
-        base_model_dir: The base model, as fetch leaves it.
-        dataset_dir: The dataset, as prepare leaves it.
-        adapter_dir: A new directory for the adapter, the tokenizer and training.json.
-        curves_path: An HTML page to write, with curves, and answers before and after.
+        base_model_dir: Base model directory that fetch wrote.
+        dataset_dir: Dataset directory that prepare wrote.
+        adapter_dir: New directory for the adapter, the tokenizer and training.json.
+        curves_path: HTML page to write, with curves, and with answers before and after training.
 
     Returns:
         The summary that training.json contains.
@@ -81,10 +81,11 @@ def run(
         DataError: there is no row to train on.
         RecipeError: the libraries do not know a name in the config, or the run cannot fit the free
             memory, or the ranks cannot divide its global batch.
-        TrainingError: losses or gradients are not finite, also after lowering the learning rate; or
-            memory ran out with the smallest micro-batch; or one of several ranks died.
-        StoppedError: SIGTERM was received; the checkpoint is written.
-        StorageError: checkpoints cannot be written, or another process is writing them.
+        TrainingError: losses or gradients are not finite, even with a lowered learning rate; or
+            memory ran out, and there is no smaller plan or `fit` is off; or one of several ranks
+            died.
+        StoppedError: SIGTERM was received.
+        StorageError: checkpoints cannot be written, or another process is training the same run.
         OutputExistsError: `adapter_dir` is not empty.
     """
     began = time.monotonic()
@@ -154,7 +155,7 @@ def decide(config: TrainConfig, inputs: Inputs) -> Setup:
 
 
 def _identity(config: TrainConfig, setup: Setup, inputs: Inputs) -> dict[str, object]:
-    """Return everything that decides the adapter."""
+    """Return everything that decides the result of the run, as JSON values."""
     settings = config.model_dump(mode="json", exclude=NOT_IN_IDENTITY)
     settings["global_batch_size"] = setup.asked.global_batch_size
     return {
@@ -182,7 +183,7 @@ def _load_tokenizer(base_model_dir: str | Path, dataset_dir: str | Path) -> PreT
 
 
 def _copy_tokenizer(inputs: Inputs, directory: Path) -> None:
-    """Put the base model's tokenizer, with the dataset's chat template, beside the adapter."""
+    """Copy the base model's tokenizer, with the dataset's chat template, to a directory."""
     copy_tokenizer(inputs.base_model_dir, directory)
     template = inputs.dataset_dir / CHAT_TEMPLATE_FILE
     if template.is_file():
@@ -198,7 +199,7 @@ def _write_page(summary: TrainingSummary, directory: Path, store_dir: Path, path
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of datasets; the train step shows one of its own."""
+    """Hide the progress bars of the library datasets, as the train step has its own bar."""
     were_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

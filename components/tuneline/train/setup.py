@@ -1,7 +1,8 @@
 """What a run decides once, before it trains, from its config, its data and this machine.
 
 `run.decide` makes the Setup, and every later function reads its values instead of deciding again.
-Only `within_memory` replaces values: the plan after memory ran out, and what a checkpoint fixes.
+Only `within_memory` replaces values: it replaces the plan if memory runs out, and it takes from a
+checkpoint the limits of the plan and whether ZeRO-2 divides the optimizer state.
 """
 
 from dataclasses import dataclass
@@ -40,9 +41,9 @@ class Setup:
     device: str
     """Kind of device: "cpu" or "cuda"."""
     num_ranks: int
-    """Training processes, each with a device of its own."""
+    """Number of ranks, that is, of processes that train together."""
     dtype: torch.dtype
-    """Compute type."""
+    """Compute type: the number format of matrix products."""
     learning_rate: float
     """Highest learning rate of the schedule."""
     fused: bool
@@ -56,9 +57,9 @@ class Setup:
     asked: Plan
     """Plan that the recipe asks for."""
     plan: Plan
-    """Plan to train with: `asked` if it fits, else the first smaller plan that does."""
+    """Plan to train with: `asked` if it fits memory, else the first smaller plan that fits."""
     estimated_bytes: int | None = None
-    """Estimated peak memory of a rank with `plan`. None: no estimate can be made."""
+    """Estimated peak memory of a rank with `plan`. None if no estimate exists for the model."""
 
     @property
     def accumulation_steps(self) -> int:

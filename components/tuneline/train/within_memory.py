@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 
 
 def made_to_fit(setup: Setup, config: TrainConfig, inputs: Inputs, *, is_auto: bool) -> Setup:
-    """Return the setup with a plan that fits the memory, and its estimate if one can be made.
+    """Return the setup with a plan that fits memory, and an estimate of its peak if possible.
 
     Args:
-        setup: Its plan is the recipe's.
+        setup: Setup with the plan that the recipe asks for.
         config: The `train` section of the recipe.
         inputs: The base model and the dataset.
-        is_auto: Whether the recipe leaves the micro-batch to us.
+        is_auto: Whether the recipe sets micro_batch_size to auto.
 
     Raises:
         RecipeError: see `fitting_plan`.
@@ -79,7 +79,7 @@ def made_to_fit(setup: Setup, config: TrainConfig, inputs: Inputs, *, is_auto: b
         available_bytes=available,
         min_length=min_pack_length(config, inputs.manifest),
     )
-    # The process' own memory is not part of what is free, but it is part of its peak.
+    # On a CPU, the peak of the process also contains the memory that it holds now.
     own_bytes = resident_bytes() if setup.device == "cpu" else 0
     return dataclasses.replace(
         setup, asked=asked, plan=plan, estimated_bytes=estimate.total + own_bytes
@@ -98,13 +98,14 @@ def train_within_memory(
 
     Args:
         config: The `train` section of the recipe.
-        setup: Decisions of the run. With one rank, training runs in this process.
+        setup: Decisions of the run. With one rank and without ZeRO-2, training runs in this
+            process.
         inputs: The base model and the dataset.
-        directory: A directory for the adapter, in which temporary files may be put too.
+        directory: A directory for the adapter and for temporary files.
         store: The run's checkpoints.
 
     Raises:
-        TrainingError: memory ran out, and no smaller plan is left or `fit` is off.
+        TrainingError: memory ran out, and there is no smaller plan or `fit` is off.
     """
     num_out_of_memory = 0
     carried: dict[str, Any] = {}
@@ -145,15 +146,16 @@ def train_within_memory(
             setup = _smaller(setup, config, error)
             carried = {}
             num_out_of_memory += 1
-        # Release only here: the exception's frames held the old model until now.
+        # Not in the except block, where the exception's frames still hold the old model.
         _release_memory()
 
 
 def _resumed(setup: Setup, config: TrainConfig, state: RunState) -> Setup:
     """Return the setup with which a run continues from a checkpoint with this state.
 
-    A run divides its optimizer state as it did from its start, on any number of ranks. A plan that
-    took too much memory before the interruption would do so again.
+    Whether ZeRO-2 divides the optimizer state stays as it was at the start of the run, even on
+    another number of ranks. The plan takes no more memory than the plan of the checkpoint, because
+    larger plans may have run out of memory before.
     """
     plan = setup.plan
     if state.plan is not None:
@@ -170,7 +172,7 @@ def _smaller(setup: Setup, config: TrainConfig, error: OutOfMemory) -> Setup:
     """Return the setup with the next smaller plan.
 
     Raises:
-        TrainingError: there is none, or `fit` is off.
+        TrainingError: there is no smaller plan, or `fit` is off.
     """
     plan = setup.plan
     smaller = smaller_plan(plan)

@@ -10,13 +10,13 @@ from tuneline.train.memory.estimate import GIB
 
 
 def available_memory(config: TrainConfig, device: str, num_ranks: int = 1) -> int:
-    """Return the bytes that a rank may still take: what is free, up to `train.memory_gib`."""
+    """Return the bytes that a rank may still take: free memory, but at most `train.memory_gib`."""
     free = _free_memory(device, num_ranks)
     return free if config.memory_gib is None else min(free, int(config.memory_gib * GIB))
 
 
 def resident_bytes() -> int:
-    """Return the resident memory of this process: before a model is loaded, mostly libraries."""
+    """Return this process' resident memory in bytes: mostly libraries, until a model is loaded."""
     return int(psutil.Process().memory_info().rss)
 
 
@@ -25,17 +25,17 @@ def _free_memory(device: str, num_ranks: int) -> int:
         return torch.cuda.mem_get_info(device)[0]
     free = int(psutil.virtual_memory().available)
     limit = _container_headroom()
-    # Ranks on a CPU divide its memory; on GPUs each rank has memory of its own.
+    # Ranks on CPUs share the machine's memory; on GPUs, each rank has the memory of its GPU.
     return (free if limit is None else min(free, limit)) // num_ranks
 
 
 def _container_headroom(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the bytes below a container's memory limit, or None if there is no limit."""
+    """Return the bytes that are free below a container's memory limit; None without a limit."""
     try:
         limit = (root / "memory.max").read_text().strip()
         used = int((root / "memory.current").read_text())
         details = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
     except OSError:
         return None
-    # Inactive file pages are cache, which the kernel gives back when memory is needed.
+    # Inactive file pages are cache, which the kernel reclaims when memory is needed.
     return None if limit == "max" else int(limit) - used + int(details["inactive_file"])

@@ -2,14 +2,16 @@
 
     weights      the base model: 4-bit linear layers with their scales, the rest in the compute type
     adapter      trained weights and gradients in fp32, and the optimizer state
-    activations  what the backward pass needs per token: of every layer, or only the inputs of
-                 layers whose activations are recomputed; fused kernels fill the memory that is free
-    working set  of one layer's backward pass: recomputed activations, a dequantised weight,
-                 gradients
-    head         logits and their gradient, if the loss holds all of them at once
+    activations  tensors that layers store for the backward pass: all that it reads or, if these are
+                 recomputed, only the inputs of layers. Fused layers store inputs, and as many other
+                 tensors as fit into the memory that is free
+    working set  what the backward pass of one layer takes in addition: recomputed activations, a
+                 dequantised weight, gradients
+    head         what the loss holds at once: logits, and tensors of their size or of hidden states
 
-The counts per token are those of transformers' Llama family: RMSNorm keeps its input in fp32 and
-its output, attention keeps q, k, v and its output, the MLP four tensors of its width.
+The numbers of stored tensors are those of transformers' Llama family: a RMSNorm stores its input in
+fp32 and its output; attention stores q, k, v and its output; the MLP stores four tensors of its
+width.
 tests/train/memory/test_estimate.py compares the estimate with peaks measured on an H200.
 
 This module is importable without torch, because `tuneline plan` uses it on a laptop.
@@ -32,7 +34,7 @@ GIB = 2**30
 _NF4_BYTES = 0.5 + 1 / BLOCKSIZE + 4 / (BLOCKSIZE * 256)
 # Four bits, one byte of scale per block, and one fp32 number per 256 of those scales.
 _STATE_BYTES = {"8bit": 2.0, "adamw": 8.0, "adafactor": 0.1, "sgd": 4.0, "lion": 4.0}
-# Bytes per trained parameter, by a part of the optimizer's name; AdamW keeps two fp32 moments.
+# Bytes per trained parameter, by a part of the optimizer's name; AdamW stores two fp32 moments.
 _HEAD_TILE = 4096 * 16384
 # Logits that TRL's loss holds at once on a GPU.
 
@@ -58,8 +60,8 @@ class Shape:
     num_adapter: int
     """Trained parameters."""
     fused_qkv: int = 0
-    """Output width of the linear layer that computes q, k and v at once, or 0. Its output is kept
-    beside the three parts that attention reads."""
+    """Output width of the linear layer that computes q, k and v at once; 0 if there is none. Its
+    output is stored in addition to q, k and v."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,11 @@ class Settings:
     optim: str
     method: Method = "sft"
     loss: Loss = "tiled"
-    """Whether the loss holds all logits at once."""
+    """How the loss holds logits: all at once (whole) or only a part at a time (tiled)."""
     fused: bool = False
     """Whether fused kernels run."""
     kept_bytes: int = 0
-    """Bytes in which fused kernels may keep activations; they keep those of whole layers."""
+    """Bytes in which fused kernels may keep activations, so that they need not be recomputed."""
     num_ranks: int = 1
     """Ranks over which ZeRO-2 divides gradients and optimizer state."""
 
@@ -100,7 +102,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The peak. A layer's backward pass and the head's never happen at the same time."""
+        """The peak. It has only the larger of working set and head, which never coincide."""
         return self.weights + self.adapter + self.activations + max(self.working_set, self.head)
 
     def __str__(self) -> str:
@@ -146,7 +148,10 @@ def _layer_bytes_per_token(shape: Shape, itemsize: int) -> int:
 
 
 def _kept_bytes(shape: Shape, tokens: int, itemsize: int, room: int) -> int:
-    """Return the bytes that fused layers keep within `room`, as `kernels.decoder.budget` does."""
+    """Return the bytes of activations that fused layers keep if they may use `room` bytes.
+
+    The rules are those of `kernels.decoder.budget`.
+    """
     attention = 2 * shape.query + 2 * shape.key_value
     layer = tokens * itemsize * (attention + shape.hidden + 2 * shape.mlp)
     normed = tokens * itemsize * 2 * (shape.hidden + MIN_ADAPTER_COLUMNS)
@@ -157,9 +162,9 @@ def _kept_bytes(shape: Shape, tokens: int, itemsize: int, room: int) -> int:
 
 
 def _fused_bytes(shape: Shape, tokens: int, itemsize: int, kept: bool) -> tuple[int, int]:
-    """Return activations and working set of fused layers that keep as little as possible."""
+    """Return the bytes of activations and of working set if fused layers keep only their inputs."""
     row = shape.hidden * itemsize
-    # From this number of tokens on, layer inputs are in host memory, but for the few in transfer.
+    # From STASH_MIN_TOKENS on, layer inputs are in host memory, except the few in transfer.
     num_inputs = 4 if tokens >= STASH_MIN_TOKENS else shape.num_layers
     chunk = min(tokens, KEPT_MLP_CHUNK_TOKENS if kept else MLP_CHUNK_TOKENS)
     arenas = 3 * shape.mlp * shape.hidden

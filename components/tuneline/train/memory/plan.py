@@ -1,9 +1,10 @@
 """The settings that memory depends on, and how they are reduced until a run fits.
 
-They are reduced in this order, as far as needed: smaller micro-batches, with the same examples per
-optimizer step; recomputed activations; and, if the recipe allows it, shorter packs, which cut no
-row. None of these changes what is learned. If memory runs out in spite of the estimate, the first
-two are applied in the same order; packs keep their length.
+They are reduced in this order, until the run fits: smaller micro-batches, with the same examples
+per optimizer step; recomputed activations; and, if the recipe allows it, shorter packs, as long as
+no row is cut. None of these changes what is learned. If memory runs out in spite of the estimate,
+fused kernels first stop keeping activations. Then the first two reductions are made in the same
+order, but packs keep their length.
 """
 
 import dataclasses
@@ -22,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class Plan(StrictModel):
-    """The settings that memory depends on. Training reads them here, never in the config."""
+    """The settings that memory depends on. Training reads them from its plan, not the config."""
 
     global_batch_size: int
-    """Examples per optimizer step, over all ranks. It doubles if packs get half as long."""
+    """Examples per optimizer step, over all ranks. The number doubles if packs get half as long."""
     micro_batch_size: int
     """Examples per forward and backward pass on one rank."""
     gradient_checkpointing: bool
@@ -40,7 +41,7 @@ class Plan(StrictModel):
         return self.global_batch_size // (self.micro_batch_size * num_ranks)
 
     def divided_over(self, num_ranks: int) -> "Plan":
-        """Return this plan with a micro-batch that divides the global batch's part of a rank.
+        """Return this plan with a micro-batch that divides a rank's part of the global batch.
 
         Raises:
             RecipeError: the ranks cannot divide the global batch equally.
@@ -49,9 +50,10 @@ class Plan(StrictModel):
         return self.model_copy(update={"micro_batch_size": size})
 
     def at_most(self, other: "Plan") -> "Plan":
-        """Return a plan with this global batch that takes no more memory than either plan.
+        """Return this plan, changed so that it takes no more memory than another plan.
 
-        Its micro-batch may have to be divided over ranks again.
+        Only the micro-batch, the recomputation and `kept_gib` change. Call `divided_over` on the
+        result, because its micro-batch may not divide a rank's part of the global batch.
         """
         return self.model_copy(
             update={
@@ -100,7 +102,7 @@ def smaller_plan(plan: Plan, *, min_length: int | None = None) -> Plan | None:
     """Return the next plan that takes less memory, or None if there is none.
 
     Args:
-        plan: The plan that takes too much.
+        plan: The plan that takes too much memory.
         min_length: Tokens below which no pack may be shortened. None: packs keep their length.
     """
     if plan.kept_gib != 0:
@@ -121,7 +123,7 @@ def smaller_plan(plan: Plan, *, min_length: int | None = None) -> Plan | None:
 
 
 def min_pack_length(config: TrainConfig, manifest: DatasetManifest) -> int | None:
-    """Return the shortest pack, in tokens, that cuts no row; None if packs keep their length."""
+    """Return the tokens of the shortest pack that cuts no row; None to keep the pack length."""
     if config.fit_min_length is None or manifest.method == "dpo" or not config.packing:
         return None
     if manifest.method == "cpt":
@@ -169,7 +171,7 @@ def run_settings(
 
 
 def largest_that_fits(asked: Plan, shape: Shape, settings: Settings, available_bytes: int) -> Plan:
-    """Return the plan with the largest micro-batch that fits, or with 1 if none does.
+    """Return the plan with the largest micro-batch that fits, or with 1 if no micro-batch fits.
 
     Args:
         asked: A plan with the largest micro-batch to try.
@@ -197,7 +199,8 @@ def fitting_plan(
     """Return the first plan whose estimate fits, and its estimate.
 
     Args:
-        config: Its `fit` decides whether a smaller plan may be used, or is only named.
+        config: The `train` section of the recipe. Its `fit` decides whether a smaller plan may be
+            used, or is only suggested in the error.
         asked: The plan that the recipe asks for.
         shape: Shape of the base model.
         settings: Settings of the run, see `run_settings`.

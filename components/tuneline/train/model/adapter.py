@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_targets(lora: LoraConfig, base_model_dir: str | Path) -> None:
-    """Check that the model has the modules that an adapter names, before its weights are read.
+    """Check that the base model has the modules that the recipe names, without reading weights.
 
     Raises:
-        ModelError: a name matches no module that can be trained in this way.
+        ModelError: a name matches no module, or a module that cannot be trained in this way.
     """
     if lora.target_modules == "all-linear" and not lora.modules_to_save:
         return
@@ -47,7 +47,7 @@ def check_targets(lora: LoraConfig, base_model_dir: str | Path) -> None:
 
 
 def _named(model: PreTrainedModel, key: str, names: Iterable[str]) -> list[str]:
-    """Return the modules that some names, whole names or their last parts, refer to."""
+    """Return the full names of the modules that the recipe's names for a key refer to."""
     kinds: tuple[type, ...] = (torch.nn.Linear,)
     what = "linear layer"
     if key == "modules_to_save":
@@ -69,12 +69,12 @@ def _named(model: PreTrainedModel, key: str, names: Iterable[str]) -> list[str]:
 
 
 def is_called(module: str, name: str) -> bool:
-    """Return whether a module's whole name is a recipe's name, or ends with it."""
+    """Return whether a module's full name equals a name in the recipe, or ends with that name."""
     return module == name or module.endswith(f".{name}")
 
 
 def lora_config(lora: LoraConfig) -> peft.LoraConfig:
-    """Return the same settings as a peft.LoraConfig."""
+    """Convert the recipe's LoRA settings to a peft.LoraConfig."""
     names = lora.target_modules
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -106,9 +106,9 @@ def keep_adapter_in_fp32(model: torch.nn.Module) -> None:
 
 
 def keep_hidden_states_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Make a trained embedding, which is fp32, return the compute type as the base's does.
+    """Make a trained embedding, whose weights are fp32, return values in the compute type.
 
-    Otherwise all layers would compute with fp32 hidden states.
+    Otherwise the hidden states of all layers would be fp32.
     """
     pretrained: Any = model
     embedding = pretrained.get_input_embeddings()
@@ -121,7 +121,7 @@ def save_adapter(model: peft.PeftModel, directory: Path, origin: ModelOrigin) ->
     config = model.peft_config["default"]
     config.base_model_name_or_path = origin.source
     config.revision = origin.revision
-    # Otherwise peft asks the Hub whether the vocabulary grew; it never does in this step.
+    # Otherwise peft asks the Hub whether the vocabulary has grown. This step never changes it.
     model.save_pretrained(str(directory), save_embedding_layers=False)
-    # peft's model card is an empty form; publish writes one with the scores.
+    # peft's model card is an empty form. The publish step writes a card with the scores.
     (directory / "README.md").unlink(missing_ok=True)

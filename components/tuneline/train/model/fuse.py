@@ -13,11 +13,11 @@ from tuneline.kernels.limits import FP8_CAPABILITY, MIN_CAPABILITY
 logger = logging.getLogger(__name__)
 
 STATE_BITS = {"adamw_8bit": 8, "adamw_bnb_8bit": 8, "adamw_torch": 32, "adamw_torch_fused": 32}
-"""Bits of optimizer state, by transformers' names of the optimizers that `FlatAdamW` replaces."""
+"""Bits per value of optimizer state, for each transformers optimizer that `FlatAdamW` replaces."""
 
 
 def can_fuse(mode: str, device: str) -> bool:
-    """Return whether fused kernels are wanted and can run; log why they cannot.
+    """Return whether fused kernels are wanted and can run; log if the GPU is too old for them.
 
     Raises:
         RecipeError: the mode is fp8, but the device has no 8-bit matrix products.
@@ -47,8 +47,8 @@ def can_fuse(mode: str, device: str) -> bool:
 def fuse_model(model: torch.nn.Module) -> None:
     """Freeze a base model and give it fused layers and a fused loss, before the trainer exists.
 
-    TRL replaces the model's forward by a function that may call the replaced one, so that one has
-    to be the fused forward.
+    TRL replaces the model's forward method by a function that may call the original method.
+    Therefore the original method has to be the fused one.
     """
     model.requires_grad_(False)
     patch(model)
@@ -63,9 +63,9 @@ def fuse_trainer(trainer: Any, *, mode: str = "auto", kept_gib: float | None = N
         kept_gib: GiB in which layers may keep activations. None: all memory that is free.
 
     Returns:
-        What was fused, for people to read.
+        Human-readable description of what was fused.
     """
-    # Again, because the trainer has added adapters, which decide what layers can be fused.
+    # Patch again: the trainer has added adapters, which decide what can be fused in a layer.
     budget: Budget = "auto" if kept_gib is None else kept_gib
     report = patch(trainer.model, budget=budget, fp8=mode == "fp8")
     trainer.takes_model_loss = report.loss == "fused"
@@ -82,7 +82,8 @@ def fuse_trainer(trainer: Any, *, mode: str = "auto", kept_gib: float | None = N
             max_grad_norm=arguments.max_grad_norm or None,
         )
         if not arguments.fp16:
-            # The optimizer's norm takes two kernel launches. accelerate's clip visits every
-            # parameter, 25 ms per step of an 8B model, but it also undoes float16's loss scaling.
+            # The optimizer computes the norm in two kernel launches. accelerate's clipping visits
+            # every parameter, which takes 25 ms per step of an 8B model. float16 needs accelerate's
+            # clipping, because it also undoes the loss scaling.
             trainer.own_grad_norm = trainer.optimizer.grad_norm
     return str(report)

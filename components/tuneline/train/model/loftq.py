@@ -2,9 +2,10 @@
 
     B A = best approximation of rank r of (W - W') / s,    W' = dequantize(NF4(W))
 
-so that the model starts nearer to the full-precision one (arXiv 2310.08659, with one iteration: W'
-does not change, so merging and serving need not know about it). peft has LoftQ for CUDA devices and
-a scale of one only. This version runs on any device, and divides by the adapter's scale s.
+so that the model with its new adapter is closer to the full-precision model than the 4-bit base is
+(arXiv 2310.08659, with one iteration). W' does not change, so merging and serving need no support
+for LoftQ. peft has LoftQ only for CUDA devices and a scale of one. This version runs on any device,
+and divides by the adapter's scale s.
 """
 
 import json
@@ -25,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 def start_from_error(model: peft.PeftModel, base_model_dir: str | Path) -> None:
-    """Set the initial weights of every adapter on a 4-bit layer, and leave all others as they are.
+    """Set the initial weights of the adapters on 4-bit layers; leave other adapters unchanged.
 
     Raises:
-        ModelError: the files have no tensor with the model's name of a weight.
+        ModelError: the base model's files have no tensor with the name of a layer's weight.
     """
     files = _files(Path(base_model_dir))
     before = after = 0.0
@@ -65,9 +66,9 @@ def start_from_error(model: peft.PeftModel, base_model_dir: str | Path) -> None:
 def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A [rank, in] and B [out, rank] whose product B A is nearest to a matrix [out, in].
 
-    They come from the eigenvectors of the smaller Gram matrix, which is exact, needs no random
-    start, and costs a fraction of a full singular value decomposition. Both factors have the same
-    singular values.
+    The factors are computed from the eigenvectors of the smaller Gram matrix. This method is exact,
+    needs no random start, and costs a fraction of a full singular value decomposition. Both factors
+    have the same singular values.
     """
     is_wide = matrix.shape[0] <= matrix.shape[1]
     wide = matrix if is_wide else matrix.T
@@ -77,7 +78,7 @@ def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     roots = values[-count:].clamp(min=1e-30).pow(0.25)
     up, down = left * roots, (left / roots).T @ wide
     if count < rank:
-        # The layer is narrower than the rank: the remaining rank adds nothing.
+        # The layer is narrower than the rank: fill the factors with zeros.
         up = torch.nn.functional.pad(up, (0, rank - count))
         down = torch.nn.functional.pad(down, (0, 0, 0, rank - count))
     return (down, up) if is_wide else (up.T, down.T)

@@ -18,11 +18,11 @@ def choose_device() -> str:
 def choose_dtype(config: TrainConfig, device: str) -> torch.dtype:
     """Return the compute type.
 
-    auto is bfloat16 if the hardware multiplies it, that is on a GPU with native bfloat16, or on a
-    CPU with AVX512-BF16 or AMX. Otherwise it is float32, as emulated bfloat16 is slow.
+    `dtype: auto` is bfloat16 on hardware that multiplies bfloat16 natively: many GPUs, and CPUs
+    with AVX512-BF16 or AMX. Otherwise it is float32, because emulated bfloat16 is slow.
 
     Raises:
-        RecipeError: float16 on a CPU, where transformers has no loss scaling.
+        RecipeError: the recipe asks for float16 on a CPU, where transformers has no loss scaling.
     """
     if config.dtype == "float16" and device == "cpu":
         raise RecipeError(
@@ -39,7 +39,7 @@ def choose_dtype(config: TrainConfig, device: str) -> torch.dtype:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Return the peak of the GPU's allocator, or of this process' resident memory on a CPU."""
+    """Return the peak of PyTorch's GPU allocator, or on a CPU that of resident memory."""
     if device == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return torch.cuda.max_memory_allocated()

@@ -7,7 +7,7 @@ from tuneline.training_figures import training_figures
 
 
 def comparable_metrics(summary: TrainingSummary) -> dict[str, float]:
-    """Return the figures that KFP compares between runs; those not measured are left out."""
+    """Return the figures that KFP compares between runs, without those that were not measured."""
     return {
         figure.name: round(float(figure.value), 6)
         for figure in training_figures(summary)
@@ -16,7 +16,10 @@ def comparable_metrics(summary: TrainingSummary) -> dict[str, float]:
 
 
 def eval_gap(history: Sequence[TrainingPoint]) -> float | None:
-    """Return the last evaluation loss minus the mean training loss since the one before."""
+    """Return the last evaluation loss minus the mean training loss since the evaluation before.
+
+    None if there are fewer than two evaluations, or no training loss was logged between them.
+    """
     evaluated = [point for point in history if point.eval_loss is not None]
     if len(evaluated) < 2:
         return None

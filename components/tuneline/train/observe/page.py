@@ -1,4 +1,4 @@
-"""The page of a training run: curves, figures, and answers before and after."""
+"""The page of a training run: curves, figures, and answers before and after training."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from tuneline.html.page import facts, line_chart, render_page, section, table
 from tuneline.train.observe.samples import Sample
 from tuneline.training_figures import training_figures
 
-# Keys of progress.jsonl: key, heading, unit, and the divisor that gives the unit.
+# Charts of progress.jsonl: key, heading, unit, and the divisor that converts a value to the unit.
 _MEASURED = (
     ("tokens_per_second", "Tokens per second", "tokens per second", 1),
     ("peak_memory_bytes", "Peak memory so far", "GiB", 2**30),

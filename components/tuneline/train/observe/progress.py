@@ -1,4 +1,4 @@
-"""Progress of a run for a person and for the runner, and the history of its losses."""
+"""Show the progress of a run on the terminal and send it to the runner; record the losses."""
 
 import logging
 import sys
@@ -69,7 +69,7 @@ class ProgressCallback(TrainerCallback):
         self._step_began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the time of the step to the run's."""
+        """Add the time of the step to the `step_seconds` of the run."""
         self._run_state.step_seconds += time.monotonic() - self._step_began
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """Answers of the base model and of the tuned model to a few prompts, for the page of the run.
 
-Both are generated after training, the base model's with the adapter disabled. Sampling therefore
-does not affect the training, and a resumed run has answers too.
+All answers are generated after training; those of the base model are generated with the adapter
+disabled. Generation therefore does not affect the training, and a resumed run has answers too.
 """
 
 import json
@@ -90,7 +90,7 @@ def ask_before_and_after(
     Args:
         model: Model with the trained adapter.
         tokenizer: Tokenizer of the base model.
-        prompts: Token IDs of each prompt and of its reference answer, or None for the latter.
+        prompts: For each prompt, its token IDs, and those of its reference answer or None.
         num_tokens: Largest number of tokens per answer; 0 generates no answers.
         dtype: Compute type.
         end_of_turn: Text that ends a turn in the chat template; it ends an answer too.
@@ -146,15 +146,16 @@ def write_samples(samples: Sequence[Sample], directory: Path) -> None:
 
     Args:
         samples: The samples.
-        directory: Directory of the checkpoints, not of the adapter: that one may be published,
-            but the rows may be private.
+        directory: Directory of the checkpoints. It must not be the adapter's directory, because
+            samples contain rows of the dataset: these may be private, but an adapter may be
+            published.
     """
     text = json.dumps([sample.model_dump() for sample in samples], ensure_ascii=False)
     (directory / SAMPLES_FILE).write_text(text, encoding="utf-8")
 
 
 def read_samples(directory: Path) -> list[Sample]:
-    """Return the samples that `write_samples` wrote, or none if it wrote none."""
+    """Return the samples that `write_samples` wrote; an empty list if there is no file."""
     path = directory / SAMPLES_FILE
     if not path.is_file():
         return []

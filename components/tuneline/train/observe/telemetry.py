@@ -1,7 +1,8 @@
 """Resource use of a run: progress.jsonl while it trains, and its hours, energy and cost at the end.
 
-progress.jsonl has one JSON object per logged step; a value that was not measured is null. The file
-is beside the checkpoints while the run trains, and is copied to the adapter at the end.
+progress.jsonl has one JSON object per logged loss; a value that was not measured is null. The file
+is in the directory of the checkpoints while the run trains, and is copied to the adapter's
+directory at the end.
 
 GPU utilisation and energy come from NVML, and are null if the package nvidia-ml-py is not
 installed. The sums of time and energy are part of each checkpoint. If a run is killed, the time
@@ -28,9 +29,10 @@ _JOULES_PER_KWH = 3.6e6
 
 
 class GpuMeter:
-    """Reads the use of the run's GPUs from NVML; without NVML, all values are None.
+    """Reads utilisation and energy of GPUs from NVML; without NVML, all values are None.
 
-    Rank 0 reads for all ranks, because the ranks of a node see each other's GPUs.
+    With N ranks, every rank has a meter that reads GPUs 0 to N-1 of its machine, so all ranks must
+    be on one node. Only the values of rank 0 are written.
     """
 
     def __init__(self, device: str) -> None:
@@ -79,9 +81,10 @@ class GpuMeter:
 
 
 class TelemetryCallback(TrainerCallback):
-    """Writes one line per logged step, and adds up time and energy.
+    """Writes one line per logged loss to progress.jsonl, and adds up time and energy.
 
-    It must be added after ProgressCallback, whose points and step times it reads.
+    Add this callback after ProgressCallback, which records the points and step times that are read
+    here.
     """
 
     def __init__(self, run_state: RunState, path: Path, device: str) -> None:
@@ -95,7 +98,10 @@ class TelemetryCallback(TrainerCallback):
         self._step_seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clocks, and delete the lines of steps that this run repeats."""
+        """Start the clocks, and delete the progress.jsonl lines of steps that will run again.
+
+        These are the steps after the checkpoint from which the run resumes.
+        """
         self._time = time.monotonic()
         self._joules = self._meter.energy_joules()
         self._tokens = self._run_state.num_tokens
@@ -107,7 +113,7 @@ class TelemetryCallback(TrainerCallback):
         self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add up time and energy, so that a checkpoint of this step has both."""
+        """Add up time and energy, so that a checkpoint of this step includes those of the step."""
         self._add_up()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

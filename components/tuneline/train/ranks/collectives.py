@@ -1,4 +1,4 @@
-"""Collective operations over the ranks, as called by one rank; with one rank they do nothing.
+"""Collective operations, which all ranks call together; with one rank they return at once.
 
 A rank is a process with one GPU, or a process on a CPU. All ranks must decide together how a run
 goes on: whether to write a checkpoint, stop, skip a step or stop early. Ranks that decide
@@ -59,7 +59,7 @@ def highest(value: int) -> int:
 
 
 def gathered(values: torch.Tensor) -> torch.Tensor:
-    """Stack one tensor per rank in the order of ranks; all must have the same shape."""
+    """Stack one tensor per rank in the order of ranks; all tensors must have the same shape."""
     if num_ranks() == 1:
         return values[None]
     tensors = [torch.empty_like(values) for _ in range(num_ranks())]
@@ -68,7 +68,7 @@ def gathered(values: torch.Tensor) -> torch.Tensor:
 
 
 def concatenated(values: torch.Tensor) -> torch.Tensor:
-    """Concatenate one tensor per rank along the first axis, whose length may differ."""
+    """Concatenate one tensor per rank along the first axis; its length may differ between ranks."""
     if values.dim() == 0:
         return gathered(values)
     lengths = gathered(torch.tensor(len(values), device=values.device)).tolist()
@@ -94,7 +94,7 @@ def wait_for_all() -> None:
 
 @contextlib.contextmanager
 def first_goes_first() -> Iterator[None]:
-    """Run the body on rank 0 before the other ranks, so that they find what it has cached."""
+    """Run the body first on rank 0, so that the other ranks find what rank 0 has cached."""
     if not is_first():
         wait_for_all()
     yield

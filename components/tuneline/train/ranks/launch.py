@@ -1,10 +1,11 @@
 """Run a function on N ranks: torchrun starts the processes, and this module watches them.
 
-torchrun gives each process its rank, a log and a place to meet. Its handling of a rank that dies is
-too slow: it sends SIGTERM to the other ranks, which are blocked in a collective operation with the
-dead rank, and kills them half a minute later. Therefore the step's own process watches the rank
-processes by their process IDs. As soon as one rank has failed or is gone, the watcher kills the
-others, and raises an error that names the failed rank and has the last lines of its log.
+torchrun gives each process its rank, a log and a rendezvous with the other processes. It handles
+the death of a rank too slowly: it sends SIGTERM to the other ranks, which are blocked in a
+collective operation with the dead rank, and kills them half a minute later. Therefore the step's
+own process watches the rank processes by their process IDs. As soon as one rank has failed or is
+gone, this watcher kills the other ranks, and raises an error that names the failed rank and has the
+last lines of that rank's log.
 
 The processes exchange files in one directory:
 
@@ -12,7 +13,8 @@ The processes exchange files in one directory:
                 rank-0.pid        process ID, written when the rank starts
                 rank-0.error      {"kind", "message", "time"}, written when the rank fails
                 rank-0.done       written when the function has returned
-                rank-0.dead       written by the watcher when the process is gone without either
+                rank-0.dead       written by the watcher when the process is gone, but has written
+                                  neither rank-0.error nor rank-0.done
                 result.pickle     what the function returned on rank 0
                 logs-0/           stdout.log and stderr.log of each rank on node 0
 
@@ -48,7 +50,8 @@ _POLL_SECONDS = 0.05
 _SECONDS_FOR_OTHER_RANKS = 1.0
 """Time for the other ranks to write their errors after one rank has failed."""
 _SECONDS_FOR_OTHER_NODES = 30.0
-"""Longest wait for the other nodes to leave an attempt; a node that is gone never leaves it."""
+"""Longest wait for the other nodes to leave an attempt. It is limited because a node that is gone
+never leaves the attempt."""
 _NUM_LOG_LINES = 8
 
 
@@ -106,7 +109,7 @@ def run_on_ranks(
 
     Args:
         num_ranks: Number of ranks, each a process of its own.
-        function: Function that the ranks import by its name; `collectives` gives it its rank.
+        function: Function that the ranks import by name. It gets the rank from `collectives`.
         arguments: Keyword arguments of the function; they are pickled.
         directory: New or empty directory for the files that the processes exchange.
         device: "cuda" gives each rank its own GPU and uses NCCL; "cpu" uses gloo.
@@ -143,12 +146,12 @@ def run_on_ranks(
 
 
 def take_part(attempt: Attempt, node: Node, stop: StopRequest) -> None:
-    """Run the ranks of this node in an attempt that node 0 has announced, until they end."""
+    """Run this node's ranks in an attempt that node 0 has announced, and wait until they end."""
     directory, local = attempt.directory, node.local_ranks
     is_first_time = attempt.begin(node.number)
     try:
-        # Begin only now, because node 0 waits for the nodes that have begun, so the directory
-        # cannot vanish.
+        # Check this only after `begin`: node 0 waits for all nodes that have begun, so from then
+        # on the directory cannot vanish.
         if attempt.is_over:
             return
         if not is_first_time:
@@ -199,7 +202,7 @@ def _run_torchrun(
         "OMP_NUM_THREADS": threads,
         **os.environ,
     }
-    # A new session keeps Ctrl-C away from the ranks: this process receives it and stops them.
+    # In a new session, the ranks do not receive Ctrl-C. This process receives it, and stops them.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         _watch(process, directory, local, num_ranks, stop, is_over)
@@ -220,7 +223,7 @@ def _watch(
     is_forwarded = False
     while process.poll() is None and not is_over():
         if stop.is_made and not is_forwarded:
-            # Do not send it to torchrun, which would kill the ranks half a minute later.
+            # Send SIGTERM only to the ranks: torchrun would kill them half a minute later.
             is_forwarded = True
             for rank in local:
                 _send(_pid(directory, rank), signal.SIGTERM)
@@ -262,12 +265,12 @@ def _send(pid: int | None, signal_number: int) -> None:
 
 
 def _has_recorded_failure(directory: Path, rank: int) -> bool:
-    """Return whether the files say that a rank has failed; this works for any machine's ranks."""
+    """Return whether a rank of any machine has failed, according to the exchanged files."""
     return any((directory / f"rank-{rank}.{suffix}").exists() for suffix in ("error", "dead"))
 
 
 def _has_failed(directory: Path, rank: int) -> bool:
-    """Return whether a rank of this machine has failed; write `rank-N.dead` if it is gone."""
+    """Return whether a rank of this machine has failed; write `rank-N.dead` if it has died."""
     if (directory / f"rank-{rank}.error").exists():
         return True
     pid = _pid(directory, rank)
@@ -301,7 +304,7 @@ def _failure(
             silent.append(rank)
     known_errors = [error for error, _ in errors_of_ranks if error["kind"] != "Exception"]
     if known_errors:
-        # These explain more than the exceptions that follow from them on the other ranks.
+        # These errors explain more than the exceptions that they cause on other ranks.
         first = min(known_errors, key=lambda error: error["time"])
         internal_kinds = {kind.__name__: kind for kind in (OutOfMemory, StartAgain)}
         kind = internal_kinds.get(first["kind"]) or getattr(errors, first["kind"])

@@ -1,4 +1,4 @@
-"""How the nodes of one training see each other: by files in a directory that they share.
+"""How the nodes of one training communicate: by files in a directory that they share.
 
 The nodes are the pods of a Kubeflow TrainJob. Trainer's torch runtime tells each pod which node it
 is (PET_NNODES, PET_NODE_RANK, PET_NPROC_PER_NODE, PET_MASTER_ADDR, PET_MASTER_PORT). The protocol:
@@ -6,13 +6,13 @@ is (PET_NNODES, PET_NODE_RANK, PET_NPROC_PER_NODE, PET_MASTER_ADDR, PET_MASTER_P
 1. The launcher (`trainjob.run`) writes the inputs to the directory and creates the TrainJob.
 2. Node 0 runs the train step. Each time the step starts its ranks, node 0 announces an attempt.
    One step makes several attempts if memory runs out, or if it returns to a checkpoint.
-3. The other nodes poll for announcements. Each notes that it has begun the attempt, runs its
-   ranks, and notes that it has left.
+3. The other nodes poll for announcements. Each of these nodes begins the attempt (and writes a file
+   that says so), runs its ranks, and leaves the attempt (and writes another file).
 4. When its own ranks have ended, node 0 marks the attempt as over. A node whose ranks are still
    running then kills them. Node 0 waits until every node that has begun has also left, because
    the attempt's directory is deleted afterwards.
-5. When the step ends, node 0 writes the outcome. The other nodes exit with it, and the launcher
-   raises its error.
+5. When the step ends, node 0 writes the outcome. The other nodes then exit. If the outcome is an
+   error, the launcher raises this error.
 
     <directory>/config.json             train config, written by the launcher
                 base_model/, dataset/   inputs, copied by the launcher
@@ -79,7 +79,7 @@ class Attempt:
         self.path.with_suffix(".over").touch()
 
     def begin(self, node: int) -> bool:
-        """Note that a node begins the attempt.
+        """Write the file which says that a node has begun the attempt.
 
         Returns:
             False if the node has begun the attempt before, which means that its pod restarted.
@@ -91,7 +91,7 @@ class Attempt:
         return True
 
     def leave(self, node: int) -> None:
-        """Note that a node writes no more files of the attempt."""
+        """Write the file which says that a node has left the attempt and writes no more files."""
         self.path.with_suffix(f".left-{node}").touch()
 
     def wait_for_others(self, seconds: float) -> None:
@@ -103,7 +103,7 @@ class Attempt:
             time.sleep(_POLL_SECONDS)
 
     def _nodes_with(self, note: str) -> set[str]:
-        """Return the numbers of the nodes that have written a note: "node" or "left"."""
+        """Return the numbers of the nodes that have begun ("node") or left ("left") the attempt."""
         notes = self.path.parent.glob(f"{self.path.name}.{note}-*")
         return {path.suffix.partition("-")[2] for path in notes}
 
@@ -145,11 +145,11 @@ class SharedDirectory:
         return attempts
 
     def write_outcome(self, outcome: Outcome) -> None:
-        """Record how the step ended; the other nodes exit when they see it."""
+        """Record how the step ended; the other nodes exit when they read the outcome."""
         _write_atomically(self.path / _OUTCOME_FILE, json.dumps(asdict(outcome)))
 
     def read_outcome(self) -> Outcome | None:
-        """Return how the step ended, or None while it runs."""
+        """Return how the step ended, or None while the step runs."""
         try:
             text = (self.path / _OUTCOME_FILE).read_text(encoding="utf-8")
         except FileNotFoundError:

@@ -26,8 +26,8 @@ JOB_FILE = "job.pickle"
 RESULT_FILE = "result.pickle"
 
 _COLLECTIVE_TIMEOUT = datetime.timedelta(hours=12)
-"""Longest time that a rank waits for the others. A dead rank is not found by this timeout: the
-watcher sees that its process is gone."""
+"""Longest time that a rank waits for the others. It can be long, because a dead rank is found by
+the watcher and not by this timeout."""
 
 
 class OutOfMemory(Exception):
@@ -42,7 +42,7 @@ class StartAgain(Exception):
 
     @property
     def carried(self) -> dict[str, Any]:
-        """Values of the run so far that `ResumableTrainer.train_from` keeps, sent as JSON."""
+        """Values that replace those in the checkpoint, see `ResumableTrainer.train_from`."""
         carried: dict[str, Any] = json.loads(str(self))
         return carried
 

@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO-2: gradients and the optimizer's state are divided over the ranks.
 
-The recipe decides DeepSpeed's configuration, which transformers takes as a dictionary. It sets the
-compute type, the batch sizes and the gradient clipping explicitly, because DeepSpeed's defaults
-differ from the trainer's.
+The recipe decides DeepSpeed's configuration, which transformers takes as a dictionary. The
+configuration sets the compute type, the batch sizes and the gradient clipping explicitly, because
+DeepSpeed's defaults differ from the trainer's.
 
 A checkpoint has the whole state, gathered from all ranks, so a run can resume on any number of
 ranks. The frozen base model is on every rank, in 4 bits or not.
@@ -25,19 +25,21 @@ _SCHEDULER_FILE = "scheduler.pt"
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BUCKET = 2**24
-"""Elements per bucket of the reduction. An adapter has some ten million elements, modules that are
+"""Elements per bucket of the reduction. An adapter has some ten million elements; modules that are
 trained in full have more."""
 OPTIMIZER = "adamw_torch"
-"""PyTorch's AdamW. DeepSpeed's own optimizers need a compiler on first use, which images lack."""
+"""PyTorch's AdamW. DeepSpeed's own optimizers are compiled on first use, but the step's images have
+no compiler."""
 
 
 def is_wanted(config: TrainConfig, device: str, num_ranks: int) -> bool:
-    """Return whether a new run divides its optimizer state: several GPUs do so for any AdamW.
+    """Return whether a new run divides its optimizer state over the ranks.
 
-    Ranks on a CPU, and other optimizers, have the whole state on every rank.
+    A run on several GPUs does, with any AdamW. On CPUs, and with other optimizers, every rank has
+    the whole state.
 
     Raises:
-        RecipeError: the run divides it, but DeepSpeed is not installed.
+        RecipeError: the run should divide its optimizer state, but DeepSpeed is not installed.
     """
     is_wanted = device == "cuda" and num_ranks > 1 and "adamw" in config.optim
     if is_wanted and not importlib.util.find_spec("deepspeed"):

@@ -1,14 +1,15 @@
 """Division of a dataset into optimizer steps, and of each step over the ranks.
 
     global batch    examples of one step. Only the seed and the epoch decide which examples, so a
-                    step has the same ones on any number of ranks.
+                    step has the same examples on any number of ranks.
     part            examples that one rank takes of a global batch. The numbers of examples of two
                     parts differ by one at most, and the numbers of tokens are about equal.
     micro-batch     examples of one forward and backward pass on one rank.
 
-With packing, an example here is a pack. The last step of an epoch has the remaining examples. All
-ranks run the same number of micro-batches in it: a rank without examples for a micro-batch repeats
-one of the same step, and the trainer gives its loss the weight zero.
+With packing, an example here is a pack. The last step of an epoch has the remaining examples. In
+this step too, all ranks run the same number of micro-batches: a rank that has no examples left for
+a micro-batch repeats another micro-batch of the step, and the trainer multiplies the loss of the
+repetition by zero.
 """
 
 import math
@@ -21,7 +22,7 @@ from datasets import Dataset
 
 
 class StepBatches:
-    """A batch sampler: yields the micro-batches of one rank, or returns all of a step."""
+    """A batch sampler that yields the micro-batches of one rank."""
 
     def __init__(
         self,
@@ -43,7 +44,8 @@ class StepBatches:
             rank: Rank whose micro-batches iteration yields.
             num_ranks: Number of ranks that share every step.
             seed: Seed of the order, to which the epoch is added; None keeps the dataset's order.
-            lengths: Tokens per example, used to balance the ranks; None balances examples only.
+            lengths: Tokens per example, by which the ranks are balanced. None: balance only the
+                numbers of examples.
         """
         self._num_examples = num_examples
         self._global_batch_size = global_batch_size
@@ -56,7 +58,7 @@ class StepBatches:
         self.num_steps = math.ceil(num_examples / global_batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Use the order of an epoch, from 0."""
+        """Yield the examples in the order of the given epoch, counted from 0."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -72,9 +74,9 @@ class StepBatches:
                 yield batch or parts[0][0]
 
     def of_step(self, epoch: int, step: int) -> list[list[list[int]]]:
-        """Return the examples of a step as a list per rank of micro-batches.
+        """Return the micro-batches of a step, each a list of examples, in one list per rank.
 
-        A micro-batch for which a rank has no examples is an empty list here.
+        A micro-batch for which a rank has no examples is an empty list.
 
         Args:
             epoch: Number of the epoch, from 0.
@@ -83,7 +85,7 @@ class StepBatches:
         return self._parts(self._order(epoch), step)
 
     def num_own(self, step: int) -> int:
-        """Return how many of this rank's micro-batches of a step have examples of their own."""
+        """Return how many micro-batches of a step on this rank are not repetitions."""
         size = min(self._global_batch_size, self._num_examples - step * self._global_batch_size)
         part = size // self._num_ranks + (self._rank < size % self._num_ranks)
         return math.ceil(part / self._micro_batch_size)

@@ -67,7 +67,7 @@ def load_rows(
 def rows_in_packs(
     dataset_dir: str | Path, manifest: DatasetManifest, *, cache_dir: Path
 ) -> Dataset:
-    """Return the packs of `load_rows` with one column `row`: the row number of each token, from 0.
+    """Return the packs of `load_rows`, but with one column `row`: each token's row number, from 0.
 
     Args:
         dataset_dir: Dataset directory that prepare wrote.

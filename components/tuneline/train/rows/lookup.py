@@ -18,8 +18,8 @@ def rows_of_batches(
 ) -> list[int]:
     """Return the indices, from 0, of the train.parquet rows in the given micro-batches of a step.
 
-    Training does not keep row numbers. This function recomputes the order of the examples,
-    and packs the row numbers as the rows were packed.
+    Training does not store row numbers. This function therefore computes the order of the examples
+    again, and packs row numbers in the same way as training packed the rows.
 
     Args:
         trainer: Trainer of the run.

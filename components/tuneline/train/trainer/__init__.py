@@ -1,7 +1,7 @@
 """What happens in an optimizer step.
 
-The trainers are a chain of subclasses of TRL's trainers. Each adds one concern and calls the one it
-extends. From the base:
+A trainer is a chain of classes, of which TRL's trainer is the base. Each class adds one concern,
+and calls the methods of the class before it in this list; the last two are alternatives:
 
     SFTTrainer, DPOTrainer  TRL's, on transformers.Trainer with the loop over steps
     QuickStepTrainer        host_overhead.py: visits the whole model once per run, not per step

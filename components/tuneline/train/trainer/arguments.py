@@ -25,7 +25,7 @@ DPO_LOSSES = (
 )
 """Losses that TRL has. TRL itself would check the name only in the first step."""
 NUM_EVALUATIONS = 5
-"""Evaluations of a run without eval_steps, besides the one before the first step."""
+"""Evaluations of a run without eval_steps, in addition to the one before the first step."""
 
 
 def check_names(config: TrainConfig, method: Method, device: str) -> None:
@@ -54,7 +54,7 @@ def check_names(config: TrainConfig, method: Method, device: str) -> None:
 
 
 def num_total_steps(config: TrainConfig, num_examples: int, global_batch_size: int) -> int:
-    """Return the number of optimizer steps of a run over rows, or packs of rows."""
+    """Return the number of optimizer steps of a run; an example is a row or a pack of rows."""
     if config.max_steps is not None:
         return config.max_steps
     steps_per_epoch = math.ceil(num_examples / global_batch_size)
@@ -82,7 +82,7 @@ def training_arguments(
         evaluates: Whether there are evaluation rows.
         work_dir: Directory for files that the libraries write.
         cache_reference: Value of dpo.cache_reference if the recipe leaves it null.
-        deepspeed: DeepSpeed's configuration, if it runs.
+        deepspeed: DeepSpeed's configuration. None: train without DeepSpeed.
     """
     warmup_steps = config.warmup_steps
     if config.warmup_ratio is not None:
@@ -113,7 +113,7 @@ def training_arguments(
         "use_cpu": setup.device == "cpu",
         "dataloader_pin_memory": setup.device != "cpu",
         "seed": config.seed,
-        # Set, so that the order of examples does not depend on random numbers drawn before.
+        # Set explicitly: otherwise the order of examples depends on random numbers drawn before.
         "data_seed": config.seed,
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": config.eval_steps or math.ceil(num_steps / NUM_EVALUATIONS),
@@ -147,7 +147,7 @@ def training_arguments(
         packing=config.packing,
         packing_strategy="bfd_split",
         max_length=setup.plan.max_seq_length,
-        # The examples are tokens already, with labels, cut and packed.
+        # The examples already have token IDs and labels, and are already cut and packed.
         dataset_kwargs={"skip_prepare_dataset": True},
     )
 

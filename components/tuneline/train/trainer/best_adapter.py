@@ -11,10 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 class BestAdapterCallback(TrainerCallback):
-    """Keeps the best adapter, and stops training after `patience` evaluations without a better one.
+    """Keeps the best adapter, and stops training if `patience` evaluations in a row are no better.
 
-    The best adapter is in host memory, because it is small, and in every checkpoint. The evaluation
-    before the first step does not count: an untrained adapter is not a result.
+    The best adapter is small, so it is held in host memory and stored in every checkpoint. The
+    evaluation before the first step does not count: an untrained adapter is not a result.
     """
 
     def __init__(self, trainer: ResumableTrainer, patience: int | None) -> None:

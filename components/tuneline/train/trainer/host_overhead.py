@@ -1,8 +1,8 @@
 """A trainer that spends little time on the host between two kernel launches.
 
-transformers and accelerate visit every module or parameter of the model three times per step. An
-8B model with adapters has 2,700 modules, which takes a fast host 50 ms during which the GPU waits
-(one H100, packs of 8192 tokens: 518 ms per step including these 50 ms).
+transformers and accelerate visit every module or parameter of the model three times per step. For
+an 8B model with adapters, which has 2,700 modules, the visits take 50 ms on a fast host, and the
+GPU waits meanwhile (one H100, packs of 8192 tokens: 518 ms per step including these 50 ms).
 """
 
 import contextlib
@@ -19,19 +19,21 @@ class QuickStepTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.own_grad_norm: Callable[[], torch.Tensor] | None = None
-        """Gradient norm of an optimizer that clips inside its step, see `fuse.fuse_trainer`."""
+        """Function that returns the gradient norm, if the optimizer itself clips the gradients; see
+        `fuse.fuse_trainer`."""
         self._operations_per_token: float | None = None
         self._is_in_training_mode = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, whether the model is in training or in evaluation mode before."""
+        """Train; before the call, the model may be in training or in evaluation mode."""
         self._is_in_training_mode = False
         return super().train(*args, **kwargs)
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the loss of a micro-batch after its backward pass."""
-        # A loaded base is in evaluation mode, new wrappers (PEFT's, DDP's, DeepSpeed's) are not. An
-        # evaluation changes the mode of the wrapped model, but not that of DDP's and DeepSpeed's.
+        # A loaded base model is in evaluation mode, but new wrappers (of PEFT, DDP and DeepSpeed)
+        # are in training mode. An evaluation changes the mode of the model inside the wrappers of
+        # DDP and DeepSpeed, but not the mode of these wrappers.
         assert self.model is not None
         if not (self._is_in_training_mode and model.training and self.model.training):
             model.train()

@@ -39,22 +39,23 @@ class Diverged(Exception):
 class GuardedTrainer(ResumableTrainer):
     """Skips steps whose loss or gradient is not finite.
 
-    It waits for the device once per step: the losses of all micro-batches are checked together
-    with the norm of their gradients. With float16, an infinite norm alone comes from the loss
-    scaler, which skips the step itself; the step is not counted.
+    The check waits for the device only once per step, because the losses of all micro-batches are
+    checked together with the gradient norm. With float16, a norm that is infinite while all losses
+    are finite is caused by the loss scaling; the loss scaler then skips the step, and this class
+    does not count the step as skipped.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.max_skipped_in_a_row = 3
         self.bad_batches: list[tuple[int, int]] = []
-        """Micro-batches for which the last step was skipped: rank and number in it, from 0."""
+        """Possible causes of the last skip: micro-batches as (rank, number in the step), from 0."""
         self._losses: list[torch.Tensor] = []
         self._loss_before_step = torch.zeros(())
         self.last_skipped_step = 0
-        """The last skipped optimizer step, from 1; 0: none."""
+        """Number of the last skipped optimizer step, from 1; 0 if no step was skipped."""
         self.bad_value = "the loss"
-        """Which value was not finite in that step: the loss or the gradient."""
+        """What was not finite in `last_skipped_step`: "the loss" or "the gradient"."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the loss of a micro-batch after its backward pass."""
@@ -80,7 +81,7 @@ class GuardedTrainer(ResumableTrainer):
             return norm
         places = [(rank, number) for rank, row in enumerate(finite) for number in range(len(row))]
         bad = [(rank, number) for rank, number in places if not finite[rank][number]]
-        # If only the gradient is bad, the micro-batch that caused it is no longer known.
+        # If only the gradient is not finite, any micro-batch of the step may be the cause.
         self.bad_batches = bad or places
         self.bad_value = "the loss" if bad else "the gradient"
         self._skip_step()
@@ -109,7 +110,7 @@ class GuardedTrainer(ResumableTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.run_state.skipped_in_a_row and not self.stops:
-            # The newest checkpoint has to be from before the skipped steps.
+            # A rollback returns to the newest checkpoint, which has to precede the skipped steps.
             self.control.should_save = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -131,13 +132,15 @@ def train_through(
         dataset_dir: The dataset, as prepare leaves it.
         manifest: Record of the dataset, with the pack length of this attempt.
         packing: Whether the trainer's examples are packs.
-        carried: Values of the run's state that a rollback keeps, see `StartAgain`.
+        carried: After a rollback, the values of the run's state that replace those of the
+            checkpoint, see `StartAgain`; otherwise empty.
 
     Raises:
-        TrainingError: training diverged after `MAX_ROLLBACKS`, or from the first step on, which no
-            lower learning rate can fix. The error names the rows of the last bad micro-batch.
-        StartAgain: the run returns to a checkpoint, but with ZeRO-2 this needs new processes: call
-            this there, with the values that the error carries.
+        TrainingError: training diverged again after `MAX_ROLLBACKS` rollbacks, or it diverged from
+            the first step on, which no lower learning rate can fix. The error names the rows of the
+            micro-batches that may be the cause.
+        StartAgain: the run has to return to a checkpoint, for which ZeRO-2 needs new processes.
+            Call this function in new processes, with the `carried` of the error.
     """
     state = trainer.run_state
     store = trainer.store

@@ -6,8 +6,9 @@ import torch
 
 from tuneline.artifacts import Method
 
-# From the guide that this project started from: its "Learning Rate Guide", and its examples for DPO
-# and continued pre-training. For a range, the geometric mean of its ends, rounded.
+# Values of the guide that this project started from: its "Learning Rate Guide", and its examples
+# for DPO and continued pre-training. Where the guide has a range, the value here is the geometric
+# mean of the ends of the range, rounded.
 _DPO = 5e-7
 _CPT = 2e-5  # 1e-5 to 5e-5
 _SFT_SMALL = 7e-5  # 5e-5 to 1e-4, below 1,000 rows
@@ -19,7 +20,7 @@ NUM_LARGE = 100_000
 
 
 def auto_learning_rate(method: Method, num_rows: int) -> float:
-    """Return the rate for a method and a number of training rows, counted before packing."""
+    """Return the learning rate for a method and a number of training rows (not of packs)."""
     if method == "dpo":
         return _DPO
     if method == "cpt":

@@ -37,12 +37,13 @@ class ResumableTrainer(SharedStepTrainer):
     """A base of TRL's trainers that makes transformers' checkpoints atomic and complete.
 
     A checkpoint of transformers has the adapter, the optimizer, the scheduler, the RNG states and
-    the position in the data. This class adds the run's own state, the sum of losses since the last
-    log, and whether an evaluation is due that a stop cut short. Evaluations do not touch the RNG
-    that training uses, so neither their number nor a repeated one changes the training.
+    the position in the data. This class adds the `RunState`, which includes the sum of losses since
+    the last log, and whether a stop interrupted an evaluation that is still to be done. Evaluations
+    do not use the RNG that training uses, so neither their number nor their repetition changes the
+    training.
 
-    With several ranks, all of them call these methods together and the first one writes. Except for
-    the RNG state of each rank, a checkpoint does not depend on the number of ranks.
+    With several ranks, all ranks call these methods together, and rank 0 writes the files. Except
+    for the RNG state of each rank, a checkpoint does not depend on the number of ranks.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -50,7 +51,7 @@ class ResumableTrainer(SharedStepTrainer):
         self.store: CheckpointStore | None = None
         """Where checkpoints are written. None: no checkpoints."""
         self.stop = StopRequest()
-        """Stop request that this process received; see `agree_to_stop` for all ranks."""
+        """Stop request of this process. `agree_to_stop` exchanges the requests of all ranks."""
         self.stops = False
         """Whether all ranks have agreed to stop."""
         self.embedding_rate: float | None = None
@@ -71,8 +72,8 @@ class ResumableTrainer(SharedStepTrainer):
 
         Args:
             checkpoint: The checkpoint to resume from. None: start from the beginning.
-            carried: Values that replace those of the checkpoint's run state. A `rate_factor` among
-                them scales the learning rates of all further steps.
+            carried: Fields of the run's state whose values replace those of the checkpoint. A new
+                `rate_factor` scales the learning rates of all further steps.
         """
         if checkpoint is not None:
             plan, num_out_of_memory = self.run_state.plan, self.run_state.num_out_of_memory
@@ -90,12 +91,13 @@ class ResumableTrainer(SharedStepTrainer):
         first_is_missing = 0 not in self.run_state.points
         self.args.eval_on_start = evaluates and (first_is_missing or self.run_state.evaluation_due)
         if not collectives.is_first():
-            # For dropout other than the first rank's. A checkpoint of this rank overwrites it.
+            # So that dropout differs from that of rank 0. If the checkpoint has an RNG state of
+            # this rank, that state replaces this seed.
             torch.manual_seed(self.args.seed + collectives.rank())
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except EvaluationAbandoned:
-            # The evaluation at the start: this step already has a checkpoint.
+            # Only the evaluation at the start raises it here. Its step already has a checkpoint.
             self.run_state.evaluation_due = True
 
     def agree_to_stop(self, *others: bool) -> list[bool]:
@@ -105,7 +107,7 @@ class ResumableTrainer(SharedStepTrainer):
             others: More flags to exchange in the same collective operation.
 
         Returns:
-            For each of these flags, whether it is set on any rank.
+            For each flag of `others`, whether it is set on any rank.
         """
         stops, *flags = collectives.any_of(self.stop.is_made, *others)
         self.stops = self.stops or stops
@@ -155,7 +157,7 @@ class ResumableTrainer(SharedStepTrainer):
 
     @property
     def _measured(self) -> dict[str, list[float]]:
-        # TRL's metrics, which it averages and clears at each log.
+        # TRL averages these metrics at each log, and then clears them.
         trl: Any = self
         metrics: dict[str, list[float]] = trl._metrics["train"]
         return metrics
@@ -169,7 +171,9 @@ class ResumableTrainer(SharedStepTrainer):
         return metrics
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate one batch, unless a stop was requested: evaluations can take long.
+        """Evaluate one batch, unless a stop was requested.
+
+        An evaluation can take long, so a stop does not wait for its end.
 
         Raises:
             EvaluationAbandoned: a rank was asked to stop.
@@ -180,7 +184,7 @@ class ResumableTrainer(SharedStepTrainer):
         return super().prediction_step(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # After resuming at the last step, or after an early stop, transformers would take one more.
+        # If the run resumes after its last step or an early stop, transformers would take a step.
         if self._has_no_step_left:
             self.control.should_training_stop = True
             return
@@ -233,7 +237,7 @@ class ResumableTrainer(SharedStepTrainer):
         state.last_logged_step = self._globalstep_last_logged
         step = self.state.global_step
         with self._output_below(self.store.partial):
-            # Not TRL's method, which writes a model card beside every checkpoint.
+            # Not TRL's method, which would also write a model card with every checkpoint.
             Trainer._save_checkpoint(self, model, trial)
         collectives.wait_for_all()
         if collectives.is_first():
@@ -242,7 +246,7 @@ class ResumableTrainer(SharedStepTrainer):
             if self._best:
                 save_file(self._best, written / _BEST_FILE)
             self.store.seal(written, step)
-        # No rank may continue, and perhaps end, while the first one is still writing.
+        # No rank may continue, and perhaps end, while rank 0 is still writing.
         collectives.wait_for_all()
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A trainer that divides its steps over ranks, which together learn what one rank would."""
+"""A trainer that divides each step over ranks, with the same result as on one rank."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -15,11 +15,11 @@ from tuneline.train.trainer.state import RunState
 LOSS_FACTOR = "loss_factor"
 """Key of a training batch: the factor by which its loss is multiplied."""
 NUM_LABELS = "num_labels"
-"""Key of a training batch with labels: how many of them count, known while they are on the host."""
+"""Key of a training batch with labels: how many count, computed while they are on the host."""
 
 
 class SharedStepTrainer(QuickStepTrainer):
-    """A base of TRL's trainers: `StepBatches` picks batches, a whole step decides their weights.
+    """A base of TRL's trainers that divides each step over ranks, with `StepBatches`.
 
     DDP averages gradients over ranks. A rank therefore divides the sum of its losses by the mean
     number of labels per rank, not by its own number. The average over ranks is then the sum of all
@@ -63,7 +63,7 @@ class SharedStepTrainer(QuickStepTrainer):
 
         Args:
             epoch_iterator: Micro-batches of the epoch.
-            num_batches: How many of them the step has on this rank.
+            num_batches: Number of micro-batches of the step on this rank.
             device: Device of the rank.
 
         Returns:
@@ -85,8 +85,8 @@ class SharedStepTrainer(QuickStepTrainer):
         )
         self.run_state.num_tokens += int(num_tokens)
         for batch in batches:
-            # For a mean over examples: the trainer divides by the number of micro-batches, and the
-            # average over ranks divides by the number of ranks.
+            # For losses that are means over examples. The factor cancels two divisions: the trainer
+            # divides by the number of micro-batches, and DDP by the number of ranks.
             factor = _num_rows(batch) * len(batches) * collectives.num_ranks() / num_rows
             batch[LOSS_FACTOR] = 1.0 if counts_labels else factor
             if counts_labels:
@@ -109,7 +109,7 @@ class SharedStepTrainer(QuickStepTrainer):
         return result
 
     def eval_weight(self, inputs: dict[str, Any]) -> int:
-        """Return the number of values that a batch's loss is the mean of: its rows, by default."""
+        """Return the number of values over which a batch's loss is a mean: by default, its rows."""
         return _num_rows(inputs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -134,8 +134,8 @@ class SharedStepTrainer(QuickStepTrainer):
         )
 
     def _loader(self, rows: Any, batches: StepBatches) -> DataLoader[Any]:
-        # Not with accelerate, which deals out batches in their order and fills the last ones with
-        # rows from the start of the dataset.
+        # Not with accelerate, which assigns batches to ranks in the order of the batches, and fills
+        # the last batches with rows from the start of the dataset.
         return _EpochLoader(
             cast(Any, self._remove_unused_columns(rows)),
             batch_sampler=batches,
@@ -146,7 +146,7 @@ class SharedStepTrainer(QuickStepTrainer):
 
 
 def num_labels_of(batch: dict[str, Any]) -> int:
-    """Return the number of labels that count in a batch; the first token is never predicted."""
+    """Return the number of labels that count in a batch; a row's first token is never predicted."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 

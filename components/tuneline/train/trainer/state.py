@@ -23,16 +23,19 @@ class RunState(StrictModel):
     device_seconds: float = 0.0
     """Seconds in training, evaluations included, summed over devices."""
     energy_joules: float | None = None
-    """Energy that the GPUs used in that time, in joules. null: NVML does not report it."""
+    """Energy in joules that the GPUs used during training, evaluations included. null: NVML does
+    not report the energy."""
     num_resumptions: int = 0
     """How often the run resumed from a checkpoint after an interruption."""
     divides_optimizer: bool = False
-    """Whether ZeRO-2 divides the optimizer state. A run keeps this on any number of ranks."""
+    """Whether ZeRO-2 divides the optimizer state. This does not change if the run resumes on
+    another number of ranks."""
     plan: Plan | None = None
-    """The plan of the attempt. Reading a checkpoint does not replace it."""
+    """Plan of the current attempt. `ResumableTrainer.train_from` does not replace this value by
+    that of the checkpoint."""
     num_out_of_memory: int = 0
-    """How often memory ran out, so that a smaller plan was used. Reading a checkpoint does not
-    replace it."""
+    """How often memory ran out, so that a smaller plan was used. `ResumableTrainer.train_from` does
+    not replace this value by that of the checkpoint."""
     num_skipped_steps: int = 0
     """Steps whose loss or gradient was not finite, including those undone by a rollback."""
     skipped_in_a_row: int = 0
@@ -50,9 +53,9 @@ class RunState(StrictModel):
     stopped_early: bool = False
     """Whether the run ended before its last step because the evaluation loss no longer fell."""
     loss_since_log: float = 0.0
-    """Sum of the losses of the steps after the last logged one."""
+    """Sum of the losses of the steps after `last_logged_step`."""
     metrics_since_log: dict[str, list[float]] = {}
-    """TRL's metrics of those steps, by TRL's names."""
+    """TRL's metrics of the steps after `last_logged_step`, by TRL's names."""
     last_logged_step: int = 0
     """The last optimizer step whose loss was logged."""
     evaluation_due: bool = False

@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 TENSORBOARD_VARIABLE = "TENSORBOARD_LOGGING_DIR"
 MLFLOW_VARIABLE = "MLFLOW_RUN_ID"
-"""Kubeflow Pipelines sets it if it has created an MLflow run for the pipeline run."""
+"""Environment variable that KFP sets if KFP has created an MLflow run for the pipeline run."""
 
 _PACKAGES = {
     "mlflow": ("mlflow",),

@@ -16,7 +16,7 @@ from tuneline.train.trainer.shared_steps import LOSS_FACTOR, NUM_LABELS, num_lab
 class SupervisedTrainer(GuardedTrainer, SFTTrainer):
     """SFTTrainer whose evaluation loss is a mean over tokens instead of over batches.
 
-    TRL averages the means of batches, so its loss depends on how the rows were packed.
+    TRL averages the means of batches, so TRL's loss depends on how the rows are packed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -25,8 +25,9 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
         """Whether the model computes its training loss itself, see `fuse.fuse_trainer`."""
         base: Any = self.model
         base = base.get_base_model()
-        # On a GPU, TRL's fused head computes logits only for tokens that count; on a CPU, for all.
-        # Without those of the prompt, a step of SmolLM2 is a fifth to a third shorter.
+        # On a GPU, TRL's fused head computes logits only for labelled tokens. On a CPU, TRL
+        # computes all logits; without those of prompts, a step of SmolLM2 is a fifth to a third
+        # shorter.
         self._selects_logits = (
             self.args.device.type == "cpu"
             and "logits_to_keep" in inspect.signature(base.forward).parameters
@@ -45,7 +46,8 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
             model: The model, perhaps wrapped by DDP or DeepSpeed.
             inputs: A batch; `LOSS_FACTOR` and `NUM_LABELS` are removed from it.
             return_outputs: Whether to return the model's outputs too.
-            num_items_in_batch: Labels by which the sum is divided; None: those of the batch.
+            num_items_in_batch: Number of labels by which the sum of the losses is divided. None:
+                the number of labels in the batch.
         """
         factor = inputs.pop(LOSS_FACTOR, 1.0)
         num_labels = inputs.pop(NUM_LABELS, None)
@@ -68,7 +70,7 @@ class PreferenceTrainer(GuardedTrainer, DPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if collectives.num_ranks() > 1:
-            # TRL gathers its metrics example by example, and ranks may differ by an example.
+            # TRL gathers one value per example, but ranks may have different numbers of examples.
             cast(Any, self.accelerator).gather = collectives.concatenated
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
@@ -82,7 +84,7 @@ class PreferenceTrainer(GuardedTrainer, DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return TRL's loss, a mean over examples, weighted by the batch's part of the step.
+        """Return TRL's loss, a mean over examples, multiplied by the batch's `LOSS_FACTOR`.
 
         Args:
             model: The model, perhaps wrapped by DDP or DeepSpeed.
@@ -110,7 +112,7 @@ def _model_loss(
 def _selected_loss(
     model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
 ) -> torch.Tensor:
-    """Compute the loss from the logits of those positions where some row has a label."""
+    """Compute the loss from only those logits at whose positions some row has a label."""
     targets = inputs["labels"][:, 1:]
     kept = (targets != IGNORED).any(dim=0).nonzero().flatten()
     unlabelled = {name: value for name, value in inputs.items() if name != "labels"}

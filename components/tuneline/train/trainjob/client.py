@@ -34,8 +34,8 @@ class TrainJobs:
     def supported(self) -> set[str]:
         """Return the fields of `spec` that the installed Trainer knows.
 
-        They come from the API's OpenAPI schema, which every authenticated user may read; reading
-        the custom resource definition takes an administrator's rights.
+        The fields are read from the API's OpenAPI schema, which every authenticated user may read.
+        To read the custom resource definition instead, one has to be an administrator.
 
         Raises:
             ClusterError: Kubeflow Trainer v2 is not installed.
@@ -142,7 +142,7 @@ class TrainJobs:
     def run_of(self, pod: str) -> tuple[dict[str, Any] | None, str]:
         """Return the workflow that owns a step's pod, as an owner reference, and the run ID.
 
-        The reference is None if no workflow owns the pod, and the run ID is empty if it has none.
+        The reference is None if no workflow owns the pod. The run ID is empty if the pod has none.
         """
         with self._errors_named(f"reading pod {pod}"):
             body = self._core.read_namespaced_pod(pod, self.namespace)
@@ -159,7 +159,7 @@ class TrainJobs:
 
     @contextlib.contextmanager
     def _errors_named(self, action: str) -> Iterator[None]:
-        """Turn errors of the client into errors of ours that name what was asked for."""
+        """Convert errors of the Kubernetes client to TunelineErrors that name the action."""
         try:
             yield
         except client.ApiException as error:

@@ -124,7 +124,7 @@ class Launcher:
         )
 
     def _delete_before_exit(self) -> None:
-        """Delete the job before Kubernetes kills this pod; leave it to its owner otherwise."""
+        """Delete the job before Kubernetes kills this pod; give up after `SECONDS_TO_DELETE`."""
         deadline = self._now() + SECONDS_TO_DELETE
         while True:
             try:
@@ -203,7 +203,7 @@ class Launcher:
                 return answer
 
     def _beat(self) -> None:
-        """Write a heartbeat if one is due; a failed one is repeated in the next round."""
+        """Write a heartbeat if one is due; if the API is unavailable, the next round retries."""
         if self._now() - self._last_heartbeat >= SECONDS_BETWEEN_HEARTBEATS:
             moment = datetime.datetime.fromtimestamp(self._now(), datetime.UTC)
             with contextlib.suppress(ApiUnavailable):
@@ -252,7 +252,7 @@ class Launcher:
             self._state, self._last_message = state, self._now()
 
     def _obstacle(self) -> str:
-        """Return why pods do not start; delete the job if one has been stuck for too long."""
+        """Return why pods do not start; delete the job if a pod has been stuck for too long."""
         pods = self._retrying(lambda: self._jobs.pods(self._name))
         obstacles = [(pod.metadata.name, *reason) for pod in pods if (reason := obstacle(pod))]
         stuck = [

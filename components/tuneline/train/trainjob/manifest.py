@@ -68,7 +68,7 @@ class NodesConfig(StrictModel):
     shared_claim: str
     """ReadWriteMany claim that all pods mount."""
     shared_memory: str | None = None
-    """Size limit of /dev/shm, as a Kubernetes quantity; None keeps the container runtime's."""
+    """Size limit of /dev/shm, as a Kubernetes quantity; None: the container runtime's default."""
     scratch_size: str | None = None
     """Size limit of a volume for temporary files, as a Kubernetes quantity; None mounts none."""
     node_selector: dict[str, str] = {}
@@ -145,7 +145,7 @@ def build(
 def _environment(config: NodesConfig, directory: Path) -> list[dict[str, Any]]:
     values = {
         DIRECTORY_VARIABLE: str(directory),
-        # Outside the job's directory, so that the next job of the same training resumes from them.
+        # Checkpoints are outside the job's directory, so that they remain for the next job.
         ROOT_VARIABLE: str(directory.parent / "checkpoints"),
     }
     if config.scratch_size:

@@ -7,7 +7,7 @@ CONFIG_REASON = "CreateContainerConfigError"
 
 
 def disruption(pod: Any) -> str | None:
-    """Return why the cluster removed a pod, such as a drain or a preemption; None if it did not."""
+    """Return why the cluster removed a pod, such as a drain; None if the pod was not removed."""
     for condition in pod.status.conditions or []:
         if condition.type == "DisruptionTarget" and condition.status == "True":
             return str(condition.reason)

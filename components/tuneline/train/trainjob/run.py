@@ -42,7 +42,7 @@ def run_on_nodes(
     curves_path: str | Path,
     shared_dir: str | Path = SHARED_PATH,
 ) -> TrainingSummary:
-    """Train like `run`, but on the nodes of a TrainJob.
+    """Do the same as `tuneline.train.run.run`, but on the nodes of a TrainJob.
 
     Args:
         config: The `train` section of the recipe.
@@ -54,7 +54,7 @@ def run_on_nodes(
         shared_dir: Shared volume, mounted at the same path in this pod and in the job's pods.
 
     Raises:
-        TunelineError: raised by `run` on the nodes, or by `Launcher.run`.
+        TunelineError: raised by `tuneline.train.run.run` on the nodes, or by `Launcher.run`.
         StorageError: the shared volume cannot be written.
         UserError: this process does not run in a pod of a cluster.
     """
@@ -128,7 +128,7 @@ def _collect(
     curves_path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(directory / CURVES_FILE, curves_path)
     summary = TrainingSummary.read(adapter_dir)
-    # Last, so that a retry of a step that was interrupted before this line finds the adapter.
+    # Delete last: if the step is interrupted before this line, its retry finds the adapter.
     jobs.delete(name)
     shutil.rmtree(directory)
     logger.info("collected the adapter of %d ranks from %s", summary.num_ranks, directory)
