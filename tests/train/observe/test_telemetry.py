@@ -109,6 +109,23 @@ def test_a_gpu_without_counters_has_none(nvml, monkeypatch, caplog):
     assert "nvidia-ml-py is not installed" in caplog.text
 
 
+def test_several_nodes_are_read_on_the_first_one_only(nvml, monkeypatch):
+    asked = []
+
+    def properties(name):
+        asked.append(name)
+        return SimpleNamespace(uuid="1234")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr("tuneline.train.ranks.collectives.num_ranks", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    meter = GpuMeter("cuda")
+    assert asked == ["cuda:0", "cuda:1"]
+    assert meter.use() == 0.87 and meter.energy_joules() is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert GpuMeter("cuda").energy_joules() > 0
+
+
 def test_steps_that_are_taken_again_have_one_line(tmp_path):
     path = tmp_path / "progress.jsonl"
     path.write_text("".join(f'{{"step": {n}, "loss": {n}}}\n' for n in range(6)) + '{"step": 2, "l')

@@ -29,15 +29,16 @@ _JOULES_PER_KWH = 3.6e6
 
 
 class GpuMeter:
-    """Reads utilisation and energy of GPUs from NVML; without NVML, all values are None.
+    """Reads utilisation and energy of this node's GPUs from NVML; without NVML, all are None.
 
-    With N ranks, every rank has a meter that reads GPUs 0 to N-1 of its machine, so all ranks must
-    be on one node. Only the values of rank 0 are written.
+    Every rank has a meter, but only the values of rank 0 are written. NVML knows no other node, so
+    a run on several nodes reports the utilisation of the first node's GPUs, and no energy.
     """
 
     def __init__(self, device: str) -> None:
         self._nvml: Any = None
         self._handles: list[Any] = []
+        self._sees_all = True
         if device == "cpu":
             return
         try:
@@ -48,7 +49,8 @@ class GpuMeter:
                 "installed"
             )
             return
-        count = collectives.num_ranks()
+        count = collectives.num_ranks_here()
+        self._sees_all = count == collectives.num_ranks()
         devices = [device] if count == 1 else [f"{device}:{index}" for index in range(count)]
         uuids = [f"GPU-{torch.cuda.get_device_properties(name).uuid}" for name in devices]
         try:
@@ -67,6 +69,8 @@ class GpuMeter:
 
     def energy_joules(self) -> float | None:
         """Return the energy that the GPUs have used since their driver was loaded, in joules."""
+        if not self._sees_all:
+            return None
         millijoules = self._read("nvmlDeviceGetTotalEnergyConsumption")
         return None if millijoules is None else sum(millijoules) / 1000
 

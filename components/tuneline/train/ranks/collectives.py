@@ -6,6 +6,7 @@ differently wait for each other forever, so every such decision goes through thi
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -23,6 +24,11 @@ def rank() -> int:
 def num_ranks() -> int:
     """Return the number of ranks that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def num_ranks_here() -> int:
+    """Return the number of ranks on this node; torchrun names it in LOCAL_WORLD_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
 
 
 def is_first() -> bool:
