@@ -1,1 +1,1 @@
-"""The fused decoder layer, built from the ops, and what a stack of layers keeps in memory."""
+"""The fused decoder layer, built from the ops, and the plan of what its backward finds stored."""

@@ -53,7 +53,7 @@ Layers = Sequence[tuple[LayerWeights, LayerCall]]
 
 
 def equal_tokens(weights: LayerWeights, num_tokens: int) -> float:
-    """Return how many tokens keep the GPU busy as long in a layer of Llama-3.1-8B as in this layer.
+    """Convert tokens of this layer to tokens of a Llama-3.1-8B layer that take the same GPU time.
 
     The host needs the same time to launch any layer, but the GPU needs as much time for 4096 tokens
     of a 1B model as for 1000 tokens of an 8B model. Limits in tokens are therefore stated for
@@ -83,7 +83,7 @@ class Room:
 
     @classmethod
     def of(cls, plan: AttentionPlan, num_tokens: int) -> Room | None:
-        """Return the room of a packed row; None for dense rows, whose graph has their exact shape."""
+        """Return the room of a packed row, or None for dense rows, which are not padded."""
         if plan.sequence_lengths is None:
             return None
         rounded = -(-num_tokens // 128) * 128
@@ -93,13 +93,16 @@ class Room:
         return cls(rounded, sequences, longest)
 
     def plan(self, device: torch.device) -> AttentionPlan:
-        """Return the plan of the capture; the sequences' bounds in it are set before each replay."""
+        """Return the plan of the capture; each replay first writes its sequences' bounds into it."""
         bounds = torch.zeros(self.num_sequences + 1, dtype=torch.int32, device=device)
         return AttentionPlan((self.longest,) * self.num_sequences, bounds)
 
 
 class _Replay:
-    """A forward's reservation of the graph's memory, until its backward or this object's deletion."""
+    """A forward's reservation of the graph's memory.
+
+    It ends with the backward of that forward, or when this object is deleted.
+    """
 
     def __init__(self, stack: GraphedStack) -> None:
         stack.generation += 1
@@ -119,7 +122,7 @@ class _Replay:
         return dx_BLC
 
     def take_gradients(self) -> list[Tensor]:
-        """Return one layer's gradients: the first call the last layer's, the next call the one before."""
+        """Return the gradients of one layer; successive calls go from the last layer to the first."""
         return self._grads.pop()
 
     def release(self) -> None:
@@ -296,7 +299,7 @@ class GraphCache:
 
 
 def _key(layers: Layers, x_BLC: Tensor, cos: Tensor) -> tuple[Any, ...]:
-    """Return everything that a captured graph depends on: the shapes, and what its layers use."""
+    """Return everything that a captured graph depends on: shapes first, then options and addresses."""
     room = Room.of(layers[0][1].plan, x_BLC.shape[1])
     length = x_BLC.shape[1] if room is None else room.num_tokens
     shape = ((x_BLC.shape[0], length), x_BLC.shape[2], x_BLC.dtype, cos.shape[::2], room)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class Ticket:
-    """Offloaded tensors; the host buffers return to the pool when autograd's graph frees the ticket.
+    """Offloaded tensors; their buffers return to the pool when autograd's graph frees the ticket.
 
     Attributes:
         hosts: The pinned copies.
