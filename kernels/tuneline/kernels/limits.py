@@ -24,7 +24,7 @@ MLP_CHUNK_TOKENS = 4096
 with fewer rows leaves part of the GPU idle during its last wave of blocks."""
 
 KEPT_MLP_CHUNK_TOKENS = 8192
-"""Maximum number of tokens per chunk of the MLP in a layer that stores gate and up for the backward.
+"""Maximum number of tokens per chunk of the MLP in a layer that stores gate and up.
 Compared with chunks of MLP_CHUNK_TOKENS, these chunks add only 0.3 GiB to the memory peak of such a
 layer, and a step of 8192 tokens of Llama-3.1-8B takes 480 ms instead of 488 ms."""
 

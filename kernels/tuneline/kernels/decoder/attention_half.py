@@ -38,7 +38,9 @@ from tuneline.kernels.ops.rope import rope_backward, rope_forward
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """Which intermediates the attention half stores in addition to x; its backward recomputes the rest.
+    """Which intermediates the attention half saves in addition to x.
+
+    The backward recomputes the others.
     """
 
     qkv: bool = False
@@ -52,8 +54,7 @@ class Saved:
 
 @dataclass(slots=True)
 class AttentionHalf:
-    """Intermediates of the computation of x2 from x; `Saved` decides which of the first four are stored.
-    """
+    """Intermediates between x and x2; `Saved` says which of the first four are stored."""
 
     qkv_TN: Tensor | None = None
     o_input_TKP: Tensor | None = None
@@ -149,8 +150,8 @@ def attention_half_backward(
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """Return dx, and the gradients of qkv's and o's adapters.
 
-    The rows of dx end with P uninitialised columns, which the `mlp_backward` of the preceding layer
-    fills with G of down_proj.
+    The rows of dx end with P uninitialised columns, in which the `mlp_backward` of the preceding
+    layer can store G of down_proj.
 
     Args:
         dx2_TCP: Gradient of x2, followed by P columns for G of o_proj.

@@ -24,8 +24,8 @@ from tuneline.kernels.limits import HEAD_ROOM, KEPT_MLP_CHUNK_TOKENS
 from tuneline.kernels.ops.attention import AttentionPlan
 
 Budget = Literal["auto", "lean"] | float
-"""Memory for stored activations: `auto`, `lean` (none), or a number of GiB. `auto` is the memory that
-is free now, minus the temporaries of a layer's backward and minus HEAD_ROOM."""
+"""Memory for stored activations: `auto`, `lean` (none), or a number of GiB. `auto` is the memory
+that is free now, minus the temporaries of a layer's backward and minus HEAD_ROOM."""
 
 HOST_BYTES_PER_FLOP = 8.5e-5
 """Bytes that can be copied to the host in the time of one floating-point operation of a layer's

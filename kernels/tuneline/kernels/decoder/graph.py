@@ -53,7 +53,7 @@ Layers = Sequence[tuple[LayerWeights, LayerCall]]
 
 
 def equal_tokens(weights: LayerWeights, num_tokens: int) -> float:
-    """Convert tokens of this layer to tokens of a Llama-3.1-8B layer that take the same GPU time.
+    """Return the number of tokens of a Llama-3.1-8B layer that take the GPU the same time.
 
     The host needs the same time to launch any layer, but the GPU needs as much time for 4096 tokens
     of a 1B model as for 1000 tokens of an 8B model. Limits in tokens are therefore stated for
@@ -122,7 +122,7 @@ class _Replay:
         return dx_BLC
 
     def take_gradients(self) -> list[Tensor]:
-        """Return the gradients of one layer; successive calls go from the last layer to the first."""
+        """Return the gradients of one layer: at first the last layer's, then the one before."""
         return self._grads.pop()
 
     def release(self) -> None:
@@ -299,7 +299,7 @@ class GraphCache:
 
 
 def _key(layers: Layers, x_BLC: Tensor, cos: Tensor) -> tuple[Any, ...]:
-    """Return everything that a captured graph depends on: shapes first, then options and addresses."""
+    """Return all that a captured graph depends on: shapes first, then options and addresses."""
     room = Room.of(layers[0][1].plan, x_BLC.shape[1])
     length = x_BLC.shape[1] if room is None else room.num_tokens
     shape = ((x_BLC.shape[0], length), x_BLC.shape[2], x_BLC.dtype, cos.shape[::2], room)

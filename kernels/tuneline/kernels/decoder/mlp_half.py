@@ -93,8 +93,8 @@ def mlp_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return dx2, and the gradients of gate_up's and down's adapters.
 
-    The rows of dx2 end with P uninitialised columns, which `attention_half_backward` fills with G of
-    o_proj.
+    The rows of dx2 end with P uninitialised columns, in which `attention_half_backward` can store G
+    of o_proj.
 
     Args:
         dy_TC: Gradient of the layer's output.

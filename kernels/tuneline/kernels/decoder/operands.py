@@ -135,7 +135,7 @@ class Fp8Operands:
     def input_gradient(
         self, dy_TN: Tensor, room_TNP: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return dX [T, K] and G = dY (sB) [T, P]; `room_TNP` is ignored, because dY is quantised."""
+        """Return dX [T, K] and G = dY (sB) [T, P]; `room_TNP` is unused, as dY is quantised."""
         if self._backward is None:
             self._backward = self._weight_columns()
         g_TP = torch.mm(dy_TN, self._sb_NP)
