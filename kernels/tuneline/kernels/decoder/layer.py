@@ -58,7 +58,7 @@ class Handover:
     dx_TCP: Tensor | None = None
 
     def room_for(self, dy_TC: Tensor, num_columns: int) -> Tensor | None:
-        """Return the rows of dy with `num_columns` extra columns if dy is the last dx, else None."""
+        """Return dy's rows with `num_columns` extra columns if dy is the last dx, else None."""
         room, self.dx_TCP = self.dx_TCP, None
         if room is None or room.data_ptr() != dy_TC.data_ptr() or room.stride() != dy_TC.stride():
             return None

@@ -122,9 +122,9 @@ def _step_kernel(
 def dynamic_map(*, signed: bool) -> torch.Tensor:
     """Return the 256 sorted levels of the dynamic 8-bit type, float32.
 
-    For i = 0..6, the interval from 10^(i - 7) to 10^(i - 6) is divided into 2^i equal parts for each
-    sign (2^(i + 1) if unsigned). The levels are the midpoints of the parts, plus 0 and 1, as in
-    bitsandbytes.
+    For i = 0..6, the interval from 10^(i - 7) to 10^(i - 6) is divided into 2^i equal parts for
+    each sign (2^(i + 1) if unsigned). The levels are the midpoints of the parts, plus 0 and 1, as
+    in bitsandbytes.
     """
     levels = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for i in range(7):
@@ -184,8 +184,8 @@ class _Flat:
         """Raise RuntimeError if a parameter is no longer a slice of the buffer.
 
         The first step checks all parameters; each later step checks one, in turn. One is enough,
-        because moving a model moves all parameters, and checking the 448 tensors of an 8B model's
-        adapters would take 70 us.
+        because moving a model moves all parameters. Checking the 448 tensors of an 8B model's
+        adapters in each step would take 70 us.
         """
         every = range(len(params))
         for i in every if self.num_steps == 0 else [self.num_steps % len(params)]:
@@ -283,7 +283,7 @@ def _any_gradient(params: list[torch.Tensor]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Collected:
-    """The flat gradient of each group, or None if it has no gradient, and partial sums of squares."""
+    """Each group's flat gradient (None if the group has no gradient), and partial sums of squares."""
 
     grads: list[torch.Tensor | None]
     partial: torch.Tensor | None

@@ -31,8 +31,8 @@ from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4_reference, load_a
 LARGEST = 448.0
 """The largest e4m3 number."""
 SMALLEST_ROW = 1e-12
-"""Lower bound of a row's maximum magnitude, so that the scale of a row of zeros is not 0. The kernel
-repeats the values of LARGEST and SMALLEST_ROW as literals."""
+"""Lower bound of a row's maximum magnitude, so that the scale of a row of zeros is not 0. The
+kernel repeats the values of LARGEST and SMALLEST_ROW as literals."""
 
 _WORDS = 512
 _TILE_ROWS = 64
