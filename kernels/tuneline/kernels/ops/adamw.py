@@ -199,7 +199,7 @@ class _Flat:
         self.num_steps += 1
 
     def collect(self, params: list[torch.Tensor]) -> torch.Tensor:
-        """Return the gradients in the parameters' layout, zeros for a parameter without gradient."""
+        """Return the gradients in the parameters' layout; a missing gradient becomes zeros."""
         pieces: list[torch.Tensor] = []
         for param in params:
             grad = param.grad
@@ -283,7 +283,7 @@ def _any_gradient(params: list[torch.Tensor]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Collected:
-    """Each group's flat gradient (None if the group has no gradient), and partial sums of squares."""
+    """Each group's flat gradient, or None if it has no gradient, and the partial sums of squares."""
 
     grads: list[torch.Tensor | None]
     partial: torch.Tensor | None
@@ -291,7 +291,7 @@ class _Collected:
 
     @staticmethod
     def state_of(groups: list[list[torch.Tensor]]) -> tuple[tuple[int, int], ...]:
-        """Return a key of the gradients: identity and version of the first gradient of each group."""
+        """Return a key of the gradients: identity and version of each group's first gradient."""
         grads = [next((p.grad for p in params if p.grad is not None), None) for params in groups]
         return tuple((0, 0) if grad is None else (id(grad), grad._version) for grad in grads)
 
@@ -321,9 +321,9 @@ class FlatAdamW(torch.optim.Optimizer):
     """AdamW whose parameters become slices of one flat float32 buffer per group.
 
     Create the optimizer after the model is on its device and before DistributedDataParallel wraps
-    the model, because the optimizer moves each parameter's data into the flat buffer. A group in which no parameter has a
-    gradient is skipped, as torch's AdamW does. If only some parameters of a group have a gradient,
-    the others are updated with a gradient of zero.
+    the model, because the optimizer moves each parameter's data into the flat buffer. As in torch's
+    AdamW, a group in which no parameter has a gradient is skipped. If only some parameters of a
+    group have a gradient, the others are updated with a gradient of zero.
 
     Args:
         params: Float32 parameters on one device, or groups of them.

@@ -34,8 +34,8 @@ from tuneline.kernels.ops.flash import flash_backward, flash_forward
 CUDNN_HEAD_DIMS = (64, 128)
 CUDNN_HOPPER_HEAD_DIMS = (64, 96, 128, 256)
 OWN_MAX_HEAD_DIM = 128
-"""Widest head for flash.py, except with a softcap. Wider heads fill the registers, and then the aten
-op is faster than flash.py; but the aten op has no softcap."""
+"""Widest head for flash.py, except with a softcap. Wider heads fill the registers, so the aten op is
+faster than flash.py; but the aten op has no softcap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class AttentionPlan:
         return cls(sequence_lengths=lengths, cu_seqlens=cu_seqlens)
 
     def longest(self, row_length: int) -> int:
-        """Return the length of the longest sequence, which is `row_length` if rows are not packed."""
+        """Return the length of the longest sequence; `row_length` if the rows are not packed."""
         return row_length if self.sequence_lengths is None else max(self.sequence_lengths)
 
 

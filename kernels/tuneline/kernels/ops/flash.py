@@ -8,9 +8,10 @@
     dq_i = scale sum_j ds_ij k_j;  dk_j = scale sum_i ds_ij q_i;  dv_j = sum_i p_ij do_i
 
 Scores are never written to GPU memory. The rows of a tile are a few queries in each of PACK query
-heads that share one key head, so all rows read the same keys. Such a tile spans fewer positions than
-a tile of one head, so more tiles lie completely above the causal diagonal and are skipped. This
-matters for short sequences (1.5 times fewer tiles for 217 tokens and 4 query heads per key head).
+heads that share one key head, so all rows read the same keys. Such a tile spans fewer positions
+than a tile of one head, so more tiles lie completely above the causal diagonal and are skipped.
+This matters for short sequences (1.5 times fewer tiles for 217 tokens and 4 query heads per key
+head).
 One program computes a block of queries (forward, dq) or a block of keys (dk and dv, summed over all
 query heads that share the key head). Nothing is added atomically, so the same inputs give the same
 bits. Blocks that the mask hides completely are skipped. The reference is in attention.py.
@@ -40,7 +41,7 @@ _MIN_QUERIES = 16
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Size of a tile in rows (heads times queries) and keys; warps and pipeline stages of a program."""
+    """Tile size in rows (heads times queries) and keys; warps and pipeline stages of a program."""
 
     rows: int
     keys: int
@@ -194,7 +195,7 @@ def _dkdv_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr,
     CAPPED: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv; the scores are transposed (keys first), because both sums run over queries."""
+    """Compute dk and dv; scores are transposed (keys first), because both sums run over queries."""
     sequence, kv_head = tl.program_id(2), tl.program_id(1)
     begin = tl.load(cu_seqlens_ptr + sequence)
     length = tl.load(cu_seqlens_ptr + sequence + 1) - begin
@@ -240,7 +241,7 @@ def _dkdv_kernel(
 
 
 def _pack(shared: int, blocks: Blocks) -> int:
-    """Return the heads per tile: the largest power of two that divides `shared` and fits the rows."""
+    """Return the heads per tile: the largest power of two that divides `shared` and fits."""
     return min(shared & -shared, blocks.rows // _MIN_QUERIES)
 
 

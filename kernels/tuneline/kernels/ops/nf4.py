@@ -35,7 +35,7 @@ _SIDE_COLS = 64
 def load_absmax(
     block, mask, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED: tl.constexpr
 ):
-    """Return the absmax of the given quantisation blocks; every kernel that reads NF4 calls this."""
+    """Return the absmax of quantisation blocks; every kernel that reads NF4 calls this function."""
     if NESTED:
         q = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
         scale = tl.load(nested_absmax_ptr + block // 256, mask=mask, other=0.0)
@@ -57,8 +57,8 @@ def _store_weight(
     """
     word = program * BLOCK + tl.arange(0, BLOCK)
     mask = word < num_words
-    # Each word is read once and each weight is written once, so neither should evict other data from
-    # the L2 cache (this is 3 % faster on an H100).
+    # Each word is read once and each weight is written once, so neither should evict other data
+    # from the L2 cache (this is 3 % faster on an H100).
     bits = tl.load(words_ptr + word, mask=mask, other=0, eviction_policy="evict_first")
     absmax = load_absmax(
         word // 8, mask, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED
@@ -79,7 +79,7 @@ def _store_side(
     first_row, first_col, num_rows, num_cols, src_rows, src_cols, src_shift,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Fill one tile of the appended rectangle: the scaled LoRA matrix, and 0 where it does not reach."""
+    """Fill one tile of the pad with values of the scaled LoRA matrix, and with 0 outside them."""
     col_tiles = tl.cdiv(num_cols, COLS)
     row = (program // col_tiles) * ROWS + tl.arange(0, ROWS)
     col = (program % col_tiles) * COLS + tl.arange(0, COLS)
@@ -213,7 +213,7 @@ def _output(
     lora_b: torch.Tensor | None,
     lora_column: int,
 ) -> torch.Tensor:
-    """Check `out`, or allocate it with a pad that is a multiple of 64, which is faster in cuBLAS."""
+    """Check or allocate `out`; an allocated pad is a multiple of 64, as cuBLAS needs for speed."""
     N, K = w.shape
     if lora_a is not None and lora_b is not None:
         raise ValueError("lora_a adds rows and lora_b adds columns: pass one of them")
@@ -264,7 +264,7 @@ def dequantize_nf4(
     N, K = w.shape
     out = _output(w, out, lora_a, lora_b, lora_column)
     num_words = N * K // 8
-    # First row and column of the pad, size of the pad, size of A or B, first column of B in the pad.
+    # First row and column of the pad, its size, the size of A or B, first column of B in the pad.
     if lora_b is not None:
         side, place = lora_b, (0, K, N, out.shape[1] - K, *lora_b.shape, lora_column)
     elif lora_a is not None:

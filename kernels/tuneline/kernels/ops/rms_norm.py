@@ -9,8 +9,8 @@
     ds = rstd * (dn - n * mean(dn * n)) + dresidual
     dweight = sum over tokens of dy * n
 
-Shapes: x, residual, y [..., K]; weight [K]; rstd [T] float32, T the product of the leading
-sizes.
+Shapes: x, residual, y [..., K]; weight [K]; rstd [T] float32, where T is the product of the sizes
+before K.
 """
 
 # Triton's types of a launch know neither its options nor plain values for constexpr parameters.
@@ -26,7 +26,7 @@ from torch import Tensor
 from tuneline.kernels.ops._dispatch import rows, use_kernel
 
 _BACKWARD_ROWS = 16
-"""Tokens that one program sums into its partial weight gradient; this avoids atomics."""
+"""Tokens whose weight gradients one program sums into a partial sum of its own, without atomics."""
 _COLS_PER_WARP = 512
 
 
@@ -171,7 +171,7 @@ def rms_norm_backward(
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """Autograd function of `rms_norm`; returns y, or (y, new residual) if a residual is given."""
+    """Autograd function of `rms_norm`; it returns y, or (y, new residual) if a residual is given."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, eps, gemma):  # noqa: D102
@@ -219,7 +219,7 @@ def rms_norm(x, weight, eps, *, residual=None, gemma=False, out=None):
         eps: Added to the mean square.
         residual: Tensor [..., K] added to x before the norm; the sum is returned too.
         gemma: Use Gemma's equation: all in float32, scaled by 1 + weight.
-        out: Where y is written, in the shape of x; allowed only where no gradient is recorded.
+        out: Where y is written, in the shape of x; allowed only if no gradient is recorded.
 
     Raises:
         ValueError: `out` is given although a gradient has to be recorded.
