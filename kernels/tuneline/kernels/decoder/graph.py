@@ -93,7 +93,7 @@ class Room:
         return cls(rounded, sequences, longest)
 
     def plan(self, device: torch.device) -> AttentionPlan:
-        """Return the plan of the capture; each replay first fills in the bounds of its sequences."""
+        """Return the plan of the capture; each replay first fills in its sequences' bounds."""
         bounds = torch.zeros(self.num_sequences + 1, dtype=torch.int32, device=device)
         return AttentionPlan((self.longest,) * self.num_sequences, bounds)
 

@@ -283,7 +283,7 @@ def _any_gradient(params: list[torch.Tensor]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Collected:
-    """Each group's flat gradient, or None if it has no gradient, and the partial sums of squares."""
+    """Each group's flat gradient, or None if it has no gradient, and partial sums of squares."""
 
     grads: list[torch.Tensor | None]
     partial: torch.Tensor | None

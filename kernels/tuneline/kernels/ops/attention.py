@@ -34,8 +34,8 @@ from tuneline.kernels.ops.flash import flash_backward, flash_forward
 CUDNN_HEAD_DIMS = (64, 128)
 CUDNN_HOPPER_HEAD_DIMS = (64, 96, 128, 256)
 OWN_MAX_HEAD_DIM = 128
-"""Widest head for flash.py, except with a softcap. Wider heads fill the registers, so the aten op is
-faster than flash.py; but the aten op has no softcap."""
+"""Widest head for flash.py, except with a softcap. Wider heads fill the registers, so the aten op
+is faster than flash.py; but the aten op has no softcap."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,7 @@ class TokenLogProbsFunction(torch.autograd.Function):
 
 
 class _SelectFunction(torch.autograd.Function):
-    """Autograd function of hidden[index] for distinct indices; its backward copies rows, no sums."""
+    """Autograd function of hidden[index]; indices are distinct, so the backward only copies rows."""
 
     @staticmethod
     def forward(ctx, hidden_TK, index_N):  # noqa: D102
@@ -217,8 +217,8 @@ def token_log_probs(
         row_bytes = weight.shape[0] * weight.element_size()
         chunk_tokens = max(_CHUNK_BYTES // row_bytes // 128 * 128, 128)
     if torch.is_grad_enabled() and weight.requires_grad:
-        # The head's gradient is a sum over tokens, weighted by g, which the forward does not know. So
-        # torch recomputes each chunk in the backward.
+        # The head's gradient is a sum over tokens, weighted by g, which the forward does not know.
+        # So torch recomputes each chunk in the backward.
         chunks = zip(hidden_TK.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True)
         logp = [
             checkpoint(

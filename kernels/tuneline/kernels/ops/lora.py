@@ -117,7 +117,7 @@ class LoraGroup:
         return parts
 
     def parameters(self) -> list[Tensor]:
-        """Return the trainable tensors, in the order in which `LoraGradients.split` returns gradients."""
+        """Return the trainable tensors, in the order of the result of `LoraGradients.split`."""
         return [tensor for linear in self.linears for tensor in linear.adapter or ()]
 
 

@@ -26,7 +26,8 @@ from torch import Tensor
 from tuneline.kernels.ops._dispatch import rows, use_kernel
 
 _BACKWARD_ROWS = 16
-"""Tokens whose weight gradients one program sums into a partial sum of its own, without atomics."""
+"""Number of tokens over which one program sums the weight gradient; the programs' sums are added
+afterwards, which avoids atomics."""
 _COLS_PER_WARP = 512
 
 
@@ -171,7 +172,7 @@ def rms_norm_backward(
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """Autograd function of `rms_norm`; it returns y, or (y, new residual) if a residual is given."""
+    """Autograd function of `rms_norm`; returns y, or (y, new residual) if a residual is given."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, eps, gemma):  # noqa: D102
