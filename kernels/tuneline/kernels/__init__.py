@@ -1,8 +1,8 @@
 """Triton kernels for QLoRA training; the file of each op has its equation, kernel and reference.
 
-An exported name is imported when it is first used, so that `tuneline.kernels.limits` can be imported
-without torch. No submodule has the name of an exported function, because the import of such a
-submodule would replace the function.
+An exported name is imported when it is first used, so that `tuneline.kernels.limits` can be
+imported without torch. No submodule has the name of an exported function, because the import of
+such a submodule would replace the function.
 """
 
 from importlib import import_module as _import_module

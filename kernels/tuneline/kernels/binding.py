@@ -23,7 +23,7 @@ from tuneline.kernels.spec import ACTIVATIONS, FamilySpec
 
 
 class Unfusable(ValueError):
-    """A layer cannot be fused and runs its stock forward; the message is the reason in the report."""
+    """Raised for a layer that cannot be fused; its message is the reason in the `PatchReport`."""
 
 
 def check_parts(layer: Any, spec: FamilySpec) -> None:
@@ -172,8 +172,8 @@ def _attention(attention: Any, spec: FamilySpec, config: Any) -> AttentionConfig
 def _group(parent: Any, names: Iterable[str], fp8: bool) -> LoraGroup:
     linears = tuple(_linear(getattr(parent, name), name) for name in names)
     frozen = [linear.weight for linear in linears if isinstance(linear.weight, NF4Weight)]
-    # A bias is stored in an adapter column. In fp8 it would be rounded to three bits, so a group with
-    # a bias is computed in bf16.
+    # A bias is stored in an adapter column. In fp8 it would be rounded to three bits, so a group
+    # with a bias is computed in bf16.
     biased = any(linear.bias is not None for linear in linears)
     if fp8 and not biased and len(frozen) == len(linears):
         group = LoraGroup(linears)

@@ -8,12 +8,12 @@ The class of each patched module is replaced by a subclass of the same name, so 
 isinstance and PEFT's save, load and merge work as before. Other models are not affected, because no
 module, class or function of transformers is changed. A subclass runs fused code in training mode,
 with gradients and without a KV cache; every other call runs the *stock* forward, which is that of
-transformers. A layer that cannot be fused (see `binding`) also runs its stock forward, even if other
-layers of the model are fused.
+transformers. A layer that cannot be fused (see `binding`) also runs its stock forward, even if
+other layers of the model are fused.
 
     causal LM   with labels: computes the loss by `linear_cross_entropy`, without returning logits
     decoder     decides in each forward: the sequences, which layers are fused, what they store
-    layer       runs `fused_layer` with the decisions, which the decoder passes as a keyword argument
+    layer       runs `fused_layer` with the decoder's decisions, which are passed as a keyword
     final norm  runs `rms_norm`
 """
 
@@ -153,7 +153,7 @@ def patch(
             weights = bind_layer(layer, spec, decoder.config, fp8=fp8)
             num_fp8_groups += sum(group.largest is not None for group in weights.groups())
         except Unfusable as reason:
-            # The layer's class is replaced anyway, because the layer may be fusable in a later forward.
+            # The layer's class is replaced anyway: the layer may be fusable in a later forward.
             unfused[index] = str(reason)
     loss = "the stock model has no lm_head"
     if specs:
@@ -176,7 +176,7 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Restore the class of every patched module; this does nothing to a model that is not patched."""
+    """Restore the class of every patched module; without effect on a model that is not patched."""
     move_back(model)
     for module in model.modules():
         stock = getattr(type(module), "_tuneline_stock_class", None)
@@ -237,7 +237,7 @@ class _NormMixin(_Stock):
 
 
 class _DecoderMixin(_Stock):
-    """The stack of layers: decides how the layers run, and passes that to the stock forward."""
+    """The stack of layers: decides how they run, and passes the decisions to the stock forward."""
 
     def forward(
         self,
@@ -330,9 +330,9 @@ def _attention_plan(
 ) -> AttentionPlan | None:
     """Return the sequences of a forward, or None if a mask is needed (left padding, 4-D masks).
 
-    Padding on the right needs no mask: in causal attention, the tokens before the padding never read
-    it, and the outputs of the padding have no label. If a mask or position IDs are given, the host
-    waits once for the device.
+    Padding on the right needs no mask: in causal attention, the tokens before the padding never
+    read it, and the outputs of the padding have no label. If a mask or position IDs are given, the
+    host waits once for the device.
     """
     batch, length = tokens.shape[:2]
     if attention_mask is not None:
@@ -468,7 +468,7 @@ def _swap(module: Any, mixin: type) -> None:
 
 @functools.cache
 def _subclass(stock: Any, mixin: Any) -> type:
-    """Return the fused subclass, with the stock name, because transformers looks classes up by name."""
+    """Return the fused subclass; its name stays, as transformers looks classes up by name."""
     names = {
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,

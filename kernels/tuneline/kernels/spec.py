@@ -1,9 +1,9 @@
 """The parts of the decoder layer of each model family: the table that `patch` reads.
 
 A family is one entry of `FAMILIES`; no other module of the package names a family or reads
-`config.model_type`. The activation and the biases of the linears are not in the table; they are read
-from the model. transformers is not imported: a layer is recognised by the module and name of its
-class.
+`config.model_type`. The activation and the biases of the linears are not in the table; they are
+read from the model. transformers is not imported: a layer is recognised by the module and name of
+its class.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class FamilySpec:
     gemma_norm: bool = False
     """Whether norms multiply by 1 + weight and round once, as in Gemma; see ops/rms_norm.py."""
     sandwich: bool = False
-    """Whether norms follow o_proj and down_proj, in addition to the norms before attention and MLP."""
+    """Whether o_proj and down_proj are each followed by a norm, so a layer has four norms, not two."""
     head_norms: bool = False
     """Whether each head of q and k has a norm (`q_norm`, `k_norm`) before the rotation."""
     window: Literal["config", "layer"] | None = None
     """Which attribute is the width of the sliding window: `config.sliding_window` ("config") or each
-    layer's `self_attn.sliding_window` ("layer"). The value of the attribute may be None, which
-    means full attention. If this field is None, the family has no window."""
+    layer's `self_attn.sliding_window` ("layer"). If that attribute is None, the layer has full
+    attention. If this field is None, the family has no window."""
     softcap: bool = False
     """Whether attention caps its scores at `self_attn.attn_logit_softcapping`. Gemma-3 has that
     attribute, but does not pass it to its attention function."""

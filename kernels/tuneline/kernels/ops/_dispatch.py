@@ -18,6 +18,6 @@ def use_kernel(x: torch.Tensor) -> bool:
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """Return `x` [..., K] as [T, K] with unit stride along K: a view, or a copy if no view exists."""
+    """Return `x` [..., K] as [T, K] with unit stride along K: a view if possible, else a copy."""
     x_TK = x.reshape(-1, x.shape[-1])
     return x_TK if x_TK.stride(-1) == 1 or x_TK.shape[-1] == 1 else x_TK.contiguous()
