@@ -255,8 +255,8 @@ class _DecoderMixin(_Stock):
         if call is None or not call.layers:
             return super().forward(attention_mask=attention_mask, **arguments)
         if len(call.layers) == len(self.layers):
-            # No fused layer reads a mask. transformers passes a 4-D mask on unchanged, so a tiny one
-            # prevents it from building the full mask.
+            # No fused layer reads a mask. transformers would build a full one, but passes on a 4-D
+            # mask unchanged.
             attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
         arguments["use_cache"] = False
         return super().forward(attention_mask=attention_mask, tuneline=call, **arguments)

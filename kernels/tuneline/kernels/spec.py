@@ -31,18 +31,18 @@ class FamilySpec:
     gemma_norm: bool = False
     """Whether norms multiply by 1 + weight and round once, as in Gemma; see ops/rms_norm.py."""
     sandwich: bool = False
-    """Whether o_proj and down_proj are each followed by a norm, so a layer has four norms, not two."""
+    """Whether a norm follows o_proj, and another one down_proj; a layer then has four norms."""
     head_norms: bool = False
     """Whether each head of q and k has a norm (`q_norm`, `k_norm`) before the rotation."""
     window: Literal["config", "layer"] | None = None
-    """Which attribute is the width of the sliding window: `config.sliding_window` ("config") or each
-    layer's `self_attn.sliding_window` ("layer"). If that attribute is None, the layer has full
-    attention. If this field is None, the family has no window."""
+    """Which attribute is the width of the sliding window: `config.sliding_window` ("config") or the
+    `self_attn.sliding_window` of each layer ("layer"). If that attribute is None, the layer has
+    full attention. If this field is None, the family has no window."""
     softcap: bool = False
     """Whether attention caps its scores at `self_attn.attn_logit_softcapping`. Gemma-3 has that
     attribute, but does not pass it to its attention function."""
     num_ropes: int = 1
-    """Number of different rope tables that the decoder passes to its layers. A CUDA graph (graph.py)
+    """Number of different rope tables that the decoder passes to its layers; a CUDA graph (graph.py)
     supports only one."""
 
 

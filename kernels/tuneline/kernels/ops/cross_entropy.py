@@ -135,7 +135,7 @@ class TokenLogProbsFunction(torch.autograd.Function):
 
 
 class _SelectFunction(torch.autograd.Function):
-    """Autograd function of hidden[index]; the indices are distinct, so the backward sums nothing."""
+    """Autograd function of hidden[index]; indices are distinct, so the backward sums nothing."""
 
     @staticmethod
     def forward(ctx, hidden_TK, index_N):  # noqa: D102
