@@ -1,7 +1,7 @@
 """Limits of the kernels that other code needs for planning; this module does not import torch.
 
-The train step estimates its memory and checks the GPU before it loads a model. The limits that both
-the kernels and the train step need are therefore defined here, once.
+The train step estimates its memory and checks the GPU before it loads a model. The limits that the
+kernels share with the train step are therefore defined in this module.
 """
 
 MIN_CAPABILITY = (8, 0)

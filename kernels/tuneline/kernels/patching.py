@@ -114,7 +114,7 @@ def patch(
 
     Args:
         model: A transformers causal LM, bare or inside PEFT.
-        budget: Memory for kept activations; see `budget.Budget`. Patch again to change it.
+        budget: Memory for stored activations; see `budget.Budget`. To change it, patch again.
         fp8: Use fp8 GEMMs for NF4 weights that have adapters (see operands.py). They are faster
             than bf16 GEMMs, but their results have an error of about 4 %, in addition to the 9 % of
             NF4. Do not use fp8 to compare losses.
@@ -417,7 +417,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
                 stash=stash,
                 waits=waits,
                 holds=stash is not None and from_last == 0 and not keep,
-                # True for the first layer that does not park; the preceding layer, if any, parks.
+                # True for the first layer that does not park; a preceding layer, if any, parks.
                 fetches=stash is not None and from_last == max(kept.num_layers, 1) - 1,
                 handover=handover,
             ),
@@ -478,7 +478,7 @@ def _subclass(stock: Any, mixin: Any) -> type:
     cls: Any = type(stock.__name__, (mixin, stock), names)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Code that stored this function may call it after `unpatch`, when the class is stock again.
+        # Code that stored this function may call it after `unpatch`, when `self` is stock again.
         chosen = mixin if isinstance(self, cls) else stock
         return chosen.forward(self, *args, **kwargs)
 

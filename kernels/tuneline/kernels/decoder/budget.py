@@ -3,10 +3,10 @@
 A *kept* layer stores its activations; a *lean* layer recomputes them. Per layer (Llama-3.1-8B, 8192
 tokens, one H100; the tensors are named in layer.py):
 
-    kept          stores q, k, v, a, x2, gate, up: 0.77 GB,       avoids 4.4 ms of recomputation
-    kept, normed  stores n1 and n2 (outputs of the norms) too: 0.14 GB more,  avoids 0.17 ms more
+    kept          q, k, v, a, x2, gate, up       0.77 GB         avoids 4.4 ms of recomputation
+    kept, normed  the same, and n1 and n2        0.14 GB more    avoids 0.17 ms more
 
-Only if all layers are kept, the remaining budget is used for n1 and n2. A lean layer offloads some
+The budget is used for n1 and n2 only if it suffices to keep all layers. A lean layer offloads some
 tensors to host memory: those that can be copied while the next layer computes, see `parked`.
 """
 

@@ -53,7 +53,7 @@ Layers = Sequence[tuple[LayerWeights, LayerCall]]
 
 
 def equal_tokens(weights: LayerWeights, num_tokens: int) -> float:
-    """Return the number of tokens of a Llama-3.1-8B layer that take the GPU the same time.
+    """Return for how many tokens a Llama-3.1-8B layer takes the same GPU time as this layer.
 
     The host needs the same time to launch any layer, but the GPU needs as much time for 4096 tokens
     of a 1B model as for 1000 tokens of an 8B model. Limits in tokens are therefore stated for
@@ -122,7 +122,7 @@ class _Replay:
         return dx_BLC
 
     def take_gradients(self) -> list[Tensor]:
-        """Return the gradients of one layer: at first the last layer's, then the one before."""
+        """Return the gradients of one layer; repeated calls go from the last layer to the first."""
         return self._grads.pop()
 
     def release(self) -> None:

@@ -3,7 +3,8 @@
 Both kinds of operands compute the equations of lora.py. They are created from the NF4 weights in
 each forward and in each backward, and then freed.
 
-*Wide*: one arena [N + P, K + P] in the model's dtype holds [W | sB ; A | .], dequantised once.
+*Wide*: one tensor [N + P, K + P] in the model's dtype (the arena) holds W, dequantised once, and the
+adapters: [W | sB ; A | unused].
 *Fp8*: [W | sB] as e4m3 rows for the forward, [W^T | A^T] as e4m3 rows for the input gradient, each
 computed when it is first used. X and dY are quantised row by row, together with the adapter columns
 (X A^T or G). X A^T, G and the adapters' gradients are computed by bf16 GEMMs.
@@ -50,7 +51,7 @@ class WideOperands:
             pack(group, self._arena[:num_out, num_in:], self._arena[num_out:, :num_in])
 
     def write_lora_columns(self, x_TKP: Tensor) -> None:
-        """Fill the last P columns of X' with X A^T, and ones for the bias."""
+        """Fill the last P columns of X' with X A^T, and one column with ones if there is a bias."""
         num_out, num_in = self._group.num_out, self._group.num_in
         if self._group.num_columns == 0:
             return

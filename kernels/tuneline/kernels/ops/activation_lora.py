@@ -15,7 +15,7 @@ Shapes: T tokens, F intermediate size, r rank; dh [T, F]; gate_up [T, 2 F], the 
 X A^T [T, P], one column per rank of each adapter.
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ lr m / eps.
 Sums have a fixed order, so the same gradients give the same bits.
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import dataclasses
@@ -158,7 +158,7 @@ class _Flat:
 
     @classmethod
     def of(cls, params: list[torch.Tensor], state_bits: int) -> "_Flat":
-        """Copy the parameters into one buffer and make them slices of it."""
+        """Copy the parameters into one buffer and turn each into a slice of that buffer."""
         starts, n = [], 0
         for param in params:
             starts.append(n)
@@ -458,7 +458,7 @@ class FlatAdamW(torch.optim.Optimizer):
         """Load a state that was saved with the same `state_bits` into the flat buffers.
 
         Raises:
-            ValueError: The state was saved with other `state_bits`.
+            ValueError: The state was saved with different `state_bits`.
         """
         super().load_state_dict(state_dict)
         for group, flat in zip(self.param_groups, self._flats, strict=True):

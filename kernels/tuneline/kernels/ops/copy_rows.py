@@ -7,7 +7,7 @@ the [8192, 4096] slices of this package's padded buffers torch reaches 0.9 TB/s,
 3.9 TB/s (H200).
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import torch

@@ -12,7 +12,7 @@ Nothing here makes the host wait for the device.
 Shapes: hidden [..., K], weight [V, K], labels [...]; T tokens in total, C tokens per chunk.
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import torch
@@ -258,8 +258,8 @@ def linear_cross_entropy(
         num_items: Divisor of the sum. None takes the number of labels that count, but at least 1,
             so the loss of a batch without labels is 0 (torch's mean would be NaN).
         num_labels: Number of labels that count, if the caller knows it. The head is then computed
-            for the tokens of those labels alone. It is not counted here, because the host would
-            have to wait for the device.
+            only for the tokens of these labels. This function does not count the labels itself,
+            because the host would have to wait for the device.
         chunk_tokens: Tokens whose logits exist at once; None takes 256 MiB of logits.
     """
     if num_labels is not None and num_labels < labels.numel():

@@ -20,7 +20,7 @@ Shapes: T tokens of all sequences, laid end to end; q, o [T, H, D]; k, v [T, G, 
 heads per key head; cu_seqlens [S + 1] int32; lse, delta [H, T] float32.
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations

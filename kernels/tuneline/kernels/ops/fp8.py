@@ -9,12 +9,12 @@ w is the NF4 weight, dequantised to float32 and not rounded to bf16 before it is
 scales s_n and s_k of a weight are arguments, so no pass over the weights has to find them: an NF4
 block represents its largest weight exactly, so the largest absmax of the blocks is the largest
 weight. fp8 GEMMs need the summed dimension as the last one of both operands, so the input gradient
-needs the transposed weight.
+needs a transposed copy of the weight.
 
 Shapes: x [T, K]; W [N, K]; s_t [T], s_n [N], s_k [K] float32.
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations

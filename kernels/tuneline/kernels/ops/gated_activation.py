@@ -9,13 +9,13 @@ Both activations are the gate times a sigmoid, so one kernel serves both:
     silu:      z = e,                             z' = 1
     gelu_tanh: z = 2 c (e + 0.044715 e^3),        z' = 2 c (1 + 0.134145 e^2),   c = sqrt(2 / pi)
 
-The last line holds because 0.5 (1 + tanh(u)) = sigmoid(2 u). Everything is computed in float32, and
-each result is rounded once.
+The last line is true because 0.5 (1 + tanh(u)) = sigmoid(2 u). Everything is computed in float32,
+and each result is rounded once.
 
 Shapes: gate_up [..., 2 F] with the gate e first, or a pair (e, g) of [..., F]; h [..., F].
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from typing import Literal

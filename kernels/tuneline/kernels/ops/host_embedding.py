@@ -9,7 +9,7 @@ not copied to the host, because the host would have to wait for that copy.
 Shapes: ids [...]; table [V, C]; y [..., C].
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ class _HostEmbedding(nn.Embedding):
 
 
 def move_to_host(causal: Any) -> str | None:
-    """Move a causal LM's input embedding to the host, or return the reason why it stays."""
+    """Move a causal LM's input embedding to the host.
+
+    Returns:
+        None, or the reason why the embedding was not moved.
+    """
     embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
     if type(embedding) is not nn.Embedding:
         return f"the input embedding is a {type(embedding).__name__}, not an nn.Embedding"

@@ -16,12 +16,13 @@ A bias takes one of the padded columns: this column holds ones in X' and the bia
 in A holds zeros. Neither dX nor an adapter's gradient depends on that column.
 
 operands.py stores W' and A. P is at least 64 because cuBLAS is 2 to 19 % slower with
-widths of K + 16 and K + 48 (H100), and P is a power of two because one Triton block spans it.
+widths of K + 16 and K + 48 (H100), and P is a power of two because one Triton block
+spans P columns.
 
 Shapes: T tokens, K inputs, N outputs of the group, P padded columns, r rank.
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations

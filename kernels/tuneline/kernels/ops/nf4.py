@@ -13,7 +13,7 @@ The same launch can append a LoRA matrix, for a GEMM that computes base and adap
     lora_a [R, K]:  out [N + P, K] = [W ; A ; 0]
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import dataclasses
@@ -213,7 +213,7 @@ def _output(
     lora_b: torch.Tensor | None,
     lora_column: int,
 ) -> torch.Tensor:
-    """Check or allocate `out`; an allocated pad is a multiple of 64, as cuBLAS needs for speed."""
+    """Check or allocate `out`; the allocated pad is a multiple of 64, which cuBLAS needs for speed."""
     N, K = w.shape
     if lora_a is not None and lora_b is not None:
         raise ValueError("lora_a adds rows and lora_b adds columns: pass one of them")

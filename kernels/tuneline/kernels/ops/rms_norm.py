@@ -13,7 +13,7 @@ Shapes: x, residual, y [..., K]; weight [K]; rstd [T] float32, where T is the pr
 before K.
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from typing import overload
@@ -194,7 +194,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, *, gemma: bool = False) -> Tensor:
-    """Compute `rms_norm` in plain torch as transformers does; same arguments, no residual."""
+    """Compute `rms_norm` in plain torch, as transformers does; same arguments, except `residual`."""
     wide = x if x.dtype == torch.float64 else x.float()
     n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     y = n * (1 + weight.to(n.dtype)) if gemma else weight * n.to(x.dtype)

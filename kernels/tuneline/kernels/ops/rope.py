@@ -13,7 +13,7 @@ Shapes: q [B, T, H, D] and k [B, T, Hk, D], with unit stride along D and any oth
 transformers stores q and k as [B, H, T, D]: pass q.transpose(1, 2) and k.transpose(1, 2).
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import torch
