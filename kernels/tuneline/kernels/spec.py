@@ -42,8 +42,8 @@ class FamilySpec:
     """Whether attention caps its scores at `self_attn.attn_logit_softcapping`. Gemma-3 has that
     attribute, but does not pass it to its attention function."""
     num_ropes: int = 1
-    """Number of different rope tables that the decoder passes to its layers; `GraphedStack` supports
-    only one."""
+    """Number of different rope tables that the decoder passes to its layers. A CUDA graph
+    (decoder/graph.py) supports only one."""
 
 
 FAMILIES = {

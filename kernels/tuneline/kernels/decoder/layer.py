@@ -223,7 +223,7 @@ def layer_backward(
     half.attention_saved = tuple(attention_saved)
     x2_TC = complete(half, x_TC, x_BLC.shape, cos, sin, weights, call.plan)
     if not call.keep_normed:
-        # The MLP's backward is the memory peak of a step, so n1 is freed before and recomputed after.
+        # The MLP's backward is the memory peak of a step, so n1 is freed here and recomputed later.
         half.normed = None
     handover = Handover() if call.handover is None else call.handover
     dy_TCP = handover.room_for(dy_TC, weights.down.num_columns)

@@ -3,8 +3,8 @@
 Both kinds of operands compute the equations of lora.py. They are created from the NF4 weights in
 each forward and in each backward, and then freed.
 
-*Wide*: one tensor [N + P, K + P] in the model's dtype (the arena) holds W, dequantised once, and the
-adapters: [W | sB ; A | unused].
+*Wide*: one tensor [N + P, K + P] in the model's dtype (the arena) holds W, dequantised once, and
+the adapters: [W | sB ; A | unused].
 *Fp8*: [W | sB] as e4m3 rows for the forward, [W^T | A^T] as e4m3 rows for the input gradient, each
 computed when it is first used. X and dY are quantised row by row, together with the adapter columns
 (X A^T or G). X A^T, G and the adapters' gradients are computed by bf16 GEMMs.

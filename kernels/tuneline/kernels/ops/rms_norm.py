@@ -194,7 +194,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, *, gemma: bool = False) -> Tensor:
-    """Compute `rms_norm` in plain torch, as transformers does; same arguments, except `residual`."""
+    """Compute `rms_norm` in plain torch, as transformers does; without `residual` and `out`."""
     wide = x if x.dtype == torch.float64 else x.float()
     n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     y = n * (1 + weight.to(n.dtype)) if gemma else weight * n.to(x.dtype)
