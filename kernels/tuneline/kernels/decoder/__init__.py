@@ -1,1 +1,1 @@
-"""The fused decoder layer, built from the ops, and the plan of what its backward finds stored."""
+"""The fused decoder layer, built from the ops, and the choice of what it stores for its backward."""

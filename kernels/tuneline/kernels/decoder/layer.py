@@ -8,9 +8,9 @@
 A *lean* layer stores x and h A_down^T (1/64 of the size of h), and d if a norm follows down_proj.
 Its backward recomputes the layer up to gate and up. It recomputes neither down_proj (27 % of a
 Llama layer's multiplications) nor h in a separate step, because the activation's backward computes
-h anyway. With a host stash (stash.py), a lean layer *parks* x and some of q, k, v, a and x2, which
-means that it offloads them to host memory: those that can be copied while the forward runs
-(`budget.parked`). The backward of a Llama layer then recomputes gate and up alone. The last layer
+h anyway. With a host stash (stash.py), a lean layer also *parks* tensors, which means that it
+offloads them to host memory: x, and those of q, k, v, a and x2 that can be copied while the forward
+runs (`budget.parked`). The backward of a Llama layer then recomputes gate and up alone. The last layer
 *holds* the same tensors on the device, because its backward starts before they could be copied to
 the host and back.
 

@@ -15,9 +15,8 @@ columns next to each other, padded with zeros to P columns (a power of two that 
 A bias takes one of the padded columns: this column holds ones in X' and the bias in W', and its row
 in A holds zeros. Neither dX nor an adapter's gradient depends on that column.
 
-operands.py stores W' and A. P is at least 64 because cuBLAS is 2 to 19 % slower with
-widths of K + 16 and K + 48 (H100), and P is a power of two because one Triton block
-spans P columns.
+operands.py stores W' and A. P is at least 64 because cuBLAS is 2 to 19 % slower with widths of
+K + 16 and K + 48 (H100), and P is a power of two because one Triton block spans P columns.
 
 Shapes: T tokens, K inputs, N outputs of the group, P padded columns, r rank.
 """

@@ -213,7 +213,7 @@ def _output(
     lora_b: torch.Tensor | None,
     lora_column: int,
 ) -> torch.Tensor:
-    """Check or allocate `out`; an allocated pad is a multiple of 64, because cuBLAS is then faster."""
+    """Check `out`, or allocate it with a pad of a multiple of 64, which cuBLAS needs for speed."""
     N, K = w.shape
     if lora_a is not None and lora_b is not None:
         raise ValueError("lora_a adds rows and lora_b adds columns: pass one of them")
