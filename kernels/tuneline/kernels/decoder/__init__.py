@@ -1,1 +1,1 @@
-"""The fused decoder layer, built from the ops, and the choice of what it stores for its backward."""
+"""The fused decoder layer, built from the ops, and the choice of what it stores."""

@@ -91,8 +91,8 @@ def parked(weights: LayerWeights, plan: AttentionPlan, row_length: int, itemsize
 
     These are the intermediates that spare the backward the most recomputation, among those whose
     copies finish within one layer's forward. If the next layer had to wait for a copy, the wait
-    would take longer than the recomputation that the copy avoids. Storing q, k and v or x2 avoids the GEMM that computes
-    them; storing the output of the attention avoids the attention.
+    would take longer than the recomputation that the copy avoids. A stored q, k and v, or x2,
+    avoids the GEMM that computes it; a stored output of the attention avoids the attention.
 
     Args:
         weights: A layer of the model.

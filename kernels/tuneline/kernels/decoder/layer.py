@@ -10,9 +10,9 @@ Its backward recomputes the layer up to gate and up. It recomputes neither down_
 Llama layer's multiplications) nor h in a separate step, because the activation's backward computes
 h anyway. With a host stash (stash.py), a lean layer also *parks* tensors, which means that it
 offloads them to host memory: x, and those of q, k, v, a and x2 that can be copied while the forward
-runs (`budget.parked`). The backward of a Llama layer then recomputes gate and up alone. The last layer
-*holds* the same tensors on the device, because its backward starts before they could be copied to
-the host and back.
+runs (`budget.parked`). The backward of a Llama layer then recomputes gate and up alone. The last
+layer *holds* the same tensors on the device, because its backward starts before they could be
+copied to the host and back.
 
 A *kept* layer stores q, k, v, a, x2, gate and up on the device. Its backward recomputes only n1 and
 n2, or nothing if the layer stores n1 and n2 too.

@@ -3,7 +3,7 @@
 At 8192 tokens of a Llama-3.1-8B the inputs of the 32 layers take 2.1 GB of GPU memory and are not
 read for half a step; q, k, v and the attention's output take another 5.4 GB. One layer's 235 MB are
 copied to the host (4.4 ms at 55 GB/s) while the layer's forward runs. The backward of each layer
-requests the tensors of the preceding layer, which are therefore copied back while it runs.
+requests the tensors of the preceding layer, so they are copied back while that backward runs.
 
 All copies run on one side stream, which runs them in order, so a host buffer can be reused as soon
 as its last copy is queued. References to the device tensors of a copy are held until the main

@@ -57,8 +57,7 @@ def _log_probs_kernel(
             total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
             top = new_top
         lse = top + tl.log(tl.sum(total, axis=0))
-        # A label outside the vocabulary gives NaN, so that users notice the error, instead of an
-        # invalid read.
+        # A label outside the vocabulary reads no memory and gives NaN, so that users notice it.
         known = (label >= 0) & (label < V)
         target = tl.load(logits_ptr + label, mask=known, other=float("nan")).to(tl.float32)
         if CAPPED:

@@ -11,10 +11,9 @@ Scores are never written to GPU memory. The rows of a tile are a few queries in 
 heads that share one key head, so all rows read the same keys. Such a tile spans fewer positions
 than a tile of one head, so more tiles lie completely above the causal diagonal and are skipped.
 This matters for short sequences (1.5 times fewer tiles for 217 tokens and 4 query heads per key
-head).
-One program computes a block of queries (forward, dq) or a block of keys (dk and dv, summed over all
-query heads that share the key head). Nothing is added atomically, so the same inputs give the same
-bits. Blocks that the mask hides completely are skipped. The reference is in attention.py.
+head). One program computes a block of queries (forward, dq) or a block of keys (dk and dv, summed
+over all query heads that share the key head). Nothing is added atomically, so the same inputs give
+the same bits. Blocks that the mask hides completely are skipped. The reference is in attention.py.
 
 Shapes: T tokens of all sequences, laid end to end; q, o [T, H, D]; k, v [T, G, D] with H / G query
 heads per key head; cu_seqlens [S + 1] int32; lse, delta [H, T] float32.
