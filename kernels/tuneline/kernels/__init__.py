@@ -1,7 +1,8 @@
-"""Triton kernels for QLoRA training; each op's file holds its equation, kernel and reference.
+"""Triton kernels for QLoRA training; the file of each op has its equation, kernel and reference.
 
-A name is loaded when it is first used, so that `tuneline.kernels.limits` needs no torch. No
-submodule has the name of an exported function: importing one would replace the function.
+An exported name is imported when it is first used, so that `tuneline.kernels.limits` can be
+imported without torch. No submodule has the name of an exported function, because the import of
+such a submodule would replace the function.
 """
 
 from importlib import import_module as _import_module
@@ -48,7 +49,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Load an exported name from its module."""
+    """Import an exported name from its module."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(_import_module(_MODULES[name]), name)
@@ -57,5 +58,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    """Return the exported names and those that are loaded."""
+    """Return the exported names and all names that are defined in this module."""
     return sorted({*globals(), *__all__})

@@ -1,9 +1,9 @@
 """Read a live decoder layer (transformers, PEFT, bitsandbytes) into `LayerWeights`.
 
-A layer is checked before every forward, because it may change between forwards: adapters are
-disabled or merged, dropout is set, weights move. Only attributes are read: the package neither
-imports nor needs transformers and PEFT. Their modules have the type `Any` here, because nn.Module
-does not declare their attributes.
+A layer is checked before every forward, because it may change between forwards: adapters may be
+disabled or merged, dropout may be set, weights may be moved. Only attributes are read, so this
+module does not import transformers and PEFT. Modules of these packages have the type `Any` here,
+because nn.Module does not declare their attributes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tuneline.kernels.spec import ACTIVATIONS, FamilySpec
 
 
 class Unfusable(ValueError):
-    """Raised for a layer that keeps the stock path; its message is the reason in the report."""
+    """Raised for a layer that cannot be fused; its message is the reason in the `PatchReport`."""
 
 
 def check_parts(layer: Any, spec: FamilySpec) -> None:
@@ -56,10 +56,10 @@ def bind_layer(layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False) 
     """Return the weights and adapters that the fused layer computes with.
 
     Args:
-        layer: The decoder layer; `check_parts` has accepted it.
-        spec: The parts of its family's layers.
+        layer: A decoder layer that `check_parts` has accepted.
+        spec: The spec of the layer's family.
         config: The decoder's config.
-        fp8: Prepare the groups that can multiply in fp8 for it.
+        fp8: Compute in fp8 the groups of linears that support it.
 
     Raises:
         Unfusable: The layer has a feature that the fused layer does not support.
@@ -114,8 +114,8 @@ def bind_layer(layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False) 
 def fingerprint(layer: Any, spec: FamilySpec) -> tuple[Any, ...]:
     """Return a key of the state that `bind_layer` reads: equal keys give equal weights.
 
-    It reads the modules' dictionaries directly because it runs in every forward: binding 32 layers
-    takes 10 ms on a slow host, their fingerprints 1 ms.
+    This function runs in every forward, so it reads the modules' dictionaries directly. On a slow
+    host, binding 32 layers takes 10 ms, and their fingerprints take 1 ms.
     """
     state_parts: list[Any] = []
     attention, mlp = layer._modules["self_attn"], layer._modules["mlp"]
@@ -172,7 +172,8 @@ def _attention(attention: Any, spec: FamilySpec, config: Any) -> AttentionConfig
 def _group(parent: Any, names: Iterable[str], fp8: bool) -> LoraGroup:
     linears = tuple(_linear(getattr(parent, name), name) for name in names)
     frozen = [linear.weight for linear in linears if isinstance(linear.weight, NF4Weight)]
-    # A bias lies among the columns and would be rounded to three bits, so its group stays in bf16.
+    # A bias is stored in an adapter column. In fp8 it would be rounded to three bits, so a group
+    # with a bias is computed in bf16.
     biased = any(linear.bias is not None for linear in linears)
     if fp8 and not biased and len(frozen) == len(linears):
         group = LoraGroup(linears)
@@ -216,7 +217,11 @@ def _linear(module: Any, name: str) -> LoraLinear:
 
 
 def _active_adapter(module: Any, name: str) -> str | None:
-    """Return the name of the module's active plain LoRA; None if it has none."""
+    """Return the name of the module's active adapter, or None if no adapter is active.
+
+    Raises:
+        Unfusable: The active adapter is not a plain LoRA, or more than one is active.
+    """
     if type(module).__module__.split(".")[:3] != ["peft", "tuners", "lora"] or type(
         module
     ).__name__ not in ("Linear", "Linear4bit"):

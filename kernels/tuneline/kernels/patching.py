@@ -4,15 +4,16 @@
     ...train...
     unpatch(model)
 
-The class of each instance is replaced by a subclass of the same name, so state_dict, isinstance and
-PEFT's save, load and merge work as before. No module, class or function of transformers changes for
-other models. The subclasses run fused code in training mode, with gradients and without a KV cache;
-every other call runs the stock model. A layer that cannot be fused (see `binding`) keeps its stock
-forward next to fused layers.
+The class of each patched module is replaced by a subclass of the same name, so state_dict,
+isinstance and PEFT's save, load and merge work as before. Other models are not affected, because no
+module, class or function of transformers is changed. A subclass runs fused code in training mode,
+with gradients and without a KV cache; every other call runs the *stock* forward, which is that of
+transformers. A layer that cannot be fused (see `binding`) also runs its stock forward, even if
+other layers of the model are fused.
 
-    causal LM   with labels: computes the loss by `linear_cross_entropy`, and no logits
-    decoder     decides in each forward: the sequences, which layers are fused, what they keep
-    layer       runs `fused_layer` with the decoder's decision, which is passed on as a keyword
+    causal LM   with labels: computes the loss by `linear_cross_entropy`, without returning logits
+    decoder     decides in each forward: the sequences, which layers are fused, what they store
+    layer       runs `fused_layer` with the decoder's decisions, which are passed as a keyword
     final norm  runs `rms_norm`
 """
 
@@ -51,15 +52,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PatchReport:
-    """What `patch` did; `unfused` holds the reason for each layer that keeps the stock path."""
+    """What `patch` did; `unfused` has the reason for each layer that runs its stock forward."""
 
     family: str | None
     fused: tuple[int, ...]
     unfused: dict[int, str]
     loss: str
-    """"fused", or the reason why the stock loss stays."""
+    """"fused", or the reason why the stock loss is computed."""
     num_fp8_groups: int = 0
-    """Groups of linears that multiply in fp8, at most four per layer."""
+    """Number of groups of linears that are computed in fp8, at most four per layer."""
 
     def __str__(self) -> str:
         """Return a summary in one line."""
@@ -74,7 +75,7 @@ class PatchReport:
 
 @dataclass(slots=True)
 class _Engine:
-    """State that the decoder keeps between forwards; a copied model gets a new one."""
+    """State of a patched decoder between forwards; a copy of the model gets a new state."""
 
     budget: Budget
     specs: dict[int, FamilySpec]
@@ -91,11 +92,14 @@ class _Engine:
 
 @dataclass(frozen=True, slots=True)
 class _ModelCall:
-    """The decisions of one forward by layer index; layers that are not in it run stock."""
+    """The decisions of one forward.
+
+    A layer whose index is not in `layers` runs its stock forward.
+    """
 
     layers: dict[int, tuple[LayerWeights, LayerCall]]
     graphs: GraphCache | None = None
-    """Set if the whole stack may run from a graph; the first layer then runs all layers."""
+    """Set if all layers may run as a CUDA graph, which is replayed at the first layer."""
     done: list[bool] = field(default_factory=list)
 
 
@@ -110,12 +114,13 @@ def patch(
 
     Args:
         model: A transformers causal LM, bare or inside PEFT.
-        budget: Memory for kept activations; see `budget.Budget`. Patch again to change it.
-        fp8: Multiply by NF4 weights that have adapters in 8-bit floats (see operands.py). This is
-            faster, but each product has an error of about 4 %, in addition to NF4's own 9 %. Do not
-            use it to compare losses.
-        embedding_on_host: Keep the input embedding in pinned host memory (see host_embedding.py).
-            If it is trained, tied to the head or not on a GPU, it stays and a warning says why.
+        budget: Memory for stored activations; see `budget.Budget`. To change it, patch again.
+        fp8: Use fp8 GEMMs for NF4 weights that have adapters (see operands.py). They are faster
+            than bf16 GEMMs, but their results have an error of about 4 %, in addition to the 9 % of
+            NF4. Do not use fp8 to compare losses.
+        embedding_on_host: Move the input embedding to pinned host memory (see host_embedding.py).
+            An embedding that is trained, tied to the head or not on a GPU is not moved, and a
+            warning gives the reason.
 
     Raises:
         ValueError: The budget is invalid, or the GPU has no fp8 GEMM.
@@ -148,7 +153,7 @@ def patch(
             weights = bind_layer(layer, spec, decoder.config, fp8=fp8)
             num_fp8_groups += sum(group.largest is not None for group in weights.groups())
         except Unfusable as reason:
-            # The layer is swapped anyway: the obstacle may be gone by the next forward.
+            # The layer's class is replaced anyway: the layer may be fusable in a later forward.
             unfused[index] = str(reason)
     loss = "the stock model has no lm_head"
     if specs:
@@ -171,7 +176,7 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Restore the class of every patched module; a model that is not patched stays as it is."""
+    """Restore the class of every patched module; without effect on a model that is not patched."""
     move_back(model)
     for module in model.modules():
         stock = getattr(type(module), "_tuneline_stock_class", None)
@@ -184,7 +189,7 @@ def unpatch(model: nn.Module) -> None:
 if TYPE_CHECKING:
 
     class _Stock(nn.Module):
-        """Stand-in for the stock class behind a mixin, whose attributes are not declared."""
+        """The stock class of a mixin, for type checkers; it may have any attribute."""
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -193,10 +198,10 @@ else:
 
 
 class _LayerMixin(_Stock):
-    """A decoder layer that runs fused if the decoder's `_ModelCall` says so."""
+    """A decoder layer that runs fused if it is in the decoder's `_ModelCall`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Skips the checkpointing that some versions of transformers do in __call__.
+        # This skips the gradient checkpointing that some versions of transformers do in __call__.
         return nn.Module.__call__(self, *args, **kwargs)
 
     def forward(
@@ -222,7 +227,7 @@ class _LayerMixin(_Stock):
 
 
 class _NormMixin(_Stock):
-    """The final norm; its weight may be trained."""
+    """The final norm, whose weight may be trained."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
@@ -232,7 +237,7 @@ class _NormMixin(_Stock):
 
 
 class _DecoderMixin(_Stock):
-    """The stack of layers: decides how a forward runs, then runs the stock forward with that."""
+    """The stack of layers: decides how they run, and passes the decisions to the stock forward."""
 
     def forward(
         self,
@@ -250,7 +255,8 @@ class _DecoderMixin(_Stock):
         if call is None or not call.layers:
             return super().forward(attention_mask=attention_mask, **arguments)
         if len(call.layers) == len(self.layers):
-            # transformers passes a 4-D mask on unchanged; no layer reads it, so none is built.
+            # No fused layer reads a mask. transformers would build a full one, but passes on a 4-D
+            # mask unchanged.
             attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
         arguments["use_cache"] = False
         return super().forward(attention_mask=attention_mask, tuneline=call, **arguments)
@@ -259,7 +265,7 @@ class _DecoderMixin(_Stock):
 class _CausalMixin(_Stock):
     """The model with its head, which computes the loss without the logits.
 
-    A caller that knows how many labels count passes `num_labels`, see `linear_cross_entropy`.
+    A caller that knows how many labels count can pass `num_labels` (see `linear_cross_entropy`).
     """
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
@@ -301,9 +307,9 @@ class _CausalMixin(_Stock):
 
 
 def _is_plain_training(decoder: Any, kwargs: dict[str, Any]) -> bool:
-    """Return whether a forward needs nothing that only the stock path provides.
+    """Return whether a forward needs nothing that only the stock forward provides.
 
-    `use_cache` is ignored: configs default to it, but no training step reads the cache.
+    `use_cache` is ignored: it is true by default in configs, but no training step reads the cache.
     """
     config = decoder.config
     recorded = any(
@@ -322,10 +328,11 @@ def _is_plain_training(decoder: Any, kwargs: dict[str, Any]) -> bool:
 def _attention_plan(
     tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> AttentionPlan | None:
-    """Return the sequences of a forward; None if they need a mask (left padding, 4-D masks).
+    """Return the sequences of a forward, or None if a mask is needed (left padding, 4-D masks).
 
-    Padding on the right needs no mask: causal attention never reads it, and its outputs have no
-    label. A mask or position IDs cost one wait for the device.
+    Padding on the right needs no mask: in causal attention, the tokens before the padding never
+    read it, and the outputs of the padding have no label. If a mask or position IDs are given, the
+    host waits once for the device.
     """
     batch, length = tokens.shape[:2]
     if attention_mask is not None:
@@ -349,7 +356,10 @@ def _packed(starts: list[int], tokens: Tensor) -> AttentionPlan:
 
 
 def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | None:
-    """Bind the layers and spend the budget on the last layers, whose backward runs first."""
+    """Bind the layers and decide how each runs.
+
+    The last layers store their activations, because their backward runs first.
+    """
     engine: _Engine = decoder._tuneline_engine
     bound: dict[int, LayerWeights] = {}
     for index, spec in engine.specs.items():
@@ -372,10 +382,11 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     device = tokens.device
     mixed = torch.is_autocast_enabled(device.type)
     if embedding != dtype or (mixed and torch.get_autocast_dtype(device.type) != dtype):
-        # The hidden states have another dtype than the layers, so the stock casts apply.
+        # The hidden states have another dtype than the layers. Only the stock forward casts them.
         return None
     num_tokens = tokens.shape[0] * tokens.shape[1]
-    # A graph keeps its memory, so the free memory after its capture must not change the choice.
+    # After its capture, a graph occupies memory that is then not free. So the choice that was made
+    # before the capture is used again.
     room = Room.of(plan, num_tokens)
     graph_tokens = num_tokens if room is None else room.num_tokens
     kept = engine.kept_in_graphs.get(graph_tokens)
@@ -391,7 +402,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     if engine.stash is None and device.type == "cuda":
         engine.stash = HostStash()
     stash = engine.stash if num_tokens >= STASH_MIN_TOKENS else None
-    # The layers of a model are similar enough for one answer.
+    # One choice for all layers, because the layers of a model have similar sizes.
     waits = parked(next(iter(bound.values())), plan, tokens.shape[1], dtype.itemsize)
     layers, handover = {}, Handover()
     for place, (index, weights) in enumerate(bound.items()):
@@ -406,7 +417,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
                 stash=stash,
                 waits=waits,
                 holds=stash is not None and from_last == 0 and not keep,
-                # The layer before this one parks, if there is one.
+                # True for the first layer that does not park; a preceding layer, if any, parks.
                 fetches=stash is not None and from_last == max(kept.num_layers, 1) - 1,
                 handover=handover,
             ),
@@ -418,7 +429,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     graphed = (
         device.type == "cuda"
         and equal_tokens(next(iter(bound.values())), num_tokens) <= most
-        # A graph's tensors cannot be parked in host memory.
+        # The tensors of a graph cannot be offloaded to host memory.
         and (stash is None or kept.num_layers == len(bound))
         and len(bound) == len(decoder.layers)
         and all(spec.num_ropes == 1 for spec in engine.specs.values())
@@ -442,7 +453,7 @@ def _stock_loss_reason(causal: Any) -> str | None:
 
 
 def _find_decoder(model: Any) -> tuple[Any, Any]:
-    """Return the causal LM inside wrappers, and its stack of decoder layers or None."""
+    """Return the causal LM inside any wrapper, and its stack of decoder layers or None."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = getattr(causal, "model", causal)
     layers = getattr(decoder, "layers", None)
@@ -457,7 +468,7 @@ def _swap(module: Any, mixin: type) -> None:
 
 @functools.cache
 def _subclass(stock: Any, mixin: Any) -> type:
-    """Return the fused subclass; transformers looks classes up by name, so the name is kept."""
+    """Return the fused subclass; its name stays, as transformers looks classes up by name."""
     names = {
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
@@ -467,13 +478,13 @@ def _subclass(stock: Any, mixin: Any) -> type:
     cls: Any = type(stock.__name__, (mixin, stock), names)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Code that stored this function as the model's forward may call it after `unpatch`.
+        # Code that stored this function may call it after `unpatch`, when `self` is stock again.
         chosen = mixin if isinstance(self, cls) else stock
         return chosen.forward(self, *args, **kwargs)
 
-    # Set after the class is created, because transformers wraps a new layer class's forward in
-    # checkpointing; the mixin does its own, on the stock path only. The signature stays the stock
-    # one, because the Trainer reads column names from it.
+    # Set after the class is created, because transformers wraps the forward of a new layer class in
+    # gradient checkpointing. `_LayerMixin` itself does the checkpointing, only for stock forwards.
+    # The signature is that of the stock forward, because the Trainer reads column names from it.
     cls.forward = functools.wraps(stock.forward)(forward)
     return cls
 

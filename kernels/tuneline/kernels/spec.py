@@ -1,8 +1,9 @@
-"""What each family's decoder layer is made of: the table that `patch` reads.
+"""The parts of the decoder layer of each model family: the table that `patch` reads.
 
 A family is one entry of `FAMILIES`; no other module of the package names a family or reads
-`config.model_type`. The activation and the biases of the linears are read from the live model.
-transformers is not imported: a layer is recognised by the module and name of its class.
+`config.model_type`. The activation and the biases of the linears are not in the table; they are
+read from the model. transformers is not imported: a layer is recognised by the module and name of
+its class.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import nn
 from tuneline.kernels.ops.gated_activation import Kind
 
 ACTIVATIONS: dict[str, Kind] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""The activations that `gated_activation` computes, by transformers' names."""
+"""The activations that `gated_activation` computes, keyed by their names in transformers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,23 +25,25 @@ class FamilySpec:
 
     name: str
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    """Linears of `self_attn` whose outputs, side by side, are q, k and v."""
+    """Linears of `self_attn` whose concatenated outputs are q, k and v."""
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
-    """Linears of `mlp` whose outputs, side by side, are gate and up."""
+    """Linears of `mlp` whose concatenated outputs are gate and up."""
     gemma_norm: bool = False
-    """Whether norms multiply by 1 + weight and round once, as Gemma's do; see ops/rms_norm.py."""
+    """Whether norms multiply by 1 + weight and round once, as in Gemma; see ops/rms_norm.py."""
     sandwich: bool = False
-    """Whether the outputs of attention and MLP are normed too, which makes four norms per layer."""
+    """Whether a norm follows o_proj, and another one down_proj; a layer then has four norms."""
     head_norms: bool = False
     """Whether each head of q and k has a norm (`q_norm`, `k_norm`) before the rotation."""
     window: Literal["config", "layer"] | None = None
-    """Where the width of the sliding window is: `config.sliding_window` for every layer, or
-    `self_attn.sliding_window` of each layer. Either may be None, which is full attention."""
+    """Which attribute is the width of the sliding window: `config.sliding_window` ("config") or the
+    `self_attn.sliding_window` of each layer ("layer"). If that attribute is None, the layer has
+    full attention. If this field is None, the family has no window."""
     softcap: bool = False
     """Whether attention caps its scores at `self_attn.attn_logit_softcapping`. Gemma-3 has that
-    attribute but does not hand it to its attention function."""
+    attribute, but does not pass it to its attention function."""
     num_ropes: int = 1
-    """Kinds of rope tables that the decoder hands its layers; a CUDA graph takes one."""
+    """Number of different rope tables that the decoder passes to its layers. A CUDA graph
+    (decoder/graph.py) supports only one."""
 
 
 FAMILIES = {
@@ -54,16 +57,16 @@ FAMILIES = {
     "phi3.modeling_phi3.Phi3DecoderLayer": FamilySpec(
         "phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), window="config"
     ),
-    # A window in every second layer.
+    # Every second layer has a window.
     "gemma2.modeling_gemma2.Gemma2DecoderLayer": FamilySpec(
         "gemma2", gemma_norm=True, sandwich=True, window="layer", softcap=True
     ),
-    # A window in five of six layers, which have another base of the rotation than the sixth.
+    # Five of six layers have a window; they rotate with another base than the sixth layer.
     "gemma3.modeling_gemma3.Gemma3DecoderLayer": FamilySpec(
         "gemma3", gemma_norm=True, sandwich=True, head_norms=True, window="layer", num_ropes=2
     ),
 }
-"""The families by their decoder layer's class, `transformers.models` left off."""
+"""The families by the path of their decoder layer's class, without `transformers.models.`."""
 
 
 def family_spec(layer: nn.Module) -> FamilySpec | None:

@@ -1,1 +1,1 @@
-"""The fused decoder layer, built from the ops, and what a stack of layers keeps in memory."""
+"""The fused decoder layer, built from the ops, and the choice of what it stores."""

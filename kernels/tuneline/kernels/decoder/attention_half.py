@@ -1,6 +1,6 @@
 """The first half of a decoder layer: x2 = x + o_proj(attention(rope(qkv(norm(x))))).
 
-Forward and backward are written by hand; layer.py says what is kept in between.
+Forward and backward are written by hand; layer.py says what is stored between them.
 
 Shapes: B rows of L tokens, T = B L, C hidden size, N outputs of a group; see lora.py for K and P.
 """
@@ -38,19 +38,23 @@ from tuneline.kernels.ops.rope import rope_backward, rope_forward
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """The intermediates that this half saves beside x; its backward recomputes the others."""
+    """Which intermediates the attention half saves in addition to x.
+
+    The backward recomputes the others.
+    """
 
     qkv: bool = False
-    """q, k and v: after the rotation, or before the head norm in families that have one."""
+    """Whether to store q, k and v: after the rotation, or in families with head norms, before the
+    head norm."""
     output: bool = False
-    """Output and log-sum-exp of the attention."""
+    """Whether to store the output and the log-sum-exp of the attention."""
     branch: bool = False
-    """x2; the output of o_proj in families where a norm follows it."""
+    """Whether to store x2, or in families with a norm after o_proj, the output of o_proj."""
 
 
 @dataclass(slots=True)
 class AttentionHalf:
-    """Intermediates of x -> x2; the first four are those of `Saved`."""
+    """Intermediates between x and x2; `Saved` says which of the first four are stored."""
 
     qkv_TN: Tensor | None = None
     o_input_TKP: Tensor | None = None
@@ -84,7 +88,7 @@ def complete(
     """Compute the intermediates that `half` lacks, and return x2.
 
     Args:
-        half: Intermediates that are known; the others are filled in.
+        half: The stored intermediates; the others are None or empty, and are filled in.
         x_TC: Input of the layer.
         shape: Shape of the input, (B, L, C).
         cos: Rope table [B or 1, L, R].
@@ -144,17 +148,20 @@ def attention_half_backward(
     *,
     need_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Return dx (with P empty columns for down_proj), and the gradients of qkv's and o's adapters.
+    """Return dx, and the gradients of qkv's and o's adapters.
+
+    The rows of dx end with P uninitialised columns, in which the `mlp_backward` of the preceding
+    layer can store G of down_proj.
 
     Args:
-        dx2_TCP: Gradient of x2, with o_proj's P columns beside it.
+        dx2_TCP: Gradient of x2, followed by P columns for G of o_proj.
         x_TC: Input of the layer.
-        half: All intermediates, as `complete` leaves them.
+        half: The intermediates, completed by `complete`.
         cos: Rope table [B or 1, L, R].
         sin: Rope table [B or 1, L, R].
         weights: The layer's weights and adapters.
         plan: The sequences of this forward.
-        need_dx: Compute dx; otherwise it is None.
+        need_dx: Compute dx; if False, None is returned instead.
     """
     q_BLHD, k_BLGD, o_input_TKP = half.q_BLHD, half.k_BLGD, half.o_input_TKP
     assert q_BLHD is not None and k_BLGD is not None

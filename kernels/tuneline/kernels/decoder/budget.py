@@ -1,11 +1,13 @@
-"""How many layers keep their activations: memory against time, set by one number.
+"""How many layers store their activations for the backward: one budget trades memory for time.
 
-    kept          q, k, v, a, x2, gate, up     costs 0.77 GB per layer, saves 4.4 ms
-    kept, normed  n1 and n2 as well            costs 0.14 GB more, saves 0.17 ms more
+A *kept* layer stores its activations; a *lean* layer recomputes them. Per layer (Llama-3.1-8B, 8192
+tokens, one H100; the tensors are named in layer.py):
 
-(Llama-3.1-8B, 8192 tokens, one H100.) Once all layers keep, the memory left is used for the outputs
-of their norms. A layer that does not keep parks some tensors in host memory instead: those that can
-be copied while the next layer computes, see `parked`.
+    kept          q, k, v, a, x2, gate, up       0.77 GB         avoids 4.4 ms of recomputation
+    kept, normed  the same, and n1 and n2        0.14 GB more    avoids 0.17 ms more
+
+The budget is used for n1 and n2 only if it suffices to keep all layers. A lean layer offloads some
+tensors to host memory: those that can be copied while the next layer computes, see `parked`.
 """
 
 from __future__ import annotations
@@ -22,24 +24,26 @@ from tuneline.kernels.limits import HEAD_ROOM, KEPT_MLP_CHUNK_TOKENS
 from tuneline.kernels.ops.attention import AttentionPlan
 
 Budget = Literal["auto", "lean"] | float
-"""Memory for kept activations: `auto` (what is free now, less head-room), `lean` (none), or GiB."""
+"""Memory for stored activations: `auto`, `lean` (none), or a number of GiB. `auto` is the memory
+that is free now, minus the temporaries of a layer's backward and minus HEAD_ROOM."""
 
 HOST_BYTES_PER_FLOP = 8.5e-5
-"""Bytes that can be copied to the host per operation of a layer's forward: 54 GB/s against
-640 TFLOP/s, with the norms and the dequantisation included (one H100)."""
+"""Bytes that can be copied to the host in the time of one floating-point operation of a layer's
+forward: 54 GB/s divided by 640 TFLOP/s, whose time includes the norms and the dequantisation (one
+H100)."""
 
 _FP8_SPEED = 1.5
-"""Speed of a layer's forward with fp8 products, relative to bf16."""
+"""Speed of a layer's forward with fp8 GEMMs, relative to bf16 GEMMs."""
 
 _ATTENTION_COST = 1.75
-"""Time of an operation of the attention, relative to one of a GEMM."""
+"""Time of a floating-point operation of the attention, relative to that of a GEMM."""
 
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Kept:
-    """How many of the last layers keep, and how many of those keep their norms' outputs too."""
+    """How many of the last layers are kept, and how many of the last layers store n1 and n2 too."""
 
     num_layers: int = 0
     num_normed: int = 0
@@ -58,7 +62,7 @@ def check_budget(budget: Budget) -> Budget:
 
 
 def kept_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
-    """Return the bytes that a kept layer holds in addition to those of a lean layer."""
+    """Return the bytes that a layer stores if it is kept, beyond what it stores if it is lean."""
     width = weights.qkv.num_out + weights.o.num_in + weights.o.num_columns
     width += weights.qkv.num_in + weights.gate_up.num_out
     log_sum_exp = 4 * weights.attention.num_heads
@@ -66,7 +70,7 @@ def kept_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
 
 
 def normed_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
-    """Return the bytes of the outputs of a layer's two norms, with the adapters' columns."""
+    """Return the bytes of a layer's n1 and n2, with their adapter columns and rstd."""
     groups = weights.qkv, weights.gate_up
     return num_tokens * sum(itemsize * (g.num_in + g.num_columns) + 4 for g in groups)
 
@@ -76,23 +80,25 @@ def workspace_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> in
     chunk = min(num_tokens, KEPT_MLP_CHUNK_TOKENS)
     gate_up, down = weights.gate_up, weights.down
     arenas = gate_up.num_out * gate_up.num_in + down.num_out * down.num_in
-    # gate and up twice (a kept layer does not overwrite them), dh, h; eight tensors of x's size.
+    # gate and up, their gradients (a kept layer does not overwrite gate and up), dh and h. The 8
+    # below counts tensors of the size of x.
     temporaries = chunk * (2 * gate_up.num_out + 2 * down.num_in)
     return itemsize * (arenas + temporaries + 8 * num_tokens * gate_up.num_in)
 
 
 def parked(weights: LayerWeights, plan: AttentionPlan, row_length: int, itemsize: int) -> Saved:
-    """Return what a lean layer parks beside x: the choice that saves its backward most operations.
+    """Return which intermediates a lean layer offloads to host memory in addition to x.
 
-    The copies must finish within a layer's forward: a copy that the next layer waits for costs more
-    than the products that it saves. Each candidate saves the GEMM that computes it; the attention's
-    output saves the attention instead.
+    These are the intermediates that spare the backward the most recomputation, among those whose
+    copies finish within one layer's forward. If the next layer had to wait for a copy, the wait
+    would take longer than the recomputation that the copy avoids. A stored q, k and v, or x2,
+    avoids the GEMM that computes it; a stored output of the attention avoids the attention.
 
     Args:
         weights: A layer of the model.
         plan: The sequences of this forward.
         row_length: Tokens per row.
-        itemsize: Bytes of a number.
+        itemsize: Bytes per element of an activation.
     """
     hidden, config = weights.qkv.num_in, weights.attention
     lengths = plan.sequence_lengths or (row_length,)
@@ -101,7 +107,7 @@ def parked(weights: LayerWeights, plan: AttentionPlan, row_length: int, itemsize
     forward = attention + 2 * sum(group.num_out * group.num_in for group in weights.groups())
     if any(group.largest is not None for group in weights.groups()):
         forward /= _FP8_SPEED
-    # A layer with a norm after down_proj parks d too.
+    # A layer with a norm after down_proj always offloads d too.
     always = hidden * (1 if weights.after_mlp_norm is None else 2)
     room = HOST_BYTES_PER_FLOP * forward - itemsize * always
     widths = weights.qkv.num_out, weights.o.num_in + weights.o.num_columns, weights.o.num_out
@@ -123,14 +129,14 @@ def share_out(
     itemsize: int,
     device: torch.device,
 ) -> Kept:
-    """Return how many layers keep their activations in this forward.
+    """Return how many layers store their activations in this forward.
 
     Args:
-        budget: Memory for kept activations.
+        budget: Memory for stored activations.
         layers: The fused layers.
         num_tokens: Tokens of the micro-batch.
-        itemsize: Bytes of a number.
-        device: Device of the layers; `auto` keeps everything if it is not a GPU.
+        itemsize: Bytes per element of an activation.
+        device: Device of the layers. If it is not a GPU, `auto` stores all activations.
     """
     if budget == "lean" or not layers:
         return Kept()

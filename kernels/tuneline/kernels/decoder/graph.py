@@ -3,14 +3,17 @@
 A layer's forward and backward are about 120 launches. At 1024 tokens the GPU runs them in 2 ms
 (H200), but the host needs 9 ms to launch them; replaying a graph removes that cost. A graph owns
 its inputs, activations and gradients, so the backward of one replay must run before the forward of
-the next. While a backward is outstanding, `is_free` is false and a forward runs layer by layer.
+the next replay. While a backward is outstanding, `is_free` is false and other forwards run layer by
+layer, without the graph.
 
-Packed rows differ in their numbers of tokens and sequences. They are copied into a slightly larger
-`Room`; the unused tokens at its end form one more sequence, whose gradient is zero.
+Packed rows differ in their numbers of tokens and sequences. A packed row is copied into tensors of
+a slightly larger size, its `Room`. The unused tokens at the end of these tensors form an additional
+sequence, whose gradient is zero.
 
-A replay computes all gradients at once, but they are still handed out layer by layer, last layer
+A replay computes all gradients at once, but autograd still receives them layer by layer, last layer
 first. DeepSpeed's ZeRO-2 puts gradients into buckets in the order of their arrival and sums the
-buckets over ranks, and a rank that replays a graph may meet a rank that runs layer by layer.
+buckets over ranks, so the order must be the same on a rank that replays a graph and on a rank that
+runs layer by layer.
 """
 
 from __future__ import annotations
@@ -33,14 +36,15 @@ from tuneline.kernels.ops.attention import AttentionPlan
 GRAPH_MAX_TOKENS = 2048
 """Largest micro-batch that is replayed, for layers of Llama-3.1-8B's size; see `equal_tokens`.
 
-A graph never frees its activations: 3 GB for 1024 tokens of a Llama-3.1-8B that keeps them all."""
+A graph never frees its activations: 3 GB for 1024 tokens of a Llama-3.1-8B that stores all of its
+activations."""
 
 GRAPH_MAX_TOKENS_FP8 = 8192
-"""Largest micro-batch that is replayed with fp8 products, which are faster: without a graph the GPU
-waits 28 of 368 ms for the host at 8192 tokens."""
+"""Largest micro-batch that is replayed with fp8 GEMMs. They take less time than bf16 GEMMs, so the
+GPU waits for the host at more tokens: 28 of 368 ms at 8192 tokens without a graph."""
 
 MEMORY_SHARE = 0.5
-"""Fraction of the GPU's memory for the activations of all graphs; the first shapes get it."""
+"""Fraction of the GPU's memory for the activations of all graphs, first come, first served."""
 
 _LAYER_WEIGHTS = 218_103_808
 """Weights in the linears of a Llama-3.1-8B layer."""
@@ -49,17 +53,18 @@ Layers = Sequence[tuple[LayerWeights, LayerCall]]
 
 
 def equal_tokens(weights: LayerWeights, num_tokens: int) -> float:
-    """Return the number of tokens that take a Llama-3.1-8B layer as long as these take this layer.
+    """Return for how many tokens a Llama-3.1-8B layer takes the same GPU time as this layer.
 
-    The host needs the same time for any layer, but the GPU runs 4096 tokens of a 1B model as fast
-    as 1000 tokens of an 8B model.
+    The host needs the same time to launch any layer, but the GPU needs as much time for 4096 tokens
+    of a 1B model as for 1000 tokens of an 8B model. Limits in tokens are therefore stated for
+    Llama-3.1-8B.
     """
     num_weights = sum(group.num_out * group.num_in for group in weights.groups())
     return num_tokens * num_weights / _LAYER_WEIGHTS
 
 
 def held_bytes(layers: Layers, num_tokens: int, itemsize: int) -> int:
-    """Return the bytes that a graph holds between replays: the activations that the layers keep."""
+    """Return the bytes of the activations that a graph stores between its forward and backward."""
     num_bytes = 0
     for weights, call in layers:
         num_bytes += num_tokens * weights.qkv.num_in * itemsize
@@ -70,7 +75,7 @@ def held_bytes(layers: Layers, num_tokens: int, itemsize: int) -> int:
 
 @dataclass(frozen=True)
 class Room:
-    """The size that packed rows are rounded up to, so that a few graphs serve all rows."""
+    """The size to which a packed row is padded, so that a few graphs serve all packed rows."""
 
     num_tokens: int
     num_sequences: int
@@ -78,23 +83,26 @@ class Room:
 
     @classmethod
     def of(cls, plan: AttentionPlan, num_tokens: int) -> Room | None:
-        """Return the room for a packed row; None for dense rows, whose graph has their shape."""
+        """Return the room of a packed row, or None for dense rows, which are not padded."""
         if plan.sequence_lengths is None:
             return None
         rounded = -(-num_tokens // 128) * 128
-        # The unused tokens at the end are one more sequence.
+        # The additional sequence consists of the unused tokens at the end.
         sequences = cast(int, triton.next_power_of_2(len(plan.sequence_lengths) + 1))
         longest = cast(int, triton.next_power_of_2(max(128, *plan.sequence_lengths)))
         return cls(rounded, sequences, longest)
 
     def plan(self, device: torch.device) -> AttentionPlan:
-        """Return the plan that a graph is captured with; its bounds are set before each replay."""
+        """Return the plan of the capture; each replay first fills in its sequences' bounds."""
         bounds = torch.zeros(self.num_sequences + 1, dtype=torch.int32, device=device)
         return AttentionPlan((self.longest,) * self.num_sequences, bounds)
 
 
 class _Replay:
-    """A forward's claim on the graph's memory, released by its backward or when it is deleted."""
+    """A forward's reservation of the graph's memory.
+
+    It ends with the backward of that forward, or when this object is deleted.
+    """
 
     def __init__(self, stack: GraphedStack) -> None:
         stack.generation += 1
@@ -103,7 +111,7 @@ class _Replay:
         self._grads: list[list[Tensor]] = []
 
     def backward(self, dy_BLC: Tensor) -> Tensor:
-        """Return dx of the stack; the layers' gradients are then ready in `take_gradients`."""
+        """Return dx of the stack; `take_gradients` then returns the adapters' gradients."""
         if self.generation != self.stack.generation:
             raise RuntimeError(
                 "the activations of this forward were overwritten by a later one: run backward "
@@ -114,7 +122,7 @@ class _Replay:
         return dx_BLC
 
     def take_gradients(self) -> list[Tensor]:
-        """Return the gradients of the last layer that has not received its gradients yet."""
+        """Return the gradients of one layer; repeated calls go from the last layer to the first."""
         return self._grads.pop()
 
     def release(self) -> None:
@@ -131,7 +139,7 @@ class GraphedStack:
 
     @torch.no_grad()
     def __init__(self, layers: Layers, x_BLC: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Capture both graphs; every kernel must have been compiled by an earlier run.
+        """Capture both graphs; an earlier run of the layers must have compiled every kernel.
 
         Args:
             layers: Weights and call of each layer, in order.
@@ -169,7 +177,7 @@ class GraphedStack:
                 assert dx is not None
                 dy = dx
             self._dx_BLC = dy
-            # One tensor, so that a replay returns its gradients with one copy.
+            # In one tensor, so that one copy takes all gradients out of the graph.
             self._flat_grads = torch.cat([grad.reshape(-1) for grad in grads])
 
     @property
@@ -223,13 +231,13 @@ class _LayerOfStack(torch.autograd.Function):
     """A layer's node in autograd's graph, with the same edges as the node of `fused_layer`.
 
     The first layer's node runs the forward of the whole stack, the last layer's node the backward.
-    The other nodes pass y, and in the backward dx, on unchanged.
+    In all other cases, a node passes on its input, or in the backward its gradient, unchanged.
     """
 
     @staticmethod
     def forward(ctx: Any, h_BLC, inputs, replay, is_last, *parameters):  # noqa: D102
         ctx.replay, ctx.is_last = replay, is_last
-        # Saved only so that autograd checks that no adapter changes before the backward.
+        # Only so that autograd raises if an adapter changes in place before the backward.
         ctx.save_for_backward(*parameters)
         if inputs is None:
             return h_BLC
@@ -254,7 +262,7 @@ def _lay(tensor: Tensor, static: Tensor) -> None:
 
 
 class GraphCache:
-    """The graphs of a model by shape; a shape gets a graph when it is seen for the second time."""
+    """The graphs of a model by shape; the second forward of a shape captures its graph."""
 
     def __init__(self) -> None:
         """Create an empty cache."""
@@ -272,7 +280,7 @@ class GraphCache:
         """
         key = _key(layers, x_BLC, cos)
         if key not in self._graphs:
-            # This call then runs layer by layer, which compiles every kernel.
+            # The first call runs layer by layer, which compiles every kernel.
             self._graphs[key] = None
             return None
         stack = self._graphs[key]
@@ -291,7 +299,7 @@ class GraphCache:
 
 
 def _key(layers: Layers, x_BLC: Tensor, cos: Tensor) -> tuple[Any, ...]:
-    """Return everything that a captured kernel depends on: shapes first, then addresses."""
+    """Return all that a captured graph depends on: shapes first, then options and addresses."""
     room = Room.of(layers[0][1].plan, x_BLC.shape[1])
     length = x_BLC.shape[1] if room is None else room.num_tokens
     shape = ((x_BLC.shape[0], length), x_BLC.shape[2], x_BLC.dtype, cos.shape[::2], room)

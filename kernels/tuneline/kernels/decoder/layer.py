@@ -1,22 +1,25 @@
-"""One decoder layer with hand-written forward and backward, and a choice of what is kept between.
+"""One decoder layer with hand-written forward and backward, and a choice of what it stores.
 
     n1 = norm(x);  q, k, v = qkv(n1);  a = attention(rope(q), rope(k), v);  o = o_proj(a)
     x2 = x + o                          (sandwich norms: x + norm(o))
     n2 = norm(x2);  h = act(gate(n2)) * up(n2);  d = down(h)
     y  = x2 + d                         (sandwich norms: x2 + norm(d))
 
-A *lean* layer keeps x and h A_down^T (1/64 of h), and d if a norm follows it. Its backward
-recomputes the layer up to gate and up. It recomputes neither down_proj (27 % of a Llama layer's
-multiplications) nor the activation, which the activation's backward computes anyway. With a host
-stash, a lean layer parks x in host memory, and those of q, k, v, a and x2 that can be copied while
-the forward runs (`budget.parked`); a Llama's backward then recomputes gate and up alone. The last
-layer *holds* these tensors on the device, because its backward starts before a copy could be back.
+A *lean* layer stores x and h A_down^T (1/64 of the size of h), and d if a norm follows down_proj.
+Its backward recomputes the layer up to gate and up. It recomputes neither down_proj (27 % of a
+Llama layer's multiplications) nor h in a separate step, because the activation's backward computes
+h anyway. With a host stash (stash.py), a lean layer also *parks* tensors, which means that it
+offloads them to host memory: x, and those of q, k, v, a and x2 that can be copied while the forward
+runs (`budget.parked`). The backward of a Llama layer then recomputes gate and up alone. The last
+layer *holds* the same tensors on the device, because its backward starts before they could be
+copied to the host and back.
 
-A *kept* layer saves q, k, v, a, x2, gate and up. It recomputes only the norms, or nothing if it
-keeps their outputs too.
+A *kept* layer stores q, k, v, a, x2, gate and up on the device. Its backward recomputes only n1 and
+n2, or nothing if the layer stores n1 and n2 too.
 
 All choices run the same kernels on the same numbers and give the same gradients bit for bit. The
-exception is the MLP's adapters beyond 4096 tokens, where kept layers sum over longer chunks.
+exception is the gradients of the MLP's adapters for more than 4096 tokens, because kept layers sum
+over longer chunks.
 
 The two halves are in attention_half.py and mlp_half.py.
 
@@ -46,16 +49,16 @@ from tuneline.kernels.ops.attention import AttentionPlan
 
 @dataclass(slots=True)
 class Handover:
-    """The last dx that a layer's backward returned, in rows that have room for G.
+    """The last dx that a layer's backward returned, in rows with extra columns for G (lora.py).
 
-    Autograd hands the layer before a view of the first C columns. That layer's backward recognises
-    the view and uses the rows without a copy.
+    Autograd passes a view of the first C columns to the preceding layer as dy. The backward of that
+    layer recognises the view and writes G into the extra columns, instead of copying dy.
     """
 
     dx_TCP: Tensor | None = None
 
     def room_for(self, dy_TC: Tensor, num_columns: int) -> Tensor | None:
-        """Return dy's rows with their extra columns if dy is the last dx and has enough of them."""
+        """Return dy's rows with `num_columns` extra columns if dy is the last dx, else None."""
         room, self.dx_TCP = self.dx_TCP, None
         if room is None or room.data_ptr() != dy_TC.data_ptr() or room.stride() != dy_TC.stride():
             return None
@@ -64,32 +67,32 @@ class Handover:
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """What a forward hands to a layer beside x: the sequences, and what to keep."""
+    """What a forward passes to a layer in addition to x: the sequences, and what to store."""
 
     plan: AttentionPlan
     keep: bool = False
     keep_normed: bool = False
-    """Whether a kept layer keeps n1 and n2 as well."""
+    """Whether a kept layer also stores n1 and n2."""
     stash: HostStash | None = None
-    """Host memory for x and the tensors of `waits`, unless the layer keeps or holds them."""
+    """Host memory for x and the tensors of `waits`; not used if `keep` or `holds` is set."""
     waits: Saved = Saved()
-    """What a layer that does not keep saves beside x for its backward."""
+    """Which intermediates a lean layer stores in addition to x, if it parks or holds them."""
     holds: bool = False
-    """Whether x and the tensors of `waits` stay on the device."""
+    """Whether a lean layer stores x and the tensors of `waits` on the device, not on the host."""
     fetches: bool = False
-    """Whether the layer before parks and this one does not. This layer's backward then starts the
-    copy of the parked tensors back to the device."""
+    """Whether the preceding layer parks and this layer does not. The backward of this layer then
+    starts the copy of the preceding layer's tensors back to the device."""
     handover: Handover | None = None
     """Shared by all layers of a forward."""
 
     @property
     def parks(self) -> bool:
-        """Whether the layer's tensors are parked in host memory."""
+        """Whether the layer's tensors are offloaded to host memory."""
         return self.stash is not None and not (self.keep or self.holds)
 
     @property
     def saved(self) -> Saved:
-        """The intermediates of the first half that are saved for the backward."""
+        """Which intermediates of the attention half are stored for the backward."""
         if self.keep:
             return Saved(True, True, True)
         return self.waits if self.parks or self.holds else Saved()
@@ -105,7 +108,7 @@ def fused_layer(
         cos: Rope table [B or 1, L, R].
         sin: Rope table [B or 1, L, R].
         weights: The layer's weights and adapters; the adapters are differentiable.
-        call: The sequences, and what to keep.
+        call: The sequences, and what to store.
     """
     return _LayerFunction.apply(x_BLC, cos, sin, weights, call, *weights.parameters())
 
@@ -128,7 +131,7 @@ class _LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_BLC):  # noqa: D102
-        # Unpacking checks that no adapter changed in place since the forward.
+        # Autograd raises here if an adapter changed in place after the forward.
         cos, sin, *tensors = ctx.saved_tensors
         saved = tensors[: ctx.num_saved - ctx.num_parked]
         if ctx.before is not None:
@@ -151,11 +154,11 @@ def layer_forward(
         cos: Rope table [B or 1, L, R].
         sin: Rope table [B or 1, L, R].
         weights: The layer's weights and adapters.
-        call: The sequences, and what to keep.
+        call: The sequences, and what to store.
 
     Returns:
-        y [B, L, C], and the tensors beside x that the backward needs: first those that may be
-        parked, then those that stay on the device.
+        y [B, L, C], and two lists of the tensors that the backward needs in addition to x: tensors
+        that may be offloaded to host memory, and tensors that stay on the device.
     """
     x_TC, wanted = x_BLC.reshape(-1, x_BLC.shape[-1]), call.saved
     half = AttentionHalf()
@@ -192,15 +195,15 @@ def layer_backward(
 
     Args:
         dy_BLC: Gradient of the output.
-        saved: x, followed by the tensors that `layer_forward` returned.
+        saved: x, followed by the two lists of tensors that `layer_forward` returned.
         cos: Rope table [B or 1, L, R].
         sin: Rope table [B or 1, L, R].
         weights: The layer's weights and adapters.
-        call: The call of the forward.
-        need_dx: Compute dx; otherwise it is None. The first layer's dx is rarely needed, and
-            without it one product with qkv's frozen weights is saved.
+        call: The `call` of the forward.
+        need_dx: Compute dx; if False, None is returned instead. The first layer's dx is rarely
+            needed, and without dx one GEMM with qkv's frozen weights is avoided.
     """
-    # The order is that of `layer_forward`; a tensor is None only if the layer does not have it.
+    # The tensors are in the order of `layer_forward`.
     x_BLC, *saved = saved
     x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
     dy_TC = dy_BLC.reshape(x_TC.shape)
@@ -220,7 +223,7 @@ def layer_backward(
     half.attention_saved = tuple(attention_saved)
     x2_TC = complete(half, x_TC, x_BLC.shape, cos, sin, weights, call.plan)
     if not call.keep_normed:
-        # The MLP's backward is the peak of a step, so the norm is recomputed after it.
+        # The MLP's backward is the memory peak of a step, so n1 is freed here and recomputed later.
         half.normed = None
     handover = Handover() if call.handover is None else call.handover
     dy_TCP = handover.room_for(dy_TC, weights.down.num_columns)

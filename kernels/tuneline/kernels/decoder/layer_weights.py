@@ -1,4 +1,4 @@
-"""The weights of a decoder layer, and the norms that both of its halves begin or end with.
+"""The weights of a decoder layer, and the norms at the start or end of its two halves.
 
 Shapes: T tokens, C hidden size, K inputs of a group, P its padded columns (see lora.py).
 """
@@ -16,12 +16,12 @@ from tuneline.kernels.ops.lora import LoraGroup
 from tuneline.kernels.ops.rms_norm import rms_norm_backward, rms_norm_forward
 
 Normed = tuple[Tensor, Tensor]
-"""X' = [norm(x) | norm(x) A^T], and rstd."""
+"""X' = [norm(x) | norm(x) A^T], and the rstd of x."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """All frozen weights and adapters of a layer; norms by role, None if the family has none."""
+    """All frozen weights and adapters of a layer; a norm that its family does not have is None."""
 
     qkv: LoraGroup
     o: LoraGroup
@@ -43,7 +43,7 @@ class LayerWeights:
         return self.qkv, self.o, self.gate_up, self.down
 
     def norms(self) -> tuple[Tensor | None, ...]:
-        """Return the weights of the norms; None where the family has no such norm."""
+        """Return the weights of the norms; None for each norm that the family does not have."""
         sandwich = self.after_attention_norm, self.after_mlp_norm
         return self.attention_norm, self.mlp_norm, self.q_norm, self.k_norm, *sandwich
 
@@ -60,7 +60,7 @@ def normed_input(
     operands: WideOperands | Fp8Operands,
     x_TKP: Tensor | None = None,
 ) -> Normed:
-    """Return X' = [norm(x) | norm(x) A^T] and rstd.
+    """Return X' = [norm(x) | norm(x) A^T] and the rstd of x.
 
     Args:
         x_TC: Input of the norm.

@@ -1,7 +1,8 @@
 """The second half of a decoder layer: y = x2 + down(act(gate(n2)) * up(n2)), n2 = norm(x2).
 
-Forward and backward are written by hand and run over chunks of tokens, because the temporaries,
-three times 2 F wide, set the peak of a lean step. layer.py says what is kept in between.
+Forward and backward are written by hand and run over chunks of tokens, because their temporaries
+(three times 2 F numbers per token) set the memory peak of a step with lean layers. layer.py says
+what is stored between forward and backward.
 
 Shapes: T tokens, n tokens per chunk, C hidden size, F intermediate size; see lora.py for K and P.
 """
@@ -42,13 +43,13 @@ def mlp_forward(
         x2_TC: Output of the first half.
         weights: The layer's weights and adapters.
         keep: Return gate and up.
-        keep_normed: Return n2 and its rstd.
-        overwrite: Write y over x2. A layer with a norm after down_proj ignores this, because it
+        keep_normed: Return n2 and the rstd of x2.
+        overwrite: Write y over x2. This is ignored in a layer with a norm after down_proj, which
             needs all of x2 until the end.
 
     Returns:
         y [T, C]; gate and up [T, 2 F] or None; h A_down^T [T, P]; the output of down_proj [T, C] if
-        a norm follows it, else None; n2 and its rstd or None.
+        a norm follows down_proj, else None; n2 and the rstd of x2, or None.
     """
     num_tokens, gate_up, down = x2_TC.shape[0], weights.gate_up, weights.down
     sandwich = weights.after_mlp_norm is not None
@@ -90,16 +91,19 @@ def mlp_backward(
     normed: Normed | None,
     weights: LayerWeights,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Return dx2 (with P empty columns for o_proj), and gate_up's and down's adapter gradients.
+    """Return dx2, and the gradients of gate_up's and down's adapters.
+
+    The rows of dx2 end with P uninitialised columns, in which `attention_half_backward` can store G
+    of o_proj.
 
     Args:
         dy_TC: Gradient of the layer's output.
-        dy_TCP: The same rows with down_proj's P columns beside them, or None.
+        dy_TCP: The rows of dy_TC followed by P columns for G of down_proj, or None.
         x2_TC: Output of the first half.
-        gate_up_TF: Gate and up [T, 2 F] if the layer keeps them; otherwise they are recomputed.
+        gate_up_TF: Gate and up [T, 2 F]; recomputed if None.
         down_input_TP: h A_down^T of the forward.
-        d_TC: Output of down_proj if a norm follows it, else None.
-        normed: n2 and its rstd if the layer keeps them; otherwise they are recomputed.
+        d_TC: Output of down_proj if a norm follows down_proj, else None.
+        normed: n2 and the rstd of x2; recomputed if None.
         weights: The layer's weights and adapters.
     """
     gate_up, down = weights.gate_up, weights.down
@@ -123,7 +127,8 @@ def mlp_backward(
         room_nCP = None if dy_TCP is None else dy_TCP[rows]
         dh_nF, g_TP = down_operands.input_gradient(dd_nC, room_nCP)
         num_in = gate_up.num_in
-        # One pass over dh, gate and up gives their gradients and those of the adapters along F.
+        # One pass over dh, gate and up gives the gradients of gate and up, of down's A and of
+        # gate_up's B.
         along = activation_lora_backward(
             dh_nF,
             gate_up_nF,

@@ -1,11 +1,13 @@
 """A group's frozen weights and adapters as GEMM operands, in bf16 or fp8.
 
-Both kinds compute lora.py's equations. They are created from NF4 in each pass and then freed.
+Both kinds of operands compute the equations of lora.py. They are created from the NF4 weights in
+each forward and in each backward, and then freed.
 
-*Wide*: one arena [N + P, K + P] in the model's dtype holds [W | sB ; A | .], dequantised once.
+*Wide*: one tensor [N + P, K + P] in the model's dtype (the arena) holds W, dequantised once, and
+the adapters: [W | sB ; A | unused].
 *Fp8*: [W | sB] as e4m3 rows for the forward, [W^T | A^T] as e4m3 rows for the input gradient, each
-computed when it is first used. The inputs are quantised row by row together with the adapter's
-columns. X A^T, G and the adapters' gradients are computed in bf16 from bf16.
+computed when it is first used. X and dY are quantised row by row, together with the adapter columns
+(X A^T or G). X A^T, G and the adapters' gradients are computed by bf16 GEMMs.
 """
 
 from __future__ import annotations
@@ -25,15 +27,15 @@ def group_operands(group: LoraGroup, like: Tensor) -> WideOperands | Fp8Operands
 
 
 def augmented_input(num_tokens: int, group: LoraGroup, like: Tensor) -> Tensor:
-    """Allocate X' [T, K + P]; the op that computes X writes its first K columns."""
+    """Allocate X' [T, K + P]; the op that computes X writes X into the first K columns."""
     return like.new_empty(num_tokens, group.num_in + group.num_columns)
 
 
 class WideOperands:
-    """Operands in the model's dtype: the arena and its products."""
+    """Operands in the model's dtype: the arena, and the GEMMs that read it."""
 
     def __init__(self, group: LoraGroup, like: Tensor) -> None:
-        """Dequantise the weights and pack the adapters beside them."""
+        """Dequantise the weights and pack the adapters into the same arena."""
         num_out, num_in, num_columns = group.num_out, group.num_in, group.num_columns
         self._group = group
         self._arena = like.new_empty(num_out + num_columns, num_in + num_columns)
@@ -49,7 +51,7 @@ class WideOperands:
             pack(group, self._arena[:num_out, num_in:], self._arena[num_out:, :num_in])
 
     def write_lora_columns(self, x_TKP: Tensor) -> None:
-        """Fill the last P columns of X' with X A^T, and ones for the bias."""
+        """Fill the last P columns of X' with X A^T, and one column with ones if there is a bias."""
         num_out, num_in = self._group.num_out, self._group.num_in
         if self._group.num_columns == 0:
             return
@@ -77,8 +79,8 @@ class WideOperands:
 
         Args:
             dy_TN: Gradient of the output.
-            room_TNP: The rows of dY with P more columns, which G is written into. If it is None and
-                N <= K, dY is copied into such rows.
+            room_TNP: The rows of dY followed by P columns, into which G is written. If it is None
+                and N <= K, dY is copied into newly allocated rows of this form.
         """
         num_out, num_in = self._group.num_out, self._group.num_in
         arena = self._arena
@@ -106,7 +108,7 @@ class Fp8Operands:
     """Operands in e4m3; every group of this kind has NF4 weights, an adapter and no bias."""
 
     def __init__(self, group: LoraGroup, like: Tensor) -> None:
-        """Pack the adapters; the weights are converted when they are first used."""
+        """Pack the adapters; the weights are converted to e4m3 when they are first used."""
         self._group = group
         self._sb_NP = like.new_empty(group.num_out, group.num_columns)
         self._a_PK = like.new_empty(group.num_columns, group.num_in)
@@ -134,7 +136,7 @@ class Fp8Operands:
     def input_gradient(
         self, dy_TN: Tensor, room_TNP: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return dX [T, K] and G = dY (sB) [T, P]; `room_TNP` is not used, as dY is quantised."""
+        """Return dX [T, K] and G = dY (sB) [T, P]; `room_TNP` is unused, as dY is quantised."""
         if self._backward is None:
             self._backward = self._weight_columns()
         g_TP = torch.mm(dy_TN, self._sb_NP)

@@ -1,14 +1,15 @@
-"""Layer tensors parked in pinned host memory between forward and backward.
+"""Offload of layer tensors to pinned host memory between forward and backward.
 
 At 8192 tokens of a Llama-3.1-8B the inputs of the 32 layers take 2.1 GB of GPU memory and are not
 read for half a step; q, k, v and the attention's output take another 5.4 GB. One layer's 235 MB are
-copied to the host (4.4 ms at 55 GB/s) while the layer's forward runs. They are copied back while
-the backward of the layer after it runs, if the copy is requested one layer ahead.
+copied to the host (4.4 ms at 55 GB/s) while the layer's forward runs. The backward of each layer
+requests the tensors of the preceding layer, so they are copied back while that backward runs.
 
-All copies run on one side stream, which keeps them in order, so a host buffer can be reused as soon
-as its last copy is queued. The device tensors of a copy are held until the main stream has waited
-for it, one copy later. `record_stream` would do the same, but it frees memory only when the host
-next allocates. The host runs layers ahead, and the allocator then reserved 13.4 GiB for 7.5 in use.
+All copies run on one side stream, which runs them in order, so a host buffer can be reused as soon
+as its last copy is queued. References to the device tensors of a copy are held until the main
+stream has waited for the copy, when the next copy is queued. `record_stream` would also prevent an
+early reuse of these tensors, but would free them only when the host next allocates. Because the
+host runs layers ahead of the GPU, the allocator then reserved 13.4 GiB for 7.5 GiB in use.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from torch import Tensor
 
 
 class Ticket:
-    """Parked tensors; their host buffers return to the pool when autograd's graph frees the ticket.
+    """Offloaded tensors; their buffers return to the pool when autograd's graph frees the ticket.
 
     Attributes:
         hosts: The pinned copies.
         device_copies: The tensors on the device, once the copy back has been queued.
         arrived: Event that is recorded when the copy back is done.
-        before: The ticket that was parked before this one; the backward needs it next.
+        before: The ticket that was created before this one; the backward needs it next.
     """
 
     def __init__(self, hosts: list[Tensor], device: torch.device, pool: HostPool) -> None:
-        """Hold `hosts` until this object is deleted, then return them to `pool`."""
+        """Hold `hosts` until this object is deleted, and then return the buffers to `pool`."""
         self.hosts, self.device = hosts, device
         self.device_copies: list[Tensor] | None = None
         self.arrived = torch.cuda.Event()
@@ -46,10 +47,10 @@ def rounded_size(num_bytes: int) -> int:
 
 
 class HostPool:
-    """Pinned buffers by rounded size; they are reused because pinning takes milliseconds.
+    """Pinned buffers by rounded size; buffers are reused because pinning takes milliseconds.
 
-    They are not keyed by shape: every step of packed training has a different number of tokens and
-    would pin all of its buffers again.
+    The pool is not keyed by shape, because every step of packed training has a different number of
+    tokens and would have to pin all buffers again.
     """
 
     def __init__(self) -> None:
@@ -72,18 +73,18 @@ class HostPool:
 
 
 class HostStash:
-    """A side stream and a pool of host buffers; one per model, CUDA only."""
+    """The side stream and the host buffers of a model, for CUDA only."""
 
     def __init__(self) -> None:
         """Create the side stream."""
         self._stream = torch.cuda.Stream()
         self._pool = HostPool()
         self.last: weakref.ref[Ticket] | None = None
-        """The last ticket, as long as a backward holds it."""
+        """The last ticket, until its backward has run."""
         self._held: tuple[torch.cuda.Event, list[Tensor]] | None = None
 
     def put(self, tensors: Sequence[Tensor]) -> Ticket:
-        """Queue the copies to the host; the caller may free the tensors at once."""
+        """Queue the copies to the host; the caller may free the tensors when this returns."""
         hosts = [self._pool.take(tensor) for tensor in tensors]
         self._copy(hosts, tensors, torch.cuda.Event(), held=list(tensors))
         ticket = Ticket(hosts, tensors[0].device, self._pool)
@@ -91,7 +92,7 @@ class HostStash:
         return ticket
 
     def get(self, ticket: Ticket) -> list[Tensor]:
-        """Return the tensors on their device, and queue the copy back of the ticket before."""
+        """Return the ticket's tensors on the device, and queue the copy back of `ticket.before`."""
         tensors = self._fetch(ticket)
         torch.cuda.current_stream().wait_event(ticket.arrived)
         if ticket.before is not None:
@@ -106,7 +107,7 @@ class HostStash:
             self._fetch(ticket)
 
     def _fetch(self, ticket: Ticket) -> list[Tensor]:
-        """Queue the copy back unless it is queued, and return the tensors."""
+        """Queue the copy back unless it is already queued, and return the device tensors."""
         if ticket.device_copies is None:
             device = ticket.device
             copies = [torch.empty(h.shape, dtype=h.dtype, device=device) for h in ticket.hosts]
@@ -122,7 +123,7 @@ class HostStash:
         *,
         held: list[Tensor],
     ) -> None:
-        """Queue the copies behind all work that the main stream has queued."""
+        """Queue copies on the side stream, after all work that is queued on the main stream."""
         main = torch.cuda.current_stream()
         self._stream.wait_stream(main)
         with torch.cuda.stream(self._stream):

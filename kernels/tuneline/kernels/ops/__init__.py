@@ -1,1 +1,1 @@
-"""Ops: each file holds an equation, its Triton kernels and its plain-torch reference."""
+"""Ops: each file has an equation, and Triton kernels and a plain-torch reference for it."""

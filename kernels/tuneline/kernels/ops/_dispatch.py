@@ -1,9 +1,9 @@
 """Which ops run their Triton kernel and which run their plain-torch reference.
 
-The rule is the same for every op of the package. The kernel runs on CUDA tensors, and on CPU
-tensors under Triton's interpreter (`TRITON_INTERPRET=1` before the first import). Everything else
-runs the reference: CPU tensors without the interpreter, and float64 tensors on any device, because
-the kernels compute in float32 and float64 is used to compute the exact result.
+The kernel runs for CUDA tensors, and for CPU tensors under Triton's interpreter (if
+`TRITON_INTERPRET=1` is set before the first import). The reference runs for CPU tensors without the
+interpreter, and for float64 tensors on any device. float64 is used to compute an exact result,
+which the kernels cannot do, because they compute in float32.
 """
 
 import torch
@@ -18,6 +18,6 @@ def use_kernel(x: torch.Tensor) -> bool:
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """Return `x` [..., K] as [T, K] with unit stride along K, copied only if it must be."""
+    """Return `x` [..., K] as [T, K] with unit stride along K: a view if possible, else a copy."""
     x_TK = x.reshape(-1, x.shape[-1])
     return x_TK if x_TK.stride(-1) == 1 or x_TK.shape[-1] == 1 else x_TK.contiguous()

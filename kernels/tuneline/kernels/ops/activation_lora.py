@@ -1,19 +1,21 @@
-"""The backward of the gated activation, fused with the LoRA gradients that read its outputs.
+"""The backward of the gated activation, fused with the LoRA gradients that need h, de and dg.
 
-    h, de, dg                            as in gated_activation.py, from dh, e, g
+    h, de, dg                            computed from dh, e, g as in gated_activation.py
     dA_down = G^T h             [r, F]   G = dY (s B_down)
     dB_gate = de^T (X A_gate^T) [F, r]   without the adapter's scale, which `LoraGradients` applies
     dB_up   = dg^T (X A_up^T)   [F, r]
 
-Separate ops would write h, read it again and read d_gate_up again: 2 of 7 passes over [T, F]. Here
-a program goes through _ROWS tokens of a strip of columns and keeps the three sums in registers. The
-programs' partial sums lie side by side in memory and are added by one more launch. There are no
-atomics, so the same inputs give the same bits.
+Separate ops would write h to memory, read h again and read d_gate_up again; the fused kernel does
+not, which avoids 2 of 7 passes over [T, F]. A program of the kernel loops over _ROWS tokens of a
+strip of columns and accumulates the three sums in registers. It stores its partial sums, and a
+second launch adds the partial sums of all programs. There are no atomics, so the same inputs give
+the same bits.
 
-Shapes: dh [T, F]; gate_up [T, 2 F], the gate first; G, XA [T, P] with the ranks side by side.
+Shapes: T tokens, F intermediate size, r rank; dh [T, F]; gate_up [T, 2 F], the gate e first; G and
+X A^T [T, P], one column per rank of each adapter.
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from tuneline.kernels.ops.gated_activation import (
 from tuneline.kernels.ops.lora import LoraGroup, mm_wide
 
 MAX_RANK = 64
-"""Largest rank of the fused kernel: three float32 sums [columns, rank] must fit in registers."""
+"""Largest rank that the fused kernel supports, because its three float32 sums [columns, rank] must
+fit in registers."""
 
 _ROWS = 1024
 _BLOCK_ROWS = 16
@@ -68,7 +71,7 @@ def _bwd_kernel(
         g = tl.load(g_ptr + row[:, None] * g_stride + col[None, :], mask, 0.0).to(tl.float32)
         sig, bend = _gate(e, GELU)
         act = e * sig
-        # Rounded as they are stored, so that the sums read what a GEMM would read.
+        # The sums use the rounded values that are stored, as a separate GEMM would.
         h = (act * g).to(dh_ptr.dtype.element_ty)
         de = (dh * g * sig * (1.0 + bend)).to(dh_ptr.dtype.element_ty)
         dg = (dh * act).to(dh_ptr.dtype.element_ty)
@@ -95,7 +98,10 @@ def _bwd_kernel(
 
 @dataclass(frozen=True, slots=True)
 class ActivationGradients:
-    """d_gate_up [T, 2 F]; dA_down [r, F] or None; one block of dB per linear, or None."""
+    """d_gate_up [T, 2 F], dA_down [r, F], and dB [N, r] of each linear of gate_up.
+
+    dA or dB is None if its group has no adapter.
+    """
 
     d_gate_up: Tensor
     da_down: Tensor | None
@@ -113,7 +119,7 @@ def activation_lora_backward_reference(
     xa_TP: Tensor,
     inplace: bool = False,
 ) -> ActivationGradients:
-    """Compute `activation_lora_backward` one op at a time; same arguments, `down` is not used."""
+    """Compute `activation_lora_backward` one op at a time; same arguments, but `down` is unused."""
     d_gate_up, h_TF = gated_activation_backward(
         dh_TF, gate_up_TF, kind, inplace=inplace, need_h=g_TP is not None
     )
@@ -142,7 +148,7 @@ def activation_lora_backward(
         kind: The activation.
         down: The group that reads h.
         gate_up: The group that computes gate_up: one linear, or two of F outputs each.
-        g_TP: G of `down`; None if it has no adapter.
+        g_TP: G of `down`; None if `down` has no adapter.
         xa_TP: X A^T of `gate_up`.
         inplace: Overwrite gate_up_TF with its gradient.
     """
@@ -156,7 +162,7 @@ def activation_lora_backward(
         )  # fmt: skip
     d_gate_up = gate_up_TF if inplace else torch.empty_like(gate_up_TF)
     e, g, de, dg = (x for pair in (gate_up_TF, d_gate_up) for x in pair.chunk(2, 1))
-    # A fused gate_up_proj has one adapter, whose columns both halves read.
+    # A model with one gate_up_proj has one adapter, whose columns serve both gate and up.
     gate_TP = xa_TP
     up_TP = xa_TP[:, ranks[0] :] if len(ranks) > 1 else xa_TP
     down_TP = dh_TF if g_TP is None else g_TP

@@ -6,14 +6,15 @@
 
 Parameters and state of a group are slices of flat buffers, each slice padded to a multiple of 256
 elements. A step collects the gradients into a temporary flat buffer. With state_bits=8, m and v are
-stored in blocks of 256 as bitsandbytes stores them: one byte per element, which is an index into
-its dynamic map of [-1, 1] or [0, 1], scaled by the block's largest magnitude. One thing differs: a
-positive v never rounds to 0, because m / eps would then move the parameter far away if m is not 0.
+stored in blocks of 256 as bitsandbytes stores them: one byte per element, an index into the levels
+of `dynamic_map`, which are multiplied by the largest magnitude of the block. In contrast to
+bitsandbytes, a positive v is never rounded to 0: if m is not 0, the update would be as large as
+lr m / eps.
 
 Sums have a fixed order, so the same gradients give the same bits.
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import dataclasses
@@ -34,7 +35,7 @@ _BLOCK = 2048
 
 @triton.jit
 def _norm_kernel(grad_ptr, partial_ptr, n, chunk, BLOCK: tl.constexpr):
-    """Sum the squares of one chunk, a multiple of BLOCK long."""
+    """Sum the squares of one chunk, whose length is a multiple of BLOCK."""
     first = tl.program_id(0).to(tl.int64) * chunk
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, chunk, BLOCK):
@@ -47,7 +48,7 @@ def _norm_kernel(grad_ptr, partial_ptr, n, chunk, BLOCK: tl.constexpr):
 @triton.jit
 def _clip_factor(partial_ptr, max_norm, PARTIALS: tl.constexpr):
     norm = tl.sqrt(tl.sum(tl.load(partial_ptr + tl.arange(0, PARTIALS)), axis=0))
-    # Not tl.minimum: a norm that is NaN must stay NaN, as in torch.
+    # Not tl.minimum, because a NaN norm must give a NaN factor, as in torch.
     factor = max_norm / (norm + 1e-6)
     return tl.where(factor > 1.0, 1.0, factor)
 
@@ -62,7 +63,10 @@ def _scale_kernel(grad_ptr, partial_ptr, n, max_norm, PARTIALS: tl.constexpr, BL
 
 @triton.jit
 def _nearest(x, middles_ptr):
-    """Return the index of the nearest level: the number of the 255 sorted middles below x."""
+    """Return the index of the level nearest to x.
+
+    It is the number of midpoints below x. The 255 sorted midpoints lie between adjacent levels.
+    """
     index = tl.zeros_like(x).to(tl.int32)
     for bit in tl.static_range(8):
         below = tl.load(middles_ptr + index + ((128 >> bit) - 1)) < x
@@ -118,8 +122,9 @@ def _step_kernel(
 def dynamic_map(*, signed: bool) -> torch.Tensor:
     """Return the 256 sorted levels of the dynamic 8-bit type, float32.
 
-    Decade i of seven, ending at 10^(i - 6), is cut into 2^i equal parts per sign (2^(i + 1) if
-    unsigned), and the middle of each part is a level; 0 and 1 are added. This is bitsandbytes' map.
+    For i = 0..6, the interval from 10^(i - 7) to 10^(i - 6) is divided into 2^i equal parts for
+    each sign (2^(i + 1) if unsigned). The levels are the midpoints of the parts, plus 0 and 1, as
+    in bitsandbytes.
     """
     levels = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for i in range(7):
@@ -131,7 +136,7 @@ def dynamic_map(*, signed: bool) -> torch.Tensor:
 
 @dataclasses.dataclass
 class _EightBit:
-    """Scales and levels of 8-bit m and v: the largest magnitude of each block, and the map."""
+    """The largest magnitude of each block, and the levels of `dynamic_map`, for 8-bit m and v."""
 
     m_absmax: torch.Tensor
     v_absmax: torch.Tensor
@@ -153,7 +158,7 @@ class _Flat:
 
     @classmethod
     def of(cls, params: list[torch.Tensor], state_bits: int) -> "_Flat":
-        """Copy the parameters into one buffer and make them slices of it."""
+        """Copy the parameters into one buffer and turn each into a slice of that buffer."""
         starts, n = [], 0
         for param in params:
             starts.append(n)
@@ -178,8 +183,9 @@ class _Flat:
     def check_in_place(self, params: list[torch.Tensor]) -> None:
         """Raise RuntimeError if a parameter is no longer a slice of the buffer.
 
-        The first step checks all parameters, each later step only the next one in turn: checking
-        the 448 tensors of an 8B model's adapters takes 70 us, and moving a model moves them all.
+        The first step checks all parameters; each later step checks one, in turn. One is enough,
+        because moving a model moves all parameters. Checking the 448 tensors of an 8B model's
+        adapters in each step would take 70 us.
         """
         every = range(len(params))
         for i in every if self.num_steps == 0 else [self.num_steps % len(params)]:
@@ -193,7 +199,7 @@ class _Flat:
         self.num_steps += 1
 
     def collect(self, params: list[torch.Tensor]) -> torch.Tensor:
-        """Return the gradients in the parameters' layout; a parameter without one gets zeros."""
+        """Return the gradients in the parameters' layout; a missing gradient becomes zeros."""
         pieces: list[torch.Tensor] = []
         for param in params:
             grad = param.grad
@@ -225,7 +231,7 @@ class _Flat:
 
 
 def _partial_squares(grads: list[torch.Tensor]) -> torch.Tensor:
-    """Return partial sums of squares; their sum is the squared norm of all gradients."""
+    """Return partial sums of squares, which add up to the squared norm of all gradients."""
     groups = triton.next_power_of_2(len(grads))
     partial = torch.zeros(groups * _NORM_PROGRAMS, device=grads[0].device)
     for i, grad in enumerate(grads):
@@ -277,7 +283,7 @@ def _any_gradient(params: list[torch.Tensor]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Collected:
-    """The gradients of all groups (None for a group without any), and partial sums of squares."""
+    """Each group's flat gradient, or None if it has no gradient, and partial sums of squares."""
 
     grads: list[torch.Tensor | None]
     partial: torch.Tensor | None
@@ -285,7 +291,7 @@ class _Collected:
 
     @staticmethod
     def state_of(groups: list[list[torch.Tensor]]) -> tuple[tuple[int, int], ...]:
-        """Return a key of the gradients: the identity and version of each group's first one."""
+        """Return a key of the gradients: identity and version of each group's first gradient."""
         grads = [next((p.grad for p in params if p.grad is not None), None) for params in groups]
         return tuple((0, 0) if grad is None else (id(grad), grad._version) for grad in grads)
 
@@ -314,10 +320,10 @@ def _step_reference(
 class FlatAdamW(torch.optim.Optimizer):
     """AdamW whose parameters become slices of one flat float32 buffer per group.
 
-    Create it after the model is on its device and before DistributedDataParallel wraps the model,
-    because it moves each parameter's data into the flat buffer. A group in which no parameter has a
-    gradient is skipped, as torch's AdamW does. If only some parameters of a group have a gradient,
-    the others are updated with a gradient of zero.
+    Create the optimizer after the model is on its device and before DistributedDataParallel wraps
+    the model, because the optimizer moves each parameter's data into the flat buffer. As in torch's
+    AdamW, a group in which no parameter has a gradient is skipped. If only some parameters of a
+    group have a gradient, the others are updated with a gradient of zero.
 
     Args:
         params: Float32 parameters on one device, or groups of them.
@@ -326,7 +332,7 @@ class FlatAdamW(torch.optim.Optimizer):
         eps: Added to the root of the mean square.
         weight_decay: Decoupled weight decay, as a multiple of the learning rate.
         state_bits: 32, or 8 for blockwise 8-bit state (a quarter of the memory).
-        max_grad_norm: Norm to which the step clips the gradients; None does not clip.
+        max_grad_norm: Norm to which the step clips the gradients; None for no clipping.
     """
 
     def __init__(
@@ -367,8 +373,8 @@ class FlatAdamW(torch.optim.Optimizer):
     def grad_norm(self) -> torch.Tensor:
         """Return the norm of all gradients before the clip, as a tensor on the device.
 
-        The gradients collected here are kept, so the next step with the same gradients does not
-        collect them again.
+        The gradients collected here are stored until the next step, which does not collect them
+        again unless they have changed.
         """
         self._collected = self._collect(with_norm=True)
         partial = self._collected.partial
@@ -386,7 +392,7 @@ class FlatAdamW(torch.optim.Optimizer):
         partial = _partial_squares(present) if present and with_norm else None
         return _Collected(grads, partial, _Collected.state_of(groups))
 
-    # torch's stub promises a float, but its own optimizers return the closure's result too.
+    # torch's stub declares a float, but torch's optimizers return the closure's result, too.
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, closure: Callable[[], torch.Tensor] | None = None
@@ -449,10 +455,10 @@ class FlatAdamW(torch.optim.Optimizer):
         )  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of the same `state_bits` into the flat buffers.
+        """Load a state that was saved with the same `state_bits` into the flat buffers.
 
         Raises:
-            ValueError: The state was saved with other `state_bits`.
+            ValueError: The state was saved with different `state_bits`.
         """
         super().load_state_dict(state_dict)
         for group, flat in zip(self.param_groups, self._flats, strict=True):

@@ -1,4 +1,4 @@
-"""Causal attention over dense batches and packed rows, on the fastest backend for each case.
+"""Causal attention over dense batches and packed rows, by the fastest backend for each case.
 
     s_ij = scale q_i . k_j;  s = cap tanh(s / cap) with a softcap
     p_i  = softmax over j <= i, i - j < window, j in i's sequence;  o_i = sum_j p_ij v_j
@@ -10,8 +10,8 @@ packed from rows with GSM8K's lengths; 32 + 8 heads of 128; benchmarks/attention
                 (96 and 256 too on Hopper)
     own         flash.py: packed, a window, or a softcap  0.60 / 1.52     0.13 / 0.39
                 (no library's backward has a softcap)
-    flash       aten's: heads over 128, packed or with    0.53 / 1.7      0.30 / 0.78
-                a window, without a softcap
+    flash       torch's aten op: heads over 128, packed   0.53 / 1.7      0.30 / 0.78
+                or with a window, without a softcap
     reference   CPU, float32, float64
 
 The aten ops are called directly, because the layer's backward is written by hand and torch's public
@@ -34,12 +34,13 @@ from tuneline.kernels.ops.flash import flash_backward, flash_forward
 CUDNN_HEAD_DIMS = (64, 128)
 CUDNN_HOPPER_HEAD_DIMS = (64, 96, 128, 256)
 OWN_MAX_HEAD_DIM = 128
-"""Widest head for flash.py: wider heads fill the registers, and aten is faster where it can run."""
+"""Widest head for flash.py, except with a softcap. Wider heads fill the registers, so the aten op
+is faster than flash.py; but the aten op has no softcap."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """The sequences of one forward: whole rows, or the sequences packed into one row."""
+    """The sequences of one forward: the rows of a batch, or sequences packed into one row."""
 
     sequence_lengths: tuple[int, ...] | None = None
     cu_seqlens: Tensor | None = None
@@ -53,13 +54,13 @@ class AttentionPlan:
         return cls(sequence_lengths=lengths, cu_seqlens=cu_seqlens)
 
     def longest(self, row_length: int) -> int:
-        """Return the length of the longest sequence; `row_length` if nothing is packed."""
+        """Return the length of the longest sequence; `row_length` if the rows are not packed."""
         return row_length if self.sequence_lengths is None else max(self.sequence_lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
-    """Sizes and options of a layer's attention; `window` counts the token itself."""
+    """Sizes and options of a layer's attention; `window` includes the query's own token."""
 
     num_heads: int
     num_kv_heads: int
@@ -86,8 +87,8 @@ def attention_forward(
         v_BTGD: Values.
         plan: The sequences of this forward.
         config: Sizes and options of the layer's attention.
-        out: Where the output is written, [B, T, H, D] with the heads side by side; may be a slice
-            of wider rows. The libraries' ops allocate their output, which is then copied.
+        out: Where the output is written, [B, T, H, D] with contiguous heads; may be a slice of
+            wider rows. The aten ops allocate their own output, which is then copied into `out`.
     """
     backend = _backend(q_BTHD, plan, config)
     if backend == "reference":
@@ -151,8 +152,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor]:
     """Write dv into the last tensor of `out`; return dq and dk.
 
-    dq and dk may be the first two tensors of `out` or new ones: rope's backward, which runs next,
-    reads them from either and writes its results into `out`.
+    The returned dq and dk may be the first two tensors of `out` or newly allocated tensors. The
+    caller passes them to `rope_backward`, which writes its results into `out`.
 
     Args:
         dout_BTHD: Gradient of the output.
@@ -160,10 +161,10 @@ def attention_backward(
         k_BTGD: Keys.
         v_BTGD: Values.
         out_BTHD: Output of the forward.
-        saved: Result of `attention_forward`.
+        saved: The tensors that `attention_forward` returned.
         plan: The sequences of this forward.
         config: Sizes and options of the layer's attention.
-        out: Where dq, dk and dv may be written, in the shapes of q, k and v.
+        out: Where dv is written, and dq and dk may be written, in the shapes of q, k and v.
     """
     dv_out = out[2]
     backend = _backend(q_BTHD, plan, config)
@@ -289,7 +290,7 @@ def _backend(q_BTHD: Tensor, plan: AttentionPlan, config: AttentionConfig) -> st
 
 
 def _cu_seqlens(plan: AttentionPlan, q_BTHD: Tensor) -> Tensor:
-    """Return the bounds of the sequences in all tokens; the rows of a dense batch are sequences."""
+    """Return the sequences' bounds as token indices; each row of a dense batch is a sequence."""
     if plan.cu_seqlens is not None:
         return plan.cu_seqlens
     batch, length = q_BTHD.shape[:2]
@@ -303,7 +304,10 @@ def _varlen(plan: AttentionPlan, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _window_arguments(longest: int, config: AttentionConfig) -> dict[str, int]:
-    """Return flash's window, which excludes the token itself; empty if it hides no key."""
+    """Return aten's window arguments, or none if the window hides no key.
+
+    aten's window does not count the query's own token.
+    """
     if config.window is None or config.window >= longest:
         return {}
     return {"window_size_left": config.window - 1, "window_size_right": 0}

@@ -1,18 +1,18 @@
-"""Cross entropy and token log-probabilities of the head, without holding all logits at once.
+"""Cross entropy and log-probabilities of tokens, without storing the logits of all tokens at once.
 
     z = softcap * tanh(hidden W^T / softcap)    (z = hidden W^T without softcap)
     logp[t] = z[t, y] - logsumexp(z[t]),  y = labels[t];  0 where labels[t] is ignore_index
     d logp[t] / d hidden[t] = ((onehot(y) - softmax(z[t])) * (1 - tanh^2)) W
 
-Row t of the hidden gradient depends on the upstream gradient only through the factor g[t]. The
-forward therefore computes d logp / d hidden chunk by chunk while the logits exist, and the backward
-is one multiplication. This serves both the loss (g[t] = -1 / num_items) and DPO (any g). Nothing
-here waits for the device.
+Row t of the gradient of hidden depends on the upstream gradient only through the factor g[t]. The
+forward therefore computes d logp / d hidden while it has the logits of a chunk, and the backward
+only multiplies row t by g[t]. This serves both the loss (g[t] = -1 / num_items) and DPO (any g).
+Nothing here makes the host wait for the device.
 
 Shapes: hidden [..., K], weight [V, K], labels [...]; T tokens in total, C tokens per chunk.
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import torch
@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from tuneline.kernels.ops._dispatch import rows, use_kernel
 
 _CHUNK_BYTES = 256 * 2**20
-"""Size of the logits held at once: 1024 tokens of Llama 3's vocabulary in bfloat16, which is enough
-to fill a GEMM."""
+"""Size of the logits that exist at once: 1024 tokens of Llama 3's vocabulary in bfloat16, which is
+enough for a GEMM to fill the GPU."""
 _BLOCK = 8192
 _NUM_WARPS = 16
 
@@ -57,14 +57,14 @@ def _log_probs_kernel(
             total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
             top = new_top
         lse = top + tl.log(tl.sum(total, axis=0))
-        # A label outside the vocabulary gives NaN, which is noticed, and reads no memory.
+        # A label outside the vocabulary reads no memory and gives NaN, so that users notice it.
         known = (label >= 0) & (label < V)
         target = tl.load(logits_ptr + label, mask=known, other=float("nan")).to(tl.float32)
         if CAPPED:
             target = softcap * (2.0 * tl.sigmoid(2.0 * target / softcap) - 1.0)
         tl.store(logp_ptr + row, target - lse)
         if NEED_GRAD:
-            # All threads have read the target's logit before it is overwritten.
+            # All threads must read the target's logit before any thread overwrites it.
             tl.debug_barrier()
             for start in range(0, V, BLOCK):
                 mask = start + cols < V
@@ -86,7 +86,7 @@ def _log_probs_(
     softcap: float | None,
     need_grad: bool,
 ) -> torch.Tensor:
-    """Return logp [C]; with `need_grad`, also overwrite the logits with d logp / d logits."""
+    """Return logp [C]; if `need_grad`, also overwrite the logits with d logp / d logits."""
     C, V = logits_CV.shape
     wide = torch.promote_types(logits_CV.dtype, torch.float32)
     if use_kernel(logits_CV):
@@ -106,7 +106,7 @@ def _log_probs_(
 
 
 class TokenLogProbsFunction(torch.autograd.Function):
-    """Autograd function for a frozen head: logp [T], with d logp / d hidden [T, K] saved."""
+    """Autograd function of logp [T] for a frozen head; it saves d logp / d hidden [T, K]."""
 
     @staticmethod
     def forward(ctx, hidden_TK, weight, labels_T, ignore_index, softcap, chunk_tokens, need_grad):  # noqa: D102
@@ -134,7 +134,7 @@ class TokenLogProbsFunction(torch.autograd.Function):
 
 
 class _SelectFunction(torch.autograd.Function):
-    """Autograd function of hidden[index] for distinct indices, so the backward sums nothing."""
+    """Autograd function of hidden[index]; indices are distinct, so the backward sums nothing."""
 
     @staticmethod
     def forward(ctx, hidden_TK, index_N):  # noqa: D102
@@ -202,12 +202,13 @@ def token_log_probs(
     """Return log p(labels[t] | hidden[t]) in the shape of labels.
 
     Args:
-        hidden: [..., K], differentiable. Position t predicts labels[t]: shift the labels before.
+        hidden: [..., K], differentiable. Position t predicts labels[t], so the labels must be
+            shifted by the caller.
         weight: The head [V, K], differentiable. A trained head costs a second pass over the logits.
         labels: int64 [...]; a label outside the vocabulary gives NaN.
         ignore_index: Label of the positions whose result is 0 and which get no gradient.
         softcap: Cap of the logits (Gemma's final_logit_softcapping); None for no cap.
-        chunk_tokens: Tokens whose logits are held at once; None takes 256 MiB of logits.
+        chunk_tokens: Tokens whose logits exist at once; None takes 256 MiB of logits.
     """
     hidden_TK = rows(hidden).to(weight.dtype)
     labels_T = labels.reshape(-1).contiguous()
@@ -215,8 +216,8 @@ def token_log_probs(
         row_bytes = weight.shape[0] * weight.element_size()
         chunk_tokens = max(_CHUNK_BYTES // row_bytes // 128 * 128, 128)
     if torch.is_grad_enabled() and weight.requires_grad:
-        # The head's gradient sums over tokens with upstream factors that the forward does not know,
-        # so torch recomputes each chunk in the backward.
+        # The head's gradient is a sum over tokens, weighted by g, which the forward does not know.
+        # So torch recomputes each chunk in the backward.
         chunks = zip(hidden_TK.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True)
         logp = [
             checkpoint(
@@ -247,16 +248,18 @@ def linear_cross_entropy(
     """Return the sum of the labels' cross entropy divided by `num_items`.
 
     Args:
-        hidden: [..., K], differentiable. Position t predicts labels[t]: shift the labels before.
+        hidden: [..., K], differentiable. Position t predicts labels[t], so the labels must be
+            shifted by the caller.
         weight: The head [V, K], differentiable. A trained head costs a second pass over the logits.
         labels: int64 [...]; a label outside the vocabulary gives NaN.
         ignore_index: Label of the positions that do not count.
         softcap: Cap of the logits (Gemma's final_logit_softcapping); None for no cap.
-        num_items: Divisor of the sum. None takes the number of labels that count, at least 1: the
-            loss of a batch without labels is 0, where torch's mean is NaN.
+        num_items: Divisor of the sum. None takes the number of labels that count, but at least 1,
+            so the loss of a batch without labels is 0 (torch's mean would be NaN).
         num_labels: Number of labels that count, if the caller knows it. The head is then computed
-            for those tokens alone. Counting the labels here would wait for the device.
-        chunk_tokens: Tokens whose logits are held at once; None takes 256 MiB of logits.
+            only for the tokens of these labels. This function does not count the labels itself,
+            because the host would have to wait for the device.
+        chunk_tokens: Tokens whose logits exist at once; None takes 256 MiB of logits.
     """
     if num_labels is not None and num_labels < labels.numel():
         labels_T = labels.reshape(-1)

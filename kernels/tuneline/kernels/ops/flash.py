@@ -1,4 +1,4 @@
-"""Flash attention for packed rows, windows and softcaps (no library has a softcap's backward).
+"""Flash attention for packed rows, windows and softcaps (no library has a backward with softcap).
 
     s_ij = scale q_i . k_j;  c_ij = cap tanh(s_ij / cap) with a softcap, else s_ij
     p_ij = exp(c_ij - lse_i) over j <= i, i - j < window, j in i's sequence;  o_i = sum_j p_ij v_j
@@ -7,18 +7,19 @@
     dc_ij = p_ij (do_i . v_j - delta_i);  ds_ij = dc_ij (1 - (c_ij / cap)^2)
     dq_i = scale sum_j ds_ij k_j;  dk_j = scale sum_i ds_ij q_i;  dv_j = sum_i p_ij do_i
 
-Scores never leave the chip. The rows of a tile are a few queries in each of PACK query heads that
-share one key head. They share its keys, and a tile spans fewer queries, so the causal diagonal cuts
-off more tiles, which matters for short sequences (1.5 times fewer tiles for 217 tokens and 4 query
-heads per key head). One program computes a block of queries (forward, dq) or a block of keys (dk,
-dv, over all query heads that share them). Nothing is added atomically, so the same inputs give the
-same bits. Blocks that the mask hides completely are skipped. The reference is in attention.py.
+Scores are never written to GPU memory. The rows of a tile are a few queries in each of PACK query
+heads that share one key head, so all rows read the same keys. Such a tile spans fewer positions
+than a tile of one head, so more tiles lie completely above the causal diagonal and are skipped.
+This matters for short sequences (1.5 times fewer tiles for 217 tokens and 4 query heads per key
+head). One program computes a block of queries (forward, dq) or a block of keys (dk and dv, summed
+over all query heads that share the key head). Nothing is added atomically, so the same inputs give
+the same bits. Blocks that the mask hides completely are skipped. The reference is in attention.py.
 
 Shapes: T tokens of all sequences, laid end to end; q, o [T, H, D]; k, v [T, G, D] with H / G query
 heads per key head; cu_seqlens [S + 1] int32; lse, delta [H, T] float32.
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from torch import Tensor
 _LOG2E = tl.constexpr(1.4426950408889634)
 _HIDDEN = tl.constexpr(-1e30)
 _MIN_QUERIES = 16
-"""Least number of queries per tile; with fewer, keys would be read more often without a gain."""
+"""Minimum number of queries per tile. With fewer, keys would be read more often without a gain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Rows (heads times queries) and keys of a tile, its warps and its pipeline stages."""
+    """Tile size in rows (heads times queries) and keys; warps and pipeline stages of a program."""
 
     rows: int
     keys: int
@@ -47,8 +48,9 @@ class Blocks:
     num_stages: int
 
 
-# The fastest of 14 shapes on an H100 (benchmarks/attention.py --sweep) for heads of 128 and rows
-# with GSM8K's lengths, packed. A forward of 128 x 32 takes 6 % less there but spills on Ampere.
+# The fastest of 14 tile shapes on an H100 (benchmarks/attention.py --sweep) for heads of 128 and
+# packed rows with GSM8K's lengths, with one exception: a forward with tiles of 128 x 32 takes 6 %
+# less time on an H100, but spills registers on Ampere.
 def _forward_blocks(head_dim: int) -> Blocks:
     return Blocks(128, 64, 8, 2) if head_dim > 128 else Blocks(64, 32, 4, 2)
 
@@ -63,9 +65,9 @@ def _dkdv_blocks(head_dim: int) -> Blocks:
 
 @triton.jit
 def _cap_scores(s, cap, CAPPED: tl.constexpr):
-    """Return c and dc/ds."""
+    """Return the capped scores c and dc/ds."""
     if CAPPED:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is exact at both infinities.
+        # t = tanh(s / cap), as tanh(x) = 1 - 2 / (exp(2 x) + 1), which is exact at both infinities.
         t = 1.0 - 2.0 / (tl.exp2(s * (2.0 * _LOG2E / cap)) + 1.0)
         c = cap * t
         slope = 1.0 - t * t
@@ -94,7 +96,7 @@ def _fwd_kernel(
     kv_head = head // SHARED
     begin = tl.load(cu_seqlens_ptr + sequence)
     length = tl.load(cu_seqlens_ptr + sequence + 1) - begin
-    # Blocks with the most keys start first; short blocks then fill the last wave.
+    # The blocks with the most keys start first, so that blocks with few keys fill the last wave.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * (ROWS // PACK)
     if first >= length:
         return
@@ -131,7 +133,7 @@ def _fwd_kernel(
     o = o / total[:, None]
     out = o_ptr + rows * o_stride + head[:, None] * o_head + col[None, :]
     tl.store(out, o.to(o_ptr.dtype.element_ty), inside)
-    # Base 2, because the backward uses exp2 as well.
+    # lse is in base 2, because the backward uses exp2.
     tl.store(lse_ptr + head * T + begin + query, top + tl.log2(total), query < length)
 
 
@@ -192,7 +194,7 @@ def _dkdv_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr,
     CAPPED: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv; scores are transposed (keys first), as both sums need them."""
+    """Compute dk and dv; scores are transposed (keys first), because both sums run over queries."""
     sequence, kv_head = tl.program_id(2), tl.program_id(1)
     begin = tl.load(cu_seqlens_ptr + sequence)
     length = tl.load(cu_seqlens_ptr + sequence + 1) - begin
@@ -238,7 +240,7 @@ def _dkdv_kernel(
 
 
 def _pack(shared: int, blocks: Blocks) -> int:
-    """Return heads per tile: the largest power of two that divides `shared` and fits."""
+    """Return the heads per tile: the largest power of two that divides `shared` and fits."""
     return min(shared & -shared, blocks.rows // _MIN_QUERIES)
 
 
@@ -280,7 +282,7 @@ def flash_forward(
     """Write o into `out` and return lse [H, T] in base 2.
 
     Args:
-        q_THD: Queries; unit stride along D, any other strides. The same holds for k, v and `out`.
+        q_THD: Queries. q, k, v and `out` have unit stride along D and any other strides.
         k_TGD: Keys.
         v_TGD: Values.
         cu_seqlens: Bounds of the S sequences, int32 [S + 1].
@@ -321,7 +323,7 @@ def flash_backward(
     """Write dq, dk and dv into `out`.
 
     Args:
-        do_THD: Gradient of o. All tensors [T, ., D] have unit stride along D, any other strides.
+        do_THD: Gradient of o. All tensors [T, ., D] have unit stride along D and any other strides.
         q_THD: Queries.
         k_TGD: Keys.
         v_TGD: Values.

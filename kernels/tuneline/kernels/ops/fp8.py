@@ -5,15 +5,16 @@
     V8[k, n] = round(w[n, k] / s_k), written transposed                operand of the input gradient
     Y = (x8 W8^T) s_t s_n                                              scaled_mm
 
-w is the dequantised NF4 weight in float32; it is not rounded to bf16 in between. Its scales are
-arguments: an NF4 block represents its largest weight exactly, so the largest weight is the largest
-absmax, and no pass over the weights is needed. fp8 GEMMs take both operands with the summed
-dimension last, which is why the transposed copy exists.
+w is the NF4 weight, dequantised to float32 and not rounded to bf16 before it is divided by s. The
+scales s_n and s_k of a weight are arguments, so no pass over the weights has to find them: an NF4
+block represents its largest weight exactly, so the largest absmax of the blocks is the largest
+weight. fp8 GEMMs need the summed dimension as the last one of both operands, so the input gradient
+needs a transposed copy of the weight.
 
-Shapes: x [T, K]; W [N, K]; scales float32, one per row.
+Shapes: x [T, K]; W [N, K]; s_t [T], s_n [N], s_k [K] float32.
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4_reference, load_a
 LARGEST = 448.0
 """The largest e4m3 number."""
 SMALLEST_ROW = 1e-12
-"""Least maximum of a row, so that rows of zeros can be divided by it. The kernel has LARGEST and
-SMALLEST_ROW as literals."""
+"""Lower bound of a row's maximum magnitude, so that the scale of a row of zeros is not 0. The
+kernel repeats the values of LARGEST and SMALLEST_ROW as literals."""
 
 _WORDS = 512
 _TILE_ROWS = 64
@@ -106,7 +107,7 @@ def _transposed_kernel(
 
 
 def quantize_rows_reference(x_TK: Tensor, *, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compute `quantize_rows` in plain torch; same arguments, without side and `out`."""
+    """Compute `quantize_rows` in plain torch; same arguments, except `side_TP` and `out`."""
     wide = x_TK.float()
     largest = wide.abs().amax(1).clamp_min(SMALLEST_ROW)
     if floor is not None:
@@ -121,12 +122,13 @@ def quantize_rows(
     floor: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (x8 [T, K + P], scale [T]).
+    """Quantise rows to e4m3: return x8 [T, K + P], and the scale [T] of each row.
 
     Args:
         x_TK: Values, of any strides.
-        side_TP: More columns of the same rows; P is a power of two with unit stride.
-        floor: Scalar tensor on the device: the least maximum that a row is scaled by.
+        side_TP: P more columns of the same rows; P is a power of two and its stride is 1.
+        floor: Scalar tensor on the device: lower bound of the maximum magnitude that gives a row's
+            scale.
         out: Where x8 is written, with unit stride along its columns.
     """
     if not x_TK.is_cuda:
@@ -149,7 +151,7 @@ def quantize_rows(
 
 
 def nf4_to_fp8(weight: NF4Weight, scale: Tensor, *, out: Tensor, transposed: bool = False) -> None:
-    """Write a weight, divided by its scales, as e4m3.
+    """Write an NF4 weight, divided by the given scales, as e4m3.
 
     Args:
         weight: NF4 weight [N, K].
@@ -209,5 +211,5 @@ def scaled_mm(
 
 
 def largest_weight(weights: list[NF4Weight]) -> Tensor:
-    """Return max |w| of the weights, a float32 scalar on their device: it is the largest absmax."""
+    """Return the largest |w| of all weights, which is their largest absmax, as a float32 scalar."""
     return torch.stack([weight.block_absmax().max() for weight in weights]).max()

@@ -9,12 +9,13 @@ Both activations are the gate times a sigmoid, so one kernel serves both:
     silu:      z = e,                             z' = 1
     gelu_tanh: z = 2 c (e + 0.044715 e^3),        z' = 2 c (1 + 0.134145 e^2),   c = sqrt(2 / pi)
 
-because 0.5 (1 + tanh(u)) = sigmoid(2 u). Everything is computed in float32 and rounded once.
+The last line is true because 0.5 (1 + tanh(u)) = sigmoid(2 u). Everything is computed in float32,
+and each result is rounded once.
 
 Shapes: gate_up [..., 2 F] with the gate e first, or a pair (e, g) of [..., F]; h [..., F].
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from typing import Literal
@@ -77,7 +78,7 @@ def _bwd_kernel(
     sig, bend = _gate(e, GELU)
     act = e * sig
     de = dh * g * sig * (1.0 + bend)
-    # In place, de and dg overwrite e and g, which are in registers by now.
+    # If in place, de and dg overwrite e and g, which have been loaded into registers.
     tl.store(de_ptr + row * de_stride + cols, de.to(de_ptr.dtype.element_ty), mask=mask)
     tl.store(dg_ptr + row * dg_stride + cols, (dh * act).to(dg_ptr.dtype.element_ty), mask=mask)
     if NEED_H:
@@ -101,7 +102,13 @@ def _is_gelu(kind: Kind) -> bool:
 def gated_activation_forward(
     gate_up: GateUp, kind: Kind, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return h without recording a gradient; `out` [..., F] may have any row stride."""
+    """Return h = act(gate) * up without recording a gradient.
+
+    Args:
+        gate_up: One tensor [..., 2 F], or a pair of [..., F].
+        kind: The activation.
+        out: Where h is written, [..., F] with any row stride; allocated if None.
+    """
     gelu = _is_gelu(kind)
     e_TF, g_TF = _split(gate_up)
     T, F = e_TF.shape
@@ -121,18 +128,18 @@ def gated_activation_forward(
 def gated_activation_backward(
     dh: torch.Tensor, gate_up: GateUp, kind: Kind, *, inplace: bool = False, need_h: bool = True
 ) -> tuple[GateUp, torch.Tensor | None]:
-    """Return (d_gate_up, recomputed h or None).
+    """Return the gradient of gate_up, and the recomputed h or None.
 
     Args:
         dh: Gradient of h [..., F].
         gate_up: Input of the forward: one tensor [..., 2 F], or a pair of [..., F].
         kind: The activation.
         inplace: Overwrite gate_up with its gradient. The caller must own gate_up and not read it
-            again, and its rows must be views of it, as those of a contiguous tensor are.
+            again, and `rows(gate_up)` must be a view, as for a contiguous tensor.
         need_h: Compute h [..., F] too.
 
     Raises:
-        ValueError: `inplace` is set but the rows of gate_up are not views of it.
+        ValueError: `inplace` is set, but `rows(gate_up)` is a copy.
     """
     gelu = _is_gelu(kind)
     if inplace and _copied(gate_up):
@@ -168,13 +175,13 @@ def gated_activation_backward(
 
 
 def _copied(gate_up: GateUp) -> bool:
-    """Return whether `rows` had to copy `gate_up`: then a write to the copy would be lost."""
+    """Return whether `rows` copies `gate_up`, so that a write to its result would be lost."""
     whole = [gate_up] if isinstance(gate_up, torch.Tensor) else list(gate_up)
     return any(rows(t).data_ptr() != t.data_ptr() for t in whole)
 
 
 class GatedActivationFunction(torch.autograd.Function):
-    """Autograd function of `gated_activation`; saves only its inputs."""
+    """Autograd function of `gated_activation`; it saves only gate and up."""
 
     @staticmethod
     def forward(ctx, kind, *gate_up):  # noqa: D102

@@ -1,15 +1,15 @@
-"""The input embedding in pinned host memory, read by the GPU over PCIe.
+"""Keep the input embedding in pinned host memory, where the GPU reads it over PCIe.
 
     y_t = table[id_t]
 
 A frozen table of 128256 x 4096 takes 1.05 GB of GPU memory, but a step of 8192 tokens reads only
 67 MB of it. One kernel reads those rows directly from host memory (1.2 ms at 55 GB/s). The IDs are
-not copied to the host, because that copy would wait for the device.
+not copied to the host, because the host would have to wait for that copy.
 
 Shapes: ids [...]; table [V, C]; y [..., C].
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _gather_kernel(ids_ptr, table_ptr, out_ptr, C: tl.constexpr, BLOCK: tl.const
 
 
 def gather_rows(ids: Tensor, table_VC: Tensor) -> Tensor:
-    """Return table[ids] on the device of `ids`; the table is there or in pinned host memory."""
+    """Return table[ids] on the device of `ids`; the table is on that device or in pinned memory."""
     C = table_VC.shape[1]
     out = torch.empty(*ids.shape, C, dtype=table_VC.dtype, device=ids.device)
     block = triton.next_power_of_2(C)
@@ -43,10 +43,10 @@ def gather_rows(ids: Tensor, table_VC: Tensor) -> Tensor:
 
 
 class _HostEmbedding(nn.Embedding):
-    """A frozen embedding whose table may be on the host; it computes on the device of the IDs."""
+    """A frozen embedding whose table may be on the host; the result is on the device of the IDs."""
 
     _tuneline_device: torch.device
-    """Device that the table was on before it moved to the host."""
+    """Device of the table before the table was moved to the host."""
 
     def forward(self, ids: Tensor) -> Tensor:
         if ids.device == self.weight.device:
@@ -55,7 +55,11 @@ class _HostEmbedding(nn.Embedding):
 
 
 def move_to_host(causal: Any) -> str | None:
-    """Move a causal LM's input embedding to the host, or return the reason why it stays."""
+    """Move a causal LM's input embedding to the host.
+
+    Returns:
+        None, or the reason why the embedding was not moved.
+    """
     embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
     if type(embedding) is not nn.Embedding:
         return f"the input embedding is a {type(embedding).__name__}, not an nn.Embedding"
@@ -74,7 +78,7 @@ def move_to_host(causal: Any) -> str | None:
 
 
 def move_back(model: nn.Module) -> None:
-    """Move an embedding that `move_to_host` moved back to its device."""
+    """Undo `move_to_host`: move the embedding back to its device."""
     for module in model.modules():
         if isinstance(module, _HostEmbedding):
             module.weight.data = module.weight.data.to(module._tuneline_device)

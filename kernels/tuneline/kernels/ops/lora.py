@@ -1,27 +1,27 @@
-"""LoRA folded into the base GEMM by widening it along K.
+"""LoRA folded into the base GEMM, by appending columns to both operands along K.
 
 A *group* is the set of linear layers that share one input (q, k, v; or o; or gate, up; or down).
-Their outputs are stacked (N), their input has width K, and their adapters' ranks lie side by side
-(R columns, padded with zeros to P, a power of two that is at least 64):
+Their N outputs are stacked, and their input has K columns. The R ranks of their adapters become
+columns next to each other, padded with zeros to P columns (a power of two that is at least 64):
 
     X' = [X | X A^T]            [T, K + P]
     W' = [W | blockdiag(s B)]   [N, K + P]
     Y  = X' W'^T                                one GEMM, one rounding
-    [dX0 | G] = dY W'           [T, K + P]      then dX = dX0 + G A
-    dX = [dY | G] [W ; A]                       when N <= K: the sum happens inside the GEMM
+    [dX0 | G] = dY W'           [T, K + P]      if N > K; then dX = dX0 + G A
+    dX = [dY | G] [W ; A]                       if N <= K; the sum happens inside the GEMM
     dA = G^T X                  [P, K]
     dB = s dY^T (X A^T)         [N, P]          whose diagonal blocks are the gradients
 
-A bias takes one of the padded columns: ones in X', the bias in W', zeros in A. Neither dX nor an
-adapter's gradient depends on that column.
+A bias takes one of the padded columns: this column holds ones in X' and the bias in W', and its row
+in A holds zeros. Neither dX nor an adapter's gradient depends on that column.
 
-operands.py holds W' and A in memory. P is at least 64 because cuBLAS is 2 to 19 % slower with
-widths of K + 16 and K + 48 (H100), and P is a power of two because one Triton block spans it.
+operands.py stores W' and A. P is at least 64 because cuBLAS is 2 to 19 % slower with widths of
+K + 16 and K + 48 (H100), and P is a power of two because one Triton block spans P columns.
 
 Shapes: T tokens, K inputs, N outputs of the group, P padded columns, r rank.
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ class LoraGroup:
 
     linears: tuple[LoraLinear, ...]
     largest: Tensor | None = None
-    """max |W|, on the device, if the group is computed in fp8; otherwise None."""
+    """max |W| as a tensor on the device if the group is computed in fp8; None otherwise."""
 
     def __post_init__(self) -> None:
-        """Check that the packing kernel can take the linears."""
+        """Check that the packing kernel supports these linears."""
         assert 1 <= len(self.linears) <= MAX_LINEARS
         assert len({linear.num_in for linear in self.linears}) == 1
 
@@ -98,7 +98,7 @@ class LoraGroup:
 
     @property
     def has_bias(self) -> bool:
-        """Whether a column holds biases."""
+        """Whether one of the columns holds biases."""
         return any(linear.bias is not None for linear in self.linears)
 
     @property
@@ -117,7 +117,7 @@ class LoraGroup:
         return parts
 
     def parameters(self) -> list[Tensor]:
-        """Return the trainable tensors, in the order of the gradients of `LoraGradients.split`."""
+        """Return the trainable tensors, in the order of the result of `LoraGradients.split`."""
         return [tensor for linear in self.linears for tensor in linear.adapter or ()]
 
 
@@ -128,7 +128,7 @@ class LoraGradients:
     group: LoraGroup
     da_PK: Tensor | None = None
     db_Nr: list[Tensor] | None = None
-    """One block per linear; a linear without an adapter has an empty one."""
+    """One block per linear; the block of a linear without an adapter is empty."""
 
     def add(self, dy_TN: Tensor, g_TP: Tensor | None, x_TK: Tensor, xa_TP: Tensor) -> None:
         """Add one chunk's G^T X and dY^T (X A^T).
@@ -144,7 +144,7 @@ class LoraGradients:
             self.add_b(self.group.blocks(mm_wide(dy_TN.t(), xa_TP)))
 
     def add_a(self, da_PK: Tensor) -> None:
-        """Add one chunk's G^T X; rows beyond the ranks are not read."""
+        """Add one chunk's G^T X; the rows of the padding are ignored."""
         self.da_PK = da_PK if self.da_PK is None else self.da_PK.add_(da_PK)
 
     def add_b(self, db_Nr: list[Tensor]) -> None:
@@ -179,7 +179,7 @@ def _pack_kernel(
     HAS_BIAS0: tl.constexpr, HAS_BIAS1: tl.constexpr, HAS_BIAS2: tl.constexpr,
     P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write, per program, BLOCK rows of the sB columns or BLOCK columns of the A rows."""
+    """Write BLOCK rows of sB [N, P] or BLOCK columns of A [P, K] in each program."""
     pid = tl.program_id(0)
     p = tl.arange(0, P)
     block = tl.arange(0, BLOCK)
@@ -187,7 +187,7 @@ def _pack_kernel(
     if pid < num_row_blocks:
         row = pid * BLOCK + block
         value = tl.zeros([BLOCK, P], dtype=tl.float32)
-        # Pointers of absent linears are never dereferenced: their rank is 0 at compile time.
+        # The pointer of an absent linear is never read, because its rank is 0 at compile time.
         if R0 > 0:
             mask = (row < n0)[:, None] & (p < R0)[None, :]
             value += s0 * tl.load(b0_ptr + row[:, None] * R0 + p[None, :], mask, 0.0).to(tl.float32)
@@ -241,7 +241,7 @@ def _pack_kernel(
 
 
 def mm_wide(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b; the result of 16-bit inputs on CUDA stays in float32."""
+    """Return a @ b, in float32 if a and b are 16-bit tensors on CUDA, else in their dtype."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)

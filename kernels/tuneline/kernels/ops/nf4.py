@@ -1,4 +1,4 @@
-"""Dequantise bitsandbytes' NF4 weights in one launch, with LoRA columns or rows beside them.
+"""Dequantise a bitsandbytes NF4 weight in one launch, with LoRA columns or rows appended to it.
 
     w[i] = round(code[nibble(i)] * absmax[i // 64])
     absmax[j] = nested_code[u8(j)] * nested_absmax[j // 256] + offset     (double quantisation)
@@ -7,13 +7,13 @@ i counts the elements of the [N, K] weight row by row; byte b holds elements 2b 
 2b + 1 (low). Each product and sum is rounded to float32 (no fused multiply-add), and the result
 is rounded once to the output's dtype. The result is bit-exact with bitsandbytes.
 
-One launch fills the operand of an augmented matrix product:
+The same launch can append a LoRA matrix, for a GEMM that computes base and adapter at once:
 
     lora_b [N, R]:  out [N, K + P] = [W | 0 .. lora_scale * B .. 0]   B at column K + lora_column
     lora_a [R, K]:  out [N + P, K] = [W ; A ; 0]
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import dataclasses
@@ -35,7 +35,7 @@ _SIDE_COLS = 64
 def load_absmax(
     block, mask, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED: tl.constexpr
 ):
-    """Return the absmax of quantisation blocks; used by every kernel that reads NF4."""
+    """Return the absmax of quantisation blocks; every kernel that reads NF4 calls this function."""
     if NESTED:
         q = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
         scale = tl.load(nested_absmax_ptr + block // 256, mask=mask, other=0.0)
@@ -52,13 +52,13 @@ def _store_weight(
 ):  # fmt: skip
     """Dequantise BLOCK words.
 
-    One int32 word holds 8 weights of one row and one quantisation block. They are 16 bytes in
-    bfloat16, which a thread stores at once.
+    One int32 word holds 8 weights, all of the same row and quantisation block. In bfloat16 these 8
+    weights take 16 bytes, which a thread stores at once.
     """
     word = program * BLOCK + tl.arange(0, BLOCK)
     mask = word < num_words
-    # Words are read once and weights written once, so neither should evict other data from the L2
-    # cache (3 % on an H100).
+    # Each word is read once and each weight is written once, so neither should evict other data
+    # from the L2 cache (this is 3 % faster on an H100).
     bits = tl.load(words_ptr + word, mask=mask, other=0, eviction_policy="evict_first")
     absmax = load_absmax(
         word // 8, mask, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED
@@ -79,7 +79,7 @@ def _store_side(
     first_row, first_col, num_rows, num_cols, src_rows, src_cols, src_shift,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Fill one tile of the LoRA rectangle with scaled source values, and with 0 outside them."""
+    """Fill one tile of the pad with values of the scaled LoRA matrix, and with 0 outside them."""
     col_tiles = tl.cdiv(num_cols, COLS)
     row = (program // col_tiles) * ROWS + tl.arange(0, ROWS)
     col = (program % col_tiles) * COLS + tl.arange(0, COLS)
@@ -118,17 +118,18 @@ def _fwd_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class NF4Weight:
-    """A weight [N, K] in bitsandbytes' layout; nested fields are None without double quantisation.
+    """A weight [N, K] in bitsandbytes' layout.
 
     Attributes:
         packed: uint8, N * K / 2 bytes.
-        absmax: One per block of 64 weights: float32, or uint8 when nested.
+        absmax: One per block of 64 weights: float32, or uint8 with double quantisation.
         code: The 16 levels, float32.
         shape: (N, K).
         dtype: Dtype of the dequantised weight.
-        nested_absmax: float32, one per block of 256 absmax.
-        nested_code: float32 [256].
-        offset: float32, 0-dimensional, added to every absmax.
+        nested_absmax: float32, one per block of 256 absmax. This and the two following attributes
+            are None without double quantisation.
+        nested_code: The 256 levels of absmax, float32.
+        offset: Added to every absmax, float32, 0-dimensional.
     """
 
     packed: torch.Tensor
@@ -145,7 +146,7 @@ class NF4Weight:
         """Wrap a bitsandbytes `Params4bit`, sharing its memory.
 
         Raises:
-            ValueError: The weight is not NF4 in blocks of 64, its nested blocks are not of 256, or
+            ValueError: The weight is not NF4 in blocks of 64, the nested block size is not 256, or
                 K is not a multiple of 8.
         """
         state = getattr(param, "quant_state", None)
@@ -212,7 +213,7 @@ def _output(
     lora_b: torch.Tensor | None,
     lora_column: int,
 ) -> torch.Tensor:
-    """Check or allocate the output; its pad is a multiple of 64, which cuBLAS needs for speed."""
+    """Check `out`, or allocate it with a pad of a multiple of 64, which cuBLAS needs for speed."""
     N, K = w.shape
     if lora_a is not None and lora_b is not None:
         raise ValueError("lora_a adds rows and lora_b adds columns: pass one of them")
@@ -248,12 +249,13 @@ def dequantize_nf4(
 
     Args:
         w: The quantised weight.
-        out: Where the weight is written, with unit stride along K. Its pad beyond [N, K] is filled
-            with A or B, the rest of the pad with zeros.
+        out: Where the result is written, with unit stride along K. The rows or columns beyond
+            [N, K] (the pad) are filled with A or B, and the rest of the pad with zeros.
         lora_a: [R, K], any float dtype; written to rows N to N + R of the output.
         lora_b: [N, R], any float dtype; written to the output from column K + lora_column on.
         lora_scale: Multiplies lora_b in float32.
-        lora_column: First column of B in the pad; stacked weights get a block-diagonal B with it.
+        lora_column: First column of B in the pad. With a different column for each of several
+            stacked weights, their B matrices form a block diagonal.
     """
     if not use_kernel(w.code):
         return dequantize_nf4_reference(
@@ -262,7 +264,7 @@ def dequantize_nf4(
     N, K = w.shape
     out = _output(w, out, lora_a, lora_b, lora_column)
     num_words = N * K // 8
-    # (row, column) of the pad, its size, the size of A or B, and the first column of B in the pad.
+    # First row and column of the pad, its size, the size of A or B, first column of B in the pad.
     if lora_b is not None:
         side, place = lora_b, (0, K, N, out.shape[1] - K, *lora_b.shape, lora_column)
     elif lora_a is not None:

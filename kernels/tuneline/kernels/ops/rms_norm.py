@@ -9,11 +9,11 @@
     ds = rstd * (dn - n * mean(dn * n)) + dresidual
     dweight = sum over tokens of dy * n
 
-Shapes: x, residual, y [..., K]; weight [K]; rstd [T] float32, T the product of the leading
-sizes.
+Shapes: x, residual, y [..., K]; weight [K]; rstd [T] float32, where T is the product of the sizes
+before K.
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from typing import overload
@@ -26,7 +26,8 @@ from torch import Tensor
 from tuneline.kernels.ops._dispatch import rows, use_kernel
 
 _BACKWARD_ROWS = 16
-"""Tokens that one program sums into its partial weight gradient; this avoids atomics."""
+"""Number of tokens over which one program sums the weight gradient; the programs' sums are added
+afterwards, which avoids atomics."""
 _COLS_PER_WARP = 512
 
 
@@ -193,7 +194,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, *, gemma: bool = False) -> Tensor:
-    """Compute `rms_norm` in plain torch as transformers does; same arguments, no residual."""
+    """Compute `rms_norm` in plain torch, as transformers does; without `residual` and `out`."""
     wide = x if x.dtype == torch.float64 else x.float()
     n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     y = n * (1 + weight.to(n.dtype)) if gemma else weight * n.to(x.dtype)
@@ -219,7 +220,7 @@ def rms_norm(x, weight, eps, *, residual=None, gemma=False, out=None):
         eps: Added to the mean square.
         residual: Tensor [..., K] added to x before the norm; the sum is returned too.
         gemma: Use Gemma's equation: all in float32, scaled by 1 + weight.
-        out: Where y is written, in the shape of x; allowed only where no gradient is recorded.
+        out: Where y is written, in the shape of x; allowed only if no gradient is recorded.
 
     Raises:
         ValueError: `out` is given although a gradient has to be recorded.

@@ -10,10 +10,10 @@ include any attention scaling. If R is less than the head dimension D, the rest 
 through.
 
 Shapes: q [B, T, H, D] and k [B, T, Hk, D], with unit stride along D and any other strides.
-transformers holds [B, H, T, D]: pass q.transpose(1, 2).
+transformers stores q and k as [B, H, T, D]: pass q.transpose(1, 2) and k.transpose(1, 2).
 """
 
-# Triton's types of a launch know neither its options nor plain values for constexpr parameters.
+# Triton's types declare neither a launch's options nor plain values for constexpr parameters.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import torch
@@ -33,7 +33,7 @@ def _heads(
     HALF: tl.constexpr, REST: tl.constexpr,
     NORM: tl.constexpr, GEMMA: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Rotate all heads of one token; elements beyond the rotary part pass through."""
+    """Normalise (if NORM) and rotate all heads of one token; elements from R on are not rotated."""
     head = tl.arange(0, BLOCK_H)[:, None]
     half = tl.arange(0, HALF)
     beyond = R + tl.arange(0, REST)
@@ -50,7 +50,8 @@ def _heads(
         v2 = v2 * c - v1 * s
         v1 = turned1
     if NORM:
-        # Forward: v is x. Backward: v is dn before the weight, and x is read too.
+        # In the forward, v is x. In the backward, v is the gradient of the norm's output, and x is
+        # loaded in addition.
         w1 = tl.load(weight_ptr + half, mask=half < R // 2, other=0.0).to(tl.float32)
         w2 = tl.load(weight_ptr + R // 2 + half, mask=half < R // 2, other=0.0).to(tl.float32)
         w3 = tl.load(weight_ptr + beyond, mask=beyond < D, other=0.0).to(tl.float32)
@@ -85,7 +86,7 @@ def _heads(
                 n2 = n2.to(in_ptr.dtype.element_ty).to(tl.float32)
                 n3 = n3.to(in_ptr.dtype.element_ty).to(tl.float32)
             v1, v2, v3 = n1 * w1[None, :], n2 * w2[None, :], n3 * w3[None, :]
-            # transformers rounds between the norm and the rotation.
+            # Round here, because transformers rounds between the norm and the rotation.
             v1 = v1.to(in_ptr.dtype.element_ty).to(tl.float32)
             v2 = v2.to(in_ptr.dtype.element_ty).to(tl.float32)
     if not BACKWARD:
@@ -245,7 +246,7 @@ def _written(
 
 
 class RopeFunction(torch.autograd.Function):
-    """Autograd function of `rope`; saves q and k only for the norm, whose rstd is recomputed."""
+    """Autograd function of `rope`; it saves q and k only if the heads have a norm."""
 
     @staticmethod
     def forward(ctx, q, k, cos, sin, q_weight, k_weight, eps, gemma):  # noqa: D102
@@ -323,7 +324,7 @@ def rope(
     if len(norms) == 1:
         raise ValueError("the head norm takes q_weight and k_weight: give both or neither")
     if any(weight.requires_grad for weight in norms):
-        # The fused norm has no weight gradient: those weights are rarely trained.
+        # The fused norm computes no gradient of its weights, because they are rarely trained.
         q = rms_norm(q, norms[0], eps, gemma=gemma)
         k = rms_norm(k, norms[1], eps, gemma=gemma)
         q_weight = k_weight = None
