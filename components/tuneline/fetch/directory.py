@@ -154,7 +154,7 @@ def licence_of(path: Path) -> str | None:
 
 
 def licence_in(header: dict[str, Any]) -> str | None:
-    """Return the licence that a model card's header names; `license_name` if it says "other"."""
+    """Return `license` from a model card's header; if that is "other", return `license_name`."""
     licence = header.get("license")
     return header.get("license_name") or licence if licence == "other" else licence
 

@@ -86,9 +86,9 @@ def run(
             config.num_proof_prompts,
             lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
         )
-        # Each merged model is compared with the same base plus the adapter, so this comparison
-        # cannot show whether the adapter, trained on the NF4 weights, also suits the original
-        # weights. The held-out loss shows that.
+        # The proof compares the merged model with the adapter on the base that was chosen. It
+        # cannot show whether an adapter that was trained on NF4 weights suits the original weights;
+        # the loss on the rows shows that, so the base with the lower loss is chosen.
         losses: dict[str, float] = {}
         trained, base = None, bases[0]
         logits: list[torch.Tensor] = []
@@ -184,7 +184,7 @@ def _bases(config: MergeConfig, training: TrainingSummary) -> list[Base]:
 
 
 def _is_loftq(training: TrainingSummary) -> bool:
-    """Return whether LoftQ initialised the adapter, so that it makes up the quantisation error."""
+    """Return whether LoftQ initialised the adapter, to compensate for the quantisation error."""
     return bool(training.settings.get("lora", {}).get("init_lora_weights") == "loftq")
 
 

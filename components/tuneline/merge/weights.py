@@ -62,7 +62,8 @@ def merge_weights(
         device: device for the NF4 round trip, "cpu" or "cuda".
 
     Raises:
-        ModelError: a weight to merge has another name in the base model's files.
+        ModelError: a weight that training quantised is not in the base model's files under the
+            expected name.
     """
     checkpoint, model = Checkpoint(base_model_dir), empty_model(base_model_dir)
     trained_dtype = getattr(torch, training.compute_dtype)
@@ -110,7 +111,7 @@ def write_config(*, base_model_dir: Path, dtype: str, directory: Path) -> None:
 
 
 _WEIGHTS = (".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".index.json")
-"""Endings of weight files in formats other than safetensors; such files are not copied."""
+"""Endings of weight files in formats other than safetensors, and of index files (not copied)."""
 
 
 def copy_companions(*, base_model_dir: Path, adapter_dir: Path, directory: Path) -> None:
@@ -119,8 +120,8 @@ def copy_companions(*, base_model_dir: Path, adapter_dir: Path, directory: Path)
     generation_config.json, licence and tokenizer come from the base model. The chat template comes
     from the adapter, because training may have used another template than the base model's.
     """
-    # Not copied: the config (written above), .gitattributes of the base model's repository, records
-    # of a base model that tuneline made, and the tokenizer (copied below).
+    # Not copied here: config.json (see `write_config`), .gitattributes of the base model's
+    # repository, records of a base model that tuneline made, and the tokenizer (copied below).
     left_out = {"config.json", ".gitattributes", *RECORD_FILES, *tokenizer_files.NAMES}
     for path in sorted(base_model_dir.iterdir()):
         is_weight = path.name.endswith(_WEIGHTS) or ".safetensors" in path.name
