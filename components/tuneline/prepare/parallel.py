@@ -42,8 +42,8 @@ def in_order(
     """Yield each batch with the function's result for it.
 
     Args:
-        function: function to apply to a batch. Side effects are lost from batch `num_alone` on,
-            because it is then called in a worker.
+        function: function to apply to a batch. From batch `num_alone` on, workers call the
+            function, so its side effects are lost.
         batches: the batches; both batches and results must be picklable.
         num_processes: number of workers. Default: the number of CPUs that this process may use.
         num_alone: number of batches to process in the calling process first.

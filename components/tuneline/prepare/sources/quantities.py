@@ -2,8 +2,8 @@
 
 There are ten kinds of questions, equally many of each. Each question has four choices: the answer
 and three common mistakes (a wrong power of ten, 1000 instead of 1024, a wrong suffix, a wrong
-digit). The skill is narrow enough for a model with 135M parameters, and useful in practice: people
-confuse `0.25` with `250`, or `Mi` with `M`.
+digit). The skill is narrow enough for a model with 135M parameters, and useful in practice, e.g. to
+write `0.25` as `250m`, or to tell `Mi` from `M`.
 
 Held-out questions cannot be answered from memory: for each kind of question, the quantities are
 first divided into a training and a held-out pool, so no held-out quantity occurs in a training

@@ -75,7 +75,7 @@ class Rendered:
         return cls(**values)
 
     def heldout_row(self) -> dict[str, Any]:
-        """Return the row for heldout.jsonl; of a conversation, its answer is the last one."""
+        """Return the row for heldout.jsonl, with the last answer if it is a conversation."""
         row = dict(self.heldout or {})
         if self.pieces is not None:
             text, answer = self.pieces[-1].text, self.pieces[-1].answers[-1]
