@@ -187,7 +187,7 @@ def _quantise(source: Path, file: Path, format: str, importance: Path | None) ->
 
 
 def _entries(file: Path) -> "ctypes.Array[Any]":
-    """Return the importance matrix as llama.cpp takes it: an array that ends with an empty entry."""
+    """Return the importance matrix in llama.cpp's form: an array whose last entry is empty."""
     from llama_cpp.llama_cpp import llama_model_imatrix_data as Entry
 
     matrix = importance_file.read(file)
