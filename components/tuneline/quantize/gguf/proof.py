@@ -195,11 +195,12 @@ def _ends(reference: Reference) -> list[int]:
 
 
 def check_stops(format: str, stops: list[torch.Tensor], reference: Reference) -> None:
-    """Check, at the ends of the rows' answers, that the file stops where the merged model stops.
+    """Check on the rows' answers that the file stops where the merged model stops.
 
-    The check compares probabilities and not the most likely tokens: if a model has hardly learned
-    to stop, a stop token and another token are almost equally likely at the end of an answer, and
-    any rounding can change which one is more likely.
+    These are the positions where a stop token is the merged model's most likely next token. The
+    check compares probabilities there, not the file's most likely token: if a model has hardly
+    learned to stop, a stop token and another token are almost equally likely, and any rounding can
+    change which of them is more likely.
 
     Args:
         format: name of the format, for the message.

@@ -16,7 +16,7 @@ number, llama.cpp uses another type for the tensor."""
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a GGUF file; `shape` is in ggml's order, that is, the row length comes first."""
+    """One tensor of a GGUF file; `shape` is in ggml's order, with the row length first."""
 
     name: str
     type: str
