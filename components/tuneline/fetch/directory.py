@@ -154,7 +154,7 @@ def licence_of(path: Path) -> str | None:
 
 
 def licence_in(header: dict[str, Any]) -> str | None:
-    """Return `license` from a model card's header; if that is "other", return `license_name`."""
+    """Return `license` from a model card's header, or `license_name` if `license` is "other"."""
     licence = header.get("license")
     return header.get("license_name") or licence if licence == "other" else licence
 

@@ -43,7 +43,7 @@ class Kind:
 
 
 def kind_of(source: str) -> KindName:
-    """Return the kind of a recipe's `base_model`; existing files and directories come first.
+    """Return the kind of a recipe's `base_model`; an existing path is never taken for a Hub ID.
 
     Raises:
         ModelError: the source does not exist or is of no known kind.

@@ -41,7 +41,7 @@ def read_rows(source: str, selection: Selection | None = None) -> Iterator[Sourc
 
 
 def kind_of(source: str) -> KindName:
-    """Return the kind of a source; existing files and directories come first.
+    """Return the kind of a source; an existing path is never taken for a Hub ID.
 
     Raises:
         DataError: the source does not exist or is of no known kind.

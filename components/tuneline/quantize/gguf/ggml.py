@@ -8,7 +8,7 @@ F32 = 0
 
 
 class InitParams(ctypes.Structure):
-    """ggml's `gguf_init_params`; if `ctx` is set, the file's tensors are loaded into a context."""
+    """ggml's `gguf_init_params`; if `ctx` is set, tensors with their data are read into it."""
 
     _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.POINTER(ctypes.c_void_p))]
 

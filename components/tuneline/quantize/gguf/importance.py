@@ -1,7 +1,7 @@
 """Measure the importance matrix, with which llama.cpp quantises important weights more accurately.
 
-With it, the quantisers minimise the error of a layer's output. For this they need the mean square
-of each input of a weight matrix, which is measured here on the recipe's training rows. The method
+The quantisers minimise the error of a layer's output. For this they need the mean square of each
+input of a weight matrix, which is measured here on the recipe's training rows. The method
 is that of llama-imatrix: llama.cpp runs the f16 model, and a callback gets the inputs of every
 matrix product. As in llama-imatrix, embeddings and output head are left out. Unlike llama-imatrix,
 which cuts one long text into chunks, each dataset row is computed as a separate text.
