@@ -1,4 +1,4 @@
-"""Measure a model on benchmarks with lm-eval, and keep the score of every sample."""
+"""Measure a model on benchmarks with lm-eval, and store the score of every sample."""
 
 from tuneline.evaluate.config import EvaluateConfig
 

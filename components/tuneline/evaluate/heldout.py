@@ -1,4 +1,4 @@
-"""Turn the held-out rows of the run's own dataset into lm-eval documents."""
+"""Turn the held-out rows of the recipe's dataset into lm-eval documents."""
 
 import hashlib
 from pathlib import Path
@@ -9,15 +9,15 @@ from tuneline.errors import TaskError
 from tuneline.evaluate.encoding import encode_pair
 
 TASKS = ("heldout_choice", "heldout_exact", "heldout_perplexity")
-"""Names of the tasks over held-out rows."""
+"""Names of the tasks that evaluate on held-out rows."""
 TASKS_DIR = Path(__file__).parent / "tasks"
 
 
 def read_rows(dataset_dir: str | Path, tasks: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Read the held-out rows of a dataset, and check that they have what `tasks` need.
+    """Read the held-out rows of a dataset, and check that they have the fields that `tasks` need.
 
     Raises:
-        TaskError: a task needs held-out rows or their choices, but the dataset has none.
+        TaskError: a task needs held-out rows, or rows with choices, but the dataset has none.
     """
     manifest = DatasetManifest.read(dataset_dir)
     rows = read_jsonl(Path(dataset_dir, HELDOUT_FILE)) if manifest.num_heldout_rows else []
@@ -39,12 +39,12 @@ def read_rows(dataset_dir: str | Path, tasks: tuple[str, ...]) -> list[dict[str,
 
 
 def documents(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
-    """Return held-out rows as documents with the fields that the task files name."""
+    """Return held-out rows as lm-eval documents, with the fields that the task files use."""
     return [_document(number, row, tokenizer) for number, row in enumerate(rows)]
 
 
 def _document(number: int, row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    # White space after the end-of-turn token belongs to the next turn. No model generates it.
+    # White space after the end-of-turn token belongs to the next turn, so no model generates it.
     end = row.get("end", "").rstrip()
     target = row["answer"] + end
     content = hashlib.sha256(f"{row['prompt']}\0{row['answer']}".encode()).hexdigest()
@@ -53,7 +53,7 @@ def _document(number: int, row: dict[str, Any], tokenizer: Any) -> dict[str, Any
         "prompt": row["prompt"],
         "target": target,
         "num_tokens": len(encode_pair(tokenizer, row["prompt"], target)[1]),
-        # An empty list instead of None, because Arrow needs one type per column.
+        # An empty list instead of None for rows without choices: Arrow needs one type per column.
         "endings": [choice + end for choice in row.get("choices") or []],
         "label": row.get("label", -1),
     }

@@ -37,19 +37,19 @@ def load_tokenizer(model_dir: str | Path) -> Any:
         ) from None
 
 
-# Any: the decorator that registers HFLM erases its type.
+# Any: the decorator that registers the class HFLM with lm-eval hides the type of HFLM from mypy.
 _HFLM: Any = cast(Any, HFLM)
 
 
 class TemplatedHFLM(_HFLM):
-    """lm-eval's Hugging Face model, which can also take prompts that are already templated.
+    """lm-eval's Hugging Face model, extended to take prompts with the chat template applied.
 
     lm-eval moves white space at the end of a prompt into the answer, so for ChatML the newline
-    after "assistant" would be scored as part of the answer. It also adds the BOS token. Within
+    after "assistant" would be scored as part of the answer. lm-eval also adds the BOS token. Within
     `templated()` neither happens, and the text of the prompt is used unchanged.
 
-    Within `templated()` a prompt also passes through the model once for all its answers, and
-    scores are shared between tasks. This takes a quarter of the time on a CPU.
+    Within `templated()`, each prompt is computed only once for all its answers, and tasks share the
+    scores of equal prompts and answers. On a CPU this takes a quarter of the time of lm-eval's way.
     """
 
     _templated = False
@@ -57,7 +57,7 @@ class TemplatedHFLM(_HFLM):
 
     @contextlib.contextmanager
     def templated(self) -> Iterator[None]:
-        """Use prompts unchanged within the body."""
+        """Use the text of prompts unchanged within the body of the `with` statement."""
         self._templated = True
         try:
             yield
@@ -86,8 +86,8 @@ class TemplatedHFLM(_HFLM):
 def load(model_dir: str | Path, tokenizer: Any, *, batch_size: int) -> TemplatedHFLM:
     """Load a model for evaluation, on a GPU if there is one.
 
-    It computes in the dtype of its weights on a GPU and in float32 on a CPU: not all CPUs have
-    bfloat16 units, and on one without them (AVX2) bfloat16 took several times as long.
+    On a GPU the model computes in the dtype of its weights, on a CPU in float32: many CPUs have no
+    instructions for bfloat16, and on such a CPU (AVX2) bfloat16 took several times as long.
 
     Raises:
         ModelError: transformers cannot load the model.
@@ -119,8 +119,8 @@ def generate(
     """Answer the prompts of held-out rows greedily.
 
     Returns:
-        Rows {"question", "prompt", "answer", "text"}: "answer" is the reference, "text" is the
-        model's answer.
+        One dictionary per row, with the keys "question", "prompt", "answer" (the row's reference
+        answer) and "text" (the model's answer).
     """
     if not rows:
         return []
@@ -129,7 +129,7 @@ def generate(
     ends = tokenizer.encode(rows[0].get("end", "").rstrip(), add_special_tokens=False)
     if len(ends) == 1:
         stops.add(ends[0])
-    # Left padding, because a generation continues from the last position.
+    # Pad on the left, because generation continues from the last position of each row.
     batch = tokenizer(
         [row["prompt"] for row in rows],
         padding=True,
@@ -142,7 +142,7 @@ def generate(
         output = model.generate(
             input_ids=batch["input_ids"].to(model.device),
             attention_mask=batch["attention_mask"].to(model.device),
-            # Explicit settings override the model's own defaults, which may sample.
+            # Set explicitly, because the model's own generation settings may ask for sampling.
             generation_config=cast(Any, transformers.GenerationConfig)(
                 do_sample=False,
                 num_beams=1,
@@ -165,7 +165,7 @@ def generate(
 
 
 def _runs_own_code(model_dir: str | Path) -> bool:
-    """Return whether the recipe trusts the code in the directory, as fetch recorded."""
+    """Return whether the record of the fetch step says that the model's own code may be run."""
     origin = Path(model_dir, ModelOrigin.filename)
     return origin.is_file() and bool(
         json.loads(origin.read_text(encoding="utf-8")).get("runs_own_code", False)

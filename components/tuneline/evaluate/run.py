@@ -1,8 +1,8 @@
-"""Run benchmarks on one model, and keep the score of every sample.
+"""Run benchmarks on one model, and store the score of every sample.
 
-Prompts of the run's own held-out rows are already templated. Tasks from lm-eval's registry run with
-lm-eval's defaults: as plain text without a chat template, even for instruct models, so that the
-numbers are comparable with published ones.
+The prompts of the recipe's held-out rows have the chat template applied. Tasks from lm-eval's
+registry run with lm-eval's defaults: as plain text without a chat template, even for instruct
+models, so that the scores are comparable with published scores.
 """
 
 import contextlib
@@ -45,15 +45,15 @@ def run(
 
     Args:
         config: the `evaluate` section of the recipe.
-        label: role of the model in this run: base, tuned or the format of an export.
+        label: role of the model in this run: "base", "tuned" or the name of an export format.
         model_dir: a model directory with a tokenizer.
         dataset_dir: directory that prepare made, with the held-out rows.
         scores_dir: directory to create for the scores; it may exist if it is empty.
 
     Raises:
-        TaskError: a task is unknown, or the dataset's rows lack what it needs.
+        TaskError: a task is unknown, or the dataset's rows lack a field that a task needs.
         ModelError: the model or its tokenizer cannot be loaded.
-        HubError: the data of a task are not on this machine and could not be fetched.
+        HubError: the data of a task are not in the local cache and could not be downloaded.
     """
     started = time.monotonic()
     if not config.tasks:
@@ -61,7 +61,7 @@ def run(
     rows = heldout.read_rows(dataset_dir, config.tasks)
     _warn_of_ignored(config, rows)
 
-    # Errors in names, rows and data are reported before the weights are loaded.
+    # Load tokenizer, rows and tasks before the weights, so that errors in them are reported early.
     finder = TaskFinder(config.tasks, config.task_dir)
     tokenizer = models.load_tokenizer(model_dir)
     with new_directory(scores_dir) as target, tempfile.TemporaryDirectory() as scratch:
@@ -109,7 +109,7 @@ def run(
 
 
 def _parents(model_dir: str, dataset_dir: str) -> list[Record]:
-    """Return the records of the dataset and the model; a directory without a record adds none."""
+    """Return the records of dataset and model, as far as their directories contain a record."""
     kinds = (DatasetManifest, ModelOrigin, MergeProof, QuantizedModel)
     return [
         kind.read(directory)
@@ -143,19 +143,20 @@ def _measure(
             task_manager=manager,
             num_fewshot=None if templated else config.num_fewshot,
             limit=config.limit,
-            # samples.py computes the standard error, so lm-eval's bootstrap is not needed.
+            # 0, because samples.py computes the standard error instead of lm-eval's bootstrap.
             bootstrap_iters=0,
             log_samples=True,
         )
-    # Any: the type allows None, for ranks other than 0, and results without samples.
+    # Any: by its type, the result may be None (on ranks other than 0) or lack samples.
     return sorted(cast(Any, result)["samples"].items())
 
 
 @contextlib.contextmanager
 def _no_machine_report() -> Iterator[None]:
-    """Keep lm-eval from reporting on the machine within the body.
+    """Prevent lm-eval from collecting its report on the machine within the body.
 
-    The report runs `pip list`, compilers and more for 4 s per call, and nothing here reads it.
+    For this report lm-eval runs `pip list`, compilers and more, which takes 4 s per call. The
+    report is not used here.
     """
     report = evaluator.add_env_info
     evaluator.add_env_info = lambda results: None

@@ -1,4 +1,4 @@
-"""Reduce lm-eval's samples to one score per sample, and to the score of a task."""
+"""Compute one score per sample, and one score per task, from lm-eval's samples."""
 
 import math
 from typing import Any
@@ -14,7 +14,8 @@ def primary_metric(name: str, samples: list[dict[str, Any]]) -> str:
     """Return the preferred metric of a task among those with a number for each sample.
 
     Raises:
-        TaskError: there is none; an F1 over all samples, for example, has no value per sample.
+        TaskError: no metric has a number for each sample; F1 over all samples, for example, has
+            none.
     """
     # "metrics" lists the keys that the task's process_results returned for the sample.
     numeric = [metric for metric in samples[0]["metrics"] if _scored(samples[0][metric])]
@@ -28,9 +29,10 @@ def primary_metric(name: str, samples: list[dict[str, Any]]) -> str:
 
 
 def rows_of(samples: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
-    """Return rows {"id", "score"}, with "weight" if a sample is a ratio such as nats per token.
+    """Return one dictionary per sample, with the keys "id" and "score".
 
-    The ID of a document is the same for every model.
+    If the metric is a ratio such as nats per token, "score" is the sample's ratio and a further
+    key, "weight", is its denominator. The ID of a document is the same for every model.
     """
     rows = []
     for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
@@ -52,7 +54,7 @@ def score_of(rows: list[dict[str, Any]], *, metric: str, higher_is_better: bool)
     value = sum(row["score"] * weight for row, weight in zip(rows, weights, strict=True)) / total
     stderr = None
     if len(rows) > 1:
-        # Standard error of a ratio estimator; without weights it is that of the mean.
+        # Standard error of a ratio estimator. If all weights are 1, it equals that of the mean.
         squares = sum(
             (weight * (row["score"] - value)) ** 2
             for row, weight in zip(rows, weights, strict=True)
@@ -70,7 +72,7 @@ def score_of(rows: list[dict[str, Any]], *, metric: str, higher_is_better: bool)
 def _scored(value: Any) -> bool:
     if isinstance(value, bool | int | float):
         return True
-    # A sum with its number of tokens, but not a pair of label and guess.
+    # A pair of a sum and a number of tokens is a score; a pair of label and guess is not.
     return (
         isinstance(value, list | tuple)
         and len(value) == 2

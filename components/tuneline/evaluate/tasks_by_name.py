@@ -16,15 +16,16 @@ logger = logging.getLogger(__name__)
 
 
 class TaskFinder:
-    """Finds tasks by name: tuneline's own, those of a directory and those of lm-eval's registry.
+    """Finds tasks by name: tuneline's own tasks, tasks in a directory and lm-eval's registry.
 
     Args:
-        names: the tasks that will be loaded; each name is checked at once.
-        task_dir: a directory with task files, whose names take precedence over the registry's.
+        names: names of the tasks that will be loaded; the constructor checks each name.
+        task_dir: a directory with task files; its tasks take precedence over the registry's tasks
+            of the same name.
 
     Attributes:
-        manager: lm-eval's task manager. Pass it to calls that would otherwise create another one:
-            reading the whole registry takes 19 s on two cores.
+        manager: lm-eval's task manager. Pass it to functions of lm-eval that would otherwise create
+            another manager: reading the whole registry takes 19 s on two cores.
 
     Raises:
         TaskError: a name is unknown, or the directory does not exist.
@@ -38,7 +39,7 @@ class TaskFinder:
                 raise TaskError(f"evaluate.task_dir: there is no directory {task_dir}")
             paths.append(path)
             logger.info("tasks of %s take precedence over lm-eval's tasks of the same name", path)
-        # The registry has 15,000 files, so it is read only if a name needs it.
+        # The registry has 15,000 files, so it is read only if a name is not found without it.
         self.manager = TaskManager(include_path=paths, include_defaults=False)
         if set(names) - set(self.manager.all_tasks):
             self.manager = TaskManager(include_path=paths)
@@ -50,14 +51,14 @@ class TaskFinder:
 
         Args:
             name: name of the task in the recipe.
-            heldout_file: documents for tuneline's own tasks.
-            cache_dir: directory for converted local files.
+            heldout_file: file with the documents for tuneline's own tasks.
+            cache_dir: directory in which `datasets` stores local files that it has converted.
 
         Returns:
             The lm-eval tasks by name.
 
         Raises:
-            TaskError: the task file or its data are broken.
+            TaskError: the task file or the task's data are broken.
             HubError: the data are on the Hub, which is unreachable.
         """
         entry = self.manager.task_index[name]
@@ -83,7 +84,7 @@ class TaskFinder:
                 "are cached in HF_HOME, or name a task over local files (evaluate.task_dir)"
             ) from None
         except Exception as error:
-            # A task file can run code of its own, which can raise any exception.
+            # A task file can name Python code to run, and that code can raise any exception.
             raise TaskError(
                 f"task '{name}' cannot be loaded ({entry.yaml_path}): "
                 f"{type(error).__name__}: {_first_line(error)}"
@@ -103,10 +104,10 @@ class TaskFinder:
 
 
 def _full_config(entry: Any) -> dict[str, Any]:
-    """Return the settings of a task file with its functions, which lm-eval's index leaves out.
+    """Return all settings of a task file, including functions, which lm-eval's index leaves out.
 
-    lm-eval 0.4.13 accepts overrides for a task by name only within a group, and has this reader
-    only under a private name. Its version is pinned.
+    This calls a private function of lm-eval, whose version is therefore pinned: lm-eval 0.4.13 has
+    no public one, and it accepts overrides for a task by name only within a group.
     """
     settings: dict[str, Any] = load_yaml(entry.yaml_path)
     return settings

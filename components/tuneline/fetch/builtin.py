@@ -1,4 +1,4 @@
-"""The models that Python packages contain, so that a demo needs no Hub."""
+"""Models that are contained in Python packages, so that a demo does not need the Hub."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ class Builtin:
     """A model inside a Python package."""
 
     requirement: str
-    """What pip installs, e.g. name==1.0."""
+    """Requirement by which pip installs the package, e.g. name==1.0."""
     module: str
-    """The module whose directory holds the file."""
+    """Name of the Python module whose directory contains the GGUF file."""
     file: str
     """Name of the GGUF file."""
     licence: str
@@ -41,7 +41,7 @@ def unpack(name: str, target: Path) -> str:
             f"there is no built-in model '{name}': choose one of {list_builtins(list(BUILTINS))}"
         )
     builtin = BUILTINS[name]
-    # Located without importing: the package imports llama-cpp-python, which is not needed here.
+    # Locate the package without importing it: it would import llama-cpp-python, not needed here.
     spec = importlib.util.find_spec(builtin.module)
     path = Path(spec.origin).parent / builtin.file if spec and spec.origin else None
     if path is None or not path.is_file():

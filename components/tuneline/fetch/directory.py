@@ -35,9 +35,9 @@ class Facts:
     """First entry of `architectures` in config.json."""
     num_parameters: int
     weights: list[Path]
-    """The weight files that transformers loads."""
+    """Paths of the weight files that transformers loads."""
     runs_own_code: bool
-    """Whether loading the model runs Python code of its own."""
+    """Whether loading the model runs Python code from the model's directory."""
 
 
 def take(path: Path, target: Path, *, source: str, trusted: bool) -> None:
@@ -77,7 +77,7 @@ def check(path: Path, *, source: str, trusted: bool) -> Facts:
     """Check that `path` is a causal language model with a tokenizer and safetensors weights.
 
     Raises:
-        ModelError: something is missing or refused.
+        ModelError: the model lacks one of these, or cannot be tuned for another reason.
     """
     names = {file.name for file in path.iterdir()}
     if "config.json" not in names:
@@ -118,7 +118,7 @@ def check(path: Path, *, source: str, trusted: bool) -> Facts:
 
 
 def explain_missing_weights(source: str, names: list[str]) -> str:
-    """Return why a model with these files, none of them safetensors, is refused."""
+    """Return the error message for a model whose files `names` include no safetensors file."""
     pickled = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
     gguf = [name for name in names if name.endswith(".gguf")]
     if pickled:
@@ -154,7 +154,7 @@ def licence_of(path: Path) -> str | None:
 
 
 def licence_in(header: dict[str, Any]) -> str | None:
-    """Return the licence of a model card's header; for "other", its `license_name`."""
+    """Return `license` from a model card's header, or `license_name` if `license` is "other"."""
     licence = header.get("license")
     return header.get("license_name") or licence if licence == "other" else licence
 
@@ -182,7 +182,7 @@ def _weights(path: Path, source: str) -> list[Path]:
 
 
 def _count(file: Path, source: str) -> int:
-    """Return the number of parameters that a safetensors header (length, then JSON) declares."""
+    """Return the number of parameters in a safetensors file, computed from the file's header."""
     with open(file, "rb") as stream:
         head = stream.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
@@ -210,7 +210,7 @@ def _count(file: Path, source: str) -> int:
 
 
 def _check_own_code(path: Path, config: dict[str, Any], *, source: str, trusted: bool) -> bool:
-    """Return whether the model's own code will run; refuse if it is needed but not trusted."""
+    """Return whether the model's own code will run; raise ModelError if needed but not trusted."""
     tokenizer_config = path / "tokenizer_config.json"
     tokenizer = _json(tokenizer_config, source) if tokenizer_config.is_file() else {}
     if not config.get("auto_map") and not tokenizer.get("auto_map"):
@@ -218,8 +218,8 @@ def _check_own_code(path: Path, config: dict[str, Any], *, source: str, trusted:
     if trusted:
         logger.warning("%s runs Python code of its own: trust_remote_code allows it", source)
         return True
-    # Many repositories still contain the code from before transformers supported their model.
-    # That code is not needed and not run. (Imported here because transformers takes seconds.)
+    # Many repositories still contain code that was written before transformers supported their
+    # model; it is neither needed nor run. (Imported here because transformers takes seconds.)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
@@ -257,7 +257,8 @@ def _json(file: Path, source: str) -> dict[str, Any]:
 
 
 def _link(file: Path, target: Path) -> None:
-    # Files in the Hub's cache are symlinks to blobs; the hard link must be to the blob itself.
+    # Files in the Hub's cache are symlinks to blobs. The hard link must point to the blob, not to
+    # the symlink.
     real = file.resolve()
     try:
         os.link(real, target)

@@ -1,4 +1,9 @@
-"""Convert a GGUF file to safetensors with a tokenizer that splits text as the original does."""
+"""Convert a GGUF file to safetensors and a tokenizer.
+
+The tokenizer splits text as the model's original tokenizer does if the file's pre-tokenizer is in
+`_READ_CORRECTLY` or is "smollm". For any other pre-tokenizer the text may be split differently, and
+a warning is logged.
+"""
 
 import json
 import logging
@@ -9,9 +14,9 @@ from tuneline.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-# GGUF's names of the pre-tokenizers that transformers' reader reproduces correctly.
+# Names, in GGUF, of the pre-tokenizers that transformers' GGUF reader reproduces correctly.
 _READ_CORRECTLY = {"gpt-2", "default", "llama-bpe", "qwen2"}
-# Settings that describe how the file was loaded, not the tokenizer.
+# Keys of tokenizer_config.json that describe how the tokenizer was loaded, not the tokenizer.
 _LOADING_DETAILS = ("is_local", "local_files_only", "name_or_path")
 
 
@@ -36,7 +41,7 @@ def convert(path: Path, target: Path) -> str | None:
         model = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
-            # Otherwise the weights stay in GGUF's blocks, which cannot be saved.
+            # Without this, weights stay in GGUF's quantised blocks, which safetensors cannot store.
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
         )
@@ -54,12 +59,18 @@ def convert(path: Path, target: Path) -> str | None:
 
 
 def _complete(tokenizer: Any, pre_tokenizer: str) -> None:
-    """Set the parts of the tokenizer that transformers' GGUF reader leaves out."""
+    """Set the parts of the tokenizer that transformers' GGUF reader gets wrong or leaves out.
+
+    Args:
+        tokenizer: the tokenizer that transformers read from the file.
+        pre_tokenizer: the pre-tokenizer that the file names. If it is not a known one, the
+            tokenizer's own stays, and a warning says that it may split text differently.
+    """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     if pre_tokenizer == "smollm":
-        # The reader uses a plain byte-level pre-tokenizer, which turns numbers into tokens that
-        # the model has never seen: SmolLM was trained on single digits.
+        # transformers' reader uses a plain byte-level pre-tokenizer, which turns numbers into
+        # tokens of several digits. SmolLM never saw such tokens: it was trained on single digits.
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [
                 Digits(individual_digits=True),

@@ -17,21 +17,21 @@ from tuneline.fetch.directory import explain_missing_weights, licence_in, licenc
 
 logger = logging.getLogger(__name__)
 
-# The HTTP client's base class; huggingface_hub has it without exporting it.
+# Base class of the HTTP client's errors. huggingface_hub imports it but does not export it.
 _HTTPError: type[Exception] = vars(hub_errors)["HTTPError"]
 
 _KEPT = (
     *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"),
     *("LICENSE*", "NOTICE*", "README.md"),
 )
-# Subdirectories contain other formats (onnx/, original/). consolidated*.safetensors contains the
-# weights a second time, under Mistral's own names.
+# Files not to download. Subdirectories contain other formats (onnx/, original/).
+# consolidated*.safetensors contains the same weights again, under Mistral's own names.
 _IGNORED = ("*/*", "consolidated*")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model in the local cache."""
+    """A model in the Hub's local cache."""
 
     path: Path
     commit: str
@@ -39,9 +39,10 @@ class Snapshot:
 
 
 def download(repo: str, *, revision: str | None, with_code: bool) -> Snapshot:
-    """Download `repo` to the local cache; HF_ENDPOINT, HF_TOKEN and HF_HOME apply.
+    """Download `repo` to the Hub's local cache.
 
-    With HF_HUB_OFFLINE=1 only the cache is used.
+    The environment variables of huggingface_hub apply: HF_ENDPOINT, HF_TOKEN, HF_HOME and
+    HF_HUB_OFFLINE (1: use only what is in the cache).
 
     Args:
         repo: Hub ID of the model.
@@ -70,7 +71,7 @@ def download(repo: str, *, revision: str | None, with_code: bool) -> Snapshot:
 
 
 def commit_of(repo: str, *, revision: str | None) -> str:
-    """Return the commit that a model's revision names now; offline, the one in the cache.
+    """Return the commit that a model's revision names now; if offline, the commit in the cache.
 
     Raises:
         ModelError: there is no such model or revision.
@@ -104,7 +105,7 @@ def _in_cache(repo: str, revision: str | None, wanted: dict[str, Any]) -> Path:
 
 @contextlib.contextmanager
 def _translated_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """Raise errors of huggingface_hub in the body as errors of tuneline."""
+    """Convert errors of huggingface_hub that the body raises to errors of tuneline."""
     try:
         yield
     except hub_errors.GatedRepoError:

@@ -21,29 +21,29 @@ KindName = Literal["builtin", "directory", "gguf", "hub"]
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a source says about the model that was taken from it."""
+    """Origin of a model, as far as its source states it."""
 
     licence: str | None
     revision: str | None = None
-    """The Hub commit."""
+    """Commit on the Hub; None if the model is not from the Hub."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What can be done with a kind of source."""
+    """The functions for one kind of source, and which settings apply to that kind."""
 
     take: Callable[[str, Path, FetchConfig], Provenance]
-    """Puts the model of a source into an empty directory."""
+    """Function that puts the model of a source into an empty directory."""
     fingerprint: Callable[[str, FetchConfig], str]
-    """Returns a text that changes when the model does."""
+    """Function that returns a text that changes when the model changes."""
     has_revisions: bool = False
-    """Whether fetch.revision applies."""
+    """Whether the setting `fetch.revision` applies to this kind."""
     may_bring_code: bool = False
-    """Whether fetch.trust_remote_code applies."""
+    """Whether the setting `fetch.trust_remote_code` applies to this kind."""
 
 
 def kind_of(source: str) -> KindName:
-    """Return the kind of a recipe's `base_model`; what exists on disk takes precedence.
+    """Return the kind of a recipe's `base_model`; an existing path is never taken for a Hub ID.
 
     Raises:
         ModelError: the source does not exist or is of no known kind.
@@ -90,7 +90,10 @@ def _take_from_hub(source: str, target: Path, config: FetchConfig) -> Provenance
 
 
 def _builtin_name(source: str, config: FetchConfig) -> str:
-    """Return the name: the model's package is part of the image, which is in KFP's cache key."""
+    """Return the name alone, as the fingerprint of a built-in model.
+
+    The model's package is part of the image, and the image is part of KFP's cache key.
+    """
     return source
 
 

@@ -1,4 +1,4 @@
-"""Write a base model, checked and with a record of its origin, to a directory."""
+"""Fetch a base model into a directory, check the model and record its origin."""
 
 import logging
 import time
@@ -43,7 +43,7 @@ def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin
         facts = directory.check(target, source=source, trusted=trusted)
         for path in facts.weights:
             if not path.stat().st_mode & 0o044:
-                path.chmod(0o644)  # safetensors writes 0600, which another pod could not read
+                path.chmod(0o644)  # safetensors creates files with mode 0600: other pods can't read
         origin = ModelOrigin(
             source=source,
             revision=provenance.revision,

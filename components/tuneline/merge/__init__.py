@@ -1,4 +1,4 @@
-"""Merge an adapter into its base model, and prove that the result is what was trained."""
+"""Merge an adapter into its base model, and prove that the merged model predicts as trained."""
 
 from tuneline.merge.config import MergeConfig
 

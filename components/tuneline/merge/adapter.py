@@ -17,7 +17,7 @@ _PREFIX = "base_model.model."
 _A = ".lora_A.weight"
 _B = ".lora_B.weight"
 
-# Settings of peft.LoraConfig that change the merged weight, with the only value supported here.
+# Settings of peft.LoraConfig that affect the merged weight -> the only value supported here.
 _PLAIN: dict[str, Any] = {
     "fan_in_fan_out": False,
     "use_dora": False,
@@ -32,8 +32,9 @@ class Adapter:
     """A LoRA adapter: low-rank updates, and weights that were trained in full.
 
     Attributes:
-        modules: names of the modules with a low-rank update, as the base model names them.
-        replaced: weights that replace the base model's, by the base model's tensor name.
+        modules: the base model's names of the modules that have a low-rank update.
+        replaced: weights that were trained in full, by the base model's name of the tensor that
+            each one replaces.
     """
 
     def __init__(self, adapter_dir: str | Path) -> None:
@@ -74,7 +75,7 @@ class Adapter:
         a_ri, b_or = self._a[module].float(), self._b[module].float()
         rank, alpha = a_ri.shape[0], self._config["lora_alpha"]
         scale = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
-        # A single call needs no third matrix of the weight's size.
+        # One call, because a separate product B @ A would be one more matrix of the weight's size.
         return torch.addmm(weight.float(), b_or, a_ri, alpha=scale)
 
 

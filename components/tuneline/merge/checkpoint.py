@@ -12,7 +12,7 @@ from safetensors import safe_open
 from tuneline.errors import ModelError
 from tuneline.models.weight_files import INDEX_FILE, SINGLE_FILE
 
-# The dtypes by safetensors' name.
+# The supported dtypes, by the name that safetensors gives them.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -49,7 +49,7 @@ class Checkpoint:
     """
 
     def __init__(self, model_dir: str | Path) -> None:
-        """Read the headers.
+        """Read the headers of the weight files.
 
         Raises:
             ModelError: there is no safetensors file, a file that the index names is missing, or
@@ -80,7 +80,7 @@ class Checkpoint:
     def _files(self) -> list[str]:
         index = self._directory / INDEX_FILE
         if (self._directory / SINGLE_FILE).is_file():
-            # As in transformers and fetch: an index beside it belongs to another version.
+            # As in transformers and fetch: an index next to this file is ignored as outdated.
             files = [SINGLE_FILE]
         elif index.is_file():
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -105,14 +105,14 @@ def write_sharded(
 ) -> int:
     """Write tensors to safetensors files with only one tensor in memory at a time.
 
-    The writer of the safetensors library needs all tensors of a file at once. The file format is a
-    length, a JSON header with each tensor's offsets, and the bytes, so a file can be written tensor
-    by tensor.
+    The writer of the safetensors library needs all tensors of a file in memory at once. The file
+    format allows writing tensor by tensor: a file consists of the length of its header, a JSON
+    header with the offsets of each tensor, and the bytes of the tensors.
 
     Args:
-        directory: directory that gets model.safetensors, or numbered shards and their index.
+        directory: directory to write model.safetensors to, or numbered shards and their index.
         specs: dtype and shape of each tensor, by name.
-        make: returns the tensor of a name.
+        make: returns the tensor with a given name.
         max_shard_bytes: largest size of a shard; a larger tensor gets a shard of its own.
 
     Returns:
@@ -154,7 +154,7 @@ def _write_file(path: Path, specs: dict[str, Spec], make: Callable[[str], torch.
             tensor = make(name)
             assert (tensor.dtype, tuple(tensor.shape)) == (specs[name].dtype, specs[name].shape)
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            del tensor  # before the next one is made
+            del tensor  # free its memory before the next tensor is made
 
 
 def _plan(specs: dict[str, Spec], max_shard_bytes: int) -> Iterator[list[str]]:

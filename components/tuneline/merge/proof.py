@@ -47,7 +47,8 @@ class Distance:
 class Comparison:
     """Compares a second model's logits with those of a first model, one row at a time.
 
-    Only the first model's logits are kept: for 32 rows and a vocabulary of 128,000 they are 4 GB.
+    Only the logits of the first model are held in memory: 4 GB for 32 rows and a vocabulary of
+    128,000.
     """
 
     def __init__(self, first: list[torch.Tensor]) -> None:
@@ -56,7 +57,10 @@ class Comparison:
         self._worst, self._kl, self._agreed, self._total = 0.0, 0.0, 0, 0
 
     def add(self, other_TV: torch.Tensor) -> None:
-        """Compare the next row; a NaN makes the KL divergence NaN, which no bound accepts."""
+        """Compare the next row, given the second model's logits.
+
+        A NaN among the logits makes the KL divergence NaN, and no bound accepts NaN.
+        """
         one_TV = next(self._rows)
         p_TV, q_TV = one_TV.log_softmax(-1), other_TV.log_softmax(-1)
         self._kl += (p_TV.exp() * (p_TV - q_TV)).sum().item()
@@ -66,7 +70,7 @@ class Comparison:
         self._total += len(one_TV)
 
     def distance(self) -> Distance:
-        """Return the distance over all positions so far."""
+        """Return the distance over all positions of the rows added so far."""
         # Rounding makes the KL divergence of equal distributions slightly negative.
         mean_kl = self._kl / self._total
         mean_kl = max(mean_kl, 0.0) if mean_kl == mean_kl else mean_kl
@@ -88,12 +92,12 @@ def ask_trained(
     quantized: bool,
     device: str,
 ) -> Answers:
-    """Return the answers of the base model with the adapter beside it, as it was trained.
+    """Return the answers of the base model with the adapter applied but not merged, as trained.
 
     Args:
         rows: the rows to compute.
         sink: takes the logits of each row.
-        num_greedy_tokens: tokens of the greedy answer.
+        num_greedy_tokens: number of tokens of the greedy answer.
         base_model_dir: directory of the base model.
         adapter_dir: directory of the adapter.
         dtype: dtype to compute in.
@@ -122,7 +126,7 @@ def ask_merged(
     Args:
         rows: the rows to compute.
         sink: takes the logits of each row.
-        num_greedy_tokens: tokens of the greedy answer.
+        num_greedy_tokens: number of tokens of the greedy answer.
         merged_dir: directory of the merged model.
         dtype: dtype to compute in.
         device: "cpu" or "cuda".
@@ -141,7 +145,7 @@ def ask(model: Any, rows: list[Row], sink: Sink, *, num_greedy_tokens: int) -> A
         model: the model, with or without an adapter.
         rows: the rows to compute.
         sink: takes the logits of each row.
-        num_greedy_tokens: tokens of the greedy answer.
+        num_greedy_tokens: number of tokens of the greedy answer.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -159,7 +163,7 @@ def ask(model: Any, rows: list[Row], sink: Sink, *, num_greedy_tokens: int) -> A
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
             max_new_tokens=num_greedy_tokens,
-            # Nothing is padded, but transformers logs a line if there is no padding token.
+            # Nothing is padded, but transformers logs a warning if no padding token is set.
             pad_token_id=model.generation_config.pad_token_id or 0,
             return_dict_in_generate=True,
             output_logits=True,
@@ -172,7 +176,7 @@ def ask(model: Any, rows: list[Row], sink: Sink, *, num_greedy_tokens: int) -> A
 
 
 def answer_loss(row: Row, row_TV: torch.Tensor) -> tuple[float, int]:
-    """Return the summed loss, in nats, and the number of tokens from the row's `start` on."""
+    """Return the summed loss (nats) and the number of the row's tokens from `row.start` on."""
     first = max(row.start, 1)
     targets = torch.tensor(row.ids[first:])
     logits = row_TV[first - 1 : len(row.ids) - 1]
@@ -180,8 +184,9 @@ def answer_loss(row: Row, row_TV: torch.Tensor) -> tuple[float, int]:
 
 
 def greedy_gap(trained: Answers, merged: Answers) -> float | None:
-    """Return by how many logits the trained model prefers its own token where the answers differ.
+    """Return how clearly the trained model prefers its own token where the answers first differ.
 
+    This is the trained model's logit of its own token minus its logit of the merged model's token.
     Later tokens are not compared, because they continue different texts. None means that the
     answers are equal.
     """
@@ -200,13 +205,13 @@ def check_bounds(
     """Check the distance against the recipe's bounds.
 
     Args:
-        distance: distance of the merged model from base plus adapter.
+        distance: distance of the merged model from the base model with the adapter.
         gap: result of `greedy_gap`.
         config: the `merge` section of the recipe, with the bounds.
-        num_rows: rows that were compared, for the message.
+        num_rows: number of rows that were compared, for the message.
 
     Raises:
-        ProofError: a bound is violated; the message has the numbers.
+        ProofError: a bound is violated; the message states the measured value and the bound.
     """
     if not distance.mean_kl <= config.max_mean_kl:
         raise ProofError(

@@ -45,15 +45,17 @@ def run(
     Args:
         config: the `merge` section of the recipe.
         base_model_dir: directory that fetch made.
-        adapter_dir: directory that train made, on that base model.
+        adapter_dir: directory that train made, from the base model in `base_model_dir`.
         dataset_dir: directory that prepare made; its held-out rows are the proof's prompts.
         merged_dir: directory to create for the merged model and merge.json.
 
     Raises:
         ModelError: the adapter belongs to another base model, or its kind is not supported.
-        RecipeError: the adapter needs the dequantised weights, but the config asks for others.
-        WorldError: a file of an input has changed since its step made it.
-        ProofError: the merged model is further from the trained one than the recipe allows.
+        RecipeError: the adapter must be added to the dequantised weights, but the config asks for
+            the original ones.
+        WorldError: an input file has changed since the step that made it recorded its hash.
+        ProofError: the merged model's predictions differ from those of the base model with the
+            adapter by more than the recipe allows.
         OutputExistsError: `merged_dir` is not empty.
     """
     began = time.monotonic()
@@ -84,8 +86,9 @@ def run(
             config.num_proof_prompts,
             lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
         )
-        # The merged model is compared with its own base plus adapter. Whether the original weights
-        # suit an adapter that was trained on others shows in the loss.
+        # The proof compares the merged model with the adapter on the base that was chosen. It
+        # cannot show whether an adapter that was trained on NF4 weights suits the original weights;
+        # the loss on the rows shows that, so the base with the lower loss is chosen.
         losses: dict[str, float] = {}
         trained, base = None, bases[0]
         logits: list[torch.Tensor] = []
@@ -132,7 +135,7 @@ def run(
         distance = comparison.distance()
         gap = proof.greedy_gap(trained, merged)
         proof.check_bounds(distance, gap, config, num_rows=len(rows))
-        # After the proof, because it changes where the merged model stops.
+        # Done after the proof, because it adds a token at which the merged model stops.
         stop_at_end_of_turn(directory, dataset.end_of_turn, tokenizer)
         record = MergeProof(
             base=base,
@@ -159,10 +162,11 @@ def run(
 
 
 def _bases(config: MergeConfig, training: TrainingSummary) -> list[Base]:
-    """Return the bases to measure, the preferred one first.
+    """Return the bases to merge into and measure, the preferred one first.
 
     Raises:
-        RecipeError: the adapter needs the dequantised weights, but the config asks for others.
+        RecipeError: the adapter must be added to the dequantised weights, but the config asks for
+            the original ones.
     """
     if _is_loftq(training):
         if config.base == "original":
@@ -180,14 +184,14 @@ def _bases(config: MergeConfig, training: TrainingSummary) -> list[Base]:
 
 
 def _is_loftq(training: TrainingSummary) -> bool:
-    """Return whether the adapter was initialised with the quantisation error, as LoftQ does."""
+    """Return whether LoftQ initialised the adapter, to compensate for the quantisation error."""
     return bool(training.settings.get("lora", {}).get("init_lora_weights") == "loftq")
 
 
 def _log_choice(
     config: MergeConfig, training: TrainingSummary, base: str, losses: dict[str, float]
 ) -> None:
-    """Log which base was chosen and why, or warn about the choice of the recipe."""
+    """Log which base was chosen and why; warn if the recipe chose one that training did not see."""
     if len(losses) > 1:
         measured = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         logger.info("merge.base auto: %s is taken; held-out loss: %s", base, measured)

@@ -23,10 +23,11 @@ Base = Literal["dequantized", "original"]
 
 
 def check_adapter(adapter: Adapter, base_model_dir: Path) -> None:
-    """Check, by names alone, that every weight of an adapter has its counterpart in the base.
+    """Check, by names alone, that every weight of an adapter has a counterpart in the base model.
 
     Raises:
-        ModelError: a weight has no counterpart, or shares it with another weight.
+        ModelError: an adapter weight has no counterpart, or its counterpart is tied to another
+            weight.
     """
     checkpoint, model = Checkpoint(base_model_dir), empty_model(base_model_dir)
     stored = _StoredNames(checkpoint, model)
@@ -57,11 +58,12 @@ def merge_weights(
         base_model_dir: directory of the base model.
         adapter: the adapter.
         training: record of the training run, which says how the base model was loaded.
-        directory: directory that gets the files.
+        directory: directory to write the files to.
         device: device for the NF4 round trip, "cpu" or "cuda".
 
     Raises:
-        ModelError: the base model's files name a weight differently from the model.
+        ModelError: a weight that training quantised is not in the base model's files under the
+            expected name.
     """
     checkpoint, model = Checkpoint(base_model_dir), empty_model(base_model_dir)
     trained_dtype = getattr(torch, training.compute_dtype)
@@ -98,10 +100,10 @@ def merge_weights(
 def write_config(*, base_model_dir: Path, dtype: str, directory: Path) -> None:
     """Write the base model's config.json with the merged model's dtype."""
     settings = json.loads((base_model_dir / "config.json").read_text(encoding="utf-8"))
-    # transformers 4 knows only the older name, which stays if the base model has it.
+    # transformers 4 knows only `torch_dtype`, so a config.json that has this key keeps it.
     settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = dtype
-    # transformers 5 writes the rotary base frequency where transformers 4 does not look for it.
-    # Version 4 would silently compute with its default.
+    # transformers 5 writes the rotary base frequency (rope_theta) to a place that transformers 4
+    # does not read. Version 4 would silently compute with its default frequency.
     rope = settings.get("rope_parameters") or {}
     if "rope_theta" in rope:
         settings.setdefault("rope_theta", rope["rope_theta"])
@@ -109,16 +111,17 @@ def write_config(*, base_model_dir: Path, dtype: str, directory: Path) -> None:
 
 
 _WEIGHTS = (".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".index.json")
-"""Endings of weight files in any format, which are not copied."""
+"""Endings of weight files in formats other than safetensors, and of index files (not copied)."""
 
 
 def copy_companions(*, base_model_dir: Path, adapter_dir: Path, directory: Path) -> None:
-    """Copy the files beside the weights.
+    """Copy the files that a model directory has in addition to config.json and the weights.
 
     generation_config.json, licence and tokenizer come from the base model. The chat template comes
-    from the adapter, because training may have used another one.
+    from the adapter, because training may have used another template than the base model's.
     """
-    # Files of the base model's repository, and records of a base model that tuneline made.
+    # Not copied here: config.json (see `write_config`), .gitattributes of the base model's
+    # repository, records of a base model that tuneline made, and the tokenizer (copied below).
     left_out = {"config.json", ".gitattributes", *RECORD_FILES, *tokenizer_files.NAMES}
     for path in sorted(base_model_dir.iterdir()):
         is_weight = path.name.endswith(_WEIGHTS) or ".safetensors" in path.name
@@ -135,8 +138,8 @@ def stop_at_end_of_turn(
 ) -> None:
     """Add the token that the chat template puts after an answer to generation_config.json.
 
-    A base model that was not trained for chats lists only the end of a text there. transformers and
-    vLLM read the stop tokens from this file, and would continue after an answer.
+    transformers and vLLM read the stop tokens from that file. A base model that was not trained for
+    chats lists only the end-of-text token there, so both would keep generating after an answer.
     """
     end = end_of_turn.strip()
     ids = tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
@@ -159,7 +162,7 @@ def stop_at_end_of_turn(
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, adapter_dir: Path) -> None:
-    """Check that the tokenizers of base model and adapter agree, and fit the embedding matrix.
+    """Check that base model and adapter have the same vocabulary, with an embedding per token.
 
     Raises:
         ModelError: training used another vocabulary, or the model has no embedding for a token.
@@ -177,8 +180,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, adapter
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     size = (settings.get("text_config") or settings).get("vocab_size")
     beyond = sorted(token for token, index in ours.items() if size is not None and index >= size)
-    # Gemma-3 1B has a token for images, for which its text model has no embedding.
-    # Any: PreTrainedTokenizerBase declares no get_added_vocab, which both kinds of tokenizer have.
+    # Added tokens may lack an embedding: Gemma-3 1B has a token for images, but only a text model.
+    # Any: PreTrainedTokenizerBase does not declare get_added_vocab, but both its subclasses do.
     strange = [token for token in beyond if token not in cast(Any, tokenizer).get_added_vocab()]
     if strange:
         raise ModelError(
@@ -191,7 +194,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, adapter
 
 
 class _StoredNames:
-    """Maps the model's names of its weights to the names in the checkpoint's files."""
+    """Maps the names that the model gives its weights to the names in the checkpoint's files."""
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         self._stored = checkpoint.specs
@@ -199,7 +202,7 @@ class _StoredNames:
 
     def __getitem__(self, name: str) -> str:
         renamed = self._renamed.get(name, name)
-        # A checkpoint may have been saved under the model's own names.
+        # A checkpoint may already contain the weights under the model's own names.
         return renamed if renamed in self._stored else name
 
 
@@ -214,7 +217,7 @@ def _check_names(base: Checkpoint, needed: set[str], base_model_dir: Path) -> No
 
 
 def _check_tied(adapter: Adapter, model: Any) -> None:
-    """Refuse retrained embeddings if input and output embeddings share one matrix."""
+    """Refuse embeddings trained in full if input and output embeddings share one matrix."""
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     ends = {model.get_input_embeddings(), model.get_output_embeddings()}
     for name in adapter.replaced:

@@ -1,1 +1,1 @@
-"""What several steps do with a model: NF4, likelihoods, held-out rows, tokenizer files."""
+"""Code for models that several steps share: NF4, likelihoods, held-out rows, tokenizer files."""

@@ -1,4 +1,4 @@
-"""The rows on which two models are compared, if possible rows that were not trained on.
+"""Read the rows on which two models are compared, preferably rows that were not trained on.
 
 This module is importable without torch and pyarrow.
 """
@@ -20,12 +20,13 @@ from tuneline.artifacts import (
 from tuneline.errors import DataError
 
 MAX_ROW_TOKENS = 256
-"""Maximum length of a row. A reference's logits are kept: one vocabulary per token."""
+"""Maximum number of tokens of a row. It limits memory: the reference's logits are held for each
+token, and there are as many logits per token as the vocabulary has entries."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Token IDs and the position of the first one that the loss counts."""
+    """The token IDs of a row, and the index of the first token that the loss counts."""
 
     ids: list[int]
     start: int
@@ -46,7 +47,8 @@ def read_rows(dataset_dir: Path, num_rows: int, tokenise: Callable[[str], list[i
     rows = []
     for row in read_jsonl(path)[:num_rows] if path.is_file() else []:
         prompt, ids = tokenise(row["prompt"]), tokenise(row["prompt"] + row["answer"] + row["end"])
-        # The answer begins where the IDs differ: a token may span both prompt and answer.
+        # The answer begins at the first ID that differs from the prompt's own IDs: a token may
+        # span the end of the prompt and the start of the answer.
         pairs = enumerate(zip(prompt, ids, strict=False))
         rows.append(_cut(ids, next((n for n, pair in pairs if pair[0] != pair[1]), len(prompt))))
     for name in (EVAL_FILE, TRAIN_FILE):
@@ -59,7 +61,7 @@ def read_rows(dataset_dir: Path, num_rows: int, tokenise: Callable[[str], list[i
 
 
 def _cut(ids: list[int], start: int) -> Row:
-    """Return a row with its last tokens only: the answer and the part of the prompt that fits."""
+    """Return a row of the last MAX_ROW_TOKENS IDs, with `start` moved accordingly."""
     left_out = max(0, len(ids) - MAX_ROW_TOKENS)
     return Row(ids[left_out:], max(0, start - left_out))
 

@@ -26,13 +26,13 @@ def score_answers(
         batch_size: number of prompts per forward pass.
 
     Returns:
-        Pair -> (log likelihood of the answer in nats, whether greedy decoding would produce the
-        answer).
+        A mapping: pair -> (log likelihood of the answer in nats, whether greedy decoding would
+        produce the answer).
     """
     answers: dict[Tokens, dict[Tokens, None]] = {}
     for prompt, answer in pairs:
         answers.setdefault(prompt, {})[answer] = None
-    # Batch prompts of similar length, which need little padding.
+    # Batch prompts of similar length, so that little padding is needed.
     prompts = sorted(answers, key=lambda prompt: (len(prompt), prompt))
     scores = {}
     for start in range(0, len(prompts), batch_size):
@@ -45,7 +45,7 @@ def _score_batch(
     model: Any, prompts: list[Tokens], answers: list[list[Tokens]]
 ) -> dict[Pair, tuple[float, bool]]:
     device = model.device
-    # Prompts are padded on the left, so that all end at the position where the answers begin.
+    # Prompts are padded on the left, so that all end just before the position where answers begin.
     prompt_ids_PS, prompt_mask_PS = (
         tensor.flip(1) for tensor in _padded([prompt[::-1] for prompt in prompts], device)
     )
@@ -63,7 +63,7 @@ def _score_batch(
     answer_ids_AT, answer_mask_AT = _padded(flat, device)
     logits_ATV = output.logits[owners_A]
     if answer_ids_AT.shape[1] > 1:
-        # The last token of an answer is not an input: nothing after it is predicted.
+        # The last token of an answer is not an input, because no token after it is predicted.
         cache = output.past_key_values
         cache.batch_select_indices(owners_A)
         mask = torch.cat([prompt_mask_PS[owners_A], answer_mask_AT[:, :-1]], dim=1)
@@ -90,7 +90,7 @@ def _score_batch(
 
 
 def _padded(rows: list[Tokens], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return IDs and mask, padded on the right; padding has ID 0."""
+    """Return rows padded on the right with ID 0, and the mask: 1 for tokens, 0 for padding."""
     length = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask = torch.zeros(len(rows), length, dtype=torch.long)

@@ -1,8 +1,8 @@
-"""The base model in 4 bits (NF4): how it is loaded, which layers it quantises, what they contain.
+"""The base model in 4 bits (NF4): load it, find its quantised layers, compute their weights.
 
-Train and merge must agree on every bit of it, so this module is the only definition. Torch,
-transformers and bitsandbytes are imported in the functions: memory estimates for `tuneline plan`
-import this module where those are not installed.
+Train and merge must use exactly the same quantised weights, so only this module defines them.
+Torch, transformers and bitsandbytes are imported inside the functions, because memory estimates for
+`tuneline plan` import this module on machines without these packages.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BLOCKSIZE = 64
-"""Number of weights that share a scale."""
+"""Number of consecutive weights that share a quantisation scale."""
 
 
 def keep_plain_layout_on_cpu() -> None:
@@ -37,7 +37,10 @@ def keep_plain_layout_on_cpu() -> None:
 
 
 def quantization_config(compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
-    """Return the settings for NF4 in blocks of 64 whose scales are quantised to 8 bits."""
+    """Return the bitsandbytes settings for NF4 with blocks of 64 and double quantisation.
+
+    Double quantisation means that the scales of the blocks are quantised too, to 8 bits.
+    """
     from transformers import BitsAndBytesConfig
 
     config_class: Any = BitsAndBytesConfig
@@ -61,7 +64,7 @@ def load_base(
 
     Args:
         base_model_dir: directory with safetensors and config.json.
-        dtype: type of the computation and of all weights that are not in 4 bits.
+        dtype: type to compute in, and type of all weights that are not quantised.
         device: "cpu", "cuda" or "cuda:N".
         quantized: whether to quantise the linear layers to NF4.
 
@@ -116,8 +119,9 @@ def empty_model(base_model_dir: str | Path) -> "PreTrainedModel":
 def quantized_modules(model: "PreTrainedModel") -> set[str]:
     """Return the names of the modules that `load_base(quantized=True)` quantises.
 
-    The selection is made by transformers, which leaves out the output embeddings, modules tied to
-    them and modules that the architecture keeps in fp32. The layers of `model` are replaced.
+    transformers selects the modules: it leaves out the output embeddings, modules tied to them and
+    modules that the architecture requires in fp32. Side effect: the selected layers of `model` are
+    replaced by 4-bit layers.
     """
     import torch
     from bitsandbytes.nn.modules import Linear4bit
@@ -136,10 +140,11 @@ def quantized_modules(model: "PreTrainedModel") -> set[str]:
 
 
 def file_names(model: "PreTrainedModel") -> dict[str, str]:
-    """Return the name of each weight in the checkpoint files, by its name in the model.
+    """Return a mapping from a weight's name in the model to its name in the checkpoint files.
 
-    transformers renames the weights of some families when it loads them (Gemma-3 with its vision
-    tower), and its own conversion is reverted here. Weights that it splits or joins are left out.
+    transformers renames the weights of some model families when it loads them (e.g. Gemma-3 with a
+    vision tower). This function reverts the renaming with transformers' own code. Weights that
+    transformers splits or joins on loading are left out.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -153,8 +158,8 @@ def round_trip(weight: "torch.Tensor", *, dtype: "torch.dtype", device: str) -> 
     """Return a weight after NF4 quantisation and dequantisation, in fp32 on the CPU.
 
     Args:
-        weight: the weight of the base model, in any floating type.
-        dtype: type in which training loaded the base model, from which it is quantised.
+        weight: a weight of the base model, in any floating-point type.
+        dtype: type in which training loaded the weight before quantising it.
         device: device to quantise on; rounding may differ in the last bit between devices.
     """
     import bitsandbytes.functional as bnb
@@ -166,7 +171,8 @@ def round_trip(weight: "torch.Tensor", *, dtype: "torch.dtype", device: str) -> 
         compress_statistics=True,
         quant_type="nf4",
     )
-    # The product of code and scale is rounded to this type; fp32 represents it exactly.
+    # Dequantising multiplies code and scale and rounds the product to this type. fp32 needs no
+    # rounding.
     state.dtype = torch.float32
     return bnb.dequantize_4bit(packed, state).cpu()
 

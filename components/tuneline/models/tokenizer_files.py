@@ -1,7 +1,7 @@
 """Copy a tokenizer's files as its authors wrote them, instead of saving the tokenizer again.
 
-transformers 5 saves every tokenizer under a class of its own, which transformers 4 and servers
-built on it refuse to load. It also leaves out `added_tokens_decoder`, from which llama.cpp's
+transformers 5 saves every tokenizer under a new class name, which transformers 4 and servers built
+on it refuse to load. transformers 5 also leaves out `added_tokens_decoder`, from which llama.cpp's
 converter reads the special tokens of models with a sentencepiece vocabulary.
 """
 
@@ -26,7 +26,7 @@ NAMES = (
     "chat_template.json",
 )
 
-# The classes that transformers 5 writes, e.g. for a model that was read from a GGUF file.
+# Class names that transformers 5 writes when it saves a tokenizer, e.g. one read from a GGUF file.
 _NEW_CLASSES = {"TokenizersBackend", "TokenizersBackendFast"}
 _PORTABLE_CLASS = "PreTrainedTokenizerFast"
 # Settings that describe how a tokenizer was loaded, not the tokenizer.
@@ -53,10 +53,10 @@ def read_chat_template(directory: Path) -> str | None:
 
 
 def set_chat_template(directory: Path, template: str) -> None:
-    """Set the tokenizer's default chat template; nothing is written if it is unchanged.
+    """Set the tokenizer's default chat template; write nothing if it is `template` already.
 
-    The template is written to a file of its own. If the tokenizer's settings contain a template,
-    that one is replaced too, because older readers use it.
+    The template is written to a file of its own. If tokenizer_config.json contains a template too,
+    that template is also replaced, because older software reads it there.
     """
     if read_chat_template(directory) == template:
         return

@@ -1,6 +1,6 @@
 """File names of a transformers checkpoint's weights."""
 
 SINGLE_FILE = "model.safetensors"
-"""All weights, where they are not split."""
+"""File with all weights of a checkpoint that is not split into shards."""
 INDEX_FILE = "model.safetensors.index.json"
-"""Which file holds which weight, where they are split into several files."""
+"""File of a split checkpoint that maps the name of each weight to the file that contains it."""

@@ -1,4 +1,4 @@
-"""Fingerprint what a recipe's names of datasets stand for now, without reading the rows."""
+"""Fingerprint the current content of the datasets that a recipe names, without reading the rows."""
 
 import hashlib
 
@@ -7,10 +7,10 @@ from tuneline.prepare.sources.kinds import KINDS, kind_of
 
 
 def fingerprint(config: PrepareConfig, *, source: str) -> str:
-    """Return a text that changes when the rows do: a hash over files, commits and names.
+    """Return a text that changes when the rows change: a hash over files, commits and names.
 
     KFP takes a finished step from its cache when the step's inputs are unchanged. The name of a
-    dataset stays the same when its content changes, so this text is a further input.
+    dataset stays the same when its content changes, so the step gets this text as a further input.
 
     Raises:
         DataError: there is no such file or dataset.

@@ -1,9 +1,9 @@
 """Apply a function to batches in one process per CPU, and yield the results in order.
 
-The first batches are processed in the calling process: a small dataset is finished before a second
-process would have started. Only a few batches are in flight at a time, so memory does not grow with
-their number. Processes are forked, so the function and its tokenizer are neither pickled nor
-loaded again.
+The first batches are processed in the calling process, because a small dataset is finished before a
+worker would have started. At most `_NUM_WAITING` batches per worker are submitted and not yet
+yielded, so memory does not grow with the number of batches. Workers are forked, so the function and
+the tokenizer that it uses are neither pickled nor loaded again.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 NUM_ALONE = 16
 """Number of batches to process before the first worker is started."""
 _NUM_WAITING = 3
-"""Number of batches in flight per worker."""
+"""Largest number of batches per worker that are submitted and not yet yielded."""
 
 _function: Callable[[Any], Any]
 
@@ -42,8 +42,9 @@ def in_order(
     """Yield each batch with the function's result for it.
 
     Args:
-        function: called in a worker from batch `num_alone` on, where its side effects are lost.
-        batches: the batches; they and the results must be picklable.
+        function: function to apply to a batch. From batch `num_alone` on, workers call the
+            function, so its side effects are lost.
+        batches: the batches; both batches and results must be picklable.
         num_processes: number of workers. Default: the number of CPUs that this process may use.
         num_alone: number of batches to process in the calling process first.
 

@@ -61,12 +61,12 @@ def run(
     Args:
         config: the `prepare` section of the recipe.
         source: a Hub ID, a file, a directory, a glob of files or builtin:NAME.
-        base_model_dir: the fetched model, for its tokenizer and chat template.
+        base_model_dir: directory of the fetched model; its tokenizer and chat template are used.
         dataset_dir: directory to write the dataset to; must be empty or not exist.
-        statistics_path: HTML page to write.
+        statistics_path: path of the HTML page to write.
 
     Raises:
-        DataError: the rows cannot be used, or nothing is left to learn.
+        DataError: the rows cannot be used, or no row with tokens to learn is left.
         ModelError: the model's tokenizer cannot be used.
         HubError: the Hub could not be reached.
     """
@@ -242,7 +242,7 @@ def _tokens(
     digest: Any,
     sizes: "array[int]",
 ) -> Iterator[pyarrow.RecordBatch]:
-    """Yield the examples of the rows with the given indices, and append their lengths to sizes."""
+    """Yield the examples of the given rows, and append the length of each example to `sizes`."""
 
     def tokens(lines: list[bytes]) -> tuple[pyarrow.RecordBatch, "array[int]"]:
         rendered = [Rendered.from_line(line) for line in lines]

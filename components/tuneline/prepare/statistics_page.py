@@ -11,7 +11,7 @@ from tuneline.prepare.tokens.tokenise import TokenRow
 _NUM_REJECTED_SHOWN = 50
 _NUM_SAMPLE_TOKENS = 600
 _WRAPPED = "white-space: pre-wrap; overflow-wrap: anywhere"
-# Translucent, so that it is readable on light and on dark pages.
+# The background is translucent, so that the text is readable on light and on dark pages.
 _MARK = '<mark style="background: rgba(64, 160, 96, 0.3); color: inherit">'
 
 
@@ -25,7 +25,7 @@ def render(
 
     Args:
         manifest: the dataset's record.
-        tokenizer: decodes the samples.
+        tokenizer: tokenizer that decodes the samples.
         samples: a few examples of train.parquet.
         rejected: the rows of rejected.jsonl.
     """

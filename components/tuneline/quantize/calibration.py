@@ -1,4 +1,4 @@
-"""The training rows on which exports are calibrated."""
+"""Read the training rows on which exports are calibrated."""
 
 import logging
 from pathlib import Path
@@ -16,9 +16,9 @@ def read_rows(dataset_dir: Path, num_rows: int, *, setting: str, purpose: str) -
 
     Args:
         dataset_dir: the directory that prepare made.
-        num_rows: number of rows to read; a shorter dataset gives all that it has.
-        setting: the config key that holds `num_rows`, for the warning about a short dataset.
-        purpose: what needs the rows, for error messages, e.g. "GPTQ calibrates".
+        num_rows: number of rows to read; all rows are read if the dataset has fewer.
+        setting: name of the setting that `num_rows` comes from, for the warning about too few rows.
+        purpose: subject and verb of the error message, e.g. "GPTQ calibrates".
 
     Raises:
         DataError: the dataset has no training rows.

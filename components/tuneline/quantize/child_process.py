@@ -1,10 +1,11 @@
 """Run a function or a program in a child process that never outlives the step.
 
-Python handles a signal only between its own instructions, but llama.cpp computes for minutes in one
-call. If the signal's exception were raised where llama.cpp calls back into Python to log a line, it
-would be lost. The step therefore waits in Python, and kills the child when it is interrupted.
+Python handles a signal only between Python instructions, but one call of llama.cpp computes for
+minutes. If the signal were handled where llama.cpp calls back into Python to log a line, the
+exception of the signal handler would be lost. The step's process therefore only waits, in Python,
+and kills the child process when the step is interrupted.
 
-`python -m tuneline.quantize.child_process DIRECTORY` is the child's side of `call`.
+`call` starts the child process as `python -m tuneline.quantize.child_process DIRECTORY`.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from tuneline.errors import ToolError
 from tuneline.runtime.signals import deferred_signals
 
 ADVICE_ON_SIGTERM = ", and nothing of the export was kept: run it again"
-"""Rest of the message of a step that SIGTERM stopped."""
+"""End of the error message of a step that SIGTERM stopped."""
 
 _CALL, _ANSWER = "call.pickle", "answer.pickle"
 
@@ -37,12 +38,12 @@ def call(
 ) -> Result:
     """Call a module-level function in a child process and return its result.
 
-    An exception in the parent, such as an interrupt, kills the child at once. The child logs to
-    standard error. Its temporary files are removed, however it ends.
+    An exception in the parent process, such as an interrupt, kills the child at once. The child
+    logs to standard error. The child's temporary files are removed, however the child ends.
 
     Raises:
-        ToolError: the child ended without an answer: it ran out of memory, or llama.cpp aborted.
-        Exception: what the function raised, with the child's traceback as a note.
+        ToolError: the child ended without a result: it ran out of memory, or llama.cpp aborted.
+        Exception: the exception that the function raised, with the child's traceback as a note.
     """
     level = logging.getLogger().getEffectiveLevel()
     with tempfile.TemporaryDirectory() as scratch:
@@ -73,12 +74,12 @@ def run_to_end(
         command: the program and its arguments.
         cwd: the working directory.
         env: the whole environment of the program.
-        captured: True returns the program's output; False passes it to the step's own output.
+        captured: whether to return the program's output; otherwise it goes to the step's output.
     """
     output = subprocess.PIPE if captured else None
     process: subprocess.Popen[str] | None = None
     try:
-        # A signal while the program starts would leave it running, with a process ID unknown here.
+        # If a signal interrupted the start, the program could keep running with an unknown ID.
         with deferred_signals():
             process = subprocess.Popen(
                 command,
@@ -89,7 +90,8 @@ def run_to_end(
                 stderr=output,
                 text=True,
                 errors="replace",
-                # gptqmodel's progress bars query the terminal, which would stop a background job.
+                # In a session without a terminal: gptqmodel's progress bars would query the
+                # terminal, and a background job that does so is stopped.
                 start_new_session=True,
             )
         out, err = process.communicate()
@@ -97,14 +99,15 @@ def run_to_end(
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            # Popen does not wait after an interrupt, and the child's files are removed next.
+            # Wait until the child has ended, because its files are removed next. Popen itself does
+            # not wait after an interrupt.
             process.wait()
         raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def _describe_end(code: int) -> str:
-    """Return the error message for a child that ended with `code` and left no answer."""
+    """Return the error message for a child that ended with `code` and wrote no result."""
     if code == -signal.SIGKILL:
         return (
             "the process that makes the export was killed, which is what the kernel does when "
@@ -116,7 +119,7 @@ def _describe_end(code: int) -> str:
 
 
 def _answer(directory: Path) -> None:
-    """Make the call that `directory` holds, and write its result or error there."""
+    """Call the function that is pickled in `directory`, and write its result or error there."""
     function, args, kwargs, level = pickle.loads((directory / _CALL).read_bytes())
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     result, raised = None, None
@@ -126,7 +129,7 @@ def _answer(directory: Path) -> None:
         error.add_note(traceback.format_exc())
         raised = error
     answer = pickle.dumps((result, raised))
-    # Some exceptions cannot be unpickled. This process then ends with the traceback.
+    # Some exceptions cannot be unpickled. If so, fail here, so that the log has the traceback.
     pickle.loads(answer)
     (directory / _ANSWER).write_bytes(answer)
 

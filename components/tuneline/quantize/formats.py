@@ -1,10 +1,11 @@
-"""The table of export formats: which tool makes each one, and what it has to prove.
+"""The table of export formats: which tool makes each format, and which bound an export must meet.
 
-To add a format, add an entry to `FORMATS`; the rest of the step derives what it needs.
+To add a format, add an entry to `FORMATS`; the rest of the step reads this table.
 
-A bound detects a broken file, whose predictions are nats away from the merged model's; it does not
-rank formats. The bounds are two to ten times what SmolLM2-135M measured (the comment beside each
-entry, over 8 rows), and small models lose most from few bits. A recipe can change each bound.
+A bound detects a broken file, whose KL divergence from the merged model is several nats; bounds do
+not rank formats. The bounds are two to ten times the values that were measured with SmolLM2-135M
+over 8 rows (the comment at each entry: mean KL divergence in nats, top-1 agreement). Small models
+lose more from few bits than larger ones. A recipe can change each bound.
 """
 
 import difflib
@@ -15,18 +16,20 @@ from typing import Literal
 from tuneline.kinds import ExportKind
 
 Importance = Literal["unused", "optional", "required"]
-"""Whether an importance matrix changes the rounding of a format. llama.cpp makes the iq3 types
-without one too, but SmolLM2 was then 0.9 to 3.8 nats from the merged model."""
+"""Whether a format is quantised with an importance matrix. "required" includes the iq3 types:
+llama.cpp also makes these without a matrix, but exports of SmolLM2 then had a KL divergence of 0.9
+to 3.8 nats from the merged model."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """How close an export has to be to the merged model on held-out prompts."""
+    """How close an export's predictions must be to the merged model's on held-out prompts."""
 
     max_mean_kl: float
-    """Mean KL divergence of the export from the merged model, in nats per token."""
+    """Largest accepted mean KL divergence from the merged model, in nats per token."""
     min_top1_agreement: float
-    """Fraction of positions at which both have the same most likely token, 0 to 1."""
+    """Smallest accepted fraction of positions at which export and merged model have the same most
+    likely token, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,18 @@ class Format:
     """One export format."""
 
     kind: ExportKind
-    """The tool that makes the export, and the room of this package that runs it."""
+    """Kind of the export, which determines the tool and the subpackage that make the export."""
     bound: Bound
     bits_per_weight: float
-    """Size of the export: bits per parameter of Llama 3.1 8B, over all of its tensors. GGUF: from
-    llama.cpp's own tables (llama-quantize); GPTQ: embeddings and output head stay in 16 bits."""
+    """Size of an export in bits per parameter, for Llama 3.1 8B, over all tensors. For GGUF, the
+    number is from llama.cpp's own tables (llama-quantize). For GPTQ, embeddings and output head
+    count with 16 bits, because they are not quantised."""
     repacked: bool
-    """Whether llama.cpp repacks the weights into a copy in memory for SIMD instructions (measured
-    on an EPYC with AVX-512). On ARM and with AMX it also repacks q8_0."""
+    """Whether llama.cpp copies the weights in memory into another layout, for SIMD instructions
+    (measured on an EPYC with AVX-512). On ARM and with AMX, llama.cpp also repacks q8_0."""
     importance: Importance = "unused"
     bits: int | None = None
-    """Bits per quantised weight; GPTQ only, because llama.cpp knows its types by name."""
+    """Bits per quantised weight, for GPTQ; None for GGUF, whose types llama.cpp knows by name."""
 
 
 def _gguf(
@@ -67,7 +71,7 @@ _2BIT = Bound(3.0, 0.3)
 _IQ = Bound(6.0, 0.1)
 
 FORMATS: dict[str, Format] = {
-    # llama.cpp's types by its own names, from many bits to few.
+    # llama.cpp's types under llama.cpp's names, from many bits to few.
     "f16": _gguf(_16BIT, 16.0, "unused", repacked=False),  # 3.4e-6 nats, 100 %
     "bf16": _gguf(Bound(0.01, 0.95), 16.0, "unused", repacked=False),  # 1.4e-4, 99.6 %: from f16
     "q8_0": _gguf(_8BIT, 8.5, "unused", repacked=False),  # 0.0069, 97.7 %
@@ -86,8 +90,9 @@ FORMATS: dict[str, Format] = {
     "q3_k_m": _gguf(_3BIT, 4.0, repacked=False),  # 0.26, 78.3 %
     "q3_k_s": _gguf(_3BIT, 3.64, repacked=False),  # 0.77, 65.9 %
     "q2_k": _gguf(_2BIT, 3.16, repacked=True),  # 0.77, 65.9 %
-    # Measured with an importance matrix of 128 rows on another SmolLM2, for which q4_k_m was at
-    # 0.067 and q2_k at 0.60 nats. Only its 30 down projections have rows that these types take.
+    # Measured with an importance matrix of 128 rows, on another SmolLM2 than the formats above
+    # (q4_k_m had 0.067 nats and q2_k 0.60 nats on that model). Of that model's tensors, only the 30
+    # down projections have rows of a length that these types support.
     "iq3_m": _gguf(_IQ, 3.76, "required", repacked=False),  # 2.2, 39.8 %
     "iq3_s": _gguf(_IQ, 3.66, "required", repacked=False),
     "iq3_xs": _gguf(_IQ, 3.5, "required", repacked=False),
@@ -103,13 +108,13 @@ FORMATS: dict[str, Format] = {
     "gptq-4bit": _gptq(_4BIT, 5.7, bits=4),
     "gptq-3bit": _gptq(_3BIT, 4.8, bits=3),
 }
-"""Every format that this step makes, by the name that a recipe uses."""
+"""All formats that this step makes, by the name that a recipe uses."""
 
 NOT_MADE: dict[str, str] = {
     **dict.fromkeys(("tq1_0", "tq2_0", "q1_0", "q2_0"), "is for models trained in so few values"),
     **dict.fromkeys(("mxfp4_moe", "nvfp4"), "is for models published in it"),
 }
-"""Types of llama.cpp that this step refuses, with the reason."""
+"""Types of llama.cpp that this step does not make -> the reason, as the rest of a sentence."""
 
 
 def names(kind: ExportKind | None = None) -> list[str]:
@@ -120,7 +125,7 @@ def names(kind: ExportKind | None = None) -> list[str]:
 def bound_of(
     name: str, max_mean_kl: dict[str, float], min_top1_agreement: dict[str, float]
 ) -> Bound:
-    """Return the bound of a format, with the values that the recipe sets instead."""
+    """Return the bound of a format; the recipe's values, if it sets any, replace the default."""
     bound = FORMATS[name].bound
     return Bound(
         max_mean_kl.get(name, bound.max_mean_kl),
@@ -129,7 +134,7 @@ def bound_of(
 
 
 def check_importance(wanted: Iterable[str], num_rows: int) -> None:
-    """Check that an importance matrix is measured if one of the formats `wanted` requires it.
+    """Check that an importance matrix is measured if a format in `wanted` requires a matrix.
 
     Raises:
         ValueError: a format requires a matrix, but `num_rows` is 0.
@@ -143,10 +148,11 @@ def check_importance(wanted: Iterable[str], num_rows: int) -> None:
 
 
 def check_name(name: str, *, kind: ExportKind | None = None) -> str:
-    """Return `name` if it is a format of the kind, or of any kind.
+    """Return `name` if it is the name of a format of the given kind (None: of any kind).
 
     Raises:
-        ValueError: it is not; the message names the nearest format, or why the type is not made.
+        ValueError: there is no such format. The message names the nearest format, or says why
+            tuneline does not make the type.
     """
     known = names(kind)
     if name in known:

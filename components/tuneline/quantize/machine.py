@@ -1,4 +1,4 @@
-"""The machine that a step runs on: how many CPU threads to use, and whether the disk is full."""
+"""Properties of this machine: how many CPU threads to use, and whether the disk is full."""
 
 import contextlib
 import errno
@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FULL_BYTES = 1 << 20
-"""A disk with fewer free bytes counts as full."""
+"""A disk with fewer free bytes than this counts as full."""
 
 
 def num_threads() -> int:
     """Return the number of threads that a check computes on: half of the CPUs.
 
-    Threads of ggml and of OpenMP spin until the last one is done. One thread that waits for a busy
-    core therefore holds up all others, and a local run checks two exports at a time. SmolLM2 on
-    two cores with other work: f16 generated 45 tokens per second on one thread and 5 on two;
-    logits of 540 tokens in fp32 took 4.5 s on one thread and 54 s on two.
+    Threads of ggml and of OpenMP wait in a busy loop until the last thread is done. If one thread
+    has to wait for a core that another process uses, all others wait too. This is common, because
+    a local run checks two exports at the same time. Measured with SmolLM2 on two cores on which
+    another process ran: f16 generated 45 tokens per second on one thread and 5 on two; computing
+    the logits of 540 tokens in fp32 took 4.5 s on one thread and 54 s on two.
     """
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
@@ -25,7 +26,7 @@ def num_threads() -> int:
 @contextlib.contextmanager
 def few_threads() -> Iterator[None]:
     """Let torch compute on `num_threads()` threads within the body."""
-    # Processes that only wait for another one import this module, and do without torch.
+    # Imported here, because processes that only wait for a child import this module, without torch.
     import torch
 
     before = torch.get_num_threads()
@@ -37,13 +38,13 @@ def few_threads() -> Iterator[None]:
 
 
 def raise_if_full(file: Path) -> None:
-    """Raise the error of a full disk if a program failed to write `file` for lack of room.
+    """Raise the error of a full disk if the disk of `file` is full; call it after a failed write.
 
-    The programs do not name the cause: llama.cpp says "basic_ios::clear: iostream error", and its
-    converter says how many bytes it wrote.
+    The programs that write the file do not name this cause: llama.cpp says "basic_ios::clear:
+    iostream error", and llama.cpp's converter only says how many bytes were written.
 
     Raises:
-        OSError: the disk of `file` has no room left.
+        OSError: the disk of `file` has fewer than `FULL_BYTES` free bytes.
     """
     if shutil.disk_usage(file.parent).free < FULL_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))

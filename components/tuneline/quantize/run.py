@@ -1,4 +1,4 @@
-"""Make one export of the merged model, and check that it loads and answers like that model."""
+"""Make one export of the merged model, and check that the export answers like the merged model."""
 
 import logging
 import tempfile
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Artifacts that an export is made from."""
+    """The inputs from which an export is made."""
 
     merge: MergeProof
     """Record of the merged model."""
@@ -39,7 +39,7 @@ class _Inputs:
 
 @raised_on_sigterm(ADVICE_ON_SIGTERM, once=True)
 def convert(*, merged_dir: str, gguf_dir: str) -> QuantizedModel:
-    """Convert the merged model to GGUF in f16, and compare the file with transformers.
+    """Convert the merged model to GGUF in f16, and compare the file with the merged model.
 
     Raises:
         ModelError: `merged_dir` is not a merged model.
@@ -73,20 +73,20 @@ def run(
         config: the `quantize` section of the recipe.
         format: name of a GGUF or GPTQ format.
         merged_dir: directory of the merged model.
-        dataset_dir: directory that prepare made: held-out prompts for the check, and training
-            rows for calibration.
+        dataset_dir: directory that prepare made. Its held-out prompts are used for the check, and
+            its training rows for calibration.
         quantized_dir: directory to create for the export; it may exist if it is empty.
-        gguf_dir: output of `convert`, which all GGUF formats share. Default: convert first.
-        importance_dir: output of `measure_importance`; GPTQ does not use it. Default: measure a
-            matrix first if the config asks for one.
+        gguf_dir: output of `convert`, which all GGUF formats can share. Default: convert first.
+        importance_dir: output of `measure_importance`; GPTQ does not use it. Default: measure an
+            importance matrix first, if format and config ask for one.
 
     Raises:
-        RecipeError: the format is unknown, or requires an importance matrix.
+        RecipeError: the format is unknown, or requires an importance matrix but there is none.
         ModelError: `merged_dir` is not a merged model or cannot be quantised, or `gguf_dir` or
             `importance_dir` was made from another model.
         DataError: there are no training rows to calibrate on.
         ToolError: a converter or a quantiser is missing or failed.
-        WorldError: a file of an input has changed since its step made it.
+        WorldError: an input file has changed since the step that made it recorded its hash.
         ProofError: the export cannot be loaded, or differs from the merged model by more than the
             recipe allows.
         StoppedError: the process received SIGTERM; no output is kept.
@@ -117,7 +117,10 @@ def run(
 def _gguf(
     config: QuantizeConfig, format: str, inputs: _Inputs, target: Path
 ) -> tuple[QuantizedModel, list[Record]]:
-    """Make a GGUF file in a child process; return its record and that of its matrix."""
+    """Make a GGUF file in a child process; return its record, and that of the matrix used, if any.
+
+    The matrix is an importance matrix.
+    """
     gguf_dir, importance_dir = inputs.gguf_dir, inputs.importance_dir
     if gguf_dir is not None:
         source = QuantizedModel.read(gguf_dir)
@@ -146,8 +149,8 @@ def _gguf(
 def _gptq(
     config: QuantizeConfig, format: str, inputs: _Inputs, target: Path
 ) -> tuple[QuantizedModel, list[Record]]:
-    """Make a GPTQ checkpoint; return its record."""
-    # It imports torch, which takes memory that the parent of a GGUF export does not need.
+    """Make a GPTQ checkpoint; return its record, and no further parents."""
+    # Imported here, because it imports torch, whose memory a GGUF export's parent does not need.
     from tuneline.quantize.gptq.export import export
 
     record = export(
@@ -162,11 +165,12 @@ def _gptq(
 
 Exporter = Callable[[QuantizeConfig, str, _Inputs, Path], tuple[QuantizedModel, list[Record]]]
 EXPORTERS: dict[ExportKind, Exporter] = {"gguf": _gguf, "gptq": _gptq}
-"""The function that makes an export of each kind and returns its record with further parents."""
+"""Kind of export -> function that makes such an export and returns the export's record, and the
+records of inputs that it was made from in addition to the merged model."""
 
 
 def _check_model(path: str) -> MergeProof:
-    """Return the record of a merged model, and refuse an incomplete model before any tool does."""
+    """Return the record of a merged model; refuse an incomplete model before any tool is run."""
     proof = MergeProof.read(path)
     missing = [
         name for name in ("config.json", "tokenizer_config.json") if not Path(path, name).is_file()
@@ -182,13 +186,14 @@ def _check_model(path: str) -> MergeProof:
 def _check_source(directory: Path, made: Record, inputs: _Inputs, advice: str) -> None:
     """Refuse an input that was made from another merged model.
 
-    The proof would not notice: the bounds are wider than the difference between two epochs.
+    The proof would not detect such an input, because the bounds are wider than e.g. the difference
+    between the models of two epochs.
 
     Args:
         directory: directory of the input.
         made: record of the input.
-        inputs: what the export is made from.
-        advice: what to do about it, for the message.
+        inputs: all inputs of the export.
+        advice: what the user should do, for the message.
     """
     made_from = made.made_from.get(MergeProof.role)
     expected = inputs.merge.content_sha256()

@@ -1,4 +1,4 @@
-"""The metric of heldout_perplexity.yaml, which names these functions."""
+"""The metric of the task heldout_perplexity; heldout_perplexity.yaml refers to these functions."""
 
 from typing import Any
 

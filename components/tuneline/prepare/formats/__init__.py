@@ -1,1 +1,1 @@
-"""Row formats: which columns a row has, and how it becomes an example."""
+"""Row formats: which columns a row of each format has, and how a row becomes an example."""

@@ -6,14 +6,14 @@ from tuneline.prepare.formats.example import BadRowError
 
 
 def read_text(values: dict[str, Any], name: str) -> str:
-    """Return a column that must hold text with at least one letter or digit."""
+    """Return the text in a column; it must contain at least one letter or digit."""
     text = read_string(values, name)
     check_text(text, name)
     return text
 
 
 def read_string(values: dict[str, Any], name: str) -> str:
-    """Return a column that must hold a string, which may be empty."""
+    """Return the string in a column; it may be empty."""
     value = values.get(name)
     if value is None:
         raise BadRowError(f"{name} is missing")

@@ -6,7 +6,7 @@ from tuneline.prepare.formats.checks import check_text, check_unicode, describe_
 from tuneline.prepare.formats.example import BadRowError, Message
 
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-# ShareGPT writes {"from": ..., "value": ...} and has its own names of the roles.
+# ShareGPT writes a message as {"from": ..., "value": ...}, with other names for the roles.
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -23,12 +23,14 @@ def user(content: str) -> Message:
 
 
 def assistant(content: str) -> Message:
-    """Return a message of the assistant, which is an answer."""
+    """Return a message of the assistant, that is, an answer."""
     return {"role": "assistant", "content": content}
 
 
 def read_messages(values: dict[str, Any], name: str) -> list[Message]:
-    """Return the messages in a column, in either spelling.
+    """Return the messages in a column.
+
+    A message has the keys `role` and `content`, or `from` and `value` as in ShareGPT.
 
     Raises:
         BadRowError: the column is not a list of messages with known roles and text.
@@ -82,7 +84,8 @@ def check_conversation(messages: list[Message]) -> None:
     """Check the order and the contents of a conversation to train on.
 
     Raises:
-        BadRowError: it does not end with an answer, or a message is misplaced or empty.
+        BadRowError: the conversation does not end with an answer, or a message is misplaced or
+            empty.
     """
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 Message = dict[str, str]
-"""The keys `role` and `content`."""
+"""A message of a conversation, with the keys `role` and `content`."""
 
 
 class BadRowError(ValueError):
-    """A row cannot be used. The message is the reason, without the file and line."""
+    """A row cannot be used. The error's message is the reason, without the row's file and line."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,6 @@ class Example:
     preference: tuple[list[Message], str, str] | None = None
     """The messages up to the question, the chosen answer and the rejected answer."""
     text: str | None = None
-    """A document."""
+    """A document for continued pre-training."""
     choices: list[str] | None = None
-    """Answers of a multiple-choice question, the correct one among them."""
+    """All answers of a multiple-choice question, including the correct one."""

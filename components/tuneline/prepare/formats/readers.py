@@ -1,4 +1,4 @@
-"""One reader per row format: it checks a row and returns an `Example`."""
+"""One reader function per row format; each checks a row and returns an `Example`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +25,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Wording:
-    """What a recipe adds to the text of the rows."""
+    """Text that a recipe adds to the rows."""
 
     system_prompt: str | None = None
-    """System message for rows without one; "" adds an empty one, None adds nothing."""
+    """System message to add to rows that have none; "" adds an empty message, None adds none."""
     input_heading: str = "\n\n"
     """Text between the instruction and the input of the alpaca format."""
 
@@ -98,7 +98,7 @@ def _preferred_messages(row: Row) -> tuple[list[Message], str, str]:
         raise BadRowError("chosen and rejected differ before their last message")
     if isinstance(row.get("prompt"), list):
         prompt = read_messages(row, "prompt")
-        # Some datasets repeat the prompt in front of both answers.
+        # In some datasets, both answers begin with the messages of the prompt.
         shared = shared if shared[: len(prompt)] == prompt else prompt + shared
     elif isinstance(row.get("prompt"), str) and not shared:
         shared = _prompt(row)
@@ -128,7 +128,7 @@ def _conversation(row: Row, system: str | None, messages: list[Message]) -> Exam
 
 
 def _choices(row: Row, answer: str) -> list[str] | None:
-    """Return the column `choices` if it lists answers; other datasets use the name otherwise."""
+    """Return the column `choices` if it lists answers; some datasets use that name differently."""
     choices = row.get("choices")
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         return None

@@ -1,7 +1,7 @@
-"""The row formats, how one is recognised, and how a row is read.
+"""The row formats, how the format of a row is recognised, and how a row is read.
 
-`FORMATS` is the only list of them: the values of `prepare.format`, their description in the JSON
-Schema, detection, the check of `prepare.columns` and the messages are derived from it.
+`FORMATS` is the only list of row formats. The values of `prepare.format`, their description in the
+JSON Schema, detection, the check of `prepare.columns` and the messages are derived from `FORMATS`.
 """
 
 from collections.abc import Callable
@@ -20,16 +20,20 @@ class RowFormat:
     """A row format."""
 
     method: Method
-    """The training method that uses it."""
+    """The training method that uses the format."""
     required: tuple[str, ...]
     """Columns that identify the format; a row must have all of them."""
     optional: tuple[str, ...]
     """Columns that are read if a row has them."""
     read: Callable[[Row, Wording], Example]
-    """Checks a row under our column names and raises BadRowError."""
+    """Function that turns a row with tuneline's column names into an example.
+
+    It raises BadRowError if the row cannot be used.
+    """
 
 
-# Detection takes the first format that fits, so an entry goes before those with fewer columns.
+# Detection takes the first format whose columns a row has, so a format must come before every
+# format whose required columns are a subset of its own.
 FORMATS = {
     "preference": RowFormat(
         "dpo", ("chosen", "rejected"), ("prompt", "system"), readers.read_preference
@@ -46,7 +50,7 @@ FORMATS = {
 }
 
 AUTO = "auto"
-"""Value of `prepare.format` that recognises the format by the columns of the first row."""
+"""Value of `prepare.format` with which the columns of the first row determine the format."""
 
 if TYPE_CHECKING:
     FormatName = str
@@ -66,10 +70,10 @@ DESCRIPTION = (
 
 
 def detect(values: dict[str, Any], method: Method) -> str:
-    """Return the name of the format of the first row.
+    """Return the name of the format that the columns of the first row fit.
 
     Raises:
-        DataError: its columns fit no format that the method can use.
+        DataError: the columns fit no format that the method can use.
     """
     fitting = [
         name
@@ -98,7 +102,7 @@ def detect(values: dict[str, Any], method: Method) -> str:
 
 
 def check_names(format: str, columns: dict[str, str], method: Method) -> None:
-    """Check a format that the recipe names and the keys of its column map.
+    """Check the format that the recipe names, and the keys of the recipe's column map.
 
     Raises:
         DataError: the format is for another method, or a key of the map is not a known column.
@@ -119,7 +123,7 @@ def check_names(format: str, columns: dict[str, str], method: Method) -> None:
 
 
 def rename(values: dict[str, Any], columns: dict[str, str]) -> Row:
-    """Return the row under our column names; a mapped column that is absent stays absent."""
+    """Return the row with tuneline's column names; a mapped column that is absent stays absent."""
     if not columns:
         return values
     taken = set(columns.values())

@@ -1,1 +1,1 @@
-"""Which rows are used, and for what: checked into a spool, split, and mixed."""
+"""Rows before tokenisation: check them, store them in a spool, split them, mix in general rows."""

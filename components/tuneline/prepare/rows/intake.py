@@ -1,4 +1,4 @@
-"""Check and render rows into the spool; count and list the rows that cannot be used."""
+"""Check rows, render them and append them to the spool; count and list the unusable rows."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from tuneline.prepare.tokens.templates import TEMPLATES
 logger = logging.getLogger(__name__)
 
 _NUM_NAMED = 3
-"""Number of unusable rows that a message quotes."""
+"""Number of unusable rows whose reasons an error message quotes."""
 _BATCH = 256
 """Number of rows per batch."""
 
@@ -32,7 +32,7 @@ class Intake:
     """Counts of the rows of one source."""
 
     format: str
-    """The rows' format, or auto until it is recognised."""
+    """Format of the rows; "auto" until the format is recognised."""
     num_rows: int = 0
     num_rejected: int = 0
     first_rejected: list[str] = field(default_factory=list)
@@ -50,18 +50,18 @@ def take_in(
     rejected: IO[str],
     max_rows: int | None = None,
 ) -> Intake:
-    """Append the usable rows of `source` to the spool and the others to `rejected`.
+    """Append the usable rows of `source` to the spool, and the unusable rows to `rejected`.
 
     Args:
         rows: the rows to check.
         config: the `prepare` section of the recipe.
         source: name of the source, for messages.
-        format: the rows' format, or auto.
+        format: format of the rows; "auto" to recognise the format.
         renderer: renders rows with the chat template.
         spool: receives the usable rows.
         rejected: open file that receives the unusable rows, as JSON objects with the keys source,
             line, reason and row.
-        max_rows: number of usable rows to stop after; None: all rows.
+        max_rows: number of usable rows after which reading stops; None: read all rows.
 
     Raises:
         DataError: there are no rows, a mapped column is missing, or more rows are unusable than
@@ -95,7 +95,7 @@ def take_in(
 def _until_format_is_known(
     rows: Iterator[SourceRow], intake: Intake, config: PrepareConfig, source: str
 ) -> list[SourceRow]:
-    """Return the rows up to the first one with columns, and set the format from those columns."""
+    """Read rows up to the first readable one, set the format from its columns, return the rows."""
     read = []
     while intake.format == table.AUTO and (row := next(rows, None)) is not None:
         read.append(row)

@@ -1,8 +1,9 @@
 """Mix general rows into the training rows, so that the model forgets fewer general abilities.
 
-The seed draws the general rows from the first rows of their source, of which ten times the needed
-number are read: a large dataset is not read to its end for a few thousand rows. General rows are
-never held out or used for evaluation, and those that equal a held-out row are left out.
+The general rows are drawn at random, with the recipe's seed, from the first rows of their source.
+Ten times as many rows are read as are needed, so that a large source is not read to its end for a
+few thousand rows. General rows are never held out or used for evaluation, and a general row that
+equals a held-out row is left out.
 """
 
 import logging
@@ -18,11 +19,11 @@ from tuneline.prepare.rows.split import Split
 logger = logging.getLogger(__name__)
 
 NUM_READ_FOR_ONE = 10
-"""Number of general rows to read for each one that is used."""
+"""Number of general rows to read for each general row that is needed."""
 
 
 def num_wanted(general: GeneralConfig, num_own_rows: int) -> int:
-    """Return the number of general rows needed beside `num_own_rows` rows of the dataset."""
+    """Return the number of general rows to add to `num_own_rows` training rows of the dataset."""
     return round(num_own_rows * general.share / (1 - general.share))
 
 
@@ -40,7 +41,7 @@ def mix_in(
         parts: the split of the dataset's own rows.
         general: the `prepare.general` section of the recipe.
         candidates: indices of the general rows that were read.
-        seed: determines which general rows are taken, and the order.
+        seed: determines which general rows are taken, and the order of all training rows.
         digest: returns the hash of the row with a given index.
     """
     random = numpy.random.default_rng(seed)

@@ -32,12 +32,13 @@ def split(
     own_heldout: Sequence[int] | None,
     digest: Callable[[int], int],
 ) -> Split:
-    """Split the rows with the indices below `num_rows`, as the seed determines.
+    """Split the rows with the indices 0 to `num_rows` - 1 at random, with the config's seed.
 
     Args:
         num_rows: number of rows that may be trained on.
         config: fractions, limits and the seed.
-        own_heldout: indices of held-out rows from elsewhere; None: hold out some of these rows.
+        own_heldout: indices of held-out rows that were read separately; None: hold out some of the
+            `num_rows` rows.
         digest: returns the hash of the row with a given index.
     """
     order = numpy.random.default_rng(config.seed).permutation(num_rows)[: config.max_rows]
@@ -45,7 +46,7 @@ def split(
     if heldout is None:
         num_heldout = min(config.heldout.max_rows, int(len(order) * MAX_HELDOUT_SHARE))
         heldout, order = order[:num_heldout].tolist(), order[num_heldout:]
-    # A row that occurs twice must not be both trained on and held out.
+    # If two rows are equal, one must not be trained on while the other one is held out.
     heldout_digests = {digest(index) for index in heldout}
     rows = array("q", (index for index in map(int, order) if digest(index) not in heldout_digests))
     num_eval = min(config.max_eval_rows, round(len(rows) * config.eval_share))

@@ -1,4 +1,4 @@
-"""Checked rows on disk, readable in any order; memory holds 16 bytes per row."""
+"""Store checked rows on disk, readable in any order, with only 16 bytes per row in memory."""
 
 import hashlib
 from array import array
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class Spool:
-    """An append-only file of JSON lines whose offsets are kept in memory."""
+    """An append-only file of JSON lines; the offset of each line is held in memory."""
 
     def __init__(self, path: Path):
         self._file = open(path, "w+b")
@@ -34,7 +34,7 @@ class Spool:
         self._end += len(line)
 
     def digest(self, index: int) -> int:
-        """Return a 64-bit hash of a line; equal lines have equal hashes."""
+        """Return a 64-bit hash of the line with the given index; equal lines have equal hashes."""
         return self._digests[index]
 
     def read(self, indices: Iterable[int]) -> Iterator[bytes]:

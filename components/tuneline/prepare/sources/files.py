@@ -1,7 +1,7 @@
 """Read the rows of files: JSON Lines, JSON, CSV, TSV, Parquet and plain text.
 
-An error in one row is yielded as a reason, so that it can be counted. An error that makes the rows
-indistinguishable is raised.
+A row that cannot be read is yielded with the reason, so that it can be counted. An error after
+which the file cannot be divided into rows is raised.
 """
 
 import codecs
@@ -42,7 +42,7 @@ def _read_jsonl(path: Path) -> Iterator[SourceRow]:
             except UnicodeDecodeError:
                 yield SourceRow(path.name, number, reason=_NOT_UTF8)
             except json.JSONDecodeError as error:
-                # Only a file's last line can lack its line feed.
+                # Only the last line of a file can lack a line feed; it may have been cut off.
                 is_whole = raw.endswith(b"\n")
                 reason = f"not JSON: {error.msg} at column {error.colno}" if is_whole else _CUT_OFF
                 yield SourceRow(path.name, number, reason=reason)
@@ -90,7 +90,7 @@ def _read_json(path: Path) -> Iterator[SourceRow]:
                         raise json.JSONDecodeError("", buffer, 0)
                     values, end = decoder.raw_decode(buffer)
                     if end == len(buffer) and not at_end:
-                        # A number may continue in the next piece.
+                        # The value may be a number that continues in the next piece.
                         raise json.JSONDecodeError("", buffer, end)
                 except json.JSONDecodeError as error:
                     # Each read doubles the buffer, so a long value is parsed only a few times.
@@ -117,7 +117,7 @@ def _read_json(path: Path) -> Iterator[SourceRow]:
 
 
 def _read_csv(path: Path) -> Iterator[SourceRow]:
-    # Bytes that are not UTF-8 become surrogates, so that only their row is lost.
+    # Bytes that are not UTF-8 become surrogates, so that only the row with them is rejected.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         csv.field_size_limit(1 << 30)  # a long document exceeds the default of 128 KiB
         reader = csv.reader(text, strict=True)
@@ -137,7 +137,8 @@ def _read_csv(path: Path) -> Iterator[SourceRow]:
 def _read_tsv(path: Path) -> Iterator[SourceRow]:
     """Read tab-separated rows; quotes are removed only if they enclose the whole field.
 
-    Python's csv drops the quotes of a field such as `"Parasite" is a film`.
+    Python's csv module is not used, because it would remove the quotes from a field such as
+    `"Parasite" is a film`.
     """
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
         header: list[str] | None = None

@@ -1,4 +1,4 @@
-"""Datasets on the Hub: their rows, streamed, and the commit that a revision names now."""
+"""Datasets on the Hub: stream the rows, and find the commit that a revision names now."""
 
 import logging
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tuneline.prepare.sources.row import Selection, SourceRow
 
 logger = logging.getLogger(__name__)
 
-# The HTTP client's base class; huggingface_hub has it without exporting it.
+# Base class of the HTTP client's errors. huggingface_hub imports it but does not export it.
 _HTTPError: type[Exception] = vars(hub_errors)["HTTPError"]
 
 
@@ -38,7 +38,7 @@ def read(source: str, selection: Selection) -> Iterator[SourceRow]:
     except (_HTTPError, ConnectionError) as error:
         raise _unreachable(source, error) from error
     except ValueError as error:
-        # An unknown split or subset. The message lists the known ones.
+        # The split or subset is unknown; the message of `error` lists the known ones.
         raise DataError(f"dataset '{source}': {' '.join(str(error).split())[:300]}") from None
 
 

@@ -22,16 +22,16 @@ KindName = Literal["builtin", "files", "hub"]
 
 @dataclass(frozen=True)
 class Kind:
-    """What can be done with a kind of source."""
+    """The functions for one kind of source."""
 
     read: Callable[[str, Selection], Iterator[SourceRow]]
-    """Yields the rows of a source."""
+    """Function that yields the rows of a source."""
     fingerprint: Callable[[str, str | None], str]
-    """Returns a text that changes when the rows do, from the source and its revision."""
+    """Function of a source and a revision; returns a text that changes when the rows change."""
 
 
 def read_rows(source: str, selection: Selection | None = None) -> Iterator[SourceRow]:
-    """Yield the rows of a Hub dataset, a file, a directory, a glob of files or a built-in.
+    """Yield the rows of a Hub dataset, file, directory, glob of files or built-in dataset.
 
     Raises:
         DataError: the source does not exist or is of no known kind.
@@ -41,7 +41,7 @@ def read_rows(source: str, selection: Selection | None = None) -> Iterator[Sourc
 
 
 def kind_of(source: str) -> KindName:
-    """Return the kind of a source; files and directories that exist take precedence.
+    """Return the kind of a source; an existing path is never taken for a Hub ID.
 
     Raises:
         DataError: the source does not exist or is of no known kind.
@@ -63,7 +63,7 @@ def kind_of(source: str) -> KindName:
 
 
 def _find_files(source: str) -> list[Path]:
-    """Return the files that can be read, sorted."""
+    """Return the files of a source that have a known suffix, sorted."""
     path = Path(source).expanduser()
     suffixes = ", ".join(SUFFIXES)
     if path.is_file():

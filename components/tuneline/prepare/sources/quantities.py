@@ -2,12 +2,13 @@
 
 There are ten kinds of questions, equally many of each. Each question has four choices: the answer
 and three common mistakes (a wrong power of ten, 1000 instead of 1024, a wrong suffix, a wrong
-digit). The skill is narrow enough for a model with 135M parameters, and it is useful: `0.25` versus
-`250m`, `Mi` versus `M`.
+digit). The skill is narrow enough for a model with 135M parameters, and useful in practice, e.g. to
+write `0.25` as `250m`, or to tell `Mi` from `M`.
 
-Held-out questions cannot be answered from memory: the quantities of each kind are first divided
-into two pools, so no held-out quantity occurs in a training question of its kind. Only the number
-of replicas (2 to 9) occurs in both.
+Held-out questions cannot be answered from memory: for each kind of question, the quantities are
+first divided into a training and a held-out pool, so no held-out quantity occurs in a training
+question of the same kind. Only the number of replicas (2 to 9) is drawn from the same range in
+training and held-out questions.
 
 Kubernetes writes a quantity as a number and a suffix: m (1/1000), k, M, G (powers of 1000), Ki,
 Mi, Gi (powers of 1024). There is no K, MB, MiB or mi.
@@ -19,7 +20,7 @@ from typing import Any
 
 _NUM_TRAIN = 1200
 NUM_HELDOUT = 200
-"""Number of rows at the end that are meant to be held out."""
+"""Number of rows at the end of the dataset that are meant to be held out."""
 
 _UNIT_BYTES = {"k": 10**3, "Ki": 2**10, "M": 10**6, "Mi": 2**20, "G": 10**9, "Gi": 2**30}
 _UNIT_NAMES = {
@@ -30,7 +31,7 @@ _UNIT_NAMES = {
     "Mi": "1024^2 bytes",
     "Gi": "1024^3 bytes",
 }
-# Correct suffix -> spellings of it that the API server refuses.
+# Correct suffix -> misspellings of the suffix that the Kubernetes API server refuses.
 _MISSPELT = {
     "Ki": ("KB", "KiB", "ki", "K"),
     "Mi": ("MB", "MiB", "mi", "mb"),
@@ -74,7 +75,7 @@ def rows(seed: int = 3407) -> Iterator[dict[str, Any]]:
 
 
 def _deal(rng: random.Random, pool: range) -> tuple[list[int], list[int]]:
-    """Divide the numbers of a kind into a training and a held-out pool, 6 to 1."""
+    """Divide the numbers of a kind of question into training and held-out pools, 6 to 1."""
     numbers = list(pool)
     rng.shuffle(numbers)
     num_heldout_numbers = len(numbers) // 7
@@ -150,7 +151,7 @@ def _pod_total(rng: random.Random, pool: list[int]) -> _Item:
         ["Two containers request {}m and {}m. Total?", "A pod requests {}m plus {}m. Total?"]
     )
     right = first + second
-    # 100 too many or too few: a carry was added or forgotten.
+    # Common mistakes: 100 too many (a carry added) or 100 too few (a carry forgotten).
     wrong = [f"{right * 10}m", f"{right + 100}m", f"{right - 100 if right > 100 else right + 200}m"]
     return question.format(first, second), f"{right}m", wrong
 
@@ -176,7 +177,7 @@ def _suffix(rng: random.Random, pool: list[int]) -> _Item:
 
 
 def _ask(rng: random.Random, questions: list[str], texts: list[str]) -> _Item:
-    """Ask which of four texts is correct (the first one), listing them in a random order."""
+    """Ask which of four texts is correct, in random order; the first of `texts` is correct."""
     listed = list(texts)
     rng.shuffle(listed)
     return rng.choice(questions).format(", ".join(listed)), texts[0], texts[1:]
@@ -187,7 +188,7 @@ def _thousandth(number: int) -> str:
     return f"{number / 1000:.3f}".rstrip("0").rstrip(".")
 
 
-# Each kind of question and the numbers that it asks about. One seventh of them is held out.
+# Kind of question -> the numbers that such a question asks about. 1 in 7 numbers is held out.
 _KINDS: dict[_Maker, range] = {
     _to_millicores: range(10, 8000, 10),
     _to_cores: range(10, 8000, 10),

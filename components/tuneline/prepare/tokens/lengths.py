@@ -8,7 +8,7 @@ import numpy
 from tuneline.artifacts import LengthStatistics
 from tuneline.prepare.tokens.tokenise import TokenRow
 
-# Lengths are rounded up to a multiple of it, which suits tensor cores and packing.
+# The recommended length is a multiple of this number, which suits tensor cores and packing.
 _MULTIPLE = 64
 _NUM_BINS = 40
 
@@ -34,21 +34,24 @@ def statistics(lengths: Sequence[int]) -> LengthStatistics:
 
 
 def recommend(lengths: LengthStatistics, longest_allowed: int) -> int:
-    """Return the length that 99 % of the rows fit in, rounded up to a multiple of 64."""
+    """Return the length that 99 % of the rows fit in, rounded up to a multiple of 64.
+
+    The result is never above `longest_allowed`.
+    """
     return min(_MULTIPLE * math.ceil(lengths.p99 / _MULTIPLE), longest_allowed)
 
 
 def fit(row: TokenRow, max_seq_length: int, *, is_document: bool) -> Iterator[TokenRow]:
     """Yield what remains of an example after truncation.
 
-    Of a conversation the beginning is kept, unless it contains no token that the loss counts.
-    A document is cut into pieces instead, and only a last piece of one token is dropped, because
-    nothing could predict that token.
+    Of a conversation or preference, the first `max_seq_length` tokens remain, or nothing if they
+    contain no token that the loss counts. A document is cut into pieces of that length. A last
+    piece of one token is dropped, because its token has no context to be predicted from.
 
     Args:
         row: the example.
         max_seq_length: maximum length in tokens.
-        is_document: whether to cut into pieces.
+        is_document: whether the example is a document.
     """
     if is_document:
         for start in range(0, len(row.input_ids), max_seq_length):
@@ -70,12 +73,12 @@ def num_tokens(row: TokenRow) -> int:
 
 
 def num_loss_tokens(row: TokenRow) -> int:
-    """Return the number of tokens that the loss counts; for preferences, of both answers."""
+    """Return the number of tokens that the loss counts; a preference counts both answers."""
     return sum(row.loss_mask) + sum(map(len, row.answers or ()))
 
 
 def num_tokens_needed(row: TokenRow) -> int:
-    """Return the smallest length that keeps one token that the loss counts."""
+    """Return the smallest maximum length at which a token that the loss counts remains."""
     if row.answers is not None:
         return len(row.input_ids) + 1
     return row.loss_mask.index(1) + 1 if 1 in row.loss_mask else len(row.loss_mask) + 1

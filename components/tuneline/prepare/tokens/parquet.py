@@ -1,4 +1,4 @@
-"""Examples in Parquet, one batch per row group, so that memory does not grow with the data."""
+"""Write and read examples as Parquet, one batch per row group, so that memory stays constant."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ BATCH = 512
 
 
 def to_batch(rows: Sequence[TokenRow], *, method: str) -> pyarrow.RecordBatch:
-    """Return the examples of one method as columns."""
+    """Return examples as columns; `method` is the training method that they are for."""
     schema = _schema(method)
     values = [
         (row.input_ids, row.loss_mask) if row.answers is None else (row.input_ids, *row.answers)
@@ -30,7 +30,7 @@ def to_batch(rows: Sequence[TokenRow], *, method: str) -> pyarrow.RecordBatch:
 
 
 def _lists(rows: Sequence[Sequence[int]], kind: Any) -> pyarrow.ListArray:
-    """Return lists of numbers as a column, ten times faster than pyarrow converts them."""
+    """Return lists of numbers as a column, ten times faster than pyarrow's own conversion."""
     offsets = numpy.zeros(len(rows) + 1, dtype=numpy.int32)
     numpy.cumsum([len(row) for row in rows], out=offsets[1:])
     dtype = kind.to_pandas_dtype()

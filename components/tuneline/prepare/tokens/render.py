@@ -2,7 +2,8 @@
 
 The template is rendered twice for each answer: once up to the generation prompt, which is what the
 model sees at inference, and once with the answer. The text that the second rendering adds is the
-answer with its end of turn. No {% generation %} block is needed, which few templates have.
+answer with its end of turn. The template does not need a {% generation %} block, which would mark
+the answers but is missing in most templates.
 """
 
 import json
@@ -21,14 +22,14 @@ class Answer:
     start: int
     """Index of the answer's first character."""
     content_end: int
-    """Index after the answer itself."""
+    """Index after the last character of the answer's content, before the end-of-turn token."""
     end: int
-    """Index after the end-of-turn token, without the white space that the template adds."""
+    """Index after the end-of-turn token, before the white space that the template puts after it."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A text to tokenise as one example, and the positions of its answers in order."""
+    """A text to tokenise as one example, and the positions of the answers in it, in order."""
 
     text: str
     answers: list[Answer]
@@ -39,13 +40,13 @@ class Rendered:
     """A row as text: `pieces` for sft, `preference` for dpo, `text` for cpt."""
 
     pieces: list[Piece] | None = None
-    """One text, or one per answer if the template rewrites earlier turns."""
+    """One text with all answers, or one text per answer if the template rewrites earlier turns."""
     preference: tuple[str, str, str] | None = None
-    """Prompt, chosen and rejected answer; the answers include their end of turn."""
+    """Prompt, chosen answer and rejected answer; each answer includes its end of turn."""
     text: str | None = None
-    """A document."""
+    """A document for continued pre-training."""
     heldout: dict[str, Any] | None = None
-    """Its row of heldout.jsonl; with `pieces`, prompt and answer are taken from those."""
+    """Values of this row in heldout.jsonl; `heldout_row` adds prompt and answer from `pieces`."""
 
     def to_line(self) -> bytes:
         """Return a line of JSON for the spool."""
@@ -74,7 +75,7 @@ class Rendered:
         return cls(**values)
 
     def heldout_row(self) -> dict[str, Any]:
-        """Return the row for heldout.jsonl; it asks for the last answer of a conversation."""
+        """Return the row for heldout.jsonl, with the last answer if it is a conversation."""
         row = dict(self.heldout or {})
         if self.pieces is not None:
             text, answer = self.pieces[-1].text, self.pieces[-1].answers[-1]
@@ -108,7 +109,7 @@ class Renderer:
         if example.choices is not None:
             answer, last = messages[-1]["content"], pieces[-1].answers[-1]
             written = pieces[-1].text[last.start : last.content_end]
-            # White space that the template puts before an answer also goes before the choices.
+            # The template may put white space before an answer. Put it before each choice too.
             lead = written[: len(written) - len(written.lstrip())] if written != answer else ""
             heldout |= {
                 "choices": [lead + choice for choice in example.choices],
@@ -141,9 +142,10 @@ class Renderer:
             if message["role"] == "assistant"
         ]
         whole = pieces[-1][0]
-        # Usually each text is the beginning of the next, so one example holds all answers. Some
-        # templates rewrite earlier turns (drop their reasoning, move the system message). Then
-        # each answer becomes an example of its own, as the model would see it at inference.
+        # Usually the text up to each answer is the beginning of the whole conversation's text, so
+        # one example can contain all answers. Some templates rewrite earlier turns (drop their
+        # reasoning, move the system message). Then each answer becomes an example of its own, with
+        # the earlier turns as the model would see them at inference.
         if all(whole.startswith(text[: answer.end]) for text, answer in pieces):
             return [Piece(whole, [answer for _, answer in pieces])]
         return [Piece(text, [answer]) for text, answer in pieces]
@@ -154,16 +156,16 @@ class Renderer:
         text = self._apply(
             [*before, {"role": "assistant", "content": content}], add_generation_prompt=False
         )
-        # A template may strip an answer, or drop its reasoning.
+        # A template may strip white space from an answer, or drop the answer's reasoning.
         written = content if content in text[-len(content) - 256 :] else content.strip()
         position = text.rfind(written)
         if position < 0:
             raise BadRowError("the chat template changes the text of the answer")
         content_end = position + len(written)
         if not text.startswith(prompt):
-            # The generation prompt contains text that a finished turn does not have, e.g. an opened
-            # <think>. Train on what the model sees at inference, then the answer and its end of
-            # turn.
+            # The generation prompt ends with text that a finished turn does not have, e.g. an
+            # opening <think>. Train on the generation prompt, because the model sees it at
+            # inference, followed by the answer and its end of turn.
             tail = text[content_end:]
             text, content_end = prompt + written + tail, len(prompt) + len(written)
         if content_end - len(written) < len(prompt):

@@ -1,10 +1,10 @@
-"""Named chat templates, for models without one and for data that needs another.
+"""Named chat templates, for models that have none and for data that needs another than the model's.
 
-`TEMPLATES` is the only list of them: the values of `prepare.template`, their description in the
-JSON Schema, the checks of the tokenizer and the tests are derived from it.
+`TEMPLATES` is the only list of named templates. The values of `prepare.template`, their description
+in the JSON Schema, the checks of the tokenizer and the tests are derived from `TEMPLATES`.
 
-`{{ bos_token }}` is put in front only for tokenizers that add that token themselves, because
-rendered text is tokenised without adding special tokens.
+Rendered text is tokenised without adding special tokens. For a tokenizer that by default adds a BOS
+token, `{{ bos_token }}` is therefore put in front of the template.
 """
 
 from dataclasses import dataclass
@@ -33,11 +33,11 @@ _LLAMA3 = (
     "{% endif %}"
 )
 
-# Separates an instruction from its input. The template below looks for it.
+# Text that separates an instruction from its input. The template below searches for this text.
 _ALPACA_INPUT = "\n\n### Input:\n"
 
-# The wording of the Stanford Alpaca dataset, with and without an input. A system message replaces
-# the first paragraph.
+# Wording of the Stanford Alpaca dataset, for instructions with and without an input. A system
+# message replaces the first paragraph.
 _ALPACA = (
     "{% if messages[0]['role'] == 'system' %}"
     "{% set opening = messages[0]['content'] %}{% set turns = messages[1:] %}"
@@ -65,7 +65,7 @@ _ALPACA = (
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A named chat template and what the tokenizer needs for it."""
+    """A named chat template, and the tokens that a tokenizer needs to use it."""
 
     text: str
     """The Jinja template."""
@@ -101,7 +101,7 @@ TEMPLATES = {
 }
 
 OWN_TEMPLATE = "tokenizer"
-"""Value of `prepare.template` that keeps the chat template of the model's tokenizer."""
+"""Value of `prepare.template` that stands for the chat template of the model's tokenizer."""
 
 if TYPE_CHECKING:
     TemplateName = str
@@ -119,8 +119,8 @@ def use_template(tokenizer: Any, name: str) -> str:
     """Set the chat template `name` on the tokenizer and return the template's text.
 
     Raises:
-        DataError: the tokenizer has no chat template of its own, or its vocabulary lacks a token
-            that the named one needs.
+        DataError: `name` is `OWN_TEMPLATE` but the tokenizer has no chat template, or the
+            vocabulary lacks a token that the named template needs.
     """
     names = list(TEMPLATES)
     if name == OWN_TEMPLATE:
@@ -140,9 +140,10 @@ def use_template(tokenizer: Any, name: str) -> str:
 
 
 def _check_tokens(tokenizer: Any, name: str, template: ChatTemplate) -> None:
-    """Check that what the template writes is in the vocabulary.
+    """Check that each marker that the template writes is a single token of the vocabulary.
 
-    A model would learn to spell a marker that is several tokens, and would never stop after one.
+    If the end-of-turn marker consisted of several tokens, the model would learn to write them, but
+    no server would stop there, because a server stops at a single token.
     """
     if template.end_of_turn is None and not tokenizer.eos_token:
         raise DataError(

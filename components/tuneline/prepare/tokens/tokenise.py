@@ -16,11 +16,11 @@ class TokenRow:
     loss_mask: list[int] = field(default_factory=list)
     """1 for each token that the loss counts, otherwise 0."""
     answers: tuple[list[int], list[int]] | None = None
-    """Method dpo: IDs of the chosen and rejected answers. `input_ids` is then the prompt, and
-    `loss_mask` is empty."""
+    """For the method dpo: the IDs of the chosen and of the rejected answer. `input_ids` is then the
+    prompt, and `loss_mask` is empty. None for other methods."""
 
     def __len__(self) -> int:
-        """Return the length of the longest sequence that the model computes for the example."""
+        """Return the example's length in tokens; for dpo, of the prompt with the longer answer."""
         if self.answers is None:
             return len(self.input_ids)
         return len(self.input_ids) + max(map(len, self.answers))
@@ -36,7 +36,7 @@ def tokenise(tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str) -> Itera
         yield from _texts(tokenizer, [row.text or "" for row in rows])
     else:
         pieces = [piece for row in rows for piece in row.pieces or []]
-        # Call the backend directly: the wrapper of transformers adds a fifth to the time.
+        # Call the backend directly, because the wrapper of transformers takes 20 % more time.
         encodings = tokenizer.backend_tokenizer.encode_batch(
             [piece.text for piece in pieces], add_special_tokens=False
         )
@@ -55,14 +55,15 @@ def answer_spans(piece: Piece, offsets: Sequence[tuple[int, int]]) -> list[tuple
 
     Args:
         piece: the text and the positions of its answers.
-        offsets: (index of the first character, index after the last) of each token, in order.
-            Byte-level tokenizers exclude the white space in front of a word, so a token is
-            counted from the end of the token before it.
+        offsets: (index of the first character, index after the last character) of each token, in
+            order. Byte-level tokenizers leave the white space in front of a word out of these
+            offsets, so each token is taken to begin where the token before it ends.
 
     Returns:
-        (first token, token after the last) of each answer. None if a token contains characters of
-        both a prompt and its answer, which happens when an answer begins with white space. The
-        model never sees such a token at inference, where the prompt ends before the answer.
+        (index of the first token, index after the last token) of each answer. None if a token
+        contains characters of both a prompt and its answer, which happens when an answer begins
+        with white space. The model never sees such a token at inference, where the prompt is
+        tokenised without the answer.
     """
 
     def first(token: int) -> int:
@@ -100,7 +101,7 @@ def _in_parts(tokenizer: Any, piece: Piece, *, loss_on: str) -> TokenRow:
 
 
 def _texts(tokenizer: Any, texts: list[str]) -> Iterator[TokenRow]:
-    """Tokenise documents, each followed by an end-of-sequence token that separates packed ones."""
+    """Tokenise documents; an end-of-sequence token after each one separates packed documents."""
     encoded = tokenizer(texts, return_attention_mask=False, verbose=False)
     for ids in encoded["input_ids"]:
         if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
@@ -126,6 +127,6 @@ def _preferences(tokenizer: Any, rows: Sequence[Rendered]) -> Iterator[TokenRow]
                 answers.append(ids[len(prompt_ids) :])
             else:
                 # A token spans the end of the prompt and the start of the answer. Both answers
-                # need the same prompt, so prompt and answer are tokenised separately.
+                # must follow the same prompt tokens, so the answer is tokenised separately.
                 answers.append(ids_of([triples[index][which]])[0])
         yield TokenRow(prompt_ids, [], (answers[0], answers[1]))

@@ -8,12 +8,12 @@ from transformers import AutoConfig, AutoTokenizer
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError
 
-# For a model without a limit, transformers sets a length above this.
+# If a model has no limit, transformers sets model_max_length to a number above this one.
 _NO_LIMIT = 10**9
 
 
 def load_tokenizer(base_model_dir: str) -> tuple[Any, int]:
-    """Return the model's tokenizer and the number of tokens that the model can hold.
+    """Return the model's tokenizer and the largest number of tokens in the model's context.
 
     Raises:
         ModelError: there is no tokenizer, or it cannot map its tokens to positions in the text.
@@ -41,7 +41,7 @@ def load_tokenizer(base_model_dir: str) -> tuple[Any, int]:
             f"the tokenizer in {path} is not a fast tokenizer (tokenizer.json), but the loss mask "
             "needs the character offsets that only fast tokenizers report: convert it first"
         )
-    # Truncation happens later, where it is counted.
+    # Examples are truncated later (truncation.py), where the lost tokens are counted.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     limits = [tokenizer.model_max_length]

@@ -20,20 +20,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Cut:
-    """Counts of a file of examples after truncation."""
+    """Counts of the examples of a file, after truncation where not stated otherwise."""
 
     num_rows: int = 0
     num_overlong_rows: int = 0
-    """Number of rows left out because no token is left that the loss counts."""
+    """Number of rows left out because truncation leaves no token that the loss counts."""
     num_source_tokens: int = 0
     """Number of tokens before truncation."""
     num_tokens: int = 0
     num_loss_tokens: int = 0
     shortest_that_fits: int = sys.maxsize
-    """Smallest length, in tokens, at which one of the rows left out would be kept."""
+    """Smallest `max_seq_length` at which at least one of the rows left out would not be."""
 
     def add(self, other: "Cut") -> None:
-        """Add the counts of a batch, except `num_rows`, which is counted when rows are written."""
+        """Add the counts of a batch, except `num_rows`, which is set when the rows are written."""
         self.num_overlong_rows += other.num_overlong_rows
         self.num_source_tokens += other.num_source_tokens
         self.num_tokens += other.num_tokens
@@ -42,7 +42,10 @@ class Cut:
 
 
 def choose_length(requested: int | Literal["auto"], recommended: int, longest_allowed: int) -> int:
-    """Return the requested length, or the recommended one for auto, within the model's limit."""
+    """Return the requested length, or the recommended length if "auto" is requested.
+
+    The result is never above `longest_allowed`, the model's limit.
+    """
     if requested == "auto":
         return recommended
     if requested > longest_allowed:
@@ -115,7 +118,7 @@ def _fits(batch: pyarrow.RecordBatch, max_seq_length: int, method: str) -> bool:
 
 
 def _count(batch: pyarrow.RecordBatch, method: str) -> Cut:
-    """Return the counts of a batch that is kept unchanged."""
+    """Return the counts of a batch that truncation leaves unchanged."""
     sizes = [len(column.flatten()) for column in batch.columns]
     if method == "dpo":
         num_tokens, num_learnt = sum(sizes), sum(sizes[1:])
@@ -128,13 +131,13 @@ def _count(batch: pyarrow.RecordBatch, method: str) -> Cut:
 def too_long(
     source: str, statistics: LengthStatistics, train: Cut, max_seq_length: int
 ) -> DataError:
-    """Return the error for a dataset of which truncation leaves no training row.
+    """Return the error for a dataset that has no training rows left after truncation.
 
     Args:
         source: name of the dataset.
         statistics: lengths before truncation.
-        train: counts of the training rows.
-        max_seq_length: the length that was used.
+        train: counts of the training rows after truncation.
+        max_seq_length: the maximum length that was used.
     """
     return DataError(
         f"all {train.num_overlong_rows} training rows of {source} reach max_seq_length "

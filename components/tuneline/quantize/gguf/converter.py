@@ -1,9 +1,10 @@
 """Run llama.cpp's own converter from safetensors to GGUF.
 
-PyPI does not have the converter in the matching version, so our build of llama-cpp-python
-(images/gguf) installs it beside the bindings, from the same source. TUNELINE_LLAMA_CPP can name a
-checkout of llama.cpp to use instead. The converter runs in a child process, because it puts a
-package `conversion` and its own `gguf` on sys.path.
+PyPI does not have the converter in the version that matches the bindings, so tuneline's build of
+llama-cpp-python (images/gguf) installs converter and bindings from the same source. The environment
+variable TUNELINE_LLAMA_CPP can name a checkout of llama.cpp whose converter is used instead. The
+converter runs in a child process, because it puts a package `conversion` and its own version of
+the package `gguf` on sys.path.
 """
 
 import importlib.util
@@ -52,23 +53,25 @@ def convert(model_dir: Path, file: Path) -> None:
     """Convert a model directory with safetensors files to a GGUF file in f16.
 
     Raises:
-        ToolError: the converter failed; the message quotes its last line.
+        ToolError: the converter failed; the message quotes the last line of the converter's output.
         OSError: the disk is full.
     """
     done = subprocess.run(
         [
             *(sys.executable, str(find()), str(model_dir), "--outfile", str(file)),
-            # By default the converter parses a model family and size from the directory's name.
+            # --model-name: by default the converter guesses family and size from the directory's
+            # name.
             *("--outtype", "f16", "--model-name", _name(model_dir)),
         ],
         capture_output=True,
         text=True,
-        # Two OpenMP threads spin longer than they work if another process is busy.
+        # One thread: if another process is busy, two OpenMP threads wait for each other (in a busy
+        # loop) for longer than they work.
         env={"OMP_NUM_THREADS": "1", **os.environ},
     )
     if done.returncode != 0:
         raise_if_full(file)
-        # The last line may be a progress bar.
+        # Leave out progress bars, because one of them may be the last line.
         lines = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line]
         raise ToolError(
             f"llama.cpp's converter failed: {lines[-1] if lines else 'it printed no message'}; a "
@@ -79,8 +82,8 @@ def convert(model_dir: Path, file: Path) -> None:
 def _name(model_dir: Path) -> str:
     """Return the model name to write into the GGUF file.
 
-    The special tokens of Phi-3 swallow the white space that follows them. llama.cpp does so only
-    if the model name contains "phi-3".
+    The special tokens of Phi-3 include the white space that follows them. llama.cpp tokenises in
+    this way only if the model name in the file contains "phi-3".
     """
     settings = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     file = model_dir / "tokenizer.json"

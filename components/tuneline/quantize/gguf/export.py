@@ -1,8 +1,9 @@
 """Make GGUF exports with llama.cpp: the model is converted once to f16, then quantised per format.
 
-`convert` and `export` run in a child process (child_process.py), on inputs that the parent has
-checked. The parent imports this module as well, so it loads llama.cpp, torch and transformers only
-within its functions: a parent that waits needs none of them, and the GPTQ image has no llama.cpp.
+`convert` and `export` run in a child process (child_process.py), on inputs that the parent process
+has checked. The parent imports this module too, so llama.cpp, torch and transformers are imported
+only within functions: the parent, which only waits, needs none of them, and the GPTQ image has no
+llama.cpp.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from tuneline.quantize.proof.reference import Reference
 
 NUM_CONVERT_TOKENS = 24
-"""Tokens that the check of a conversion generates; the conversion does not see the recipe."""
+"""Number of tokens to generate when a conversion is checked. It is a constant because the
+conversion does not get the recipe."""
 
 
 def convert(merge: MergeProof, *, merged_dir: Path, target: Path) -> QuantizedModel:
@@ -35,7 +37,7 @@ def convert(merge: MergeProof, *, merged_dir: Path, target: Path) -> QuantizedMo
     Args:
         merge: record of the merged model.
         merged_dir: directory of the merged model.
-        target: directory that gets the file.
+        target: directory to write the file to.
     """
     from tuneline.quantize.proof import reference
 
@@ -73,14 +75,14 @@ def export(
         format: name of the format.
         merged_dir: directory of the merged model.
         dataset_dir: directory that prepare made.
-        target: directory that gets the file.
+        target: directory to write the file to.
         scratch: directory for intermediate files.
-        gguf_dir: output of `convert`; None converts first.
-        importance_dir: output of `measure_importance`; None measures a matrix first if format and
-            config ask for one.
+        gguf_dir: output of `convert`; None: convert first.
+        importance_dir: output of `measure_importance`; None: measure an importance matrix first, if
+            format and config ask for one.
 
     Returns:
-        The record of the file, and the record of the importance matrix if it was used.
+        The record of the file, and the record of the importance matrix if one was used.
     """
     from tuneline.quantize.proof import reference
 
@@ -116,11 +118,11 @@ def export(
 
 
 def quantise(f16_dir: Path, target: Path, *, format: str, importance: Path | None = None) -> Path:
-    """Make one format from the f16 file, without a check; return the new file.
+    """Quantise the f16 file to one format, without checking the result; return the new file.
 
     Args:
         f16_dir: output of `convert`.
-        target: directory that gets the file.
+        target: directory to write the file to.
         format: name of the format.
         importance: file of an importance matrix.
 
@@ -138,7 +140,7 @@ def quantise(f16_dir: Path, target: Path, *, format: str, importance: Path | Non
 
 
 def _prove(file: Path, *, format: str, reference: "Reference", bound: Bound) -> QuantizedModel:
-    """Check a file, write a Modelfile beside it and return its record.
+    """Check a GGUF file, write a Modelfile to the file's directory and return the file's record.
 
     Raises:
         ProofError: the file fails a check.
@@ -164,12 +166,13 @@ def _prove(file: Path, *, format: str, reference: "Reference", bound: Bound) -> 
 def _quantise(source: Path, file: Path, format: str, importance: Path | None) -> None:
     import llama_cpp
 
-    # Any: the types of llama-cpp-python miss the array and the reference that ctypes accepts.
+    # Any: llama-cpp-python's type annotations do not allow the array and the reference that are
+    # passed here, but ctypes accepts them.
     api = cast(Any, llama_cpp)
     parameters = api.llama_model_quantize_default_params()
     parameters.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{format.upper()}")
     parameters.nthread = len(os.sched_getaffinity(0))
-    # The parameters only point to the entries, so `entries` has to live until the call returns.
+    # `parameters` only points to the entries, so `entries` must stay alive until the call returns.
     entries = _entries(importance) if importance else None
     if entries is not None:
         parameters.imatrix = entries
@@ -184,7 +187,7 @@ def _quantise(source: Path, file: Path, format: str, importance: Path | None) ->
 
 
 def _entries(file: Path) -> "ctypes.Array[Any]":
-    """Return the importance matrix in llama.cpp's form: an array that ends with an empty entry."""
+    """Return the importance matrix in llama.cpp's form: an array whose last entry is empty."""
     from llama_cpp.llama_cpp import llama_model_imatrix_data as Entry
 
     matrix = importance_file.read(file)
@@ -196,7 +199,7 @@ def _entries(file: Path) -> "ctypes.Array[Any]":
 
 
 def _link(source: Path, file: Path) -> None:
-    """Hard-link the file, or copy it if the two paths are on different volumes."""
+    """Hard-link `source` to `file`, or copy it if the two paths are on different volumes."""
     with contextlib.suppress(OSError):
         os.link(source, file)
         return

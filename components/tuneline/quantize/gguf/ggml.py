@@ -4,17 +4,17 @@ import ctypes
 from pathlib import Path
 
 F32 = 0
-"""GGML_TYPE_F32, the number of the type in ggml.h."""
+"""Value of GGML_TYPE_F32 in ggml.h."""
 
 
 class InitParams(ctypes.Structure):
-    """ggml's `gguf_init_params`; if `ctx` is set, the tensors' data are read too."""
+    """ggml's `gguf_init_params`; if `ctx` is set, tensors with their data are read into it."""
 
     _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.POINTER(ctypes.c_void_p))]
 
 
 class ContextParams(ctypes.Structure):
-    """ggml's `ggml_init_params`; `mem_size` is what all tensors of the context need, in bytes."""
+    """ggml's `ggml_init_params`; `mem_size` is the memory for all tensors of the context, bytes."""
 
     _fields_ = [
         ("mem_size", ctypes.c_size_t),
@@ -24,7 +24,10 @@ class ContextParams(ctypes.Structure):
 
 
 class Tensor(ctypes.Structure):
-    """ggml's `ggml_tensor`, for fields that no function returns, such as an operation's sources."""
+    """ggml's `ggml_tensor`, to read fields without an accessor, e.g. the operands of an operation.
+
+    ggml calls the operands sources (`src`).
+    """
 
 
 Tensor._fields_ = [
@@ -44,8 +47,11 @@ Tensor._fields_ = [
 
 
 def library() -> ctypes.CDLL:
-    """Load ggml and declare the functions used; ctypes cuts undeclared pointers to 32 bits."""
-    # Importing the bindings loads the libraries, so that each one finds those that it depends on.
+    """Load ggml and declare the types of the functions used.
+
+    Without a declaration, ctypes would truncate pointers to 32 bits.
+    """
+    # Importing the bindings loads all of ggml's libraries in the order of their dependencies.
     from llama_cpp._ggml import libggml_base_path
 
     ggml = ctypes.CDLL(str(Path(libggml_base_path, "libggml-base.so")))

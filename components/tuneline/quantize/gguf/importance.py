@@ -1,10 +1,10 @@
 """Measure the importance matrix, with which llama.cpp quantises important weights more accurately.
 
-The quantisers minimise the error in a layer's output. For that they need the mean square of each
-input of a weight matrix, which is measured here on the run's own training rows. The method is that
-of llama-imatrix: llama.cpp computes the f16 file, and a callback sees the inputs of every matrix
-product. Embeddings and head are left out, as in llama-imatrix. Unlike there, each dataset row is a
-text of its own; llama-imatrix cuts one long text into chunks.
+The quantisers minimise the error of a layer's output. For this they need the mean square of each
+input of a weight matrix, which is measured here on the recipe's training rows. The method
+is that of llama-imatrix: llama.cpp runs the f16 model, and a callback gets the inputs of every
+matrix product. As in llama-imatrix, embeddings and output head are left out. Unlike llama-imatrix,
+which cuts one long text into chunks, each dataset row is computed as a separate text.
 """
 
 import ctypes
@@ -31,17 +31,18 @@ logger = logging.getLogger(__name__)
 
 FILE = "importance.gguf"
 MAX_ROW_TOKENS = 512
-"""Tokens of a row that are used; llama.cpp keeps a batch's logits, [tokens, vocabulary]."""
+"""Number of tokens of a row that are used. It limits memory: llama.cpp holds the logits of a whole
+batch, [tokens, vocabulary]."""
 
 
 @raised_on_sigterm(ADVICE_ON_SIGTERM, once=True)
 def measure_importance(
     config: QuantizeConfig, *, gguf_dir: str, dataset_dir: str, importance_dir: str
 ) -> ImportanceMatrix:
-    """Measure the importance matrix on the first training rows.
+    """Check the f16 file, and measure the importance matrix on the first training rows.
 
     Args:
-        config: the `quantize` section of the recipe; `num_importance_rows` rows are used.
+        config: the `quantize` section of the recipe; `num_importance_rows` is the number of rows.
         gguf_dir: output of `convert`.
         dataset_dir: directory that prepare made.
         importance_dir: directory to create for the matrix and its record.
@@ -50,7 +51,7 @@ def measure_importance(
         RecipeError: `num_importance_rows` is 0.
         DataError: there are no training rows.
         ModelError: the model is a mixture of experts.
-        ToolError: llama.cpp cannot compute the file.
+        ToolError: llama.cpp cannot run the model.
         WorldError: the f16 file has changed since `convert` made it.
         StoppedError: the process received SIGTERM; no output is kept.
     """
@@ -73,10 +74,10 @@ def measure(
     """Measure the importance matrix in this process, with an f16 file that has been checked.
 
     Args:
-        config: the `quantize` section of the recipe; `num_importance_rows` rows are used.
+        config: the `quantize` section of the recipe; `num_importance_rows` is the number of rows.
         gguf_dir: output of `convert`.
         dataset_dir: directory that prepare made.
-        target: directory that gets the matrix and its record.
+        target: directory to write the matrix and its record to.
     """
     started = time.monotonic()
     rows = read_rows(
@@ -109,13 +110,14 @@ def measure(
 
 
 def collect(file: Path, rows: list[list[int]]) -> dict[str, Importance]:
-    """Compute rows of token IDs with a GGUF file; return the input statistics by weight name.
+    """Run a GGUF model on rows of token IDs; return statistics of the inputs of each weight matrix.
 
     Raises:
         ModelError: the model is a mixture of experts.
-        ToolError: llama.cpp cannot compute the file.
+        ToolError: llama.cpp cannot run the model.
     """
-    # Late: the parent process imports this module too, and the GPTQ image has no llama.cpp.
+    # Imported here: the parent process imports this module too, and the GPTQ image has no
+    # llama.cpp.
     import llama_cpp
 
     watch = _Watch()
@@ -123,7 +125,7 @@ def collect(file: Path, rows: list[list[int]]) -> dict[str, Importance]:
     llama_cpp.llama_backend_init()
     model_params = llama_cpp.llama_model_default_params()
     model_params.n_gpu_layers = 0
-    # A repacked weight is a copy in memory instead of a mapped part of the file.
+    # Do not repack weights: repacked weights are copied to memory instead of mapped from the file.
     model_params.use_extra_bufts = False
     model = llama_cpp.llama_model_load_from_file(str(file).encode(), model_params)
     if not model:
@@ -163,7 +165,7 @@ def _compute(api: Any, context: Any, row: list[int]) -> None:
             batch.pos[index] = index
             batch.n_seq_id[index] = 1
             batch.seq_id[index][0] = 0
-            # The last layer computes only the tokens whose logits are requested.
+            # Request all logits: the last layer computes only tokens whose logits are requested.
             batch.logits[index] = True
         if api.llama_decode(context, batch):
             raise ToolError(
@@ -175,7 +177,10 @@ def _compute(api: Any, context: Any, row: list[int]) -> None:
 
 
 class _Watch:
-    """A callback of llama.cpp around each operation; errors are kept until `check` raises them."""
+    """A callback that llama.cpp calls before and after each operation, to sum up squared inputs.
+
+    Exceptions of the callback are stored until `check` raises the first one.
+    """
 
     def __init__(self) -> None:
         self.matrix: dict[str, Importance] = {}
@@ -193,7 +198,7 @@ class _Watch:
         return True
 
     def check(self) -> None:
-        """Raise the first error of a callback."""
+        """Raise the first exception that the callback has stored, if any."""
         if self._error:
             raise self._error
 
@@ -218,7 +223,7 @@ class _Watch:
     def _add(self, weight: Tensor, inputs: Tensor) -> None:
         num_inputs = inputs.ne[0]
         num_tokens = inputs.ne[1] * inputs.ne[2] * inputs.ne[3]
-        # The inputs of a weight are contiguous: the rows of a batch follow without gaps.
+        # The inputs must be contiguous, i.e. one token's inputs follow another's without gaps.
         assert inputs.nb[0] == 4 and inputs.nb[1] == 4 * num_inputs
         values = ctypes.cast(inputs.data, ctypes.POINTER(ctypes.c_float))
         x_TI = numpy.ctypeslib.as_array(values, (num_tokens, num_inputs))

@@ -1,7 +1,7 @@
-"""Read and write llama.cpp's file of an importance matrix.
+"""Read and write the file of an importance matrix.
 
-It holds, for each weight matrix, the sum of squares of every input and the number of tokens. The
-format is the GGUF file of llama-imatrix, so llama-quantize reads the file too.
+The file contains, for each weight matrix, the sum of squares of every input and the number of
+tokens. The format is the GGUF format of llama-imatrix, so llama-quantize can read the file too.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from tuneline.errors import ToolError
 from tuneline.quantize.gguf.ggml import F32, ContextParams, InitParams, library
 
 SUMS, COUNTS = ".in_sum2", ".counts"
-"""Suffixes of the two tensors that the file has per weight."""
+"""Suffixes of the names of the two tensors that the file contains per weight matrix."""
 
 Float64s = numpy.typing.NDArray[numpy.float64]
 
@@ -46,7 +46,7 @@ def write(file: Path, matrix: dict[str, Importance], *, source: str, num_rows: i
         file: path of the new file.
         matrix: the statistics by GGUF name of the weight.
         source: name of the dataset, for llama.cpp's metadata.
-        num_rows: rows that were measured, which llama.cpp calls chunks.
+        num_rows: number of rows that were measured; llama.cpp calls them chunks.
 
     Raises:
         ToolError: ggml could not write the file.

@@ -23,11 +23,11 @@ Array = numpy.typing.NDArray[Any]
 
 
 class LlamaFile:
-    """A GGUF file on the CPU; use it in a `with` statement.
+    """A GGUF model that llama.cpp has loaded on the CPU; use it in a `with` statement.
 
     Attributes:
-        num_threads: number of CPU threads that it computes on.
-        chat_template: chat template in the file, "" for none.
+        num_threads: number of CPU threads that the model computes on.
+        chat_template: chat template in the file; "" if the file has none.
         adds_bos: whether llama.cpp by default puts the BOS token before a prompt.
     """
 
@@ -106,8 +106,9 @@ class LlamaFile:
     def score_answers(self, pairs: list[Pair]) -> dict[Pair, tuple[float, bool]]:
         """Score answers given prompts, as `likelihood.score_answers` does.
 
-        Consecutive answers to the same prompt share one computation of the prompt, unless the
-        model keeps no state per position that could be rolled back.
+        For consecutive answers to the same prompt, the prompt is computed once and each answer is
+        then removed from the model's memory. A model whose memory does not allow this (a recurrent
+        one) computes the prompt again for each answer.
         """
         # Legend: A tokens of the answer, V vocabulary.
         scores = {}
@@ -156,7 +157,7 @@ class LlamaFile:
         return num_tokens / (time.perf_counter() - started)
 
     def _decode(self, ids: list[int], *, position: int, all_positions: bool = False) -> Array:
-        """Compute tokens that begin at `position`; return the logits of the last one, or of all."""
+        """Compute tokens from `position` on; return the logits of the last token, or of all."""
         api, context = self._api, self._model.ctx
         if position == 0:
             api.llama_memory_clear(api.llama_get_memory(context), True)
@@ -178,7 +179,7 @@ class LlamaFile:
                 "raise the memory limit of quantize-gguf"
             )
         shape = (len(ids) if all_positions else 1, self._model.n_vocab())
-        # A copy, because the next call overwrites the buffer.
+        # Copy the logits, because the next call of llama_decode overwrites the buffer.
         logits: Array = numpy.ctypeslib.as_array(api.llama_get_logits(context), shape).copy()
         if not numpy.isfinite(logits).all():
             raise ProofError(

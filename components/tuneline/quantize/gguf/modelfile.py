@@ -1,8 +1,9 @@
 """Write a Modelfile, from which `ollama create NAME -f FILE` makes a model of a GGUF file.
 
-Ollama's templates are Go templates, chat templates are Jinja, and there is no translation between
-them. The text that the chat template puts around each message is therefore read from conversations
-that it renders, and used only if it reproduces every conversation of probes.py.
+Ollama's templates are Go templates, and chat templates are Jinja templates; there is no translation
+between them. Therefore the chat template renders conversations, and the text that it puts around
+each message is read from the result. This text is used only if it reproduces every conversation of
+probes.py.
 """
 
 import dataclasses
@@ -16,10 +17,11 @@ from tuneline.quantize.proof import probes
 from tuneline.quantize.proof.reference import Reference
 
 MAX_CONTEXT = 8192
-"""Largest `num_ctx` written. Ollama reserves memory for the whole context; users can raise it."""
+"""Largest context length (`num_ctx`) to write, because Ollama reserves memory for the whole
+context. Users can set a larger `num_ctx` in Ollama."""
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# Ollama's name of a parameter, where generation_config.json has another.
+# Name of a parameter in generation_config.json -> Ollama's name, where the two differ.
 _NAMES = {"repetition_penalty": "repeat_penalty"}
 
 _NOT_EXPRESSIBLE = "characters that Ollama drops, or three quotes at the end of a line"
@@ -29,10 +31,10 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Pieces:
-    """Text that a chat template puts around the messages, as (before, after) per role."""
+    """Text that a chat template puts before and after a message: (before, after) for each role."""
 
     no_system: str
-    """Beginning of a conversation without a system message: "" or a default system message."""
+    """Text that begins a conversation without a system message, e.g. a default system message."""
     system: tuple[str, str] | None
     """Text around the system message; None if the template rejects system messages."""
     user: tuple[str, str]
@@ -66,12 +68,12 @@ class Pieces:
 
 
 def write(file: Path, *, reference: Reference, adds_bos: bool) -> list[str]:
-    """Write the Modelfile beside a GGUF file; return notes on what it cannot express.
+    """Write the Modelfile to a GGUF file's directory; return notes on what it cannot express.
 
     Args:
         file: the GGUF file.
         reference: the merged model, with its chat template and stop tokens.
-        adds_bos: whether llama.cpp adds the BOS token, so that the template must not.
+        adds_bos: whether llama.cpp adds the BOS token; if so, the Go template leaves it out.
     """
     lines, notes = [f"FROM ./{file.name}"], []
     if reference.tokenizer.chat_template:
@@ -91,19 +93,19 @@ def write(file: Path, *, reference: Reference, adds_bos: bool) -> list[str]:
         else:
             notes.append(f"no Ollama stop for {text!r}: it contains {_NOT_EXPRESSIBLE}")
     lines += [f"PARAMETER {name} {value}" for name, value in _parameters(reference.model_dir)]
-    # newline="": a text may contain \r, which must stay.
+    # newline="": write line ends unchanged, because a text may contain \r.
     with open(file.parent / MODELFILE, "w", encoding="utf-8", newline="") as modelfile:
         modelfile.write("\n".join(lines) + "\n")
     return notes
 
 
 def quoted(text: str) -> str | None:
-    """Return a value in quotes, or None if Ollama would not read back the same text.
+    """Return `text` in quotes for a Modelfile, or None if Ollama could not read back the same text.
 
-    Ollama's parser/parser.go (2026-08) has no escapes: a backslash is a backslash, and quotes
-    within quotes are plain characters. A value ends at the first line end that closes its quotes,
-    which are three if it begins with three. The parser drops characters that Go does not consider
-    printable; str.isprintable uses the same Unicode categories.
+    Ollama's parser/parser.go (2026-08) has no escape sequences: a backslash is a plain character,
+    and so is a quote within quotes. A value ends at the first line that ends with closing quotes:
+    three quotes if the value begins with three, otherwise one. The parser drops characters that Go
+    does not consider printable; str.isprintable uses the same Unicode categories as Go.
     """
     if re.search(r'"""\s*[\r\n]', text):
         return None
@@ -114,13 +116,16 @@ def quoted(text: str) -> str | None:
 
 
 def pieces(reference: Reference, *, bos: str) -> Pieces | None:
-    """Return the pieces of a chat template; None if it does more than frame messages.
+    """Return the pieces of a chat template.
+
+    None if the template does more than put a fixed text before and after the messages of a role.
 
     Args:
-        reference: renders conversations with the template.
+        reference: the merged model, whose chat template renders conversations.
         bos: BOS token to leave out of the pieces, because llama.cpp adds it; "" for none.
     """
-    # Some templates, such as Phi-3's, put EOS after the whole conversation and not after an answer.
+    # Some templates, such as Phi-3's, put EOS only at the end of a conversation, not after each
+    # answer.
     ends = ("", reference.tokenizer.eos_token or "")
     return next((framing for end in ends if (framing := _pieces(reference, bos, end))), None)
 
@@ -165,7 +170,8 @@ def _pieces(reference: Reference, bos: str, end: str) -> Pieces | None:
         system = None
     framing = dataclasses.replace(framing, system=system)
     for messages in probes.conversations():
-        # Some templates strip the contents and others do not; Ollama never does.
+        # Some templates strip white space from contents. Ollama never does, so compare with
+        # contents that were stripped before.
         bare = [{**message, "content": message["content"].strip()} for message in messages]
         try:
             expected = reference.render(bare).removeprefix(bos)

@@ -1,7 +1,7 @@
 """Prove a GGUF file: llama.cpp tokenises, renders, stops and predicts as the merged model does.
 
-Quantised files copy tokenizer and template from the f16 file. They are checked nevertheless,
-because they are the files that people download.
+Tokenizer and template of a quantised file are copied from the f16 file. They are checked in each
+quantised file nevertheless, because people download these files.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,27 +19,27 @@ from tuneline.quantize.proof.quality import Generation
 from tuneline.quantize.proof.reference import Reference
 
 NUM_SPEED_TOKENS = 16
-"""Tokens that are generated to measure the speed."""
+"""Number of tokens to generate when the speed is measured."""
 
 
 def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dict[str, Any]:
-    """Check a file, and write a Modelfile for Ollama beside it.
+    """Check a GGUF file, and write a Modelfile for Ollama to the file's directory.
 
     Args:
         file: the GGUF file.
-        format: name of its format.
+        format: name of the file's format.
         reference: measurements of the merged model.
-        bound: how close the file has to be to the merged model.
+        bound: how close the file's predictions must be to the merged model's.
 
     Returns:
         Fields of the file's `QuantizedModel`.
 
     Raises:
-        ProofError: the file fails a check; the message has the numbers.
+        ProofError: the file fails a check; the message states what was measured.
     """
     num_context = reference.num_context + NUM_SPEED_TOKENS
     with LlamaFile(file, num_context=num_context) as loaded:
-        # Conversations are tokenised too, because there special tokens touch white space.
+        # Conversations are tokenised too, because in them special tokens adjoin white space.
         rendered = (
             _text_or_refusal(reference.render, messages) for messages in probes.conversations()
         )
@@ -100,7 +100,8 @@ def check_tokenizer(
         reference: the merged model's tokenizer.
 
     Raises:
-        ProofError: a text differs; the message has the number of texts and the first one.
+        ProofError: a text is split differently; the message has the number of such texts and the
+            first one.
     """
     wrong = [text for text in texts if tested(text) != reference(text)]
     if wrong:
@@ -113,13 +114,14 @@ def check_tokenizer(
 
 
 def check_template(loaded: LlamaFile, reference: Reference) -> int:
-    """Check that both templates render the same text; return the number of conversations.
+    """Check that the file's chat template renders as the merged model's; count the conversations.
 
-    A conversation that the model's template rejects, mostly for its system message, has to be
-    rejected by the file's template as well.
+    A conversation that the merged model's template rejects, mostly because of a system message,
+    must be rejected by the file's template as well. The returned number is that of the
+    conversations that both templates render.
 
     Raises:
-        ProofError: the template is missing, or renders another text.
+        ProofError: the file's template is missing, or renders a different text.
     """
     if not reference.tokenizer.chat_template:
         return 0
@@ -145,7 +147,7 @@ def check_template(loaded: LlamaFile, reference: Reference) -> int:
 
 
 def check_stop_tokens(loaded: LlamaFile, reference: Reference) -> str | None:
-    """Check that llama.cpp stops at the merged model's stop tokens; return a note, or None.
+    """Check that llama.cpp stops where the merged model stops; return a note for users, or None.
 
     Raises:
         ProofError: llama.cpp would continue after the model's end of text or end of turn.
@@ -159,7 +161,8 @@ def check_stop_tokens(loaded: LlamaFile, reference: Reference) -> str | None:
             "answers would run on: set eos_token_id in the base model's generation_config.json"
         )
     if passed:
-        # Phi-3 lists <|assistant|>, which a working model never generates in an answer.
+        # These stop tokens do not end a turn. For example, Phi-3 lists <|assistant|>, which the
+        # model does not generate in an answer.
         return (
             f"llama.cpp does not stop at {', '.join(map(repr, name(passed)))}, which "
             "generation_config.json lists beside the end of an answer; the Modelfile does"
@@ -179,7 +182,7 @@ def check_stop_tokens(loaded: LlamaFile, reference: Reference) -> str | None:
 
 
 def _ends(reference: Reference) -> list[int]:
-    """Return EOS and the stop tokens that end a turn; all stop tokens if there is no template."""
+    """Return the stop tokens that end a text or a turn; all stop tokens if there is no template."""
     if not reference.tokenizer.chat_template:
         return reference.stop_ids
     user, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}
@@ -194,16 +197,18 @@ def _ends(reference: Reference) -> list[int]:
 def check_stops(format: str, stops: list[torch.Tensor], reference: Reference) -> None:
     """Check on the rows' answers that the file stops where the merged model stops.
 
-    The check compares probabilities and not the most likely tokens: if a model has hardly learned
-    to stop, two tokens are almost equally likely there, and any rounding changes the winner.
+    These are the positions where a stop token is the merged model's most likely next token. The
+    check compares probabilities there, not the file's most likely token: if a model has hardly
+    learned to stop, a stop token and another token are almost equally likely, and any rounding can
+    change which of them is more likely.
 
     Args:
         format: name of the format, for the message.
-        stops: by row, the file's probability of a stop token at each position, [T].
+        stops: for each row, the file's probability of a stop token at each position, [T].
         reference: measurements of the merged model.
 
     Raises:
-        ProofError: the file's mean probability is less than half of the merged model's.
+        ProofError: the file's mean probability of stopping is less than half of the merged model's.
     """
     ours, theirs = [], []
     for row, stops_T, logits_TV in zip(reference.rows, stops, reference.logits, strict=True):

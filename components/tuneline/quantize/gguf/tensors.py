@@ -10,12 +10,13 @@ from tuneline.errors import ToolError
 from tuneline.quantize.gguf.ggml import InitParams, library
 
 K_BLOCK = 256
-"""Weights per block of a k-quant. llama.cpp uses another type for rows that it does not divide."""
+"""Number of weights per block of a k-quant. If a tensor's row length is not a multiple of this
+number, llama.cpp uses another type for the tensor."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file; `shape` is in ggml's order, row length first."""
+    """One tensor of a GGUF file; `shape` is in ggml's order, with the row length first."""
 
     name: str
     type: str
@@ -29,7 +30,7 @@ class Tensor:
 
 
 def read(file: Path) -> list[Tensor]:
-    """Return the tensors of a file, from its header alone.
+    """Return names, types and sizes of the tensors of a file, read from the file's header alone.
 
     Raises:
         ToolError: ggml cannot read the file.
@@ -64,7 +65,10 @@ def bits_per_weight(tensors: list[Tensor]) -> float:
 
 
 def fallback_note(tensors: list[Tensor], format: str) -> str | None:
-    """Return a note on the tensors for which llama.cpp could not use the k-quant, or None."""
+    """Return a note on the tensors for which llama.cpp could not use the format's k-quant, if any.
+
+    None if there are no such tensors, or if `format` is not a k-quant.
+    """
     if "_k" not in format:
         return None
     others = [

@@ -29,12 +29,13 @@ from tuneline.quantize.proof.transformers_model import TransformersModel, choose
 GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
 """Group sizes that the kernels support, largest first."""
 MAX_ROW_TOKENS = 2048
-"""Tokens of a calibration row that are used. The inputs and outputs of a layer stay on the device
-for all rows: at the width of an 8B model, 128 rows of this length are 2 x 2.1 GB in bf16, beside a
-layer and its Hessians."""
+"""Number of tokens of a calibration row that are used. It limits memory: the device holds the
+inputs and the outputs of a layer for all rows. At the width of an 8B model, 128 rows of this length
+take 2 x 2.1 GB in bf16, in addition to the layer and its Hessians."""
 NUM_SPEED_TOKENS = 16
-"""Tokens that are generated to measure the speed."""
-# From vLLM's auto_gptq.py and marlin_utils.py, 2026-11; all exports here are symmetric.
+"""Number of tokens to generate when the speed is measured."""
+# What vLLM loads, according to its auto_gptq.py and marlin_utils.py of 2026-11, for symmetric
+# quantisation (all exports here are symmetric).
 VLLM_BITS, VLLM_GROUP_SIZES = (4, 8), (32, 64, 128)
 
 
@@ -47,8 +48,8 @@ def export(
         config: the `quantize` section of the recipe.
         format: name of the format.
         merged_dir: directory of the merged model.
-        dataset_dir: directory that prepare made; its training rows calibrate the rounding.
-        target: directory that gets the checkpoint.
+        dataset_dir: directory that prepare made; the rounding is calibrated on its training rows.
+        target: directory to write the checkpoint to.
 
     Returns:
         The record of the checkpoint.
@@ -57,7 +58,8 @@ def export(
         DataError: there are no training rows.
         ModelError: no group size fits the model's layers.
         ToolError: gptqmodel is missing or failed.
-        ProofError: the checkpoint does not load or answer, or is above its bound.
+        ProofError: the checkpoint does not load or does not answer, or its predictions are further
+            from the merged model's than the bound allows.
     """
     device = choose_device(merged_dir)
     rows = read_rows(
@@ -99,7 +101,7 @@ def _prove(
     reference: Reference,
     device: str,
 ) -> QuantizedModel:
-    """Load a checkpoint, generate, compare it with the merged model and return its record."""
+    """Load the checkpoint, generate, compare with the merged model, and return the record."""
     bound = formats.bound_of(format, config.max_mean_kl, config.min_top1_agreement)
     try:
         model = TransformersModel(target, dtype=torch.float16, device=device)
@@ -141,7 +143,10 @@ def _prove(
 
 
 def _speed(model: TransformersModel, reference: Reference, device: str) -> dict[str, float | int]:
-    """Return tokens per second and threads, on a CPU only: the other formats are timed there."""
+    """Return tokens per second and number of threads; nothing if the device is a GPU.
+
+    The other formats are timed on a CPU, so a speed on a GPU could not be compared with theirs.
+    """
     if device != "cpu":
         return {}
     speed = model.tokens_per_second(reference.generation.prompt_ids, num_tokens=NUM_SPEED_TOKENS)
@@ -151,8 +156,9 @@ def _speed(model: TransformersModel, reference: Reference, device: str) -> dict[
 def choose_group_size(widths: set[int], wanted: int) -> tuple[int, str | None]:
     """Return the largest group size up to `wanted` that divides every width, and a note.
 
-    The note is None if the size is `wanted`. gptqmodel does not check this: it quantises and saves
-    with any group size, and the checkpoint fails in its first forward pass.
+    The note says why the size is not `wanted`; None if it is. gptqmodel does not check the group
+    size: with one that does not divide a width, it quantises and saves a checkpoint whose first
+    forward pass fails.
 
     Raises:
         ModelError: no group size divides every width.
@@ -174,7 +180,7 @@ def linear_widths(model_dir: Path) -> set[int]:
     """Return the input widths of the linear layers in the decoder blocks.
 
     Raises:
-        ModelError: there are none.
+        ModelError: the model has no such layers.
     """
     widths = {
         shape[1]
@@ -211,9 +217,10 @@ def _quantise(
         "rows": rows,
     }
     settings = {
-        # The default is one worker on two cores, but gptqmodel then asks for two.
+        # At least two: on two cores the default is one worker, but gptqmodel then asks for two.
         "GPTQMODEL_CPU_WORKERS": str(max(2, len(os.sched_getaffinity(0)))),
-        # Waiting OpenMP threads spin longer than they work if another process is busy.
+        # By default, waiting OpenMP threads stay in a busy loop. If another process is busy, this
+        # takes longer than the work.
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     with tempfile.TemporaryDirectory() as scratch:
@@ -232,11 +239,11 @@ def _quantise(
 
 
 def _take_companions(model_dir: Path, target: Path) -> None:
-    """Write the merged model's own tokenizer and settings beside the weights.
+    """Replace the tokenizer and settings that gptqmodel saved with those of the merged model.
 
-    The files that transformers 5 saves do not work with transformers 4 and the servers built on it:
-    they load no tokenizer, or use other rotary angles. They also hold a temporary path of this
-    machine.
+    gptqmodel saves these files with transformers 5. transformers 4 and servers built on it cannot
+    load the tokenizer from such files, or compute with other rotary angles. The files also contain
+    a temporary path of this machine.
     """
     quantization = json.loads((target / "config.json").read_text(encoding="utf-8"))
     quantization = quantization["quantization_config"]
@@ -266,7 +273,7 @@ def _weight_files(model_dir: Path) -> list[Path]:
 
 
 def _tensors(path: Path) -> list[tuple[str, str, list[int]]]:
-    """Return name, dtype and shape of each tensor, from the header of a safetensors file."""
+    """Return name, dtype and shape of each tensor, read from the header of a safetensors file."""
     with open(path, "rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))

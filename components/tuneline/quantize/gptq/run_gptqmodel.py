@@ -1,7 +1,8 @@
 """Run gptqmodel once: `python -m tuneline.quantize.gptq.run_gptqmodel JOB.json`.
 
-It runs in a child process, because gptqmodel reads its settings from the environment when it is
-imported, patches transformers, writes `logs/` into the working directory and draws on the terminal.
+This module runs in a child process, because gptqmodel reads its settings from the environment when
+it is imported, patches transformers, writes `logs/` to the working directory and draws progress
+bars on the terminal.
 """
 
 import json
@@ -15,18 +16,18 @@ from transformers import AutoConfig
 
 
 def main(job_file: str) -> None:
-    """Quantise and save a model as the job file says, which gptq/export.py writes."""
+    """Quantise and save a model with the settings in the job file that gptq/export.py wrote."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     config = QuantizeConfig(
         bits=job["bits"],
         group_size=job["group_size"],
         desc_act=job["desc_act"],
         offload_to_disk=False,
-        # The default first compiles a C++ extension: 93 s, and a compiler in the image.
+        # The default first compiles a C++ extension, which takes 93 s and requires a compiler.
         pack_impl="original",
     )
     on_gpu = torch.cuda.is_available()
-    # Most CPUs emulate bfloat16; float32 takes a third of the time.
+    # Most CPUs emulate bfloat16. On such a CPU, float32 takes a third of the time of bfloat16.
     model = GPTQModel.load(
         job["model_dir"],
         config,

@@ -1,8 +1,9 @@
 """Score a loaded model on held-out rows as the evaluate step does, for the table of formats.
 
-If every row has choices, the most likely choice, end of turn included, is the answer. Otherwise the
-greedy answer has to equal the whole reference. The benchmark runs on few rows on a CPU: it tells
-formats that still answer from broken ones, and is too noisy to rank them.
+If every row has choices, the model's answer is the most likely choice with its end of turn.
+Otherwise the model's greedy answer must equal the row's whole answer. The benchmark uses few rows,
+because it runs on a CPU: its scores distinguish working exports from broken ones, but are too noisy
+to rank the formats.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Model(Protocol):
 
 
 class Merged(Model, Protocol):
-    """The merged model, whose tokenizer also has the token that begins a text."""
+    """The merged model; unlike other models, it also provides the token that begins a text."""
 
     @property
     def begin_id(self) -> int: ...  # noqa: D102
@@ -32,20 +33,20 @@ class Merged(Model, Protocol):
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Held-out rows with the merged model's score on them."""
+    """Held-out rows, and the merged model's score on these rows."""
 
     task: str
-    """CHOICE or EXACT."""
+    """How answers are scored: `CHOICE` or `EXACT`."""
     rows: list[dict[str, Any]]
     reference: float
     """Fraction of rows that the merged model answers correctly, 0 to 1."""
     num_context: int
-    """Tokens of the longest prompt with its answer."""
+    """Context length that is needed: number of tokens of the longest prompt with its answer."""
     begin_id: int | None
-    """Token that stands for an empty prompt, the same in every format; None if no row has one."""
+    """Token that replaces an empty prompt, the same for all formats; None if no prompt is empty."""
 
     def record(self, model: Model) -> dict[str, Any]:
-        """Score a model and return the fields of its `QuantizedModel`."""
+        """Score an export and return the scores as fields of the export's `QuantizedModel`."""
         return {
             "benchmark": self.task,
             "benchmark_score": score(model, self.rows, self.task, begin_id=self.begin_id),
@@ -55,7 +56,7 @@ class Benchmark:
 
 
 def prepare(model: Merged, dataset_dir: Path, num_rows: int) -> Benchmark | None:
-    """Read held-out rows and score the merged model; None if there are no rows or none wanted."""
+    """Read held-out rows and score the merged model; None if no rows exist or `num_rows` is 0."""
     path = dataset_dir / HELDOUT_FILE
     rows = read_jsonl(path)[:num_rows] if num_rows and path.is_file() else []
     if not rows:
@@ -68,8 +69,8 @@ def prepare(model: Merged, dataset_dir: Path, num_rows: int) -> Benchmark | None
     )
     begin_id = None if all(model.tokenise(row["prompt"]) for row in rows) else model.begin_id
     reference = score(model, rows, task, begin_id=begin_id)
-    # + 2: one for the token that begins a text, and one because the border between prompt and
-    # answer may be tokenised in two ways.
+    # + 2: one for the token that begins a text, and one because a prompt and an answer that are
+    # tokenised separately may have one more token than the joined text.
     return Benchmark(task, rows, reference, longest + 2, begin_id)
 
 
@@ -79,9 +80,9 @@ def score(model: Model, rows: list[dict[str, Any]], task: str, *, begin_id: int 
     Args:
         model: the model to score.
         rows: held-out rows.
-        task: CHOICE or EXACT.
-        begin_id: token that stands for an empty prompt, which rows of raw text have; None if no
-            row has one.
+        task: how answers are scored: `CHOICE` or `EXACT`.
+        begin_id: token that replaces an empty prompt (rows of raw text have empty prompts); None if
+            no prompt is empty.
     """
     texts = [row["choices"] if task == CHOICE else [row["answer"]] for row in rows]
     pairs = [
@@ -105,9 +106,10 @@ def _pair(model: Model, row: dict[str, Any], text: str, begin_id: int | None) ->
     prompt, answer = model.tokenise(row["prompt"]), text + row["end"].rstrip()
     both = model.tokenise(row["prompt"] + answer)
     if not prompt and begin_id is not None:
-        # As in lm-eval: a model predicts nothing before the first token, which is this one. The
-        # tokenizer may have put it before the answer already.
+        # As in lm-eval: a model cannot predict the first token of its input, so `begin_id` goes
+        # before the answer, unless the tokenizer has put it there already.
         return (begin_id,), tuple(both[1:] if both[:1] == [begin_id] else both)
-    # As in the evaluate step: if a token crosses the border, prompt and answer are tokenised apart.
+    # As in the evaluate step: if a token spans the end of the prompt and the start of the answer,
+    # the answer is tokenised separately.
     joined = both[: len(prompt)] != prompt
     return tuple(prompt), tuple(model.tokenise(answer) if joined else both[len(prompt) :])

@@ -1,7 +1,7 @@
 """Texts and conversations on which tokenizers and chat templates are compared.
 
-They are built by rule from short lists, so that a reader can see what is covered. The source is
-ASCII.
+They are generated from the short lists in this file, so that a reader can see what is covered. All
+other characters are written as escapes, so that the source is ASCII.
 """
 
 _WORDS = (
@@ -55,7 +55,7 @@ _KOREAN = (
     "\uc624\ub298\uc740 2026\ub144 11\uc6d4 24\uc77c \ud654\uc694\uc77c\uc785\ub2c8\ub2e4.",
     "\ud30c\uc774\uc36c\uc73c\ub85c API\ub97c \ub9cc\ub4e4\uc5b4 \uc8fc\uc138\uc694!",
     "\u314b\u314b\u314b \u3160\u3160 \u3131\u3134\u3137",
-    "\u1112\u1161\u11ab\u1100\u1173\u11af",  # decomposed: conjoining letters
+    "\u1112\u1161\u11ab\u1100\u1173\u11af",  # syllables decomposed into conjoining letters
     "\uaff0\ub8e9 \ubdc1 \uc4f0\ub8e8\ub8e8",
 )
 _SCRIPTS = (
@@ -69,18 +69,18 @@ _SCRIPTS = (
     "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35\u0e0a\u0e32\u0e27\u0e42\u0e25\u0e01",
     "Ti\u1ebfng Vi\u1ec7t c\u00f3 d\u1ea5u",
     "\u00dcber stra\u00dfe na\u00efve fa\u00e7ade \u0141\u00f3d\u017a \u0130stanbul",
-    "cafe\u0301 versus caf\u00e9",  # combining accent against the composed letter
+    "cafe\u0301 versus caf\u00e9",  # a combining accent, and the composed letter
     "\u2200x \u2208 \u211d: \u221a(x\u00b2) = |x| \u2260 \u221e \u2192 \u2211\u222b\u2202",
     "\u250c\u2500\u2510\u2502 \u2502\u2514\u2500\u2518 \u2588\u2593\u2592\u2591",
     "\u00a9 \u00ae \u2122 \u20ac \u00a3 \u00a5 \u20a9 \u00b0 \u00b1",
-    "\U0001d400\U0001d401 \U00020000\U0002a6d6",  # beyond the basic plane
+    "\U0001d400\U0001d401 \U00020000\U0002a6d6",  # outside the Basic Multilingual Plane
 )
 _EMOJI = (
     "\U0001f600",
     "\U0001f600\U0001f680\U0001f389",
     "\u2764\ufe0f \u2615 \u2714\ufe0f",
     "\U0001f44d\U0001f3fd \U0001f44b\U0001f3ff",  # skin tones
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466",  # joined: a family
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466",  # a family, joined with U+200D
     "\U0001f1f0\U0001f1f7\U0001f1fa\U0001f1f8",  # flags
     "1\ufe0f\u20e3 #\ufe0f\u20e3",  # keycaps
     "good\U0001f44dbad\U0001f44e\uc88b\uc544\uc694\U0001f495",

@@ -1,4 +1,4 @@
-"""Measure how far an export's answers are from the merged model's, and check the bounds.
+"""Measure how far an export's predictions are from the merged model's, and check the bounds.
 
 Legend: T positions of a row, V vocabulary.
 """
@@ -16,7 +16,8 @@ from tuneline.models.heldout_rows import Row
 from tuneline.quantize.formats import Bound
 
 NEAR_TIE = 0.1
-"""Difference of two logits that counts as equal: f16 and fp32 differ by some hundredths."""
+"""Two logits that differ by at most this much count as equal, because the logits of an f16 file and
+of fp32 weights differ by a few hundredths."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class Quality:
     top1_agreement: float
     """Fraction of positions with the same most likely token, 0 to 1."""
     perplexity: float
-    """Perplexity of the export on the tokens of each row from `Row.start` on."""
+    """Perplexity of the export on the answers, that is, each row's tokens from `Row.start` on."""
     reference_perplexity: float
     """Perplexity of the merged model on the same tokens."""
     num_rows: int
 
     def record(self) -> dict[str, float | int]:
-        """Return the fields of a `QuantizedModel`."""
+        """Return the measurements as fields of a `QuantizedModel`."""
         return {
             "mean_kl": self.mean_kl,
             "top1_agreement": self.top1_agreement,
@@ -46,13 +47,14 @@ class Quality:
 
 @dataclass(frozen=True)
 class Generation:
-    """Greedy continuation of a prompt; the last token is a stop token if the model stopped."""
+    """Greedy continuation of a prompt; if the model stopped, the last token is a stop token."""
 
     prompt_ids: list[int]
     ids: list[int]
     text: str
     logits: numpy.typing.NDArray[numpy.float32] | None = None
-    """Logits that each token was chosen from, [num_ids, V] in fp32; None from llama.cpp."""
+    """Logits from which each token was chosen, [num_ids, V] in fp32; None if llama.cpp generated
+    the tokens."""
 
 
 def compare(
@@ -87,7 +89,8 @@ def check_bounds(quality: Quality, bound: Bound, format: str) -> None:
     """Check an export against its bound.
 
     Raises:
-        ProofError: the export is too far from the merged model; the message has the numbers.
+        ProofError: the export is too far from the merged model; the message states the measured
+            value and the bound.
     """
     close = quality.mean_kl <= bound.max_mean_kl
     if close and quality.top1_agreement >= bound.min_top1_agreement:
@@ -105,11 +108,12 @@ def check_bounds(quality: Quality, bound: Bound, format: str) -> None:
 def check_generation(tested: Generation, reference: Generation) -> str | None:
     """Check that two greedy generations are equal up to a near tie; return a note on the tie.
 
-    After the first different token the two continue different texts, so only that token is
-    compared: the reference's logit for the tested token may be at most NEAR_TIE below the best.
+    After the first different token the two generations continue different texts, so later tokens
+    are not compared. At that token, the reference's logit of the token that the tested model chose
+    may be at most NEAR_TIE below the reference's largest logit.
 
     Raises:
-        ProofError: the models disagree.
+        ProofError: the first different tokens are not a near tie.
     """
     for index, (ours, theirs) in enumerate(zip(tested.ids, reference.ids, strict=False)):
         if ours == theirs:

@@ -17,17 +17,18 @@ from tuneline.quantize.proof.quality import Generation
 from tuneline.quantize.proof.transformers_model import TransformersModel
 
 BUILT_IN_PROMPT = "The capital of France is"
-"""Prompt for datasets without held-out rows, and for the conversion, which has no dataset."""
+"""Prompt to use if the dataset has no held-out rows, or if the GGUF conversion, which gets no
+dataset, is checked."""
 
 NUM_BUILT_IN_ROWS = 8
-"""Probe texts that are compared where there is no dataset."""
+"""Number of texts of probes.py to use as rows if there is no dataset."""
 MAX_PROMPTS = 200
-"""Held-out prompts on which tokenizers are compared."""
+"""Largest number of held-out prompts on which tokenizers are compared."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Measurements of the merged model; the model itself is not kept in memory."""
+    """Measurements of the merged model; the model itself does not stay in memory."""
 
     model_dir: Path
     tokenizer: Any
@@ -38,31 +39,31 @@ class Reference:
     end: str
     """Text that the chat template puts after an answer; "" if unknown."""
     num_tokens: int
-    """Largest number of tokens that are generated."""
+    """Largest number of tokens to generate."""
     generation: Generation
     rows: list[Row]
     """Rows on which predictions are compared."""
     logits: list[torch.Tensor]
-    """Logits of each row, [tokens, vocabulary]."""
+    """The merged model's logits for each row, [tokens, vocabulary]."""
     benchmark: Benchmark | None = None
-    """Benchmark rows and score, if the recipe asks for them."""
+    """Benchmark rows and the merged model's score; None if the recipe asks for no benchmark."""
 
     @property
     def prompt(self) -> str:
-        """Whole prompt of the generation, of which only the last MAX_ROW_TOKENS are used."""
+        """The prompt to generate from, in full; only its last MAX_ROW_TOKENS tokens are used."""
         return self.prompts[0]
 
     @property
     def num_context(self) -> int:
-        """Tokens of the longest row, generation or benchmark answer."""
+        """Context length that is needed for all rows, the generation and the benchmark."""
         generated = len(self.generation.prompt_ids) + self.num_tokens
         longest = self.benchmark.num_context if self.benchmark else 0
         return max(generated, longest, *(len(row.ids) for row in self.rows))
 
     @property
     def stop_texts(self) -> list[str]:
-        """Texts that end an answer, the end of a turn first."""
-        # Decoded, because a vocabulary may spell a newline differently.
+        """Texts that end an answer; the text that ends a turn in the chat template comes first."""
+        # Tokens are decoded, because a vocabulary may write a newline as another character.
         tokens = [self.tokenizer.decode([token]) for token in self.stop_ids]
         return [text for text in dict.fromkeys([self.end.strip(), *tokens]) if text]
 
@@ -127,10 +128,10 @@ def measure(
 
     Args:
         model_dir: directory of the merged model.
-        dataset_dir: directory that prepare made; None uses the built-in prompt and texts.
+        dataset_dir: directory that prepare made; None: use the built-in prompt and texts.
         num_rows: number of rows to compare.
         num_tokens: largest number of tokens to generate.
-        num_benchmark_rows: held-out rows to score; 0 for none.
+        num_benchmark_rows: number of held-out rows for the benchmark; 0: no benchmark.
         device: "cpu" or "cuda".
 
     Raises:
@@ -148,7 +149,8 @@ def measure(
     else:
         longest = sorted(probes.texts(), key=len)[-NUM_BUILT_IN_ROWS:]
         rows = [Row(model.tokenise(text), 1) for text in longest]
-    # Long prompts lose their beginning, like rows. Exports are given these token IDs, not the text.
+    # Of a long prompt only the end is used, as for rows. Exports get the same token IDs, not the
+    # text.
     prompt_ids = (model.tokenise(prompts[0]) or [model.begin_id])[-MAX_ROW_TOKENS:]
     measured = Reference(
         model_dir=model_dir,
@@ -164,8 +166,8 @@ def measure(
         if dataset_dir
         else None,
     )
-    # Modules and their patched forward methods refer to each other, so only the collector frees
-    # them; mapped files count towards a pod's memory.
+    # Free the model now, because its mapped files count towards the pod's memory. Modules and their
+    # patched forward methods refer to each other, so only the garbage collector frees them.
     del model
     gc.collect()
     return measured

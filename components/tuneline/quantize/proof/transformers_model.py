@@ -15,9 +15,10 @@ from tuneline.quantize.proof import widening
 from tuneline.quantize.proof.quality import Generation
 
 ROOM_BYTES = 2 << 30
-"""GPU memory for a row's activations, beside the weights."""
+"""GPU memory to leave for the activations of a row, in addition to the weights."""
 BATCH_TOKENS = 512
-"""Answer tokens that are scored at a time; each needs logits of the vocabulary's size."""
+"""Number of answer tokens to score at a time. It limits memory: each token has as many logits as
+the vocabulary has entries."""
 
 
 def choose_device(model_dir: Path) -> str:
@@ -30,7 +31,7 @@ def choose_device(model_dir: Path) -> str:
 
 
 class TransformersModel:
-    """A model on one device.
+    """A model that transformers has loaded on one device.
 
     Attributes:
         tokenizer: the model's tokenizer.
@@ -44,8 +45,8 @@ class TransformersModel:
 
         Args:
             model_dir: the model directory.
-            dtype: dtype to compute in; "auto" is the dtype of the files. With float32 on a CPU,
-                16-bit weights stay mapped from their files (`widening`).
+            dtype: dtype to compute in; "auto": the dtype of the weights in the files. If it is
+                float32 on a CPU, 16-bit weights stay mapped from their files (widening.py).
             device: "cpu" or "cuda".
 
         Raises:
@@ -54,7 +55,7 @@ class TransformersModel:
         self._name = model_dir
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
-            # Any, because the type of generate's result depends on its flags.
+            # Any, because the type of the result of `generate` depends on its arguments.
             self._model: Any = _load(model_dir, dtype, device)
         except (OSError, ValueError) as error:
             raise ModelError(
@@ -67,10 +68,10 @@ class TransformersModel:
 
     @property
     def begin_id(self) -> int:
-        """Token that stands for an empty prompt: BOS, or EOS if there is none, as in lm-eval.
+        """Token that replaces an empty prompt: BOS, or EOS if there is no BOS, as in lm-eval.
 
         Raises:
-            ModelError: the tokenizer has neither.
+            ModelError: the tokenizer has neither BOS nor EOS.
         """
         token: int | None
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
@@ -151,8 +152,8 @@ def _load(model_dir: Path, dtype: torch.dtype | str, device: str) -> Any:
 def _kernels(model_dir: Path, device: str) -> dict[str, Any]:
     """Return arguments that load GPTQ weights on a GPU with torch's kernels.
 
-    By default gptqmodel chooses a kernel that is compiled when it is loaded, but an image has no
-    compiler.
+    By default gptqmodel chooses a kernel that is compiled when the model is loaded, but the images
+    contain no compiler.
     """
     settings = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     quantization = settings.get("quantization_config") or {}

@@ -2,14 +2,15 @@
 
 float32 represents every bfloat16 and float16 value, so a weight that is widened just before its use
 gives the same result as one that was loaded in float32, except that the additions of a product may
-be in another order. Loaded in float32, 8B parameters take 32 GB. Mapped, they are pages of files,
-which the kernel drops and reads again when it needs memory. (The experts of a mixture are copied,
-in 16 bits, because transformers joins them into one tensor.)
+be in another order. Loaded in float32, 8B parameters take 32 GB of memory. Mapped, they are pages
+of files, which the kernel can drop and read again when memory is short. (The experts of a mixture
+of experts are copied to memory, in 16 bits, because transformers joins them into one tensor.)
 
-Widening takes no extra time: a linear layer is widened one block of rows at a time, which is still
-in the CPU's cache when it is multiplied. For 14336 x 4096 on one core of an EPYC, both ways take
-13 ms for one token and 0.32 s for 256; widened as a whole, 144 ms and 0.46 s.
-`tests/measure/proof_memory.py` measures whole steps.
+Widening takes no extra time: a linear layer is widened one block of rows at a time, and the block
+is still in the CPU's cache when it is multiplied. Measured for a layer of 14336 x 4096 on one core
+of an EPYC: 13 ms for one token and 0.32 s for 256 tokens, both with weights loaded in float32 and
+with blocks; 144 ms and 0.46 s if the layer is widened as a whole. `tests/measure/proof_memory.py`
+measures whole steps.
 
 Legend: I inputs and O outputs of a linear layer, R rows of a block, V vocabulary, H hidden size.
 """
@@ -26,23 +27,23 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 BLOCK_WEIGHTS = 1 << 21
-"""Weights of a block, 8 MB in float32. A quarter of it was a fifth slower with 1024 tokens; eight
-times as much took twice as long with one token."""
+"""Number of weights per block; 8 MB in float32. Measured: blocks of a quarter of this size take
+20 % longer with 1024 tokens, and blocks of eight times this size twice as long with one token."""
 
 NUM_SMALL = 1 << 20
-"""A weight with fewer elements is widened once and stays wide: norms, biases, and weights that one
-module may read from another, as Mamba reads those of its convolution."""
+"""A weight with fewer elements than this is converted to float32 once and stays so: norms, biases,
+and weights that another module reads directly, as Mamba's mixer reads those of its convolution."""
 
 NARROW = {"F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes that are widened, by safetensors' name."""
+"""The dtypes that are widened, by the name that safetensors gives them."""
 
 
 def narrow_dtype(model_dir: Path) -> torch.dtype | None:
-    """Return the 16-bit dtype of all weights in a directory, or None for any other mix."""
+    """Return the dtype of a directory's weights if all have the same 16-bit dtype, else None."""
     dtypes = set()
     for path in model_dir.glob("*.safetensors"):
         with safe_open(path, framework="pt") as tensors:
-            # safe_open is not a mapping.
+            # SIM118 is off: safe_open is not a mapping and cannot be iterated without keys().
             dtypes |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
     return NARROW.get(dtypes.pop()) if len(dtypes) == 1 else None
 
@@ -54,10 +55,10 @@ def load(model_dir: Path, dtype: torch.dtype) -> Any:
         OSError: transformers cannot load the model.
         ValueError: transformers cannot load the model.
     """
-    # On a CPU and without a conversion, transformers uses the weights as safetensors mapped them.
+    # On a CPU and without a change of dtype, transformers uses the weights that safetensors mapped.
     mapped = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, device_map={"": "cpu"})
-    # The modules are created for float32, because a model rounds constants to its dtype too: Gemma
-    # multiplies embeddings by the root of their width.
+    # The modules are created in float32, because a model also rounds constants to its dtype, e.g.
+    # Gemma the factor of its embeddings (the root of their width).
     with init_empty_weights(include_buffers=False):
         auto: Any = AutoModelForCausalLM
         model: Any = auto.from_config(copy.deepcopy(mapped.config), dtype=torch.float32)
@@ -70,8 +71,8 @@ def load(model_dir: Path, dtype: torch.dtype) -> Any:
 def widen(model: torch.nn.Module) -> None:
     """Make a model on a CPU compute in float32, with large weights widened when they are used.
 
-    Nothing can be computed in 16 bits unnoticed: in torch, a product or sum of a float32 and a
-    16-bit tensor is float32 or an error.
+    No weight can be forgotten unnoticed: in torch, a product or sum of a float32 tensor and a
+    16-bit tensor is computed in float32 or raises an error.
     """
     for module in model.modules():
         narrow = []
@@ -95,7 +96,10 @@ def widen(model: torch.nn.Module) -> None:
 
 
 def _looks_up(module: torch.nn.Module) -> bool:
-    """Return whether a module embeds tokens, not positions. Gemma has a class with a factor."""
+    """Return whether a module embeds tokens, not positions.
+
+    Gemma embeds tokens with a subclass of Embedding that multiplies embeddings by a factor.
+    """
     return type(module) is torch.nn.Embedding or (
         isinstance(module, torch.nn.Embedding)
         and type(module).__name__.endswith("ScaledWordEmbedding")
@@ -119,10 +123,10 @@ def _linear(module: torch.nn.Linear, x: torch.Tensor) -> Any:
 def _embedding(
     module: Any, forward: Callable[..., torch.Tensor], ids: torch.Tensor
 ) -> torch.Tensor:
-    """Look up embeddings in a widened table of only the rows that `ids` name."""
+    """Look up embeddings after widening only the rows of the table that `ids` name."""
     rows, places = torch.unique(ids, return_inverse=True)
     weight_VH, padding = module.weight, module.padding_idx
-    # padding_idx only matters for gradients, and must not be outside the table.
+    # padding_idx matters only for gradients. It is removed, because it may exceed the small table.
     module.weight, module.padding_idx = _fixed(weight_VH[rows].float()), None
     try:
         return forward(places)
@@ -137,7 +141,10 @@ def _widened(
     *arguments: Any,
     **named: Any,
 ) -> Any:
-    """Run `forward` with the weights `names` widened until it returns: mostly a layer's experts."""
+    """Run `forward` with the weights `names` widened, and restore these weights afterwards.
+
+    This is mostly for the experts of a layer.
+    """
     narrow = {name: getattr(module, name) for name in names}
     for name, weight in narrow.items():
         setattr(module, name, _fixed(weight.float()))
