@@ -101,7 +101,7 @@ class ModelOrigin(Record):
     sha256: str
     """SHA-256 over the names and contents of the weight files."""
     runs_own_code: bool = False
-    """Whether loading runs code from the source (trust_remote_code), which a recipe has to allow."""
+    """Whether loading runs code of the source (trust_remote_code), which the recipe must allow."""
 
     def as_ancestor(self) -> Ancestor:
         """Return the entry with the revision and the hash of the weights instead of all files."""
@@ -182,7 +182,7 @@ class TrainingPoint(StrictModel):
 
 
 class TrainingSummary(Record):
-    """How an adapter was trained. training_figures.py says which of the values are shown to users."""
+    """How an adapter was trained. training_figures.py says which values are shown to users."""
 
     filename: ClassVar[str] = "training.json"
     role: ClassVar[str] = "adapter"

@@ -15,7 +15,7 @@
          |- ToolError                 a converter or another program failed
          |- TrainingError             training did not complete
          |- StoppedError              the step received SIGTERM and can resume: exit code 143
-         `- ProofError                an artifact failed its checks and was deleted
+         `- ProofError                an artifact failed its checks and is not used
 
 A message states in a sentence or two the offending value, what is allowed, and what to try next.
 """
@@ -89,4 +89,4 @@ class StoppedError(WorldError):
 
 
 class ProofError(WorldError):
-    """An artifact failed its checks (its proof) and was deleted."""
+    """An artifact failed its checks (its proof) and is not used."""

@@ -29,8 +29,8 @@ RECOMPUTE_SLOWDOWN = 1.41
 
 VOCAB_SIZE = 128_256
 MAX_EMBEDDING_FRACTION = 0.3
-"""Upper limit of the assumed fraction of all parameters that are in the embeddings. Small models
-stay below it because their input and output share one embedding matrix."""
+"""Upper limit of the assumed fraction of all parameters that are in the embeddings. Two separate
+matrices would exceed the limit in small models, whose input and output share one matrix."""
 HEAD_DIM = 128
 """Assumed ratio of hidden width to number of layers: a Llama of 32 layers is 4096 wide."""
 SIDES = {
