@@ -22,9 +22,9 @@ class KindTraits:
     base_model_relation: Literal["adapter", "finetune", "quantized"]
     """`base_model_relation` of a model card's front matter."""
     suffix: str
-    """End of the repository's name, e.g. -gguf. If the suffix contains `{format}`, each export has its own
-    repository with the whole checkpoint. Otherwise all exports of the kind are files in one
-    repository."""
+    """End of the repository's name, e.g. -gguf. If the suffix contains `{format}`, each export
+    has its own repository with the whole checkpoint. Otherwise all exports of the kind are files in
+    one repository."""
     packages: str = ""
     """Packages that transformers needs in order to load the checkpoint, separated by spaces."""
     runs_with: str = ""

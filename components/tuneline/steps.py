@@ -18,7 +18,8 @@ class Step:
     module: str
     """Module that does the step's work; the image's self-check imports it."""
     stage: str | None
-    """Stage of the report's pipeline diagram in which the step is shown; None if it is not shown."""
+    """Stage of the report's pipeline diagram in which the step is shown; None if it is not
+    shown."""
     cpu: tuple[str, str]
     """CPU request and limit, as Kubernetes quantities."""
     memory: tuple[str, str]
@@ -34,7 +35,7 @@ class Step:
     scratch: bool = True
     """Whether the step loads or writes models, and therefore gets a volume for temporary files."""
     num_retries: int = 0
-    """Number of retries; 0 if a retry cannot help. It can help after a network error or a lost pod."""
+    """Number of retries, which can help after a network error or a lost pod."""
 
 
 STEPS: dict[str, Step] = {
@@ -126,7 +127,8 @@ if TYPE_CHECKING:
     StepName = str
 else:
     StepName = Literal[tuple(STEPS)]
-"""Name of a step in the table. Pydantic accepts only these names, and the JSON Schema lists them."""
+"""Name of a step in the table. Pydantic accepts only these names, and the JSON Schema lists
+them."""
 
 
 def steps_in(image_set: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Base class of strict models, whose errors suggest the known key nearest to a mistyped one."""
+"""Base class of strict models, whose errors suggest the key nearest to a mistyped one."""
 
 import difflib
 import json

@@ -47,8 +47,8 @@ def write_tree(staged_root: Path, staged: list[StagedRepo], target: Path) -> lis
             target.replace(previous)
         staged_root.replace(target)
     except BaseException as error:
-        # If the process ends between the two renames, the old tree is moved back; otherwise it would
-        # be deleted with the scratch directory.
+        # After an exception between the two renames, the old tree is in the scratch directory. It
+        # is moved back, because the scratch directory is deleted.
         if previous.exists() and not target.exists():
             previous.replace(target)
         if not isinstance(error, OSError):

@@ -84,7 +84,8 @@ def run(
     name = sources.header.name if local else target
     with new_directory(published_dir) as record_dir:
         output = Path(target.removeprefix(DIRECTORY_PREFIX)).resolve() if local else record_dir
-        # Staged next to a directory target, so that one rename publishes the tree.
+        # The scratch directory is next to a directory target, so that the staged files can be hard
+        # links and one rename puts the tree in its place.
         with _scratch_in(output.parent) as scratch:
             staged_root = Path(scratch, "staged")
             staged = stage(sources, name=name, config=config, directory=staged_root)

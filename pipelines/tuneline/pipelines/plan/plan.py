@@ -22,8 +22,8 @@ from tuneline.train.memory.estimate import GIB
 MEMORY_FRACTION = 0.9
 """Largest fraction of a GPU's memory for which an estimate is "ok"."""
 FAIL_FACTOR = 1.5
-"""Multiple of a limit above which an estimate fails the plan. Between the limit and the multiple, an
-estimate gives a warning, because an estimate from the number of parameters alone is not exact."""
+"""Multiple of a limit above which an estimate fails the plan. Estimates between the two values only
+give a warning, because an estimate from the number of parameters alone is not exact."""
 
 
 def plan(
