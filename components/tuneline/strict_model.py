@@ -32,8 +32,8 @@ class StrictModel(BaseModel):
             RecipeError: the value is invalid. The message names, for each error, the key, the
                 value and what is allowed.
         """
-        # Mappings are validated as JSON too. In strict mode, lists and strings are then accepted for
-        # tuples and paths, but "3" is still not accepted for an int.
+        # Mappings are validated as JSON too. Lists and strings are then accepted for tuples and
+        # paths in strict mode, but "3" is still not accepted for an int.
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         try:
             return cls.model_validate_json(text, strict=True)

@@ -124,7 +124,7 @@ def _compare(
         [tuned_samples[sample]["score"] - base_samples[sample]["score"] for sample in ids],
         dtype=np.float64,
     )
-    # A weight is the length of a reference answer, so the base model's weights hold for both models.
+    # A weight is the length of a reference answer, so it is the same for both models.
     weights = np.array([base_samples[sample].get("weight", 1) for sample in ids], np.float64)
     if not np.isfinite(differences).all():
         raise TaskError(

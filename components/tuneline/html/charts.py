@@ -145,7 +145,7 @@ def histogram(
 ) -> str:
     """Return a histogram with marked positions.
 
-    If a marked value is to the right of the drawn range, its name is at the right edge with an arrow.
+    The name of a marker that is to the right of the drawn range is at the edge, with an arrow.
 
     Args:
         bins: (lowest value, first value above the bin, number).
@@ -387,7 +387,7 @@ def scatter_chart(
 
 
 def thin(points: Sequence[Point], limit: int) -> Sequence[Point]:
-    """Return at most about `limit` points: the lowest and the highest of each group of neighbours."""
+    """Return at most about `limit` points: the lowest and the highest of each stretch of points."""
     if len(points) <= limit:
         return points
     stretch = math.ceil(2 * len(points) / limit)

@@ -40,7 +40,7 @@ class Stage:
     detail: str = ""
     """A few words on the result, or on the progress of a step that did not finish."""
     after: tuple[str, ...] = ()
-    """Names of the steps that this step waits for; names that are not in the diagram are ignored."""
+    """Names of the steps that this step waits for; names of steps not drawn are ignored."""
 
 
 def line_diagram(steps: Sequence[Stage]) -> str:

@@ -17,15 +17,15 @@ LINE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("evaluate base", ("prepare",)),
     ("quantize", ("merge",)),
 )
-"""Each stage of the pipeline diagram, with the stages that it waits for. The stages of the main path
-come first, so that the diagram shows them in its top row. steps.py assigns the steps to the stages;
-the step `evaluate` runs once for the base model and once for the tuned model."""
+"""Each stage of the pipeline diagram, with the stages that it waits for. The stages of the main
+path come first, so that the diagram shows them in its top row. steps.py assigns each step to a
+stage, except `evaluate`, which runs twice and has a stage for the base and for the tuned model."""
 OUTSIDE = tuple(name for name, step in STEPS.items() if step.stage is None)
 """Steps that the diagram does not show, because they only describe the run."""
 
 
 def stages(states: Mapping[str, tuple[Status, float | None, str]]) -> list[Stage]:
-    """Return all stages of the diagram; `states` has status, seconds and detail of those that ran."""
+    """Return all stages; `states` has the status, seconds and detail of the stages that ran."""
     not_run: tuple[Status, None, str] = ("not run", None, "")
     return [Stage(name, *states.get(name, not_run), after=after) for name, after in LINE]
 

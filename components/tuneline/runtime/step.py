@@ -1,8 +1,8 @@
 """The wrapper in which every step runs, as a KFP component or from the command line.
 
 The wrapper turns known errors into one sentence on stderr and an exit code, so that nobody has to
-read a traceback because a disk is full. If the environment variable TUNELINE_EVENTS names a file, events are
-appended to it, one JSON object per line:
+read a traceback because a disk is full. If the environment variable TUNELINE_EVENTS names a file,
+events are appended to that file, one JSON object per line:
 
     {"step": "train", "event": "started", "time": 1732400000.0}
     {"step": "train", "event": "progress", "time": ..., "done": 10, "total": 60, "note": "loss 1.2"}
