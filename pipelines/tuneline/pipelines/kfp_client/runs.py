@@ -95,7 +95,7 @@ class Client(_KfpClient):  # type: ignore[misc, unused-ignore]  # kfp has no typ
 
 
 def connect(host: str | None) -> Client:
-    """Connect to the KFP API at `host`; None: at the host that kfp finds itself.
+    """Connect to the KFP API at `host`; None: the environment tells the host.
 
     Raises:
         UserError: no host is given, and none can be found.
