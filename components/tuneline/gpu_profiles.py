@@ -84,8 +84,7 @@ class GpuProfile:
 
         A training step is limited by compute in some kernels and by bandwidth in others, so its
         relative speed is between the ratio of the compute and the ratio of the bandwidths. The
-        estimate is the lower of the two ratios. Training speed was measured only on an H200, which
-        has the compute of an H100 (plan/estimate.py).
+        estimate is the lower of the two ratios. It is derived from the datasheets, not measured.
         """
         reference = GPU_PROFILES["h100"]
         return min(self.tflops / reference.tflops, self.bandwidth / reference.bandwidth)
