@@ -1,7 +1,8 @@
-"""The artifacts that steps hand to each other: directories, file names, and the record in each.
+"""The artifacts that steps pass to each other: directories, file names, and their JSON records.
 
 Every artifact directory holds one JSON record, which is written last. A directory without a record
-is not an artifact. Records are strict: a step that reads an unknown or a missing key fails at once.
+is not an artifact. Records are strict: a step that reads a record with an unknown key or without a
+required key fails at once.
 
     artifact     record            other files
     -----------  ----------------  -----------------------------------------------------------
@@ -39,21 +40,22 @@ TRAIN_FILE = "train.parquet"
 EVAL_FILE = "eval.parquet"
 HELDOUT_FILE = "heldout.jsonl"
 REJECTED_FILE = "rejected.jsonl"
-# Next to an adapter: one JSON object per logged step.
+# In the directory of an adapter: one JSON object per logged training step.
 PROGRESS_FILE = "progress.jsonl"
-# In a dataset whose recipe names a template; it replaces the tokenizer's own template.
+# In a dataset if the recipe names a template, which replaces the template of the tokenizer.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-# Next to a GGUF file, for Ollama.
+# In the directory of a GGUF file, for Ollama.
 MODELFILE = "Modelfile"
-# In every published repository: what the repository was made from, and its files' hashes.
+# In every published repository: what the repository was made from, and the hashes of its files.
 PUBLISHED_BUNDLE = "tuneline.json"
 SAMPLES_DIR = "samples"
 GENERATIONS_FILE = "generations.jsonl"
 
-# Columns of train.parquet and eval.parquet for the methods sft and cpt: lists of int32 and int8.
+# Columns of train.parquet and eval.parquet for the methods sft and cpt: the token IDs (lists of
+# int32), and for each token whether it counts in the loss (lists of int8).
 INPUT_IDS = "input_ids"
 LOSS_MASK = "loss_mask"
-# The columns for dpo hold token IDs. The prompt is repeated in neither of the two answers.
+# Columns for the method dpo, which hold token IDs. The answers do not include the prompt.
 PROMPT_IDS = "prompt_ids"
 CHOSEN_IDS = "chosen_ids"
 REJECTED_IDS = "rejected_ids"
@@ -63,10 +65,11 @@ Verdict = Literal["promote", "hold"]
 
 
 class RunHeader(StrictModel):
-    """The keys of a recipe that the report and the model cards read; other keys are kept as data.
+    """A recipe as report and publish read it: only the keys that they use are fields.
 
-    `Recipe` imports the config of every step, so a step cannot use it. The pipeline validates the
-    recipe and passes it on as JSON; `model_dump` returns all of its keys in the same order.
+    `Recipe` imports the config of every step, so a step cannot use that class. The pipeline
+    validates the recipe and passes it to the steps as JSON. `model_dump` returns all keys of the
+    recipe, in their order.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -87,21 +90,21 @@ class ModelOrigin(Record):
     source: str
     """The source as the recipe names it: a Hub ID, a directory, a GGUF file or builtin:NAME."""
     revision: str | None = None
-    """Hub commit that the revision was resolved to; null for a local source."""
+    """Hub commit that the recipe's revision refers to; null for a local source."""
     licence: str | None = None
-    """SPDX-like identifier; null where the source names no licence."""
+    """Identifier of the licence, similar to SPDX; null if the source names no licence."""
     architecture: str
-    """Class name in config.json's `architectures`."""
+    """Name of the model class, from `architectures` in config.json."""
     num_parameters: int
     num_bytes: int
     """Size of the weight files, in bytes."""
     sha256: str
     """SHA-256 over the names and contents of the weight files."""
     runs_own_code: bool = False
-    """Whether loading needs trust_remote_code, which the recipe has to allow by name."""
+    """Whether loading runs code of the source (trust_remote_code), which the recipe must allow."""
 
     def as_ancestor(self) -> Ancestor:
-        """Return the hash of the weights, which other files do not change, and the revision."""
+        """Return the entry with the revision and the hash of the weights instead of all files."""
         ancestor = super().as_ancestor()
         return ancestor.model_copy(update={"sha256": self.sha256, "revision": self.revision})
 
@@ -115,7 +118,7 @@ class LengthStatistics(StrictModel):
     p99: float
     max: int
     histogram: list[tuple[int, int, int]] = Field(default_factory=list)
-    """Bins of (lowest length, first length above the bin, number of rows)."""
+    """One tuple per bin: its lowest length, the lowest length above it, its number of rows."""
 
 
 class DatasetManifest(Record):
@@ -129,10 +132,9 @@ class DatasetManifest(Record):
     format: str
     """Format of the rows, a key of `prepare.formats.table.FORMATS`."""
     template: str
-    """Name of the chat template: a value of `prepare.template`, or none for continued
-    pre-training."""
+    """Name of the chat template: a value of `prepare.template`; "none" for the method cpt."""
     loss_on: str
-    """Tokens that count in the loss: answers or all."""
+    """Which tokens count in the loss: "answers" or "all"."""
     num_train_rows: int
     num_eval_rows: int
     num_heldout_rows: int
@@ -159,12 +161,15 @@ class DatasetManifest(Record):
     """SHA-256 over the checked rows in order, the template and the split."""
 
     def as_ancestor(self) -> Ancestor:
-        """Return the hash of the rows, which file names and compression do not change."""
+        """Return the entry with the hash of the rows instead of the hash of the files.
+
+        The hash of the rows does not depend on file names and compression.
+        """
         return super().as_ancestor().model_copy(update={"sha256": self.sha256})
 
 
 class TrainingPoint(StrictModel):
-    """One logged step; a value that was not measured at this step is null."""
+    """Values logged at one training step; null if a value was not measured at the step."""
 
     step: int
     epoch: float | None = None
@@ -177,7 +182,7 @@ class TrainingPoint(StrictModel):
 
 
 class TrainingSummary(Record):
-    """How an adapter was trained. `training_figures` lists the figures that pages show."""
+    """How an adapter was trained. training_figures.py says which values are shown to users."""
 
     filename: ClassVar[str] = "training.json"
     role: ClassVar[str] = "adapter"
@@ -191,7 +196,7 @@ class TrainingSummary(Record):
     first_eval_loss: float | None = None
     """Evaluation loss before the first step."""
     final_eval_loss: float | None = None
-    """Evaluation loss of the adapter that was kept."""
+    """Evaluation loss of the saved adapter."""
     num_trainable_parameters: int
     num_parameters: int
     base_quantization: Literal["nf4", "none"]
@@ -207,29 +212,30 @@ class TrainingSummary(Record):
     device_hours: float | None = None
     """Device time of training, over all ranks and with evaluations, in hours."""
     energy_kwh: float | None = None
-    """Energy that the GPUs used during training, in kWh; null where NVML does not report it."""
+    """Energy that the GPUs used during training, in kWh; null if NVML does not report it."""
     cost: float | None = None
-    """`device_hours` times the recipe's price per hour; null where the recipe names no price."""
+    """`device_hours` times the recipe's price per hour; null if the recipe names no price."""
     estimated_peak_bytes: int | None = None
-    """Estimate of `peak_memory_bytes` from before the model was loaded."""
+    """Estimate of `peak_memory_bytes`, made before the model was loaded."""
     fitted: str = ""
     """Settings of the recipe that were changed so that training fits into memory; "" for none."""
     num_out_of_memory: int = 0
-    """How often memory ran out; training then resumed with a smaller micro-batch."""
+    """How often memory ran out. Training resumed with a smaller micro-batch each time."""
     history: list[TrainingPoint]
     learning_rate: float | None = None
-    """Highest learning rate of the schedule: the one that was chosen where the recipe says auto."""
+    """Highest learning rate of the schedule; if the recipe says auto, the chosen rate."""
     best_step: int | None = None
-    """Step with the lowest evaluation loss, whose adapter was kept."""
+    """Step with the lowest evaluation loss; its adapter was saved."""
     stopped_early: bool = False
-    """Whether training stopped because the evaluation loss no longer improved."""
+    """Whether training ended early because the evaluation loss no longer improved."""
     eval_gap: float | None = None
     """Last evaluation loss minus the mean training loss since the previous evaluation. The gap
     grows when the model memorises its training rows."""
     num_skipped_steps: int = 0
     """Number of steps skipped because the loss or the gradient was not finite."""
     num_rollbacks: int = 0
-    """How often training returned to a checkpoint with a lower rate after several skipped steps."""
+    """How often training went back to a checkpoint, with a lower learning rate, after several
+    skipped steps."""
     num_resumptions: int = 0
     """How often training resumed from a checkpoint after an interruption."""
     base_sha256: str
@@ -243,11 +249,13 @@ class MergeProof(Record):
     role: ClassVar[str] = "merged"
 
     base: Literal["dequantized", "original"]
-    """Base weights that the adapter was added to: as training saw them, or the original ones."""
+    """Base weights that the adapter was added to: "dequantized" are the 4-bit weights that training
+    used, converted back; "original" are the weights of the base model."""
     base_asked: Literal["dequantized", "original", "auto"] | None = None
-    """Setting in the recipe; auto takes the base weights with the lower loss."""
+    """Setting of the recipe; auto chooses the base weights with the lower loss."""
     base_losses: dict[str, float] = Field(default_factory=dict)
-    """Loss of base model plus adapter on the answers of the rows, in nats per token, by base."""
+    """Loss of base model plus adapter on the answers of the compared rows, in nats per token, for
+    each of the base weights that were tried."""
     merged_loss: float | None = None
     """Loss of the merged model on the same rows."""
     dtype: str
@@ -258,9 +266,9 @@ class MergeProof(Record):
     max_logit_difference: float
     """Largest absolute difference of a logit between base model plus adapter and merged model."""
     mean_kl: float
-    """Mean KL divergence per token, in nats."""
+    """Mean KL divergence per token of the merged model from base model plus adapter, in nats."""
     top1_agreement: float
-    """Fraction of positions with the same most likely token, 0 to 1."""
+    """Fraction of positions at which both have the same most likely token, 0 to 1."""
     max_mean_kl: float
     """Highest `mean_kl` that was allowed."""
     min_top1_agreement: float | None = None
@@ -272,13 +280,13 @@ class MergeProof(Record):
 
 
 class ImportanceMatrix(Record):
-    """Importance matrix: per-weight statistics of the inputs, measured on training rows."""
+    """An importance matrix: statistics of the inputs of each weight, measured on training rows."""
 
     filename: ClassVar[str] = "importance.json"
     role: ClassVar[str] = "importance"
 
     file: str
-    """Name of the file, which has the format of llama-imatrix."""
+    """Name of the file with the matrix, in the format that llama-imatrix writes."""
     num_rows: int
     num_tokens: int
     num_tensors: int
@@ -294,39 +302,42 @@ class QuantizedModel(Record):
     """Format of the export, a key of `quantize.formats.FORMATS`."""
     kind: ExportKind
     file: str
-    """Name of the .gguf file in the directory; "." where the directory is a checkpoint."""
+    """Name of the .gguf file in the directory; "." if the whole directory is a checkpoint."""
     num_bytes: int
     bits_per_weight: float
     group_size: int | None = None
-    """Weights that share a scale; GPTQ only."""
+    """Number of weights that share a scale; GPTQ only."""
     vllm_has_kernel: bool | None = None
-    """Whether vLLM has a kernel for these bits and this group size; GPTQ only."""
+    """Whether vLLM has a kernel for the export's bits per weight and group size; GPTQ only."""
     num_importance_rows: int = 0
-    """Number of training rows behind the importance matrix, 0 without one; GGUF only."""
+    """Number of training rows that the importance matrix was measured on; 0 if no matrix was used.
+    GGUF only."""
     tensor_types: dict[str, int] = Field(default_factory=dict)
-    """Number of tensors by their type."""
+    """Number of tensors of each type."""
     notes: list[str] = Field(default_factory=list)
-    """Remarks for the user, such as a fallback type or a smaller group size."""
+    """Remarks for the user, e.g. that some tensors have another type than the format's."""
     prompt: str
     """Prompt of the check that the export loads and generates."""
     generated: str
-    """Greedy answer of the export."""
+    """Greedy answer of the export to `prompt`."""
     reference: str | None = None
-    """Greedy answer of the merged model to the same prompt; null where it was not run."""
+    """Greedy answer of the merged model to `prompt`; null if the merged model was not run."""
     mean_kl: float | None = None
-    """Mean KL divergence per token from the merged model, in nats, over `num_prompts` rows."""
+    """Mean KL divergence per token of the export from the merged model, in nats, over `num_prompts`
+    rows."""
     max_mean_kl: float | None = None
     """Highest `mean_kl` that was allowed."""
     top1_agreement: float | None = None
-    """Fraction of positions with the merged model's most likely token, 0 to 1."""
+    """Fraction of positions at which the export and the merged model have the same most likely
+    token, 0 to 1."""
     min_top1_agreement: float | None = None
     """Lowest `top1_agreement` that was allowed."""
     perplexity: float | None = None
-    """Perplexity of the export on the answers of the rows."""
+    """Perplexity of the export on the answers of the `num_prompts` rows."""
     reference_perplexity: float | None = None
     """Perplexity of the merged model on the same answers."""
     num_prompts: int = 0
-    """Number of rows compared: held-out rows where the dataset has any."""
+    """Number of rows compared. These are held-out rows if the dataset has any."""
     benchmark: str | None = None
     """Name of the evaluation task that the export was scored on."""
     benchmark_score: float | None = None
@@ -343,7 +354,7 @@ class QuantizedModel(Record):
     tokens_per_second: float | None = None
     """Generation speed on a CPU, for one sequence."""
     num_threads: int | None = None
-    """Number of CPU threads behind `tokens_per_second`."""
+    """Number of CPU threads that generated when `tokens_per_second` was measured."""
 
 
 class TaskScore(StrictModel):
@@ -365,13 +376,14 @@ class Scores(Record):
     model: str
     """Which model was evaluated: base, tuned or the format of an export."""
     tasks: dict[str, TaskScore]
-    """Scores by task name. samples/<task>.jsonl holds the score of every sample: rows {"id": str,
-    "score": float}, with "weight": int where the score is a ratio. `value` is the weighted mean."""
+    """Scores by task name. samples/<task>.jsonl holds the scores of the samples as rows {"id": str,
+    "score": float}, with "weight": int in addition if the score is a ratio. The `value` of a task
+    is the weighted mean of the scores."""
     harness: str
     """Name and version of the evaluation program."""
 
     def called(self) -> str:
-        """Return base_scores or tuned_scores: a decision has both among its ancestors."""
+        """Return "base_scores" or "tuned_scores", because a decision is made from both."""
         return f"{self.model}_scores"
 
 
@@ -384,7 +396,8 @@ class TaskComparison(StrictModel):
     base: float
     tuned: float
     difference: float
-    """Mean over the samples of tuned minus base, with the sign that makes positive better."""
+    """Mean over the samples of tuned minus base score; negated if lower scores are better, so that
+    a positive difference is an improvement."""
     interval: tuple[float, float]
     """95 % interval of the difference, from a paired bootstrap."""
     num_samples: int
@@ -412,9 +425,9 @@ class PublishedRepo(StrictModel):
     kind: RepoKind
     url: str
     commit: str | None = None
-    """Commit that holds exactly this content; null below a directory."""
+    """Hub commit that holds exactly the published files; null for a directory target."""
     tag: str | None = None
-    """Tag of the commit: v1, v2, ..."""
+    """Tag of the commit: v1, v2, and so on."""
     num_files: int
     num_bytes: int
 
@@ -461,7 +474,7 @@ class RunSummary(Record):
 
 @contextlib.contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
-    """Create an output directory that appears complete or not at all.
+    """Create an output directory whose content appears all at once, or not at all.
 
     Yields a temporary directory next to `path` to write into, and renames it to `path` on success.
     On an error, the temporary directory is removed and `path` is left as it was.
@@ -500,7 +513,7 @@ def write_jsonl(path: str | Path, rows: list[dict[str, Any]]) -> None:
 
 
 def sha256_of(paths: list[Path]) -> str:
-    """Return one SHA-256 over the names and contents of files."""
+    """Return a single SHA-256 over the names and contents of all files."""
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
         digest.update(path.name.encode())
@@ -525,4 +538,4 @@ RECORDS: tuple[type[Record], ...] = (
 """Classes of records, in the order in which a run writes them."""
 
 RECORD_FILES = frozenset(record.filename for record in RECORDS) | {PUBLISHED_BUNDLE}
-"""Names of files that describe one artifact, and are never copied into another one."""
+"""Names of the files that describe one artifact and must not be copied into another one."""

@@ -15,9 +15,9 @@
          |- ToolError                 a converter or another program failed
          |- TrainingError             training did not complete
          |- StoppedError              the step received SIGTERM and can resume: exit code 143
-         `- ProofError                an artifact failed its proof and was not kept
+         `- ProofError                an artifact failed its checks and is not used
 
-A message has the offending value, what is allowed, and the next thing to try, in a sentence or two.
+A message states in a sentence or two the offending value, what is allowed, and what to try next.
 """
 
 
@@ -82,11 +82,11 @@ class TrainingError(WorldError):
 
 
 class StoppedError(WorldError):
-    """The step received SIGTERM and can resume from where it was."""
+    """The step received SIGTERM, and can resume from the point at which it stopped."""
 
     # 128 + SIGTERM, as shells and Kubernetes report it.
     exit_code = 143
 
 
 class ProofError(WorldError):
-    """An artifact failed its proof and was not kept."""
+    """An artifact failed its checks (its proof) and is not used."""

@@ -1,12 +1,12 @@
-"""GPU profiles: the hardware facts of each kind of GPU, and the node that usually has it.
+"""GPU profiles: the properties of each kind of GPU and of a node that usually has such GPUs.
 
-This is the only table of GPUs. `placement.profile` names an entry of this table. Placement reads
-the node's values from it, and `tuneline plan` reads the memory, the speed and what the GPU
-supports. A new profile needs one entry here and nothing else.
+This is the only table of GPUs; `placement.profile` names one of its entries. Placement reads the
+node's values, and `tuneline plan` reads the GPU's memory, its speed and the types that it supports.
+A new profile needs one entry here and nothing else.
 
-Compute and bandwidth are from NVIDIA's datasheets, without sparsity, for the SXM variant where
-there are several. Memory is what `torch.cuda.get_device_properties` reports, below the nominal size
-because of ECC and the driver.
+Compute (without sparsity) and bandwidth are from NVIDIA's datasheets; if a GPU has several
+variants, the values are for SXM. Memory is the value of `torch.cuda.get_device_properties`, which
+is below the nominal size because of ECC and the driver.
 """
 
 from dataclasses import dataclass
@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING, Literal
 from tuneline.kernels.limits import FP8_CAPABILITY, MIN_CAPABILITY
 
 BFLOAT16_CAPABILITY = (8, 0)
-"""Lowest compute capability that multiplies bfloat16 (Ampere)."""
+"""Lowest compute capability of GPUs that can multiply bfloat16 (Ampere)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """The smallest common machine with the GPU, and what a pod with one GPU asks of it.
+    """The smallest common machine with the GPU, and the resources that a pod with one GPU requests.
 
-    Requests are below the machine's size, because the node's own daemons need room. A recipe that
-    uses more GPUs per pod sets more in `placement.accelerated`.
+    Requests are below the machine's size, because daemons of the node need some of it. A recipe
+    that uses more GPUs per pod sets larger requests in `placement.accelerated`.
     """
 
     machine: str
-    """Cloud machine types. Where only machines with eight GPUs are common, an eighth of one."""
+    """Cloud machine types. If only machines with eight GPUs are common, the values below are an
+    eighth of such a machine."""
     vcpus: int
     """vCPUs per GPU."""
     memory_gib: int
@@ -37,7 +38,7 @@ class Node:
     memory: tuple[str, str]
     """Memory request and limit."""
     shared_memory: str
-    """Size of /dev/shm, which counts towards the memory."""
+    """Size of /dev/shm; files there count towards the pod's memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +52,20 @@ class GpuProfile:
     gpu_memory_gib: float
     """Memory of the GPU that a process can use, in GiB."""
     tflops: float
-    """Dense TFLOP/s in the type that `train.dtype: auto` chooses: bfloat16, or else float32."""
+    """Dense TFLOP/s in the type that `train.dtype: auto` chooses: bfloat16 if the GPU can multiply
+    it, otherwise float32."""
     bandwidth: float
     """Memory bandwidth in GB/s."""
     node: Node
 
     @property
     def memory_bytes(self) -> float:
-        """Memory of the GPU that a process can use."""
+        """Memory of the GPU that a process can use, in bytes."""
         return self.gpu_memory_gib * 2**30
 
     @property
     def has_bfloat16(self) -> bool:
-        """Whether the GPU multiplies bfloat16; `train.dtype: auto` chooses float32 elsewhere."""
+        """Whether the GPU can multiply bfloat16; if not, `train.dtype: auto` chooses float32."""
         return self.capability >= BFLOAT16_CAPABILITY
 
     @property
@@ -78,11 +80,11 @@ class GpuProfile:
 
     @property
     def relative_speed(self) -> float:
-        """Estimated training speed as a fraction of an H100's.
+        """Estimated training speed relative to an H100.
 
         A training step is limited by compute in some kernels and by bandwidth in others, so its
-        speed is between the two ratios; the lower one is the estimate. Only the speed of an H100
-        and an H200 is measured (plan/estimate.py); for all other GPUs it is derived by this rule.
+        relative speed is between the ratio of the compute and the ratio of the bandwidths. The
+        estimate is the lower of the two ratios. It is derived from the datasheets, not measured.
         """
         reference = GPU_PROFILES["h100"]
         return min(self.tflops / reference.tflops, self.bandwidth / reference.bandwidth)
@@ -191,7 +193,7 @@ GPU_PROFILES: dict[str, GpuProfile] = {
 }  # fmt: skip
 
 LOCAL = "local"
-"""The profile without a GPU."""
+"""Name of the profile without a GPU."""
 
 PROFILE_NAMES = (LOCAL, *GPU_PROFILES)
 
@@ -199,7 +201,8 @@ if TYPE_CHECKING:
     Profile = str
 else:
     Profile = Literal[PROFILE_NAMES]
-"""Name of a profile; pydantic accepts, and the JSON Schema lists, the names in the table."""
+"""Name of a profile in the table. Pydantic accepts only these names, and the JSON Schema lists
+them."""
 
 
 def fp8_profiles() -> list[str]:

@@ -1,19 +1,19 @@
 """Names of the container images: one image per dependency set, pinned by version.
 
-The name is part of KFP's cache key, so a name must stand for one content: never use `latest`.
-Which steps run in an image is in steps.py.
+An image's name is part of KFP's cache key, so a name must always mean the same content: never use
+the tag `latest`. steps.py says which steps run in each image.
 """
 
 from tuneline.version import VERSION
 
 REGISTRY = "tuneline"
-"""Prefix of the names below; `placement.registry` of a recipe replaces it."""
+"""Default prefix of the image names; a recipe replaces it with `placement.registry`."""
 USER_ID = 65532
-"""Numeric user that the images run as; any other user works too if it can write to HOME."""
+"""Numeric user that the images run as; any other user with write access to HOME works too."""
 
 
 def of_set(name: str) -> str:
-    """Return the image of a dependency set, a directory in images/."""
+    """Return the image of a dependency set (the name of a directory in images/)."""
     return f"{REGISTRY}/{name}:{VERSION}"
 
 
@@ -32,5 +32,5 @@ PUBLISH = of_set("publish")
 
 
 def in_registry(image: str, registry: str) -> str:
-    """Return the name that one of the images above has in another registry."""
+    """Return the name of an image of this module in another registry."""
     return f"{registry}/{image.removeprefix(f'{REGISTRY}/')}"

@@ -1,7 +1,7 @@
 """The kinds of repositories that a run publishes, and what differs between them.
 
 Some kinds are exports: a run makes one export per format, and every format belongs to one kind.
-Publish and report read this table and name no kind themselves.
+Publish and report take what differs between kinds from this table.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ RepoKind = Literal["adapter", "merged", ExportKind]
 
 @dataclass(frozen=True)
 class KindTraits:
-    """What publish and report need to know of one kind."""
+    """Properties of one kind that publish and report read."""
 
     title: str
     """Name of the kind in a model card."""
@@ -22,10 +22,11 @@ class KindTraits:
     base_model_relation: Literal["adapter", "finetune", "quantized"]
     """`base_model_relation` of a model card's front matter."""
     suffix: str
-    """End of the repository's name. If it contains `{format}`, every format has a repository of its
-    own, which holds the whole checkpoint. Otherwise all formats share one repository of files."""
+    """End of the repository's name, e.g. -gguf. If the suffix contains `{format}`, each export
+    has its own repository with the whole checkpoint. Otherwise all exports of the kind are files in
+    one repository."""
     packages: str = ""
-    """Packages that transformers needs to load the checkpoint."""
+    """Packages that transformers needs in order to load the checkpoint, separated by spaces."""
     runs_with: str = ""
     """Programs that run the export, for the report's recommendations."""
     runs_on_cpu: bool = False
@@ -33,7 +34,7 @@ class KindTraits:
 
     @property
     def has_repo_per_format(self) -> bool:
-        """Return whether every format has a repository of its own."""
+        """Return whether every format has a separate repository."""
         return "{format}" in self.suffix
 
 

@@ -1,9 +1,9 @@
 """Where the steps run on a cluster: the `placement` section of a recipe.
 
-A profile (gpu_profiles.py) is a set of values for the keys of PlacementConfig. A key that the
-recipe sets overrides the profile, and a key that neither sets keeps its default. The values of the
-profile are filled in when a recipe is read, so a saved recipe keeps its meaning when a later
-version changes a profile.
+A profile (gpu_profiles.py) is a set of values for the keys of PlacementConfig. The recipe's values
+override those of the profile, and keys that neither of them sets have their defaults. The values of
+the profile are filled in when a recipe is read, so a recipe that was saved afterwards keeps its
+meaning when a later version changes the profile.
 """
 
 import re
@@ -212,4 +212,4 @@ PROFILES: dict[str, dict[str, Any]] = {
     LOCAL: {},
     **{name: _profile_values(gpu) for name, gpu in GPU_PROFILES.items()},
 }
-"""Values for the keys of PlacementConfig, per profile."""
+"""Values that each profile sets for keys of PlacementConfig, by the profile's name."""

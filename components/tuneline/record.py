@@ -15,7 +15,7 @@ from tuneline.version import VERSION
 
 
 class Ancestor(StrictModel):
-    """An artifact that another one was made from, directly or indirectly, as its record had it."""
+    """What a record says about an artifact from which the record's artifact was made."""
 
     sha256: str
     revision: str | None = None
@@ -30,7 +30,7 @@ class Record(StrictModel):
     filename: ClassVar[str]
     """Name of the JSON file."""
     role: ClassVar[str]
-    """Name of the artifact in the lineage of artifacts made from it."""
+    """Key of this artifact in the `made_from` of artifacts derived from it."""
 
     seconds: float = 0.0
     """Wall time of the step that made the artifact, in seconds."""
@@ -39,14 +39,16 @@ class Record(StrictModel):
     tuneline: str = VERSION
     """Version of tuneline that made the artifact."""
     made_from: dict[str, Ancestor] = Field(default_factory=dict)
-    """Lineage: every artifact that this one was made from, directly or indirectly, by role. With
-    `settings` and `environment`, the lineage says how to make the same content again."""
+    """Lineage: every artifact that this one was made from, directly or indirectly, by the name that
+    `called` returns. Lineage, `settings` and `environment` suffice to make the same content
+    again."""
     files: dict[str, str] = Field(default_factory=dict)
-    """SHA-256 of every other file in the directory; `tuneline verify` checks them."""
+    """SHA-256 of every other file in the directory; `tuneline verify` checks the files."""
     environment: dict[str, str] = Field(default_factory=dict)
-    """Versions of the packages, Python, the machine and the image that made the artifact."""
+    """Versions of the packages and of Python, the machine and the image with which the artifact was
+    made."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """The step's part of the recipe, with all defaults and the seed."""
+    """The section of the recipe for the step that made the artifact, including defaults."""
 
     def write(
         self,
@@ -57,11 +59,11 @@ class Record(StrictModel):
     ) -> None:
         """Write the record into `directory`, after all other files.
 
-        The time, the hashes of the files, the environment, the settings and the lineage are added.
+        The fields `created_at`, `files`, `environment`, `settings` and `made_from` are filled in.
 
         Args:
-            directory: the artifact.
-            config: the step's part of the recipe.
+            directory: directory of the artifact.
+            config: section of the recipe for the step that made the artifact.
             parents: records of the artifacts that this one was made from.
         """
         made_from: dict[str, Ancestor] = {}
@@ -81,7 +83,7 @@ class Record(StrictModel):
         )
 
     def check_files(self, directory: str | Path) -> None:
-        """Check that the artifact's files are complete and unchanged, before they are used.
+        """Check that the artifact's files are complete and unchanged.
 
         Raises:
             WorldError: a file is missing or was changed.
@@ -103,16 +105,16 @@ class Record(StrictModel):
             )
 
     def content_sha256(self) -> str:
-        """Return one SHA-256 over the names and contents of the artifact's files."""
+        """Return a single SHA-256 over the names and contents of all of the artifact's files."""
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.files.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
 
     def called(self) -> str:
-        """Return this artifact's name in the lineage of artifacts made from it."""
+        """Return the key of this artifact in the `made_from` of artifacts derived from it."""
         return self.role
 
     def as_ancestor(self) -> Ancestor:
-        """Return this artifact's entry in the lineage of artifacts made from it."""
+        """Return the value of this artifact in the `made_from` of artifacts derived from it."""
         return Ancestor(
             sha256=self.content_sha256(), settings=self.settings, environment=self.environment
         )

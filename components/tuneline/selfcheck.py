@@ -1,7 +1,8 @@
 """Check that an environment can run the steps of one image: `python -m tuneline.selfcheck SET`.
 
-The build of every image ends with this check, so an image that lacks a package is never built.
-Run in a pod, the check also shows whether that pod's user can write where the steps write.
+The build of every image ends with this check, so the build of an image that lacks a package fails.
+Run in a pod, the check also shows whether the pod's user has write access to the directories that
+the steps write to.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 from tuneline.steps import IMAGE_SETS, STEPS, steps_in
 
 CACHE_VARIABLES = ("HOME", "HF_HOME", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "TMPDIR")
-"""Environment variables with directories that a step must be able to write to."""
+"""Environment variables that name directories to which a step must be able to write."""
 
 
 def check(image_set: str) -> list[str]:
@@ -34,8 +35,8 @@ def check(image_set: str) -> list[str]:
             Path(directory).mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=directory):
                 lines.append(f"{variable}: {directory} can be written")
-    # KFP starts a component with this variable and with the component's source, so component.py is
-    # not imported and the dependencies of kfp's compiler are not needed.
+    # KFP sets this variable when it runs the source of a component. component.py is then not
+    # imported, so the dependencies of kfp's compiler are not needed.
     os.environ["_KFP_RUNTIME"] = "true"
     importlib.import_module("kfp.dsl.executor_main")
     lines.append(f"kfp {metadata.version('kfp')}")
@@ -57,7 +58,8 @@ def main() -> None:
         print(line)
 
 
-# Each check computes something small: a library that can be imported may still lack its binaries.
+# Each check computes something small, because a library that can be imported may still lack its
+# binaries.
 
 
 def _light() -> str:
@@ -84,7 +86,7 @@ def _train() -> str:
     weight = torch.linspace(-1, 1, 4096, device=device).reshape(64, 64)
     packed, state = functional.quantize_4bit(weight, quant_type="nf4")
     error = (functional.dequantize_4bit(packed, state) - weight).abs().max().item()
-    # Half of NF4's widest gap, which is between -1 and -0.696.
+    # The limit is half of the widest gap between NF4 values, from -1 to -0.696.
     assert error < 0.16, error
     importlib.import_module("tuneline.kernels.patching")
     return (
@@ -138,7 +140,8 @@ LIBRARY_CHECKS: dict[str, Callable[[], str]] = {
     "evaluate": _evaluate,
     "publish": _publish,
 }
-"""Check of the libraries per dependency set; returns a line with their versions."""
+"""For each dependency set, a function that checks the set's libraries and returns a line with their
+versions."""
 
 
 if __name__ == "__main__":

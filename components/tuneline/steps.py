@@ -1,8 +1,8 @@
-"""The steps of the line: one table with every fact about a step that is needed outside its code.
+"""The steps of the pipeline: one table with every fact about a step that other modules need.
 
 Each key is the name of a KFP component in some `component.py`. Placement, the resource requests,
-the images' self-check and the report's picture are derived from this table; tests hold it equal to
-the components and to images/README.md.
+the images' self-check and the report's pipeline diagram are derived from this table. Tests check
+that the table agrees with the components and with images/README.md.
 """
 
 from dataclasses import dataclass
@@ -11,34 +11,36 @@ from typing import TYPE_CHECKING, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step: where its code runs, what it needs there, and where the report draws it."""
+    """One step: its image, its resources, and its place in the report's pipeline diagram."""
 
     image: str
     """Dependency set of the step's image, a directory in images/."""
     module: str
     """Module that does the step's work; the image's self-check imports it."""
     stage: str | None
-    """Stage of the report's picture that the step belongs to; None: the step is not drawn."""
+    """Stage of the report's pipeline diagram in which the step is shown; None if it is not
+    shown."""
     cpu: tuple[str, str]
     """CPU request and limit, as Kubernetes quantities."""
     memory: tuple[str, str]
     """Memory request and limit, as Kubernetes quantities."""
     timeout_hours: float
-    """Time limit of the pod; far above the usual duration."""
+    """Time limit of the pod, in hours; much longer than the step usually takes."""
     gpu: bool = False
-    """Whether the step can use an accelerator; only train can use several."""
+    """Whether the step can use an accelerator. Only train can use more than one."""
     hub: bool = False
-    """Whether the step uses the network: it gets the Hub token and the cache."""
+    """Whether the step uses the network, and therefore gets the Hub token and the cache volume."""
     tracks: bool = False
-    """Whether the step may report to trackers: it gets the recipe's own secrets."""
+    """Whether the step may report to trackers, and therefore gets `placement.secrets`."""
     scratch: bool = True
-    """Whether the step holds models, and so needs room for temporary files."""
+    """Whether the step loads or writes models, and therefore gets a volume for temporary files."""
     num_retries: int = 0
-    """Retries; above zero where a retry can help: after a network error or a lost pod."""
+    """Number of retries, which can help after a network error or a lost pod."""
 
 
 STEPS: dict[str, Step] = {
-    # No retry: a second attempt finds the same problems, and the client already waits for the API.
+    # No retry: a second attempt finds the same problems, and the Kubernetes client itself retries
+    # its requests.
     "plan": Step(
         image="light", module="tuneline.pipelines.plan.run", stage="fetch",
         cpu=("500m", "1"), memory=("512Mi", "1Gi"), timeout_hours=1, scratch=False,
@@ -66,8 +68,8 @@ STEPS: dict[str, Step] = {
         cpu=("4", "16"), memory=("16Gi", "64Gi"), timeout_hours=96,
         gpu=True, tracks=True, num_retries=2,
     ),
-    # Creates and follows a TrainJob, which may wait in a queue for days. The time limit, GPUs and
-    # memory of `train` are the job's. A retry finds the job that the first attempt created.
+    # Creates a TrainJob and waits for it; the job may be in a queue for days. The job gets the time
+    # limit, GPUs and memory of `train`. A retry finds the job that the first attempt created.
     "train-on-nodes": Step(
         image="light", module="tuneline.train.trainjob.follow", stage="train",
         cpu=("500m", "2"), memory=("1Gi", "4Gi"), timeout_hours=720, scratch=False, num_retries=3,
@@ -76,8 +78,8 @@ STEPS: dict[str, Step] = {
         image="train", module="tuneline.merge.run", stage="merge",
         cpu=("4", "16"), memory=("16Gi", "64Gi"), timeout_hours=6, gpu=True, num_retries=1,
     ),
-    # An 8B model needs 6 GiB besides its mapped files; the limit leaves room for the files too
-    # (plan/host_memory.py).
+    # For an 8B model, the step allocates up to 6 GiB (plan/host_memory.py); the limit leaves room
+    # for the pages of its memory-mapped files too.
     "convert-gguf": Step(
         image="gguf", module="tuneline.quantize.run", stage="quantize",
         cpu=("2", "8"), memory=("8Gi", "48Gi"), timeout_hours=6, num_retries=1,
@@ -94,7 +96,7 @@ STEPS: dict[str, Step] = {
         image="gptq", module="tuneline.quantize.run", stage="quantize",
         cpu=("4", "16"), memory=("16Gi", "64Gi"), timeout_hours=24, gpu=True, num_retries=1,
     ),
-    # Runs twice; the report draws "evaluate base" and "evaluate tuned".
+    # Runs twice; the report's diagram has the stages "evaluate base" and "evaluate tuned".
     "evaluate": Step(
         image="evaluate", module="tuneline.evaluate.run", stage="evaluate",
         cpu=("4", "16"), memory=("16Gi", "64Gi"), timeout_hours=24,
@@ -119,13 +121,14 @@ STEPS: dict[str, Step] = {
 }  # fmt: skip
 
 IMAGE_SETS = tuple(dict.fromkeys(step.image for step in STEPS.values()))
-"""Dependency sets that the steps' images are built from."""
+"""Names of the dependency sets from which the images of the steps are built."""
 
 if TYPE_CHECKING:
     StepName = str
 else:
     StepName = Literal[tuple(STEPS)]
-"""Name of a step; pydantic accepts, and the JSON Schema lists, the names in the table."""
+"""Name of a step in the table. Pydantic accepts only these names, and the JSON Schema lists
+them."""
 
 
 def steps_in(image_set: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Strict models for everything that users write, with errors that suggest the nearest key."""
+"""Base class of strict models, whose errors suggest the key nearest to a mistyped one."""
 
 import difflib
 import json
@@ -32,8 +32,8 @@ class StrictModel(BaseModel):
             RecipeError: the value is invalid. The message names, for each error, the key, the
                 value and what is allowed.
         """
-        # Validate both as JSON: lists and strings are then accepted for tuples and paths, while
-        # "3" is still not an int.
+        # Mappings are validated as JSON too. Lists and strings are then accepted for tuples and
+        # paths in strict mode, but "3" is still not accepted for an int.
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         try:
             return cls.model_validate_json(text, strict=True)
@@ -44,7 +44,7 @@ class StrictModel(BaseModel):
 def _explain(model: type[BaseModel], error: ValidationError, where: str) -> str:
     lines = []
     for problem in error.errors():
-        # An error between several keys has no location.
+        # An error about a combination of keys has no location.
         key = ".".join(map(str, problem["loc"])) + (": " if problem["loc"] else "")
         if problem["type"] == "extra_forbidden":
             keys = _known_keys(model, problem["loc"][:-1])
@@ -60,7 +60,7 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str) -> str:
 
 
 def _given(problem: "ErrorDetails") -> str:
-    """Return the offending value, unless the error is between keys, whose message names them."""
+    """Return the offending value; empty if the error is about a combination of keys."""
     value = problem["input"]
     if isinstance(value, dict) and problem["type"] == "value_error":
         return ""

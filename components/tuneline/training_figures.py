@@ -1,7 +1,7 @@
-"""The metrics of a training run, in one table.
+"""The figures of a training run, in one table.
 
-KFP's metrics, the adapter's metadata, the pages of train and report, and the model card read it. A
-new field of TrainingSummary that users should see needs one line here.
+The table is read by KFP's metrics, the adapter's metadata, the pages of train and report, and the
+model card. A new field of TrainingSummary that users should see needs one line in the table.
 """
 
 from collections.abc import Callable
@@ -22,15 +22,15 @@ class Figure(NamedTuple):
     """Name on a page or a card."""
     value: float | int | str
     text: str
-    """The value as a page or a card shows it, with its unit."""
+    """The value as text for a page or a card, with its unit."""
     is_metric: bool
-    """Whether KFP compares the figure between runs."""
+    """Whether the figure is one of KFP's metrics, which can be compared between runs."""
     is_metadata: bool
-    """Whether the adapter's artifact in KFP carries the figure."""
+    """Whether the figure is in the metadata of the adapter's artifact in KFP."""
 
 
 def training_figures(summary: TrainingSummary) -> list[Figure]:
-    """Return the figures in the order of display; those that were not measured are left out."""
+    """Return the measured figures in the order of display."""
     s = summary
     is_gpu = s.device.startswith("cuda")
     estimate = None if s.estimated_peak_bytes is None else s.estimated_peak_bytes / _GIB

@@ -11,24 +11,25 @@ from tuneline.errors import DataError
 from tuneline.record import Ancestor, hash_files
 from tuneline.runtime.environment import describe_environment
 
-# Users edit model cards, and the Hub and its client add the other files.
+# Not compared: users edit model cards, and the Hub and its client add .gitattributes and .cache/.
 _NOT_HASHED = {"README.md", ".gitattributes"}
 _CACHE = ".cache/"
 
 Known = dict[str, list[Ancestor]]
-"""Artifacts found in a directory, by their names in the lineage of other artifacts."""
+"""Artifacts found in a directory, by their key in the `made_from` of other artifacts."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """Result of checking one directory."""
+    """Result of checking one artifact or one published repository."""
 
     path: Path
     num_files: int
     differences: list[str]
-    """Files and inputs that do not match the record, a sentence each."""
+    """One sentence per file or input that does not match the record."""
     versions: list[str]
-    """Versions that differ from this machine's; a new run may give other results here."""
+    """Recorded versions that differ from those on this machine, where a new run may therefore give
+    other results."""
 
 
 def verify(directory: Path) -> list[Checked]:
@@ -97,14 +98,14 @@ def _check(
 
 
 def foreign_inputs(made_from: dict[str, Ancestor], known: Known) -> Iterator[str]:
-    """Find inputs whose content differs from the artifacts of that name found here.
+    """Find inputs of an artifact whose content differs from the found artifacts of the same name.
 
     Args:
         made_from: lineage of an artifact.
-        known: the artifacts found here.
+        known: the artifacts found.
 
     Yields:
-        A sentence per input: both hashes, then the settings and versions that differ.
+        A sentence per such input: both hashes, then the settings and versions that differ.
     """
     for name, there in made_from.items():
         here = known.get(name, [])

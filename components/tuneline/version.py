@@ -1,3 +1,3 @@
-"""The version of the distribution, and so of the images and the compiled pipelines."""
+"""The version of the distribution, which the images and the compiled pipelines have too."""
 
 VERSION = "0.1.0"

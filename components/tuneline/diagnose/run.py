@@ -1,7 +1,8 @@
 """Explain the end of a run in a short Markdown text, from its final status and its events.
 
-An exit handler that fails hides the failure that it should explain. Problems with reading or
-writing files are therefore mentioned in the text or the log, and never raised.
+This step is the exit handler of the run, and if an exit handler fails, it hides the failure that it
+should explain. Problems with reading or writing files are therefore mentioned in the text or the
+log, and never raised.
 """
 
 import logging
@@ -32,7 +33,7 @@ class Diagnosis:
     advice: str
     """What to change; "" after success."""
     markdown: str
-    """The whole text."""
+    """The explanation as Markdown."""
 
 
 def run(
@@ -69,7 +70,7 @@ def run(
 
 
 def _read_runs(path: str | None) -> tuple[list[StepRun], str]:
-    """Return the runs of the steps, and a remark about lines that are unreadable."""
+    """Return the runs of the steps, and a remark if events are missing or unreadable."""
     if not path:
         return [], "TUNELINE_EVENTS was not set, so there are no events and no times."
     try:
@@ -97,7 +98,8 @@ def _success(runs: list[StepRun], remark: str) -> Diagnosis:
 def _failure(state: str, task: str, message: str, runs: list[StepRun], remark: str) -> Diagnosis:
     cancelled = state == "CANCELLED"
     failed = failed_run(runs)
-    # A local run reports only that the group of the exit handler failed, which adds nothing.
+    # After a local run, KFP's message says only that the group of the exit handler failed, which
+    # explains nothing.
     if re.fullmatch(r"Task exit-handler-\d+ failed\.", message.strip()):
         message = ""
     if cancelled and (failed is None or failed.status != "failed"):

@@ -1,20 +1,21 @@
 """The paired bootstrap: an interval of the mean difference between two models.
 
 Both models answered the same samples, so the differences d_i of the samples are resampled instead
-of the two lists of scores. The difficulty of a sample, which is the same for both, then cancels.
+of the two lists of scores. The difficulty of a sample, which is the same for both models, then
+cancels.
 The interval is the percentile interval of the resampled means (Efron and Tibshirani, An
 Introduction to the Bootstrap, 1993, chapter 13).
 
-    mean* = sum_i w_i d_i / sum_i w_i   over n samples i, drawn from the n with replacement
+    mean* = sum_i w_i d_i / sum_i w_i   over n indices i, drawn from 1 to n with replacement
 
-All weights are one, except for scores that are ratios, such as nats per token: there the weight of
-a sample is its number of tokens.
+All weights w_i are one, except for scores that are ratios, such as nats per token, for which the
+weight of a sample is the number of its tokens.
 """
 
 import numpy as np
 
 CHUNK_VALUES = 4_000_000
-"""Number of resampled values that are held at once: 32 MB."""
+"""Number of resampled values that are in memory at the same time (32 MB)."""
 
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -31,7 +32,7 @@ def mean_interval(
 
     Args:
         differences: one number per sample, [num_samples], not empty.
-        num_resamples: more resamples make the interval more stable, but not narrower.
+        num_resamples: number of resamples; more make the interval more stable, not narrower.
         seed: seed of the resampling.
         level: probability that the interval covers the true mean, 0 to 1.
         weights: one positive number per sample. Default: ones.

@@ -1,4 +1,4 @@
-"""Compare the scores of two models sample by sample, and decide."""
+"""Compare the scores of two models sample by sample, and decide whether to publish."""
 
 import logging
 import time
@@ -24,7 +24,7 @@ from tuneline.gate.config import GateConfig
 logger = logging.getLogger(__name__)
 
 MIN_SAMPLES = 20
-"""With fewer samples, the interval of the bootstrap is too narrow to be reliable."""
+"""Minimum number of samples; with fewer, the interval of the bootstrap is unreliably narrow."""
 
 
 def run(
@@ -124,7 +124,7 @@ def _compare(
         [tuned_samples[sample]["score"] - base_samples[sample]["score"] for sample in ids],
         dtype=np.float64,
     )
-    # The weight is the length of the reference answer, so it is the same for both models.
+    # A weight is the length of a reference answer, so it is the same for both models.
     weights = np.array([base_samples[sample].get("weight", 1) for sample in ids], np.float64)
     if not np.isfinite(differences).all():
         raise TaskError(

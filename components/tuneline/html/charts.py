@@ -1,8 +1,9 @@
 """Charts as inline SVG: curves, histograms, bars, intervals of a difference, and scatter plots.
 
-Every function returns a <figure>. Colours are classes of stylesheet.py, so a chart works in light
-and dark. A chart is 560 units wide, which keeps its text readable from a phone (two thirds of that
-width) to half a page. Each mark has its value as <title>, for tooltips and screen readers.
+Every function returns a <figure>. Colours are classes of stylesheet.py, so a chart follows the
+light or dark setting. A chart is 560 units wide, so that its text is readable both on a phone,
+which shows the chart at two thirds of that width, and at the width of half a page. Each mark has
+its value as <title>, for tooltips and screen readers.
 """
 
 import math
@@ -14,7 +15,8 @@ from tuneline.html.point_labels import place_names
 from tuneline.html.units import number
 
 WIDTH = 560
-# Average width of digits and lower-case letters of the page's font at 12 units.
+# Average widths of digits and lower-case letters in the page's font, regular and bold, at a size of
+# 12 units.
 CHARACTER_WIDTH = 6.7
 BOLD_WIDTH = 7.4
 MAX_POINTS = 400
@@ -24,15 +26,15 @@ Point = tuple[float, float]
 
 
 class IntervalRow(NamedTuple):
-    """One comparison of two values, with the interval of their difference."""
+    """One comparison of the base and the tuned value, with the interval of their difference."""
 
     label: str
     base: float
     tuned: float
     low: float
-    """Lower end of the interval of `difference`."""
+    """Lower end of the interval of the difference."""
     high: float
-    """Upper end of the interval."""
+    """Upper end of the interval of the difference."""
     difference: float | None = None
     """Improvement from base to tuned; positive is better. Default: tuned - base."""
 
@@ -73,7 +75,7 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def tick_texts(ticks: Sequence[float]) -> list[str]:
-    """Return the ticks as text, all with the decimals that the finest tick needs."""
+    """Return the ticks as text, all with as many decimals as the tick that needs most."""
     texts = [f"{tick:.12f}".rstrip("0").rstrip(".") for tick in ticks]
     decimals = max((len(text.partition(".")[2]) for text in texts), default=0)
     return [f"{tick:,.{decimals}f}" if abs(tick) < 1e9 else f"{tick:.3g}" for tick in ticks]
@@ -84,8 +86,8 @@ def line_chart(
 ) -> str:
     """Return curves over a common x axis.
 
-    A series of up to 25 values is drawn with its points, e.g. evaluations during training. A longer
-    one is thinned to 400 points that keep the extremes. Values that are not finite leave a gap.
+    A curve of up to 25 points is drawn with a mark at each point. A longer curve is reduced to
+    about 400 points, among which are its extremes. Values that are not finite leave a gap.
 
     Args:
         series: points (x, y) by the name of their curve.
@@ -100,7 +102,7 @@ def line_chart(
     xs, ys = [x for x, _ in everything], [y for _, y in everything]
     y_low, y_high = min(ys), max(ys)
     if 0 <= y_low < 0.35 * y_high:
-        y_low = 0.0  # an axis from zero misleads less, and costs little here
+        y_low = 0.0  # an axis from zero misleads less, and loses little resolution here
     frame = _Frame(
         x_low=min(xs),
         x_high=max(xs),
@@ -143,7 +145,7 @@ def histogram(
 ) -> str:
     """Return a histogram with marked positions.
 
-    A marker that is too far to the right to be drawn is named at the edge, with an arrow.
+    The name of a marker that is to the right of the drawn range is at the edge, with an arrow.
 
     Args:
         bins: (lowest value, first value above the bin, number).
@@ -207,7 +209,7 @@ def bar_chart(
     text: Callable[[float], str] = number,
     muted: Iterable[str] = (),
 ) -> str:
-    """Return horizontal bars from zero, each with its value next to it.
+    """Return horizontal bars that start at zero, each with its value next to it.
 
     Args:
         rows: (label, value of at least zero), in the order of drawing.
@@ -246,10 +248,11 @@ def interval_chart(
     x_label: str = "score",
     title: str = "",
 ) -> str:
-    """Return base and tuned of each row on one scale, and their difference with its interval.
+    """Return a chart of the base and tuned value of each row, and of their difference.
 
-    All rows share the two scales, so they should have the same metric. The colour of an interval
-    shows whether it excludes zero, and on which side it is.
+    There is one scale for the values and one for the differences with their intervals. All rows
+    share both scales, so they should have the same metric. The colour of an interval shows whether
+    the interval is below zero, above zero or includes zero.
     """
     if not rows:
         return _empty(title, "no comparisons")
@@ -384,7 +387,7 @@ def scatter_chart(
 
 
 def thin(points: Sequence[Point], limit: int) -> Sequence[Point]:
-    """Return about `limit` points at most: the lowest and the highest of every stretch."""
+    """Return at most about `limit` points: the lowest and the highest of each stretch of points."""
     if len(points) <= limit:
         return points
     stretch = math.ceil(2 * len(points) / limit)
@@ -455,11 +458,12 @@ def _place_markers(
 ) -> tuple[int, list[tuple[str, float, int, str]]]:
     """Return the number of rows of the markers' names, and (name, value, row, anchor) of each.
 
-    A name is right of its line, or left of it near the right edge. The names on the left come
-    first, ordered from the right; the others follow in the rows below, ordered from the left. Each
-    line then starts below the names that extend over its position.
+    A name is to the right of its marker's line, or to the left of the line if there is no room. The
+    first rows have the names on the left, ordered from right to left. The rows below have the names
+    on the right, ordered from left to right. Each line then starts below the names that extend over
+    its position.
     """
-    # The left edge of the drawing is not known yet; most counts need 40 units.
+    # The left edge of the drawing is not known yet; the y labels of most histograms need 40 units.
     x = Scale(low, high, 40, WIDTH - 16)
     spans = []
     for name, value in marked:

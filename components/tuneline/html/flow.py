@@ -1,7 +1,7 @@
 """The diagram of a run's steps: one box per step, with its status, its time and its inputs.
 
-There are two drawings, from left to right for wide screens and from top to bottom for narrow ones.
-The stylesheet shows the one that fits.
+The diagram is drawn twice: from left to right for wide screens, and from top to bottom for narrow
+screens. The stylesheet shows the drawing that fits.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ GAP_X, GAP_Y = 20, 16
 ROW_HEIGHT = 46
 NARROW_WIDTH = 360
 
-# Drawn in a circle of radius 7 around the origin, so that a status differs not only by colour.
+# SVG paths, drawn in a circle of radius 7 around the origin, so that statuses differ not only by
+# colour.
 ICONS: dict[str, str] = {
     "finished": "M-3.2 .2L-1 2.6L3.4 -2.6",
     "failed": "M-2.6 -2.6L2.6 2.6M2.6 -2.6L-2.6 2.6",
@@ -39,21 +40,22 @@ class Stage:
     detail: str = ""
     """A few words on the result, or on the progress of a step that did not finish."""
     after: tuple[str, ...] = ()
-    """Names of the steps that this one waits for; names of steps not drawn are ignored."""
+    """Names of the steps that this step waits for; names of steps not drawn are ignored."""
 
 
 def line_diagram(steps: Sequence[Stage]) -> str:
-    """Return the diagram, in a drawing for wide screens and one for narrow screens."""
+    """Return the diagram: a drawing for wide screens and a drawing for narrow screens."""
     if not steps:
         return '<figure class="line"><p class="muted">no steps</p></figure>'
     return f'<figure class="line">{_across(steps)}{_down(steps)}</figure>'
 
 
 def place(steps: Sequence[Stage]) -> dict[str, tuple[int, int]]:
-    """Return (column, lane) of each step.
+    """Return (column, lane) of each step. Lanes are the rows of the drawing for wide screens.
 
     The column is the length of the longest path to the step. A step occupies its lane up to the
-    column before the last step that waits for it, so that its edge crosses no other box.
+    column before the last of the steps that wait for it, so that no other box is placed where the
+    edge to that step is drawn.
     """
     names = {step.name for step in steps}
     columns: dict[str, int] = {}
@@ -148,7 +150,8 @@ def _edge(source: tuple[int, int], target: tuple[int, int]) -> str:
     x1, y1, y2 = x1 + BOX_WIDTH, y1 + BOX_HEIGHT // 2, y2 + BOX_HEIGHT // 2
     if y1 == y2:
         return f"M{x1} {y1}H{x2}"
-    # A fork turns in the first gap and a join in the last one; between them is the step's own lane.
+    # An edge to a lower lane changes lanes in the gap after the source, an edge to a higher lane in
+    # the gap before the target. In between, it is in the lane of the step that is the lower one.
     down = target[1] > source[1]
     bend = x1 + GAP_X // 2 if down else x2 - GAP_X // 2
     radius = 6 if down else -6

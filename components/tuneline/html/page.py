@@ -1,8 +1,8 @@
 """The layout of every page: one file that needs no network and no script.
 
-A page opens from a disk, in KFP's viewer and as a mail attachment. Styles and charts are therefore
-inline, colours follow the light or dark setting of the reader, and everything prints. The charts of
-charts.py are exported here, so that a step imports one module.
+A page is opened from a disk, in KFP's viewer or as a mail attachment, so styles and charts are
+inline. Colours follow the light or dark setting of the reader, and everything can be printed. The
+functions of charts.py are exported here, so that a step has to import only this module.
 """
 
 from collections.abc import Iterable, Sequence
@@ -47,7 +47,7 @@ TONES = ("good", "bad", "warn", "plain")
 
 
 class Cell(str):
-    """A table cell that holds HTML; plain strings are escaped."""
+    """HTML for a table cell. A cell that is a plain str is escaped."""
 
 
 def render_page(
@@ -90,7 +90,7 @@ def render_page(
 
 
 def section(heading: str, *parts: str, note: str = "") -> str:
-    """Return the content of a card.
+    """Return the content of a card, which is a section of the page.
 
     Args:
         heading: plain text.
@@ -128,7 +128,7 @@ def banner(heading: str, text: str, tone: str = "plain", *, small: str = "") -> 
 
 
 def tiles(values: Iterable[tuple[str, str, str]]) -> str:
-    """Return a row of figures, each with its name, its value and a line below."""
+    """Return a row of figures; `values` has the name, the value and a line of text of each."""
     inner = "".join(
         f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}</dd>'
         f'<dd class="below">{escape(below)}</dd></div>'
@@ -146,7 +146,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def details(summary: str, html: str, *, is_open: bool = False) -> str:
-    """Return HTML that opens on a click and that is always printed."""
+    """Return HTML that is shown after a click on `summary`, and always in print."""
     opened = " open" if is_open else ""
     return f"<details{opened}><summary>{escape(summary)}</summary>\n{html}\n</details>"
 
@@ -166,8 +166,8 @@ def table(
         rows: cells of plain text, or `Cell`s of HTML.
         numeric: indices of the columns that are aligned to the right.
         caption: plain text above the table.
-        prose: whether cells hold sentences: columns are then equal and wrap, and narrow screens
-            stack them.
+        prose: whether cells hold sentences; columns are then equally wide and wrap, and are stacked
+            on a narrow screen.
     """
     right = set(numeric)
 

@@ -14,11 +14,12 @@ class Place(NamedTuple):
     """Position of a label."""
 
     x: float
-    """End of the label at the point: its left end if the label is right of the point."""
+    """The end of the label that is nearer to the point, e.g. the left end if the label is to the
+    right of the point."""
     y: float
     """Baseline of the label."""
     line: tuple[float, float] | None
-    """End of the line from point to label; none if the label is next to the point."""
+    """End of the line from point to label; None if the label is next to the point."""
 
 
 class _Box(NamedTuple):
@@ -45,7 +46,8 @@ def place_names(
     """Return a position for the label of each point, in the order of the points.
 
     A label is next to its point if there is room, otherwise at the nearest free position above or
-    below; the right side comes before the left. Without a free position it is right of its point.
+    below. The right side is preferred to the left side. If no position is free, the label is to the
+    right of its point.
 
     Args:
         points: centres of the points, in pixels from the top left.

@@ -1,7 +1,7 @@
 """The stylesheet of all pages; page.py inlines it.
 
-Colours are named by their meaning and defined twice, for light and dark. In both, text has a
-contrast of at least 4.5 to 1 with its background.
+Colours are named by their meaning, and each is defined for the light and for the dark setting. In
+both settings, text has a contrast of at least 4.5 to 1 with its background.
 """
 
 STYLESHEET = """

@@ -42,7 +42,7 @@ def parameters(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """Return a fraction as a percentage; a value that is not zero is never shown as zero."""
+    """Return a fraction as a percentage; only the value zero is shown as zero."""
     value = 100 * value
     if value and abs(value) < 0.05:
         return "< 0.1 %" if value > 0 else "> -0.1 %"

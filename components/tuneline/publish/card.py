@@ -14,10 +14,10 @@ from tuneline.publish.usage import usage
 from tuneline.training_figures import training_figures
 
 CURVE_POINTS = 10
-"""Rows of the training curve, besides the evaluations."""
+"""Number of rows of the training curve, in addition to those of the evaluations."""
 
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
-"""Endings that tell a path such as data/rows.jsonl from a Hub ID."""
+"""File name endings by which a path such as data/rows.jsonl is distinguished from a Hub ID."""
 _VERSIONS = ("image", "tuneline", "kernels", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
@@ -61,7 +61,7 @@ def _front_matter(sources: Sources, repo: Repository, config: PublishConfig) -> 
         "tags": ["tuneline", sources.training.method, *config.tags],
     }
     matter |= licence_fields(config.licence or sources.origin.licence)
-    # Names that mean nothing outside this machine are left out; only a Hub ID has a revision.
+    # A local path is left out because readers cannot use it. Only a Hub ID has a revision.
     if sources.origin.revision:
         matter["base_model"] = sources.origin.source
         matter["base_model_relation"] = repo.traits.base_model_relation
@@ -183,7 +183,7 @@ def _exports(sources: Sources) -> str:
 
 
 def _checks(export: QuantizedModel) -> str:
-    """Return the checks that an export passed, besides those with a column of their own."""
+    """Return the checks that an export passed, except those that have a separate column."""
     answer = _cell(export.generated)
     checks = [f'loads and answers "{answer}"' if answer else "loads"]
     if export.num_tokenizer_texts:
@@ -219,7 +219,7 @@ def _cell(text: str) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """Return plain data in which every absolute path is shortened to its last part."""
+    """Return the value with every absolute path in it shortened to the last part."""
     if isinstance(value, dict):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Publish into a directory: the same tree that a push would send."""
+"""Publish to a directory, which gets the tree that a push to the Hub would send."""
 
 import shutil
 from pathlib import Path
@@ -9,11 +9,11 @@ from tuneline.publish.staging import MARKER_FILE, StagedRepo
 
 
 def write_tree(staged_root: Path, staged: list[StagedRepo], target: Path) -> list[PublishedRepo]:
-    """Move the staged tree to `target`. A tree that tuneline published before is replaced.
+    """Move the staged tree to `target`; replace a tree that tuneline published there before.
 
     Args:
         staged_root: the staged tree, on the file system of `target`.
-        staged: its repositories.
+        staged: the repositories in the tree.
         target: the directory.
 
     Raises:
@@ -47,7 +47,8 @@ def write_tree(staged_root: Path, staged: list[StagedRepo], target: Path) -> lis
             target.replace(previous)
         staged_root.replace(target)
     except BaseException as error:
-        # An end between the two renames must not lose the old tree with the scratch directory.
+        # After an exception between the two renames, the old tree is in the scratch directory. It
+        # is moved back, because the scratch directory is deleted.
         if previous.exists() and not target.exists():
             previous.replace(target)
         if not isinstance(error, OSError):

@@ -1,4 +1,4 @@
-"""Push staged repositories to the Hub: one commit each, only into repositories of tuneline."""
+"""Push staged repositories to the Hub: one commit each, only to repositories tuneline made."""
 
 import hashlib
 import logging
@@ -33,9 +33,9 @@ T = TypeVar("T")
 
 
 def push(staged: list[StagedRepo], *, token: str, config: PublishConfig) -> list[PublishedRepo]:
-    """Push every repository. Unchanged content makes no new commit.
+    """Push every repository; a repository whose content is unchanged gets no new commit.
 
-    A push after an interrupted one sends only the files that the Hub does not have yet.
+    If a push was interrupted, the next push sends only the files that the Hub does not have yet.
 
     Raises:
         CredentialsError: the Hub refuses the token, or the token has no write access.
@@ -44,7 +44,7 @@ def push(staged: list[StagedRepo], *, token: str, config: PublishConfig) -> list
     """
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     _call("who am I", api.whoami, config.max_attempts)
-    # All names are checked before anything is sent, so that nothing is published by halves.
+    # All names are checked before anything is sent, so that no run is published only in part.
     absent = [repo for repo in staged if not _is_ours(api, repo.repo, config)]
     for repo in absent:
         _call(
@@ -76,11 +76,12 @@ def _push_one(api: HfApi, repo: StagedRepo, config: PublishConfig) -> PublishedR
 
 
 def _upload(api: HfApi, repo: StagedRepo, *, parent_commit: str) -> str:
-    """Push the folder as one commit and return the commit that holds it.
+    """Push the folder as one commit, and return the ID of the commit with the folder's content.
 
-    The Hub refuses the push (412) if somebody committed after `parent_commit`. A commit of an
-    earlier attempt whose response was lost also causes that, because the client repeats the request
-    when it uses xet. In that case the Hub has exactly the folder's files, and the push is complete.
+    The Hub refuses the push (412) if there is a commit after `parent_commit`. Either somebody else
+    made it, or an earlier attempt of this push did and the response was lost: with xet, the client
+    repeats the request. In the second case the Hub has exactly the folder's files, and the push is
+    complete.
     """
     try:
         commit = api.upload_folder(
@@ -91,7 +92,7 @@ def _upload(api: HfApi, repo: StagedRepo, *, parent_commit: str) -> str:
             parent_commit=parent_commit,
         )
     except ValueError as error:
-        # The Hub validates the model card first, and the client raises ValueError if it refuses.
+        # The Hub first validates the model card; if it refuses it, the client raises ValueError.
         if "Invalid metadata" not in str(error):
             raise
         raise UserError(
@@ -129,7 +130,7 @@ def _git_blob(path: Path) -> str:
 
 
 def _tag(api: HfApi, repo: str, commit: str) -> str:
-    """Return the tag v1, v2, ... of a commit; a commit without a tag gets the next one."""
+    """Return the tag (v1, v2, ...) of a commit; give the next tag to a commit that has none."""
     tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo).tags}
     numbers = {int(name[1:]): name for name in tags if re.fullmatch(r"v[1-9]\d*", name)}
     existing = [number for number, name in numbers.items() if tags[name] == commit]
@@ -141,7 +142,7 @@ def _tag(api: HfApi, repo: str, commit: str) -> str:
 
 
 def _is_ours(api: HfApi, repo: str, config: PublishConfig) -> bool:
-    """Return whether the repository exists. One that tuneline did not make is refused.
+    """Return whether the repository exists; raise an error if tuneline did not make it.
 
     Raises:
         UserError: the repository is not empty and has no marker file.
@@ -165,13 +166,13 @@ def _is_ours(api: HfApi, repo: str, config: PublishConfig) -> bool:
 def _call(
     what: str, request: Callable[[], T], max_attempts: int, *, may_be_absent: bool = False
 ) -> T:
-    """Send a request; wait and repeat it on 429, 5xx and a broken connection.
+    """Send a request; after 429, 5xx or a broken connection, wait and send the request again.
 
     Args:
-        what: what the request does, for messages.
-        request: sends the request.
+        what: description of the request, for messages.
+        request: function that sends the request.
         max_attempts: attempts before the request counts as failed.
-        may_be_absent: pass RepositoryNotFoundError on to the caller.
+        may_be_absent: whether to pass RepositoryNotFoundError on to the caller.
 
     Raises:
         CredentialsError: the Hub refused the token.
@@ -191,7 +192,7 @@ def _call(
                 raise _refused(what, status, error.server_message) from None
             cause, wait = f"the Hub answered {status}", _retry_after(error)
         except (HTTPError, ConnectionError) as error:
-            # Errors of hf_xet have the status in their text only.
+            # Errors of hf_xet contain the HTTP status only in their text.
             refusal = re.search(r"\b(401|403|404)\b", str(error))
             if isinstance(error, ConnectionError) and refusal:
                 raise _refused(what, int(refusal[0]), None) from None
@@ -211,7 +212,7 @@ def _call(
 
 
 def _unwrapped(request: Callable[[], T]) -> T:
-    """Send a request. The client wraps errors of single files in a RuntimeError: unwrap them."""
+    """Send a request; raise the cause of a RuntimeError, in which the client wraps file errors."""
     try:
         return request()
     except RuntimeError as error:
@@ -221,7 +222,7 @@ def _unwrapped(request: Callable[[], T]) -> T:
 
 
 def _refused(what: str, status: int, message: str | None) -> TunelineError:
-    """Return the error for a response that another attempt would not change."""
+    """Return the error for a response that would be the same after another attempt."""
     if status == 401:
         return CredentialsError(
             f"{what}: the Hub does not accept the token in HF_TOKEN (401). Create a new one with "

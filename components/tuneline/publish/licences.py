@@ -1,4 +1,4 @@
-"""Licences as a model card must name them: the Hub refuses a card with an unknown licence ID."""
+"""The licence fields of a model card; the Hub refuses a card with an unknown licence ID."""
 
 import re
 
@@ -15,12 +15,12 @@ HUB_LICENCES = frozenset(
     openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
     """.split()
 )
-"""Licence IDs listed at https://huggingface.co/docs/hub/repositories-licenses. A licence that was
-added there later is published as `other`, which the Hub accepts too."""
+"""Licence IDs listed at https://huggingface.co/docs/hub/repositories-licenses. A licence that is
+missing here is published as `other`, which the Hub accepts too."""
 
 
 def licence_fields(licence: str | None) -> dict[str, str]:
-    """Return a card's licence fields: `other` with a name for a licence that the Hub lacks."""
+    """Return the licence fields of a card; `other` and the name if the Hub has no ID for it."""
     if not licence:
         return {}
     if licence.lower() in HUB_LICENCES:

@@ -1,7 +1,7 @@
 """Checks before publishing.
 
-Every file must be unchanged since its step checked it, and all artifacts must belong to one
-lineage.
+Every file must be unchanged since its step checked it, and the artifacts must have been made from
+each other.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,15 +20,15 @@ class StoredFile:
 
     path: Path
     recorded: str | None
-    """SHA-256 in the record; None if the record does not have the file."""
+    """SHA-256 in the record; None if the record does not list the file."""
 
 
 def check_lineage(records: Iterable[Record], inputs: Sequence[Record]) -> None:
-    """Check that the artifacts were made from each other, and that the gate judged this model.
+    """Check that the artifacts were made from each other, and that the gate's decision is on them.
 
     Args:
         records: the artifacts to publish, and the decision.
-        inputs: the artifacts that the others were made from.
+        inputs: records of the artifacts that those were made from.
 
     Raises:
         ProofError: the lineage of an artifact names other inputs than `inputs`.
@@ -58,7 +58,7 @@ def check_present(files: dict[str, StoredFile]) -> None:
 
 
 def check_unchanged(files: dict[str, StoredFile], hashes: dict[str, str]) -> None:
-    """Check that files are unchanged since their step proved and recorded them.
+    """Check that files are unchanged since their step checked and recorded them.
 
     Args:
         files: the files, by their names in the repository.

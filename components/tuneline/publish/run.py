@@ -1,6 +1,6 @@
 """Stage the repositories, then push them to the Hub or write them into a directory.
 
-Both targets get the same staged tree, so `dir:PATH` shows exactly what a push would send.
+Both kinds of target get the same staged tree, so `dir:PATH` shows exactly what a push would send.
 """
 
 import logging
@@ -69,7 +69,8 @@ def run(
         )
     local = target.startswith(DIRECTORY_PREFIX)
     check_target(target)
-    # Checked before large files are hashed, which can take an hour.
+    # Read before large files are hashed, which can take an hour, so that a missing token is found
+    # early.
     token = "" if local else _read_token(target)
     sources = Sources.read(
         RunHeader.parse(recipe, where="recipe"),
@@ -83,7 +84,8 @@ def run(
     name = sources.header.name if local else target
     with new_directory(published_dir) as record_dir:
         output = Path(target.removeprefix(DIRECTORY_PREFIX)).resolve() if local else record_dir
-        # Next to a directory target, so that files can be hard links and one rename completes it.
+        # The scratch directory is next to a directory target, so that the staged files can be hard
+        # links and one rename puts the tree in its place.
         with _scratch_in(output.parent) as scratch:
             staged_root = Path(scratch, "staged")
             staged = stage(sources, name=name, config=config, directory=staged_root)
@@ -120,12 +122,13 @@ def _scratch_in(directory: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 def _read_token(target: str) -> str:
-    """Return the Hub token, which no message may contain.
+    """Return the Hub token. No message may contain it.
 
     Raises:
         CredentialsError: the variable is empty, or holds something else than a token.
     """
-    # A secret made from a file ends in a line break, and HTTP's refusal would quote the header.
+    # A secret made from a file ends in a line break. HTTP clients refuse a header with a line break
+    # in a message that quotes it.
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     if not token:
         raise CredentialsError(

@@ -1,4 +1,4 @@
-"""The artifacts of a run that publish reads, and the repositories that it makes of them."""
+"""The artifacts of a run that publish reads, and the repositories made from these artifacts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from tuneline.publish.proven import check_lineage
 
 @dataclass(frozen=True)
 class Sources:
-    """The records of a run, and the directories that are published."""
+    """The records of a run, and the directories whose files are published."""
 
     header: RunHeader
     origin: ModelOrigin
@@ -59,7 +59,7 @@ class Sources:
         Raises:
             WorldError: an artifact has no record.
             UserError: two exports have the same format.
-            ProofError: an artifact was made from other artifacts than these.
+            ProofError: an artifact was made from an artifact that is not in these directories.
         """
         sources = cls(
             header=header,
@@ -89,10 +89,10 @@ class Repository:
     """One repository of the family that a run publishes."""
 
     name: str
-    """Hub ID, or the folder's name below a directory target."""
+    """Hub ID, or the name of the folder in a directory target."""
     kind: RepoKind
     exports: dict[Path, QuantizedModel]
-    """The exports in the repository, by their directories; none for adapter and merged model."""
+    """The exports in the repository, by their directories; empty for adapter and merged model."""
 
     @property
     def short_name(self) -> str:
@@ -101,12 +101,12 @@ class Repository:
 
     @property
     def traits(self) -> KindTraits:
-        """Return what is particular to the repository's kind."""
+        """Return the properties of the repository's kind."""
         return KINDS[self.kind]
 
 
 def repositories(sources: Sources, name: str) -> list[Repository]:
-    """Return the repositories of a run; `name` is the one of the merged model."""
+    """Return the repositories of a run; `name` is the name of the merged model's repository."""
     kinds: dict[str, RepoKind] = {
         name + KINDS["adapter"].suffix: "adapter",
         name + KINDS["merged"].suffix: "merged",

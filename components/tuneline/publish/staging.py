@@ -1,4 +1,4 @@
-"""Lay out the repositories: one folder each, with hard links where the file system allows them."""
+"""Stage the repositories: one folder each, with hard links if the file system supports them."""
 
 import hashlib
 import json
@@ -24,11 +24,11 @@ from tuneline.record import Record, hash_files, sha256_of_file
 from tuneline.version import VERSION
 
 MARKER_FILE = PUBLISHED_BUNDLE
-"""Marks every repository that tuneline made; one without the file is never written to."""
+"""File in every repository that tuneline made; repositories without it are never written to."""
 
-# Files that are not copied from an artifact. Records carry times, and the model card has what a
-# reader needs of them. A base model may bring the others from its own repository; publish writes
-# new ones, which must not go through a link into the artifact.
+# Files that are not copied from an artifact. Records contain times; what readers need to know is in
+# the model card. Files with the other names may come from the base model's repository. publish
+# writes its own files of these names, which must not overwrite the artifact's through a hard link.
 _LEFT_OUT = {
     TrainingSummary.filename,
     MergeProof.filename,
@@ -44,7 +44,7 @@ class StagedRepo:
     """One repository that is ready to be sent."""
 
     repo: str
-    """Hub ID, or the folder's name below a directory target."""
+    """Hub ID, or the name of the folder in a directory target."""
     kind: RepoKind
     folder: Path
 
@@ -56,19 +56,19 @@ class StagedRepo:
 def stage(
     sources: Sources, *, name: str, config: PublishConfig, directory: Path
 ) -> list[StagedRepo]:
-    """Lay out all repositories below `directory`.
+    """Stage all repositories below `directory`.
 
-    The artifacts alone decide what is written (no date, no path of this machine), so staging the
-    same artifacts twice gives the same tree.
+    The staged files depend only on the arguments (they contain no date and no path of this
+    machine), so staging the same artifacts twice gives the same tree.
 
     Args:
         sources: the artifacts.
-        name: the merged model's Hub ID, or its folder below a directory target.
+        name: Hub ID of the merged model, or name of its folder in a directory target.
         config: the `publish` section of the recipe.
         directory: where the folders are made.
 
     Raises:
-        ProofError: a file is missing, or is not the one that its step proved.
+        ProofError: a file is missing, or was changed after its step checked it.
     """
     family = repositories(sources, name)
     files = {repo.name: _files_of(sources, repo) for repo in family}
@@ -87,7 +87,7 @@ def _stage_one(
     config: PublishConfig,
     directory: Path,
 ) -> StagedRepo:
-    """Lay out one repository.
+    """Stage one repository.
 
     Args:
         sources: the artifacts.
@@ -100,7 +100,7 @@ def _stage_one(
     folder = directory / repo.short_name
     for relative, stored in files.items():
         _place(stored.path, folder / relative)
-    # Checked before publish adds its own files: the files of the artifacts are the proven ones.
+    # Checked before publish adds its own files, which no record has.
     hashes = hash_files(folder, leave_out=set())
     check_unchanged(files, hashes)
     for relative, text in _modelfiles(repo).items():
@@ -125,7 +125,7 @@ def _stage_one(
 
 
 def _files_of(sources: Sources, repo: Repository) -> dict[str, StoredFile]:
-    """Return the artifacts' files in a repository, by their names there."""
+    """Return the files that a repository gets from artifacts, by their names in the repository."""
     if repo.kind == "adapter":
         return _all_files(sources.adapter_dir, sources.training)
     if repo.kind == "merged":
@@ -140,7 +140,7 @@ def _files_of(sources: Sources, repo: Repository) -> dict[str, StoredFile]:
 
 
 def _file_name(repo: Repository, export: QuantizedModel) -> str:
-    """Return the name of an export's file in the repository that it shares with other formats."""
+    """Return the name of an export's file in a repository for several formats."""
     model = repo.short_name.removesuffix(repo.traits.suffix)
     return f"{model}-{export.format}{Path(export.file).suffix}"
 
@@ -162,7 +162,7 @@ def _modelfiles(repo: Repository) -> dict[str, str]:
     texts = {}
     for path, export in repo.exports.items():
         if repo.traits.has_repo_per_format:
-            continue  # its files keep their names, a Modelfile's too
+            continue  # the files keep their names, so a Modelfile needs no change
         source = path / MODELFILE
         if MODELFILE not in export.files and not source.is_file():
             continue
@@ -181,7 +181,7 @@ def _place(source: Path, destination: Path) -> None:
     try:
         os.link(source, destination)
     except FileExistsError:
-        raise  # the destination may be a link to another artifact's file: a copy would change that
+        raise  # a copy could overwrite an artifact, if `destination` is a hard link to its file
     except OSError:
         # Another file system, or one without hard links.
         shutil.copyfile(source, destination)

@@ -6,8 +6,8 @@ from tuneline.errors import RecipeError
 
 DIRECTORY_PREFIX = "dir:"
 MAX_NAME_LENGTH = 81
-"""Length of a model's name. The Hub allows 96 characters, and exports add a suffix such as
--gptq-4bit."""
+"""Maximum length of a model's name. The Hub allows 96 characters, and the names of exports have a
+suffix such as -gptq-4bit."""
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _HUB_TARGET = re.compile(rf"{_PART}/(?P<name>{_PART})")

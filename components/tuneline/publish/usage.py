@@ -8,7 +8,7 @@ from tuneline.publish.sources import Repository, Sources
 
 
 def usage(sources: Sources, repo: Repository, family: Sequence[Repository]) -> str:
-    """Return the section: `repo` first, then the other repositories of the family."""
+    """Return the section: how to run `repo`, then the other repositories of the family."""
     ordered = [repo, *(other for other in family if other != repo)]
     paragraphs = [USAGE.get(item.kind, _checkpoint)(sources, item) for item in ordered]
     return "\n\n".join(["## How to run it", *paragraphs])
@@ -18,7 +18,7 @@ def _adapter(sources: Sources, repo: Repository) -> str:
     origin = sources.origin
     base, revision = origin.source, f', revision="{origin.revision}"' if origin.revision else ""
     if not origin.revision:
-        base = "path/to/the/base/model"  # a path on this machine means nothing to a reader
+        base = "path/to/the/base/model"  # readers cannot use a path on this machine
     classes = ["AutoModelForCausalLM", "AutoTokenizer"]
     settings = quantized = ""
     if sources.training.base_quantization == "nf4":
@@ -77,4 +77,5 @@ USAGE: dict[RepoKind, Callable[[Sources, Repository], str]] = {
     "adapter": _adapter,
     "gguf": _gguf,
 }
-"""The paragraphs of the kinds whose repositories are no checkpoint of a whole model."""
+"""Functions that return the paragraph of a kind whose repositories do not hold one complete
+checkpoint."""

@@ -1,1 +1,1 @@
-"""Write the page of a run, and a record of its results."""
+"""Write the HTML page of a run, and a record of the run's results."""

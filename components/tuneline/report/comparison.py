@@ -1,4 +1,4 @@
-"""The section that compares the exports and recommends one per use."""
+"""The section that compares the exports and recommends an export for each use."""
 
 import math
 
@@ -19,8 +19,8 @@ from tuneline.report.records import Line
 
 NEAR_TOP1 = 0.95
 NEAR_PERPLEXITY = 1.02
-"""An export answers like the merged model from this top-1 agreement on, and up to this multiple of
-the merged model's perplexity."""
+"""An export counts as near to the merged model if its top-1 agreement is at least NEAR_TOP1 and its
+perplexity is at most NEAR_PERPLEXITY times the merged model's."""
 USABLE_PERPLEXITY = 1.1
 """Multiple of the merged model's perplexity up to which an export is usable if memory is short."""
 
@@ -30,7 +30,8 @@ FASTEST = "fastest on a CPU"
 
 UNQUANTISED = ("f16", "bf16")
 
-# An export may equal the merged model, and a logarithmic axis has no zero.
+# Smallest KL divergence drawn: an export may equal the merged model (KL 0), but a logarithmic axis
+# has no zero.
 SMALLEST_KL = 1e-7
 
 
@@ -68,7 +69,8 @@ def card(line: Line) -> str:
         for export in measured
     ]
     first = measured[0]
-    # Short headers: with a score there are nine columns, and a narrow window has to show the last.
+    # Headers are short because there can be nine columns, all of which have to fit into a narrow
+    # window.
     headers = ["format", "size", "bits", "mean KL", "top-1", "perplexity", "tok/s"]
     headers += [*(["score"] if scored else []), "best for"]
     right = f'<div><h3 class="flush">Recommended</h3>{facts(_grouped(advice))}</div>'
@@ -96,10 +98,11 @@ def card(line: Line) -> str:
 
 
 def recommend(exports: list[QuantizedModel]) -> dict[str, list[str]]:
-    """Return the uses that each format is recommended for; exports without a KL have none.
+    """Return the uses for which each format is recommended, by format.
 
-    The rules use measured values only. A format that fell back to wider types, or that loses more
-    in this model than in others, is judged by its own values.
+    Exports without a measured KL divergence are not recommended. The rules use only values measured
+    on this run's exports, so they hold for an export that fell back to wider types, and for a model
+    that loses more than others in a format.
     """
     uses: dict[str, list[str]] = {export.format: [] for export in exports}
     measured = [export for export in exports if export.mean_kl is not None]
@@ -135,9 +138,9 @@ def recommend(exports: list[QuantizedModel]) -> dict[str, list[str]]:
 
 
 def worse_than(export: QuantizedModel, others: list[QuantizedModel]) -> str:
-    """Return a phrase naming an export of the same kind that is smaller and closer, or "".
+    """Return a phrase naming an export of the same kind that is better in both respects, or "".
 
-    Closer means a lower mean KL divergence from the merged model.
+    Better means a smaller size and a lower mean KL divergence from the merged model.
     """
     for other in others:
         better = _bytes(other) < _bytes(export) and _kl(other) < _kl(export)
@@ -181,7 +184,7 @@ def _benchmark(export: QuantizedModel | None) -> str:
 
 
 def wilson_interval(score: float, num_rows: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a fraction of correct answers, valid near 0 and 1 too."""
+    """Return Wilson's 95 % interval of a fraction of correct answers; it holds near 0 and 1 too."""
     z = 1.96
     spread = z * math.sqrt(score * (1 - score) / num_rows + (z / num_rows) ** 2 / 4)
     scale = 1 + z**2 / num_rows

@@ -25,7 +25,7 @@ def render_failed(recipe_name: str, events: list[dict[str, Any]]) -> str:
 
     Args:
         recipe_name: name of the recipe.
-        events: lines of the events file, as runtime/step.py writes them.
+        events: the events in the events file, which runtime/step.py writes.
     """
     runs = [run for run in step_runs(events) if run.step not in OUTSIDE or run.status == "failed"]
     failed = failed_run(runs)

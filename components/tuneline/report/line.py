@@ -1,4 +1,4 @@
-"""The picture of the line: its stages, and the state of each stage in a run."""
+"""The data of the report's pipeline diagram: the stages, and the state of each stage in a run."""
 
 from collections.abc import Mapping
 
@@ -17,14 +17,15 @@ LINE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("evaluate base", ("prepare",)),
     ("quantize", ("merge",)),
 )
-"""Each stage with the stages that it waits for. The main path is first, so that it gets the first
-lane. Which steps make up a stage is in steps.py; `evaluate` runs once per model."""
+"""Each stage of the pipeline diagram, with the stages that it waits for. The stages of the main
+path come first, so that the diagram shows them in its top row. steps.py assigns each step to a
+stage, except `evaluate`, which runs twice and has a stage for the base and for the tuned model."""
 OUTSIDE = tuple(name for name, step in STEPS.items() if step.stage is None)
-"""Steps that are not drawn: they describe the line and are not part of it."""
+"""Steps that the diagram does not show, because they only describe the run."""
 
 
 def stages(states: Mapping[str, tuple[Status, float | None, str]]) -> list[Stage]:
-    """Return all stages of the picture, from status, seconds and detail of those that ran."""
+    """Return all stages; `states` has the status, seconds and detail of the stages that ran."""
     not_run: tuple[Status, None, str] = ("not run", None, "")
     return [Stage(name, *states.get(name, not_run), after=after) for name, after in LINE]
 
@@ -52,8 +53,9 @@ def stages_of_runs(runs: list[StepRun]) -> list[Stage]:
 
 def _stage_of(run: StepRun, *, merged: bool) -> str:
     if run.step == "evaluate":
-        # Both evaluations are the same step, and its progress notes name the model. Before the
-        # first note only the order tells them apart: the tuned model exists after the merge.
+        # Both evaluations are the same step, whose progress events name the model in their note.
+        # Before the first progress event, only the time tells the evaluations apart: the tuned
+        # model is evaluated after the merge.
         label = run.note.partition(":")[0]
         if label not in ("base", "tuned"):
             label = "tuned" if merged else "base"

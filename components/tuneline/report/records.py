@@ -1,4 +1,4 @@
-"""The records of one run, which are read once and passed to the sections of its page."""
+"""The records of a run that the sections of the page show; they are read only once."""
 
 from dataclasses import dataclass
 from typing import Any

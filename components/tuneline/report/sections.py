@@ -44,7 +44,7 @@ def verdict(line: Line) -> str:
 
 
 def headline(line: Line) -> str:
-    """Return the tiles with the most important figures."""
+    """Return the row of tiles with the most important figures."""
     shown: list[tuple[str, str, str]] = []
     comparisons = line.decision.comparisons
     first = next((c for c in comparisons if c.target), comparisons[0] if comparisons else None)
@@ -259,7 +259,7 @@ def data(line: Line) -> str:
 
 
 def exports(line: Line) -> str:
-    """Return the proof of the merged model, and the sizes and checks of its exports."""
+    """Return the checks of the merged model, and the sizes and checks of its exports."""
     merge = line.merge
     proof = facts(
         [

@@ -1,1 +1,1 @@
-"""What every step runs inside: events, causes of failure, signals, the Kubernetes client."""
+"""What all steps share: wrapper, events, causes of failure, signals, the Kubernetes client."""

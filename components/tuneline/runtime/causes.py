@@ -2,7 +2,7 @@
 
 A TunelineError already states its cause and what to do next. This table is for failures from
 outside a step, e.g. an eviction, and for errors of libraries. The first cause whose pattern matches
-is taken, so specific causes come before general ones.
+is used, so specific causes come before general causes.
 """
 
 import re
@@ -16,7 +16,7 @@ OWN_ERRORS = frozenset(
     for name, value in vars(errors).items()
     if isinstance(value, type) and issubclass(value, errors.TunelineError)
 )
-"""Names of the error classes whose messages state cause and advice."""
+"""Names of tuneline's error classes, whose messages state cause and advice."""
 
 RUN_AGAIN = "Fix the cause and run the recipe again: finished steps are taken from the cache."
 
@@ -40,9 +40,9 @@ class Explanation:
     """Why a step failed and what to change."""
 
     cause: str
-    """One sentence, with the error message if it is not tuneline's own."""
+    """What happened, in one sentence; includes the error message of a library or the platform."""
     advice: str
-    """One sentence."""
+    """What to change, in one sentence."""
 
 
 CAUSES = (
@@ -210,10 +210,10 @@ def find_cause(text: str) -> Cause | None:
 
 
 def explain(run: StepRun | None, message: str = "") -> Explanation:
-    """Explain a failure from the events of the failed run and the platform's error message.
+    """Explain a failure from the events of the failed step and the platform's error message.
 
     Args:
-        run: the run that `events.failed_run` returned; None: no events were kept.
+        run: the step run that `events.failed_run` returned; None: there is none.
         message: the platform's error message, if there is one.
     """
     if run is not None and run.kind in OWN_ERRORS:

@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 
 IMAGE_VARIABLE = "TUNELINE_IMAGE"
-"""Environment variable with the container image, including its digest if that is known."""
+"""Environment variable with the name of the container image, with its digest if known."""
 
 PACKAGES = (
     "accelerate",
@@ -35,7 +35,7 @@ PACKAGES = (
 
 
 def describe_environment() -> dict[str, str]:
-    """Return versions by name; packages that are not installed are left out."""
+    """Return versions by name, without packages that are not installed."""
     versions = {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -57,7 +57,7 @@ def describe_environment() -> dict[str, str]:
 
 @functools.cache
 def _kernel_sources() -> str | None:
-    """Return a hash over the sources of `tuneline.kernels`, which also change between releases."""
+    """Return a hash of the sources of `tuneline.kernels`, which can differ within one version."""
     spec = importlib.util.find_spec("tuneline.kernels")
     if spec is None or spec.origin is None:
         return None

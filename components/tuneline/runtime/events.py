@@ -1,6 +1,6 @@
-"""Reconstruct runs of steps from the events that step.py appends.
+"""Reconstruct runs of steps from the events that step.py appends to the events file.
 
-A step that was killed leaves a start without an end, which is reported as a running step.
+A step that was killed has a start event but no end event, and is reported as a running step.
 """
 
 import json
@@ -15,14 +15,14 @@ class StepRun:
 
     step: str
     started: float
-    """Seconds since the epoch."""
+    """Time of the start, in seconds since the epoch."""
     status: Literal["running", "finished", "failed"] = "running"
     seconds: float | None = None
-    """Duration; None until the step ends."""
+    """Duration in seconds; None until the step ends."""
     done: int | None = None
-    """Work units finished, from the last progress event."""
+    """Number of finished units of work, from the last progress event."""
     total: int | None = None
-    """Work units in all."""
+    """Total number of units of work, from the last progress event."""
     note: str = ""
     """Remark of the last progress event, e.g. the loss."""
     kind: str = ""
@@ -52,7 +52,8 @@ def parse_events(text: str) -> tuple[list[dict[str, Any]], int]:
 def step_runs(events: Iterable[dict[str, Any]]) -> list[StepRun]:
     """Return the runs of all steps, ordered by their start.
 
-    Events name the step but not the run, so an end is assigned to the oldest run still open.
+    Events name the step but not which of its runs, so an end event is assigned to the oldest run of
+    the step that has not ended.
     """
     runs: list[StepRun] = []
     for event in events:
@@ -75,7 +76,7 @@ def step_runs(events: Iterable[dict[str, Any]]) -> list[StepRun]:
 
 
 def failed_run(runs: list[StepRun]) -> StepRun | None:
-    """Return the first run that failed, or else the last one that did not end; None if neither."""
+    """Return the first run that failed; if none failed, the last run that did not end, or None."""
     failed = [run for run in runs if run.status == "failed"]
     cut_off = [run for run in runs if run.status == "running"]
     return failed[0] if failed else cut_off[-1] if cut_off else None

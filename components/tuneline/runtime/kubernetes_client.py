@@ -1,6 +1,6 @@
 """Connect to a Kubernetes API with the official Python client.
 
-Credentials are the ones that kubectl uses (KUBECONFIG or ~/.kube/config), or, in a pod, those of
+The credentials are those that kubectl uses (KUBECONFIG or ~/.kube/config), or, in a pod, those of
 its service account.
 """
 
@@ -32,7 +32,7 @@ def own_namespace() -> str | None:
 def connect(
     *, context: str | None = None, num_retries: int, backoff_seconds: float = 0.0
 ) -> client.ApiClient:
-    """Return a client with the user's or the pod's credentials that retries failed GET requests.
+    """Return a client that has the user's or the pod's credentials and retries GET requests.
 
     Args:
         context: context of the kubeconfig; None: the current one.
@@ -43,7 +43,7 @@ def connect(
         UserError: there are no credentials, or they cannot be read.
     """
     settings = client.Configuration()
-    # The client's own lookup reads KUBECONFIG once, when it is imported, and prints.
+    # Not left to the client, which reads KUBECONFIG only when it is imported, and prints.
     files = os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
     if any(Path(file).exists() for file in files.split(os.pathsep)):
         try:
@@ -62,7 +62,7 @@ def connect(
                 f"no Kubernetes cluster: there is no {files}, and this is not a pod; set "
                 "KUBECONFIG, or log in as for kubectl"
             ) from None
-    # The client takes urllib3's object too; its type says only a number.
+    # The client also accepts a urllib3.Retry, although `retries` is typed as a number.
     cast(Any, settings).retries = urllib3.Retry(
         total=num_retries,
         backoff_factor=backoff_seconds,

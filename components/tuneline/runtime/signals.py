@@ -1,4 +1,4 @@
-"""SIGTERM as an exception, so that a step stops whatever it waits for; and signals put off."""
+"""Raise an exception on SIGTERM, so that a waiting step stops; delay SIGINT and SIGTERM."""
 
 import contextlib
 import signal
@@ -11,7 +11,7 @@ from tuneline.errors import StoppedError
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Deliver SIGINT and SIGTERM only after the body, for code that must not be interrupted.
+    """Delay SIGINT and SIGTERM until the body has ended, for code that must not be interrupted.
 
     Outside the main thread, where Python never runs signal handlers, this does nothing.
     """
@@ -40,7 +40,7 @@ def raised_on_sigterm(advice: str, *, once: bool = False) -> Iterator[None]:
     Outside the main thread, where Python cannot set signal handlers, this does nothing.
 
     Args:
-        advice: what the user should do; the end of the error's sentence.
+        advice: what the user should do; it is appended to the message of the error.
         once: whether to ignore further signals, so that the body can clean up.
     """
 

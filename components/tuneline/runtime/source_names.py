@@ -1,4 +1,4 @@
-"""How a recipe names the source of a model or a dataset: the syntax that both have in common.
+"""The syntax that the source of a model and the source of a dataset have in common in a recipe.
 
 `base_model` and `dataset` may be a path, the ID of a repository on the Hub, or `builtin:NAME`.
 """
@@ -15,12 +15,12 @@ def builtin_name(source: str) -> str | None:
 
 
 def list_builtins(names: list[str]) -> str:
-    """Return the names as a recipe writes them, for a message."""
+    """Return the names as builtin:NAME, sorted and separated by commas, for an error message."""
     return ", ".join(f"{_BUILTIN_PREFIX}{name}" for name in sorted(names))
 
 
 def looks_like_a_path(source: str) -> bool:
-    """Return whether `source` can only be a path, by how it begins."""
+    """Return whether `source` begins with /, . or ~, so that it can only be a path."""
     return source.startswith(("/", ".", "~"))
 
 

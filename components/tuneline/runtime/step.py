@@ -1,8 +1,8 @@
-"""The frame that every step runs in, as a KFP component or from the command line.
+"""The wrapper in which every step runs, as a KFP component or from the command line.
 
-Known errors become one sentence on stderr and an exit code, so that nobody has to read a traceback
-because a disk is full. If the environment variable TUNELINE_EVENTS names a file, events are
-appended to it, one JSON object per line:
+The wrapper turns known errors into one sentence on stderr and an exit code, so that nobody has to
+read a traceback because a disk is full. If the environment variable TUNELINE_EVENTS names a file,
+events are appended to that file, one JSON object per line:
 
     {"step": "train", "event": "started", "time": 1732400000.0}
     {"step": "train", "event": "progress", "time": ..., "done": 10, "total": 60, "note": "loss 1.2"}
@@ -30,7 +30,7 @@ from tuneline.errors import StorageError, TunelineError
 from tuneline.strict_model import StrictModel
 
 EVENTS_VARIABLE = "TUNELINE_EVENTS"
-"""Environment variable that names the file for events."""
+"""Environment variable with the path of the events file."""
 
 
 @contextlib.contextmanager
@@ -38,7 +38,7 @@ def step(name: str) -> Iterator[None]:
     """Run the body as the step `name`.
 
     Raises:
-        SystemExit: after a known error was printed in one sentence; other errors pass through.
+        SystemExit: a known error occurred and was printed; other errors are raised unchanged.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     started = time.time()
@@ -62,12 +62,12 @@ def step(name: str) -> Iterator[None]:
 
 
 def emit(name: str, event: str, **values: Any) -> None:
-    """Append an event to the file for events, if there is one."""
+    """Append an event to the events file, if the environment names one."""
     path = os.environ.get(EVENTS_VARIABLE)
     if not path:
         return
     line = json.dumps({"step": name, "event": event, "time": time.time(), **values})
-    # One write of one short line, so that lines of several processes do not interleave.
+    # Each event is a single write of a short line, so that lines of several processes do not mix.
     with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as events:
         events.write(line + "\n")
 
@@ -75,8 +75,8 @@ def emit(name: str, event: str, **values: Any) -> None:
 def log_metrics(artifact: Any, values: dict[str, float]) -> None:
     """Log numbers on a KFP Metrics artifact and write them to its file as JSON.
 
-    KFP needs only the metadata, but its local cache runs a step again if the file of an output is
-    missing.
+    KFP reads only the metadata. The file is for KFP's local cache, which runs a step again if the
+    file of an output is missing.
     """
     for name, value in values.items():
         artifact.log_metric(name, value)
@@ -91,8 +91,9 @@ def main(
 ) -> None:
     """Run a step from the command line: `python -m tuneline.NAME --config FILE ...`.
 
-    Each keyword-only parameter of `run` becomes a flag, without `_dir`, `_dirs` or `_path`. A
-    parameter annotated `list[...]` takes several values. The help is the docstring of `run`.
+    Each keyword-only parameter of `run` becomes a flag, whose name lacks the ending `_dir`, `_dirs`
+    or `_path`. A parameter annotated `list[...]` becomes a flag that takes several values. The help
+    is the docstring of `run`.
 
     Args:
         name: the step's name.
@@ -143,7 +144,7 @@ def _parse_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]
     arguments = dict(zip(sections[::2], sections[1::2], strict=True)).get("Args", "")
     items = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", arguments, flags=re.MULTILINE)
     return description.strip(), {
-        # argparse replaces %(default)s and the like.
+        # argparse would replace formats such as %(default)s, so % is doubled.
         name: " ".join(text.split()).replace("%", "%%")
         for name, text in items
     }
@@ -155,7 +156,7 @@ def _as_known_error(error: Exception) -> Exception:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return _full_disk(f" while writing {cause.filename}" if cause.filename else "")
-        # Writers in Rust (safetensors) have the number only in their message.
+        # Libraries written in Rust (safetensors) give the error number only in their message.
         if "os error 28" in str(cause).lower() or "no space left on device" in str(cause).lower():
             return _full_disk()
         cause = cause.__cause__ or cause.__context__

@@ -1,4 +1,4 @@
-"""SIGTERM, which Kubernetes and schedulers send, as a request to stop at the next safe point."""
+"""Treat SIGTERM, which Kubernetes and schedulers send, as a request to stop at a safe point."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ class StopRequest:
         self.is_made = False
 
     def make(self, *_: Any) -> None:
-        """Set the flag; its arguments are those of a signal handler."""
+        """Set the flag; the method has the arguments of a signal handler, which it ignores."""
         self.is_made = True
         logger.warning("received SIGTERM: writing a checkpoint after this optimizer step")
 
@@ -26,8 +26,8 @@ class StopRequest:
 def stop_on_sigterm() -> Iterator[StopRequest]:
     """Turn SIGTERM into a request to stop while the body runs.
 
-    The current optimizer step is finished and a checkpoint is written, so the grace period (30 s by
-    default in Kubernetes) has to be longer than both together.
+    Training then finishes the current optimizer step and writes a checkpoint, so the grace period
+    (30 s by default in Kubernetes) has to be longer than both together.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

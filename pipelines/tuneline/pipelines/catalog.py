@@ -16,7 +16,7 @@ def shipped_recipes() -> list[Path]:
 
 
 def find_recipe(name: str, assignments: list[str]) -> Recipe:
-    """Load a recipe from a file or by the name of a shipped one.
+    """Load a recipe from a file, or a shipped recipe by its name.
 
     Args:
         name: a path, or the name of a shipped recipe; an existing file takes precedence.

@@ -1,8 +1,9 @@
 """Explain a failed or waiting run from its pods: cause, evidence, what to change.
 
-Each pod is examined in this order, and the first problem is reported: its conditions and container
-states, which show what the cluster did to the pod; its events; the end of its log, which shows what
-the step itself reported. For deleted pods, the messages of the Argo workflow are used.
+Of each pod, the first problem found is reported. The sources are examined in this order: the pod's
+conditions and container states, which show what the cluster did to the pod; the pod's events; the
+end of the pod's log, which shows what the step reported. For deleted pods, the messages of the Argo
+workflow are used.
 """
 
 import datetime
@@ -21,9 +22,9 @@ from tuneline.train.trainjob.manifest import HEARTBEAT
 
 NODE_ANNOTATION = "workflows.argoproj.io/node-name"
 CONTAINERS = ("main", NODE)
-"""Names of a step's own container: in its pod, and in the pods of a TrainJob."""
+"""Names of the container that runs a step: in a pod of KFP, and in a pod of a TrainJob."""
 ORPHAN_SECONDS = 600.0
-"""Age of a heartbeat after which a TrainJob's launcher counts as lost."""
+"""Age of the last heartbeat from which the launcher of a TrainJob counts as lost."""
 FAILED_PHASES = ("Failed", "Error")
 
 _BY_NAME = {cause.name: cause for cause in CAUSES}

@@ -1,16 +1,23 @@
-"""The pipeline's graph: which artifacts go from which step to which. Wiring only.
+"""The pipeline's graph: the steps, and the artifacts that each step passes on to later steps.
 
-    plan -> fetch -> prepare -> train -> merge -> convert -> quantize -> gate -> publish
-                 `-> evaluate the base       `-> evaluate the tuned --'      and report
+                        .-> evaluate base ---------------------------.
+                        |                                            v
+    plan -> fetch -> prepare -> train -> merge -> evaluate tuned -> gate -> report, publish
+                                           |                                  ^
+                                           `-> export (convert, quantize) ----'
+
+The gate reads only the two scores. The report, and publish if the gate promotes the model, also
+read the artifacts of the earlier steps.
 
 Before fetch and before prepare, a small task looks up the fingerprint of what the model's or the
-dataset's name refers to now. These tasks are never cached, and fetch and prepare take their results
-as inputs. A scheduled run of unchanged sources therefore takes every step up to the gate from the
-cache, and a run of changed sources trains again; the name alone would never change.
+dataset's name refers to now. These tasks are never cached, and fetch and prepare take the
+fingerprints as inputs. A scheduled run of unchanged sources therefore takes every step up to the
+gate from the cache, and a run of changed sources trains again. Without the fingerprint, a changed
+source with an unchanged name would be taken from the cache.
 
-Each step's config is a pipeline parameter of its own, because a task's inputs are its cache key: a
-new learning rate does not prepare the data again. The configs are JSON strings because KFP turns
-the integers of a struct into floats.
+Each step's config is a separate pipeline parameter, because the inputs of a task are its cache key:
+a new learning rate does not cause the data to be prepared again. The configs are JSON strings
+because KFP turns the integers of a struct into floats.
 
 Formats, nodes, accelerators and the importance matrix shape the graph, so they are fixed when it is
 built. Models, data, target and every step's config can be changed for each run of the compiled
@@ -50,12 +57,12 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
 
     Args:
         recipe: the recipe.
-        on_cluster: whether to place tasks as the recipe says. A local runner ignores all of it
-            except the retries, which would make a person wait for minutes for a wrong name.
+        on_cluster: whether to apply the recipe's placement. It is left out of local runs, because a
+            local runner applies only the retries: a wrong name would fail after minutes.
     """
 
     def placed(function: Callable[..., Any], **arguments: object) -> dsl.PipelineTask:
-        # The types of kfp's decorators say that the function stays one.
+        # By its type, kfp's decorator returns the function, but it returns a component.
         component = cast(BaseComponent, function)
         task = component(**arguments)
         if not on_cluster:
@@ -164,8 +171,8 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
     return cast(BaseComponent, line)
 
 
-# Each kind of export is a nested pipeline, because a condition (here: promoted) accepts the output
-# of a pipeline but not a list that a loop collected.
+# Each kind of export is a nested pipeline, because a task inside a condition (here: promoted) can
+# take the output of a pipeline as input, but not the list that a loop outside collected.
 def _export_gguf(
     quantize: QuantizeConfig, placed: Callable[..., dsl.PipelineTask]
 ) -> BaseComponent:
@@ -210,4 +217,5 @@ def _export_gptq(
 EXPORTERS: dict[
     ExportKind, Callable[[QuantizeConfig, Callable[..., dsl.PipelineTask]], BaseComponent]
 ] = {"gguf": _export_gguf, "gptq": _export_gptq}
-"""Makes the nested pipeline of each kind of export; report and publish have an input per kind."""
+"""Functions that make the nested pipeline of each kind of export. Report and publish have an input
+per kind, with the same name."""

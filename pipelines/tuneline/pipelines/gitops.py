@@ -1,9 +1,9 @@
 """Write a pipeline as Kubernetes resources, for a cluster that is managed with GitOps.
 
 Kubeflow Pipelines 2.17 with its Kubernetes-native store accepts Pipeline and PipelineVersion
-resources. The name of a version holds a hash of the recipe and of tuneline's version, so that the
-same input gives the same name. Recurring runs have no resource that users may write;
-`tuneline schedule` creates them.
+resources. The name of a PipelineVersion holds a hash of the recipe and of tuneline's version, so
+that the same input gives the same name. There is no resource with which users can create recurring
+runs; use `tuneline schedule` for them.
 """
 
 import hashlib

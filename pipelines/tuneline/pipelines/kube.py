@@ -18,11 +18,11 @@ from tuneline.runtime.kubernetes_client import connect
 from tuneline.train.trainjob.manifest import GROUP, PLURAL, VERSION
 
 BACKOFF_SECONDS = 1.0
-"""Base of the wait between tries: the six retries wait 0, 2, 4, 8, 16 and 32 times as long."""
+"""Unit of the pauses before the six retries, which are 0, 2, 4, 8, 16 and 32 units long."""
 LOG_LINES = 200
 """Lines at the end of a container's log that are read."""
 
-# Any: the types of the generated client are unions with what its other modes return.
+# Any, because the return types of the generated client are unions over all modes of a call.
 _apis = cast(Any, client)
 
 
@@ -44,7 +44,7 @@ class Kube:
     def answers(self, seconds: float) -> bool:
         """Return whether the server accepts a connection within `seconds`.
 
-        The client's own requests would retry for minutes.
+        A request of the Kubernetes client to an unreachable server would be retried for minutes.
         """
         address = urllib.parse.urlsplit(self.host)
         port = address.port or (443 if address.scheme == "https" else 80)
@@ -65,7 +65,7 @@ class Kube:
 
         Args:
             right: the right.
-            account: a service account of the namespace; None asks about these credentials.
+            account: a service account of the namespace; None: the credentials in use.
         """
         attributes = client.V1ResourceAttributes(
             namespace=self.namespace,
@@ -92,7 +92,7 @@ class Kube:
                         "system:authenticated",
                     ],
                 )
-                # A local review is open to the administrators of a namespace too.
+                # A local review needs no rights outside the namespace.
                 review = reviews.create_namespaced_local_subject_access_review(
                     self.namespace,
                     client.V1LocalSubjectAccessReview(
@@ -119,7 +119,7 @@ class Kube:
         return [version.name for version in definition.spec.versions if version.served]
 
     def secret_names(self) -> set[str]:
-        """Return the names of the namespace's secrets; their contents are not kept."""
+        """Return the names of the namespace's secrets; the contents are discarded."""
         with self._explained("secrets"):
             return {
                 secret.metadata.name
@@ -136,7 +136,7 @@ class Kube:
     def local_queue(self, name: str) -> dict[str, Any] | None:
         """Return a Kueue LocalQueue; None if it does not exist."""
         with self._explained(f"localqueue {name}"):
-            # Kueue before 0.14 serves only v1beta1; later versions will drop it.
+            # Kueue before 0.14 serves only v1beta1, which later versions will no longer serve.
             for version in ("v1beta2", "v1beta1"):
                 queue: dict[str, Any] | None = _or_none(
                     self._custom.get_namespaced_custom_object,
@@ -234,7 +234,7 @@ class Refused(CredentialsError):
 
 @dataclass(frozen=True)
 class Right:
-    """A right that the line, or a person who watches it, needs."""
+    """A right on a Kubernetes resource that a run, or a person who watches the run, needs."""
 
     verb: str
     resource: str
@@ -242,7 +242,7 @@ class Right:
     subresource: str = ""
 
     def __str__(self) -> str:
-        """Return the right as `kubectl auth can-i` takes it."""
+        """Return the right in the form of the arguments of `kubectl auth can-i`."""
         name = f"{self.resource}/{self.subresource}" if self.subresource else self.resource
         return f"{self.verb} {name}{'.' if self.group else ''}{self.group}"
 

@@ -1,6 +1,7 @@
 """CPU, memory, time and retries of each task: the table of steps, overridden by the recipe.
 
-This module works without kfp, because `plan` also runs in a pod where kfp has only its executor.
+This module does not import kfp, because `plan` also runs in a pod whose image has only the executor
+of kfp.
 """
 
 from tuneline.placement import PlacementConfig, StepPlacement, quantity_value
@@ -15,9 +16,9 @@ def is_accelerated(name: str, config: PlacementConfig) -> bool:
 def needs_of(name: str, config: PlacementConfig) -> StepPlacement:
     """Return the needs of the step `name`; every field is set.
 
-    The table of steps is overridden by `placement.accelerated`, where the step gets an accelerator,
-    and that by `placement.steps`. If only one of a request and its limit is overridden and the two
-    contradict each other, the other one is set to the same value.
+    The values of `placement.steps` come first, then those of `placement.accelerated` if the step
+    gets an accelerator, then those of the table of steps. If a recipe overrides only a request or
+    only its limit, and the request then exceeds the limit, both get the recipe's value.
     """
     step = STEPS[name]
     values: dict[str, str | float] = {

@@ -1,13 +1,13 @@
 """Place tasks on a cluster: CPU, memory, GPUs, nodes, volumes, retries, secrets and user.
 
-Of the modules that build the pipeline, only this one uses kfp.kubernetes; local runners ignore all
-of it. kfp.kubernetes 2.17 has these limits:
+Of the modules that build the pipeline, only this one uses kfp.kubernetes, whose settings local
+runners ignore. kfp.kubernetes 2.17 has these limits:
 
-- The security context has a user, a group and runAsNonRoot. The platform adds the rest of Pod
-  Security "restricted" (no privilege escalation, no capabilities, seccomp) to all its pods. There
-  is no fsGroup, so the user must be able to write to a claim as it is.
-- Resources are CPU, memory and accelerators. The namespace's LimitRange (manifests/base) requests
-  ephemeral storage; here the size of the scratch volume limits what a step writes to it.
+- The security context can have only a user, a group and runAsNonRoot. KFP adds the rest of Pod
+  Security "restricted" (no privilege escalation, no capabilities, seccomp) to all its pods. fsGroup
+  cannot be set, so the user must have write access to the volume of a claim.
+- Only CPU, memory and accelerators can be requested. Ephemeral storage is requested by the
+  namespace's LimitRange (manifests/base), and limited by the size of the scratch volume.
 - A pod's priority class cannot be set, but Kueue's label for it can.
 """
 
@@ -67,7 +67,7 @@ def place(task: PipelineTask, name: str, config: PlacementConfig) -> PipelineTas
 
 
 def nodes_config(config: PlacementConfig) -> NodesConfig:
-    """Return the config of a TrainJob on several nodes: each node gets what `train` gets on one."""
+    """Return the config of a TrainJob; each of its nodes gets the resources of the step `train`."""
     assert config.shared_claim is not None
     accelerated = is_accelerated("train", config)
     values = {
@@ -109,17 +109,17 @@ def _accelerate(task: PipelineTask, config: PlacementConfig, count: int) -> None
     for toleration in config.tolerations:
         kubernetes.add_toleration(task, **toleration.model_dump())
     if config.shared_memory:
-        # Container runtimes give a container 64 MB; NCCL and data loaders use more.
+        # The default of container runtimes is 64 MB; NCCL and data loaders use more.
         kubernetes.empty_dir_mount(
             task, "dshm", SHARED_MEMORY_PATH, medium="Memory", size_limit=config.shared_memory
         )
 
 
 def _keep_checkpoints(task: PipelineTask, config: PlacementConfig) -> None:
-    """Keep checkpoints on a claim, so that a retry in a new pod finds them."""
+    """Let train write checkpoints to a claim, so that a retry in a new pod finds them."""
     if config.shared_claim:
         kubernetes.mount_pvc(task, config.shared_claim, SHARED_PATH)
-        # The same directory as for a training on several nodes.
+        # Training on several nodes uses the same directory.
         task.set_env_variable(ROOT_VARIABLE, f"{SHARED_PATH}/tuneline/checkpoints")
     elif config.cache_claim:
         kubernetes.mount_pvc(task, config.cache_claim, CACHE_PATH)
@@ -127,7 +127,10 @@ def _keep_checkpoints(task: PipelineTask, config: PlacementConfig) -> None:
 
 
 def _mount_and_connect(task: PipelineTask, step: Step, config: PlacementConfig) -> None:
-    """Mount volumes, and set variables from optional secrets; the pipeline holds only names."""
+    """Mount volumes, and set environment variables from secrets that may be absent.
+
+    The compiled pipeline contains only the names of the secrets.
+    """
     if step.scratch and config.scratch_size:
         kubernetes.empty_dir_mount(task, "scratch", SCRATCH_PATH, size_limit=config.scratch_size)
         task.set_env_variable("TMPDIR", SCRATCH_PATH)

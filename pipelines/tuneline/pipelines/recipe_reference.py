@@ -1,7 +1,7 @@
 """The reference of every recipe key, in Markdown, made from the recipe's JSON Schema.
 
-Types, defaults and meanings come from the schema. Examples are values of the shipped recipes; a key
-that none of them sets has an example in reference_examples.yaml, or else its default.
+Types, defaults and meanings come from the schema. The example of a key is its value in a shipped
+recipe; if no shipped recipe sets the key, its value in reference_examples.yaml; else its default.
 """
 
 import re
@@ -19,7 +19,7 @@ EXAMPLES_FILE = Path(__file__).parent / "reference_examples.yaml"
 
 LINE_LENGTH = 100
 MAX_INLINE_CHARACTERS = 88
-"""Length from which an example gets a code block of its own."""
+"""Greatest length of an example on the line of its key; a longer one gets a code block."""
 
 HEADER = """\
 # Recipe reference
@@ -47,13 +47,13 @@ def _load_examples() -> list[Any]:
 
 
 class _Reference:
-    """The sections of the reference, from one schema and documents with examples."""
+    """The sections of the reference, made from a schema and from documents with examples."""
 
     def __init__(self, schema: Schema, examples: list[Any]) -> None:
         self.schema = schema
         self.examples = examples
         self.documented: dict[str, str] = {}
-        """Path under which the keys of a model are listed, by the model's name."""
+        """Path under which the keys of a pydantic model are documented, by the model's name."""
 
     def lines(self) -> Iterator[str]:
         parts = {key: node for key, node in self.schema["properties"].items() if "$ref" in node}
@@ -145,7 +145,7 @@ class _Reference:
 
 
 def _nested_path(node: Schema, path: str) -> tuple[str, str] | None:
-    """Return the model inside a value and the path of the model's keys, or None."""
+    """Return the name of the model inside a value and the path of its keys; None if no model."""
     if "$ref" in node:
         return node["$ref"].rpartition("/")[2], path
     for option in node.get("anyOf", ()):
@@ -174,7 +174,7 @@ def _limits(node: Schema) -> str:
 
 
 def _default(node: Schema) -> Any:
-    # The schema leaves out a default that a function makes; those are all empty.
+    # The schema has no default where a function makes it; all such defaults are empty.
     empty: dict[str, Any] = {"object": {}, "array": []}
     return node.get("default", empty.get(node.get("type", "")))
 

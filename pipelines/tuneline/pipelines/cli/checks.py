@@ -75,7 +75,7 @@ def plan(
 
     The exit code is 1 if a check fails. --context implies --cluster.
     """
-    # The Kubernetes client takes a second or two to import.
+    # Imported only here, because importing the Kubernetes client takes a second or two.
     from tuneline.pipelines.kube import Kube
     from tuneline.pipelines.plan.plan import plan as check_plan
 

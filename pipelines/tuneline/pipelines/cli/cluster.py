@@ -1,6 +1,6 @@
-"""The commands for runs on a cluster, which talk to KFP's API.
+"""The commands for runs on a cluster, which use KFP's API.
 
-They import kfp when they run, not before: the import takes a second or two.
+Each command imports kfp only when it is called, because the import takes a second or two.
 """
 
 import datetime
@@ -286,7 +286,7 @@ def doctor(
 
 
 def _load(recipe: str, assignments: list[str]) -> Recipe:
-    """Load a recipe for a cluster, and warn if the published model would be lost there."""
+    """Load a recipe for a cluster; warn if the published model would be lost with a pod."""
     loaded = find_recipe(recipe, assignments)
     if loaded.publish_to.startswith("dir:"):
         say(
@@ -301,7 +301,7 @@ def _format_time(value: datetime.datetime | None) -> str:
 
 
 def _duration(task: Any) -> str:
-    # A task that is still running has Go's zero time as its end.
+    # The end of a task that is still running is the zero time of Go, in the year 1.
     if not task.start_time or not task.end_time or task.end_time < task.start_time:
         return ""
     return f"{(task.end_time - task.start_time).total_seconds():.0f}"

@@ -1,4 +1,4 @@
-"""The command line `tuneline`, put together from a module per panel of its help."""
+"""The command line `tuneline`; each panel of its help is a module of this package."""
 
 import sys
 from typing import Annotated, NoReturn
@@ -43,7 +43,7 @@ def main() -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        # A path that the user gave: it is missing, read-only or on a full disk.
+        # A path that the user gave is missing, read-only or on a full disk.
         _exit(f"{error.filename}: {error.strerror}", WorldError.exit_code)
 
 

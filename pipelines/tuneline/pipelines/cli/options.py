@@ -9,7 +9,7 @@ from tuneline.pipelines.catalog import shipped_recipes
 
 
 def _complete_recipe(incomplete: str) -> Iterator[str]:
-    # The shell completes file names itself where no shipped recipe fits.
+    # If no shipped recipe matches, the shell itself completes file names.
     for path in shipped_recipes():
         if path.stem.startswith(incomplete):
             yield path.stem

@@ -58,7 +58,7 @@ def run(
     """Run all steps of a recipe on this machine."""
     loaded = find_recipe(recipe, set_)
     if runner is Runner.DOCKER:
-        # kfp takes a second or two to import, here and in `compile`.
+        # Imported here and in `compile` only, because importing kfp takes a second or two.
         from tuneline.pipelines.local.docker import check_images
 
         check_images(loaded)
@@ -108,7 +108,7 @@ def report(
 @app.command(rich_help_panel=PANEL)
 def recipes() -> None:
     """List the recipes that ship with tuneline."""
-    # A person types a name next, so names are never cut, however narrow the terminal is.
+    # Names are not cut even in a narrow terminal, because the user has to type one of them next.
     name = Column("name", no_wrap=True, min_width=20)
     table = Table(name, "base model", "dataset", "method", "description", box=None)
     for path in shipped_recipes():
@@ -184,7 +184,7 @@ def schema(
 def _execute(run_dir: Path, recipe: Recipe, runner: Runner, events_path: Path) -> int:
     """Run the pipeline in a process group of its own, show its progress, return its exit code."""
     command = [sys.executable, "-m", "tuneline.pipelines.local.run"]
-    # OpenMP threads that wait would otherwise spin on cores that other steps need.
+    # Otherwise, waiting OpenMP threads would spin on cores that other steps need.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", **os.environ}
     with open(run_dir / LOG_FILE, "w", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -195,14 +195,14 @@ def _execute(run_dir: Path, recipe: Recipe, runner: Runner, events_path: Path) -
             env=environment,
             start_new_session=True,
         )
-        # By default SIGTERM would end this process only, and typer's version would decide the
-        # exit code after Ctrl-C.
+        # Without these handlers, SIGTERM would end only this process, and the exit code after
+        # Ctrl-C would depend on the version of typer.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda received, _: sys.exit(128 + received))
         try:
             return watch(process, events_path, console)
         except BaseException:
-            # Signal the whole group: the runner and the step that it waits for.
+            # Signal the whole process group: the runner and the steps that it started.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
             process.wait()

@@ -34,7 +34,7 @@ from tuneline.recipe import Recipe
 HOST_VARIABLE = "KFP_ENDPOINT"
 TOKEN_VARIABLE = "KFP_TOKEN"
 KFP_HOST_VARIABLE = "KF_PIPELINES_ENDPOINT"
-"""kfp's own variable for the host."""
+"""Environment variable from which kfp also reads the host."""
 
 POD_TOKEN_PATH = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 PROJECTED_TOKEN_PATH = Path("/var/run/secrets/kubeflow/pipelines/token")
@@ -52,12 +52,12 @@ LOG_PATHS = (
 )
 
 
-# Any: kfp.Client declares optional arguments without None, and its results as unions.
+# Any, because kfp.Client declares its optional arguments without None and its results as unions.
 _KfpClient: Any = cast(Any, kfp.Client)
 
 
 class Client(_KfpClient):  # type: ignore[misc, unused-ignore]  # kfp has no types
-    """A kfp.Client that checks the server's health once, not repeatedly for 25 seconds."""
+    """A kfp.Client that checks the server's health once; kfp's own repeats that for 25 seconds."""
 
     def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
         """Return the server's health record, or raise the first error."""
@@ -95,7 +95,7 @@ class Client(_KfpClient):  # type: ignore[misc, unused-ignore]  # kfp has no typ
 
 
 def connect(host: str | None) -> Client:
-    """Connect to the KFP API at `host`, or at the host that the environment names.
+    """Connect to the KFP API at `host`; None: the environment tells the host.
 
     Raises:
         UserError: no host is given, and none can be found.
@@ -125,7 +125,7 @@ def connect(host: str | None) -> Client:
 
 
 def _probe(host: str) -> None:
-    """Open a connection once, because kfp.Client retries an unreachable host for minutes."""
+    """Try to open a connection once; kfp.Client would retry an unreachable host for minutes."""
     address = urllib.parse.urlsplit(host)
     try:
         port = address.port or (443 if address.scheme == "https" else 80)
@@ -210,7 +210,8 @@ def compiled(recipe: Recipe, *, cache: bool = True) -> Iterator[Path]:
 
 
 def _forbid_cache(path: Path) -> None:
-    # kfp.Client's own switch only reaches tasks of the root, and ours are inside an exit handler.
+    # kfp.Client can switch off the cache only for tasks of the root pipeline. tuneline's tasks are
+    # inside an exit handler, which is a nested pipeline.
     pipeline, *others = yaml.safe_load_all(path.read_text(encoding="utf-8"))
     for component in (pipeline["root"], *pipeline["components"].values()):
         for task in component.get("dag", {}).get("tasks", {}).values():
@@ -281,7 +282,7 @@ def find_run(client: Client, name: str, *, namespace: str | None = None) -> Any:
                 filter=by_display_name(name),
             )
             if page.runs:
-                # The runs of a list come without their tasks.
+                # A list of runs does not include their tasks, so the run is requested by its ID.
                 return client.get_run(page.runs[0].run_id)
     names = [run.display_name for run in recent_runs(client, namespace=namespace)]
     hint = f"the newest are {', '.join(names)}" if names else "there are none yet"
@@ -301,7 +302,7 @@ def cancel(client: Client, run: Any) -> None:
 
 
 def resume(client: Client, run: Any) -> None:
-    """Re-run the failed steps of a run and the steps that follow them; keep finished steps.
+    """Re-run the failed steps of a run and the steps after them, but no finished step.
 
     Raises:
         UserError: the run did not fail and was not cancelled.
@@ -329,7 +330,7 @@ def step_names(run: Any) -> list[str]:
 
 
 def pods_of(run: Any, step: str) -> list[str]:
-    """Return the names of the pods that ran a step's own container; a retry adds a pod.
+    """Return the names of the pods that ran a step's own container, one per attempt.
 
     Raises:
         UserError: the run has no such step, or the step has no pod.
@@ -349,7 +350,7 @@ def pods_of(run: Any, step: str) -> list[str]:
         pods += [task.pod_name] if task.pod_name else []
         for child in task.child_tasks or []:
             pods += [child.pod_name] if child.pod_name else []
-            # Argo ends the name of a node and the name of its pod with the same number.
+            # The name of an Argo node and the name of the node's pod end in the same number.
             wanted += [
                 candidate
                 for task_id, candidate in tasks.items()

@@ -1,9 +1,10 @@
-"""Schedules, which KFP calls recurring runs: one per name, changed by replacing it.
+"""Schedules, which KFP calls recurring runs. Each name has at most one.
 
-KFP has no request that changes a recurring run. The old one is disabled, the new one is created,
-then the old one is deleted. So two never start runs at the same time, and if the creation fails,
-the old one is enabled again. The description of a recurring run holds a digest of its content, so
-that scheduling the same content twice changes nothing.
+KFP has no request that changes a recurring run, so a changed one replaces the old one: the old one
+is disabled, the new one is created, then the old one is deleted. Therefore two recurring runs never
+start runs at the same time. If the creation fails, the old one is enabled again. The description of
+a recurring run holds a digest of its content, so that scheduling the same content twice changes
+nothing.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ _MARK = re.compile(r"\[tuneline ([0-9a-f]{16})\]")
 
 _MONTHS: Sequence[str] = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 _DAYS: Sequence[str] = "sun mon tue wed thu fri sat".split()
-# Name, smallest value, largest value, and names of the values from the smallest on.
+# Field, smallest value, largest value, and names of the values, beginning with the smallest.
 _FIELDS: list[tuple[str, int, int, Sequence[str]]] = [
     ("second", 0, 59, []),
     ("minute", 0, 59, []),
@@ -36,7 +37,7 @@ _FIELDS: list[tuple[str, int, int, Sequence[str]]] = [
 
 @dataclass(frozen=True)
 class Trigger:
-    """When a schedule starts runs; one of the two fields is set."""
+    """When a schedule starts runs. Exactly one of the two fields is set."""
 
     cron: str | None = None
     """Cron expression with KFP's six fields, in UTC."""
@@ -61,9 +62,9 @@ class Scheduled:
 def cron_trigger(text: str) -> Trigger:
     """Check a cron expression of five or six fields and return a trigger with six.
 
-    KFP reads six fields with seconds first, and reads five fields as the first five of six:
-    "10 10 * * *" would start a run every hour, not every day. So five fields get a 0 for the
-    second in front.
+    KFP expects six fields, of which the first is the second. It reads five fields as the first five
+    of six: "10 10 * * *" would start a run every hour, not every day. Five fields therefore get a 0
+    for the second in front.
 
     Raises:
         UserError: the text is not a cron expression, or would start several runs per minute.
@@ -133,7 +134,7 @@ def schedule(
 ) -> Scheduled:
     """Create the recurring run `name`, or replace it if its content differs.
 
-    A recurring run starts one run at a time, and does not catch up on starts that it missed.
+    A recurring run has at most one active run, and does not catch up on starts that it missed.
 
     Args:
         client: connection to the KFP API.
@@ -145,7 +146,7 @@ def schedule(
         namespace: the user's namespace, on Kubeflow with profiles.
         service_account: service account that the pods use; None: KFP's default.
         pipeline_root: URI under which KFP stores artifacts; None: KFP's default.
-        enabled: whether it starts runs; None: unchanged, and a new one is enabled.
+        enabled: whether the recurring run starts runs; None: as before, or True for a new one.
 
     Raises:
         UserError: a recurring run of this name exists that tuneline did not create.
@@ -199,7 +200,7 @@ def schedule(
 def find_schedules(
     client: Client, name: str | None = None, *, namespace: str | None = None
 ) -> list[Any]:
-    """Return all recurring runs, or those with one name."""
+    """Return all recurring runs; if `name` is given, only the recurring runs with that name."""
     recurring_runs: list[Any] = []
     token = ""
     while True:
@@ -220,7 +221,7 @@ def find_schedule(client: Client, name: str, *, namespace: str | None = None) ->
     """Return the only recurring run with this name.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: no recurring run or more than one has this name.
     """
     matches = find_schedules(client, name, namespace=namespace)
     if len(matches) == 1:
@@ -254,7 +255,7 @@ def delete_schedule(client: Client, recurring_run: Any) -> None:
 
 
 def trigger_of(recurring_run: Any) -> Trigger:
-    """Return when a recurring run starts runs."""
+    """Return the trigger of a recurring run."""
     trigger = recurring_run.trigger
     if trigger.cron_schedule:
         return Trigger(cron=trigger.cron_schedule.cron)

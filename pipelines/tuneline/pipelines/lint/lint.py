@@ -3,7 +3,7 @@
     secret-value          a credential in the document instead of a reference to a secret
     image-tag             an image without tag or digest, or with `latest`; KFP caches by image name
     privileged            a privileged container
-    privilege-escalation  not forbidden; in a compiled pipeline KFP itself forbids it
+    privilege-escalation  a container that does not forbid it (in pipelines, KFP forbids it)
     host-path             a volume on the node's own disk
     host-namespace        hostNetwork, hostPID or hostIPC
     root-user             user 0, or a pod that does not set runAsNonRoot
@@ -11,9 +11,9 @@
     automount             an API token in a pod that does not use one
     pip-install           packages installed when the pod starts: not pinned, not air-gapped
 
-A forbidden value is found by walking the whole document, so custom resources and kustomize patches
-are covered. A missing value is reported for whole pods and KFP executors only, because a patch may
-leave out what its base sets.
+Forbidden values are searched for in the whole document, so custom resources and kustomize patches
+are covered. Missing values are reported only for complete pods and KFP executors, because a patch
+may leave out what its base sets.
 """
 
 import re
@@ -133,7 +133,7 @@ def _walk(
 
 
 def _check_value(path: str, key: str, value: Any, parent: Any) -> Problems:
-    """Yield problems of one value that is forbidden in every kind of document."""
+    """Yield a problem if a value is forbidden; these rules apply to every kind of document."""
     if isinstance(value, str):
         yield from _secrets(path, key, value, parent)
     if key == "image" and isinstance(value, str) and isinstance(parent, dict):

@@ -1,8 +1,8 @@
 """Lint checks for values that a document must set.
 
-They apply to KFP executors, whole pods, service accounts, secrets and generators of secrets; the
-rules are listed in `lint.py`. Documents may have any shape: a value that should be a mapping or a
-list but is not counts as empty.
+The checks apply to KFP executors, complete pods, service accounts, secrets and generators of
+secrets. The rules are listed in `lint.py`. Documents may have any shape: a value that should be a
+mapping or a list but is neither counts as empty.
 """
 
 from collections.abc import Iterator
@@ -99,7 +99,7 @@ def check_pod(path: str, pod: dict[str, Any]) -> Problems:
 
 
 def _mapping(node: Any, *keys: str) -> dict[str, Any]:
-    """Return the mapping at `keys` in nested mappings; a missing one is empty."""
+    """Return the mapping at `keys` in nested mappings, or an empty mapping if there is none."""
     for key in keys:
         node = node.get(key) if isinstance(node, dict) else None
     return node if isinstance(node, dict) else {}

@@ -13,7 +13,8 @@ TOKENS = {
     "a JSON web token": r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----[A-Za-z0-9+/=\s]*",
     "a URL with a password": r"(?<=://)[^\s:/@]+:[^\s:/@$]{3,}(?=@)",
-    # name=value in a command, or "name": "value" in JSON: only the name marks the value as secret.
+    # name=value in a command, or "name": "value" in JSON, where only the name tells that the value
+    # is secret.
     "a credential": (
         r"(?i)(?<![a-z])(?:aws_secret_access_key|secret_?access_?key|api_?key|access_?token"
         r"|auth_?token|hf_?token|passw(?:or)?d|client_?secret)[\"']?\s*[:=]\s*[\"']?"
@@ -45,7 +46,7 @@ def is_credential_name(name: str) -> bool:
 
 
 def mask(value: str) -> str:
-    """Mask a credential except its first four characters and its length, by which it is found."""
+    """Mask a credential; show its first four characters and its length, so that it can be found."""
     kept = value[:4] if len(value) >= 12 else ""
     return f"{kept}*** ({len(value)} characters)"
 

@@ -9,14 +9,14 @@ from tuneline.recipe import Recipe
 RUN_LABEL = "tuneline.run"
 """Label of every container of a run; its value is the run's directory."""
 STOP_SECONDS = 60
-"""Time that a step gets after SIGTERM, in which training writes a checkpoint."""
+"""Seconds between SIGTERM and SIGKILL, in which training writes a checkpoint."""
 
 
 def check_images(recipe: Recipe) -> None:
     """Check that the container engine answers and has the images of a recipe's steps.
 
-    KFP would pull a missing image from the engine's default registry, where anyone may own its
-    name.
+    KFP would pull a missing image from the engine's default registry, where a stranger may have
+    published an image of the same name.
 
     Raises:
         ToolError: no container engine answers.
@@ -43,7 +43,7 @@ def check_images(recipe: Recipe) -> None:
 
 
 def stop_containers(run_dir: str) -> None:
-    """Stop the containers of a run, which outlive the process that waits for them."""
+    """Stop the containers of a run; they do not end with the process that waits for them."""
     import docker
     from docker import errors
 

@@ -1,9 +1,9 @@
-"""Run a recipe's pipeline on this machine, in a process of its own.
+"""Run a recipe's pipeline on this machine, in a separate process.
 
     python -m tuneline.pipelines.local.run RUN_DIR RECIPE_JSON subprocess|docker
 
-The process is separate because KFP's local runner prints and logs freely, and so that the command
-line can follow it, show its progress and stop it as a whole.
+The process is separate so that the output of KFP's local runner goes to a log file, and so that the
+command line can show the progress and stop the runner together with the steps.
 """
 
 import os
@@ -23,7 +23,7 @@ from tuneline.train.checkpoints import ROOT_VARIABLE
 
 CACHE_DIR = ".cache"
 CHECKPOINT_DIR = ".checkpoints"
-"""Directory beside the runs, which share it."""
+"""Directory for checkpoints, next to the directories of the runs; all runs share it."""
 
 
 def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
@@ -34,7 +34,7 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
     """
     artifacts_dir = run_dir / ARTIFACTS_DIR
     artifacts_dir.mkdir(parents=True, exist_ok=True)
-    # The events are below the artifacts because containers get that directory mounted.
+    # The events file is among the artifacts because that directory is mounted in containers.
     events_path = artifacts_dir / EVENTS_FILE
     # KFP warns of every setting that has no effect locally (display names, caching).
     warnings.filterwarnings("ignore", module="kfp")
@@ -47,7 +47,7 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
     )
     publish_to = recipe.publish_to
     if publish_to.startswith("dir:"):
-        # Of this machine's directories, containers can only write to the artifacts.
+        # Of this machine's directories, containers can write only to the one of the artifacts.
         root = artifacts_dir if is_docker else run_dir
         publish_to = f"dir:{(root / publish_to.removeprefix('dir:')).resolve()}"
     finetune(recipe, on_cluster=False)(publish_to=publish_to)
@@ -56,10 +56,10 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
 
 
 def _subprocess_runner(run_dir: Path, events_path: Path) -> local.SubprocessRunner:
-    # Two steps run side by side. OpenMP threads that spin while they wait for a busy core made
-    # single training steps take 20 s instead of 5 s.
+    # Two steps run concurrently. OpenMP threads that spin while they wait for a busy core slowed
+    # some training steps down from 5 s to 20 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # With shared checkpoints, the next run of the same recipe resumes a training that was killed.
+    # Runs share their checkpoints, so that the next run of a recipe resumes a killed training.
     os.environ.setdefault(ROOT_VARIABLE, str(run_dir.resolve().parent / CHECKPOINT_DIR))
     os.environ[EVENTS_VARIABLE] = str(events_path)
     return local.SubprocessRunner(use_venv=False)

@@ -14,14 +14,14 @@ from rich.text import Text
 
 ARTIFACTS_DIR = "artifacts"
 EVENTS_FILE = "events.jsonl"
-"""Names below a run's directory; the events are in the directory of the artifacts."""
+"""Name of the events file, in the directory of the run's artifacts."""
 
 REFRESH_SECONDS = 0.5
 """Pause between two readings of the events."""
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Read the events file, except a last line that is still being written."""
+    """Return the events in the file, except a last line that is still being written."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError:
@@ -30,7 +30,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def watch(process: subprocess.Popen[Any], events_path: Path, console: Console) -> int:
-    """Show the steps until `process` ends, and return its exit code."""
+    """Show the steps until `process` ends, and return the exit code of the process."""
     if not console.is_terminal:
         return _log(process, events_path, console)
     with Live(console=console, refresh_per_second=4) as live:
@@ -81,7 +81,8 @@ def _table(events: list[dict[str, Any]]) -> Group:
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     count: dict[str, int] = {}
     open_runs: dict[str, list[int]] = {}
-    # A step may run once per format, and two such runs at a time: pair each end with a start.
+    # A step may run once per format, and two of these runs may overlap: match each end event with
+    # a start event.
     for event in events:
         name = event["step"]
         if event["event"] == "started":

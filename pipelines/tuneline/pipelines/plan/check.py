@@ -1,11 +1,11 @@
-"""The checks of `plan`: their type, and the page that shows them."""
+"""The type of a check of `plan`, and the Markdown page that lists the checks."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 Verdict = Literal["ok", "warn", "fail", "unknown"]
-"""`fail`: the run cannot work as configured; `warn`: it may not work; `unknown`: `plan` was not
-allowed to look, or could not."""
+"""`fail`: the run cannot work as configured; `warn`: the run may not work; `unknown`: `plan` had no
+permission to check, or could not check."""
 
 
 @dataclass(frozen=True)

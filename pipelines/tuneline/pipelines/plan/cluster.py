@@ -1,6 +1,6 @@
-"""Check a cluster for a recipe: everything that the recipe names exists, and the run may use it.
+"""Check that everything that a recipe names exists in a cluster, and that the run may use it.
 
-Whatever the credentials are not allowed to see is reported as unknown and does not fail the plan.
+What the credentials are not allowed to read is reported as unknown and does not fail the plan.
 """
 
 from collections.abc import Callable, Iterator, Set
@@ -24,7 +24,7 @@ CRDS = {
     "workflows.argoproj.io": "Kubeflow Pipelines (its Argo Workflows) is not installed",
     SCHEDULES_CRD: "`tuneline schedule` will not work",
 }
-"""Custom resources that every run needs, and what their absence means."""
+"""Custom resources to check for every recipe, and the message if one is absent."""
 
 ON_A_NODE = "a node has them"
 IN_REGISTRY = "the registry has them"
@@ -37,7 +37,7 @@ RIGHTS = (
     Right("list", "events"),
     Right("list", "workflows", "argoproj.io"),
 )
-"""What `tuneline doctor` reads, with the credentials of the person who runs it."""
+"""Rights that `tuneline doctor` needs; it uses the credentials of the person who runs it."""
 
 LAUNCHER_RIGHTS = (
     *(Right(verb, PLURAL, GROUP) for verb in ("create", "get", "patch", "delete")),
@@ -45,7 +45,7 @@ LAUNCHER_RIGHTS = (
     Right("list", "pods"),
     Right("get", "pods", subresource="log"),
 )
-"""What the train step does on several nodes, with the service account of the run."""
+"""Rights that the run's service account needs if the train step uses several nodes."""
 
 
 def check_cluster(
@@ -233,12 +233,12 @@ def _nodes(recipe: Recipe, kube: Kube) -> Iterator[Check]:
         none = "there are no other nodes" if fits else "there are no nodes"
         words = f"{count} {wanted}: {'; '.join(why[:5]) or none}"
         advice = "choose another placement.profile, or a node pool that scales up from zero"
-        # No failure: a cluster autoscaler may add the nodes.
+        # Only a warning, because a cluster autoscaler may add the nodes.
         yield Check("nodes", "warn", words, advice)
 
 
 def _refusal(recipe: Recipe, node: Any) -> str | None:
-    """Return why the pod of train cannot run on the node even if it is empty, or None."""
+    """Return why train's pod cannot run on the node even if the node is empty, or None."""
     placement = recipe.placement
     needs = needs_of("train", placement)
     labels, capacity = node.metadata.labels or {}, node.status.allocatable or {}
@@ -298,7 +298,7 @@ def _images(recipe: Recipe, kube: Kube) -> Iterator[Check]:
 
 
 def _where_is(image: str, on_nodes: Set[str]) -> str:
-    # Container engines prefix the host of the default registry.
+    # Container engines put the host of the default registry in front of a name without a host.
     if {image, f"docker.io/{image}", f"localhost/{image}"} & on_nodes:
         return ON_A_NODE
     try:

@@ -1,8 +1,9 @@
 """Estimate GPU memory, disk and GPU time of a recipe, before anything is fetched.
 
-Only the model's number of parameters is known here, so its layers and widths are assumed to be
-those of a Llama of that size. The memory then comes from `train.memory.estimate`, which the train
-step also uses, with the model's own config. What a GPU has is in gpu_profiles.py.
+Only the model's number of parameters is known here, so the model is assumed to have the layers and
+widths of a Llama of that size. For these, `train.memory.estimate` computes the GPU memory. (The
+train step calls the same function with the layers and widths from the model's config.) Memory and
+speed of the GPUs are in gpu_profiles.py.
 """
 
 import re
@@ -18,28 +19,30 @@ from tuneline.train.memory.estimate import Settings, Shape, estimate_memory
 
 TOKENS_PER_SECOND_8B = 11_700.0
 """Training speed of Llama 3.1 8B with PEFT at 4 x 2048 tokens per step, measured on an H200 (702 ms
-per step); an H100 has the same compute. For other GPUs it is multiplied by `relative_speed`, for
-other models it is inversely proportional to the parameters."""
+per step) and assumed for an H100, which has the same compute. The speed of another GPU is this
+value times `relative_speed`. The speed for another model is inversely proportional to the number of
+its parameters."""
 MEASURED_PARAMETERS = 8.03e9
-"""Parameters of Llama 3.1 8B."""
+"""Number of parameters of Llama 3.1 8B."""
 RECOMPUTE_SLOWDOWN = 1.41
-"""Slowdown with gradient checkpointing: 993 ms instead of 702 ms in the same measurement."""
+"""Slowdown by gradient checkpointing: a step took 993 ms instead of 702 ms."""
 
 VOCAB_SIZE = 128_256
 MAX_EMBEDDING_FRACTION = 0.3
-"""Largest fraction of all parameters in the embeddings; small models tie input and output."""
+"""Upper limit of the assumed fraction of all parameters that are in the embeddings. Two separate
+matrices would exceed the limit in small models, whose input and output share one matrix."""
 HEAD_DIM = 128
-"""Hidden width per layer: a Llama of 32 layers is 4096 wide."""
+"""Assumed ratio of hidden width to number of layers: a Llama of 32 layers is 4096 wide."""
 SIDES = {
     **dict.fromkeys(("q_proj", "o_proj"), 2.0),
     **dict.fromkeys(("k_proj", "v_proj"), 1.25),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 4.5),
 }
-"""Inputs plus outputs of a linear layer, in hidden widths of the model."""
+"""Number of inputs plus outputs of each linear layer, as a multiple of the hidden width."""
 ZERO_OPTIMIZER = "adamw_torch"
-"""Optimizer whose state several GPUs divide (train.ranks.zero2)."""
+"""Optimizer used if several GPUs divide the optimizer state among them (train.ranks.zero2)."""
 ASSUMED_LENGTH = 2048
-"""Tokens per row where prepare.max_seq_length is auto, which only the data decides."""
+"""Tokens per row assumed if prepare.max_seq_length is auto: its value then depends on the data."""
 
 
 @dataclass(frozen=True)
@@ -52,34 +55,35 @@ class Estimate:
     gpu_bytes: float
     """GPU memory of training with the recipe's settings."""
     least_gpu_bytes: float
-    """GPU memory with a micro-batch of 1 and gradient checkpointing, to which train reduces its
-    settings if it has to."""
+    """GPU memory with a micro-batch of 1 and gradient checkpointing, which the train step uses if
+    nothing else fits into memory."""
     artifact_bytes: float
-    """Size of all artifacts that the run keeps."""
+    """Size of all artifacts of the run."""
     scratch_bytes: float
-    """Disk space of the step that needs most."""
+    """Disk space for temporary files of the step that needs most."""
     tokens_per_second: float | None
-    """Training speed of one GPU; None without a GPU."""
+    """Training speed of one GPU; None if the placement profile has no GPU."""
     num_tokens: int | None
-    """Tokens that training sees; None where only the data says."""
+    """Tokens processed in training; None if the number depends on the dataset (`max_steps` is not
+    set)."""
     num_gpus: int = 1
     """GPUs that train together, on all nodes."""
 
     @property
     def gpu_hours(self) -> float | None:
-        """GPU hours of training; None where the tokens or the speed are not known."""
+        """GPU hours of training; None if the number of tokens or the speed is not known."""
         if self.num_tokens is None or self.tokens_per_second is None:
             return None
         return self.num_tokens / self.tokens_per_second / 3600
 
     @property
     def hours(self) -> float | None:
-        """Hours of training, if the speed grows in proportion to the GPUs."""
+        """Hours of training, assuming that the speed is proportional to the number of GPUs."""
         return None if self.gpu_hours is None else self.gpu_hours / self.num_gpus
 
 
 def parameters_in_name(name: str) -> float | None:
-    """Return the number of parameters that a model's name gives, e.g. "8B" or "135m"."""
+    """Return the number of parameters in a model's name, e.g. from "8B" or "135m", or None."""
     sizes = re.findall(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", name.lower())
     if not sizes:
         return None
@@ -141,7 +145,8 @@ def llama_shape(num_parameters: float, lora: LoraConfig) -> Shape:
     embedding = 0.0
     for _ in range(8):
         linear = num_parameters - embedding
-        # Per layer, in squares of the width: q and o 1, k and v a quarter, the MLP three times 3.5.
+        # Weights per layer, divided by the squared width: 1 in each of q and o, 0.25 in each of k
+        # and v, 3.5 in each of the three matrices of the MLP; 13 in total.
         num_layers = max(2, round((linear / (13 * HEAD_DIM**2)) ** (1 / 3)))
         width = HEAD_DIM * num_layers
         embedding = min(2.0 * VOCAB_SIZE * width, MAX_EMBEDDING_FRACTION * num_parameters)

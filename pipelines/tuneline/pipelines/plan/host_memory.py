@@ -2,9 +2,10 @@
 
 Only memory that a process allocates has to fit into the pod's limit. The merged model and GGUF
 files are memory-mapped: when memory is short, the kernel drops their pages and reads them again in
-every pass, so a limit below their size costs time but does not fail the run. Measured at 8B and
-1.1B, in GiB (tests/measure/proof_memory.py): convert-gguf 3.4 and 1.9, quantize-gguf to q4_k_m 4.8
-with two rows to compare, and 2.8 with eight; measure-importance 0.3 at either size.
+every pass, so a limit below their size costs time but does not fail the run. Memory in GiB,
+measured for models of 8B and 1.1B (tests/measure/proof_memory.py): convert-gguf 3.4 and 1.9;
+quantize-gguf to q4_k_m 4.8 (8B, comparing two rows) and 2.8 (1.1B, comparing eight rows);
+measure-importance 0.3 for both models.
 """
 
 from dataclasses import dataclass
@@ -18,22 +19,23 @@ from tuneline.steps import STEPS
 from tuneline.train.memory.estimate import GIB
 
 PROCESS_BYTES = 0.5 * GIB
-"""Python, torch and transformers."""
+"""Memory of Python, torch and transformers before any weight is loaded."""
 CONVERTED_BYTES = 6
-"""Bytes per weight of the largest tensor, which llama.cpp's converter holds in float32 and f16."""
+"""Bytes per weight of the largest tensor, of which llama.cpp's converter holds a float32 copy and
+an f16 copy."""
 COPIED_FRACTION = 0.8
-"""Fraction of the weights that are copied in a format that llama.cpp repacks; other tensors have
-other types."""
+"""Fraction of the weights that llama.cpp copies if it repacks the export's format. The remaining
+weights are in tensors of other types."""
 ROWS_COMPARED = 5
-"""Rows of logits in addition to the reference's: those of an export for one row, the logarithms of
-both, and intermediate results."""
+"""Rows of logits held in addition to the merged model's: one row of the export's logits, the
+logarithms of both models' logits for that row, and intermediate results."""
 FLOAT32_BYTES = 4
 """Bytes per weight of a step that loads the model in float32."""
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Memory of one step."""
+    """Estimated host memory of one step."""
 
     step: str
     own_bytes: float
@@ -43,7 +45,7 @@ class HostMemory:
 
 
 def host_memory(recipe: Recipe, num_parameters: float) -> list[HostMemory]:
-    """Estimate the CPU steps whose memory grows with the model."""
+    """Estimate the memory of each step on a CPU whose memory grows with the model."""
     quantize = recipe.quantize
     shape = llama_shape(num_parameters, recipe.train.lora)
     model = 2 * num_parameters
@@ -63,7 +65,7 @@ def host_memory(recipe: Recipe, num_parameters: float) -> list[HostMemory]:
     if not recipe.placement.num_accelerators:
         wide = PROCESS_BYTES + FLOAT32_BYTES * num_parameters
         makers = [f"quantize-{kind}" for kind in EXPORT_KINDS if getattr(quantize, kind)]
-        # The steps that use a GPU if there is one: transformers loads the whole model.
+        # In steps that would use a GPU if there was one, transformers loads the whole model.
         loading = [name for name in (*makers, "evaluate") if STEPS[name].gpu]
         steps += [HostMemory(name, wide, 0.0) for name in loading]
     return steps

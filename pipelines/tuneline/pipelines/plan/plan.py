@@ -1,4 +1,8 @@
-"""Check before a run starts what a recipe will use, and whether the cluster provides it."""
+"""The checks before a run: estimate what a run of a recipe needs, and compare it with the limits.
+
+The estimates are compared with the limits of the recipe's placement. With access to a cluster, the
+objects and rights that the run needs there are checked too.
+"""
 
 from collections.abc import Iterator
 
@@ -18,8 +22,8 @@ from tuneline.train.memory.estimate import GIB
 MEMORY_FRACTION = 0.9
 """Largest fraction of a GPU's memory for which an estimate is "ok"."""
 FAIL_FACTOR = 1.5
-"""Multiple of a limit above which an estimate fails a run. Below it the run is only warned about,
-because an estimate from the number of parameters alone is not exact."""
+"""Multiple of a limit above which an estimate fails the plan. Estimates between the two values only
+give a warning, because an estimate from the number of parameters alone is not exact."""
 
 
 def plan(
@@ -35,9 +39,9 @@ def plan(
 
     Args:
         recipe: the recipe, with the placement that it will run with.
-        num_parameters: parameters of the base model; None takes the number from its name.
-        price_per_gpu_hour: in any currency; None takes the recipe's train.price_per_hour.
-        kube: the cluster; None checks the recipe only.
+        num_parameters: parameters of the base model; None: the number in the model's name.
+        price_per_gpu_hour: in any currency; None: train.price_per_hour of the recipe.
+        kube: the cluster; None: check the recipe only.
         account: service account that the run will use; None if it is not known.
         is_step: whether `kube` uses the credentials of the run itself.
 
@@ -61,7 +65,7 @@ def plan(
 
 
 def _ranks(recipe: Recipe) -> Iterator[Check]:
-    """Check that ranks can divide the global batch; the train step would refuse hours later."""
+    """Check that the ranks can divide the global batch; train would find that hours later."""
     batch = batch_size(recipe.train, recipe.num_ranks)
     words = f"{batch.num_ranks} ranks and a global batch of {batch.global_batch_size} examples"
     if not batch.divides:
@@ -82,7 +86,10 @@ def _checkpoints(recipe: Recipe) -> Iterator[Check]:
 
 
 def _kernels(recipe: Recipe, *, has_pods: bool) -> Iterator[Check]:
-    """Check whether tuneline's kernels run; the recipe itself refuses fp8 on a GPU without it."""
+    """Check whether tuneline's kernels run on the recipe's placement.
+
+    fp8 on a GPU that does not support it is not checked here: such a recipe cannot be loaded.
+    """
     kernels, placement = recipe.train.kernels, recipe.placement
     gpu = GPU_PROFILES.get(placement.profile)
     on_cluster = has_pods or placement.profile != LOCAL
@@ -155,7 +162,7 @@ def _time(recipe: Recipe, estimated: Estimate, price: float | None) -> Iterator[
 
 
 def _host_memory(recipe: Recipe, num_parameters: float, *, has_pods: bool) -> Iterator[Check]:
-    """Compare the memory of steps on a CPU with their pods' limits, which only a cluster sets."""
+    """Compare the memory of steps on a CPU with their pods' limits; local runs have no limits."""
     estimates = host_memory(recipe, num_parameters)
     fits = True
     for step in estimates:
@@ -184,5 +191,5 @@ def _host_memory(recipe: Recipe, num_parameters: float, *, has_pods: bool) -> It
 
 
 def _verdict(estimate: float, limit: float) -> Verdict:
-    """Return the verdict on an estimate above a limit."""
+    """Return the verdict on an estimate that exceeds a limit."""
     return "fail" if estimate > FAIL_FACTOR * limit else "warn"

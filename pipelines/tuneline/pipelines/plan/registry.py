@@ -16,7 +16,10 @@ MANIFESTS = (
 
 
 class Unknown(Exception):
-    """Reason why the registry does not tell from here whether a node can pull the image."""
+    """Nothing can be said about the image; the message is the reason.
+
+    A node of the cluster may still be able to pull the image.
+    """
 
 
 def has_image(image: str) -> bool:
@@ -29,7 +32,7 @@ def has_image(image: str) -> bool:
     if not path or not (":" in host or "." in host or host == "localhost"):
         raise Unknown("their names have no registry")
     name, _, tag = path.rpartition(":")
-    # Like container engines: no TLS for a registry on the same machine.
+    # Container engines also use no TLS for a registry on the same machine.
     scheme = "http" if host.partition(":")[0] in ("localhost", "127.0.0.1") else "https"
     address = f"{scheme}://{host}/v2/{name}/manifests/{tag}"
     headers = {"Accept": ", ".join(MANIFESTS)}

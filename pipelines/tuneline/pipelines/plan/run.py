@@ -1,7 +1,7 @@
-"""The plan as the first step of a run, in the run's own pod and with the run's own credentials.
+"""The plan as the first step of a run, in a pod of the run and with the run's credentials.
 
-The step is part of the pipelines and not of the components, because it reads the config of every
-step, and steps do not import each other.
+The step is part of tuneline.pipelines and not one of the components, because it reads the config of
+every step, and components do not import each other.
 """
 
 import json
@@ -21,13 +21,13 @@ from tuneline.runtime.kubernetes_client import own_namespace
 logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10.0
-"""Time within which the Kubernetes API must accept a connection."""
+"""Seconds within which the Kubernetes API must accept a connection."""
 
 
 def run(
     recipe: str, *, base_model: str, train: str, prepare: str, quantize: str, summary_path: str
 ) -> list[Check]:
-    """Check a run that starts, and write the result to a Markdown page.
+    """Check a run that is starting, and write the result to a Markdown page.
 
     Args:
         recipe: the recipe that the pipeline was compiled from, as JSON.
