@@ -98,7 +98,7 @@ def test_the_schema_marks_upstreams_names_as_deprecated():
 def test_a_recipe_for_nodes_is_checked_by_the_ranks_of_its_placement():
     values = {"name": "a", "base_model": "m", "dataset": "d", "publish_to": "dir:p"}
     placement = {"num_nodes": 2, "num_accelerators": 3, "shared_claim": "c", "profile": "h100"}
-    with pytest.raises(RecipeError, match="is 8, which the 2 x 3 ranks .* such as 6 or 12"):
+    with pytest.raises(RecipeError, match=r"is 8, .* 6 ranks \(2 nodes x 3 GPUs\): .* 6 or 12"):
         Recipe.parse({**values, "placement": placement})
     per_rank = Recipe.parse({**values, "placement": placement, "train": UPSTREAM})
     assert per_rank.num_ranks == 6

@@ -14,7 +14,7 @@ from tuneline.publish.usage import usage
 from tuneline.training_figures import training_figures
 
 CURVE_POINTS = 10
-"""Number of rows of the training curve, in addition to those of the evaluations."""
+"""Evenly spaced training points in the card's table; points with an evaluation are added."""
 
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 """File name endings by which a path such as data/rows.jsonl is distinguished from a Hub ID."""

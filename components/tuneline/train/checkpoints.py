@@ -107,7 +107,7 @@ class CheckpointStore:
     def latest(self) -> Path | None:
         """Return the newest intact checkpoint, or None if there is none.
 
-        Newer checkpoints, which are damaged, are deleted.
+        Damaged checkpoints that are newer than the returned one are deleted.
         """
         for step in reversed(self.steps()):
             path = self.path(step)

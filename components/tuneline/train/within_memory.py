@@ -153,9 +153,9 @@ def train_within_memory(
 def _resumed(setup: Setup, config: TrainConfig, state: RunState) -> Setup:
     """Return the setup with which a run continues from a checkpoint with this state.
 
-    Whether ZeRO-2 divides the optimizer state stays as it was at the start of the run, even on
-    another number of ranks. The plan takes no more memory than the plan of the checkpoint, because
-    larger plans may have run out of memory before.
+    A run that started with ZeRO-2 keeps sharding its optimizer state, and a run that started
+    without it does not begin to, even if the number of ranks has changed. The plan takes no more
+    memory than the plan of the checkpoint, because larger plans may have run out of memory before.
     """
     plan = setup.plan
     if state.plan is not None:

@@ -1,15 +1,15 @@
 """Compute in float32 with 16-bit weights that stay mapped from their files.
 
 float32 represents every bfloat16 and float16 value, so a weight that is widened just before its use
-gives the same result as one that was loaded in float32, except that the additions of a product may
-be in another order. Loaded in float32, 8B parameters take 32 GB of memory. Mapped, they are pages
+gives the same result as one that was loaded in float32, up to the order of summation within a
+matrix product. Loaded in float32, 8B parameters take 32 GB of memory. Mapped, they are pages
 of files, which the kernel can drop and read again when memory is short. (The experts of a mixture
 of experts are copied to memory, in 16 bits, because transformers joins them into one tensor.)
 
 Widening takes no extra time: a linear layer is widened one block of rows at a time, and the block
 is still in the CPU's cache when it is multiplied. Measured for a layer of 14336 x 4096 on one core
-of an EPYC: 13 ms for one token and 0.32 s for 256 tokens, both with weights loaded in float32 and
-with blocks; 144 ms and 0.46 s if the layer is widened as a whole. `tests/measure/proof_memory.py`
+of an EPYC: one token takes 13 ms and 256 tokens take 0.32 s, with float32 weights as with blocks.
+Widening the whole layer at once takes 144 ms and 0.46 s. `tests/measure/proof_memory.py`
 measures whole steps.
 
 Legend: I inputs and O outputs of a linear layer, R rows of a block, V vocabulary, H hidden size.

@@ -35,8 +35,8 @@ no compiler."""
 def is_wanted(config: TrainConfig, device: str, num_ranks: int) -> bool:
     """Return whether a new run divides its optimizer state over the ranks.
 
-    A run on several GPUs does, with any AdamW. On CPUs, and with other optimizers, every rank has
-    the whole state.
+    A run on several GPUs shards its optimizer state if the optimizer is a variant of AdamW. On
+    CPUs, and with other optimizers, every rank has the whole state.
 
     Raises:
         RecipeError: the run should divide its optimizer state, but DeepSpeed is not installed.

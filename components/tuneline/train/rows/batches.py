@@ -74,7 +74,7 @@ class StepBatches:
                 yield batch or parts[0][0]
 
     def of_step(self, epoch: int, step: int) -> list[list[list[int]]]:
-        """Return the micro-batches of a step, each a list of examples, in one list per rank.
+        """Return, for each rank, the list of its micro-batches in this step.
 
         A micro-batch for which a rank has no examples is an empty list.
 

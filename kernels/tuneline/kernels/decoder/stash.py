@@ -101,7 +101,7 @@ class HostStash:
         return tensors
 
     def begin(self, parked: weakref.ref[Ticket]) -> None:
-        """Queue the copy back of a ticket, if it still exists."""
+        """Queue the copy of a ticket's tensors from the host to the device, if it still exists."""
         ticket = parked()
         if ticket is not None:
             self._fetch(ticket)

@@ -175,7 +175,7 @@ def gated_activation_backward(
 
 
 def _copied(gate_up: GateUp) -> bool:
-    """Return whether `rows` copies `gate_up`, so that a write to its result would be lost."""
+    """Return whether `rows(gate_up)` is a copy: writes to it would not reach `gate_up`."""
     whole = [gate_up] if isinstance(gate_up, torch.Tensor) else list(gate_up)
     return any(rows(t).data_ptr() != t.data_ptr() for t in whole)
 
