@@ -37,9 +37,9 @@ demo: $(STAMP)  ## run the whole line on an embedded small model, CPU only
 test: $(STAMP)  ## run the tests (CPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 
-test-fast: $(STAMP)  ## run the tests that need no model and no kernel; under a minute
+test-fast: $(STAMP)  ## run the tests that load no model and start no server; under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile \
-	  -m "not model and not gpu and not docker and not cluster and not slow"
+	  -m "not heavy and not gpu and not docker and not cluster and not slow"
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

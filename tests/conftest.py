@@ -14,17 +14,24 @@ from filelock import FileLock
 
 from tuneline.artifacts import DatasetManifest, LengthStatistics
 
-# Tests with these fixtures, or below these folders, load a model or interpret kernels.
-MODEL_FIXTURES = {"smollm2_dir"}
-MODEL_FOLDERS = (Path(__file__).parent / "kernels",)
+# Tests that load a model, interpret kernels, or start many processes and servers.
+HEAVY_FIXTURES = {"smollm2_dir"}
+HEAVY_PATHS = tuple(
+    Path(__file__).parent / name
+    for name in (
+        *("kernels", "evaluate", "train/ranks", "train/trainjob", "quantize/test_pieces.py"),
+        *("publish/test_publish.py", "pipelines/cli", "pipelines/kfp_client"),
+        *("pipelines/test_gitops.py", "pipelines/test_kube_server.py"),
+    )
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that `make test-fast` leaves out."""
     for item in items:
-        uses_model = not MODEL_FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
-        if uses_model or any(item.path.is_relative_to(folder) for folder in MODEL_FOLDERS):
-            item.add_marker("model")
+        uses_model = not HEAVY_FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
+        if uses_model or any(item.path.is_relative_to(path) for path in HEAVY_PATHS):
+            item.add_marker("heavy")
 
 
 @pytest.fixture(scope="session")
