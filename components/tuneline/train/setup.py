@@ -13,8 +13,8 @@ import torch
 
 from tuneline.artifacts import DatasetManifest, ModelOrigin
 from tuneline.train.config import TrainConfig
+from tuneline.train.memory.estimate import ZERO_OPTIMIZER
 from tuneline.train.memory.plan import Plan
-from tuneline.train.ranks import zero2
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,4 +75,4 @@ class Setup:
 
 def optimizer_name(config: TrainConfig, divides_optimizer: bool) -> str:
     """Return the name of the optimizer that a run uses."""
-    return zero2.OPTIMIZER if divides_optimizer else config.optim
+    return ZERO_OPTIMIZER if divides_optimizer else config.optim

@@ -18,9 +18,6 @@ from tuneline.quantize.proof import probes, quality
 from tuneline.quantize.proof.quality import Generation
 from tuneline.quantize.proof.reference import Reference
 
-NUM_SPEED_TOKENS = 16
-"""Number of tokens to generate when the speed is measured."""
-
 
 def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dict[str, Any]:
     """Check a GGUF file, and write a Modelfile for Ollama to the file's directory.
@@ -37,7 +34,7 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dic
     Raises:
         ProofError: the file fails a check; the message states what was measured.
     """
-    num_context = reference.num_context + NUM_SPEED_TOKENS
+    num_context = reference.num_context + quality.NUM_SPEED_TOKENS
     with LlamaFile(file, num_context=num_context) as loaded:
         # Conversations are tokenised too, because in them special tokens adjoin white space.
         rendered = (
@@ -64,7 +61,7 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dic
         notes += _check_answer(format, generated, reference.generation)
         check_stops(format, stops, reference)
         speed = loaded.tokens_per_second(
-            reference.generation.prompt_ids, num_tokens=NUM_SPEED_TOKENS
+            reference.generation.prompt_ids, num_tokens=quality.NUM_SPEED_TOKENS
         )
         scored = reference.benchmark.record(loaded) if reference.benchmark else {}
         notes += modelfile.write(file, reference=reference, adds_bos=loaded.adds_bos)

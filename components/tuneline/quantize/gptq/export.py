@@ -32,8 +32,6 @@ MAX_ROW_TOKENS = 2048
 """Number of tokens of a calibration row that are used. It limits memory: the device holds the
 inputs and the outputs of a layer for all rows. At the width of an 8B model, 128 rows of this length
 take 2 x 2.1 GB in bf16, in addition to the layer and its Hessians."""
-NUM_SPEED_TOKENS = 16
-"""Number of tokens to generate when the speed is measured."""
 # What vLLM loads, according to its auto_gptq.py and marlin_utils.py of 2026-11, for symmetric
 # quantisation (all exports here are symmetric).
 VLLM_BITS, VLLM_GROUP_SIZES = (4, 8), (32, 64, 128)
@@ -149,7 +147,9 @@ def _speed(model: TransformersModel, reference: Reference, device: str) -> dict[
     """
     if device != "cpu":
         return {}
-    speed = model.tokens_per_second(reference.generation.prompt_ids, num_tokens=NUM_SPEED_TOKENS)
+    speed = model.tokens_per_second(
+        reference.generation.prompt_ids, num_tokens=quality.NUM_SPEED_TOKENS
+    )
     return {"tokens_per_second": round(speed, 2), "num_threads": num_threads()}
 
 

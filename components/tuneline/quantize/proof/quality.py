@@ -15,6 +15,8 @@ from tuneline.errors import ProofError
 from tuneline.models.heldout_rows import Row
 from tuneline.quantize.formats import Bound
 
+NUM_SPEED_TOKENS = 16
+"""Tokens that are generated to measure the speed of an export."""
 NEAR_TIE = 0.1
 """Two logits that differ by at most this much count as equal, because the logits of an f16 file and
 of fp32 weights differ by a few hundredths."""

@@ -33,6 +33,10 @@ GIB = 2**30
 
 _NF4_BYTES = 0.5 + 1 / BLOCKSIZE + 4 / (BLOCKSIZE * 256)
 # Four bits, one byte of scale per block, and one fp32 number per 256 of those scales.
+ZERO_OPTIMIZER = "adamw_torch"
+"""Optimizer of a run that shards its optimizer state: PyTorch's AdamW. DeepSpeed's own optimizers
+are compiled on first use, but the step's images have no compiler."""
+
 _STATE_BYTES = {"8bit": 2.0, "adamw": 8.0, "adafactor": 0.1, "sgd": 4.0, "lion": 4.0}
 # Bytes per trained parameter, by a part of the optimizer's name; AdamW stores two fp32 moments.
 _HEAD_TILE = 4096 * 16384
@@ -110,6 +114,11 @@ class MemoryEstimate:
         parts = ("weights", "adapter", "activations", "working_set", "head")
         named = ", ".join(f"{p.replace('_', ' ')} {getattr(self, p) / GIB:.2f}" for p in parts)
         return f"{self.total / GIB:.2f} GiB ({named})"
+
+
+def shards_optimizer(optim: str, num_gpus: int) -> bool:
+    """Return whether ZeRO-2 shards the optimizer state: several GPUs and a variant of AdamW."""
+    return num_gpus > 1 and "adamw" in optim
 
 
 def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:

@@ -17,6 +17,7 @@ import torch
 
 from tuneline.errors import RecipeError
 from tuneline.train.config import TrainConfig
+from tuneline.train.memory.estimate import shards_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +28,6 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BUCKET = 2**24
 """Elements per bucket of the reduction. An adapter has some ten million elements; modules that are
 trained in full have more."""
-OPTIMIZER = "adamw_torch"
-"""PyTorch's AdamW. DeepSpeed's own optimizers are compiled on first use, but the step's images have
-no compiler."""
 
 
 def is_wanted(config: TrainConfig, device: str, num_ranks: int) -> bool:
@@ -41,7 +39,7 @@ def is_wanted(config: TrainConfig, device: str, num_ranks: int) -> bool:
     Raises:
         RecipeError: the run should divide its optimizer state, but DeepSpeed is not installed.
     """
-    is_wanted = device == "cuda" and num_ranks > 1 and "adamw" in config.optim
+    is_wanted = device == "cuda" and shards_optimizer(config.optim, num_ranks)
     if is_wanted and not importlib.util.find_spec("deepspeed"):
         raise RecipeError(
             f"{num_ranks} GPUs train with DeepSpeed's ZeRO-2, but the package deepspeed is not "

@@ -15,7 +15,13 @@ from tuneline.quantize.formats import FORMATS
 from tuneline.recipe import Recipe
 from tuneline.train.batch_size import batch_size
 from tuneline.train.config import LoraConfig
-from tuneline.train.memory.estimate import Settings, Shape, estimate_memory
+from tuneline.train.memory.estimate import (
+    ZERO_OPTIMIZER,
+    Settings,
+    Shape,
+    estimate_memory,
+    shards_optimizer,
+)
 
 TOKENS_PER_SECOND_8B = 11_700.0
 """Training speed of Llama 3.1 8B with PEFT at 4 x 2048 tokens per step, measured on an H200 (702 ms
@@ -39,8 +45,6 @@ SIDES = {
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 4.5),
 }
 """Number of inputs plus outputs of each linear layer, as a multiple of the hidden width."""
-ZERO_OPTIMIZER = "adamw_torch"
-"""Optimizer used if several GPUs divide the optimizer state among them (train.ranks.zero2)."""
 ASSUMED_LENGTH = 2048
 """Tokens per row assumed if prepare.max_seq_length is auto: its value then depends on the data."""
 
@@ -98,7 +102,7 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
     shape = llama_shape(num_parameters, train.lora)
     gpu = GPU_PROFILES.get(recipe.placement.profile)
     gpus = max(1, recipe.placement.num_accelerators) * recipe.placement.num_nodes
-    divides = gpus > 1 and "adamw" in train.optim
+    divides = shards_optimizer(train.optim, gpus)
     is_fp32 = train.dtype == "auto" and gpu is not None and not gpu.has_bfloat16
     batch = batch_size(train, recipe.num_ranks)
     settings = Settings(
