@@ -91,8 +91,10 @@ def test_several_gpus_divide_the_optimizer_and_the_time() -> None:
     assert len({each.gpu_hours for each in found}) == 1
     hours = [each.hours or 0 for each in found]
     assert hours[0] == pytest.approx(8 * hours[1]) == pytest.approx(16 * hours[2])
+    assert found[1].gpu_bytes == found[0].gpu_bytes
     # 8-bit moments on one; an eighth of fp32 gradients and moments on eight.
-    bytes_a_parameter = (found[0].gpu_bytes - found[1].gpu_bytes) / 41_943_040
+    zero2 = estimate(recipe(*steps, "placement.num_accelerators=8", "train.sharding=zero2"), LLAMA)
+    bytes_a_parameter = (found[0].gpu_bytes - zero2.gpu_bytes) / 41_943_040
     assert bytes_a_parameter == pytest.approx((4 + 2) - (4 + 8) / 8, rel=0.01)
     words = {check.name: check.words for check in plan(sixteen)}
     assert words["time"].endswith("on 16 GPUs at best")

@@ -198,9 +198,30 @@ def test_the_configuration_of_zero_2():
     plain = zero2_config(TrainConfig(), **batch, num_ranks=2, dtype=torch.float32)
     assert "offload_optimizer" not in plain["zero_optimization"]
     assert not plain["bf16"]["enabled"]
-    assert is_wanted(TrainConfig(), "cuda", 2)
-    assert not is_wanted(TrainConfig(), "cuda", 1) and not is_wanted(TrainConfig(), "cpu", 2)
-    assert not is_wanted(TrainConfig(optim="sgd"), "cuda", 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, False),
+        ({"sharding": "zero2"}, True),
+        ({"offload_optimizer": True}, True),
+        ({"lora": {"modules_to_save": ["lm_head"]}}, True),
+        ({"lora": {"modules_to_save": ["lm_head"]}, "sharding": "ddp"}, False),
+        ({"lora": {"modules_to_save": ["lm_head"]}, "optim": "sgd"}, False),
+    ],
+)
+def test_zero_2_shards_a_large_optimizer_state(settings, expected):
+    config = TrainConfig.parse(settings)
+    assert is_wanted(config, "cuda", 2) is expected
+    assert not is_wanted(config, "cuda", 1) and not is_wanted(config, "cpu", 2)
+
+
+def test_sharding_that_cannot_work_is_refused():
+    with pytest.raises(RecipeError, match="offload_optimizer needs ZeRO-2, but sharding is ddp"):
+        TrainConfig.parse({"sharding": "ddp", "offload_optimizer": True})
+    with pytest.raises(RecipeError, match="zero2 needs a variant of AdamW, but optim is sgd"):
+        TrainConfig.parse({"sharding": "zero2", "optim": "sgd"})
 
 
 @pytest.mark.slow
@@ -316,9 +337,9 @@ def test_ranks_are_as_many_as_gpus(monkeypatch):
         choose_num_ranks(TrainConfig(num_ranks=4), "cuda")
     with monkeypatch.context() as patched:
         patched.setattr("importlib.util.find_spec", lambda name: None)
-        assert not is_wanted(TrainConfig(), "cuda", 1)
-        with pytest.raises(RecipeError, match="2 GPUs train with DeepSpeed's ZeRO-2, but the pack"):
-            is_wanted(TrainConfig(), "cuda", 2)
+        assert not is_wanted(TrainConfig(sharding="zero2"), "cuda", 1)
+        with pytest.raises(RecipeError, match="2 GPUs would train with .* set train.sharding to"):
+            is_wanted(TrainConfig(sharding="zero2"), "cuda", 2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="started by a launcher \(WORLD_SIZE=2\)"):
         choose_num_ranks(TrainConfig(), "cuda")

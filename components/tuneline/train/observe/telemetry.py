@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 _JOULES_PER_KWH = 3.6e6
 _SECONDS_BETWEEN_ENERGY_READINGS = 10.0
-"""A reading of the energy counter takes 3.5 ms per GPU (H100), and meanwhile the rank starts no work
-on its GPU. The other counters take 0.05 ms."""
+"""A reading of the energy counter takes 3.5 ms per GPU (H100), in which the rank launches no
+kernels. A reading of another counter takes 0.05 ms."""
 
 
 class GpuMeter:
