@@ -1,0 +1,143 @@
+"""Tell how far each step of a run is, from what KFP's API says alone.
+
+The API has no errors of tasks (`error` is null for every task), calls a cancelled run failed, and
+lists a step whose result came from the cache as one that ran.
+"""
+
+import datetime
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tuneline.pipelines.kfp_client.graph import EXECUTOR, Driver, Graph, PipelineStep, graph_of
+from tuneline.pipelines.kfp_client.nodes import FIRST, Node, Nodes, pod_name
+
+State = Literal["waiting", "running", "succeeded", "from cache", "failed", "skipped", "cancelled"]
+
+ENDED = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
+"""States of a run that has ended."""
+FAILED = ("FAILED", "ERROR", "CANCELED")
+SUCCEEDED, SKIPPED, CANCELING = "SUCCEEDED", "SKIPPED", "CANCELING"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of one step of a run."""
+
+    name: str
+    """Name of the step, with the format or the model that it is about, as in `evaluate base`."""
+    state: State
+    pods: tuple[str, ...] = ()
+    """Pods that ran the step, one per attempt, oldest first; deleted pods too."""
+    started: datetime.datetime | None = None
+    ended: datetime.datetime | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """Time from the start of the first attempt to the end of the last, or to now."""
+        if self.started is None:
+            return None
+        end = self.ended or datetime.datetime.now(datetime.UTC)
+        return (end - self.started).total_seconds()
+
+
+def progress_of(run: Any, spec: dict[str, Any]) -> list[Progress]:
+    """Return the steps of a run, those that started first, then the others in their order.
+
+    Args:
+        run: the run, with its tasks, as KFP's client returns it.
+        spec: the compiled pipeline of the run.
+    """
+    graph = graph_of(spec)
+    reader = _Reader(run, graph)
+    found = [reader.step(step) for step in graph.steps]
+    found += [each for driver in graph.drivers for each in reader.failed_driver(driver)]
+    # A step's own line says that its driver failed.
+    names = {each.name for each in found if each.state not in ("waiting", "skipped")}
+    found = [each for each in found if each.pods or each.started or each.name not in names]
+    started = [each for each in found if each.started is not None]
+    order = sorted(started, key=lambda each: (each.started, found.index(each)))
+    return order + [each for each in found if each.started is None]
+
+
+def state_of(run: Any) -> str:
+    """Return the state of a run in one word: cancelled if it was, whatever KFP calls it."""
+    words = {"CANCELING": "cancelling", "CANCELED": "cancelled", "PENDING": "waiting"}
+    if run.state == "FAILED" and cancelled_at(run):
+        return "cancelled"
+    return words.get(str(run.state), str(run.state).lower())
+
+
+def cancelled_at(run: Any) -> datetime.datetime | None:
+    """Return when the run was cancelled; None if it was not, or was resumed since."""
+    time = None
+    for entry in run.state_history or []:
+        if entry.state == CANCELING:
+            time = entry.update_time
+        elif entry.state in ("PENDING", "RUNNING", SUCCEEDED):
+            time = None
+    return time
+
+
+class _Reader:
+    def __init__(self, run: Any, graph: Graph) -> None:
+        self.nodes = Nodes(list((run.run_details and run.run_details.task_details) or []))
+        self.has_ended = run.state in ENDED
+        self.cancelled_at = cancelled_at(run)
+
+    def step(self, step: PipelineStep) -> Progress:
+        found = self.nodes.find(step.path)
+        if not found:
+            return Progress(step.name, "skipped" if self.has_ended else "waiting")
+        node = found[-1]
+        task = self.nodes.task(node, EXECUTOR)
+        executors = [
+            attempt.below(EXECUTOR) for each in found for attempt in self.nodes.attempts(each)
+        ]
+        pods = [pod for each in executors for pod in self._pods(each, step.template, task)]
+        names = tuple(pod_name(self.nodes.workflow, step.template, pod) for pod in pods)
+        state = self._state(task, pods)
+        if state in ("waiting", "skipped") or task is None:
+            return Progress(step.name, state, names)
+        return Progress(step.name, state, names, task.start_time, _end_of(task))
+
+    def failed_driver(self, driver: Driver) -> list[Progress]:
+        found = self.nodes.find(driver.path)
+        task = self.nodes.task(found[-1]) if found else None
+        if task is None or task.state not in FAILED:
+            return []
+        pods = [attempt for each in found for attempt in self.nodes.attempts(each)]
+        names = tuple(pod_name(self.nodes.workflow, driver.template, pod) for pod in pods)
+        return [Progress(driver.name, self._failed(task), names, task.start_time, _end_of(task))]
+
+    def _pods(self, executor: Node, template: str, task: Any) -> list[Node]:
+        """Return the nodes of the pods of one execution; none if the cache had the result."""
+        attempts = self.nodes.attempts(executor)
+        if attempts != [executor] or task is None:
+            return [] if task is None else attempts
+        if self.nodes.wraps or template.removeprefix("metadata-").count("retry-"):
+            return []
+        states = self.nodes.states_at(executor, task.start_time)
+        return [] if states <= {SKIPPED} else [executor]
+
+    def _state(self, task: Any, pods: list[Node]) -> State:
+        if task is None or task.state in (None, SKIPPED):
+            # Argo omits what depends on a failed step; KFP has no state for that.
+            return "skipped" if self.has_ended or task is not None else "waiting"
+        if task.state == SUCCEEDED:
+            return "succeeded" if pods else "from cache"
+        if task.state in FAILED:
+            return self._failed(task)
+        if not pods or self.nodes.states_at(pods[-1], task.start_time) == {"PENDING"}:
+            return "waiting"
+        return "running"
+
+    def _failed(self, task: Any) -> State:
+        end = _end_of(task)
+        stopped = self.cancelled_at and (end is None or end >= self.cancelled_at)
+        return "cancelled" if stopped else "failed"
+
+
+def _end_of(task: Any) -> datetime.datetime | None:
+    # The end of a task that is still running is the zero time of Go, in the year 1.
+    end = task.end_time
+    return end if end and task.start_time and end >= task.start_time else None
