@@ -1,0 +1,95 @@
+"""What a step leaves behind when it ends: a few lines of JSON in its container's termination log.
+
+Kubernetes copies the file /dev/termination-log into the status of the pod when the container ends.
+Argo repeats the text in the message of the workflow's node, and KFP's UI shows that message. So the
+cause of a failure is known to everyone who can read a pod, also after the log is gone:
+
+    {"step": "prepare", "error": "DataError", "text": "31 of 90 rows were rejected", "advice": ...}
+    {"step": "gate", "result": "hold", "text": "heldout_exact +0.012 ...: the interval includes 0"}
+
+The file exists only in a pod. The kubelet keeps the last 4096 bytes of the file of a container, and
+of each container's text only the first 12 KiB / number of containers (a pod of KFP has four, more
+with a service mesh), so this module writes at most `MAX_BYTES`.
+"""
+
+import contextlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+
+from tuneline.pods import POD_NAME_VARIABLE
+from tuneline.runtime.redaction import redacted
+
+TERMINATION_LOG = "/dev/termination-log"
+PATH_VARIABLE = "TUNELINE_TERMINATION_LOG"
+"""Environment variable with another path of the termination log, for tests."""
+MAX_BYTES = 2000
+"""Longest termination message; a pod with six containers keeps 2048 bytes of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """What a step left behind: an error with advice, or a result."""
+
+    step: str
+    text: str
+    """One or two sentences."""
+    error: str = ""
+    """Class name of the error; "" if the step succeeded."""
+    advice: str = ""
+    """What to change after an error."""
+    result: str = ""
+    """Short result of a step that succeeded, e.g. the verdict of the gate."""
+
+
+def leave(ending: Ending) -> None:
+    """Write the termination message of this container, in a pod of KFP; elsewhere do nothing."""
+    path = os.environ.get(PATH_VARIABLE)
+    if path is None:
+        if not os.environ.get(POD_NAME_VARIABLE) or not os.path.isfile(TERMINATION_LOG):
+            return
+        path = TERMINATION_LOG
+    # A message is an aid: a step never fails because of it.
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        file.write(encode(ending))
+
+
+def encode(ending: Ending) -> str:
+    """Return an ending as JSON of at most `MAX_BYTES` bytes, without secrets."""
+    values = {key: redacted(value) for key, value in asdict(ending).items() if value}
+    # The advice is cut first, because it is the shorter of the two and the text names the cause.
+    for key in ("advice", "text", "result", "error", "step"):
+        excess = len(_json(values).encode()) - MAX_BYTES
+        if excess > 0 and key in values:
+            values[key] = _shortened(values[key], excess)
+    return _json(values)
+
+
+def decode(message: str | None) -> Ending | None:
+    """Return the ending in the message of a pod or of a workflow's node, or None if it has none.
+
+    Argo writes its own words in front: `main: Error (exit code 1): {...}`.
+    """
+    match = re.search(r"\{.*\}", message or "", re.DOTALL)
+    if match is None:
+        return None
+    try:
+        values = json.loads(match[0])
+    except ValueError:
+        return None
+    known = {name: values.get(name, "") for name in Ending.__dataclass_fields__}
+    if not known["step"] or not all(isinstance(value, str) for value in known.values()):
+        return None
+    return Ending(**known)
+
+
+def _json(values: dict[str, str]) -> str:
+    return json.dumps(values, ensure_ascii=False)
+
+
+def _shortened(text: str, excess: int) -> str:
+    """Return the text without `excess` bytes at its end, cut between characters."""
+    # JSON may escape a character with more bytes than UTF-8 has, but never with fewer.
+    kept = max(0, len(text.encode()) - excess - len("..."))
+    return text.encode()[:kept].decode(errors="ignore") + "..."
