@@ -60,8 +60,12 @@ class Client(_KfpClient):  # type: ignore[misc, unused-ignore]  # kfp has no typ
             )
         return health
 
-    def read_log(self, run_id: str, pod: str) -> str:
-        """Return the log of a pod's main container; kfp.Client has no method for it."""
+    def read_log(self, run_id: str, pod: str) -> str | None:
+        """Return the log of a pod's main container; None if the server has none.
+
+        kfp.Client has no method for it. A server of one user (KFP 2.17) looks for running pods in
+        no namespace, so that it finds only logs that Argo has archived.
+        """
         for path in LOG_PATHS:
             try:
                 response = self._run_api.api_client.call_api(
@@ -76,7 +80,9 @@ class Client(_KfpClient):  # type: ignore[misc, unused-ignore]  # kfp has no typ
                 if error.status != 404 or path == LOG_PATHS[-1]:
                     raise
             else:
-                return str(response.data, "utf-8", "replace")
+                text = str(response.data, "utf-8", "replace")
+                # KFP 2.17 sends its error as the log, with status 200.
+                return None if text.startswith('{"error_message":') else text
         raise AssertionError("the last path returns or raises")
 
     def resume_run(self, run_id: str) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tuneline.pipelines.kfp_client.graph import EXECUTOR, Driver, Graph, PipelineStep, graph_of
-from tuneline.pipelines.kfp_client.nodes import FIRST, Node, Nodes, pod_name
+from tuneline.pipelines.kfp_client.nodes import Node, Nodes, pod_name
+from tuneline.runtime.kfp_run import DRIVER_FAILED, Attempt
 
 State = Literal["waiting", "running", "succeeded", "from cache", "failed", "skipped", "cancelled"]
 
@@ -26,8 +27,8 @@ class Progress:
     name: str
     """Name of the step, with the format or the model that it is about, as in `evaluate base`."""
     state: State
-    pods: tuple[str, ...] = ()
-    """Pods that ran the step, one per attempt, oldest first; deleted pods too."""
+    attempts: tuple[Attempt, ...] = ()
+    """Pods that ran the step, oldest first; deleted pods too."""
     started: datetime.datetime | None = None
     ended: datetime.datetime | None = None
 
@@ -50,10 +51,15 @@ def progress_of(run: Any, spec: dict[str, Any]) -> list[Progress]:
     graph = graph_of(spec)
     reader = _Reader(run, graph)
     found = [reader.step(step) for step in graph.steps]
-    found += [each for driver in graph.drivers for each in reader.failed_driver(driver)]
-    # A step's own line says that its driver failed.
-    names = {each.name for each in found if each.state not in ("waiting", "skipped")}
-    found = [each for each in found if each.pods or each.started or each.name not in names]
+    failed = [each for driver in graph.drivers for each in reader.failed_driver(driver)]
+    names = {each.name for each in failed}
+    # A step whose driver failed was never started; the driver's line stands for both.
+    found = [each for each in found if each.attempts or each.name not in names] + failed
+    return in_order(found)
+
+
+def in_order(found: list[Progress]) -> list[Progress]:
+    """Return the steps that started by the time at which they did, then the others."""
     started = [each for each in found if each.started is not None]
     order = sorted(started, key=lambda each: (each.started, found.index(each)))
     return order + [each for each in found if each.started is None]
@@ -87,18 +93,24 @@ class _Reader:
     def step(self, step: PipelineStep) -> Progress:
         found = self.nodes.find(step.path)
         if not found:
-            return Progress(step.name, "skipped" if self.has_ended else "waiting")
-        node = found[-1]
-        task = self.nodes.task(node, EXECUTOR)
+            return Progress(step.name, "skipped" if self._never_runs(step.path) else "waiting")
+        task = self.nodes.task(found[-1], EXECUTOR)
         executors = [
             attempt.below(EXECUTOR) for each in found for attempt in self.nodes.attempts(each)
         ]
         pods = [pod for each in executors for pod in self._pods(each, step.template, task)]
-        names = tuple(pod_name(self.nodes.workflow, step.template, pod) for pod in pods)
         state = self._state(task, pods)
+        attempts = self._attempts(step, pods, state)
         if state in ("waiting", "skipped") or task is None:
-            return Progress(step.name, state, names)
-        return Progress(step.name, state, names, task.start_time, _end_of(task))
+            return Progress(step.name, state, attempts)
+        return Progress(step.name, state, attempts, task.start_time, _end_of(task))
+
+    def _never_runs(self, path: tuple[str, ...]) -> bool:
+        """Return whether a step that has no node will not get one."""
+        groups = [self.nodes.find(path[:length]) for length in range(1, len(path))]
+        tasks = [self.nodes.task(found[-1]) for found in groups if found]
+        omitted = any(task is not None and task.state in (None, SKIPPED) for task in tasks)
+        return self.has_ended or omitted
 
     def failed_driver(self, driver: Driver) -> list[Progress]:
         found = self.nodes.find(driver.path)
@@ -106,15 +118,32 @@ class _Reader:
         if task is None or task.state not in FAILED:
             return []
         pods = [attempt for each in found for attempt in self.nodes.attempts(each)]
-        names = tuple(pod_name(self.nodes.workflow, driver.template, pod) for pod in pods)
-        return [Progress(driver.name, self._failed(task), names, task.start_time, _end_of(task))]
+        state = self._failed(task)
+        attempts = self._attempts(driver, pods, state, DRIVER_FAILED)
+        return [Progress(driver.name, state, attempts, task.start_time, _end_of(task))]
+
+    def _attempts(
+        self, step: PipelineStep | Driver, pods: list[Node], state: State, reason: str = ""
+    ) -> tuple[Attempt, ...]:
+        last = "failed" if state == "cancelled" else state
+        return tuple(
+            Attempt(
+                step=step.name,
+                state=last if number == len(pods) else "failed",  # type: ignore[arg-type]
+                number=number,
+                pod=pod_name(self.nodes.workflow, step.template, pod),
+                reason=reason,
+                is_on_exit=any(part.endswith(".onExit") for part in step.path),
+            )
+            for number, pod in enumerate(pods, start=1)
+        )
 
     def _pods(self, executor: Node, template: str, task: Any) -> list[Node]:
         """Return the nodes of the pods of one execution; none if the cache had the result."""
         attempts = self.nodes.attempts(executor)
-        if attempts != [executor] or task is None:
+        if task is None or attempts != [executor]:
             return [] if task is None else attempts
-        if self.nodes.wraps or template.removeprefix("metadata-").count("retry-"):
+        if self.nodes.wraps or "retry-" in template:
             return []
         states = self.nodes.states_at(executor, task.start_time)
         return [] if states <= {SKIPPED} else [executor]

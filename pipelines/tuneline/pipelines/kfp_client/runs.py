@@ -15,11 +15,9 @@ from kfp import compiler
 from tuneline.errors import RecipeError, UserError
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.kfp_client.connection import Client, readable_errors
+from tuneline.pipelines.kfp_client.progress import CANCELING, ENDED, FAILED, state_of
 from tuneline.pipelines.lint.lint import lint_file
 from tuneline.recipe import Recipe
-
-FINISHED_STATES = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
-RESUMABLE_STATES = ("FAILED", "CANCELED")
 
 
 @contextlib.contextmanager
@@ -124,16 +122,19 @@ def find_run(client: Client, name: str, *, namespace: str | None = None) -> Any:
     raise UserError(f"no run '{name}': {hint}")
 
 
-def cancel(client: Client, run: Any) -> None:
-    """Cancel a run.
+def cancel(client: Client, run: Any) -> bool:
+    """Cancel a run, and return whether it was not being cancelled already.
 
     Raises:
         UserError: the run has ended already.
     """
-    if run.state in FINISHED_STATES:
-        raise UserError(f"run {run.display_name} has ended already: {run.state}")
+    if run.state in ENDED:
+        raise UserError(f"run {run.display_name} has ended already: it is {state_of(run)}")
+    if run.state == CANCELING:
+        return False
     with readable_errors():
         client.terminate_run(run.run_id)
+    return True
 
 
 def resume(client: Client, run: Any) -> None:
@@ -142,13 +143,26 @@ def resume(client: Client, run: Any) -> None:
     Raises:
         UserError: the run did not fail and was not cancelled.
     """
-    if run.state not in RESUMABLE_STATES:
+    if run.state not in FAILED:
         raise UserError(
-            f"run {run.display_name} is {run.state}: only a run that is "
-            f"{' or '.join(RESUMABLE_STATES)} can be resumed"
+            f"run {run.display_name} is {state_of(run)}: only a run that failed or was cancelled "
+            "can be resumed"
         )
     with readable_errors():
         client.resume_run(run.run_id)
+
+
+def pipeline_of(client: Client, run: Any) -> dict[str, Any]:
+    """Return the compiled pipeline of a run."""
+    spec = run.pipeline_spec
+    if spec is None and run.pipeline_version_reference is not None:
+        reference = run.pipeline_version_reference
+        with readable_errors():
+            version = client.get_pipeline_version(
+                reference.pipeline_id, reference.pipeline_version_id
+            )
+        spec = version.pipeline_spec
+    return dict(spec or {"root": {"dag": {"tasks": {}}}})
 
 
 def by_display_name(name: str) -> str:
