@@ -18,6 +18,7 @@ from tuneline.publish.hub import push
 from tuneline.publish.sources import Sources
 from tuneline.publish.staging import stage
 from tuneline.publish.target import DIRECTORY_PREFIX, check_target
+from tuneline.runtime.termination import Ending, leave
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,8 @@ def run(
         record.write(record_dir, config, parents=(sources.merge, decision))
     for repo in record.repos:
         logger.info("published %s: %d files, %d bytes", repo.url, repo.num_files, repo.num_bytes)
+    urls = ", ".join(" ".join(filter(None, (repo.url, repo.tag))) for repo in record.repos)
+    leave(Ending(step="publish", result="published", text=urls))
     return record
 
 

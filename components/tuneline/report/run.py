@@ -21,6 +21,7 @@ from tuneline.artifacts import (
 from tuneline.html.page import render_page
 from tuneline.report import comparison, sections
 from tuneline.report.records import Line
+from tuneline.runtime.termination import Ending, leave
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ def run(
         )
         summary.write(target, header)
     logger.info("report of %s: %s, %d bytes", header.name, page, page.stat().st_size)
+    # The gate may have come from the cache, but the report never does.
+    leave(Ending(step="report", result=summary.verdict, text=summary.reason))
     return summary
 
 

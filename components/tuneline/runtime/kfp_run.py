@@ -87,6 +87,9 @@ def read_attempts(
         workflow: The run's workflow; None if it is gone or cannot be read.
     """
     nodes = {node["name"]: node for node in workflow_nodes(workflow)}
+    # Argo keeps the nodes of a very large workflow in a database, where nobody can read them here.
+    if not nodes:
+        workflow = None
     pods_by_node: dict[str, dict[str, Any]] = {}
     for pod in pods:
         name = pod["metadata"].get("annotations", {}).get(NODE_NAME)

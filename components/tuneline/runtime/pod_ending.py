@@ -9,6 +9,9 @@ from tuneline.runtime.termination import Ending, decode
 POD_DELETED = "PodDeleted"
 """Reason of an attempt whose pod was deleted: drained, preempted, or its node was lost."""
 
+OUT_OF_MEMORY = "OOMKilled"
+"""Reason of a container of which a process was killed at the memory limit."""
+
 
 @dataclass(frozen=True)
 class PodEnding:
@@ -57,7 +60,10 @@ def ending_of_pod(pod: dict[str, Any]) -> PodEnding:
         if terminated.get("exitCode", 0) != 0:
             code = terminated["exitCode"]
             text = "" if decode(terminated.get("message")) else terminated.get("message", "")
-            own = (terminated.get("reason", "Error"), text)
+            reason = terminated.get("reason", "Error")
+            if reason == OUT_OF_MEMORY:
+                text = _memory_limit(pod, container["name"])
+            own = (reason, text)
     if waiting[0] and not code:
         # Without its image, a pod ends only by its deadline; the image is the cause.
         return PodEnding(waiting[0], None, waiting[1], None, started, ended)
@@ -86,6 +92,15 @@ def ending_of_message(message: str) -> PodEnding:
     if match is not None:
         return PodEnding(match[1], None, match[2] or "")
     return PodEnding("Error" if message else "", None, message)
+
+
+def _memory_limit(pod: dict[str, Any], name: str) -> str:
+    """Return the memory limit of a container as a short text; "" if it has none."""
+    for container in pod.get("spec", {}).get("containers", []):
+        if container["name"] == name:
+            limit = container.get("resources", {}).get("limits", {}).get("memory")
+            return f"memory limit {limit}" if limit else ""
+    return ""
 
 
 def _conditions(status: dict[str, Any], kind: str, value: str) -> list[dict[str, Any]]:

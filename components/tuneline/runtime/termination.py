@@ -5,7 +5,11 @@ Argo repeats the text in the message of the workflow's node, and KFP's UI shows 
 cause of a failure is known to everyone who can read a pod, also after the log is gone:
 
     {"step": "prepare", "error": "DataError", "text": "31 of 90 rows were rejected", "advice": ...}
-    {"step": "gate", "result": "hold", "text": "heldout_exact +0.012 ...: the interval includes 0"}
+    {"step": "gate", "text": "heldout_exact +0.012 ...: the interval includes 0", "result": "hold"}
+    {"step": "merge", "result": "finished"}
+
+A container that was killed leaves nothing, and neither does one in which KFP's launcher failed
+before the step. If a step finished but its pod failed, KFP could not store the step's outputs.
 
 The file exists only in a pod. The kubelet keeps the last 4096 bytes of the file of a container, and
 of each container's text only the first 12 KiB / number of containers (a pod of KFP has four, more
@@ -17,6 +21,7 @@ import json
 import os
 import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from tuneline.pods import POD_NAME_VARIABLE
 from tuneline.runtime.redaction import redacted
@@ -24,6 +29,8 @@ from tuneline.runtime.redaction import redacted
 TERMINATION_LOG = "/dev/termination-log"
 PATH_VARIABLE = "TUNELINE_TERMINATION_LOG"
 """Environment variable with another path of the termination log, for tests."""
+FINISHED = "finished"
+"""Result of a step that has no other."""
 MAX_BYTES = 2000
 """Longest termination message; a pod with six containers keeps 2048 bytes of each."""
 
@@ -33,7 +40,7 @@ class Ending:
     """What a step left behind: an error with advice, or a result."""
 
     step: str
-    text: str
+    text: str = ""
     """One or two sentences."""
     error: str = ""
     """Class name of the error; "" if the step succeeded."""
@@ -43,16 +50,22 @@ class Ending:
     """Short result of a step that succeeded, e.g. the verdict of the gate."""
 
 
-def leave(ending: Ending) -> None:
-    """Write the termination message of this container, in a pod of KFP; elsewhere do nothing."""
+def leave(ending: Ending, *, replace: bool = True) -> None:
+    """Write the termination message of this container, in a pod of KFP; elsewhere do nothing.
+
+    Args:
+        ending: What to leave.
+        replace: Whether to replace what the step has left before.
+    """
     path = os.environ.get(PATH_VARIABLE)
     if path is None:
         if not os.environ.get(POD_NAME_VARIABLE) or not os.path.isfile(TERMINATION_LOG):
             return
         path = TERMINATION_LOG
     # A message is an aid: a step never fails because of it.
-    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
-        file.write(encode(ending))
+    with contextlib.suppress(OSError):
+        if replace or os.path.getsize(path) == 0:
+            Path(path).write_text(encode(ending), encoding="utf-8")
 
 
 def encode(ending: Ending) -> str:
