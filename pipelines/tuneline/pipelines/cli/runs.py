@@ -40,7 +40,7 @@ def status(
 
     client = connection.connect(host)
     if run is None:
-        table = Table("run", "state", "created", Column("ID", min_width=36), box=None)
+        table = Table("run", "state", "created", Column("ID", no_wrap=True, min_width=36), box=None)
         for recent in runs.recent_runs(client, namespace=namespace):
             created = _format_time(recent.created_at)
             table.add_row(recent.display_name, progress.state_of(recent), created, recent.run_id)
@@ -188,6 +188,8 @@ def doctor(
     kube = find_kube(namespace, context)
     client = details = None
     try:
+        if connection.known_host(host) is None and kube is not None and runs.is_run_id(run):
+            raise UserError("Kubeflow Pipelines is not asked, because no --host is given")
         client = connection.connect(host)
         details = runs.find_run(client, run, namespace=namespace)
     except TunelineError as error:

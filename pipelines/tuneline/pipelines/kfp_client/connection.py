@@ -98,7 +98,7 @@ def connect(host: str | None) -> Client:
         CredentialsError: the server does not accept the credentials.
         ClusterError: the server is unreachable.
     """
-    host = host or os.environ.get(HOST_VARIABLE) or os.environ.get(KFP_HOST_VARIABLE)
+    host = known_host(host)
     kube_config = Path(os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config")
     if not host and not POD_TOKEN_PATH.exists() and not kube_config.exists():
         raise UserError(
@@ -118,6 +118,11 @@ def connect(host: str | None) -> Client:
             existing_token=os.environ.get(TOKEN_VARIABLE),
             credentials=credentials if projected else None,
         )
+
+
+def known_host(host: str | None) -> str | None:
+    """Return the host that was given or that the environment names; None if there is none."""
+    return host or os.environ.get(HOST_VARIABLE) or os.environ.get(KFP_HOST_VARIABLE)
 
 
 def _probe(host: str) -> None:
