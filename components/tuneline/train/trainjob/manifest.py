@@ -26,12 +26,13 @@ from tuneline.pods import (
     SCRATCH_PATH,
     SHARED_MEMORY_PATH,
     SHARED_PATH,
+    TRAINJOBS,
 )
 from tuneline.strict_model import StrictModel
 from tuneline.train.checkpoints import ROOT_VARIABLE
 from tuneline.train.ranks.nodes import DIRECTORY_VARIABLE
 
-GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
+GROUP, VERSION, PLURAL = TRAINJOBS
 CONTAINER = "node"
 """Trainer's name of the replicated job that trains, and of the container in its pods."""
 HEARTBEAT = "tuneline.dev/heartbeat"

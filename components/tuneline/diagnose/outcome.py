@@ -1,0 +1,146 @@
+"""Conclude how a run on a cluster ended, from the attempts of its steps.
+
+The state that KFP 2.17 passes to an exit handler does not tell: it is COMPLETE after a good run,
+FAILED after a failed one, and RUNNING after a cancelled run and after a run that came from the
+cache. It only counts where Kubernetes says nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tuneline.errors import StoppedError
+from tuneline.runtime.attempt_causes import explain_attempt
+from tuneline.runtime.causes import Explanation
+from tuneline.runtime.kfp_run import Attempt, group_phase, is_cancelled
+
+Kind = Literal["succeeded", "held", "failed", "cancelled", "unknown"]
+
+_CANCEL_ADVICE = "`tuneline resume RUN` runs the steps again that had not finished."
+_UNKNOWN_ADVICE = "`tuneline status RUN` shows the state of each step."
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    kind: Kind
+    cause: str
+    """Why, in full sentences; after success, what was published."""
+    advice: str = ""
+    """What to change; "" after success."""
+    step: str | None = None
+    """The step that failed, if there is one."""
+
+
+def conclude(
+    attempts: Sequence[Attempt], workflow: dict[str, Any] | None = None, state: str = ""
+) -> Outcome:
+    """Return how a run ended, while its exit handler runs.
+
+    Args:
+        attempts: Attempts of all steps.
+        workflow: The run's workflow; None if it could not be read.
+        state: What KFP passes to the exit handler.
+    """
+    line = [attempt for attempt in attempts if not attempt.is_on_exit]
+    last = list({attempt.path: attempt for attempt in line}.values())
+    phase = group_phase(workflow) if workflow is not None else ""
+    failed = sorted(
+        (attempt for attempt in last if attempt.state == "failed"),
+        key=lambda attempt: (_was_stopped(attempt), attempt.ended or "9"),
+    )
+    if phase == "Succeeded" or (not phase and not failed and _is_complete(last, state)):
+        return _good(last)
+    if workflow is not None and is_cancelled(workflow):
+        return _cancelled(last, failed)
+    if failed:
+        explanation = explain_attempt(failed[0])
+        return Outcome("failed", explanation.cause, explanation.advice, failed[0].step)
+    return _unclear(last, phase, state)
+
+
+def _is_complete(last: Sequence[Attempt], state: str) -> bool:
+    """Return whether the run was good although its workflow could not be read."""
+    # The report is the last step that every run has, and it never comes from the cache.
+    if any(attempt.step == "report" and attempt.state == "succeeded" for attempt in last):
+        return all(
+            attempt.state in ("succeeded", "cached", "skipped", "unknown") for attempt in last
+        )
+    return state in ("COMPLETE", "SUCCEEDED")
+
+
+def _was_stopped(attempt: Attempt) -> bool:
+    """Return whether an attempt ended by SIGTERM, and so perhaps because of another's failure."""
+    if attempt.ending is not None and attempt.ending.error:
+        return attempt.ending.error == StoppedError.__name__
+    return attempt.exit_code == StoppedError.exit_code
+
+
+def _good(last: Sequence[Attempt]) -> Outcome:
+    endings = {attempt.step: attempt.ending for attempt in last if attempt.ending is not None}
+    verdict = endings.get("gate") or endings.get("report")
+    if verdict is not None and verdict.result == "hold":
+        return Outcome(
+            "held",
+            f"The gate did not promote the model: {verdict.text}.",
+            "Read the report. More or better data, or other settings of train, may help; "
+            "`gate` in the recipe says what is asked of the model.",
+            "gate",
+        )
+    if any(each.state == "skipped" and each.step in ("publish", "promoted") for each in last):
+        return Outcome("held", "The gate did not promote the model.", "Read the report.", "gate")
+    published = endings.get("publish")
+    if published is not None and published.text:
+        return Outcome("succeeded", f"Published: {published.text}.")
+    if verdict is not None and verdict.text:
+        return Outcome("succeeded", f"The gate promoted the model: {verdict.text}.")
+    return Outcome("succeeded", "All steps finished.")
+
+
+def _cancelled(last: Sequence[Attempt], failed: Sequence[Attempt]) -> Outcome:
+    cause = "Somebody cancelled the run."
+    own = next((attempt for attempt in failed if not _was_stopped(attempt)), None)
+    stopped = [attempt.step for attempt in failed if _was_stopped(attempt)]
+    if stopped:
+        cause += f" It stopped {', '.join(stopped)}."
+    if own is not None and own.reason != "PodDeleted":
+        explanation = explain_attempt(own)
+        return Outcome(
+            "cancelled",
+            f"{cause} Before that, {own.step} had failed: {explanation.cause}",
+            explanation.advice,
+            own.step,
+        )
+    waiting = next((each for each in last if each.state == "waiting" and each.reason), None)
+    if waiting is not None:
+        explanation = explain_attempt(waiting)
+        return Outcome(
+            "cancelled",
+            f"{cause} At that time, {waiting.step} was waiting: {explanation.cause}",
+            explanation.advice,
+            waiting.step,
+        )
+    return Outcome("cancelled", cause, _CANCEL_ADVICE)
+
+
+def _unclear(last: Sequence[Attempt], phase: str, state: str) -> Outcome:
+    """Return the outcome if no step is known to have failed, and no step says that all is well."""
+    waiting = next((each for each in last if each.state in ("waiting", "running")), None)
+    where = ""
+    if waiting is not None:
+        where = f" {waiting.step} was {waiting.state}."
+        if waiting.reason:
+            where += f" {explain_attempt(waiting).cause}"
+    if phase in ("Failed", "Error") or state == "FAILED":
+        explanation = Explanation(
+            f"A step failed, but its pod is gone, so that nothing says why.{where}",
+            "Read the logs, which KFP keeps: `tuneline doctor RUN`.",
+        )
+        return Outcome("failed", explanation.cause, explanation.advice)
+    return Outcome(
+        "unknown",
+        "No step is known to have failed. Without the workflow, it is not known whether the "
+        f"run was cancelled or came from the cache.{where}",
+        _UNKNOWN_ADVICE,
+    )
