@@ -1,4 +1,5 @@
-"""Read from a Kubernetes API with the official client; nothing is written.
+"""Read from a Kubernetes API with the official client; only `patch_workflow` and
+`delete_pods` write.
 
 Requests to a server that is unreachable are repeated for about a minute.
 """
@@ -7,7 +8,7 @@ import contextlib
 import json
 import socket
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import urllib3
 from kubernetes import client
 
 from tuneline.errors import ClusterError, CredentialsError
+from tuneline.runtime.kfp_run import NODE_ID
 from tuneline.runtime.kubernetes_client import connect
 from tuneline.train.trainjob.manifest import GROUP, PLURAL, VERSION
 
@@ -173,6 +175,26 @@ class Kube:
                 "argoproj.io", "v1alpha1", self.namespace, "workflows", label_selector=selector
             )["items"]
         return workflows
+
+    def patch_workflow(self, name: str, patch: dict[str, Any]) -> None:
+        """Apply a merge patch to an Argo workflow."""
+        with self._explained(f"a change of workflow {name}"):
+            self._custom.patch_namespaced_custom_object(
+                "argoproj.io", "v1alpha1", self.namespace, "workflows", name, patch
+            )
+
+    def delete_pods(self, selector: str, *, nodes: Collection[str]) -> None:
+        """Delete the pods of some nodes of an Argo workflow.
+
+        Args:
+            selector: label selector of the workflow's pods.
+            nodes: IDs of the nodes.
+        """
+        for pod in self.pods(selector):
+            metadata = pod["metadata"]
+            if metadata.get("annotations", {}).get(NODE_ID) in nodes:
+                with self._explained(f"the deletion of pod {metadata['name']}"):
+                    _or_none(self._core.delete_namespaced_pod, metadata["name"], self.namespace)
 
     def trainjobs(self, selector: str) -> list[dict[str, Any]]:
         """Return the TrainJobs that a label selector matches; none if Trainer is not installed."""

@@ -11,7 +11,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tuneline.errors import ClusterError, CredentialsError, UserError
-from tuneline.pipelines.kfp_client.progress import Progress, State, in_order, progress_of, state_of
+from tuneline.pipelines.kfp_client.progress import (
+    Progress,
+    State,
+    in_order,
+    is_frozen,
+    progress_of,
+    state_of,
+)
 from tuneline.pipelines.kfp_client.runs import pipeline_of
 from tuneline.pipelines.kube import Kube, Refused
 from tuneline.pods import RUN_LABEL
@@ -42,6 +49,8 @@ class RunView:
     pods: list[dict[str, Any]] = field(default_factory=list)
     """Pods of the run that Kubernetes has."""
     workflow: dict[str, Any] | None = None
+    is_frozen: bool = False
+    """Whether KFP stopped recording the steps before the run ended."""
     kube: Kube | None = None
     """Where the pods were read; None if Kubernetes is out of reach."""
 
@@ -98,7 +107,8 @@ def view(run_id: str, *, client: Any = None, run: Any = None, kube: Kube | None 
     steps = joined(steps, read_attempts(pods, workflow), cancelled=cancelled)
     name = run.display_name if run is not None else run_id
     state = state_of(run) if run is not None else _state_of_workflow(workflow, cancelled)
-    return RunView(run_id, name, state, steps, pods, workflow, kube)
+    frozen = run is not None and workflow is None and is_frozen(run)
+    return RunView(run_id, name, state, steps, pods, workflow, frozen, kube)
 
 
 def joined(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from tuneline.errors import UserError
+from tuneline.errors import ClusterError, CredentialsError, UserError
 from tuneline.html.units import duration
 from tuneline.pipelines.cli.cluster import PANEL
 from tuneline.pipelines.cli.options import ContextOption, HostOption, NamespaceOption, RunArgument
@@ -57,9 +57,8 @@ def status(
         time = duration(step.seconds) if step.seconds is not None else ""
         table.add_row(step.name, step.state, tries, time, _cause(step))
     console.print(table)
+    _print_notes(view)
     if view.state == "failed":
-        if view.kube is None:
-            say("causes are not shown, because Kubernetes cannot be reached")
         say(f"what to change: tuneline doctor {view.run_id}")
 
 
@@ -117,7 +116,12 @@ def logs(
     if missing:
         names = ", ".join(f"{each.pod} ({each.state})" for each in missing)
         hint = "the pod was deleted before Argo archived its log, or the archive was emptied"
-        if view.kube is None:
+        if view.is_frozen:
+            hint = (
+                "KFP does not find archived logs of a run whose workflow is larger than 1 MiB; they "
+                "are in Argo's artifact repository (main.log below the pod's name)"
+            )
+        elif view.kube is None:
             hint = (
                 "KFP has the logs of ended pods only, and Kubernetes, which has those of running "
                 "pods, cannot be reached: set KUBECONFIG"
@@ -141,27 +145,40 @@ def cancel(run: RunArgument, host: HostOption = None, namespace: NamespaceOption
     stopped = f"; it stops {', '.join(running)}" if running else ""
     say(
         f"run {details.display_name}: cancellation requested{stopped}\n"
-        "finished steps are kept, and diagnose still runs; KFP calls the cancelled run failed"
+        f"KFP will call the run failed, tuneline calls it cancelled; finished steps are kept: "
+        f"tuneline resume {details.run_id}"
     )
 
 
 @app.command(rich_help_panel=PANEL)
-def resume(run: RunArgument, host: HostOption = None, namespace: NamespaceOption = None) -> None:
+def resume(
+    run: RunArgument,
+    host: HostOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+) -> None:
     """Re-run the failed steps of a run; finished steps are kept."""
+    from tuneline.pipelines.exit_handler import forget_exit_handler
     from tuneline.pipelines.kfp_client import connection, runs
-    from tuneline.pipelines.kfp_client.progress import progress_of
 
     client = connection.connect(host)
-    details = runs.find_run(client, run, namespace=namespace)
-    steps = progress_of(details, runs.pipeline_of(client, details))
-    again = [step.name for step in steps if step.state in ("failed", "cancelled")]
+    details, view = _look(client, run, namespace, context)
+    again = [step.name for step in view.steps if step.state in ("failed", "cancelled")]
     runs.resume(client, details)
     say(
-        f"run {details.display_name}: resumed, from {', '.join(again) or 'where it stopped'}\n"
-        f"follow it with: tuneline status {details.run_id}\n"
-        "KFP does not run diagnose again: when the run has ended, `tuneline doctor "
-        f"{details.run_id}` explains it"
+        f"run {view.name}: resumed, from {', '.join(again) or 'where it stopped'}\n"
+        f"follow it with: tuneline status {view.run_id}"
     )
+    try:
+        diagnosed = view.kube is not None and forget_exit_handler(view.kube, view.run_id)
+    except (ClusterError, CredentialsError) as error:
+        say(f"note: {error}")
+        diagnosed = False
+    if not diagnosed and "diagnose" not in again:
+        say(
+            "note: KFP does not run diagnose again. When the run has ended, `tuneline doctor "
+            f"{view.run_id}` explains it."
+        )
 
 
 @app.command(rich_help_panel=PANEL)
@@ -199,19 +216,13 @@ def doctor(
         client = None
         say(f"note: {error}")
     seen = view(details.run_id if details else run, client=client, run=details, kube=kube)
-    if seen.kube is None:
-        say("note: Kubernetes cannot be reached or does not show the run's pods; set KUBECONFIG")
     findings = examine(seen, client)
     for finding in findings:
         say(f"{finding.step}: {finding.cause}\n  why: {finding.why}\n  seen: {finding.evidence}")
         say(f"  change: {finding.advice.replace('RUN', seen.run_id)}")
     if not findings:
         say(f"run {seen.name} is {seen.state}: nothing wrong was found")
-    if seen.is_deleted:
-        say(
-            "note: KFP has deleted the run's pods and workflow, as it does one hour after the end; "
-            "this is what its records and archived logs tell"
-        )
+    _print_notes(seen)
 
 
 def _look(
@@ -225,9 +236,28 @@ def _look(
     return run, view(run.run_id, client=client, run=run, kube=find_kube(namespace, context))
 
 
+def _print_notes(view: Any) -> None:
+    """Print what could not be read, and why."""
+    if view.kube is None:
+        say(
+            "note: causes that only Kubernetes knows are not shown, because it cannot be reached or "
+            "does not show the run's pods: set KUBECONFIG"
+        )
+    if view.is_deleted and view.has_ended:
+        say(
+            "note: KFP has deleted the run's pods and workflow, as it does one hour after the end; "
+            "this is what its records and archived logs tell"
+        )
+    if view.is_frozen:
+        say(
+            "note: KFP stopped recording the steps before the run ended, because the state of its "
+            "workflow is larger than 1 MiB; archived logs are in Argo's artifact repository only"
+        )
+
+
 def _cause(step: Any) -> str:
     """Return the cause of a failed or waiting step in a few words."""
-    if step.state in ("succeeded", "from cache", "skipped") or not step.attempts:
+    if step.state not in ("failed", "waiting", "running") or not step.attempts:
         return ""
     last = step.attempts[-1]
     if last.ending is not None and last.ending.error:

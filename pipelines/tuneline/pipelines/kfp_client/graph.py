@@ -25,6 +25,8 @@ class PipelineStep:
     """Name of the step's node, in parts: (".root", ".exit-handler-1", ".train")."""
     template: str
     """Argo template of the step's pods, which is part of their names."""
+    is_conditional: bool = False
+    """Whether a condition decides if the step runs."""
 
 
 @dataclass(frozen=True)
@@ -70,28 +72,39 @@ class _Walk:
     """Settings of the pods, by the executor's label."""
 
     def dag(
-        self, group: str, component: dict[str, Any], path: tuple[str, ...], item: str = ""
+        self,
+        group: str,
+        component: dict[str, Any],
+        path: tuple[str, ...],
+        item: str = "",
+        is_conditional: bool = False,
     ) -> Iterator[PipelineStep | Driver]:
         for key, task in _ordered(component["dag"]["tasks"]):
             name = task.get("taskInfo", {}).get("name") or key
             inner = self.pipeline["components"][task["componentRef"]["name"]]
-            above = path
-            if task.get("triggerPolicy", {}).get("strategy") == "ALL_UPSTREAM_TASKS_COMPLETED":
+            above, trigger = path, task.get("triggerPolicy", {})
+            depends = is_conditional or "condition" in trigger
+            if trigger.get("strategy") == "ALL_UPSTREAM_TASKS_COMPLETED":
                 # An exit handler is a hook of the group of tasks after which it runs.
                 above = (*path, f".{task['dependentTasks'][0]}.onExit")
             here = (*above, f".{key}")
             if "dag" not in inner:
                 step = f"{name} {item}".rstrip()
                 yield Driver(step, (*above, f".{key}-driver"), "system-container-driver")
-                yield PipelineStep(step, here, self._template(task, inner))
+                yield PipelineStep(step, here, self._template(task, inner), depends)
             elif "parameterIterator" in task:
-                yield from self._loop(group, task, inner, here)
+                yield from self._loop(group, task, inner, here, depends)
             else:
                 yield Driver(name, (*above, f".{key}-driver"), "system-dag-driver")
-                yield from self.dag(name, inner, here, item)
+                yield from self.dag(name, inner, here, item, depends)
 
     def _loop(
-        self, group: str, task: dict[str, Any], inner: dict[str, Any], path: tuple[str, ...]
+        self,
+        group: str,
+        task: dict[str, Any],
+        inner: dict[str, Any],
+        path: tuple[str, ...],
+        is_conditional: bool,
     ) -> Iterator[PipelineStep | Driver]:
         yield Driver(group, (*path, ".iteration-driver"), "system-dag-driver")
         # The items of a loop over another task's output are known only while the run lasts.
@@ -101,7 +114,7 @@ class _Walk:
             each = (*path, ".iteration-iterations", f"({number}:{number})")
             driver = (*each, ".iteration-item-driver")
             yield Driver(f"{group} {item}", driver, "system-dag-driver")
-            yield from self.dag(group, inner, (*each, ".iteration-item"), item)
+            yield from self.dag(group, inner, (*each, ".iteration-item"), item, is_conditional)
 
     def _template(self, task: dict[str, Any], component: dict[str, Any]) -> str:
         metadata = self.executors.get(component.get("executorLabel"), {}).get("podMetadata")

@@ -1,7 +1,9 @@
 """Tell how far each step of a run is, from what KFP's API says alone.
 
 The API has no errors of tasks (`error` is null for every task), calls a cancelled run failed, and
-lists a step whose result came from the cache as one that ran.
+lists a step whose result came from the cache as one that ran. It stops recording the steps when
+Argo compresses the state of a workflow, above 1 MiB: then the last steps of a long run stay as they
+were, although the run's own state goes on.
 """
 
 import datetime
@@ -12,7 +14,9 @@ from tuneline.pipelines.kfp_client.graph import EXECUTOR, Driver, Graph, Pipelin
 from tuneline.pipelines.kfp_client.nodes import Node, Nodes, pod_name
 from tuneline.runtime.kfp_run import DRIVER_FAILED, Attempt
 
-State = Literal["waiting", "running", "succeeded", "from cache", "failed", "skipped", "cancelled"]
+State = Literal[
+    "waiting", "running", "succeeded", "from cache", "failed", "skipped", "cancelled", "unknown"
+]
 
 ENDED = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
 """States of a run that has ended."""
@@ -84,33 +88,68 @@ def cancelled_at(run: Any) -> datetime.datetime | None:
     return time
 
 
+def is_frozen(run: Any) -> bool:
+    """Return whether KFP stopped recording the steps of a run before it ended."""
+    tasks = (run.run_details and run.run_details.task_details) or []
+    return run.state in ENDED and any(task.state in ("RUNNING", "PENDING") for task in tasks)
+
+
+def _resumed_at(run: Any) -> datetime.datetime | None:
+    """Return when the run was resumed last; None if it was not."""
+    history = run.state_history or []
+    pairs = zip(history, history[1:], strict=False)
+    times = [now.update_time for before, now in pairs if before.state in ENDED]
+    return times[-1] if times else None
+
+
 class _Reader:
     def __init__(self, run: Any, graph: Graph) -> None:
-        self.nodes = Nodes(list((run.run_details and run.run_details.task_details) or []))
+        tasks = (run.run_details and run.run_details.task_details) or []
+        resumed = _resumed_at(run)
+        # What failed before the run was resumed starts anew; its old task is still listed.
+        self.nodes = Nodes(
+            [
+                task
+                for task in tasks
+                if resumed is None
+                or task.state in (SUCCEEDED, SKIPPED)
+                or not (end := _end_of(task))
+                or end >= resumed
+            ]
+        )
+        self.run_succeeded = run.state == SUCCEEDED
         self.has_ended = run.state in ENDED
+        self.is_frozen = is_frozen(run)
         self.cancelled_at = cancelled_at(run)
 
     def step(self, step: PipelineStep) -> Progress:
         found = self.nodes.find(step.path)
         if not found:
-            return Progress(step.name, "skipped" if self._never_runs(step.path) else "waiting")
+            return Progress(step.name, self._unseen(step))
         task = self.nodes.task(found[-1], EXECUTOR)
         executors = [
             attempt.below(EXECUTOR) for each in found for attempt in self.nodes.attempts(each)
         ]
         pods = [pod for each in executors for pod in self._pods(each, step.template, task)]
-        state = self._state(task, pods)
+        state = self._state(step, task, pods)
         attempts = self._attempts(step, pods, state)
-        if state in ("waiting", "skipped") or task is None:
+        end_is_unknown = self.is_frozen and task is not None and _end_of(task) is None
+        if state in ("waiting", "skipped") or task is None or end_is_unknown:
             return Progress(step.name, state, attempts)
         return Progress(step.name, state, attempts, task.start_time, _end_of(task))
 
-    def _never_runs(self, path: tuple[str, ...]) -> bool:
-        """Return whether a step that has no node will not get one."""
-        groups = [self.nodes.find(path[:length]) for length in range(1, len(path))]
+    def _unseen(self, step: PipelineStep) -> State:
+        """Return the state of a step that has no node."""
+        if self.is_frozen:
+            return self._frozen(step)
+        groups = [self.nodes.find(step.path[:length]) for length in range(1, len(step.path))]
         tasks = [self.nodes.task(found[-1]) for found in groups if found]
         omitted = any(task is not None and task.state in (None, SKIPPED) for task in tasks)
-        return self.has_ended or omitted
+        return "skipped" if self.has_ended or omitted else "waiting"
+
+    def _frozen(self, step: PipelineStep) -> State:
+        """Return the state of a step whose end was not recorded."""
+        return "succeeded" if self.run_succeeded and not step.is_conditional else "unknown"
 
     def failed_driver(self, driver: Driver) -> list[Progress]:
         found = self.nodes.find(driver.path)
@@ -148,7 +187,9 @@ class _Reader:
         states = self.nodes.states_at(executor, task.start_time)
         return [] if states <= {SKIPPED} else [executor]
 
-    def _state(self, task: Any, pods: list[Node]) -> State:
+    def _state(self, step: PipelineStep, task: Any, pods: list[Node]) -> State:
+        if self.is_frozen and (task is None or task.state not in (SUCCEEDED, SKIPPED, *FAILED)):
+            return self._frozen(step)
         if task is None or task.state in (None, SKIPPED):
             # Argo omits what depends on a failed step; KFP has no state for that.
             return "skipped" if self.has_ended or task is not None else "waiting"
