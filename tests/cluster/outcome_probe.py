@@ -64,10 +64,11 @@ def work(kind: str, seconds: int) -> str:
 
 
 @dsl.component(base_image=images.LIGHT, install_kfp_package=False)
-def make_scores(gain: float, scores: dsl.Output[dsl.Artifact]) -> None:
+def make_scores(model: str, gain: float, scores: dsl.Output[dsl.Artifact]) -> None:
     """Write scores of one task on 40 samples.
 
     Args:
+        model: "base" or "tuned".
         gain: Share of the samples that are right.
         scores: The scores.
     """
@@ -75,7 +76,7 @@ def make_scores(gain: float, scores: dsl.Output[dsl.Artifact]) -> None:
     from pathlib import Path
 
     from tuneline.artifacts import Scores, TaskScore
-    from tuneline.strict_model import StrictModel
+    from tuneline.gate import GateConfig
 
     folder = Path(scores.path)
     (folder / "samples").mkdir(parents=True)
@@ -83,7 +84,8 @@ def make_scores(gain: float, scores: dsl.Output[dsl.Artifact]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "samples" / "heldout_exact.jsonl").write_text(text)
     task = TaskScore(value=gain, metric="accuracy", higher_is_better=True, num_samples=40)
-    Scores(label="base", tasks={"heldout_exact": task}, seconds=0.0).write(folder, StrictModel())
+    record = Scores(model=model, tasks={"heldout_exact": task}, harness="none", seconds=0.0)
+    record.write(folder, GateConfig())
 
 
 def build(kind: str, registry: str, *, cached: bool) -> Any:
@@ -100,9 +102,9 @@ def build(kind: str, registry: str, *, cached: bool) -> Any:
     def probe(seconds: int = 3) -> None:
         with dsl.ExitHandler(place(diagnose(), "diagnose", config).set_caching_options(False)):
             if kind in ("hold", "promote"):
-                base = place(make_scores(gain=0.5), "prepare", config)
+                base = place(make_scores(model="base", gain=0.5), "prepare", config)
                 gain = 0.5 if kind == "hold" else 1.0
-                tuned = place(make_scores(gain=gain), "prepare", config)
+                tuned = place(make_scores(model="tuned", gain=gain), "prepare", config)
                 gated = place(
                     gate(
                         config=GateConfig().model_dump_json(),

@@ -4,9 +4,13 @@ What the step itself left comes first. A step that was killed leaves nothing; th
 kubelet or of Argo tells, and at last the exit code.
 """
 
+import re
+
+from tuneline.errors import StoppedError
 from tuneline.runtime.causes import CAUSES, RUN_AGAIN, Explanation, find_cause
 from tuneline.runtime.kfp_run import DRIVER_FAILED, Attempt
-from tuneline.runtime.pod_ending import OUT_OF_MEMORY, POD_DELETED
+from tuneline.runtime.pod_ending import DEADLINE, NOT_STARTED, OUT_OF_MEMORY, POD_DELETED
+from tuneline.runtime.termination import STARTED
 from tuneline.steps import STEPS
 
 _ADVICE = {cause.name: cause.advice for cause in CAUSES}
@@ -36,6 +40,9 @@ def explain_attempt(attempt: Attempt) -> Explanation:
             f"KFP's driver could not start the step: {message}",
             f"Read the log of pod {attempt.pod}. If KFP's services were unavailable: {_RESUME}",
         )
+    stopped = ending is not None and ending.error == StoppedError.__name__
+    if stopped and (by_reason := _by_reason(attempt, reason, message)):
+        return by_reason
     if ending is not None and ending.error:
         explained = Explanation(_sentence(ending.text), ending.advice or RUN_AGAIN)
         if reason != OUT_OF_MEMORY:
@@ -44,7 +51,7 @@ def explain_attempt(attempt: Attempt) -> Explanation:
         return Explanation(f"{explained.cause} Before that: {killed.cause}", killed.advice)
     if reason == OUT_OF_MEMORY:
         return _killed_for_memory(attempt)
-    if ending is not None and attempt.state == "failed" and attempt.exit_code:
+    if ending is not None and ending.result != STARTED and attempt.exit_code:
         return Explanation(
             f"The step finished, but KFP's launcher then failed (exit code {attempt.exit_code}): "
             "most often it could not store the step's outputs.",
@@ -55,7 +62,13 @@ def explain_attempt(attempt: Attempt) -> Explanation:
 
 def _by_reason(attempt: Attempt, reason: str, message: str) -> Explanation | None:
     key = _placement_key(attempt)
-    if reason == "DeadlineExceeded":
+    if reason == NOT_STARTED:
+        return Explanation(
+            f"The step's container did not start within the time limit ({attempt.message}): most "
+            "often its image cannot be pulled, or a volume cannot be mounted.",
+            _ADVICE["image"],
+        )
+    if reason == DEADLINE:
         return Explanation(
             f"The step reached its time limit. {message}".rstrip(),
             f"Raise {key}.timeout_hours, or lower train.max_steps or evaluate.limit. {_RESUME}",
@@ -88,9 +101,11 @@ def _by_reason(attempt: Attempt, reason: str, message: str) -> Explanation | Non
             f"KFP starts such a pod again by itself, up to a limit. After that: {_RESUME}",
         )
     if reason == "Evicted":
-        cause = find_cause(message)
-        if cause is not None and cause.name == "disk":
-            return Explanation(f"The step's pod was evicted. {message}", cause.advice)
+        if re.search(r"EmptyDir|ephemeral|disk", message, re.IGNORECASE):
+            return Explanation(
+                f"The step's pod was evicted, because it wrote too much to its disk. {message}",
+                "Raise placement.scratch_size, or list fewer formats in quantize.gguf.",
+            )
         return Explanation(
             f"The step's pod was evicted, and KFP does not retry an evicted pod. {message}",
             f"Raise {key}.memory_request to what the step uses, so that other pods are evicted "
@@ -107,15 +122,18 @@ def _by_exit_code(attempt: Attempt, message: str) -> Explanation:
             "drained.",
             f"If nobody cancelled the run: {_RESUME}",
         )
-    if code == 137:
+    if code is not None and attempt.ending is not None:
         return Explanation(
-            "The step was killed by a signal (SIGKILL) and left no message: most often memory ran "
-            "out on the node.",
+            f"The step was killed by a signal, and could leave no message (exit code {code}): most "
+            "often memory ran out on the node.",
             f"Raise {_placement_key(attempt)}.memory_request. {_RESUME}",
         )
     if code is not None:
-        text = f"The step ended with exit code {code} and left no message. {message}".rstrip()
-        return Explanation(text, f"Read the log: `tuneline logs RUN {attempt.step!r}`.")
+        return Explanation(
+            f"The step did not begin (exit code {code}): KFP's launcher could not load its inputs, "
+            f"or its image lacks a package. {message}".rstrip(),
+            f"Read the log: `tuneline logs RUN {attempt.step!r}`.",
+        )
     if message:
         cause = find_cause(message)
         return Explanation(message, cause.advice if cause else RUN_AGAIN)
@@ -137,7 +155,7 @@ def _killed_for_memory(attempt: Attempt) -> Explanation:
 def _placement_key(attempt: Attempt) -> str:
     """Return the part of the recipe that places the step."""
     name = attempt.step.partition(" ")[0]
-    return f"placement.steps.{name}" if name in STEPS else "placement"
+    return f"placement.steps.{name if name in STEPS else 'STEP'}"
 
 
 def _sentence(text: str) -> str:

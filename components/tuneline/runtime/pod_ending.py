@@ -9,6 +9,8 @@ from tuneline.runtime.termination import Ending, decode
 POD_DELETED = "PodDeleted"
 """Reason of an attempt whose pod was deleted: drained, preempted, or its node was lost."""
 
+DEADLINE = "DeadlineExceeded"
+"""Reason of a pod that reached its time limit."""
 OUT_OF_MEMORY = "OOMKilled"
 """Reason of a container of which a process was killed at the memory limit."""
 
@@ -27,8 +29,13 @@ class PodEnding:
     ended: str = ""
 
 
+NOT_STARTED = "ContainerNotStarted"
+"""Reason of a pod that reached its deadline before its main container had started."""
+STARTING = ("PodInitializing", "ContainerCreating")
+"""Reasons of containers that wait for nothing unusual."""
+
 _MESSAGES = (
-    ("DeadlineExceeded", r"active on the node longer than the specified deadline"),
+    (DEADLINE, r"active on the node longer than the specified deadline"),
     ("Evicted", r"The node (was low on resource|had condition)|ephemeral local storage usage"),
     ("Evicted", r"Usage of EmptyDir volume .* exceeds the limit"),
     ("Preempting", r"Preempted"),
@@ -43,37 +50,40 @@ _MESSAGES = (
 def ending_of_pod(pod: dict[str, Any]) -> PodEnding:
     """Return how a pod ended, or why it waits."""
     status = pod.get("status", {})
-    ending, code, started, ended, waiting, own = None, None, "", "", ("", ""), ("", "")
     statuses = [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
-    # The main container comes last, so that it has the last word.
-    for container in sorted(statuses, key=lambda each: each["name"] == "main"):
-        state = container.get("state", {})
-        terminated = state.get("terminated") or {}
-        waits = state.get("waiting") or {}
-        if waits.get("reason") not in (None, "PodInitializing", "ContainerCreating"):
-            waiting = (waits["reason"], waits.get("message", ""))
-        if container["name"] == "main":
-            started = terminated.get("startedAt") or state.get("running", {}).get("startedAt") or ""
-            ended = terminated.get("finishedAt") or ""
-        if terminated.get("exitCode", 0) != 0 or container["name"] == "main":
-            ending = decode(terminated.get("message")) or ending
-        if terminated.get("exitCode", 0) != 0:
-            code = terminated["exitCode"]
-            text = "" if decode(terminated.get("message")) else terminated.get("message", "")
-            reason = terminated.get("reason", "Error")
-            if reason == OUT_OF_MEMORY:
-                text = _memory_limit(pod, container["name"])
-            own = (reason, text)
-    if waiting[0] and not code:
-        # Without its image, a pod ends only by its deadline; the image is the cause.
-        return PodEnding(waiting[0], None, waiting[1], None, started, ended)
-    disrupted = next((c for c in _conditions(status, "DisruptionTarget", "True")), {})
-    unscheduled = next((c for c in _conditions(status, "PodScheduled", "False")), {})
-    whole = (status.get("reason", ""), status.get("message", ""))
-    reasons = [whole, (disrupted.get("reason", ""), disrupted.get("message", "")), own]
-    reasons.append((unscheduled.get("reason", ""), unscheduled.get("message", "")))
-    reason, message = next((pair for pair in reasons if pair[0]), ("", ""))
-    return PodEnding(reason, code, message, ending, started, ended)
+    states = {each["name"]: each.get("state", {}) for each in statuses}
+    main = states.get("main", {})
+    ended = main.get("terminated") or {}
+    started = ended.get("startedAt") or main.get("running", {}).get("startedAt") or ""
+    waiting = [state["waiting"] for state in states.values() if state.get("waiting")]
+    unusual = next((each for each in waiting if each.get("reason") not in STARTING), None)
+    if unusual is not None:
+        return PodEnding(unusual.get("reason", ""), None, unusual.get("message", ""))
+    if status.get("reason") == DEADLINE and not started:
+        return PodEnding(NOT_STARTED, None, f"image {_container(pod).get('image', '')}")
+    # The main container has the last word, also if another one failed.
+    failed = [state["terminated"] for state in states.values() if _has_failed(state)]
+    last = ended if _has_failed(main) else failed[-1] if failed else {}
+    code, ending = last.get("exitCode"), decode(ended.get("message"))
+    text = "" if ending else last.get("message", "")
+    if last.get("reason") == OUT_OF_MEMORY:
+        limit = _container(pod).get("resources", {}).get("limits", {}).get("memory")
+        text = f"memory limit {limit}" if limit else ""
+    known = [
+        status,
+        *_conditions(status, "DisruptionTarget", "True"),
+        {"reason": last.get("reason", ""), "message": text},
+        *_conditions(status, "PodScheduled", "False"),
+    ]
+    first: dict[str, Any] = next((each for each in known if each.get("reason")), {})
+    return PodEnding(
+        first.get("reason", ""),
+        code,
+        first.get("message", ""),
+        ending,
+        started,
+        ended.get("finishedAt") or "",
+    )
 
 
 def ending_of_message(message: str) -> PodEnding:
@@ -85,22 +95,26 @@ def ending_of_message(message: str) -> PodEnding:
     if match is not None:
         ending = decode(match[3])
         return PodEnding(match[1], int(match[2]), "" if ending else match[3] or "", ending)
-    match = re.match(r"[\w-]+: (\w+)(?:: (.*))?$", message, re.DOTALL)
+    if message in STARTING:
+        return PodEnding()
     for reason, pattern in _MESSAGES:
         if re.search(pattern, message):
-            return PodEnding(reason, None, message)
+            return PodEnding(reason, None, re.sub(r"^pods? \S+ is forbidden: ", "", message))
+    # A container that waits: `main: ImagePullBackOff: Back-off pulling image ...`.
+    match = re.match(r"(?:[\w-]+: )?([A-Z][a-z]+[A-Z]\w+)(?:: (.*))?$", message, re.DOTALL)
     if match is not None:
         return PodEnding(match[1], None, match[2] or "")
     return PodEnding("Error" if message else "", None, message)
 
 
-def _memory_limit(pod: dict[str, Any], name: str) -> str:
-    """Return the memory limit of a container as a short text; "" if it has none."""
-    for container in pod.get("spec", {}).get("containers", []):
-        if container["name"] == name:
-            limit = container.get("resources", {}).get("limits", {}).get("memory")
-            return f"memory limit {limit}" if limit else ""
-    return ""
+def _container(pod: dict[str, Any]) -> dict[str, Any]:
+    """Return the specification of the main container."""
+    containers: list[dict[str, Any]] = pod.get("spec", {}).get("containers", [])
+    return next((each for each in containers if each["name"] == "main"), {})
+
+
+def _has_failed(state: dict[str, Any]) -> bool:
+    return bool((state.get("terminated") or {}).get("exitCode"))
 
 
 def _conditions(status: dict[str, Any], kind: str, value: str) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from typing import Any
 from tuneline.errors import StorageError, TunelineError
 from tuneline.runtime.causes import explain
 from tuneline.runtime.events import StepRun
-from tuneline.runtime.termination import FINISHED, Ending, leave
+from tuneline.runtime.termination import STARTED, Ending, leave, leave_finished
 from tuneline.strict_model import StrictModel
 
 EVENTS_VARIABLE = "TUNELINE_EVENTS"
@@ -49,6 +49,7 @@ def step(name: str) -> Iterator[None]:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     started = time.time()
     emit(name, "started")
+    leave(Ending(step=name, result=STARTED))
     try:
         yield
     except Exception as raw:
@@ -66,7 +67,7 @@ def step(name: str) -> Iterator[None]:
             raise
         print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
-    leave(Ending(step=name, result=FINISHED), replace=False)
+    leave_finished(name)
     emit(name, "finished", seconds=time.time() - started)
 
 

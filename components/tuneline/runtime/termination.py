@@ -8,8 +8,8 @@ cause of a failure is known to everyone who can read a pod, also after the log i
     {"step": "gate", "text": "heldout_exact +0.012 ...: the interval includes 0", "result": "hold"}
     {"step": "merge", "result": "finished"}
 
-A container that was killed leaves nothing, and neither does one in which KFP's launcher failed
-before the step. If a step finished but its pod failed, KFP could not store the step's outputs.
+If a failed container left "started", then the step was killed; if "finished", then KFP's launcher
+could not store the step's outputs; if nothing, then the step never began.
 
 The file exists only in a pod. The kubelet keeps the last 4096 bytes of the file of a container, and
 of each container's text only the first 12 KiB / number of containers (a pod of KFP has four, more
@@ -29,8 +29,8 @@ from tuneline.runtime.redaction import redacted
 TERMINATION_LOG = "/dev/termination-log"
 PATH_VARIABLE = "TUNELINE_TERMINATION_LOG"
 """Environment variable with another path of the termination log, for tests."""
-FINISHED = "finished"
-"""Result of a step that has no other."""
+STARTED, FINISHED = "started", "finished"
+"""Results of a step that runs, and of a step that has ended and has no other result."""
 MAX_BYTES = 2000
 """Longest termination message; a pod with six containers keeps 2048 bytes of each."""
 
@@ -50,22 +50,28 @@ class Ending:
     """Short result of a step that succeeded, e.g. the verdict of the gate."""
 
 
-def leave(ending: Ending, *, replace: bool = True) -> None:
-    """Write the termination message of this container, in a pod of KFP; elsewhere do nothing.
+def leave(ending: Ending) -> None:
+    """Write the termination message of this container, in a pod of KFP; elsewhere do nothing."""
+    path = _path()
+    if path is not None:
+        # A message is an aid: a step never fails because of it.
+        with contextlib.suppress(OSError):
+            path.write_text(encode(ending), encoding="utf-8")
 
-    Args:
-        ending: What to leave.
-        replace: Whether to replace what the step has left before.
-    """
-    path = os.environ.get(PATH_VARIABLE)
-    if path is None:
-        if not os.environ.get(POD_NAME_VARIABLE) or not os.path.isfile(TERMINATION_LOG):
-            return
-        path = TERMINATION_LOG
-    # A message is an aid: a step never fails because of it.
-    with contextlib.suppress(OSError):
-        if replace or os.path.getsize(path) == 0:
-            Path(path).write_text(encode(ending), encoding="utf-8")
+
+def leave_finished(step: str) -> None:
+    """Leave that a step has finished, unless it has already left a result."""
+    path = _path()
+    if path is not None:
+        with contextlib.suppress(OSError):
+            left = decode(path.read_text(encoding="utf-8", errors="replace"))
+            if left is None or left.result == STARTED:
+                leave(Ending(step=step, result=FINISHED))
+
+
+def _path() -> Path | None:
+    path = Path(os.environ.get(PATH_VARIABLE) or TERMINATION_LOG)
+    return path if os.environ.get(POD_NAME_VARIABLE) and path.is_file() else None
 
 
 def encode(ending: Ending) -> str:
