@@ -13,6 +13,7 @@ from tuneline.errors import StoppedError
 from tuneline.runtime.attempt_causes import explain_attempt
 from tuneline.runtime.causes import Explanation
 from tuneline.runtime.kfp_run import Attempt, group_phase, is_cancelled
+from tuneline.runtime.pod_ending import POD_DELETED, RUN_STOPPED
 
 Kind = Literal["succeeded", "held", "failed", "cancelled", "unknown"]
 
@@ -52,7 +53,9 @@ def conclude(
     )
     if phase == "Succeeded" or (not phase and not failed and _is_complete(last, state)):
         return _good(last)
-    if workflow is not None and is_cancelled(workflow):
+    # Without the workflow: KFP says RUNNING, and the only steps that failed were stopped.
+    was_running = state == "RUNNING" and bool(failed) and all(map(_was_stopped, failed))
+    if is_cancelled(workflow) if workflow is not None else was_running:
         return _cancelled(last, failed)
     if failed:
         explanation = explain_attempt(failed[0])
@@ -71,7 +74,9 @@ def _is_complete(last: Sequence[Attempt], state: str) -> bool:
 
 
 def _was_stopped(attempt: Attempt) -> bool:
-    """Return whether an attempt ended by SIGTERM, and so perhaps because of another's failure."""
+    """Return whether an attempt was stopped, and so perhaps because of another's failure."""
+    if attempt.reason == RUN_STOPPED:
+        return True
     if attempt.ending is not None and attempt.ending.error:
         return attempt.ending.error == StoppedError.__name__
     return attempt.exit_code == StoppedError.exit_code
@@ -100,27 +105,21 @@ def _good(last: Sequence[Attempt]) -> Outcome:
 
 def _cancelled(last: Sequence[Attempt], failed: Sequence[Attempt]) -> Outcome:
     cause = "Somebody cancelled the run."
-    own = next((attempt for attempt in failed if not _was_stopped(attempt)), None)
-    stopped = [attempt.step for attempt in failed if _was_stopped(attempt)]
+    stopped = [attempt.step for attempt in failed if attempt.exit_code == StoppedError.exit_code]
     if stopped:
-        cause += f" It stopped {', '.join(stopped)}."
-    if own is not None and own.reason != "PodDeleted":
-        explanation = explain_attempt(own)
-        return Outcome(
-            "cancelled",
-            f"{cause} Before that, {own.step} had failed: {explanation.cause}",
-            explanation.advice,
-            own.step,
-        )
-    waiting = next((each for each in last if each.state == "waiting" and each.reason), None)
-    if waiting is not None:
-        explanation = explain_attempt(waiting)
-        return Outcome(
-            "cancelled",
-            f"{cause} At that time, {waiting.step} was waiting: {explanation.cause}",
-            explanation.advice,
-            waiting.step,
-        )
+        cause += f" That stopped {', '.join(stopped)}."
+    waiting = [
+        attempt.step
+        for attempt in last
+        if attempt.reason == RUN_STOPPED or attempt.state == "waiting"
+    ]
+    if waiting:
+        cause += f" At that time, {', '.join(waiting)} had not started."
+    own = [each for each in failed if not _was_stopped(each) and each.reason != POD_DELETED]
+    if own:
+        explanation = explain_attempt(own[0])
+        cause += f" Before that, {own[0].step} had failed: {explanation.cause}"
+        return Outcome("cancelled", cause, explanation.advice, own[0].step)
     return Outcome("cancelled", cause, _CANCEL_ADVICE)
 
 

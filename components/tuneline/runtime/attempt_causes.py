@@ -9,7 +9,14 @@ import re
 from tuneline.errors import StoppedError
 from tuneline.runtime.causes import CAUSES, RUN_AGAIN, Explanation, find_cause
 from tuneline.runtime.kfp_run import DRIVER_FAILED, Attempt
-from tuneline.runtime.pod_ending import DEADLINE, NOT_STARTED, OUT_OF_MEMORY, POD_DELETED
+from tuneline.runtime.pod_ending import (
+    DEADLINE,
+    MEMORY_LIMIT,
+    NOT_STARTED,
+    OUT_OF_MEMORY,
+    POD_DELETED,
+    RUN_STOPPED,
+)
 from tuneline.runtime.termination import STARTED
 from tuneline.steps import STEPS
 
@@ -62,6 +69,12 @@ def explain_attempt(attempt: Attempt) -> Explanation:
 
 def _by_reason(attempt: Attempt, reason: str, message: str) -> Explanation | None:
     key = _placement_key(attempt)
+    if reason == RUN_STOPPED:
+        return Explanation(
+            "The run was stopped before the step's pod ran.",
+            "If the pod had waited for long, the events of the namespace say why: `tuneline doctor "
+            "RUN`.",
+        )
     if reason == NOT_STARTED:
         return Explanation(
             f"The step's container did not start within the time limit ({attempt.message}): most "
@@ -96,8 +109,8 @@ def _by_reason(attempt: Attempt, reason: str, message: str) -> Explanation | Non
         return Explanation(f"No node can take the step's pod. {message}", _ADVICE["unschedulable"])
     if reason in _DISRUPTIONS:
         return Explanation(
-            f"The step's pod was deleted: its node was drained or lost, or the pod was preempted. "
-            f"{message}".rstrip(),
+            "The step's pod was deleted: its node was drained or lost, the pod was preempted, or "
+            f"somebody deleted it ({reason}).",
             f"KFP starts such a pod again by itself, up to a limit. After that: {_RESUME}",
         )
     if reason == "Evicted":
@@ -144,7 +157,8 @@ def _by_exit_code(attempt: Attempt, message: str) -> Explanation:
 
 
 def _killed_for_memory(attempt: Attempt) -> Explanation:
-    limit = f" ({attempt.message})" if attempt.message else ""
+    limit = attempt.message.removeprefix(MEMORY_LIMIT)
+    limit = f" ({limit})" if limit else ""
     return Explanation(
         f"A process of the step was killed because the container reached its memory limit{limit}.",
         f"Raise {_placement_key(attempt)}.memory_limit, or lower prepare.max_seq_length or the "

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tuneline.pods import STEP_LABEL
-from tuneline.runtime.pod_ending import PodEnding, ending_of_message, ending_of_pod
+from tuneline.runtime.pod_ending import RUN_STOPPED, PodEnding, ending_of_message, ending_of_pod
 from tuneline.runtime.termination import Ending
 
 NODE_ID = "workflows.argoproj.io/node-id"
@@ -279,6 +279,8 @@ def _without_executor(
 ) -> list[Attempt]:
     """Return the attempt of a step of which there is only KFP's driver; [] if it is not a step."""
     attempt = _attempt(step, path, 1, driver, pod)
+    if attempt.state == "failed" and attempt.reason == RUN_STOPPED:
+        return [attempt]
     if attempt.state == "failed":
         message = attempt.message or attempt.reason
         return [replace(attempt, reason=DRIVER_FAILED, message=message)]

@@ -29,12 +29,17 @@ class PodEnding:
     ended: str = ""
 
 
+MEMORY_LIMIT = "memory limit "
+"""Start of the message of such a container; the limit follows."""
+RUN_STOPPED = "RunStopped"
+"""Reason of a pod that Argo removed before it ran, because the whole run was stopped."""
 NOT_STARTED = "ContainerNotStarted"
 """Reason of a pod that reached its deadline before its main container had started."""
 STARTING = ("PodInitializing", "ContainerCreating")
 """Reasons of containers that wait for nothing unusual."""
 
 _MESSAGES = (
+    (RUN_STOPPED, r"^Step exceeded its deadline$|exceeded workflow deadline|workflow shutdown"),
     (DEADLINE, r"active on the node longer than the specified deadline"),
     ("Evicted", r"The node (was low on resource|had condition)|ephemeral local storage usage"),
     ("Evicted", r"Usage of EmptyDir volume .* exceeds the limit"),
@@ -68,13 +73,17 @@ def ending_of_pod(pod: dict[str, Any]) -> PodEnding:
     text = "" if ending else last.get("message", "")
     if last.get("reason") == OUT_OF_MEMORY:
         limit = _container(pod).get("resources", {}).get("limits", {}).get("memory")
-        text = f"memory limit {limit}" if limit else ""
+        text = f"{MEMORY_LIMIT}{limit}" if limit else ""
     known = [
         status,
         *_conditions(status, "DisruptionTarget", "True"),
         {"reason": last.get("reason", ""), "message": text},
         *_conditions(status, "PodScheduled", "False"),
     ]
+    if status.get("reason") == DEADLINE:
+        seconds = pod.get("spec", {}).get("activeDeadlineSeconds", 0)
+        limit = f"{seconds} s" if seconds < 3600 else f"{seconds / 3600:g} h"
+        known[0] = {**status, "message": f"{status.get('message', '')} ({limit})"}
     first: dict[str, Any] = next((each for each in known if each.get("reason")), {})
     return PodEnding(
         first.get("reason", ""),

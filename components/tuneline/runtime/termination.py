@@ -76,8 +76,13 @@ def _path() -> Path | None:
 
 def encode(ending: Ending) -> str:
     """Return an ending as JSON of at most `MAX_BYTES` bytes, without secrets."""
-    values = {key: redacted(value) for key, value in asdict(ending).items() if value}
-    # The advice is cut first, because it is the shorter of the two and the text names the cause.
+    # Cut before, because redacting megabytes would take long; `MAX_BYTES` cuts again.
+    values = {
+        key: redacted(value[: 5 * MAX_BYTES]).encode(errors="replace").decode()
+        for key, value in asdict(ending).items()
+        if value
+    }
+    # The advice is cut first, because the text names the cause.
     for key in ("advice", "text", "result", "error", "step"):
         excess = len(_json(values).encode()) - MAX_BYTES
         if excess > 0 and key in values:
@@ -108,7 +113,12 @@ def _json(values: dict[str, str]) -> str:
 
 
 def _shortened(text: str, excess: int) -> str:
-    """Return the text without `excess` bytes at its end, cut between characters."""
-    # JSON may escape a character with more bytes than UTF-8 has, but never with fewer.
-    kept = max(0, len(text.encode()) - excess - len("..."))
-    return text.encode()[:kept].decode(errors="ignore") + "..."
+    """Return the text with its end replaced by "...", so that its JSON is `excess` bytes shorter.
+
+    JSON writes some characters with more bytes than UTF-8 has: a quote with 2, a control with 6.
+    """
+    saved, kept = -len("..."), len(text)
+    while saved < excess and kept > 0:
+        kept -= 1
+        saved += len(json.dumps(text[kept], ensure_ascii=False).encode()) - len('""')
+    return text[:kept] + "..."
