@@ -76,7 +76,8 @@ class KfpServer:
 
     def replay(self, name: str, **values: Any) -> dict[str, Any]:
         """Store the recorded run of a name, with some values replaced, and return it."""
-        run = recorded(f"run-{name}") | values
+        text = (RECORDED / f"run-{name}.json").read_text(encoding="utf-8")
+        run: dict[str, Any] = json.loads(text) | values
         self.runs[run["run_id"]] = run
         return run
 
@@ -182,12 +183,6 @@ class KfpServer:
         run["state"] = state
         entry = {"update_time": _now(), "state": state}
         run["state_history"] = [*run.get("state_history", []), entry]
-
-
-def recorded(name: str) -> dict[str, Any]:
-    """Return a recorded answer of KFP 2.17 or of its Kubernetes."""
-    found: dict[str, Any] = json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8"))
-    return found
 
 
 def check_body(value: Any, type_name: str) -> None:
