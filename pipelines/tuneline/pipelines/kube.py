@@ -1,12 +1,14 @@
-"""Read from a Kubernetes API with the official client; nothing is written.
+"""Read from a Kubernetes API with the official client; only `patch_workflow` and
+`delete_pods` write.
 
 Requests to a server that is unreachable are repeated for about a minute.
 """
 
 import contextlib
+import json
 import socket
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +16,7 @@ import urllib3
 from kubernetes import client
 
 from tuneline.errors import ClusterError, CredentialsError
+from tuneline.runtime.kfp_run import NODE_ID
 from tuneline.runtime.kubernetes_client import connect
 from tuneline.train.trainjob.manifest import GROUP, PLURAL, VERSION
 
@@ -158,13 +161,12 @@ class Kube:
             nodes: list[Any] = self._core.list_node().items
         return nodes
 
-    def pods(self, selector: str) -> list[Any]:
-        """Return the pods that a label selector matches."""
+    def pods(self, selector: str) -> list[dict[str, Any]]:
+        """Return the pods that a label selector matches, as the API writes them."""
         with self._explained("pods"):
-            pods: list[Any] = self._core.list_namespaced_pod(
-                self.namespace, label_selector=selector
-            ).items
-        return pods
+            return _items(
+                self._core.list_namespaced_pod, self.namespace, label_selector=selector
+            )
 
     def workflows(self, selector: str) -> list[dict[str, Any]]:
         """Return the Argo workflows that a label selector matches."""
@@ -173,6 +175,26 @@ class Kube:
                 "argoproj.io", "v1alpha1", self.namespace, "workflows", label_selector=selector
             )["items"]
         return workflows
+
+    def patch_workflow(self, name: str, patch: dict[str, Any]) -> None:
+        """Apply a merge patch to an Argo workflow."""
+        with self._explained(f"a change of workflow {name}"):
+            self._custom.patch_namespaced_custom_object(
+                "argoproj.io", "v1alpha1", self.namespace, "workflows", name, patch
+            )
+
+    def delete_pods(self, selector: str, *, nodes: Collection[str]) -> None:
+        """Delete the pods of some nodes of an Argo workflow.
+
+        Args:
+            selector: label selector of the workflow's pods.
+            nodes: IDs of the nodes.
+        """
+        for pod in self.pods(selector):
+            metadata = pod["metadata"]
+            if metadata.get("annotations", {}).get(NODE_ID) in nodes:
+                with self._explained(f"the deletion of pod {metadata['name']}"):
+                    _or_none(self._core.delete_namespaced_pod, metadata["name"], self.namespace)
 
     def trainjobs(self, selector: str) -> list[dict[str, Any]]:
         """Return the TrainJobs that a label selector matches; none if Trainer is not installed."""
@@ -187,25 +209,53 @@ class Kube:
                     return []
                 raise
 
-    def events(self, pod: str) -> list[Any]:
-        """Return the events of a pod, the newest last."""
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Return the events about the object of a name, e.g. a pod, the newest last."""
         with self._explained("events"):
-            events: list[Any] = self._core.list_namespaced_event(
-                self.namespace, field_selector=f"involvedObject.name={pod}"
-            ).items
-        return events
-
-    def log(self, pod: str, container: str) -> str:
-        """Return the last lines of a container's log; empty if the pod no longer exists."""
-        with self._explained(f"the log of pod {pod}"):
-            text = _or_none(
-                self._core.read_namespaced_pod_log,
-                pod,
+            events = _items(
+                self._core.list_namespaced_event,
                 self.namespace,
-                container=container,
-                tail_lines=LOG_LINES,
+                field_selector=f"involvedObject.name={name}",
             )
-        return text or ""
+        return sorted(events, key=lambda event: event.get("lastTimestamp") or "")
+
+    def log(self, pod: str, container: str, *, lines: int | None = LOG_LINES) -> str | None:
+        """Return the end of a container's log; None if the pod no longer exists or has no log.
+
+        Args:
+            pod: name of the pod.
+            container: name of the container.
+            lines: number of lines at the end; None: the whole log.
+        """
+        with self._explained(f"the log of pod {pod}"):
+            try:
+                text: str = self._core.read_namespaced_pod_log(
+                    pod,
+                    self.namespace,
+                    container=container,
+                    **({} if lines is None else {"tail_lines": lines}),
+                )
+            except client.ApiException as error:
+                # 400: the container has not started.
+                if error.status in (400, 404):
+                    return None
+                raise
+        return text
+
+    def follow(self, pod: str, container: str) -> Iterator[str]:
+        """Yield the lines of a container's log as they are written, until the container ends."""
+        with self._explained(f"the log of pod {pod}"):
+            response = self._core.read_namespaced_pod_log(
+                pod, self.namespace, container=container, follow=True, _preload_content=False
+            )
+            with contextlib.closing(response):
+                rest = b""
+                for part in response.stream(None):
+                    *lines, rest = (rest + part).split(b"\n")
+                    for line in lines:
+                        yield line.decode("utf-8", "replace")
+                if rest:
+                    yield rest.decode("utf-8", "replace")
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
@@ -245,6 +295,13 @@ class Right:
         """Return the right in the form of the arguments of `kubectl auth can-i`."""
         name = f"{self.resource}/{self.subresource}" if self.subresource else self.resource
         return f"{self.verb} {name}{'.' if self.group else ''}{self.group}"
+
+
+def _items(call: Any, *arguments: Any, **named: Any) -> list[dict[str, Any]]:
+    """Return the items of a list as JSON; the client's own types lack fields that it ignores."""
+    response = call(*arguments, **named, _preload_content=False)
+    items: list[dict[str, Any]] = json.loads(response.data)["items"]
+    return items
 
 
 def _or_none(call: Any, *arguments: Any, **named: Any) -> Any | None:

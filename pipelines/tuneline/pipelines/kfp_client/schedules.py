@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import UserError
-from tuneline.pipelines.kfp_client.runs import Client, by_display_name, readable_errors
+from tuneline.pipelines.kfp_client.connection import Client, readable_errors
+from tuneline.pipelines.kfp_client.runs import by_display_name
 
 MIN_INTERVAL_SECONDS = 60
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -1,0 +1,122 @@
+"""Steps, states and pods of runs, as KFP 2.17 recorded them (tests/data/kfp-2.17/run-*.json).
+
+The recorded pods of the same runs are the reference for the names of the pods.
+"""
+
+from typing import Any
+
+import pytest
+
+from tuneline.pipelines.kfp_client import progress, runs
+from tuneline.pipelines.kfp_client.connection import connect
+from tuneline.pipelines.kfp_client.graph import graph_of
+from tuneline.pipelines.kfp_client.progress import Progress, progress_of, state_of
+
+
+def steps_of(server: Any, name: str, **values: Any) -> tuple[Any, list[Progress]]:
+    run_id = server.replay(name, **values)["run_id"]
+    run = connect(None).get_run(run_id)
+    return run, progress_of(run, run.pipeline_spec)
+
+
+def states(steps: list[Progress]) -> dict[str, str]:
+    return {step.name: step.state for step in steps}
+
+
+def test_a_running_line(kfp_server: Any) -> None:
+    run, steps = steps_of(kfp_server, "demo-running")
+    assert state_of(run) == "running"
+    assert [(step.name, step.state) for step in steps] == [
+        ("plan", "succeeded"),
+        ("look-up-data", "succeeded"),
+        ("look-up-model", "succeeded"),
+        ("fetch", "succeeded"),
+        ("prepare", "succeeded"),
+        ("evaluate base", "succeeded"),
+        ("train", "succeeded"),
+        ("merge", "succeeded"),
+        ("evaluate tuned", "running"),
+        ("convert-gguf", "succeeded"),
+        ("quantize-gptq gptq-4bit", "running"),
+        ("quantize-gguf f16", "waiting"),
+        ("quantize-gguf q8_0", "waiting"),
+        ("quantize-gguf q5_k_m", "waiting"),
+        ("quantize-gguf q4_k_m", "waiting"),
+        ("gate", "waiting"),
+        ("publish", "waiting"),
+        ("report", "waiting"),
+        ("diagnose", "waiting"),
+    ]
+    (train,) = (step for step in steps if step.name == "train")
+    # As `kubectl get pods` listed it.
+    assert [attempt.pod for attempt in train.attempts] == [
+        "tuneline-demo-sz7cb-metadata-0-2-retry-system-container-impl-1435894842"
+    ]
+    assert train.seconds == 217
+
+
+def test_a_line_from_the_cache(kfp_server: Any) -> None:
+    _, steps = steps_of(kfp_server, "second-from-cache")
+    ran = {"plan", "look-up-data", "look-up-model", "report", "publish", "diagnose"}
+    assert len(steps) == 19
+    for step in steps:
+        assert step.state == ("succeeded" if step.name in ran else "from cache")
+        assert len(step.attempts) == (step.name in ran)
+
+
+def test_a_failed_run(kfp_server: Any) -> None:
+    run, steps = steps_of(kfp_server, "failed")
+    assert state_of(run) == "failed"
+    assert states(steps) == {"sleeper": "failed", "bye": "succeeded", "after": "skipped"}
+
+
+def test_a_cancelled_run_is_not_called_failed(kfp_server: Any) -> None:
+    run, steps = steps_of(kfp_server, "cancelled")
+    assert (run.state, state_of(run)) == ("FAILED", "cancelled")
+    assert states(steps)["sleeper"] == "cancelled"
+
+
+def test_a_pod_that_was_deleted_is_an_attempt(kfp_server: Any) -> None:
+    _, steps = steps_of(kfp_server, "pod-deleted")
+    sleeper = next(step for step in steps if step.name == "sleeper")
+    assert [(each.number, each.state) for each in sleeper.attempts] == [
+        (1, "failed"),
+        (2, "succeeded"),
+    ]
+    assert len({each.pod for each in sleeper.attempts}) == 2
+
+
+def test_what_failed_before_a_resume_waits(kfp_server: Any) -> None:
+    run, steps = steps_of(kfp_server, "resumed-young")
+    assert state_of(run) == "running"
+    assert states(steps) == {"bye": "succeeded", "sleeper": "waiting", "after": "waiting"}
+    run, steps = steps_of(kfp_server, "resumed")
+    assert state_of(run) == "succeeded"
+    assert set(states(steps).values()) == {"succeeded"}
+
+
+def test_a_run_that_kfp_stopped_recording(kfp_server: Any) -> None:
+    # The demo's tasks stay like this when Argo compresses its workflow; its state goes on.
+    run, steps = steps_of(kfp_server, "demo-running", state="SUCCEEDED")
+    assert progress.is_frozen(run)
+    assert states(steps)["quantize-gguf q4_k_m"] == "succeeded"
+    assert states(steps)["publish"] == "unknown"
+    run, steps = steps_of(kfp_server, "demo-running", state="FAILED")
+    assert (states(steps)["train"], states(steps)["gate"]) == ("succeeded", "unknown")
+
+
+def test_a_run_without_tasks(kfp_server: Any) -> None:
+    _, steps = steps_of(kfp_server, "running", run_details=None)
+    assert states(steps) == {"sleeper": "waiting", "after": "waiting", "bye": "waiting"}
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_graph_has_the_items_of_a_loop(kfp_server: Any, nested: bool) -> None:
+    spec = kfp_server.replay("demo-running")["pipeline_spec"]
+    graph = graph_of(spec if nested else spec["pipeline_spec"])
+    names = [step.name for step in graph.steps]
+    assert names.index("convert-gguf") < names.index("quantize-gguf f16") < names.index("gate")
+    (publish,) = (step for step in graph.steps if step.name == "publish")
+    assert publish.is_conditional
+    assert graph_of(runs.pipeline_of(None, type("Run", (), {
+        "pipeline_spec": None, "pipeline_version_reference": None})())).steps == ()  # fmt: skip
