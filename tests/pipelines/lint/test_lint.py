@@ -286,6 +286,13 @@ def test_text_that_would_be_replaced_is_found(
         assert finding.path.startswith(".".join(("spec", "pipelineSpec", *keys)))
 
 
+def test_keys_are_texts_too(demo: list[dict[str, Any]]) -> None:
+    selector = {"labels": {"{{=1+1}}": "a"}}
+    documents = [demo[0], changed(demo[1], *PLATFORM, "nodeSelector", value=selector)]
+    (finding,) = lint_documents(documents)
+    assert finding.path.endswith("exec-train.nodeSelector.labels.{{=1+1}}")
+
+
 def test_placeholders_of_kfp_are_no_text(demo: list[dict[str, Any]]) -> None:
     keys = (*EVALUATE, "parameters", "label", *CONSTANT)
     text = "model {{$.inputs.parameters['pipelinechannel--loop-item-param-1']}}"

@@ -44,11 +44,14 @@ def check_texts(document: dict[str, Any]) -> Problems:
 
 
 def _texts(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Yield every text below a node, keys included, with its path."""
     if isinstance(node, str):
         yield path, node
     elif isinstance(node, dict):
         for name, value in node.items():
-            yield from _texts(value, f"{path}.{name}" if path else str(name))
+            inner = f"{path}.{name}" if path else str(name)
+            yield inner, str(name)
+            yield from _texts(value, inner)
     elif isinstance(node, list):
         for index, value in enumerate(node):
             yield from _texts(value, f"{path}[{index}]")
