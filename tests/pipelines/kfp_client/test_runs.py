@@ -21,6 +21,7 @@ from tuneline.pipelines.cli.main import app
 from tuneline.pipelines.kfp_client import runs
 from tuneline.pipelines.kfp_client.connection import connect
 
+
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -94,6 +95,18 @@ def test_a_recipe_with_a_token_in_it_is_not_sent(kfp_server: Any) -> None:
     assert isinstance(result.exception, RecipeError)
     assert "secret-value" in str(result.exception)
     assert token not in str(result.exception)
+    assert kfp_server.writes() == []
+
+
+@pytest.mark.parametrize("option", ["--name", "--pipeline-root"])
+@pytest.mark.parametrize("text", ["s3://run {{=1+1}}", "s3://$(HOME)"])
+def test_a_name_that_argo_would_replace_is_not_sent(
+    kfp_server: Any, option: str, text: str
+) -> None:
+    for command in (["submit"], ["schedule", "--every", "1h"]):
+        result = tuneline(*command, "demo", option, text)
+        assert isinstance(result.exception, UserError)
+        assert f"{option} '{text}' contains" in str(result.exception)
     assert kfp_server.writes() == []
 
 
