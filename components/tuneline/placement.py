@@ -39,8 +39,8 @@ def quantity_value(text: str) -> float:
 def override(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return a step's resources with some of them replaced.
 
-    If only a request or only its limit is replaced, and the request then exceeds the limit, both get
-    the new value.
+    If only a request or only its limit is replaced, and the request then exceeds the limit, both
+    get the new value.
     """
     merged = {**values, **overrides}
     for resource in ("cpu", "memory"):
@@ -244,23 +244,27 @@ def _profile_values(gpu: GpuProfile) -> dict[str, Any]:
 
 
 _SMALL_MEMORY = {
-    "light": ("256Mi", "1Gi"),
-    "publish": ("256Mi", "2Gi"),
-    "gguf": ("512Mi", "4Gi"),
-    "train": ("1536Mi", "6Gi"),
-    "gptq": ("1536Mi", "6Gi"),
+    "fetch": ("1280Mi", "6Gi"),
+    "prepare": ("1280Mi", "6Gi"),
+    "train": ("2Gi", "6Gi"),
+    "merge": ("1280Mi", "6Gi"),
+    "convert-gguf": ("1280Mi", "6Gi"),
+    "measure-importance": ("1280Mi", "6Gi"),
+    "quantize-gguf": ("2304Mi", "6Gi"),
+    "quantize-gptq": ("2560Mi", "6Gi"),
     "evaluate": ("1536Mi", "6Gi"),
 }
-"""Memory request and limit of a step in the profile small, by the step's image. The requests are what
-the demo's steps used on a cluster; only the images of the last three rows have PyTorch."""
+"""Memory request and limit of the steps that hold a model, in the profile small. The requests are
+what the demo's steps used on a cluster, or what `plan` estimates for them, if that is more."""
+_SMALL_MEMORY_OF_OTHERS = ("256Mi", "1Gi")
 
 
 def _small_values() -> dict[str, Any]:
-    memory = {name: _SMALL_MEMORY[step.image] for name, step in STEPS.items()}
+    memory = {name: _SMALL_MEMORY.get(name, _SMALL_MEMORY_OF_OTHERS) for name in STEPS}
     return {
         "steps": {
             name: {
-                # KFP's launcher, a container of the step's pod, requests as much.
+                # The request of KFP's launcher, a container in the pod of each step.
                 "cpu_request": "100m",
                 "cpu_limit": "4",
                 "memory_request": request,

@@ -42,6 +42,7 @@ LAUNCHER_RIGHTS = (
     Right("get", "pods"),
     Right("list", "pods"),
     Right("get", "pods", subresource="log"),
+    Right("list", "events"),
 )
 """Rights that the run's service account needs if the train step uses several nodes."""
 

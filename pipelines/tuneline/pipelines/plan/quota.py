@@ -14,7 +14,7 @@ _SHORT_NAMES = {"cpu": "requests.cpu", "memory": "requests.memory", "count/pods"
 
 
 def check_quota(recipe: Recipe, kube: Kube) -> Iterator[Check]:
-    """Compare the quotas with the largest pod of the run, and with all pods that run side by side."""
+    """Compare the quotas with the run's largest pod, and with all pods that run side by side."""
     quotas = kube.quotas()
     if not quotas:
         return
