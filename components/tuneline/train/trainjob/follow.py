@@ -94,7 +94,8 @@ class Launcher:
         self._active_since: float | None = None
         self._stuck_since: float | None = None
         self._state = ""
-        self._logs = LogMirror(jobs, self._name, now)
+        self._disruptions: dict[str, str] = {}
+        self._logs = LogMirror(jobs, now)
 
     def run(self) -> None:
         """Create the job or find it, and return when it is complete.
@@ -164,6 +165,7 @@ class Launcher:
         self._retrying(lambda: self._jobs.create(self._body))
         logger.info("created trainjob %s", self._name)
         self._active_since, self._stuck_since, self._state = None, None, ""
+        self._disruptions = {}
 
     def _remove(self) -> None:
         """Delete the job, and wait until it is gone, because its name is in use until then."""
@@ -181,7 +183,7 @@ class Launcher:
                     "run the step again, and it resumes from its last checkpoint"
                 )
             self._beat()
-            self._logs.copy_new_lines()
+            self._read_pods()
             if _condition(job, "Complete"):
                 return None
             failed = _condition(job, "Failed")
@@ -215,6 +217,20 @@ class Launcher:
             with contextlib.suppress(ApiUnavailable):
                 self._jobs.beat(self._name, moment.strftime("%Y-%m-%dT%H:%M:%SZ"))
                 self._last_heartbeat = self._now()
+
+    def _read_pods(self) -> None:
+        """Copy the log of node 0, and note which pods the cluster is removing.
+
+        A pod that was evicted no longer exists when the job fails.
+        """
+        with contextlib.suppress(ApiUnavailable):
+            pods = self._jobs.pods(self._name)
+            for pod in pods:
+                reason = disruption(pod)
+                if reason:
+                    self._disruptions[pod.metadata.name] = reason
+            if pods:
+                self._logs.copy_new_lines(pods[0].metadata.name)
 
     def _log_state(self, job: dict[str, Any]) -> None:
         """Log the state of the job if it has changed, or from time to time while it waits."""
@@ -294,13 +310,11 @@ class Launcher:
         for pod in pods:
             if pod.status.phase == "Failed":
                 self._copy_end_of_log(pod.metadata.name)
-        disruptions = [
-            f"{pod.metadata.name}: {reason}" for pod in pods if (reason := disruption(pod))
-        ]
         if failed.get("reason") == "DeadlineExceeded":
             raise _out_of_time(self._name, self._timeout)
-        if disruptions:
-            return f"lost a pod ({', '.join(disruptions)})"
+        if self._disruptions:
+            lost = (f"{name}: {reason}" for name, reason in self._disruptions.items())
+            return f"lost a pod ({', '.join(lost)})"
         for pod in pods:
             limit = memory_kill(pod)
             if limit is not None:

@@ -1,12 +1,11 @@
 """Copy the log of a TrainJob's pods to the launcher's own log."""
 
-import contextlib
 import datetime
 import logging
 from collections.abc import Callable
 from typing import Any
 
-from tuneline.train.trainjob.client import ApiUnavailable, TrainJobs
+from tuneline.train.trainjob.client import TrainJobs
 
 logger = logging.getLogger(__name__)
 
@@ -18,32 +17,13 @@ _LOG_SLACK_SECONDS = 60
 class LogMirror:
     """Copies each line of a pod's log once, although reads may fail in between."""
 
-    def __init__(self, jobs: TrainJobs, name: str, now: Callable[[], float]) -> None:
-        """Prepare to copy.
-
-        Args:
-            jobs: The TrainJobs of the namespace.
-            name: Name of the job.
-            now: Function that returns the Unix time in seconds.
-        """
-        self._jobs, self._name, self._now = jobs, name, now
+    def __init__(self, jobs: TrainJobs, now: Callable[[], float]) -> None:
+        """Prepare to copy; `now` returns the Unix time in seconds."""
+        self._jobs, self._now = jobs, now
         self._last_times: dict[str, str] = {}
 
-    def copy_new_lines(self) -> None:
-        """Log what node 0 has logged since the last successful read."""
-        with contextlib.suppress(ApiUnavailable):
-            pods = self._jobs.pods(self._name)
-            for pod in pods[:1]:
-                self._copy(pod.metadata.name)
-
-    def copy_end(self, pod: str) -> None:
-        """Log the last lines of a pod that failed."""
-        lines = self._jobs.log(pod, tail_lines=NUM_LOG_LINES)
-        logger.error("pod %s failed; the last %d lines of its log:", pod, len(lines))
-        for line in lines:
-            logger.error("%s: %s", pod, line)
-
-    def _copy(self, pod: str) -> None:
+    def copy_new_lines(self, pod: str) -> None:
+        """Log what a pod has logged since the last successful read."""
         options: dict[str, Any] = {"timestamps": True}
         last = self._last_times.get(pod, "")
         if last:
@@ -55,6 +35,13 @@ class LogMirror:
             if moment > last:
                 self._last_times[pod] = moment
                 logger.info("%s: %s", pod, text)
+
+    def copy_end(self, pod: str) -> None:
+        """Log the last lines of a pod that failed."""
+        lines = self._jobs.log(pod, tail_lines=NUM_LOG_LINES)
+        logger.error("pod %s failed; the last %d lines of its log:", pod, len(lines))
+        for line in lines:
+            logger.error("%s: %s", pod, line)
 
 
 def _seconds_of(moment: str) -> float:
