@@ -13,8 +13,8 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub import errors as hub_errors
 
 from tuneline.errors import CredentialsError, HubError, ModelError
-from tuneline.runtime.retries import retrying
 from tuneline.fetch.directory import explain_missing_weights, licence_in, licence_of
+from tuneline.runtime.retries import retrying
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,7 @@ def download(repo: str, *, revision: str | None, with_code: bool) -> Snapshot:
         path = _in_cache(repo, revision, wanted)
         return Snapshot(path, commit=path.name, licence=licence_of(path))
     with _translated_errors(repo, revision):
-        info = retrying(
-            f"look up {repo}", lambda: HfApi().model_info(repo, revision=revision)
-        )
+        info = retrying(f"look up {repo}", lambda: HfApi().model_info(repo, revision=revision))
         names = [sibling.rfilename for sibling in info.siblings or []]
         if not any(_is_weight(name) for name in names):
             raise ModelError(explain_missing_weights(repo, names))

@@ -4,10 +4,11 @@ KFP 2.17 does not run a step again whose process failed, so a step waits out suc
 Repeated are broken connections, time limits, and the status codes 408, 429 and 5xx. Everything else
 would fail again: a missing token or repository (401, 403, 404), a bad request, a full disk.
 
-The clients of the Hub repeat some requests themselves: huggingface_hub repeats downloads and
-uploads of files for up to 23 seconds but look-ups not at all, and datasets repeats reads of a file
-that it has opened. What is repeated here is one call of a client, after its own attempts. No
-library for retries is in the locks of the images, and none of them reads Retry-After.
+The clients of the Hub repeat some requests themselves. huggingface_hub repeats uploads, and
+downloads after a broken connection, but neither look-ups nor downloads after 5xx. datasets repeats
+reads of a file that it has opened after a broken connection. What is repeated here is one call of a
+client, after its own attempts. No library for retries is in the locks of the images, and none of
+them reads Retry-After.
 """
 
 import datetime
@@ -28,9 +29,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SECONDS_VARIABLE = "TUNELINE_RETRY_SECONDS"
-"""Environment variable with the time for which a request is repeated; 0 repeats none."""
+"""Environment variable with the sum of the pauses of one request, in seconds; 0 repeats none."""
 MAX_SECONDS = 600.0
-"""Time for which a request is repeated by default: twice the window of the Hub's rate limits."""
+"""Sum of the pauses of one request by default: twice the window of the Hub's rate limits."""
 MAX_PAUSE_SECONDS = 60.0
 """Longest pause if the server does not name one."""
 
@@ -95,13 +96,13 @@ class Retries:
     def start_again(self) -> None:
         """Forget earlier faults, because the request has made progress."""
         self._num_attempts = 1
-        self._began = time.monotonic()
+        self._seconds = 0.0
 
     def wait(self, error: Exception) -> None:
         """Wait before the next attempt after an error that the last one raised.
 
         Raises:
-            HubError: there was no time or no attempt left.
+            HubError: no time for waiting or no attempt was left.
             Exception: the error itself, if it would come again.
         """
         fault = passing_fault(error)
@@ -111,16 +112,16 @@ class Retries:
         if pause is None:
             pause = min(MAX_PAUSE_SECONDS, 2.0**self._num_attempts * random.uniform(0.5, 1))
         max_seconds = float(os.environ.get(SECONDS_VARIABLE, MAX_SECONDS))
-        seconds = time.monotonic() - self._began
-        if self._num_attempts == self._max_attempts or seconds + pause > max_seconds:
+        if self._num_attempts == self._max_attempts or self._seconds + pause > max_seconds:
             attempts = f"{self._num_attempts} attempt{'s' * (self._num_attempts > 1)}"
             asks = "" if fault.retry_after is None else f", and asks to wait {pause:.0f} s"
             raise HubError(
-                f"{self._what}: {fault.text}{asks}, after {attempts} in {seconds:.0f} s. Check the "
-                "network and HF_ENDPOINT, and run the step again later; files that were already "
-                "transferred are not sent again"
+                f"{self._what}: {fault.text}{asks}, after {attempts} and {self._seconds:.0f} s of "
+                "waiting. Check the network and HF_ENDPOINT, and run the step again later; files "
+                "that were already transferred are not sent again"
             ) from error
         self._num_attempts += 1
+        self._seconds += pause
         logger.warning(
             "%s: %s; attempt %d in %.1f s", self._what, fault.text, self._num_attempts, pause
         )

@@ -294,11 +294,11 @@ def test_the_rank_that_failed_first_is_named(tmp_path):
         return failure(tmp_path, 2, StopRequest())
 
     lost = ("Exception", "RuntimeError: connection closed by peer", 2.0)
-    failure = errors(first=lost, second=("Exception", "ValueError: its own", 1.0))
-    assert str(failure) == "rank 1 of 2 failed: ValueError: its own, so the other ranks were killed"
+    first = errors(first=lost, second=("Exception", "ValueError: its own", 1.0))
+    assert str(first) == "rank 1 of 2 failed: ValueError: its own, so the other ranks were killed"
     # A sentence for people goes before what it led to.
-    failure = errors(first=lost, second=("DataError", "there is no row", 3.0))
-    assert isinstance(failure, DataError) and str(failure) == "there is no row"
+    first = errors(first=lost, second=("DataError", "there is no row", 3.0))
+    assert isinstance(first, DataError) and str(first) == "there is no row"
     assert isinstance(errors(a=lost, b=("OutOfMemory", "full", 3.0)), OutOfMemory)
     again = errors(a=("StartAgain", '{"num_rollbacks": 1}', 1.0), b=lost)
     assert isinstance(again, StartAgain) and again.carried == {"num_rollbacks": 1}

@@ -72,7 +72,9 @@ def fingerprint(source: str, revision: str | None) -> str:
         )
         return f"offline {revision}"
     try:
-        info = retrying(f"look up {source}", lambda: HfApi().dataset_info(source, revision=revision))
+        info = retrying(
+            f"look up {source}", lambda: HfApi().dataset_info(source, revision=revision)
+        )
         return str(info.sha)
     except hub_errors.RevisionNotFoundError:
         raise DataError(
