@@ -35,8 +35,8 @@ class Step:
     scratch: bool = True
     """Whether the step loads or writes models, and therefore gets a volume for temporary files."""
     num_retries: int = 0
-    """Number of retries by KFP, which come only after the pod disappeared. Errors of the network are
-    retried inside the step (runtime/retries.py), and faults of ranks too (train/restarts.py)."""
+    """Number of retries by KFP, which follow only if the pod disappeared. A step itself handles
+    errors of the network (runtime/retries.py) and faults of ranks (train/restarts.py)."""
 
 
 STEPS: dict[str, Step] = {

@@ -149,7 +149,7 @@ def retrying(what: str, request: Callable[[], T], *, max_attempts: int | None = 
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and its causes; libraries wrap errors of the network in errors of their own."""
+    """Yield an error and its causes, because libraries wrap errors of the network in others."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause

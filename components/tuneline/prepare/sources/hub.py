@@ -30,7 +30,8 @@ def read(source: str, selection: Selection) -> Iterator[SourceRow]:
     try:
         while True:
             try:
-                for number, values in enumerate(_open(source, selection, number), number + 1):
+                for values in _open(source, selection, number):
+                    number += 1
                     retries.start_again()
                     yield SourceRow(source, number, values)
                 return

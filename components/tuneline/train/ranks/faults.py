@@ -2,8 +2,8 @@
 
 A fault of a GPU, its driver, NCCL or the network breaks the process that meets it, but not the
 training: new processes continue from the last checkpoint (see `restarts`). A fault of the program
-or of its input happens again, so it is not in `_TRANSIENT`. Examples are a failed assertion on the
-device, which is what an index out of range causes there, and an invalid argument of a CUDA function.
+or of its input happens again, so it is not in `_TRANSIENT`. Examples are an invalid argument of a
+CUDA function, and a failed assertion on the device, which an index out of range causes there.
 """
 
 import json

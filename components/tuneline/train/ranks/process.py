@@ -2,8 +2,9 @@
 
 torchrun starts this module once per rank; a single rank may also be started without torchrun. The
 process writes its process ID, calls the function of job.pickle, and writes the result or the error,
-as files in DIRECTORY; `launch` lists the files. WATCHER_PID is the process that watches the ranks of this machine: a rank exits when that process
-is gone, because nothing else would read its result or pass SIGTERM on to it.
+as files in DIRECTORY; `launch` lists the files. WATCHER_PID is the process that watches the ranks
+of this machine: a rank exits when that process is gone, because nothing else would read its result
+or pass SIGTERM on to it.
 """
 
 import datetime
