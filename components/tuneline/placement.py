@@ -7,13 +7,14 @@ meaning when a later version changes the profile.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tuneline.gpu_profiles import GPU_PROFILES, LOCAL, GpuProfile, Profile
+from tuneline.gpu_profiles import GPU_PROFILES, LOCAL, SMALL, GpuProfile, Profile
 from tuneline.images import REGISTRY, USER_ID
-from tuneline.steps import StepName
+from tuneline.steps import STEPS, StepName
 from tuneline.strict_model import StrictModel
 
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
@@ -23,8 +24,8 @@ DNS_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
 _SUFFIXES = {
     "": 1.0,
     "m": 1e-3,
-    **{suffix: 1000.0 ** (power + 1) for power, suffix in enumerate(("k", "M", "G", "T"))},
-    **{suffix: 1024.0 ** (power + 1) for power, suffix in enumerate(("Ki", "Mi", "Gi", "Ti"))},
+    **{suffix: 1000.0**power for power, suffix in enumerate(("k", "M", "G", "T", "P"), 1)},
+    **{suffix: 1024.0**power for power, suffix in enumerate(("Ki", "Mi", "Gi", "Ti", "Pi"), 1)},
 }
 
 
@@ -33,6 +34,30 @@ def quantity_value(text: str) -> float:
     match = re.match(r"^([0-9.]+)([A-Za-z]*)$", text)
     assert match is not None, text
     return float(match[1]) * _SUFFIXES[match[2]]
+
+
+def override(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a step's resources with some of them replaced.
+
+    If only a request or only its limit is replaced, and the request then exceeds the limit, both
+    get the new value.
+    """
+    merged = {**values, **overrides}
+    for resource in ("cpu", "memory"):
+        request, limit = f"{resource}_request", f"{resource}_limit"
+        if (request in overrides) != (limit in overrides) and merged.get(request):
+            leader, follower = (request, limit) if request in overrides else (limit, request)
+            if merged.get(limit) and _exceeds(merged[request], merged[limit]):
+                merged[follower] = merged[leader]
+    return merged
+
+
+def _exceeds(request: Any, limit: Any) -> bool:
+    """Return whether a request is more than a limit; False if either is no quantity."""
+    texts = (str(request), str(limit))
+    if not all(re.fullmatch(QUANTITY, text) for text in texts):
+        return False
+    return quantity_value(texts[0]) > quantity_value(texts[1])
 
 
 class StepPlacement(StrictModel):
@@ -90,9 +115,11 @@ class PlacementConfig(StrictModel):
     """Where the steps run on a cluster; local runs ignore this section."""
 
     profile: Profile = LOCAL
-    """Kind of GPU node. The profile sets `num_accelerators`, `accelerator_products`, `accelerated`,
+    """Kind of node. A GPU's profile sets `num_accelerators`, `accelerator_products`, `accelerated`,
     `tolerations` and `shared_memory`, except where the recipe sets them. local: the defaults below,
-    on CPUs only."""
+    on CPUs only. small: on CPUs only, on a cluster of one machine with 2 to 4 cores and 16 GiB; it
+    sets the CPU request and the memory of each step in `steps`, for models as small as the
+    demo's."""
     accelerator: str = "nvidia.com/gpu"
     """Kubernetes resource name of the accelerator."""
     num_accelerators: int = Field(default=0, ge=0)
@@ -159,9 +186,17 @@ class PlacementConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_the_profile(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            return {**PROFILES.get(str(values.get("profile")), {}), **values}
-        return values
+        if not isinstance(values, dict):
+            return values
+        profile = PROFILES.get(str(values.get("profile")), {})
+        merged = {**profile, **values}
+        if "steps" in profile and isinstance(values.get("steps"), dict):
+            # By step: a recipe that changes one step keeps the profile's values of the others.
+            merged["steps"] = dict(profile["steps"])
+            for name, own in values["steps"].items():
+                known = profile["steps"].get(name, {})
+                merged["steps"][name] = override(known, own) if isinstance(own, dict) else own
+        return merged
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
@@ -208,8 +243,41 @@ def _profile_values(gpu: GpuProfile) -> dict[str, Any]:
     }
 
 
+_SMALL_MEMORY = {
+    "fetch": ("1280Mi", "6Gi"),
+    "prepare": ("1280Mi", "6Gi"),
+    "train": ("2Gi", "6Gi"),
+    "merge": ("1280Mi", "6Gi"),
+    "convert-gguf": ("1280Mi", "6Gi"),
+    "measure-importance": ("1280Mi", "6Gi"),
+    "quantize-gguf": ("2304Mi", "6Gi"),
+    "quantize-gptq": ("2560Mi", "6Gi"),
+    "evaluate": ("1536Mi", "6Gi"),
+}
+"""Memory request and limit of the steps that hold a model, in the profile small. The requests are
+what the demo's steps used on a cluster, or what `plan` estimates for them, if that is more."""
+_SMALL_MEMORY_OF_OTHERS = ("256Mi", "1Gi")
+
+
+def _small_values() -> dict[str, Any]:
+    memory = {name: _SMALL_MEMORY.get(name, _SMALL_MEMORY_OF_OTHERS) for name in STEPS}
+    return {
+        "steps": {
+            name: {
+                # The request of KFP's launcher, a container in the pod of each step.
+                "cpu_request": "100m",
+                "cpu_limit": "4",
+                "memory_request": request,
+                "memory_limit": limit,
+            }
+            for name, (request, limit) in memory.items()
+        }
+    }
+
+
 PROFILES: dict[str, dict[str, Any]] = {
     LOCAL: {},
+    SMALL: _small_values(),
     **{name: _profile_values(gpu) for name, gpu in GPU_PROFILES.items()},
 }
 """Values that each profile sets for keys of PlacementConfig, by the profile's name."""

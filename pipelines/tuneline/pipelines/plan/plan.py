@@ -115,7 +115,9 @@ def _gpu_memory(recipe: Recipe, estimated: Estimate) -> Check:
     needs = f"{estimated.gpu_bytes / GIB:.1f} GiB to train ({what})"
     gpu = GPU_PROFILES.get(recipe.placement.profile)
     if gpu is None:
-        return Check("GPU memory", "ok", f"{needs}; profile local names no GPU")
+        return Check(
+            "GPU memory", "ok", f"{needs}; profile {recipe.placement.profile} names no GPU"
+        )
     words = f"{needs}, of {gpu.memory_bytes / GIB:.1f} GiB on {recipe.placement.profile}"
     least = f"{estimated.least_gpu_bytes / GIB:.1f} GiB"
     if estimated.gpu_bytes <= MEMORY_FRACTION * gpu.memory_bytes:
