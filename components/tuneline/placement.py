@@ -8,7 +8,7 @@ meaning when a later version changes the profile.
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,14 @@ from tuneline.strict_model import StrictModel
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 REGISTRY_NAME = r"^[a-z0-9]([a-z0-9._:/-]*[a-z0-9])?$"
 DNS_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
+_NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+LABEL_KEY = rf"^([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_NAME}$"
+LABEL_VALUE = rf"^({_NAME})?$"
+SECRET_KEY = r"^[A-Za-z0-9._-]{1,253}$"
+
+DnsName = Annotated[str, Field(pattern=DNS_NAME)]
+LabelKey = Annotated[str, Field(pattern=LABEL_KEY)]
+LabelValue = Annotated[str, Field(pattern=LABEL_VALUE)]
 
 _SUFFIXES = {
     "": 1.0,
@@ -92,11 +100,11 @@ class StepPlacement(StrictModel):
 class Toleration(StrictModel):
     """A node taint that pods tolerate."""
 
-    key: str
+    key: LabelKey
     """Key of the taint, e.g. nvidia.com/gpu."""
     operator: Literal["Exists", "Equal"] = "Exists"
     """Exists tolerates any value of the taint; Equal only `value`."""
-    value: str | None = None
+    value: LabelValue | None = None
     """Value of the taint, with the operator Equal only."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = "NoSchedule"
     """Effect of the taint; null tolerates every effect."""
@@ -120,7 +128,7 @@ class PlacementConfig(StrictModel):
     on CPUs only. small: on CPUs only, on a cluster of one machine with 2 to 4 cores and 16 GiB; it
     sets the CPU request and the memory of each step in `steps`, for models as small as the
     demo's."""
-    accelerator: str = "nvidia.com/gpu"
+    accelerator: LabelKey = "nvidia.com/gpu"
     """Kubernetes resource name of the accelerator."""
     num_accelerators: int = Field(default=0, ge=0)
     """Accelerators per node for train, one rank on each. merge, evaluate and quantize-gptq get one,
@@ -139,7 +147,7 @@ class PlacementConfig(StrictModel):
     one. Several nodes also share their inputs and the adapter on it; the claim must then be
     ReadWriteMany. `run_as_user` must be able to write to it. null: checkpoints are kept on
     `cache_claim`."""
-    accelerator_products: list[str] = []
+    accelerator_products: list[LabelValue] = []
     """Accepted values of the node label nvidia.com/gpu.product; empty accepts any GPU."""
     accelerated: StepPlacement = StepPlacement()
     """Resources of every step that gets an accelerator; they should fit the GPU node.
@@ -148,7 +156,7 @@ class PlacementConfig(StrictModel):
     with an accelerator), else from the step's default."""
     steps: dict[StepName, StepPlacement] = {}
     """Resources of single steps, by name; they override `accelerated`."""
-    node_selector: dict[str, str] = {}
+    node_selector: dict[str, LabelValue] = {}
     """Labels that a node must have for the steps that get an accelerator."""
     tolerations: list[Toleration] = []
     """Node taints that the steps with an accelerator tolerate."""
@@ -162,7 +170,7 @@ class PlacementConfig(StrictModel):
     """PersistentVolumeClaim that keeps downloads (HF_HOME) between runs, and checkpoints if there
     is no `shared_claim`. `run_as_user` must be able to write to it, and it must be ReadWriteMany if
     runs overlap. null: every pod downloads again."""
-    hub_token_secret: str | None = "huggingface"
+    hub_token_secret: DnsName | None = "huggingface"
     """Kubernetes secret whose key `token` holds the Hub token; it may be absent. null: no token."""
     secrets: dict[str, dict[str, str]] = {}
     """More Kubernetes secrets, as {secret: {key: VARIABLE}}. Their values become environment
@@ -172,7 +180,7 @@ class PlacementConfig(StrictModel):
     """Registry and path of the images, e.g. registry.example.com/team for
     registry.example.com/team/train:VERSION. The default has no host: it works only on nodes
     that already have the images."""
-    image_pull_secrets: list[str] = []
+    image_pull_secrets: list[DnsName] = []
     """Kubernetes secrets with the credentials for `registry`."""
     queue: str | None = Field(default=None, pattern=DNS_NAME)
     """Kueue LocalQueue that admits every pod; Kueue's pod integration must be enabled. null: no
@@ -217,8 +225,15 @@ class PlacementConfig(StrictModel):
                     f"shared_memory {self.shared_memory} counts towards accelerated.memory_limit "
                     f"{limit} and must be smaller"
                 )
+        for key in self.node_selector:
+            if not re.fullmatch(LABEL_KEY, key):
+                raise ValueError(f"node_selector: '{key}' is not the key of a Kubernetes label")
         for secret, variables in self.secrets.items():
-            for variable in variables.values():
+            if not re.fullmatch(DNS_NAME, secret):
+                raise ValueError(f"secrets: '{secret}' is not the name of a Kubernetes secret")
+            for key, variable in variables.items():
+                if not re.fullmatch(SECRET_KEY, key):
+                    raise ValueError(f"secrets.{secret}: '{key}' is not a key of a secret")
                 if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
                     raise ValueError(
                         f"secrets.{secret}: '{variable}' is not a name of an environment variable"

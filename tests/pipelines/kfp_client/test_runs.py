@@ -141,6 +141,18 @@ def test_a_recipe_with_a_token_in_it_is_not_sent(kfp_server: Any) -> None:
     assert kfp_server.writes() == []
 
 
+@pytest.mark.parametrize("option", ["--name", "--pipeline-root"])
+@pytest.mark.parametrize("text", ["s3://run {{=1+1}}", "s3://$(HOME)"])
+def test_a_name_that_argo_would_replace_is_not_sent(
+    kfp_server: Any, option: str, text: str
+) -> None:
+    for command in (["submit"], ["schedule", "--every", "1h"]):
+        result = tuneline(*command, "demo", option, text)
+        assert isinstance(result.exception, UserError)
+        assert f"{option} '{text}' contains" in str(result.exception)
+    assert kfp_server.writes() == []
+
+
 def test_status_shows_the_steps(kfp_server: Any) -> None:
     failed = task("merge", 30, 5, state="FAILED", error={"code": 2, "message": "disk full"})
     run_id = add_run(kfp_server, "line", [*TASKS, failed], error={"message": "a task failed"})
