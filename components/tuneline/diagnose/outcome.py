@@ -137,9 +137,10 @@ def _unclear(last: Sequence[Attempt], phase: str, state: str) -> Outcome:
             "Read the logs, which KFP keeps: `tuneline doctor RUN`.",
         )
         return Outcome("failed", explanation.cause, explanation.advice)
-    return Outcome(
-        "unknown",
-        "No step is known to have failed. Without the workflow, it is not known whether the "
-        f"run was cancelled or came from the cache.{where}",
-        _UNKNOWN_ADVICE,
-    )
+    cause = f"No step is known to have failed.{where}"
+    if not phase:
+        cause += (
+            " Without the nodes of its workflow, nobody knows whether the run was cancelled or "
+            "came from the cache."
+        )
+    return Outcome("unknown", cause, _UNKNOWN_ADVICE)
