@@ -31,8 +31,8 @@ from tuneline.pods import (
     SCRATCH_PATH,
     SHARED_MEMORY_PATH,
     SHARED_PATH,
-    TRAINJOBS,
     STEP_LABEL,
+    TRAINJOBS,
 )
 from tuneline.strict_model import StrictModel
 from tuneline.train.checkpoints import ROOT_VARIABLE
