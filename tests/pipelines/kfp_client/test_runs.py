@@ -21,6 +21,7 @@ from tuneline.pipelines.cli.main import app
 from tuneline.pipelines.kfp_client import runs
 from tuneline.pipelines.kfp_client.connection import connect
 
+
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
