@@ -206,7 +206,8 @@ CAUSES = (
     Cause(
         "gpu driver",
         r"cuda driver version is insufficient|\bcuda error\b|found no nvidia driver"
-        r"|no cuda gpus are|\bnccl (error|failure)|ncclsystemerror|ncclinternalerror|ncclremoteerror",
+        r"|no cuda gpus are|\bnccl (error|failure)|ncclsystemerror"
+        r"|ncclinternalerror|ncclremoteerror",
         "The GPU or its driver reported an error.",
         "Check that the driver supports the image's CUDA version, then run the recipe again, on "
         "another node if the error recurs.",
