@@ -6,6 +6,7 @@ import pytest
 from tests.support.kfp_runs import recorded
 
 from tuneline.diagnose.outcome import Outcome, conclude
+from tuneline.pods import STEP_LABEL
 from tuneline.runtime.kfp_run import read_attempts
 
 # The state that KFP passes to the exit handler of such a run.
@@ -22,6 +23,11 @@ def outcome(name: str, *, with_workflow: bool = True) -> Outcome:
     workflow["status"]["phase"] = "Running"
     known = workflow if with_workflow else None
     return conclude(read_attempts(pods, known), known, STATES.get(name, "FAILED"))
+
+
+def without(pods: list[dict], *steps: str) -> list[dict]:
+    """Return the pods but those of some steps; the pods of their drivers stay."""
+    return [pod for pod in pods if pod["metadata"]["labels"].get(STEP_LABEL) not in steps]
 
 
 @pytest.mark.parametrize(
@@ -76,22 +82,24 @@ def test_a_run_from_the_cache_is_held_for_the_reason_that_the_report_leaves() ->
     # The gate came from the cache, so that it has no pod; the report is never cached.
     left = '{"step": "report", "result": "hold", "text": "heldout_exact -0.1"}'
     for pod in pods:
-        if pod["metadata"]["labels"].get("app.kubernetes.io/component") == "report":
+        if pod["metadata"]["labels"].get(STEP_LABEL) == "report":
             pod["status"]["containerStatuses"][0]["state"]["terminated"]["message"] = left
-    kept = [
-        pod
-        for pod in pods
-        if pod["metadata"]["labels"].get("app.kubernetes.io/component") not in ("gate", "publish")
-    ]
+    kept = without(pods, "gate", "publish")
     found = conclude(read_attempts(kept), None, "RUNNING")
     assert (found.kind, found.step) == ("held", "gate") and "heldout_exact -0.1" in found.cause
+
+
+def test_a_run_that_was_cancelled_before_it_published_is_not_called_good() -> None:
+    pods, _ = recorded("demo-nodes")
+    found = conclude(read_attempts(without(pods, "publish")), None, "RUNNING")
+    assert found.kind == "unknown"
 
 
 def test_what_was_published_is_told() -> None:
     pods, workflow = recorded("demo-nodes")
     left = '{"step": "publish", "result": "published", "text": "https://hub/org/model v3"}'
     for pod in pods:
-        if pod["metadata"]["labels"].get("app.kubernetes.io/component") == "publish":
+        if pod["metadata"]["labels"].get(STEP_LABEL) == "publish":
             pod["status"]["containerStatuses"][0]["state"]["terminated"]["message"] = left
     found = conclude(read_attempts(pods, workflow), workflow, "COMPLETE")
     assert found == Outcome("succeeded", "Published: https://hub/org/model v3.")

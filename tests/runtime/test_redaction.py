@@ -42,5 +42,9 @@ def test_other_text_stays(text: str) -> None:
 
 def test_the_values_of_secret_variables_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    monkeypatch.setenv("MODEL_NAME", "smollm2-135m")
-    assert redacted("key 0123456789abcdef of smollm2-135m") == "key [redacted] of smollm2-135m"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws-secret-value")
+    for name in ("MODEL_NAME", "TOKENIZERS_PARALLELISM", "MAX_TOKENS"):
+        monkeypatch.setenv(name, "smollm2-135m")
+    monkeypatch.setenv("HF_TOKEN_PATH", "/home/user/token")
+    text = "0123456789abcdef, aws-secret-value, smollm2-135m, /home/user/token"
+    assert redacted(text) == "[redacted], [redacted], smollm2-135m, /home/user/token"

@@ -51,7 +51,7 @@ def conclude(
         (attempt for attempt in last if attempt.state == "failed"),
         key=lambda attempt: (_was_stopped(attempt), attempt.ended or "9"),
     )
-    if phase == "Succeeded" or (not phase and not failed and _is_complete(last, state)):
+    if phase == "Succeeded" or (not phase and _is_complete(last, state)):
         return _good(last)
     # Without the workflow: KFP says RUNNING, and the only steps that failed were stopped.
     was_running = state == "RUNNING" and bool(failed) and all(map(_was_stopped, failed))
@@ -64,13 +64,19 @@ def conclude(
 
 
 def _is_complete(last: Sequence[Attempt], state: str) -> bool:
-    """Return whether the run was good although its workflow could not be read."""
-    # The report is the last step that every run has, and it never comes from the cache.
-    if any(attempt.step == "report" and attempt.state == "succeeded" for attempt in last):
-        return all(
-            attempt.state in ("succeeded", "cached", "skipped", "unknown") for attempt in last
-        )
-    return state in ("COMPLETE", "SUCCEEDED")
+    """Return whether the run was good, if its workflow could not be read."""
+    if state in ("COMPLETE", "SUCCEEDED"):
+        return True
+    # Every run has a report, and it never comes from the cache. Publish runs beside it.
+    steps = {attempt.step: attempt for attempt in last}
+    report = steps.get("report")
+    if report is None or report.state != "succeeded":
+        return False
+    is_held = report.ending is not None and report.ending.result == "hold"
+    if "publish" in steps and steps["publish"].state == "unknown" and not is_held:
+        return False
+    good = ("succeeded", "cached", "skipped", "unknown")
+    return all(attempt.state in good for attempt in last)
 
 
 def _was_stopped(attempt: Attempt) -> bool:
@@ -137,9 +143,10 @@ def _unclear(last: Sequence[Attempt], phase: str, state: str) -> Outcome:
             "Read the logs, which KFP keeps: `tuneline doctor RUN`.",
         )
         return Outcome("failed", explanation.cause, explanation.advice)
-    return Outcome(
-        "unknown",
-        "No step is known to have failed. Without the workflow, it is not known whether the "
-        f"run was cancelled or came from the cache.{where}",
-        _UNKNOWN_ADVICE,
-    )
+    cause = f"No step is known to have failed.{where}"
+    if not phase:
+        cause += (
+            " Without the nodes of its workflow, nobody knows whether the run was cancelled or "
+            "came from the cache."
+        )
+    return Outcome("unknown", cause, _UNKNOWN_ADVICE)

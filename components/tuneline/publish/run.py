@@ -45,8 +45,8 @@ def run(
         target: `namespace/name` on the Hub, or `dir:PATH`. The repositories are named after it:
             NAME (merged model), NAME-lora, NAME-gguf, NAME-gptq-4bit.
         recipe: the whole recipe as JSON, for the model cards.
-        base_model_dir: directory of the `base_model` artifact.
-        dataset_dir: directory of the `dataset` artifact.
+        base_model_dir: directory of the `base_model` artifact, or a copy of its record.
+        dataset_dir: directory of the `dataset` artifact, or a copy of its record.
         adapter_dir: directory of the `adapter` artifact.
         merged_dir: directory of the `merged` artifact.
         exports_dirs: directories of the `quantized` artifacts, one per format; may be empty.
@@ -60,6 +60,7 @@ def run(
         HubError: the Hub failed after all attempts.
         StorageError: the target directory or its parent is not writable.
         ProofError: a file differs from its record, or was made from other inputs.
+        WorldError: an artifact has no record, or an export that the recipe asks for is missing.
     """
     started = time.monotonic()
     decision = Decision.read(decision_dir)

@@ -3,7 +3,9 @@
 import os
 import re
 
-_SECRET_NAME = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|API_?KEY|ACCESS_KEY|CREDENTIAL", re.I)
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?)(?:_|$)|_?API_?KEY|_KEY$", re.IGNORECASE
+)
 _MIN_LENGTH = 8
 """Shortest value of an environment variable that is taken for a secret."""
 _PATTERNS = (

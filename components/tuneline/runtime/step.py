@@ -32,6 +32,7 @@ from typing import Any
 from tuneline.errors import StorageError, TunelineError
 from tuneline.runtime.causes import explain
 from tuneline.runtime.events import StepRun
+from tuneline.runtime.parameter_text import encode_text
 from tuneline.runtime.termination import STARTED, Ending, leave, leave_finished
 from tuneline.strict_model import StrictModel
 
@@ -91,6 +92,20 @@ def log_metrics(artifact: Any, values: dict[str, float]) -> None:
     for name, value in values.items():
         artifact.log_metric(name, value)
     Path(artifact.path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def set_metadata(artifact: Any, **values: Any) -> None:
+    """Set metadata of an output of a KFP component.
+
+    KFP passes the metadata to the steps that get the artifact, so texts are written as in
+    parameters.
+    """
+    artifact.metadata.update(
+        {
+            name: encode_text(value) if isinstance(value, str) else value
+            for name, value in values.items()
+        }
+    )
 
 
 def main(

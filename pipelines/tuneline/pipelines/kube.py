@@ -154,6 +154,12 @@ class Kube:
             quotas: list[Any] = self._core.list_namespaced_resource_quota(self.namespace).items
         return quotas
 
+    def limit_ranges(self) -> list[Any]:
+        """Return the namespace's limit ranges."""
+        with self._explained("limitranges"):
+            found: list[Any] = self._core.list_namespaced_limit_range(self.namespace).items
+        return found
+
     def nodes(self) -> list[Any]:
         """Return the cluster's nodes."""
         with self._explained("nodes"):

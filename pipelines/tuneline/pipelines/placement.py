@@ -84,6 +84,7 @@ def nodes_config(config: PlacementConfig) -> NodesConfig:
         "image_pull_secrets": config.image_pull_secrets,
         "queue": config.queue,
         "workload_priority_class": config.workload_priority_class,
+        "run_as_user": config.run_as_user,
     }
     if accelerated:
         values |= {

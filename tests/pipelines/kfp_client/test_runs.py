@@ -98,6 +98,18 @@ def test_a_recipe_with_a_token_in_it_is_not_sent(kfp_server: Any) -> None:
     assert kfp_server.writes() == []
 
 
+@pytest.mark.parametrize("option", ["--name", "--pipeline-root"])
+@pytest.mark.parametrize("text", ["s3://run {{=1+1}}", "s3://$(HOME)"])
+def test_a_name_that_argo_would_replace_is_not_sent(
+    kfp_server: Any, option: str, text: str
+) -> None:
+    for command in (["submit"], ["schedule", "--every", "1h"]):
+        result = tuneline(*command, "demo", option, text)
+        assert isinstance(result.exception, UserError)
+        assert f"{option} '{text}' contains" in str(result.exception)
+    assert kfp_server.writes() == []
+
+
 def test_a_name_means_its_newest_run(kfp_server: Any) -> None:
     kfp_server.replay("failed", run_id=str(uuid.uuid4()), display_name="line")
     newest = kfp_server.replay("running", run_id=str(uuid.uuid4()), display_name="line")

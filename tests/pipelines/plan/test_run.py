@@ -47,6 +47,14 @@ def test_what_this_run_changed_of_the_recipe_counts(tmp_path: Path) -> None:
     assert "| fail | GPU memory |" in (tmp_path / "out" / "summary").read_text()
 
 
+def test_a_file_that_the_store_of_this_run_does_not_take(tmp_path: Path) -> None:
+    large = {"base_model": "google/gemma-2-27b", "train": "{}"}
+    wanted = ("placement.profile=h200", "train.gradient_checkpointing=true")
+    with pytest.raises(UserError, match="file size: convert-gguf writes one file of 54 GB"):
+        begin(tmp_path, *wanted, **large, store="minio://mlpipeline/v2/artifacts/line/summary")
+    begin(tmp_path, *wanted, **large, store="gs://bucket/v2/artifacts/line/summary")
+
+
 def test_a_recipe_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNELINE_IMAGE", "tuneline/light:0.1.0+abc")
     says = r"train.new_key: unknown key.*this step's image \(tuneline/light:0.1.0\+abc\)"

@@ -12,6 +12,7 @@ from tuneline.errors import ClusterError, CredentialsError
 from tuneline.pods import RUN_LABEL
 from tuneline.runtime.kubernetes_client import AWAY
 from tuneline.train.trainjob.manifest import CONTAINER, GROUP, HEARTBEAT, PLURAL, VERSION
+from tuneline.train.trainjob.pod_state import refusal
 
 JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 
@@ -119,6 +120,14 @@ class TrainJobs:
                 self.namespace, label_selector=f"{JOBSET_LABEL}={name}"
             ).items
         return sorted(pods, key=lambda pod: str(pod.metadata.name))
+
+    def refusal(self, name: str) -> str | None:
+        """Return why Kubernetes last refused to create the pods of a job; None if it did not."""
+        with self._errors_named(f"listing the events of trainjob {name}"):
+            events = self._core.list_namespaced_event(
+                self.namespace, field_selector="type=Warning"
+            ).items
+        return refusal(events, name)
 
     def log(self, pod: str, **options: Any) -> list[str]:
         """Return lines of a pod's log; none if the pod has not started or is gone.

@@ -24,14 +24,22 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from tuneline import errors
-from tuneline.errors import ClusterError, StoppedError, TrainingError, TunelineError
+from tuneline.errors import (
+    ClusterError,
+    CredentialsError,
+    StoppedError,
+    TrainingError,
+    TunelineError,
+)
 from tuneline.runtime.signals import raised_on_sigterm
 from tuneline.train.ranks.nodes import Outcome, SharedDirectory
 from tuneline.train.trainjob.client import ApiUnavailable, TrainJobs
+from tuneline.train.trainjob.logs import LogMirror
 from tuneline.train.trainjob.pod_state import (
     CONFIG_REASON,
     IMAGE_REASONS,
     disruption,
+    exceeds_whole_quota,
     memory_kill,
     obstacle,
 )
@@ -51,9 +59,6 @@ MAX_SECONDS_STUCK = 1800.0
 SECONDS_TO_DELETE = 20.0
 """Time for deleting the job after SIGTERM; Kubernetes kills a pod after 30 seconds by default."""
 NUM_RESTARTS = 5
-NUM_LOG_LINES = 200
-_LOG_SLACK_SECONDS = 60
-"""Largest difference between the clock of a node and the launcher's."""
 
 
 class Launcher:
@@ -81,6 +86,7 @@ class Launcher:
         """
         self._jobs, self._body, self._shared = jobs, body, shared
         self._name: str = body["metadata"]["name"]
+        self._num_nodes: int = body["spec"]["trainer"]["numNodes"]
         self._timeout = timeout_seconds
         self._wait, self._now = wait, now
         self._last_answer = now()
@@ -88,7 +94,8 @@ class Launcher:
         self._active_since: float | None = None
         self._stuck_since: float | None = None
         self._state = ""
-        self._last_log_times: dict[str, str] = {}
+        self._disruptions: dict[str, str] = {}
+        self._logs = LogMirror(jobs, now)
 
     def run(self) -> None:
         """Create the job or find it, and return when it is complete.
@@ -158,6 +165,7 @@ class Launcher:
         self._retrying(lambda: self._jobs.create(self._body))
         logger.info("created trainjob %s", self._name)
         self._active_since, self._stuck_since, self._state = None, None, ""
+        self._disruptions = {}
 
     def _remove(self) -> None:
         """Delete the job, and wait until it is gone, because its name is in use until then."""
@@ -175,7 +183,7 @@ class Launcher:
                     "run the step again, and it resumes from its last checkpoint"
                 )
             self._beat()
-            self._mirror_logs()
+            self._read_pods()
             if _condition(job, "Complete"):
                 return None
             failed = _condition(job, "Failed")
@@ -210,25 +218,19 @@ class Launcher:
                 self._jobs.beat(self._name, moment.strftime("%Y-%m-%dT%H:%M:%SZ"))
                 self._last_heartbeat = self._now()
 
-    def _mirror_logs(self) -> None:
-        """Log what node 0 has logged since the last successful read."""
+    def _read_pods(self) -> None:
+        """Copy the log of node 0, and note which pods the cluster is removing.
+
+        A pod that was evicted no longer exists when the job fails.
+        """
         with contextlib.suppress(ApiUnavailable):
             pods = self._jobs.pods(self._name)
-            for pod in pods[:1]:
-                self._mirror(pod.metadata.name)
-
-    def _mirror(self, pod: str) -> None:
-        options: dict[str, Any] = {"timestamps": True}
-        last = self._last_log_times.get(pod, "")
-        if last:
-            seconds = self._now() - _seconds_of(last) + _LOG_SLACK_SECONDS
-            options["since_seconds"] = max(1, int(seconds))
-        for line in self._jobs.log(pod, **options):
-            moment, _, text = line.partition(" ")
-            # The times of a container ascend and have nine decimals, so they compare as strings.
-            if moment > last:
-                self._last_log_times[pod] = moment
-                logger.info("%s: %s", pod, text)
+            for pod in pods:
+                reason = disruption(pod)
+                if reason:
+                    self._disruptions[pod.metadata.name] = reason
+            if pods:
+                self._logs.copy_new_lines(pods[0].metadata.name)
 
     def _log_state(self, job: dict[str, Any]) -> None:
         """Log the state of the job if it has changed, or from time to time while it waits."""
@@ -273,7 +275,28 @@ class Launcher:
             )
         if stuck:
             return f" ({stuck[0][1]})"
-        return f" ({obstacles[0][2]})" if obstacles else ""
+        if obstacles:
+            return f" ({obstacles[0][2]})"
+        if len(pods) < self._num_nodes:
+            return self._refusal()
+        return ""
+
+    def _refusal(self) -> str:
+        """Return why pods are not created; delete the job if they never can be."""
+        try:
+            text = self._retrying(lambda: self._jobs.refusal(self._name))
+        except CredentialsError:
+            # Training does not depend on this permission.
+            return ""
+        if text is None:
+            return ""
+        if exceeds_whole_quota(text):
+            self._jobs.delete(self._name)
+            raise ClusterError(
+                f"the pods of trainjob {self._name} cannot be created ({text}): request less in "
+                "placement, or ask for a higher quota"
+            )
+        return f" ({text})"
 
     def _check_time(self) -> None:
         since = self._active_since
@@ -286,14 +309,12 @@ class Launcher:
         pods = self._retrying(lambda: self._jobs.pods(self._name))
         for pod in pods:
             if pod.status.phase == "Failed":
-                self._log_end_of(pod.metadata.name)
-        disruptions = [
-            f"{pod.metadata.name}: {reason}" for pod in pods if (reason := disruption(pod))
-        ]
+                self._copy_end_of_log(pod.metadata.name)
         if failed.get("reason") == "DeadlineExceeded":
             raise _out_of_time(self._name, self._timeout)
-        if disruptions:
-            return f"lost a pod ({', '.join(disruptions)})"
+        if self._disruptions:
+            lost = (f"{name}: {reason}" for name, reason in self._disruptions.items())
+            return f"lost a pod ({', '.join(lost)})"
         for pod in pods:
             limit = memory_kill(pod)
             if limit is not None:
@@ -309,11 +330,8 @@ class Launcher:
             return f"failed before the step ended ({reason or 'no reason given'})"
         raise _error_type(outcome)(outcome.message)
 
-    def _log_end_of(self, pod: str) -> None:
-        lines = self._retrying(lambda: self._jobs.log(pod, tail_lines=NUM_LOG_LINES))
-        logger.error("pod %s failed; the last %d lines of its log:", pod, len(lines))
-        for line in lines:
-            logger.error("%s: %s", pod, line)
+    def _copy_end_of_log(self, pod: str) -> None:
+        self._retrying(lambda: self._logs.copy_end(pod))
 
 
 def _error_type(outcome: Outcome) -> type[TunelineError]:
@@ -336,9 +354,3 @@ def _condition(job: dict[str, Any], kind: str) -> dict[str, Any] | None:
         if condition["type"] == kind and condition["status"] == "True":
             return condition
     return None
-
-
-def _seconds_of(moment: str) -> float:
-    # Kubernetes writes nine decimals, but Python reads at most six.
-    whole = moment.partition(".")[0].rstrip("Z")
-    return datetime.datetime.fromisoformat(f"{whole}+00:00").timestamp()

@@ -18,6 +18,7 @@ from tuneline.pipelines.kfp_client.connection import Client, readable_errors
 from tuneline.pipelines.kfp_client.progress import CANCELING, ENDED, FAILED, state_of
 from tuneline.pipelines.lint.lint import lint_file
 from tuneline.recipe import Recipe
+from tuneline.runtime.parameter_text import find_replaced
 
 
 @contextlib.contextmanager
@@ -72,7 +73,11 @@ def submit(
         namespace: the user's namespace, on Kubeflow with profiles.
         service_account: service account that the run's pods use; None: KFP's default.
         pipeline_root: URI under which KFP stores artifacts; None: KFP's default.
+
+    Raises:
+        UserError: Argo or Kubernetes would replace a part of the name or of the URI.
     """
+    check_passed_on(name, pipeline_root)
     with readable_errors():
         group = client.create_experiment(experiment, namespace=namespace)
         run = client.run_pipeline(
@@ -83,6 +88,21 @@ def submit(
             service_account=service_account,
         )
     return str(run.run_id)
+
+
+def check_passed_on(name: str, pipeline_root: str | None) -> None:
+    """Check the texts of a request that KFP passes to its own pods, where they cannot be decoded.
+
+    Raises:
+        UserError: Argo or Kubernetes would replace a part of a text.
+    """
+    for option, text in (("--name", name), ("--pipeline-root", pipeline_root or "")):
+        found = find_replaced(text)
+        if found is not None:
+            raise UserError(
+                f"{option} '{text}' contains '{found}', which Kubernetes or Argo would replace: "
+                "write it without $$, $(, {{ and [[..."
+            )
 
 
 def recent_runs(client: Client, *, namespace: str | None = None, limit: int = 10) -> list[Any]:
