@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kfp_runs import recorded
 from click.testing import Result
+from kfp_runs import recorded
 from typer.testing import CliRunner
 
 from tuneline.errors import ClusterError, CredentialsError, UserError
@@ -35,7 +35,8 @@ NODE = "line-abc(0).root(0).exit-handler-1(0).{}(0).executor(0)"
 
 
 def put_pod(server: Any, step: str = "train", **status: Any) -> None:
-    labels = {"pipeline/runid": RUN, "app.kubernetes.io/component": step}
+    labels = {"pipeline/runid": RUN, "app.kubernetes.io/component": step,
+              "kueue.x-k8s.io/queue-name": "team"}  # fmt: skip
     annotations = {NODE_NAME: NODE.format(step)}
     limits = {"limits": {"memory": "64Gi"}}
     server.put(
@@ -74,40 +75,40 @@ FAULTS: dict[str, tuple[dict[str, Any], str | None, str, str, str]] = {
     "evicted for its disk": (
         {"reason": "Evicted", "message": "Pod ephemeral local storage usage exceeds the total "
                                          "limit of containers 200Gi."}, None,
-        "disk", "limit of containers 200Gi", "larger volume",
+        "Evicted", "limit of containers 200Gi", "scratch_size",
     ),
     "evicted for the node's memory": (
         {"reason": "Evicted", "message": "The node was low on resource: memory."}, None,
-        "evicted", "low on resource: memory", "Run the recipe again",
+        "Evicted", "low on resource: memory", "memory_request",
     ),
     "node without disk": (
         {"reason": "Evicted", "message": "The node was low on resource: ephemeral-storage. "
                                          "Threshold quantity: 10Gi, available: 9Gi."}, None,
-        "disk", "low on resource: ephemeral-storage", "larger volume",
+        "Evicted", "low on resource: ephemeral-storage", "scratch_size",
     ),
     "preempted": (
         condition("DisruptionTarget", "True", "PreemptionByScheduler",
                   "default-scheduler: preempting to accommodate a higher priority pod"), None,
-        "evicted", "PreemptionByScheduler", "Run the recipe again",
+        "PreemptionByScheduler", "higher priority", "tuneline resume",
     ),
     "no node fits": (
         {"phase": "Pending",
          **condition("PodScheduled", "False", "Unschedulable", UNSCHEDULABLE)}, None,
-        "unschedulable", "1 Insufficient nvidia.com/gpu", "placement.num_accelerators",
+        "Unschedulable", "1 Insufficient nvidia.com/gpu", "placement.num_accelerators",
     ),
     "waits in its queue": (
         {"phase": "Pending", **condition("PodScheduled", "False", "SchedulingGated")}, None,
-        "queued", "2026-11-24 03:00:00", "Kueue admits the pod",
+        "queued", "LocalQueue team", "Kueue admits the pod",
     ),
     "image not found": (
         {"phase": "Pending", **main_state(waiting={"reason": "ImagePullBackOff",
                                                    "message": "Back-off pulling image"})}, None,
-        "image", "Back-off pulling image", "make images",
+        "ImagePullBackOff", "Back-off pulling image", "make images",
     ),
     "secret missing": (
         {"phase": "Pending", **main_state(waiting={
             "reason": "CreateContainerConfigError", "message": 'secret "wandb" not found'})}, None,
-        "container config", 'secret "wandb" not found', "Create the secret",
+        "CreateContainerConfigError", 'secret "wandb" not found', "Create the secret",
     ),
     "bad rows": (
         exited(1), "INFO tuneline: started\nprepare: DataError: 31 of 90 rows were rejected\n",
@@ -123,7 +124,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str | None, str, str, str]] = {
         "nccl", "Watchdog caught collective", "shared_memory",
     ),
     "killed without a word": (
-        exited(137), None, "host memory", "exit code 137, and no log is left", "more memory",
+        exited(137), None, "exit code 137", "exit code 137", "logs RUN",
     ),
     "log with a token": (
         exited(1), "Traceback (most recent call last):\n  File \"a.py\", line 3, in f\n"
@@ -131,7 +132,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str | None, str, str, str]] = {
         "token", "401 Unauthorized for", "HF_TOKEN",
     ),
     "nothing known": (
-        exited(3), "a line\n", "unknown", "exit code 3; a line", "end of its log",
+        exited(3), "a line\n", "exit code 3", "exit code 3", "logs RUN",
     ),
 }  # fmt: skip
 
@@ -173,13 +174,13 @@ def put_recorded(server: Any, name: str) -> str:
 # What is told of a recorded run: step, cause, a part of the evidence; None if nothing is wrong.
 RECORDED: dict[str, tuple[str, str, str] | None] = {
     "probe-data-error": ("work", "DataError", "31 of 90 rows"),
-    "probe-memory": ("work", "host memory", "OOMKilled, memory limit "),
-    "probe-disk": ("work", "disk", "exceeds the limit"),
-    "probe-killed": ("work", "host memory", "exit code 137"),
-    "probe-crash": ("work", "ValueError", "ValueError: "),
-    "probe-image": ("work", "image", "nowhere"),
-    "probe-time-limit": ("work", "timeout", "longer than the specified deadline"),
-    "probe-waits-for-quota": ("work", "quota", "exceeded quota: h1-probe, requested"),
+    "probe-memory": ("work", "OOMKilled", "memory limit 256Mi"),
+    "probe-disk": ("work", "Evicted", "exceeds the limit"),
+    "probe-killed": ("work", "exit code 1", "exit code 1"),
+    "probe-crash": ("work", "KeyError", "KeyError: 'answer'"),
+    "probe-image": ("work", "ContainerNotStarted", "image h1/absent:0"),
+    "probe-time-limit": ("work", "DeadlineExceeded", "longer than the specified deadline"),
+    "probe-waits-for-quota": ("work", "ExceededQuota", "exceeded quota: h1-probe, requested"),
     "probe-cancelled": ("run", "cancelled", "stopped: work"),
     "probe-hold": ("gate", "gate held", "hold: "),
     "probe-good": None,
@@ -207,7 +208,7 @@ def test_people_who_may_not_see_workflows_see_the_pods(kube_server: Any) -> None
     run_id = put_recorded(kube_server, "probe-memory")
     kube_server.forbidden.add("list workflows")
     (found,) = examine(view(run_id, kube=kube.Kube("kubeflow")))
-    assert (found.step, found.cause) == ("work", "host memory")
+    assert (found.step, found.cause) == ("work", "OOMKilled")
 
 
 def put_job(server: Any, **parts: Any) -> None:
@@ -284,7 +285,7 @@ def test_an_api_that_is_away(kube_server: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(kube, "BACKOFF_SECONDS", 0.001)
     put_pod(kube_server, **exited(137, "OOMKilled"))
     kube_server.down = 4
-    assert [found.cause for found in look()] == ["host memory"]
+    assert [found.cause for found in look()] == ["OOMKilled"]
     kube_server.down = 99
     with pytest.raises(ClusterError, match="answered 503 when asked for pods"):
         look()
@@ -336,7 +337,7 @@ def test_one_of_both_is_enough(
     monkeypatch.delenv("KFP_ENDPOINT")
     recorded_id = put_recorded(kube_server, "probe-memory")
     output = tuneline("doctor", recorded_id).output
-    assert "note: Kubeflow Pipelines is not asked" in output and "work: host memory\n" in output
+    assert "note: Kubeflow Pipelines is not asked" in output and "work: OOMKilled\n" in output
     monkeypatch.setenv("KUBECONFIG", "/nowhere")
     assert isinstance(tuneline("doctor", recorded_id).exception, UserError)
 

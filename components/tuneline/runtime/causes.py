@@ -93,8 +93,8 @@ CAUSES = (
         "limit range",
         r"is forbidden: .*\b(maximum|minimum) .* per (container|pod)",
         "The namespace's limit range does not allow the step's requests or limits.",
-        "Change the step's requests and limits in placement.steps, or have the limit range changed; "
-        "`kubectl describe limitrange` shows it.",
+        "Change the step's requests and limits in placement.steps, or have the limit range "
+        "changed; `kubectl describe limitrange` shows it.",
     ),
     Cause(
         "gated model",
@@ -153,7 +153,8 @@ CAUSES = (
     ),
     Cause(
         "timeout",
-        r"deadline ?exceeded|\btimed out\b|timeouterror|\w+timeout:|longer than the specified deadline",
+        r"deadline ?exceeded|\btimed out\b|timeouterror|\w+timeout:"
+        r"|longer than the specified deadline",
         "The step exceeded its time limit, or a network request timed out.",
         "Raise the time limit, lower train.max_steps or evaluate.limit, or check the network.",
     ),
@@ -181,8 +182,8 @@ CAUSES = (
     ),
     Cause(
         "bad rows",
-        r"\brows? (was|were) rejected|malformed (row|line|json)|jsondecodeerror|expecting value: line"
-        r"|unicodedecodeerror|error tokenizing data|arrowinvalid",
+        r"\brows? (was|were) rejected|malformed (row|line|json)|jsondecodeerror"
+        r"|expecting value: line|unicodedecodeerror|error tokenizing data|arrowinvalid",
         "Rows of the dataset cannot be read.",
         "Fix the rows that the message names, or raise prepare.max_rejected_share to train "
         "without them.",
@@ -204,8 +205,9 @@ CAUSES = (
     ),
     Cause(
         "gpu driver",
-        r"cuda driver version is insufficient|\bcuda error\b|found no nvidia driver|no cuda gpus are"
-        r"|\bnccl (error|failure)|ncclsystemerror|ncclinternalerror|ncclremoteerror",
+        r"cuda driver version is insufficient|\bcuda error\b|found no nvidia driver"
+        r"|no cuda gpus are|\bnccl (error|failure)|ncclsystemerror"
+        r"|ncclinternalerror|ncclremoteerror",
         "The GPU or its driver reported an error.",
         "Check that the driver supports the image's CUDA version, then run the recipe again, on "
         "another node if the error recurs.",

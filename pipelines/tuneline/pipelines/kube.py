@@ -1,5 +1,4 @@
-"""Read from a Kubernetes API with the official client; only `patch_workflow` and
-`delete_pods` write.
+"""Read from a Kubernetes API with the official client, and change the workflow of a run.
 
 Requests to a server that is unreachable are repeated for about a minute.
 """
@@ -170,9 +169,7 @@ class Kube:
     def pods(self, selector: str) -> list[dict[str, Any]]:
         """Return the pods that a label selector matches, as the API writes them."""
         with self._explained("pods"):
-            return _items(
-                self._core.list_namespaced_pod, self.namespace, label_selector=selector
-            )
+            return _items(self._core.list_namespaced_pod, self.namespace, label_selector=selector)
 
     def workflows(self, selector: str) -> list[dict[str, Any]]:
         """Return the Argo workflows that a label selector matches."""
@@ -200,7 +197,11 @@ class Kube:
             metadata = pod["metadata"]
             if metadata.get("annotations", {}).get(NODE_ID) in nodes:
                 with self._explained(f"the deletion of pod {metadata['name']}"):
-                    _or_none(self._core.delete_namespaced_pod, metadata["name"], self.namespace)
+                    _or_none(
+                        self._core.delete_namespaced_pod,
+                        *(metadata["name"], self.namespace),
+                        _preload_content=False,
+                    )
 
     def trainjobs(self, selector: str) -> list[dict[str, Any]]:
         """Return the TrainJobs that a label selector matches; none if Trainer is not installed."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tuneline.errors import ClusterError, CredentialsError, UserError
+from tuneline.errors import ClusterError, CredentialsError, StoppedError, UserError
 from tuneline.pipelines.kfp_client.progress import (
     Progress,
     State,
@@ -26,6 +26,8 @@ from tuneline.runtime.kfp_run import Attempt, is_cancelled, read_attempts
 
 CONNECT_SECONDS = 3.0
 """Time after which Kubernetes counts as out of reach if nothing requires it."""
+
+STOPPED = StoppedError.__name__
 
 _STATES: dict[str, State] = {
     "waiting": "waiting",
@@ -138,7 +140,9 @@ def _join(step: Progress, seen: list[Attempt], cancelled: bool) -> Progress:
     attempts = [replace(each, number=n) for n, each in enumerate(by_pod.values(), start=1)]
     last = seen[-1]
     state = _STATES[last.state]
-    if state == "failed" and (step.state == "cancelled" or (cancelled and last.ending is None)):
+    kind = last.ending.error if last.ending is not None else ""
+    # A step that failed by itself before the run was cancelled has left its own error.
+    if state == "failed" and (step.state == "cancelled" or cancelled) and kind in ("", STOPPED):
         state = "cancelled"
     # A step that waits may have a reason without a pod: a quota that refuses the pod.
     attempts = attempts if attempts or not last.reason else [last]

@@ -22,13 +22,13 @@ def choose(view: RunView, words: str) -> list[Progress]:
         UserError: no step of the run has that name.
     """
     names = [step.name for step in view.steps]
-    for fits in (
-        lambda name: name == words,
-        lambda name: name.startswith(f"{words} "),
-        lambda name: name.endswith(f" {words}"),
+    for chosen in (
+        [step for step in view.steps if step.name == words],
+        [step for step in view.steps if step.name.startswith(f"{words} ")],
+        [step for step in view.steps if step.name.endswith(f" {words}")],
     ):
-        if any(map(fits, names)):
-            return [step for step in view.steps if fits(step.name)]
+        if chosen:
+            return chosen
     raise UserError(
         f"run {view.name} has no step '{words}': it has {', '.join(names) or 'none yet'}"
     )

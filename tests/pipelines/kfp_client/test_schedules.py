@@ -163,9 +163,7 @@ def test_a_changed_recipe_is_a_change(kfp_server: Any, put: Any) -> None:
     assert len(kfp_server.recurringruns) == 1
 
 
-def test_when_creating_fails_the_old_one_goes_on(
-    kfp_server: Any, client: Client, put: Any
-) -> None:
+def test_when_creating_fails_the_old_one_goes_on(kfp_server: Any, client: Client, put: Any) -> None:
     first = put()
     kfp_server.fail_creation = True
     with pytest.raises(ClusterError, match="500: Internal error: the database is away"):
@@ -207,9 +205,7 @@ def test_every_page_is_read(kfp_server: Any, client: Client, put: Any) -> None:
 
 
 @pytest.mark.parametrize("kfp_server", [{"multi_user": True}], indirect=True)
-def test_namespaces_have_schedules_of_their_own(
-    kfp_server: Any, client: Client, put: Any
-) -> None:
+def test_namespaces_have_schedules_of_their_own(kfp_server: Any, client: Client, put: Any) -> None:
     for namespace in ("team-a", "team-b"):
         assert put(namespace=namespace).outcome == "created"
     assert put(namespace="team-a").outcome == "unchanged"

@@ -4,6 +4,7 @@ Each command imports kfp only when it is called, because the import takes a seco
 """
 
 import datetime
+import re
 from typing import Annotated, Any
 
 import typer
@@ -118,8 +119,8 @@ def logs(
         hint = "the pod was deleted before Argo archived its log, or the archive was emptied"
         if view.is_frozen:
             hint = (
-                "KFP does not find archived logs of a run whose workflow is larger than 1 MiB; they "
-                "are in Argo's artifact repository (main.log below the pod's name)"
+                "KFP does not find archived logs of a run whose workflow is larger than 1 MiB; "
+                "they are in Argo's artifact repository (main.log below the pod's name)"
             )
         elif view.kube is None:
             hint = (
@@ -219,15 +220,14 @@ def doctor(
     findings = examine(seen, client)
     for finding in findings:
         say(f"{finding.step}: {finding.cause}\n  why: {finding.why}\n  seen: {finding.evidence}")
-        say(f"  change: {finding.advice.replace('RUN', seen.run_id)}")
+        advice = re.sub(r"\bRUN\b", seen.run_id, finding.advice)
+        say(f"  change: {advice}")
     if not findings:
         say(f"run {seen.name} is {seen.state}: nothing wrong was found")
     _print_notes(seen)
 
 
-def _look(
-    client: Any, name: str, namespace: str | None, context: str | None
-) -> tuple[Any, Any]:
+def _look(client: Any, name: str, namespace: str | None, context: str | None) -> tuple[Any, Any]:
     """Return a run as KFP's API has it, and the view of it."""
     from tuneline.pipelines.kfp_client import runs
     from tuneline.pipelines.run_view import find_kube, view
@@ -240,8 +240,8 @@ def _print_notes(view: Any) -> None:
     """Print what could not be read, and why."""
     if view.kube is None:
         say(
-            "note: causes that only Kubernetes knows are not shown, because it cannot be reached or "
-            "does not show the run's pods: set KUBECONFIG"
+            "note: causes that only Kubernetes knows are not shown, because it cannot be reached "
+            "or does not show the run's pods: set KUBECONFIG"
         )
     if view.is_deleted and view.has_ended:
         say(

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from tuneline.pipelines.lint.secrets import mask_within
+from tuneline.runtime.attempt_causes import explain_attempt
 from tuneline.runtime.causes import CAUSES, Cause
+from tuneline.runtime.kfp_run import Attempt
 
 MAX_EVIDENCE = 400
 """Longest evidence, in characters."""
@@ -31,12 +33,6 @@ QUEUED = Cause(
     "The pod is waiting in its queue; nothing is wrong.",
     "Wait: Kueue admits the pod when capacity is free. `kubectl get workloads` shows its position.",
 )
-CONFIG = Cause(
-    "container config",
-    "",
-    "The pod refers to a secret or config map that does not exist in the namespace.",
-    "Create the secret or config map that the evidence names, or remove it from placement.",
-)
 ORPHAN = Cause(
     "orphan",
     "",
@@ -58,11 +54,12 @@ CANCELLED = Cause(
     "`tuneline resume RUN` runs the steps that were stopped again; train continues from its last "
     "checkpoint.",
 )
-UNKNOWN = Cause(
-    "unknown",
+FAILED = Cause("failed", "", "The TrainJob failed.", "Read the log of train.")
+TOLD = Cause(
+    "diagnose",
     "",
-    "The step exited with an error.",
-    "Read the end of its log: `tuneline logs RUN STEP`.",
+    "The run's exit handler said why, while the pods were there.",
+    "The evidence says what to change.",
 )
 GONE = Cause(
     "unknown",
@@ -71,6 +68,25 @@ GONE = Cause(
     "Run the recipe again and call `tuneline doctor` within an hour of the failure, before KFP "
     "deletes the pods.",
 )
+
+
+def explained(attempt: Attempt, evidence: str = "") -> Finding:
+    """Return the finding of what Kubernetes, Argo and the step itself say about an attempt.
+
+    Args:
+        attempt: the attempt.
+        evidence: text that shows the cause; "": what the attempt has.
+    """
+    explanation = explain_attempt(attempt)
+    code = f"exit code {attempt.exit_code}" if attempt.exit_code is not None else ""
+    ending = attempt.ending
+    if ending is not None and ending.error:
+        name, text = ending.error, f"{ending.error}: {ending.text}"
+    else:
+        name = attempt.reason if attempt.reason not in ("", "Error") else code or "unknown"
+        text = ", ".join(part for part in (attempt.reason, code, attempt.message) if part)
+    cause = Cause(name, "", mask_within(explanation.cause), mask_within(explanation.advice))
+    return finding(attempt.step, cause, evidence or text)
 
 
 def finding(step: str, cause: Cause, evidence: str) -> Finding:

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from tuneline.errors import ClusterError, CredentialsError
-from tuneline.pipelines.doctor.finding import ORPHAN, QUEUED, UNKNOWN, Finding, finding
+from tuneline.pipelines.doctor.finding import FAILED, ORPHAN, QUEUED, Finding, explained, finding
 from tuneline.pipelines.doctor.log_errors import find_error
-from tuneline.pipelines.doctor.pods import explain_reason
 from tuneline.pipelines.kube import Kube
 from tuneline.pods import QUEUE_LABEL, RUN_LABEL
 from tuneline.runtime.causes import find_cause
+from tuneline.runtime.kfp_run import Attempt
 from tuneline.runtime.pod_ending import ending_of_pod
 from tuneline.train.trainjob.client import JOBSET_LABEL
 from tuneline.train.trainjob.manifest import CONTAINER, HEARTBEAT
@@ -37,7 +37,7 @@ def _examine(kube: Kube, job: dict[str, Any]) -> Iterator[Finding]:
     if "Failed" in now:
         parts = filter(None, (now["Failed"].get(key) for key in ("reason", "message")))
         message = f"trainjob {name}: {': '.join(parts)}"
-        yield _of_pods(kube, name) or finding("train", find_cause(message) or UNKNOWN, message)
+        yield _of_pods(kube, name) or finding("train", find_cause(message) or FAILED, message)
     elif "Suspended" in now:
         queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL, "unknown")
         since = now["Suspended"].get("lastTransitionTime")
@@ -59,10 +59,17 @@ def _of_pods(kube: Kube, name: str) -> Finding | None:
         if pod.get("status", {}).get("phase") != "Failed":
             continue
         ending = ending_of_pod(pod)
-        found = explain_reason("train", ending.reason, ending.message, pod=pod, kube=kube)
-        if found is None:
-            log = kube.log(pod["metadata"]["name"], CONTAINER)
-            found = find_error("train", log) if log else None
-        if found is not None:
-            return found
+        pod_name = pod["metadata"]["name"]
+        attempt = Attempt(
+            step="train",
+            state="failed",
+            pod=pod_name,
+            reason=ending.reason,
+            exit_code=ending.exit_code,
+            message=ending.message,
+            ending=ending.ending,
+        )
+        log = kube.log(pod_name, CONTAINER)
+        found = find_error("train", log) if log and ending.reason in ("", "Error") else None
+        return found or explained(attempt)
     return None

@@ -117,7 +117,7 @@ class _Walk:
             yield from self.dag(group, inner, (*each, ".iteration-item"), item, is_conditional)
 
     def _template(self, task: dict[str, Any], component: dict[str, Any]) -> str:
-        metadata = self.executors.get(component.get("executorLabel"), {}).get("podMetadata")
+        metadata = self.executors.get(component.get("executorLabel", ""), {}).get("podMetadata")
         template = "system-container-impl"
         if "retryPolicy" in task:
             template = f"retry-{template}"
@@ -132,7 +132,9 @@ def _ordered(tasks: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     left = dict(tasks)
     while left:
         ready = [
-            key for key, task in left.items() if not left.keys() & set(task.get("dependentTasks", []))
+            key
+            for key, task in left.items()
+            if not left.keys() & set(task.get("dependentTasks", []))
         ]
         for key in ready:
             yield key, left.pop(key)

@@ -103,4 +103,3 @@ def _hash(text: str) -> int:
     for byte in text.encode():
         value = (value ^ byte) * 16777619 & 0xFFFFFFFF
     return value
-
