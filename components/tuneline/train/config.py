@@ -176,9 +176,14 @@ class TrainConfig(StrictModel):
     price_per_hour: float | None = Field(default=None, ge=0)
     """Price of one GPU (or of the machine, without GPUs) per hour, in any currency. If set, the
     training summary contains the cost of the run."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often the step continues from its last checkpoint in new processes after a rank died, or
+    failed with an error of the GPU, its driver or the connection between ranks. An error that comes
+    again at the same optimizer step ends the run. 0: any such error ends the run."""
     checkpoint_minutes: float = Field(default=10.0, ge=0)
-    """Minutes between two checkpoints. 0: write one after every step. One is always written on
-    SIGTERM."""
+    """Minutes between two checkpoints, and so the most work that is lost if a pod disappears or a
+    run is cancelled. 0: write one after every step. Where a process has time to end, as on one
+    machine, one is also written on SIGTERM."""
     seed: int = 3407
     """Seed of the adapter's initial weights, the order of examples, and dropout."""
 

@@ -21,7 +21,8 @@ from tuneline.errors import DataError, RecipeError, StoppedError, TrainingError
 from tuneline.runtime.stop_request import StopRequest
 from tuneline.train import TrainConfig
 from tuneline.train.checkpoints import CheckpointStore
-from tuneline.train.ranks.launch import _failure, choose_num_ranks, run_on_ranks
+from tuneline.train.ranks.faults import failure
+from tuneline.train.ranks.launch import choose_num_ranks, run_on_ranks
 from tuneline.train.ranks.process import OutOfMemory, StartAgain
 from tuneline.train.ranks.zero2 import is_wanted, zero2_config
 from tuneline.train.run import run
@@ -83,6 +84,7 @@ def job(tmp_path, tiny_model_dir, dataset_dir, answer_rows):
                 tokenizer=AutoTokenizer.from_pretrained(str(tiny_model_dir)),
             ),
             "num_out_of_memory": 0,
+            "num_restarts": 0,
             "carried": {},
             "directory": where / "adapter",
             "work_dir": where / "work",
@@ -289,14 +291,14 @@ def test_the_rank_that_failed_first_is_named(tmp_path):
         for number, (kind, message, moment) in enumerate(kinds.values()):
             record = {"kind": kind, "message": message, "time": moment}
             (tmp_path / f"rank-{number}.error").write_text(json.dumps(record))
-        return _failure(tmp_path, 2, StopRequest())
+        return failure(tmp_path, 2, StopRequest())
 
     lost = ("Exception", "RuntimeError: connection closed by peer", 2.0)
-    failure = errors(first=lost, second=("Exception", "ValueError: its own", 1.0))
-    assert str(failure) == "rank 1 of 2 failed: ValueError: its own, so the other ranks were killed"
+    first = errors(first=lost, second=("Exception", "ValueError: its own", 1.0))
+    assert str(first) == "rank 1 of 2 failed: ValueError: its own, so the other ranks were killed"
     # A sentence for people goes before what it led to.
-    failure = errors(first=lost, second=("DataError", "there is no row", 3.0))
-    assert isinstance(failure, DataError) and str(failure) == "there is no row"
+    first = errors(first=lost, second=("DataError", "there is no row", 3.0))
+    assert isinstance(first, DataError) and str(first) == "there is no row"
     assert isinstance(errors(a=lost, b=("OutOfMemory", "full", 3.0)), OutOfMemory)
     again = errors(a=("StartAgain", '{"num_rollbacks": 1}', 1.0), b=lost)
     assert isinstance(again, StartAgain) and again.carried == {"num_rollbacks": 1}
