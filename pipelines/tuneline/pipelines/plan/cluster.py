@@ -11,6 +11,7 @@ from tuneline.kinds import EXPORT_KINDS
 from tuneline.pipelines.kube import Kube, Refused, Right
 from tuneline.pipelines.needs import needs_of
 from tuneline.pipelines.plan.check import Check, Verdict
+from tuneline.pipelines.plan.controller import check_retries
 from tuneline.pipelines.plan.registry import Unknown, has_image
 from tuneline.placement import quantity_value
 from tuneline.pods import PRODUCT_LABEL
@@ -315,4 +316,5 @@ _CHECKS: dict[str, Callable[[Recipe, Kube], Iterator[Check]]] = {
     "quota": _quota,
     "nodes": _nodes,
     "images": _images,
+    "retries": check_retries,
 }
