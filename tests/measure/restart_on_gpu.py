@@ -98,7 +98,8 @@ def _compare(
         (work / run.name / "adapter" / "adapter_model.safetensors").read_bytes()
         for run in (whole, found)
     ]
-    steps = [f"step {at}:" in line for at, line in zip((CUDA_FAULT_AT, KILL_AT), continued)]
+    expected = zip((CUDA_FAULT_AT, KILL_AT), continued, strict=False)
+    steps = [f"step {at}:" in line for at, line in expected]
     checks: list[tuple[str, str, bool | None]] = [
         ("restarts", f"{count} of 2", count == 2 and len(continued) == 2 and all(steps)),
         (
@@ -118,7 +119,8 @@ def _compare(
             )
         )
     say(
-        f"\n{num_ranks} rank(s), {whole.seconds:.0f} s undisturbed, {found.seconds:.0f} s with faults"
+        f"\n{num_ranks} rank(s): {whole.seconds:.0f} s undisturbed, "
+        f"{found.seconds:.0f} s with faults"
     )
     for line in continued:
         say(f"    {line[:300]}")
