@@ -21,6 +21,8 @@ from tuneline.train.trainjob.manifest import GROUP, PLURAL, VERSION
 
 BACKOFF_SECONDS = 1.0
 """Unit of the pauses before the six retries, which are 0, 2, 4, 8, 16 and 32 units long."""
+CONTROLLER_SETTINGS = "workflow-controller-configmap"
+CONTROLLER_NAMESPACE = "kubeflow"
 LOG_LINES = 200
 """Lines at the end of a container's log that are read."""
 
@@ -148,6 +150,20 @@ class Kube:
                     return queue
         return None
 
+    def controller_settings(self) -> dict[str, str] | None:
+        """Return the settings of Argo's workflow controller; None if there is no ConfigMap.
+
+        The controller runs in the namespace itself, or in that of Kubeflow.
+        """
+        for namespace in dict.fromkeys((self.namespace, CONTROLLER_NAMESPACE)):
+            with self._explained(f"configmap {CONTROLLER_SETTINGS}", namespace):
+                found = _or_none(
+                    self._core.read_namespaced_config_map, CONTROLLER_SETTINGS, namespace
+                )
+            if found is not None:
+                return dict(found.data or {})
+        return None
+
     def quotas(self) -> list[Any]:
         """Return the namespace's resource quotas."""
         with self._explained("resourcequotas"):
@@ -265,14 +281,15 @@ class Kube:
                     yield rest.decode("utf-8", "replace")
 
     @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
+    def _explained(self, what: str, namespace: str | None = None) -> Iterator[None]:
         try:
             yield
         except client.ApiException as error:
             if error.status in (401, 403):
                 raise Refused(
                     f"Kubernetes at {self.host} refuses to show {what} in namespace "
-                    f"{self.namespace} ({error.status}): log in again, or request the permission"
+                    f"{namespace or self.namespace} ({error.status}): log in again, or request "
+                    "the permission"
                 ) from None
             raise ClusterError(
                 f"Kubernetes at {self.host} answered {error.status} when asked for {what}: "

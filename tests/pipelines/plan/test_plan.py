@@ -3,6 +3,7 @@
 The client is the unmodified one, the server tests/support/kube_server.py; no cluster was there.
 """
 
+import json
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -327,6 +329,9 @@ NODE = {
 }
 
 
+CONTROLLER = Path(__file__).parents[2] / "data/kfp-2.17/workflow-controller-configmap.json"
+
+
 @pytest.fixture
 def cluster(kube_server: Any) -> Any:
     """A cluster that has everything."""
@@ -348,6 +353,9 @@ def cluster(kube_server: Any) -> Any:
     kube_server.put("nodes", "gpu-1", **NODE)
     # It has the images, and no GPU.
     kube_server.put("nodes", "cpu-1", status={"images": ALL_IMAGES})
+    # As KFP 2.17.0 ships it.
+    settings = json.loads(CONTROLLER.read_text(encoding="utf-8"))
+    kube_server.put("configmaps", settings["metadata"]["name"], data=settings["data"])
     return kube_server
 
 
@@ -373,6 +381,13 @@ def test_a_cluster_that_has_everything(cluster: Any) -> None:
 def without(plural: str, name: str) -> Any:
     where = "" if plural in ("nodes", "customresourcedefinitions") else "kubeflow"
     return lambda server: server.objects.pop((plural, where, name))
+
+
+def controller(strategy: dict[str, str] | None) -> Any:
+    """Give the workflow controller another retry strategy as its default."""
+    defaults = {"spec": {"templateDefaults": {"retryStrategy": strategy}} if strategy else {}}
+    data = {"workflowDefaults": yaml.safe_dump(defaults)}
+    return lambda server: server.put("configmaps", "workflow-controller-configmap", data=data)
 
 
 def changed(plural: str, name: str, **parts: Any) -> Any:
@@ -466,6 +481,24 @@ FAULTS = {
     "limit ranges may not be read": (
         lambda server: server.forbidden.add("list limitranges"),
         "disk", "unknown", "at most 57 GB, by publish; ",
+    "no controller to be seen": (
+        without("configmaps", "workflow-controller-configmap"),
+        "retries", "unknown", "there is no ConfigMap workflow-controller-configmap",
+    ),
+    "its settings may not be read": (
+        lambda server: server.forbidden.add("get configmaps"),
+        "retries", "unknown", "refuses to show configmap workflow-controller-configmap",
+    ),
+    "failed steps are retried": (
+        controller({"limit": "2", "retryPolicy": "Always"}),
+        "retries", "warn", "(retryPolicy Always), and retries multiply: train up to (2 + 1) x 3 t",
+    ),
+    "failed steps are retried without a limit": (
+        controller({"retryPolicy": "Always"}),
+        "retries", "warn", "train up to (2 + 1) x any number of times",
+    ),
+    "pods that disappeared are not made again": (
+        controller(None), "retries", "warn", "not make a pod again that disappeared (retryPolicy On"
     ),
     "logs may not be read": (
         lambda server: server.forbidden.add("get pods/log"),
