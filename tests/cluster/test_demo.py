@@ -11,6 +11,9 @@ from real_cluster import Cluster, Run
 
 from tuneline.pods import CACHE_PATH
 
+# With `-n 3 --dist loadgroup` one process runs them all, so that the demo runs only twice.
+pytestmark = pytest.mark.xdist_group("demo")
+
 GGUF = ("f16", "q8_0", "q5_k_m", "q4_k_m")
 UP_TO_GATE = (
     *("fetch", "prepare", "evaluate base", "train", "merge", "evaluate tuned", "gate"),

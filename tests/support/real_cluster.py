@@ -12,24 +12,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import kfp
 import kfp_server_api
+from claim_pod import claim_pod
 from kubernetes import client, config
 
 from tuneline import images
-from tuneline.pods import CACHE_PATH, RUN_LABEL, STEP_LABEL
+from tuneline.pods import RUN_LABEL, STEP_LABEL
 from tuneline.runtime.termination import Ending, decode
 
 T = TypeVar("T")
 
 FINISHED = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
 POLL_SECONDS = 5
-LONG_SECONDS = 1500
-"""Time limit of a run. A small run takes three minutes on two idle cores."""
+LONG_SECONDS = 3600
+"""Time limit of a run. A small run takes four minutes on two idle cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,40 +116,17 @@ class Cluster:
 
     def run_on_claim(self, script: str) -> str:
         """Run a shell script in a pod that has the cache claim, and return what it prints."""
+        image = images.in_registry(images.LIGHT, self.registry)
         core, namespace = self.core, self.pod_namespace
-        container = {
-            "name": "main",
-            "image": images.in_registry(images.LIGHT, self.registry),
-            "command": ["sh", "-ec", script],
-            "volumeMounts": [{"name": "cache", "mountPath": CACHE_PATH}],
-            "resources": {
-                "requests": {"cpu": "50m", "memory": "32Mi"},
-                "limits": {"cpu": "1", "memory": "128Mi"},
-            },
-            "securityContext": {
-                "allowPrivilegeEscalation": False,
-                "capabilities": {"drop": ["ALL"]},
-            },
-        }
-        spec = {
-            "restartPolicy": "Never",
-            "containers": [container],
-            "volumes": [{"name": "cache", "persistentVolumeClaim": {"claimName": self.claim}}],
-            "securityContext": {
-                "runAsUser": images.USER_ID,
-                "runAsNonRoot": True,
-                "seccompProfile": {"type": "RuntimeDefault"},
-            },
-        }
-        pod = {"metadata": {"generateName": "tuneline-e2e-"}, "spec": spec}
-        name = core.create_namespaced_pod(namespace, pod).metadata.name
+        pod = core.create_namespaced_pod(namespace, claim_pod(self.claim, image, script))
+        name = pod.metadata.name
 
         def ended() -> str | None:
             phase = str(core.read_namespaced_pod(name, namespace).status.phase)
             return phase if phase in ("Succeeded", "Failed") else None
 
         try:
-            phase = until(ended, f"pod {name} to end", seconds=180, every=1)
+            phase = until(ended, f"pod {name} to end", seconds=600, every=1)
             text = str(core.read_namespaced_pod_log(name, namespace))
             assert phase == "Succeeded", text
             return text
@@ -178,7 +156,6 @@ class Run:
     cluster: Cluster
     run_id: str
     name: str
-    started: float = field(default_factory=time.monotonic, compare=False)
 
     def state(self) -> str:
         """Return the state that the KFP API reports."""
