@@ -481,6 +481,7 @@ FAULTS = {
     "limit ranges may not be read": (
         lambda server: server.forbidden.add("list limitranges"),
         "disk", "unknown", "at most 57 GB, by publish; ",
+    ),
     "no controller to be seen": (
         without("configmaps", "workflow-controller-configmap"),
         "retries", "unknown", "there is no ConfigMap workflow-controller-configmap",
