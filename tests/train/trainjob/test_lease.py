@@ -50,17 +50,22 @@ def test_without_a_launchers_file_there_is_no_watch(
         assert not stop.is_made
 
 
-def test_a_process_that_is_still_loading_ends_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("handler", "code"), [("SIG_DFL", -15), ("SIG_IGN", 143)])
+def test_a_process_that_is_loading_or_does_not_answer_ends_too(
+    tmp_path: Path, handler: str, code: int
+) -> None:
     shared = SharedDirectory(tmp_path)
     shared.beat()
     program = (
-        "import sys, time\nfrom pathlib import Path\n"
+        "import signal, sys, time\nfrom pathlib import Path\n"
         "from tuneline.train.ranks.nodes import SharedDirectory\n"
         "from tuneline.train.trainjob.lease import stop_without_launcher\n"
+        # The first process of a container ignores signals by default.
+        f"signal.signal(signal.SIGTERM, signal.{handler})\n"
         "shared = SharedDirectory(Path(sys.argv[1]))\n"
         "stop_without_launcher(shared, seconds=0.1, poll_seconds=0.02)\n"
         "time.sleep(60)\n"
     )
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
-    assert done.returncode == -15 and time.monotonic() - started < 50
+    assert done.returncode == code and time.monotonic() - started < 50

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 
+from tuneline.errors import StoppedError
 from tuneline.train.ranks.nodes import SharedDirectory
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,8 @@ def stop_without_launcher(
 ) -> threading.Event:
     """Watch for the launcher in a thread, and stop this process by SIGTERM if it is gone.
 
-    A directory to which no launcher has written is not watched.
+    If the process has not ended after the same time again, it ends without a checkpoint. A
+    directory to which no launcher has written is not watched.
 
     Args:
         shared: Directory in which the launcher writes its beats.
@@ -52,6 +54,9 @@ def stop_without_launcher(
                     seconds,
                 )
                 os.kill(os.getpid(), signal.SIGTERM)
+                # The first process of a container ignores a signal for which it has no handler.
+                if not ended.wait(seconds):
+                    os._exit(StoppedError.exit_code)
                 return
 
     threading.Thread(target=watch, daemon=True, name="lease").start()
