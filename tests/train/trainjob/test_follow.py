@@ -290,6 +290,18 @@ def test_an_api_that_is_away_for_a_minute(world: World, caplog: Any) -> None:
     assert ": retrying" in caplog.text
 
 
+def test_the_launcher_beats_in_every_round_also_while_the_api_is_away(world: World) -> None:
+    beats = set()
+    world.after(10, world.pods)
+    for number in range(4):
+        world.after(10, lambda: beats.add(world.shared.last_beat()))
+        if number == 1:
+            world.after(0, lambda: setattr(world.server, "down", 2))
+    world.after(10, lambda: world.condition("Complete"))
+    world.launcher.run()
+    assert len(beats) == 4 and None not in beats
+
+
 def test_an_api_that_stays_away(world: World) -> None:
     world.then(0, "running")
     world.after(30, lambda: setattr(world.server, "down", 10**6))

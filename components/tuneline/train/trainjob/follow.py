@@ -208,6 +208,7 @@ class Launcher:
                         "continues: run the step again, and it follows the job"
                     ) from None
                 logger.warning("%s: retrying", error)
+                self._shared.beat()
                 self._wait(POLL_SECONDS)
             else:
                 self._last_answer = self._now()
@@ -215,6 +216,7 @@ class Launcher:
 
     def _beat(self) -> None:
         """Write a heartbeat if one is due; if the API is unavailable, the next round retries."""
+        self._shared.beat()
         if self._now() - self._last_heartbeat >= SECONDS_BETWEEN_HEARTBEATS:
             moment = datetime.datetime.fromtimestamp(self._now(), datetime.UTC)
             with contextlib.suppress(ApiUnavailable):
