@@ -1,4 +1,4 @@
-"""Read from a Kubernetes API with the official client, and change the workflow of a run.
+"""Read from a Kubernetes API with the official client; nothing is written.
 
 Requests to a server that is unreachable are repeated for about a minute.
 """
@@ -7,7 +7,7 @@ import contextlib
 import json
 import socket
 import urllib.parse
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +15,6 @@ import urllib3
 from kubernetes import client
 
 from tuneline.errors import ClusterError, CredentialsError
-from tuneline.runtime.kfp_run import NODE_ID
 from tuneline.runtime.kubernetes_client import connect
 from tuneline.train.trainjob.manifest import GROUP, PLURAL, VERSION
 
@@ -40,8 +39,8 @@ class Kube:
         self.namespace = namespace
         self._api = connect(context=context, num_retries=6, backoff_seconds=BACKOFF_SECONDS)
         self.host = self._api.configuration.host
-        self._core = _apis.CoreV1Api(self._api)
-        self._custom = _apis.CustomObjectsApi(self._api)
+        self.core = _apis.CoreV1Api(self._api)
+        self.custom = _apis.CustomObjectsApi(self._api)
 
     def answers(self, seconds: float) -> bool:
         """Return whether the server accepts a connection within `seconds`.
@@ -58,7 +57,7 @@ class Kube:
 
     def version(self) -> str:
         """Return the server's version, e.g. v1.32.4."""
-        with self._explained("its version"):
+        with self.explained("its version"):
             version: str = _apis.VersionApi(self._api).get_code().git_version
         return version
 
@@ -77,7 +76,7 @@ class Kube:
             subresource=right.subresource,
         )
         reviews = _apis.AuthorizationV1Api(self._api)
-        with self._explained("access rules"):
+        with self.explained("access rules"):
             if account is None:
                 review = reviews.create_self_subject_access_review(
                     client.V1SelfSubjectAccessReview(
@@ -109,7 +108,7 @@ class Kube:
         Args:
             crd: full name, e.g. trainjobs.trainer.kubeflow.org.
         """
-        with self._explained(f"customresourcedefinition {crd}"):
+        with self.explained(f"customresourcedefinition {crd}"):
             try:
                 definition = _apis.ApiextensionsV1Api(self._api).read_custom_resource_definition(
                     crd
@@ -122,26 +121,24 @@ class Kube:
 
     def secret_names(self) -> set[str]:
         """Return the names of the namespace's secrets; the contents are discarded."""
-        with self._explained("secrets"):
+        with self.explained("secrets"):
             return {
                 secret.metadata.name
-                for secret in self._core.list_namespaced_secret(self.namespace).items
+                for secret in self.core.list_namespaced_secret(self.namespace).items
             }
 
     def claim(self, name: str) -> Any | None:
         """Return a PersistentVolumeClaim; None if it does not exist."""
-        with self._explained(f"persistentvolumeclaim {name}"):
-            return _or_none(
-                self._core.read_namespaced_persistent_volume_claim, name, self.namespace
-            )
+        with self.explained(f"persistentvolumeclaim {name}"):
+            return or_none(self.core.read_namespaced_persistent_volume_claim, name, self.namespace)
 
     def local_queue(self, name: str) -> dict[str, Any] | None:
         """Return a Kueue LocalQueue; None if it does not exist."""
-        with self._explained(f"localqueue {name}"):
+        with self.explained(f"localqueue {name}"):
             # Kueue before 0.14 serves only v1beta1, which later versions will no longer serve.
             for version in ("v1beta2", "v1beta1"):
-                queue: dict[str, Any] | None = _or_none(
-                    self._custom.get_namespaced_custom_object,
+                queue: dict[str, Any] | None = or_none(
+                    self.custom.get_namespaced_custom_object,
                     *("kueue.x-k8s.io", version, self.namespace, "localqueues", name),
                 )
                 if queue is not None:
@@ -150,64 +147,40 @@ class Kube:
 
     def quotas(self) -> list[Any]:
         """Return the namespace's resource quotas."""
-        with self._explained("resourcequotas"):
-            quotas: list[Any] = self._core.list_namespaced_resource_quota(self.namespace).items
+        with self.explained("resourcequotas"):
+            quotas: list[Any] = self.core.list_namespaced_resource_quota(self.namespace).items
         return quotas
 
     def limit_ranges(self) -> list[Any]:
         """Return the namespace's limit ranges."""
-        with self._explained("limitranges"):
-            found: list[Any] = self._core.list_namespaced_limit_range(self.namespace).items
+        with self.explained("limitranges"):
+            found: list[Any] = self.core.list_namespaced_limit_range(self.namespace).items
         return found
 
     def nodes(self) -> list[Any]:
         """Return the cluster's nodes."""
-        with self._explained("nodes"):
-            nodes: list[Any] = self._core.list_node().items
+        with self.explained("nodes"):
+            nodes: list[Any] = self.core.list_node().items
         return nodes
 
     def pods(self, selector: str) -> list[dict[str, Any]]:
         """Return the pods that a label selector matches, as the API writes them."""
-        with self._explained("pods"):
-            return _items(self._core.list_namespaced_pod, self.namespace, label_selector=selector)
+        with self.explained("pods"):
+            return _items(self.core.list_namespaced_pod, self.namespace, label_selector=selector)
 
     def workflows(self, selector: str) -> list[dict[str, Any]]:
         """Return the Argo workflows that a label selector matches."""
-        with self._explained("workflows"):
-            workflows: list[dict[str, Any]] = self._custom.list_namespaced_custom_object(
+        with self.explained("workflows"):
+            workflows: list[dict[str, Any]] = self.custom.list_namespaced_custom_object(
                 "argoproj.io", "v1alpha1", self.namespace, "workflows", label_selector=selector
             )["items"]
         return workflows
 
-    def patch_workflow(self, name: str, patch: dict[str, Any]) -> None:
-        """Apply a merge patch to an Argo workflow."""
-        with self._explained(f"a change of workflow {name}"):
-            self._custom.patch_namespaced_custom_object(
-                "argoproj.io", "v1alpha1", self.namespace, "workflows", name, patch
-            )
-
-    def delete_pods(self, selector: str, *, nodes: Collection[str]) -> None:
-        """Delete the pods of some nodes of an Argo workflow.
-
-        Args:
-            selector: label selector of the workflow's pods.
-            nodes: IDs of the nodes.
-        """
-        for pod in self.pods(selector):
-            metadata = pod["metadata"]
-            if metadata.get("annotations", {}).get(NODE_ID) in nodes:
-                with self._explained(f"the deletion of pod {metadata['name']}"):
-                    _or_none(
-                        self._core.delete_namespaced_pod,
-                        *(metadata["name"], self.namespace),
-                        _preload_content=False,
-                    )
-
     def trainjobs(self, selector: str) -> list[dict[str, Any]]:
         """Return the TrainJobs that a label selector matches; none if Trainer is not installed."""
-        with self._explained("trainjobs"):
+        with self.explained("trainjobs"):
             try:
-                jobs: list[dict[str, Any]] = self._custom.list_namespaced_custom_object(
+                jobs: list[dict[str, Any]] = self.custom.list_namespaced_custom_object(
                     GROUP, VERSION, self.namespace, PLURAL, label_selector=selector
                 )["items"]
                 return jobs
@@ -218,9 +191,9 @@ class Kube:
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """Return the events about the object of a name, e.g. a pod, the newest last."""
-        with self._explained("events"):
+        with self.explained("events"):
             events = _items(
-                self._core.list_namespaced_event,
+                self.core.list_namespaced_event,
                 self.namespace,
                 field_selector=f"involvedObject.name={name}",
             )
@@ -234,9 +207,9 @@ class Kube:
             container: name of the container.
             lines: number of lines at the end; None: the whole log.
         """
-        with self._explained(f"the log of pod {pod}"):
+        with self.explained(f"the log of pod {pod}"):
             try:
-                text: str = self._core.read_namespaced_pod_log(
+                text: str = self.core.read_namespaced_pod_log(
                     pod,
                     self.namespace,
                     container=container,
@@ -251,8 +224,8 @@ class Kube:
 
     def follow(self, pod: str, container: str) -> Iterator[str]:
         """Yield the lines of a container's log as they are written, until the container ends."""
-        with self._explained(f"the log of pod {pod}"):
-            response = self._core.read_namespaced_pod_log(
+        with self.explained(f"the log of pod {pod}"):
+            response = self.core.read_namespaced_pod_log(
                 pod, self.namespace, container=container, follow=True, _preload_content=False
             )
             with contextlib.closing(response):
@@ -265,7 +238,8 @@ class Kube:
                     yield rest.decode("utf-8", "replace")
 
     @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
+    def explained(self, what: str) -> Iterator[None]:
+        """Translate the client's exceptions into sentences about a request for `what`."""
         try:
             yield
         except client.ApiException as error:
@@ -311,7 +285,7 @@ def _items(call: Any, *arguments: Any, **named: Any) -> list[dict[str, Any]]:
     return items
 
 
-def _or_none(call: Any, *arguments: Any, **named: Any) -> Any | None:
+def or_none(call: Any, *arguments: Any, **named: Any) -> Any | None:
     """Return the result of a call; None if the object does not exist."""
     try:
         return call(*arguments, **named)

@@ -41,9 +41,11 @@ def status(
 
     client = connection.connect(host)
     if run is None:
-        table = Table("run", "state", "created", Column("ID", no_wrap=True, min_width=36), box=None)
+        table = Table(Column("run", overflow="fold"), box=None)
+        for name in ("state", "created", "ID"):
+            table.add_column(name, no_wrap=True)
         for recent in runs.recent_runs(client, namespace=namespace):
-            created = _format_time(recent.created_at)
+            created = _format_time(recent.created_at)[: len("2026-11-27 10:34")]
             table.add_row(recent.display_name, progress.state_of(recent), created, recent.run_id)
         console.print(table)
         return
