@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 
 from tuneline.artifacts import DatasetManifest, LengthStatistics
+from tuneline.images import REGISTRY
 
 # Tests that load a model, interpret kernels, or start many processes and servers.
 HEAVY_FIXTURES = {"smollm2_dir"}
@@ -24,6 +25,33 @@ HEAVY_PATHS = tuple(
         *("pipelines/test_gitops.py", "pipelines/test_kube_server.py"),
     )
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the end-to-end tests (tests/cluster)."""
+    group = parser.getgroup("cluster", "end-to-end tests on a cluster (-m cluster)")
+    add = group.addoption
+    add("--kfp-host", metavar="URL", help="URL of the KFP API")
+    add("--kubeconfig", metavar="FILE", help="kubeconfig; default: that of kubectl")
+    add("--kfp-namespace", metavar="NAME", help="your namespace, if your Kubeflow uses profiles")
+    add("--kfp-registry", metavar="NAME", default=REGISTRY, help="placement.registry of the runs")
+    add("--kfp-account", metavar="NAME", default="tuneline-runner", help="service account")
+    add("--kfp-claim", metavar="NAME", default="tuneline-model-cache", help="cache claim")
+    add("--kfp-shared-claim", metavar="NAME", default="tuneline-shared", help="shared claim")
+    add(
+        "--kfp-set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override a key of every recipe, e.g. placement.profile=small; can be repeated",
+    )
+    add("--kfp-session", metavar="NAME", help="share KFP's cache with the session of this name")
+    add("--kfp-figures", metavar="FILE", help="Markdown file for the demo's times and pod sizes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker of the end-to-end tests that need Kubeflow Trainer."""
+    config.addinivalue_line("markers", "trainer: needs Kubeflow Trainer on the cluster")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -261,7 +261,10 @@ class TrainingSummary(Record):
     """How often training went back to a checkpoint, with a lower learning rate, after several
     skipped steps."""
     num_resumptions: int = 0
-    """How often training resumed from a checkpoint after an interruption."""
+    """How often training resumed from a checkpoint after an interruption, restarts included."""
+    num_restarts: int = 0
+    """How often the step started new processes because a rank had died, or had failed with an error
+    of the GPU, its driver or the connection between ranks."""
     base_sha256: str
     dataset_sha256: str
 

@@ -86,7 +86,10 @@ class StepPlacement(StrictModel):
     timeout_hours: float | None = Field(default=None, gt=0)
     """Hours after which the pod is ended; the time that it waits for a node does not count."""
     num_retries: int | None = Field(default=None, ge=0, le=10)
-    """Retries after the first attempt, 30 seconds to 10 minutes apart."""
+    """Retries of a pod that disappeared because its node was drained or lost or the pod was
+    preempted. The pause before the first is 30 seconds, and each further pause is twice as long.
+    KFP 2.17 does not run a process again that failed: a step waits out faults of the network
+    itself, and train.max_restarts covers faults of GPUs."""
 
     @model_validator(mode="after")
     def _requests_fit_limits(self) -> Self:

@@ -29,6 +29,7 @@ RESOURCES = {
     "pods": ("", "v1", "Pod", True),
     "events": ("", "v1", "Event", True),
     "secrets": ("", "v1", "Secret", True),
+    "configmaps": ("", "v1", "ConfigMap", True),
     "nodes": ("", "v1", "Node", False),
     "persistentvolumeclaims": ("", "v1", "PersistentVolumeClaim", True),
     "resourcequotas": ("", "v1", "ResourceQuota", True),

@@ -8,7 +8,8 @@ pods. It was tried on Argo 4.0.5.
 
 from typing import Any
 
-from tuneline.pipelines.kube import Kube, Right, or_none
+from tuneline.pipelines.kube import Kube
+from tuneline.pipelines.kube_api import Right, or_none
 from tuneline.pods import RUN_LABEL
 from tuneline.runtime.kfp_run import NODE_ID
 

@@ -1,67 +1,30 @@
-"""Read from a Kubernetes API with the official client; nothing is written.
-
-Requests to a server that is unreachable are repeated for about a minute.
-"""
+"""Read from a Kubernetes API; nothing is written."""
 
 import contextlib
-import json
-import socket
-import urllib.parse
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import urllib3
 from kubernetes import client
 
-from tuneline.errors import ClusterError, CredentialsError
-from tuneline.runtime.kubernetes_client import connect
+from tuneline.pipelines.kube_api import KubeApi, Right, apis, items, or_none
 from tuneline.train.trainjob.manifest import GROUP, PLURAL, VERSION
 
-BACKOFF_SECONDS = 1.0
-"""Unit of the pauses before the six retries, which are 0, 2, 4, 8, 16 and 32 units long."""
+CONTROLLER_SETTINGS = "workflow-controller-configmap"
+CONTROLLER_NAMESPACE = "kubeflow"
 LOG_LINES = 200
 """Lines at the end of a container's log that are read."""
 
-# Any, because the return types of the generated client are unions over all modes of a call.
-_apis = cast(Any, client)
 
-
-class Kube:
+class Kube(KubeApi):
     """One namespace of one cluster."""
-
-    def __init__(self, namespace: str, *, context: str | None = None) -> None:
-        """Read the credentials of the kubeconfig, or of the pod.
-
-        Raises:
-            UserError: there are no credentials, or they cannot be read.
-        """
-        self.namespace = namespace
-        self._api = connect(context=context, num_retries=6, backoff_seconds=BACKOFF_SECONDS)
-        self.host = self._api.configuration.host
-        self.core = _apis.CoreV1Api(self._api)
-        self.custom = _apis.CustomObjectsApi(self._api)
-
-    def answers(self, seconds: float) -> bool:
-        """Return whether the server accepts a connection within `seconds`.
-
-        A request of the Kubernetes client to an unreachable server would be retried for minutes.
-        """
-        address = urllib.parse.urlsplit(self.host)
-        port = address.port or (443 if address.scheme == "https" else 80)
-        try:
-            socket.create_connection((address.hostname or "", port), seconds).close()
-        except OSError:
-            return False
-        return True
 
     def version(self) -> str:
         """Return the server's version, e.g. v1.32.4."""
         with self.explained("its version"):
-            version: str = _apis.VersionApi(self._api).get_code().git_version
+            version: str = apis.VersionApi(self.api).get_code().git_version
         return version
 
-    def may(self, right: "Right", *, account: str | None = None) -> bool:
+    def may(self, right: Right, *, account: str | None = None) -> bool:
         """Return whether a right is granted in the namespace.
 
         Args:
@@ -75,7 +38,7 @@ class Kube:
             group=right.group,
             subresource=right.subresource,
         )
-        reviews = _apis.AuthorizationV1Api(self._api)
+        reviews = apis.AuthorizationV1Api(self.api)
         with self.explained("access rules"):
             if account is None:
                 review = reviews.create_self_subject_access_review(
@@ -110,9 +73,7 @@ class Kube:
         """
         with self.explained(f"customresourcedefinition {crd}"):
             try:
-                definition = _apis.ApiextensionsV1Api(self._api).read_custom_resource_definition(
-                    crd
-                )
+                definition = apis.ApiextensionsV1Api(self.api).read_custom_resource_definition(crd)
             except client.ApiException as error:
                 if error.status == 404:
                     return None
@@ -145,6 +106,20 @@ class Kube:
                     return queue
         return None
 
+    def controller_settings(self) -> dict[str, str] | None:
+        """Return the settings of Argo's workflow controller; None if there is no ConfigMap.
+
+        The controller runs in the namespace itself, or in that of Kubeflow.
+        """
+        for namespace in dict.fromkeys((self.namespace, CONTROLLER_NAMESPACE)):
+            with self.explained(f"configmap {CONTROLLER_SETTINGS}", namespace):
+                found = or_none(
+                    self.core.read_namespaced_config_map, CONTROLLER_SETTINGS, namespace
+                )
+            if found is not None:
+                return dict(found.data or {})
+        return None
+
     def quotas(self) -> list[Any]:
         """Return the namespace's resource quotas."""
         with self.explained("resourcequotas"):
@@ -166,7 +141,7 @@ class Kube:
     def pods(self, selector: str) -> list[dict[str, Any]]:
         """Return the pods that a label selector matches, as the API writes them."""
         with self.explained("pods"):
-            return _items(self.core.list_namespaced_pod, self.namespace, label_selector=selector)
+            return items(self.core.list_namespaced_pod, self.namespace, label_selector=selector)
 
     def workflows(self, selector: str) -> list[dict[str, Any]]:
         """Return the Argo workflows that a label selector matches."""
@@ -192,7 +167,7 @@ class Kube:
     def events(self, name: str) -> list[dict[str, Any]]:
         """Return the events about the object of a name, e.g. a pod, the newest last."""
         with self.explained("events"):
-            events = _items(
+            events = items(
                 self.core.list_namespaced_event,
                 self.namespace,
                 field_selector=f"involvedObject.name={name}",
@@ -236,60 +211,3 @@ class Kube:
                         yield line.decode("utf-8", "replace")
                 if rest:
                     yield rest.decode("utf-8", "replace")
-
-    @contextlib.contextmanager
-    def explained(self, what: str) -> Iterator[None]:
-        """Translate the client's exceptions into sentences about a request for `what`."""
-        try:
-            yield
-        except client.ApiException as error:
-            if error.status in (401, 403):
-                raise Refused(
-                    f"Kubernetes at {self.host} refuses to show {what} in namespace "
-                    f"{self.namespace} ({error.status}): log in again, or request the permission"
-                ) from None
-            raise ClusterError(
-                f"Kubernetes at {self.host} answered {error.status} when asked for {what}: "
-                f"{' '.join(str(error.reason).split())}"
-            ) from None
-        except urllib3.exceptions.HTTPError as error:
-            raise ClusterError(
-                f"Kubernetes cannot be reached at {self.host} ({type(error).__name__}): check the "
-                "network and the cluster in your kubeconfig"
-            ) from None
-
-
-class Refused(CredentialsError):
-    """The credentials are not allowed to see the object."""
-
-
-@dataclass(frozen=True)
-class Right:
-    """A right on a Kubernetes resource that a run, or a person who watches the run, needs."""
-
-    verb: str
-    resource: str
-    group: str = ""
-    subresource: str = ""
-
-    def __str__(self) -> str:
-        """Return the right in the form of the arguments of `kubectl auth can-i`."""
-        name = f"{self.resource}/{self.subresource}" if self.subresource else self.resource
-        return f"{self.verb} {name}{'.' if self.group else ''}{self.group}"
-
-
-def _items(call: Any, *arguments: Any, **named: Any) -> list[dict[str, Any]]:
-    """Return the items of a list as JSON; the client's own types lack fields that it ignores."""
-    response = call(*arguments, **named, _preload_content=False)
-    items: list[dict[str, Any]] = json.loads(response.data)["items"]
-    return items
-
-
-def or_none(call: Any, *arguments: Any, **named: Any) -> Any | None:
-    """Return the result of a call; None if the object does not exist."""
-    try:
-        return call(*arguments, **named)
-    except client.ApiException as error:
-        if error.status == 404:
-            return None
-        raise

@@ -3,6 +3,7 @@
 The client is the unmodified one, the server tests/support/kube_server.py; no cluster was there.
 """
 
+import json
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -17,7 +19,7 @@ from tuneline import images
 from tuneline.artifacts import DatasetManifest
 from tuneline.errors import ClusterError, RecipeError, UserError
 from tuneline.gpu_profiles import GPU_PROFILES
-from tuneline.pipelines import kube
+from tuneline.pipelines import kube, kube_api
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.cli.main import app
 from tuneline.pipelines.plan.check import Check
@@ -94,8 +96,10 @@ def test_several_gpus_divide_the_optimizer_and_the_time() -> None:
     assert len({each.gpu_hours for each in found}) == 1
     hours = [each.hours or 0 for each in found]
     assert hours[0] == pytest.approx(8 * hours[1]) == pytest.approx(16 * hours[2])
+    assert found[1].gpu_bytes == found[0].gpu_bytes
     # 8-bit moments on one; an eighth of fp32 gradients and moments on eight.
-    bytes_a_parameter = (found[0].gpu_bytes - found[1].gpu_bytes) / 41_943_040
+    zero2 = estimate(recipe(*steps, "placement.num_accelerators=8", "train.sharding=zero2"), LLAMA)
+    bytes_a_parameter = (found[0].gpu_bytes - zero2.gpu_bytes) / 41_943_040
     assert bytes_a_parameter == pytest.approx((4 + 2) - (4 + 8) / 8, rel=0.01)
     words = {check.name: check.words for check in plan(sixteen)}
     assert words["time"].endswith("on 16 GPUs at best")
@@ -325,6 +329,9 @@ NODE = {
 }
 
 
+CONTROLLER = Path(__file__).parents[2] / "data/kfp-2.17/workflow-controller-configmap.json"
+
+
 @pytest.fixture
 def cluster(kube_server: Any) -> Any:
     """A cluster that has everything."""
@@ -346,6 +353,9 @@ def cluster(kube_server: Any) -> Any:
     kube_server.put("nodes", "gpu-1", **NODE)
     # It has the images, and no GPU.
     kube_server.put("nodes", "cpu-1", status={"images": ALL_IMAGES})
+    # As KFP 2.17.0 ships it.
+    settings = json.loads(CONTROLLER.read_text(encoding="utf-8"))
+    kube_server.put("configmaps", settings["metadata"]["name"], data=settings["data"])
     return kube_server
 
 
@@ -371,6 +381,13 @@ def test_a_cluster_that_has_everything(cluster: Any) -> None:
 def without(plural: str, name: str) -> Any:
     where = "" if plural in ("nodes", "customresourcedefinitions") else "kubeflow"
     return lambda server: server.objects.pop((plural, where, name))
+
+
+def controller(strategy: dict[str, str] | None) -> Any:
+    """Give the workflow controller another retry strategy as its default."""
+    defaults = {"spec": {"templateDefaults": {"retryStrategy": strategy}} if strategy else {}}
+    data = {"workflowDefaults": yaml.safe_dump(defaults)}
+    return lambda server: server.put("configmaps", "workflow-controller-configmap", data=data)
 
 
 def changed(plural: str, name: str, **parts: Any) -> Any:
@@ -417,6 +434,18 @@ FAULTS = {
             "hard": {"requests.nvidia.com/gpu": "8"}, "used": {"requests.nvidia.com/gpu": "8"}}),
         "quota", "warn", "8 of 8",
     ),
+    "quota below one step": (
+        changed("resourcequotas", "q", spec={"hard": {"requests.cpu": "10", "pods": "100"}}),
+        "quota", "fail", "q: 0 of 10 requests.cpu in use, but train requests 20",
+    ),
+    "quota below the steps side by side": (
+        changed("resourcequotas", "q", spec={"hard": {"requests.memory": "300Gi"}}),
+        "quota", "warn", "steps that can run side by side request 572",
+    ),
+    "quota under its short name": (
+        changed("resourcequotas", "q", spec={"hard": {"memory": "100Gi"}}),
+        "quota", "fail", "0 of 100Gi requests.memory in use, but train requests 180Gi",
+    ),
     "no node": (without("nodes", "gpu-1"), "nodes", "warn", "cpu-1 has 0"),
     "another GPU": (
         changed("nodes", "gpu-1", **{**NODE, "metadata": {
@@ -452,6 +481,25 @@ FAULTS = {
     "limit ranges may not be read": (
         lambda server: server.forbidden.add("list limitranges"),
         "disk", "unknown", "at most 57 GB, by publish; ",
+    ),
+    "no controller to be seen": (
+        without("configmaps", "workflow-controller-configmap"),
+        "retries", "unknown", "there is no ConfigMap workflow-controller-configmap",
+    ),
+    "its settings may not be read": (
+        lambda server: server.forbidden.add("get configmaps"),
+        "retries", "unknown", "refuses to show configmap workflow-controller-configmap",
+    ),
+    "failed steps are retried": (
+        controller({"limit": "2", "retryPolicy": "Always"}),
+        "retries", "warn", "(retryPolicy Always), and retries multiply: train up to (2 + 1) x 3 t",
+    ),
+    "failed steps are retried without a limit": (
+        controller({"retryPolicy": "Always"}),
+        "retries", "warn", "train up to (2 + 1) x any number of times",
+    ),
+    "pods that disappeared are not made again": (
+        controller(None), "retries", "warn", "not make a pod again that disappeared (retryPolicy On"
     ),
     "logs may not be read": (
         lambda server: server.forbidden.add("get pods/log"),
@@ -541,6 +589,40 @@ def test_what_the_recipe_asks_for_train_counts(cluster: Any) -> None:
     assert "gpu-1 has 2000Gi memory, less than 3000Gi" in found.words
 
 
+def test_a_quota_has_to_hold_all_nodes_of_a_training(cluster: Any) -> None:
+    sets = ("placement.num_nodes=2", "placement.shared_claim=cache", "train.global_batch_size=16")
+    for hard, verdict in (("15", "fail"), ("16", "warn"), ("17", "ok")):
+        cluster.put("resourcequotas", "q", spec={"hard": {"requests.nvidia.com/gpu": hard}})
+        loaded = recipe("placement.num_accelerators=8", *sets)
+        (found,) = [check for check in look(loaded) if check.name == "quota"]
+        assert found.verdict == verdict
+    assert found.words == "q: 0 of 17 nvidia.com/gpu in use"
+
+
+def test_a_quota_with_a_scope_is_for_other_pods(cluster: Any) -> None:
+    spec = {"hard": {"requests.cpu": "1"}, "scopes": ["BestEffort"]}
+    cluster.put("resourcequotas", "q", spec=spec)
+    assert "quota" not in verdicts(look())
+
+
+@pytest.mark.parametrize(
+    ("profile", "verdict", "words"),
+    [
+        ("local", "warn", "no node fits train: cpu-2 has 2 cpu, less than 4"),
+        ("small", "ok", "each step fits one of 1 nodes"),
+    ],
+)
+def test_steps_on_cpus_need_a_node_too(
+    kube_server: Any, profile: str, verdict: str, words: str
+) -> None:
+    allocatable = {"cpu": "2", "memory": "15Gi"}
+    kube_server.put("nodes", "cpu-2", status={"allocatable": allocatable, "images": ALL_IMAGES})
+    demo = find_recipe("demo", [f"placement.profile={profile}"])
+    (found,) = [check for check in look(demo) if check.name == "nodes"]
+    assert (found.verdict, found.words) == (verdict, words)
+    assert ("set placement.profile to small" in found.advice) == (verdict == "warn")
+
+
 def test_nodes_that_may_not_be_seen(cluster: Any) -> None:
     cluster.forbidden.add("list nodes")
     found = [check for check in look() if check.verdict != "ok"]
@@ -613,7 +695,7 @@ def test_the_runs_account_needs_the_launchers_rights(
 def test_a_server_that_is_away_is_asked_again(
     cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kube, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(kube_api, "BACKOFF_SECONDS", 0.001)
     cluster.down = 5
     assert set(verdicts(look()).values()) == {"ok"}
     cluster.down = 100
@@ -624,7 +706,7 @@ def test_a_server_that_is_away_is_asked_again(
 def test_a_server_that_is_not_there(
     kube_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kube, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(kube_api, "BACKOFF_SECONDS", 0.001)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         kube_server.host = f"http://127.0.0.1:{taken.getsockname()[1]}"

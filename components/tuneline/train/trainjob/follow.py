@@ -9,9 +9,10 @@ heartbeat to the job, copies new log lines of node 0 to its own log, and reads t
 - Failure. If the cluster disrupted a pod, or the job failed before the step wrote an outcome
   (see `ranks.nodes`), the launcher deletes the job and creates it again; training resumes from the
   last checkpoint. If the step wrote an error, the launcher raises that error.
-- Cancellation. SIGTERM deletes the job. If the launcher cannot delete it, Kubernetes does so
-  together with the workflow that owns the job. `tuneline doctor` reports jobs without a recent
-  heartbeat.
+- Cancellation. The exit handler of the run deletes the job (`diagnose`), because a pod of KFP is
+  gone about a second after SIGTERM. The launcher tries to delete it in that second. Kubernetes
+  deletes it together with the workflow that owns the job, and `tuneline doctor` reports jobs
+  without a recent heartbeat.
 - Kubernetes API. While the API is unreachable, requests are retried for a limited time. Each read
   of the log starts where the last successful read ended, so that a failed read loses no lines.
 """
@@ -57,7 +58,7 @@ SECONDS_BETWEEN_MESSAGES = 600.0
 MAX_SECONDS_STUCK = 1800.0
 """Time for which a pod that occupies its GPUs may lack its image or a secret."""
 SECONDS_TO_DELETE = 20.0
-"""Time for deleting the job after SIGTERM; Kubernetes kills a pod after 30 seconds by default."""
+"""Longest time for deleting the job after SIGTERM; a pod of KFP does not even have this time."""
 NUM_RESTARTS = 5
 
 
@@ -131,7 +132,7 @@ class Launcher:
         )
 
     def _delete_before_exit(self) -> None:
-        """Delete the job before Kubernetes kills this pod; give up after `SECONDS_TO_DELETE`."""
+        """Delete the job if this pod lives long enough; give up after `SECONDS_TO_DELETE`."""
         deadline = self._now() + SECONDS_TO_DELETE
         while True:
             try:
@@ -139,7 +140,9 @@ class Launcher:
             except ApiUnavailable as error:
                 if self._now() >= deadline:
                     logger.error(
-                        "%s: trainjob %s will be deleted with its workflow", error, self._name
+                        "%s: trainjob %s will be deleted by the run's exit handler or with its "
+                        "workflow",
+                        *(error, self._name),
                     )
                     return None
                 self._wait(1)

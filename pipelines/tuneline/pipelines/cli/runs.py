@@ -118,7 +118,10 @@ def logs(
         typer.echo(text, nl=not text.endswith("\n"))
     if missing:
         names = ", ".join(f"{each.pod} ({each.state})" for each in missing)
-        hint = "the pod was deleted before Argo archived its log, or the archive was emptied"
+        hint = (
+            "the pod was deleted before it started or before Argo archived its log, or the archive "
+            "was emptied"
+        )
         if view.is_frozen:
             hint = (
                 "KFP does not find archived logs of a run whose workflow is larger than 1 MiB; "
@@ -225,7 +228,7 @@ def doctor(
         advice = re.sub(r"\bRUN\b", seen.run_id, finding.advice)
         say(f"  change: {advice}")
     if not findings:
-        say(f"run {seen.name} is {seen.state}: nothing wrong was found")
+        say(f"run {seen.name}: {seen.state}, and nothing wrong was found")
     _print_notes(seen)
 
 

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Set
 
 from tuneline import images
 from tuneline.kinds import EXPORT_KINDS
-from tuneline.pipelines.kube import Kube, Refused, Right
+from tuneline.pipelines.kube import Kube
+from tuneline.pipelines.kube_api import Refused, Right
 from tuneline.pipelines.plan.check import Check, Verdict
+from tuneline.pipelines.plan.controller import check_retries
 from tuneline.pipelines.plan.nodes import check_nodes
 from tuneline.pipelines.plan.quota import check_quota
 from tuneline.pipelines.plan.registry import Unknown, has_image
@@ -237,4 +239,5 @@ _CHECKS: dict[str, Callable[[Recipe, Kube], Iterator[Check]]] = {
     "quota": check_quota,
     "nodes": check_nodes,
     "images": _images,
+    "retries": check_retries,
 }

@@ -100,7 +100,7 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
     shape = llama_shape(num_parameters, train.lora)
     gpu = GPU_PROFILES.get(recipe.placement.profile)
     gpus = max(1, recipe.placement.num_accelerators) * recipe.placement.num_nodes
-    divides = shards_optimizer(train.optim, gpus)
+    divides = shards_optimizer(train, gpus)
     is_fp32 = train.dtype == "auto" and gpu is not None and not gpu.has_bfloat16
     batch = batch_size(train, recipe.num_ranks)
     settings = Settings(

@@ -87,7 +87,7 @@ def _ranks(recipe: Recipe) -> Iterator[Check]:
 def _checkpoints(recipe: Recipe) -> Iterator[Check]:
     placement = recipe.placement
     if placement.num_accelerators and not (placement.shared_claim or placement.cache_claim):
-        words = "a retry of train starts from the beginning: checkpoints are lost with the pod"
+        words = "if the pod of train disappears, its checkpoints do too, and the retry starts over"
         advice = "set placement.shared_claim or placement.cache_claim to a claim"
         yield Check("checkpoints", "warn", words, advice)
 
