@@ -32,6 +32,7 @@ KNOWS_KUBERNETES = {
     "components/tuneline/runtime/kubernetes_client.py",
     "components/tuneline/train/trainjob/client.py",
     "pipelines/tuneline/pipelines/kube.py",
+    "pipelines/tuneline/pipelines/kube_api.py",
     "pipelines/tuneline/pipelines/placement.py",
 }
 

@@ -17,7 +17,7 @@ from kfp_runs import recorded
 from typer.testing import CliRunner
 
 from tuneline.errors import ClusterError, CredentialsError, UserError
-from tuneline.pipelines import kube
+from tuneline.pipelines import kube, kube_api
 from tuneline.pipelines.cli.main import app
 from tuneline.pipelines.doctor.examine import examine
 from tuneline.pipelines.doctor.finding import Finding
@@ -282,7 +282,7 @@ def test_a_right_that_is_missing_is_named(kube_server: Any) -> None:
 
 
 def test_an_api_that_is_away(kube_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kube, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(kube_api, "BACKOFF_SECONDS", 0.001)
     put_pod(kube_server, **exited(137, "OOMKilled"))
     kube_server.down = 4
     assert [found.cause for found in look()] == ["OOMKilled"]

@@ -20,7 +20,8 @@ from tuneline.pipelines.kfp_client.progress import (
     state_of,
 )
 from tuneline.pipelines.kfp_client.runs import pipeline_of
-from tuneline.pipelines.kube import Kube, Refused
+from tuneline.pipelines.kube import Kube
+from tuneline.pipelines.kube_api import Refused
 from tuneline.pods import RUN_LABEL
 from tuneline.runtime.kfp_run import Attempt, is_cancelled, read_attempts
 

@@ -3,6 +3,7 @@
 The recorded pods of the same runs are the reference for the names of the pods.
 """
 
+import uuid
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tuneline.pipelines.kfp_client import progress, runs
 from tuneline.pipelines.kfp_client.connection import connect
 from tuneline.pipelines.kfp_client.graph import graph_of
+from tuneline.pipelines.kfp_client.nodes import node_id
 from tuneline.pipelines.kfp_client.progress import Progress, progress_of, state_of
 
 
@@ -121,3 +123,60 @@ def test_a_graph_has_the_items_of_a_loop(kfp_server: Any, nested: bool) -> None:
     assert publish.is_conditional
     assert graph_of(runs.pipeline_of(None, type("Run", (), {
         "pipeline_spec": None, "pipeline_version_reference": None})())).steps == ()  # fmt: skip
+
+
+def task(workflow: str, name: str, state: str | None, below: list[str]) -> dict[str, Any]:
+    """A node as KFP's API lists it: the last part of its name, and the IDs of the nodes below."""
+    return {
+        "task_id": str(uuid.uuid4()),
+        "display_name": name.rpartition("/")[2].removeprefix("."),
+        "state": state,
+        "start_time": "2026-11-27T10:00:00Z",
+        "end_time": "2026-11-27T10:00:20Z",
+        "child_tasks": [{"pod_name": node_id(workflow, each.replace("/", ""))} for each in below],
+    }
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_a_controller_that_adds_no_retries(kfp_server: Any, ran: bool) -> None:
+    # Only KFP's installation of Argo has the default. The names are those of KFP's compiler: only
+    # the pod of sleeper, which has set_retry, is below a node that counts attempts.
+    line = "w/.root/.exit-handler-1"
+    edges = {
+        "w": ["w/.root-driver"],
+        "w/.root-driver": ["w/.root"],
+        "w/.root": [f"{line}-driver"],
+        f"{line}-driver": [line],
+        line: [f"{line}/.sleeper-driver"],
+        f"{line}/.sleeper-driver": [f"{line}/.sleeper"],
+        f"{line}/.sleeper": [f"{line}/.sleeper/.executor", f"{line}/.after-driver"],
+        f"{line}/.after-driver": [f"{line}/.after"],
+        f"{line}/.after": [f"{line}/.after/.executor"],
+        f"{line}/.sleeper/.executor": [f"{line}/.sleeper/.executor(0)"] if ran else [],
+        f"{line}/.sleeper/.executor(0)": [],
+        f"{line}/.after/.executor": [],
+    }
+    skipped = {f"{line}/.sleeper/.executor", f"{line}/.after/.executor"} if not ran else set()
+    tasks = [
+        task("w", name, "SKIPPED" if name in skipped else "SUCCEEDED", below)
+        for name, below in edges.items()
+        if ran or not name.endswith("(0)")
+    ]
+    _, steps = steps_of(kfp_server, "failed", run_details={"task_details": tasks})
+    state = "succeeded" if ran else "from cache"
+    assert states(steps) == {"sleeper": state, "after": state, "bye": "skipped"}
+    assert [len(step.attempts) for step in steps] == [ran, ran, 0]
+    if ran:
+        assert steps[1].attempts[0].pod.startswith("w-system-container-impl-")
+
+
+def test_importers_are_no_steps() -> None:
+    tasks = {"load": {"componentRef": {"name": "comp-load"}, "taskInfo": {"name": "load"}}}
+    spec = {
+        "root": {"dag": {"tasks": tasks}},
+        "components": {"comp-load": {"executorLabel": "exec-load"}},
+        "deploymentSpec": {"executors": {"exec-load": {"importer": {}}}},
+    }
+    assert graph_of(spec).steps == ()
+    spec["deploymentSpec"] = {"executors": {"exec-load": {"container": {}}}}
+    assert [step.name for step in graph_of(spec).steps] == ["load"]

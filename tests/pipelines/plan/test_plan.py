@@ -19,7 +19,7 @@ from tuneline import images
 from tuneline.artifacts import DatasetManifest
 from tuneline.errors import ClusterError, RecipeError, UserError
 from tuneline.gpu_profiles import GPU_PROFILES
-from tuneline.pipelines import kube
+from tuneline.pipelines import kube, kube_api
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.cli.main import app
 from tuneline.pipelines.plan.check import Check
@@ -695,7 +695,7 @@ def test_the_runs_account_needs_the_launchers_rights(
 def test_a_server_that_is_away_is_asked_again(
     cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kube, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(kube_api, "BACKOFF_SECONDS", 0.001)
     cluster.down = 5
     assert set(verdicts(look()).values()) == {"ok"}
     cluster.down = 100
@@ -706,7 +706,7 @@ def test_a_server_that_is_away_is_asked_again(
 def test_a_server_that_is_not_there(
     kube_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kube, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(kube_api, "BACKOFF_SECONDS", 0.001)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         kube_server.host = f"http://127.0.0.1:{taken.getsockname()[1]}"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tuneline.errors import RecipeError, UserError
-from tuneline.pipelines import kube
+from tuneline.pipelines import kube_api
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.plan.check import Check
 from tuneline.pipelines.plan.cluster import CRDS
@@ -31,7 +31,7 @@ def begin(path: Path, *assignments: str, **changed: str) -> list[Check]:
 def pod(kube_server: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv(POD_NAME_VARIABLE, "line-plan-1")
     monkeypatch.setenv("NAMESPACE", "team")
-    monkeypatch.setattr(kube, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(kube_api, "BACKOFF_SECONDS", 0.001)
     return kube_server
 
 

@@ -41,9 +41,11 @@ def status(
 
     client = connection.connect(host)
     if run is None:
-        table = Table("run", "state", "created", Column("ID", no_wrap=True, min_width=36), box=None)
+        table = Table(Column("run", overflow="fold"), box=None)
+        for name in ("state", "created", "ID"):
+            table.add_column(name, no_wrap=True)
         for recent in runs.recent_runs(client, namespace=namespace):
-            created = _format_time(recent.created_at)
+            created = _format_time(recent.created_at)[: len("2026-11-27 10:34")]
             table.add_row(recent.display_name, progress.state_of(recent), created, recent.run_id)
         console.print(table)
         return
@@ -116,7 +118,10 @@ def logs(
         typer.echo(text, nl=not text.endswith("\n"))
     if missing:
         names = ", ".join(f"{each.pod} ({each.state})" for each in missing)
-        hint = "the pod was deleted before Argo archived its log, or the archive was emptied"
+        hint = (
+            "the pod was deleted before it started or before Argo archived its log, or the archive "
+            "was emptied"
+        )
         if view.is_frozen:
             hint = (
                 "KFP does not find archived logs of a run whose workflow is larger than 1 MiB; "
@@ -223,7 +228,7 @@ def doctor(
         advice = re.sub(r"\bRUN\b", seen.run_id, finding.advice)
         say(f"  change: {advice}")
     if not findings:
-        say(f"run {seen.name} is {seen.state}: nothing wrong was found")
+        say(f"run {seen.name}: {seen.state}, and nothing wrong was found")
     _print_notes(seen)
 
 

@@ -21,7 +21,7 @@ from tuneline.pipelines.doctor.finding import (
 from tuneline.pipelines.doctor.log_errors import find_error
 from tuneline.pipelines.doctor.trainjobs import examine_trainjobs
 from tuneline.pipelines.kfp_client.progress import Progress
-from tuneline.pipelines.kube import Refused
+from tuneline.pipelines.kube_api import Refused
 from tuneline.pipelines.run_view import RunView
 from tuneline.pipelines.step_logs import read
 from tuneline.pods import QUEUE_LABEL

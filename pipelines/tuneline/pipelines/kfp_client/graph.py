@@ -88,6 +88,9 @@ class _Walk:
                 # An exit handler is a hook of the group of tasks after which it runs.
                 above = (*path, f".{task['dependentTasks'][0]}.onExit")
             here = (*above, f".{key}")
+            if self._is_importer(inner):
+                # KFP's driver does all of its work.
+                continue
             if "dag" not in inner:
                 step = f"{name} {item}".rstrip()
                 yield Driver(step, (*above, f".{key}-driver"), "system-container-driver")
@@ -115,6 +118,10 @@ class _Walk:
             driver = (*each, ".iteration-item-driver")
             yield Driver(f"{group} {item}", driver, "system-dag-driver")
             yield from self.dag(group, inner, (*each, ".iteration-item"), item, is_conditional)
+
+    def _is_importer(self, component: dict[str, Any]) -> bool:
+        executors = self.pipeline.get("deploymentSpec", {}).get("executors", {})
+        return "importer" in executors.get(component.get("executorLabel", ""), {})
 
     def _template(self, task: dict[str, Any], component: dict[str, Any]) -> str:
         metadata = self.executors.get(component.get("executorLabel", ""), {}).get("podMetadata")

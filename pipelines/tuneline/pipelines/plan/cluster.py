@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Set
 
 from tuneline import images
 from tuneline.kinds import EXPORT_KINDS
-from tuneline.pipelines.kube import Kube, Refused, Right
+from tuneline.pipelines.kube import Kube
+from tuneline.pipelines.kube_api import Refused, Right
 from tuneline.pipelines.plan.check import Check, Verdict
 from tuneline.pipelines.plan.controller import check_retries
 from tuneline.pipelines.plan.nodes import check_nodes

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from tuneline.gpu_profiles import LOCAL
 from tuneline.html.units import parameters, size
 from tuneline.kinds import EXPORT_KINDS
-from tuneline.pipelines.kube import Kube, Refused
+from tuneline.pipelines.kube import Kube
+from tuneline.pipelines.kube_api import Refused
 from tuneline.pipelines.plan.check import Check
 from tuneline.pipelines.plan.estimate import llama_shape
 from tuneline.placement import quantity_value
