@@ -24,7 +24,7 @@ from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.cli.main import app
 from tuneline.pipelines.plan.check import Check
 from tuneline.pipelines.plan.cluster import CRDS, LAUNCHER_RIGHTS, RIGHTS, TRAINER_CRD
-from tuneline.pipelines.plan.disk import pod_disks
+from tuneline.pipelines.plan.disk import POD_BYTES, pod_disks
 from tuneline.pipelines.plan.estimate import estimate, llama_shape, parameters_in_name
 from tuneline.pipelines.plan.host_memory import host_memory
 from tuneline.pipelines.plan.plan import plan
@@ -465,7 +465,7 @@ FAULTS = {
     "a limit range for small models": (
         changed("limitranges", "l", spec={"limits": [
             {"type": "Container", "default": {"ephemeral-storage": "23Gi"}}]}),
-        "disk", "fail", "publish needs 57 GB, but the namespace's limit range gives a pod 49.4 GB",
+        "disk", "fail", "publish needs 57.3 GB, but the namespace's limit range gives a pod 49.4",
     ),
     "a limit range for small pods": (
         changed("limitranges", "l", spec={"limits": [
@@ -476,11 +476,11 @@ FAULTS = {
     "nodes with small disks": (
         changed("nodes", "cpu-1", status={
             "images": ALL_IMAGES, "allocatable": {"ephemeral-storage": "50G"}}),
-        "disk", "warn", "publish needs 57 GB, but the largest node has 50 GB",
+        "disk", "warn", "publish needs 57.3 GB, but the largest node has 50 GB",
     ),
     "limit ranges may not be read": (
         lambda server: server.forbidden.add("list limitranges"),
-        "disk", "unknown", "at most 57 GB, by publish; ",
+        "disk", "unknown", "at most 57.3 GB, by publish; ",
     ),
     "no controller to be seen": (
         without("configmaps", "workflow-controller-configmap"),
@@ -535,7 +535,7 @@ def test_the_disk_of_every_pod() -> None:
         'quantize.gguf=["f16", "q8_0"]', 'quantize.gptq=["gptq-4bit"]',
         "quantize.num_importance_rows=8", "publish_to=org/model",
     )  # fmt: skip
-    found = {pod.step: pod.num_bytes / LLAMA for pod in pod_disks(loaded, LLAMA)}
+    found = {pod.step: (pod.num_bytes - POD_BYTES) / LLAMA for pod in pod_disks(loaded, LLAMA)}
     adapter = 4 * 41_943_040 / LLAMA
     gptq = FORMATS["gptq-4bit"].bits_per_weight / 8
     assert found == pytest.approx(
@@ -550,10 +550,17 @@ def test_the_disk_of_every_pod() -> None:
     light = {"plan", "look-up-model", "look-up-data", "gate", "report", "diagnose"}
     assert set(STEPS) - set(found) == light | {"train-on-nodes"}
     elsewhere = recipe("placement.cache_claim=cache", "publish_to=dir:/models", "quantize.gguf=[]")
-    found = {pod.step: pod.num_bytes / LLAMA for pod in pod_disks(elsewhere, LLAMA)}
-    assert found["fetch"] == 2
+    found = {pod.step: (pod.num_bytes - POD_BYTES) / LLAMA for pod in pod_disks(elsewhere, LLAMA)}
+    assert found["fetch"] == pytest.approx(2)
     assert found["publish"] == pytest.approx(2 * (adapter + 2 + gptq), rel=1e-3)
     assert "convert-gguf" not in found
+
+
+def test_the_disk_of_a_pod_that_was_measured() -> None:
+    """KFP 2.17: publish of the demo to a directory in its pod used 2.389 GB at most."""
+    demo = find_recipe("demo", [])
+    (publish,) = [pod for pod in pod_disks(demo, 134_515_008) if pod.step == "publish"]
+    assert publish.num_bytes == pytest.approx(2.389e9, rel=0.1)
 
 
 @pytest.mark.parametrize(
