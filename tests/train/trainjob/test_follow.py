@@ -221,6 +221,8 @@ class World:
         self.time += seconds
         while self.plan and self.plan[0][0] <= self.time:
             self.plan.pop(0)[1]()
+        if ("trainjobs", "kubeflow", NAME) not in self.server.objects:
+            self.drop("pods")
 
     @property
     def job(self) -> dict[str, Any]:
@@ -235,11 +237,14 @@ class World:
         state = json.loads(text.replace(name, NAME))
         self.job["status"] = state["trainjob"]["status"] or {}
         for plural in ("pods", "events"):
-            for key in [key for key in self.server.objects if key[0] == plural]:
-                self.server.objects.pop(key)
+            self.drop(plural)
             for found in state[plural]:
                 found["metadata"].pop("namespace", None)
                 self.server.put(plural, found["metadata"]["name"], **found)
+
+    def drop(self, plural: str) -> None:
+        for key in [key for key in self.server.objects if key[0] == plural]:
+            self.server.objects.pop(key)
 
     def log(self, text: str, number: int = 0) -> None:
         key = (f"{NAME}-node-0-{number}-x", "node")
@@ -464,6 +469,28 @@ def test_a_job_that_is_still_being_deleted_is_waited_for(world: World) -> None:
     world.then(30, "complete")
     world.launcher.run()
     assert world.writes("POST") == 1
+
+
+def test_a_job_begins_only_when_the_jobset_of_the_last_one_is_gone(world: World) -> None:
+    # It would take over the JobSet, which has failed or is being deleted.
+    world.server.put("jobsets", NAME)
+    world.after(119, lambda: world.server.objects.pop(("jobsets", "kubeflow", NAME)))
+    posts: list[int] = []
+    world.after(0, lambda: posts.append(world.writes("POST")))
+    world.then(30, "running")
+    world.then(30, "complete")
+    world.launcher.run()
+    assert posts == [0]
+    assert world.writes("POST") == 1
+
+
+def test_a_job_is_deleted_so_that_trainer_does_not_make_its_pods_again(world: World) -> None:
+    world.then(0, "running")
+    world.then(60, "pod-deleted")
+    world.then(60, "complete")
+    world.launcher.run()
+    # With Foreground, the real Trainer 2.3 made two more pairs of pods, in 34 seconds instead of 8.
+    assert world.server.deletions == ["Background"]
 
 
 @pytest.mark.parametrize(("kind", "again"), [("DataError", False), ("TrainingError", True)])
