@@ -178,6 +178,7 @@ class World:
             body_for({"runtimePatches"}),
             self.shared,
             timeout_seconds=1800,
+            max_restarts=3,
             wait=self.wait,
             now=lambda: self.time,
         )
@@ -354,11 +355,20 @@ def test_pods_that_wait_for_a_node_wait_on(world: World, caplog: Any) -> None:
 
 
 def test_a_job_that_is_disrupted_for_ever(world: World) -> None:
+    gone = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}
     for _ in range(6):
-        world.after(30, world.fail)
-    with pytest.raises(TrainingError, match=r"disrupted 6 times.*JobsFailed: a pod failed"):
+        world.after(30, lambda: world.pods(phase="Failed", conditions=[gone]), world.fail)
+    with pytest.raises(TrainingError, match=r"lost a pod .*EvictionBy.*recreated 5 times"):
         world.launcher.run()
     assert world.writes("POST") == 6
+
+
+def test_a_job_that_fails_again_and_again(world: World) -> None:
+    for _ in range(4):
+        world.after(30, world.fail)
+    with pytest.raises(TrainingError, match=r"JobsFailed: a pod failed.*recreated 3 times"):
+        world.launcher.run()
+    assert world.writes("POST") == 4
 
 
 def test_an_error_of_the_step_is_raised_with_the_pods_logs(world: World, caplog: Any) -> None:
@@ -442,7 +452,7 @@ def test_a_launcher_that_is_told_to_stop_while_the_api_is_away(
         world.launcher.run()
     assert world.time - before <= 60 + 10 + 20
     assert (("trainjobs", "kubeflow", NAME) not in world.server.objects) == is_deleted
-    assert ("will be deleted with its workflow" in caplog.text) != is_deleted
+    assert ("deleted by the run's exit handler" in caplog.text) != is_deleted
 
 
 def test_a_job_that_somebody_deleted(world: World) -> None:
