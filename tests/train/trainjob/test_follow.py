@@ -202,6 +202,7 @@ class World:
             body_for({"runtimePatches"}),
             self.shared,
             timeout_seconds=1800,
+            max_restarts=3,
             wait=self.wait,
             now=lambda: self.time,
         )
@@ -297,12 +298,12 @@ def test_an_api_that_is_away_for_a_minute(world: World, caplog: Any) -> None:
 
 def test_the_launcher_beats_in_every_round_also_while_the_api_is_away(world: World) -> None:
     beats = set()
-    world.after(10, world.pods)
+    world.then(10, "running")
     for number in range(4):
         world.after(10, lambda: beats.add(world.shared.last_beat()))
         if number == 1:
             world.after(0, lambda: setattr(world.server, "down", 2))
-    world.after(10, lambda: world.condition("Complete"))
+    world.then(10, "complete")
     world.launcher.run()
     assert len(beats) == 4 and None not in beats
 
@@ -423,12 +424,19 @@ def test_pods_that_wait_for_a_node_wait_on(world: World, caplog: Any) -> None:
 
 def test_a_job_that_is_disrupted_for_ever(world: World) -> None:
     for _ in range(6):
-        world.then(30, "pod-deleted")
-    with pytest.raises(
-        TrainingError, match=r"disrupted 6 times.*ReachedMaxRestarts: jobset failed"
-    ):
+        world.then(30, "evicted-1")
+        world.then(30, "evicted-2")
+    with pytest.raises(TrainingError, match=r"lost a pod .*EvictionBy.*recreated 5 times"):
         world.launcher.run()
     assert world.writes("POST") == 6
+
+
+def test_a_job_that_fails_again_and_again(world: World) -> None:
+    for _ in range(4):
+        world.then(30, "pod-deleted")
+    with pytest.raises(TrainingError, match=r"ReachedMaxRestarts: jobset failed.*created 3 times"):
+        world.launcher.run()
+    assert world.writes("POST") == 4
 
 
 def test_an_error_of_the_step_is_raised_with_the_pods_logs(world: World, caplog: Any) -> None:
@@ -533,7 +541,7 @@ def test_a_launcher_that_is_told_to_stop_while_the_api_is_away(
         world.launcher.run()
     assert world.time - before <= 60 + 10 + 20
     assert (("trainjobs", "kubeflow", NAME) not in world.server.objects) == is_deleted
-    assert ("will be deleted with its workflow" in caplog.text) != is_deleted
+    assert ("deleted by the run's exit handler" in caplog.text) != is_deleted
 
 
 def test_a_job_that_somebody_deleted(world: World) -> None:

@@ -6,9 +6,11 @@ heartbeat to the job, copies new log lines of node 0 to its own log, and reads t
 - Name. The job's name depends only on the run and the training. A launcher that restarts, or a
   retry of the step, therefore finds the existing job and follows it.
 - Time. A job may wait in a queue without a limit; `timeout_seconds` counts from its first pod on.
-- Failure. If the cluster disrupted a pod, or the job failed before the step wrote an outcome
-  (see `ranks.nodes`), the launcher deletes the job and creates it again; training resumes from the
-  last checkpoint. If the step wrote an error, the launcher raises that error.
+- Failure. A rank that fails is restarted on the nodes, see `restarts`. If the cluster disrupted a
+  pod, or the job failed before the step wrote an outcome (see `ranks.nodes`), the launcher deletes
+  the job and creates it again; training resumes from the last checkpoint. The first is limited by
+  `NUM_DISRUPTIONS`; the second, like the restarts of ranks, by `train.max_restarts`. If the step
+  wrote an error, the launcher raises that error.
 - Cancellation. The exit handler of the run deletes the job (`diagnose`), because a pod of KFP is
   gone about a second after SIGTERM. The launcher tries to delete it in that second. Kubernetes
   deletes it together with the workflow that owns the job, and `tuneline doctor` reports jobs
@@ -59,7 +61,9 @@ MAX_SECONDS_STUCK = 1800.0
 """Time for which a pod that occupies its GPUs may lack its image or a secret."""
 SECONDS_TO_DELETE = 20.0
 """Longest time for deleting the job after SIGTERM; a pod of KFP does not even have this time."""
-NUM_RESTARTS = 5
+NUM_DISRUPTIONS = 5
+"""How often a job is created again after the cluster took a pod from it."""
+DISRUPTED, FAILED = "disrupted", "failed"
 
 
 class Launcher:
@@ -72,6 +76,7 @@ class Launcher:
         shared: SharedDirectory,
         *,
         timeout_seconds: float,
+        max_restarts: int,
         wait: Callable[[float], None] = time.sleep,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -82,6 +87,7 @@ class Launcher:
             body: The TrainJob, from `manifest.build`.
             shared: Directory in which the nodes write the outcome of the step.
             timeout_seconds: Longest running time of the job, without the time in a queue.
+            max_restarts: How often to create the job again after it failed without an outcome.
             wait: Function that sleeps for some seconds; tests replace it.
             now: Function that returns the Unix time in seconds; tests replace it.
         """
@@ -89,7 +95,9 @@ class Launcher:
         self._name: str = body["metadata"]["name"]
         self._num_nodes: int = body["spec"]["trainer"]["numNodes"]
         self._timeout = timeout_seconds
+        self._left = {DISRUPTED: NUM_DISRUPTIONS, FAILED: max_restarts}
         self._wait, self._now = wait, now
+        self._num_recreated = 0
         self._last_answer = now()
         self._last_heartbeat = self._last_message = float("-inf")
         self._active_since: float | None = None
@@ -110,26 +118,31 @@ class Launcher:
         """
         with raised_on_sigterm(": run the step again, and it resumes from its last checkpoint"):
             try:
-                for number in range(NUM_RESTARTS + 1):
+                while True:
                     self._begin()
-                    cause = self._follow()
-                    if cause is None:
+                    loss = self._follow()
+                    if loss is None:
                         return
+                    kind, cause = loss
+                    if not self._left[kind]:
+                        raise TrainingError(
+                            f"trainjob {self._name} {cause}, after it was recreated "
+                            f"{self._num_recreated} times: check its nodes (`kubectl get events`), "
+                            "or select nodes that are not preempted, and run the step again; it "
+                            "resumes from its last checkpoint"
+                        )
+                    self._left[kind] -= 1
+                    self._num_recreated += 1
                     logger.warning(
-                        "trainjob %s %s; recreating it (%d of %d), training resumes from its last "
+                        "trainjob %s %s; recreating it (%d left), training resumes from its last "
                         "checkpoint",
-                        *(self._name, cause, number + 1, NUM_RESTARTS),
+                        *(self._name, cause, self._left[kind]),
                     )
                     self._remove()
             except StoppedError:
                 logger.warning("received SIGTERM: deleting trainjob %s", self._name)
                 self._delete_before_exit()
                 raise
-        raise TrainingError(
-            f"trainjob {self._name} was disrupted {NUM_RESTARTS + 1} times, the last time because "
-            f"it {cause}: check its nodes (`kubectl get events`), or select nodes that are not "
-            "preempted"
-        )
 
     def _delete_before_exit(self) -> None:
         """Delete the job if this pod lives long enough; give up after `SECONDS_TO_DELETE`."""
@@ -187,8 +200,8 @@ class Launcher:
             while self._retrying(lambda: self._jobs.has_remains(self._name)):
                 self._wait(POLL_SECONDS)
 
-    def _follow(self) -> str | None:
-        """Return None when the job is complete, or the reason why it must be recreated."""
+    def _follow(self) -> tuple[str, str] | None:
+        """Return None when the job is complete, or the kind of its failure and the cause."""
         while True:
             job = self._retrying(lambda: self._jobs.get(self._name))
             if job is None:
@@ -320,7 +333,7 @@ class Launcher:
             self._jobs.delete(self._name)
             raise _out_of_time(self._name, self._timeout)
 
-    def _cause_of(self, failed: dict[str, Any]) -> str:
+    def _cause_of(self, failed: dict[str, Any]) -> tuple[str, str]:
         """Return why a failed job must be recreated, or raise the error that ended it."""
         pods = self._retrying(lambda: self._jobs.pods(self._name))
         for pod in pods:
@@ -330,7 +343,7 @@ class Launcher:
             raise _out_of_time(self._name, self._timeout)
         if self._disruptions:
             lost = (f"{name}: {reason}" for name, reason in self._disruptions.items())
-            return f"lost a pod ({', '.join(lost)})"
+            return DISRUPTED, f"lost a pod ({', '.join(lost)})"
         for pod in pods:
             limit = memory_kill(pod)
             if limit is not None:
@@ -343,7 +356,7 @@ class Launcher:
         outcome = self._shared.read_outcome()
         if outcome is None or outcome.kind == StoppedError.__name__:
             reason = ": ".join(filter(None, (failed.get("reason"), failed.get("message"))))
-            return f"failed before the step ended ({reason or 'no reason given'})"
+            return FAILED, f"failed before the step ended ({reason or 'no reason given'})"
         raise _error_type(outcome)(outcome.message)
 
     def _copy_end_of_log(self, pod: str) -> None:

@@ -77,7 +77,13 @@ def run_on_nodes(
             supported=jobs.supported(),
         )
         seconds = nodes.timeout_hours * 3600
-        Launcher(jobs, body, shared, timeout_seconds=seconds).run()
+        Launcher(
+            jobs,
+            body,
+            shared,
+            timeout_seconds=seconds,
+            max_restarts=config.max_restarts,
+        ).run()
     return _collect(directory, jobs, name, Path(adapter_dir), Path(curves_path))
 
 
