@@ -417,6 +417,18 @@ FAULTS = {
             "hard": {"requests.nvidia.com/gpu": "8"}, "used": {"requests.nvidia.com/gpu": "8"}}),
         "quota", "warn", "8 of 8",
     ),
+    "quota below one step": (
+        changed("resourcequotas", "q", spec={"hard": {"requests.cpu": "10", "pods": "100"}}),
+        "quota", "fail", "q: 0 of 10 requests.cpu in use, but train requests 20",
+    ),
+    "quota below the steps side by side": (
+        changed("resourcequotas", "q", spec={"hard": {"requests.memory": "300Gi"}}),
+        "quota", "warn", "steps that can run side by side request 572",
+    ),
+    "quota under its short name": (
+        changed("resourcequotas", "q", spec={"hard": {"memory": "100Gi"}}),
+        "quota", "fail", "0 of 100Gi requests.memory in use, but train requests 180Gi",
+    ),
     "no node": (without("nodes", "gpu-1"), "nodes", "warn", "cpu-1 has 0"),
     "another GPU": (
         changed("nodes", "gpu-1", **{**NODE, "metadata": {
@@ -539,6 +551,40 @@ def test_what_the_recipe_asks_for_train_counts(cluster: Any) -> None:
     (found,) = [check for check in look(loaded) if check.name == "nodes"]
     assert found.verdict == "warn"
     assert "gpu-1 has 2000Gi memory, less than 3000Gi" in found.words
+
+
+def test_a_quota_has_to_hold_all_nodes_of_a_training(cluster: Any) -> None:
+    sets = ("placement.num_nodes=2", "placement.shared_claim=cache", "train.global_batch_size=16")
+    for hard, verdict in (("15", "fail"), ("16", "warn"), ("17", "ok")):
+        cluster.put("resourcequotas", "q", spec={"hard": {"requests.nvidia.com/gpu": hard}})
+        loaded = recipe("placement.num_accelerators=8", *sets)
+        (found,) = [check for check in look(loaded) if check.name == "quota"]
+        assert found.verdict == verdict
+    assert found.words == "q: 0 of 17 nvidia.com/gpu in use"
+
+
+def test_a_quota_with_a_scope_is_for_other_pods(cluster: Any) -> None:
+    spec = {"hard": {"requests.cpu": "1"}, "scopes": ["BestEffort"]}
+    cluster.put("resourcequotas", "q", spec=spec)
+    assert "quota" not in verdicts(look())
+
+
+@pytest.mark.parametrize(
+    ("profile", "verdict", "words"),
+    [
+        ("local", "warn", "no node fits train: cpu-2 has 2 cpu, less than 4"),
+        ("small", "ok", "each step fits one of 1 nodes"),
+    ],
+)
+def test_steps_on_cpus_need_a_node_too(
+    kube_server: Any, profile: str, verdict: str, words: str
+) -> None:
+    allocatable = {"cpu": "2", "memory": "15Gi"}
+    kube_server.put("nodes", "cpu-2", status={"allocatable": allocatable, "images": ALL_IMAGES})
+    demo = find_recipe("demo", [f"placement.profile={profile}"])
+    (found,) = [check for check in look(demo) if check.name == "nodes"]
+    assert (found.verdict, found.words) == (verdict, words)
+    assert ("set placement.profile to small" in found.advice) == (verdict == "warn")
 
 
 def test_nodes_that_may_not_be_seen(cluster: Any) -> None:

@@ -148,7 +148,6 @@ class Launcher:
         """Follow the existing job; create one if there is none or if it cannot be continued."""
         job = self._retrying(lambda: self._jobs.get(self._name))
         if job is not None and "deletionTimestamp" in job["metadata"]:
-            logger.info("trainjob %s is being deleted: waiting until it is gone", self._name)
             self._remove()
             job = None
         if job is not None and _condition(job, "Failed"):
@@ -161,6 +160,7 @@ class Launcher:
         if job is not None:
             logger.info("trainjob %s already exists: following it", self._name)
             return
+        self._wait_until_gone()
         self._shared.clear()
         self._retrying(lambda: self._jobs.create(self._body))
         logger.info("created trainjob %s", self._name)
@@ -168,10 +168,21 @@ class Launcher:
         self._disruptions = {}
 
     def _remove(self) -> None:
-        """Delete the job, and wait until it is gone, because its name is in use until then."""
+        """Delete the job, and wait until it is gone."""
         self._retrying(lambda: self._jobs.delete(self._name))
         while self._retrying(lambda: self._jobs.get(self._name)) is not None:
             self._wait(POLL_SECONDS)
+        self._wait_until_gone()
+
+    def _wait_until_gone(self) -> None:
+        """Wait for the end of what an earlier job of this name left.
+
+        A new job would take over the earlier job's JobSet, and its pods write to the same files.
+        """
+        if self._retrying(lambda: self._jobs.has_remains(self._name)):
+            logger.info("trainjob %s was deleted: waiting until its pods are gone", self._name)
+            while self._retrying(lambda: self._jobs.has_remains(self._name)):
+                self._wait(POLL_SECONDS)
 
     def _follow(self) -> str | None:
         """Return None when the job is complete, or the reason why it must be recreated."""

@@ -14,6 +14,7 @@ from tuneline.pipelines.plan.quota import check_quota
 from tuneline.pipelines.plan.registry import Unknown, has_image
 from tuneline.recipe import Recipe
 from tuneline.steps import STEPS
+from tuneline.train.trainjob.client import JOBSETS
 from tuneline.train.trainjob.manifest import GROUP, PLURAL
 
 SCHEDULES_CRD = "scheduledworkflows.kubeflow.org"
@@ -39,6 +40,7 @@ RIGHTS = (
 
 LAUNCHER_RIGHTS = (
     *(Right(verb, PLURAL, GROUP) for verb in ("create", "get", "patch", "delete")),
+    Right("get", "jobsets", JOBSETS[0]),
     Right("get", "pods"),
     Right("list", "pods"),
     Right("get", "pods", subresource="log"),
