@@ -297,12 +297,12 @@ def test_an_api_that_is_away_for_a_minute(world: World, caplog: Any) -> None:
 
 def test_the_launcher_beats_in_every_round_also_while_the_api_is_away(world: World) -> None:
     beats = set()
-    world.after(10, world.pods)
+    world.then(10, "running")
     for number in range(4):
         world.after(10, lambda: beats.add(world.shared.last_beat()))
         if number == 1:
             world.after(0, lambda: setattr(world.server, "down", 2))
-    world.after(10, lambda: world.condition("Complete"))
+    world.then(10, "complete")
     world.launcher.run()
     assert len(beats) == 4 and None not in beats
 
