@@ -325,6 +325,24 @@ def test_the_morning_after_the_archived_log_tells(kube_server: Any, kfp_server: 
     assert "sleeper: unknown\n  why: The step failed, and nothing is left that tells why." in output
 
 
+def test_diagnose_told_what_only_the_pods_knew(kube_server: Any, kfp_server: Any) -> None:
+    run = kfp_server.replay("failed")
+    run["pipeline_spec"]["pipeline_spec"]["root"]["dag"]["tasks"]["bye"]["taskInfo"]["name"] = (
+        "diagnose"
+    )
+    details = connect(None).get_run(run["run_id"])
+    steps = {step.name: step for step in progress_of(details, details.pipeline_spec)}
+    # As the cluster logged it for a run whose image was missing; its step has no log at all.
+    kfp_server.logs[run["run_id"], steps["diagnose"].attempts[0].pod] = (
+        "[KFP Executor 2026-11-27 11:25:40,335 INFO]: Got executor_input:\n"
+        "[KFP Executor 2026-11-27 11:25:51,297 ERROR]: sleeper: The step's container did not "
+        "start within the time limit (image h1/absent:0). Push the images.\n"
+    )
+    output = tuneline("doctor", run["run_id"]).output
+    assert "sleeper: diagnose\n" in output
+    assert "seen: The step's container did not start within the time limit (image h1" in output
+
+
 def test_one_of_both_is_enough(
     kube_server: Any, kfp_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,9 @@
 The runs are recorded (tests/support/kfp_server.py, tests/support/kfp_runs.py).
 """
 
+import base64
+import gzip
+import json
 from typing import Any
 
 import pytest
@@ -10,8 +13,10 @@ from click.testing import Result
 from kfp_runs import recorded
 from typer.testing import CliRunner
 
+from tuneline.errors import ClusterError, UserError
 from tuneline.pipelines import step_logs
 from tuneline.pipelines.cli.main import app
+from tuneline.pipelines.kfp_client import runs
 from tuneline.pipelines.kfp_client.connection import connect
 from tuneline.pipelines.kube import Kube
 from tuneline.pipelines.run_view import view
@@ -179,3 +184,32 @@ def test_resume_says_if_nobody_diagnoses_again(kfp_server: Any, kube_server: Any
     output = tuneline("resume", run["run_id"]).output
     assert f"`tuneline doctor {run['run_id']}` explains it" in output
     assert not [each for each in kube_server.requests if each.startswith(("PATCH", "DELETE"))]
+
+
+def test_a_workflow_that_is_too_large_is_not_resumed(kfp_server: Any, kube_server: Any) -> None:
+    pods, workflow = recorded("probe-memory")
+    run = kfp_server.replay("failed")
+    workflow["metadata"]["labels"]["pipeline/runid"] = run["run_id"]
+    nodes = workflow["status"].pop("nodes")
+    next(iter(nodes.values()))["inputs"] = {"parameters": [{"name": "x", "value": "y" * 1_600_000}]}
+    packed = gzip.compress(json.dumps(nodes).encode())
+    workflow["status"]["compressedNodes"] = base64.b64encode(packed).decode()
+    kube_server.put("workflows", workflow["metadata"]["name"], **workflow)
+    error = tuneline("resume", run["run_id"]).exception
+    assert isinstance(error, UserError)
+    assert "submit the recipe again; finished steps are taken from the cache" in str(error)
+    assert kfp_server.writes() == []
+
+
+def test_kfp_says_that_a_workflow_is_too_large(kfp_server: Any, no_kube: None) -> None:
+    run = kfp_server.replay("failed")
+    details = connect(None).get_run(run["run_id"])
+    client = connect(None)
+    # As KFP 2.17 answered for a workflow of 2 MiB.
+    message = "rpc error: code = ResourceExhausted desc = trying to send message larger than max"
+    kfp_server.refuse = (500, f"Failed to retry a run: {message} (2190747 vs. 2097152)")
+    with pytest.raises(UserError, match="submit the recipe again"):
+        runs.resume(client, details)
+    kfp_server.refuse = (500, "Failed to retry a run: the database is away")
+    with pytest.raises(ClusterError, match="the database is away"):
+        runs.resume(client, details)

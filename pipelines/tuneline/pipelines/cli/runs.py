@@ -170,7 +170,7 @@ def resume(
     client = connection.connect(host)
     details, view = _look(client, run, namespace, context)
     again = [step.name for step in view.steps if step.state in ("failed", "cancelled")]
-    runs.resume(client, details)
+    runs.resume(client, details, workflow=view.workflow)
     say(
         f"run {view.name}: resumed, from {', '.join(again) or 'where it stopped'}\n"
         f"follow it with: tuneline status {view.run_id}"
@@ -227,7 +227,9 @@ def doctor(
         say(f"{finding.step}: {finding.cause}\n  why: {finding.why}\n  seen: {finding.evidence}")
         advice = re.sub(r"\bRUN\b", seen.run_id, finding.advice)
         say(f"  change: {advice}")
-    if not findings:
+    if not findings and seen.state == "failed":
+        say(f"run {seen.name} failed, but nothing is left that tells at which step")
+    elif not findings:
         say(f"run {seen.name}: {seen.state}, and nothing wrong was found")
     _print_notes(seen)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -12,13 +13,17 @@ import kfp_server_api
 import yaml
 from kfp import compiler
 
-from tuneline.errors import RecipeError, UserError
+from tuneline.errors import ClusterError, RecipeError, UserError
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.kfp_client.connection import Client, readable_errors
 from tuneline.pipelines.kfp_client.progress import CANCELING, ENDED, FAILED, state_of
 from tuneline.pipelines.lint.lint import lint_file
 from tuneline.recipe import Recipe
+from tuneline.runtime.kfp_run import workflow_nodes
 from tuneline.runtime.parameter_text import find_replaced
+
+MAX_WORKFLOW_BYTES = 1_572_864
+"""Largest request that etcd accepts by default. KFP resumes a run without Argo's compression."""
 
 
 @contextlib.contextmanager
@@ -157,19 +162,38 @@ def cancel(client: Client, run: Any) -> bool:
     return True
 
 
-def resume(client: Client, run: Any) -> None:
+def resume(client: Client, run: Any, *, workflow: dict[str, Any] | None = None) -> None:
     """Re-run the failed steps of a run and the steps after them, but no finished step.
 
+    Args:
+        client: connection to the KFP API.
+        run: the run, as the API returned it.
+        workflow: the run's workflow, if it can be read: one that is too large is refused before KFP
+            deletes the failed pods.
+
     Raises:
-        UserError: the run did not fail and was not cancelled.
+        UserError: the run did not fail and was not cancelled, or is too large.
     """
     if run.state not in FAILED:
         raise UserError(
             f"run {run.display_name} is {state_of(run)}: only a run that failed or was cancelled "
             "can be resumed"
         )
-    with readable_errors():
-        client.resume_run(run.run_id)
+    too_large = UserError(
+        f"run {run.display_name} cannot be resumed, because KFP 2.17 cannot write a workflow of "
+        "more than 1.5 MiB: submit the recipe again; finished steps are taken from the cache"
+    )
+    if workflow is not None:
+        whole = {**workflow, "status": {"nodes": workflow_nodes(workflow)}}
+        if len(json.dumps(whole, separators=(",", ":"))) > MAX_WORKFLOW_BYTES:
+            raise too_large
+    try:
+        with readable_errors():
+            client.resume_run(run.run_id)
+    except ClusterError as error:
+        if re.search(r"larger than max|request is too large", str(error)):
+            raise too_large from None
+        raise
 
 
 def pipeline_of(client: Client, run: Any) -> dict[str, Any]:
