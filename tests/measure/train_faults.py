@@ -98,6 +98,16 @@ FAULTS = [
         "memory/test_plan.py::test_memory_that_cannot_be_saved_ends_the_step",
     ),
     (
+        "a rank is killed once",
+        "restarted, bitwise equal (2 ranks)",
+        "ranks/test_faults.py::test_a_killed_rank_is_replaced_and_nothing_else_changes",
+    ),
+    (
+        "a rank is killed in the same step again",
+        "ends, and says so",
+        "ranks/test_faults.py::test_a_rank_that_dies_in_the_same_step_again_ends_the_run",
+    ),
+    (
         "a rank dies or fails",
         "all end at once, with its last log lines",
         "ranks/test_ranks.py::test_a_rank_that_dies_ends_all_at_once",

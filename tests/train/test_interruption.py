@@ -276,7 +276,7 @@ def test_ranks_and_their_step_are_killed_at_random_moments(
     tmp_path, tiny_model_dir, dataset_dir, answer_rows, start
 ):
     dataset = dataset_dir(answer_rows[:7], max_seq_length=32)
-    settings = {"max_steps": 40, "eval_steps": 15, "num_ranks": 2}
+    settings = {"max_steps": 40, "eval_steps": 15, "num_ranks": 2, "max_restarts": 0}
     train(tmp_path / "whole", tiny_model_dir, dataset, **settings)
     where = tmp_path / "interrupted"
     generator = random.Random(6)

@@ -65,8 +65,9 @@ class Restarts:
                 "checkpoint"
             ) from fault
         if self.num_restarts >= self._max_restarts:
+            restarts = f"{self.num_restarts} restart{'' if self.num_restarts == 1 else 's'}"
             raise TrainingError(
-                f"{fault}; this happened {where}, after {self.num_restarts} restarts "
+                f"{fault}; this happened {where}, after {restarts} "
                 f"(train.max_restarts is {self._max_restarts}): run the step again, on another "
                 "node if possible; it resumes from its last checkpoint"
             ) from fault

@@ -27,6 +27,7 @@ SETTINGS = {
     "micro_batch_size": 2,
     "packing": False,
     "checkpoint_minutes": 0,
+    "max_restarts": 1,
 }
 
 
@@ -75,20 +76,25 @@ def newest(checkpoints: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_node_that_dies_ends_the_job_and_the_next_one_goes_on(shared: Path) -> None:
+def test_ranks_of_two_nodes_are_restarted_and_the_next_job_goes_on(shared: Path) -> None:
     port = free_port()
     nodes = [start(shared, number, port) for number in range(2)]
     checkpoints = shared / "checkpoints"
-    while not newest(checkpoints):
-        assert all(node.poll() is None for node in nodes)
-        time.sleep(0.1)
-    pid = int(next(shared.glob(".adapter.*/*/ranks/rank-1.pid")).read_text())
-    os.kill(pid, signal.SIGKILL)
+    for _ in range(2):
+        # The first kill restarts the ranks of both nodes, the second is one too many.
+        before = newest(checkpoints)
+        while newest(checkpoints) <= before:
+            assert all(node.poll() is None for node in nodes)
+            time.sleep(0.1)
+        (pid,) = shared.glob(".adapter.*/*/ranks/rank-1.pid")
+        os.kill(int(pid.read_text()), signal.SIGKILL)
     assert [node.wait(60) for node in nodes] == [1, 1]
     directory = SharedDirectory(shared)
     outcome = directory.read_outcome()
     assert outcome is not None and outcome.kind == "TrainingError"
     assert "rank 1 of 2 was killed" in outcome.message
+    assert "after 1 restart (train.max_restarts is 1)" in outcome.message
+    assert len(directory.attempts()) == 2
     directory.clear()
     kept = newest(checkpoints)
     nodes = [start(shared, number, port) for number in range(2)]
