@@ -12,7 +12,7 @@ from tuneline.steps import STEPS
 
 def test_the_schema_lists_the_names_of_both_tables() -> None:
     properties = PlacementConfig.model_json_schema()["properties"]
-    assert properties["profile"]["enum"] == ["local", *GPU_PROFILES] == list(PROFILES)
+    assert properties["profile"]["enum"] == ["local", "small", *GPU_PROFILES] == list(PROFILES)
     assert properties["steps"]["propertyNames"]["enum"] == list(STEPS)
 
 
@@ -42,6 +42,31 @@ def test_what_a_recipe_says_wins_over_the_profile() -> None:
     assert config.shared_memory == "16Gi"
 
 
+def test_small_fits_a_node_of_two_cores_and_16_gib() -> None:
+    steps = PlacementConfig.parse({"profile": "small"}).steps
+    assert set(steps) == set(STEPS)
+    for step in steps.values():
+        assert step.cpu_request == "100m" and step.memory_limit and step.memory_request
+        assert quantity_value(step.memory_limit) <= quantity_value("6Gi")
+        # Of 16 GiB, Kubernetes and KFP take about three; GGUF formats run four at a time.
+        assert quantity_value(step.memory_request) * 4 < quantity_value("13Gi")
+
+
+def test_a_recipe_changes_one_step_of_small_and_keeps_the_rest() -> None:
+    config = PlacementConfig.parse(
+        {
+            "profile": "small",
+            "steps": {"train": {"timeout_hours": 1, "memory_request": "8Gi"}, "plan": {}},
+        }
+    )
+    train, plain = config.steps["train"], PlacementConfig.parse({"profile": "small"})
+    assert (train.cpu_request, train.timeout_hours) == ("100m", 1)
+    # A request above the profile's limit raises the limit.
+    assert (train.memory_request, train.memory_limit) == ("8Gi", "8Gi")
+    assert config.steps["plan"] == plain.steps["plan"]
+    assert config.steps["evaluate"] == plain.steps["evaluate"]
+
+
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_saved_config_reads_as_the_same(name: str) -> None:
     config = PlacementConfig.parse({"profile": name, "shared_memory": None})
@@ -59,7 +84,7 @@ def test_quantities(text: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"profile": "v100"}, "profile: .*'local', 't4', 'a10g'"),
+        ({"profile": "v100"}, "profile: .*'local', 'small', 't4', 'a10g'"),
         (
             {"accelerated": {"memory_request": "2Gi", "memory_limit": "1500Mi"}},
             "accelerated: memory_request 2Gi is more than memory_limit 1500Mi",
@@ -72,6 +97,15 @@ def test_quantities(text: str, value: float) -> None:
         ({"tolerations": [{"key": "a", "operator": "Equal"}]}, "operator Equal needs a value"),
         ({"workload_priority_class": "high"}, "'high' has no effect without `queue`"),
         ({"secrets": {"s3": {"id": "AWS ID"}}}, "secrets.s3: 'AWS ID' is not a name"),
+        ({"secrets": {"S3": {}}}, "secrets: 'S3' is not the name of a Kubernetes secret"),
+        ({"secrets": {"s3": {"{{=1}}": "A"}}}, "secrets.s3: '{{=1}}' is not a key of a secret"),
+        ({"node_selector": {"$(A)": "b"}}, r"node_selector: '\$\(A\)' is not the key of a"),
+        ({"node_selector": {"a": "{{=1}}"}}, "node_selector.a: .*pattern"),
+        ({"tolerations": [{"key": "$$"}]}, "tolerations.0.key: .*pattern"),
+        ({"accelerator": "a{{b}}"}, "accelerator: .*pattern"),
+        ({"accelerator_products": ["a $(B)"]}, "accelerator_products.0: .*pattern"),
+        ({"hub_token_secret": "{{a}}"}, "hub_token_secret: .*pattern"),
+        ({"image_pull_secrets": ["{{a}}"]}, "image_pull_secrets.0: .*pattern"),
         ({"run_as_user": 0}, "run_as_user: .*greater than or equal to 1"),
         ({"cache_claim": "Model_Cache"}, "cache_claim: .*pattern"),
         ({"shm": "1Gi"}, "shm: unknown key"),

@@ -44,6 +44,7 @@ def test_each_figure_is_shown_with_its_unit() -> None:
         num_out_of_memory=1,
         num_skipped_steps=3,
         num_rollbacks=1,
+        num_restarts=1,
         num_resumptions=2,
         seconds=181.7,
         settings={"lora": {"r": 16, "lora_alpha": 32}},
@@ -76,6 +77,7 @@ def test_each_figure_is_shown_with_its_unit() -> None:
         "Out of memory": "once",
         "Steps skipped: NaN or infinite": "3",
         "Rollbacks to a checkpoint": "1",
+        "Restarted after a fault": "once",
         "Resumed from a checkpoint": "2 times",
     }
 

@@ -4,6 +4,10 @@ Every artifact directory holds one JSON record, which is written last. A directo
 is not an artifact. Records are strict: a step that reads a record with an unknown key or without a
 required key fails at once.
 
+The steps that make base_model, dataset, adapter, merged and quantized also pass on a copy of the
+record as an artifact of its own, a single JSON file named `record`. Report takes only these copies,
+and publish takes them for what it does not upload, because KFP downloads every input in full.
+
     artifact     record            other files
     -----------  ----------------  -----------------------------------------------------------
     base_model   origin.json       config.json, *.safetensors, tokenizer files
@@ -25,14 +29,14 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from tuneline.errors import OutputExistsError
-from tuneline.kinds import KINDS, ExportKind, RepoKind
+from tuneline.errors import OutputExistsError, WorldError
+from tuneline.kinds import EXPORT_KINDS, KINDS, ExportKind, RepoKind
 from tuneline.record import Ancestor, Record
 from tuneline.strict_model import StrictModel
 
@@ -79,6 +83,26 @@ class RunHeader(StrictModel):
     base_model: str
     dataset: str
     publish_to: str
+
+    def check_exports(self, formats: Iterable[str]) -> None:
+        """Check that a step got every export that the recipe asks for.
+
+        Args:
+            formats: formats of the exports that the step got.
+
+        Raises:
+            WorldError: exports are missing.
+        """
+        quantize = (self.model_extra or {}).get("quantize", {})
+        asked = [format for kind in EXPORT_KINDS for format in quantize.get(kind, ())]
+        got = set(formats)
+        missing = [format for format in asked if format not in got]
+        if missing:
+            raise WorldError(
+                f"the recipe asks for {len(asked)} exports ({', '.join(asked)}), but this step did "
+                f"not get {', '.join(missing)}, so nothing was written. Run the pipeline again; if "
+                "the same exports are missing, compile the recipe again with this tuneline"
+            )
 
 
 class ModelOrigin(Record):
@@ -237,7 +261,10 @@ class TrainingSummary(Record):
     """How often training went back to a checkpoint, with a lower learning rate, after several
     skipped steps."""
     num_resumptions: int = 0
-    """How often training resumed from a checkpoint after an interruption."""
+    """How often training resumed from a checkpoint after an interruption, restarts included."""
+    num_restarts: int = 0
+    """How often the step started new processes because a rank had died, or had failed with an error
+    of the GPU, its driver or the connection between ranks."""
     base_sha256: str
     dataset_sha256: str
 

@@ -194,8 +194,10 @@ GPU_PROFILES: dict[str, GpuProfile] = {
 
 LOCAL = "local"
 """Name of the profile without a GPU."""
+SMALL = "small"
+"""Name of the profile for a cluster of one small machine without a GPU."""
 
-PROFILE_NAMES = (LOCAL, *GPU_PROFILES)
+PROFILE_NAMES = (LOCAL, SMALL, *GPU_PROFILES)
 
 if TYPE_CHECKING:
     Profile = str

@@ -7,24 +7,33 @@ meaning when a later version changes the profile.
 """
 
 import re
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tuneline.gpu_profiles import GPU_PROFILES, LOCAL, GpuProfile, Profile
+from tuneline.gpu_profiles import GPU_PROFILES, LOCAL, SMALL, GpuProfile, Profile
 from tuneline.images import REGISTRY, USER_ID
-from tuneline.steps import StepName
+from tuneline.steps import STEPS, StepName
 from tuneline.strict_model import StrictModel
 
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 REGISTRY_NAME = r"^[a-z0-9]([a-z0-9._:/-]*[a-z0-9])?$"
 DNS_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
+_NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+LABEL_KEY = rf"^([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_NAME}$"
+LABEL_VALUE = rf"^({_NAME})?$"
+SECRET_KEY = r"^[A-Za-z0-9._-]{1,253}$"
+
+DnsName = Annotated[str, Field(pattern=DNS_NAME)]
+LabelKey = Annotated[str, Field(pattern=LABEL_KEY)]
+LabelValue = Annotated[str, Field(pattern=LABEL_VALUE)]
 
 _SUFFIXES = {
     "": 1.0,
     "m": 1e-3,
-    **{suffix: 1000.0 ** (power + 1) for power, suffix in enumerate(("k", "M", "G", "T"))},
-    **{suffix: 1024.0 ** (power + 1) for power, suffix in enumerate(("Ki", "Mi", "Gi", "Ti"))},
+    **{suffix: 1000.0**power for power, suffix in enumerate(("k", "M", "G", "T", "P"), 1)},
+    **{suffix: 1024.0**power for power, suffix in enumerate(("Ki", "Mi", "Gi", "Ti", "Pi"), 1)},
 }
 
 
@@ -33,6 +42,30 @@ def quantity_value(text: str) -> float:
     match = re.match(r"^([0-9.]+)([A-Za-z]*)$", text)
     assert match is not None, text
     return float(match[1]) * _SUFFIXES[match[2]]
+
+
+def override(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a step's resources with some of them replaced.
+
+    If only a request or only its limit is replaced, and the request then exceeds the limit, both
+    get the new value.
+    """
+    merged = {**values, **overrides}
+    for resource in ("cpu", "memory"):
+        request, limit = f"{resource}_request", f"{resource}_limit"
+        if (request in overrides) != (limit in overrides) and merged.get(request):
+            leader, follower = (request, limit) if request in overrides else (limit, request)
+            if merged.get(limit) and _exceeds(merged[request], merged[limit]):
+                merged[follower] = merged[leader]
+    return merged
+
+
+def _exceeds(request: Any, limit: Any) -> bool:
+    """Return whether a request is more than a limit; False if either is no quantity."""
+    texts = (str(request), str(limit))
+    if not all(re.fullmatch(QUANTITY, text) for text in texts):
+        return False
+    return quantity_value(texts[0]) > quantity_value(texts[1])
 
 
 class StepPlacement(StrictModel):
@@ -53,7 +86,10 @@ class StepPlacement(StrictModel):
     timeout_hours: float | None = Field(default=None, gt=0)
     """Hours after which the pod is ended; the time that it waits for a node does not count."""
     num_retries: int | None = Field(default=None, ge=0, le=10)
-    """Retries after the first attempt, 30 seconds to 10 minutes apart."""
+    """Retries of a pod that disappeared because its node was drained or lost or the pod was
+    preempted. The pause before the first is 30 seconds, and each further pause is twice as long.
+    KFP 2.17 does not run a process again that failed: a step waits out faults of the network
+    itself, and train.max_restarts covers faults of GPUs."""
 
     @model_validator(mode="after")
     def _requests_fit_limits(self) -> Self:
@@ -67,11 +103,11 @@ class StepPlacement(StrictModel):
 class Toleration(StrictModel):
     """A node taint that pods tolerate."""
 
-    key: str
+    key: LabelKey
     """Key of the taint, e.g. nvidia.com/gpu."""
     operator: Literal["Exists", "Equal"] = "Exists"
     """Exists tolerates any value of the taint; Equal only `value`."""
-    value: str | None = None
+    value: LabelValue | None = None
     """Value of the taint, with the operator Equal only."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = "NoSchedule"
     """Effect of the taint; null tolerates every effect."""
@@ -90,10 +126,12 @@ class PlacementConfig(StrictModel):
     """Where the steps run on a cluster; local runs ignore this section."""
 
     profile: Profile = LOCAL
-    """Kind of GPU node. The profile sets `num_accelerators`, `accelerator_products`, `accelerated`,
+    """Kind of node. A GPU's profile sets `num_accelerators`, `accelerator_products`, `accelerated`,
     `tolerations` and `shared_memory`, except where the recipe sets them. local: the defaults below,
-    on CPUs only."""
-    accelerator: str = "nvidia.com/gpu"
+    on CPUs only. small: on CPUs only, on a cluster of one machine with 2 to 4 cores and 16 GiB; it
+    sets the CPU request and the memory of each step in `steps`, for models as small as the
+    demo's."""
+    accelerator: LabelKey = "nvidia.com/gpu"
     """Kubernetes resource name of the accelerator."""
     num_accelerators: int = Field(default=0, ge=0)
     """Accelerators per node for train, one rank on each. merge, evaluate and quantize-gptq get one,
@@ -112,7 +150,7 @@ class PlacementConfig(StrictModel):
     one. Several nodes also share their inputs and the adapter on it; the claim must then be
     ReadWriteMany. `run_as_user` must be able to write to it. null: checkpoints are kept on
     `cache_claim`."""
-    accelerator_products: list[str] = []
+    accelerator_products: list[LabelValue] = []
     """Accepted values of the node label nvidia.com/gpu.product; empty accepts any GPU."""
     accelerated: StepPlacement = StepPlacement()
     """Resources of every step that gets an accelerator; they should fit the GPU node.
@@ -121,7 +159,7 @@ class PlacementConfig(StrictModel):
     with an accelerator), else from the step's default."""
     steps: dict[StepName, StepPlacement] = {}
     """Resources of single steps, by name; they override `accelerated`."""
-    node_selector: dict[str, str] = {}
+    node_selector: dict[str, LabelValue] = {}
     """Labels that a node must have for the steps that get an accelerator."""
     tolerations: list[Toleration] = []
     """Node taints that the steps with an accelerator tolerate."""
@@ -135,7 +173,7 @@ class PlacementConfig(StrictModel):
     """PersistentVolumeClaim that keeps downloads (HF_HOME) between runs, and checkpoints if there
     is no `shared_claim`. `run_as_user` must be able to write to it, and it must be ReadWriteMany if
     runs overlap. null: every pod downloads again."""
-    hub_token_secret: str | None = "huggingface"
+    hub_token_secret: DnsName | None = "huggingface"
     """Kubernetes secret whose key `token` holds the Hub token; it may be absent. null: no token."""
     secrets: dict[str, dict[str, str]] = {}
     """More Kubernetes secrets, as {secret: {key: VARIABLE}}. Their values become environment
@@ -145,7 +183,7 @@ class PlacementConfig(StrictModel):
     """Registry and path of the images, e.g. registry.example.com/team for
     registry.example.com/team/train:VERSION. The default has no host: it works only on nodes
     that already have the images."""
-    image_pull_secrets: list[str] = []
+    image_pull_secrets: list[DnsName] = []
     """Kubernetes secrets with the credentials for `registry`."""
     queue: str | None = Field(default=None, pattern=DNS_NAME)
     """Kueue LocalQueue that admits every pod; Kueue's pod integration must be enabled. null: no
@@ -159,9 +197,17 @@ class PlacementConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_the_profile(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            return {**PROFILES.get(str(values.get("profile")), {}), **values}
-        return values
+        if not isinstance(values, dict):
+            return values
+        profile = PROFILES.get(str(values.get("profile")), {})
+        merged = {**profile, **values}
+        if "steps" in profile and isinstance(values.get("steps"), dict):
+            # By step: a recipe that changes one step keeps the profile's values of the others.
+            merged["steps"] = dict(profile["steps"])
+            for name, own in values["steps"].items():
+                known = profile["steps"].get(name, {})
+                merged["steps"][name] = override(known, own) if isinstance(own, dict) else own
+        return merged
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
@@ -182,8 +228,15 @@ class PlacementConfig(StrictModel):
                     f"shared_memory {self.shared_memory} counts towards accelerated.memory_limit "
                     f"{limit} and must be smaller"
                 )
+        for key in self.node_selector:
+            if not re.fullmatch(LABEL_KEY, key):
+                raise ValueError(f"node_selector: '{key}' is not the key of a Kubernetes label")
         for secret, variables in self.secrets.items():
-            for variable in variables.values():
+            if not re.fullmatch(DNS_NAME, secret):
+                raise ValueError(f"secrets: '{secret}' is not the name of a Kubernetes secret")
+            for key, variable in variables.items():
+                if not re.fullmatch(SECRET_KEY, key):
+                    raise ValueError(f"secrets.{secret}: '{key}' is not a key of a secret")
                 if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
                     raise ValueError(
                         f"secrets.{secret}: '{variable}' is not a name of an environment variable"
@@ -208,8 +261,41 @@ def _profile_values(gpu: GpuProfile) -> dict[str, Any]:
     }
 
 
+_SMALL_MEMORY = {
+    "fetch": ("1280Mi", "6Gi"),
+    "prepare": ("1280Mi", "6Gi"),
+    "train": ("2Gi", "6Gi"),
+    "merge": ("1280Mi", "6Gi"),
+    "convert-gguf": ("1280Mi", "6Gi"),
+    "measure-importance": ("1280Mi", "6Gi"),
+    "quantize-gguf": ("2304Mi", "6Gi"),
+    "quantize-gptq": ("2560Mi", "6Gi"),
+    "evaluate": ("1536Mi", "6Gi"),
+}
+"""Memory request and limit of the steps that hold a model, in the profile small. The requests are
+what the demo's steps used on a cluster, or what `plan` estimates for them, if that is more."""
+_SMALL_MEMORY_OF_OTHERS = ("256Mi", "1Gi")
+
+
+def _small_values() -> dict[str, Any]:
+    memory = {name: _SMALL_MEMORY.get(name, _SMALL_MEMORY_OF_OTHERS) for name in STEPS}
+    return {
+        "steps": {
+            name: {
+                # The request of KFP's launcher, a container in the pod of each step.
+                "cpu_request": "100m",
+                "cpu_limit": "4",
+                "memory_request": request,
+                "memory_limit": limit,
+            }
+            for name, (request, limit) in memory.items()
+        }
+    }
+
+
 PROFILES: dict[str, dict[str, Any]] = {
     LOCAL: {},
+    SMALL: _small_values(),
     **{name: _profile_values(gpu) for name, gpu in GPU_PROFILES.items()},
 }
 """Values that each profile sets for keys of PlacementConfig, by the profile's name."""

@@ -15,6 +15,11 @@ STEP_LABEL = "app.kubernetes.io/component"
 """Pod label with the name of the step."""
 PART_OF_LABEL = ("app.kubernetes.io/part-of", "tuneline")
 """Pod label, and its value, by which the network policy in manifests/base selects pods."""
+TRAINJOBS = ("trainer.kubeflow.org", "v1alpha1", "trainjobs")
+"""API group, version and plural of Kubeflow Trainer's TrainJob, which carries RUN_LABEL too."""
+NO_SIDECAR = ("sidecar.istio.io/inject", "false")
+"""Pod annotation, and its value, that keeps Istio's proxy out of the pod. KFP gives it to its own
+pods. With the proxy, the job of a pod would not end, and ranks would not reach each other."""
 
 CACHE_PATH = "/cache"
 """Where `placement.cache_claim` is mounted."""

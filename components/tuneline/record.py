@@ -2,6 +2,7 @@
 
 import datetime
 import hashlib
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -119,19 +120,27 @@ class Record(StrictModel):
             sha256=self.content_sha256(), settings=self.settings, environment=self.environment
         )
 
+    def copy_to(self, path: str | Path, *, directory: str | Path) -> None:
+        """Copy the record in `directory` to the file `path`, an artifact of its own.
+
+        Steps that read only the record of a large artifact get this small artifact instead.
+        """
+        shutil.copyfile(Path(directory, self.filename), path)
+
     @classmethod
-    def read(cls, directory: str | Path) -> Self:
-        """Read the record of the artifact in `directory`.
+    def read(cls, source: str | Path) -> Self:
+        """Read a record: that of the artifact in a directory, or a file that `copy_to` wrote.
 
         Raises:
             WorldError: there is no record, so the step that makes the artifact did not finish.
         """
-        path = Path(directory, cls.filename)
+        path = Path(source)
+        path = path if path.is_file() else path / cls.filename
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise WorldError(
-                f"{directory} has no {cls.filename}: the step that makes it did not finish, "
+                f"{source} has no {cls.filename}: the step that makes it did not finish, "
                 "or the directory is another artifact. Run that step again, or name its output"
             ) from None
         return cls.parse(text, where=str(path))

@@ -35,7 +35,8 @@ class Step:
     scratch: bool = True
     """Whether the step loads or writes models, and therefore gets a volume for temporary files."""
     num_retries: int = 0
-    """Number of retries, which can help after a network error or a lost pod."""
+    """Number of retries by KFP, which follow only if the pod disappeared. A step itself handles
+    errors of the network (runtime/retries.py) and faults of ranks (train/restarts.py)."""
 
 
 STEPS: dict[str, Step] = {

@@ -87,6 +87,7 @@ def training_figures(summary: TrainingSummary) -> list[Figure]:
             "",
         ),
         ("num_rollbacks", "Rollbacks to a checkpoint", s.num_rollbacks or None, count, ""),
+        ("num_restarts", "Restarted after a fault", s.num_restarts or None, _times, ""),
         ("num_resumptions", "Resumed from a checkpoint", s.num_resumptions or None, _times, ""),
     ]
     return [

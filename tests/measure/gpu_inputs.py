@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -278,6 +278,8 @@ def train(
     stop_at: int | None = None,
     timeout: float = 150,
     on_log: tuple[str, Callable[[], None]] | None = None,
+    program: Sequence[str] = ("-m", "tuneline.train"),
+    every_poll: Callable[[], None] = lambda: None,
 ) -> Run:
     """Run `python -m tuneline.train`.
 
@@ -290,13 +292,15 @@ def train(
         stop_at: Send SIGTERM when progress.jsonl has this step; None lets the run end.
         timeout: Kill the process after this many seconds.
         on_log: A text and a function, which is called once when the text is in the log.
+        program: Arguments of Python that start the step, before the step's own arguments.
+        every_poll: Function that is called ten times per second while the process runs.
     """
     adapter = work / name / "adapter"
     adapter.parent.mkdir(parents=True, exist_ok=True)
     config_path = work / name / "config.json"
     config_path.write_text(json.dumps(config))
     log_path = work / name / "log.txt"
-    command = [sys.executable, "-m", "tuneline.train", "--config", str(config_path)]
+    command = [sys.executable, *program, "--config", str(config_path)]
     command += ["--base-model", str(base), "--dataset", str(dataset), "--adapter", str(adapter)]
     command += ["--curves", str(work / name / "curves.html")]
     began = time.monotonic()
@@ -309,6 +313,7 @@ def train(
     is_stopped = False
     while process.poll() is None:
         time.sleep(0.1)
+        every_poll()
         if time.monotonic() - began > timeout:
             process.kill()
             say(f"{name}: killed after {timeout:.0f} s")

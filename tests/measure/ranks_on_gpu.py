@@ -6,7 +6,9 @@
 
     medium  a 1B shape: one rank; two ranks with ZeRO-2 and SIGTERM half-way, finished by one rank
     big     an 8B shape, packed to 8192 tokens: one rank and two ranks
-    ddp     the 1B shape with SGD, for which ZeRO-2 is not used: one rank and two ranks
+    scale   the same with four packs per step, on each number of ranks of --ranks, and with ZeRO-2
+            on the largest
+    ddp     the 1B shape without ZeRO-2, with SGD and with AdamW: one rank and two ranks
     stock   the 1B shape with ZeRO-2 and without fused kernels: one rank and two ranks
     resume  the 1B shape on one rank, with SIGTERM half-way, then resumed to the end
     truth   the 1B shape on one rank without fused kernels, in float32: the difference of every
@@ -26,7 +28,7 @@ from typing import Any
 import gpu_inputs
 from gpu_inputs import Run, largest_difference, say, train
 
-PARTS = ("medium", "big", "ddp", "stock", "resume", "truth")
+PARTS = ("medium", "big", "scale", "ddp", "stock", "resume", "truth")
 WARM_UP = 6
 """First step whose speed counts; earlier steps may compile kernels."""
 
@@ -35,6 +37,7 @@ def main() -> None:
     """Run the parts one after another until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2], help="for the part scale")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out-dir", type=Path, default=Path("."), help="for ranks.json and logs")
     parser.add_argument("--work-dir", type=Path, help="for base models; default: /dev/shm or disk")
@@ -53,7 +56,8 @@ def main() -> None:
     work = args.work_dir or gpu_inputs.roomy_directory(0 if args.tiny else 20 * 10**9)
     say(f"{num_gpus} x {name}, torch {torch.__version__}, {work}")
     try:
-        Comparison(work, args.out_dir, args.steps, args.tiny, args.deadline).run(args.parts)
+        comparison = Comparison(work, args.out_dir, args.steps, args.tiny, args.deadline)
+        comparison.run(args.parts, args.ranks)
     finally:
         if args.work_dir is None:
             shutil.rmtree(work, ignore_errors=True)
@@ -71,16 +75,20 @@ class Comparison:
         self.deadline = deadline
         self.results: dict[str, Any] = {}
 
-    def run(self, parts: list[str]) -> None:
-        """Run some of the parts."""
+    def run(self, parts: list[str], ranks: list[int]) -> None:
+        """Run some of the parts; `scale` on each of these numbers of ranks."""
         if "medium" in parts:
             self.medium(*self.small())
         if "big" in parts:
             self.pair("big", *self.inputs("Llama-3.1-8B", pack=8192, packs_per_step=2), forwards=2)
+        if "scale" in parts:
+            self.scale(*self.inputs("Llama-3.1-8B", pack=8192, packs_per_step=4), ranks)
         if "ddp" in parts:
             self.pair("ddp", *self.small(), forwards=4, optim="sgd", learning_rate=0.5)
+            self.pair("ddp_adamw", *self.small(), forwards=4)
         if "stock" in parts:
-            self.pair("stock", *self.small(), forwards=4, kernels="off")
+            settings = {"kernels": "off", "sharding": "zero2"}
+            self.pair("stock", *self.small(), forwards=4, **settings)
         if "resume" in parts:
             half = self.num_steps // 2
             self.train("resume", *self.small(), num_ranks=1, forwards=4, stop_at=half)
@@ -96,13 +104,16 @@ class Comparison:
     def medium(self, base: Path, dataset: Path) -> None:
         """Compare one rank with two ranks that are stopped, after which one rank resumes."""
         half = self.num_steps // 2
+        zero2: dict[str, Any] = {"forwards": 4, "sharding": "zero2"}
         one = self.train("medium_1", base, dataset, num_ranks=1, forwards=4)
-        stopped = self.train("medium_2", base, dataset, num_ranks=2, forwards=4, stop_at=half)
+        stopped = self.train("medium_2", base, dataset, num_ranks=2, stop_at=half, **zero2)
         if stopped is not None:
             say(f"medium_2: stopped with exit code {stopped.code}: {stopped.log_tail[-300:]}")
             rate = stopped.tokens_per_second(min(WARM_UP, half - 1))
             say(f"medium_2: {rate:.0f} tok/s on 2 ranks until then")
-        resumed = self.train("medium_2", base, dataset, num_ranks=1, forwards=4, as_name="then_1")
+        resumed = self.train(
+            "medium_2", base, dataset, num_ranks=1, forwards=4, as_name="then_1", **zero2
+        )
         if one is None or resumed is None:
             return
         before = largest_difference(one.losses, resumed.losses, range(1, half + 1))
@@ -133,6 +144,20 @@ class Comparison:
             f"steps in common); two ranks are {gain:.2f} x as fast as one"
         )
 
+    def scale(self, base: Path, dataset: Path, ranks: list[int]) -> None:
+        """Compare several numbers of ranks that share four packs per step with the first number."""
+        first: Run | None = None
+        for num_ranks, sharding in [*((n, "ddp") for n in ranks), (max(ranks), "zero2")]:
+            name = f"scale_{num_ranks}_{sharding}"
+            settings = {"num_ranks": num_ranks, "forwards": 4, "sharding": sharding}
+            run = self.train(name, base, dataset, **settings)
+            first = first or run
+            if run is None or first is None:
+                return
+            apart = largest_difference(first.losses, run.losses, range(1, self.num_steps + 1))
+            gain = run.tokens_per_second(WARM_UP) / first.tokens_per_second(WARM_UP)
+            say(f"{name}: {gain:.2f} x the speed of {ranks[0]}; losses within {apart:.4f}")
+
     def truth(self, base: Path, dataset: Path) -> None:
         """Compare the results of the same shape with those in float32."""
         settings = {"kernels": "off", "dtype": "float32"}
@@ -140,7 +165,7 @@ class Comparison:
         if run is None:
             return
         for name, result in self.results.items():
-            if name not in ("truth", "big_1", "big_2"):
+            if not name.startswith(("truth", "big", "scale")):
                 steps = range(1, self.num_steps + 1)
                 apart = largest_difference(run.losses, result["losses"], steps)
                 say(f"{name}: losses are within {apart:.4f} of float32's (-1: no steps in common)")

@@ -13,7 +13,10 @@ from tuneline.images import USER_ID
 from tuneline.pipelines.catalog import RECIPES_DIR
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.lint.lint import lint_file
-from tuneline.recipe import load_recipe
+from tuneline.prepare import PrepareConfig
+from tuneline.publish import PublishConfig
+from tuneline.recipe import Recipe, load_recipe
+from tuneline.runtime.parameter_text import decode_text
 from tuneline.steps import STEPS
 
 GOLDEN = Path(__file__).parent / "golden" / "demo.yaml"
@@ -94,9 +97,6 @@ def test_the_wiring(demo: tuple[str, dict, dict]) -> None:
     assert set(found["evaluate-2"]["dependentTasks"]) == {"merge", "prepare"}
     assert set(found["train"]["dependentTasks"]) == {"fetch", "prepare"}
     assert set(found["gate"]["dependentTasks"]) == {"evaluate", "evaluate-2"}
-    condition = next(task for name, task in found.items() if name.startswith("condition"))
-    condition = condition["triggerPolicy"]["condition"]
-    assert "gate-Output" in condition and "== 'promote'" in condition
     assert pipeline["root"]["dag"]["tasks"]["diagnose"]["triggerPolicy"]["strategy"] == (
         "ALL_UPSTREAM_TASKS_COMPLETED"
     )
@@ -107,6 +107,83 @@ def test_the_wiring(demo: tuple[str, dict, dict]) -> None:
         if "parameterIterator" in task
     )
     assert items == [["f16", "q8_0", "q5_k_m", "q4_k_m"], ["gptq-4bit"]]
+
+
+def test_publish_waits_for_the_verdict_in_a_condition_of_its_own(
+    demo: tuple[str, dict, dict],
+) -> None:
+    # KFP 2.17 passes one item of a list into the DAG that dsl.If would make.
+    publish = tasks(demo[1])["publish"]
+    name = "pipelinechannel--gate-Output"
+    assert publish["triggerPolicy"] == {
+        "condition": f"inputs.parameter_values['{name}'] == 'promote'"
+    }
+    assert publish["inputs"]["parameters"][name] == {
+        "taskOutputParameter": {"outputParameterKey": "Output", "producerTask": "gate"}
+    }
+    assert "gate" in publish["dependentTasks"]
+
+
+def inputs_of(task: dict) -> dict[str, tuple[str, str]]:
+    """The artifacts that a task gets, as (task that makes it, name of the output)."""
+    return {
+        name: (
+            found["taskOutputArtifact"]["producerTask"],
+            found["taskOutputArtifact"]["outputArtifactKey"],
+        )
+        for name, found in task["inputs"]["artifacts"].items()
+    }
+
+
+def test_only_publish_gets_models_and_only_those_that_it_uploads(
+    demo: tuple[str, dict, dict],
+) -> None:
+    found = tasks(demo[1])
+    records = {"base_model": ("fetch", "record"), "dataset": ("prepare", "record")}
+    decision = {"decision": ("gate", "decision")}
+    scores = {
+        "base_scores": ("evaluate", "scores"),
+        "tuned_scores": ("evaluate-2", "scores"),
+    }
+    assert inputs_of(found["gate"]) == scores
+    assert inputs_of(found["report"]) == records | decision | scores | {
+        "adapter": ("train", "record"),
+        "merged": ("merge", "record"),
+        "gguf": ("export-gguf", "records"),
+        "gptq": ("export-gptq", "records"),
+    }
+    assert inputs_of(found["publish"]) == records | decision | {
+        "adapter": ("train", "adapter"),
+        "merged": ("merge", "merged"),
+        "gguf": ("export-gguf", "exports"),
+        "gptq": ("export-gptq", "exports"),
+    }
+
+
+HOSTILE = "cost $$5$$ $(HOME) {{item}} {{{x}}} {{workflow.name}} {{=1+1}} [[Index]] <b> \\$$ \u00e9"
+
+
+def test_text_of_people_is_passed_so_that_nothing_replaces_it(tmp_path: Path) -> None:
+    values = {
+        "description": HOSTILE,
+        "base_model": f"/models/{HOSTILE}",
+        "dataset": f"/data/{HOSTILE}.jsonl",
+        "publish_to": f"dir:/{HOSTILE}",
+        "prepare.columns": {"prompt": HOSTILE},
+        "publish.tags": [HOSTILE],
+    }
+    recipe = load_recipe(RECIPES_DIR / "demo.yaml", values)
+    path = tmp_path / "pipeline.yaml"
+    compiler.Compiler().compile(finetune(recipe), str(path))
+    assert lint_file(path) == []
+    pipeline = next(yaml.safe_load_all(path.read_text()))
+    given = pipeline["root"]["inputDefinitions"]["parameters"]
+    passed = {name: declared["defaultValue"] for name, declared in given.items()}
+    assert Recipe.parse(passed["recipe_json"]) == recipe
+    assert PrepareConfig.parse(passed["prepare_config"]) == recipe.prepare
+    assert PublishConfig.parse(passed["publish_config"]) == recipe.publish
+    for name in ("base_model", "dataset", "publish_to"):
+        assert decode_text(passed[name]) == values[name]
 
 
 def test_no_reference_dangles(demo: tuple[str, dict, dict]) -> None:

@@ -124,7 +124,8 @@ def test_time_and_retries(
         "maxRetryCount": 3,
         "backoffDuration": "30s",
         "backoffFactor": 2.0,
-        "backoffMaxDuration": "600s",
+        # Four tries of six hours, 30 days of waiting before each, and pauses of 30, 60 and 120 s.
+        "backoffMaxDuration": f"{4 * (6 + 720) * 3600 + 210}s",
     }
 
 

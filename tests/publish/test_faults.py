@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import hub_server
 import pytest
 
-import tuneline.publish.hub
 from tuneline.errors import CredentialsError, HubError, TunelineError, UserError
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.hub import push
 from tuneline.publish.staging import MARKER_FILE, StagedRepo
+from tuneline.runtime import retries
 
 MERGED, LORA = "me/mine", "me/mine-lora"
 ROUTES = {
@@ -43,7 +43,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found: list[float] = []
     # Not in the module itself: threads that other tests' libraries left behind sleep as well.
     clock = SimpleNamespace(**{**vars(time), "sleep": found.append})
-    for module in (_http, tuneline.publish.hub):
+    for module in (_http, retries):
         monkeypatch.setattr(module, "time", clock)
     return found
 
@@ -139,7 +139,10 @@ def test_what_stays_is_one_sentence(send, hub, waits, route, status, error, says
     ("route", "fault"), [(route, (503, "cut")[n % 2]) for n, route in enumerate(ROUTES)]
 )
 def test_what_does_not_pass_ends_and_is_taken_up(send, hub, staged, waits, route, fault) -> None:
-    with pytest.raises(HubError, match=r"after 2 attempts\. Run the step again later; files"):
+    with pytest.raises(
+        HubError,
+        match=r"after 2 attempts and \d+ s of waiting\. Check.*run the step again later; files",
+    ):
         send((ROUTES[route], fault, 99), max_attempts=2)
     assert waits and all(wait <= 60 for wait in waits)
     send()

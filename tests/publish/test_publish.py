@@ -21,14 +21,19 @@ from tuneline.artifacts import (
     ModelOrigin,
     Published,
     QuantizedModel,
+    RunHeader,
+    Scores,
     TaskComparison,
+    TaskScore,
     TrainingPoint,
     TrainingSummary,
 )
 from tuneline.errors import StorageError
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.directory import write_tree
+from tuneline.quantize.config import QuantizeConfig
 from tuneline.recipe import Recipe
+from tuneline.report.run import run as write_report
 from tuneline.train.config import TrainConfig
 
 
@@ -146,22 +151,27 @@ def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path
     return root
 
 
-def publish(
-    run_dir: Path,
-    target: str,
-    out: str,
-    *,
-    more_exports: tuple[Path, ...] = (),
-    description: str = "",
-    **environment: str,
-) -> subprocess.CompletedProcess:
-    recipe = Recipe(
+def recipe_of(description: str = "") -> Recipe:
+    return Recipe(
         name="mine",
         description=description,
         base_model="org/base",
         dataset="/home/someone/private/rows.jsonl",
         publish_to="org/somewhere",
+        quantize=QuantizeConfig(gguf=("q8_0",), gptq=("gptq-4bit",)),
     )
+
+
+def publish(
+    run_dir: Path,
+    target: str,
+    out: str,
+    *,
+    exports: tuple[str, ...] = ("q8_0", "gptq-4bit"),
+    description: str = "",
+    **environment: str,
+) -> subprocess.CompletedProcess:
+    recipe = recipe_of(description)
     config = run_dir / "publish.json"
     config.write_text('{"max_attempts": 3}')
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -171,8 +181,7 @@ def publish(
             *("--target", target, "--recipe", recipe.model_dump_json()),
             *("--base-model", str(run_dir / "base"), "--dataset", str(run_dir / "dataset")),
             *("--adapter", str(run_dir / "adapter"), "--merged", str(run_dir / "merged")),
-            *("--exports", str(run_dir / "q8_0"), str(run_dir / "gptq-4bit")),
-            *map(str, more_exports),
+            *("--exports", *(str(run_dir / name) for name in exports)),
             *("--decision", str(run_dir / "decision"), "--published", str(run_dir / out)),
         ],
         env={**clean, "HF_HUB_DISABLE_XET": "1", **environment},
@@ -373,9 +382,79 @@ def test_a_format_that_was_exported_twice_is_refused(run_dir: Path, tmp_path: Pa
     QuantizedModel.read(run_dir / "again").model_copy(update={"notes": ["another"]}).write(
         run_dir / "again"
     )
-    done = publish(run_dir, f"dir:{tmp_path}/out", "out", more_exports=(run_dir / "again",))
+    done = publish(run_dir, f"dir:{tmp_path}/out", "out", exports=("q8_0", "gptq-4bit", "again"))
     assert "gptq-4bit was exported 2 times, but each format can be published" in sentence(done, 2)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arrived", "missing"),
+    [(("q8_0",), "gptq-4bit"), (("gptq-4bit",), "q8_0"), ((), "q8_0, gptq-4bit")],
+)
+def test_fewer_exports_than_the_recipe_asks_for_are_refused_by_name(
+    run_dir: Path, hub, arrived: tuple[str, ...], missing: str
+) -> None:
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
+    done = publish(run_dir, "me/mine", "out", exports=arrived, **environment)
+    words = f"asks for 2 exports (q8_0, gptq-4bit), but this step did not get {missing}, so"
+    assert words in sentence(done, 1)
+    assert hub.repos == {} and not (run_dir / "out").exists()
+
+
+def test_the_records_of_base_model_and_dataset_suffice(run_dir: Path, tmp_path: Path) -> None:
+    assert publish(run_dir, f"dir:{tmp_path}/whole", "whole").returncode == 0
+    for name, record in (("base", ModelOrigin), ("dataset", DatasetManifest)):
+        record.read(run_dir / name).copy_to(tmp_path / name, directory=run_dir / name)
+        shutil.rmtree(run_dir / name)
+        shutil.copyfile(tmp_path / name, run_dir / name)
+    assert publish(run_dir, f"dir:{tmp_path}/alone", "alone").returncode == 0
+    for path in (tmp_path / "whole").rglob("*"):
+        if path.is_file():
+            other = tmp_path / "alone" / path.relative_to(tmp_path / "whole")
+            assert other.read_bytes() == path.read_bytes()
+    # What a copy says is checked as what the artifact itself says.
+    text = (run_dir / "base").read_text()
+    (run_dir / "base").write_text(text.replace("1" * 64, "9" * 64))
+    MergeProof.read(run_dir / "merged").write(
+        run_dir / "merged", parents=(TrainingSummary.read(run_dir / "adapter"),)
+    )
+    lineage = json.loads((run_dir / "merged" / "merge.json").read_text())
+    lineage["made_from"]["base_model"] = {"sha256": "1" * 64}
+    (run_dir / "merged" / "merge.json").write_text(json.dumps(lineage))
+    done = publish(run_dir, f"dir:{tmp_path}/other", "other")
+    assert "made from the base_model 111111111111, but the one here is 9999" in sentence(done, 1)
+
+
+def test_page_card_and_tree_show_the_same_exports(run_dir: Path, tmp_path: Path) -> None:
+    for side, value in (("base", 0.25), ("tuned", 0.75)):
+        score = TaskScore(metric="acc", higher_is_better=True, value=value, num_samples=200)
+        scores = Scores(model=side, tasks={"heldout_choice": score}, harness="lm-eval")
+        directory = run_dir / f"{side}_scores"
+        directory.mkdir()
+        (directory / "generations.jsonl").write_text("")
+        scores.write(directory)
+    exports = ["q8_0", "gptq-4bit"]
+    page = tmp_path / "page"
+    summary = write_report(
+        RunHeader.parse(recipe_of().model_dump_json()),
+        **{f"{name}_dir": str(run_dir / name) for name in ("dataset", "adapter", "merged")},
+        base_model_dir=str(run_dir / "base"),
+        base_scores_dir=str(run_dir / "base_scores"),
+        tuned_scores_dir=str(run_dir / "tuned_scores"),
+        decision_dir=str(run_dir / "decision"),
+        exports_dirs=[str(run_dir / name) for name in exports],
+        page_path=str(page),
+        summary_dir=str(tmp_path / "summary"),
+    )
+    assert publish(run_dir, f"dir:{tmp_path}/out", "published").returncode == 0
+    assert [export.format for export in summary.exports] == exports
+    shown = page.read_text().split("Merge and exports")[1].split("<pre>")[0]
+    card = (tmp_path / "out" / "mine" / "README.md").read_text()
+    table = card.split("## Exports")[1].split("\n## ")[0]
+    for name in exports:
+        assert name in shown and f"| {name} |" in table
+    assert (tmp_path / "out" / "mine-gguf" / "mine-q8_0.gguf").is_file()
+    assert (tmp_path / "out" / "mine-gptq-4bit" / "config.json").is_file()
 
 
 def test_every_card_says_how_to_run_all_of_the_family(run_dir: Path, hub) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from kfp import dsl
 
+from tuneline.quantize.config import QuantizeConfig
 from tuneline.report.component import report
 
 
@@ -24,20 +25,23 @@ def test_lists_may_be_left_out(spec) -> None:
 def test_it_runs_in_a_pipeline_without_gptq(run_dirs: dict, recipe, tmp_path: Path) -> None:
     from kfp import local
 
+    gguf_only = recipe.model_copy(update={"quantize": QuantizeConfig(gptq=())})
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
 
         @dsl.component(install_kfp_package=False)
-        def pick(path: str, made: dsl.Output[dsl.Model]):
+        def pick(path: str, made: dsl.Output[dsl.Artifact]):
             import shutil
 
-            shutil.copytree(path, made.path)
+            shutil.copyfile(f"{path}/quantized.json", made.path)
 
-    def imported(name: str, kind: type):
-        return dsl.importer(artifact_uri=run_dirs[name], artifact_class=kind, reimport=False).output
+    def imported(name: str):
+        uri = run_dirs[name]
+        return dsl.importer(artifact_uri=uri, artifact_class=dsl.Artifact, reimport=False).output
 
     @dsl.pipeline(name="exports")
-    def exports() -> list[dsl.Model]:
+    def exports() -> list[dsl.Artifact]:
         with dsl.ParallelFor(run_dirs["exports_dirs"][:4]) as path:
             picked = pick(path=path)
         return dsl.Collected(picked.outputs["made"])
@@ -45,14 +49,14 @@ def test_it_runs_in_a_pipeline_without_gptq(run_dirs: dict, recipe, tmp_path: Pa
     @dsl.pipeline(name="reported")
     def reported():
         report(
-            recipe=recipe.model_dump_json(),
-            base_model=imported("base_model_dir", dsl.Model),
-            dataset=imported("dataset_dir", dsl.Dataset),
-            adapter=imported("adapter_dir", dsl.Model),
-            merged=imported("merged_dir", dsl.Model),
-            base_scores=imported("base_scores_dir", dsl.Artifact),
-            tuned_scores=imported("tuned_scores_dir", dsl.Artifact),
-            decision=imported("decision_dir", dsl.Artifact),
+            recipe=gguf_only.model_dump_json(),
+            base_model=imported("base_model_dir"),
+            dataset=imported("dataset_dir"),
+            adapter=imported("adapter_dir"),
+            merged=imported("merged_dir"),
+            base_scores=imported("base_scores_dir"),
+            tuned_scores=imported("tuned_scores_dir"),
+            decision=imported("decision_dir"),
             gguf=exports().output,
         )
 

@@ -11,8 +11,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tuneline.artifacts import Decision, RunHeader, RunSummary
+from tuneline.artifacts import (
+    DatasetManifest,
+    Decision,
+    MergeProof,
+    ModelOrigin,
+    QuantizedModel,
+    RunHeader,
+    RunSummary,
+    TrainingPoint,
+    TrainingSummary,
+    write_jsonl,
+)
 from tuneline.errors import OutputExistsError, WorldError
+from tuneline.quantize.config import QuantizeConfig
 from tuneline.recipe import Recipe
 from tuneline.report.run import run
 
@@ -141,10 +153,41 @@ def test_a_held_model_is_not_shown_as_published(recipe: Recipe, run_dirs: dict) 
 
 
 def test_a_run_without_exports(recipe: Recipe, run_dirs: dict) -> None:
+    recipe = recipe.model_copy(update={"quantize": QuantizeConfig(gguf=(), gptq=())})
     page, summary = write_page(recipe, {**run_dirs, "exports_dirs": []})
     assert summary.exports == []
     assert "The recipe asks for no exports." in cards(page)["Merge and exports"]
     assert "quantize skipped" in cards(page)["Steps of the run"]
+
+
+def test_fewer_exports_than_the_recipe_asks_for_are_refused(recipe: Recipe, run_dirs: dict) -> None:
+    with pytest.raises(WorldError, match=r"asks for 5 .* did not get q8_0, q5_k_m, q4_k_m, gptq"):
+        write_page(recipe, {**run_dirs, "exports_dirs": run_dirs["exports_dirs"][:1]})
+    assert not Path(run_dirs["page_path"]).exists()
+
+
+RECORDS = (
+    ("base_model_dir", ModelOrigin),
+    ("dataset_dir", DatasetManifest),
+    ("adapter_dir", TrainingSummary),
+    ("merged_dir", MergeProof),
+)
+
+
+def test_the_records_alone_give_the_same_page(
+    recipe: Recipe, run_dirs: dict, tmp_path: Path
+) -> None:
+    whole, _ = write_page(recipe, run_dirs)
+    alone = dict(run_dirs)
+    for name, record in RECORDS:
+        alone[name] = str(tmp_path / f"{name}.record")
+        record.read(run_dirs[name]).copy_to(alone[name], directory=run_dirs[name])
+    alone["exports_dirs"] = []
+    for number, path in enumerate(run_dirs["exports_dirs"]):
+        alone["exports_dirs"].append(str(tmp_path / f"export-{number}.record"))
+        QuantizedModel.read(path).copy_to(alone["exports_dirs"][-1], directory=path)
+    alone |= {"page_path": str(tmp_path / "page-2"), "summary_dir": str(tmp_path / "summary-2")}
+    assert write_page(recipe, alone)[0] == whole
 
 
 def test_a_run_without_generations(recipe: Recipe, run_dirs: dict) -> None:
@@ -184,3 +227,39 @@ def test_from_the_command_line(recipe: Recipe, run_dirs: dict, tmp_path: Path) -
     subprocess.run([sys.executable, "-m", "tuneline.report", *arguments], check=True)
     written = json.loads(Path(run_dirs["summary_dir"], "summary.json").read_text())
     assert written["recipe"] == "demo"
+
+
+def test_all_that_report_reads_is_small_whatever_the_model(
+    recipe: Recipe, run_dirs: dict, tmp_path: Path
+) -> None:
+    """A pod of report has 512 MiB of disk, of which KFP's and Argo's own files take 300."""
+    hashes = {f"model-{n:05d}-of-01000.safetensors": "a" * 64 for n in range(1000)}
+    point = TrainingPoint(
+        step=100_000, epoch=1.23456789012345, loss=1.23456789012345, eval_loss=1.23456789012345,
+        learning_rate=1.23456789e-05, grad_norm=1.23456789012345,
+    )  # fmt: skip
+    sizes = {}
+    records = [(run_dirs[name], record) for name, record in RECORDS]
+    # Four exports of a model in 1,000 files, after 20,000 logged steps.
+    records += [(path, QuantizedModel) for path in run_dirs["exports_dirs"][:4]]
+    for number, (directory, record) in enumerate(records):
+        read = record.read(directory)
+        changes = {"files": hashes} | (
+            {"history": [point] * 20_000} if isinstance(read, TrainingSummary) else {}
+        )
+        Path(directory, record.filename).write_text(
+            read.model_copy(update=changes).model_dump_json(indent=2)
+        )
+        copy = tmp_path / f"record-{number}"
+        read.copy_to(copy, directory=directory)
+        sizes[record.role, number] = copy.stat().st_size
+    for side in ("base", "tuned"):
+        scores = Path(run_dirs[f"{side}_scores_dir"])
+        (scores / "samples").mkdir()
+        rows = [
+            {"id": f"{n:064d}", "score": 0.123456789012345, "weight": 100} for n in range(20_000)
+        ]
+        write_jsonl(scores / "samples" / "task.jsonl", rows)
+        sizes[side, 0] = sum(path.stat().st_size for path in scores.rglob("*") if path.is_file())
+    assert len(sizes) == 10
+    assert sum(sizes.values()) < 20 << 20

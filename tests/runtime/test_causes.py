@@ -24,6 +24,15 @@ MESSAGES = [
     ("RuntimeError: loss is nan at step 23", "not a number"),
     ("ValueError: the logits are not finite", "not a number"),
     (
+        'pods "x" is forbidden: exceeded quota: tuneline, requested: requests.nvidia.com/gpu=1, '
+        "used: requests.nvidia.com/gpu=8, limited: requests.nvidia.com/gpu=8",
+        "quota",
+    ),
+    (
+        'pods "x" is forbidden: maximum memory usage per Container is 4Gi, but limit is 8Gi',
+        "limit range",
+    ),
+    (
         "GatedRepoError: 403 Client Error. Access to model meta-llama/Llama-3 is restricted",
         "gated model",
     ),
@@ -50,6 +59,11 @@ MESSAGES = [
     ("JSONDecodeError: Expecting value: line 3 column 1", "bad rows"),
     ("UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff", "bad rows"),
     ("KeyError: task 'kobest' not found in registry", "task"),
+    ("ValueError: Tasks not found: kobest. Try `lm-eval --tasks {list_groups}`", "task"),
+    ("The node was low on resource: ephemeral-storage. Threshold quantity: 10Gi", "disk"),
+    ("Component failed to execute successfully: exit status 137", "host memory"),
+    ("0/3 nodes are available: 3 Insufficient ephemeral-storage.", "unschedulable"),
+    ("pod deleted", "evicted"),
     ("ProofError: mean KL 0.5 is over the bound", "proof"),
     ("RuntimeError: No CUDA GPUs are available", "gpu driver"),
     ("RuntimeError: NCCL error in: ProcessGroupNCCL.cpp", "gpu driver"),
@@ -66,7 +80,24 @@ def test_a_message_leads_to_its_cause(message: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     "message",
-    ["", "KeyError: 'x'", "ValueError: 40400 rows", "step took 1370 seconds", "banana loss"],
+    [
+        *("", "KeyError: 'x'", "ValueError: 40400 rows", "step took 1370 seconds", "banana loss"),
+        # Lines of KFP's launcher and driver, and of libraries, which say nothing about a failure.
+        "I1127 06:28:22.1 15 registry.go:68] No task-level plugins enabled, returning no-op "
+        "dispatcher",
+        "I1127 10:30:38.3 15 container.go:204] Created execution: last_known_state:CANCELED",
+        '"activeDeadlineSeconds": "7200",',
+        '"envVar": "HF_TOKEN",',
+        '"num_rejected_rows": 0, "max_rejected_share": 0.1',
+        "mean KL 0.0004, top-1 agreement 0.998",
+        "NCCL version 2.20.5+cuda12.4",
+        "CUDA driver version: 12.4",
+        "loss of information: the value contains information",
+        "step 401 of 403: 404 rows, timeout=60",
+        "there is no task left, so no token is spent",
+        "Preemption is not helpful for scheduling",
+        "a malformed header was ignored",
+    ],
 )
 def test_what_is_not_known_is_not_guessed(message: str) -> None:
     assert find_cause(message) is None

@@ -32,6 +32,8 @@ class Hub:
         """(pattern of method and path, status or kind, number of times). "cut" ends the connection
         before the request is handled, "half" in the middle of the request's body, and "lost" after
         the request was handled, before the response."""
+        self.retry_after = "0"
+        """Header Retry-After of the responses that a fault makes."""
         self.requests: list[str] = []
         self.part_bytes: int | None = None
         """Larger files are sent in parts of this size."""
@@ -92,7 +94,8 @@ class Hub:
                 for name, value in headers.items():
                     self.send_header(name.replace("_", "-"), value)
                 self.end_headers()
-                self.wfile.write(data)
+                if self.command != "HEAD":
+                    self.wfile.write(data)
 
             def handle_request(self) -> None:
                 path = unquote(urlparse(self.path).path)
@@ -115,7 +118,8 @@ class Hub:
                 elif isinstance(fault, int):
                     names = {404: "RepoNotFound"} if "/models/" in path else {}
                     headers = {"X_Error_Code": names[fault]} if fault in names else {}
-                    self.answer({"error": "injected"}, fault, Retry_After="0", **headers)
+                    headers["Retry_After"] = hub.retry_after
+                    self.answer({"error": "injected"}, fault, **headers)
                 elif self.headers.get("Authorization") != f"Bearer {TOKEN}" and (
                     not path.startswith(("/blob/", "/part/", "/complete/"))
                 ):
@@ -177,6 +181,28 @@ class Hub:
 
             def tree(self, repo: str) -> None:
                 self.answer([entry(name, file) for name, file in hub.repos[repo]["files"].items()])
+
+            def resolve(self, repo: str, name: str) -> None:
+                """Answer with a file, or with the part of it that the header Range names."""
+                if name not in hub.repos[repo]["files"]:
+                    self.answer({"error": "no"}, 404, X_Error_Code="EntryNotFound")
+                    return
+                data = hub.content(repo, name)
+                wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+                part, headers = data, {}
+                if wanted:
+                    first, last = int(wanted[1]), int(wanted[2] or len(data) - 1)
+                    part = data[first : last + 1]
+                    headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(data)}"
+                self.send_response(206 if wanted else 200)
+                headers["Content-Length"] = str(len(part))
+                headers["X-Repo-Commit"] = hub.repos[repo]["commits"][-1]
+                headers["ETag"] = f'"{hashlib.sha256(data).hexdigest()}"'
+                for header, value in headers.items():
+                    self.send_header(header, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(part)
 
             def paths_info(self, repo: str) -> None:
                 files = hub.repos[repo]["files"]
@@ -313,16 +339,18 @@ class Hub:
             return found
 
         repo = r"(?P<repo>[^/ ]+/[^/ ]+)"
+        kind = "(?:models|datasets)"
         ROUTES = [
             (r"GET /api/whoami-v2", Handler.whoami),
             (r"POST /api/repos/create", Handler.create),
             (r"POST /api/validate-yaml", Handler.validate),
-            (rf"GET /api/models/{repo}", Handler.info),
-            (rf"GET /api/models/{repo}/revision/(?P<revision>.+)", Handler.info),
-            (rf"GET /api/models/{repo}/tree/.+", Handler.tree),
+            (rf"GET /api/{kind}/{repo}", Handler.info),
+            (rf"GET /api/{kind}/{repo}/revision/(?P<revision>.+)", Handler.info),
+            (rf"GET /api/{kind}/{repo}/tree/.+", Handler.tree),
+            (rf"(GET|HEAD) (/datasets)?/{repo}/resolve/[^/]+/(?P<name>.+)", Handler.resolve),
             (rf"GET /api/models/{repo}/refs", Handler.refs),
             (rf"POST /api/models/{repo}/tag/(?P<revision>.+)", Handler.tag),
-            (rf"POST /api/models/{repo}/paths-info/.+", Handler.paths_info),
+            (rf"POST /api/{kind}/{repo}/paths-info/.+", Handler.paths_info),
             (rf"POST /api/models/{repo}/preupload/.+", Handler.preupload),
             (rf"POST /api/models/{repo}/commit/.+", Handler.commit),
             (rf"POST /{repo}\.git/info/lfs/objects/batch", Handler.lfs_batch),

@@ -29,6 +29,7 @@ RESOURCES = {
     "pods": ("", "v1", "Pod", True),
     "events": ("", "v1", "Event", True),
     "secrets": ("", "v1", "Secret", True),
+    "configmaps": ("", "v1", "ConfigMap", True),
     "nodes": ("", "v1", "Node", False),
     "persistentvolumeclaims": ("", "v1", "PersistentVolumeClaim", True),
     "resourcequotas": ("", "v1", "ResourceQuota", True),
@@ -40,6 +41,7 @@ RESOURCES = {
     "priorityclasses": ("scheduling.k8s.io", "v1", "PriorityClass", False),
     "workflows": ("argoproj.io", "v1alpha1", "Workflow", True),
     "trainjobs": ("trainer.kubeflow.org", "v1alpha1", "TrainJob", True),
+    "jobsets": ("jobset.x-k8s.io", "v1alpha2", "JobSet", True),
     "trainingruntimes": ("trainer.kubeflow.org", "v1alpha1", "TrainingRuntime", True),
     "localqueues": ("kueue.x-k8s.io", "v1beta2", "LocalQueue", True),
     "customresourcedefinitions": ("apiextensions.k8s.io", "v1", "CustomResourceDefinition", False),
@@ -73,7 +75,7 @@ class KubeServer:
     not know is refused, as with fieldValidation=Strict. `resources` are the kinds that are served.
     A line of a log may begin with a timestamp, which is returned only if the request asks for
     timestamps; `now` is the clock. With `finalizers`, a deleted object stays until the test removes
-    it.
+    it. `deletions` are the propagation policies of the requests to delete something.
     """
 
     def __init__(self) -> None:
@@ -88,6 +90,7 @@ class KubeServer:
         self.closed = False
         self.now: Callable[[], float] = time.time
         self.requests: list[str] = []
+        self.deletions: list[str] = []
         self._httpd = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._httpd.serve_forever, args=(0.01,), daemon=True)
         self.host = f"http://127.0.0.1:{self._httpd.server_port}"
@@ -249,6 +252,7 @@ class KubeServer:
             raise Refused(404, f'{plural} "{name}" not found')
         if method == "DELETE":
             assert present is not None
+            self.deletions.append(query.get("propagationPolicy", ""))
             if not self.finalizers and "dryRun" not in query:
                 self._keep(plural, present, "DELETED")
             return present

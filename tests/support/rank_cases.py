@@ -107,3 +107,44 @@ def fail(how: str, where: Path) -> None:
     # Ignore SIGTERM, like a process that waits in an NCCL kernel.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.pause()
+
+
+def train_with_faults(**arguments: Any) -> Any:
+    """Train as `attempt.train`, but let the last rank fail in some step of some attempts.
+
+    The environment variable RANK_FAULT has the kind of the fault, the number of the step, the
+    number of attempts that fail, and a directory in which the attempts are counted.
+    """
+    import pytest
+
+    from tuneline.train import attempt
+    from tuneline.train.trainer.trainers import SupervisedTrainer
+
+    kind, step, times, where = os.environ["RANK_FAULT"].split(",")
+    is_last = collectives.rank() == collectives.num_ranks() - 1
+    compute = SupervisedTrainer.compute_loss
+
+    def compute_loss(trainer, model, inputs, *rest, **named):
+        if model.training and is_last and trainer.state.global_step + 1 == int(step):
+            num_faults = len(list(Path(where).iterdir()))
+            if num_faults < int(times):
+                Path(where, str(num_faults)).touch()
+                cause_fault(kind)
+        return compute(trainer, model, inputs, *rest, **named)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SupervisedTrainer, "compute_loss", compute_loss)
+        return attempt.train(**arguments)
+
+
+def fail_at_once(**arguments: Any) -> None:
+    """Fail as RANK_FAULT says, without training."""
+    cause_fault(os.environ["RANK_FAULT"].partition(",")[0])
+
+
+def cause_fault(kind: str) -> None:
+    """Kill this process by the signal of that name, or raise an error with that message."""
+    if kind.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, kind))
+        signal.pause()
+    raise RuntimeError(kind)

@@ -1,11 +1,14 @@
 """A checkpoint is whole or not there, and belongs to one run."""
 
+import contextlib
 import json
 import logging
+import threading
 
 import pytest
 
 from tuneline.errors import StorageError
+from tuneline.train import checkpoints
 from tuneline.train.checkpoints import CheckpointStore
 
 RUN = {"base": "b", "dataset": "d", "train": {"learning_rate": 1e-4, "lora": {"r": 16}}}
@@ -92,13 +95,30 @@ def test_a_changed_run_starts_anew_and_says_what_changed(tmp_path, caplog):
     assert not other.directory.exists() and store.steps() == [7]
 
 
-def test_one_process_at_a_time(tmp_path):
+def test_one_process_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "LOCK_SECONDS", 0.1)
     with (
         CheckpointStore.opened(tmp_path, RUN),
         pytest.raises(StorageError, match="another process is training the same"),
         CheckpointStore.opened(tmp_path, RUN),
     ):
         pass
+
+
+@pytest.mark.parametrize("succeeds", [False, True])
+def test_the_lock_of_a_process_that_ends_is_waited_for(tmp_path, caplog, succeeds):
+    first = contextlib.ExitStack()
+    store = first.enter_context(CheckpointStore.opened(tmp_path, RUN))
+    write(store, 1)
+    if succeeds:
+        store.remove()
+    threading.Timer(0.2, first.close).start()
+    with CheckpointStore.opened(tmp_path, RUN) as again:
+        assert again.steps() == ([] if succeeds else [1])
+        write(again, 2)
+    # A directory that was removed had another lock, which nobody needs to wait for.
+    waited = "is locked: waiting for another process to end" in caplog.text
+    assert waited != succeeds
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):

@@ -27,7 +27,7 @@ def evaluate(
     """
     from tuneline.evaluate import EvaluateConfig
     from tuneline.evaluate.run import run
-    from tuneline.runtime.step import log_metrics, step
+    from tuneline.runtime.step import log_metrics, set_metadata, step
 
     with step("evaluate"):
         result = run(
@@ -37,5 +37,5 @@ def evaluate(
             dataset_dir=dataset.path,
             scores_dir=scores.path,
         )
-        scores.metadata.update(model=label, harness=result.harness, seconds=result.seconds)
+        set_metadata(scores, model=label, harness=result.harness, seconds=result.seconds)
         log_metrics(metrics, {name: score.value for name, score in result.tasks.items()})

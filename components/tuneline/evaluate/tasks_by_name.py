@@ -11,6 +11,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from tuneline.errors import HubError, TaskError
 from tuneline.evaluate import heldout
+from tuneline.runtime.retries import retrying
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +76,11 @@ class TaskFinder:
             kwargs = {**given, "data_files": files, "cache_dir": str(cache_dir)}
             spec = {**config, "dataset_kwargs": kwargs}
         try:
-            tasks: dict[str, Any] = self.manager.load([spec])["tasks"]
+            loaded = retrying(f"load the data of task '{name}'", lambda: self.manager.load([spec]))
+            tasks: dict[str, Any] = loaded["tasks"]
             return tasks
+        except HubError:
+            raise  # of `retrying`
         except (ConnectionError, DatasetNotFoundError, OSError) as error:
             raise HubError(
                 f"the data of task '{name}' are not on this machine and could not be fetched "

@@ -18,15 +18,22 @@ def look_up_model(source: str, config: str) -> str:
     """
     from tuneline.fetch import FetchConfig
     from tuneline.fetch.fingerprint import fingerprint
+    from tuneline.runtime.parameter_text import decode_text
     from tuneline.runtime.step import step
 
     with step("look-up-model"):
-        content = fingerprint(FetchConfig.parse(config), source=source)
+        content = fingerprint(FetchConfig.parse(config), source=decode_text(source))
     return content
 
 
 @dsl.component(base_image=images.TRAIN, install_kfp_package=False)
-def fetch(source: str, config: str, fingerprint: str, base_model: dsl.Output[dsl.Model]) -> None:
+def fetch(
+    source: str,
+    config: str,
+    fingerprint: str,
+    base_model: dsl.Output[dsl.Model],
+    record: dsl.Output[dsl.Artifact],
+) -> None:
     """Fetch the base model.
 
     Args:
@@ -34,14 +41,22 @@ def fetch(source: str, config: str, fingerprint: str, base_model: dsl.Output[dsl
         config: The `fetch` section of the recipe as JSON.
         fingerprint: Output of look_up_model, part of the cache key.
         base_model: The model as safetensors, with its tokenizer.
+        record: Copy of the record of base_model.
     """
     from tuneline.fetch import FetchConfig
     from tuneline.fetch.run import run
-    from tuneline.runtime.step import step
+    from tuneline.runtime.parameter_text import decode_text
+    from tuneline.runtime.step import set_metadata, step
 
     with step("fetch"):
-        origin = run(FetchConfig.parse(config), source=source, base_model_dir=base_model.path)
-        base_model.metadata.update(
+        origin = run(
+            FetchConfig.parse(config),
+            source=decode_text(source),
+            base_model_dir=base_model.path,
+        )
+        origin.copy_to(record.path, directory=base_model.path)
+        set_metadata(
+            base_model,
             source=origin.source,
             revision=origin.revision or "",
             fingerprint=fingerprint,

@@ -14,6 +14,7 @@ from huggingface_hub import errors as hub_errors
 
 from tuneline.errors import CredentialsError, HubError, ModelError
 from tuneline.fetch.directory import explain_missing_weights, licence_in, licence_of
+from tuneline.runtime.retries import retrying
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +60,13 @@ def download(repo: str, *, revision: str | None, with_code: bool) -> Snapshot:
         path = _in_cache(repo, revision, wanted)
         return Snapshot(path, commit=path.name, licence=licence_of(path))
     with _translated_errors(repo, revision):
-        info = HfApi().model_info(repo, revision=revision)
+        info = retrying(f"look up {repo}", lambda: HfApi().model_info(repo, revision=revision))
         names = [sibling.rfilename for sibling in info.siblings or []]
         if not any(_is_weight(name) for name in names):
             raise ModelError(explain_missing_weights(repo, names))
         # Download by the revision's name, so that the cache can resolve the name offline.
-        path = Path(snapshot_download(repo, **wanted))
+        # An attempt continues with the files that the attempts before it left incomplete.
+        path = Path(retrying(f"download {repo}", lambda: snapshot_download(repo, **wanted)))
     logger.info("%s at %s is commit %s", repo, revision or "main", path.name)
     card = info.card_data
     return Snapshot(path, commit=path.name, licence=licence_in(vars(card) if card else {}))
@@ -81,7 +83,8 @@ def commit_of(repo: str, *, revision: str | None) -> str:
     if constants.HF_HUB_OFFLINE:
         return _in_cache(repo, revision, _wanted(revision, with_code=False)).name
     with _translated_errors(repo, revision):
-        return str(HfApi().model_info(repo, revision=revision).sha)
+        info = retrying(f"look up {repo}", lambda: HfApi().model_info(repo, revision=revision))
+        return str(info.sha)
 
 
 def _wanted(revision: str | None, with_code: bool) -> dict[str, Any]:
@@ -108,6 +111,8 @@ def _translated_errors(repo: str, revision: str | None) -> Iterator[None]:
     """Convert errors of huggingface_hub that the body raises to errors of tuneline."""
     try:
         yield
+    except HubError:
+        raise  # of `retrying`
     except hub_errors.GatedRepoError:
         raise CredentialsError(
             f"{repo} is gated: ask for access on its page at {constants.ENDPOINT}/{repo}, then "

@@ -28,7 +28,7 @@ def gate(
     """
     from tuneline.gate import GateConfig
     from tuneline.gate.run import run
-    from tuneline.runtime.step import step
+    from tuneline.runtime.step import set_metadata, step
 
     with step("gate"):
         record = run(
@@ -38,5 +38,5 @@ def gate(
             decision_dir=decision.path,
             summary_path=summary.path,
         )
-        decision.metadata.update(verdict=record.verdict, reason=record.reason)
+        set_metadata(decision, verdict=record.verdict, reason=record.reason)
     return record.verdict

@@ -20,6 +20,7 @@ from tuneline.artifacts import (
 from tuneline.errors import TaskError
 from tuneline.gate.bootstrap import mean_interval
 from tuneline.gate.config import GateConfig
+from tuneline.runtime.termination import Ending, leave
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ def run(
         if summary_path is not None:
             Path(summary_path).write_text(_markdown(decision), encoding="utf-8")
     logger.info("%s: %s", verdict, reason)
+    leave(Ending(step="gate", result=verdict, text=reason))
     return decision
 
 

@@ -13,6 +13,7 @@ def merge(
     adapter: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
     merged: dsl.Output[dsl.Model],
+    record: dsl.Output[dsl.Artifact],
 ) -> None:
     """Merge the adapter into the base model, and prove the result.
 
@@ -22,10 +23,11 @@ def merge(
         adapter: The adapter.
         dataset: The prepared dataset; its held-out rows are the proof's prompts.
         merged: The merged model.
+        record: Copy of the record of merged.
     """
     from tuneline.merge import MergeConfig
     from tuneline.merge.run import run
-    from tuneline.runtime.step import step
+    from tuneline.runtime.step import set_metadata, step
 
     with step("merge"):
         proof = run(
@@ -35,7 +37,9 @@ def merge(
             dataset_dir=dataset.path,
             merged_dir=merged.path,
         )
-        merged.metadata.update(
+        proof.copy_to(record.path, directory=merged.path)
+        set_metadata(
+            merged,
             base=proof.base,
             merged_loss=proof.merged_loss,
             dtype=proof.dtype,

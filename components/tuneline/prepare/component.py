@@ -18,10 +18,11 @@ def look_up_data(source: str, config: str) -> str:
     """
     from tuneline.prepare import PrepareConfig
     from tuneline.prepare.fingerprint import fingerprint
+    from tuneline.runtime.parameter_text import decode_text
     from tuneline.runtime.step import step
 
     with step("look-up-data"):
-        content = fingerprint(PrepareConfig.parse(config), source=source)
+        content = fingerprint(PrepareConfig.parse(config), source=decode_text(source))
     return content
 
 
@@ -32,6 +33,7 @@ def prepare(
     fingerprint: str,
     base_model: dsl.Input[dsl.Model],
     dataset: dsl.Output[dsl.Dataset],
+    record: dsl.Output[dsl.Artifact],
     statistics: dsl.Output[dsl.HTML],
 ) -> None:
     """Check and tokenise the rows of a dataset, and divide them into its parts.
@@ -42,21 +44,25 @@ def prepare(
         fingerprint: Output of look_up_data, part of the cache key.
         base_model: The fetched model, for its tokenizer and chat template.
         dataset: Token IDs for training and evaluation, and the held-out rows.
+        record: Copy of the record of dataset.
         statistics: Page with counts, row lengths, samples and rejected rows.
     """
     from tuneline.prepare import PrepareConfig
     from tuneline.prepare.run import run
-    from tuneline.runtime.step import step
+    from tuneline.runtime.parameter_text import decode_text
+    from tuneline.runtime.step import set_metadata, step
 
     with step("prepare"):
         manifest = run(
             PrepareConfig.parse(config),
-            source=source,
+            source=decode_text(source),
             base_model_dir=base_model.path,
             dataset_dir=dataset.path,
             statistics_path=statistics.path,
         )
-        dataset.metadata.update(
+        manifest.copy_to(record.path, directory=dataset.path)
+        set_metadata(
+            dataset,
             fingerprint=fingerprint,
             format=manifest.format,
             num_train_rows=manifest.num_train_rows,

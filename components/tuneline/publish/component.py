@@ -17,8 +17,8 @@ def publish(
     target: str,
     config: str,
     recipe: str,
-    base_model: dsl.Input[dsl.Model],
-    dataset: dsl.Input[dsl.Dataset],
+    base_model: dsl.Input[dsl.Artifact],
+    dataset: dsl.Input[dsl.Artifact],
     adapter: dsl.Input[dsl.Model],
     merged: dsl.Input[dsl.Model],
     decision: dsl.Input[dsl.Artifact],
@@ -32,8 +32,8 @@ def publish(
         target: namespace/name on the Hub, or dir:PATH.
         config: The `publish` section of the recipe as JSON.
         recipe: The whole recipe as JSON, for the model cards.
-        base_model: The base model.
-        dataset: The prepared dataset.
+        base_model: Record of the base model.
+        dataset: Record of the prepared dataset.
         adapter: The LoRA adapter.
         merged: The merged model.
         decision: The verdict of the gate.
@@ -43,12 +43,13 @@ def publish(
     """
     from tuneline.publish import PublishConfig
     from tuneline.publish.run import run
-    from tuneline.runtime.step import step
+    from tuneline.runtime.parameter_text import decode_text
+    from tuneline.runtime.step import set_metadata, step
 
     with step("publish"):
         record = run(
             PublishConfig.parse(config),
-            target=target,
+            target=decode_text(target),
             recipe=recipe,
             base_model_dir=base_model.path,
             dataset_dir=dataset.path,
@@ -58,4 +59,4 @@ def publish(
             decision_dir=decision.path,
             published_dir=published.path,
         )
-        published.metadata.update(record.metadata())
+        set_metadata(published, **record.metadata())

@@ -15,4 +15,5 @@ class PublishConfig(StrictModel):
     tags: tuple[str, ...] = ()
     """Tags that the model cards have besides tuneline and the method."""
     max_attempts: int = Field(default=5, ge=1)
-    """Attempts per request when the Hub answers 429 or 5xx or is unreachable."""
+    """Attempts per request when the Hub answers 429 or 5xx or is unreachable. The pauses between
+    them are ten minutes altogether at most."""

@@ -3,9 +3,7 @@
 import hashlib
 import logging
 import os
-import random
 import re
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,10 +22,9 @@ from tuneline.errors import CredentialsError, HubError, TunelineError, UserError
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.staging import MARKER_FILE, StagedRepo
 from tuneline.record import sha256_of_file
+from tuneline.runtime.retries import Retries, http_status, passing_fault
 
 logger = logging.getLogger(__name__)
-
-MAX_WAIT_SECONDS = 60.0
 
 T = TypeVar("T")
 
@@ -166,7 +163,7 @@ def _is_ours(api: HfApi, repo: str, config: PublishConfig) -> bool:
 def _call(
     what: str, request: Callable[[], T], max_attempts: int, *, may_be_absent: bool = False
 ) -> T:
-    """Send a request; after 429, 5xx or a broken connection, wait and send the request again.
+    """Send a request; repeat it after a fault that may not last, see `retries`.
 
     Args:
         what: description of the request, for messages.
@@ -180,35 +177,17 @@ def _call(
         HubError: the request failed after all attempts.
         RepositoryNotFoundError: only if `may_be_absent`.
     """
-    for attempt in range(1, max_attempts + 1):
+    retries = Retries(what, max_attempts=max_attempts)
+    while True:
         try:
             return _unwrapped(request)
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            absent = isinstance(error, RepositoryNotFoundError) and status == 404
-            if absent and may_be_absent:
-                raise
-            if status != 429 and status < 500:
-                raise _refused(what, status, error.server_message) from None
-            cause, wait = f"the Hub answered {status}", _retry_after(error)
         except (HTTPError, ConnectionError) as error:
-            # Errors of hf_xet contain the HTTP status only in their text.
-            refusal = re.search(r"\b(401|403|404)\b", str(error))
-            if isinstance(error, ConnectionError) and refusal:
-                raise _refused(what, int(refusal[0]), None) from None
-            cause, wait = f"{type(error).__name__}: {error}", None
-        if attempt == max_attempts:
-            raise HubError(
-                f"{what}: {cause}, after {max_attempts} attempts. Run the step again later; files "
-                "already uploaded are not sent again"
-            )
-        backoff = 2.0**attempt * random.uniform(0.5, 1)
-        pause = min(MAX_WAIT_SECONDS, backoff if wait is None else wait)
-        logger.warning(
-            "%s: %s; attempt %d of %d in %.1f s", what, cause, attempt + 1, max_attempts, pause
-        )
-        time.sleep(pause)
-    raise AssertionError("max_attempts is at least 1")
+            if passing_fault(error) is None:
+                status = http_status(error)
+                if may_be_absent and isinstance(error, RepositoryNotFoundError) and status == 404:
+                    raise
+                raise _refused(what, status, error) from None
+            retries.wait(error)
 
 
 def _unwrapped(request: Callable[[], T]) -> T:
@@ -221,8 +200,9 @@ def _unwrapped(request: Callable[[], T]) -> T:
         raise
 
 
-def _refused(what: str, status: int, message: str | None) -> TunelineError:
+def _refused(what: str, status: int | None, error: Exception) -> TunelineError:
     """Return the error for a response that would be the same after another attempt."""
+    message = getattr(error, "server_message", None)
     if status == 401:
         return CredentialsError(
             f"{what}: the Hub does not accept the token in HF_TOKEN (401). Create a new one with "
@@ -244,11 +224,9 @@ def _refused(what: str, status: int, message: str | None) -> TunelineError:
             f"{what}: the Hub answered {status}: the repository exists or was changed meanwhile. "
             "Check that nobody else publishes to the same name, then run the step again"
         )
+    if status is None:
+        return HubError(
+            f"{what}: {type(error).__name__}: {error}. Check HF_ENDPOINT, HF_HUB_OFFLINE and the "
+            "proxy"
+        )
     return HubError(f"{what}: the Hub answered {status}: {message or 'no reason given'}")
-
-
-def _retry_after(error: HfHubHTTPError) -> float | None:
-    try:
-        return float(error.response.headers["Retry-After"])
-    except (KeyError, ValueError):
-        return None

@@ -18,6 +18,7 @@ from tuneline.publish.hub import push
 from tuneline.publish.sources import Sources
 from tuneline.publish.staging import stage
 from tuneline.publish.target import DIRECTORY_PREFIX, check_target
+from tuneline.runtime.termination import Ending, leave
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,8 @@ def run(
         target: `namespace/name` on the Hub, or `dir:PATH`. The repositories are named after it:
             NAME (merged model), NAME-lora, NAME-gguf, NAME-gptq-4bit.
         recipe: the whole recipe as JSON, for the model cards.
-        base_model_dir: directory of the `base_model` artifact.
-        dataset_dir: directory of the `dataset` artifact.
+        base_model_dir: directory of the `base_model` artifact, or a copy of its record.
+        dataset_dir: directory of the `dataset` artifact, or a copy of its record.
         adapter_dir: directory of the `adapter` artifact.
         merged_dir: directory of the `merged` artifact.
         exports_dirs: directories of the `quantized` artifacts, one per format; may be empty.
@@ -59,6 +60,7 @@ def run(
         HubError: the Hub failed after all attempts.
         StorageError: the target directory or its parent is not writable.
         ProofError: a file differs from its record, or was made from other inputs.
+        WorldError: an artifact has no record, or an export that the recipe asks for is missing.
     """
     started = time.monotonic()
     decision = Decision.read(decision_dir)
@@ -102,6 +104,8 @@ def run(
         record.write(record_dir, config, parents=(sources.merge, decision))
     for repo in record.repos:
         logger.info("published %s: %d files, %d bytes", repo.url, repo.num_files, repo.num_bytes)
+    urls = ", ".join(" ".join(filter(None, (repo.url, repo.tag))) for repo in record.repos)
+    leave(Ending(step="publish", result="published", text=urls))
     return record
 
 

@@ -49,15 +49,15 @@ class Sources:
 
         Args:
             header: the recipe.
-            base_model_dir: directory of the `base_model` artifact.
-            dataset_dir: directory of the `dataset` artifact.
+            base_model_dir: directory of the `base_model` artifact, or a copy of its record.
+            dataset_dir: directory of the `dataset` artifact, or a copy of its record.
             adapter_dir: directory of the `adapter` artifact.
             merged_dir: directory of the `merged` artifact.
             exports_dirs: directories of the `quantized` artifacts.
             decision: record of the gate.
 
         Raises:
-            WorldError: an artifact has no record.
+            WorldError: an artifact has no record, or an export that the recipe asks for is missing.
             UserError: two exports have the same format.
             ProofError: an artifact was made from an artifact that is not in these directories.
         """
@@ -73,6 +73,7 @@ class Sources:
             exports={path: QuantizedModel.read(path) for path in exports_dirs},
         )
         formats = [export.format for export in sources.exports.values()]
+        header.check_exports(formats)
         for export in sources.exports.values():
             if formats.count(export.format) > 1:
                 raise UserError(

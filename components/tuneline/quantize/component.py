@@ -18,11 +18,11 @@ def convert_gguf(merged: dsl.Input[dsl.Model], gguf: dsl.Output[dsl.Model]) -> N
         gguf: The f16 file.
     """
     from tuneline.quantize.run import convert
-    from tuneline.runtime.step import step
+    from tuneline.runtime.step import set_metadata, step
 
     with step("convert-gguf"):
         record = convert(merged_dir=merged.path, gguf_dir=gguf.path)
-        gguf.metadata.update(format=record.format, num_bytes=record.num_bytes)
+        set_metadata(gguf, format=record.format, num_bytes=record.num_bytes)
 
 
 @dsl.component(base_image=images.GGUF, install_kfp_package=False)
@@ -42,7 +42,7 @@ def measure_importance(
     """
     from tuneline.quantize import QuantizeConfig
     from tuneline.quantize.gguf.importance import measure_importance as measure
-    from tuneline.runtime.step import step
+    from tuneline.runtime.step import set_metadata, step
 
     with step("measure-importance"):
         record = measure(
@@ -51,7 +51,7 @@ def measure_importance(
             dataset_dir=dataset.path,
             importance_dir=importance.path,
         )
-        importance.metadata.update(num_rows=record.num_rows, num_tokens=record.num_tokens)
+        set_metadata(importance, num_rows=record.num_rows, num_tokens=record.num_tokens)
 
 
 @dsl.component(base_image=images.GGUF, install_kfp_package=False)
@@ -62,6 +62,7 @@ def quantize_gguf(
     gguf: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
     quantized: dsl.Output[dsl.Model],
+    record: dsl.Output[dsl.Artifact],
     importance: dsl.Input[dsl.Artifact] = None,
 ) -> None:
     """Make and check one GGUF file.
@@ -73,14 +74,15 @@ def quantize_gguf(
         gguf: The f16 file that convert-gguf made.
         dataset: The prepared dataset; its held-out rows are the check's prompts.
         quantized: The GGUF file and its Modelfile.
+        record: Copy of the record of quantized.
         importance: The importance matrix; without it, all inputs of a layer weigh equally.
     """
     from tuneline.quantize import QuantizeConfig
     from tuneline.quantize.run import run
-    from tuneline.runtime.step import step
+    from tuneline.runtime.step import set_metadata, step
 
     with step("quantize-gguf"):
-        record = run(
+        export = run(
             QuantizeConfig.parse(config),
             format=format,
             merged_dir=merged.path,
@@ -89,10 +91,12 @@ def quantize_gguf(
             dataset_dir=dataset.path,
             quantized_dir=quantized.path,
         )
-        quantized.metadata.update(
-            format=record.format,
-            num_bytes=record.num_bytes,
-            bits_per_weight=record.bits_per_weight,
+        export.copy_to(record.path, directory=quantized.path)
+        set_metadata(
+            quantized,
+            format=export.format,
+            num_bytes=export.num_bytes,
+            bits_per_weight=export.bits_per_weight,
         )
 
 
@@ -103,6 +107,7 @@ def quantize_gptq(
     merged: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
     quantized: dsl.Output[dsl.Model],
+    record: dsl.Output[dsl.Artifact],
 ) -> None:
     """Make and check one GPTQ checkpoint.
 
@@ -112,22 +117,25 @@ def quantize_gptq(
         merged: The merged model, with which the checkpoint is compared.
         dataset: The prepared dataset; its training rows calibrate the rounding.
         quantized: The checkpoint.
+        record: Copy of the record of quantized.
     """
     from tuneline.quantize import QuantizeConfig
     from tuneline.quantize.run import run
-    from tuneline.runtime.step import step
+    from tuneline.runtime.step import set_metadata, step
 
     with step("quantize-gptq"):
-        record = run(
+        export = run(
             QuantizeConfig.parse(config),
             format=format,
             merged_dir=merged.path,
             dataset_dir=dataset.path,
             quantized_dir=quantized.path,
         )
-        quantized.metadata.update(
-            format=record.format,
-            num_bytes=record.num_bytes,
-            bits_per_weight=record.bits_per_weight,
-            group_size=record.group_size,
+        export.copy_to(record.path, directory=quantized.path)
+        set_metadata(
+            quantized,
+            format=export.format,
+            num_bytes=export.num_bytes,
+            bits_per_weight=export.bits_per_weight,
+            group_size=export.group_size,
         )

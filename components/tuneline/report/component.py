@@ -1,6 +1,9 @@
 # mypy: allow-untyped-decorators
 """The report step as a KFP component.
 
+The inputs are records without the models that they describe, because KFP downloads every input in
+full, and all models of a run do not fit into a small pod.
+
 KFP has no list that holds the exports of several loops, so there is an input per kind of export.
 The inputs have defaults, because a recipe may ask for no export of a kind.
 """
@@ -15,33 +18,33 @@ from tuneline import images
 @dsl.component(base_image=images.LIGHT, install_kfp_package=False)
 def report(
     recipe: str,
-    base_model: dsl.Input[dsl.Model],
-    dataset: dsl.Input[dsl.Dataset],
-    adapter: dsl.Input[dsl.Model],
-    merged: dsl.Input[dsl.Model],
+    base_model: dsl.Input[dsl.Artifact],
+    dataset: dsl.Input[dsl.Artifact],
+    adapter: dsl.Input[dsl.Artifact],
+    merged: dsl.Input[dsl.Artifact],
     base_scores: dsl.Input[dsl.Artifact],
     tuned_scores: dsl.Input[dsl.Artifact],
     decision: dsl.Input[dsl.Artifact],
     page: dsl.Output[dsl.HTML],
     summary: dsl.Output[dsl.Artifact],
-    gguf: dsl.Input[List[dsl.Model]] = None,
-    gptq: dsl.Input[List[dsl.Model]] = None,
+    gguf: dsl.Input[List[dsl.Artifact]] = None,
+    gptq: dsl.Input[List[dsl.Artifact]] = None,
 ) -> None:
     """Write the page and the summary of a run.
 
     Args:
         recipe: The whole recipe as JSON.
-        base_model: The base model.
-        dataset: The prepared dataset.
-        adapter: The LoRA adapter.
-        merged: The merged model.
+        base_model: Record of the base model.
+        dataset: Record of the prepared dataset.
+        adapter: Record of the LoRA adapter.
+        merged: Record of the merged model.
         base_scores: Scores of the base model.
         tuned_scores: Scores of the tuned model.
         decision: The verdict of the gate.
         page: The HTML page.
         summary: Verdict, comparisons and exports as JSON.
-        gguf: The GGUF exports.
-        gptq: The GPTQ exports.
+        gguf: Records of the GGUF exports.
+        gptq: Records of the GPTQ exports.
     """
     from tuneline.artifacts import RunHeader
     from tuneline.report.run import run

@@ -21,6 +21,7 @@ from tuneline.artifacts import (
 from tuneline.html.page import render_page
 from tuneline.report import comparison, sections
 from tuneline.report.records import Line
+from tuneline.runtime.termination import Ending, leave
 
 logger = logging.getLogger(__name__)
 
@@ -43,28 +44,31 @@ def run(
 
     Args:
         header: the whole recipe.
-        base_model_dir: directory of the `base_model` artifact.
-        dataset_dir: directory of the `dataset` artifact.
-        adapter_dir: directory of the `adapter` artifact.
-        merged_dir: directory of the `merged` artifact.
+        base_model_dir: directory of the `base_model` artifact, or a copy of its record.
+        dataset_dir: directory of the `dataset` artifact, or a copy of its record.
+        adapter_dir: directory of the `adapter` artifact, or a copy of its record.
+        merged_dir: directory of the `merged` artifact, or a copy of its record.
         base_scores_dir: directory of the `scores` artifact of the base model.
         tuned_scores_dir: directory of the `scores` artifact of the tuned model.
         decision_dir: directory of the `decision` artifact.
-        exports_dirs: directories of the `quantized` artifacts, one per format; may be empty.
+        exports_dirs: directories of the `quantized` artifacts, or copies of their records, one per
+            format; may be empty.
         page_path: the HTML file to write.
         summary_dir: new directory for summary.json.
 
     Raises:
-        WorldError: an artifact has no record.
+        WorldError: an artifact has no record, or an export that the recipe asks for is missing.
     """
     started = time.monotonic()
+    exports = [QuantizedModel.read(path) for path in exports_dirs]
+    header.check_exports(export.format for export in exports)
     line = Line(
         header=header,
         origin=ModelOrigin.read(base_model_dir),
         dataset=DatasetManifest.read(dataset_dir),
         training=TrainingSummary.read(adapter_dir),
         merge=MergeProof.read(merged_dir),
-        exports=[QuantizedModel.read(path) for path in exports_dirs],
+        exports=exports,
         base_scores=Scores.read(base_scores_dir),
         tuned_scores=Scores.read(tuned_scores_dir),
         base_generations=read_jsonl(Path(base_scores_dir, GENERATIONS_FILE)),
@@ -85,6 +89,8 @@ def run(
         )
         summary.write(target, header)
     logger.info("report of %s: %s, %d bytes", header.name, page, page.stat().st_size)
+    # The gate may have come from the cache, but the report never does.
+    leave(Ending(step="report", result=summary.verdict, text=summary.reason))
     return summary
 
 

@@ -9,6 +9,9 @@ events are appended to that file, one JSON object per line:
     {"step": "train", "event": "finished", "time": ..., "seconds": 81.2}
     {"step": "train", "event": "failed", "time": ..., "seconds": 3.1, "kind": "DataError",
      "message": "..."}
+
+In a pod of KFP, the wrapper also leaves the cause of a failure as the container's termination
+message (termination.py).
 """
 
 import argparse
@@ -27,6 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import StorageError, TunelineError
+from tuneline.runtime.causes import explain
+from tuneline.runtime.events import StepRun
+from tuneline.runtime.parameter_text import encode_text
+from tuneline.runtime.termination import STARTED, Ending, leave, leave_finished
 from tuneline.strict_model import StrictModel
 
 EVENTS_VARIABLE = "TUNELINE_EVENTS"
@@ -43,10 +50,13 @@ def step(name: str) -> Iterator[None]:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     started = time.time()
     emit(name, "started")
+    leave(Ending(step=name, result=STARTED))
     try:
         yield
     except Exception as raw:
         error = _as_known_error(raw)
+        # First of all, because after SIGTERM the process may have only milliseconds left.
+        leave(_ending(name, error))
         emit(
             name,
             "failed",
@@ -58,6 +68,7 @@ def step(name: str) -> Iterator[None]:
             raise
         print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
+    leave_finished(name)
     emit(name, "finished", seconds=time.time() - started)
 
 
@@ -81,6 +92,20 @@ def log_metrics(artifact: Any, values: dict[str, float]) -> None:
     for name, value in values.items():
         artifact.log_metric(name, value)
     Path(artifact.path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def set_metadata(artifact: Any, **values: Any) -> None:
+    """Set metadata of an output of a KFP component.
+
+    KFP passes the metadata to the steps that get the artifact, so texts are written as in
+    parameters.
+    """
+    artifact.metadata.update(
+        {
+            name: encode_text(value) if isinstance(value, str) else value
+            for name, value in values.items()
+        }
+    )
 
 
 def main(
@@ -148,6 +173,16 @@ def _parse_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]
         name: " ".join(text.split()).replace("%", "%%")
         for name, text in items
     }
+
+
+def _ending(name: str, error: Exception) -> Ending:
+    """Return what a failed step leaves behind."""
+    kind = type(error).__name__
+    if isinstance(error, TunelineError):
+        # Its message states what to do.
+        return Ending(step=name, error=kind, text=str(error))
+    explained = explain(StepRun(name, 0, "failed", kind=kind, message=str(error)))
+    return Ending(step=name, error=kind, text=explained.cause, advice=explained.advice)
 
 
 def _as_known_error(error: Exception) -> Exception:

@@ -26,8 +26,10 @@ class StopRequest:
 def stop_on_sigterm() -> Iterator[StopRequest]:
     """Turn SIGTERM into a request to stop while the body runs.
 
-    Training then finishes the current optimizer step and writes a checkpoint, so the grace period
-    (30 s by default in Kubernetes) has to be longer than both together.
+    Training then finishes the current optimizer step and writes a checkpoint. This saves the work
+    since the last checkpoint where the process has time for it: on one machine, and in the pods of
+    a TrainJob. A pod of KFP is gone about a second after SIGTERM, whatever its grace period,
+    because KFP's launcher does not wait. Its retry continues from the last regular checkpoint.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -32,6 +32,7 @@ from tuneline.train.observe.samples import ask_before_and_after, prompts_of, wri
 from tuneline.train.observe.telemetry import TelemetryCallback, costs, keep_progress_file
 from tuneline.train.ranks import collectives, zero2
 from tuneline.train.ranks.process import OutOfMemory
+from tuneline.train.restarts import StepCallback
 from tuneline.train.rows.load import load_rows, packs_are_trusted
 from tuneline.train.setup import Inputs, Setup
 from tuneline.train.trainer.arguments import num_total_steps, training_arguments
@@ -51,6 +52,7 @@ def train(
     work_dir: Path,
     store: CheckpointStore,
     num_out_of_memory: int,
+    num_restarts: int,
     carried: Mapping[str, Any],
 ) -> TrainingSummary:
     """Train to the end, from the newest checkpoint if there is one, and save the adapter.
@@ -67,6 +69,7 @@ def train(
         work_dir: A directory for temporary files of this attempt.
         store: The run's checkpoints.
         num_out_of_memory: How often memory has run out in this run so far.
+        num_restarts: How often a fault of a rank has restarted this run so far.
         carried: After a rollback, the values of the run's state that replace those of the
             checkpoint, see `StartAgain`; otherwise empty.
 
@@ -84,6 +87,7 @@ def train(
         )
     trainer = _build_trainer(config, setup, inputs, rows, eval_rows, work_dir)
     trainer.run_state.num_out_of_memory = num_out_of_memory
+    trainer.run_state.num_restarts = num_restarts
     kernels = _prepare_model(trainer, config, setup, inputs.base_model_dir)
     logger.info(
         "%s: %d steps, %d trainable parameters, %s on %s",
@@ -95,6 +99,8 @@ def train(
     )
     progress_path = store.directory / PROGRESS_FILE
     progress = _add_callbacks(trainer, config, setup, progress_path)
+    if collectives.is_first():
+        trainer.add_callback(StepCallback(store))
     with contextlib.closing(progress), stop_on_sigterm() as stop:
         trainer.keep_checkpoints(store, minutes=config.checkpoint_minutes, stop=stop)
         checkpoint = collectives.from_first(store.latest)
@@ -285,6 +291,7 @@ def _summary(
         num_skipped_steps=state.num_skipped_steps,
         num_rollbacks=state.num_rollbacks,
         num_resumptions=state.num_resumptions,
+        num_restarts=state.num_restarts,
         base_sha256=inputs.origin.sha256,
         dataset_sha256=inputs.manifest.sha256,
     )

@@ -21,13 +21,15 @@ recipes can share one root. A run that succeeds deletes its own directory.
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from tuneline.errors import StorageError
 
@@ -35,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 ROOT_VARIABLE = "TUNELINE_CHECKPOINT_DIR"
 NUM_KEPT = 2
+LOCK_SECONDS = 120.0
+"""Longest wait for another process to release a run's directory. A pod that replaces one of a lost
+node finds the directory locked until the file server drops the locks of that node: after 90 s with
+NFS 4."""
 
 _CHECKSUMS = "checksums.json"
 _IDENTITY = "identity.json"
@@ -62,29 +68,14 @@ class CheckpointStore:
             identity: Everything that decides the result of the run, as JSON values.
 
         Raises:
-            StorageError: the directory cannot be created, or another process holds its lock.
+            StorageError: the directory cannot be created, or another process keeps its lock for
+                `LOCK_SECONDS`.
         """
         root = Path(root)
         text = json.dumps(identity, sort_keys=True, indent=2)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         store = cls(root / key)
-        try:
-            store.directory.mkdir(parents=True, exist_ok=True)
-            lock = open(store.directory / "lock", "w")
-        except OSError as error:
-            raise StorageError(
-                f"checkpoints cannot be written to {store.directory} ({error.strerror}): set the "
-                f"environment variable {ROOT_VARIABLE} to a directory that is writable"
-            ) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StorageError(
-                    "another process is training the same run with the checkpoints in "
-                    f"{store.directory}: wait until it ends, or set {ROOT_VARIABLE} to another "
-                    "directory"
-                ) from None
+        with _lock(store.directory):
             shutil.rmtree(store.partial, ignore_errors=True)
             if not store.steps():
                 _log_differences(root, store.directory, identity)
@@ -152,6 +143,40 @@ class CheckpointStore:
         shutil.rmtree(self.directory, ignore_errors=True)
         with contextlib.suppress(OSError):  # rmdir fails if the root has other directories.
             self.directory.parent.rmdir()
+
+
+def _lock(directory: Path) -> IO[str]:
+    """Create and lock a directory, until the returned file is closed.
+
+    Raises:
+        StorageError: the directory cannot be created, or another process keeps its lock.
+    """
+    deadline = time.monotonic() + LOCK_SECONDS
+    path = directory / "lock"
+    for number in itertools.count():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = open(path, "w")
+        except OSError as error:
+            raise StorageError(
+                f"checkpoints cannot be written to {directory} ({error.strerror}): set the "
+                f"environment variable {ROOT_VARIABLE} to a directory that is writable"
+            ) from error
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The process that had the lock may have removed the directory.
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                return lock
+        lock.close()
+        if time.monotonic() >= deadline:
+            break
+        if number == 0:
+            logger.warning("%s is locked: waiting for another process to end", directory)
+        time.sleep(min(1.0, LOCK_SECONDS))
+    raise StorageError(
+        f"another process is training the same run with the checkpoints in {directory}: wait "
+        f"until it ends, or set {ROOT_VARIABLE} to another directory"
+    )
 
 
 def _log_differences(root: Path, directory: Path, identity: Mapping[str, Any]) -> None:

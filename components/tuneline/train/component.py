@@ -12,6 +12,7 @@ def train(
     base_model: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
     adapter: dsl.Output[dsl.Model],
+    record: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     curves: dsl.Output[dsl.HTML],
 ) -> None:
@@ -22,10 +23,11 @@ def train(
         base_model: The base model that fetch made.
         dataset: The dataset that prepare made.
         adapter: The trained adapter, with its tokenizer and training.json.
+        record: Copy of the record of adapter.
         metrics: Figures of the training, for comparing runs in the KFP UI.
         curves: Page with the training curves, and answers before and after.
     """
-    from tuneline.runtime.step import log_metrics, step
+    from tuneline.runtime.step import log_metrics, set_metadata, step
     from tuneline.train import TrainConfig
     from tuneline.train.observe.metrics import artifact_metadata, comparable_metrics
     from tuneline.train.run import run
@@ -38,7 +40,8 @@ def train(
             adapter_dir=adapter.path,
             curves_path=curves.path,
         )
-        adapter.metadata.update(artifact_metadata(summary))
+        summary.copy_to(record.path, directory=adapter.path)
+        set_metadata(adapter, **artifact_metadata(summary))
         log_metrics(metrics, comparable_metrics(summary))
 
 
@@ -49,6 +52,7 @@ def train_on_nodes(
     base_model: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
     adapter: dsl.Output[dsl.Model],
+    record: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     curves: dsl.Output[dsl.HTML],
 ) -> None:
@@ -60,10 +64,11 @@ def train_on_nodes(
         base_model: The base model that fetch made.
         dataset: The dataset that prepare made.
         adapter: The trained adapter, with its tokenizer and training.json.
+        record: Copy of the record of adapter.
         metrics: Figures of the training, for comparing runs in the KFP UI.
         curves: Page with the training curves, and answers before and after.
     """
-    from tuneline.runtime.step import log_metrics, step
+    from tuneline.runtime.step import log_metrics, set_metadata, step
     from tuneline.train import TrainConfig
     from tuneline.train.observe.metrics import artifact_metadata, comparable_metrics
     from tuneline.train.trainjob.manifest import NodesConfig
@@ -78,5 +83,6 @@ def train_on_nodes(
             adapter_dir=adapter.path,
             curves_path=curves.path,
         )
-        adapter.metadata.update(artifact_metadata(summary))
+        summary.copy_to(record.path, directory=adapter.path)
+        set_metadata(adapter, **artifact_metadata(summary))
         log_metrics(metrics, comparable_metrics(summary))

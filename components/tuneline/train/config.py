@@ -121,15 +121,20 @@ class TrainConfig(StrictModel):
     num_ranks: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Training processes, each with a device of its own, that divide every global batch. auto: one
     per GPU that the step is given, and one on a CPU."""
+    sharding: Literal["auto", "ddp", "zero2"] = "auto"
+    """What several GPUs hold. ddp: every GPU has the whole optimizer state. zero2: DeepSpeed's
+    ZeRO-2 shards gradients and optimizer state over the GPUs, and any AdamW becomes adamw_torch.
+    auto: zero2 if lora.modules_to_save or offload_optimizer is set, else ddp, because the state of
+    an adapter is small: for an 8B model, zero2 saves 0.25 of 34 GiB and takes 6 % more time."""
     offload_optimizer: bool = False
-    """Hold the optimizer state in host memory. Has an effect only with two or more GPUs."""
+    """Hold the optimizer state in host memory, which needs zero2. Has an effect only with two or
+    more GPUs."""
     packing: bool = True
     """Lay short examples end to end in packs of max_seq_length tokens. Examples of a pack do not
     attend to each other. No effect on method dpo."""
     optim: str = "adamw_8bit"
     """Optimizer, as in transformers.TrainingArguments: adamw_8bit, adamw_torch, adafactor and
-    others. With several GPUs, any AdamW becomes adamw_torch, and ZeRO-2 partitions its state over
-    them."""
+    others."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay of the optimizer."""
     max_grad_norm: float = Field(default=0.3, gt=0)
@@ -176,9 +181,14 @@ class TrainConfig(StrictModel):
     price_per_hour: float | None = Field(default=None, ge=0)
     """Price of one GPU (or of the machine, without GPUs) per hour, in any currency. If set, the
     training summary contains the cost of the run."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often the step continues from its last checkpoint in new processes after a rank died, or
+    failed with an error of the GPU, its driver or the connection between ranks. An error that comes
+    again at the same optimizer step ends the run. 0: any such error ends the run."""
     checkpoint_minutes: float = Field(default=10.0, ge=0)
-    """Minutes between two checkpoints. 0: write one after every step. One is always written on
-    SIGTERM."""
+    """Minutes between two checkpoints, and so the most work that is lost if a pod disappears or a
+    run is cancelled. 0: write one after every step. Where a process has time to end, as on one
+    machine, one is also written on SIGTERM."""
     seed: int = 3407
     """Seed of the adapter's initial weights, the order of examples, and dropout."""
 
@@ -200,6 +210,15 @@ class TrainConfig(StrictModel):
             raise ValueError(
                 "embedding_learning_rate is the rate of lora.modules_to_save, which is empty: add "
                 "embed_tokens and lm_head there, or remove embedding_learning_rate"
+            )
+        if self.sharding == "ddp" and self.offload_optimizer:
+            raise ValueError(
+                "offload_optimizer needs ZeRO-2, but sharding is ddp: set sharding to auto or zero2"
+            )
+        if self.sharding == "zero2" and "adamw" not in self.optim:
+            raise ValueError(
+                f"sharding zero2 needs a variant of AdamW, but optim is {self.optim}: set optim to "
+                "adamw_torch, or sharding to auto or ddp"
             )
         return self
 

@@ -41,9 +41,9 @@ from tuneline.train.within_memory import made_to_fit, train_within_memory
 logger = logging.getLogger(__name__)
 
 NOT_IN_IDENTITY = {
-    *("checkpoint_minutes", "fit", "fit_min_length", "memory_gib"),
+    *("checkpoint_minutes", "max_restarts", "fit", "fit_min_length", "memory_gib"),
     # A step has the same examples on any number of ranks.
-    *("num_ranks", "offload_optimizer"),
+    *("num_ranks", "sharding", "offload_optimizer"),
     *("track", "price_per_hour", "sample_prompts", "sample_tokens"),
     # The identity has the resulting global batch size instead, whichever keys the config uses. The
     # micro-batch size does not change what is learned.
@@ -82,8 +82,8 @@ def run(
         RecipeError: the libraries do not know a name in the config, or the run cannot fit the free
             memory, or the ranks cannot divide its global batch.
         TrainingError: losses or gradients are not finite, even with a lowered learning rate; or
-            memory ran out, and there is no smaller plan or `fit` is off; or one of several ranks
-            died.
+            memory ran out, and there is no smaller plan or `fit` is off; or a rank failed, and a
+            restart cannot help or did not help.
         StoppedError: SIGTERM was received.
         StorageError: checkpoints cannot be written, or another process is training the same run.
         OutputExistsError: `adapter_dir` is not empty.

@@ -1,4 +1,7 @@
-"""Train within the available memory: plan memory before training, and again if memory runs out."""
+"""Train within the available memory: plan memory before training, and again if memory runs out.
+
+After a fault of a rank, training continues from the last checkpoint too, see `restarts`.
+"""
 
 import dataclasses
 import gc
@@ -23,8 +26,10 @@ from tuneline.train.memory.plan import (
     smaller_plan,
 )
 from tuneline.train.memory.shape import model_shape
+from tuneline.train.ranks.faults import RankFault
 from tuneline.train.ranks.launch import run_on_ranks
 from tuneline.train.ranks.process import OutOfMemory, StartAgain
+from tuneline.train.restarts import Restarts
 from tuneline.train.setup import Inputs, Setup, optimizer_name
 from tuneline.train.trainer.resumable import saved_state
 from tuneline.train.trainer.state import RunState
@@ -94,25 +99,27 @@ def train_within_memory(
     directory: Path,
     store: CheckpointStore,
 ) -> TrainingSummary:
-    """Train; if memory runs out, continue from the last checkpoint with a smaller plan.
+    """Train; continue from the last checkpoint if memory runs out, or after a fault of a rank.
 
     Args:
         config: The `train` section of the recipe.
-        setup: Decisions of the run. With one rank and without ZeRO-2, training runs in this
-            process.
+        setup: Decisions of the run. One rank on a CPU trains in this process. Every other rank is
+            a process of its own, because a fault of CUDA breaks the process that meets it.
         inputs: The base model and the dataset.
         directory: A directory for the adapter and for temporary files.
         store: The run's checkpoints.
 
     Raises:
-        TrainingError: memory ran out, and there is no smaller plan or `fit` is off.
+        TrainingError: memory ran out, and there is no smaller plan or `fit` is off; or a fault
+            of a rank came again, or more than `max_restarts` times.
     """
-    num_out_of_memory = 0
+    num_out_of_memory = num_restarts = 0
+    restarts = Restarts(store, config.max_restarts)
     carried: dict[str, Any] = {}
     checkpoint = store.latest()
     if checkpoint is not None:
         state = saved_state(checkpoint)
-        num_out_of_memory = state.num_out_of_memory
+        num_out_of_memory, num_restarts = state.num_out_of_memory, state.num_restarts
         setup = _resumed(setup, config, state)
     while True:
         try:
@@ -125,10 +132,12 @@ def train_within_memory(
                     "work_dir": Path(work),
                     "store": store,
                     "num_out_of_memory": num_out_of_memory,
+                    "num_restarts": num_restarts + restarts.num_restarts,
                     "carried": carried,
                 }
                 summary: TrainingSummary
-                if setup.num_ranks == 1 and not setup.divides_optimizer:
+                grouped = setup.num_ranks > 1 or setup.divides_optimizer
+                if not grouped and setup.device == "cpu":
                     summary = train(**arguments)
                 else:
                     summary = run_on_ranks(
@@ -137,10 +146,14 @@ def train_within_memory(
                         arguments,
                         directory=Path(work, "ranks"),
                         device=setup.device,
+                        grouped=grouped,
                     )
             return summary.model_copy(update={"fitted": setup.changes})
         except StartAgain as again:
             carried = again.carried
+            continue
+        except RankFault as fault:
+            restarts.count(fault)
             continue
         except OutOfMemory as error:
             setup = _smaller(setup, config, error)

@@ -6,8 +6,8 @@
                                            |                                  ^
                                            `-> export (convert, quantize) ----'
 
-The gate reads only the two scores. The report, and publish if the gate promotes the model, also
-read the artifacts of the earlier steps.
+The gate reads only the two scores. The report reads the records of the earlier steps, and publish,
+if the gate promotes the model, the artifacts that it uploads.
 
 Before fetch and before prepare, a small task looks up the fingerprint of what the model's or the
 dataset's name refers to now. These tasks are never cached, and fetch and prepare take the
@@ -21,11 +21,11 @@ because KFP turns the integers of a struct into floats.
 
 Formats, nodes, accelerators and the importance matrix shape the graph, so they are fixed when it is
 built. Models, data, target and every step's config can be changed for each run of the compiled
-file.
+file. Parameters are written so that they reach the steps unchanged (runtime/parameter_text.py).
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
@@ -49,6 +49,7 @@ from tuneline.quantize.component import (
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.recipe import Recipe
 from tuneline.report.component import report
+from tuneline.runtime.parameter_text import encode_text, to_json
 from tuneline.train.component import train, train_on_nodes
 
 
@@ -71,7 +72,7 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
 
     on_nodes = None
     if on_cluster and recipe.placement.num_nodes > 1:
-        on_nodes = nodes_config(recipe.placement).model_dump_json()
+        on_nodes = to_json(nodes_config(recipe.placement))
     exporters: dict[str, BaseComponent] = {
         kind: make_exporter(recipe.quantize, placed)
         for kind, make_exporter in EXPORTERS.items()
@@ -80,18 +81,18 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
 
     @dsl.pipeline(name=f"tuneline-{recipe.name}".replace(".", "-"), description=recipe.description)
     def line(
-        base_model: str = recipe.base_model,
-        dataset: str = recipe.dataset,
-        publish_to: str = recipe.publish_to,
-        fetch_config: str = recipe.fetch.model_dump_json(),
-        prepare_config: str = recipe.prepare.model_dump_json(),
-        train_config: str = recipe.train.model_dump_json(),
-        merge_config: str = recipe.merge.model_dump_json(),
-        quantize_config: str = recipe.quantize.model_dump_json(),
-        evaluate_config: str = recipe.evaluate.model_dump_json(),
-        gate_config: str = recipe.gate.model_dump_json(),
-        publish_config: str = recipe.publish.model_dump_json(),
-        recipe_json: str = recipe.model_dump_json(),
+        base_model: str = encode_text(recipe.base_model),
+        dataset: str = encode_text(recipe.dataset),
+        publish_to: str = encode_text(recipe.publish_to),
+        fetch_config: str = to_json(recipe.fetch),
+        prepare_config: str = to_json(recipe.prepare),
+        train_config: str = to_json(recipe.train),
+        merge_config: str = to_json(recipe.merge),
+        quantize_config: str = to_json(recipe.quantize),
+        evaluate_config: str = to_json(recipe.evaluate),
+        gate_config: str = to_json(recipe.gate),
+        publish_config: str = to_json(recipe.publish),
+        recipe_json: str = to_json(recipe),
     ) -> None:
         goodbye = placed(diagnose).set_caching_options(False)
         with dsl.ExitHandler(goodbye, name="line"):
@@ -135,16 +136,20 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
                 ).set_display_name("train")
             else:
                 trained = placed(train, config=train_config, base_model=base, dataset=data)
-            adapter = trained.outputs["adapter"]
             merged = placed(
-                merge, config=merge_config, base_model=base, adapter=adapter, dataset=data
-            ).outputs["merged"]
+                merge,
+                config=merge_config,
+                base_model=base,
+                adapter=trained.outputs["adapter"],
+                dataset=data,
+            )
+            model = merged.outputs["merged"]
             tuned_scores = placed(
-                evaluate, label="tuned", config=evaluate_config, model=merged, dataset=data
+                evaluate, label="tuned", config=evaluate_config, model=model, dataset=data
             ).set_display_name("evaluate tuned")
 
-            exports: dict[str, object] = {
-                kind: exporter(config=quantize_config, merged=merged, dataset=data).output
+            exported = {
+                kind: exporter(config=quantize_config, merged=model, dataset=data)
                 for kind, exporter in exporters.items()
             }
 
@@ -155,31 +160,68 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
             gated = placed(gate, config=gate_config, **scores)
             everything = {
                 "recipe": recipe_json,
-                "base_model": base,
-                "dataset": data,
-                "adapter": adapter,
-                "merged": merged,
+                "base_model": fetched.outputs["record"],
+                "dataset": prepared.outputs["record"],
                 "decision": gated.outputs["decision"],
-                **exports,
             }
-            placed(report, **everything, **scores).set_caching_options(False)
-            with dsl.If(gated.outputs["Output"] == "promote", name="promoted"):
-                placed(
-                    publish, target=publish_to, config=publish_config, **everything
-                ).set_caching_options(False)
+            placed(
+                report,
+                **everything,
+                **scores,
+                adapter=trained.outputs["record"],
+                merged=merged.outputs["record"],
+                **{kind: task.outputs["records"] for kind, task in exported.items()},
+            ).set_caching_options(False)
+            placed(
+                publish,
+                **everything,
+                target=publish_to,
+                config=publish_config,
+                adapter=trained.outputs["adapter"],
+                merged=model,
+                **{kind: task.outputs["exports"] for kind, task in exported.items()},
+            ).set_caching_options(False)
 
+    publish_only_if_promoted(cast(BaseComponent, line))
     return cast(BaseComponent, line)
 
 
-# Each kind of export is a nested pipeline, because a task inside a condition (here: promoted) can
-# take the output of a pipeline as input, but not the list that a loop outside collected.
+def publish_only_if_promoted(pipeline: BaseComponent) -> None:
+    """Put the condition that the gate promotes the model on the task `publish`.
+
+    The SDK's way is dsl.If, which makes a DAG of the tasks in it, and KFP 2.17 passes only the
+    first item of a list of artifacts into a DAG: publish would get one export. The specification
+    and both runners know the condition of a single task, for which the SDK has no call. The name
+    of the input is the SDK's own for the output of a task, because the local runner looks it up.
+    """
+    verdict = "pipelinechannel--gate-Output"
+    (dag,) = (
+        component.dag
+        for component in pipeline.pipeline_spec.components.values()
+        if "publish" in component.dag.tasks
+    )
+    task = dag.tasks["publish"]
+    source = task.inputs.parameters[verdict].task_output_parameter
+    source.producer_task, source.output_parameter_key = "gate", "Output"
+    task.trigger_policy.condition = f"inputs.parameter_values['{verdict}'] == 'promote'"
+
+
+class Exports(NamedTuple):
+    """Outputs of a pipeline that makes the exports of one kind."""
+
+    exports: list[dsl.Model]
+    records: list[dsl.Artifact]
+    """A copy of the record of each export."""
+
+
+# Each kind of export is a nested pipeline, which KFP's UI shows as one node.
 def _export_gguf(
     quantize: QuantizeConfig, placed: Callable[..., dsl.PipelineTask]
 ) -> BaseComponent:
     @dsl.pipeline(name="export-gguf", description="One GGUF file per format, from one conversion.")
     def export_gguf(
         config: str, merged: dsl.Input[dsl.Model], dataset: dsl.Input[dsl.Dataset]
-    ) -> list[dsl.Model]:
+    ) -> Exports:
         f16 = placed(convert_gguf, merged=merged).outputs["gguf"]
         weighed = {}
         if quantize.num_importance_rows > 0:
@@ -195,7 +237,7 @@ def _export_gguf(
                 dataset=dataset,
                 **weighed,
             )
-        return cast(list[dsl.Model], dsl.Collected(task.outputs["quantized"]))
+        return _collected(task)
 
     return cast(BaseComponent, export_gguf)
 
@@ -206,12 +248,20 @@ def _export_gptq(
     @dsl.pipeline(name="export-gptq", description="One GPTQ checkpoint per format.")
     def export_gptq(
         config: str, merged: dsl.Input[dsl.Model], dataset: dsl.Input[dsl.Dataset]
-    ) -> list[dsl.Model]:
+    ) -> Exports:
         with dsl.ParallelFor(list(quantize.gptq), name="formats") as item:
             task = placed(quantize_gptq, format=item, config=config, merged=merged, dataset=dataset)
-        return cast(list[dsl.Model], dsl.Collected(task.outputs["quantized"]))
+        return _collected(task)
 
     return cast(BaseComponent, export_gptq)
+
+
+def _collected(task: dsl.PipelineTask) -> Exports:
+    """Return the exports of a loop's task, and their records, as outputs of a pipeline."""
+    return Exports(
+        exports=cast(list[dsl.Model], dsl.Collected(task.outputs["quantized"])),
+        records=cast(list[dsl.Artifact], dsl.Collected(task.outputs["record"])),
+    )
 
 
 EXPORTERS: dict[

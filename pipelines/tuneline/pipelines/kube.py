@@ -1,66 +1,30 @@
-"""Read from a Kubernetes API with the official client; nothing is written.
-
-Requests to a server that is unreachable are repeated for about a minute.
-"""
+"""Read from a Kubernetes API; nothing is written."""
 
 import contextlib
-import socket
-import urllib.parse
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import urllib3
 from kubernetes import client
 
-from tuneline.errors import ClusterError, CredentialsError
-from tuneline.runtime.kubernetes_client import connect
+from tuneline.pipelines.kube_api import KubeApi, Right, apis, items, or_none
 from tuneline.train.trainjob.manifest import GROUP, PLURAL, VERSION
 
-BACKOFF_SECONDS = 1.0
-"""Unit of the pauses before the six retries, which are 0, 2, 4, 8, 16 and 32 units long."""
+CONTROLLER_SETTINGS = "workflow-controller-configmap"
+CONTROLLER_NAMESPACE = "kubeflow"
 LOG_LINES = 200
 """Lines at the end of a container's log that are read."""
 
-# Any, because the return types of the generated client are unions over all modes of a call.
-_apis = cast(Any, client)
 
-
-class Kube:
+class Kube(KubeApi):
     """One namespace of one cluster."""
-
-    def __init__(self, namespace: str, *, context: str | None = None) -> None:
-        """Read the credentials of the kubeconfig, or of the pod.
-
-        Raises:
-            UserError: there are no credentials, or they cannot be read.
-        """
-        self.namespace = namespace
-        self._api = connect(context=context, num_retries=6, backoff_seconds=BACKOFF_SECONDS)
-        self.host = self._api.configuration.host
-        self._core = _apis.CoreV1Api(self._api)
-        self._custom = _apis.CustomObjectsApi(self._api)
-
-    def answers(self, seconds: float) -> bool:
-        """Return whether the server accepts a connection within `seconds`.
-
-        A request of the Kubernetes client to an unreachable server would be retried for minutes.
-        """
-        address = urllib.parse.urlsplit(self.host)
-        port = address.port or (443 if address.scheme == "https" else 80)
-        try:
-            socket.create_connection((address.hostname or "", port), seconds).close()
-        except OSError:
-            return False
-        return True
 
     def version(self) -> str:
         """Return the server's version, e.g. v1.32.4."""
-        with self._explained("its version"):
-            version: str = _apis.VersionApi(self._api).get_code().git_version
+        with self.explained("its version"):
+            version: str = apis.VersionApi(self.api).get_code().git_version
         return version
 
-    def may(self, right: "Right", *, account: str | None = None) -> bool:
+    def may(self, right: Right, *, account: str | None = None) -> bool:
         """Return whether a right is granted in the namespace.
 
         Args:
@@ -74,8 +38,8 @@ class Kube:
             group=right.group,
             subresource=right.subresource,
         )
-        reviews = _apis.AuthorizationV1Api(self._api)
-        with self._explained("access rules"):
+        reviews = apis.AuthorizationV1Api(self.api)
+        with self.explained("access rules"):
             if account is None:
                 review = reviews.create_self_subject_access_review(
                     client.V1SelfSubjectAccessReview(
@@ -107,11 +71,9 @@ class Kube:
         Args:
             crd: full name, e.g. trainjobs.trainer.kubeflow.org.
         """
-        with self._explained(f"customresourcedefinition {crd}"):
+        with self.explained(f"customresourcedefinition {crd}"):
             try:
-                definition = _apis.ApiextensionsV1Api(self._api).read_custom_resource_definition(
-                    crd
-                )
+                definition = apis.ApiextensionsV1Api(self.api).read_custom_resource_definition(crd)
             except client.ApiException as error:
                 if error.status == 404:
                     return None
@@ -120,65 +82,80 @@ class Kube:
 
     def secret_names(self) -> set[str]:
         """Return the names of the namespace's secrets; the contents are discarded."""
-        with self._explained("secrets"):
+        with self.explained("secrets"):
             return {
                 secret.metadata.name
-                for secret in self._core.list_namespaced_secret(self.namespace).items
+                for secret in self.core.list_namespaced_secret(self.namespace).items
             }
 
     def claim(self, name: str) -> Any | None:
         """Return a PersistentVolumeClaim; None if it does not exist."""
-        with self._explained(f"persistentvolumeclaim {name}"):
-            return _or_none(
-                self._core.read_namespaced_persistent_volume_claim, name, self.namespace
-            )
+        with self.explained(f"persistentvolumeclaim {name}"):
+            return or_none(self.core.read_namespaced_persistent_volume_claim, name, self.namespace)
 
     def local_queue(self, name: str) -> dict[str, Any] | None:
         """Return a Kueue LocalQueue; None if it does not exist."""
-        with self._explained(f"localqueue {name}"):
+        with self.explained(f"localqueue {name}"):
             # Kueue before 0.14 serves only v1beta1, which later versions will no longer serve.
             for version in ("v1beta2", "v1beta1"):
-                queue: dict[str, Any] | None = _or_none(
-                    self._custom.get_namespaced_custom_object,
+                queue: dict[str, Any] | None = or_none(
+                    self.custom.get_namespaced_custom_object,
                     *("kueue.x-k8s.io", version, self.namespace, "localqueues", name),
                 )
                 if queue is not None:
                     return queue
         return None
 
+    def controller_settings(self) -> dict[str, str] | None:
+        """Return the settings of Argo's workflow controller; None if there is no ConfigMap.
+
+        The controller runs in the namespace itself, or in that of Kubeflow.
+        """
+        for namespace in dict.fromkeys((self.namespace, CONTROLLER_NAMESPACE)):
+            with self.explained(f"configmap {CONTROLLER_SETTINGS}", namespace):
+                found = or_none(
+                    self.core.read_namespaced_config_map, CONTROLLER_SETTINGS, namespace
+                )
+            if found is not None:
+                return dict(found.data or {})
+        return None
+
     def quotas(self) -> list[Any]:
         """Return the namespace's resource quotas."""
-        with self._explained("resourcequotas"):
-            quotas: list[Any] = self._core.list_namespaced_resource_quota(self.namespace).items
+        with self.explained("resourcequotas"):
+            quotas: list[Any] = self.core.list_namespaced_resource_quota(self.namespace).items
         return quotas
+
+    def limit_ranges(self) -> list[Any]:
+        """Return the namespace's limit ranges."""
+        with self.explained("limitranges"):
+            found: list[Any] = self.core.list_namespaced_limit_range(self.namespace).items
+        return found
 
     def nodes(self) -> list[Any]:
         """Return the cluster's nodes."""
-        with self._explained("nodes"):
-            nodes: list[Any] = self._core.list_node().items
+        with self.explained("nodes"):
+            nodes: list[Any] = self.core.list_node().items
         return nodes
 
-    def pods(self, selector: str) -> list[Any]:
-        """Return the pods that a label selector matches."""
-        with self._explained("pods"):
-            pods: list[Any] = self._core.list_namespaced_pod(
-                self.namespace, label_selector=selector
-            ).items
-        return pods
+    def pods(self, selector: str) -> list[dict[str, Any]]:
+        """Return the pods that a label selector matches, as the API writes them."""
+        with self.explained("pods"):
+            return items(self.core.list_namespaced_pod, self.namespace, label_selector=selector)
 
     def workflows(self, selector: str) -> list[dict[str, Any]]:
         """Return the Argo workflows that a label selector matches."""
-        with self._explained("workflows"):
-            workflows: list[dict[str, Any]] = self._custom.list_namespaced_custom_object(
+        with self.explained("workflows"):
+            workflows: list[dict[str, Any]] = self.custom.list_namespaced_custom_object(
                 "argoproj.io", "v1alpha1", self.namespace, "workflows", label_selector=selector
             )["items"]
         return workflows
 
     def trainjobs(self, selector: str) -> list[dict[str, Any]]:
         """Return the TrainJobs that a label selector matches; none if Trainer is not installed."""
-        with self._explained("trainjobs"):
+        with self.explained("trainjobs"):
             try:
-                jobs: list[dict[str, Any]] = self._custom.list_namespaced_custom_object(
+                jobs: list[dict[str, Any]] = self.custom.list_namespaced_custom_object(
                     GROUP, VERSION, self.namespace, PLURAL, label_selector=selector
                 )["items"]
                 return jobs
@@ -187,71 +164,50 @@ class Kube:
                     return []
                 raise
 
-    def events(self, pod: str) -> list[Any]:
-        """Return the events of a pod, the newest last."""
-        with self._explained("events"):
-            events: list[Any] = self._core.list_namespaced_event(
-                self.namespace, field_selector=f"involvedObject.name={pod}"
-            ).items
-        return events
-
-    def log(self, pod: str, container: str) -> str:
-        """Return the last lines of a container's log; empty if the pod no longer exists."""
-        with self._explained(f"the log of pod {pod}"):
-            text = _or_none(
-                self._core.read_namespaced_pod_log,
-                pod,
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Return the events about the object of a name, e.g. a pod, the newest last."""
+        with self.explained("events"):
+            events = items(
+                self.core.list_namespaced_event,
                 self.namespace,
-                container=container,
-                tail_lines=LOG_LINES,
+                field_selector=f"involvedObject.name={name}",
             )
-        return text or ""
+        return sorted(events, key=lambda event: event.get("lastTimestamp") or "")
 
-    @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except client.ApiException as error:
-            if error.status in (401, 403):
-                raise Refused(
-                    f"Kubernetes at {self.host} refuses to show {what} in namespace "
-                    f"{self.namespace} ({error.status}): log in again, or request the permission"
-                ) from None
-            raise ClusterError(
-                f"Kubernetes at {self.host} answered {error.status} when asked for {what}: "
-                f"{' '.join(str(error.reason).split())}"
-            ) from None
-        except urllib3.exceptions.HTTPError as error:
-            raise ClusterError(
-                f"Kubernetes cannot be reached at {self.host} ({type(error).__name__}): check the "
-                "network and the cluster in your kubeconfig"
-            ) from None
+    def log(self, pod: str, container: str, *, lines: int | None = LOG_LINES) -> str | None:
+        """Return the end of a container's log; None if the pod no longer exists or has no log.
 
+        Args:
+            pod: name of the pod.
+            container: name of the container.
+            lines: number of lines at the end; None: the whole log.
+        """
+        with self.explained(f"the log of pod {pod}"):
+            try:
+                text: str = self.core.read_namespaced_pod_log(
+                    pod,
+                    self.namespace,
+                    container=container,
+                    **({} if lines is None else {"tail_lines": lines}),
+                )
+            except client.ApiException as error:
+                # 400: the container has not started.
+                if error.status in (400, 404):
+                    return None
+                raise
+        return text
 
-class Refused(CredentialsError):
-    """The credentials are not allowed to see the object."""
-
-
-@dataclass(frozen=True)
-class Right:
-    """A right on a Kubernetes resource that a run, or a person who watches the run, needs."""
-
-    verb: str
-    resource: str
-    group: str = ""
-    subresource: str = ""
-
-    def __str__(self) -> str:
-        """Return the right in the form of the arguments of `kubectl auth can-i`."""
-        name = f"{self.resource}/{self.subresource}" if self.subresource else self.resource
-        return f"{self.verb} {name}{'.' if self.group else ''}{self.group}"
-
-
-def _or_none(call: Any, *arguments: Any, **named: Any) -> Any | None:
-    """Return the result of a call; None if the object does not exist."""
-    try:
-        return call(*arguments, **named)
-    except client.ApiException as error:
-        if error.status == 404:
-            return None
-        raise
+    def follow(self, pod: str, container: str) -> Iterator[str]:
+        """Yield the lines of a container's log as they are written, until the container ends."""
+        with self.explained(f"the log of pod {pod}"):
+            response = self.core.read_namespaced_pod_log(
+                pod, self.namespace, container=container, follow=True, _preload_content=False
+            )
+            with contextlib.closing(response):
+                rest = b""
+                for part in response.stream(None):
+                    *lines, rest = (rest + part).split(b"\n")
+                    for line in lines:
+                        yield line.decode("utf-8", "replace")
+                if rest:
+                    yield rest.decode("utf-8", "replace")

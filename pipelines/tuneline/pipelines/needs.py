@@ -4,7 +4,7 @@ This module does not import kfp, because `plan` also runs in a pod whose image h
 of kfp.
 """
 
-from tuneline.placement import PlacementConfig, StepPlacement, quantity_value
+from tuneline.placement import PlacementConfig, StepPlacement, override
 from tuneline.steps import STEPS
 
 
@@ -33,13 +33,7 @@ def needs_of(name: str, config: PlacementConfig) -> StepPlacement:
     if name in config.steps:
         layers.append(config.steps[name])
     for layer in layers:
-        overrides = layer.model_dump(exclude_none=True)
-        values.update(overrides)
-        for resource in ("cpu", "memory"):
-            request, limit = f"{resource}_request", f"{resource}_limit"
-            if quantity_value(str(values[request])) > quantity_value(str(values[limit])):
-                follower, leader = (limit, request) if request in overrides else (request, limit)
-                values[follower] = values[leader]
+        values = override(values, layer.model_dump(exclude_none=True))
     return StepPlacement.parse(values)
 
 

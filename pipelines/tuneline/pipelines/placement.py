@@ -32,6 +32,12 @@ from tuneline.steps import STEPS, Step
 from tuneline.train.checkpoints import ROOT_VARIABLE
 from tuneline.train.trainjob.manifest import NodesConfig
 
+FIRST_PAUSE_SECONDS = 30
+"""Pause before the first retry of a task; each further pause is twice as long."""
+MAX_WAIT_HOURS = 720
+"""Time that each try of a task may wait, for quota in a queue or for a free node. A pod waits for a
+node without a queue too, so this time does not depend on `placement.queue`."""
+
 
 def place(task: PipelineTask, name: str, config: PlacementConfig) -> PipelineTask:
     """Place `task`, which runs the component `name`, and return it."""
@@ -42,12 +48,7 @@ def place(task: PipelineTask, name: str, config: PlacementConfig) -> PipelineTas
     task.set_cpu_request(needs.cpu_request).set_cpu_limit(needs.cpu_limit)
     task.set_memory_request(needs.memory_request).set_memory_limit(needs.memory_limit)
     if needs.num_retries:
-        task.set_retry(
-            num_retries=needs.num_retries,
-            backoff_duration="30s",
-            backoff_factor=2,
-            backoff_max_duration="600s",
-        )
+        _retry(task, needs.num_retries, timeout_hours=needs.timeout_hours)
     if config.registry != images.REGISTRY:
         assert task.container_spec is not None
         task.set_container_image(images.in_registry(task.container_spec.image, config.registry))
@@ -84,6 +85,7 @@ def nodes_config(config: PlacementConfig) -> NodesConfig:
         "image_pull_secrets": config.image_pull_secrets,
         "queue": config.queue,
         "workload_priority_class": config.workload_priority_class,
+        "run_as_user": config.run_as_user,
     }
     if accelerated:
         values |= {
@@ -93,6 +95,26 @@ def nodes_config(config: PlacementConfig) -> NodesConfig:
             "tolerations": [toleration.model_dump() for toleration in config.tolerations],
         }
     return NodesConfig.parse(values)
+
+
+def _retry(task: PipelineTask, num_retries: int, *, timeout_hours: float) -> None:
+    """Let KFP start a task again if its pod vanished: drained, preempted, or its node was lost.
+
+    KFP 2.17 does not start a task again whose process failed, so a step handles such faults itself.
+
+    Argo counts `backoff_max_duration` from the first try's creation, and ends even a running retry
+    when that time is over. Therefore it is long enough for every try to wait and to use its whole
+    time limit: the number of tries and `timeout_hours` are the limits that count. It cannot be left
+    out, because KFP would set one hour.
+    """
+    pauses = FIRST_PAUSE_SECONDS * (2**num_retries - 1)
+    seconds = pauses + (num_retries + 1) * (timeout_hours + MAX_WAIT_HOURS) * 3600
+    task.set_retry(
+        num_retries=num_retries,
+        backoff_duration=f"{FIRST_PAUSE_SECONDS}s",
+        backoff_factor=2,
+        backoff_max_duration=f"{int(seconds)}s",
+    )
 
 
 def _accelerate(task: PipelineTask, config: PlacementConfig, count: int) -> None:

@@ -1,9 +1,8 @@
-"""submit, status, logs and cancel: the real kfp.Client against a server on localhost.
+"""submit, cancel, resume: the real kfp.Client against a server on localhost.
 
-No cluster was there: what a real API server accepts beyond its specification is not tested.
+Runs are those that KFP 2.17 recorded (tests/support/kfp_server.py).
 """
 
-import datetime
 import json
 import os
 import re
@@ -20,13 +19,13 @@ from typer.testing import CliRunner
 from tuneline.errors import ClusterError, CredentialsError, RecipeError, UserError
 from tuneline.pipelines.cli.main import app
 from tuneline.pipelines.kfp_client import runs
-
-START = datetime.datetime(2026, 11, 24, 3, 0, tzinfo=datetime.UTC)
+from tuneline.pipelines.kfp_client.connection import connect
 
 
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("KUBECONFIG", "/nowhere")
 
 
 def tuneline(*arguments: str) -> Result:
@@ -38,48 +37,6 @@ def run_id_of(result: Result) -> str:
     match = re.search(r"tuneline status (\S+)", result.output)
     assert match
     return match[1]
-
-
-def task(name: str, number: int, seconds: int, **values: Any) -> dict[str, Any]:
-    """A task as the API gives it: Argo's node id, and the pods of its children."""
-    start = START + datetime.timedelta(seconds=number)
-    return {
-        "task_id": f"line-abc-{number}",
-        "display_name": name,
-        "state": "SUCCEEDED",
-        "start_time": start.isoformat(),
-        "end_time": (start + datetime.timedelta(seconds=seconds)).isoformat(),
-        **values,
-    }
-
-
-def pod(number: int, kind: str = "impl") -> dict[str, str]:
-    return {"pod_name": f"line-abc-system-container-{kind}-{number}"}
-
-
-def add_run(server: Any, name: str, tasks: list[dict[str, Any]], **values: Any) -> str:
-    run_id = str(uuid.uuid4())
-    server.runs[run_id] = {
-        "run_id": run_id,
-        "display_name": name,
-        "state": "RUNNING",
-        "created_at": START.isoformat(),
-        "run_details": {"task_details": tasks},
-        **values,
-    }
-    return run_id
-
-
-TASKS = [
-    {**task("line-abc", 0, 99), "task_id": "line-abc"},
-    task("root-driver", 1, 1),
-    task("train-driver", 2, 3, child_tasks=[pod(2, "driver")]),
-    # A retried task: its executor has two pods.
-    task("train", 10, 500, child_tasks=[pod(11, "executor")]),
-    task("executor", 11, 400, child_tasks=[pod(12), pod(13)]),
-    task("fetch", 5, 42, child_tasks=[pod(6)]),
-    task("gate", 20, 0, child_tasks=[pod(21, "driver")], state="SKIPPED"),
-]
 
 
 def test_submit_sends_what_was_compiled(kfp_server: Any) -> None:
@@ -141,82 +98,53 @@ def test_a_recipe_with_a_token_in_it_is_not_sent(kfp_server: Any) -> None:
     assert kfp_server.writes() == []
 
 
-def test_status_shows_the_steps(kfp_server: Any) -> None:
-    failed = task("merge", 30, 5, state="FAILED", error={"code": 2, "message": "disk full"})
-    run_id = add_run(kfp_server, "line", [*TASKS, failed], error={"message": "a task failed"})
-    for name in (run_id, "line"):
-        result = tuneline("status", name)
-        lines = [line.split() for line in result.output.splitlines()]
-        assert ["train", "SUCCEEDED", "500"] in lines
-        assert ["fetch", "SUCCEEDED", "42"] in lines
-        assert ["merge", "FAILED", "5", "disk", "full"] in lines
-        assert "error: a task failed" in result.output
-        assert "driver" not in result.output and "executor" not in result.output
+@pytest.mark.parametrize("option", ["--name", "--pipeline-root"])
+@pytest.mark.parametrize("text", ["s3://run {{=1+1}}", "s3://$(HOME)"])
+def test_a_name_that_argo_would_replace_is_not_sent(
+    kfp_server: Any, option: str, text: str
+) -> None:
+    for command in (["submit"], ["schedule", "--every", "1h"]):
+        result = tuneline(*command, "demo", option, text)
+        assert isinstance(result.exception, UserError)
+        assert f"{option} '{text}' contains" in str(result.exception)
+    assert kfp_server.writes() == []
 
 
 def test_a_name_means_its_newest_run(kfp_server: Any) -> None:
-    add_run(kfp_server, "line", [task("fetch", 1, 1)])
-    newest = add_run(kfp_server, "line", [task("train", 1, 1)])
-    client = runs.connect(None)
-    assert runs.find_run(client, "line").run_id == newest
+    kfp_server.replay("failed", run_id=str(uuid.uuid4()), display_name="line")
+    newest = kfp_server.replay("running", run_id=str(uuid.uuid4()), display_name="line")
+    assert runs.find_run(connect(None), "line").run_id == newest["run_id"]
 
 
-@pytest.mark.parametrize("version", ["v1alpha1", "v2beta1"])
-def test_logs_are_those_of_the_steps_own_pods(kfp_server: Any, version: str) -> None:
-    run_id = add_run(kfp_server, "line", TASKS)
-    kfp_server.log_version = version
-    for number, text in ((6, "fetched\n"), (12, "out of memory"), (13, "loss 1.2\n")):
-        kfp_server.logs[run_id, pod(number)["pod_name"]] = text
-    assert tuneline("logs", "line", "fetch").output == "fetched\n"
-    assert tuneline("logs", "line", "train").output.splitlines() == [
-        f"--- {pod(12)['pod_name']}",
-        "out of memory",
-        f"--- {pod(13)['pod_name']}",
-        "loss 1.2",
-    ]
+def test_cancel_says_what_it_stops_and_happens_once(kfp_server: Any) -> None:
+    run = kfp_server.replay("running")
+    writes = [f"POST /apis/v2beta1/runs/{run['run_id']}:terminate"]
+    assert "cancellation requested; it stops sleeper\n" in tuneline("cancel", "h2-sleep").output
+    assert "is being cancelled already" in tuneline("cancel", "h2-sleep").output
+    assert kfp_server.writes() == writes
+    ended = kfp_server.replay("cancelled")
+    error = tuneline("cancel", ended["run_id"]).exception
+    assert "has ended already: it is cancelled" in str(error)
+    assert kfp_server.writes() == writes
 
 
-@pytest.mark.parametrize(
-    ("step", "says"),
-    [
-        ("trian", "has no step 'trian': it has fetch, train, gate"),
-        (
-            "gate",
-            "step 'gate' of run line has no pod: it is still waiting, or its result "
-            "came from the cache",
-        ),
-        ("fetch", "answered 500: Failed to read logs for run"),
-    ],
-)
-def test_logs_that_are_not_there(kfp_server: Any, step: str, says: str) -> None:
-    add_run(kfp_server, "line", TASKS)
-    assert says in str(tuneline("logs", "line", step).exception)
-
-
-def test_cancel_ends_a_run_once(kfp_server: Any) -> None:
-    run_id = add_run(kfp_server, "line", TASKS)
-    assert tuneline("cancel", "line").exit_code == 0
-    assert kfp_server.writes() == [f"POST /apis/v2beta1/runs/{run_id}:terminate"]
-    kfp_server.runs[run_id]["state"] = "SUCCEEDED"
-    assert "has ended already: SUCCEEDED" in str(tuneline("cancel", run_id).exception)
-
-
-@pytest.mark.parametrize("state", ["FAILED", "CANCELED"])
-def test_resume_runs_again_what_failed(kfp_server: Any, state: str) -> None:
-    run_id = add_run(kfp_server, "line", TASKS, state=state)
-    done = tuneline("resume", "line")
-    assert done.output == f"run line: resumed\nfollow it with: tuneline status {run_id}\n"
-    assert kfp_server.writes() == [f"POST /apis/v2beta1/runs/{run_id}:retry"]
+@pytest.mark.parametrize("name", ["failed", "cancelled"])
+def test_resume_runs_again_what_failed(kfp_server: Any, name: str) -> None:
+    run = kfp_server.replay(name)
+    done = tuneline("resume", run["run_id"])
+    assert f"resumed, from sleeper{', bye' if name == 'cancelled' else ''}\n" in done.output
+    assert f"follow it with: tuneline status {run['run_id']}\n" in done.output
+    assert kfp_server.writes() == [f"POST /apis/v2beta1/runs/{run['run_id']}:retry"]
     # It runs now: asking once more is a mistake, and changes nothing.
-    again = tuneline("resume", run_id)
+    again = tuneline("resume", run["run_id"])
     assert isinstance(again.exception, UserError)
-    assert "run line is RUNNING: only a run that is FAILED or CANCELED" in str(again.exception)
+    assert "is running: only a run that failed or was cancelled can" in str(again.exception)
     assert len(kfp_server.writes()) == 1
 
 
 def test_no_such_run(kfp_server: Any) -> None:
     assert "no run 'line': there are none yet" in str(tuneline("status", "line").exception)
-    add_run(kfp_server, "other", [])
+    kfp_server.replay("failed", display_name="other")
     error = tuneline("cancel", str(uuid.uuid4())).exception
     assert isinstance(error, UserError)
     assert "the newest are other" in str(error)
@@ -235,7 +163,7 @@ def test_refusals_are_sentences(
 ) -> None:
     kfp_server.refuse = (status, "token expired")
     with pytest.raises(kind, match=says):
-        runs.connect(None)
+        connect(None)
     # Once, not again and again for 25 seconds.
     assert len(kfp_server.requests) == 1
 
@@ -243,7 +171,7 @@ def test_refusals_are_sentences(
 def test_a_login_page_is_told_from_the_api(kfp_server: Any) -> None:
     kfp_server.page = "<html>log in</html>"
     with pytest.raises(CredentialsError, match="perhaps a login page"):
-        runs.connect(None)
+        connect(None)
 
 
 def test_a_host_where_nobody_answers(kfp_server: Any) -> None:
@@ -251,13 +179,13 @@ def test_a_host_where_nobody_answers(kfp_server: Any) -> None:
         taken.bind(("127.0.0.1", 0))
         host = f"http://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ClusterError, match=f"reached at {host} .*refused.*: check"):
-            runs.connect(host)
+            connect(host)
     with pytest.raises(ClusterError, match=r"reached at https://nowhere\.invalid"):
-        runs.connect("nowhere.invalid")
+        connect("nowhere.invalid")
 
 
 def test_a_server_that_goes_away(kfp_server: Any) -> None:
-    client = runs.connect(None)
+    client = connect(None)
     client.get_kfp_healthz()
     kfp_server.__exit__()
     with pytest.raises(ClusterError, match="cannot be reached at 127.0.0.1"):
@@ -269,17 +197,15 @@ def test_no_host_at_all(kfp_server: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("KFP_ENDPOINT")
     monkeypatch.delenv("KUBECONFIG", raising=False)
     with pytest.raises(UserError, match="no host: give --host URL or set KFP_ENDPOINT"):
-        runs.connect(None)
-    assert runs.connect(kfp_server.host).get_kfp_healthz().multi_user is False
+        connect(None)
+    assert connect(kfp_server.host).get_kfp_healthz().multi_user is False
 
 
 def test_the_token_comes_from_the_environment(
     kfp_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KFP_TOKEN", "abc.def")
-    run_id = add_run(kfp_server, "line", TASKS)
-    kfp_server.logs[run_id, pod(6)["pod_name"]] = "fetched\n"
-    assert tuneline("logs", "line", "fetch").exit_code == 0
+    assert tuneline("status").exit_code == 0
     assert set(kfp_server.tokens) == {"Bearer abc.def"}
 
 

@@ -15,14 +15,15 @@ from tuneline.errors import ClusterError, UserError
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.cli.main import app
 from tuneline.pipelines.kfp_client import runs, schedules
+from tuneline.pipelines.kfp_client.connection import Client, connect
 
 COLLECTION = "/apis/v2beta1/recurringruns"
 MONDAYS = schedules.cron_trigger("0 3 * * 1")
 
 
 @pytest.fixture
-def client(kfp_server: Any) -> runs.Client:
-    return runs.connect(kfp_server.host)
+def client(kfp_server: Any) -> Client:
+    return connect(kfp_server.host)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def pipeline() -> Iterator[Path]:
 
 
 @pytest.fixture
-def put(client: runs.Client, pipeline: Path) -> Callable[..., schedules.Scheduled]:
+def put(client: Client, pipeline: Path) -> Callable[..., schedules.Scheduled]:
     """Schedule the demo, with one thing or another changed."""
 
     def put(
@@ -94,7 +95,7 @@ def test_a_wrong_interval_is_named(text: str) -> None:
         schedules.interval_trigger(text)
 
 
-def test_a_schedule_is_created_as_asked(kfp_server: Any, client: runs.Client, put: Any) -> None:
+def test_a_schedule_is_created_as_asked(kfp_server: Any, client: Client, put: Any) -> None:
     done = put(service_account="tuneline-runner", pipeline_root="s3://bucket/runs")
     assert (done.outcome, done.enabled) == ("created", True)
     assert kfp_server.writes() == ["POST /apis/v2beta1/experiments", f"POST {COLLECTION}"]
@@ -115,7 +116,7 @@ def test_a_schedule_is_created_as_asked(kfp_server: Any, client: runs.Client, pu
     }
 
 
-def test_the_same_again_writes_nothing(kfp_server: Any, client: runs.Client, put: Any) -> None:
+def test_the_same_again_writes_nothing(kfp_server: Any, client: Client, put: Any) -> None:
     first = put()
     written = kfp_server.writes()
     again = put()
@@ -134,7 +135,7 @@ def test_the_same_again_writes_nothing(kfp_server: Any, client: runs.Client, put
 )
 def test_a_change_replaces_and_never_doubles(
     kfp_server: Any,
-    client: runs.Client,
+    client: Client,
     put: Any,
     trigger: schedules.Trigger,
     values: dict[str, str],
@@ -162,9 +163,7 @@ def test_a_changed_recipe_is_a_change(kfp_server: Any, put: Any) -> None:
     assert len(kfp_server.recurringruns) == 1
 
 
-def test_when_creating_fails_the_old_one_goes_on(
-    kfp_server: Any, client: runs.Client, put: Any
-) -> None:
+def test_when_creating_fails_the_old_one_goes_on(kfp_server: Any, client: Client, put: Any) -> None:
     first = put()
     kfp_server.fail_creation = True
     with pytest.raises(ClusterError, match="500: Internal error: the database is away"):
@@ -174,7 +173,7 @@ def test_when_creating_fails_the_old_one_goes_on(
     assert schedules.is_enabled(kept)
 
 
-def test_disabled_stays_disabled_until_told(kfp_server: Any, client: runs.Client, put: Any) -> None:
+def test_disabled_stays_disabled_until_told(kfp_server: Any, client: Client, put: Any) -> None:
     put(enabled=False)
     assert put().enabled is False
     changed = put(schedules.interval_trigger("12h"))
@@ -186,7 +185,7 @@ def test_disabled_stays_disabled_until_told(kfp_server: Any, client: runs.Client
     assert schedules.is_enabled(schedules.find_schedule(client, "weekly"))
 
 
-def test_what_others_made_is_left_alone(kfp_server: Any, client: runs.Client, put: Any) -> None:
+def test_what_others_made_is_left_alone(kfp_server: Any, client: Client, put: Any) -> None:
     made = put()
     kfp_server.recurringruns[made.recurring_run_id]["description"] = "by hand"
     written = kfp_server.writes()
@@ -195,7 +194,7 @@ def test_what_others_made_is_left_alone(kfp_server: Any, client: runs.Client, pu
     assert kfp_server.writes() == written
 
 
-def test_every_page_is_read(kfp_server: Any, client: runs.Client, put: Any) -> None:
+def test_every_page_is_read(kfp_server: Any, client: Client, put: Any) -> None:
     made = put()
     stored = kfp_server.recurringruns[made.recurring_run_id]
     for number in range(250):
@@ -206,9 +205,7 @@ def test_every_page_is_read(kfp_server: Any, client: runs.Client, put: Any) -> N
 
 
 @pytest.mark.parametrize("kfp_server", [{"multi_user": True}], indirect=True)
-def test_namespaces_have_schedules_of_their_own(
-    kfp_server: Any, client: runs.Client, put: Any
-) -> None:
+def test_namespaces_have_schedules_of_their_own(kfp_server: Any, client: Client, put: Any) -> None:
     for namespace in ("team-a", "team-b"):
         assert put(namespace=namespace).outcome == "created"
     assert put(namespace="team-a").outcome == "unchanged"

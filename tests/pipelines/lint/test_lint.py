@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from kfp import compiler, dsl
 
 from tuneline.errors import RecipeError
 from tuneline.pipelines.lint.lint import Finding, lint_documents, lint_file
@@ -250,6 +251,96 @@ def test_the_compiled_demo_passes(demo: list[dict[str, Any]]) -> None:
 
 EXECUTOR = ("deploymentSpec", "executors", "exec-train")
 PLATFORM = ("platforms", "kubernetes", *EXECUTOR)
+
+
+CONSTANT = ("runtimeValue", "constant")
+EVALUATE = ("components", "comp-exit-handler-1", "dag", "tasks", "evaluate", "inputs")
+
+
+@pytest.mark.parametrize("text", ["{{=1+1}}", "a {{item}}", "$(HOME)", "5$$", "[[CurrentTime]]"])
+@pytest.mark.parametrize(
+    ("part", "keys"),
+    [
+        (0, ("root", "inputDefinitions", "parameters", "dataset", "defaultValue")),
+        (
+            0,
+            ("components", "comp-fetch", "inputDefinitions", "parameters", "source", "description"),
+        ),
+        (0, (*EVALUATE, "parameters", "label", *CONSTANT)),
+        (0, (*EXECUTOR, "container", "env")),
+        (1, (*PLATFORM, "nodeSelector")),
+    ],
+)
+def test_text_that_would_be_replaced_is_found(
+    demo: list[dict[str, Any]], part: int, keys: tuple[str, ...], text: str
+) -> None:
+    values = {"env": [{"name": "A", "value": text}], "nodeSelector": {"labels": {"a": text}}}
+    documents = list(demo)
+    documents[part] = changed(documents[part], *keys, value=values.get(keys[-1], text))
+    (finding,) = lint_documents(documents)
+    assert finding.rule == "replaced-text" and finding.path.startswith(".".join(keys))
+    assert finding.value and finding.value in text
+    if part == 0:
+        version = {"kind": "PipelineVersion", "spec": {"pipelineSpec": documents[0]}}
+        (finding,) = lint_documents([version])
+        assert finding.path.startswith(".".join(("spec", "pipelineSpec", *keys)))
+
+
+def test_keys_are_texts_too(demo: list[dict[str, Any]]) -> None:
+    selector = {"labels": {"{{=1+1}}": "a"}}
+    documents = [demo[0], changed(demo[1], *PLATFORM, "nodeSelector", value=selector)]
+    (finding,) = lint_documents(documents)
+    assert finding.path.endswith("exec-train.nodeSelector.labels.{{=1+1}}")
+
+
+def test_placeholders_of_kfp_are_no_text(demo: list[dict[str, Any]]) -> None:
+    keys = (*EVALUATE, "parameters", "label", *CONSTANT)
+    text = "model {{$.inputs.parameters['pipelinechannel--loop-item-param-1']}}"
+    assert lint_documents([changed(demo[0], *keys, value=text), demo[1]]) == []
+
+
+def test_a_list_into_a_condition_is_found(tmp_path: Path) -> None:
+    """The pipeline whose run is recorded in list-run.json: three went in, one arrived."""
+
+    @dsl.component
+    def make(text: str, model: dsl.Output[dsl.Model]) -> None: ...
+
+    @dsl.component
+    def use(models: dsl.Input[list[dsl.Model]]) -> None: ...
+
+    @dsl.pipeline
+    def several() -> list[dsl.Model]:
+        with dsl.ParallelFor(["a", "b", "c"]) as item:
+            made = make(text=item)
+        return dsl.Collected(made.outputs["model"])
+
+    def rules(pipeline: Any, name: str) -> set[tuple[str, str]]:
+        compiler.Compiler().compile(pipeline, str(tmp_path / name))
+        found = lint_documents(list(yaml.safe_load_all((tmp_path / name).read_text())))
+        paths = {(finding.rule, finding.path.split(".")[1]) for finding in found}
+        return {(rule, path) for rule, path in paths if rule == "list-into-dag"}
+
+    @dsl.pipeline
+    def outside(verdict: str = "promote") -> None:
+        use(models=several().output)
+
+    @dsl.pipeline
+    def inside(verdict: str = "promote") -> None:
+        made = several().output
+        with dsl.If(verdict == "promote"):
+            use(models=made)
+
+    @dsl.pipeline
+    def inner(models: dsl.Input[list[dsl.Model]]) -> None:
+        use(models=models)
+
+    @dsl.pipeline
+    def nested() -> None:
+        inner(models=several().output)
+
+    assert rules(outside, "outside.yaml") == set()
+    assert rules(inside, "inside.yaml") == {("list-into-dag", "comp-condition-1")}
+    assert rules(nested, "nested.yaml") == {("list-into-dag", "comp-inner")}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 The client is the unmodified one, the server tests/support/kube_server.py; no cluster was there.
 """
 
+import json
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -17,16 +19,19 @@ from tuneline import images
 from tuneline.artifacts import DatasetManifest
 from tuneline.errors import ClusterError, RecipeError, UserError
 from tuneline.gpu_profiles import GPU_PROFILES
-from tuneline.pipelines import kube
+from tuneline.pipelines import kube, kube_api
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.cli.main import app
 from tuneline.pipelines.plan.check import Check
 from tuneline.pipelines.plan.cluster import CRDS, LAUNCHER_RIGHTS, RIGHTS, TRAINER_CRD
+from tuneline.pipelines.plan.disk import POD_BYTES, pod_disks
 from tuneline.pipelines.plan.estimate import estimate, llama_shape, parameters_in_name
 from tuneline.pipelines.plan.host_memory import host_memory
 from tuneline.pipelines.plan.plan import plan
 from tuneline.placement import PlacementConfig
+from tuneline.quantize.formats import FORMATS
 from tuneline.recipe import Recipe
+from tuneline.steps import STEPS
 from tuneline.train.batch_size import batch_size
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.estimate import GIB, estimate_memory
@@ -91,8 +96,10 @@ def test_several_gpus_divide_the_optimizer_and_the_time() -> None:
     assert len({each.gpu_hours for each in found}) == 1
     hours = [each.hours or 0 for each in found]
     assert hours[0] == pytest.approx(8 * hours[1]) == pytest.approx(16 * hours[2])
+    assert found[1].gpu_bytes == found[0].gpu_bytes
     # 8-bit moments on one; an eighth of fp32 gradients and moments on eight.
-    bytes_a_parameter = (found[0].gpu_bytes - found[1].gpu_bytes) / 41_943_040
+    zero2 = estimate(recipe(*steps, "placement.num_accelerators=8", "train.sharding=zero2"), LLAMA)
+    bytes_a_parameter = (found[0].gpu_bytes - zero2.gpu_bytes) / 41_943_040
     assert bytes_a_parameter == pytest.approx((4 + 2) - (4 + 8) / 8, rel=0.01)
     words = {check.name: check.words for check in plan(sixteen)}
     assert words["time"].endswith("on 16 GPUs at best")
@@ -182,7 +189,6 @@ def test_disk_counts_base_merged_and_exports() -> None:
     found = estimate(loaded, LLAMA)
     # 16 GB each: base, merged, f16 to convert from and the f16 export; and 8.5 GB.
     assert found.artifact_bytes == pytest.approx(LLAMA * (2 + 2 + 2 + 2 + 1.0625), rel=0.01)
-    assert found.scratch_bytes == pytest.approx(LLAMA * 6)
 
 
 @pytest.mark.parametrize(
@@ -238,11 +244,10 @@ def test_every_gpu_is_checked(profile: str) -> None:
 
 def test_limits_that_the_run_would_hit_fail() -> None:
     loaded = recipe(
-        "placement.scratch_size=20Gi", "train.max_steps=100000",
+        "train.max_steps=100000",
         "placement.steps={train: {timeout_hours: 1}}",
     )  # fmt: skip
     checks = {check.name: check for check in plan(loaded, price_per_gpu_hour=2.0)}
-    assert checks["disk"].verdict == "fail"
     assert checks["time"].verdict == "fail"
     assert "ended after 1 h" in checks["time"].words
     hours = estimate(loaded, 8e9).gpu_hours
@@ -324,6 +329,9 @@ NODE = {
 }
 
 
+CONTROLLER = Path(__file__).parents[2] / "data/kfp-2.17/workflow-controller-configmap.json"
+
+
 @pytest.fixture
 def cluster(kube_server: Any) -> Any:
     """A cluster that has everything."""
@@ -345,6 +353,9 @@ def cluster(kube_server: Any) -> Any:
     kube_server.put("nodes", "gpu-1", **NODE)
     # It has the images, and no GPU.
     kube_server.put("nodes", "cpu-1", status={"images": ALL_IMAGES})
+    # As KFP 2.17.0 ships it.
+    settings = json.loads(CONTROLLER.read_text(encoding="utf-8"))
+    kube_server.put("configmaps", settings["metadata"]["name"], data=settings["data"])
     return kube_server
 
 
@@ -370,6 +381,13 @@ def test_a_cluster_that_has_everything(cluster: Any) -> None:
 def without(plural: str, name: str) -> Any:
     where = "" if plural in ("nodes", "customresourcedefinitions") else "kubeflow"
     return lambda server: server.objects.pop((plural, where, name))
+
+
+def controller(strategy: dict[str, str] | None) -> Any:
+    """Give the workflow controller another retry strategy as its default."""
+    defaults = {"spec": {"templateDefaults": {"retryStrategy": strategy}} if strategy else {}}
+    data = {"workflowDefaults": yaml.safe_dump(defaults)}
+    return lambda server: server.put("configmaps", "workflow-controller-configmap", data=data)
 
 
 def changed(plural: str, name: str, **parts: Any) -> Any:
@@ -416,6 +434,18 @@ FAULTS = {
             "hard": {"requests.nvidia.com/gpu": "8"}, "used": {"requests.nvidia.com/gpu": "8"}}),
         "quota", "warn", "8 of 8",
     ),
+    "quota below one step": (
+        changed("resourcequotas", "q", spec={"hard": {"requests.cpu": "10", "pods": "100"}}),
+        "quota", "fail", "q: 0 of 10 requests.cpu in use, but train requests 20",
+    ),
+    "quota below the steps side by side": (
+        changed("resourcequotas", "q", spec={"hard": {"requests.memory": "300Gi"}}),
+        "quota", "warn", "steps that can run side by side request 572",
+    ),
+    "quota under its short name": (
+        changed("resourcequotas", "q", spec={"hard": {"memory": "100Gi"}}),
+        "quota", "fail", "0 of 100Gi requests.memory in use, but train requests 180Gi",
+    ),
     "no node": (without("nodes", "gpu-1"), "nodes", "warn", "cpu-1 has 0"),
     "another GPU": (
         changed("nodes", "gpu-1", **{**NODE, "metadata": {
@@ -431,6 +461,45 @@ FAULTS = {
         changed("nodes", "gpu-1", **{**NODE, "spec": {
             "taints": [{"key": "team", "value": "b", "effect": "NoExecute"}]}}),
         "nodes", "warn", "gpu-1 has the taint team",
+    ),
+    "a limit range for small models": (
+        changed("limitranges", "l", spec={"limits": [
+            {"type": "Container", "default": {"ephemeral-storage": "23Gi"}}]}),
+        "disk", "fail", "publish needs 57.3 GB, but the namespace's limit range gives a pod 49.4",
+    ),
+    "a limit range for small pods": (
+        changed("limitranges", "l", spec={"limits": [
+            {"type": "Container", "default": {"ephemeral-storage": "200Gi"}},
+            {"type": "Pod", "max": {"ephemeral-storage": "50G"}}]}),
+        "disk", "fail", "a pod 50 GB",
+    ),
+    "nodes with small disks": (
+        changed("nodes", "cpu-1", status={
+            "images": ALL_IMAGES, "allocatable": {"ephemeral-storage": "50G"}}),
+        "disk", "warn", "publish needs 57.3 GB, but the largest node has 50 GB",
+    ),
+    "limit ranges may not be read": (
+        lambda server: server.forbidden.add("list limitranges"),
+        "disk", "unknown", "at most 57.3 GB, by publish; ",
+    ),
+    "no controller to be seen": (
+        without("configmaps", "workflow-controller-configmap"),
+        "retries", "unknown", "there is no ConfigMap workflow-controller-configmap",
+    ),
+    "its settings may not be read": (
+        lambda server: server.forbidden.add("get configmaps"),
+        "retries", "unknown", "refuses to show configmap workflow-controller-configmap",
+    ),
+    "failed steps are retried": (
+        controller({"limit": "2", "retryPolicy": "Always"}),
+        "retries", "warn", "(retryPolicy Always), and retries multiply: train up to (2 + 1) x 3 t",
+    ),
+    "failed steps are retried without a limit": (
+        controller({"retryPolicy": "Always"}),
+        "retries", "warn", "train up to (2 + 1) x any number of times",
+    ),
+    "pods that disappeared are not made again": (
+        controller(None), "retries", "warn", "not make a pod again that disappeared (retryPolicy On"
     ),
     "logs may not be read": (
         lambda server: server.forbidden.add("get pods/log"),
@@ -451,11 +520,114 @@ def test_what_is_missing_is_named_and_nothing_else(cluster: Any, fault: str) -> 
     assert says in found.words
 
 
+def test_a_limit_range_and_nodes_that_are_large_enough(cluster: Any) -> None:
+    # That of manifests/base: 200 GiB for each of the pod's two containers.
+    default = {"ephemeral-storage": "200Gi"}
+    cluster.put("limitranges", "l", spec={"limits": [{"type": "Container", "default": default}]})
+    cluster.put("nodes", "cpu-1", status={
+        "images": ALL_IMAGES, "allocatable": {"ephemeral-storage": "53687091200"}})  # fmt: skip
+    cluster.put("nodes", "cpu-2", status={"allocatable": {"ephemeral-storage": "100Gi"}})
+    assert verdicts(look())["disk"] == "ok"
+
+
+def test_the_disk_of_every_pod() -> None:
+    loaded = recipe(
+        'quantize.gguf=["f16", "q8_0"]', 'quantize.gptq=["gptq-4bit"]',
+        "quantize.num_importance_rows=8", "publish_to=org/model",
+    )  # fmt: skip
+    found = {pod.step: (pod.num_bytes - POD_BYTES) / LLAMA for pod in pod_disks(loaded, LLAMA)}
+    adapter = 4 * 41_943_040 / LLAMA
+    gptq = FORMATS["gptq-4bit"].bits_per_weight / 8
+    assert found == pytest.approx(
+        {
+            "fetch": 4, "prepare": 2, "evaluate": 2, "train": 2 + adapter, "merge": 4 + adapter,
+            "convert-gguf": 4, "measure-importance": 2, "quantize-gguf": 6,
+            "quantize-gptq": 2 + gptq, "publish": adapter + 2 + 2 + 1.0625 + gptq,
+        },
+        rel=1e-3,
+    )  # fmt: skip
+    # Every step but these is counted: they read records, scores and parameters only.
+    light = {"plan", "look-up-model", "look-up-data", "gate", "report", "diagnose"}
+    assert set(STEPS) - set(found) == light | {"train-on-nodes"}
+    elsewhere = recipe("placement.cache_claim=cache", "publish_to=dir:/models", "quantize.gguf=[]")
+    found = {pod.step: (pod.num_bytes - POD_BYTES) / LLAMA for pod in pod_disks(elsewhere, LLAMA)}
+    assert found["fetch"] == pytest.approx(2)
+    assert found["publish"] == pytest.approx(2 * (adapter + 2 + gptq), rel=1e-3)
+    assert "convert-gguf" not in found
+
+
+def test_the_disk_of_a_pod_that_was_measured() -> None:
+    """KFP 2.17: publish of the demo to a directory in its pod used 2.389 GB at most."""
+    demo = find_recipe("demo", [])
+    (publish,) = [pod for pod in pod_disks(demo, 134_515_008) if pod.step == "publish"]
+    assert publish.num_bytes == pytest.approx(2.389e9, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("num_parameters", "assignments", "profile", "verdict"),
+    [
+        (24e9, [], "h100", None),
+        (27.2e9, [], "h100", "fail"),
+        (27.2e9, [], "local", "warn"),
+        (70e9, ["quantize.gguf=[]"], "h100", None),
+        (110e9, ["quantize.gguf=[]", "train.lora.r=1024"], "h100", "fail"),
+    ],
+)
+def test_a_file_that_kfp_cannot_upload_is_refused(
+    num_parameters: float, assignments: list[str], profile: str, verdict: str | None
+) -> None:
+    loaded = recipe(*assignments, profile=profile)
+    checks = plan(loaded, num_parameters=num_parameters)
+    found = [check for check in checks if check.name == "file size"]
+    assert [check.verdict for check in found] == ([verdict] if verdict else [])
+    if verdict and not assignments:
+        assert found[0].words.startswith("convert-gguf writes one file of 54.4 GB (f16, from")
+        assert "at most 52.4 GB per file" in found[0].words
+        assert "quantize.gguf to []" in found[0].advice and "26.2 B" in found[0].advice
+    # Google Cloud Storage takes such a file.
+    checks = plan(loaded, num_parameters=num_parameters, uploads_to_s3=False)
+    assert "file size" not in {check.name for check in checks}
+
+
 def test_what_the_recipe_asks_for_train_counts(cluster: Any) -> None:
     loaded = recipe("placement.steps={train: {memory_request: 3000Gi}}")
     (found,) = [check for check in look(loaded) if check.name == "nodes"]
     assert found.verdict == "warn"
     assert "gpu-1 has 2000Gi memory, less than 3000Gi" in found.words
+
+
+def test_a_quota_has_to_hold_all_nodes_of_a_training(cluster: Any) -> None:
+    sets = ("placement.num_nodes=2", "placement.shared_claim=cache", "train.global_batch_size=16")
+    for hard, verdict in (("15", "fail"), ("16", "warn"), ("17", "ok")):
+        cluster.put("resourcequotas", "q", spec={"hard": {"requests.nvidia.com/gpu": hard}})
+        loaded = recipe("placement.num_accelerators=8", *sets)
+        (found,) = [check for check in look(loaded) if check.name == "quota"]
+        assert found.verdict == verdict
+    assert found.words == "q: 0 of 17 nvidia.com/gpu in use"
+
+
+def test_a_quota_with_a_scope_is_for_other_pods(cluster: Any) -> None:
+    spec = {"hard": {"requests.cpu": "1"}, "scopes": ["BestEffort"]}
+    cluster.put("resourcequotas", "q", spec=spec)
+    assert "quota" not in verdicts(look())
+
+
+@pytest.mark.parametrize(
+    ("profile", "verdict", "words"),
+    [
+        ("local", "warn", "no node fits train: cpu-2 has 2 cpu, less than 4"),
+        ("small", "ok", "each step fits one of 1 nodes"),
+    ],
+)
+def test_steps_on_cpus_need_a_node_too(
+    kube_server: Any, profile: str, verdict: str, words: str
+) -> None:
+    allocatable = {"cpu": "2", "memory": "15Gi"}
+    kube_server.put("nodes", "cpu-2", status={"allocatable": allocatable, "images": ALL_IMAGES})
+    demo = find_recipe("demo", [f"placement.profile={profile}"])
+    (found,) = [check for check in look(demo) if check.name == "nodes"]
+    assert (found.verdict, found.words) == (verdict, words)
+    assert ("set placement.profile to small" in found.advice) == (verdict == "warn")
 
 
 def test_nodes_that_may_not_be_seen(cluster: Any) -> None:
@@ -530,7 +702,7 @@ def test_the_runs_account_needs_the_launchers_rights(
 def test_a_server_that_is_away_is_asked_again(
     cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kube, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(kube_api, "BACKOFF_SECONDS", 0.001)
     cluster.down = 5
     assert set(verdicts(look()).values()) == {"ok"}
     cluster.down = 100
@@ -541,7 +713,7 @@ def test_a_server_that_is_away_is_asked_again(
 def test_a_server_that_is_not_there(
     kube_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kube, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(kube_api, "BACKOFF_SECONDS", 0.001)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         kube_server.host = f"http://127.0.0.1:{taken.getsockname()[1]}"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tuneline.errors import RecipeError, UserError
-from tuneline.pipelines import kube
+from tuneline.pipelines import kube_api
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.plan.check import Check
 from tuneline.pipelines.plan.cluster import CRDS
@@ -31,7 +31,7 @@ def begin(path: Path, *assignments: str, **changed: str) -> list[Check]:
 def pod(kube_server: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv(POD_NAME_VARIABLE, "line-plan-1")
     monkeypatch.setenv("NAMESPACE", "team")
-    monkeypatch.setattr(kube, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(kube_api, "BACKOFF_SECONDS", 0.001)
     return kube_server
 
 
@@ -45,6 +45,14 @@ def test_what_this_run_changed_of_the_recipe_counts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot work as configured: GPU memory: .*70 B parameters"):
         begin(tmp_path, "placement.profile=t4", base_model="meta-llama/Llama-3.1-70B-Instruct")
     assert "| fail | GPU memory |" in (tmp_path / "out" / "summary").read_text()
+
+
+def test_a_file_that_the_store_of_this_run_does_not_take(tmp_path: Path) -> None:
+    large = {"base_model": "google/gemma-2-27b", "train": "{}"}
+    wanted = ("placement.profile=h200", "train.gradient_checkpointing=true")
+    with pytest.raises(UserError, match="file size: convert-gguf writes one file of 54 GB"):
+        begin(tmp_path, *wanted, **large, store="minio://mlpipeline/v2/artifacts/line/summary")
+    begin(tmp_path, *wanted, **large, store="gs://bucket/v2/artifacts/line/summary")
 
 
 def test_a_recipe_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

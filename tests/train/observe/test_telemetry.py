@@ -10,6 +10,7 @@ import torch
 from tuneline.artifacts import TrainingPoint
 from tuneline.errors import RecipeError
 from tuneline.train import TrainConfig
+from tuneline.train.observe import telemetry as telemetry_module
 from tuneline.train.observe.telemetry import GpuMeter, TelemetryCallback, costs
 from tuneline.train.run import run
 from tuneline.train.trainer import trackers as tracking_module
@@ -83,15 +84,43 @@ def nvml(monkeypatch):
 def test_energy_is_added_up_over_an_interruption(tmp_path, nvml):
     run_state = RunState(energy_joules=2000.0, device_seconds=1800.0)
     callback = TelemetryCallback(run_state, tmp_path / "progress.jsonl", "cuda")
-    now = SimpleNamespace(global_step=0)
+    now, saves = SimpleNamespace(global_step=0), SimpleNamespace(should_save=True)
     callback.on_train_begin(None, now, None)
-    callback.on_step_end(None, now, None)
-    callback.on_step_end(None, now, None)
+    callback.on_step_end(None, now, saves)
+    callback.on_step_end(None, now, saves)
     assert run_state.energy_joules == 3000
     found = costs(run_state, 4.0)
     assert found["energy_kwh"] == pytest.approx(3000 / 3.6e6)
     assert found["device_hours"] == pytest.approx(0.5, abs=0.01)
     assert found["cost"] == pytest.approx(2.0, abs=0.04)
+
+
+def test_the_slow_energy_counter_is_read_rarely_and_on_the_first_rank_only(
+    tmp_path, nvml, monkeypatch
+):
+    seconds = [100.0]
+    monkeypatch.setattr(telemetry_module.time, "monotonic", lambda: seconds[0])
+    run_state = RunState(points={1: TrainingPoint(step=1, loss=1.5)})
+    callback = TelemetryCallback(run_state, tmp_path / "progress.jsonl", "cuda")
+    now, goes_on = SimpleNamespace(global_step=1), SimpleNamespace(should_save=False)
+    callback.on_train_begin(None, now, None)
+    readings = []
+    for _ in range(25):
+        seconds[0] += 1
+        callback.on_step_end(None, now, goes_on)
+        callback.on_log(None, now, goes_on, logs={"loss": 1.5})
+        readings.append(nvml["joules"])
+    # The first reading is that of on_train_begin.
+    assert readings == [1500.0] * 9 + [2000.0] * 10 + [2500.0] * 6
+    callback.on_train_end(None, now, goes_on)
+    assert nvml["joules"] == 3000 and run_state.energy_joules == 1500
+    assert run_state.device_seconds == 25
+
+    monkeypatch.setattr("tuneline.train.ranks.collectives.is_first", lambda: False)
+    other = TelemetryCallback(RunState(), tmp_path / "progress.jsonl", "cuda")
+    other.on_train_begin(None, now, None)
+    other.on_train_end(None, now, goes_on)
+    assert nvml["joules"] == 3000
 
 
 def test_a_gpu_without_counters_has_none(nvml, monkeypatch, caplog):

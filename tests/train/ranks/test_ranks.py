@@ -21,7 +21,8 @@ from tuneline.errors import DataError, RecipeError, StoppedError, TrainingError
 from tuneline.runtime.stop_request import StopRequest
 from tuneline.train import TrainConfig
 from tuneline.train.checkpoints import CheckpointStore
-from tuneline.train.ranks.launch import _failure, choose_num_ranks, run_on_ranks
+from tuneline.train.ranks.faults import failure
+from tuneline.train.ranks.launch import choose_num_ranks, run_on_ranks
 from tuneline.train.ranks.process import OutOfMemory, StartAgain
 from tuneline.train.ranks.zero2 import is_wanted, zero2_config
 from tuneline.train.run import run
@@ -83,6 +84,7 @@ def job(tmp_path, tiny_model_dir, dataset_dir, answer_rows):
                 tokenizer=AutoTokenizer.from_pretrained(str(tiny_model_dir)),
             ),
             "num_out_of_memory": 0,
+            "num_restarts": 0,
             "carried": {},
             "directory": where / "adapter",
             "work_dir": where / "work",
@@ -198,9 +200,30 @@ def test_the_configuration_of_zero_2():
     plain = zero2_config(TrainConfig(), **batch, num_ranks=2, dtype=torch.float32)
     assert "offload_optimizer" not in plain["zero_optimization"]
     assert not plain["bf16"]["enabled"]
-    assert is_wanted(TrainConfig(), "cuda", 2)
-    assert not is_wanted(TrainConfig(), "cuda", 1) and not is_wanted(TrainConfig(), "cpu", 2)
-    assert not is_wanted(TrainConfig(optim="sgd"), "cuda", 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, False),
+        ({"sharding": "zero2"}, True),
+        ({"offload_optimizer": True}, True),
+        ({"lora": {"modules_to_save": ["lm_head"]}}, True),
+        ({"lora": {"modules_to_save": ["lm_head"]}, "sharding": "ddp"}, False),
+        ({"lora": {"modules_to_save": ["lm_head"]}, "optim": "sgd"}, False),
+    ],
+)
+def test_zero_2_shards_a_large_optimizer_state(settings, expected):
+    config = TrainConfig.parse(settings)
+    assert is_wanted(config, "cuda", 2) is expected
+    assert not is_wanted(config, "cuda", 1) and not is_wanted(config, "cpu", 2)
+
+
+def test_sharding_that_cannot_work_is_refused():
+    with pytest.raises(RecipeError, match="offload_optimizer needs ZeRO-2, but sharding is ddp"):
+        TrainConfig.parse({"sharding": "ddp", "offload_optimizer": True})
+    with pytest.raises(RecipeError, match="zero2 needs a variant of AdamW, but optim is sgd"):
+        TrainConfig.parse({"sharding": "zero2", "optim": "sgd"})
 
 
 @pytest.mark.slow
@@ -289,14 +312,14 @@ def test_the_rank_that_failed_first_is_named(tmp_path):
         for number, (kind, message, moment) in enumerate(kinds.values()):
             record = {"kind": kind, "message": message, "time": moment}
             (tmp_path / f"rank-{number}.error").write_text(json.dumps(record))
-        return _failure(tmp_path, 2, StopRequest())
+        return failure(tmp_path, 2, StopRequest())
 
     lost = ("Exception", "RuntimeError: connection closed by peer", 2.0)
-    failure = errors(first=lost, second=("Exception", "ValueError: its own", 1.0))
-    assert str(failure) == "rank 1 of 2 failed: ValueError: its own, so the other ranks were killed"
+    first = errors(first=lost, second=("Exception", "ValueError: its own", 1.0))
+    assert str(first) == "rank 1 of 2 failed: ValueError: its own, so the other ranks were killed"
     # A sentence for people goes before what it led to.
-    failure = errors(first=lost, second=("DataError", "there is no row", 3.0))
-    assert isinstance(failure, DataError) and str(failure) == "there is no row"
+    first = errors(first=lost, second=("DataError", "there is no row", 3.0))
+    assert isinstance(first, DataError) and str(first) == "there is no row"
     assert isinstance(errors(a=lost, b=("OutOfMemory", "full", 3.0)), OutOfMemory)
     again = errors(a=("StartAgain", '{"num_rollbacks": 1}', 1.0), b=lost)
     assert isinstance(again, StartAgain) and again.carried == {"num_rollbacks": 1}
@@ -316,9 +339,9 @@ def test_ranks_are_as_many_as_gpus(monkeypatch):
         choose_num_ranks(TrainConfig(num_ranks=4), "cuda")
     with monkeypatch.context() as patched:
         patched.setattr("importlib.util.find_spec", lambda name: None)
-        assert not is_wanted(TrainConfig(), "cuda", 1)
-        with pytest.raises(RecipeError, match="2 GPUs train with DeepSpeed's ZeRO-2, but the pack"):
-            is_wanted(TrainConfig(), "cuda", 2)
+        assert not is_wanted(TrainConfig(sharding="zero2"), "cuda", 1)
+        with pytest.raises(RecipeError, match="2 GPUs would train with .* set train.sharding to"):
+            is_wanted(TrainConfig(sharding="zero2"), "cuda", 2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="started by a launcher \(WORLD_SIZE=2\)"):
         choose_num_ranks(TrainConfig(), "cuda")

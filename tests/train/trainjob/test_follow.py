@@ -1,11 +1,14 @@
 """The launcher of several nodes, with the real client against an API on localhost.
 
-No cluster was there: the server keeps objects as Kubernetes does, and holds what it is sent against
-the schemas that Kubeflow Trainer ships. What a controller and kubelets would do is written here,
-in fake time; in the last test they are processes that train.
+The server keeps objects as Kubernetes does, and holds what it is sent against the schemas that
+Kubeflow Trainer ships. What the launcher finds there is recorded (tests/data/trainer-2.3: statuses,
+pods and events of two-node jobs under Trainer 2.3.0, JobSet 0.12.0 and Kubernetes 1.36.2) and
+played back in fake time. In the last test, processes that train take the place of pods.
 """
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -37,10 +40,11 @@ from tuneline.train.ranks.nodes import Outcome, SharedDirectory
 from tuneline.train.run import run
 from tuneline.train.trainjob.client import TrainJobs
 from tuneline.train.trainjob.follow import Launcher
-from tuneline.train.trainjob.manifest import NodesConfig, build
+from tuneline.train.trainjob.manifest import NODE_LABELS, NodesConfig, build
 from tuneline.train.trainjob.run import run_on_nodes
 
 CRDS = Path(__file__).parents[2] / "data" / "crds"
+RECORDED = Path(__file__).parents[2] / "data" / "trainer-2.3"
 VERSIONS = ["v2.0.0", "v2.0.1", "v2.1.0", "v2.2.1", "v2.3.0"]
 
 NODES: dict[str, Any] = {
@@ -64,9 +68,9 @@ NODES: dict[str, Any] = {
     "secrets": {"wandb": {"key": "WANDB_API_KEY"}},
     "queue": "team",
     "workload_priority_class": "batch",
+    "run_as_user": 65532,
 }
 OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "w", "uid": "1-2"}
-LIMITS = {"memory": "900Gi"}
 NAME = "tuneline-train-0123456789ab"
 
 
@@ -88,7 +92,7 @@ def body_for(supported: set[str], **changed: Any) -> dict[str, Any]:
         NodesConfig.parse({**NODES, **changed}),
         name=NAME,
         directory=Path("/shared/tuneline", NAME),
-        labels={"app.kubernetes.io/part-of": "tuneline"},
+        labels={"app.kubernetes.io/part-of": "tuneline", "pipeline/runid": "run-1"},
         owner=OWNER,
         supported=supported,
     )
@@ -107,14 +111,19 @@ def test_each_version_of_trainer_takes_the_job(server: Any, version: str) -> Non
     assert ("activeDeadlineSeconds" in spec) == (version >= "v2.2")
     minor = version[:4]
     if minor == "v2.0":
-        pod = spec["podSpecOverrides"][0]
+        template = {"spec": spec["podSpecOverrides"][0]}
     elif minor == "v2.1":
-        pod = spec["podTemplateOverrides"][0]["spec"]
+        template = spec["podTemplateOverrides"][0]
     else:
         runtime = spec["runtimePatches"][0]["trainingRuntimeSpec"]
-        pod = runtime["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"][
-            "spec"
-        ]
+        template = runtime["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    pod = template["spec"]
+    # The runtime sets them too, for 2.0; a runtime of the cluster's would not.
+    if minor != "v2.0":
+        assert template["metadata"]["annotations"] == {"sidecar.istio.io/inject": "false"}
+        assert template["metadata"]["labels"] == {**NODE_LABELS, "pipeline/runid": "run-1"}
+    user = {"runAsUser": 65532} if version >= "v2.2" else None
+    assert pod.get("securityContext") == user
     assert {"name": "dshm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
     assert pod["tolerations"] == [
         {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
@@ -155,6 +164,21 @@ def test_what_an_old_trainer_cannot_say_is_an_error(changed: dict[str, Any], say
         body_for({"podSpecOverrides"}, **changed)
 
 
+@pytest.mark.parametrize("field", ["podSpecOverrides", "podTemplateOverrides", "runtimePatches"])
+@pytest.mark.parametrize("user", [None, 65532, 1000])
+def test_the_pods_have_the_user_of_the_recipe(field: str, user: int | None) -> None:
+    if field != "runtimePatches" and user == 1000:
+        with pytest.raises(
+            ClusterError, match=r"2.1 cannot set the user.*to 1000 .*image is 65532"
+        ):
+            body_for({field}, run_as_user=user)
+        return
+    text = json.dumps(body_for({field}, run_as_user=user))
+    # null: the platform's, as OpenShift refuses a user outside of the namespace's range.
+    assert (f'"runAsUser": {user}' in text) == (field == "runtimePatches" and user is not None)
+    assert text.count("runAsUser") <= 1
+
+
 def test_a_cluster_without_trainer(server: Any) -> None:
     with pytest.raises(
         ClusterError, match="need Kubeflow Trainer 2.0 or later: install it, or set pl"
@@ -187,33 +211,40 @@ class World:
         start = self.plan[-1][0] if self.plan else self.time
         self.plan += [(start + seconds, action) for action in actions]
 
+    def then(self, seconds: float, case: str) -> None:
+        """Have a recorded state begin so long after what was planned last."""
+        self.after(seconds, lambda: self.play(case))
+
     def wait(self, seconds: float) -> None:
         self.num_waits += 1
         assert self.num_waits < 2000, "the launcher waits for ever"
         self.time += seconds
         while self.plan and self.plan[0][0] <= self.time:
             self.plan.pop(0)[1]()
+        if ("trainjobs", "kubeflow", NAME) not in self.server.objects:
+            self.drop("pods")
 
     @property
     def job(self) -> dict[str, Any]:
         return self.server.objects["trainjobs", "kubeflow", NAME]
 
-    def condition(self, kind: str, status: str = "True", **more: str) -> None:
-        given = self.job.setdefault("status", {}).setdefault("conditions", [])
-        given[:] = [each for each in given if each["type"] != kind]
-        given.append({"type": kind, "status": status, **more})
+    def play(self, case: str) -> None:
+        """Put the job into a recorded state, with the pods and the warnings of that moment."""
+        text = (RECORDED / f"{case}.json").read_text(encoding="utf-8")
+        name = json.loads(text)["trainjob"]["metadata"]["name"]
+        # The last part of a pod's name is random.
+        text = re.sub(rf"{name}-node-0-(\d)-[a-z0-9]{{5}}", rf"{NAME}-node-0-\1-x", text)
+        state = json.loads(text.replace(name, NAME))
+        self.job["status"] = state["trainjob"]["status"] or {}
+        for plural in ("pods", "events"):
+            self.drop(plural)
+            for found in state[plural]:
+                found["metadata"].pop("namespace", None)
+                self.server.put(plural, found["metadata"]["name"], **found)
 
-    def pods(self, **status: Any) -> None:
-        counts = {"name": "node", "active": 2, "ready": 2, "failed": 0}
-        self.job.setdefault("status", {})["jobsStatus"] = [counts]
-        for number in range(2):
-            self.server.put(
-                "pods",
-                f"{NAME}-node-0-{number}-x",
-                metadata={"labels": {"jobset.sigs.k8s.io/jobset-name": NAME}},
-                spec={"containers": [{"name": "node", "resources": {"limits": LIMITS}}]},
-                status={"phase": "Running", **(status if number == 1 else {})},
-            )
+    def drop(self, plural: str) -> None:
+        for key in [key for key in self.server.objects if key[0] == plural]:
+            self.server.objects.pop(key)
 
     def log(self, text: str, number: int = 0) -> None:
         key = (f"{NAME}-node-0-{number}-x", "node")
@@ -221,9 +252,6 @@ class World:
         written = len(self.server.logs.get(key, "").splitlines())
         line = f"{moment}.{written:09}Z {text}\n"
         self.server.logs[key] = self.server.logs.get(key, "") + line
-
-    def fail(self, reason: str = "JobsFailed") -> None:
-        self.condition("Failed", reason=reason, message="a pod failed")
 
     def writes(self, verb: str) -> int:
         return sum(each.startswith(verb) for each in self.server.requests)
@@ -236,12 +264,14 @@ def world(server: Any, tmp_path: Path) -> World:
 
 def test_a_job_that_is_queued_for_an_hour(world: World, caplog: Any) -> None:
     caplog.set_level("INFO")
-    world.after(0, lambda: world.condition("Suspended", reason="Suspended", message="no quota"))
-    world.after(3600, lambda: world.condition("Suspended", "False"), world.pods)
+    world.then(0, "suspended")
+    world.then(3600, "running")
     # The limit of half an hour begins with the pods.
-    world.after(1700, lambda: world.condition("Complete"))
+    world.then(1700, "complete")
     world.launcher.run()
-    lines = [line for line in caplog.messages if "waits in its queue (no quota)" in line]
+    lines = [
+        line for line in caplog.messages if "waits in its queue (TrainJob is suspended)" in line
+    ]
     assert 6 <= len(lines) <= 8
     assert any(line.endswith(" runs") for line in caplog.messages)
     beats = world.writes("PATCH")
@@ -251,22 +281,34 @@ def test_a_job_that_is_queued_for_an_hour(world: World, caplog: Any) -> None:
 
 
 def test_a_job_that_runs_too_long(world: World) -> None:
-    world.after(0, world.pods)
+    world.then(0, "running")
     with pytest.raises(TrainingError, match="reached its time limit of 0.5 h: raise"):
         world.launcher.run()
     assert world.writes("DELETE") == 1
 
 
 def test_an_api_that_is_away_for_a_minute(world: World, caplog: Any) -> None:
-    world.after(0, world.pods)
+    world.then(0, "running")
     world.after(30, lambda: setattr(world.server, "down", 6))
-    world.after(120, lambda: world.condition("Complete"))
+    world.then(120, "complete")
     world.launcher.run()
     assert ": retrying" in caplog.text
 
 
+def test_the_launcher_beats_in_every_round_also_while_the_api_is_away(world: World) -> None:
+    beats = set()
+    world.after(10, world.pods)
+    for number in range(4):
+        world.after(10, lambda: beats.add(world.shared.last_beat()))
+        if number == 1:
+            world.after(0, lambda: setattr(world.server, "down", 2))
+    world.after(10, lambda: world.condition("Complete"))
+    world.launcher.run()
+    assert len(beats) == 4 and None not in beats
+
+
 def test_an_api_that_stays_away(world: World) -> None:
-    world.after(0, world.pods)
+    world.then(0, "running")
     world.after(30, lambda: setattr(world.server, "down", 10**6))
     with pytest.raises(ClusterError, match="503 .*for 15 minutes; the job itself continues: run"):
         world.launcher.run()
@@ -275,100 +317,127 @@ def test_an_api_that_stays_away(world: World) -> None:
 
 def test_a_log_that_is_cut_loses_no_line_and_doubles_none(world: World, caplog: Any) -> None:
     caplog.set_level("INFO")
-    world.after(0, world.pods)
+    world.then(0, "running")
     for number in range(40):
         world.after(7, lambda number=number: world.log(f"step {number} of 40"))
         if number % 9 == 4:
             world.after(0, lambda: setattr(world.server, "down", 3))
-    world.after(10, lambda: world.condition("Complete"))
+    world.then(10, "complete")
     world.launcher.run()
     said = [line.partition(": ")[2] for line in caplog.messages if " of 40" in line]
     assert said == [f"step {number} of 40" for number in range(40)]
 
 
 def test_a_pod_that_is_evicted(world: World, caplog: Any) -> None:
-    gone = {
-        "phase": "Failed",
-        "conditions": [
-            {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}
-        ],
-    }
-    world.after(0, world.pods)
-    world.after(60, lambda: world.pods(**gone), world.fail)
-    world.after(60, world.pods)
-    world.after(60, lambda: world.condition("Complete"))
+    world.then(0, "running")
+    # The pod says why it goes only until it is gone, which is before the job fails.
+    world.then(60, "evicted-1")
+    world.then(30, "evicted-2")
+    world.then(60, "running")
+    world.then(60, "complete")
     world.launcher.run()
     assert "lost a pod (" in caplog.text and "EvictionByEvictionAPI" in caplog.text
     assert (world.writes("POST"), world.writes("DELETE")) == (2, 1)
 
 
-def container(**state: Any) -> list[dict[str, Any]]:
-    return [{"name": "node", "image": "i", "imageID": "", "ready": False, "restartCount": 0,
-             "state": state}]  # fmt: skip
-
-
 def test_a_pod_that_is_killed_for_memory_is_not_tried_again(world: World) -> None:
-    killed = {"exitCode": 137, "reason": "OOMKilled"}
-    gone = {"phase": "Failed", "containerStatuses": container(terminated=killed)}
-    world.after(0, world.pods)
-    world.after(60, lambda: world.pods(**gone), world.fail)
+    world.then(0, "running")
+    world.then(60, "killed-for-memory")
     with pytest.raises(
-        TrainingError, match="-node-0-1-x was killed because it exceeded its memory limit .900Gi"
+        TrainingError, match="-node-0-1-x was killed because it exceeded its memory limit .96Mi"
     ):
         world.launcher.run()
     assert world.writes("POST") == 1
 
 
-def no_pod_is_ready(world: World) -> None:
-    world.job["status"]["jobsStatus"] = [{"name": "node", "active": 2, "ready": 0, "failed": 0}]
-
-
-def test_a_pod_without_its_image(world: World, caplog: Any) -> None:
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ("no-image", 'ImagePullBackOff: Back-off pulling image "registry.invalid/none:9"'),
+        ("no-secret", 'CreateContainerConfigError: secret "nosuch" not found'),
+    ],
+)
+def test_a_pod_without_its_image_or_secret(world: World, caplog: Any, case: str, text: str) -> None:
     caplog.set_level("INFO")
-    waiting = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "r/train:9"'}
-    stuck = {"phase": "Pending", "containerStatuses": container(waiting=waiting)}
-    world.after(0, lambda: world.pods(**stuck), lambda: no_pod_is_ready(world))
-    with pytest.raises(ClusterError, match='does not start .ImagePullBackOff: .*"r/train:9"'):
+    world.then(0, case)
+    with pytest.raises(ClusterError, match=f"does not start .{text}"):
         world.launcher.run()
     # Half an hour, said every ten minutes; and its GPUs are given back.
-    said = [line for line in caplog.messages if "waits for its pods (ImagePull" in line]
+    said = [line for line in caplog.messages if f"waits for its pods ({text}" in line]
     assert 3 <= len(said) <= 4
     assert world.writes("DELETE") == 1
 
 
+def test_pods_that_a_quota_refuses_wait_and_it_is_said(world: World, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    world.then(0, "quota")
+    world.then(3600, "running")
+    world.then(1700, "complete")
+    world.launcher.run()
+    text = (
+        "waits for its pods (exceeded quota: tuneline, requested: requests.cpu=20m, "
+        "used: requests.cpu=40m, limited: requests.cpu=30m)"
+    )
+    said = [line for line in caplog.messages if line.endswith(text)]
+    assert 6 <= len(said) <= 8
+    assert world.writes("DELETE") == 0
+
+
+@pytest.mark.parametrize("case", ["quota-of-jobs", "quota-of-jobsets"])
+def test_a_job_that_can_never_fit_a_quota_fails(world: World, case: str) -> None:
+    world.then(0, case)
+    with pytest.raises(
+        ClusterError, match=r"cannot be created \(exceeded quota: tuneline.*: request less"
+    ):
+        world.launcher.run()
+    assert world.writes("DELETE") == 1
+
+
+def test_a_launcher_that_may_not_list_events_goes_on(world: World) -> None:
+    world.server.forbidden.add("list events")
+    world.then(0, "quota")
+    world.then(60, "running")
+    world.then(60, "complete")
+    world.launcher.run()
+
+
+def test_a_job_beyond_its_deadline(world: World) -> None:
+    world.then(0, "running")
+    world.then(60, "deadline")
+    with pytest.raises(TrainingError, match="reached its time limit of 0.5 h: raise"):
+        world.launcher.run()
+
+
 def test_pods_that_wait_for_a_node_wait_on(world: World, caplog: Any) -> None:
     caplog.set_level("INFO")
-    unscheduled = {
-        "phase": "Pending",
-        "conditions": [
-            {"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
-             "message": "0/4 nodes are available: 4 Insufficient nvidia.com/gpu."}
-        ],
-    }  # fmt: skip
-    world.after(0, lambda: world.pods(**unscheduled), lambda: no_pod_is_ready(world))
-    world.after(1700, world.pods)
-    world.after(60, lambda: world.condition("Complete"))
+    world.then(0, "unschedulable")
+    world.then(1700, "running")
+    world.then(60, "complete")
     world.launcher.run()
-    assert "waits for its pods (Unschedulable: 0/4 nodes are available" in caplog.text
+    assert (
+        "waits for its pods (Unschedulable: 0/1 nodes are available: 1 Insufficient cpu"
+        in caplog.text
+    )
     assert world.writes("DELETE") == 0
 
 
 def test_a_job_that_is_disrupted_for_ever(world: World) -> None:
     for _ in range(6):
-        world.after(30, world.fail)
-    with pytest.raises(TrainingError, match=r"disrupted 6 times.*JobsFailed: a pod failed"):
+        world.then(30, "pod-deleted")
+    with pytest.raises(
+        TrainingError, match=r"disrupted 6 times.*ReachedMaxRestarts: jobset failed"
+    ):
         world.launcher.run()
     assert world.writes("POST") == 6
 
 
 def test_an_error_of_the_step_is_raised_with_the_pods_logs(world: World, caplog: Any) -> None:
-    world.after(0, world.pods)
+    world.then(0, "running")
     world.after(0, *[lambda n=n: world.log(f"line {n} of node 1", 1) for n in range(300)])
     world.after(
         30,
-        lambda: world.pods(phase="Failed"),
         lambda: world.shared.write_outcome(Outcome("DataError", "there is no row to train on")),
-        world.fail,
+        lambda: world.play("exit-1"),
     )
     with pytest.raises(DataError, match="there is no row to train on"):
         world.launcher.run()
@@ -381,8 +450,8 @@ def test_an_error_of_the_step_is_raised_with_the_pods_logs(world: World, caplog:
 def test_a_launcher_that_was_started_again_finds_its_job(world: World, caplog: Any) -> None:
     caplog.set_level("INFO")
     world.server.put("trainjobs", NAME)
-    world.after(10, world.pods)
-    world.after(30, lambda: world.condition("Complete"))
+    world.then(10, "running")
+    world.then(30, "complete")
     world.launcher.run()
     assert "already exists: following it" in caplog.text
     assert world.writes("POST") == 0
@@ -396,18 +465,40 @@ def test_a_job_that_is_still_being_deleted_is_waited_for(world: World) -> None:
     delete = world.server.objects.pop
     world.server.finalizers = True
     world.after(120, lambda: delete(key), lambda: setattr(world.server, "finalizers", False))
-    world.after(30, world.pods)
-    world.after(30, lambda: world.condition("Complete"))
+    world.then(30, "running")
+    world.then(30, "complete")
     world.launcher.run()
     assert world.writes("POST") == 1
+
+
+def test_a_job_begins_only_when_the_jobset_of_the_last_one_is_gone(world: World) -> None:
+    # It would take over the JobSet, which has failed or is being deleted.
+    world.server.put("jobsets", NAME)
+    world.after(119, lambda: world.server.objects.pop(("jobsets", "kubeflow", NAME)))
+    posts: list[int] = []
+    world.after(0, lambda: posts.append(world.writes("POST")))
+    world.then(30, "running")
+    world.then(30, "complete")
+    world.launcher.run()
+    assert posts == [0]
+    assert world.writes("POST") == 1
+
+
+def test_a_job_is_deleted_so_that_trainer_does_not_make_its_pods_again(world: World) -> None:
+    world.then(0, "running")
+    world.then(60, "pod-deleted")
+    world.then(60, "complete")
+    world.launcher.run()
+    # With Foreground, the real Trainer 2.3 made two more pairs of pods, in 34 seconds instead of 8.
+    assert world.server.deletions == ["Background"]
 
 
 @pytest.mark.parametrize(("kind", "again"), [("DataError", False), ("TrainingError", True)])
 def test_a_step_that_is_retried(world: World, kind: str, again: bool) -> None:
     world.server.put("trainjobs", NAME)
     world.shared.write_outcome(Outcome(kind, "it did not work"))
-    world.fail()
-    world.after(30, lambda: world.condition("Complete"))
+    world.play("exit-1")
+    world.then(30, "complete")
     if again:
         world.launcher.run()
         assert (world.writes("DELETE"), world.writes("POST")) == (1, 1)
@@ -419,7 +510,7 @@ def test_a_step_that_is_retried(world: World, kind: str, again: bool) -> None:
 
 
 def test_a_launcher_that_is_told_to_stop(world: World) -> None:
-    world.after(0, world.pods)
+    world.then(0, "running")
     world.after(60, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(StoppedError):
         world.launcher.run()
@@ -431,7 +522,7 @@ def test_a_launcher_that_is_told_to_stop(world: World) -> None:
 def test_a_launcher_that_is_told_to_stop_while_the_api_is_away(
     world: World, caplog: Any, num_refused: int, is_deleted: bool
 ) -> None:
-    world.after(0, world.pods)
+    world.then(0, "running")
     world.after(
         60,
         lambda: setattr(world.server, "down", num_refused),

@@ -1,7 +1,8 @@
 """Datasets on the Hub: stream the rows, and find the commit that a revision names now."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from datasets import exceptions, load_dataset
 from huggingface_hub import HfApi, constants
@@ -9,6 +10,7 @@ from huggingface_hub import errors as hub_errors
 
 from tuneline.errors import DataError, HubError
 from tuneline.prepare.sources.row import Selection, SourceRow
+from tuneline.runtime.retries import Retries, retrying
 
 logger = logging.getLogger(__name__)
 
@@ -23,16 +25,18 @@ def read(source: str, selection: Selection) -> Iterator[SourceRow]:
         DataError: there is no such dataset, split or subset, or no access to it.
         HubError: the Hub could not be reached.
     """
+    retries = Retries(f"read {source}")
+    number = 0
     try:
-        rows = load_dataset(
-            source,
-            selection.subset,
-            split=selection.split,
-            revision=selection.revision,
-            streaming=True,
-        )
-        for number, values in enumerate(rows, 1):
-            yield SourceRow(source, number, values)
+        while True:
+            try:
+                for values in _open(source, selection, number):
+                    number += 1
+                    retries.start_again()
+                    yield SourceRow(source, number, values)
+                return
+            except Exception as error:
+                retries.wait(error)
     except exceptions.DatasetNotFoundError as error:
         raise DataError(_not_found(source, f" ({' '.join(str(error).split())[:200]})")) from None
     except (_HTTPError, ConnectionError) as error:
@@ -40,6 +44,18 @@ def read(source: str, selection: Selection) -> Iterator[SourceRow]:
     except ValueError as error:
         # The split or subset is unknown; the message of `error` lists the known ones.
         raise DataError(f"dataset '{source}': {' '.join(str(error).split())[:300]}") from None
+
+
+def _open(source: str, selection: Selection, num_read: int) -> Iterable[dict[str, Any]]:
+    """Return the rows of a dataset without the first ones, which have been read already."""
+    rows = load_dataset(
+        source,
+        selection.subset,
+        split=selection.split,
+        revision=selection.revision,
+        streaming=True,
+    )
+    return rows.skip(num_read) if num_read else rows
 
 
 def fingerprint(source: str, revision: str | None) -> str:
@@ -57,7 +73,10 @@ def fingerprint(source: str, revision: str | None) -> str:
         )
         return f"offline {revision}"
     try:
-        return str(HfApi().dataset_info(source, revision=revision).sha)
+        info = retrying(
+            f"look up {source}", lambda: HfApi().dataset_info(source, revision=revision)
+        )
+        return str(info.sha)
     except hub_errors.RevisionNotFoundError:
         raise DataError(
             f"dataset {source} has no revision '{revision}': give a branch, a tag or a commit"

@@ -8,6 +8,10 @@ import torch
 from tuneline.train.config import TrainConfig
 from tuneline.train.memory.estimate import GIB
 
+_CONTEXT_BYTES = 512 * 2**20
+"""Memory that the CUDA context of a rank's process takes. The step's own process, which asks for
+the free memory, has another context."""
+
 
 def available_memory(config: TrainConfig, device: str, num_ranks: int = 1) -> int:
     """Return the bytes that a rank may still take: free memory, but at most `train.memory_gib`."""
@@ -22,7 +26,7 @@ def resident_bytes() -> int:
 
 def _free_memory(device: str, num_ranks: int) -> int:
     if device != "cpu":
-        return torch.cuda.mem_get_info(device)[0]
+        return max(0, torch.cuda.mem_get_info(device)[0] - _CONTEXT_BYTES)
     free = int(psutil.virtual_memory().available)
     limit = _container_headroom()
     # Ranks on CPUs share the machine's memory; on GPUs, each rank has the memory of its GPU.

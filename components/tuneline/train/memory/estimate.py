@@ -28,6 +28,7 @@ from tuneline.kernels.limits import (
     STASH_MIN_TOKENS,
 )
 from tuneline.models.nf4 import BLOCKSIZE
+from tuneline.train.config import TrainConfig
 
 GIB = 2**30
 
@@ -116,9 +117,12 @@ class MemoryEstimate:
         return f"{self.total / GIB:.2f} GiB ({named})"
 
 
-def shards_optimizer(optim: str, num_gpus: int) -> bool:
-    """Return whether ZeRO-2 shards the optimizer state: several GPUs and a variant of AdamW."""
-    return num_gpus > 1 and "adamw" in optim
+def shards_optimizer(config: TrainConfig, num_gpus: int) -> bool:
+    """Return whether a run on this many GPUs shards its optimizer state with ZeRO-2."""
+    if num_gpus < 2 or "adamw" not in config.optim or config.sharding == "ddp":
+        return False
+    is_large = bool(config.lora.modules_to_save) or config.offload_optimizer
+    return is_large or config.sharding == "zero2"
 
 
 def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:

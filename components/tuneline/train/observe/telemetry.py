@@ -26,20 +26,23 @@ from tuneline.train.trainer.state import RunState
 logger = logging.getLogger(__name__)
 
 _JOULES_PER_KWH = 3.6e6
+_SECONDS_BETWEEN_ENERGY_READINGS = 10.0
+"""A reading of the energy counter takes 3.5 ms per GPU (H100), in which the rank launches no
+kernels. A reading of another counter takes 0.05 ms."""
 
 
 class GpuMeter:
     """Reads utilisation and energy of this node's GPUs from NVML; without NVML, all are None.
 
-    Every rank has a meter, but only the values of rank 0 are written. NVML knows no other node, so
-    a run on several nodes reports the utilisation of the first node's GPUs, and no energy.
+    Only the meter of rank 0 reads, for the GPUs of all ranks of its node. NVML knows no other node,
+    so a run on several nodes reports the utilisation of the first node's GPUs, and no energy.
     """
 
     def __init__(self, device: str) -> None:
         self._nvml: Any = None
         self._handles: list[Any] = []
         self._sees_all = True
-        if device == "cpu":
+        if device == "cpu" or not collectives.is_first():
             return
         try:
             import pynvml
@@ -98,6 +101,7 @@ class TelemetryCallback(TrainerCallback):
         self._meter = GpuMeter(device)
         self._time = 0.0
         self._joules: float | None = None
+        self._energy_time = 0.0
         self._tokens = 0
         self._step_seconds = 0.0
 
@@ -106,7 +110,7 @@ class TelemetryCallback(TrainerCallback):
 
         These are the steps after the checkpoint from which the run resumes.
         """
-        self._time = time.monotonic()
+        self._time = self._energy_time = time.monotonic()
         self._joules = self._meter.energy_joules()
         self._tokens = self._run_state.num_tokens
         self._step_seconds = self._run_state.step_seconds
@@ -118,7 +122,7 @@ class TelemetryCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add up time and energy, so that a checkpoint of this step includes those of the step."""
-        self._add_up()
+        self._add_up(reads_energy=control.should_save)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write a line if the training loss or the evaluation loss was logged."""
@@ -135,8 +139,8 @@ class TelemetryCallback(TrainerCallback):
             file.write(json.dumps(line) + "\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add up the time and energy since the last log."""
-        self._add_up()
+        """Add up the time and energy since the last step."""
+        self._add_up(reads_energy=True)
 
     def _measured(self) -> dict[str, Any]:
         run_state = self._run_state
@@ -153,13 +157,21 @@ class TelemetryCallback(TrainerCallback):
             "energy_kwh": None if joules is None else joules / _JOULES_PER_KWH,
         }
 
-    def _add_up(self) -> None:
-        now, joules = time.monotonic(), self._meter.energy_joules()
-        run_state = self._run_state
+    def _add_up(self, *, reads_energy: bool = False) -> None:
+        """Add the time since the last call, and the energy if it was last read a while ago.
+
+        Args:
+            reads_energy: whether to read the energy now in any case.
+        """
+        now, run_state = time.monotonic(), self._run_state
         run_state.device_seconds += (now - self._time) * collectives.num_ranks()
+        self._time = now
+        if not reads_energy and now - self._energy_time < _SECONDS_BETWEEN_ENERGY_READINGS:
+            return
+        joules = self._meter.energy_joules()
         if joules is not None and self._joules is not None:
             run_state.energy_joules = (run_state.energy_joules or 0.0) + joules - self._joules
-        self._time, self._joules = now, joules
+        self._energy_time, self._joules = now, joules
 
 
 class Costs(TypedDict):

@@ -21,8 +21,10 @@ is (PET_NNODES, PET_NODE_RANK, PET_NPROC_PER_NODE, PET_MASTER_ADDR, PET_MASTER_P
                 attempts/0001.left-1    node 1 has left the attempt and writes no more files
                 attempts/0001.over      the attempt has ended, with or without an error
                 outcome.json            {"kind", "message"} of the step; kind is empty on success
+                launcher                time of the launcher's last beat (trainjob.lease)
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -42,6 +44,7 @@ CURVES_FILE = "curves.html"
 
 _OUTCOME_FILE = "outcome.json"
 _ATTEMPTS_DIR = "attempts"
+_LAUNCHER_FILE = "launcher"
 _POLL_SECONDS = 0.05
 _SET_BY_TRAINER = ("NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -119,6 +122,18 @@ class SharedDirectory:
         """Delete all attempts and the outcome, before a new TrainJob starts."""
         shutil.rmtree(self._attempts_dir, ignore_errors=True)
         (self.path / _OUTCOME_FILE).unlink(missing_ok=True)
+
+    def beat(self) -> None:
+        """Write that the launcher is alive."""
+        with contextlib.suppress(OSError):
+            _write_atomically(self.path / _LAUNCHER_FILE, str(time.time()))
+
+    def last_beat(self) -> str | None:
+        """Return what the launcher wrote last; None if it wrote nothing or cannot be read."""
+        try:
+            return (self.path / _LAUNCHER_FILE).read_text(encoding="utf-8")
+        except OSError:
+            return None
 
     def announce(self, directory: Path, *, num_ranks: int, device: str) -> Attempt:
         """Tell the other nodes to start their ranks.

@@ -1,9 +1,10 @@
 """The process of one rank: `python -m tuneline.train.ranks.process DIRECTORY WATCHER_PID`.
 
-torchrun starts this module once per rank. The process writes its process ID, calls the function of
-job.pickle, and writes the result or the error, as files in DIRECTORY; `launch` lists the files.
-WATCHER_PID is the process that watches the ranks of this machine: a rank exits when that process
-is gone, because nothing else would read its result or pass SIGTERM on to it.
+torchrun starts this module once per rank; a single rank may also be started without torchrun. The
+process writes its process ID, calls the function of job.pickle, and writes the result or the error,
+as files in DIRECTORY; `launch` lists the files. WATCHER_PID is the process that watches the ranks
+of this machine: a rank exits when that process is gone, because nothing else would read its result
+or pass SIGTERM on to it.
 """
 
 import datetime
@@ -54,7 +55,7 @@ def main(directory: Path, watcher: int) -> None:
         directory: Directory of the files that the ranks exchange; see `launch`.
         watcher: Process ID of the process that watches the ranks of this machine.
     """
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ.get("RANK", "0"))
     _write_atomically(directory / f"rank-{rank}.pid", str(os.getpid()))
     job = pickle.loads((directory / JOB_FILE).read_bytes())
     _exit_with(watcher)
@@ -82,6 +83,8 @@ def main(directory: Path, watcher: int) -> None:
 
 
 def _run(job: dict[str, Any]) -> Any:
+    if not job["grouped"]:
+        return job["function"](**job["arguments"])
     # Imported late: torch takes seconds to import, and the watcher needs the .pid file before.
     import torch
     import torch.distributed as dist

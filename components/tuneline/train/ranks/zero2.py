@@ -31,19 +31,16 @@ trained in full have more."""
 
 
 def is_wanted(config: TrainConfig, device: str, num_ranks: int) -> bool:
-    """Return whether a new run divides its optimizer state over the ranks.
-
-    A run on several GPUs shards its optimizer state if the optimizer is a variant of AdamW. On
-    CPUs, and with other optimizers, every rank has the whole state.
+    """Return whether a new run shards its optimizer state over the ranks; never on CPUs.
 
     Raises:
-        RecipeError: the run should divide its optimizer state, but DeepSpeed is not installed.
+        RecipeError: the run should shard its optimizer state, but DeepSpeed is not installed.
     """
-    is_wanted = device == "cuda" and shards_optimizer(config.optim, num_ranks)
+    is_wanted = device == "cuda" and shards_optimizer(config, num_ranks)
     if is_wanted and not importlib.util.find_spec("deepspeed"):
         raise RecipeError(
-            f"{num_ranks} GPUs train with DeepSpeed's ZeRO-2, but the package deepspeed is not "
-            "installed here: add it to the step's image, or set train.num_ranks to 1"
+            f"{num_ranks} GPUs would train with DeepSpeed's ZeRO-2, but the package deepspeed is "
+            "not installed here: add it to the step's image, or set train.sharding to ddp"
         )
     return is_wanted
 

@@ -19,6 +19,8 @@ from tuneline.train.trainer.rates import set_rate
 from tuneline.train.trainer.shared_steps import SharedStepTrainer
 from tuneline.train.trainer.state import RunState
 
+KNOWN_TO_THE_STEP = ("plan", "num_out_of_memory", "num_restarts")
+"""Fields of the run's state that the step's process knows better than a checkpoint."""
 _STATE_FILE = "run_state.json"
 _BEST_FILE = "best_adapter.safetensors"
 
@@ -76,9 +78,9 @@ class ResumableTrainer(SharedStepTrainer):
                 `rate_factor` scales the learning rates of all further steps.
         """
         if checkpoint is not None:
-            plan, num_out_of_memory = self.run_state.plan, self.run_state.num_out_of_memory
-            self.run_state.become(saved_state(checkpoint))
-            self.run_state.plan, self.run_state.num_out_of_memory = plan, num_out_of_memory
+            known = {name: getattr(self.run_state, name) for name in KNOWN_TO_THE_STEP}
+            saved = saved_state(checkpoint)
+            self.run_state.become(saved.model_copy(update=known))
             factor = self.run_state.rate_factor
             if carried:
                 self.run_state.become(self.run_state.model_copy(update=carried))

@@ -36,6 +36,9 @@ class RunState(StrictModel):
     num_out_of_memory: int = 0
     """How often memory ran out, so that a smaller plan was used. `ResumableTrainer.train_from` does
     not replace this value by that of the checkpoint."""
+    num_restarts: int = 0
+    """How often a fault of a rank restarted the run. `ResumableTrainer.train_from` does not replace
+    this value by that of the checkpoint."""
     num_skipped_steps: int = 0
     """Steps whose loss or gradient was not finite, including those undone by a rollback."""
     skipped_in_a_row: int = 0

@@ -12,7 +12,10 @@ from tuneline.errors import ClusterError, CredentialsError
 from tuneline.pods import RUN_LABEL
 from tuneline.runtime.kubernetes_client import AWAY
 from tuneline.train.trainjob.manifest import CONTAINER, GROUP, HEARTBEAT, PLURAL, VERSION
+from tuneline.train.trainjob.pod_state import refusal
 
+JOBSETS = ("jobset.x-k8s.io", "v1alpha2")
+"""API group and version of JobSet; Trainer creates one for each job, with the job's name."""
 JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 
 
@@ -90,15 +93,31 @@ class TrainJobs:
                     raise
 
     def delete(self, name: str) -> None:
-        """Delete a job and its pods, if it exists."""
+        """Delete a job, if it exists; Kubernetes then deletes what was created for it.
+
+        With the propagation policy Foreground, the job would exist until its pods are gone, and
+        Trainer 2.3 would meanwhile create its JobSet again, and so new pods.
+        """
         with self._errors_named(f"deleting trainjob {name}"):
             try:
                 self._custom.delete_namespaced_custom_object(
-                    *self._where, name, propagation_policy="Foreground"
+                    *self._where, name, propagation_policy="Background"
                 )
             except client.ApiException as error:
                 if error.status != 404:
                     raise
+
+    def has_remains(self, name: str) -> bool:
+        """Return whether a JobSet or pods of a job still exist, although the job was deleted."""
+        with self._errors_named(f"reading jobset {name}"):
+            try:
+                self._custom.get_namespaced_custom_object(*JOBSETS, self.namespace, "jobsets", name)
+            except client.ApiException as error:
+                if error.status != 404:
+                    raise
+            else:
+                return True
+        return bool(self.pods(name))
 
     def beat(self, name: str, moment: str) -> None:
         """Write the time of the launcher's heartbeat to a job.
@@ -119,6 +138,14 @@ class TrainJobs:
                 self.namespace, label_selector=f"{JOBSET_LABEL}={name}"
             ).items
         return sorted(pods, key=lambda pod: str(pod.metadata.name))
+
+    def refusal(self, name: str) -> str | None:
+        """Return why Kubernetes last refused to create the pods of a job; None if it did not."""
+        with self._errors_named(f"listing the events of trainjob {name}"):
+            events = self._core.list_namespaced_event(
+                self.namespace, field_selector="type=Warning"
+            ).items
+        return refusal(events, name)
 
     def log(self, pod: str, **options: Any) -> list[str]:
         """Return lines of a pod's log; none if the pod has not started or is gone.

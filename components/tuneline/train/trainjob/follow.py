@@ -9,9 +9,10 @@ heartbeat to the job, copies new log lines of node 0 to its own log, and reads t
 - Failure. If the cluster disrupted a pod, or the job failed before the step wrote an outcome
   (see `ranks.nodes`), the launcher deletes the job and creates it again; training resumes from the
   last checkpoint. If the step wrote an error, the launcher raises that error.
-- Cancellation. SIGTERM deletes the job. If the launcher cannot delete it, Kubernetes does so
-  together with the workflow that owns the job. `tuneline doctor` reports jobs without a recent
-  heartbeat.
+- Cancellation. The exit handler of the run deletes the job (`diagnose`), because a pod of KFP is
+  gone about a second after SIGTERM. The launcher tries to delete it in that second. Kubernetes
+  deletes it together with the workflow that owns the job, and `tuneline doctor` reports jobs
+  without a recent heartbeat.
 - Kubernetes API. While the API is unreachable, requests are retried for a limited time. Each read
   of the log starts where the last successful read ended, so that a failed read loses no lines.
 """
@@ -24,14 +25,22 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from tuneline import errors
-from tuneline.errors import ClusterError, StoppedError, TrainingError, TunelineError
+from tuneline.errors import (
+    ClusterError,
+    CredentialsError,
+    StoppedError,
+    TrainingError,
+    TunelineError,
+)
 from tuneline.runtime.signals import raised_on_sigterm
 from tuneline.train.ranks.nodes import Outcome, SharedDirectory
 from tuneline.train.trainjob.client import ApiUnavailable, TrainJobs
+from tuneline.train.trainjob.logs import LogMirror
 from tuneline.train.trainjob.pod_state import (
     CONFIG_REASON,
     IMAGE_REASONS,
     disruption,
+    exceeds_whole_quota,
     memory_kill,
     obstacle,
 )
@@ -49,11 +58,8 @@ SECONDS_BETWEEN_MESSAGES = 600.0
 MAX_SECONDS_STUCK = 1800.0
 """Time for which a pod that occupies its GPUs may lack its image or a secret."""
 SECONDS_TO_DELETE = 20.0
-"""Time for deleting the job after SIGTERM; Kubernetes kills a pod after 30 seconds by default."""
+"""Longest time for deleting the job after SIGTERM; a pod of KFP does not even have this time."""
 NUM_RESTARTS = 5
-NUM_LOG_LINES = 200
-_LOG_SLACK_SECONDS = 60
-"""Largest difference between the clock of a node and the launcher's."""
 
 
 class Launcher:
@@ -81,6 +87,7 @@ class Launcher:
         """
         self._jobs, self._body, self._shared = jobs, body, shared
         self._name: str = body["metadata"]["name"]
+        self._num_nodes: int = body["spec"]["trainer"]["numNodes"]
         self._timeout = timeout_seconds
         self._wait, self._now = wait, now
         self._last_answer = now()
@@ -88,7 +95,8 @@ class Launcher:
         self._active_since: float | None = None
         self._stuck_since: float | None = None
         self._state = ""
-        self._last_log_times: dict[str, str] = {}
+        self._disruptions: dict[str, str] = {}
+        self._logs = LogMirror(jobs, now)
 
     def run(self) -> None:
         """Create the job or find it, and return when it is complete.
@@ -124,7 +132,7 @@ class Launcher:
         )
 
     def _delete_before_exit(self) -> None:
-        """Delete the job before Kubernetes kills this pod; give up after `SECONDS_TO_DELETE`."""
+        """Delete the job if this pod lives long enough; give up after `SECONDS_TO_DELETE`."""
         deadline = self._now() + SECONDS_TO_DELETE
         while True:
             try:
@@ -132,7 +140,9 @@ class Launcher:
             except ApiUnavailable as error:
                 if self._now() >= deadline:
                     logger.error(
-                        "%s: trainjob %s will be deleted with its workflow", error, self._name
+                        "%s: trainjob %s will be deleted by the run's exit handler or with its "
+                        "workflow",
+                        *(error, self._name),
                     )
                     return None
                 self._wait(1)
@@ -141,7 +151,6 @@ class Launcher:
         """Follow the existing job; create one if there is none or if it cannot be continued."""
         job = self._retrying(lambda: self._jobs.get(self._name))
         if job is not None and "deletionTimestamp" in job["metadata"]:
-            logger.info("trainjob %s is being deleted: waiting until it is gone", self._name)
             self._remove()
             job = None
         if job is not None and _condition(job, "Failed"):
@@ -154,16 +163,29 @@ class Launcher:
         if job is not None:
             logger.info("trainjob %s already exists: following it", self._name)
             return
+        self._wait_until_gone()
         self._shared.clear()
         self._retrying(lambda: self._jobs.create(self._body))
         logger.info("created trainjob %s", self._name)
         self._active_since, self._stuck_since, self._state = None, None, ""
+        self._disruptions = {}
 
     def _remove(self) -> None:
-        """Delete the job, and wait until it is gone, because its name is in use until then."""
+        """Delete the job, and wait until it is gone."""
         self._retrying(lambda: self._jobs.delete(self._name))
         while self._retrying(lambda: self._jobs.get(self._name)) is not None:
             self._wait(POLL_SECONDS)
+        self._wait_until_gone()
+
+    def _wait_until_gone(self) -> None:
+        """Wait for the end of what an earlier job of this name left.
+
+        A new job would take over the earlier job's JobSet, and its pods write to the same files.
+        """
+        if self._retrying(lambda: self._jobs.has_remains(self._name)):
+            logger.info("trainjob %s was deleted: waiting until its pods are gone", self._name)
+            while self._retrying(lambda: self._jobs.has_remains(self._name)):
+                self._wait(POLL_SECONDS)
 
     def _follow(self) -> str | None:
         """Return None when the job is complete, or the reason why it must be recreated."""
@@ -175,7 +197,7 @@ class Launcher:
                     "run the step again, and it resumes from its last checkpoint"
                 )
             self._beat()
-            self._mirror_logs()
+            self._read_pods()
             if _condition(job, "Complete"):
                 return None
             failed = _condition(job, "Failed")
@@ -197,6 +219,7 @@ class Launcher:
                         "continues: run the step again, and it follows the job"
                     ) from None
                 logger.warning("%s: retrying", error)
+                self._shared.beat()
                 self._wait(POLL_SECONDS)
             else:
                 self._last_answer = self._now()
@@ -204,31 +227,26 @@ class Launcher:
 
     def _beat(self) -> None:
         """Write a heartbeat if one is due; if the API is unavailable, the next round retries."""
+        self._shared.beat()
         if self._now() - self._last_heartbeat >= SECONDS_BETWEEN_HEARTBEATS:
             moment = datetime.datetime.fromtimestamp(self._now(), datetime.UTC)
             with contextlib.suppress(ApiUnavailable):
                 self._jobs.beat(self._name, moment.strftime("%Y-%m-%dT%H:%M:%SZ"))
                 self._last_heartbeat = self._now()
 
-    def _mirror_logs(self) -> None:
-        """Log what node 0 has logged since the last successful read."""
+    def _read_pods(self) -> None:
+        """Copy the log of node 0, and note which pods the cluster is removing.
+
+        A pod that was evicted no longer exists when the job fails.
+        """
         with contextlib.suppress(ApiUnavailable):
             pods = self._jobs.pods(self._name)
-            for pod in pods[:1]:
-                self._mirror(pod.metadata.name)
-
-    def _mirror(self, pod: str) -> None:
-        options: dict[str, Any] = {"timestamps": True}
-        last = self._last_log_times.get(pod, "")
-        if last:
-            seconds = self._now() - _seconds_of(last) + _LOG_SLACK_SECONDS
-            options["since_seconds"] = max(1, int(seconds))
-        for line in self._jobs.log(pod, **options):
-            moment, _, text = line.partition(" ")
-            # The times of a container ascend and have nine decimals, so they compare as strings.
-            if moment > last:
-                self._last_log_times[pod] = moment
-                logger.info("%s: %s", pod, text)
+            for pod in pods:
+                reason = disruption(pod)
+                if reason:
+                    self._disruptions[pod.metadata.name] = reason
+            if pods:
+                self._logs.copy_new_lines(pods[0].metadata.name)
 
     def _log_state(self, job: dict[str, Any]) -> None:
         """Log the state of the job if it has changed, or from time to time while it waits."""
@@ -273,7 +291,28 @@ class Launcher:
             )
         if stuck:
             return f" ({stuck[0][1]})"
-        return f" ({obstacles[0][2]})" if obstacles else ""
+        if obstacles:
+            return f" ({obstacles[0][2]})"
+        if len(pods) < self._num_nodes:
+            return self._refusal()
+        return ""
+
+    def _refusal(self) -> str:
+        """Return why pods are not created; delete the job if they never can be."""
+        try:
+            text = self._retrying(lambda: self._jobs.refusal(self._name))
+        except CredentialsError:
+            # Training does not depend on this permission.
+            return ""
+        if text is None:
+            return ""
+        if exceeds_whole_quota(text):
+            self._jobs.delete(self._name)
+            raise ClusterError(
+                f"the pods of trainjob {self._name} cannot be created ({text}): request less in "
+                "placement, or ask for a higher quota"
+            )
+        return f" ({text})"
 
     def _check_time(self) -> None:
         since = self._active_since
@@ -286,14 +325,12 @@ class Launcher:
         pods = self._retrying(lambda: self._jobs.pods(self._name))
         for pod in pods:
             if pod.status.phase == "Failed":
-                self._log_end_of(pod.metadata.name)
-        disruptions = [
-            f"{pod.metadata.name}: {reason}" for pod in pods if (reason := disruption(pod))
-        ]
+                self._copy_end_of_log(pod.metadata.name)
         if failed.get("reason") == "DeadlineExceeded":
             raise _out_of_time(self._name, self._timeout)
-        if disruptions:
-            return f"lost a pod ({', '.join(disruptions)})"
+        if self._disruptions:
+            lost = (f"{name}: {reason}" for name, reason in self._disruptions.items())
+            return f"lost a pod ({', '.join(lost)})"
         for pod in pods:
             limit = memory_kill(pod)
             if limit is not None:
@@ -309,11 +346,8 @@ class Launcher:
             return f"failed before the step ended ({reason or 'no reason given'})"
         raise _error_type(outcome)(outcome.message)
 
-    def _log_end_of(self, pod: str) -> None:
-        lines = self._retrying(lambda: self._jobs.log(pod, tail_lines=NUM_LOG_LINES))
-        logger.error("pod %s failed; the last %d lines of its log:", pod, len(lines))
-        for line in lines:
-            logger.error("%s: %s", pod, line)
+    def _copy_end_of_log(self, pod: str) -> None:
+        self._retrying(lambda: self._logs.copy_end(pod))
 
 
 def _error_type(outcome: Outcome) -> type[TunelineError]:
@@ -336,9 +370,3 @@ def _condition(job: dict[str, Any], kind: str) -> dict[str, Any] | None:
         if condition["type"] == kind and condition["status"] == "True":
             return condition
     return None
-
-
-def _seconds_of(moment: str) -> float:
-    # Kubernetes writes nine decimals, but Python reads at most six.
-    whole = moment.partition(".")[0].rstrip("Z")
-    return datetime.datetime.fromisoformat(f"{whole}+00:00").timestamp()

@@ -7,8 +7,9 @@ A TrainJob refers to a training runtime, a template for its pods, and overrides 
 - Volumes, node selection and pull secrets are in a field whose name depends on the version:
   `podSpecOverrides` (2.0), `podTemplateOverrides` (2.1) or `runtimePatches` (2.2 and later). The
   fields in the API's schema tell which version is installed.
-- Pod security and the grace period cannot be overridden in every version, so they are in the
-  runtime that tuneline provides (manifests/components/trainer).
+- Labels and annotations of the pods can be set from 2.1 on, their user from 2.2 on.
+- The rest of pod security, and the grace period, cannot be overridden in every version, so they are
+  in the runtime that tuneline provides (manifests/components/trainer).
 """
 
 from collections.abc import Collection
@@ -18,26 +19,34 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tuneline.errors import ClusterError
+from tuneline.images import USER_ID
 from tuneline.placement import Toleration
 from tuneline.pods import (
+    NO_SIDECAR,
+    PART_OF_LABEL,
     PRIORITY_LABEL,
     PRODUCT_LABEL,
     QUEUE_LABEL,
+    RUN_LABEL,
     SCRATCH_PATH,
     SHARED_MEMORY_PATH,
     SHARED_PATH,
+    STEP_LABEL,
+    TRAINJOBS,
 )
 from tuneline.strict_model import StrictModel
 from tuneline.train.checkpoints import ROOT_VARIABLE
 from tuneline.train.ranks.nodes import DIRECTORY_VARIABLE
 
-GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
+GROUP, VERSION, PLURAL = TRAINJOBS
 CONTAINER = "node"
 """Trainer's name of the replicated job that trains, and of the container in its pods."""
 HEARTBEAT = "tuneline.dev/heartbeat"
 """Annotation with the time of the launcher's last heartbeat."""
 MANAGER = "tuneline.dev/launcher"
 """Name of the launcher as the author of a runtime patch."""
+NODE_LABELS: dict[str, str] = dict([PART_OF_LABEL, (STEP_LABEL, "train-node")])
+"""Labels of the job's pods, which the network policies of manifests select."""
 
 
 class NodesConfig(StrictModel):
@@ -85,6 +94,8 @@ class NodesConfig(StrictModel):
     """Kueue's LocalQueue; None sets none."""
     workload_priority_class: str | None = None
     """Kueue's workload priority class; None sets none."""
+    run_as_user: int | None = None
+    """Numeric user of the pods; None leaves it to the runtime, the platform or the image."""
 
 
 def build(
@@ -133,7 +144,7 @@ def build(
     }
     if "activeDeadlineSeconds" in supported:
         spec["activeDeadlineSeconds"] = int(config.timeout_hours * 3600)
-    spec |= _patches(config, supported)
+    spec |= _patches(config, labels, supported)
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
@@ -160,20 +171,39 @@ def _environment(config: NodesConfig, directory: Path) -> list[dict[str, Any]]:
     return variables
 
 
-def _patches(config: NodesConfig, supported: Collection[str]) -> dict[str, Any]:
+def _patches(
+    config: NodesConfig, labels: dict[str, str], supported: Collection[str]
+) -> dict[str, Any]:
+    """Return the field that changes the runtime's pods, in the form that this Trainer knows."""
     pod = _pod(config)
+    run = {RUN_LABEL: labels[RUN_LABEL]} if RUN_LABEL in labels else {}
+    metadata = {"labels": {**NODE_LABELS, **run}, "annotations": dict([NO_SIDECAR])}
     if "runtimePatches" in supported:
-        job = {"name": CONTAINER, "template": {"spec": {"template": {"spec": pod}}}}
+        if config.run_as_user is not None:
+            pod["securityContext"] = {"runAsUser": config.run_as_user}
+        template = {"metadata": metadata, "spec": pod}
+        job = {"name": CONTAINER, "template": {"spec": {"template": template}}}
         runtime = {"template": {"spec": {"replicatedJobs": [job]}}}
         return {"runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": runtime}]}
+    if config.run_as_user not in (None, USER_ID):
+        raise ClusterError(
+            f"Trainer 2.0 and 2.1 cannot set the user of a TrainJob's pods to {config.run_as_user} "
+            f"(placement.run_as_user), and the user of the image is {USER_ID}: remove run_as_user "
+            f"or set it to {USER_ID}, or install Trainer 2.2 or later"
+        )
     target = {"targetJobs": [{"name": CONTAINER}]}
     if "podTemplateOverrides" in supported:
-        return {"podTemplateOverrides": [{**target, "spec": pod}]}
+        return {"podTemplateOverrides": [{**target, "metadata": metadata, "spec": pod}]}
     if "podSpecOverrides" not in supported:
         raise ClusterError(
             "the TrainJob of this cluster has none of the fields runtimePatches, "
             "podTemplateOverrides and podSpecOverrides: install Kubeflow Trainer 2.0 or later"
         )
+    return {"podSpecOverrides": [{**target, **_of_trainer_2_0(pod, config)}]}
+
+
+def _of_trainer_2_0(pod: dict[str, Any], config: NodesConfig) -> dict[str, Any]:
+    """Return the pod without the fields that Trainer 2.0 lacks."""
     products = config.accelerator_products
     if pod.pop("affinity", None) and len(products) > 1:
         raise ClusterError(
@@ -188,7 +218,7 @@ def _patches(config: NodesConfig, supported: Collection[str]) -> dict[str, Any]:
             "service account and remove placement.image_pull_secrets, or install Trainer 2.1 or "
             "later"
         )
-    return {"podSpecOverrides": [{**target, **pod}]}
+    return pod
 
 
 def _pod(config: NodesConfig) -> dict[str, Any]:

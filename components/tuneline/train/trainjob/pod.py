@@ -26,6 +26,7 @@ from tuneline.train.ranks.nodes import (
     Outcome,
 )
 from tuneline.train.run import run
+from tuneline.train.trainjob.lease import stop_without_launcher
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def main() -> None:
         logger.info(
             "node %d of %d, %d ranks per node", node.number, node.num_nodes, node.ranks_per_node
         )
+        stop_without_launcher(node.shared)
         if node.number == 0:
             lead(node)
     if node.number > 0:

@@ -63,6 +63,9 @@ def run_on_nodes(
     owner, run_id = jobs.run_of(pod)
     name = _job_name(run_id or pod, config, base_model_dir, dataset_dir)
     directory = Path(shared_dir, "tuneline", name)
+    shared = SharedDirectory(directory)
+    # The job may be running, if this launcher was started again.
+    shared.beat()
     if not (directory / ADAPTER_DIR).is_dir():
         _stage(directory, config, base_model_dir, dataset_dir)
         body = build(
@@ -74,7 +77,7 @@ def run_on_nodes(
             supported=jobs.supported(),
         )
         seconds = nodes.timeout_hours * 3600
-        Launcher(jobs, body, SharedDirectory(directory), timeout_seconds=seconds).run()
+        Launcher(jobs, body, shared, timeout_seconds=seconds).run()
     return _collect(directory, jobs, name, Path(adapter_dir), Path(curves_path))
 
 

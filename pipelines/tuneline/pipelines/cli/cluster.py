@@ -1,10 +1,10 @@
-"""The commands for runs on a cluster, which use KFP's API.
+"""The commands that start runs on a cluster, now or on a schedule.
 
 Each command imports kfp only when it is called, because the import takes a second or two.
 """
 
 import datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Column, Table
@@ -13,13 +13,11 @@ from tuneline.errors import UserError
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.cli.options import (
     AccountOption,
-    ContextOption,
     ExperimentOption,
     HostOption,
     NamespaceOption,
     RecipeArgument,
     RootOption,
-    RunArgument,
     SetOption,
 )
 from tuneline.pipelines.cli.terminal import console, say
@@ -49,12 +47,12 @@ def submit(
     ] = True,
 ) -> None:
     """Start a run of a recipe on a cluster."""
-    from tuneline.pipelines.kfp_client import runs
+    from tuneline.pipelines.kfp_client import connection, runs
 
     loaded = _load(recipe, set_)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run_name = name or f"{loaded.name}-{stamp}"
-    client = runs.connect(host)
+    client = connection.connect(host)
     with runs.compiled(loaded, cache=cache) as pipeline:
         run_id = runs.submit(
             client,
@@ -108,7 +106,7 @@ def schedule(
 
     If a schedule of that name exists, it is changed.
     """
-    from tuneline.pipelines.kfp_client import runs, schedules
+    from tuneline.pipelines.kfp_client import connection, runs, schedules
 
     if (cron is None) == (every is None):
         raise UserError("give one of --cron and --every, e.g. --cron '0 3 * * 1' or --every 12h")
@@ -116,7 +114,7 @@ def schedule(
     trigger = schedules.cron_trigger(cron) if cron else schedules.interval_trigger(str(every))
     if cron and len(cron.split()) == 5:
         say(f"--cron has five fields: KFP gets '{trigger.cron}', with seconds first")
-    client = runs.connect(host)
+    client = connection.connect(host)
     with runs.compiled(loaded) as pipeline:
         scheduled = schedules.schedule(
             client,
@@ -150,10 +148,10 @@ def schedules(
     ] = None,
 ) -> None:
     """List schedules, or enable, disable or delete one."""
-    from tuneline.pipelines.kfp_client import runs
+    from tuneline.pipelines.kfp_client import connection
     from tuneline.pipelines.kfp_client import schedules as recurring
 
-    client = runs.connect(host)
+    client = connection.connect(host)
     for name, value in ((enable, True), (disable, False)):
         if name:
             recurring_run = recurring.find_schedule(client, name, namespace=namespace)
@@ -173,118 +171,6 @@ def schedules(
     console.print(table)
 
 
-@app.command(rich_help_panel=PANEL)
-def status(
-    run: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="RUN",
-            help="ID or name of a run. A name means its newest run.",
-            show_default="list recent runs",
-        ),
-    ] = None,
-    host: HostOption = None,
-    namespace: NamespaceOption = None,
-) -> None:
-    """Show a run's progress; without RUN, list recent runs."""
-    from tuneline.pipelines.kfp_client import runs
-
-    client = runs.connect(host)
-    if run is None:
-        table = Table(Column("run", no_wrap=True), "state", "created", "ID", box=None)
-        for recent in runs.recent_runs(client, namespace=namespace):
-            created = _format_time(recent.created_at)
-            table.add_row(recent.display_name, recent.state, created, recent.run_id)
-        console.print(table)
-        return
-    details = runs.find_run(client, run, namespace=namespace)
-    say(f"{details.display_name}: {details.state}, created {_format_time(details.created_at)}")
-    if details.error and details.error.message:
-        say(f"error: {details.error.message}")
-    names = set(runs.step_names(details))
-    table = Table(Column("step", no_wrap=True), "state", "seconds", "error", box=None)
-    for task in runs.tasks_of(details):
-        if task.display_name in names:
-            error = task.error.message if task.error and task.error.message else ""
-            table.add_row(task.display_name, task.state, _duration(task), error)
-    console.print(table)
-
-
-@app.command(rich_help_panel=PANEL)
-def logs(
-    run: RunArgument,
-    step: Annotated[str, typer.Argument(metavar="STEP", help="Name of a step, e.g. train.")],
-    host: HostOption = None,
-    namespace: NamespaceOption = None,
-) -> None:
-    """Print the log of one step of a run."""
-    from tuneline.pipelines.kfp_client import runs
-
-    client = runs.connect(host)
-    details = runs.find_run(client, run, namespace=namespace)
-    pods = runs.pods_of(details, step)
-    for pod in pods:
-        if len(pods) > 1:
-            say(f"--- {pod}")
-        with runs.readable_errors():
-            text = client.read_log(details.run_id, pod)
-        typer.echo(text, nl=not text.endswith("\n"))
-
-
-@app.command(rich_help_panel=PANEL)
-def cancel(run: RunArgument, host: HostOption = None, namespace: NamespaceOption = None) -> None:
-    """Cancel a run."""
-    from tuneline.pipelines.kfp_client import runs
-
-    client = runs.connect(host)
-    details = runs.find_run(client, run, namespace=namespace)
-    runs.cancel(client, details)
-    say(f"run {details.display_name}: cancellation requested")
-
-
-@app.command(rich_help_panel=PANEL)
-def resume(run: RunArgument, host: HostOption = None, namespace: NamespaceOption = None) -> None:
-    """Re-run the failed steps of a run; finished steps are kept."""
-    from tuneline.pipelines.kfp_client import runs
-
-    client = runs.connect(host)
-    details = runs.find_run(client, run, namespace=namespace)
-    runs.resume(client, details)
-    say(f"run {details.display_name}: resumed\nfollow it with: tuneline status {details.run_id}")
-
-
-@app.command(rich_help_panel=PANEL)
-def doctor(
-    run: RunArgument,
-    host: HostOption = None,
-    context: ContextOption = None,
-    namespace: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMESPACE", help="Namespace of the run's pods.", show_default="kubeflow"
-        ),
-    ] = None,
-) -> None:
-    """Explain why a run failed or is waiting, and what to change."""
-    from tuneline.pipelines.doctor import examine
-    from tuneline.pipelines.kfp_client import runs
-    from tuneline.pipelines.kube import Kube
-
-    run_id = run
-    if not runs.is_run_id(run):
-        run_id = runs.find_run(runs.connect(host), run, namespace=namespace).run_id
-    kube = Kube(namespace or "kubeflow", context=context)
-    findings = examine(kube, run_id)
-    for finding in findings:
-        say(f"{finding.step}: {finding.cause}\n  why: {finding.why}\n  seen: {finding.evidence}")
-        say(f"  change: {finding.advice}")
-    if not findings:
-        say(
-            f"nothing wrong was found with run {run_id} in namespace {kube.namespace}. If the run "
-            "failed, its pods have been deleted; `tuneline status` shows what KFP recorded."
-        )
-
-
 def _load(recipe: str, assignments: list[str]) -> Recipe:
     """Load a recipe for a cluster; warn if the published model would be lost with a pod."""
     loaded = find_recipe(recipe, assignments)
@@ -294,14 +180,3 @@ def _load(recipe: str, assignments: list[str]) -> Recipe:
             "with the pod; the model is still kept as an artifact of the run"
         )
     return loaded
-
-
-def _format_time(value: datetime.datetime | None) -> str:
-    return value.strftime("%Y-%m-%d %H:%M:%S") if value else ""
-
-
-def _duration(task: Any) -> str:
-    # The end of a task that is still running is the zero time of Go, in the year 1.
-    if not task.start_time or not task.end_time or task.end_time < task.start_time:
-        return ""
-    return f"{(task.end_time - task.start_time).total_seconds():.0f}"

@@ -7,13 +7,14 @@ import typer
 from rich.console import Console
 
 from tuneline.errors import TunelineError, WorldError
-from tuneline.pipelines.cli import checks, cluster, run
+from tuneline.pipelines.cli import checks, cluster, run, runs
 from tuneline.version import VERSION
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(run.app)
 app.add_typer(checks.app)
 app.add_typer(cluster.app)
+app.add_typer(runs.app)
 
 
 def _print_version(wanted: bool) -> None:

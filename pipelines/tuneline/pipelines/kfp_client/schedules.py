@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import UserError
-from tuneline.pipelines.kfp_client.runs import Client, by_display_name, readable_errors
+from tuneline.pipelines.kfp_client.connection import Client, readable_errors
+from tuneline.pipelines.kfp_client.runs import by_display_name, check_passed_on
 
 MIN_INTERVAL_SECONDS = 60
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -149,8 +150,10 @@ def schedule(
         enabled: whether the recurring run starts runs; None: as before, or True for a new one.
 
     Raises:
-        UserError: a recurring run of this name exists that tuneline did not create.
+        UserError: a recurring run of this name exists that tuneline did not create, or Argo or
+            Kubernetes would replace a part of the name or of the URI.
     """
+    check_passed_on(name, pipeline_root)
     present = find_schedules(client, name, namespace=namespace)
     foreign = [recurring_run for recurring_run in present if not _digest_of(recurring_run)]
     if foreign:

@@ -10,6 +10,8 @@
     resources             a container without requests and limits for CPU and memory
     automount             an API token in a pod that does not use one
     pip-install           packages installed when the pod starts: not pinned, not air-gapped
+    list-into-dag         a list of artifacts into a condition, loop or nested pipeline of KFP
+    replaced-text         a text in a pipeline that Kubernetes, Argo or KFP would replace
 
 Forbidden values are searched for in the whole document, so custom resources and kustomize patches
 are covered. Missing values are reported only for complete pods and KFP executors, because a patch
@@ -25,7 +27,14 @@ from typing import Any
 import yaml
 
 from tuneline.errors import RecipeError
-from tuneline.pipelines.lint.required import Problems, check_executors, check_pod, check_resource
+from tuneline.pipelines.lint.passing import check_lists, check_texts
+from tuneline.pipelines.lint.required import (
+    Problems,
+    check_executors,
+    check_pod,
+    check_resource,
+    mapping,
+)
 from tuneline.pipelines.lint.secrets import find_secrets, is_credential_name, mask, mask_within
 
 MAX_SHOWN_CHARACTERS = 80
@@ -103,7 +112,10 @@ def _lint(document: Any, platform: dict[str, Any]) -> Problems:
         yield from _check_value(path, key, value, parent)
     if _is_pipeline(document):
         yield from check_executors(document, platform)
-    else:
+    for prefix, part in _compiled_parts(document):
+        for path, rule, value, fix in [*check_lists(part), *check_texts(part)]:
+            yield f"{prefix}{path}", rule, value, fix
+    if not _is_pipeline(document):
         yield from check_resource(document)
         for path, node in [("", document), *((path, node) for path, _, node, _ in _walk(document))]:
             if isinstance(node, dict) and isinstance(node.get("containers"), list):
@@ -116,6 +128,18 @@ def _is_pipeline(document: Any) -> bool:
 
 def _is_platform(document: Any) -> bool:
     return isinstance(document, dict) and "platforms" in document
+
+
+def _compiled_parts(document: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return what KFP compiles to a workflow, and its path in the document."""
+    if _is_pipeline(document) or _is_platform(document):
+        return [("", document)]
+    if document["kind"] == "PipelineVersion":
+        return [
+            (f"spec.{part}.", mapping(document, "spec", part))
+            for part in ("pipelineSpec", "platformSpec")
+        ]
+    return []
 
 
 def _walk(

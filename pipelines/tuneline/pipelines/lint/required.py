@@ -16,12 +16,12 @@ Problems = Iterator[tuple[str, str, str, str]]
 
 def check_executors(pipeline: dict[str, Any], platform: dict[str, Any]) -> Problems:
     """Check KFP executors: resources in the pipeline, and the user in the platform document."""
-    kubernetes = _mapping(platform, "platforms", "kubernetes", "deploymentSpec", "executors")
-    for name, executor in _mapping(pipeline, "deploymentSpec", "executors").items():
-        if "container" not in _mapping(executor):
+    kubernetes = mapping(platform, "platforms", "kubernetes", "deploymentSpec", "executors")
+    for name, executor in mapping(pipeline, "deploymentSpec", "executors").items():
+        if "container" not in mapping(executor):
             continue
         path = f"deploymentSpec.executors.{name}"
-        resources = _mapping(executor, "container", "resources")
+        resources = mapping(executor, "container", "resources")
         absent = [
             resource
             for key, resource in {
@@ -35,7 +35,7 @@ def check_executors(pipeline: dict[str, Any], platform: dict[str, Any]) -> Probl
         if absent:
             fix = "set_cpu_request, set_cpu_limit, set_memory_request, set_memory_limit"
             yield f"{path}.container.resources", "resources", f"no {', no '.join(absent)}", fix
-        if "runAsNonRoot" not in _mapping(kubernetes, name, "securityContext"):
+        if "runAsNonRoot" not in mapping(kubernetes, name, "securityContext"):
             fix = "kfp.kubernetes.set_security_context(task, run_as_user=..., run_as_non_root=True)"
             yield path, "root-user", "runAsNonRoot is not set", fix
 
@@ -49,14 +49,14 @@ def check_resource(document: dict[str, Any]) -> Problems:
     if kind == "Secret":
         fix = "keep values out of files: kubectl create secret, or an external store"
         for part in ("data", "stringData"):
-            for name, value in _mapping(document, part).items():
+            for name, value in mapping(document, part).items():
                 # `lint` has already reported a token of a known form.
                 if value and not find_secrets(str(value)):
                     yield f"{part}.{name}", "secret-value", mask(str(value)), fix
     if kind == "Kustomization":
         fix = "name a file that is not committed (envs, files)"
         for index, generator in enumerate(_list(document.get("secretGenerator"))):
-            for literal in _list(_mapping(generator).get("literals")):
+            for literal in _list(mapping(generator).get("literals")):
                 name, _, value = str(literal).partition("=")
                 if value:
                     path = f"secretGenerator[{index}].literals"
@@ -70,7 +70,7 @@ def check_pod(path: str, pod: dict[str, Any]) -> Problems:
         (f"{prefix}{part}[{index}]", container)
         for part in ("containers", "initContainers")
         for index, container in enumerate(_list(pod.get(part)))
-        if isinstance(_mapping(container).get("image"), str)
+        if isinstance(mapping(container).get("image"), str)
     ]
     if not containers:
         return
@@ -80,8 +80,8 @@ def check_pod(path: str, pod: dict[str, Any]) -> Problems:
         where = f"{prefix}automountServiceAccountToken"
         yield where, "automount", "a token of the default service account", fix
     for where, container in containers:
-        context = _mapping(container, "securityContext")
-        if "runAsNonRoot" not in {**_mapping(pod, "securityContext"), **context}:
+        context = mapping(container, "securityContext")
+        if "runAsNonRoot" not in {**mapping(pod, "securityContext"), **context}:
             fix = "set runAsNonRoot: true and a numeric runAsUser"
             yield f"{where}.securityContext", "root-user", "runAsNonRoot is not set", fix
         if "allowPrivilegeEscalation" not in context:
@@ -91,14 +91,14 @@ def check_pod(path: str, pod: dict[str, Any]) -> Problems:
             f"no {name} {part.removesuffix('s')}"
             for part in ("requests", "limits")
             for name in ("cpu", "memory")
-            if not _mapping(container, "resources", part).get(name)
+            if not mapping(container, "resources", part).get(name)
         ]
         if absent:
             fix = "set requests and limits for cpu and memory"
             yield f"{where}.resources", "resources", ", ".join(absent), fix
 
 
-def _mapping(node: Any, *keys: str) -> dict[str, Any]:
+def mapping(node: Any, *keys: str) -> dict[str, Any]:
     """Return the mapping at `keys` in nested mappings, or an empty mapping if there is none."""
     for key in keys:
         node = node.get(key) if isinstance(node, dict) else None

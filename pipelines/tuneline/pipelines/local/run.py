@@ -18,6 +18,7 @@ from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_events
 from tuneline.recipe import Recipe
 from tuneline.runtime.events import failed_run, step_runs
+from tuneline.runtime.parameter_text import encode_text
 from tuneline.runtime.step import EVENTS_VARIABLE
 from tuneline.train.checkpoints import ROOT_VARIABLE
 
@@ -50,7 +51,7 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
         # Of this machine's directories, containers can write only to the one of the artifacts.
         root = artifacts_dir if is_docker else run_dir
         publish_to = f"dir:{(root / publish_to.removeprefix('dir:')).resolve()}"
-    finetune(recipe, on_cluster=False)(publish_to=publish_to)
+    finetune(recipe, on_cluster=False)(publish_to=encode_text(publish_to))
     if is_docker:
         check_that_all_steps_ended(events_path)
 

@@ -4,18 +4,19 @@ What the credentials are not allowed to read is reported as unknown and does not
 """
 
 from collections.abc import Callable, Iterator, Set
-from typing import Any
 
 from tuneline import images
 from tuneline.kinds import EXPORT_KINDS
-from tuneline.pipelines.kube import Kube, Refused, Right
-from tuneline.pipelines.needs import needs_of
+from tuneline.pipelines.kube import Kube
+from tuneline.pipelines.kube_api import Refused, Right
 from tuneline.pipelines.plan.check import Check, Verdict
+from tuneline.pipelines.plan.controller import check_retries
+from tuneline.pipelines.plan.nodes import check_nodes
+from tuneline.pipelines.plan.quota import check_quota
 from tuneline.pipelines.plan.registry import Unknown, has_image
-from tuneline.placement import quantity_value
-from tuneline.pods import PRODUCT_LABEL
 from tuneline.recipe import Recipe
 from tuneline.steps import STEPS
+from tuneline.train.trainjob.client import JOBSETS
 from tuneline.train.trainjob.manifest import GROUP, PLURAL
 
 SCHEDULES_CRD = "scheduledworkflows.kubeflow.org"
@@ -41,9 +42,11 @@ RIGHTS = (
 
 LAUNCHER_RIGHTS = (
     *(Right(verb, PLURAL, GROUP) for verb in ("create", "get", "patch", "delete")),
+    Right("get", "jobsets", JOBSETS[0]),
     Right("get", "pods"),
     Right("list", "pods"),
     Right("get", "pods", subresource="log"),
+    Right("list", "events"),
 )
 """Rights that the run's service account needs if the train step uses several nodes."""
 
@@ -190,83 +193,6 @@ def _queue(recipe: Recipe, kube: Kube) -> Iterator[Check]:
         yield Check("queue", "ok", f"{name}: {waiting} workloads waiting")
 
 
-def _quota(recipe: Recipe, kube: Kube) -> Iterator[Check]:
-    placement = recipe.placement
-    if not placement.num_accelerators:
-        return
-    key = f"requests.{placement.accelerator}"
-    for quota in kube.quotas():
-        hard = (quota.status and quota.status.hard or quota.spec.hard or {}).get(key)
-        if hard is None:
-            continue
-        used = float(((quota.status and quota.status.used) or {}).get(key, 0))
-        words = f"{quota.metadata.name}: {used:g} of {hard} {placement.accelerator} in use"
-        wanted = placement.num_accelerators * placement.num_nodes
-        if float(hard) < wanted:
-            advice = f"training requests {wanted}: ask for a higher quota"
-            yield Check("quota", "fail", words, advice)
-        elif float(hard) - used < wanted:
-            yield Check("quota", "warn", words, "steps are retried until accelerators are released")
-        else:
-            yield Check("quota", "ok", words)
-
-
-def _nodes(recipe: Recipe, kube: Kube) -> Iterator[Check]:
-    placement = recipe.placement
-    if not placement.num_accelerators:
-        return
-    nodes = kube.nodes()
-    fits, why = [], []
-    for node in nodes:
-        reason = _refusal(recipe, node)
-        if reason:
-            why.append(f"{node.metadata.name} {reason}")
-        else:
-            fits.append(node.metadata.name)
-    wanted = f"{placement.num_accelerators} {placement.accelerator}"
-    if len(fits) >= placement.num_nodes:
-        yield Check("nodes", "ok", f"{len(fits)} of {len(nodes)} nodes fit {wanted}: {fits[0]}")
-    else:
-        count = "no node fits"
-        if fits:
-            count = f"training needs {placement.num_nodes} nodes but only {len(fits)} fit"
-        none = "there are no other nodes" if fits else "there are no nodes"
-        words = f"{count} {wanted}: {'; '.join(why[:5]) or none}"
-        advice = "choose another placement.profile, or a node pool that scales up from zero"
-        # Only a warning, because a cluster autoscaler may add the nodes.
-        yield Check("nodes", "warn", words, advice)
-
-
-def _refusal(recipe: Recipe, node: Any) -> str | None:
-    """Return why train's pod cannot run on the node even if the node is empty, or None."""
-    placement = recipe.placement
-    needs = needs_of("train", placement)
-    labels, capacity = node.metadata.labels or {}, node.status.allocatable or {}
-    count = float(capacity.get(placement.accelerator, 0))
-    if count < placement.num_accelerators:
-        return f"has {count:g} {placement.accelerator}"
-    product = labels.get(PRODUCT_LABEL)
-    if placement.accelerator_products and product not in placement.accelerator_products:
-        return f"has {product or 'no label ' + PRODUCT_LABEL}"
-    for key, value in placement.node_selector.items():
-        if labels.get(key) != value:
-            return f"has {key}={labels.get(key)}"
-    for resource in ("cpu", "memory"):
-        request = getattr(needs, f"{resource}_request")
-        if quantity_value(capacity.get(resource, "0")) < quantity_value(request):
-            return f"has {capacity.get(resource)} {resource}, less than {request}"
-    for taint in node.spec.taints or []:
-        tolerated = any(
-            toleration.key == taint.key
-            and toleration.effect in (None, taint.effect)
-            and (toleration.operator == "Exists" or toleration.value == taint.value)
-            for toleration in placement.tolerations
-        )
-        if taint.effect != "PreferNoSchedule" and not tolerated:
-            return f"has the taint {taint.key}"
-    return None
-
-
 def _images(recipe: Recipe, kube: Kube) -> Iterator[Check]:
     makers = {f"quantize-{kind}" for kind in EXPORT_KINDS if getattr(recipe.quantize, kind)}
     image_sets = dict.fromkeys(
@@ -312,7 +238,8 @@ _CHECKS: dict[str, Callable[[Recipe, Kube], Iterator[Check]]] = {
     "secrets": _secrets,
     "volumes": _volumes,
     "queue": _queue,
-    "quota": _quota,
-    "nodes": _nodes,
+    "quota": check_quota,
+    "nodes": check_nodes,
     "images": _images,
+    "retries": check_retries,
 }

@@ -25,14 +25,16 @@ def plan(
         summary: Markdown page with all checks.
     """
     from tuneline.pipelines.plan.run import run
+    from tuneline.runtime.parameter_text import decode_text
     from tuneline.runtime.step import step
 
     with step("plan"):
         run(
             recipe,
-            base_model=base_model,
+            base_model=decode_text(base_model),
             train=train_config,
             prepare=prepare_config,
             quantize=quantize_config,
             summary_path=summary.path,
+            store=summary.uri,
         )

@@ -1,4 +1,4 @@
-"""Estimate GPU memory, disk and GPU time of a recipe, before anything is fetched.
+"""Estimate GPU memory, size and GPU time of a recipe, before anything is fetched.
 
 Only the model's number of parameters is known here, so the model is assumed to have the layers and
 widths of a Llama of that size. For these, `train.memory.estimate` computes the GPU memory. (The
@@ -63,8 +63,6 @@ class Estimate:
     nothing else fits into memory."""
     artifact_bytes: float
     """Size of all artifacts of the run."""
-    scratch_bytes: float
-    """Disk space for temporary files of the step that needs most."""
     tokens_per_second: float | None
     """Training speed of one GPU; None if the placement profile has no GPU."""
     num_tokens: int | None
@@ -102,7 +100,7 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
     shape = llama_shape(num_parameters, train.lora)
     gpu = GPU_PROFILES.get(recipe.placement.profile)
     gpus = max(1, recipe.placement.num_accelerators) * recipe.placement.num_nodes
-    divides = shards_optimizer(train.optim, gpus)
+    divides = shards_optimizer(train, gpus)
     is_fp32 = train.dtype == "auto" and gpu is not None and not gpu.has_bfloat16
     batch = batch_size(train, recipe.num_ranks)
     settings = Settings(
@@ -137,7 +135,6 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
         gpu_bytes=gpu_bytes,
         least_gpu_bytes=min(gpu_bytes, estimate_memory(shape, smallest).total),
         artifact_bytes=base * 2 + f16 + exports + 4 * shape.num_adapter,
-        scratch_bytes=base * 2 + f16,
         tokens_per_second=speed,
         num_tokens=num_tokens,
         num_gpus=gpus,

@@ -12,6 +12,7 @@ from tuneline.pipelines.kube import Kube
 from tuneline.pipelines.needs import memory_of
 from tuneline.pipelines.plan.check import Check, Verdict
 from tuneline.pipelines.plan.cluster import check_cluster
+from tuneline.pipelines.plan.disk import check_disks, check_files
 from tuneline.pipelines.plan.estimate import Estimate, estimate, parameters_in_name
 from tuneline.pipelines.plan.host_memory import host_memory
 from tuneline.placement import quantity_value
@@ -34,6 +35,7 @@ def plan(
     kube: Kube | None = None,
     account: str | None = None,
     is_step: bool = False,
+    uploads_to_s3: bool = True,
 ) -> list[Check]:
     """Check a recipe by itself and, if `kube` is given, against a cluster.
 
@@ -44,6 +46,7 @@ def plan(
         kube: the cluster; None: check the recipe only.
         account: service account that the run will use; None if it is not known.
         is_step: whether `kube` uses the credentials of the run itself.
+        uploads_to_s3: whether KFP stores artifacts in S3, or in a store with its API.
 
     Raises:
         ClusterError: the cluster cannot be reached.
@@ -59,8 +62,12 @@ def plan(
         price = recipe.train.price_per_hour if price_per_gpu_hour is None else price_per_gpu_hour
         checks += _resources(recipe, estimate(recipe, num_parameters), price)
         checks += _host_memory(recipe, num_parameters, has_pods=kube is not None)
+        if uploads_to_s3:
+            checks += check_files(recipe, num_parameters, has_pods=kube is not None)
     if kube is not None:
         checks += check_cluster(recipe, kube, account=account, is_step=is_step)
+    if num_parameters is not None:
+        checks += check_disks(recipe, num_parameters, kube)
     return checks
 
 
@@ -80,7 +87,7 @@ def _ranks(recipe: Recipe) -> Iterator[Check]:
 def _checkpoints(recipe: Recipe) -> Iterator[Check]:
     placement = recipe.placement
     if placement.num_accelerators and not (placement.shared_claim or placement.cache_claim):
-        words = "a retry of train starts from the beginning: checkpoints are lost with the pod"
+        words = "if the pod of train disappears, its checkpoints do too, and the retry starts over"
         advice = "set placement.shared_claim or placement.cache_claim to a claim"
         yield Check("checkpoints", "warn", words, advice)
 
@@ -106,7 +113,6 @@ def _kernels(recipe: Recipe, *, has_pods: bool) -> Iterator[Check]:
 def _resources(recipe: Recipe, estimated: Estimate, price: float | None) -> Iterator[Check]:
     yield _gpu_memory(recipe, estimated)
     yield Check("artifacts", "ok", f"the run keeps {size(estimated.artifact_bytes)}")
-    yield _disk(recipe, estimated)
     yield from _time(recipe, estimated, price)
 
 
@@ -115,7 +121,9 @@ def _gpu_memory(recipe: Recipe, estimated: Estimate) -> Check:
     needs = f"{estimated.gpu_bytes / GIB:.1f} GiB to train ({what})"
     gpu = GPU_PROFILES.get(recipe.placement.profile)
     if gpu is None:
-        return Check("GPU memory", "ok", f"{needs}; profile local names no GPU")
+        return Check(
+            "GPU memory", "ok", f"{needs}; profile {recipe.placement.profile} names no GPU"
+        )
     words = f"{needs}, of {gpu.memory_bytes / GIB:.1f} GiB on {recipe.placement.profile}"
     least = f"{estimated.least_gpu_bytes / GIB:.1f} GiB"
     if estimated.gpu_bytes <= MEMORY_FRACTION * gpu.memory_bytes:
@@ -126,16 +134,6 @@ def _gpu_memory(recipe: Recipe, estimated: Estimate) -> Check:
     verdict = _verdict(estimated.least_gpu_bytes, gpu.memory_bytes)
     advice = "lower prepare.max_seq_length or train.lora.r, or take a larger GPU"
     return Check("GPU memory", verdict, f"{words}; at least {least}", advice)
-
-
-def _disk(recipe: Recipe, estimated: Estimate) -> Check:
-    words = f"the largest step needs {size(estimated.scratch_bytes)}"
-    limit = recipe.placement.scratch_size
-    if limit and quantity_value(limit) < estimated.scratch_bytes:
-        verdict = _verdict(estimated.scratch_bytes, quantity_value(limit))
-        words += f", but placement.scratch_size is {limit}"
-        return Check("disk", verdict, words, "raise placement.scratch_size")
-    return Check("disk", "ok", words)
 
 
 def _time(recipe: Recipe, estimated: Estimate, price: float | None) -> Iterator[Check]:

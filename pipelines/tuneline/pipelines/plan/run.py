@@ -25,7 +25,14 @@ CONNECT_SECONDS = 10.0
 
 
 def run(
-    recipe: str, *, base_model: str, train: str, prepare: str, quantize: str, summary_path: str
+    recipe: str,
+    *,
+    base_model: str,
+    train: str,
+    prepare: str,
+    quantize: str,
+    summary_path: str,
+    store: str = "",
 ) -> list[Check]:
     """Check a run that is starting, and write the result to a Markdown page.
 
@@ -36,6 +43,7 @@ def run(
         prepare: config of the prepare step in this run, as JSON.
         quantize: config of the quantize step in this run, as JSON.
         summary_path: file for the Markdown page.
+        store: URI of an artifact in the store that KFP uses.
 
     Raises:
         RecipeError: the recipe has keys that this image does not know.
@@ -45,7 +53,7 @@ def run(
     values |= {"base_model": base_model}
     values |= {"train": json.loads(train), "prepare": json.loads(prepare)}
     values |= {"quantize": json.loads(quantize)}
-    checks = _checks(_parse(values))
+    checks = _checks(_parse(values), uploads_to_s3=not store.startswith("gs://"))
     for check in checks:
         level = logging.ERROR if check.verdict == "fail" else logging.INFO
         logger.log(level, "%s: %s: %s", check.verdict, check.name, check.words)
@@ -70,16 +78,16 @@ def _parse(values: dict[str, object]) -> Recipe:
         ) from None
 
 
-def _checks(recipe: Recipe) -> list[Check]:
+def _checks(recipe: Recipe, *, uploads_to_s3: bool) -> list[Check]:
     namespace = own_namespace() if os.environ.get(POD_NAME_VARIABLE) else None
     if namespace is None:
-        return plan(recipe)
+        return plan(recipe, uploads_to_s3=uploads_to_s3)
     # Of all steps only train-on-nodes needs the API, so its absence is no reason to fail.
     kube = Kube(namespace)
     if not kube.answers(CONNECT_SECONDS):
         words = f"{kube.host} accepts no connection from this pod: does a network policy allow it?"
-        return [*plan(recipe), Check("API", "unknown", words)]
+        return [*plan(recipe, uploads_to_s3=uploads_to_s3), Check("API", "unknown", words)]
     try:
-        return plan(recipe, kube=kube, is_step=True)
+        return plan(recipe, kube=kube, is_step=True, uploads_to_s3=uploads_to_s3)
     except ClusterError as error:
-        return [*plan(recipe), Check("API", "unknown", str(error))]
+        return [*plan(recipe, uploads_to_s3=uploads_to_s3), Check("API", "unknown", str(error))]

@@ -1,0 +1,71 @@
+"""The explanation of a run as Markdown."""
+
+import re
+from collections.abc import Sequence
+from datetime import datetime
+
+from tuneline.html.units import duration
+from tuneline.runtime.events import StepRun
+from tuneline.runtime.kfp_run import Attempt
+
+_STATES = {"cached": "from the cache", "skipped": "not needed", "unknown": "no pod"}
+
+
+def paragraph(title: str, text: str) -> list[str]:
+    """Return a paragraph with a bold title; no line if the text is empty."""
+    return [f"**{title}:** {text}", ""] if text else []
+
+
+def quote(title: str, text: str) -> list[str]:
+    """Return text as it is, in a block of code."""
+    return [title, "", "```", text.strip().replace("```", "'''"), "```", ""]
+
+
+def remark(text: str) -> list[str]:
+    """Return a remark in italics; no line if the text is empty."""
+    return [f"*{plain(text)}*", ""] if text else []
+
+
+def events_table(runs: Sequence[StepRun]) -> list[str]:
+    """Return the table of the steps of a local run."""
+    rows = []
+    for run in runs:
+        status: str = "not finished" if run.status == "running" else run.status
+        if run.status != "finished" and run.total:
+            status += f" at {run.done} of {run.total}"
+        rows.append((run.step, status, duration(run.seconds)))
+    return _table(("step", "status", "time"), rows)
+
+
+def attempts_table(attempts: Sequence[Attempt]) -> list[str]:
+    """Return the table of the steps of a run on a cluster: one row per attempt."""
+    rows = []
+    for attempt in attempts:
+        state: str = _STATES.get(attempt.state, attempt.state)
+        if attempt.reason and attempt.reason != "Error":
+            state += f" ({attempt.reason})"
+        elif attempt.ending is not None and attempt.ending.error:
+            state += f" ({attempt.ending.error})"
+        name = attempt.step if attempt.number == 1 else f"{attempt.step}, try {attempt.number}"
+        rows.append((name, state, duration(_seconds(attempt))))
+    return _table(("step", "status", "time"), rows)
+
+
+def plain(text: str) -> str:
+    """Return text on one line, with the characters escaped that Markdown would interpret."""
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [f"| {' | '.join(head)} |", "| --- | --- | ---: |"]
+    lines += [f"| {' | '.join(plain(cell) for cell in row)} |" for row in rows]
+    return [*lines, ""]
+
+
+def _seconds(attempt: Attempt) -> float | None:
+    if attempt.state == "cached" or not attempt.started or not attempt.ended:
+        return None
+    started, ended = (datetime.fromisoformat(each) for each in (attempt.started, attempt.ended))
+    return (ended - started).total_seconds()

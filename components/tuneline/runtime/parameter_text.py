@@ -1,0 +1,50 @@
+"""Write texts so that they reach a step unchanged on their way through KFP, Argo and Kubernetes.
+
+On a cluster, every parameter of a step and the metadata of its inputs pass through templates:
+Kubernetes replaces `$(NAME)` and halves `$$`, Argo replaces `{{name}}` and evaluates `{{=code}}`,
+and KFP replaces `[[CurrentTime]]` and a few more names in double brackets. Texts of people, such as
+a prompt, must not be changed or evaluated. JSON can write a character as a Unicode escape, which
+none of these programs replaces and every JSON parser decodes, so the first character of such a
+sequence is written that way. Texts without such sequences are passed as they are.
+"""
+
+import json
+import re
+
+from pydantic import BaseModel
+
+_REPLACED = re.compile(r"\$(?=[$(])|\{(?=\{)|\[(?=\[(?:RunUUID|ScheduledTime|CurrentTime|Index)\b)")
+"""First character of every sequence that is replaced on the way. JSON has none of these sequences
+outside its strings."""
+
+
+def find_replaced(text: str) -> str | None:
+    """Return the beginning of the first sequence that would be replaced, or None."""
+    match = _REPLACED.search(text)
+    return text[match.start() : match.start() + 12] if match else None
+
+
+def to_json(model: BaseModel) -> str:
+    """Return a config as JSON that reaches a step unchanged."""
+    return _escape(model.model_dump_json())
+
+
+def encode_text(text: str) -> str:
+    """Return a text for a parameter or for metadata; as a JSON string if it needs that."""
+    if find_replaced(text) is None and not text.startswith('"'):
+        return text
+    return _escape(json.dumps(text, ensure_ascii=False))
+
+
+def decode_text(parameter: str) -> str:
+    """Return the text of a parameter that `encode_text` made, or that a person typed."""
+    if parameter.startswith('"'):
+        try:
+            return str(json.loads(parameter))
+        except ValueError:
+            pass
+    return parameter
+
+
+def _escape(text: str) -> str:
+    return _REPLACED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

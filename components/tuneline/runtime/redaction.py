@@ -1,0 +1,39 @@
+"""Remove secrets from text that leaves a step: tokens, and credentials in URLs."""
+
+import os
+import re
+
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?)(?:_|$)|_?API_?KEY|_KEY$", re.IGNORECASE
+)
+_MIN_LENGTH = 8
+"""Shortest value of an environment variable that is taken for a secret."""
+_PATTERNS = (
+    # Tokens of Hugging Face, GitHub, GitLab, AWS, and of services that use OpenAI's format.
+    r"\b(?:hf_|api_org_|gh[pousr]_|github_pat_|glpat-)[A-Za-z0-9_-]{12,}",
+    r"\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[A-Z0-9]{16}\b",
+    # A JSON Web Token, which service accounts have.
+    r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",
+    # User and password of a URL.
+    r"(?<=://)[^/\s@\"']+(?=@)",
+    r"(?<=\bbearer )[A-Za-z0-9._~+/-]{8,}=*",
+    # Parameters of a signed URL.
+    r"(?<=[?&])(?:x-amz-(?:signature|credential|security-token)|x-goog-(?:signature|credential)"
+    r"|signature|sig|token|access_token|key|password)=[^&\s\"']+",
+    # HF_TOKEN=..., "password": "..."
+    r"\b[a-z_]*(?:token|password|secret|api_?key)(?:=|\"\s*:\s*\"|'\s*:\s*')[^\s\"',}]{6,}",
+)
+_SECRETS = re.compile(
+    "|".join(f"(?:{pattern.removeprefix('(?i)')})" for pattern in _PATTERNS), re.I
+)
+
+
+def redacted(text: str) -> str:
+    """Return the text with every secret replaced by `[redacted]`.
+
+    A secret is what looks like one, or the value of an environment variable whose name says so.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _MIN_LENGTH and _SECRET_NAME.search(name) and not value.startswith("/"):
+            text = text.replace(value, "[redacted]")
+    return _SECRETS.sub("[redacted]", text)

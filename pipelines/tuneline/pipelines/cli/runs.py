@@ -1,0 +1,275 @@
+"""The commands that look at, stop and resume a run on a cluster.
+
+Each command imports kfp only when it is called, because the import takes a second or two.
+"""
+
+import datetime
+import re
+from typing import Annotated, Any
+
+import typer
+from rich.table import Column, Table
+
+from tuneline.errors import ClusterError, CredentialsError, UserError
+from tuneline.html.units import duration
+from tuneline.pipelines.cli.cluster import PANEL
+from tuneline.pipelines.cli.options import ContextOption, HostOption, NamespaceOption, RunArgument
+from tuneline.pipelines.cli.terminal import console, say
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel=PANEL)
+def status(
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            help="ID or name of a run. A name means its newest run.",
+            show_default="list recent runs",
+        ),
+    ] = None,
+    host: HostOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+) -> None:
+    """Show a run's progress; without RUN, list recent runs.
+
+    The causes of failures are shown if Kubernetes can be reached too.
+    """
+    from tuneline.pipelines.kfp_client import connection, progress, runs
+
+    client = connection.connect(host)
+    if run is None:
+        table = Table(Column("run", overflow="fold"), box=None)
+        for name in ("state", "created", "ID"):
+            table.add_column(name, no_wrap=True)
+        for recent in runs.recent_runs(client, namespace=namespace):
+            created = _format_time(recent.created_at)[: len("2026-11-27 10:34")]
+            table.add_row(recent.display_name, progress.state_of(recent), created, recent.run_id)
+        console.print(table)
+        return
+    details, view = _look(client, run, namespace, context)
+    say(f"{view.name}: {view.state}, created {_format_time(details.created_at)}")
+    table = Table(Column("step", no_wrap=True), Column("state", no_wrap=True), box=None)
+    table.add_column("tries", justify="right")
+    table.add_column("time", justify="right")
+    table.add_column("cause")
+    for step in view.steps:
+        tries = str(len(step.attempts)) if step.started and step.attempts else ""
+        time = duration(step.seconds) if step.seconds is not None else ""
+        table.add_row(step.name, step.state, tries, time, _cause(step))
+    console.print(table)
+    _print_notes(view)
+    if view.state == "failed":
+        say(f"what to change: tuneline doctor {view.run_id}")
+
+
+@app.command(rich_help_panel=PANEL)
+def logs(
+    run: RunArgument,
+    step: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STEP",
+            help="Name of a step, as in `tuneline status`: train, evaluate base, q4_k_m.",
+        ),
+    ],
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Print new lines until the step ends.")
+    ] = False,
+    host: HostOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+) -> None:
+    """Print the log of a step of a run.
+
+    KFP has the logs of pods that ended, also of deleted pods. The log of a running pod is read from
+    Kubernetes.
+    """
+    from tuneline.pipelines import step_logs
+    from tuneline.pipelines.kfp_client import connection
+
+    client = connection.connect(host)
+    details, view = _look(client, run, namespace, context)
+    chosen = step_logs.choose(view, " ".join(step))
+    if follow:
+        if len(chosen) > 1:
+            raise UserError(
+                f"--follow takes one step: name {' or '.join(each.name for each in chosen)}"
+            )
+        for line in step_logs.follow(
+            lambda: _look(client, details.run_id, namespace, context)[1], chosen[0]
+        ):
+            typer.echo(line)
+        return
+    attempts = [attempt for each in chosen for attempt in each.attempts if attempt.pod]
+    if not attempts:
+        states = ", ".join(f"step '{each.name}' is {each.state}" for each in chosen)
+        raise UserError(f"run {view.name} has no log to show: {states}")
+    missing = []
+    for attempt in attempts:
+        text = step_logs.read(view, client, attempt)
+        if text is None:
+            missing.append(attempt)
+            continue
+        if len(attempts) > 1:
+            say(step_logs.heading(attempt))
+        typer.echo(text, nl=not text.endswith("\n"))
+    if missing:
+        names = ", ".join(f"{each.pod} ({each.state})" for each in missing)
+        hint = (
+            "the pod was deleted before it started or before Argo archived its log, or the archive "
+            "was emptied"
+        )
+        if view.is_frozen:
+            hint = (
+                "KFP does not find archived logs of a run whose workflow is larger than 1 MiB; "
+                "they are in Argo's artifact repository (main.log below the pod's name)"
+            )
+        elif view.kube is None:
+            hint = (
+                "KFP has the logs of ended pods only, and Kubernetes, which has those of running "
+                "pods, cannot be reached: set KUBECONFIG"
+            )
+        raise UserError(f"there is no log of {names}: {hint}")
+
+
+@app.command(rich_help_panel=PANEL)
+def cancel(run: RunArgument, host: HostOption = None, namespace: NamespaceOption = None) -> None:
+    """Cancel a run."""
+    from tuneline.pipelines.kfp_client import connection, runs
+    from tuneline.pipelines.kfp_client.progress import progress_of
+
+    client = connection.connect(host)
+    details = runs.find_run(client, run, namespace=namespace)
+    steps = progress_of(details, runs.pipeline_of(client, details))
+    running = [step.name for step in steps if step.state == "running"]
+    if not runs.cancel(client, details):
+        say(f"run {details.display_name} is being cancelled already")
+        return
+    stopped = f"; it stops {', '.join(running)}" if running else ""
+    say(
+        f"run {details.display_name}: cancellation requested{stopped}\n"
+        f"KFP will call the run failed, tuneline calls it cancelled; finished steps are kept: "
+        f"tuneline resume {details.run_id}"
+    )
+
+
+@app.command(rich_help_panel=PANEL)
+def resume(
+    run: RunArgument,
+    host: HostOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+) -> None:
+    """Re-run the failed steps of a run; finished steps are kept."""
+    from tuneline.pipelines.exit_handler import forget_exit_handler
+    from tuneline.pipelines.kfp_client import connection, runs
+
+    client = connection.connect(host)
+    details, view = _look(client, run, namespace, context)
+    again = [step.name for step in view.steps if step.state in ("failed", "cancelled")]
+    runs.resume(client, details)
+    say(
+        f"run {view.name}: resumed, from {', '.join(again) or 'where it stopped'}\n"
+        f"follow it with: tuneline status {view.run_id}"
+    )
+    try:
+        diagnosed = view.kube is not None and forget_exit_handler(view.kube, view.run_id)
+    except (ClusterError, CredentialsError) as error:
+        say(f"note: {error}")
+        diagnosed = False
+    if not diagnosed and "diagnose" not in again:
+        say(
+            "note: KFP does not run diagnose again. When the run has ended, `tuneline doctor "
+            f"{view.run_id}` explains it."
+        )
+
+
+@app.command(rich_help_panel=PANEL)
+def doctor(
+    run: RunArgument,
+    host: HostOption = None,
+    context: ContextOption = None,
+    namespace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMESPACE", help="Namespace of the run's pods.", show_default="kubeflow"
+        ),
+    ] = None,
+) -> None:
+    """Explain why a run failed or is waiting, and what to change.
+
+    Works with KFP's API, with Kubernetes, or with both, which tell most.
+    """
+    from tuneline.errors import TunelineError
+    from tuneline.pipelines.doctor.examine import examine
+    from tuneline.pipelines.kfp_client import connection, runs
+    from tuneline.pipelines.run_view import find_kube, view
+
+    kube = find_kube(namespace, context)
+    client = details = None
+    try:
+        if connection.known_host(host) is None and kube is not None and runs.is_run_id(run):
+            raise UserError("Kubeflow Pipelines is not asked, because no --host is given")
+        client = connection.connect(host)
+        details = runs.find_run(client, run, namespace=namespace)
+    except TunelineError as error:
+        # Kubernetes knows runs by their ID only.
+        if kube is None or not runs.is_run_id(run):
+            raise
+        client = None
+        say(f"note: {error}")
+    seen = view(details.run_id if details else run, client=client, run=details, kube=kube)
+    findings = examine(seen, client)
+    for finding in findings:
+        say(f"{finding.step}: {finding.cause}\n  why: {finding.why}\n  seen: {finding.evidence}")
+        advice = re.sub(r"\bRUN\b", seen.run_id, finding.advice)
+        say(f"  change: {advice}")
+    if not findings:
+        say(f"run {seen.name}: {seen.state}, and nothing wrong was found")
+    _print_notes(seen)
+
+
+def _look(client: Any, name: str, namespace: str | None, context: str | None) -> tuple[Any, Any]:
+    """Return a run as KFP's API has it, and the view of it."""
+    from tuneline.pipelines.kfp_client import runs
+    from tuneline.pipelines.run_view import find_kube, view
+
+    run = runs.find_run(client, name, namespace=namespace)
+    return run, view(run.run_id, client=client, run=run, kube=find_kube(namespace, context))
+
+
+def _print_notes(view: Any) -> None:
+    """Print what could not be read, and why."""
+    if view.kube is None:
+        say(
+            "note: causes that only Kubernetes knows are not shown, because it cannot be reached "
+            "or does not show the run's pods: set KUBECONFIG"
+        )
+    if view.is_deleted and view.has_ended:
+        say(
+            "note: KFP has deleted the run's pods and workflow, as it does one hour after the end; "
+            "this is what its records and archived logs tell"
+        )
+    if view.is_frozen:
+        say(
+            "note: KFP stopped recording the steps before the run ended, because the state of its "
+            "workflow is larger than 1 MiB; archived logs are in Argo's artifact repository only"
+        )
+
+
+def _cause(step: Any) -> str:
+    """Return the cause of a failed or waiting step in a few words."""
+    if step.state not in ("failed", "waiting", "running") or not step.attempts:
+        return ""
+    last = step.attempts[-1]
+    if last.ending is not None and last.ending.error:
+        return f"{last.ending.error}: {last.ending.text}"
+    code = f"exit code {last.exit_code}" if last.exit_code is not None else ""
+    return ", ".join(part for part in (last.reason, code, last.message) if part)
+
+
+def _format_time(value: datetime.datetime | None) -> str:
+    return value.strftime("%Y-%m-%d %H:%M:%S") if value else ""

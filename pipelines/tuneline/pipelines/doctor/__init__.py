@@ -1,0 +1,1 @@
+"""Explain a failed or waiting run: cause, evidence, what to change."""

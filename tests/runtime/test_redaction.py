@@ -1,0 +1,50 @@
+"""Secrets are removed from text, and what only resembles a secret stays."""
+
+import pytest
+
+from tuneline.runtime.redaction import redacted
+
+SECRETS = {
+    "token hf_abcdefghijklmnopQRST was refused": "token [redacted] was refused",
+    "https://user:pa55word@host/x failed": "https://[redacted]@host/x failed",
+    "s3://AKIAABCDEFGHIJKLMNOP@bucket": "s3://[redacted]@bucket",
+    "https://glpat-abcdefghijklmnop@host": "https://[redacted]@host",
+    "Authorization: Bearer abc.def-ghi_jkl": "Authorization: Bearer [redacted]",
+    "https://h/x?X-Amz-Signature=0123abcd&a=1": "https://h/x?[redacted]&a=1",
+    "ghp_abcdefghijklmnop1234": "[redacted]",
+    "HF_TOKEN=abcdefgh is wrong": "[redacted] is wrong",
+    'body {"password": "hunter22"}': 'body {"[redacted]"}',
+    "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJhYmMifQ.c2lnbmF0dXJl": "[redacted]",
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), SECRETS.items())
+def test_what_looks_like_a_secret_is_removed(text: str, expected: str) -> None:
+    assert redacted(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "31 of 90 rows were rejected: row 7 has no answer",
+        "the tokenizer has no chat template: set prepare.template",
+        "set HF_TOKEN to a token with read access",
+        "max_seq_length=4096 tokens, 12 rows",
+        "minio://mlpipeline/v2/artifacts/run/train/adapter",
+        "https://huggingface.co/org/model@main",
+        "mail me@example.com",
+        "the risk-adjusted-learning-rate-schedule-of-task-x",
+    ],
+)
+def test_other_text_stays(text: str) -> None:
+    assert redacted(text) == text
+
+
+def test_the_values_of_secret_variables_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws-secret-value")
+    for name in ("MODEL_NAME", "TOKENIZERS_PARALLELISM", "MAX_TOKENS"):
+        monkeypatch.setenv(name, "smollm2-135m")
+    monkeypatch.setenv("HF_TOKEN_PATH", "/home/user/token")
+    text = "0123456789abcdef, aws-secret-value, smollm2-135m, /home/user/token"
+    assert redacted(text) == "[redacted], [redacted], smollm2-135m, /home/user/token"

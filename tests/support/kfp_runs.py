@@ -1,0 +1,17 @@
+"""Runs that a real cluster recorded: their workflow and pods, as Kubernetes returned them.
+
+Kubernetes 1.36.2, Argo 4.0.5, KFP 2.17.0. tests/cluster/outcome_probe.py made the runs probe-*;
+demo-nodes is the demo recipe. Fields that tuneline does not read were left out.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parents[1] / "data" / "kfp-2.17"
+
+
+def recorded(name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the pods and the workflow of a recorded run."""
+    run = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return run["pods"], run["workflow"]
