@@ -28,6 +28,7 @@ def test_a_deleted_pod_goes_on_from_its_checkpoint(submit: Submit, cluster: Clus
     assert re.search(r"continuing from \S+checkpoint-\d+", log), log
     assert disturbed.steps()["train"] == "succeeded"
     assert disturbed.diagnosis().result in ("succeeded", "held")
+    assert re.search("nothing wrong|gate held", disturbed.doctor())
     undisturbed.wait_for_end("train")
     assert losses(disturbed) == losses(undisturbed)
 
@@ -44,7 +45,7 @@ def test_a_cancelled_run_ends_at_once_and_can_be_resumed(submit: Submit, cluster
 
     until(gone, "the pods of train to end", seconds=60, every=1)
     print(f"the last pod of train ended {time.monotonic() - cancelled:.0f} s after the cancel")
-    run.wait(seconds=300)
+    run.wait(seconds=900)
     assert run.steps()["train"] == "cancelled"
     assert run.diagnosis().result == "cancelled"
     assert "cancelled" in run.doctor()
@@ -53,6 +54,6 @@ def test_a_cancelled_run_ends_at_once_and_can_be_resumed(submit: Submit, cluster
     until(lambda: run.state() == "RUNNING" or None, "the run to go on", seconds=120)
     assert run.wait() == "SUCCEEDED"
     assert re.search(r"continuing from \S+checkpoint-\d+", run.logs("train"))
-    steps = run.steps()
-    assert steps["prepare"] in ("succeeded", "from cache")
-    assert steps["train"] == "succeeded"
+    assert run.steps()["train"] == "succeeded"
+    assert run.diagnosis().result in ("succeeded", "held")
+    assert re.search("nothing wrong|gate held", run.doctor())

@@ -62,5 +62,5 @@ def test_a_cancelled_run_leaves_no_trainjob(submit: Submit, cluster: Cluster, sh
         seconds=120,
         every=1,
     )
-    run.wait(seconds=300)
+    run.wait(seconds=900)
     assert run.diagnosis().result == "cancelled"

@@ -127,14 +127,14 @@ class StepTime:
 
     step: str
     seconds: float | None
-    """Seconds in the step's container, with the transfer of artifacts; None if it did not run."""
+    """Seconds in the step's container, with the transfer of artifacts; None: from the cache."""
     around_seconds: float
     """Seconds that KFP and Argo added: the driver's pod, and the waits between pods."""
     pod: str
 
 
 def step_times(run: Run) -> list[StepTime]:
-    """Return the times of all steps, in the order in which they started."""
+    """Return the times of a run's steps, in the order in which they started."""
     api, namespace = run.cluster.api, run.cluster.pod_namespace
     selector = f"{RUN_LABEL}={run.run_id}"
     workflows = client.CustomObjectsApi(api).list_namespaced_custom_object(
@@ -146,11 +146,13 @@ def step_times(run: Run) -> list[StepTime]:
         nodes[without_attempts(node["name"])].append(node)
     times = []
     for attempt in read_attempts(pods, workflows[0]):
+        if attempt.state == "skipped":
+            continue
         began = min(_time(node["startedAt"]) for node in nodes[f"{attempt.path}-driver"])
         ended = max(_time(node["finishedAt"]) for node in nodes[attempt.path])
         total = (ended - began).total_seconds()
         own = None
-        if attempt.state == "succeeded":
+        if attempt.state != "cached":
             own = (_time(attempt.ended) - _time(attempt.started)).total_seconds()
         times.append(StepTime(attempt.step, own, total - (own or 0), attempt.pod))
     return times

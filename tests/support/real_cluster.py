@@ -190,7 +190,7 @@ class Run:
 
     def diagnosis(self) -> Ending:
         """Return what the exit handler concluded: the outcome as `result`, the cause as `text`."""
-        (pod,) = self.pods("diagnose")
+        pod = max(self.pods("diagnose"), key=lambda pod: pod.metadata.creation_timestamp)
         states = {each.name: each.state for each in pod.status.container_statuses}
         ending = decode(states["main"].terminated.message)
         assert ending, f"diagnose left no termination message in pod {pod.metadata.name}"
