@@ -128,5 +128,5 @@ def test_a_hub_data_set_counts_by_its_commit(hub: str, tmp_path: Path) -> None:
     COMMITS["org/rows"] = "c" * 40
     second = lines(HF_ENDPOINT=hub)
     assert second[0] != first[0] and second[1] == first[1]
-    away = lines(HF_ENDPOINT="http://127.0.0.1:9")
-    assert away[0].startswith("HubError: http://127.0.0.1:9 cannot be reached for the dataset")
+    away = lines(HF_ENDPOINT="http://127.0.0.1:9", TUNELINE_RETRY_SECONDS="0")
+    assert away[0].startswith("HubError: look up org/rows at http://127.0.0.1:9: ConnectError")

@@ -119,10 +119,10 @@ def test_what_would_come_again_is_asked_once(found, hub) -> None:
         assert hub.requests.count(f"GET /api/models/org/{repo}") == 1
 
 
-def test_a_fault_that_lasts_ends_after_ten_minutes(found) -> None:
+def test_a_fault_that_lasts_ends_after_ten_minutes(found, hub) -> None:
     assert found["down"]["result"].startswith(
-        "HubError: look up org/down: the server answered 503, and asks to wait 7 s, after 86 "
-        "attempts and 595 s of waiting. "
+        f"HubError: look up org/down at {hub.url}: the server answered 503, and asks to "
+        "wait 7 s, after 86 attempts and 595 s of waiting. "
     )
     assert sum(found["down"]["waits"]) == 85 * 7
 

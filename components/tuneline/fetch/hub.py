@@ -60,13 +60,21 @@ def download(repo: str, *, revision: str | None, with_code: bool) -> Snapshot:
         path = _in_cache(repo, revision, wanted)
         return Snapshot(path, commit=path.name, licence=licence_of(path))
     with _translated_errors(repo, revision):
-        info = retrying(f"look up {repo}", lambda: HfApi().model_info(repo, revision=revision))
+        info = retrying(
+            f"look up {repo} at {constants.ENDPOINT}",
+            lambda: HfApi().model_info(repo, revision=revision),
+        )
         names = [sibling.rfilename for sibling in info.siblings or []]
         if not any(_is_weight(name) for name in names):
             raise ModelError(explain_missing_weights(repo, names))
         # Download by the revision's name, so that the cache can resolve the name offline.
         # An attempt continues with the files that the attempts before it left incomplete.
-        path = Path(retrying(f"download {repo}", lambda: snapshot_download(repo, **wanted)))
+        path = Path(
+            retrying(
+                f"download {repo} from {constants.ENDPOINT}",
+                lambda: snapshot_download(repo, **wanted),
+            )
+        )
     logger.info("%s at %s is commit %s", repo, revision or "main", path.name)
     card = info.card_data
     return Snapshot(path, commit=path.name, licence=licence_in(vars(card) if card else {}))
@@ -83,7 +91,10 @@ def commit_of(repo: str, *, revision: str | None) -> str:
     if constants.HF_HUB_OFFLINE:
         return _in_cache(repo, revision, _wanted(revision, with_code=False)).name
     with _translated_errors(repo, revision):
-        info = retrying(f"look up {repo}", lambda: HfApi().model_info(repo, revision=revision))
+        info = retrying(
+            f"look up {repo} at {constants.ENDPOINT}",
+            lambda: HfApi().model_info(repo, revision=revision),
+        )
         return str(info.sha)
 
 

@@ -117,8 +117,9 @@ class Retries:
             asks = "" if fault.retry_after is None else f", and asks to wait {pause:.0f} s"
             raise HubError(
                 f"{self._what}: {fault.text}{asks}, after {attempts} and {self._seconds:.0f} s of "
-                "waiting. Check the network and HF_ENDPOINT, and run the step again later; files "
-                "that were already transferred are not sent again"
+                "waiting. Check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 if the files "
+                "are in the cache, and run the step again later; files that were transferred are "
+                "not sent again"
             ) from error
         self._num_attempts += 1
         self._seconds += pause

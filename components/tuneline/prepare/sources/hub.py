@@ -25,7 +25,7 @@ def read(source: str, selection: Selection) -> Iterator[SourceRow]:
         DataError: there is no such dataset, split or subset, or no access to it.
         HubError: the Hub could not be reached.
     """
-    retries = Retries(f"read {source}")
+    retries = Retries(f"read {source} from {constants.ENDPOINT}")
     number = 0
     try:
         while True:
@@ -74,7 +74,8 @@ def fingerprint(source: str, revision: str | None) -> str:
         return f"offline {revision}"
     try:
         info = retrying(
-            f"look up {source}", lambda: HfApi().dataset_info(source, revision=revision)
+            f"look up {source} at {constants.ENDPOINT}",
+            lambda: HfApi().dataset_info(source, revision=revision),
         )
         return str(info.sha)
     except hub_errors.RevisionNotFoundError:
