@@ -266,7 +266,11 @@ def losses(run: Run) -> dict[str, float]:
 
 
 def until(
-    probe: Callable[[], T | None], what: str, *, seconds: float, every: float = POLL_SECONDS
+    probe: Callable[[], T | None],
+    what: str,
+    *,
+    seconds: float = LONG_SECONDS,
+    every: float = POLL_SECONDS,
 ) -> T:
     """Call `probe` until it returns something.
 

@@ -1,6 +1,6 @@
 """Schedules: one a name, changed in place, with the real kfp.Client against a local server.
 
-No cluster was there: that KFP starts the runs in time is not tested.
+That KFP starts the runs in time is tested on a cluster (tests/cluster/test_schedule.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -171,6 +171,25 @@ def test_when_creating_fails_the_old_one_goes_on(kfp_server: Any, client: Client
     (kept,) = schedules.find_schedules(client)
     assert kept.recurring_run_id == first.recurring_run_id
     assert schedules.is_enabled(kept)
+
+
+def test_a_schedule_is_kept_while_one_of_its_runs_goes_on(
+    kfp_server: Any, client: Client, put: Any
+) -> None:
+    """KFP 2.17 answered a deletion with 200, and the run stayed RUNNING without any pod."""
+    first = put()
+    run = kfp_server.replay("running", recurring_run_id=first.recurring_run_id)
+    (recurring_run,) = schedules.find_schedules(client, "weekly")
+    with pytest.raises(UserError, match=f"tuneline cancel {run['run_id']}"):
+        schedules.delete_schedule(client, recurring_run)
+    with pytest.raises(UserError, match="has not ended"):
+        put(schedules.interval_trigger("12h"))
+    (kept,) = schedules.find_schedules(client, "weekly")
+    assert kept.recurring_run_id == first.recurring_run_id
+    assert schedules.is_enabled(kept)
+    run["state"] = "SUCCEEDED"
+    schedules.delete_schedule(client, kept)
+    assert schedules.find_schedules(client, "weekly") == []
 
 
 def test_disabled_stays_disabled_until_told(kfp_server: Any, client: Client, put: Any) -> None:

@@ -144,7 +144,7 @@ def schedules(
     ] = None,
     delete: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Delete this schedule; the runs it started are kept."),
+        typer.Option(metavar="NAME", help="Delete this schedule, but not the records of its runs."),
     ] = None,
 ) -> None:
     """List schedules, or enable, disable or delete one."""
@@ -159,7 +159,7 @@ def schedules(
             say(f"schedule {name}: {'enabled' if value else 'disabled'}")
     if delete:
         recurring_run = recurring.find_schedule(client, delete, namespace=namespace)
-        recurring.delete_schedule(client, recurring_run)
+        recurring.delete_schedule(client, recurring_run, namespace=namespace)
         say(f"schedule {delete}: deleted")
     if enable or disable or delete:
         return

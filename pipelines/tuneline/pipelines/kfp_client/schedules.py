@@ -17,7 +17,7 @@ from typing import Any
 
 from tuneline.errors import UserError
 from tuneline.pipelines.kfp_client.connection import Client, readable_errors
-from tuneline.pipelines.kfp_client.runs import by_display_name, check_passed_on
+from tuneline.pipelines.kfp_client.runs import by_display_name, check_passed_on, recent_runs
 
 MIN_INTERVAL_SECONDS = 60
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -176,6 +176,7 @@ def schedule(
     for recurring_run in were_enabled:
         set_enabled(client, recurring_run, False)
     try:
+        _refuse_while_it_runs(client, present, namespace)
         with readable_errors():
             group = client.create_experiment(experiment, namespace=namespace)
             created = client.create_recurring_run(
@@ -196,7 +197,7 @@ def schedule(
             set_enabled(client, recurring_run, True)
         raise
     for recurring_run in present:
-        delete_schedule(client, recurring_run)
+        delete_schedule(client, recurring_run, namespace=namespace)
     return Scheduled(created.recurring_run_id, "changed" if present else "created", enabled)
 
 
@@ -251,10 +252,29 @@ def set_enabled(client: Client, recurring_run: Any, enabled: bool) -> None:
         change(recurring_run.recurring_run_id)
 
 
-def delete_schedule(client: Client, recurring_run: Any) -> None:
-    """Delete a recurring run; the runs that it started are kept."""
+def delete_schedule(client: Client, recurring_run: Any, *, namespace: str | None = None) -> None:
+    """Delete a recurring run. Kubernetes then deletes the workflows and pods of its runs.
+
+    Raises:
+        UserError: one of its runs has not ended. KFP would call that run RUNNING for ever.
+    """
+    _refuse_while_it_runs(client, [recurring_run], namespace)
     with readable_errors():
         client.delete_recurring_run(recurring_run.recurring_run_id)
+
+
+def _refuse_while_it_runs(
+    client: Client, recurring_runs: Sequence[Any], namespace: str | None
+) -> None:
+    ids = {recurring_run.recurring_run_id for recurring_run in recurring_runs}
+    if not ids:
+        return
+    for run in recent_runs(client, namespace=namespace, limit=100):
+        if run.recurring_run_id in ids and run.state in ("PENDING", "RUNNING"):
+            raise UserError(
+                f"run {run.display_name} of this schedule has not ended, and Kubernetes deletes "
+                f"its pods with the schedule: wait until it ends, or `tuneline cancel {run.run_id}`"
+            )
 
 
 def trigger_of(recurring_run: Any) -> Trigger:
