@@ -110,7 +110,8 @@ class _Reader:
         """Return the answer, or None; then a remark says why, unless the status is ignored."""
         query = {"labelSelector": selector} if selector else {}
         if method == "DELETE":
-            query["propagationPolicy"] = "Foreground"
+            # With Foreground, Trainer 2.3 creates the JobSet of a deleted job again.
+            query["propagationPolicy"] = "Background"
         verb = "deleted" if method == "DELETE" else "read"
         try:
             answer: dict[str, Any] = self._api.call_api(

@@ -66,7 +66,7 @@ MISTAKES = [
     (("lint", "absent.yaml"), "cannot read absent.yaml: No such file"),
     (("verify", "absent"), "absent is not a directory"),
     (("plan", "demo", "--parameters", "-5"), "greater than or equal to"),
-    (("plan", "demo", "--profile", "x"), "--profile x is unknown: choose one of local, t4, a10g"),
+    (("plan", "demo", "--profile", "x"), "--profile x is unknown: choose one of local, small, t4"),
     (("plan", "demo", "--profile", "t4", "--set", "train.kernels=fp8"), "t4 has 7.5: set kernels"),
     (
         ("compile", "demo", "--set", "train.kernels=fp8", "--set", "placement.profile=a10g"),

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from datasets import exceptions, load_dataset
+from datasets import IterableDataset, exceptions, load_dataset
 from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub_errors
 
@@ -48,14 +48,15 @@ def read(source: str, selection: Selection) -> Iterator[SourceRow]:
 
 def _open(source: str, selection: Selection, num_read: int) -> Iterable[dict[str, Any]]:
     """Return the rows of a dataset without the first ones, which have been read already."""
-    rows = load_dataset(
+    rows: IterableDataset = load_dataset(
         source,
         selection.subset,
         split=selection.split,
         revision=selection.revision,
         streaming=True,
     )
-    return rows.skip(num_read) if num_read else rows
+    remaining: Iterable[dict[str, Any]] = rows.skip(num_read) if num_read else rows
+    return remaining
 
 
 def fingerprint(source: str, revision: str | None) -> str:
