@@ -163,6 +163,7 @@ def wrapped(cause: Exception) -> Exception:
         *((answer(status), None) for status in (400, 401, 403, 404, 409, 412, 422, 501)),
         (wrapped(answer(404)), None),
         (wrapped(OfflineModeIsEnabled("HF_HUB_OFFLINE")), None),
+        (ConnectionError("Couldn't reach 'a/b' on the Hub (OfflineModeIsEnabled)"), None),
         (ConnectionError("Unauthorized: 401"), None),
         (httpx2.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"), None),
         (httpx2.UnsupportedProtocol("no scheme"), None),

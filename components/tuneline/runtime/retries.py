@@ -43,6 +43,9 @@ _NETWORK_ERRORS = {
     *("aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError", "http.IncompleteRead"),
 }
 """Errors of the connection, as package and class, of libraries that not every image has."""
+_LASTING = ("OfflineModeIsEnabled", "CERTIFICATE_VERIFY")
+"""Words in the class or the message of errors of the connection that would come again. datasets
+names the first in the message of a ConnectionError."""
 # What hf_xet and its HTTP client write into their messages, instead of an attribute.
 _STATUS_IN_TEXT = re.compile(r"HTTP status (?:client|server) error \((\d{3})|\b(40[134])\b")
 
@@ -61,7 +64,7 @@ def passing_fault(error: BaseException) -> Fault | None:
     """Return the fault that caused an error if it may not last, or None if it would come again."""
     fault = None
     for cause in _causes(error):
-        if type(cause).__name__ == "OfflineModeIsEnabled" or "CERTIFICATE_VERIFY" in str(cause):
+        if any(word in f"{type(cause).__name__}: {cause}" for word in _LASTING):
             return None
         status = _status(cause)
         if status is not None:
