@@ -3,13 +3,15 @@
 import os
 import re
 
+from tuneline.runtime.secrets import find_secrets
+
 _SECRET_NAME = re.compile(
     r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?)(?:_|$)|_?API_?KEY|_KEY$", re.IGNORECASE
 )
 _MIN_LENGTH = 8
 """Shortest value of an environment variable that is taken for a secret."""
 _PATTERNS = (
-    # Tokens of Hugging Face, GitHub, GitLab, AWS, and of services that use OpenAI's format.
+    # Tokens that were cut short, or whose case was changed.
     r"\b(?:hf_|api_org_|gh[pousr]_|github_pat_|glpat-)[A-Za-z0-9_-]{12,}",
     r"\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[A-Z0-9]{16}\b",
     # A JSON Web Token, which service accounts have.
@@ -23,9 +25,9 @@ _PATTERNS = (
     # HF_TOKEN=..., "password": "..."
     r"\b[a-z_]*(?:token|password|secret|api_?key)(?:=|\"\s*:\s*\"|'\s*:\s*')[^\s\"',}]{6,}",
 )
-_SECRETS = re.compile(
-    "|".join(f"(?:{pattern.removeprefix('(?i)')})" for pattern in _PATTERNS), re.I
-)
+_SECRETS = re.compile("|".join(f"(?:{pattern})" for pattern in _PATTERNS), re.I)
+"""What is redacted besides the values that `find_secrets` finds. These patterns may match more than
+secrets, which those of `tuneline lint` must not."""
 
 
 def redacted(text: str) -> str:
@@ -36,4 +38,7 @@ def redacted(text: str) -> str:
     for name, value in os.environ.items():
         if len(value) >= _MIN_LENGTH and _SECRET_NAME.search(name) and not value.startswith("/"):
             text = text.replace(value, "[redacted]")
-    return _SECRETS.sub("[redacted]", text)
+    text = _SECRETS.sub("[redacted]", text)
+    for _, value in find_secrets(text):
+        text = text.replace(value, "[redacted]")
+    return text

@@ -15,7 +15,7 @@ from kfp import compiler, dsl
 
 from tuneline.errors import RecipeError
 from tuneline.pipelines.lint.lint import Finding, lint_documents, lint_file
-from tuneline.pipelines.lint.secrets import find_secrets, mask
+from tuneline.runtime.secrets import find_secrets, mask
 
 ROOT = Path(__file__).parents[3]
 MANIFESTS = sorted(

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from tuneline.pipelines.lint.secrets import mask_within
 from tuneline.runtime.attempt_causes import explain_attempt
 from tuneline.runtime.causes import CAUSES, Cause
 from tuneline.runtime.kfp_run import Attempt
+from tuneline.runtime.secrets import mask_within
 
 MAX_EVIDENCE = 400
 """Longest evidence, in characters."""

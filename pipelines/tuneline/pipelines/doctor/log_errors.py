@@ -9,8 +9,8 @@ what the launcher or the driver says about the end of its program.
 import re
 
 from tuneline.pipelines.doctor.finding import BY_NAME, Finding, finding
-from tuneline.pipelines.lint.secrets import mask_within
 from tuneline.runtime.causes import OWN_ERRORS, RUN_AGAIN, Cause, find_cause
+from tuneline.runtime.secrets import mask_within
 
 _EXECUTOR = r"\[KFP Executor [\d :,-]+ \w+\]: "
 _RANK = r"\[rank\d+\]: ?"

@@ -35,7 +35,7 @@ from tuneline.pipelines.lint.required import (
     check_resource,
     mapping,
 )
-from tuneline.pipelines.lint.secrets import find_secrets, is_credential_name, mask, mask_within
+from tuneline.runtime.secrets import find_secrets, is_credential_name, mask, mask_within
 
 MAX_SHOWN_CHARACTERS = 80
 

@@ -8,7 +8,7 @@ mapping or a list but is neither counts as empty.
 from collections.abc import Iterator
 from typing import Any
 
-from tuneline.pipelines.lint.secrets import find_secrets, mask
+from tuneline.runtime.secrets import find_secrets, mask
 
 Problems = Iterator[tuple[str, str, str, str]]
 """Problems as (path, rule, value, fix), the fields of a Finding."""
