@@ -22,7 +22,7 @@ from tuneline.errors import CredentialsError, HubError, TunelineError, UserError
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.staging import MARKER_FILE, StagedRepo
 from tuneline.record import sha256_of_file
-from tuneline.runtime.retries import Retries, http_status, passing_fault
+from tuneline.runtime.retries import http_status, retrying
 
 logger = logging.getLogger(__name__)
 
@@ -177,17 +177,13 @@ def _call(
         HubError: the request failed after all attempts.
         RepositoryNotFoundError: only if `may_be_absent`.
     """
-    retries = Retries(what, max_attempts=max_attempts)
-    while True:
-        try:
-            return _unwrapped(request)
-        except (HTTPError, ConnectionError) as error:
-            if passing_fault(error) is None:
-                status = http_status(error)
-                if may_be_absent and isinstance(error, RepositoryNotFoundError) and status == 404:
-                    raise
-                raise _refused(what, status, error) from None
-            retries.wait(error)
+    try:
+        return retrying(what, partial(_unwrapped, request), max_attempts=max_attempts)
+    except (HTTPError, ConnectionError) as error:
+        status = http_status(error)
+        if may_be_absent and isinstance(error, RepositoryNotFoundError) and status == 404:
+            raise
+        raise _refused(what, status, error) from None
 
 
 def _unwrapped(request: Callable[[], T]) -> T:
