@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from kfp_runs import recorded
+from kfp_runs import put_recorded
 from typer.testing import CliRunner
 
 from tuneline.errors import ClusterError, CredentialsError, UserError
@@ -160,15 +160,6 @@ def test_the_events_say_more_of_an_image(kube_server: Any) -> None:
     kube_server.put("events", "e", involvedObject={"name": POD}, message=said)
     (found,) = look()
     assert found.evidence == said
-
-
-def put_recorded(server: Any, name: str) -> str:
-    """Put a recorded run into the server and return its ID."""
-    pods, workflow = recorded(name)
-    for pod in pods:
-        server.put("pods", pod["metadata"]["name"], **pod)
-    server.put("workflows", workflow["metadata"]["name"], **workflow)
-    return str(workflow["metadata"]["labels"]["pipeline/runid"])
 
 
 # What is told of a recorded run: step, cause, a part of the evidence; None if nothing is wrong.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from kfp_runs import recorded
+from kfp_runs import put_recorded, recorded
 from typer.testing import CliRunner
 
 from tuneline.errors import ClusterError, UserError
@@ -57,13 +57,8 @@ def test_status_names_the_steps_as_the_recipe_does(kfp_server: Any, no_kube: Non
 
 
 def test_status_shows_causes_that_kubernetes_knows(kfp_server: Any, kube_server: Any) -> None:
-    pods, workflow = recorded("probe-memory")
     run = kfp_server.replay("failed")
-    for each in (*pods, workflow):
-        each["metadata"]["labels"]["pipeline/runid"] = run["run_id"]
-    for pod in pods:
-        kube_server.put("pods", pod["metadata"]["name"], **pod)
-    kube_server.put("workflows", workflow["metadata"]["name"], **workflow)
+    put_recorded(kube_server, "probe-memory", run_id=run["run_id"])
     output = tuneline("status", "h2-fail").output
     assert "h2-fail: failed, created 2026-11-27" in output
     (line,) = (line for line in output.splitlines() if line.lstrip().startswith("work "))
@@ -158,13 +153,8 @@ def test_following_needs_kubernetes_and_one_step(kfp_server: Any, no_kube: None)
 
 
 def test_resume_lets_the_exit_handler_run_again(kfp_server: Any, kube_server: Any) -> None:
-    pods, workflow = recorded("probe-memory")
     run = kfp_server.replay("failed")
-    for each in (*pods, workflow):
-        each["metadata"]["labels"]["pipeline/runid"] = run["run_id"]
-    for pod in pods:
-        kube_server.put("pods", pod["metadata"]["name"], **pod)
-    kube_server.put("workflows", workflow["metadata"]["name"], **workflow)
+    put_recorded(kube_server, "probe-memory", run_id=run["run_id"])
     output = tuneline("resume", run["run_id"]).output
     assert "resumed, from" in output and "does not run diagnose again" not in output
     (kept,) = (each for (kind, *_), each in kube_server.objects.items() if kind == "workflows")
@@ -210,6 +200,6 @@ def test_kfp_says_that_a_workflow_is_too_large(kfp_server: Any, no_kube: None) -
     kfp_server.refuse = (500, f"Failed to retry a run: {message} (2190747 vs. 2097152)")
     with pytest.raises(UserError, match="submit the recipe again"):
         runs.resume(client, details)
-    kfp_server.refuse = (500, "Failed to retry a run: the database is away")
-    with pytest.raises(ClusterError, match="the database is away"):
+    kfp_server.refuse = (500, "Failed to retry a run: the database is unreachable")
+    with pytest.raises(ClusterError, match="the database is unreachable"):
         runs.resume(client, details)

@@ -147,7 +147,7 @@ class KfpServer:
 
     def _create_recurringruns(self, body: dict[str, Any]) -> dict[str, Any]:
         if self.fail_creation:
-            raise Refused(500, "Internal error: the database is away")
+            raise Refused(500, "Internal error: the database is unreachable")
         check_body(body, "V2beta1RecurringRun")
         self._check_pipeline(body)
         cron = body["trigger"].get("cron_schedule", {}).get("cron")

@@ -166,7 +166,7 @@ def test_a_changed_recipe_is_a_change(kfp_server: Any, put: Any) -> None:
 def test_when_creating_fails_the_old_one_goes_on(kfp_server: Any, client: Client, put: Any) -> None:
     first = put()
     kfp_server.fail_creation = True
-    with pytest.raises(ClusterError, match="500: Internal error: the database is away"):
+    with pytest.raises(ClusterError, match="500: Internal error: the database is unreachable"):
         put(schedules.interval_trigger("12h"))
     (kept,) = schedules.find_schedules(client)
     assert kept.recurring_run_id == first.recurring_run_id
