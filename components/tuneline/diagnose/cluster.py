@@ -15,7 +15,7 @@ from kubernetes import client
 from tuneline.errors import TunelineError
 from tuneline.pods import POD_NAME_VARIABLE, RUN_LABEL, STEP_LABEL, TRAINJOBS
 from tuneline.runtime.kfp_run import WORKFLOW_LABEL
-from tuneline.runtime.kubernetes_client import connect, own_namespace
+from tuneline.runtime.kubernetes_client import connect, own_namespace, true_conditions
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class _Reader:
         )
         for job in (listed or {}).get("items", []):
             name = job["metadata"]["name"]
-            if not _has_ended(job):
+            if not true_conditions(job).keys() & {"Complete", "Failed"}:
                 what = f"TrainJob {name}, which may still use GPUs,"
                 if self._request(f"{self._jobs}/{name}", what, method="DELETE", ignored=(404,)):
                     self._found.deleted_jobs.append(name)
@@ -137,10 +137,3 @@ class _Reader:
                 f"{verb}."
             )
         return None
-
-
-def _has_ended(job: dict[str, Any]) -> bool:
-    return any(
-        condition["type"] in ("Complete", "Failed") and condition["status"] == "True"
-        for condition in job.get("status", {}).get("conditions", [])
-    )

@@ -10,7 +10,9 @@ from tuneline.errors import StoppedError
 from tuneline.runtime.causes import CAUSES, RUN_AGAIN, Explanation, find_cause
 from tuneline.runtime.kfp_run import DRIVER_FAILED, Attempt
 from tuneline.runtime.pod_ending import (
+    CONFIG_REASONS,
     DEADLINE,
+    IMAGE_REASONS,
     MEMORY_LIMIT,
     NOT_STARTED,
     OUT_OF_MEMORY,
@@ -21,8 +23,6 @@ from tuneline.runtime.termination import STARTED
 from tuneline.steps import STEPS
 
 _ADVICE = {cause.name: cause.advice for cause in CAUSES}
-_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
-_CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 _DISRUPTIONS = (
     POD_DELETED,
     "Preempting",
@@ -86,9 +86,9 @@ def _by_reason(attempt: Attempt, reason: str, message: str) -> Explanation | Non
             f"The step reached its time limit. {message}".rstrip(),
             f"Raise {key}.timeout_hours, or lower train.max_steps or evaluate.limit. {_RESUME}",
         )
-    if reason in _IMAGE_REASONS:
+    if reason in IMAGE_REASONS:
         return Explanation(f"The step's image cannot be pulled. {message}", _ADVICE["image"])
-    if reason in _CONFIG_REASONS:
+    if reason in CONFIG_REASONS:
         return Explanation(
             f"The step's container cannot be created. {message}",
             "Create the secret, the claim or the ConfigMap that the message names, or correct "

@@ -71,3 +71,9 @@ def connect(
         raise_on_status=False,
     )
     return client.ApiClient(settings)
+
+
+def true_conditions(body: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the conditions of an object whose status is True, by their type."""
+    conditions = body.get("status", {}).get("conditions", [])
+    return {each["type"]: each for each in conditions if each["status"] == "True"}

@@ -13,6 +13,18 @@ DEADLINE = "DeadlineExceeded"
 """Reason of a pod that reached its time limit."""
 OUT_OF_MEMORY = "OOMKilled"
 """Reason of a container of which a process was killed at the memory limit."""
+MEMORY_LIMIT = "memory limit "
+"""Start of the message of a container that was killed at its memory limit; the limit follows."""
+RUN_STOPPED = "RunStopped"
+"""Reason of a pod that Argo removed before it ran, because the whole run was stopped."""
+NOT_STARTED = "ContainerNotStarted"
+"""Reason of a pod that reached its deadline before its main container had started."""
+STARTING = ("PodInitializing", "ContainerCreating")
+"""Reasons of containers that wait for nothing unusual."""
+IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
+"""Reasons of containers whose image cannot be pulled."""
+CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+"""Reasons of containers that cannot be created, e.g. because a secret is missing."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +40,6 @@ class PodEnding:
     started: str = ""
     ended: str = ""
 
-
-MEMORY_LIMIT = "memory limit "
-"""Start of the message of such a container; the limit follows."""
-RUN_STOPPED = "RunStopped"
-"""Reason of a pod that Argo removed before it ran, because the whole run was stopped."""
-NOT_STARTED = "ContainerNotStarted"
-"""Reason of a pod that reached its deadline before its main container had started."""
-STARTING = ("PodInitializing", "ContainerCreating")
-"""Reasons of containers that wait for nothing unusual."""
 
 _MESSAGES = (
     (RUN_STOPPED, r"^Step exceeded its deadline$|exceeded workflow deadline|workflow shutdown"),

@@ -12,9 +12,9 @@ heartbeat to the job, copies new log lines of node 0 to its own log, and reads t
   `NUM_DISRUPTIONS`; the second, like the restarts of ranks, by `train.max_restarts`. If the step
   wrote an error, the launcher raises that error.
 - Cancellation. The exit handler of the run deletes the job (`diagnose`), because a pod of KFP is
-  gone about a second after SIGTERM. The launcher tries to delete it in that second. Kubernetes
-  deletes it together with the workflow that owns the job, and `tuneline doctor` reports jobs
-  without a recent heartbeat.
+  gone about a second after SIGTERM. The launcher tries to delete it in that second. If neither
+  succeeds, the job's pods stop by themselves (`lease`), and Kubernetes deletes the job together
+  with the workflow that owns it. `tuneline doctor` reports jobs without a recent heartbeat.
 - Kubernetes API. While the API is unreachable, requests are retried for a limited time. Each read
   of the log starts where the last successful read ended, so that a failed read loses no lines.
 """
@@ -34,13 +34,13 @@ from tuneline.errors import (
     TrainingError,
     TunelineError,
 )
+from tuneline.runtime.kubernetes_client import true_conditions
 from tuneline.runtime.signals import raised_on_sigterm
 from tuneline.train.ranks.nodes import Outcome, SharedDirectory
 from tuneline.train.trainjob.client import ApiUnavailable, TrainJobs
 from tuneline.train.trainjob.logs import LogMirror
 from tuneline.train.trainjob.pod_state import (
-    CONFIG_REASON,
-    IMAGE_REASONS,
+    STUCK_REASONS,
     disruption,
     exceeds_whole_quota,
     memory_kill,
@@ -166,7 +166,7 @@ class Launcher:
         if job is not None and "deletionTimestamp" in job["metadata"]:
             self._remove()
             job = None
-        if job is not None and _condition(job, "Failed"):
+        if job is not None and true_conditions(job).get("Failed"):
             outcome = self._shared.read_outcome()
             if outcome and issubclass(_error_type(outcome), errors.UserError):
                 raise _error_type(outcome)(outcome.message)
@@ -211,9 +211,9 @@ class Launcher:
                 )
             self._beat()
             self._read_pods()
-            if _condition(job, "Complete"):
+            if true_conditions(job).get("Complete"):
                 return None
-            failed = _condition(job, "Failed")
+            failed = true_conditions(job).get("Failed")
             if failed:
                 return self._cause_of(failed)
             self._log_state(job)
@@ -263,7 +263,7 @@ class Launcher:
 
     def _log_state(self, job: dict[str, Any]) -> None:
         """Log the state of the job if it has changed, or from time to time while it waits."""
-        suspended = _condition(job, "Suspended")
+        suspended = true_conditions(job).get("Suspended")
         counts = {"active": 0, "ready": 0, "failed": 0}
         for status in job.get("status", {}).get("jobsStatus", []):
             for key in counts:
@@ -286,11 +286,7 @@ class Launcher:
         """Return why pods do not start; delete the job if a pod has been stuck for too long."""
         pods = self._retrying(lambda: self._jobs.pods(self._name))
         obstacles = [(pod.metadata.name, *reason) for pod in pods if (reason := obstacle(pod))]
-        stuck = [
-            (pod, text)
-            for pod, reason, text in obstacles
-            if reason in (*IMAGE_REASONS, CONFIG_REASON)
-        ]
+        stuck = [(pod, text) for pod, reason, text in obstacles if reason in STUCK_REASONS]
         if not stuck:
             self._stuck_since = None
         elif self._stuck_since is None:
@@ -374,12 +370,3 @@ def _out_of_time(name: str, seconds: float) -> TrainingError:
         "placement.steps.train.timeout_hours and run the step again; it resumes from its last "
         "checkpoint"
     )
-
-
-def _condition(job: dict[str, Any], kind: str) -> dict[str, Any] | None:
-    """Return a condition of the job if its status is True."""
-    conditions: list[dict[str, Any]] = job.get("status", {}).get("conditions", [])
-    for condition in conditions:
-        if condition["type"] == kind and condition["status"] == "True":
-            return condition
-    return None

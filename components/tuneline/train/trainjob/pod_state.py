@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from tuneline.placement import quantity_value
+from tuneline.runtime.pod_ending import CONFIG_REASONS, IMAGE_REASONS
 
-IMAGE_REASONS = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName")
-CONFIG_REASON = "CreateContainerConfigError"
+STUCK_REASONS = (*IMAGE_REASONS, *CONFIG_REASONS)
+"""Reasons of a container that occupies its GPUs but does not start."""
 REFUSALS = {
     "TrainJob": "TrainJobResourcesCreationFailed",
     "JobSet": "JobCreationFailed",
@@ -49,7 +50,7 @@ def obstacle(pod: Any) -> tuple[str, str] | None:
     """
     for status in pod.status.container_statuses or []:
         waiting = status.state.waiting
-        if waiting and waiting.reason in (*IMAGE_REASONS, CONFIG_REASON):
+        if waiting and waiting.reason in STUCK_REASONS:
             return waiting.reason, f"{waiting.reason}: {waiting.message or 'no message'}"
     for condition in pod.status.conditions or []:
         if condition.type == "PodScheduled" and condition.status == "False":

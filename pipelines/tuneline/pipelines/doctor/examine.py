@@ -26,6 +26,7 @@ from tuneline.pipelines.run_view import RunView
 from tuneline.pipelines.step_logs import read
 from tuneline.pods import QUEUE_LABEL
 from tuneline.runtime.kfp_run import DRIVER_FAILED, Attempt
+from tuneline.runtime.pod_ending import IMAGE_REASONS
 
 LOG_LINES = 1000
 """Lines at the end of a log in which the error is looked for."""
@@ -90,7 +91,7 @@ def _pod(view: RunView, attempt: Attempt) -> dict[str, Any] | None:
 
 def _pull_error(view: RunView, attempt: Attempt) -> str:
     """Return what the events say about an image that cannot be pulled; "" if they do not."""
-    if view.kube is None or "Image" not in attempt.reason:
+    if view.kube is None or attempt.reason not in IMAGE_REASONS:
         return ""
     try:
         messages = [event.get("message", "") for event in view.kube.events(attempt.pod)]

@@ -11,6 +11,7 @@ from tuneline.pipelines.kube import Kube
 from tuneline.pods import QUEUE_LABEL, RUN_LABEL
 from tuneline.runtime.causes import find_cause
 from tuneline.runtime.kfp_run import Attempt
+from tuneline.runtime.kubernetes_client import true_conditions
 from tuneline.runtime.pod_ending import ending_of_pod
 from tuneline.train.trainjob.client import JOBSET_LABEL
 from tuneline.train.trainjob.manifest import CONTAINER, HEARTBEAT
@@ -29,8 +30,7 @@ def examine_trainjobs(kube: Kube, run_id: str) -> list[Finding]:
 
 
 def _examine(kube: Kube, job: dict[str, Any]) -> Iterator[Finding]:
-    conditions = job.get("status", {}).get("conditions", [])
-    now = {cond["type"]: cond for cond in conditions if cond["status"] == "True"}
+    now = true_conditions(job)
     name = job["metadata"]["name"]
     if "Complete" in now:
         return

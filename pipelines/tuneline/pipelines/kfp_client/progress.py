@@ -1,4 +1,4 @@
-"""Tell how far each step of a run is, from what KFP's API says alone.
+"""Find the state of each step of a run in the answers of KFP's API alone.
 
 The API has no errors of tasks (`error` is null for every task), calls a cancelled run failed, and
 lists a step whose result came from the cache as one that ran. It stops recording the steps when
@@ -106,7 +106,7 @@ class _Reader:
     def __init__(self, run: Any, graph: Graph) -> None:
         tasks = (run.run_details and run.run_details.task_details) or []
         resumed = _resumed_at(run)
-        # What failed before the run was resumed starts anew; its old task is still listed.
+        # What failed before the run was resumed starts again; its old task is still listed.
         self.nodes = Nodes(
             [
                 task

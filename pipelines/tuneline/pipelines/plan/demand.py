@@ -16,22 +16,22 @@ Amounts = dict[str, float]
 """Amounts by the names of a quota's resources, such as requests.cpu."""
 
 NO_RESOURCES: Mapping[str, str] = {}
-"""Of a container of Argo's executor: the namespace's LimitRange gives it defaults, if there is
-one."""
+"""Resources of a container of Argo's executor, which sets none. If the namespace has a LimitRange,
+the container gets its defaults."""
 LAUNCHER = {
     "requests.cpu": "100m",
     "requests.memory": "256Mi",
     "limits.cpu": "500m",
     "limits.memory": "256Mi",
 }
-"""Of the init container in which KFP's launcher copies itself into the pod of a step."""
+"""Resources of the init container in which KFP's launcher copies itself into the pod of a step."""
 DRIVER = {
     "requests.cpu": "100m",
     "requests.memory": "64Mi",
     "limits.cpu": "500m",
     "limits.memory": "512Mi",
 }
-"""Of the main container of KFP's driver, a pod that runs before each step."""
+"""Resources of the main container of KFP's driver, a pod that runs before each step."""
 
 
 @dataclass(frozen=True)
