@@ -21,7 +21,8 @@ HEAVY_PATHS = tuple(
     Path(__file__).parent / name
     for name in (
         *("kernels", "evaluate", "train/ranks", "train/trainjob", "quantize/test_pieces.py"),
-        *("publish/test_publish.py", "pipelines/cli", "pipelines/kfp_client"),
+        *("publish/test_card.py", "publish/test_publish.py"),
+        *("pipelines/cli", "pipelines/kfp_client"),
         *("pipelines/test_gitops.py", "pipelines/test_kube_server.py"),
     )
 )

@@ -6,13 +6,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import hub_server
 import pytest
-import yaml
+from publish_cases import REPOS, TOKEN, publish, to_hub
 
 from tuneline.artifacts import (
     DatasetManifest,
@@ -21,20 +19,11 @@ from tuneline.artifacts import (
     ModelOrigin,
     Published,
     QuantizedModel,
-    RunHeader,
-    Scores,
-    TaskComparison,
-    TaskScore,
-    TrainingPoint,
     TrainingSummary,
 )
 from tuneline.errors import StorageError
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.directory import write_tree
-from tuneline.quantize.config import QuantizeConfig
-from tuneline.recipe import Recipe
-from tuneline.report.run import run as write_report
-from tuneline.train.config import TrainConfig
 
 
 def change_merged(run_dir: Path, content: bytes) -> None:
@@ -45,164 +34,6 @@ def change_merged(run_dir: Path, content: bytes) -> None:
     proof = MergeProof.read(merged)
     for name in ("q8_0", "gptq-4bit"):
         QuantizedModel.read(run_dir / name).write(run_dir / name, parents=(proof,))
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path:
-    """Artifacts of a run with small but real files."""
-    root = tmp_path / "run"
-
-    def directory(name: str, **files: bytes) -> Path:
-        path = root / name
-        path.mkdir(parents=True)
-        for file, content in files.items():
-            path.joinpath(file.replace("__", ".")).write_bytes(content)
-        return path
-
-    ModelOrigin(
-        source="org/base",
-        revision="a" * 40,
-        licence="Apache-2.0",
-        architecture="LlamaForCausalLM",
-        num_parameters=1000,
-        num_bytes=2000,
-        sha256="1" * 64,
-    ).write(directory("base"))
-    new_dataset(
-        source="/home/someone/private/rows.jsonl", num_train_rows=90, sha256="2" * 64
-    ).write(directory("dataset"))
-    TrainingSummary(
-        method="sft",
-        num_steps=10,
-        num_tokens=900,
-        final_loss=0.5,
-        first_eval_loss=2.0,
-        final_eval_loss=0.75,
-        num_trainable_parameters=10,
-        num_parameters=1000,
-        base_quantization="nf4",
-        compute_dtype="float32",
-        device="cpu",
-        tokens_per_second=100.0,
-        peak_memory_bytes=1,
-        history=[
-            TrainingPoint(step=0, eval_loss=2.0),
-            *(TrainingPoint(step=step, loss=2.0 / step) for step in range(1, 41)),
-            TrainingPoint(step=40, eval_loss=0.75),
-        ],
-        base_sha256="1" * 64,
-        dataset_sha256="2" * 64,
-    ).write(
-        directory(
-            "adapter", adapter_model__safetensors=b"adapter weights", adapter_config__json=b"{}"
-        ),
-        TrainConfig(),
-    )
-    MergeProof(
-        base="dequantized",
-        dtype="bfloat16",
-        num_bytes=10,
-        num_shards=1,
-        num_merged_modules=7,
-        num_prompts=8,
-        max_logit_difference=0.1,
-        mean_kl=3e-4,
-        top1_agreement=0.99,
-        max_mean_kl=0.01,
-    ).write(directory("merged", model__safetensors=os.urandom(4096), config__json=b"{}"))
-    for name, kind, file in (("q8_0", "gguf", "model.gguf"), ("gptq-4bit", "gptq", ".")):
-        files = {"config__json": b"{}"}
-        measured = {"mean_kl": 0.0069, "top1_agreement": 0.977, "perplexity": 1.5}
-        measured |= {"benchmark": "heldout_choice", "num_benchmark_rows": 16}
-        measured |= {"benchmark_score": 0.875, "reference_benchmark_score": 0.9375}
-        measured |= {"num_tokenizer_texts": 236, "num_conversations": 7, "stop_tokens": ["</s>"]}
-        measured |= {"tokens_per_second": 61.7}
-        if kind == "gguf":
-            modelfile = b'FROM ./model.gguf\nPARAMETER stop "</s>"\n'
-            files = {"model__gguf": os.urandom(2048), "Modelfile": modelfile}
-        QuantizedModel(
-            format=name,
-            kind=kind,
-            file=file,
-            num_bytes=2048,
-            bits_per_weight=8.5,
-            prompt="p",
-            generated="an answer",
-            **(measured if file != "." else {}),
-        ).write(directory(name, **files))
-    Decision(
-        verdict="promote",
-        reason="heldout_choice +0.50",
-        comparisons=[
-            TaskComparison(
-                task="heldout_choice",
-                metric="acc",
-                higher_is_better=True,
-                base=0.25,
-                tuned=0.75,
-                difference=0.5,
-                interval=(0.4, 0.6),
-                num_samples=200,
-                outcome="better",
-                target=True,
-            )
-        ],
-    ).write(directory("decision"))
-    return root
-
-
-def recipe_of(description: str = "") -> Recipe:
-    return Recipe(
-        name="mine",
-        description=description,
-        base_model="org/base",
-        dataset="/home/someone/private/rows.jsonl",
-        publish_to="org/somewhere",
-        quantize=QuantizeConfig(gguf=("q8_0",), gptq=("gptq-4bit",)),
-    )
-
-
-def publish(
-    run_dir: Path,
-    target: str,
-    out: str,
-    *,
-    exports: tuple[str, ...] = ("q8_0", "gptq-4bit"),
-    description: str = "",
-    **environment: str,
-) -> subprocess.CompletedProcess:
-    recipe = recipe_of(description)
-    config = run_dir / "publish.json"
-    config.write_text('{"max_attempts": 3}')
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "tuneline.publish", "--config", str(config)),
-            *("--target", target, "--recipe", recipe.model_dump_json()),
-            *("--base-model", str(run_dir / "base"), "--dataset", str(run_dir / "dataset")),
-            *("--adapter", str(run_dir / "adapter"), "--merged", str(run_dir / "merged")),
-            *("--exports", *(str(run_dir / name) for name in exports)),
-            *("--decision", str(run_dir / "decision"), "--published", str(run_dir / out)),
-        ],
-        env={**clean, "HF_HUB_DISABLE_XET": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def to_hub(run_dir: Path, hub, out: str, **changes: str):
-    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, **changes}
-    return publish(run_dir, "me/mine", out, **environment)
-
-
-TOKEN = "hf_" + "t" * 34  # the one that hub_server.py knows
-REPOS = {
-    "me/mine-lora": "adapter",
-    "me/mine": "merged",
-    "me/mine-gguf": "gguf",
-    "me/mine-gptq-4bit": "gptq",
-}
 
 
 def test_one_private_commit_a_repository(run_dir: Path, hub) -> None:
@@ -289,93 +120,6 @@ def test_the_directory_is_the_tree_that_would_be_pushed(run_dir: Path, hub, tmp_
         assert here == there
 
 
-def test_a_card_has_the_description_of_the_recipe(run_dir: Path, tmp_path: Path) -> None:
-    said = "Answers questions about tides."
-    assert publish(run_dir, f"dir:{tmp_path}/out", "with", description=said).returncode == 0
-    assert publish(run_dir, f"dir:{tmp_path}/plain", "without").returncode == 0
-    for repo in REPOS:
-        name = repo.split("/")[1]
-        _, _, body = (tmp_path / "out" / name / "README.md").read_text().split("---\n", 2)
-        title, description, _ = body.strip().split("\n\n", 2)
-        assert title.startswith(f"# {name}: ") and description == said
-        assert said not in (tmp_path / "plain" / name / "README.md").read_text()
-
-
-def test_the_card(run_dir: Path, tmp_path: Path) -> None:
-    assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0
-    card = (tmp_path / "out" / "mine" / "README.md").read_text()
-    _, front, body = card.split("---\n", 2)
-    matter = yaml.safe_load(front)
-    assert matter["base_model"] == "org/base"
-    assert matter["license"] == "apache-2.0"
-    assert matter["library_name"] == "transformers"
-    assert "datasets" not in matter, "a local file is no Hub data set"
-    assert "| heldout_choice | acc | 0.2500 | 0.7500 | +0.5000 | [+0.4000, +0.6000] | 200 |" in body
-    assert (
-        "| q8_0 | 0.0 MB | 8.50 | 6.9e-03 | 97.7% | 1.500 | 87.5% | 62 | "
-        'loads and answers "an answer"; same tokens as the tokenizer on 236 texts; '
-        "same chat template on 7 conversations; stops at `</s>` |"
-    ) in body
-    assert (
-        '| gptq-4bit | 0.0 MB | 8.50 | - | - | - | - | - | loads and answers "an answer" |' in body
-    )
-    assert "torch 2" in body and "; seed 3407\n" in body
-    assert "hashes of all files: in `tuneline.json`" in body
-    assert "heldout_choice on 16 of these rows; the merged model scores 93.8%." in body
-    assert "| Last training loss | 0.5 |" in body and "| Adapter | LoRA, r=16, " in body
-    curve = body.split("## Training curve")[1].split("##")[0].strip().splitlines()[2:]
-    assert curve[0] == "| 0 | - | 2.000 |" and curve[-1] == "| 40 | - | 0.750 |"
-    assert len(curve) == 10 and "| 5 | 0.400 | - |" in curve
-    gguf = tmp_path / "out" / "mine-gguf"
-    assert (gguf / "Modelfile-q8_0").read_text() == (
-        'FROM ./mine-q8_0.gguf\nPARAMETER stop "</s>"\n'
-    )
-    assert (gguf / "mine-q8_0.gguf").is_file()
-    assert "ollama create mine -f Modelfile-q8_0" in (gguf / "README.md").read_text()
-    assert "2" * 16 in body
-    assert "90 training rows" in body
-    assert "/home/someone" not in card
-    marker = json.loads((tmp_path / "out" / "mine" / "tuneline.json").read_text())
-    assert marker["dataset_sha256"] == "2" * 64
-
-
-@pytest.mark.parametrize(
-    ("licence", "fields"),
-    [
-        ("Llama3.1", {"license": "llama3.1"}),
-        # What fetch finds beside `license: other`.
-        ("qwen-research", {"license": "other", "license_name": "qwen-research"}),
-        ("Our Own, v2", {"license": "other", "license_name": "our-own-v2"}),
-        ("other", {"license": "other"}),
-        (None, {}),
-    ],
-)
-def test_a_licence_is_named_as_the_hub_takes_it(
-    run_dir: Path, hub, licence: str | None, fields: dict[str, str]
-) -> None:
-    origin = ModelOrigin.read(run_dir / "base")
-    origin.model_copy(update={"licence": licence}).write(run_dir / "base")
-    done = to_hub(run_dir, hub, "out")
-    assert done.returncode == 0, done.stderr
-    for repo in REPOS:
-        matter = yaml.safe_load(hub.content(repo, "README.md").decode().split("---\n")[1])
-        assert {key: matter[key] for key in matter if key.startswith("license")} == fields
-
-
-@pytest.mark.parametrize(
-    ("source", "datasets"),
-    [("org/rows", ["org/rows"]), ("org/rows.v2", ["org/rows.v2"]), ("data/rows.jsonl", None)],
-)
-def test_a_card_names_a_data_set_of_the_hub(
-    run_dir: Path, tmp_path: Path, source: str, datasets: list[str] | None
-) -> None:
-    dataset = DatasetManifest.read(run_dir / "dataset")
-    dataset.model_copy(update={"source": source}).write(run_dir / "dataset")
-    assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0
-    card = (tmp_path / "out" / "mine" / "README.md").read_text()
-    assert yaml.safe_load(card.split("---\n")[1]).get("datasets") == datasets
-
-
 def test_a_format_that_was_exported_twice_is_refused(run_dir: Path, tmp_path: Path) -> None:
     """The second would be written through a link into the first one's artifact."""
     shutil.copytree(run_dir / "gptq-4bit", run_dir / "again")
@@ -423,70 +167,6 @@ def test_the_records_of_base_model_and_dataset_suffice(run_dir: Path, tmp_path: 
     (run_dir / "merged" / "merge.json").write_text(json.dumps(lineage))
     done = publish(run_dir, f"dir:{tmp_path}/other", "other")
     assert "made from the base_model 111111111111, but the one here is 9999" in sentence(done, 1)
-
-
-def test_page_card_and_tree_show_the_same_exports(run_dir: Path, tmp_path: Path) -> None:
-    for side, value in (("base", 0.25), ("tuned", 0.75)):
-        score = TaskScore(metric="acc", higher_is_better=True, value=value, num_samples=200)
-        scores = Scores(model=side, tasks={"heldout_choice": score}, harness="lm-eval")
-        directory = run_dir / f"{side}_scores"
-        directory.mkdir()
-        (directory / "generations.jsonl").write_text("")
-        scores.write(directory)
-    exports = ["q8_0", "gptq-4bit"]
-    page = tmp_path / "page"
-    summary = write_report(
-        RunHeader.parse(recipe_of().model_dump_json()),
-        **{f"{name}_dir": str(run_dir / name) for name in ("dataset", "adapter", "merged")},
-        base_model_dir=str(run_dir / "base"),
-        base_scores_dir=str(run_dir / "base_scores"),
-        tuned_scores_dir=str(run_dir / "tuned_scores"),
-        decision_dir=str(run_dir / "decision"),
-        exports_dirs=[str(run_dir / name) for name in exports],
-        page_path=str(page),
-        summary_dir=str(tmp_path / "summary"),
-    )
-    assert publish(run_dir, f"dir:{tmp_path}/out", "published").returncode == 0
-    assert [export.format for export in summary.exports] == exports
-    shown = page.read_text().split("Merge and exports")[1].split("<pre>")[0]
-    card = (tmp_path / "out" / "mine" / "README.md").read_text()
-    table = card.split("## Exports")[1].split("\n## ")[0]
-    for name in exports:
-        assert name in shown and f"| {name} |" in table
-    assert (tmp_path / "out" / "mine-gguf" / "mine-q8_0.gguf").is_file()
-    assert (tmp_path / "out" / "mine-gptq-4bit" / "config.json").is_file()
-
-
-def test_every_card_says_how_to_run_all_of_the_family(run_dir: Path, hub) -> None:
-    """Own repository first; the adapter on the 4 bits that it was trained on."""
-    assert to_hub(run_dir, hub, "out").returncode == 0
-    for repo in REPOS:
-        body = hub.content(repo, "README.md").decode()
-        section = body.split("## How to run it")[1].split("\n## ")[0]
-        assert section.strip().split(":")[0].count(f"`{repo}`") == 1, "its own comes first"
-        for line in (
-            'base = AutoModelForCausalLM.from_pretrained("org/base", '
-            f'revision="{"a" * 40}", quantization_config=nf4)',
-            'model = PeftModel.from_pretrained(base, "me/mine-lora")',
-            'chat = pipeline("text-generation", model="me/mine")',
-            "vllm serve me/mine-gptq-4bit",
-            "llama-cli -hf me/mine-gguf:Q8_0 -cnv",
-            "ollama run hf.co/me/mine-gguf:Q8_0",
-        ):
-            assert line in section
-        blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-        assert len(blocks) == 3
-        for block in blocks:
-            compile(block, repo, "exec")
-
-
-def test_a_card_names_vllm_where_it_serves_the_checkpoint(run_dir: Path, tmp_path: Path) -> None:
-    record = QuantizedModel.read(run_dir / "gptq-4bit")
-    record.model_copy(update={"vllm_has_kernel": False}).write(run_dir / "gptq-4bit")
-    assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0
-    card = (tmp_path / "out" / "mine-gptq-4bit" / "README.md").read_text()
-    assert "vllm serve mine\n" in card and "vllm serve mine-gptq" not in card
-    assert "GPTQ checkpoint, with transformers (`mine-gptq-4bit`)" in card
 
 
 def test_our_own_directory_is_replaced_and_a_foreign_one_is_not(

@@ -15,13 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from kube_server import KubeServer
+from trainjob_cases import NAME, NODES, OWNER, body_for, schema_of
 
 from tuneline import errors
 from tuneline.artifacts import TrainingSummary
@@ -33,150 +32,16 @@ from tuneline.errors import (
     TrainingError,
     UserError,
 )
-from tuneline.pipelines.lint.lint import lint_documents
 from tuneline.runtime.kubernetes_client import connect
 from tuneline.train import TrainConfig
 from tuneline.train.ranks.nodes import Outcome, SharedDirectory
 from tuneline.train.run import run
 from tuneline.train.trainjob.client import TrainJobs
 from tuneline.train.trainjob.follow import Launcher
-from tuneline.train.trainjob.manifest import NODE_LABELS, NodesConfig, build
+from tuneline.train.trainjob.manifest import NodesConfig
 from tuneline.train.trainjob.run import run_on_nodes
 
-CRDS = Path(__file__).parents[2] / "data" / "crds"
 RECORDED = Path(__file__).parents[2] / "data" / "trainer-2.3"
-VERSIONS = ["v2.0.0", "v2.0.1", "v2.1.0", "v2.2.1", "v2.3.0"]
-
-NODES: dict[str, Any] = {
-    "num_nodes": 2,
-    "ranks_per_node": 8,
-    "accelerator": "nvidia.com/gpu",
-    "cpu_request": "96",
-    "cpu_limit": "96",
-    "memory_request": "900Gi",
-    "memory_limit": "900Gi",
-    "timeout_hours": 0.5,
-    "image": "tuneline/train:0.1.0",
-    "runtime": "tuneline",
-    "runtime_kind": "TrainingRuntime",
-    "shared_claim": "tuneline-shared",
-    "shared_memory": "64Gi",
-    "scratch_size": "100Gi",
-    "node_selector": {"pool": "tuning"},
-    "accelerator_products": ["NVIDIA-H100-80GB-HBM3"],
-    "tolerations": [{"key": "nvidia.com/gpu"}],
-    "secrets": {"wandb": {"key": "WANDB_API_KEY"}},
-    "queue": "team",
-    "workload_priority_class": "batch",
-    "run_as_user": 65532,
-}
-OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "w", "uid": "1-2"}
-NAME = "tuneline-train-0123456789ab"
-
-
-def schema_of(version: str) -> dict[str, Any]:
-    path = CRDS / f"trainer-{version}" / "trainjobs.yaml"
-    (found,) = yaml.safe_load(path.read_text())["spec"]["versions"]
-    return found["schema"]["openAPIV3Schema"]
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    with KubeServer() as server:
-        monkeypatch.setenv("KUBECONFIG", str(server.write_kubeconfig(tmp_path / "kubeconfig")))
-        yield server
-
-
-def body_for(supported: set[str], **changed: Any) -> dict[str, Any]:
-    return build(
-        NodesConfig.parse({**NODES, **changed}),
-        name=NAME,
-        directory=Path("/shared/tuneline", NAME),
-        labels={"app.kubernetes.io/part-of": "tuneline", "pipeline/runid": "run-1"},
-        owner=OWNER,
-        supported=supported,
-    )
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_each_version_of_trainer_takes_the_job(server: Any, version: str) -> None:
-    server.trainjob_schema = schema_of(version)
-    jobs = TrainJobs(connect(num_retries=0), "kubeflow")
-    body = body_for(jobs.supported())
-    jobs.create(body)
-    found = jobs.get(NAME)
-    assert found is not None
-    assert lint_documents([found]) == []
-    spec = found["spec"]
-    assert ("activeDeadlineSeconds" in spec) == (version >= "v2.2")
-    minor = version[:4]
-    if minor == "v2.0":
-        template = {"spec": spec["podSpecOverrides"][0]}
-    elif minor == "v2.1":
-        template = spec["podTemplateOverrides"][0]
-    else:
-        runtime = spec["runtimePatches"][0]["trainingRuntimeSpec"]
-        template = runtime["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
-    pod = template["spec"]
-    # The runtime sets them too, for 2.0; a runtime of the cluster's would not.
-    if minor != "v2.0":
-        assert template["metadata"]["annotations"] == {"sidecar.istio.io/inject": "false"}
-        assert template["metadata"]["labels"] == {**NODE_LABELS, "pipeline/runid": "run-1"}
-    user = {"runAsUser": 65532} if version >= "v2.2" else None
-    assert pod.get("securityContext") == user
-    assert {"name": "dshm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
-    assert pod["tolerations"] == [
-        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
-    ]
-    # Before 2.1 there is no affinity.
-    assert ("affinity" in pod) == (minor != "v2.0")
-    assert ("nvidia.com/gpu.product" in pod["nodeSelector"]) == (minor == "v2.0")
-    # No patch of environment, and a secret's value nowhere.
-    assert "env" not in pod["containers"][0]
-    secret = {"name": "wandb", "key": "key", "optional": True}
-    assert {"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": secret}} in spec["trainer"][
-        "env"
-    ]
-    assert found["metadata"]["ownerReferences"] == [OWNER]
-    assert found["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
-    assert spec["trainer"]["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == "8"
-    # One that is there already is no error, and stays.
-    jobs.create(body_for(jobs.supported(), num_nodes=4))
-    assert jobs.get(NAME) == found
-
-
-def test_the_server_refuses_what_a_version_does_not_know(server: Any) -> None:
-    server.trainjob_schema = schema_of("v2.0.0")
-    jobs = TrainJobs(connect(num_retries=0), "kubeflow")
-    with pytest.raises(ClusterError, match="400 .*runtimePatches.* unexpected"):
-        jobs.create(body_for({"runtimePatches"}))
-
-
-@pytest.mark.parametrize(
-    ("changed", "says"),
-    [
-        ({"accelerator_products": ["A", "B"]}, "cannot choose among the GPU products A, B"),
-        ({"image_pull_secrets": ["registry"]}, "cannot set image pull secrets"),
-    ],
-)
-def test_what_an_old_trainer_cannot_say_is_an_error(changed: dict[str, Any], says: str) -> None:
-    with pytest.raises(ClusterError, match=says):
-        body_for({"podSpecOverrides"}, **changed)
-
-
-@pytest.mark.parametrize("field", ["podSpecOverrides", "podTemplateOverrides", "runtimePatches"])
-@pytest.mark.parametrize("user", [None, 65532, 1000])
-def test_the_pods_have_the_user_of_the_recipe(field: str, user: int | None) -> None:
-    if field != "runtimePatches" and user == 1000:
-        with pytest.raises(
-            ClusterError, match=r"2.1 cannot set the user.*to 1000 .*image is 65532"
-        ):
-            body_for({field}, run_as_user=user)
-        return
-    text = json.dumps(body_for({field}, run_as_user=user))
-    # null: the platform's, as OpenShift refuses a user outside of the namespace's range.
-    assert (f'"runAsUser": {user}' in text) == (field == "runtimePatches" and user is not None)
-    assert text.count("runAsUser") <= 1
 
 
 def test_a_cluster_without_trainer(server: Any) -> None:

@@ -1,0 +1,170 @@
+"""The model cards of what is published."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from publish_cases import REPOS, publish, recipe_of, to_hub
+
+from tuneline.artifacts import (
+    DatasetManifest,
+    ModelOrigin,
+    QuantizedModel,
+    RunHeader,
+    Scores,
+    TaskScore,
+)
+from tuneline.report.run import run as write_report
+
+
+def test_a_card_has_the_description_of_the_recipe(run_dir: Path, tmp_path: Path) -> None:
+    said = "Answers questions about tides."
+    assert publish(run_dir, f"dir:{tmp_path}/out", "with", description=said).returncode == 0
+    assert publish(run_dir, f"dir:{tmp_path}/plain", "without").returncode == 0
+    for repo in REPOS:
+        name = repo.split("/")[1]
+        _, _, body = (tmp_path / "out" / name / "README.md").read_text().split("---\n", 2)
+        title, description, _ = body.strip().split("\n\n", 2)
+        assert title.startswith(f"# {name}: ") and description == said
+        assert said not in (tmp_path / "plain" / name / "README.md").read_text()
+
+
+def test_the_card(run_dir: Path, tmp_path: Path) -> None:
+    assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0
+    card = (tmp_path / "out" / "mine" / "README.md").read_text()
+    _, front, body = card.split("---\n", 2)
+    matter = yaml.safe_load(front)
+    assert matter["base_model"] == "org/base"
+    assert matter["license"] == "apache-2.0"
+    assert matter["library_name"] == "transformers"
+    assert "datasets" not in matter, "a local file is no Hub data set"
+    assert "| heldout_choice | acc | 0.2500 | 0.7500 | +0.5000 | [+0.4000, +0.6000] | 200 |" in body
+    assert (
+        "| q8_0 | 0.0 MB | 8.50 | 6.9e-03 | 97.7% | 1.500 | 87.5% | 62 | "
+        'loads and answers "an answer"; same tokens as the tokenizer on 236 texts; '
+        "same chat template on 7 conversations; stops at `</s>` |"
+    ) in body
+    assert (
+        '| gptq-4bit | 0.0 MB | 8.50 | - | - | - | - | - | loads and answers "an answer" |' in body
+    )
+    assert "torch 2" in body and "; seed 3407\n" in body
+    assert "hashes of all files: in `tuneline.json`" in body
+    assert "heldout_choice on 16 of these rows; the merged model scores 93.8%." in body
+    assert "| Last training loss | 0.5 |" in body and "| Adapter | LoRA, r=16, " in body
+    curve = body.split("## Training curve")[1].split("##")[0].strip().splitlines()[2:]
+    assert curve[0] == "| 0 | - | 2.000 |" and curve[-1] == "| 40 | - | 0.750 |"
+    assert len(curve) == 10 and "| 5 | 0.400 | - |" in curve
+    gguf = tmp_path / "out" / "mine-gguf"
+    assert (gguf / "Modelfile-q8_0").read_text() == (
+        'FROM ./mine-q8_0.gguf\nPARAMETER stop "</s>"\n'
+    )
+    assert (gguf / "mine-q8_0.gguf").is_file()
+    assert "ollama create mine -f Modelfile-q8_0" in (gguf / "README.md").read_text()
+    assert "2" * 16 in body
+    assert "90 training rows" in body
+    assert "/home/someone" not in card
+    marker = json.loads((tmp_path / "out" / "mine" / "tuneline.json").read_text())
+    assert marker["dataset_sha256"] == "2" * 64
+
+
+@pytest.mark.parametrize(
+    ("licence", "fields"),
+    [
+        ("Llama3.1", {"license": "llama3.1"}),
+        # What fetch finds beside `license: other`.
+        ("qwen-research", {"license": "other", "license_name": "qwen-research"}),
+        ("Our Own, v2", {"license": "other", "license_name": "our-own-v2"}),
+        ("other", {"license": "other"}),
+        (None, {}),
+    ],
+)
+def test_a_licence_is_named_as_the_hub_takes_it(
+    run_dir: Path, hub, licence: str | None, fields: dict[str, str]
+) -> None:
+    origin = ModelOrigin.read(run_dir / "base")
+    origin.model_copy(update={"licence": licence}).write(run_dir / "base")
+    done = to_hub(run_dir, hub, "out")
+    assert done.returncode == 0, done.stderr
+    for repo in REPOS:
+        matter = yaml.safe_load(hub.content(repo, "README.md").decode().split("---\n")[1])
+        assert {key: matter[key] for key in matter if key.startswith("license")} == fields
+
+
+@pytest.mark.parametrize(
+    ("source", "datasets"),
+    [("org/rows", ["org/rows"]), ("org/rows.v2", ["org/rows.v2"]), ("data/rows.jsonl", None)],
+)
+def test_a_card_names_a_data_set_of_the_hub(
+    run_dir: Path, tmp_path: Path, source: str, datasets: list[str] | None
+) -> None:
+    dataset = DatasetManifest.read(run_dir / "dataset")
+    dataset.model_copy(update={"source": source}).write(run_dir / "dataset")
+    assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0
+    card = (tmp_path / "out" / "mine" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1]).get("datasets") == datasets
+
+
+def test_page_card_and_tree_show_the_same_exports(run_dir: Path, tmp_path: Path) -> None:
+    for side, value in (("base", 0.25), ("tuned", 0.75)):
+        score = TaskScore(metric="acc", higher_is_better=True, value=value, num_samples=200)
+        scores = Scores(model=side, tasks={"heldout_choice": score}, harness="lm-eval")
+        directory = run_dir / f"{side}_scores"
+        directory.mkdir()
+        (directory / "generations.jsonl").write_text("")
+        scores.write(directory)
+    exports = ["q8_0", "gptq-4bit"]
+    page = tmp_path / "page"
+    summary = write_report(
+        RunHeader.parse(recipe_of().model_dump_json()),
+        **{f"{name}_dir": str(run_dir / name) for name in ("dataset", "adapter", "merged")},
+        base_model_dir=str(run_dir / "base"),
+        base_scores_dir=str(run_dir / "base_scores"),
+        tuned_scores_dir=str(run_dir / "tuned_scores"),
+        decision_dir=str(run_dir / "decision"),
+        exports_dirs=[str(run_dir / name) for name in exports],
+        page_path=str(page),
+        summary_dir=str(tmp_path / "summary"),
+    )
+    assert publish(run_dir, f"dir:{tmp_path}/out", "published").returncode == 0
+    assert [export.format for export in summary.exports] == exports
+    shown = page.read_text().split("Merge and exports")[1].split("<pre>")[0]
+    card = (tmp_path / "out" / "mine" / "README.md").read_text()
+    table = card.split("## Exports")[1].split("\n## ")[0]
+    for name in exports:
+        assert name in shown and f"| {name} |" in table
+    assert (tmp_path / "out" / "mine-gguf" / "mine-q8_0.gguf").is_file()
+    assert (tmp_path / "out" / "mine-gptq-4bit" / "config.json").is_file()
+
+
+def test_every_card_says_how_to_run_all_of_the_family(run_dir: Path, hub) -> None:
+    """Own repository first; the adapter on the 4 bits that it was trained on."""
+    assert to_hub(run_dir, hub, "out").returncode == 0
+    for repo in REPOS:
+        body = hub.content(repo, "README.md").decode()
+        section = body.split("## How to run it")[1].split("\n## ")[0]
+        assert section.strip().split(":")[0].count(f"`{repo}`") == 1, "its own comes first"
+        for line in (
+            'base = AutoModelForCausalLM.from_pretrained("org/base", '
+            f'revision="{"a" * 40}", quantization_config=nf4)',
+            'model = PeftModel.from_pretrained(base, "me/mine-lora")',
+            'chat = pipeline("text-generation", model="me/mine")',
+            "vllm serve me/mine-gptq-4bit",
+            "llama-cli -hf me/mine-gguf:Q8_0 -cnv",
+            "ollama run hf.co/me/mine-gguf:Q8_0",
+        ):
+            assert line in section
+        blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+        assert len(blocks) == 3
+        for block in blocks:
+            compile(block, repo, "exec")
+
+
+def test_a_card_names_vllm_where_it_serves_the_checkpoint(run_dir: Path, tmp_path: Path) -> None:
+    record = QuantizedModel.read(run_dir / "gptq-4bit")
+    record.model_copy(update={"vllm_has_kernel": False}).write(run_dir / "gptq-4bit")
+    assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0
+    card = (tmp_path / "out" / "mine-gptq-4bit" / "README.md").read_text()
+    assert "vllm serve mine\n" in card and "vllm serve mine-gptq" not in card
+    assert "GPTQ checkpoint, with transformers (`mine-gptq-4bit`)" in card
