@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow
 
@@ -28,13 +28,11 @@ from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.formats.example import Example
 from tuneline.prepare.formats.table import check_names
 from tuneline.prepare.parallel import batched, in_order
-from tuneline.prepare.rows.intake import Intake, take_in
-from tuneline.prepare.rows.mixture import NUM_READ_FOR_ONE, mix_in, num_wanted
+from tuneline.prepare.rows.collect import Collected, collect
+from tuneline.prepare.rows.mixture import mix_in
 from tuneline.prepare.rows.split import MAX_HELDOUT_SHARE, Split, split
 from tuneline.prepare.rows.spool import Spool
-from tuneline.prepare.sources.builtin import find_builtin
-from tuneline.prepare.sources.kinds import kind_of, read_rows
-from tuneline.prepare.sources.row import Selection, SourceRow
+from tuneline.prepare.sources.kinds import kind_of
 from tuneline.prepare.statistics_page import render
 from tuneline.prepare.tokens import lengths, parquet
 from tuneline.prepare.tokens.render import Rendered, Renderer
@@ -94,7 +92,8 @@ def run(
             Spool(work / "rows.jsonl") as spool,
             open(target / REJECTED_FILE, "w", encoding="utf-8") as rejected,
         ):
-            intake, parts = _collect(source, config, Renderer(tokenizer), spool, rejected)
+            collected = collect(source, config, Renderer(tokenizer), spool, rejected)
+            intake, parts = collected.intake, _divide(collected, config, spool)
             digest = hashlib.sha256(template.encode())
             digest.update(f"{config.method} {config.loss_on} {config.template}".encode())
             heldout = _read_heldout(spool, parts.heldout, digest)
@@ -155,49 +154,11 @@ def run(
     return manifest
 
 
-def _collect(
-    source: str, config: PrepareConfig, renderer: Renderer, spool: Spool, rejected: IO[str]
-) -> tuple[Intake, Split]:
-    """Read all rows into the spool and split them into training, evaluation and held-out rows."""
-
-    def take(rows: Iterator[SourceRow], name: str, format: str, limit: int | None) -> Intake:
-        return take_in(
-            rows,
-            config,
-            source=name,
-            format=format,
-            renderer=renderer,
-            spool=spool,
-            rejected=rejected,
-            max_rows=limit,
-        )
-
-    rows = read_rows(source, Selection(config.split, config.subset, config.revision))
+def _divide(collected: Collected, config: PrepareConfig, spool: Spool) -> Split:
+    """Split the collected rows into training, evaluation and held-out rows."""
+    parts = split(len(collected.own), config, own_heldout=collected.heldout, digest=spool.digest)
     wanted = config.heldout.max_rows
-    heldout: range | None = None
-    builtin = find_builtin(source)
-    if builtin is not None:
-        everything = list(rows)
-        num_train = len(everything) - builtin.num_heldout
-        intake = take(iter(everything[:num_train]), source, config.format, None)
-        if config.heldout.source is None:
-            if wanted:
-                take(iter(everything[num_train:]), source, intake.format, wanted)
-            heldout = range(num_train, len(spool))
-    else:
-        intake = take(rows, source, config.format, None)
-    num_rows = len(spool) if heldout is None else heldout.start
-    if config.heldout.source is not None:
-        if wanted:
-            selection = Selection(
-                config.heldout.split or config.split, config.subset, config.revision
-            )
-            rows = read_rows(config.heldout.source, selection)
-            held = take(rows, config.heldout.source, intake.format, wanted)
-            intake.num_rejected += held.num_rejected
-        heldout = range(num_rows, len(spool))
-    parts = split(num_rows, config, own_heldout=heldout, digest=spool.digest)
-    if heldout is None and len(parts.heldout) < wanted:
+    if collected.heldout is None and len(parts.heldout) < wanted:
         logger.warning(
             "prepare.heldout.max_rows asks for %d rows, but %d are held out: at most %.0f %% of "
             "the dataset are, unless prepare.heldout.source names other rows",
@@ -205,24 +166,14 @@ def _collect(
             len(parts.heldout),
             100 * MAX_HELDOUT_SHARE,
         )
-    general = config.general
-    if general is None:
-        return intake, parts
-    first = len(spool)
-    general_intake = take_in(
-        read_rows(general.source, Selection(general.split, general.subset, general.revision)),
-        config.model_copy(update={"columns": general.columns}),
-        source=general.source,
-        format=general.format,
-        renderer=renderer,
-        spool=spool,
-        rejected=rejected,
-        max_rows=NUM_READ_FOR_ONE * max(1, num_wanted(general, len(parts.train))),
-    )
-    intake.num_rejected += general_intake.num_rejected
-    candidates = range(first, len(spool))
-    return intake, mix_in(
-        parts, general, candidates=candidates, seed=config.seed, digest=spool.digest
+    if config.general is None:
+        return parts
+    return mix_in(
+        parts,
+        config.general,
+        candidates=collected.general,
+        seed=config.seed,
+        digest=spool.digest,
     )
 
 

@@ -12,6 +12,7 @@ from tuneline.prepare.formats.table import FORMATS, check_names, detect, read_ro
 
 USER = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4"}
+PAIR = ([USER], {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "5"})
 
 
 def read(values: dict, method: str = "sft", **options) -> Example:
@@ -28,7 +29,7 @@ ROWS = {
 }
 EXAMPLES = {
     "sft": Example(messages=[USER, ANSWER]),
-    "dpo": Example(preference=([USER], "4", "5")),
+    "dpo": Example(preference=PAIR),
     "cpt": Example(text="2 + 2 = 4"),
 }
 
@@ -114,7 +115,7 @@ def test_system_prompt_is_for_rows_without_one() -> None:
     ],
 )
 def test_preference_formats(values: dict) -> None:
-    assert read(values, "dpo").preference == ([USER], "4", "5")
+    assert read(values, "dpo").preference == PAIR
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def read_preference(row: Row, wording: Wording) -> Example:
         raise BadRowError("chosen and rejected are the same")
     prompt = with_system(prompt, system)
     check_contents(prompt)
-    return Example(preference=(prompt, chosen, rejected))
+    return Example(preference=(prompt, assistant(chosen), assistant(rejected)))
 
 
 def _preferred_messages(row: Row) -> tuple[list[Message], str, str]:

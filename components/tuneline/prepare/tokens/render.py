@@ -101,7 +101,8 @@ class Renderer:
             document = {"prompt": "", "answer": example.text, "end": "", "question": ""}
             return Rendered(text=example.text, heldout=document)
         if example.preference is not None:
-            return self._preference(*example.preference)
+            prompt, chosen, rejected = example.preference
+            return self._preference(prompt, chosen["content"], rejected["content"])
         assert example.messages is not None
         messages = example.messages
         pieces = self._conversation(messages)
