@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from collections.abc import Container
 from typing import Any
 
 from tuneline.prepare.formats.example import BadRowError
@@ -87,12 +88,16 @@ def _refuse_constant(name: str) -> None:
     raise _UnclearError(f"has the number {name}, which JSON does not have")
 
 
-def without_nulls(value: Any) -> Any:
-    """Return a value without the keys of its objects that are null, at any depth."""
+def without_nulls(value: Any, keep: Container[str] = ()) -> Any:
+    """Return a value without the null keys of its objects, at any depth, except those in `keep`."""
     if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+        return {
+            key: without_nulls(inner, keep)
+            for key, inner in value.items()
+            if inner is not None or key in keep
+        }
     if isinstance(value, list):
-        return [without_nulls(inner) for inner in value]
+        return [without_nulls(inner, keep) for inner in value]
     return value
 
 

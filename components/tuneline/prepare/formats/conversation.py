@@ -1,5 +1,6 @@
 """Lists of messages: roles, contents and their order."""
 
+import re
 from typing import Any
 
 from tuneline.prepare.formats.checks import (
@@ -15,6 +16,9 @@ from tuneline.prepare.formats.example import BadRowError, Message
 from tuneline.prepare.formats.message import EXCLUDED, JOINS, read_message
 from tuneline.prepare.formats.reading import Reading, Row
 from tuneline.prepare.formats.tools import may_call
+
+_OPENS_LIST = re.compile(r"\s*\[\s*\{")
+"""Matches the beginning of JSON text that may be a list of messages."""
 
 
 def user(content: str) -> Message:
@@ -34,7 +38,7 @@ def find_messages(value: Any) -> list[Any] | None:
     of lists instead, with one list for the roles and one for the contents.
     """
     if isinstance(value, str):
-        if not value.lstrip().startswith("[{"):
+        if not _OPENS_LIST.match(value):
             return None
         try:
             items = parse_json(value, "the text")
@@ -74,13 +78,13 @@ def read_messages(row: Row, name: str, reading: Reading) -> list[Message]:
     value = row.get(name)
     if value is None:
         raise BadRowError(f"{name} is missing")
-    items = find_messages(value)
+    if isinstance(value, str) and _OPENS_LIST.match(value):
+        items = as_list(parse_json(value, name))
+    else:
+        items = find_messages(value)
     if items is None:
-        hint = ". Write a list into a cell as JSON, e.g. with json.dumps" if value else ""
-        shown = describe_type(value)
-        raise BadRowError(
-            f"{name} is {shown}, not a list of messages{hint if shown == 'text' else ''}"
-        )
+        hint = "; write lists into a table with json.dumps" if isinstance(value, str) else ""
+        raise BadRowError(f"{name} is {describe_type(value)}, not a list of messages{hint}")
     if not items:
         raise BadRowError(f"{name} is empty")
     messages: list[Message] = []

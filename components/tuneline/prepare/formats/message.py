@@ -143,7 +143,7 @@ def _part(item: _Item, part: Any, thoughts: list[str] | None) -> str:
 
 
 def _answer(item: _Item, content: Any) -> Message:
-    calls = []
+    calls: list[dict[str, Any]] = []
     for key in ("tool_calls", "function_call"):
         if not calls and (value := item.take(key)) is not None:
             calls = read_calls(value, item.where, f"{item.name}.{key}", item.reading)

@@ -48,8 +48,8 @@ def read_preference(row: Row, reading: Reading) -> Example:
     if chosen[-1] == rejected[-1]:
         raise BadRowError("chosen and rejected are the same")
     prompt = read_system(row, prompt, reading)
-    for last in (chosen[-1], rejected[-1]):
-        check_contents([*prompt, last])
+    check_contents([*prompt, chosen[-1]])
+    check_contents([rejected[-1]])
     definitions = tools.read_tools(row, prompt, reading)
     return Example(preference=(prompt, chosen[-1], rejected[-1]), tools=definitions)
 

@@ -1,7 +1,5 @@
 """One reader function per row format; each checks a row and returns an `Example`."""
 
-from typing import Any
-
 from tuneline.prepare.formats import tools
 from tuneline.prepare.formats.checks import (
     as_list,
@@ -163,10 +161,9 @@ def _conversation(row: Row, reading: Reading, messages: list[Message]) -> Exampl
 
 def _choices(row: Row, answer: str, reading: Reading) -> list[str] | None:
     """Return the column `choices` if it lists answers; some datasets use that name differently."""
-    choices: Any = row.get("choices")
-    if not has_value(choices):
+    if not has_value(row.get("choices")):
         return None
-    choices = as_list(choices)
+    choices = as_list(row["choices"])
     if not choices or answer not in choices or not all(isinstance(text, str) for text in choices):
         reading.leave("choices", "does not list the answer")
         return None

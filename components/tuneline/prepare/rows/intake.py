@@ -15,7 +15,7 @@ from tuneline.errors import DataError
 from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.formats import table
 from tuneline.prepare.formats.example import BadRowError
-from tuneline.prepare.formats.reading import Reading
+from tuneline.prepare.formats.reading import Reading, Row
 from tuneline.prepare.parallel import batched, in_order
 from tuneline.prepare.rows.spool import Spool
 from tuneline.prepare.sources.row import SourceRow
@@ -141,7 +141,7 @@ def _until_format_is_known(
 ) -> list[SourceRow]:
     """Read rows until some fit a format, set the format, and return the rows."""
     read: list[SourceRow] = []
-    values: list[table.Row] = []
+    values: list[Row] = []
     while intake.format == table.AUTO and (batch := list(islice(rows, _BATCH))):
         read += batch
         values += [table.rename(row.values, reading) for row in batch if row.values is not None]
@@ -161,14 +161,14 @@ def _until_format_is_known(
 
 
 def _reading(config: PrepareConfig) -> Reading:
-    template = TEMPLATES.get(config.template)
-    heading = {} if template is None else {"input_heading": template.input_heading}
-    return Reading(
+    reading = Reading(
         config.system_prompt,
         columns=config.columns,
         ignored=frozenset(config.ignore_columns),
-        **heading,
     )
+    if config.template in TEMPLATES:
+        reading.input_heading = TEMPLATES[config.template].input_heading
+    return reading
 
 
 def _line(row: SourceRow, format: str, renderer: Renderer, reading: Reading) -> _Result:
