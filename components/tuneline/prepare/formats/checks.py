@@ -122,10 +122,11 @@ def has_value(value: Any) -> bool:
     if value is None:
         return False
     if isinstance(value, dict):
-        return any(map(has_value, value.values()))
-    if isinstance(value, str | list | tuple):
-        return bool(value)
-    return True
+        return any(
+            inner is not None and (inner == {} or not isinstance(inner, dict) or has_value(inner))
+            for inner in value.values()
+        )
+    return not isinstance(value, str | list | tuple) or bool(value)
 
 
 def describe_type(value: Any) -> str:

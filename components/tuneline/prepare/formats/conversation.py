@@ -32,10 +32,11 @@ def assistant(content: str) -> Message:
 
 
 def find_messages(value: Any) -> list[Any] | None:
-    """Return the messages in a value, unread: a list, or a list as JSON text; None if none are.
+    """Return the messages in a value, unread; None if the value is not a list of messages.
 
     In CSV, and often in Parquet, a list of messages is JSON text. Some Hub datasets have an object
-    of lists instead, with one list for the roles and one for the contents.
+    of lists instead, with one list for the roles and one for the contents. A single message stands
+    for a list of one.
     """
     if isinstance(value, str):
         if not _OPENS_LIST.match(value):
@@ -48,7 +49,9 @@ def find_messages(value: Any) -> list[Any] | None:
         return items if are_messages else None
     if isinstance(value, dict):
         columns = {key: as_list(items) for key, items in value.items() if items is not None}
-        if not _has_role(value) or None in columns.values():
+        if columns.get("role", columns.get("from")) is None:
+            return [value] if _has_role(value) else None
+        if None in columns.values():
             return None
         if len({len(items or []) for items in columns.values()}) != 1:
             return None

@@ -194,7 +194,9 @@ def _call_turn(item: _Item, content: Any) -> Message:
 
 def _tool_messages(item: _Item, content: Any) -> list[Message]:
     parts = as_list(content)
-    are_parts = parts is not None and all(isinstance(p, dict) and "type" in p for p in parts)
+    are_parts = bool(parts) and all(
+        isinstance(part, dict) and "type" in part for part in parts or []
+    )
     if isinstance(content, dict) or (parts is not None and not are_parts):
         texts = [response_text(content, item.where, item.reading)]
     else:

@@ -86,7 +86,7 @@ def read_history(row: Row) -> list[Message]:
 
 def read_prompt(row: Row, reading: Reading) -> list[Message]:
     """Return the messages of the column `prompt`; answers in it are not learnt."""
-    if isinstance(row.get("prompt"), str) and not _both_are_messages(row):
+    if _is_text(row, "prompt"):
         return [user(read_text(row, "prompt"))]
     messages = read_messages(row, "prompt", reading)
     for message in messages:
@@ -96,24 +96,23 @@ def read_prompt(row: Row, reading: Reading) -> list[Message]:
 
 
 def _completion(row: Row, reading: Reading) -> list[Message]:
-    if isinstance(row.get("completion"), str) and not _both_are_messages(row):
+    if _is_text(row, "completion"):
         return [_answer_text(row, "completion", reading)]
     for name in REASONING:
         if has_value(row.get(name)):
             reading.leave(name)
-    if isinstance(row.get("completion"), dict):
-        row = row | {"completion": [row["completion"]]}
-    if as_list(row.get("completion")) is None and not isinstance(row.get("completion"), str):
-        read_text(row, "completion")
     return read_messages(row, "completion", reading)
 
 
-def _both_are_messages(row: Row) -> bool:
-    """Return whether prompt and completion are lists of messages, written as JSON text or not.
+def _is_text(row: Row, name: str) -> bool:
+    """Return whether a column is to be read as text, not as messages.
 
-    A text that only looks like a list of messages beside a plain text stays a text.
+    JSON text of a list of messages is read as messages only if prompt and completion both are
+    messages, because a plain question can have such a text as its answer.
     """
-    return all(find_messages(row.get(name)) is not None for name in ("prompt", "completion"))
+    if not isinstance(row.get(name), str):
+        return find_messages(row.get(name)) is None
+    return any(find_messages(row.get(column)) is None for column in ("prompt", "completion"))
 
 
 def _answer_text(row: Row, name: str, reading: Reading) -> Message:
