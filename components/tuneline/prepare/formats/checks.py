@@ -37,9 +37,10 @@ def check_text(text: str, name: str) -> None:
 
 def is_blank(text: str) -> bool:
     """Return whether the text has only white space, control and zero-width characters."""
+    if text[:1].isalnum():
+        return False
     return not any(
-        character.isalnum()
-        or not (character.isspace() or unicodedata.category(character) in ("Cc", "Cf"))
+        not character.isspace() and unicodedata.category(character) not in ("Cc", "Cf")
         for character in text
     )
 
