@@ -90,12 +90,26 @@ def test_a_truth_value_beside_other_methods_is_named() -> None:
         unused(pair | {"images": ["a.png"]}, "preference")
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("history", [["2 + 2?", "4"]]),
+        ("tool_calls", [{"name": "add"}]),
+        ("reasoning_content", "Two and two."),
+        ("thinking", "Two and two."),
+    ],
+)
+def test_what_belongs_to_an_answer_is_not_lost_beside_a_list_of_messages(column, value) -> None:
+    row = {"messages": [USER, ANSWER], column: value}
+    with pytest.raises(BadRowError, match=f"{column} .*prepare.ignore_columns"):
+        unused(row, "messages")
+    assert unused({"text": "Some text.", column: value}, "text") == {column}
+
+
 def test_columns_that_some_rows_cannot_use_are_named() -> None:
     assert unused(ROW | {"choices": ["5", "6"]}) == {"choices (does not list the answer)"}
     assert unused(ROW | {"choices": ["4", "5"]}) == set()
     assert unused(ROW | {"choices": {"text": ["4"]}}) == {"choices (does not list the answer)"}
-    lists = {"prompt": [USER], "completion": [ANSWER], "reasoning": "Two and two."}
-    assert unused(lists) == {"reasoning"}
     pair = {"chosen": "4", "rejected": "5", "prompt": "2 + 2?", "instruction": "Add.", "input": "2"}
     assert unused(pair, "preference") == {"instruction", "input"}
 

@@ -120,6 +120,8 @@ def test_reasoning_has_three_names(key: str) -> None:
     thinks = {key: "Two and two."}
     assert read({"messages": [USER, ANSWER | thinks]})[0].messages[1] == expected
     assert read({"prompt": "2 + 2?", "completion": "4", **thinks})[0].messages[1] == expected
+    lists = {"prompt": [USER], "completion": [ANSWER], **thinks}
+    assert read(lists)[0].messages[1] == expected
     pair = {"prompt": [USER], "chosen": [ANSWER | thinks], "rejected": [ANSWER]}
     assert read(pair, "dpo")[0].preference == ([USER], expected, ANSWER)
     assert read({"messages": [USER | thinks, ANSWER]})[1] == {f"messages[].{key}"}
@@ -211,6 +213,12 @@ def test_weights_that_cannot_be_honoured_are_refused() -> None:
 def test_bad_messages_say_why(messages, reason) -> None:
     with pytest.raises(BadRowError, match=reason):
         read({"messages": messages})
+
+
+def test_earlier_turns_beside_a_prompt() -> None:
+    row = {"prompt": "d?", "completion": "e", "history": [["a?", "b"]]}
+    contents = [message["content"] for message in read(row)[0].messages]
+    assert contents == ["a?", "b", "d?", "e"]
 
 
 @pytest.mark.parametrize(

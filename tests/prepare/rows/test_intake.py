@@ -92,6 +92,13 @@ def test_a_mapped_column_that_no_row_has_is_refused(prepare, format, missing) ->
         prepare(questions(500), columns=columns, format=format)
 
 
+def test_a_file_without_a_readable_row_says_why(prepare, tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("not JSON\n" * 3)
+    with pytest.raises(DataError, match="3 of 3 rows .* line 1: not JSON"):
+        prepare(path, columns=COLUMNS)
+
+
 def test_held_out_rows_may_lack_an_optional_column(prepare, tmp_path) -> None:
     held = tmp_path / "held.jsonl"
     held.write_text("".join(json.dumps(row) + "\n" for row in questions(5)))

@@ -5,7 +5,7 @@ from typing import Any
 
 from tuneline.prepare.formats.checks import as_list, describe_type, has_value, is_blank
 from tuneline.prepare.formats.example import BadRowError, Message
-from tuneline.prepare.formats.reading import Reading
+from tuneline.prepare.formats.reading import REASONING, Reading
 from tuneline.prepare.formats.refusals import check_key
 from tuneline.prepare.formats.tools import (
     read_calls,
@@ -18,9 +18,6 @@ EXCLUDED = "excluded"
 """Key of a message, while its row is read, that says that the row excludes it from the loss."""
 JOINS = "joins"
 """Key of a message, while its row is read, that is a turn of its own which only calls tools."""
-
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Names under which datasets have the reasoning before an answer."""
 
 _CALL = "call"
 _ROLES = {

@@ -21,8 +21,9 @@ from tuneline.prepare.formats.conversation import (
     with_system,
 )
 from tuneline.prepare.formats.example import BadRowError, Example, Message
-from tuneline.prepare.formats.message import EXCLUDED, REASONING, add_reasoning
-from tuneline.prepare.formats.reading import Reading, Row
+from tuneline.prepare.formats.message import EXCLUDED, add_reasoning
+from tuneline.prepare.formats.reading import REASONING, Reading, Row
+from tuneline.prepare.formats.refusals import is_reasoning
 
 
 def read_alpaca(row: Row, reading: Reading) -> Example:
@@ -34,7 +35,8 @@ def read_alpaca(row: Row, reading: Reading) -> Example:
 
 def read_prompt_completion(row: Row, reading: Reading) -> Example:
     """Read a prompt and its completion: texts or lists of messages. The prompt is not learnt."""
-    return _conversation(row, reading, [*read_prompt(row, reading), *_completion(row, reading)])
+    prompt = [*read_history(row), *read_prompt(row, reading)]
+    return _conversation(row, reading, [*prompt, *read_completion(row, reading)])
 
 
 def read_conversation(row: Row, reading: Reading) -> Example:
@@ -95,13 +97,13 @@ def read_prompt(row: Row, reading: Reading) -> list[Message]:
     return messages
 
 
-def _completion(row: Row, reading: Reading) -> list[Message]:
+def read_completion(row: Row, reading: Reading) -> list[Message]:
+    """Return the messages of the column `completion`, with the reasoning in another column."""
     if _is_text(row, "completion"):
         return [_answer_text(row, "completion", reading)]
-    for name in REASONING:
-        if has_value(row.get(name)):
-            reading.leave(name)
-    return read_messages(row, "completion", reading)
+    messages = read_messages(row, "completion", reading)
+    _add_reasoning(row, messages[-1], "completion", reading)
+    return messages
 
 
 def _is_text(row: Row, name: str) -> bool:
@@ -116,21 +118,21 @@ def _is_text(row: Row, name: str) -> bool:
 
 
 def _answer_text(row: Row, name: str, reading: Reading) -> Message:
-    """Return the answer in a column of text, with the reasoning that another column may have."""
+    """Return the answer in a column of text, with the reasoning in another column."""
     message = assistant(read_text(row, name))
-    thoughts = []
-    for key in REASONING:
-        value = row.get(key)
-        if not has_value(value):
-            continue
-        # A single word, such as "on", says how the answer was made; it is not its reasoning.
-        if not isinstance(value, str) or len(value.split()) < 2:
-            reading.leave(key)
-        else:
-            check_unicode(value, key)
-            thoughts.append(value)
-    add_reasoning(message, thoughts, name)
+    _add_reasoning(row, message, name, reading)
     return message
+
+
+def _add_reasoning(row: Row, message: Message, name: str, reading: Reading) -> None:
+    thoughts = [message["reasoning"]] if "reasoning" in message else []
+    for key in REASONING:
+        if is_reasoning(row.get(key)):
+            thoughts.append(row[key])
+        elif has_value(row.get(key)):
+            reading.leave(key)
+    if message["role"] == "assistant":
+        add_reasoning(message, thoughts, name)
 
 
 def read_system(row: Row, messages: list[Message], reading: Reading) -> list[Message]:

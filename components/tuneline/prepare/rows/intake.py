@@ -111,8 +111,9 @@ def take_in(
         for row, (line, unused) in (pair for batch in results for pair in zip(*batch, strict=True)):
             intake.num_rows += 1
             if row.values is not None:
-                columns = columns or list(map(str, row.values))
-                absent -= {ours for ours in absent if config.columns[ours] in row.values}
+                columns = columns or list(row.values)
+                if absent:
+                    absent = {ours for ours in absent if config.columns[ours] not in row.values}
             if isinstance(line, str):
                 _reject(intake, row, line, config, rejected)
                 continue
@@ -127,7 +128,8 @@ def take_in(
     if max_rows is not None and intake.format != table.AUTO:
         # Only part of the source may have been read. Optional columns may be in other rows.
         absent &= set(table.FORMATS[intake.format].required)
-    _check_mapped(absent, columns, config, source)
+    if columns:
+        _check_mapped(absent, columns, config, source)
     _check_share(intake, config, source)
     return intake
 
@@ -155,7 +157,7 @@ def _until_format_is_known(
             for ours, theirs in config.columns.items()
             if not any(theirs in row for row in given)
         }
-        _check_mapped(absent, list(map(str, given[0])), config, source)
+        _check_mapped(absent, list(given[0]), config, source)
         raise table.unknown_format(values, config.method)
     return read
 
