@@ -22,6 +22,8 @@ MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 """A marker of a template, such as <|im_end|>, </s> or [/INST]."""
 OPEN_THINK = re.compile(r"<think>\s*\Z")
 """The end of a generation prompt that opens the model's reasoning."""
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message under which templates look for reasoning."""
 _PART_OF_MARKER = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 
 ReasoningStyle = Literal["key", "inline", "opened", "verbatim", "dropped"]
@@ -62,12 +64,22 @@ class TemplateFacts:
     """Other generation prompts of the template, with and without reasoning: (end of the default
     generation prompt, text in place of that end)."""
     reasoning: ReasoningStyle
-    empty_reasoning: str
-    """What the template puts between the longest generation prompt and the content of an answer
-    without reasoning, if this text is an empty block of reasoning; otherwise ""."""
+    lead: str
+    """Text between the longest generation prompt and the content of an answer without reasoning."""
+    around_reasoning: tuple[str, str] | None
+    """Texts before and after the reasoning of an answer, up to its content; None if the template
+    writes no reasoning."""
     shows_system: bool
     """Whether a system message reaches the text."""
     tools: ToolFacts
+
+    @property
+    def empty_reasoning(self) -> str:
+        """The lead if it is an empty block of reasoning, otherwise ""."""
+        if self.around_reasoning is None:
+            return ""
+        empty_block = "".join("".join(self.around_reasoning).split())
+        return self.lead if empty_block == "".join(self.lead.split()) else ""
 
 
 def probe(template: CompiledTemplate, eos_token: str | None) -> TemplateFacts:
@@ -86,13 +98,16 @@ def probe(template: CompiledTemplate, eos_token: str | None) -> TemplateFacts:
     default = template.render([_user(_QUESTION)], prompt=True)
     endings = _prompt_endings(template, default)
     style, with_reasoning = _reasoning(template, default, endings)
+    plain = template.render([_user(_QUESTION), _assistant(_ANSWER)])
+    before, _, after = _lead(with_reasoning, default, endings).partition(_REASON)
     return TemplateFacts(
         tail=tail,
         end=end,
         is_end_in_tail=is_end_in_tail,
         prompt_endings=endings,
         reasoning=style,
-        empty_reasoning=_empty_reasoning(template, default, endings, with_reasoning),
+        lead=_lead(plain, default, endings),
+        around_reasoning=(before, after) if with_reasoning else None,
         shows_system=_shows_system(template),
         tools=probe_tools(template),
     )
@@ -206,25 +221,10 @@ def _reasoning(
     return "dropped", ""
 
 
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message under which templates look for reasoning."""
-
-
-def _empty_reasoning(
-    template: CompiledTemplate,
-    default: str,
-    endings: tuple[tuple[str, str], ...],
-    with_reasoning: str,
-) -> str:
-    if not with_reasoning:
-        return ""
-    plain = template.render([_user(_QUESTION), _assistant(_ANSWER)])
-    leads = []
-    for text in (plain, with_reasoning):
-        starts = [len(prompt) for prompt in prompts(default, endings) if text.startswith(prompt)]
-        leads.append(text[max(starts, default=0) : text.rindex(_ANSWER)])
-    empty, filled = ("".join(lead.replace(_REASON, "").split()) for lead in leads)
-    return leads[0] if empty and empty == filled else ""
+def _lead(text: str, default: str, endings: tuple[tuple[str, str], ...]) -> str:
+    """Return what stands between the longest prompt that the text begins with and the content."""
+    starts = [len(prompt) for prompt in prompts(default, endings) if text.startswith(prompt)]
+    return text[max(starts) : text.rindex(_ANSWER)] if starts else ""
 
 
 def _shows_system(template: CompiledTemplate) -> bool:
