@@ -133,15 +133,24 @@ def _find_end(text: str, message: Message, facts: TemplateFacts) -> tuple[str, i
 
 def _find_content(text: str, message: Message, content_end: int) -> int:
     """Return where the content begins; a template may trim white space around the content."""
-    content = message["content"]
     if message.get("tool_calls"):
         return content_end  # `check_parts` looks for the content.
-    for form in (content, content.rstrip(), content.lstrip(), content.strip()):
-        if text.endswith(form, 0, content_end):
-            return content_end - len(form)
-    raise BadRowError(
-        "the chat template changes the text of an answer, e.g. because the text contains </think>"
-    )
+    start = start_of(message["content"], text, content_end)
+    if start is None:
+        raise BadRowError(
+            "the chat template changes the text of an answer, e.g. because it contains </think>"
+        )
+    return start
+
+
+def start_of(content: str, text: str, end: int) -> int | None:
+    """Return where a content begins that ends at the index `end`, perhaps trimmed by a template."""
+    if text.endswith(content, 0, end):
+        return end - len(content)
+    for form in (content.rstrip(), content.lstrip(), content.strip()):
+        if text.endswith(form, 0, end):
+            return end - len(form)
+    return None
 
 
 def _compose(
