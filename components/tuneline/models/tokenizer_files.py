@@ -12,6 +12,8 @@ from typing import Any
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATES_DIR = "additional_chat_templates"
+"""Directory with further chat templates, e.g. tool_use.jinja."""
 NAMES = (
     CONFIG_FILE,
     TEMPLATE_FILE,
@@ -35,6 +37,7 @@ _LOADING_DETAILS = ("backend", "is_local", "local_files_only", "fix_mistral_rege
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Replace the tokenizer files in `target` with those of the model directory `source`."""
+    copy_templates(source, target)
     for name in NAMES:
         (target / name).unlink(missing_ok=True)
         if (source / name).is_file():
@@ -42,8 +45,16 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     _use_portable_class(target)
 
 
+def copy_templates(source: Path, target: Path) -> None:
+    """Replace the further chat templates in `target` with those of the directory `source`."""
+    shutil.rmtree(target / TEMPLATES_DIR, ignore_errors=True)
+    for file in sorted((source / TEMPLATES_DIR).glob("*.jinja")):
+        (target / TEMPLATES_DIR).mkdir(exist_ok=True)
+        shutil.copyfile(file, target / TEMPLATES_DIR / file.name)
+
+
 def read_chat_template(directory: Path) -> str | None:
-    """Return the tokenizer's default chat template; None if it has none."""
+    """Return the tokenizer's default chat template; None if transformers finds none."""
     if (directory / TEMPLATE_FILE).is_file():
         return (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
     template = _read(directory).get("chat_template")
