@@ -33,7 +33,7 @@ from tuneline.train.observe.samples import read_samples
 from tuneline.train.ranks import zero2
 from tuneline.train.ranks.launch import choose_num_ranks
 from tuneline.train.setup import Inputs, Setup, optimizer_name
-from tuneline.train.trainer.arguments import check_names
+from tuneline.train.trainer.arguments import check_settings
 from tuneline.train.trainer.rates import auto_learning_rate
 from tuneline.train.trainer.trackers import trackers
 from tuneline.train.within_memory import made_to_fit, train_within_memory
@@ -92,7 +92,14 @@ def run(
     origin = ModelOrigin.read(base_model_dir)
     manifest = DatasetManifest.read(dataset_dir)
     with new_directory(adapter_dir) as directory:
-        check_names(config, manifest.method, choose_device())
+        device = choose_device()
+        size = batch_size(config, choose_num_ranks(config, device))
+        check_settings(
+            config,
+            manifest.method,
+            device=device,
+            global_batch_size=size.global_batch_size,
+        )
         inputs = Inputs(
             base_model_dir=Path(base_model_dir),
             dataset_dir=Path(dataset_dir),
