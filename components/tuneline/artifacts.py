@@ -192,6 +192,9 @@ class DatasetManifest(Record):
     """Number of training rows that come from the general dataset."""
     num_leaking_rows: int = 0
     """Number of rows left out because they equal a held-out row."""
+    unused: dict[str, int] = {}
+    """Column that is not used, or key of messages such as `messages[].name` -> number of usable
+    rows with a value in it. Rejected rows and `prepare.ignore_columns` are not counted."""
     end_of_turn: str = ""
     """Text that the template puts after an answer, e.g. <|im_end|>; generation stops there."""
     licence: str | None = None

@@ -55,6 +55,10 @@ class PrepareConfig(StrictModel):
     columns: dict[str, str] = Field(default_factory=dict)
     """Column that tuneline reads -> column of the source, e.g. {prompt: question, completion:
     answer}. Default: the source's columns already have the format's names."""
+    ignore_columns: list[str] = Field(default_factory=list)
+    """Columns of the source to read nothing from, and keys of messages, e.g. [images,
+    "messages[].weight"]. Columns that change what should be learnt, such as images, make a row
+    unusable unless they are named here. Applies to all sources of the recipe."""
     split: str = "train"
     """Split to read if the source is a Hub dataset."""
     subset: str | None = None

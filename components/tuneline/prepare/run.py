@@ -33,7 +33,7 @@ from tuneline.prepare.rows.mixture import mix_in
 from tuneline.prepare.rows.split import MAX_HELDOUT_SHARE, Split, split
 from tuneline.prepare.rows.spool import Spool
 from tuneline.prepare.sources.kinds import kind_of
-from tuneline.prepare.statistics_page import render
+from tuneline.prepare.statistics_page import describe_unused, render
 from tuneline.prepare.tokens import lengths, parquet
 from tuneline.prepare.tokens.render import Rendered, Renderer
 from tuneline.prepare.tokens.templates import OWN_TEMPLATE, use_template
@@ -143,6 +143,7 @@ def run(
             num_overlong_rows=train.num_overlong_rows + evaluation.num_overlong_rows,
             num_general_rows=parts.num_general,
             num_leaking_rows=parts.num_leaking,
+            unused=dict(intake.unused.most_common()),
             end_of_turn=_end_of_turn(heldout, template, tokenizer),
             licence=config.licence,
             sha256=digest.hexdigest(),
@@ -226,6 +227,12 @@ def _write_page(target: Path, tokenizer: Any, manifest: DatasetManifest, path: P
 
 
 def _log(manifest: DatasetManifest) -> None:
+    if manifest.unused:
+        logger.warning(
+            "these columns and keys are not used: %s. To read one, map it with prepare.columns; "
+            "those named in prepare.ignore_columns are not listed",
+            describe_unused(manifest.unused),
+        )
     logger.info(
         "prepared %s (%s): %d training rows, %d evaluation rows, %d held-out rows, %d rejected; "
         "%d tokens, of which the loss counts %d; max_seq_length %d loses %.2f %% of the tokens; "

@@ -9,6 +9,7 @@ from tuneline.html import page, units
 from tuneline.prepare.tokens.tokenise import TokenRow
 
 _NUM_REJECTED_SHOWN = 50
+_NUM_UNUSED_NAMED = 20
 _NUM_SAMPLE_TOKENS = 600
 _WRAPPED = "white-space: pre-wrap; overflow-wrap: anywhere"
 # The background is translucent, so that the text is readable on light and on dark pages.
@@ -31,7 +32,12 @@ def render(
     """
     return page.render_page(
         "Dataset",
-        [_lengths(manifest), _samples(manifest, tokenizer, samples), _rejected(manifest, rejected)],
+        [
+            _lengths(manifest),
+            _samples(manifest, tokenizer, samples),
+            *_unused(manifest),
+            _rejected(manifest, rejected),
+        ],
         subtitle=f"{manifest.source} - {manifest.format}, method {manifest.method}, "
         f"template {manifest.template}",
         lead=page.tiles(_counts(manifest)),
@@ -126,6 +132,24 @@ def _marked(tokenizer: Any, row: TokenRow) -> str:
         parts.append(f"{_MARK}{text}</mark>" if is_learnt else text)
     more = len(row.input_ids) - len(tokens)
     return "".join(parts) + (f" ... and {more} more tokens" if more else "")
+
+
+def describe_unused(unused: dict[str, int]) -> str:
+    """Return the unused columns and keys with their numbers of rows, in words."""
+    named = [
+        f"{name} in {units.count(num_rows)} {'row' if num_rows == 1 else 'rows'}"
+        for name, num_rows in list(unused.items())[:_NUM_UNUSED_NAMED]
+    ]
+    more = len(unused) - len(named)
+    return ", ".join(named) + (f", and {more} more" if more else "")
+
+
+def _unused(manifest: DatasetManifest) -> list[str]:
+    if not manifest.unused:
+        return []
+    cells = [[name, units.count(num_rows)] for name, num_rows in manifest.unused.items()]
+    table = page.table(["column or key", "rows with a value"], cells, numeric=[1])
+    return [page.section("Columns and keys that are not used", table)]
 
 
 def _rejected(manifest: DatasetManifest, rejected: list[dict[str, Any]]) -> str:

@@ -1,5 +1,6 @@
 """Each format becomes the same conversation; what is wrong with a row is said."""
 
+import re
 from typing import get_args
 
 import pytest
@@ -7,8 +8,15 @@ import pytest
 from tuneline.errors import DataError
 from tuneline.prepare.config import GeneralConfig, PrepareConfig
 from tuneline.prepare.formats.example import BadRowError, Example
-from tuneline.prepare.formats.readers import Wording
-from tuneline.prepare.formats.table import FORMATS, check_names, detect, read_row, rename
+from tuneline.prepare.formats.reading import Reading
+from tuneline.prepare.formats.table import (
+    FORMATS,
+    check_names,
+    detect,
+    read_row,
+    rename,
+    unknown_format,
+)
 
 USER = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4"}
@@ -16,7 +24,7 @@ PAIR = ([USER], {"role": "assistant", "content": "4"}, {"role": "assistant", "co
 
 
 def read(values: dict, method: str = "sft", **options) -> Example:
-    return read_row(values, detect(values, method), Wording(**options))
+    return read_row(values, detect([values], method), Reading(**options))
 
 
 ROWS = {
@@ -43,8 +51,8 @@ def test_every_format_that_a_recipe_may_name_is_recognised_and_read(config) -> N
         entry = FORMATS[name]
         assert f"{name} ({entry.method}): " in field.description
         check_names(name, dict.fromkeys((*entry.required, *entry.optional), "x"), entry.method)
-        assert detect(ROWS[name], entry.method) == name
-        assert read_row(ROWS[name], name, Wording()) == EXAMPLES[entry.method]
+        assert detect([ROWS[name]], entry.method) == name
+        assert read_row(ROWS[name], name, Reading()) == EXAMPLES[entry.method]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +84,7 @@ def test_every_format_that_a_recipe_may_name_is_recognised_and_read(config) -> N
     ],
 )
 def test_sft_formats_give_one_conversation(values: dict, format: str) -> None:
-    assert detect(values, "sft") == format
+    assert detect([values], "sft") == format
     example = read(values)
     assert example.messages == [USER, ANSWER]
     assert example.choices == values.get("choices")
@@ -125,7 +133,7 @@ def test_preference_formats(values: dict) -> None:
         ({"prompt": "a?", "completion": " \n"}, "completion is empty"),
         ({"prompt": "a?", "completion": 4}, "completion is a number, not text"),
         ({"prompt": "a?", "completion": True}, "completion is true or false, not text"),
-        ({"prompt": "a?", "completion": "..."}, "completion has no letter and no digit"),
+        ({"prompt": "a?", "completion": "\u200b"}, "completion is empty"),
         ({"prompt": "", "completion": "4"}, "prompt is empty"),
         ({"prompt": "a?", "completion": "\ud800x"}, "half of a surrogate pair"),
         ({"instruction": "a?", "input": 3, "output": "4"}, "input is a number, not text"),
@@ -133,7 +141,7 @@ def test_preference_formats(values: dict) -> None:
         ({"messages": None}, "messages is missing"),
         ({"messages": "a?"}, "messages is text, not a list"),
         ({"messages": [USER]}, "the last message is from the user: there is no answer to learn"),
-        ({"messages": [USER, {"role": "bot", "content": "4"}]}, "messages 2 has the role 'bot'"),
+        ({"messages": [USER, {"role": "me", "content": "4"}]}, "messages 2 has the role 'me'"),
         ({"messages": [USER, {"role": "assistant"}]}, "messages 2 .assistant. has no content"),
         ({"messages": [ANSWER, USER, ANSWER]}, "an answer comes before the first user message"),
         ({"messages": [ANSWER]}, "there is no user message"),
@@ -147,7 +155,7 @@ def test_preference_formats(values: dict) -> None:
         ),
         (
             {"conversations": [{"from": "me", "value": "a"}]},
-            "has the role 'me'; known roles are human",
+            "has the role 'me'; known roles are system",
         ),
     ],
 )
@@ -192,7 +200,7 @@ def as_conversations(row: dict) -> dict:
     [
         ("", "is empty"),
         (" \n", "is empty"),
-        ("...", "has no letter and no digit"),
+        ("\u200b\ufeff", "is empty"),
         ("x\ud800", "half of a surrogate pair"),
     ],
 )
@@ -251,12 +259,14 @@ def test_choices_of_another_kind_are_no_choices() -> None:
 
 def test_method_decides_between_formats() -> None:
     both = {"prompt": "a?", "completion": "4", "text": "a? 4"}
-    assert detect(both, "sft") == "prompt-completion"
-    assert detect(both, "cpt") == "text"
-    with pytest.raises(DataError, match="look like format text .* method cpt, .*method is sft"):
-        detect({"text": "a"}, "sft")
-    with pytest.raises(DataError, match=r"columns \(question, answer\) .* prepare.columns"):
-        detect({"question": "a?", "answer": "4"}, "sft")
+    assert detect([both], "sft") == "prompt-completion"
+    assert detect([both], "cpt") == "text"
+    for row, reason in (
+        ({"text": "a"}, "look like format text .* method cpt, .*method is sft"),
+        ({"question": "a?", "answer": "4"}, r"columns \(question, answer\) .* prepare.columns"),
+    ):
+        assert detect([row], "sft") is None
+        assert re.search(reason, str(unknown_format([row], "sft")))
     with pytest.raises(DataError, match="format preference is for method dpo"):
         check_names("preference", {}, "sft")
     with pytest.raises(DataError, match="maps 'answer', which is not a column that tuneline reads"):
@@ -265,5 +275,6 @@ def test_method_decides_between_formats() -> None:
 
 def test_rename_takes_over_the_name() -> None:
     row = {"question": "a?", "answer": "4", "prompt": "old", "id": 7}
-    columns = {"prompt": "question", "completion": "answer"}
-    assert rename(row, columns) == {"prompt": "a?", "completion": "4", "id": 7}
+    reading = Reading(columns={"prompt": "question", "completion": "answer"})
+    assert rename(row, reading) == {"prompt": "a?", "completion": "4", "id": 7}
+    assert reading.unused == {"prompt"}

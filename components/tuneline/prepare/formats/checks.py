@@ -1,12 +1,14 @@
 """Checks of single values of a row; each raises BadRowError with the reason."""
 
+import json
+import unicodedata
 from typing import Any
 
 from tuneline.prepare.formats.example import BadRowError
 
 
 def read_text(values: dict[str, Any], name: str) -> str:
-    """Return the text in a column; it must contain at least one letter or digit."""
+    """Return the text in a column; it must contain a visible character."""
     text = read_string(values, name)
     check_text(text, name)
     return text
@@ -23,12 +25,22 @@ def read_string(values: dict[str, Any], name: str) -> str:
 
 
 def check_text(text: str, name: str) -> None:
-    """Refuse text without a letter or digit, and text that is not valid Unicode."""
-    if not text.strip():
+    """Refuse text without a visible character, and text that is not valid Unicode.
+
+    Letters are not required: an emoji, "+", "{}" or "..." can be the right answer.
+    """
+    if is_blank(text):
         raise BadRowError(f"{name} is empty")
-    if not any(character.isalnum() for character in text):
-        raise BadRowError(f"{name} has no letter and no digit ({text.strip()[:20]!r})")
     check_unicode(text, name)
+
+
+def is_blank(text: str) -> bool:
+    """Return whether the text has only white space, control and zero-width characters."""
+    return not any(
+        character.isalnum()
+        or not (character.isspace() or unicodedata.category(character) in ("Cc", "Cf"))
+        for character in text
+    )
 
 
 def check_unicode(text: str, name: str) -> None:
@@ -39,9 +51,81 @@ def check_unicode(text: str, name: str) -> None:
         raise BadRowError(f"{name} is not valid Unicode: it has half of a surrogate pair") from None
 
 
+def check_json(value: Any, name: str) -> None:
+    """Refuse a value that cannot be written as JSON, and text in it that is not valid Unicode."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadRowError(f"{name} cannot be written as JSON: {error}") from None
+    check_unicode(text, name)
+
+
+def parse_json(text: str, name: str) -> Any:
+    """Return the value of a JSON text; a key that an object has twice is refused."""
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise BadRowError(f"{name} is not JSON: {error.msg} at character {error.pos + 1}") from None
+    except _UnclearError as error:
+        raise BadRowError(f"{name} {error}") from None
+
+
+class _UnclearError(ValueError):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _UnclearError(f"has the key {twice!r} twice")
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise _UnclearError(f"has the number {name}, which JSON does not have")
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the keys of its objects that are null, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [without_nulls(inner) for inner in value]
+    return value
+
+
+def as_list(value: Any) -> list[Any] | None:
+    """Return a list, a tuple or an array as a list; None for any other value."""
+    if isinstance(value, list):
+        return value
+    if isinstance(value, tuple):
+        return list(value)
+    if type(value).__name__ == "ndarray":
+        items: list[Any] = value.tolist()
+        return items
+    return None
+
+
+def has_value(value: Any) -> bool:
+    """Return whether a row has the value.
+
+    Null, an empty text, an empty list, and an object whose values are all null stand for a missing
+    value: CSV and Parquet have a cell for every column of every row.
+    """
+    if value is None:
+        return False
+    if isinstance(value, dict):
+        return any(map(has_value, value.values()))
+    if isinstance(value, str | list | tuple):
+        return bool(value)
+    return True
+
+
 def describe_type(value: Any) -> str:
     """Return the type of a JSON value in words."""
     if value is None:
         return "null"
     names = {bool: "true or false", int: "a number", float: "a number", str: "text"}
-    return names.get(type(value)) or ("a list" if isinstance(value, list) else "an object")
+    return names.get(type(value)) or ("a list" if as_list(value) is not None else "an object")

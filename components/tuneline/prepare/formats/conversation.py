@@ -2,19 +2,19 @@
 
 from typing import Any
 
-from tuneline.prepare.formats.checks import check_text, check_unicode, describe_type
+from tuneline.prepare.formats.checks import (
+    as_list,
+    check_text,
+    check_unicode,
+    describe_type,
+    has_value,
+    is_blank,
+    parse_json,
+)
 from tuneline.prepare.formats.example import BadRowError, Message
-
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-# ShareGPT writes a message as {"from": ..., "value": ...}, with other names for the roles.
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "system": "system",
-}
+from tuneline.prepare.formats.message import EXCLUDED, JOINS, read_message
+from tuneline.prepare.formats.reading import Reading, Row
+from tuneline.prepare.formats.tools import may_call
 
 
 def user(content: str) -> Message:
@@ -27,50 +27,86 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def read_messages(values: dict[str, Any], name: str) -> list[Message]:
+def find_messages(value: Any) -> list[Any] | None:
+    """Return the messages in a value, unread: a list, or a list as JSON text; None if none are.
+
+    In CSV, and often in Parquet, a list of messages is JSON text. Some Hub datasets have an object
+    of lists instead, with one list for the roles and one for the contents.
+    """
+    if isinstance(value, str):
+        if not value.lstrip().startswith("[{"):
+            return None
+        try:
+            items = parse_json(value, "the text")
+        except BadRowError:
+            return None
+        are_messages = all(isinstance(item, dict) and _has_role(item) for item in items)
+        return items if are_messages else None
+    if isinstance(value, dict):
+        columns = {key: as_list(items) for key, items in value.items() if items is not None}
+        if not _has_role(value) or None in columns.values():
+            return None
+        if len({len(items or []) for items in columns.values()}) != 1:
+            return None
+        rows = zip(*(items or [] for items in columns.values()), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in rows]
+    return as_list(value)
+
+
+def _has_role(message: dict[str, Any]) -> bool:
+    return "role" in message or "from" in message
+
+
+def read_messages(row: Row, name: str, reading: Reading) -> list[Message]:
     """Return the messages in a column.
 
-    A message has the keys `role` and `content`, or `from` and `value` as in ShareGPT.
+    A message has the keys `role` and `content`, or `from` and `value` as in ShareGPT. A message
+    that the row excludes from the loss has the key `EXCLUDED`; `take_excluded` removes it.
+
+    Args:
+        row: the row.
+        name: the column.
+        reading: receives the names of keys that are not used.
 
     Raises:
         BadRowError: the column is not a list of messages with known roles and text.
     """
-    value = values.get(name)
+    value = row.get(name)
     if value is None:
         raise BadRowError(f"{name} is missing")
-    if not isinstance(value, list):
-        raise BadRowError(f"{name} is {describe_type(value)}, not a list of messages")
-    if not value:
+    items = find_messages(value)
+    if items is None:
+        hint = ". Write a list into a cell as JSON, e.g. with json.dumps" if value else ""
+        shown = describe_type(value)
+        raise BadRowError(
+            f"{name} is {shown}, not a list of messages{hint if shown == 'text' else ''}"
+        )
+    if not items:
         raise BadRowError(f"{name} is empty")
-    return [_read_message(message, f"{name} {number}") for number, message in enumerate(value, 1)]
+    messages: list[Message] = []
+    for number, item in enumerate(items, 1):
+        for message in read_message(item, name, number, reading):
+            _append(messages, message)
+    return messages
 
 
-def _read_message(message: Any, where: str) -> Message:
-    if not isinstance(message, dict):
-        raise BadRowError(f"{where} is {describe_type(message)}, not a message")
-    if message.get("role") is None and "from" in message:
-        given, roles, content = message["from"], _SHAREGPT_ROLES, message.get("value")
-    else:
-        given, roles, content = message.get("role"), _ROLES, message.get("content")
-    role = roles.get(given) if isinstance(given, str) else None
-    if role is None:
-        raise BadRowError(f"{where} has the role {given!r}; known roles are {', '.join(roles)}")
-    if isinstance(content, list):
-        content = _join_parts(content, where)
-    if content is None:
-        raise BadRowError(f"{where} ({role}) has no content")
-    if not isinstance(content, str):
-        raise BadRowError(f"{where} ({role}): the content is {describe_type(content)}, not text")
-    return {"role": role, "content": content}
+def _append(messages: list[Message], message: Message) -> None:
+    """Append a message; a turn of its own that only calls tools joins the answer before it.
 
-
-def _join_parts(parts: list[Any], where: str) -> str:
-    texts = []
-    for part in parts:
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            raise BadRowError(f"{where} has a part that is not text")
-        texts.append(part["text"])
-    return "".join(texts)
+    Some spellings give each call a turn of its own, but the model writes all calls in one turn.
+    """
+    last = messages[-1] if messages else None
+    if (
+        not message.pop(JOINS, False)
+        or last is None
+        or last["role"] != "assistant"
+        or (message["content"] and last["content"])
+        or last.get(EXCLUDED) != message.get(EXCLUDED)
+    ):
+        messages.append(message)
+        return
+    last["content"] = last["content"] or message["content"]
+    last["tool_calls"] = [*last.get("tool_calls", []), *message["tool_calls"]]
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:
@@ -78,6 +114,13 @@ def with_system(messages: list[Message], system: str | None) -> list[Message]:
     if system is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
+
+
+def take_excluded(messages: list[Message]) -> frozenset[int]:
+    """Remove the key `EXCLUDED` from messages; return the indices of those that had it."""
+    return frozenset(
+        index for index, message in enumerate(messages) if message.pop(EXCLUDED, False)
+    )
 
 
 def check_conversation(messages: list[Message]) -> None:
@@ -88,8 +131,6 @@ def check_conversation(messages: list[Message]) -> None:
             empty.
     """
     roles = [message["role"] for message in messages]
-    if "system" in roles[1:]:
-        raise BadRowError("a system message comes after the first message")
     if "user" not in roles:
         raise BadRowError("there is no user message")
     if roles[-1] != "assistant":
@@ -100,11 +141,46 @@ def check_conversation(messages: list[Message]) -> None:
 
 
 def check_contents(messages: list[Message]) -> None:
-    """Refuse empty messages of the user and the assistant, and text that is not valid Unicode."""
-    for message in messages:
-        if message["role"] == "assistant":
-            check_text(message["content"], "the answer")
-        elif message["role"] == "user" and not message["content"].strip():
-            raise BadRowError("a user message is empty")
+    """Refuse misplaced and empty messages, and text that is not valid Unicode."""
+    called: set[str] | None = set()
+    caller: Message | None = None
+    for index, message in enumerate(messages):
+        role, content = message["role"], message["content"]
+        if role == "assistant":
+            caller = message
+            _check_answer(message)
+            if "tool_calls" in message and called is not None:
+                ids = [call.get("id") for call in message["tool_calls"]]
+                called = None if None in ids else called | set(map(str, ids))
+        elif role == "user":
+            caller = None
+            if is_blank(content):
+                raise BadRowError("a user message is empty")
+            check_unicode(content, "the user message")
         else:
-            check_unicode(message["content"], f"the {message['role']} message")
+            if role == "system" and index:
+                raise BadRowError("a system message comes after the first message")
+            if role == "tool":
+                _check_tool_message(message, caller, called)
+            check_unicode(content, f"the {role} message")
+
+
+def _check_answer(message: Message) -> None:
+    if "tool_calls" in message:
+        check_unicode(message["content"], "the answer")
+    else:
+        check_text(message["content"], "the answer")
+    if "reasoning" in message:
+        check_unicode(message["reasoning"], "the reasoning")
+
+
+def _check_tool_message(message: Message, caller: Message | None, called: set[str] | None) -> None:
+    if caller is None or not may_call(caller):
+        raise BadRowError("a tool message follows no call of a tool")
+    answered = message.get("tool_call_id")
+    # Calls may be written as text; then their IDs are not known.
+    if answered is not None and called and answered not in called:
+        raise BadRowError(f"a tool message answers the call {answered!r}, which no message makes")
+    for key in ("name", "tool_call_id"):
+        if has_value(message.get(key)):
+            check_unicode(message[key], f"the {key} of a tool message")

@@ -1,138 +1,174 @@
 """One reader function per row format; each checks a row and returns an `Example`."""
 
-from dataclasses import dataclass
 from typing import Any
 
+from tuneline.prepare.formats import tools
 from tuneline.prepare.formats.checks import (
-    check_text,
+    as_list,
     check_unicode,
     describe_type,
+    has_value,
+    is_blank,
+    parse_json,
     read_string,
     read_text,
 )
 from tuneline.prepare.formats.conversation import (
     assistant,
-    check_contents,
     check_conversation,
+    find_messages,
     read_messages,
+    take_excluded,
     user,
     with_system,
 )
 from tuneline.prepare.formats.example import BadRowError, Example, Message
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Wording:
-    """Text that a recipe adds to the rows."""
-
-    system_prompt: str | None = None
-    """System message to add to rows that have none; "" adds an empty message, None adds none."""
-    input_heading: str = "\n\n"
-    """Text between the instruction and the input of the alpaca format."""
+from tuneline.prepare.formats.message import EXCLUDED, REASONING, add_reasoning
+from tuneline.prepare.formats.reading import Reading, Row
 
 
-def read_alpaca(row: Row, wording: Wording) -> Example:
-    """Read an instruction with an optional input, and its output."""
-    system = _system(row, wording)
-    question = read_text(row, "instruction")
-    if row.get("input") not in (None, ""):
-        extra = read_string(row, "input")
-        if extra.strip():
-            question += wording.input_heading + extra
-    return _conversation(row, system, [user(question), assistant(read_text(row, "output"))])
+def read_alpaca(row: Row, reading: Reading) -> Example:
+    """Read an instruction with an optional input and earlier turns, and its output."""
+    question = user(read_instruction(row, reading))
+    answer = _answer_text(row, "output", reading)
+    return _conversation(row, reading, [*read_history(row), question, answer])
 
 
-def read_prompt_completion(row: Row, wording: Wording) -> Example:
-    """Read a prompt and its completion: two texts, or two lists of messages."""
-    system = _system(row, wording)
-    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-        messages = [*read_messages(row, "prompt"), *read_messages(row, "completion")]
-    else:
-        messages = [user(read_text(row, "prompt")), assistant(read_text(row, "completion"))]
-    return _conversation(row, system, messages)
+def read_prompt_completion(row: Row, reading: Reading) -> Example:
+    """Read a prompt and its completion: texts or lists of messages. The prompt is not learnt."""
+    return _conversation(row, reading, [*read_prompt(row, reading), *_completion(row, reading)])
 
 
-def read_conversation(row: Row, wording: Wording) -> Example:
+def read_conversation(row: Row, reading: Reading) -> Example:
     """Read a list of messages under `messages`."""
-    system = _system(row, wording)
-    return _conversation(row, system, read_messages(row, "messages"))
+    return _conversation(row, reading, read_messages(row, "messages", reading))
 
 
-def read_sharegpt(row: Row, wording: Wording) -> Example:
+def read_sharegpt(row: Row, reading: Reading) -> Example:
     """Read a list of messages under `conversations`."""
-    system = _system(row, wording)
-    return _conversation(row, system, read_messages(row, "conversations"))
+    return _conversation(row, reading, read_messages(row, "conversations", reading))
 
 
-def read_document(row: Row, wording: Wording) -> Example:
+def read_document(row: Row, reading: Reading) -> Example:
     """Read a text for continued pre-training."""
     return Example(text=read_text(row, "text"))
 
 
-def read_preference(row: Row, wording: Wording) -> Example:
-    """Read a prompt with a chosen and a rejected answer, as texts or as lists of messages."""
-    system = _system(row, wording)
-    if isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list):
-        prompt, chosen, rejected = _preferred_messages(row)
-    else:
-        chosen, rejected = read_string(row, "chosen"), read_string(row, "rejected")
-        prompt = _prompt(row)
-    check_text(chosen, "chosen")
-    check_text(rejected, "rejected")
-    if not prompt or prompt[-1]["role"] != "user":
-        raise BadRowError("the prompt does not end with a user message")
-    check_text(prompt[-1]["content"], "prompt")
-    if chosen == rejected:
-        raise BadRowError("chosen and rejected are the same")
-    prompt = with_system(prompt, system)
-    check_contents(prompt)
-    return Example(preference=(prompt, assistant(chosen), assistant(rejected)))
+def read_instruction(row: Row, reading: Reading) -> str:
+    """Return the question of the alpaca format: the instruction, and the input if there is one."""
+    extra = "" if row.get("input") is None else read_string(row, "input")
+    if is_blank(extra):
+        return read_text(row, "instruction")
+    if not has_value(row.get("instruction")):
+        return extra
+    return read_text(row, "instruction") + reading.input_heading + extra
 
 
-def _preferred_messages(row: Row) -> tuple[list[Message], str, str]:
-    chosen, rejected = read_messages(row, "chosen"), read_messages(row, "rejected")
-    shared = chosen[:-1]
-    if shared != rejected[:-1]:
-        raise BadRowError("chosen and rejected differ before their last message")
-    if isinstance(row.get("prompt"), list):
-        prompt = read_messages(row, "prompt")
-        # In some datasets, both answers begin with the messages of the prompt.
-        shared = shared if shared[: len(prompt)] == prompt else prompt + shared
-    elif isinstance(row.get("prompt"), str) and not shared:
-        shared = _prompt(row)
-    for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        if messages[-1]["role"] != "assistant":
-            raise BadRowError(f"{name} does not end with an answer")
-    return shared, chosen[-1]["content"], rejected[-1]["content"]
+def read_history(row: Row) -> list[Message]:
+    """Return the earlier turns of the alpaca format: a list of pairs of a question and an answer.
+
+    Like LLaMA-Factory, tuneline learns the answers of these turns.
+    """
+    value = row.get("history")
+    if isinstance(value, str) and value.strip():
+        value = parse_json(value, "history")
+    if not has_value(value):
+        return []
+    messages = []
+    for number, pair in enumerate(as_list(value) or [None], 1):
+        turn = as_list(pair)
+        if turn is None or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            shown = describe_type(value if as_list(value) is None else pair)
+            raise BadRowError(
+                f"history {number} is {shown}, not a pair of a question and an answer, both text"
+            )
+        messages += [user(turn[0]), assistant(turn[1])]
+    return messages
 
 
-def _prompt(row: Row) -> list[Message]:
-    if isinstance(row.get("prompt"), list):
-        return read_messages(row, "prompt")
-    return [user(read_string(row, "prompt"))]
+def read_prompt(row: Row, reading: Reading) -> list[Message]:
+    """Return the messages of the column `prompt`; answers in it are not learnt."""
+    if isinstance(row.get("prompt"), str) and not _both_are_messages(row):
+        return [user(read_text(row, "prompt"))]
+    messages = read_messages(row, "prompt", reading)
+    for message in messages:
+        if message["role"] == "assistant":
+            message[EXCLUDED] = True
+    return messages
 
 
-def _system(row: Row, wording: Wording) -> str | None:
+def _completion(row: Row, reading: Reading) -> list[Message]:
+    if isinstance(row.get("completion"), str) and not _both_are_messages(row):
+        return [_answer_text(row, "completion", reading)]
+    for name in REASONING:
+        if has_value(row.get(name)):
+            reading.leave(name)
+    if isinstance(row.get("completion"), dict):
+        row = row | {"completion": [row["completion"]]}
+    if as_list(row.get("completion")) is None and not isinstance(row.get("completion"), str):
+        read_text(row, "completion")
+    return read_messages(row, "completion", reading)
+
+
+def _both_are_messages(row: Row) -> bool:
+    """Return whether prompt and completion are lists of messages, written as JSON text or not.
+
+    A text that only looks like a list of messages beside a plain text stays a text.
+    """
+    return all(find_messages(row.get(name)) is not None for name in ("prompt", "completion"))
+
+
+def _answer_text(row: Row, name: str, reading: Reading) -> Message:
+    """Return the answer in a column of text, with the reasoning that another column may have."""
+    message = assistant(read_text(row, name))
+    thoughts = []
+    for key in REASONING:
+        value = row.get(key)
+        if not has_value(value):
+            continue
+        # A single word, such as "on", says how the answer was made; it is not its reasoning.
+        if not isinstance(value, str) or len(value.split()) < 2:
+            reading.leave(key)
+        else:
+            check_unicode(value, key)
+            thoughts.append(value)
+    add_reasoning(message, thoughts, name)
+    return message
+
+
+def read_system(row: Row, messages: list[Message], reading: Reading) -> list[Message]:
+    """Return the messages with the row's or the recipe's system message, unless they have one."""
     system = row.get("system")
     if system is not None and not isinstance(system, str):
         raise BadRowError(f"system is {describe_type(system)}, not text")
-    return system or wording.system_prompt
+    if system and messages[0]["role"] == "system" and messages[0]["content"] != system:
+        reading.leave("system", "the messages begin with another system message")
+    return with_system(messages, system or reading.system_prompt)
 
 
-def _conversation(row: Row, system: str | None, messages: list[Message]) -> Example:
-    messages = with_system(messages, system)
+def _conversation(row: Row, reading: Reading, messages: list[Message]) -> Example:
+    messages = read_system(row, messages, reading)
     check_conversation(messages)
-    return Example(messages=messages, choices=_choices(row, messages[-1]["content"]))
+    not_learnt = take_excluded(messages)
+    answers = {index for index, message in enumerate(messages) if message["role"] == "assistant"}
+    if answers <= not_learnt:
+        raise BadRowError("every answer is excluded from the loss (weight 0 or train false)")
+    return Example(
+        messages=messages,
+        not_learnt=not_learnt,
+        tools=tools.read_tools(row, messages, reading),
+        choices=_choices(row, messages[-1]["content"], reading),
+    )
 
 
-def _choices(row: Row, answer: str) -> list[str] | None:
+def _choices(row: Row, answer: str, reading: Reading) -> list[str] | None:
     """Return the column `choices` if it lists answers; some datasets use that name differently."""
-    choices = row.get("choices")
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+    choices: Any = row.get("choices")
+    if not has_value(choices):
         return None
-    if answer not in choices:
+    choices = as_list(choices)
+    if not choices or answer not in choices or not all(isinstance(text, str) for text in choices):
+        reading.leave("choices", "does not list the answer")
         return None
     for choice in choices:
         check_unicode(choice, "a choice")

@@ -1,18 +1,22 @@
-"""The row formats, how the format of a row is recognised, and how a row is read.
+"""The row formats, how the format of rows is recognised, and how a row is read.
 
 `FORMATS` is the only list of row formats. The values of `prepare.format`, their description in the
 JSON Schema, detection, the check of `prepare.columns` and the messages are derived from `FORMATS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 from tuneline.artifacts import Method
 from tuneline.errors import DataError
-from tuneline.prepare.formats import readers
-from tuneline.prepare.formats.example import Example
-from tuneline.prepare.formats.readers import Row, Wording
+from tuneline.prepare.formats import preferences, readers, tools
+from tuneline.prepare.formats.checks import has_value
+from tuneline.prepare.formats.example import BadRowError, Example
+from tuneline.prepare.formats.message import REASONING
+from tuneline.prepare.formats.reading import Reading, Row
+from tuneline.prepare.formats.refusals import check_columns
 
 
 @dataclass(frozen=True)
@@ -25,32 +29,49 @@ class RowFormat:
     """Columns that identify the format; a row must have all of them."""
     optional: tuple[str, ...]
     """Columns that are read if a row has them."""
-    read: Callable[[Row, Wording], Example]
+    read: Callable[[Row, Reading], Example]
     """Function that turns a row with tuneline's column names into an example.
 
     It raises BadRowError if the row cannot be used.
     """
 
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """All columns of the format."""
+        return frozenset((*self.required, *self.optional))
+
+
+_AROUND = ("system", *tools.COLUMNS)
+"""Optional columns of every format with a conversation."""
 
 # Detection takes the first format whose columns a row has, so a format must come before every
 # format whose required columns are a subset of its own.
 FORMATS = {
     "preference": RowFormat(
-        "dpo", ("chosen", "rejected"), ("prompt", "system"), readers.read_preference
+        "dpo",
+        ("chosen", "rejected"),
+        (*preferences.PROMPTS, "input", "history", *_AROUND),
+        preferences.read_preference,
     ),
-    "messages": RowFormat("sft", ("messages",), ("system", "choices"), readers.read_conversation),
-    "sharegpt": RowFormat("sft", ("conversations",), ("system", "choices"), readers.read_sharegpt),
+    "messages": RowFormat("sft", ("messages",), (*_AROUND, "choices"), readers.read_conversation),
+    "sharegpt": RowFormat("sft", ("conversations",), (*_AROUND, "choices"), readers.read_sharegpt),
     "alpaca": RowFormat(
-        "sft", ("instruction", "output"), ("input", "system", "choices"), readers.read_alpaca
+        "sft",
+        ("instruction", "output"),
+        ("input", "history", *_AROUND, "choices", *REASONING),
+        readers.read_alpaca,
     ),
     "prompt-completion": RowFormat(
-        "sft", ("prompt", "completion"), ("system", "choices"), readers.read_prompt_completion
+        "sft",
+        ("prompt", "completion"),
+        (*_AROUND, "choices", *REASONING),
+        readers.read_prompt_completion,
     ),
     "text": RowFormat("cpt", ("text",), (), readers.read_document),
 }
 
 AUTO = "auto"
-"""Value of `prepare.format` with which the columns of the first row determine the format."""
+"""Value of `prepare.format` with which the columns of the first rows determine the format."""
 
 if TYPE_CHECKING:
     FormatName = str
@@ -58,7 +79,7 @@ else:
     FormatName = Literal[AUTO, *FORMATS]
 
 DESCRIPTION = (
-    f"Row format. {AUTO} recognises it by the columns of the first row. "
+    f"Row format. {AUTO} recognises it by the columns that the first rows have values in. "
     + ". ".join(
         f"{name} ({entry.method}): {', '.join(entry.required)}"
         + (f"; optional {', '.join(entry.optional)}" if entry.optional else "")
@@ -69,29 +90,44 @@ DESCRIPTION = (
 """Description of `prepare.format`."""
 
 
-def detect(values: dict[str, Any], method: Method) -> str:
-    """Return the name of the format that the columns of the first row fit.
+def detect(rows: Sequence[Row], method: Method) -> str | None:
+    """Return the name of the format that most of the rows fit; None if no row fits one.
 
-    Raises:
-        DataError: the columns fit no format that the method can use.
+    A row fits a format if it has a value in each required column. Null values do not count, since a
+    table made of several datasets has the columns of all. If no row has values in all the required
+    columns of a format, it is enough that the columns exist.
     """
-    fitting = [
-        name
-        for name, entry in FORMATS.items()
-        if all(column in values for column in entry.required)
-    ]
-    for name in fitting:
-        if FORMATS[name].method == method:
-            return name
-    columns = ", ".join(map(str, values)) or "none"
-    if fitting:
-        raise DataError(
-            f"the rows look like format {fitting[0]} (columns {columns}), which is for method "
-            f"{FORMATS[fitting[0]].method}, but prepare.method is {method}: set prepare.method to "
-            f"{FORMATS[fitting[0]].method}, or map other columns with prepare.columns"
-        )
-    raise DataError(
-        f"the columns ({columns}) fit no known format for method {method}: "
+    entries = {name: entry for name, entry in FORMATS.items() if entry.method == method}
+    for fits in (_has_values, _has_columns):
+        counts = {
+            name: sum(fits(row, entry.required) for row in rows) for name, entry in entries.items()
+        }
+        best = max(counts, key=lambda name: counts[name])
+        if counts[best]:
+            return best
+    return None
+
+
+def _has_values(row: Row, columns: tuple[str, ...]) -> bool:
+    return all(has_value(row.get(column)) for column in columns)
+
+
+def _has_columns(row: Row, columns: tuple[str, ...]) -> bool:
+    return all(column in row for column in columns)
+
+
+def unknown_format(rows: Sequence[Row], method: Method) -> DataError:
+    """Return the error for rows that fit no format of the method."""
+    columns = ", ".join(map(str, list(dict.fromkeys(name for row in rows for name in row))[:50]))
+    for name, entry in FORMATS.items():
+        if any(_has_columns(row, entry.required) for row in rows):
+            return DataError(
+                f"the rows look like format {name} (columns {columns}), which is for method "
+                f"{entry.method}, but prepare.method is {method}: set prepare.method to "
+                f"{entry.method}, or map other columns with prepare.columns"
+            )
+    return DataError(
+        f"the columns ({columns or 'none'}) fit no known format for method {method}: "
         + "; ".join(
             f"{name} has {', '.join(entry.required)}"
             for name, entry in FORMATS.items()
@@ -113,7 +149,7 @@ def check_names(format: str, columns: dict[str, str], method: Method) -> None:
             f"{method}: change prepare.format or prepare.method"
         )
     entries = FORMATS.values() if format == AUTO else [FORMATS[format]]
-    known = {column for entry in entries for column in (*entry.required, *entry.optional)}
+    known = {column for entry in entries for column in entry.known}
     for name in columns:
         if name not in known:
             raise DataError(
@@ -122,23 +158,39 @@ def check_names(format: str, columns: dict[str, str], method: Method) -> None:
             )
 
 
-def rename(values: dict[str, Any], columns: dict[str, str]) -> Row:
-    """Return the row with tuneline's column names; a mapped column that is absent stays absent."""
-    if not columns:
+def rename(values: Row, reading: Reading) -> Row:
+    """Return the row with tuneline's column names and without the columns that are ignored.
+
+    A mapped column that is absent stays absent. A column that has the name of a mapped column is
+    hidden by it, and noted as unused if it has a value.
+    """
+    columns, ignored = reading.columns, reading.ignored
+    if not columns and not ignored:
         return values
     taken = set(columns.values())
-    renamed = {name: value for name, value in values.items() if name not in taken}
+    renamed = {}
+    for name, value in values.items():
+        if name in columns and name not in taken and has_value(value) and name not in ignored:
+            reading.unused.add(name)
+        elif name not in columns and name not in taken and name not in ignored:
+            renamed[name] = value
     for ours, theirs in columns.items():
-        renamed.pop(ours, None)
-        if theirs in values:
+        if theirs in values and theirs not in ignored:
             renamed[ours] = values[theirs]
     return renamed
 
 
-def read_row(row: Row, format: str, wording: Wording) -> Example:
-    """Check one row and return it as an `Example`.
+def read_row(values: Row, format: str, reading: Reading) -> Example:
+    """Check one row and return it as an `Example`; `reading.unused` then has what is not used.
 
     Raises:
         BadRowError: the row cannot be used.
     """
-    return FORMATS[format].read(row, wording)
+    reading.unused = set()
+    entry = FORMATS[format]
+    try:
+        row = rename(values, reading)
+        check_columns(row, entry.known, entry.method, reading)
+        return entry.read(row, reading)
+    except RecursionError:
+        raise BadRowError("a value is nested too deeply") from None

@@ -19,7 +19,7 @@ class Collected:
     """Where in the spool the rows of each origin are."""
 
     intake: Intake
-    """Counts of the dataset's rows; rejected rows of all origins are counted."""
+    """Counts of the dataset's rows; rejected rows and unused columns of all origins are counted."""
     own: range
     """Indices of the dataset's own rows, which may be trained on; they begin at 0."""
     heldout: range | None
@@ -80,7 +80,7 @@ def collect(
             )
             rows = read_rows(config.heldout.source, selection)
             held = take(rows, config.heldout.source, intake.format, wanted)
-            intake.num_rejected += held.num_rejected
+            intake.add(held)
         heldout = range(own.stop, len(spool))
     general = config.general
     first = len(spool)
@@ -95,5 +95,5 @@ def collect(
             rejected=rejected,
             max_rows=NUM_READ_FOR_ONE * max(1, num_wanted(general, len(own))),
         )
-        intake.num_rejected += general_intake.num_rejected
+        intake.add(general_intake)
     return Collected(intake, own, heldout, range(first, len(spool)))

@@ -3,16 +3,19 @@
 import contextlib
 import json
 import logging
+import re
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import IO
+from itertools import chain, islice
+from typing import IO, Any
 
 from tuneline.errors import DataError
 from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.formats import table
 from tuneline.prepare.formats.example import BadRowError
-from tuneline.prepare.formats.readers import Wording
+from tuneline.prepare.formats.reading import Reading
 from tuneline.prepare.parallel import batched, in_order
 from tuneline.prepare.rows.spool import Spool
 from tuneline.prepare.sources.row import SourceRow
@@ -25,6 +28,18 @@ _NUM_NAMED = 3
 """Number of unusable rows whose reasons an error message quotes."""
 _BATCH = 256
 """Number of rows per batch."""
+_MAX_ROWS_TO_DETECT = 16 * _BATCH
+"""Number of readable rows after which a format must be recognised."""
+_MAX_UNUSED_NAMES = 200
+"""Largest number of unused columns and keys that are counted by name."""
+_MAY_OMIT_KEYS = re.compile(r"\.(json|jsonl|ndjson)(\.|$)", re.IGNORECASE)
+"""Matches names of files in which objects have only the keys that were written. In Parquet, and in
+what `datasets` reads, all objects of a column have the same keys, and nulls fill the gaps."""
+OTHER_NAMES = "(others)"
+"""Name under which further unused columns and keys are counted."""
+
+_Result = tuple[bytes | str, tuple[str, ...]]
+"""A row's line for the spool, or the reason why the row cannot be used; and what it has unused."""
 
 
 @dataclass
@@ -37,6 +52,20 @@ class Intake:
     num_rejected: int = 0
     first_rejected: list[str] = field(default_factory=list)
     """The first unusable rows: file, line and reason."""
+    unused: Counter[str] = field(default_factory=Counter)
+    """Column, or key of messages, that is not used -> number of usable rows with a value in it."""
+
+    def add(self, other: "Intake") -> None:
+        """Add the rejected rows and the unused columns of another source."""
+        self.num_rejected += other.num_rejected
+        for name, num_rows in other.unused.items():
+            self.count_unused(name, num_rows)
+
+    def count_unused(self, name: str, num_rows: int = 1) -> None:
+        """Count rows with a column, or a key of messages, that is not used."""
+        if name not in self.unused and len(self.unused) >= _MAX_UNUSED_NAMES:
+            name = OTHER_NAMES
+        self.unused[name] += num_rows
 
 
 def take_in(
@@ -68,72 +97,104 @@ def take_in(
             the config allows.
     """
     intake = Intake(format)
-    first = _until_format_is_known(rows, intake, config, source)
+    reading = _reading(config)
+    first = _until_format_is_known(rows, intake, reading, config, source)
+    # Columns of the first readable row, for messages; and mapped columns that no row had so far.
+    columns: list[str] = []
+    absent = set(config.columns)
 
-    wording = _wording(config)
-
-    def lines(batch: list[SourceRow]) -> list[bytes | str]:
-        return [_line(row, config, intake.format, renderer, wording) for row in batch]
+    def lines(batch: list[SourceRow]) -> list[_Result]:
+        return [_line(row, intake.format, renderer, reading) for row in batch]
 
     num_left = -1 if max_rows is None else max_rows
     with contextlib.closing(in_order(lines, batched(chain(first, rows), _BATCH))) as results:
-        for row, line in (pair for batch in results for pair in zip(*batch, strict=True)):
+        for row, (line, unused) in (pair for batch in results for pair in zip(*batch, strict=True)):
             intake.num_rows += 1
+            if row.values is not None:
+                columns = columns or list(map(str, row.values))
+                absent -= {ours for ours in absent if config.columns[ours] in row.values}
             if isinstance(line, str):
                 _reject(intake, row, line, config, rejected)
                 continue
+            for name in unused:
+                intake.count_unused(name)
             spool.append(line)
             num_left -= 1
             if num_left == 0:
                 break
     if intake.num_rows == 0:
         raise DataError(f"{source} has no rows: it is empty")
+    if max_rows is not None and intake.format != table.AUTO:
+        # Only part of the source may have been read. Optional columns may be in other rows.
+        absent &= set(table.FORMATS[intake.format].required)
+    _check_mapped(absent, columns, config, source)
     _check_share(intake, config, source)
     return intake
 
 
 def _until_format_is_known(
-    rows: Iterator[SourceRow], intake: Intake, config: PrepareConfig, source: str
+    rows: Iterator[SourceRow],
+    intake: Intake,
+    reading: Reading,
+    config: PrepareConfig,
+    source: str,
 ) -> list[SourceRow]:
-    """Read rows up to the first readable one, set the format from its columns, return the rows."""
-    read = []
-    while intake.format == table.AUTO and (row := next(rows, None)) is not None:
-        read.append(row)
-        if row.values is not None:
-            _check_columns(row, config, source)
-            values = table.rename(row.values, config.columns)
-            intake.format = table.detect(values, config.method)
+    """Read rows until some fit a format, set the format, and return the rows."""
+    read: list[SourceRow] = []
+    values: list[table.Row] = []
+    while intake.format == table.AUTO and (batch := list(islice(rows, _BATCH))):
+        read += batch
+        values += [table.rename(row.values, reading) for row in batch if row.values is not None]
+        intake.format = table.detect(values, config.method) or table.AUTO
+        if len(values) >= _MAX_ROWS_TO_DETECT:
+            break
+    if intake.format == table.AUTO and values:
+        given = [row.values for row in read if row.values is not None]
+        absent = {
+            ours
+            for ours, theirs in config.columns.items()
+            if not any(theirs in row for row in given)
+        }
+        _check_mapped(absent, list(map(str, given[0])), config, source)
+        raise table.unknown_format(values, config.method)
     return read
 
 
-def _wording(config: PrepareConfig) -> Wording:
+def _reading(config: PrepareConfig) -> Reading:
     template = TEMPLATES.get(config.template)
-    if template is None:
-        return Wording(config.system_prompt)
-    return Wording(config.system_prompt, input_heading=template.input_heading)
+    heading = {} if template is None else {"input_heading": template.input_heading}
+    return Reading(
+        config.system_prompt,
+        columns=config.columns,
+        ignored=frozenset(config.ignore_columns),
+        **heading,
+    )
 
 
-def _line(
-    row: SourceRow, config: PrepareConfig, format: str, renderer: Renderer, wording: Wording
-) -> bytes | str:
-    """Return a row's line for the spool, or the reason why the row cannot be used."""
+def _line(row: SourceRow, format: str, renderer: Renderer, reading: Reading) -> _Result:
+    """Return a row's line for the spool or why it cannot be used, and what it has unused."""
     if row.values is None:
-        return row.reason
+        return row.reason, ()
+    reading.nulls_are_padding = not _MAY_OMIT_KEYS.search(row.file)
     try:
-        example = table.read_row(table.rename(row.values, config.columns), format, wording)
-        return renderer.render(example).to_line()
+        example = table.read_row(row.values, format, reading)
+        line = renderer.render(example).to_line()
     except BadRowError as reason:
-        return str(reason)
+        return str(reason), ()
+    # A name that is one object in memory is pickled once for all rows of a batch.
+    return line, tuple(map(_printable, reading.unused))
 
 
-def _check_columns(row: SourceRow, config: PrepareConfig, source: str) -> None:
-    assert row.values is not None
-    for ours, theirs in config.columns.items():
-        if theirs not in row.values:
-            raise DataError(
-                f"prepare.columns maps {ours} to '{theirs}', but {source} has no such column: "
-                f"its columns are {', '.join(map(str, row.values))}"
-            )
+def _printable(name: str) -> str:
+    return sys.intern(name[:200].encode("utf-8", "backslashreplace").decode())
+
+
+def _check_mapped(absent: set[str], columns: list[str], config: PrepareConfig, source: str) -> None:
+    for ours in sorted(absent):
+        raise DataError(
+            f"prepare.columns maps {ours} to '{config.columns[ours]}', but {source} has no such "
+            f"column: its columns are {', '.join(columns)}"
+        )
 
 
 def _reject(
@@ -146,9 +207,16 @@ def _reject(
     intake.num_rejected += 1
     if len(intake.first_rejected) < _NUM_NAMED:
         intake.first_rejected.append(f"{row.file} line {row.line}: {reason}")
-    excerpt = "" if row.values is None else json.dumps(row.values, default=str)[:300]
+    excerpt = "" if row.values is None else _excerpt(row.values)
     entry = {"source": row.file, "line": row.line, "reason": reason, "row": excerpt}
     rejected.write(json.dumps(entry) + "\n")
+
+
+def _excerpt(values: dict[str, Any]) -> str:
+    try:
+        return json.dumps(values, default=str)[:300]
+    except RecursionError:
+        return f"columns {', '.join(values)}"[:300]
 
 
 def _check_share(intake: Intake, config: PrepareConfig, source: str) -> None:
