@@ -195,8 +195,15 @@ class DatasetManifest(Record):
     unused: dict[str, int] = {}
     """Column that is not used, or key of messages such as `messages[].name` -> number of usable
     rows with a value in it. Rejected rows and `prepare.ignore_columns` are not counted."""
+    num_unfolded_conversations: int = 0
+    """Number of conversations that became several training or evaluation rows, because the template
+    writes an earlier answer differently from the last one."""
+    num_unfolded_rows: int = 0
+    """Number of rows that these conversations became."""
     end_of_turn: str = ""
     """Text that the template puts after an answer, e.g. <|im_end|>; generation stops there."""
+    template_date: str | None = None
+    """Date that the template shows, YYYY-MM-DD; None: the template shows no date."""
     licence: str | None = None
     sha256: str
     """SHA-256 over the checked rows in order, the template and the split."""

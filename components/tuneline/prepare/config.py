@@ -1,5 +1,6 @@
 """The `prepare` section of a recipe."""
 
+import datetime
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,6 +10,7 @@ from tuneline.prepare.formats.table import AUTO, FormatName
 from tuneline.prepare.formats.table import DESCRIPTION as FORMAT_DESCRIPTION
 from tuneline.prepare.tokens.templates import DESCRIPTION as TEMPLATE_DESCRIPTION
 from tuneline.prepare.tokens.templates import OWN_TEMPLATE, TemplateName
+from tuneline.prepare.tokens.thinking import Thinking
 from tuneline.strict_model import StrictModel
 
 
@@ -70,6 +72,19 @@ class PrepareConfig(StrictModel):
     system_prompt: str | None = None
     """System message for rows without one; an empty string adds an empty system message. Default:
     none is added, so the chat template may insert its own."""
+    date: datetime.date | None = None
+    """Date that a chat template shows if it asks for the current one, e.g. 2026-01-31. Default: the
+    dataset's own date, so that the same rows give the same tokens on every day: of the newest file,
+    or of the commit on the Hub."""
+    thinking: Thinking = "keep"
+    """What to do with the reasoning of answers, under a key of a message or between <think> tags.
+    keep: it stands where the chat template puts it, and a row whose reasoning the template cannot
+    show is refused; strip: it is removed; require: a row with a learnt answer without reasoning is
+    refused."""
+    learn_empty_thinking: bool = False
+    """Whether the model learns to write an empty block of reasoning before an answer without
+    reasoning. By default, the block is a part of the prompt, as servers write it if thinking is
+    disabled."""
     loss_on: Literal["answers", "all"] = "answers"
     """Tokens that contribute to the loss. answers: the completion or the assistant's messages, with
     their end of turn; all: every token."""

@@ -25,19 +25,18 @@ from tuneline.artifacts import (
 )
 from tuneline.errors import DataError
 from tuneline.prepare.config import PrepareConfig
-from tuneline.prepare.formats.example import Example
 from tuneline.prepare.formats.table import check_names
 from tuneline.prepare.parallel import batched, in_order
 from tuneline.prepare.rows.collect import Collected, collect
 from tuneline.prepare.rows.mixture import mix_in
 from tuneline.prepare.rows.split import MAX_HELDOUT_SHARE, Split, split
 from tuneline.prepare.rows.spool import Spool
-from tuneline.prepare.sources.kinds import kind_of
 from tuneline.prepare.statistics_page import describe_unused, render
+from tuneline.prepare.sources.kinds import date_of, kind_of
 from tuneline.prepare.tokens import lengths, parquet
 from tuneline.prepare.tokens.render import Rendered, Renderer
 from tuneline.prepare.tokens.templates import OWN_TEMPLATE, use_template
-from tuneline.prepare.tokens.tokenise import tokenise
+from tuneline.prepare.tokens.tokenise import Unfolded, tokenise
 from tuneline.prepare.tokens.tokenizer import load_tokenizer
 from tuneline.prepare.tokens.truncation import choose_length, cut_rows, too_long
 
@@ -85,6 +84,17 @@ def run(
     elif config.method == "dpo" and "loss_on" in config.model_fields_set:
         logger.warning("prepare.loss_on is ignored: method dpo compares whole answers")
 
+    date = config.date
+    if date is None and "strftime_now" in template:
+        date = date_of(source, config.revision)
+    renderer = Renderer(
+        tokenizer,
+        thinking=config.thinking,
+        learn_empty_thinking=config.learn_empty_thinking,
+        loss_on=config.loss_on,
+        date=date,
+    )
+
     with new_directory(dataset_dir) as target:
         work = target / ".work"
         work.mkdir()
@@ -92,15 +102,15 @@ def run(
             Spool(work / "rows.jsonl") as spool,
             open(target / REJECTED_FILE, "w", encoding="utf-8") as rejected,
         ):
-            collected = collect(source, config, Renderer(tokenizer), spool, rejected)
+            collected = collect(source, config, renderer, spool, rejected)
             intake, parts = collected.intake, _divide(collected, config, spool)
             digest = hashlib.sha256(template.encode())
             digest.update(f"{config.method} {config.loss_on} {config.template}".encode())
             heldout = _read_heldout(spool, parts.heldout, digest)
-            sizes = array("l")
+            sizes, unfolded = array("l"), Unfolded()
             for name, indices in ((TRAIN_FILE, parts.train), (EVAL_FILE, parts.eval)):
                 digest.update(name.encode())
-                rows = _tokens(spool, indices, tokenizer, config, digest, sizes)
+                rows = _tokens(spool, indices, tokenizer, config, digest, sizes, unfolded)
                 parquet.write(work / name, rows, method=config.method)
         if not sizes:
             raise DataError(
@@ -144,7 +154,10 @@ def run(
             num_general_rows=parts.num_general,
             num_leaking_rows=parts.num_leaking,
             unused=dict(intake.unused.most_common()),
-            end_of_turn=_end_of_turn(heldout, template, tokenizer),
+            num_unfolded_conversations=unfolded.num_conversations,
+            num_unfolded_rows=unfolded.num_rows,
+            end_of_turn=renderer.end_of_turn if template else "",
+            template_date=str(date) if date is not None and renderer.shows_date else None,
             licence=config.licence,
             sha256=digest.hexdigest(),
             seconds=round(time.monotonic() - started, 3),
@@ -193,30 +206,24 @@ def _tokens(
     config: PrepareConfig,
     digest: Any,
     sizes: "array[int]",
+    unfolded: Unfolded,
 ) -> Iterator[pyarrow.RecordBatch]:
-    """Yield the examples of the given rows, and append the length of each example to `sizes`."""
+    """Yield the examples of the given rows; append their lengths to `sizes`, add to `unfolded`."""
 
-    def tokens(lines: list[bytes]) -> tuple[pyarrow.RecordBatch, "array[int]"]:
+    def tokens(lines: list[bytes]) -> tuple[pyarrow.RecordBatch, "array[int]", Unfolded]:
         rendered = [Rendered.from_line(line) for line in lines]
         rows = list(tokenise(tokenizer, rendered, loss_on=config.loss_on))
-        return parquet.to_batch(rows, method=config.method), array("l", map(len, rows))
+        batch = parquet.to_batch(rows, method=config.method)
+        return batch, array("l", map(len, rows)), Unfolded.of(rendered)
 
-    for lines, (batch, lengths_of_rows) in in_order(
+    for lines, (batch, lengths_of_rows, counts) in in_order(
         tokens, batched(spool.read(indices), parquet.BATCH)
     ):
+        unfolded.add(counts)
         for line in lines:
             digest.update(line)
         sizes.extend(lengths_of_rows)
         yield batch
-
-
-def _end_of_turn(heldout: list[dict[str, Any]], template: str, tokenizer: Any) -> str:
-    """Return the text that ends an answer, as the chat template renders it."""
-    if not template:
-        return ""
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    row = heldout[0] if heldout else Renderer(tokenizer).render(Example(messages)).heldout_row()
-    return str(row["end"])
 
 
 def _write_page(target: Path, tokenizer: Any, manifest: DatasetManifest, path: Path) -> None:
@@ -249,3 +256,10 @@ def _log(manifest: DatasetManifest) -> None:
         100 * manifest.truncated_token_share,
         manifest.seconds,
     )
+    if manifest.num_unfolded_conversations:
+        logger.info(
+            "%d conversations became %d rows: the chat template writes their earlier answers "
+            "differently from the last one, so a row has only answers that fit into one text",
+            manifest.num_unfolded_conversations,
+            manifest.num_unfolded_rows,
+        )

@@ -101,6 +101,14 @@ def _lengths(manifest: DatasetManifest) -> str:
         )
     if manifest.num_general_rows:
         notes.append(f"{manifest.num_general_rows} training rows come from the general dataset.")
+    if manifest.num_unfolded_conversations:
+        notes.append(
+            f"{manifest.num_unfolded_conversations} conversations became "
+            f"{manifest.num_unfolded_rows} rows, because the chat template writes their earlier "
+            "answers differently from the last one."
+        )
+    if manifest.template_date:
+        notes.append(f"The chat template shows the date {manifest.template_date}.")
     if manifest.num_leaking_rows:
         notes.append(f"{manifest.num_leaking_rows} rows are left out: they equal a held-out row.")
     return page.section(

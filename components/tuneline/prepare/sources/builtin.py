@@ -1,5 +1,6 @@
 """Datasets that tuneline generates itself, so that a demo does not need the Hub."""
 
+import datetime
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ class Builtin:
     num_heldout: int
     """Number of rows at the end of the dataset that are held out, whatever the recipe's seed."""
 
+
+DATE = datetime.date(2026, 1, 1)
+"""Date that a chat template shows for built-in datasets."""
 
 BUILTINS = {"kubernetes-quantities": Builtin(quantities.rows, quantities.NUM_HELDOUT)}
 

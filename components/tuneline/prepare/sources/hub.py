@@ -1,11 +1,12 @@
 """Datasets on the Hub: stream the rows, and find the commit that a revision names now."""
 
+import datetime
 import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from datasets import IterableDataset, exceptions, load_dataset
-from huggingface_hub import HfApi, constants
+from huggingface_hub import DatasetInfo, HfApi, constants
 from huggingface_hub import errors as hub_errors
 
 from tuneline.errors import DataError, HubError
@@ -73,12 +74,31 @@ def fingerprint(source: str, revision: str | None) -> str:
             source,
         )
         return f"offline {revision}"
+    return str(_look_up(source, revision).sha)
+
+
+def date_of(source: str, revision: str | None) -> datetime.date:
+    """Return the date (UTC) of the commit that a revision of a dataset names now.
+
+    Raises:
+        DataError: there is no such dataset or revision, or no access to it, or the Hub is off.
+        HubError: the Hub could not be reached.
+    """
+    modified = None if constants.HF_HUB_OFFLINE else _look_up(source, revision).last_modified
+    if modified is None:
+        raise DataError(
+            f"the chat template shows a date, but the date of the dataset {source} is not known: "
+            "set prepare.date, e.g. to 2026-01-31"
+        )
+    return modified.astimezone(datetime.UTC).date()
+
+
+def _look_up(source: str, revision: str | None) -> DatasetInfo:
     try:
-        info = retrying(
+        return retrying(
             f"look up {source} at {constants.ENDPOINT}",
             lambda: HfApi().dataset_info(source, revision=revision),
         )
-        return str(info.sha)
     except hub_errors.RevisionNotFoundError:
         raise DataError(
             f"dataset {source} has no revision '{revision}': give a branch, a tag or a commit"

@@ -1,5 +1,6 @@
 """The kinds of sources of rows: how a kind is recognised, read and fingerprinted."""
 
+import datetime
 import glob
 import hashlib
 import itertools
@@ -104,3 +105,19 @@ KINDS: dict[KindName, Kind] = {
     "files": Kind(_read_files, _hash_files),
     "hub": Kind(hub.read, hub.fingerprint),
 }
+
+
+def date_of(source: str, revision: str | None) -> datetime.date:
+    """Return the date (UTC) of the newest file of a source, or of its commit on the Hub.
+
+    Raises:
+        DataError: the source does not exist.
+        HubError: the Hub could not be reached.
+    """
+    kind = kind_of(source)
+    if kind == "builtin":
+        return builtin.DATE
+    if kind == "hub":
+        return hub.date_of(source, revision)
+    newest = max(file.stat().st_mtime for file in _find_files(source))
+    return datetime.datetime.fromtimestamp(newest, datetime.UTC).date()

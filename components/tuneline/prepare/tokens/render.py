@@ -1,18 +1,23 @@
 """Render checked rows as text with the chat template, and locate the answers in the text.
 
-The template is rendered twice for each answer: once up to the generation prompt, which is what the
-model sees at inference, and once with the answer. The text that the second rendering adds is the
-answer with its end of turn. The template does not need a {% generation %} block, which would mark
-the answers but is missing in most templates.
+The template does not need a {% generation %} block, which would mark the answers but is missing in
+most templates.
 """
 
+import datetime
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
+from tuneline.errors import DataError
 from tuneline.prepare.formats.example import BadRowError, Example, Message
+from tuneline.prepare.tokens.answers import Written, check_parts, shape, write_answer
+from tuneline.prepare.tokens.compiled import CompiledTemplate
+from tuneline.prepare.tokens.probe import TemplateFacts, probe
+from tuneline.prepare.tokens.templates import read_templates
+from tuneline.prepare.tokens.thinking import Thinking, require_reasoning, strip_reasoning
+from tuneline.prepare.tokens.tools import check_tools, is_written, shape_calls, shape_tools
 
 
 @dataclass(frozen=True)
@@ -88,100 +93,210 @@ class Rendered:
 class Renderer:
     """Renders rows with the chat template of a tokenizer."""
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        thinking: Thinking = "keep",
+        learn_empty_thinking: bool = False,
+        loss_on: str = "answers",
+        date: datetime.date | None = None,
+    ):
+        """Compile and probe the tokenizer's chat templates; without one, only texts are rendered.
+
+        Args:
+            tokenizer: the tokenizer of the model.
+            thinking: what to do with the reasoning of answers.
+            learn_empty_thinking: whether an empty block of reasoning is learnt.
+            loss_on: "answers" or "all" tokens.
+            date: the date that the template shows; None: the current date.
+        """
+        self._thinking = thinking
+        self._learn_empty_thinking = learn_empty_thinking
+        self._loss_on = loss_on
+        self._templates = {
+            name: _compile(tokenizer, text, date)
+            for name, text in read_templates(tokenizer).items()
+        }
+
+    @property
+    def end_of_turn(self) -> str:
+        """Text that the template puts after an answer; "" without a template."""
+        return self._templates["default"][1].end if self._templates else ""
+
+    @property
+    def shows_date(self) -> bool:
+        """Whether a template shows the date."""
+        return any(template.shows_date for template, _ in self._templates.values())
 
     def render(self, example: Example) -> Rendered:
         """Return the row as text.
 
         Raises:
-            BadRowError: the template refuses the row, e.g. because of a system message.
+            BadRowError: the template refuses the row, or changes or leaves out a part of it.
         """
         if example.text is not None:
             document = {"prompt": "", "answer": example.text, "end": "", "question": ""}
             return Rendered(text=example.text, heldout=document)
         if example.preference is not None:
-            prompt, chosen, rejected = example.preference
-            return self._preference(prompt, chosen["content"], rejected["content"])
+            return self._preference(example)
         assert example.messages is not None
         messages = example.messages
-        pieces = self._conversation(messages)
-        heldout: dict[str, Any] = {"question": _last_question(messages[:-1])}
+        learnt = [
+            index
+            for index, message in enumerate(messages)
+            if message["role"] == "assistant" and index not in example.not_learnt
+        ]
+        self._check_loss(example)
+        written = self._write(messages, learnt, example.tools)
+        last = written[-1]
+        heldout: dict[str, Any] = {"question": _last_question(messages[: learnt[-1]])}
         if example.choices is not None:
-            answer, last = messages[-1]["content"], pieces[-1].answers[-1]
-            written = pieces[-1].text[last.start : last.content_end]
-            # The template may put white space before an answer. Put it before each choice too.
-            lead = written[: len(written) - len(written.lstrip())] if written != answer else ""
+            # What the template puts before an answer is put before each choice too.
+            lead = last.text[self._start(last) : last.content_start]
             heldout |= {
                 "choices": [lead + choice for choice in example.choices],
-                "label": example.choices.index(answer),
+                "label": example.choices.index(messages[learnt[-1]]["content"]),
             }
-        return Rendered(pieces=pieces, heldout=heldout)
+        return Rendered(pieces=self._pieces(written), heldout=heldout)
 
-    def _preference(self, prompt: list[Message], chosen: str, rejected: str) -> Rendered:
-        before = self._apply(prompt, add_generation_prompt=True)
-        answers, contents, end = [], [], ""
-        for content in (chosen, rejected):
-            text, answer = self._answer(prompt, content)
-            answers.append(text[answer.start : answer.end])
-            contents.append(text[answer.start : answer.content_end])
-            end = text[answer.content_end : answer.end]
+    def _check_loss(self, example: Example) -> None:
+        """Refuse a row of which loss_on all would learn a part that is not to be learnt."""
+        if self._loss_on != "all":
+            return
+        if example.not_learnt:
+            raise BadRowError(
+                "the row excludes an answer from the loss, but prepare.loss_on is all: set it to "
+                "answers"
+            )
+        if any(message["role"] == "tool" for message in example.messages or []):
+            raise BadRowError(
+                "the row has results of tools, which a model must not learn to write, but "
+                "prepare.loss_on is all: set it to answers"
+            )
+
+    def _write(
+        self, messages: list[Message], learnt: list[int], tools: list[dict[str, Any]] | None
+    ) -> list[Written]:
+        """Return the text that ends with each of the learnt answers."""
+        template, facts = self._templates[
+            "tool_use" if tools and "tool_use" in self._templates else "default"
+        ]
+        check_tools(messages, bool(tools), facts.tools)
+        if self._thinking == "strip":
+            messages = [
+                strip_reasoning(message) if message["role"] == "assistant" else message
+                for message in messages
+            ]
+        elif self._thinking == "require":
+            require_reasoning(messages, learnt)
+        shaped = [shape(message, facts) for message in messages]
+        if tools or any(message["role"] == "tool" for message in messages):
+            shaped = shape_calls(shaped, facts.tools)
+        definitions = shape_tools(tools, facts.tools) if tools else None
+        written = []
+        for index in learnt:
+            answer = write_answer(template, facts, shaped[:index], shaped[index], definitions)
+            check_parts(shaped[index], answer)
+            written.append(answer)
+        _check_context(shaped[: learnt[-1]], definitions, written[-1].text, facts)
+        return written
+
+    def _start(self, written: Written) -> int:
+        return written.starts[0 if self._learn_empty_thinking else -1]
+
+    def _pieces(self, written: list[Written]) -> list[Piece]:
+        """Return the fewest texts with all answers, each as the model sees it at inference.
+
+        Usually the text up to each answer is the beginning of the whole conversation's text, so
+        one example can contain all answers. Some templates rewrite earlier turns: they drop their
+        reasoning, move the system message, or end them with another mark.
+        """
+        pieces: list[Piece] = []
+        while written:
+            text = written[-1].text
+            fits = [text.startswith(answer.text[: answer.end]) for answer in written]
+            answers = [
+                Answer(self._start(answer), answer.content_end, answer.end)
+                for answer, is_part in zip(written, fits, strict=True)
+                if is_part
+            ]
+            pieces.insert(0, Piece(text, answers))
+            written = [answer for answer, is_part in zip(written, fits, strict=True) if not is_part]
+        return pieces
+
+    def _preference(self, example: Example) -> Rendered:
+        assert example.preference is not None
+        prompt, *answers = example.preference
+        chosen, rejected = (
+            self._write([*prompt, answer], [len(prompt)], example.tools)[0] for answer in answers
+        )
+        # Both answers have to follow the same prompt, e.g. if only one of them has reasoning.
+        shared = [
+            start
+            for start in chosen.starts
+            if start in rejected.starts and chosen.text[:start] == rejected.text[:start]
+        ]
+        if not shared:
+            raise BadRowError(
+                "the chat template opens the chosen and the rejected answer differently, because "
+                "only one of them has reasoning: set prepare.thinking to strip"
+            )
+        start = shared[0 if self._learn_empty_thinking else -1]
+        contents = [answer.text[start : answer.content_end] for answer in (chosen, rejected)]
+        before = chosen.text[:start]
         heldout = {
             "prompt": before,
             "answer": contents[0],
-            "end": end,
+            "end": chosen.text[chosen.content_end : chosen.end],
             "choices": contents,
             "label": 0,
             "question": _last_question(prompt),
         }
-        return Rendered(preference=(before, answers[0], answers[1]), heldout=heldout)
+        texts = [answer.text[start : answer.end] for answer in (chosen, rejected)]
+        return Rendered(preference=(before, texts[0], texts[1]), heldout=heldout)
 
-    def _conversation(self, messages: list[Message]) -> list[Piece]:
-        pieces = [
-            self._answer(messages[:index], message["content"])
-            for index, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
-        whole = pieces[-1][0]
-        # Usually the text up to each answer is the beginning of the whole conversation's text, so
-        # one example can contain all answers. Some templates rewrite earlier turns (drop their
-        # reasoning, move the system message). Then each answer becomes an example of its own, with
-        # the earlier turns as the model would see them at inference.
-        if all(whole.startswith(text[: answer.end]) for text, answer in pieces):
-            return [Piece(whole, [answer for _, answer in pieces])]
-        return [Piece(text, [answer]) for text, answer in pieces]
 
-    def _answer(self, before: list[Message], content: str) -> tuple[str, Answer]:
-        """Return the text that ends with an answer to `before`, and the position of the answer."""
-        prompt = self._apply(before, add_generation_prompt=True)
-        text = self._apply(
-            [*before, {"role": "assistant", "content": content}], add_generation_prompt=False
-        )
-        # A template may strip white space from an answer, or drop the answer's reasoning.
-        written = content if content in text[-len(content) - 256 :] else content.strip()
-        position = text.rfind(written)
-        if position < 0:
-            raise BadRowError("the chat template changes the text of the answer")
-        content_end = position + len(written)
-        if not text.startswith(prompt):
-            # The generation prompt ends with text that a finished turn does not have, e.g. an
-            # opening <think>. Train on the generation prompt, because the model sees it at
-            # inference, followed by the answer and its end of turn.
-            tail = text[content_end:]
-            text, content_end = prompt + written + tail, len(prompt) + len(written)
-        if content_end - len(written) < len(prompt):
-            raise BadRowError("the chat template puts the answer inside the prompt")
-        end = max(content_end, len(text.rstrip()))
-        return text, Answer(start=len(prompt), content_end=content_end, end=end)
-
-    def _apply(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+def _compile(
+    tokenizer: Any, text: str, date: datetime.date | None
+) -> tuple[CompiledTemplate, TemplateFacts]:
+    """Compile and probe a template that reads a content as text or as a list of parts."""
+    try:
+        template = CompiledTemplate(tokenizer, text, date, content_in_parts=False)
+        return template, probe(template, tokenizer.eos_token)
+    except DataError as error:
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            raise BadRowError(f"the chat template refuses the row: {error}") from None
-        return text
+            template = CompiledTemplate(tokenizer, text, date, content_in_parts=True)
+            return template, probe(template, tokenizer.eos_token)
+        except DataError:
+            raise error from None
+
+
+# Some templates read these switches in a system message and remove them from the text.
+_SWITCHES = re.compile(r"/(?:no_?)?think")
+
+
+def _check_context(
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    text: str,
+    facts: TemplateFacts,
+) -> None:
+    """Refuse a row if the template changes or leaves out a message before the answer."""
+    for tool in tools or []:
+        if tool["function"]["name"] not in text:
+            raise BadRowError("the chat template leaves out the definition of a tool")
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "system" and content.strip() and not facts.shows_system:
+            raise BadRowError("the chat template leaves out the system message")
+        if content.strip() in text or (role == "assistant" and "</think>" in content):
+            continue
+        if role == "tool" and is_written(content, text):
+            continue
+        if role == "system" and _SWITCHES.sub("", content).strip() in text:
+            continue
+        raise BadRowError(f"the chat template changes or leaves out the text of a {role} message")
 
 
 def _last_question(messages: list[Message]) -> str:

@@ -115,21 +115,39 @@ DESCRIPTION = (
 """Description of `prepare.template`."""
 
 
+def read_templates(tokenizer: Any) -> dict[str, str]:
+    """Return the tokenizer's chat templates by name; a single template is named "default"."""
+    templates: str | dict[str, str] | None = tokenizer.chat_template
+    if isinstance(templates, dict):
+        return templates
+    return {} if templates is None else {"default": templates}
+
+
 def use_template(tokenizer: Any, name: str) -> str:
     """Set the chat template `name` on the tokenizer and return the template's text.
+
+    A tokenizer may have several templates: "default" is used, and "tool_use" for rows with tools.
+    The returned text then consists of all of them.
 
     Raises:
         DataError: `name` is `OWN_TEMPLATE` but the tokenizer has no chat template, or the
             vocabulary lacks a token that the named template needs.
     """
-    names = list(TEMPLATES)
     if name == OWN_TEMPLATE:
-        if not isinstance(tokenizer.chat_template, str):
+        own = read_templates(tokenizer)
+        named = ", ".join(list(TEMPLATES)[:-1]) + f" or {list(TEMPLATES)[-1]}"
+        if not own:
             raise DataError(
                 "the model's tokenizer has no chat template, so the model is a base model rather "
-                f"than a chat model: set prepare.template to {', '.join(names[:-1])} or {names[-1]}"
+                f"than a chat model: set prepare.template to {named}"
             )
-        return tokenizer.chat_template
+        if "default" not in own:
+            raise DataError(
+                f"the model's tokenizer has the chat templates {', '.join(sorted(own))} and none "
+                f"of them is named default: set prepare.template to {named}, or add the template "
+                "to use to the model's files as chat_template.jinja"
+            )
+        return "".join(own[key] for key in sorted(own))
     template = TEMPLATES[name]
     _check_tokens(tokenizer, name, template)
     text = template.text

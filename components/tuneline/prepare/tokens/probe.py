@@ -1,0 +1,235 @@
+"""Find out how a chat template writes answers, reasoning and tool calls, by rendering sentinels.
+
+A sentinel is a word that no template contains. What stands around a sentinel in the rendered text
+is what the template adds. All rows rely on these facts, so no fact depends on the data.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any, Literal
+
+from tuneline.errors import DataError
+from tuneline.prepare.formats.example import BadRowError
+from tuneline.prepare.tokens.compiled import CompiledTemplate
+from tuneline.prepare.tokens.probe_tools import ToolFacts, probe_tools
+
+logger = logging.getLogger(__name__)
+
+MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
+"""A marker of a template, such as <|im_end|>, </s> or [/INST]."""
+OPEN_THINK = re.compile(r"<think>\s*\Z")
+"""The end of a generation prompt that opens the model's reasoning."""
+_PART_OF_MARKER = re.compile(r"[<\[][^<>\[\]\s]*\Z")
+
+ReasoningStyle = Literal["key", "inline", "opened", "verbatim", "dropped"]
+"""How reasoning reaches the text of an answer.
+
+key       the template writes the reasoning of a key of the message, e.g. reasoning_content
+inline    the template knows the tag </think> in the content and keeps the reasoning of the last
+          answer
+opened    the template removes reasoning from every answer, but a generation prompt opens <think>
+verbatim  the template knows no reasoning and writes the content as it is
+dropped   the template removes reasoning from every answer
+"""
+
+_VARIANTS = (
+    {"enable_thinking": True},
+    {"enable_thinking": False},
+    {"thinking": True},
+    {"thinking": False},
+)
+_QUESTION, _NEXT = "tunelinequestionone", "tunelinequestiontwo"
+_ANSWER, _LAST = "tunelineansweralpha", "tunelineansweromega"
+_REASON, _SYSTEM = "tunelinereasonalpha", "tunelinesystemalpha"
+
+
+@dataclass(frozen=True)
+class TemplateFacts:
+    """What the probe of a chat template found."""
+
+    tail: str
+    """Text after the content of the last answer of a conversation."""
+    end: str
+    """Text that ends an answer wherever it stands in a conversation, without the white space after
+    it; the model learns to write this text, and generation stops there."""
+    is_end_in_tail: bool
+    """Whether `tail` begins with `end`. Otherwise the template marks an answer's end only by the
+    beginning of the next message, and `end` has to replace `tail`."""
+    prompt_endings: tuple[tuple[str, str], ...]
+    """Other generation prompts of the template, with and without reasoning: (end of the default
+    generation prompt, text in place of that end)."""
+    reasoning: ReasoningStyle
+    empty_reasoning: str
+    """What the template puts between the longest generation prompt and the content of an answer
+    without reasoning, if this text is an empty block of reasoning; otherwise ""."""
+    shows_system: bool
+    """Whether a system message reaches the text."""
+    tools: ToolFacts
+
+
+def probe(template: CompiledTemplate, eos_token: str | None) -> TemplateFacts:
+    """Probe a template.
+
+    Args:
+        template: the template.
+        eos_token: the tokenizer's end-of-sequence token, which ends answers if the template
+            writes nothing after them.
+
+    Raises:
+        DataError: the template cannot render a question with an answer.
+    """
+    tail, following = _after_answers(template)
+    end, is_end_in_tail = _end_of_turn(tail, following, eos_token)
+    default = template.render([_user(_QUESTION)], prompt=True)
+    endings = _prompt_endings(template, default)
+    style, with_reasoning = _reasoning(template, default, endings)
+    return TemplateFacts(
+        tail=tail,
+        end=end,
+        is_end_in_tail=is_end_in_tail,
+        prompt_endings=endings,
+        reasoning=style,
+        empty_reasoning=_empty_reasoning(template, default, endings, with_reasoning),
+        shows_system=_shows_system(template),
+        tools=probe_tools(template),
+    )
+
+
+def prompts(default: str, endings: tuple[tuple[str, str], ...]) -> list[str]:
+    """Return the default generation prompt and its variants."""
+    found = [default]
+    for ending, other in endings:
+        if default.endswith(ending):
+            found.append(default[: len(default) - len(ending)] + other)
+    return found
+
+
+def _user(content: str) -> Mapping[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str, **keys: Any) -> Mapping[str, Any]:
+    return {"role": "assistant", "content": content, **keys}
+
+
+def _attempt(render: Callable[[], str]) -> str:
+    """Return the rendered text; "" if the template refuses the messages."""
+    try:
+        return render()
+    except BadRowError:
+        return ""
+
+
+def _after_answers(template: CompiledTemplate) -> tuple[str, str]:
+    """Return the text after the last answer, and the text between an answer and a question."""
+    turn = [_user(_QUESTION), _assistant(_ANSWER)]
+    try:
+        short = template.render(turn)
+        template.render([_user(_QUESTION)], prompt=True)
+    except BadRowError as error:
+        raise DataError(
+            f"the chat template cannot write a question with an answer ({error}): set "
+            "prepare.template to another template"
+        ) from None
+    if _ANSWER not in short:
+        raise DataError(
+            "the chat template leaves the answers of the assistant out: set prepare.template to "
+            "another template"
+        )
+    long = _attempt(lambda: template.render([*turn, _user(_NEXT), _assistant(_LAST)]))
+    if not all(word in long for word in (_ANSWER, _NEXT, _LAST)):
+        tail = short[short.rindex(_ANSWER) + len(_ANSWER) :]
+        return tail, tail
+    tail = long[long.rindex(_LAST) + len(_LAST) :]
+    return tail, long[long.rindex(_ANSWER) + len(_ANSWER) : long.rindex(_NEXT)]
+
+
+def _end_of_turn(tail: str, following: str, eos_token: str | None) -> tuple[str, bool]:
+    """Return what ends an answer, and whether the template writes it after the last answer."""
+    if not tail.strip():
+        # The model ends its turn with the marker of the next one, as GLM does.
+        marker = MARKER.match(following.lstrip())
+        if marker is not None:
+            lead = len(following) - len(following.lstrip())
+            return following[: lead + marker.end()], False
+        if eos_token is None:
+            logger.warning(
+                "the chat template writes nothing after an answer and the tokenizer has no "
+                "end-of-sequence token, so the model does not learn where an answer ends"
+            )
+            return "", True
+        logger.warning(
+            "the chat template writes nothing after an answer, so %r is learnt as its end",
+            eos_token,
+        )
+        return eos_token, False
+    shared = commonprefix([tail, following])
+    if shared not in (tail, following):
+        shared = _PART_OF_MARKER.sub("", shared)
+    # Without a common beginning, the last answer ends as a generation ends, e.g. <|return|>.
+    return shared.rstrip() or tail.rstrip(), True
+
+
+def _prompt_endings(template: CompiledTemplate, default: str) -> tuple[tuple[str, str], ...]:
+    endings: list[tuple[str, str]] = []
+    for variables in _VARIANTS:
+        other = _attempt(
+            lambda variables=variables: template.render(
+                [_user(_QUESTION)], prompt=True, **variables
+            )
+        )
+        shared = len(commonprefix([default, other]))
+        ending = (default[shared:], other[shared:])
+        # Only the end may differ: a template may also change the system message.
+        if other and other != default and _QUESTION in default[:shared] and ending not in endings:
+            endings.append(ending)
+    return tuple(endings)
+
+
+def _reasoning(
+    template: CompiledTemplate, default: str, endings: tuple[tuple[str, str], ...]
+) -> tuple[ReasoningStyle, str]:
+    """Return the style, and the text of an answer with reasoning ("" if there is none)."""
+    keys = dict.fromkeys(REASONING_KEYS, _REASON)
+    text = _attempt(lambda: template.render([_user(_QUESTION), _assistant(_ANSWER, **keys)]))
+    if text.count(_REASON) == 1 and text.index(_REASON) < text.rfind(_ANSWER):
+        return "key", text
+    content = f"<think>\n{_REASON}\n</think>\n\n{_ANSWER}"
+    text = _attempt(lambda: template.render([_user(_QUESTION), _assistant(content)]))
+    if _REASON in text:
+        return ("inline", text) if "</think>" in template.text else ("verbatim", "")
+    if any(OPEN_THINK.search(prompt) for prompt in prompts(default, endings)):
+        return "opened", ""
+    return "dropped", ""
+
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message under which templates look for reasoning."""
+
+
+def _empty_reasoning(
+    template: CompiledTemplate,
+    default: str,
+    endings: tuple[tuple[str, str], ...],
+    with_reasoning: str,
+) -> str:
+    if not with_reasoning:
+        return ""
+    plain = template.render([_user(_QUESTION), _assistant(_ANSWER)])
+    leads = []
+    for text in (plain, with_reasoning):
+        starts = [len(prompt) for prompt in prompts(default, endings) if text.startswith(prompt)]
+        leads.append(text[max(starts, default=0) : text.rindex(_ANSWER)])
+    empty, filled = ("".join(lead.replace(_REASON, "").split()) for lead in leads)
+    return leads[0] if empty and empty == filled else ""
+
+
+def _shows_system(template: CompiledTemplate) -> bool:
+    messages = [{"role": "system", "content": _SYSTEM}, _user(_QUESTION)]
+    try:
+        return _SYSTEM in template.render(messages, prompt=True)
+    except BadRowError:
+        return True  # The template says itself why it refuses the row.
