@@ -181,6 +181,11 @@ class DatasetManifest(Record):
     """Number of tokens in train.parquet."""
     num_loss_tokens: int
     """Number of tokens in train.parquet that count in the loss."""
+    num_desirable_rows: int | None = None
+    """Number of training rows whose answer is desirable; null for other methods than kto."""
+    num_undesirable_heldout_rows: int = 0
+    """Number of rows left out because their answer is undesirable, so that a benchmark of held-out
+    rows cannot use them. Method kto only."""
     lengths: LengthStatistics
     max_seq_length: int
     recommended_max_seq_length: int

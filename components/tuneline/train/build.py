@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from tuneline.artifacts import PREFERENCE_METHODS, DatasetManifest, Method
+from tuneline.artifacts import LABEL, PREFERENCE_METHODS, DatasetManifest, Method
 from tuneline.train.config import TrainConfig
 from tuneline.train.model.adapter import keep_adapter_in_fp32, keep_hidden_states_in, lora_config
 from tuneline.train.model.fuse import fuse_model, fuse_trainer
@@ -17,7 +17,7 @@ from tuneline.train.ranks import zero2
 from tuneline.train.rows.load import packs_are_trusted
 from tuneline.train.setup import Inputs, Setup
 from tuneline.train.trainer.arguments import num_total_steps, training_arguments
-from tuneline.train.trainer.judged import JudgedTrainer
+from tuneline.train.trainer.judged import JudgedTrainer, log_balance
 from tuneline.train.trainer.nonfinite import GuardedTrainer
 from tuneline.train.trainer.trainers import PreferenceTrainer, SupervisedTrainer
 
@@ -59,6 +59,8 @@ def build_trainer(
     method = inputs.manifest.method
     num_steps = num_total_steps(config, len(rows), setup.plan.global_batch_size)
     _log_steps(config, setup, len(rows), num_steps, packing)
+    if method == "kto":
+        log_balance(rows[LABEL], config.kto)
     arguments = training_arguments(
         config,
         setup,

@@ -8,7 +8,8 @@ the same for any micro-batch and any number of ranks, and equals TRL's if a micr
 global batch. An evaluation has one z, over all evaluation rows.
 """
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +19,48 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.kto_trainer import KTOTrainer
 
 from tuneline.artifacts import COMPLETION_IDS
+from tuneline.train.config import KtoConfig
 from tuneline.train.ranks import collectives
 from tuneline.train.rows.load import IGNORED
 from tuneline.train.trainer.nonfinite import GuardedTrainer
 from tuneline.train.trainer.shared_steps import LOSS_FACTOR
 
+logger = logging.getLogger(__name__)
+
 MISMATCHED_IDS = "KL_completion_ids"
 """Column of TRL's collator with the answer of another example."""
+HIGHEST_BALANCE = 1.33
+"""Highest advised weight of all desirable answers, as a multiple of that of undesirable ones."""
 _STEP_KL = "step_kl"
 # Key of a batch: the z of its step.
+
+
+def log_balance(labels: Sequence[bool], config: KtoConfig) -> None:
+    """Log how many answers are desirable, with the weights that balance the two kinds.
+
+    KTO's paper advises (its equation 8) that the desirable answers together weigh 1 to 1.33 times
+    as much as the undesirable ones.
+    """
+    num_good = sum(labels)
+    num_bad = len(labels) - num_good
+    logger.info("%d desirable and %d undesirable answers", num_good, num_bad)
+    if not num_good or not num_bad:
+        return
+    ratio = config.desirable_weight * num_good / (config.undesirable_weight * num_bad)
+    if num_good != num_bad and not 0.995 <= ratio <= HIGHEST_BALANCE + 0.005:
+        low = config.undesirable_weight * num_bad / num_good
+        high = config.desirable_weight * num_good / num_bad
+        logger.warning(
+            "desirable answers weigh %.2f times as much as undesirable ones, but 1 to %.2f is "
+            "advised: set train.kto.desirable_weight to %.2f to %.2f, or undesirable_weight to "
+            "%.2f to %.2f, but not both",
+            ratio,
+            HIGHEST_BALANCE,
+            low,
+            HIGHEST_BALANCE * low,
+            high / HIGHEST_BALANCE,
+            high,
+        )
 
 
 class JudgedTrainer(GuardedTrainer, KTOTrainer):
