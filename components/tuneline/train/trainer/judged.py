@@ -95,6 +95,8 @@ class JudgedTrainer(GuardedTrainer, KTOTrainer):
         """Collect the micro-batches of a step, and compute the step's z."""
         batches, count = super().get_batch_samples(*args)
         if self.calculate_KL:
+            # Fused layers are used in training mode only.
+            self.enter_training_mode(self.model_wrapped)
             kl = self._kl_of(batch for batch in batches if batch[LOSS_FACTOR])
             for batch in batches:
                 batch[_STEP_KL] = kl
