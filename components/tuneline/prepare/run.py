@@ -41,6 +41,7 @@ from tuneline.prepare.tokens.templates import OWN_TEMPLATE, use_template
 from tuneline.prepare.tokens.tokenise import Unfolded, tokenise
 from tuneline.prepare.tokens.tokenizer import load_tokenizer
 from tuneline.prepare.tokens.truncation import choose_length, cut_rows, too_long
+from tuneline.prepare.tokens.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def run(
     elif config.method in PREFERENCE_METHODS and "loss_on" in config.model_fields_set:
         logger.warning("prepare.loss_on is ignored: method %s takes whole answers", config.method)
 
+    vocabulary = Vocabulary(tokenizer, base_model_dir)
     date = config.date
     if date is None and "strftime_now" in template:
         date = date_of(source, config.revision)
@@ -109,11 +111,13 @@ def run(
             digest = hashlib.sha256(template.encode())
             digest.update(f"{config.method} {config.loss_on} {config.template}".encode())
             heldout, num_undesirable = _read_heldout(spool, parts.heldout, digest)
+            vocabulary.check_texts([row["prompt"] + row["answer"] + row["end"] for row in heldout])
             sizes, unfolded = array("l"), Unfolded()
             for name, indices in ((TRAIN_FILE, parts.train), (EVAL_FILE, parts.eval)):
                 digest.update(name.encode())
                 rows = _tokens(spool, indices, tokenizer, config, digest, sizes, unfolded)
-                parquet.write(work / name, rows, method=config.method)
+                checked = _with_embeddings(rows, vocabulary)
+                parquet.write(work / name, checked, method=config.method)
         if not sizes:
             raise DataError(
                 f"{source}: all {parts.num_leaking} rows are the same as held-out rows, so none is "
@@ -173,6 +177,14 @@ def run(
         _write_page(target, tokenizer, manifest, Path(statistics_path))
     _log(manifest)
     return manifest
+
+
+def _with_embeddings(
+    batches: Iterator[pyarrow.RecordBatch], vocabulary: Vocabulary
+) -> Iterator[pyarrow.RecordBatch]:
+    for batch in batches:
+        vocabulary.check(batch)
+        yield batch
 
 
 def _divide(collected: Collected, config: PrepareConfig, spool: Spool) -> Split:

@@ -20,6 +20,7 @@ from tuneline.artifacts import (
     new_directory,
 )
 from tuneline.errors import ModelError
+from tuneline.models.special_tokens import add_missing_tokens
 from tuneline.models.tokenizer_files import copy_tokenizer, set_chat_template
 from tuneline.train.batch_size import batch_size
 from tuneline.train.checkpoints import ROOT_VARIABLE, CheckpointStore
@@ -183,6 +184,7 @@ def _load_tokenizer(base_model_dir: str | Path, dataset_dir: str | Path) -> PreT
             "from a source that has one"
         )
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(base_model_dir))
+    add_missing_tokens(tokenizer, base_model_dir)
     template = Path(dataset_dir, CHAT_TEMPLATE_FILE)
     if template.is_file():
         tokenizer.chat_template = template.read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError
+from tuneline.models.special_tokens import add_missing_tokens
 
 # If a model has no limit, transformers sets model_max_length to a number above this one.
 _NO_LIMIT = 10**9
@@ -41,6 +42,7 @@ def load_tokenizer(base_model_dir: str) -> tuple[Any, int]:
             f"the tokenizer in {path} is not a fast tokenizer (tokenizer.json), but the loss mask "
             "needs the character offsets that only fast tokenizers report: convert it first"
         )
+    add_missing_tokens(tokenizer, path)
     # Examples are truncated later (truncation.py), where the lost tokens are counted.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
