@@ -59,12 +59,26 @@ GENERATIONS_FILE = "generations.jsonl"
 # int32), and for each token whether it counts in the loss (lists of int8).
 INPUT_IDS = "input_ids"
 LOSS_MASK = "loss_mask"
-# Columns for the method dpo, which hold token IDs. The answers do not include the prompt.
+# Columns for the methods dpo and kto, which hold token IDs. The answers do not include the prompt.
+# KTO has one answer per row, and whether the answer is desirable (a boolean).
 PROMPT_IDS = "prompt_ids"
 CHOSEN_IDS = "chosen_ids"
 REJECTED_IDS = "rejected_ids"
+COMPLETION_IDS = "completion_ids"
+LABEL = "label"
 
-Method = Literal["sft", "dpo", "cpt"]
+Method = Literal["sft", "dpo", "kto", "cpt"]
+
+COLUMNS: dict[Method, tuple[str, ...]] = {
+    "sft": (INPUT_IDS, LOSS_MASK),
+    "dpo": (PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS),
+    "kto": (PROMPT_IDS, COMPLETION_IDS, LABEL),
+    "cpt": (INPUT_IDS, LOSS_MASK),
+}
+"""Columns of train.parquet and eval.parquet, by training method."""
+PREFERENCE_METHODS = frozenset({"dpo", "kto"})
+"""Methods that compare the likelihood of whole answers with that under the base model. Their
+examples are padded, not packed."""
 Verdict = Literal["promote", "hold"]
 
 
@@ -167,6 +181,11 @@ class DatasetManifest(Record):
     """Number of tokens in train.parquet."""
     num_loss_tokens: int
     """Number of tokens in train.parquet that count in the loss."""
+    num_desirable_rows: int | None = None
+    """Number of training rows whose answer is desirable; null for other methods than kto."""
+    num_undesirable_heldout_rows: int = 0
+    """Number of rows left out because their answer is undesirable, so that a benchmark of held-out
+    rows cannot use them. Method kto only."""
     lengths: LengthStatistics
     max_seq_length: int
     recommended_max_seq_length: int

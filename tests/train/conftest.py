@@ -1,5 +1,7 @@
 """Small datasets of token IDs, in the files that prepare writes."""
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from tuneline.artifacts import EVAL_FILE, TRAIN_FILE, DatasetManifest
+from tuneline.record import hash_files
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +63,35 @@ def answer_rows() -> list[dict]:
         num_answer = max(2, length // 3)
         rows.append({"input_ids": ids, "loss_mask": [0] * (length - num_answer) + [1] * num_answer})
     return rows
+
+
+@pytest.fixture(scope="session")
+def hybrid_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a random Qwen3.5 with a linear and a full attention layer, as fetch writes it."""
+    path = tmp_path_factory.mktemp("hybrid") / "model"
+    shutil.copytree(tiny_model_dir, path, ignore=shutil.ignore_patterns("*.safetensors*"))
+    settings = json.loads((tiny_model_dir / "config.json").read_text())
+    torch.manual_seed(0)
+    config = Qwen3_5TextConfig(
+        vocab_size=settings["vocab_size"],
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        tie_word_embeddings=True,
+        bos_token_id=settings["bos_token_id"],
+        eos_token_id=settings["eos_token_id"],
+        pad_token_id=settings["pad_token_id"],
+    )
+    Qwen3_5ForCausalLM(config).save_pretrained(path)
+    origin = json.loads((path / "origin.json").read_text())
+    origin["files"] = hash_files(path, leave_out={"origin.json"})
+    (path / "origin.json").write_text(json.dumps(origin))
+    return path

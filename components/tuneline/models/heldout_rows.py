@@ -9,9 +9,11 @@ from pathlib import Path
 
 from tuneline.artifacts import (
     CHOSEN_IDS,
+    COMPLETION_IDS,
     EVAL_FILE,
     HELDOUT_FILE,
     INPUT_IDS,
+    LABEL,
     LOSS_MASK,
     PROMPT_IDS,
     TRAIN_FILE,
@@ -71,6 +73,11 @@ def _prepared_rows(path: Path, num_rows: int) -> list[Row]:
 
     batch = next(pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=num_rows), None)
     columns = batch.to_pydict() if batch else {INPUT_IDS: []}
+    if LABEL in columns:
+        # Only desirable answers, unless the first rows have none.
+        labels = columns[LABEL] if any(columns[LABEL]) else [True] * len(columns[LABEL])
+        judged = zip(columns[PROMPT_IDS], columns[COMPLETION_IDS], labels, strict=True)
+        return [_cut(prompt + answer, len(prompt)) for prompt, answer, is_good in judged if is_good]
     if INPUT_IDS not in columns:
         pairs = zip(columns[PROMPT_IDS], columns[CHOSEN_IDS], strict=True)
         return [_cut(prompt + chosen, len(prompt)) for prompt, chosen in pairs]

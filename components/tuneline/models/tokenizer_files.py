@@ -28,6 +28,9 @@ NAMES = (
     "chat_template.json",
 )
 
+SPECIAL_TOKENS = ("eos_token", "pad_token")
+"""Settings that a copied tokenizer always has."""
+
 # Class names that transformers 5 writes when it saves a tokenizer, e.g. one read from a GGUF file.
 _NEW_CLASSES = {"TokenizersBackend", "TokenizersBackendFast"}
 _PORTABLE_CLASS = "PreTrainedTokenizerFast"
@@ -36,13 +39,18 @@ _LOADING_DETAILS = ("backend", "is_local", "local_files_only", "fix_mistral_rege
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Replace the tokenizer files in `target` with those of the model directory `source`."""
+    """Replace the tokenizer files in `target` with those of the model directory `source`.
+
+    If these name no end-of-sequence or no padding token, the copy names one: servers and trainers
+    need both.
+    """
     copy_templates(source, target)
     for name in NAMES:
         (target / name).unlink(missing_ok=True)
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     _use_portable_class(target)
+    _name_missing_tokens(source, target)
 
 
 def copy_templates(source: Path, target: Path) -> None:
@@ -83,6 +91,22 @@ def _use_portable_class(directory: Path) -> None:
         return
     kept = {name: value for name, value in settings.items() if name not in _LOADING_DETAILS}
     _write(directory, {**kept, "tokenizer_class": _PORTABLE_CLASS})
+
+
+def _name_missing_tokens(source: Path, target: Path) -> None:
+    special = target / "special_tokens_map.json"
+    named = json.loads(special.read_text(encoding="utf-8")) if special.is_file() else {}
+    named |= _read(target)
+    if not (target / "tokenizer.json").is_file() or all(map(named.get, SPECIAL_TOKENS)):
+        return
+    # Imported here, because most tokenizers are complete, and steps without torch copy them too.
+    from transformers import AutoTokenizer
+
+    from tuneline.models.special_tokens import add_missing_tokens
+
+    added = add_missing_tokens(AutoTokenizer.from_pretrained(str(source)), source)
+    if added:
+        _write(target, _read(target) | added)
 
 
 def _read(directory: Path) -> dict[str, Any]:

@@ -52,7 +52,8 @@ class PrepareConfig(StrictModel):
 
     method: Method = "sft"
     """Training method. sft: supervised fine-tuning on answers to prompts; dpo: direct preference
-    optimisation on pairs of answers; cpt: continued pre-training on raw text."""
+    optimisation on pairs of answers; kto: Kahneman-Tversky optimisation on single answers that are
+    labelled desirable or undesirable; cpt: continued pre-training on raw text."""
     format: FormatName = Field(default=AUTO, description=FORMAT_DESCRIPTION)
     columns: dict[str, str] = Field(default_factory=dict)
     """Column that tuneline reads -> column of the source, e.g. {prompt: question, completion:

@@ -16,6 +16,7 @@ from tuneline.artifacts import (
     CHAT_TEMPLATE_FILE,
     EVAL_FILE,
     HELDOUT_FILE,
+    PREFERENCE_METHODS,
     REJECTED_FILE,
     TRAIN_FILE,
     DatasetManifest,
@@ -32,14 +33,16 @@ from tuneline.prepare.rows.collect import Collected, collect
 from tuneline.prepare.rows.mixture import mix_in
 from tuneline.prepare.rows.split import MAX_HELDOUT_SHARE, Split, split
 from tuneline.prepare.rows.spool import Spool
-from tuneline.prepare.statistics_page import describe_unused, render
 from tuneline.prepare.sources.kinds import date_of, kind_of
+from tuneline.prepare.statistics_page import describe_unused, render
 from tuneline.prepare.tokens import lengths, parquet
+from tuneline.prepare.tokens.labels import count_desirable
 from tuneline.prepare.tokens.render import Rendered, Renderer
 from tuneline.prepare.tokens.templates import OWN_TEMPLATE, use_template
 from tuneline.prepare.tokens.tokenise import Unfolded, tokenise
 from tuneline.prepare.tokens.tokenizer import load_tokenizer
 from tuneline.prepare.tokens.truncation import choose_length, cut_rows, too_long
+from tuneline.prepare.tokens.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +85,10 @@ def run(
         for name in ("template", "system_prompt", "loss_on"):
             if name in config.model_fields_set:
                 logger.warning("prepare.%s is ignored: method cpt trains on raw text", name)
-    elif config.method == "dpo" and "loss_on" in config.model_fields_set:
-        logger.warning("prepare.loss_on is ignored: method dpo compares whole answers")
+    elif config.method in PREFERENCE_METHODS and "loss_on" in config.model_fields_set:
+        logger.warning("prepare.loss_on is ignored: method %s takes whole answers", config.method)
 
+    vocabulary = Vocabulary(tokenizer, base_model_dir)
     date = config.date
     if date is None and "strftime_now" in template:
         date = date_of(source, config.revision)
@@ -107,12 +111,14 @@ def run(
             intake, parts = collected.intake, _divide(collected, config, spool)
             digest = hashlib.sha256(template.encode())
             digest.update(f"{config.method} {config.loss_on} {config.template}".encode())
-            heldout = _read_heldout(spool, parts.heldout, digest)
+            heldout, num_undesirable = _read_heldout(spool, parts.heldout, digest)
+            vocabulary.check_texts([row["prompt"] + row["answer"] + row["end"] for row in heldout])
             sizes, unfolded = array("l"), Unfolded()
             for name, indices in ((TRAIN_FILE, parts.train), (EVAL_FILE, parts.eval)):
                 digest.update(name.encode())
                 rows = _tokens(spool, indices, tokenizer, config, digest, sizes, unfolded)
-                parquet.write(work / name, rows, method=config.method)
+                checked = _with_embeddings(rows, vocabulary)
+                parquet.write(work / name, checked, method=config.method)
         if not sizes:
             raise DataError(
                 f"{source}: all {parts.num_leaking} rows are the same as held-out rows, so none is "
@@ -129,6 +135,9 @@ def run(
         train, evaluation = kept[TRAIN_FILE], kept[EVAL_FILE]
         if train.num_rows == 0:
             raise too_long(source, statistics, train, max_seq_length)
+        num_desirable = None
+        if config.method == "kto":
+            num_desirable = count_desirable(source, target / TRAIN_FILE)
         write_jsonl(target / HELDOUT_FILE, heldout)
         # The later steps find a template of the model itself, except in chat_template.json.
         if template and (
@@ -150,6 +159,8 @@ def run(
             num_rejected_rows=intake.num_rejected,
             num_tokens=train.num_tokens,
             num_loss_tokens=train.num_loss_tokens,
+            num_desirable_rows=num_desirable,
+            num_undesirable_heldout_rows=num_undesirable,
             lengths=statistics,
             max_seq_length=max_seq_length,
             recommended_max_seq_length=recommended,
@@ -170,6 +181,14 @@ def run(
         _write_page(target, tokenizer, manifest, Path(statistics_path))
     _log(manifest)
     return manifest
+
+
+def _with_embeddings(
+    batches: Iterator[pyarrow.RecordBatch], vocabulary: Vocabulary
+) -> Iterator[pyarrow.RecordBatch]:
+    for batch in batches:
+        vocabulary.check(batch)
+        yield batch
 
 
 def _divide(collected: Collected, config: PrepareConfig, spool: Spool) -> Split:
@@ -195,12 +214,26 @@ def _divide(collected: Collected, config: PrepareConfig, spool: Spool) -> Split:
     )
 
 
-def _read_heldout(spool: Spool, indices: Sequence[int], digest: Any) -> list[dict[str, Any]]:
-    rows = []
+def _read_heldout(
+    spool: Spool, indices: Sequence[int], digest: Any
+) -> tuple[list[dict[str, Any]], int]:
+    """Return the held-out rows, and the number of rows left out as their answer is undesirable."""
+    rows, num_undesirable = [], 0
     for line in spool.read(indices):
         digest.update(line)
-        rows.append(Rendered.from_line(line).heldout_row())
-    return rows
+        row = Rendered.from_line(line)
+        if row.judged is not None and not row.judged[2]:
+            num_undesirable += 1
+        else:
+            rows.append(row.heldout_row())
+    if num_undesirable:
+        logger.info(
+            "%d of %d held-out rows have an undesirable answer, which no benchmark can use: they "
+            "are left out",
+            num_undesirable,
+            len(indices),
+        )
+    return rows, num_undesirable
 
 
 def _tokens(

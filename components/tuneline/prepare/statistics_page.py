@@ -52,6 +52,7 @@ def _counts(manifest: DatasetManifest) -> list[tuple[str, str, str]]:
             units.count(manifest.num_train_rows),
             f"rows, plus {units.count(manifest.num_eval_rows)} for the evaluation loss",
         ),
+        *_labels(manifest),
         ("held out", units.count(manifest.num_heldout_rows), "rows for the benchmark"),
         ("rejected", units.count(manifest.num_rejected_rows), "rows that cannot be used"),
         (
@@ -60,6 +61,19 @@ def _counts(manifest: DatasetManifest) -> list[tuple[str, str, str]]:
             f"the loss counts {learnt:.0%}",
         ),
         ("max_seq_length", units.count(manifest.max_seq_length), _lost(manifest)),
+    ]
+
+
+def _labels(manifest: DatasetManifest) -> list[tuple[str, str, str]]:
+    if manifest.num_desirable_rows is None:
+        return []
+    num_others = units.count(manifest.num_train_rows - manifest.num_desirable_rows)
+    return [
+        (
+            "desirable",
+            units.count(manifest.num_desirable_rows),
+            f"training answers, and {num_others} undesirable",
+        )
     ]
 
 
@@ -109,6 +123,11 @@ def _lengths(manifest: DatasetManifest) -> str:
         )
     if manifest.template_date:
         notes.append(f"The chat template shows the date {manifest.template_date}.")
+    if manifest.num_undesirable_heldout_rows:
+        notes.append(
+            f"{manifest.num_undesirable_heldout_rows} held-out rows are left out: their answer is "
+            "undesirable, so a benchmark cannot use them."
+        )
     if manifest.num_leaking_rows:
         notes.append(f"{manifest.num_leaking_rows} rows are left out: they equal a held-out row.")
     return page.section(
@@ -125,13 +144,16 @@ def _samples(manifest: DatasetManifest, tokenizer: Any, samples: list[TokenRow])
 
 def _marked(tokenizer: Any, row: TokenRow) -> str:
     if row.answers is not None:
-        prompt, chosen, rejected = (
+        prompt, *answers = (
             escape(tokenizer.decode(ids[:_NUM_SAMPLE_TOKENS]))
             for ids in (row.input_ids, *row.answers)
         )
-        return (
-            f"{prompt}\n\n<b>chosen</b>\n{_MARK}{chosen}</mark>"
-            f"\n\n<b>rejected</b>\n{_MARK}{rejected}</mark>"
+        names = ["chosen", "rejected"]
+        if row.is_desirable is not None:
+            names = ["desirable answer" if row.is_desirable else "undesirable answer"]
+        return prompt + "".join(
+            f"\n\n<b>{name}</b>\n{_MARK}{answer}</mark>"
+            for name, answer in zip(names, answers, strict=True)
         )
     parts = []
     tokens = list(zip(row.input_ids, row.loss_mask, strict=True))[:_NUM_SAMPLE_TOKENS]

@@ -5,7 +5,7 @@ from html import escape
 
 import yaml
 
-from tuneline.artifacts import MergeProof, QuantizedModel, TaskComparison
+from tuneline.artifacts import PREFERENCE_METHODS, MergeProof, QuantizedModel, TaskComparison
 from tuneline.html.flow import Status
 from tuneline.html.page import (
     Cell,
@@ -197,7 +197,7 @@ def training(line: Line) -> str:
     chart = line_chart(
         {name: points for name, points in series.items() if points},
         x_label="step",
-        y_label="loss" if summary.method == "dpo" else "loss (nats per token)",
+        y_label="loss" if summary.method in PREFERENCE_METHODS else "loss (nats per token)",
     )
     return section("Training", f'<div class="pair">{chart}{facts(pairs)}</div>')
 

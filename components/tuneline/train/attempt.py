@@ -7,38 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
 from tuneline.artifacts import PROGRESS_FILE, TrainingSummary
 from tuneline.errors import StoppedError
 from tuneline.models import nf4
 from tuneline.runtime.stop_request import stop_on_sigterm
+from tuneline.train.build import build_trainer, packs_rows, prepare_model
 from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.config import TrainConfig
-from tuneline.train.model.adapter import (
-    keep_adapter_in_fp32,
-    keep_hidden_states_in,
-    lora_config,
-    save_adapter,
-)
-from tuneline.train.model.fuse import fuse_model, fuse_trainer
-from tuneline.train.model.loftq import start_from_error
+from tuneline.train.model.adapter import check_it_has_learned, save_adapter
 from tuneline.train.model.precision import peak_memory_bytes
 from tuneline.train.observe.metrics import eval_gap
 from tuneline.train.observe.progress import ProgressCallback
 from tuneline.train.observe.samples import ask_before_and_after, prompts_of, write_samples
 from tuneline.train.observe.telemetry import TelemetryCallback, costs, keep_progress_file
-from tuneline.train.ranks import collectives, zero2
+from tuneline.train.ranks import collectives
 from tuneline.train.ranks.process import OutOfMemory
 from tuneline.train.restarts import StepCallback
-from tuneline.train.rows.load import load_rows, packs_are_trusted
+from tuneline.train.rows.load import load_rows
 from tuneline.train.setup import Inputs, Setup
-from tuneline.train.trainer.arguments import num_total_steps, training_arguments
 from tuneline.train.trainer.best_adapter import BestAdapterCallback
 from tuneline.train.trainer.nonfinite import GuardedTrainer, train_through
-from tuneline.train.trainer.trainers import PreferenceTrainer, SupervisedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +71,30 @@ def train(
     """
     # Rows are packed to the plan's max_seq_length, which may be below that of the dataset.
     packed = inputs.manifest.model_copy(update={"max_seq_length": setup.plan.max_seq_length})
+    model = nf4.load_base(
+        inputs.base_model_dir,
+        dtype=setup.dtype,
+        device=collectives.device_name(setup.device),
+        quantized=config.load_in_4bit,
+    )
+    packing = packs_rows(config, packed, model)
     with collectives.first_goes_first():
         rows, eval_rows = load_rows(
-            inputs.dataset_dir, packed, packing=config.packing, cache_dir=work_dir / "rows"
+            inputs.dataset_dir, packed, packing=packing, cache_dir=work_dir / "rows"
         )
-    trainer = _build_trainer(config, setup, inputs, rows, eval_rows, work_dir)
+    trainer = build_trainer(
+        config,
+        setup,
+        inputs,
+        model=model,
+        rows=rows,
+        eval_rows=eval_rows,
+        packing=packing,
+        work_dir=work_dir,
+    )
     trainer.run_state.num_out_of_memory = num_out_of_memory
     trainer.run_state.num_restarts = num_restarts
-    kernels = _prepare_model(trainer, config, setup, inputs.base_model_dir)
+    kernels = prepare_model(trainer, config, setup, inputs.base_model_dir)
     logger.info(
         "%s: %d steps, %d trainable parameters, %s on %s",
         inputs.manifest.method,
@@ -112,113 +118,19 @@ def train(
                 checkpoint,
                 dataset_dir=inputs.dataset_dir,
                 manifest=packed,
-                packing=config.packing,
+                packing=packing,
                 carried=carried,
             )
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(str(error).splitlines()[0]) from None
         _check_it_is_done(trainer, store)
     trainer.restore_best()
+    check_it_has_learned(trainer.model, config.lora)
     if collectives.is_first():
         save_adapter(trainer.model, directory, inputs.origin)
         keep_progress_file(progress_path, directory)
         _write_samples(trainer, config, setup, inputs, store)
     return _summary(trainer, config, setup, inputs, kernels)
-
-
-def _build_trainer(
-    config: TrainConfig,
-    setup: Setup,
-    inputs: Inputs,
-    rows: Dataset,
-    eval_rows: Dataset | None,
-    work_dir: Path,
-) -> Any:
-    """Load the base model and build the method's trainer around it, with a new adapter."""
-    method = inputs.manifest.method
-    num_steps = num_total_steps(config, len(rows), setup.plan.global_batch_size)
-    arguments = training_arguments(
-        config,
-        setup,
-        method=method,
-        num_steps=num_steps,
-        evaluates=eval_rows is not None,
-        work_dir=work_dir,
-        cache_reference=num_steps * setup.plan.global_batch_size > len(rows),
-        deepspeed=_deepspeed_config(config, setup),
-    )
-    if arguments.n_gpu > 1:
-        # If one rank sees several GPUs, transformers would split its batches over them.
-        arguments._n_gpu = 1
-    model: PreTrainedModel = nf4.load_base(
-        inputs.base_model_dir,
-        dtype=setup.dtype,
-        device=collectives.device_name(setup.device),
-        quantized=config.load_in_4bit,
-    )
-    if setup.fused:
-        fuse_model(model)
-    # Any, as TRL's trainers and their mix-ins are typed more narrowly than they are used.
-    trainer_class: Any = PreferenceTrainer if method == "dpo" else SupervisedTrainer
-    with packs_are_trusted():
-        trainer = trainer_class(
-            model=model,
-            args=arguments,
-            train_dataset=rows,
-            eval_dataset=eval_rows,
-            processing_class=inputs.tokenizer,
-            peft_config=lora_config(config.lora),
-        )
-    trainer.run_state.plan = setup.plan
-    trainer.run_state.divides_optimizer = setup.divides_optimizer
-    trainer.max_skipped_in_a_row = config.max_skipped_in_a_row
-    return trainer
-
-
-def _deepspeed_config(config: TrainConfig, setup: Setup) -> dict[str, Any] | None:
-    """Return DeepSpeed's configuration, or None without ZeRO-2; warn about ignored settings."""
-    if not setup.divides_optimizer:
-        if config.offload_optimizer:
-            logger.warning(
-                "train.offload_optimizer has no effect: only a run on several GPUs can move the "
-                "optimizer state to host memory"
-            )
-        return None
-    if config.optim != setup.optimizer:
-        logger.warning(
-            "train.optim is %s but ZeRO-2 uses %s, whose state it divides over %d ranks",
-            config.optim,
-            setup.optimizer,
-            setup.num_ranks,
-        )
-    return zero2.zero2_config(
-        config,
-        micro_batch_size=setup.plan.micro_batch_size,
-        accumulation_steps=setup.accumulation_steps,
-        num_ranks=setup.num_ranks,
-        dtype=setup.dtype,
-    )
-
-
-def _prepare_model(trainer: Any, config: TrainConfig, setup: Setup, base_model_dir: Path) -> str:
-    """Prepare the model and the optimizer of a trainer; return a description of what was fused."""
-    keep_adapter_in_fp32(trainer.model)
-    keep_hidden_states_in(trainer.model, setup.dtype)
-    if config.lora.init_lora_weights == "loftq":
-        start_from_error(trainer.model, base_model_dir)
-    # Every rank has read the frozen base from the same files, so DDP need not send it.
-    trainer.model._ddp_params_and_buffers_to_ignore = [
-        name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad
-    ]
-    kernels = "off"
-    if setup.fused:
-        kernels = fuse_trainer(trainer, mode=config.kernels, kept_gib=setup.plan.kept_gib)
-    if config.embedding_learning_rate is not None:
-        # The flat optimizer supports only one learning rate. Without it, the trainer creates
-        # another optimizer, with two rates.
-        trainer.optimizer = trainer.own_grad_norm = None
-        trainer.embedding_rate = config.embedding_learning_rate
-    return kernels
 
 
 def _add_callbacks(

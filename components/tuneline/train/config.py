@@ -5,11 +5,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
+    field_validator,
     model_serializer,
     model_validator,
 )
 
 from tuneline.strict_model import StrictModel
+from tuneline.train.choices import check_optimizer, check_schedule
 
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -40,8 +42,8 @@ class LoraConfig(StrictModel):
     of models with tied embeddings. Default: none."""
     init_lora_weights: Literal["default", "loftq"] = "default"
     """Initial weights. default: the adapter changes nothing at first. loftq: the adapter starts as
-    an approximation of the error that 4-bit quantisation makes in each weight; not for method dpo,
-    whose reference is the base model without the adapter."""
+    an approximation of the error that 4-bit quantisation makes in each weight; not for the methods
+    dpo and kto, whose reference is the base model without the adapter."""
 
 
 class DpoConfig(StrictModel):
@@ -67,6 +69,22 @@ class DpoConfig(StrictModel):
         return self
 
 
+class KtoConfig(StrictModel):
+    """Kahneman-Tversky optimisation. Used only if the dataset was prepared with method kto."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull towards the reference model: a higher beta stays closer to it."""
+    desirable_weight: float = Field(default=1.0, gt=0)
+    """Factor of the loss of desirable answers. If one kind of answer is rarer, weights balance the
+    two: desirable_weight x desirable answers should be 1 to 1.33 times undesirable_weight x
+    undesirable answers."""
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    """Factor of the loss of undesirable answers."""
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """Loss, as in trl.KTOConfig. kto compares with the mean likelihood of mismatched answers, which
+    takes two more forward passes; apo_zero_unpaired does not, and raises desirable answers."""
+
+
 class TrainConfig(StrictModel):
     """How the adapter is trained. `prepare.method` selects the training method."""
 
@@ -75,20 +93,27 @@ class TrainConfig(StrictModel):
     peft.LoraConfig."""
     dpo: DpoConfig = DpoConfig()
     """Settings of method dpo; other methods ignore them."""
+    kto: KtoConfig = KtoConfig()
+    """Settings of method kto; other methods ignore them."""
     load_in_4bit: bool = True
     """Hold the frozen base model in NF4 with double quantisation (QLoRA). false: hold it in the
     compute type, which takes about four times the memory."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = 2e-4
-    """Highest learning rate of the schedule. auto: by method and number of rows: 5e-7 for dpo, 2e-5
-    for cpt, and for sft 7e-5 below 1,000 rows, 2e-4 below 100,000, else 1e-4."""
+    """Highest learning rate of the schedule. auto: by method and number of rows: 5e-7 for dpo, 1e-6
+    for kto, 2e-5 for cpt, and for sft 7e-5 below 1,000 rows, 2e-4 below 100,000, else 1e-4."""
     embedding_learning_rate: float | None = Field(default=None, gt=0)
     """Highest learning rate of lora.modules_to_save. null: learning_rate. Continued pre-training on
     new vocabulary usually takes a half to a tenth of the adapter's rate."""
     lr_scheduler_type: str = "cosine"
     """Learning-rate schedule after warm-up, as in transformers.TrainingArguments: cosine, linear,
-    constant_with_warmup and others."""
+    polynomial, constant, constant_with_warmup, inverse_sqrt, cosine_with_restarts,
+    cosine_with_min_lr, cosine_warmup_with_min_lr or warmup_stable_decay."""
+    lr_scheduler_kwargs: dict[str, int | float | str] = Field(default_factory=dict)
+    """Settings of the schedule, as in transformers.TrainingArguments, e.g. {min_lr_rate: 0.1} for
+    cosine_with_min_lr, or {num_decay_steps: 100} for warmup_stable_decay."""
     warmup_steps: int = Field(default=5, ge=0)
-    """Optimizer steps in which the learning rate rises linearly from 0."""
+    """Optimizer steps in which the learning rate rises linearly, none of them at a rate of 0. A run
+    that has no more steps than this uses half of its steps."""
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
     """Fraction of all optimizer steps used for warm-up. If set, it replaces warmup_steps."""
     num_train_epochs: float = Field(default=1.0, gt=0)
@@ -131,10 +156,11 @@ class TrainConfig(StrictModel):
     more GPUs."""
     packing: bool = True
     """Lay short examples end to end in packs of max_seq_length tokens. Examples of a pack do not
-    attend to each other. No effect on method dpo."""
+    attend to each other; if the model cannot keep them apart, e.g. because it has recurrent layers,
+    examples are not packed. No effect on the methods dpo and kto."""
     optim: str = "adamw_8bit"
-    """Optimizer, as in transformers.TrainingArguments: adamw_8bit, adamw_torch, adafactor and
-    others."""
+    """Optimizer, as in transformers.TrainingArguments: adamw_8bit, adamw_torch, adafactor,
+    lion_8bit, sgd, paged_adamw_8bit and others of PyTorch, transformers and bitsandbytes."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay of the optimizer."""
     max_grad_norm: float = Field(default=0.3, gt=0)
@@ -196,6 +222,17 @@ class TrainConfig(StrictModel):
     def uses_upstream_batch_keys(self) -> bool:
         """Whether the batch size is given by transformers' names, per rank."""
         return any(getattr(self, key) is not None for key in UPSTREAM_BATCH_KEYS)
+
+    @field_validator("optim")
+    @classmethod
+    def _optimizer_is_there(cls, name: str) -> str:
+        check_optimizer(name)
+        return name
+
+    @model_validator(mode="after")
+    def _schedule_is_complete(self) -> Self:
+        check_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs)
+        return self
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:

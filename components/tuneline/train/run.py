@@ -20,6 +20,7 @@ from tuneline.artifacts import (
     new_directory,
 )
 from tuneline.errors import ModelError
+from tuneline.models.special_tokens import add_missing_tokens
 from tuneline.models.tokenizer_files import copy_tokenizer, set_chat_template
 from tuneline.train.batch_size import batch_size
 from tuneline.train.checkpoints import ROOT_VARIABLE, CheckpointStore
@@ -33,7 +34,7 @@ from tuneline.train.observe.samples import read_samples
 from tuneline.train.ranks import zero2
 from tuneline.train.ranks.launch import choose_num_ranks
 from tuneline.train.setup import Inputs, Setup, optimizer_name
-from tuneline.train.trainer.arguments import check_names
+from tuneline.train.trainer.arguments import check_settings
 from tuneline.train.trainer.rates import auto_learning_rate
 from tuneline.train.trainer.trackers import trackers
 from tuneline.train.within_memory import made_to_fit, train_within_memory
@@ -92,7 +93,14 @@ def run(
     origin = ModelOrigin.read(base_model_dir)
     manifest = DatasetManifest.read(dataset_dir)
     with new_directory(adapter_dir) as directory:
-        check_names(config, manifest.method, choose_device())
+        device = choose_device()
+        size = batch_size(config, choose_num_ranks(config, device))
+        check_settings(
+            config,
+            manifest.method,
+            device=device,
+            global_batch_size=size.global_batch_size,
+        )
         inputs = Inputs(
             base_model_dir=Path(base_model_dir),
             dataset_dir=Path(dataset_dir),
@@ -176,6 +184,7 @@ def _load_tokenizer(base_model_dir: str | Path, dataset_dir: str | Path) -> PreT
             "from a source that has one"
         )
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(base_model_dir))
+    add_missing_tokens(tokenizer, base_model_dir)
     template = Path(dataset_dir, CHAT_TEMPLATE_FILE)
     if template.is_file():
         tokenizer.chat_template = template.read_text(encoding="utf-8")

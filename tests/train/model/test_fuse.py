@@ -49,6 +49,7 @@ def train(base_dir: Path, data: Path, work: Path, *, fused: bool, packing: bool)
             method="sft",
             num_steps=4,
             evaluates=True,
+            packing=packing,
             work_dir=work,
         ),
         train_dataset=rows,

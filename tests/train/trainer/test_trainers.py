@@ -25,6 +25,7 @@ def trainer_for(config, path, base_dir, work):
             method="sft",
             num_steps=num_total_steps(config, len(rows), config.global_batch_size),
             evaluates=True,
+            packing=config.packing,
             work_dir=work,
         ),
         train_dataset=rows,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tuneline.artifacts import Method
 from tuneline.errors import DataError
-from tuneline.prepare.formats import preferences, readers, tools
+from tuneline.prepare.formats import judged, preferences, readers, tools
 from tuneline.prepare.formats.checks import has_value
 from tuneline.prepare.formats.example import BadRowError, Example
 from tuneline.prepare.formats.reading import REASONING, Reading, Row
@@ -67,6 +67,16 @@ FORMATS = {
         readers.read_prompt_completion,
     ),
     "text": RowFormat("cpt", ("text",), (), readers.read_document),
+    **{
+        name: RowFormat(
+            "kto",
+            (label,),
+            ("prompt", "completion", "messages", "conversations", "instruction", "output")
+            + ("input", "history", *_AROUND, *REASONING),
+            judged.read_judged,
+        )
+        for name, label in zip(("kto", "kto-tag"), judged.LABELS, strict=True)
+    },
 }
 
 AUTO = "auto"

@@ -61,8 +61,8 @@ def fit(row: TokenRow, max_seq_length: int, *, is_document: bool) -> Iterator[To
     elif row.answers is not None:
         room = max_seq_length - len(row.input_ids)
         if room > 0:
-            chosen, rejected = row.answers
-            yield TokenRow(row.input_ids, [], (chosen[:room], rejected[:room]))
+            answers = tuple(answer[:room] for answer in row.answers)
+            yield TokenRow(row.input_ids, [], answers, row.is_desirable)
     elif any(row.loss_mask[:max_seq_length]):
         yield TokenRow(row.input_ids[:max_seq_length], row.loss_mask[:max_seq_length])
 

@@ -43,12 +43,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A row as text: `pieces` for sft, `preference` for dpo, `text` for cpt."""
+    """A row as text: `pieces` for sft, `preference` for dpo, `judged` for kto, `text` for cpt."""
 
     pieces: list[Piece] | None = None
     """One text with all answers, or one text per answer if the template rewrites earlier turns."""
     preference: tuple[str, str, str] | None = None
     """Prompt, chosen answer and rejected answer; each answer includes its end of turn."""
+    judged: tuple[str, str, bool] | None = None
+    """Prompt, answer with its end of turn, and whether the answer is desirable."""
     text: str | None = None
     """A document for continued pre-training."""
     heldout: dict[str, Any] | None = None
@@ -64,6 +66,7 @@ class Rendered:
                 for piece in self.pieces
             ],
             "preference": self.preference,
+            "judged": self.judged,
             "text": self.text,
             "heldout": self.heldout,
         }
@@ -141,6 +144,8 @@ class Renderer:
             return Rendered(text=example.text, heldout=document)
         if example.preference is not None:
             return self._preference(example)
+        if example.judged is not None:
+            return self._judged(example)
         assert example.messages is not None
         messages = example.messages
         learnt = [
@@ -259,6 +264,21 @@ class Renderer:
         }
         texts = [answer.text[start : answer.end] for answer in (chosen, rejected)]
         return Rendered(preference=(before, texts[0], texts[1]), heldout=heldout)
+
+    def _judged(self, example: Example) -> Rendered:
+        assert example.judged is not None
+        prompt, answer, is_desirable = example.judged
+        written = self._write([*prompt, answer], [len(prompt)], example.tools)[0]
+        text, start = written.text, self._start(written)
+        heldout = {
+            "prompt": text[:start],
+            "answer": text[start : written.content_end],
+            "end": text[written.content_end : written.end],
+            "question": _last_question(prompt),
+        }
+        return Rendered(
+            judged=(text[:start], text[start : written.end], is_desirable), heldout=heldout
+        )
 
 
 def _compile(

@@ -15,12 +15,14 @@ class TokenRow:
     input_ids: list[int] = field(default_factory=list)
     loss_mask: list[int] = field(default_factory=list)
     """1 for each token that the loss counts, otherwise 0."""
-    answers: tuple[list[int], list[int]] | None = None
-    """For the method dpo: the IDs of the chosen and of the rejected answer. `input_ids` is then the
-    prompt, and `loss_mask` is empty. None for other methods."""
+    answers: tuple[list[int], ...] | None = None
+    """For the method dpo: the IDs of the chosen and of the rejected answer; for kto: those of the
+    answer. `input_ids` is then the prompt, and `loss_mask` is empty. None for other methods."""
+    is_desirable: bool | None = None
+    """For the method kto: whether the answer is desirable. None for other methods."""
 
     def __len__(self) -> int:
-        """Return the example's length in tokens; for dpo, of the prompt with the longer answer."""
+        """Return the example's length in tokens, with the longer answer if there are two."""
         if self.answers is None:
             return len(self.input_ids)
         return len(self.input_ids) + max(map(len, self.answers))
@@ -50,7 +52,15 @@ def tokenise(tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str) -> Itera
     if not rows:
         return
     if rows[0].preference is not None:
-        yield from _preferences(tokenizer, rows)
+        triples = [row.preference for row in rows if row.preference is not None]
+        for ids, *answers in _after_prompts(tokenizer, *zip(*triples, strict=True)):
+            yield TokenRow(ids, [], tuple(answers))
+    elif rows[0].judged is not None:
+        judged = [row.judged for row in rows if row.judged is not None]
+        prompts, answers, labels = zip(*judged, strict=True)
+        pairs = _after_prompts(tokenizer, prompts, answers)
+        for (ids, answer), label in zip(pairs, labels, strict=True):
+            yield TokenRow(ids, [], (answer,), label)
     elif rows[0].text is not None:
         yield from _texts(tokenizer, [row.text or "" for row in rows])
     else:
@@ -128,24 +138,28 @@ def _texts(tokenizer: Any, texts: list[str]) -> Iterator[TokenRow]:
         yield TokenRow(ids, [1] * len(ids))
 
 
-def _preferences(tokenizer: Any, rows: Sequence[Rendered]) -> Iterator[TokenRow]:
+def _after_prompts(
+    tokenizer: Any, prompts: Sequence[str], *answers: Sequence[str]
+) -> Iterator[tuple[list[int], ...]]:
+    """Yield the IDs of each prompt, and those of each of its answers."""
+
     def ids_of(texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
         return ids
 
-    triples = [row.preference for row in rows if row.preference is not None]
-    prompts = ids_of([prompt for prompt, _, _ in triples])
-    whole = [ids_of([triple[0] + triple[which] for triple in triples]) for which in (1, 2)]
-    for index, prompt_ids in enumerate(prompts):
-        answers = []
-        for which in (1, 2):
-            ids = whole[which - 1][index]
+    whole = [
+        ids_of([prompt + answer for prompt, answer in zip(prompts, column, strict=True)])
+        for column in answers
+    ]
+    for index, prompt_ids in enumerate(ids_of(list(prompts))):
+        row = [prompt_ids]
+        for column, ids in zip(answers, (column[index] for column in whole), strict=True):
             if ids[: len(prompt_ids)] == prompt_ids:
-                answers.append(ids[len(prompt_ids) :])
+                row.append(ids[len(prompt_ids) :])
             else:
                 # A token spans the end of the prompt and the start of the answer. Both answers
                 # must follow the same prompt tokens, so the answer is tokenised separately.
-                answers.append(ids_of([triples[index][which]])[0])
-        yield TokenRow(prompt_ids, [], (answers[0], answers[1]))
+                row.append(ids_of([column[index]])[0])
+        yield tuple(row)

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError
+from tuneline.models.special_tokens import add_missing_tokens
 
 # If a model has no limit, transformers sets model_max_length to a number above this one.
 _NO_LIMIT = 10**9
@@ -44,6 +45,7 @@ def load_tokenizer(base_model_dir: str) -> tuple[Any, int]:
         )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _processor_template(path)
+    add_missing_tokens(tokenizer, path)
     # Examples are truncated later (truncation.py), where the lost tokens are counted.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()

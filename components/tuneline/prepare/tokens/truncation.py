@@ -10,7 +10,7 @@ from typing import Literal
 import numpy
 import pyarrow
 
-from tuneline.artifacts import LengthStatistics
+from tuneline.artifacts import LABEL, PREFERENCE_METHODS, LengthStatistics, Method
 from tuneline.errors import DataError
 from tuneline.prepare.parallel import in_order
 from tuneline.prepare.tokens import lengths, parquet
@@ -58,14 +58,14 @@ def choose_length(requested: int | Literal["auto"], recommended: int, longest_al
     return min(requested, longest_allowed)
 
 
-def cut_rows(source: Path, target: Path, max_seq_length: int, method: str) -> Cut:
+def cut_rows(source: Path, target: Path, max_seq_length: int, method: Method) -> Cut:
     """Copy examples from one Parquet file to another, truncated, and return the counts.
 
     Args:
         source: file that `parquet.write` wrote.
         target: file to write.
         max_seq_length: maximum length in tokens.
-        method: sft, dpo or cpt.
+        method: the training method.
     """
     total = Cut()
 
@@ -82,7 +82,7 @@ def cut_rows(source: Path, target: Path, max_seq_length: int, method: str) -> Cu
 
 
 def _cut_batch(
-    batch: pyarrow.RecordBatch, max_seq_length: int, method: str
+    batch: pyarrow.RecordBatch, max_seq_length: int, method: Method
 ) -> tuple[pyarrow.RecordBatch, Cut]:
     if _fits(batch, max_seq_length, method):
         return batch, _count(batch, method)
@@ -103,12 +103,12 @@ def _cut_batch(
     return parquet.to_batch(kept, method=method), counts
 
 
-def _fits(batch: pyarrow.RecordBatch, max_seq_length: int, method: str) -> bool:
+def _fits(batch: pyarrow.RecordBatch, max_seq_length: int, method: Method) -> bool:
     """Return whether truncation leaves all rows of the batch unchanged."""
-    sizes = [column.value_lengths().to_numpy() for column in batch.columns]
-    if method == "dpo":
-        prompt, chosen, rejected = sizes
-        longest = numpy.maximum(chosen, rejected)
+    sizes = [column.value_lengths().to_numpy() for column in _ids(batch)]
+    if method in PREFERENCE_METHODS:
+        prompt, *answers = sizes
+        longest = numpy.maximum.reduce(answers)
         return bool((prompt + longest <= max_seq_length).all() and (prompt < max_seq_length).all())
     ids, mask = batch.columns
     if not (sizes[0] <= max_seq_length).all() or (sizes[0] < 2).any():
@@ -117,10 +117,15 @@ def _fits(batch: pyarrow.RecordBatch, max_seq_length: int, method: str) -> bool:
     return bool(numpy.logical_or.reduceat(mask.flatten().to_numpy() == 1, starts).all())
 
 
-def _count(batch: pyarrow.RecordBatch, method: str) -> Cut:
+def _ids(batch: pyarrow.RecordBatch) -> list[pyarrow.ListArray]:
+    """Return the columns of a batch that are lists."""
+    return [batch.column(name) for name in batch.schema.names if name != LABEL]
+
+
+def _count(batch: pyarrow.RecordBatch, method: Method) -> Cut:
     """Return the counts of a batch that truncation leaves unchanged."""
-    sizes = [len(column.flatten()) for column in batch.columns]
-    if method == "dpo":
+    sizes = [len(column.flatten()) for column in _ids(batch)]
+    if method in PREFERENCE_METHODS:
         num_tokens, num_learnt = sum(sizes), sum(sizes[1:])
     else:
         num_tokens = sizes[0]

@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from tuneline.artifacts import ModelOrigin
-from tuneline.errors import ModelError
+from tuneline.errors import ModelError, TrainingError
 from tuneline.models.nf4 import empty_model
 from tuneline.train.config import LoraConfig
 
@@ -114,6 +114,24 @@ def keep_hidden_states_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
     embedding = pretrained.get_input_embeddings()
     if any(parameter.requires_grad for parameter in embedding.parameters()):
         embedding.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+
+
+def check_it_has_learned(model: peft.PeftModel, lora: LoraConfig) -> None:
+    """Refuse an adapter that changes nothing: its matrices B are zero, as before training.
+
+    Raises:
+        TrainingError: no step has changed the adapter.
+    """
+    if lora.init_lora_weights != "default" or lora.modules_to_save:
+        return
+    up = [weight for name, weight in model.named_parameters() if "lora_B" in name]
+    if not any(bool(weight.any()) for weight in up):
+        raise TrainingError(
+            f"training changed none of the {len(up)} matrices B of the adapter, so the tuned model "
+            "would be the base model: no gradient reached them. Check that the rows teach "
+            "something (that answers are not empty, and that the two answers of a pair differ), "
+            "and that train.learning_rate is not tiny"
+        )
 
 
 def save_adapter(model: peft.PeftModel, directory: Path, origin: ModelOrigin) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tuneline.artifacts import TrainingPoint, TrainingSummary
+from tuneline.artifacts import PREFERENCE_METHODS, TrainingPoint, TrainingSummary
 from tuneline.html.page import facts, line_chart, render_page, section, table
 from tuneline.train.observe.samples import Sample
 from tuneline.training_figures import training_figures
@@ -37,14 +37,14 @@ def render(
             line_chart(
                 {name: points for name, points in losses.items() if points},
                 x_label="step",
-                y_label="loss (nats per token)" if summary.method != "dpo" else "loss",
+                y_label="loss" if summary.method in PREFERENCE_METHODS else "loss (nats per token)",
             ),
         )
     ]
     for field, heading, name, unit in (
         (
             "reward_margin",
-            "Reward margin of chosen over rejected answers",
+            "Reward margin of good over bad answers",
             "margin",
             "reward margin",
         ),

@@ -15,6 +15,7 @@ import torch
 
 from tuneline.artifacts import (
     CHOSEN_IDS,
+    COMPLETION_IDS,
     EVAL_FILE,
     INPUT_IDS,
     LOSS_MASK,
@@ -181,6 +182,8 @@ def _split(row: dict[str, Any], manifest: DatasetManifest) -> tuple[list[int], l
     """Return the token IDs of a row's prompt and of its first answer."""
     if manifest.method == "dpo":
         return row[PROMPT_IDS], row[CHOSEN_IDS]
+    if manifest.method == "kto":
+        return row[PROMPT_IDS], row[COMPLETION_IDS]
     ids, counts = row[INPUT_IDS], row[LOSS_MASK]
     if manifest.method == "cpt" or all(counts):
         start = min(_NUM_TEXT_TOKENS, len(ids) // 2)

@@ -55,6 +55,9 @@ class StepBatches:
         self._seed = seed
         self._lengths = lengths
         self._epoch = 0
+        self.with_neighbour = False
+        """Whether iteration yields, for each example, also the example before it in the order of
+        the epoch; the example before the first one is the last one."""
         self.num_steps = math.ceil(num_examples / global_batch_size)
 
     def set_epoch(self, epoch: int) -> None:
@@ -66,12 +69,17 @@ class StepBatches:
         last = self._num_examples - num_full * self._global_batch_size
         return num_full * self._num_batches(self._global_batch_size) + self._num_batches(last)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         order = self._order(self._epoch)
+        before = dict(zip(order, [*order[-1:], *order], strict=False))
         for step in range(self.num_steps):
             parts = self._parts(order, step)
             for batch in parts[self._rank]:
-                yield batch or parts[0][0]
+                examples = batch or parts[0][0]
+                if self.with_neighbour:
+                    yield [(example, before[example]) for example in examples]
+                else:
+                    yield examples
 
     def of_step(self, epoch: int, step: int) -> list[list[list[int]]]:
         """Return, for each rank, the list of its micro-batches in this step.

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 from datasets import Dataset
 from trl.data_utils import pack_dataset
 
 from tuneline.artifacts import (
-    CHOSEN_IDS,
+    COLUMNS,
     EVAL_FILE,
     INPUT_IDS,
     LOSS_MASK,
-    PROMPT_IDS,
-    REJECTED_IDS,
+    PREFERENCE_METHODS,
     TRAIN_FILE,
     DatasetManifest,
 )
@@ -32,8 +32,8 @@ def load_rows(
 ) -> tuple[Dataset, Dataset | None]:
     """Read the training rows, and the evaluation rows if the dataset has any.
 
-    Rows for sft and cpt have `input_ids`, `labels` and, if packed, `seq_lengths`. Rows for dpo
-    have the three columns of TRL's preference collator.
+    Rows for sft and cpt have `input_ids`, `labels` and, if packed, `seq_lengths`. Rows for dpo and
+    kto have the columns of TRL's collators.
 
     Args:
         dataset_dir: Dataset directory that prepare wrote.
@@ -47,12 +47,10 @@ def load_rows(
     """
     dataset_dir = Path(dataset_dir)
     train = _read(dataset_dir / TRAIN_FILE, manifest, cache_dir)
-    if train is None or not len(train):
+    if train is None:
         raise DataError(f"{dataset_dir / TRAIN_FILE} has no rows to train on: run prepare again")
     evaluation = _read(dataset_dir / EVAL_FILE, manifest, cache_dir)
-    if evaluation is not None and not len(evaluation):
-        evaluation = None
-    if manifest.method == "dpo" or not packing:
+    if manifest.method in PREFERENCE_METHODS or not packing:
         return train, evaluation
     packed = _pack(train, manifest)
     logger.info(
@@ -109,22 +107,20 @@ def packs_are_trusted() -> Iterator[None]:
 
 
 def _read(path: Path, manifest: DatasetManifest, cache_dir: Path) -> Dataset | None:
-    if not path.is_file():
+    """Return the rows of a file, or None if there is no file or no row in it."""
+    # The library datasets cannot read a file without rows.
+    if not path.is_file() or not pyarrow.parquet.read_metadata(path).num_rows:
         return None
     rows = Dataset.from_parquet(str(path), cache_dir=str(cache_dir))
-    columns = (
-        [PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS]
-        if manifest.method == "dpo"
-        else [INPUT_IDS, LOSS_MASK]
-    )
+    columns = COLUMNS[manifest.method]
     missing = [name for name in columns if name not in rows.column_names]
     if missing:
         raise DataError(
             f"{path} lacks the column {', '.join(missing)} that method {manifest.method} needs "
             f"(its columns are {', '.join(rows.column_names)}): run prepare again"
         )
-    rows = rows.select_columns(columns)
-    if manifest.method == "dpo":
+    rows = rows.select_columns(list(columns))
+    if manifest.method in PREFERENCE_METHODS:
         return rows
     return rows.map(_to_labels, batched=True, remove_columns=[LOSS_MASK])
 

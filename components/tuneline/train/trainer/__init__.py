@@ -1,15 +1,17 @@
 """What happens in an optimizer step.
 
 A trainer is a chain of classes, of which TRL's trainer is the base. Each class adds one concern,
-and calls the methods of the class before it in this list; the last two are alternatives:
+and calls the methods of the class before it in this list; the last three are alternatives:
 
-    SFTTrainer, DPOTrainer  TRL's, on transformers.Trainer with the loop over steps
+    SFT-, DPO-, KTOTrainer  TRL's, on transformers.Trainer with the loop over steps
     QuickStepTrainer        host_overhead.py: visits the whole model once per run, not per step
+    ScheduledTrainer        schedule.py: learning rates that are never 0
     SharedStepTrainer       shared_steps.py: divides a step's examples over ranks
     ResumableTrainer        resumable.py: writes and reads checkpoints, stops on request
     GuardedTrainer          nonfinite.py: skips steps whose loss or gradient is not finite
     SupervisedTrainer       trainers.py: the loss of sft and cpt
     PreferenceTrainer       trainers.py: the loss of dpo
+    JudgedTrainer           judged.py: the loss of kto
 
 The loop calls their methods once per optimizer step, in this order:
 

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import SchedulerType, TrainingArguments
-from transformers.training_args import OptimizerNames
+from transformers import TrainingArguments
 from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.kto_config import KTOConfig
 from trl.trainer.sft_config import SFTConfig
 
-from tuneline.artifacts import Method
+from tuneline.artifacts import PREFERENCE_METHODS, Method
 from tuneline.errors import RecipeError
-from tuneline.train.config import DpoConfig, TrainConfig
+from tuneline.train.config import DpoConfig, KtoConfig, TrainConfig
 from tuneline.train.setup import Setup
+from tuneline.train.trainer.schedule import num_warmup_steps
 
 logger = logging.getLogger(__name__)
 
@@ -28,29 +29,44 @@ NUM_EVALUATIONS = 5
 """Evaluations of a run without eval_steps, in addition to the one before the first step."""
 
 
-def check_names(config: TrainConfig, method: Method, device: str) -> None:
-    """Refuse names that the libraries do not have, and warn about settings without effect.
+def check_settings(
+    config: TrainConfig, method: Method, *, device: str, global_batch_size: int
+) -> None:
+    """Refuse settings that the method cannot use, and warn about settings without effect.
+
+    Args:
+        config: The `train` section of the recipe.
+        method: Method of the dataset.
+        device: Kind of device: "cpu" or "cuda".
+        global_batch_size: Examples per optimizer step, over all ranks.
 
     Raises:
-        RecipeError: there is no optimizer, schedule or loss of that name, or the method cannot use
-            the adapter's initial weights.
+        RecipeError: TRL has no loss of that name, or the method cannot use the adapter's initial
+            weights, or so small a global batch.
     """
-    _check("optim", config.optim, [name.value for name in OptimizerNames])
-    _check("lr_scheduler_type", config.lr_scheduler_type, [name.value for name in SchedulerType])
     if method == "dpo":
         _check("dpo.loss_type", config.dpo.loss_type, list(DPO_LOSSES))
     if config.optim.startswith("paged_") and device == "cpu":
         logger.warning("train.optim: %s does not page on a CPU", config.optim)
-    if method == "dpo" and config.packing:
-        logger.warning("train.packing has no effect on method dpo: pairs are padded, not packed")
-    if method == "dpo" and config.lora.init_lora_weights == "loftq":
+    if method == "kto" and config.kto.loss_type == "kto" and global_batch_size < 2:
         raise RecipeError(
-            "train.lora.init_lora_weights: loftq cannot start method dpo, whose reference is the "
-            "base without the adapter: the two would differ before the first step; set it to "
+            "train.kto.loss_type kto compares each answer with the answers to other prompts of its "
+            "global batch, but the global batch is 1 example: set train.global_batch_size to at "
+            "least 2 (8 or more is better), or train.kto.loss_type to apo_zero_unpaired"
+        )
+    if method in PREFERENCE_METHODS and config.packing:
+        logger.warning("train.packing has no effect on method %s: rows are padded", method)
+    if method in PREFERENCE_METHODS and config.lora.init_lora_weights == "loftq":
+        raise RecipeError(
+            f"train.lora.init_lora_weights: loftq cannot start method {method}, whose reference is "
+            "the base without the adapter: the two would differ before the first step; set it to "
             "default"
         )
-    if method != "dpo" and config.dpo != DpoConfig():
-        logger.warning("train.dpo has no effect: the dataset was prepared with method %s", method)
+    for name, settings in (("dpo", DpoConfig()), ("kto", KtoConfig())):
+        if method != name and getattr(config, name) != settings:
+            logger.warning(
+                "train.%s has no effect: the dataset was prepared with method %s", name, method
+            )
 
 
 def num_total_steps(config: TrainConfig, num_examples: int, global_batch_size: int) -> int:
@@ -68,11 +84,12 @@ def training_arguments(
     method: Method,
     num_steps: int,
     evaluates: bool,
+    packing: bool,
     work_dir: Path,
     cache_reference: bool = False,
     deepspeed: dict[str, Any] | None = None,
 ) -> TrainingArguments:
-    """Return the SFTConfig or DPOConfig of one rank.
+    """Return the SFTConfig, DPOConfig or KTOConfig of one rank.
 
     Args:
         config: The `train` section of the recipe.
@@ -80,26 +97,17 @@ def training_arguments(
         method: Method of the dataset.
         num_steps: Optimizer steps of the run.
         evaluates: Whether there are evaluation rows.
+        packing: Whether examples are packs of rows.
         work_dir: Directory for files that the libraries write.
         cache_reference: Value of dpo.cache_reference if the recipe leaves it null.
         deepspeed: DeepSpeed's configuration. None: train without DeepSpeed.
     """
-    warmup_steps = config.warmup_steps
-    if config.warmup_ratio is not None:
-        warmup_steps = math.ceil(config.warmup_ratio * num_steps)
-    if warmup_steps >= num_steps:
-        logger.warning(
-            "train.warmup_steps %d is not below the %d steps of this run: the learning rate never "
-            "reaches %g",
-            warmup_steps,
-            num_steps,
-            setup.learning_rate,
-        )
     common: dict[str, Any] = {
         "output_dir": str(work_dir),
         "learning_rate": setup.learning_rate,
         "lr_scheduler_type": config.lr_scheduler_type,
-        "warmup_steps": warmup_steps,
+        "lr_scheduler_kwargs": dict(config.lr_scheduler_kwargs),
+        "warmup_steps": num_warmup_steps(config, num_steps),
         "max_steps": num_steps,
         "per_device_train_batch_size": setup.plan.micro_batch_size,
         "per_device_eval_batch_size": setup.plan.micro_batch_size,
@@ -142,11 +150,21 @@ def training_arguments(
             max_length=None,
             precompute_ref_log_probs=cache_reference if asked is None else asked,
         )
+    if method == "kto":
+        return KTOConfig(
+            **common,
+            beta=config.kto.beta,
+            loss_type=config.kto.loss_type,
+            desirable_weight=config.kto.desirable_weight,
+            undesirable_weight=config.kto.undesirable_weight,
+            # Rows fit already; a prompt with the answer to another prompt may not.
+            max_length=setup.plan.max_seq_length,
+        )
     return SFTConfig(
         **common,
-        packing=config.packing,
+        packing=packing,
         packing_strategy="bfd_split",
-        max_length=setup.plan.max_seq_length,
+        max_length=setup.plan.max_seq_length if packing else None,
         # The examples already have token IDs and labels, and are already cut and packed.
         dataset_kwargs={"skip_prepare_dataset": True},
     )

@@ -31,6 +31,16 @@ class QuickStepTrainer(Trainer):
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the loss of a micro-batch after its backward pass."""
+        self.enter_training_mode(model)
+        with _without_mode_changes(model):
+            return super().training_step(model, *args, **kwargs)
+
+    def enter_training_mode(self, model: torch.nn.Module) -> None:
+        """Put a model and all its modules into training mode, unless they are in it.
+
+        Args:
+            model: The trainer's model, perhaps wrapped by DDP or DeepSpeed.
+        """
         # A loaded base model is in evaluation mode, but new wrappers (of PEFT, DDP and DeepSpeed)
         # are in training mode. An evaluation changes the mode of the model inside the wrappers of
         # DDP and DeepSpeed, but not the mode of these wrappers.
@@ -38,8 +48,6 @@ class QuickStepTrainer(Trainer):
         if not (self._is_in_training_mode and model.training and self.model.training):
             model.train()
             self._is_in_training_mode = True
-        with _without_mode_changes(model):
-            return super().training_step(model, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return transformers' FLOP estimate (parameters x tokens).

@@ -10,6 +10,7 @@ from tuneline.artifacts import Method
 # for DPO and continued pre-training. Where the guide has a range, the value here is the geometric
 # mean of the ends of the range, rounded.
 _DPO = 5e-7
+_KTO = 1e-6  # not in the guide: the default of TRL's KTOTrainer
 _CPT = 2e-5  # 1e-5 to 5e-5
 _SFT_SMALL = 7e-5  # 5e-5 to 1e-4, below 1,000 rows
 _SFT = 2e-4
@@ -23,6 +24,8 @@ def auto_learning_rate(method: Method, num_rows: int) -> float:
     """Return the learning rate for a method and a number of training rows (not of packs)."""
     if method == "dpo":
         return _DPO
+    if method == "kto":
+        return _KTO
     if method == "cpt":
         return _CPT
     if num_rows < NUM_SMALL:

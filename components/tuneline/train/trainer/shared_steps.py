@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from tuneline.train.ranks import collectives
 from tuneline.train.rows.batches import StepBatches, row_lengths
 from tuneline.train.rows.load import IGNORED
-from tuneline.train.trainer.host_overhead import QuickStepTrainer
+from tuneline.train.trainer.schedule import ScheduledTrainer
 from tuneline.train.trainer.state import RunState
 
 LOSS_FACTOR = "loss_factor"
@@ -18,7 +18,7 @@ NUM_LABELS = "num_labels"
 """Key of a training batch with labels: how many count, computed while they are on the host."""
 
 
-class SharedStepTrainer(QuickStepTrainer):
+class SharedStepTrainer(ScheduledTrainer):
     """A base of TRL's trainers that divides each step over ranks, with `StepBatches`.
 
     DDP averages gradients over ranks. A rank therefore divides the sum of its losses by the mean
