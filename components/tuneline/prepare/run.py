@@ -4,13 +4,12 @@ import hashlib
 import logging
 import shutil
 import time
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow
+import numpy
 
 from tuneline.artifacts import (
     CHAT_TEMPLATE_FILE,
@@ -23,23 +22,31 @@ from tuneline.artifacts import (
     read_jsonl,
     write_jsonl,
 )
-from tuneline.errors import DataError
 from tuneline.prepare.config import PrepareConfig
+from tuneline.prepare.cut import measure, write
+from tuneline.prepare.divide import (
+    check_contamination,
+    check_remains,
+    divide,
+    order_of,
+    read_questions,
+    sizes_of,
+)
+from tuneline.prepare.encode import encode
 from tuneline.prepare.formats.example import Example
 from tuneline.prepare.formats.table import check_names
-from tuneline.prepare.parallel import batched, in_order
-from tuneline.prepare.rows.collect import Collected, collect
-from tuneline.prepare.rows.mixture import mix_in
-from tuneline.prepare.rows.split import MAX_HELDOUT_SHARE, Split, split
+from tuneline.prepare.left_out import sentences, shortages
+from tuneline.prepare.rows.collect import collect
+from tuneline.prepare.rows.mixture import Origin
+from tuneline.prepare.rows.split import Part
 from tuneline.prepare.rows.spool import Spool
 from tuneline.prepare.sources.kinds import kind_of
 from tuneline.prepare.statistics_page import render
 from tuneline.prepare.tokens import lengths, parquet
 from tuneline.prepare.tokens.render import Rendered, Renderer
 from tuneline.prepare.tokens.templates import OWN_TEMPLATE, use_template
-from tuneline.prepare.tokens.tokenise import tokenise
 from tuneline.prepare.tokens.tokenizer import load_tokenizer
-from tuneline.prepare.tokens.truncation import choose_length, cut_rows, too_long
+from tuneline.prepare.tokens.truncation import choose_length
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +60,7 @@ def run(
     base_model_dir: str,
     dataset_dir: str,
     statistics_path: str,
+    benchmarks_path: str | None = None,
 ) -> DatasetManifest:
     """Prepare the dataset `source` for the model in `base_model_dir`.
 
@@ -62,6 +70,8 @@ def run(
         base_model_dir: directory of the fetched model; its tokenizer and chat template are used.
         dataset_dir: directory to write the dataset to; must be empty or not exist.
         statistics_path: path of the HTML page to write.
+        benchmarks_path: JSON Lines file with the questions of benchmarks, which must not be in the
+            training rows; None for none.
 
     Raises:
         DataError: the rows cannot be used, or no row with tokens to learn is left.
@@ -93,56 +103,75 @@ def run(
             open(target / REJECTED_FILE, "w", encoding="utf-8") as rejected,
         ):
             collected = collect(source, config, Renderer(tokenizer), spool, rejected)
-            intake, parts = collected.intake, _divide(collected, config, spool)
             digest = hashlib.sha256(template.encode())
             digest.update(f"{config.method} {config.loss_on} {config.template}".encode())
-            heldout = _read_heldout(spool, parts.heldout, digest)
-            sizes = array("l")
-            for name, indices in ((TRAIN_FILE, parts.train), (EVAL_FILE, parts.eval)):
-                digest.update(name.encode())
-                rows = _tokens(spool, indices, tokenizer, config, digest, sizes)
-                parquet.write(work / name, rows, method=config.method)
-        if not sizes:
-            raise DataError(
-                f"{source}: all {parts.num_leaking} rows are the same as held-out rows, so none is "
-                "left to train on: name another prepare.heldout.source"
+            order = order_of(collected, config)
+            encoded = encode(
+                spool,
+                order.rows,
+                tokenizer,
+                work,
+                method=config.method,
+                loss_on=config.loss_on,
+                digest=digest,
             )
-        statistics = lengths.statistics(sizes)
-        recommended = lengths.recommend(statistics, longest_allowed)
-        max_seq_length = choose_length(config.max_seq_length, recommended, longest_allowed)
-        digest.update(f"max_seq_length {max_seq_length}".encode())
+            statistics = lengths.statistics(sizes_of(order, encoded, config))
+            recommended = lengths.recommend(statistics, longest_allowed)
+            max_seq_length = choose_length(config.max_seq_length, recommended, longest_allowed)
+            remains = measure(encoded, max_seq_length, config.method)
+            check_remains(source, order, encoded, remains, max_seq_length)
+            parts = divide(source, order, encoded, remains, config, work)
+            digest.update(parts.parts.tobytes())
+            digest.update(f"max_seq_length {max_seq_length}".encode())
+            heldout = _read_heldout(spool, [order.rows[row] for row in parts.rows(Part.HELDOUT)])
+        contamination = check_contamination(
+            config, source, heldout, read_questions(benchmarks_path), encoded, parts
+        )
+        owners = encoded.owners
         kept = {
-            name: cut_rows(work / name, target / name, max_seq_length, config.method)
-            for name in (TRAIN_FILE, EVAL_FILE)
+            name: write(
+                encoded,
+                remains.kept & (parts.parts[owners] == part),
+                target / name,
+                max_seq_length=max_seq_length,
+                method=config.method,
+            )
+            for name, part in ((TRAIN_FILE, Part.TRAIN), (EVAL_FILE, Part.EVAL))
         }
         train, evaluation = kept[TRAIN_FILE], kept[EVAL_FILE]
-        if train.num_rows == 0:
-            raise too_long(source, statistics, train, max_seq_length)
+        is_overlong = remains.is_overlong & (order.origins[owners] != Origin.HELDOUT)
         write_jsonl(target / HELDOUT_FILE, heldout)
         if template and config.template != OWN_TEMPLATE:
             (target / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
         shutil.rmtree(work)
         all_tokens = train.num_source_tokens + evaluation.num_source_tokens
+        all_tokens += int(numpy.array(encoded.sizes)[is_overlong].sum())
         lost = all_tokens - train.num_tokens - evaluation.num_tokens
         manifest = DatasetManifest(
             source=source,
             method=config.method,
-            format=intake.format,
+            format=collected.intake.format,
             template=config.template if template else "none",
             loss_on="all" if config.method == "cpt" else config.loss_on,
             num_train_rows=train.num_rows,
             num_eval_rows=evaluation.num_rows,
             num_heldout_rows=len(heldout),
-            num_rejected_rows=intake.num_rejected,
+            num_rejected_rows=collected.intake.num_rejected,
             num_tokens=train.num_tokens,
             num_loss_tokens=train.num_loss_tokens,
             lengths=statistics,
             max_seq_length=max_seq_length,
             recommended_max_seq_length=recommended,
             truncated_token_share=round(lost / all_tokens, 6),
-            num_overlong_rows=train.num_overlong_rows + evaluation.num_overlong_rows,
+            num_overlong_rows=int(is_overlong.sum()),
             num_general_rows=parts.num_general,
-            num_leaking_rows=parts.num_leaking,
+            num_leaking_rows=sum(parts.left_out.values()),
+            leaking_rows=parts.left_out,
+            num_same_answer_rows=int(remains.has_same_answers.sum()),
+            num_repeated_heldout_rows=parts.num_repeated,
+            num_rows_in_large_groups=parts.num_in_large_groups,
+            num_unselected_rows=len(collected.own) - int((order.origins == Origin.OWN).sum()),
+            contamination=contamination,
             end_of_turn=_end_of_turn(heldout, template, tokenizer),
             licence=config.licence,
             sha256=digest.hexdigest(),
@@ -150,63 +179,12 @@ def run(
         )
         manifest.write(target, config)
         _write_page(target, tokenizer, manifest, Path(statistics_path))
-    _log(manifest)
+    _log(manifest, config)
     return manifest
 
 
-def _divide(collected: Collected, config: PrepareConfig, spool: Spool) -> Split:
-    """Split the collected rows into training, evaluation and held-out rows."""
-    parts = split(len(collected.own), config, own_heldout=collected.heldout, digest=spool.digest)
-    wanted = config.heldout.max_rows
-    if collected.heldout is None and len(parts.heldout) < wanted:
-        logger.warning(
-            "prepare.heldout.max_rows asks for %d rows, but %d are held out: at most %.0f %% of "
-            "the dataset are, unless prepare.heldout.source names other rows",
-            wanted,
-            len(parts.heldout),
-            100 * MAX_HELDOUT_SHARE,
-        )
-    if config.general is None:
-        return parts
-    return mix_in(
-        parts,
-        config.general,
-        candidates=collected.general,
-        seed=config.seed,
-        digest=spool.digest,
-    )
-
-
-def _read_heldout(spool: Spool, indices: Sequence[int], digest: Any) -> list[dict[str, Any]]:
-    rows = []
-    for line in spool.read(indices):
-        digest.update(line)
-        rows.append(Rendered.from_line(line).heldout_row())
-    return rows
-
-
-def _tokens(
-    spool: Spool,
-    indices: Sequence[int],
-    tokenizer: Any,
-    config: PrepareConfig,
-    digest: Any,
-    sizes: "array[int]",
-) -> Iterator[pyarrow.RecordBatch]:
-    """Yield the examples of the given rows, and append the length of each example to `sizes`."""
-
-    def tokens(lines: list[bytes]) -> tuple[pyarrow.RecordBatch, "array[int]"]:
-        rendered = [Rendered.from_line(line) for line in lines]
-        rows = list(tokenise(tokenizer, rendered, loss_on=config.loss_on))
-        return parquet.to_batch(rows, method=config.method), array("l", map(len, rows))
-
-    for lines, (batch, lengths_of_rows) in in_order(
-        tokens, batched(spool.read(indices), parquet.BATCH)
-    ):
-        for line in lines:
-            digest.update(line)
-        sizes.extend(lengths_of_rows)
-        yield batch
+def _read_heldout(spool: Spool, indices: Sequence[int]) -> list[dict[str, Any]]:
+    return [Rendered.from_line(line).heldout_row() for line in spool.read(indices)]
 
 
 def _end_of_turn(heldout: list[dict[str, Any]], template: str, tokenizer: Any) -> str:
@@ -225,7 +203,9 @@ def _write_page(target: Path, tokenizer: Any, manifest: DatasetManifest, path: P
     path.write_text(render(manifest, tokenizer, samples, rejected), encoding="utf-8")
 
 
-def _log(manifest: DatasetManifest) -> None:
+def _log(manifest: DatasetManifest, config: PrepareConfig) -> None:
+    for sentence in (*sentences(manifest), *shortages(manifest, config)):
+        logger.warning("%s", sentence)
     logger.info(
         "prepared %s (%s): %d training rows, %d evaluation rows, %d held-out rows, %d rejected; "
         "%d tokens, of which the loss counts %d; max_seq_length %d loses %.2f %% of the tokens; "
