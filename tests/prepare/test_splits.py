@@ -1,8 +1,8 @@
 """The splits of whole data sets: what is compared after tokenisation, and what is said about it."""
 
-import json
 from pathlib import Path
 
+import numpy
 import pytest
 
 from tuneline.artifacts import write_jsonl
@@ -28,26 +28,35 @@ def test_rows_that_stand_twice_are_in_one_part(prepare) -> None:
     counts = done.manifest
     assert (counts.num_train_rows, counts.num_eval_rows, counts.num_heldout_rows) == (144, 16, 20)
     assert (counts.num_leaking_rows, counts.leaking_rows) == (20, {"equal": 20})
-    number = lambda text: int("".join(filter(str.isdigit, text)))  # noqa: E731
-    held = {number(row["question"]) for row in done.jsonl("heldout.jsonl")}
+    held = {"".join(filter(str.isdigit, row["question"])) for row in done.jsonl("heldout.jsonl")}
     assert len(held) == 20
     assert "20 rows are left out of training" in done.page
 
 
 def test_rows_that_truncation_makes_equal_are_in_one_part(prepare) -> None:
-    rows = [{"prompt": f"Tell {n // 2}.", "completion": LONG + f"End {n}."} for n in range(100)]
-    rows = [{"text": f"{n // 2} {LONG} End {n}."} for n in range(100)]
-    whole = prepare(rows, method="cpt", eval_share=0.5)
-    assert whole.manifest.num_eval_rows == 50
-    cut = prepare(rows, method="cpt", eval_share=0.5, max_seq_length=32)
-    assert not set(ids(cut.rows())) & {
-        one for one in ids(cut.rows("eval.parquet")) if one[:4] != one[-4:] and len(one) == 32
-    } or True
-    heads = [{one[:8] for one in ids(cut.rows(name))} for name in ("train.parquet", "eval.parquet")]
-    assert heads[0] and heads[1]
+    turns = [("user", "Question {}?"), ("assistant", LONG), ("user", "And {}?")]
+    rows = [
+        {
+            "messages": [
+                *({"role": role, "content": text.format(n // 2)} for role, text in turns),
+                {"role": "assistant", "content": f"Answer {n}."},
+            ]
+        }
+        for n in range(100)
+    ]
+    for number, row in enumerate(rows):
+        row["messages"][2]["content"] = f"And {number}?"
+    whole = prepare(rows, **SPLIT)
+    assert (whole.manifest.num_heldout_rows, whole.manifest.num_leaking_rows) == (20, 0)
+    cut = prepare(rows, max_seq_length=48, **SPLIT)
+    # Of 50 pairs, 10 have a held-out row.
+    assert (cut.manifest.num_heldout_rows, cut.manifest.leaking_rows) == (10, {"equal": 10})
+    train, evaluation = ids(cut.rows()), ids(cut.rows("eval.parquet"))
+    assert (len(train), len(evaluation)) == (72, 8)
+    assert len({*train, *evaluation}) == 40 and not {*train} & {*evaluation}
 
 
-def pairs(count: int, rejected: str = "no") -> list[dict]:
+def pairs(count: int) -> list[dict]:
     return [
         {"prompt": f"Write {n}.", "chosen": LONG + f"good {n}", "rejected": LONG + f"bad {n}"}
         for n in range(count)
@@ -60,9 +69,9 @@ def test_preferences_that_truncation_makes_equal_are_left_out(prepare, caplog) -
     assert (done.manifest.num_train_rows, done.manifest.num_same_answer_rows) == (8, 5)
     assert "5 preferences are left out" in caplog.text and "5 preferences" in done.page
     assert all(row["chosen_ids"] != row["rejected_ids"] for row in done.rows())
-    with pytest.raises(DataError, match=r"all 5 preferences .* 48.* max_seq_length to (\d+)") as error:
+    with pytest.raises(DataError, match="all 5 preferences .* prepare.max_seq_length to") as error:
         prepare(pairs(5), method="dpo", max_seq_length=48)
-    enough = int(str(error.value).split("max_seq_length to ")[1].split()[0])
+    enough = int(str(error.value).split("prepare.max_seq_length to ")[1].split()[0])
     assert prepare(pairs(5), method="dpo", max_seq_length=enough).manifest.num_train_rows == 5
     with pytest.raises(DataError, match="all 5 preferences"):
         prepare(pairs(5), method="dpo", max_seq_length=enough - 1)
@@ -114,32 +123,39 @@ def test_rows_that_max_rows_leaves_are_counted(prepare) -> None:
 
 def test_benchmark_questions_in_the_training_rows(prepare, tmp_path: Path, caplog) -> None:
     data = Path(__file__).parents[1] / "data" / "kobest" / "boolq.tsv"
-    lines = [line.split("\t") for line in data.read_text(encoding="utf-8").splitlines()[1:61]]
+    lines = [line.split("\t") for line in data.read_text(encoding="utf-8").splitlines()[1:]]
     asked = [f"{text} \uc9c8\ubb38: {question} \ub2f5\ubcc0: " for _, text, question, _ in lines]
     path = tmp_path / "questions.jsonl"
     write_jsonl(path, [{"benchmark": "boolq", "text": text, "answer": "x"} for text in asked])
     leaked = [
-        {"prompt": f"{text}\n{question}", "completion": "Ja."} for _, text, question, _ in lines[:6]
+        {"prompt": f"{text}\n{question}", "completion": "Ja."} for _, text, question, _ in lines[:4]
     ]
-    with pytest.raises(DataError, match=r"6 of 60 questions .* boolq \(10.0%\).* allows 5.0%"):
+    with pytest.raises(DataError, match=r"4 of 40 questions .* boolq \(10.0%\).* allows 5.0%"):
         prepare([*numbered(60), *leaked], benchmarks=path)
     done = prepare([*numbered(60), *leaked], benchmarks=path, max_contaminated_share=None)
-    assert done.manifest.contamination["boolq"].num_found == 6
-    assert "6 of 60 questions of the benchmark boolq (10.0%)" in caplog.text
+    assert done.manifest.contamination["boolq"].num_found == 4
+    assert "4 of 40 questions of the benchmark boolq (10.0%)" in caplog.text
     assert "Benchmark questions in the training rows" in done.page
     clean = prepare(numbered(60), benchmarks=path, heldout={"max_rows": 10})
     counts = clean.manifest.contamination
     assert {name: (c.num_questions, c.num_found) for name, c in counts.items()} == {
         "heldout": (10, 0),
-        "boolq": (60, 0),
+        "boolq": (40, 0),
     }
 
 
 def test_held_out_rows_of_another_source_are_searched_for(prepare, tmp_path: Path) -> None:
+    random = numpy.random.default_rng(0)
+    asked = [" ".join(f"word{n}" for n in random.integers(5000, size=20)) for _ in range(30)]
     held = tmp_path / "held.jsonl"
-    asked = [f"{LONG} Which ship was number {n}, of the harbour in the north?" for n in range(5)]
-    held.write_text("".join(json.dumps({"prompt": a, "completion": "x"}) + "\n" for a in asked))
-    quoting = [{"prompt": f"{' '.join(map(str, range(400)))} {asked[0]} {n}", "completion": "y"} for n in range(2)]
-    heldout = {"source": str(held), "max_rows": 5}
-    done = prepare([*numbered(20), *quoting], heldout=heldout, max_contaminated_share=1)
-    assert done.manifest.contamination["heldout"].num_questions == done.manifest.num_heldout_rows
+    write_jsonl(held, [{"prompt": text, "completion": "x"} for text in asked])
+    # Three questions are part of a longer text, so no training row is like a held-out row.
+    quoting = [
+        {"prompt": f"{LONG} {text} {LONG} {text[::-1]}", "completion": "y"} for text in asked[:3]
+    ]
+    rows = [*numbered(20), *quoting]
+    with pytest.raises(DataError, match=r"3 of 30 questions of the benchmark heldout \(10.0%\)"):
+        prepare(rows, heldout={"source": str(held), "max_rows": 30})
+    done = prepare(rows, heldout={"source": str(held), "max_rows": 30}, max_contaminated_share=0.1)
+    assert done.manifest.contamination["heldout"].num_found == 3
+    assert done.manifest.num_train_rows == 23

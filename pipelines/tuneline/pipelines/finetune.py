@@ -15,8 +15,8 @@ fingerprints as inputs. A scheduled run of unchanged sources therefore takes eve
 gate from the cache, and a run of changed sources trains again. Without the fingerprint, a changed
 source with an unchanged name would be taken from the cache.
 
-If the recipe evaluates tasks of lm-eval, a small task collects their questions, and prepare searches
-the training rows for them.
+If the recipe evaluates tasks of lm-eval, a small task collects their questions, and prepare
+searches the training rows for them.
 
 Each step's config is a separate pipeline parameter, because the inputs of a task are its cache key:
 a new learning rate does not cause the data to be prepared again. The configs are JSON strings
