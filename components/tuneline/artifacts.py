@@ -159,6 +159,22 @@ class LengthStatistics(StrictModel):
     """One tuple per bin: its lowest length, the lowest length above it, its number of rows."""
 
 
+class Contamination(StrictModel):
+    """How many questions of a benchmark are in the training rows."""
+
+    num_questions: int = 0
+    num_checked: int = 0
+    """Number of questions that are long enough to be searched for."""
+    num_found: int = 0
+    examples: list[str] = Field(default_factory=list)
+    """The beginnings of the first questions that were found."""
+
+    @property
+    def share(self) -> float:
+        """Fraction of the benchmark's questions that are in the training rows."""
+        return self.num_found / self.num_questions if self.num_questions else 0.0
+
+
 class DatasetManifest(Record):
     """Contents of a prepared dataset."""
 
@@ -192,11 +208,13 @@ class DatasetManifest(Record):
     truncated_token_share: float
     """Fraction of all tokens that truncation to max_seq_length removes, 0 to 1."""
     num_overlong_rows: int = 0
-    """Number of rows left out because truncation would leave no token that counts in the loss."""
+    """Number of examples left out because truncation would leave no token that counts in the
+    loss."""
     num_general_rows: int = 0
     """Number of training rows that come from the general dataset."""
     num_leaking_rows: int = 0
-    """Number of rows left out because they equal a held-out row."""
+    """Number of rows left out because they are equal or similar to a row that is held out, or to an
+    evaluation row."""
     unused: dict[str, int] = {}
     """Column that is not used, or key of messages such as `messages[].name` -> number of usable
     rows with a value in it. Rejected rows and `prepare.ignore_columns` are not counted."""
@@ -205,6 +223,18 @@ class DatasetManifest(Record):
     writes an earlier answer differently from the last one."""
     num_unfolded_rows: int = 0
     """Number of rows that these conversations became."""
+    leaking_rows: dict[str, int] = Field(default_factory=dict)
+    """The leaking rows by reason: "equal" text or tokens, the same "prompt", "near" duplicates."""
+    num_same_answer_rows: int = 0
+    """Number of preferences left out because both answers are equal after truncation."""
+    num_repeated_heldout_rows: int = 0
+    """Number of rows of prepare.heldout.source left out because an earlier one is the same."""
+    num_rows_in_large_groups: int = 0
+    """Number of training rows in groups of similar rows that are too large to be held out."""
+    num_unselected_rows: int = 0
+    """Number of usable rows that prepare.max_rows left out."""
+    contamination: dict[str, Contamination] = Field(default_factory=dict)
+    """Questions found in the training rows, by benchmark: "heldout" or a task of evaluate.tasks."""
     end_of_turn: str = ""
     """Text that the template puts after an answer, e.g. <|im_end|>; generation stops there."""
     template_date: str | None = None

@@ -270,6 +270,7 @@ _SMALL_MEMORY = {
     "measure-importance": ("1280Mi", "6Gi"),
     "quantize-gguf": ("2304Mi", "6Gi"),
     "quantize-gptq": ("2560Mi", "6Gi"),
+    "collect-benchmarks": ("1280Mi", "6Gi"),
     "evaluate": ("1536Mi", "6Gi"),
 }
 """Memory request and limit of the steps that hold a model, in the profile small. The requests are

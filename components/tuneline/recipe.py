@@ -100,6 +100,11 @@ class Recipe(StrictModel):
         return self
 
     @property
+    def uses_benchmarks(self) -> bool:
+        """Whether a benchmark has questions of its own, i.e. is not made of held-out rows."""
+        return any(not task.startswith("heldout_") for task in self.evaluate.tasks)
+
+    @property
     def num_ranks(self) -> int:
         """Number of training processes: train.num_ranks, or one per accelerator of every node."""
         if self.train.num_ranks != "auto":

@@ -70,8 +70,8 @@ def test_every_pod_has_requests_limits_and_a_user(demo: tuple[str, dict, dict]) 
     _, pipeline, platform = demo
     kubernetes = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     containers = executors(pipeline)
-    # The importance matrix and several nodes are for recipes that ask for them.
-    always = set(STEPS) - {"measure-importance", "train-on-nodes"}
+    # These steps are for recipes that ask for an importance matrix, nodes or tasks of lm-eval.
+    always = set(STEPS) - {"measure-importance", "train-on-nodes", "collect-benchmarks"}
     assert {re.sub(r"-\d+$", "", name) for name in containers} == always
     for name, container in containers.items():
         resources = container["resources"]

@@ -48,7 +48,12 @@ def prepare(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., Prepared]:
     """Prepare rows (written as JSON Lines) or a source."""
     count = 0
 
-    def call(rows: list[Any] | str | Path, model: Path | None = None, **config: Any) -> Prepared:
+    def call(
+        rows: list[Any] | str | Path,
+        model: Path | None = None,
+        benchmarks: Path | None = None,
+        **config: Any,
+    ) -> Prepared:
         nonlocal count
         count += 1
         path = tmp_path / f"prepared-{count}"
@@ -63,6 +68,7 @@ def prepare(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., Prepared]:
             base_model_dir=str(model or tiny_model_dir),
             dataset_dir=str(path),
             statistics_path=str(tmp_path / f"page-{count}.html"),
+            benchmarks_path=str(benchmarks) if benchmarks else None,
         )
         page = (tmp_path / f"page-{count}.html").read_text(encoding="utf-8")
         return Prepared(manifest, path, page)

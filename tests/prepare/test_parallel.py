@@ -60,7 +60,7 @@ def test_several_processes_prepare_the_same_data_set(prepare, monkeypatch, max_s
     ]
     rows[900] = {"prompt": "", "completion": "x"}
     alone = prepare(rows, max_seq_length=max_seq_length, eval_share=0.1)
-    for module in ("rows.intake", "run", "tokens.truncation"):
+    for module in ("rows.intake", "encode", "cut"):
         monkeypatch.setattr(
             importlib.import_module(f"tuneline.prepare.{module}"),
             "in_order",

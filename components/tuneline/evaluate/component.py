@@ -1,9 +1,26 @@
 # mypy: allow-untyped-decorators
-"""The KFP component of the step."""
+"""The KFP components of the step."""
 
 from kfp import dsl
 
 from tuneline import images
+
+
+@dsl.component(base_image=images.EVALUATE, install_kfp_package=False)
+def collect_benchmarks(config: str, questions: dsl.Output[dsl.Artifact]) -> None:
+    """Collect the questions of the recipe's benchmarks, to search the training rows for them.
+
+    Args:
+        config: The `evaluate` section of the recipe as JSON.
+        questions: JSON Lines with the question and the answer of each document of each task.
+    """
+    from tuneline.evaluate import EvaluateConfig
+    from tuneline.evaluate.benchmarks import collect
+    from tuneline.runtime.step import set_metadata, step
+
+    with step("collect-benchmarks"):
+        counts = collect(EvaluateConfig.parse(config), questions_path=questions.path)
+        set_metadata(questions, num_questions=sum(counts.values()))
 
 
 @dsl.component(base_image=images.EVALUATE, install_kfp_package=False)

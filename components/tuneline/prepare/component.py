@@ -35,6 +35,7 @@ def prepare(
     dataset: dsl.Output[dsl.Dataset],
     record: dsl.Output[dsl.Artifact],
     statistics: dsl.Output[dsl.HTML],
+    benchmarks: dsl.Input[dsl.Artifact] = None,
 ) -> None:
     """Check and tokenise the rows of a dataset, and divide them into its parts.
 
@@ -46,6 +47,7 @@ def prepare(
         dataset: Token IDs for training and evaluation, and the held-out rows.
         record: Copy of the record of dataset.
         statistics: Page with counts, row lengths, samples and rejected rows.
+        benchmarks: Questions of benchmarks, which must not be in the training rows.
     """
     from tuneline.prepare import PrepareConfig
     from tuneline.prepare.run import run
@@ -59,6 +61,7 @@ def prepare(
             base_model_dir=base_model.path,
             dataset_dir=dataset.path,
             statistics_path=statistics.path,
+            benchmarks_path=benchmarks.path if benchmarks else None,
         )
         manifest.copy_to(record.path, directory=dataset.path)
         set_metadata(

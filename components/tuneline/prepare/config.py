@@ -105,6 +105,10 @@ class PrepareConfig(StrictModel):
     """Maximum number of rows of the dataset to use, selected by the seed. Default: all rows."""
     max_rejected_share: float = Field(default=0.01, ge=0, le=1)
     """Fraction of unusable rows above which the step fails."""
+    max_contaminated_share: float | None = Field(default=0.05, ge=0, le=1)
+    """Fraction of a benchmark's questions in the training rows above which the step fails. The
+    benchmarks are the lm-eval tasks of evaluate.tasks and the rows of heldout.source. null: report
+    the fraction only."""
     seed: int = 3407
     """Seed of the splits and of the order of the rows."""
     licence: str | None = None

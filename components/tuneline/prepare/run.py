@@ -4,13 +4,12 @@ import hashlib
 import logging
 import shutil
 import time
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow
+import numpy
 
 from tuneline.artifacts import (
     CHAT_TEMPLATE_FILE,
@@ -24,14 +23,23 @@ from tuneline.artifacts import (
     read_jsonl,
     write_jsonl,
 )
-from tuneline.errors import DataError
 from tuneline.models.tokenizer_files import read_chat_template
 from tuneline.prepare.config import PrepareConfig
+from tuneline.prepare.cut import measure, write
+from tuneline.prepare.divide import (
+    check_contamination,
+    check_remains,
+    divide,
+    order_of,
+    read_questions,
+    sizes_of,
+)
+from tuneline.prepare.encode import encode
 from tuneline.prepare.formats.table import check_names
-from tuneline.prepare.parallel import batched, in_order
-from tuneline.prepare.rows.collect import Collected, collect
-from tuneline.prepare.rows.mixture import mix_in
-from tuneline.prepare.rows.split import MAX_HELDOUT_SHARE, Split, split
+from tuneline.prepare.left_out import sentences, shortages
+from tuneline.prepare.rows.collect import collect
+from tuneline.prepare.rows.mixture import Origin
+from tuneline.prepare.rows.split import Part
 from tuneline.prepare.rows.spool import Spool
 from tuneline.prepare.sources.kinds import date_of, kind_of
 from tuneline.prepare.statistics_page import describe_unused, render
@@ -39,9 +47,8 @@ from tuneline.prepare.tokens import lengths, parquet
 from tuneline.prepare.tokens.labels import count_desirable
 from tuneline.prepare.tokens.render import Rendered, Renderer
 from tuneline.prepare.tokens.templates import OWN_TEMPLATE, use_template
-from tuneline.prepare.tokens.tokenise import Unfolded, tokenise
 from tuneline.prepare.tokens.tokenizer import load_tokenizer
-from tuneline.prepare.tokens.truncation import choose_length, cut_rows, too_long
+from tuneline.prepare.tokens.truncation import choose_length
 from tuneline.prepare.tokens.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -56,6 +63,7 @@ def run(
     base_model_dir: str,
     dataset_dir: str,
     statistics_path: str,
+    benchmarks_path: str | None = None,
 ) -> DatasetManifest:
     """Prepare the dataset `source` for the model in `base_model_dir`.
 
@@ -65,6 +73,8 @@ def run(
         base_model_dir: directory of the fetched model; its tokenizer and chat template are used.
         dataset_dir: directory to write the dataset to; must be empty or not exist.
         statistics_path: path of the HTML page to write.
+        benchmarks_path: JSON Lines file with the questions of benchmarks, which must not be in the
+            training rows; None for none.
 
     Raises:
         DataError: the rows cannot be used, or no row with tokens to learn is left.
@@ -88,7 +98,6 @@ def run(
     elif config.method in PREFERENCE_METHODS and "loss_on" in config.model_fields_set:
         logger.warning("prepare.loss_on is ignored: method %s takes whole answers", config.method)
 
-    vocabulary = Vocabulary(tokenizer, base_model_dir)
     date = config.date
     if date is None and "strftime_now" in template:
         date = date_of(source, config.revision)
@@ -108,33 +117,50 @@ def run(
             open(target / REJECTED_FILE, "w", encoding="utf-8") as rejected,
         ):
             collected = collect(source, config, renderer, spool, rejected)
-            intake, parts = collected.intake, _divide(collected, config, spool)
             digest = hashlib.sha256(template.encode())
             digest.update(f"{config.method} {config.loss_on} {config.template}".encode())
-            heldout, num_undesirable = _read_heldout(spool, parts.heldout, digest)
-            vocabulary.check_texts([row["prompt"] + row["answer"] + row["end"] for row in heldout])
-            sizes, unfolded = array("l"), Unfolded()
-            for name, indices in ((TRAIN_FILE, parts.train), (EVAL_FILE, parts.eval)):
-                digest.update(name.encode())
-                rows = _tokens(spool, indices, tokenizer, config, digest, sizes, unfolded)
-                checked = _with_embeddings(rows, vocabulary)
-                parquet.write(work / name, checked, method=config.method)
-        if not sizes:
-            raise DataError(
-                f"{source}: all {parts.num_leaking} rows are the same as held-out rows, so none is "
-                "left to train on: name another prepare.heldout.source"
+            order = order_of(collected, config)
+            encoded = encode(
+                spool,
+                order.rows,
+                tokenizer,
+                work,
+                vocabulary=Vocabulary(tokenizer, base_model_dir),
+                method=config.method,
+                loss_on=config.loss_on,
+                digest=digest,
             )
-        statistics = lengths.statistics(sizes)
-        recommended = lengths.recommend(statistics, longest_allowed)
-        max_seq_length = choose_length(config.max_seq_length, recommended, longest_allowed)
-        digest.update(f"max_seq_length {max_seq_length}".encode())
+            statistics = lengths.statistics(sizes_of(order, encoded, config))
+            recommended = lengths.recommend(statistics, longest_allowed)
+            max_seq_length = choose_length(config.max_seq_length, recommended, longest_allowed)
+            remains = measure(encoded, max_seq_length, config.method)
+            check_remains(source, order, encoded, remains, max_seq_length)
+            parts = divide(source, order, encoded, remains, config, work)
+            digest.update(parts.parts.tobytes())
+            digest.update(f"max_seq_length {max_seq_length}".encode())
+            heldout, num_undesirable = _read_heldout(
+                spool, [order.rows[row] for row in parts.rows(Part.HELDOUT)]
+            )
+        contamination = check_contamination(
+            config, source, heldout, read_questions(benchmarks_path), encoded, parts
+        )
+        owners = encoded.owners
+        num_examples = numpy.array(encoded.num_examples)
         kept = {
-            name: cut_rows(work / name, target / name, max_seq_length, config.method)
-            for name in (TRAIN_FILE, EVAL_FILE)
+            name: write(
+                encoded,
+                remains.kept & (parts.parts[owners] == part),
+                target / name,
+                max_seq_length=max_seq_length,
+                method=config.method,
+            )
+            for name, part in ((TRAIN_FILE, Part.TRAIN), (EVAL_FILE, Part.EVAL))
         }
         train, evaluation = kept[TRAIN_FILE], kept[EVAL_FILE]
-        if train.num_rows == 0:
-            raise too_long(source, statistics, train, max_seq_length)
+        is_overlong = remains.is_overlong & (order.origins[owners] != Origin.HELDOUT)
+        is_unfolded = (num_examples > 1) & (
+            (parts.parts == Part.TRAIN) | (parts.parts == Part.EVAL)
+        )
         num_desirable = None
         if config.method == "kto":
             num_desirable = count_desirable(source, target / TRAIN_FILE)
@@ -146,17 +172,18 @@ def run(
             (target / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
         shutil.rmtree(work)
         all_tokens = train.num_source_tokens + evaluation.num_source_tokens
+        all_tokens += int(numpy.array(encoded.sizes)[is_overlong].sum())
         lost = all_tokens - train.num_tokens - evaluation.num_tokens
         manifest = DatasetManifest(
             source=source,
             method=config.method,
-            format=intake.format,
+            format=collected.intake.format,
             template=config.template if template else "none",
             loss_on="all" if config.method == "cpt" else config.loss_on,
             num_train_rows=train.num_rows,
             num_eval_rows=evaluation.num_rows,
             num_heldout_rows=len(heldout),
-            num_rejected_rows=intake.num_rejected,
+            num_rejected_rows=collected.intake.num_rejected,
             num_tokens=train.num_tokens,
             num_loss_tokens=train.num_loss_tokens,
             num_desirable_rows=num_desirable,
@@ -165,12 +192,18 @@ def run(
             max_seq_length=max_seq_length,
             recommended_max_seq_length=recommended,
             truncated_token_share=round(lost / all_tokens, 6),
-            num_overlong_rows=train.num_overlong_rows + evaluation.num_overlong_rows,
+            num_overlong_rows=int(is_overlong.sum()),
             num_general_rows=parts.num_general,
-            num_leaking_rows=parts.num_leaking,
-            unused=dict(intake.unused.most_common()),
-            num_unfolded_conversations=unfolded.num_conversations,
-            num_unfolded_rows=unfolded.num_rows,
+            num_leaking_rows=sum(parts.left_out.values()),
+            leaking_rows=parts.left_out,
+            num_same_answer_rows=int(remains.has_same_answers.sum()),
+            num_repeated_heldout_rows=parts.num_repeated,
+            num_rows_in_large_groups=parts.num_in_large_groups,
+            num_unselected_rows=len(collected.own) - int((order.origins == Origin.OWN).sum()),
+            contamination=contamination,
+            unused=dict(collected.intake.unused.most_common()),
+            num_unfolded_conversations=int(is_unfolded.sum()),
+            num_unfolded_rows=int(num_examples[is_unfolded].sum()),
             end_of_turn=renderer.end_of_turn if template else "",
             template_date=str(date) if date is not None and renderer.shows_date else None,
             licence=config.licence,
@@ -179,88 +212,15 @@ def run(
         )
         manifest.write(target, config)
         _write_page(target, tokenizer, manifest, Path(statistics_path))
-    _log(manifest)
+    _log(manifest, config)
     return manifest
 
 
-def _with_embeddings(
-    batches: Iterator[pyarrow.RecordBatch], vocabulary: Vocabulary
-) -> Iterator[pyarrow.RecordBatch]:
-    for batch in batches:
-        vocabulary.check(batch)
-        yield batch
-
-
-def _divide(collected: Collected, config: PrepareConfig, spool: Spool) -> Split:
-    """Split the collected rows into training, evaluation and held-out rows."""
-    parts = split(len(collected.own), config, own_heldout=collected.heldout, digest=spool.digest)
-    wanted = config.heldout.max_rows
-    if collected.heldout is None and len(parts.heldout) < wanted:
-        logger.warning(
-            "prepare.heldout.max_rows asks for %d rows, but %d are held out: at most %.0f %% of "
-            "the dataset are, unless prepare.heldout.source names other rows",
-            wanted,
-            len(parts.heldout),
-            100 * MAX_HELDOUT_SHARE,
-        )
-    if config.general is None:
-        return parts
-    return mix_in(
-        parts,
-        config.general,
-        candidates=collected.general,
-        seed=config.seed,
-        digest=spool.digest,
-    )
-
-
-def _read_heldout(
-    spool: Spool, indices: Sequence[int], digest: Any
-) -> tuple[list[dict[str, Any]], int]:
+def _read_heldout(spool: Spool, indices: Sequence[int]) -> tuple[list[dict[str, Any]], int]:
     """Return the held-out rows, and the number of rows left out as their answer is undesirable."""
-    rows, num_undesirable = [], 0
-    for line in spool.read(indices):
-        digest.update(line)
-        row = Rendered.from_line(line)
-        if row.judged is not None and not row.judged[2]:
-            num_undesirable += 1
-        else:
-            rows.append(row.heldout_row())
-    if num_undesirable:
-        logger.info(
-            "%d of %d held-out rows have an undesirable answer, which no benchmark can use: they "
-            "are left out",
-            num_undesirable,
-            len(indices),
-        )
-    return rows, num_undesirable
-
-
-def _tokens(
-    spool: Spool,
-    indices: Sequence[int],
-    tokenizer: Any,
-    config: PrepareConfig,
-    digest: Any,
-    sizes: "array[int]",
-    unfolded: Unfolded,
-) -> Iterator[pyarrow.RecordBatch]:
-    """Yield the examples of the given rows; append their lengths to `sizes`, add to `unfolded`."""
-
-    def tokens(lines: list[bytes]) -> tuple[pyarrow.RecordBatch, "array[int]", Unfolded]:
-        rendered = [Rendered.from_line(line) for line in lines]
-        rows = list(tokenise(tokenizer, rendered, loss_on=config.loss_on))
-        batch = parquet.to_batch(rows, method=config.method)
-        return batch, array("l", map(len, rows)), Unfolded.of(rendered)
-
-    for lines, (batch, lengths_of_rows, counts) in in_order(
-        tokens, batched(spool.read(indices), parquet.BATCH)
-    ):
-        unfolded.add(counts)
-        for line in lines:
-            digest.update(line)
-        sizes.extend(lengths_of_rows)
-        yield batch
+    rendered = [Rendered.from_line(line) for line in spool.read(indices)]
+    rows = [row.heldout_row() for row in rendered if row.judged is None or row.judged[2]]
+    return rows, len(rendered) - len(rows)
 
 
 def _write_page(target: Path, tokenizer: Any, manifest: DatasetManifest, path: Path) -> None:
@@ -270,13 +230,15 @@ def _write_page(target: Path, tokenizer: Any, manifest: DatasetManifest, path: P
     path.write_text(render(manifest, tokenizer, samples, rejected), encoding="utf-8")
 
 
-def _log(manifest: DatasetManifest) -> None:
+def _log(manifest: DatasetManifest, config: PrepareConfig) -> None:
     if manifest.unused:
         logger.warning(
             "these columns and keys are not used: %s. To read one, map it with prepare.columns; "
             "those named in prepare.ignore_columns are not listed",
             describe_unused(manifest.unused),
         )
+    for sentence in (*sentences(manifest), *shortages(manifest, config)):
+        logger.warning("%s", sentence)
     logger.info(
         "prepared %s (%s): %d training rows, %d evaluation rows, %d held-out rows, %d rejected; "
         "%d tokens, of which the loss counts %d; max_seq_length %d loses %.2f %% of the tokens; "

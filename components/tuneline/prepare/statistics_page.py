@@ -6,6 +6,7 @@ from typing import Any
 
 from tuneline.artifacts import DatasetManifest
 from tuneline.html import page, units
+from tuneline.prepare.left_out import sentences
 from tuneline.prepare.tokens.tokenise import TokenRow
 
 _NUM_REJECTED_SHOWN = 50
@@ -34,6 +35,7 @@ def render(
         "Dataset",
         [
             _lengths(manifest),
+            *([_contamination(manifest)] if manifest.contamination else []),
             _samples(manifest, tokenizer, samples),
             *_unused(manifest),
             _rejected(manifest, rejected),
@@ -108,11 +110,6 @@ def _lengths(manifest: DatasetManifest) -> str:
         numeric=range(6),
     )
     notes = []
-    if manifest.num_overlong_rows:
-        notes.append(
-            f"{manifest.num_overlong_rows} rows are left out: their answer begins after "
-            "max_seq_length, so nothing is left to learn."
-        )
     if manifest.num_general_rows:
         notes.append(f"{manifest.num_general_rows} training rows come from the general dataset.")
     if manifest.num_unfolded_conversations:
@@ -123,15 +120,37 @@ def _lengths(manifest: DatasetManifest) -> str:
         )
     if manifest.template_date:
         notes.append(f"The chat template shows the date {manifest.template_date}.")
-    if manifest.num_undesirable_heldout_rows:
-        notes.append(
-            f"{manifest.num_undesirable_heldout_rows} held-out rows are left out: their answer is "
-            "undesirable, so a benchmark cannot use them."
-        )
-    if manifest.num_leaking_rows:
-        notes.append(f"{manifest.num_leaking_rows} rows are left out: they equal a held-out row.")
+    notes += sentences(manifest)
     return page.section(
         "Row lengths", chart, table, *map(page.paragraph, notes), note="before truncation"
+    )
+
+
+def _contamination(manifest: DatasetManifest) -> str:
+    table = page.table(
+        ["benchmark", "questions", "long enough to search for", "in the training rows", "share"],
+        [
+            [
+                name,
+                units.count(counts.num_questions),
+                units.count(counts.num_checked),
+                units.count(counts.num_found),
+                f"{counts.share:.1%}",
+            ]
+            for name, counts in manifest.contamination.items()
+        ],
+        numeric=range(1, 5),
+    )
+    found = [
+        page.paragraph(f"{name}: {example}")
+        for name, counts in manifest.contamination.items()
+        for example in counts.examples
+    ]
+    return page.section(
+        "Benchmark questions in the training rows",
+        table,
+        *found,
+        note="at least half of a question's 13-grams of words",
     )
 
 

@@ -15,6 +15,9 @@ fingerprints as inputs. A scheduled run of unchanged sources therefore takes eve
 gate from the cache, and a run of changed sources trains again. Without the fingerprint, a changed
 source with an unchanged name would be taken from the cache.
 
+If the recipe evaluates tasks of lm-eval, a small task collects their questions, and prepare
+searches the training rows for them.
+
 Each step's config is a separate pipeline parameter, because the inputs of a task are its cache key:
 a new learning rate does not cause the data to be prepared again. The configs are JSON strings
 because KFP turns the integers of a struct into floats.
@@ -31,7 +34,7 @@ from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
 from tuneline.diagnose.component import diagnose
-from tuneline.evaluate.component import evaluate
+from tuneline.evaluate.component import collect_benchmarks, evaluate
 from tuneline.fetch.component import fetch, look_up_model
 from tuneline.gate.component import gate
 from tuneline.kinds import ExportKind
@@ -115,12 +118,17 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
                 fingerprint=model_now.set_caching_options(False).output,
             )
             base = fetched.outputs["base_model"]
+            searched = {}
+            if recipe.uses_benchmarks:
+                collected = placed(collect_benchmarks, config=evaluate_config).after(planned)
+                searched["benchmarks"] = collected.outputs["questions"]
             prepared = placed(
                 prepare,
                 source=dataset,
                 config=prepare_config,
                 fingerprint=data_now.set_caching_options(False).output,
                 base_model=base,
+                **searched,
             )
             data = prepared.outputs["dataset"]
             base_scores = placed(

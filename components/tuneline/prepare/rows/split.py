@@ -1,60 +1,146 @@
-"""Divide rows into training, evaluation and held-out rows."""
+"""Divide rows into training, evaluation and held-out rows, so that no group is in two parts."""
 
-from array import array
-from collections.abc import Callable, Sequence
+import logging
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy
+from numpy.typing import NDArray
 
 from tuneline.prepare.config import PrepareConfig
+from tuneline.prepare.rows.groups import Groups
+from tuneline.prepare.rows.mixture import Origin, num_wanted
+
+logger = logging.getLogger(__name__)
 
 MAX_HELDOUT_SHARE = 0.2
 """Largest fraction of a dataset that is held out if the recipe names no other held-out rows."""
+_MAX_GROUP_SHARE = 0.01
+"""Largest fraction of the rows in a group of which a row is held out or used for evaluation."""
+_MAX_GROUP = 10
+"""Number of rows of a group that is always small enough."""
+
+
+class Part:
+    """What becomes of a row."""
+
+    LEFT_OUT, TRAIN, EVAL, HELDOUT = range(4)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Indices of the rows of each part, in the order in which they are written."""
+    """The part of each row."""
 
-    train: Sequence[int]
-    eval: Sequence[int]
-    heldout: Sequence[int]
-    num_leaking: int
-    """Number of rows left out because they equal a held-out row."""
-    num_general: int = 0
-    """Number of rows of `train` that come from the general dataset."""
+    parts: NDArray[numpy.uint8]
+    left_out: dict[str, int]
+    """Number of rows left out because of a held-out or evaluation row, by the reason of
+    `Groups.reason`."""
+    num_general: int
+    """Number of training rows that come from the general dataset."""
+    num_general_wanted: int
+    """Number of training rows that should come from the general dataset."""
+    num_repeated: int
+    """Number of separately read held-out rows that are left out, because an earlier held-out row is
+    of the same group."""
+    num_in_large_groups: int
+    """Number of training rows in groups that are too large to be held out."""
+
+    def rows(self, part: int) -> NDArray[numpy.int64]:
+        """Return the rows of a part, in order."""
+        return numpy.flatnonzero(self.parts == part)
+
+
+def num_heldout_of(num_rows: int, config: PrepareConfig) -> int:
+    """Return the number of rows to hold out of `num_rows` rows."""
+    return min(config.heldout.max_rows, int(num_rows * MAX_HELDOUT_SHARE))
+
+
+def num_eval_of(num_rows: int, config: PrepareConfig) -> int:
+    """Return the number of evaluation rows of `num_rows` rows that are not held out."""
+    num_eval = min(config.max_eval_rows, round(num_rows * config.eval_share))
+    if config.eval_share and config.max_eval_rows and num_rows > 1:
+        num_eval = max(1, num_eval)
+    return num_eval
 
 
 def split(
-    num_rows: int,
+    origins: NDArray[numpy.uint8],
+    usable: NDArray[numpy.bool_],
+    groups: Groups,
     config: PrepareConfig,
     *,
-    own_heldout: Sequence[int] | None,
-    digest: Callable[[int], int],
+    holds_out_own: bool,
+    priorities: NDArray[numpy.int64],
 ) -> Split:
-    """Split the rows with the indices 0 to `num_rows` - 1 at random, with the config's seed.
+    """Divide rows, which are in random order already; earlier rows are held out or evaluated first.
+
+    Of a group, one row is held out and its other rows are left out, or all its rows are evaluation
+    rows, or all are training rows. Groups of more than 1 % of the rows are trained on, because
+    otherwise a few of them would take the place of many different rows.
 
     Args:
-        num_rows: number of rows that may be trained on.
+        origins: where each row comes from.
+        usable: whether something is left to learn of a row.
+        groups: the groups of the rows.
         config: fractions, limits and the seed.
-        own_heldout: indices of held-out rows that were read separately; None: hold out some of the
-            `num_rows` rows.
-        digest: returns the hash of the row with a given index.
+        holds_out_own: whether to hold out some of the dataset's own rows.
+        priorities: of the usable general rows, those with the lowest values are taken.
     """
-    order = numpy.random.default_rng(config.seed).permutation(num_rows)[: config.max_rows]
-    heldout = own_heldout
-    if heldout is None:
-        num_heldout = min(config.heldout.max_rows, int(len(order) * MAX_HELDOUT_SHARE))
-        heldout, order = order[:num_heldout].tolist(), order[num_heldout:]
-    # If two rows are equal, one must not be trained on while the other one is held out.
-    heldout_digests = {digest(index) for index in heldout}
-    rows = array("q", (index for index in map(int, order) if digest(index) not in heldout_digests))
-    num_eval = min(config.max_eval_rows, round(len(rows) * config.eval_share))
-    if config.eval_share and config.max_eval_rows and len(rows) > 1:
-        num_eval = max(1, num_eval)
+    numbers = groups.numbers()
+    parts = numpy.full(len(origins), Part.LEFT_OUT, numpy.uint8)
+    own = numpy.flatnonzero((origins == Origin.OWN) & usable)
+    sizes = numpy.bincount(numbers[own], minlength=len(origins))
+    largest = max(_MAX_GROUP, int(len(own) * _MAX_GROUP_SHARE))
+    is_small = sizes[numbers] <= largest
+
+    representative: dict[int, int] = {}
+    """The held-out row of each group that has one."""
+    separate = numpy.flatnonzero(origins == Origin.HELDOUT)
+    for row in separate.tolist():
+        representative.setdefault(int(numbers[row]), row)
+    num_repeated = len(separate) - len(representative)
+    if holds_out_own:
+        wanted, budget = num_heldout_of(len(own), config), int(len(own) * MAX_HELDOUT_SHARE)
+        for row in own[is_small[own]].tolist():
+            if len(representative) == wanted:
+                break
+            number = int(numbers[row])
+            if number not in representative and sizes[number] <= budget:
+                representative[number] = row
+                budget -= int(sizes[number])
+    parts[list(representative.values())] = Part.HELDOUT
+
+    is_held = numpy.isin(numbers, list(representative))
+    rest = own[~is_held[own]]
+    evaluated: set[int] = set()
+    num_left = num_eval_of(len(rest), config)
+    for row in rest[is_small[rest]].tolist():
+        if not num_left:
+            break
+        number = int(numbers[row])
+        if number not in evaluated and sizes[number] <= num_left:
+            evaluated.add(number)
+            num_left -= int(sizes[number])
+    is_evaluated = numpy.isin(numbers, list(evaluated))
+    parts[rest] = numpy.where(is_evaluated[rest], Part.EVAL, Part.TRAIN)
+    train = rest[~is_evaluated[rest]]
+
+    general = numpy.flatnonzero((origins == Origin.GENERAL) & usable)
+    free = general[~is_held[general] & ~is_evaluated[general]]
+    wanted = num_wanted(config.general, len(train)) if config.general is not None else 0
+    taken = free[numpy.argsort(priorities[free])][:wanted]
+    parts[taken] = Part.TRAIN
+
+    by_evaluated = {int(numbers[row]): int(row) for row in rest[is_evaluated[rest]][::-1]}
+    leaking = [*own[is_held[own] & (parts[own] != Part.HELDOUT)]]
+    leaking += [*general[is_held[general] | is_evaluated[general]]]
+    kept_instead = representative | by_evaluated
+    reasons = Counter(groups.reason(int(row), kept_instead[int(numbers[row])]) for row in leaking)
     return Split(
-        train=rows[num_eval:],
-        eval=rows[:num_eval],
-        heldout=heldout,
-        num_leaking=len(order) - len(rows),
+        parts=parts,
+        left_out=dict(sorted(reasons.items())),
+        num_general=len(taken),
+        num_general_wanted=wanted,
+        num_repeated=num_repeated,
+        num_in_large_groups=int((~is_small[train]).sum()),
     )

@@ -1,6 +1,5 @@
-"""Store checked rows on disk, readable in any order, with only 16 bytes per row in memory."""
+"""Store checked rows on disk, readable in any order, with only 8 bytes per row in memory."""
 
-import hashlib
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ class Spool:
     def __init__(self, path: Path):
         self._file = open(path, "w+b")
         self._offsets = array("q")
-        self._digests = array("Q")
         self._end = 0
 
     def __enter__(self) -> "Spool":
@@ -28,14 +26,7 @@ class Spool:
         """Append a line of JSON that ends with a line feed."""
         self._file.write(line)
         self._offsets.append(self._end)
-        self._digests.append(
-            int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little")
-        )
         self._end += len(line)
-
-    def digest(self, index: int) -> int:
-        """Return a 64-bit hash of the line with the given index; equal lines have equal hashes."""
-        return self._digests[index]
 
     def read(self, indices: Iterable[int]) -> Iterator[bytes]:
         """Yield the lines with the given indices, in the given order."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 import numpy
 
@@ -11,6 +12,9 @@ from tuneline.prepare.tokens.tokenise import TokenRow
 # The recommended length is a multiple of this number, which suits tensor cores and packing.
 _MULTIPLE = 64
 _NUM_BINS = 40
+
+NEVER = 2**31 - 1
+"""Length in tokens that stands for none: no maximum length is enough."""
 
 
 def statistics(lengths: Sequence[int]) -> LengthStatistics:
@@ -63,7 +67,7 @@ def fit(row: TokenRow, max_seq_length: int, *, is_document: bool) -> Iterator[To
         if room > 0:
             answers = tuple(answer[:room] for answer in row.answers)
             yield TokenRow(row.input_ids, [], answers, row.is_desirable)
-    elif any(row.loss_mask[:max_seq_length]):
+    elif any(row.loss_mask[:max_seq_length]) and len(row.input_ids) > 1:
         yield TokenRow(row.input_ids[:max_seq_length], row.loss_mask[:max_seq_length])
 
 
@@ -78,7 +82,26 @@ def num_loss_tokens(row: TokenRow) -> int:
 
 
 def num_tokens_needed(row: TokenRow) -> int:
-    """Return the smallest maximum length at which a token that the loss counts remains."""
+    """Return the smallest maximum length at which a token that the loss counts remains.
+
+    It is NEVER if the loss counts no token, or only the first one, which has no context.
+    """
     if row.answers is not None:
         return len(row.input_ids) + 1
-    return row.loss_mask.index(1) + 1 if 1 in row.loss_mask else len(row.loss_mask) + 1
+    if 1 not in row.loss_mask:
+        return NEVER
+    # The first token has no context to be predicted from.
+    return max(2, row.loss_mask.index(1) + 1) if len(row.loss_mask) > 1 else NEVER
+
+
+def num_tokens_apart(row: TokenRow) -> int:
+    """Return the smallest maximum length at which the two answers of a preference differ.
+
+    It is NEVER if the answers are equal, and 0 if the example is not a preference.
+    """
+    if row.answers is None or len(row.answers) == 1:
+        return 0
+    for place, (chosen, rejected) in enumerate(zip_longest(*row.answers)):
+        if chosen != rejected:
+            return len(row.input_ids) + place + 1
+    return NEVER

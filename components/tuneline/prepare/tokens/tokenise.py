@@ -28,25 +28,6 @@ class TokenRow:
         return len(self.input_ids) + max(map(len, self.answers))
 
 
-@dataclass
-class Unfolded:
-    """Counts of conversations that became several rows."""
-
-    num_conversations: int = 0
-    num_rows: int = 0
-
-    @classmethod
-    def of(cls, rows: Sequence[Rendered]) -> "Unfolded":
-        """Return the counts of rendered rows."""
-        counts = [len(row.pieces) for row in rows if row.pieces is not None and len(row.pieces) > 1]
-        return cls(len(counts), sum(counts))
-
-    def add(self, other: "Unfolded") -> None:
-        """Add the counts of other rows."""
-        self.num_conversations += other.num_conversations
-        self.num_rows += other.num_rows
-
-
 def tokenise(tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str) -> Iterator[TokenRow]:
     """Yield the examples of a batch of rendered rows; a row may become several examples."""
     if not rows:

@@ -1,21 +1,21 @@
 """Truncate examples to max_seq_length and count the tokens that are lost."""
 
 import logging
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy
 import pyarrow
+from numpy.typing import NDArray
 
-from tuneline.artifacts import LABEL, PREFERENCE_METHODS, LengthStatistics, Method
+from tuneline.artifacts import LABEL, PREFERENCE_METHODS, Method
 from tuneline.errors import DataError
-from tuneline.prepare.parallel import in_order
 from tuneline.prepare.tokens import lengths, parquet
 
 logger = logging.getLogger(__name__)
+
+Sizes = NDArray[numpy.integer[Any]]
+"""Lengths in tokens."""
 
 
 @dataclass
@@ -23,22 +23,17 @@ class Cut:
     """Counts of the examples of a file, after truncation where not stated otherwise."""
 
     num_rows: int = 0
-    num_overlong_rows: int = 0
-    """Number of rows left out because truncation leaves no token that the loss counts."""
     num_source_tokens: int = 0
     """Number of tokens before truncation."""
     num_tokens: int = 0
     num_loss_tokens: int = 0
-    shortest_that_fits: int = sys.maxsize
-    """Smallest `max_seq_length` at which at least one of the rows left out would not be."""
 
     def add(self, other: "Cut") -> None:
-        """Add the counts of a batch, except `num_rows`, which is set when the rows are written."""
-        self.num_overlong_rows += other.num_overlong_rows
+        """Add the counts of a batch."""
+        self.num_rows += other.num_rows
         self.num_source_tokens += other.num_source_tokens
         self.num_tokens += other.num_tokens
         self.num_loss_tokens += other.num_loss_tokens
-        self.shortest_that_fits = min(self.shortest_that_fits, other.shortest_that_fits)
 
 
 def choose_length(requested: int | Literal["auto"], recommended: int, longest_allowed: int) -> int:
@@ -58,48 +53,21 @@ def choose_length(requested: int | Literal["auto"], recommended: int, longest_al
     return min(requested, longest_allowed)
 
 
-def cut_rows(source: Path, target: Path, max_seq_length: int, method: Method) -> Cut:
-    """Copy examples from one Parquet file to another, truncated, and return the counts.
-
-    Args:
-        source: file that `parquet.write` wrote.
-        target: file to write.
-        max_seq_length: maximum length in tokens.
-        method: the training method.
-    """
-    total = Cut()
-
-    def cut(batch: pyarrow.RecordBatch) -> tuple[pyarrow.RecordBatch, Cut]:
-        return _cut_batch(batch, max_seq_length, method)
-
-    def kept() -> Iterator[pyarrow.RecordBatch]:
-        for _, (batch, counts) in in_order(cut, parquet.read_batches(source)):
-            total.add(counts)
-            yield batch
-
-    total.num_rows = parquet.write(target, kept(), method=method)
-    return total
-
-
-def _cut_batch(
+def cut_batch(
     batch: pyarrow.RecordBatch, max_seq_length: int, method: Method
 ) -> tuple[pyarrow.RecordBatch, Cut]:
+    """Return the examples of a batch, truncated to `max_seq_length`, and their counts."""
     if _fits(batch, max_seq_length, method):
         return batch, _count(batch, method)
     counts = Cut()
     kept = []
     for row in parquet.rows_of(batch, method=method):
         counts.num_source_tokens += lengths.num_tokens(row)
-        pieces = list(lengths.fit(row, max_seq_length, is_document=method == "cpt"))
-        if not pieces:
-            counts.num_overlong_rows += 1
-            counts.shortest_that_fits = min(
-                counts.shortest_that_fits, lengths.num_tokens_needed(row)
-            )
-        for piece in pieces:
+        for piece in lengths.fit(row, max_seq_length, is_document=method == "cpt"):
             counts.num_tokens += lengths.num_tokens(piece)
             counts.num_loss_tokens += lengths.num_loss_tokens(piece)
             kept.append(piece)
+    counts.num_rows = len(kept)
     return parquet.to_batch(kept, method=method), counts
 
 
@@ -130,23 +98,47 @@ def _count(batch: pyarrow.RecordBatch, method: Method) -> Cut:
     else:
         num_tokens = sizes[0]
         num_learnt = int(batch.columns[1].flatten().to_numpy().sum(dtype="int64"))
-    return Cut(num_source_tokens=num_tokens, num_tokens=num_tokens, num_loss_tokens=num_learnt)
+    return Cut(batch.num_rows, num_tokens, num_tokens, num_learnt)
 
 
-def too_long(
-    source: str, statistics: LengthStatistics, train: Cut, max_seq_length: int
-) -> DataError:
-    """Return the error for a dataset that has no training rows left after truncation.
+def too_long(source: str, sizes: Sizes, needed: Sizes, max_seq_length: int) -> DataError:
+    """Return the error for a dataset of which truncation leaves nothing to learn.
 
     Args:
         source: name of the dataset.
-        statistics: lengths before truncation.
-        train: counts of the training rows after truncation.
+        sizes: length of each example before truncation.
+        needed: smallest maximum length at which something of each example is learnt.
         max_seq_length: the maximum length that was used.
     """
+    if needed.min() == lengths.NEVER:
+        return DataError(
+            f"no row of {source} has a token to learn: check prepare.loss_on, and the weights or "
+            "train flags of the rows"
+        )
     return DataError(
-        f"all {train.num_overlong_rows} training rows of {source} reach max_seq_length "
-        f"{max_seq_length} before their answer begins, so nothing is left to learn: set "
-        f"prepare.max_seq_length to {statistics.max} (fits every row) or 'auto'; the shortest "
-        f"prompt needs at least {train.shortest_that_fits}"
+        f"all {len(sizes)} training rows of {source} reach max_seq_length {max_seq_length} before "
+        f"their answer begins, so nothing is left to learn: set prepare.max_seq_length to "
+        f"{sizes.max()} (fits every row) or 'auto'; the shortest prompt needs at least "
+        f"{needed.min()}"
+    )
+
+
+def same_answers(source: str, apart: Sizes, max_seq_length: int) -> DataError:
+    """Return the error for preferences of which truncation leaves no two different answers.
+
+    Args:
+        source: name of the dataset.
+        apart: smallest maximum length at which the two answers of each preference differ.
+        max_seq_length: the maximum length that was used.
+    """
+    possible = apart[apart < lengths.NEVER]
+    advice = (
+        "the chat template makes them equal, e.g. because they differ in white space only"
+        if len(possible) == 0
+        else f"set prepare.max_seq_length to {possible.max()} (keeps {len(possible)} pairs apart); "
+        f"the first pair differs at {possible.min()}"
+    )
+    return DataError(
+        f"both answers of all {len(apart)} preferences of {source} are equal after truncation to "
+        f"max_seq_length {max_seq_length}, so nothing is left to learn: {advice}"
     )

@@ -38,17 +38,6 @@ class Vocabulary:
             if name not in (LOSS_MASK, LABEL):
                 self._check(batch.column(name).flatten().to_numpy())
 
-    def check_texts(self, texts: list[str]) -> None:
-        """Check the tokens of texts, such as those of held-out rows.
-
-        Raises:
-            DataError: a token has no embedding.
-        """
-        if self._is_whole or not texts:
-            return
-        for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]:
-            self._check(numpy.asarray(ids, numpy.int64))
-
     def _check(self, ids: "numpy.ndarray[Any, Any]") -> None:
         beyond = numpy.unique(ids[ids >= self._num_rows])
         if not len(beyond):

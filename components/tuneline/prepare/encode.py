@@ -1,0 +1,170 @@
+"""Tokenise all rows once, and note for each row and each example what the split needs."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pyarrow
+from numpy.typing import NDArray
+
+from tuneline.artifacts import LOSS_MASK, Method
+from tuneline.prepare.parallel import batched, in_order
+from tuneline.prepare.rows.spool import Spool
+from tuneline.prepare.rows.words import WordFile, hash_of, word_hashes, words_of
+from tuneline.prepare.tokens import lengths, parquet
+from tuneline.prepare.tokens.render import Rendered
+from tuneline.prepare.tokens.tokenise import tokenise
+from tuneline.prepare.tokens.vocabulary import Vocabulary
+
+
+@dataclass
+class Encoded:
+    """What is known of each row and of each example, in the order in which they were tokenised."""
+
+    tokens: Path
+    """Arrow file with the examples before truncation."""
+    words: WordFile
+    """The words of each row's text."""
+    texts: "array[int]" = field(default_factory=lambda: array("Q"))
+    """Hash of the words of each row's prompt and answer."""
+    prompts: "array[int]" = field(default_factory=lambda: array("Q"))
+    """Hash of the words of each row's prompt, i.e. of all text before its last answer; 0 for
+    none."""
+    questions: "array[int]" = field(default_factory=lambda: array("Q"))
+    """Hash of the words of each row's last question; 0 for none."""
+    num_examples: "array[int]" = field(default_factory=lambda: array("i"))
+    """Number of examples of each row."""
+    batches: "array[int]" = field(default_factory=lambda: array("i"))
+    """Number of examples of each batch of the file."""
+    sizes: "array[int]" = field(default_factory=lambda: array("i"))
+    """Length of each example in tokens."""
+    needed: "array[int]" = field(default_factory=lambda: array("i"))
+    """Smallest maximum length at which something of an example is learnt."""
+    apart: "array[int]" = field(default_factory=lambda: array("i"))
+    """Smallest maximum length at which the two answers of a preference differ; 0 for others."""
+    hashes: "array[int]" = field(default_factory=lambda: array("Q"))
+    """Hash of the tokens of each example."""
+
+    @property
+    def owners(self) -> NDArray[numpy.int64]:
+        """The row of each example."""
+        return numpy.repeat(numpy.arange(len(self.num_examples)), self.num_examples)
+
+
+@dataclass
+class _Batch:
+    """What a worker returns for a batch of rows."""
+
+    examples: pyarrow.RecordBatch
+    words: bytes
+    num_words: "array[int]"
+    values: dict[str, "array[int]"]
+    """Values to append to the fields of `Encoded` with the same names."""
+
+
+def encode(
+    spool: Spool,
+    rows: Sequence[int],
+    tokenizer: Any,
+    work: Path,
+    *,
+    vocabulary: Vocabulary,
+    method: Method,
+    loss_on: str,
+    digest: Any,
+) -> Encoded:
+    """Tokenise the given rows of the spool.
+
+    Args:
+        spool: the rendered rows.
+        rows: indices of the rows, in the order in which to store them.
+        tokenizer: the model's tokenizer.
+        work: directory for the files with tokens and words.
+        vocabulary: checks that the model has an embedding for every token.
+        method: the training method.
+        loss_on: which tokens the loss counts, "answers" or "all".
+        digest: hash that is updated with the rows.
+
+    Raises:
+        DataError: the model has no embedding for a token.
+    """
+    encoded = Encoded(work / "tokens.arrow", WordFile(work / "words"))
+
+    def encode_batch(lines: list[bytes]) -> _Batch:
+        return _encode(lines, tokenizer, method=method, loss_on=loss_on)
+
+    with pyarrow.OSFile(str(encoded.tokens), "w") as file:
+        writer = None
+        for lines, batch in in_order(encode_batch, batched(spool.read(rows), parquet.BATCH)):
+            for line in lines:
+                digest.update(line)
+            vocabulary.check(batch.examples)
+            if writer is None:
+                writer = pyarrow.ipc.new_file(file, batch.examples.schema)
+            writer.write_batch(batch.examples)
+            encoded.words.append(batch.words, batch.num_words)
+            encoded.batches.append(batch.examples.num_rows)
+            for name, values in batch.values.items():
+                getattr(encoded, name).extend(values)
+        if writer is not None:
+            writer.close()
+    return encoded
+
+
+def read_tokens(encoded: Encoded, number: int) -> pyarrow.RecordBatch:
+    """Return a batch of the file of examples; workers may call this too."""
+    with pyarrow.OSFile(str(encoded.tokens)) as file:
+        return pyarrow.ipc.open_file(file).get_batch(number)
+
+
+def _encode(lines: list[bytes], tokenizer: Any, *, method: Method, loss_on: str) -> _Batch:
+    rendered = [Rendered.from_line(line) for line in lines]
+    rows = list(tokenise(tokenizer, rendered, loss_on=loss_on))
+    examples = parquet.to_batch(rows, method=method)
+    words, num_words = [], array("i")
+    texts, prompts, questions = array("Q"), array("Q"), array("Q")
+    for row in rendered:
+        values = row.heldout_row()
+        prompt = words_of(values["prompt"])
+        text = prompt + words_of(values["answer"])
+        question = words_of(values.get("question", ""))
+        words.append(word_hashes(text).tobytes())
+        num_words.append(len(text))
+        # Of a text without words, every character counts.
+        texts.append(hash_of(text or [values["prompt"], values["answer"]]))
+        prompts.append(hash_of(prompt) if prompt else 0)
+        questions.append(hash_of(question) if question else 0)
+    columns = {
+        "texts": texts,
+        "prompts": prompts,
+        "questions": questions,
+        "num_examples": array("i", (len(row.pieces or [row]) for row in rendered)),
+        "sizes": array("i", map(len, rows)),
+        "needed": array("i", (lengths.num_tokens_needed(row) for row in rows)),
+        "apart": array("i", map(lengths.num_tokens_apart, rows)),
+        "hashes": token_hashes(examples),
+    }
+    return _Batch(examples, b"".join(words), num_words, columns)
+
+
+def token_hashes(batch: pyarrow.RecordBatch) -> "array[int]":
+    """Return a hash of the tokens of each example."""
+    columns = []
+    for field_, column in zip(batch.schema, batch.columns, strict=True):
+        if pyarrow.types.is_list(field_.type) and field_.name != LOSS_MASK:
+            offsets = column.offsets.to_numpy()
+            values = column.values.to_numpy().view(numpy.uint8)
+            columns.append((4 * offsets, values.data))
+    hashes = array("Q")
+    for number in range(batch.num_rows):
+        hashed = blake2b(digest_size=8)
+        for offsets, data in columns:
+            first, stop = offsets[number], offsets[number + 1]
+            hashed.update(int(stop - first).to_bytes(4, "little"))
+            hashed.update(data[first:stop])
+        hashes.append(int.from_bytes(hashed.digest(), "little"))
+    return hashes
