@@ -67,7 +67,11 @@ def parse_json(text: str, name: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
-        raise BadRowError(f"{name} is not JSON: {error.msg} at character {error.pos + 1}") from None
+        # str() of a Python list, as pandas writes it to CSV, has single quotes.
+        hint = "; write it with json.dumps" if text[error.pos : error.pos + 1] == "'" else ""
+        raise BadRowError(
+            f"{name} is not JSON: {error.msg} at character {error.pos + 1}{hint}"
+        ) from None
     except _UnclearError as error:
         raise BadRowError(f"{name} {error}") from None
 

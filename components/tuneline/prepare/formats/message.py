@@ -131,7 +131,9 @@ def _part(item: _Item, part: Any, thoughts: list[str] | None) -> str:
         or kind not in (None, "text", "input_text", "output_text")
         or not isinstance(part.get("text"), str)
     ):
-        raise BadRowError(f"{item.where} has a part that is not text (type {kind})")
+        raise BadRowError(
+            f"{item.where} has a part that is not text (type {kind}): tuneline trains on text only"
+        )
     text: str = part["text"]
     for key, value in part.items():
         if key not in ("type", "text"):
