@@ -173,7 +173,7 @@ def test_template_that_rewrites_earlier_turns_gets_a_row_an_answer(fresh) -> Non
     assert "assistant\nFirst.<|im_end|>" in fresh.decode(rows[1].input_ids)
 
 
-def test_generation_prompt_that_opens_reasoning_is_kept(fresh) -> None:
+def test_generation_prompt_that_opens_reasoning_is_kept_and_closed(fresh) -> None:
     fresh.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
         "{{ '<|im_end|>\\n' }}{% endfor %}"
@@ -181,7 +181,8 @@ def test_generation_prompt_that_opens_reasoning_is_kept(fresh) -> None:
     )
     (row,) = rows_of(fresh, chat("One?", "First."))
     assert fresh.decode(row.input_ids) == (
-        "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n<think>\nFirst.<|im_end|>\n"
+        "<|im_start|>user\nOne?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\nFirst.<|im_end|>\n"
     )
     assert learnt(fresh, row) == ["First.<|im_end|>"]
 
