@@ -8,10 +8,15 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
+from hypothesis import settings
 
 from tuneline.artifacts import DatasetManifest, read_jsonl
 from tuneline.prepare import PrepareConfig
 from tuneline.prepare.run import run
+
+# Properties are checked on the same examples in every run, however slow the machine is.
+settings.register_profile("tuneline", deadline=None, derandomize=True, database=None)
+settings.load_profile("tuneline")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from collections.abc import Container
 from typing import Any
 
 from tuneline.prepare.formats.example import BadRowError
@@ -36,9 +37,10 @@ def check_text(text: str, name: str) -> None:
 
 def is_blank(text: str) -> bool:
     """Return whether the text has only white space, control and zero-width characters."""
+    if text[:1].isalnum():
+        return False
     return not any(
-        character.isalnum()
-        or not (character.isspace() or unicodedata.category(character) in ("Cc", "Cf"))
+        not character.isspace() and unicodedata.category(character) not in ("Cc", "Cf")
         for character in text
     )
 
@@ -65,7 +67,11 @@ def parse_json(text: str, name: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
-        raise BadRowError(f"{name} is not JSON: {error.msg} at character {error.pos + 1}") from None
+        # str() of a Python list, as pandas writes it to CSV, has single quotes.
+        hint = "; write it with json.dumps" if text[error.pos : error.pos + 1] == "'" else ""
+        raise BadRowError(
+            f"{name} is not JSON: {error.msg} at character {error.pos + 1}{hint}"
+        ) from None
     except _UnclearError as error:
         raise BadRowError(f"{name} {error}") from None
 
@@ -87,12 +93,16 @@ def _refuse_constant(name: str) -> None:
     raise _UnclearError(f"has the number {name}, which JSON does not have")
 
 
-def without_nulls(value: Any) -> Any:
-    """Return a value without the keys of its objects that are null, at any depth."""
+def without_nulls(value: Any, keep: Container[str] = ()) -> Any:
+    """Return a value without the null keys of its objects, at any depth, except those in `keep`."""
     if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+        return {
+            key: without_nulls(inner, keep)
+            for key, inner in value.items()
+            if inner is not None or key in keep
+        }
     if isinstance(value, list):
-        return [without_nulls(inner) for inner in value]
+        return [without_nulls(inner, keep) for inner in value]
     return value
 
 
@@ -117,10 +127,11 @@ def has_value(value: Any) -> bool:
     if value is None:
         return False
     if isinstance(value, dict):
-        return any(map(has_value, value.values()))
-    if isinstance(value, str | list | tuple):
-        return bool(value)
-    return True
+        return any(
+            inner is not None and (inner == {} or not isinstance(inner, dict) or has_value(inner))
+            for inner in value.values()
+        )
+    return not isinstance(value, str | list | tuple) or bool(value)
 
 
 def describe_type(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Lists of messages: roles, contents and their order."""
 
+import re
 from typing import Any
 
 from tuneline.prepare.formats.checks import (
@@ -16,6 +17,9 @@ from tuneline.prepare.formats.message import EXCLUDED, JOINS, read_message
 from tuneline.prepare.formats.reading import Reading, Row
 from tuneline.prepare.formats.tools import may_call
 
+_OPENS_LIST = re.compile(r"\s*\[\s*\{")
+"""Matches the beginning of JSON text that may be a list of messages."""
+
 
 def user(content: str) -> Message:
     """Return a message of the user."""
@@ -28,13 +32,14 @@ def assistant(content: str) -> Message:
 
 
 def find_messages(value: Any) -> list[Any] | None:
-    """Return the messages in a value, unread: a list, or a list as JSON text; None if none are.
+    """Return the messages in a value, unread; None if the value is not a list of messages.
 
     In CSV, and often in Parquet, a list of messages is JSON text. Some Hub datasets have an object
-    of lists instead, with one list for the roles and one for the contents.
+    of lists instead, with one list for the roles and one for the contents. A single message stands
+    for a list of one.
     """
     if isinstance(value, str):
-        if not value.lstrip().startswith("[{"):
+        if not _OPENS_LIST.match(value):
             return None
         try:
             items = parse_json(value, "the text")
@@ -44,7 +49,9 @@ def find_messages(value: Any) -> list[Any] | None:
         return items if are_messages else None
     if isinstance(value, dict):
         columns = {key: as_list(items) for key, items in value.items() if items is not None}
-        if not _has_role(value) or None in columns.values():
+        if columns.get("role", columns.get("from")) is None:
+            return [value] if _has_role(value) else None
+        if None in columns.values():
             return None
         if len({len(items or []) for items in columns.values()}) != 1:
             return None
@@ -74,13 +81,13 @@ def read_messages(row: Row, name: str, reading: Reading) -> list[Message]:
     value = row.get(name)
     if value is None:
         raise BadRowError(f"{name} is missing")
-    items = find_messages(value)
+    if isinstance(value, str) and _OPENS_LIST.match(value):
+        items = as_list(parse_json(value, name))
+    else:
+        items = find_messages(value)
     if items is None:
-        hint = ". Write a list into a cell as JSON, e.g. with json.dumps" if value else ""
-        shown = describe_type(value)
-        raise BadRowError(
-            f"{name} is {shown}, not a list of messages{hint if shown == 'text' else ''}"
-        )
+        hint = "; write lists into a table with json.dumps" if isinstance(value, str) else ""
+        raise BadRowError(f"{name} is {describe_type(value)}, not a list of messages{hint}")
     if not items:
         raise BadRowError(f"{name} is empty")
     messages: list[Message] = []

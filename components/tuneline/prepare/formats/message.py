@@ -5,7 +5,7 @@ from typing import Any
 
 from tuneline.prepare.formats.checks import as_list, describe_type, has_value, is_blank
 from tuneline.prepare.formats.example import BadRowError, Message
-from tuneline.prepare.formats.reading import Reading
+from tuneline.prepare.formats.reading import REASONING, Reading
 from tuneline.prepare.formats.refusals import check_key
 from tuneline.prepare.formats.tools import (
     read_calls,
@@ -18,9 +18,6 @@ EXCLUDED = "excluded"
 """Key of a message, while its row is read, that says that the row excludes it from the loss."""
 JOINS = "joins"
 """Key of a message, while its row is read, that is a turn of its own which only calls tools."""
-
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Names under which datasets have the reasoning before an answer."""
 
 _CALL = "call"
 _ROLES = {
@@ -134,7 +131,9 @@ def _part(item: _Item, part: Any, thoughts: list[str] | None) -> str:
         or kind not in (None, "text", "input_text", "output_text")
         or not isinstance(part.get("text"), str)
     ):
-        raise BadRowError(f"{item.where} has a part that is not text (type {kind})")
+        raise BadRowError(
+            f"{item.where} has a part that is not text (type {kind}): tuneline trains on text only"
+        )
     text: str = part["text"]
     for key, value in part.items():
         if key not in ("type", "text"):
@@ -143,7 +142,7 @@ def _part(item: _Item, part: Any, thoughts: list[str] | None) -> str:
 
 
 def _answer(item: _Item, content: Any) -> Message:
-    calls = []
+    calls: list[dict[str, Any]] = []
     for key in ("tool_calls", "function_call"):
         if not calls and (value := item.take(key)) is not None:
             calls = read_calls(value, item.where, f"{item.name}.{key}", item.reading)
@@ -194,7 +193,9 @@ def _call_turn(item: _Item, content: Any) -> Message:
 
 def _tool_messages(item: _Item, content: Any) -> list[Message]:
     parts = as_list(content)
-    are_parts = parts is not None and all(isinstance(p, dict) and "type" in p for p in parts)
+    are_parts = bool(parts) and all(
+        isinstance(part, dict) and "type" in part for part in parts or []
+    )
     if isinstance(content, dict) or (parts is not None and not are_parts):
         texts = [response_text(content, item.where, item.reading)]
     else:

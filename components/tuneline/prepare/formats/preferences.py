@@ -1,7 +1,5 @@
 """Readers of rows that compare or judge answers."""
 
-from typing import Any
-
 from tuneline.prepare.formats import tools
 from tuneline.prepare.formats.checks import check_text, has_value, read_string, read_text
 from tuneline.prepare.formats.conversation import (
@@ -25,9 +23,9 @@ def read_preference(row: Row, reading: Reading) -> Example:
 
     Lists may begin with the messages of the prompt.
     """
-    are_messages = all(_are_messages(row.get(name)) for name in ("chosen", "rejected"))
-    if are_messages:
-        chosen, rejected = _turns(row, "chosen", reading), _turns(row, "rejected", reading)
+    if all(find_messages(row.get(name)) is not None for name in ("chosen", "rejected")):
+        chosen = read_messages(row, "chosen", reading)
+        rejected = read_messages(row, "rejected", reading)
     else:
         chosen = [assistant(read_string(row, "chosen"))]
         rejected = [assistant(read_string(row, "rejected"))]
@@ -48,22 +46,10 @@ def read_preference(row: Row, reading: Reading) -> Example:
     if chosen[-1] == rejected[-1]:
         raise BadRowError("chosen and rejected are the same")
     prompt = read_system(row, prompt, reading)
-    for last in (chosen[-1], rejected[-1]):
-        check_contents([*prompt, last])
+    check_contents([*prompt, chosen[-1]])
+    check_contents([rejected[-1]])
     definitions = tools.read_tools(row, prompt, reading)
     return Example(preference=(prompt, chosen[-1], rejected[-1]), tools=definitions)
-
-
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, dict) or find_messages(value) is not None
-
-
-def _turns(row: Row, name: str, reading: Reading) -> list[Message]:
-    """Return the messages of a column; LLaMA-Factory has a single message instead of a list."""
-    value = row.get(name)
-    if isinstance(value, dict) and find_messages(value) is None:
-        row = {name: [value]}
-    return read_messages(row, name, reading)
 
 
 def _prompt(row: Row, shared: list[Message], reading: Reading) -> list[Message]:

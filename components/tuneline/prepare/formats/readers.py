@@ -1,7 +1,5 @@
 """One reader function per row format; each checks a row and returns an `Example`."""
 
-from typing import Any
-
 from tuneline.prepare.formats import tools
 from tuneline.prepare.formats.checks import (
     as_list,
@@ -23,8 +21,9 @@ from tuneline.prepare.formats.conversation import (
     with_system,
 )
 from tuneline.prepare.formats.example import BadRowError, Example, Message
-from tuneline.prepare.formats.message import EXCLUDED, REASONING, add_reasoning
-from tuneline.prepare.formats.reading import Reading, Row
+from tuneline.prepare.formats.message import EXCLUDED, add_reasoning
+from tuneline.prepare.formats.reading import REASONING, Reading, Row
+from tuneline.prepare.formats.refusals import is_reasoning
 
 
 def read_alpaca(row: Row, reading: Reading) -> Example:
@@ -36,7 +35,8 @@ def read_alpaca(row: Row, reading: Reading) -> Example:
 
 def read_prompt_completion(row: Row, reading: Reading) -> Example:
     """Read a prompt and its completion: texts or lists of messages. The prompt is not learnt."""
-    return _conversation(row, reading, [*read_prompt(row, reading), *_completion(row, reading)])
+    prompt = [*read_history(row), *read_prompt(row, reading)]
+    return _conversation(row, reading, [*prompt, *read_completion(row, reading)])
 
 
 def read_conversation(row: Row, reading: Reading) -> Example:
@@ -88,7 +88,7 @@ def read_history(row: Row) -> list[Message]:
 
 def read_prompt(row: Row, reading: Reading) -> list[Message]:
     """Return the messages of the column `prompt`; answers in it are not learnt."""
-    if isinstance(row.get("prompt"), str) and not _both_are_messages(row):
+    if _is_text(row, "prompt"):
         return [user(read_text(row, "prompt"))]
     messages = read_messages(row, "prompt", reading)
     for message in messages:
@@ -97,43 +97,42 @@ def read_prompt(row: Row, reading: Reading) -> list[Message]:
     return messages
 
 
-def _completion(row: Row, reading: Reading) -> list[Message]:
-    if isinstance(row.get("completion"), str) and not _both_are_messages(row):
+def read_completion(row: Row, reading: Reading) -> list[Message]:
+    """Return the messages of the column `completion`, with the reasoning in another column."""
+    if _is_text(row, "completion"):
         return [_answer_text(row, "completion", reading)]
-    for name in REASONING:
-        if has_value(row.get(name)):
-            reading.leave(name)
-    if isinstance(row.get("completion"), dict):
-        row = row | {"completion": [row["completion"]]}
-    if as_list(row.get("completion")) is None and not isinstance(row.get("completion"), str):
-        read_text(row, "completion")
-    return read_messages(row, "completion", reading)
+    messages = read_messages(row, "completion", reading)
+    _add_reasoning(row, messages[-1], "completion", reading)
+    return messages
 
 
-def _both_are_messages(row: Row) -> bool:
-    """Return whether prompt and completion are lists of messages, written as JSON text or not.
+def _is_text(row: Row, name: str) -> bool:
+    """Return whether a column is to be read as text, not as messages.
 
-    A text that only looks like a list of messages beside a plain text stays a text.
+    JSON text of a list of messages is read as messages only if prompt and completion both are
+    messages, because a plain question can have such a text as its answer.
     """
-    return all(find_messages(row.get(name)) is not None for name in ("prompt", "completion"))
+    if not isinstance(row.get(name), str):
+        return find_messages(row.get(name)) is None
+    return any(find_messages(row.get(column)) is None for column in ("prompt", "completion"))
 
 
 def _answer_text(row: Row, name: str, reading: Reading) -> Message:
-    """Return the answer in a column of text, with the reasoning that another column may have."""
+    """Return the answer in a column of text, with the reasoning in another column."""
     message = assistant(read_text(row, name))
-    thoughts = []
-    for key in REASONING:
-        value = row.get(key)
-        if not has_value(value):
-            continue
-        # A single word, such as "on", says how the answer was made; it is not its reasoning.
-        if not isinstance(value, str) or len(value.split()) < 2:
-            reading.leave(key)
-        else:
-            check_unicode(value, key)
-            thoughts.append(value)
-    add_reasoning(message, thoughts, name)
+    _add_reasoning(row, message, name, reading)
     return message
+
+
+def _add_reasoning(row: Row, message: Message, name: str, reading: Reading) -> None:
+    thoughts = [message["reasoning"]] if "reasoning" in message else []
+    for key in REASONING:
+        if is_reasoning(row.get(key)):
+            thoughts.append(row[key])
+        elif has_value(row.get(key)):
+            reading.leave(key)
+    if message["role"] == "assistant":
+        add_reasoning(message, thoughts, name)
 
 
 def read_system(row: Row, messages: list[Message], reading: Reading) -> list[Message]:
@@ -163,10 +162,9 @@ def _conversation(row: Row, reading: Reading, messages: list[Message]) -> Exampl
 
 def _choices(row: Row, answer: str, reading: Reading) -> list[str] | None:
     """Return the column `choices` if it lists answers; some datasets use that name differently."""
-    choices: Any = row.get("choices")
-    if not has_value(choices):
+    if not has_value(row.get("choices")):
         return None
-    choices = as_list(choices)
+    choices = as_list(row["choices"])
     if not choices or answer not in choices or not all(isinstance(text, str) for text in choices):
         reading.leave("choices", "does not list the answer")
         return None

@@ -6,6 +6,9 @@ from typing import Any
 
 Row = dict[str, Any]
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names under which datasets have the reasoning before an answer, in messages and columns."""
+
 
 @dataclass
 class Reading:

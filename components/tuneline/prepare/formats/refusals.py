@@ -6,12 +6,12 @@ can name the column or key in `prepare.ignore_columns` to train without it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from tuneline.artifacts import Method
 from tuneline.prepare.formats.checks import describe_type, has_value
 from tuneline.prepare.formats.example import BadRowError
-from tuneline.prepare.formats.reading import Reading, Row
+from tuneline.prepare.formats.reading import REASONING, Reading, Row
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,15 @@ def _is_truth_value(value: Any) -> bool:
     )
 
 
+def is_reasoning(value: Any) -> bool:
+    """Return whether a value of a column is the reasoning before an answer.
+
+    A single word, such as "on", says how the answer was made; it is not its reasoning.
+    """
+    return isinstance(value, str) and len(value.split()) > 1
+
+
+_WITH_ANSWERS = tuple(method for method in get_args(Method) if method != "cpt")
 _MEDIA = Refusal("tuneline trains on text only")
 _ROW_WEIGHT = Refusal("tuneline gives all rows the same weight", _is_not_one)
 _JUDGED = Refusal(
@@ -44,6 +53,12 @@ _JUDGED = Refusal(
     "Set prepare.method to kto",
     _is_truth_value,
     methods=("sft",),
+)
+_OF_ONE_ANSWER = Refusal(
+    "it belongs to an answer, but this format has answers in lists of messages. Move it into the "
+    "message of the answer",
+    is_reasoning,
+    methods=_WITH_ANSWERS,
 )
 _SPAN = Refusal("tuneline learns or excludes whole messages, not parts of one")
 
@@ -55,6 +70,9 @@ _COLUMNS: dict[str, Refusal] = {
     **_IN_MESSAGES,
     **dict.fromkeys(("weight", "sample_weight", "loss_weight"), _ROW_WEIGHT),
     **dict.fromkeys(("label", "kto_tag"), _JUDGED),
+    **dict.fromkeys(REASONING, _OF_ONE_ANSWER),
+    "history": Refusal("this format has no earlier turns beside its own", methods=_WITH_ANSWERS),
+    "tool_calls": Refusal("calls belong into the message that makes them", methods=_WITH_ANSWERS),
     "loss_mask": Refusal("tuneline computes the loss mask from the chat template"),
     "chat_template_kwargs": Refusal("tuneline renders all rows with the same template arguments"),
 }

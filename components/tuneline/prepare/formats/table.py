@@ -14,8 +14,7 @@ from tuneline.errors import DataError
 from tuneline.prepare.formats import judged, preferences, readers, tools
 from tuneline.prepare.formats.checks import has_value
 from tuneline.prepare.formats.example import BadRowError, Example
-from tuneline.prepare.formats.message import REASONING
-from tuneline.prepare.formats.reading import Reading, Row
+from tuneline.prepare.formats.reading import REASONING, Reading, Row
 from tuneline.prepare.formats.refusals import check_columns
 
 
@@ -64,7 +63,7 @@ FORMATS = {
     "prompt-completion": RowFormat(
         "sft",
         ("prompt", "completion"),
-        (*_AROUND, "choices", *REASONING),
+        ("history", *_AROUND, "choices", *REASONING),
         readers.read_prompt_completion,
     ),
     "text": RowFormat("cpt", ("text",), (), readers.read_document),

@@ -6,6 +6,7 @@ The spellings of OpenAI (wrapped or bare definitions, `tool_calls`, the older `f
 
 import json
 import re
+from collections.abc import Container
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +28,10 @@ _MAX_CACHED = 1 << 16
 """Longest text of definitions, in characters, whose definitions are kept for the next rows."""
 _RESPONSE = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 _THOUGHT = re.compile(r"\s*(<think>.*?</think>)\s*", re.DOTALL)
+
+# Keys of a JSON Schema that may be null on purpose. Any other null of a definition only fills the
+# gap of a key that the definitions of other tools have.
+_MAY_BE_NULL = ("default", "const", "example")
 
 Definition = dict[str, Any]
 
@@ -61,31 +66,27 @@ def _lists(text: str, tools: list[Definition]) -> bool:
 
 
 def _definitions(value: Any, name: str, reading: Reading) -> list[Definition]:
-    if isinstance(value, str):
-        if not value.strip():
-            return []
-        parse = _parse_definitions if len(value) <= _MAX_CACHED else _parse_definitions.__wrapped__
-        return parse(value, name)
-    if reading.nulls_are_padding:
-        value = without_nulls(value)
-    found = _normalise(value, name)
-    check_json(found, name)
-    return found
+    if not isinstance(value, str):
+        return _normalise(value, name, () if reading.nulls_are_padding else _MAY_BE_NULL)
+    if len(value) > _MAX_CACHED:
+        return _parse_definitions.__wrapped__(value, name)
+    return _parse_definitions(value, name)
 
 
 # Most rows of a dataset repeat the definitions of other rows.
 @lru_cache(maxsize=128)
 def _parse_definitions(text: str, name: str) -> list[Definition]:
-    found = _normalise(parse_json(text, name), name)
-    check_json(found, name)
-    return found
+    return _normalise(parse_json(text, name), name, _MAY_BE_NULL) if text.strip() else []
 
 
-def _normalise(value: Any, name: str) -> list[Definition]:
+def _normalise(value: Any, name: str, may_be_null: Container[str]) -> list[Definition]:
+    value = without_nulls(value, may_be_null)
     items = [value] if isinstance(value, dict) and _function_of(value) else as_list(value)
     if items is None:
         raise BadRowError(f"{name} is {describe_type(value)}, not a list of definitions of tools")
-    return [_definition(item, f"{name} {number}") for number, item in enumerate(items, 1)]
+    definitions = [_definition(item, f"{name} {number}") for number, item in enumerate(items, 1)]
+    check_json(definitions, name)
+    return definitions
 
 
 def _definition(item: Any, where: str) -> Definition:
@@ -113,12 +114,7 @@ def _function_of(item: dict[str, Any]) -> dict[str, Any] | None:
     function = inner if isinstance(inner, dict) else item
     if not isinstance(function.get("name"), str) or not function["name"].strip():
         return None
-    return {
-        key: value
-        for key, value in function.items()
-        if not (function is item and key == "type")
-        and not (value is None and key in ("description", "parameters", "strict"))
-    }
+    return {key: value for key, value in function.items() if function is inner or key != "type"}
 
 
 def read_calls(value: Any, where: str, name: str, reading: Reading) -> list[dict[str, Any]]:

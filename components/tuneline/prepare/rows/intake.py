@@ -15,7 +15,7 @@ from tuneline.errors import DataError
 from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.formats import table
 from tuneline.prepare.formats.example import BadRowError
-from tuneline.prepare.formats.reading import Reading
+from tuneline.prepare.formats.reading import Reading, Row
 from tuneline.prepare.parallel import batched, in_order
 from tuneline.prepare.rows.spool import Spool
 from tuneline.prepare.sources.row import SourceRow
@@ -111,8 +111,9 @@ def take_in(
         for row, (line, unused) in (pair for batch in results for pair in zip(*batch, strict=True)):
             intake.num_rows += 1
             if row.values is not None:
-                columns = columns or list(map(str, row.values))
-                absent -= {ours for ours in absent if config.columns[ours] in row.values}
+                columns = columns or list(row.values)
+                if absent:
+                    absent = {ours for ours in absent if config.columns[ours] not in row.values}
             if isinstance(line, str):
                 _reject(intake, row, line, config, rejected)
                 continue
@@ -127,7 +128,8 @@ def take_in(
     if max_rows is not None and intake.format != table.AUTO:
         # Only part of the source may have been read. Optional columns may be in other rows.
         absent &= set(table.FORMATS[intake.format].required)
-    _check_mapped(absent, columns, config, source)
+    if columns:
+        _check_mapped(absent, columns, config, source)
     _check_share(intake, config, source)
     return intake
 
@@ -141,7 +143,7 @@ def _until_format_is_known(
 ) -> list[SourceRow]:
     """Read rows until some fit a format, set the format, and return the rows."""
     read: list[SourceRow] = []
-    values: list[table.Row] = []
+    values: list[Row] = []
     while intake.format == table.AUTO and (batch := list(islice(rows, _BATCH))):
         read += batch
         values += [table.rename(row.values, reading) for row in batch if row.values is not None]
@@ -155,20 +157,20 @@ def _until_format_is_known(
             for ours, theirs in config.columns.items()
             if not any(theirs in row for row in given)
         }
-        _check_mapped(absent, list(map(str, given[0])), config, source)
+        _check_mapped(absent, list(given[0]), config, source)
         raise table.unknown_format(values, config.method)
     return read
 
 
 def _reading(config: PrepareConfig) -> Reading:
-    template = TEMPLATES.get(config.template)
-    heading = {} if template is None else {"input_heading": template.input_heading}
-    return Reading(
+    reading = Reading(
         config.system_prompt,
         columns=config.columns,
         ignored=frozenset(config.ignore_columns),
-        **heading,
     )
+    if config.template in TEMPLATES:
+        reading.input_heading = TEMPLATES[config.template].input_heading
+    return reading
 
 
 def _line(row: SourceRow, format: str, renderer: Renderer, reading: Reading) -> _Result:
