@@ -13,6 +13,7 @@ import yaml
 
 from tuneline.artifacts import RECORD_FILES
 from tuneline.errors import ModelError
+from tuneline.models.tokenizer_files import copy_templates
 from tuneline.models.weight_files import INDEX_FILE, SINGLE_FILE
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def take(path: Path, target: Path, *, source: str, trusted: bool) -> None:
                 shutil.copyfile(file, target / file.name)
         elif not file.name.endswith((*_PICKLE_SUFFIXES, ".gguf")):
             shutil.copyfile(file, target / file.name)
+    copy_templates(path, target)
     if not trusted:
         for name in ("config.json", "tokenizer_config.json"):
             _drop_auto_map(target / name)

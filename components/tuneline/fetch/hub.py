@@ -25,9 +25,10 @@ _KEPT = (
     *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"),
     *("LICENSE*", "NOTICE*", "README.md"),
 )
-# Files not to download. Subdirectories contain other formats (onnx/, original/).
-# consolidated*.safetensors contains the same weights again, under Mistral's own names.
-_IGNORED = ("*/*", "consolidated*")
+# Files not to download. Subdirectories contain other formats (onnx/, original/), except
+# additional_chat_templates/. consolidated*.safetensors contains the same weights again, under
+# Mistral's own names.
+_IGNORED = ("[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import Any
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATES_DIR = "additional_chat_templates"
+"""Directory with further chat templates, e.g. tool_use.jinja."""
 NAMES = (
     CONFIG_FILE,
     TEMPLATE_FILE,
@@ -42,6 +44,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     If these name no end-of-sequence or no padding token, the copy names one: servers and trainers
     need both.
     """
+    copy_templates(source, target)
     for name in NAMES:
         (target / name).unlink(missing_ok=True)
         if (source / name).is_file():
@@ -50,8 +53,16 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     _name_missing_tokens(source, target)
 
 
+def copy_templates(source: Path, target: Path) -> None:
+    """Replace the further chat templates in `target` with those of the directory `source`."""
+    shutil.rmtree(target / TEMPLATES_DIR, ignore_errors=True)
+    for file in sorted((source / TEMPLATES_DIR).glob("*.jinja")):
+        (target / TEMPLATES_DIR).mkdir(exist_ok=True)
+        shutil.copyfile(file, target / TEMPLATES_DIR / file.name)
+
+
 def read_chat_template(directory: Path) -> str | None:
-    """Return the tokenizer's default chat template; None if it has none."""
+    """Return the tokenizer's default chat template; None if transformers finds none."""
     if (directory / TEMPLATE_FILE).is_file():
         return (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
     template = _read(directory).get("chat_template")

@@ -25,6 +25,7 @@ from tuneline.artifacts import (
     write_jsonl,
 )
 from tuneline.errors import DataError
+from tuneline.models.tokenizer_files import read_chat_template
 from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.formats.table import check_names
 from tuneline.prepare.parallel import batched, in_order
@@ -138,7 +139,10 @@ def run(
         if config.method == "kto":
             num_desirable = count_desirable(source, target / TRAIN_FILE)
         write_jsonl(target / HELDOUT_FILE, heldout)
-        if template and config.template != OWN_TEMPLATE:
+        # The later steps find a template of the model itself, except in chat_template.json.
+        if template and (
+            config.template != OWN_TEMPLATE or read_chat_template(Path(base_model_dir)) is None
+        ):
             (target / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
         shutil.rmtree(work)
         all_tokens = train.num_source_tokens + evaluation.num_source_tokens

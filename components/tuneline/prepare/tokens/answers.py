@@ -91,7 +91,8 @@ def write_answer(
     }
     reasoning = message.get("reasoning") or message.get(REASONING_KEYS[0]) or ""
     if not starts or (reasoning and facts.reasoning == "opened"):
-        return _compose(text, candidates, reasoning, (content_start, content_end, end), message)
+        written = Written(text, [], content_start, content_end, end)
+        return _compose(written, candidates, reasoning, message, facts)
     if facts.empty_reasoning and text.startswith(facts.empty_reasoning, max(starts)):
         starts.add(max(starts) + len(facts.empty_reasoning))
     if reasoning and reasoning.strip() not in text[min(starts) : end]:
@@ -132,50 +133,83 @@ def _find_end(text: str, message: Message, facts: TemplateFacts) -> tuple[str, i
 
 def _find_content(text: str, message: Message, content_end: int) -> int:
     """Return where the content begins; a template may trim white space around the content."""
-    content = message["content"]
     if message.get("tool_calls"):
         return content_end  # `check_parts` looks for the content.
-    for form in (content, content.rstrip(), content.lstrip(), content.strip()):
-        if text.endswith(form, 0, content_end):
-            return content_end - len(form)
-    raise BadRowError(
-        "the chat template changes the text of an answer, e.g. because the text contains </think>"
-    )
+    start = start_of(message["content"], text, content_end)
+    if start is None:
+        raise BadRowError(
+            "the chat template changes the text of an answer, e.g. because it contains </think>"
+        )
+    return start
+
+
+def start_of(content: str, text: str, end: int) -> int | None:
+    """Return where a content begins that ends at the index `end`, perhaps trimmed by a template."""
+    if text.endswith(content, 0, end):
+        return end - len(content)
+    for form in (content.rstrip(), content.lstrip(), content.strip()):
+        if text.endswith(form, 0, end):
+            return end - len(form)
+    return None
 
 
 def _compose(
-    text: str,
+    written: Written,
     candidates: list[str],
     reasoning: str,
-    positions: tuple[int, int, int],
     message: Message,
+    facts: TemplateFacts,
 ) -> Written:
-    """Return the answer behind a generation prompt that a finished turn does not begin with.
+    """Return the answer behind a generation prompt that the template's text does not begin with.
 
-    Such a prompt ends with an opening tag of reasoning, which the template leaves out of finished
-    turns. An answer without reasoning closes the tag first.
+    Most such prompts end with an opening tag of reasoning, which the template leaves out of
+    finished turns; an answer without reasoning closes the tag first. Other templates write an
+    earlier turn differently once it is answered. At inference, the model sees the prompt.
     """
-    content_start, content_end, end = positions
-    prompt, opening = candidates[0], ""
-    for candidate in candidates:
-        found = OPEN_THINK.search(candidate)
-        if found is not None and text.startswith(candidate[: found.start()]):
-            prompt, opening = candidate, found.group()
-            break
-    if reasoning and not opening:
+    text, closing = written.text, ""
+    opening = _open_prompt(candidates, text)
+    if opening is not None:
+        prompt, tag = opening
+        closing = "\n</think>\n\n" if tag.endswith("\n") else "</think>"
+        turn = written.content_start
+        if message.get("tool_calls"):
+            base = len(prompt) - len(tag)
+            closed = _CLOSED_THINK.match(text, base)
+            turn = closed.end() if closed else base
+    elif reasoning and (message.get("tool_calls") or facts.around_reasoning is None):
         raise _no_reasoning()
-    base = len(prompt) - len(opening)
-    if message.get("tool_calls"):
-        turn = _CLOSED_THINK.sub("", text[base:], count=1) if opening else text[base:]
+    elif message.get("tool_calls"):
+        raise BadRowError("the chat template writes the messages before a call differently with it")
     else:
-        turn = text[content_start:]
-    closing = ("\n</think>\n\n" if opening.endswith("\n") else "</think>") if opening else ""
-    composed = prompt + reasoning + closing + turn
+        prompt, lead = candidates[0], facts.lead
+        if reasoning and facts.around_reasoning is not None:
+            before, after = facts.around_reasoning
+            lead = before + reasoning.strip() + after
+        reasoning = ""
+        if not text.endswith(lead, 0, written.content_start):
+            raise _no_reasoning()
+        turn = written.content_start - len(lead)
+    composed = prompt + (reasoning + closing if opening else "") + text[turn:]
     moved = len(composed) - len(text)
     starts = [len(prompt)]
     if closing and not reasoning:
         starts.append(len(prompt) + len(closing))
-    return Written(composed, starts, content_start + moved, content_end + moved, end + moved)
+    return Written(
+        composed,
+        starts,
+        written.content_start + moved,
+        written.content_end + moved,
+        written.end + moved,
+    )
+
+
+def _open_prompt(candidates: list[str], text: str) -> tuple[str, str] | None:
+    """Return the generation prompt that opens reasoning, and its opening tag."""
+    for candidate in candidates:
+        found = OPEN_THINK.search(candidate)
+        if found is not None and text.startswith(candidate[: found.start()]):
+            return candidate, found.group()
+    return None
 
 
 def _no_reasoning() -> BadRowError:

@@ -22,6 +22,8 @@ MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 """A marker of a template, such as <|im_end|>, </s> or [/INST]."""
 OPEN_THINK = re.compile(r"<think>\s*\Z")
 """The end of a generation prompt that opens the model's reasoning."""
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message under which templates look for reasoning."""
 _PART_OF_MARKER = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 
 ReasoningStyle = Literal["key", "inline", "opened", "verbatim", "dropped"]
@@ -50,6 +52,14 @@ _REASON, _SYSTEM = "tunelinereasonalpha", "tunelinesystemalpha"
 class TemplateFacts:
     """What the probe of a chat template found."""
 
+    between: str
+    """Text between a question and its answer, if the answer is the last one."""
+    following: str | None
+    """Text between an answer and the next question; None if the template writes an earlier answer
+    differently from the last one."""
+    starts: tuple[int, ...]
+    """Where the learnt part of an answer without reasoning may begin, relative to its content, as
+    in `Written.starts`; empty if a finished turn begins with none of the generation prompts."""
     tail: str
     """Text after the content of the last answer of a conversation."""
     end: str
@@ -62,9 +72,13 @@ class TemplateFacts:
     """Other generation prompts of the template, with and without reasoning: (end of the default
     generation prompt, text in place of that end)."""
     reasoning: ReasoningStyle
+    lead: str
+    """Text between the longest generation prompt and the content of an answer without reasoning."""
     empty_reasoning: str
-    """What the template puts between the longest generation prompt and the content of an answer
-    without reasoning, if this text is an empty block of reasoning; otherwise ""."""
+    """The lead if it is an empty block of reasoning, otherwise ""."""
+    around_reasoning: tuple[str, str] | None
+    """Texts before and after the reasoning of an answer, up to its content; None if the template
+    writes no reasoning."""
     shows_system: bool
     """Whether a system message reaches the text."""
     tools: ToolFacts
@@ -81,18 +95,30 @@ def probe(template: CompiledTemplate, eos_token: str | None) -> TemplateFacts:
     Raises:
         DataError: the template cannot render a question with an answer.
     """
-    tail, following = _after_answers(template)
+    between, tail, following, is_stable = _around_answers(template)
     end, is_end_in_tail = _end_of_turn(tail, following, eos_token)
     default = template.render([_user(_QUESTION)], prompt=True)
     endings = _prompt_endings(template, default)
+    plain = template.render([_user(_QUESTION), _assistant(_ANSWER)])
+    starts, lead = _starts(plain, prompts(default, endings))
     style, with_reasoning = _reasoning(template, default, endings)
+    around = None
+    if with_reasoning:
+        before, _, after = _starts(with_reasoning, prompts(default, endings))[1].partition(_REASON)
+        around = before, after
+    empty = lead if around and _squeeze(before + after) == _squeeze(lead) else ""
     return TemplateFacts(
+        between=between,
+        following=following if is_stable and following.startswith(end) else None,
+        starts=(*starts, 0) if empty and starts else starts,
         tail=tail,
         end=end,
         is_end_in_tail=is_end_in_tail,
         prompt_endings=endings,
         reasoning=style,
-        empty_reasoning=_empty_reasoning(template, default, endings, with_reasoning),
+        lead=lead,
+        empty_reasoning=empty,
+        around_reasoning=around,
         shows_system=_shows_system(template),
         tools=probe_tools(template),
     )
@@ -123,8 +149,11 @@ def _attempt(render: Callable[[], str]) -> str:
         return ""
 
 
-def _after_answers(template: CompiledTemplate) -> tuple[str, str]:
-    """Return the text after the last answer, and the text between an answer and a question."""
+def _around_answers(template: CompiledTemplate) -> tuple[str, str, str, bool]:
+    """Return the texts before the last answer, after it, and between an answer and a question.
+
+    The last value is whether an earlier answer is written as the last one is.
+    """
     turn = [_user(_QUESTION), _assistant(_ANSWER)]
     try:
         short = template.render(turn)
@@ -134,17 +163,25 @@ def _after_answers(template: CompiledTemplate) -> tuple[str, str]:
             f"the chat template cannot write a question with an answer ({error}): set "
             "prepare.template to another template"
         ) from None
-    if _ANSWER not in short:
+    if not -1 < short.rfind(_QUESTION) < short.rfind(_ANSWER):
         raise DataError(
-            "the chat template leaves the answers of the assistant out: set prepare.template to "
+            "the chat template leaves the question or the answer out: set prepare.template to "
             "another template"
         )
+    between = _between(short, _QUESTION, _ANSWER)
+    tail = short[short.rindex(_ANSWER) + len(_ANSWER) :]
     long = _attempt(lambda: template.render([*turn, _user(_NEXT), _assistant(_LAST)]))
-    if not all(word in long for word in (_ANSWER, _NEXT, _LAST)):
-        tail = short[short.rindex(_ANSWER) + len(_ANSWER) :]
-        return tail, tail
-    tail = long[long.rindex(_LAST) + len(_LAST) :]
-    return tail, long[long.rindex(_ANSWER) + len(_ANSWER) : long.rindex(_NEXT)]
+    if not all(long.count(word) == 1 for word in (_QUESTION, _ANSWER, _NEXT, _LAST)):
+        return between, tail, tail, False
+    is_stable = (
+        _between(long, _QUESTION, _ANSWER) == _between(long, _NEXT, _LAST) == between
+        and long[long.index(_LAST) + len(_LAST) :] == tail
+    )
+    return between, tail, _between(long, _ANSWER, _NEXT), is_stable
+
+
+def _between(text: str, first: str, second: str) -> str:
+    return text[text.rindex(first) + len(first) : text.rindex(second)]
 
 
 def _end_of_turn(tail: str, following: str, eos_token: str | None) -> tuple[str, bool]:
@@ -206,25 +243,19 @@ def _reasoning(
     return "dropped", ""
 
 
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message under which templates look for reasoning."""
+def _starts(text: str, candidates: list[str]) -> tuple[tuple[int, ...], str]:
+    """Return the ends of the prompts that a text begins with, relative to its content, ascending.
+
+    The second value is the text between the last of them and the content.
+    """
+    content = text.rindex(_ANSWER)
+    ends = {len(prompt) for prompt in candidates if text.startswith(prompt)}
+    starts = tuple(sorted(end - content for end in ends if end <= content))
+    return starts, text[content + starts[-1] : content] if starts else ""
 
 
-def _empty_reasoning(
-    template: CompiledTemplate,
-    default: str,
-    endings: tuple[tuple[str, str], ...],
-    with_reasoning: str,
-) -> str:
-    if not with_reasoning:
-        return ""
-    plain = template.render([_user(_QUESTION), _assistant(_ANSWER)])
-    leads = []
-    for text in (plain, with_reasoning):
-        starts = [len(prompt) for prompt in prompts(default, endings) if text.startswith(prompt)]
-        leads.append(text[max(starts, default=0) : text.rindex(_ANSWER)])
-    empty, filled = ("".join(lead.replace(_REASON, "").split()) for lead in leads)
-    return leads[0] if empty and empty == filled else ""
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
 
 
 def _shows_system(template: CompiledTemplate) -> bool:

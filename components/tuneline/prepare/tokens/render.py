@@ -14,6 +14,7 @@ from tuneline.errors import DataError
 from tuneline.prepare.formats.example import BadRowError, Example, Message
 from tuneline.prepare.tokens.answers import Written, check_parts, shape, write_answer
 from tuneline.prepare.tokens.compiled import CompiledTemplate
+from tuneline.prepare.tokens.plain import read_plain
 from tuneline.prepare.tokens.probe import TemplateFacts, probe
 from tuneline.prepare.tokens.templates import read_templates
 from tuneline.prepare.tokens.thinking import Thinking, require_reasoning, strip_reasoning
@@ -199,11 +200,14 @@ class Renderer:
         if tools or any(message["role"] == "tool" for message in messages):
             shaped = shape_calls(shaped, facts.tools)
         definitions = shape_tools(tools, facts.tools) if tools else None
-        written = []
-        for index in learnt:
-            answer = write_answer(template, facts, shaped[:index], shaped[index], definitions)
-            check_parts(shaped[index], answer)
-            written.append(answer)
+        written = read_plain(template, facts, shaped, learnt) if definitions is None else None
+        if written is None:
+            written = [
+                write_answer(template, facts, shaped[:index], shaped[index], definitions)
+                for index in learnt
+            ]
+            for index, answer in zip(learnt, written, strict=True):
+                check_parts(shaped[index], answer)
         _check_context(shaped[: learnt[-1]], definitions, written[-1].text, facts)
         return written
 

@@ -1,5 +1,6 @@
 """Load the tokenizer of a fetched model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def load_tokenizer(base_model_dir: str) -> tuple[Any, int]:
             f"the tokenizer in {path} is not a fast tokenizer (tokenizer.json), but the loss mask "
             "needs the character offsets that only fast tokenizers report: convert it first"
         )
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processor_template(path)
     add_missing_tokens(tokenizer, path)
     # Examples are truncated later (truncation.py), where the lost tokens are counted.
     tokenizer.backend_tokenizer.no_truncation()
@@ -49,6 +52,18 @@ def load_tokenizer(base_model_dir: str) -> tuple[Any, int]:
     limits = [tokenizer.model_max_length]
     limits.append(getattr(model_config, "max_position_embeddings", None) or _NO_LIMIT)
     return tokenizer, int(min(*limits, _NO_LIMIT))
+
+
+def _processor_template(path: Path) -> str | None:
+    """Return the chat template in chat_template.json, where older models that see images have it.
+
+    transformers reads that file for a processor and not for a tokenizer.
+    """
+    file = path / "chat_template.json"
+    if not file.is_file():
+        return None
+    template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    return template if isinstance(template, str) else None
 
 
 def _runs_own_code(path: Path) -> bool:
