@@ -59,7 +59,7 @@ def test_every_key_has_type_default_and_example(reference: str) -> None:
         ("train.learning_rate", "- Type: number above 0 or `auto` - Default: `0.0002`"),
         # Of a shipped recipe, and another value than the default.
         ("train.learning_rate", "- Example: `learning_rate: 0.001`"),
-        ("prepare.method", "- Type: one of `sft`, `dpo`, `cpt` -"),
+        ("prepare.method", "- Type: one of `sft`, `dpo`, `kto`, `cpt` -"),
         ("quantize.gptq", "- Type: list of `gptq-8bit`, `gptq-4bit`, `gptq-3bit` -"),
         ("base_model", "- Type: string - Default: none, the key is required -"),
         ("placement.queue", "- Example: `queue: team-a`"),

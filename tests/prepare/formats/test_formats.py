@@ -34,10 +34,13 @@ ROWS = {
     "alpaca": {"instruction": "2 + 2?", "output": "4"},
     "prompt-completion": {"prompt": "2 + 2?", "completion": "4"},
     "text": {"text": "2 + 2 = 4"},
+    "kto": {"prompt": "2 + 2?", "completion": "4", "label": True},
+    "kto-tag": {"messages": [USER, ANSWER], "kto_tag": 1},
 }
 EXAMPLES = {
     "sft": Example(messages=[USER, ANSWER]),
     "dpo": Example(preference=PAIR),
+    "kto": Example(judged=([USER], ANSWER, True)),
     "cpt": Example(text="2 + 2 = 4"),
 }
 
