@@ -3,6 +3,7 @@
 import hashlib
 
 from tuneline.prepare.config import PrepareConfig
+from tuneline.prepare.datasets import parse
 from tuneline.prepare.sources.kinds import KINDS, kind_of
 
 
@@ -16,7 +17,8 @@ def fingerprint(config: PrepareConfig, *, source: str) -> str:
         DataError: there is no such file or dataset.
         HubError: the Hub could not be reached.
     """
-    sources = [(source, config.revision)]
+    datasets = parse(source, config)
+    sources = [(entry.source, entry.revision) for entry in datasets]
     if config.heldout.source is not None:
         sources.append((config.heldout.source, config.revision))
     if config.general is not None:

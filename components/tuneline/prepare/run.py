@@ -6,6 +6,7 @@ import shutil
 import time
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,22 @@ from tuneline.artifacts import (
     REJECTED_FILE,
     TRAIN_FILE,
     DatasetManifest,
+    DatasetSource,
     new_directory,
     read_jsonl,
     write_jsonl,
 )
 from tuneline.errors import DataError
-from tuneline.prepare.config import PrepareConfig
+from tuneline.prepare.config import DatasetConfig, PrepareConfig
+from tuneline.prepare.datasets import describe, parse
 from tuneline.prepare.formats.example import Example
-from tuneline.prepare.formats.table import check_names
+from tuneline.prepare.formats.table import AUTO, check_names
 from tuneline.prepare.parallel import batched, in_order
-from tuneline.prepare.rows.collect import Collected, collect
+from tuneline.prepare.rows.collect import Collected, check_sources, collect
 from tuneline.prepare.rows.mixture import mix_in
 from tuneline.prepare.rows.split import MAX_HELDOUT_SHARE, Split, split
 from tuneline.prepare.rows.spool import Spool
-from tuneline.prepare.sources.kinds import kind_of
+from tuneline.prepare.rows.weights import Weighted, apply_weights
 from tuneline.prepare.statistics_page import render
 from tuneline.prepare.tokens import lengths, parquet
 from tuneline.prepare.tokens.render import Rendered, Renderer
@@ -40,6 +43,7 @@ from tuneline.prepare.tokens.templates import OWN_TEMPLATE, use_template
 from tuneline.prepare.tokens.tokenise import tokenise
 from tuneline.prepare.tokens.tokenizer import load_tokenizer
 from tuneline.prepare.tokens.truncation import choose_length, cut_rows, too_long
+from tuneline.runtime.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +62,7 @@ def run(
 
     Args:
         config: the `prepare` section of the recipe.
-        source: a Hub ID, a file, a directory, a glob of files or builtin:NAME.
+        source: the recipe's `dataset`, or its `datasets` as JSON.
         base_model_dir: directory of the fetched model; its tokenizer and chat template are used.
         dataset_dir: directory to write the dataset to; must be empty or not exist.
         statistics_path: path of the HTML page to write.
@@ -70,12 +74,11 @@ def run(
     """
     started = time.monotonic()
     check_names(config.format, config.columns, config.method)
-    general = config.general
-    if general is not None:
-        check_names(general.format, general.columns, config.method)
-        kind_of(general.source)
-    for name in filter(None, (source, config.heldout.source)):
-        kind_of(name)
+    datasets = parse(source, config)
+    source = describe(datasets)
+    for entry in (*datasets, *([config.general] if config.general else [])):
+        check_names(entry.format or AUTO, entry.columns or {}, config.method)
+    check_sources(datasets, config)
     tokenizer, longest_allowed = load_tokenizer(base_model_dir)
     template = "" if config.method == "cpt" else use_template(tokenizer, config.template)
     if config.method == "cpt":
@@ -92,8 +95,9 @@ def run(
             Spool(work / "rows.jsonl") as spool,
             open(target / REJECTED_FILE, "w", encoding="utf-8") as rejected,
         ):
-            collected = collect(source, config, Renderer(tokenizer), spool, rejected)
-            intake, parts = collected.intake, _divide(collected, config, spool)
+            collected = collect(datasets, config, Renderer(tokenizer), spool, rejected)
+            intake = collected.intake
+            parts, weighted = _divide(collected, config, spool)
             digest = hashlib.sha256(template.encode())
             digest.update(f"{config.method} {config.loss_on} {config.template}".encode())
             heldout = _read_heldout(spool, parts.heldout, digest)
@@ -144,7 +148,8 @@ def run(
             num_general_rows=parts.num_general,
             num_leaking_rows=parts.num_leaking,
             end_of_turn=_end_of_turn(heldout, template, tokenizer),
-            licence=config.licence,
+            licence=config.licence or _licences(datasets),
+            sources=_sources(collected, weighted),
             sha256=digest.hexdigest(),
             seconds=round(time.monotonic() - started, 3),
         )
@@ -154,8 +159,8 @@ def run(
     return manifest
 
 
-def _divide(collected: Collected, config: PrepareConfig, spool: Spool) -> Split:
-    """Split the collected rows into training, evaluation and held-out rows."""
+def _divide(collected: Collected, config: PrepareConfig, spool: Spool) -> tuple[Split, Weighted]:
+    """Split the collected rows into training, evaluation and held-out rows, and apply weights."""
     parts = split(len(collected.own), config, own_heldout=collected.heldout, digest=spool.digest)
     wanted = config.heldout.max_rows
     if collected.heldout is None and len(parts.heldout) < wanted:
@@ -166,15 +171,45 @@ def _divide(collected: Collected, config: PrepareConfig, spool: Spool) -> Split:
             len(parts.heldout),
             100 * MAX_HELDOUT_SHARE,
         )
-    if config.general is None:
-        return parts
-    return mix_in(
-        parts,
-        config.general,
-        candidates=collected.general,
-        seed=config.seed,
-        digest=spool.digest,
+    weighted = apply_weights(
+        parts.train,
+        [source.indices for source in collected.sources],
+        [source.dataset.weight for source in collected.sources],
+        config=config,
     )
+    parts = replace(parts, train=weighted.train)
+    if config.general is not None:
+        parts = mix_in(
+            parts,
+            config.general,
+            candidates=collected.general,
+            seed=config.seed,
+            digest=spool.digest,
+        )
+    return parts, weighted
+
+
+def _sources(collected: Collected, weighted: Weighted) -> list[DatasetSource]:
+    return [
+        DatasetSource(
+            source=redacted(source.dataset.source),
+            weight=source.dataset.weight,
+            format=source.intake.format,
+            num_rows=source.intake.num_rows,
+            num_rejected_rows=source.intake.num_rejected,
+            num_train_rows=distinct,
+            num_repeated_rows=used - distinct,
+            licence=source.dataset.licence,
+            remarks=source.remarks,
+        )
+        for source, distinct, used in zip(
+            collected.sources, weighted.num_distinct, weighted.num_used, strict=True
+        )
+    ]
+
+
+def _licences(datasets: list[DatasetConfig]) -> str | None:
+    return ", ".join(dict.fromkeys(entry.licence for entry in datasets if entry.licence)) or None
 
 
 def _read_heldout(spool: Spool, indices: Sequence[int], digest: Any) -> list[dict[str, Any]]:

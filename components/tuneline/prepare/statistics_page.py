@@ -31,7 +31,12 @@ def render(
     """
     return page.render_page(
         "Dataset",
-        [_lengths(manifest), _samples(manifest, tokenizer, samples), _rejected(manifest, rejected)],
+        [
+            _lengths(manifest),
+            _samples(manifest, tokenizer, samples),
+            *_sources(manifest),
+            _rejected(manifest, rejected),
+        ],
         subtitle=f"{manifest.source} - {manifest.format}, method {manifest.method}, "
         f"template {manifest.template}",
         lead=page.tiles(_counts(manifest)),
@@ -126,6 +131,30 @@ def _marked(tokenizer: Any, row: TokenRow) -> str:
         parts.append(f"{_MARK}{text}</mark>" if is_learnt else text)
     more = len(row.input_ids) - len(tokens)
     return "".join(parts) + (f" ... and {more} more tokens" if more else "")
+
+
+def _sources(manifest: DatasetManifest) -> list[str]:
+    remarks = [page.paragraph(remark) for entry in manifest.sources for remark in entry.remarks]
+    if len(manifest.sources) == 1:
+        return [page.section("How the source was read", *remarks)] if remarks else []
+    table = page.table(
+        ["source", "format", "weight", "rows", "rejected", "in training", "repeated", "licence"],
+        [
+            [
+                entry.source,
+                entry.format,
+                f"{entry.weight:g}",
+                units.count(entry.num_rows),
+                units.count(entry.num_rejected_rows),
+                units.count(entry.num_train_rows),
+                units.count(entry.num_repeated_rows),
+                entry.licence or "not stated",
+            ]
+            for entry in manifest.sources
+        ],
+        numeric=range(2, 7),
+    )
+    return [page.section("Sources", table, *remarks)]
 
 
 def _rejected(manifest: DatasetManifest, rejected: list[dict[str, Any]]) -> str:

@@ -10,7 +10,7 @@ import pytest
 from tuneline.errors import DataError
 from tuneline.prepare.sources.builtin import BUILTINS
 from tuneline.prepare.sources.kinds import read_rows
-from tuneline.prepare.sources.row import SourceRow
+from tuneline.prepare.sources.row import Remarks, SourceRow
 
 ROWS = [
     {"prompt": 'line\nbreak, "quotes"', "completion": "caf\u00e9"},
@@ -43,11 +43,12 @@ def test_every_kind_of_file_gives_the_rows(tmp_path: Path, name: str) -> None:
     assert good(tmp_path / name) == ROWS
 
 
-def test_directory_and_glob(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_directory_and_glob(tmp_path: Path) -> None:
     write_all(tmp_path)
     (tmp_path / "notes.docx").write_text("x")
-    assert good(tmp_path) == ROWS * 4
-    assert "1 files of other types are ignored, e.g. notes.docx" in caplog.text
+    remarks = Remarks()
+    assert [row.values for row in read_rows(str(tmp_path), remarks=remarks)] == ROWS * 4
+    assert remarks.sentences() == [f"{tmp_path}: files of other types are left out: notes.docx"]
     assert good(tmp_path / "[ab].*") == ROWS * 2
 
 

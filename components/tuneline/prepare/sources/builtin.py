@@ -1,12 +1,13 @@
 """Datasets that tuneline generates itself, so that a demo does not need the Hub."""
 
+import datetime
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from tuneline.errors import DataError
 from tuneline.prepare.sources import quantities
-from tuneline.prepare.sources.row import Selection, SourceRow
+from tuneline.prepare.sources.row import DEFAULT_SPLIT, Remarks, Selection, SourceRow
 from tuneline.runtime.source_names import builtin_name, list_builtins
 
 
@@ -18,6 +19,9 @@ class Builtin:
     num_heldout: int
     """Number of rows at the end of the dataset that are held out, whatever the recipe's seed."""
 
+
+DATE = datetime.date(2026, 1, 1)
+"""Date that a chat template shows for built-in datasets."""
 
 BUILTINS = {"kubernetes-quantities": Builtin(quantities.rows, quantities.NUM_HELDOUT)}
 
@@ -38,10 +42,16 @@ def find_builtin(source: str) -> Builtin | None:
     return BUILTINS[name]
 
 
-def read(source: str, selection: Selection) -> Iterator[SourceRow]:
-    """Yield the rows."""
+def read(source: str, selection: Selection, remarks: Remarks) -> Iterator[SourceRow]:
+    """Yield the rows.
+
+    Raises:
+        DataError: the recipe names a split, subset or revision.
+    """
     builtin = find_builtin(source)
     assert builtin is not None
+    if selection.split not in (None, DEFAULT_SPLIT) or selection.subset or selection.revision:
+        raise DataError(f"{source} has no splits, subsets and revisions: remove these keys")
     for number, values in enumerate(builtin.rows(), 1):
         yield SourceRow(source, number, values)
 

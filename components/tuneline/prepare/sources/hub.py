@@ -1,15 +1,16 @@
 """Datasets on the Hub: stream the rows, and find the commit that a revision names now."""
 
+import datetime
 import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from datasets import IterableDataset, exceptions, load_dataset
-from huggingface_hub import HfApi, constants
+from huggingface_hub import DatasetInfo, HfApi, constants
 from huggingface_hub import errors as hub_errors
 
 from tuneline.errors import DataError, HubError
-from tuneline.prepare.sources.row import Selection, SourceRow
+from tuneline.prepare.sources.row import Remarks, Selection, SourceRow
 from tuneline.runtime.retries import Retries, retrying
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 _HTTPError: type[Exception] = vars(hub_errors)["HTTPError"]
 
 
-def read(source: str, selection: Selection) -> Iterator[SourceRow]:
+def read(source: str, selection: Selection, remarks: Remarks) -> Iterator[SourceRow]:
     """Yield the rows of a dataset.
 
     Raises:
@@ -51,7 +52,7 @@ def _open(source: str, selection: Selection, num_read: int) -> Iterable[dict[str
     rows: IterableDataset = load_dataset(
         source,
         selection.subset,
-        split=selection.split,
+        split=selection.split or selection.default_split,
         revision=selection.revision,
         streaming=True,
     )
@@ -73,12 +74,29 @@ def fingerprint(source: str, revision: str | None) -> str:
             source,
         )
         return f"offline {revision}"
+    return str(_look_up(source, revision).sha)
+
+
+def date_of(source: str, revision: str | None) -> datetime.date | None:
+    """Return the date (UTC) of the commit that a revision of a dataset names now.
+
+    Returns:
+        The date; None if the Hub is not used (HF_HUB_OFFLINE) or does not know it.
+
+    Raises:
+        DataError: there is no such dataset or revision, or no access to it.
+        HubError: the Hub could not be reached.
+    """
+    modified = None if constants.HF_HUB_OFFLINE else _look_up(source, revision).last_modified
+    return None if modified is None else modified.astimezone(datetime.UTC).date()
+
+
+def _look_up(source: str, revision: str | None) -> DatasetInfo:
     try:
-        info = retrying(
+        return retrying(
             f"look up {source} at {constants.ENDPOINT}",
             lambda: HfApi().dataset_info(source, revision=revision),
         )
-        return str(info.sha)
     except hub_errors.RevisionNotFoundError:
         raise DataError(
             f"dataset {source} has no revision '{revision}': give a branch, a tag or a commit"
