@@ -21,7 +21,7 @@ def read_parquet(file: StoredFile) -> Iterator[SourceRow]:
 
 
 def read_arrow(file: StoredFile) -> Iterator[SourceRow]:
-    """Yield the rows of an Arrow stream, as `datasets` writes it, or of an Arrow or Feather file."""
+    """Yield the rows of an Arrow stream, which `datasets` writes, or of an Arrow file."""
     with file.open_seekable() as opened:
         yield from _rows(file, "Arrow", _arrow_batches(opened))
 
@@ -51,7 +51,7 @@ def _rows(file: StoredFile, kind: str, batches: Iterator[Any]) -> Iterator[Sourc
             for values in batch.to_pylist():
                 number += 1
                 yield SourceRow(file.name, number, values)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{file.name} is not a complete {kind} file: row {number + 1} cannot be read "
             f"({' '.join(str(error).split())[:200]}). Create or download it again"

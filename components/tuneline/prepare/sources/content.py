@@ -21,8 +21,10 @@ UTF_8 = "utf-8"
 _BLOCK_BYTES = 1 << 20
 _SAMPLE_BYTES = 1 << 18
 """Number of bytes from which an encoding is guessed."""
-_MIN_BYTES = 8
+_MIN_BYTES = 4
 """Number of bytes that are not UTF-8 below which a file is taken for UTF-8 with bad rows."""
+_MIN_ZEROS = 8
+"""Number of zero bytes below which a file is not taken for UTF-16."""
 _MAX_SCANNED_BYTES = 16 << 20
 """Number of bytes of a file in a store that are searched for the first that is not ASCII."""
 
@@ -48,7 +50,7 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_LEGACY = ["cp949", "cp932", "euc_jp", "gb18030", "big5", "cp1252", "cp1251", "cp1250", "cp1253"]
+_LEGACY = ["cp949", "cp932", "euc_jp", "gb18030", "big5", "cp1252", "cp1251"]
 """Encodings that a file may have which is neither UTF-8 nor UTF-16."""
 
 _KINDS_BY_HEAD = (
@@ -199,8 +201,13 @@ def _sample(content: BinaryIO, head: bytes, *, is_local: bool) -> bytes | None:
 def _utf_16(head: bytes) -> str | None:
     """Return the encoding of text without a byte order mark whose ASCII is padded with zeros."""
     even, odd = head[::2].count(0), head[1::2].count(0)
-    name = "utf-16-le" if odd > 8 * even else "utf-16-be" if even > 8 * odd else None
-    if name is None or max(even, odd) < len(head) // 50:
+    if odd > 8 * even:
+        name, line_end, begins = "utf-16-le", b"\n\0", head[:1] != b"\0" == head[1:2]
+    elif even > 8 * odd:
+        name, line_end, begins = "utf-16-be", b"\0\n", head[:1] == b"\0" != head[1:2]
+    else:
+        return None
+    if max(even, odd) < max(_MIN_ZEROS, len(head) // 50) or not (begins or line_end in head):
         return None
     try:
         head[: len(head) // 2 * 2 - 2].decode(name)

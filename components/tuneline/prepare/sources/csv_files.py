@@ -134,7 +134,10 @@ def _find_dialect(file: StoredFile, encoding: str, remarks: Remarks) -> _Dialect
         delimiters: tuple[str, ...] = (named[1],)
     else:
         delimiters = _DELIMITERS
-    headers = {mark: next(csv.reader(io.StringIO(head), delimiter=mark), []) for mark in delimiters}
+    headers = {
+        mark: next(csv.reader(io.StringIO(head, newline=""), delimiter=mark), [])
+        for mark in delimiters
+    }
     delimiter = max(delimiters, key=lambda mark: len(headers[mark]))
     cells = headers[delimiter]
     if delimiter != ",":

@@ -60,10 +60,7 @@ def _rows(file: StoredFile, encoding: str | None, remarks: Remarks) -> Iterator[
     if suffix in _ARROW_READERS:
         rows = _ARROW_READERS[suffix](file)
     else:
-        try:
-            known = find_encoding(file, encoding, remarks)
-        except (EOFError, UnicodeError) as error:
-            raise DataError(f"{file.name} cannot be read: {error}") from None
+        known = find_encoding(file, encoding, remarks)
         rows = _decoded(file, known, _TEXT_READERS[suffix](file, known, remarks))
     for row in rows:
         num_rows += 1
