@@ -43,6 +43,7 @@ from tuneline.prepare.tokens.templates import OWN_TEMPLATE, use_template
 from tuneline.prepare.tokens.tokenise import tokenise
 from tuneline.prepare.tokens.tokenizer import load_tokenizer
 from tuneline.prepare.tokens.truncation import choose_length, cut_rows, too_long
+from tuneline.prepare.uploads import locate
 from tuneline.runtime.redaction import redacted
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def run(
     base_model_dir: str,
     dataset_dir: str,
     statistics_path: str,
+    uploads_dir: str | None = None,
 ) -> DatasetManifest:
     """Prepare the dataset `source` for the model in `base_model_dir`.
 
@@ -66,6 +68,7 @@ def run(
         base_model_dir: directory of the fetched model; its tokenizer and chat template are used.
         dataset_dir: directory to write the dataset to; must be empty or not exist.
         statistics_path: path of the HTML page to write.
+        uploads_dir: directory of the files that were sent with the run; None: there are none.
 
     Raises:
         DataError: the rows cannot be used, or no row with tokens to learn is left.
@@ -74,8 +77,10 @@ def run(
     """
     started = time.monotonic()
     check_names(config.format, config.columns, config.method)
-    datasets = parse(source, config)
-    source = describe(datasets)
+    named = parse(source, config)
+    source = describe(named)
+    settings = config
+    datasets, config = locate(named, config, uploads_dir)
     for entry in (*datasets, *([config.general] if config.general else [])):
         check_names(entry.format or AUTO, entry.columns or {}, config.method)
     check_sources(datasets, config)
@@ -149,11 +154,11 @@ def run(
             num_leaking_rows=parts.num_leaking,
             end_of_turn=_end_of_turn(heldout, template, tokenizer),
             licence=config.licence or _licences(datasets),
-            sources=_sources(collected, weighted),
+            sources=_sources(named, collected, weighted),
             sha256=digest.hexdigest(),
             seconds=round(time.monotonic() - started, 3),
         )
-        manifest.write(target, config)
+        manifest.write(target, settings)
         _write_page(target, tokenizer, manifest, Path(statistics_path))
     _log(manifest)
     return manifest
@@ -189,10 +194,12 @@ def _divide(collected: Collected, config: PrepareConfig, spool: Spool) -> tuple[
     return parts, weighted
 
 
-def _sources(collected: Collected, weighted: Weighted) -> list[DatasetSource]:
+def _sources(
+    named: list[DatasetConfig], collected: Collected, weighted: Weighted
+) -> list[DatasetSource]:
     return [
         DatasetSource(
-            source=redacted(source.dataset.source),
+            source=redacted(entry.source),
             weight=source.dataset.weight,
             format=source.intake.format,
             num_rows=source.intake.num_rows,
@@ -202,8 +209,8 @@ def _sources(collected: Collected, weighted: Weighted) -> list[DatasetSource]:
             licence=source.dataset.licence,
             remarks=source.remarks,
         )
-        for source, distinct, used in zip(
-            collected.sources, weighted.num_distinct, weighted.num_used, strict=True
+        for entry, source, distinct, used in zip(
+            named, collected.sources, weighted.num_distinct, weighted.num_used, strict=True
         )
     ]
 

@@ -135,7 +135,7 @@ def _marked(tokenizer: Any, row: TokenRow) -> str:
 
 def _sources(manifest: DatasetManifest) -> list[str]:
     remarks = [page.paragraph(remark) for entry in manifest.sources for remark in entry.remarks]
-    if len(manifest.sources) == 1:
+    if len(manifest.sources) <= 1:
         return [page.section("How the source was read", *remarks)] if remarks else []
     table = page.table(
         ["source", "format", "weight", "rows", "rejected", "in training", "repeated", "licence"],

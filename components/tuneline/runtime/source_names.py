@@ -17,6 +17,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CLAIM = re.compile(r"claim:(?P<name>[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)(?:/(?P<path>.*))?")
 _ADDRESS = re.compile(r"(?P<store>[a-z0-9]+)://.+")
 
+DATA_SUFFIXES = (
+    *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md"),
+    *(".parquet", ".arrow", ".feather"),
+)
+"""Suffixes of files of rows, by which data/rows.jsonl is told from a Hub ID."""
+COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+"""Suffixes that may follow those of text files."""
+
 CLAIMS_PATH = "/claims"
 """Directory in which a pod has the claims that hold data, each in a directory with its name."""
 CLAIMS_VARIABLE = "TUNELINE_CLAIMS"
@@ -122,6 +130,29 @@ def claim_name(source: str) -> str | None:
 def claim_directory(name: str) -> str:
     """Return the directory where this process finds the files of a claim, if the claim is there."""
     return f"{os.environ.get(CLAIMS_VARIABLE, CLAIMS_PATH)}/{name}"
+
+
+def claim_problem(source: str) -> str | None:
+    """Return why the files of `claim:NAME/PATH` cannot be read here; None if they can."""
+    name = claim_name(source)
+    if name is None or ".." in source.split("/"):
+        return f"'{source}' is not claim:NAME/PATH, e.g. claim:datasets/support/rows.jsonl"
+    directory = claim_directory(name)
+    if os.path.isdir(directory):
+        return None
+    return (
+        f"{source}: the claim {name} is not mounted here, at {directory}. On a cluster, the pods "
+        "get the claims that the recipe named when it was compiled: compile it again. On this "
+        f"machine, put the files into DIRECTORY/{name} and set {CLAIMS_VARIABLE} to DIRECTORY"
+    )
+
+
+def is_data_file(source: str) -> bool:
+    """Return whether `source` ends like the name of a file of rows."""
+    name = source.lower()
+    for suffix in COMPRESSION_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name.endswith(DATA_SUFFIXES)
 
 
 def path_on_claim(source: str) -> str:

@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,7 @@ from tuneline.runtime.redaction import redacted
 from tuneline.runtime.source_names import (
     STORES,
     UPLOAD_PREFIX,
-    claim_directory,
-    claim_name,
+    claim_problem,
     is_claim,
     is_hub_id,
     list_builtins,
@@ -92,7 +90,9 @@ def kind_of(source: str) -> KindName:
     if builtin.find_builtin(source) is not None:
         return "builtin"
     if is_claim(source):
-        _check_claim(source)
+        problem = claim_problem(source)
+        if problem is not None:
+            raise DataError(problem)
         return "claim"
     if store_of(source) is not None:
         return "store"
@@ -122,21 +122,6 @@ def kind_of(source: str) -> KindName:
             f"{list_builtins(list(builtin.BUILTINS))}"
         )
     return "hub"
-
-
-def _check_claim(source: str) -> None:
-    name = claim_name(source)
-    if name is None or ".." in source.split("/"):
-        raise DataError(
-            f"'{source}' is not claim:NAME/PATH, e.g. claim:datasets/support/rows.jsonl"
-        )
-    directory = claim_directory(name)
-    if not os.path.isdir(directory):
-        raise DataError(
-            f"{source}: the claim {name} is not mounted here, at {directory}. On a cluster, the "
-            "pods get the claims that the recipe named when it was compiled: compile it again. On "
-            "this machine, put the files into DIRECTORY/NAME and set TUNELINE_CLAIMS to DIRECTORY"
-        )
 
 
 def _local(source: str) -> str:
