@@ -122,6 +122,8 @@ def test_every_column_of_a_format_may_be_null() -> None:
         "alpaca": {"instruction": "a?", "output": "4"},
         "prompt-completion": ROW,
         "text": {"text": "a"},
+        "kto": ROW | {"label": True},
+        "kto-tag": ROW | {"kto_tag": True},
     }
     assert set(rows) == set(FORMATS)
     for name, row in rows.items():
