@@ -5,10 +5,11 @@ Every probability below is of an error over the whole decision, whatever the num
 - Targets: each has to improve. The verdict is hold unless the whole 95 % interval of each lies
   above `min_gain`. With any number of targets, a model that does not improve one of them by more
   than `min_gain` is promoted with a probability of at most 2.5 %.
-- Guards: with a confidence of 95 %, no guard lost 2 x `max_regression`, and all guards on average
-  lost less than `max_regression`. A single guard is its own average. A model that lost
-  2 x `max_regression` on any guard passes with a probability of at most 5 %, because each guard has
-  to exclude this by itself; no correction for the number of guards is needed.
+- Guards: on average they lost less than `max_regression`, with a confidence of 95 %, and the whole
+  95 % interval of each lies above -2 x `max_regression`. A single guard is its own average. A model
+  that lost `max_regression` on average passes with a probability of at most 5 %, and one that lost
+  2 x `max_regression` on any guard with at most 2.5 %: each guard has to exclude this by itself, so
+  the number of guards needs no correction.
 - The control: the verdict is hold if the tuned model is proven to depend less on its prompts than
   the base model. Models tuned on answers that belong to other questions learn the form of answers
   only, and this is how they are found.
@@ -50,10 +51,11 @@ class GateRule(StrictModel):
     whole 95 % interval of the difference (positive: tuned is better) lies above it."""
     max_regression: float = 0.05
     """Loss of quality on the other tasks (guards) that has to be excluded, in the unit of their
-    metric. With a confidence of 95 %, the guards' mean must have lost less, and each guard less
-    than twice as much. A smaller loss needs more samples: if 20 % of the answers change, one guard
-    needs 685 samples for 0.05 and 4300 for 0.02; `tuneline plan` says how many a recipe needs. The
-    default is the smallest loss that benchmarks of a usual size can exclude."""
+    metric. With a confidence of 95 %, the guards' mean must have lost less, and if there are
+    several, each must have lost less than twice as much. A smaller loss needs more samples: if 20 %
+    of the answers change, one guard needs 686 samples for 0.05 and 4283 for 0.02; `tuneline plan`
+    says how many a recipe needs. The default is a loss that most benchmarks have enough samples to
+    exclude."""
 
     @field_validator("max_regression")
     @classmethod
@@ -182,14 +184,14 @@ def _reads_less(item: TaskComparison) -> str:
 
 def _loss(item: TaskComparison, max_regression: float, *, alone: bool) -> str:
     margin = max_regression if alone else 2 * max_regression
-    if item.lower > -margin:
+    low = item.lower if alone else item.interval[0]
+    if low > -margin:
         return ""
     if item.interval[1] < 0:
         return f"{described(item)}: a task that is no target got worse"
     limit = "gate.max_regression" if alone else "2 x gate.max_regression"
     return (
-        f"{described(item)}: a loss of {margin:g} ({limit}) is not excluded"
-        f"{_needed(item.difference, item.difference - item.lower, margin, item)}"
+        f"{described(item)}: a loss of {margin:g} ({limit}) is not excluded{_needed(item, margin)}"
     )
 
 
@@ -206,11 +208,12 @@ def _mean_loss(guards: Sequence[TaskComparison], max_regression: float) -> str:
     )
 
 
-def _needed(difference: float, distance: float, margin: float, item: TaskComparison) -> str:
+def _needed(item: TaskComparison, margin: float) -> str:
     """Return how many samples would exclude the margin, if it is the samples that are too few."""
-    if difference <= -margin / 2:
+    if item.difference <= -margin / 2:
         return ""
-    rows = item.num_samples * (distance / Z_LEVEL * Z_LEVEL_AND_POWER / margin) ** 2
+    error = (item.difference - item.lower) / Z_LEVEL
+    rows = item.num_samples * (Z_LEVEL_AND_POWER * error / margin) ** 2
     return (
         f"; a model that lost nothing needs about {rows:,.0f} samples to show it, and "
         f"{item.num_samples} were measured: {_more_rows(item)}, or set a higher gate.max_regression"

@@ -47,9 +47,9 @@ def samples_for_margin(margin: float, num_guards: int) -> int:
         margin: gate.max_regression.
         num_guards: number of guards, all of which have to pass.
     """
-    share, level = SHARE_OF_CHANGED_ANSWERS, Z_LEVEL
-    mean = (level + NormalDist().inv_cdf(PASSING)) ** 2 * share / (margin**2 * num_guards)
+    share = SHARE_OF_CHANGED_ANSWERS
+    mean = (Z_LEVEL + NormalDist().inv_cdf(PASSING)) ** 2 * share / (margin**2 * num_guards)
     if num_guards == 1:
         return math.ceil(mean)
-    each = (level + NormalDist().inv_cdf(PASSING ** (1 / num_guards))) ** 2
+    each = (Z_INTERVAL + NormalDist().inv_cdf(PASSING ** (1 / num_guards))) ** 2
     return math.ceil(max(mean, each * share / (2 * margin) ** 2))
