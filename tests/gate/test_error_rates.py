@@ -6,7 +6,7 @@ The seeds are fixed. `tests/measure/gate_errors.py` prints the rates.
 import zlib
 
 import pytest
-from tests.support.gate_simulation import (
+from gate_simulation import (
     MARGIN,
     Draws,
     guards,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.gate_scores import accuracies, decide
+from gate_scores import accuracies, decide
 
 from tuneline.artifacts import PROMPT_CONTROL
 from tuneline.errors import RecipeError, TaskError

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tests.support.gate_scores import accuracies
+from gate_scores import accuracies
 
 from tuneline.gate.bootstrap import resample
 from tuneline.gate.estimate import Estimate, estimate

@@ -1,7 +1,7 @@
 """What `plan` says that the gate can find, against simulated gates."""
 
 import pytest
-from tests.support.gate_simulation import MARGIN, Draws, Task, guards, promoted
+from gate_simulation import MARGIN, Draws, Task, guards, promoted
 
 from tuneline.gate.power import least_effect, least_gain, samples_for_margin
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.gate_scores import Evaluated, accuracies, decide, gate, origin, write_scores
+from gate_scores import Evaluated, accuracies, decide, gate, origin, write_scores
 
 from tuneline.artifacts import read_jsonl, write_jsonl
 from tuneline.errors import TaskError, WorldError

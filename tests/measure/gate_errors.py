@@ -1,15 +1,18 @@
-"""Print the gate's nominal and simulated error rates as a Markdown table: docs/numbers.md has it.
+"""Print the gate's nominal and simulated error rates as a Markdown table, for docs/numbers.md.
 
-python tests/measure/gate_errors.py
+    python tests/measure/gate_errors.py
+
+Simulates 2,000 runs of each kind, in half a minute. `tests/gate/test_error_rates.py` holds most of
+these rates below their limits.
 """
 
 import sys
 import zlib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.append(str(Path(__file__).parents[1] / "support"))
 
-from tests.support.gate_simulation import MARGIN, Draws, guards, promoted, targets_without_gain
+from gate_simulation import MARGIN, Draws, guards, promoted, targets_without_gain
 
 
 def main() -> None:
