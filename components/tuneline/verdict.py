@@ -84,16 +84,17 @@ def decide(comparisons: Sequence[TaskComparison], rule: GateRule) -> tuple[Verdi
     if not targets:
         problem = "no task is a target, so nothing shows an improvement"
     if problem:
-        return "hold", problem
+        alone = targets and not guards and _are_likelihoods(targets)
+        return "hold", f"{problem}; only perplexity was measured" if alone else problem
     parts = [described(item) for item in targets]
     if guards:
         mean, lower = mean_of_guards(guards)
         what = guards[0].task if len(guards) == 1 else f"the mean of {len(guards)} guards"
         parts.append(f"{what} {mean:+.3f}, above {lower:+.3f} with 95 % confidence")
-    if all(item.metric in LIKELIHOODS for item in targets):
+    if _are_likelihoods(targets):
         parts.append(
-            "this rests on perplexity alone: the answers became likelier, but no task checked "
-            "whether the model's own answers are right"
+            "the gain rests on perplexity alone: the answers became likelier, which does not show "
+            "that the model's own answers are right"
         )
     return "promote", "; ".join(parts)
 
@@ -128,6 +129,10 @@ def mean_of_guards(guards: Sequence[TaskComparison]) -> tuple[float, float]:
     same_questions = sum(distance for distance, heldout in distances if heldout)
     squares = sum(distance**2 for distance, heldout in distances if not heldout)
     return mean, mean - math.sqrt(same_questions**2 + squares) / len(guards)
+
+
+def _are_likelihoods(targets: Sequence[TaskComparison]) -> bool:
+    return all(item.metric in LIKELIHOODS for item in targets)
 
 
 def _first(problems: Iterable[str]) -> str:

@@ -343,7 +343,7 @@ def test_the_names_of_groups_stand_for_their_tasks(
         write_jsonl(tasks / f"{name}.jsonl", [{"passage": "A passage.", "q": "X", "a": "y"}] * 3)
         (tasks / f"{name}.yaml").write_text(
             f"task: {name}\ndataset_path: json\n"
-            f"dataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}\n"
+            f"dataset_kwargs: {{data_files: {{test: {tasks / name}.jsonl}}}}\n"
             "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\n"
             "doc_to_choice: '{{[a, \"zebra\"]}}'\ndoc_to_target: 0\n"
             "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"

@@ -231,6 +231,8 @@ def test_perplexity_alone_is_said(tmp_path: Path) -> None:
     )
     assert alone.verdict == "promote"
     assert "rests on perplexity alone" in alone.reason
+    held = decide(tmp_path, {"loss": loss}, {"loss": loss}, metric="log_perplexity", higher=False)
+    assert held.reason.endswith("only perplexity was measured")
     answers = decide(tmp_path, {"quiz": np.zeros(50)}, {"quiz": np.ones(50)})
     assert "perplexity" not in answers.reason
 

@@ -54,8 +54,10 @@ class Resampled:
         percentile = np.quantile(self.means, level, axis=0)
         studentised = self.mean - np.quantile(self.distances, 1 - level, axis=0) * self.error
         if level < 0.5:
-            return np.minimum(percentile, studentised) - self.reserve
-        return np.maximum(percentile, studentised) + self.reserve
+            low: Floats = np.minimum(percentile, studentised) - self.reserve
+            return low
+        high: Floats = np.maximum(percentile, studentised) + self.reserve
+        return high
 
 
 def resample(sums: Floats, weights: Floats, *, num_resamples: int, seed: int) -> Resampled:

@@ -85,7 +85,8 @@ def _by_cluster(values: Floats, clusters: Integers) -> Floats:
         return values
     order = np.argsort(clusters, kind="stable")
     starts = np.searchsorted(clusters[order], np.arange(clusters.max() + 1))
-    return np.add.reduceat(values[:, order], starts, axis=1)
+    sums: Floats = np.add.reduceat(values[:, order], starts, axis=1)
+    return sums
 
 
 def _design_effect(differences: Floats, sums: Floats, totals: Floats) -> Floats:
