@@ -22,7 +22,7 @@ class EvaluateConfig(StrictModel):
     tasks over held-out rows ignore it."""
     batch_size: int = Field(default=8, ge=1)
     """Sequences per forward pass."""
-    prompt_rows: int = Field(default=100, ge=0)
+    prompt_rows: int = Field(default=64, ge=0)
     """Held-out rows for the control task prompt_dependence, which runs with the tasks over held-out
     rows: how much likelier an answer is after its own prompt than after the prompt of another row.
     The gate holds a tuned model that depends less on its prompts than the base model. 0 switches

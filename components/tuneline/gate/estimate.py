@@ -103,8 +103,8 @@ def _design_effect(differences: Floats, sums: Floats, totals: Floats) -> Floats:
     independent = ((differences - mean) ** 2).sum(axis=1)
     largest = (totals**2).sum(axis=1) / totals.sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        effect = np.where(independent > 0, between / independent, largest)
-    return np.maximum(effect, 1.0)
+        effect: Floats = np.where(independent > 0, between / independent, largest)
+    return np.maximum(effect, np.float64(1.0))
 
 
 def _quantile(level: float, num_clusters: int) -> float:
