@@ -107,6 +107,17 @@ def decide_again(decision: Decision) -> tuple[Verdict, str]:
     return decide(decision.comparisons, GateRule.parse(known, where="the settings of the decision"))
 
 
+def wrong_verdict(decision: Decision) -> str:
+    """Return a sentence if the verdict does not follow from the comparisons, or ""."""
+    verdict, reason = decide_again(decision)
+    if verdict == decision.verdict:
+        return ""
+    return (
+        f"{Decision.filename} says {decision.verdict}, but by its own comparisons the verdict is "
+        f"{verdict} ({reason}), so it was changed after the gate wrote it"
+    )
+
+
 def described(item: TaskComparison) -> str:
     """Return the result of one task in words."""
     return (

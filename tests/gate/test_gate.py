@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from gate_scores import accuracies, decide
 
-from tuneline.artifacts import PROMPT_CONTROL
+from tuneline.artifacts import PROMPT_CONTROL, Decision
 from tuneline.errors import RecipeError, TaskError
 from tuneline.gate import GateConfig
 from tuneline.verdict import decide_again
+from tuneline.verify import verify
 
 
 def changed(size: int, gains: int, losses: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -241,6 +242,17 @@ def test_the_verdict_follows_from_the_record(tmp_path: Path) -> None:
     held = decide(tmp_path, {"quiz": accuracies(1, 0.5)}, {"quiz": accuracies(2, 0.5)})
     forged = held.model_copy(update={"verdict": "promote", "settings": {"min_gain": 0.0}})
     assert decide_again(forged) == ("hold", held.reason)
+
+
+def test_verify_finds_a_verdict_that_was_changed(tmp_path: Path) -> None:
+    scores = {"quiz": accuracies(1, 0.5)}, {"quiz": accuracies(2, 0.5)}
+    decide(tmp_path, *scores)
+    directory = tmp_path / "0/decision"
+    assert [found.differences for found in verify(directory)] == [[]]
+    path = directory / Decision.filename
+    path.write_text(path.read_text().replace('"verdict": "hold"', '"verdict": "promote"'))
+    ((difference,),) = [found.differences for found in verify(directory)]
+    assert difference.startswith("decision.json says promote, but by its own comparisons")
 
 
 def test_the_summary_says_what_the_record_says(tmp_path: Path) -> None:

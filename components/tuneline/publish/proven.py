@@ -11,7 +11,7 @@ from pathlib import Path
 from tuneline.artifacts import Decision, QuantizedModel
 from tuneline.errors import ProofError
 from tuneline.record import Record
-from tuneline.verdict import decide_again
+from tuneline.verdict import wrong_verdict
 from tuneline.verify import foreign_inputs
 
 
@@ -50,13 +50,8 @@ def check_verdict(decision: Decision) -> None:
     Raises:
         ProofError: the rule of the gate gives another verdict.
     """
-    verdict, reason = decide_again(decision)
-    if verdict != decision.verdict:
-        raise ProofError(
-            f"{Decision.filename} says {decision.verdict}, but by its own comparisons the verdict "
-            f"is {verdict} ({reason}), so it was changed after the gate wrote it. Nothing was "
-            "published. Run the gate again"
-        )
+    if wrong := wrong_verdict(decision):
+        raise ProofError(f"{wrong}. Nothing was published. Run the gate again")
 
 
 def check_present(files: dict[str, StoredFile]) -> None:
