@@ -22,6 +22,7 @@ HEAVY_PATHS = tuple(
     for name in (
         *("kernels", "evaluate", "train/ranks", "train/trainjob", "quantize/test_pieces.py"),
         *("publish/test_card.py", "publish/test_publish.py"),
+        *("gate/test_error_rates.py", "gate/test_power.py"),
         *("pipelines/cli", "pipelines/kfp_client"),
         *("pipelines/test_gitops.py", "pipelines/test_kube_server.py"),
     )

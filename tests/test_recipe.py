@@ -61,6 +61,7 @@ def test_the_guides_values_are_the_defaults(tmp_path: Path) -> None:
             {"publish_to": "my--model"},
             "publish_to: publish_to is 'my--model': write namespace/name",
         ),
+        ({"gate": {"max_regression": 0.0}}, "no number of samples proves"),
         ({"prepare": {"heldout": {"max_rows": 0}}}, "evaluate.tasks needs held-out rows"),
     ],
 )

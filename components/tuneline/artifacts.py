@@ -54,6 +54,9 @@ MODELFILE = "Modelfile"
 PUBLISHED_BUNDLE = "tuneline.json"
 SAMPLES_DIR = "samples"
 GENERATIONS_FILE = "generations.jsonl"
+# A task in every evaluation with held-out rows: how much likelier an answer is after its own prompt
+# than after the prompt of another row.
+PROMPT_CONTROL = "prompt_dependence"
 
 # Columns of train.parquet and eval.parquet for the methods sft and cpt: the token IDs (lists of
 # int32), and for each token whether it counts in the loss (lists of int8).
@@ -80,6 +83,10 @@ PREFERENCE_METHODS = frozenset({"dpo", "kto"})
 """Methods that compare the likelihood of whole answers with that under the base model. Their
 examples are padded, not packed."""
 Verdict = Literal["promote", "hold"]
+ComparisonRole = Literal["target", "guard", "member", "control"]
+"""What a comparison decides. A target has to improve, a guard must not get worse, a member is part
+of a group that is compared as a whole and decides nothing, and a control shows whether the tuned
+model still reads its prompts."""
 
 
 class RunHeader(StrictModel):
@@ -490,8 +497,11 @@ class Scores(Record):
     """Which model was evaluated: base, tuned or the format of an export."""
     tasks: dict[str, TaskScore]
     """Scores by task name. samples/<task>.jsonl holds the scores of the samples as rows {"id": str,
-    "score": float}, with "weight": int in addition if the score is a ratio. The `value` of a task
-    is the weighted mean of the scores."""
+    "score": float}, with "weight": int in addition if the score is a ratio, and "cluster": str if
+    the sample depends on others, with the same question or passage. The `value` of a task is the
+    weighted mean of the scores."""
+    groups: dict[str, list[str]] = Field(default_factory=dict)
+    """Names in evaluate.tasks that stand for several tasks (kobest, mmlu), with these tasks."""
     harness: str
     """Name and version of the evaluation program."""
 
@@ -512,15 +522,31 @@ class TaskComparison(StrictModel):
     """Mean over the samples of tuned minus base score; negated if lower scores are better, so that
     a positive difference is an improvement."""
     interval: tuple[float, float]
-    """95 % interval of the difference, from a paired bootstrap."""
+    """95 % interval of the difference; `tuneline.gate.estimate` computes it."""
+    lower: float
+    """Bound above which the true difference lies with a probability of 95 %."""
     num_samples: int
+    num_clusters: int
+    """Number of clusters: samples with the same question or passage count as one."""
+    effective_samples: float
+    """Number of independent samples of equal weight that would determine the mean as well."""
+    num_changed: int | None = None
+    """Clusters with an answer that only one of the models got right; null for other scores than 0
+    and 1."""
     outcome: Literal["better", "worse", "undecided"]
-    target: bool
-    """Whether the task has to improve; other tasks must not get worse."""
+    role: ComparisonRole
+
+    @property
+    def target(self) -> bool:
+        """Return whether the task has to improve."""
+        return self.role == "target"
 
 
 class Decision(Record):
-    """Verdict on publishing the tuned model, with its reason and the comparisons."""
+    """Verdict on publishing the tuned model, with its reason and the comparisons.
+
+    `tuneline.verdict` computes verdict and reason from the comparisons and from the settings.
+    """
 
     filename: ClassVar[str] = "decision.json"
     role: ClassVar[str] = "decision"

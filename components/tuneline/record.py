@@ -66,10 +66,24 @@ class Record(StrictModel):
             directory: directory of the artifact.
             config: section of the recipe for the step that made the artifact.
             parents: records of the artifacts that this one was made from.
+
+        Raises:
+            WorldError: two parents were made from different artifacts of the same name.
         """
         made_from: dict[str, Ancestor] = {}
         for parent in parents:
-            made_from |= {**parent.made_from, parent.called(): parent.as_ancestor()}
+            for name, ancestor in [
+                *parent.made_from.items(),
+                (parent.called(), parent.as_ancestor()),
+            ]:
+                known = made_from.setdefault(name, ancestor)
+                if known.sha256 != ancestor.sha256:
+                    raise WorldError(
+                        f"the inputs of {self.filename} were made from two different artifacts "
+                        f"called {name}: {known.sha256[:12]} and {ancestor.sha256[:12]} (by way of "
+                        f"the {parent.called()}). Run the steps again, so that all start from the "
+                        f"same {name}"
+                    )
         stamped = self.model_copy(
             update={
                 "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

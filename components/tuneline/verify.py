@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuneline.artifacts import PUBLISHED_BUNDLE, RECORDS
+from tuneline.artifacts import PUBLISHED_BUNDLE, RECORDS, Decision
 from tuneline.errors import DataError
 from tuneline.record import Ancestor, hash_files
 from tuneline.runtime.environment import describe_environment
+from tuneline.verdict import wrong_verdict
 
 # Not compared: users edit model cards, and the Hub and its client add .gitattributes and .cache/.
 _NOT_HASHED = {"README.md", ".gitattributes"}
@@ -50,6 +51,8 @@ def verify(directory: Path) -> list[Checked]:
     for path, record in records:
         result = _check(path, record.files, record.environment, {record.filename})
         result.differences.extend(foreign_inputs(record.made_from, known))
+        if isinstance(record, Decision) and (wrong := wrong_verdict(record)):
+            result.differences.append(wrong)
         checked.append(result)
     for path in sorted(directory.rglob(PUBLISHED_BUNDLE)):
         bundle = json.loads(path.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tuneline.artifacts import Scores, read_jsonl, write_jsonl
+from tuneline.artifacts import PROMPT_CONTROL, Scores, read_jsonl, write_jsonl
 from tuneline.errors import HubError, ModelError, TaskError, WorldError
 from tuneline.evaluate import EvaluateConfig
 from tuneline.evaluate.run import run
@@ -332,3 +332,75 @@ def test_the_command_line(tmp_path, tiny_model_dir, write_dataset, heldout_rows)
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("evaluate: TaskError: evaluate.tasks: 'nonsense")
+
+
+def test_the_names_of_groups_stand_for_their_tasks(
+    tmp_path, tiny_model_dir, write_dataset, heldout_rows, monkeypatch
+):
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    for name in ("one", "two"):
+        write_jsonl(tasks / f"{name}.jsonl", [{"passage": "A passage.", "q": "X", "a": "y"}] * 3)
+        (tasks / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\n"
+            f"dataset_kwargs: {{data_files: {{test: {tasks / name}.jsonl}}}}\n"
+            "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\n"
+            "doc_to_choice: '{{[a, \"zebra\"]}}'\ndoc_to_target: 0\n"
+            "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+        )
+    (tasks / "both.yaml").write_text(
+        "group: both\ntask: [one, two]\n"
+        "aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]\n"
+    )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    dataset = write_dataset(heldout_rows())
+    result, scores_dir = evaluate(
+        tmp_path, tiny_model_dir, dataset, tasks=("both", "heldout_exact"), task_dir=str(tasks)
+    )
+    assert result.groups == {"both": ["one", "two"]}
+    assert set(result.tasks) == {"one", "two", "heldout_exact"}
+    # Three samples about one passage are one cluster; five held-out rows are too few for a control.
+    clusters = {row["cluster"] for row in read_jsonl(scores_dir / "samples" / "one.jsonl")}
+    assert len(clusters) == 1
+    exact = read_jsonl(scores_dir / "samples" / "heldout_exact.jsonl")
+    assert all("cluster" not in row for row in exact)
+
+
+def test_the_dependence_on_the_prompt_against_single_sequences(
+    tmp_path, tiny_model_dir, write_dataset, heldout_rows, model, tokenizer
+):
+    rows = [
+        {**row, "prompt": row["prompt"].replace("user", f"user {number}")}
+        for number in range(5)
+        for row in heldout_rows()
+    ]
+    result, scores_dir = evaluate(
+        tmp_path, tiny_model_dir, write_dataset(rows), tasks=("heldout_perplexity",), prompt_rows=22
+    )
+    samples = read_jsonl(scores_dir / "samples" / f"{PROMPT_CONTROL}.jsonl")
+    assert len(samples) == 22 == result.tasks[PROMPT_CONTROL].num_samples
+    assert result.tasks[PROMPT_CONTROL].higher_is_better
+    for number in (0, 7, 21):
+        row = rows[number]
+        # The row after half of the rows; one further if it has the same answer.
+        others = [rows[(number + 11 + step) % 22] for step in range(22)]
+        other = next(other for other in others if other["answer"] != row["answer"])
+        answer = row["answer"] + "<|im_end|>"
+        own, without = (
+            sum(log_probs(model, tokenizer, prompt, answer))
+            for prompt in (row["prompt"], other["prompt"])
+        )
+        assert samples[number]["score"] == pytest.approx(
+            (own - without) / samples[number]["weight"], abs=1e-5
+        )
+
+
+def test_the_control_can_be_switched_off(tmp_path, tiny_model_dir, write_dataset, heldout_rows):
+    result, _ = evaluate(
+        tmp_path,
+        tiny_model_dir,
+        write_dataset(heldout_rows() * 5),
+        tasks=("heldout_exact",),
+        prompt_rows=0,
+    )
+    assert set(result.tasks) == {"heldout_exact"}

@@ -122,9 +122,12 @@ def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path
                 tuned=0.75,
                 difference=0.5,
                 interval=(0.4, 0.6),
+                lower=0.4,
                 num_samples=200,
+                num_clusters=200,
+                effective_samples=200.0,
                 outcome="better",
-                target=True,
+                role="target",
             )
         ],
     ).write(directory("decision"))

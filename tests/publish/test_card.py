@@ -40,7 +40,10 @@ def test_the_card(run_dir: Path, tmp_path: Path) -> None:
     assert matter["license"] == "apache-2.0"
     assert matter["library_name"] == "transformers"
     assert "datasets" not in matter, "a local file is no Hub data set"
-    assert "| heldout_choice | acc | 0.2500 | 0.7500 | +0.5000 | [+0.4000, +0.6000] | 200 |" in body
+    scores = (
+        "| heldout_choice | target | acc | 0.2500 | 0.7500 | +0.5000 | [+0.4000, +0.6000] | 200 |"
+    )
+    assert scores in body
     assert (
         "| q8_0 | 0.0 MB | 8.50 | 6.9e-03 | 97.7% | 1.500 | 87.5% | 62 | "
         'loads and answers "an answer"; same tokens as the tokenizer on 236 texts; '

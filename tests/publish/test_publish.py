@@ -329,6 +329,16 @@ def test_a_model_on_hold_is_not_published(run_dir: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+def test_a_decision_that_was_changed_to_promote_is_found(run_dir: Path, tmp_path: Path) -> None:
+    path = run_dir / "decision" / Decision.filename
+    decision = json.loads(path.read_text())
+    decision["comparisons"][0]["interval"] = [-0.1, 0.3]
+    path.write_text(json.dumps(decision))
+    done = publish(run_dir, f"dir:{tmp_path}/out", "out")
+    assert "by its own comparisons the verdict is hold (heldout_choice" in sentence(done, 1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_target_that_is_neither(run_dir: Path) -> None:
     done = publish(run_dir, "no-namespace", "out", HF_TOKEN=TOKEN)
     assert "write namespace/name for the Hub, or dir:PATH" in sentence(done, 2)

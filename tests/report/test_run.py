@@ -68,7 +68,7 @@ def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
         ),
         (
             "Scores before and after training",
-            "heldout_exact acc 0.02 0 -0.02 [-0.045, +0.01] 200 undecided",
+            "heldout_exact guard acc 0.02 0 -0.02 [-0.045, +0.01] 200 undecided",
         ),
         ("Answers before and after training", "base 0 of 5, tuned 4 of 5"),
         ("Answers before and after training", "524288 512 * 1000 = 512000 524,288"),

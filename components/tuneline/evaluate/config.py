@@ -22,6 +22,11 @@ class EvaluateConfig(StrictModel):
     tasks over held-out rows ignore it."""
     batch_size: int = Field(default=8, ge=1)
     """Sequences per forward pass."""
+    prompt_rows: int = Field(default=64, ge=0)
+    """Held-out rows for the control task prompt_dependence, which runs with the tasks over held-out
+    rows: how much likelier an answer is after its own prompt than after the prompt of another row.
+    The gate holds a tuned model that depends less on its prompts than the base model. 0 switches
+    the control off."""
     num_generations: int = Field(default=6, ge=0)
     """Held-out prompts that each model (base and tuned) answers greedily for the report; 0 for
     none."""

@@ -56,4 +56,5 @@ def _document(number: int, row: dict[str, Any], tokenizer: Any) -> dict[str, Any
         # An empty list instead of None for rows without choices: Arrow needs one type per column.
         "endings": [choice + end for choice in row.get("choices") or []],
         "label": row.get("label", -1),
+        "cluster": str(row.get("cluster", "")),
     }

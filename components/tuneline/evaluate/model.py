@@ -64,6 +64,15 @@ class TemplatedHFLM(_HFLM):
         finally:
             self._templated = False
 
+    def log_likelihoods(self, pairs: list[tuple[str, str]]) -> list[float]:
+        """Return the log likelihood of each answer after its templated prompt, in nats."""
+        requests = [
+            ((prompt, answer), *encode_pair(self.tokenizer, prompt, answer))
+            for prompt, answer in pairs
+        ]
+        with self.templated():
+            return [nats for nats, _is_greedy in self._loglikelihood_tokens(requests)]
+
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if self._templated:
             return encode_pair(self.tokenizer, context, continuation)

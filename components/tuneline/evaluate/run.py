@@ -18,6 +18,7 @@ from lm_eval import evaluator
 
 from tuneline.artifacts import (
     GENERATIONS_FILE,
+    PROMPT_CONTROL,
     SAMPLES_DIR,
     DatasetManifest,
     MergeProof,
@@ -28,7 +29,7 @@ from tuneline.artifacts import (
     write_jsonl,
 )
 from tuneline.errors import TaskError
-from tuneline.evaluate import heldout, samples
+from tuneline.evaluate import heldout, prompt_control, samples
 from tuneline.evaluate import model as models
 from tuneline.evaluate.config import EvaluateConfig
 from tuneline.evaluate.tasks_by_name import TaskFinder
@@ -66,7 +67,8 @@ def run(
     tokenizer = models.load_tokenizer(model_dir)
     with new_directory(scores_dir) as target, tempfile.TemporaryDirectory() as scratch:
         heldout_file = Path(scratch, "heldout.jsonl")
-        write_jsonl(heldout_file, heldout.documents(rows, tokenizer))
+        documents = heldout.documents(rows, tokenizer)
+        write_jsonl(heldout_file, documents)
         cache_dir = Path(scratch, "cache")
         loaded = {name: finder.load(name, heldout_file, cache_dir) for name in config.tasks}
         lm = models.load(model_dir, tokenizer, batch_size=config.batch_size)
@@ -94,6 +96,15 @@ def run(
                     scores[task].value,
                     len(table),
                 )
+        if any(task in heldout.TASKS for task in config.tasks) and (
+            table := prompt_control.measure(
+                lm, documents[: config.limit], num_rows=config.prompt_rows
+            )
+        ):
+            scores[PROMPT_CONTROL] = samples.score_of(
+                table, metric=prompt_control.METRIC, higher_is_better=True
+            )
+            write_jsonl(target / SAMPLES_DIR / f"{PROMPT_CONTROL}.jsonl", table)
         answered = models.generate(
             lm, rows[: config.num_generations], max_new_tokens=config.max_new_tokens
         )
@@ -101,6 +112,7 @@ def run(
         result = Scores(
             model=label,
             tasks=scores,
+            groups={name: sorted(tasks) for name, tasks in loaded.items() if set(tasks) != {name}},
             harness=f"lm-eval {importlib.metadata.version('lm-eval')}",
             seconds=round(time.monotonic() - started, 3),
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 from tuneline.artifacts import TaskScore
 from tuneline.errors import TaskError
+from tuneline.evaluate.clusters import clusters_of
 
 # Metrics that the gate can compare sample by sample, in order of preference.
 _PREFERRED = ("acc", "exact_match", "log_perplexity", "acc_norm", "em", "pass@1")
@@ -32,10 +33,13 @@ def rows_of(samples: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
     """Return one dictionary per sample, with the keys "id" and "score".
 
     If the metric is a ratio such as nats per token, "score" is the sample's ratio and a further
-    key, "weight", is its denominator. The ID of a document is the same for every model.
+    key, "weight", is its denominator. A sample that depends on others has a key "cluster". The ID
+    of a document is the same for every model.
     """
     rows = []
-    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
+    clusters = clusters_of([sample["doc"] for sample in ordered])
+    for sample, cluster in zip(ordered, clusters, strict=True):
         value = sample[metric]
         row: dict[str, Any] = {"id": sample["doc"].get("id") if _ours(sample) else _id(sample)}
         if isinstance(value, list | tuple):
@@ -43,6 +47,8 @@ def rows_of(samples: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
             row |= {"score": amount / weight, "weight": weight}
         else:
             row |= {"score": float(value)}
+        if cluster is not None:
+            row |= {"cluster": cluster}
         rows.append(row)
     return rows
 

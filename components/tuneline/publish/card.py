@@ -151,18 +151,19 @@ def _curve_row(point: TrainingPoint) -> str:
 
 def _scores(sources: Sources) -> str:
     rows = [
-        f"| {score.task} | {score.metric} | {score.base:.4f} | {score.tuned:.4f} | "
+        f"| {score.task} | {score.role} | {score.metric} | {score.base:.4f} | {score.tuned:.4f} | "
         f"{score.difference:+.4f} | [{score.interval[0]:+.4f}, {score.interval[1]:+.4f}] | "
         f"{score.num_samples} |"
         for score in sources.decision.comparisons
     ]
-    head = "| task | metric | base | tuned | improvement | 95 % interval | samples |"
+    head = "| task | role | metric | base | tuned | improvement | 95 % interval | samples |"
     note = (
         f"Why it was published: {sources.decision.reason}\n\n"
         "Both models answered the same samples. A positive improvement is better in every metric. "
-        "The interval comes from a paired bootstrap over the samples."
+        "Guards are tasks that must not get worse. The control, prompt_dependence, is how much "
+        "likelier an answer is after its own prompt than after another row's."
     )
-    return "\n".join(["## Scores", "", head, "|---|---|---|---|---|---|---|", *rows, "", note])
+    return "\n".join(["## Scores", "", head, "|---|---|---|---|---|---|---|---|", *rows, "", note])
 
 
 def _exports(sources: Sources) -> str:

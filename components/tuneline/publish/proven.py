@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuneline.artifacts import QuantizedModel
+from tuneline.artifacts import Decision, QuantizedModel
 from tuneline.errors import ProofError
 from tuneline.record import Record
+from tuneline.verdict import wrong_verdict
 from tuneline.verify import foreign_inputs
 
 
@@ -41,6 +42,16 @@ def check_lineage(records: Iterable[Record], inputs: Sequence[Record]) -> None:
                 f"the {name} was {sentence}. Nothing was published. Run the pipeline again from "
                 "the step whose input differs"
             )
+
+
+def check_verdict(decision: Decision) -> None:
+    """Check that the verdict of a decision follows from its comparisons and settings.
+
+    Raises:
+        ProofError: the rule of the gate gives another verdict.
+    """
+    if wrong := wrong_verdict(decision):
+        raise ProofError(f"{wrong}. Nothing was published. Run the gate again")
 
 
 def check_present(files: dict[str, StoredFile]) -> None:

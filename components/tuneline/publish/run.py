@@ -15,6 +15,7 @@ from tuneline.errors import CredentialsError, StorageError, UserError
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.directory import write_tree
 from tuneline.publish.hub import push
+from tuneline.publish.proven import check_verdict
 from tuneline.publish.sources import Sources
 from tuneline.publish.staging import stage
 from tuneline.publish.target import DIRECTORY_PREFIX, check_target
@@ -59,11 +60,13 @@ def run(
         CredentialsError: the token is missing or refused; nothing was changed.
         HubError: the Hub failed after all attempts.
         StorageError: the target directory or its parent is not writable.
-        ProofError: a file differs from its record, or was made from other inputs.
+        ProofError: a file differs from its record, or was made from other inputs, or the verdict
+            does not follow from the comparisons.
         WorldError: an artifact has no record, or an export that the recipe asks for is missing.
     """
     started = time.monotonic()
     decision = Decision.read(decision_dir)
+    check_verdict(decision)
     if decision.verdict != "promote":
         raise UserError(
             f"the verdict is {decision.verdict} ({decision.reason}), but only a promoted model is "

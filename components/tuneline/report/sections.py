@@ -134,13 +134,13 @@ def scores(line: Line) -> str:
     ]
     rows = [
         [
-            Cell(f"{escape(c.task)} {badge('target') if c.target else ''}"),
+            Cell(f"{escape(c.task)} {badge(c.role)}"),
             c.metric,
             number(c.base),
             number(c.tuned),
             signed(c.difference),
             _interval(c),
-            count(c.num_samples),
+            _samples(c),
             badge(c.outcome, OUTCOME_TONES[c.outcome]),
         ]
         for c in comparisons
@@ -153,7 +153,11 @@ def scores(line: Line) -> str:
         table(headers, rows, numeric=range(2, 7)),
         paragraph(
             "Both models answered the same held-out samples. A positive improvement is better in "
-            "every metric. The interval comes from a paired bootstrap over the samples.",
+            "every metric. A target has to improve: its whole interval has to lie above "
+            "gate.min_gain. Guards must not get worse: the loss that gate.max_regression names has "
+            "to be excluded with a confidence of 95 %. The tasks of a group are its members, which "
+            "decide nothing by themselves. A control shows whether the tuned model still reads its "
+            "prompts. Samples with the same question or passage count as one.",
             muted=True,
         ),
     )
@@ -381,6 +385,12 @@ def _times(line: Line) -> dict[str, float]:
 def _losses(merge: MergeProof) -> str:
     losses = [f"{name} {number(loss)}" for name, loss in merge.base_losses.items()]
     return ", ".join([*losses, f"merged {number(merge.merged_loss)}"])
+
+
+def _samples(comparison: TaskComparison) -> str:
+    if comparison.num_clusters == comparison.num_samples:
+        return count(comparison.num_samples)
+    return f"{count(comparison.num_samples)} ({count(comparison.num_clusters)} questions)"
 
 
 def _interval(comparison: TaskComparison) -> str:

@@ -21,7 +21,7 @@ from tuneline.runtime.events import step_runs
 SMALL = [
     "train.max_steps=8",
     "train.eval_steps=8",
-    "prepare.heldout.max_rows=40",
+    "prepare.heldout.max_rows=100",
     "evaluate.tasks=[heldout_perplexity]",
     "gate.target_tasks=[heldout_perplexity]",
     "quantize.gguf=[q8_0]",

@@ -17,6 +17,7 @@ from tuneline.pipelines.plan.cluster import check_cluster
 from tuneline.pipelines.plan.disk import check_disks, check_files
 from tuneline.pipelines.plan.estimate import Estimate, estimate, parameters_in_name
 from tuneline.pipelines.plan.host_memory import host_memory
+from tuneline.pipelines.plan.power import check_power
 from tuneline.placement import quantity_value
 from tuneline.recipe import Recipe
 from tuneline.train.batch_size import batch_size
@@ -57,6 +58,7 @@ def plan(
     checks = [*_ranks(recipe), *_checkpoints(recipe)]
     checks += _data(recipe, has_pods=kube is not None)
     checks += _kernels(recipe, has_pods=kube is not None)
+    checks += check_power(recipe)
     if num_parameters is None:
         advice = "pass --parameters, e.g. --parameters 8e9"
         words = f"the name {recipe.base_model} does not give the number of parameters"

@@ -1,0 +1,242 @@
+"""The rule of the gate: from comparisons to the verdict. Publish applies it again.
+
+Every probability below is of an error over the whole decision, whatever the number of tasks.
+
+- Targets: each has to improve. The verdict is hold unless the whole 95 % interval of each lies
+  above `min_gain`. With any number of targets, a model that does not improve one of them by more
+  than `min_gain` is promoted with a probability of at most 2.5 %.
+- Guards: on average they lost less than `max_regression`, with a confidence of 95 %, and the whole
+  95 % interval of each lies above -2 x `max_regression`. A single guard is its own average. A model
+  that lost `max_regression` on average passes with a probability of at most 5 %, and one that lost
+  2 x `max_regression` on any guard with at most 2.5 %: each guard has to exclude this by itself, so
+  the number of guards needs no correction.
+- The control: the verdict is hold if the tuned model is proven to depend less on its prompts than
+  the base model. Models tuned on answers that belong to other questions learn the form of answers
+  only, and this is how they are found.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from pydantic import Field, field_validator
+
+from tuneline.artifacts import Decision, TaskComparison, Verdict
+from tuneline.strict_model import StrictModel
+
+MIN_CLUSTERS = 20
+"""Smallest number of independent samples of a target or guard."""
+MIN_EFFECTIVE_SAMPLES = 60
+"""Smallest effective number of samples for scores other than 0 and 1. Of 60 samples, 95 % contain
+at least one with a harm that occurs in 5 % of all; with fewer, such a harm would go unseen."""
+MIN_CHANGED = 6
+"""Smallest number of changed answers of a target whose scores are 0 or 1. Of five answers that
+change by chance, all are gains with a probability of 3 %; of six, 1.6 %."""
+Z_LEVEL = 1.645
+Z_LEVEL_AND_POWER = 2.927
+"""Standard errors between a true loss of 0 and a margin that 95 % confidence excludes 9 times of
+10: 1.645 + 1.282."""
+HELDOUT_PREFIX = "heldout_"
+
+LIKELIHOODS = frozenset(
+    {"log_perplexity", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"}
+)
+"""Metrics of how likely texts are, which do not say whether an answer is right."""
+
+
+class GateRule(StrictModel):
+    """The thresholds of the verdict."""
+
+    min_gain: float = Field(default=0.0, ge=0)
+    """Least improvement of a target task, in the unit of its metric. The verdict is hold unless the
+    whole 95 % interval of the difference (positive: tuned is better) lies above it."""
+    max_regression: float = 0.05
+    """Loss of quality on the other tasks (guards) that has to be excluded, in the unit of their
+    metric. With a confidence of 95 %, the guards' mean must have lost less, and if there are
+    several, each must have lost less than twice as much. A smaller loss needs more samples: if 20 %
+    of the answers change, one guard needs 686 samples for 0.05 and 4283 for 0.02; `tuneline plan`
+    says how many a recipe needs. The default is a loss that most benchmarks have enough samples to
+    exclude."""
+
+    @field_validator("max_regression")
+    @classmethod
+    def _can_be_excluded(cls, value: float) -> float:
+        if not value > 0:
+            raise ValueError(
+                "no number of samples proves that a score did not get worse by any amount: name "
+                "the loss that has to be excluded, such as 0.02 (needs thousands of samples) or "
+                "0.05 (needs hundreds)"
+            )
+        return value
+
+
+def decide(comparisons: Sequence[TaskComparison], rule: GateRule) -> tuple[Verdict, str]:
+    """Return the verdict and its reason."""
+    targets = [item for item in comparisons if item.role == "target"]
+    guards = [item for item in comparisons if item.role == "guard"]
+    controls = [item for item in comparisons if item.role == "control"]
+    problem = (
+        _first(_too_few(item) for item in [*targets, *guards])
+        or _first(_no_gain(item, rule.min_gain) for item in targets)
+        or _first(_reads_less(item) for item in controls)
+        or _first(_loss(item, rule.max_regression, alone=len(guards) == 1) for item in guards)
+        or _mean_loss(guards, rule.max_regression)
+    )
+    if not targets:
+        problem = "no task is a target, so nothing shows an improvement"
+    if problem:
+        alone = targets and not guards and _are_likelihoods(targets)
+        return "hold", f"{problem}; only perplexity was measured" if alone else problem
+    parts = [described(item) for item in targets]
+    if guards:
+        mean, lower = mean_of_guards(guards)
+        what = guards[0].task if len(guards) == 1 else f"the mean of {len(guards)} guards"
+        parts.append(f"{what} {mean:+.3f}, above {lower:+.3f} with 95 % confidence")
+    if _are_likelihoods(targets):
+        parts.append(
+            "the gain rests on perplexity alone: the answers became likelier, which does not show "
+            "that the model's own answers are right"
+        )
+    return "promote", "; ".join(parts)
+
+
+def decide_again(decision: Decision) -> tuple[Verdict, str]:
+    """Return what the rule says about the comparisons of a decision, with its settings."""
+    known = {
+        key: decision.settings[key] for key in GateRule.model_fields.keys() & decision.settings
+    }
+    return decide(decision.comparisons, GateRule.parse(known, where="the settings of the decision"))
+
+
+def wrong_verdict(decision: Decision) -> str:
+    """Return a sentence if the verdict does not follow from the comparisons, or ""."""
+    verdict, reason = decide_again(decision)
+    if verdict == decision.verdict:
+        return ""
+    return (
+        f"{Decision.filename} says {decision.verdict}, but by its own comparisons the verdict is "
+        f"{verdict} ({reason}), so it was changed after the gate wrote it"
+    )
+
+
+def described(item: TaskComparison) -> str:
+    """Return the result of one task in words."""
+    return (
+        f"{item.task} {item.difference:+.3f} {item.metric}, 95 % interval "
+        f"[{item.interval[0]:+.3f}, {item.interval[1]:+.3f}]"
+    )
+
+
+def mean_of_guards(guards: Sequence[TaskComparison]) -> tuple[float, float]:
+    """Return the mean difference of the guards, and its lower bound with 95 % confidence.
+
+    The distances from the differences to their own bounds are combined as standard errors are (Zou
+    and Donner's method of variance estimates recovery). Tasks over the held-out rows ask the same
+    questions, so their errors are added instead of their squares.
+    """
+    mean = sum(item.difference for item in guards) / len(guards)
+    distances = [
+        (item.difference - item.lower, item.task.startswith(HELDOUT_PREFIX)) for item in guards
+    ]
+    same_questions = sum(distance for distance, heldout in distances if heldout)
+    squares = sum(distance**2 for distance, heldout in distances if not heldout)
+    return mean, mean - math.sqrt(same_questions**2 + squares) / len(guards)
+
+
+def _are_likelihoods(targets: Sequence[TaskComparison]) -> bool:
+    return all(item.metric in LIKELIHOODS for item in targets)
+
+
+def _first(problems: Iterable[str]) -> str:
+    return next(filter(None, problems), "")
+
+
+def _too_few(item: TaskComparison) -> str:
+    if item.num_clusters < MIN_CLUSTERS:
+        what = (
+            f"{item.num_samples} samples"
+            if item.num_clusters == item.num_samples
+            else f"{item.num_samples} samples of {item.num_clusters} different questions"
+        )
+        return (
+            f"{item.task} has {what}, but a decision needs {MIN_CLUSTERS} different questions: "
+            f"{_more_rows(item)}"
+        )
+    if item.num_changed is None and item.effective_samples < MIN_EFFECTIVE_SAMPLES:
+        return (
+            f"{item.task} has {item.num_samples} samples, which weigh as much as "
+            f"{item.effective_samples:.0f} equal ones (long answers weigh more), but a decision on "
+            f"{item.metric} needs {MIN_EFFECTIVE_SAMPLES}: {_more_rows(item)}, or a target that is "
+            "right or wrong (heldout_choice, heldout_exact), which needs 20"
+        )
+    return ""
+
+
+def _no_gain(item: TaskComparison, min_gain: float) -> str:
+    if item.interval[0] > min_gain:
+        if item.num_changed is not None and item.num_changed < MIN_CHANGED:
+            return (
+                f"{described(item)}: only {item.num_changed} answers changed, but fewer than "
+                f"{MIN_CHANGED} can all be gains by chance: {_more_rows(item)}"
+            )
+        return ""
+    if item.interval[1] < 0:
+        return f"{described(item)}: the score got worse"
+    if min_gain and item.interval[0] > 0:
+        return f"{described(item)}: the interval includes gains below gate.min_gain ({min_gain:g})"
+    return f"{described(item)}: the interval includes 0"
+
+
+def _reads_less(item: TaskComparison) -> str:
+    if item.interval[1] >= 0:
+        return ""
+    return (
+        f"the tuned model depends less on its prompts than the base model: an answer is "
+        f"{item.tuned:.3f} nats per token likelier after its own prompt than after that of another "
+        f"row, and {item.base:.3f} with the base model (95 % interval of the change "
+        f"[{item.interval[0]:+.3f}, {item.interval[1]:+.3f}]). Check that each answer of the "
+        "dataset belongs to its prompt"
+    )
+
+
+def _loss(item: TaskComparison, max_regression: float, *, alone: bool) -> str:
+    margin = max_regression if alone else 2 * max_regression
+    low = item.lower if alone else item.interval[0]
+    if low > -margin:
+        return ""
+    if item.interval[1] < 0:
+        return f"{described(item)}: a task that is no target got worse"
+    limit = "gate.max_regression" if alone else "2 x gate.max_regression"
+    return (
+        f"{described(item)}: a loss of {margin:g} ({limit}) is not excluded{_needed(item, margin)}"
+    )
+
+
+def _mean_loss(guards: Sequence[TaskComparison], max_regression: float) -> str:
+    if len(guards) < 2:
+        return ""
+    mean, lower = mean_of_guards(guards)
+    if lower > -max_regression:
+        return ""
+    return (
+        f"the mean of {len(guards)} guards ({', '.join(item.task for item in guards)}) is "
+        f"{mean:+.3f}, above {lower:+.3f} with 95 % confidence: a mean loss of {max_regression:g} "
+        "(gate.max_regression) is not excluded"
+    )
+
+
+def _needed(item: TaskComparison, margin: float) -> str:
+    """Return how many samples would exclude the margin, if it is the samples that are too few."""
+    if item.difference <= -margin / 2:
+        return ""
+    error = (item.difference - item.lower) / Z_LEVEL
+    rows = item.num_samples * (Z_LEVEL_AND_POWER * error / margin) ** 2
+    return (
+        f"; a model that lost nothing needs about {rows:,.0f} samples to show it, and "
+        f"{item.num_samples} were measured: {_more_rows(item)}, or set a higher gate.max_regression"
+    )
+
+
+def _more_rows(item: TaskComparison) -> str:
+    if item.task.startswith(HELDOUT_PREFIX):
+        return "raise prepare.heldout.max_rows"
+    return "raise evaluate.limit or name a larger task"

@@ -1,0 +1,91 @@
+"""Say before the run what the gate can find with the samples that the recipe gives it."""
+
+from collections.abc import Iterator
+
+from tuneline.gate.power import (
+    PASSING,
+    POWER,
+    SHARE_OF_CHANGED_ANSWERS,
+    least_effect,
+    least_gain,
+    samples_for_margin,
+)
+from tuneline.pipelines.plan.check import Check
+from tuneline.recipe import Recipe
+from tuneline.verdict import HELDOUT_PREFIX, MIN_CLUSTERS, MIN_EFFECTIVE_SAMPLES
+
+PERPLEXITY = "heldout_perplexity"
+ASSUMED = f"if {SHARE_OF_CHANGED_ANSWERS:.0%} of the answers change".replace("%", " %")
+
+
+def check_power(recipe: Recipe) -> Iterator[Check]:
+    """Check whether the targets have enough samples for a gain, and the guards for the margin.
+
+    Sizes of tasks of lm-eval are not known before they are loaded, unless evaluate.limit bounds
+    them.
+    """
+    tasks = recipe.evaluate.tasks
+    targets = recipe.gate.target_tasks or tasks
+    for task in targets:
+        yield from _target(task, num_samples(recipe, task))
+    if targets and all(task == PERPLEXITY for task in targets):
+        words = "the verdict will rest on perplexity alone, not on answers that the model gives"
+        yield Check("gate", "ok", words)
+    guards = [task for task in tasks if task not in targets]
+    if guards:
+        yield _guards(recipe, guards)
+
+
+def num_samples(recipe: Recipe, task: str) -> int | None:
+    """Return the largest number of samples that a task can have; None if it is not known."""
+    bounds = [recipe.evaluate.limit]
+    if task.startswith(HELDOUT_PREFIX):
+        bounds.append(recipe.prepare.heldout.max_rows)
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _target(task: str, size: int | None) -> Iterator[Check]:
+    if size is None:
+        return
+    least = MIN_EFFECTIVE_SAMPLES if task == PERPLEXITY else MIN_CLUSTERS
+    if size < least:
+        words = f"{task} has at most {size} samples; the gate holds every model with fewer than "
+        yield Check("gate", "warn", f"{words}{least}", _advice(task))
+        return
+    if task == PERPLEXITY:
+        found = f"{least_effect(size):.2f} standard deviations of the answers' differences"
+        assumed = "if all answers are of one length; with unequal ones the gain has to be larger"
+    else:
+        found, assumed = f"{100 * least_gain(size):.1f} points", ASSUMED
+    words = f"with {size} questions of {task}, a gain of {found} is found "
+    yield Check("gate", "ok", f"{words}{100 * POWER:.0f} % of the time, {assumed}")
+
+
+def _guards(recipe: Recipe, guards: list[str]) -> Check:
+    margin = recipe.gate.max_regression
+    needed = samples_for_margin(margin, len(guards))
+    what = (
+        f"{len(guards)} guards need {needed} samples each"
+        if len(guards) > 1
+        else (f"{guards[0]} needs {needed} samples")
+    )
+    words = (
+        f"{what} so that a model that lost nothing passes {100 * PASSING:.0f} % of the time "
+        f"(gate.max_regression {margin:g}, {ASSUMED})"
+    )
+    small = {
+        task: size
+        for task in guards
+        if (size := num_samples(recipe, task)) is not None and size < needed
+    }
+    if not small:
+        return Check("gate", "ok", words)
+    has = ", ".join(f"{task} has at most {size}" for task, size in small.items())
+    advice = f"set a higher gate.max_regression, or {_advice(next(iter(small)))}"
+    return Check("gate", "warn", f"{words}; {has}", advice)
+
+
+def _advice(task: str) -> str:
+    if task.startswith(HELDOUT_PREFIX):
+        return "raise prepare.heldout.max_rows (and evaluate.limit, if it is set)"
+    return "raise evaluate.limit"

@@ -1,0 +1,62 @@
+"""Which samples of a task depend on each other, and with which prompts answers are exchanged."""
+
+import pytest
+
+from tuneline.evaluate.clusters import clusters_of, normalised
+from tuneline.evaluate.prompt_control import exchange
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("How many Mi is 2Gi?", "how many  mi is 2Gi"),
+        ("Add 1,000 and 2.", "add 1000 and 2"),
+        ("What is \uff21?", "what is A"),
+    ],
+)
+def test_questions_that_are_the_same(one: str, other: str) -> None:
+    assert normalised(one) == normalised(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("1.5 cores", "15 cores"), ("3 + 4", "3 - 4"), ("Is a < b?", "Is a > b?"), ("?", "!")],
+)
+def test_questions_that_are_not(one: str, other: str) -> None:
+    assert normalised(one) != normalised(other)
+
+
+def test_samples_with_a_passage_or_a_question_in_common_are_one_cluster() -> None:
+    documents = [
+        {"passage": "Seoul is large.", "question": "Is it?"},
+        {"passage": "Busan is near the sea.", "question": "Is it?"},
+        {"passage": "seoul is large", "question": "Where?"},
+        {"question": "Why?"},
+        {"premise": "no key that is known"},
+    ]
+    first, second, third, *others = clusters_of(documents)
+    assert first == third is not None
+    assert [second, *others] == [None, None, None]
+
+
+def test_a_document_may_name_its_cluster() -> None:
+    documents = [
+        {"question": "How many?", "cluster": "7"},
+        {"question": "What number?", "cluster": "7"},
+        {"question": "How many?", "cluster": ""},
+    ]
+    assert clusters_of(documents) == ["key 7", "key 7", None]
+
+
+def test_answers_get_the_prompt_of_a_row_with_another_answer() -> None:
+    documents = [
+        {"prompt": f"prompt {number}", "target": target}
+        for number, target in enumerate(["yes", "no", "yes", "no"])
+    ]
+    assert [prompt for _, prompt in exchange(documents)] == [
+        "prompt 3",
+        "prompt 0",
+        "prompt 1",
+        "prompt 2",
+    ]
+    assert exchange([{"prompt": "", "target": "a"}, {"prompt": "", "target": "b"}]) == []
