@@ -233,15 +233,14 @@ def _end_of_turn(tail: str, following: str, eos_token: str | None) -> tuple[str,
 def _prompt_endings(template: CompiledTemplate, default: str) -> tuple[tuple[str, str], ...]:
     endings: list[tuple[str, str]] = []
     for variables in _VARIANTS:
-        other = _attempt(
-            lambda variables=variables: template.render(
-                [_user(_QUESTION)], prompt=True, **variables
-            )
-        )
+        try:
+            other = template.render([_user(_QUESTION)], prompt=True, **variables)
+        except BadRowError:
+            continue
         shared = len(commonprefix([default, other]))
         ending = (default[shared:], other[shared:])
         # Only the end may differ: a template may also change the system message.
-        if other and other != default and _QUESTION in default[:shared] and ending not in endings:
+        if other != default and _QUESTION in default[:shared] and ending not in endings:
             endings.append(ending)
     return tuple(endings)
 
