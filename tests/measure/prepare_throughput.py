@@ -3,9 +3,10 @@
     python tests/measure/prepare_throughput.py ROWS.jsonl MODEL_DIR --rows 100000 1000000
 
 ROWS.jsonl has the columns `question` and `answer` (as GSM8K has) and is repeated up to each number
-of rows. With --tools, every row defines three tools, calls one, and answers after its result. Each engine runs in a process of its own. Memory is the proportional set size of the
-process and its children, read five times per second, so shared pages count once. CPU time is the
-sum over these processes, which is more reliable than wall-clock time on a machine with other work.
+of rows. With --tools, every row defines three tools, calls one, and answers after its result. Each
+engine runs in a process of its own. Memory is the proportional set size of the process and its
+children, read five times per second, so shared pages count once. CPU time is the sum over these
+processes, which is more reliable than wall-clock time on a machine with other work.
 
     map 1     datasets.map with its defaults: one process, one row at a time
     map 2     datasets.map with num_proc=2

@@ -26,6 +26,7 @@ def model(tiny_model_dir: Path, marked: Any, tmp_path: Path) -> Callable[..., Pa
         path = tmp_path / "model"
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(tiny_model_dir, path)
+        (path / "chat_template.jinja").unlink(missing_ok=True)
         marked.chat_template = template
         marked.save_pretrained(path)
         return path
