@@ -3,9 +3,10 @@
     python tests/measure/prepare_throughput.py ROWS.jsonl MODEL_DIR --rows 100000 1000000
 
 ROWS.jsonl has the columns `question` and `answer` (as GSM8K has) and is repeated up to each number
-of rows. Each engine runs in a process of its own. Memory is the proportional set size of the
-process and its children, read five times per second, so shared pages count once. CPU time is the
-sum over these processes, which is more reliable than wall-clock time on a machine with other work.
+of rows. With --tools, every row defines three tools, calls one, and answers after its result. Each
+engine runs in a process of its own. Memory is the proportional set size of the process and its
+children, read five times per second, so shared pages count once. CPU time is the sum over these
+processes, which is more reliable than wall-clock time on a machine with other work.
 
     map 1     datasets.map with its defaults: one process, one row at a time
     map 2     datasets.map with num_proc=2
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("--rows", nargs="+", type=int, default=[20000, 100000])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--tools", action="store_true", help="rows that call a tool")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -45,7 +47,7 @@ def main() -> None:
         for engine in args.engines:
             with tempfile.TemporaryDirectory() as root:
                 source = Path(root, "rows.jsonl")
-                repeat(args.rows_file, source, num_rows)
+                repeat(args.rows_file, source, num_rows, as_tools=args.tools)
                 before = cpu_seconds()
                 seconds, peak = watch(engine, source, args.model_dir)
                 spent = cpu_seconds() - before
@@ -57,13 +59,49 @@ def main() -> None:
             )
 
 
-def repeat(rows_file: Path, target: Path, num_rows: int) -> None:
-    """Write `num_rows` rows with a number in each, so that no two are equal."""
+def repeat(rows_file: Path, target: Path, num_rows: int, *, as_tools: bool) -> None:
+    """Write `num_rows` rows with a number in each, so that no two are equal.
+
+    Args:
+        rows_file: file with questions and answers.
+        target: file to write.
+        num_rows: number of rows to write.
+        as_tools: whether the rows are conversations that call a tool.
+    """
     rows = [json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()]
     with open(target, "w", encoding="utf-8") as file:
         for number, row in enumerate(itertools.islice(itertools.cycle(rows), num_rows)):
             row = {"question": f"{number}. {row['question']}", "answer": row["answer"]}
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(with_tools(row) if as_tools else row) + "\n")
+
+
+def with_tools(row: dict[str, str]) -> dict[str, Any]:
+    """Return a question and an answer as a conversation that calls a tool."""
+    properties = {
+        "expression": {"type": "string", "description": "An expression."},
+        "digits": {"type": "integer", "description": "Number of digits to round to."},
+    }
+    parameters = {"type": "object", "properties": properties, "required": ["expression"]}
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": name, "description": "Return text.", "parameters": parameters},
+        }
+        for name in ("calculate", "convert", "look_up")
+    ]
+    arguments = {"expression": row["answer"][:40], "digits": 2}
+    call = {
+        "id": "call00001",
+        "type": "function",
+        "function": {"name": "calculate", "arguments": arguments},
+    }
+    messages = [
+        {"role": "user", "content": row["question"]},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call00001", "content": row["answer"][-20:]},
+        {"role": "assistant", "content": row["answer"]},
+    ]
+    return {"messages": messages, "tools": tools}
 
 
 def watch(engine: str, source: Path, model_dir: Path) -> tuple[float, int]:
@@ -123,6 +161,8 @@ def prepare(source: Path, model_dir: Path) -> None:
     from tuneline.prepare.run import run
 
     columns = {"prompt": "question", "completion": "answer"}
+    if "tools" in json.loads(next(open(source, encoding="utf-8"))):
+        columns = {}
     run(
         PrepareConfig.parse({"columns": columns, "heldout": {"max_rows": 0}}),
         source=str(source),
@@ -144,7 +184,10 @@ def plain_map(source: Path, model_dir: Path, *, num_proc: int) -> None:
         "json", data_files=str(source), split="train", cache_dir=cache
     )
 
-    def tokens(row: dict[str, str]) -> dict[str, list[int]]:
+    def tokens(row: dict[str, Any]) -> dict[str, list[int]]:
+        if "tools" in row:
+            encoded = tokenizer.apply_chat_template(row["messages"], tools=row["tools"])
+            return {"input_ids": encoded["input_ids"]}
         messages = [
             {"role": "user", "content": row["question"]},
             {"role": "assistant", "content": row["answer"]},

@@ -4,6 +4,7 @@ A sentinel is a word that no template contains. What stands around a sentinel in
 is what the template adds. All rows rely on these facts, so no fact depends on the data.
 """
 
+import datetime
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -82,6 +83,25 @@ class TemplateFacts:
     shows_system: bool
     """Whether a system message reaches the text."""
     tools: ToolFacts
+
+
+def compile_template(
+    tokenizer: Any, text: str, date: datetime.date | None
+) -> tuple[CompiledTemplate, TemplateFacts]:
+    """Compile and probe a template that reads a content as text or as a list of parts.
+
+    Raises:
+        DataError: the template is not valid, or cannot render a question with an answer.
+    """
+    try:
+        template = CompiledTemplate(tokenizer, text, date, content_in_parts=False)
+        return template, probe(template, tokenizer.eos_token)
+    except DataError as error:
+        try:
+            template = CompiledTemplate(tokenizer, text, date, content_in_parts=True)
+            return template, probe(template, tokenizer.eos_token)
+        except DataError:
+            raise error from None
 
 
 def probe(template: CompiledTemplate, eos_token: str | None) -> TemplateFacts:
@@ -213,15 +233,14 @@ def _end_of_turn(tail: str, following: str, eos_token: str | None) -> tuple[str,
 def _prompt_endings(template: CompiledTemplate, default: str) -> tuple[tuple[str, str], ...]:
     endings: list[tuple[str, str]] = []
     for variables in _VARIANTS:
-        other = _attempt(
-            lambda variables=variables: template.render(
-                [_user(_QUESTION)], prompt=True, **variables
-            )
-        )
+        try:
+            other = template.render([_user(_QUESTION)], prompt=True, **variables)
+        except BadRowError:
+            continue
         shared = len(commonprefix([default, other]))
         ending = (default[shared:], other[shared:])
         # Only the end may differ: a template may also change the system message.
-        if other and other != default and _QUESTION in default[:shared] and ending not in endings:
+        if other != default and _QUESTION in default[:shared] and ending not in endings:
             endings.append(ending)
     return tuple(endings)
 

@@ -6,19 +6,17 @@ most templates.
 
 import datetime
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
 
-from tuneline.errors import DataError
 from tuneline.prepare.formats.example import BadRowError, Example, Message
 from tuneline.prepare.tokens.answers import Written, check_parts, shape, write_answer
-from tuneline.prepare.tokens.compiled import CompiledTemplate
+from tuneline.prepare.tokens.context import check_context
 from tuneline.prepare.tokens.plain import read_plain
-from tuneline.prepare.tokens.probe import TemplateFacts, probe
+from tuneline.prepare.tokens.probe import compile_template
 from tuneline.prepare.tokens.templates import read_templates
 from tuneline.prepare.tokens.thinking import Thinking, require_reasoning, strip_reasoning
-from tuneline.prepare.tokens.tools import check_tools, is_written, shape_calls, shape_tools
+from tuneline.prepare.tokens.tools import check_tools, shape_calls, shape_tools
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ class Renderer:
         self._learn_empty_thinking = learn_empty_thinking
         self._loss_on = loss_on
         self._templates = {
-            name: _compile(tokenizer, text, date)
+            name: compile_template(tokenizer, text, date)
             for name, text in read_templates(tokenizer).items()
         }
 
@@ -208,7 +206,7 @@ class Renderer:
             ]
             for index, answer in zip(learnt, written, strict=True):
                 check_parts(shaped[index], answer)
-        _check_context(shaped[: learnt[-1]], definitions, written[-1].text, facts)
+        check_context(shaped[: learnt[-1]], definitions, written[-1].text, facts)
         return written
 
     def _start(self, written: Written) -> int:
@@ -279,48 +277,6 @@ class Renderer:
         return Rendered(
             judged=(text[:start], text[start : written.end], is_desirable), heldout=heldout
         )
-
-
-def _compile(
-    tokenizer: Any, text: str, date: datetime.date | None
-) -> tuple[CompiledTemplate, TemplateFacts]:
-    """Compile and probe a template that reads a content as text or as a list of parts."""
-    try:
-        template = CompiledTemplate(tokenizer, text, date, content_in_parts=False)
-        return template, probe(template, tokenizer.eos_token)
-    except DataError as error:
-        try:
-            template = CompiledTemplate(tokenizer, text, date, content_in_parts=True)
-            return template, probe(template, tokenizer.eos_token)
-        except DataError:
-            raise error from None
-
-
-# Some templates read these switches in a system message and remove them from the text.
-_SWITCHES = re.compile(r"/(?:no_?)?think")
-
-
-def _check_context(
-    messages: list[Message],
-    tools: list[dict[str, Any]] | None,
-    text: str,
-    facts: TemplateFacts,
-) -> None:
-    """Refuse a row if the template changes or leaves out a message before the answer."""
-    for tool in tools or []:
-        if tool["function"]["name"] not in text:
-            raise BadRowError("the chat template leaves out the definition of a tool")
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if role == "system" and content.strip() and not facts.shows_system:
-            raise BadRowError("the chat template leaves out the system message")
-        if content.strip() in text or (role == "assistant" and "</think>" in content):
-            continue
-        if role == "tool" and is_written(content, text):
-            continue
-        if role == "system" and _SWITCHES.sub("", content).strip() in text:
-            continue
-        raise BadRowError(f"the chat template changes or leaves out the text of a {role} message")
 
 
 def _last_question(messages: list[Message]) -> str:
