@@ -167,6 +167,16 @@ def test_weights_of_questions() -> None:
         assert read({"messages": [USER | {"weight": value}, ANSWER]})[1] == unused
 
 
+def test_slim_orca_weights() -> None:
+    turns = [
+        {"from": "system", "value": "Be brief.", "weight": None},
+        {"from": "human", "value": "2 + 2?", "weight": 0.0},
+        {"from": "gpt", "value": "4", "weight": 1.0},
+    ]
+    example, unused = read({"conversations": turns})
+    assert (example.not_learnt, unused) == (frozenset(), set())
+
+
 def test_weights_that_cannot_be_honoured_are_refused() -> None:
     reason = r"has the weight 0.5: .*name messages\[\].weight in prepare.ignore_columns"
     row = {"messages": [USER, ANSWER | {"weight": 0.5}]}

@@ -248,16 +248,6 @@ def test_koalpaca() -> None:
     assert unused == {"url"}
 
 
-def test_slim_orca_weights() -> None:
-    turns = [
-        {"from": "system", "value": "Be brief.", "weight": None},
-        {"from": "human", "value": "2 + 2?", "weight": 0.0},
-        {"from": "gpt", "value": "4", "weight": 1.0},
-    ]
-    example, unused = read({"conversations": turns}, "sharegpt")
-    assert (example.not_learnt, unused) == (frozenset(), set())
-
-
 def test_ms_swift_calls_are_one_turn() -> None:
     call = json.dumps(CALL["function"])
     row = {

@@ -228,3 +228,5 @@ def test_definitions_in_the_system_message_are_not_written_twice() -> None:
         example = read([{"role": "system", "content": text}, USER, ANSWER], reading, tools=[ADD])
         assert example.tools is None
         assert reading.unused == {"tools (the system message contains the definitions)"}
+    mentioned = [{"role": "system", "content": 'For sums, call "add".'}, USER, ANSWER]
+    assert read(mentioned, tools=[ADD]).tools == [ADD]

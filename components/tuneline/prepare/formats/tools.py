@@ -27,6 +27,7 @@ COLUMNS = ("tools", "functions")
 _MAX_CACHED = 1 << 16
 """Longest text of definitions, in characters, whose definitions are kept for the next rows."""
 _RESPONSE = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
+_NAME = re.compile(r'"name"\s*:\s*"([^"]+)"')
 _THOUGHT = re.compile(r"\s*(<think>.*?</think>)\s*", re.DOTALL)
 
 # Keys of a JSON Schema that may be null on purpose. Any other null of a definition only fills the
@@ -61,8 +62,11 @@ def read_tools(row: Row, messages: list[Message], reading: Reading) -> list[Defi
 
 
 def _lists(text: str, tools: list[Definition]) -> bool:
-    """Return whether a system message contains the definitions of tools."""
-    return "<tools>" in text or all(f'"{tool["function"]["name"]}"' in text for tool in tools)
+    """Return whether a system message contains the definitions of tools, as JSON or in tags."""
+    if "<tools>" in text:
+        return True
+    named = set(_NAME.findall(text))
+    return all(tool["function"]["name"] in named for tool in tools)
 
 
 def _definitions(value: Any, name: str, reading: Reading) -> list[Definition]:
