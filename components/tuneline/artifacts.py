@@ -95,8 +95,14 @@ class RunHeader(StrictModel):
     name: str
     description: str = ""
     base_model: str
-    dataset: str
+    dataset: str | None = None
+    datasets: list[dict[str, Any]] = Field(default_factory=list)
     publish_to: str
+
+    @property
+    def data(self) -> str:
+        """The names of the datasets."""
+        return self.dataset or ", ".join(str(entry.get("source")) for entry in self.datasets)
 
     def check_exports(self, formats: Iterable[str]) -> None:
         """Check that a step got every export that the recipe asks for.
@@ -175,6 +181,25 @@ class Contamination(StrictModel):
         return self.num_found / self.num_questions if self.num_questions else 0.0
 
 
+class DatasetSource(StrictModel):
+    """One of the datasets that a prepared dataset was made from."""
+
+    source: str
+    """The source as the recipe names it, without secrets."""
+    weight: float = 1.0
+    format: str
+    num_rows: int
+    """Number of rows that were read."""
+    num_rejected_rows: int
+    num_train_rows: int
+    """Number of different rows that are trained on."""
+    num_repeated_rows: int = 0
+    """Number of further training rows that repeat these rows because of the weight."""
+    licence: str | None = None
+    remarks: list[str] = Field(default_factory=list)
+    """Sentences on how it was read: guessed encodings, files that were left out."""
+
+
 class DatasetManifest(Record):
     """Contents of a prepared dataset."""
 
@@ -240,6 +265,8 @@ class DatasetManifest(Record):
     template_date: str | None = None
     """Date that the template shows, YYYY-MM-DD; None: the template shows no date."""
     licence: str | None = None
+    sources: list[DatasetSource] = Field(default_factory=list)
+    """The datasets, with their weights and numbers of rows."""
     sha256: str
     """SHA-256 over the checked rows in order, the template and the split."""
 

@@ -13,7 +13,8 @@ from tuneline.gate.config import GateConfig
 from tuneline.gpu_profiles import GPU_PROFILES, fp8_profiles
 from tuneline.merge.config import MergeConfig
 from tuneline.placement import PlacementConfig
-from tuneline.prepare.config import PrepareConfig
+from tuneline.prepare.config import DatasetConfig, PrepareConfig
+from tuneline.prepare.datasets import describe, parse, to_text
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.target import check_target
 from tuneline.quantize.config import QuantizeConfig
@@ -32,9 +33,12 @@ class Recipe(StrictModel):
     """One-sentence description, shown in KFP, on the report and in the model card."""
     base_model: str
     """Model to fine-tune: a Hub ID, a directory, a .gguf file or builtin:smollm2-135m."""
-    dataset: str
-    """Training data: a Hub ID, a file, a directory, a glob of files or
-    builtin:kubernetes-quantities."""
+    dataset: str | None = None
+    """Training data: a Hub ID, a file, a directory, a glob of files, an address in a store (s3://,
+    gs://, abfs://, oci://, https://, hf://), claim:NAME/PATH for a path on a claim, or
+    builtin:kubernetes-quantities. Give either this key or `datasets`."""
+    datasets: list[DatasetConfig] = []
+    """Several datasets with weights, instead of `dataset`."""
     publish_to: str
     """Where to publish: a Hub repository such as my-org/my-model, or dir:PATH for a directory with
     the same files."""
@@ -53,6 +57,22 @@ class Recipe(StrictModel):
     def _is_a_target(cls, value: str) -> str:
         check_target(value)
         return value
+
+    @model_validator(mode="after")
+    def _names_its_data_once(self) -> Self:
+        if (self.dataset is None) == (not self.datasets):
+            given = "neither" if self.dataset is None else "both"
+            raise ValueError(
+                f"{given} of dataset and datasets is given: give one of them, e.g. dataset: "
+                "openai/gsm8k or datasets: [{source: a.jsonl}, {source: b.jsonl, weight: 2}]"
+            )
+        for key in ("subset", "revision") if self.datasets else ():
+            if getattr(self.prepare, key) is not None:
+                raise ValueError(
+                    f"prepare.{key} is given with several datasets: give {key} to the dataset that "
+                    "it belongs to, under datasets"
+                )
+        return self
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
@@ -103,6 +123,25 @@ class Recipe(StrictModel):
     def uses_benchmarks(self) -> bool:
         """Whether a benchmark has questions of its own, i.e. is not made of held-out rows."""
         return any(not task.startswith("heldout_") for task in self.evaluate.tasks)
+
+    @property
+    def data(self) -> str:
+        """The dataset or datasets as one text, which the pipeline has as a parameter."""
+        return self.dataset if self.dataset is not None else to_text(self.datasets)
+
+    @property
+    def data_names(self) -> str:
+        """The dataset or datasets in words."""
+        return describe(parse(self.data, self.prepare))
+
+    @property
+    def data_sources(self) -> list[str]:
+        """All sources of rows: of the datasets, of held-out rows and of general rows."""
+        prepare = self.prepare
+        named = [entry.source for entry in parse(self.data, prepare)]
+        named += [prepare.heldout.source] if prepare.heldout.source is not None else []
+        named += [prepare.general.source] if prepare.general is not None else []
+        return list(dict.fromkeys(named))
 
     @property
     def num_ranks(self) -> int:

@@ -51,6 +51,11 @@ STEPS: dict[str, Step] = {
         cpu=("1", "4"), memory=("1Gi", "4Gi"), timeout_hours=2,
         hub=True, scratch=False, num_retries=3,
     ),
+    # Part of a run only if `tuneline submit` sends files with it.
+    "receive-files": Step(
+        image="light", module="tuneline.prepare.uploads", stage="prepare",
+        cpu=("500m", "1"), memory=("512Mi", "1Gi"), timeout_hours=1, scratch=False, num_retries=3,
+    ),
     "look-up-data": Step(
         image="train", module="tuneline.prepare.fingerprint", stage="prepare",
         cpu=("1", "4"), memory=("1Gi", "4Gi"), timeout_hours=2,

@@ -216,12 +216,19 @@ def test_empty_data_set(prepare, tmp_path) -> None:
         prepare(tmp_path / "empty.jsonl")
 
 
-def test_file_that_is_not_utf8(prepare, tmp_path) -> None:
+def test_a_file_in_another_encoding_is_read_and_named(prepare, tmp_path) -> None:
     path = tmp_path / "korean.jsonl"
     row = json.dumps({"prompt": "\uc9c8\ubb38", "completion": "\ub2f5"}, ensure_ascii=False)
     path.write_bytes(f"{row}\n".encode("cp949") * 20)
-    with pytest.raises(DataError, match="line 1: not UTF-8 text; convert the file.*and 17 more"):
-        prepare(path)
+    prepared = prepare(path)
+    path.write_text(f"{row}\n" * 20, encoding="utf-8")
+    assert prepare(path).manifest.sha256 == prepared.manifest.sha256
+    (source,) = prepared.manifest.sources
+    assert source.remarks == [
+        "korean.jsonl: read as CP949, which its bytes look like; set prepare.encoding if that is "
+        "wrong"
+    ]
+    assert source.remarks[0] in prepared.page
 
 
 def test_truncated_last_line(prepare, tmp_path) -> None:

@@ -28,7 +28,7 @@ from huggingface_hub.utils import _http
 from tuneline.errors import TunelineError
 from tuneline.fetch.hub import commit_of, download
 from tuneline.prepare.sources import hub as rows
-from tuneline.prepare.sources.row import Selection
+from tuneline.prepare.sources.row import Remarks, Selection
 from tuneline.runtime import retries
 
 waits, inner = [], []
@@ -51,7 +51,7 @@ print(json.dumps({
     "refused": attempt(lambda: commit_of("org/refused", revision=None)),
     "down": attempt(lambda: commit_of("org/down", revision=None)),
     "rows": attempt(lambda: [
-        (row.line, row.values["n"]) for row in rows.read("org/rows", Selection(split="train"))
+        (row.line, row.values["n"]) for row in rows.read("org/rows", Selection(), Remarks())
     ]),
     "fingerprint": attempt(lambda: rows.fingerprint("org/rows", None)),
 }))

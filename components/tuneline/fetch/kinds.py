@@ -11,9 +11,12 @@ from tuneline.fetch import builtin, directory, gguf, hub
 from tuneline.fetch.config import FetchConfig
 from tuneline.runtime.source_names import (
     builtin_name,
+    claim_problem,
+    is_claim,
     is_hub_id,
     list_builtins,
     looks_like_a_path,
+    path_on_claim,
 )
 
 KindName = Literal["builtin", "directory", "gguf", "hub"]
@@ -50,7 +53,11 @@ def kind_of(source: str) -> KindName:
     """
     if builtin_name(source) is not None:
         return "builtin"
-    path = Path(source).expanduser()
+    if is_claim(source):
+        problem = claim_problem(source)
+        if problem is not None:
+            raise ModelError(problem)
+    path = _path(source)
     if path.is_dir():
         return "directory"
     if path.is_file():
@@ -68,18 +75,22 @@ def kind_of(source: str) -> KindName:
     return "hub"
 
 
+def _path(source: str) -> Path:
+    return Path(path_on_claim(source) if is_claim(source) else source).expanduser()
+
+
 def _take_builtin(source: str, target: Path, config: FetchConfig) -> Provenance:
     return Provenance(builtin.unpack(builtin_name(source) or "", target))
 
 
 def _take_directory(source: str, target: Path, config: FetchConfig) -> Provenance:
-    path = Path(source).expanduser()
+    path = _path(source)
     directory.take(path, target, source=source, trusted=config.trust_remote_code is not None)
     return Provenance(directory.licence_of(path))
 
 
 def _take_gguf(source: str, target: Path, config: FetchConfig) -> Provenance:
-    return Provenance(gguf.convert(Path(source).expanduser(), target))
+    return Provenance(gguf.convert(_path(source), target))
 
 
 def _take_from_hub(source: str, target: Path, config: FetchConfig) -> Provenance:
@@ -98,7 +109,7 @@ def _builtin_name(source: str, config: FetchConfig) -> str:
 
 
 def _hash_files(source: str, config: FetchConfig) -> str:
-    path = Path(source).expanduser()
+    path = _path(source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:

@@ -5,13 +5,29 @@ from kfp import dsl
 from tuneline import images
 
 
+@dsl.component(base_image=images.LIGHT, install_kfp_package=False)
+def receive_files(archive: str, files: dsl.Output[dsl.Dataset]) -> None:
+    """Write the small files that `tuneline submit` sent with the run.
+
+    Args:
+        archive: The files, as `tuneline.prepare.uploads` packs them.
+        files: Directory with the files.
+    """
+    from tuneline.prepare.uploads import unpack
+    from tuneline.runtime.step import step
+
+    with step("receive-files"):
+        unpack(archive, files.path)
+
+
 @dsl.component(base_image=images.TRAIN, install_kfp_package=False)
-def look_up_data(source: str, config: str) -> str:
+def look_up_data(source: str, config: str, uploads: dsl.Input[dsl.Dataset] = None) -> str:
     """Fingerprint the dataset, so that KFP's cache notices when its content changes.
 
     Args:
-        source: The recipe's `dataset`: a Hub ID, a file, a directory, a glob or builtin:NAME.
+        source: The recipe's `dataset`, or its `datasets` as JSON.
         config: The `prepare` section of the recipe as JSON.
+        uploads: The files that were sent with the run, if there are any.
 
     Returns:
         A text that changes when the rows do.
@@ -22,7 +38,11 @@ def look_up_data(source: str, config: str) -> str:
     from tuneline.runtime.step import step
 
     with step("look-up-data"):
-        content = fingerprint(PrepareConfig.parse(config), source=decode_text(source))
+        content = fingerprint(
+            PrepareConfig.parse(config),
+            source=decode_text(source),
+            uploads_dir=uploads.path if uploads else None,
+        )
     return content
 
 
@@ -36,11 +56,12 @@ def prepare(
     record: dsl.Output[dsl.Artifact],
     statistics: dsl.Output[dsl.HTML],
     benchmarks: dsl.Input[dsl.Artifact] = None,
+    uploads: dsl.Input[dsl.Dataset] = None,
 ) -> None:
     """Check and tokenise the rows of a dataset, and divide them into its parts.
 
     Args:
-        source: The recipe's `dataset`: a Hub ID, a file, a directory, a glob or builtin:NAME.
+        source: The recipe's `dataset`, or its `datasets` as JSON.
         config: The `prepare` section of the recipe as JSON.
         fingerprint: Output of look_up_data, part of the cache key.
         base_model: The fetched model, for its tokenizer and chat template.
@@ -48,6 +69,7 @@ def prepare(
         record: Copy of the record of dataset.
         statistics: Page with counts, row lengths, samples and rejected rows.
         benchmarks: Questions of benchmarks, which must not be in the training rows.
+        uploads: The files that were sent with the run, if there are any.
     """
     from tuneline.prepare import PrepareConfig
     from tuneline.prepare.run import run
@@ -62,6 +84,7 @@ def prepare(
             dataset_dir=dataset.path,
             statistics_path=statistics.path,
             benchmarks_path=benchmarks.path if benchmarks else None,
+            uploads_dir=uploads.path if uploads else None,
         )
         manifest.copy_to(record.path, directory=dataset.path)
         set_metadata(

@@ -1,5 +1,6 @@
 """The `prepare` section of a recipe."""
 
+import codecs
 import datetime
 from typing import Literal, Self
 
@@ -20,7 +21,7 @@ class HeldoutConfig(StrictModel):
     source: str | None = None
     """Another source of rows in the same format. Default: rows split off the dataset itself."""
     split: str | None = None
-    """Split of `source` if it is a Hub dataset. Default: the value of prepare.split."""
+    """Split of `source`. Default: the only split, or the value of prepare.split."""
     max_rows: int = Field(default=200, ge=0)
     """Maximum number of held-out rows; 0 holds out none.
 
@@ -32,19 +33,41 @@ class GeneralConfig(StrictModel):
     """A general dataset, part of which is mixed into the training rows."""
 
     source: str
-    """A Hub ID, a file, a directory, a glob of files or builtin:NAME, with rows for the same
-    method."""
+    """A source as in `dataset`, with rows for the same method."""
     share: float = Field(default=0.2, gt=0, le=0.9)
     """Fraction of the training rows that are general rows."""
     format: FormatName = Field(default=AUTO, description=FORMAT_DESCRIPTION)
     columns: dict[str, str] = Field(default_factory=dict)
     """Column that tuneline reads -> column of the source, as in prepare.columns."""
-    split: str = "train"
-    """Split to read if the source is a Hub dataset."""
+    split: str | None = None
+    """Split to read, as in prepare.split. Default: train."""
     subset: str | None = None
-    """Subset to read if the source is a Hub dataset. Default: the dataset's default subset."""
+    """Subset to read, as in prepare.subset. Default: the dataset's default subset."""
     revision: str | None = None
     """Branch, tag or commit if the source is a Hub dataset. Default: the default branch."""
+
+
+class DatasetConfig(StrictModel):
+    """One of several datasets to train on."""
+
+    source: str
+    """A source as in `dataset`."""
+    weight: float = Field(default=1.0, gt=0, le=100)
+    """How often its training rows are used per epoch: 2 uses each row twice, and 0.5 a half that
+    the seed draws. With prepare.mixing temperature, the number of its rows counts this many times.
+    Evaluation and held-out rows are not repeated."""
+    format: FormatName | None = None
+    """Row format. Default: prepare.format."""
+    columns: dict[str, str] | None = None
+    """Column that tuneline reads -> column of the source. Default: prepare.columns."""
+    split: str | None = None
+    """Split to read. Default: prepare.split."""
+    subset: str | None = None
+    """Subset to read. Default: the dataset's default subset."""
+    revision: str | None = None
+    """Branch, tag or commit if the source is a Hub dataset. Default: the default branch."""
+    licence: str | None = None
+    """Licence of its rows, for the record. Default: none is stated."""
 
 
 class PrepareConfig(StrictModel):
@@ -62,13 +85,24 @@ class PrepareConfig(StrictModel):
     """Columns of the source to read nothing from, and keys of messages, e.g. [images,
     "messages[].weight"]. Columns that change what should be learnt, such as images, make a row
     unusable unless they are named here. Applies to all sources of the recipe."""
-    split: str = "train"
-    """Split to read if the source is a Hub dataset."""
+    split: str | None = None
+    """Split to read. Datasets on the Hub have splits, and so have directories, by their dataset
+    card or by names such as train.jsonl, test-00000.parquet and validation/. A source without the
+    split is refused. Default: train."""
     subset: str | None = None
-    """Subset to read if the source is a Hub dataset, e.g. main for openai/gsm8k. Default: the
-    dataset's default subset."""
+    """Subset to read of a Hub dataset, or of a directory with a dataset card, e.g. main for
+    openai/gsm8k. Default: the dataset's default subset."""
     revision: str | None = None
     """Branch, tag or commit if the source is a Hub dataset. Default: the default branch."""
+    encoding: str | None = None
+    """Encoding of text files, e.g. cp949, utf-16 or shift_jis. Default: UTF-8, or what the bytes of
+    a file look like, which the log and the record name."""
+    mixing: Literal["epochs", "temperature"] = "epochs"
+    """How several `datasets` share the training rows. epochs: `weight` says how often the rows of
+    each are used. temperature: the share of each is proportional to its number of rows, times its
+    weight, to the power of 1 / `mixing_temperature`; the sum of the rows stays the same."""
+    mixing_temperature: float = Field(default=2.0, ge=1)
+    """Temperature of mixing: 1 keeps the shares, and higher values make them more alike."""
     template: TemplateName = Field(default=OWN_TEMPLATE, description=TEMPLATE_DESCRIPTION)
     system_prompt: str | None = None
     """System message for rows without one; an empty string adds an empty system message. Default:
@@ -113,6 +147,18 @@ class PrepareConfig(StrictModel):
     """Seed of the splits and of the order of the rows."""
     licence: str | None = None
     """Licence of the data, for the model card. Default: none is stated."""
+
+    @model_validator(mode="after")
+    def _encoding_is_known(self) -> Self:
+        if self.encoding is not None:
+            try:
+                codecs.lookup(self.encoding)
+            except LookupError:
+                raise ValueError(
+                    f"encoding '{self.encoding}' is unknown: use a name that Python knows, e.g. "
+                    "utf-8, cp949, utf-16, shift_jis, gb18030 or cp1252"
+                ) from None
+        return self
 
     @model_validator(mode="after")
     def _length_is_usable(self) -> Self:

@@ -73,13 +73,21 @@ def measure(encoded: Encoded, max_seq_length: int, method: Method) -> Remains:
 
 
 def write(
-    encoded: Encoded, wanted: Mask, target: Path, *, max_seq_length: int, method: Method
+    encoded: Encoded,
+    uses: NDArray[numpy.int64],
+    target: Path,
+    *,
+    max_seq_length: int,
+    method: Method,
 ) -> Cut:
-    """Write the wanted examples to a Parquet file, truncated, and return their counts.
+    """Write examples to a Parquet file, truncated, and return their counts.
+
+    Examples that are used several times follow in further passes over all rows, so that two uses
+    of one example are far apart.
 
     Args:
         encoded: the tokenised examples.
-        wanted: whether to write an example.
+        uses: how often to write each example; 0 leaves it out.
         target: the file to write.
         max_seq_length: maximum length in tokens.
         method: the training method.
@@ -87,16 +95,23 @@ def write(
     ends = numpy.cumsum(numpy.array(encoded.batches, numpy.int64))
     total = Cut()
 
-    def cut(number: int) -> tuple[pyarrow.RecordBatch, Cut]:
-        mask = wanted[int(ends[number]) - encoded.batches[number] : ends[number]]
+    def cut(task: tuple[int, int]) -> tuple[pyarrow.RecordBatch, Cut]:
+        number, turn = task
+        mask = uses[int(ends[number]) - encoded.batches[number] : ends[number]] > turn
         batch = read_tokens(encoded, number)
         if not mask.all():
             batch = batch.filter(pyarrow.array(mask))
         return cut_batch(batch, max_seq_length, method)
 
     def batches() -> Iterator[pyarrow.RecordBatch]:
-        numbers = numpy.unique(numpy.searchsorted(ends, numpy.flatnonzero(wanted), side="right"))
-        for _, (batch, counts) in in_order(cut, numbers.tolist()):
+        tasks = [
+            (int(number), turn)
+            for turn in range(int(uses.max(initial=0)))
+            for number in numpy.unique(
+                numpy.searchsorted(ends, numpy.flatnonzero(uses > turn), side="right")
+            )
+        ]
+        for _, (batch, counts) in in_order(cut, tasks):
             total.add(counts)
             yield batch
 

@@ -19,6 +19,7 @@ from tuneline.prepare.rows.contamination import Question, find
 from tuneline.prepare.rows.groups import Groups
 from tuneline.prepare.rows.mixture import Order, Origin, arrange, num_wanted
 from tuneline.prepare.rows.split import Part, Split, num_eval_of, num_heldout_of, split
+from tuneline.prepare.rows.weights import apply_weights
 from tuneline.prepare.tokens.truncation import same_answers, too_long
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def check_remains(
 
 def divide(
     source: str,
+    collected: Collected,
     order: Order,
     encoded: Encoded,
     remains: Remains,
@@ -82,6 +84,7 @@ def divide(
 
     Args:
         source: name of the dataset.
+        collected: the datasets, with their weights.
         order: the rows.
         encoded: texts, prompts and words of the rows.
         remains: what truncation leaves of the examples.
@@ -108,6 +111,12 @@ def divide(
         config,
         holds_out_own=not (order.origins == Origin.HELDOUT).any() and config.heldout.source is None,
         priorities=order.priorities,
+        weigh=lambda train: apply_weights(
+            numpy.array(order.rows, numpy.int64)[train],
+            [dataset.indices for dataset in collected.sources],
+            [dataset.dataset.weight for dataset in collected.sources],
+            config=config,
+        ),
     )
     if not (parts.parts == Part.TRAIN).any():
         raise DataError(
@@ -116,7 +125,7 @@ def divide(
         )
     if parts.num_general < parts.num_general_wanted:
         assert config.general is not None
-        num_train = len(parts.rows(Part.TRAIN))
+        num_train = int(parts.uses[parts.rows(Part.TRAIN)].sum())
         logger.warning(
             "prepare.general asks for %d rows of %s, but only %d are usable: they are %.1f %% of "
             "the training rows instead of %.1f %%",

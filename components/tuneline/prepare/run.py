@@ -26,6 +26,7 @@ from tuneline.artifacts import (
 from tuneline.models.tokenizer_files import read_chat_template
 from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.cut import measure, write
+from tuneline.prepare.datasets import describe, parse
 from tuneline.prepare.divide import (
     check_contamination,
     check_remains,
@@ -35,13 +36,13 @@ from tuneline.prepare.divide import (
     sizes_of,
 )
 from tuneline.prepare.encode import encode
-from tuneline.prepare.formats.table import check_names
+from tuneline.prepare.formats.table import AUTO, check_names
 from tuneline.prepare.left_out import sentences, shortages
-from tuneline.prepare.rows.collect import collect
+from tuneline.prepare.rows.collect import check_sources, collect, licences, records
 from tuneline.prepare.rows.mixture import Origin
 from tuneline.prepare.rows.split import Part
 from tuneline.prepare.rows.spool import Spool
-from tuneline.prepare.sources.kinds import date_of, kind_of
+from tuneline.prepare.sources.kinds import date_of
 from tuneline.prepare.statistics_page import describe_unused, render
 from tuneline.prepare.tokens import lengths, parquet
 from tuneline.prepare.tokens.labels import count_desirable
@@ -50,6 +51,7 @@ from tuneline.prepare.tokens.templates import OWN_TEMPLATE, use_template
 from tuneline.prepare.tokens.tokenizer import load_tokenizer
 from tuneline.prepare.tokens.truncation import choose_length
 from tuneline.prepare.tokens.vocabulary import Vocabulary
+from tuneline.prepare.uploads import locate
 
 logger = logging.getLogger(__name__)
 
@@ -64,31 +66,35 @@ def run(
     dataset_dir: str,
     statistics_path: str,
     benchmarks_path: str | None = None,
+    uploads_dir: str | None = None,
 ) -> DatasetManifest:
     """Prepare the dataset `source` for the model in `base_model_dir`.
 
     Args:
         config: the `prepare` section of the recipe.
-        source: a Hub ID, a file, a directory, a glob of files or builtin:NAME.
+        source: the recipe's `dataset`, or its `datasets` as JSON.
         base_model_dir: directory of the fetched model; its tokenizer and chat template are used.
         dataset_dir: directory to write the dataset to; must be empty or not exist.
         statistics_path: path of the HTML page to write.
         benchmarks_path: JSON Lines file with the questions of benchmarks, which must not be in the
             training rows; None for none.
+        uploads_dir: directory of the files that were sent with the run; None: there are none.
 
     Raises:
         DataError: the rows cannot be used, or no row with tokens to learn is left.
         ModelError: the model's tokenizer cannot be used.
-        HubError: the Hub could not be reached.
+        CredentialsError: a store refused the credentials.
+        HubError: the Hub or a store could not be reached.
     """
     started = time.monotonic()
     check_names(config.format, config.columns, config.method)
-    general = config.general
-    if general is not None:
-        check_names(general.format, general.columns, config.method)
-        kind_of(general.source)
-    for name in filter(None, (source, config.heldout.source)):
-        kind_of(name)
+    named = parse(source, config)
+    source = describe(named)
+    settings = config
+    datasets, config = locate(named, config, uploads_dir)
+    for entry in (*datasets, *([config.general] if config.general else [])):
+        check_names(entry.format or AUTO, entry.columns or {}, config.method)
+    check_sources(datasets, config)
     tokenizer, longest_allowed = load_tokenizer(base_model_dir)
     template = "" if config.method == "cpt" else use_template(tokenizer, config.template)
     if config.method == "cpt":
@@ -100,7 +106,7 @@ def run(
 
     date = config.date
     if date is None and "strftime_now" in template:
-        date = date_of(source, config.revision)
+        date = max(date_of(dataset.source, dataset.revision) for dataset in datasets)
     renderer = Renderer(
         tokenizer,
         thinking=config.thinking,
@@ -116,7 +122,7 @@ def run(
             Spool(work / "rows.jsonl") as spool,
             open(target / REJECTED_FILE, "w", encoding="utf-8") as rejected,
         ):
-            collected = collect(source, config, renderer, spool, rejected)
+            collected = collect(datasets, config, renderer, spool, rejected)
             digest = hashlib.sha256(template.encode())
             digest.update(f"{config.method} {config.loss_on} {config.template}".encode())
             order = order_of(collected, config)
@@ -135,8 +141,8 @@ def run(
             max_seq_length = choose_length(config.max_seq_length, recommended, longest_allowed)
             remains = measure(encoded, max_seq_length, config.method)
             check_remains(source, order, encoded, remains, max_seq_length)
-            parts = divide(source, order, encoded, remains, config, work)
-            digest.update(parts.parts.tobytes())
+            parts = divide(source, collected, order, encoded, remains, config, work)
+            digest.update(parts.uses.tobytes())
             digest.update(f"max_seq_length {max_seq_length}".encode())
             heldout, num_undesirable = _read_heldout(
                 spool, [order.rows[row] for row in parts.rows(Part.HELDOUT)]
@@ -149,7 +155,7 @@ def run(
         kept = {
             name: write(
                 encoded,
-                remains.kept & (parts.parts[owners] == part),
+                numpy.where(remains.kept & (parts.parts[owners] == part), parts.uses[owners], 0),
                 target / name,
                 max_seq_length=max_seq_length,
                 method=config.method,
@@ -206,11 +212,12 @@ def run(
             num_unfolded_rows=int(num_examples[is_unfolded].sum()),
             end_of_turn=renderer.end_of_turn if template else "",
             template_date=str(date) if date is not None and renderer.shows_date else None,
-            licence=config.licence,
+            licence=config.licence or licences(datasets),
+            sources=records(named, collected, parts.weighted),
             sha256=digest.hexdigest(),
             seconds=round(time.monotonic() - started, 3),
         )
-        manifest.write(target, config)
+        manifest.write(target, settings)
         _write_page(target, tokenizer, manifest, Path(statistics_path))
     _log(manifest, config)
     return manifest

@@ -37,6 +37,7 @@ def render(
             _lengths(manifest),
             *([_contamination(manifest)] if manifest.contamination else []),
             _samples(manifest, tokenizer, samples),
+            *_sources(manifest),
             *_unused(manifest),
             _rejected(manifest, rejected),
         ],
@@ -199,6 +200,30 @@ def _unused(manifest: DatasetManifest) -> list[str]:
     cells = [[name, units.count(num_rows)] for name, num_rows in manifest.unused.items()]
     table = page.table(["column or key", "rows with a value"], cells, numeric=[1])
     return [page.section("Columns and keys that are not used", table)]
+
+
+def _sources(manifest: DatasetManifest) -> list[str]:
+    remarks = [page.paragraph(remark) for entry in manifest.sources for remark in entry.remarks]
+    if len(manifest.sources) <= 1:
+        return [page.section("How the source was read", *remarks)] if remarks else []
+    table = page.table(
+        ["source", "format", "weight", "rows", "rejected", "in training", "repeated", "licence"],
+        [
+            [
+                entry.source,
+                entry.format,
+                f"{entry.weight:g}",
+                units.count(entry.num_rows),
+                units.count(entry.num_rejected_rows),
+                units.count(entry.num_train_rows),
+                units.count(entry.num_repeated_rows),
+                entry.licence or "not stated",
+            ]
+            for entry in manifest.sources
+        ],
+        numeric=range(2, 7),
+    )
+    return [page.section("Sources", table, *remarks)]
 
 
 def _rejected(manifest: DatasetManifest, rejected: list[dict[str, Any]]) -> str:

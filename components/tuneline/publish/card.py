@@ -11,13 +11,13 @@ from tuneline.publish.config import PublishConfig
 from tuneline.publish.licences import licence_fields
 from tuneline.publish.sources import Repository, Sources
 from tuneline.publish.usage import usage
+from tuneline.runtime.redaction import redacted
+from tuneline.runtime.source_names import is_data_file
 from tuneline.training_figures import training_figures
 
 CURVE_POINTS = 10
 """Evenly spaced training points in the card's table; points with an evaluation are added."""
 
-_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
-"""File name endings by which a path such as data/rows.jsonl is distinguished from a Hub ID."""
 _VERSIONS = ("image", "tuneline", "kernels", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
@@ -65,20 +65,30 @@ def _front_matter(sources: Sources, repo: Repository, config: PublishConfig) -> 
     if sources.origin.revision:
         matter["base_model"] = sources.origin.source
         matter["base_model_relation"] = repo.traits.base_model_relation
-    name = sources.dataset.source
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.lower().endswith(_DATA_SUFFIXES):
-        matter["datasets"] = [name]
+    names = [
+        name
+        for name in _data_names(sources)
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not is_data_file(name)
+    ]
+    if names:
+        matter["datasets"] = names
     return matter
+
+
+def _data_names(sources: Sources) -> list[str]:
+    data = sources.dataset
+    return [entry.source for entry in data.sources] or [data.source]
 
 
 def _made_from(sources: Sources) -> str:
     origin, data, training = sources.origin, sources.dataset, sources.training
     revision = f" at `{origin.revision}`" if origin.revision else ""
+    names = ", ".join(f"`{_without_paths(name)}`" for name in _data_names(sources))
     lines = [
         f"- base model: `{_without_paths(origin.source)}`{revision}, {origin.num_parameters:,} "
         f"parameters, licence {origin.licence or 'not stated'}, SHA-256 of the weights "
         f"`{origin.sha256[:16]}`",
-        f"- dataset: `{_without_paths(data.source)}`, {data.num_train_rows:,} training rows, "
+        f"- dataset: {names}, {data.num_train_rows:,} training rows, "
         f"{data.num_eval_rows:,} evaluation rows, {data.num_heldout_rows:,} held-out rows, "
         f"licence {data.licence or 'not stated'}, SHA-256 `{data.sha256[:16]}`",
         f"- merge: the adapter was added to the {sources.merge.base} base weights{_bases(sources)}."
@@ -219,11 +229,12 @@ def _cell(text: str) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """Return the value with every absolute path in it shortened to the last part."""
+    """Return the value with paths shortened to the last part, and without secrets in addresses."""
     if isinstance(value, dict):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
     if isinstance(value, str):
+        value = redacted(value) if "://" in value else value
         return re.sub(r"^(dir:)?/(?:.*/)?([^/]+)/?$", r"\1\2", value)
     return value

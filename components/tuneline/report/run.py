@@ -97,7 +97,7 @@ def run(
 def render(line: Line) -> str:
     """Return the page as HTML."""
     header = line.header
-    about = f"{header.base_model} tuned on {header.dataset}"
+    about = f"{header.base_model} tuned on {header.data}"
     cards = [
         sections.picture(line),
         sections.scores(line),

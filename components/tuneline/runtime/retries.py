@@ -35,12 +35,18 @@ MAX_SECONDS = 600.0
 MAX_PAUSE_SECONDS = 60.0
 """Longest pause if the server does not name one."""
 
+_HUB_ADVICE = (
+    "Check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 if the files are in the cache, and "
+    "run the step again later; files that were transferred are not sent again"
+)
 _STATUSES = {408, 429, *range(500, 600)} - {501, 505, 511}
 _NETWORK_ERRORS = {
     *("httpx2.TimeoutException", "httpx2.NetworkError", "httpx2.RemoteProtocolError"),
     *("requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError"),
     *("urllib3.ProtocolError", "urllib3.TimeoutError", "urllib3.NewConnectionError"),
     *("aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError", "http.IncompleteRead"),
+    *("botocore.HTTPClientError", "azure.ServiceRequestError", "azure.ServiceResponseError"),
+    *("google.TransportError", "oci.ConnectTimeout", "oci.RequestException"),
 }
 """Errors of the connection, as package and class, of libraries that not every image has."""
 _LASTING = ("OfflineModeIsEnabled", "CERTIFICATE_VERIFY")
@@ -85,15 +91,19 @@ def http_status(error: BaseException) -> int | None:
 class Retries:
     """The attempts of one request."""
 
-    def __init__(self, what: str, *, max_attempts: int | None = None) -> None:
+    def __init__(
+        self, what: str, *, max_attempts: int | None = None, advice: str = _HUB_ADVICE
+    ) -> None:
         """Begin with the first attempt.
 
         Args:
             what: What is requested, for messages.
             max_attempts: Largest number of attempts; None: as many as the time allows.
+            advice: What to try if the fault lasts, as a sentence without a full stop.
         """
         self._what = what
         self._max_attempts = max_attempts
+        self._advice = advice
         self.start_again()
 
     def start_again(self) -> None:
@@ -120,9 +130,7 @@ class Retries:
             asks = "" if fault.retry_after is None else f", and asks to wait {pause:.0f} s"
             raise HubError(
                 f"{self._what}: {fault.text}{asks}, after {attempts} and {self._seconds:.0f} s of "
-                "waiting. Check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 if the files "
-                "are in the cache, and run the step again later; files that were transferred are "
-                "not sent again"
+                f"waiting. {self._advice}"
             ) from error
         self._num_attempts += 1
         self._seconds += pause
@@ -163,6 +171,10 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _status(error: BaseException) -> int | None:
     """Return the HTTP status code that an error reports, if it does."""
     response: Any = getattr(error, "response", None)
+    if isinstance(response, Mapping):
+        # botocore's errors, which the client of S3 raises.
+        response = response.get("ResponseMetadata", {})
+        return response.get("HTTPStatusCode")
     for value in (getattr(response, "status_code", None), getattr(error, "status", None)):
         if isinstance(value, int):
             return value

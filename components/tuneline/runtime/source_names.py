@@ -1,12 +1,77 @@
 """The syntax that the source of a model and the source of a dataset have in common in a recipe.
 
-`base_model` and `dataset` may be a path, the ID of a repository on the Hub, or `builtin:NAME`.
+`base_model` and `dataset` may be a path, the ID of a repository on the Hub, or `builtin:NAME`. A
+dataset may also be an address in a store (`s3://BUCKET/PATH`), a path on a claim
+(`claim:NAME/PATH`), or a file that `tuneline submit` sent with the run (`upload:NAME`).
 """
 
+import os
 import re
+from dataclasses import dataclass
 
 _BUILTIN_PREFIX = "builtin:"
+_CLAIM_PREFIX = "claim:"
+UPLOAD_PREFIX = "upload:"
+"""Prefix of the name of a file that `tuneline submit` sends with a run."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_CLAIM = re.compile(r"claim:(?P<name>[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)(?:/(?P<path>.*))?")
+_ADDRESS = re.compile(r"(?P<store>[a-z0-9]+)://.+")
+
+DATA_SUFFIXES = (
+    *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md"),
+    *(".parquet", ".arrow", ".feather"),
+)
+"""Suffixes of files of rows, by which data/rows.jsonl is told from a Hub ID."""
+COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+"""Suffixes that may follow those of text files."""
+
+CLAIMS_PATH = "/claims"
+"""Directory in which a pod has the claims that hold data, each in a directory with its name."""
+CLAIMS_VARIABLE = "TUNELINE_CLAIMS"
+"""Environment variable that names another directory than CLAIMS_PATH, for runs without pods."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """A kind of store of files."""
+
+    package: str
+    """Package with which fsspec reads the store."""
+    credentials: str
+    """What to try if the store refuses a request."""
+
+
+_S3 = Store(
+    "s3fs",
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a public bucket set "
+    "FSSPEC_S3_ANON=true, and for a store that is not Amazon's AWS_ENDPOINT_URL",
+)
+_AZURE = Store(
+    "adlfs",
+    "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN or "
+    "AZURE_STORAGE_CONNECTION_STRING; with AZURE_STORAGE_ANON=false, Azure's default credential is "
+    "used",
+)
+_GOOGLE = Store(
+    "gcsfs",
+    "set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account, or use workload identity",
+)
+_WEB = Store(
+    "aiohttp", "the address needs a login; use a signed address, or copy the file to a store"
+)
+STORES = {
+    "s3": _S3,
+    "gs": _GOOGLE,
+    "gcs": _GOOGLE,
+    "abfs": _AZURE,
+    "abfss": _AZURE,
+    "az": _AZURE,
+    "oci": Store("ocifs", "set OCI_CONFIG_PROFILE or write ~/.oci/config, as OCI's own tools do"),
+    "https": _WEB,
+    "http": _WEB,
+    "hf": Store("huggingface_hub", "set HF_TOKEN, and accept the terms of the dataset"),
+}
+"""Stores by the scheme of their addresses."""
 
 
 def builtin_name(source: str) -> str | None:
@@ -27,3 +92,72 @@ def looks_like_a_path(source: str) -> bool:
 def is_hub_id(source: str) -> bool:
     """Return whether `source` has the form of a Hub ID: NAME or NAMESPACE/NAME."""
     return _HUB_ID.fullmatch(source) is not None
+
+
+def scheme_of(source: str) -> str | None:
+    """Return SCHEME of an address SCHEME://..., in lower case; None for any other source."""
+    match = _ADDRESS.fullmatch(source)
+    return match["store"] if match else None
+
+
+def store_of(source: str) -> str | None:
+    """Return the key in STORES of an address in a store; None for any other source."""
+    scheme = scheme_of(source)
+    return scheme if scheme in STORES else None
+
+
+def is_web_address(source: str) -> bool:
+    """Return whether `source` begins with https:// or http://."""
+    return scheme_of(source) in ("https", "http")
+
+
+def without_query(address: str) -> str:
+    """Return an address without the query, which may hold a signature, and without a fragment."""
+    return re.split(r"[?#]", address, maxsplit=1)[0] if is_web_address(address) else address
+
+
+def is_claim(source: str) -> bool:
+    """Return whether `source` begins with claim:, so that it can only be a path on a claim."""
+    return source.startswith(_CLAIM_PREFIX)
+
+
+def claim_name(source: str) -> str | None:
+    """Return NAME of `claim:NAME/PATH`; None for any other source, and if NAME is no such name."""
+    match = _CLAIM.fullmatch(source)
+    return match["name"] if match else None
+
+
+def claim_directory(name: str) -> str:
+    """Return the directory where this process finds the files of a claim, if the claim is there."""
+    return f"{os.environ.get(CLAIMS_VARIABLE, CLAIMS_PATH)}/{name}"
+
+
+def claim_problem(source: str) -> str | None:
+    """Return why the files of `claim:NAME/PATH` cannot be read here; None if they can."""
+    name = claim_name(source)
+    if name is None or ".." in source.split("/"):
+        return f"'{source}' is not claim:NAME/PATH, e.g. claim:datasets/support/rows.jsonl"
+    directory = claim_directory(name)
+    if os.path.isdir(directory):
+        return None
+    return (
+        f"{source}: the claim {name} is not mounted here, at {directory}. On a cluster, the pods "
+        "get the claims that the recipe named when it was compiled: compile it again. On this "
+        f"machine, put the files into DIRECTORY/{name} and set {CLAIMS_VARIABLE} to DIRECTORY"
+    )
+
+
+def is_data_file(source: str) -> bool:
+    """Return whether `source` ends like the name of a file of rows."""
+    name = source.lower()
+    for suffix in COMPRESSION_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name.endswith(DATA_SUFFIXES)
+
+
+def path_on_claim(source: str) -> str:
+    """Return the path of the file or directory that `claim:NAME/PATH` names."""
+    match = _CLAIM.fullmatch(source)
+    assert match is not None, source
+    directory = claim_directory(match["name"])
+    return f"{directory}/{match['path']}" if match["path"] else directory

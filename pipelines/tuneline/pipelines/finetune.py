@@ -22,9 +22,13 @@ Each step's config is a separate pipeline parameter, because the inputs of a tas
 a new learning rate does not cause the data to be prepared again. The configs are JSON strings
 because KFP turns the integers of a struct into floats.
 
-Formats, nodes, accelerators and the importance matrix shape the graph, so they are fixed when it is
-built. Models, data, target and every step's config can be changed for each run of the compiled
-file. Parameters are written so that they reach the steps unchanged (runtime/parameter_text.py).
+Small files of the machine that submits a run travel as an argument of the task receive-files, which
+only such runs have; it hands them to prepare as an artifact.
+
+Formats, nodes, accelerators, claims and the importance matrix shape the graph, so they are fixed
+when it is built. Models, data, target and every step's config can be changed for each run of the
+compiled file. Parameters are written so that they reach the steps unchanged
+(runtime/parameter_text.py).
 """
 
 from collections.abc import Callable
@@ -39,9 +43,10 @@ from tuneline.fetch.component import fetch, look_up_model
 from tuneline.gate.component import gate
 from tuneline.kinds import ExportKind
 from tuneline.merge.component import merge
+from tuneline.pipelines.inputs import claims_of
 from tuneline.pipelines.placement import nodes_config, place
 from tuneline.pipelines.plan.component import plan
-from tuneline.prepare.component import look_up_data, prepare
+from tuneline.prepare.component import look_up_data, prepare, receive_files
 from tuneline.publish.component import publish
 from tuneline.quantize.component import (
     convert_gguf,
@@ -56,13 +61,17 @@ from tuneline.runtime.parameter_text import encode_text, to_json
 from tuneline.train.component import train, train_on_nodes
 
 
-def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
+def finetune(
+    recipe: Recipe, *, on_cluster: bool = True, archive: str | None = None
+) -> BaseComponent:
     """Build the pipeline of a recipe, ready to compile or to run locally.
 
     Args:
         recipe: the recipe.
         on_cluster: whether to apply the recipe's placement. It is left out of local runs, because a
             local runner applies only the retries: a wrong name would fail after minutes.
+        archive: files that are sent with the run, as `tuneline.prepare.uploads` packs them; None:
+            there are none.
     """
 
     def placed(function: Callable[..., Any], **arguments: object) -> dsl.PipelineTask:
@@ -71,7 +80,8 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
         task = component(**arguments)
         if not on_cluster:
             return task
-        return place(task, component.name, recipe.placement)
+        claims = claims_of(recipe, component.name)
+        return place(task, component.name, recipe.placement, claims=claims)
 
     on_nodes = None
     if on_cluster and recipe.placement.num_nodes > 1:
@@ -85,7 +95,7 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
     @dsl.pipeline(name=f"tuneline-{recipe.name}".replace(".", "-"), description=recipe.description)
     def line(
         base_model: str = encode_text(recipe.base_model),
-        dataset: str = encode_text(recipe.dataset),
+        dataset: str = encode_text(recipe.data),
         publish_to: str = encode_text(recipe.publish_to),
         fetch_config: str = to_json(recipe.fetch),
         prepare_config: str = to_json(recipe.prepare),
@@ -108,7 +118,12 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
                 quantize_config=quantize_config,
             ).set_caching_options(False)
             model_now = placed(look_up_model, source=base_model, config=fetch_config)
-            data_now = placed(look_up_data, source=dataset, config=prepare_config)
+            files = {}
+            if archive is not None:
+                received = placed(receive_files, archive=archive)
+                received.after(planned)
+                files["uploads"] = received.outputs["files"]
+            data_now = placed(look_up_data, source=dataset, config=prepare_config, **files)
             model_now.after(planned)
             data_now.after(planned)
             fetched = placed(
@@ -129,6 +144,7 @@ def finetune(recipe: Recipe, *, on_cluster: bool = True) -> BaseComponent:
                 fingerprint=data_now.set_caching_options(False).output,
                 base_model=base,
                 **searched,
+                **files,
             )
             data = prepared.outputs["dataset"]
             base_scores = placed(

@@ -8,8 +8,11 @@ runners ignore. kfp.kubernetes 2.17 has these limits:
   cannot be set, so the user must have write access to the volume of a claim.
 - Only CPU, memory and accelerators can be requested. Ephemeral storage is requested by the
   namespace's LimitRange (manifests/base), and limited by the size of the scratch volume.
+- A claim cannot be mounted read-only. The steps only read the claims that hold data.
 - A pod's priority class cannot be set, but Kueue's label for it can.
 """
+
+from collections.abc import Iterable
 
 from kfp import kubernetes
 from kfp.dsl import PipelineTask
@@ -28,6 +31,7 @@ from tuneline.pods import (
     SHARED_PATH,
     STEP_LABEL,
 )
+from tuneline.runtime.source_names import CLAIMS_PATH
 from tuneline.steps import STEPS, Step
 from tuneline.train.checkpoints import ROOT_VARIABLE
 from tuneline.train.trainjob.manifest import NodesConfig
@@ -39,8 +43,17 @@ MAX_WAIT_HOURS = 720
 node without a queue too, so this time does not depend on `placement.queue`."""
 
 
-def place(task: PipelineTask, name: str, config: PlacementConfig) -> PipelineTask:
-    """Place `task`, which runs the component `name`, and return it."""
+def place(
+    task: PipelineTask, name: str, config: PlacementConfig, *, claims: Iterable[str] = ()
+) -> PipelineTask:
+    """Place a task, and return it.
+
+    Args:
+        task: the task.
+        name: the component that the task runs.
+        config: the `placement` section of the recipe.
+        claims: claims that hold data or a model that the task reads.
+    """
     needs = needs_of(name, config)
     assert needs.cpu_request and needs.cpu_limit
     assert needs.memory_request and needs.memory_limit
@@ -56,6 +69,8 @@ def place(task: PipelineTask, name: str, config: PlacementConfig) -> PipelineTas
         kubernetes.mount_pvc(task, config.shared_claim, SHARED_PATH)
     if name == "train":
         _keep_checkpoints(task, config)
+    for claim in claims:
+        kubernetes.mount_pvc(task, claim, f"{CLAIMS_PATH}/{claim}")
     kubernetes.set_timeout(task, int(needs.timeout_hours * 3600))
     if is_accelerated(name, config):
         _accelerate(task, config, config.num_accelerators if name == "train" else 1)

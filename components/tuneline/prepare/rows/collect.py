@@ -1,17 +1,36 @@
-"""Read all rows that a recipe names into the spool: the dataset, held-out rows, general rows."""
+"""Read all rows that a recipe names into the spool: the datasets, held-out rows, general rows."""
 
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO
 
-from tuneline.prepare.config import PrepareConfig
+from tuneline.artifacts import DatasetSource
+from tuneline.errors import DataError
+from tuneline.prepare.config import DatasetConfig, PrepareConfig
 from tuneline.prepare.rows.intake import Intake, take_in
 from tuneline.prepare.rows.mixture import NUM_READ_FOR_ONE, num_wanted
 from tuneline.prepare.rows.spool import Spool
-from tuneline.prepare.sources.builtin import find_builtin
-from tuneline.prepare.sources.kinds import read_rows
-from tuneline.prepare.sources.row import Selection, SourceRow
+from tuneline.prepare.rows.weights import Weighted
+from tuneline.prepare.sources.builtin import Builtin, find_builtin
+from tuneline.prepare.sources.kinds import kind_of, read_rows
+from tuneline.prepare.sources.row import DEFAULT_SPLIT, Remarks, Selection, SourceRow
 from tuneline.prepare.tokens.render import Renderer
+from tuneline.runtime.redaction import redacted
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CollectedSource:
+    """The rows of one dataset."""
+
+    dataset: DatasetConfig
+    intake: Intake
+    indices: range
+    """Indices of its usable rows in the spool, without held-out rows of its own."""
+    remarks: list[str]
+    """Sentences on how it was read, e.g. which files were left out."""
 
 
 @dataclass(frozen=True)
@@ -19,23 +38,60 @@ class Collected:
     """Where in the spool the rows of each origin are."""
 
     intake: Intake
-    """Counts of the dataset's rows; rejected rows and unused columns of all origins are counted."""
+    """Counts of the datasets' rows; rejected rows and unused columns of all origins are counted."""
     own: range
-    """Indices of the dataset's own rows, which may be trained on; they begin at 0."""
+    """Indices of the datasets' own rows, which may be trained on; they begin at 0."""
     heldout: range | None
     """Indices of held-out rows that were read separately; None: some own rows are to be held
     out."""
     general: range
     """Indices of the general rows that were read."""
+    sources: list[CollectedSource]
+    """The datasets, in the order of the recipe; their indices make up `own`."""
+
+
+@dataclass(frozen=True)
+class _Collector:
+    config: PrepareConfig
+    renderer: Renderer
+    spool: Spool
+    rejected: IO[str]
+
+    def take(
+        self,
+        rows: Iterator[SourceRow],
+        source: str,
+        format: str,
+        columns: dict[str, str] | None = None,
+        *,
+        limit: int | None = None,
+    ) -> Intake:
+        config = self.config
+        if columns is not None:
+            config = config.model_copy(update={"columns": columns})
+        return take_in(
+            rows,
+            config,
+            source=redacted(source),
+            format=format,
+            renderer=self.renderer,
+            spool=self.spool,
+            rejected=self.rejected,
+            max_rows=limit,
+        )
 
 
 def collect(
-    source: str, config: PrepareConfig, renderer: Renderer, spool: Spool, rejected: IO[str]
+    datasets: list[DatasetConfig],
+    config: PrepareConfig,
+    renderer: Renderer,
+    spool: Spool,
+    rejected: IO[str],
 ) -> Collected:
-    """Read the rows of the dataset, of prepare.heldout and of prepare.general into the spool.
+    """Read the rows of the datasets, of prepare.heldout and of prepare.general into the spool.
 
     Args:
-        source: a Hub ID, a file, a directory, a glob of files or builtin:NAME.
+        datasets: the datasets to train on, as `prepare.datasets.parse` returns them.
         config: the `prepare` section of the recipe.
         renderer: renders rows with the chat template.
         spool: receives the usable rows.
@@ -43,57 +99,163 @@ def collect(
 
     Raises:
         DataError: the rows cannot be used.
-        HubError: the Hub could not be reached.
+        CredentialsError: a store refused the credentials.
+        HubError: the Hub or a store could not be reached.
     """
-
-    def take(rows: Iterator[SourceRow], name: str, format: str, limit: int | None) -> Intake:
-        return take_in(
-            rows,
-            config,
-            source=name,
-            format=format,
-            renderer=renderer,
-            spool=spool,
-            rejected=rejected,
-            max_rows=limit,
-        )
-
-    rows = read_rows(source, Selection(config.split, config.subset, config.revision))
-    wanted = config.heldout.max_rows
+    collector = _Collector(config, renderer, spool, rejected)
+    builtin = find_builtin(datasets[0].source) if len(datasets) == 1 else None
     heldout: range | None = None
-    builtin = find_builtin(source)
     if builtin is not None:
-        everything = list(rows)
-        num_train = len(everything) - builtin.num_heldout
-        intake = take(iter(everything[:num_train]), source, config.format, None)
-        if config.heldout.source is None:
-            if wanted:
-                take(iter(everything[num_train:]), source, intake.format, wanted)
-            heldout = range(num_train, len(spool))
+        source, heldout = _builtin(datasets[0], builtin, collector)
+        sources = [source]
     else:
-        intake = take(rows, source, config.format, None)
-    own = range(len(spool) if heldout is None else heldout.start)
+        sources = [_dataset(dataset, collector) for dataset in datasets]
+    own = range(sources[-1].indices.stop)
+    intake = _sum([source.intake for source in sources])
     if config.heldout.source is not None:
-        if wanted:
-            selection = Selection(
-                config.heldout.split or config.split, config.subset, config.revision
-            )
-            rows = read_rows(config.heldout.source, selection)
-            held = take(rows, config.heldout.source, intake.format, wanted)
-            intake.add(held)
-        heldout = range(own.stop, len(spool))
-    general = config.general
+        first = len(spool)
+        if config.heldout.max_rows:
+            intake.add(_heldout(datasets, intake.format, collector))
+        heldout = range(first, len(spool))
     first = len(spool)
-    if general is not None:
-        general_intake = take_in(
-            read_rows(general.source, Selection(general.split, general.subset, general.revision)),
-            config.model_copy(update={"columns": general.columns}),
-            source=general.source,
-            format=general.format,
-            renderer=renderer,
-            spool=spool,
-            rejected=rejected,
-            max_rows=NUM_READ_FOR_ONE * max(1, num_wanted(general, len(own))),
+    if config.general is not None:
+        intake.add(_general(len(own), collector))
+    return Collected(intake, own, heldout, range(first, len(spool)), sources)
+
+
+def _dataset(dataset: DatasetConfig, collector: _Collector) -> CollectedSource:
+    assert dataset.format is not None
+    remarks = Remarks()
+    selection = Selection(
+        dataset.split, dataset.subset, dataset.revision, encoding=collector.config.encoding
+    )
+    first = len(collector.spool)
+    rows = read_rows(dataset.source, selection, remarks)
+    intake = collector.take(rows, dataset.source, dataset.format, dataset.columns)
+    indices = range(first, len(collector.spool))
+    return CollectedSource(dataset, intake, indices, _logged(remarks))
+
+
+def _builtin(
+    dataset: DatasetConfig, builtin: Builtin, collector: _Collector
+) -> tuple[CollectedSource, range | None]:
+    """Read a built-in dataset, whose last rows are held out unless prepare.heldout names others."""
+    assert dataset.format is not None
+    selection = Selection(dataset.split, dataset.subset, dataset.revision)
+    rows = list(read_rows(dataset.source, selection))
+    num_train = len(rows) - builtin.num_heldout
+    intake = collector.take(iter(rows[:num_train]), dataset.source, dataset.format, dataset.columns)
+    own = range(len(collector.spool))
+    heldout = None
+    wanted = collector.config.heldout.max_rows
+    if collector.config.heldout.source is None:
+        if wanted:
+            collector.take(
+                iter(rows[num_train:]), dataset.source, intake.format, dataset.columns, limit=wanted
+            )
+        heldout = range(own.stop, len(collector.spool))
+    return CollectedSource(dataset, intake, own, []), heldout
+
+
+def _heldout(datasets: list[DatasetConfig], format: str, collector: _Collector) -> Intake:
+    config = collector.config
+    source = config.heldout.source
+    assert source is not None
+    selection = Selection(
+        config.heldout.split,
+        default_split=config.split or DEFAULT_SPLIT,
+        takes_only_split=True,
+        encoding=config.encoding,
+    )
+    if kind_of(source) == "hub" or source in (dataset.source for dataset in datasets):
+        selection = replace(selection, subset=config.subset, revision=config.revision)
+    remarks = Remarks()
+    rows = read_rows(source, selection, remarks)
+    if len(datasets) > 1:
+        format = config.format
+    intake = collector.take(rows, source, format, limit=config.heldout.max_rows)
+    _logged(remarks)
+    return intake
+
+
+def _general(num_own: int, collector: _Collector) -> Intake:
+    general = collector.config.general
+    assert general is not None
+    remarks = Remarks()
+    selection = Selection(
+        general.split, general.subset, general.revision, encoding=collector.config.encoding
+    )
+    rows = read_rows(general.source, selection, remarks)
+    limit = NUM_READ_FOR_ONE * max(1, num_wanted(general, num_own))
+    intake = collector.take(rows, general.source, general.format, general.columns, limit=limit)
+    _logged(remarks)
+    return intake
+
+
+def _sum(intakes: list[Intake]) -> Intake:
+    """Return the counts of all datasets together."""
+    total = Intake(", ".join(dict.fromkeys(intake.format for intake in intakes)))
+    for intake in intakes:
+        total.num_rows += intake.num_rows
+        total.add(intake)
+    return total
+
+
+def _logged(remarks: Remarks) -> list[str]:
+    sentences = remarks.sentences()
+    for sentence in sentences:
+        logger.warning("%s", sentence)
+    return sentences
+
+
+def check_sources(datasets: list[DatasetConfig], config: PrepareConfig) -> None:
+    """Check that every source of a recipe exists, before any of them is read.
+
+    Raises:
+        DataError: a source does not exist or is of no known kind.
+    """
+    named = [dataset.source for dataset in datasets]
+    named += [config.heldout.source or "", config.general.source if config.general else ""]
+    for source in filter(None, named):
+        kind_of(source)
+    seen: set[tuple[str, str | None, str | None]] = set()
+    for dataset in datasets:
+        key = (dataset.source, dataset.split, dataset.subset)
+        if key in seen:
+            raise DataError(
+                f"datasets names {redacted(dataset.source)} twice: set its weight to 2 instead"
+            )
+        seen.add(key)
+
+
+def records(
+    named: list[DatasetConfig], collected: Collected, weighted: Weighted
+) -> list[DatasetSource]:
+    """Return the record of each dataset.
+
+    Args:
+        named: the datasets as the recipe names them.
+        collected: their rows.
+        weighted: how often the rows of each dataset are used.
+    """
+    return [
+        DatasetSource(
+            source=redacted(entry.source),
+            weight=source.dataset.weight,
+            format=source.intake.format,
+            num_rows=source.intake.num_rows,
+            num_rejected_rows=source.intake.num_rejected,
+            num_train_rows=distinct,
+            num_repeated_rows=used - distinct,
+            licence=source.dataset.licence,
+            remarks=source.remarks,
         )
-        intake.add(general_intake)
-    return Collected(intake, own, heldout, range(first, len(spool)))
+        for entry, source, distinct, used in zip(
+            named, collected.sources, weighted.num_distinct, weighted.num_used, strict=True
+        )
+    ]
+
+
+def licences(datasets: list[DatasetConfig]) -> str | None:
+    """Return the licences of the datasets, separated by commas; None if none is stated."""
+    return ", ".join(dict.fromkeys(entry.licence for entry in datasets if entry.licence)) or None

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.rows.groups import Groups
 from tuneline.prepare.rows.mixture import Origin, num_wanted
+from tuneline.prepare.rows.weights import Weighted
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,10 @@ class Split:
     """The part of each row."""
 
     parts: NDArray[numpy.uint8]
+    uses: NDArray[numpy.int64]
+    """How often each row is used; above 1 only for training rows of a dataset with a weight."""
+    weighted: Weighted
+    """How often the rows of each dataset are used."""
     left_out: dict[str, int]
     """Number of rows left out because of a held-out or evaluation row, by the reason of
     `Groups.reason`."""
@@ -71,6 +77,7 @@ def split(
     *,
     holds_out_own: bool,
     priorities: NDArray[numpy.int64],
+    weigh: Callable[[NDArray[numpy.int64]], Weighted],
 ) -> Split:
     """Divide rows, which are in random order already; earlier rows are held out or evaluated first.
 
@@ -85,6 +92,7 @@ def split(
         config: fractions, limits and the seed.
         holds_out_own: whether to hold out some of the dataset's own rows.
         priorities: of the usable general rows, those with the lowest values are taken.
+        weigh: returns how often each of the given training rows is used.
     """
     numbers = groups.numbers()
     parts = numpy.full(len(origins), Part.LEFT_OUT, numpy.uint8)
@@ -127,7 +135,9 @@ def split(
 
     general = numpy.flatnonzero((origins == Origin.GENERAL) & usable)
     free = general[~is_held[general] & ~is_evaluated[general]]
-    wanted = num_wanted(config.general, len(train)) if config.general is not None else 0
+    weighted = weigh(train)
+    num_own = int(weighted.uses.sum())
+    wanted = num_wanted(config.general, num_own) if config.general is not None else 0
     taken = free[numpy.argsort(priorities[free])][:wanted]
     parts[taken] = Part.TRAIN
 
@@ -136,8 +146,12 @@ def split(
     leaking += [*general[is_held[general] | is_evaluated[general]]]
     kept_instead = representative | by_evaluated
     reasons = Counter(groups.reason(int(row), kept_instead[int(numbers[row])]) for row in leaking)
+    uses = (parts != Part.LEFT_OUT).astype(numpy.int64)
+    uses[train] = weighted.uses
     return Split(
         parts=parts,
+        uses=uses,
+        weighted=weighted,
         left_out=dict(sorted(reasons.items())),
         num_general=len(taken),
         num_general_wanted=wanted,

@@ -7,7 +7,7 @@ from typing import Any
 
 from tuneline.errors import DataError
 from tuneline.prepare.sources import quantities
-from tuneline.prepare.sources.row import Selection, SourceRow
+from tuneline.prepare.sources.row import DEFAULT_SPLIT, Remarks, Selection, SourceRow
 from tuneline.runtime.source_names import builtin_name, list_builtins
 
 
@@ -42,10 +42,16 @@ def find_builtin(source: str) -> Builtin | None:
     return BUILTINS[name]
 
 
-def read(source: str, selection: Selection) -> Iterator[SourceRow]:
-    """Yield the rows."""
+def read(source: str, selection: Selection, remarks: Remarks) -> Iterator[SourceRow]:
+    """Yield the rows.
+
+    Raises:
+        DataError: the recipe names a split, subset or revision.
+    """
     builtin = find_builtin(source)
     assert builtin is not None
+    if selection.split not in (None, DEFAULT_SPLIT) or selection.subset or selection.revision:
+        raise DataError(f"{source} has no splits, subsets and revisions: remove these keys")
     for number, values in enumerate(builtin.rows(), 1):
         yield SourceRow(source, number, values)
 

@@ -10,7 +10,7 @@ from huggingface_hub import DatasetInfo, HfApi, constants
 from huggingface_hub import errors as hub_errors
 
 from tuneline.errors import DataError, HubError
-from tuneline.prepare.sources.row import Selection, SourceRow
+from tuneline.prepare.sources.row import Remarks, Selection, SourceRow
 from tuneline.runtime.retries import Retries, retrying
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _HTTPError: type[Exception] = vars(hub_errors)["HTTPError"]
 
 
-def read(source: str, selection: Selection) -> Iterator[SourceRow]:
+def read(source: str, selection: Selection, remarks: Remarks) -> Iterator[SourceRow]:
     """Yield the rows of a dataset.
 
     Raises:
@@ -52,7 +52,7 @@ def _open(source: str, selection: Selection, num_read: int) -> Iterable[dict[str
     rows: IterableDataset = load_dataset(
         source,
         selection.subset,
-        split=selection.split,
+        split=selection.split or selection.default_split,
         revision=selection.revision,
         streaming=True,
     )
@@ -77,20 +77,18 @@ def fingerprint(source: str, revision: str | None) -> str:
     return str(_look_up(source, revision).sha)
 
 
-def date_of(source: str, revision: str | None) -> datetime.date:
+def date_of(source: str, revision: str | None) -> datetime.date | None:
     """Return the date (UTC) of the commit that a revision of a dataset names now.
 
+    Returns:
+        The date; None if the Hub is not used (HF_HUB_OFFLINE) or does not know it.
+
     Raises:
-        DataError: there is no such dataset or revision, or no access to it, or the Hub is off.
+        DataError: there is no such dataset or revision, or no access to it.
         HubError: the Hub could not be reached.
     """
     modified = None if constants.HF_HUB_OFFLINE else _look_up(source, revision).last_modified
-    if modified is None:
-        raise DataError(
-            f"the chat template shows a date, but the date of the dataset {source} is not known: "
-            "set prepare.date, e.g. to 2026-01-31"
-        )
-    return modified.astimezone(datetime.UTC).date()
+    return None if modified is None else modified.astimezone(datetime.UTC).date()
 
 
 def _look_up(source: str, revision: str | None) -> DatasetInfo:

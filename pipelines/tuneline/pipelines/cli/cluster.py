@@ -46,14 +46,22 @@ def submit(
         typer.Option(help="Reuse cached results of steps whose inputs are unchanged."),
     ] = True,
 ) -> None:
-    """Start a run of a recipe on a cluster."""
+    """Start a run of a recipe on a cluster.
+
+    Small files of this machine that the recipe names as data are sent with the run.
+    """
+    from tuneline.pipelines.inputs import prepare_upload
     from tuneline.pipelines.kfp_client import connection, runs
 
-    loaded = _load(recipe, set_)
+    upload = prepare_upload(_load(recipe, set_))
+    loaded = upload.recipe
+    if upload.archive is not None:
+        kib = len(upload.archive) / 1024
+        say(f"sending {', '.join(upload.files)} with the run ({kib:.0f} KiB)")
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run_name = name or f"{loaded.name}-{stamp}"
     client = connection.connect(host)
-    with runs.compiled(loaded, cache=cache) as pipeline:
+    with runs.compiled(loaded, cache=cache, archive=upload.archive) as pipeline:
         run_id = runs.submit(
             client,
             pipeline,

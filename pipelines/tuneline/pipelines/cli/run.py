@@ -25,6 +25,7 @@ from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_even
 from tuneline.pipelines.recipe_reference import recipe_reference
 from tuneline.recipe import Recipe, load_recipe
 from tuneline.report.failed import render_failed
+from tuneline.runtime.source_names import claim_problem, is_claim
 
 PANEL = "Recipes and local runs"
 
@@ -57,6 +58,10 @@ def run(
 ) -> None:
     """Run all steps of a recipe on this machine."""
     loaded = find_recipe(recipe, set_)
+    for source in filter(is_claim, [loaded.base_model, *loaded.data_sources]):
+        problem = claim_problem(source)
+        if problem is not None:
+            raise RecipeError(problem)
     if runner is Runner.DOCKER:
         # Imported here and in `compile` only, because importing kfp takes a second or two.
         from tuneline.pipelines.local.docker import check_images
@@ -70,7 +75,7 @@ def run(
     (run_dir / RECIPE_FILE).write_text(
         yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
     )
-    console.print(f"[bold]{loaded.name}[/bold]: {loaded.base_model} on {loaded.dataset}")
+    console.print(f"[bold]{loaded.name}[/bold]: {loaded.base_model} on {loaded.data_names}")
     console.print(f"run: {run_dir}\n", highlight=False)
     events_path = run_dir / ARTIFACTS_DIR / EVENTS_FILE
     exit_code = _execute(run_dir, loaded, runner, events_path)
@@ -116,7 +121,7 @@ def recipes() -> None:
         table.add_row(
             loaded.name,
             loaded.base_model,
-            loaded.dataset,
+            loaded.data_names,
             loaded.prepare.method,
             loaded.description,
         )
@@ -150,8 +155,12 @@ def compile_(
 
     from tuneline.pipelines.finetune import finetune
     from tuneline.pipelines.gitops import write_resources
+    from tuneline.pipelines.inputs import local_problems
 
     loaded = find_recipe(recipe, set_)
+    problems = local_problems(loaded)
+    if problems:
+        raise RecipeError("; ".join(problems))
     path = output or Path(f"{loaded.name}.yaml")
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output {path}: name a file that ends in .yaml")

@@ -15,6 +15,7 @@ from kfp import compiler
 
 from tuneline.errors import ClusterError, RecipeError, UserError
 from tuneline.pipelines.finetune import finetune
+from tuneline.pipelines.inputs import local_problems
 from tuneline.pipelines.kfp_client.connection import Client, readable_errors
 from tuneline.pipelines.kfp_client.progress import CANCELING, ENDED, FAILED, state_of
 from tuneline.pipelines.lint.lint import lint_file
@@ -27,19 +28,23 @@ MAX_WORKFLOW_BYTES = 1_572_864
 
 
 @contextlib.contextmanager
-def compiled(recipe: Recipe, *, cache: bool = True) -> Iterator[Path]:
+def compiled(recipe: Recipe, *, cache: bool = True, archive: str | None = None) -> Iterator[Path]:
     """Compile a recipe to a temporary file, and check the file as `tuneline lint` does.
 
     Args:
         recipe: the recipe to compile.
         cache: whether KFP may reuse results of earlier tasks.
+        archive: files that are sent with the run; None: there are none.
 
     Raises:
-        RecipeError: the pipeline has a security problem.
+        RecipeError: a source is a path of this machine, or the pipeline has a security problem.
     """
+    problems = local_problems(recipe)
+    if problems:
+        raise RecipeError("; ".join(problems))
     with tempfile.TemporaryDirectory(prefix="tuneline-") as directory:
         path = Path(directory) / "pipeline.yaml"
-        compiler.Compiler().compile(finetune(recipe), str(path))
+        compiler.Compiler().compile(finetune(recipe, archive=archive), str(path))
         if not cache:
             _forbid_cache(path)
         findings = lint_file(path)

@@ -11,6 +11,8 @@
     automount             an API token in a pod that does not use one
     pip-install           packages installed when the pod starts: not pinned, not air-gapped
     list-into-dag         a list of artifacts into a condition, loop or nested pipeline of KFP
+    local-file            a dataset or model that is a path of this machine
+    claim                 a dataset or model on a claim that no task mounts
     replaced-text         a text in a pipeline that Kubernetes, Argo or KFP would replace
 
 Forbidden values are searched for in the whole document, so custom resources and kustomize patches
@@ -27,6 +29,7 @@ from typing import Any
 import yaml
 
 from tuneline.errors import RecipeError
+from tuneline.pipelines.lint.data import check_data
 from tuneline.pipelines.lint.passing import check_lists, check_texts
 from tuneline.pipelines.lint.required import (
     Problems,
@@ -112,6 +115,7 @@ def _lint(document: Any, platform: dict[str, Any]) -> Problems:
         yield from _check_value(path, key, value, parent)
     if _is_pipeline(document):
         yield from check_executors(document, platform)
+        yield from check_data(document, platform)
     for prefix, part in _compiled_parts(document):
         for path, rule, value, fix in [*check_lists(part), *check_texts(part)]:
             yield f"{prefix}{path}", rule, value, fix

@@ -19,6 +19,7 @@ from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_even
 from tuneline.recipe import Recipe
 from tuneline.runtime.events import failed_run, step_runs
 from tuneline.runtime.parameter_text import encode_text
+from tuneline.runtime.source_names import CLAIMS_PATH, CLAIMS_VARIABLE
 from tuneline.runtime.step import EVENTS_VARIABLE
 from tuneline.train.checkpoints import ROOT_VARIABLE
 
@@ -75,6 +76,7 @@ def _docker_runner(run_dir: Path, events_path: Path) -> local.DockerRunner:
     runs_dir = str(run_dir.resolve().parent)
     checkpoint_dir = f"{runs_dir}/{CHECKPOINT_DIR}"
     Path(checkpoint_dir).mkdir(exist_ok=True)
+    claims_dir = os.environ.get(CLAIMS_VARIABLE)
 
     def stop(number: int, _: object) -> None:
         stop_containers(directory)
@@ -96,6 +98,7 @@ def _docker_runner(run_dir: Path, events_path: Path) -> local.DockerRunner:
         mounts=[
             Mount(runs_dir, runs_dir, type="bind", read_only=True),
             Mount(checkpoint_dir, checkpoint_dir, type="bind"),
+            *([Mount(CLAIMS_PATH, claims_dir, type="bind", read_only=True)] if claims_dir else []),
         ],
         cap_drop=["ALL"],
         security_opt=["no-new-privileges"],

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Set
 
 from tuneline import images
 from tuneline.kinds import EXPORT_KINDS
+from tuneline.pipelines.inputs import claims_of
 from tuneline.pipelines.kube import Kube
 from tuneline.pipelines.kube_api import Refused, Right
 from tuneline.pipelines.plan.check import Check, Verdict
@@ -159,11 +160,19 @@ def _volumes(recipe: Recipe, kube: Kube) -> Iterator[Check]:
         yield _claim(kube, "shared volume", placement.shared_claim, "shared_claim", if_for_one_node)
 
 
+def _data_claims(recipe: Recipe, kube: Kube) -> Iterator[Check]:
+    for step, field in (("prepare", "the source"), ("fetch", "base_model")):
+        for name in claims_of(recipe, step):
+            yield _claim(kube, "data" if step == "prepare" else "model", name, field, "ok")
+
+
 def _claim(kube: Kube, check: str, name: str, field: str, if_for_one_node: Verdict) -> Check:
     claim = kube.claim(name)
     if claim is None:
         words = f"there is no claim {name} in {kube.namespace}: pods would wait for it forever"
-        return Check(check, "fail", words, f"apply manifests/, or correct placement.{field}")
+        if field in ("cache_claim", "shared_claim"):
+            return Check(check, "fail", words, f"apply manifests/, or correct placement.{field}")
+        return Check(check, "fail", words, f"create it, or correct {field}")
     modes = ", ".join(claim.spec.access_modes)
     words = f"{name} is {claim.status.phase}, {modes}, class {claim.spec.storage_class_name}"
     if claim.status.phase == "Lost":
@@ -237,6 +246,7 @@ _CHECKS: dict[str, Callable[[Recipe, Kube], Iterator[Check]]] = {
     "CRDs": _crds,
     "secrets": _secrets,
     "volumes": _volumes,
+    "data": _data_claims,
     "queue": _queue,
     "quota": check_quota,
     "nodes": check_nodes,

@@ -6,8 +6,10 @@ objects and rights that the run needs there are checked too.
 
 from collections.abc import Iterator
 
+from tuneline.errors import DataError
 from tuneline.gpu_profiles import GPU_PROFILES, LOCAL, fp8_profiles
 from tuneline.html.units import duration, parameters, size
+from tuneline.pipelines.inputs import local_problems, prepare_upload
 from tuneline.pipelines.kube import Kube
 from tuneline.pipelines.needs import memory_of
 from tuneline.pipelines.plan.check import Check, Verdict
@@ -53,6 +55,7 @@ def plan(
     """
     num_parameters = num_parameters or parameters_in_name(recipe.base_model)
     checks = [*_ranks(recipe), *_checkpoints(recipe)]
+    checks += _data(recipe, has_pods=kube is not None)
     checks += _kernels(recipe, has_pods=kube is not None)
     if num_parameters is None:
         advice = "pass --parameters, e.g. --parameters 8e9"
@@ -82,6 +85,24 @@ def _ranks(recipe: Recipe) -> Iterator[Check]:
     if batch.deprecation:
         words, _, advice = batch.deprecation.partition(": ")
         yield Check("batch size", "warn", words, advice)
+
+
+def _data(recipe: Recipe, *, has_pods: bool) -> Iterator[Check]:
+    """Check that the pods can read the data and the model that are on this machine."""
+    if not (has_pods or recipe.placement.profile != LOCAL):
+        return
+    try:
+        upload = prepare_upload(recipe)
+    except DataError as error:
+        words, _, advice = str(error).rpartition(": ")
+        yield Check("data", "fail", words, advice)
+        return
+    if upload.archive is not None:
+        words = f"`tuneline submit` sends {', '.join(upload.files)} with the run"
+        yield Check("data", "ok", words, "other ways to start a run need a store or a claim")
+    for problem in local_problems(upload.recipe):
+        words, _, advice = problem.partition(": ")
+        yield Check("data", "fail", words, advice)
 
 
 def _checkpoints(recipe: Recipe) -> Iterator[Check]:

@@ -1,0 +1,124 @@
+"""Read JSON Lines, and arrays of JSON objects."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from tuneline.errors import DataError
+from tuneline.prepare.sources.content import UTF_8, has_undecoded, open_content, open_text
+from tuneline.prepare.sources.row import SourceRow
+from tuneline.prepare.sources.stored import StoredFile
+
+NOT_UTF8 = "not UTF-8 text; convert the file, e.g. with iconv -f CP949 -t UTF-8"
+_CUT_OFF = "the line ends inside a JSON value: the file was cut off"
+
+
+def read_jsonl(file: StoredFile, encoding: str) -> Iterator[SourceRow]:
+    """Yield the objects of JSON Lines."""
+    if encoding != UTF_8:
+        yield from _read_decoded_lines(file, encoding)
+        return
+    with open_content(file) as lines:
+        for number, raw in enumerate(lines, 1):
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            if not raw.strip():
+                continue
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError:
+                yield SourceRow(file.name, number, reason=NOT_UTF8)
+                continue
+            yield _parse(file, number, line)
+
+
+def _read_decoded_lines(file: StoredFile, encoding: str) -> Iterator[SourceRow]:
+    with open_text(file, encoding, newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix("\ufeff")
+            if not line.strip():
+                continue
+            if has_undecoded(line):
+                yield SourceRow(file.name, number, reason=f"not {encoding} text")
+                continue
+            yield _parse(file, number, line)
+
+
+def _parse(file: StoredFile, number: int, line: str) -> SourceRow:
+    try:
+        return _object(file, number, json.loads(line))
+    except json.JSONDecodeError as error:
+        # Only the last line of a file can lack a line feed; it may have been cut off.
+        is_whole = line.endswith("\n")
+        reason = f"not JSON: {error.msg} at column {error.colno}" if is_whole else _CUT_OFF
+        return SourceRow(file.name, number, reason=reason)
+    except RecursionError:
+        return SourceRow(file.name, number, reason="JSON nested too deeply")
+    except ValueError as error:
+        # Python converts at most 4300 digits to an integer.
+        return SourceRow(file.name, number, reason=f"not usable JSON: {error}")
+
+
+def _object(file: StoredFile, number: int, values: Any) -> SourceRow:
+    if isinstance(values, dict):
+        return SourceRow(file.name, number, values)
+    name = {list: "an array", str: "a string", type(None): "null"}.get(type(values), "a number")
+    return SourceRow(file.name, number, reason=f"{name} instead of an object with columns")
+
+
+def read_json(file: StoredFile, encoding: str) -> Iterator[SourceRow]:
+    """Read an array of objects in pieces; a file that begins with { is read as JSON Lines."""
+    with open_text(file, encoding) as text:
+        head = text.read(4096).removeprefix("\ufeff").lstrip()
+    if head.startswith("{"):
+        yield from read_jsonl(file, encoding)
+        return
+    if head and not head.startswith("["):
+        raise DataError(f"{file.name} is neither an array of objects nor JSON Lines")
+    decoder = json.JSONDecoder()
+    line = 1
+    buffer = ""
+    opened = False
+    at_end = False
+    with open_text(file, encoding) as text:
+        while True:
+            # Values are separated by white space and a comma.
+            stripped = buffer.lstrip(" \t\r\n," if opened else " \t\r\n\ufeff")
+            line += buffer[: len(buffer) - len(stripped)].count("\n")
+            buffer = stripped
+            if not opened and buffer:
+                buffer, opened = buffer[1:], True
+                continue
+            if buffer.startswith("]"):
+                return
+            try:
+                if not buffer:
+                    raise json.JSONDecodeError("", buffer, 0)
+                values, end = decoder.raw_decode(buffer)
+                if end == len(buffer) and not at_end:
+                    # The value may be a number that continues in the next piece.
+                    raise json.JSONDecodeError("", buffer, end)
+            except json.JSONDecodeError as error:
+                # Each read doubles the buffer, so a long value is parsed only a few times.
+                piece = text.read(max(1 << 16, len(buffer)))
+                if has_undecoded(piece):
+                    raise DataError(f"{file.name} is {NOT_UTF8}") from None
+                if piece:
+                    buffer += piece
+                    continue
+                if not at_end:
+                    at_end = True
+                    continue
+                if not buffer and not opened:
+                    return
+                raise DataError(
+                    f"{file.name}: the JSON array ends unexpectedly in or before line "
+                    f"{line + buffer[: error.pos].count(chr(10))}: the file was cut off or is "
+                    "not JSON. Create it again, or use JSON Lines, where a bad row affects "
+                    "only its own line"
+                ) from None
+            line += buffer[:end].count("\n")
+            buffer = buffer[end:]
+            yield _object(file, line, values)
