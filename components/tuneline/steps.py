@@ -65,11 +65,6 @@ STEPS: dict[str, Step] = {
         image="train", module="tuneline.fetch.run", stage="fetch",
         cpu=("1", "4"), memory=("4Gi", "16Gi"), timeout_hours=6, hub=True, num_retries=3,
     ),
-    # Only in recipes that name tasks of lm-eval.
-    "collect-benchmarks": Step(
-        image="evaluate", module="tuneline.evaluate.benchmarks", stage="prepare",
-        cpu=("1", "4"), memory=("2Gi", "8Gi"), timeout_hours=4, hub=True, num_retries=3,
-    ),
     "prepare": Step(
         image="train", module="tuneline.prepare.run", stage="prepare",
         cpu=("2", "8"), memory=("4Gi", "16Gi"), timeout_hours=12, hub=True, num_retries=2,
@@ -106,6 +101,11 @@ STEPS: dict[str, Step] = {
     "quantize-gptq": Step(
         image="gptq", module="tuneline.quantize.run", stage="quantize",
         cpu=("4", "16"), memory=("16Gi", "64Gi"), timeout_hours=24, gpu=True, num_retries=1,
+    ),
+    # Only in recipes that name tasks of lm-eval; runs before prepare.
+    "collect-benchmarks": Step(
+        image="evaluate", module="tuneline.evaluate.benchmarks", stage="prepare",
+        cpu=("1", "4"), memory=("2Gi", "8Gi"), timeout_hours=4, hub=True, num_retries=3,
     ),
     # Runs twice; the report's diagram has the stages "evaluate base" and "evaluate tuned".
     "evaluate": Step(

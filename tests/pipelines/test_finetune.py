@@ -160,6 +160,22 @@ def test_only_publish_gets_models_and_only_those_that_it_uploads(
     }
 
 
+def test_the_questions_of_benchmarks_reach_prepare(tmp_path: Path) -> None:
+    pipeline, platform = compile_recipe("qwen2.5-7b-korean", tmp_path / "pipeline.yaml")
+    found = tasks(pipeline)
+    assert inputs_of(found["prepare"])["benchmarks"] == ("collect-benchmarks", "questions")
+    assert found["collect-benchmarks"]["dependentTasks"] == ["plan"]
+    assert executors(pipeline)["collect-benchmarks"]["image"].startswith("tuneline/evaluate:")
+    kubernetes = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert "secretAsEnv" in kubernetes["exec-collect-benchmarks"]
+
+
+def test_held_out_rows_need_no_questions(demo: tuple[str, dict, dict]) -> None:
+    found = tasks(demo[1])
+    assert "collect-benchmarks" not in found
+    assert "benchmarks" not in inputs_of(found["prepare"])
+
+
 HOSTILE = "cost $$5$$ $(HOME) {{item}} {{{x}}} {{workflow.name}} {{=1+1}} [[Index]] <b> \\$$ \u00e9"
 
 

@@ -77,6 +77,8 @@ def run_dirs(tmp_path: Path) -> dict:
         num_eval_rows=60,
         num_heldout_rows=200,
         num_rejected_rows=3,
+        num_leaking_rows=2,
+        contamination={"boolq": {"num_questions": 40, "num_checked": 40, "num_found": 4}},
         num_tokens=61_234,
         num_loss_tokens=9_876,
         lengths=LengthStatistics(

@@ -82,6 +82,8 @@ def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
         ),
         ("Data", "1,140, 60, 200"),
         ("Data", "Rejected rows 3 (0.2 %)"),
+        ("Data", "Rows left out as like one held out or evaluated 2"),
+        ("Data", "Questions of boolq in the training rows 4 of 40"),
         ("Data", "9,876 (answers)"),
         ("Data", "256 (recommended 80)"),
         ("Merge and exports", "0.00031 nats (at most 0.01)"),

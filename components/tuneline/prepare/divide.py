@@ -43,7 +43,8 @@ def sizes_of(order: Order, encoded: Encoded, config: PrepareConfig) -> NDArray[n
     if config.general is not None:
         most = num_wanted(config.general, int(is_own.sum()))
         counted = is_own | ((order.origins == Origin.GENERAL) & (order.priorities < most))
-    return numpy.array(encoded.sizes)[counted[encoded.owners]]
+    sizes: NDArray[numpy.int64] = numpy.array(encoded.sizes, numpy.int64)[counted[encoded.owners]]
+    return sizes
 
 
 def check_remains(

@@ -230,6 +230,14 @@ def data(line: Line) -> str:
         ),
         ("Rejected rows", f"{count(rejected)} ({percent(rejected / num_rows if num_rows else 0)})"),
         ("Rows left out as too long", count(dataset.num_overlong_rows)),
+        ("Rows left out as like one held out or evaluated", count(dataset.num_leaking_rows)),
+        *(
+            (
+                f"Questions of {name} in the training rows",
+                f"{count(found.num_found)} of {count(found.num_questions)}",
+            )
+            for name, found in dataset.contamination.items()
+        ),
         ("Tokens", count(dataset.num_tokens)),
         (
             "Tokens that count in the loss",

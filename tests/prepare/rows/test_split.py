@@ -9,6 +9,7 @@ from tuneline.prepare import PrepareConfig
 from tuneline.prepare.rows.groups import Groups
 from tuneline.prepare.rows.mixture import Origin
 from tuneline.prepare.rows.split import Part, Split, split
+from tuneline.prepare.rows.weights import Weighted
 
 
 def divide(
@@ -31,6 +32,7 @@ def divide(
         PrepareConfig.parse(config),
         holds_out_own=not (where == Origin.HELDOUT).any(),
         priorities=numpy.arange(len(texts)),
+        weigh=lambda train: Weighted(numpy.ones(len(train), numpy.int64), [], []),
     )
     return parts, groups.numbers()
 

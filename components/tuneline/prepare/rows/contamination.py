@@ -68,9 +68,9 @@ def find(
             wanted = [*wanted, *words_of(question.answer)][:NUM_WORDS]
         if len(wanted) >= _MIN_WORDS:
             length = min(NUM_WORDS, len(wanted))
-            hashes = numpy.unique(ngrams(numpy.array(word_hashes(wanted)), length))
-            needles[length].append(hashes)
-            owners[length] += [number] * len(hashes)
+            searched = numpy.unique(ngrams(numpy.array(word_hashes(wanted)), length))
+            needles[length].append(searched)
+            owners[length] += [number] * len(searched)
     num_needles = numpy.zeros(len(questions), numpy.int64)
     num_found = numpy.zeros(len(questions), numpy.int64)
     hashes = {length: numpy.concatenate(parts) for length, parts in needles.items()}

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 import numpy
+from numpy.typing import NDArray
 
 from tuneline.artifacts import LengthStatistics
 from tuneline.prepare.tokens.tokenise import TokenRow
@@ -17,7 +18,7 @@ NEVER = 2**31 - 1
 """Length in tokens that stands for none: no maximum length is enough."""
 
 
-def statistics(lengths: Sequence[int]) -> LengthStatistics:
+def statistics(lengths: Sequence[int] | NDArray[numpy.int64]) -> LengthStatistics:
     """Return statistics of lengths in tokens; `lengths` must not be empty."""
     values = numpy.asarray(lengths)
     shortest, longest = int(values.min()), int(values.max())
