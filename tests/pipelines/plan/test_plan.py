@@ -288,7 +288,10 @@ def test_optimizer_steps_that_packing_leaves(tmp_path) -> None:
     assert few.verdict == "warn" and "about 3 for the 163,840 bytes" in few.words
     assert "train.global_batch_size (it is 8)" in few.advice and "packing" in few.advice
     enough = steps(max_steps=None, num_train_epochs=4.0)
-    assert enough.verdict == "ok" and "8 packs of 2048 tokens (16,384 tokens): about 12" in enough.words
+    assert (
+        enough.verdict == "ok"
+        and "8 packs of 2048 tokens (16,384 tokens): about 12" in enough.words
+    )
     assert steps(max_steps=7).words == "7 optimizer steps (train.max_steps)"
     assert "one optimizer step per 8 rows" in steps(max_steps=None, packing=False).words
     loaded = loaded.model_copy(update={"dataset": "org/name"})
