@@ -154,7 +154,7 @@ def write_dataset(
         directory: New directory.
         lengths: Tokens per row; for dpo, the tokens of the prompt with either answer.
         max_seq_length: Tokens per pack.
-        method: sft or dpo.
+        method: sft, dpo or kto.
         num_eval_rows: Number of evaluation rows, which have the first lengths.
         max_token: Upper bound of the token IDs, exclusive.
     """
@@ -169,11 +169,15 @@ def write_dataset(
     def tokens(count: int) -> list[int]:
         return [10 + int((max_token - 10) * draw.random() ** 4) for _ in range(count)]
 
-    def row(length: int) -> dict[str, list[int]]:
+    def row(length: int) -> dict[str, Any]:
         half = length // 2
         if method == "dpo":
             names = ("chosen_ids", "rejected_ids")
             return {"prompt_ids": tokens(length - half)} | {name: tokens(half) for name in names}
+        if method == "kto":
+            is_good = draw.random() < 0.5
+            prompt, answer = tokens(length - half), tokens(half)
+            return {"prompt_ids": prompt, "completion_ids": answer, "label": is_good}
         return {"input_ids": tokens(length), "loss_mask": [0] * half + [1] * (length - half)}
 
     for name, some in ((TRAIN_FILE, lengths), (EVAL_FILE, lengths[:num_eval_rows])):

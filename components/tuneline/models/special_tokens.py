@@ -36,7 +36,7 @@ def add_missing_tokens(
         model_dir: the model, whose configs may name the end-of-sequence token.
 
     Returns:
-        The names of the settings that were missing, such as pad_token, and their tokens.
+        The names of the settings that files should have, such as pad_token, and their tokens.
     """
     added = {}
     if tokenizer.eos_token is None:
@@ -45,8 +45,10 @@ def add_missing_tokens(
             tokenizer.eos_token = added["eos_token"] = eos
     if tokenizer.pad_token is None:
         padding = _padding(tokenizer)
-        if padding is not None:
-            tokenizer.pad_token = added["pad_token"] = padding
+        tokenizer.pad_token = padding
+        # Files do not name an end mark as padding: other software would hide it from the loss.
+        if padding is not None and padding != tokenizer.eos_token:
+            added["pad_token"] = padding
     if added:
         logger.warning(
             "the tokenizer in %s names no %s: using %s",

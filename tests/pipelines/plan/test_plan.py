@@ -12,6 +12,7 @@ from tuneline.errors import RecipeError
 from tuneline.gpu_profiles import GPU_PROFILES
 from tuneline.pipelines.plan.estimate import estimate, llama_shape, parameters_in_name
 from tuneline.pipelines.plan.host_memory import host_memory
+from tuneline.pipelines.plan.optimizer_steps import check_optimizer_steps
 from tuneline.pipelines.plan.plan import plan
 from tuneline.placement import PlacementConfig
 from tuneline.recipe import Recipe
@@ -272,3 +273,26 @@ def test_no_pod_holds_a_run_on_this_machine_to_its_memory() -> None:
     on_cluster = recipe(profile="h100")
     checks = [each for each in plan(on_cluster, num_parameters=180e9) if each.name == "memory"]
     assert "fail" in {each.verdict for each in checks}
+
+
+def test_optimizer_steps_that_packing_leaves(tmp_path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("x" * 4 * 2048 * 20)  # about 20 packs
+    loaded = recipe().model_copy(update={"dataset": str(rows)})
+
+    def steps(**changes: Any) -> Any:
+        changed = loaded.train.model_copy(update=changes)
+        return next(iter(check_optimizer_steps(loaded.model_copy(update={"train": changed}))))
+
+    few = steps(max_steps=None)
+    assert few.verdict == "warn" and "about 3 for the 163,840 bytes" in few.words
+    assert "train.global_batch_size (it is 8)" in few.advice and "packing" in few.advice
+    enough = steps(max_steps=None, num_train_epochs=4.0)
+    assert (
+        enough.verdict == "ok"
+        and "8 packs of 2048 tokens (16,384 tokens): about 12" in enough.words
+    )
+    assert steps(max_steps=7).words == "7 optimizer steps (train.max_steps)"
+    assert "one optimizer step per 8 rows" in steps(max_steps=None, packing=False).words
+    loaded = loaded.model_copy(update={"dataset": "org/name"})
+    assert steps(max_steps=None).words.endswith("(16,384 tokens)")

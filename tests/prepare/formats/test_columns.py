@@ -125,6 +125,7 @@ def test_every_column_of_a_format_may_be_null() -> None:
         "kto": ROW | {"label": True},
         "kto-tag": ROW | {"kto_tag": True},
     }
+    rows |= {"kto": ROW | {"label": True}, "kto-tag": ROW | {"kto_tag": 0}}
     assert set(rows) == set(FORMATS)
     for name, row in rows.items():
         nulls = {column: None for column in FORMATS[name].optional if column not in row}

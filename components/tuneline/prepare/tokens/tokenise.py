@@ -38,8 +38,8 @@ def tokenise(tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str) -> Itera
             yield TokenRow(ids, [], tuple(answers))
     elif rows[0].judged is not None:
         judged = [row.judged for row in rows if row.judged is not None]
-        prompts, answers, labels = zip(*judged, strict=True)
-        pairs = _after_prompts(tokenizer, prompts, answers)
+        prompts, texts, labels = zip(*judged, strict=True)
+        pairs = _after_prompts(tokenizer, prompts, texts)
         for (ids, answer), label in zip(pairs, labels, strict=True):
             yield TokenRow(ids, [], (answer,), label)
     elif rows[0].text is not None:

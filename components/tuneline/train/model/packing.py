@@ -7,6 +7,8 @@ models whose attention takes no position IDs. Some of them raise an error, other
 see the rows before it. No property of the model's class tells all of them, so the model is asked.
 """
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -37,17 +39,17 @@ def reason_not_to_pack(model: PreTrainedModel) -> str:
 @torch.no_grad()
 def _second_rows(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits of the same second row in two packs with different first rows."""
-    embedding = model.get_input_embeddings()
-    device = embedding.weight.device
-    num_ids = embedding.weight.shape[0]
+    network: Any = model
+    embedding = network.get_input_embeddings().weight
+    device, num_ids = embedding.device, embedding.shape[0]
     rows = torch.arange(3 * _LENGTH, device=device).remainder(num_ids).view(3, _LENGTH)
     positions = torch.arange(_LENGTH, device=device).repeat(2)[None]
-    was_training = model.training
-    model.eval()
+    was_training = network.training
+    network.eval()
     logits = []
     for other in rows[:2]:
         pack = torch.cat([other, rows[2]])[None]
-        output = model(input_ids=pack, position_ids=positions, use_cache=False)
+        output = network(input_ids=pack, position_ids=positions, use_cache=False)
         logits.append(output.logits[0, _LENGTH:].float())
-    model.train(was_training)
+    network.train(was_training)
     return logits[0], logits[1]

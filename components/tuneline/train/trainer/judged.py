@@ -10,7 +10,7 @@ global batch. An evaluation has one z, over all evaluation rows.
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -151,9 +151,9 @@ class JudgedTrainer(GuardedTrainer, KTOTrainer):
     @torch.no_grad()
     def _kl_of(self, batches: Iterable[dict[str, Any]]) -> float:
         """Return the z of batches: the mean ratio over all ranks, but at least 0."""
-        model: Any = self.model
+        model, arguments = cast(Any, self.model), cast(Any, self.args)
         total, count = torch.zeros((), device=self.accelerator.device), 0
-        with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs):
+        with disable_gradient_checkpointing(model, arguments.gradient_checkpointing_kwargs):
             for batch in batches:
                 ratios = self._mismatched_logps(batch)
                 with model.disable_adapter():

@@ -96,7 +96,7 @@ class ScheduledTrainer(QuickStepTrainer):
             optimizer: The optimizer whose rates the scheduler sets. None: the trainer's.
         """
         if self.lr_scheduler is None:
-            arguments = self.args
+            arguments: Any = self.args
             factors = rate_factors(
                 SchedulerType(arguments.lr_scheduler_type).value,
                 arguments.lr_scheduler_kwargs or {},

@@ -17,6 +17,7 @@ from tuneline.pipelines.plan.cluster import check_cluster
 from tuneline.pipelines.plan.disk import check_disks, check_files
 from tuneline.pipelines.plan.estimate import Estimate, estimate, parameters_in_name
 from tuneline.pipelines.plan.host_memory import host_memory
+from tuneline.pipelines.plan.optimizer_steps import check_optimizer_steps
 from tuneline.pipelines.plan.power import check_power
 from tuneline.placement import quantity_value
 from tuneline.recipe import Recipe
@@ -55,7 +56,7 @@ def plan(
         ClusterError: the cluster cannot be reached.
     """
     num_parameters = num_parameters or parameters_in_name(recipe.base_model)
-    checks = [*_ranks(recipe), *_checkpoints(recipe)]
+    checks = [*_ranks(recipe), *check_optimizer_steps(recipe), *_checkpoints(recipe)]
     checks += _data(recipe, has_pods=kube is not None)
     checks += _kernels(recipe, has_pods=kube is not None)
     checks += check_power(recipe)

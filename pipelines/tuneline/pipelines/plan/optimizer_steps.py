@@ -1,0 +1,57 @@
+"""How many optimizer steps a run will have, as far as that is known before the data are read."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from tuneline.artifacts import PREFERENCE_METHODS
+from tuneline.html.units import count
+from tuneline.pipelines.plan.check import Check
+from tuneline.pipelines.plan.estimate import ASSUMED_LENGTH
+from tuneline.recipe import Recipe
+from tuneline.train.batch_size import batch_size
+
+FEW_STEPS = 10
+"""Number of optimizer steps below which a run learns little."""
+BYTES_PER_TOKEN = 4
+"""Bytes of text per token, assumed for a local file; the usual ratio for English."""
+_TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+
+
+def check_optimizer_steps(recipe: Recipe) -> Iterator[Check]:
+    """Yield the number of optimizer steps, or how it follows from the number of tokens."""
+    train = recipe.train
+    size = batch_size(train, recipe.num_ranks).global_batch_size
+    if train.max_steps is not None:
+        yield Check("steps", "ok", f"{count(train.max_steps)} optimizer steps (train.max_steps)")
+        return
+    if not train.packing or recipe.prepare.method in PREFERENCE_METHODS:
+        words = f"one optimizer step per {size} rows"
+        yield Check("steps", "ok", f"{words}, {train.num_train_epochs:g} times over the rows")
+        return
+    length = recipe.prepare.max_seq_length
+    length = ASSUMED_LENGTH if length == "auto" else length
+    words = (
+        f"one optimizer step per {size} packs of {length} tokens ({count(size * length)} tokens)"
+    )
+    num_bytes = _num_bytes(Path(recipe.dataset))
+    if num_bytes is None:
+        yield Check("steps", "ok", words)
+        return
+    num_packs = math.ceil(num_bytes / BYTES_PER_TOKEN / length)
+    num_steps = math.ceil(train.num_train_epochs * math.ceil(num_packs / size))
+    words += f": about {count(num_steps)} for the {count(num_bytes)} bytes of {recipe.dataset}"
+    if num_steps >= FEW_STEPS:
+        yield Check("steps", "ok", words)
+        return
+    advice = (
+        f"lower train.global_batch_size (it is {size}), raise train.num_train_epochs (it is "
+        f"{train.num_train_epochs:g}), or set train.packing to false"
+    )
+    yield Check("steps", "warn", f"{words}, in which an adapter learns little", advice)
+
+
+def _num_bytes(path: Path) -> int | None:
+    """Return the size of a local file of text, or None."""
+    is_text = path.suffix in _TEXT_SUFFIXES and path.is_file()
+    return path.stat().st_size if is_text else None
