@@ -92,8 +92,10 @@ def run(
     source = describe(named)
     settings = config
     datasets, config = locate(named, config, uploads_dir)
-    for entry in (*datasets, *([config.general] if config.general else [])):
+    for entry in datasets:
         check_names(entry.format or AUTO, entry.columns or {}, config.method)
+    if config.general is not None:
+        check_names(config.general.format, config.general.columns, config.method)
     check_sources(datasets, config)
     tokenizer, longest_allowed = load_tokenizer(base_model_dir)
     template = "" if config.method == "cpt" else use_template(tokenizer, config.template)
