@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,20 +14,25 @@ from tuneline.artifacts import write_jsonl
 from tuneline.errors import DataError, RecipeError
 from tuneline.prepare import PrepareConfig
 from tuneline.prepare.datasets import describe, parse, to_text
-from tuneline.prepare.rows.weights import apply_weights
+from tuneline.prepare.rows.weights import Weighted, apply_weights
 
 RANGES = [range(0, 100), range(100, 140)]
 TRAIN = [*range(0, 100, 2), *range(139, 99, -1)]
 
 
 def counts(weights: list[float], **config: Any) -> tuple[Counter[int], Any]:
-    weighted = apply_weights(TRAIN, RANGES, weights, config=PrepareConfig.parse(config))
-    return Counter(weighted.train), weighted
+    train = numpy.array(TRAIN)
+    weighted = apply_weights(train, RANGES, weights, config=PrepareConfig.parse(config))
+    return used_rows(train, weighted), weighted
+
+
+def used_rows(train: Any, weighted: Weighted) -> Counter[int]:
+    return Counter(dict(zip(train.tolist(), weighted.uses.tolist(), strict=True)))
 
 
 def test_weight_one_changes_nothing() -> None:
     _, weighted = counts([1, 1])
-    assert list(weighted.train) == TRAIN
+    assert weighted.uses.tolist() == [1] * len(TRAIN)
     assert (weighted.num_distinct, weighted.num_used) == ([50, 40], [50, 40])
 
 
@@ -53,8 +59,8 @@ def test_temperature_makes_shares_alike() -> None:
 
 
 def test_rows_of_no_dataset_are_kept_once() -> None:
-    weighted = apply_weights([5, 200, 6], RANGES, [2, 1], config=PrepareConfig())
-    assert Counter(weighted.train) == {5: 2, 6: 2, 200: 1}
+    weighted = apply_weights(numpy.array([5, 200, 6]), RANGES, [2, 1], config=PrepareConfig())
+    assert weighted.uses.tolist() == [2, 1, 2]
 
 
 @settings(max_examples=100, deadline=None)
@@ -67,10 +73,10 @@ def test_every_row_is_counted(sizes: list[int], weights: list[float], mixing: An
     ends = [sum(sizes[: number + 1]) for number in range(len(sizes))]
     ranges = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     config = PrepareConfig(mixing=mixing)
-    train = list(range(ends[-1]))
+    train = numpy.arange(ends[-1])
     weighted = apply_weights(train, ranges, weights[: len(sizes)], config=config)
-    used = Counter(weighted.train)
-    assert sum(weighted.num_used) == len(weighted.train)
+    used = used_rows(train, weighted)
+    assert sum(weighted.num_used) == weighted.uses.sum()
     for indices, distinct, number in zip(
         ranges, weighted.num_distinct, weighted.num_used, strict=True
     ):
