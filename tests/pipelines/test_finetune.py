@@ -70,8 +70,10 @@ def test_every_pod_has_requests_limits_and_a_user(demo: tuple[str, dict, dict]) 
     _, pipeline, platform = demo
     kubernetes = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     containers = executors(pipeline)
-    # These steps are for recipes that ask for an importance matrix, nodes or tasks of lm-eval.
-    always = set(STEPS) - {"measure-importance", "train-on-nodes", "collect-benchmarks"}
+    # The others are for recipes that ask for an importance matrix, nodes or tasks of lm-eval, and
+    # for files that are sent.
+    always = set(STEPS) - {"measure-importance", "train-on-nodes"}
+    always -= {"collect-benchmarks", "receive-files"}
     assert {re.sub(r"-\d+$", "", name) for name in containers} == always
     for name, container in containers.items():
         resources = container["resources"]

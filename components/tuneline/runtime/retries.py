@@ -173,8 +173,8 @@ def _status(error: BaseException) -> int | None:
     response: Any = getattr(error, "response", None)
     if isinstance(response, Mapping):
         # botocore's errors, which the client of S3 raises.
-        response = response.get("ResponseMetadata", {})
-        return response.get("HTTPStatusCode")
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return status if isinstance(status, int) else None
     for value in (getattr(response, "status_code", None), getattr(error, "status", None)):
         if isinstance(value, int):
             return value

@@ -36,7 +36,11 @@ def test_the_disk_of_every_pod() -> None:
     )  # fmt: skip
     # Every step but these is counted: they read records, scores, questions and parameters only.
     light = {"plan", "look-up-model", "look-up-data", "gate", "report", "diagnose"}
-    assert set(STEPS) - set(found) == light | {"train-on-nodes", "collect-benchmarks"}
+    assert set(STEPS) - set(found) == light | {
+        "train-on-nodes",
+        "receive-files",
+        "collect-benchmarks",
+    }
     elsewhere = recipe("placement.cache_claim=cache", "publish_to=dir:/models", "quantize.gguf=[]")
     found = {pod.step: (pod.num_bytes - POD_BYTES) / LLAMA for pod in pod_disks(elsewhere, LLAMA)}
     assert found["fetch"] == pytest.approx(2)

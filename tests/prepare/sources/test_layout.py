@@ -14,8 +14,8 @@ from datasets.data_files import DataFilesDict, get_data_patterns
 
 from tuneline.errors import DataError
 from tuneline.prepare.sources.kinds import read_rows
-from tuneline.prepare.sources.layout import split_by_name
 from tuneline.prepare.sources.row import Remarks, Selection
+from tuneline.prepare.sources.split_names import split_by_name
 from tuneline.prepare.sources.stored import StoredFile
 from tuneline.runtime.source_names import CLAIMS_VARIABLE
 
@@ -120,6 +120,21 @@ def test_the_card_names_subsets_and_splits(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(CARD.replace("  default: true\n", ""))
     with pytest.raises(DataError, match="has several subsets: set prepare.subset to one of easy"):
         read(tmp_path)
+
+
+def test_documents_are_not_split_by_single_names(tmp_path: Path) -> None:
+    for name in ("training.md", "test-plan.md", "notes.txt", "README.md"):
+        (tmp_path / name).write_text(f"{name}\n")
+    assert sorted(read(tmp_path)) == [
+        "README.md\n",
+        "notes.txt\n",
+        "test-plan.md\n",
+        "training.md\n",
+    ]
+    (tmp_path / ".gitattributes").write_text("")
+    assert sorted(read(tmp_path)) == ["notes.txt\n", "test-plan.md\n", "training.md\n"]
+    (tmp_path / "notes.txt").unlink()
+    assert read(tmp_path) == ["training.md\n"]
 
 
 def test_only_other_splits_are_a_sentence(tmp_path: Path) -> None:

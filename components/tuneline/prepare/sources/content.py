@@ -147,10 +147,10 @@ def find_encoding(file: StoredFile, encoding: str | None, remarks: Remarks) -> s
                     remarks.add(f"read as {name.upper()}, by its byte order mark", file.name)
                 return name
         if b"\0" in head:
-            name = _utf_16(head)
-            if name is not None:
-                remarks.add(_guessed(name), file.name)
-                return name
+            guess = _utf_16(head)
+            if guess is not None:
+                remarks.add(_guessed(guess), file.name)
+                return guess
         sample = _sample(content, head, is_local="://" not in file.path)
     if sample is None:
         return UTF_8

@@ -148,7 +148,7 @@ def _find_dialect(file: StoredFile, encoding: str, remarks: Remarks) -> _Dialect
 
 
 def _read_header(file: StoredFile, cells: list[str], remarks: Remarks) -> list[str]:
-    names = []
+    names: list[str] = []
     for number, cell in enumerate(cells, 1):
         name = cell.removeprefix("\ufeff").strip()
         if len(name) > _MAX_NAME_CHARACTERS or "\n" in name:

@@ -9,8 +9,9 @@ from typing import Literal
 
 from tuneline.errors import DataError
 from tuneline.prepare.sources import builtin, hub
+from tuneline.prepare.sources.described import CARD, SAVED_DATASET, SAVED_DICT
 from tuneline.prepare.sources.files import can_read, read_file, supported_types
-from tuneline.prepare.sources.layout import CARD, SAVED_DATASET, SAVED_DICT, choose
+from tuneline.prepare.sources.layout import choose
 from tuneline.prepare.sources.row import Remarks, Selection, SourceRow
 from tuneline.prepare.sources.stored import Listing, has_magic, list_source
 from tuneline.runtime.redaction import redacted

@@ -165,7 +165,7 @@ def _store_file(fs: Any, name: str, path: str, information: dict[str, Any]) -> S
         ),
         "",
     )
-    modified = next(
+    modified: Any = next(
         (
             information[key]
             for key in ("LastModified", "last_modified", "updated", "mtime", "timeModified")

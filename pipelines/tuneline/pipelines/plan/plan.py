@@ -97,7 +97,7 @@ def _data(recipe: Recipe, *, has_pods: bool) -> Iterator[Check]:
     try:
         upload = prepare_upload(recipe)
     except DataError as error:
-        words, _, advice = str(error).rpartition(": ")
+        words, _, advice = str(error).partition(": ")
         yield Check("data", "fail", words, advice)
         return
     if upload.archive is not None:
