@@ -115,7 +115,7 @@ def test_only_desirable_answers_are_held_out(tmp_path, tiny_model_dir, caplog):
     assert (manifest.num_heldout_rows, manifest.num_undesirable_heldout_rows) == (3, 3)
     heldout = read_jsonl(tmp_path / "data" / "heldout.jsonl")
     assert {row["answer"] for row in heldout} == {"Answer 20.", "Answer 22.", "Answer 24."}
-    assert "3 of 6 held-out rows have an undesirable answer" in caplog.text
+    assert "3 held-out rows are left out: their answer is undesirable" in caplog.text
     assert "3 held-out rows are left out" in (tmp_path / "page.html").read_text()
 
 
