@@ -71,6 +71,8 @@ def test_f16_says_what_transformers_says(
     assert kept.stop_tokens == ["<|im_end|>"]
     assert kept.tokens_per_second is not None and kept.tokens_per_second > 0
     assert (target / MODELFILE).is_file()
+    # The context of Ollama's files: the tiny model's.
+    assert kept.num_context == 2048
 
 
 def test_a_k_quant_tells_of_its_fallbacks(

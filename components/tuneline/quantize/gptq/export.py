@@ -16,6 +16,7 @@ import torch
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ModelError, ProofError, ToolError
 from tuneline.models import tokenizer_files
+from tuneline.models.nf4 import empty_model
 from tuneline.models.weight_files import SINGLE_FILE
 from tuneline.quantize import formats
 from tuneline.quantize.calibration import read_rows
@@ -54,11 +55,12 @@ def export(
 
     Raises:
         DataError: there are no training rows.
-        ModelError: no group size fits the model's layers.
+        ModelError: no group size fits the model's layers, or the model is a mixture of experts.
         ToolError: gptqmodel is missing or failed.
         ProofError: the checkpoint does not load or does not answer, or its predictions are further
             from the merged model's than the bound allows.
     """
+    check_experts(merged_dir)
     device = choose_device(merged_dir)
     rows = read_rows(
         dataset_dir,
@@ -151,6 +153,27 @@ def _speed(model: TransformersModel, reference: Reference, device: str) -> dict[
         reference.generation.prompt_ids, num_tokens=quality.NUM_SPEED_TOKENS
     )
     return {"tokens_per_second": round(speed, 2), "num_threads": num_threads()}
+
+
+def check_experts(model_dir: Path) -> None:
+    """Check that transformers will read back all layers that gptqmodel quantises.
+
+    transformers joins the experts of a layer into one tensor when it loads them, but cannot join
+    experts in GPTQ's packed form: it would leave them random.
+
+    Raises:
+        ModelError: the model is a mixture of such experts.
+    """
+    experts = [
+        name
+        for name, weight in empty_model(model_dir).named_parameters()
+        if ".experts." in name and weight.dim() == 3
+    ]
+    if experts:
+        raise ModelError(
+            f"the model is a mixture of experts ({experts[0]}), and transformers cannot read "
+            "experts that GPTQ has packed: set quantize.gptq to [], and export it as GGUF"
+        )
 
 
 def choose_group_size(widths: set[int], wanted: int) -> tuple[int, str | None]:
