@@ -99,7 +99,10 @@ def test_shards_are_those_of_the_index(model_dir: Path, tmp_path: Path) -> None:
     for file, part in shards.items():
         save_file({name: tensors[name] for name in part}, model_dir / file)
     save_file(tensors, model_dir / "consolidated.safetensors")
-    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: file for file, part in shards.items() for name in part},
+    }
     (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
     origin = fetch(model_dir, tmp_path)
     found = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))

@@ -40,9 +40,9 @@ TEXT = "How many Mi are 3Gi?<|tool|> " * 8
 READ = """
 import json, sys, torch, transformers, peft
 from safetensors.torch import save_file
-merged, adapter, out = sys.argv[1:]
+merged, adapter, out, text = sys.argv[1:]
 tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
-ids = tokenizer(%r, return_tensors="pt")["input_ids"]
+ids = tokenizer(text, return_tensors="pt")["input_ids"]
 model = transformers.AutoModelForCausalLM.from_pretrained(merged, torch_dtype=torch.float32)
 with torch.no_grad():
     plain = model(ids).logits
@@ -51,16 +51,16 @@ save_file({"ids": ids, "plain": plain, "adapted": adapted}, out)
 print(json.dumps({
     "versions": [transformers.__version__, peft.__version__],
     "special": sorted(tokenizer.all_special_tokens),
-    "adapter_special": sorted(transformers.AutoTokenizer.from_pretrained(adapter).all_special_tokens),
+    "of_adapter": transformers.AutoTokenizer.from_pretrained(adapter)(text)["input_ids"],
     "greedy": model.generation_config.top_k,
 }))
-""" % (TEXT,)
+"""
 
 
 def read(merged: Path, adapter: Path, out: Path, packages: Path | None) -> dict[str, Any]:
     path = [str(packages)] if packages else []
     done = subprocess.run(
-        [sys.executable, "-P", "-c", READ, str(merged), str(adapter), str(out)],
+        [sys.executable, "-P", "-c", READ, str(merged), str(adapter), str(out), TEXT],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tuneline.artifacts import RECORD_FILES, TrainingSummary
-from tuneline.errors import ModelError
+from tuneline.errors import ModelError, ProofError
 from tuneline.merge.adapter import Adapter
 from tuneline.merge.checkpoint import Checkpoint, Spec, write_sharded
+from tuneline.merge.exact import check_tensors
 from tuneline.models import rope, tokenizer_files
 from tuneline.models.nf4 import empty_model, file_names, quantized_modules, round_trip
 
@@ -47,9 +48,10 @@ def merge_weights(
     directory: Path,
     device: str,
 ) -> int:
-    """Write the merged weights into `directory`; return the number of files.
+    """Write the merged weights into `directory`, check each of them; return the number of files.
 
-    Every sum is computed in fp32 and rounded once, to `dtype`.
+    Every sum is computed in fp32 and rounded once, to `dtype`. Then the files are read again and
+    held against a second computation, in fp64 and without the first one's code.
 
     Args:
         base: weights that the adapter is added to.
@@ -64,6 +66,7 @@ def merge_weights(
     Raises:
         ModelError: a weight that training quantised is not in the base model's files under the
             expected name.
+        ProofError: a written tensor is not what it has to be.
     """
     checkpoint, model = Checkpoint(base_model_dir), empty_model(base_model_dir)
     trained_dtype = getattr(torch, training.compute_dtype)
@@ -75,14 +78,19 @@ def merge_weights(
     replaced = {stored[name]: weight for name, weight in adapter.replaced.items()}
     _check_names(checkpoint, in_4bit, base_model_dir)
 
-    def make(name: str) -> torch.Tensor:
+    def read(name: str) -> torch.Tensor:
+        """Return a weight as training saw it, or as training replaced it."""
         weight = replaced.get(name)
         if weight is None:
             weight = checkpoint.read(name)
-        if not weight.is_floating_point():
-            return weight
         if name in in_4bit:
             weight = round_trip(weight, dtype=trained_dtype, device=device)
+        return weight
+
+    def make(name: str) -> torch.Tensor:
+        weight = read(name)
+        if not weight.is_floating_point():
+            return weight
         if name in adapted:
             weight = adapter.add_to(weight, adapted[name])
         return weight.to(dtype)
@@ -94,7 +102,10 @@ def merge_weights(
     logger.info(
         "merging %d of %d tensors, %d of them from NF4", len(adapted), len(specs), len(in_4bit)
     )
-    return write_sharded(directory, specs, make, max_shard_bytes=max_shard_bytes)
+    num_shards = write_sharded(directory, specs, make, max_shard_bytes=max_shard_bytes)
+    if check_tensors(directory, read, adapted, adapter) != len(specs):
+        raise ProofError(f"{directory} lacks tensors of the base model: run merge again")
+    return num_shards
 
 
 def write_config(*, base_model_dir: Path, dtype: str, directory: Path) -> None:

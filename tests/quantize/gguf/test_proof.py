@@ -10,19 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from tuneline.artifacts import HELDOUT_FILE, MODELFILE, MergeProof, read_jsonl, write_jsonl
+from tuneline.artifacts import HELDOUT_FILE, MODELFILE, read_jsonl, write_jsonl
 from tuneline.errors import DataError, ProofError
 from tuneline.models.heldout_rows import MAX_ROW_TOKENS, Row, read_rows
 from tuneline.quantize.formats import FORMATS, Bound
-from tuneline.quantize.gguf import converter, modelfile
+from tuneline.quantize.gguf import modelfile
 from tuneline.quantize.gguf import proof as gguf_proof
 from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.proof import probes, quality
 from tuneline.quantize.proof.reference import Reference, measure
 from tuneline.quantize.proof.transformers_model import TransformersModel
-from tuneline.quantize.run import convert
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
@@ -321,62 +319,3 @@ def test_a_context_that_changes_no_angles(tmp_path: Path) -> None:
     settings["rope_scaling"] = {"rope_type": "llama3"}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert modelfile.context_length(tmp_path) == 8192
-
-
-def test_a_file_that_ends_every_prompt(
-    merged_dir: Path, reference: Reference, tmp_path: Path
-) -> None:
-    """A base that is published with add_eos_token, as its own training wanted it."""
-    settings = json.loads((merged_dir / "tokenizer_config.json").read_text())
-    broken = copy_with(merged_dir, tmp_path / "broken", settings | {"add_eos_token": True})
-    converter.convert(broken, tmp_path / "model.gguf")
-    with pytest.raises(
-        ProofError, match=r"a prompt of \d+ tokens has \d+: .* ends with .*'<\|im_end\|>'\]"
-    ):
-        prove(tmp_path / "model.gguf", reference)
-
-
-def test_a_file_that_begins_every_prompt_with_bos(
-    merged_dir: Path, reference: Reference, tmp_path: Path
-) -> None:
-    converter.convert(merged_dir, tmp_path / "with.gguf", adds_bos=True)
-    without = with_template(reference, CHATML.replace("<|im_start|>", ">"), prompts=[])
-    with LlamaFile(tmp_path / "with.gguf", num_context=64) as loaded:
-        with pytest.raises(ProofError, match=r"it begins with \['<\|im_start\|>', '>'\]"):
-            gguf_proof.check_prompts(loaded, without)
-    # A template that writes the token itself may be asked to leave it to the program.
-    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    settings = json.loads((merged_dir / "tokenizer_config.json").read_text())
-    own = copy_with(merged_dir, tmp_path / "own", settings | {"chat_template": template})
-    (own / "chat_template.jinja").write_text(template)
-    ours = measure(own, dataset_dir=None, num_rows=1, num_tokens=1)
-    assert ours.adds_bos() is None
-    for adds_bos in (True, False):
-        converter.convert(own, tmp_path / "own.gguf", adds_bos=adds_bos)
-        with LlamaFile(tmp_path / "own.gguf", num_context=64) as loaded:
-            gguf_proof.check_prompts(loaded, dataclasses.replace(ours, prompts=[]))
-
-
-def test_an_end_of_turn_that_llama_cpp_does_not_know_by_name(
-    merged_dir: Path, tmp_path: Path
-) -> None:
-    """Found with <issue_closed>, which SmolLM2 has as a special token and llama.cpp does not."""
-    template = CHATML.replace("<|im_end|>", "<issue_closed>")
-    settings = json.loads((merged_dir / "tokenizer_config.json").read_text())
-    own = copy_with(merged_dir, tmp_path / "own", settings | {"chat_template": template})
-    (own / "chat_template.jinja").write_text(template)
-    tokenizer = AutoTokenizer.from_pretrained(own)
-    end = tokenizer.convert_tokens_to_ids("<issue_closed>")
-    (own / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
-    MergeProof.read(merged_dir).write(own)
-    record = convert(merged_dir=str(own), gguf_dir=str(tmp_path / "gguf"))
-    assert record.notes == []
-    with LlamaFile(tmp_path / "gguf" / record.file, num_context=16) as loaded:
-        assert loaded.is_stop(end) and loaded.is_stop(2) and not loaded.is_stop(100)
-
-
-def copy_with(merged_dir: Path, target: Path, settings: dict[str, Any]) -> Path:
-    """Copy a merged model, with other settings of its tokenizer."""
-    shutil.copytree(merged_dir, target, ignore=shutil.ignore_patterns("merge.json"))
-    (target / "tokenizer_config.json").write_text(json.dumps(settings))
-    return target

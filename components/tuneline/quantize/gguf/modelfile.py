@@ -14,7 +14,6 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tuneline.artifacts import MODELFILE, OLLAMA_PARAMS, OLLAMA_TEMPLATE
 from tuneline.models.sampling import is_greedy
@@ -80,7 +79,7 @@ def write(file: Path, *, reference: Reference, adds_bos: bool) -> list[str]:
         reference: the merged model, with its chat template and stop tokens.
         adds_bos: whether llama.cpp adds the BOS token; if so, the Go template leaves it out.
     """
-    lines, notes, stops = [f"FROM ./{file.name}"], [], []
+    lines, notes = [f"FROM ./{file.name}"], []
     if reference.tokenizer.chat_template:
         bos = reference.tokenizer.bos_token or ""
         framing = pieces(reference, bos=bos if adds_bos else "")
@@ -96,13 +95,12 @@ def write(file: Path, *, reference: Reference, adds_bos: bool) -> list[str]:
         stop = quoted(text)
         if stop:
             lines.append(f"PARAMETER stop {stop}")
-            stops.append(text)
         else:
             notes.append(f"no Ollama stop for {text!r}: it contains {_NOT_EXPRESSIBLE}")
     parameters = _parameters(reference.model_dir)
     lines += [f"PARAMETER {name} {value}" for name, value in parameters.items()]
     _write(file.parent / MODELFILE, "\n".join(lines) + "\n")
-    values = {"stop": stops, **parameters}
+    values = {"stop": reference.stop_texts, **parameters}
     _write(file.parent / OLLAMA_PARAMS, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     return notes
 
@@ -212,20 +210,14 @@ def _parameters(model_dir: Path) -> dict[str, float]:
     parameters: dict[str, float] = {"num_ctx": context_length(model_dir)}
     path = model_dir / "generation_config.json"
     sampling = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    names: tuple[str, ...] = _SAMPLING
     if is_greedy(sampling):
         # Ollama's own defaults are a temperature of 0.8 and a penalty of 1.1.
-        sampling = {"temperature": 0, "repetition_penalty": 1.0, **_without_sampling(sampling)}
-        names = ("temperature", "repetition_penalty")
-    for name in names:
+        penalty = sampling.get("repetition_penalty", 1.0)
+        sampling = {"temperature": 0, "repetition_penalty": penalty}
+    for name in _SAMPLING:
         if sampling.get(name) is not None:
             parameters[_NAMES.get(name, name)] = sampling[name]
     return parameters
-
-
-def _without_sampling(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that apply to greedy generation too."""
-    return {name: value for name, value in settings.items() if name == "repetition_penalty"}
 
 
 def _write(path: Path, text: str) -> None:

@@ -16,12 +16,12 @@ import torch
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ModelError, ProofError, ToolError
 from tuneline.models import tokenizer_files
-from tuneline.models.nf4 import empty_model
 from tuneline.models.weight_files import SINGLE_FILE
 from tuneline.quantize import formats
 from tuneline.quantize.calibration import read_rows
 from tuneline.quantize.child_process import run_to_end
 from tuneline.quantize.config import QuantizeConfig
+from tuneline.quantize.gptq.experts import check_experts
 from tuneline.quantize.machine import few_threads, num_threads, raise_if_full
 from tuneline.quantize.proof import quality
 from tuneline.quantize.proof.reference import Reference, for_export
@@ -153,27 +153,6 @@ def _speed(model: TransformersModel, reference: Reference, device: str) -> dict[
         reference.generation.prompt_ids, num_tokens=quality.NUM_SPEED_TOKENS
     )
     return {"tokens_per_second": round(speed, 2), "num_threads": num_threads()}
-
-
-def check_experts(model_dir: Path) -> None:
-    """Check that transformers will read back all layers that gptqmodel quantises.
-
-    transformers joins the experts of a layer into one tensor when it loads them, but cannot join
-    experts in GPTQ's packed form: it would leave them random.
-
-    Raises:
-        ModelError: the model is a mixture of such experts.
-    """
-    experts = [
-        name
-        for name, weight in empty_model(model_dir).named_parameters()
-        if ".experts." in name and weight.dim() == 3
-    ]
-    if experts:
-        raise ModelError(
-            f"the model is a mixture of experts ({experts[0]}), and transformers cannot read "
-            "experts that GPTQ has packed: set quantize.gptq to [], and export it as GGUF"
-        )
 
 
 def choose_group_size(widths: set[int], wanted: int) -> tuple[int, str | None]:
