@@ -56,7 +56,7 @@ FAULTS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "scaled": (UP, lambda weight: weight * 1.02),
     "rows swapped": (UP, lambda weight: weight.roll(1, 0)),
     "one weight": (UP, lambda weight: weight.index_fill(0, torch.tensor(3), 0.0)),
-    "a norm": (NORM, lambda weight: weight * 1.01),
+    "a norm": (NORM, lambda weight: weight * 1.02),
     "not finite": (UP, one_nan),
 }
 

@@ -87,3 +87,15 @@ def test_an_unknown_architecture(model_dir: Path) -> None:
 def test_tied_embeddings_are_whole(model_dir: Path) -> None:
     check_names(model_dir, called="org/name")
     assert load_whole(model_dir).lm_head.weight.shape == (49152, 128)
+
+
+def test_what_files_may_have_beside_the_weights(model_dir: Path) -> None:
+    """A copy of tied embeddings, and the frequencies that old versions of transformers stored."""
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+
+    change(model_dir, add)
+    check_names(model_dir, called="org/name")
+    load_whole(model_dir)

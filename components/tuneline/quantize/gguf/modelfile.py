@@ -17,12 +17,9 @@ from pathlib import Path
 
 from tuneline.artifacts import MODELFILE, OLLAMA_PARAMS, OLLAMA_TEMPLATE
 from tuneline.models.sampling import is_greedy
+from tuneline.quantize.formats import MAX_CONTEXT
 from tuneline.quantize.proof import probes
 from tuneline.quantize.proof.reference import Reference
-
-MAX_CONTEXT = 8192
-"""Largest context length (`num_ctx`) to write, because Ollama reserves memory for the whole
-context. Users can set a larger `num_ctx` in Ollama."""
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # Name of a parameter in generation_config.json -> Ollama's name, where the two differ.
