@@ -99,3 +99,14 @@ def test_what_files_may_have_beside_the_weights(model_dir: Path) -> None:
     change(model_dir, add)
     check_names(model_dir, called="org/name")
     load_whole(model_dir)
+
+
+def test_generation_is_greedy_whatever_the_base_samples(model_dir: Path) -> None:
+    prompt = torch.tensor([[100, 200, 100, 200, 100]])
+    plain = load_whole(model_dir).generate(prompt, max_new_tokens=12)
+    sampling = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 3.0}
+    settings = sampling | {"eos_token_id": [0, 2], "pad_token_id": 2}
+    (model_dir / "generation_config.json").write_text(json.dumps(settings))
+    model = load_whole(model_dir)
+    assert model.generation_config.eos_token_id == [0, 2]
+    assert torch.equal(model.generate(prompt, max_new_tokens=12), plain)

@@ -62,13 +62,15 @@ def _check(
     factors: tuple[torch.Tensor, torch.Tensor, float] | None,
 ) -> None:
     """Check one tensor in blocks of rows."""
+    if not ours.numel():
+        return
     ours, base = (tensor.reshape(len(tensor) if tensor.dim() else 1, -1) for tensor in (ours, base))
     num_rows = max(1, BLOCK_WEIGHTS // max(1, ours.shape[1]))
     eps = torch.finfo(ours.dtype).eps
     for start in range(0, len(ours), num_rows):
         ours_RI = ours[start : start + num_rows].double()
         expected_RI = base[start : start + num_rows].double()
-        largest = expected_RI.abs().amax() if expected_RI.numel() else 0.0
+        largest = expected_RI.abs().amax()
         if factors is not None:
             a_rI, b_Or, scale = factors
             update_RI = scale * (b_Or[start : start + num_rows].double() @ a_rI.double())

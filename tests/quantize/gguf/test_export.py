@@ -135,6 +135,9 @@ def test_a_near_tie_is_a_note_and_a_real_difference_fails() -> None:
     assert "near tie" in str(check_generation(generation([0, 2], []), reference))
     with pytest.raises(ProofError, match="differ at token 0"):
         check_generation(generation([2, 1], []), reference)
+    # A reference that is not greedy is no reference.
+    with pytest.raises(ProofError, match=r"differ at token 0 of a greedy answer by -1\.000 logits"):
+        check_generation(generation([0, 1], []), generation([2, 1], [[1.0, 0.0, 0.0]] * 2))
 
 
 def test_missing_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
