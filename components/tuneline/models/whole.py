@@ -32,7 +32,9 @@ def load_whole(model_dir: str | Path, *, called: str | None = None, **arguments:
     # Imported here because fetch and the memory estimate import this package without torch.
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    # Any: transformers does not annotate these.
     auto: Any = AutoModelForCausalLM
+    generation_config: Any = GenerationConfig
     model, report = auto.from_pretrained(
         str(model_dir),
         output_loading_info=True,
@@ -45,7 +47,7 @@ def load_whole(model_dir: str | Path, *, called: str | None = None, **arguments:
     # All steps generate greedily. A base model's penalties would make that something else.
     given = model.generation_config
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    model.generation_config = GenerationConfig(
+    model.generation_config = generation_config(
         **{name: getattr(given, name, None) for name in names}
     )
     return model

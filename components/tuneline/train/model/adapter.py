@@ -124,6 +124,7 @@ def save_adapter(model: peft.PeftModel, directory: Path, origin: ModelOrigin) ->
     config.revision = origin.revision
     # Otherwise peft asks the Hub whether the vocabulary has grown. This step never changes it.
     model.save_pretrained(str(directory), save_embedding_layers=False)
-    make_portable(directory, peft.LoraConfig().to_dict())
+    defaults: Any = peft.LoraConfig()
+    make_portable(directory, defaults.to_dict())
     # peft's model card is an empty form. The publish step writes a card with the scores.
     (directory / "README.md").unlink(missing_ok=True)
