@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFReader
 from transformers import AutoTokenizer
 
 from tuneline.artifacts import MergeProof
 from tuneline.errors import ProofError
+from tuneline.models.sampling import with_sampling
 from tuneline.quantize.formats import FORMATS
 from tuneline.quantize.gguf import converter
 from tuneline.quantize.gguf import proof as gguf_proof
@@ -82,12 +84,17 @@ def test_an_end_of_turn_that_llama_cpp_does_not_know_by_name(
     (own / "chat_template.jinja").write_text(template)
     tokenizer = AutoTokenizer.from_pretrained(own)
     end = tokenizer.convert_tokens_to_ids("<issue_closed>")
-    (own / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
+    settings = with_sampling({"eos_token_id": [2, end]}, "greedy")
+    (own / "generation_config.json").write_text(json.dumps(settings))
     MergeProof.read(merged_dir).write(own)
     record = convert(merged_dir=str(own), gguf_dir=str(tmp_path / "gguf"))
     assert record.notes == []
     with LlamaFile(tmp_path / "gguf" / record.file, num_context=16) as loaded:
         assert loaded.is_stop(end) and loaded.is_stop(2) and not loaded.is_stop(100)
+    fields = GGUFReader(tmp_path / "gguf" / record.file).fields
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == end
+    # llama.cpp takes its defaults from here.
+    assert fields["general.sampling.top_k"].contents() == 1
 
 
 def copy_with(merged_dir: Path, target: Path, settings: dict[str, Any]) -> Path:
