@@ -50,6 +50,8 @@ PROGRESS_FILE = "progress.jsonl"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # In the directory of a GGUF file, for Ollama.
 MODELFILE = "Modelfile"
+OLLAMA_TEMPLATE = "template"
+OLLAMA_PARAMS = "params"
 # In every published repository: what the repository was made from, and the hashes of its files.
 PUBLISHED_BUNDLE = "tuneline.json"
 SAMPLES_DIR = "samples"
@@ -473,6 +475,8 @@ class QuantizedModel(Record):
     """Tokens that end an answer, in the export and in the merged model."""
     tokens_per_second: float | None = None
     """Generation speed on a CPU, for one sequence."""
+    num_context: int | None = None
+    """Context length that the file was checked at, and that Ollama's files name; GGUF only."""
     num_threads: int | None = None
     """Number of CPU threads that generated when `tokens_per_second` was measured."""
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError, OutputExistsError
 from tuneline.fetch import FetchConfig
+from tuneline.fetch.directory import licence_of
 from tuneline.fetch.kinds import KINDS, KindName, kind_of
 from tuneline.fetch.run import run
 
@@ -98,7 +99,10 @@ def test_shards_are_those_of_the_index(model_dir: Path, tmp_path: Path) -> None:
     for file, part in shards.items():
         save_file({name: tensors[name] for name in part}, model_dir / file)
     save_file(tensors, model_dir / "consolidated.safetensors")
-    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: file for file, part in shards.items() for name in part},
+    }
     (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
     origin = fetch(model_dir, tmp_path)
     found = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
@@ -216,3 +220,31 @@ def test_ignored_settings_are_named(
 ) -> None:
     fetch(model_dir, tmp_path, revision="v1")
     assert "revision 'v1' is ignored" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("licence", "recorded"),
+    [
+        ("[apache-2.0, mit]", "apache-2.0 and mit"),
+        ("[mit]", "mit"),
+        ("[]", None),
+        ("2.0", "2.0"),
+        ("{a: b}", None),
+        ("other\nlicense_name: llama3.1", "llama3.1"),
+        ("[other]\nlicense_name: [a, b]", "a and b"),
+        ("other", "other"),
+    ],
+)
+def test_licences_of_a_card(tmp_path: Path, licence: str, recorded: str | None) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlicense: {licence}\n---\n# A card\n")
+    assert licence_of(tmp_path) == recorded
+
+
+def test_a_tokenizer_that_ends_every_text(
+    model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    set_json(model_dir / "tokenizer_config.json", add_eos_token=True)
+    fetch(model_dir, tmp_path)
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["add_eos_token"] is False
+    assert "appends an end-of-text token to each text" in caplog.text

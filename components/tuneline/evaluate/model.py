@@ -16,6 +16,7 @@ from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError
 from tuneline.evaluate.encoding import encode_pair
 from tuneline.models.likelihood import Pair, score_answers
+from tuneline.models.whole import load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +100,12 @@ def load(model_dir: str | Path, tokenizer: Any, *, batch_size: int) -> Templated
     instructions for bfloat16, and on such a CPU (AVX2) bfloat16 took several times as long.
 
     Raises:
-        ModelError: transformers cannot load the model.
+        ModelError: transformers cannot load the model, or not all of its weights.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(model_dir),
+        model = load_whole(
+            model_dir,
             dtype="auto" if device == "cuda" else torch.float32,
             local_files_only=True,
             trust_remote_code=_runs_own_code(model_dir),

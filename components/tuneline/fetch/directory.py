@@ -156,9 +156,18 @@ def licence_of(path: Path) -> str | None:
 
 
 def licence_in(header: dict[str, Any]) -> str | None:
-    """Return `license` from a model card's header, or `license_name` if `license` is "other"."""
-    licence = header.get("license")
-    return header.get("license_name") or licence if licence == "other" else licence
+    """Return `license` from a model card's header, or `license_name` if `license` is "other".
+
+    The Hub allows a list of licences; all of them are returned, joined with "and".
+    """
+    licence = _joined(header.get("license"))
+    return _joined(header.get("license_name")) or licence if licence == "other" else licence
+
+
+def _joined(value: Any) -> str | None:
+    values = value if isinstance(value, list) else [value]
+    names = [str(item).strip() for item in values if isinstance(item, str | int | float)]
+    return " and ".join(filter(None, names)) or None
 
 
 def _weights(path: Path, source: str) -> list[Path]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import ModelError
+from tuneline.fetch.gguf_rope import read_scaling
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ def convert(path: Path, target: Path) -> str | None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:
-        fields = GGUFReader(path).fields
+        reader = GGUFReader(path)
+        fields = reader.fields
         pre_tokenizer = fields.get("tokenizer.ggml.pre")
         licence = fields.get("general.license")
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -50,6 +52,12 @@ def convert(path: Path, target: Path) -> str | None:
             f"{path} cannot be read as a causal language model ({' '.join(str(error).split())}): "
             "name the safetensors model that it was made from instead"
         ) from error
+    config = model.config.get_text_config()
+    scaling = read_scaling(reader, path, config)
+    if scaling:
+        parameters = config.rope_parameters
+        parameters.get("full_attention", parameters).update(scaling)
+        logger.info("%s scales rotary embeddings: %s", path.name, scaling)
     _complete(tokenizer, pre_tokenizer.contents() if pre_tokenizer else "default")
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(target)

@@ -8,6 +8,8 @@ from tuneline.errors import ModelError
 from tuneline.fetch import directory
 from tuneline.fetch.config import FetchConfig
 from tuneline.fetch.kinds import KINDS, kind_of
+from tuneline.models.tokenizer_files import append_no_token
+from tuneline.models.whole import check_names
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,14 @@ def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin
     with new_directory(base_model_dir) as target:
         provenance = kind.take(source, target, config)
         facts = directory.check(target, source=source, trusted=trusted)
+        if append_no_token(target):
+            logger.warning(
+                "the tokenizer of %s appends an end-of-text token to each text, prompts included; "
+                "this is switched off, because a model would answer after the end of its prompt",
+                source,
+            )
+        if not facts.runs_own_code:
+            check_names(target, called=source)
         for path in facts.weights:
             if not path.stat().st_mode & 0o044:
                 path.chmod(0o644)  # safetensors creates files with mode 0600: other pods can't read

@@ -70,13 +70,18 @@ class Adapter:
             for name in others
         }
 
-    def add_to(self, weight: torch.Tensor, module: str) -> torch.Tensor:
-        """Return W + s * B @ A in fp32, [out_features, in_features]."""
-        a_ri, b_or = self._a[module].float(), self._b[module].float()
+    def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Return A [rank, in], B [out, rank] and the scale s of a module's update s * B @ A."""
+        a_ri, b_or = self._a[module], self._b[module]
         rank, alpha = a_ri.shape[0], self._config["lora_alpha"]
         scale = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        return a_ri, b_or, scale
+
+    def add_to(self, weight: torch.Tensor, module: str) -> torch.Tensor:
+        """Return W + s * B @ A in fp32, [out_features, in_features]."""
+        a_ri, b_or, scale = self.factors(module)
         # One call, because a separate product B @ A would be one more matrix of the weight's size.
-        return torch.addmm(weight.float(), b_or, a_ri, alpha=scale)
+        return torch.addmm(weight.float(), b_or.float(), a_ri.float(), alpha=scale)
 
 
 def _check_plain(config: dict[str, Any], directory: Path) -> None:

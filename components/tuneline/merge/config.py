@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from tuneline.models.sampling import Preset, Sampling
 from tuneline.strict_model import StrictModel
 
 
@@ -16,6 +17,11 @@ class MergeConfig(StrictModel):
     was not trained on. auto: measure both, and use the one with the lower loss on held-out rows."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype of the merged weights."""
+    sampling: Preset | Sampling = "greedy"
+    """How the published models sample unless their user says otherwise; written to
+    generation_config.json, GGUF files and Ollama's files. greedy: the most likely token, which is
+    what the gate measured. factual, balanced, creative: temperatures 0.1, 0.5 and 0.8. Or numbers:
+    temperature, top_p, top_k and repetition_penalty."""
     max_shard_bytes: int = Field(default=4 << 30, ge=1 << 20)
     """Largest size of a weight file, in bytes; the default is 4 GiB. Memory use does not depend on
     it."""

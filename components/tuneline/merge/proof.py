@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 
-from tuneline.errors import ProofError
+from tuneline.errors import ModelError, ProofError
+from tuneline.merge.adapter import WEIGHTS_FILE
 from tuneline.merge.config import MergeConfig
 from tuneline.models.heldout_rows import Row
 from tuneline.models.nf4 import load_base
@@ -106,10 +108,23 @@ def ask_trained(
     """
     base = load_base(base_model_dir, dtype=dtype, device=device, quantized=quantized)
     model = PeftModel.from_pretrained(base, str(adapter_dir))
+    _check_adapter_is_whole(model, adapter_dir)
     answers = ask(model, rows, sink, num_greedy_tokens=num_greedy_tokens)
     del model, base
     _free(device)
     return answers
+
+
+def _check_adapter_is_whole(model: PeftModel, adapter_dir: Path) -> None:
+    """Check that peft loaded each tensor of the adapter, and left none at its initial value."""
+    with safe_open(adapter_dir / WEIGHTS_FILE, framework="pt") as tensors:
+        stored = set(tensors.keys())
+    odd = sorted(stored ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
+    if odd:
+        raise ModelError(
+            f"peft does not load the adapter in {adapter_dir} as it was saved: {odd[0]} and "
+            f"{len(odd) - 1} more tensors are only in the file or only in the model; train again"
+        )
 
 
 def ask_merged(

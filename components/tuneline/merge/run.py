@@ -18,13 +18,13 @@ from tuneline.errors import ModelError, RecipeError
 from tuneline.merge import proof
 from tuneline.merge.adapter import Adapter
 from tuneline.merge.config import MergeConfig
+from tuneline.merge.generation import set_sampling, stop_at_end_of_turn
 from tuneline.merge.weights import (
     Base,
     check_adapter,
     check_tokenizer,
     copy_companions,
     merge_weights,
-    stop_at_end_of_turn,
     write_config,
 )
 from tuneline.models.heldout_rows import read_rows
@@ -136,6 +136,7 @@ def run(
         gap = proof.greedy_gap(trained, merged)
         proof.check_bounds(distance, gap, config, num_rows=len(rows))
         # Done after the proof, because it adds a token at which the merged model stops.
+        set_sampling(directory, config.sampling)
         stop_at_end_of_turn(directory, dataset.end_of_turn, tokenizer)
         record = MergeProof(
             base=base,

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tuneline.artifacts import RECORD_FILES, TrainingSummary
-from tuneline.errors import ModelError
+from tuneline.errors import ModelError, ProofError
 from tuneline.merge.adapter import Adapter
 from tuneline.merge.checkpoint import Checkpoint, Spec, write_sharded
-from tuneline.models import tokenizer_files
+from tuneline.merge.exact import check_tensors
+from tuneline.models import rope, tokenizer_files
 from tuneline.models.nf4 import empty_model, file_names, quantized_modules, round_trip
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,10 @@ def merge_weights(
     directory: Path,
     device: str,
 ) -> int:
-    """Write the merged weights into `directory`; return the number of files.
+    """Write the merged weights into `directory`, check each of them; return the number of files.
 
-    Every sum is computed in fp32 and rounded once, to `dtype`.
+    Every sum is computed in fp32 and rounded once, to `dtype`. Then the files are read again and
+    held against a second computation, in fp64 and without the first one's code.
 
     Args:
         base: weights that the adapter is added to.
@@ -64,6 +66,7 @@ def merge_weights(
     Raises:
         ModelError: a weight that training quantised is not in the base model's files under the
             expected name.
+        ProofError: a written tensor is not what it has to be.
     """
     checkpoint, model = Checkpoint(base_model_dir), empty_model(base_model_dir)
     trained_dtype = getattr(torch, training.compute_dtype)
@@ -75,14 +78,19 @@ def merge_weights(
     replaced = {stored[name]: weight for name, weight in adapter.replaced.items()}
     _check_names(checkpoint, in_4bit, base_model_dir)
 
-    def make(name: str) -> torch.Tensor:
+    def read(name: str) -> torch.Tensor:
+        """Return a weight as training saw it, or as training replaced it."""
         weight = replaced.get(name)
         if weight is None:
             weight = checkpoint.read(name)
-        if not weight.is_floating_point():
-            return weight
         if name in in_4bit:
             weight = round_trip(weight, dtype=trained_dtype, device=device)
+        return weight
+
+    def make(name: str) -> torch.Tensor:
+        weight = read(name)
+        if not weight.is_floating_point():
+            return weight
         if name in adapted:
             weight = adapter.add_to(weight, adapted[name])
         return weight.to(dtype)
@@ -94,7 +102,10 @@ def merge_weights(
     logger.info(
         "merging %d of %d tensors, %d of them from NF4", len(adapted), len(specs), len(in_4bit)
     )
-    return write_sharded(directory, specs, make, max_shard_bytes=max_shard_bytes)
+    num_shards = write_sharded(directory, specs, make, max_shard_bytes=max_shard_bytes)
+    if check_tensors(directory, read, adapted, adapter) != len(specs):
+        raise ProofError(f"{directory} lacks tensors of the base model: run merge again")
+    return num_shards
 
 
 def write_config(*, base_model_dir: Path, dtype: str, directory: Path) -> None:
@@ -102,11 +113,7 @@ def write_config(*, base_model_dir: Path, dtype: str, directory: Path) -> None:
     settings = json.loads((base_model_dir / "config.json").read_text(encoding="utf-8"))
     # transformers 4 knows only `torch_dtype`, so a config.json that has this key keeps it.
     settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = dtype
-    # transformers 5 writes the rotary base frequency (rope_theta) to a place that transformers 4
-    # does not read. Version 4 would silently compute with its default frequency.
-    rope = settings.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        settings.setdefault("rope_theta", rope["rope_theta"])
+    settings = rope.with_old_names(settings)
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -131,34 +138,6 @@ def copy_companions(*, base_model_dir: Path, adapter_dir: Path, directory: Path)
     template = tokenizer_files.read_chat_template(adapter_dir)
     if template is not None:
         tokenizer_files.set_chat_template(directory, template)
-
-
-def stop_at_end_of_turn(
-    directory: Path, end_of_turn: str, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Add the token that the chat template puts after an answer to generation_config.json.
-
-    transformers and vLLM read the stop tokens from that file. A base model that was not trained for
-    chats lists only the end-of-text token there, so both would keep generating after an answer.
-    """
-    end = end_of_turn.strip()
-    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
-    if len(ids) != 1 or ids[0] not in tokenizer.added_tokens_decoder:
-        return
-    model = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    path = directory / "generation_config.json"
-    if path.is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        settings = {name: model[name] for name in names if model.get(name) is not None}
-    eos = settings.get("eos_token_id", model.get("eos_token_id"))
-    stops = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
-    if ids[0] in stops:
-        return
-    settings["eos_token_id"] = [*(stop for stop in stops if stop is not None), ids[0]]
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    logger.info("generation also stops at %r, with which the chat template ends an answer", end)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, adapter_dir: Path) -> None:

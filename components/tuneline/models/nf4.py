@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuneline.errors import ModelError
+from tuneline.models.whole import load_whole
 
 if TYPE_CHECKING:
     import torch
@@ -69,20 +70,18 @@ def load_base(
         quantized: whether to quantise the linear layers to NF4.
 
     Raises:
-        ModelError: transformers cannot load the model.
+        ModelError: transformers cannot load the model, or not all of its weights.
     """
-    from transformers import AutoModelForCausalLM
-
     keep_plain_layout_on_cpu()
     try:
         with _no_progress_bar():
-            return AutoModelForCausalLM.from_pretrained(
-                str(base_model_dir),
+            model: PreTrainedModel = load_whole(
+                base_model_dir,
                 dtype=dtype,
                 device_map={"": device},
                 quantization_config=quantization_config(dtype) if quantized else None,
-                use_safetensors=True,
             )
+            return model
     except (ValueError, OSError) as error:
         raise ModelError(
             f"transformers cannot load {base_model_dir} ({error}): run the step that made it "

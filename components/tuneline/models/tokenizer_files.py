@@ -1,8 +1,9 @@
 """Copy a tokenizer's files as its authors wrote them, instead of saving the tokenizer again.
 
-transformers 5 saves every tokenizer under a new class name, which transformers 4 and servers built
-on it refuse to load. transformers 5 also leaves out `added_tokens_decoder`, from which llama.cpp's
-converter reads the special tokens of models with a sentencepiece vocabulary.
+transformers 5 saves every tokenizer under a new class name and lists its extra special tokens under
+a new key. transformers 4 and servers built on it refuse to load such files. transformers 5 also
+leaves out `added_tokens_decoder`, from which llama.cpp's converter reads the special tokens of
+models with a sentencepiece vocabulary.
 """
 
 import json
@@ -49,7 +50,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         (target / name).unlink(missing_ok=True)
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    _use_portable_class(target)
+    _make_portable(target)
+    append_no_token(target)
     _name_missing_tokens(source, target)
 
 
@@ -59,6 +61,31 @@ def copy_templates(source: Path, target: Path) -> None:
     for file in sorted((source / TEMPLATES_DIR).glob("*.jinja")):
         (target / TEMPLATES_DIR).mkdir(exist_ok=True)
         shutil.copyfile(file, target / TEMPLATES_DIR / file.name)
+
+
+def append_no_token(directory: Path) -> bool:
+    """Make the tokenizer append no special token to a text; return whether it appended one.
+
+    A base model may be published with the settings of its own training, which put an end-of-text
+    token after each text (`add_eos_token`, or a post-processor in tokenizer.json). Servers tokenise
+    prompts with these settings, so the model would see an end of text before its answer.
+    """
+    settings = _read(directory)
+    appended = settings.get("add_eos_token") is True
+    if appended:
+        _write(directory, {**settings, "add_eos_token": False})
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return appended
+    text = path.read_text(encoding="utf-8")
+    # Vocabularies are large, and most tokenizers have no such post-processor.
+    if '"TemplateProcessing"' not in text:
+        return appended
+    tokenizer = json.loads(text)
+    if not _cut_templates(tokenizer.get("post_processor") or {}):
+        return appended
+    path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False), encoding="utf-8")
+    return True
 
 
 def read_chat_template(directory: Path) -> str | None:
@@ -85,12 +112,41 @@ def set_chat_template(directory: Path, template: str) -> None:
     (directory / TEMPLATE_FILE).write_text(template, encoding="utf-8")
 
 
-def _use_portable_class(directory: Path) -> None:
+def _make_portable(directory: Path) -> None:
+    """Rename what transformers 5 renamed to the names that transformers 4 and 5 both read."""
     settings = _read(directory)
-    if settings.get("tokenizer_class") not in _NEW_CLASSES:
+    extra = settings.get("extra_special_tokens")
+    if settings.get("tokenizer_class") not in _NEW_CLASSES and not isinstance(extra, list):
         return
     kept = {name: value for name, value in settings.items() if name not in _LOADING_DETAILS}
-    _write(directory, {**kept, "tokenizer_class": _PORTABLE_CLASS})
+    if kept.get("tokenizer_class") in _NEW_CLASSES:
+        kept["tokenizer_class"] = _PORTABLE_CLASS
+    if isinstance(extra, list):
+        del kept["extra_special_tokens"]
+        tokens = kept.get("additional_special_tokens") or []
+        kept["additional_special_tokens"] = [
+            *tokens,
+            *(token for token in extra if token not in tokens),
+        ]
+    _write(directory, kept)
+
+
+def _cut_templates(processor: dict[str, Any]) -> bool:
+    """Remove the special tokens after a text from the templates of a post-processor, in place.
+
+    Returns:
+        Whether there were any.
+    """
+    if processor.get("type") == "Sequence":
+        return any([_cut_templates(part) for part in processor["processors"]])
+    if processor.get("type") != "TemplateProcessing":
+        return False
+    was_cut = False
+    for name in ("single", "pair"):
+        while "SpecialToken" in (processor[name] or [{}])[-1]:
+            del processor[name][-1]
+            was_cut = True
+    return was_cut
 
 
 def _name_missing_tokens(source: Path, target: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tuneline.artifacts import (
     MODELFILE,
+    OLLAMA_PARAMS,
+    OLLAMA_TEMPLATE,
     PUBLISHED_BUNDLE,
     MergeProof,
     QuantizedModel,
@@ -104,7 +106,7 @@ def _stage_one(
     hashes = hash_files(folder, leave_out=set())
     check_unchanged(files, hashes)
     for relative, text in _modelfiles(repo).items():
-        (folder / relative).write_text(text, encoding="utf-8")
+        (folder / relative).write_bytes(text.encode())
         hashes[relative] = hashlib.sha256(text.encode()).hexdigest()
     card = model_card(sources, repo, family=family, config=config)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -158,21 +160,45 @@ def _all_files(directory: Path, record: Record) -> dict[str, StoredFile]:
 
 
 def _modelfiles(repo: Repository) -> dict[str, str]:
-    """Return the Modelfiles of a repository's exports, with FROM set to the new file names."""
-    texts = {}
+    """Return the files for Ollama, by their names in the repository.
+
+    Each export has a Modelfile, with FROM set to the new file name. `template` and `params`, which
+    `ollama run hf.co/...` reads, apply to all exports of a repository, so they are left out if the
+    exports' own differ.
+    """
+    texts: dict[str, str] = {}
+    shared: dict[str, set[str | None]] = {OLLAMA_TEMPLATE: set(), OLLAMA_PARAMS: set()}
     for path, export in repo.exports.items():
         if repo.traits.has_repo_per_format:
             continue  # the files keep their names, so a Modelfile needs no change
-        source = path / MODELFILE
-        if MODELFILE not in export.files and not source.is_file():
-            continue
-        stored = {MODELFILE: StoredFile(source, export.files.get(MODELFILE))}
-        check_present(stored)
-        check_unchanged(stored, {MODELFILE: sha256_of_file(source)})
-        before, after = f"FROM ./{export.file}\n", f"FROM ./{_file_name(repo, export)}\n"
-        text = source.read_text(encoding="utf-8").replace(before, after, 1)
-        texts[f"{MODELFILE}-{export.format}"] = text
+        for name, found in shared.items():
+            found.add(_proven_text(path, export, name))
+        text = _proven_text(path, export, MODELFILE)
+        if text is not None:
+            before, after = f"FROM ./{export.file}\n", f"FROM ./{_file_name(repo, export)}\n"
+            texts[f"{MODELFILE}-{export.format}"] = text.replace(before, after, 1)
+    for name, found in shared.items():
+        text = found.pop() if len(found) == 1 else None
+        if text is not None:
+            texts[name] = text
     return texts
+
+
+def _proven_text(directory: Path, export: QuantizedModel, name: str) -> str | None:
+    """Return a text file of an export; None if the export has none of this name.
+
+    Raises:
+        ProofError: the file is missing, or was changed after its step checked it.
+    """
+    source = directory / name
+    if name not in export.files and not source.is_file():
+        return None
+    stored = {name: StoredFile(source, export.files.get(name))}
+    check_present(stored)
+    check_unchanged(stored, {name: sha256_of_file(source)})
+    # newline="": a template may contain \r.
+    with open(source, encoding="utf-8", newline="") as file:
+        return file.read()
 
 
 def _place(source: Path, destination: Path) -> None:

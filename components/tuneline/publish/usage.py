@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from tuneline.artifacts import MODELFILE
+from tuneline.artifacts import MODELFILE, OLLAMA_TEMPLATE
 from tuneline.kinds import RepoKind
 from tuneline.publish.sources import Repository, Sources
 
@@ -60,10 +60,14 @@ def _gguf(sources: Sources, repo: Repository) -> str:
     name = repo.short_name.removesuffix(repo.traits.suffix)
     formats = [export.format for export in repo.exports.values()]
     example = formats[-1]
+    # Without the file, the Hub would guess a template for Ollama.
+    has_template = all(OLLAMA_TEMPLATE in export.files for export in repo.exports.values())
+    export = list(repo.exports.values())[-1]
+    context = f" -c {export.num_context}" if export.num_context else ""
     lines = [
-        f"llama-cli -m {name}-{example}.gguf -cnv",
-        f"llama-cli -hf {repo.name}:{example.upper()} -cnv",
-        f"ollama run hf.co/{repo.name}:{example.upper()}",
+        f"llama-cli -m {name}-{example}.gguf -cnv{context}",
+        f"llama-cli -hf {repo.name}:{example.upper()} -cnv{context}",
+        *([f"ollama run hf.co/{repo.name}:{example.upper()}"] if has_template else []),
         f"ollama create {name} -f {MODELFILE}-{example}  # in a copy of the repository",
     ]
     commands = "\n".join(lines)

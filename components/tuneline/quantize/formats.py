@@ -21,6 +21,11 @@ llama.cpp also makes these without a matrix, but exports of SmolLM2 then had a K
 to 3.8 nats from the merged model."""
 
 
+MAX_CONTEXT = 8192
+"""Largest context length (`num_ctx`) that a GGUF file is proven at and that Ollama's files name,
+because the whole context is reserved in memory. Users can set a larger `num_ctx` in Ollama."""
+
+
 @dataclass(frozen=True)
 class Bound:
     """How close an export's predictions must be to the merged model's on held-out prompts."""

@@ -221,12 +221,13 @@ def test_limits_that_the_run_would_hit_fail() -> None:
 
 
 def test_host_memory_is_what_the_steps_took() -> None:
-    # tests/measure/proof_memory.py, 8.03e9 parameters, two rows compared.
+    # tests/measure/proof_memory.py, 8.03e9 parameters, two rows compared: 4.81, and 1 GiB for the
+    # keys and values of 8192 positions, which the measurement had not reserved.
     loaded = recipe("quantize.num_proof_prompts=2", 'quantize.gguf=["f16", "q4_k_m"]')
     found = {each.step: each.own_bytes / GIB for each in host_memory(loaded, LLAMA)}
     assert found == {
         "convert-gguf": pytest.approx(3.43, rel=0.05),
-        "quantize-gguf": pytest.approx(4.81, rel=0.05),
+        "quantize-gguf": pytest.approx(5.81, rel=0.05),
     }  # fmt: skip
     # Without a GPU models are loaded in float32.
     on_cpu = host_memory(recipe(profile="local").model_copy(

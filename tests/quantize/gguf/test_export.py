@@ -71,6 +71,8 @@ def test_f16_says_what_transformers_says(
     assert kept.stop_tokens == ["<|im_end|>"]
     assert kept.tokens_per_second is not None and kept.tokens_per_second > 0
     assert (target / MODELFILE).is_file()
+    # The context of Ollama's files: the tiny model's.
+    assert kept.num_context == 2048
 
 
 def test_a_k_quant_tells_of_its_fallbacks(
@@ -133,6 +135,9 @@ def test_a_near_tie_is_a_note_and_a_real_difference_fails() -> None:
     assert "near tie" in str(check_generation(generation([0, 2], []), reference))
     with pytest.raises(ProofError, match="differ at token 0"):
         check_generation(generation([2, 1], []), reference)
+    # A reference that is not greedy is no reference.
+    with pytest.raises(ProofError, match=r"differ at token 0 of a greedy answer by -1\.000 logits"):
+        check_generation(generation([0, 1], []), generation([2, 1], [[1.0, 0.0, 0.0]] * 2))
 
 
 def test_missing_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

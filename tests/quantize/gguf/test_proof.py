@@ -275,3 +275,47 @@ def test_the_modelfile(f16_file: Path, reference: Reference, tmp_path: Path) -> 
         "PARAMETER temperature 0.6\n"
         "PARAMETER repeat_penalty 1.1\n"
     )
+    # The Hub's bridge to Ollama reads no Modelfile.
+    params = json.loads((f16_file.parent / "params").read_text())
+    assert params == {
+        "stop": ["<|im_end|>"],
+        "num_ctx": 2048,
+        "temperature": 0.6,
+        "repeat_penalty": 1.1,
+    }
+    template = (f16_file.parent / "template").read_text()
+    assert f'TEMPLATE """{template}"""' in (f16_file.parent / MODELFILE).read_text()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"do_sample": False, "temperature": 0.9, "top_p": 0.6},
+        {"temperature": 0.9},
+        {"do_sample": True, "top_k": 1, "temperature": 1.0, "repetition_penalty": 1.0},
+    ],
+)
+def test_a_greedy_model_is_greedy_in_ollama(
+    f16_file: Path, reference: Reference, tmp_path: Path, sampling: dict[str, Any]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"max_position_embeddings": 99999}')
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(sampling))
+    tested = dataclasses.replace(reference, model_dir=tmp_path / "model")
+    modelfile.write(f16_file, reference=tested, adds_bos=False)
+    params = json.loads((f16_file.parent / "params").read_text())
+    assert params.pop("stop") == ["<|im_end|>"]
+    assert params == {"num_ctx": 8192, "temperature": 0, "repeat_penalty": 1.0}
+
+
+def test_a_context_that_changes_no_angles(tmp_path: Path) -> None:
+    settings = {
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert modelfile.context_length(tmp_path) == 4096
+    settings["rope_scaling"] = {"rope_type": "llama3"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert modelfile.context_length(tmp_path) == 8192

@@ -49,8 +49,17 @@ def find() -> Path:
     return script
 
 
-def convert(model_dir: Path, file: Path) -> None:
+def convert(
+    model_dir: Path, file: Path, *, end_of_turn: int | None = None, adds_bos: bool | None = None
+) -> None:
     """Convert a model directory with safetensors files to a GGUF file in f16.
+
+    Args:
+        model_dir: the model directory.
+        file: the file to write.
+        end_of_turn: token that ends a turn, besides the tokenizer's EOS token. llama.cpp knows the
+            tokens of well-known models by name, and any other one only if the file names it.
+        adds_bos: whether programs put the BOS token before a prompt; None: as the tokenizer asks.
 
     Raises:
         ToolError: the converter failed; the message quotes the last line of the converter's output.
@@ -58,7 +67,10 @@ def convert(model_dir: Path, file: Path) -> None:
     """
     done = subprocess.run(
         [
-            *(sys.executable, str(find()), str(model_dir), "--outfile", str(file)),
+            # -P: the converter must not import modules from the working directory.
+            *(sys.executable, "-P", "-m", "tuneline.quantize.gguf.run_converter"),
+            *(json.dumps({"end_of_turn": end_of_turn, "adds_bos": adds_bos}), str(find())),
+            *(str(model_dir), "--outfile", str(file)),
             # --model-name: by default the converter guesses family and size from the directory's
             # name.
             *("--outtype", "f16", "--model-name", _name(model_dir)),

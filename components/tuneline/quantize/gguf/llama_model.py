@@ -31,21 +31,28 @@ class LlamaFile:
         adds_bos: whether llama.cpp by default puts the BOS token before a prompt.
     """
 
-    def __init__(self, file: Path, *, num_context: int) -> None:
+    def __init__(self, file: Path, *, num_context: int, num_batch: int | None = None) -> None:
         """Load `file` with a context of `num_context` tokens.
+
+        Args:
+            file: the GGUF file.
+            num_context: context length. Some models compute with other rotary angles if it exceeds
+                the length that they were first trained with.
+            num_batch: largest number of tokens to compute at a time; None: `num_context`.
 
         Raises:
             ProofError: llama.cpp cannot load the file.
         """
         self._api = cast(Any, llama_cpp)
         self._name = file.name
+        num_batch = num_batch or num_context
         self.num_threads = num_threads()
         try:
             self._model = llama_cpp.Llama(
                 str(file),
                 n_ctx=num_context,
-                n_batch=num_context,
-                n_ubatch=num_context,
+                n_batch=num_batch,
+                n_ubatch=num_batch,
                 n_gpu_layers=0,
                 n_threads=self.num_threads,
                 n_threads_batch=self.num_threads,
@@ -74,6 +81,18 @@ class LlamaFile:
     def tokenise(self, text: str) -> list[int]:
         """Return the token IDs of a text; special tokens are recognised, but none are added."""
         return self._model.tokenize(text.encode(), add_bos=False, special=True)
+
+    def tokenise_as_server(self, text: str) -> list[int]:
+        """Return the token IDs of a prompt as llama.cpp's server computes them.
+
+        The server adds the tokens that the file asks for before and after a prompt, except those
+        that the prompt's text has already.
+        """
+        if self.adds_bos:
+            text = text.removeprefix(self._text_of(self._model.token_bos()))
+        if self._api.llama_vocab_get_add_eos(self._vocab):
+            text = text.removesuffix(self._text_of(self._model.token_eos()))
+        return self._model.tokenize(text.encode(), add_bos=True, special=True)
 
     def is_stop(self, token: int) -> bool:
         """Return whether llama.cpp stops generating after `token`."""

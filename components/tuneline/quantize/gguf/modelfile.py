@@ -1,5 +1,8 @@
 """Write a Modelfile, from which `ollama create NAME -f FILE` makes a model of a GGUF file.
 
+`ollama run hf.co/NAME` reads no Modelfile: the Hub makes a template for it by guessing, unless the
+repository has the files `template` and `params`. They are written with the same content.
+
 Ollama's templates are Go templates, and chat templates are Jinja templates; there is no translation
 between them. Therefore the chat template renders conversations, and the text that it puts around
 each message is read from the result. This text is used only if it reproduces every conversation of
@@ -12,13 +15,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuneline.artifacts import MODELFILE
+from tuneline.artifacts import MODELFILE, OLLAMA_PARAMS, OLLAMA_TEMPLATE
+from tuneline.models.sampling import is_greedy
+from tuneline.quantize.formats import MAX_CONTEXT
 from tuneline.quantize.proof import probes
 from tuneline.quantize.proof.reference import Reference
-
-MAX_CONTEXT = 8192
-"""Largest context length (`num_ctx`) to write, because Ollama reserves memory for the whole
-context. Users can set a larger `num_ctx` in Ollama."""
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # Name of a parameter in generation_config.json -> Ollama's name, where the two differ.
@@ -68,7 +69,7 @@ class Pieces:
 
 
 def write(file: Path, *, reference: Reference, adds_bos: bool) -> list[str]:
-    """Write the Modelfile to a GGUF file's directory; return notes on what it cannot express.
+    """Write Ollama's files to a GGUF file's directory; return notes on what they cannot express.
 
     Args:
         file: the GGUF file.
@@ -80,8 +81,9 @@ def write(file: Path, *, reference: Reference, adds_bos: bool) -> list[str]:
         bos = reference.tokenizer.bos_token or ""
         framing = pieces(reference, bos=bos if adds_bos else "")
         template = quoted(framing.go_template()) if framing else None
-        if template:
+        if framing and template:
             lines.append(f"TEMPLATE {template}")
+            _write(file.parent / OLLAMA_TEMPLATE, framing.go_template())
         elif framing:
             notes.append(f"no Ollama template: the chat template contains {_NOT_EXPRESSIBLE}")
         else:
@@ -92,11 +94,29 @@ def write(file: Path, *, reference: Reference, adds_bos: bool) -> list[str]:
             lines.append(f"PARAMETER stop {stop}")
         else:
             notes.append(f"no Ollama stop for {text!r}: it contains {_NOT_EXPRESSIBLE}")
-    lines += [f"PARAMETER {name} {value}" for name, value in _parameters(reference.model_dir)]
-    # newline="": write line ends unchanged, because a text may contain \r.
-    with open(file.parent / MODELFILE, "w", encoding="utf-8", newline="") as modelfile:
-        modelfile.write("\n".join(lines) + "\n")
+    parameters = _parameters(reference.model_dir)
+    lines += [f"PARAMETER {name} {value}" for name, value in parameters.items()]
+    _write(file.parent / MODELFILE, "\n".join(lines) + "\n")
+    values = {"stop": reference.stop_texts, **parameters}
+    _write(file.parent / OLLAMA_PARAMS, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     return notes
+
+
+def context_length(model_dir: Path) -> int:
+    """Return the context length (`num_ctx`) that Ollama and the model card's commands get."""
+    settings = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    settings = settings.get("text_config") or settings
+    longest = settings.get("max_position_embeddings") or MAX_CONTEXT
+    scaling = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    if scaling.get("rope_type", scaling.get("type")) in ("longrope", "su"):
+        # Beyond this length llama.cpp computes all of a prompt with other rotary angles, and
+        # transformers only a prompt that is as long.
+        longest = (
+            settings.get("original_max_position_embeddings")
+            or scaling.get("original_max_position_embeddings")
+            or longest
+        )
+    return int(min(longest, MAX_CONTEXT))
 
 
 def quoted(text: str) -> str | None:
@@ -182,19 +202,25 @@ def _pieces(reference: Reference, bos: str, end: str) -> Pieces | None:
     return framing
 
 
-def _parameters(model_dir: Path) -> list[tuple[str, float]]:
+def _parameters(model_dir: Path) -> dict[str, float]:
     """Return the context length, and the sampling parameters of generation_config.json."""
-    settings = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    settings = settings.get("text_config") or settings
-    longest = settings.get("max_position_embeddings") or MAX_CONTEXT
-    parameters: list[tuple[str, float]] = [("num_ctx", min(longest, MAX_CONTEXT))]
+    parameters: dict[str, float] = {"num_ctx": context_length(model_dir)}
     path = model_dir / "generation_config.json"
     sampling = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return parameters + [
-        (_NAMES.get(name, name), sampling[name])
-        for name in _SAMPLING
-        if sampling.get(name) is not None
-    ]
+    if is_greedy(sampling):
+        # Ollama's own defaults are a temperature of 0.8 and a penalty of 1.1.
+        penalty = sampling.get("repetition_penalty", 1.0)
+        sampling = {"temperature": 0, "repetition_penalty": penalty}
+    for name in _SAMPLING:
+        if sampling.get(name) is not None:
+            parameters[_NAMES.get(name, name)] = sampling[name]
+    return parameters
+
+
+def _write(path: Path, text: str) -> None:
+    # newline="": write line ends unchanged, because a text may contain \r.
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
 
 
 def _go(text: str) -> str:

@@ -34,15 +34,15 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dic
     Raises:
         ProofError: the file fails a check; the message states what was measured.
     """
-    num_context = reference.num_context + quality.NUM_SPEED_TOKENS
-    with LlamaFile(file, num_context=num_context) as loaded:
+    # The context is that of Ollama's files, because the rotary angles may depend on its length.
+    num_batch = reference.num_context + quality.NUM_SPEED_TOKENS
+    num_context = max(num_batch, modelfile.context_length(reference.model_dir))
+    with LlamaFile(file, num_context=num_context, num_batch=num_batch) as loaded:
         # Conversations are tokenised too, because in them special tokens adjoin white space.
-        rendered = (
-            _text_or_refusal(reference.render, messages) for messages in probes.conversations()
-        )
-        texts = [*probes.texts(), *filter(None, rendered), *reference.prompts]
+        texts = [*probes.texts(), *_prompts(reference)]
         check_tokenizer(texts, tested=loaded.tokenise, reference=reference.tokenise)
         num_conversations = check_template(loaded, reference)
+        check_prompts(loaded, reference)
         stop_note = check_stop_tokens(loaded, reference)
         notes = [stop_note] if stop_note else []
         generated = loaded.generate(
@@ -76,6 +76,7 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dic
         "stop_tokens": reference.stop_texts,
         "tokens_per_second": round(speed, 2),
         "num_threads": num_threads,
+        "num_context": num_context,
         "prompt": reference.prompt,
         "generated": generated.text,
         "reference": reference.generation.text,
@@ -143,6 +144,35 @@ def check_template(loaded: LlamaFile, reference: Reference) -> int:
     return rendered
 
 
+def check_prompts(loaded: LlamaFile, reference: Reference) -> None:
+    """Check that a server gives the model the same tokens for a prompt as training gave it.
+
+    Raises:
+        ProofError: the file asks for other tokens before or after a prompt.
+    """
+    for text in _prompts(reference):
+        served, trained = loaded.tokenise_as_server(text), reference.tokenise_prompt(text)
+        if served == trained:
+            continue
+        name = reference.tokenizer.convert_ids_to_tokens
+        raise ProofError(
+            f"served by llama.cpp, a prompt of {len(trained)} tokens has {len(served)}: it begins "
+            f"with {name(served[:2])} and ends with {name(served[-2:])}, where training had "
+            f"{name(trained[:2])} and {name(trained[-2:])}; do not use this file: set "
+            "add_bos_token and add_eos_token in the base model's tokenizer_config.json to what its "
+            "chat template writes"
+        )
+
+
+def _prompts(reference: Reference) -> list[str]:
+    """Return the held-out prompts, and conversations that the chat template renders, if any."""
+    rendered = [
+        _text_or_refusal(reference.render, messages)
+        for messages in (probes.conversations() if reference.tokenizer.chat_template else [])
+    ]
+    return [*filter(None, rendered), *reference.prompts]
+
+
 def check_stop_tokens(loaded: LlamaFile, reference: Reference) -> str | None:
     """Check that llama.cpp stops where the merged model stops; return a note for users, or None.
 
@@ -151,11 +181,12 @@ def check_stop_tokens(loaded: LlamaFile, reference: Reference) -> str | None:
     """
     name = reference.tokenizer.convert_ids_to_tokens
     passed = [token for token in reference.stop_ids if not loaded.is_stop(token)]
-    needed = set(_ends(reference)).intersection(passed)
+    needed = set(reference.ends_of_turn()).intersection(passed)
     if needed:
         raise ProofError(
             f"llama.cpp does not stop at {name(min(needed))!r}, where the merged model stops, so "
-            "answers would run on: set eos_token_id in the base model's generation_config.json"
+            "answers would run on, although the conversion names this token as the end of a turn: "
+            "take a chat template whose end of turn llama.cpp knows, or export as gptq"
         )
     if passed:
         # These stop tokens do not end a turn. For example, Phi-3 lists <|assistant|>, which the
@@ -176,19 +207,6 @@ def check_stop_tokens(loaded: LlamaFile, reference: Reference) -> str | None:
     if ids:
         return f"the end of a turn, {end!r}, is not one special token: programs must stop on text"
     return None
-
-
-def _ends(reference: Reference) -> list[int]:
-    """Return the stop tokens that end a text or a turn; all stop tokens if there is no template."""
-    if not reference.tokenizer.chat_template:
-        return reference.stop_ids
-    user, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}
-    try:
-        text = reference.render([user, answer], for_answer=False)
-    except ValueError:
-        return reference.stop_ids
-    after = reference.tokenise(text.rpartition(answer["content"])[2])
-    return [t for t in reference.stop_ids if t in after or t == reference.tokenizer.eos_token_id]
 
 
 def check_stops(format: str, stops: list[torch.Tensor], reference: Reference) -> None:

@@ -21,6 +21,7 @@ from tuneline.quantize import formats
 from tuneline.quantize.calibration import read_rows
 from tuneline.quantize.child_process import run_to_end
 from tuneline.quantize.config import QuantizeConfig
+from tuneline.quantize.gptq.experts import check_experts
 from tuneline.quantize.machine import few_threads, num_threads, raise_if_full
 from tuneline.quantize.proof import quality
 from tuneline.quantize.proof.reference import Reference, for_export
@@ -54,11 +55,12 @@ def export(
 
     Raises:
         DataError: there are no training rows.
-        ModelError: no group size fits the model's layers.
+        ModelError: no group size fits the model's layers, or the model is a mixture of experts.
         ToolError: gptqmodel is missing or failed.
         ProofError: the checkpoint does not load or does not answer, or its predictions are further
             from the merged model's than the bound allows.
     """
+    check_experts(merged_dir)
     device = choose_device(merged_dir)
     rows = read_rows(
         dataset_dir,

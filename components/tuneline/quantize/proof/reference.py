@@ -72,6 +72,43 @@ class Reference:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
+    def tokenise_prompt(self, text: str) -> list[int]:
+        """Return the token IDs of a prompt as the model saw prompts in training.
+
+        A chat template writes every special token itself. Without a template, the tokenizer adds
+        those that begin a text.
+        """
+        ids: list[int] = self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template)[
+            "input_ids"
+        ]
+        return ids
+
+    def adds_bos(self) -> bool | None:
+        """Return whether programs have to put the BOS token before a prompt.
+
+        None if that does not matter, because the chat template writes the token.
+        """
+        text = BUILT_IN_PROMPT
+        if self.tokenizer.chat_template:
+            try:
+                text = self.render([{"role": "user", "content": text}])
+            except ValueError:
+                return None
+        begins = self.tokenise_prompt(text)[:1] == [self.tokenizer.bos_token_id]
+        return None if begins and self.tokenizer.chat_template else begins
+
+    def ends_of_turn(self) -> list[int]:
+        """Return the stop tokens that end a text or a turn; all of them without a template."""
+        if not self.tokenizer.chat_template:
+            return self.stop_ids
+        user, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}
+        try:
+            text = self.render([user, answer], for_answer=False)
+        except ValueError:
+            return self.stop_ids
+        after = self.tokenise(text.rpartition(answer["content"])[2])
+        return [t for t in self.stop_ids if t in after or t == self.tokenizer.eos_token_id]
+
     def render(self, messages: list[dict[str, str]], *, for_answer: bool = True) -> str:
         """Return a conversation rendered by the chat template.
 

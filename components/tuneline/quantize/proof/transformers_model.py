@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
+from transformers import AutoTokenizer, GPTQConfig
 
 from tuneline.errors import ModelError, ProofError
 from tuneline.models.likelihood import Pair, score_answers
+from tuneline.models.whole import load_whole
 from tuneline.quantize.proof import widening
 from tuneline.quantize.proof.quality import Generation
 
@@ -50,7 +51,7 @@ class TransformersModel:
             device: "cpu" or "cuda".
 
         Raises:
-            ModelError: transformers cannot load the model.
+            ModelError: transformers cannot load the model, or not all of its weights.
         """
         self._name = model_dir
         try:
@@ -144,7 +145,7 @@ def _load(model_dir: Path, dtype: torch.dtype | str, device: str) -> Any:
     narrow = widening.narrow_dtype(model_dir)
     if dtype == torch.float32 and device == "cpu" and narrow:
         return widening.load(model_dir, narrow)
-    return AutoModelForCausalLM.from_pretrained(
+    return load_whole(
         model_dir, dtype=dtype, device_map={"": device}, **_kernels(model_dir, device)
     )
 

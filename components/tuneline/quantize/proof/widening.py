@@ -26,6 +26,8 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from tuneline.models.whole import load_whole
+
 BLOCK_WEIGHTS = 1 << 21
 """Number of weights per block; 8 MB in float32. Measured: blocks of a quarter of this size take
 20 % longer with 1024 tokens, and blocks of eight times this size twice as long with one token."""
@@ -56,7 +58,7 @@ def load(model_dir: Path, dtype: torch.dtype) -> Any:
         ValueError: transformers cannot load the model.
     """
     # On a CPU and without a change of dtype, transformers uses the weights that safetensors mapped.
-    mapped = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, device_map={"": "cpu"})
+    mapped = load_whole(model_dir, dtype=dtype, device_map={"": "cpu"})
     # The modules are created in float32, because a model also rounds constants to its dtype, e.g.
     # Gemma the factor of its embeddings (the root of their width).
     with init_empty_weights(include_buffers=False):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError, TrainingError
+from tuneline.models.adapter_files import make_portable
 from tuneline.models.nf4 import empty_model
 from tuneline.train.config import LoraConfig
 
@@ -141,5 +142,7 @@ def save_adapter(model: peft.PeftModel, directory: Path, origin: ModelOrigin) ->
     config.revision = origin.revision
     # Otherwise peft asks the Hub whether the vocabulary has grown. This step never changes it.
     model.save_pretrained(str(directory), save_embedding_layers=False)
+    defaults: Any = peft.LoraConfig()
+    make_portable(directory, defaults.to_dict())
     # peft's model card is an empty form. The publish step writes a card with the scores.
     (directory / "README.md").unlink(missing_ok=True)

@@ -5,7 +5,8 @@ files are memory-mapped: when memory is short, the kernel drops their pages and 
 every pass, so a limit below their size costs time but does not fail the run. Memory in GiB,
 measured for models of 8B and 1.1B (tests/measure/proof_memory.py): convert-gguf 3.4 and 1.9;
 quantize-gguf to q4_k_m 4.8 (8B, comparing two rows) and 2.8 (1.1B, comparing eight rows);
-measure-importance 0.3 for both models.
+measure-importance 0.3 for both models. quantize-gguf was measured before it reserved the context
+that the file is served with.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from tuneline.kinds import EXPORT_KINDS
 from tuneline.models.heldout_rows import MAX_ROW_TOKENS
 from tuneline.pipelines.plan.estimate import llama_shape
-from tuneline.quantize.formats import FORMATS
+from tuneline.quantize.formats import FORMATS, MAX_CONTEXT
 from tuneline.recipe import Recipe
 from tuneline.steps import STEPS
 from tuneline.train.memory.estimate import GIB
@@ -51,13 +52,16 @@ def host_memory(recipe: Recipe, num_parameters: float) -> list[HostMemory]:
     model = 2 * num_parameters
     steps = []
     if quantize.gguf:
-        converted = PROCESS_BYTES + CONVERTED_BYTES * shape.vocab * shape.hidden
+        # llama.cpp reserves an f16 key and value for each position of the context.
+        context = 2 * 2 * shape.num_layers * shape.key_value * MAX_CONTEXT
+        # The converter has ended before its file is proven.
+        converted = PROCESS_BYTES + max(CONVERTED_BYTES * shape.vocab * shape.hidden, context)
         rows = quantize.num_proof_prompts + ROWS_COMPARED
         logits = rows * MAX_ROW_TOKENS * shape.vocab * FLOAT32_BYTES
         formats = [FORMATS[name] for name in quantize.gguf]
         copied = [format.bits_per_weight for format in formats if format.repacked]
         most_bits = COPIED_FRACTION * max(copied, default=0.0)
-        proof = PROCESS_BYTES + logits + num_parameters * most_bits / 8
+        proof = PROCESS_BYTES + context + logits + num_parameters * most_bits / 8
         steps += [
             HostMemory("convert-gguf", converted, model),
             HostMemory("quantize-gguf", max(converted, proof), model),

@@ -1,0 +1,98 @@
+"""Load a model only if each of its weights comes from the model's files, and each weight is used.
+
+transformers initialises a weight that the files lack with random values, and ignores a tensor that
+the model has no place for. It reports both, in its log alone.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from tuneline.errors import ModelError
+
+_NUM_NAMED = 3
+"""Number of tensors that an error message names."""
+
+
+def load_whole(model_dir: str | Path, *, called: str | None = None, **arguments: Any) -> Any:
+    """Load a causal language model with transformers; refuse one that is not whole.
+
+    The model generates greedily: of its generation settings only the special tokens are kept.
+
+    Args:
+        model_dir: the model directory.
+        called: the model's name in messages; None: the directory.
+        **arguments: arguments of `from_pretrained`.
+
+    Raises:
+        ModelError: weights are missing, left over or of another shape; the message names them.
+        OSError: transformers cannot load the model.
+        ValueError: transformers cannot load the model.
+    """
+    # Imported here because fetch and the memory estimate import this package without torch.
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    # Any: transformers does not annotate these.
+    auto: Any = AutoModelForCausalLM
+    generation_config: Any = GenerationConfig
+    model, report = auto.from_pretrained(
+        str(model_dir),
+        output_loading_info=True,
+        # Otherwise the names stand in the log only. `check_report` refuses them.
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+        **arguments,
+    )
+    check_report(report, called or str(model_dir))
+    # All steps generate greedily. A base model's penalties would make that something else.
+    given = model.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = generation_config(
+        **{name: getattr(given, name, None) for name in names}
+    )
+    return model
+
+
+def check_report(report: dict[str, Any], called: str) -> None:
+    """Check what transformers reports about loading the model that is `called` so.
+
+    Raises:
+        ModelError: weights are missing, left over or of another shape; the message names them.
+    """
+    shapes = [
+        f"{name} of shape {tuple(found)} for {tuple(wanted)}"
+        for name, found, wanted in report["mismatched_keys"]
+    ]
+    for names, what in (
+        (shapes, "has weights of other shapes than its config.json describes"),
+        (report["missing_keys"], "lacks weights of its architecture, which would be random"),
+        (report["unexpected_keys"], "has weights that its architecture does not use"),
+    ):
+        if names:
+            raise ModelError(
+                f"{called} {what}: {_some(names)}. Take weights and config.json of one model, and "
+                "a model that this version of transformers supports"
+            )
+    if report["error_msgs"]:
+        raise ModelError(f"transformers cannot load {called}: {report['error_msgs'][0]}")
+
+
+def check_names(model_dir: str | Path, *, called: str) -> None:
+    """Check that a model is whole by the headers of its files, without reading weights.
+
+    Raises:
+        ModelError: the model is not whole, or transformers does not support it.
+    """
+    try:
+        load_whole(model_dir, called=called, device_map="meta")
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise ModelError(
+            f"transformers does not support the model {called} "
+            f"({' '.join(str(error).split())[:200]}): use another base model"
+        ) from error
+
+
+def _some(names: Collection[str]) -> str:
+    first = sorted(names)[:_NUM_NAMED]
+    more = len(names) - len(first)
+    return ", ".join(first) + (f" and {more} more" if more else "")
