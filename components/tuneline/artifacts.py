@@ -210,6 +210,7 @@ class TrainingSummary(Record):
 
     filename: ClassVar[str] = "training.json"
     role: ClassVar[str] = "adapter"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("base_model", "dataset")
 
     method: Method
     num_steps: int
@@ -274,6 +275,7 @@ class MergeProof(Record):
 
     filename: ClassVar[str] = "merge.json"
     role: ClassVar[str] = "merged"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("base_model", "dataset", "adapter")
 
     base: Literal["dequantized", "original"]
     """Base weights that the adapter was added to: "dequantized" are the 4-bit weights that training
@@ -311,6 +313,7 @@ class ImportanceMatrix(Record):
 
     filename: ClassVar[str] = "importance.json"
     role: ClassVar[str] = "importance"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("dataset", "merged")
 
     file: str
     """Name of the file with the matrix, in the format that llama-imatrix writes."""
@@ -324,6 +327,7 @@ class QuantizedModel(Record):
 
     filename: ClassVar[str] = "quantized.json"
     role: ClassVar[str] = "export"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("merged",)
 
     format: str
     """Format of the export, a key of `quantize.formats.FORMATS`."""
@@ -409,6 +413,12 @@ class Scores(Record):
     harness: str
     """Name and version of the evaluation program."""
 
+    def missing_ancestors(self) -> list[str]:
+        """Return the artifacts that the lineage should name: the data, and the model."""
+        model = {"base": ModelOrigin.role, "tuned": MergeProof.role}
+        names = (DatasetManifest.role, model.get(self.model, QuantizedModel.role))
+        return [name for name in names if name not in self.made_from]
+
     def called(self) -> str:
         """Return "base_scores" or "tuned_scores", because a decision is made from both."""
         return f"{self.model}_scores"
@@ -438,6 +448,7 @@ class Decision(Record):
 
     filename: ClassVar[str] = "decision.json"
     role: ClassVar[str] = "decision"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("base_scores", "tuned_scores")
 
     verdict: Verdict
     reason: str
@@ -464,6 +475,7 @@ class Published(Record):
 
     filename: ClassVar[str] = "published.json"
     role: ClassVar[str] = "published"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("merged", "decision")
 
     target: str
     private: bool
