@@ -181,6 +181,8 @@ class DatasetManifest(Record):
     end_of_turn: str = ""
     """Text that the template puts after an answer, e.g. <|im_end|>; generation stops there."""
     licence: str | None = None
+    hub_ids: list[str] | None = None
+    """Hub IDs of the datasets that came from the Hub; null in the record of an older tuneline."""
     sha256: str
     """SHA-256 over the checked rows in order, the template and the split."""
 
@@ -466,6 +468,8 @@ class PublishedRepo(StrictModel):
     """Hub commit that holds exactly the published files; null for a directory target."""
     tag: str | None = None
     """Tag of the commit: v1, v2, and so on."""
+    private: bool | None = None
+    """Whether the repository is private now; null for a directory target."""
     num_files: int
     num_bytes: int
 
@@ -479,7 +483,11 @@ class Published(Record):
 
     target: str
     private: bool
+    """Whether all repositories are private; true for a directory."""
     repos: list[PublishedRepo]
+    left_out: list[str] = Field(default_factory=list)
+    """Files of the artifacts that are not published, because their names are not those of a model's
+    files."""
 
     def metadata(self) -> dict[str, str]:
         """Return the URL, commit and tag of each repository, for an artifact's metadata."""
@@ -509,6 +517,8 @@ class RunSummary(Record):
     reason: str
     comparisons: list[TaskComparison]
     exports: list[QuantizedModel]
+    differs_from_recipe: list[str] = Field(default_factory=list)
+    """The values that the run had instead of its recipe's."""
 
 
 @contextlib.contextmanager

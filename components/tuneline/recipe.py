@@ -51,8 +51,7 @@ class Recipe(StrictModel):
     @field_validator("publish_to")
     @classmethod
     def _is_a_target(cls, value: str) -> str:
-        check_target(value)
-        return value
+        return check_target(value)
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:

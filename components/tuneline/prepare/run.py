@@ -145,6 +145,7 @@ def run(
             num_leaking_rows=parts.num_leaking,
             end_of_turn=_end_of_turn(heldout, template, tokenizer),
             licence=config.licence,
+            hub_ids=[source] if kind_of(source) == "hub" else [],
             sha256=digest.hexdigest(),
             seconds=round(time.monotonic() - started, 3),
         )
