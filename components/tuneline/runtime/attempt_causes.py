@@ -148,7 +148,7 @@ def _by_exit_code(attempt: Attempt, message: str) -> Explanation:
             f"Read the log: `tuneline logs RUN {attempt.step!r}`.",
         )
     if message:
-        cause = find_cause(message)
+        cause = find_cause(message, attempt.step)
         return Explanation(message, cause.advice if cause else RUN_AGAIN)
     return Explanation(
         "Nothing says why: the pod is gone.",

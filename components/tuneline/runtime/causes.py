@@ -35,6 +35,8 @@ class Cause:
     """What happened, in one sentence."""
     advice: str
     """What to change, in one sentence."""
+    steps: tuple[str, ...] = ()
+    """The steps in which the message has this cause; empty for all steps."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Explanation:
     advice: str
     """What to change, in one sentence."""
 
+
+_DATA_STEPS = ("prepare", "look-up-data")
 
 CAUSES = (
     Cause(
@@ -97,10 +101,55 @@ CAUSES = (
         "changed; `kubectl describe limitrange` shows it.",
     ),
     Cause(
+        "image",
+        r"imagepullbackoff|errimagepull|errimageneverpull|invalidimagename|manifest unknown"
+        r"|pull access denied|failed to pull image",
+        "The step's container image could not be pulled.",
+        "Push the images (`make images`) to a registry that the cluster can reach, and check the "
+        "image pull secret.",
+    ),
+    Cause(
         "gated model",
         r"gatedrepo|gated repo\b|access to (model|dataset) .* is restricted|awaiting a review",
         "The model or dataset is gated: its licence has to be accepted first.",
         "Accept the terms on its Hub page with the account that owns the token, and set HF_TOKEN.",
+    ),
+    Cause(
+        "hub storage",
+        r"storage (limit|quota) (reached|exceeded)|(private|public) (repository )?storage limit"
+        r"|\b402 (client error|payment required)",
+        "The account on the Hub has no storage left.",
+        "Set publish.private to false, name fewer formats in quantize.gguf and quantize.gptq, "
+        "delete old repositories, or take a larger plan; the token is not the cause.",
+    ),
+    Cause(
+        "request limit",
+        r"\b429 (client error|too many requests)|too many requests|rate.?limit(ed| exceeded)",
+        "The Hub or another service limits the number of requests.",
+        "Wait some minutes and run the recipe again; a request with a token has a higher limit.",
+    ),
+    Cause(
+        "tracker",
+        r"\bwandb\b.*\b(401|403|api.?key|permission denied)|\bmlflow\b.*\b(401|403|unauthorized)"
+        r"|api key must (be|have)",
+        "An experiment tracker refused its credentials.",
+        "Set the tracker's variable, such as WANDB_API_KEY (on a cluster: placement.secrets), or "
+        "remove the tracker from train.track.",
+    ),
+    Cause(
+        "object store",
+        r"invalidaccesskeyid|signaturedoesnotmatch|\baccessdenied\b|nosuchbucket"
+        r"|\(403\) when calling the \w+ operation|s3.*\b403\b",
+        "An object store refused the credentials, or has no such bucket.",
+        "Check the bucket's name, and the credentials of the pod or of KFP's artifact store.",
+    ),
+    Cause(
+        "service account",
+        r"is forbidden: user \"?system:serviceaccount|cannot (get|list|create|watch|delete|patch) "
+        r"resource",
+        "The pod's service account lacks a permission in Kubernetes.",
+        "Grant the service account the permission that the message names; manifests/ has the roles "
+        "that the runs need.",
     ),
     Cause(
         "token",
@@ -114,9 +163,9 @@ CAUSES = (
         "forbidden",
         r"\b403 (client error|forbidden)|\b403\)|status(_code| code)?[:=]? ?403\b|\bforbidden\b"
         r"|insufficient permissions?\b",
-        "The token or the pod's service account lacks a permission.",
-        "Use a token with write access to publish_to, or request the permission that the message "
-        "names.",
+        "A server refused the request: the account or its token lacks a permission.",
+        "Read what the server says: if it is the Hub, use a token with read access to base_model "
+        "and dataset and write access to publish_to.",
     ),
     Cause(
         "unknown repository",
@@ -125,14 +174,6 @@ CAUSES = (
         "The Hub has no such model, dataset or revision, or the token cannot read it.",
         "Check the spelling of base_model, dataset and fetch.revision. If the repository is "
         "private, set HF_TOKEN.",
-    ),
-    Cause(
-        "image",
-        r"imagepullbackoff|errimagepull|errimageneverpull|invalidimagename|manifest unknown"
-        r"|pull access denied|failed to pull image",
-        "The step's container image could not be pulled.",
-        "Push the images (`make images`) to a registry that the cluster can reach, and check the "
-        "image pull secret.",
     ),
     Cause(
         "unschedulable",
@@ -152,11 +193,19 @@ CAUSES = (
         "nodes that are not preempted.",
     ),
     Cause(
-        "timeout",
-        r"deadline ?exceeded|\btimed out\b|timeouterror|\w+timeout:"
-        r"|longer than the specified deadline",
-        "The step exceeded its time limit, or a network request timed out.",
-        "Raise the time limit, lower train.max_steps or evaluate.limit, or check the network.",
+        "hanging rank",
+        r"watchdog caught collective operation timeout|collective operation timed out"
+        r"|\bnccl\b.*\btimed? ?out",
+        "A training process waited for another one that did not answer.",
+        "Look for the first rank that failed in the step's log, and check the connection between "
+        "the GPUs.",
+    ),
+    Cause(
+        "time limit",
+        r"pod was active longer|longer than the specified deadline|\bdeadlineexceeded\b"
+        r"|activedeadlineseconds (was )?exceeded",
+        "The step exceeded its time limit.",
+        "Raise placement.steps.STEP.timeout_hours, or lower train.max_steps or evaluate.limit.",
     ),
     Cause(
         "terminated",
@@ -168,7 +217,8 @@ CAUSES = (
     Cause(
         "network",
         r"connectionerror|connection refused|connection reset|name or service not known"
-        r"|temporary failure in name resolution|max retries exceeded|offline mode is enabled",
+        r"|temporary failure in name resolution|max retries exceeded|offline mode is enabled"
+        r"|\btimed out\b|timeouterror|\w+timeout:|deadline exceeded",
         "The network or the Hub could not be reached.",
         "Check the proxy and HF_ENDPOINT, then run the recipe again. Without network access, set "
         "base_model and dataset to local directories.",
@@ -179,6 +229,7 @@ CAUSES = (
         "Every row was rejected or is longer than max_seq_length, so nothing is left to learn.",
         "Raise prepare.max_seq_length (auto uses the length that 99 % of the rows fit in), or "
         "read the reasons in rejected.jsonl.",
+        steps=_DATA_STEPS,
     ),
     Cause(
         "bad rows",
@@ -187,6 +238,14 @@ CAUSES = (
         "Rows of the dataset cannot be read.",
         "Fix the rows that the message names, or raise prepare.max_rejected_share to train "
         "without them.",
+        steps=_DATA_STEPS,
+    ),
+    Cause(
+        "broken file",
+        r"jsondecodeerror|expecting value: line|unicodedecodeerror|header ?too ?(large|small)"
+        r"|invalidheader|incompletemetadata|metadataincompletebuffer",
+        "A file that the step reads is broken or was cut off.",
+        "Run the step again that made the file, or download it again.",
     ),
     Cause(
         "task",
@@ -199,9 +258,8 @@ CAUSES = (
     Cause(
         "proof",
         r"\bprooferror\b",
-        "A merged model or an export differs too much from its reference, so it was not kept.",
-        "Before raising the bound, set merge.base to dequantized and merge.dtype to float32, and "
-        "find the layer that differs.",
+        "An artifact failed a check and is not used.",
+        "Read the sentence of the step in its log: it names the check, and what would help.",
     ),
     Cause(
         "gpu driver",
@@ -227,9 +285,18 @@ CAUSES = (
 )
 
 
-def find_cause(text: str) -> Cause | None:
-    """Return the first cause whose pattern matches the text."""
-    return next((cause for cause in CAUSES if re.search(cause.pattern, text, re.I)), None)
+def find_cause(text: str, step: str | None = None) -> Cause | None:
+    """Return the first cause whose pattern matches the text.
+
+    Args:
+        text: what a library or the platform says.
+        step: the step that failed; None: it is not known.
+    """
+    for cause in CAUSES:
+        is_of_step = step is None or not cause.steps or step.partition(" ")[0] in cause.steps
+        if is_of_step and re.search(cause.pattern, text, re.IGNORECASE):
+            return cause
+    return None
 
 
 def explain(run: StepRun | None, message: str = "") -> Explanation:
@@ -242,7 +309,7 @@ def explain(run: StepRun | None, message: str = "") -> Explanation:
     if run is not None and run.kind in OWN_ERRORS:
         return Explanation(run.message, RUN_AGAIN)
     raised = f"{run.kind}: {run.message}" if run is not None and run.kind else ""
-    cause = find_cause(f"{raised}\n{message}")
+    cause = find_cause(f"{raised}\n{message}", run.step if run is not None else None)
     if cause is not None:
         return Explanation(f"{cause.why} ({_short(raised or message)})", cause.advice)
     if raised:
