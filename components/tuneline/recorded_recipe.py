@@ -119,7 +119,7 @@ def recorded_recipe(
     if given.get("dataset") is not None:
         values["dataset"] = dataset.source
     values |= {name: dict(section) for name, section in used.items() if section}
-    return RecordedRecipe(_without_secrets(values), _without_secrets(given))
+    return RecordedRecipe(without_secrets(values), without_secrets(given))
 
 
 def _quantize(exports: Sequence[QuantizedModel]) -> dict[str, Any]:
@@ -134,12 +134,12 @@ def _quantize(exports: Sequence[QuantizedModel]) -> dict[str, Any]:
     return {**settings, **{kind: names for kind, names in formats.items() if kind in settings}}
 
 
-def _without_secrets(value: Any) -> Any:
+def without_secrets(value: Any) -> Any:
     """Return a plain value with the secrets removed from its texts."""
     if isinstance(value, Mapping):
-        return {key: _without_secrets(item) for key, item in value.items()}
+        return {key: without_secrets(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_secrets(item) for item in value]
+        return [without_secrets(item) for item in value]
     return redacted(value) if isinstance(value, str) else value
 
 

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tuneline.runtime.causes import CAUSES, explain, find_cause
+from tuneline.runtime.cause_table import CAUSES
+from tuneline.runtime.causes import explain, find_cause
 from tuneline.runtime.events import StepRun
 
 MESSAGES = [

@@ -40,7 +40,8 @@ def join_card(card: CardParts) -> str:
 def split_card(text: str) -> CardParts | None:
     """Return the parts of a card; None if it lacks a marker or its front matter cannot be read."""
     text = text.replace("\r\n", "\n")
-    matter, body = {}, text
+    matter: Any = {}
+    body = text
     if found := _FRONT_MATTER.match(text):
         body = text[found.end() :]
         try:

@@ -19,7 +19,11 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined, unused-ignore
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+)
 
 from tuneline.artifacts import PublishedRepo
 from tuneline.errors import UserError
