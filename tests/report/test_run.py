@@ -233,6 +233,27 @@ def test_the_page_shows_what_was_trained_not_what_the_recipe_says(
     assert "It will be published to org/another." in page and "hunter22" not in page
 
 
+def test_text_of_others_is_no_html(recipe: Recipe, run_dirs: dict) -> None:
+    evil = "<img src=x onerror=alert(1)>\"'</pre></section><script>"
+    changes = {
+        "base_model_dir": (ModelOrigin, {"source": evil, "licence": evil, "architecture": evil}),
+        "dataset_dir": (DatasetManifest, {"source": evil, "licence": evil, "template": evil}),
+        "adapter_dir": (TrainingSummary, {"device": evil, "fitted": evil}),
+        "decision_dir": (Decision, {"reason": evil}),
+    }
+    for name, (kind, fields) in changes.items():
+        kind.read(run_dirs[name]).model_copy(update=fields).write(run_dirs[name])
+    for path in run_dirs["exports_dirs"]:
+        fields = {"generated": evil, "reference": evil, "notes": [evil]}
+        QuantizedModel.read(path).model_copy(update=fields).write(path)
+    answers = [{"question": evil, "prompt": evil, "answer": evil, "text": evil}]
+    for side in ("base", "tuned"):
+        write_jsonl(Path(run_dirs[f"{side}_scores_dir"], "generations.jsonl"), answers)
+    hostile = recipe.model_copy(update={"description": evil})
+    page, _ = write_page(hostile, run_dirs | {"target": f"dir:{evil}"})
+    assert "onerror" in page and "<img" not in page and "<script" not in page
+
+
 def test_a_run_with_its_recipes_values_has_no_remark(recipe: Recipe, run_dirs: dict) -> None:
     run_dirs |= {"target": "dir:/somewhere/runs/demo-1/published", "publish_config": "{}"}
     page, summary = write_page(recipe, run_dirs)
