@@ -11,14 +11,17 @@ import pytest
 
 from tuneline.artifacts import (
     DatasetManifest,
+    Decision,
     MergeProof,
     ModelOrigin,
     QuantizedModel,
+    Scores,
+    TaskScore,
     TrainingSummary,
 )
-from tuneline.errors import DataError
+from tuneline.errors import DataError, ProofError, WorldError
 from tuneline.merge import MergeConfig
-from tuneline.record import hash_files
+from tuneline.record import Record, broken_seal, hash_files, seal
 from tuneline.runtime.environment import describe_environment
 from tuneline.train import TrainConfig
 from tuneline.verify import verify
@@ -43,9 +46,21 @@ def new_training() -> TrainingSummary:
     )
 
 
+def new_origin() -> ModelOrigin:
+    return ModelOrigin(
+        source="org/base",
+        revision="a" * 40,
+        architecture="LlamaForCausalLM",
+        num_parameters=1,
+        num_bytes=1,
+        sha256="1" * 64,
+    )
+
+
 @pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
+def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path:
     merged, export = tmp_path / "run" / "merged", tmp_path / "run" / "q8_0"
+    lineage = (new_origin(), new_dataset(sha256="2" * 64), new_training())
     for path in (merged, export):
         path.mkdir(parents=True)
     (merged / "model.safetensors").write_bytes(b"weights")
@@ -62,7 +77,7 @@ def run_dir(tmp_path: Path) -> Path:
         mean_kl=3e-4,
         top1_agreement=0.99,
         max_mean_kl=0.01,
-    ).write(merged, MergeConfig())
+    ).write(merged, MergeConfig(), parents=lineage)
     (export / "model.gguf").write_bytes(b"gguf")
     QuantizedModel(
         format="q8_0",
@@ -74,6 +89,11 @@ def run_dir(tmp_path: Path) -> Path:
         generated="g",
     ).write(export, parents=[MergeProof.read(merged)])
     return tmp_path / "run"
+
+
+def sealed_again(path: Path, record: dict) -> None:
+    """Write a record with changed fields, as another environment would have written it."""
+    path.write_text(seal(json.dumps({**record, "record_sha256": ""}, indent=2) + "\n"))
 
 
 def differences(run_dir: Path) -> dict[str, list[str]]:
@@ -96,11 +116,14 @@ def test_each_change_is_named(run_dir: Path) -> None:
     assert found["q8_0"] == ["extra.txt is not in the record"]
 
 
-def test_an_export_of_another_model(run_dir: Path) -> None:
+def test_an_export_of_another_model(
+    run_dir: Path, new_dataset: Callable[..., DatasetManifest]
+) -> None:
     """It says which settings and versions of the two are not the same."""
     record = MergeProof.read(run_dir / "merged")
     (run_dir / "merged" / "model.safetensors").write_bytes(b"trained again")
-    record.write(run_dir / "merged", MergeConfig(dtype="float16"))
+    parents = (new_origin(), new_dataset(sha256="2" * 64), new_training())
+    record.write(run_dir / "merged", MergeConfig(dtype="float16"), parents=parents)
     found = differences(run_dir)
     assert found["merged"] == []
     (sentence,) = found["q8_0"]
@@ -117,31 +140,25 @@ def test_everything_that_an_artifact_goes_back_to_is_held_against_what_is_here(
     base, data, adapter = (run_dir / name for name in ("base", "data", "adapter"))
     for path in (base, data, adapter):
         path.mkdir()
-    origin = ModelOrigin(
-        source="org/base",
-        revision="a" * 40,
-        architecture="LlamaForCausalLM",
-        num_parameters=1,
-        num_bytes=1,
-        sha256="1" * 64,
-    )
+    origin = new_origin()
     origin.write(base)
     dataset = new_dataset(sha256="2" * 64)
     dataset.write(data)
+    parents = [ModelOrigin.read(base), DatasetManifest.read(data)]
     summary = new_training()
-    summary.write(adapter, TrainConfig(seed=1), parents=[origin, dataset])
+    summary.write(adapter, TrainConfig(seed=1), parents=parents)
     merged = MergeProof.read(run_dir / "merged")
-    merged.write(run_dir / "merged", parents=[TrainingSummary.read(adapter)])
+    merged.write(run_dir / "merged", parents=[*parents, TrainingSummary.read(adapter)])
     assert differences(run_dir)["merged"] == []
 
     origin.model_copy(update={"sha256": "3" * 64, "revision": "b" * 40}).write(base)
     new_dataset(sha256="4" * 64).write(data)
     (adapter / "adapter_model.safetensors").write_bytes(b"other")
-    summary.write(adapter, TrainConfig(seed=2))
+    summary.write(adapter, TrainConfig(seed=2), parents=parents)
     path = adapter / "training.json"
     record = json.loads(path.read_text())
     record["environment"] |= {"torch": "1.0", "kernels": "0" * 12, "image": "train@sha256:abc"}
-    path.write_text(json.dumps(record))
+    sealed_again(path, record)
     of_base, of_data, of_adapter = differences(run_dir)["merged"]
     assert of_base.startswith(
         "made from the base_model 111111111111, but the one here is 333333333333: "
@@ -153,10 +170,95 @@ def test_everything_that_an_artifact_goes_back_to_is_held_against_what_is_here(
     assert f"kernels {describe_environment()['kernels']} there, 000000000000 here" in of_adapter
 
 
+def small_records(new_dataset: Callable[..., DatasetManifest]) -> list[Record]:
+    score = TaskScore(metric="acc", higher_is_better=True, value=0.5, num_samples=4)
+    return [
+        new_dataset(sha256="2" * 64),
+        Scores(model="base", tasks={"heldout_choice": score}, harness="lm-eval"),
+        Decision(verdict="hold", reason="no gain \u00e9", comparisons=[]),
+    ]
+
+
+def test_one_altered_byte_of_a_record_is_found_wherever_it_is(
+    tmp_path: Path, new_dataset: Callable[..., DatasetManifest]
+) -> None:
+    for record in small_records(new_dataset):
+        record.write(tmp_path)
+        path = tmp_path / record.filename
+        whole = path.read_bytes()
+        unaltered = verify(tmp_path)[0].differences
+        assert broken_seal(whole.decode()) == ""
+        for index in range(len(whole)):
+            altered = whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :]
+            assert broken_seal(altered.decode(errors="replace")), (record.filename, index)
+            if index % 97 == 0:
+                path.write_bytes(altered)
+                assert verify(tmp_path)[0].differences != unaltered, (record.filename, index)
+        path.unlink()
+
+
+def test_a_changed_verdict_is_found_by_every_reader(tmp_path: Path) -> None:
+    Decision(verdict="hold", reason="no gain", comparisons=[]).write(tmp_path)
+    path = tmp_path / "decision.json"
+    path.write_text(path.read_text().replace('"hold"', '"promote"'))
+    with pytest.raises(ProofError, match=r"decision\.json was changed after it was written"):
+        Decision.read(tmp_path)
+    (found,) = verify(tmp_path)
+    assert found.differences[0].startswith("decision.json was changed after it was written")
+
+
+def test_a_record_without_its_hash_and_without_lineage(run_dir: Path) -> None:
+    path = run_dir / "q8_0" / "quantized.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "record_sha256": "", "made_from": {}}, indent=2))
+    assert differences(run_dir)["q8_0"] == [
+        "quantized.json has no hash of its own fields, which every record of this version has",
+        "quantized.json does not name the merged that it was made from",
+    ]
+
+
+def test_an_ancestor_is_known_by_its_record_too(run_dir: Path) -> None:
+    """The weights are the same, and the bound that they were held to is another."""
+    path = run_dir / "merged" / "merge.json"
+    sealed_again(path, {**json.loads(path.read_text()), "max_mean_kl": 5.0})
+    found = differences(run_dir)
+    assert found["merged"] == []
+    assert found["q8_0"][0].startswith("made from the merged with the record ")
+
+
+def test_the_copy_of_a_record_is_checked(run_dir: Path) -> None:
+    record = MergeProof.read(run_dir / "merged")
+    record.copy_to(run_dir / "record", directory=run_dir / "merged")
+    assert differences(run_dir) == {"merged": [], "q8_0": []}
+    (run_dir / "record").write_text((run_dir / "record").read_text().replace("0.99", "0.98"))
+    (sentence,) = differences(run_dir)["record"]
+    assert sentence.startswith("was changed after it was written")
+
+
+def test_inputs_that_were_made_from_different_models_are_refused(
+    tmp_path: Path, new_dataset: Callable[..., DatasetManifest]
+) -> None:
+    """As base scores of another base model: one ancestor does not overwrite the other."""
+    score = TaskScore(metric="acc", higher_is_better=True, value=0.5, num_samples=4)
+    sides = []
+    for label, digest in (("base", "1" * 64), ("tuned", "9" * 64)):
+        directory = tmp_path / label
+        directory.mkdir()
+        scores = Scores(model=label, tasks={"heldout_choice": score}, harness="lm-eval")
+        scores.write(directory, parents=[new_origin().model_copy(update={"sha256": digest})])
+        sides.append(Scores.read(directory))
+    decision = Decision(verdict="promote", reason="gain", comparisons=[])
+    words = "two different artifacts called base_model: 1{12} and 9{12} .by way of the tuned_scores"
+    with pytest.raises(WorldError, match=words):
+        decision.write(tmp_path, parents=sides)
+
+
 def test_other_versions_are_told_and_are_no_difference(run_dir: Path) -> None:
     path = run_dir / "q8_0" / "quantized.json"
     torch = describe_environment()["torch"]
-    path.write_text(path.read_text().replace(f'"torch": "{torch}"', '"torch": "1.0"'))
+    record = json.loads(path.read_text())
+    record["environment"]["torch"] = "1.0"
+    sealed_again(path, record)
     (found,) = verify(run_dir / "q8_0")
     assert found.differences == [] and found.versions == [f"torch 1.0 there, {torch} here"]
 

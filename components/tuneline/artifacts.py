@@ -276,6 +276,8 @@ class DatasetManifest(Record):
     licence: str | None = None
     sources: list[DatasetSource] = Field(default_factory=list)
     """The datasets, with their weights and numbers of rows."""
+    hub_ids: list[str] | None = None
+    """Hub IDs of the datasets that came from the Hub; null in the record of an older tuneline."""
     sha256: str
     """SHA-256 over the checked rows in order, the template and the split."""
 
@@ -305,6 +307,7 @@ class TrainingSummary(Record):
 
     filename: ClassVar[str] = "training.json"
     role: ClassVar[str] = "adapter"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("base_model", "dataset")
 
     method: Method
     num_steps: int
@@ -369,6 +372,7 @@ class MergeProof(Record):
 
     filename: ClassVar[str] = "merge.json"
     role: ClassVar[str] = "merged"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("base_model", "dataset", "adapter")
 
     base: Literal["dequantized", "original"]
     """Base weights that the adapter was added to: "dequantized" are the 4-bit weights that training
@@ -406,6 +410,7 @@ class ImportanceMatrix(Record):
 
     filename: ClassVar[str] = "importance.json"
     role: ClassVar[str] = "importance"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("dataset", "merged")
 
     file: str
     """Name of the file with the matrix, in the format that llama-imatrix writes."""
@@ -419,6 +424,7 @@ class QuantizedModel(Record):
 
     filename: ClassVar[str] = "quantized.json"
     role: ClassVar[str] = "export"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("merged",)
 
     format: str
     """Format of the export, a key of `quantize.formats.FORMATS`."""
@@ -509,6 +515,12 @@ class Scores(Record):
     harness: str
     """Name and version of the evaluation program."""
 
+    def missing_ancestors(self) -> list[str]:
+        """Return the artifacts that the lineage should name: the data, and the model."""
+        model = {"base": ModelOrigin.role, "tuned": MergeProof.role}
+        names = (DatasetManifest.role, model.get(self.model, QuantizedModel.role))
+        return [name for name in names if name not in self.made_from]
+
     def called(self) -> str:
         """Return "base_scores" or "tuned_scores", because a decision is made from both."""
         return f"{self.model}_scores"
@@ -554,6 +566,7 @@ class Decision(Record):
 
     filename: ClassVar[str] = "decision.json"
     role: ClassVar[str] = "decision"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("base_scores", "tuned_scores")
 
     verdict: Verdict
     reason: str
@@ -571,6 +584,8 @@ class PublishedRepo(StrictModel):
     """Hub commit that holds exactly the published files; null for a directory target."""
     tag: str | None = None
     """Tag of the commit: v1, v2, and so on."""
+    private: bool | None = None
+    """Whether the repository is private now; null for a directory target."""
     num_files: int
     num_bytes: int
 
@@ -580,10 +595,15 @@ class Published(Record):
 
     filename: ClassVar[str] = "published.json"
     role: ClassVar[str] = "published"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("merged", "decision")
 
     target: str
     private: bool
+    """Whether all repositories are private; true for a directory."""
     repos: list[PublishedRepo]
+    left_out: list[str] = Field(default_factory=list)
+    """Files of the artifacts that are not published, because their names are not those of a model's
+    files."""
 
     def metadata(self) -> dict[str, str]:
         """Return the URL, commit and tag of each repository, for an artifact's metadata."""
@@ -613,6 +633,8 @@ class RunSummary(Record):
     reason: str
     comparisons: list[TaskComparison]
     exports: list[QuantizedModel]
+    differs_from_recipe: list[str] = Field(default_factory=list)
+    """The values that the run had instead of its recipe's."""
 
 
 @contextlib.contextmanager

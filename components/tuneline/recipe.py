@@ -6,7 +6,8 @@ from typing import Any, Self
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from tuneline.errors import RecipeError
+from tuneline.bounded_yaml import load_yaml
+from tuneline.errors import DataError, RecipeError
 from tuneline.evaluate.config import EvaluateConfig
 from tuneline.fetch.config import FetchConfig
 from tuneline.gate.config import GateConfig
@@ -55,8 +56,7 @@ class Recipe(StrictModel):
     @field_validator("publish_to")
     @classmethod
     def _is_a_target(cls, value: str) -> str:
-        check_target(value)
-        return value
+        return check_target(value)
 
     @model_validator(mode="after")
     def _names_its_data_once(self) -> Self:
@@ -164,7 +164,7 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     """
     path = Path(path)
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = load_yaml(path.read_text(encoding="utf-8"), where=str(path))
     except FileNotFoundError:
         raise RecipeError(
             f"there is no recipe at {path}: give a file, or a name that `tuneline recipes` lists"
@@ -173,6 +173,8 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         raise RecipeError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
         ) from None
+    except DataError as error:
+        raise RecipeError(str(error)) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):

@@ -2,6 +2,7 @@
 
 import datetime
 import hashlib
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,16 +10,22 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field
 
-from tuneline.errors import WorldError
+from tuneline.errors import ProofError, WorldError
 from tuneline.runtime.environment import describe_environment
 from tuneline.strict_model import StrictModel
 from tuneline.version import VERSION
+
+_SEAL = re.compile(r'^(  "record_sha256": ")([0-9a-f]*)(",?)$', re.MULTILINE)
+"""The line of a record, indented by two spaces, that holds the SHA-256 of the whole text."""
 
 
 class Ancestor(StrictModel):
     """What a record says about an artifact from which the record's artifact was made."""
 
     sha256: str
+    """SHA-256 of the artifact's content."""
+    sealed: str = ""
+    """`record_sha256` of the artifact's record; empty if the record was not written to a file."""
     revision: str | None = None
     """Hub commit; base models only."""
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -32,7 +39,11 @@ class Record(StrictModel):
     """Name of the JSON file."""
     role: ClassVar[str]
     """Key of this artifact in the `made_from` of artifacts derived from it."""
+    required_ancestors: ClassVar[tuple[str, ...]] = ()
+    """Keys that `made_from` has in every complete record of this class."""
 
+    record_sha256: str = ""
+    """SHA-256 of the record's text with this value empty, so that a change of the record shows."""
     seconds: float = 0.0
     """Wall time of the step that made the artifact, in seconds."""
     created_at: str = ""
@@ -60,7 +71,8 @@ class Record(StrictModel):
     ) -> None:
         """Write the record into `directory`, after all other files.
 
-        The fields `created_at`, `files`, `environment`, `settings` and `made_from` are filled in.
+        The fields `created_at`, `files`, `environment`, `settings`, `made_from` and `record_sha256`
+        are filled in.
 
         Args:
             directory: directory of the artifact.
@@ -91,11 +103,11 @@ class Record(StrictModel):
                 "environment": describe_environment(),
                 "settings": config.model_dump(mode="json") if config else {},
                 "made_from": made_from,
+                "record_sha256": "",
             }
         )
-        Path(directory, self.filename).write_text(
-            stamped.model_dump_json(indent=2) + "\n", encoding="utf-8"
-        )
+        text = seal(stamped.model_dump_json(indent=2) + "\n")
+        Path(directory, self.filename).write_text(text, encoding="utf-8")
 
     def check_files(self, directory: str | Path) -> None:
         """Check that the artifact's files are complete and unchanged.
@@ -124,6 +136,10 @@ class Record(StrictModel):
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.files.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
 
+    def missing_ancestors(self) -> list[str]:
+        """Return the artifacts that the lineage of such a record names, but this one does not."""
+        return [name for name in self.required_ancestors if name not in self.made_from]
+
     def called(self) -> str:
         """Return the key of this artifact in the `made_from` of artifacts derived from it."""
         return self.role
@@ -131,7 +147,10 @@ class Record(StrictModel):
     def as_ancestor(self) -> Ancestor:
         """Return the value of this artifact in the `made_from` of artifacts derived from it."""
         return Ancestor(
-            sha256=self.content_sha256(), settings=self.settings, environment=self.environment
+            sha256=self.content_sha256(),
+            sealed=self.record_sha256,
+            settings=self.settings,
+            environment=self.environment,
         )
 
     def copy_to(self, path: str | Path, *, directory: str | Path) -> None:
@@ -147,9 +166,9 @@ class Record(StrictModel):
 
         Raises:
             WorldError: there is no record, so the step that makes the artifact did not finish.
+            ProofError: the record was changed after it was written.
         """
-        path = Path(source)
-        path = path if path.is_file() else path / cls.filename
+        path = cls.path_in(source)
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -157,7 +176,54 @@ class Record(StrictModel):
                 f"{source} has no {cls.filename}: the step that makes it did not finish, "
                 "or the directory is another artifact. Run that step again, or name its output"
             ) from None
-        return cls.parse(text, where=str(path))
+        except UnicodeDecodeError as error:
+            raise ProofError(f"{path} was changed: byte {error.start} is no text") from None
+        if is_sealed(text):
+            if difference := broken_seal(text):
+                raise ProofError(
+                    f"{path} {difference}. Nothing can rely on it: run the step that made it again"
+                )
+            return cls.parse(text, where=str(path))
+        # Publish and `tuneline verify` refuse a record without a seal.
+        return cls.parse(text, where=str(path)).model_copy(update={"record_sha256": ""})
+
+    @classmethod
+    def path_in(cls, source: str | Path) -> Path:
+        """Return the path of the record: in a directory, or the file itself."""
+        path = Path(source)
+        return path if path.is_file() else path / cls.filename
+
+
+def seal(text: str) -> str:
+    """Return the text of a JSON document with the SHA-256 of the text in its `record_sha256`.
+
+    The document is indented by two spaces and has the key `record_sha256` with an empty value.
+    """
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return _SEAL.sub(rf"\g<1>{digest}\g<3>", text, count=1)
+
+
+def is_sealed(text: str) -> bool:
+    """Return whether a document states its own SHA-256, as `seal` writes it."""
+    found = _SEAL.search(text)
+    return found is not None and found[2] != ""
+
+
+def broken_seal(text: str) -> str:
+    """Return how a document differs from the one that `seal` made, as the end of a sentence.
+
+    The result is empty if the document is unchanged, byte by byte.
+    """
+    found = _SEAL.search(text)
+    if found is None or not found[2]:
+        return "has no hash of its own fields, which every record of this version has"
+    actual = hashlib.sha256((text[: found.start(2)] + text[found.end(2) :]).encode()).hexdigest()
+    if actual == found[2]:
+        return ""
+    return (
+        f"was changed after it was written: the SHA-256 of its fields is {actual[:12]}, but it "
+        f"states {found[2][:12]}"
+    )
 
 
 def hash_files(directory: str | Path, *, leave_out: set[str]) -> dict[str, str]:

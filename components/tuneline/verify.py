@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.artifacts import PUBLISHED_BUNDLE, RECORDS, Decision
-from tuneline.errors import DataError
-from tuneline.record import Ancestor, hash_files
+from tuneline.errors import DataError, TunelineError
+from tuneline.record import Ancestor, Record, broken_seal, hash_files
 from tuneline.runtime.environment import describe_environment
 from tuneline.verdict import wrong_verdict
 
 # Not compared: users edit model cards, and the Hub and its client add .gitattributes and .cache/.
 _NOT_HASHED = {"README.md", ".gitattributes"}
 _CACHE = ".cache/"
+
+RECORD_COPY = "record"
+"""Name of the file of an artifact that is a copy of another artifact's record."""
 
 Known = dict[str, list[Ancestor]]
 """Artifacts found in a directory, by their key in the `made_from` of other artifacts."""
@@ -39,34 +42,34 @@ def verify(directory: Path) -> list[Checked]:
     Raises:
         DataError: there is no artifact and no published repository.
     """
-    records = [
-        (path.parent, record.read(path.parent))
-        for record in RECORDS
-        for path in sorted(directory.rglob(record.filename))
-    ]
+    checked: list[Checked] = []
+    records: list[tuple[Path, Record, str]] = []
+    for kind in RECORDS:
+        for path in sorted(directory.rglob(kind.filename)):
+            try:
+                text = path.read_text(encoding="utf-8")
+                records.append((path, kind.parse(text, where=path.name), broken_seal(text)))
+            except (TunelineError, UnicodeDecodeError) as error:
+                checked.append(Checked(path.parent, 0, [f"cannot be read: {error}"], []))
     known: Known = {}
-    for _, record in records:
+    for _, record, _ in records:
         known.setdefault(record.called(), []).append(record.as_ancestor())
-    checked = []
-    for path, record in records:
-        result = _check(path, record.files, record.environment, {record.filename})
+    for path, record, difference in records:
+        result = _check(path.parent, record.files, record.environment, {path.name})
+        result.differences.extend([f"{path.name} {difference}"] if difference else [])
+        result.differences.extend(
+            f"{path.name} does not name the {name} that it was made from"
+            for name in record.missing_ancestors()
+        )
         result.differences.extend(foreign_inputs(record.made_from, known))
         if isinstance(record, Decision) and (wrong := wrong_verdict(record)):
             result.differences.append(wrong)
         checked.append(result)
-    for path in sorted(directory.rglob(PUBLISHED_BUNDLE)):
-        bundle = json.loads(path.read_text(encoding="utf-8"))
-        left_out = {PUBLISHED_BUNDLE, *_NOT_HASHED}
-        result = _check(
-            path.parent, bundle.get("files", {}), bundle.get("trained_with", {}), left_out
-        )
-        made_from = {
-            name: Ancestor(sha256=bundle[f"{key}_sha256"], revision=bundle.get(f"{key}_revision"))
-            for name, key in (("base_model", "base"), ("dataset", "dataset"))
-            if f"{key}_sha256" in bundle
-        }
-        result.differences.extend(foreign_inputs(made_from, known))
-        checked.append(result)
+    checked.extend(_check_bundle(path, known) for path in sorted(directory.rglob(PUBLISHED_BUNDLE)))
+    # The steps that get only the record of an artifact read this copy of it.
+    for path in sorted(directory.rglob(RECORD_COPY)):
+        if path.is_file() and (difference := broken_seal(_text(path))):
+            checked.append(Checked(path, 1, [difference], []))
     if not checked:
         names = ", ".join(record.filename for record in RECORDS)
         raise DataError(
@@ -75,6 +78,30 @@ def verify(directory: Path) -> list[Checked]:
             "downloaded repository"
         )
     return checked
+
+
+def _check_bundle(path: Path, known: Known) -> Checked:
+    """Check a published repository."""
+    text = _text(path)
+    try:
+        bundle = json.loads(text)
+    except ValueError as error:
+        return Checked(path.parent, 0, [f"{path.name} cannot be read: {error}"], [])
+    left_out = {PUBLISHED_BUNDLE, *_NOT_HASHED}
+    result = _check(path.parent, bundle.get("files", {}), bundle.get("trained_with", {}), left_out)
+    if difference := broken_seal(text):
+        result.differences.append(f"{path.name} {difference}")
+    made_from = {
+        name: Ancestor(sha256=bundle[f"{key}_sha256"], revision=bundle.get(f"{key}_revision"))
+        for name, key in (("base_model", "base"), ("dataset", "dataset"))
+        if f"{key}_sha256" in bundle
+    }
+    result.differences.extend(foreign_inputs(made_from, known))
+    return result
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _check(
@@ -112,16 +139,23 @@ def foreign_inputs(made_from: dict[str, Ancestor], known: Known) -> Iterator[str
     """
     for name, there in made_from.items():
         here = known.get(name, [])
-        if not here or there.sha256 in {ancestor.sha256 for ancestor in here}:
+        if not here:
             continue
-        why = [
-            f"{key} {old} there, {new} here"
-            for key, old, new in _what_differs(_flat(there), _flat(here[0]))
-        ]
-        yield (
-            f"made from the {name} {there.sha256[:12]}, but the one here is {here[0].sha256[:12]}"
-            + (f": {'; '.join(why)}" if why else "")
-        )
+        same = [ancestor for ancestor in here if ancestor.sha256 == there.sha256]
+        if not same:
+            why = [
+                f"{key} {old} there, {new} here"
+                for key, old, new in _what_differs(_flat(there), _flat(here[0]))
+            ]
+            yield (
+                f"made from the {name} {there.sha256[:12]}, but the one here is "
+                f"{here[0].sha256[:12]}" + (f": {'; '.join(why)}" if why else "")
+            )
+        elif there.sealed and there.sealed not in {ancestor.sealed for ancestor in same}:
+            yield (
+                f"made from the {name} with the record {there.sealed[:12]}, but the record here "
+                f"is {same[0].sealed[:12] or 'without a hash'}"
+            )
 
 
 def _flat(ancestor: Ancestor) -> dict[str, Any]:

@@ -73,6 +73,26 @@ def test_where_greedy_answers_part():
     assert greedy_gap(trained, answers([0, 1], [[0.0]])) == 9.0
 
 
+def test_advice_after_a_violated_bound_is_what_can_help() -> None:
+    """A layer without its adapter is not mended by another bound or another type."""
+
+    def advice(kl: float, **settings: str) -> str:
+        with pytest.raises(ProofError) as raised:
+            check_bounds(Distance(0.0, kl, 1.0), None, MergeConfig(**settings), num_rows=4)
+        return str(raised.value)
+
+    assert advice(0.02).endswith("set merge.dtype to float32, or raise the bound if you accept it")
+    near = advice(0.02, base="original", dtype="float32")
+    assert near.endswith("set merge.base to dequantized, or raise the bound if you accept it")
+    assert advice(0.02, dtype="float32").endswith(": raise the bound if you accept it")
+    for kl in (0.9, math.nan):
+        assert "raise the bound" not in advice(kl) and "float32" not in advice(kl)
+        assert "do not change the bound" in advice(kl)
+    tight = MergeConfig(max_mean_kl=1e-6)
+    with pytest.raises(ProofError, match="raise the bound if you accept it"):
+        check_bounds(Distance(0.0, 1e-4, 1.0), None, tight, num_rows=4)
+
+
 @pytest.mark.parametrize(
     ("kl", "top1", "gap", "message"),
     [

@@ -323,8 +323,8 @@ def test_auto_takes_the_base_with_the_lower_loss(merge, tmp_path, caplog):
 
 def test_auto_without_4_bits_has_one_base(merge, tmp_path, adapter_dir, caplog):
     adapter = changed_adapter(adapter_dir, tmp_path / "adapter")
-    record = adapter / "training.json"
-    record.write_text(record.read_text().replace('"nf4"', '"none"'))
+    trained = TrainingSummary.read(adapter)
+    trained.model_copy(update={"base_quantization": "none"}).write(adapter)
     with caplog.at_level("INFO"):
         proof, _ = merge(adapter=adapter, base="auto")
     assert proof.base == "original" and list(proof.base_losses) == ["original"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hub_server
 import pytest
+from publish_cases import write_again
 
 from tuneline.artifacts import (
     DatasetManifest,
@@ -13,7 +14,9 @@ from tuneline.artifacts import (
     MergeProof,
     ModelOrigin,
     QuantizedModel,
+    Scores,
     TaskComparison,
+    TaskScore,
     TrainingPoint,
     TrainingSummary,
 )
@@ -131,4 +134,9 @@ def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path
             )
         ],
     ).write(directory("decision"))
+    for label, value in (("base", 0.25), ("tuned", 0.75)):
+        score = TaskScore(metric="acc", higher_is_better=True, value=value, num_samples=200)
+        scores = Scores(model=label, tasks={"heldout_choice": score}, harness="lm-eval")
+        scores.write(directory(f"{label}-scores"))
+    write_again(root)
     return root

@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from publish_cases import REPOS, publish, recipe_of, to_hub
+from publish_cases import REPOS, publish, recipe_of, to_hub, write_again
 
 from tuneline.artifacts import (
-    DatasetManifest,
-    ModelOrigin,
-    QuantizedModel,
     RunHeader,
     Scores,
     TaskScore,
 )
+from tuneline.publish.card_parts import BEGIN
 from tuneline.report.run import run as write_report
 
 
@@ -26,7 +24,8 @@ def test_a_card_has_the_description_of_the_recipe(run_dir: Path, tmp_path: Path)
     for repo in REPOS:
         name = repo.split("/")[1]
         _, _, body = (tmp_path / "out" / name / "README.md").read_text().split("---\n", 2)
-        title, description, _ = body.strip().split("\n\n", 2)
+        marker, title, description, _ = body.strip().split("\n\n", 3)
+        assert marker == BEGIN
         assert title.startswith(f"# {name}: ") and description == said
         assert said not in (tmp_path / "plain" / name / "README.md").read_text()
 
@@ -86,8 +85,7 @@ def test_the_card(run_dir: Path, tmp_path: Path) -> None:
 def test_a_licence_is_named_as_the_hub_takes_it(
     run_dir: Path, hub, licence: str | None, fields: dict[str, str]
 ) -> None:
-    origin = ModelOrigin.read(run_dir / "base")
-    origin.model_copy(update={"licence": licence}).write(run_dir / "base")
+    write_again(run_dir, {"base": {"licence": licence}})
     done = to_hub(run_dir, hub, "out")
     assert done.returncode == 0, done.stderr
     for repo in REPOS:
@@ -96,14 +94,25 @@ def test_a_licence_is_named_as_the_hub_takes_it(
 
 
 @pytest.mark.parametrize(
-    ("source", "datasets"),
-    [("org/rows", ["org/rows"]), ("org/rows.v2", ["org/rows.v2"]), ("data/rows.jsonl", None)],
+    ("source", "hub_ids", "datasets"),
+    [
+        ("org/rows", ["org/rows"], ["org/rows"]),
+        ("org/rows, data/more", ["org/rows"], ["org/rows"]),
+        # A directory with the form of a Hub ID.
+        ("data/rows", [], None),
+        # Records of an older tuneline.
+        ("org/rows.v2", None, ["org/rows.v2"]),
+        ("data/rows.jsonl", None, None),
+    ],
 )
 def test_a_card_names_a_data_set_of_the_hub(
-    run_dir: Path, tmp_path: Path, source: str, datasets: list[str] | None
+    run_dir: Path,
+    tmp_path: Path,
+    source: str,
+    hub_ids: list[str] | None,
+    datasets: list[str] | None,
 ) -> None:
-    dataset = DatasetManifest.read(run_dir / "dataset")
-    dataset.model_copy(update={"source": source}).write(run_dir / "dataset")
+    write_again(run_dir, {"dataset": {"source": source, "hub_ids": hub_ids}})
     assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0
     card = (tmp_path / "out" / "mine" / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1]).get("datasets") == datasets
@@ -165,8 +174,7 @@ def test_every_card_says_how_to_run_all_of_the_family(run_dir: Path, hub) -> Non
 
 
 def test_a_card_names_vllm_where_it_serves_the_checkpoint(run_dir: Path, tmp_path: Path) -> None:
-    record = QuantizedModel.read(run_dir / "gptq-4bit")
-    record.model_copy(update={"vllm_has_kernel": False}).write(run_dir / "gptq-4bit")
+    write_again(run_dir, {"gptq-4bit": {"vllm_has_kernel": False}})
     assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0
     card = (tmp_path / "out" / "mine-gptq-4bit" / "README.md").read_text()
     assert "vllm serve mine\n" in card and "vllm serve mine-gptq" not in card

@@ -5,6 +5,7 @@ is recorded.
 """
 
 import hashlib
+import json
 import os
 import time
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 from tuneline.errors import CredentialsError, HubError, TunelineError, UserError
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.hub import push
-from tuneline.publish.staging import MARKER_FILE, StagedRepo
+from tuneline.publish.previous import MARKER_FILE
+from tuneline.publish.staging import StagedRepo
 from tuneline.runtime import retries
 
 MERGED, LORA = "me/mine", "me/mine-lora"
@@ -48,16 +50,22 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
+def new_marker(folder: Path) -> None:
+    """List the files of a staged repository, as `stage` does."""
+    names = [path.name for path in folder.iterdir() if path.name != MARKER_FILE]
+    (folder / MARKER_FILE).write_text(json.dumps({"files": dict.fromkeys(sorted(names), "")}))
+
+
 @pytest.fixture
 def staged(tmp_path: Path) -> list[StagedRepo]:
     repos = []
     for name, kind in ((LORA, "adapter"), (MERGED, "merged")):
         folder = tmp_path / name.split("/")[1]
         folder.mkdir()
-        (folder / MARKER_FILE).write_text("{}")
         (folder / "config.json").write_text('{"model_type": "llama"}')
         for shard in "12":
             (folder / f"{shard}.safetensors").write_bytes(os.urandom(300_000))
+        new_marker(folder)
         repos.append(StagedRepo(name, kind, folder))
     return repos
 
@@ -66,9 +74,9 @@ def staged(tmp_path: Path) -> list[StagedRepo]:
 def send(hub, staged, waits, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
 
-    def call(*faults, max_attempts=3):
+    def call(*faults, max_attempts=3, private=None):
         hub.faults = list(faults)
-        config = PublishConfig(max_attempts=max_attempts)
+        config = PublishConfig(max_attempts=max_attempts, private=private)
         return push(staged, token=hub_server.TOKEN, config=config)
 
     return call
@@ -217,6 +225,7 @@ def test_the_same_content_makes_no_commit_and_no_tag(send, hub, staged) -> None:
 def test_a_file_that_is_gone_is_deleted_in_the_same_commit(send, hub, staged) -> None:
     send()
     (staged[1].folder / "2.safetensors").unlink()
+    new_marker(staged[1].folder)
     send()
     assert "2.safetensors" not in hub.repos[MERGED]["files"]
     assert len(hub.repos[MERGED]["commits"]) == 3
@@ -246,15 +255,19 @@ def test_a_card_that_the_hub_refuses_is_one_sentence(send, hub, staged) -> None:
     with pytest.raises(UserError, match=r"must be one of .*\. Check publish.licence") as raised:
         send()
     assert len(str(raised.value).splitlines()) == 1
-    assert len(hub.repos[MERGED]["commits"]) == 1
+    assert set(hub.repos) == {LORA}, "the empty repository is deleted again"
 
 
 def test_what_is_public_already_is_told(send, hub, caplog) -> None:
-    send()
-    assert "stays public" not in caplog.text
+    assert [repo.private for repo in send()] == [True, True]
+    assert "is public" not in caplog.text
     hub.repos[LORA]["private"] = False
-    send()
-    assert f"publish.private is true, but {LORA} exists and stays public" in caplog.text
+    assert [repo.private for repo in send()] == [False, True]
+    assert f"{LORA} exists and is public, so its new version is public too" in caplog.text
+    hub.requests.clear()
+    with pytest.raises(UserError, match=f"private is true, but the repository {LORA} exists and"):
+        send(private=True)
+    assert not [line for line in hub.requests if line.startswith(("POST", "PUT"))]
 
 
 def test_an_empty_repository_is_taken_and_a_foreign_one_is_not(send, hub) -> None:

@@ -27,6 +27,7 @@ from tuneline.errors import OutputExistsError, WorldError
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.recipe import Recipe
 from tuneline.report.run import run
+from tuneline.train.config import LoraConfig, TrainConfig
 
 
 def cards(page: str) -> dict[str, str]:
@@ -200,10 +201,65 @@ def test_a_run_without_generations(recipe: Recipe, run_dirs: dict) -> None:
 
 
 def test_another_base_than_the_adapters_is_shown(recipe: Recipe, run_dirs: dict) -> None:
-    path = Path(run_dirs["base_model_dir"], "origin.json")
-    path.write_text(path.read_text().replace("5f0c" * 16, "0000" * 16))
+    origin = ModelOrigin.read(run_dirs["base_model_dir"])
+    origin.model_copy(update={"sha256": "0" * 64}).write(run_dirs["base_model_dir"])
     page, _ = write_page(recipe, run_dirs)
     assert "base model: another hash, 5f0c5f0c5f0c" in cards(page)["Provenance"]
+
+
+def test_the_page_shows_what_was_trained_not_what_the_recipe_says(
+    recipe: Recipe, run_dirs: dict
+) -> None:
+    """As after a start from KFP's UI with another train_config, dataset and publish_to."""
+    adapter = run_dirs["adapter_dir"]
+    config = TrainConfig(lora=LoraConfig(r=64), seed=1)
+    TrainingSummary.read(adapter).write(adapter, config)
+    dataset = DatasetManifest.read(run_dirs["dataset_dir"])
+    source = "https://someone:hunter22@host/rows.jsonl"
+    dataset.model_copy(update={"source": source}).write(run_dirs["dataset_dir"])
+    run_dirs |= {"target": "org/another", "publish_config": '{"private": false}'}
+    page, summary = write_page(recipe, run_dirs)
+    shown = yaml.safe_load(unescape(re.search("<pre>(.*?)</pre>", page, re.S)[1]))
+    assert (shown["train"]["lora"]["r"], shown["train"]["seed"]) == (64, 1)
+    assert shown["dataset"] == "https://[redacted]@host/rows.jsonl"
+    assert (shown["publish_to"], shown["publish"]["private"]) == ("org/another", False)
+    assert summary.differs_from_recipe == [
+        "dataset was https://[redacted]@host/rows.jsonl, the recipe has builtin:kubernetes-"
+        "quantities",
+        "publish_to was org/another, the recipe has dir:published",
+        "train.lora.r was 64, the recipe has 16",
+        "train.seed was 1, the recipe has 3407",
+        "publish.private was false, the recipe has null",
+    ]
+    assert "Other values than the recipe" in page and "train.lora.r was 64" in page
+    assert "It will be published to org/another." in page and "hunter22" not in page
+
+
+def test_text_of_others_is_no_html(recipe: Recipe, run_dirs: dict) -> None:
+    evil = "<img src=x onerror=alert(1)>\"'</pre></section><script>"
+    changes = {
+        "base_model_dir": (ModelOrigin, {"source": evil, "licence": evil, "architecture": evil}),
+        "dataset_dir": (DatasetManifest, {"source": evil, "licence": evil, "template": evil}),
+        "adapter_dir": (TrainingSummary, {"device": evil, "fitted": evil}),
+        "decision_dir": (Decision, {"reason": evil}),
+    }
+    for name, (kind, fields) in changes.items():
+        kind.read(run_dirs[name]).model_copy(update=fields).write(run_dirs[name])
+    for path in run_dirs["exports_dirs"]:
+        fields = {"generated": evil, "reference": evil, "notes": [evil]}
+        QuantizedModel.read(path).model_copy(update=fields).write(path)
+    answers = [{"question": evil, "prompt": evil, "answer": evil, "text": evil}]
+    for side in ("base", "tuned"):
+        write_jsonl(Path(run_dirs[f"{side}_scores_dir"], "generations.jsonl"), answers)
+    hostile = recipe.model_copy(update={"description": evil})
+    page, _ = write_page(hostile, run_dirs | {"target": f"dir:{evil}"})
+    assert "onerror" in page and "<img" not in page and "<script" not in page
+
+
+def test_a_run_with_its_recipes_values_has_no_remark(recipe: Recipe, run_dirs: dict) -> None:
+    run_dirs |= {"target": "dir:/somewhere/runs/demo-1/published", "publish_config": "{}"}
+    page, summary = write_page(recipe, run_dirs)
+    assert summary.differs_from_recipe == [] and "Other values than" not in page
 
 
 def test_an_unfinished_artifact_is_named(recipe: Recipe, run_dirs: dict) -> None:

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tuneline.runtime.causes import CAUSES, explain, find_cause
+from tuneline.runtime.cause_table import CAUSES
+from tuneline.runtime.causes import explain, find_cause
 from tuneline.runtime.events import StepRun
 
 MESSAGES = [
@@ -49,9 +50,29 @@ MESSAGES = [
     ("pod was preempted by a pod of higher priority", "evicted"),
     (
         "Pod was active longer than the specified deadline: DeadlineExceeded",
-        "timeout",
+        "time limit",
     ),
-    ("ReadTimeout: HTTPSConnectionPool: Read timed out.", "timeout"),
+    ("ReadTimeout: HTTPSConnectionPool: Read timed out.", "network"),
+    ("grpc: DEADLINE_EXCEEDED: Deadline Exceeded", "network"),
+    (
+        "HfHubHTTPError: 403 Forbidden: Private repository storage limit reached, please upgrade",
+        "hub storage",
+    ),
+    ("HfHubHTTPError: 402 Client Error: Payment Required for url", "hub storage"),
+    ("HfHubHTTPError: 429 Client Error: Too Many Requests for url", "request limit"),
+    ("wandb: ERROR Error while calling W&B API: user is not logged in (401)", "tracker"),
+    (
+        "ClientError: An error occurred (InvalidAccessKeyId) when calling ListObjects",
+        "object store",
+    ),
+    ("ClientError: An error occurred (403) when calling the HeadObject operation", "object store"),
+    (
+        'trainjobs is forbidden: User "system:serviceaccount:ns:runner" cannot create resource',
+        "service account",
+    ),
+    ("Failed to pull image: 401 Unauthorized", "image"),
+    ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)", "hanging rank"),
+    ("SafetensorError: Error while deserializing header: HeaderTooLarge", "broken file"),
     ("container received SIGTERM", "terminated"),
     ("exited with code 143", "terminated"),
     ("ConnectionError: Max retries exceeded with url: /api/models", "network"),
@@ -109,6 +130,36 @@ def test_each_cause_has_a_message_a_sentence_and_something_to_do() -> None:
     for cause in CAUSES:
         re.compile(cause.pattern)
         assert cause.why.endswith(".") and cause.advice.endswith(".")
+
+
+WRONG_ADVICE = [
+    # step, what failed, and words of advice that would not help
+    ("publish", "403 Forbidden: Private repository storage limit reached", "token with"),
+    ("train", "wandb: ERROR 401 Unauthorized", "HF_TOKEN"),
+    ("train", "Failed to pull image: 401 Unauthorized", "HF_TOKEN"),
+    ("fetch", "ReadTimeout: Read timed out.", "time limit"),
+    ("fetch", "ReadTimeout: Read timed out.", "max_steps"),
+    ("train", "NCCL Watchdog caught collective operation timeout", "timeout_hours"),
+    ("merge", "JSONDecodeError: Expecting value: line 1 column 1", "max_rejected_share"),
+    ("train", "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff", "max_rejected_share"),
+    ("merge", "ProofError: 3 tensors were initialised anew", "raising the bound"),
+    ("merge", "ProofError: 3 tensors were initialised anew", "merge.dtype"),
+    ("train-on-nodes", 'User "system:serviceaccount:a:b" cannot create resource', "publish_to"),
+    ("prepare", "HfHubHTTPError: 429 Client Error: Too Many Requests", "renew"),
+]
+
+
+@pytest.mark.parametrize(("step", "message", "words"), WRONG_ADVICE)
+def test_no_advice_that_would_not_help(step: str, message: str, words: str) -> None:
+    found = explain(StepRun(step, 0), message)
+    assert find_cause(message, step) is not None
+    assert words not in found.advice and words not in found.cause
+
+
+def test_a_cause_of_one_step_is_not_guessed_in_another() -> None:
+    message = "JSONDecodeError: Expecting value: line 3 column 1"
+    assert find_cause(message, "prepare").name == "bad rows"
+    assert find_cause(message, "merge").name == "broken file"
 
 
 def test_advice_names_keys_that_recipes_have() -> None:

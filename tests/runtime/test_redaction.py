@@ -1,5 +1,8 @@
 """Secrets are removed from text, and what only resembles a secret stays."""
 
+import io
+from pathlib import Path
+
 import pytest
 
 from tuneline.runtime.redaction import redacted
@@ -51,3 +54,30 @@ def test_the_values_of_secret_variables_are_removed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_TOKEN_PATH", "/home/user/token")
     text = "0123456789abcdef, aws-secret-value, smollm2-135m, /home/user/token"
     assert redacted(text) == "[redacted], [redacted], smollm2-135m, /home/user/token"
+
+
+def test_the_password_of_a_url_may_hold_its_own_marks() -> None:
+    text = "read https://me:p@ss:w0rd@host/rows.jsonl and s3://a:b@c/d, write to a@b"
+    shown = "read https://[redacted]@host/rows.jsonl and s3://[redacted]@c/d, write to a@b"
+    assert redacted(text) == shown
+
+
+def test_logs_and_errors_of_a_step_hold_no_password(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import logging
+
+    from tuneline.errors import DataError
+    from tuneline.runtime.step import step
+
+    events = tmp_path / "events"
+    monkeypatch.setenv("TUNELINE_EVENTS", str(events))
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    with pytest.raises(SystemExit), step("prepare"):
+        logging.getLogger("tuneline").warning("reading %s", "https://me:hunter22@host/x")
+        raise DataError("https://me:hunter22@host/x is not there")
+    error = capsys.readouterr().err
+    for text in (stream.getvalue(), error, events.read_text()):
+        assert "hunter22" not in text and "https://[redacted]@host/x" in text

@@ -34,6 +34,8 @@ class Hub:
         the request was handled, before the response."""
         self.retry_after = "0"
         """Header Retry-After of the responses that a fault makes."""
+        self.says = "injected"
+        """Message of the responses that a fault makes."""
         self.requests: list[str] = []
         self.part_bytes: int | None = None
         """Larger files are sent in parts of this size."""
@@ -119,7 +121,7 @@ class Hub:
                     names = {404: "RepoNotFound"} if "/models/" in path else {}
                     headers = {"X_Error_Code": names[fault]} if fault in names else {}
                     headers["Retry_After"] = hub.retry_after
-                    self.answer({"error": "injected"}, fault, **headers)
+                    self.answer({"error": hub.says}, fault, **headers)
                 elif self.headers.get("Authorization") != f"Bearer {TOKEN}" and (
                     not path.startswith(("/blob/", "/part/", "/complete/"))
                 ):
@@ -163,6 +165,12 @@ class Hub:
                 private = wanted.get("private", wanted.get("visibility") == "private")
                 hub.repos[repo] = new_repo(private)
                 self.answer(url)
+
+            def delete(self) -> None:
+                name = json.loads(self.body)
+                repo = f"{name.get('organization') or 'me'}/{name['name']}"
+                found = hub.repos.pop(repo, None)
+                self.answer({}, 404 if found is None else 200)
 
             def info(self, repo: str, revision: str | None = None) -> None:
                 found = hub.repos[repo]
@@ -343,6 +351,7 @@ class Hub:
         ROUTES = [
             (r"GET /api/whoami-v2", Handler.whoami),
             (r"POST /api/repos/create", Handler.create),
+            (r"DELETE /api/repos/delete", Handler.delete),
             (r"POST /api/validate-yaml", Handler.validate),
             (rf"GET /api/{kind}/{repo}", Handler.info),
             (rf"GET /api/{kind}/{repo}/revision/(?P<revision>.+)", Handler.info),

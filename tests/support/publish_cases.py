@@ -1,22 +1,75 @@
 """Publish the artifacts of a run in a process of its own, as the step does."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+from tuneline.artifacts import (
+    DatasetManifest,
+    Decision,
+    MergeProof,
+    ModelOrigin,
+    QuantizedModel,
+    Scores,
+    TrainingSummary,
+)
+from tuneline.evaluate.config import EvaluateConfig
+from tuneline.fetch.config import FetchConfig
+from tuneline.gate.config import GateConfig
+from tuneline.merge.config import MergeConfig
+from tuneline.prepare.config import PrepareConfig
+from tuneline.publish.config import PublishConfig
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.recipe import Recipe
+from tuneline.record import Record
+from tuneline.strict_model import StrictModel
+from tuneline.train.config import TrainConfig
+
+QUANTIZE = QuantizeConfig(gguf=("q8_0",), gptq=("gptq-4bit",))
+LINE: dict[str, tuple[type[Record], StrictModel, tuple[str, ...]]] = {
+    "base": (ModelOrigin, FetchConfig(), ()),
+    "dataset": (DatasetManifest, PrepareConfig(), ()),
+    "adapter": (TrainingSummary, TrainConfig(), ("base", "dataset")),
+    "merged": (MergeProof, MergeConfig(), ("base", "dataset", "adapter")),
+    "q8_0": (QuantizedModel, QUANTIZE, ("merged",)),
+    "gptq-4bit": (QuantizedModel, QUANTIZE, ("merged",)),
+    "base-scores": (Scores, EvaluateConfig(), ("dataset", "base")),
+    "tuned-scores": (Scores, EvaluateConfig(), ("dataset", "merged")),
+    "decision": (Decision, GateConfig(), ("base-scores", "tuned-scores")),
+}
+"""Directories of a run in the order of its steps: record, config, and what each is made from."""
 
 
-def recipe_of(description: str = "") -> Recipe:
+def write_again(
+    run_dir: Path,
+    changes: dict[str, dict[str, Any]] | None = None,
+    configs: dict[str, StrictModel] | None = None,
+) -> None:
+    """Write all records of a run, each with the lineage that its step would give it.
+
+    Args:
+        run_dir: directory of the run.
+        changes: fields to change, by directory.
+        configs: other configs than the default, by directory.
+    """
+    for name, (kind, config, parents) in LINE.items():
+        record = kind.read(run_dir / name).model_copy(update=(changes or {}).get(name, {}))
+        made_from = [LINE[parent][0].read(run_dir / parent) for parent in parents]
+        record.write(run_dir / name, (configs or {}).get(name, config), parents=made_from)
+
+
+def recipe_of(description: str = "", publish_to: str = "org/somewhere") -> Recipe:
     return Recipe(
         name="mine",
         description=description,
         base_model="org/base",
         dataset="/home/someone/private/rows.jsonl",
-        publish_to="org/somewhere",
-        quantize=QuantizeConfig(gguf=("q8_0",), gptq=("gptq-4bit",)),
+        publish_to=publish_to,
+        quantize=QUANTIZE,
+        publish=PublishConfig(max_attempts=3),
     )
 
 
@@ -27,15 +80,18 @@ def publish(
     *,
     exports: tuple[str, ...] = ("q8_0", "gptq-4bit"),
     description: str = "",
+    recipe: Recipe | None = None,
+    config: dict[str, Any] | None = None,
     **environment: str,
 ) -> subprocess.CompletedProcess:
-    recipe = recipe_of(description)
-    config = run_dir / "publish.json"
-    config.write_text('{"max_attempts": 3}')
+    is_target = target.startswith("dir:") or "/" in target
+    recipe = recipe or recipe_of(description, publish_to=target if is_target else "me/mine")
+    config_path = run_dir / "publish.json"
+    config_path.write_text(json.dumps({"max_attempts": 3, **(config or {})}))
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return subprocess.run(
         [
-            *(sys.executable, "-m", "tuneline.publish", "--config", str(config)),
+            *(sys.executable, "-m", "tuneline.publish", "--config", str(config_path)),
             *("--target", target, "--recipe", recipe.model_dump_json()),
             *("--base-model", str(run_dir / "base"), "--dataset", str(run_dir / "dataset")),
             *("--adapter", str(run_dir / "adapter"), "--merged", str(run_dir / "merged")),

@@ -12,12 +12,15 @@ from typing import Any
 import yaml
 
 from tuneline.artifacts import RECORD_FILES
-from tuneline.errors import ModelError
+from tuneline.bounded_yaml import load_yaml
+from tuneline.errors import DataError, ModelError
 from tuneline.models.tokenizer_files import copy_templates
 from tuneline.models.weight_files import INDEX_FILE, SINGLE_FILE
 
 logger = logging.getLogger(__name__)
 
+_MAX_HEADER_BYTES = 100_000_000
+"""Largest header of a safetensors file; that of the library that writes them."""
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Each of these sets of files is a complete tokenizer.
 _TOKENIZER_FILES = (
@@ -61,6 +64,12 @@ def take(path: Path, target: Path, *, source: str, trusted: bool) -> None:
     for file in sorted(path.iterdir()):
         if not file.is_file() or file.name in RECORD_FILES:
             continue
+        if file.suffix != ".safetensors" and _leads_out(file, path):
+            raise ModelError(
+                f"{file} is a link that leads out of the model's directory, to {file.resolve()}, "
+                "and would be copied into the published model. Remove the link, or put a copy in "
+                "its place"
+            )
         if file.suffix == ".safetensors":
             if file.name in weights:
                 _link(file, target / file.name)
@@ -73,6 +82,16 @@ def take(path: Path, target: Path, *, source: str, trusted: bool) -> None:
     if not trusted:
         for name in ("config.json", "tokenizer_config.json"):
             _drop_auto_map(target / name)
+
+
+def _leads_out(file: Path, directory: Path) -> bool:
+    """Return whether a file is a link out of a model's directory.
+
+    The snapshots of the Hub's cache consist of links to the blobs of the same repository.
+    """
+    in_cache = directory.parent.name == "snapshots"
+    root = directory.parent.parent if in_cache else directory
+    return file.is_symlink() and not file.resolve().is_relative_to(root.resolve())
 
 
 def check(path: Path, *, source: str, trusted: bool) -> Facts:
@@ -146,8 +165,8 @@ def licence_of(path: Path) -> str | None:
     if not text.startswith("---"):
         return None
     try:
-        header = yaml.safe_load(text.split("---", 2)[1])
-    except yaml.YAMLError as error:
+        header = load_yaml(text.split("---", 2)[1], where=str(card))
+    except (yaml.YAMLError, DataError) as error:
         logger.warning("the model card %s has a broken header: %s", card, error)
         return None
     if not isinstance(header, dict):
@@ -199,8 +218,9 @@ def _count(file: Path, source: str) -> int:
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         size = file.stat().st_size
         try:
-            header = json.loads(stream.read(length)) if 0 < length <= size - 8 else None
-        except ValueError:
+            fits = 0 < length <= min(size - 8, _MAX_HEADER_BYTES)
+            header = json.loads(stream.read(length)) if fits else None
+        except (ValueError, RecursionError):
             header = None
     if not isinstance(header, dict):
         raise ModelError(f"{source}: {file.name} is not a safetensors file, or it was cut off")
@@ -257,7 +277,7 @@ def _drop_auto_map(file: Path) -> None:
 def _json(file: Path, source: str) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{source}: {file.name} is not JSON ({error})") from None
     if not isinstance(values, dict):
         raise ModelError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import ModelError
+from tuneline.fetch.gguf_header import check_header
 from tuneline.fetch.gguf_rope import read_scaling
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ def convert(path: Path, target: Path) -> str | None:
     """
     if path.open("rb").read(4) != b"GGUF":
         raise ModelError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
+    check_header(path)
     # Imported here because torch and transformers take seconds, and most models need neither.
     import torch
     from gguf import GGUFReader

@@ -214,6 +214,10 @@ def greedy_gap(trained: Answers, merged: Answers) -> float | None:
     return None
 
 
+_NEAR = 5.0
+"""Multiple of a bound up to which rounding of the weights can be the cause of its violation."""
+
+
 def check_bounds(
     distance: Distance, gap: float | None, config: MergeConfig, *, num_rows: int
 ) -> None:
@@ -228,27 +232,53 @@ def check_bounds(
     Raises:
         ProofError: a bound is violated; the message states the measured value and the bound.
     """
+    usual = MergeConfig()  # a recipe may have tightened a bound
     if not distance.mean_kl <= config.max_mean_kl:
+        most = _NEAR * max(config.max_mean_kl, usual.max_mean_kl)
         raise ProofError(
             f"the merged model is {distance.mean_kl:.4g} nats per token (mean KL over {num_rows} "
             f"prompts) from base plus adapter, but merge.max_mean_kl allows "
-            f"{config.max_mean_kl:g}: set merge.dtype to float32 or merge.base to dequantized, or "
-            "raise the bound if you accept it"
+            f"{config.max_mean_kl:g}: "
+            f"{_advice(config, near=distance.mean_kl <= most, more='raise')}"
         )
     if distance.top1_agreement < config.min_top1_agreement:
+        least = 1 - _NEAR * (1 - min(config.min_top1_agreement, usual.min_top1_agreement))
         raise ProofError(
             "the merged model has the same most likely token as base plus adapter at "
             f"{distance.top1_agreement:.1%} of positions (over {num_rows} prompts), but "
-            f"merge.min_top1_agreement requires {config.min_top1_agreement:.1%}: set merge.dtype "
-            "to float32 or merge.base to dequantized, or lower the bound if you accept it"
+            f"merge.min_top1_agreement requires {config.min_top1_agreement:.1%}: "
+            f"{_advice(config, near=distance.top1_agreement >= least, more='lower')}"
         )
     if gap is not None and not gap <= config.max_greedy_gap:
+        most = _NEAR * max(config.max_greedy_gap, usual.max_greedy_gap)
         raise ProofError(
             "the greedy answers of the merged model and of base plus adapter differ at a token "
             f"that base plus adapter prefers by {gap:.4g} logits, but merge.max_greedy_gap allows "
-            f"{config.max_greedy_gap:g}: set merge.dtype to float32, or raise the bound if you "
-            "accept it"
+            f"{config.max_greedy_gap:g}: {_advice(config, near=gap <= most, more='raise')}"
         )
+
+
+def _advice(config: MergeConfig, *, near: bool, more: str) -> str:
+    """Return what to try after a violated bound; only what can help.
+
+    Args:
+        config: the `merge` section of the recipe.
+        near: whether the measured value is near the bound, so that rounding can be the cause.
+        more: what one does to the bound to allow more, "raise" or "lower".
+    """
+    if not near:
+        return (
+            "that is more than rounding can make, so do not change the bound. The adapter, the "
+            "base weights or the chat template are not those of the training, or a layer was not "
+            "merged: run merge again from the training's artifacts, and report it if it recurs"
+        )
+    settings = []
+    if config.dtype != "float32":
+        settings.append("merge.dtype to float32")
+    if config.base != "dequantized":
+        settings.append("merge.base to dequantized")
+    bound = f"{more} the bound if you accept it"
+    return f"set {' or '.join(settings)}, or {bound}" if settings else bound
 
 
 def _free(device: str) -> None:

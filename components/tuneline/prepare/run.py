@@ -42,7 +42,7 @@ from tuneline.prepare.rows.collect import check_sources, collect, licences, reco
 from tuneline.prepare.rows.mixture import Origin
 from tuneline.prepare.rows.split import Part
 from tuneline.prepare.rows.spool import Spool
-from tuneline.prepare.sources.kinds import date_of
+from tuneline.prepare.sources.kinds import date_of, kind_of
 from tuneline.prepare.statistics_page import describe_unused, render
 from tuneline.prepare.tokens import lengths, parquet
 from tuneline.prepare.tokens.labels import count_desirable
@@ -216,6 +216,7 @@ def run(
             template_date=str(date) if date is not None and renderer.shows_date else None,
             licence=config.licence or licences(datasets),
             sources=records(named, collected, parts.weighted),
+            hub_ids=[entry.source for entry in datasets if kind_of(entry.source) == "hub"],
             sha256=digest.hexdigest(),
             seconds=round(time.monotonic() - started, 3),
         )

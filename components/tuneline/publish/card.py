@@ -6,11 +6,14 @@ from typing import Any
 
 import yaml
 
-from tuneline.artifacts import PUBLISHED_BUNDLE, QuantizedModel, TrainingPoint
+from tuneline.artifacts import PUBLISHED_BUNDLE, DatasetManifest, QuantizedModel, TrainingPoint
+from tuneline.html.markdown import code, code_block, escape_markdown
+from tuneline.publish.card_parts import CardParts
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.licences import licence_fields
 from tuneline.publish.sources import Repository, Sources
 from tuneline.publish.usage import usage
+from tuneline.recorded_recipe import RecordedRecipe, without_paths
 from tuneline.runtime.redaction import redacted
 from tuneline.runtime.source_names import is_data_file
 from tuneline.training_figures import training_figures
@@ -27,7 +30,8 @@ def model_card(
     *,
     family: Sequence[Repository],
     config: PublishConfig,
-) -> str:
+    recipe: RecordedRecipe,
+) -> CardParts:
     """Return the README.md of one repository.
 
     Args:
@@ -35,67 +39,94 @@ def model_card(
         repo: the repository of the card.
         family: all repositories of the run.
         config: the `publish` section of the recipe.
+        recipe: the recipe as the records of the run state it, without what is private.
     """
-    recipe = _without_paths(sources.header.model_dump(mode="json"))
     parts = [
-        f"---\n{_yaml(_front_matter(sources, repo, config))}---",
         f"# {repo.short_name}: {repo.traits.title}",
-        sources.header.description,
+        escape_markdown(redacted(sources.header.description)),
         _made_from(sources),
         _training(sources),
         _curve(sources),
         _scores(sources),
         _exports(sources),
         usage(sources, repo, family),
-        f"## Recipe\n\n```yaml\n{_yaml(recipe)}```",
+        _recipe(recipe),
         "## Repositories of this run",
         "\n".join(f"- `{other.name}`: {other.traits.title}" for other in family),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    body = "\n\n".join(part for part in parts if part)
+    return CardParts(_front_matter(sources, repo, family, config), "", body, "")
 
 
-def _front_matter(sources: Sources, repo: Repository, config: PublishConfig) -> dict[str, Any]:
+def _front_matter(
+    sources: Sources, repo: Repository, family: Sequence[Repository], config: PublishConfig
+) -> dict[str, Any]:
+    """Return the metadata of a card, which the Hub reads.
+
+    Args:
+        sources: the artifacts of the run.
+        repo: the repository of the card.
+        family: all repositories of the run.
+        config: the `publish` section of the recipe.
+    """
     matter: dict[str, Any] = {
         "library_name": repo.traits.library_name,
         "pipeline_tag": "text-generation",
         "tags": ["tuneline", sources.training.method, *config.tags],
     }
     matter |= licence_fields(config.licence or sources.origin.licence)
-    # A local path is left out because readers cannot use it. Only a Hub ID has a revision.
-    if sources.origin.revision:
+    merged = next((other.name for other in family if other.kind == "merged"), None)
+    if repo.exports and merged:
+        # An export is a quantisation of the tuned model, not of the model that was tuned.
+        matter["base_model"] = merged
+    elif sources.origin.revision:
+        # A local path is left out because readers cannot use it. Only a Hub ID has a revision.
         matter["base_model"] = sources.origin.source
+    if "base_model" in matter:
         matter["base_model_relation"] = repo.traits.base_model_relation
-    names = [
-        name
-        for name in _data_names(sources)
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not is_data_file(name)
-    ]
-    if names:
-        matter["datasets"] = names
+    if hub_ids := _hub_datasets(sources.dataset):
+        matter["datasets"] = hub_ids
     return matter
 
 
-def _data_names(sources: Sources) -> list[str]:
-    data = sources.dataset
-    return [entry.source for entry in data.sources] or [data.source]
+def _hub_datasets(dataset: DatasetManifest) -> list[str]:
+    """Return the Hub IDs of the data; the names of local files are not published."""
+    if dataset.hub_ids is not None:
+        return dataset.hub_ids
+    # The record of an older tuneline, by which a directory data/rows cannot be told from an ID.
+    name = dataset.source
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not is_data_file(name)
+    return [name] if is_id else []
+
+
+def _data_names(dataset: DatasetManifest) -> list[str]:
+    return [entry.source for entry in dataset.sources] or [dataset.source]
+
+
+def _recipe(recipe: RecordedRecipe) -> str:
+    remark = escape_markdown(recipe.remark)
+    block = code_block(_yaml(recipe.values), "yaml")
+    return "\n\n".join(part for part in ("## Recipe", remark, block) if part)
 
 
 def _made_from(sources: Sources) -> str:
     origin, data, training = sources.origin, sources.dataset, sources.training
-    revision = f" at `{origin.revision}`" if origin.revision else ""
-    names = ", ".join(f"`{_without_paths(name)}`" for name in _data_names(sources))
+    revision = f" at {code(origin.revision)}" if origin.revision else ""
+    names = ", ".join(code(without_paths(redacted(name))) for name in _data_names(data))
     lines = [
-        f"- base model: `{_without_paths(origin.source)}`{revision}, {origin.num_parameters:,} "
-        f"parameters, licence {origin.licence or 'not stated'}, SHA-256 of the weights "
+        f"- base model: {code(without_paths(redacted(origin.source)))}{revision}, "
+        f"{origin.num_parameters:,} parameters, licence "
+        f"{escape_markdown(origin.licence or 'not stated')}, SHA-256 of the weights "
         f"`{origin.sha256[:16]}`",
-        f"- dataset: {names}, {data.num_train_rows:,} training rows, "
-        f"{data.num_eval_rows:,} evaluation rows, {data.num_heldout_rows:,} held-out rows, "
-        f"licence {data.licence or 'not stated'}, SHA-256 `{data.sha256[:16]}`",
+        f"- dataset: {names}, {data.num_train_rows:,} "
+        f"training rows, {data.num_eval_rows:,} evaluation rows, {data.num_heldout_rows:,} "
+        f"held-out rows, licence {escape_markdown(data.licence or 'not stated')}, SHA-256 "
+        f"`{data.sha256[:16]}`",
         f"- merge: the adapter was added to the {sources.merge.base} base weights{_bases(sources)}."
         f" Compared with base model plus adapter, the mean KL divergence is "
         f"{sources.merge.mean_kl:.1e} nats per token, and {sources.merge.top1_agreement:.1%} of "
         "positions have the same most likely token",
-        f"- versions: {_versions(training.environment)}; seed "
+        f"- versions: {escape_markdown(_versions(training.environment))}; seed "
         f"{training.settings.get('seed', 'not recorded')}",
         f"- hashes of all files: in `{PUBLISHED_BUNDLE}`; `tuneline verify DIR` checks a copy of "
         "this repository",
@@ -151,14 +182,15 @@ def _curve_row(point: TrainingPoint) -> str:
 
 def _scores(sources: Sources) -> str:
     rows = [
-        f"| {score.task} | {score.role} | {score.metric} | {score.base:.4f} | {score.tuned:.4f} | "
+        f"| {_cell(score.task)} | {score.role} | {_cell(score.metric)} | {score.base:.4f} | "
+        f"{score.tuned:.4f} | "
         f"{score.difference:+.4f} | [{score.interval[0]:+.4f}, {score.interval[1]:+.4f}] | "
         f"{score.num_samples} |"
         for score in sources.decision.comparisons
     ]
     head = "| task | role | metric | base | tuned | improvement | 95 % interval | samples |"
     note = (
-        f"Why it was published: {sources.decision.reason}\n\n"
+        f"Why it was published: {escape_markdown(sources.decision.reason)}\n\n"
         "Both models answered the same samples. A positive improvement is better in every metric. "
         "Guards are tasks that must not get worse. The control, prompt_dependence, is how much "
         "likelier an answer is after its own prompt than after another row's."
@@ -195,14 +227,14 @@ def _exports(sources: Sources) -> str:
 
 def _checks(export: QuantizedModel) -> str:
     """Return the checks that an export passed, except those that have a separate column."""
-    answer = _cell(export.generated)
+    answer = _cell(export.generated)  # text of the model
     checks = [f'loads and answers "{answer}"' if answer else "loads"]
     if export.num_tokenizer_texts:
         checks.append(f"same tokens as the tokenizer on {export.num_tokenizer_texts} texts")
     if export.num_conversations:
         checks.append(f"same chat template on {export.num_conversations} conversations")
     if export.stop_tokens:
-        checks.append(f"stops at {', '.join(f'`{_cell(text)}`' for text in export.stop_tokens)}")
+        checks.append(f"stops at {', '.join(code(text) for text in export.stop_tokens)}")
     return "; ".join(checks)
 
 
@@ -211,8 +243,8 @@ def _benchmark(exports: Sequence[QuantizedModel]) -> str:
     if scored is None:
         return ""
     return (
-        f" The benchmark is {scored.benchmark} on {scored.num_benchmark_rows} of these rows; the "
-        f"merged model scores {_measured(scored.reference_benchmark_score, '.1%')}."
+        f" The benchmark is {_cell(scored.benchmark or '')} on {scored.num_benchmark_rows} of "
+        f"these rows; the merged model scores {_measured(scored.reference_benchmark_score, '.1%')}."
     )
 
 
@@ -226,16 +258,4 @@ def _yaml(value: Any) -> str:
 
 def _cell(text: str) -> str:
     """Return text for a cell of a Markdown table, on one line."""
-    return " ".join(text.split()).replace("|", "\\|")[:120]
-
-
-def _without_paths(value: Any) -> Any:
-    """Return the value with paths shortened to the last part, and without secrets in addresses."""
-    if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(item) for item in value]
-    if isinstance(value, str):
-        value = redacted(value) if "://" in value else value
-        return re.sub(r"^(dir:)?/(?:.*/)?([^/]+)/?$", r"\1\2", value)
-    return value
+    return escape_markdown(text, max_length=120)

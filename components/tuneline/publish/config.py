@@ -8,8 +8,10 @@ from tuneline.strict_model import StrictModel
 class PublishConfig(StrictModel):
     """How the repositories are published. `publish_to` of the recipe names the target."""
 
-    private: bool = True
-    """Whether new Hub repositories are private. Existing repositories keep their visibility."""
+    private: bool | None = None
+    """Whether Hub repositories are private. true: new ones are private, and the step refuses to
+    push to one that is public. false: new ones are public. null: new ones are private, and existing
+    ones keep their visibility."""
     licence: str | None = None
     """Licence of the published weights. Default: the licence of the base model."""
     tags: tuple[str, ...] = ()

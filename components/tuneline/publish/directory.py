@@ -1,62 +1,126 @@
 """Publish to a directory, which gets the tree that a push to the Hub would send."""
 
+import os
 import shutil
 from pathlib import Path
 
 from tuneline.artifacts import PublishedRepo
 from tuneline.errors import OutputExistsError, StorageError
-from tuneline.publish.staging import MARKER_FILE, StagedRepo
+from tuneline.publish.card_parts import CARD_FILE
+from tuneline.publish.previous import MARKER_FILE, Previous, adapt, check_ours, read_bundle
+from tuneline.publish.staging import StagedRepo
 
 
 def write_tree(staged_root: Path, staged: list[StagedRepo], target: Path) -> list[PublishedRepo]:
-    """Move the staged tree to `target`; replace a tree that tuneline published there before.
+    """Move the staged repositories into `target`; replace those that tuneline published there.
+
+    Other directories and files in `target` stay, and so do files that people added to a repository.
 
     Args:
-        staged_root: the staged tree, on the file system of `target`.
-        staged: the repositories in the tree.
+        staged_root: the directory with the staged repositories, on the file system of `target`.
+        staged: the repositories.
         target: the directory.
 
     Raises:
-        OutputExistsError: `target` holds something that tuneline did not make.
-        StorageError: `target` cannot be replaced; its content is unchanged.
+        OutputExistsError: `target` or a repository in it is something that tuneline did not make.
+        StorageError: a repository cannot be replaced; the content of `target` is unchanged.
     """
-    if target.exists():
-        foreign = (
-            [path.name for path in target.iterdir() if not (path / MARKER_FILE).is_file()]
-            if target.is_dir()
-            else [target.name]
-        )
-        if foreign:
-            raise OutputExistsError(
-                f"{target} holds {', '.join(sorted(foreign)[:3])}, which tuneline did not make. "
-                "Name another directory in publish_to"
+    if target.exists() and not target.is_dir():
+        raise OutputExistsError(f"{target} is a file. Name a directory in publish_to")
+    previous = {repo.repo: _previous(target / repo.folder.name) for repo in staged}
+    for repo in staged:
+        if (held := previous[repo.repo]) is not None:
+            check_ours(held, kind=repo.kind, names=repo.names())
+    published = []
+    for repo in staged:
+        place, held = target / repo.folder.name, previous[repo.repo]
+        if held is not None:
+            adapt(repo.folder, held)
+        files = repo.files()
+        published.append(
+            PublishedRepo(
+                repo=str(place),
+                kind=repo.kind,
+                url=place.as_uri(),
+                num_files=len(files),
+                num_bytes=sum(path.stat().st_size for path in files),
             )
-    repos = [
-        PublishedRepo(
-            repo=str(target / repo.folder.name),
-            kind=repo.kind,
-            url=(target / repo.folder.name).as_uri(),
-            num_files=len(repo.files()),
-            num_bytes=sum(path.stat().st_size for path in repo.files()),
         )
-        for repo in staged
-    ]
-    previous = staged_root.with_name("previous")
+        for name in held.theirs if held is not None else ():
+            _carry_over(place / name, repo.folder / name)
+    _replace(staged_root.with_name("previous"), staged, target)
+    return published
+
+
+def _previous(place: Path) -> Previous | None:
+    """Return what a repository's directory holds; None if there is none.
+
+    Raises:
+        OutputExistsError: it is no directory.
+    """
+    if not place.exists():
+        return None
+    if not place.is_dir():
+        raise OutputExistsError(
+            f"{place} is a file, which tuneline did not make. Name another directory in publish_to"
+        )
+    texts = {
+        name: (place / name).read_text(encoding="utf-8", errors="replace")
+        for name in (MARKER_FILE, CARD_FILE)
+        if (place / name).is_file()
+    }
+    files = {
+        path.relative_to(place).as_posix()
+        for path in place.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+    bundle = read_bundle(texts.get(MARKER_FILE))
+    return Previous(str(place), frozenset(files), bundle, texts.get(CARD_FILE))
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """Put a file that people added into the new version of its repository."""
+    if new.exists():
+        return
+    new.parent.mkdir(parents=True, exist_ok=True)
+    if old.is_symlink():
+        new.symlink_to(os.readlink(old))
+        return
     try:
-        if target.exists():
-            target.replace(previous)
-        staged_root.replace(target)
+        os.link(old, new)
+    except OSError:
+        shutil.copy2(old, new)
+
+
+def _replace(old_root: Path, staged: list[StagedRepo], target: Path) -> None:
+    """Put all staged repositories in their places, or none of them.
+
+    Args:
+        old_root: a directory on the same file system that is deleted afterwards, for the
+            repositories that are replaced.
+        staged: the repositories.
+        target: the directory with the places.
+    """
+    old_root.mkdir()
+    try:
+        for repo in staged:
+            place = target / repo.folder.name
+            if place.exists():
+                place.replace(old_root / place.name)
+            repo.folder.replace(place)
     except BaseException as error:
-        # After an exception between the two renames, the old tree is in the scratch directory. It
-        # is moved back, because the scratch directory is deleted.
-        if previous.exists() and not target.exists():
-            previous.replace(target)
+        # What has happened is read from the directories, because the exception may have come
+        # between any two renames.
+        for repo in staged:
+            place, old = target / repo.folder.name, old_root / repo.folder.name
+            if not repo.folder.exists() and place.exists():
+                place.replace(repo.folder)
+            if old.exists():
+                old.replace(place)
         if not isinstance(error, OSError):
             raise
         raise StorageError(
-            f"{target} cannot be replaced ({error.strerror}): it may be the root of a mounted "
-            "volume, or another run may be publishing to it. Name a directory below it in "
-            "publish_to, or run this step again"
+            f"{target} cannot be replaced ({error.strerror}): a repository in it may be the root "
+            "of a mounted volume, or another run may be publishing to it. Name another directory "
+            "in publish_to, or run this step again"
         ) from error
-    shutil.rmtree(previous, ignore_errors=True)
-    return repos

@@ -1,26 +1,37 @@
 """Push staged repositories to the Hub: one commit each, only to repositories tuneline made."""
 
+import glob
 import hashlib
 import logging
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import (  # type: ignore[attr-defined, unused-ignore]
+    EntryNotFoundError,
     HfHubHTTPError,
     HTTPError,
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+)
 
 from tuneline.artifacts import PublishedRepo
-from tuneline.errors import CredentialsError, HubError, TunelineError, UserError
+from tuneline.errors import UserError
+from tuneline.publish.card_parts import CARD_FILE
 from tuneline.publish.config import PublishConfig
-from tuneline.publish.staging import MARKER_FILE, StagedRepo
+from tuneline.publish.previous import MARKER_FILE, Previous, adapt, check_ours, read_bundle
+from tuneline.publish.refusals import refusal
+from tuneline.publish.staging import StagedRepo
 from tuneline.record import sha256_of_file
 from tuneline.runtime.retries import http_status, retrying
 
@@ -28,36 +39,64 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_MAX_READ_BYTES = 16 << 20
+"""Largest tuneline.json or README.md that is read from a repository."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A repository on the Hub, at one commit."""
+
+    commit: str
+    private: bool | None
+    content: Previous
+
 
 def push(staged: list[StagedRepo], *, token: str, config: PublishConfig) -> list[PublishedRepo]:
     """Push every repository; a repository whose content is unchanged gets no new commit.
 
     If a push was interrupted, the next push sends only the files that the Hub does not have yet.
+    If the Hub refuses a push, the repositories that were created for it and are empty are deleted.
 
     Raises:
         CredentialsError: the Hub refuses the token, or the token has no write access.
-        UserError: tuneline did not make a repository, or it was changed during the push.
+        UserError: tuneline did not make a repository, it is public but has to be private, or it
+            was changed during the push.
         HubError: the Hub failed after all attempts.
     """
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+    # The client would keep a slash at the end, and the URLs of the repositories had two.
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+    api = HfApi(endpoint=endpoint, token=token)
     _call("who am I", api.whoami, config.max_attempts)
     # All names are checked before anything is sent, so that no run is published only in part.
-    absent = [repo for repo in staged if not _is_ours(api, repo.repo, config)]
-    for repo in absent:
-        _call(
-            f"create {repo.repo}",
-            # exist_ok: an attempt whose response was lost may have created it.
-            partial(api.create_repo, repo.repo, private=config.private, exist_ok=True),
-            config.max_attempts,
-        )
-    return [_push_one(api, repo, config) for repo in staged]
+    absent = [repo for repo in staged if _look_up(api, repo, config) is None]
+    created: list[str] = []
+    try:
+        for repo in absent:
+            _call(
+                f"create {repo.repo}",
+                # exist_ok: an attempt whose response was lost may have created it.
+                partial(
+                    api.create_repo, repo.repo, private=config.private is not False, exist_ok=True
+                ),
+                config.max_attempts,
+            )
+            created.append(repo.repo)
+        return [_push_one(api, repo, config) for repo in staged]
+    except UserError:
+        # After another error, the next attempt goes on with these repositories.
+        _delete_empty(api, created)
+        raise
 
 
 def _push_one(api: HfApi, repo: StagedRepo, config: PublishConfig) -> PublishedRepo:
-    info = _call(f"look up {repo.repo}", partial(api.model_info, repo.repo), config.max_attempts)
+    held = _look_up(api, repo, config)
+    if held is None:
+        raise refusal(f"push {repo.repo}", 404, None)
+    deleted = adapt(repo.folder, held.content)
     commit = _call(
         f"push {repo.repo}",
-        partial(_upload, api, repo, parent_commit=str(info.sha)),
+        partial(_upload, api, repo, deleted, parent_commit=held.commit),
         config.max_attempts,
     )
     tag = _call(f"tag {repo.repo}", partial(_tag, api, repo.repo, commit), config.max_attempts)
@@ -67,25 +106,92 @@ def _push_one(api: HfApi, repo: StagedRepo, config: PublishConfig) -> PublishedR
         url=f"{api.endpoint}/{repo.repo}",
         commit=commit,
         tag=tag,
+        private=held.private,
         num_files=len(repo.files()),
         num_bytes=sum(path.stat().st_size for path in repo.files()),
     )
 
 
-def _upload(api: HfApi, repo: StagedRepo, *, parent_commit: str) -> str:
+def _look_up(api: HfApi, repo: StagedRepo, config: PublishConfig) -> _Held | None:
+    """Return what a repository holds, if this push may write to it; None if it does not exist.
+
+    Raises:
+        UserError: tuneline did not make the repository, or it is public but has to be private.
+    """
+    what = f"look up {repo.repo}"
+    request = partial(api.model_info, repo.repo)
+    try:
+        info = _call(what, request, config.max_attempts, may_be_absent=True)
+    except RepositoryNotFoundError:
+        return None
+    commit = str(info.sha)
+    names = frozenset(sibling.rfilename for sibling in info.siblings or [])
+
+    def read(name: str) -> str | None:
+        if name not in names:
+            return None
+        return _call(what, partial(_read, api, repo.repo, name, commit), config.max_attempts)
+
+    content = Previous(repo.repo, names, read_bundle(read(MARKER_FILE)), read(CARD_FILE))
+    check_ours(content, kind=repo.kind, names=repo.names())
+    if info.private is False and config.private:
+        raise UserError(
+            f"publish.private is true, but the repository {repo.repo} exists and is public, so "
+            "nothing was sent. Make the repository private in its settings on the Hub, or remove "
+            "publish.private from the recipe"
+        )
+    if info.private is False and config.private is None:
+        logger.warning("%s exists and is public, so its new version is public too", repo.repo)
+    return _Held(commit, info.private, content)
+
+
+def _read(api: HfApi, repo: str, name: str, revision: str) -> str | None:
+    """Return the text of a small file; None if it is not there or is too large to be ours."""
+    url = hf_hub_url(repo, name, revision=revision, endpoint=api.endpoint)
+    token = api.token if isinstance(api.token, str) else None
+    response = get_session().get(url, headers=build_hf_headers(token=token))
+    try:
+        hf_raise_for_status(response)
+    except EntryNotFoundError:
+        return None
+    return None if len(response.content) > _MAX_READ_BYTES else response.text
+
+
+def _delete_empty(api: HfApi, names: list[str]) -> None:
+    """Delete the repositories that hold nothing; a failure is only logged."""
+    for name in names:
+        try:
+            files = {sibling.rfilename for sibling in api.model_info(name).siblings or []}
+            if not files - {".gitattributes"}:
+                api.delete_repo(name)
+                logger.info("deleted %s, which this push had created and which is empty", name)
+        except (HTTPError, ConnectionError) as error:
+            logger.warning(
+                "%s was created by this push, is empty, and could not be deleted (%s)",
+                *(name, type(error).__name__),
+            )
+
+
+def _upload(api: HfApi, repo: StagedRepo, deleted: list[str], *, parent_commit: str) -> str:
     """Push the folder as one commit, and return the ID of the commit with the folder's content.
 
     The Hub refuses the push (412) if there is a commit after `parent_commit`. Either somebody else
     made it, or an earlier attempt of this push did and the response was lost: with xet, the client
-    repeats the request. In the second case the Hub has exactly the folder's files, and the push is
+    repeats the request. In the second case the Hub has the folder's files, and the push is
     complete.
+
+    Args:
+        api: the client.
+        repo: the staged repository.
+        deleted: files to delete in the same commit.
+        parent_commit: commit that the repository had when it was looked up.
     """
     try:
         commit = api.upload_folder(
             repo_id=repo.repo,
             folder_path=repo.folder,
             commit_message=f"{repo.kind} by tuneline",
-            delete_patterns="*",
+            delete_patterns=[glob.escape(name) for name in deleted] or None,
             parent_commit=parent_commit,
         )
     except ValueError as error:
@@ -100,22 +206,30 @@ def _upload(api: HfApi, repo: StagedRepo, *, parent_commit: str) -> str:
         if error.response.status_code != 412:
             raise
         head = str(api.model_info(repo.repo).sha)
-        if not _has_files(api, repo, head):
+        if not _has_files(api, repo, deleted, head):
             raise
         return head
     return commit.oid
 
 
-def _has_files(api: HfApi, repo: StagedRepo, revision: str) -> bool:
-    """Return whether a revision holds exactly the folder's files, by their hashes."""
+def _has_files(api: HfApi, repo: StagedRepo, deleted: list[str], revision: str) -> bool:
+    """Return whether a revision is the result of the push, by the hashes of its files.
+
+    Args:
+        api: the client.
+        repo: the staged repository.
+        deleted: files that the push deletes.
+        revision: a commit.
+    """
     remote = {
         entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
         for entry in api.list_repo_tree(repo.repo, revision=revision, recursive=True)
-        if isinstance(entry, RepoFile) and entry.path != ".gitattributes"
+        if isinstance(entry, RepoFile)
     }
     local = {path.relative_to(repo.folder).as_posix(): path for path in repo.files()}
-    return remote.keys() == local.keys() and all(
-        remote[name] == (_git_blob(path) if len(remote[name]) == 40 else sha256_of_file(path))
+    return not remote.keys() & set(deleted) and all(
+        name in remote
+        and remote[name] == (_git_blob(path) if len(remote[name]) == 40 else sha256_of_file(path))
         for name, path in local.items()
     )
 
@@ -136,28 +250,6 @@ def _tag(api: HfApi, repo: str, commit: str) -> str:
     tag = f"v{max(numbers, default=0) + 1}"
     api.create_tag(repo, tag=tag, revision=commit)
     return tag
-
-
-def _is_ours(api: HfApi, repo: str, config: PublishConfig) -> bool:
-    """Return whether the repository exists; raise an error if tuneline did not make it.
-
-    Raises:
-        UserError: the repository is not empty and has no marker file.
-    """
-    request = partial(api.model_info, repo)
-    try:
-        info = _call(f"look up {repo}", request, config.max_attempts, may_be_absent=True)
-    except RepositoryNotFoundError:
-        return False
-    names = {sibling.rfilename for sibling in info.siblings or []}
-    if MARKER_FILE not in names and names - {".gitattributes"}:
-        raise UserError(
-            f"the repository {repo} exists, but was not made by tuneline: it has no {MARKER_FILE}. "
-            "Choose another name in publish_to, or remove the repository yourself"
-        )
-    if config.private and info.private is False:
-        logger.warning("publish.private is true, but %s exists and stays public", repo)
-    return True
 
 
 def _call(
@@ -183,7 +275,7 @@ def _call(
         status = http_status(error)
         if may_be_absent and isinstance(error, RepositoryNotFoundError) and status == 404:
             raise
-        raise _refused(what, status, error) from None
+        raise refusal(what, status, error) from None
 
 
 def _unwrapped(request: Callable[[], T]) -> T:
@@ -194,35 +286,3 @@ def _unwrapped(request: Callable[[], T]) -> T:
         if isinstance(error.__cause__, HTTPError | ConnectionError):
             raise error.__cause__ from None
         raise
-
-
-def _refused(what: str, status: int | None, error: Exception) -> TunelineError:
-    """Return the error for a response that would be the same after another attempt."""
-    message = getattr(error, "server_message", None)
-    if status == 401:
-        return CredentialsError(
-            f"{what}: the Hub does not accept the token in HF_TOKEN (401). Create a new one with "
-            "write access"
-        )
-    if status == 403:
-        reason = f". The Hub says: {message}" if message else ""
-        return CredentialsError(
-            f"{what}: the token in HF_TOKEN lacks the permission (403): it needs write access to "
-            f"this namespace{reason}"
-        )
-    if status == 404:
-        return HubError(
-            f"{what}: the Hub cannot find the repository (404). Check that its namespace exists "
-            "and that nobody removes the repository meanwhile, then run the step again"
-        )
-    if status in (409, 412):
-        return UserError(
-            f"{what}: the Hub answered {status}: the repository exists or was changed meanwhile. "
-            "Check that nobody else publishes to the same name, then run the step again"
-        )
-    if status is None:
-        return HubError(
-            f"{what}: {type(error).__name__}: {error}. Check HF_ENDPOINT, HF_HUB_OFFLINE and the "
-            "proxy"
-        )
-    return HubError(f"{what}: the Hub answered {status}: {message or 'no reason given'}")

@@ -32,15 +32,43 @@ def check_lineage(records: Iterable[Record], inputs: Sequence[Record]) -> None:
         inputs: records of the artifacts that those were made from.
 
     Raises:
-        ProofError: the lineage of an artifact names other inputs than `inputs`.
+        ProofError: the lineage of an artifact names other inputs than `inputs`, or lacks an input,
+            or a record has no hash of its own fields.
     """
     known = {record.called(): [record.as_ancestor()] for record in inputs}
     for record in records:
-        for sentence in foreign_inputs(record.made_from, known):
-            name = record.format if isinstance(record, QuantizedModel) else record.called()
+        lacks = [f"does not name the {name}" for name in record.missing_ancestors()]
+        if not record.record_sha256:
+            lacks.append("has no hash of its own fields")
+        if lacks:
             raise ProofError(
-                f"the {name} was {sentence}. Nothing was published. Run the pipeline again from "
-                "the step whose input differs"
+                f"{record.filename} of the {_name(record)} {' and '.join(lacks)}, so it cannot be "
+                "checked. Nothing was published. Run the step that made it again"
+            )
+        for sentence in foreign_inputs(record.made_from, known):
+            raise ProofError(
+                f"the {_name(record)} was {sentence}. Nothing was published. Run the pipeline "
+                "again from the step whose input differs"
+            )
+
+
+def _name(record: Record) -> str:
+    return record.format if isinstance(record, QuantizedModel) else record.called()
+
+
+def check_inside(directory: Path, names: Iterable[str]) -> None:
+    """Check that no file of an artifact lies outside of it: no link leads out of the directory.
+
+    Raises:
+        ProofError: a file lies outside.
+    """
+    root = directory.resolve()
+    for name in names:
+        if not (directory / name).resolve().is_relative_to(root):
+            raise ProofError(
+                f"{directory / name} is a link that leads out of its artifact, to "
+                f"{(directory / name).resolve()}. Nothing was published. Run the step that made it "
+                "again"
             )
 
 

@@ -3,11 +3,13 @@
 Both kinds of target get the same staged tree, so `dir:PATH` shows exactly what a push would send.
 """
 
+import contextlib
 import logging
 import os
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tuneline.artifacts import Decision, Published, RunHeader, new_directory
@@ -19,6 +21,7 @@ from tuneline.publish.proven import check_verdict
 from tuneline.publish.sources import Sources
 from tuneline.publish.staging import stage
 from tuneline.publish.target import DIRECTORY_PREFIX, check_target
+from tuneline.recorded_recipe import recorded_recipe
 from tuneline.runtime.termination import Ending, leave
 
 logger = logging.getLogger(__name__)
@@ -72,8 +75,8 @@ def run(
             f"the verdict is {decision.verdict} ({decision.reason}), but only a promoted model is "
             "published. Improve the model or change the recipe's gate, then run again"
         )
+    target = check_target(target)
     local = target.startswith(DIRECTORY_PREFIX)
-    check_target(target)
     # Read before large files are hashed, which can take an hour, so that a missing token is found
     # early.
     token = "" if local else _read_token(target)
@@ -87,21 +90,37 @@ def run(
         decision=decision,
     )
     name = sources.header.name if local else target
+    used = recorded_recipe(
+        sources.header,
+        origin=sources.origin,
+        dataset=sources.dataset,
+        training=sources.training,
+        merge=sources.merge,
+        exports=list(sources.exports.values()),
+        decision=decision,
+        target=target,
+        publish=config.model_dump(mode="json"),
+    )
+    if used.differences:
+        logger.warning("%s", used.remark)
     with new_directory(published_dir) as record_dir:
         output = Path(target.removeprefix(DIRECTORY_PREFIX)).resolve() if local else record_dir
-        # The scratch directory is next to a directory target, so that the staged files can be hard
-        # links and one rename puts the tree in its place.
-        with _scratch_in(output.parent) as scratch:
+        # The scratch directory is in a directory target, so that the staged files can be hard links
+        # and one rename puts each repository in its place.
+        with _scratch_in(output) as scratch:
             staged_root = Path(scratch, "staged")
-            staged = stage(sources, name=name, config=config, directory=staged_root)
+            staged = stage(
+                sources, name=name, config=config, recipe=used.public(), directory=staged_root
+            )
             if local:
                 repos = write_tree(staged_root, staged, output)
             else:
                 repos = push(staged, token=token, config=config)
         record = Published(
             target=target,
-            private=config.private,
+            private=all(repo.private is not False for repo in repos),
             repos=repos,
+            left_out=[f"{repo.repo}: {name}" for repo in staged for name in repo.left_out],
             seconds=round(time.monotonic() - started, 3),
         )
         record.write(record_dir, config, parents=(sources.merge, decision))
@@ -112,20 +131,29 @@ def run(
     return record
 
 
-def _scratch_in(directory: Path) -> tempfile.TemporaryDirectory[str]:
-    """Create a temporary directory.
+@contextlib.contextmanager
+def _scratch_in(directory: Path) -> Iterator[str]:
+    """Create a temporary directory for the body; a directory made for it is removed if left empty.
 
     Raises:
         StorageError: `directory` is not writable.
     """
+    is_new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=directory, prefix=".publish.")
+        scratch = tempfile.TemporaryDirectory(dir=directory, prefix=".publish.")
     except OSError as error:
         raise StorageError(
             f"{directory}, where the repositories are staged, is not writable "
             f"({error.strerror}). Name another directory in publish_to, with a writable parent"
         ) from error
+    try:
+        with scratch as path:
+            yield path
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
 
 
 def _read_token(target: str) -> str:

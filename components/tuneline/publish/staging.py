@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -12,21 +13,23 @@ from tuneline.artifacts import (
     MODELFILE,
     OLLAMA_PARAMS,
     OLLAMA_TEMPLATE,
-    PUBLISHED_BUNDLE,
     MergeProof,
     QuantizedModel,
     TrainingSummary,
 )
 from tuneline.kinds import RepoKind
+from tuneline.publish.allowed import may_be_published
 from tuneline.publish.card import model_card
+from tuneline.publish.card_parts import CARD_FILE, join_card, split_card
 from tuneline.publish.config import PublishConfig
-from tuneline.publish.proven import StoredFile, check_present, check_unchanged
+from tuneline.publish.previous import MARKER_FILE
+from tuneline.publish.proven import StoredFile, check_inside, check_present, check_unchanged
 from tuneline.publish.sources import Repository, Sources, repositories
-from tuneline.record import Record, hash_files, sha256_of_file
+from tuneline.record import Record, hash_files, seal, sha256_of_file
+from tuneline.recorded_recipe import RecordedRecipe
 from tuneline.version import VERSION
 
-MARKER_FILE = PUBLISHED_BUNDLE
-"""File in every repository that tuneline made; repositories without it are never written to."""
+logger = logging.getLogger(__name__)
 
 # Files that are not copied from an artifact. Records contain times; what readers need to know is in
 # the model card. Files with the other names may come from the base model's repository. publish
@@ -36,7 +39,7 @@ _LEFT_OUT = {
     MergeProof.filename,
     QuantizedModel.filename,
     MARKER_FILE,
-    "README.md",
+    CARD_FILE,
     ".gitattributes",
 }
 
@@ -49,14 +52,25 @@ class StagedRepo:
     """Hub ID, or the name of the folder in a directory target."""
     kind: RepoKind
     folder: Path
+    left_out: tuple[str, ...] = ()
+    """Files of the artifacts that are not published."""
 
     def files(self) -> list[Path]:
         """Return every file in the folder."""
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
 
+    def names(self) -> set[str]:
+        """Return the path of every file, relative to the folder."""
+        return {path.relative_to(self.folder).as_posix() for path in self.files()}
+
 
 def stage(
-    sources: Sources, *, name: str, config: PublishConfig, directory: Path
+    sources: Sources,
+    *,
+    name: str,
+    config: PublishConfig,
+    recipe: RecordedRecipe,
+    directory: Path,
 ) -> list[StagedRepo]:
     """Stage all repositories below `directory`.
 
@@ -67,6 +81,7 @@ def stage(
         sources: the artifacts.
         name: Hub ID of the merged model, or name of its folder in a directory target.
         config: the `publish` section of the recipe.
+        recipe: the recipe as the records of the run state it.
         directory: where the folders are made.
 
     Raises:
@@ -77,7 +92,8 @@ def stage(
     for stored in files.values():
         check_present(stored)
     return [
-        _stage_one(sources, repo, family, files[repo.name], config, directory) for repo in family
+        _stage_one(sources, repo, family, files[repo.name], config, recipe, directory)
+        for repo in family
     ]
 
 
@@ -87,6 +103,7 @@ def _stage_one(
     family: Sequence[Repository],
     files: dict[str, StoredFile],
     config: PublishConfig,
+    recipe: RecordedRecipe,
     directory: Path,
 ) -> StagedRepo:
     """Stage one repository.
@@ -97,9 +114,23 @@ def _stage_one(
         family: all repositories of the run, for the model card.
         files: files of the artifacts, by their names in the repository.
         config: the `publish` section of the recipe.
+        recipe: the recipe as the records of the run state it.
         directory: where the folder is made.
     """
     folder = directory / repo.short_name
+    with_code = sources.origin.runs_own_code
+    # A file that its record does not list was added later, which is refused, whatever its name.
+    left_out = sorted(
+        name
+        for name, file in files.items()
+        if file.recorded is not None and not may_be_published(name, with_code=with_code)
+    )
+    if left_out:
+        logger.warning(
+            "%s: not published, because their names are not those of a model's files: %s",
+            *(repo.name, ", ".join(left_out)),
+        )
+    files = {name: file for name, file in files.items() if name not in left_out}
     for relative, stored in files.items():
         _place(stored.path, folder / relative)
     # Checked before publish adds its own files, which no record has.
@@ -108,22 +139,32 @@ def _stage_one(
     for relative, text in _modelfiles(repo).items():
         (folder / relative).write_bytes(text.encode())
         hashes[relative] = hashlib.sha256(text.encode()).hexdigest()
-    card = model_card(sources, repo, family=family, config=config)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    card = join_card(model_card(sources, repo, family=family, config=config, recipe=recipe))
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    parts = split_card(card)
+    assert parts is not None, "a new card has both markers"
     marker = {
+        "record_sha256": "",
         "tuneline": VERSION,
         "recipe": sources.header.name,
         "kind": repo.kind,
         "base_revision": sources.origin.revision,
         "base_sha256": sources.origin.sha256,
         "dataset_sha256": sources.dataset.sha256,
-        "recipe_sha256": hashlib.sha256(sources.header.model_dump_json().encode()).hexdigest(),
+        "recipe_sha256": recipe.sha256,
+        "differs_from_recipe": list(recipe.differences),
         "seed": sources.training.settings.get("seed"),
         "trained_with": sources.training.environment,
         "files": hashes,
+        # From these, the next push sees what people changed in the card.
+        "card": {
+            "sha256": hashlib.sha256(parts.ours.encode()).hexdigest(),
+            "front_matter": parts.front_matter,
+        },
     }
-    (folder / MARKER_FILE).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-    return StagedRepo(repo.name, repo.kind, folder)
+    text = seal(json.dumps(marker, indent=2) + "\n")
+    (folder / MARKER_FILE).write_text(text, encoding="utf-8")
+    return StagedRepo(repo.name, repo.kind, folder, tuple(left_out))
 
 
 def _files_of(sources: Sources, repo: Repository) -> dict[str, StoredFile]:
@@ -135,6 +176,8 @@ def _files_of(sources: Sources, repo: Repository) -> dict[str, StoredFile]:
     if repo.traits.has_repo_per_format:
         ((path, export),) = repo.exports.items()
         return _all_files(path, export)
+    for path, export in repo.exports.items():
+        check_inside(path, (export.file, MODELFILE))
     return {
         _file_name(repo, export): StoredFile(path / export.file, export.files.get(export.file))
         for path, export in repo.exports.items()
@@ -152,6 +195,7 @@ def _all_files(directory: Path, record: Record) -> dict[str, StoredFile]:
     present = {
         path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
     }
+    check_inside(directory, sorted(present | record.files.keys()))
     return {
         relative: StoredFile(directory / relative, record.files.get(relative))
         for relative in sorted(present | record.files.keys())

@@ -29,6 +29,8 @@ def report(
     summary: dsl.Output[dsl.Artifact],
     gguf: dsl.Input[List[dsl.Artifact]] = None,
     gptq: dsl.Input[List[dsl.Artifact]] = None,
+    target: str = "",
+    publish_config: str = "",
 ) -> None:
     """Write the page and the summary of a run.
 
@@ -45,14 +47,19 @@ def report(
         summary: Verdict, comparisons and exports as JSON.
         gguf: Records of the GGUF exports.
         gptq: Records of the GPTQ exports.
+        target: Where the run publishes. Default: `publish_to` of the recipe.
+        publish_config: The `publish` section of the run as JSON. Default: that of the recipe.
     """
     from tuneline.artifacts import RunHeader
     from tuneline.report.run import run
+    from tuneline.runtime.parameter_text import decode_text
     from tuneline.runtime.step import step
 
     with step("report"):
         run(
             RunHeader.parse(recipe),
+            target=decode_text(target) or None,
+            publish_config=publish_config or None,
             base_model_dir=base_model.path,
             dataset_dir=dataset.path,
             adapter_dir=adapter.path,

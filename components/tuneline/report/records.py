@@ -13,6 +13,7 @@ from tuneline.artifacts import (
     Scores,
     TrainingSummary,
 )
+from tuneline.recorded_recipe import RecordedRecipe
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,10 @@ class Line:
     """The records of one run."""
 
     header: RunHeader
+    recipe: RecordedRecipe
+    """The recipe as the records of the run state it."""
+    target: str
+    """Where the run publishes, without secrets."""
     origin: ModelOrigin
     dataset: DatasetManifest
     training: TrainingSummary

@@ -1,5 +1,6 @@
 """Write the page of a run from the records of its artifacts."""
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -19,8 +20,10 @@ from tuneline.artifacts import (
     read_jsonl,
 )
 from tuneline.html.page import render_page
+from tuneline.recorded_recipe import recorded_recipe
 from tuneline.report import comparison, sections
 from tuneline.report.records import Line
+from tuneline.runtime.redaction import redacted
 from tuneline.runtime.termination import Ending, leave
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,8 @@ logger = logging.getLogger(__name__)
 def run(
     header: RunHeader,
     *,
+    target: str | None = None,
+    publish_config: str | None = None,
     base_model_dir: str,
     dataset_dir: str,
     adapter_dir: str,
@@ -44,6 +49,8 @@ def run(
 
     Args:
         header: the whole recipe.
+        target: where the run publishes. Default: `publish_to` of the recipe.
+        publish_config: the section `publish` of the run as JSON. Default: that of the recipe.
         base_model_dir: directory of the `base_model` artifact, or a copy of its record.
         dataset_dir: directory of the `dataset` artifact, or a copy of its record.
         adapter_dir: directory of the `adapter` artifact, or a copy of its record.
@@ -62,22 +69,38 @@ def run(
     started = time.monotonic()
     exports = [QuantizedModel.read(path) for path in exports_dirs]
     header.check_exports(export.format for export in exports)
+    origin, dataset = ModelOrigin.read(base_model_dir), DatasetManifest.read(dataset_dir)
+    training, merge = TrainingSummary.read(adapter_dir), MergeProof.read(merged_dir)
+    decision = Decision.read(decision_dir)
+    recipe = recorded_recipe(
+        header,
+        origin=origin,
+        dataset=dataset,
+        training=training,
+        merge=merge,
+        exports=exports,
+        decision=decision,
+        target=header.publish_to if target is None else target,
+        publish=json.loads(publish_config) if publish_config else {},
+    )
     line = Line(
         header=header,
-        origin=ModelOrigin.read(base_model_dir),
-        dataset=DatasetManifest.read(dataset_dir),
-        training=TrainingSummary.read(adapter_dir),
-        merge=MergeProof.read(merged_dir),
+        recipe=recipe,
+        target=redacted(header.publish_to if target is None else target),
+        origin=origin,
+        dataset=dataset,
+        training=training,
+        merge=merge,
         exports=exports,
         base_scores=Scores.read(base_scores_dir),
         tuned_scores=Scores.read(tuned_scores_dir),
         base_generations=read_jsonl(Path(base_scores_dir, GENERATIONS_FILE)),
         tuned_generations=read_jsonl(Path(tuned_scores_dir, GENERATIONS_FILE)),
-        decision=Decision.read(decision_dir),
+        decision=decision,
     )
     page = Path(page_path)
     page.parent.mkdir(parents=True, exist_ok=True)
-    with new_directory(summary_dir) as target:
+    with new_directory(summary_dir) as directory:
         page.write_text(render(line), encoding="utf-8")
         summary = RunSummary(
             recipe=header.name,
@@ -85,9 +108,10 @@ def run(
             reason=line.decision.reason,
             comparisons=line.decision.comparisons,
             exports=line.exports,
+            differs_from_recipe=list(recipe.differences),
             seconds=round(time.monotonic() - started, 3),
         )
-        summary.write(target, header)
+        summary.write(directory, header)
     logger.info("report of %s: %s, %d bytes", header.name, page, page.stat().st_size)
     # The gate may have come from the cache, but the report never does.
     leave(Ending(step="report", result=summary.verdict, text=summary.reason))
@@ -97,7 +121,9 @@ def run(
 def render(line: Line) -> str:
     """Return the page as HTML."""
     header = line.header
-    about = f"{header.base_model} tuned on {header.data}"
+    data = line.dataset.source
+    about = redacted(f"{line.origin.source} tuned on {data}")
+    description = redacted(header.description.rstrip("."))
     cards = [
         sections.picture(line),
         sections.scores(line),
@@ -111,6 +137,6 @@ def render(line: Line) -> str:
     return render_page(
         header.name,
         [card for card in cards if card],
-        f"{header.description.rstrip('.')} - {about}" if header.description else about,
-        lead=sections.verdict(line) + sections.headline(line),
+        f"{description} - {about}" if description else about,
+        lead=sections.verdict(line) + sections.other_values(line) + sections.headline(line),
     )

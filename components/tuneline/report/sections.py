@@ -27,6 +27,7 @@ from tuneline.html.page import (
 from tuneline.html.units import count, duration, number, parameters, percent, signed, size
 from tuneline.report.line import stages
 from tuneline.report.records import Line
+from tuneline.runtime.redaction import redacted
 from tuneline.training_figures import training_figures
 
 TRAINED_WITH = ("torch", "transformers", "peft", "trl")
@@ -37,10 +38,17 @@ def verdict(line: Line) -> str:
     """Return the banner with the verdict."""
     decision = line.decision
     if decision.verdict == "promote":
-        after = f"It will be published to {line.header.publish_to}."
+        after = f"It will be published to {line.target}."
         return banner("Promote", decision.reason, "good", small=after)
-    after = f"Nothing is published to {line.header.publish_to}."
+    after = f"Nothing is published to {line.target}."
     return banner("Hold", decision.reason, "warn", small=after)
+
+
+def other_values(line: Line) -> str:
+    """Return the banner of a run with other values than its recipe's; empty for other runs."""
+    if not line.recipe.differences:
+        return ""
+    return banner("Other values than the recipe's", line.recipe.remark, "warn")
 
 
 def headline(line: Line) -> str:
@@ -221,7 +229,7 @@ def data(line: Line) -> str:
     )
     rejected = dataset.num_rejected_rows
     pairs = [
-        ("Source", dataset.source),
+        ("Source", redacted(dataset.source)),
         ("Format and template", f"{dataset.format}, {dataset.template}"),
         (
             "Rows: training, evaluation, held-out",
@@ -337,8 +345,18 @@ def provenance(line: Line) -> str:
     """Return the hashes, the versions and the recipe."""
     origin, dataset, adapter = line.origin, line.dataset, line.training
     rows = [
-        ["base model", origin.source, _code(origin.sha256), origin.licence or "not stated"],
-        ["dataset", dataset.source, _code(dataset.sha256), dataset.licence or "not stated"],
+        [
+            "base model",
+            redacted(origin.source),
+            _code(origin.sha256),
+            origin.licence or "not stated",
+        ],
+        [
+            "dataset",
+            redacted(dataset.source),
+            _code(dataset.sha256),
+            dataset.licence or "not stated",
+        ],
         [
             "adapter",
             "trained on the two above",
@@ -364,9 +382,7 @@ def provenance(line: Line) -> str:
         ("Evaluated with", line.tuned_scores.harness),
         ("Time of the decision", line.decision.created_at),
     ]
-    text = yaml.safe_dump(
-        line.header.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
-    )
+    text = yaml.safe_dump(line.recipe.values, sort_keys=False, allow_unicode=True, width=100)
     return section(
         "Provenance",
         table(["", "source", "SHA-256", "licence"], rows),

@@ -7,7 +7,8 @@ kubelet or of Argo tells, and at last the exit code.
 import re
 
 from tuneline.errors import StoppedError
-from tuneline.runtime.causes import CAUSES, RUN_AGAIN, Explanation, find_cause
+from tuneline.runtime.cause_table import CAUSES
+from tuneline.runtime.causes import RUN_AGAIN, Explanation, find_cause
 from tuneline.runtime.kfp_run import DRIVER_FAILED, Attempt
 from tuneline.runtime.pod_ending import (
     CONFIG_REASONS,
@@ -148,7 +149,7 @@ def _by_exit_code(attempt: Attempt, message: str) -> Explanation:
             f"Read the log: `tuneline logs RUN {attempt.step!r}`.",
         )
     if message:
-        cause = find_cause(message)
+        cause = find_cause(message, attempt.step)
         return Explanation(message, cause.advice if cause else RUN_AGAIN)
     return Explanation(
         "Nothing says why: the pod is gone.",

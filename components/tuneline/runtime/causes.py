@@ -1,16 +1,14 @@
 """Likely causes of failures that are not errors of tuneline, and what to change.
 
-A TunelineError already states its cause and what to do next. This table is for failures from
-outside a step, e.g. an eviction, and for errors of libraries. The first cause whose pattern matches
-is used, so specific causes come before general causes. A pattern matches what a library or the
-platform says when it fails, not what it may say in passing: logs are full of timeouts, tokens,
-tasks and status codes.
+A TunelineError already states its cause and what to do next. This module is for failures from
+outside a step, e.g. an eviction, and for errors of libraries.
 """
 
 import re
 from dataclasses import dataclass
 
 from tuneline import errors
+from tuneline.runtime.cause_table import CAUSES, Cause
 from tuneline.runtime.events import StepRun
 
 OWN_ERRORS = frozenset(
@@ -24,20 +22,6 @@ RUN_AGAIN = "Fix the cause and run the recipe again: finished steps are taken fr
 
 
 @dataclass(frozen=True)
-class Cause:
-    """A likely cause of a failure, recognised by its error message."""
-
-    name: str
-    """Short name, unique in the table."""
-    pattern: str
-    """Regular expression to search for in the message, ignoring case."""
-    why: str
-    """What happened, in one sentence."""
-    advice: str
-    """What to change, in one sentence."""
-
-
-@dataclass(frozen=True)
 class Explanation:
     """Why a step failed and what to change."""
 
@@ -47,189 +31,18 @@ class Explanation:
     """What to change, in one sentence."""
 
 
-CAUSES = (
-    Cause(
-        "gpu memory",
-        r"cuda out of memory|outofmemoryerror|cuda error: out of memory|hip out of memory"
-        r"|cublas_status_alloc_failed",
-        "The GPU ran out of memory.",
-        "Halve train.micro_batch_size (the result stays the same), lower prepare.max_seq_length, "
-        "set train.gradient_checkpointing to true, or use a larger GPU. In the evaluate step, "
-        "lower evaluate.batch_size.",
-    ),
-    Cause(
-        "host memory",
-        r"oomkilled|exit(ed with)? (code|status):? ?137\b|exit_code=137\b|exited with 137\b"
-        r"|\bsignal:? (9|killed)\b|\bsigkill\b|cannot allocate memory|\bmemoryerror\b"
-        r"|exit code:? ?-9\b|defaultcpuallocator",
-        "The step was killed because the pod's memory limit or the machine's memory was exhausted.",
-        "Give the step more memory (the pod's memory limit), or lower prepare.max_seq_length or "
-        "the batch size.",
-    ),
-    Cause(
-        "disk",
-        r"no space left on device|os error 28\b|errno 28\b|disk quota exceeded|disk is full"
-        r"|ephemeral local storage usage exceeds|low on resource: ephemeral-storage"
-        r"|usage of emptydir volume",
-        "The disk or the pod's ephemeral storage is full.",
-        "Free some space, give the step a larger volume, or list fewer formats in quantize.gguf.",
-    ),
-    Cause(
-        "not a number",
-        r"loss (is|was|became|of) (nan|inf|not finite)\b|\bnan\b.*\bloss\b|\bloss\b.*\bnan\b"
-        r"|(is|are|was|were|became) (not finite|non-?finite)\b|contains? (nans?|infs?)\b",
-        "The loss or the logits became infinite or NaN.",
-        "Lower train.learning_rate by a factor of 2 to 10, raise train.warmup_steps, and set "
-        "train.dtype to bfloat16 or float32 instead of float16.",
-    ),
-    Cause(
-        "quota",
-        r"exceeded quota:",
-        "The namespace's quota is used up, or is smaller than what the step requests.",
-        "Wait for other runs to end, request less in placement, or have the quota raised; `kubectl "
-        "describe resourcequota` shows the current use.",
-    ),
-    Cause(
-        "limit range",
-        r"is forbidden: .*\b(maximum|minimum) .* per (container|pod)",
-        "The namespace's limit range does not allow the step's requests or limits.",
-        "Change the step's requests and limits in placement.steps, or have the limit range "
-        "changed; `kubectl describe limitrange` shows it.",
-    ),
-    Cause(
-        "gated model",
-        r"gatedrepo|gated repo\b|access to (model|dataset) .* is restricted|awaiting a review",
-        "The model or dataset is gated: its licence has to be accepted first.",
-        "Accept the terms on its Hub page with the account that owns the token, and set HF_TOKEN.",
-    ),
-    Cause(
-        "token",
-        r"\b401 (client error|unauthorized)|\b401\)|status(_code| code)?[:=]? ?401\b|unauthorized"
-        r"|invalid (username or password|user token)|token is required|no token (was )?found",
-        "The Hub refused the request because the token is missing or invalid.",
-        "Set HF_TOKEN (on a cluster: the secret that placement.hub_token_secret names) to a token "
-        "with read access to base_model and dataset and write access to publish_to.",
-    ),
-    Cause(
-        "forbidden",
-        r"\b403 (client error|forbidden)|\b403\)|status(_code| code)?[:=]? ?403\b|\bforbidden\b"
-        r"|insufficient permissions?\b",
-        "The token or the pod's service account lacks a permission.",
-        "Use a token with write access to publish_to, or request the permission that the message "
-        "names.",
-    ),
-    Cause(
-        "unknown repository",
-        r"repositorynotfound|reponotfound|repository not found|revisionnotfound"
-        r"|\b404 (client error|not found)|is not a valid model identifier",
-        "The Hub has no such model, dataset or revision, or the token cannot read it.",
-        "Check the spelling of base_model, dataset and fetch.revision. If the repository is "
-        "private, set HF_TOKEN.",
-    ),
-    Cause(
-        "image",
-        r"imagepullbackoff|errimagepull|errimageneverpull|invalidimagename|manifest unknown"
-        r"|pull access denied|failed to pull image",
-        "The step's container image could not be pulled.",
-        "Push the images (`make images`) to a registry that the cluster can reach, and check the "
-        "image pull secret.",
-    ),
-    Cause(
-        "unschedulable",
-        r"\bunschedulable\b|failedscheduling|\b\d+/\d+ nodes are available"
-        r"|insufficient (nvidia\.com/gpu|cpu|memory|ephemeral-storage)\b",
-        "No node of the cluster has the free resources or the accelerator that the step requests.",
-        "Lower placement.num_accelerators, correct placement.accelerator, or wait for a node. "
-        "`kubectl describe pod` names the missing resource.",
-    ),
-    Cause(
-        "evicted",
-        r"\bevicted\b|\bpreempted\b|preemptionbyscheduler|spot interruption|\bpod (was )?deleted\b"
-        r"|node (was )?(lost|not ?ready|shutdown)|terminated by node|disruptiontarget"
-        r"|the node (was low on resource|had condition)",
-        "The pod was evicted, or its node failed or was shut down.",
-        "Run the recipe again: finished steps are taken from the cache. For long training, use "
-        "nodes that are not preempted.",
-    ),
-    Cause(
-        "timeout",
-        r"deadline ?exceeded|\btimed out\b|timeouterror|\w+timeout:"
-        r"|longer than the specified deadline",
-        "The step exceeded its time limit, or a network request timed out.",
-        "Raise the time limit, lower train.max_steps or evaluate.limit, or check the network.",
-    ),
-    Cause(
-        "terminated",
-        r"\bsigterm\b|exit(ed with)? (code|status):? ?143\b|exited with 143\b"
-        r"|\bsignal:? (15|terminated)\b|keyboardinterrupt",
-        "The step was stopped by a person or by the cluster.",
-        "If nobody stopped it, check for a drained node or a deadline, then run the recipe again.",
-    ),
-    Cause(
-        "network",
-        r"connectionerror|connection refused|connection reset|name or service not known"
-        r"|temporary failure in name resolution|max retries exceeded|offline mode is enabled",
-        "The network or the Hub could not be reached.",
-        "Check the proxy and HF_ENDPOINT, then run the recipe again. Without network access, set "
-        "base_model and dataset to local directories.",
-    ),
-    Cause(
-        "long rows",
-        r"all rows (are|were) (longer|over max_seq_length)|\bno rows? ((is|are|was|were) )?left\b",
-        "Every row was rejected or is longer than max_seq_length, so nothing is left to learn.",
-        "Raise prepare.max_seq_length (auto uses the length that 99 % of the rows fit in), or "
-        "read the reasons in rejected.jsonl.",
-    ),
-    Cause(
-        "bad rows",
-        r"\brows? (was|were) rejected|malformed (row|line|json)|jsondecodeerror"
-        r"|expecting value: line|unicodedecodeerror|error tokenizing data|arrowinvalid",
-        "Rows of the dataset cannot be read.",
-        "Fix the rows that the message names, or raise prepare.max_rejected_share to train "
-        "without them.",
-    ),
-    Cause(
-        "task",
-        r"\btasks? not found:|\btask '[^']*' (is )?(not found|unknown)|\bunknown tasks?:? '"
-        r"|not found in (the )?(task )?registry",
-        "lm-eval has no such task.",
-        "Correct evaluate.tasks, or set evaluate.task_dir to the directory with the task's YAML "
-        "file.",
-    ),
-    Cause(
-        "proof",
-        r"\bprooferror\b",
-        "A merged model or an export differs too much from its reference, so it was not kept.",
-        "Before raising the bound, set merge.base to dequantized and merge.dtype to float32, and "
-        "find the layer that differs.",
-    ),
-    Cause(
-        "gpu driver",
-        r"cuda driver version is insufficient|\bcuda error\b|found no nvidia driver"
-        r"|no cuda gpus are|\bnccl (error|failure)|ncclsystemerror"
-        r"|ncclinternalerror|ncclremoteerror",
-        "The GPU or its driver reported an error.",
-        "Check that the driver supports the image's CUDA version, then run the recipe again, on "
-        "another node if the error recurs.",
-    ),
-    Cause(
-        "not installed",
-        r"modulenotfounderror|no module named '|importerror",
-        "The environment lacks a package that the step needs.",
-        "Install the step's extra (`pip install tuneline[...]`), or use the image of this version.",
-    ),
-    Cause(
-        "permission",
-        r"permissionerror|permission denied|errno 13\b|read-only file system",
-        "The step has no permission to write to a directory or volume.",
-        "Make the volume writable for the step's user, or use another directory.",
-    ),
-)
+def find_cause(text: str, step: str | None = None) -> Cause | None:
+    """Return the first cause whose pattern matches the text.
 
-
-def find_cause(text: str) -> Cause | None:
-    """Return the first cause whose pattern matches the text."""
-    return next((cause for cause in CAUSES if re.search(cause.pattern, text, re.I)), None)
+    Args:
+        text: what a library or the platform says.
+        step: the step that failed; None: it is not known.
+    """
+    for cause in CAUSES:
+        is_of_step = step is None or not cause.steps or step.partition(" ")[0] in cause.steps
+        if is_of_step and re.search(cause.pattern, text, re.IGNORECASE):
+            return cause
+    return None
 
 
 def explain(run: StepRun | None, message: str = "") -> Explanation:
@@ -242,7 +55,7 @@ def explain(run: StepRun | None, message: str = "") -> Explanation:
     if run is not None and run.kind in OWN_ERRORS:
         return Explanation(run.message, RUN_AGAIN)
     raised = f"{run.kind}: {run.message}" if run is not None and run.kind else ""
-    cause = find_cause(f"{raised}\n{message}")
+    cause = find_cause(f"{raised}\n{message}", run.step if run is not None else None)
     if cause is not None:
         return Explanation(f"{cause.why} ({_short(raised or message)})", cause.advice)
     if raised:

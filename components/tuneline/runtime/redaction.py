@@ -1,5 +1,6 @@
 """Remove secrets from text that leaves a step: tokens, and credentials in URLs."""
 
+import logging
 import os
 import re
 
@@ -17,7 +18,8 @@ _PATTERNS = (
     # A JSON Web Token, which service accounts have.
     r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",
     # User and password of a URL.
-    r"(?<=://)[^/\s@\"']+(?=@)",
+    # (a password may contain the characters @ and :).
+    r"(?<=://)[^/\s\"'<>]+(?=@)",
     r"(?<=\bbearer )[A-Za-z0-9._~+/-]{8,}=*",
     # Parameters of a signed URL.
     r"(?<=[?&])(?:x-amz-(?:signature|credential|security-token)|x-goog-(?:signature|credential)"
@@ -28,6 +30,25 @@ _PATTERNS = (
 _SECRETS = re.compile("|".join(f"(?:{pattern})" for pattern in _PATTERNS), re.I)
 """What is redacted besides the values that `find_secrets` finds. These patterns may match more than
 secrets, which those of `tuneline lint` must not."""
+
+
+class RedactingFilter(logging.Filter):
+    """Removes secrets from the messages of a log handler."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Replace the message if it holds a secret; every record passes."""
+        message = record.getMessage()
+        clean = redacted(message)
+        if clean != message:
+            record.msg, record.args = clean, ()
+        return True
+
+
+def redact_logs() -> None:
+    """Remove secrets from all messages of the log handlers of this process."""
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(each, RedactingFilter) for each in handler.filters):
+            handler.addFilter(RedactingFilter())
 
 
 def redacted(text: str) -> str:

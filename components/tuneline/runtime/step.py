@@ -33,6 +33,7 @@ from tuneline.errors import StorageError, TunelineError
 from tuneline.runtime.causes import explain
 from tuneline.runtime.events import StepRun
 from tuneline.runtime.parameter_text import encode_text
+from tuneline.runtime.redaction import redact_logs, redacted
 from tuneline.runtime.termination import STARTED, Ending, leave, leave_finished
 from tuneline.strict_model import StrictModel
 
@@ -48,7 +49,8 @@ def step(name: str) -> Iterator[None]:
         SystemExit: a known error occurred and was printed; other errors are raised unchanged.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    started = time.time()
+    redact_logs()
+    started = time.monotonic()
     emit(name, "started")
     leave(Ending(step=name, result=STARTED))
     try:
@@ -60,16 +62,17 @@ def step(name: str) -> Iterator[None]:
         emit(
             name,
             "failed",
-            seconds=time.time() - started,
+            seconds=time.monotonic() - started,
             kind=type(error).__name__,
-            message=str(error),
+            message=redacted(str(error)),
         )
         if not isinstance(error, TunelineError):
             raise
-        print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        text = redacted(f"{name}: {type(error).__name__}: {error}")
+        print(text, file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
     leave_finished(name)
-    emit(name, "finished", seconds=time.time() - started)
+    emit(name, "finished", seconds=time.monotonic() - started)
 
 
 def emit(name: str, event: str, **values: Any) -> None:
@@ -190,7 +193,9 @@ def _as_known_error(error: Exception) -> Exception:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _full_disk(f" while writing {cause.filename}" if cause.filename else "")
+            # Of a copy, the second file is the one that is written.
+            written = cause.filename2 or cause.filename
+            return _full_disk(f" while writing {written}" if written else "")
         # Libraries written in Rust (safetensors) give the error number only in their message.
         if "os error 28" in str(cause).lower() or "no space left on device" in str(cause).lower():
             return _full_disk()

@@ -192,6 +192,8 @@ def finetune(
                 report,
                 **everything,
                 **scores,
+                target=publish_to,
+                publish_config=publish_config,
                 adapter=trained.outputs["record"],
                 merged=merged.outputs["record"],
                 **{kind: task.outputs["records"] for kind, task in exported.items()},

@@ -126,6 +126,26 @@ def test_a_bound_holds_numbers_that_are_not_finite_too(broken: float) -> None:
         quality.check_bounds(dataclasses.replace(found, mean_kl=0.0), FORMATS["q8_0"].bound, "q8_0")
 
 
+def test_advice_after_a_violated_bound_is_what_can_help() -> None:
+    """Random experts are mended neither by more bits nor by another bound."""
+
+    def advice(kl: float, top1: float, name: str) -> str:
+        with pytest.raises(ProofError) as raised:
+            bound = dataclasses.replace(FORMATS[name].bound, max_mean_kl=1e-9)
+            quality.check_bounds(quality.Quality(kl, top1, 2.0, 1.5, 8), bound, name)
+        return str(raised.value)
+
+    assert "use a format with more bits (q4_k_s, iq4_nl, q4_k_m), or set" in advice(
+        0.7, 0.7, "q4_0"
+    )
+    assert "use a format with more bits (gptq-8bit), or set" in advice(0.7, 0.7, "gptq-4bit")
+    assert "more bits" not in advice(0.06, 0.95, "gptq-8bit")
+    assert "set quantize.max_mean_kl" in advice(0.06, 0.95, "gptq-8bit")
+    for kl, top1, name in ((9.0, 0.05, "gptq-4bit"), (math.nan, 0.9, "q8_0"), (0.1, 0.99, "f16")):
+        assert "if you accept it" not in advice(kl, top1, name)
+        assert "neither more bits nor another bound is the remedy" in advice(kl, top1, name)
+
+
 def test_a_tokenizer_that_splits_otherwise(reference: Reference) -> None:
     def digits_in_one(text: str) -> list[int]:
         return [0] if text.isdigit() else reference.tokenise(text)

@@ -13,7 +13,7 @@ import torch
 
 from tuneline.errors import ProofError
 from tuneline.models.heldout_rows import Row
-from tuneline.quantize.formats import Bound
+from tuneline.quantize.formats import FORMATS, Bound
 
 NUM_SPEED_TOKENS = 16
 """Tokens that are generated to measure the speed of an export."""
@@ -87,6 +87,10 @@ def compare(
     )
 
 
+_NEAR = 3.0
+"""Multiple of a bound up to which the format's rounding can be the cause of its violation."""
+
+
 def check_bounds(quality: Quality, bound: Bound, format: str) -> None:
     """Check an export against its bound.
 
@@ -102,8 +106,33 @@ def check_bounds(quality: Quality, bound: Bound, format: str) -> None:
         f"from the merged model (at most {bound.max_mean_kl:g}) and the same most likely token at "
         f"{quality.top1_agreement:.1%} of positions (at least {bound.min_top1_agreement:.1%}), "
         f"over {quality.num_rows} rows; perplexity {quality.perplexity:.4g} against "
-        f"{quality.reference_perplexity:.4g}: use a format with more bits, or set "
-        f"quantize.max_mean_kl and quantize.min_top1_agreement for {format} if you accept it"
+        f"{quality.reference_perplexity:.4g}: {_advice(quality, bound, format)}"
+    )
+
+
+def _advice(quality: Quality, bound: Bound, format: str) -> str:
+    """Return what to try after a violated bound; only what can help."""
+    this = FORMATS[format]
+    # A recipe may have tightened the bound.
+    most_kl = _NEAR * max(bound.max_mean_kl, this.bound.max_mean_kl)
+    least = 1 - _NEAR * (1 - min(bound.min_top1_agreement, this.bound.min_top1_agreement))
+    near = quality.mean_kl <= most_kl and quality.top1_agreement >= least
+    if not near or this.bits_per_weight >= 16:
+        return (
+            "that is more than this format loses, so neither more bits nor another bound is the "
+            "remedy. The file does not hold the merged model, or the program computes it "
+            "differently: run merge and this step again, and report the model if it recurs"
+        )
+    wider = sorted(
+        (other.bits_per_weight, name)
+        for name, other in FORMATS.items()
+        if other.kind == this.kind and other.bits_per_weight > this.bits_per_weight
+    )
+    names = ", ".join(name for _, name in wider[:3])
+    bits = f"use a format with more bits ({names}), or " if wider else ""
+    return (
+        f"{bits}set quantize.max_mean_kl and quantize.min_top1_agreement for {format} if you "
+        "accept it"
     )
 
 

@@ -1,5 +1,6 @@
 """The command line `tuneline`; each panel of its help is a module of this package."""
 
+import errno
 import sys
 from typing import Annotated, NoReturn
 
@@ -42,10 +43,13 @@ def main() -> None:
     except TunelineError as error:
         _exit(str(error), error.exit_code)
     except OSError as error:
-        if error.filename is None:
+        # Of a copy, the second file is the one that is written.
+        name = error.filename2 or error.filename
+        if name is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         # A path that the user gave is missing, read-only or on a full disk.
-        _exit(f"{error.filename}: {error.strerror}", WorldError.exit_code)
+        where = f"{name}: " if name is not None else ""
+        _exit(f"{where}{error.strerror}", WorldError.exit_code)
 
 
 def _exit(message: str, exit_code: int) -> NoReturn:

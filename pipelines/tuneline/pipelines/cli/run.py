@@ -10,10 +10,11 @@ import subprocess
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
+from rich.markup import escape
 from rich.table import Column, Table
 
 from tuneline.artifacts import RunSummary
@@ -24,7 +25,11 @@ from tuneline.pipelines.cli.terminal import console, say
 from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_events, watch
 from tuneline.pipelines.recipe_reference import recipe_reference
 from tuneline.recipe import Recipe, load_recipe
+from tuneline.recorded_recipe import without_secrets
 from tuneline.report.failed import render_failed
+from tuneline.runtime.causes import explain
+from tuneline.runtime.events import failed_run, step_runs
+from tuneline.runtime.redaction import redacted
 from tuneline.runtime.source_names import claim_problem, is_claim
 
 PANEL = "Recipes and local runs"
@@ -73,23 +78,32 @@ def run(
         raise OutputExistsError(f"{run_dir} exists: wait a second and run again")
     (run_dir / ARTIFACTS_DIR).mkdir(parents=True)
     (run_dir / RECIPE_FILE).write_text(
-        yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+        yaml.safe_dump(without_secrets(loaded.model_dump(mode="json")), sort_keys=False),
+        encoding="utf-8",
     )
-    console.print(f"[bold]{loaded.name}[/bold]: {loaded.base_model} on {loaded.data_names}")
+    console.print(f"[bold]{loaded.name}[/bold]: ", end="")
+    console.print(redacted(f"{loaded.base_model} on {loaded.data_names}"), markup=False)
     console.print(f"run: {run_dir}\n", highlight=False)
     events_path = run_dir / ARTIFACTS_DIR / EVENTS_FILE
     exit_code = _execute(run_dir, loaded, runner, events_path)
     page = _write_report(run_dir)
     if exit_code != 0:
-        failures = [event for event in read_events(events_path) if event["event"] == "failed"]
-        cause = (
-            f"step {failures[-1]['step']} failed: {failures[-1]['message']}"
-            if failures
-            else f"the pipeline ended with exit code {exit_code}"
-        )
+        cause = _cause(read_events(events_path), exit_code)
         raise WorldError(f"{cause}\nlog: {run_dir / LOG_FILE}\nreport: {page}")
     _print_summary(run_dir)
     console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+
+
+def _cause(events: list[dict[str, Any]], exit_code: int) -> str:
+    """Return which step failed, and why, as far as the events tell."""
+    failed = [run for run in step_runs(events) if run.status == "failed"]
+    last = failed[-1] if failed else failed_run(step_runs(events))
+    if last is None:
+        return f"the pipeline ended with exit code {exit_code}, before or after all steps"
+    if last.status == "failed":
+        return f"step {last.step} failed: {last.message}"
+    explained = explain(last)
+    return f"step {last.step} failed: {explained.cause} {explained.advice}"
 
 
 @app.command(rich_help_panel=PANEL)
@@ -257,11 +271,13 @@ def _print_summary(run_dir: Path) -> None:
             export.format,
             f"{export.num_bytes / 1e6:.1f}",
             f"{export.bits_per_weight:.2f}",
-            " ".join(export.generated.split())[:60],
+            escape(" ".join(export.generated.split())[:60]),
         )
     console.print()
     console.print(scores)
     console.print()
     console.print(exports)
     colour = "green" if summary.verdict == "promote" else "yellow"
-    console.print(f"\n[bold {colour}]{summary.verdict}[/]: {summary.reason}", soft_wrap=True)
+    console.print(
+        f"\n[bold {colour}]{summary.verdict}[/]: {escape(summary.reason)}", soft_wrap=True
+    )

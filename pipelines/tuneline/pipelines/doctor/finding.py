@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tuneline.runtime.attempt_causes import explain_attempt
-from tuneline.runtime.causes import CAUSES, Cause
+from tuneline.runtime.cause_table import CAUSES, Cause
 from tuneline.runtime.kfp_run import Attempt
 from tuneline.runtime.secrets import mask_within
 

@@ -1,0 +1,78 @@
+"""Read YAML that others wrote, within bounds.
+
+A few hundred bytes of YAML can stand for gigabytes: every alias (`*name`) repeats the value of its
+anchor, and anchors may hold aliases ("billion laughs"). Deep nesting ends in a RecursionError.
+"""
+
+from typing import Any
+
+import yaml
+
+from tuneline.errors import DataError
+
+MAX_BYTES = 4 << 20
+MAX_DEPTH = 100
+MAX_NODES = 200_000
+"""Bounds of a document: its size, its nesting, and its values with every alias written out."""
+
+
+def load_yaml(text: str, *, where: str = "the document") -> Any:
+    """Read a YAML document of plain values.
+
+    Args:
+        text: the document.
+        where: its name, for messages.
+
+    Raises:
+        DataError: the document exceeds a bound.
+        yaml.YAMLError: the text is not YAML.
+    """
+    if len(text) > MAX_BYTES:
+        raise DataError(
+            f"{where} has {len(text):,} characters of YAML, but at most {MAX_BYTES:,} are read"
+        )
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None:
+            _check(root, where)
+    except RecursionError:
+        raise DataError(f"{where} is nested deeper than YAML is read: simplify it") from None
+    return yaml.safe_load(text)
+
+
+def _check(root: yaml.Node, where: str) -> None:
+    """Check the size and the depth of a document with its aliases written out."""
+    num_nodes, depth = _size(root, {}, set(), where)
+    if num_nodes > MAX_NODES or depth > MAX_DEPTH:
+        raise DataError(
+            f"{where} stands for {num_nodes:,} values, nested {depth} deep, once its aliases are "
+            f"written out, but at most {MAX_NODES:,} values and a depth of {MAX_DEPTH} are read"
+        )
+
+
+def _size(
+    node: yaml.Node, known: dict[int, tuple[int, int]], open_: set[int], where: str
+) -> tuple[int, int]:
+    """Return the number of values in a node, and its depth.
+
+    Args:
+        node: the node.
+        known: the results so far, by the nodes' identities: the value of an alias is measured once.
+        open_: identities of the nodes that contain this one.
+        where: name of the document, for messages.
+    """
+    if id(node) in known:
+        return known[id(node)]
+    if id(node) in open_:
+        raise DataError(f"{where} has an alias that contains itself")
+    open_.add(id(node))
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    sizes = [_size(child, known, open_, where) for child in children]
+    open_.discard(id(node))
+    total = 1 + sum(number for number, _ in sizes)
+    known[id(node)] = total, 1 + max((depth for _, depth in sizes), default=0)
+    return known[id(node)]

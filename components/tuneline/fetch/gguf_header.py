@@ -1,0 +1,88 @@
+"""Check the counts in the header of a GGUF file before a reader trusts them.
+
+The readers of gguf and transformers allocate and loop by the counts that a file states. A file of a
+hundred bytes may state 2^60 values.
+"""
+
+import os
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+from tuneline.errors import ModelError
+
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of a value, by the number of its type."""
+_STRING, _ARRAY = 8, 9
+_SMALLEST_ENTRY = 13
+"""Fewest bytes of a key with its value: a length, a type and one byte."""
+_SMALLEST_TENSOR = 24
+"""Fewest bytes of a tensor's entry: a name's length, a number of dimensions, a type, an offset."""
+_MAX_ARRAY_DEPTH = 8
+
+
+def check_header(path: Path) -> None:
+    """Check that every count in the header fits into the file.
+
+    Raises:
+        ModelError: the file is not GGUF, or states more than it holds.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            _walk(file, size)
+        except (ValueError, struct.error) as error:
+            raise ModelError(
+                f"{path} is not a whole GGUF file ({error}): download it again, or name the "
+                "safetensors model that it was made from"
+            ) from None
+
+
+def _walk(file: BinaryIO, size: int) -> None:
+    if file.read(4) != b"GGUF":
+        raise ValueError("it does not begin with the letters GGUF")
+    _, num_tensors, num_entries = struct.unpack("<IQQ", file.read(20))
+    if num_tensors * _SMALLEST_TENSOR + num_entries * _SMALLEST_ENTRY > size:
+        raise ValueError(
+            f"its header states {num_tensors} tensors and {num_entries} keys, more than its {size} "
+            "bytes can hold"
+        )
+    for _ in range(num_entries):
+        _skip(file, struct.unpack("<Q", file.read(8))[0], size)
+        _skip_value(file, struct.unpack("<I", file.read(4))[0], size, depth=0)
+
+
+def _skip_value(file: BinaryIO, kind: int, size: int, *, depth: int) -> None:
+    """Move behind a value.
+
+    Args:
+        file: the file, at the value.
+        kind: number of the value's type.
+        size: size of the file in bytes.
+        depth: number of arrays that the value is in.
+    """
+    if kind == _STRING:
+        _skip(file, struct.unpack("<Q", file.read(8))[0], size)
+    elif kind == _ARRAY:
+        inner, count = struct.unpack("<IQ", file.read(12))
+        if depth > _MAX_ARRAY_DEPTH:
+            raise ValueError(f"its arrays are nested deeper than {_MAX_ARRAY_DEPTH}")
+        if inner in _SIZES:
+            _skip(file, count * _SIZES[inner], size)
+            return
+        # A string or an array has at least the 8 bytes of its length.
+        if file.tell() + 8 * count > size:
+            raise ValueError(f"an array states {count} values, more than the file can hold")
+        for _ in range(count):
+            _skip_value(file, inner, size, depth=depth + 1)
+    elif kind in _SIZES:
+        _skip(file, _SIZES[kind], size)
+    else:
+        raise ValueError(f"a value has the unknown type {kind}")
+
+
+def _skip(file: BinaryIO, num_bytes: int, size: int) -> None:
+    """Move ahead within the file."""
+    if file.tell() + num_bytes > size:
+        raise ValueError(f"a value states {num_bytes} bytes, more than the file has left")
+    file.seek(num_bytes, os.SEEK_CUR)
