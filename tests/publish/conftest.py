@@ -102,7 +102,12 @@ def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path
         measured |= {"tokens_per_second": 61.7}
         if kind == "gguf":
             modelfile = b'FROM ./model.gguf\nPARAMETER stop "</s>"\n'
-            files = {"model__gguf": os.urandom(2048), "Modelfile": modelfile}
+            files = {
+                "model__gguf": os.urandom(2048),
+                "Modelfile": modelfile,
+                "template": b"{{ .Prompt }}",
+                "params": b'{"stop": ["</s>"]}',
+            }
         QuantizedModel(
             format=name,
             kind=kind,

@@ -98,13 +98,13 @@ def test_what_people_wrote_and_added_stays_on_the_hub(run_dir: Path, hub) -> Non
     files = hub.repos["me/mine-gguf"]["files"]
     files["README.md"] = ("regular", edit(files["README.md"][1].decode()).encode())
     files["curve.png"] = ("regular", b"png")
-    files["params"] = ("regular", b"{}")
+    files["system"] = ("regular", b"{}")
     hub.repos["me/mine-gguf"]["commits"].append("e" * 40)
     write_again(run_dir, {"q8_0": {"bits_per_weight": 8.7}})
     done = to_hub(run_dir, hub, "two")
     assert done.returncode == 0, done.stderr
     assert "somebody edited the part of README.md between tuneline's markers" in done.stderr
-    assert files["curve.png"][1] == b"png" and files["params"][1] == b"{}"
+    assert files["curve.png"][1] == b"png" and files["system"][1] == b"{}"
     card = files["README.md"][1].decode()
     assert front_matter(card)["pipeline_tag"] == "text2text-generation"
     assert front_matter(card)["co2_eq_emissions"] == 3

@@ -38,7 +38,7 @@ verbatim  the template knows no reasoning and writes the content as it is
 dropped   the template removes reasoning from every answer
 """
 
-_VARIANTS = (
+_VARIANTS: tuple[dict[str, Any], ...] = (
     {"enable_thinking": True},
     {"enable_thinking": False},
     {"thinking": True},

@@ -8,6 +8,7 @@ from tuneline.artifacts import PREFERENCE_METHODS
 from tuneline.html.units import count
 from tuneline.pipelines.plan.check import Check
 from tuneline.pipelines.plan.estimate import ASSUMED_LENGTH
+from tuneline.prepare.datasets import parse
 from tuneline.recipe import Recipe
 from tuneline.train.batch_size import batch_size
 
@@ -34,13 +35,13 @@ def check_optimizer_steps(recipe: Recipe) -> Iterator[Check]:
     words = (
         f"one optimizer step per {size} packs of {length} tokens ({count(size * length)} tokens)"
     )
-    num_bytes = _num_bytes(Path(recipe.dataset))
+    num_bytes = _num_bytes(recipe)
     if num_bytes is None:
         yield Check("steps", "ok", words)
         return
     num_packs = math.ceil(num_bytes / BYTES_PER_TOKEN / length)
     num_steps = math.ceil(train.num_train_epochs * math.ceil(num_packs / size))
-    words += f": about {count(num_steps)} for the {count(num_bytes)} bytes of {recipe.dataset}"
+    words += f": about {count(num_steps)} for the {count(num_bytes)} bytes of {recipe.data_names}"
     if num_steps >= FEW_STEPS:
         yield Check("steps", "ok", words)
         return
@@ -51,7 +52,12 @@ def check_optimizer_steps(recipe: Recipe) -> Iterator[Check]:
     yield Check("steps", "warn", f"{words}, in which an adapter learns little", advice)
 
 
-def _num_bytes(path: Path) -> int | None:
-    """Return the size of a local file of text, or None."""
-    is_text = path.suffix in _TEXT_SUFFIXES and path.is_file()
-    return path.stat().st_size if is_text else None
+def _num_bytes(recipe: Recipe) -> int | None:
+    """Return the size of the local files of text, times their weights; None if it is not known."""
+    total = 0.0
+    for entry in parse(recipe.data, recipe.prepare):
+        path = Path(entry.source)
+        if path.suffix not in _TEXT_SUFFIXES or not path.is_file():
+            return None
+        total += entry.weight * path.stat().st_size
+    return round(total)
