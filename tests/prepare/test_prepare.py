@@ -312,3 +312,13 @@ def test_korean_text_is_tokenised_losslessly(prepare, tokenizer) -> None:
     decoded = [tokenizer.decode(row["input_ids"][:-1]) for row in done.rows()]
     assert len(decoded) == 30
     assert set(decoded) <= known
+
+
+def test_rows_with_one_reason_are_named_once(prepare) -> None:
+    rows = [{"prompt": f"{n}?", "completion": "" if n % 2 else "a"} for n in range(8)]
+    rows[4] = {"prompt": "4?", "completion": 4}
+    with pytest.raises(DataError) as error:
+        prepare(rows)
+    message = str(error.value)
+    assert re.search(r"line 2 and 3 more: completion is empty; .* line 5: completion is a", message)
+    assert message.count("is empty") == 1

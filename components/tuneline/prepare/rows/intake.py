@@ -25,7 +25,7 @@ from tuneline.prepare.tokens.templates import TEMPLATES
 logger = logging.getLogger(__name__)
 
 _NUM_NAMED = 3
-"""Number of unusable rows whose reasons an error message quotes."""
+"""Number of reasons that an error message quotes."""
 _BATCH = 256
 """Number of rows per batch."""
 _MAX_ROWS_TO_DETECT = 16 * _BATCH
@@ -50,8 +50,8 @@ class Intake:
     """Format of the rows; "auto" until the format is recognised."""
     num_rows: int = 0
     num_rejected: int = 0
-    first_rejected: list[str] = field(default_factory=list)
-    """The first unusable rows: file, line and reason."""
+    reasons: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """The first reasons why rows are unusable -> file and line of the first row, number of rows."""
     unused: Counter[str] = field(default_factory=Counter)
     """Column, or key of messages, that is not used -> number of usable rows with a value in it."""
 
@@ -207,8 +207,9 @@ def _reject(
             reason = f"{theirs} ({ours}){reason.removeprefix(ours)}"
             break
     intake.num_rejected += 1
-    if len(intake.first_rejected) < _NUM_NAMED:
-        intake.first_rejected.append(f"{row.file} line {row.line}: {reason}")
+    place, num_rows = intake.reasons.get(reason, (f"{row.file} line {row.line}", 0))
+    if num_rows or len(intake.reasons) < _NUM_NAMED:
+        intake.reasons[reason] = place, num_rows + 1
     excerpt = "" if row.values is None else _excerpt(row.values)
     entry = {"source": row.file, "line": row.line, "reason": reason, "row": excerpt}
     rejected.write(json.dumps(entry) + "\n")
@@ -225,8 +226,11 @@ def _check_share(intake: Intake, config: PrepareConfig, source: str) -> None:
     if not intake.num_rejected:
         return
     share = intake.num_rejected / intake.num_rows
-    named = "; ".join(intake.first_rejected)
-    more = intake.num_rejected - len(intake.first_rejected)
+    named = "; ".join(
+        f"{place}{f' and {num_rows - 1} more' if num_rows > 1 else ''}: {reason}"
+        for reason, (place, num_rows) in intake.reasons.items()
+    )
+    more = intake.num_rejected - sum(num_rows for _, num_rows in intake.reasons.values())
     named += f"; and {more} more" if more else ""
     message = (
         f"{intake.num_rejected} of {intake.num_rows} rows of {source} cannot be used ({named})"
