@@ -115,8 +115,8 @@ def test_scores_against_single_sequences(
     # Over all tokens, not the mean of the rows' means.
     assert result.tasks["heldout_perplexity"].value == pytest.approx(nats / num_tokens, abs=1e-5)
     assert not result.tasks["heldout_perplexity"].higher_is_better
-    # What writing adds: the time, the files' hashes, versions, settings, what it goes back to.
-    added = {"created_at", "files", "environment", "settings", "made_from"}
+    # What writing adds: the time, hashes, versions, settings, what it goes back to.
+    added = {"created_at", "files", "environment", "settings", "made_from", "record_sha256"}
     kept = Scores.read(scores_dir)
     assert result.model_dump(exclude=added) == kept.model_dump(exclude=added)
     assert set(kept.made_from) == {"dataset", "base_model"}

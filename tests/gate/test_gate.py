@@ -251,7 +251,8 @@ def test_verify_finds_a_verdict_that_was_changed(tmp_path: Path) -> None:
     assert [found.differences for found in verify(directory)] == [[]]
     path = directory / Decision.filename
     path.write_text(path.read_text().replace('"verdict": "hold"', '"verdict": "promote"'))
-    ((difference,),) = [found.differences for found in verify(directory)]
+    ((seal, difference),) = [found.differences for found in verify(directory)]
+    assert seal.startswith("decision.json ")
     assert difference.startswith("decision.json says promote, but by its own comparisons")
 
 

@@ -20,7 +20,10 @@ from tuneline.version import VERSION
 
 GPU_STEPS = {"train", "merge", "quantize-gptq", "evaluate", "evaluate-2"}
 LOOK_UPS = {"look-up-model", "look-up-data"}
-HUB_STEPS = {"fetch", "prepare", "evaluate", "evaluate-2", "publish", *LOOK_UPS}
+HUB_STEPS = {
+    *("fetch", "prepare", "collect-benchmarks", "evaluate", "evaluate-2", "publish"),
+    *LOOK_UPS,
+}
 
 EVERYTHING = {
     "profile": "a100-80g",

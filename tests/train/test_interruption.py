@@ -149,6 +149,8 @@ def _stop_in_evaluation(patched, number: int) -> None:
         model = load_base(*args, **kwargs)
 
         def forward(module, *_):
+            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                return  # Training has not begun: the model is asked whether it keeps packs apart.
             if not module.training and (not began or began[-1] != "evaluation"):
                 began.append("evaluation")
                 if began.count("evaluation") == number + 1:

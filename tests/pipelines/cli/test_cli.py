@@ -31,7 +31,7 @@ def tuneline(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_schema_is_the_recipes(tmp_path: Path) -> None:
     done = tuneline("schema", cwd=tmp_path)
     schema = json.loads(done.stdout)
-    assert schema["required"] == ["name", "base_model", "dataset", "publish_to"]
+    assert schema["required"] == ["name", "base_model", "publish_to"]
     assert schema["$defs"]["LoraConfig"]["properties"]["r"]["description"].startswith("Rank of")
 
 
