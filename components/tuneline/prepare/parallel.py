@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
-NUM_ALONE = 16
+NUM_ALONE = 4
 """Number of batches to process before the first worker is started."""
 _NUM_WAITING = 3
 """Largest number of batches per worker that are submitted and not yet yielded."""
