@@ -322,3 +322,12 @@ def test_rows_with_one_reason_are_named_once(prepare) -> None:
     message = str(error.value)
     assert re.search(r"line 2 and 3 more: completion is empty; .* line 5: completion is a", message)
     assert message.count("is empty") == 1
+
+
+def test_the_hash_depends_on_the_part_of_each_row(prepare) -> None:
+    rows = [{"prompt": f"Question {n}?", "completion": f"Answer {n}."} for n in range(20)]
+    hashes = {
+        prepare(rows, eval_share=share, heldout={"max_rows": held}).manifest.sha256
+        for share, held in ((0, 0), (0.1, 0), (0, 2), (0.1, 2))
+    }
+    assert len(hashes) == 4

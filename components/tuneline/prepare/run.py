@@ -144,7 +144,7 @@ def run(
             remains = measure(encoded, max_seq_length, config.method)
             check_remains(source, order, encoded, remains, max_seq_length)
             parts = divide(source, collected, order, encoded, remains, config, work)
-            digest.update(parts.uses.tobytes())
+            digest.update(parts.parts.tobytes() + parts.uses.tobytes())
             digest.update(f"max_seq_length {max_seq_length}".encode())
             heldout, num_undesirable = _read_heldout(
                 spool, [order.rows[row] for row in parts.rows(Part.HELDOUT)]
