@@ -95,7 +95,7 @@ def test_a_mapped_column_that_no_row_has_is_refused(prepare, format, missing) ->
 def test_a_file_without_a_readable_row_says_why(prepare, tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("not JSON\n" * 3)
-    with pytest.raises(DataError, match="3 of 3 rows .* line 1: not JSON"):
+    with pytest.raises(DataError, match="3 of 3 rows .* line 1 and 2 more: not JSON"):
         prepare(path, columns=COLUMNS)
 
 
