@@ -71,11 +71,11 @@ class ShingleFile:
         batches = (range(n, min(n + _BATCH, len(words))) for n in range(0, len(words), _BATCH))
         for _, (values, counts) in in_order(shingles, batches, num_alone=64):
             places = values % size
-            numpy.add.at(self._counts, places, 1)
+            # An operand of another type would make this ten times slower.
+            numpy.add.at(self._counts, places, numpy.uint8(1))
             self._counts[places] = numpy.minimum(self._counts[places], _FULL)
             self._file.write(values.tobytes())
-            for end in self._ends[-1] + numpy.cumsum(counts):
-                self._ends.append(end)
+            self._ends.extend((self._ends[-1] + numpy.cumsum(counts)).tolist())
 
     def __len__(self) -> int:
         return len(self._ends) - 1

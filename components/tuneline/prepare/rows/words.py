@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
 from zlib import crc32
 
@@ -111,10 +112,7 @@ class WordFile:
     def append(self, words: bytes, counts: Sequence[int]) -> None:
         """Append rows: the word hashes of all of them, and the number of words of each."""
         self._file.write(words)
-        end = self._starts[-1]
-        for count in counts:
-            end += count
-            self._starts.append(end)
+        self._starts.extend(accumulate(counts, initial=self._starts.pop()))
 
     def lengths(self) -> NDArray[numpy.int64]:
         """Return the number of words of each row."""
