@@ -23,8 +23,9 @@ def fingerprint(config: PrepareConfig, *, source: str, uploads_dir: str | None =
         DataError: there is no such file or dataset.
         HubError: the Hub could not be reached.
     """
-    named = _sources(parse(source, config), config)
-    placed = _sources(*locate(parse(source, config), config, uploads_dir))
+    datasets = parse(source, config)
+    named = _sources(datasets, config)
+    placed = _sources(*locate(datasets, config, uploads_dir))
     digest = hashlib.sha256()
     for (name, _), (place, revision) in zip(named, placed, strict=True):
         content = KINDS[kind_of(place)].fingerprint(place, revision)

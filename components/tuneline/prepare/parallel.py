@@ -32,6 +32,12 @@ def batched(rows: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield batch
 
 
+def ranges(total: int, size: int) -> Iterator[range]:
+    """Yield the numbers from 0 to `total` - 1 in ranges of `size`; the last one may be shorter."""
+    for first in range(0, total, size):
+        yield range(first, min(first + size, total))
+
+
 def in_order(
     function: Callable[[Batch], Result],
     batches: Iterable[Batch],

@@ -7,7 +7,7 @@ from typing import Any
 Row = dict[str, Any]
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Names under which datasets have the reasoning before an answer, in messages and columns."""
+"""Names under which datasets, and the messages that chat templates read, have the reasoning."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ import numpy
 from numpy.typing import NDArray
 
 from tuneline.artifacts import Contamination
-from tuneline.prepare.parallel import in_order
+from tuneline.prepare.parallel import in_order, ranges
 from tuneline.prepare.rows.words import Hashes, WordFile, hash_of, ngrams, word_hashes, words_of
 
 NUM_WORDS = 13
@@ -123,9 +123,8 @@ def _search(
             found[length] = numpy.intersect1d(present, values)
         return found
 
-    batches = (range(n, min(n + _BATCH, len(words))) for n in range(0, len(words), _BATCH))
     seen: dict[int, set[int]] = {length: set() for length in hashes}
-    for _, found in in_order(search, batches) if hashes else ():
+    for _, found in in_order(search, ranges(len(words), _BATCH)) if hashes else ():
         for length, values in found.items():
             seen[length].update(values.tolist())
     return {length: numpy.array(sorted(values), numpy.uint64) for length, values in seen.items()}

@@ -35,7 +35,7 @@ class Order:
     origins: NDArray[numpy.uint8]
     """Origin of each row."""
     priorities: NDArray[numpy.int64]
-    """Of the general rows, those with the lowest values are taken first."""
+    """Rank of each general row: rows with a low rank are mixed in first; 0 for other rows."""
 
 
 def num_wanted(general: GeneralConfig, num_own_rows: int) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy
 from numpy.typing import NDArray
 
-from tuneline.prepare.parallel import in_order
+from tuneline.prepare.parallel import in_order, ranges
 from tuneline.prepare.rows.words import WordBatch, WordFile
 
 MAX_SHINGLES = 300
@@ -68,7 +68,7 @@ class ShingleFile:
         def shingles(rows: range) -> tuple[Shingles, NDArray[numpy.int64]]:
             return shingles_of(words.read(rows.start, rows.stop).only(wanted[rows]))
 
-        batches = (range(n, min(n + _BATCH, len(words))) for n in range(0, len(words), _BATCH))
+        batches = ranges(len(words), _BATCH)
         for _, (values, counts) in in_order(shingles, batches, num_alone=64):
             places = values % size
             # An operand of another type would make this ten times slower.
@@ -93,6 +93,5 @@ class ShingleFile:
         return values[kept], numpy.repeat(numpy.array(rows), numpy.diff(ends))[kept]
 
     def batches(self) -> Iterator[range]:
-        """Yield the numbers of all rows in batches."""
-        for first in range(0, len(self), 4 * _BATCH):
-            yield range(first, min(first + 4 * _BATCH, len(self)))
+        """Return the numbers of all rows in batches."""
+        return ranges(len(self), 4 * _BATCH)

@@ -91,7 +91,7 @@ def split(
         groups: the groups of the rows.
         config: fractions, limits and the seed.
         holds_out_own: whether to hold out some of the dataset's own rows.
-        priorities: of the usable general rows, those with the lowest values are taken.
+        priorities: rank of each general row; usable rows with a low rank are mixed in first.
         weigh: returns how often each of the given training rows is used.
     """
     numbers = groups.numbers()

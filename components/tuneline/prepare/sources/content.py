@@ -18,6 +18,8 @@ from tuneline.prepare.sources.row import Remarks
 from tuneline.prepare.sources.stored import StoredFile
 
 UTF_8 = "utf-8"
+NOT_UTF8 = "not UTF-8 text; convert the file, e.g. with iconv -f CP949 -t UTF-8"
+"""Why a row with bytes that are not UTF-8 cannot be used."""
 _BLOCK_BYTES = 1 << 20
 _SAMPLE_BYTES = 1 << 18
 """Number of bytes from which an encoding is guessed."""
@@ -156,7 +158,7 @@ def find_encoding(file: StoredFile, encoding: str | None, remarks: Remarks) -> s
         return UTF_8
     lines = [line for line in sample.split(b"\n")[:-1] or [sample] if not line.isascii()]
     foreign = b"\n".join(lines)
-    num_wrong = sum(map(_is_half_surrogate, foreign.decode(UTF_8, errors="surrogateescape")))
+    num_wrong = sum(map(is_undecoded, foreign.decode(UTF_8, errors="surrogateescape")))
     num_high = len(foreign) - sum(byte < 0x80 for byte in foreign)
     if num_wrong < _MIN_BYTES or 2 * num_wrong < num_high:
         return UTF_8
@@ -180,7 +182,7 @@ def has_undecoded(text: str) -> bool:
     """Return whether a text of `open_text` has bytes that the encoding does not have."""
     if text.isascii():
         return False
-    return any(map(_is_half_surrogate, text))
+    return any(map(is_undecoded, text))
 
 
 def _sample(content: BinaryIO, head: bytes, *, is_local: bool) -> bytes | None:
@@ -216,7 +218,8 @@ def _utf_16(head: bytes) -> str | None:
     return name
 
 
-def _is_half_surrogate(character: str) -> bool:
+def is_undecoded(character: str) -> bool:
+    """Return whether a character of `open_text` is a byte that the encoding does not have."""
     return "\udc80" <= character <= "\udcff"
 
 

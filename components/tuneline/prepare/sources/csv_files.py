@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from tuneline.errors import DataError
-from tuneline.prepare.sources.content import has_undecoded, open_text
+from tuneline.prepare.sources.content import NOT_UTF8, UTF_8, has_undecoded, open_text
 from tuneline.prepare.sources.row import Remarks, SourceRow
 from tuneline.prepare.sources.stored import StoredFile
 
@@ -175,9 +175,7 @@ def _cells(
         reason = f"{len(cells)} fields, but the header has {len(header)}"
         return SourceRow(file.name, number, reason=reason)
     if any(map(has_undecoded, cells)):
-        reason = "not UTF-8 text; convert the file, e.g. with iconv -f CP949 -t UTF-8"
-        if encoding != "utf-8":
-            reason = f"not {encoding} text"
+        reason = NOT_UTF8 if encoding == UTF_8 else f"not {encoding} text"
         return SourceRow(file.name, number, reason=reason)
     if any("\0" in cell for cell in cells):
         return SourceRow(file.name, number, reason="a field holds a NUL character")

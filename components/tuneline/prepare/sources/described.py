@@ -8,6 +8,7 @@ import yaml
 from datasets.data_files import sanitize_patterns
 from fsspec.utils import glob_translate
 
+from tuneline.bounded_yaml import load_yaml
 from tuneline.errors import DataError
 from tuneline.prepare.sources.files import can_read
 from tuneline.prepare.sources.row import DEFAULT_SPLIT, Selection
@@ -56,7 +57,7 @@ def card_configs(card: StoredFile) -> list[dict[str, Any]]:
         text = opened.read().decode("utf-8", errors="replace")
     match = _FRONT_MATTER.match(text)
     try:
-        content = yaml.safe_load(match[1]) if match else None
+        content = load_yaml(match[1], where=f"the dataset card {card.name}") if match else None
     except yaml.YAMLError as error:
         raise DataError(
             f"the dataset card {card.name} is not YAML: {' '.join(str(error).split())[:120]}"

@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator
 from tuneline.errors import DataError
 from tuneline.prepare.sources.arrow_files import read_arrow, read_parquet
 from tuneline.prepare.sources.content import (
+    NOT_UTF8,
     explain_broken,
     find_encoding,
     has_undecoded,
+    is_undecoded,
     open_text,
     suffixes_of,
 )
 from tuneline.prepare.sources.csv_files import read_csv, read_tsv
-from tuneline.prepare.sources.json_files import NOT_UTF8, read_json, read_jsonl
+from tuneline.prepare.sources.json_files import read_json, read_jsonl
 from tuneline.prepare.sources.row import Remarks, SourceRow
 from tuneline.prepare.sources.stored import StoredFile
 
@@ -86,7 +88,7 @@ def _read_text(file: StoredFile, encoding: str, remarks: Remarks) -> Iterator[So
     with open_text(file, encoding) as opened:
         text = opened.read().removeprefix("\ufeff")
     if has_undecoded(text):
-        index = next(place for place, mark in enumerate(text) if "\udc80" <= mark <= "\udcff")
+        index = next(place for place, mark in enumerate(text) if is_undecoded(mark))
         yield SourceRow(file.name, text[:index].count("\n") + 1, reason=NOT_UTF8)
     elif text:
         yield SourceRow(file.name, 1, {"text": text})

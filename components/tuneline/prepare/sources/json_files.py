@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from tuneline.errors import DataError
-from tuneline.prepare.sources.content import UTF_8, has_undecoded, open_content, open_text
+from tuneline.prepare.sources.content import (
+    NOT_UTF8,
+    UTF_8,
+    has_undecoded,
+    open_content,
+    open_text,
+)
 from tuneline.prepare.sources.row import SourceRow
 from tuneline.prepare.sources.stored import StoredFile
 
-NOT_UTF8 = "not UTF-8 text; convert the file, e.g. with iconv -f CP949 -t UTF-8"
 _CUT_OFF = "the line ends inside a JSON value: the file was cut off"
 
 

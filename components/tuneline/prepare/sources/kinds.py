@@ -163,10 +163,7 @@ def _fingerprint_files(source: str, revision: str | None) -> str:
             digest.update(f"{file.version}\0".encode())
         else:
             with file.open() as opened:
-                content = hashlib.sha256()
-                while block := opened.read(1 << 20):
-                    content.update(block)
-            digest.update(content.digest())
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
 
 

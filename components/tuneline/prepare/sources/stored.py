@@ -9,6 +9,7 @@ import glob
 import io
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,8 +59,7 @@ class StoredFile:
             return self.open()
         copy: IO[bytes] = tempfile.TemporaryFile()
         with self.open() as opened:
-            while block := opened.read(_BLOCK_BYTES):
-                copy.write(block)
+            shutil.copyfileobj(opened, copy, _BLOCK_BYTES)
         copy.seek(0)
         return cast(BinaryIO, copy)
 

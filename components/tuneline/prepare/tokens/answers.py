@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuneline.prepare.formats.example import BadRowError, Message
+from tuneline.prepare.formats.reading import REASONING
 from tuneline.prepare.tokens.compiled import CompiledTemplate
 from tuneline.prepare.tokens.probe import (
     MARKER,
     OPEN_THINK,
-    REASONING_KEYS,
     TemplateFacts,
     prompts,
 )
@@ -58,7 +58,7 @@ def shape(message: Message, facts: TemplateFacts) -> Message:
         return {**shaped, "content": f"<think>\n{reasoning.strip()}\n</think>\n\n{content}"}
     if facts.reasoning == "opened":
         return {**shaped, "reasoning": reasoning.strip()}
-    return {**shaped, **dict.fromkeys(REASONING_KEYS, reasoning)}
+    return {**shaped, **dict.fromkeys(REASONING, reasoning)}
 
 
 def write_answer(
@@ -89,7 +89,7 @@ def write_answer(
         for prompt in candidates
         if len(prompt) <= content_start and text.startswith(prompt)
     }
-    reasoning = message.get("reasoning") or message.get(REASONING_KEYS[0]) or ""
+    reasoning = message.get("reasoning") or message.get(REASONING[0]) or ""
     if not starts or (reasoning and facts.reasoning == "opened"):
         written = Written(text, [], content_start, content_end, end)
         return _compose(written, candidates, reasoning, message, facts)

@@ -92,3 +92,16 @@ class CompiledTemplate:
         except _REFUSALS as error:
             raise BadRowError(f"the chat template refuses the row: {error}") from None
         return text
+
+    def attempt(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        prompt: bool = False,
+    ) -> str:
+        """Return the messages as text, as `render` does; "" if the template refuses them."""
+        try:
+            return self.render(messages, tools, prompt=prompt)
+        except BadRowError:
+            return ""

@@ -7,13 +7,14 @@ is what the template adds. All rows rely on these facts, so no fact depends on t
 import datetime
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any, Literal
 
 from tuneline.errors import DataError
 from tuneline.prepare.formats.example import BadRowError
+from tuneline.prepare.formats.reading import REASONING
 from tuneline.prepare.tokens.compiled import CompiledTemplate
 from tuneline.prepare.tokens.probe_tools import ToolFacts, probe_tools
 
@@ -23,8 +24,6 @@ MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 """A marker of a template, such as <|im_end|>, </s> or [/INST]."""
 OPEN_THINK = re.compile(r"<think>\s*\Z")
 """The end of a generation prompt that opens the model's reasoning."""
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message under which templates look for reasoning."""
 _PART_OF_MARKER = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 
 ReasoningStyle = Literal["key", "inline", "opened", "verbatim", "dropped"]
@@ -161,14 +160,6 @@ def _assistant(content: str, **keys: Any) -> Mapping[str, Any]:
     return {"role": "assistant", "content": content, **keys}
 
 
-def _attempt(render: Callable[[], str]) -> str:
-    """Return the rendered text; "" if the template refuses the messages."""
-    try:
-        return render()
-    except BadRowError:
-        return ""
-
-
 def _around_answers(template: CompiledTemplate) -> tuple[str, str, str, bool]:
     """Return the texts before the last answer, after it, and between an answer and a question.
 
@@ -190,7 +181,7 @@ def _around_answers(template: CompiledTemplate) -> tuple[str, str, str, bool]:
         )
     between = _between(short, _QUESTION, _ANSWER)
     tail = short[short.rindex(_ANSWER) + len(_ANSWER) :]
-    long = _attempt(lambda: template.render([*turn, _user(_NEXT), _assistant(_LAST)]))
+    long = template.attempt([*turn, _user(_NEXT), _assistant(_LAST)])
     if not all(long.count(word) == 1 for word in (_QUESTION, _ANSWER, _NEXT, _LAST)):
         return between, tail, tail, False
     is_stable = (
@@ -249,12 +240,12 @@ def _reasoning(
     template: CompiledTemplate, default: str, endings: tuple[tuple[str, str], ...]
 ) -> tuple[ReasoningStyle, str]:
     """Return the style, and the text of an answer with reasoning ("" if there is none)."""
-    keys = dict.fromkeys(REASONING_KEYS, _REASON)
-    text = _attempt(lambda: template.render([_user(_QUESTION), _assistant(_ANSWER, **keys)]))
+    keys = dict.fromkeys(REASONING, _REASON)
+    text = template.attempt([_user(_QUESTION), _assistant(_ANSWER, **keys)])
     if text.count(_REASON) == 1 and text.index(_REASON) < text.rfind(_ANSWER):
         return "key", text
     content = f"<think>\n{_REASON}\n</think>\n\n{_ANSWER}"
-    text = _attempt(lambda: template.render([_user(_QUESTION), _assistant(content)]))
+    text = template.attempt([_user(_QUESTION), _assistant(content)])
     if _REASON in text:
         return ("inline", text) if "</think>" in template.text else ("verbatim", "")
     if any(OPEN_THINK.search(prompt) for prompt in prompts(default, endings)):

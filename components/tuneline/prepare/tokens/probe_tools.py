@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
-from tuneline.prepare.formats.example import BadRowError
 from tuneline.prepare.tokens.compiled import CompiledTemplate
 
 _QUESTION = {"role": "user", "content": "tunelinequestion"}
@@ -45,16 +44,16 @@ class ToolFacts:
 
 def probe_tools(template: CompiledTemplate) -> ToolFacts:
     """Return how the template writes tools."""
-    shows_tools = _TOOL in _try(template, [_QUESTION], [_DEFINITION], prompt=True)
-    bare = _try(template, [_QUESTION], [_BARE_DEFINITION], prompt=True)
+    shows_tools = _TOOL in template.attempt([_QUESTION], [_DEFINITION], prompt=True)
+    bare = template.attempt([_QUESTION], [_BARE_DEFINITION], prompt=True)
     needs_whole = shows_tools and _TOOL not in bare
     tools = [_DEFINITION] if shows_tools else None
     for name, identifier in product(("object", "text"), (_LONG_ID, _SHORT_ID)):
         calls = [_QUESTION, _call(name, identifier)]
-        text = _try(template, calls, tools)
+        text = template.attempt(calls, tools)
         if not (_is_written(text) and _VALUE in text):
             continue
-        whole = _try(template, [*calls, *_results(identifier)], tools)
+        whole = template.attempt([*calls, *_results(identifier)], tools)
         if not whole and identifier == _LONG_ID:
             continue
         return ToolFacts(
@@ -64,7 +63,7 @@ def probe_tools(template: CompiledTemplate) -> ToolFacts:
             needs_short_ids=identifier == _SHORT_ID,
             shows_results=_RESULT in whole,
             shows_all_calls=_OTHER
-            in _try(template, [_QUESTION, _call(name, identifier, 2)], tools),
+            in template.attempt([_QUESTION, _call(name, identifier, 2)], tools),
             after_call=whole[len(text.rstrip()) :].partition(_RESULT)[0]
             if whole.startswith(text.rstrip())
             else "",
@@ -96,17 +95,3 @@ def _results(identifier: str) -> Sequence[Mapping[str, Any]]:
         {**result, "tool_call_id": f"{identifier[:-1]}1"},
         {"role": "assistant", "content": _ANSWER},
     ]
-
-
-def _try(
-    template: CompiledTemplate,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] | None,
-    *,
-    prompt: bool = False,
-) -> str:
-    """Return the rendered text; "" if the template refuses the messages."""
-    try:
-        return template.render(messages, tools, prompt=prompt)
-    except BadRowError:
-        return ""
