@@ -47,11 +47,11 @@ class StoredFile:
     modified: float | None
     """Time of the last change, in seconds since 1970; None if the store reports none."""
 
-    def open(self) -> BinaryIO:
+    def open(self) -> io.BufferedReader:
         """Open the file for reading its bytes in order."""
         if store_of(self.path) is None:
             return open(self.path, "rb")
-        return cast(BinaryIO, io.BufferedReader(_StoreReader(self), _BLOCK_BYTES))
+        return io.BufferedReader(_StoreReader(self), _BLOCK_BYTES)
 
     def open_seekable(self) -> BinaryIO:
         """Open the file for reading at any position; a file on the web is copied to a disk."""
