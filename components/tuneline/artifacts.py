@@ -110,11 +110,6 @@ class RunHeader(StrictModel):
     datasets: list[dict[str, Any]] = Field(default_factory=list)
     publish_to: str
 
-    @property
-    def data(self) -> str:
-        """The names of the datasets."""
-        return self.dataset or ", ".join(str(entry.get("source")) for entry in self.datasets)
-
     def check_exports(self, formats: Iterable[str]) -> None:
         """Check that a step got every export that the recipe asks for.
 
@@ -426,11 +421,6 @@ class TaskComparison(StrictModel):
     and 1."""
     outcome: Literal["better", "worse", "undecided"]
     role: ComparisonRole
-
-    @property
-    def target(self) -> bool:
-        """Return whether the task has to improve."""
-        return self.role == "target"
 
 
 class Decision(Record):
