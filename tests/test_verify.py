@@ -21,7 +21,7 @@ from tuneline.artifacts import (
 )
 from tuneline.errors import DataError, ProofError, WorldError
 from tuneline.merge import MergeConfig
-from tuneline.record import Record, broken_seal, hash_files, seal
+from tuneline.record import Record, broken_seal, hash_files, sealed_json
 from tuneline.runtime.environment import describe_environment
 from tuneline.train import TrainConfig
 from tuneline.verify import verify
@@ -91,11 +91,6 @@ def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path
     return tmp_path / "run"
 
 
-def sealed_again(path: Path, record: dict) -> None:
-    """Write a record with changed fields, as another environment would have written it."""
-    path.write_text(seal(json.dumps({**record, "record_sha256": ""}, indent=2) + "\n"))
-
-
 def differences(run_dir: Path) -> dict[str, list[str]]:
     return {found.path.name: found.differences for found in verify(run_dir)}
 
@@ -158,7 +153,7 @@ def test_everything_that_an_artifact_goes_back_to_is_held_against_what_is_here(
     path = adapter / "training.json"
     record = json.loads(path.read_text())
     record["environment"] |= {"torch": "1.0", "kernels": "0" * 12, "image": "train@sha256:abc"}
-    sealed_again(path, record)
+    path.write_text(sealed_json(record))  # as another environment would have written it
     of_base, of_data, of_adapter = differences(run_dir)["merged"]
     assert of_base.startswith(
         "made from the base_model 111111111111, but the one here is 333333333333: "
@@ -220,7 +215,7 @@ def test_a_record_without_its_hash_and_without_lineage(run_dir: Path) -> None:
 def test_an_ancestor_is_known_by_its_record_too(run_dir: Path) -> None:
     """The weights are the same, and the bound that they were held to is another."""
     path = run_dir / "merged" / "merge.json"
-    sealed_again(path, {**json.loads(path.read_text()), "max_mean_kl": 5.0})
+    path.write_text(sealed_json({**json.loads(path.read_text()), "max_mean_kl": 5.0}))
     found = differences(run_dir)
     assert found["merged"] == []
     assert found["q8_0"][0].startswith("made from the merged with the record ")
@@ -258,7 +253,7 @@ def test_other_versions_are_told_and_are_no_difference(run_dir: Path) -> None:
     torch = describe_environment()["torch"]
     record = json.loads(path.read_text())
     record["environment"]["torch"] = "1.0"
-    sealed_again(path, record)
+    path.write_text(sealed_json(record))
     (found,) = verify(run_dir / "q8_0")
     assert found.differences == [] and found.versions == [f"torch 1.0 there, {torch} here"]
 

@@ -100,6 +100,7 @@ def _push_one(api: HfApi, repo: StagedRepo, config: PublishConfig) -> PublishedR
         config.max_attempts,
     )
     tag = _call(f"tag {repo.repo}", partial(_tag, api, repo.repo, commit), config.max_attempts)
+    files = repo.files()
     return PublishedRepo(
         repo=repo.repo,
         kind=repo.kind,
@@ -107,8 +108,8 @@ def _push_one(api: HfApi, repo: StagedRepo, config: PublishConfig) -> PublishedR
         commit=commit,
         tag=tag,
         private=held.private,
-        num_files=len(repo.files()),
-        num_bytes=sum(path.stat().st_size for path in repo.files()),
+        num_files=len(files),
+        num_bytes=sum(path.stat().st_size for path in files.values()),
     )
 
 
@@ -133,7 +134,7 @@ def _look_up(api: HfApi, repo: StagedRepo, config: PublishConfig) -> _Held | Non
         return _call(what, partial(_read, api, repo.repo, name, commit), config.max_attempts)
 
     content = Previous(repo.repo, names, read_bundle(read(MARKER_FILE)), read(CARD_FILE))
-    check_ours(content, kind=repo.kind, names=repo.names())
+    check_ours(content, kind=repo.kind, names=repo.files().keys())
     if info.private is False and config.private:
         raise UserError(
             f"publish.private is true, but the repository {repo.repo} exists and is public, so "
@@ -226,11 +227,10 @@ def _has_files(api: HfApi, repo: StagedRepo, deleted: list[str], revision: str) 
         for entry in api.list_repo_tree(repo.repo, revision=revision, recursive=True)
         if isinstance(entry, RepoFile)
     }
-    local = {path.relative_to(repo.folder).as_posix(): path for path in repo.files()}
     return not remote.keys() & set(deleted) and all(
         name in remote
         and remote[name] == (_git_blob(path) if len(remote[name]) == 40 else sha256_of_file(path))
-        for name, path in local.items()
+        for name, path in repo.files().items()
     )
 
 
