@@ -69,7 +69,13 @@ def push(staged: list[StagedRepo], *, token: str, config: PublishConfig) -> list
     api = HfApi(endpoint=endpoint, token=token)
     _call("who am I", api.whoami, config.max_attempts)
     # All names are checked before anything is sent, so that no run is published only in part.
-    absent = [repo for repo in staged if _look_up(api, repo, config) is None]
+    absent = []
+    for repo in staged:
+        held = _look_up(api, repo, config)
+        if held is None:
+            absent.append(repo)
+        elif held.private is False and config.private is None:
+            logger.warning("%s exists and is public, so its new version is public too", repo.repo)
     created: list[str] = []
     try:
         for repo in absent:
@@ -141,8 +147,6 @@ def _look_up(api: HfApi, repo: StagedRepo, config: PublishConfig) -> _Held | Non
             "nothing was sent. Make the repository private in its settings on the Hub, or remove "
             "publish.private from the recipe"
         )
-    if info.private is False and config.private is None:
-        logger.warning("%s exists and is public, so its new version is public too", repo.repo)
     return _Held(commit, info.private, content)
 
 
