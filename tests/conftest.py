@@ -89,7 +89,7 @@ def tiny_model_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tuneline.record import hash_files, seal
+    from tuneline.record import hash_files, sealed_json
 
     path = tmp_path_factory.mktemp("tiny") / "model"
     shutil.copytree(smollm2_dir, path, ignore=shutil.ignore_patterns("*.safetensors*"))
@@ -119,8 +119,7 @@ def tiny_model_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
         num_bytes=(path / "model.safetensors").stat().st_size,
         files=hash_files(path, leave_out={"origin.json"}),
     )
-    origin["record_sha256"] = ""
-    (path / "origin.json").write_text(seal(json.dumps(origin, indent=2) + "\n"))
+    (path / "origin.json").write_text(sealed_json(origin))
     return path
 
 

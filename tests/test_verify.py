@@ -8,92 +8,38 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from small_records import new_export, new_merge, new_origin, new_training
 
 from tuneline.artifacts import (
     DatasetManifest,
     Decision,
     MergeProof,
     ModelOrigin,
-    QuantizedModel,
     Scores,
     TaskScore,
     TrainingSummary,
 )
 from tuneline.errors import DataError, ProofError, WorldError
 from tuneline.merge import MergeConfig
-from tuneline.record import Record, broken_seal, hash_files, seal
+from tuneline.record import Record, broken_seal, hash_files, sealed_json
 from tuneline.runtime.environment import describe_environment
 from tuneline.train import TrainConfig
 from tuneline.verify import verify
 
 
-def new_training() -> TrainingSummary:
-    return TrainingSummary(
-        method="sft",
-        num_steps=10,
-        num_tokens=900,
-        final_loss=0.5,
-        num_trainable_parameters=10,
-        num_parameters=1000,
-        base_quantization="nf4",
-        compute_dtype="float32",
-        device="cpu",
-        tokens_per_second=100.0,
-        peak_memory_bytes=1,
-        history=[],
-        base_sha256="1" * 64,
-        dataset_sha256="2" * 64,
-    )
-
-
-def new_origin() -> ModelOrigin:
-    return ModelOrigin(
-        source="org/base",
-        revision="a" * 40,
-        architecture="LlamaForCausalLM",
-        num_parameters=1,
-        num_bytes=1,
-        sha256="1" * 64,
-    )
-
-
 @pytest.fixture
 def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path:
     merged, export = tmp_path / "run" / "merged", tmp_path / "run" / "q8_0"
-    lineage = (new_origin(), new_dataset(sha256="2" * 64), new_training())
+    lineage = (new_origin(revision="a" * 40), new_dataset(sha256="2" * 64), new_training())
     for path in (merged, export):
         path.mkdir(parents=True)
     (merged / "model.safetensors").write_bytes(b"weights")
     (merged / "sub").mkdir()
     (merged / "sub" / "config.json").write_text("{}")
-    MergeProof(
-        base="dequantized",
-        dtype="bfloat16",
-        num_bytes=7,
-        num_shards=1,
-        num_merged_modules=7,
-        num_prompts=8,
-        max_logit_difference=0.1,
-        mean_kl=3e-4,
-        top1_agreement=0.99,
-        max_mean_kl=0.01,
-    ).write(merged, MergeConfig(), parents=lineage)
+    new_merge().write(merged, MergeConfig(), parents=lineage)
     (export / "model.gguf").write_bytes(b"gguf")
-    QuantizedModel(
-        format="q8_0",
-        kind="gguf",
-        file="model.gguf",
-        num_bytes=4,
-        bits_per_weight=8.5,
-        prompt="p",
-        generated="g",
-    ).write(export, parents=[MergeProof.read(merged)])
+    new_export().write(export, parents=[MergeProof.read(merged)])
     return tmp_path / "run"
-
-
-def sealed_again(path: Path, record: dict) -> None:
-    """Write a record with changed fields, as another environment would have written it."""
-    path.write_text(seal(json.dumps({**record, "record_sha256": ""}, indent=2) + "\n"))
 
 
 def differences(run_dir: Path) -> dict[str, list[str]]:
@@ -122,7 +68,7 @@ def test_an_export_of_another_model(
     """It says which settings and versions of the two are not the same."""
     record = MergeProof.read(run_dir / "merged")
     (run_dir / "merged" / "model.safetensors").write_bytes(b"trained again")
-    parents = (new_origin(), new_dataset(sha256="2" * 64), new_training())
+    parents = (new_origin(revision="a" * 40), new_dataset(sha256="2" * 64), new_training())
     record.write(run_dir / "merged", MergeConfig(dtype="float16"), parents=parents)
     found = differences(run_dir)
     assert found["merged"] == []
@@ -140,7 +86,7 @@ def test_everything_that_an_artifact_goes_back_to_is_held_against_what_is_here(
     base, data, adapter = (run_dir / name for name in ("base", "data", "adapter"))
     for path in (base, data, adapter):
         path.mkdir()
-    origin = new_origin()
+    origin = new_origin(revision="a" * 40)
     origin.write(base)
     dataset = new_dataset(sha256="2" * 64)
     dataset.write(data)
@@ -158,7 +104,7 @@ def test_everything_that_an_artifact_goes_back_to_is_held_against_what_is_here(
     path = adapter / "training.json"
     record = json.loads(path.read_text())
     record["environment"] |= {"torch": "1.0", "kernels": "0" * 12, "image": "train@sha256:abc"}
-    sealed_again(path, record)
+    path.write_text(sealed_json(record))  # as another environment would have written it
     of_base, of_data, of_adapter = differences(run_dir)["merged"]
     assert of_base.startswith(
         "made from the base_model 111111111111, but the one here is 333333333333: "
@@ -220,7 +166,7 @@ def test_a_record_without_its_hash_and_without_lineage(run_dir: Path) -> None:
 def test_an_ancestor_is_known_by_its_record_too(run_dir: Path) -> None:
     """The weights are the same, and the bound that they were held to is another."""
     path = run_dir / "merged" / "merge.json"
-    sealed_again(path, {**json.loads(path.read_text()), "max_mean_kl": 5.0})
+    path.write_text(sealed_json({**json.loads(path.read_text()), "max_mean_kl": 5.0}))
     found = differences(run_dir)
     assert found["merged"] == []
     assert found["q8_0"][0].startswith("made from the merged with the record ")
@@ -245,7 +191,7 @@ def test_inputs_that_were_made_from_different_models_are_refused(
         directory = tmp_path / label
         directory.mkdir()
         scores = Scores(model=label, tasks={"heldout_choice": score}, harness="lm-eval")
-        scores.write(directory, parents=[new_origin().model_copy(update={"sha256": digest})])
+        scores.write(directory, parents=[new_origin(sha256=digest)])
         sides.append(Scores.read(directory))
     decision = Decision(verdict="promote", reason="gain", comparisons=[])
     words = "two different artifacts called base_model: 1{12} and 9{12} .by way of the tuned_scores"
@@ -258,7 +204,7 @@ def test_other_versions_are_told_and_are_no_difference(run_dir: Path) -> None:
     torch = describe_environment()["torch"]
     record = json.loads(path.read_text())
     record["environment"]["torch"] = "1.0"
-    sealed_again(path, record)
+    path.write_text(sealed_json(record))
     (found,) = verify(run_dir / "q8_0")
     assert found.differences == [] and found.versions == [f"torch 1.0 there, {torch} here"]
 

@@ -10,7 +10,7 @@ import yaml
 
 from tuneline.errors import DataError
 
-MAX_BYTES = 4 << 20
+MAX_CHARACTERS = 4 << 20
 MAX_DEPTH = 100
 MAX_NODES = 200_000
 """Bounds of a document: its size, its nesting, and its values with every alias written out."""
@@ -27,17 +27,21 @@ def load_yaml(text: str, *, where: str = "the document") -> Any:
         DataError: the document exceeds a bound.
         yaml.YAMLError: the text is not YAML.
     """
-    if len(text) > MAX_BYTES:
+    if len(text) > MAX_CHARACTERS:
         raise DataError(
-            f"{where} has {len(text):,} characters of YAML, but at most {MAX_BYTES:,} are read"
+            f"{where} has {len(text):,} characters of YAML, but at most {MAX_CHARACTERS:,} are read"
         )
+    loader = yaml.SafeLoader(text)
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is not None:
-            _check(root, where)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _check(root, where)
+        return loader.construct_document(root)
     except RecursionError:
         raise DataError(f"{where} is nested deeper than YAML is read: simplify it") from None
-    return yaml.safe_load(text)
+    finally:
+        loader.dispose()
 
 
 def _check(root: yaml.Node, where: str) -> None:

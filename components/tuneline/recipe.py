@@ -22,6 +22,7 @@ from tuneline.quantize.config import QuantizeConfig
 from tuneline.strict_model import StrictModel
 from tuneline.train.batch_size import batch_size
 from tuneline.train.config import TrainConfig
+from tuneline.verdict import HELDOUT_PREFIX
 
 
 class Recipe(StrictModel):
@@ -83,7 +84,7 @@ class Recipe(StrictModel):
                 f"({', '.join(self.evaluate.tasks)})"
             )
         if self.prepare.heldout.max_rows == 0 and any(
-            task.startswith("heldout_") for task in self.evaluate.tasks
+            task.startswith(HELDOUT_PREFIX) for task in self.evaluate.tasks
         ):
             raise ValueError(
                 "evaluate.tasks needs held-out rows but prepare.heldout.max_rows is 0: set it to "
@@ -122,7 +123,7 @@ class Recipe(StrictModel):
     @property
     def uses_benchmarks(self) -> bool:
         """Whether a benchmark has questions of its own, i.e. is not made of held-out rows."""
-        return any(not task.startswith("heldout_") for task in self.evaluate.tasks)
+        return any(not task.startswith(HELDOUT_PREFIX) for task in self.evaluate.tasks)
 
     @property
     def data(self) -> str:

@@ -2,9 +2,10 @@
 
 import datetime
 import hashlib
+import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -203,6 +204,11 @@ def seal(text: str) -> str:
     return _SEAL.sub(rf"\g<1>{digest}\g<3>", text, count=1)
 
 
+def sealed_json(document: Mapping[str, Any]) -> str:
+    """Return a document as JSON with the SHA-256 of the text in its `record_sha256`."""
+    return seal(json.dumps({**document, "record_sha256": ""}, indent=2) + "\n")
+
+
 def is_sealed(text: str) -> bool:
     """Return whether a document states its own SHA-256, as `seal` writes it."""
     found = _SEAL.search(text)
@@ -228,12 +234,20 @@ def broken_seal(text: str) -> str:
 
 def hash_files(directory: str | Path, *, leave_out: set[str]) -> dict[str, str]:
     """Return the SHA-256 of every file in a directory, by its relative path."""
-    hashes = {}
-    for path in sorted(Path(directory).rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if path.is_file() and name not in leave_out:
-            hashes[name] = sha256_of_file(path)
-    return hashes
+    return {
+        name: sha256_of_file(path)
+        for name, path in files_below(directory).items()
+        if name not in leave_out
+    }
+
+
+def files_below(directory: str | Path) -> dict[str, Path]:
+    """Return every file in a directory and below, by its relative path."""
+    return {
+        path.relative_to(directory).as_posix(): path
+        for path in sorted(Path(directory).rglob("*"))
+        if path.is_file()
+    }
 
 
 def sha256_of_file(path: Path) -> str:

@@ -101,7 +101,7 @@ def recorded_recipe(
         publish: the section `publish` that the run has.
     """
     given = header.model_dump(mode="json")
-    evaluated = next((a for name, a in decision.made_from.items() if name == "tuned_scores"), None)
+    evaluated = decision.made_from.get("tuned_scores")
     used: dict[str, Mapping[str, Any]] = {
         "fetch": origin.settings,
         "prepare": dataset.settings,
@@ -112,8 +112,7 @@ def recorded_recipe(
         "gate": decision.settings,
         "publish": publish,
     }
-    values = dict(given)
-    values |= {"base_model": origin.source}
+    values = {**given, "base_model": origin.source}
     if not _are_alike("publish_to", header.publish_to, target):
         values["publish_to"] = target
     if given.get("dataset") is not None:

@@ -166,7 +166,7 @@ def _too_few(item: TaskComparison) -> str:
             f"{item.task} has {item.num_samples} samples, which weigh as much as "
             f"{item.effective_samples:.0f} equal ones (long answers weigh more), but a decision on "
             f"{item.metric} needs {MIN_EFFECTIVE_SAMPLES}: {_more_rows(item)}, or a target that is "
-            "right or wrong (heldout_choice, heldout_exact), which needs 20"
+            f"right or wrong (heldout_choice, heldout_exact), which needs {MIN_CLUSTERS}"
         )
     return ""
 

@@ -7,19 +7,9 @@ from pathlib import Path
 import hub_server
 import pytest
 from publish_cases import write_again
+from small_records import new_comparison, new_export, new_merge, new_origin, new_training
 
-from tuneline.artifacts import (
-    DatasetManifest,
-    Decision,
-    MergeProof,
-    ModelOrigin,
-    QuantizedModel,
-    Scores,
-    TaskComparison,
-    TaskScore,
-    TrainingPoint,
-    TrainingSummary,
-)
+from tuneline.artifacts import DatasetManifest, Decision, Scores, TaskScore, TrainingPoint
 from tuneline.train.config import TrainConfig
 
 
@@ -42,57 +32,25 @@ def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path
             path.joinpath(file.replace("__", ".")).write_bytes(content)
         return path
 
-    ModelOrigin(
-        source="org/base",
-        revision="a" * 40,
-        licence="Apache-2.0",
-        architecture="LlamaForCausalLM",
-        num_parameters=1000,
-        num_bytes=2000,
-        sha256="1" * 64,
-    ).write(directory("base"))
+    new_origin(revision="a" * 40, licence="Apache-2.0").write(directory("base"))
     new_dataset(
         source="/home/someone/private/rows.jsonl", num_train_rows=90, sha256="2" * 64
     ).write(directory("dataset"))
-    TrainingSummary(
-        method="sft",
-        num_steps=10,
-        num_tokens=900,
-        final_loss=0.5,
+    new_training(
         first_eval_loss=2.0,
         final_eval_loss=0.75,
-        num_trainable_parameters=10,
-        num_parameters=1000,
-        base_quantization="nf4",
-        compute_dtype="float32",
-        device="cpu",
-        tokens_per_second=100.0,
-        peak_memory_bytes=1,
         history=[
             TrainingPoint(step=0, eval_loss=2.0),
             *(TrainingPoint(step=step, loss=2.0 / step) for step in range(1, 41)),
             TrainingPoint(step=40, eval_loss=0.75),
         ],
-        base_sha256="1" * 64,
-        dataset_sha256="2" * 64,
     ).write(
         directory(
             "adapter", adapter_model__safetensors=b"adapter weights", adapter_config__json=b"{}"
         ),
         TrainConfig(),
     )
-    MergeProof(
-        base="dequantized",
-        dtype="bfloat16",
-        num_bytes=10,
-        num_shards=1,
-        num_merged_modules=7,
-        num_prompts=8,
-        max_logit_difference=0.1,
-        mean_kl=3e-4,
-        top1_agreement=0.99,
-        max_mean_kl=0.01,
-    ).write(directory("merged", model__safetensors=os.urandom(4096), config__json=b"{}"))
+    new_merge().write(directory("merged", model__safetensors=os.urandom(4096), config__json=b"{}"))
     for name, kind, file in (("q8_0", "gguf", "model.gguf"), ("gptq-4bit", "gptq", ".")):
         files = {"config__json": b"{}"}
         measured = {"mean_kl": 0.0069, "top1_agreement": 0.977, "perplexity": 1.5}
@@ -108,36 +66,18 @@ def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path
                 "template": b"{{ .Prompt }}",
                 "params": b'{"stop": ["</s>"]}',
             }
-        QuantizedModel(
+        new_export(
             format=name,
             kind=kind,
             file=file,
             num_bytes=2048,
-            bits_per_weight=8.5,
-            prompt="p",
             generated="an answer",
             **(measured if file != "." else {}),
         ).write(directory(name, **files))
     Decision(
         verdict="promote",
         reason="heldout_choice +0.50",
-        comparisons=[
-            TaskComparison(
-                task="heldout_choice",
-                metric="acc",
-                higher_is_better=True,
-                base=0.25,
-                tuned=0.75,
-                difference=0.5,
-                interval=(0.4, 0.6),
-                lower=0.4,
-                num_samples=200,
-                num_clusters=200,
-                effective_samples=200.0,
-                outcome="better",
-                role="target",
-            )
-        ],
+        comparisons=[new_comparison()],
     ).write(directory("decision"))
     for label, value in (("base", 0.25), ("tuned", 0.75)):
         score = TaskScore(metric="acc", higher_is_better=True, value=value, num_samples=200)

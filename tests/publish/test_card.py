@@ -8,11 +8,7 @@ import pytest
 import yaml
 from publish_cases import REPOS, publish, recipe_of, to_hub, write_again
 
-from tuneline.artifacts import (
-    RunHeader,
-    Scores,
-    TaskScore,
-)
+from tuneline.artifacts import RunHeader
 from tuneline.publish.card_parts import BEGIN
 from tuneline.report.run import run as write_report
 
@@ -119,21 +115,16 @@ def test_a_card_names_a_data_set_of_the_hub(
 
 
 def test_page_card_and_tree_show_the_same_exports(run_dir: Path, tmp_path: Path) -> None:
-    for side, value in (("base", 0.25), ("tuned", 0.75)):
-        score = TaskScore(metric="acc", higher_is_better=True, value=value, num_samples=200)
-        scores = Scores(model=side, tasks={"heldout_choice": score}, harness="lm-eval")
-        directory = run_dir / f"{side}_scores"
-        directory.mkdir()
-        (directory / "generations.jsonl").write_text("")
-        scores.write(directory)
+    for side in ("base", "tuned"):
+        (run_dir / f"{side}-scores" / "generations.jsonl").write_text("")
     exports = ["q8_0", "gptq-4bit"]
     page = tmp_path / "page"
     summary = write_report(
         RunHeader.parse(recipe_of().model_dump_json()),
         **{f"{name}_dir": str(run_dir / name) for name in ("dataset", "adapter", "merged")},
         base_model_dir=str(run_dir / "base"),
-        base_scores_dir=str(run_dir / "base_scores"),
-        tuned_scores_dir=str(run_dir / "tuned_scores"),
+        base_scores_dir=str(run_dir / "base-scores"),
+        tuned_scores_dir=str(run_dir / "tuned-scores"),
         decision_dir=str(run_dir / "decision"),
         exports_dirs=[str(run_dir / name) for name in exports],
         page_path=str(page),

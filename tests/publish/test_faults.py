@@ -89,7 +89,7 @@ def assert_whole(hub, staged: list[StagedRepo]) -> None:
         kept = hub.repos[repo.repo]
         assert len(kept["commits"]) == 2, "one commit after the initial one"
         assert kept["tags"] == {"v1": kept["commits"][-1]}
-        files = {path.name: path.read_bytes() for path in repo.files()}
+        files = {name: path.read_bytes() for name, path in repo.files().items()}
         assert {name: hub.content(repo.repo, name) for name in kept["files"]} == files
 
 

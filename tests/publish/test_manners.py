@@ -85,6 +85,24 @@ def test_exports_name_the_tuned_model_as_their_base(run_dir: Path, hub) -> None:
     }
 
 
+def test_exports_in_a_directory_name_no_base(run_dir: Path, tmp_path: Path) -> None:
+    """On the Hub, the name of a folder could be that of another model."""
+    assert publish(run_dir, f"dir:{tmp_path}/out", "out").returncode == 0
+    bases = {
+        name: [
+            front_matter((tmp_path / "out" / name / "README.md").read_text()).get(key)
+            for key in ("base_model", "base_model_relation")
+        ]
+        for name in ("mine-lora", "mine", "mine-gguf", "mine-gptq-4bit")
+    }
+    assert bases == {
+        "mine-lora": ["org/base", "adapter"],
+        "mine": ["org/base", "finetune"],
+        "mine-gguf": [None, None],
+        "mine-gptq-4bit": [None, None],
+    }
+
+
 def edit(card: str) -> str:
     """Edit a card as people do: metadata, above, below, and by mistake within our part."""
     card = card.replace("pipeline_tag: text-generation", "pipeline_tag: text2text-generation")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from small_records import new_export
 
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ProofError
@@ -18,17 +19,7 @@ def export(directory: Path, format: str, **files: str) -> tuple[Path, QuantizedM
     path.mkdir()
     for name, text in {"Modelfile": "FROM ./m.gguf\n", "m.gguf": "", **files}.items():
         (path / name).write_bytes(text.encode())
-    record = QuantizedModel(
-        format=format,
-        kind="gguf",
-        file="m.gguf",
-        num_bytes=1,
-        bits_per_weight=8.5,
-        prompt="p",
-        generated="g",
-        num_context=2048,
-    )
-    record.write(path)
+    new_export(format=format, file="m.gguf", num_context=2048).write(path)
     return path, QuantizedModel.read(path)
 
 

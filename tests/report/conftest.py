@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from small_records import new_comparison
 
 from tuneline.artifacts import (
     DatasetManifest,
@@ -12,7 +13,6 @@ from tuneline.artifacts import (
     ModelOrigin,
     QuantizedModel,
     Scores,
-    TaskComparison,
     TaskScore,
     TrainingPoint,
     TrainingSummary,
@@ -224,37 +224,20 @@ def run_dirs(tmp_path: Path) -> dict:
         reason="heldout_choice got better by 0.56 (95 % interval 0.485 to 0.63), and no other "
         "task got worse.",
         comparisons=[
-            TaskComparison(
-                task="heldout_choice",
-                metric="acc",
-                higher_is_better=True,
-                base=0.31,
-                tuned=0.87,
-                difference=0.56,
-                interval=(0.485, 0.63),
-                lower=0.485,
-                num_samples=200,
-                num_clusters=200,
-                effective_samples=200.0,
-                outcome="better",
-                role="target",
+            new_comparison(
+                base=0.31, tuned=0.87, difference=0.56, interval=(0.485, 0.63), lower=0.485
             ),
-            TaskComparison(
+            new_comparison(
                 task="heldout_exact",
-                metric="acc",
-                higher_is_better=True,
                 base=0.02,
                 tuned=0.0,
                 difference=-0.02,
                 interval=(-0.045, 0.01),
                 lower=-0.045,
-                num_samples=200,
-                num_clusters=200,
-                effective_samples=200.0,
                 outcome="undecided",
                 role="guard",
             ),
-            TaskComparison(
+            new_comparison(
                 task="heldout_perplexity",
                 metric="perplexity",
                 higher_is_better=False,
@@ -263,10 +246,6 @@ def run_dirs(tmp_path: Path) -> dict:
                 difference=8.47,
                 interval=(7.9, 9.1),
                 lower=7.9,
-                num_samples=200,
-                num_clusters=200,
-                effective_samples=200.0,
-                outcome="better",
                 role="guard",
             ),
         ],

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from small_records import new_origin
 
 from tuneline.artifacts import Decision, ModelOrigin, Scores, TaskScore, write_jsonl
 from tuneline.gate import GateConfig
@@ -24,14 +25,8 @@ class Evaluated(StrictModel):
 
 
 def origin(sha256: str = "b" * 64, **made_from: str) -> ModelOrigin:
-    return ModelOrigin(
-        source="org/base",
-        architecture="LlamaForCausalLM",
-        num_parameters=1,
-        num_bytes=1,
-        sha256=sha256,
-        made_from={name: Ancestor(sha256=sha) for name, sha in made_from.items()},
-    )
+    ancestors = {name: Ancestor(sha256=sha) for name, sha in made_from.items()}
+    return new_origin(sha256=sha256, made_from=ancestors)
 
 
 BASE_PARENT = origin(dataset="d" * 64)

@@ -11,8 +11,6 @@ from tuneline.gate.config import GateConfig
 from tuneline.gate.estimate import estimate
 from tuneline.gate.reading import Evaluation, Samples
 
-Role = ComparisonRole
-
 
 def comparisons_of(base: Evaluation, tuned: Evaluation, config: GateConfig) -> list[TaskComparison]:
     """Compare the models on every task and group: first the targets, last what decides nothing.
@@ -24,12 +22,12 @@ def comparisons_of(base: Evaluation, tuned: Evaluation, config: GateConfig) -> l
         _compare(name, members, base, tuned, role=role, config=config)
         for name, members, role in _roles(base.record, config)
     ]
-    order: list[Role] = ["target", "guard", "control", "member"]
+    order: list[ComparisonRole] = ["target", "guard", "control", "member"]
     return sorted(compared, key=lambda item: (order.index(item.role), item.task))
 
 
-def _roles(scores: Scores, config: GateConfig) -> Iterator[tuple[str, list[str], Role]]:
-    """Return the name, the tasks and the role of every comparison."""
+def _roles(scores: Scores, config: GateConfig) -> Iterator[tuple[str, list[str], ComparisonRole]]:
+    """Yield the name, the tasks and the role of every comparison."""
     # A group is compared as a whole if its tasks have one metric; otherwise each task stands alone.
     whole = {
         name: members
@@ -52,7 +50,7 @@ def _roles(scores: Scores, config: GateConfig) -> Iterator[tuple[str, list[str],
     for name, tasks in whole.items():
         yield name, tasks, "target" if name in targets else "guard"
     for task in scores.tasks:
-        role: Role = "guard"
+        role: ComparisonRole = "guard"
         if task == PROMPT_CONTROL:
             role = "control"
         elif task in targets:
@@ -68,7 +66,7 @@ def _compare(
     base: Evaluation,
     tuned: Evaluation,
     *,
-    role: Role,
+    role: ComparisonRole,
     config: GateConfig,
 ) -> TaskComparison:
     """Compare the models on the samples of one or several tasks.

@@ -75,18 +75,26 @@ def _front_matter(
         "tags": ["tuneline", sources.training.method, *config.tags],
     }
     matter |= licence_fields(config.licence or sources.origin.licence)
-    merged = next((other.name for other in family if other.kind == "merged"), None)
-    if repo.exports and merged:
-        # An export is a quantisation of the tuned model, not of the model that was tuned.
-        matter["base_model"] = merged
-    elif sources.origin.revision:
-        # A local path is left out because readers cannot use it. Only a Hub ID has a revision.
-        matter["base_model"] = sources.origin.source
-    if "base_model" in matter:
+    if base := _base_model(sources, repo, family):
+        matter["base_model"] = base
         matter["base_model_relation"] = repo.traits.base_model_relation
     if hub_ids := _hub_datasets(sources.dataset):
         matter["datasets"] = hub_ids
     return matter
+
+
+def _base_model(sources: Sources, repo: Repository, family: Sequence[Repository]) -> str | None:
+    """Return the Hub ID of the model that a repository is based on; None if it is not on the Hub.
+
+    Readers cannot use a path on this machine, and on the Hub, the name of a folder could be that of
+    another model.
+    """
+    if repo.exports:
+        # An export is a quantisation of the tuned model, not of the model that was tuned.
+        tuned = next(other for other in family if other.kind == "merged")
+        return tuned.name if tuned.is_on_hub else None
+    # Only a Hub ID has a revision.
+    return sources.origin.source if sources.origin.revision else None
 
 
 def _hub_datasets(dataset: DatasetManifest) -> list[str]:

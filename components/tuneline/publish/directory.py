@@ -29,13 +29,11 @@ def write_tree(staged_root: Path, staged: list[StagedRepo], target: Path) -> lis
         raise OutputExistsError(f"{target} is a file. Name a directory in publish_to")
     previous = {repo.repo: _previous(target / repo.folder.name) for repo in staged}
     for repo in staged:
-        if (held := previous[repo.repo]) is not None:
-            check_ours(held, kind=repo.kind, names=repo.names())
+        check_ours(previous[repo.repo], kind=repo.kind, names=repo.files().keys())
     published = []
     for repo in staged:
         place, held = target / repo.folder.name, previous[repo.repo]
-        if held is not None:
-            adapt(repo.folder, held)
+        adapt(repo.folder, held)
         files = repo.files()
         published.append(
             PublishedRepo(
@@ -43,24 +41,22 @@ def write_tree(staged_root: Path, staged: list[StagedRepo], target: Path) -> lis
                 kind=repo.kind,
                 url=place.as_uri(),
                 num_files=len(files),
-                num_bytes=sum(path.stat().st_size for path in files),
+                num_bytes=sum(path.stat().st_size for path in files.values()),
             )
         )
-        for name in held.theirs if held is not None else ():
+        for name in held.theirs:
             _carry_over(place / name, repo.folder / name)
     _replace(staged_root.with_name("previous"), staged, target)
     return published
 
 
-def _previous(place: Path) -> Previous | None:
-    """Return what a repository's directory holds; None if there is none.
+def _previous(place: Path) -> Previous:
+    """Return what a repository's directory holds: nothing if there is none.
 
     Raises:
         OutputExistsError: it is no directory.
     """
-    if not place.exists():
-        return None
-    if not place.is_dir():
+    if place.exists() and not place.is_dir():
         raise OutputExistsError(
             f"{place} is a file, which tuneline did not make. Name another directory in publish_to"
         )

@@ -69,7 +69,13 @@ def push(staged: list[StagedRepo], *, token: str, config: PublishConfig) -> list
     api = HfApi(endpoint=endpoint, token=token)
     _call("who am I", api.whoami, config.max_attempts)
     # All names are checked before anything is sent, so that no run is published only in part.
-    absent = [repo for repo in staged if _look_up(api, repo, config) is None]
+    absent = []
+    for repo in staged:
+        held = _look_up(api, repo, config)
+        if held is None:
+            absent.append(repo)
+        elif held.private is False and config.private is None:
+            logger.warning("%s exists and is public, so its new version is public too", repo.repo)
     created: list[str] = []
     try:
         for repo in absent:
@@ -100,6 +106,7 @@ def _push_one(api: HfApi, repo: StagedRepo, config: PublishConfig) -> PublishedR
         config.max_attempts,
     )
     tag = _call(f"tag {repo.repo}", partial(_tag, api, repo.repo, commit), config.max_attempts)
+    files = repo.files()
     return PublishedRepo(
         repo=repo.repo,
         kind=repo.kind,
@@ -107,8 +114,8 @@ def _push_one(api: HfApi, repo: StagedRepo, config: PublishConfig) -> PublishedR
         commit=commit,
         tag=tag,
         private=held.private,
-        num_files=len(repo.files()),
-        num_bytes=sum(path.stat().st_size for path in repo.files()),
+        num_files=len(files),
+        num_bytes=sum(path.stat().st_size for path in files.values()),
     )
 
 
@@ -133,15 +140,13 @@ def _look_up(api: HfApi, repo: StagedRepo, config: PublishConfig) -> _Held | Non
         return _call(what, partial(_read, api, repo.repo, name, commit), config.max_attempts)
 
     content = Previous(repo.repo, names, read_bundle(read(MARKER_FILE)), read(CARD_FILE))
-    check_ours(content, kind=repo.kind, names=repo.names())
+    check_ours(content, kind=repo.kind, names=repo.files().keys())
     if info.private is False and config.private:
         raise UserError(
             f"publish.private is true, but the repository {repo.repo} exists and is public, so "
             "nothing was sent. Make the repository private in its settings on the Hub, or remove "
             "publish.private from the recipe"
         )
-    if info.private is False and config.private is None:
-        logger.warning("%s exists and is public, so its new version is public too", repo.repo)
     return _Held(commit, info.private, content)
 
 
@@ -226,11 +231,10 @@ def _has_files(api: HfApi, repo: StagedRepo, deleted: list[str], revision: str) 
         for entry in api.list_repo_tree(repo.repo, revision=revision, recursive=True)
         if isinstance(entry, RepoFile)
     }
-    local = {path.relative_to(repo.folder).as_posix(): path for path in repo.files()}
     return not remote.keys() & set(deleted) and all(
         name in remote
         and remote[name] == (_git_blob(path) if len(remote[name]) == 40 else sha256_of_file(path))
-        for name, path in local.items()
+        for name, path in repo.files().items()
     )
 
 

@@ -8,6 +8,7 @@ markers.
 import hashlib
 import json
 import logging
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from tuneline.artifacts import PUBLISHED_BUNDLE
 from tuneline.errors import OutputExistsError
 from tuneline.publish.card_parts import CARD_FILE, CardParts, join_card, split_card
-from tuneline.record import seal
+from tuneline.record import files_below, sealed_json
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def read_bundle(text: str | None) -> dict[str, Any]:
     return bundle if isinstance(bundle, dict) else {}
 
 
-def check_ours(previous: Previous, *, kind: str, names: set[str]) -> None:
+def check_ours(previous: Previous, *, kind: str, names: Set[str]) -> None:
     """Check that a repository may get a new version.
 
     Args:
@@ -104,7 +105,7 @@ def adapt(folder: Path, previous: Previous) -> list[str]:
     """
     path = folder / MARKER_FILE
     bundle = json.loads(path.read_text(encoding="utf-8"))
-    staged = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    staged = files_below(folder).keys()
     kept = sorted(previous.theirs & staged)
     for name in kept:
         logger.warning(
@@ -114,7 +115,7 @@ def adapt(folder: Path, previous: Previous) -> list[str]:
         (folder / name).unlink()
         bundle["files"].pop(name, None)
     if kept:
-        path.write_text(seal(json.dumps({**bundle, "record_sha256": ""}, indent=2) + "\n"))
+        path.write_text(sealed_json(bundle), encoding="utf-8")
     if previous.card is not None and (folder / CARD_FILE).is_file():
         _keep_card(folder / CARD_FILE, previous, bundle)
     return sorted(previous.ours - staged - {CARD_FILE})

@@ -1,6 +1,7 @@
 """Stage the repositories, then push them to the Hub or write them into a directory.
 
-Both kinds of target get the same staged tree, so `dir:PATH` shows exactly what a push would send.
+Both kinds of target get the same staged tree, so `dir:PATH` shows what a push would send. Only the
+names of the repositories differ, and the exports in a directory have no `base_model`.
 """
 
 import contextlib

@@ -101,6 +101,11 @@ class Repository:
         return self.name.rsplit("/", 1)[-1]
 
     @property
+    def is_on_hub(self) -> bool:
+        """Return whether the name is a Hub ID; the name of a folder has no namespace."""
+        return "/" in self.name
+
+    @property
     def traits(self) -> KindTraits:
         """Return the properties of the repository's kind."""
         return KINDS[self.kind]

@@ -1,7 +1,6 @@
 """Stage the repositories: one folder each, with hard links if the file system supports them."""
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -25,7 +24,7 @@ from tuneline.publish.config import PublishConfig
 from tuneline.publish.previous import MARKER_FILE
 from tuneline.publish.proven import StoredFile, check_inside, check_present, check_unchanged
 from tuneline.publish.sources import Repository, Sources, repositories
-from tuneline.record import Record, hash_files, seal, sha256_of_file
+from tuneline.record import Record, files_below, hash_files, sealed_json, sha256_of_file
 from tuneline.recorded_recipe import RecordedRecipe
 from tuneline.version import VERSION
 
@@ -55,13 +54,9 @@ class StagedRepo:
     left_out: tuple[str, ...] = ()
     """Files of the artifacts that are not published."""
 
-    def files(self) -> list[Path]:
-        """Return every file in the folder."""
-        return sorted(path for path in self.folder.rglob("*") if path.is_file())
-
-    def names(self) -> set[str]:
-        """Return the path of every file, relative to the folder."""
-        return {path.relative_to(self.folder).as_posix() for path in self.files()}
+    def files(self) -> dict[str, Path]:
+        """Return every file in the folder, by its relative path."""
+        return files_below(self.folder)
 
 
 def stage(
@@ -162,8 +157,7 @@ def _stage_one(
             "front_matter": parts.front_matter,
         },
     }
-    text = seal(json.dumps(marker, indent=2) + "\n")
-    (folder / MARKER_FILE).write_text(text, encoding="utf-8")
+    (folder / MARKER_FILE).write_text(sealed_json(marker), encoding="utf-8")
     return StagedRepo(repo.name, repo.kind, folder, tuple(left_out))
 
 
@@ -192,13 +186,11 @@ def _file_name(repo: Repository, export: QuantizedModel) -> str:
 
 def _all_files(directory: Path, record: Record) -> dict[str, StoredFile]:
     """Return the files of an artifact and of its record, by their relative paths."""
-    present = {
-        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
-    }
-    check_inside(directory, sorted(present | record.files.keys()))
+    names = sorted(files_below(directory).keys() | record.files.keys())
+    check_inside(directory, names)
     return {
         relative: StoredFile(directory / relative, record.files.get(relative))
-        for relative in sorted(present | record.files.keys())
+        for relative in names
         if relative.rpartition("/")[2] not in _LEFT_OUT
     }
 

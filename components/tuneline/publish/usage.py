@@ -58,12 +58,13 @@ def _checkpoint(sources: Sources, repo: Repository) -> str:
 
 def _gguf(sources: Sources, repo: Repository) -> str:
     name = repo.short_name.removesuffix(repo.traits.suffix)
-    formats = [export.format for export in repo.exports.values()]
+    exports = list(repo.exports.values())
+    formats = [export.format for export in exports]
     example = formats[-1]
     # Without the file, the Hub would guess a template for Ollama.
-    has_template = all(OLLAMA_TEMPLATE in export.files for export in repo.exports.values())
-    export = list(repo.exports.values())[-1]
-    context = f" -c {export.num_context}" if export.num_context else ""
+    has_template = all(OLLAMA_TEMPLATE in export.files for export in exports)
+    num_context = exports[-1].num_context
+    context = f" -c {num_context}" if num_context else ""
     lines = [
         f"llama-cli -m {name}-{example}.gguf -cnv{context}",
         f"llama-cli -hf {repo.name}:{example.upper()} -cnv{context}",

@@ -67,6 +67,7 @@ def run(
         WorldError: an artifact has no record, or an export that the recipe asks for is missing.
     """
     started = time.monotonic()
+    target = header.publish_to if target is None else target
     exports = [QuantizedModel.read(path) for path in exports_dirs]
     header.check_exports(export.format for export in exports)
     origin, dataset = ModelOrigin.read(base_model_dir), DatasetManifest.read(dataset_dir)
@@ -80,13 +81,13 @@ def run(
         merge=merge,
         exports=exports,
         decision=decision,
-        target=header.publish_to if target is None else target,
+        target=target,
         publish=json.loads(publish_config) if publish_config else {},
     )
     line = Line(
         header=header,
         recipe=recipe,
-        target=redacted(header.publish_to if target is None else target),
+        target=redacted(target),
         origin=origin,
         dataset=dataset,
         training=training,
@@ -121,8 +122,7 @@ def run(
 def render(line: Line) -> str:
     """Return the page as HTML."""
     header = line.header
-    data = line.dataset.source
-    about = redacted(f"{line.origin.source} tuned on {data}")
+    about = redacted(f"{line.origin.source} tuned on {line.dataset.source}")
     description = redacted(header.description.rstrip("."))
     cards = [
         sections.picture(line),

@@ -55,7 +55,9 @@ def headline(line: Line) -> str:
     """Return the row of tiles with the most important figures."""
     shown: list[tuple[str, str, str]] = []
     comparisons = line.decision.comparisons
-    first = next((c for c in comparisons if c.target), comparisons[0] if comparisons else None)
+    first = next(
+        (c for c in comparisons if c.role == "target"), comparisons[0] if comparisons else None
+    )
     if first:
         shown.append(
             (

@@ -17,8 +17,7 @@ _PATTERNS = (
     r"\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[A-Z0-9]{16}\b",
     # A JSON Web Token, which service accounts have.
     r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",
-    # User and password of a URL.
-    # (a password may contain the characters @ and :).
+    # User and password of a URL; a password may contain the characters @ and :.
     r"(?<=://)[^/\s\"'<>]+(?=@)",
     r"(?<=\bbearer )[A-Za-z0-9._~+/-]{8,}=*",
     # Parameters of a signed URL.

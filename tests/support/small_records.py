@@ -1,0 +1,94 @@
+"""Records of small artifacts; values that a test does not name do not matter to it.
+
+The record of a dataset is the fixture `new_dataset` of tests/conftest.py.
+"""
+
+from typing import Any
+
+from tuneline.artifacts import (
+    MergeProof,
+    ModelOrigin,
+    QuantizedModel,
+    TaskComparison,
+    TrainingSummary,
+)
+
+
+def new_origin(**values: Any) -> ModelOrigin:
+    plain: dict[str, Any] = {
+        "source": "org/base",
+        "architecture": "LlamaForCausalLM",
+        "num_parameters": 1,
+        "num_bytes": 1,
+        "sha256": "1" * 64,
+    }
+    return ModelOrigin(**(plain | values))
+
+
+def new_training(**values: Any) -> TrainingSummary:
+    plain: dict[str, Any] = {
+        "method": "sft",
+        "num_steps": 10,
+        "num_tokens": 900,
+        "final_loss": 0.5,
+        "num_trainable_parameters": 10,
+        "num_parameters": 1000,
+        "base_quantization": "nf4",
+        "compute_dtype": "float32",
+        "device": "cpu",
+        "tokens_per_second": 100.0,
+        "peak_memory_bytes": 1,
+        "history": [],
+        "base_sha256": "1" * 64,
+        "dataset_sha256": "2" * 64,
+    }
+    return TrainingSummary(**(plain | values))
+
+
+def new_merge(**values: Any) -> MergeProof:
+    plain: dict[str, Any] = {
+        "base": "dequantized",
+        "dtype": "bfloat16",
+        "num_bytes": 7,
+        "num_shards": 1,
+        "num_merged_modules": 7,
+        "num_prompts": 8,
+        "max_logit_difference": 0.1,
+        "mean_kl": 3e-4,
+        "top1_agreement": 0.99,
+        "max_mean_kl": 0.01,
+    }
+    return MergeProof(**(plain | values))
+
+
+def new_export(**values: Any) -> QuantizedModel:
+    plain: dict[str, Any] = {
+        "format": "q8_0",
+        "kind": "gguf",
+        "file": "model.gguf",
+        "num_bytes": 4,
+        "bits_per_weight": 8.5,
+        "prompt": "p",
+        "generated": "g",
+    }
+    return QuantizedModel(**(plain | values))
+
+
+def new_comparison(**values: Any) -> TaskComparison:
+    """Return the comparison of a target that improved, on 200 samples of one cluster each."""
+    plain: dict[str, Any] = {
+        "task": "heldout_choice",
+        "metric": "acc",
+        "higher_is_better": True,
+        "base": 0.25,
+        "tuned": 0.75,
+        "difference": 0.5,
+        "interval": (0.4, 0.6),
+        "lower": 0.4,
+        "num_samples": 200,
+        "num_clusters": 200,
+        "effective_samples": 200.0,
+        "outcome": "better",
+        "role": "target",
+    }
+    return TaskComparison(**(plain | values))
