@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from tuneline.artifacts import LABEL, PREFERENCE_METHODS, DatasetManifest, Method
+from tuneline.artifacts import LABEL, DatasetManifest, Method
 from tuneline.train.config import TrainConfig
 from tuneline.train.model.adapter import keep_adapter_in_fp32, keep_hidden_states_in, lora_config
 from tuneline.train.model.fuse import fuse_model, fuse_trainer
@@ -96,7 +96,7 @@ def build_trainer(
 
 def packs_rows(config: TrainConfig, manifest: DatasetManifest, model: PreTrainedModel) -> bool:
     """Return whether rows are laid end to end; warn if the recipe asks for it in vain."""
-    if not config.packing or manifest.method in PREFERENCE_METHODS:
+    if not config.packs(manifest.method):
         return False
     reason = reason_not_to_pack(model)
     if reason:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from tuneline.artifacts import PREFERENCE_METHODS
 from tuneline.html.units import count
 from tuneline.pipelines.plan.check import Check
 from tuneline.pipelines.plan.estimate import ASSUMED_LENGTH
@@ -26,7 +25,7 @@ def check_optimizer_steps(recipe: Recipe) -> Iterator[Check]:
     if train.max_steps is not None:
         yield Check("steps", "ok", f"{count(train.max_steps)} optimizer steps (train.max_steps)")
         return
-    if not train.packing or recipe.prepare.method in PREFERENCE_METHODS:
+    if not train.packs(recipe.prepare.method):
         words = f"one optimizer step per {size} rows"
         yield Check("steps", "ok", f"{words}, {train.num_train_epochs:g} times over the rows")
         return
