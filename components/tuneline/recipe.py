@@ -15,7 +15,7 @@ from tuneline.gpu_profiles import GPU_PROFILES, fp8_profiles
 from tuneline.merge.config import MergeConfig
 from tuneline.placement import PlacementConfig
 from tuneline.prepare.config import DatasetConfig, PrepareConfig
-from tuneline.prepare.datasets import describe, parse, to_text
+from tuneline.prepare.datasets import describe, parse, sources_of, to_text
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.target import check_target
 from tuneline.quantize.config import QuantizeConfig
@@ -138,11 +138,7 @@ class Recipe(StrictModel):
     @property
     def data_sources(self) -> list[str]:
         """All sources of rows: of the datasets, of held-out rows and of general rows."""
-        prepare = self.prepare
-        named = [entry.source for entry in parse(self.data, prepare)]
-        named += [prepare.heldout.source] if prepare.heldout.source is not None else []
-        named += [prepare.general.source] if prepare.general is not None else []
-        return list(dict.fromkeys(named))
+        return sources_of(self.data, self.prepare)
 
     @property
     def num_ranks(self) -> int:

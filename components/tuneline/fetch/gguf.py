@@ -28,8 +28,6 @@ def convert(path: Path, target: Path) -> str | None:
     Raises:
         ModelError: the file is broken or of an architecture that transformers does not know.
     """
-    if path.open("rb").read(4) != b"GGUF":
-        raise ModelError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
     check_header(path)
     # Imported here because torch and transformers take seconds, and most models need neither.
     import torch

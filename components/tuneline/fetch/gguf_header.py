@@ -29,6 +29,8 @@ def check_header(path: Path) -> None:
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
         try:
             _walk(file, size)
         except (ValueError, struct.error) as error:
@@ -39,8 +41,7 @@ def check_header(path: Path) -> None:
 
 
 def _walk(file: BinaryIO, size: int) -> None:
-    if file.read(4) != b"GGUF":
-        raise ValueError("it does not begin with the letters GGUF")
+    """Read the header after its first four letters."""
     _, num_tensors, num_entries = struct.unpack("<IQQ", file.read(20))
     if num_tensors * _SMALLEST_TENSOR + num_entries * _SMALLEST_ENTRY > size:
         raise ValueError(

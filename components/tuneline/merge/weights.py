@@ -50,8 +50,8 @@ def merge_weights(
 ) -> int:
     """Write the merged weights into `directory`, check each of them; return the number of files.
 
-    Every sum is computed in fp32 and rounded once, to `dtype`. Then the files are read again and
-    held against a second computation, in fp64 and without the first one's code.
+    Every sum is computed in fp32 and rounded once, to `dtype`. Then the files are read again, and
+    every weight is compared with a second sum, which `exact` computes in fp64.
 
     Args:
         base: weights that the adapter is added to.

@@ -59,6 +59,18 @@ def parse(text: str, config: PrepareConfig) -> list[DatasetConfig]:
     ]
 
 
+def sources_of(text: str, config: PrepareConfig) -> list[str]:
+    """Return all sources of rows: of the datasets, of held-out rows and of general rows.
+
+    Raises:
+        RecipeError: the text is a list, but not of datasets.
+    """
+    named = [entry.source for entry in parse(text, config)]
+    named += [config.heldout.source] if config.heldout.source is not None else []
+    named += [config.general.source] if config.general is not None else []
+    return list(dict.fromkeys(named))
+
+
 def describe(datasets: Sequence[DatasetConfig]) -> str:
     """Return the datasets in words, e.g. "a.jsonl and org/rows (weight 2)"."""
     names = [

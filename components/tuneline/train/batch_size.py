@@ -1,4 +1,4 @@
-"""Compute global batch and micro-batch from a config and a number of ranks.
+"""Compute global batch, micro-batch and number of steps from a config and a number of ranks.
 
     global batch      the examples of an optimizer step, over all ranks
     rank's part       global batch / ranks
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from tuneline.errors import RecipeError
 from tuneline.train.config import TrainConfig
 
+FEW_STEPS = 10
+"""Number of optimizer steps below which an adapter learns little."""
 UPSTREAM_MICRO_BATCH_SIZE = 2
 UPSTREAM_ACCUMULATION_STEPS = 4
 """Defaults of per_device_train_batch_size and gradient_accumulation_steps. Each is used if a config
@@ -56,6 +58,29 @@ def batch_size(config: TrainConfig, num_ranks: int) -> BatchSize:
     is_auto = config.micro_batch_size == "auto"
     most = part if config.micro_batch_size == "auto" else config.micro_batch_size
     return BatchSize(num_ranks, config.global_batch_size, min(part, most), is_auto)
+
+
+def num_total_steps(config: TrainConfig, num_examples: int, global_batch_size: int) -> int:
+    """Return the number of optimizer steps of a run; an example is a row or a pack of rows."""
+    if config.max_steps is not None:
+        return config.max_steps
+    steps_per_epoch = math.ceil(num_examples / global_batch_size)
+    return math.ceil(config.num_train_epochs * steps_per_epoch)
+
+
+def more_steps_advice(config: TrainConfig, global_batch_size: int, *, packing: bool) -> str:
+    """Return what gives a run more optimizer steps.
+
+    Args:
+        config: The `train` section of the recipe.
+        global_batch_size: Examples per optimizer step.
+        packing: Whether an example is a pack of rows.
+    """
+    unpacked = ", or set train.packing to false" if packing else ""
+    return (
+        f"lower train.global_batch_size (it is {global_batch_size}), raise "
+        f"train.num_train_epochs (it is {config.num_train_epochs:g}){unpacked}"
+    )
 
 
 def largest_micro_batch(global_batch_size: int, most: int, num_ranks: int) -> int:

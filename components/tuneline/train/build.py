@@ -7,7 +7,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from tuneline.artifacts import LABEL, PREFERENCE_METHODS, DatasetManifest, Method
+from tuneline.artifacts import LABEL, DatasetManifest, Method
+from tuneline.train.batch_size import FEW_STEPS, more_steps_advice, num_total_steps
 from tuneline.train.config import TrainConfig
 from tuneline.train.model.adapter import keep_adapter_in_fp32, keep_hidden_states_in, lora_config
 from tuneline.train.model.fuse import fuse_model, fuse_trainer
@@ -16,15 +17,13 @@ from tuneline.train.model.packing import reason_not_to_pack
 from tuneline.train.ranks import zero2
 from tuneline.train.rows.load import packs_are_trusted
 from tuneline.train.setup import Inputs, Setup
-from tuneline.train.trainer.arguments import num_total_steps, training_arguments
+from tuneline.train.trainer.arguments import training_arguments
 from tuneline.train.trainer.judged import JudgedTrainer, log_balance
 from tuneline.train.trainer.nonfinite import GuardedTrainer
 from tuneline.train.trainer.trainers import PreferenceTrainer, SupervisedTrainer
 
 logger = logging.getLogger(__name__)
 
-FEW_STEPS = 10
-"""Number of optimizer steps below which the log says how to get more of them."""
 TRAINERS: dict[Method, type[GuardedTrainer]] = {
     "sft": SupervisedTrainer,
     "dpo": PreferenceTrainer,
@@ -96,7 +95,7 @@ def build_trainer(
 
 def packs_rows(config: TrainConfig, manifest: DatasetManifest, model: PreTrainedModel) -> bool:
     """Return whether rows are laid end to end; warn if the recipe asks for it in vain."""
-    if not config.packing or manifest.method in PREFERENCE_METHODS:
+    if not config.packs(manifest.method):
         return False
     reason = reason_not_to_pack(model)
     if reason:
@@ -118,12 +117,9 @@ def _log_steps(
     )
     if num_steps < FEW_STEPS and config.max_steps is None:
         logger.warning(
-            "an adapter learns little in so few optimizer steps (%d): lower "
-            "train.global_batch_size (it is %d), raise train.num_train_epochs (it is %g)%s",
+            "an adapter learns little in so few optimizer steps (%d): %s",
             num_steps,
-            size,
-            config.num_train_epochs,
-            ", or set train.packing to false" if packing else "",
+            more_steps_advice(config, size, packing=packing),
         )
 
 

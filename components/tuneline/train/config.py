@@ -10,6 +10,7 @@ from pydantic import (
     model_validator,
 )
 
+from tuneline.artifacts import PREFERENCE_METHODS, Method
 from tuneline.strict_model import StrictModel
 from tuneline.train.choices import check_optimizer, check_schedule
 
@@ -222,6 +223,10 @@ class TrainConfig(StrictModel):
     def uses_upstream_batch_keys(self) -> bool:
         """Whether the batch size is given by transformers' names, per rank."""
         return any(getattr(self, key) is not None for key in UPSTREAM_BATCH_KEYS)
+
+    def packs(self, method: Method) -> bool:
+        """Return whether rows of a method are laid end to end, if the model keeps them apart."""
+        return self.packing and method not in PREFERENCE_METHODS
 
     @field_validator("optim")
     @classmethod

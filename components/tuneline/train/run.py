@@ -93,14 +93,6 @@ def run(
     origin = ModelOrigin.read(base_model_dir)
     manifest = DatasetManifest.read(dataset_dir)
     with new_directory(adapter_dir) as directory:
-        device = choose_device()
-        size = batch_size(config, choose_num_ranks(config, device))
-        check_settings(
-            config,
-            manifest.method,
-            device=device,
-            global_batch_size=size.global_batch_size,
-        )
         inputs = Inputs(
             base_model_dir=Path(base_model_dir),
             dataset_dir=Path(dataset_dir),
@@ -144,6 +136,7 @@ def decide(config: TrainConfig, inputs: Inputs) -> Setup:
             "learning rate %g, for %s on %d rows", rate, manifest.method, manifest.num_train_rows
         )
     size = batch_size(config, num_ranks)
+    check_settings(config, manifest.method, device=device, global_batch_size=size.global_batch_size)
     if size.deprecation:
         logger.warning("%s", size.deprecation)
     asked = recipe_plan(config, size, manifest.max_seq_length)

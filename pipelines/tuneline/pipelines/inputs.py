@@ -142,7 +142,7 @@ def _paths(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.exists():
         return [path]
-    if any(mark in source for mark in "*?["):
+    if glob.has_magic(source):
         return [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     return []
 
@@ -159,12 +159,11 @@ def _add(source: str, paths: Sequence[Path], files: dict[str, Path], prefix: str
         name = f"{prefix}{path.resolve().name}"
         whole = name
     else:
-        fixed = [part for part in path.parts]
-        first = next(index for index, part in enumerate(fixed) if any(m in part for m in "*?["))
-        root = Path(*fixed[:first])
+        first = next(index for index, part in enumerate(path.parts) if glob.has_magic(part))
+        root = Path(*path.parts[:first])
         found = [file for file in paths if file.is_file()]
         name = f"{prefix}{root.resolve().name or 'files'}"
-        whole = f"{name}/{Path(*fixed[first:]).as_posix()}"
+        whole = f"{name}/{Path(*path.parts[first:]).as_posix()}"
     for file in found:
         relative = file.relative_to(root)
         if not any(part.startswith(".") for part in relative.parts):

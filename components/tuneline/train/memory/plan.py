@@ -124,7 +124,7 @@ def smaller_plan(plan: Plan, *, min_length: int | None = None) -> Plan | None:
 
 def min_pack_length(config: TrainConfig, manifest: DatasetManifest) -> int | None:
     """Return the tokens of the shortest pack that cuts no row; None to keep the pack length."""
-    if config.fit_min_length is None or manifest.method in PREFERENCE_METHODS or not config.packing:
+    if config.fit_min_length is None or not config.packs(manifest.method):
         return None
     if manifest.method == "cpt":
         return config.fit_min_length
@@ -154,11 +154,10 @@ def run_settings(
         fused: Whether fused kernels run.
         num_sharing: Ranks over which ZeRO-2 divides the optimizer state.
     """
-    is_packed = config.packing and manifest.method not in PREFERENCE_METHODS
     tiled = device != "cpu" or manifest.method in PREFERENCE_METHODS
     return Settings(
         rows=asked.micro_batch_size,
-        length=asked.max_seq_length if is_packed else manifest.lengths.max,
+        length=asked.max_seq_length if config.packs(manifest.method) else manifest.lengths.max,
         recompute=asked.gradient_checkpointing,
         quantized=config.load_in_4bit,
         itemsize=itemsize,

@@ -71,7 +71,9 @@ class StepBatches:
 
     def __iter__(self) -> Iterator[list[Any]]:
         order = self._order(self._epoch)
-        before = dict(zip(order, [*order[-1:], *order], strict=False))
+        before: dict[int, int] = {}
+        if self.with_neighbour:
+            before = dict(zip(order, [*order[-1:], *order], strict=False))
         for step in range(self.num_steps):
             parts = self._parts(order, step)
             for batch in parts[self._rank]:

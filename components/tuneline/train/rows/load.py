@@ -38,8 +38,8 @@ def load_rows(
     Args:
         dataset_dir: Dataset directory that prepare wrote.
         manifest: Record of that dataset.
-        packing: Whether to lay rows end to end up to the manifest's max_seq_length. No token is
-            dropped: a raw text that is longer than a pack is split over several packs.
+        packing: Whether to lay rows of sft or cpt end to end up to the manifest's max_seq_length.
+            No token is dropped: a raw text that is longer than a pack is split over several packs.
         cache_dir: Directory for intermediate tables, needed until the run ends.
 
     Raises:
@@ -50,7 +50,7 @@ def load_rows(
     if train is None:
         raise DataError(f"{dataset_dir / TRAIN_FILE} has no rows to train on: run prepare again")
     evaluation = _read(dataset_dir / EVAL_FILE, manifest, cache_dir)
-    if manifest.method in PREFERENCE_METHODS or not packing:
+    if not packing:
         return train, evaluation
     packed = _pack(train, manifest)
     logger.info(

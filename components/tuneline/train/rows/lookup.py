@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tuneline.artifacts import PREFERENCE_METHODS, DatasetManifest
+from tuneline.artifacts import DatasetManifest
 from tuneline.train.rows.load import rows_in_packs
 
 
@@ -32,7 +32,7 @@ def rows_of_batches(
     epoch, step_in_epoch = divmod(step - 1, trainer.train_batches.num_steps)
     batches_of_ranks = trainer.train_batches.of_step(epoch, step_in_epoch)
     examples = {example for rank, number in batches for example in batches_of_ranks[rank][number]}
-    if manifest.method in PREFERENCE_METHODS or not packing:
+    if not packing:
         return sorted(examples)
     with tempfile.TemporaryDirectory() as cache:
         packs = rows_in_packs(dataset_dir, manifest, cache_dir=Path(cache))

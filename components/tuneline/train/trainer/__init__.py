@@ -10,8 +10,8 @@ and calls the methods of the class before it in this list; the last three are al
     ResumableTrainer        resumable.py: writes and reads checkpoints, stops on request
     GuardedTrainer          nonfinite.py: skips steps whose loss or gradient is not finite
     SupervisedTrainer       trainers.py: the loss of sft and cpt
-    PreferenceTrainer       trainers.py: the loss of dpo
-    JudgedTrainer           judged.py: the loss of kto
+    PreferenceTrainer       trainers.py: the loss of dpo, on ExampleTrainer
+    JudgedTrainer           judged.py: the loss of kto, on ExampleTrainer
 
 The loop calls their methods once per optimizer step, in this order:
 

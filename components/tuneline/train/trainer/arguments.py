@@ -69,14 +69,6 @@ def check_settings(
             )
 
 
-def num_total_steps(config: TrainConfig, num_examples: int, global_batch_size: int) -> int:
-    """Return the number of optimizer steps of a run; an example is a row or a pack of rows."""
-    if config.max_steps is not None:
-        return config.max_steps
-    steps_per_epoch = math.ceil(num_examples / global_batch_size)
-    return math.ceil(config.num_train_epochs * steps_per_epoch)
-
-
 def training_arguments(
     config: TrainConfig,
     setup: Setup,

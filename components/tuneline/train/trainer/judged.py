@@ -22,8 +22,8 @@ from tuneline.artifacts import COMPLETION_IDS
 from tuneline.train.config import KtoConfig
 from tuneline.train.ranks import collectives
 from tuneline.train.rows.load import IGNORED
-from tuneline.train.trainer.nonfinite import GuardedTrainer
 from tuneline.train.trainer.shared_steps import LOSS_FACTOR
+from tuneline.train.trainer.trainers import ExampleTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def log_balance(labels: Sequence[bool], config: KtoConfig) -> None:
         )
 
 
-class JudgedTrainer(GuardedTrainer, KTOTrainer):
+class JudgedTrainer(ExampleTrainer, KTOTrainer):
     """KTOTrainer for token IDs; the reference is the base model without the adapter."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -77,10 +77,6 @@ class JudgedTrainer(GuardedTrainer, KTOTrainer):
         self.calculate_KL = loss_type == "kto"
         self._eval_kl = 0.0
         self._kl_terms: list[torch.Tensor] = []
-
-    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
-        # KTOTrainer 1.16 has no option for tokenised examples: it would look for texts.
-        return dataset
 
     def _loader(self, rows: Any, batches: Any) -> DataLoader[Any]:
         if self.calculate_KL:
@@ -117,22 +113,19 @@ class JudgedTrainer(GuardedTrainer, KTOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return TRL's loss, a mean over examples, multiplied by the batch's `LOSS_FACTOR`.
+        """Return the loss of a batch, with the z of its step or of the evaluation.
 
         Args:
             model: The model, perhaps wrapped by DDP or DeepSpeed.
-            inputs: A batch; `LOSS_FACTOR` is removed from it.
+            inputs: A batch; the z is removed from it.
             return_outputs: Whether to return the model's outputs too.
             num_items_in_batch: Not used by KTO.
         """
-        factor = inputs.pop(LOSS_FACTOR, 1.0)
         kl = torch.tensor(inputs.pop(_STEP_KL, self._eval_kl), device=self.accelerator.device)
         batch = {name: value for name, value in inputs.items() if not name.startswith("KL_")}
         # TRL asks for the mean of the model's values first, then for that of the reference.
         self._kl_terms = [torch.zeros_like(kl), kl]
-        trl: Any = super()
-        loss = trl.compute_loss(model, batch, return_outputs, num_items_in_batch)
-        return (factor * loss[0], loss[1]) if return_outputs else factor * loss
+        return super().compute_loss(model, batch, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
         """Log the values since the last log, with the margin between good and bad answers."""

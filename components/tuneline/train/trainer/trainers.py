@@ -64,17 +64,12 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
         return num_labels_of(inputs)
 
 
-class PreferenceTrainer(GuardedTrainer, DPOTrainer):
-    """DPOTrainer for token IDs; the reference is the base model without the adapter."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if collectives.num_ranks() > 1:
-            # TRL gathers one value per example, but ranks may have different numbers of examples.
-            cast(Any, self.accelerator).gather = collectives.concatenated
+class ExampleTrainer(GuardedTrainer):
+    """A base of TRL's trainers whose loss is a mean over examples, here of token IDs."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
-        # DPOTrainer 1.16 has no option for tokenised examples: it would look for texts.
+        # DPOTrainer and KTOTrainer 1.16 have no option for tokenised examples: they would look for
+        # texts.
         return dataset
 
     def compute_loss(
@@ -90,12 +85,22 @@ class PreferenceTrainer(GuardedTrainer, DPOTrainer):
             model: The model, perhaps wrapped by DDP or DeepSpeed.
             inputs: A batch; `LOSS_FACTOR` is removed from it.
             return_outputs: Whether to return the model's outputs too.
-            num_items_in_batch: Not used by DPO.
+            num_items_in_batch: Not used by these trainers.
         """
         factor = inputs.pop(LOSS_FACTOR, 1.0)
         trl: Any = super()
         loss = trl.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return (factor * loss[0], loss[1]) if return_outputs else factor * loss
+
+
+class PreferenceTrainer(ExampleTrainer, DPOTrainer):
+    """DPOTrainer for token IDs; the reference is the base model without the adapter."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if collectives.num_ranks() > 1:
+            # TRL gathers one value per example, but ranks may have different numbers of examples.
+            cast(Any, self.accelerator).gather = collectives.concatenated
 
 
 def _model_loss(

@@ -96,8 +96,9 @@ def run(
 
 def _cause(events: list[dict[str, Any]], exit_code: int) -> str:
     """Return which step failed, and why, as far as the events tell."""
-    failed = [run for run in step_runs(events) if run.status == "failed"]
-    last = failed[-1] if failed else failed_run(step_runs(events))
+    runs = step_runs(events)
+    failed = [run for run in runs if run.status == "failed"]
+    last = failed[-1] if failed else failed_run(runs)
     if last is None:
         return f"the pipeline ended with exit code {exit_code}, before or after all steps"
     if last.status == "failed":

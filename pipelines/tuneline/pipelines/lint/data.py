@@ -10,7 +10,7 @@ from tuneline.pipelines.inputs import ELSEWHERE, is_local
 from tuneline.pipelines.lint.required import Problems, mapping
 from tuneline.pods import CACHE_PATH
 from tuneline.prepare.config import PrepareConfig
-from tuneline.prepare.datasets import parse
+from tuneline.prepare.datasets import sources_of
 from tuneline.runtime.parameter_text import decode_text
 from tuneline.runtime.source_names import CLAIMS_PATH, claim_name, is_claim
 
@@ -40,11 +40,9 @@ def check_data(pipeline: dict[str, Any], platform: dict[str, Any]) -> Problems:
 def _data_sources(parameters: dict[str, Any]) -> list[str]:
     try:
         config = PrepareConfig.parse(_value(parameters, "prepare_config"))
-        named = [entry.source for entry in parse(_value(parameters, "dataset"), config)]
+        return sources_of(_value(parameters, "dataset"), config)
     except RecipeError:
         return []
-    named += [config.heldout.source] if config.heldout.source is not None else []
-    return named + ([config.general.source] if config.general is not None else [])
 
 
 def _value(parameters: dict[str, Any], name: str) -> str:

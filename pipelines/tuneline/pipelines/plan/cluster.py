@@ -154,25 +154,34 @@ def _secrets(recipe: Recipe, kube: Kube) -> Iterator[Check]:
 def _volumes(recipe: Recipe, kube: Kube) -> Iterator[Check]:
     placement = recipe.placement
     if placement.cache_claim:
-        yield _claim(kube, "cache", placement.cache_claim, "cache_claim", "warn")
+        remedy = "apply manifests/, or correct placement.cache_claim"
+        yield _claim(kube, "cache", placement.cache_claim, remedy, "warn")
     if placement.shared_claim:
         if_for_one_node: Verdict = "fail" if placement.num_nodes > 1 else "ok"
-        yield _claim(kube, "shared volume", placement.shared_claim, "shared_claim", if_for_one_node)
+        remedy = "apply manifests/, or correct placement.shared_claim"
+        yield _claim(kube, "shared volume", placement.shared_claim, remedy, if_for_one_node)
 
 
 def _data_claims(recipe: Recipe, kube: Kube) -> Iterator[Check]:
-    for step, field in (("prepare", "the source"), ("fetch", "base_model")):
+    for step, check, field in (("prepare", "data", "the source"), ("fetch", "model", "base_model")):
         for name in claims_of(recipe, step):
-            yield _claim(kube, "data" if step == "prepare" else "model", name, field, "ok")
+            yield _claim(kube, check, name, f"create it, or correct {field}", "ok")
 
 
-def _claim(kube: Kube, check: str, name: str, field: str, if_for_one_node: Verdict) -> Check:
+def _claim(kube: Kube, check: str, name: str, remedy: str, if_for_one_node: Verdict) -> Check:
+    """Check a claim.
+
+    Args:
+        kube: the cluster.
+        check: name of the check.
+        name: name of the claim.
+        remedy: what to do if there is no such claim.
+        if_for_one_node: the verdict on a claim that pods of one node only can use at a time.
+    """
     claim = kube.claim(name)
     if claim is None:
         words = f"there is no claim {name} in {kube.namespace}: pods would wait for it forever"
-        if field in ("cache_claim", "shared_claim"):
-            return Check(check, "fail", words, f"apply manifests/, or correct placement.{field}")
-        return Check(check, "fail", words, f"create it, or correct {field}")
+        return Check(check, "fail", words, remedy)
     modes = ", ".join(claim.spec.access_modes)
     words = f"{name} is {claim.status.phase}, {modes}, class {claim.spec.storage_class_name}"
     if claim.status.phase == "Lost":

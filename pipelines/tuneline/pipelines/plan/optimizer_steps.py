@@ -4,16 +4,18 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from tuneline.artifacts import PREFERENCE_METHODS
 from tuneline.html.units import count
 from tuneline.pipelines.plan.check import Check
 from tuneline.pipelines.plan.estimate import ASSUMED_LENGTH
 from tuneline.prepare.datasets import parse
 from tuneline.recipe import Recipe
-from tuneline.train.batch_size import batch_size
+from tuneline.train.batch_size import (
+    FEW_STEPS,
+    batch_size,
+    more_steps_advice,
+    num_total_steps,
+)
 
-FEW_STEPS = 10
-"""Number of optimizer steps below which a run learns little."""
 BYTES_PER_TOKEN = 4
 """Bytes of text per token, assumed for a local file; the usual ratio for English."""
 _TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
@@ -26,7 +28,7 @@ def check_optimizer_steps(recipe: Recipe) -> Iterator[Check]:
     if train.max_steps is not None:
         yield Check("steps", "ok", f"{count(train.max_steps)} optimizer steps (train.max_steps)")
         return
-    if not train.packing or recipe.prepare.method in PREFERENCE_METHODS:
+    if not train.packs(recipe.prepare.method):
         words = f"one optimizer step per {size} rows"
         yield Check("steps", "ok", f"{words}, {train.num_train_epochs:g} times over the rows")
         return
@@ -40,15 +42,12 @@ def check_optimizer_steps(recipe: Recipe) -> Iterator[Check]:
         yield Check("steps", "ok", words)
         return
     num_packs = math.ceil(num_bytes / BYTES_PER_TOKEN / length)
-    num_steps = math.ceil(train.num_train_epochs * math.ceil(num_packs / size))
+    num_steps = num_total_steps(train, num_packs, size)
     words += f": about {count(num_steps)} for the {count(num_bytes)} bytes of {recipe.data_names}"
     if num_steps >= FEW_STEPS:
         yield Check("steps", "ok", words)
         return
-    advice = (
-        f"lower train.global_batch_size (it is {size}), raise train.num_train_epochs (it is "
-        f"{train.num_train_epochs:g}), or set train.packing to false"
-    )
+    advice = more_steps_advice(train, size, packing=True)
     yield Check("steps", "warn", f"{words}, in which an adapter learns little", advice)
 
 

@@ -15,7 +15,7 @@ from tuneline.recipe import Recipe
 from tuneline.verdict import HELDOUT_PREFIX, MIN_CLUSTERS, MIN_EFFECTIVE_SAMPLES
 
 PERPLEXITY = "heldout_perplexity"
-ASSUMED = f"if {SHARE_OF_CHANGED_ANSWERS:.0%} of the answers change".replace("%", " %")
+ASSUMED = f"if {100 * SHARE_OF_CHANGED_ANSWERS:.0f} % of the answers change"
 
 
 def check_power(recipe: Recipe) -> Iterator[Check]:
@@ -64,11 +64,9 @@ def _target(task: str, size: int | None) -> Iterator[Check]:
 def _guards(recipe: Recipe, guards: list[str]) -> Check:
     margin = recipe.gate.max_regression
     needed = samples_for_margin(margin, len(guards))
-    what = (
-        f"{len(guards)} guards need {needed} samples each"
-        if len(guards) > 1
-        else (f"{guards[0]} needs {needed} samples")
-    )
+    what = f"{guards[0]} needs {needed} samples"
+    if len(guards) > 1:
+        what = f"{len(guards)} guards need {needed} samples each"
     words = (
         f"{what} so that a model that lost nothing passes {100 * PASSING:.0f} % of the time "
         f"(gate.max_regression {margin:g}, {ASSUMED})"
