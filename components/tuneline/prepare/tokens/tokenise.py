@@ -1,7 +1,7 @@
 """Turn rendered rows into token IDs with a loss mask, in batches."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,23 +50,27 @@ def tokenise(tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str) -> Itera
         encode = tokenizer.backend_tokenizer.encode
         for piece in (piece for row in rows for piece in row.pieces or []):
             encoding = encode(piece.text, add_special_tokens=False)
-            spans = answer_spans(piece, encoding.offsets)
+            ids = encoding.ids
+            # The list of all offsets takes as much time as tokenising, and a few are needed.
+            spans = answer_spans(piece, len(ids), encoding.token_to_chars)
             if spans is None:
                 yield _in_parts(tokenizer, piece, loss_on=loss_on)
             else:
-                ids = encoding.ids
                 mask = [1] * len(ids) if loss_on == "all" else _mask(spans, len(ids))
                 yield TokenRow(ids, mask)
 
 
-def answer_spans(piece: Piece, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]] | None:
+def answer_spans(
+    piece: Piece, num_tokens: int, offsets: Callable[[int], tuple[int, int]]
+) -> list[tuple[int, int]] | None:
     """Return the token range of each answer, including its end of turn.
 
     Args:
         piece: the text and the positions of its answers.
-        offsets: (index of the first character, index after the last character) of each token, in
-            order. Byte-level tokenizers leave the white space in front of a word out of these
-            offsets, so each token is taken to begin where the token before it ends.
+        num_tokens: number of tokens of the text.
+        offsets: returns (index of the first character, index after the last character) of a token.
+            Byte-level tokenizers leave the white space in front of a word out of these offsets, so
+            each token is taken to begin where the token before it ends.
 
     Returns:
         (index of the first token, index after the last token) of each answer. None if a token
@@ -76,12 +80,12 @@ def answer_spans(piece: Piece, offsets: Sequence[tuple[int, int]]) -> list[tuple
     """
 
     def first(token: int) -> int:
-        return min(offsets[token][0], offsets[token - 1][1]) if token else 0
+        return min(offsets(token)[0], offsets(token - 1)[1]) if token else 0
 
-    tokens = range(len(offsets))
+    tokens = range(num_tokens)
     spans = []
     for answer in piece.answers:
-        start = bisect_right(tokens, answer.start, key=lambda token: offsets[token][1])
+        start = bisect_right(tokens, answer.start, key=lambda token: offsets(token)[1])
         if start < len(tokens) and first(start) < answer.start:
             return None
         spans.append((start, max(start, bisect_left(tokens, answer.end, key=first))))
