@@ -57,7 +57,7 @@ class Groups:
             words,
             first_of_text,
             work,
-            are_linked=lambda first, second: self._root(first) == self._root(second),
+            groups=self.numbers,
             link=self._link,
         )
 
