@@ -3,8 +3,10 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
+from tuneline.prepare.tokens.byte_level import ByteLevel, Spans
 from tuneline.prepare.tokens.render import Piece, Rendered
 
 
@@ -28,8 +30,17 @@ class TokenRow:
         return len(self.input_ids) + max(map(len, self.answers))
 
 
-def tokenise(tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str) -> Iterator[TokenRow]:
-    """Yield the examples of a batch of rendered rows; a row may become several examples."""
+def tokenise(
+    tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str, byte_level: ByteLevel | None = None
+) -> Iterator[TokenRow]:
+    """Yield the examples of a batch of rendered rows; a row may become several examples.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        rows: the rows.
+        loss_on: which tokens the loss counts, "answers" or "all".
+        byte_level: the same tokenizer, if it is a byte-level one.
+    """
     if not rows:
         return
     if rows[0].preference is not None:
@@ -45,14 +56,10 @@ def tokenise(tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str) -> Itera
     elif rows[0].text is not None:
         yield from _texts(tokenizer, [row.text or "" for row in rows])
     else:
-        # Call the backend directly, because the wrapper of transformers takes 20 % more time, and
-        # text by text, because the encodings of a whole batch do not fit into the CPU's caches.
-        encode = tokenizer.backend_tokenizer.encode
-        for piece in (piece for row in rows for piece in row.pieces or []):
-            encoding = encode(piece.text, add_special_tokens=False)
-            ids = encoding.ids
-            # The list of all offsets takes as much time as tokenising, and a few are needed.
-            spans = answer_spans(piece, len(ids), encoding.token_to_chars)
+        pieces = [piece for row in rows for piece in row.pieces or []]
+        encoded = repeat(None) if byte_level is None else byte_level.encode(pieces)
+        for piece, found in zip(pieces, encoded):  # noqa: B905 (the first one may be endless)
+            ids, spans = found or _with_offsets(tokenizer, piece)
             if spans is None:
                 yield _in_parts(tokenizer, piece, loss_on=loss_on)
             else:
@@ -60,9 +67,18 @@ def tokenise(tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str) -> Itera
                 yield TokenRow(ids, mask)
 
 
+def _with_offsets(tokenizer: Any, piece: Piece) -> tuple[list[int], Spans | None]:
+    # Call the backend directly, because the wrapper of transformers takes 20 % more time, and text
+    # by text, because the encodings of a whole batch do not fit into the CPU's caches.
+    encoding = tokenizer.backend_tokenizer.encode(piece.text, add_special_tokens=False)
+    ids = encoding.ids
+    # A few offsets are needed; the list of all of them would take more time than these.
+    return ids, answer_spans(piece, len(ids), encoding.token_to_chars)
+
+
 def answer_spans(
     piece: Piece, num_tokens: int, offsets: Callable[[int], tuple[int, int]]
-) -> list[tuple[int, int]] | None:
+) -> Spans | None:
     """Return the token range of each answer, including its end of turn.
 
     Args:
