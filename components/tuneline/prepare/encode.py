@@ -99,7 +99,8 @@ def encode(
     encoder = Encoder(tokenizer, method=method, loss_on=loss_on)
     with pyarrow.OSFile(str(encoded.tokens), "w") as file:
         writer = None
-        for lines, batch in in_order(encoder.encode, batched(spool.read(rows), parquet.BATCH)):
+        batches = batched(spool.read(rows), parquet.BATCH)
+        for lines, batch in in_order(encoder.encode, batches, num_alone=1):
             for line in lines:
                 digest.update(line)
             vocabulary.check(batch.examples)
@@ -140,9 +141,7 @@ class Encoder:
         """Return the examples and the words of rows in the spool."""
         rendered = [Rendered.from_line(line) for line in lines]
         rows = list(
-            tokenise(
-                self._tokenizer, rendered, loss_on=self._loss_on, byte_level=self._byte_level
-            )
+            tokenise(self._tokenizer, rendered, loss_on=self._loss_on, byte_level=self._byte_level)
         )
         examples = parquet.to_batch(rows, method=self._method)
         words = [

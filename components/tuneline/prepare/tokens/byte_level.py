@@ -95,6 +95,6 @@ def _spans(ends: NDArray[numpy.int64], positions: Sequence[int]) -> Spans | None
         first = int(ends.searchsorted(start, "right"))
         if start != (ends[first - 1] if first else 0):
             return None
-        last = min(len(ends), int(ends.searchsorted(end)) + 1)
+        last = min(len(ends), int(ends.searchsorted(end)) + 1) if end else 0
         spans.append((first, max(first, last)))
     return spans

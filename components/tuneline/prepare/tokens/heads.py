@@ -52,9 +52,7 @@ def _may_hide(text: str, marker: str) -> bool:
     """Return whether the token `text` may cover a part of the marker, so that it is not found."""
     if text == marker:
         return False
-    return marker in text or any(
-        text.endswith(marker[:length]) for length in range(1, len(marker))
-    )
+    return marker in text or any(text.endswith(marker[:length]) for length in range(1, len(marker)))
 
 
 class Memory(Generic[Value]):
