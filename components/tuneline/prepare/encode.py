@@ -39,6 +39,10 @@ class Encoded:
     none."""
     questions: "array[int]" = field(default_factory=lambda: array("Q"))
     """Hash of the words of each row's last question; 0 for none."""
+    beginnings: "array[int]" = field(default_factory=lambda: array("Q"))
+    """Hash of the words of each row up to each of its answers but the last, as in `texts`."""
+    num_beginnings: "array[int]" = field(default_factory=lambda: array("i"))
+    """Number of `beginnings` of each row."""
     num_examples: "array[int]" = field(default_factory=lambda: array("i"))
     """Number of examples of each row."""
     batches: "array[int]" = field(default_factory=lambda: array("i"))
@@ -148,7 +152,10 @@ class Encoder:
             self._words.read(values["prompt"], values["answer"], values.get("question", ""))
             for values in (row.heldout_row() for row in rendered)
         ]
+        beginnings = [self._words.beginnings(row.pieces) for row in rendered if row.pieces]
         columns = {
+            "beginnings": sum(beginnings, array("Q")),
+            "num_beginnings": array("i", map(len, beginnings)),
             "texts": array("Q", (row.text for row in words)),
             "prompts": array("Q", (row.prompt for row in words)),
             "questions": array("Q", (row.question for row in words)),

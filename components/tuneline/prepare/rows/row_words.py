@@ -1,10 +1,12 @@
 """The words of rows, of which many have the same beginning."""
 
 from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tuneline.prepare.rows.words import hash_of, hash_of_lines, hashes_of_lines, lines_of
 from tuneline.prepare.tokens.heads import Heads, Memory
+from tuneline.prepare.tokens.render import Piece
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,28 @@ class RowReader:
             hash_of_lines(prompted) if prompted else 0,
             hash_of_lines(asked) if asked else 0,
         )
+
+    def beginnings(self, pieces: Sequence[Piece]) -> "array[int]":
+        """Return the `RowWords.text` of the conversations that end with each answer but the last.
+
+        Args:
+            pieces: the texts of a conversation.
+        """
+        hashes = array("Q")
+        if len(pieces) > 1 or len(pieces[0].answers) > 1:
+            hashes.extend(hash for piece in pieces for hash in self._texts(piece))
+            hashes.pop()
+        return hashes
+
+    def _texts(self, piece: Piece) -> Iterator[int]:
+        """Yield the hash of the words up to the end of each answer."""
+        lines, position = b"", 0
+        for answer in piece.answers:
+            head, rest = self._memory.split(piece.text[position : answer.start])
+            answered = lines_of(piece.text[answer.start : answer.content_end])
+            lines = _join(lines, head[0] if head else b"", lines_of(rest), answered)
+            position = answer.content_end
+            yield hash_of_lines(lines)
 
 
 def _words(text: str) -> tuple[bytes, "array[int]"]:
