@@ -46,14 +46,27 @@ def words_of(text: str) -> list[str]:
 
 def hash_of(words: Sequence[str]) -> int:
     """Return a 64-bit hash of words."""
-    return int.from_bytes(blake2b(_joined(words), digest_size=8).digest(), "little")
+    return hash_of_lines(_joined(words))
 
 
 def word_hashes(words: Sequence[str]) -> "array[int]":
     """Return a 32-bit hash of each word."""
-    if not words:
-        return array("I")
-    return array("I", map(crc32, _joined(words).split(b"\n")))
+    return hashes_of_lines(_joined(words))
+
+
+def lines_of(text: str) -> bytes:
+    """Return the words of a text, one per line."""
+    return _joined(words_of(text))
+
+
+def hash_of_lines(lines: bytes) -> int:
+    """Return `hash_of` the words in the given lines."""
+    return int.from_bytes(blake2b(lines, digest_size=8).digest(), "little")
+
+
+def hashes_of_lines(lines: bytes) -> "array[int]":
+    """Return `word_hashes` of the words in the given lines."""
+    return array("I", map(crc32, lines.split(b"\n"))) if lines else array("I")
 
 
 def _joined(words: Sequence[str]) -> bytes:
