@@ -52,7 +52,7 @@ def test_the_guides_values_are_the_defaults(tmp_path: Path) -> None:
         ),
         (
             {"quantize": {"gguf": ["q3_k"]}},
-            "quantize.gguf[0]: the export format 'q3_k' is unknown"),
+            "quantize.gguf[0]: the export format 'q3_k' is unknown",
         ),
         ({"name": "Not A Name"}, 'name is "Not A Name", but must be text that matches'),
         (

@@ -14,6 +14,11 @@ def shipped_recipes() -> list[Path]:
     return sorted(RECIPES_DIR.glob("*.yaml"))
 
 
+def is_shipped(name: str) -> bool:
+    """Return whether a name is that of a shipped recipe, and not of a file."""
+    return not Path(name).exists() and (RECIPES_DIR / f"{name}.yaml").exists()
+
+
 def find_recipe(name: str, assignments: list[str], *, is_local: bool = False) -> Recipe:
     """Load a recipe from a file, or a shipped recipe by its name.
 
@@ -42,16 +47,15 @@ def find_recipe(name: str, assignments: list[str], *, is_local: bool = False) ->
                 f"--set {assignment}: the value is not YAML; quote text that has brackets, braces "
                 "or colons in it, e.g. 'description=\"a: b\"'"
             ) from None
-    path = Path(name)
-    shipped = RECIPES_DIR / f"{name}.yaml"
-    is_shipped = not path.exists() and shipped.exists()
-    if not path.exists() and not is_shipped:
+    shipped = is_shipped(name)
+    path = RECIPES_DIR / f"{name}.yaml" if shipped else Path(name)
+    if not path.exists():
         names = ", ".join(recipe.stem for recipe in shipped_recipes())
         raise RecipeError(f"no recipe '{name}': give a YAML file, or one of {names}")
     return load_recipe(
-        shipped if is_shipped else path,
+        path,
         overrides,
-        base_dir=Path.cwd() if is_shipped else None,
+        base_dir=Path.cwd() if shipped else None,
         is_local=is_local,
         needs_files=True,
     )

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from tuneline.artifacts import RunSummary
-from tuneline.errors import OutputExistsError, RecipeError, UserError, WorldError
+from tuneline.errors import OutputExistsError, RecipeError, WorldError
 from tuneline.pipelines.catalog import find_recipe, shipped_recipes
 from tuneline.pipelines.cli.options import RecipeArgument, SetOption
 from tuneline.pipelines.cli.terminal import console, say
@@ -152,8 +152,8 @@ def compile_(
             "--output",
             "-o",
             metavar="FILE",
-            help="File to write; its name ends in .yaml.",
-            show_default="the recipe's name + .yaml",
+            help="File to write; its name ends in .yaml. Only a compiled file is replaced.",
+            show_default="NAME.pipeline.yaml, beside the recipe",
         ),
     ] = None,
     set_: SetOption = [],  # noqa: B006, typer copies it
@@ -168,6 +168,7 @@ def compile_(
     """Compile a recipe to a KFP pipeline for a cluster."""
     from kfp import compiler
 
+    from tuneline.pipelines.compiled_file import check_output, output_beside
     from tuneline.pipelines.finetune import finetune
     from tuneline.pipelines.gitops import write_resources
     from tuneline.pipelines.inputs import local_problems
@@ -175,20 +176,15 @@ def compile_(
     loaded = find_recipe(recipe, set_)
     problems = local_problems(loaded)
     if problems:
-        raise RecipeError("; ".join(problems))
-    path = output or Path(f"{loaded.name}.yaml")
-    if path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"--output {path}: name a file that ends in .yaml")
-    if not path.parent.is_dir():
-        raise UserError(
-            f"--output {path}: the directory {path.parent} does not exist: create it first"
-        )
+        raise RecipeError("\n".join(problems))
+    path = output or output_beside(recipe, loaded.name)
+    check_output(path)
     if resources is not None:
         version = write_resources(loaded, path, namespace=resources)
-        say(f"wrote {path}: version {version}")
+        say(f"wrote {path.absolute()}: version {version}")
         return
     compiler.Compiler().compile(finetune(loaded), str(path))
-    say(f"wrote {path}")
+    say(f"wrote {path.absolute()}")
 
 
 @app.command(rich_help_panel=PANEL)
