@@ -61,7 +61,9 @@ MISTAKES = [
         "the directory absent does not exist: create it first",
     ),
     (("compile", "demo", "-o", "x.txt"), "name a file that ends in .yaml"),
-    (("compile", "file"), "file contains a str, but a recipe is a mapping of keys"),
+    (("compile", "file"), "file contains one value, 'text', but a recipe is a mapping of keys"),
+    (("compile", "."), "error: . is a directory: give the file of a recipe"),
+    (("compile", "demo", "-o", "file.yaml"), "file.yaml exists and is not a compiled pipeline"),
     (("report", "."), "is not a run"),
     (("lint", "absent.yaml"), "cannot read absent.yaml: No such file"),
     (("verify", "absent"), "absent is not a directory"),
@@ -81,7 +83,6 @@ MISTAKES = [
 REFUSALS = [
     (("run", "demo", "--runner", "docker"), "no container engine answers"),
     (("run", "demo", "--runs-dir", "file"), "Not a directory"),
-    (("compile", "."), "error: .: Is a directory"),
     (("submit", "demo", "--host", "http://127.0.0.1:1"), "cannot be reached at http://127"),
 ]
 
@@ -99,6 +100,7 @@ def test_what_goes_wrong_is_one_message(
     code: int,
 ) -> None:
     (tmp_path / "file").write_text("text")
+    (tmp_path / "file.yaml").write_text("name: mine")
     monkeypatch.chdir(tmp_path)
     # Nobody's cluster, engine or session.
     for name in ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT"):

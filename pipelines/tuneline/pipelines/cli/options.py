@@ -32,7 +32,7 @@ SetOption = Annotated[
     ),
 ]
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="ID or name of a run. A name means its newest run.")
+    str, typer.Argument(metavar="RUN", help="ID or name of a run, or directory of a local run.")
 ]
 HostOption = Annotated[
     str | None,
