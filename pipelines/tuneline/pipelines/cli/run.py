@@ -15,6 +15,7 @@ from rich.table import Table
 from tuneline.artifacts import RunSummary
 from tuneline.errors import OutputExistsError, WorldError
 from tuneline.pipelines.catalog import find_recipe
+from tuneline.pipelines.cli.early import refuse_early
 from tuneline.pipelines.cli.options import RecipeArgument, SetOption
 from tuneline.pipelines.cli.terminal import console, say
 from tuneline.pipelines.local.attempt import StoppedRun, execute, kept
@@ -87,6 +88,7 @@ def check_here(recipe: Recipe, runner: Runner) -> None:
         from tuneline.pipelines.local.docker import check_images
 
         check_images(recipe)
+    refuse_early(recipe, is_local=True, has_packages=runner is Runner.DOCKER)
 
 
 def save_recipe(run_dir: Path, values: dict[str, object]) -> None:
