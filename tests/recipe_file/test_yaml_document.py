@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tuneline.errors import RecipeError
 from tuneline.recipe import load_recipe
-from tuneline.recipe_file.yaml_document import decode, parse_document
+from tuneline.recipe_file.yaml_document import decode, dump_document, parse_document
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,14 @@ def test_plain_values_are_those_of_yaml_1_2(text: str, value: object) -> None:
     document = parse_document(f"key: {text}\n", "x")
     assert document.values == {"key": value}
     assert type(document.values["key"]) is type(value)
+
+
+def test_what_is_written_is_read_alike_by_both_versions() -> None:
+    texts = ["2e-4", "off", "yes", "1_000", "0o17", "017", "1:30", "null", "", "2026-01-31", "a: b"]
+    values = {"texts": texts, "numbers": [2e-4, 1e-20, 3, 1e30], "flag": False, "none": None}
+    text = dump_document(values)
+    assert parse_document(text, "x").values == values
+    assert yaml.safe_load(text) == values
 
 
 def test_every_key_and_item_has_its_line() -> None:

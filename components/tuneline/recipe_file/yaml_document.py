@@ -31,6 +31,10 @@ class _Loader(yaml.SafeLoader):
         return int(text, 0 if text.startswith(("0x", "0o")) else 10)
 
 
+class _Dumper(yaml.SafeDumper):
+    """A dumper that quotes what YAML 1.1 or YAML 1.2 would not read as a text."""
+
+
 for _name, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -39,6 +43,7 @@ for _name, _pattern, _first in (
     ("merge", r"<<", ["<"]),
 ):
     _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"^(?:{_pattern})$"), _first)
+    _Dumper.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"^(?:{_pattern})$"), _first)
 _Loader.add_constructor(f"{_TAG}int", _Loader.construct_whole_number)
 
 _BACKSLASH = "a backslash in \"...\" begins an escape: write '...', or each backslash twice"
@@ -84,6 +89,11 @@ class YamlDocument:
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path)
+
+
+def dump_document(values: Any) -> str:
+    """Return plain values as YAML that readers of YAML 1.1 and of YAML 1.2 read alike."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def decode(content: bytes, where: str) -> str:

@@ -64,8 +64,6 @@ def show_logs(run: LocalRun, words: str, *, follow: bool) -> None:
     for section in sections:
         if len(sections) > 1:
             say(f"--- {section.name}")
-        if not section.lines:
-            say("no lines: the result came from the cache")
         for line in section.lines:
             typer.echo(line)
 

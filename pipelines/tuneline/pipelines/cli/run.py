@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 from rich.markup import escape
 from rich.table import Table
 
@@ -29,6 +28,7 @@ from tuneline.pipelines.local.run_dir import (
 )
 from tuneline.pipelines.local.watch import ARTIFACTS_DIR, read_events
 from tuneline.recipe import Recipe, load_recipe
+from tuneline.recipe_file.yaml_document import dump_document
 from tuneline.recorded_recipe import without_secrets
 from tuneline.report.failed import render_failed
 from tuneline.runtime.causes import explain
@@ -93,8 +93,7 @@ def check_here(recipe: Recipe, runner: Runner) -> None:
 
 def save_recipe(run_dir: Path, values: dict[str, object]) -> None:
     """Write the values of a run's recipe, without secrets, into the run's directory."""
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    (run_dir / RECIPE_FILE).write_text(text, encoding="utf-8")
+    (run_dir / RECIPE_FILE).write_text(dump_document(values), encoding="utf-8")
 
 
 def attempt(run: LocalRun, recipe: Recipe, start: Start) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from tuneline.errors import UserError, WorldError
 from tuneline.pipelines.local.run_dir import (
     CHECKPOINT_DIR,
+    NEVER_CACHED,
     LocalRun,
     Start,
     latest_checkpoint,
@@ -28,8 +29,6 @@ from tuneline.train.checkpoints import ROOT_VARIABLE
 
 STOP_SECONDS = 120.0
 """Seconds in which the steps of a stopped run may end, e.g. write a checkpoint."""
-NEVER_CACHED = ("plan", "look-up-model", "look-up-data", "report", "publish", "diagnose")
-"""Steps whose results are not kept, because they run anew in every attempt."""
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 

@@ -11,6 +11,7 @@ from typing import Literal, Self
 from tuneline.artifacts import RunSummary
 from tuneline.errors import UserError
 from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_events
+from tuneline.report.line import LINE
 from tuneline.runtime.events import StepRun, step_runs
 from tuneline.steps import STEPS
 
@@ -19,6 +20,8 @@ RUNS_DIR = Path("runs")
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "run.log"
 REPORT_FILE = "report.html"
+NEVER_CACHED = ("plan", "look-up-model", "look-up-data", "report", "publish", "diagnose")
+"""Steps whose results are not kept, because they run anew in every attempt."""
 CACHE_DIR = ".cache"
 CHECKPOINT_DIR = ".checkpoints"
 """Directories for KFP's cache and for checkpoints, next to those of the runs, which share them."""
@@ -28,7 +31,7 @@ RunState = Literal["running", "succeeded", "failed", "stopped"]
 
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 _BEGIN = re.compile(r"^[\d:.]+ - INFO - Executing task '([^']+)'")
-_END = re.compile(r"^[\d:.]+ - INFO - Task '([^']+)' finished with status (\w+)")
+_END = re.compile(r"^[\d:.]+ - \w+ - Task '([^']+)' finished with status (\w+)")
 _PIPELINE = re.compile(r"^[\d:.]+ - INFO - Running pipeline: '")
 _PART = re.compile(r'^\s*"(?:label|format)": "([\w.-]+)"')
 _NUMBERED = re.compile(r"^(.+)-\d+$")
@@ -143,7 +146,7 @@ class LocalRun:
     def sections(self) -> list[LogSection]:
         """Return what the tasks of the last attempt wrote to the log, in the order of their start.
 
-        A task whose result came from the cache has a section without lines.
+        KFP logs nothing of a task whose result came from the cache.
         """
         try:
             text = self.log_path.read_text(encoding="utf-8", errors="replace")
@@ -152,10 +155,21 @@ class LocalRun:
         return list(_sections(_STYLE.sub("", text).splitlines()))
 
     def cached(self) -> list[str]:
-        """Return the names of the steps whose results came from the cache in the last attempt."""
-        ran = {run.step for run in self.steps()}
-        ended = [section.name for section in self.sections() if section.status == "SUCCESS"]
-        return [name for name in ended if name.partition(" ")[0] not in ran]
+        """Return the stages whose results came from the cache in the last attempt.
+
+        KFP does not say which those are: they are the stages that did not run, but that a stage
+        that ran waits for.
+        """
+        ran = {_stage_of(step) for step in self.steps() if step.step not in NEVER_CACHED}
+        if any(step.step in ("report", "publish") for step in self.steps()):
+            ran.add("publish")
+        waited = dict(LINE)
+        needed, queue = set(), list(ran)
+        while queue:
+            before = [name for name in waited.get(queue.pop(), ()) if name not in needed]
+            needed |= set(before)
+            queue += before
+        return [name for name, _ in LINE if name in needed - ran]
 
     def _is_locked(self) -> bool:
         try:
@@ -213,6 +227,11 @@ def set_events_aside(run: LocalRun) -> None:
     if run.events_path.exists():
         number = 1 + len(list(run.events_path.parent.glob("events-*.jsonl")))
         run.events_path.rename(run.events_path.with_name(f"events-{number}.jsonl"))
+
+
+def _stage_of(step: StepRun) -> str:
+    """Return the stage that a step is a part of."""
+    return step.name if step.step == "evaluate" else STEPS[step.step].stage or ""
 
 
 def _sections(lines: list[str]) -> Iterator[LogSection]:
