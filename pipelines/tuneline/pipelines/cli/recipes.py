@@ -8,8 +8,8 @@ import typer
 from rich.table import Column, Table
 
 from tuneline.errors import RecipeError
-from tuneline.pipelines.catalog import find_recipe, shipped_recipes
-from tuneline.pipelines.cli.options import RecipeArgument, SetOption
+from tuneline.pipelines.catalog import RECIPES_DIR, find_recipe, shipped_recipes
+from tuneline.pipelines.cli.options import RecipeArgument, SetOption, complete_recipe
 from tuneline.pipelines.cli.run import PANEL
 from tuneline.pipelines.cli.terminal import console, say
 from tuneline.pipelines.recipe_reference import recipe_reference
@@ -19,8 +19,24 @@ app = typer.Typer()
 
 
 @app.command(rich_help_panel=PANEL)
-def recipes() -> None:
-    """List the recipes that ship with tuneline."""
+def recipes(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Name of a shipped recipe, which is printed.",
+            show_default="list the shipped recipes",
+            autocompletion=complete_recipe,
+        ),
+    ] = None,
+) -> None:
+    """List the recipes that ship with tuneline, or print one as a start for your own."""
+    if name is not None:
+        if not (RECIPES_DIR / f"{name}.yaml").is_file():
+            names = ", ".join(path.stem for path in shipped_recipes())
+            raise RecipeError(f"no shipped recipe '{name}': choose one of {names}")
+        typer.echo((RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8"), nl=False)
+        return
     # Names are not cut even in a narrow terminal, because the user has to type one of them next.
     name = Column("name", no_wrap=True, min_width=20)
     table = Table(name, "base model", "dataset", "method", "description", box=None)
