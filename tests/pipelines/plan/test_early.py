@@ -26,6 +26,7 @@ def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     # Nobody's network: the look-ups of the Hub are refused at once.
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
 
 
 def recipe(rows: Path, **changes: Any) -> Recipe:
