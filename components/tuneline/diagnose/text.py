@@ -33,7 +33,7 @@ def events_table(runs: Sequence[StepRun]) -> list[str]:
         status: str = "not finished" if run.status == "running" else run.status
         if run.status != "finished" and run.total:
             status += f" at {run.done} of {run.total}"
-        rows.append((run.step, status, duration(run.seconds)))
+        rows.append((run.name, status, duration(run.seconds)))
     return _table(("step", "status", "time"), rows)
 
 

@@ -76,7 +76,7 @@ def run(
         (target / SAMPLES_DIR).mkdir()
         scores = {}
         for number, (name, tasks) in enumerate(loaded.items()):
-            emit("evaluate", "progress", done=number, total=len(loaded), note=f"{label}: {name}")
+            emit("evaluate", "progress", done=number, total=len(loaded), note=name)
             for task, task_samples in _measure(
                 lm, tasks, config, manager=finder.manager, templated=name in heldout.TASKS
             ):

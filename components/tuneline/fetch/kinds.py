@@ -57,7 +57,7 @@ def kind_of(source: str) -> KindName:
         problem = claim_problem(source)
         if problem is not None:
             raise ModelError(problem)
-    path = _path(source)
+    path = path_of(source)
     if path.is_dir():
         return "directory"
     if path.is_file():
@@ -75,7 +75,8 @@ def kind_of(source: str) -> KindName:
     return "hub"
 
 
-def _path(source: str) -> Path:
+def path_of(source: str) -> Path:
+    """Return the path of a model that is a directory or a file, on this machine or on a claim."""
     return Path(path_on_claim(source) if is_claim(source) else source).expanduser()
 
 
@@ -84,13 +85,13 @@ def _take_builtin(source: str, target: Path, config: FetchConfig) -> Provenance:
 
 
 def _take_directory(source: str, target: Path, config: FetchConfig) -> Provenance:
-    path = _path(source)
+    path = path_of(source)
     directory.take(path, target, source=source, trusted=config.trust_remote_code is not None)
     return Provenance(directory.licence_of(path))
 
 
 def _take_gguf(source: str, target: Path, config: FetchConfig) -> Provenance:
-    return Provenance(gguf.convert(_path(source), target))
+    return Provenance(gguf.convert(path_of(source), target))
 
 
 def _take_from_hub(source: str, target: Path, config: FetchConfig) -> Provenance:
@@ -109,7 +110,7 @@ def _builtin_name(source: str, config: FetchConfig) -> str:
 
 
 def _hash_files(source: str, config: FetchConfig) -> str:
-    path = _path(source)
+    path = path_of(source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:

@@ -67,7 +67,7 @@ def push(staged: list[StagedRepo], *, token: str, config: PublishConfig) -> list
     # The client would keep a slash at the end, and the URLs of the repositories had two.
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
     api = HfApi(endpoint=endpoint, token=token)
-    _call("who am I", api.whoami, config.max_attempts)
+    call("who am I", api.whoami, config.max_attempts)
     # All names are checked before anything is sent, so that no run is published only in part.
     absent = []
     for repo in staged:
@@ -79,7 +79,7 @@ def push(staged: list[StagedRepo], *, token: str, config: PublishConfig) -> list
     created: list[str] = []
     try:
         for repo in absent:
-            _call(
+            call(
                 f"create {repo.repo}",
                 # exist_ok: an attempt whose response was lost may have created it.
                 partial(
@@ -100,12 +100,12 @@ def _push_one(api: HfApi, repo: StagedRepo, config: PublishConfig) -> PublishedR
     if held is None:
         raise refusal(f"push {repo.repo}", 404, None)
     deleted = adapt(repo.folder, held.content)
-    commit = _call(
+    commit = call(
         f"push {repo.repo}",
         partial(_upload, api, repo, deleted, parent_commit=held.commit),
         config.max_attempts,
     )
-    tag = _call(f"tag {repo.repo}", partial(_tag, api, repo.repo, commit), config.max_attempts)
+    tag = call(f"tag {repo.repo}", partial(_tag, api, repo.repo, commit), config.max_attempts)
     files = repo.files()
     return PublishedRepo(
         repo=repo.repo,
@@ -128,7 +128,7 @@ def _look_up(api: HfApi, repo: StagedRepo, config: PublishConfig) -> _Held | Non
     what = f"look up {repo.repo}"
     request = partial(api.model_info, repo.repo)
     try:
-        info = _call(what, request, config.max_attempts, may_be_absent=True)
+        info = call(what, request, config.max_attempts, may_be_absent=True)
     except RepositoryNotFoundError:
         return None
     commit = str(info.sha)
@@ -137,7 +137,7 @@ def _look_up(api: HfApi, repo: StagedRepo, config: PublishConfig) -> _Held | Non
     def read(name: str) -> str | None:
         if name not in names:
             return None
-        return _call(what, partial(_read, api, repo.repo, name, commit), config.max_attempts)
+        return call(what, partial(_read, api, repo.repo, name, commit), config.max_attempts)
 
     content = Previous(repo.repo, names, read_bundle(read(MARKER_FILE)), read(CARD_FILE))
     check_ours(content, kind=repo.kind, names=repo.files().keys())
@@ -256,7 +256,7 @@ def _tag(api: HfApi, repo: str, commit: str) -> str:
     return tag
 
 
-def _call(
+def call(
     what: str, request: Callable[[], T], max_attempts: int, *, may_be_absent: bool = False
 ) -> T:
     """Send a request; repeat it after a fault that may not last, see `retries`.

@@ -81,7 +81,7 @@ def quantize_gguf(
     from tuneline.quantize.run import run
     from tuneline.runtime.step import set_metadata, step
 
-    with step("quantize-gguf"):
+    with step("quantize-gguf", format):
         export = run(
             QuantizeConfig.parse(config),
             format=format,
@@ -123,7 +123,7 @@ def quantize_gptq(
     from tuneline.quantize.run import run
     from tuneline.runtime.step import set_metadata, step
 
-    with step("quantize-gptq"):
+    with step("quantize-gptq", format):
         export = run(
             QuantizeConfig.parse(config),
             format=format,

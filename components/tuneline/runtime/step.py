@@ -10,6 +10,8 @@ events are appended to that file, one JSON object per line:
     {"step": "train", "event": "failed", "time": ..., "seconds": 3.1, "kind": "DataError",
      "message": "..."}
 
+The events of a step that runs several times also have "part", e.g. the model that is evaluated.
+
 In a pod of KFP, the wrapper also leaves the cause of a failure as the container's termination
 message (termination.py).
 """
@@ -41,15 +43,25 @@ EVENTS_VARIABLE = "TUNELINE_EVENTS"
 """Environment variable with the path of the events file."""
 
 
+_part = ""
+"""What the step of this process is about."""
+
+
 @contextlib.contextmanager
-def step(name: str) -> Iterator[None]:
+def step(name: str, part: str = "") -> Iterator[None]:
     """Run the body as the step `name`.
+
+    Args:
+        name: name of the step.
+        part: what the step is about if a run has several of it, e.g. the model it evaluates.
 
     Raises:
         SystemExit: a known error occurred and was printed; other errors are raised unchanged.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     redact_logs()
+    global _part
+    _part = part
     started = time.monotonic()
     emit(name, "started")
     leave(Ending(step=name, result=STARTED))
@@ -80,7 +92,8 @@ def emit(name: str, event: str, **values: Any) -> None:
     path = os.environ.get(EVENTS_VARIABLE)
     if not path:
         return
-    line = json.dumps({"step": name, "event": event, "time": time.time(), **values})
+    about = {"part": _part} if _part else {}
+    line = json.dumps({"step": name, **about, "event": event, "time": time.time(), **values})
     # Each event is a single write of a short line, so that lines of several processes do not mix.
     with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as events:
         events.write(line + "\n")

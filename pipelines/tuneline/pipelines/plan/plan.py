@@ -15,6 +15,7 @@ from tuneline.pipelines.needs import memory_of
 from tuneline.pipelines.plan.check import Check, Verdict
 from tuneline.pipelines.plan.cluster import check_cluster
 from tuneline.pipelines.plan.disk import check_disks, check_files
+from tuneline.pipelines.plan.early import check_early
 from tuneline.pipelines.plan.estimate import Estimate, estimate, parameters_in_name
 from tuneline.pipelines.plan.host_memory import host_memory
 from tuneline.pipelines.plan.optimizer_steps import check_optimizer_steps
@@ -40,6 +41,7 @@ def plan(
     account: str | None = None,
     is_step: bool = False,
     uploads_to_s3: bool = True,
+    looks_up: bool = False,
 ) -> list[Check]:
     """Check a recipe by itself and, if `kube` is given, against a cluster.
 
@@ -51,12 +53,16 @@ def plan(
         account: service account that the run will use; None if it is not known.
         is_step: whether `kube` uses the credentials of the run itself.
         uploads_to_s3: whether KFP stores artifacts in S3, or in a store with its API.
+        looks_up: whether to look at what the recipe names: model, data and target. The steps of a
+            run do that themselves.
 
     Raises:
         ClusterError: the cluster cannot be reached.
     """
     num_parameters = num_parameters or parameters_in_name(recipe.base_model)
-    checks = [*_ranks(recipe), *check_optimizer_steps(recipe), *_checkpoints(recipe)]
+    on_cluster = kube is not None or recipe.placement.profile != LOCAL
+    checks = check_early(recipe, is_local=not on_cluster) if looks_up else []
+    checks += [*_ranks(recipe), *check_optimizer_steps(recipe), *_checkpoints(recipe)]
     checks += _data(recipe, has_pods=kube is not None)
     checks += _kernels(recipe, has_pods=kube is not None)
     checks += check_power(recipe)
