@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuneline.artifacts import PUBLISHED_BUNDLE, RECORDS, Decision
+from tuneline.artifacts import PUBLISHED_BUNDLE, RECORDS, DatasetManifest, Decision
 from tuneline.errors import DataError, TunelineError
-from tuneline.record import Ancestor, Record, broken_seal, hash_files
+from tuneline.html import seals
+from tuneline.record import Ancestor, Record, broken_seal, hash_files, sha256_of_file
 from tuneline.runtime.environment import describe_environment
 from tuneline.verdict import wrong_verdict
 
@@ -16,8 +17,12 @@ from tuneline.verdict import wrong_verdict
 _NOT_HASHED = {"README.md", ".gitattributes"}
 _CACHE = ".cache/"
 
-RECORD_COPY = "record"
-"""Name of the file of an artifact that is a copy of another artifact's record."""
+SEALED_FILES = ("record", "metrics")
+"""Names of artifacts that are one JSON file with the hash of its text: copies of the records of
+other artifacts, and the figures that KFP compares."""
+QUESTIONS_FILE = "questions"
+"""Name of the artifact with the questions of the benchmarks; the record of the dataset has its
+hash."""
 
 Known = dict[str, list[Ancestor]]
 """Artifacts found in a directory, by their key in the `made_from` of other artifacts."""
@@ -66,10 +71,7 @@ def verify(directory: Path) -> list[Checked]:
             result.differences.append(wrong)
         checked.append(result)
     checked.extend(_check_bundle(path, known) for path in sorted(directory.rglob(PUBLISHED_BUNDLE)))
-    # The steps that get only the record of an artifact read this copy of it.
-    for path in sorted(directory.rglob(RECORD_COPY)):
-        if path.is_file() and (difference := broken_seal(_text(path))):
-            checked.append(Checked(path, 1, [difference], []))
+    checked.extend(_check_single_files(directory, [record for _, record, _ in records]))
     if not checked:
         names = ", ".join(record.filename for record in RECORDS)
         raise DataError(
@@ -78,6 +80,30 @@ def verify(directory: Path) -> list[Checked]:
             "downloaded repository"
         )
     return checked
+
+
+def _check_single_files(directory: Path, records: list[Record]) -> Iterator[Checked]:
+    """Check the artifacts that are a single file: pages, Markdown texts and JSON files."""
+    questions = {
+        record.benchmarks_sha256
+        for record in records
+        if isinstance(record, DatasetManifest) and record.benchmarks_sha256
+    }
+    for path in sorted(directory.rglob("*")):
+        if not path.is_file():
+            continue
+        if path.name in SEALED_FILES:
+            yield from _single_file(path, broken_seal(_text(path)))
+        elif path.name == QUESTIONS_FILE and questions:
+            known = sha256_of_file(path) in questions
+            yield from _single_file(path, "" if known else "differs from what prepare searched for")
+        elif seals.is_sealed(path):
+            yield from _single_file(path, seals.broken_seal(path.read_bytes()))
+
+
+def _single_file(path: Path, difference: str) -> Iterator[Checked]:
+    if difference:
+        yield Checked(path, 1, [difference], [])
 
 
 def _check_bundle(path: Path, known: Known) -> Checked:

@@ -8,6 +8,8 @@ from tuneline.artifacts import Decision, new_directory
 from tuneline.gate.compare import comparisons_of
 from tuneline.gate.config import GateConfig
 from tuneline.gate.reading import read
+from tuneline.html.markdown import escape_markdown
+from tuneline.html.seals import seal
 from tuneline.runtime.termination import Ending, leave
 from tuneline.verdict import decide
 
@@ -50,7 +52,7 @@ def run(
         )
         decision.write(directory, config, parents=(base.record, tuned.record))
         if summary_path is not None:
-            Path(summary_path).write_text(_markdown(decision), encoding="utf-8")
+            Path(summary_path).write_text(seal(_markdown(decision)), encoding="utf-8")
     logger.info("%s: %s", verdict, reason)
     leave(Ending(step="gate", result=verdict, text=reason))
     return decision
@@ -58,14 +60,15 @@ def run(
 
 def _markdown(decision: Decision) -> str:
     rows = [
-        f"| {item.task} | {item.role} | {item.metric} | {item.base:.4f} | {item.tuned:.4f} | "
-        f"{item.difference:+.4f} | [{item.interval[0]:+.4f}, {item.interval[1]:+.4f}] | "
+        f"| {escape_markdown(item.task)} | {item.role} | {escape_markdown(item.metric)} | "
+        f"{item.base:.4f} | {item.tuned:.4f} | {item.difference:+.4f} | "
+        f"[{item.interval[0]:+.4f}, {item.interval[1]:+.4f}] | "
         f"{item.lower:+.4f} | {item.num_samples} | {item.outcome} |"
         for item in decision.comparisons
     ]
     return "\n".join(
         [
-            f"**{decision.verdict}**: {decision.reason}",
+            f"**{decision.verdict}**: {escape_markdown(decision.reason)}",
             "",
             "| task | role | metric | base | tuned | improvement | 95 % interval "
             "| above, with 95 % confidence | samples | outcome |",

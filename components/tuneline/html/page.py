@@ -18,6 +18,7 @@ from tuneline.html.charts import (
     scatter_chart,
 )
 from tuneline.html.flow import Stage, line_diagram
+from tuneline.html.seals import seal
 from tuneline.html.stylesheet import STYLESHEET
 from tuneline.version import VERSION
 
@@ -53,7 +54,7 @@ class Cell(str):
 def render_page(
     title: str, sections_html: Sequence[str], subtitle: str = "", *, lead: str = ""
 ) -> str:
-    """Return a whole HTML page.
+    """Return a whole HTML page, which ends with the hash of its text.
 
     Args:
         title: plain text of the heading and of the window's title.
@@ -63,7 +64,7 @@ def render_page(
     """
     cards = "\n".join(f'<section class="card">\n{html}\n</section>' for html in sections_html)
     below = f'<p class="subtitle">{escape(subtitle)}</p>' if subtitle else ""
-    return f"""<!doctype html>
+    return seal(f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -86,7 +87,7 @@ def render_page(
 </main>
 </body>
 </html>
-"""
+""")
 
 
 def section(heading: str, *parts: str, note: str = "") -> str:
