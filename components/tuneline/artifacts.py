@@ -18,8 +18,9 @@ and publish takes them for what it does not upload, because KFP downloads every 
     merged       merge.json        config.json, *.safetensors, tokenizer files
     importance   importance.json   importance.gguf, for llama.cpp's quantisers
     quantized    quantized.json    one .gguf file and its Modelfile, or a GPTQ checkpoint
-    scores       scores.json       samples/<task>.jsonl, generations.jsonl
-    decision     decision.json
+    scores       scores.json       samples/<task>.jsonl, prompted/<task>.jsonl,
+                                    generations.jsonl
+    decision     decision.json     evaluated.json, for the next run to the same target
     summary      summary.json
     published    published.json
 """
@@ -60,6 +61,8 @@ OLLAMA_PARAMS = "params"
 # In every published repository: what the repository was made from, and the hashes of its files.
 PUBLISHED_BUNDLE = "tuneline.json"
 SAMPLES_DIR = "samples"
+# Scores of the samples with training rows in the prompt; in the scores of the base model.
+PROMPTED_DIR = "prompted"
 GENERATIONS_FILE = "generations.jsonl"
 # A task in every evaluation with held-out rows: how much likelier an answer is after its own prompt
 # than after the prompt of another row.
@@ -87,10 +90,12 @@ PREFERENCE_METHODS = frozenset({"dpo", "kto"})
 """Methods that compare the likelihood of whole answers with that under the base model. Their
 examples are padded, not packed."""
 Verdict = Literal["promote", "hold"]
-ComparisonRole = Literal["target", "guard", "member", "control"]
+ComparisonRole = Literal["target", "guard", "member", "control", "prompted", "published"]
 """What a comparison decides. A target has to improve, a guard must not get worse, a member is part
 of a group that is compared as a whole and decides nothing, and a control shows whether the tuned
-model still reads its prompts."""
+model still reads its prompts. In two roles, the tuned model is not compared with the base model as
+it is: prompted is the base model with training rows in its prompt, which decides nothing, and
+published is the model that was published last, which must not be better."""
 
 
 class RunHeader(StrictModel):
@@ -384,6 +389,11 @@ class Scores(Record):
     """Names in evaluate.tasks that stand for several tasks (kobest, mmlu), with these tasks."""
     harness: str
     """Name and version of the evaluation program."""
+    num_examples: int = 0
+    """Number of training rows in the prompt when the values of `prompted` were measured."""
+    prompted: dict[str, TaskScore] = Field(default_factory=dict)
+    """Scores of the tasks over held-out rows with training rows in the prompt, by task; base model
+    only. prompted/<task>.jsonl holds the scores of the samples."""
 
     def missing_ancestors(self) -> list[str]:
         """Return the artifacts that the lineage should name: the data, and the model."""
@@ -397,12 +407,16 @@ class Scores(Record):
 
 
 class TaskComparison(StrictModel):
-    """Comparison of the tuned and the base model on the same samples of one task."""
+    """Comparison of the tuned and another model on the same samples of one task.
+
+    The other model is the base model, unless the role is prompted or published.
+    """
 
     task: str
     metric: str
     higher_is_better: bool
     base: float
+    """Score of the model that the tuned model is compared with."""
     tuned: float
     difference: float
     """Mean over the samples of tuned minus base score; negated if lower scores are better, so that
@@ -421,6 +435,15 @@ class TaskComparison(StrictModel):
     and 1."""
     outcome: Literal["better", "worse", "undecided"]
     role: ComparisonRole
+    num_examples: int = 0
+    """Number of training rows in the prompts of the base model; role prompted only."""
+
+    @property
+    def title(self) -> str:
+        """Return the task, with the other model if that is not the base model as it is."""
+        if self.role == "prompted":
+            return f"{self.task}, base model with {self.num_examples} training rows in its prompt"
+        return f"{self.task}, model published last" if self.role == "published" else self.task
 
 
 class Decision(Record):
@@ -435,6 +458,8 @@ class Decision(Record):
 
     verdict: Verdict
     reason: str
+    remarks: list[str] = Field(default_factory=list)
+    """Sentences that do not decide: what prompting alone gives, and repeated attempts."""
     comparisons: list[TaskComparison]
 
 

@@ -1,0 +1,1 @@
+"""What the gate knows of earlier runs, as JSON."""
