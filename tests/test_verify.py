@@ -21,10 +21,10 @@ from tuneline.artifacts import (
 )
 from tuneline.errors import DataError, ProofError, WorldError
 from tuneline.html.page import render_page
-from tuneline.html.seals import seal
 from tuneline.merge import MergeConfig
-from tuneline.record import Record, broken_seal, hash_files, sealed_json, sha256_of_file
+from tuneline.record import Record, hash_files, sha256_of_file
 from tuneline.runtime.environment import describe_environment
+from tuneline.seals import broken_seal, seal_page, sealed_json
 from tuneline.train import TrainConfig
 from tuneline.verify import verify
 
@@ -261,7 +261,7 @@ def test_a_page_that_was_cut_is_found(run_dir: Path) -> None:
 
 
 def test_changed_markdown_and_figures_are_found(run_dir: Path) -> None:
-    text = seal("| task | verdict |\n|---|---|\n| a | hold |\n")
+    text = seal_page("| task | verdict |\n|---|---|\n| a | hold |\n")
     (run_dir / "summary").write_text(text.replace("hold", "promote"))
     (run_dir / "metrics").write_text(sealed_json({"loss": 0.5}).replace("0.5", "0.4"))
     found = differences(run_dir)

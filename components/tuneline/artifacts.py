@@ -521,6 +521,8 @@ class RunSummary(Record):
     """Name of the recipe."""
     verdict: Verdict
     reason: str
+    remarks: list[str] = Field(default_factory=list)
+    """Remarks of the gate, which do not decide."""
     comparisons: list[TaskComparison]
     exports: list[QuantizedModel]
     differs_from_recipe: list[str] = Field(default_factory=list)

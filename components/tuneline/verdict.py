@@ -11,7 +11,8 @@ Every probability below is of an error over the whole decision, whatever the num
   2 x `max_regression` on any guard with at most 2.5 %: each guard has to exclude this by itself, so
   the number of guards needs no correction.
 - The model published last: the verdict is hold if the tuned model is proven to be worse on a target
-  (the whole 95 % interval lies below 0). It is compared only if it was measured on the same samples.
+  (the whole 95 % interval lies below 0). It is compared only if both were measured on the same
+  samples.
 - The control: the verdict is hold if the tuned model is proven to depend less on its prompts than
   the base model. Models tuned on answers that belong to other questions learn the form of answers
   only, and this is how they are found.

@@ -8,18 +8,18 @@ from typing import Any
 
 from tuneline.artifacts import PUBLISHED_BUNDLE, RECORDS, DatasetManifest, Decision
 from tuneline.errors import DataError, TunelineError
-from tuneline.html import seals
-from tuneline.record import Ancestor, Record, broken_seal, hash_files, sha256_of_file
+from tuneline.record import Ancestor, Record, hash_files, sha256_of_file
 from tuneline.runtime.environment import describe_environment
+from tuneline.seals import broken_page_seal, broken_seal, is_sealed_page
 from tuneline.verdict import wrong_verdict
 
 # Not compared: users edit model cards, and the Hub and its client add .gitattributes and .cache/.
 _NOT_HASHED = {"README.md", ".gitattributes"}
 _CACHE = ".cache/"
 
-SEALED_FILES = ("record", "metrics")
+SEALED_FILES = ("record", "metrics", "earlier")
 """Names of artifacts that are one JSON file with the hash of its text: copies of the records of
-other artifacts, and the figures that KFP compares."""
+other artifacts, the figures that KFP compares, and what earlier runs measured."""
 QUESTIONS_FILE = "questions"
 """Name of the artifact with the questions of the benchmarks; the record of the dataset has its
 hash."""
@@ -97,8 +97,8 @@ def _check_single_files(directory: Path, records: list[Record]) -> Iterator[Chec
         elif path.name == QUESTIONS_FILE and questions:
             known = sha256_of_file(path) in questions
             yield from _single_file(path, "" if known else "differs from what prepare searched for")
-        elif seals.is_sealed(path):
-            yield from _single_file(path, seals.broken_seal(path.read_bytes()))
+        elif is_sealed_page(path):
+            yield from _single_file(path, broken_page_seal(path.read_bytes()))
 
 
 def _single_file(path: Path, difference: str) -> Iterator[Checked]:

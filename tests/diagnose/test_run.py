@@ -11,8 +11,8 @@ import pytest
 
 from tuneline.diagnose.run import run
 from tuneline.errors import DataError
-from tuneline.html.seals import broken_seal
 from tuneline.runtime.step import EVENTS_VARIABLE, emit, step
+from tuneline.seals import broken_page_seal
 
 
 def write_events(path: Path, *events: tuple) -> str:
@@ -67,7 +67,7 @@ def test_failure_names_step_cause_and_advice(tmp_path: Path) -> None:
     )
     assert (found.succeeded, found.step, found.cause) == (False, "prepare", sentence)
     text = target.read_text()
-    assert text.startswith(found.markdown) and not broken_seal(target.read_bytes())
+    assert text.startswith(found.markdown) and not broken_page_seal(target.read_bytes())
     assert "# The run failed at prepare" in text
     assert "**Why:** row 7 of a_b.jsonl has no answer: add one" in text
     assert "| prepare | failed | 0.5 s |" in text

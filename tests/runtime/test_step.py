@@ -8,8 +8,8 @@ import pytest
 
 from tuneline.artifacts import Decision, new_directory
 from tuneline.errors import DataError, OutputExistsError, WorldError
-from tuneline.record import broken_seal
 from tuneline.runtime.step import EVENTS_VARIABLE, log_metrics, step
+from tuneline.seals import broken_seal
 
 
 def events(path: Path) -> list[dict]:

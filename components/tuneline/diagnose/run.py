@@ -24,13 +24,13 @@ from tuneline.diagnose.text import (
     remark,
 )
 from tuneline.html.markdown import escape_markdown
-from tuneline.html.seals import seal
 from tuneline.html.units import duration
 from tuneline.runtime.causes import explain
 from tuneline.runtime.events import StepRun, failed_run, parse_events, step_runs
 from tuneline.runtime.kfp_run import read_attempts
 from tuneline.runtime.step import EVENTS_VARIABLE
 from tuneline.runtime.termination import Ending, leave
+from tuneline.seals import seal_page
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def run(
     if summary_path:
         try:
             Path(summary_path).parent.mkdir(parents=True, exist_ok=True)
-            Path(summary_path).write_text(seal(diagnosis.markdown), encoding="utf-8")
+            Path(summary_path).write_text(seal_page(diagnosis.markdown), encoding="utf-8")
         except OSError as error:
             logger.error("cannot write the diagnosis: %s\n%s", error, diagnosis.markdown)
     if not diagnosis.succeeded:

@@ -10,9 +10,9 @@ from tuneline.gate.config import GateConfig
 from tuneline.gate.earlier import evaluated, read_earlier, remarks
 from tuneline.gate.reading import read
 from tuneline.html.markdown import escape_markdown
-from tuneline.html.seals import seal
 from tuneline.records.earlier import EVALUATED_FILE
 from tuneline.runtime.termination import Ending, leave
+from tuneline.seals import seal_page
 from tuneline.verdict import decide
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def run(
         )
         decision.write(directory, config, parents=(base.record, tuned.record))
         if summary_path is not None:
-            Path(summary_path).write_text(seal(_markdown(decision)), encoding="utf-8")
+            Path(summary_path).write_text(seal_page(_markdown(decision)), encoding="utf-8")
     logger.info("%s: %s", verdict, reason)
     for remark in decision.remarks:
         logger.warning("%s", remark)

@@ -18,8 +18,8 @@ from tuneline.html.charts import (
     scatter_chart,
 )
 from tuneline.html.flow import Stage, line_diagram
-from tuneline.html.seals import seal
 from tuneline.html.stylesheet import STYLESHEET
+from tuneline.seals import seal_page
 from tuneline.version import VERSION
 
 __all__ = [
@@ -64,7 +64,7 @@ def render_page(
     """
     cards = "\n".join(f'<section class="card">\n{html}\n</section>' for html in sections_html)
     below = f'<p class="subtitle">{escape(subtitle)}</p>' if subtitle else ""
-    return seal(f"""<!doctype html>
+    return seal_page(f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">

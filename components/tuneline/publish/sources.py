@@ -1,8 +1,9 @@
 """The artifacts of a run that publish reads, and the repositories made from these artifacts."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tuneline.artifacts import (
     DatasetManifest,
@@ -16,6 +17,7 @@ from tuneline.artifacts import (
 from tuneline.errors import UserError
 from tuneline.kinds import KINDS, KindTraits, RepoKind
 from tuneline.publish.proven import check_lineage
+from tuneline.records.earlier import EVALUATED_FILE
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Sources:
     merged_dir: Path
     exports: dict[Path, QuantizedModel]
     """Records of the exports, by their directories."""
+    evaluated: dict[str, Any] | None = None
+    """What the gate leaves for the next run to the same target; None: of an older gate."""
 
     @classmethod
     def read(
@@ -43,7 +47,7 @@ class Sources:
         adapter_dir: Path,
         merged_dir: Path,
         exports_dirs: list[Path],
-        decision: Decision,
+        decision_dir: Path,
     ) -> Self:
         """Read every record, so that an incomplete artifact is found before anything is sent.
 
@@ -54,13 +58,17 @@ class Sources:
             adapter_dir: directory of the `adapter` artifact.
             merged_dir: directory of the `merged` artifact.
             exports_dirs: directories of the `quantized` artifacts.
-            decision: record of the gate.
+            decision_dir: directory of the `decision` artifact.
 
         Raises:
-            WorldError: an artifact has no record, or an export that the recipe asks for is missing.
+            WorldError: an artifact has no record, an export that the recipe asks for is missing, or
+                a file of the decision was changed.
             UserError: two exports have the same format.
             ProofError: an artifact was made from an artifact that is not in these directories.
         """
+        decision = Decision.read(decision_dir)
+        decision.check_files(decision_dir)
+        evaluated = decision_dir / EVALUATED_FILE
         sources = cls(
             header=header,
             origin=ModelOrigin.read(base_model_dir),
@@ -71,6 +79,7 @@ class Sources:
             adapter_dir=adapter_dir,
             merged_dir=merged_dir,
             exports={path: QuantizedModel.read(path) for path in exports_dirs},
+            evaluated=json.loads(evaluated.read_text("utf-8")) if evaluated.is_file() else None,
         )
         formats = [export.format for export in sources.exports.values()]
         header.check_exports(formats)

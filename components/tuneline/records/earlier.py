@@ -7,10 +7,15 @@ of each other's decisions.
 
 from pydantic import Field
 
+from tuneline.seals import sealed_json
 from tuneline.strict_model import StrictModel
 
 EVALUATED_FILE = "evaluated.json"
-"""Name of the file in a decision, and the key in tuneline.json without its ending."""
+"""Name of the file in a decision."""
+EVALUATED_KEY = "evaluated"
+"""Key of the same in tuneline.json of the merged model."""
+RUNS_VARIABLE = "TUNELINE_RUNS"
+"""Environment variable with the directory of the runs on this machine; unset on a cluster."""
 MODEL_CHARACTERS = 16
 """Number of characters of a hash that identify a measured model."""
 
@@ -47,9 +52,15 @@ class Evaluated(StrictModel):
 class EarlierRuns(StrictModel):
     """What is known of earlier runs to the same target, and of earlier runs on this machine."""
 
+    record_sha256: str = ""
+    """SHA-256 of the text with this value empty."""
     published: Evaluated | None = None
     """Scores of the model that was published last; null if there is none."""
     attempts: list[Attempt] = Field(default_factory=list)
     """Models measured by other runs on this machine."""
     remark: str = ""
     """Why the model that was published last is not known; empty if it is, or if there is none."""
+
+    def sealed(self) -> str:
+        """Return the text of the file."""
+        return sealed_json(self.model_dump(mode="json"))

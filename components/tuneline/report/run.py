@@ -107,6 +107,7 @@ def run(
             recipe=header.name,
             verdict=line.decision.verdict,
             reason=line.decision.reason,
+            remarks=line.decision.remarks,
             comparisons=line.decision.comparisons,
             exports=line.exports,
             differs_from_recipe=list(recipe.differences),
@@ -138,5 +139,13 @@ def render(line: Line) -> str:
         header.name,
         [card for card in cards if card],
         f"{description} - {about}" if description else about,
-        lead=sections.verdict(line) + sections.other_values(line) + sections.headline(line),
+        lead="".join(
+            part(line)
+            for part in (
+                sections.verdict,
+                sections.remarks,
+                sections.other_values,
+                sections.headline,
+            )
+        ),
     )

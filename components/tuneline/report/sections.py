@@ -44,6 +44,13 @@ def verdict(line: Line) -> str:
     return banner("Hold", decision.reason, "warn", small=after)
 
 
+def remarks(line: Line) -> str:
+    """Return the banner with what the gate remarks; empty if it remarks nothing."""
+    if not line.decision.remarks:
+        return ""
+    return banner("Remarks of the gate", ". ".join(line.decision.remarks) + ".", "plain")
+
+
 def other_values(line: Line) -> str:
     """Return the banner of a run with other values than its recipe's; empty for other runs."""
     if not line.recipe.differences:
@@ -135,7 +142,7 @@ def scores(line: Line) -> str:
     charts = [
         interval_chart(
             [
-                IntervalRow(c.task, c.base, c.tuned, *c.interval, difference=c.difference)
+                IntervalRow(_label(c), c.base, c.tuned, *c.interval, difference=c.difference)
                 for c in group
             ],
             x_label=metric if group[0].higher_is_better else f"{metric} (lower is better)",
@@ -144,7 +151,7 @@ def scores(line: Line) -> str:
     ]
     rows = [
         [
-            Cell(f"{escape(c.task)} {badge(c.role)}"),
+            Cell(f"{escape(c.title)} {badge(c.role)}"),
             c.metric,
             number(c.base),
             number(c.tuned),
@@ -167,7 +174,9 @@ def scores(line: Line) -> str:
             "gate.min_gain. Guards must not get worse: the loss that gate.max_regression names has "
             "to be excluded with a confidence of 95 %. The tasks of a group are its members, which "
             "decide nothing by themselves. A control shows whether the tuned model still reads its "
-            "prompts. Samples with the same question or passage count as one.",
+            "prompts. Prompted compares with the base model that sees training rows in its prompt; "
+            "it decides nothing. Published compares with the model published last, which must not "
+            "be better. Samples with the same question or passage count as one.",
             muted=True,
         ),
     )
@@ -417,6 +426,12 @@ def _samples(comparison: TaskComparison) -> str:
     if comparison.num_clusters == comparison.num_samples:
         return count(comparison.num_samples)
     return f"{count(comparison.num_samples)} ({count(comparison.num_clusters)} questions)"
+
+
+def _label(comparison: TaskComparison) -> str:
+    """Return the name of a comparison in a chart, which has little space."""
+    apart = comparison.role in ("prompted", "published")
+    return f"{comparison.task} ({comparison.role})" if apart else comparison.task
 
 
 def _interval(comparison: TaskComparison) -> str:

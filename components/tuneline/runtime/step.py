@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import StorageError, TunelineError
-from tuneline.record import sealed_json
 from tuneline.runtime.causes import explain
 from tuneline.runtime.events import StepRun
 from tuneline.runtime.parameter_text import encode_text
 from tuneline.runtime.redaction import redact_logs, redacted
 from tuneline.runtime.termination import STARTED, Ending, leave, leave_finished
+from tuneline.seals import sealed_json
 from tuneline.strict_model import StrictModel
 
 EVENTS_VARIABLE = "TUNELINE_EVENTS"
