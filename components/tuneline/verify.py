@@ -8,6 +8,7 @@ from typing import Any
 
 from tuneline.artifacts import PUBLISHED_BUNDLE, RECORDS, DatasetManifest, Decision
 from tuneline.errors import DataError, TunelineError
+from tuneline.models.agreement import Stored, disagreements
 from tuneline.record import Ancestor, Record, hash_files, sha256_of_file
 from tuneline.runtime.environment import describe_environment
 from tuneline.seals import broken_page_seal, broken_seal, is_sealed_page
@@ -67,6 +68,8 @@ def verify(directory: Path) -> list[Checked]:
             for name in record.missing_ancestors()
         )
         result.differences.extend(foreign_inputs(record.made_from, known))
+        ancestors = _ancestors(record, [(path.parent, other) for path, other, _ in records])
+        result.differences.extend(disagreements(Stored(record, path.parent), ancestors))
         if isinstance(record, Decision) and (wrong := wrong_verdict(record)):
             result.differences.append(wrong)
         checked.append(result)
@@ -80,6 +83,16 @@ def verify(directory: Path) -> list[Checked]:
             "downloaded repository"
         )
     return checked
+
+
+def _ancestors(record: Record, found: list[tuple[Path, Record]]) -> dict[str, Stored]:
+    """Return the artifacts that a record names as its ancestors, with the same content."""
+    return {
+        other.called(): Stored(other, directory)
+        for directory, other in found
+        if (named := record.made_from.get(other.called())) is not None
+        and named.sha256 == other.as_ancestor().sha256
+    }
 
 
 def _check_single_files(directory: Path, records: list[Record]) -> Iterator[Checked]:

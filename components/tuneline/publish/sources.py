@@ -14,9 +14,11 @@ from tuneline.artifacts import (
     RunHeader,
     TrainingSummary,
 )
-from tuneline.errors import UserError
+from tuneline.errors import ProofError, UserError
 from tuneline.kinds import KINDS, KindTraits, RepoKind
+from tuneline.models.agreement import Stored, disagreements
 from tuneline.publish.proven import check_lineage
+from tuneline.record import Record
 from tuneline.records.earlier import EVALUATED_FILE
 
 
@@ -91,7 +93,30 @@ class Sources:
                 )
         inputs = [sources.origin, sources.dataset, sources.training, sources.merge]
         check_lineage([*inputs, *sources.exports.values(), decision], inputs)
+        sources.check_agreement()
         return sources
+
+    def check_agreement(self) -> None:
+        """Check that adapter, merged model and exports say what the records say.
+
+        Raises:
+            ProofError: they do not.
+        """
+        ancestors = {
+            self.dataset.called(): Stored(self.dataset, None),
+            self.training.called(): Stored(self.training, self.adapter_dir),
+        }
+        artifacts: list[tuple[Record, Path]] = [
+            (self.training, self.adapter_dir),
+            (self.merge, self.merged_dir),
+            *((export, path) for path, export in self.exports.items()),
+        ]
+        for record, directory in artifacts:
+            for sentence in disagreements(Stored(record, directory), ancestors):
+                raise ProofError(
+                    f"{directory}: {sentence}. Nothing was published. Run the pipeline again from "
+                    "the step that made it"
+                )
 
 
 @dataclass(frozen=True)
