@@ -15,6 +15,9 @@ from tuneline.seals import broken_seal, is_sealed, seal
 from tuneline.strict_model import StrictModel
 from tuneline.version import VERSION
 
+BASE_MODEL = "base_model"
+"""Key of the base model in the `made_from` of artifacts derived from it."""
+
 
 class Ancestor(StrictModel):
     """What a record says about an artifact from which the record's artifact was made."""

@@ -2,21 +2,14 @@
 
 A page is opened from a disk, in KFP's viewer or as a mail attachment, so styles and charts are
 inline. Colours follow the light or dark setting of the reader, and everything can be printed. The
-functions of charts.py are exported here, so that a step has to import only this module.
+functions of charts.py and bars.py are exported here, so that a step has to import only this module.
 """
 
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from tuneline.html.charts import (
-    IntervalRow,
-    ScatterPoint,
-    bar_chart,
-    histogram,
-    interval_chart,
-    line_chart,
-    scatter_chart,
-)
+from tuneline.html.bars import IntervalRow, bar_chart, interval_chart
+from tuneline.html.charts import ScatterPoint, histogram, line_chart, scatter_chart
 from tuneline.html.flow import Stage, line_diagram
 from tuneline.html.stylesheet import STYLESHEET
 from tuneline.seals import seal_page

@@ -1,1 +1,1 @@
-"""What the gate knows of earlier runs, as JSON."""
+"""The records of merged models, exports, scores and decisions, which `artifacts.py` exports."""
