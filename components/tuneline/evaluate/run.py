@@ -58,10 +58,12 @@ def run(
         TaskError: a task is unknown, or the dataset's rows lack a field that a task needs.
         ModelError: the model or its tokenizer cannot be loaded.
         HubError: the data of a task are not in the local cache and could not be downloaded.
+        WorldError: a file of the model or of the dataset has changed since it was made.
     """
     started = time.monotonic()
     if not config.tasks:
         raise TaskError("evaluate.tasks is empty: name at least one task, e.g. heldout_exact")
+    parents = _parents(model_dir, dataset_dir)
     rows = heldout.read_rows(dataset_dir, config.tasks)
     _warn_of_ignored(config, rows)
 
@@ -115,7 +117,7 @@ def run(
             prompted=prompted,
             seconds=round(time.monotonic() - started, 3),
         )
-        result.write(target, config, parents=_parents(model_dir, dataset_dir))
+        result.write(target, config, parents=parents)
     return result
 
 
@@ -169,14 +171,19 @@ def _write_scores(
 
 
 def _parents(model_dir: str, dataset_dir: str) -> list[Record]:
-    """Return the records of dataset and model, as far as their directories contain a record."""
+    """Return the records of dataset and model, as far as their directories contain a record.
+
+    Raises:
+        WorldError: a file has changed since the step that made it recorded its hash.
+    """
     kinds = (DatasetManifest, ModelOrigin, MergeProof, QuantizedModel)
-    return [
-        kind.read(directory)
-        for directory in (dataset_dir, model_dir)
-        for kind in kinds
-        if Path(directory, kind.filename).is_file()
-    ]
+    found = []
+    for directory in (dataset_dir, model_dir):
+        for kind in kinds:
+            if Path(directory, kind.filename).is_file():
+                found.append(record := kind.read(directory))
+                record.check_files(directory)
+    return found
 
 
 def _warn_of_ignored(config: EvaluateConfig, rows: list[dict[str, Any]]) -> None:
