@@ -9,9 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tuneline.errors import ModelError
-from tuneline.models.adapter_files import CONFIG_FILE
-
-WEIGHTS_FILE = "adapter_model.safetensors"
+from tuneline.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 
 _PREFIX = "base_model.model."
 _A = ".lora_A.weight"

@@ -15,8 +15,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
 from tuneline.errors import ModelError, ProofError
-from tuneline.merge.adapter import WEIGHTS_FILE
 from tuneline.merge.config import MergeConfig
+from tuneline.models.adapter_files import WEIGHTS_FILE
 from tuneline.models.heldout_rows import Row
 from tuneline.models.nf4 import load_base
 

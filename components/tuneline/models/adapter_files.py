@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 
 _KEYS_OF_PEFT_0_13 = frozenset(
     """

@@ -37,6 +37,7 @@ from tuneline.runtime.events import StepRun
 from tuneline.runtime.parameter_text import encode_text
 from tuneline.runtime.redaction import redact_logs, redacted
 from tuneline.runtime.termination import STARTED, Ending, leave, leave_finished
+from tuneline.seals import sealed_json
 from tuneline.strict_model import StrictModel
 
 EVENTS_VARIABLE = "TUNELINE_EVENTS"
@@ -103,11 +104,11 @@ def log_metrics(artifact: Any, values: dict[str, float]) -> None:
     """Log numbers on a KFP Metrics artifact and write them to its file as JSON.
 
     KFP reads only the metadata. The file is for KFP's local cache, which runs a step again if the
-    file of an output is missing.
+    file of an output is missing, and for `tuneline verify`.
     """
     for name, value in values.items():
         artifact.log_metric(name, value)
-    Path(artifact.path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    Path(artifact.path).write_text(sealed_json(values), encoding="utf-8")
 
 
 def set_metadata(artifact: Any, **values: Any) -> None:

@@ -87,11 +87,14 @@ def run(
             restart cannot help or did not help.
         StoppedError: SIGTERM was received.
         StorageError: checkpoints cannot be written, or another process is training the same run.
+        WorldError: a file of the base model or of the dataset has changed since it was made.
         OutputExistsError: `adapter_dir` is not empty.
     """
     began = time.monotonic()
     origin = ModelOrigin.read(base_model_dir)
     manifest = DatasetManifest.read(dataset_dir)
+    origin.check_files(base_model_dir)
+    manifest.check_files(dataset_dir)
     with new_directory(adapter_dir) as directory:
         inputs = Inputs(
             base_model_dir=Path(base_model_dir),
