@@ -10,6 +10,7 @@ from tuneline.errors import ModelError
 from tuneline.fetch import FetchConfig, directory
 from tuneline.fetch.gguf_header import check_header
 from tuneline.fetch.run import run
+from tuneline.fetch.weight_headers import read_header
 
 
 def string(text: bytes, length: int | None = None) -> bytes:
@@ -73,10 +74,10 @@ def test_headers_of_safetensors_that_no_model_has(content: bytes, tmp_path: Path
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(content)) + content)
     with pytest.raises(ModelError, match="is not a safetensors file, or it was cut off"):
-        directory._count(path, "mine")
+        read_header(path, "mine")
     path.write_bytes(struct.pack("<Q", 2**62) + content)
     with pytest.raises(ModelError, match="is not a safetensors file, or it was cut off"):
-        directory._count(path, "mine")
+        read_header(path, "mine")
 
 
 def test_a_link_out_of_a_model_is_not_followed(tiny_model_dir: Path, tmp_path: Path) -> None:

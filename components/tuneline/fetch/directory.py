@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,21 @@ import yaml
 from tuneline.artifacts import RECORD_FILES
 from tuneline.bounded_yaml import load_yaml
 from tuneline.errors import DataError, ModelError
-from tuneline.models.tokenizer_files import copy_templates
+from tuneline.fetch.config_sizes import check_sizes
+from tuneline.fetch.weight_headers import files_in_index, read_header
+from tuneline.models.tokenizer_files import TEMPLATES_DIR, copy_templates
 from tuneline.models.weight_files import INDEX_FILE, SINGLE_FILE
 
 logger = logging.getLogger(__name__)
 
-_MAX_HEADER_BYTES = 100_000_000
-"""Largest header of a safetensors file; that of the library that writes them."""
+_MAX_JSON_BYTES = 256 << 20
+"""Largest JSON file that is read. The tokenizer.json of Gemma, with 262,144 tokens, has 35 MB."""
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_READ_LATER = (
+    *("generation_config.json", "tokenizer_config.json", "tokenizer.json", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template.json"),
+)
+"""Files that later steps read as JSON objects, if there are any."""
 # Each of these sets of files is a complete tokenizer.
 _TOKENIZER_FILES = (
     {"tokenizer.json"},
@@ -64,12 +70,8 @@ def take(path: Path, target: Path, *, source: str, trusted: bool) -> None:
     for file in sorted(path.iterdir()):
         if not file.is_file() or file.name in RECORD_FILES:
             continue
-        if file.suffix != ".safetensors" and _leads_out(file, path):
-            raise ModelError(
-                f"{file} is a link that leads out of the model's directory, to {file.resolve()}, "
-                "and would be copied into the published model. Remove the link, or put a copy in "
-                "its place"
-            )
+        if file.suffix != ".safetensors":
+            _check_link(file, path)
         if file.suffix == ".safetensors":
             if file.name in weights:
                 _link(file, target / file.name)
@@ -78,20 +80,26 @@ def take(path: Path, target: Path, *, source: str, trusted: bool) -> None:
                 shutil.copyfile(file, target / file.name)
         elif not file.name.endswith((*_PICKLE_SUFFIXES, ".gguf")):
             shutil.copyfile(file, target / file.name)
+    for file in (path / TEMPLATES_DIR).glob("*"):
+        _check_link(file, path)
     copy_templates(path, target)
     if not trusted:
         for name in ("config.json", "tokenizer_config.json"):
             _drop_auto_map(target / name)
 
 
-def _leads_out(file: Path, directory: Path) -> bool:
-    """Return whether a file is a link out of a model's directory.
+def _check_link(file: Path, directory: Path) -> None:
+    """Refuse a file of a model's directory if a link leads out of the directory to it.
 
     The snapshots of the Hub's cache consist of links to the blobs of the same repository.
     """
     in_cache = directory.parent.name == "snapshots"
     root = directory.parent.parent if in_cache else directory
-    return file.is_symlink() and not file.resolve().is_relative_to(root.resolve())
+    if not file.resolve().is_relative_to(root.resolve()):
+        raise ModelError(
+            f"{file} is a link that leads out of the model's directory, to {file.resolve()}, and "
+            "would be copied into the published model. Remove the link, or put a copy in its place"
+        )
 
 
 def check(path: Path, *, source: str, trusted: bool) -> Facts:
@@ -124,15 +132,30 @@ def check(path: Path, *, source: str, trusted: bool) -> Facts:
             "the full-precision model instead, which tuneline quantises itself for training"
         )
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(x, str) for x in architectures):
+        raise ModelError(
+            f"{source}: architectures in config.json is {architectures!r:.100}, but must be a list "
+            'of names, e.g. ["LlamaForCausalLM"]'
+        )
     if not architectures:
         raise ModelError(
             f"{source} names no architecture in config.json: "
             'add e.g. "architectures": ["LlamaForCausalLM"]'
         )
     runs_own_code = _check_own_code(path, config, source=source, trusted=trusted)
+    for name in _READ_LATER:
+        if (path / name).is_file():
+            _json(path / name, source)
+    headers = [read_header(file, source) for file in weights]
+    check_sizes(
+        config,
+        num_tensors=sum(header.num_tensors for header in headers),
+        largest=max(header.largest for header in headers),
+        source=source,
+    )
     return Facts(
         architecture=architectures[0],
-        num_parameters=sum(_count(file, source) for file in weights),
+        num_parameters=sum(header.num_parameters for header in headers),
         weights=weights,
         runs_own_code=runs_own_code,
     )
@@ -194,7 +217,7 @@ def _weights(path: Path, source: str) -> list[Path]:
     if (path / SINGLE_FILE).is_file():
         return [path / SINGLE_FILE]
     if (path / INDEX_FILE).is_file():
-        shards = sorted(set(_json(path / INDEX_FILE, source).get("weight_map", {}).values()))
+        shards = files_in_index(_json(path / INDEX_FILE, source).get("weight_map"), source)
         missing = [name for name in shards if not (path / name).is_file()]
         if missing or not shards:
             raise ModelError(
@@ -209,35 +232,6 @@ def _weights(path: Path, source: str) -> list[Path]:
             "not a complete transformers model"
         )
     raise ModelError(explain_missing_weights(source, names))
-
-
-def _count(file: Path, source: str) -> int:
-    """Return the number of parameters in a safetensors file, computed from the file's header."""
-    with open(file, "rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        size = file.stat().st_size
-        try:
-            fits = 0 < length <= min(size - 8, _MAX_HEADER_BYTES)
-            header = json.loads(stream.read(length)) if fits else None
-        except (ValueError, RecursionError):
-            header = None
-    if not isinstance(header, dict):
-        raise ModelError(f"{source}: {file.name} is not a safetensors file, or it was cut off")
-    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-    end = max((entry["data_offsets"][1] for entry in tensors), default=0)
-    if 8 + length + end > size:
-        raise ModelError(
-            f"{source}: {file.name} was cut off ({size} of {8 + length + end} bytes): "
-            "download it again"
-        )
-    count = 0
-    for entry in tensors:
-        elements = 1
-        for dimension in entry["shape"]:
-            elements *= dimension
-        count += elements
-    return count
 
 
 def _check_own_code(path: Path, config: dict[str, Any], *, source: str, trusted: bool) -> bool:
@@ -275,6 +269,12 @@ def _drop_auto_map(file: Path) -> None:
 
 
 def _json(file: Path, source: str) -> dict[str, Any]:
+    num_bytes = file.stat().st_size
+    if num_bytes > _MAX_JSON_BYTES:
+        raise ModelError(
+            f"{source}: {file.name} has {num_bytes:,} bytes, but at most {_MAX_JSON_BYTES:,} are "
+            "read: no model has such a file"
+        )
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -85,7 +85,10 @@ def check_names(model_dir: str | Path, *, called: str) -> None:
     """
     try:
         load_whole(model_dir, called=called, device_map="meta")
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except ModelError:
+        raise
+    except Exception as error:
+        # A config.json of others can hold any value, and its classes check few of them.
         raise ModelError(
             f"transformers does not support the model {called} "
             f"({' '.join(str(error).split())[:200]}): use another base model"
