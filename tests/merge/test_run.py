@@ -17,8 +17,8 @@ from tuneline.artifacts import DatasetManifest, MergeProof, ModelOrigin, Trainin
 from tuneline.errors import ModelError, OutputExistsError, ProofError, RecipeError, WorldError
 from tuneline.merge import MergeConfig
 from tuneline.merge.adapter import Adapter
-from tuneline.merge.generation import stop_at_end_of_turn
 from tuneline.merge.run import run
+from tuneline.models.generation_file import stop_at_end_of_turn
 from tuneline.models.nf4 import load_base
 from tuneline.record import hash_files
 from tuneline.train import TrainConfig

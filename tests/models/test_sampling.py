@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from tuneline.merge import MergeConfig
-from tuneline.merge.generation import set_sampling
+from tuneline.models.generation_file import set_sampling
 from tuneline.models.sampling import Sampling, is_greedy, with_sampling
 
 QWEN = {

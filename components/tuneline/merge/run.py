@@ -18,7 +18,6 @@ from tuneline.errors import ModelError, RecipeError
 from tuneline.merge import proof
 from tuneline.merge.adapter import Adapter
 from tuneline.merge.config import MergeConfig
-from tuneline.merge.generation import set_sampling, stop_at_end_of_turn
 from tuneline.merge.weights import (
     Base,
     check_adapter,
@@ -27,6 +26,7 @@ from tuneline.merge.weights import (
     merge_weights,
     write_config,
 )
+from tuneline.models.generation_file import set_sampling, stop_at_end_of_turn
 from tuneline.models.heldout_rows import read_rows
 
 logger = logging.getLogger(__name__)

@@ -8,10 +8,10 @@ from typing import Any, Self, cast
 import llama_cpp
 import numpy
 import numpy.typing
-from jinja2 import TemplateError
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from tuneline.errors import ProofError
+from tuneline.models.chat_templates import REFUSALS
 from tuneline.models.likelihood import Pair, Tokens
 from tuneline.quantize.machine import num_threads
 from tuneline.quantize.proof.quality import Generation
@@ -31,7 +31,14 @@ class LlamaFile:
         adds_bos: whether llama.cpp by default puts the BOS token before a prompt.
     """
 
-    def __init__(self, file: Path, *, num_context: int, num_batch: int | None = None) -> None:
+    def __init__(
+        self,
+        file: Path,
+        *,
+        num_context: int,
+        num_batch: int | None = None,
+        vocab_only: bool = False,
+    ) -> None:
         """Load `file` with a context of `num_context` tokens.
 
         Args:
@@ -39,6 +46,7 @@ class LlamaFile:
             num_context: context length. Some models compute with other rotary angles if it exceeds
                 the length that they were first trained with.
             num_batch: largest number of tokens to compute at a time; None: `num_context`.
+            vocab_only: whether to load the tokenizer and the metadata only.
 
         Raises:
             ProofError: llama.cpp cannot load the file.
@@ -54,6 +62,7 @@ class LlamaFile:
                 n_batch=num_batch,
                 n_ubatch=num_batch,
                 n_gpu_layers=0,
+                vocab_only=vocab_only,
                 n_threads=self.num_threads,
                 n_threads_batch=self.num_threads,
                 verbose=False,
@@ -111,7 +120,7 @@ class LlamaFile:
         )
         try:
             return formatter(messages=messages).prompt  # type: ignore[arg-type]
-        except TemplateError as error:
+        except REFUSALS as error:
             raise ValueError(str(error)) from error
 
     def logits(self, ids: list[int]) -> Array:

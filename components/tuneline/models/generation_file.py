@@ -1,13 +1,14 @@
-"""Write generation_config.json of the merged model: where it stops, and how it samples."""
+"""Read and write generation_config.json: where a model stops, and how it samples."""
 
 import json
 import logging
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from tuneline.models.sampling import Preset, Sampling, with_sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ def set_sampling(directory: Path, sampling: Preset | Sampling) -> None:
 
 
 def stop_at_end_of_turn(
-    directory: Path, end_of_turn: str, tokenizer: PreTrainedTokenizerBase
+    directory: Path, end_of_turn: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> None:
     """Add the token that the chat template puts after an answer to generation_config.json.
 
@@ -33,13 +34,18 @@ def stop_at_end_of_turn(
     if len(ids) != 1 or ids[0] not in tokenizer.added_tokens_decoder:
         return
     settings = _read(directory)
-    eos = settings.get("eos_token_id")
-    stops = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
+    stops = stop_tokens(directory) or [tokenizer.eos_token_id]
     if ids[0] in stops:
         return
     settings["eos_token_id"] = [*(stop for stop in stops if stop is not None), ids[0]]
     _write(directory, settings)
     logger.info("generation also stops at %r, with which the chat template ends an answer", end)
+
+
+def stop_tokens(directory: Path) -> list[int]:
+    """Return the tokens at which transformers stops generating with the model in `directory`."""
+    eos = _read(directory).get("eos_token_id")
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 
 def _read(directory: Path) -> dict[str, Any]:
