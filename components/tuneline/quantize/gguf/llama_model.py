@@ -19,6 +19,14 @@ from tuneline.quantize.proof.quality import Generation
 TEMPLATE_KEY = "tokenizer.chat_template"
 """Name of the chat template in a GGUF file's metadata."""
 
+_F16 = "1"
+"""Value of general.file_type for files in f16 (llama.cpp's LLAMA_FTYPE_MOSTLY_F16)."""
+_DECODE_ADVICE = {
+    1: "its context has no room for them, which is a fault of tuneline: report it",
+    -2: "memory could not be allocated; raise the memory limit of quantize-gguf",
+}
+"""What to do by the code that llama_decode returns."""
+
 Array = numpy.typing.NDArray[Any]
 
 
@@ -204,15 +212,23 @@ class LlamaFile:
         if failed:
             raise ProofError(
                 f"llama.cpp could not compute {len(ids)} tokens with {self._name} (code {failed}): "
-                "raise the memory limit of quantize-gguf"
+                f"{_DECODE_ADVICE.get(failed, 'its log above says why; report it to llama.cpp')}"
             )
         shape = (len(ids) if all_positions else 1, self._model.n_vocab())
         # Copy the logits, because the next call of llama_decode overwrites the buffer.
         logits: Array = numpy.ctypeslib.as_array(api.llama_get_logits(context), shape).copy()
         if not numpy.isfinite(logits).all():
+            is_f16 = self._model.metadata.get("general.file_type") == _F16
             raise ProofError(
-                f"the export {self._name} computes logits that are not finite: the merged model "
-                "has weights that the format cannot represent; use a format with more bits"
+                f"the export {self._name} computes logits that are not finite, where those of the "
+                "merged model are: "
+                + (
+                    "its weights exceed 65504, the largest number of f16, or llama.cpp computes "
+                    "them differently. More bits do not help, because all GGUF formats are made "
+                    "from f16: set quantize.gguf to []"
+                    if is_f16
+                    else "the f16 file was finite, so the rounding is the cause; use another format"
+                )
             )
         return logits
 

@@ -252,7 +252,7 @@ def check_stops(format: str, stops: list[torch.Tensor], reference: Reference) ->
         raise ProofError(
             f"at {len(tested)} places where the merged model stops with a probability of "
             f"{expected.mean():.2f}, the export {format} stops with {tested.mean():.2f}, so its "
-            "answers would run on: take a format with more bits"
+            f"answers would run on. {_sentence(quality.advice_on_answers(format))}"
         )
 
 
@@ -266,10 +266,14 @@ def _check_answer(format: str, ours: Generation, theirs: Generation) -> list[str
         return [note] if note else []
     if not ours.text.strip() and theirs.text.strip():
         raise ProofError(
-            f"the export {format} generates nothing where the merged model "
-            f"generates {theirs.text[:60]!r}: take a format with more bits"
+            f"the export {format} generates nothing where the merged model generates "
+            f"{theirs.text[:60]!r}. {_sentence(quality.advice_on_answers(format))}"
         )
     return []
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _text_or_refusal(

@@ -111,7 +111,9 @@ def _prove(
     if not generated.text.strip() and reference.generation.text.strip():
         raise ProofError(
             f"the export {format} generates nothing where the merged model generates "
-            f"{reference.generation.text[:60]!r}: take gptq-8bit, or more calibration rows"
+            f"{reference.generation.text[:60]!r}. Raise quantize.num_calibration_rows (now "
+            f"{config.num_calibration_rows})"
+            + (f", or {quality.more_bits(format)}" if quality.more_bits(format) else "")
         )
     distance = quality.compare(
         reference.rows, reference.logits, (model.logits(row.ids) for row in reference.rows)
