@@ -36,8 +36,9 @@ def check_sizes(config: dict[str, Any], *, num_tensors: int, largest: int, sourc
         **dict.fromkeys(_WIDTHS, largest),
         **dict.fromkeys(_EXPERTS, max(num_tensors, largest)),
     }
-    for part in (config, config.get("text_config")):
-        for name, limit in limits.items() if isinstance(part, dict) else ():
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    for part in parts:
+        for name, limit in limits.items():
             value = part.get(name)
             if value is None:
                 continue

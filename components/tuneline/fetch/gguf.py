@@ -35,13 +35,14 @@ def convert(path: Path, target: Path) -> str | None:
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    auto: Any = AutoModelForCausalLM  # Its annotation leaves out `output_loading_info`.
     try:
         reader = GGUFReader(path)
         fields = reader.fields
         pre_tokenizer = fields.get("tokenizer.ggml.pre")
         licence = fields.get("general.license")
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto.from_pretrained(
             path.parent,
             gguf_file=path.name,
             output_loading_info=True,

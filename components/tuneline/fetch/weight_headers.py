@@ -29,14 +29,15 @@ def files_in_index(weight_map: object, source: str) -> list[str]:
     Raises:
         ModelError: it does not name files of the model's directory.
     """
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
-    for name in names:
+    names: set[str] = set()
+    for name in weight_map.values() if isinstance(weight_map, dict) else [weight_map]:
         if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
             raise ModelError(
                 f"{source}: {INDEX_FILE} must name a file of the model's directory for each "
                 f"weight, but names {name!r:.100}"
             )
-    return sorted(set(names))
+        names.add(name)
+    return sorted(names)
 
 
 def read_header(file: Path, source: str) -> Header:

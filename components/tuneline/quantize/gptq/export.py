@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -194,7 +195,7 @@ def linear_widths(model_dir: Path) -> dict[int, str]:
     Raises:
         ModelError: the model has no such layers.
     """
-    model = empty_model(model_dir)
+    model: Any = empty_model(model_dir)
     widths: dict[int, str] = {}
     for name, module in model.named_modules():
         if module is model.get_output_embeddings():
