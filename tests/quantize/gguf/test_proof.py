@@ -193,10 +193,10 @@ def test_logits_that_are_not_finite(
 
 
 def test_a_computation_that_llama_cpp_refuses(f16_file: Path) -> None:
-    with LlamaFile(f16_file, num_context=16) as loaded:
-        num_tokens = loaded._model.n_ctx() + 1
+    with LlamaFile(f16_file, num_context=256) as loaded:
+        loaded._decode([1] * 256, position=0)
         with pytest.raises(ProofError, match=r"code 1\): its context has no room") as raised:
-            loaded.logits([1] * num_tokens)
+            loaded._decode([1], position=256)
     assert "memory" not in str(raised.value)
 
 
