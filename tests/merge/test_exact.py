@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tuneline.errors import ProofError
 from tuneline.merge.adapter import Adapter
-from tuneline.merge.checkpoint import Checkpoint
+from tuneline.models.checkpoint import Checkpoint
 from tuneline.merge.exact import check_tensors
 
 UP = "model.layers.0.mlp.up_proj.weight"

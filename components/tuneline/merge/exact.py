@@ -13,7 +13,7 @@ import torch
 
 from tuneline.errors import ProofError
 from tuneline.merge.adapter import Adapter
-from tuneline.merge.checkpoint import Checkpoint
+from tuneline.models.checkpoint import Checkpoint
 
 BLOCK_WEIGHTS = 1 << 21
 """Number of weights to compare at a time; 16 MB in float64."""

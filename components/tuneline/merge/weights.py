@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -12,10 +13,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from tuneline.artifacts import RECORD_FILES, TrainingSummary
 from tuneline.errors import ModelError, ProofError
 from tuneline.merge.adapter import Adapter
-from tuneline.merge.checkpoint import Checkpoint, Spec, write_sharded
 from tuneline.merge.exact import check_tensors
 from tuneline.models import rope, tokenizer_files
+from tuneline.models.checkpoint import Checkpoint, Spec
 from tuneline.models.nf4 import empty_model, file_names, quantized_modules, round_trip
+from tuneline.models.sharded_files import write_sharded
+from tuneline.models.stored_quantisation import without_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +74,8 @@ def merge_weights(
     checkpoint, model = Checkpoint(base_model_dir), empty_model(base_model_dir)
     trained_dtype = getattr(torch, training.compute_dtype)
     stored = _StoredNames(checkpoint, model)
-    in_4bit = set()
-    if training.base_quantization == "nf4" and base == "dequantized":
+    in_4bit: set[str] = set()
+    if training.base_quantization != "none" and base == "dequantized" and not checkpoint.packed:
         in_4bit = {stored[f"{name}.weight"] for name in quantized_modules(model)}
     adapted = {stored[f"{name}.weight"]: name for name in adapter.modules}
     replaced = {stored[name]: weight for name, weight in adapter.replaced.items()}
@@ -87,20 +90,24 @@ def merge_weights(
             weight = round_trip(weight, dtype=trained_dtype, device=device)
         return weight
 
-    def make(name: str) -> torch.Tensor:
+    def make(name: str) -> Iterator[torch.Tensor]:
         weight = read(name)
-        if not weight.is_floating_point():
-            return weight
-        if name in adapted:
-            weight = adapter.add_to(weight, adapted[name])
-        return weight.to(dtype)
+        if weight.is_floating_point():
+            if name in adapted:
+                weight = adapter.add_to(weight, adapted[name])
+            weight = weight.to(dtype)
+        yield weight
 
     specs = {
         name: Spec(dtype, spec.shape) if spec.dtype.is_floating_point else spec
         for name, spec in checkpoint.specs.items()
     }
     logger.info(
-        "merging %d of %d tensors, %d of them from NF4", len(adapted), len(specs), len(in_4bit)
+        "merging %d of %d tensors, %d of them from 4 bits%s",
+        len(adapted),
+        len(specs),
+        len(in_4bit | checkpoint.packed),
+        ", as the base model's files hold them" if checkpoint.packed else "",
     )
     num_shards = write_sharded(directory, specs, make, max_shard_bytes=max_shard_bytes)
     if check_tensors(directory, read, adapted, adapter) != len(specs):
@@ -109,10 +116,11 @@ def merge_weights(
 
 
 def write_config(*, base_model_dir: Path, dtype: str, directory: Path) -> None:
-    """Write the base model's config.json with the merged model's dtype."""
+    """Write the base model's config.json with the merged model's dtype, and nothing quantised."""
     settings = json.loads((base_model_dir / "config.json").read_text(encoding="utf-8"))
     # transformers 4 knows only `torch_dtype`, so a config.json that has this key keeps it.
     settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = dtype
+    settings = without_quantization(settings)
     settings = rope.with_old_names(settings)
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
