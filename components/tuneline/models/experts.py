@@ -1,9 +1,9 @@
 """Experts of a mixture-of-experts model in NF4: which parameters they are, and their numbers.
 
 transformers keeps the routed experts of a layer in two parameters with three dimensions, such as
-`gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I]. bitsandbytes quantises only linear layers. This
-module quantises such a stack expert by expert with bitsandbytes' own functions, so that no block of
-weights, and no block of scales, spans two experts: merge can compute one expert at a time.
+`gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I]. bitsandbytes quantises only linear layers.
+This module quantises such a stack expert by expert with bitsandbytes' own functions, so that no
+block of weights, and no block of scales, spans two experts: merge can compute one expert at a time.
 
 Train and merge must use exactly the same quantised weights, so only this module defines them.
 
@@ -152,12 +152,14 @@ def round_trip_experts(
     packed, state = _quantize(weight.to(device=device, dtype=dtype))
     # Dequantising rounds the product of code and scale to this type. fp32 needs no rounding.
     state.dtype = torch.float32
-    return bnb.dequantize_4bit(packed, state).cpu()
+    return bnb.dequantize_4bit(packed, state).cpu().view(weight.shape)
 
 
 def _quantize(weight: torch.Tensor) -> tuple[torch.Tensor, bnb.QuantState]:
+    # As one row: on a CPU, bitsandbytes 0.50.2 dequantises a matrix wrongly if a block spans rows.
+    row = weight.contiguous().flatten()
     packed, state = bnb.quantize_4bit(
-        weight.contiguous(), blocksize=BLOCKSIZE, compress_statistics=True, quant_type="nf4"
+        row, blocksize=BLOCKSIZE, compress_statistics=True, quant_type="nf4"
     )
     return packed, state
 
