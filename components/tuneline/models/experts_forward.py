@@ -128,7 +128,7 @@ def _projected(
     expert_S: torch.Tensor,
     counts: list[int],
 ) -> torch.Tensor:
-    update: LowRank | None = getattr(module, "nf4_lora", {}).get(projection)
+    update: LowRank | None = module.nf4_lora.get(projection)
     a = b = None
     if update is not None:
         a, b = update.a_Eri.to(x_S.dtype), update.b_Eor.to(x_S.dtype)
