@@ -180,6 +180,12 @@ def _blocks(size: int) -> int:
     raise ValueError(f"{size} inputs: grouped products need a multiple of 16")
 
 
+def _shape(block_m: int, outs: int) -> tuple[int, int, int]:
+    """Return the columns of a tile, the warps and the stages of `_mm_kernel`."""
+    block_n = min(256 if block_m >= 128 else 128, max(16, triton.next_power_of_2(outs)))
+    return block_n, 8 if block_m * block_n >= 128 * 128 else 4, 3
+
+
 def _by_expert(routing: Routing, first: int, last: int) -> list[tuple[int, slice]]:
     """Return the rows of each expert, for the references."""
     starts = routing.starts.tolist()
@@ -229,7 +235,7 @@ def grouped_mm(
             out[rows] = y if bias_EO is None else y + bias_EO[e]
         return out
     block_m, block_k = routing.block, _blocks(ins)
-    block_n = min(256 if block_m >= 128 else 128, max(16, triton.next_power_of_2(outs)))
+    block_n, num_warps, num_stages = _shape(block_m, outs)
     rank = 0 if p_SR is None else p_SR.shape[1]
     q = x_SI.view(1, *x_SI.shape) if q_ERO is None else q_ERO
     weight = arena.view(-1, arena.shape[-1])
@@ -243,7 +249,7 @@ def grouped_mm(
         q.stride(0), q.stride(1), q.stride(2),
         INS=ins, OUTS=outs, R=rank, STORED_OI=stored_oi, HAS_BIAS=bias_EO is not None,
         GROUP=_GROUP_TILES, BM=block_m, BN=block_n, BK=block_k,
-        num_warps=8 if block_m * block_n >= 128 * 128 else 4, num_stages=3,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out
 

@@ -1,10 +1,10 @@
 """Sort the tokens' choices of experts into rows that are contiguous per expert.
 
-A *slot* is one choice: slot t * k + j is the j-th expert of token t. A *row* is a slot's place after
-a stable sort by expert. A slot whose expert is not in [0, E) is dropped (expert parallelism marks
-the choices of other ranks so). The rows are cut into *tiles* of at most `block` rows, none of which
-crosses experts; the grouped products run one program per tile. The host reads nothing back: the
-launches cover the most tiles that S rows can make, and `tile_starts` ends the work.
+A *slot* is one choice: slot t * k + j is the j-th expert of token t. A *row* is a slot's place
+after a stable sort by expert. A slot whose expert is not in [0, E) is dropped (expert parallelism
+marks the choices of other ranks so). The rows are cut into *tiles* of at most `block` rows, none of
+which crosses experts; a grouped product computes one tile after the other. The host reads nothing
+back: `tile_starts[E]` on the device ends the work.
 
 Shapes: T tokens, k experts per token, S = T k slots, E experts.
 """
