@@ -51,8 +51,9 @@ def stack(
 
 
 def case(
-    dtype, generator, *, tokens=37, rank=RANK, activation="silu", transposed=False, bias=False
-):
+    dtype, generator, *, tokens=37, rank=RANK, activation="silu", transposed=False, bias=False,
+    sizes=(E, H, F),
+):  # fmt: skip
     """Return x, index, weights, the two stacks and the adapters, leaves that require gradients."""
     device, (E, H, F) = generator.device, sizes
     randn = lambda *size: torch.randn(size, generator=generator, device=device)  # noqa: E731
