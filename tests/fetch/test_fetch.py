@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError, OutputExistsError
 from tuneline.fetch import FetchConfig
-from tuneline.fetch.model_card import licence_of
 from tuneline.fetch.kinds import KINDS, KindName, kind_of
+from tuneline.fetch.model_card import licence_of
 from tuneline.fetch.run import run
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from tuneline.errors import ModelError
-from tuneline.fetch import FetchConfig, directory
+from tuneline.fetch import FetchConfig
 from tuneline.fetch.gguf_header import check_header
+from tuneline.fetch.model_card import licence_of
 from tuneline.fetch.run import run
+from tuneline.fetch.weight_headers import read_header
 
 
 def string(text: bytes, length: int | None = None) -> bytes:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from tuneline.errors import ProofError
 from tuneline.merge.adapter import Adapter
-from tuneline.models.checkpoint import Checkpoint
 from tuneline.merge.exact import check_tensors
+from tuneline.models.checkpoint import Checkpoint
 
 UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.norm.weight"

@@ -6,6 +6,7 @@ when it is read.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,9 +159,11 @@ class Checkpoint:
         # Dequantising multiplies code and scale and rounds the product to this type. float32 needs
         # no rounding.
         state.dtype = torch.float32
+        # As one row: on a CPU, bitsandbytes 0.50.2 is wrong about a matrix whose blocks span rows.
+        state.shape = torch.Size([1, math.prod(self.specs[name].shape)])
         # The values may be stored in another type (bnb_4bit_quant_storage), which means nothing.
         packed = self._read_stored(name).reshape(-1).view(torch.uint8).reshape(-1, 1)
-        return bnb.dequantize_4bit(packed, state)
+        return bnb.dequantize_4bit(packed, state).reshape(self.specs[name].shape)
 
     def _files(self) -> list[str]:
         index = self._directory / INDEX_FILE

@@ -39,13 +39,13 @@ def keep_plain_layout_on_cpu() -> None:
 
 
 def quantization_config(compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
-    """Return the bitsandbytes settings for NF4 with blocks of 64 and double quantisation.
+    """Return the settings for NF4 with blocks of 64 and double quantisation, experts included.
 
     Double quantisation means that the scales of the blocks are quantised too, to 8 bits.
     """
-    from transformers import BitsAndBytesConfig
+    from tuneline.models.experts_loading import ExpertsConfig
 
-    config_class: Any = BitsAndBytesConfig
+    config_class: Any = ExpertsConfig
     config: BitsAndBytesConfig = config_class(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -68,8 +68,8 @@ def load_base(
         base_model_dir: directory with safetensors and config.json.
         dtype: type to compute in, and type of all weights that are not quantised.
         device: "cpu", "cuda" or "cuda:N".
-        quantized: whether to quantise the linear layers to NF4. Weights that the files hold in 4
-            bits stay as they are.
+        quantized: whether to quantise the linear layers and the stacks of experts to NF4. Weights
+            that the files hold in 4 bits stay as they are.
 
     Raises:
         ModelError: transformers cannot load the model, or not all of its weights; or the files hold
@@ -144,8 +144,9 @@ def empty_model(base_model_dir: str | Path) -> "PreTrainedModel":
 
 
 def quantized_modules(model: "PreTrainedModel") -> set[str]:
-    """Return the names of the modules that `load_base(quantized=True)` quantises.
+    """Return the names of the linear layers that `load_base(quantized=True)` quantises.
 
+    It quantises stacks of experts too; `experts.quantized_experts` returns these.
     transformers selects the modules: it leaves out the output embeddings, modules tied to them and
     modules that the architecture requires in fp32. Side effect: the selected layers of `model` are
     replaced by 4-bit layers.
