@@ -90,20 +90,18 @@ def merge_streamed(directory: Path, base: str, out: Path) -> None:
 
     from tuneline.artifacts import TrainingSummary
     from tuneline.merge.adapter import Adapter
+    from tuneline.merge.pieces import Pieces
     from tuneline.merge.weights import merge_weights, write_config
 
     out.mkdir()
     training = TrainingSummary.model_construct(base_quantization="nf4", compute_dtype="bfloat16")
     write_config(base_model_dir=directory / "base", dtype="bfloat16", directory=out)
+    adapter = Adapter(directory / "adapter")
     merge_weights(
-        base=base,
+        Pieces(directory / "base", adapter, training, base=base, device="cpu"),
         dtype=torch.bfloat16,
         max_shard_bytes=4 << 30,
-        base_model_dir=directory / "base",
-        adapter=Adapter(directory / "adapter"),
-        training=training,
         directory=out,
-        device="cpu",
     )
 
 

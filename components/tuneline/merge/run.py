@@ -19,8 +19,8 @@ from tuneline.merge import proof
 from tuneline.merge.adapter import Adapter
 from tuneline.merge.config import MergeConfig
 from tuneline.merge.generation import set_sampling, stop_at_end_of_turn
+from tuneline.merge.pieces import Base, Pieces
 from tuneline.merge.weights import (
-    Base,
     check_adapter,
     check_tokenizer,
     copy_companions,
@@ -111,14 +111,10 @@ def run(
         assert trained is not None
         _log_choice(config, training, base, losses)
         num_shards = merge_weights(
-            base=base,
+            Pieces(base_dir, adapter, training, base=base, device=device),
             dtype=getattr(torch, config.dtype),
             max_shard_bytes=config.max_shard_bytes,
-            base_model_dir=base_dir,
-            adapter=adapter,
-            training=training,
             directory=directory,
-            device=device,
         )
         num_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         logger.info(

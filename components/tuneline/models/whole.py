@@ -93,6 +93,8 @@ def check_names(model_dir: str | Path, *, called: str) -> None:
             load_whole(model_dir, called=called, device_map="meta")
         else:
             _check_4bit_names(model_dir, called)
+    except ModelError:
+        raise  # the message is complete
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise ModelError(
             f"transformers does not support the model {called} "
