@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tuneline.errors import ModelError
-from tuneline.fetch import FetchConfig, directory
+from tuneline.fetch import FetchConfig
 from tuneline.fetch.gguf_header import check_header
+from tuneline.fetch.model_card import licence_of
 from tuneline.fetch.run import run
 from tuneline.fetch.trial import try_tokenizer
 from tuneline.fetch.weight_headers import read_header
@@ -113,7 +114,7 @@ def test_a_card_of_laughs_is_no_licence(tmp_path: Path, caplog: pytest.LogCaptur
         f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
     )
     (tmp_path / "README.md").write_text(f"---\n{laughs}---\n# Ha")
-    assert directory.licence_of(tmp_path) is None
+    assert licence_of(tmp_path) is None
     assert "has a broken header" in caplog.text
 
 

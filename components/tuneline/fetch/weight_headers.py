@@ -2,25 +2,18 @@
 
 import json
 import math
+import re
 import struct
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tuneline.errors import ModelError
 from tuneline.models.weight_files import INDEX_FILE
 
 _MAX_HEADER_BYTES = 100_000_000
 """Largest header of a safetensors file; that of the library that writes them."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """Contents of a safetensors file."""
-
-    num_parameters: int
-    num_tensors: int
-    largest: int
-    """Longest side of a tensor."""
+# Names of what bitsandbytes stores beside a weight in 4 bits.
+_IN_4BIT = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)$")
 
 
 def files_in_index(weight_map: object, source: str) -> list[str]:
@@ -40,8 +33,8 @@ def files_in_index(weight_map: object, source: str) -> list[str]:
     return sorted(names)
 
 
-def read_header(file: Path, source: str) -> Header:
-    """Return what the header of a safetensors file states, without reading weights.
+def read_header(file: Path, source: str) -> dict[str, Any]:
+    """Return the header of a safetensors file: dtype, shape and offsets of each tensor.
 
     Raises:
         ModelError: the file was cut off, or is no safetensors file.
@@ -57,21 +50,42 @@ def read_header(file: Path, source: str) -> Header:
             header = None
     if not isinstance(header, dict):
         raise ModelError(f"{source}: {file.name} is not a safetensors file, or it was cut off")
-    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-    try:
-        end = max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
-        shapes = [[int(dimension) for dimension in entry["shape"]] for entry in tensors]
-    except (TypeError, KeyError, IndexError, ValueError, OverflowError):
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    if not all(map(_is_tensor, tensors.values())):
         raise ModelError(
             f"{source}: the header of {file.name} does not describe tensors: download it again"
-        ) from None
+        )
+    end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     if 8 + length + end > size:
         raise ModelError(
             f"{source}: {file.name} was cut off ({size} of {8 + length + end} bytes): "
             "download it again"
         )
-    return Header(
-        num_parameters=sum(map(math.prod, shapes)),
-        num_tensors=len(tensors),
-        largest=max((dimension for shape in shapes for dimension in shape), default=0),
-    )
+    return tensors
+
+
+def count_parameters(tensors: dict[str, Any]) -> int:
+    """Return the number of parameters, by the headers of the weight files."""
+    count = 0
+    for name, entry in tensors.items():
+        if f"{name}.absmax" in tensors:
+            start, end = entry["data_offsets"]
+            count += 2 * (end - start)  # bitsandbytes stores two weights in a byte
+        elif not _IN_4BIT.search(name):
+            count += math.prod(entry["shape"])
+    return count
+
+
+def longest_side(tensors: dict[str, Any]) -> int:
+    """Return the longest side of a tensor, by the headers of the weight files."""
+    return max((side for entry in tensors.values() for side in entry["shape"]), default=0)
+
+
+def _is_tensor(entry: Any) -> bool:
+    """Return whether an entry of a header has the offsets and the shape of a tensor."""
+    if not isinstance(entry, dict):
+        return False
+    offsets, shape = entry.get("data_offsets"), entry.get("shape")
+    if not isinstance(offsets, list) or not isinstance(shape, list) or len(offsets) != 2:
+        return False
+    return all(type(number) is int and number >= 0 for number in (*offsets, *shape))

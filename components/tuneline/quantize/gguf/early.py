@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 from tuneline.artifacts import CHAT_TEMPLATE_FILE, DatasetManifest
 from tuneline.errors import ModelError, ProofError, ToolError
-from tuneline.models import generation_file, tokenizer_files
+from tuneline.models import sampling, tokenizer_files
+from tuneline.models.stored_quantisation import stored_type, without_quantization
 from tuneline.quantize.gguf import converter
 from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.gguf.proof import check_wording
@@ -46,8 +47,8 @@ def check(base_dir: Path, dataset_dir: Path) -> None:
             )
             with LlamaFile(file, num_context=16, vocab_only=True) as loaded:
                 num_texts, num_conversations, notes = check_wording(loaded, wording)
-            if not _is_quantized(base_dir):
-                # Tensors of a quantised base have other names and shapes than the merged model's.
+            if stored_type(base_dir) is None:
+                # Tensors of a base in 4 bits have other names and shapes than the merged model's.
                 converter.convert(outline, file, writes="nothing")
         except (ToolError, ProofError) as error:
             raise ModelError(
@@ -69,16 +70,19 @@ def _outline(base_dir: Path, dataset_dir: Path, outline: Path) -> Wording:
     for path in base_dir.iterdir():
         if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
             (outline / path.name).symlink_to(path.resolve())
-        elif path.name in ("config.json", generation_file.FILE):
+        elif path.name == sampling.FILE:
             shutil.copyfile(path, outline / path.name)
+    settings = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    text = json.dumps(without_quantization(settings))
+    (outline / "config.json").write_text(text, encoding="utf-8")
     tokenizer_files.copy_tokenizer(base_dir, outline)
     template = dataset_dir / CHAT_TEMPLATE_FILE
     if template.is_file():
         tokenizer_files.set_chat_template(outline, template.read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(outline)
     dataset = DatasetManifest.read(dataset_dir)
-    generation_file.stop_at_end_of_turn(outline, dataset.end_of_turn, tokenizer)
-    stops = {*generation_file.stop_tokens(outline), tokenizer.eos_token_id}
+    sampling.stop_at_end_of_turn(outline, dataset.end_of_turn, tokenizer)
+    stops = {*sampling.stop_tokens(outline), tokenizer.eos_token_id}
     prompts, end = prompts_of(dataset_dir)
     return Wording(
         model_dir=outline,
@@ -87,8 +91,3 @@ def _outline(base_dir: Path, dataset_dir: Path, outline: Path) -> Wording:
         prompts=prompts,
         end=end,
     )
-
-
-def _is_quantized(base_dir: Path) -> bool:
-    settings = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
-    return bool(settings.get("quantization_config"))
