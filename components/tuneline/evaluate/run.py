@@ -92,7 +92,13 @@ def run(
         with lm.showing(shown):
             for number, (name, tasks) in enumerate(ours.items() if shown else ()):
                 done, who = len(loaded) + number, f"{label} with {len(shown)} examples"
-                emit("evaluate", "progress", done=done, total=total, note=f"{len(shown)} examples: {name}")
+                emit(
+                    "evaluate",
+                    "progress",
+                    done=done,
+                    total=total,
+                    note=f"{len(shown)} examples: {name}",
+                )
                 measured = _measure(lm, tasks, config, manager=finder.manager, templated=True)
                 prompted |= _write_scores(measured, tasks, target / PROMPTED_DIR, who)
         if any(task in heldout.TASKS for task in config.tasks) and (

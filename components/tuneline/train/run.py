@@ -29,6 +29,7 @@ from tuneline.train.memory.plan import recipe_plan
 from tuneline.train.model.adapter import check_targets
 from tuneline.train.model.fuse import can_fuse
 from tuneline.train.model.precision import choose_device, choose_dtype
+from tuneline.train.model.stored_base import check_stored_base
 from tuneline.train.observe.page import render
 from tuneline.train.observe.samples import read_samples
 from tuneline.train.ranks import zero2
@@ -103,6 +104,7 @@ def run(
             manifest=manifest,
             tokenizer=_load_tokenizer(base_model_dir, dataset_dir),
         )
+        check_stored_base(config, base_model_dir)
         check_targets(config.lora, base_model_dir)
         setup = decide(config, inputs)
         _copy_tokenizer(inputs, directory)
