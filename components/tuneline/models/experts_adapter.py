@@ -18,8 +18,8 @@ import peft
 import torch
 from peft.tuners.lora import layer as peft_layer
 
+from tuneline.kernels.ops.experts_stack import LoraPair
 from tuneline.models.experts import expert_modules
-from tuneline.models.experts_forward import LowRank
 
 
 class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
@@ -45,12 +45,12 @@ class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
         finally:
             updates.pop(self.parameter_name, None)
 
-    def _update(self, name: str) -> LowRank:
+    def _update(self, name: str) -> LoraPair:
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return LowRank(
-            a_Eri=a.reshape(self.num_experts, -1, a.shape[1]),
-            b_Eor=b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1),
-            scale=self.scaling[name],
+        return LoraPair(
+            a=a.reshape(self.num_experts, -1, a.shape[1]),
+            b=b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1),
+            scaling=self.scaling[name],
         )
 
 
