@@ -185,7 +185,7 @@ def bare(base: Path, dataset: Path, num_steps: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     recipe = TrainConfig()
     model = nf4.load_base(base, dtype=torch.bfloat16, device=device, quantized=True)
-    model = peft.get_peft_model(model, lora_config(recipe.lora)).train()
+    model = peft.get_peft_model(model, lora_config(recipe.lora, model)).train()
     keep_adapter_in_fp32(model)
     patch(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

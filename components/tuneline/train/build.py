@@ -11,6 +11,7 @@ from tuneline.artifacts import LABEL, DatasetManifest, Method
 from tuneline.train.batch_size import FEW_STEPS, more_steps_advice, num_total_steps
 from tuneline.train.config import TrainConfig
 from tuneline.train.model.adapter import keep_adapter_in_fp32, keep_hidden_states_in, lora_config
+from tuneline.train.model.expert_targets import check_adapter_of_experts
 from tuneline.train.model.fuse import fuse_model, fuse_trainer
 from tuneline.train.model.loftq import start_from_error
 from tuneline.train.model.packing import reason_not_to_pack
@@ -85,8 +86,9 @@ def build_trainer(
             train_dataset=rows,
             eval_dataset=eval_rows,
             processing_class=inputs.tokenizer,
-            peft_config=lora_config(config.lora),
+            peft_config=lora_config(config.lora, model),
         )
+    check_adapter_of_experts(config.lora, trainer.model)
     trainer.run_state.plan = setup.plan
     trainer.run_state.divides_optimizer = setup.divides_optimizer
     trainer.max_skipped_in_a_row = config.max_skipped_in_a_row
@@ -154,9 +156,11 @@ def prepare_model(trainer: Any, config: TrainConfig, setup: Setup, base_model_di
     keep_hidden_states_in(trainer.model, setup.dtype)
     if config.lora.init_lora_weights == "loftq":
         start_from_error(trainer.model, base_model_dir)
-    # Every rank has read the frozen base from the same files, so DDP need not send it.
+    # Every rank has read the frozen base from the same files, so DDP need not send it. The scales
+    # of experts in 4 bits are buffers.
     trainer.model._ddp_params_and_buffers_to_ignore = [
-        name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad
+        *(name for name, weight in trainer.model.named_parameters() if not weight.requires_grad),
+        *(name for name, _ in trainer.model.named_buffers()),
     ]
     kernels = "off"
     if setup.fused:

@@ -55,7 +55,7 @@ def train(base_dir: Path, data: Path, work: Path, *, fused: bool, packing: bool)
         train_dataset=rows,
         eval_dataset=held,
         processing_class=AutoTokenizer.from_pretrained(str(base_dir)),
-        peft_config=lora_config(config.lora),
+        peft_config=lora_config(config.lora, model),
     )
     keep_adapter_in_fp32(trainer.model)
     if fused:

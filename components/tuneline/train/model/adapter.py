@@ -16,6 +16,7 @@ from tuneline.errors import ModelError, TrainingError
 from tuneline.models.adapter_files import make_portable
 from tuneline.models.nf4 import empty_model
 from tuneline.train.config import LoraConfig
+from tuneline.train.model.expert_targets import check_experts, target_experts
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +27,10 @@ def check_targets(lora: LoraConfig, base_model_dir: str | Path) -> None:
     Raises:
         ModelError: a name matches no module, or a module that cannot be trained in this way.
     """
+    model: Any = empty_model(base_model_dir)
+    check_experts(lora, model)
     if lora.target_modules == "all-linear" and not lora.modules_to_save:
         return
-    model: Any = empty_model(base_model_dir)
     ends = {model.get_input_embeddings(): "input", model.get_output_embeddings(): "output"}
     if lora.target_modules != "all-linear":
         for module in _named(model, "target_modules", lora.target_modules):
@@ -74,10 +76,15 @@ def is_called(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def lora_config(lora: LoraConfig) -> peft.LoraConfig:
-    """Convert the recipe's LoRA settings to a peft.LoraConfig."""
+def lora_config(lora: LoraConfig, model: PreTrainedModel) -> peft.LoraConfig:
+    """Return peft's settings of the adapter.
+
+    Args:
+        lora: the recipe's LoRA settings.
+        model: the base model, before it has an adapter.
+    """
     names = lora.target_modules
-    return peft.LoraConfig(
+    config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -87,6 +94,8 @@ def lora_config(lora: LoraConfig) -> peft.LoraConfig:
         modules_to_save=list(lora.modules_to_save) or None,
         bias="none",
     )
+    target_experts(config, lora, model)
+    return config
 
 
 def keep_adapter_in_fp32(model: torch.nn.Module) -> None:
