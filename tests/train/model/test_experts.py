@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from expert_models import FAMILIES
 from safetensors.torch import load_file
 
 from tuneline.artifacts import TrainingSummary
-from tuneline.errors import ModelError
+from tuneline.errors import ModelError, StoppedError
 from tuneline.models.experts import quantized_experts
 from tuneline.models.experts_adapter import adapt_experts_in_nf4
 from tuneline.models.nf4 import empty_model, load_base
@@ -21,6 +23,7 @@ from tuneline.train.config import LoraConfig
 from tuneline.train.model.adapter import check_targets
 from tuneline.train.model.packing import reason_not_to_pack
 from tuneline.train.run import run
+from tuneline.train.trainer.trainers import SupervisedTrainer
 
 ATTENTION = ("q_proj", "o_proj")
 QUICK: dict[str, Any] = {
@@ -102,6 +105,32 @@ def test_without_the_key_experts_get_no_adapter(
 def test_rows_of_a_pack_are_kept_apart(family: str, expert_model_dir: Any) -> None:
     options: Any = {"dtype": torch.float32, "device": "cpu", "quantized": True}
     assert reason_not_to_pack(load_base(expert_model_dir(family), **options)) == ""
+
+
+def test_a_stopped_run_continues_bit_for_bit(
+    tmp_path: Path,
+    expert_model_dir: Any,
+    dataset_dir: Any,
+    answer_rows: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base_dir, dataset = expert_model_dir("Qwen3Moe"), dataset_dir(answer_rows)
+    train(tmp_path / "whole", base_dir, dataset, experts=True)
+    compute = SupervisedTrainer.compute_loss
+
+    def stopped(trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training and trainer.state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute(trainer, model, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SupervisedTrainer, "compute_loss", stopped)
+        with pytest.raises(StoppedError, match="after step 6 of 8"):
+            train(tmp_path / "two", base_dir, dataset, experts=True)
+    summary = train(tmp_path / "two", base_dir, dataset, experts=True)
+    assert summary.num_resumptions == 1
+    files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("two", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_an_adapter_of_experts_is_refused_where_there_are_none(tiny_model_dir: Path) -> None:
