@@ -9,7 +9,7 @@ from tuneline.models.nf4 import load_base
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.estimate import GIB, Settings, Shape, estimate_memory
 from tuneline.train.memory.shape import model_shape
-from tuneline.train.model.adapter import lora_config
+from tuneline.train.model.targets import lora_config
 
 LORA_SUMS = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
 LLAMA_8B = Shape(
@@ -82,7 +82,7 @@ def test_parameters_are_counted_as_torch_does(tiny_model_dir, targets):
     ) - (model.lm_head.weight.numel() * 4)  # tied: it is listed twice
     settings = Settings(1, 8, False, quantized=True, itemsize=4, optim="adamw_torch")
     assert estimate_memory(shape, settings).weights == pytest.approx(stored, rel=0.002)
-    adapted = peft.get_peft_model(model, lora_config(lora))
+    adapted = peft.get_peft_model(model, lora_config(lora, model))
     assert shape.num_adapter == adapted.get_nb_trainable_parameters()[0]
 
 
@@ -92,7 +92,7 @@ def test_kept_activations_are_what_autograd_saves(tiny_model_dir, length):
 
     lora = LoraConfig()
     base = load_base(tiny_model_dir, dtype=torch.float32, device="cpu", quantized=True)
-    peft.get_peft_model(base, lora_config(lora)).train()
+    peft.get_peft_model(base, lora_config(lora, base)).train()
     frozen = {tensor.data_ptr() for tensor in base.state_dict().values()}
     saved: dict[int, int] = {}
 

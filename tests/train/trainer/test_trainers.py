@@ -9,7 +9,7 @@ from tuneline.artifacts import DatasetManifest
 from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig
 from tuneline.train.batch_size import num_total_steps
-from tuneline.train.model.adapter import lora_config
+from tuneline.train.model.targets import lora_config
 from tuneline.train.rows.load import load_rows
 from tuneline.train.trainer.arguments import training_arguments
 from tuneline.train.trainer.trainers import SupervisedTrainer
@@ -18,8 +18,9 @@ from tuneline.train.trainer.trainers import SupervisedTrainer
 def trainer_for(config, path, base_dir, work):
     manifest = DatasetManifest.read(path)
     rows, held = load_rows(path, manifest, packing=config.packing, cache_dir=work / "cache")
+    model = load_base(base_dir, dtype=torch.float32, device="cpu", quantized=True)
     trainer = SupervisedTrainer(
-        model=load_base(base_dir, dtype=torch.float32, device="cpu", quantized=True),
+        model=model,
         args=training_arguments(
             config,
             cpu_setup(config, max_seq_length=manifest.max_seq_length),
@@ -32,7 +33,7 @@ def trainer_for(config, path, base_dir, work):
         train_dataset=rows,
         eval_dataset=held,
         processing_class=AutoTokenizer.from_pretrained(str(base_dir)),
-        peft_config=lora_config(config.lora),
+        peft_config=lora_config(config.lora, model),
     )
     # A new adapter adds nothing (B = 0): give it weight, so that its gradients count too.
     generator = torch.Generator().manual_seed(1)
