@@ -15,7 +15,7 @@ from tuneline.train.model.fuse import fuse_model, fuse_trainer
 from tuneline.train.model.loftq import start_from_error
 from tuneline.train.model.packing import reason_not_to_pack
 from tuneline.train.model.targets import adapted_modules, attach_to_the_rest, lora_config
-from tuneline.train.ranks import zero2
+from tuneline.train.ranks import collectives, zero2
 from tuneline.train.rows.load import packs_are_trusted
 from tuneline.train.setup import Inputs, Setup
 from tuneline.train.trainer.arguments import training_arguments
@@ -101,7 +101,8 @@ def packs_rows(config: TrainConfig, manifest: DatasetManifest, model: PreTrained
     """Return whether rows are laid end to end; warn if the recipe asks for it in vain."""
     if not config.packs(manifest.method):
         return False
-    reason = reason_not_to_pack(model)
+    # Rounding could make ranks disagree.
+    reason = collectives.from_first(lambda: reason_not_to_pack(model))
     if reason:
         logger.warning("train.packing is off, and rows are padded instead: %s", reason)
     return not reason
