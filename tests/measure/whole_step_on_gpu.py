@@ -179,7 +179,8 @@ def bare(base: Path, dataset: Path, num_steps: int) -> None:
     from tuneline.kernels import FlatAdamW, patch
     from tuneline.models import nf4
     from tuneline.train.config import TrainConfig
-    from tuneline.train.model.adapter import keep_adapter_in_fp32, lora_config
+    from tuneline.train.model.adapter import keep_adapter_in_fp32
+    from tuneline.train.model.targets import lora_config
     from tuneline.train.rows.load import load_rows
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

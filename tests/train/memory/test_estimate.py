@@ -10,7 +10,7 @@ from tuneline.models.nf4 import load_base
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.estimate import GIB, Settings, Shape, estimate_memory
 from tuneline.train.memory.shape import model_shape
-from tuneline.train.model.adapter import lora_config
+from tuneline.train.model.targets import lora_config
 
 LORA_SUMS = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
 LLAMA_8B = Shape(

@@ -20,8 +20,8 @@ from tuneline.models.experts_adapter import adapt_experts_in_nf4
 from tuneline.models.nf4 import empty_model, load_base
 from tuneline.train import TrainConfig
 from tuneline.train.config import LoraConfig
-from tuneline.train.model.adapter import check_targets
 from tuneline.train.model.packing import reason_not_to_pack
+from tuneline.train.model.targets import check_targets
 from tuneline.train.run import run
 from tuneline.train.trainer.trainers import SupervisedTrainer
 

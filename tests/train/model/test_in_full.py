@@ -12,7 +12,7 @@ from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.shape import model_shape
-from tuneline.train.model.adapter import check_targets, lora_config
+from tuneline.train.model.targets import check_targets, lora_config
 from tuneline.train.run import run
 from tuneline.train.trainer.rates import set_rate
 

@@ -12,8 +12,8 @@ from tuneline.errors import RecipeError
 from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig
 from tuneline.train.config import LoraConfig
-from tuneline.train.model.adapter import lora_config
 from tuneline.train.model.loftq import low_rank, start_from_error
+from tuneline.train.model.targets import lora_config
 from tuneline.train.run import run
 
 

@@ -9,7 +9,7 @@ from tuneline.artifacts import DatasetManifest
 from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig
 from tuneline.train.batch_size import num_total_steps
-from tuneline.train.model.adapter import lora_config
+from tuneline.train.model.targets import lora_config
 from tuneline.train.rows.load import load_rows
 from tuneline.train.trainer.arguments import training_arguments
 from tuneline.train.trainer.trainers import SupervisedTrainer

@@ -9,7 +9,7 @@ from tuneline.models.experts import Stack, quantized_experts
 from tuneline.models.nf4 import empty_model, quantized_modules
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.estimate import Experts, Shape
-from tuneline.train.model.adapter import is_called
+from tuneline.train.model.targets import adapted_modules, is_called
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
@@ -34,16 +34,11 @@ def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
         return None
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = model.get_output_embeddings()
-    num_adapter = 0
+    layers = [model.get_submodule(name) for name in adapted_modules(model, lora)]
+    num_adapter = sum(lora.r * (layer.in_features + layer.out_features) for layer in layers)
     for name, module in model.named_modules():
-        is_target = lora.target_modules == "all-linear" or any(
-            is_called(name, target) for target in lora.target_modules
-        )
         if any(is_called(name, saved) for saved in lora.modules_to_save):
             num_adapter += sum(parameter.numel() for parameter in module.parameters())
-        elif is_target and type(module) is nn.Linear and module is not head:
-            num_adapter += lora.r * (module.in_features + module.out_features)
     if lora.experts:
         num_adapter += sum(
             lora.r * stack.num_experts * (stack.in_features + stack.out_features)
