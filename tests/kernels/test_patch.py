@@ -167,7 +167,8 @@ def test_gradients_match_stock(family, budget):
 
 
 def test_every_family_of_the_table_is_compared_with_the_stock_model():
-    names = [family.name for family in spec.FAMILIES.values()]
+    # test_patch_experts.py compares the families with routed experts.
+    names = [family.name for family in spec.FAMILIES.values() if family.router is None]
     assert {patch(make_model(family)).family for family in FAMILIES} == set(names)
     assert len(names) == len(set(names))
 
