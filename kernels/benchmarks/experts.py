@@ -348,7 +348,7 @@ def time_product(
     if sweep:
         chosen = gemm._shape
         for block_m, *rest in SWEEP:
-            gemm._shape = lambda block_m, outs, rest=rest: rest
+            gemm._shape = lambda *_, rest=rest: rest
             tiles = route(index, num, block_m)
             name = "x".join(str(size) for size in (block_m, *rest))
             record(shape, f"sweep {label} {name}", lambda t=tiles: ours(t), tflop=tflop)

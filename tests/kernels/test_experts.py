@@ -134,6 +134,11 @@ def test_reference_path_gives_the_gradients_of_float64(
     check(arguments, options, assert_near, keep_gate_up=keep_gate_up)
 
 
+def test_reference_path_in_bfloat16(references, generator, assert_near, poisoned):
+    arguments, options = case(torch.bfloat16, generator, tokens=90, rank=16)
+    check(arguments, options, assert_near, keep_gate_up=False)
+
+
 @pytest.mark.parametrize("keep_gate_up", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_kernels_give_the_gradients_of_float64(

@@ -166,10 +166,13 @@ def _num_programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _shape(block_m: int, outs: int) -> tuple[int, int, int]:
+def _shape(block_m: int, outs: int, itemsize: int) -> tuple[int, int, int]:
     """Return the columns of a tile, the warps and the stages of `_mm_kernel`."""
-    block_n = min(256 if block_m >= 128 else 128, max(16, triton.next_power_of_2(outs)))
-    return block_n, 8 if block_m * block_n >= 128 * 128 else 4, 4 if block_n >= 128 else 3
+    if itemsize > 2:
+        # Float32 takes no matrix unit, and twice the shared memory.
+        return min(64, max(16, triton.next_power_of_2(outs))), 8 if block_m >= 128 else 4, 2
+    block_n = min(256 if block_m >= 64 else 128, max(16, triton.next_power_of_2(outs)))
+    return block_n, 8 if block_m * block_n >= 128 * 128 * 2 else 4, 4 if block_n >= 128 else 3
 
 
 def _by_expert(routing: Routing, first: int, last: int) -> list[tuple[int, slice]]:
@@ -208,11 +211,13 @@ def grouped_mm(
     if not use_kernel(x_SI):
         for e, rows in _by_expert(routing, first, last):
             weight = arena[e - first]
-            y = x_SI[rows] @ (weight[:outs, :ins].t() if stored_oi else weight[:ins, :outs])
+            m_IO = weight[:outs, :ins].t() if stored_oi else weight[:ins, :outs]
+            # torch 2.13 on a CPU multiplies bfloat16 slices of wider rows wrongly.
+            y = x_SI[rows].contiguous() @ m_IO.contiguous()
             out[rows] = y if bias_EO is None else y + bias_EO[e]
         return out
     block_m, block_k = routing.block, min(64, max(16, triton.next_power_of_2(ins)))
-    block_n, num_warps, num_stages = _shape(block_m, outs)
+    block_n, num_warps, num_stages = _shape(block_m, outs, x_SI.element_size())
     # The descriptor's end along K gives zeros to the last step of the loop.
     weight = arena[:, :, :ins] if stored_oi else arena[:, :ins]
     weight_block = [1, block_n, block_k] if stored_oi else [1, block_k, block_n]
@@ -264,7 +269,7 @@ def project(
                 rows_nI = x[(routing.slot_of_row[rows] // routing.top_k).long()]
                 copy_SI[rows] = rows_nI
             if a_ERI is not None and p_SR is not None and room_SR is not None:
-                p_SR[rows] = rows_nI @ a_ERI[e - first].t()
+                p_SR[rows] = rows_nI.contiguous() @ a_ERI[e - first].t().contiguous()
                 room_SR[rows] = p_SR[rows]
         return
     a = x.view(1, *x.shape) if a_ERI is None else a_ERI
