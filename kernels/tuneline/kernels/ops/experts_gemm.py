@@ -38,6 +38,12 @@ _GROUP_TILES = 16
 """Tiles of rows that run side by side over the same columns of an expert's weight; more rows than
 these read the weight from memory again."""
 
+_STEP = 64
+"""Columns of x and of the weight that a step of the loop over K reads."""
+
+_EPILOGUE_BYTES = 33 * 1024
+"""Shared memory in which `_mm_kernel` orders a tile for its stores."""
+
 _OUTER_ROWS = 64
 _OUTER_COLS = 128
 _PROJECT_COLS = 64
@@ -166,13 +172,22 @@ def _num_programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _shape(block_m: int, outs: int, itemsize: int) -> tuple[int, int, int]:
-    """Return the columns of a tile, the warps and the stages of `_mm_kernel`."""
-    if itemsize > 2:
-        # Float32 takes no matrix unit, and twice the shared memory.
-        return min(64, max(16, triton.next_power_of_2(outs))), 8 if block_m >= 128 else 4, 2
-    block_n = min(256 if block_m >= 64 else 128, max(16, triton.next_power_of_2(outs)))
-    return block_n, 8 if block_m * block_n >= 128 * 128 * 2 else 4, 4 if block_n >= 128 else 3
+@functools.cache
+def _shape(block_m: int, outs: int, itemsize: int, device: torch.device) -> tuple[int, int, int]:
+    """Return the columns of a tile, the warps and the stages of `_mm_kernel`.
+
+    Hopper's matrix unit reads both operands from shared memory, so a tile of 256 columns fits the
+    registers. Other GPUs have 128 columns, and as many stages as fit their shared memory.
+    """
+    widest = min(256, max(16, triton.next_power_of_2(outs)))
+    if device.type != "cuda":
+        return min(128, widest), 4, 2
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major != 9 or block_m < 64 or itemsize > 2:
+        widest = min(widest, 64 if itemsize > 2 else 128)
+    room = properties.shared_memory_per_block_optin - _EPILOGUE_BYTES
+    stages = max(2, min(4, room // ((block_m + widest) * _STEP * itemsize)))
+    return widest, 8 if block_m * widest >= 128 * 128 else 4, stages
 
 
 def _by_expert(routing: Routing, first: int, last: int) -> list[tuple[int, slice]]:
@@ -216,8 +231,8 @@ def grouped_mm(
             y = x_SI[rows].contiguous() @ m_IO.contiguous()
             out[rows] = y if bias_EO is None else y + bias_EO[e]
         return out
-    block_m, block_k = routing.block, min(64, max(16, triton.next_power_of_2(ins)))
-    block_n, num_warps, num_stages = _shape(block_m, outs, x_SI.element_size())
+    block_m, block_k = routing.block, min(_STEP, max(16, triton.next_power_of_2(ins)))
+    block_n, num_warps, num_stages = _shape(block_m, outs, x_SI.element_size(), x_SI.device)
     # The descriptor's end along K gives zeros to the last step of the loop.
     weight = arena[:, :, :ins] if stored_oi else arena[:, :ins]
     weight_block = [1, block_n, block_k] if stored_oi else [1, block_k, block_n]

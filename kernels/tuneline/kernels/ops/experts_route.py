@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tuneline.kernels.ops._dispatch import use_kernel
 
-_MAX_COUNTS = 32768
+_MAX_COUNTS = 16384
 """Most counts, parts times experts, that one program of `_scan_kernel` holds."""
 
 _RANK_BLOCK = 64
