@@ -21,18 +21,18 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from tuneline.kernels.ops import experts as ops
-from tuneline.kernels.ops import experts_gemm as gemm
+from tuneline.kernels.experts import mlp as ops
+from tuneline.kernels.experts import gemm
 from tuneline.kernels.ops.adamw import dynamic_map
-from tuneline.kernels.ops.experts_activation import (
+from tuneline.kernels.experts.activation import (
     ExpertActivation,
     expert_activation_backward,
     expert_activation_forward,
 )
-from tuneline.kernels.ops.experts_arena import Arena, new_rows
-from tuneline.kernels.ops.experts_combine import combine
-from tuneline.kernels.ops.experts_route import Routing, route
-from tuneline.kernels.ops.experts_stack import (
+from tuneline.kernels.experts.arena import Arena, new_rows
+from tuneline.kernels.experts.combine import combine
+from tuneline.kernels.experts.route import Routing, route
+from tuneline.kernels.experts.stack import (
     ExpertLora,
     ExpertStack,
     LoraPair,

@@ -20,7 +20,7 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.bnb import dispatch_bnb_4bit
 
-from tuneline.kernels.ops.experts_stack import LoraPair
+from tuneline.kernels.experts.stack import LoraPair
 from tuneline.models.experts import expert_modules
 
 

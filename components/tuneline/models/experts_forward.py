@@ -6,7 +6,7 @@ the module, and adds to each expert its own low-rank update:
 
     y = x W_e^T + s (x A_e^T) B_e^T        for each token x that the router sends to expert e
 
-On a GPU, the usual activations run in `kernels.ops.experts`. Otherwise one expert is dequantised at
+On a GPU, the usual activations run in `kernels.experts`. Otherwise one expert is dequantised at
 a time, and again in the backward pass: nothing of the size of a stack is kept in 16 bits.
 
 Shapes: T tokens, k experts per token, S = T k rows sorted by expert, E experts, r the rank.
@@ -23,9 +23,9 @@ from transformers.integrations.moe import (
 )
 
 from tuneline.kernels.ops._dispatch import use_kernel
-from tuneline.kernels.ops.experts import experts_mlp
-from tuneline.kernels.ops.experts_activation import ExpertActivation
-from tuneline.kernels.ops.experts_stack import ExpertLora, ExpertStack, LoraPair
+from tuneline.kernels.experts.mlp import experts_mlp
+from tuneline.kernels.experts.activation import ExpertActivation
+from tuneline.kernels.experts.stack import ExpertLora, ExpertStack, LoraPair
 from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4
 from tuneline.models.experts import BLOCKSIZE, Stack, projections
 

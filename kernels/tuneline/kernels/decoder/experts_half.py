@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from tuneline.kernels.decoder.layer_weights import LayerWeights, Normed
-from tuneline.kernels.ops.experts import (
+from tuneline.kernels.experts.mlp import (
     SavedExperts,
     experts_backward,
     experts_forward,
     tile_rows,
 )
-from tuneline.kernels.ops.experts_route import Routing, route
+from tuneline.kernels.experts.route import Routing, route
 from tuneline.kernels.ops.rms_norm import rms_norm_backward, rms_norm_forward
 
 NUM_SAVED = 8

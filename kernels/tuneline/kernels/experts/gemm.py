@@ -32,7 +32,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tuneline.kernels.ops._dispatch import use_kernel
-from tuneline.kernels.ops.experts_route import Routing
+from tuneline.kernels.experts.route import Routing
 
 _GROUP_TILES = 16
 """Tiles of rows that run side by side over the same columns of an expert's weight; more rows than

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from tuneline.kernels.limits import MIN_ADAPTER_COLUMNS
-from tuneline.kernels.ops.experts_gemm import grouped_mm, project
-from tuneline.kernels.ops.experts_route import Routing
-from tuneline.kernels.ops.experts_stack import ExpertStack, LoraPair, dequantize_experts
+from tuneline.kernels.experts.gemm import grouped_mm, project
+from tuneline.kernels.experts.route import Routing
+from tuneline.kernels.experts.stack import ExpertStack, LoraPair, dequantize_experts
 
 ARENA_BYTES = 2 * 2**30
 """Most bytes of dequantised experts at once; a projection that needs more runs in chunks."""

@@ -28,16 +28,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuneline.kernels.ops.experts_activation import (
+from tuneline.kernels.experts.activation import (
     ExpertActivation,
     expert_activation_backward,
     expert_activation_forward,
 )
-from tuneline.kernels.ops.experts_arena import Arena, new_rows
-from tuneline.kernels.ops.experts_combine import combine
-from tuneline.kernels.ops.experts_gemm import outer
-from tuneline.kernels.ops.experts_route import Routing, route
-from tuneline.kernels.ops.experts_stack import (
+from tuneline.kernels.experts.arena import Arena, new_rows
+from tuneline.kernels.experts.combine import combine
+from tuneline.kernels.experts.gemm import outer
+from tuneline.kernels.experts.route import Routing, route
+from tuneline.kernels.experts.stack import (
     ExpertLora,
     ExpertStack,
     LoraPair,
