@@ -21,9 +21,8 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from tuneline.kernels.experts import mlp as ops
 from tuneline.kernels.experts import gemm
-from tuneline.kernels.ops.adamw import dynamic_map
+from tuneline.kernels.experts import mlp as ops
 from tuneline.kernels.experts.activation import (
     ExpertActivation,
     expert_activation_backward,
@@ -38,6 +37,7 @@ from tuneline.kernels.experts.stack import (
     LoraPair,
     dequantize_experts,
 )
+from tuneline.kernels.ops.adamw import dynamic_map
 
 TOKENS, RANK = 8192, 16
 SHAPES = {"qwen3-30b-a3b": (128, 8, 2048, 768), "mixtral-8x7b": (8, 2, 4096, 14336)}

@@ -22,10 +22,10 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-from tuneline.kernels.ops._dispatch import use_kernel
-from tuneline.kernels.experts.mlp import experts_mlp
 from tuneline.kernels.experts.activation import ExpertActivation
+from tuneline.kernels.experts.mlp import experts_mlp
 from tuneline.kernels.experts.stack import ExpertLora, ExpertStack, LoraPair
+from tuneline.kernels.ops._dispatch import use_kernel
 from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4
 from tuneline.models.experts import BLOCKSIZE, Stack, projections
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from tuneline.kernels.binding_experts import bind_experts, experts_state
 from tuneline.kernels.decoder.layer_weights import LayerWeights, RoutedMlp
-from tuneline.kernels.ops.attention import AttentionConfig
 from tuneline.kernels.experts.activation import ExpertActivation
+from tuneline.kernels.ops.attention import AttentionConfig
 from tuneline.kernels.ops.fp8 import largest_weight
 from tuneline.kernels.ops.gated_activation import Kind
 from tuneline.kernels.ops.lora import LoraGroup, LoraLinear

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from tuneline.kernels.decoder.layer_weights import RoutedMlp
-from tuneline.kernels.experts.mlp import Experts
 from tuneline.kernels.experts.activation import ExpertActivation
+from tuneline.kernels.experts.mlp import Experts
 from tuneline.kernels.experts.stack import ExpertLora, ExpertStack, LoraPair
 
 PROJECTIONS = "gate_up_proj", "down_proj"

@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from tuneline.kernels.ops.adamw import dynamic_map
+from tuneline.kernels.experts.activation import ExpertActivation
 from tuneline.kernels.experts.mlp import (
     experts_mlp,
     experts_mlp_reference,
 )
-from tuneline.kernels.experts.activation import ExpertActivation
 from tuneline.kernels.experts.stack import ExpertLora, ExpertStack, LoraPair
+from tuneline.kernels.ops.adamw import dynamic_map
 
 E, H, F, K, RANK = 5, 64, 32, 2, 4
 CODE = [-1.0, -0.69, -0.52, -0.39, -0.28, -0.18, -0.09, 0.0]

@@ -20,9 +20,9 @@ import torch
 
 from tuneline.kernels.decoder.attention_half import Saved
 from tuneline.kernels.decoder.layer_weights import LayerWeights
+from tuneline.kernels.experts.arena import ARENA_BYTES, padded_rank
 from tuneline.kernels.limits import HEAD_ROOM, KEPT_MLP_CHUNK_TOKENS
 from tuneline.kernels.ops.attention import AttentionPlan
-from tuneline.kernels.experts.arena import ARENA_BYTES, padded_rank
 
 Budget = Literal["auto", "lean"] | float
 """Memory for stored activations: `auto`, `lean` (none), or a number of GiB. `auto` is the memory

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from tuneline.kernels.decoder.operands import Fp8Operands, WideOperands, augmented_input
-from tuneline.kernels.ops.attention import AttentionConfig
 from tuneline.kernels.experts.mlp import Experts
+from tuneline.kernels.ops.attention import AttentionConfig
 from tuneline.kernels.ops.gated_activation import Kind
 from tuneline.kernels.ops.lora import LoraGroup
 from tuneline.kernels.ops.rms_norm import rms_norm_backward, rms_norm_forward

@@ -20,10 +20,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tuneline.kernels.limits import MIN_ADAPTER_COLUMNS
 from tuneline.kernels.experts.gemm import grouped_mm, project
 from tuneline.kernels.experts.route import Routing
 from tuneline.kernels.experts.stack import ExpertStack, LoraPair, dequantize_experts
+from tuneline.kernels.limits import MIN_ADAPTER_COLUMNS
 
 ARENA_BYTES = 2 * 2**30
 """Most bytes of dequantised experts at once; a projection that needs more runs in chunks."""

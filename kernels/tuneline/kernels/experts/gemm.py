@@ -31,8 +31,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tuneline.kernels.ops._dispatch import use_kernel
 from tuneline.kernels.experts.route import Routing
+from tuneline.kernels.ops._dispatch import use_kernel
 
 _GROUP_TILES = 16
 """Tiles of rows that run side by side over the same columns of an expert's weight; more rows than

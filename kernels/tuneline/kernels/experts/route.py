@@ -62,7 +62,18 @@ class Routing:
         return self.slot_of_row.shape[0]
 
     @property
-    @triton.jit
+    def max_tiles(self) -> int:
+        """Most tiles that S rows of E experts can make."""
+        return self.expert_of_tile.shape[0]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors, for `save_for_backward`."""
+        return (
+            self.slot_of_row, self.row_of_slot, self.starts, self.tile_starts, self.expert_of_tile,
+        )  # fmt: skip
+
+
+@triton.jit
 def _count_kernel(
     index_ptr, counts_ptr, num_slots, E: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -126,17 +137,6 @@ def _place_kernel(
             end = tl.load(tile_starts_ptr + lane + 1, mask=lane < E, other=2147483647)
             owner = tl.sum((end[None, :] <= tile[:, None]).to(tl.int32), axis=1)
             tl.store(expert_of_tile_ptr + tile, owner, mask=tile < num_tiles)
-
-
-def max_tiles(self) -> int:
-        """Most tiles that S rows of E experts can make."""
-        return self.expert_of_tile.shape[0]
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Return the tensors, for `save_for_backward`."""
-        return (
-            self.slot_of_row, self.row_of_slot, self.starts, self.tile_starts, self.expert_of_tile,
-        )  # fmt: skip
 
 
 def max_tiles(num_rows: int, num_experts: int, block: int) -> int:
