@@ -138,7 +138,7 @@ def test_experts_are_counted_as_torch_does(tmp_path, family):
         if not name.endswith(("code", "quant_map"))
     )
     settings = Settings(1, 8, False, quantized=True, itemsize=4, optim="adamw_torch")
-    assert estimate_memory(shape, settings).weights == pytest.approx(stored, rel=0.01)
+    assert estimate_memory(shape, settings).weights == pytest.approx(stored, rel=0.02)
     adapted = peft.get_peft_model(model, lora_config(lora, model))
     assert shape.num_adapter == adapted.get_nb_trainable_parameters()[0]
     dense = 1 if family == "DeepseekV2" else 0

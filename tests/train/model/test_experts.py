@@ -25,7 +25,6 @@ from tuneline.train.model.targets import check_targets
 from tuneline.train.run import run
 from tuneline.train.trainer.trainers import SupervisedTrainer
 
-ATTENTION = ("q_proj", "o_proj")
 QUICK: dict[str, Any] = {
     "dtype": "float32",
     "learning_rate": 5e-3,
@@ -39,7 +38,7 @@ QUICK: dict[str, Any] = {
 
 
 def train(out: Path, base_dir: Path, dataset: Path, *, experts: bool, **settings: Any) -> Any:
-    lora = LoraConfig(r=4, target_modules=ATTENTION, experts=experts)
+    lora = LoraConfig(r=4, experts=experts)
     return run(
         TrainConfig(**{**QUICK, "lora": lora, **settings}),
         base_model_dir=base_dir,
