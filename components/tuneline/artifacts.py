@@ -192,6 +192,9 @@ class TrainingSummary(Record):
     num_trainable_parameters: int
     num_parameters: int
     base_quantization: Literal["nf4", "none"]
+    quantized_fraction: float | None = None
+    """Fraction of the base model's parameters that training held in 4 bits; null in a record of an
+    older version."""
     compute_dtype: str
     kernels: str = "off"
     """A sentence that says which operations ran in tuneline's kernels."""

@@ -38,13 +38,13 @@ def keep_plain_layout_on_cpu() -> None:
 
 
 def quantization_config(compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
-    """Return the bitsandbytes settings for NF4 with blocks of 64 and double quantisation.
+    """Return the settings for NF4 with blocks of 64 and double quantisation, experts included.
 
     Double quantisation means that the scales of the blocks are quantised too, to 8 bits.
     """
-    from transformers import BitsAndBytesConfig
+    from tuneline.models.experts_loading import ExpertsConfig
 
-    config_class: Any = BitsAndBytesConfig
+    config_class: Any = ExpertsConfig
     config: BitsAndBytesConfig = config_class(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -67,7 +67,7 @@ def load_base(
         base_model_dir: directory with safetensors and config.json.
         dtype: type to compute in, and type of all weights that are not quantised.
         device: "cpu", "cuda" or "cuda:N".
-        quantized: whether to quantise the linear layers to NF4.
+        quantized: whether to quantise the linear layers and the stacks of experts to NF4.
 
     Raises:
         ModelError: transformers cannot load the model, or not all of its weights.
@@ -116,8 +116,9 @@ def empty_model(base_model_dir: str | Path) -> "PreTrainedModel":
 
 
 def quantized_modules(model: "PreTrainedModel") -> set[str]:
-    """Return the names of the modules that `load_base(quantized=True)` quantises.
+    """Return the names of the linear layers that `load_base(quantized=True)` quantises.
 
+    It quantises stacks of experts too; `experts.quantized_experts` returns these.
     transformers selects the modules: it leaves out the output embeddings, modules tied to them and
     modules that the architecture requires in fp32. Side effect: the selected layers of `model` are
     replaced by 4-bit layers.
@@ -136,6 +137,27 @@ def quantized_modules(model: "PreTrainedModel") -> set[str]:
         model, modules_to_not_convert=skipped, quantization_config=config
     )
     return {name for name, module in replaced.named_modules() if isinstance(module, Linear4bit)}
+
+
+def quantized_fraction(model: "PreTrainedModel") -> float:
+    """Return the fraction, 0 to 1, of a loaded model's parameters that are held in 4 bits."""
+    from bitsandbytes.nn.modules import Params4bit
+
+    from tuneline.models.experts import expert_modules
+
+    in_4_bits: int = sum(
+        weight.quant_state.shape.numel()
+        for weight in model.parameters()
+        if isinstance(weight, Params4bit)
+    )
+    for module in expert_modules(model).values():
+        in_4_bits += sum(stack.numel for stack in getattr(module, "nf4_stacks", {}).values())
+    others = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and ".lora_" not in name and ".modules_to_save." not in name
+    )
+    return in_4_bits / (in_4_bits + others)
 
 
 def file_names(model: "PreTrainedModel") -> dict[str, str]:

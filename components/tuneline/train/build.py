@@ -11,6 +11,7 @@ from tuneline.artifacts import LABEL, DatasetManifest, Method
 from tuneline.train.batch_size import FEW_STEPS, more_steps_advice, num_total_steps
 from tuneline.train.config import TrainConfig
 from tuneline.train.model.adapter import keep_adapter_in_fp32, keep_hidden_states_in
+from tuneline.train.model.expert_targets import check_adapter_of_experts
 from tuneline.train.model.fuse import fuse_model, fuse_trainer
 from tuneline.train.model.loftq import start_from_error
 from tuneline.train.model.packing import reason_not_to_pack
@@ -91,6 +92,7 @@ def build_trainer(
             peft_config=peft_config,
         )
     attach_to_the_rest(trainer.model, modules)
+    check_adapter_of_experts(config.lora, trainer.model)
     trainer.run_state.plan = setup.plan
     trainer.run_state.divides_optimizer = setup.divides_optimizer
     trainer.max_skipped_in_a_row = config.max_skipped_in_a_row
@@ -159,9 +161,11 @@ def prepare_model(trainer: Any, config: TrainConfig, setup: Setup, base_model_di
     keep_hidden_states_in(trainer.model, setup.dtype)
     if config.lora.init_lora_weights == "loftq":
         start_from_error(trainer.model, base_model_dir)
-    # Every rank has read the frozen base from the same files, so DDP need not send it.
+    # Every rank has read the frozen base from the same files, so DDP need not send it. The scales
+    # of experts in 4 bits are buffers.
     trainer.model._ddp_params_and_buffers_to_ignore = [
-        name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad
+        *(name for name, weight in trainer.model.named_parameters() if not weight.requires_grad),
+        *(name for name, _ in trainer.model.named_buffers()),
     ]
     kernels = "off"
     if setup.fused:

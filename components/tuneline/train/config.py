@@ -37,6 +37,10 @@ class LoraConfig(StrictModel):
     never routers, embeddings, the output layer, or encoders of images and sounds. all-linear: every
     linear layer but the output layer. Or a list of names: whole module names, or their last parts,
     such as [q_proj, v_proj]."""
+    experts: bool = False
+    """Whether the routed experts of a mixture-of-experts model get an adapter too: one of rank r
+    per expert. Routers never get one. It multiplies the size of the adapter: at r = 16, that of
+    Qwen3-30B-A3B has 643 million parameters. Needs lora_dropout 0."""
     modules_to_save: tuple[str, ...] = ()
     """Modules that are trained in full beside the adapter, such as embed_tokens and lm_head. They
     take 16 bytes of memory per parameter with AdamW. Not supported for embed_tokens and lm_head
@@ -243,6 +247,16 @@ class TrainConfig(StrictModel):
     def _settings_agree(self) -> Self:
         if not self.lora.target_modules:
             raise ValueError("lora.target_modules is empty: name at least one, or 'auto'")
+        if self.lora.experts and self.lora.lora_dropout:
+            raise ValueError(
+                f"lora.experts is true but lora.lora_dropout is {self.lora.lora_dropout}: peft has "
+                "no dropout for adapters of experts; set lora_dropout to 0, or experts to false"
+            )
+        if self.lora.experts and self.lora.init_lora_weights == "loftq":
+            raise ValueError(
+                "lora.init_lora_weights loftq has no method for experts: set it to default, or "
+                "lora.experts to false"
+            )
         if self.lora.init_lora_weights == "loftq" and not self.load_in_4bit:
             raise ValueError(
                 "lora.init_lora_weights loftq corrects the error of 4-bit weights, but "

@@ -30,6 +30,7 @@ from tuneline.models.linear_layers import (
 )
 from tuneline.models.nf4 import empty_model
 from tuneline.train.config import LoraConfig
+from tuneline.train.model.expert_targets import check_experts, target_experts
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def check_targets(lora: LoraConfig, base_model_dir: str | Path) -> None:
         ModelError: a name matches no module, or a module that cannot be trained in this way.
     """
     model: Any = empty_model(base_model_dir)
+    check_experts(lora, model)
     modules = adapted_modules(model, lora)
     for module, reason in unmergeable(model, modules).items():
         raise ModelError(
@@ -60,7 +62,7 @@ def check_targets(lora: LoraConfig, base_model_dir: str | Path) -> None:
                 f"{type(model).__name__} are one matrix here (tie_word_embeddings): an adapter "
                 "cannot replace both as one; remove it from lora.modules_to_save"
             )
-    logger.info("%s", _reach(model, modules))
+    logger.info("%s", _reach(model, modules, lora))
 
 
 def adapted_modules(model: Any, lora: LoraConfig) -> list[str]:
@@ -107,7 +109,7 @@ def lora_config(lora: LoraConfig, model: PreTrainedModel) -> peft.LoraConfig:
     modules = adapted_modules(model, lora)
     if has_experts(model):
         modules = [name for name in modules if _last(name) not in _NAMES_OF_EXPERTS]
-    return peft.LoraConfig(
+    config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -117,6 +119,8 @@ def lora_config(lora: LoraConfig, model: PreTrainedModel) -> peft.LoraConfig:
         modules_to_save=list(lora.modules_to_save) or None,
         bias="none",
     )
+    target_experts(config, lora, model)
+    return config
 
 
 def attach_to_the_rest(model: peft.PeftModel, modules: list[str]) -> None:
@@ -145,9 +149,10 @@ def attach_to_the_rest(model: peft.PeftModel, modules: list[str]) -> None:
         # A list of layers has no config, by whose model type peft would know a model with experts.
         within = copy.copy(settings)
         within.target_modules, within.modules_to_save = set(names), None
+        within.target_parameters = None
         peft.inject_adapter_in_model(within, layers)
     if rest:
-        settings.target_parameters = sorted(weights)
+        settings.target_parameters = sorted({*weights, *(settings.target_parameters or ())})
         if settings.target_modules == DUMMY_TARGET_MODULES:
             settings.target_modules = set()
     adapted = {
@@ -170,13 +175,18 @@ def _stack(model: nn.Module, name: str) -> str:
     return next(path for path in paths if isinstance(model.get_submodule(path), nn.ModuleList))
 
 
-def _reach(model: Any, modules: list[str]) -> str:
+def _reach(model: Any, modules: list[str], lora: LoraConfig) -> str:
     """Say which linear layers of the model get an adapter, and which do not."""
     counts = Counter(map(_last, modules))
     words = ", ".join(f"{count} {name}" for name, count in counts.items())
     others = sorted({_last(name) for name in set(linear_layers(model)) - set(modules)})
     without = [*others, *(["the routed experts"] if has_experts(model) else [])]
-    return f"the adapter is on {len(modules)} linear layers ({words})" + (
+    if lora.experts:
+        words += ") and all routed experts"
+        without.remove("the routed experts")
+    else:
+        words += ")"
+    return f"the adapter is on {len(modules)} linear layers ({words}" + (
         f"; without an adapter: {', '.join(without)}" if without else ""
     )
 
