@@ -22,11 +22,10 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-from tuneline.kernels.ops._dispatch import use_kernel
 from tuneline.kernels.ops.experts import experts_mlp
 from tuneline.kernels.ops.experts_activation import ExpertActivation
 from tuneline.kernels.ops.experts_stack import ExpertLora, ExpertStack, LoraPair
-from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4
+from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_reference
 from tuneline.models.experts import BLOCKSIZE, Stack, projections
 
 IMPLEMENTATION = "tuneline_nf4"
@@ -64,7 +63,9 @@ def packed_stack(module: Any, projection: str, dtype: torch.dtype) -> ExpertStac
 
 def dequantized_expert(stack: ExpertStack, number: int) -> torch.Tensor:
     """Return the weight of one expert, [outputs, inputs], which may be a transposed view."""
-    weight = dequantize_nf4(
+    # A CPU has no kernels, except in tests, where Triton's interpreter is slow.
+    dequantize = dequantize_nf4 if stack.packed.is_cuda else dequantize_nf4_reference
+    weight = dequantize(
         NF4Weight(
             packed=stack.packed[number],
             absmax=stack.absmax[number],
@@ -106,7 +107,7 @@ def nf4_experts_forward(
     up, down = (packed_stack(self, name, dtype) for name in projections(self))
     updates = [self.nf4_lora.get(name) for name in projections(self)]
     activation = kernel_activation(self)
-    if activation is not None and use_kernel(x_TH):
+    if activation is not None and runs_kernels(x_TH):
         y_TH = experts_mlp(
             *(x_TH, top_k_index, top_k_weights, up, down),
             activation=activation,
@@ -125,6 +126,11 @@ def nf4_experts_forward(
     back_S = torch.empty_like(order_S)
     back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
     return y_S[back_S].view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def runs_kernels(x: torch.Tensor) -> bool:
+    """Return whether experts run in the kernels."""
+    return x.is_cuda
 
 
 def kernel_activation(module: Any) -> ExpertActivation | None:
