@@ -152,7 +152,7 @@ def test_kernels_get_what_plain_torch_computes_with(
     monkeypatch.setattr(experts_forward, "experts_mlp", counted)
     expected = gradients()
     assert not calls
-    monkeypatch.setattr(experts_forward, "runs_kernels", lambda x: True)
+    experts_forward.use_kernels(model)
     for name in [name for name in sys.modules if name.startswith("tuneline.kernels.")]:
         if hasattr(sys.modules[name], "use_kernel"):
             monkeypatch.setattr(sys.modules[name], "use_kernel", lambda x: False)

@@ -6,8 +6,9 @@ the module, and adds to each expert its own low-rank update:
 
     y = x W_e^T + s (x A_e^T) B_e^T        for each token x that the router sends to expert e
 
-On a GPU, the usual activations run in `kernels.ops.experts`. Otherwise one expert is dequantised at
-a time, and again in the backward pass: nothing of the size of a stack is kept in 16 bits.
+Where `use_kernels` asks for it, the usual activations run in `kernels.ops.experts`. Otherwise one
+expert is dequantised at a time, and again in the backward pass: nothing of the size of a stack is
+kept in 16 bits.
 
 Shapes: T tokens, k experts per token, S = T k rows sorted by expert, E experts, r the rank.
 """
@@ -26,7 +27,7 @@ from tuneline.kernels.ops.experts import experts_mlp
 from tuneline.kernels.ops.experts_activation import ExpertActivation
 from tuneline.kernels.ops.experts_stack import ExpertLora, ExpertStack, LoraPair
 from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_reference
-from tuneline.models.experts import BLOCKSIZE, Stack, projections
+from tuneline.models.experts import BLOCKSIZE, Stack, expert_modules, projections
 
 IMPLEMENTATION = "tuneline_nf4"
 """Name of the forward method in transformers' registry."""
@@ -106,8 +107,8 @@ def nf4_experts_forward(
     x_TH = hidden_states.to(dtype)
     up, down = (packed_stack(self, name, dtype) for name in projections(self))
     updates = [self.nf4_lora.get(name) for name in projections(self)]
-    activation = kernel_activation(self)
-    if activation is not None and runs_kernels(x_TH):
+    activation = kernel_activation(self) if self.nf4_kernels else None
+    if activation is not None:
         y_TH = experts_mlp(
             *(x_TH, top_k_index, top_k_weights, up, down),
             activation=activation,
@@ -120,7 +121,7 @@ def nf4_experts_forward(
     h_S = _projected(x_TH[order_S // top_k], up, updates[0], expert_S, counts)
     h_S = self._apply_gate(h_S) if self.has_gate else self.act_fn(h_S)
     y_S = _projected(h_S.to(dtype), down, updates[1], expert_S, counts)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):
         y_S = self.post_expert_norm(y_S)
     y_S = y_S * top_k_weights.flatten()[order_S, None]
     back_S = torch.empty_like(order_S)
@@ -128,9 +129,10 @@ def nf4_experts_forward(
     return y_S[back_S].view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
 
 
-def runs_kernels(x: torch.Tensor) -> bool:
-    """Return whether experts run in the kernels."""
-    return x.is_cuda
+def use_kernels(model: torch.nn.Module) -> None:
+    """Make the experts in NF4 of a model run in the kernels, where these know the activation."""
+    for module in expert_modules(model).values():
+        module.nf4_kernels = True
 
 
 def kernel_activation(module: Any) -> ExpertActivation | None:
@@ -141,7 +143,7 @@ def kernel_activation(module: Any) -> ExpertActivation | None:
     for stack in module.nf4_stacks.values():
         if stack.rows * stack.columns % BLOCKSIZE or stack.columns % 8:
             return None
-    if not module.has_gate or module.has_post_expert_norm:
+    if not module.has_gate or getattr(module, "has_post_expert_norm", False):
         return None
     if type(module).__name__ == "GptOssExperts":
         return ExpertActivation("clamped_swiglu", alpha=module.alpha, limit=module.limit)
