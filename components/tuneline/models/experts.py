@@ -64,7 +64,7 @@ def expert_modules(model: torch.nn.Module) -> dict[str, Any]:
     return {
         name.replace(".base_layer", ""): module
         for name, module in model.named_modules()
-        if hasattr(module, "_is_expert_parallel") and hasattr(module, "is_transposed")
+        if hasattr(module, "has_gate") and hasattr(module, "is_transposed")
     }
 
 

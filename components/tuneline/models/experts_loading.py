@@ -44,7 +44,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
                 for full, stack in stacks.items()
                 if full.rpartition(".")[0] == name
             }
-            module.nf4_lora = {}
+            module.nf4_lora, module.nf4_kernels = {}, False
             for projection, stack in module.nf4_stacks.items():
                 for what, (shape, dtype) in buffer_shapes(stack).items():
                     empty = torch.empty(shape, dtype=dtype, device="meta")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import ModelError
+from tuneline.models.extra_layers import check_experts, without_mtp_layers
 
 _NUM_NAMED = 3
 """Number of tensors that an error message names."""
@@ -43,7 +44,11 @@ def load_whole(model_dir: str | Path, *, called: str | None = None, **arguments:
         use_safetensors=True,
         **arguments,
     )
-    check_report(report, called or str(model_dir))
+    called = called or str(model_dir)
+    report["unexpected_keys"] = without_mtp_layers(
+        set(report["unexpected_keys"]), model.config, called=called
+    )
+    check_report(report, called)
     # All steps generate greedily. A base model's penalties would make that something else.
     given = model.generation_config
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -83,8 +88,11 @@ def check_names(model_dir: str | Path, *, called: str) -> None:
     Raises:
         ModelError: the model is not whole, or transformers does not support it.
     """
+    check_experts(Path(model_dir), called=called)
     try:
         load_whole(model_dir, called=called, device_map="meta")
+    except ModelError:
+        raise
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise ModelError(
             f"transformers does not support the model {called} "
