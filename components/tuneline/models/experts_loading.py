@@ -22,7 +22,7 @@ METHOD = "tuneline_nf4"
 
 @register_quantization_config(METHOD)
 class ExpertsConfig(BitsAndBytesConfig):  # type: ignore[misc]
-    """Settings of bitsandbytes, under a name that makes transformers use the quantizer below."""
+    """The settings of bitsandbytes, under a name that selects the quantizer below."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -44,7 +44,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
                 for full, stack in stacks.items()
                 if full.rpartition(".")[0] == name
             }
-            module.nf4_lora = {}
+            module.nf4_lora, module.nf4_kernels = {}, False
             for projection, stack in module.nf4_stacks.items():
                 for what, (shape, dtype) in buffer_shapes(stack).items():
                     empty = torch.empty(shape, dtype=dtype, device="meta")

@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from tuneline.kernels.ops.adamw import dynamic_map
-from tuneline.kernels.ops.experts import (
+from tuneline.kernels.experts.activation import ExpertActivation
+from tuneline.kernels.experts.mlp import (
     experts_mlp,
     experts_mlp_reference,
 )
-from tuneline.kernels.ops.experts_activation import ExpertActivation
-from tuneline.kernels.ops.experts_stack import ExpertLora, ExpertStack, LoraPair
+from tuneline.kernels.experts.stack import ExpertLora, ExpertStack, LoraPair
+from tuneline.kernels.ops.adamw import dynamic_map
 
 E, H, F, K, RANK = 5, 64, 32, 2, 4
 CODE = [-1.0, -0.69, -0.52, -0.39, -0.28, -0.18, -0.09, 0.0]
@@ -132,6 +132,11 @@ def test_reference_path_gives_the_gradients_of_float64(
         torch.float32, generator, activation=activation, transposed=oss, bias=oss
     )
     check(arguments, options, assert_near, keep_gate_up=keep_gate_up)
+
+
+def test_reference_path_in_bfloat16(references, generator, assert_near, poisoned):
+    arguments, options = case(torch.bfloat16, generator, tokens=90, rank=16)
+    check(arguments, options, assert_near, keep_gate_up=False)
 
 
 @pytest.mark.parametrize("keep_gate_up", [True, False])
