@@ -124,7 +124,9 @@ def test_layers_for_multi_token_prediction_are_left_out(
     change(path, lambda tensors: tensors.update({extra: torch.zeros(64, 128)}))
     with caplog.at_level("INFO"):
         check_names(path, called="org/name")
-    assert "org/name has layers for multi-token prediction, which transformers does not" in caplog.text
+    assert (
+        "org/name has layers for multi-token prediction, which transformers does not" in caplog.text
+    )
     change(path, lambda tensors: tensors.update({extra.replace("2", "3"): torch.zeros(2)}))
     with pytest.raises(ModelError, match=r"does not use: model\.layers\.3\.eh_proj\.weight"):
         check_names(path, called="org/name")
