@@ -199,6 +199,9 @@ class TrainingSummary(Record):
     num_parameters: int
     base_quantization: Literal["nf4", "fp4", "none"]
     """Number format of the base weights during training; fp4: the base model's files hold it."""
+    quantized_fraction: float | None = None
+    """Fraction of the base model's parameters that training held in 4 bits; null in a record of an
+    older version."""
     compute_dtype: str
     kernels: str = "off"
     """A sentence that says which operations ran in tuneline's kernels."""

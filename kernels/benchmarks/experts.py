@@ -29,6 +29,7 @@ from tuneline.kernels.ops.experts_activation import (
     expert_activation_backward,
     expert_activation_forward,
 )
+from tuneline.kernels.ops.experts_arena import Arena, new_rows
 from tuneline.kernels.ops.experts_combine import combine
 from tuneline.kernels.ops.experts_route import Routing, route
 from tuneline.kernels.ops.experts_stack import (
@@ -43,8 +44,8 @@ SHAPES = {"qwen3-30b-a3b": (128, 8, 2048, 768), "mixtral-8x7b": (8, 2, 4096, 143
 """Experts, experts per token, hidden size and intermediate size."""
 SWEEP = [
     # Rows, columns, warps, stages.
-    (128, 256, 8, 3), (128, 256, 8, 4), (128, 128, 8, 4), (128, 128, 4, 4), (128, 128, 4, 3),
-    (64, 256, 4, 4), (64, 256, 8, 4), (64, 128, 4, 4), (256, 128, 8, 3),
+    (128, 256, 8, 3), (128, 256, 8, 4), (256, 128, 8, 3), (256, 128, 8, 4), (128, 256, 4, 4),
+    (64, 256, 4, 4),
 ]  # fmt: skip
 LEVELS = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0]
 LEVELS += [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]
@@ -153,87 +154,115 @@ def time_ops(shape: str, made: Case, record: Callable[..., None]) -> None:
     block = ops.tile_rows(*made.index.shape, num)
     routing = route(made.index, num, block)
     x, weights = made.x.detach(), made.weights.detach()
-    rows, giga = routing.num_rows, 1e-6  # GB per ms is TB/s.
-    sorted_x = x.new_empty(rows, hidden)
+    rows, giga = routing.num_rows, 1e-9  # A GB per ms is a TB per s.
     record(shape, "route", lambda: route(made.index, num, block))
     record(
-        shape, "route, torch sort + bincount",
+        shape,
+        "route, torch sort + bincount",
         lambda: (made.index.flatten().sort(stable=True), made.index.flatten().bincount()),
-    )  # fmt: skip
+    )
     for name, one in (("gate_up", gate_up), ("down", down)):
+        size = num * one.num_out * one.num_in
         arena = x.new_empty(num, *one.stored_shape)
         record(
-            shape, f"dequantise {name}",
-            lambda one=one, arena=arena: dequantize_experts(
-                one, routing.starts, first=0, last=num, out=arena
+            shape,
+            f"dequantise {name}",
+            lambda one=one, out=arena: dequantize_experts(
+                one, routing.starts, first=0, last=num, out=out
             ),
-            gbytes=arena.numel() * (2 + 0.516) * giga,
-        )  # fmt: skip
+            gbytes=size * (2 + 0.516) * giga,
+        )
         del arena
-        pair = getattr(experts.lora, name)
+        whole = Arena(one, getattr(experts.lora, name), routing, x)
         record(
-            shape, f"pack adapter {name}", lambda pair=pair: ops._Adapter(pair, x),
-            gbytes=(pair.a.numel() + pair.b.numel()) * 6 * giga,
-        )  # fmt: skip
-    first, second = (ops._Adapter(getattr(experts.lora, n), x) for n in ("gate_up", "down"))
+            shape,
+            f"fill arena {name}",
+            lambda whole=whole: whole._fill(0, num),
+            gbytes=size * (2 + 0.516) * giga,
+        )
+    pair = experts.lora.gate_up
+    x_rows, d_rows = (new_rows(rows, size, RANK, x) for size in (hidden, 2 * inner))
+    h_rows = new_rows(rows, inner, RANK, x)
+    for buffer in (x_rows, d_rows, h_rows):
+        buffer.normal_()
+    h, gate_up_rows = h_rows[:, :inner], d_rows[:, : 2 * inner]
+    dh = torch.randn_like(h).contiguous()
+    p = x.new_empty(rows, RANK)
+    a_x = pair.a.detach().bfloat16()
+    a_h = experts.lora.down.a.detach().bfloat16()
+    sb = pair.b.detach().bfloat16().contiguous().transpose(1, 2)
+    gather = {"copy_SI": x_rows[:, :hidden]}
     record(
-        shape, "project x, gather and copy",
-        lambda: gemm.project(x, first.a_ERI, routing, gather=True, copy_SI=sorted_x),
+        shape,
+        "project x, gather and copy",
+        lambda: gemm.project(x, a_x, routing, p_SR=p, room_SR=x_rows[:, hidden:], **gather),
         gbytes=(rows * hidden * 2 + x.numel() * 2) * giga,
-    )  # fmt: skip
+    )
     record(
-        shape, "gather and copy",
-        lambda: gemm.project(x, None, routing, gather=True, copy_SI=sorted_x),
+        shape,
+        "gather and copy",
+        lambda: gemm.project(x, None, routing, **gather),
         gbytes=(rows * hidden * 2 + x.numel() * 2) * giga,
-    )  # fmt: skip
-    gate_up_rows = torch.randn(rows, 2 * inner, device="cuda").bfloat16()
-    h = expert_activation_forward(gate_up_rows, routing, experts.activation)
+    )
     record(
-        shape, "activation forward",
-        lambda: expert_activation_forward(gate_up_rows, routing, experts.activation),
+        shape,
+        "activation forward",
+        lambda: expert_activation_forward(gate_up_rows, routing, experts.activation, out=h),
         gbytes=rows * inner * 6 * giga,
-    )  # fmt: skip
+    )
     record(
-        shape, "activation backward",
-        lambda: expert_activation_backward(h, gate_up_rows, weights, routing, experts.activation),
+        shape,
+        "activation backward",
+        lambda: expert_activation_backward(
+            dh, gate_up_rows, weights, routing, experts.activation, out=gate_up_rows
+        ),
         gbytes=rows * inner * 12 * giga,
-    )  # fmt: skip
-    p = gemm.project(h, second.a_ERI, routing)
+    )
     record(
-        shape, "project h", lambda: gemm.project(h, second.a_ERI, routing),
+        shape,
+        "project h",
+        lambda: gemm.project(h, a_h, routing, p_SR=p, room_SR=h_rows[:, inner:]),
         gbytes=rows * inner * 2 * giga,
-    )  # fmt: skip
+    )
     record(
-        shape, "project d_gate_up",
-        lambda: gemm.project(gate_up_rows, first.sb_EOR.transpose(1, 2), routing),
+        shape,
+        "project d_gate_up",
+        lambda: gemm.project(gate_up_rows, sb, routing, p_SR=p, room_SR=d_rows[:, 2 * inner :]),
         gbytes=rows * inner * 4 * giga,
-    )  # fmt: skip
+    )
     record(
-        shape, "outer, dA of gate_up",
+        shape,
+        "outer, dA of gate_up",
         lambda: gemm.outer(p, x, routing, rank=RANK, gather=True),
         gbytes=x.numel() * 2 * giga,
-    )  # fmt: skip
+    )
     record(
-        shape, "outer, dB of gate_up",
+        shape,
+        "outer, dB of gate_up",
         lambda: gemm.outer(p, gate_up_rows, routing, rank=RANK, transposed=True),
         gbytes=rows * inner * 4 * giga,
-    )  # fmt: skip
+    )
     record(
-        shape, "outer, dA of down",
+        shape,
+        "outer, dA of down",
         lambda: gemm.outer(p, h, routing, rank=RANK, weights_Tk=weights),
         gbytes=rows * inner * 2 * giga,
-    )  # fmt: skip
+    )
     record(
-        shape, "outer, dB of down",
+        shape,
+        "outer, dB of down",
         lambda: gemm.outer(
             p, x, routing, rank=RANK, gather=True, weights_Tk=weights, transposed=True
         ),
         gbytes=x.numel() * 2 * giga,
-    )  # fmt: skip
+    )
+    whole_rows = torch.randn(rows, hidden, device="cuda").bfloat16()
     record(
-        shape, "combine", lambda: combine(sorted_x, routing, weights_Tk=weights),
+        shape,
+        "combine",
+        lambda: combine(whole_rows, routing, weights_Tk=weights),
         gbytes=(rows * hidden * 2 + x.numel() * 2) * giga,
-    )  # fmt: skip
+    )
 
 
 def time_layer(shape: str, made: Case, record: Callable[..., None]) -> None:
@@ -288,15 +317,16 @@ def time_product(
     ins, outs = (arena.shape[2], arena.shape[1]) if oi else arena.shape[1:]
     routing = route(index, num, ops.tile_rows(*index.shape, num))
     rows = routing.num_rows
+    x_side = new_rows(rows, ins, RANK, arena).normal_()
     x = torch.randn(rows, ins, device="cuda").bfloat16()
     out = x.new_empty(rows, outs)
-    p = torch.randn(rows, RANK, device="cuda").bfloat16()
-    q = torch.randn(num, outs, RANK, device="cuda").bfloat16().transpose(1, 2)
+    # As in an arena: 16 more rows, and 64 more columns, of which 16 are read.
+    with_side = torch.nn.functional.pad(arena, (0, 64, 0, RANK))
     tflop = 2 * rows * ins * outs / 1e12
 
     def ours(routing: Routing = routing, lora: bool = True) -> None:
-        side = {"p_SR": p, "q_ERO": q} if lora else {}
-        gemm.grouped_mm(x, arena, routing, stored_oi=oi, out=out, **side)
+        operands = (x_side, with_side) if lora else (x, arena)
+        gemm.grouped_mm(*operands, routing, stored_oi=oi, out=out)
 
     record(shape, f"grouped {label}", ours, tflop=tflop)
     record(shape, f"grouped {label}, no LoRA", lambda: ours(lora=False), tflop=tflop)

@@ -18,7 +18,7 @@ from tuneline.models.experts import (
     round_trip_experts,
 )
 from tuneline.models.experts_adapter import adapt_experts_in_nf4
-from tuneline.models.experts_forward import PackedStack
+from tuneline.models.experts_forward import dequantized_expert, packed_stack
 
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 RANK = 4
@@ -89,11 +89,11 @@ def test_a_loaded_expert_is_what_merge_computes(model_dir: Path) -> None:
     model = load(model_dir, quantized=True, dtype=torch.bfloat16)
     for name, stack in quantized_experts(model).items():
         module, _, projection = name.rpartition(".")
-        packed = PackedStack.of(model.get_submodule(module), projection)
+        packed = packed_stack(model.get_submodule(module), projection, torch.float32)
         weight = plain.get_parameter(name).data
         merged = round_trip_experts(weight, dtype=torch.bfloat16, device="cpu")
         for number in range(stack.num_experts):
-            ours = packed.expert(number, torch.float32)
+            ours = dequantized_expert(packed, number)
             ours = ours.T if stack.is_transposed else ours
             assert torch.equal(ours, merged[number])
             one = round_trip_experts(weight[number], dtype=torch.bfloat16, device="cpu")
@@ -151,16 +151,24 @@ def test_the_saved_adapter_gives_the_same_logits_in_plain_peft(
 
 def test_a_cast_of_the_whole_model_leaves_the_experts_as_they_are(tmp_path: Path) -> None:
     model = load(make_expert_model("Qwen3Moe", tmp_path / "model"), quantized=True)
-    name, module = next(iter(expert_modules(model).items()))
-    before = PackedStack.of(module, "down_proj").expert(1, torch.float32)
-    # As DeepSpeed casts a model to bfloat16. `Module.to` of a quantised model is refused.
+    module = next(iter(expert_modules(model).values()))
+    before = dequantized_expert(packed_stack(module, "down_proj", torch.float32), 1)
+    # As DeepSpeed casts a model to bfloat16. `to` of a quantised model is refused.
     torch.nn.Module.bfloat16(module)
-    assert torch.equal(PackedStack.of(module, "down_proj").expert(1, torch.float32), before)
-    copy = load(tmp_path / "model", quantized=True)
-    copy.get_submodule(name).down_proj.data.zero_()
-    copy.load_state_dict(model.state_dict())
-    copied = PackedStack.of(copy.get_submodule(name), "down_proj")
-    assert torch.equal(copied.expert(1, torch.float32), before)
+    after = dequantized_expert(packed_stack(module, "down_proj", torch.float32), 1)
+    assert torch.equal(after, before)
+
+
+def test_experts_are_in_the_state_of_their_module(tmp_path: Path) -> None:
+    model = load(make_expert_model("GptOss", tmp_path / "model"), quantized=True)
+    first, second = expert_modules(model).values()
+    second.load_state_dict(first.state_dict())
+    for number in range(4):
+        weights = [
+            dequantized_expert(packed_stack(module, "gate_up_proj", torch.float32), number)
+            for module in (first, second)
+        ]
+        assert torch.equal(*weights) and weights[0].any()
 
 
 def test_rows_of_a_batch_and_experts_without_rows_do_not_matter(tmp_path: Path) -> None:

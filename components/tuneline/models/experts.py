@@ -56,13 +56,13 @@ class Stack:
 
 
 def expert_modules(model: torch.nn.Module) -> dict[str, Any]:
-    """Return the modules that hold stacks of experts, by name.
+    """Return the modules that hold stacks of experts, by their names without peft's wrappers.
 
     They are those to which transformers' `use_experts_implementation` gives an exchangeable
     forward method, because no other forward method can be made to read NF4.
     """
     return {
-        name: module
+        name.replace(".base_layer", ""): module
         for name, module in model.named_modules()
         if hasattr(module, "_is_expert_parallel") and hasattr(module, "is_transposed")
     }

@@ -16,10 +16,12 @@ from typing import Any
 
 import peft
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import layer as peft_layer
+from peft.tuners.lora.bnb import dispatch_bnb_4bit
 
+from tuneline.kernels.ops.experts_stack import LoraPair
 from tuneline.models.experts import expert_modules
-from tuneline.models.experts_forward import LowRank
 
 
 class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
@@ -45,17 +47,20 @@ class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
         finally:
             updates.pop(self.parameter_name, None)
 
-    def _update(self, name: str) -> LowRank:
+    def _update(self, name: str) -> LoraPair:
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return LowRank(
-            a_Eri=a.reshape(self.num_experts, -1, a.shape[1]),
-            b_Eor=b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1),
-            scale=self.scaling[name],
+        return LoraPair(
+            a=a.reshape(self.num_experts, -1, a.shape[1]),
+            b=b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1),
+            scaling=self.scaling[name],
         )
 
 
 def adapt_experts_in_nf4(config: peft.LoraConfig, model: Any) -> None:
-    """Make peft use `ParamWrapper` for the experts in NF4 of a model; call it before peft does.
+    """Make peft adapt the parameters in NF4 of a model of experts; call it before peft does.
+
+    Experts get a `ParamWrapper`. A linear layer whose weight is one of `target_parameters`, as are
+    those of shared experts, gets the adapter of a linear layer, which has the same tensors.
 
     Args:
         config: settings of an adapter that is to be added to the model.
@@ -64,3 +69,14 @@ def adapt_experts_in_nf4(config: peft.LoraConfig, model: Any) -> None:
     for module in expert_modules(model).values():
         if getattr(module, "nf4_stacks", None):
             config._register_custom_module({type(module): ParamWrapper})
+    by_weight: Any = {Linear4bit: _adapted_by_its_weight}
+    config._register_custom_module(by_weight)
+
+
+def _adapted_by_its_weight(
+    target: Any, name: str, config: Any, parameter_name: str | None = None, **options: Any
+) -> torch.nn.Module | None:
+    """Return the adapter of a linear layer in 4 bits; None leaves it to peft to make one."""
+    if parameter_name is None:
+        return None
+    return dispatch_bnb_4bit(target, name, config=config, **options)

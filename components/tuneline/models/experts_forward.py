@@ -1,85 +1,82 @@
 """The forward pass of experts in NF4, for all families that transformers has.
 
 transformers' modules of experts look up their forward method in a public registry. The method below
-computes what transformers' `grouped_mm` computes, from the same router, biases and activation of
-the module, but dequantises one expert at a time, and adds the expert's own low-rank update:
+computes what transformers' `grouped_mm` computes, with the router, the biases and the activation of
+the module, and adds to each expert its own low-rank update:
 
     y = x W_e^T + s (x A_e^T) B_e^T        for each token x that the router sends to expert e
 
-The backward pass dequantises again: nothing of the size of a stack is kept in 16 bits.
+On a GPU, the usual activations run in `kernels.ops.experts`. Otherwise one expert is dequantised at
+a time, and again in the backward pass: nothing of the size of a stack is kept in 16 bits.
 
 Shapes: T tokens, k experts per token, S = T k rows sorted by expert, E experts, r the rank.
 """
 
-import dataclasses
 from typing import Any
 
 import torch
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.activations import GELUTanh, SiLUActivation
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    _default_apply_gate,
+    grouped_mm_experts_forward,
+)
 
+from tuneline.kernels.ops._dispatch import use_kernel
+from tuneline.kernels.ops.experts import experts_mlp
+from tuneline.kernels.ops.experts_activation import ExpertActivation
+from tuneline.kernels.ops.experts_stack import ExpertLora, ExpertStack, LoraPair
 from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4
-from tuneline.models.experts import Stack, projections
+from tuneline.models.experts import BLOCKSIZE, Stack, projections
 
 IMPLEMENTATION = "tuneline_nf4"
 """Name of the forward method in transformers' registry."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LowRank:
-    """A low-rank update per expert: s B_e A_e."""
+def packed_stack(module: Any, projection: str, dtype: torch.dtype) -> ExpertStack:
+    """Return a stack that `ExpertsQuantizer` has loaded, sharing the memory of its module.
 
-    a_Eri: torch.Tensor
-    """A of all experts, [E, r, inputs]."""
-    b_Eor: torch.Tensor
-    """B of all experts, [E, outputs, r]."""
-    scale: float
+    Args:
+        module: The module of experts.
+        projection: Name of the stack's parameter.
+        dtype: Type of the dequantised weights.
+    """
+
+    def floats(what: str) -> torch.Tensor:
+        bits: torch.Tensor = getattr(module, f"{projection}_{what}")
+        return bits.view(torch.float32)
+
+    stack: Stack = module.nf4_stacks[projection]
+    return ExpertStack(
+        packed=getattr(module, projection).data,
+        absmax=getattr(module, f"{projection}_absmax"),
+        code=floats("code"),
+        num_out=stack.out_features,
+        num_in=stack.in_features,
+        dtype=dtype,
+        nested_absmax=floats("nested_absmax"),
+        nested_code=floats("nested_code"),
+        offset=floats("offset"),
+        transposed=stack.is_transposed,
+        bias=getattr(module, f"{projection}_bias").detach() if module.has_bias else None,
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class PackedStack:
-    """A stack of experts in NF4, sharing the memory of a module's tensors."""
-
-    stack: Stack
-    packed: torch.Tensor
-    absmax: torch.Tensor
-    nested_absmax: torch.Tensor
-    offset: torch.Tensor
-    code: torch.Tensor
-    nested_code: torch.Tensor
-
-    @classmethod
-    def of(cls, module: Any, projection: str) -> "PackedStack":
-        """Return the stack of a module that `ExpertsQuantizer` has loaded."""
-
-        def floats(what: str) -> torch.Tensor:
-            bits: torch.Tensor = getattr(module, f"{projection}_{what}")
-            return bits.view(torch.float32)
-
-        return cls(
-            stack=module.nf4_stacks[projection],
-            packed=getattr(module, projection).data,
-            absmax=getattr(module, f"{projection}_absmax"),
-            nested_absmax=floats("nested_absmax"),
-            offset=floats("offset"),
-            code=floats("code"),
-            nested_code=floats("nested_code"),
+def dequantized_expert(stack: ExpertStack, number: int) -> torch.Tensor:
+    """Return the weight of one expert, [outputs, inputs], which may be a transposed view."""
+    weight = dequantize_nf4(
+        NF4Weight(
+            packed=stack.packed[number],
+            absmax=stack.absmax[number],
+            code=stack.code,
+            shape=stack.stored_shape,
+            dtype=stack.dtype,
+            nested_absmax=None if stack.nested_absmax is None else stack.nested_absmax[number],
+            nested_code=stack.nested_code,
+            offset=None if stack.offset is None else stack.offset[number],
         )
-
-    def expert(self, number: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight of one expert, [outputs, inputs], which may be a transposed view."""
-        weight = dequantize_nf4(
-            NF4Weight(
-                packed=self.packed[number],
-                absmax=self.absmax[number],
-                code=self.code,
-                shape=(self.stack.rows, self.stack.columns),
-                dtype=dtype,
-                nested_absmax=self.nested_absmax[number],
-                nested_code=self.nested_code,
-                offset=self.offset[number],
-            )
-        )
-        return weight.T if self.stack.is_transposed else weight
+    )
+    return weight.T if stack.transposed else weight
 
 
 def nf4_experts_forward(
@@ -105,14 +102,23 @@ def nf4_experts_forward(
     dtype = hidden_states.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+    x_TH = hidden_states.to(dtype)
+    up, down = (packed_stack(self, name, dtype) for name in projections(self))
+    updates = [self.nf4_lora.get(name) for name in projections(self)]
+    activation = kernel_activation(self)
+    if activation is not None and use_kernel(x_TH):
+        y_TH = experts_mlp(
+            *(x_TH, top_k_index, top_k_weights, up, down),
+            activation=activation,
+            lora=ExpertLora(*updates),
+        )
+        return y_TH.to(hidden_states.dtype)
     num_tokens, top_k = top_k_index.shape
     expert_S, order_S = top_k_index.flatten().sort(stable=True)
     counts = torch.bincount(expert_S, minlength=self.num_experts)[: self.num_experts].tolist()
-    up, down = projections(self)
-    x_S = hidden_states.to(dtype)[order_S // top_k]
-    h_S = _projected(self, up, x_S, expert_S, counts)
+    h_S = _projected(x_TH[order_S // top_k], up, updates[0], expert_S, counts)
     h_S = self._apply_gate(h_S) if self.has_gate else self.act_fn(h_S)
-    y_S = _projected(self, down, h_S.to(dtype), expert_S, counts)
+    y_S = _projected(h_S.to(dtype), down, updates[1], expert_S, counts)
     if self.has_post_expert_norm:
         y_S = self.post_expert_norm(y_S)
     y_S = y_S * top_k_weights.flatten()[order_S, None]
@@ -121,24 +127,40 @@ def nf4_experts_forward(
     return y_S[back_S].view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
 
 
+def kernel_activation(module: Any) -> ExpertActivation | None:
+    """Return the activation of a module as the kernels know it; None if they do not.
+
+    Sizes that the kernels cannot read, which no published model has, count as unknown.
+    """
+    for stack in module.nf4_stacks.values():
+        if stack.rows * stack.columns % BLOCKSIZE or stack.columns % 8:
+            return None
+    if not module.has_gate or module.has_post_expert_norm:
+        return None
+    if type(module).__name__ == "GptOssExperts":
+        return ExpertActivation("clamped_swiglu", alpha=module.alpha, limit=module.limit)
+    if type(module)._apply_gate is not _default_apply_gate:
+        return None
+    if isinstance(module.act_fn, (torch.nn.SiLU, SiLUActivation)):
+        return ExpertActivation("silu")
+    return ExpertActivation("gelu_tanh") if isinstance(module.act_fn, GELUTanh) else None
+
+
 def _projected(
-    module: Any,
-    projection: str,
     x_S: torch.Tensor,
+    stack: ExpertStack,
+    update: LoraPair | None,
     expert_S: torch.Tensor,
     counts: list[int],
 ) -> torch.Tensor:
-    update: LowRank | None = module.nf4_lora.get(projection)
     a = b = None
     if update is not None:
-        a, b = update.a_Eri.to(x_S.dtype), update.b_Eor.to(x_S.dtype)
-    scale = 0.0 if update is None else update.scale
-    y_S: torch.Tensor = _ExpertLinear.apply(
-        x_S, a, b, PackedStack.of(module, projection), counts, scale
-    )
-    if module.has_bias:
-        y_S = y_S + getattr(module, f"{projection}_bias")[expert_S].to(x_S.dtype)
-    return y_S
+        a, b = update.a.to(x_S.dtype), update.b.to(x_S.dtype)
+    scale = 0.0 if update is None else update.scaling
+    y_S: torch.Tensor = _ExpertLinear.apply(x_S, a, b, stack, counts, scale)
+    # A router may send a token to no expert, by an index beyond the last one.
+    last = stack.num_experts - 1
+    return y_S if stack.bias is None else y_S + stack.bias.to(x_S.dtype)[expert_S.clamp(max=last)]
 
 
 class _ExpertLinear(torch.autograd.Function):
@@ -150,31 +172,31 @@ class _ExpertLinear(torch.autograd.Function):
         x_S: torch.Tensor,
         a_Eri: torch.Tensor | None,
         b_Eor: torch.Tensor | None,
-        weights: PackedStack,
+        stack: ExpertStack,
         counts: list[int],
         scale: float,
     ) -> torch.Tensor:
-        y_S = x_S.new_zeros(len(x_S), weights.stack.out_features)
+        y_S = x_S.new_zeros(len(x_S), stack.num_out)
         for e, rows in _hit(counts):
-            y = torch.mm(x_S[rows], weights.expert(e, x_S.dtype).T, out=y_S[rows])
+            y = torch.mm(x_S[rows], dequantized_expert(stack, e).T, out=y_S[rows])
             if a_Eri is not None and b_Eor is not None:
                 y.addmm_(x_S[rows] @ a_Eri[e].T, b_Eor[e].T, alpha=scale)
         ctx.save_for_backward(x_S, a_Eri, b_Eor)
-        ctx.weights, ctx.counts, ctx.scale = weights, counts, scale
+        ctx.stack, ctx.counts, ctx.scale = stack, counts, scale
         return y_S
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x_S, a_Eri, b_Eor = ctx.saved_tensors
-        dy_S = grads[0]
+        dy_S = grads[0].to(x_S.dtype)
         dx_S = torch.zeros_like(x_S) if ctx.needs_input_grad[0] else None
         da_Eri = None if a_Eri is None else torch.zeros_like(a_Eri)
         db_Eor = None if b_Eor is None else torch.zeros_like(b_Eor)
         for e, rows in _hit(ctx.counts):
-            x, dy = x_S[rows], dy_S[rows].to(x_S.dtype)
+            x, dy = x_S[rows], dy_S[rows]
             if dx_S is not None:
-                torch.mm(dy, ctx.weights.expert(e, x.dtype), out=dx_S[rows])
-            if a_Eri is None:
+                torch.mm(dy, dequantized_expert(ctx.stack, e), out=dx_S[rows])
+            if da_Eri is None or db_Eor is None:
                 continue
             du = ctx.scale * (dy @ b_Eor[e])
             da_Eri[e] = du.T @ x

@@ -22,7 +22,7 @@ METHOD = "tuneline_nf4"
 
 @register_quantization_config(METHOD)
 class ExpertsConfig(BitsAndBytesConfig):  # type: ignore[misc]
-    """The settings of bitsandbytes, under a name that makes transformers use the quantizer below."""
+    """The settings of bitsandbytes, under a name that selects the quantizer below."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)

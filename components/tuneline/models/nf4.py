@@ -170,6 +170,27 @@ def quantized_modules(model: "PreTrainedModel") -> set[str]:
     return {name for name, module in replaced.named_modules() if isinstance(module, Linear4bit)}
 
 
+def quantized_fraction(model: "PreTrainedModel") -> float:
+    """Return the fraction, 0 to 1, of a loaded model's parameters that are held in 4 bits."""
+    from bitsandbytes.nn.modules import Params4bit
+
+    from tuneline.models.experts import expert_modules
+
+    in_4_bits: int = sum(
+        weight.quant_state.shape.numel()
+        for weight in model.parameters()
+        if isinstance(weight, Params4bit)
+    )
+    for module in expert_modules(model).values():
+        in_4_bits += sum(stack.numel for stack in getattr(module, "nf4_stacks", {}).values())
+    others = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and ".lora_" not in name and ".modules_to_save." not in name
+    )
+    return in_4_bits / (in_4_bits + others)
+
+
 def file_names(model: "PreTrainedModel") -> dict[str, str]:
     """Return a mapping from a weight's name in the model to its name in the checkpoint files.
 

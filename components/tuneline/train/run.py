@@ -26,10 +26,10 @@ from tuneline.train.batch_size import batch_size
 from tuneline.train.checkpoints import ROOT_VARIABLE, CheckpointStore
 from tuneline.train.config import BATCH_KEYS, UPSTREAM_BATCH_KEYS, TrainConfig
 from tuneline.train.memory.plan import recipe_plan
-from tuneline.train.model.adapter import check_targets
 from tuneline.train.model.fuse import can_fuse
 from tuneline.train.model.precision import choose_device, choose_dtype
 from tuneline.train.model.stored_base import check_stored_base
+from tuneline.train.model.targets import check_targets
 from tuneline.train.observe.page import render
 from tuneline.train.observe.samples import read_samples
 from tuneline.train.ranks import zero2

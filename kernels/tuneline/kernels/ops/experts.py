@@ -12,9 +12,9 @@ Backward, with dys[s] = dy[t] of row s and everything before the routing weight 
     dA1 = sum g1^T x     dB1 = s1 sum dgu^T (A1 x)     dA2 = sum (w g2)^T h
     dB2 = s2 sum dys^T (w A2 h)                        the sums are over each expert's rows
 
-W is dequantised into an arena that is freed after its products; no gradient of its shape exists.
-The forward stores x, A1 x, A2 h, the routing, and gu if asked; otherwise the backward computes gu
-again. It never needs d. The arena holds all experts or, beyond `ARENA_BYTES`, a chunk of them.
+W is dequantised into an arena (experts_arena.py) that is freed after its products; no gradient of
+its shape exists. The forward stores x, A1 x, A2 h, the routing, and gu if asked; otherwise the
+backward computes gu again. It never needs d.
 
 Shapes: T tokens, k experts per token, S = T k rows, E experts, H hidden size, F intermediate size,
 r rank, R padded rank.
@@ -22,7 +22,6 @@ r rank, R padded rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,21 +33,16 @@ from tuneline.kernels.ops.experts_activation import (
     expert_activation_backward,
     expert_activation_forward,
 )
+from tuneline.kernels.ops.experts_arena import Arena, new_rows
 from tuneline.kernels.ops.experts_combine import combine
-from tuneline.kernels.ops.experts_gemm import grouped_mm, outer, project
+from tuneline.kernels.ops.experts_gemm import outer
 from tuneline.kernels.ops.experts_route import Routing, route
 from tuneline.kernels.ops.experts_stack import (
     ExpertLora,
     ExpertStack,
     LoraPair,
-    dequantize_experts,
     dequantize_experts_reference,
 )
-
-ARENA_BYTES = 2 * 2**30
-"""Most bytes of dequantised experts at once; a projection that needs more runs in chunks."""
-
-_MIN_RANK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,75 +84,6 @@ class SavedExperts:
     gate_up_SF: Tensor | None
 
 
-class _Adapter:
-    """A (R rows) and s B (R columns) of a projection's experts, in the dtype of the products."""
-
-    def __init__(self, pair: LoraPair, like: Tensor) -> None:
-        experts, rank, ins = pair.a.shape
-        outs = pair.b.shape[1]
-        padded = max(_MIN_RANK, 1 << (rank - 1).bit_length())
-        self.pair = pair
-        self.a_ERI = like.new_empty(experts, padded, ins)
-        self.sb_EOR = like.new_empty(experts, outs, padded)
-        if padded != rank:
-            self.a_ERI[:, rank:] = 0
-            self.sb_EOR[:, :, rank:] = 0
-        self.a_ERI[:, :rank] = pair.a.detach()
-        torch.mul(pair.b.detach(), pair.scaling, out=self.sb_EOR[:, :, :rank])
-
-
-def _adapter(pair: LoraPair | None, like: Tensor) -> _Adapter | None:
-    return None if pair is None else _Adapter(pair, like)
-
-
-class _Arena:
-    """The dequantised experts of one projection, in as many chunks as `ARENA_BYTES` asks for."""
-
-    def __init__(self, stack: ExpertStack, routing: Routing, like: Tensor) -> None:
-        self._stack, self._routing, self._like = stack, routing, like
-        per_expert = stack.num_out * stack.num_in * like.element_size()
-        most = max(1, ARENA_BYTES // per_expert)
-        self._size = -(-stack.num_experts // -(-stack.num_experts // most))
-        self._whole: Tensor | None = None
-
-    def _chunks(self) -> Iterator[tuple[int, int, Tensor]]:
-        stack = self._stack
-        for first in range(0, stack.num_experts, self._size):
-            last = min(first + self._size, stack.num_experts)
-            weight = self._whole
-            if weight is None:
-                weight = self._like.new_empty(last - first, *stack.stored_shape)
-                dequantize_experts(stack, self._routing.starts, first=first, last=last, out=weight)
-            if self._size >= stack.num_experts:
-                self._whole = weight
-            yield first, last, weight
-            del weight
-
-    def forward(self, x_SI: Tensor, p_SR: Tensor | None, adapter: _Adapter | None) -> Tensor:
-        """Return the projection of sorted rows."""
-        stack = self._stack
-        out = x_SI.new_empty(x_SI.shape[0], stack.num_out)
-        for first, last, weight in self._chunks():
-            grouped_mm(
-                x_SI, weight, self._routing, stored_oi=not stack.transposed, out=out, first=first,
-                last=last, p_SR=p_SR,
-                q_ERO=None if adapter is None else adapter.sb_EOR.transpose(1, 2),
-                bias_EO=stack.bias,
-            )  # fmt: skip
-        return out
-
-    def backward(self, dy_SO: Tensor, g_SR: Tensor | None, adapter: _Adapter | None) -> Tensor:
-        """Return the gradient of the rows from that of their projection."""
-        stack = self._stack
-        out = dy_SO.new_empty(dy_SO.shape[0], stack.num_in)
-        for first, last, weight in self._chunks():
-            grouped_mm(
-                dy_SO, weight, self._routing, stored_oi=stack.transposed, out=out, first=first,
-                last=last, p_SR=g_SR, q_ERO=None if adapter is None else adapter.a_ERI,
-            )  # fmt: skip
-        return out
-
-
 def tile_rows(num_tokens: int, top_k: int, num_experts: int) -> int:
     """Return the rows per tile: 128 for many rows per expert, fewer for few rows."""
     per_expert = num_tokens * top_k // max(1, num_experts)
@@ -186,18 +111,19 @@ def experts_forward(
         residual_TH: Added to the result.
         out: Where y is written; may be the residual.
     """
-    rows_SH = x_TH.new_empty(routing.num_rows, x_TH.shape[1])
-    adapter = _adapter(experts.lora.gate_up, x_TH)
-    a_ERI = None if adapter is None else adapter.a_ERI
-    xa_SR = project(x_TH, a_ERI, routing, gather=True, copy_SI=rows_SH)
-    gate_up_SF = _Arena(experts.gate_up, routing, x_TH).forward(rows_SH, xa_SR, adapter)
-    del rows_SH, adapter
-    h_SF = expert_activation_forward(gate_up_SF, routing, experts.activation)
+    num_rows, gate_up, down = routing.num_rows, experts.gate_up, experts.down
+    arena = Arena(gate_up, experts.lora.gate_up, routing, x_TH)
+    rows_SH = new_rows(num_rows, gate_up.num_in, arena.rank, x_TH)
+    gate_up_SF = x_TH.new_empty(num_rows, gate_up.num_out)
+    xa_SR = arena.product(rows_SH, forward=True, out=gate_up_SF, tokens=x_TH)
+    del rows_SH
+    arena = Arena(down, experts.lora.down, routing, x_TH)
+    h_SF = new_rows(num_rows, down.num_in, arena.rank, x_TH)
+    expert_activation_forward(gate_up_SF, routing, experts.activation, out=h_SF[:, : down.num_in])
     saved_gate_up = gate_up_SF if keep_gate_up else None
     del gate_up_SF
-    adapter = _adapter(experts.lora.down, x_TH)
-    ha_SR = None if adapter is None else project(h_SF, adapter.a_ERI, routing)
-    rows_SH = _Arena(experts.down, routing, x_TH).forward(h_SF, ha_SR, adapter)
+    rows_SH = x_TH.new_empty(num_rows, down.num_out)
+    ha_SR = arena.product(h_SF, forward=True, out=rows_SH)
     y_TH = combine(rows_SH, routing, weights_Tk=weights_Tk, residual_TC=residual_TH, out=out)
     return y_TH, SavedExperts(xa_SR, ha_SR, saved_gate_up)
 
@@ -223,62 +149,65 @@ def experts_backward(
         saved: What the forward returned; a stored gate and up is not overwritten.
         need_dx: Whether to compute dx; None is returned otherwise.
     """
-    down = _adapter(experts.lora.down, x_TH)
-    rows_SH = x_TH.new_empty(routing.num_rows, x_TH.shape[1])
-    sb_ERO = None if down is None else down.sb_EOR.transpose(1, 2)
-    g_SR = project(dy_TH, sb_ERO, routing, gather=True, copy_SI=rows_SH)
-    dh_SF = _Arena(experts.down, routing, x_TH).backward(rows_SH, g_SR, down)
-    gate_up, arena = _adapter(experts.lora.gate_up, x_TH), _Arena(experts.gate_up, routing, x_TH)
-    if saved.gate_up_SF is None:
-        project(x_TH, None, routing, gather=True, copy_SI=rows_SH)
-        gate_up_SF = arena.forward(rows_SH, saved.xa_SR, gate_up)
-    else:
-        gate_up_SF = saved.gate_up_SF.clone()
+    num_rows, gate_up, down, lora = routing.num_rows, experts.gate_up, experts.down, experts.lora
+    arena = Arena(down, lora.down, routing, x_TH)
+    rows_SH = new_rows(num_rows, down.num_out, arena.rank, x_TH)
+    dh_SF = x_TH.new_empty(num_rows, down.num_in)
+    g_SR = arena.product(rows_SH, forward=False, out=dh_SF, tokens=dy_TH)
     del rows_SH
-    d_gate_up_SF, h_SF, dw_Tk = expert_activation_backward(
-        dh_SF, gate_up_SF, weights_Tk, routing, experts.activation
+    arena = Arena(gate_up, lora.gate_up, routing, x_TH)
+    grads_SF = new_rows(num_rows, gate_up.num_out, arena.rank, x_TH)
+    d_gate_up_SF = grads_SF[:, : gate_up.num_out]
+    gate_up_SF, xa_SR = saved.gate_up_SF, saved.xa_SR
+    if gate_up_SF is None:
+        # The gradient overwrites it.
+        gate_up_SF = d_gate_up_SF
+        rows_SH = new_rows(num_rows, gate_up.num_in, arena.rank, x_TH)
+        arena.product(rows_SH, forward=True, out=gate_up_SF, tokens=x_TH)
+        del rows_SH
+    dw_Tk = expert_activation_backward(
+        dh_SF, gate_up_SF, weights_Tk, routing, experts.activation, out=d_gate_up_SF
     )
-    del dh_SF, gate_up_SF
-    if experts.down.bias is not None:
-        dw_Tk = dw_Tk + _bias_gradient(dy_TH, experts.down.bias, routing).to(dw_Tk.dtype)
+    h_SF = dh_SF
+    del gate_up_SF, dh_SF
+    if down.bias is not None:
+        dw_Tk += _bias_gradient(dy_TH, down.bias, routing)
     down_grads: list[Tensor] = []
-    if down is not None and g_SR is not None and saved.ha_SR is not None:
-        rank = down.pair.rank
+    if lora.down is not None and g_SR is not None and saved.ha_SR is not None:
+        rank = lora.down.rank
         down_grads = [
-            outer(g_SR, h_SF, routing, rank=rank, weights_Tk=weights_Tk).to(down.pair.a.dtype),
+            outer(g_SR, h_SF, routing, rank=rank, weights_Tk=weights_Tk).to(lora.down.a.dtype),
             outer(
-                saved.ha_SR, dy_TH, routing, rank=rank, scale=down.pair.scaling, gather=True,
+                saved.ha_SR, dy_TH, routing, rank=rank, scale=lora.down.scaling, gather=True,
                 weights_Tk=weights_Tk, transposed=True,
-            ).to(down.pair.b.dtype),
+            ).to(lora.down.b.dtype),
         ]  # fmt: skip
-    del h_SF, down
+    del h_SF
+    dx_TH = None
+    dx_SH = x_TH.new_empty(num_rows, gate_up.num_in)
+    g_SR = arena.product(grads_SF, forward=False, out=dx_SH)
+    if need_dx:
+        dx_TH = combine(dx_SH, routing)
+    del dx_SH, arena
     grads: list[Tensor] = []
-    g_SR = None
-    if gate_up is not None and saved.xa_SR is not None:
-        pair = gate_up.pair
-        g_SR = project(d_gate_up_SF, gate_up.sb_EOR.transpose(1, 2), routing)
-        assert g_SR is not None
+    if lora.gate_up is not None and g_SR is not None and xa_SR is not None:
+        rank = lora.gate_up.rank
         grads = [
-            outer(g_SR, x_TH, routing, rank=pair.rank, gather=True).to(pair.a.dtype),
+            outer(g_SR, x_TH, routing, rank=rank, gather=True).to(lora.gate_up.a.dtype),
             outer(
-                saved.xa_SR, d_gate_up_SF, routing, rank=pair.rank, scale=pair.scaling,
+                xa_SR, d_gate_up_SF, routing, rank=rank, scale=lora.gate_up.scaling,
                 transposed=True,
-            ).to(pair.b.dtype),
+            ).to(lora.gate_up.b.dtype),
         ]  # fmt: skip
-    grads += down_grads
-    if not need_dx:
-        return None, dw_Tk, grads
-    dx_SH = arena.backward(d_gate_up_SF, g_SR, gate_up)
-    return combine(dx_SH, routing), dw_Tk, grads
+    return dx_TH, dw_Tk, grads + down_grads
 
 
 def _bias_gradient(dy_TH: Tensor, bias_EH: Tensor, routing: Routing) -> Tensor:
     """Return <dy[t], bias of slot (t, j)'s expert> [T, k]; zero for a dropped slot."""
     row = routing.row_of_slot.view(-1, routing.top_k)
     expert = (torch.searchsorted(routing.starts, row, right=True) - 1).clamp(min=0)
-    dots_TE = dy_TH.to(torch.promote_types(dy_TH.dtype, torch.float32)) @ bias_EH.t().to(
-        torch.promote_types(dy_TH.dtype, torch.float32)
-    )
+    wide = torch.promote_types(dy_TH.dtype, torch.float32)
+    dots_TE = dy_TH.to(wide) @ bias_EH.t().to(wide)
     return dots_TE.gather(1, expert).masked_fill(row < 0, 0.0)
 
 

@@ -109,7 +109,7 @@ def _activate(e, u, alpha, limit, KIND: tl.constexpr):
 
 @triton.jit
 def _fwd_kernel(
-    gate_up_ptr, h_ptr, end_ptr, alpha, limit,
+    gate_up_ptr, h_ptr, end_ptr, gate_up_stride, h_stride, alpha, limit,
     F: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (F + BLOCK - 1) // BLOCK
@@ -117,7 +117,7 @@ def _fwd_kernel(
     if row < tl.load(end_ptr):
         col = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
         mask = col < F
-        pointers = gate_up_ptr + row * 2 * F
+        pointers = gate_up_ptr + row * gate_up_stride
         if KIND == 2:
             e = tl.load(pointers + 2 * col, mask=mask, other=0.0).to(tl.float32)
             u = tl.load(pointers + 2 * col + 1, mask=mask, other=0.0).to(tl.float32)
@@ -125,15 +125,16 @@ def _fwd_kernel(
             e = tl.load(pointers + col, mask=mask, other=0.0).to(tl.float32)
             u = tl.load(pointers + F + col, mask=mask, other=0.0).to(tl.float32)
         h, _, _ = _activate(e, u, alpha, limit, KIND)
-        tl.store(h_ptr + row * F + col, h.to(h_ptr.dtype.element_ty), mask=mask)
+        tl.store(h_ptr + row * h_stride + col, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _bwd_kernel(
-    dh_ptr, gate_up_ptr, h_ptr, dw_ptr, weights_ptr, slot_of_row_ptr, end_ptr, alpha, limit,
+    dh_ptr, gate_up_ptr, out_ptr, dw_ptr, weights_ptr, slot_of_row_ptr, end_ptr,
+    gate_up_stride, out_stride, alpha, limit,
     F: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Overwrite gate and up of one row by their gradients, and dh by h."""
+    """Write the gradients of gate and up of one row, and overwrite dh by h."""
     row = tl.program_id(0).to(tl.int64)
     if row < tl.load(end_ptr):
         slot = tl.load(slot_of_row_ptr + row)
@@ -142,39 +143,48 @@ def _bwd_kernel(
         for i in tl.static_range((F + BLOCK - 1) // BLOCK):
             col = i * BLOCK + tl.arange(0, BLOCK)
             mask = col < F
-            pointers = gate_up_ptr + row * 2 * F
             if KIND == 2:
-                e_ptrs = pointers + 2 * col
-                u_ptrs = pointers + 2 * col + 1
+                e_col = 2 * col
+                u_col = 2 * col + 1
             else:
-                e_ptrs = pointers + col
-                u_ptrs = pointers + F + col
-            e = tl.load(e_ptrs, mask=mask, other=0.0).to(tl.float32)
-            u = tl.load(u_ptrs, mask=mask, other=0.0).to(tl.float32)
-            dh = tl.load(dh_ptr + row * F + col, mask=mask, other=0.0).to(tl.float32)
+                e_col = col
+                u_col = F + col
+            pointers = gate_up_ptr + row * gate_up_stride
+            e = tl.load(pointers + e_col, mask=mask, other=0.0).to(tl.float32)
+            u = tl.load(pointers + u_col, mask=mask, other=0.0).to(tl.float32)
+            dh_ptrs = dh_ptr + row * F + col
+            dh = tl.load(dh_ptrs, mask=mask, other=0.0).to(tl.float32)
             h, h_e, h_u = _activate(e, u, alpha, limit, KIND)
             total += tl.where(mask, dh * h, 0.0)
             dh = dh * w
-            tl.store(e_ptrs, (dh * h_e).to(gate_up_ptr.dtype.element_ty), mask=mask)
-            tl.store(u_ptrs, (dh * h_u).to(gate_up_ptr.dtype.element_ty), mask=mask)
-            tl.store(h_ptr + row * F + col, h.to(h_ptr.dtype.element_ty), mask=mask)
+            out = out_ptr + row * out_stride
+            tl.store(out + e_col, (dh * h_e).to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out + u_col, (dh * h_u).to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(dh_ptrs, h.to(dh_ptr.dtype.element_ty), mask=mask)
         tl.store(dw_ptr + slot, tl.sum(total, axis=0))
 
 
 def expert_activation_forward(
-    gate_up_SF: Tensor, routing: Routing, activation: ExpertActivation
-) -> Tensor:
-    """Return h [S, F] of the rows that have an expert; the others are undefined."""
-    S, F = gate_up_SF.shape[0], gate_up_SF.shape[1] // 2
+    gate_up_SF: Tensor, routing: Routing, activation: ExpertActivation, *, out: Tensor
+) -> None:
+    """Write h [S, F] of the rows that have an expert.
+
+    Args:
+        gate_up_SF: Gate and up [S, 2 F], unit stride along 2 F.
+        routing: The rows.
+        activation: The activation.
+        out: Where h is written, unit stride along F.
+    """
+    S, F = out.shape
     if not use_kernel(gate_up_SF):
-        return activation.apply(gate_up_SF)
-    h = gate_up_SF.new_empty(S, F)
+        out.copy_(activation.apply(gate_up_SF))
+        return
     block = min(_BLOCK, triton.next_power_of_2(F))
     _fwd_kernel[(S * triton.cdiv(F, block),)](
-        gate_up_SF, h, routing.starts[-1:], activation.alpha, activation.limit,
+        gate_up_SF, out, routing.starts[-1:], gate_up_SF.stride(0), out.stride(0),
+        activation.alpha, activation.limit,
         F=F, KIND=_KINDS[activation.kind], BLOCK=block, num_warps=_NUM_WARPS,
     )  # fmt: skip
-    return h
 
 
 def expert_activation_backward(
@@ -183,15 +193,18 @@ def expert_activation_backward(
     weights_Tk: Tensor,
     routing: Routing,
     activation: ExpertActivation,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of gate and up [S, 2 F], h [S, F] and dw [T, k] in float32 or wider.
+    *,
+    out: Tensor,
+) -> Tensor:
+    """Write the gradient of gate and up, overwrite dh by h, and return dw [T, k] in float32.
 
     Args:
-        dh_SF: Gradient of h before the routing weights; overwritten by h.
-        gate_up_SF: Gate and up of the forward; overwritten by their gradients.
+        dh_SF: Gradient of h before the routing weights, contiguous; overwritten by h.
+        gate_up_SF: Gate and up of the forward, unit stride along 2 F.
         weights_Tk: Routing weights.
         routing: The rows.
         activation: The activation.
+        out: Where the gradient of gate and up is written; may be `gate_up_SF`.
     """
     wide = torch.promote_types(dh_SF.dtype, torch.float32)
     F = dh_SF.shape[1]
@@ -203,13 +216,14 @@ def expert_activation_backward(
         dh = dh_SF[:num_rows].to(wide)
         dw.view(-1)[slot] = (dh * h).sum(1)
         (grad,) = vjp(dh * weights_Tk.reshape(-1)[slot, None].to(wide))
-        gate_up_SF[:num_rows] = grad
+        out[:num_rows] = grad
         dh_SF[:num_rows] = h
-        return gate_up_SF, dh_SF, dw
+        return dw
     block = min(_BLOCK, triton.next_power_of_2(F))
     _bwd_kernel[(dh_SF.shape[0],)](
-        dh_SF, gate_up_SF, dh_SF, dw, weights_Tk.contiguous(), routing.slot_of_row,
-        routing.starts[-1:], activation.alpha, activation.limit,
+        dh_SF, gate_up_SF, out, dw, weights_Tk.contiguous(), routing.slot_of_row,
+        routing.starts[-1:], gate_up_SF.stride(0), out.stride(0), activation.alpha,
+        activation.limit,
         F=F, KIND=_KINDS[activation.kind], BLOCK=block, num_warps=_NUM_WARPS,
     )  # fmt: skip
-    return gate_up_SF, dh_SF, dw
+    return dw

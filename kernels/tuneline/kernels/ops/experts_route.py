@@ -23,7 +23,9 @@ from torch import Tensor
 
 from tuneline.kernels.ops._dispatch import use_kernel
 
-_MAX_PARTS = 128
+_MAX_COUNTS = 32768
+"""Most counts, parts times experts, that one program of `_scan_kernel` holds."""
+
 _RANK_BLOCK = 64
 
 
@@ -176,9 +178,9 @@ def route(index: Tensor, num_experts: int, block: int) -> Routing:
         return route_reference(index, num_experts, block)
     index = index.contiguous()
     num_slots = index.numel()
-    part = max(256, triton.next_power_of_2(triton.cdiv(num_slots, _MAX_PARTS)))
-    num_parts = triton.cdiv(num_slots, part)
     lanes = max(16, triton.next_power_of_2(num_experts))
+    part = max(256, triton.next_power_of_2(triton.cdiv(num_slots * lanes, _MAX_COUNTS)))
+    num_parts = triton.cdiv(num_slots, part)
     num_tiles = max_tiles(num_slots, num_experts, block)
 
     def empty(size: int) -> Tensor:
@@ -193,7 +195,7 @@ def route(index: Tensor, num_experts: int, block: int) -> Routing:
     _scan_kernel[(1,)](
         counts, routing.starts, routing.tile_starts, num_parts,
         E=num_experts, LANES=lanes, PARTS=triton.next_power_of_2(num_parts), TILE=block,
-        num_warps=8,
+        num_warps=16,
     )  # fmt: skip
     _place_kernel[(num_parts + triton.cdiv(num_tiles, part),)](
         index, counts, routing.slot_of_row, routing.row_of_slot, routing.tile_starts,

@@ -134,7 +134,7 @@ def dequantize_experts_reference(
 @triton.jit
 def _dequantize_kernel(
     words_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr,
-    starts_ptr, first, blocks, num_words, num_absmax, num_nested,
+    starts_ptr, first, blocks, num_words, num_absmax, num_nested, out_stride_e, out_stride,
     K: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     local = tl.program_id(0) // blocks
@@ -145,7 +145,7 @@ def _dequantize_kernel(
             tl.program_id(0) % blocks, words_ptr + wide * num_words,
             absmax_ptr + wide * num_absmax, code_ptr, nested_absmax_ptr + wide * num_nested,
             nested_code_ptr, offset_ptr + expert,
-            out_ptr + local.to(tl.int64) * num_words * 8, num_words, K, K, NESTED, BLOCK,
+            out_ptr + local.to(tl.int64) * out_stride_e, num_words, out_stride, K, NESTED, BLOCK,
         )  # fmt: skip
 
 
@@ -160,8 +160,8 @@ def dequantize_experts(
             skipped.
         first: First expert.
         last: Expert after the last.
-        out: [last - first, *stack.stored_shape], contiguous. What it holds for a skipped expert is
-            undefined.
+        out: [last - first, *stack.stored_shape], unit stride along the rows. What it holds for a
+            skipped expert is undefined.
     """
     if not use_kernel(stack.code):
         out.copy_(dequantize_experts_reference(stack, first=first, last=last))
@@ -176,7 +176,7 @@ def dequantize_experts(
         stack.code if stack.nested_code is None else stack.nested_code,
         stack.code if stack.offset is None else stack.offset,
         out, starts, first, blocks, num_words, stack.absmax.shape[1],
-        0 if nested is None else nested.shape[1],
+        0 if nested is None else nested.shape[1], out.stride(0), out.stride(1),
         K=columns, NESTED=nested is not None, BLOCK=_BLOCK_WORDS, num_warps=_NUM_WARPS,
         enable_fp_fusion=False,
     )  # fmt: skip
