@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from tuneline.artifacts import DatasetManifest, MergeProof, ModelOrigin, TrainingSummary
 from tuneline.errors import ModelError, OutputExistsError, ProofError, RecipeError, WorldError
 from tuneline.merge import MergeConfig
-from tuneline.merge.generation import stop_at_end_of_turn
 from tuneline.merge.pieces import Piece, Pieces
 from tuneline.merge.run import run
 from tuneline.models.nf4 import load_base
+from tuneline.models.sampling import stop_at_end_of_turn
 from tuneline.record import hash_files
 from tuneline.train import TrainConfig
 from tuneline.train.run import run as train

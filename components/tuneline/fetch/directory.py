@@ -11,16 +11,29 @@ from typing import Any
 
 from tuneline.artifacts import RECORD_FILES
 from tuneline.errors import ModelError
+from tuneline.fetch.config_sizes import check_sizes
 from tuneline.fetch.model_card import made_from
 from tuneline.fetch.quantised import SETTINGS_FILES, Quantisation, quantisation_of
-from tuneline.fetch.weight_headers import count_parameters, read_header
+from tuneline.fetch.weight_headers import (
+    count_parameters,
+    files_in_index,
+    longest_side,
+    read_header,
+)
 from tuneline.models.stored_quantisation import without_quantization
-from tuneline.models.tokenizer_files import copy_templates
+from tuneline.models.tokenizer_files import TEMPLATES_DIR, copy_templates
 from tuneline.models.weight_files import INDEX_FILE, SINGLE_FILE
 
 logger = logging.getLogger(__name__)
 
+_MAX_JSON_BYTES = 256 << 20
+"""Largest JSON file that is read. The tokenizer.json of Gemma, with 262,144 tokens, has 35 MB."""
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_READ_LATER = (
+    *("generation_config.json", "tokenizer_config.json", "tokenizer.json", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template.json"),
+)
+"""Files that later steps read as JSON objects, if there are any."""
 # Each of these sets of files is a complete tokenizer.
 _TOKENIZER_FILES = (
     {"tokenizer.json"},
@@ -69,12 +82,8 @@ def take(path: Path, target: Path, *, source: str, trusted: bool) -> Quantisatio
     for file in sorted(path.iterdir()):
         if not file.is_file() or file.name in RECORD_FILES:
             continue
-        if file.suffix != ".safetensors" and _leads_out(file, path):
-            raise ModelError(
-                f"{file} is a link that leads out of the model's directory, to {file.resolve()}, "
-                "and would be copied into the published model. Remove the link, or put a copy in "
-                "its place"
-            )
+        if file.suffix != ".safetensors":
+            _check_link(file, path)
         if file.suffix == ".safetensors":
             if file.name in weights and not converts:
                 _link(file, target / file.name)
@@ -85,6 +94,8 @@ def take(path: Path, target: Path, *, source: str, trusted: bool) -> Quantisatio
             continue
         elif not file.name.endswith((*_PICKLE_SUFFIXES, ".gguf")):
             shutil.copyfile(file, target / file.name)
+    for file in (path / TEMPLATES_DIR).glob("*"):
+        _check_link(file, path)
     copy_templates(path, target)
     if facts.quantisation is not None and converts:
         _dequantise(path, target, facts.quantisation, source)
@@ -107,14 +118,18 @@ def _dequantise(path: Path, target: Path, quantisation: Quantisation, source: st
     )
 
 
-def _leads_out(file: Path, directory: Path) -> bool:
-    """Return whether a file is a link out of a model's directory.
+def _check_link(file: Path, directory: Path) -> None:
+    """Refuse a file of a model's directory if a link leads out of the directory to it.
 
     The snapshots of the Hub's cache consist of links to the blobs of the same repository.
     """
     in_cache = directory.parent.name == "snapshots"
     root = directory.parent.parent if in_cache else directory
-    return file.is_symlink() and not file.resolve().is_relative_to(root.resolve())
+    if not file.resolve().is_relative_to(root.resolve()):
+        raise ModelError(
+            f"{file} is a link that leads out of the model's directory, to {file.resolve()}, and "
+            "would be copied into the published model. Remove the link, or put a copy in its place"
+        )
 
 
 def check(path: Path, *, source: str, trusted: bool) -> Facts:
@@ -141,14 +156,23 @@ def check(path: Path, *, source: str, trusted: bool) -> Facts:
         )
     config = _json(path / "config.json", source)
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(x, str) for x in architectures):
+        raise ModelError(
+            f"{source}: architectures in config.json is {architectures!r:.100}, but must be a list "
+            'of names, e.g. ["LlamaForCausalLM"]'
+        )
     if not architectures:
         raise ModelError(
             f"{source} names no architecture in config.json: "
             'add e.g. "architectures": ["LlamaForCausalLM"]'
         )
     runs_own_code = _check_own_code(path, config, source=source, trusted=trusted)
+    for name in _READ_LATER:
+        if (path / name).is_file():
+            _json(path / name, source)
     quantisation = quantisation_of(config, source=source, original=made_from(path))
     shapes = {name: entry for file in weights for name, entry in read_header(file, source).items()}
+    check_sizes(config, num_tensors=len(shapes), largest=longest_side(shapes), source=source)
     if quantisation and quantisation.is_kept and any(".experts." in name for name in shapes):
         # transformers stacks experts when it loads them, and cannot stack packed ones.
         quantisation = dataclasses.replace(quantisation, is_kept=False)
@@ -184,7 +208,7 @@ def _weights(path: Path, source: str) -> list[Path]:
     if (path / SINGLE_FILE).is_file():
         return [path / SINGLE_FILE]
     if (path / INDEX_FILE).is_file():
-        shards = sorted(set(_json(path / INDEX_FILE, source).get("weight_map", {}).values()))
+        shards = files_in_index(_json(path / INDEX_FILE, source).get("weight_map"), source)
         missing = [name for name in shards if not (path / name).is_file()]
         if missing or not shards:
             raise ModelError(
@@ -236,6 +260,12 @@ def _drop_auto_map(file: Path) -> None:
 
 
 def _json(file: Path, source: str) -> dict[str, Any]:
+    num_bytes = file.stat().st_size
+    if num_bytes > _MAX_JSON_BYTES:
+        raise ModelError(
+            f"{source}: {file.name} has {num_bytes:,} bytes, but at most {_MAX_JSON_BYTES:,} are "
+            "read: no model has such a file"
+        )
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -8,6 +8,7 @@ from tuneline.errors import ModelError
 from tuneline.fetch import directory
 from tuneline.fetch.config import FetchConfig
 from tuneline.fetch.kinds import KINDS, kind_of
+from tuneline.fetch.trial import try_tokenizer
 from tuneline.models.tokenizer_files import append_no_token
 from tuneline.models.whole import check_names
 
@@ -43,6 +44,7 @@ def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin
     with new_directory(base_model_dir) as target:
         provenance = kind.take(source, target, config)
         facts = directory.check(target, source=source, trusted=trusted)
+        try_tokenizer(target, called=source)
         if append_no_token(target):
             logger.warning(
                 "the tokenizer of %s appends an end-of-text token to each text, prompts included; "

@@ -18,7 +18,6 @@ from tuneline.errors import ModelError, RecipeError
 from tuneline.merge import proof
 from tuneline.merge.adapter import Adapter
 from tuneline.merge.config import MergeConfig
-from tuneline.merge.generation import set_sampling, stop_at_end_of_turn
 from tuneline.merge.pieces import Base, Pieces
 from tuneline.merge.weights import (
     check_adapter,
@@ -28,6 +27,7 @@ from tuneline.merge.weights import (
     write_config,
 )
 from tuneline.models.heldout_rows import read_rows
+from tuneline.models.sampling import set_sampling, stop_at_end_of_turn
 from tuneline.models.stored_quantisation import stored_type
 
 logger = logging.getLogger(__name__)
