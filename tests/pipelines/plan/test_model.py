@@ -197,7 +197,8 @@ def test_a_model_that_cannot_be_read_is_known_by_name(
         return str(caught.value)
 
     assert reason("org/none") == "it has no config.json" or "no such model" in reason("org/none")
-    assert "not a directory" in reason("builtin:smollm2-135m")
+    assert "built-in" in reason("builtin:smollm2-135m")
+    assert "not a directory" in reason("./nowhere")
     hub.repos["org/broken"] = new_repo(**{"config.json": b"[]", "model.safetensors": b""})
     assert reason("org/broken") == "its config.json is broken"
     hub.repos["org/odd"] = new_repo(**{"config.json": b"{}", "model.safetensors": b"\0" * 20})

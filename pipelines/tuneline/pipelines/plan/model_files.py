@@ -15,7 +15,7 @@ from typing import Any
 import urllib3
 
 from tuneline.models.weight_files import INDEX_FILE, SINGLE_FILE
-from tuneline.runtime.source_names import is_hub_id, looks_like_a_path
+from tuneline.runtime.source_names import builtin_name, is_hub_id, looks_like_a_path
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 TIMEOUT_SECONDS = 5.0
@@ -55,6 +55,8 @@ def read_model(source: str, *, revision: str | None = None) -> ModelFiles:
     path = Path(source).expanduser()
     if path.is_dir():
         return _read(lambda name, first, size: _read_file(path / name, first, size))
+    if builtin_name(source) is not None:
+        raise Unknown("plan does not open built-in models")
     if looks_like_a_path(source) or not is_hub_id(source):
         raise Unknown("it is not a directory on this machine, nor an ID on the Hub")
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
