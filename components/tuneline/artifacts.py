@@ -152,6 +152,12 @@ class ModelOrigin(Record):
     """SHA-256 over the names and contents of the weight files."""
     runs_own_code: bool = False
     """Whether loading runs code of the source (trust_remote_code), which the recipe must allow."""
+    quantization: str | None = None
+    """How the source's weights are quantised, e.g. "bitsandbytes nf4" or "fp8"; null: they are not.
+    """
+    dequantized: bool = False
+    """Whether fetch converted quantised weights to bfloat16. Otherwise training uses them as they
+    are."""
 
     def as_ancestor(self) -> Ancestor:
         """Return the entry with the revision and the hash of the weights instead of all files."""
@@ -191,7 +197,8 @@ class TrainingSummary(Record):
     """Evaluation loss of the saved adapter."""
     num_trainable_parameters: int
     num_parameters: int
-    base_quantization: Literal["nf4", "none"]
+    base_quantization: Literal["nf4", "fp4", "none"]
+    """Number format of the base weights during training; fp4: the base model's files hold it."""
     quantized_fraction: float | None = None
     """Fraction of the base model's parameters that training held in 4 bits; null in a record of an
     older version."""

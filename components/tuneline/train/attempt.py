@@ -193,7 +193,7 @@ def _summary(
         final_eval_loss=state.best_eval_loss,
         num_trainable_parameters=_num_trainable(trainer),
         num_parameters=inputs.origin.num_parameters,
-        base_quantization="nf4" if config.load_in_4bit else "none",
+        base_quantization=nf4.quantization_type(inputs.base_model_dir, config.load_in_4bit),
         quantized_fraction=nf4.quantized_fraction(trainer.model.get_base_model()),
         compute_dtype=str(setup.dtype).removeprefix("torch."),
         kernels=kernels,

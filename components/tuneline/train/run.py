@@ -28,6 +28,7 @@ from tuneline.train.config import BATCH_KEYS, UPSTREAM_BATCH_KEYS, TrainConfig
 from tuneline.train.memory.plan import recipe_plan
 from tuneline.train.model.fuse import can_fuse
 from tuneline.train.model.precision import choose_device, choose_dtype
+from tuneline.train.model.stored_base import check_stored_base
 from tuneline.train.model.targets import check_targets
 from tuneline.train.observe.page import render
 from tuneline.train.observe.samples import read_samples
@@ -100,6 +101,7 @@ def run(
             manifest=manifest,
             tokenizer=_load_tokenizer(base_model_dir, dataset_dir),
         )
+        check_stored_base(config, base_model_dir)
         check_targets(config.lora, base_model_dir)
         setup = decide(config, inputs)
         _copy_tokenizer(inputs, directory)

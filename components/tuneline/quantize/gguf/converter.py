@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 from tuneline.errors import ToolError
 from tuneline.quantize.machine import raise_if_full
@@ -49,8 +50,21 @@ def find() -> Path:
     return script
 
 
+Part = Literal["all", "vocabulary", "nothing"]
+"""What a conversion writes: the whole file, one with tokenizer and metadata only, or, after it has
+found a name in GGUF for each tensor, nothing."""
+_OPTIONS: dict[Part, list[str]] = {
+    "all": [], "vocabulary": ["--vocab-only"], "nothing": ["--dry-run"],
+}  # fmt: skip
+
+
 def convert(
-    model_dir: Path, file: Path, *, end_of_turn: int | None = None, adds_bos: bool | None = None
+    model_dir: Path,
+    file: Path,
+    *,
+    end_of_turn: int | None = None,
+    adds_bos: bool | None = None,
+    writes: Part = "all",
 ) -> None:
     """Convert a model directory with safetensors files to a GGUF file in f16.
 
@@ -60,6 +74,7 @@ def convert(
         end_of_turn: token that ends a turn, besides the tokenizer's EOS token. llama.cpp knows the
             tokens of well-known models by name, and any other one only if the file names it.
         adds_bos: whether programs put the BOS token before a prompt; None: as the tokenizer asks.
+        writes: what to write.
 
     Raises:
         ToolError: the converter failed; the message quotes the last line of the converter's output.
@@ -73,7 +88,7 @@ def convert(
             *(str(model_dir), "--outfile", str(file)),
             # --model-name: by default the converter guesses family and size from the directory's
             # name.
-            *("--outtype", "f16", "--model-name", _name(model_dir)),
+            *("--outtype", "f16", "--model-name", _name(model_dir), *_OPTIONS[writes]),
         ],
         capture_output=True,
         text=True,
