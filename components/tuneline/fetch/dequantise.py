@@ -144,7 +144,8 @@ class _Source:
         num_rows, num_columns = weight_RC.shape
         block = self._quantisation.block
         if block is None or not _is_grid(weight_RC.shape, scales.shape, block):
-            block = (-(-num_rows // max(1, len(scales))), -(-num_columns // scales.shape[1]))
+            # Of a row, a tensor, or blocks of another size, as experts of some models have.
+            block = (num_rows // max(1, len(scales)), num_columns // max(1, scales.shape[1]))
         if not _is_grid(weight_RC.shape, scales.shape, block):
             raise ModelError(
                 f"{self._name}: {name} has shape {list(weight_RC.shape)}, but its scales have "
