@@ -43,7 +43,7 @@ def quantization_config(compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
 
     Double quantisation means that the scales of the blocks are quantised too, to 8 bits.
     """
-    from tuneline.models.experts_loading import ExpertsConfig
+    from tuneline.models.experts.loading import ExpertsConfig
 
     config_class: Any = ExpertsConfig
     config: BitsAndBytesConfig = config_class(
@@ -174,7 +174,7 @@ def quantized_fraction(model: "PreTrainedModel") -> float:
     """Return the fraction, 0 to 1, of a loaded model's parameters that are held in 4 bits."""
     from bitsandbytes.nn.modules import Params4bit
 
-    from tuneline.models.experts import expert_modules
+    from tuneline.models.experts.parameters import expert_modules
 
     in_4_bits: int = sum(
         weight.quant_state.shape.numel()

@@ -7,7 +7,7 @@ from expert_models import make_expert_model
 
 from tuneline.kernels.patching import patch, unpatch
 from tuneline.models import nf4
-from tuneline.models.experts_adapter import adapt_experts_in_nf4
+from tuneline.models.experts.adapter import adapt_experts_in_nf4
 
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
