@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
-from tuneline.bounded_yaml import load_yaml
-from tuneline.errors import DataError, RecipeError
+from tuneline.errors import RecipeError
 from tuneline.evaluate.config import EvaluateConfig
 from tuneline.fetch.config import FetchConfig
 from tuneline.gate.config import GateConfig
@@ -19,6 +17,8 @@ from tuneline.prepare.datasets import describe, parse, sources_of, to_text
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.target import check_target
 from tuneline.quantize.config import QuantizeConfig
+from tuneline.recipe_file.paths import resolve
+from tuneline.recipe_file.source import read_source
 from tuneline.strict_model import StrictModel
 from tuneline.train.batch_size import batch_size
 from tuneline.train.config import TrainConfig
@@ -148,47 +148,40 @@ class Recipe(StrictModel):
         return self.placement.num_nodes * max(1, self.placement.num_accelerators)
 
 
-def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read and check a recipe.
+def load_recipe(
+    path: str | Path,
+    overrides: dict[str, Any] | None = None,
+    *,
+    base_dir: Path | None = None,
+    is_local: bool = False,
+    needs_files: bool = False,
+) -> Recipe:
+    """Read and check a recipe. Its relative paths become absolute.
 
     Args:
         path: the YAML file.
         overrides: values that replace those of the file, by dotted key, such as
-            {"train.max_steps": 60}.
+            {"train.max_steps": 60}. Their paths are relative to the working directory.
+        base_dir: the directory that the file's paths are relative to; None: that of the file.
+        is_local: whether the run is on this machine, so that dir:PATH of publish_to is a path of
+            it. In a pod it is not.
+        needs_files: whether a path at which nothing is on this machine is an error.
 
     Raises:
-        RecipeError: the file is missing, is not YAML, or is not a valid recipe.
+        RecipeError: the file is missing, is not YAML, or is not a valid recipe. The message has a
+            line per error, which begins with the file and the number of the line in it.
     """
-    path = Path(path)
-    try:
-        document = load_yaml(path.read_text(encoding="utf-8"), where=str(path))
-    except FileNotFoundError:
-        raise RecipeError(
-            f"there is no recipe at {path}: give a file, or a name that `tuneline recipes` lists"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from None
-    except DataError as error:
-        raise RecipeError(str(error)) from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise RecipeError(
-            f"{path} contains a {type(document).__name__}, but a recipe is a mapping of keys to "
-            "values"
-        )
-    for key, value in (overrides or {}).items():
-        _set(document, key, value)
-    return Recipe.parse(document, where=str(path))
-
-
-def _set(document: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        inner = document.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise RecipeError(f"--set {key}: '{parent}' is a value and has no keys below it")
-        document = inner
-    document[last] = value
+    source = read_source(Path(path), overrides or {})
+    base = (base_dir or source.path.parent).absolute()
+    missing = resolve(
+        source.values,
+        lambda key: Path.cwd() if source.is_overridden(key) else base,
+        with_target=is_local,
+    )
+    checked = Recipe.check(source.values)
+    if needs_files and missing:
+        others = checked if isinstance(checked, list) else []
+        raise RecipeError(source.explain([*others, *missing]))
+    if isinstance(checked, Recipe):
+        return checked
+    raise RecipeError(source.explain(checked))

@@ -1,15 +1,13 @@
-"""Base class of strict models, whose errors suggest the key nearest to a mistyped one."""
+"""Base class of strict models, whose errors say in words what each value may be."""
 
-import difflib
+import functools
 import json
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tuneline.errors import RecipeError
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
+from tuneline.schema.words import Problem, problems_of
 
 
 class StrictModel(BaseModel):
@@ -32,69 +30,32 @@ class StrictModel(BaseModel):
             RecipeError: the value is invalid. The message names, for each error, the key, the
                 value and what is allowed.
         """
+        checked = cls.check(value)
+        if isinstance(checked, cls):
+            return checked
+        prefix = f"{where}: " if where else ""
+        raise RecipeError(prefix + "; ".join(problem.text for problem in checked))
+
+    @classmethod
+    def check(cls, value: str | dict[str, Any]) -> Self | list[Problem]:
+        """Validate like `parse`, but return what is wrong instead of raising it."""
         # Mappings are validated as JSON too. Lists and strings are then accepted for tuples and
         # paths in strict mode, but "3" is still not accepted for an int.
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         try:
             return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
-            raise RecipeError(_explain(cls, error, where)) from None
+            document = _loads(text) if isinstance(value, str) else value
+            return problems_of(_schema_of(cls), error, document)
 
 
-def _explain(model: type[BaseModel], error: ValidationError, where: str) -> str:
-    lines = []
-    for problem in error.errors():
-        # An error about a combination of keys has no location.
-        key = ".".join(map(str, problem["loc"])) + (": " if problem["loc"] else "")
-        if problem["type"] == "extra_forbidden":
-            keys = _known_keys(model, problem["loc"][:-1])
-            near = difflib.get_close_matches(str(problem["loc"][-1]), keys, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(keys)}"
-            lines.append(f"{key}unknown key; {hint}")
-        elif problem["type"] == "missing":
-            lines.append(f"{key}missing, but required")
-        else:
-            lines.append(f"{key}{problem['msg'].removeprefix('Value error, ')}{_given(problem)}")
-    prefix = f"{where}: " if where else ""
-    return prefix + "; ".join(lines)
+@functools.cache
+def _schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    return model.model_json_schema()
 
 
-def _given(problem: "ErrorDetails") -> str:
-    """Return the offending value; empty if the error is about a combination of keys."""
-    value = problem["input"]
-    if isinstance(value, dict) and problem["type"] == "value_error":
-        return ""
-    advice = ""
-    if value is False and "'off'" in problem["msg"]:
-        advice = ', because YAML reads off as false: write "off" in quotes'
-    return f" (got {json.dumps(value, default=str)[:120]}{advice})"
-
-
-def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """Return the field names of the nested model at `path`, sorted."""
-    schema = model.model_json_schema()
-    node: Any = schema
-    for part in path:
-        node = _resolve(schema, node)
-        node = node.get("items", {}) if isinstance(part, int) else _property(schema, node, part)
-    return sorted(_properties(schema, node))
-
-
-def _property(schema: dict[str, Any], node: dict[str, Any], name: str) -> dict[str, Any]:
-    values = node.get("additionalProperties") or {}
-    schema_of_key: dict[str, Any] = _properties(schema, node).get(name, values)
-    return schema_of_key
-
-
-def _properties(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    node = _resolve(schema, node)
-    properties: dict[str, Any] = dict(node.get("properties", {}))
-    for branch in node.get("anyOf", []):
-        properties.update(_properties(schema, branch))
-    return properties
-
-
-def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    while "$ref" in node:
-        node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
-    return node
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

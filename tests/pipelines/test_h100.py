@@ -155,7 +155,7 @@ def test_two_nodes_are_a_small_pod_and_a_trainjob(two_nodes: list[dict[str, Any]
             {"num_nodes": 2},
             "shared_claim is not set: set it to a ReadWriteMany claim",
         ),
-        ({"num_nodes": 0}, "greater than or equal to 1"),
+        ({"num_nodes": 0}, "a whole number at least 1"),
     ],
 )
 def test_nodes_without_what_they_need(placement: dict[str, Any], says: str) -> None:

@@ -120,6 +120,9 @@ def test_an_archive_is_the_same_on_the_same_day(here: Path) -> None:
         unpack("no archive", here / "none")
     with pytest.raises(DataError, match="damaged"):
         unpack(base64.b64encode(b"PK").decode(), here / "none")
+    for outside in ("../a", "/a", "b/../../a"):
+        with pytest.raises(DataError, match=r"damaged .* is not a file below the archive"):
+            unpack(pack({outside: here / "rows.jsonl"}), here / "none")
 
 
 def test_the_fingerprint_is_of_the_content_that_was_sent(here: Path) -> None:
@@ -244,7 +247,7 @@ def test_lint_names_local_files_and_claims_that_are_not_mounted(here: Path) -> N
             {"datasets": [{"source": "b"}], "prepare": {"subset": "main"}},
             "prepare.subset is given with several datasets: give subset to the dataset",
         ),
-        ({"datasets": [{"source": "b", "weight": 0}]}, "datasets.0.weight: .* greater than 0"),
+        ({"datasets": [{"source": "b", "weight": 0}]}, r"s\[0\].weight is .* a number above 0"),
     ],
 )
 def test_recipes_that_do_not_say_what_to_read(values: dict[str, Any], message: str) -> None:

@@ -302,3 +302,12 @@ def test_hostile_text_stays_text(run_dir: Path, tmp_path: Path) -> None:
         assert "](" not in prose.replace("\\](", "") and "\n# F" not in prose
         table = parts.ours.split("## Exports")[1].split("\n\n")[1].splitlines()
         assert {line.replace("\\|", "").count("|") for line in table} == {11}
+
+
+def test_an_adapter_of_another_rank_than_recorded_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    (run_dir / "adapter/adapter_config.json").write_text('{"r": 8}')
+    write_again(run_dir)
+    done = publish(run_dir, f"dir:{tmp_path}/out", "out")
+    assert done.returncode != 0
+    assert "adapter_config.json has r 8, but training.json says" in done.stderr
+    assert not (tmp_path / "out").exists()

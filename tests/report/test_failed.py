@@ -32,9 +32,9 @@ def test_a_known_error_is_said_in_its_own_words() -> None:
         [
             *finished("fetch", 11.4),
             *finished("prepare", 4.2),
-            event("evaluate", "started"),
-            event("evaluate", "progress", done=0, total=1, note="base: heldout_choice"),
-            event("evaluate", "finished", seconds=20.0),
+            event("evaluate", "started", part="base"),
+            event("evaluate", "progress", part="base", done=0, total=1, note="heldout_choice"),
+            event("evaluate", "finished", part="base", seconds=20.0),
             event("train", "started"),
             event("train", "progress", done=23, total=60, note="loss nan"),
             event(
@@ -77,12 +77,16 @@ def test_one_of_two_formats_failed() -> None:
         "demo",
         [
             *finished("convert-gguf", 30),
-            event("quantize-gguf", "started"),
-            event("quantize-gguf", "started"),
-            event("quantize-gguf", "finished", seconds=3),
-            event("quantize-gguf", "failed", seconds=2, kind="OSError", message="[Errno 13] no"),
+            event("quantize-gguf", "started", part="q8_0"),
+            event("quantize-gguf", "started", part="q4_k_m"),
+            event("quantize-gguf", "finished", part="q4_k_m", seconds=3),
+            event(
+                *("quantize-gguf", "failed"),
+                **{"part": "q8_0", "seconds": 2, "kind": "OSError", "message": "[Errno 13] no"},
+            ),
         ],
     )
+    assert "Failed at quantize-gguf q8_0" in page
     assert statuses(page)["quantize"] == ("failed", "35 s")
     assert "Make the volume writable" in page
     assert "python -m tuneline.quantize --help" in page

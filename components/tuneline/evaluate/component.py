@@ -46,7 +46,7 @@ def evaluate(
     from tuneline.evaluate.run import run
     from tuneline.runtime.step import log_metrics, set_metadata, step
 
-    with step("evaluate"):
+    with step("evaluate", label):
         result = run(
             EvaluateConfig.parse(config),
             label=label,

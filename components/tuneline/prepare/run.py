@@ -52,6 +52,7 @@ from tuneline.prepare.tokens.tokenizer import load_tokenizer
 from tuneline.prepare.tokens.truncation import choose_length
 from tuneline.prepare.tokens.vocabulary import Vocabulary
 from tuneline.prepare.uploads import locate
+from tuneline.record import sha256_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +209,7 @@ def run(
             num_rows_in_large_groups=parts.num_in_large_groups,
             num_unselected_rows=len(collected.own) - int((order.origins == Origin.OWN).sum()),
             contamination=contamination,
+            benchmarks_sha256=sha256_of_file(Path(benchmarks_path)) if benchmarks_path else None,
             unused=dict(collected.intake.unused.most_common()),
             num_unfolded_conversations=int(is_unfolded.sum()),
             num_unfolded_rows=int(num_examples[is_unfolded].sum()),

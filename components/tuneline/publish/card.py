@@ -123,7 +123,8 @@ def _made_from(sources: Sources) -> str:
     names = ", ".join(code(without_paths(redacted(name))) for name in _data_names(data))
     lines = [
         f"- base model: {code(without_paths(redacted(origin.source)))}{revision}, "
-        f"{origin.num_parameters:,} parameters, licence "
+        f"{origin.num_parameters:,} parameters, "
+        f"{f'weights in {origin.stored_as}, ' if origin.stored_as else ''}licence "
         f"{escape_markdown(origin.licence or 'not stated')}, SHA-256 of the weights "
         f"`{origin.sha256[:16]}`",
         f"- dataset: {names}, {data.num_train_rows:,} "
@@ -190,20 +191,23 @@ def _curve_row(point: TrainingPoint) -> str:
 
 def _scores(sources: Sources) -> str:
     rows = [
-        f"| {_cell(score.task)} | {score.role} | {_cell(score.metric)} | {score.base:.4f} | "
+        f"| {_cell(score.title)} | {score.role} | {_cell(score.metric)} | {score.base:.4f} | "
         f"{score.tuned:.4f} | "
         f"{score.difference:+.4f} | [{score.interval[0]:+.4f}, {score.interval[1]:+.4f}] | "
         f"{score.num_samples} |"
         for score in sources.decision.comparisons
     ]
     head = "| task | role | metric | base | tuned | improvement | 95 % interval | samples |"
-    note = (
-        f"Why it was published: {escape_markdown(sources.decision.reason)}\n\n"
+    notes = [
+        f"Why it was published: {escape_markdown(sources.decision.reason)}",
+        *map(escape_markdown, sources.decision.remarks),
         "Both models answered the same samples. A positive improvement is better in every metric. "
         "Guards are tasks that must not get worse. The control, prompt_dependence, is how much "
-        "likelier an answer is after its own prompt than after another row's."
-    )
-    return "\n".join(["## Scores", "", head, "|---|---|---|---|---|---|---|---|", *rows, "", note])
+        "likelier an answer is after its own prompt than after another row's. Prompted is a "
+        "comparison with the base model that sees training rows in its prompt.",
+    ]
+    table = "\n".join(["## Scores", "", head, "|---|---|---|---|---|---|---|---|", *rows])
+    return "\n\n".join([table, *notes])
 
 
 def _exports(sources: Sources) -> str:

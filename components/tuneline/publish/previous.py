@@ -16,7 +16,8 @@ from typing import Any
 from tuneline.artifacts import PUBLISHED_BUNDLE
 from tuneline.errors import OutputExistsError
 from tuneline.publish.card_parts import CARD_FILE, CardParts, join_card, split_card
-from tuneline.record import files_below, sealed_json
+from tuneline.record import files_below
+from tuneline.seals import sealed_json
 
 logger = logging.getLogger(__name__)
 

@@ -80,7 +80,7 @@ def run(
     local = target.startswith(DIRECTORY_PREFIX)
     # Read before large files are hashed, which can take an hour, so that a missing token is found
     # early.
-    token = "" if local else _read_token(target)
+    token = "" if local else read_token(target)
     sources = Sources.read(
         RunHeader.parse(recipe, where="recipe"),
         base_model_dir=Path(base_model_dir),
@@ -88,7 +88,7 @@ def run(
         adapter_dir=Path(adapter_dir),
         merged_dir=Path(merged_dir),
         exports_dirs=[Path(path) for path in exports_dirs],
-        decision=decision,
+        decision_dir=Path(decision_dir),
     )
     name = sources.header.name if local else target
     used = recorded_recipe(
@@ -157,7 +157,7 @@ def _scratch_in(directory: Path) -> Iterator[str]:
                 directory.rmdir()
 
 
-def _read_token(target: str) -> str:
+def read_token(target: str) -> str:
     """Return the Hub token. No message may contain it.
 
     Raises:

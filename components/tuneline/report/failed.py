@@ -35,7 +35,7 @@ def render_failed(recipe_name: str, events: list[dict[str, Any]]) -> str:
         text = "All steps that started have finished, but the report is missing. See the run's log."
         advice = RUN_AGAIN
     else:
-        heading = f"Failed at {failed.step}" if failed else "Failed before the first step"
+        heading = f"Failed at {failed.name}" if failed else "Failed before the first step"
         text, advice = explanation.cause, explanation.advice
     finished = [run for run in runs if run.status == "finished"]
     spent = sum(run.seconds or 0 for run in runs)
@@ -58,7 +58,7 @@ def render_failed(recipe_name: str, events: list[dict[str, Any]]) -> str:
 def _about(run: StepRun | None) -> str:
     if run is None:
         return ""
-    pairs = [("Step", run.step), ("Time", duration(run.seconds))]
+    pairs = [("Step", run.name), ("Time", duration(run.seconds))]
     if run.kind:
         pairs.append(("Type of error", Cell(f"<code>{escape(run.kind)}</code>")))
     if run.total:
@@ -82,10 +82,5 @@ def _steps(runs: list[StepRun]) -> str:
         }[run.status]
         unfinished = run.status != "finished" and run.total
         reached = f"{run.done} of {run.total}" if unfinished else ""
-        rows.append([_named(run), badge(status, tone), reached, duration(run.seconds)])
+        rows.append([run.name, badge(status, tone), reached, duration(run.seconds)])
     return table(["step", "status", "reached", "time"], rows, numeric=[2, 3])
-
-
-def _named(run: StepRun) -> str:
-    label = run.note.partition(":")[0]
-    return f"{run.step} {label}" if run.step == "evaluate" and label else run.step

@@ -33,12 +33,10 @@ def stages(states: Mapping[str, tuple[Status, float | None, str]]) -> list[Stage
 def stages_of_runs(runs: list[StepRun]) -> list[Stage]:
     """Return the stages of a run that has ended, from the events of its steps."""
     grouped: dict[str, list[StepRun]] = {}
-    merged = False
     for run in runs:
         if run.step in OUTSIDE:
             continue
-        grouped.setdefault(_stage_of(run, merged=merged), []).append(run)
-        merged = merged or (run.step == "merge" and run.status == "finished")
+        grouped.setdefault(_stage_of(run), []).append(run)
     states: dict[str, tuple[Status, float | None, str]] = {}
     for name, group in grouped.items():
         status: Status = "finished" if all(run.status == "finished" for run in group) else "failed"
@@ -51,14 +49,8 @@ def stages_of_runs(runs: list[StepRun]) -> list[Stage]:
     return stages(states)
 
 
-def _stage_of(run: StepRun, *, merged: bool) -> str:
+def _stage_of(run: StepRun) -> str:
     if run.step == "evaluate":
-        # Both evaluations are the same step, whose progress events name the model in their note.
-        # Before the first progress event, only the time tells the evaluations apart: the tuned
-        # model is evaluated after the merge.
-        label = run.note.partition(":")[0]
-        if label not in ("base", "tuned"):
-            label = "tuned" if merged else "base"
-        return f"evaluate {label}"
+        return run.name
     step = STEPS.get(run.step)
     return step.stage if step and step.stage else run.step

@@ -10,6 +10,8 @@ events are appended to that file, one JSON object per line:
     {"step": "train", "event": "failed", "time": ..., "seconds": 3.1, "kind": "DataError",
      "message": "..."}
 
+The events of a step that runs several times also have "part", e.g. the model that is evaluated.
+
 In a pod of KFP, the wrapper also leaves the cause of a failure as the container's termination
 message (termination.py).
 """
@@ -33,23 +35,35 @@ from tuneline.errors import StorageError, TunelineError
 from tuneline.runtime.causes import explain
 from tuneline.runtime.events import StepRun
 from tuneline.runtime.parameter_text import encode_text
+from tuneline.runtime.printable import printable
 from tuneline.runtime.redaction import redact_logs, redacted
 from tuneline.runtime.termination import STARTED, Ending, leave, leave_finished
+from tuneline.seals import sealed_json
 from tuneline.strict_model import StrictModel
 
 EVENTS_VARIABLE = "TUNELINE_EVENTS"
 """Environment variable with the path of the events file."""
 
 
+_part = ""
+"""What the step of this process is about."""
+
+
 @contextlib.contextmanager
-def step(name: str) -> Iterator[None]:
+def step(name: str, part: str = "") -> Iterator[None]:
     """Run the body as the step `name`.
+
+    Args:
+        name: name of the step.
+        part: what the step is about if a run has several of it, e.g. the model it evaluates.
 
     Raises:
         SystemExit: a known error occurred and was printed; other errors are raised unchanged.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     redact_logs()
+    global _part
+    _part = part
     started = time.monotonic()
     emit(name, "started")
     leave(Ending(step=name, result=STARTED))
@@ -68,7 +82,7 @@ def step(name: str) -> Iterator[None]:
         )
         if not isinstance(error, TunelineError):
             raise
-        text = redacted(f"{name}: {type(error).__name__}: {error}")
+        text = printable(redacted(f"{name}: {type(error).__name__}: {error}"))
         print(text, file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
     leave_finished(name)
@@ -80,7 +94,10 @@ def emit(name: str, event: str, **values: Any) -> None:
     path = os.environ.get(EVENTS_VARIABLE)
     if not path:
         return
-    line = json.dumps({"step": name, "event": event, "time": time.time(), **values})
+    # What reads the events shows their texts on a terminal.
+    values = {key: printable(v) if isinstance(v, str) else v for key, v in values.items()}
+    about = {"part": _part} if _part else {}
+    line = json.dumps({"step": name, **about, "event": event, "time": time.time(), **values})
     # Each event is a single write of a short line, so that lines of several processes do not mix.
     with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as events:
         events.write(line + "\n")
@@ -90,11 +107,11 @@ def log_metrics(artifact: Any, values: dict[str, float]) -> None:
     """Log numbers on a KFP Metrics artifact and write them to its file as JSON.
 
     KFP reads only the metadata. The file is for KFP's local cache, which runs a step again if the
-    file of an output is missing.
+    file of an output is missing, and for `tuneline verify`.
     """
     for name, value in values.items():
         artifact.log_metric(name, value)
-    Path(artifact.path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    Path(artifact.path).write_text(sealed_json(values), encoding="utf-8")
 
 
 def set_metadata(artifact: Any, **values: Any) -> None:

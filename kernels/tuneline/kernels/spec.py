@@ -41,6 +41,9 @@ class FamilySpec:
     softcap: bool = False
     """Whether attention caps its scores at `self_attn.attn_logit_softcapping`. Gemma-3 has that
     attribute, but does not pass it to its attention function."""
+    router: str | None = None
+    """The module of `mlp` that chooses among `mlp.experts`, in layers that have experts; it returns
+    logits, weights and indices. If this field is None, every layer of the family is dense."""
     num_ropes: int = 1
     """Number of different rope tables that the decoder passes to its layers. A CUDA graph
     (decoder/graph.py) supports only one."""
@@ -53,6 +56,13 @@ FAMILIES = {
     # Qwen2.5 is a Qwen2; q, k and v have a bias.
     "qwen2.modeling_qwen2.Qwen2DecoderLayer": FamilySpec("qwen2", window="layer"),
     "qwen3.modeling_qwen3.Qwen3DecoderLayer": FamilySpec("qwen3", head_norms=True, window="layer"),
+    # A mixture of experts; some layers may be dense.
+    "qwen3_moe.modeling_qwen3_moe.Qwen3MoeDecoderLayer": FamilySpec(
+        "qwen3_moe", head_norms=True, window="layer", router="gate"
+    ),
+    "mixtral.modeling_mixtral.MixtralDecoderLayer": FamilySpec(
+        "mixtral", window="config", router="gate"
+    ),
     # Phi-3.5 is a Phi-3.
     "phi3.modeling_phi3.Phi3DecoderLayer": FamilySpec(
         "phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), window="config"

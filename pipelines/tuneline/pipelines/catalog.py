@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import yaml
-
 from tuneline.errors import RecipeError
 from tuneline.recipe import Recipe, load_recipe
+from tuneline.recipe_file.yaml_document import parse_document
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
@@ -15,15 +14,26 @@ def shipped_recipes() -> list[Path]:
     return sorted(RECIPES_DIR.glob("*.yaml"))
 
 
-def find_recipe(name: str, assignments: list[str]) -> Recipe:
+def is_shipped(name: str) -> bool:
+    """Return whether a name is that of a shipped recipe, and not of a file."""
+    return not Path(name).exists() and (RECIPES_DIR / f"{name}.yaml").exists()
+
+
+def find_recipe(name: str, assignments: list[str], *, is_local: bool = False) -> Recipe:
     """Load a recipe from a file, or a shipped recipe by its name.
+
+    Paths in a file are relative to the file, and those in a shipped recipe or in an assignment are
+    relative to the working directory.
 
     Args:
         name: a path, or the name of a shipped recipe; an existing file takes precedence.
         assignments: overrides as KEY=VALUE, with a dotted key and a YAML value.
+        is_local: whether the run is on this machine, so that dir:PATH of publish_to is a path of
+            it.
 
     Raises:
-        RecipeError: the recipe does not exist, or the recipe or an assignment is not valid.
+        RecipeError: the recipe does not exist, the recipe or an assignment is not valid, or one
+            names a file that does not exist.
     """
     overrides = {}
     for assignment in assignments:
@@ -31,17 +41,21 @@ def find_recipe(name: str, assignments: list[str]) -> Recipe:
         if not equals or not key:
             raise RecipeError(f"--set {assignment}: write KEY=VALUE, e.g. train.max_steps=60")
         try:
-            overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            overrides[key.strip()] = parse_document(value, f"--set {key}").values
+        except RecipeError:
             raise RecipeError(
                 f"--set {assignment}: the value is not YAML; quote text that has brackets, braces "
                 "or colons in it, e.g. 'description=\"a: b\"'"
             ) from None
-    path = Path(name)
-    shipped = RECIPES_DIR / f"{name}.yaml"
-    if not path.exists() and shipped.exists():
-        path = shipped
+    shipped = is_shipped(name)
+    path = RECIPES_DIR / f"{name}.yaml" if shipped else Path(name)
     if not path.exists():
         names = ", ".join(recipe.stem for recipe in shipped_recipes())
         raise RecipeError(f"no recipe '{name}': give a YAML file, or one of {names}")
-    return load_recipe(path, overrides)
+    return load_recipe(
+        path,
+        overrides,
+        base_dir=Path.cwd() if shipped else None,
+        is_local=is_local,
+        needs_files=True,
+    )

@@ -1,5 +1,6 @@
 """The command line, as a person uses it: real processes, exit codes, one message."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,8 +14,11 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from tuneline.pipelines.catalog import shipped_recipes
+from tuneline.errors import OutputExistsError
+from tuneline.pipelines.catalog import RECIPES_DIR, shipped_recipes
 from tuneline.pipelines.cli import checks, cluster, main, run
+from tuneline.pipelines.compiled_file import check_output
+from tuneline.pipelines.local.run_dir import LocalRun
 from tuneline.version import VERSION
 
 
@@ -61,7 +65,9 @@ MISTAKES = [
         "the directory absent does not exist: create it first",
     ),
     (("compile", "demo", "-o", "x.txt"), "name a file that ends in .yaml"),
-    (("compile", "file"), "file contains a str, but a recipe is a mapping of keys"),
+    (("compile", "file"), "file contains one value, 'text', but a recipe is a mapping of keys"),
+    (("compile", "."), "error: . is a directory: give the file of a recipe"),
+    (("compile", "demo", "-o", "file.yaml"), "file.yaml exists and is not a compiled pipeline"),
     (("report", "."), "is not a run"),
     (("lint", "absent.yaml"), "cannot read absent.yaml: No such file"),
     (("verify", "absent"), "absent is not a directory"),
@@ -81,7 +87,6 @@ MISTAKES = [
 REFUSALS = [
     (("run", "demo", "--runner", "docker"), "no container engine answers"),
     (("run", "demo", "--runs-dir", "file"), "Not a directory"),
-    (("compile", "."), "error: .: Is a directory"),
     (("submit", "demo", "--host", "http://127.0.0.1:1"), "cannot be reached at http://127"),
 ]
 
@@ -99,6 +104,7 @@ def test_what_goes_wrong_is_one_message(
     code: int,
 ) -> None:
     (tmp_path / "file").write_text("text")
+    (tmp_path / "file.yaml").write_text("name: mine")
     monkeypatch.chdir(tmp_path)
     # Nobody's cluster, engine or session.
     for name in ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT"):
@@ -134,7 +140,7 @@ def test_the_help_has_a_panel_for_each_kind_of_command(
     monkeypatch.setenv("COLUMNS", "80")
     text = CliRunner().invoke(main.app, ["--help"]).output
     assert commands_of("Recipes and local runs", text) == [
-        "run", "report", "recipes", "compile", "schema",
+        "run", "report", "runs", "recipes", "compile", "schema",
     ]  # fmt: skip
     assert commands_of("Checks", text) == ["plan", "lint", "verify"]
     assert commands_of("Runs on a cluster", text) == [
@@ -172,27 +178,58 @@ def test_the_version(tmp_path: Path) -> None:
     assert tuneline("--version", cwd=tmp_path).stdout == f"tuneline {VERSION}\n"
 
 
-def test_compile_writes_the_pipeline(tmp_path: Path) -> None:
-    done = tuneline("compile", "demo", "-o", "x.yaml", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    pipeline = next(yaml.safe_load_all((tmp_path / "x.yaml").read_text()))
+def test_compile_writes_the_pipeline_beside_the_recipe_and_replaces_it(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    recipe = tmp_path / "mine" / "demo.yaml"
+    recipe.write_text((RECIPES_DIR / "demo.yaml").read_text())
+    done = tuneline("compile", "mine/demo.yaml", cwd=tmp_path)
+    written = tmp_path / "mine" / "demo.pipeline.yaml"
+    assert done.returncode == 0 and f"wrote {written}" in done.stdout, done.stderr
+    pipeline = next(yaml.safe_load_all(written.read_text()))
     assert pipeline["pipelineInfo"]["name"] == "tuneline-demo"
+    for path in (written, recipe):
+        kept = path.read_text()
+        check = OutputExistsError if path is recipe else None
+        with pytest.raises(check) if check else contextlib.nullcontext():
+            check_output(path)
+        assert path.read_text() == kept
+    assert recipe.read_text() == (RECIPES_DIR / "demo.yaml").read_text()
+    refused = tuneline("run", str(written), cwd=tmp_path)
+    assert refused.returncode == 2 and "is a compiled pipeline: give the recipe" in refused.stderr
 
 
 def test_a_run_that_fails_names_the_step_and_keeps_a_report(tmp_path: Path) -> None:
-    # The first step fails in seconds: a model directory that is not there.
-    done = tuneline(
-        "run", "demo", "--set", f"base_model={tmp_path}/absent", "--runs-dir", "r", cwd=tmp_path
+    # The rows beyond those that are looked at first: prepare finds them.
+    rows = "".join(f"Q{n},A{n}\n" for n in range(100)) + "".join(f"Q{n},\n" for n in range(50))
+    (tmp_path / "rows.csv").write_text(f"prompt,completion\n{rows}")
+    (tmp_path / "mine.yaml").write_text(
+        "name: mine\nbase_model: builtin:smollm2-135m\ndataset: rows.csv\npublish_to: dir:out\n"
+        "evaluate: {tasks: [heldout_perplexity]}\n"
     )
+    done = tuneline("run", "mine.yaml", "--runs-dir", "r", cwd=tmp_path)
     assert done.returncode == 1
-    assert "step look-up-model failed" in done.stderr
-    assert "absent" in done.stderr
+    assert "step prepare failed" in done.stderr and "rows.csv cannot be used" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
-    run_dir = next(path for path in (tmp_path / "r").iterdir() if path.name.startswith("demo-"))
-    page = (run_dir / "report.html").read_text()
-    assert "absent" in page
+    run_dir = next(path for path in (tmp_path / "r").iterdir() if path.name.startswith("mine-"))
+    assert f"kept: fetch\ncontinue: tuneline resume r/{run_dir.name}" in done.stderr
+    assert "rows.csv" in (run_dir / "report.html").read_text()
     summary = next(run_dir.glob("artifacts/*/diagnose/summary"))
-    assert "look-up-model" in summary.read_text()
+    assert "prepare" in summary.read_text()
+
+    for command, says in (
+        ("status", "prepare        failed"),
+        ("doctor", "prepare: DataError\n  why: "),
+        ("logs", "rows.csv cannot be used"),
+    ):
+        shown = tuneline(command, str(run_dir), *(["prepare"] * (command == "logs")), cwd=tmp_path)
+        assert shown.returncode == 0 and says in shown.stdout, shown
+
+    # With other settings, the finished steps are kept and the failed one goes on.
+    again = tuneline(
+        *("resume", str(run_dir), "--set", "prepare.max_rows=50", "--set", "train.lora.r=0"),
+        cwd=tmp_path,
+    )
+    assert again.returncode == 2 and "train.lora.r is 0, but must be" in again.stderr
 
 
 def processes_of(text: str) -> list[str]:
@@ -210,24 +247,30 @@ def processes_of(text: str) -> list[str]:
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="no /proc")
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_leaves_no_process(tmp_path: Path, stop: signal.Signals) -> None:
-    # Fetch waits for a pipe that nobody writes to, so it is at work whenever the signal comes.
-    model = tmp_path / "model"
-    model.mkdir()
-    os.mkfifo(model / "config.json")
-    command = ["run", "demo", "--set", f"base_model={model}"]
+    # Fetch converts the embedded model for seconds, so it is at work when the signal comes.
     process = subprocess.Popen(
-        [sys.executable, "-m", "tuneline.pipelines.cli.main", *command],
+        [sys.executable, "-m", "tuneline.pipelines.cli.main", "run", "demo"],
         cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        text=True,
     )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("runs/*/artifacts/events.jsonl")):
+    deadline = time.monotonic() + 120
+    while not any(
+        '"fetch", "event": "started"' in path.read_text()
+        for path in tmp_path.glob("runs/*/artifacts/events.jsonl")
+    ):
         assert process.poll() is None, "the run ended by itself"
         assert time.monotonic() < deadline, "no step began"
         time.sleep(0.1)
     process.send_signal(stop)
-    assert process.wait(timeout=30) == {signal.SIGTERM: 143, signal.SIGINT: 130}[stop]
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[stop]
+    (run_dir,) = tmp_path.glob("runs/demo-*")
+    name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[stop]
+    assert f"stopped by {name}\nat step: fetch\nkept: no results yet\n" in said
+    assert f"continue: tuneline resume runs/{run_dir.name}" in said
+    assert LocalRun(run_dir).state() == "stopped"
     while left := processes_of(str(tmp_path)):
         assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.1)

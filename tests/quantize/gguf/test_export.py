@@ -189,13 +189,13 @@ def test_unknown_format(format: str, message: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gguf": ["q4km"]}, r"gguf\.0: .*did you mean 'q4_k_m'\?"),
+        ({"gguf": ["q4km"]}, r"gguf\[0\]: .*did you mean 'q4_k_m'\?"),
         ({"gguf": ["iq3_m"]}, "'iq3_m' needs an importance matrix: set quantize.num_importance_r"),
-        ({"gguf": ["gptq-4bit"]}, r"gguf\.0: the export format 'gptq-4bit' is unknown"),
-        ({"gptq": ["gptq-5bit"]}, r"gptq\.0: .*did you mean 'gptq-.bit'\?"),
+        ({"gguf": ["gptq-4bit"]}, r"gguf\[0\]: the export format 'gptq-4bit' is unknown"),
+        ({"gptq": ["gptq-5bit"]}, r"gptq\[0\]: .*did you mean 'gptq-.bit'\?"),
         ({"gguf": ["f16", "q8_0", "f16"]}, "f16 is named more than once"),
         ({"max_mean_kl": {"q8": 0.1}}, r"max_mean_kl.*did you mean 'q8_0'\?"),
-        ({"min_top1_agreement": {"q8_0": 1.5}}, "less than or equal to 1"),
+        ({"min_top1_agreement": {"q8_0": 1.5}}, "a number at least 0 and at most 1"),
     ],
 )
 def test_a_recipe_names_formats(settings: dict, message: str) -> None:

@@ -161,16 +161,8 @@ def _heldout(datasets: list[DatasetConfig], format: str, collector: _Collector) 
     config = collector.config
     source = config.heldout.source
     assert source is not None
-    selection = Selection(
-        config.heldout.split,
-        default_split=config.split or DEFAULT_SPLIT,
-        takes_only_split=True,
-        encoding=config.encoding,
-    )
-    if kind_of(source) == "hub" or source in (dataset.source for dataset in datasets):
-        selection = replace(selection, subset=config.subset, revision=config.revision)
     remarks = Remarks()
-    rows = read_rows(source, selection, remarks)
+    rows = read_rows(source, heldout_selection(datasets, config), remarks)
     if len(datasets) > 1:
         format = config.format
     intake = collector.take(rows, source, format, limit=config.heldout.max_rows)
@@ -182,10 +174,7 @@ def _general(num_own: int, collector: _Collector) -> Intake:
     general = collector.config.general
     assert general is not None
     remarks = Remarks()
-    selection = Selection(
-        general.split, general.subset, general.revision, encoding=collector.config.encoding
-    )
-    rows = read_rows(general.source, selection, remarks)
+    rows = read_rows(general.source, general_selection(collector.config), remarks)
     limit = NUM_READ_FOR_ONE * max(1, num_wanted(general, num_own))
     intake = collector.take(rows, general.source, general.format, general.columns, limit=limit)
     _logged(remarks)
@@ -206,6 +195,28 @@ def _logged(remarks: Remarks) -> list[str]:
     for sentence in sentences:
         logger.warning("%s", sentence)
     return sentences
+
+
+def heldout_selection(datasets: list[DatasetConfig], config: PrepareConfig) -> Selection:
+    """Return the part of the source of prepare.heldout that is read."""
+    selection = Selection(
+        config.heldout.split,
+        default_split=config.split or DEFAULT_SPLIT,
+        takes_only_split=True,
+        encoding=config.encoding,
+    )
+    source = config.heldout.source
+    assert source is not None
+    if kind_of(source) == "hub" or source in (dataset.source for dataset in datasets):
+        return replace(selection, subset=config.subset, revision=config.revision)
+    return selection
+
+
+def general_selection(config: PrepareConfig) -> Selection:
+    """Return the part of the source of prepare.general that is read."""
+    general = config.general
+    assert general is not None
+    return Selection(general.split, general.subset, general.revision, encoding=config.encoding)
 
 
 def check_sources(datasets: list[DatasetConfig], config: PrepareConfig) -> None:

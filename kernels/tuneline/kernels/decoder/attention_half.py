@@ -222,7 +222,7 @@ def attention_half_backward(
     qkv_grads.add(dqkv_TN, g_TP, x_TKP[:, :num_in], x_TKP[:, num_in:])
     if dn_TC is None:
         return None, qkv_grads.split(), o_grads.split()
-    dx_TCP = x_TC.new_empty(x_TC.shape[0], num_in + weights.down.num_columns)
+    dx_TCP = x_TC.new_empty(x_TC.shape[0], num_in + weights.mlp_columns)
     rms_norm_backward(
         dn_TC,
         x_TC,

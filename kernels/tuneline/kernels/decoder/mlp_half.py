@@ -51,7 +51,7 @@ def mlp_forward(
         y [T, C]; gate and up [T, 2 F] or None; h A_down^T [T, P]; the output of down_proj [T, C] if
         a norm follows down_proj, else None; n2 and the rstd of x2, or None.
     """
-    num_tokens, gate_up, down = x2_TC.shape[0], weights.gate_up, weights.down
+    num_tokens, (gate_up, down) = x2_TC.shape[0], weights.dense_mlp()
     sandwich = weights.after_mlp_norm is not None
     y_TC = x2_TC if overwrite and not sandwich else torch.empty_like(x2_TC)
     gate_up_TF = x2_TC.new_empty(num_tokens, gate_up.num_out) if keep else None
@@ -90,7 +90,7 @@ def mlp_backward(
     d_TC: Tensor | None,
     normed: Normed | None,
     weights: LayerWeights,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, list[Tensor]]:
     """Return dx2, and the gradients of gate_up's and down's adapters.
 
     The rows of dx2 end with P uninitialised columns, in which `attention_half_backward` can store G
@@ -106,7 +106,7 @@ def mlp_backward(
         normed: n2 and the rstd of x2; recomputed if None.
         weights: The layer's weights and adapters.
     """
-    gate_up, down = weights.gate_up, weights.down
+    gate_up, down = weights.dense_mlp()
     num_tokens, num_hidden = x2_TC.shape
     kept = gate_up_TF is not None
     dd_TC = dy_TC
@@ -157,4 +157,4 @@ def mlp_backward(
             dresidual=dy_TC[rows],
             out=dx2_TCP[rows, :num_hidden],
         )
-    return dx2_TCP, gate_up_grads.split(), down_grads.split()
+    return dx2_TCP, [*gate_up_grads.split(), *down_grads.split()]

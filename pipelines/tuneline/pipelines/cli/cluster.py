@@ -11,6 +11,7 @@ from rich.table import Column, Table
 
 from tuneline.errors import UserError
 from tuneline.pipelines.catalog import find_recipe
+from tuneline.pipelines.cli.early import refuse_early
 from tuneline.pipelines.cli.options import (
     AccountOption,
     ExperimentOption,
@@ -182,6 +183,7 @@ def schedules(
 def _load(recipe: str, assignments: list[str]) -> Recipe:
     """Load a recipe for a cluster; warn if the published model would be lost with a pod."""
     loaded = find_recipe(recipe, assignments)
+    refuse_early(loaded, is_local=False)
     if loaded.publish_to.startswith("dir:"):
         say(
             f"warning: publish_to {loaded.publish_to} is a directory inside a pod and is deleted "

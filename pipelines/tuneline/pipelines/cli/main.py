@@ -8,14 +8,18 @@ import typer
 from rich.console import Console
 
 from tuneline.errors import TunelineError, WorldError
-from tuneline.pipelines.cli import checks, cluster, run, runs
+from tuneline.pipelines.cli import checks, cluster, doctor, listing, recipes, run, runs
+from tuneline.runtime.printable import printable
 from tuneline.version import VERSION
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(run.app)
+app.add_typer(listing.app)
+app.add_typer(recipes.app)
 app.add_typer(checks.app)
 app.add_typer(cluster.app)
 app.add_typer(runs.app)
+app.add_typer(doctor.app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -53,7 +57,9 @@ def main() -> None:
 
 
 def _exit(message: str, exit_code: int) -> NoReturn:
-    Console(stderr=True).print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
+    console = Console(stderr=True)
+    text = f"error: {printable(message)}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
     sys.exit(exit_code)
 
 

@@ -8,7 +8,8 @@ import typer
 from tuneline.pipelines.catalog import shipped_recipes
 
 
-def _complete_recipe(incomplete: str) -> Iterator[str]:
+def complete_recipe(incomplete: str) -> Iterator[str]:
+    """Yield the shipped recipes that begin with what was typed."""
     # If no shipped recipe matches, the shell itself completes file names.
     for path in shipped_recipes():
         if path.stem.startswith(incomplete):
@@ -20,7 +21,7 @@ RecipeArgument = Annotated[
     typer.Argument(
         metavar="RECIPE",
         help="Recipe file, or name of a shipped recipe (see `tuneline recipes`).",
-        autocompletion=_complete_recipe,
+        autocompletion=complete_recipe,
     ),
 ]
 SetOption = Annotated[
@@ -32,7 +33,7 @@ SetOption = Annotated[
     ),
 ]
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="ID or name of a run. A name means its newest run.")
+    str, typer.Argument(metavar="RUN", help="ID or name of a run, or directory of a local run.")
 ]
 HostOption = Annotated[
     str | None,

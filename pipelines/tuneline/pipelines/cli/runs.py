@@ -1,10 +1,9 @@
-"""The commands that look at, stop and resume a run on a cluster.
+"""The commands that look at, stop and resume a run, on a cluster or on this machine.
 
 Each command imports kfp only when it is called, because the import takes a second or two.
 """
 
 import datetime
-import re
 from typing import Annotated, Any
 
 import typer
@@ -13,8 +12,17 @@ from rich.table import Column, Table
 from tuneline.errors import ClusterError, CredentialsError, UserError
 from tuneline.html.units import duration
 from tuneline.pipelines.cli.cluster import PANEL
-from tuneline.pipelines.cli.options import ContextOption, HostOption, NamespaceOption, RunArgument
+from tuneline.pipelines.cli.doctor import print_notes
+from tuneline.pipelines.cli.local_runs import resume_run, show_logs, show_status
+from tuneline.pipelines.cli.options import (
+    ContextOption,
+    HostOption,
+    NamespaceOption,
+    RunArgument,
+    SetOption,
+)
 from tuneline.pipelines.cli.terminal import console, say
+from tuneline.pipelines.local.run_dir import find_local_run
 
 app = typer.Typer()
 
@@ -25,7 +33,7 @@ def status(
         str | None,
         typer.Argument(
             metavar="RUN",
-            help="ID or name of a run. A name means its newest run.",
+            help="ID or name of a run, or directory of a local run. A name means its newest run.",
             show_default="list recent runs",
         ),
     ] = None,
@@ -33,10 +41,13 @@ def status(
     namespace: NamespaceOption = None,
     context: ContextOption = None,
 ) -> None:
-    """Show a run's progress; without RUN, list recent runs.
+    """Show a run's progress; without RUN, list recent runs of the cluster.
 
     The causes of failures are shown if Kubernetes can be reached too.
     """
+    if run is not None and (local := find_local_run(run)) is not None:
+        show_status(local)
+        return
     from tuneline.pipelines.kfp_client import connection, progress, runs
 
     client = connection.connect(host)
@@ -60,7 +71,7 @@ def status(
         time = duration(step.seconds) if step.seconds is not None else ""
         table.add_row(step.name, step.state, tries, time, _cause(step))
     console.print(table)
-    _print_notes(view)
+    print_notes(view)
     if view.state == "failed":
         say(f"what to change: tuneline doctor {view.run_id}")
 
@@ -71,10 +82,12 @@ def logs(
     step: Annotated[
         list[str],
         typer.Argument(
-            metavar="STEP",
-            help="Name of a step, as in `tuneline status`: train, evaluate base, q4_k_m.",
+            metavar="[STEP]",
+            help="Name of a step, as in `tuneline status`: train, evaluate base, q4_k_m. Only "
+            "the log of a local run can be shown without it.",
+            show_default=False,
         ),
-    ],
+    ] = [],  # noqa: B006, typer copies it
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Print new lines until the step ends.")
     ] = False,
@@ -87,6 +100,11 @@ def logs(
     KFP has the logs of pods that ended, also of deleted pods. The log of a running pod is read from
     Kubernetes.
     """
+    if (local := find_local_run(run)) is not None:
+        show_logs(local, " ".join(step), follow=follow)
+        return
+    if not step:
+        raise UserError("name a step, e.g. train: tuneline status RUN lists the steps of a run")
     from tuneline.pipelines import step_logs
     from tuneline.pipelines.kfp_client import connection
 
@@ -159,11 +177,20 @@ def cancel(run: RunArgument, host: HostOption = None, namespace: NamespaceOption
 @app.command(rich_help_panel=PANEL)
 def resume(
     run: RunArgument,
+    set_: SetOption = [],  # noqa: B006, typer copies it
     host: HostOption = None,
     namespace: NamespaceOption = None,
     context: ContextOption = None,
 ) -> None:
-    """Re-run the failed steps of a run; finished steps are kept."""
+    """Re-run the failed steps of a run; finished steps are kept.
+
+    --set changes the recipe of a local run. Steps that it does not concern are kept too.
+    """
+    if (local := find_local_run(run)) is not None:
+        resume_run(local, set_)
+        return
+    if set_:
+        raise UserError("--set needs a local run: KFP resumes a run with the values that it has")
     from tuneline.pipelines.exit_handler import forget_exit_handler
     from tuneline.pipelines.kfp_client import connection, runs
 
@@ -187,53 +214,6 @@ def resume(
         )
 
 
-@app.command(rich_help_panel=PANEL)
-def doctor(
-    run: RunArgument,
-    host: HostOption = None,
-    context: ContextOption = None,
-    namespace: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMESPACE", help="Namespace of the run's pods.", show_default="kubeflow"
-        ),
-    ] = None,
-) -> None:
-    """Explain why a run failed or is waiting, and what to change.
-
-    Works with KFP's API, with Kubernetes, or with both, which tell most.
-    """
-    from tuneline.errors import TunelineError
-    from tuneline.pipelines.doctor.examine import examine
-    from tuneline.pipelines.kfp_client import connection, runs
-    from tuneline.pipelines.run_view import find_kube, view
-
-    kube = find_kube(namespace, context)
-    client = details = None
-    try:
-        if connection.known_host(host) is None and kube is not None and runs.is_run_id(run):
-            raise UserError("Kubeflow Pipelines is not asked, because no --host is given")
-        client = connection.connect(host)
-        details = runs.find_run(client, run, namespace=namespace)
-    except TunelineError as error:
-        # Kubernetes knows runs by their ID only.
-        if kube is None or not runs.is_run_id(run):
-            raise
-        client = None
-        say(f"note: {error}")
-    seen = view(details.run_id if details else run, client=client, run=details, kube=kube)
-    findings = examine(seen, client)
-    for finding in findings:
-        say(f"{finding.step}: {finding.cause}\n  why: {finding.why}\n  seen: {finding.evidence}")
-        advice = re.sub(r"\bRUN\b", seen.run_id, finding.advice)
-        say(f"  change: {advice}")
-    if not findings and seen.state == "failed":
-        say(f"run {seen.name} failed, but nothing is left that tells at which step")
-    elif not findings:
-        say(f"run {seen.name}: {seen.state}, and nothing wrong was found")
-    _print_notes(seen)
-
-
 def _look(client: Any, name: str, namespace: str | None, context: str | None) -> tuple[Any, Any]:
     """Return a run as KFP's API has it, and the view of it."""
     from tuneline.pipelines.kfp_client import runs
@@ -241,25 +221,6 @@ def _look(client: Any, name: str, namespace: str | None, context: str | None) ->
 
     run = runs.find_run(client, name, namespace=namespace)
     return run, view(run.run_id, client=client, run=run, kube=find_kube(namespace, context))
-
-
-def _print_notes(view: Any) -> None:
-    """Print what could not be read, and why."""
-    if view.kube is None:
-        say(
-            "note: causes that only Kubernetes knows are not shown, because it cannot be reached "
-            "or does not show the run's pods: set KUBECONFIG"
-        )
-    if view.is_deleted and view.has_ended:
-        say(
-            "note: KFP has deleted the run's pods and workflow, as it does one hour after the end; "
-            "this is what its records and archived logs tell"
-        )
-    if view.is_frozen:
-        say(
-            "note: KFP stopped recording the steps before the run ended, because the state of its "
-            "workflow is larger than 1 MiB; archived logs are in Argo's artifact repository only"
-        )
 
 
 def _cause(step: Any) -> str:

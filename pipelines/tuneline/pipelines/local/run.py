@@ -6,6 +6,7 @@ The process is separate so that the output of KFP's local runner goes to a log f
 command line can show the progress and stop the runner together with the steps.
 """
 
+import glob
 import os
 import signal
 import sys
@@ -15,17 +16,15 @@ from pathlib import Path
 from kfp import local
 
 from tuneline.pipelines.finetune import finetune
+from tuneline.pipelines.local.run_dir import CACHE_DIR, CHECKPOINT_DIR
 from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_events
+from tuneline.publish.target import DIRECTORY_PREFIX
 from tuneline.recipe import Recipe
+from tuneline.records.earlier import RUNS_VARIABLE
 from tuneline.runtime.events import failed_run, step_runs
-from tuneline.runtime.parameter_text import encode_text
 from tuneline.runtime.source_names import CLAIMS_PATH, CLAIMS_VARIABLE
 from tuneline.runtime.step import EVENTS_VARIABLE
 from tuneline.train.checkpoints import ROOT_VARIABLE
-
-CACHE_DIR = ".cache"
-CHECKPOINT_DIR = ".checkpoints"
-"""Directory for checkpoints, next to the directories of the runs; all runs share it."""
 
 
 def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
@@ -42,17 +41,15 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
     warnings.filterwarnings("ignore", module="kfp")
     is_docker = runner == "docker"
     local.init(
-        runner=(_docker_runner if is_docker else _subprocess_runner)(run_dir, events_path),
+        runner=_docker_runner(run_dir, events_path, recipe)
+        if is_docker
+        else _subprocess_runner(run_dir, events_path),
         pipeline_root=str(artifacts_dir),
         enable_caching=True,
         cache_root=str(run_dir.parent / CACHE_DIR),
     )
-    publish_to = recipe.publish_to
-    if publish_to.startswith("dir:"):
-        # Of this machine's directories, containers can write only to the one of the artifacts.
-        root = artifacts_dir if is_docker else run_dir
-        publish_to = f"dir:{(root / publish_to.removeprefix('dir:')).resolve()}"
-    finetune(recipe, on_cluster=False)(publish_to=encode_text(publish_to))
+    # Without arguments, the recipe's own values: find_recipe has made its paths absolute.
+    finetune(recipe, on_cluster=False)()
     if is_docker:
         check_that_all_steps_ended(events_path)
 
@@ -64,10 +61,11 @@ def _subprocess_runner(run_dir: Path, events_path: Path) -> local.SubprocessRunn
     # Runs share their checkpoints, so that the next run of a recipe resumes a killed training.
     os.environ.setdefault(ROOT_VARIABLE, str(run_dir.resolve().parent / CHECKPOINT_DIR))
     os.environ[EVENTS_VARIABLE] = str(events_path)
+    os.environ[RUNS_VARIABLE] = str(run_dir.resolve().parent)
     return local.SubprocessRunner(use_venv=False)
 
 
-def _docker_runner(run_dir: Path, events_path: Path) -> local.DockerRunner:
+def _docker_runner(run_dir: Path, events_path: Path, recipe: Recipe) -> local.DockerRunner:
     from docker.types import Mount
 
     from tuneline.pipelines.local.docker import RUN_LABEL, stop_containers
@@ -77,6 +75,11 @@ def _docker_runner(run_dir: Path, events_path: Path) -> local.DockerRunner:
     checkpoint_dir = f"{runs_dir}/{CHECKPOINT_DIR}"
     Path(checkpoint_dir).mkdir(exist_ok=True)
     claims_dir = os.environ.get(CLAIMS_VARIABLE)
+    mounted = [Mount(path, path, type="bind", read_only=True) for path in _inputs(recipe)]
+    if recipe.publish_to.startswith(DIRECTORY_PREFIX):
+        target = recipe.publish_to.removeprefix(DIRECTORY_PREFIX)
+        Path(target).mkdir(parents=True, exist_ok=True)
+        mounted.append(Mount(target, target, type="bind"))
 
     def stop(number: int, _: object) -> None:
         stop_containers(directory)
@@ -87,6 +90,7 @@ def _docker_runner(run_dir: Path, events_path: Path) -> local.DockerRunner:
     return local.DockerRunner(
         environment={
             EVENTS_VARIABLE: str(events_path),
+            RUNS_VARIABLE: runs_dir,
             ROOT_VARIABLE: checkpoint_dir,
             "OMP_WAIT_POLICY": "PASSIVE",
             "GOMP_SPINCOUNT": "0",
@@ -98,11 +102,19 @@ def _docker_runner(run_dir: Path, events_path: Path) -> local.DockerRunner:
         mounts=[
             Mount(runs_dir, runs_dir, type="bind", read_only=True),
             Mount(checkpoint_dir, checkpoint_dir, type="bind"),
+            *mounted,
             *([Mount(CLAIMS_PATH, claims_dir, type="bind", read_only=True)] if claims_dir else []),
         ],
         cap_drop=["ALL"],
         security_opt=["no-new-privileges"],
     )
+
+
+def _inputs(recipe: Recipe) -> list[str]:
+    """Return the files and directories of this machine that the steps of a recipe read."""
+    sources = [recipe.base_model, *recipe.data_sources, recipe.evaluate.task_dir or ""]
+    paths = (str(Path(source).parent) if glob.has_magic(source) else source for source in sources)
+    return [path for path in dict.fromkeys(paths) if path.startswith("/") and Path(path).exists()]
 
 
 def check_that_all_steps_ended(events_path: Path) -> None:

@@ -12,6 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tuneline.html.units import duration
+from tuneline.runtime.events import StepRun, step_runs
+
 ARTIFACTS_DIR = "artifacts"
 EVENTS_FILE = "events.jsonl"
 """Name of the events file, in the directory of the run's artifacts."""
@@ -62,14 +65,14 @@ def _log(process: subprocess.Popen[Any], events_path: Path, console: Console) ->
 
 def _line(event: dict[str, Any]) -> str:
     when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
-    name = event["step"]
+    name = f"{event['step']} {event.get('part', '')}".strip()
     match event["event"]:
         case "progress":
             return (
                 f"{when} {name} {event['done']}/{event['total']} {event.get('note', '')}".rstrip()
             )
         case "finished":
-            return f"{when} {name} finished in {event['seconds']:.1f} s"
+            return f"{when} {name} finished in {duration(event['seconds'])}"
         case "failed":
             return f"{when} {name} FAILED: {event['message']}"
         case kind:
@@ -78,45 +81,24 @@ def _line(event: dict[str, Any]) -> str:
 
 def _table(events: list[dict[str, Any]]) -> Group:
     table = Table.grid(padding=(0, 2))
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
-    count: dict[str, int] = {}
-    open_runs: dict[str, list[int]] = {}
-    # A step may run once per format, and two of these runs may overlap: match each end event with
-    # a start event.
-    for event in events:
-        name = event["step"]
-        if event["event"] == "started":
-            count[name] = count.get(name, 0) + 1
-            open_runs.setdefault(name, []).append(count[name])
-            rows[name, count[name]] = {"started": event["time"]}
-            continue
-        running = open_runs.get(name) or [count.get(name, 1)]
-        row = rows.setdefault((name, running[0]), {"started": event["time"]})
-        row.update(event)
-        if event["event"] in ("finished", "failed"):
-            open_runs.get(name, [running[0]]).pop(0)
-    for (name, _), row in rows.items():
-        table.add_row(*_row(name, row))
+    for run in step_runs(events):
+        table.add_row(*_row(run, time.time()))
     return Group(table)
 
 
-def _row(name: str, row: dict[str, Any]) -> list[Any]:
-    match row.get("event"):
-        case "finished":
-            return [Text("done", "green"), name, f"{row['seconds']:.1f} s", ""]
-        case "failed":
-            return [Text("failed", "bold red"), name, f"{row['seconds']:.1f} s", row["message"]]
-        case "progress":
-            elapsed = time.time() - row["started"]
-            fraction = row["done"] / max(1, row["total"])
-            left = elapsed * (1 - fraction) / fraction if fraction else 0.0
-            bar = ProgressBar(total=row["total"], completed=row["done"], width=30)
-            note = f"{row['done']}/{row['total']}  {left:.0f} s left  {row.get('note', '')}"
-            return [Text("running", "cyan"), name, bar, note]
-        case _:
-            return [
-                Text("running", "cyan"),
-                name,
-                f"{time.time() - row['started']:.0f} s",
-                "",
-            ]
+def _row(run: StepRun, now: float) -> list[Any]:
+    name = Text(run.name)
+    if run.status == "finished":
+        return [Text("done", "green"), name, duration(run.seconds), ""]
+    if run.status == "failed":
+        return [Text("failed", "bold red"), name, duration(run.seconds), Text(run.message)]
+    running = [Text("running", "cyan"), name]
+    if not run.total:
+        return [*running, duration(now - run.started), ""]
+    left = run.seconds_left(now)
+    words = [
+        f"{run.done}/{run.total}",
+        *([f"about {duration(left)} left"] if left is not None else []),
+        *([run.note] if run.note else []),
+    ]
+    return [*running, ProgressBar(run.total, run.done or 0, width=30), Text("  ".join(words))]

@@ -1,0 +1,35 @@
+"""Check that an account of the Hub may write to a namespace, before anything is made for it."""
+
+import os
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from tuneline.errors import CredentialsError
+from tuneline.publish.hub import call
+
+
+def check_account(token: str, target: str) -> str:
+    """Return the name of the token's account, if it may write to the repository `target`.
+
+    Raises:
+        CredentialsError: the Hub does not accept the token, or the token may not write there.
+        HubError: the Hub could not be reached.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+    api = HfApi(endpoint=endpoint, token=token)
+    account: dict[str, Any] = call("look up the token in HF_TOKEN", api.whoami, 1)
+    name = str(account["name"])
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise CredentialsError(
+            f"HF_TOKEN of {name} may only read, but {target} has to be written: create a token "
+            "with write access"
+        )
+    writable = [name, *(str(organisation["name"]) for organisation in account.get("orgs", ()))]
+    namespace = target.partition("/")[0]
+    if namespace not in writable:
+        raise CredentialsError(
+            f"HF_TOKEN is of {name}, which is no member of {namespace}: publish to one of "
+            f"{', '.join(f'{each}/...' for each in writable)}"
+        )
+    return name

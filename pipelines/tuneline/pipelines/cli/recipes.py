@@ -1,0 +1,110 @@
+"""The commands for recipes: recipes, compile, schema."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Column, Table
+
+from tuneline.errors import RecipeError
+from tuneline.pipelines.catalog import RECIPES_DIR, find_recipe, shipped_recipes
+from tuneline.pipelines.cli.options import RecipeArgument, SetOption, complete_recipe
+from tuneline.pipelines.cli.run import PANEL
+from tuneline.pipelines.cli.terminal import console, say
+from tuneline.pipelines.recipe_reference import recipe_reference
+from tuneline.recipe import Recipe, load_recipe
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel=PANEL)
+def recipes(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Name of a shipped recipe, which is printed.",
+            show_default="list the shipped recipes",
+            autocompletion=complete_recipe,
+        ),
+    ] = None,
+) -> None:
+    """List the recipes that ship with tuneline, or print one as a start for your own."""
+    if name is not None:
+        if not (RECIPES_DIR / f"{name}.yaml").is_file():
+            names = ", ".join(path.stem for path in shipped_recipes())
+            raise RecipeError(f"no shipped recipe '{name}': choose one of {names}")
+        typer.echo((RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8"), nl=False)
+        return
+    # Names are not cut even in a narrow terminal, because the user has to type one of them next.
+    name = Column("name", no_wrap=True, min_width=20)
+    table = Table(name, "base model", "dataset", "method", "description", box=None)
+    for path in shipped_recipes():
+        loaded = load_recipe(path)
+        table.add_row(
+            loaded.name,
+            loaded.base_model,
+            loaded.data_names,
+            loaded.prepare.method,
+            loaded.description,
+        )
+    console.print(table)
+
+
+@app.command(name="compile", rich_help_panel=PANEL)
+def compile_(
+    recipe: RecipeArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="File to write; its name ends in .yaml. Only a compiled file is replaced.",
+            show_default="NAME.pipeline.yaml, beside the recipe",
+        ),
+    ] = None,
+    set_: SetOption = [],  # noqa: B006, typer copies it
+    resources: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMESPACE",
+            help="Write Kubernetes resources for this namespace instead, for GitOps.",
+        ),
+    ] = None,
+) -> None:
+    """Compile a recipe to a KFP pipeline for a cluster."""
+    from kfp import compiler
+
+    from tuneline.pipelines.compiled_file import check_output, output_beside
+    from tuneline.pipelines.finetune import finetune
+    from tuneline.pipelines.gitops import write_resources
+    from tuneline.pipelines.inputs import local_problems
+
+    loaded = find_recipe(recipe, set_)
+    problems = local_problems(loaded)
+    if problems:
+        raise RecipeError("\n".join(problems))
+    path = output or output_beside(recipe, loaded.name)
+    check_output(path)
+    if resources is not None:
+        version = write_resources(loaded, path, namespace=resources)
+        say(f"wrote {path.absolute()}: version {version}")
+        return
+    compiler.Compiler().compile(finetune(loaded), str(path))
+    say(f"wrote {path.absolute()}")
+
+
+@app.command(rich_help_panel=PANEL)
+def schema(
+    markdown: Annotated[
+        bool,
+        typer.Option("--markdown", help="Print a reference of every key in Markdown instead."),
+    ] = False,
+) -> None:
+    """Print the JSON Schema of a recipe, for editors and other tools."""
+    if markdown:
+        typer.echo(recipe_reference(), nl=False)
+        return
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))

@@ -1,0 +1,253 @@
+"""The directory of a run on this machine: its files, its state, and the logs of its steps."""
+
+import fcntl
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+from tuneline.artifacts import RunSummary
+from tuneline.errors import UserError
+from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_events
+from tuneline.report.line import LINE
+from tuneline.runtime.events import StepRun, step_runs
+from tuneline.steps import STEPS
+
+RUNS_DIR = Path("runs")
+"""Default directory of the runs."""
+RECIPE_FILE = "recipe.yaml"
+LOG_FILE = "run.log"
+REPORT_FILE = "report.html"
+NEVER_CACHED = ("plan", "look-up-model", "look-up-data", "report", "publish", "diagnose")
+"""Steps whose results are not kept, because they run anew in every attempt."""
+CACHE_DIR = ".cache"
+CHECKPOINT_DIR = ".checkpoints"
+"""Directories for KFP's cache and for checkpoints, next to those of the runs, which share them."""
+START_FILE = "run.json"
+
+RunState = Literal["running", "succeeded", "failed", "stopped"]
+
+_STYLE = re.compile(r"\x1b\[[0-9;]*m")
+_BEGIN = re.compile(r"^[\d:.]+ - INFO - Executing task '([^']+)'")
+_END = re.compile(r"^[\d:.]+ - \w+ - Task '([^']+)' finished with status (\w+)")
+_PIPELINE = re.compile(r"^[\d:.]+ - INFO - Running pipeline: '")
+_PART = re.compile(r'^\s*"(?:label|format)": "([\w.-]+)"')
+_NUMBERED = re.compile(r"^(.+)-\d+$")
+_STOPPED_CODES = (130, 143)
+"""Exit codes after Ctrl-C and SIGTERM."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run was started, and how it ended."""
+
+    recipe: str
+    """File or name of the recipe, as it was given."""
+    settings: list[str]
+    """The options --set."""
+    runner: str
+    has_secrets: bool = False
+    """Whether the recipe has credentials, which are not stored with the run."""
+    exit_code: int | None = None
+    """Exit code of the last attempt; None: it has not ended, or was killed."""
+
+    def write(self, run_dir: Path) -> None:
+        """Write the record into a run's directory."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        (run_dir / START_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Self | None:
+        """Read the record; None if there is none, as in runs of earlier versions."""
+        try:
+            return cls(**json.loads((run_dir / START_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+@dataclass
+class LogSection:
+    """What one task wrote to the log of its run."""
+
+    task: str
+    """Name of the task in the pipeline, e.g. evaluate-2."""
+    lines: list[str] = field(default_factory=list)
+    status: str = ""
+    """SUCCESS or FAILURE; "" if the task has not ended."""
+
+    @property
+    def name(self) -> str:
+        """Name of the step with what it is about, e.g. evaluate tuned."""
+        numbered = _NUMBERED.match(self.task)
+        step = numbered[1] if numbered and self.task not in STEPS else self.task
+        part = next((found[1] for line in self.lines[:80] if (found := _PART.match(line))), "")
+        return f"{step} {part}".strip()
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """A run on this machine."""
+
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        """Name of the run: that of its directory."""
+        return self.directory.name
+
+    @property
+    def start(self) -> Start | None:
+        """How the run was started; None for runs of earlier versions."""
+        return Start.read(self.directory)
+
+    @property
+    def events_path(self) -> Path:
+        """File of the events of the last attempt."""
+        return self.directory / ARTIFACTS_DIR / EVENTS_FILE
+
+    @property
+    def log_path(self) -> Path:
+        """File with what all steps of all attempts wrote."""
+        return self.directory / LOG_FILE
+
+    def steps(self) -> list[StepRun]:
+        """Return the executions of steps in the last attempt, without those from the cache."""
+        return step_runs(read_events(self.events_path))
+
+    def summary(self) -> RunSummary | None:
+        """Return the record that the report step of the last attempt wrote; None before that."""
+        path = self.summary_path()
+        return RunSummary.read(path.parent) if path is not None else None
+
+    def summary_path(self) -> Path | None:
+        """Return the file of that record."""
+        pipelines = sorted(self.directory.glob(f"{ARTIFACTS_DIR}/*/"))
+        found = sorted(pipelines[-1].glob(f"*/*/{RunSummary.filename}")) if pipelines else []
+        return found[-1] if found else None
+
+    def state(self) -> RunState:
+        """Return whether the run is at work, or how it ended."""
+        if self._is_locked():
+            return "running"
+        start = self.start
+        if start is not None and start.exit_code is not None:
+            ended_well = start.exit_code == 0
+            if start.exit_code in _STOPPED_CODES:
+                return "stopped"
+        else:
+            steps = self.steps()
+            ended_well = self.summary_path() is not None
+            if not ended_well and not any(step.status == "failed" for step in steps):
+                return "stopped"
+        return "succeeded" if ended_well else "failed"
+
+    def sections(self) -> list[LogSection]:
+        """Return what the tasks of the last attempt wrote to the log, in the order of their start.
+
+        KFP logs nothing of a task whose result came from the cache.
+        """
+        try:
+            text = self.log_path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        return list(_sections(_STYLE.sub("", text).splitlines()))
+
+    def cached(self) -> list[str]:
+        """Return the stages whose results came from the cache in the last attempt.
+
+        KFP does not say which those are: they are the stages that did not run, but that a stage
+        that ran waits for.
+        """
+        ran = {_stage_of(step) for step in self.steps() if step.step not in NEVER_CACHED}
+        if any(step.step in ("report", "publish") for step in self.steps()):
+            ran.add("publish")
+        waited = dict(LINE)
+        needed, queue = set(), list(ran)
+        while queue:
+            before = [name for name in waited.get(queue.pop(), ()) if name not in needed]
+            needed |= set(before)
+            queue += before
+        return [name for name, _ in LINE if name in needed - ran]
+
+    def _is_locked(self) -> bool:
+        try:
+            with open(self.log_path, "rb") as log:
+                fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+
+def find_local_run(name: str, runs_dir: Path = RUNS_DIR) -> LocalRun | None:
+    """Return the run in a directory, or of a name below runs/; None if there is none."""
+    for directory in (Path(name), runs_dir / name):
+        if (directory / RECIPE_FILE).is_file():
+            return LocalRun(directory.resolve())
+    return None
+
+
+def require_local_run(name: str) -> LocalRun:
+    """Return the run in a directory, or of a name below runs/.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = find_local_run(name)
+    if found is not None:
+        return found
+    runs = ", ".join(run.name for run in local_runs(RUNS_DIR)[:5])
+    hint = f"the newest below {RUNS_DIR}/ are {runs}" if runs else f"there is none in {RUNS_DIR}/"
+    raise UserError(f"{name} is not a run: it has no {RECIPE_FILE}; {hint}")
+
+
+def local_runs(runs_dir: Path) -> list[LocalRun]:
+    """Return the runs below a directory, the newest first."""
+    found = [path.parent for path in runs_dir.glob(f"*/{RECIPE_FILE}")]
+    found.sort(key=lambda path: (path / RECIPE_FILE).stat().st_mtime, reverse=True)
+    return [LocalRun(path.resolve()) for path in found]
+
+
+def latest_checkpoint(checkpoint_dir: Path, *, since: float) -> tuple[Path, int] | None:
+    """Return the newest checkpoint written after a time, and its optimizer step; None if none."""
+    found = [
+        (path.stat().st_mtime, int(path.name.rpartition("-")[2]), path)
+        for path in checkpoint_dir.glob("*/checkpoint-*")
+        if path.name.rpartition("-")[2].isdigit()
+    ]
+    newest = max((each for each in found if each[0] >= since), default=None)
+    return (newest[2], newest[1]) if newest is not None else None
+
+
+def set_events_aside(run: LocalRun) -> None:
+    """Keep the events of an attempt under another name, so that the next attempt begins anew."""
+    if run.events_path.exists():
+        number = 1 + len(list(run.events_path.parent.glob("events-*.jsonl")))
+        run.events_path.rename(run.events_path.with_name(f"events-{number}.jsonl"))
+
+
+def _stage_of(step: StepRun) -> str:
+    """Return the stage that a step is a part of."""
+    return step.name if step.step == "evaluate" else STEPS[step.step].stage or ""
+
+
+def _sections(lines: list[str]) -> Iterator[LogSection]:
+    found: list[LogSection] = []
+    running: list[LogSection] = []
+    for line in lines:
+        if _PIPELINE.match(line):
+            found, running = [], []
+        elif begun := _BEGIN.match(line):
+            running.append(LogSection(begun[1]))
+            found.append(running[-1])
+        elif ended := _END.match(line):
+            for section in [each for each in running if each.task == ended[1]]:
+                section.status = ended[2]
+                running.remove(section)
+        elif running:
+            # Lines do not name their task; of tasks that run at once, the last one gets them.
+            running[-1].lines.append(line.removeprefix("    "))
+    yield from found

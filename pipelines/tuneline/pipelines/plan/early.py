@@ -1,0 +1,176 @@
+"""The checks of what a recipe names: model, data, target, trackers and packages.
+
+They take a second or two, load no model and no torch, and find in advance what the steps would find
+after minutes or hours. `plan`, `run` and `submit` make them.
+"""
+
+import contextlib
+import glob
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tuneline.errors import CredentialsError, HubError, UserError
+from tuneline.pipelines.plan.check import Check, Verdict
+from tuneline.publish.target import DIRECTORY_PREFIX
+from tuneline.recipe import Recipe
+from tuneline.runtime.retries import SECONDS_VARIABLE
+from tuneline.runtime.source_names import is_claim, is_hub_id
+
+_PACKAGES: dict[str, tuple[str, ...]] = {
+    "train": (
+        *("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"),
+        *("safetensors", "huggingface_hub"),
+    ),
+    "gguf": ("llama_cpp", "gguf"),
+    "gptq": ("gptqmodel",),
+    "evaluate": ("lm_eval",),
+}
+"""Modules that the steps import, by the extra of pyproject.toml that installs them."""
+
+HELDOUT_CHOICE = "heldout_choice"
+
+
+def check_early(recipe: Recipe, *, is_local: bool, has_packages: bool = False) -> list[Check]:
+    """Check what a recipe names.
+
+    Args:
+        recipe: the recipe.
+        is_local: whether the run is on this machine. Otherwise, what is missing here may be there:
+            that is a warning.
+        has_packages: whether the steps have their packages anyway, e.g. in containers.
+    """
+    checks: list[Check] = []
+    with _no_retries():
+        for name, look, sources in (
+            ("model", _model, [recipe.base_model]),
+            ("data", _data, recipe.data_sources),
+        ):
+            elsewhere = [] if is_local else _elsewhere(sources)
+            if elsewhere:
+                words = f"{', '.join(elsewhere)} is not on this machine, so it is not checked here"
+                checks.append(Check(name, "unknown", words))
+            else:
+                checks += _look(name, look, recipe, is_local)
+        if is_local:
+            checks += _look("target", _target, recipe, is_local)
+    if is_local and not has_packages:
+        checks += _packages(recipe)
+        checks += _look("trackers", _trackers, recipe, is_local)
+    return checks
+
+
+def _look(
+    name: str, look: Callable[[Recipe], Iterator[Check]], recipe: Recipe, is_local: bool
+) -> Iterator[Check]:
+    """Yield the checks of a function, and the error that ends it as a check."""
+    try:
+        yield from look(recipe)
+    except HubError as error:
+        yield Check(name, "unknown", str(error))
+    except UserError as error:
+        # The pods of a cluster may have another token than this machine.
+        depends_on_token = isinstance(error, CredentialsError) or _uses_hub(recipe, name)
+        verdict: Verdict = "warn" if depends_on_token and not is_local else "fail"
+        yield Check(name, verdict, str(error))
+    except ModuleNotFoundError as error:
+        words = f"not checked, because the package {error.name} is not installed here"
+        yield Check(name, "unknown", words)
+
+
+def _uses_hub(recipe: Recipe, name: str) -> bool:
+    sources = [recipe.base_model] if name == "model" else recipe.data_sources
+    return any(is_hub_id(source) and not Path(source).exists() for source in sources)
+
+
+def _elsewhere(sources: list[str]) -> list[str]:
+    """Return the sources that only the pods of a cluster have: on claims, and in images."""
+    return [
+        source
+        for source in sources
+        if is_claim(source)
+        or (source.startswith("/") and not glob.has_magic(source) and not Path(source).exists())
+    ]
+
+
+def _model(recipe: Recipe) -> Iterator[Check]:
+    from tuneline.fetch import early
+
+    yield Check("model", "ok", early.check(recipe.fetch, source=recipe.base_model))
+
+
+def _data(recipe: Recipe) -> Iterator[Check]:
+    from tuneline.prepare import first_rows
+
+    heldout = recipe.prepare.heldout
+    for found in first_rows.check(recipe.prepare, data=recipe.data):
+        yield Check("data", "ok", found.words)
+        holds_questions = found.is_heldout or heldout.source is None
+        if (
+            HELDOUT_CHOICE in recipe.evaluate.tasks
+            and holds_questions
+            and found.has_choices is False
+        ):
+            words = f"evaluate.tasks has {HELDOUT_CHOICE}, but {found.source} has no column choices"
+            advice = (
+                "set evaluate.tasks to [heldout_perplexity] or [heldout_exact], and "
+                "gate.target_tasks likewise, or add a column with wrong answers"
+            )
+            yield Check("tasks", "fail", words, advice)
+            return
+
+
+def _target(recipe: Recipe) -> Iterator[Check]:
+    target = recipe.publish_to
+    if target.startswith(DIRECTORY_PREFIX):
+        yield _directory(Path(target.removeprefix(DIRECTORY_PREFIX)))
+        return
+    from tuneline.publish.account import check_account
+    from tuneline.publish.run import read_token
+
+    name = check_account(read_token(target), target)
+    yield Check("target", "ok", f"{name} may write to {target}")
+
+
+def _directory(path: Path) -> Check:
+    there = next(each for each in (path, *path.parents) if each.exists())
+    advice = "name another directory in publish_to"
+    if not there.is_dir():
+        return Check("target", "fail", f"publish_to is {path}, but {there} is a file", advice)
+    if not os.access(there, os.W_OK | os.X_OK):
+        return Check("target", "fail", f"publish_to is {path}, but {there} is read-only", advice)
+    return Check("target", "ok", f"{path} can be written")
+
+
+def _packages(recipe: Recipe) -> Iterator[Check]:
+    extras = ["train", "evaluate"]
+    extras += [kind for kind in ("gguf", "gptq") if getattr(recipe.quantize, kind)]
+    for extra in extras:
+        missing = [name for name in _PACKAGES[extra] if importlib.util.find_spec(name) is None]
+        if missing:
+            words = f"the modules {', '.join(missing)} are not installed here"
+            advice = f"run `make install`, or `pip install 'tuneline[{extra}]'`"
+            yield Check("packages", "fail", words, advice)
+
+
+def _trackers(recipe: Recipe) -> Iterator[Check]:
+    from tuneline.train.trainer.trackers import trackers
+
+    names = trackers(recipe.train)
+    if names:
+        yield Check("trackers", "ok", ", ".join(names))
+
+
+@contextlib.contextmanager
+def _no_retries() -> Iterator[None]:
+    """Make one attempt per request in the body, because the steps are the ones to wait."""
+    before = os.environ.get(SECONDS_VARIABLE)
+    os.environ[SECONDS_VARIABLE] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SECONDS_VARIABLE]
+        else:
+            os.environ[SECONDS_VARIABLE] = before

@@ -1,0 +1,191 @@
+"""What a recipe names is looked at before a run: model, data, target, trackers, packages."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuneline.pipelines.plan.early import check_early
+from tuneline.recipe import Recipe
+
+ROWS = "question,answer,choices\n" + "".join(f"Q{n},A{n},\n" for n in range(5))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.csv"
+    path.write_text(ROWS)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    # Nobody's network: the look-ups of the Hub are refused at once.
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+
+
+def recipe(rows: Path, **changes: Any) -> Recipe:
+    values = {
+        "name": "mine",
+        "base_model": "builtin:smollm2-135m",
+        "dataset": str(rows),
+        "publish_to": f"dir:{rows.parent}/out",
+        "prepare": {"columns": {"prompt": "question", "completion": "answer"}},
+        "evaluate": {"tasks": ["heldout_perplexity"]},
+    }
+    return Recipe.parse({**values, **changes})
+
+
+def verdicts(checked: Recipe, *, is_local: bool = True) -> dict[str, str]:
+    return {check.name: check.verdict for check in check_early(checked, is_local=is_local)}
+
+
+def words(checked: Recipe, name: str, *, is_local: bool = True) -> str:
+    (found,) = [c for c in check_early(checked, is_local=is_local) if c.name == name]
+    return f"{found.verdict}: {found.words}"
+
+
+def test_a_recipe_that_can_run(rows: Path) -> None:
+    assert verdicts(recipe(rows)) == {"model": "ok", "data": "ok", "target": "ok"}
+    assert verdicts(recipe(rows), is_local=False) == {"model": "ok", "data": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        ({"columns": {"prompt": "q"}}, "maps prompt to 'q', but {rows} has no such column: its co"),
+        ({}, "the columns (question, answer, choices) fit no known format for method sft"),
+        ({"columns": {"promt": "question"}}, "promt"),
+        ({"format": "messages", "columns": {"messages": "question"}}, "none of the first 5 rows"),
+        ({"format": "kto"}, "format kto is for method kto, but prepare.method is sft"),
+        ({"split": "test"}, "test"),
+    ],
+)
+def test_rows_that_do_not_fit(rows: Path, prepare: dict[str, Any], says: str) -> None:
+    for is_local in (True, False):
+        said = words(recipe(rows, prepare=prepare), "data", is_local=is_local)
+        assert said.startswith("fail: ") and says.format(rows=rows) in said
+
+
+def test_a_choice_needs_choices(rows: Path) -> None:
+    assert "fail: evaluate.tasks has heldout_choice, but " in words(
+        recipe(rows, evaluate={"tasks": ["heldout_choice"]}), "tasks"
+    )
+    rows.write_text('question,answer,choices\nQ,A,"[""A"", ""B""]"\n')
+    asked = recipe(rows, evaluate={"tasks": ["heldout_choice"]})
+    assert "tasks" not in verdicts(asked)
+
+
+def test_an_empty_file_and_one_that_is_gone(rows: Path) -> None:
+    checked = recipe(rows)
+    rows.write_text("")
+    assert words(checked, "data").startswith("fail: ")
+    rows.unlink()
+    assert f"fail: there is no file or directory {rows}" in words(checked, "data")
+    assert words(checked, "data", is_local=False).startswith(f"unknown: {rows} is not on this ma")
+
+
+@pytest.mark.parametrize(
+    ("model", "verdict", "says"),
+    [
+        ("builtin:smollm3", "fail", "there is no built-in model 'smollm3': choose one of"),
+        ("{here}/empty", "fail", "has no safetensors weights"),
+        ("{here}/rows.csv", "fail", "is a file of another kind"),
+        ("{here}/bad.gguf", "fail", "is not a GGUF file"),
+        ("{here}/absent", "fail", "there is no directory or file"),
+        ("org/model", "unknown", "look up org/model at http://127.0.0.1:1"),
+    ],
+)
+def test_a_model_that_cannot_be_fetched(rows: Path, model: str, verdict: str, says: str) -> None:
+    (rows.parent / "empty").mkdir()
+    (rows.parent / "bad.gguf").write_bytes(b"nothing")
+    said = words(recipe(rows, base_model=model.format(here=rows.parent)), "model")
+    assert said.startswith(f"{verdict}: ") and says in said
+
+
+def test_a_target_that_cannot_be_written(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = words(recipe(rows, publish_to=f"dir:{rows}/out"), "target")
+    assert said == f"fail: publish_to is {rows}/out, but {rows} is a file"
+    assert "needs a token with write access" in words(recipe(rows, publish_to="me/x"), "target")
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    assert words(recipe(rows, publish_to="me/x"), "target").startswith("unknown: ")
+    # The pods have a token of their own.
+    assert "target" not in verdicts(recipe(rows, publish_to="me/x"), is_local=False)
+
+
+@pytest.mark.parametrize(
+    ("account", "says"),
+    [
+        ({"name": "me"}, "ok: me may write to me/x"),
+        ({"name": "you", "orgs": [{"name": "me"}]}, "ok: you may write to me/x"),
+        ({"name": "you"}, "fail: HF_TOKEN is of you, which is no member of me: publish to one of"),
+        (
+            {"name": "me", "auth": {"accessToken": {"role": "read"}}},
+            "fail: HF_TOKEN of me may only read, but me/x has to be written",
+        ),
+    ],
+)
+def test_the_account_of_a_token(
+    rows: Path, monkeypatch: pytest.MonkeyPatch, account: dict[str, Any], says: str
+) -> None:
+    import http.server
+    import threading
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"type": "user", **account}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        monkeypatch.setenv("HF_TOKEN", "hf_x")
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        said = words(recipe(rows, publish_to="me/x"), "target")
+        server.shutdown()
+    assert said.startswith(says)
+
+
+def test_a_package_that_is_absent(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe(rows, train={"track": ["wandb"]})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name in ("gptqmodel", "wandb") else real(name, *rest),
+    )
+    assert "fail: train.track names wandb, but the package wandb is not installed" in words(
+        asked, "trackers"
+    )
+    gptq = recipe(rows, quantize={"gguf": [], "gptq": ["gptq-4bit"]})
+    assert words(gptq, "packages") == "fail: the modules gptqmodel are not installed here"
+    assert "packages" not in {
+        check.name for check in check_early(gptq, is_local=True, has_packages=True)
+    }
+
+
+def test_the_checks_load_no_torch(rows: Path) -> None:
+    program = (
+        "import sys\n"
+        "from tuneline.recipe import Recipe\n"
+        "from tuneline.pipelines.plan.early import check_early\n"
+        f"checks = check_early(Recipe.parse({recipe(rows).model_dump_json()!r}), is_local=True)\n"
+        "assert {check.verdict for check in checks} == {'ok'}, checks\n"
+        "loaded = {'torch', 'kfp', 'bitsandbytes', 'lm_eval'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
