@@ -206,6 +206,8 @@ def test_tokenizer_template_and_generation_config_come_along(
         # Without the file, or its key, transformers goes by config.json.
         ("<|im_end|>", None, [0, 2]),
         ("<|im_end|>", {"top_p": 0.9}, [0, 2]),
+        # Two tokens: the last one ends the turn.
+        ("<|im_start|><|im_end|>\n", {"eos_token_id": 0}, [0, 2]),
         # No token of its own: programs must stop on text, and quantize says so.
         ("</answer>", {"eos_token_id": 0}, 0),
         ("", {"eos_token_id": 0}, 0),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from tuneline.models.special_tokens import end_token
 from tuneline.strict_model import StrictModel
 
 if TYPE_CHECKING:
@@ -80,17 +81,17 @@ def stop_at_end_of_turn(
     transformers and vLLM read the stop tokens from that file. A base model that was not trained for
     chats lists only the end-of-text token there, so both would keep generating after an answer.
     """
-    end = end_of_turn.strip()
-    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
-    if len(ids) != 1 or ids[0] not in tokenizer.added_tokens_decoder:
-        return
+    token = end_token(tokenizer, end_of_turn)
     settings = _read(directory)
     stops = stop_tokens(directory) or [tokenizer.eos_token_id]
-    if ids[0] in stops:
+    if token is None or token in stops:
         return
-    settings["eos_token_id"] = [*(stop for stop in stops if stop is not None), ids[0]]
+    settings["eos_token_id"] = [*(stop for stop in stops if stop is not None), token]
     _write(directory, settings)
-    logger.info("generation also stops at %r, with which the chat template ends an answer", end)
+    logger.info(
+        "generation also stops at %r, with which the chat template ends an answer",
+        tokenizer.decode([token]),
+    )
 
 
 def stop_tokens(directory: Path) -> list[int]:

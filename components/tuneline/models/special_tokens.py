@@ -59,6 +59,21 @@ def add_missing_tokens(
     return added
 
 
+def end_token(tokenizer: "PreTrainedTokenizerBase", end_of_turn: str) -> int | None:
+    """Return the token at which generation stops after an answer; None if there is no such token.
+
+    Some templates end the answer first and then the turn, e.g. with the two tokens
+    <|END_RESPONSE|><|END_OF_TURN_TOKEN|>. The model learns to write both, so the last one counts.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        end_of_turn: text that the chat template puts after an answer.
+    """
+    end = end_of_turn.strip()
+    ids: list[int] = tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
+    return ids[-1] if ids and ids[-1] in tokenizer.added_tokens_decoder else None
+
+
 def _end(tokenizer: "PreTrainedTokenizerBase", model_dir: Path) -> str | None:
     """Return the token that the model's configs name, or a usual one that the tokenizer has."""
     for name in ("generation_config.json", "config.json"):

@@ -12,6 +12,7 @@ import pytest
 from template_families import EMPTY_THINK, TEMPLATES, TOOLS, answer, user
 
 from tuneline.errors import DataError
+from tuneline.models.special_tokens import end_token
 from tuneline.prepare.formats.example import Example
 from tuneline.prepare.sources.kinds import date_of
 from tuneline.prepare.tokens.render import Renderer
@@ -53,6 +54,21 @@ def learnt(tokenizer: Any, row: dict[str, Any]) -> list[str]:
         if bit:
             found[-1].append(token)
     return [tokenizer.decode(run) for run in found]
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("cohere2", "<|END_OF_TURN_TOKEN|>"),
+        ("llama3_1", "<|eot_id|>"),
+        ("phi3", "<|end|>"),
+        ("qwen3", "<|im_end|>"),
+    ],
+)
+def test_generation_stops_at_the_last_token_of_the_end(marked: Any, name: str, end: str) -> None:
+    marked.chat_template = family(name)
+    token = end_token(marked, Renderer(marked).end_of_turn)
+    assert marked.convert_ids_to_tokens(token) == end
 
 
 def test_answers_that_occur_inside_the_end_mark(prepare: Any, model: Any, marked: Any) -> None:

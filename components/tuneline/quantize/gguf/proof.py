@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tuneline.errors import ProofError
+from tuneline.models.special_tokens import end_token
 from tuneline.quantize.formats import Bound
 from tuneline.quantize.gguf import modelfile
 from tuneline.quantize.gguf.llama_model import LlamaFile
@@ -211,15 +212,15 @@ def check_stop_tokens(loaded: LlamaFile, reference: Wording) -> str | None:
             "generation_config.json lists beside the end of an answer; the Modelfile does"
         )
     end = reference.end.strip()
-    ids = reference.tokenise(end) if end else []
-    if len(ids) == 1 and ids[0] in reference.tokenizer.added_tokens_decoder:
-        if not loaded.is_stop(ids[0]):
+    token = end_token(reference.tokenizer, end)
+    if token is not None:
+        if not loaded.is_stop(token):
             raise ProofError(
                 f"llama.cpp does not stop at {end!r}, which the chat template puts after an "
                 "answer, so answers would run on: take a template whose end of turn is a stop token"
             )
         return None
-    if ids:
+    if end:
         return f"the end of a turn, {end!r}, is not one special token: programs must stop on text"
     return None
 

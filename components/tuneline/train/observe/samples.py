@@ -22,6 +22,7 @@ from tuneline.artifacts import (
     TRAIN_FILE,
     DatasetManifest,
 )
+from tuneline.models.special_tokens import end_token
 from tuneline.strict_model import StrictModel
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def ask_before_and_after(
     if getattr(settings, "output_router_logits", False):
         # TRL sets it for the auxiliary loss of routers. A model of experts cannot generate with it.
         settings.output_router_logits = False
-    ends = (tokenizer.eos_token_id, tokenizer.get_vocab().get(end_of_turn))
+    ends = (tokenizer.eos_token_id, end_token(tokenizer, end_of_turn))
     stops = {token for token in ends if isinstance(token, int)}
     device = next(model.parameters()).device
     longest = max(len(ids) for ids, _ in prompts)
