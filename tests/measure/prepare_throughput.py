@@ -3,7 +3,9 @@
     python tests/measure/prepare_throughput.py ROWS.jsonl MODEL_DIR --rows 100000 1000000
 
 ROWS.jsonl has the columns `question` and `answer` (as GSM8K has) and is repeated up to each number
-of rows. With --tools, every row defines three tools, calls one, and answers after its result. Each
+of rows. The repetitions are near duplicates, which cost prepare more than different rows do; with
+--distinct, each repetition has the words of its row in another order. With --tools, every row
+defines three tools, calls one, and answers after its result. Each
 engine runs in a process of its own. Memory is the proportional set size of the process and its
 children, read five times per second, so shared pages count once. CPU time is the sum over these
 processes, which is more reliable than wall-clock time on a machine with other work.
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import psutil
@@ -37,6 +40,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[20000, 100000])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--tools", action="store_true", help="rows that call a tool")
+    parser.add_argument("--distinct", action="store_true", help="no near duplicates")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -47,7 +51,9 @@ def main() -> None:
         for engine in args.engines:
             with tempfile.TemporaryDirectory() as root:
                 source = Path(root, "rows.jsonl")
-                repeat(args.rows_file, source, num_rows, as_tools=args.tools)
+                repeat(
+                    args.rows_file, source, num_rows, as_tools=args.tools, distinct=args.distinct
+                )
                 before = cpu_seconds()
                 seconds, peak = watch(engine, source, args.model_dir)
                 spent = cpu_seconds() - before
@@ -59,7 +65,7 @@ def main() -> None:
             )
 
 
-def repeat(rows_file: Path, target: Path, num_rows: int, *, as_tools: bool) -> None:
+def repeat(rows_file: Path, target: Path, num_rows: int, *, as_tools: bool, distinct: bool) -> None:
     """Write `num_rows` rows with a number in each, so that no two are equal.
 
     Args:
@@ -67,12 +73,22 @@ def repeat(rows_file: Path, target: Path, num_rows: int, *, as_tools: bool) -> N
         target: file to write.
         num_rows: number of rows to write.
         as_tools: whether the rows are conversations that call a tool.
+        distinct: whether each repetition of a row has its words in another order.
     """
+    random = Random(0)
     rows = [json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()]
     with open(target, "w", encoding="utf-8") as file:
         for number, row in enumerate(itertools.islice(itertools.cycle(rows), num_rows)):
             row = {"question": f"{number}. {row['question']}", "answer": row["answer"]}
+            if distinct and number >= len(rows):
+                row = {name: shuffled(text, random) for name, text in row.items()}
             file.write(json.dumps(with_tools(row) if as_tools else row) + "\n")
+
+
+def shuffled(text: str, random: Random) -> str:
+    """Return a text with its words in another order."""
+    words = text.split()
+    return " ".join(random.sample(words, len(words)))
 
 
 def with_tools(row: dict[str, str]) -> dict[str, Any]:

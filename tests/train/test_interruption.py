@@ -88,6 +88,31 @@ def assert_same(interrupted: Path, whole: Path) -> TrainingSummary:
     return found
 
 
+def test_kto_killed_then_finished(tmp_path, tiny_model_dir, dataset_dir, start):
+    """Of the checkpoint, KTO needs the place in the epoch, because z pairs a row with the last."""
+    rows = [
+        {
+            "prompt_ids": [100 + n, 101 + 2 * n],
+            "completion_ids": [200 + n, 220],
+            "label": n % 2 == 0,
+        }
+        for n in range(7)
+    ]
+    settings = {"global_batch_size": 4, "micro_batch_size": 2, "max_steps": 10, "eval_steps": 3}
+    dataset = dataset_dir(rows, method="kto")
+    train(tmp_path / "whole", tiny_model_dir, dataset, **settings)
+    where = tmp_path / "interrupted"
+
+    process = start(where, tiny_model_dir, dataset, checkpoint_minutes=0, **settings)
+    wait_for(lambda: newest_step(where) >= 3, process)
+    process.kill()
+    process.join(60)
+    assert not (where / "adapter").exists()
+
+    train(where, tiny_model_dir, dataset, **settings)
+    assert_same(where, tmp_path / "whole")
+
+
 def test_killed_then_stopped_then_finished(
     tmp_path, tiny_model_dir, dataset_dir, answer_rows, start
 ):
