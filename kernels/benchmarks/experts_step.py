@@ -183,10 +183,12 @@ class Autocast:
         self.model = model
 
     def __call__(self, **inputs: Any) -> Any:
+        """Run the model."""
         with torch.autocast("cuda", dtype=torch.bfloat16):
             return self.model(**inputs)
 
     def get_input_embeddings(self) -> Any:
+        """Return the module of embeddings, whose size says how many tokens there are."""
         return self.model.get_input_embeddings()
 
 
