@@ -9,6 +9,9 @@ the host; `free` stores all activations. Milliseconds and peak memory at full de
 larger model plus the missing layers times the difference per layer of the two models.
 
 `stock` runs transformers' layers with the experts' op and the fused loss, checkpointed in `lean`.
+`unsloth` loads the same widths by its own loader, in its default setting, under bf16 autocast and
+with torch's fused AdamW; give it a process of its own (`--cases unsloth/lean`), because it changes
+transformers globally.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import argparse
 import csv
 import gc
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -134,6 +138,8 @@ def run(
     """Build a model of a few layers, and return a step's time and peak memory, and its loss."""
     from tuneline.kernels import FlatAdamW, patch
 
+    if engine == "unsloth":
+        return run_unsloth(shape, layers, request, experts=experts)
     model = build(shape, layers, experts)
     if engine == "stock":
         from tuneline.kernels import patching
@@ -170,12 +176,65 @@ def run(
     }
 
 
-def build(shape: str, layers: int, experts: bool) -> Any:
-    """Return the random model in NF4 with its adapters."""
-    import transformers
-    from peft import LoraConfig, get_peft_model
+class Autocast:
+    """A model that is called under bf16 autocast, as trainers do."""
 
-    from tuneline.models.experts_adapter import ParamWrapper
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run the model."""
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return self.model(**inputs)
+
+    def get_input_embeddings(self) -> Any:
+        """Return the module of embeddings, whose size says how many tokens there are."""
+        return self.model.get_input_embeddings()
+
+
+def run_unsloth(
+    shape: str, layers: int, request: dict[str, Any], *, experts: bool
+) -> dict[str, float]:
+    """Do what `run` does with Unsloth, from a checkpoint written for it."""
+    import unsloth  # noqa: F401, I001  (before transformers, as it asks)
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from unsloth import FastLanguageModel
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    targets += ["gate_proj", "up_proj", "down_proj"] if experts else []
+    with tempfile.TemporaryDirectory() as directory:
+        stock_model(shape, layers).save_pretrained(directory)
+        torch.cuda.empty_cache()
+        vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3}
+        PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
+            bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        ).save_pretrained(directory)  # fmt: skip
+        model, _ = FastLanguageModel.from_pretrained(
+            directory, max_seq_length=8192, dtype=torch.bfloat16, load_in_4bit=True
+        )
+    model = FastLanguageModel.get_peft_model(
+        model, r=16, lora_alpha=16, target_modules=targets, use_gradient_checkpointing="unsloth"
+    )
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    print("unsloth adapts", sum(p.numel() for p in trained), trained[0].dtype, flush=True)
+    optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
+    answer = run_steps(Autocast(model), optimizer, request)
+    times = answer["milliseconds"]
+    return {
+        "ms": statistics.median(times),
+        "fastest": min(times),
+        "gib": answer["peak_allocated_gib"],
+        "loss": answer["losses"][0],
+        "last_loss": answer["losses"][-1],
+    }
+
+
+def stock_model(shape: str, layers: int) -> Any:
+    """Return the random model in bf16."""
+    import transformers
 
     family, sizes, _ = SHAPES[shape]
     config = getattr(transformers, f"{family}Config")(
@@ -186,6 +245,16 @@ def build(shape: str, layers: int, experts: bool) -> Any:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = getattr(transformers, f"{family}ForCausalLM")(config)
     torch.set_default_dtype(torch.float32)
+    return model
+
+
+def build(shape: str, layers: int, experts: bool) -> Any:
+    """Return the random model in NF4 with its adapters."""
+    from peft import LoraConfig, get_peft_model
+
+    from tuneline.models.experts_adapter import ParamWrapper
+
+    model = stock_model(shape, layers)
     quantize_experts(model)
     quantize(model)
     model.requires_grad_(False)
