@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 from tuneline.artifacts import MergeProof, ModelOrigin, TrainingSummary
 from tuneline.errors import ProofError
 from tuneline.merge import MergeConfig
+from tuneline.merge.expert_parts import Part
 from tuneline.merge.pieces import Piece, Pieces
 from tuneline.merge.run import run
 from tuneline.models import nf4
 from tuneline.models.checkpoint import Checkpoint
-from tuneline.models.expert_files import Part
 from tuneline.models.experts import (
     expert_modules,
     projections,
