@@ -46,7 +46,7 @@ from tuneline.prepare.rows.spool import Spool
 from tuneline.prepare.sources.kinds import date_of, kind_of
 from tuneline.prepare.statistics_page import describe_unused, render
 from tuneline.prepare.tokens import lengths, parquet
-from tuneline.prepare.tokens.labels import count_desirable
+from tuneline.prepare.tokens.labels import check_desirable
 from tuneline.prepare.tokens.render import Rendered, Renderer
 from tuneline.prepare.tokens.templates import OWN_TEMPLATE, use_template
 from tuneline.prepare.tokens.tokenizer import load_tokenizer
@@ -171,9 +171,8 @@ def run(
         is_unfolded = (num_examples > 1) & (
             (parts.parts == Part.TRAIN) | (parts.parts == Part.EVAL)
         )
-        num_desirable = None
         if config.method == "kto":
-            num_desirable = count_desirable(source, target / TRAIN_FILE)
+            check_desirable(source, train.num_desirable, train.num_rows)
         write_jsonl(target / HELDOUT_FILE, heldout)
         # The later steps find a template of the model itself, except in chat_template.json.
         if template and (
@@ -196,7 +195,7 @@ def run(
             num_rejected_rows=collected.intake.num_rejected,
             num_tokens=train.num_tokens,
             num_loss_tokens=train.num_loss_tokens,
-            num_desirable_rows=num_desirable,
+            num_desirable_rows=train.num_desirable if config.method == "kto" else None,
             num_undesirable_heldout_rows=num_undesirable,
             lengths=statistics,
             max_seq_length=max_seq_length,
