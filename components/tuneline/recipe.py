@@ -178,10 +178,9 @@ def load_recipe(
         lambda key: Path.cwd() if source.is_overridden(key) else base,
         with_target=is_local,
     )
-    checked = Recipe.check(source.values)
-    if needs_files and missing:
-        others = checked if isinstance(checked, list) else []
-        raise RecipeError(source.explain([*others, *missing]))
-    if isinstance(checked, Recipe):
-        return checked
-    raise RecipeError(source.explain(checked))
+    recipe, problems = Recipe.check(source.values)
+    if needs_files:
+        problems += missing
+    if recipe is None or problems:
+        raise RecipeError(source.explain(problems))
+    return recipe
