@@ -257,7 +257,7 @@ def test_text_of_others_is_no_html(recipe: Recipe, run_dirs: dict) -> None:
 
 
 def test_a_run_with_its_recipes_values_has_no_remark(recipe: Recipe, run_dirs: dict) -> None:
-    run_dirs |= {"target": "dir:/somewhere/runs/demo-1/published", "publish_config": "{}"}
+    run_dirs |= {"publish_config": "{}"}
     page, summary = write_page(recipe, run_dirs)
     assert summary.differs_from_recipe == [] and "Other values than" not in page
 

@@ -172,7 +172,7 @@ def quantized_fraction(model: "PreTrainedModel") -> float:
     """Return the fraction, 0 to 1, of a loaded model's parameters that are held in 4 bits."""
     from bitsandbytes.nn.modules import Params4bit
 
-    from tuneline.models.experts.parameters import expert_modules
+    from tuneline.models.experts.stacks import expert_modules
 
     in_4_bits: int = sum(
         weight.quant_state.shape.numel()
