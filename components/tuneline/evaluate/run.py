@@ -91,10 +91,14 @@ def run(
         prompted = {}
         with lm.showing(shown):
             for number, (name, tasks) in enumerate(ours.items() if shown else ()):
-                done, what = len(loaded) + number, f"{name} with {len(shown)} examples"
-                emit("evaluate", "progress", done=done, total=total, note=f"{label}: {what}")
+                done, extra = len(loaded) + number, f"with {len(shown)} examples"
+                emit(
+                    "evaluate", "progress", done=done, total=total, note=f"{label}: {name} {extra}"
+                )
                 measured = _measure(lm, tasks, config, manager=finder.manager, templated=True)
-                prompted |= _write_scores(measured, tasks, target / PROMPTED_DIR, what)
+                prompted |= _write_scores(
+                    measured, tasks, target / PROMPTED_DIR, f"{label} {extra}"
+                )
         if any(task in heldout.TASKS for task in config.tasks) and (
             table := prompt_control.measure(
                 lm, documents[: config.limit], num_rows=config.prompt_rows
