@@ -34,7 +34,8 @@ class Recipe(StrictModel):
     description: str = ""
     """One-sentence description, shown in KFP, on the report and in the model card."""
     base_model: str
-    """Model to fine-tune: a Hub ID, a directory, a .gguf file or builtin:smollm2-135m."""
+    """Model to fine-tune: a Hub ID, a directory, a .gguf file or builtin:smollm2-135m. Paths in a
+    recipe are relative to the directory of its file."""
     dataset: str | None = None
     """Training data: a Hub ID, a file, a directory, a glob of files, an address in a store (s3://,
     gs://, abfs://, oci://, https://, hf://), claim:NAME/PATH for a path on a claim, or
@@ -43,7 +44,7 @@ class Recipe(StrictModel):
     """Several datasets with weights, instead of `dataset`."""
     publish_to: str
     """Where to publish: a Hub repository such as my-org/my-model, or dir:PATH for a directory with
-    the same files."""
+    the same files. In a local run, PATH is relative to the directory of the recipe's file."""
     fetch: FetchConfig = FetchConfig()
     prepare: PrepareConfig = PrepareConfig()
     train: TrainConfig = TrainConfig()
@@ -178,10 +179,9 @@ def load_recipe(
         lambda key: Path.cwd() if source.is_overridden(key) else base,
         with_target=is_local,
     )
-    checked = Recipe.check(source.values)
-    if needs_files and missing:
-        others = checked if isinstance(checked, list) else []
-        raise RecipeError(source.explain([*others, *missing]))
-    if isinstance(checked, Recipe):
-        return checked
-    raise RecipeError(source.explain(checked))
+    recipe, problems = Recipe.check(source.values)
+    if needs_files:
+        problems += missing
+    if recipe is None or problems:
+        raise RecipeError(source.explain(problems))
+    return recipe

@@ -7,7 +7,6 @@ tuneline.json take each section from the record of the step that used it.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,8 +112,7 @@ def recorded_recipe(
         "publish": publish,
     }
     values = {**given, "base_model": origin.source}
-    if not _are_alike("publish_to", header.publish_to, target):
-        values["publish_to"] = target
+    values["publish_to"] = target
     if given.get("dataset") is not None:
         values["dataset"] = dataset.source
     elif _mixture(given.get("datasets")) != (used_mixture := _mixture(dataset.sources)):
@@ -185,13 +183,9 @@ def _differences(given: Any, used: Any, name: str = "") -> Iterator[str]:
 
 
 def _are_alike(name: str, given: Any, used: Any) -> bool:
-    """Return whether two values mean the same: formats in another order, a path made absolute."""
+    """Return whether two values mean the same, i.e. are the same formats in another order."""
     if name.startswith("quantize.") and isinstance(given, list) and isinstance(used, list):
         return sorted(map(str, given)) == sorted(map(str, used))
-    if name == "publish_to" and given.startswith("dir:") and used.startswith("dir:"):
-        # `tuneline run` publishes to a directory below that of the run.
-        relative = os.path.normpath(given.removeprefix("dir:"))
-        return not os.path.isabs(relative) and used.endswith(f"/{relative}")
     return False
 
 

@@ -61,8 +61,9 @@ STEPS: dict[str, Step] = {
         cpu=("1", "4"), memory=("1Gi", "4Gi"), timeout_hours=2,
         hub=True, scratch=False, num_retries=3,
     ),
+    # Runs beside the other look-ups, long before the gate, which takes its output.
     "look-up-published": Step(
-        image="publish", module="tuneline.publish.earlier", stage="gate",
+        image="publish", module="tuneline.publish.earlier", stage="fetch",
         cpu=("500m", "1"), memory=("512Mi", "1Gi"), timeout_hours=1,
         hub=True, scratch=False, num_retries=3,
     ),

@@ -30,23 +30,23 @@ class StrictModel(BaseModel):
             RecipeError: the value is invalid. The message names, for each error, the key, the
                 value and what is allowed.
         """
-        checked = cls.check(value)
-        if isinstance(checked, cls):
-            return checked
+        model, problems = cls.check(value)
+        if model is not None:
+            return model
         prefix = f"{where}: " if where else ""
-        raise RecipeError(prefix + "; ".join(problem.text for problem in checked))
+        raise RecipeError(prefix + "; ".join(problem.text for problem in problems))
 
     @classmethod
-    def check(cls, value: str | dict[str, Any]) -> Self | list[Problem]:
-        """Validate like `parse`, but return what is wrong instead of raising it."""
+    def check(cls, value: str | dict[str, Any]) -> tuple[Self | None, list[Problem]]:
+        """Validate like `parse`; return the model, or None and what is wrong."""
         # Mappings are validated as JSON too. Lists and strings are then accepted for tuples and
         # paths in strict mode, but "3" is still not accepted for an int.
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         try:
-            return cls.model_validate_json(text, strict=True)
+            return cls.model_validate_json(text, strict=True), []
         except ValidationError as error:
             document = _loads(text) if isinstance(value, str) else value
-            return problems_of(_schema_of(cls), error, document)
+            return None, problems_of(_schema_of(cls), error, document)
 
 
 @functools.cache

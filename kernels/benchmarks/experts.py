@@ -21,6 +21,7 @@ import torch
 import triton
 from triton.testing import do_bench
 
+from tuneline.kernels.experts import arena as arenas
 from tuneline.kernels.experts import gemm
 from tuneline.kernels.experts import mlp as ops
 from tuneline.kernels.experts.activation import (
@@ -91,6 +92,7 @@ def main() -> None:
         made = case(shape)
         time_ops(shape, made, record, sweep=args.sweep)
         time_layer(shape, made, record)
+        time_few_tokens(shape, made, record)
         time_products(shape, made, record, sweep=args.sweep)
         del made
         torch.cuda.empty_cache()
@@ -308,6 +310,28 @@ def time_layer(shape: str, made: Case, record: Callable[..., None]) -> None:
             if keep:
                 record(shape, f"experts forward, {name}", forward)
             record(shape, f"experts both, {name}, {peak:.2f} GiB", both)
+
+
+def time_few_tokens(shape: str, made: Case, record: Callable[..., None]) -> None:
+    """Time a layer's experts for few tokens, with arenas and with NF4 decoded in the loop."""
+    experts, (rows, small) = made.experts, (ops.tile_rows, arenas.SMALL_ROWS)
+    for tokens in (64, 256, 512, 1024, 2048):
+        x = made.x.detach()[:tokens].clone().requires_grad_()
+        dy, weights = torch.randn_like(x), made.weights.detach()[:tokens]
+
+        def both(x=x, dy=dy, weights=weights, tokens=tokens) -> None:
+            ops.experts_mlp(
+                x, made.index[:tokens], weights, experts.gate_up, experts.down,
+                activation=experts.activation, lora=experts.lora,
+            ).backward(dy)  # fmt: skip
+            for tensor in (x, *experts.parameters()):
+                tensor.grad = None
+
+        for block, limit in ((16, 64), (32, 64), (64, 64), (64, 0), (128, 0)):
+            ops.tile_rows, arenas.SMALL_ROWS = lambda *_, block=block: block, limit
+            how = "in the loop" if limit else "arena"
+            record(shape, f"experts both, {tokens} tokens, tiles of {block}, {how}", both)
+    ops.tile_rows, arenas.SMALL_ROWS = rows, small
 
 
 def time_products(shape: str, made: Case, record: Callable[..., None], *, sweep: bool) -> None:

@@ -183,10 +183,12 @@ class Autocast:
         self.model = model
 
     def __call__(self, **inputs: Any) -> Any:
+        """Run the model."""
         with torch.autocast("cuda", dtype=torch.bfloat16):
             return self.model(**inputs)
 
     def get_input_embeddings(self) -> Any:
+        """Return the module of embeddings, whose size says how many tokens there are."""
         return self.model.get_input_embeddings()
 
 
@@ -281,8 +283,8 @@ def expert_modules(model: Any) -> list[Any]:
 
 def quantize_experts(model: Any) -> None:
     """Quantise the stacks of experts in place, as `ExpertsQuantizer` does when it loads them."""
+    from tuneline.models.experts import Stack, quantize_stack
     from tuneline.models.experts.forward import IMPLEMENTATION
-    from tuneline.models.experts.parameters import Stack, quantize_stack
 
     for module in expert_modules(model):
         module.nf4_stacks, module.nf4_lora = {}, {}

@@ -17,13 +17,13 @@ from tuneline.merge.pieces import Piece, Pieces
 from tuneline.merge.run import run
 from tuneline.models import nf4
 from tuneline.models.checkpoint import Checkpoint
-from tuneline.models.experts.adapter import adapt_experts_in_nf4
-from tuneline.models.experts.parameters import (
+from tuneline.models.experts import (
     expert_modules,
     projections,
     quantized_experts,
     round_trip_experts,
 )
+from tuneline.models.experts.adapter import adapt_experts_in_nf4
 
 FEW = ["Mixtral", "DeepSeek V2", "gpt-oss"]
 ALL = [name for name, family in FAMILIES.items() if family.has_experts]

@@ -11,13 +11,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tuneline.artifacts import DatasetManifest, MergeProof, ModelOrigin, TrainingSummary
 from tuneline.errors import ModelError, OutputExistsError, ProofError, RecipeError, WorldError
 from tuneline.merge import MergeConfig
 from tuneline.merge.pieces import Piece, Pieces
 from tuneline.merge.run import run
+from tuneline.models.heldout_rows import read_rows
 from tuneline.models.nf4 import load_base
 from tuneline.models.sampling import stop_at_end_of_turn
 from tuneline.record import hash_files
@@ -576,3 +577,22 @@ def test_a_loftq_adapter_belongs_on_the_dequantized_weights(
     lossy = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     target = original[f"{name}.weight"].float()
     assert (merged[f"{name}.weight"] - target).norm() < 0.9 * (lossy - target).norm()
+
+
+def test_how_far_the_tuning_moved_the_model(merge, tiny_model_dir, small_dataset_dir):
+    proof, merged = merge(base="original", dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    rows = read_rows(small_dataset_dir, 8, lambda text: tokenizer(text).input_ids)
+    tuned, base = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (merged, tiny_model_dir)
+    )
+    total, positions = 0.0, 0
+    with torch.inference_mode():
+        for row in rows:
+            ids = torch.tensor([row.ids])
+            p, q = (model(ids).logits[0].double().log_softmax(-1) for model in (tuned, base))
+            total += (p.exp() * (p - q)).sum().item()
+            positions += len(row.ids)
+    assert proof.tuning_kl == pytest.approx(total / positions, rel=1e-3)
+    assert proof.tuning_kl > 0.01

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from publish_cases import REPOS, publish, recipe_of, to_hub, write_again
+from small_records import new_comparison
 
 from tuneline.artifacts import RunHeader
 from tuneline.publish.card_parts import BEGIN
@@ -194,3 +195,17 @@ def test_a_card_names_vllm_where_it_serves_the_checkpoint(run_dir: Path, tmp_pat
     card = (tmp_path / "out" / "mine-gptq-4bit" / "README.md").read_text()
     assert "vllm serve mine\n" in card and "vllm serve mine-gptq" not in card
     assert "GPTQ checkpoint, with transformers (`mine-gptq-4bit`)" in card
+
+
+def test_the_card_has_the_remarks_of_the_gate(run_dir: Path, tmp_path: Path) -> None:
+    prompted = new_comparison(role="prompted", num_examples=8)
+    changes = {
+        "remarks": ["4 models were <b>measured</b>"],
+        "comparisons": [new_comparison(), prompted],
+    }
+    write_again(run_dir, changes={"decision": changes, "merged": {"tuning_kl": 0.01}})
+    assert publish(run_dir, f"dir:{tmp_path}/out", "out").returncode == 0
+    card = (tmp_path / "out/mine/README.md").read_text()
+    assert "\n\n4 models were \\<b\\>measured\\</b\\>\n\n" in card
+    assert "| heldout_choice, base model with 8 training rows in its prompt | prompted |" in card
+    assert "q8_0 is 0.0069 nats per token from the merged model" in card

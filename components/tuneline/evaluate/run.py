@@ -91,16 +91,12 @@ def run(
         prompted = {}
         with lm.showing(shown):
             for number, (name, tasks) in enumerate(ours.items() if shown else ()):
-                done, who = len(loaded) + number, f"{label} with {len(shown)} examples"
-                emit(
-                    "evaluate",
-                    "progress",
-                    done=done,
-                    total=total,
-                    note=f"{len(shown)} examples: {name}",
-                )
+                done, extra = len(loaded) + number, f"with {len(shown)} examples"
+                emit("evaluate", "progress", done=done, total=total, note=f"{name} {extra}")
                 measured = _measure(lm, tasks, config, manager=finder.manager, templated=True)
-                prompted |= _write_scores(measured, tasks, target / PROMPTED_DIR, who)
+                prompted |= _write_scores(
+                    measured, tasks, target / PROMPTED_DIR, f"{label} {extra}"
+                )
         if any(task in heldout.TASKS for task in config.tasks) and (
             table := prompt_control.measure(
                 lm, documents[: config.limit], num_rows=config.prompt_rows

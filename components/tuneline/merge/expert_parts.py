@@ -15,7 +15,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from tuneline.errors import ModelError
-from tuneline.models.experts.parameters import Stack
+from tuneline.models.experts.stacks import Stack
 
 _ROWS, _COLUMNS = 8, 4
 """Size of an expert in the numbered stack."""

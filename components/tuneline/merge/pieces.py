@@ -19,7 +19,7 @@ from tuneline.errors import ModelError
 from tuneline.merge.adapter import Adapter, Update
 from tuneline.merge.expert_parts import Part, parts_of
 from tuneline.models.checkpoint import Checkpoint
-from tuneline.models.experts.parameters import Stack, quantized_experts, round_trip_experts
+from tuneline.models.experts.stacks import Stack, quantized_experts, round_trip_experts
 from tuneline.models.nf4 import empty_model, file_names, quantized_modules, round_trip
 
 Base = Literal["dequantized", "original"]

@@ -93,11 +93,14 @@ def run(
         losses: dict[str, float] = {}
         trained, base = None, bases[0]
         logits: list[torch.Tensor] = []
+        tuning_kl = 0.0
         for name in bases:
             row_logits: list[torch.Tensor] = []
+            tuning = proof.Comparison(row_logits)
             answers = proof.ask_trained(
                 rows,
                 row_logits.append,
+                base_sink=tuning.add,
                 num_greedy_tokens=config.num_greedy_tokens,
                 base_model_dir=base_dir,
                 adapter_dir=adapter_dir,
@@ -108,6 +111,7 @@ def run(
             losses[name] = answers.loss
             if trained is None or answers.loss < trained.loss:
                 trained, base, logits = answers, name, row_logits
+                tuning_kl = tuning.distance().mean_kl
         assert trained is not None
         _log_choice(config, training, base, losses)
         num_shards = merge_weights(
@@ -140,6 +144,7 @@ def run(
             base_asked=config.base,
             base_losses=losses,
             merged_loss=merged.loss,
+            tuning_kl=tuning_kl,
             dtype=config.dtype,
             num_bytes=num_bytes,
             num_shards=num_shards,

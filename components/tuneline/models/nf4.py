@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tuneline.errors import ModelError
+from tuneline.models.nf4_layout import BLOCKSIZE
 from tuneline.models.stored_quantisation import quantization_in, stored_type
 from tuneline.models.whole import load_whole
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-BLOCKSIZE = 64
-"""Number of consecutive weights that share a quantisation scale."""
 
 
 def keep_plain_layout_on_cpu() -> None:
@@ -174,7 +172,7 @@ def quantized_fraction(model: "PreTrainedModel") -> float:
     """Return the fraction, 0 to 1, of a loaded model's parameters that are held in 4 bits."""
     from bitsandbytes.nn.modules import Params4bit
 
-    from tuneline.models.experts.parameters import expert_modules
+    from tuneline.models.experts.stacks import expert_modules
 
     in_4_bits: int = sum(
         weight.quant_state.shape.numel()

@@ -6,7 +6,13 @@ from typing import Any
 
 import yaml
 
-from tuneline.artifacts import PUBLISHED_BUNDLE, DatasetManifest, QuantizedModel, TrainingPoint
+from tuneline.artifacts import (
+    PUBLISHED_BUNDLE,
+    DatasetManifest,
+    MergeProof,
+    QuantizedModel,
+    TrainingPoint,
+)
 from tuneline.html.markdown import code, code_block, escape_markdown
 from tuneline.publish.card_parts import CardParts
 from tuneline.publish.config import PublishConfig
@@ -219,7 +225,7 @@ def _exports(sources: Sources) -> str:
         f"{_measured(export.mean_kl, '.1e')} | {_measured(export.top1_agreement, '.1%')} | "
         f"{_measured(export.perplexity, '.3f')} | {_measured(export.benchmark_score, '.1%')} | "
         f"{_measured(export.tokens_per_second, '.0f')} | {_checks(export)} | "
-        f"{_cell('; '.join(export.notes))} |"
+        f"{_notes(export, sources.merge)} |"
         for export in exports
     ]
     head = (
@@ -235,6 +241,11 @@ def _exports(sources: Sources) -> str:
         f"{_benchmark(exports)}"
     )
     return "\n".join(["## Exports", "", head, f"|{'---|' * 10}", *rows, "", note])
+
+
+def _notes(export: QuantizedModel, merge: MergeProof) -> str:
+    lost = escape_markdown(export.loss_of_tuning(merge))
+    return "; ".join(filter(None, [_cell("; ".join(export.notes)), lost]))
 
 
 def _checks(export: QuantizedModel) -> str:

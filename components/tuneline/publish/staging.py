@@ -13,6 +13,7 @@ from tuneline.artifacts import (
     MODELFILE,
     OLLAMA_PARAMS,
     OLLAMA_TEMPLATE,
+    PROGRESS_FILE,
     MergeProof,
     QuantizedModel,
     TrainingSummary,
@@ -33,15 +34,17 @@ from tuneline.version import VERSION
 
 logger = logging.getLogger(__name__)
 
-# Files that are not copied from an artifact. Records contain times; what readers need to know is in
-# the model card. Files with the other names may come from the base model's repository. publish
-# writes its own files of these names, which must not overwrite the artifact's through a hard link.
+# Files that are not copied from an artifact. Records and progress.jsonl contain times; what readers
+# need to know is in the model card. Files with the other names may come from the base model's
+# repository. publish writes its own files of these names, which must not overwrite the artifact's
+# through a hard link.
 _LEFT_OUT = {
     TrainingSummary.filename,
     MergeProof.filename,
     QuantizedModel.filename,
     MARKER_FILE,
     CARD_FILE,
+    PROGRESS_FILE,
     ".gitattributes",
 }
 

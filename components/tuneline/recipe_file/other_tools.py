@@ -163,6 +163,37 @@ def _table() -> Iterable[tuple[str, Foreign]]:
     )
     yield from add("lm_eval_tasks task", (AXOLOTL, LLAMA_FACTORY), "evaluate.tasks")
 
+    yield from add(
+        "wandb_name wandb_entity wandb_watch wandb_log_model wandb_run_id wandb_mode",
+        AXOLOTL,
+        "train.track",
+        "wandb; the rest is read from the variables WANDB_...",
+    )
+    yield from add("use_tensorboard mlflow_tracking_uri", AXOLOTL, "train.track")
+    yield from add(
+        "lora_mlp_kernel lora_qkv_kernel lora_o_kernel liger_rms_norm liger_glu_activation "
+        "liger_layer_norm liger_fused_linear_cross_entropy cut_cross_entropy use_kernels",
+        AXOLOTL,
+        "train.kernels",
+    )
+    yield from add("max_packed_sequence_len", AXOLOTL, "prepare.max_seq_length")
+    yield from add("pretraining_dataset", AXOLOTL, "dataset prepare.method", "cpt")
+    yield from add("train_dataset", LLAMA_FACTORY, "dataset")
+    yield from add("peft_config", LLAMA_FACTORY, "train.lora")
+    yield from add("quant_config", LLAMA_FACTORY, "train.load_in_4bit")
+    yield from add(
+        "activation_checkpointing disable_gradient_checkpointing activation_offloading",
+        (TRANSFORMERS, AXOLOTL, LLAMA_FACTORY),
+        "train.gradient_checkpointing",
+    )
+    yield from add("data_seed", TRANSFORMERS, "prepare.seed")
+    yield from add(
+        "cosine_min_lr_ratio cosine_constant_lr_ratio eta_min",
+        AXOLOTL,
+        "train.lr_scheduler_type train.lr_scheduler_kwargs",
+        "cosine_with_min_lr, {min_lr_rate: RATIO}",
+    )
+
     # What a recipe needs no key for.
     yield from add(
         "output_dir run_name overwrite_output_dir export_dir",
@@ -184,6 +215,8 @@ def _table() -> Iterable[tuple[str, Foreign]]:
         "save_safetensors "
         "gradient_checkpointing_kwargs resume_from_checkpoint auto_resume_from_checkpoints "
         "load_best_model_at_end metric_for_best_model greater_is_better eval_batch_size "
+        "plugins skip_prepare_dataset fsdp_version ddp_find_unused_parameters local_rank "
+        "lora_model_dir adapter_name_or_path eot_tokens "
         "per_device_eval_batch_size logging_dir logging_strategy warmup_style",
         (TRANSFORMERS, AXOLOTL, LLAMA_FACTORY),
         remark=automatic,

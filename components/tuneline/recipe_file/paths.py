@@ -47,7 +47,7 @@ def resolve(
         base_of: function that returns the directory that the path of a key is relative to.
         with_target: whether `dir:PATH` of publish_to is a path of this machine.
     """
-    problems = []
+    problems: list[Problem] = []
     for key in _keys(document):
         place, name = _parent(document, key.path)
         value = place.get(name) if isinstance(place, Mapping) else None
@@ -61,12 +61,12 @@ def resolve(
         if not is_there and not Path(value).is_absolute():
             problems += _missing(key, value, path, base)
     if with_target:
-        target = document.get(_TARGET[0])
+        target = document.get("publish_to")
         if isinstance(target, str) and target.startswith(_TARGET_PREFIX):
             path_text = target.removeprefix(_TARGET_PREFIX)
             if path_text.rstrip("/") and not path_text.startswith("~"):
                 absolute = _absolute(path_text, base_of(_TARGET))
-                document[_TARGET[0]] = f"{_TARGET_PREFIX}{absolute}"
+                document["publish_to"] = f"{_TARGET_PREFIX}{absolute}"
     return problems
 
 

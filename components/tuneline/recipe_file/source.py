@@ -130,6 +130,8 @@ def _led_home(problem: Problem, tool: str | None) -> str:
         tool: the tool that the file seems to be for; None if it is a recipe.
     """
     foreign = foreign_key(str(problem.path[-1])) if problem.is_unknown_key else None
+    if foreign is None and problem.is_unknown_key and "known keys:" in problem.text and tool:
+        return f"{dotted(problem.path)}: unknown key; a recipe has nothing like it, so leave it out"
     if foreign is None:
         return problem.text
     owner = tool if tool in foreign.tools else foreign.tools[0]

@@ -7,6 +7,10 @@ from pydantic import Field
 from tuneline.kinds import ExportKind
 from tuneline.record import Record
 
+MAX_SHARE_OF_TUNING = 0.5
+"""Distance of an export from the merged model above which it is said, as a fraction of the distance
+of the base model."""
+
 
 class MergeProof(Record):
     """How the merged model was made, and how far it differs from base model plus adapter."""
@@ -25,6 +29,9 @@ class MergeProof(Record):
     each of the base weights that were tried."""
     merged_loss: float | None = None
     """Loss of the merged model on the same rows."""
+    tuning_kl: float | None = None
+    """Mean KL divergence per token of the base model from base plus adapter, in nats: how far the
+    tuning moved the model. Null in the record of an older version."""
     dtype: str
     num_bytes: int
     num_shards: int
@@ -126,3 +133,24 @@ class QuantizedModel(Record):
     """Context length that the file was checked at, and that Ollama's files name; GGUF only."""
     num_threads: int | None = None
     """Number of CPU threads that generated when `tokens_per_second` was measured."""
+
+    def loss_of_tuning(self, merge: MergeProof) -> str:
+        """Return a warning if the export is far from the merged model, compared with the tuning.
+
+        Small bounds would hold back every export of a model that was tuned a little, and the bounds
+        of few bits are wide: an export can meet them without the adapter. The measure that fits all
+        is the distance that the tuning itself moved the model.
+
+        Args:
+            merge: record of the merged model.
+        """
+        if not self.mean_kl or not merge.tuning_kl:
+            return ""
+        share = self.mean_kl / merge.tuning_kl
+        if share <= MAX_SHARE_OF_TUNING:
+            return ""
+        return (
+            f"{self.format} is {self.mean_kl:.2g} nats per token from the merged model, and the "
+            f"tuning moved the base model by {merge.tuning_kl:.2g}: the export may have lost much "
+            "of what was learnt. Take a format with more bits"
+        )

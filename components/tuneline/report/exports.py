@@ -19,6 +19,11 @@ def exports(line: Line) -> str:
                 "Mean KL per token",
                 f"{number(merge.mean_kl)} nats (at most {number(merge.max_mean_kl)})",
             ),
+            *(
+                [("Mean KL of the base model", f"{number(merge.tuning_kl)} nats")]
+                if merge.tuning_kl is not None
+                else []
+            ),
             ("Largest logit difference", number(merge.max_logit_difference)),
             ("Same most likely token", percent(merge.top1_agreement)),
             ("Prompts compared", count(merge.num_prompts)),
@@ -51,14 +56,16 @@ def exports(line: Line) -> str:
             export.format,
             export.generated,
             "-" if export.reference is None else export.reference,
-            "; ".join(export.notes) or "-",
+            "; ".join(filter(None, [*export.notes, export.loss_of_tuning(merge)])) or "-",
         ]
         for export in line.exports
     ]
+    lost = [text for export in line.exports if (text := export.loss_of_tuning(merge))]
     headers = ["format", "size", "bits per weight", "check", "tensor types", "time"]
     return section(
         "Merge and exports",
         pair,
+        *([paragraph(". ".join(lost) + ".")] if lost else []),
         table(headers, rows, numeric=[1, 2, 5]),
         details(
             "Answers of the exports, and notes",

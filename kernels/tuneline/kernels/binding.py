@@ -48,7 +48,9 @@ def check_parts(layer: Any, spec: FamilySpec) -> None:
     attention += ["q_norm", "k_norm"] if spec.head_norms else []
     attention += ["sliding_window"] if spec.window == "layer" else []
     attention += ["attn_logit_softcapping"] if spec.softcap else []
+    attention += [] if spec.rope_flag is None else [spec.rope_flag]
     parts = [*norms, *(f"self_attn.{name}" for name in attention)]
+    parts += ["residual_multiplier"] if spec.residual_multiplier else []
     names = (*spec.gate_up, "down_proj")
     if is_routed(layer, spec):
         names = ("experts", spec.router)
@@ -118,6 +120,9 @@ def bind_layer(layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False) 
         gate_up=groups.get("gate_up"),
         down=groups.get("down"),
         routed=routed,
+        rotates=spec.rope_flag is None or bool(getattr(attention, spec.rope_flag)),
+        branch_scale=float(layer.residual_multiplier) if spec.residual_multiplier else 1.0,
+        max_positions=_max_positions(config) if spec.scaled_positions else None,
         attention=_attention(attention, spec, config),
         activation=ACTIVATIONS[activation],
         eps=first.eps if hasattr(first, "eps") else first.variance_epsilon,
@@ -178,6 +183,11 @@ def _adapter_parameters(module: Any) -> list[Any]:
     pairs = [module._modules[name] for name in ("lora_A", "lora_B") if name in module._modules]
     linears = [linear for pair in pairs for linear in pair._modules.values()]
     return [parameter for linear in linears for parameter in linear._parameters.values()]
+
+
+def _max_positions(config: Any) -> int:
+    """Return the first position at which q is scaled."""
+    return int(config.rope_parameters["original_max_position_embeddings"])
 
 
 def _routed(

@@ -344,6 +344,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     """
     engine: _Engine = decoder._tuneline_engine
     bound: dict[int, LayerWeights] = {}
+    longest = max(plan.sequence_lengths or (tokens.shape[1],))
     for index, spec in engine.specs.items():
         layer = decoder.layers[index]
         state = fingerprint(layer, spec)
@@ -355,7 +356,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
             except Unfusable as reason:
                 logger.info("layer %d runs stock: %s", index, reason)
         current = engine.bound[index][1]
-        if current is not None:
+        if current is not None and longest <= (current.max_positions or longest):
             bound[index] = current
     if not bound:
         return None

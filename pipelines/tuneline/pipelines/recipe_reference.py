@@ -27,9 +27,13 @@ HEADER = """\
 <!-- Generated from the JSON Schema of a recipe: run `make docs`, do not edit. -->
 
 A recipe is a YAML file that describes one run. This page lists every key with its type, its default
-and an example. `tuneline recipes` lists complete recipes to start from, and `tuneline schema`
-prints the JSON Schema for an editor. The option `--set` overrides a key for one run, e.g.
-`tuneline run demo --set train.max_steps=60`.
+and an example. `tuneline recipes` lists complete recipes, `tuneline recipes NAME` prints one to
+start from, and `tuneline schema` prints the JSON Schema for an editor. The option `--set` overrides
+a key for one run, e.g. `tuneline run demo --set train.max_steps=60`.
+
+The file is read as YAML 1.2: `2e-4` is a number, `off`, `on`, `yes` and `no` are words, and truth
+values are `true` and `false`. Paths are relative to the directory of the file, and those in `--set`
+and in shipped recipes to the working directory.
 """
 
 Schema = dict[str, Any]

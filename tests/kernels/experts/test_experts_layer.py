@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from expert_models import make_expert_model
+from tiny_families import save_experts
 
 from tuneline.kernels.patching import patch, unpatch
 from tuneline.models import nf4
@@ -12,13 +12,13 @@ from tuneline.models.experts.adapter import adapt_experts_in_nf4
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
-@pytest.fixture(params=["Mixtral", "Qwen3Moe"])
+@pytest.fixture(params=["Mixtral", "Qwen3-MoE"])
 def model(request, tmp_path, references):
     """Return a model in NF4 whose adapters are away from their init, with an auxiliary loss."""
     # On a CPU, bitsandbytes needs rows of a multiple of 64 weights.
     dense = {"mlp_only_layers": [0], "intermediate_size": 128}
-    settings = dense if request.param == "Qwen3Moe" else {}
-    directory = make_expert_model(
+    settings = dense if request.param == "Qwen3-MoE" else {}
+    directory = save_experts(
         request.param, tmp_path / "model", num_hidden_layers=3, router_aux_loss_coef=0.5, **settings
     )
     model = nf4.load_base(directory, dtype=torch.float32, device="cpu", quantized=True)

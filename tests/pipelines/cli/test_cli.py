@@ -140,7 +140,7 @@ def test_the_help_has_a_panel_for_each_kind_of_command(
     monkeypatch.setenv("COLUMNS", "80")
     text = CliRunner().invoke(main.app, ["--help"]).output
     assert commands_of("Recipes and local runs", text) == [
-        "run", "report", "runs", "recipes", "compile", "schema",
+        "run", "report", "runs", "compare", "recipes", "compile", "schema",
     ]  # fmt: skip
     assert commands_of("Checks", text) == ["plan", "lint", "verify"]
     assert commands_of("Runs on a cluster", text) == [

@@ -42,6 +42,8 @@ def test_a_short_demo_passes_through_every_image(tmp_path: Path) -> None:
         [sys.executable, "-m", "tuneline.pipelines.cli.main", "run", "demo", "--runner", "docker",
          "--runs-dir", str(tmp_path), *assignments],
         env={**os.environ, "COLUMNS": "200"},
+        # The shipped recipe publishes to a directory below the working directory.
+        cwd=tmp_path,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -53,7 +55,7 @@ def test_a_short_demo_passes_through_every_image(tmp_path: Path) -> None:
     found = RunSummary.read(summary.parent)
     assert found.verdict == "promote"
     assert {export.format for export in found.exports} == {"q8_0", "gptq-4bit"}
-    published = {path.name for path in (run_dir / "artifacts" / "published").iterdir()}
+    published = {path.name for path in (tmp_path / "published").iterdir()}
     assert published == {"demo", "demo-lora", "demo-gguf", "demo-gptq-4bit"}
     # Each record names the image that made it.
     made_in = {

@@ -77,6 +77,7 @@ def test_all_copies_of_one_row_are_of_one_group(tmp_path: Path) -> None:
         ("3 + 4", "3 - 4"),
         ("Take -3.", "Take 3."),
         ("3.5", "35"),
+        ("1,23", "123"),
         ("a*b", "a/b"),
         ("Is it \U0001f600", "Is it \U0001f622"),
         ("\uc624\ub298 \ube44", "\uc624\ub298 \ub208"),
@@ -84,6 +85,11 @@ def test_all_copies_of_one_row_are_of_one_group(tmp_path: Path) -> None:
 )
 def test_texts_that_mean_something_else_are_not_equal(first: str, second: str) -> None:
     assert words_of(first) != words_of(second)
+
+
+def test_grouped_digits_are_one_number() -> None:
+    assert words_of("Add 1,000 and 12,345,678, please.") == words_of("add 1000 and 12345678 please")
+    assert words_of("1,23 or 1,2345") != words_of("123 or 12345")
 
 
 def test_scripts_without_spaces_have_a_word_per_character(tmp_path: Path) -> None:

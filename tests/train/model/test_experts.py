@@ -15,8 +15,8 @@ from tiny_families import EXPERT_FAMILIES
 
 from tuneline.artifacts import TrainingSummary
 from tuneline.errors import ModelError, StoppedError
+from tuneline.models.experts import quantized_experts
 from tuneline.models.experts.adapter import adapt_experts_in_nf4
-from tuneline.models.experts.parameters import quantized_experts
 from tuneline.models.nf4 import empty_model, load_base
 from tuneline.train import TrainConfig
 from tuneline.train.config import LoraConfig

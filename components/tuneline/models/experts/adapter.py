@@ -21,7 +21,7 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.bnb import dispatch_bnb_4bit
 
 from tuneline.kernels.experts.stack import LoraPair
-from tuneline.models.experts.parameters import expert_modules
+from tuneline.models.experts.stacks import expert_modules
 
 
 class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]

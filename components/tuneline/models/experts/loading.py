@@ -15,7 +15,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from tuneline.models.experts.forward import IMPLEMENTATION
-from tuneline.models.experts.parameters import (
+from tuneline.models.experts.stacks import (
     buffer_shapes,
     expert_modules,
     quantize_stack,

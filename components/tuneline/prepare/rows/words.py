@@ -30,6 +30,8 @@ _IGNORED = "".join(
 )
 # A word is a run of letters and digits, a minus sign before a number, or one symbol.
 _WORD = re.compile(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+|-(?=\d)|[^\w\s{_IGNORED}]")
+# A comma between groups of three digits; the literal comma comes first, which is searched fast.
+_GROUPING = re.compile(r",(?<=\d,)(?=\d{3}(?!\d))")
 _ASCII_WORD = re.compile(r"\w+|-(?=\d)|[$+<=>^`|~%&*/@#\\]")
 
 
@@ -37,8 +39,10 @@ def words_of(text: str) -> list[str]:
     """Return the words of a text; texts that differ in case or white space have equal words.
 
     White space, punctuation and invisible characters separate words. Symbols (+, %, emoji) are
-    words, because an answer may consist of one.
+    words, because an answer may consist of one. 1,000 is the same word as 1000.
     """
+    if "," in text:
+        text = _GROUPING.sub("", text)
     if text.isascii():
         return _ASCII_WORD.findall(text.casefold())
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())

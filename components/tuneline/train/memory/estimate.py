@@ -31,7 +31,7 @@ from tuneline.kernels.limits import (
     MLP_CHUNK_TOKENS,
     STASH_MIN_TOKENS,
 )
-from tuneline.models.nf4 import BLOCKSIZE
+from tuneline.models.nf4_layout import BLOCKSIZE
 from tuneline.train.config import TrainConfig
 
 GIB = 2**30

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from tuneline.kernels.spec import family_spec
-from tuneline.models.experts.parameters import Stack, quantized_experts
+from tuneline.models.experts.stacks import Stack, quantized_experts
 from tuneline.models.nf4 import empty_model, quantized_modules
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.estimate import EXPERT_COUNTS, TOP_K, Experts, Shape

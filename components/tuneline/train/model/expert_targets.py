@@ -6,8 +6,8 @@ import peft
 from peft.tuners.lora.layer import ParamWrapper
 
 from tuneline.errors import ModelError, TrainingError
+from tuneline.models.experts import quantized_experts
 from tuneline.models.experts.adapter import adapt_experts_in_nf4
-from tuneline.models.experts.parameters import quantized_experts
 from tuneline.train.config import LoraConfig
 
 

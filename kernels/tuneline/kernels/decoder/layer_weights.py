@@ -59,6 +59,12 @@ class LayerWeights:
     k_norm: Tensor | None = None
     after_attention_norm: Tensor | None = None
     after_mlp_norm: Tensor | None = None
+    rotates: bool = True
+    """Whether q and k are rotated; some layers of SmolLM3 have no positions."""
+    branch_scale: float = 1.0
+    """Multiplies what each half adds to the residual stream (Granite)."""
+    max_positions: int | None = None
+    """Longest sequence that the fused layer computes; a longer one needs the stock layer."""
     routed: RoutedMlp | None = None
     """The experts, or None if the MLP is dense."""
 

@@ -73,7 +73,9 @@ def mlp_forward(
         down_operands.write_lora_columns(h_TKP)
         down_input_TP[rows] = h_TKP[:, down.num_in :]
         residual_nC = None if sandwich else x2_TC[rows]
-        down_operands.forward(h_TKP, residual_TN=residual_nC, out=y_TC[rows])
+        down_operands.forward(
+            h_TKP, residual_TN=residual_nC, scale=weights.branch_scale, out=y_TC[rows]
+        )
     normed = None if normed_TKP is None else (normed_TKP, torch.cat(rstds))
     if weights.after_mlp_norm is None:
         return y_TC, gate_up_TF, down_input_TP, None, normed
@@ -113,6 +115,8 @@ def mlp_backward(
     if weights.after_mlp_norm is not None:
         assert d_TC is not None
         dd_TC, dy_TCP = normed_gradient(dy_TC, d_TC, weights.after_mlp_norm, weights), None
+    if weights.branch_scale != 1:
+        dd_TC, dy_TCP = dd_TC * weights.branch_scale, None
     gate_up_operands, down_operands = group_operands(gate_up, x2_TC), group_operands(down, x2_TC)
     gate_up_grads, down_grads = LoraGradients(gate_up), LoraGradients(down)
     dx2_TCP = x2_TC.new_empty(num_tokens, num_hidden + weights.o.num_columns)
