@@ -13,7 +13,8 @@ from tiny_families import save_experts
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from tuneline.artifacts import EVAL_FILE, TRAIN_FILE, DatasetManifest
-from tuneline.record import hash_files, sealed_json
+from tuneline.record import hash_files
+from tuneline.seals import sealed_json
 
 
 @pytest.fixture(autouse=True)
