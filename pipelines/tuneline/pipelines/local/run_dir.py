@@ -164,7 +164,8 @@ class LocalRun:
         if any(step.step in ("report", "publish") for step in self.steps()):
             ran.add("publish")
         waited = dict(LINE)
-        needed, queue = set(), list(ran)
+        needed: set[str] = set()
+        queue = list(ran)
         while queue:
             before = [name for name in waited.get(queue.pop(), ()) if name not in needed]
             needed |= set(before)
