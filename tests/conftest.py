@@ -89,7 +89,8 @@ def tiny_model_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tuneline.record import hash_files, sealed_json
+    from tuneline.record import hash_files
+    from tuneline.seals import sealed_json
 
     path = tmp_path_factory.mktemp("tiny") / "model"
     shutil.copytree(smollm2_dir, path, ignore=shutil.ignore_patterns("*.safetensors*"))

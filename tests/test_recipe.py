@@ -24,10 +24,7 @@ def write(tmp_path: Path, **changes: object) -> Path:
 def test_the_guides_values_are_the_defaults(tmp_path: Path) -> None:
     train = load_recipe(write(tmp_path)).train
     assert (train.lora.r, train.lora.lora_alpha, train.lora.lora_dropout) == (16, 16, 0.0)
-    assert set(train.lora.target_modules) == {
-        *("q_proj", "k_proj", "v_proj", "o_proj"),
-        *("gate_proj", "up_proj", "down_proj"),
-    }
+    assert train.lora.target_modules == "auto"
     assert (train.learning_rate, train.lr_scheduler_type, train.warmup_steps) == (2e-4, "cosine", 5)
     assert (train.optim, train.max_grad_norm, train.weight_decay) == ("adamw_8bit", 0.3, 0.01)
     assert train.seed == 3407

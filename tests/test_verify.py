@@ -20,9 +20,11 @@ from tuneline.artifacts import (
     TrainingSummary,
 )
 from tuneline.errors import DataError, ProofError, WorldError
+from tuneline.html.page import render_page
 from tuneline.merge import MergeConfig
-from tuneline.record import Record, broken_seal, hash_files, sealed_json
+from tuneline.record import Record, hash_files, sha256_of_file
 from tuneline.runtime.environment import describe_environment
+from tuneline.seals import broken_seal, seal_page, sealed_json
 from tuneline.train import TrainConfig
 from tuneline.verify import verify
 
@@ -236,3 +238,49 @@ def test_from_the_command_line(run_dir: Path) -> None:
     changed = subprocess.run(command, capture_output=True, text=True)
     assert changed.returncode == 1
     assert "differs: merged (2 files)\n  model.safetensors was changed" in changed.stdout
+
+
+def test_one_changed_byte_of_a_page_is_found(run_dir: Path) -> None:
+    """Wherever the byte is, in the hash too."""
+    whole = render_page("Demo", ["<p>text</p>"]).encode()
+    path = run_dir / "curves"
+    path.write_bytes(whole)
+    assert "curves" not in differences(run_dir)
+    places = {*range(0, len(whole), 499), *range(len(whole) - 120, len(whole))}
+    for place in sorted(places):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        (found,) = differences(run_dir)["curves"]
+        assert "changed" in found or "does not end with the hash" in found
+
+
+def test_a_page_that_was_cut_is_found(run_dir: Path) -> None:
+    whole = render_page("Demo", ["<p>text</p>"])
+    (run_dir / "page").write_text(whole[: whole.index("</main>")])
+    (found,) = differences(run_dir)["page"]
+    assert found.startswith("does not end with the hash of its text")
+
+
+def test_changed_markdown_and_figures_are_found(run_dir: Path) -> None:
+    text = seal_page("| task | verdict |\n|---|---|\n| a | hold |\n")
+    (run_dir / "summary").write_text(text.replace("hold", "promote"))
+    (run_dir / "metrics").write_text(sealed_json({"loss": 0.5}).replace("0.5", "0.4"))
+    found = differences(run_dir)
+    assert found["summary"][0].startswith("was changed after it was written")
+    assert found["metrics"][0].startswith("was changed after it was written")
+    (run_dir / "summary").write_text(text)
+    (run_dir / "metrics").write_text(sealed_json({"loss": 0.5}))
+    assert differences(run_dir) == {"merged": [], "q8_0": []}
+
+
+def test_changed_questions_are_found(
+    run_dir: Path, new_dataset: Callable[..., DatasetManifest]
+) -> None:
+    questions = run_dir / "questions"
+    questions.write_text('{"text": "1 + 1"}\n')
+    (run_dir / "dataset").mkdir()
+    new_dataset(sha256="2" * 64, benchmarks_sha256=sha256_of_file(questions)).write(
+        run_dir / "dataset"
+    )
+    assert "questions" not in differences(run_dir)
+    questions.write_text('{"text": "1 + 2"}\n')
+    assert differences(run_dir)["questions"] == ["differs from what prepare searched for"]

@@ -18,8 +18,9 @@ and publish takes them for what it does not upload, because KFP downloads every 
     merged       merge.json        config.json, *.safetensors, tokenizer files
     importance   importance.json   importance.gguf, for llama.cpp's quantisers
     quantized    quantized.json    one .gguf file and its Modelfile, or a GPTQ checkpoint
-    scores       scores.json       samples/<task>.jsonl, generations.jsonl
-    decision     decision.json
+    scores       scores.json       samples/<task>.jsonl, prompted/<task>.jsonl,
+                                    generations.jsonl
+    decision     decision.json     evaluated.json, for the next run to the same target
     summary      summary.json
     published    published.json
 """
@@ -41,8 +42,20 @@ from tuneline.dataset_record import DatasetSource as DatasetSource
 from tuneline.dataset_record import LengthStatistics as LengthStatistics
 from tuneline.dataset_record import Method as Method
 from tuneline.errors import OutputExistsError, WorldError
-from tuneline.kinds import EXPORT_KINDS, KINDS, ExportKind, RepoKind
-from tuneline.record import Ancestor, Record
+from tuneline.kinds import EXPORT_KINDS
+from tuneline.record import BASE_MODEL, Ancestor, Record
+from tuneline.records.exports import ImportanceMatrix as ImportanceMatrix
+from tuneline.records.exports import MergeProof as MergeProof
+from tuneline.records.exports import QuantizedModel as QuantizedModel
+from tuneline.records.published import Published as Published
+from tuneline.records.published import PublishedRepo as PublishedRepo
+from tuneline.records.published import RunSummary as RunSummary
+from tuneline.records.scores import ComparisonRole as ComparisonRole
+from tuneline.records.scores import Decision as Decision
+from tuneline.records.scores import Scores as Scores
+from tuneline.records.scores import TaskComparison as TaskComparison
+from tuneline.records.scores import TaskScore as TaskScore
+from tuneline.records.scores import Verdict as Verdict
 from tuneline.strict_model import StrictModel
 
 TRAIN_FILE = "train.parquet"
@@ -60,6 +73,8 @@ OLLAMA_PARAMS = "params"
 # In every published repository: what the repository was made from, and the hashes of its files.
 PUBLISHED_BUNDLE = "tuneline.json"
 SAMPLES_DIR = "samples"
+# Scores of the samples with training rows in the prompt; in the scores of the base model.
+PROMPTED_DIR = "prompted"
 GENERATIONS_FILE = "generations.jsonl"
 # A task in every evaluation with held-out rows: how much likelier an answer is after its own prompt
 # than after the prompt of another row.
@@ -86,11 +101,6 @@ COLUMNS: dict[Method, tuple[str, ...]] = {
 PREFERENCE_METHODS = frozenset({"dpo", "kto"})
 """Methods that compare the likelihood of whole answers with that under the base model. Their
 examples are padded, not packed."""
-Verdict = Literal["promote", "hold"]
-ComparisonRole = Literal["target", "guard", "member", "control"]
-"""What a comparison decides. A target has to improve, a guard must not get worse, a member is part
-of a group that is compared as a whole and decides nothing, and a control shows whether the tuned
-model still reads its prompts."""
 
 
 class RunHeader(StrictModel):
@@ -135,7 +145,7 @@ class ModelOrigin(Record):
     """Where a base model came from."""
 
     filename: ClassVar[str] = "origin.json"
-    role: ClassVar[str] = "base_model"
+    role: ClassVar[str] = BASE_MODEL
 
     source: str
     """The source as the recipe names it: a Hub ID, a directory, a GGUF file or builtin:NAME."""
@@ -152,6 +162,21 @@ class ModelOrigin(Record):
     """SHA-256 over the names and contents of the weight files."""
     runs_own_code: bool = False
     """Whether loading runs code of the source (trust_remote_code), which the recipe must allow."""
+    quantization: str | None = None
+    """How the source's weights are quantised, e.g. "bitsandbytes nf4" or "fp8"; null: they are not.
+    """
+    dequantized: bool = False
+    """Whether fetch converted quantised weights to bfloat16. Otherwise training uses them as they
+    are."""
+
+    @property
+    def stored_as(self) -> str:
+        """What was done with quantised weights, for readers; "" if they are not quantised."""
+        if self.quantization is None:
+            return ""
+        if self.dequantized:
+            return f"{self.quantization}, converted to bfloat16 before training"
+        return f"{self.quantization}, trained on as it is"
 
     def as_ancestor(self) -> Ancestor:
         """Return the entry with the revision and the hash of the weights instead of all files."""
@@ -191,7 +216,11 @@ class TrainingSummary(Record):
     """Evaluation loss of the saved adapter."""
     num_trainable_parameters: int
     num_parameters: int
-    base_quantization: Literal["nf4", "none"]
+    base_quantization: Literal["nf4", "fp4", "none"]
+    """Number format of the base weights during training; fp4: the base model's files hold it."""
+    quantized_fraction: float | None = None
+    """Fraction of the base model's parameters that training held in 4 bits; null in a record of an
+    older version."""
     compute_dtype: str
     kernels: str = "off"
     """A sentence that says which operations ran in tuneline's kernels."""
@@ -235,271 +264,6 @@ class TrainingSummary(Record):
     of the GPU, its driver or the connection between ranks."""
     base_sha256: str
     dataset_sha256: str
-
-
-class MergeProof(Record):
-    """How the merged model was made, and how far it differs from base model plus adapter."""
-
-    filename: ClassVar[str] = "merge.json"
-    role: ClassVar[str] = "merged"
-    required_ancestors: ClassVar[tuple[str, ...]] = ("base_model", "dataset", "adapter")
-
-    base: Literal["dequantized", "original"]
-    """Base weights that the adapter was added to: "dequantized" are the 4-bit weights that training
-    used, converted back; "original" are the weights of the base model."""
-    base_asked: Literal["dequantized", "original", "auto"] | None = None
-    """Setting of the recipe; auto chooses the base weights with the lower loss."""
-    base_losses: dict[str, float] = Field(default_factory=dict)
-    """Loss of base model plus adapter on the answers of the compared rows, in nats per token, for
-    each of the base weights that were tried."""
-    merged_loss: float | None = None
-    """Loss of the merged model on the same rows."""
-    dtype: str
-    num_bytes: int
-    num_shards: int
-    num_merged_modules: int
-    num_prompts: int
-    max_logit_difference: float
-    """Largest absolute difference of a logit between base model plus adapter and merged model."""
-    mean_kl: float
-    """Mean KL divergence per token of the merged model from base model plus adapter, in nats."""
-    top1_agreement: float
-    """Fraction of positions at which both have the same most likely token, 0 to 1."""
-    max_mean_kl: float
-    """Highest `mean_kl` that was allowed."""
-    min_top1_agreement: float | None = None
-    """Lowest `top1_agreement` that was allowed."""
-    trained_answer: str | None = None
-    """Greedy answer of base model plus adapter to the first prompt."""
-    merged_answer: str | None = None
-    """Greedy answer of the merged model to the same prompt."""
-
-
-class ImportanceMatrix(Record):
-    """An importance matrix: statistics of the inputs of each weight, measured on training rows."""
-
-    filename: ClassVar[str] = "importance.json"
-    role: ClassVar[str] = "importance"
-    required_ancestors: ClassVar[tuple[str, ...]] = ("dataset", "merged")
-
-    file: str
-    """Name of the file with the matrix, in the format that llama-imatrix writes."""
-    num_rows: int
-    num_tokens: int
-    num_tensors: int
-
-
-class QuantizedModel(Record):
-    """One export of the merged model."""
-
-    filename: ClassVar[str] = "quantized.json"
-    role: ClassVar[str] = "export"
-    required_ancestors: ClassVar[tuple[str, ...]] = ("merged",)
-
-    format: str
-    """Format of the export, a key of `quantize.formats.FORMATS`."""
-    kind: ExportKind
-    file: str
-    """Name of the .gguf file in the directory; "." if the whole directory is a checkpoint."""
-    num_bytes: int
-    bits_per_weight: float
-    group_size: int | None = None
-    """Number of weights that share a scale; GPTQ only."""
-    vllm_has_kernel: bool | None = None
-    """Whether vLLM has a kernel for the export's bits per weight and group size; GPTQ only."""
-    num_importance_rows: int = 0
-    """Number of training rows that the importance matrix was measured on; 0 if no matrix was used.
-    GGUF only."""
-    tensor_types: dict[str, int] = Field(default_factory=dict)
-    """Number of tensors of each type."""
-    notes: list[str] = Field(default_factory=list)
-    """Remarks for the user, e.g. that some tensors have another type than the format's."""
-    prompt: str
-    """Prompt of the check that the export loads and generates."""
-    generated: str
-    """Greedy answer of the export to `prompt`."""
-    reference: str | None = None
-    """Greedy answer of the merged model to `prompt`; null if the merged model was not run."""
-    mean_kl: float | None = None
-    """Mean KL divergence per token of the export from the merged model, in nats, over `num_prompts`
-    rows."""
-    max_mean_kl: float | None = None
-    """Highest `mean_kl` that was allowed."""
-    top1_agreement: float | None = None
-    """Fraction of positions at which the export and the merged model have the same most likely
-    token, 0 to 1."""
-    min_top1_agreement: float | None = None
-    """Lowest `top1_agreement` that was allowed."""
-    perplexity: float | None = None
-    """Perplexity of the export on the answers of the `num_prompts` rows."""
-    reference_perplexity: float | None = None
-    """Perplexity of the merged model on the same answers."""
-    num_prompts: int = 0
-    """Number of rows compared. These are held-out rows if the dataset has any."""
-    benchmark: str | None = None
-    """Name of the evaluation task that the export was scored on."""
-    benchmark_score: float | None = None
-    """Fraction of correct answers on `num_benchmark_rows` held-out rows, 0 to 1."""
-    reference_benchmark_score: float | None = None
-    """Fraction of correct answers of the merged model on the same rows."""
-    num_benchmark_rows: int = 0
-    num_tokenizer_texts: int | None = None
-    """Number of texts that llama.cpp and the merged model's tokenizer split alike; GGUF only."""
-    num_conversations: int | None = None
-    """Number of conversations that both chat templates render alike; GGUF only."""
-    stop_tokens: list[str] = Field(default_factory=list)
-    """Tokens that end an answer, in the export and in the merged model."""
-    tokens_per_second: float | None = None
-    """Generation speed on a CPU, for one sequence."""
-    num_context: int | None = None
-    """Context length that the file was checked at, and that Ollama's files name; GGUF only."""
-    num_threads: int | None = None
-    """Number of CPU threads that generated when `tokens_per_second` was measured."""
-
-
-class TaskScore(StrictModel):
-    """One metric of one task."""
-
-    metric: str
-    higher_is_better: bool
-    value: float
-    stderr: float | None = None
-    num_samples: int
-
-
-class Scores(Record):
-    """Results of the evaluation of one model."""
-
-    filename: ClassVar[str] = "scores.json"
-    role: ClassVar[str] = "scores"
-
-    model: str
-    """Which model was evaluated: base, tuned or the format of an export."""
-    tasks: dict[str, TaskScore]
-    """Scores by task name. samples/<task>.jsonl holds the scores of the samples as rows {"id": str,
-    "score": float}, with "weight": int in addition if the score is a ratio, and "cluster": str if
-    the sample depends on others, with the same question or passage. The `value` of a task is the
-    weighted mean of the scores."""
-    groups: dict[str, list[str]] = Field(default_factory=dict)
-    """Names in evaluate.tasks that stand for several tasks (kobest, mmlu), with these tasks."""
-    harness: str
-    """Name and version of the evaluation program."""
-
-    def missing_ancestors(self) -> list[str]:
-        """Return the artifacts that the lineage should name: the data, and the model."""
-        model = {"base": ModelOrigin.role, "tuned": MergeProof.role}
-        names = (DatasetManifest.role, model.get(self.model, QuantizedModel.role))
-        return [name for name in names if name not in self.made_from]
-
-    def called(self) -> str:
-        """Return "base_scores" or "tuned_scores", because a decision is made from both."""
-        return f"{self.model}_scores"
-
-
-class TaskComparison(StrictModel):
-    """Comparison of the tuned and the base model on the same samples of one task."""
-
-    task: str
-    metric: str
-    higher_is_better: bool
-    base: float
-    tuned: float
-    difference: float
-    """Mean over the samples of tuned minus base score; negated if lower scores are better, so that
-    a positive difference is an improvement."""
-    interval: tuple[float, float]
-    """95 % interval of the difference; `tuneline.gate.estimate` computes it."""
-    lower: float
-    """Bound above which the true difference lies with a probability of 95 %."""
-    num_samples: int
-    num_clusters: int
-    """Number of clusters: samples with the same question or passage count as one."""
-    effective_samples: float
-    """Number of independent samples of equal weight that would determine the mean as well."""
-    num_changed: int | None = None
-    """Clusters with an answer that only one of the models got right; null for other scores than 0
-    and 1."""
-    outcome: Literal["better", "worse", "undecided"]
-    role: ComparisonRole
-
-
-class Decision(Record):
-    """Verdict on publishing the tuned model, with its reason and the comparisons.
-
-    `tuneline.verdict` computes verdict and reason from the comparisons and from the settings.
-    """
-
-    filename: ClassVar[str] = "decision.json"
-    role: ClassVar[str] = "decision"
-    required_ancestors: ClassVar[tuple[str, ...]] = ("base_scores", "tuned_scores")
-
-    verdict: Verdict
-    reason: str
-    comparisons: list[TaskComparison]
-
-
-class PublishedRepo(StrictModel):
-    """One repository that was published."""
-
-    repo: str
-    """Hub ID, or a path below the target directory."""
-    kind: RepoKind
-    url: str
-    commit: str | None = None
-    """Hub commit that holds exactly the published files; null for a directory target."""
-    tag: str | None = None
-    """Tag of the commit: v1, v2, and so on."""
-    private: bool | None = None
-    """Whether the repository is private now; null for a directory target."""
-    num_files: int
-    num_bytes: int
-
-
-class Published(Record):
-    """What was published, and where."""
-
-    filename: ClassVar[str] = "published.json"
-    role: ClassVar[str] = "published"
-    required_ancestors: ClassVar[tuple[str, ...]] = ("merged", "decision")
-
-    target: str
-    private: bool
-    """Whether all repositories are private; true for a directory."""
-    repos: list[PublishedRepo]
-    left_out: list[str] = Field(default_factory=list)
-    """Files of the artifacts that are not published, because their names are not those of a model's
-    files."""
-
-    def metadata(self) -> dict[str, str]:
-        """Return the URL, commit and tag of each repository, for an artifact's metadata."""
-        metadata = {}
-        for repo in self.repos:
-            key: str = repo.kind
-            if KINDS[repo.kind].has_repo_per_format:
-                # The repository's name ends in its format, and a format starts with its kind.
-                key = f"{repo.kind}-{repo.repo.rpartition(f'{repo.kind}-')[2]}"
-            metadata[key] = repo.url
-            if repo.commit:
-                metadata[f"{key}_revision"] = repo.commit
-            if repo.tag:
-                metadata[f"{key}_tag"] = repo.tag
-        return metadata
-
-
-class RunSummary(Record):
-    """Result of a run, for tables and scripts."""
-
-    filename: ClassVar[str] = "summary.json"
-    role: ClassVar[str] = "summary"
-
-    recipe: str
-    """Name of the recipe."""
-    verdict: Verdict
-    reason: str
-    comparisons: list[TaskComparison]
-    exports: list[QuantizedModel]
-    differs_from_recipe: list[str] = Field(default_factory=list)
-    """The values that the run had instead of its recipe's."""
 
 
 @contextlib.contextmanager

@@ -35,6 +35,24 @@ def load_yaml(text: str, *, where: str = "the document") -> Any:
         loader.dispose()
 
 
+def check_yaml(text: str, *, where: str = "the document") -> None:
+    """Check the bounds of a YAML document that another library will read, with any tags.
+
+    Args:
+        text: the document.
+        where: its name, for messages.
+
+    Raises:
+        DataError: the document exceeds a bound.
+        yaml.YAMLError: the text is not YAML.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        compose(loader, text, where=where)
+    finally:
+        loader.dispose()
+
+
 def compose(loader: yaml.SafeLoader, text: str, *, where: str) -> yaml.Node | None:
     """Return the node of the only document of `text`, within bounds; None if there is none.
 

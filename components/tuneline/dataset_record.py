@@ -117,6 +117,8 @@ class DatasetManifest(Record):
     """Number of usable rows that prepare.max_rows left out."""
     contamination: dict[str, Contamination] = Field(default_factory=dict)
     """Questions found in the training rows, by benchmark: "heldout" or a task of evaluate.tasks."""
+    benchmarks_sha256: str | None = None
+    """SHA-256 of the file with the questions of the benchmarks; null if there was none."""
     end_of_turn: str = ""
     """Text that the template puts after an answer, e.g. <|im_end|>; generation stops there."""
     template_date: str | None = None

@@ -2,10 +2,8 @@
 
 import datetime
 import hashlib
-import json
-import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,11 +11,12 @@ from pydantic import Field
 
 from tuneline.errors import ProofError, WorldError
 from tuneline.runtime.environment import describe_environment
+from tuneline.seals import broken_seal, is_sealed, seal
 from tuneline.strict_model import StrictModel
 from tuneline.version import VERSION
 
-_SEAL = re.compile(r'^(  "record_sha256": ")([0-9a-f]*)(",?)$', re.MULTILINE)
-"""The line of a record, indented by two spaces, that holds the SHA-256 of the whole text."""
+BASE_MODEL = "base_model"
+"""Key of the base model in the `made_from` of artifacts derived from it."""
 
 
 class Ancestor(StrictModel):
@@ -193,43 +192,6 @@ class Record(StrictModel):
         """Return the path of the record: in a directory, or the file itself."""
         path = Path(source)
         return path if path.is_file() else path / cls.filename
-
-
-def seal(text: str) -> str:
-    """Return the text of a JSON document with the SHA-256 of the text in its `record_sha256`.
-
-    The document is indented by two spaces and has the key `record_sha256` with an empty value.
-    """
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return _SEAL.sub(rf"\g<1>{digest}\g<3>", text, count=1)
-
-
-def sealed_json(document: Mapping[str, Any]) -> str:
-    """Return a document as JSON with the SHA-256 of the text in its `record_sha256`."""
-    return seal(json.dumps({**document, "record_sha256": ""}, indent=2) + "\n")
-
-
-def is_sealed(text: str) -> bool:
-    """Return whether a document states its own SHA-256, as `seal` writes it."""
-    found = _SEAL.search(text)
-    return found is not None and found[2] != ""
-
-
-def broken_seal(text: str) -> str:
-    """Return how a document differs from the one that `seal` made, as the end of a sentence.
-
-    The result is empty if the document is unchanged, byte by byte.
-    """
-    found = _SEAL.search(text)
-    if found is None or not found[2]:
-        return "has no hash of its own fields, which every record of this version has"
-    actual = hashlib.sha256((text[: found.start(2)] + text[found.end(2) :]).encode()).hexdigest()
-    if actual == found[2]:
-        return ""
-    return (
-        f"was changed after it was written: the SHA-256 of its fields is {actual[:12]}, but it "
-        f"states {found[2][:12]}"
-    )
 
 
 def hash_files(directory: str | Path, *, leave_out: set[str]) -> dict[str, str]:

@@ -61,6 +61,12 @@ STEPS: dict[str, Step] = {
         cpu=("1", "4"), memory=("1Gi", "4Gi"), timeout_hours=2,
         hub=True, scratch=False, num_retries=3,
     ),
+    # Runs beside the other look-ups, long before the gate, which takes its output.
+    "look-up-published": Step(
+        image="publish", module="tuneline.publish.earlier", stage="fetch",
+        cpu=("500m", "1"), memory=("512Mi", "1Gi"), timeout_hours=1,
+        hub=True, scratch=False, num_retries=3,
+    ),
     "fetch": Step(
         image="train", module="tuneline.fetch.run", stage="fetch",
         cpu=("1", "4"), memory=("4Gi", "16Gi"), timeout_hours=6, hub=True, num_retries=3,
@@ -68,6 +74,11 @@ STEPS: dict[str, Step] = {
     "prepare": Step(
         image="train", module="tuneline.prepare.run", stage="prepare",
         cpu=("2", "8"), memory=("4Gi", "16Gi"), timeout_hours=12, hub=True, num_retries=2,
+    ),
+    # Needs no GPU, and finds before training what would fail an export after it.
+    "check-exports": Step(
+        image="gguf", module="tuneline.quantize.early", stage="prepare",
+        cpu=("1", "4"), memory=("2Gi", "8Gi"), timeout_hours=2, num_retries=2,
     ),
     "train": Step(
         image="train", module="tuneline.train.run", stage="train",

@@ -39,7 +39,13 @@ def training_figures(summary: TrainingSummary) -> list[Figure]:
     table: list[tuple[str, str, Any, Callable[[Any], str], str]] = [
         ("method", "Method", s.method, str, "artifact"),
         ("lora", "Adapter", lora, lambda v: f"LoRA, r={v['r']}, alpha={v['lora_alpha']}", ""),
-        ("base_quantization", "Base weights", s.base_quantization, str, "artifact"),
+        (
+            "base_quantization",
+            "Base weights",
+            s.base_quantization,
+            lambda v: _quantized(v, s.quantized_fraction),
+            "artifact",
+        ),
         ("compute_dtype", "Computed in", s.compute_dtype, str, "artifact"),
         (
             "num_trainable_parameters",
@@ -95,6 +101,10 @@ def training_figures(summary: TrainingSummary) -> list[Figure]:
         for name, label, value, text, uses in table
         if value is not None
     ]
+
+
+def _quantized(name: str, fraction: float | None) -> str:
+    return f"{name} ({percent(fraction)} of the parameters)" if fraction else name
 
 
 def _part(num_trainable: int, num_parameters: int) -> str:

@@ -10,6 +10,9 @@ Every probability below is of an error over the whole decision, whatever the num
   that lost `max_regression` on average passes with a probability of at most 5 %, and one that lost
   2 x `max_regression` on any guard with at most 2.5 %: each guard has to exclude this by itself, so
   the number of guards needs no correction.
+- The model published last: the verdict is hold if the tuned model is proven to be worse on a target
+  (the whole 95 % interval lies below 0). It is compared only if both were measured on the same
+  samples.
 - The control: the verdict is hold if the tuned model is proven to depend less on its prompts than
   the base model. Models tuned on answers that belong to other questions learn the form of answers
   only, and this is how they are found.
@@ -74,9 +77,11 @@ def decide(comparisons: Sequence[TaskComparison], rule: GateRule) -> tuple[Verdi
     targets = [item for item in comparisons if item.role == "target"]
     guards = [item for item in comparisons if item.role == "guard"]
     controls = [item for item in comparisons if item.role == "control"]
+    published = [item for item in comparisons if item.role == "published"]
     problem = (
         _first(_too_few(item) for item in [*targets, *guards])
         or _first(_no_gain(item, rule.min_gain) for item in targets)
+        or _first(_worse_than_published(item) for item in published)
         or _first(_reads_less(item) for item in controls)
         or _first(_loss(item, rule.max_regression, alone=len(guards) == 1) for item in guards)
         or _mean_loss(guards, rule.max_regression)
@@ -184,6 +189,15 @@ def _no_gain(item: TaskComparison, min_gain: float) -> str:
     if min_gain and item.interval[0] > 0:
         return f"{described(item)}: the interval includes gains below gate.min_gain ({min_gain:g})"
     return f"{described(item)}: the interval includes 0"
+
+
+def _worse_than_published(item: TaskComparison) -> str:
+    if item.interval[1] >= 0:
+        return ""
+    return (
+        f"the model published last is better: {item.task} {item.base:.3f}, but {item.tuned:.3f} "
+        f"now (95 % interval of the change [{item.interval[0]:+.3f}, {item.interval[1]:+.3f}])"
+    )
 
 
 def _reads_less(item: TaskComparison) -> str:

@@ -6,18 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuneline.artifacts import PUBLISHED_BUNDLE, RECORDS, Decision
+from tuneline.artifacts import PUBLISHED_BUNDLE, RECORDS, DatasetManifest, Decision
 from tuneline.errors import DataError, TunelineError
-from tuneline.record import Ancestor, Record, broken_seal, hash_files
+from tuneline.models.agreement import Stored, disagreements
+from tuneline.record import Ancestor, Record, hash_files, sha256_of_file
 from tuneline.runtime.environment import describe_environment
+from tuneline.seals import broken_page_seal, broken_seal, is_sealed_page
 from tuneline.verdict import wrong_verdict
 
 # Not compared: users edit model cards, and the Hub and its client add .gitattributes and .cache/.
 _NOT_HASHED = {"README.md", ".gitattributes"}
 _CACHE = ".cache/"
 
-RECORD_COPY = "record"
-"""Name of the file of an artifact that is a copy of another artifact's record."""
+SEALED_FILES = ("record", "metrics", "earlier")
+"""Names of artifacts that are one JSON file with the hash of its text: copies of the records of
+other artifacts, the figures that KFP compares, and what earlier runs measured."""
+QUESTIONS_FILE = "questions"
+"""Name of the artifact with the questions of the benchmarks; the record of the dataset has its
+hash."""
 
 Known = dict[str, list[Ancestor]]
 """Artifacts found in a directory, by their key in the `made_from` of other artifacts."""
@@ -62,14 +68,13 @@ def verify(directory: Path) -> list[Checked]:
             for name in record.missing_ancestors()
         )
         result.differences.extend(foreign_inputs(record.made_from, known))
+        ancestors = _ancestors(record, [(path.parent, other) for path, other, _ in records])
+        result.differences.extend(disagreements(Stored(record, path.parent), ancestors))
         if isinstance(record, Decision) and (wrong := wrong_verdict(record)):
             result.differences.append(wrong)
         checked.append(result)
     checked.extend(_check_bundle(path, known) for path in sorted(directory.rglob(PUBLISHED_BUNDLE)))
-    # The steps that get only the record of an artifact read this copy of it.
-    for path in sorted(directory.rglob(RECORD_COPY)):
-        if path.is_file() and (difference := broken_seal(_text(path))):
-            checked.append(Checked(path, 1, [difference], []))
+    checked.extend(_check_single_files(directory, [record for _, record, _ in records]))
     if not checked:
         names = ", ".join(record.filename for record in RECORDS)
         raise DataError(
@@ -78,6 +83,40 @@ def verify(directory: Path) -> list[Checked]:
             "downloaded repository"
         )
     return checked
+
+
+def _ancestors(record: Record, found: list[tuple[Path, Record]]) -> dict[str, Stored]:
+    """Return the artifacts that a record names as its ancestors, with the same content."""
+    return {
+        other.called(): Stored(other, directory)
+        for directory, other in found
+        if (named := record.made_from.get(other.called())) is not None
+        and named.sha256 == other.as_ancestor().sha256
+    }
+
+
+def _check_single_files(directory: Path, records: list[Record]) -> Iterator[Checked]:
+    """Check the artifacts that are a single file: pages, Markdown texts and JSON files."""
+    questions = {
+        record.benchmarks_sha256
+        for record in records
+        if isinstance(record, DatasetManifest) and record.benchmarks_sha256
+    }
+    for path in sorted(directory.rglob("*")):
+        if not path.is_file():
+            continue
+        if path.name in SEALED_FILES:
+            yield from _single_file(path, broken_seal(_text(path)))
+        elif path.name == QUESTIONS_FILE and questions:
+            known = sha256_of_file(path) in questions
+            yield from _single_file(path, "" if known else "differs from what prepare searched for")
+        elif is_sealed_page(path):
+            yield from _single_file(path, broken_page_seal(path.read_bytes()))
+
+
+def _single_file(path: Path, difference: str) -> Iterator[Checked]:
+    if difference:
+        yield Checked(path, 1, [difference], [])
 
 
 def _check_bundle(path: Path, known: Known) -> Checked:

@@ -174,7 +174,7 @@ def test_outside_a_pod_kubernetes_is_not_asked(
 ) -> None:
     world.load("probe-good")
     monkeypatch.delenv(POD_NAME_VARIABLE)
-    assert "TUNELINE\\_EVENTS was not set" in world.diagnose("SUCCEEDED").markdown
+    assert "TUNELINE_EVENTS was not set" in world.diagnose("SUCCEEDED").markdown
     assert world.kube.requests == []
 
 

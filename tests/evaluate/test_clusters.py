@@ -60,3 +60,30 @@ def test_answers_get_the_prompt_of_a_row_with_another_answer() -> None:
         "prompt 2",
     ]
     assert exchange([{"prompt": "", "target": "a"}, {"prompt": "", "target": "b"}]) == []
+
+
+def held_out(*prompts: str, **values: str) -> list[dict]:
+    return [{"prompt": prompt, "endings": [], **values} for prompt in prompts]
+
+
+def words(name: str, count: int) -> str:
+    return " ".join(f"{name}{'abcdefghij'[number // 10]}{number % 10}x" for number in range(count))
+
+
+def test_held_out_rows_about_one_passage_are_one_cluster() -> None:
+    first, other = words("seoul", 60), words("busan", 60)
+    rows = held_out(
+        f"{first} Is it large?", f"{other} Is it large?", f"Read this. {first} Where is it?"
+    )
+    one, alone, again = clusters_of(rows)
+    assert one == again is not None and alone is None
+    # The value of `cluster` takes precedence.
+    assert clusters_of([{**row, "cluster": str(n)} for n, row in enumerate(rows)]) == [None] * 3
+
+
+def test_an_instruction_that_many_rows_have_makes_no_cluster() -> None:
+    instruction = words("answer", 60)
+    rows = held_out(*(f"{instruction} {words(f'q{n}q', 30)}" for n in range(40)))
+    assert clusters_of(rows) == [None] * 40
+    # Ten questions about one passage are few enough in any dataset.
+    assert len(set(clusters_of(rows[:10]))) == 1 and clusters_of(rows[:10])[0]

@@ -404,3 +404,18 @@ def test_the_control_can_be_switched_off(tmp_path, tiny_model_dir, write_dataset
         prompt_rows=0,
     )
     assert set(result.tasks) == {"heldout_exact"}
+
+
+def test_files_that_were_changed_are_not_measured(
+    tmp_path, tiny_model_dir, write_dataset, heldout_rows
+):
+    dataset = write_dataset(heldout_rows())
+    with open(dataset / "heldout.jsonl", "a") as file:
+        file.write("\n")
+    with pytest.raises(WorldError, match="heldout.jsonl was changed after it was made"):
+        evaluate(tmp_path, tiny_model_dir, dataset, tasks=OURS)
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    write_jsonl(dataset / "heldout.jsonl", heldout_rows())
+    with pytest.raises(WorldError, match="model.safetensors is missing"):
+        evaluate(tmp_path, model, dataset, tasks=OURS)

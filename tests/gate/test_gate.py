@@ -9,6 +9,7 @@ from gate_scores import accuracies, decide
 from tuneline.artifacts import PROMPT_CONTROL, Decision
 from tuneline.errors import RecipeError, TaskError
 from tuneline.gate import GateConfig
+from tuneline.html.markdown import escape_markdown
 from tuneline.verdict import decide_again
 from tuneline.verify import verify
 
@@ -259,5 +260,12 @@ def test_verify_finds_a_verdict_that_was_changed(tmp_path: Path) -> None:
 def test_the_summary_says_what_the_record_says(tmp_path: Path) -> None:
     decision = decide(tmp_path, {"quiz": np.zeros(50)}, {"quiz": np.ones(50)})
     text = (tmp_path / "0" / "summary.md").read_text()
-    assert text.startswith(f"**promote**: {decision.reason}")
+    assert text.startswith(f"**promote**: {escape_markdown(decision.reason)}\n")
     assert "| quiz | target | acc | 0.0000 | 1.0000 | +1.0000 | [+0.8505, +1.0000] |" in text
+
+
+def test_a_name_in_the_summary_is_text_only(tmp_path: Path) -> None:
+    decide(tmp_path, {"a|b <b>*c*": np.zeros(50)}, {"a|b <b>*c*": np.ones(50)})
+    text = (tmp_path / "0" / "summary.md").read_text()
+    assert "| a\\|b \\<b\\>\\*c\\* | target | acc |" in text
+    assert "**promote**: a\\|b \\<b\\>\\*c\\* +1.000" in text

@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tuneline.html.charts import nice_ticks, thin, tick_texts
+from tuneline.html.charts import thin
 from tuneline.html.flow import Stage, place
+from tuneline.html.frame import nice_ticks, tick_texts
 from tuneline.html.page import (
     Cell,
     IntervalRow,

@@ -143,7 +143,7 @@ def theirs(args: argparse.Namespace, base: Path, dataset: Path, work: Path) -> N
             task_type="CAUSAL_LM",
             r=lora.r,
             lora_alpha=lora.lora_alpha,
-            target_modules=list(lora.target_modules),
+            target_modules="all-linear",
         ),
         callbacks=[clock],
     )

@@ -157,6 +157,9 @@ def child(engine: str, source: Path, model_dir: Path) -> None:
 
 def prepare(source: Path, model_dir: Path) -> None:
     """Run the step."""
+    from tuneline.runtime.torch_free import hide_torch
+
+    hide_torch()  # As the step's component does.
     from tuneline.prepare import PrepareConfig
     from tuneline.prepare.run import run
 

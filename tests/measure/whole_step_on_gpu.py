@@ -179,13 +179,14 @@ def bare(base: Path, dataset: Path, num_steps: int) -> None:
     from tuneline.kernels import FlatAdamW, patch
     from tuneline.models import nf4
     from tuneline.train.config import TrainConfig
-    from tuneline.train.model.adapter import keep_adapter_in_fp32, lora_config
+    from tuneline.train.model.adapter import keep_adapter_in_fp32
+    from tuneline.train.model.targets import lora_config
     from tuneline.train.rows.load import load_rows
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     recipe = TrainConfig()
     model = nf4.load_base(base, dtype=torch.bfloat16, device=device, quantized=True)
-    model = peft.get_peft_model(model, lora_config(recipe.lora)).train()
+    model = peft.get_peft_model(model, lora_config(recipe.lora, model)).train()
     keep_adapter_in_fp32(model)
     patch(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -11,15 +11,16 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tuneline.artifacts import DatasetManifest, MergeProof, ModelOrigin, TrainingSummary
 from tuneline.errors import ModelError, OutputExistsError, ProofError, RecipeError, WorldError
 from tuneline.merge import MergeConfig
-from tuneline.merge.adapter import Adapter
-from tuneline.merge.generation import stop_at_end_of_turn
+from tuneline.merge.pieces import Piece, Pieces
 from tuneline.merge.run import run
+from tuneline.models.heldout_rows import read_rows
 from tuneline.models.nf4 import load_base
+from tuneline.models.sampling import stop_at_end_of_turn
 from tuneline.record import hash_files
 from tuneline.train import TrainConfig
 from tuneline.train.run import run as train
@@ -273,12 +274,22 @@ def spoilt_update(monkeypatch):
     """Return a function that lets the update of a weight be spoilt."""
 
     def use(change):
-        right = Adapter.add_to
+        name_of = {}
+        pieces_of = Pieces.__call__
 
-        def spoilt(self, weight, module):
-            return weight.float() + change(module, right(self, weight, module) - weight.float())
+        def named(self, name):
+            for piece in pieces_of(self, name):
+                name_of[id(piece)] = name.removesuffix(".weight")
+                yield piece
 
-        monkeypatch.setattr(Adapter, "add_to", spoilt)
+        def spoilt(self):
+            base = self.base.float()
+            if self.update is None:
+                return self.base
+            return base + change(name_of[id(self)], self.update.add_to(base) - base)
+
+        monkeypatch.setattr(Pieces, "__call__", named)
+        monkeypatch.setattr(Piece, "merged", spoilt)
 
     return use
 
@@ -349,7 +360,6 @@ def test_modules_trained_in_full_take_the_bases_place(merge, tmp_path, adapter_d
     ("config", "tensors", "message"),
     [
         ({"use_dora": True}, None, "use_dora=True"),
-        ({"rank_pattern": {"q_proj": 4}}, None, "rank_pattern"),
         ({"peft_type": "IA3"}, None, "only LORA"),
         (None, {"base_model.model.model.embed_tokens.lora_embedding_A": 1}, "lora_embedding_A"),
         (None, {"base_model.model.model.embed_tokens.weight": 1}, "one matrix"),
@@ -359,7 +369,7 @@ def test_modules_trained_in_full_take_the_bases_place(merge, tmp_path, adapter_d
                 "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": 1,
                 "base_model.model.model.layers.9.mlp.up_proj.lora_B.weight": 1,
             },
-            r"no tensor model\.layers\.9\.mlp\.up_proj\.weight",
+            r"1 updates of model\.layers\.9\.mlp\.up_proj, but the base model has 0",
         ),
         (None, {"base_model.model.model.layers.0.x.lora_A.weight": 1}, "only one of lora_A"),
     ],
@@ -565,3 +575,22 @@ def test_a_loftq_adapter_belongs_on_the_dequantized_weights(
     lossy = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     target = original[f"{name}.weight"].float()
     assert (merged[f"{name}.weight"] - target).norm() < 0.9 * (lossy - target).norm()
+
+
+def test_how_far_the_tuning_moved_the_model(merge, tiny_model_dir, small_dataset_dir):
+    proof, merged = merge(base="original", dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    rows = read_rows(small_dataset_dir, 8, lambda text: tokenizer(text).input_ids)
+    tuned, base = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (merged, tiny_model_dir)
+    )
+    total, positions = 0.0, 0
+    with torch.inference_mode():
+        for row in rows:
+            ids = torch.tensor([row.ids])
+            p, q = (model(ids).logits[0].double().log_softmax(-1) for model in (tuned, base))
+            total += (p.exp() * (p - q)).sum().item()
+            positions += len(row.ids)
+    assert proof.tuning_kl == pytest.approx(total / positions, rel=1e-3)
+    assert proof.tuning_kl > 0.01

@@ -97,8 +97,14 @@ def test_the_wiring(demo: tuple[str, dict, dict]) -> None:
     found = tasks(pipeline)
     assert set(found["evaluate"]["dependentTasks"]) == {"fetch", "prepare"}
     assert set(found["evaluate-2"]["dependentTasks"]) == {"merge", "prepare"}
-    assert set(found["train"]["dependentTasks"]) == {"fetch", "prepare"}
-    assert set(found["gate"]["dependentTasks"]) == {"evaluate", "evaluate-2"}
+    assert set(found["train"]["dependentTasks"]) == {"fetch", "prepare", "check-exports"}
+    assert set(found["check-exports"]["dependentTasks"]) == {"fetch", "prepare"}
+    assert set(found["gate"]["dependentTasks"]) == {
+        "evaluate",
+        "evaluate-2",
+        "look-up-published",
+    }
+    assert found["look-up-published"]["dependentTasks"] == ["plan"]
     assert pipeline["root"]["dag"]["tasks"]["diagnose"]["triggerPolicy"]["strategy"] == (
         "ALL_UPSTREAM_TASKS_COMPLETED"
     )
@@ -147,7 +153,7 @@ def test_only_publish_gets_models_and_only_those_that_it_uploads(
         "base_scores": ("evaluate", "scores"),
         "tuned_scores": ("evaluate-2", "scores"),
     }
-    assert inputs_of(found["gate"]) == scores
+    assert inputs_of(found["gate"]) == {**scores, "earlier": ("look-up-published", "earlier")}
     assert inputs_of(found["report"]) == records | decision | scores | {
         "adapter": ("train", "record"),
         "merged": ("merge", "record"),
@@ -222,10 +228,13 @@ def test_no_reference_dangles(demo: tuple[str, dict, dict]) -> None:
                     assert output["outputArtifactKey"] in outputs
 
 
+LOOK_UPS = ("look-up-model", "look-up-data", "look-up-published")
+
+
 def test_side_effects_are_never_cached(demo: tuple[str, dict, dict]) -> None:
     _, pipeline, _ = demo
     found = tasks(pipeline)
-    for name in ("plan", "publish", "report", "diagnose", "look-up-model", "look-up-data"):
+    for name in ("plan", "publish", "report", "diagnose", *LOOK_UPS):
         assert not found[name].get("cachingOptions", {}).get("enableCache", False)
     for name in ("fetch", "prepare", "train", "merge", "evaluate", "gate"):
         assert found[name]["cachingOptions"]["enableCache"] is True

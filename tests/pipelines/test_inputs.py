@@ -120,6 +120,9 @@ def test_an_archive_is_the_same_on_the_same_day(here: Path) -> None:
         unpack("no archive", here / "none")
     with pytest.raises(DataError, match="damaged"):
         unpack(base64.b64encode(b"PK").decode(), here / "none")
+    for outside in ("../a", "/a", "b/../../a"):
+        with pytest.raises(DataError, match=r"damaged .* is not a file below the archive"):
+            unpack(pack({outside: here / "rows.jsonl"}), here / "none")
 
 
 def test_the_fingerprint_is_of_the_content_that_was_sent(here: Path) -> None:

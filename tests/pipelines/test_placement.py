@@ -19,7 +19,7 @@ from tuneline.train.trainjob.manifest import build
 from tuneline.version import VERSION
 
 GPU_STEPS = {"train", "merge", "quantize-gptq", "evaluate", "evaluate-2"}
-LOOK_UPS = {"look-up-model", "look-up-data"}
+LOOK_UPS = {"look-up-model", "look-up-data", "look-up-published"}
 HUB_STEPS = {
     *("fetch", "prepare", "collect-benchmarks", "evaluate", "evaluate-2", "publish"),
     *LOOK_UPS,

@@ -56,6 +56,23 @@ def test_rows_that_truncation_makes_equal_are_in_one_part(prepare) -> None:
     assert len({*train, *evaluation}) == 40 and not {*train} & {*evaluation}
 
 
+@pytest.mark.parametrize("num_turns", [1, 2])
+def test_a_conversation_and_its_beginning_are_in_one_part(prepare, num_turns) -> None:
+    def turns(number: int, count: int) -> list[dict]:
+        return [
+            {"role": role, "content": f"{name} {number} {turn}."}
+            for turn in range(count)
+            for role, name in (("user", "Question"), ("assistant", "Answer"))
+        ]
+
+    rows = [{"messages": turns(n // 2, 3 if n % 2 else num_turns)} for n in range(100)]
+    done = prepare(rows, **SPLIT)
+    counts = done.manifest
+    assert (counts.num_train_rows, counts.num_eval_rows, counts.num_heldout_rows) == (72, 8, 10)
+    assert counts.leaking_rows == {"beginning": 10}
+    assert "10 because one conversation is the beginning of the other" in done.page
+
+
 def pairs(count: int) -> list[dict]:
     return [
         {"prompt": f"Write {n}.", "chosen": LONG + f"good {n}", "rejected": LONG + f"bad {n}"}

@@ -7,7 +7,14 @@ from pathlib import Path
 import hub_server
 import pytest
 from publish_cases import write_again
-from small_records import new_comparison, new_export, new_merge, new_origin, new_training
+from small_records import (
+    adapter_weights,
+    new_comparison,
+    new_export,
+    new_merge,
+    new_origin,
+    new_training,
+)
 
 from tuneline.artifacts import DatasetManifest, Decision, Scores, TaskScore, TrainingPoint
 from tuneline.train.config import TrainConfig
@@ -46,7 +53,7 @@ def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path
         ],
     ).write(
         directory(
-            "adapter", adapter_model__safetensors=b"adapter weights", adapter_config__json=b"{}"
+            "adapter", adapter_model__safetensors=adapter_weights(7), adapter_config__json=b"{}"
         ),
         TrainConfig(),
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from publish_cases import REPOS, publish, recipe_of, to_hub, write_again
+from small_records import new_comparison
 
 from tuneline.artifacts import RunHeader
 from tuneline.publish.card_parts import BEGIN
@@ -164,9 +165,47 @@ def test_every_card_says_how_to_run_all_of_the_family(run_dir: Path, hub) -> Non
             compile(block, repo, "exec")
 
 
+@pytest.mark.parametrize(
+    ("dequantized", "on_the_card", "in_the_code"),
+    [
+        (False, "weights in bitsandbytes nf4, trained on as it is, licence", None),
+        (
+            True,
+            "weights in bitsandbytes nf4, converted to bfloat16 before training, licence",
+            "# Before training, the base model's weights (bitsandbytes nf4) were converted.",
+        ),
+    ],
+)
+def test_a_card_says_how_a_quantised_base_was_taken(
+    dequantized: bool, on_the_card: str, in_the_code: str | None, run_dir: Path, tmp_path: Path
+) -> None:
+    changes = {"quantization": "bitsandbytes nf4", "dequantized": dequantized}
+    write_again(run_dir, {"base": changes})
+    done = publish(run_dir, f"dir:{tmp_path}/out", "local")
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "out" / "mine-lora" / "README.md").read_text()
+    assert on_the_card in card
+    assert "quantization_config" not in card and "import torch" not in card
+    assert (in_the_code or "") in card
+
+
 def test_a_card_names_vllm_where_it_serves_the_checkpoint(run_dir: Path, tmp_path: Path) -> None:
     write_again(run_dir, {"gptq-4bit": {"vllm_has_kernel": False}})
     assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0
     card = (tmp_path / "out" / "mine-gptq-4bit" / "README.md").read_text()
     assert "vllm serve mine\n" in card and "vllm serve mine-gptq" not in card
     assert "GPTQ checkpoint, with transformers (`mine-gptq-4bit`)" in card
+
+
+def test_the_card_has_the_remarks_of_the_gate(run_dir: Path, tmp_path: Path) -> None:
+    prompted = new_comparison(role="prompted", num_examples=8)
+    changes = {
+        "remarks": ["4 models were <b>measured</b>"],
+        "comparisons": [new_comparison(), prompted],
+    }
+    write_again(run_dir, changes={"decision": changes, "merged": {"tuning_kl": 0.01}})
+    assert publish(run_dir, f"dir:{tmp_path}/out", "out").returncode == 0
+    card = (tmp_path / "out/mine/README.md").read_text()
+    assert "\n\n4 models were \\<b\\>measured\\</b\\>\n\n" in card
+    assert "| heldout_choice, base model with 8 training rows in its prompt | prompted |" in card
+    assert "q8_0 is 0.0069 nats per token from the merged model" in card

@@ -302,3 +302,24 @@ def test_hostile_text_stays_text(run_dir: Path, tmp_path: Path) -> None:
         assert "](" not in prose.replace("\\](", "") and "\n# F" not in prose
         table = parts.ours.split("## Exports")[1].split("\n\n")[1].splitlines()
         assert {line.replace("\\|", "").count("|") for line in table} == {11}
+
+
+def test_an_adapter_of_another_rank_than_recorded_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    (run_dir / "adapter/adapter_config.json").write_text('{"r": 8}')
+    write_again(run_dir)
+    done = publish(run_dir, f"dir:{tmp_path}/out", "out")
+    assert done.returncode != 0
+    assert "adapter_config.json has r 8, but training.json says" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_model_trained_again_makes_no_commit(run_dir: Path, hub) -> None:
+    """Two equal runs differ in speed and times only, which card and progress.jsonl have."""
+    assert to_hub(run_dir, hub, "one").returncode == 0
+    commits = {repo: list(hub.repos[repo]["commits"]) for repo in REPOS}
+    (run_dir / "adapter/progress.jsonl").write_text('{"step": 1, "tokens_per_second": 99}\n')
+    write_again(run_dir, changes={"adapter": {"tokens_per_second": 99.0, "seconds": 7.0}})
+    done = to_hub(run_dir, hub, "two")
+    assert done.returncode == 0, done.stderr
+    assert "me/mine holds the same model already" in done.stderr
+    assert {repo: hub.repos[repo]["commits"] for repo in REPOS} == commits

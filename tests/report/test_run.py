@@ -321,3 +321,21 @@ def test_all_that_report_reads_is_small_whatever_the_model(
         sizes[side, 0] = sum(path.stat().st_size for path in scores.rglob("*") if path.is_file())
     assert len(sizes) == 10
     assert sum(sizes.values()) < 20 << 20
+
+
+def test_the_page_has_the_remarks_of_the_gate(recipe: Recipe, run_dirs: dict) -> None:
+    decision = Path(run_dirs["decision_dir"])
+    record = Decision.read(decision)
+    prompted = record.comparisons[0].model_copy(update={"role": "prompted", "num_examples": 8})
+    record.model_copy(
+        update={
+            "remarks": ["4 models were measured <b>here</b>"],
+            "comparisons": [*record.comparisons, prompted],
+        }
+    ).write(decision)
+    summary = run(RunHeader.parse(recipe.model_dump_json()), **run_dirs)
+    assert summary.remarks == ["4 models were measured <b>here</b>"]
+    page = Path(run_dirs["page_path"]).read_text()
+    assert "4 models were measured &lt;b&gt;here&lt;/b&gt;." in page
+    assert "heldout_choice, base model with 8 training rows in its prompt" in page
+    assert "heldout_choice (prompted)" in page

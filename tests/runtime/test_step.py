@@ -9,6 +9,7 @@ import pytest
 from tuneline.artifacts import Decision, new_directory
 from tuneline.errors import DataError, OutputExistsError, WorldError
 from tuneline.runtime.step import EVENTS_VARIABLE, log_metrics, step
+from tuneline.seals import broken_seal
 
 
 def events(path: Path) -> list[dict]:
@@ -88,4 +89,6 @@ def test_metrics_are_metadata_and_a_file(tmp_path: Path) -> None:
     log_metrics(artifact, {"loss": 0.5})
     assert artifact.metadata == {"loss": 0.5}
     # A file is what KFP's local cache looks for.
-    assert json.loads((tmp_path / "metrics").read_text()) == {"loss": 0.5}
+    text = (tmp_path / "metrics").read_text()
+    assert json.loads(text)["loss"] == 0.5
+    assert broken_seal(text) == ""

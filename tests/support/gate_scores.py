@@ -44,15 +44,34 @@ def write_scores(
     settings: Evaluated | None = None,
     parent: ModelOrigin | None = None,
     harness: str = "test",
+    prompted: Tasks | None = None,
 ) -> Path:
-    (directory / "samples").mkdir(parents=True)
+    scored = {}
+    for name, measured in (("samples", tasks), ("prompted", prompted or {})):
+        (directory / name).mkdir(parents=True)
+        scored[name] = _write_samples(directory / name, measured, metric, higher)
+    parent = parent or (BASE_PARENT if label == "base" else TUNED_PARENT)
+    Scores(
+        model=label,
+        tasks=scored["samples"],
+        groups=groups or {},
+        harness=harness,
+        num_examples=8 if prompted else 0,
+        prompted=scored["prompted"],
+    ).write(directory, settings or Evaluated(), parents=[parent])
+    return directory
+
+
+def _write_samples(
+    directory: Path, tasks: Tasks, metric: str, higher: bool
+) -> dict[str, TaskScore]:
     records = {}
     for task, values in tasks.items():
         rows = [
             value if isinstance(value, dict) else {"id": f"{task}-{number}", "score": float(value)}
             for number, value in enumerate(values)
         ]
-        write_jsonl(directory / "samples" / f"{task}.jsonl", rows)
+        write_jsonl(directory / f"{task}.jsonl", rows)
         scores = [row["score"] for row in rows]
         weights = [row.get("weight", 1) for row in rows]
         records[task] = TaskScore(
@@ -61,20 +80,17 @@ def write_scores(
             value=float(np.average(np.nan_to_num(scores), weights=weights)),
             num_samples=len(rows),
         )
-    parent = parent or (BASE_PARENT if label == "base" else TUNED_PARENT)
-    Scores(model=label, tasks=records, groups=groups or {}, harness=harness).write(
-        directory, settings or Evaluated(), parents=[parent]
-    )
-    return directory
+    return records
 
 
-def gate(root: Path, **config: object) -> Decision:
+def gate(root: Path, *, earlier: Path | None = None, **config: object) -> Decision:
     """Decide on the scores in `root`."""
     return run(
         GateConfig(**config),
         base_scores_dir=root / "base",
         tuned_scores_dir=root / "tuned",
         decision_dir=root / "decision",
+        earlier_path=earlier,
         summary_path=root / "summary.md",
     )
 

@@ -3,6 +3,7 @@
 The record of a dataset is the fixture `new_dataset` of tests/conftest.py.
 """
 
+import json
 from typing import Any
 
 from tuneline.artifacts import (
@@ -43,6 +44,16 @@ def new_training(**values: Any) -> TrainingSummary:
         "dataset_sha256": "2" * 64,
     }
     return TrainingSummary(**(plain | values))
+
+
+def adapter_weights(num_modules: int) -> bytes:
+    """Return a safetensors file with the names of an adapter's tensors, which are empty."""
+    names = [
+        f"base_model.model.layers.{n}.q.lora_{m}.weight" for n in range(num_modules) for m in "AB"
+    ]
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps(dict.fromkeys(names, empty)).encode()
+    return len(header).to_bytes(8, "little") + header
 
 
 def new_merge(**values: Any) -> MergeProof:

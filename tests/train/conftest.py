@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny_families import save_experts
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from tuneline.artifacts import EVAL_FILE, TRAIN_FILE, DatasetManifest
-from tuneline.record import hash_files
+from tuneline.record import hash_files, sealed_json
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,29 @@ def answer_rows() -> list[dict]:
         num_answer = max(2, length // 3)
         rows.append({"input_ids": ids, "loss_mask": [0] * (length - num_answer) + [1] * num_answer})
     return rows
+
+
+@pytest.fixture(scope="session")
+def expert_model_dir(
+    tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Return a function that makes a random model of a family with experts, as fetch writes it."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family in made:
+            return made[family]
+        path = made[family] = tmp_path_factory.mktemp(family) / "model"
+        shutil.copytree(tiny_model_dir, path, ignore=shutil.ignore_patterns("*.safetensors*"))
+        settings = json.loads((tiny_model_dir / "config.json").read_text())
+        names = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+        save_experts(family, path, **{name: settings[name] for name in names})
+        origin = json.loads((path / "origin.json").read_text())
+        origin["files"] = hash_files(path, leave_out={"origin.json"})
+        (path / "origin.json").write_text(sealed_json(origin))
+        return path
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -20,16 +20,17 @@ from tuneline.diagnose.text import (
     attempts_table,
     events_table,
     paragraph,
-    plain,
     quote,
     remark,
 )
+from tuneline.html.markdown import escape_markdown
 from tuneline.html.units import duration
 from tuneline.runtime.causes import explain
 from tuneline.runtime.events import StepRun, failed_run, parse_events, step_runs
 from tuneline.runtime.kfp_run import read_attempts
 from tuneline.runtime.step import EVENTS_VARIABLE
 from tuneline.runtime.termination import Ending, leave
+from tuneline.seals import seal_page
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def run(
     if summary_path:
         try:
             Path(summary_path).parent.mkdir(parents=True, exist_ok=True)
-            Path(summary_path).write_text(diagnosis.markdown, encoding="utf-8")
+            Path(summary_path).write_text(seal_page(diagnosis.markdown), encoding="utf-8")
         except OSError as error:
             logger.error("cannot write the diagnosis: %s\n%s", error, diagnosis.markdown)
     if not diagnosis.succeeded:
@@ -110,14 +111,15 @@ def _on_cluster(found: ClusterRun, state: str, message: str) -> Diagnosis:
         attempts, outcome = [], conclude([], None, state)
     heading = _HEADINGS[outcome.kind]
     if outcome.kind == "failed" and outcome.step:
-        heading += f" at {plain(outcome.step)}"
+        heading += f" at {escape_markdown(outcome.step)}"
     title = "What happened" if outcome.kind in ("succeeded", "unknown") else "Why"
-    lines = [f"# {heading}", "", *paragraph(title, plain(outcome.cause))]
+    lines = [f"# {heading}", "", *paragraph(title, outcome.cause)]
     lines += paragraph("What to change", outcome.advice)
     if message and message not in outcome.cause:
         lines += quote("KFP says:", message)
     if found.deleted_jobs:
-        lines += [f"Deleted, because nobody followed it: {', '.join(found.deleted_jobs)}.", ""]
+        jobs = escape_markdown(", ".join(found.deleted_jobs))
+        lines += [f"Deleted, because nobody followed it: {jobs}.", ""]
     lines += attempts_table([attempt for attempt in attempts if not attempt.is_on_exit])
     for each in remarks:
         lines += remark(each)
@@ -178,8 +180,8 @@ def _failure(state: str, task: str, message: str, runs: list[StepRun], note: str
     name = failed.step if failed else known_task or None
     heading = f"# {_HEADINGS['cancelled' if cancelled else 'failed']}"
     if name:
-        heading += f" at {plain(name)}"
-    lines = [heading, "", *paragraph("Why", plain(cause)), *paragraph("What to change", advice)]
+        heading += f" at {escape_markdown(name)}"
+    lines = [heading, "", *paragraph("Why", cause), *paragraph("What to change", advice)]
     if message and message not in cause:
         lines += quote("KFP says:", message)
     lines += [*events_table(runs), *remark(note)]

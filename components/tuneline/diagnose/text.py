@@ -1,9 +1,9 @@
 """The explanation of a run as Markdown."""
 
-import re
 from collections.abc import Sequence
 from datetime import datetime
 
+from tuneline.html.markdown import code_block, escape_markdown
 from tuneline.html.units import duration
 from tuneline.runtime.events import StepRun
 from tuneline.runtime.kfp_run import Attempt
@@ -13,17 +13,17 @@ _STATES = {"cached": "from the cache", "skipped": "not needed", "unknown": "no p
 
 def paragraph(title: str, text: str) -> list[str]:
     """Return a paragraph with a bold title; no line if the text is empty."""
-    return [f"**{title}:** {text}", ""] if text else []
+    return [f"**{title}:** {escape_markdown(text)}", ""] if text else []
 
 
 def quote(title: str, text: str) -> list[str]:
     """Return text as it is, in a block of code."""
-    return [title, "", "```", text.strip().replace("```", "'''"), "```", ""]
+    return [title, "", code_block(text.strip()), ""]
 
 
 def remark(text: str) -> list[str]:
     """Return a remark in italics; no line if the text is empty."""
-    return [f"*{plain(text)}*", ""] if text else []
+    return [f"*{escape_markdown(text)}*", ""] if text else []
 
 
 def events_table(runs: Sequence[StepRun]) -> list[str]:
@@ -51,16 +51,14 @@ def attempts_table(attempts: Sequence[Attempt]) -> list[str]:
     return _table(("step", "status", "time"), rows)
 
 
-def plain(text: str) -> str:
-    """Return text on one line, with the characters escaped that Markdown would interpret."""
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
-
-
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     if not rows:
         return []
     lines = [f"| {' | '.join(head)} |", "| --- | --- | ---: |"]
-    lines += [f"| {' | '.join(plain(cell) for cell in row)} |" for row in rows]
+    lines += [
+        f"| {' | '.join(escape_markdown(cell) for cell in texts)} | {time} |"
+        for *texts, time in rows
+    ]
     return [*lines, ""]
 
 

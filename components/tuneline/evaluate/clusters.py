@@ -7,8 +7,9 @@ the passage gets all of its questions right. The gate resamples such clusters as
 import hashlib
 import re
 import unicodedata
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 CLUSTER = "cluster"
@@ -18,26 +19,80 @@ QUESTIONS = ("question", "prompt", "query", "problem", "goal", "input", "ctx", "
 """Keys under which lm-eval's tasks have the passage and the question of a document."""
 
 
+WINDOW = 24
+"""Words in succession that two held-out prompts have in common if they are about one passage."""
+MAX_SHARE, MAX_SHARING = 0.05, 10
+"""Words that more prompts have in common are an instruction or a system prompt: more than this
+fraction of all prompts, and more than this number."""
+_KEPT_WINDOWS = 4
+"""One window of so many is looked at, chosen by its hash; a passage has many windows."""
+
+
 def clusters_of(documents: list[dict[str, Any]]) -> list[str | None]:
     """Return the name of each document's cluster, or None for a document that is alone in its own.
 
     Documents that share a passage or a question share a cluster, in both cases after
-    normalisation. The value of `cluster`, if there is one, takes precedence over both.
+    normalisation. Held-out rows have the passage within the prompt, so prompts that have many words
+    in succession in common share a cluster too. The value of `cluster`, if there is one, takes
+    precedence over all of this.
     """
     names = list(_names(documents))
-    times = Counter(names)
-    return [name if name and times[name] > 1 else None for name in names]
+    parents = list(range(len(documents)))
+
+    def root(number: int) -> int:
+        while parents[number] != number:
+            parents[number] = number = parents[parents[number]]
+        return number
+
+    def link(numbers: Sequence[int]) -> None:
+        for number in numbers[1:]:
+            first, second = sorted((root(numbers[0]), root(number)))
+            parents[second] = first
+
+    same: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        if name:
+            same.setdefault(name, []).append(number)
+    for numbers in (*same.values(), *_about_one_passage(documents)):
+        link(numbers)
+    roots = [root(number) for number in range(len(documents))]
+    times = Counter(roots)
+    return [names[first] if times[first] > 1 else None for first in roots]
 
 
 def _names(documents: Iterable[dict[str, Any]]) -> Iterator[str | None]:
     for document in documents:
-        key = document.get(CLUSTER)
-        if isinstance(key, str | int) and str(key):
+        if key := _given(document):
             yield f"key {key}"
             continue
         texts = (document.get(key) for key in (*PASSAGES, *QUESTIONS))
         text = next((text for text in texts if isinstance(text, str) and text.strip()), None)
         yield None if text is None else hashlib.sha256(normalised(text).encode()).hexdigest()[:12]
+
+
+def _given(document: dict[str, Any]) -> str:
+    key = document.get(CLUSTER)
+    return str(key) if isinstance(key, str | int) else ""
+
+
+def _about_one_passage(documents: Sequence[dict[str, Any]]) -> Iterator[list[int]]:
+    """Yield the numbers of held-out rows whose prompts have many words in succession in common."""
+    found: dict[int, list[int]] = {}
+    num_prompts = 0
+    for number, document in enumerate(documents):
+        if "endings" not in document or _given(document):
+            continue
+        num_prompts += 1
+        words = normalised(document["prompt"]).split()
+        windows = {
+            zlib.crc32(" ".join(words[start : start + WINDOW]).encode())
+            for start in range(len(words) - WINDOW + 1)
+        }
+        for window in windows:
+            if window % _KEPT_WINDOWS == 0:
+                found.setdefault(window, []).append(number)
+    most = max(MAX_SHARING, int(num_prompts * MAX_SHARE))
+    yield from (numbers for numbers in found.values() if 1 < len(numbers) <= most)
 
 
 def normalised(text: str) -> str:

@@ -27,6 +27,11 @@ class EvaluateConfig(StrictModel):
     rows: how much likelier an answer is after its own prompt than after the prompt of another row.
     The gate holds a tuned model that depends less on its prompts than the base model. 0 switches
     the control off."""
+    num_examples: int = Field(default=8, ge=0)
+    """Training rows that the base model sees in its prompt in a second measurement on the tasks
+    over held-out rows: what prompting alone gives. The gate compares the tuned model, without
+    examples, with it; report and model card show the comparison, which decides nothing. The
+    examples have at most 1024 tokens together. 0 switches the measurement off."""
     num_generations: int = Field(default=6, ge=0)
     """Held-out prompts that each model (base and tuned) answers greedily for the report; 0 for
     none."""

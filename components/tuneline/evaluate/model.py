@@ -4,7 +4,7 @@
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError
 from tuneline.evaluate.encoding import encode_pair
+from tuneline.evaluate.examples import Tokens, without_begin
 from tuneline.models.likelihood import Pair, score_answers
 from tuneline.models.whole import load_whole
 
@@ -49,11 +50,14 @@ class TemplatedHFLM(_HFLM):
     after "assistant" would be scored as part of the answer. lm-eval also adds the BOS token. Within
     `templated()` neither happens, and the text of the prompt is used unchanged.
 
+    Within `showing(examples)`, these examples stand before each templated prompt.
+
     Within `templated()`, each prompt is computed only once for all its answers, and tasks share the
     scores of equal prompts and answers. On a CPU this takes a quarter of the time of lm-eval's way.
     """
 
     _templated = False
+    _examples: tuple[int, ...] = ()
     _cached_scores: dict[Pair, tuple[float, bool]] | None = None
 
     @contextlib.contextmanager
@@ -64,6 +68,15 @@ class TemplatedHFLM(_HFLM):
             yield
         finally:
             self._templated = False
+
+    @contextlib.contextmanager
+    def showing(self, examples: Sequence[Tokens]) -> Iterator[None]:
+        """Put examples before each templated prompt within the body of the `with` statement."""
+        self._examples = tuple(token for example in examples for token in example)
+        try:
+            yield
+        finally:
+            self._examples = ()
 
     def log_likelihoods(self, pairs: list[tuple[str, str]]) -> list[float]:
         """Return the log likelihood of each answer after its templated prompt, in nats."""
@@ -76,7 +89,11 @@ class TemplatedHFLM(_HFLM):
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if self._templated:
-            return encode_pair(self.tokenizer, context, continuation)
+            prompt, answer = encode_pair(self.tokenizer, context, continuation)
+            if self._examples:
+                begin = self.tokenizer.bos_token_id
+                prompt = [*self._examples, *without_begin(tuple(prompt), begin)]
+            return prompt, answer
         ids: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
         return ids
 

@@ -19,19 +19,22 @@ from lm_eval import evaluator
 from tuneline.artifacts import (
     GENERATIONS_FILE,
     PROMPT_CONTROL,
+    PROMPTED_DIR,
     SAMPLES_DIR,
     DatasetManifest,
     MergeProof,
     ModelOrigin,
     QuantizedModel,
     Scores,
+    TaskScore,
     new_directory,
     write_jsonl,
 )
 from tuneline.errors import TaskError
-from tuneline.evaluate import heldout, prompt_control, samples
+from tuneline.evaluate import examples, heldout, prompt_control, samples
 from tuneline.evaluate import model as models
 from tuneline.evaluate.config import EvaluateConfig
+from tuneline.evaluate.examples import Tokens
 from tuneline.evaluate.tasks_by_name import TaskFinder
 from tuneline.record import Record
 from tuneline.runtime.step import emit
@@ -55,10 +58,12 @@ def run(
         TaskError: a task is unknown, or the dataset's rows lack a field that a task needs.
         ModelError: the model or its tokenizer cannot be loaded.
         HubError: the data of a task are not in the local cache and could not be downloaded.
+        WorldError: a file of the model or of the dataset has changed since it was made.
     """
     started = time.monotonic()
     if not config.tasks:
         raise TaskError("evaluate.tasks is empty: name at least one task, e.g. heldout_exact")
+    parents = _parents(model_dir, dataset_dir)
     rows = heldout.read_rows(dataset_dir, config.tasks)
     _warn_of_ignored(config, rows)
 
@@ -73,28 +78,24 @@ def run(
         loaded = {name: finder.load(name, heldout_file, cache_dir) for name in config.tasks}
         lm = models.load(model_dir, tokenizer, batch_size=config.batch_size)
 
-        (target / SAMPLES_DIR).mkdir()
+        shown = _examples(lm, config, documents, dataset_dir) if label == "base" else []
+        ours = {name: tasks for name, tasks in loaded.items() if name in heldout.TASKS}
+        total = len(loaded) + (len(ours) if shown else 0)
         scores = {}
         for number, (name, tasks) in enumerate(loaded.items()):
-            emit("evaluate", "progress", done=number, total=len(loaded), note=name)
-            for task, task_samples in _measure(
+            emit("evaluate", "progress", done=number, total=total, note=name)
+            measured = _measure(
                 lm, tasks, config, manager=finder.manager, templated=name in heldout.TASKS
-            ):
-                metric = samples.primary_metric(task, task_samples)
-                table = samples.rows_of(task_samples, metric)
-                scores[task] = samples.score_of(
-                    table,
-                    metric=metric,
-                    higher_is_better=tasks[task].higher_is_better().get(metric, True),
-                )
-                write_jsonl(target / SAMPLES_DIR / f"{task}.jsonl", table)
-                logger.info(
-                    "%s: %s %s %.4f on %d samples",
-                    label,
-                    task,
-                    metric,
-                    scores[task].value,
-                    len(table),
+            )
+            scores |= _write_scores(measured, tasks, target / SAMPLES_DIR, label)
+        prompted = {}
+        with lm.showing(shown):
+            for number, (name, tasks) in enumerate(ours.items() if shown else ()):
+                done, extra = len(loaded) + number, f"with {len(shown)} examples"
+                emit("evaluate", "progress", done=done, total=total, note=f"{name} {extra}")
+                measured = _measure(lm, tasks, config, manager=finder.manager, templated=True)
+                prompted |= _write_scores(
+                    measured, tasks, target / PROMPTED_DIR, f"{label} {extra}"
                 )
         if any(task in heldout.TASKS for task in config.tasks) and (
             table := prompt_control.measure(
@@ -114,21 +115,77 @@ def run(
             tasks=scores,
             groups={name: sorted(tasks) for name, tasks in loaded.items() if set(tasks) != {name}},
             harness=f"lm-eval {importlib.metadata.version('lm-eval')}",
+            num_examples=len(shown) if prompted else 0,
+            prompted=prompted,
             seconds=round(time.monotonic() - started, 3),
         )
-        result.write(target, config, parents=_parents(model_dir, dataset_dir))
+        result.write(target, config, parents=parents)
     return result
 
 
+def _examples(
+    lm: Any, config: EvaluateConfig, documents: list[dict[str, Any]], dataset_dir: str
+) -> list[Tokens]:
+    """Return the training rows that the base model sees in its prompts."""
+    if not documents or not any(task in heldout.TASKS for task in config.tasks):
+        return []
+    longest = max(
+        len(lm.tokenizer.encode(document["prompt"] + answer))
+        for document in documents
+        for answer in (document["target"], *document["endings"])
+    )
+    return examples.choose(
+        dataset_dir,
+        num_examples=config.num_examples,
+        max_tokens=min(examples.MAX_TOKENS, lm.max_length - longest),
+        begin_id=lm.tokenizer.bos_token_id,
+    )
+
+
+def _write_scores(
+    measured: list[tuple[str, list[dict[str, Any]]]],
+    tasks: dict[str, Any],
+    directory: Path,
+    label: str,
+) -> dict[str, TaskScore]:
+    """Write the scores of the samples of each task, and return the scores of the tasks.
+
+    Args:
+        measured: samples of lm-eval, by task.
+        tasks: the tasks by name.
+        directory: directory for a file per task.
+        label: what was measured, for the log.
+    """
+    directory.mkdir(exist_ok=True)
+    scores = {}
+    for task, task_samples in measured:
+        metric = samples.primary_metric(task, task_samples)
+        table = samples.rows_of(task_samples, metric)
+        scores[task] = samples.score_of(
+            table,
+            metric=metric,
+            higher_is_better=tasks[task].higher_is_better().get(metric, True),
+        )
+        write_jsonl(directory / f"{task}.jsonl", table)
+        value = scores[task].value
+        logger.info("%s: %s %s %.4f on %d samples", label, task, metric, value, len(table))
+    return scores
+
+
 def _parents(model_dir: str, dataset_dir: str) -> list[Record]:
-    """Return the records of dataset and model, as far as their directories contain a record."""
+    """Return the records of dataset and model, as far as their directories contain a record.
+
+    Raises:
+        WorldError: a file has changed since the step that made it recorded its hash.
+    """
     kinds = (DatasetManifest, ModelOrigin, MergeProof, QuantizedModel)
-    return [
-        kind.read(directory)
-        for directory in (dataset_dir, model_dir)
-        for kind in kinds
-        if Path(directory, kind.filename).is_file()
-    ]
+    found = []
+    for directory in (dataset_dir, model_dir):
+        for kind in kinds:
+            if Path(directory, kind.filename).is_file():
+                found.append(record := kind.read(directory))
+                record.check_files(directory)
+    return found
 
 
 def _warn_of_ignored(config: EvaluateConfig, rows: list[dict[str, Any]]) -> None:

@@ -9,6 +9,8 @@ from typing import Literal
 from tuneline.errors import ModelError
 from tuneline.fetch import builtin, directory, gguf, hub
 from tuneline.fetch.config import FetchConfig
+from tuneline.fetch.model_card import licence_of
+from tuneline.fetch.quantised import Quantisation
 from tuneline.runtime.source_names import (
     builtin_name,
     claim_problem,
@@ -29,14 +31,17 @@ class Provenance:
     licence: str | None
     revision: str | None = None
     """Commit on the Hub; None if the model is not from the Hub."""
+    quantisation: Quantisation | None = None
+    """How the source's weights are quantised; None: they are not."""
 
 
 @dataclass(frozen=True)
 class Kind:
     """The functions for one kind of source, and which settings apply to that kind."""
 
-    take: Callable[[str, Path, FetchConfig], Provenance]
-    """Function that puts the model of a source into an empty directory."""
+    take: Callable[[str, Path, FetchConfig, str | None], Provenance]
+    """Function that puts the model of a source into an empty directory; it takes the version that
+    was looked up, if that is known."""
     fingerprint: Callable[[str, FetchConfig], str]
     """Function that returns a text that changes when the model changes."""
     has_revisions: bool = False
@@ -80,25 +85,32 @@ def path_of(source: str) -> Path:
     return Path(path_on_claim(source) if is_claim(source) else source).expanduser()
 
 
-def _take_builtin(source: str, target: Path, config: FetchConfig) -> Provenance:
+def _take_builtin(
+    source: str, target: Path, config: FetchConfig, version: str | None
+) -> Provenance:
     return Provenance(builtin.unpack(builtin_name(source) or "", target))
 
 
-def _take_directory(source: str, target: Path, config: FetchConfig) -> Provenance:
+def _take_directory(
+    source: str, target: Path, config: FetchConfig, version: str | None
+) -> Provenance:
     path = path_of(source)
-    directory.take(path, target, source=source, trusted=config.trust_remote_code is not None)
-    return Provenance(directory.licence_of(path))
+    trusted = config.trust_remote_code is not None
+    quantisation = directory.take(path, target, source=source, trusted=trusted)
+    return Provenance(licence_of(path), quantisation=quantisation)
 
 
-def _take_gguf(source: str, target: Path, config: FetchConfig) -> Provenance:
+def _take_gguf(source: str, target: Path, config: FetchConfig, version: str | None) -> Provenance:
     return Provenance(gguf.convert(path_of(source), target))
 
 
-def _take_from_hub(source: str, target: Path, config: FetchConfig) -> Provenance:
+def _take_from_hub(
+    source: str, target: Path, config: FetchConfig, version: str | None
+) -> Provenance:
     trusted = config.trust_remote_code is not None
-    snapshot = hub.download(source, revision=config.revision, with_code=trusted)
-    directory.take(snapshot.path, target, source=source, trusted=trusted)
-    return Provenance(snapshot.licence, snapshot.commit)
+    snapshot = hub.download(source, revision=config.revision, with_code=trusted, commit=version)
+    quantisation = directory.take(snapshot.path, target, source=source, trusted=trusted)
+    return Provenance(snapshot.licence, snapshot.commit, quantisation)
 
 
 def _builtin_name(source: str, config: FetchConfig) -> str:

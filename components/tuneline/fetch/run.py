@@ -8,19 +8,25 @@ from tuneline.errors import ModelError
 from tuneline.fetch import directory
 from tuneline.fetch.config import FetchConfig
 from tuneline.fetch.kinds import KINDS, kind_of
+from tuneline.fetch.trial import try_tokenizer
+from tuneline.models.linear_layers import check_layers
 from tuneline.models.tokenizer_files import append_no_token
 from tuneline.models.whole import check_names
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin:
+def run(
+    config: FetchConfig, *, source: str, base_model_dir: str, version: str | None = None
+) -> ModelOrigin:
     """Fetch the model `source` and record where it came from.
 
     Args:
         config: the `fetch` section of the recipe.
         source: a Hub ID, a directory, a .gguf file or builtin:NAME.
         base_model_dir: directory to write the model to; must be empty or not exist.
+        version: what `fingerprint` returned; of a model on the Hub, this commit is fetched. None:
+            the commit that the revision names now.
 
     Raises:
         ModelError: the source is not a model that can be tuned.
@@ -41,8 +47,9 @@ def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin
         logger.warning("trust_remote_code is ignored: %s has no code of its own", source)
 
     with new_directory(base_model_dir) as target:
-        provenance = kind.take(source, target, config)
+        provenance = kind.take(source, target, config, version)
         facts = directory.check(target, source=source, trusted=trusted)
+        try_tokenizer(target, called=source)
         if append_no_token(target):
             logger.warning(
                 "the tokenizer of %s appends an end-of-text token to each text, prompts included; "
@@ -51,9 +58,11 @@ def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin
             )
         if not facts.runs_own_code:
             check_names(target, called=source)
+            check_layers(target, called=source)
         for path in facts.weights:
             if not path.stat().st_mode & 0o044:
                 path.chmod(0o644)  # safetensors creates files with mode 0600: other pods can't read
+        quantisation = provenance.quantisation
         origin = ModelOrigin(
             source=source,
             revision=provenance.revision,
@@ -63,14 +72,17 @@ def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin
             num_bytes=sum(path.stat().st_size for path in facts.weights),
             sha256=sha256_of(facts.weights),
             runs_own_code=facts.runs_own_code,
+            quantization=quantisation.name if quantisation else None,
+            dequantized=quantisation is not None and not quantisation.is_kept,
             seconds=round(time.monotonic() - started, 3),
         )
         origin.write(target, config)
     logger.info(
-        "fetched %s: %s, %.1f M parameters, licence %s, %.1f s",
+        "fetched %s: %s, %.1f M parameters%s, licence %s, %.1f s",
         source,
         origin.architecture,
         origin.num_parameters / 1e6,
+        f", {origin.stored_as}" if origin.stored_as else "",
         provenance.licence or "unknown",
         origin.seconds,
     )

@@ -1,29 +1,63 @@
 """Compare two models on tasks and on groups of tasks."""
 
 from collections.abc import Iterator
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
-from tuneline.artifacts import PROMPT_CONTROL, ComparisonRole, Scores, TaskComparison
+from tuneline.artifacts import PROMPT_CONTROL, ComparisonRole, Scores, TaskComparison, TaskScore
 from tuneline.errors import TaskError
 from tuneline.gate.config import GateConfig
+from tuneline.gate.earlier import published_samples
 from tuneline.gate.estimate import estimate
 from tuneline.gate.reading import Evaluation, Samples
+from tuneline.records.earlier import EarlierRuns
 
 
-def comparisons_of(base: Evaluation, tuned: Evaluation, config: GateConfig) -> list[TaskComparison]:
-    """Compare the models on every task and group: first the targets, last what decides nothing.
+@dataclass(frozen=True)
+class Compared:
+    """The comparisons of a decision, and the samples of the tuned model on the targets."""
+
+    comparisons: list[TaskComparison]
+    """First the targets, last what decides nothing."""
+    targets: dict[str, tuple[TaskComparison, Samples]]
+
+
+def compare(
+    base: Evaluation, tuned: Evaluation, earlier: EarlierRuns, config: GateConfig
+) -> Compared:
+    """Compare the tuned model with the base model, and with the model published last.
+
+    Args:
+        base: scores of the base model.
+        tuned: scores of the tuned model.
+        earlier: what earlier runs measured.
+        config: the `gate` section of the recipe.
 
     Raises:
         TaskError: a target was not evaluated.
     """
-    compared = [
-        _compare(name, members, base, tuned, role=role, config=config)
-        for name, members, role in _roles(base.record, config)
-    ]
-    order: list[ComparisonRole] = ["target", "guard", "control", "member"]
-    return sorted(compared, key=lambda item: (order.index(item.role), item.task))
+    found: list[TaskComparison] = []
+    targets = {}
+    for name, members, role in _roles(base.record, config):
+        score = base.record.tasks[members[0]]
+        of_base, of_tuned = _together(base, members), _together(tuned, members)
+        item = _compare(name, score, of_base, of_tuned, role=role, config=config)
+        found.append(item)
+        if role != "target":
+            continue
+        targets[name] = (item, of_tuned)
+        if (last := published_samples(earlier, name, of_tuned)) is not None:
+            found.append(_compare(name, score, last, of_tuned, role="published", config=config))
+    for name, samples in base.prompted.items():
+        score = base.record.prompted[name]
+        item = _compare(name, score, samples, tuned.samples[name], role="prompted", config=config)
+        number = base.record.num_examples
+        found.append(item.model_copy(update={"num_examples": number}))
+    order = get_args(ComparisonRole)
+    found.sort(key=lambda item: (order.index(item.role), item.task))
+    return Compared(found, targets)
 
 
 def _roles(scores: Scores, config: GateConfig) -> Iterator[tuple[str, list[str], ComparisonRole]]:
@@ -62,25 +96,23 @@ def _roles(scores: Scores, config: GateConfig) -> Iterator[tuple[str, list[str],
 
 def _compare(
     name: str,
-    tasks: list[str],
-    base: Evaluation,
-    tuned: Evaluation,
+    score: TaskScore,
+    of_base: Samples,
+    of_tuned: Samples,
     *,
     role: ComparisonRole,
     config: GateConfig,
 ) -> TaskComparison:
-    """Compare the models on the samples of one or several tasks.
+    """Compare two models on the same samples.
 
     Args:
         name: name of the task or group.
-        tasks: the tasks whose samples count, all with the same metric.
-        base: scores of the base model.
-        tuned: scores of the tuned model.
+        score: a score of the task, for its metric.
+        of_base: samples of the model that the tuned model is compared with.
+        of_tuned: samples of the tuned model.
         role: what the comparison decides.
         config: the `gate` section of the recipe.
     """
-    of_base, of_tuned = _together(base, tasks), _together(tuned, tasks)
-    score = base.record.tasks[tasks[0]]
     sign = 1.0 if score.higher_is_better else -1.0
     differences = sign * (of_tuned.scores - of_base.scores)
     _, clusters = np.unique(of_base.clusters, return_inverse=True)

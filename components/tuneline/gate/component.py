@@ -11,6 +11,7 @@ def gate(
     config: str,
     base_scores: dsl.Input[dsl.Artifact],
     tuned_scores: dsl.Input[dsl.Artifact],
+    earlier: dsl.Input[dsl.Artifact],
     decision: dsl.Output[dsl.Artifact],
     summary: dsl.Output[dsl.Markdown],
 ) -> str:
@@ -20,6 +21,7 @@ def gate(
         config: The `gate` section of the recipe as JSON.
         base_scores: Scores of the base model.
         tuned_scores: Scores of the tuned model.
+        earlier: What earlier runs measured.
         decision: The verdict, its reason and the comparisons.
         summary: The same as Markdown.
 
@@ -36,6 +38,7 @@ def gate(
             base_scores_dir=base_scores.path,
             tuned_scores_dir=tuned_scores.path,
             decision_dir=decision.path,
+            earlier_path=earlier.path,
             summary_path=summary.path,
         )
         set_metadata(decision, verdict=record.verdict, reason=record.reason)

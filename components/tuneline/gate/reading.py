@@ -6,6 +6,7 @@ samples against the record's counts and values, and the two records against each
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tuneline.artifacts import (
+    PROMPTED_DIR,
     SAMPLES_DIR,
     DatasetManifest,
     MergeProof,
@@ -52,6 +54,8 @@ class Evaluation:
 
     record: Scores
     samples: dict[str, Samples]
+    prompted: dict[str, Samples]
+    """Samples of the base model with training rows in its prompts."""
 
 
 def read(base_dir: str | Path, tuned_dir: str | Path) -> tuple[Evaluation, Evaluation]:
@@ -69,23 +73,38 @@ def read(base_dir: str | Path, tuned_dir: str | Path) -> tuple[Evaluation, Evalu
         evaluations.append(
             Evaluation(
                 record,
-                {task: _samples(record, directory, task) for task in sorted(record.tasks)},
+                _all_samples(record.tasks, record, Path(directory, SAMPLES_DIR)),
+                _all_samples(record.prompted, record, Path(directory, PROMPTED_DIR)),
             )
         )
     base, tuned = evaluations
     for task in base.samples:
         _check_task(task, base, tuned)
+    for task, samples in base.prompted.items():
+        _check_same_samples(task, samples, tuned.samples[task])
     return base, tuned
 
 
-def _samples(record: Scores, directory: str | Path, task: str) -> Samples:
+def _all_samples(
+    scores: Mapping[str, TaskScore], record: Scores, directory: Path
+) -> dict[str, Samples]:
+    return {task: _samples(scores[task], record, directory, task) for task in sorted(scores)}
+
+
+def _samples(recorded: TaskScore, record: Scores, directory: Path, task: str) -> Samples:
     """Read the samples of one task, and check them against the record.
+
+    Args:
+        recorded: the score of the task.
+        record: the record.
+        directory: directory of the samples.
+        task: name of the task.
 
     Raises:
         TaskError: samples are missing, doubled or not finite, or differ from the record.
     """
-    name = f"{SAMPLES_DIR}/{task}.jsonl"
-    path = Path(directory, name)
+    name = f"{directory.name}/{task}.jsonl"
+    path = directory / f"{task}.jsonl"
     again = "Run the evaluation again"
     if name not in record.files or not path.is_file():
         raise TaskError(
@@ -110,7 +129,6 @@ def _samples(record: Scores, directory: str | Path, task: str) -> Samples:
         )
     scores = np.array([row["score"] for row in rows], np.float64)
     weights = np.array([row.get("weight", 1) for row in rows], np.float64)
-    recorded: TaskScore = record.tasks[task]
     if len(rows) != recorded.num_samples:
         raise TaskError(
             f"{path} has {len(rows)} samples, but its record has {recorded.num_samples}: samples "
@@ -199,6 +217,20 @@ def _check_task(task: str, base: Evaluation, tuned: Evaluation) -> None:
             f"{task}: base ({metrics[0]}, {len(one.ids)} samples) and tuned ({metrics[1]}, "
             f"{len(other.ids)} samples) were not evaluated on the same samples ({len(unmatched)} "
             f"in one only: {_named(unmatched)}). Evaluate both with the same dataset and config"
+        )
+    _check_same_samples(task, one, other)
+
+
+def _check_same_samples(task: str, one: Samples, other: Samples) -> None:
+    """Check that the base and the tuned samples of a task have the same IDs, weights and clusters.
+
+    Raises:
+        TaskError: they have not.
+    """
+    if one.ids != other.ids:
+        raise TaskError(
+            f"{task}: the samples with training rows in the prompt are not those of the tuned "
+            "model. Evaluate both with the same dataset and config"
         )
     for what, different in (
         ("weights", one.weights != other.weights),

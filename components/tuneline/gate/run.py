@@ -5,10 +5,14 @@ import time
 from pathlib import Path
 
 from tuneline.artifacts import Decision, new_directory
-from tuneline.gate.compare import comparisons_of
+from tuneline.gate.compare import compare
 from tuneline.gate.config import GateConfig
+from tuneline.gate.earlier import evaluated, read_earlier, remarks
 from tuneline.gate.reading import read
+from tuneline.html.markdown import escape_markdown
+from tuneline.records.earlier import EVALUATED_FILE
 from tuneline.runtime.termination import Ending, leave
+from tuneline.seals import seal_page
 from tuneline.verdict import decide
 
 logger = logging.getLogger(__name__)
@@ -20,6 +24,7 @@ def run(
     base_scores_dir: str | Path,
     tuned_scores_dir: str | Path,
     decision_dir: str | Path,
+    earlier_path: str | Path | None = None,
     summary_path: str | Path | None = None,
 ) -> Decision:
     """Decide whether the tuned model may be published, by the rule of `tuneline.verdict`.
@@ -30,6 +35,8 @@ def run(
         tuned_scores_dir: directory of the `scores` artifact of the tuned model, on the same tasks
             and samples.
         decision_dir: new directory for decision.json.
+        earlier_path: what earlier runs measured, from the step look-up-published. Default: nothing
+            is known of earlier runs.
         summary_path: Markdown file with the decision, for KFP's UI. Default: none.
 
     Raises:
@@ -39,34 +46,42 @@ def run(
     """
     started = time.monotonic()
     base, tuned = read(base_scores_dir, tuned_scores_dir)
+    earlier = read_earlier(earlier_path)
     with new_directory(decision_dir) as directory:
-        comparisons = comparisons_of(base, tuned, config)
-        verdict, reason = decide(comparisons, config)
+        compared = compare(base, tuned, earlier, config)
+        measured = evaluated(compared.targets, earlier, model=tuned.record.content_sha256())
+        Path(directory, EVALUATED_FILE).write_text(measured.model_dump_json(), encoding="utf-8")
+        verdict, reason = decide(compared.comparisons, config)
         decision = Decision(
             verdict=verdict,
             reason=reason,
-            comparisons=comparisons,
+            remarks=list(remarks(compared.comparisons, earlier, measured.attempts)),
+            comparisons=compared.comparisons,
             seconds=round(time.monotonic() - started, 3),
         )
         decision.write(directory, config, parents=(base.record, tuned.record))
         if summary_path is not None:
-            Path(summary_path).write_text(_markdown(decision), encoding="utf-8")
+            Path(summary_path).write_text(seal_page(_markdown(decision)), encoding="utf-8")
     logger.info("%s: %s", verdict, reason)
+    for remark in decision.remarks:
+        logger.warning("%s", remark)
     leave(Ending(step="gate", result=verdict, text=reason))
     return decision
 
 
 def _markdown(decision: Decision) -> str:
     rows = [
-        f"| {item.task} | {item.role} | {item.metric} | {item.base:.4f} | {item.tuned:.4f} | "
-        f"{item.difference:+.4f} | [{item.interval[0]:+.4f}, {item.interval[1]:+.4f}] | "
+        f"| {escape_markdown(item.title)} | {item.role} | {escape_markdown(item.metric)} | "
+        f"{item.base:.4f} | {item.tuned:.4f} | {item.difference:+.4f} | "
+        f"[{item.interval[0]:+.4f}, {item.interval[1]:+.4f}] | "
         f"{item.lower:+.4f} | {item.num_samples} | {item.outcome} |"
         for item in decision.comparisons
     ]
     return "\n".join(
         [
-            f"**{decision.verdict}**: {decision.reason}",
+            f"**{decision.verdict}**: {escape_markdown(decision.reason)}",
             "",
+            *(line for remark in decision.remarks for line in (escape_markdown(remark), "")),
             "| task | role | metric | base | tuned | improvement | 95 % interval "
             "| above, with 95 % confidence | samples | outcome |",
             "|---|---|---|---|---|---|---|---|---|---|",

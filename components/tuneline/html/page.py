@@ -2,23 +2,17 @@
 
 A page is opened from a disk, in KFP's viewer or as a mail attachment, so styles and charts are
 inline. Colours follow the light or dark setting of the reader, and everything can be printed. The
-functions of charts.py are exported here, so that a step has to import only this module.
+functions of charts.py and bars.py are exported here, so that a step has to import only this module.
 """
 
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from tuneline.html.charts import (
-    IntervalRow,
-    ScatterPoint,
-    bar_chart,
-    histogram,
-    interval_chart,
-    line_chart,
-    scatter_chart,
-)
+from tuneline.html.bars import IntervalRow, bar_chart, interval_chart
+from tuneline.html.charts import ScatterPoint, histogram, line_chart, scatter_chart
 from tuneline.html.flow import Stage, line_diagram
 from tuneline.html.stylesheet import STYLESHEET
+from tuneline.seals import seal_page
 from tuneline.version import VERSION
 
 __all__ = [
@@ -53,7 +47,7 @@ class Cell(str):
 def render_page(
     title: str, sections_html: Sequence[str], subtitle: str = "", *, lead: str = ""
 ) -> str:
-    """Return a whole HTML page.
+    """Return a whole HTML page, which ends with the hash of its text.
 
     Args:
         title: plain text of the heading and of the window's title.
@@ -63,7 +57,7 @@ def render_page(
     """
     cards = "\n".join(f'<section class="card">\n{html}\n</section>' for html in sections_html)
     below = f'<p class="subtitle">{escape(subtitle)}</p>' if subtitle else ""
-    return f"""<!doctype html>
+    return seal_page(f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -86,7 +80,7 @@ def render_page(
 </main>
 </body>
 </html>
-"""
+""")
 
 
 def section(heading: str, *parts: str, note: str = "") -> str:

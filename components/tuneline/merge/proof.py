@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
 from tuneline.errors import ModelError, ProofError
-from tuneline.merge.adapter import WEIGHTS_FILE
 from tuneline.merge.config import MergeConfig
+from tuneline.models.adapter_files import WEIGHTS_FILE
+from tuneline.models.experts.adapter import adapt_experts_in_nf4
 from tuneline.models.heldout_rows import Row
 from tuneline.models.nf4 import load_base
 
@@ -87,6 +88,7 @@ def ask_trained(
     rows: list[Row],
     sink: Sink,
     *,
+    base_sink: Sink,
     num_greedy_tokens: int,
     base_model_dir: Path,
     adapter_dir: Path,
@@ -99,6 +101,8 @@ def ask_trained(
     Args:
         rows: the rows to compute.
         sink: takes the logits of each row.
+        base_sink: takes the logits of each row without the adapter, after those of all rows with
+            it.
         num_greedy_tokens: number of tokens of the greedy answer.
         base_model_dir: directory of the base model.
         adapter_dir: directory of the adapter.
@@ -107,9 +111,15 @@ def ask_trained(
         device: "cpu" or "cuda".
     """
     base = load_base(base_model_dir, dtype=dtype, device=device, quantized=quantized)
-    model = PeftModel.from_pretrained(base, str(adapter_dir))
+    config = PeftConfig.from_pretrained(str(adapter_dir))
+    if quantized:
+        adapt_experts_in_nf4(config, base)
+    model = PeftModel.from_pretrained(base, str(adapter_dir), config=config)
     _check_adapter_is_whole(model, adapter_dir)
     answers = ask(model, rows, sink, num_greedy_tokens=num_greedy_tokens)
+    with torch.inference_mode(), model.disable_adapter():
+        for row in rows:
+            base_sink(_logits(model, row))
     del model, base
     _free(device)
     return answers
@@ -168,8 +178,7 @@ def ask(model: Any, rows: list[Row], sink: Sink, *, num_greedy_tokens: int) -> A
     loss, counted = 0.0, 0
     with torch.inference_mode():
         for row in rows:
-            ids = torch.tensor([row.ids], device=device)
-            row_TV = model(input_ids=ids).logits[0].float().cpu()
+            row_TV = _logits(model, row)
             row_loss, row_count = answer_loss(row, row_TV)
             loss, counted = loss + row_loss, counted + row_count
             sink(row_TV)
@@ -188,6 +197,12 @@ def ask(model: Any, rows: list[Row], sink: Sink, *, num_greedy_tokens: int) -> A
         greedy_logits=torch.cat(output.logits).float().cpu(),
         loss=loss / counted,
     )
+
+
+def _logits(model: Any, row: Row) -> torch.Tensor:
+    ids = torch.tensor([row.ids], device=next(model.parameters()).device)
+    row_TV: torch.Tensor = model(input_ids=ids).logits[0].float().cpu()
+    return row_TV
 
 
 def answer_loss(row: Row, row_TV: torch.Tensor) -> tuple[float, int]:

@@ -71,6 +71,10 @@ def prepare(
         benchmarks: Questions of benchmarks, which must not be in the training rows.
         uploads: The files that were sent with the run, if there are any.
     """
+    from tuneline.runtime.torch_free import hide_torch
+
+    hide_torch()  # Before the next imports, which import transformers.
+
     from tuneline.prepare import PrepareConfig
     from tuneline.prepare.run import run
     from tuneline.runtime.parameter_text import decode_text

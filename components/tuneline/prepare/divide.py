@@ -102,6 +102,11 @@ def divide(
         numpy.array(encoded.prompts, numpy.uint64),
     )
     groups.link_prompts(always=config.method not in ("sft", "cpt"))
+    num_beginnings = numpy.array(encoded.num_beginnings)
+    groups.link_beginnings(
+        numpy.array(encoded.beginnings, numpy.uint64),
+        numpy.repeat(numpy.arange(len(num_beginnings)), num_beginnings),
+    )
     # Without another part, no group can be in two parts.
     if config.heldout.max_rows or (config.eval_share and config.max_eval_rows):
         groups.link_near(encoded.words, work)

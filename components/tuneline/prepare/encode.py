@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 
 from tuneline.artifacts import LOSS_MASK, Method
 from tuneline.prepare.parallel import batched, in_order
+from tuneline.prepare.rows.row_words import RowReader
 from tuneline.prepare.rows.spool import Spool
-from tuneline.prepare.rows.words import WordFile, hash_of, word_hashes, words_of
+from tuneline.prepare.rows.words import WordFile
 from tuneline.prepare.tokens import lengths, parquet
+from tuneline.prepare.tokens.byte_level import find_byte_level
+from tuneline.prepare.tokens.heads import Heads
 from tuneline.prepare.tokens.render import Rendered
 from tuneline.prepare.tokens.tokenise import tokenise
 from tuneline.prepare.tokens.vocabulary import Vocabulary
@@ -36,6 +39,10 @@ class Encoded:
     none."""
     questions: "array[int]" = field(default_factory=lambda: array("Q"))
     """Hash of the words of each row's last question; 0 for none."""
+    beginnings: "array[int]" = field(default_factory=lambda: array("Q"))
+    """Hash of the words of each row up to each of its answers but the last, as in `texts`."""
+    num_beginnings: "array[int]" = field(default_factory=lambda: array("i"))
+    """Number of `beginnings` of each row."""
     num_examples: "array[int]" = field(default_factory=lambda: array("i"))
     """Number of examples of each row."""
     batches: "array[int]" = field(default_factory=lambda: array("i"))
@@ -56,7 +63,7 @@ class Encoded:
 
 
 @dataclass
-class _Batch:
+class Batch:
     """What a worker returns for a batch of rows."""
 
     examples: pyarrow.RecordBatch
@@ -93,13 +100,11 @@ def encode(
         DataError: the model has no embedding for a token.
     """
     encoded = Encoded(work / "tokens.arrow", WordFile(work / "words"))
-
-    def encode_batch(lines: list[bytes]) -> _Batch:
-        return _encode(lines, tokenizer, method=method, loss_on=loss_on)
-
+    encoder = Encoder(tokenizer, method=method, loss_on=loss_on)
     with pyarrow.OSFile(str(encoded.tokens), "w") as file:
         writer = None
-        for lines, batch in in_order(encode_batch, batched(spool.read(rows), parquet.BATCH)):
+        batches = batched(spool.read(rows), parquet.BATCH)
+        for lines, batch in in_order(encoder.encode, batches, num_alone=1):
             for line in lines:
                 digest.update(line)
             vocabulary.check(batch.examples)
@@ -121,34 +126,51 @@ def read_tokens(encoded: Encoded, number: int) -> pyarrow.RecordBatch:
         return pyarrow.ipc.open_file(file).get_batch(number)
 
 
-def _encode(lines: list[bytes], tokenizer: Any, *, method: Method, loss_on: str) -> _Batch:
-    rendered = [Rendered.from_line(line) for line in lines]
-    rows = list(tokenise(tokenizer, rendered, loss_on=loss_on))
-    examples = parquet.to_batch(rows, method=method)
-    words, num_words = [], array("i")
-    texts, prompts, questions = array("Q"), array("Q"), array("Q")
-    for row in rendered:
-        values = row.heldout_row()
-        prompt = words_of(values["prompt"])
-        text = prompt + words_of(values["answer"])
-        question = words_of(values.get("question", ""))
-        words.append(word_hashes(text).tobytes())
-        num_words.append(len(text))
-        # Of a text without words, every character counts.
-        texts.append(hash_of(text or [values["prompt"], values["answer"]]))
-        prompts.append(hash_of(prompt) if prompt else 0)
-        questions.append(hash_of(question) if question else 0)
-    columns = {
-        "texts": texts,
-        "prompts": prompts,
-        "questions": questions,
-        "num_examples": array("i", (len(row.pieces or [row]) for row in rendered)),
-        "sizes": array("i", map(len, rows)),
-        "needed": array("i", (lengths.num_tokens_needed(row) for row in rows)),
-        "apart": array("i", map(lengths.num_tokens_apart, rows)),
-        "hashes": token_hashes(examples),
-    }
-    return _Batch(examples, b"".join(words), num_words, columns)
+class Encoder:
+    """Tokenises batches of rows, and takes their texts apart into words.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        method: the training method.
+        loss_on: which tokens the loss counts.
+    """
+
+    def __init__(self, tokenizer: Any, *, method: Method, loss_on: str):
+        heads = Heads(tokenizer)
+        self._tokenizer, self._byte_level = tokenizer, find_byte_level(tokenizer, heads)
+        self._words = RowReader(heads)
+        self._method, self._loss_on = method, loss_on
+
+    def encode(self, lines: list[bytes]) -> Batch:
+        """Return the examples and the words of rows in the spool."""
+        rendered = [Rendered.from_line(line) for line in lines]
+        rows = list(
+            tokenise(self._tokenizer, rendered, loss_on=self._loss_on, byte_level=self._byte_level)
+        )
+        examples = parquet.to_batch(rows, method=self._method)
+        words = [
+            self._words.read(values["prompt"], values["answer"], values.get("question", ""))
+            for values in (row.heldout_row() for row in rendered)
+        ]
+        beginnings = [self._words.beginnings(row.pieces) for row in rendered if row.pieces]
+        columns = {
+            "beginnings": sum(beginnings, array("Q")),
+            "num_beginnings": array("i", map(len, beginnings)),
+            "texts": array("Q", (row.text for row in words)),
+            "prompts": array("Q", (row.prompt for row in words)),
+            "questions": array("Q", (row.question for row in words)),
+            "num_examples": array("i", (len(row.pieces or [row]) for row in rendered)),
+            "sizes": array("i", map(len, rows)),
+            "needed": array("i", (lengths.num_tokens_needed(row) for row in rows)),
+            "apart": array("i", map(lengths.num_tokens_apart, rows)),
+            "hashes": token_hashes(examples),
+        }
+        return Batch(
+            examples,
+            b"".join(row.words.tobytes() for row in words),
+            array("i", (len(row.words) for row in words)),
+            columns,
+        )
 
 
 def token_hashes(batch: pyarrow.RecordBatch) -> "array[int]":

@@ -2,7 +2,7 @@
 
 from tuneline.artifacts import DatasetManifest
 from tuneline.prepare.config import PrepareConfig
-from tuneline.prepare.rows.groups import EQUAL, NEAR, PROMPT
+from tuneline.prepare.rows.groups import BEGINNING, EQUAL, NEAR, PROMPT
 from tuneline.prepare.rows.near import SIMILARITY
 from tuneline.prepare.rows.split import MAX_HELDOUT_SHARE
 
@@ -12,6 +12,7 @@ MIN_HELDOUT = 20
 _REASONS = {
     EQUAL: "they are equal to one, apart from case, white space and punctuation",
     PROMPT: "they have the same prompt as one",
+    BEGINNING: "one conversation is the beginning of the other",
     NEAR: f"they are nearly the same as one (Jaccard similarity {SIMILARITY} or more)",
 }
 

@@ -23,6 +23,7 @@ from tuneline.artifacts import (
     read_jsonl,
     write_jsonl,
 )
+from tuneline.html.written import write_page
 from tuneline.models.tokenizer_files import read_chat_template
 from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.cut import measure, write
@@ -45,13 +46,14 @@ from tuneline.prepare.rows.spool import Spool
 from tuneline.prepare.sources.kinds import date_of, kind_of
 from tuneline.prepare.statistics_page import describe_unused, render
 from tuneline.prepare.tokens import lengths, parquet
-from tuneline.prepare.tokens.labels import count_desirable
+from tuneline.prepare.tokens.labels import check_desirable
 from tuneline.prepare.tokens.render import Rendered, Renderer
 from tuneline.prepare.tokens.templates import OWN_TEMPLATE, use_template
 from tuneline.prepare.tokens.tokenizer import load_tokenizer
 from tuneline.prepare.tokens.truncation import choose_length
 from tuneline.prepare.tokens.vocabulary import Vocabulary
 from tuneline.prepare.uploads import locate
+from tuneline.record import sha256_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -169,9 +171,8 @@ def run(
         is_unfolded = (num_examples > 1) & (
             (parts.parts == Part.TRAIN) | (parts.parts == Part.EVAL)
         )
-        num_desirable = None
         if config.method == "kto":
-            num_desirable = count_desirable(source, target / TRAIN_FILE)
+            check_desirable(source, train.num_desirable, train.num_rows)
         write_jsonl(target / HELDOUT_FILE, heldout)
         # The later steps find a template of the model itself, except in chat_template.json.
         if template and (
@@ -194,7 +195,7 @@ def run(
             num_rejected_rows=collected.intake.num_rejected,
             num_tokens=train.num_tokens,
             num_loss_tokens=train.num_loss_tokens,
-            num_desirable_rows=num_desirable,
+            num_desirable_rows=train.num_desirable if config.method == "kto" else None,
             num_undesirable_heldout_rows=num_undesirable,
             lengths=statistics,
             max_seq_length=max_seq_length,
@@ -209,6 +210,7 @@ def run(
             num_rows_in_large_groups=parts.num_in_large_groups,
             num_unselected_rows=len(collected.own) - int((order.origins == Origin.OWN).sum()),
             contamination=contamination,
+            benchmarks_sha256=sha256_of_file(Path(benchmarks_path)) if benchmarks_path else None,
             unused=dict(collected.intake.unused.most_common()),
             num_unfolded_conversations=int(is_unfolded.sum()),
             num_unfolded_rows=int(num_examples[is_unfolded].sum()),
@@ -234,10 +236,12 @@ def _read_heldout(spool: Spool, indices: Sequence[int]) -> tuple[list[dict[str, 
 
 
 def _write_page(target: Path, tokenizer: Any, manifest: DatasetManifest, path: Path) -> None:
-    samples = list(islice(parquet.read(target / TRAIN_FILE, method=manifest.method), _NUM_SAMPLES))
-    rejected = read_jsonl(target / REJECTED_FILE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(manifest, tokenizer, samples, rejected), encoding="utf-8")
+    def draw() -> str:
+        rows = parquet.read(target / TRAIN_FILE, method=manifest.method)
+        samples = list(islice(rows, _NUM_SAMPLES))
+        return render(manifest, tokenizer, samples, read_jsonl(target / REJECTED_FILE))
+
+    write_page(path, draw, title="Dataset")
 
 
 def _log(manifest: DatasetManifest, config: PrepareConfig) -> None:

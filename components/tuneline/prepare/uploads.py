@@ -8,9 +8,10 @@ files that compress to a few dozen KiB are sent this way.
 import base64
 import io
 import lzma
+import os
 import tarfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tuneline.errors import DataError
 from tuneline.prepare.config import DatasetConfig, PrepareConfig
@@ -47,11 +48,28 @@ def unpack(text: str, directory: str | Path) -> None:
     try:
         content = lzma.decompress(base64.b64decode(text, validate=True))
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            tar.extractall(directory, filter="data")
+            for entry in tar:
+                _write(tar, entry, Path(directory))
     except (ValueError, lzma.LZMAError, tarfile.TarError) as error:
         raise DataError(
             f"the files that were sent with this run are damaged ({error}): submit the recipe again"
         ) from None
+
+
+def _write(tar: tarfile.TarFile, entry: tarfile.TarInfo, directory: Path) -> None:
+    """Write one file of an archive, with its date.
+
+    `TarFile.extractall` is safe only with its `filter`, which Python has since 3.11.4. The Python
+    3.11.2 of Debian 12 lacks it.
+    """
+    content = tar.extractfile(entry) if entry.isfile() else None
+    path = PurePosixPath(entry.name)
+    if content is None or path.is_absolute() or ".." in path.parts:
+        raise tarfile.TarError(f"{entry.name!r} is not a file below the archive")
+    target = directory / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content.read())
+    os.utime(target, (entry.mtime, entry.mtime))
 
 
 def locate(

@@ -6,13 +6,13 @@ merge carry such files along, so publish lets only known names pass.
 
 from fnmatch import fnmatchcase
 
-from tuneline.artifacts import MODELFILE, PROGRESS_FILE
+from tuneline.artifacts import MODELFILE
 from tuneline.models.tokenizer_files import NAMES as TOKENIZER_FILES
 from tuneline.models.weight_files import INDEX_FILE
 
 _ALLOWED = (
     *("*.safetensors", "*.gguf", INDEX_FILE, "config.json", "generation_config.json"),
-    *("adapter_config.json", "quantize_config.json", "quant_log.csv", PROGRESS_FILE),
+    *("adapter_config.json", "quantize_config.json", "quant_log.csv"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     # Tokenizers: the usual files, and those of sentencepiece, tiktoken and older models.
     *(*TOKENIZER_FILES, "tokenizer*.json", "*.model", "*.model.v[0-9]*", "*.tiktoken", "*.spm"),

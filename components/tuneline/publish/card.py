@@ -6,7 +6,13 @@ from typing import Any
 
 import yaml
 
-from tuneline.artifacts import PUBLISHED_BUNDLE, DatasetManifest, QuantizedModel, TrainingPoint
+from tuneline.artifacts import (
+    PUBLISHED_BUNDLE,
+    DatasetManifest,
+    MergeProof,
+    QuantizedModel,
+    TrainingPoint,
+)
 from tuneline.html.markdown import code, code_block, escape_markdown
 from tuneline.publish.card_parts import CardParts
 from tuneline.publish.config import PublishConfig
@@ -123,7 +129,8 @@ def _made_from(sources: Sources) -> str:
     names = ", ".join(code(without_paths(redacted(name))) for name in _data_names(data))
     lines = [
         f"- base model: {code(without_paths(redacted(origin.source)))}{revision}, "
-        f"{origin.num_parameters:,} parameters, licence "
+        f"{origin.num_parameters:,} parameters, "
+        f"{f'weights in {origin.stored_as}, ' if origin.stored_as else ''}licence "
         f"{escape_markdown(origin.licence or 'not stated')}, SHA-256 of the weights "
         f"`{origin.sha256[:16]}`",
         f"- dataset: {names}, {data.num_train_rows:,} "
@@ -190,20 +197,23 @@ def _curve_row(point: TrainingPoint) -> str:
 
 def _scores(sources: Sources) -> str:
     rows = [
-        f"| {_cell(score.task)} | {score.role} | {_cell(score.metric)} | {score.base:.4f} | "
+        f"| {_cell(score.title)} | {score.role} | {_cell(score.metric)} | {score.base:.4f} | "
         f"{score.tuned:.4f} | "
         f"{score.difference:+.4f} | [{score.interval[0]:+.4f}, {score.interval[1]:+.4f}] | "
         f"{score.num_samples} |"
         for score in sources.decision.comparisons
     ]
     head = "| task | role | metric | base | tuned | improvement | 95 % interval | samples |"
-    note = (
-        f"Why it was published: {escape_markdown(sources.decision.reason)}\n\n"
+    notes = [
+        f"Why it was published: {escape_markdown(sources.decision.reason)}",
+        *map(escape_markdown, sources.decision.remarks),
         "Both models answered the same samples. A positive improvement is better in every metric. "
         "Guards are tasks that must not get worse. The control, prompt_dependence, is how much "
-        "likelier an answer is after its own prompt than after another row's."
-    )
-    return "\n".join(["## Scores", "", head, "|---|---|---|---|---|---|---|---|", *rows, "", note])
+        "likelier an answer is after its own prompt than after another row's. Prompted is a "
+        "comparison with the base model that sees training rows in its prompt.",
+    ]
+    table = "\n".join(["## Scores", "", head, "|---|---|---|---|---|---|---|---|", *rows])
+    return "\n\n".join([table, *notes])
 
 
 def _exports(sources: Sources) -> str:
@@ -215,7 +225,7 @@ def _exports(sources: Sources) -> str:
         f"{_measured(export.mean_kl, '.1e')} | {_measured(export.top1_agreement, '.1%')} | "
         f"{_measured(export.perplexity, '.3f')} | {_measured(export.benchmark_score, '.1%')} | "
         f"{_measured(export.tokens_per_second, '.0f')} | {_checks(export)} | "
-        f"{_cell('; '.join(export.notes))} |"
+        f"{_notes(export, sources.merge)} |"
         for export in exports
     ]
     head = (
@@ -231,6 +241,11 @@ def _exports(sources: Sources) -> str:
         f"{_benchmark(exports)}"
     )
     return "\n".join(["## Exports", "", head, f"|{'---|' * 10}", *rows, "", note])
+
+
+def _notes(export: QuantizedModel, merge: MergeProof) -> str:
+    lost = escape_markdown(export.loss_of_tuning(merge))
+    return "; ".join(filter(None, [_cell("; ".join(export.notes)), lost]))
 
 
 def _checks(export: QuantizedModel) -> str:

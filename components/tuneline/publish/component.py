@@ -1,5 +1,5 @@
 # mypy: allow-untyped-decorators
-"""The publish step as a KFP component.
+"""The KFP components of the step.
 
 KFP has no list that holds the exports of several loops, so there is an input per kind of export.
 The inputs have defaults, because a recipe may ask for no export of a kind.
@@ -10,6 +10,33 @@ from typing import List
 from kfp import dsl
 
 from tuneline import images
+
+
+@dsl.component(base_image=images.PUBLISH, install_kfp_package=False)
+def look_up_published(
+    target: str, config: str, recipe: str, earlier: dsl.Output[dsl.Artifact]
+) -> None:
+    """Look up the model published last and earlier runs, with which the gate compares.
+
+    Args:
+        target: namespace/name on the Hub, or dir:PATH.
+        config: The `publish` section of the recipe as JSON.
+        recipe: The whole recipe as JSON.
+        earlier: What earlier runs measured, as JSON.
+    """
+    from tuneline.artifacts import RunHeader
+    from tuneline.publish import PublishConfig
+    from tuneline.publish.earlier import look_up
+    from tuneline.runtime.parameter_text import decode_text
+    from tuneline.runtime.step import step
+
+    with step("look-up-published"):
+        look_up(
+            PublishConfig.parse(config),
+            target=decode_text(target),
+            name=RunHeader.parse(recipe).name,
+            earlier_path=earlier.path,
+        )
 
 
 @dsl.component(base_image=images.PUBLISH, install_kfp_package=False)

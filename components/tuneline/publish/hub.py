@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_MAX_READ_BYTES = 16 << 20
+MAX_READ_BYTES = 16 << 20
 """Largest tuneline.json or README.md that is read from a repository."""
 
 
@@ -64,9 +64,7 @@ def push(staged: list[StagedRepo], *, token: str, config: PublishConfig) -> list
             was changed during the push.
         HubError: the Hub failed after all attempts.
     """
-    # The client would keep a slash at the end, and the URLs of the repositories had two.
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
-    api = HfApi(endpoint=endpoint, token=token)
+    api = new_api(token)
     call("who am I", api.whoami, config.max_attempts)
     # All names are checked before anything is sent, so that no run is published only in part.
     absent = []
@@ -93,6 +91,13 @@ def push(staged: list[StagedRepo], *, token: str, config: PublishConfig) -> list
         # After another error, the next attempt goes on with these repositories.
         _delete_empty(api, created)
         raise
+
+
+def new_api(token: str) -> HfApi:
+    """Return a client of the Hub that HF_ENDPOINT names; an empty token: none is sent."""
+    # The client would keep a slash at the end, and the URLs of the repositories had two.
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+    return HfApi(endpoint=endpoint, token=token or False)
 
 
 def _push_one(api: HfApi, repo: StagedRepo, config: PublishConfig) -> PublishedRepo:
@@ -137,7 +142,7 @@ def _look_up(api: HfApi, repo: StagedRepo, config: PublishConfig) -> _Held | Non
     def read(name: str) -> str | None:
         if name not in names:
             return None
-        return call(what, partial(_read, api, repo.repo, name, commit), config.max_attempts)
+        return call(what, partial(read_text, api, repo.repo, name, commit), config.max_attempts)
 
     content = Previous(repo.repo, names, read_bundle(read(MARKER_FILE)), read(CARD_FILE))
     check_ours(content, kind=repo.kind, names=repo.files().keys())
@@ -150,7 +155,7 @@ def _look_up(api: HfApi, repo: StagedRepo, config: PublishConfig) -> _Held | Non
     return _Held(commit, info.private, content)
 
 
-def _read(api: HfApi, repo: str, name: str, revision: str) -> str | None:
+def read_text(api: HfApi, repo: str, name: str, revision: str) -> str | None:
     """Return the text of a small file; None if it is not there or is too large to be ours."""
     url = hf_hub_url(repo, name, revision=revision, endpoint=api.endpoint)
     token = api.token if isinstance(api.token, str) else None
@@ -159,7 +164,7 @@ def _read(api: HfApi, repo: str, name: str, revision: str) -> str | None:
         hf_raise_for_status(response)
     except EntryNotFoundError:
         return None
-    return None if len(response.content) > _MAX_READ_BYTES else response.text
+    return None if len(response.content) > MAX_READ_BYTES else response.text
 
 
 def _delete_empty(api: HfApi, names: list[str]) -> None:

@@ -8,7 +8,7 @@ markers.
 import hashlib
 import json
 import logging
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 from tuneline.artifacts import PUBLISHED_BUNDLE
 from tuneline.errors import OutputExistsError
 from tuneline.publish.card_parts import CARD_FILE, CardParts, join_card, split_card
-from tuneline.record import files_below, sealed_json
+from tuneline.record import files_below
+from tuneline.seals import sealed_json
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,8 @@ MARKER_FILE = PUBLISHED_BUNDLE
 """File in every repository that tuneline made; repositories without it are never written to."""
 
 _WEIGHTS = (".safetensors", ".gguf")
+_MEASURED = frozenset({"record_sha256", "card"})
+"""Keys of tuneline.json that two equal runs fill differently: the card has speeds and times."""
 _FREE = frozenset({".gitattributes"})
 """Files that the Hub makes, which do not show that people use a repository."""
 
@@ -106,6 +109,11 @@ def adapt(folder: Path, previous: Previous) -> list[str]:
     path = folder / MARKER_FILE
     bundle = json.loads(path.read_text(encoding="utf-8"))
     staged = files_below(folder).keys()
+    if previous.card is not None and _is_same(bundle, previous):
+        logger.info("%s holds the same model already, so it stays as it is", previous.name)
+        path.write_text(sealed_json(previous.bundle), encoding="utf-8")
+        (folder / CARD_FILE).write_text(previous.card, encoding="utf-8")
+        return []
     kept = sorted(previous.theirs & staged)
     for name in kept:
         logger.warning(
@@ -119,6 +127,21 @@ def adapt(folder: Path, previous: Previous) -> list[str]:
     if previous.card is not None and (folder / CARD_FILE).is_file():
         _keep_card(folder / CARD_FILE, previous, bundle)
     return sorted(previous.ours - staged - {CARD_FILE})
+
+
+def _is_same(bundle: Mapping[str, Any], previous: Previous) -> bool:
+    """Return whether a new version has the same files, made by the same recipe and version.
+
+    Two runs of one recipe differ in their speed, which the card has, so cards are not compared.
+    Where somebody edited our part of the card, the new one replaces it.
+    """
+    parts, last = split_card(previous.card or ""), previous.bundle.get("card")
+    if parts is None or not isinstance(last, dict) or _sha256(parts.ours) != last.get("sha256"):
+        return False
+    return previous.bundle.get("files", {}).keys() <= previous.files and all(
+        bundle.get(key) == previous.bundle.get(key)
+        for key in (bundle.keys() | previous.bundle.keys()) - _MEASURED
+    )
 
 
 def _keep_card(path: Path, previous: Previous, bundle: dict[str, Any]) -> None:
@@ -136,8 +159,7 @@ def _keep_card(path: Path, previous: Previous, bundle: dict[str, Any]) -> None:
         return
     last = previous.bundle.get("card")
     last = last if isinstance(last, dict) else {}
-    digest = hashlib.sha256(old.ours.encode()).hexdigest()
-    if last.get("sha256") not in (None, digest):
+    if last.get("sha256") not in (None, _sha256(old.ours)):
         logger.warning(
             "%s: somebody edited the part of README.md between tuneline's markers, which is "
             "replaced; the repository's history has it. Write outside the markers",
@@ -153,3 +175,7 @@ def _keep_card(path: Path, previous: Previous, bundle: dict[str, Any]) -> None:
     matter = {key: value for key, value in new.front_matter.items() if key not in changed}
     matter |= {key: value for key, value in old.front_matter.items() if key in changed}
     path.write_text(join_card(CardParts(matter, old.before, new.ours, old.after)), encoding="utf-8")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

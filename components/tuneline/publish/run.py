@@ -88,7 +88,7 @@ def run(
         adapter_dir=Path(adapter_dir),
         merged_dir=Path(merged_dir),
         exports_dirs=[Path(path) for path in exports_dirs],
-        decision=decision,
+        decision_dir=Path(decision_dir),
     )
     name = sources.header.name if local else target
     used = recorded_recipe(

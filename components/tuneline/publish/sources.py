@@ -1,8 +1,9 @@
 """The artifacts of a run that publish reads, and the repositories made from these artifacts."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tuneline.artifacts import (
     DatasetManifest,
@@ -13,9 +14,12 @@ from tuneline.artifacts import (
     RunHeader,
     TrainingSummary,
 )
-from tuneline.errors import UserError
+from tuneline.errors import ProofError, UserError
 from tuneline.kinds import KINDS, KindTraits, RepoKind
+from tuneline.models.agreement import Stored, disagreements
 from tuneline.publish.proven import check_lineage
+from tuneline.record import Record
+from tuneline.records.earlier import EVALUATED_FILE
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Sources:
     merged_dir: Path
     exports: dict[Path, QuantizedModel]
     """Records of the exports, by their directories."""
+    evaluated: dict[str, Any] | None = None
+    """What the gate leaves for the next run to the same target; None: of an older gate."""
 
     @classmethod
     def read(
@@ -43,7 +49,7 @@ class Sources:
         adapter_dir: Path,
         merged_dir: Path,
         exports_dirs: list[Path],
-        decision: Decision,
+        decision_dir: Path,
     ) -> Self:
         """Read every record, so that an incomplete artifact is found before anything is sent.
 
@@ -54,13 +60,17 @@ class Sources:
             adapter_dir: directory of the `adapter` artifact.
             merged_dir: directory of the `merged` artifact.
             exports_dirs: directories of the `quantized` artifacts.
-            decision: record of the gate.
+            decision_dir: directory of the `decision` artifact.
 
         Raises:
-            WorldError: an artifact has no record, or an export that the recipe asks for is missing.
+            WorldError: an artifact has no record, an export that the recipe asks for is missing, or
+                a file of the decision was changed.
             UserError: two exports have the same format.
             ProofError: an artifact was made from an artifact that is not in these directories.
         """
+        decision = Decision.read(decision_dir)
+        decision.check_files(decision_dir)
+        evaluated = decision_dir / EVALUATED_FILE
         sources = cls(
             header=header,
             origin=ModelOrigin.read(base_model_dir),
@@ -71,6 +81,7 @@ class Sources:
             adapter_dir=adapter_dir,
             merged_dir=merged_dir,
             exports={path: QuantizedModel.read(path) for path in exports_dirs},
+            evaluated=json.loads(evaluated.read_text("utf-8")) if evaluated.is_file() else None,
         )
         formats = [export.format for export in sources.exports.values()]
         header.check_exports(formats)
@@ -82,7 +93,30 @@ class Sources:
                 )
         inputs = [sources.origin, sources.dataset, sources.training, sources.merge]
         check_lineage([*inputs, *sources.exports.values(), decision], inputs)
+        sources.check_agreement()
         return sources
+
+    def check_agreement(self) -> None:
+        """Check that adapter, merged model and exports say what the records say.
+
+        Raises:
+            ProofError: they do not.
+        """
+        ancestors = {
+            self.dataset.called(): Stored(self.dataset, None),
+            self.training.called(): Stored(self.training, self.adapter_dir),
+        }
+        artifacts: list[tuple[Record, Path]] = [
+            (self.training, self.adapter_dir),
+            (self.merge, self.merged_dir),
+            *((export, path) for path, export in self.exports.items()),
+        ]
+        for record, directory in artifacts:
+            for sentence in disagreements(Stored(record, directory), ancestors):
+                raise ProofError(
+                    f"{directory}: {sentence}. Nothing was published. Run the pipeline again from "
+                    "the step that made it"
+                )
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tuneline.artifacts import (
     MODELFILE,
     OLLAMA_PARAMS,
     OLLAMA_TEMPLATE,
+    PROGRESS_FILE,
     MergeProof,
     QuantizedModel,
     TrainingSummary,
@@ -24,21 +26,25 @@ from tuneline.publish.config import PublishConfig
 from tuneline.publish.previous import MARKER_FILE
 from tuneline.publish.proven import StoredFile, check_inside, check_present, check_unchanged
 from tuneline.publish.sources import Repository, Sources, repositories
-from tuneline.record import Record, files_below, hash_files, sealed_json, sha256_of_file
+from tuneline.record import Record, files_below, hash_files, sha256_of_file
 from tuneline.recorded_recipe import RecordedRecipe
+from tuneline.records.earlier import EVALUATED_KEY
+from tuneline.seals import sealed_json
 from tuneline.version import VERSION
 
 logger = logging.getLogger(__name__)
 
-# Files that are not copied from an artifact. Records contain times; what readers need to know is in
-# the model card. Files with the other names may come from the base model's repository. publish
-# writes its own files of these names, which must not overwrite the artifact's through a hard link.
+# Files that are not copied from an artifact. Records and progress.jsonl contain times; what readers
+# need to know is in the model card. Files with the other names may come from the base model's
+# repository. publish writes its own files of these names, which must not overwrite the artifact's
+# through a hard link.
 _LEFT_OUT = {
     TrainingSummary.filename,
     MergeProof.filename,
     QuantizedModel.filename,
     MARKER_FILE,
     CARD_FILE,
+    PROGRESS_FILE,
     ".gitattributes",
 }
 
@@ -138,7 +144,7 @@ def _stage_one(
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     parts = split_card(card)
     assert parts is not None, "a new card has both markers"
-    marker = {
+    marker: dict[str, Any] = {
         "record_sha256": "",
         "tuneline": VERSION,
         "recipe": sources.header.name,
@@ -157,6 +163,8 @@ def _stage_one(
             "front_matter": parts.front_matter,
         },
     }
+    if repo.kind == "merged" and sources.evaluated is not None:
+        marker[EVALUATED_KEY] = sources.evaluated
     (folder / MARKER_FILE).write_text(sealed_json(marker), encoding="utf-8")
     return StagedRepo(repo.name, repo.kind, folder, tuple(left_out))
 

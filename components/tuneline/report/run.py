@@ -21,7 +21,7 @@ from tuneline.artifacts import (
 )
 from tuneline.html.page import render_page
 from tuneline.recorded_recipe import recorded_recipe
-from tuneline.report import comparison, sections
+from tuneline.report import comparison, exports, overview, provenance, scores, training
 from tuneline.report.records import Line
 from tuneline.runtime.redaction import redacted
 from tuneline.runtime.termination import Ending, leave
@@ -68,18 +68,18 @@ def run(
     """
     started = time.monotonic()
     target = header.publish_to if target is None else target
-    exports = [QuantizedModel.read(path) for path in exports_dirs]
-    header.check_exports(export.format for export in exports)
+    made = [QuantizedModel.read(path) for path in exports_dirs]
+    header.check_exports(export.format for export in made)
     origin, dataset = ModelOrigin.read(base_model_dir), DatasetManifest.read(dataset_dir)
-    training, merge = TrainingSummary.read(adapter_dir), MergeProof.read(merged_dir)
+    trained, merge = TrainingSummary.read(adapter_dir), MergeProof.read(merged_dir)
     decision = Decision.read(decision_dir)
     recipe = recorded_recipe(
         header,
         origin=origin,
         dataset=dataset,
-        training=training,
+        training=trained,
         merge=merge,
-        exports=exports,
+        exports=made,
         decision=decision,
         target=target,
         publish=json.loads(publish_config) if publish_config else {},
@@ -90,9 +90,9 @@ def run(
         target=redacted(target),
         origin=origin,
         dataset=dataset,
-        training=training,
+        training=trained,
         merge=merge,
-        exports=exports,
+        exports=made,
         base_scores=Scores.read(base_scores_dir),
         tuned_scores=Scores.read(tuned_scores_dir),
         base_generations=read_jsonl(Path(base_scores_dir, GENERATIONS_FILE)),
@@ -107,6 +107,7 @@ def run(
             recipe=header.name,
             verdict=line.decision.verdict,
             reason=line.decision.reason,
+            remarks=line.decision.remarks,
             comparisons=line.decision.comparisons,
             exports=line.exports,
             differs_from_recipe=list(recipe.differences),
@@ -125,18 +126,26 @@ def render(line: Line) -> str:
     about = redacted(f"{line.origin.source} tuned on {line.dataset.source}")
     description = redacted(header.description.rstrip("."))
     cards = [
-        sections.picture(line),
-        sections.scores(line),
-        sections.generations(line),
-        sections.training(line),
-        sections.data(line),
-        sections.exports(line),
+        overview.picture(line),
+        scores.scores(line),
+        scores.generations(line),
+        training.training(line),
+        training.data(line),
+        exports.exports(line),
         comparison.card(line),
-        sections.provenance(line),
+        provenance.provenance(line),
     ]
     return render_page(
         header.name,
         [card for card in cards if card],
         f"{description} - {about}" if description else about,
-        lead=sections.verdict(line) + sections.other_values(line) + sections.headline(line),
+        lead="".join(
+            part(line)
+            for part in (
+                overview.verdict,
+                overview.remarks,
+                overview.other_values,
+                overview.headline,
+            )
+        ),
     )

@@ -35,8 +35,10 @@ from tuneline.errors import StorageError, TunelineError
 from tuneline.runtime.causes import explain
 from tuneline.runtime.events import StepRun
 from tuneline.runtime.parameter_text import encode_text
+from tuneline.runtime.printable import printable
 from tuneline.runtime.redaction import redact_logs, redacted
 from tuneline.runtime.termination import STARTED, Ending, leave, leave_finished
+from tuneline.seals import sealed_json
 from tuneline.strict_model import StrictModel
 
 EVENTS_VARIABLE = "TUNELINE_EVENTS"
@@ -80,7 +82,7 @@ def step(name: str, part: str = "") -> Iterator[None]:
         )
         if not isinstance(error, TunelineError):
             raise
-        text = redacted(f"{name}: {type(error).__name__}: {error}")
+        text = printable(redacted(f"{name}: {type(error).__name__}: {error}"))
         print(text, file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
     leave_finished(name)
@@ -92,6 +94,8 @@ def emit(name: str, event: str, **values: Any) -> None:
     path = os.environ.get(EVENTS_VARIABLE)
     if not path:
         return
+    # What reads the events shows their texts on a terminal.
+    values = {key: printable(v) if isinstance(v, str) else v for key, v in values.items()}
     about = {"part": _part} if _part else {}
     line = json.dumps({"step": name, **about, "event": event, "time": time.time(), **values})
     # Each event is a single write of a short line, so that lines of several processes do not mix.
@@ -103,11 +107,11 @@ def log_metrics(artifact: Any, values: dict[str, float]) -> None:
     """Log numbers on a KFP Metrics artifact and write them to its file as JSON.
 
     KFP reads only the metadata. The file is for KFP's local cache, which runs a step again if the
-    file of an output is missing.
+    file of an output is missing, and for `tuneline verify`.
     """
     for name, value in values.items():
         artifact.log_metric(name, value)
-    Path(artifact.path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    Path(artifact.path).write_text(sealed_json(values), encoding="utf-8")
 
 
 def set_metadata(artifact: Any, **values: Any) -> None:

@@ -22,6 +22,7 @@ from tuneline.train.observe.metrics import eval_gap
 from tuneline.train.observe.progress import ProgressCallback
 from tuneline.train.observe.samples import ask_before_and_after, prompts_of, write_samples
 from tuneline.train.observe.telemetry import TelemetryCallback, costs, keep_progress_file
+from tuneline.train.observe.tracker_guard import guard_trackers
 from tuneline.train.ranks import collectives
 from tuneline.train.ranks.process import OutOfMemory
 from tuneline.train.restarts import StepCallback
@@ -138,6 +139,7 @@ def _add_callbacks(
 ) -> ProgressCallback:
     """Add the callbacks in the order that they need; return ProgressCallback, to be closed."""
     trainer.remove_callback(PrinterCallback)
+    guard_trackers(trainer)
     progress = ProgressCallback(trainer.run_state, shows=collectives.is_first())
     trainer.add_callback(progress)
     trainer.add_callback(TelemetryCallback(trainer.run_state, progress_path, setup.device))
@@ -158,15 +160,22 @@ def _check_it_is_done(trainer: GuardedTrainer, store: CheckpointStore) -> None:
 def _write_samples(
     trainer: Any, config: TrainConfig, setup: Setup, inputs: Inputs, store: CheckpointStore
 ) -> None:
-    samples = ask_before_and_after(
-        trainer.model,
-        inputs.tokenizer,
-        prompts_of(config.sample_prompts, inputs.tokenizer, inputs.dataset_dir, inputs.manifest),
-        num_tokens=config.sample_tokens,
-        dtype=setup.dtype,
-        end_of_turn=inputs.manifest.end_of_turn,
-    )
-    write_samples(samples, store.directory)
+    """Write sample answers for the page; if that fails, log why and write none."""
+    prompts = config.sample_prompts
+    try:
+        samples = ask_before_and_after(
+            trainer.model,
+            inputs.tokenizer,
+            prompts_of(prompts, inputs.tokenizer, inputs.dataset_dir, inputs.manifest),
+            num_tokens=config.sample_tokens,
+            dtype=setup.dtype,
+            end_of_turn=inputs.manifest.end_of_turn,
+        )
+        write_samples(samples, store.directory)
+    # The adapter is written, and nothing depends on the answers: no error in them may end the run.
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        logger.warning("no sample answers on the page: %s: %s", type(error).__name__, reason)
 
 
 def _summary(
@@ -186,7 +195,8 @@ def _summary(
         final_eval_loss=state.best_eval_loss,
         num_trainable_parameters=_num_trainable(trainer),
         num_parameters=inputs.origin.num_parameters,
-        base_quantization="nf4" if config.load_in_4bit else "none",
+        base_quantization=nf4.quantization_type(inputs.base_model_dir, config.load_in_4bit),
+        quantized_fraction=nf4.quantized_fraction(trainer.model.get_base_model()),
         compute_dtype=str(setup.dtype).removeprefix("torch."),
         kernels=kernels,
         device=setup.device,

@@ -8,13 +8,16 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from tuneline.artifacts import LABEL, DatasetManifest, Method
+from tuneline.models.experts.forward import use_kernels
 from tuneline.train.batch_size import FEW_STEPS, more_steps_advice, num_total_steps
 from tuneline.train.config import TrainConfig
-from tuneline.train.model.adapter import keep_adapter_in_fp32, keep_hidden_states_in, lora_config
+from tuneline.train.model.adapter import keep_adapter_in_fp32, keep_hidden_states_in
+from tuneline.train.model.expert_targets import check_adapter_of_experts
 from tuneline.train.model.fuse import fuse_model, fuse_trainer
 from tuneline.train.model.loftq import start_from_error
 from tuneline.train.model.packing import reason_not_to_pack
-from tuneline.train.ranks import zero2
+from tuneline.train.model.targets import adapted_modules, attach_to_the_rest, lora_config
+from tuneline.train.ranks import collectives, zero2
 from tuneline.train.rows.load import packs_are_trusted
 from tuneline.train.setup import Inputs, Setup
 from tuneline.train.trainer.arguments import training_arguments
@@ -74,7 +77,10 @@ def build_trainer(
     if arguments.n_gpu > 1:
         # If one rank sees several GPUs, transformers would split its batches over them.
         arguments._n_gpu = 1
+    modules = adapted_modules(model, config.lora)
+    peft_config = lora_config(config.lora, model)
     if setup.fused:
+        use_kernels(model)
         fuse_model(model)
     # Any, as TRL's trainers and their mix-ins are typed more narrowly than they are used.
     trainer_class: Any = TRAINERS[method]
@@ -85,8 +91,10 @@ def build_trainer(
             train_dataset=rows,
             eval_dataset=eval_rows,
             processing_class=inputs.tokenizer,
-            peft_config=lora_config(config.lora),
+            peft_config=peft_config,
         )
+    attach_to_the_rest(trainer.model, modules)
+    check_adapter_of_experts(config.lora, trainer.model)
     trainer.run_state.plan = setup.plan
     trainer.run_state.divides_optimizer = setup.divides_optimizer
     trainer.max_skipped_in_a_row = config.max_skipped_in_a_row
@@ -97,7 +105,8 @@ def packs_rows(config: TrainConfig, manifest: DatasetManifest, model: PreTrained
     """Return whether rows are laid end to end; warn if the recipe asks for it in vain."""
     if not config.packs(manifest.method):
         return False
-    reason = reason_not_to_pack(model)
+    # Rounding could make ranks disagree.
+    reason = collectives.from_first(lambda: reason_not_to_pack(model))
     if reason:
         logger.warning("train.packing is off, and rows are padded instead: %s", reason)
     return not reason
@@ -154,9 +163,11 @@ def prepare_model(trainer: Any, config: TrainConfig, setup: Setup, base_model_di
     keep_hidden_states_in(trainer.model, setup.dtype)
     if config.lora.init_lora_weights == "loftq":
         start_from_error(trainer.model, base_model_dir)
-    # Every rank has read the frozen base from the same files, so DDP need not send it.
+    # Every rank has read the frozen base from the same files, so DDP need not send it. The scales
+    # of experts in 4 bits are buffers.
     trainer.model._ddp_params_and_buffers_to_ignore = [
-        name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad
+        *(name for name, weight in trainer.model.named_parameters() if not weight.requires_grad),
+        *(name for name, _ in trainer.model.named_buffers()),
     ]
     kernels = "off"
     if setup.fused:

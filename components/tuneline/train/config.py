@@ -14,8 +14,6 @@ from tuneline.artifacts import PREFERENCE_METHODS, Method
 from tuneline.strict_model import StrictModel
 from tuneline.train.choices import check_optimizer, check_schedule
 
-ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 BATCH_KEYS = ("global_batch_size", "micro_batch_size")
 UPSTREAM_BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 """transformers' names for the batch size, which count per rank."""
@@ -34,9 +32,15 @@ class LoraConfig(StrictModel):
     use_rslora: bool = False
     """Scale the adapter by lora_alpha / sqrt(r) instead of lora_alpha / r, which keeps the scale
     steady at high ranks."""
-    target_modules: tuple[str, ...] | Literal["all-linear"] = ATTENTION_AND_MLP
-    """Linear layers that get an adapter: whole module names, or their last parts. all-linear: every
-    linear layer but the output layer. Default: attention and MLP of a Llama-like model."""
+    target_modules: tuple[str, ...] | Literal["auto", "all-linear"] = "auto"
+    """Linear layers that get an adapter. auto: those of attention, dense MLPs and shared experts;
+    never routers, embeddings, the output layer, or encoders of images and sounds. all-linear: every
+    linear layer but the output layer. Or a list of names: whole module names, or their last parts,
+    such as [q_proj, v_proj]."""
+    experts: bool = False
+    """Whether the routed experts of a mixture-of-experts model get an adapter too: one of rank r
+    per expert. Routers never get one. It multiplies the size of the adapter: at r = 16, that of
+    Qwen3-30B-A3B has 643 million parameters. Needs lora_dropout 0."""
     modules_to_save: tuple[str, ...] = ()
     """Modules that are trained in full beside the adapter, such as embed_tokens and lm_head. They
     take 16 bytes of memory per parameter with AdamW. Not supported for embed_tokens and lm_head
@@ -242,7 +246,17 @@ class TrainConfig(StrictModel):
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
         if not self.lora.target_modules:
-            raise ValueError("lora.target_modules is empty: name at least one, or 'all-linear'")
+            raise ValueError("lora.target_modules is empty: name at least one, or 'auto'")
+        if self.lora.experts and self.lora.lora_dropout:
+            raise ValueError(
+                f"lora.experts is true but lora.lora_dropout is {self.lora.lora_dropout}: peft has "
+                "no dropout for adapters of experts; set lora_dropout to 0, or experts to false"
+            )
+        if self.lora.experts and self.lora.init_lora_weights == "loftq":
+            raise ValueError(
+                "lora.init_lora_weights loftq has no method for experts: set it to default, or "
+                "lora.experts to false"
+            )
         if self.lora.init_lora_weights == "loftq" and not self.load_in_4bit:
             raise ValueError(
                 "lora.init_lora_weights loftq corrects the error of 4-bit weights, but "

@@ -20,15 +20,17 @@ from tuneline.artifacts import (
     new_directory,
 )
 from tuneline.errors import ModelError
+from tuneline.html.written import write_page
 from tuneline.models.special_tokens import add_missing_tokens
 from tuneline.models.tokenizer_files import copy_tokenizer, set_chat_template
 from tuneline.train.batch_size import batch_size
 from tuneline.train.checkpoints import ROOT_VARIABLE, CheckpointStore
 from tuneline.train.config import BATCH_KEYS, UPSTREAM_BATCH_KEYS, TrainConfig
 from tuneline.train.memory.plan import recipe_plan
-from tuneline.train.model.adapter import check_targets
 from tuneline.train.model.fuse import can_fuse
 from tuneline.train.model.precision import choose_device, choose_dtype
+from tuneline.train.model.stored_base import check_stored_base
+from tuneline.train.model.targets import check_targets
 from tuneline.train.observe.page import render
 from tuneline.train.observe.samples import read_samples
 from tuneline.train.ranks import zero2
@@ -87,11 +89,14 @@ def run(
             restart cannot help or did not help.
         StoppedError: SIGTERM was received.
         StorageError: checkpoints cannot be written, or another process is training the same run.
+        WorldError: a file of the base model or of the dataset has changed since it was made.
         OutputExistsError: `adapter_dir` is not empty.
     """
     began = time.monotonic()
     origin = ModelOrigin.read(base_model_dir)
     manifest = DatasetManifest.read(dataset_dir)
+    origin.check_files(base_model_dir)
+    manifest.check_files(dataset_dir)
     with new_directory(adapter_dir) as directory:
         inputs = Inputs(
             base_model_dir=Path(base_model_dir),
@@ -100,6 +105,7 @@ def run(
             manifest=manifest,
             tokenizer=_load_tokenizer(base_model_dir, dataset_dir),
         )
+        check_stored_base(config, base_model_dir)
         check_targets(config.lora, base_model_dir)
         setup = decide(config, inputs)
         _copy_tokenizer(inputs, directory)
@@ -193,10 +199,11 @@ def _copy_tokenizer(inputs: Inputs, directory: Path) -> None:
 
 
 def _write_page(summary: TrainingSummary, directory: Path, store_dir: Path, path: Path) -> None:
-    lines = (directory / PROGRESS_FILE).read_text(encoding="utf-8").splitlines()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page = render(summary, [json.loads(line) for line in lines], read_samples(store_dir))
-    path.write_text(page, encoding="utf-8")
+    def draw() -> str:
+        lines = (directory / PROGRESS_FILE).read_text(encoding="utf-8").splitlines()
+        return render(summary, [json.loads(line) for line in lines], read_samples(store_dir))
+
+    write_page(path, draw, title="Training")
 
 
 @contextlib.contextmanager

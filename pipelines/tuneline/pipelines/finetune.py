@@ -6,14 +6,19 @@
                                            |                                  ^
                                            `-> export (convert, quantize) ----'
 
-The gate reads only the two scores. The report reads the records of the earlier steps, and publish,
-if the gate promotes the model, the artifacts that it uploads.
+The gate reads only the two scores, and what a small task finds of earlier runs: the scores of the
+model published last, and how many models were measured on the same questions. The report reads the
+records of the earlier steps, and publish, if the gate promotes the model, the artifacts that it
+uploads.
 
 Before fetch and before prepare, a small task looks up the fingerprint of what the model's or the
 dataset's name refers to now. These tasks are never cached, and fetch and prepare take the
 fingerprints as inputs. A scheduled run of unchanged sources therefore takes every step up to the
 gate from the cache, and a run of changed sources trains again. Without the fingerprint, a changed
 source with an unchanged name would be taken from the cache.
+
+Between prepare and train, a small task checks on the base model that the exports which the recipe
+asks for can be made, because training takes longest.
 
 If the recipe evaluates tasks of lm-eval, a small task collects their questions, and prepare
 searches the training rows for them.
@@ -47,8 +52,9 @@ from tuneline.pipelines.inputs import claims_of
 from tuneline.pipelines.placement import nodes_config, place
 from tuneline.pipelines.plan.component import plan
 from tuneline.prepare.component import look_up_data, prepare, receive_files
-from tuneline.publish.component import publish
+from tuneline.publish.component import look_up_published, publish
 from tuneline.quantize.component import (
+    check_exports,
     convert_gguf,
     measure_importance,
     quantize_gguf,
@@ -160,6 +166,11 @@ def finetune(
                 ).set_display_name("train")
             else:
                 trained = placed(train, config=train_config, base_model=base, dataset=data)
+            if exporters:
+                checked = placed(
+                    check_exports, config=quantize_config, base_model=base, dataset=data
+                )
+                trained.after(checked)
             merged = placed(
                 merge,
                 config=merge_config,
@@ -181,7 +192,14 @@ def finetune(
                 "base_scores": base_scores.outputs["scores"],
                 "tuned_scores": tuned_scores.outputs["scores"],
             }
-            gated = placed(gate, config=gate_config, **scores)
+            # Uncached: the target may have another model than in the last run.
+            published_before = placed(
+                look_up_published, target=publish_to, config=publish_config, recipe=recipe_json
+            ).set_caching_options(False)
+            published_before.after(planned)
+            gated = placed(
+                gate, config=gate_config, **scores, earlier=published_before.outputs["earlier"]
+            )
             everything = {
                 "recipe": recipe_json,
                 "base_model": fetched.outputs["record"],

@@ -28,8 +28,9 @@ SMALL = [
     "quantize.num_calibration_rows=8",
 ]
 STEPS = {
-    "plan", "look-up-model", "look-up-data", "fetch", "prepare", "train", "merge", "evaluate",
-    "convert-gguf", "quantize-gguf", "quantize-gptq", "gate", "publish", "report", "diagnose",
+    "plan", "look-up-model", "look-up-data", "look-up-published", "fetch", "prepare", "train",
+    "merge", "evaluate", "convert-gguf", "quantize-gguf", "quantize-gptq", "gate", "publish",
+    "report", "diagnose",
 }  # fmt: skip
 
 

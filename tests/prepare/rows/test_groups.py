@@ -6,7 +6,7 @@ import numpy
 import pytest
 
 from tuneline.prepare.rows import shingles
-from tuneline.prepare.rows.groups import EQUAL, NEAR, PROMPT, Groups
+from tuneline.prepare.rows.groups import BEGINNING, EQUAL, NEAR, PROMPT, Groups
 from tuneline.prepare.rows.words import WordFile, hash_of, word_hashes, words_of
 
 
@@ -77,6 +77,7 @@ def test_all_copies_of_one_row_are_of_one_group(tmp_path: Path) -> None:
         ("3 + 4", "3 - 4"),
         ("Take -3.", "Take 3."),
         ("3.5", "35"),
+        ("1,23", "123"),
         ("a*b", "a/b"),
         ("Is it \U0001f600", "Is it \U0001f622"),
         ("\uc624\ub298 \ube44", "\uc624\ub298 \ub208"),
@@ -84,6 +85,11 @@ def test_all_copies_of_one_row_are_of_one_group(tmp_path: Path) -> None:
 )
 def test_texts_that_mean_something_else_are_not_equal(first: str, second: str) -> None:
     assert words_of(first) != words_of(second)
+
+
+def test_grouped_digits_are_one_number() -> None:
+    assert words_of("Add 1,000 and 12,345,678, please.") == words_of("add 1000 and 12345678 please")
+    assert words_of("1,23 or 1,2345") != words_of("123 or 12345")
 
 
 def test_scripts_without_spaces_have_a_word_per_character(tmp_path: Path) -> None:
@@ -131,6 +137,20 @@ def test_equal_examples_of_longer_rows_are_found() -> None:
     groups = Groups(examples, numpy.array([0, 0, 1, 1, 2]), keys, keys)
     assert groups.numbers().tolist() == [0, 0, 2]
     assert groups.reason(1, 0) == EQUAL
+
+
+def test_a_beginning_of_very_many_conversations_links_none() -> None:
+    texts = numpy.arange(1, 301, dtype=numpy.uint64)
+    groups = Groups(texts, numpy.arange(300), texts, numpy.zeros(300, numpy.uint64))
+    # Rows 20 to 29 begin as row 0 is, rows 30 to 50 as row 1 is; no row is 999.
+    begun = numpy.arange(20, 51)
+    beginnings = numpy.where(begun < 30, 1, 2)
+    beginnings[5] = 999
+    groups.link_beginnings(beginnings.astype(numpy.uint64), begun)
+    expected = [0 if 20 <= row < 30 and row != 25 else row for row in range(300)]
+    assert groups.numbers().tolist() == expected
+    assert groups.reason(0, 20) == groups.reason(20, 0) == BEGINNING
+    assert groups.reason(20, 25) == NEAR
 
 
 def test_long_texts_are_compared_by_their_smallest_hashes(tmp_path: Path) -> None:

@@ -93,6 +93,19 @@ def test_jsonl_faults_have_their_line(tmp_path: Path) -> None:
     assert sixth == (6, "the line ends inside a JSON value: the file was cut off")
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "lines.json", "array.json", "utf16.jsonl"])
+def test_a_key_that_an_object_has_twice(tmp_path: Path, name: str) -> None:
+    rows = ['{"a": 1, "b": 2}', '{"a": 1, "a": 2}', '{"a": [{"b": 1, "c": 2, "b": 1}]}', '{"a": 3}']
+    text = f"[{', '.join(rows)}]" if name == "array.json" else "\n".join(rows) + "\n"
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-16" if name == "utf16.jsonl" else "utf-8")
+    assert good(path) == [{"a": 1, "b": 2}, None, None, {"a": 3}]
+    reasons = [reason for _, reason in bad(path)]
+    assert reasons == [
+        f"an object has the key '{key}' twice, so which value counts is not clear" for key in "ab"
+    ]
+
+
 def test_csv_faults_have_their_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(b"a,b\n1,2\n1,2,3\n\xb0,2\n3,4\n")

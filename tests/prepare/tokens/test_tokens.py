@@ -223,9 +223,10 @@ def test_answers_with_trimmed_offsets_and_split_characters() -> None:
     # one character as two tokens, end.
     piece = Piece("Q: ab  c\u20ac!\n", [Answer(start=5, content_end=9, end=10)])
     offsets = [(0, 2), (3, 5), (6, 6), (7, 8), (8, 9), (8, 9), (9, 10), (10, 11)]
-    assert answer_spans(piece, offsets) == [(2, 7)]
+    assert answer_spans(piece, len(offsets), offsets.__getitem__) == [(2, 7)]
     # A token over the border of prompt and answer.
-    assert answer_spans(piece, [(0, 2), (3, 6), (7, 10), (10, 11)]) is None
+    offsets = [(0, 2), (3, 6), (7, 10), (10, 11)]
+    assert answer_spans(piece, len(offsets), offsets.__getitem__) is None
 
 
 ALPACA = (

@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_families import save_experts
 
 from tuneline.models.nf4 import load_base
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.estimate import GIB, Settings, Shape, estimate_memory
 from tuneline.train.memory.shape import model_shape
-from tuneline.train.model.adapter import lora_config
+from tuneline.train.model.targets import lora_config
 
 LORA_SUMS = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
 LLAMA_8B = Shape(
@@ -82,7 +83,7 @@ def test_parameters_are_counted_as_torch_does(tiny_model_dir, targets):
     ) - (model.lm_head.weight.numel() * 4)  # tied: it is listed twice
     settings = Settings(1, 8, False, quantized=True, itemsize=4, optim="adamw_torch")
     assert estimate_memory(shape, settings).weights == pytest.approx(stored, rel=0.002)
-    adapted = peft.get_peft_model(model, lora_config(lora))
+    adapted = peft.get_peft_model(model, lora_config(lora, model))
     assert shape.num_adapter == adapted.get_nb_trainable_parameters()[0]
 
 
@@ -92,7 +93,7 @@ def test_kept_activations_are_what_autograd_saves(tiny_model_dir, length):
 
     lora = LoraConfig()
     base = load_base(tiny_model_dir, dtype=torch.float32, device="cpu", quantized=True)
-    peft.get_peft_model(base, lora_config(lora)).train()
+    peft.get_peft_model(base, lora_config(lora, base)).train()
     frozen = {tensor.data_ptr() for tensor in base.state_dict().values()}
     saved: dict[int, int] = {}
 
@@ -122,10 +123,59 @@ def test_zero_2_divides_gradients_and_moments(tiny_model_dir):
     assert estimate_memory(shape, four).activations == estimate_memory(shape, one).activations
 
 
-def test_a_model_of_experts_has_no_estimate(tmp_path):
-    from transformers import MixtralConfig
+@pytest.mark.parametrize("family", ["Mixtral", "DeepSeek V2", "gpt-oss"])
+def test_experts_are_counted_as_torch_does(tmp_path, family):
+    import peft
 
-    MixtralConfig(
+    base_dir = save_experts(family, tmp_path / "model")
+    lora = LoraConfig(r=8, target_modules=("o_proj",), experts=True)
+    shape = model_shape(base_dir, lora)
+    model = load_base(base_dir, dtype=torch.float32, device="cpu", quantized=True)
+    # Of each stack and layer, the codes are as many bytes as a tiny expert.
+    stored = sum(
+        tensor.numel() * tensor.element_size()
+        for name, tensor in model.state_dict().items()
+        if not name.endswith(("code", "quant_map"))
+    )
+    settings = Settings(1, 8, False, quantized=True, itemsize=4, optim="adamw_torch")
+    assert estimate_memory(shape, settings).weights == pytest.approx(stored, rel=0.02)
+    adapted = peft.get_peft_model(model, lora_config(lora, model))
+    assert shape.num_adapter == adapted.get_nb_trainable_parameters()[0]
+    dense = 1 if family == "DeepSeek V2" else 0
+    assert (shape.experts.num_layers, shape.experts.num_experts) == (2 - dense, 4)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE"])
+@pytest.mark.parametrize("experts", [False, True])
+def test_kept_activations_of_experts_are_what_autograd_saves(tmp_path, family, experts):
+    import peft
+
+    lora = LoraConfig(experts=experts, target_modules=("q_proj", "o_proj"))
+    base_dir = save_experts(family, tmp_path / "model", hidden_size=128)
+    base = load_base(base_dir, dtype=torch.float32, device="cpu", quantized=True)
+    peft.get_peft_model(base, lora_config(lora, base)).train()
+    frozen = {tensor.data_ptr() for tensor in base.state_dict().values()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.arange(256).remainder(250)[None]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state
+    assert hidden.requires_grad
+    settings = Settings(1, 256, False, quantized=True, itemsize=4, optim="adamw_8bit")
+    estimate = estimate_memory(model_shape(base_dir, lora), settings)
+    assert sum(saved.values()) == pytest.approx(estimate.activations, rel=0.15)
+
+
+def test_experts_that_are_no_stacks_have_no_estimate(tmp_path):
+    from transformers import JetMoeConfig
+
+    JetMoeConfig(
         vocab_size=64,
         hidden_size=16,
         intermediate_size=32,

@@ -12,8 +12,9 @@ from tuneline.errors import RecipeError
 from tuneline.kernels import FlatAdamW, unpatch
 from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig
-from tuneline.train.model.adapter import keep_adapter_in_fp32, lora_config
+from tuneline.train.model.adapter import keep_adapter_in_fp32
 from tuneline.train.model.fuse import can_fuse, fuse_model, fuse_trainer
+from tuneline.train.model.targets import lora_config
 from tuneline.train.rows.load import load_rows
 from tuneline.train.trainer.arguments import training_arguments
 from tuneline.train.trainer.trainers import SupervisedTrainer
@@ -55,7 +56,7 @@ def train(base_dir: Path, data: Path, work: Path, *, fused: bool, packing: bool)
         train_dataset=rows,
         eval_dataset=held,
         processing_class=AutoTokenizer.from_pretrained(str(base_dir)),
-        peft_config=lora_config(config.lora),
+        peft_config=lora_config(config.lora, model),
     )
     keep_adapter_in_fp32(trainer.model)
     if fused:

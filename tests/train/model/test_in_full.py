@@ -12,7 +12,7 @@ from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.shape import model_shape
-from tuneline.train.model.adapter import check_targets, lora_config
+from tuneline.train.model.targets import check_targets, lora_config
 from tuneline.train.run import run
 from tuneline.train.trainer.rates import set_rate
 
@@ -110,7 +110,7 @@ def test_hidden_states_stay_in_the_compute_type(untied_dir, dataset_dir, answer_
     from tuneline.train.model.adapter import keep_adapter_in_fp32, keep_hidden_states_in
 
     base = load_base(untied_dir, dtype=torch.bfloat16, device="cpu", quantized=False)
-    model = get_peft_model(base, lora_config(LoraConfig(modules_to_save=NAMES)))
+    model = get_peft_model(base, lora_config(LoraConfig(modules_to_save=NAMES), base))
     keep_adapter_in_fp32(model)
     embedding = model.get_input_embeddings()
     ids = torch.tensor([[1, 2, 3]])

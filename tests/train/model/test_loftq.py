@@ -12,8 +12,8 @@ from tuneline.errors import RecipeError
 from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig
 from tuneline.train.config import LoraConfig
-from tuneline.train.model.adapter import lora_config
 from tuneline.train.model.loftq import low_rank, start_from_error
+from tuneline.train.model.targets import lora_config
 from tuneline.train.run import run
 
 
@@ -36,7 +36,7 @@ def test_base_plus_adapter_is_nearer_to_the_full_weights(tiny_model_dir, use_rsl
     for name, module in base.named_modules():
         if name.endswith("_proj"):
             plain[name] = module(torch.eye(module.in_features)).T
-    model = peft.get_peft_model(base, lora_config(lora)).eval()
+    model = peft.get_peft_model(base, lora_config(lora, base)).eval()
     start_from_error(model, tiny_model_dir)
     for name, module in model.get_base_model().named_modules():
         if name not in plain:

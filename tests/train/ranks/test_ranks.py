@@ -65,7 +65,16 @@ def job(tmp_path, tiny_model_dir, dataset_dir, answer_rows):
         "dpo": dataset_dir(pairs, eval_rows=pairs[:5], method="dpo", name="dpo"),
     }
 
-    def make(name, num_ranks, *, method="sft", store=None, divides_optimizer=False, **settings):
+    def make(
+        name,
+        num_ranks,
+        *,
+        method="sft",
+        store=None,
+        divides_optimizer=False,
+        base_dir=tiny_model_dir,
+        **settings,
+    ):
         config = TrainConfig.parse({**SETTINGS, **settings})
         manifest = DatasetManifest.read(data[method])
         where = tmp_path / f"{name}-{num_ranks}"
@@ -82,11 +91,11 @@ def job(tmp_path, tiny_model_dir, dataset_dir, answer_rows):
                 optimizer=optimizer_name(config, divides_optimizer),
             ),
             "inputs": Inputs(
-                base_model_dir=tiny_model_dir,
+                base_model_dir=base_dir,
                 dataset_dir=data[method],
-                origin=ModelOrigin.read(tiny_model_dir),
+                origin=ModelOrigin.read(base_dir),
                 manifest=manifest,
-                tokenizer=AutoTokenizer.from_pretrained(str(tiny_model_dir)),
+                tokenizer=AutoTokenizer.from_pretrained(str(base_dir)),
             ),
             "num_out_of_memory": 0,
             "num_restarts": 0,
@@ -183,6 +192,31 @@ def check(num_ranks, job, tmp_path, curves):
 
 def test_two_ranks_learn_what_one_does(job, tmp_path):
     check(2, job, tmp_path, ["unpacked", "packed"])
+
+
+@pytest.mark.parametrize("zero", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_ranks_learn_experts_as_one_does(zero, job, expert_model_dir, tmp_path):
+    # A family without an auxiliary loss, which depends on the rows of a micro-batch.
+    settings = {
+        "base_dir": expert_model_dir("GLM-4-MoE"),
+        "lora": {"r": 4, "target_modules": ["q_proj", "o_proj"], "experts": True},
+        "dtype": "bfloat16" if zero else "float32",
+    }
+    alone = rank_cases.one_job(job("alone", 1, **settings))
+    arguments = job("two", 2, divides_optimizer=zero, **settings)
+    found = run_on_ranks(
+        2,
+        rank_cases.all_jobs,
+        {"jobs": {"two": {"arguments": arguments, "zero": zero}}},
+        directory=tmp_path / "ranks",
+        device="cpu",
+    )["two"]
+    if not zero:
+        assert_same_curves(found, alone)
+        return
+    # ZeRO casts the model to bfloat16, which must not touch the scales of experts.
+    losses = [[point.loss for point in one.history if point.loss] for one in (found, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 @pytest.mark.slow

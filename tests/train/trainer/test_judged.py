@@ -5,13 +5,13 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoTokenizer
 from trl import KTOConfig as StockConfig
 from trl import KTOTrainer
 
 from tuneline.models.nf4 import load_base
 from tuneline.train.config import KtoConfig, TrainConfig
+from tuneline.train.model.targets import lora_config
 from tuneline.train.run import run
 from tuneline.train.trainer.judged import log_balance
 
@@ -107,15 +107,12 @@ def test_losses_are_those_of_trl(tmp_path, tiny_model_dir, dataset_dir, loss_typ
         max_length=64,
     )
     base = load_base(tiny_model_dir, dtype=torch.float32, device="cpu", quantized=True)
-    targets = list(TrainConfig().lora.target_modules)
     stock = Tokens(
         model=base,
         args=arguments,
         train_dataset=Dataset.from_list(epochs),
         processing_class=AutoTokenizer.from_pretrained(tiny_model_dir),
-        peft_config=LoraConfig(
-            task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules=targets, bias="none"
-        ),
+        peft_config=lora_config(TrainConfig().lora, base),
     )
     for parameter in stock.model.parameters():
         if parameter.requires_grad:

@@ -9,7 +9,7 @@ from tuneline.artifacts import DatasetManifest
 from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig
 from tuneline.train.batch_size import num_total_steps
-from tuneline.train.model.adapter import lora_config
+from tuneline.train.model.targets import lora_config
 from tuneline.train.rows.load import load_rows
 from tuneline.train.trainer.arguments import training_arguments
 from tuneline.train.trainer.trainers import SupervisedTrainer
@@ -18,8 +18,9 @@ from tuneline.train.trainer.trainers import SupervisedTrainer
 def trainer_for(config, path, base_dir, work):
     manifest = DatasetManifest.read(path)
     rows, held = load_rows(path, manifest, packing=config.packing, cache_dir=work / "cache")
+    model = load_base(base_dir, dtype=torch.float32, device="cpu", quantized=True)
     trainer = SupervisedTrainer(
-        model=load_base(base_dir, dtype=torch.float32, device="cpu", quantized=True),
+        model=model,
         args=training_arguments(
             config,
             cpu_setup(config, max_seq_length=manifest.max_seq_length),
@@ -32,7 +33,7 @@ def trainer_for(config, path, base_dir, work):
         train_dataset=rows,
         eval_dataset=held,
         processing_class=AutoTokenizer.from_pretrained(str(base_dir)),
-        peft_config=lora_config(config.lora),
+        peft_config=lora_config(config.lora, model),
     )
     # A new adapter adds nothing (B = 0): give it weight, so that its gradients count too.
     generator = torch.Generator().manual_seed(1)
@@ -93,6 +94,41 @@ def test_trls_own_loss_agrees(dataset_dir, answer_rows, tiny_model_dir, tmp_path
     ours = trainer.evaluate()["eval_loss"]
     trainer._selects_logits = False
     assert trainer.evaluate()["eval_loss"] == pytest.approx(ours, rel=1e-5)
+
+
+def test_the_auxiliary_loss_of_routers_is_part_of_training_alone(
+    dataset_dir, answer_rows, expert_model_dir, tmp_path
+):
+    config = TrainConfig(
+        gradient_checkpointing=False,
+        packing=False,
+        global_batch_size=4,
+        micro_batch_size=2,
+        lora={"target_modules": ["q_proj", "o_proj"]},
+    )
+    trainer = trainer_for(config, dataset_dir(answer_rows), expert_model_dir("Qwen3-MoE"), tmp_path)
+    by_hand = loss_by_hand(trainer.model.eval(), answer_rows)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(by_hand.item(), rel=1e-5)
+
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    output = trainer.model(**batch, output_router_logits=True)
+    coefficient = trainer.model.config.router_aux_loss_coef
+    plain = output.loss - coefficient * output.aux_loss
+    num_items = (batch["labels"][:, 1:] != -100).sum()
+    trainer.current_gradient_accumulation_steps = 2
+    expected = plain + coefficient / 2 * output.aux_loss
+    losses = {}
+    for name in ("ours", "TRL", "model"):
+        trainer._selects_logits = name == "ours"
+        trainer.takes_model_loss = name == "model"
+        losses[name] = trainer.compute_loss(
+            trainer.model, dict(batch), num_items_in_batch=num_items
+        )
+    assert coefficient * float(output.aux_loss) > 1e-3
+    for loss in losses.values():
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert not trainer.model.config.output_router_logits
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,15 @@ class _UnclearError(ValueError):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _UnclearError(f"has the key {twice!r} twice")
+        raise _UnclearError(repeated_key(pairs))
     return values
+
+
+def repeated_key(pairs: list[tuple[str, Any]]) -> str:
+    """Return what is wrong with an object of JSON that has a key twice."""
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    return f"has the key {twice[:100]!r} twice"
 
 
 def _refuse_constant(name: str) -> None:

@@ -1,7 +1,8 @@
 """Group rows that are equal or nearly the same, so that a split never puts one group in two parts.
 
 Rows are linked if an example of both has the same tokens after truncation, if their normalised
-texts are equal, if they answer the same prompt, or if their texts are nearly the same (near.py).
+texts are equal, if they answer the same prompt, if one conversation is the beginning of the other,
+or if their texts are nearly the same (near.py).
 Links hold through other rows: a group is every row that is linked with one of its rows.
 """
 
@@ -17,8 +18,9 @@ from tuneline.prepare.rows.words import Hashes, WordFile
 
 Rows = NDArray[numpy.int64]
 
-EQUAL, PROMPT, NEAR = "equal", "prompt", "near"
-"""Why two rows are of one group: equal text or tokens, the same prompt, nearly the same text."""
+EQUAL, PROMPT, BEGINNING, NEAR = "equal", "prompt", "beginning", "near"
+"""Why two rows are of one group: equal text or tokens, the same prompt, one conversation is the
+beginning of the other, nearly the same text."""
 
 
 class Groups:
@@ -34,6 +36,7 @@ class Groups:
     def __init__(self, examples: Hashes, owners: Rows, texts: Hashes, prompts: Hashes):
         self._examples, self._owners = examples, owners
         self._texts, self._prompts = texts, prompts
+        self._beginnings, self._begun = numpy.empty(0, numpy.uint64), numpy.empty(0, numpy.int64)
         self._parents = array("q", range(len(texts)))
         self._link_equal(examples, owners)
         self._link_equal(texts, numpy.arange(len(texts)))
@@ -49,6 +52,25 @@ class Groups:
         most = len(rows) if always else most_that_share(len(self._prompts))
         self._link_equal(self._prompts[rows], rows, most=most)
 
+    def link_beginnings(self, beginnings: Hashes, owners: Rows) -> None:
+        """Link each row with the conversations that begin with the row's whole text.
+
+        A text with which very many conversations begin, such as a greeting, links no rows.
+
+        Args:
+            beginnings: hash of the words of conversations up to each answer but the last.
+            owners: the row of each beginning, in ascending order.
+        """
+        order = numpy.argsort(self._texts, kind="stable")
+        places = numpy.searchsorted(self._texts, beginnings, sorter=order)
+        rows = order[numpy.minimum(places, len(order) - 1)]
+        found = self._texts[rows] == beginnings
+        self._beginnings, self._begun, rows = beginnings[found], owners[found], rows[found]
+        counts = numpy.bincount(rows, minlength=len(order))[rows]
+        few = counts <= most_that_share(len(order))
+        for first, second in zip(rows[few].tolist(), self._begun[few].tolist(), strict=True):
+            self._link(first, second)
+
     def link_near(self, words: WordFile, work: Path) -> None:
         """Link the rows whose texts are nearly the same; `work` is for temporary files."""
         first_of_text = numpy.zeros(len(self._texts), bool)
@@ -57,7 +79,7 @@ class Groups:
             words,
             first_of_text,
             work,
-            are_linked=lambda first, second: self._root(first) == self._root(second),
+            groups=self.numbers,
             link=self._link,
         )
 
@@ -69,19 +91,18 @@ class Groups:
         return parents
 
     def reason(self, row: int, other: int) -> str:
-        """Return why two rows of a group are in it: EQUAL, PROMPT or NEAR."""
+        """Return why two rows of a group are in it: EQUAL, PROMPT, BEGINNING or NEAR."""
         if self._texts[row] == self._texts[other]:
             return EQUAL
-        if not set(self._examples_of(row)).isdisjoint(self._examples_of(other)):
+        examples = (_of(number, self._examples, self._owners) for number in (row, other))
+        if not set(next(examples)).isdisjoint(next(examples)):
             return EQUAL
         if self._prompts[row] and self._prompts[row] == self._prompts[other]:
             return PROMPT
+        for longer, shorter in ((row, other), (other, row)):
+            if self._texts[shorter] in _of(longer, self._beginnings, self._begun):
+                return BEGINNING
         return NEAR
-
-    def _examples_of(self, row: int) -> list[int]:
-        first, stop = numpy.searchsorted(self._owners, [row, row + 1])
-        examples: list[int] = self._examples[first:stop].tolist()
-        return examples
 
     def _link_equal(self, keys: Hashes, rows: Rows, *, most: int | None = None) -> None:
         order = numpy.argsort(keys, kind="stable")
@@ -100,3 +121,10 @@ class Groups:
         while self._parents[row] != row:
             self._parents[row] = row = self._parents[self._parents[row]]
         return row
+
+
+def _of(row: int, values: Hashes, owners: Rows) -> list[int]:
+    """Return the values of a row; `owners` has the row of each value, in ascending order."""
+    first, stop = numpy.searchsorted(owners, [row, row + 1])
+    found: list[int] = values[first:stop].tolist()
+    return found

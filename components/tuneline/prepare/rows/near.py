@@ -34,7 +34,7 @@ def link_near(
     wanted: NDArray[numpy.bool_],
     work: Path,
     *,
-    are_linked: Callable[[int, int], bool],
+    groups: Callable[[], Rows],
     link: Callable[[int, int], None],
 ) -> None:
     """Call `link` for pairs of rows whose texts are nearly the same.
@@ -43,7 +43,8 @@ def link_near(
         words: the words of all rows.
         wanted: whether to compare a row; equal texts must be compared only once.
         work: directory for temporary files.
-        are_linked: returns whether two rows are linked already, directly or through other rows.
+        groups: returns the group of each row: rows are linked already, directly or through other
+            rows, if they have the same group.
         link: receives pairs of rows.
     """
     # One changed word would change too much of shorter texts.
@@ -52,12 +53,14 @@ def link_near(
         return
     shingles = ShingleFile(words, wanted, work / "shingles")
     try:
-        for first, second in _candidates(shingles, work / "bands"):
-            if are_linked(first, second):
-                continue
-            pair = (shingles.read(range(row, row + 1))[0] for row in (first, second))
-            if similarity(*pair) >= SIMILARITY:
-                link(first, second)
+        for firsts, seconds in _candidates(shingles, work / "bands"):
+            group = groups()
+            # Most pairs share several bands, so they are linked since an earlier one.
+            unlinked = numpy.flatnonzero(group[firsts] != group[seconds])
+            pairs = zip(firsts[unlinked].tolist(), seconds[unlinked].tolist(), strict=True)
+            for first, second in dict.fromkeys(pairs):
+                if similarity(shingles.read_row(first), shingles.read_row(second)) >= SIMILARITY:
+                    link(first, second)
     finally:
         shingles.close()
 
@@ -88,8 +91,11 @@ def band_keys(values: Shingles, rows: Rows) -> tuple[Rows, NDArray[numpy.uint32]
     return found[kept], (keys >> numpy.uint64(32)).astype(numpy.uint32)
 
 
-def _candidates(shingles: ShingleFile, path: Path) -> Iterator[tuple[int, int]]:
-    """Yield pairs of rows that share the key of a band: neighbours, and with the first of all."""
+def _candidates(shingles: ShingleFile, path: Path) -> Iterator[tuple[Rows, Rows]]:
+    """Yield the pairs of rows that share the key of a band: neighbours, and with the first of all.
+
+    The pairs of one band follow each other; they are (the first row of each pair, the second one).
+    """
     compared = []
     num_compared, stride = 0, 4 * len(shingles)
 
@@ -111,8 +117,6 @@ def _candidates(shingles: ShingleFile, path: Path) -> Iterator[tuple[int, int]]:
             places = numpy.flatnonzero(equal) + 1
             begins = numpy.where(numpy.concatenate(([False], equal)), 0, numpy.arange(num_compared))
             firsts = numpy.maximum.accumulate(begins)
-            for place in places.tolist():
-                row = int(everything[order[place]])
-                yield int(everything[order[place - 1]]), row
-                if firsts[place] < place - 1:
-                    yield int(everything[order[firsts[place]]]), row
+            rows = everything[order]
+            for others in (places - 1, firsts[places]):
+                yield rows[others], rows[places]

@@ -92,6 +92,13 @@ class ShingleFile:
         kept = self._counts[values % len(self._counts)] <= self._limit
         return values[kept], numpy.repeat(numpy.array(rows), numpy.diff(ends))[kept]
 
+    def read_row(self, row: int) -> Shingles:
+        """Return the shingles of one row that tell it apart, as `read` does in less time."""
+        first, end = self._ends[row], self._ends[row + 1]
+        data = os.pread(self._file.fileno(), 4 * (end - first), 4 * first)
+        values = numpy.frombuffer(data, numpy.uint32)
+        return values[self._counts[values % len(self._counts)] <= self._limit]
+
     def batches(self) -> Iterator[range]:
         """Return the numbers of all rows in batches."""
         return ranges(len(self), 4 * _BATCH)

@@ -30,6 +30,8 @@ _IGNORED = "".join(
 )
 # A word is a run of letters and digits, a minus sign before a number, or one symbol.
 _WORD = re.compile(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+|-(?=\d)|[^\w\s{_IGNORED}]")
+# A comma between groups of three digits; the literal comma comes first, which is searched fast.
+_GROUPING = re.compile(r",(?<=\d,)(?=\d{3}(?!\d))")
 _ASCII_WORD = re.compile(r"\w+|-(?=\d)|[$+<=>^`|~%&*/@#\\]")
 
 
@@ -37,8 +39,10 @@ def words_of(text: str) -> list[str]:
     """Return the words of a text; texts that differ in case or white space have equal words.
 
     White space, punctuation and invisible characters separate words. Symbols (+, %, emoji) are
-    words, because an answer may consist of one.
+    words, because an answer may consist of one. 1,000 is the same word as 1000.
     """
+    if "," in text:
+        text = _GROUPING.sub("", text)
     if text.isascii():
         return _ASCII_WORD.findall(text.casefold())
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
@@ -46,14 +50,27 @@ def words_of(text: str) -> list[str]:
 
 def hash_of(words: Sequence[str]) -> int:
     """Return a 64-bit hash of words."""
-    return int.from_bytes(blake2b(_joined(words), digest_size=8).digest(), "little")
+    return hash_of_lines(_joined(words))
 
 
 def word_hashes(words: Sequence[str]) -> "array[int]":
     """Return a 32-bit hash of each word."""
-    if not words:
-        return array("I")
-    return array("I", map(crc32, _joined(words).split(b"\n")))
+    return hashes_of_lines(_joined(words))
+
+
+def lines_of(text: str) -> bytes:
+    """Return the words of a text, one per line."""
+    return _joined(words_of(text))
+
+
+def hash_of_lines(lines: bytes) -> int:
+    """Return `hash_of` the words in the given lines."""
+    return int.from_bytes(blake2b(lines, digest_size=8).digest(), "little")
+
+
+def hashes_of_lines(lines: bytes) -> "array[int]":
+    """Return `word_hashes` of the words in the given lines."""
+    return array("I", map(crc32, lines.split(b"\n"))) if lines else array("I")
 
 
 def _joined(words: Sequence[str]) -> bytes:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tuneline.errors import DataError
+from tuneline.prepare.formats.checks import repeated_key
 from tuneline.prepare.sources.content import (
     NOT_UTF8,
     UTF_8,
@@ -19,11 +20,31 @@ from tuneline.prepare.sources.stored import StoredFile
 _CUT_OFF = "the line ends inside a JSON value: the file was cut off"
 
 
+class _Decoder(json.JSONDecoder):
+    """Decodes JSON, and notes a key that an object has twice: Python keeps only the last value."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object)
+        self.flaw = ""
+        """What is wrong with the text that was decoded last; "" for nothing."""
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        self.flaw = ""
+        return super().raw_decode(s, idx)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            self.flaw = f"an object {repeated_key(pairs)}, so which value counts is not clear"
+        return values
+
+
 def read_jsonl(file: StoredFile, encoding: str) -> Iterator[SourceRow]:
     """Yield the objects of JSON Lines."""
     if encoding != UTF_8:
         yield from _read_decoded_lines(file, encoding)
         return
+    decoder = _Decoder()
     with open_content(file) as lines:
         for number, raw in enumerate(lines, 1):
             if number == 1:
@@ -35,10 +56,11 @@ def read_jsonl(file: StoredFile, encoding: str) -> Iterator[SourceRow]:
             except UnicodeDecodeError:
                 yield SourceRow(file.name, number, reason=NOT_UTF8)
                 continue
-            yield _parse(file, number, line)
+            yield _parse(file, number, line, decoder)
 
 
 def _read_decoded_lines(file: StoredFile, encoding: str) -> Iterator[SourceRow]:
+    decoder = _Decoder()
     with open_text(file, encoding, newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             if number == 1:
@@ -48,12 +70,12 @@ def _read_decoded_lines(file: StoredFile, encoding: str) -> Iterator[SourceRow]:
             if has_undecoded(line):
                 yield SourceRow(file.name, number, reason=f"not {encoding} text")
                 continue
-            yield _parse(file, number, line)
+            yield _parse(file, number, line, decoder)
 
 
-def _parse(file: StoredFile, number: int, line: str) -> SourceRow:
+def _parse(file: StoredFile, number: int, line: str, decoder: _Decoder) -> SourceRow:
     try:
-        return _object(file, number, json.loads(line))
+        return _object(file, number, decoder.decode(line), decoder.flaw)
     except json.JSONDecodeError as error:
         # Only the last line of a file can lack a line feed; it may have been cut off.
         is_whole = line.endswith("\n")
@@ -66,7 +88,9 @@ def _parse(file: StoredFile, number: int, line: str) -> SourceRow:
         return SourceRow(file.name, number, reason=f"not usable JSON: {error}")
 
 
-def _object(file: StoredFile, number: int, values: Any) -> SourceRow:
+def _object(file: StoredFile, number: int, values: Any, flaw: str) -> SourceRow:
+    if flaw:
+        return SourceRow(file.name, number, reason=flaw)
     if isinstance(values, dict):
         return SourceRow(file.name, number, values)
     name = {list: "an array", str: "a string", type(None): "null"}.get(type(values), "a number")
@@ -82,7 +106,7 @@ def read_json(file: StoredFile, encoding: str) -> Iterator[SourceRow]:
         return
     if head and not head.startswith("["):
         raise DataError(f"{file.name} is neither an array of objects nor JSON Lines")
-    decoder = json.JSONDecoder()
+    decoder = _Decoder()
     line = 1
     buffer = ""
     opened = False
@@ -126,4 +150,4 @@ def read_json(file: StoredFile, encoding: str) -> Iterator[SourceRow]:
                 ) from None
             line += buffer[:end].count("\n")
             buffer = buffer[end:]
-            yield _object(file, line, values)
+            yield _object(file, line, values, decoder.flaw)

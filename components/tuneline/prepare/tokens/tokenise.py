@@ -1,10 +1,12 @@
 """Turn rendered rows into token IDs with a loss mask, in batches."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
+from tuneline.prepare.tokens.byte_level import ByteLevel, Spans
 from tuneline.prepare.tokens.render import Piece, Rendered
 
 
@@ -28,8 +30,17 @@ class TokenRow:
         return len(self.input_ids) + max(map(len, self.answers))
 
 
-def tokenise(tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str) -> Iterator[TokenRow]:
-    """Yield the examples of a batch of rendered rows; a row may become several examples."""
+def tokenise(
+    tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str, byte_level: ByteLevel | None = None
+) -> Iterator[TokenRow]:
+    """Yield the examples of a batch of rendered rows; a row may become several examples.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        rows: the rows.
+        loss_on: which tokens the loss counts, "answers" or "all".
+        byte_level: the same tokenizer, if it is a byte-level one.
+    """
     if not rows:
         return
     if rows[0].preference is not None:
@@ -45,28 +56,37 @@ def tokenise(tokenizer: Any, rows: Sequence[Rendered], *, loss_on: str) -> Itera
     elif rows[0].text is not None:
         yield from _texts(tokenizer, [row.text or "" for row in rows])
     else:
-        # Call the backend directly, because the wrapper of transformers takes 20 % more time, and
-        # text by text, because the encodings of a whole batch do not fit into the CPU's caches.
-        encode = tokenizer.backend_tokenizer.encode
-        for piece in (piece for row in rows for piece in row.pieces or []):
-            encoding = encode(piece.text, add_special_tokens=False)
-            spans = answer_spans(piece, encoding.offsets)
+        pieces = [piece for row in rows for piece in row.pieces or []]
+        encoded = repeat(None) if byte_level is None else byte_level.encode(pieces)
+        for piece, found in zip(pieces, encoded):  # noqa: B905 (the first one may be endless)
+            ids, spans = found or _with_offsets(tokenizer, piece)
             if spans is None:
                 yield _in_parts(tokenizer, piece, loss_on=loss_on)
             else:
-                ids = encoding.ids
                 mask = [1] * len(ids) if loss_on == "all" else _mask(spans, len(ids))
                 yield TokenRow(ids, mask)
 
 
-def answer_spans(piece: Piece, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]] | None:
+def _with_offsets(tokenizer: Any, piece: Piece) -> tuple[list[int], Spans | None]:
+    # Call the backend directly, because the wrapper of transformers takes 20 % more time, and text
+    # by text, because the encodings of a whole batch do not fit into the CPU's caches.
+    encoding = tokenizer.backend_tokenizer.encode(piece.text, add_special_tokens=False)
+    ids = encoding.ids
+    # A few offsets are needed; the list of all of them would take more time than these.
+    return ids, answer_spans(piece, len(ids), encoding.token_to_chars)
+
+
+def answer_spans(
+    piece: Piece, num_tokens: int, offsets: Callable[[int], tuple[int, int]]
+) -> Spans | None:
     """Return the token range of each answer, including its end of turn.
 
     Args:
         piece: the text and the positions of its answers.
-        offsets: (index of the first character, index after the last character) of each token, in
-            order. Byte-level tokenizers leave the white space in front of a word out of these
-            offsets, so each token is taken to begin where the token before it ends.
+        num_tokens: number of tokens of the text.
+        offsets: returns (index of the first character, index after the last character) of a token.
+            Byte-level tokenizers leave the white space in front of a word out of these offsets, so
+            each token is taken to begin where the token before it ends.
 
     Returns:
         (index of the first token, index after the last token) of each answer. None if a token
@@ -76,12 +96,12 @@ def answer_spans(piece: Piece, offsets: Sequence[tuple[int, int]]) -> list[tuple
     """
 
     def first(token: int) -> int:
-        return min(offsets[token][0], offsets[token - 1][1]) if token else 0
+        return min(offsets(token)[0], offsets(token - 1)[1]) if token else 0
 
-    tokens = range(len(offsets))
+    tokens = range(num_tokens)
     spans = []
     for answer in piece.answers:
-        start = bisect_right(tokens, answer.start, key=lambda token: offsets[token][1])
+        start = bisect_right(tokens, answer.start, key=lambda token: offsets(token)[1])
         if start < len(tokens) and first(start) < answer.start:
             return None
         spans.append((start, max(start, bisect_left(tokens, answer.end, key=first))))

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError
 from tuneline.models.special_tokens import add_missing_tokens
+from tuneline.runtime.torch_free import show_torch
 
 # If a model has no limit, transformers sets model_max_length to a number above this one.
 _NO_LIMIT = 10**9
@@ -30,6 +31,8 @@ def load_tokenizer(base_model_dir: str) -> tuple[Any, int]:
             "files of the original model into this directory"
         )
     trusted = _runs_own_code(path)
+    if trusted:
+        show_torch()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
         model_config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)

@@ -27,6 +27,8 @@ class Cut:
     """Number of tokens before truncation."""
     num_tokens: int = 0
     num_loss_tokens: int = 0
+    num_desirable: int = 0
+    """Number of examples of the method kto whose answer is desirable."""
 
     def add(self, other: "Cut") -> None:
         """Add the counts of a batch."""
@@ -34,6 +36,7 @@ class Cut:
         self.num_source_tokens += other.num_source_tokens
         self.num_tokens += other.num_tokens
         self.num_loss_tokens += other.num_loss_tokens
+        self.num_desirable += other.num_desirable
 
 
 def choose_length(requested: int | Literal["auto"], recommended: int, longest_allowed: int) -> int:
@@ -66,6 +69,7 @@ def cut_batch(
         for piece in lengths.fit(row, max_seq_length, is_document=method == "cpt"):
             counts.num_tokens += lengths.num_tokens(piece)
             counts.num_loss_tokens += lengths.num_loss_tokens(piece)
+            counts.num_desirable += bool(piece.is_desirable)
             kept.append(piece)
     counts.num_rows = len(kept)
     return parquet.to_batch(kept, method=method), counts
@@ -98,7 +102,8 @@ def _count(batch: pyarrow.RecordBatch, method: Method) -> Cut:
     else:
         num_tokens = sizes[0]
         num_learnt = int(batch.columns[1].flatten().to_numpy().sum(dtype="int64"))
-    return Cut(batch.num_rows, num_tokens, num_tokens, num_learnt)
+    num_desirable = batch.column(LABEL).true_count if method == "kto" else 0
+    return Cut(batch.num_rows, num_tokens, num_tokens, num_learnt, num_desirable)
 
 
 def too_long(source: str, sizes: Sizes, needed: Sizes, max_seq_length: int) -> DataError:

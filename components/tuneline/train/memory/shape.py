@@ -5,43 +5,52 @@ from typing import Any
 
 from torch import nn
 
+from tuneline.kernels.spec import family_spec
+from tuneline.models.experts.stacks import Stack, quantized_experts
 from tuneline.models.nf4 import empty_model, quantized_modules
 from tuneline.train.config import LoraConfig
-from tuneline.train.memory.estimate import Shape
-from tuneline.train.model.adapter import is_called
+from tuneline.train.memory.estimate import EXPERT_COUNTS, TOP_K, Experts, Shape
+from tuneline.train.model.targets import adapted_modules, is_called
 
 
 def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
     """Return the shape of a model with an adapter.
 
     Returns:
-        None for a model whose config lacks the usual keys, or that routes tokens to experts: no
-        estimate is better than a wrong one.
+        None for a model whose config lacks the usual keys, or whose experts are not stored as
+        stacks: no estimate is better than a wrong one.
     """
     model: Any = empty_model(base_model_dir)
     config: Any = model.config.get_text_config()
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     if any(not isinstance(getattr(config, name, None), int) for name in names):
         return None
-    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts")):
+    stacks = quantized_experts(model)
+    experts = _experts(stacks, model, config)
+    if experts is None and any(getattr(config, name, None) for name in EXPERT_COUNTS):
         return None
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = model.get_output_embeddings()
-    num_adapter = 0
+    if getattr(config, "qk_nope_head_dim", None):
+        # Latent attention: every head has its own keys.
+        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        num_kv_heads = config.num_attention_heads
+    layers = [model.get_submodule(name) for name in adapted_modules(model, lora)]
+    num_adapter = sum(lora.r * (layer.in_features + layer.out_features) for layer in layers)
     for name, module in model.named_modules():
-        is_target = lora.target_modules == "all-linear" or any(
-            is_called(name, target) for target in lora.target_modules
-        )
         if any(is_called(name, saved) for saved in lora.modules_to_save):
             num_adapter += sum(parameter.numel() for parameter in module.parameters())
-        elif is_target and type(module) is nn.Linear and module is not head:
-            num_adapter += lora.r * (module.in_features + module.out_features)
+    if lora.experts:
+        num_adapter += sum(
+            lora.r * stack.num_experts * (stack.in_features + stack.out_features)
+            for stack in stacks.values()
+        )
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     weights: dict[str, Any] = {
         name: module.weight for name, module in model.named_modules() if hasattr(module, "weight")
     }
     num_quantized = sum(weights[name].numel() for name in quantized_modules(model))
+    num_quantized += sum(stack.numel for stack in stacks.values())
     return Shape(
         num_layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -53,6 +62,28 @@ def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
         num_other=num_parameters - num_quantized,
         num_adapter=num_adapter,
         fused_qkv=_fused_qkv(model),
+        experts=experts,
+    )
+
+
+def _experts(stacks: dict[str, Stack], model: Any, config: Any) -> Experts | None:
+    """Return the sizes of the layers with experts; None if there are none, or are not known."""
+    top_k = next((getattr(config, name) for name in TOP_K if hasattr(config, name)), None)
+    down = [stack for name, stack in stacks.items() if name.endswith(".down_proj")]
+    if not down or not isinstance(top_k, int):
+        return None
+    shared = [
+        module.out_features
+        for name, module in model.named_modules()
+        if name.endswith(("shared_expert.up_proj", "shared_experts.up_proj"))
+    ]
+    return Experts(
+        num_layers=len(down),
+        num_experts=down[0].num_experts,
+        top_k=top_k,
+        width=down[0].in_features,
+        shared=max(shared, default=0),
+        is_fused=all(family_spec(layer) is not None for layer in model.get_decoder().layers),
     )
 
 

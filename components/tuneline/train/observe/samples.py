@@ -5,7 +5,6 @@ disabled. Generation therefore does not affect the training, and a resumed run h
 """
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +27,6 @@ from tuneline.strict_model import StrictModel
 if TYPE_CHECKING:
     import peft
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 SAMPLES_FILE = "samples.json"
 
@@ -97,10 +94,14 @@ def ask_before_and_after(
         end_of_turn: Text that ends a turn in the chat template; it ends an answer too.
 
     Returns:
-        One sample per prompt; none if the device runs out of memory.
+        One sample per prompt.
     """
     if not prompts or not num_tokens:
         return []
+    settings: Any = model.get_base_model().config.get_text_config()
+    if getattr(settings, "output_router_logits", False):
+        # TRL sets it for the auxiliary loss of routers. A model of experts cannot generate with it.
+        settings.output_router_logits = False
     ends = (tokenizer.eos_token_id, tokenizer.get_vocab().get(end_of_turn))
     stops = {token for token in ends if isinstance(token, int)}
     device = next(model.parameters()).device
@@ -119,14 +120,10 @@ def ask_before_and_after(
     model.eval()
     generate: Any = model.generate
     mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    try:
-        with torch.inference_mode(), mixed:
-            after = generate(**options)
-            with model.disable_adapter():
-                before = generate(**options)
-    except torch.OutOfMemoryError:
-        logger.warning("no sample answers on the page: the device ran out of memory")
-        return []
+    with torch.inference_mode(), mixed:
+        after = generate(**options)
+        with model.disable_adapter():
+            before = generate(**options)
 
     def text(ids: Any) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -16,7 +16,8 @@ from tuneline.train.trainer.shared_steps import LOSS_FACTOR, NUM_LABELS, num_lab
 class SupervisedTrainer(GuardedTrainer, SFTTrainer):
     """SFTTrainer whose evaluation loss is a mean over tokens instead of over batches.
 
-    TRL averages the means of batches, so TRL's loss depends on how the rows are packed.
+    TRL averages the means of batches, so TRL's loss depends on how the rows are packed. And TRL
+    adds the auxiliary loss of routers, which is no property of the rows, to its evaluation loss.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -25,6 +26,7 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
         """Whether the model computes its training loss itself, see `fuse.fuse_trainer`."""
         base: Any = self.model
         base = base.get_base_model()
+        self._auxiliary = _auxiliary_coefficient(self)
         # On a GPU, TRL's fused head computes logits only for labelled tokens. On a CPU, TRL
         # computes all logits; without those of prompts, a step of SmolLM2 is a fifth to a third
         # shorter.
@@ -51,11 +53,17 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
         """
         factor = inputs.pop(LOSS_FACTOR, 1.0)
         num_labels = inputs.pop(NUM_LABELS, None)
+        auxiliary = self._auxiliary if model.training else 0.0
+        if auxiliary and num_items_in_batch is not None:
+            # Gradients of a step's micro-batches are summed, so each adds its part of the mean.
+            auxiliary /= self.current_gradient_accumulation_steps
         if self.takes_model_loss and model.training and not return_outputs:
-            return factor * _model_loss(model, inputs, num_items_in_batch, num_labels)
+            counts = {"num_items_in_batch": num_items_in_batch, "num_labels": num_labels}
+            return factor * _model_loss(model, inputs, counts, auxiliary, self._auxiliary)
         if self._selects_logits and not return_outputs:
-            return factor * _selected_loss(model, inputs, num_items_in_batch)
+            return factor * _selected_loss(model, inputs, num_items_in_batch, auxiliary)
         trl: Any = super()
+        self.aux_loss_enabled = auxiliary > 0
         loss = trl.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return (factor * loss[0], loss[1]) if return_outputs else factor * loss
 
@@ -103,25 +111,58 @@ class PreferenceTrainer(ExampleTrainer, DPOTrainer):
             cast(Any, self.accelerator).gather = collectives.concatenated
 
 
+def _auxiliary_coefficient(trainer: Any) -> float:
+    """Return the weight of the routers' auxiliary loss in training, and turn it off elsewhere.
+
+    TRL makes the model return router logits in every forward pass, and transformers 5.23 cannot
+    generate with them.
+    """
+    if not trainer.aux_loss_enabled:
+        return 0.0
+    trainer.model.config.get_text_config().output_router_logits = False
+    return float(trainer.router_aux_loss_coef)
+
+
 def _model_loss(
     model: torch.nn.Module,
     inputs: dict[str, Any],
-    num_items: torch.Tensor | int | None,
-    num_labels: int | None,
+    counts: dict[str, Any],
+    auxiliary: float,
+    model_auxiliary: float,
 ) -> torch.Tensor:
-    counts = {"num_items_in_batch": num_items, "num_labels": num_labels}
-    loss: torch.Tensor = model(**inputs, use_cache=False, **counts).loss
-    return loss
+    """Return the loss that the model computes.
+
+    Args:
+        model: The model, perhaps wrapped by DDP or DeepSpeed.
+        inputs: A batch.
+        counts: Numbers of labels.
+        auxiliary: Weight of the routers' auxiliary loss; 0: there is none.
+        model_auxiliary: The weight with which the model adds this loss.
+    """
+    if not auxiliary:
+        loss: torch.Tensor = model(**inputs, use_cache=False, **counts).loss
+        return loss
+    output = model(**inputs, use_cache=False, output_router_logits=True, **counts)
+    loss = output.loss
+    if output.get("aux_loss") is None:
+        return loss
+    return loss + (auxiliary - model_auxiliary) * output.aux_loss
 
 
 def _selected_loss(
-    model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
+    model: torch.nn.Module,
+    inputs: dict[str, Any],
+    num_items: torch.Tensor | int | None,
+    auxiliary: float,
 ) -> torch.Tensor:
     """Compute the loss from only those logits at whose positions some row has a label."""
     targets = inputs["labels"][:, 1:]
     kept = (targets != IGNORED).any(dim=0).nonzero().flatten()
     unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
-    logits = model(**unlabelled, use_cache=False, logits_to_keep=kept).logits
+    if auxiliary:
+        unlabelled["output_router_logits"] = True
+    output = model(**unlabelled, use_cache=False, logits_to_keep=kept)
+    logits = output.logits
     total = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(),
         targets[:, kept].flatten(),
@@ -129,4 +170,7 @@ def _selected_loss(
         reduction="sum",
     )
     count = (targets != IGNORED).sum() if num_items is None else torch.as_tensor(num_items)
-    return total / count.clamp(min=1)
+    loss: torch.Tensor = total / count.clamp(min=1)
+    if not auxiliary or output.get("aux_loss") is None:
+        return loss
+    return loss + auxiliary * output.aux_loss

@@ -46,7 +46,7 @@ def load_absmax(
 
 
 @triton.jit
-def _store_weight(
+def store_weight(
     program, words_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
     out_ptr, num_words, out_stride, K: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -104,7 +104,7 @@ def _fwd_kernel(
     program = tl.program_id(0)
     num_main = tl.cdiv(num_words, BLOCK)
     if program < num_main:
-        _store_weight(
+        store_weight(
             program, words_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr,
             offset_ptr, out_ptr, num_words, out_stride, K, NESTED, BLOCK,
         )  # fmt: skip

@@ -167,7 +167,7 @@ def _print_summary(run: LocalRun) -> None:
     scores = Table("task", "metric", "base", "tuned", "difference", "95 % interval", box=None)
     for comparison in summary.comparisons:
         scores.add_row(
-            comparison.task,
+            escape(comparison.title),
             comparison.metric,
             f"{comparison.base:.3f}",
             f"{comparison.tuned:.3f}",
@@ -184,6 +184,8 @@ def _print_summary(run: LocalRun) -> None:
         )
     console.print()
     console.print(scores)
+    for remark in summary.remarks:
+        console.print(escape(remark), highlight=False)
     console.print()
     console.print(exports)
     colour = "green" if summary.verdict == "promote" else "yellow"

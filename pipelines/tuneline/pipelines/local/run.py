@@ -20,6 +20,7 @@ from tuneline.pipelines.local.run_dir import CACHE_DIR, CHECKPOINT_DIR
 from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_events
 from tuneline.publish.target import DIRECTORY_PREFIX
 from tuneline.recipe import Recipe
+from tuneline.records.earlier import RUNS_VARIABLE
 from tuneline.runtime.events import failed_run, step_runs
 from tuneline.runtime.source_names import CLAIMS_PATH, CLAIMS_VARIABLE
 from tuneline.runtime.step import EVENTS_VARIABLE
@@ -60,6 +61,7 @@ def _subprocess_runner(run_dir: Path, events_path: Path) -> local.SubprocessRunn
     # Runs share their checkpoints, so that the next run of a recipe resumes a killed training.
     os.environ.setdefault(ROOT_VARIABLE, str(run_dir.resolve().parent / CHECKPOINT_DIR))
     os.environ[EVENTS_VARIABLE] = str(events_path)
+    os.environ[RUNS_VARIABLE] = str(run_dir.resolve().parent)
     return local.SubprocessRunner(use_venv=False)
 
 
@@ -88,6 +90,7 @@ def _docker_runner(run_dir: Path, events_path: Path, recipe: Recipe) -> local.Do
     return local.DockerRunner(
         environment={
             EVENTS_VARIABLE: str(events_path),
+            RUNS_VARIABLE: runs_dir,
             ROOT_VARIABLE: checkpoint_dir,
             "OMP_WAIT_POLICY": "PASSIVE",
             "GOMP_SPINCOUNT": "0",

@@ -1,0 +1,150 @@
+"""Charts of bars, and of intervals of a difference."""
+
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from typing import NamedTuple
+
+from tuneline.html.frame import (
+    BOLD_WIDTH,
+    CHARACTER_WIDTH,
+    WIDTH,
+    Scale,
+    empty,
+    figure,
+    legend_of,
+    nice_ticks,
+    svg_of,
+    tick_texts,
+    xy,
+)
+from tuneline.html.units import number
+
+
+class IntervalRow(NamedTuple):
+    """One comparison of the base and the tuned value, with the interval of their difference."""
+
+    label: str
+    base: float
+    tuned: float
+    low: float
+    """Lower end of the interval of the difference."""
+    high: float
+    """Upper end of the interval of the difference."""
+    difference: float | None = None
+    """Improvement from base to tuned; positive is better. Default: tuned - base."""
+
+
+def bar_chart(
+    rows: Sequence[tuple[str, float]],
+    *,
+    x_label: str,
+    title: str = "",
+    text: Callable[[float], str] = number,
+    muted: Iterable[str] = (),
+) -> str:
+    """Return horizontal bars that start at zero, each with its value next to it.
+
+    Args:
+        rows: (label, value of at least zero), in the order of drawing.
+        x_label: quantity, with its unit.
+        title: heading of the chart. Default: `x_label`.
+        text: formats a value.
+        muted: labels of bars that are drawn in grey, as a comparison.
+    """
+    if not rows:
+        return empty(title, "no values to draw")
+    grey = set(muted)
+    left = 10 + BOLD_WIDTH * max(len(label) for label, _ in rows)
+    right = WIDTH - 16 - CHARACTER_WIDTH * max(len(text(value)) for _, value in rows)
+    scale = Scale(0, max(value for _, value in rows) or 1, left, right)
+    parts = []
+    for index, (label, value) in enumerate(rows):
+        y = 10 + 28 * index
+        kind = "rest" if label in grey else "s1"
+        parts.append(
+            f'<text class="name" x="{xy(left - 8)}" y="{y + 14}" text-anchor="end">'
+            f"{escape(label)}</text>"
+            f'<rect class="bar {kind}" x="{xy(left)}" y="{y}" '
+            f'width="{xy(scale(value) - left)}" height="20" rx="2">'
+            f"<title>{escape(label)}: {escape(text(value))}</title></rect>"
+            f'<text class="value" x="{xy(scale(value) + 6)}" y="{y + 14}">{escape(text(value))}'
+            f"</text>"
+        )
+    height = 16 + 28 * len(rows)
+    summary = "; ".join(f"{label} {text(value)}" for label, value in rows)
+    return figure(title or x_label, svg_of(height, parts, f"{title or x_label}", summary))
+
+
+def interval_chart(
+    rows: Sequence[IntervalRow | tuple[str, float, float, float, float]],
+    *,
+    x_label: str = "score",
+    title: str = "",
+) -> str:
+    """Return a chart of the base and tuned value of each row, and of their difference.
+
+    There is one scale for the values and one for the differences with their intervals. All rows
+    share both scales, so they should have the same metric. The colour of an interval shows whether
+    the interval is below zero, above zero or includes zero.
+    """
+    if not rows:
+        return empty(title, "no comparisons")
+    full = [row if isinstance(row, IntervalRow) else IntervalRow(*row) for row in rows]
+    values = [value for row in full for value in (row.base, row.tuned)]
+    low, high = min(values), max(values)
+    if low >= 0 and high <= 1:
+        value_ticks = nice_ticks(0, 1, 4)
+    else:
+        value_ticks = nice_ticks(0.0 if 0 <= low < 0.5 * high else low, high, 3)
+    ends = [end for row in full for end in (row.low, row.high, _difference(row))]
+    change_ticks = nice_ticks(min(0.0, *ends), max(0.0, *ends), 3)
+    first = 44
+    bottom = first + 46 * len(full)
+    left = Scale(value_ticks[0], value_ticks[-1], 20, 256)
+    right = Scale(change_ticks[0], change_ticks[-1], 312, WIDTH - 20)
+    parts = [
+        f'<text class="axis" x="8" y="14">{escape(x_label)}</text>',
+        '<text class="axis" x="300" y="14">improvement (95 % interval)</text>',
+    ]
+    for scale, ticks in ((left, value_ticks), (right, change_ticks)):
+        for tick, text in zip(ticks, tick_texts(ticks), strict=True):
+            zero = " zero" if scale is right and tick == 0 else ""
+            parts.append(
+                f'<line class="grid{zero}" x1="{xy(scale(tick))}" x2="{xy(scale(tick))}" y1="24" '
+                f'y2="{bottom}"/><text class="tick" x="{xy(scale(tick))}" y="{bottom + 16}" '
+                f'text-anchor="middle">{text}</text>'
+            )
+    for index, row in enumerate(full):
+        y = first + 46 * index
+        change = _difference(row)
+        side = "better" if row.low > 0 else "worse" if row.high < 0 else "undecided"
+        parts.append(
+            f'<text class="name" x="8" y="{y}">{escape(row.label)}</text>'
+            f'<line class="link" x1="{xy(left(row.base))}" x2="{xy(left(row.tuned))}" '
+            f'y1="{y + 18}" y2="{y + 18}"/>'
+            f'<circle class="hollow" cx="{xy(left(row.base))}" cy="{y + 18}" r="5">'
+            f"<title>base: {number(row.base)}</title></circle>"
+            f'<circle class="dot s1" cx="{xy(left(row.tuned))}" cy="{y + 18}" r="5">'
+            f"<title>tuned: {number(row.tuned)}</title></circle>"
+            f'<g class="{side}"><title>improvement {number(change)}, 95 % interval '
+            f"{number(row.low)} to {number(row.high)}</title>"
+            f'<line class="interval" x1="{xy(right(row.low))}" x2="{xy(right(row.high))}" '
+            f'y1="{y + 18}" y2="{y + 18}"/>'
+            + "".join(
+                f'<line class="interval end" x1="{xy(right(end))}" x2="{xy(right(end))}" '
+                f'y1="{y + 13}" y2="{y + 23}"/>'
+                for end in (row.low, row.high)
+            )
+            + f'<circle class="estimate" cx="{xy(right(change))}" cy="{y + 18}" r="4.5"/></g>'
+        )
+    summary = "; ".join(
+        f"{row.label}: base {number(row.base)}, tuned {number(row.tuned)}, improvement "
+        f"{number(_difference(row))}, interval {number(row.low)} to {number(row.high)}"
+        for row in full
+    )
+    legend = legend_of([("hollow", "base"), ("s1", "tuned")])
+    return figure(title, svg_of(bottom + 24, parts, title or x_label, summary), legend)
+
+
+def _difference(row: IntervalRow) -> float:
+    return row.tuned - row.base if row.difference is None else row.difference

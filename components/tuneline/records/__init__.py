@@ -1,0 +1,1 @@
+"""The records of merged models, exports, scores and decisions, which `artifacts.py` exports."""

@@ -1,0 +1,156 @@
+"""The records of the merged model and of what is made from it."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tuneline.kinds import ExportKind
+from tuneline.record import Record
+
+MAX_SHARE_OF_TUNING = 0.5
+"""Distance of an export from the merged model above which it is said, as a fraction of the distance
+of the base model."""
+
+
+class MergeProof(Record):
+    """How the merged model was made, and how far it differs from base model plus adapter."""
+
+    filename: ClassVar[str] = "merge.json"
+    role: ClassVar[str] = "merged"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("base_model", "dataset", "adapter")
+
+    base: Literal["dequantized", "original"]
+    """Base weights that the adapter was added to: "dequantized" are the 4-bit weights that training
+    used, converted back; "original" are the weights of the base model."""
+    base_asked: Literal["dequantized", "original", "auto"] | None = None
+    """Setting of the recipe; auto chooses the base weights with the lower loss."""
+    base_losses: dict[str, float] = Field(default_factory=dict)
+    """Loss of base model plus adapter on the answers of the compared rows, in nats per token, for
+    each of the base weights that were tried."""
+    merged_loss: float | None = None
+    """Loss of the merged model on the same rows."""
+    tuning_kl: float | None = None
+    """Mean KL divergence per token of the base model from base plus adapter, in nats: how far the
+    tuning moved the model. Null in the record of an older version."""
+    dtype: str
+    num_bytes: int
+    num_shards: int
+    num_merged_modules: int
+    num_prompts: int
+    max_logit_difference: float
+    """Largest absolute difference of a logit between base model plus adapter and merged model."""
+    mean_kl: float
+    """Mean KL divergence per token of the merged model from base model plus adapter, in nats."""
+    top1_agreement: float
+    """Fraction of positions at which both have the same most likely token, 0 to 1."""
+    max_mean_kl: float
+    """Highest `mean_kl` that was allowed."""
+    min_top1_agreement: float | None = None
+    """Lowest `top1_agreement` that was allowed."""
+    trained_answer: str | None = None
+    """Greedy answer of base model plus adapter to the first prompt."""
+    merged_answer: str | None = None
+    """Greedy answer of the merged model to the same prompt."""
+
+
+class ImportanceMatrix(Record):
+    """An importance matrix: statistics of the inputs of each weight, measured on training rows."""
+
+    filename: ClassVar[str] = "importance.json"
+    role: ClassVar[str] = "importance"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("dataset", "merged")
+
+    file: str
+    """Name of the file with the matrix, in the format that llama-imatrix writes."""
+    num_rows: int
+    num_tokens: int
+    num_tensors: int
+
+
+class QuantizedModel(Record):
+    """One export of the merged model."""
+
+    filename: ClassVar[str] = "quantized.json"
+    role: ClassVar[str] = "export"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("merged",)
+
+    format: str
+    """Format of the export, a key of `quantize.formats.FORMATS`."""
+    kind: ExportKind
+    file: str
+    """Name of the .gguf file in the directory; "." if the whole directory is a checkpoint."""
+    num_bytes: int
+    bits_per_weight: float
+    group_size: int | None = None
+    """Number of weights that share a scale; GPTQ only."""
+    vllm_has_kernel: bool | None = None
+    """Whether vLLM has a kernel for the export's bits per weight and group size; GPTQ only."""
+    num_importance_rows: int = 0
+    """Number of training rows that the importance matrix was measured on; 0 if no matrix was used.
+    GGUF only."""
+    tensor_types: dict[str, int] = Field(default_factory=dict)
+    """Number of tensors of each type."""
+    notes: list[str] = Field(default_factory=list)
+    """Remarks for the user, e.g. that some tensors have another type than the format's."""
+    prompt: str
+    """Prompt of the check that the export loads and generates."""
+    generated: str
+    """Greedy answer of the export to `prompt`."""
+    reference: str | None = None
+    """Greedy answer of the merged model to `prompt`; null if the merged model was not run."""
+    mean_kl: float | None = None
+    """Mean KL divergence per token of the export from the merged model, in nats, over `num_prompts`
+    rows."""
+    max_mean_kl: float | None = None
+    """Highest `mean_kl` that was allowed."""
+    top1_agreement: float | None = None
+    """Fraction of positions at which the export and the merged model have the same most likely
+    token, 0 to 1."""
+    min_top1_agreement: float | None = None
+    """Lowest `top1_agreement` that was allowed."""
+    perplexity: float | None = None
+    """Perplexity of the export on the answers of the `num_prompts` rows."""
+    reference_perplexity: float | None = None
+    """Perplexity of the merged model on the same answers."""
+    num_prompts: int = 0
+    """Number of rows compared. These are held-out rows if the dataset has any."""
+    benchmark: str | None = None
+    """Name of the evaluation task that the export was scored on."""
+    benchmark_score: float | None = None
+    """Fraction of correct answers on `num_benchmark_rows` held-out rows, 0 to 1."""
+    reference_benchmark_score: float | None = None
+    """Fraction of correct answers of the merged model on the same rows."""
+    num_benchmark_rows: int = 0
+    num_tokenizer_texts: int | None = None
+    """Number of texts that llama.cpp and the merged model's tokenizer split alike; GGUF only."""
+    num_conversations: int | None = None
+    """Number of conversations that both chat templates render alike; GGUF only."""
+    stop_tokens: list[str] = Field(default_factory=list)
+    """Tokens that end an answer, in the export and in the merged model."""
+    tokens_per_second: float | None = None
+    """Generation speed on a CPU, for one sequence."""
+    num_context: int | None = None
+    """Context length that the file was checked at, and that Ollama's files name; GGUF only."""
+    num_threads: int | None = None
+    """Number of CPU threads that generated when `tokens_per_second` was measured."""
+
+    def loss_of_tuning(self, merge: MergeProof) -> str:
+        """Return a warning if the export is far from the merged model, compared with the tuning.
+
+        Small bounds would hold back every export of a model that was tuned a little, and the bounds
+        of few bits are wide: an export can meet them without the adapter. The measure that fits all
+        is the distance that the tuning itself moved the model.
+
+        Args:
+            merge: record of the merged model.
+        """
+        if not self.mean_kl or not merge.tuning_kl:
+            return ""
+        share = self.mean_kl / merge.tuning_kl
+        if share <= MAX_SHARE_OF_TUNING:
+            return ""
+        return (
+            f"{self.format} is {self.mean_kl:.2g} nats per token from the merged model, and the "
+            f"tuning moved the base model by {merge.tuning_kl:.2g}: the export may have lost much "
+            "of what was learnt. Take a format with more bits"
+        )

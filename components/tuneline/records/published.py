@@ -1,0 +1,77 @@
+"""The records of what was published, and of a whole run."""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from tuneline.kinds import KINDS, RepoKind
+from tuneline.record import Record
+from tuneline.records.exports import QuantizedModel
+from tuneline.records.scores import TaskComparison, Verdict
+from tuneline.strict_model import StrictModel
+
+
+class PublishedRepo(StrictModel):
+    """One repository that was published."""
+
+    repo: str
+    """Hub ID, or a path below the target directory."""
+    kind: RepoKind
+    url: str
+    commit: str | None = None
+    """Hub commit that holds exactly the published files; null for a directory target."""
+    tag: str | None = None
+    """Tag of the commit: v1, v2, and so on."""
+    private: bool | None = None
+    """Whether the repository is private now; null for a directory target."""
+    num_files: int
+    num_bytes: int
+
+
+class Published(Record):
+    """What was published, and where."""
+
+    filename: ClassVar[str] = "published.json"
+    role: ClassVar[str] = "published"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("merged", "decision")
+
+    target: str
+    private: bool
+    """Whether all repositories are private; true for a directory."""
+    repos: list[PublishedRepo]
+    left_out: list[str] = Field(default_factory=list)
+    """Files of the artifacts that are not published, because their names are not those of a model's
+    files."""
+
+    def metadata(self) -> dict[str, str]:
+        """Return the URL, commit and tag of each repository, for an artifact's metadata."""
+        metadata = {}
+        for repo in self.repos:
+            key: str = repo.kind
+            if KINDS[repo.kind].has_repo_per_format:
+                # The repository's name ends in its format, and a format starts with its kind.
+                key = f"{repo.kind}-{repo.repo.rpartition(f'{repo.kind}-')[2]}"
+            metadata[key] = repo.url
+            if repo.commit:
+                metadata[f"{key}_revision"] = repo.commit
+            if repo.tag:
+                metadata[f"{key}_tag"] = repo.tag
+        return metadata
+
+
+class RunSummary(Record):
+    """Result of a run, for tables and scripts."""
+
+    filename: ClassVar[str] = "summary.json"
+    role: ClassVar[str] = "summary"
+
+    recipe: str
+    """Name of the recipe."""
+    verdict: Verdict
+    reason: str
+    remarks: list[str] = Field(default_factory=list)
+    """Remarks of the gate, which do not decide."""
+    comparisons: list[TaskComparison]
+    exports: list[QuantizedModel]
+    differs_from_recipe: list[str] = Field(default_factory=list)
+    """The values that the run had instead of its recipe's."""

@@ -1,0 +1,119 @@
+"""The records of an evaluation and of the gate's decision."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tuneline.dataset_record import DatasetManifest
+from tuneline.record import BASE_MODEL, Record
+from tuneline.records.exports import MergeProof, QuantizedModel
+from tuneline.strict_model import StrictModel
+
+Verdict = Literal["promote", "hold"]
+ComparisonRole = Literal["target", "guard", "member", "control", "prompted", "published"]
+"""What a comparison decides. A target has to improve, a guard must not get worse, a member is part
+of a group that is compared as a whole and decides nothing, and a control shows whether the tuned
+model still reads its prompts. In two roles, the tuned model is not compared with the base model as
+it is: prompted is the base model with training rows in its prompt, which decides nothing, and
+published is the model that was published last, which must not be better."""
+
+
+class TaskScore(StrictModel):
+    """One metric of one task."""
+
+    metric: str
+    higher_is_better: bool
+    value: float
+    stderr: float | None = None
+    num_samples: int
+
+
+class Scores(Record):
+    """Results of the evaluation of one model."""
+
+    filename: ClassVar[str] = "scores.json"
+    role: ClassVar[str] = "scores"
+
+    model: str
+    """Which model was evaluated: base, tuned or the format of an export."""
+    tasks: dict[str, TaskScore]
+    """Scores by task name. samples/<task>.jsonl holds the scores of the samples as rows {"id": str,
+    "score": float}, with "weight": int in addition if the score is a ratio, and "cluster": str if
+    the sample depends on others, with the same question or passage. The `value` of a task is the
+    weighted mean of the scores."""
+    groups: dict[str, list[str]] = Field(default_factory=dict)
+    """Names in evaluate.tasks that stand for several tasks (kobest, mmlu), with these tasks."""
+    harness: str
+    """Name and version of the evaluation program."""
+    num_examples: int = 0
+    """Number of training rows in the prompt when the values of `prompted` were measured."""
+    prompted: dict[str, TaskScore] = Field(default_factory=dict)
+    """Scores of the tasks over held-out rows with training rows in the prompt, by task; base model
+    only. prompted/<task>.jsonl holds the scores of the samples."""
+
+    def missing_ancestors(self) -> list[str]:
+        """Return the artifacts that the lineage should name: the data, and the model."""
+        model = {"base": BASE_MODEL, "tuned": MergeProof.role}
+        names = (DatasetManifest.role, model.get(self.model, QuantizedModel.role))
+        return [name for name in names if name not in self.made_from]
+
+    def called(self) -> str:
+        """Return "base_scores" or "tuned_scores", because a decision is made from both."""
+        return f"{self.model}_scores"
+
+
+class TaskComparison(StrictModel):
+    """Comparison of the tuned and another model on the same samples of one task.
+
+    The other model is the base model, unless the role is prompted or published.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    base: float
+    """Score of the model that the tuned model is compared with."""
+    tuned: float
+    difference: float
+    """Mean over the samples of tuned minus base score; negated if lower scores are better, so that
+    a positive difference is an improvement."""
+    interval: tuple[float, float]
+    """95 % interval of the difference; `tuneline.gate.estimate` computes it."""
+    lower: float
+    """Bound above which the true difference lies with a probability of 95 %."""
+    num_samples: int
+    num_clusters: int
+    """Number of clusters: samples with the same question or passage count as one."""
+    effective_samples: float
+    """Number of independent samples of equal weight that would determine the mean as well."""
+    num_changed: int | None = None
+    """Clusters with an answer that only one of the models got right; null for other scores than 0
+    and 1."""
+    outcome: Literal["better", "worse", "undecided"]
+    role: ComparisonRole
+    num_examples: int = 0
+    """Number of training rows in the prompts of the base model; role prompted only."""
+
+    @property
+    def title(self) -> str:
+        """Return the task, with the other model if that is not the base model as it is."""
+        if self.role == "prompted":
+            return f"{self.task}, base model with {self.num_examples} training rows in its prompt"
+        return f"{self.task}, model published last" if self.role == "published" else self.task
+
+
+class Decision(Record):
+    """Verdict on publishing the tuned model, with its reason and the comparisons.
+
+    `tuneline.verdict` computes verdict and reason from the comparisons and from the settings.
+    """
+
+    filename: ClassVar[str] = "decision.json"
+    role: ClassVar[str] = "decision"
+    required_ancestors: ClassVar[tuple[str, ...]] = ("base_scores", "tuned_scores")
+
+    verdict: Verdict
+    reason: str
+    remarks: list[str] = Field(default_factory=list)
+    """Sentences that do not decide: what prompting alone gives, and repeated attempts."""
+    comparisons: list[TaskComparison]
