@@ -20,7 +20,10 @@ RUNS_DIR = Path("runs")
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "run.log"
 REPORT_FILE = "report.html"
-NEVER_CACHED = ("plan", "look-up-model", "look-up-data", "report", "publish", "diagnose")
+NEVER_CACHED = (
+    *("plan", "look-up-model", "look-up-data", "look-up-published", "report", "publish"),
+    "diagnose",
+)
 """Steps whose results are not kept, because they run anew in every attempt."""
 CACHE_DIR = ".cache"
 CHECKPOINT_DIR = ".checkpoints"
