@@ -147,8 +147,8 @@ def test_every_error_has_a_line_and_no_type_of_pydantic(tmp_path: Path) -> None:
         ':8: train.learning_rate is "fast", but must be a number above 0 or auto',
         ':9: train.dtype is "bf16", but must be one of auto, bfloat16, float16, float32: did you '
         "mean bfloat16?",
-        ':11: train.lora.target_modules is "q_proj", but must be a list of texts or all-linear: '
-        "write [q_proj]",
+        ':11: train.lora.target_modules is "q_proj", but must be a list of texts or one of auto, '
+        "all-linear: write [q_proj]",
         ":13: placement.steps.trian: unknown key; did you mean 'train'?",
         ":14: prepare is empty, but must be a mapping of keys to values: give it keys, or remove "
         "the line",

@@ -93,7 +93,7 @@ class YamlDocument:
 
 def dump_document(values: Any) -> str:
     """Return plain values as YAML that readers of YAML 1.1 and of YAML 1.2 read alike."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def decode(content: bytes, where: str) -> str:

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from tuneline.pipelines.catalog import find_recipe
+from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.local.attempt import kept
 from tuneline.pipelines.local.run_dir import (
+    NEVER_CACHED,
     LocalRun,
     Start,
     find_local_run,
@@ -17,6 +20,7 @@ from tuneline.pipelines.local.run_dir import (
 )
 from tuneline.pipelines.local.watch import read_events
 from tuneline.runtime.events import step_runs
+from tuneline.steps import STEPS
 
 LOG = """\
 18:01:18.016 - INFO - Running pipeline: \x1b[95m'tuneline-shop'\x1b[0m
@@ -171,3 +175,15 @@ def test_runs_of_one_step_are_told_apart() -> None:
         ("quantize-gguf q8_0", "running"),
         ("quantize-gguf q4_k_m", "finished"),
     ]
+
+
+def test_what_runs_anew_in_every_attempt_is_what_kfp_must_not_cache() -> None:
+    pipeline = finetune(find_recipe("demo", []), on_cluster=False).pipeline_spec
+    dags = [pipeline.root.dag, *(each.dag for each in pipeline.components.values())]
+    uncached = {
+        name
+        for dag in dags
+        for name, task in dag.tasks.items()
+        if name in STEPS and not task.caching_options.enable_cache
+    }
+    assert uncached == set(NEVER_CACHED)

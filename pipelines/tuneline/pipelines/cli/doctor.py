@@ -10,7 +10,7 @@ import typer
 
 from tuneline.errors import TunelineError, UserError
 from tuneline.pipelines.cli.cluster import PANEL
-from tuneline.pipelines.cli.local_runs import explain_run
+from tuneline.pipelines.cli.local_runs import connect_for, explain_run
 from tuneline.pipelines.cli.options import ContextOption, HostOption, RunArgument
 from tuneline.pipelines.cli.terminal import say
 from tuneline.pipelines.local.run_dir import find_local_run
@@ -46,7 +46,7 @@ def doctor(
     try:
         if connection.known_host(host) is None and kube is not None and runs.is_run_id(run):
             raise UserError("Kubeflow Pipelines is not asked, because no --host is given")
-        client = connection.connect(host)
+        client = connect_for(run, host)
         details = runs.find_run(client, run, namespace=namespace)
     except TunelineError as error:
         # Kubernetes knows runs by their ID only.

@@ -3,11 +3,12 @@
 import re
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import typer
 from rich.table import Column, Table
 
-from tuneline.errors import UserError
+from tuneline.errors import CredentialsError, UserError
 from tuneline.html.units import duration
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.cli.run import Runner, attempt, check_here, save_recipe
@@ -20,6 +21,26 @@ from tuneline.runtime.causes import explain
 from tuneline.runtime.events import StepRun, failed_run
 
 POLL_SECONDS = 1.0
+
+
+def connect_for(run: str, host: str | None) -> Any:
+    """Connect to KFP's API for a run that is not one of this machine.
+
+    Raises:
+        UserError: no host is given, and none can be found; the message also names local runs.
+    """
+    # Imported here only, because importing kfp takes a second or two.
+    from tuneline.pipelines.kfp_client import connection
+
+    try:
+        return connection.connect(host)
+    except CredentialsError:
+        raise
+    except UserError as error:
+        raise UserError(
+            f"there is no local run {run} (`tuneline runs` lists them), and for one on a cluster "
+            f"there is {error}"
+        ) from None
 
 
 def show_status(run: LocalRun) -> None:

@@ -13,7 +13,7 @@ from tuneline.errors import ClusterError, CredentialsError, UserError
 from tuneline.html.units import duration
 from tuneline.pipelines.cli.cluster import PANEL
 from tuneline.pipelines.cli.doctor import print_notes
-from tuneline.pipelines.cli.local_runs import resume_run, show_logs, show_status
+from tuneline.pipelines.cli.local_runs import connect_for, resume_run, show_logs, show_status
 from tuneline.pipelines.cli.options import (
     ContextOption,
     HostOption,
@@ -50,7 +50,7 @@ def status(
         return
     from tuneline.pipelines.kfp_client import connection, progress, runs
 
-    client = connection.connect(host)
+    client = connection.connect(host) if run is None else connect_for(run, host)
     if run is None:
         table = Table(Column("run", overflow="fold"), box=None)
         for name in ("state", "created", "ID"):
@@ -106,9 +106,8 @@ def logs(
     if not step:
         raise UserError("name a step, e.g. train: tuneline status RUN lists the steps of a run")
     from tuneline.pipelines import step_logs
-    from tuneline.pipelines.kfp_client import connection
 
-    client = connection.connect(host)
+    client = connect_for(run, host)
     details, view = _look(client, run, namespace, context)
     chosen = step_logs.choose(view, " ".join(step))
     if follow:
@@ -192,9 +191,9 @@ def resume(
     if set_:
         raise UserError("--set needs a local run: KFP resumes a run with the values that it has")
     from tuneline.pipelines.exit_handler import forget_exit_handler
-    from tuneline.pipelines.kfp_client import connection, runs
+    from tuneline.pipelines.kfp_client import runs
 
-    client = connection.connect(host)
+    client = connect_for(run, host)
     details, view = _look(client, run, namespace, context)
     again = [step.name for step in view.steps if step.state in ("failed", "cancelled")]
     runs.resume(client, details, workflow=view.workflow)

@@ -20,7 +20,10 @@ RUNS_DIR = Path("runs")
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "run.log"
 REPORT_FILE = "report.html"
-NEVER_CACHED = ("plan", "look-up-model", "look-up-data", "report", "publish", "diagnose")
+NEVER_CACHED = (
+    *("plan", "look-up-model", "look-up-data", "look-up-published", "report", "publish"),
+    "diagnose",
+)
 """Steps whose results are not kept, because they run anew in every attempt."""
 CACHE_DIR = ".cache"
 CHECKPOINT_DIR = ".checkpoints"
@@ -164,7 +167,8 @@ class LocalRun:
         if any(step.step in ("report", "publish") for step in self.steps()):
             ran.add("publish")
         waited = dict(LINE)
-        needed, queue = set(), list(ran)
+        needed: set[str] = set()
+        queue = list(ran)
         while queue:
             before = [name for name in waited.get(queue.pop(), ()) if name not in needed]
             needed |= set(before)
