@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from tuneline.errors import ProofError
 from tuneline.merge.adapter import Adapter
-from tuneline.merge.exact import check_tensors
+from tuneline.merge.exact import check_piece
 from tuneline.merge.pieces import Piece
-from tuneline.models.checkpoint import Checkpoint
+from tuneline.models.checkpoint import Checkpoint, Spec
+from tuneline.models.sharded_files import write_sharded
+from tuneline.record import sha256_of_file
 
 UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.norm.weight"
@@ -40,12 +42,12 @@ def save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def check(merged: Path, base: Path, adapter_dir: Path) -> int:
     adapter, checkpoint = Adapter(adapter_dir), Checkpoint(base)
 
-    def pieces(name: str) -> list[Piece]:
+    written = Checkpoint(merged)
+    for name in written.specs:
         module = name.removesuffix(".weight")
         update = adapter.update(module, name) if module in adapter.modules else None
-        return [Piece(checkpoint.read(name), update)]
-
-    return check_tensors(merged, pieces)
+        check_piece(name, written.read(name), Piece(checkpoint.read(name), update))
+    return len(written.specs)
 
 
 def test_a_merged_model_passes(merged: Path, tiny_model_dir: Path, adapter_dir: Path) -> None:
@@ -86,3 +88,23 @@ def test_an_adapter_that_is_left_out_of_one_layer(
     save(merged, tensors | {UP: base[UP].bfloat16()})
     with pytest.raises(ProofError, match=rf"{UP} .* of 32768 weights, first"):
         check(merged, tiny_model_dir, adapter_dir)
+
+
+def test_advice_names_the_cause() -> None:
+    base = torch.full((2, 4), 7e4)
+    for dtype, weight, says in (
+        (torch.float16, base, "float16 ends at 65504: set merge.dtype to bfloat16"),
+        (torch.bfloat16, one_nan(base.clone()), "numbers that are not finite: lower train.learn"),
+        (torch.bfloat16, base * 2, "the sum was computed wrongly: report it"),
+    ):
+        with pytest.raises(ProofError) as raised:
+            check_piece(UP, weight.to(dtype), Piece(base))
+        assert says in str(raised.value)
+
+
+def test_what_was_written_is_what_is_hashed(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}
+    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    written = write_sharded(tmp_path, specs, lambda name: [tensors[name]], max_shard_bytes=24)
+    assert written == {path.name: sha256_of_file(path) for path in tmp_path.glob("*.safetensors")}
+    assert len(written) == 2

@@ -149,15 +149,18 @@ def test_an_expert_left_out_is_caught(
 ) -> None:
     base = fetch_family(FAMILIES[family], tmp_path / "base", tokenizer_dir=tiny_model_dir)
     adapt(base, tmp_path / "adapter", quantized=True)
-    right = Pieces._of_expert
-    seen = []
+    right, add = Pieces._of_expert, Piece.merged
+    seen: list[Piece] = []
 
-    def forgets_one(self: Pieces, part: Part, expert: int) -> Piece:
-        piece = right(self, part, expert)
-        seen.append(piece)
-        return Piece(piece.base) if len(seen) == 3 else piece
+    def recorded(self: Pieces, part: Part, expert: int) -> Piece:
+        seen.append(right(self, part, expert))
+        return seen[-1]
 
-    monkeypatch.setattr(Pieces, "_of_expert", forgets_one)
+    def forgets_one(self: Piece) -> torch.Tensor:
+        return self.base if len(seen) > 2 and self is seen[2] else add(self)
+
+    monkeypatch.setattr(Pieces, "_of_expert", recorded)
+    monkeypatch.setattr(Piece, "merged", forgets_one)
     with pytest.raises(ProofError, match=r"merged tensor .*experts.* is not base plus adapter"):
         merge(base, tmp_path / "adapter", small_dataset_dir, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tuneline.artifacts import DatasetManifest, MergeProof, ModelOrigin, TrainingSummary
 from tuneline.errors import ModelError, OutputExistsError, ProofError, RecipeError, WorldError
-from tuneline.merge import MergeConfig
+from tuneline.merge import MergeConfig, weights
 from tuneline.merge.pieces import Piece, Pieces
 from tuneline.merge.run import run
 from tuneline.models.heldout_rows import read_rows
@@ -300,6 +300,24 @@ def test_a_broken_merge_is_caught_and_not_kept(merge, spoilt_update, tmp_path):
     broken = "model.layers.1.mlp.down_proj"
     spoilt_update(lambda module, update: update + (0.1 if module == broken else 0.0))
     with pytest.raises(ProofError, match=rf"tensor {broken}.weight is not base plus adapter"):
+        merge()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_file_that_is_damaged_as_it_is_written(merge, monkeypatch, tmp_path):
+    right = weights.write_sharded
+
+    def damaged(directory, *arguments, **named):
+        written = right(directory, *arguments, **named)
+        with open(directory / "model.safetensors", "r+b") as file:
+            file.seek(-1, 2)
+            (last,) = file.read(1)
+            file.seek(-1, 2)
+            file.write(bytes([last ^ 1]))
+        return written
+
+    monkeypatch.setattr(weights, "write_sharded", damaged)
+    with pytest.raises(ProofError, match=r"model.safetensors was damaged as it was written"):
         merge()
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -5,8 +5,8 @@ for years or from filling the memory, and a tokenizer's normaliser or regular ex
 same. What is refused here is refused for its cost alone; whether a template suits the data is for
 prepare to say.
 
-The process is started as `python -m tuneline.fetch.trial DIRECTORY`. It writes what it is about to
-try, one name per line.
+The process is started as `python -m tuneline.fetch.trial DIRECTORY SECONDS`. It writes what it is
+about to try, one name per line.
 """
 
 import contextlib
@@ -54,19 +54,12 @@ def try_tokenizer(directory: Path, *, called: str, max_seconds: int = MAX_SECOND
     Raises:
         ModelError: one of them takes too long, too much memory, or writes too much.
     """
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (max_seconds, max_seconds + 1))
-        resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, MAX_MEMORY))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "tuneline.fetch.trial", str(directory)],
+        [sys.executable, "-P", "-m", "tuneline.fetch.trial", str(directory), str(max_seconds)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         errors="replace",
-        preexec_fn=limit,
     )
     if done.returncode == 0:
         return
@@ -87,8 +80,11 @@ def try_tokenizer(directory: Path, *, called: str, max_seconds: int = MAX_SECOND
     )
 
 
-def main(directory: Path) -> None:
+def main(directory: Path, max_seconds: int) -> None:
     """Try each template and the tokenizer; end with an error if one exceeds a limit."""
+    resource.setrlimit(resource.RLIMIT_CPU, (max_seconds, max_seconds + 1))
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, MAX_MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Imported here, so that the parent process does not load Jinja and tokenizers for nothing.
     from tokenizers import Tokenizer
     from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -129,4 +125,4 @@ def _templates(directory: Path) -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

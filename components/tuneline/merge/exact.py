@@ -1,4 +1,4 @@
-"""Check each written tensor of a merged model against a second computation from the inputs.
+"""Check each tensor of a merged model against a second computation from the inputs.
 
 The proof on prompts has to allow for rounding, and would accept an adapter that is missing in one
 layer. The weights themselves are known exactly.
@@ -6,15 +6,11 @@ layer. The weights themselves are known exactly.
 Legend: O outputs and I inputs of a linear layer, R rows of a block, r the adapter's rank.
 """
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
-
 import torch
 
 from tuneline.errors import ProofError
 from tuneline.merge.adapter import Update
 from tuneline.merge.pieces import Piece
-from tuneline.models.checkpoint import Checkpoint
 
 BLOCK_WEIGHTS = 1 << 21
 """Number of weights to compare at a time; 16 MB in float64."""
@@ -24,41 +20,28 @@ _SLACK = 2.0**-20
 computed in float32, and terms may cancel."""
 
 
-def check_tensors(directory: Path, pieces: Callable[[str], Iterable[Piece]]) -> int:
-    """Check every tensor of a merged model; return their number.
+def check_piece(name: str, ours: torch.Tensor, piece: Piece) -> None:
+    """Check a merged tensor, or one expert's matrix of it, before it is written.
 
     Args:
-        directory: directory of the merged model.
-        pieces: returns the pieces of a tensor by its name in the files, before rounding.
+        name: name of the tensor in the files.
+        ours: the merged weight, in the dtype of the files.
+        piece: the weight before the update and before rounding, and the update.
 
     Raises:
-        ProofError: a tensor is not finite, or differs by more than one unit in the last place.
+        ProofError: the weight is not finite, or differs by more than one unit in the last place.
     """
-    merged = Checkpoint(directory)
-    for name, spec in merged.specs.items():
-        num_checked = 0
-        for piece in pieces(name):
-            base, num_experts = piece.base, 1
-            if base.dim() == len(spec.shape) - 1:
-                # One expert of a stack.
-                ours, num_experts = merged.read_slice(name, num_checked), spec.shape[0]
-            else:
-                ours = merged.read(name)
-            if ours.shape != base.shape:
-                problem = f"shape {tuple(ours.shape)} for {tuple(base.shape)}"
-                raise ProofError(_differs(name, problem))
-            _check(name, ours, base, piece.update)
-            num_checked += 1
-        if num_checked != num_experts:
-            raise ProofError(_differs(name, f"{num_checked} of {num_experts} experts"))
-    return len(merged.specs)
+    if ours.shape != piece.base.shape:
+        problem = f"shape {tuple(ours.shape)} for {tuple(piece.base.shape)}"
+        raise ProofError(_differs(name, ours, problem))
+    _check(name, ours, piece.base, piece.update)
 
 
 def _check(name: str, ours: torch.Tensor, base: torch.Tensor, update: Update | None) -> None:
-    """Check one tensor, or one expert's, in blocks of rows."""
+    """Check a weight in blocks of rows."""
     if not ours.is_floating_point():
         if not torch.equal(ours, base):
-            raise ProofError(_differs(name, "it is not the base model's"))
+            raise ProofError(_differs(name, ours, "it is not the base model's"))
         return
     if not ours.numel():
         return
@@ -83,13 +66,22 @@ def _check(name: str, ours: torch.Tensor, base: torch.Tensor, update: Update | N
             found, wanted = float(ours_RI[row, column]), float(expected_RI[row, column])
             count = f"{int(wrong.sum())} of {wrong.numel()} weights"
             raise ProofError(
-                _differs(name, f"{count}, first {found:g} for {wanted:g} in row {start + row}")
+                _differs(
+                    name, ours, f"{count}, first {found:g} for {wanted:g} in row {start + row}"
+                )
             )
 
 
-def _differs(name: str, how: str) -> str:
+def _differs(name: str, ours: torch.Tensor, how: str) -> str:
+    advice = "the sum was computed wrongly: report it"
+    if ours.dtype == torch.float16 and ours.isinf().any():
+        advice = "float16 ends at 65504: set merge.dtype to bfloat16"
+    elif not ours.isfinite().all():
+        advice = (
+            "the adapter or the base model holds numbers that are not finite: lower "
+            "train.learning_rate, or fetch the base model again"
+        )
     return (
         f"the merged tensor {name} is not base plus adapter within the last place of its dtype "
-        f"({how}): float16 overflows above 65504, so set merge.dtype to bfloat16 if that is the "
-        "cause; otherwise the file was damaged as it was written: run merge again"
+        f"({how}): {advice}"
     )

@@ -13,12 +13,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tuneline.artifacts import RECORD_FILES
 from tuneline.errors import ModelError, ProofError
 from tuneline.merge.adapter import Adapter
-from tuneline.merge.exact import check_tensors
+from tuneline.merge.exact import check_piece
 from tuneline.merge.pieces import Names, Pieces
 from tuneline.models import rope, tokenizer_files
 from tuneline.models.checkpoint import Checkpoint, Spec
 from tuneline.models.sharded_files import write_sharded
 from tuneline.models.stored_quantisation import without_quantization
+from tuneline.record import sha256_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,9 @@ def merge_weights(
 ) -> int:
     """Write the merged weights into `directory`, check each of them; return the number of files.
 
-    Every sum is computed in fp32 and rounded once, to `dtype`. Then the files are read again, and
-    every weight is compared with a second sum, which `exact` computes in fp64.
+    Every sum is computed in fp32 and rounded once, to `dtype`, and compared with a second sum,
+    which `exact` computes in fp64. The files are hashed as they are written and once more as they
+    are read again.
 
     Args:
         pieces: the merged weights.
@@ -55,7 +57,9 @@ def merge_weights(
     def make(name: str) -> Iterator[torch.Tensor]:
         for piece in pieces(name):
             weight = piece.merged()
-            yield weight.to(dtype) if weight.is_floating_point() else weight
+            weight = weight.to(dtype) if weight.is_floating_point() else weight
+            check_piece(name, weight, piece)
+            yield weight
 
     checkpoint, names = pieces.checkpoint, pieces.names
     specs = {
@@ -70,10 +74,14 @@ def merge_weights(
         len(pieces.in_4bit | checkpoint.packed),
         ", as the base model's files hold them" if checkpoint.packed else "",
     )
-    num_shards = write_sharded(directory, specs, make, max_shard_bytes=max_shard_bytes)
-    if check_tensors(directory, pieces) != len(specs):
-        raise ProofError(f"{directory} lacks tensors of the base model: run merge again")
-    return num_shards
+    written = write_sharded(directory, specs, make, max_shard_bytes=max_shard_bytes)
+    for file, sha256 in written.items():
+        if sha256_of_file(directory / file) != sha256:
+            raise ProofError(
+                f"{directory / file} was damaged as it was written: its SHA-256 is not that of the "
+                "merged weights. Check the disk, and run merge again"
+            )
+    return len(written)
 
 
 def write_config(*, base_model_dir: Path, dtype: str, directory: Path) -> None:
