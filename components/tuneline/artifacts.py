@@ -221,6 +221,9 @@ class TrainingSummary(Record):
     quantized_fraction: float | None = None
     """Fraction of the base model's parameters that training held in 4 bits; null in a record of an
     older version."""
+    experts_quantized: bool = False
+    """Whether these include routed experts, which bitsandbytes in plain transformers leaves in 16
+    bits."""
     compute_dtype: str
     kernels: str = "off"
     """A sentence that says which operations ran in tuneline's kernels."""

@@ -26,6 +26,11 @@ def _adapter(sources: Sources, repo: Repository) -> str:
             f"# Before training, the base model's weights ({origin.quantization}) were converted.\n"
             "# The adapter answers differently on the stored ones: prefer the merged model.\n"
         )
+    elif sources.training.experts_quantized:
+        settings = (
+            "# The adapter was trained on experts in NF4, which transformers alone does not load.\n"
+            "# It answers differently on those in 16 bits: prefer the merged model.\n"
+        )
     elif sources.training.base_quantization == "nf4" and origin.quantization is None:
         classes.append("BitsAndBytesConfig")
         settings = (

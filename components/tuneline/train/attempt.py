@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 from tuneline.artifacts import PROGRESS_FILE, TrainingSummary
 from tuneline.errors import StoppedError
 from tuneline.models import nf4
+from tuneline.models.experts import quantized_experts
 from tuneline.runtime.stop_request import stop_on_sigterm
 from tuneline.train.build import build_trainer, packs_rows, prepare_model
 from tuneline.train.checkpoints import CheckpointStore
@@ -197,6 +198,8 @@ def _summary(
         num_parameters=inputs.origin.num_parameters,
         base_quantization=nf4.quantization_type(inputs.base_model_dir, config.load_in_4bit),
         quantized_fraction=nf4.quantized_fraction(trainer.model.get_base_model()),
+        experts_quantized=config.load_in_4bit
+        and bool(quantized_experts(trainer.model.get_base_model())),
         compute_dtype=str(setup.dtype).removeprefix("torch."),
         kernels=kernels,
         device=setup.device,

@@ -86,6 +86,7 @@ def test_it_learns_and_the_record_says_what_was_quantised(
     read = TrainingSummary.read(adapter)
     in_full = sum(p.numel() for p in empty_model(base_dir).parameters() if p.dim() == 3)
     assert read.quantized_fraction is not None
+    assert read.experts_quantized
     assert in_full / read.num_parameters < read.quantized_fraction < 1
     assert "<h2>Answers" in (tmp_path / "curves.html").read_text()
 

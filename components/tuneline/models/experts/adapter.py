@@ -24,7 +24,7 @@ from tuneline.kernels.experts.stack import LoraPair
 from tuneline.models.experts.stacks import expert_modules
 
 
-class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
+class ParamWrapper(peft_layer.ParamWrapper):
     """peft's wrapper of one parameter, for a stack in NF4.
 
     It has the name of peft's class because peft recognises nested wrappers by this name.

@@ -26,11 +26,13 @@ METHOD = "tuneline_nf4"
 
 
 @register_quantization_config(METHOD)
-class ExpertsConfig(BitsAndBytesConfig):  # type: ignore[misc]
+class ExpertsConfig(BitsAndBytesConfig):
     """The settings of bitsandbytes, under a name that selects the quantizer below."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+        # Any: transformers does not annotate it.
+        parent: Any = super()
+        parent.__init__(**settings)
         self.quant_method = METHOD
 
 
@@ -65,7 +67,8 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation that quantises a weight that has been read."""
-        return QuantizeExperts(super().get_quantize_ops())
+        parent: Any = super()
+        return QuantizeExperts(parent.get_quantize_ops())
 
 
 class QuantizeExperts(ConversionOps):
@@ -75,13 +78,27 @@ class QuantizeExperts(ConversionOps):
         self._others = others
 
     def convert(
-        self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
-        """Return the quantised tensors of one weight, by their full names."""
-        result: dict[str, torch.Tensor] = {}
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return the quantised tensors of one weight, by their full names.
+
+        Args:
+            input_dict: The weight, by its full name.
+            source_patterns: Names of the tensors in files that it was made of.
+            target_patterns: Names of the weights that were made of them.
+            kwargs: The model, and what transformers passes to all operations.
+        """
+        model = kwargs["model"]
+        result: dict[str, Any] = {}
         for name, value in input_dict.items():
             if not _is_stack(model, name):
-                result.update(self._others.convert({name: value}, model=model, **kwargs))
+                others: Any = self._others
+                patterns = {"source_patterns": source_patterns, "target_patterns": target_patterns}
+                result.update(others.convert({name: value}, **patterns, **kwargs))
                 continue
             packed, buffers = quantize_stack(value[0] if isinstance(value, list) else value)
             result[name] = torch.nn.Parameter(packed, requires_grad=False)

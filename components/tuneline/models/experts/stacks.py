@@ -88,7 +88,9 @@ def quantized_experts(model: torch.nn.Module) -> dict[str, Stack]:
             if quantized is not None:
                 stacks[f"{name}.{projection}"] = quantized[projection]
             elif isinstance(weight, torch.Tensor) and weight.dim() == 3:
-                stacks[f"{name}.{projection}"] = Stack(*weight.shape, bool(module.is_transposed))
+                experts, rows, columns = weight.shape
+                transposed = bool(module.is_transposed)
+                stacks[f"{name}.{projection}"] = Stack(experts, rows, columns, transposed)
     return stacks
 
 
@@ -114,7 +116,8 @@ def quantize_stack(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.
     Returns:
         The packed weights, uint8 [E, ceil(R C / 2)], and the tensors of `buffer_shapes`.
     """
-    stack = Stack(*weight.shape, is_transposed=False)
+    experts, rows, columns = weight.shape
+    stack = Stack(experts, rows, columns, is_transposed=False)
     buffers = {
         name: torch.empty(shape, dtype=dtype, device=weight.device)
         for name, (shape, dtype) in buffer_shapes(stack).items()
