@@ -23,7 +23,7 @@ from tuneline.models.experts import (
     quantized_experts,
     round_trip_experts,
 )
-from tuneline.models.experts_adapter import adapt_experts_in_nf4
+from tuneline.models.experts.adapter import adapt_experts_in_nf4
 
 FEW = ["Mixtral", "DeepSeek V2", "gpt-oss"]
 ALL = [name for name, family in FAMILIES.items() if family.has_experts]

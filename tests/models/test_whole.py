@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES, write_checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tuneline.errors import ModelError
 from tuneline.evaluate import model as evaluated
@@ -110,3 +112,60 @@ def test_generation_is_greedy_whatever_the_base_samples(model_dir: Path) -> None
     model = load_whole(model_dir)
     assert model.generation_config.eos_token_id == [0, 2]
     assert torch.equal(model.generate(prompt, max_new_tokens=12), plain)
+
+
+def test_layers_for_multi_token_prediction_are_left_out(
+    smollm2_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "model"
+    settings = {"num_nextn_predict_layers": 1}
+    write_checkpoint(FAMILIES["DeepSeek V3"], path, tokenizer_dir=smollm2_dir, **settings)
+    extra = "model.layers.2.eh_proj.weight"
+    change(path, lambda tensors: tensors.update({extra: torch.zeros(64, 128)}))
+    with caplog.at_level("INFO"):
+        check_names(path, called="org/name")
+    assert (
+        "org/name has layers for multi-token prediction, which transformers does not" in caplog.text
+    )
+    change(path, lambda tensors: tensors.update({extra.replace("2", "3"): torch.zeros(2)}))
+    with pytest.raises(ModelError, match=r"does not use: model\.layers\.3\.eh_proj\.weight"):
+        check_names(path, called="org/name")
+
+
+def test_old_buffers_and_second_copies_of_a_matrix_are_no_fault(
+    smollm2_dir: Path, tmp_path: Path
+) -> None:
+    """Files of Llama 2 and Yi hold inv_freq; some files hold both of two tied matrices."""
+    for family in ("Yi", "Qwen2", "Mixtral"):
+        path = write_checkpoint(FAMILIES[family], tmp_path / family, tokenizer_dir=smollm2_dir)
+        old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16)}
+        if family == "Qwen2":
+            matrix = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+            old["lm_head.weight"] = matrix.clone()
+        change(path, lambda tensors, old=old: tensors.update(old))
+        check_names(path, called=family)
+
+
+@pytest.mark.parametrize(
+    ("family", "weight"),
+    [
+        ("Mixtral", "model.layers.1.block_sparse_moe.experts.2.w1.weight"),
+        ("Qwen3-MoE", "model.layers.1.mlp.experts.3.down_proj.weight"),
+    ],
+)
+def test_a_missing_expert_is_named(
+    smollm2_dir: Path, tmp_path: Path, family: str, weight: str
+) -> None:
+    path = write_checkpoint(FAMILIES[family], tmp_path / "model", tokenizer_dir=smollm2_dir)
+    change(path, lambda tensors: tensors.pop(weight))
+    with pytest.raises(ModelError, match=f"lacks weights of experts: {weight}. Download"):
+        check_names(path, called="org/name")
+
+
+def test_a_model_without_linear_layers_is_refused(smollm2_dir: Path, tmp_path: Path) -> None:
+    gpt2 = GPT2Config(vocab_size=49152, n_embd=32, n_layer=1, n_head=2)
+    path = tmp_path / "gpt2"
+    GPT2LMHeadModel(gpt2).save_pretrained(path)
+    shutil.copy(smollm2_dir / "tokenizer.json", path)
+    with pytest.raises(ModelError, match=r"gpt2 \(GPT2LMHeadModel\) has no linear layers that can"):
+        fetch(FetchConfig(), source=str(path), base_model_dir=str(tmp_path / "fetched"))

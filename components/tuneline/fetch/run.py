@@ -9,6 +9,7 @@ from tuneline.fetch import directory
 from tuneline.fetch.config import FetchConfig
 from tuneline.fetch.kinds import KINDS, kind_of
 from tuneline.fetch.trial import try_tokenizer
+from tuneline.models.linear_layers import check_layers
 from tuneline.models.tokenizer_files import append_no_token
 from tuneline.models.whole import check_names
 
@@ -53,6 +54,7 @@ def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin
             )
         if not facts.runs_own_code:
             check_names(target, called=source)
+            check_layers(target, called=source)
         for path in facts.weights:
             if not path.stat().st_mode & 0o044:
                 path.chmod(0o644)  # safetensors creates files with mode 0600: other pods can't read

@@ -10,10 +10,14 @@ three dimensions, in a module that is called experts in all families.
 
 import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
+
+from tuneline.errors import ModelError
+from tuneline.models.nf4 import empty_model
 
 _KINDS = frozenset({"Linear", "Linear4bit"})
 
@@ -54,6 +58,20 @@ def trained_by_default(model: Any) -> list[str]:
         for name, layer in layers.items()
         if id(layer) in inside and not _ROUTING.search(name) and f"{name}.weight" not in shared
     ]
+
+
+def check_layers(model_dir: str | Path, *, called: str) -> None:
+    """Check that a model has linear layers to train, without reading weights.
+
+    Raises:
+        ModelError: there are none.
+    """
+    model = empty_model(model_dir)
+    if not trained_by_default(model):
+        raise ModelError(
+            f"{called} ({type(model).__name__}) has no linear layers that can have an adapter: use "
+            "another base model"
+        )
 
 
 def unmergeable(model: Any, names: Collection[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import ModelError
+from tuneline.models.extra_layers import check_experts, without_mtp_layers
 from tuneline.models.stored_quantisation import stored_type, use_dtype
 
 _NUM_NAMED = 3
@@ -45,7 +46,11 @@ def load_whole(model_dir: str | Path, *, called: str | None = None, **arguments:
         use_safetensors=True,
         **arguments,
     )
-    check_report(report, called or str(model_dir))
+    called = called or str(model_dir)
+    report["unexpected_keys"] = without_mtp_layers(
+        set(report["unexpected_keys"]), model.config, called=called
+    )
+    check_report(report, called)
     dtype = arguments.get("dtype")
     if isinstance(dtype, torch.dtype) and stored_type(model_dir) is not None:
         use_dtype(model, dtype)
@@ -88,6 +93,7 @@ def check_names(model_dir: str | Path, *, called: str) -> None:
     Raises:
         ModelError: the model is not whole, or transformers does not support it.
     """
+    check_experts(Path(model_dir), called=called)
     try:
         if stored_type(model_dir) is None:
             load_whole(model_dir, called=called, device_map="meta")

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from expert_models import make_expert_model
+from tiny_families import save_experts
 
 from tuneline.models.nf4 import load_base
 from tuneline.train.config import LoraConfig
@@ -123,11 +123,11 @@ def test_zero_2_divides_gradients_and_moments(tiny_model_dir):
     assert estimate_memory(shape, four).activations == estimate_memory(shape, one).activations
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "DeepseekV2", "GptOss"])
+@pytest.mark.parametrize("family", ["Mixtral", "DeepSeek V2", "gpt-oss"])
 def test_experts_are_counted_as_torch_does(tmp_path, family):
     import peft
 
-    base_dir = make_expert_model(family, tmp_path / "model")
+    base_dir = save_experts(family, tmp_path / "model")
     lora = LoraConfig(r=8, target_modules=("o_proj",), experts=True)
     shape = model_shape(base_dir, lora)
     model = load_base(base_dir, dtype=torch.float32, device="cpu", quantized=True)
@@ -138,20 +138,20 @@ def test_experts_are_counted_as_torch_does(tmp_path, family):
         if not name.endswith(("code", "quant_map"))
     )
     settings = Settings(1, 8, False, quantized=True, itemsize=4, optim="adamw_torch")
-    assert estimate_memory(shape, settings).weights == pytest.approx(stored, rel=0.01)
+    assert estimate_memory(shape, settings).weights == pytest.approx(stored, rel=0.02)
     adapted = peft.get_peft_model(model, lora_config(lora, model))
     assert shape.num_adapter == adapted.get_nb_trainable_parameters()[0]
-    dense = 1 if family == "DeepseekV2" else 0
+    dense = 1 if family == "DeepSeek V2" else 0
     assert (shape.experts.num_layers, shape.experts.num_experts) == (2 - dense, 4)
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE"])
 @pytest.mark.parametrize("experts", [False, True])
 def test_kept_activations_of_experts_are_what_autograd_saves(tmp_path, family, experts):
     import peft
 
     lora = LoraConfig(experts=experts, target_modules=("q_proj", "o_proj"))
-    base_dir = make_expert_model(family, tmp_path / "model", hidden_size=128)
+    base_dir = save_experts(family, tmp_path / "model", hidden_size=128)
     base = load_base(base_dir, dtype=torch.float32, device="cpu", quantized=True)
     peft.get_peft_model(base, lora_config(lora, base)).train()
     frozen = {tensor.data_ptr() for tensor in base.state_dict().values()}
