@@ -23,10 +23,8 @@ PIECES_FILE = "tokenizer.model"
 _IN_CONFIG: dict[str, dict[str, Any]] = {
     # Otherwise the converter takes the softmax of DeepSeek V2 for its routers.
     "deepseek_v3": {"scoring_func": "sigmoid"},
-    "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
 }
 """Settings that the converter needs by model type; transformers computes the same without them."""
-_PHI = ("phi3", "phimoe")
 
 # Types of a piece in sentencepiece's ModelProto.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -69,7 +67,7 @@ def _missing_files(model_dir: Path) -> dict[str, bytes]:
         return missing
     if tokenizer["model"].get("byte_fallback"):
         missing[PIECES_FILE] = _pieces(tokenizer)
-    elif model_type in _PHI:
+    elif model_type == "phi3":
         values = {**_json(model_dir / tokenizer_settings), "tokenizer_class": "GPT2Tokenizer"}
         missing[tokenizer_settings] = json.dumps(values).encode()
     return missing

@@ -28,6 +28,11 @@ def gguf_problem(config: dict[str, Any]) -> str | None:
             "config.json has norm_topk_prob true, but llama.cpp never normalises the weights of "
             "the experts of this family"
         )
+    if kind == "phimoe":
+        return (
+            "the routers of this family weight each expert by itself (SparseMixer), but llama.cpp "
+            "divides the weights among a token's experts"
+        )
     if kind == "deepseek_v2" and config.get("q_lora_rank", 1536) is None:
         num_layers = config.get("num_hidden_layers")
         if num_layers != _LITE_LAYERS:
