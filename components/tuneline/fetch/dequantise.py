@@ -54,7 +54,7 @@ def write_dequantised(model_dir: Path, target: Path, quantisation: Quantisation)
         ModelError: a weight has no scale, or one of another shape.
     """
     source = _Source(Checkpoint(model_dir), str(model_dir), quantisation)
-    specs = {}
+    specs: dict[str, Spec] = {}
     for name, spec in source.checkpoint.specs.items():
         if name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in source.scales:
             num_experts, num_rows, num_blocks, num_bytes = spec.shape
@@ -94,7 +94,7 @@ class _Source:
 
     def __init__(self, checkpoint: Checkpoint, name: str, quantisation: Quantisation) -> None:
         self.checkpoint, self._name, self._quantisation = checkpoint, name, quantisation
-        self.scale_of = {}
+        self.scale_of: dict[str, str] = {}
         for weight, spec in checkpoint.specs.items():
             scales = _scales_of(weight, checkpoint) if spec.dtype in _NARROW else None
             if scales is not None:
@@ -181,10 +181,8 @@ def _as_float(scales: torch.Tensor) -> torch.Tensor:
 
 def _unpack_fp4(packed: torch.Tensor) -> torch.Tensor:
     """Return the 4-bit floats of each byte, the lower half first: [..., n] to [..., 2 n]."""
-    codes = packed.view(torch.uint8)
-    values = torch.tensor(_E2M1)
-    pairs = torch.stack([values[(codes & 15).long()], values[(codes >> 4).long()]], dim=-1)
-    return pairs.flatten(-2)
+    pairs = torch.tensor([(_E2M1[byte & 15], _E2M1[byte >> 4]) for byte in range(256)])
+    return torch.nn.functional.embedding(packed.view(torch.uint8).int(), pairs).flatten(-2)
 
 
 def _is_grid(weight: torch.Size, scales: torch.Size, block: tuple[int, int]) -> bool:

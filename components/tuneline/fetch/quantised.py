@@ -86,13 +86,14 @@ def _block(sizes: Any) -> tuple[int, int] | None:
 def _compressed_weights(quantization: dict[str, Any]) -> str | None:
     """Return the format of compressed-tensors' weights if each is one 8-bit value, else None."""
     groups = quantization.get("config_groups")
-    kinds = set()
+    kinds: set[tuple[str, str, bool]] = set()
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         if isinstance(weights, dict):
-            is_plain = weights.get("symmetric", True) or weights.get("type") == "float"
-            kinds.add((weights.get("type"), weights.get("num_bits"), is_plain))
-    sparsity = quantization.get("sparsity_config") or {}
-    if sparsity.get("format", "dense") != "dense":
+            is_plain = bool(weights.get("symmetric", True) or weights.get("type") == "float")
+            kinds.add((str(weights.get("type")), str(weights.get("num_bits")), is_plain))
+    sparsity = quantization.get("sparsity_config")
+    is_sparse = isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense"
+    if is_sparse or len(kinds) != 1:
         return None
-    return {(("float", 8, True),): "fp8", (("int", 8, True),): "int8"}.get(tuple(kinds))
+    return {("float", "8", True): "fp8", ("int", "8", True): "int8"}.get(kinds.pop())

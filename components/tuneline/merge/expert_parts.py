@@ -71,6 +71,6 @@ def _part(found: torch.Tensor, numbered: torch.Tensor, name: str, stack: Stack) 
         expert, start = first // (_ROWS * _COLUMNS), first // _COLUMNS % _ROWS
         stop = start + (seen.shape[0] if seen.dim() == 2 else 0)
         if seen.dim() == 2 and torch.equal(seen, numbered[expert, start:stop]):
-            rows = (stack.rows * edge // _ROWS for edge in (start, stop))
-            return Part(name, expert, *rows, is_transposed=is_transposed)
+            first_row, last_row = (stack.rows * edge // _ROWS for edge in (start, stop))
+            return Part(name, expert, first_row, last_row, is_transposed)
     return None

@@ -66,9 +66,10 @@ def use_dtype(model: Any, dtype: "torch.dtype") -> None:
     keeps = getattr(model, "_keep_in_fp32_modules", None) or ()
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
-            module.compute_dtype = dtype
-            module.compute_type_is_set = True
-            module.weight.quant_state.dtype = dtype
+            layer: Any = module
+            layer.compute_dtype = dtype
+            layer.compute_type_is_set = True
+            layer.weight.quant_state.dtype = dtype
         if any(part in keeps for part in name.split(".")):
             continue
         for parameter in module.parameters(recurse=False):
