@@ -30,10 +30,10 @@ UNPACKED = ("gpt-oss", "Qwen3.5", "Qwen3.5-MoE", "Qwen3-Next")
 """Families whose rows are padded, because rows of a pack would see each other."""
 GGUF = {
     *("Llama 3", "Yi", "Mistral", "Qwen2", "Qwen3", "Phi-3", "Gemma 2", "Gemma 3"),
-    *("Mixtral", "gpt-oss"),
+    *("Mixtral", "Phi-3.5-MoE", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek V2", "DeepSeek V3", "gpt-oss"),
 }
-"""Families whose GGUF files are proven, here or by tests/quantize/gguf/test_families.py, whose
-tokenizers are of the right kind. Others are not tried."""
+"""Families whose GGUF files are proven, by the line or by tests/quantize/gguf, whose tokenizers and
+settings are of the right kind. Others are not tried."""
 BY_THE_LINE = {"Llama 3", "Yi", "Mistral", "Mixtral", "gpt-oss"}
 """Those of them that a byte-pair tokenizer suits."""
 
