@@ -159,6 +159,15 @@ class ModelOrigin(Record):
     """Whether fetch converted quantised weights to bfloat16. Otherwise training uses them as they
     are."""
 
+    @property
+    def stored_as(self) -> str:
+        """What was done with quantised weights, for readers; "" if they are not quantised."""
+        if self.quantization is None:
+            return ""
+        if self.dequantized:
+            return f"{self.quantization}, converted to bfloat16 before training"
+        return f"{self.quantization}, trained on as it is"
+
     def as_ancestor(self) -> Ancestor:
         """Return the entry with the revision and the hash of the weights instead of all files."""
         ancestor = super().as_ancestor()

@@ -21,23 +21,24 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from tuneline.kernels.ops import experts as ops
-from tuneline.kernels.ops import experts_gemm as gemm
-from tuneline.kernels.ops.adamw import dynamic_map
-from tuneline.kernels.ops.experts_activation import (
+from tuneline.kernels.experts import arena as arenas
+from tuneline.kernels.experts import gemm
+from tuneline.kernels.experts import mlp as ops
+from tuneline.kernels.experts.activation import (
     ExpertActivation,
     expert_activation_backward,
     expert_activation_forward,
 )
-from tuneline.kernels.ops.experts_arena import Arena, new_rows
-from tuneline.kernels.ops.experts_combine import combine
-from tuneline.kernels.ops.experts_route import Routing, route
-from tuneline.kernels.ops.experts_stack import (
+from tuneline.kernels.experts.arena import Arena, new_rows
+from tuneline.kernels.experts.combine import combine
+from tuneline.kernels.experts.route import Routing, route
+from tuneline.kernels.experts.stack import (
     ExpertLora,
     ExpertStack,
     LoraPair,
     dequantize_experts,
 )
+from tuneline.kernels.ops.adamw import dynamic_map
 
 TOKENS, RANK = 8192, 16
 SHAPES = {"qwen3-30b-a3b": (128, 8, 2048, 768), "mixtral-8x7b": (8, 2, 4096, 14336)}
@@ -47,6 +48,7 @@ SWEEP = [
     (128, 256, 8, 3), (128, 256, 8, 4), (256, 128, 8, 3), (256, 128, 8, 4), (128, 256, 4, 4),
     (64, 256, 4, 4),
 ]  # fmt: skip
+PROJECT_SWEEP = [(64, 4), (64, 8), (128, 4), (128, 8), (256, 8)]
 LEVELS = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0]
 LEVELS += [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]
 
@@ -88,8 +90,9 @@ def main() -> None:
 
     for shape in args.shapes:
         made = case(shape)
-        time_ops(shape, made, record)
+        time_ops(shape, made, record, sweep=args.sweep)
         time_layer(shape, made, record)
+        time_few_tokens(shape, made, record)
         time_products(shape, made, record, sweep=args.sweep)
         del made
         torch.cuda.empty_cache()
@@ -146,7 +149,7 @@ def case(shape: str) -> Case:
     )
 
 
-def time_ops(shape: str, made: Case, record: Callable[..., None]) -> None:
+def time_ops(shape: str, made: Case, record: Callable[..., None], *, sweep: bool) -> None:
     """Time the ops that move memory."""
     experts = made.experts
     gate_up, down = experts.gate_up, experts.down
@@ -192,6 +195,22 @@ def time_ops(shape: str, made: Case, record: Callable[..., None]) -> None:
     a_h = experts.lora.down.a.detach().bfloat16()
     sb = pair.b.detach().bfloat16().contiguous().transpose(1, 2)
     gather = {"copy_SI": x_rows[:, :hidden]}
+    for columns, warps in PROJECT_SWEEP if sweep else ():
+        chosen = gemm._PROJECT_COLS, gemm._PROJECT_WARPS
+        gemm._PROJECT_COLS, gemm._PROJECT_WARPS = columns, warps
+        name = f"{columns} columns, {warps} warps"
+        record(
+            shape,
+            f"sweep project x, {name}",
+            lambda: gemm.project(x, a_x, routing, p_SR=p, room_SR=x_rows[:, hidden:], **gather),
+        )
+        record(shape, f"sweep gather, {name}", lambda: gemm.project(x, None, routing, **gather))
+        record(
+            shape,
+            f"sweep project d_gate_up, {name}",
+            lambda: gemm.project(gate_up_rows, sb, routing, p_SR=p, room_SR=d_rows[:, 2 * inner :]),
+        )
+        gemm._PROJECT_COLS, gemm._PROJECT_WARPS = chosen
     record(
         shape,
         "project x, gather and copy",
@@ -293,6 +312,28 @@ def time_layer(shape: str, made: Case, record: Callable[..., None]) -> None:
             record(shape, f"experts both, {name}, {peak:.2f} GiB", both)
 
 
+def time_few_tokens(shape: str, made: Case, record: Callable[..., None]) -> None:
+    """Time a layer's experts for few tokens, with arenas and with NF4 decoded in the loop."""
+    experts, (rows, small) = made.experts, (ops.tile_rows, arenas.SMALL_ROWS)
+    for tokens in (64, 256, 512, 1024, 2048):
+        x = made.x.detach()[:tokens].clone().requires_grad_()
+        dy, weights = torch.randn_like(x), made.weights.detach()[:tokens]
+
+        def both(x=x, dy=dy, weights=weights, tokens=tokens) -> None:
+            ops.experts_mlp(
+                x, made.index[:tokens], weights, experts.gate_up, experts.down,
+                activation=experts.activation, lora=experts.lora,
+            ).backward(dy)  # fmt: skip
+            for tensor in (x, *experts.parameters()):
+                tensor.grad = None
+
+        for block, limit in ((16, 64), (32, 64), (64, 64), (64, 0), (128, 0)):
+            ops.tile_rows, arenas.SMALL_ROWS = lambda *_, block=block: block, limit
+            how = "in the loop" if limit else "arena"
+            record(shape, f"experts both, {tokens} tokens, tiles of {block}, {how}", both)
+    ops.tile_rows, arenas.SMALL_ROWS = rows, small
+
+
 def time_products(shape: str, made: Case, record: Callable[..., None], *, sweep: bool) -> None:
     """Time the grouped products of both projections in both directions."""
     for name, one in (("gate_up", made.experts.gate_up), ("down", made.experts.down)):
@@ -348,7 +389,7 @@ def time_product(
     if sweep:
         chosen = gemm._shape
         for block_m, *rest in SWEEP:
-            gemm._shape = lambda block_m, outs, rest=rest: rest
+            gemm._shape = lambda *_, rest=rest: rest
             tiles = route(index, num, block_m)
             name = "x".join(str(size) for size in (block_m, *rest))
             record(shape, f"sweep {label} {name}", lambda t=tiles: ours(t), tflop=tflop)

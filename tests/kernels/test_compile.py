@@ -39,11 +39,28 @@ ACTIVATION = dict(
 FLASH = dict(D=256, WIDTH=256, SHARED=2, PACK=2, WINDOW=0, CAPPED=True)
 PACKED = dict(D=128, WIDTH=128, SHARED=4, WINDOW=0, CAPPED=False)
 FLASH_POINTERS = dict(lse_ptr=F32, delta_ptr=F32, cu_seqlens_ptr=I32)
+ROUTE_POINTERS = dict.fromkeys(
+    ["counts_ptr", "starts_ptr", "tile_starts_ptr", "before_ptr", "slot_of_row_ptr",
+     "row_of_slot_ptr", "expert_of_tile_ptr"], I32,
+)  # fmt: skip
+PRODUCT = dict(HAS_BIAS=True, GROUP=16, BM=128, BK=64)
+
+
+def product_pointers(weight_block: list[int]) -> dict[str, str]:
+    """Return the types of the grouped product's descriptors and pointers."""
+    descriptors = dict(x_desc="tensordesc<bf16[128, 64]>", w_desc=f"tensordesc<bf16{weight_block}>")
+    return ROUTE_POINTERS | descriptors
+
+
 FP8 = dict(K=4096, NESTED=True)
 E4M3 = "*fp8e4nv"
-HOPPER_ONLY = {"fp8 rows", "fp8 weight", "fp8 weight transposed"}
+HOPPER_ONLY = {
+    "fp8 rows", "fp8 weight", "fp8 weight transposed", "experts, product",
+    "experts, gradient of the product",
+}  # fmt: skip
 # Heads of 256 fill the registers with sums; smaller tiles spill nothing and were measured slower.
 SPILLS = {"flash forward": 128, "flash dq": 512, "flash dk, dv": 1024, "flash dk, dv, packed": 256}
+SPILLS["experts, outer"] = 64
 KERNELS = {
     "nf4": ("nf4", "_fwd_kernel", NF4, NF4_POINTERS, 8),
     "rms_norm forward": (
@@ -118,6 +135,59 @@ KERNELS = {
     "gather rows": (
         "host_embedding", "_gather_kernel", dict(C=4096, BLOCK=4096), {"ids_ptr": I64}, 8,
     ),
+    "experts, dequantise": (
+        "experts.stack", "_dequantize_kernel", dict(K=2048, NESTED=True, BLOCK=512),
+        NF4_POINTERS | dict(starts_ptr=I32), 4,
+    ),
+    "experts, count": (
+        "experts.route", "_count_kernel", dict(E=128, LANES=128, BLOCK=512),
+        ROUTE_POINTERS | dict(index_ptr=I64), 4,
+    ),
+    "experts, scan": (
+        "experts.route", "_scan_kernel", dict(E=128, LANES=128, PARTS=128, TILE=128),
+        ROUTE_POINTERS, 16,
+    ),
+    "experts, place": (
+        "experts.route", "_place_kernel", dict(E=128, LANES=128, BLOCK=512, STEP=64),
+        ROUTE_POINTERS | dict(index_ptr=I64), 4,
+    ),
+    "experts, product": (
+        "experts.gemm", "_mm_kernel", PRODUCT | dict(INS=2064, OUTS=1536, STORED_OI=True, BN=256),
+        product_pointers([1, 256, 64]), 8,
+    ),
+    "experts, product, narrow": (
+        "experts.gemm", "_mm_kernel", PRODUCT | dict(INS=2064, OUTS=1536, STORED_OI=True, BN=128),
+        product_pointers([1, 128, 64]), 8,
+    ),
+    "experts, gradient of the product": (
+        "experts.gemm", "_mm_kernel", PRODUCT | dict(INS=1552, OUTS=2048, STORED_OI=False, BN=256),
+        product_pointers([1, 64, 256]), 8,
+    ),
+    "experts, gradient of the product, narrow": (
+        "experts.gemm", "_mm_kernel", PRODUCT | dict(INS=1552, OUTS=2048, STORED_OI=False, BN=128),
+        product_pointers([1, 64, 128]), 8,
+    ),
+    "experts, project": (
+        "experts.gemm", "_project_kernel", dict(INS=2048, R=16, GATHER=True, BM=128, BK=64),
+        ROUTE_POINTERS, 4,
+    ),
+    "experts, outer": (
+        "experts.gemm", "_outer_kernel",
+        dict(C=2048, R=16, RANK=16, GATHER=True, WEIGHTED=True, BK=64, BC=128),
+        ROUTE_POINTERS | dict(out_ptr=F32), 4,
+    ),
+    "experts, activation": (
+        "experts.activation", "_fwd_kernel", dict(F=768, KIND=0, BLOCK=1024),
+        dict(end_ptr=I32), 4,
+    ),
+    "experts, activation backward": (
+        "experts.activation", "_bwd_kernel", dict(F=2880, KIND=2, BLOCK=1024),
+        ROUTE_POINTERS | dict(end_ptr=I32, dw_ptr=F32), 4,
+    ),
+    "experts, combine": (
+        "experts.combine", "_combine_kernel",
+        dict(C=2048, TOP_K=8, WEIGHTED=True, RESIDUAL=True, BLOCK=1024), ROUTE_POINTERS, 4,
+    ),
     "cross entropy": (
         "cross_entropy", "_log_probs_kernel", dict(CAPPED=False, NEED_GRAD=True, BLOCK=8192),
         {"labels_ptr": I64, "logp_ptr": F32}, 16,
@@ -140,9 +210,13 @@ KERNELS = {
 CASES = [(name, a) for name in KERNELS for a in ARCHITECTURES if a >= 90 or name not in HOPPER_ONLY]
 FLOATS = {
     "eps", "side_scale", "softcap", "max_norm", "decay", "beta1", "beta2", "rest1", "rest2",
-    "step_size", "root_correction2", "scale", "cap", "s0", "s1", "s2",
+    "step_size", "root_correction2", "scale", "cap", "s0", "s1", "s2", "alpha",
+    "limit",
 }  # fmt: skip
-UNALIGNED = {"T", "ignore_index", "side_src_rows", "side_src_cols", "side_shift"}
+UNALIGNED = {
+    "T", "ignore_index", "side_src_rows", "side_src_cols", "side_shift", "first", "last", "top_k",
+    "num_programs", "num_parts", "num_slots", "num_tiles", "num_nested", "blocks",
+}  # fmt: skip
 
 
 def _resources(name: str, architecture: int) -> dict[str, int]:
@@ -152,12 +226,17 @@ def _resources(name: str, architecture: int) -> dict[str, int]:
     from triton.compiler import ASTSource
 
     module, kernel, constants, pointers, num_warps = KERNELS[name]
-    function = getattr(import_module(f"tuneline.kernels.ops.{module}"), kernel)
+    function = getattr(
+        import_module(
+            f"tuneline.kernels.{module}" if "." in module else f"tuneline.kernels.ops.{module}"
+        ),
+        kernel,
+    )
     signature, attributes = {}, {}
     for i, argument in enumerate(function.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
-        elif argument.endswith("_ptr"):
+        elif argument.endswith(("_ptr", "_desc")):
             signature[argument] = pointers.get(argument, "*bf16")
         else:
             signature[argument] = "fp32" if argument in FLOATS else "i32"

@@ -113,7 +113,7 @@ class _Unrecorded(GraphedStack):
     def replay_forward(self, plan, x_BLC, cos, sin):
         self._tables, self._saved, x = (cos, sin), [], x_BLC
         for weights, call in self._layers:
-            y, parkable, rest = layer_forward(x, cos, sin, weights, call)
+            y, _, parkable, rest = layer_forward(x, cos, sin, weights, call)
             self._saved.append([x, *parkable, *rest])
             x = y
         return x

@@ -18,8 +18,15 @@ ROOT = Path(__file__).parent.parent.parent
 ESTIMATED = ["STASH_MIN_TOKENS", "MLP_CHUNK_TOKENS", "KEPT_MLP_CHUNK_TOKENS", "MIN_ADAPTER_COLUMNS"]
 SUBMODULES = [module.name for module in pkgutil.iter_modules(tuneline.kernels.__path__)]
 OPS = ["adamw", "cross_entropy", "gated_activation", "nf4", "rms_norm", "rope"]
-FOLDER = Path(tuneline.kernels.__file__).parent / "ops"
-KERNEL_FILES = sorted(p.stem for p in FOLDER.glob("*.py") if "@triton.jit" in p.read_text())
+PACKAGE = Path(tuneline.kernels.__file__).parent
+FOLDER = PACKAGE / "ops"
+FOLDERS = "ops", "experts"
+KERNEL_FILES = sorted(
+    path.relative_to(PACKAGE).with_suffix("").as_posix()
+    for folder in FOLDERS
+    for path in (PACKAGE / folder).glob("*.py")
+    if "@triton.jit" in path.read_text()
+)
 
 
 def test_every_public_name_is_listed_and_there():
@@ -95,7 +102,7 @@ def test_the_memory_estimate_plans_with_the_limits_of_the_kernels():
 @pytest.mark.parametrize("op", KERNEL_FILES)
 def test_an_op_needs_torch_and_triton_only(op):
     imported = set()
-    for node in ast.walk(ast.parse((FOLDER / f"{op}.py").read_text())):
+    for node in ast.walk(ast.parse((PACKAGE / f"{op}.py").read_text())):
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -122,7 +129,7 @@ def test_a_reader_finds_kernel_before_reference_before_public_function(op):
 
 @pytest.mark.parametrize("name", KERNEL_FILES)
 def test_kernels_come_before_the_functions_that_launch_them(name):
-    tree = ast.parse((FOLDER / f"{name}.py").read_text())
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     jitted = ["triton.jit" in map(ast.unparse, node.decorator_list) for node in functions]
     public = [not node.name.startswith("_") for node in functions]

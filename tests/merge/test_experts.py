@@ -12,18 +12,18 @@ from transformers import AutoModelForCausalLM
 from tuneline.artifacts import MergeProof, ModelOrigin, TrainingSummary
 from tuneline.errors import ProofError
 from tuneline.merge import MergeConfig
+from tuneline.merge.expert_parts import Part
 from tuneline.merge.pieces import Piece, Pieces
 from tuneline.merge.run import run
 from tuneline.models import nf4
 from tuneline.models.checkpoint import Checkpoint
-from tuneline.models.expert_files import Part
 from tuneline.models.experts import (
     expert_modules,
     projections,
     quantized_experts,
     round_trip_experts,
 )
-from tuneline.models.experts_adapter import adapt_experts_in_nf4
+from tuneline.models.experts.adapter import adapt_experts_in_nf4
 
 FEW = ["Mixtral", "DeepSeek V2", "gpt-oss"]
 ALL = [name for name, family in FAMILIES.items() if family.has_experts]

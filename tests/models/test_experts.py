@@ -1,13 +1,14 @@
 """Experts in NF4: loading, the forward pass, gradients, and adapters in peft's layout."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from expert_models import FAMILIES, make_expert_model
 from safetensors.torch import load_file
+from tiny_families import EXPERT_FAMILIES, save_experts
 
 from tuneline.models import nf4
 from tuneline.models.experts import (
@@ -17,16 +18,17 @@ from tuneline.models.experts import (
     quantized_experts,
     round_trip_experts,
 )
-from tuneline.models.experts_adapter import adapt_experts_in_nf4
-from tuneline.models.experts_forward import dequantized_expert, packed_stack
+from tuneline.models.experts import forward as experts_forward
+from tuneline.models.experts.adapter import adapt_experts_in_nf4
+from tuneline.models.experts.forward import dequantized_expert, packed_stack
 
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 RANK = 4
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EXPERT_FAMILIES)
 def model_dir(request: Any, tmp_path_factory: Any) -> Path:
-    return make_expert_model(request.param, tmp_path_factory.mktemp(request.param) / "model")
+    return save_experts(request.param, tmp_path_factory.mktemp(request.param) / "model")
 
 
 def load(directory: Path, *, quantized: bool, dtype: torch.dtype = torch.float32) -> Any:
@@ -129,6 +131,39 @@ def test_gradients_equal_those_of_peft_on_the_dequantised_model(
         assert scale > 0 and float((gradient - expected[name]).abs().max()) < 1e-4 * scale, name
 
 
+def test_kernels_get_what_plain_torch_computes_with(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels run their references here; tests/kernels compares them with these."""
+    model = adapted(load(model_dir, quantized=True))
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(args)
+        return experts_mlp(*args, **kwargs)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        loss = model(input_ids=tokens(), labels=tokens()).loss
+        loss.backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        return {"loss": loss.detach(), **found}
+
+    experts_mlp = experts_forward.experts_mlp
+    monkeypatch.setattr(experts_forward, "experts_mlp", counted)
+    expected = gradients()
+    assert not calls
+    experts_forward.use_kernels(model)
+    for name in [name for name in sys.modules if name.startswith("tuneline.kernels.")]:
+        if hasattr(sys.modules[name], "use_kernel"):
+            monkeypatch.setattr(sys.modules[name], "use_kernel", lambda x: False)
+    found = gradients()
+    assert calls
+    for name, value in expected.items():
+        scale = float(value.abs().max())
+        assert scale > 0 and float((found[name] - value).abs().max()) < 1e-4 * scale, name
+
+
 def test_the_saved_adapter_gives_the_same_logits_in_plain_peft(
     model_dir: Path, tmp_path: Path
 ) -> None:
@@ -150,7 +185,7 @@ def test_the_saved_adapter_gives_the_same_logits_in_plain_peft(
 
 
 def test_a_cast_of_the_whole_model_leaves_the_experts_as_they_are(tmp_path: Path) -> None:
-    model = load(make_expert_model("Qwen3Moe", tmp_path / "model"), quantized=True)
+    model = load(save_experts("Qwen3-MoE", tmp_path / "model"), quantized=True)
     module = next(iter(expert_modules(model).values()))
     before = dequantized_expert(packed_stack(module, "down_proj", torch.float32), 1)
     # As DeepSpeed casts a model to bfloat16. `to` of a quantised model is refused.
@@ -160,7 +195,7 @@ def test_a_cast_of_the_whole_model_leaves_the_experts_as_they_are(tmp_path: Path
 
 
 def test_experts_are_in_the_state_of_their_module(tmp_path: Path) -> None:
-    model = load(make_expert_model("GptOss", tmp_path / "model"), quantized=True)
+    model = load(save_experts("gpt-oss", tmp_path / "model"), quantized=True)
     first, second = expert_modules(model).values()
     second.load_state_dict(first.state_dict())
     for number in range(4):
@@ -172,7 +207,7 @@ def test_experts_are_in_the_state_of_their_module(tmp_path: Path) -> None:
 
 
 def test_rows_of_a_batch_and_experts_without_rows_do_not_matter(tmp_path: Path) -> None:
-    model = load(make_expert_model("Qwen3Moe", tmp_path / "model"), quantized=True)
+    model = load(save_experts("Qwen3-MoE", tmp_path / "model"), quantized=True)
     with torch.no_grad():
         one = model(tokens(rows=1, length=1)).logits
         many = model(tokens(rows=1, length=1).repeat(3, 1)).logits

@@ -207,6 +207,28 @@ def write_checkpoint(
     return directory
 
 
+EXPERT_FAMILIES = ("Mixtral", "Qwen3-MoE", "DeepSeek V2", "gpt-oss", "GLM-4-MoE")
+"""Families that differ in how they route tokens to experts, or in what experts compute."""
+
+
+def save_experts(name: str, directory: Path, **settings: Any) -> Path:
+    """Save a model of an expert family whose rows of weights are no multiple of a block of NF4.
+
+    Args:
+        name: an entry of EXPERT_FAMILIES.
+        directory: directory to write.
+        **settings: settings of the config that replace those of the family.
+    """
+    sizes = {"intermediate_size": 96, "moe_intermediate_size": 48, "initializer_range": 0.2}
+    model = new_model(FAMILIES[name], **{"vocab_size": 260} | sizes | settings)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("bias"):
+            # Biases begin as zeros, which would hide that they are not added.
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(directory)
+    return directory
+
+
 def fetch_family(family: Family, directory: Path, *, tokenizer_dir: Path, **settings: Any) -> Path:
     """Write and fetch a checkpoint; return the directory of the fetched model.
 

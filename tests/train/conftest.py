@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from expert_models import make_expert_model
+from tiny_families import save_experts
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from tuneline.artifacts import EVAL_FILE, TRAIN_FILE, DatasetManifest
@@ -80,7 +80,7 @@ def expert_model_dir(
         shutil.copytree(tiny_model_dir, path, ignore=shutil.ignore_patterns("*.safetensors*"))
         settings = json.loads((tiny_model_dir / "config.json").read_text())
         names = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-        make_expert_model(family, path, **{name: settings[name] for name in names})
+        save_experts(family, path, **{name: settings[name] for name in names})
         origin = json.loads((path / "origin.json").read_text())
         origin["files"] = hash_files(path, leave_out={"origin.json"})
         (path / "origin.json").write_text(sealed_json(origin))

@@ -78,16 +78,8 @@ def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin
         source,
         origin.architecture,
         origin.num_parameters / 1e6,
-        _quantisation_note(origin),
+        f", {origin.stored_as}" if origin.stored_as else "",
         provenance.licence or "unknown",
         origin.seconds,
     )
     return origin
-
-
-def _quantisation_note(origin: ModelOrigin) -> str:
-    if origin.quantization is None:
-        return ""
-    if origin.dequantized:
-        return f" converted from {origin.quantization} to bfloat16"
-    return f" kept in {origin.quantization}"

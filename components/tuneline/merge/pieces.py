@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from tuneline.artifacts import TrainingSummary
 from tuneline.errors import ModelError
 from tuneline.merge.adapter import Adapter, Update
+from tuneline.merge.expert_parts import Part, parts_of
 from tuneline.models.checkpoint import Checkpoint
-from tuneline.models.expert_files import Part, parts_of
 from tuneline.models.experts import Stack, quantized_experts, round_trip_experts
 from tuneline.models.nf4 import empty_model, file_names, quantized_modules, round_trip
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from tuneline.errors import ModelError, ProofError
 from tuneline.merge.adapter import WEIGHTS_FILE
 from tuneline.merge.config import MergeConfig
-from tuneline.models.experts_adapter import adapt_experts_in_nf4
+from tuneline.models.experts.adapter import adapt_experts_in_nf4
 from tuneline.models.heldout_rows import Row
 from tuneline.models.nf4 import load_base
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tuneline.errors import ModelError
+from tuneline.models.nf4_layout import BLOCKSIZE
 from tuneline.models.stored_quantisation import quantization_in, stored_type
 from tuneline.models.whole import load_whole
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-BLOCKSIZE = 64
-"""Number of consecutive weights that share a quantisation scale."""
 
 
 def keep_plain_layout_on_cpu() -> None:
@@ -43,7 +41,7 @@ def quantization_config(compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
 
     Double quantisation means that the scales of the blocks are quantised too, to 8 bits.
     """
-    from tuneline.models.experts_loading import ExpertsConfig
+    from tuneline.models.experts.loading import ExpertsConfig
 
     config_class: Any = ExpertsConfig
     config: BitsAndBytesConfig = config_class(

@@ -22,6 +22,7 @@ from tuneline.train.observe.metrics import eval_gap
 from tuneline.train.observe.progress import ProgressCallback
 from tuneline.train.observe.samples import ask_before_and_after, prompts_of, write_samples
 from tuneline.train.observe.telemetry import TelemetryCallback, costs, keep_progress_file
+from tuneline.train.observe.tracker_guard import guard_trackers
 from tuneline.train.ranks import collectives
 from tuneline.train.ranks.process import OutOfMemory
 from tuneline.train.restarts import StepCallback
@@ -138,6 +139,7 @@ def _add_callbacks(
 ) -> ProgressCallback:
     """Add the callbacks in the order that they need; return ProgressCallback, to be closed."""
     trainer.remove_callback(PrinterCallback)
+    guard_trackers(trainer)
     progress = ProgressCallback(trainer.run_state, shows=collectives.is_first())
     trainer.add_callback(progress)
     trainer.add_callback(TelemetryCallback(trainer.run_state, progress_path, setup.device))

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from tuneline.artifacts import LABEL, DatasetManifest, Method
+from tuneline.models.experts.forward import use_kernels
 from tuneline.train.batch_size import FEW_STEPS, more_steps_advice, num_total_steps
 from tuneline.train.config import TrainConfig
 from tuneline.train.model.adapter import keep_adapter_in_fp32, keep_hidden_states_in
@@ -79,6 +80,7 @@ def build_trainer(
     modules = adapted_modules(model, config.lora)
     peft_config = lora_config(config.lora, model)
     if setup.fused:
+        use_kernels(model)
         fuse_model(model)
     # Any, as TRL's trainers and their mix-ins are typed more narrowly than they are used.
     trainer_class: Any = TRAINERS[method]

@@ -20,6 +20,7 @@ from tuneline.artifacts import (
     new_directory,
 )
 from tuneline.errors import ModelError
+from tuneline.html.written import write_page
 from tuneline.models.special_tokens import add_missing_tokens
 from tuneline.models.tokenizer_files import copy_tokenizer, set_chat_template
 from tuneline.train.batch_size import batch_size
@@ -195,10 +196,11 @@ def _copy_tokenizer(inputs: Inputs, directory: Path) -> None:
 
 
 def _write_page(summary: TrainingSummary, directory: Path, store_dir: Path, path: Path) -> None:
-    lines = (directory / PROGRESS_FILE).read_text(encoding="utf-8").splitlines()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page = render(summary, [json.loads(line) for line in lines], read_samples(store_dir))
-    path.write_text(page, encoding="utf-8")
+    def draw() -> str:
+        lines = (directory / PROGRESS_FILE).read_text(encoding="utf-8").splitlines()
+        return render(summary, [json.loads(line) for line in lines], read_samples(store_dir))
+
+    write_page(path, draw, title="Training")
 
 
 @contextlib.contextmanager

@@ -12,11 +12,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from tuneline.kernels.decoder.layer_weights import LayerWeights
+from tuneline.kernels.binding_experts import bind_experts, experts_state
+from tuneline.kernels.decoder.layer_weights import LayerWeights, RoutedMlp
+from tuneline.kernels.experts.activation import ExpertActivation
 from tuneline.kernels.ops.attention import AttentionConfig
 from tuneline.kernels.ops.fp8 import largest_weight
+from tuneline.kernels.ops.gated_activation import Kind
 from tuneline.kernels.ops.lora import LoraGroup, LoraLinear
 from tuneline.kernels.ops.nf4 import NF4Weight
 from tuneline.kernels.spec import ACTIVATIONS, FamilySpec
@@ -24,6 +28,11 @@ from tuneline.kernels.spec import ACTIVATIONS, FamilySpec
 
 class Unfusable(ValueError):
     """Raised for a layer that cannot be fused; its message is the reason in the `PatchReport`."""
+
+
+def is_routed(layer: Any, spec: FamilySpec) -> bool:
+    """Return whether the layer's MLP is a mixture of experts."""
+    return spec.router is not None and "experts" in layer._modules["mlp"]._modules
 
 
 def check_parts(layer: Any, spec: FamilySpec) -> None:
@@ -39,8 +48,13 @@ def check_parts(layer: Any, spec: FamilySpec) -> None:
     attention += ["q_norm", "k_norm"] if spec.head_norms else []
     attention += ["sliding_window"] if spec.window == "layer" else []
     attention += ["attn_logit_softcapping"] if spec.softcap else []
+    attention += [] if spec.rope_flag is None else [spec.rope_flag]
     parts = [*norms, *(f"self_attn.{name}" for name in attention)]
-    parts += [f"mlp.{name}" for name in (*spec.gate_up, "down_proj")]
+    parts += ["residual_multiplier"] if spec.residual_multiplier else []
+    names = (*spec.gate_up, "down_proj")
+    if is_routed(layer, spec):
+        names = ("experts", spec.router)
+    parts += [f"mlp.{name}" for name in names]
     for path in parts:
         owner = layer
         for name in path.split("."):
@@ -86,9 +100,13 @@ def bind_layer(layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False) 
     groups = {
         "qkv": _group(attention, spec.qkv, fp8),
         "o": _group(attention, ("o_proj",), fp8),
-        "gate_up": _group(mlp, spec.gate_up, fp8),
-        "down": _group(mlp, ("down_proj",), fp8),
     }
+    routed = None
+    if is_routed(layer, spec):
+        routed = _routed(mlp, spec, config, ACTIVATIONS[activation], first.weight.dtype)
+    else:
+        groups["gate_up"] = _group(mlp, spec.gate_up, fp8)
+        groups["down"] = _group(mlp, ("down_proj",), fp8)
     for name, group in groups.items():
         for linear in group.linears:
             if linear.weight.dtype != first.weight.dtype:
@@ -97,7 +115,14 @@ def bind_layer(layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False) 
                     "load the model in bnb_4bit_compute_dtype"
                 )
     return LayerWeights(
-        **groups,
+        qkv=groups["qkv"],
+        o=groups["o"],
+        gate_up=groups.get("gate_up"),
+        down=groups.get("down"),
+        routed=routed,
+        rotates=spec.rope_flag is None or bool(getattr(attention, spec.rope_flag)),
+        branch_scale=float(layer.residual_multiplier) if spec.residual_multiplier else 1.0,
+        max_positions=_max_positions(config) if spec.scaled_positions else None,
         attention=_attention(attention, spec, config),
         activation=ACTIVATIONS[activation],
         eps=first.eps if hasattr(first, "eps") else first.variance_epsilon,
@@ -119,7 +144,12 @@ def fingerprint(layer: Any, spec: FamilySpec) -> tuple[Any, ...]:
     """
     state_parts: list[Any] = []
     attention, mlp = layer._modules["self_attn"], layer._modules["mlp"]
-    for parent, names in ((attention, (*spec.qkv, "o_proj")), (mlp, (*spec.gate_up, "down_proj"))):
+    parents = [(attention, (*spec.qkv, "o_proj"))]
+    if is_routed(layer, spec):
+        state_parts += experts_state(mlp._modules["experts"])
+    else:
+        parents.append((mlp, (*spec.gate_up, "down_proj")))
+    for parent, names in parents:
         for name in names:
             module = parent._modules[name]
             base = module._modules.get("base_layer", module)
@@ -153,6 +183,23 @@ def _adapter_parameters(module: Any) -> list[Any]:
     pairs = [module._modules[name] for name in ("lora_A", "lora_B") if name in module._modules]
     linears = [linear for pair in pairs for linear in pair._modules.values()]
     return [parameter for linear in linears for parameter in linear._parameters.values()]
+
+
+def _max_positions(config: Any) -> int:
+    """Return the first position at which q is scaled."""
+    return int(config.rope_parameters["original_max_position_embeddings"])
+
+
+def _routed(
+    mlp: Any, spec: FamilySpec, config: Any, activation: Kind, dtype: torch.dtype
+) -> RoutedMlp:
+    if getattr(mlp, "jitter_noise", 0):
+        raise Unfusable(f"router_jitter_noise={mlp.jitter_noise}: only 0 is fused")
+    router, top_k = getattr(mlp, spec.router or ""), config.num_experts_per_tok
+    try:
+        return bind_experts(mlp.experts, router, top_k, ExpertActivation(activation), dtype)
+    except ValueError as error:
+        raise Unfusable(f"experts: {error}") from error
 
 
 def _attention(attention: Any, spec: FamilySpec, config: Any) -> AttentionConfig:

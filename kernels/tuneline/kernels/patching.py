@@ -11,7 +11,7 @@ with gradients and without a KV cache; every other call runs the *stock* forward
 transformers. A layer that cannot be fused (see `binding`) also runs its stock forward, even if
 other layers of the model are fused.
 
-    causal LM   with labels: computes the loss by `linear_cross_entropy`, without returning logits
+    causal LM   with labels: computes the loss without logits (loss.py), for every family
     decoder     decides in each forward: the sequences, which layers are fused, what they store
     layer       runs `fused_layer` with the decoder's decisions, which are passed as a keyword
     final norm  runs `rms_norm`
@@ -41,8 +41,8 @@ from tuneline.kernels.decoder.layer import Handover, LayerCall, fused_layer
 from tuneline.kernels.decoder.layer_weights import LayerWeights
 from tuneline.kernels.decoder.stash import HostStash
 from tuneline.kernels.limits import FP8_CAPABILITY, STASH_MIN_TOKENS
+from tuneline.kernels.loss import probe, run_with_fused_loss
 from tuneline.kernels.ops.attention import AttentionPlan
-from tuneline.kernels.ops.cross_entropy import linear_cross_entropy
 from tuneline.kernels.ops.host_embedding import move_back, move_to_host
 from tuneline.kernels.ops.rms_norm import rms_norm
 from tuneline.kernels.spec import FamilySpec, family_spec
@@ -134,11 +134,8 @@ def patch(
         )
     unpatch(model)
     causal, decoder = _find_decoder(model)
-    if decoder is None:
-        reason = f"{type(causal).__name__} has no decoder layers that can be found"
-        return _logged(PatchReport(None, (), {}, reason))
     specs, unfused, num_fp8_groups = {}, {}, 0
-    for index, layer in enumerate(decoder.layers):
+    for index, layer in enumerate(() if decoder is None else decoder.layers):
         spec = family_spec(layer)
         if spec is None:
             unfused[index] = f"{type(layer).__name__} is not in the table of families (spec.py)"
@@ -155,7 +152,11 @@ def patch(
         except Unfusable as reason:
             # The layer's class is replaced anyway: the layer may be fusable in a later forward.
             unfused[index] = str(reason)
-    loss = "the stock model has no lm_head"
+    loss_reason = _stock_loss_reason(causal)
+    if loss_reason is None and not specs:
+        loss_reason = probe(causal)
+    if specs or loss_reason is None:
+        _swap(causal, _CausalMixin)
     if specs:
         decoder._tuneline_engine = _Engine(budget, specs, fp8)
         _swap(decoder, _DecoderMixin)
@@ -167,12 +168,9 @@ def patch(
             logger.warning("embedding_on_host=True is ignored: %s", why_not)
         decoder.norm._tuneline_gemma = next(iter(specs.values())).gemma_norm
         _swap(decoder.norm, _NormMixin)
-        loss = _stock_loss_reason(causal) or "fused"
-        if hasattr(causal, "lm_head"):
-            _swap(causal, _CausalMixin)
     fused = tuple(index for index in specs if index not in unfused)
     family = next(iter(specs.values())).name if specs else None
-    return _logged(PatchReport(family, fused, unfused, loss, num_fp8_groups))
+    return _logged(PatchReport(family, fused, unfused, loss_reason or "fused", num_fp8_groups))
 
 
 def unpatch(model: nn.Module) -> None:
@@ -219,7 +217,13 @@ class _LayerMixin(_Stock):
                     if stack is not None:
                         tuneline.done.append(True)
                         return stack(hidden_states, cos, sin, call.plan)
-                return fused_layer(hidden_states, cos, sin, weights, call)
+                output, routing = fused_layer(hidden_states, cos, sin, weights, call)
+                if routing:
+                    # The hooks of a router record its logits for the auxiliary loss.
+                    router = weights.routed.module
+                    for hook in router._forward_hooks.values():
+                        hook(router, (hidden_states,), routing)
+                return output
         stock = partial(super().forward, **kwargs)
         if self.gradient_checkpointing and self.training:
             return self._gradient_checkpointing_func(stock, hidden_states, *args)
@@ -281,29 +285,7 @@ class _CausalMixin(_Stock):
         if labels is None or not fuse:
             kwargs.pop("num_labels", None)
             return super().forward(*args, labels=labels, **kwargs)
-        from transformers.modeling_outputs import CausalLMOutputWithPast
-
-        num_items = kwargs.pop("num_items_in_batch", None)
-        num_labels = kwargs.pop("num_labels", None)
-        shifted = kwargs.pop("shift_labels", None)
-        kwargs.pop("logits_to_keep", None)
-        outputs = self.model(**kwargs)
-        hidden_BLC = outputs.last_hidden_state
-        if shifted is None:
-            shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
-        if isinstance(num_items, Tensor):
-            num_items = num_items.to(hidden_BLC.device)
-        loss = linear_cross_entropy(
-            hidden_BLC,
-            self.lm_head.weight,
-            shifted.to(hidden_BLC.device),
-            softcap=getattr(self.config, "final_logit_softcapping", None),
-            num_items=num_items,
-            num_labels=num_labels,
-        )
-        return CausalLMOutputWithPast(
-            loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return run_with_fused_loss(self, super().forward, labels, **kwargs)
 
 
 def _is_plain_training(decoder: Any, kwargs: dict[str, Any]) -> bool:
@@ -362,6 +344,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     """
     engine: _Engine = decoder._tuneline_engine
     bound: dict[int, LayerWeights] = {}
+    longest = max(plan.sequence_lengths or (tokens.shape[1],))
     for index, spec in engine.specs.items():
         layer = decoder.layers[index]
         state = fingerprint(layer, spec)
@@ -373,7 +356,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
             except Unfusable as reason:
                 logger.info("layer %d runs stock: %s", index, reason)
         current = engine.bound[index][1]
-        if current is not None:
+        if current is not None and longest <= (current.max_positions or longest):
             bound[index] = current
     if not bound:
         return None
@@ -433,6 +416,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
         and (stash is None or kept.num_layers == len(bound))
         and len(bound) == len(decoder.layers)
         and all(spec.num_ropes == 1 for spec in engine.specs.values())
+        and all(weights.routed is None for weights in bound.values())
         and len(dtypes) == 1
     )
     if graphed:

@@ -41,6 +41,17 @@ class FamilySpec:
     softcap: bool = False
     """Whether attention caps its scores at `self_attn.attn_logit_softcapping`. Gemma-3 has that
     attribute, but does not pass it to its attention function."""
+    rope_flag: str | None = None
+    """The attribute of `self_attn` that says whether q and k are rotated; None if they always
+    are."""
+    residual_multiplier: bool = False
+    """Whether both halves add `residual_multiplier` times their output to the residual stream."""
+    scaled_positions: bool = False
+    """Whether q is scaled from position `original_max_position_embeddings` on, as in Llama 4; the
+    stock layers compute longer sequences."""
+    router: str | None = None
+    """The module of `mlp` that chooses among `mlp.experts`, in layers that have experts; it returns
+    logits, weights and indices. If this field is None, every layer of the family is dense."""
     num_ropes: int = 1
     """Number of different rope tables that the decoder passes to its layers. A CUDA graph
     (decoder/graph.py) supports only one."""
@@ -53,6 +64,21 @@ FAMILIES = {
     # Qwen2.5 is a Qwen2; q, k and v have a bias.
     "qwen2.modeling_qwen2.Qwen2DecoderLayer": FamilySpec("qwen2", window="layer"),
     "qwen3.modeling_qwen3.Qwen3DecoderLayer": FamilySpec("qwen3", head_norms=True, window="layer"),
+    # Every fourth layer has no rotation.
+    "smollm3.modeling_smollm3.SmolLM3DecoderLayer": FamilySpec(
+        "smollm3", window="layer", rope_flag="use_rope"
+    ),
+    "granite.modeling_granite.GraniteDecoderLayer": FamilySpec("granite", residual_multiplier=True),
+    "ministral3.modeling_ministral3.Ministral3DecoderLayer": FamilySpec(
+        "ministral3", window="config", scaled_positions=True
+    ),
+    # A mixture of experts; some layers may be dense.
+    "qwen3_moe.modeling_qwen3_moe.Qwen3MoeDecoderLayer": FamilySpec(
+        "qwen3_moe", head_norms=True, window="layer", router="gate"
+    ),
+    "mixtral.modeling_mixtral.MixtralDecoderLayer": FamilySpec(
+        "mixtral", window="config", router="gate"
+    ),
     # Phi-3.5 is a Phi-3.
     "phi3.modeling_phi3.Phi3DecoderLayer": FamilySpec(
         "phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), window="config"

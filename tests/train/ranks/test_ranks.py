@@ -198,7 +198,7 @@ def test_two_ranks_learn_what_one_does(job, tmp_path):
 def test_two_ranks_learn_experts_as_one_does(zero, job, expert_model_dir, tmp_path):
     # A family without an auxiliary loss, which depends on the rows of a micro-batch.
     settings = {
-        "base_dir": expert_model_dir("Glm4Moe"),
+        "base_dir": expert_model_dir("GLM-4-MoE"),
         "lora": {"r": 4, "target_modules": ["q_proj", "o_proj"], "experts": True},
         "dtype": "bfloat16" if zero else "float32",
     }

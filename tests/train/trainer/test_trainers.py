@@ -106,7 +106,7 @@ def test_the_auxiliary_loss_of_routers_is_part_of_training_alone(
         micro_batch_size=2,
         lora={"target_modules": ["q_proj", "o_proj"]},
     )
-    trainer = trainer_for(config, dataset_dir(answer_rows), expert_model_dir("Qwen3Moe"), tmp_path)
+    trainer = trainer_for(config, dataset_dir(answer_rows), expert_model_dir("Qwen3-MoE"), tmp_path)
     by_hand = loss_by_hand(trainer.model.eval(), answer_rows)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(by_hand.item(), rel=1e-5)
 

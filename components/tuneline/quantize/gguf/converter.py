@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from tuneline.errors import ToolError
+from tuneline.quantize.gguf import converter_input
 from tuneline.quantize.machine import raise_if_full
 
 VARIABLE = "TUNELINE_LLAMA_CPP"
@@ -80,22 +81,23 @@ def convert(
         ToolError: the converter failed; the message quotes the last line of the converter's output.
         OSError: the disk is full.
     """
-    done = subprocess.run(
-        [
-            # -P: the converter must not import modules from the working directory.
-            *(sys.executable, "-P", "-m", "tuneline.quantize.gguf.run_converter"),
-            *(json.dumps({"end_of_turn": end_of_turn, "adds_bos": adds_bos}), str(find())),
-            *(str(model_dir), "--outfile", str(file)),
-            # --model-name: by default the converter guesses family and size from the directory's
-            # name.
-            *("--outtype", "f16", "--model-name", _name(model_dir), *_OPTIONS[writes]),
-        ],
-        capture_output=True,
-        text=True,
-        # One thread: if another process is busy, two OpenMP threads wait for each other (in a busy
-        # loop) for longer than they work.
-        env={"OMP_NUM_THREADS": "1", **os.environ},
-    )
+    with converter_input.complete(model_dir) as directory:
+        done = subprocess.run(
+            [
+                # -P: the converter must not import modules from the working directory.
+                *(sys.executable, "-P", "-m", "tuneline.quantize.gguf.run_converter"),
+                *(json.dumps({"end_of_turn": end_of_turn, "adds_bos": adds_bos}), str(find())),
+                *(str(directory), "--outfile", str(file)),
+                # --model-name: by default the converter guesses family and size from the name of
+                # the directory.
+                *("--outtype", "f16", "--model-name", _name(model_dir), *_OPTIONS[writes]),
+            ],
+            capture_output=True,
+            text=True,
+            # One thread: if another process is busy, two OpenMP threads wait for each other (in a
+            # busy loop) for longer than they work.
+            env={"OMP_NUM_THREADS": "1", **os.environ},
+        )
     if done.returncode != 0:
         raise_if_full(file)
         # Leave out progress bars, because one of them may be the last line.

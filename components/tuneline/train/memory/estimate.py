@@ -31,7 +31,7 @@ from tuneline.kernels.limits import (
     MLP_CHUNK_TOKENS,
     STASH_MIN_TOKENS,
 )
-from tuneline.models.nf4 import BLOCKSIZE
+from tuneline.models.nf4_layout import BLOCKSIZE
 from tuneline.train.config import TrainConfig
 
 GIB = 2**30
@@ -70,6 +70,9 @@ class Experts:
     """Width of an expert's MLP."""
     shared: int = 0
     """Width of the MLP that computes every token beside the experts; 0 if there is none."""
+    is_fused: bool = False
+    """Whether fused layers compute these layers if they run; the others only have the kernels of
+    experts."""
 
 
 @dataclass(frozen=True)
@@ -197,20 +200,35 @@ def _expert_bytes(
     itemsize, chosen = settings.itemsize, tokens * experts.top_k
     hidden, width = shape.hidden, experts.width
     weight = itemsize * 2 * width * hidden
-    attention = tokens * _layer_bytes_per_token(replace(shape, mlp=0), itemsize)
     if settings.fused:
-        kept = 2 * width
+        # Gate and up, the gradient of h, and the rows of x or of its gradient.
         working_set = min(_EXPERT_ARENA, experts.num_experts * weight)
-        working_set += itemsize * chosen * (2 * hidden + 5 * width)
+        working_set += itemsize * (chosen * (3 * width + hidden) + 8 * tokens * hidden)
+        kept = 2 * width
     else:
-        kept = 2 * hidden + 4 * width
         working_set = weight + itemsize * chosen * (hidden + 2 * width)
+        kept = 2 * hidden + 4 * width
+    if settings.fused and experts.is_fused:
+        activations = _num_inputs(shape, tokens) * tokens * hidden * itemsize
+        as_dense = replace(shape, mlp=experts.top_k * width)
+        return activations + _kept_bytes(as_dense, tokens, itemsize, settings.kept_bytes), (
+            working_set
+        )
+    attention = tokens * _layer_bytes_per_token(replace(shape, mlp=0), itemsize)
     layer = attention + itemsize * (chosen * kept + 4 * tokens * experts.shared)
     if settings.recompute:
         return tokens * hidden * itemsize * shape.num_layers, working_set + layer
     dense = attention + itemsize * 4 * tokens * shape.mlp
     num_dense = shape.num_layers - experts.num_layers
     return layer * experts.num_layers + dense * num_dense, working_set
+
+
+def _num_inputs(shape: Shape, tokens: int) -> int:
+    """Return how many layers' inputs fused layers hold on the device.
+
+    From STASH_MIN_TOKENS on, layer inputs are in host memory, except the few in transfer.
+    """
+    return 4 if tokens >= STASH_MIN_TOKENS else shape.num_layers
 
 
 def _kept_bytes(shape: Shape, tokens: int, itemsize: int, room: int) -> int:
@@ -230,8 +248,7 @@ def _kept_bytes(shape: Shape, tokens: int, itemsize: int, room: int) -> int:
 def _fused_bytes(shape: Shape, tokens: int, itemsize: int, kept: bool) -> tuple[int, int]:
     """Return the bytes of activations and of working set if fused layers keep only their inputs."""
     row = shape.hidden * itemsize
-    # From STASH_MIN_TOKENS on, layer inputs are in host memory, except the few in transfer.
-    num_inputs = 4 if tokens >= STASH_MIN_TOKENS else shape.num_layers
+    num_inputs = _num_inputs(shape, tokens)
     chunk = min(tokens, KEPT_MLP_CHUNK_TOKENS if kept else MLP_CHUNK_TOKENS)
     arenas = 3 * shape.mlp * shape.hidden
     temporaries = chunk * (4 * shape.mlp + 2 * shape.mlp)

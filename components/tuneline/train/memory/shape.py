@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from tuneline.kernels.spec import family_spec
 from tuneline.models.experts import Stack, quantized_experts
 from tuneline.models.nf4 import empty_model, quantized_modules
 from tuneline.train.config import LoraConfig
@@ -65,7 +66,7 @@ def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
     )
 
 
-def _experts(stacks: dict[str, Stack], model: nn.Module, config: Any) -> Experts | None:
+def _experts(stacks: dict[str, Stack], model: Any, config: Any) -> Experts | None:
     """Return the sizes of the layers with experts; None if there are none, or are not known."""
     top_k = next((getattr(config, name) for name in TOP_K if hasattr(config, name)), None)
     down = [stack for name, stack in stacks.items() if name.endswith(".down_proj")]
@@ -82,6 +83,7 @@ def _experts(stacks: dict[str, Stack], model: nn.Module, config: Any) -> Experts
         top_k=top_k,
         width=down[0].in_features,
         shared=max(shared, default=0),
+        is_fused=all(family_spec(layer) is not None for layer in model.get_decoder().layers),
     )
 
 

@@ -53,9 +53,10 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
         """
         factor = inputs.pop(LOSS_FACTOR, 1.0)
         num_labels = inputs.pop(NUM_LABELS, None)
-        # Gradients of a step's micro-batches are summed, so each adds its part of the mean.
-        steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-        auxiliary = self._auxiliary / steps if model.training else 0.0
+        auxiliary = self._auxiliary if model.training else 0.0
+        if auxiliary and num_items_in_batch is not None:
+            # Gradients of a step's micro-batches are summed, so each adds its part of the mean.
+            auxiliary /= self.current_gradient_accumulation_steps
         if self.takes_model_loss and model.training and not return_outputs:
             counts = {"num_items_in_batch": num_items_in_batch, "num_labels": num_labels}
             return factor * _model_loss(model, inputs, counts, auxiliary, self._auxiliary)
@@ -142,8 +143,10 @@ def _model_loss(
         loss: torch.Tensor = model(**inputs, use_cache=False, **counts).loss
         return loss
     output = model(**inputs, use_cache=False, output_router_logits=True, **counts)
-    loss = output.loss + (auxiliary - model_auxiliary) * output.aux_loss
-    return loss
+    loss = output.loss
+    if output.get("aux_loss") is None:
+        return loss
+    return loss + (auxiliary - model_auxiliary) * output.aux_loss
 
 
 def _selected_loss(
@@ -168,4 +171,6 @@ def _selected_loss(
     )
     count = (targets != IGNORED).sum() if num_items is None else torch.as_tensor(num_items)
     loss: torch.Tensor = total / count.clamp(min=1)
-    return loss + auxiliary * output.aux_loss if auxiliary else loss
+    if not auxiliary or output.get("aux_loss") is None:
+        return loss
+    return loss + auxiliary * output.aux_loss

@@ -103,7 +103,7 @@ def complete(
         half.qkv_TN = operands.forward(half.normed[0])
         del operands
     q, k, v = split_heads(half.qkv_TN, shape, weights.attention)
-    if not rotated:
+    if weights.rotates and not rotated:
         q, k = rope_forward(
             q,
             k,
@@ -128,7 +128,9 @@ def complete(
         if half.o_operands is None:
             half.o_operands = group_operands(group, x_TC)
         residual_TC = x_TC if norm is None else None
-        half.branch_TC = half.o_operands.forward(half.o_input_TKP, residual_TN=residual_TC)
+        half.branch_TC = half.o_operands.forward(
+            half.o_input_TKP, residual_TN=residual_TC, scale=weights.branch_scale
+        )
     return half.branch_TC if norm is None else add_normed(x_TC, half.branch_TC, norm, weights)
 
 
@@ -174,6 +176,8 @@ def attention_half_backward(
         assert half.branch_TC is not None
         do_TCP = None
         do_TC = normed_gradient(dx2_TC, half.branch_TC, weights.after_attention_norm, weights)
+    if weights.branch_scale != 1:
+        do_TC, do_TCP = do_TC * weights.branch_scale, None
     operands = group_operands(group, x_TC) if half.o_operands is None else half.o_operands
     half.o_operands = None
     da_TK, g_TP = operands.input_gradient(do_TC, do_TCP)
@@ -194,19 +198,23 @@ def attention_half_backward(
         config,
         out=(dq_out, dk_out, dv_out),
     )
-    rope_backward(
-        dq,
-        dk,
-        cos,
-        sin,
-        q=q_in,
-        k=k_in,
-        q_weight=weights.q_norm,
-        k_weight=weights.k_norm,
-        eps=weights.eps,
-        gemma=weights.gemma,
-        out=(dq_out, dk_out),
-    )
+    if weights.rotates:
+        rope_backward(
+            dq,
+            dk,
+            cos,
+            sin,
+            q=q_in,
+            k=k_in,
+            q_weight=weights.q_norm,
+            k_weight=weights.k_norm,
+            eps=weights.eps,
+            gemma=weights.gemma,
+            out=(dq_out, dk_out),
+        )
+    else:
+        dq_out.copy_(dq)
+        dk_out.copy_(dk)
     del dq, dk
     operands = group_operands(weights.qkv, x_TC)
     if half.normed is None:
@@ -222,7 +230,7 @@ def attention_half_backward(
     qkv_grads.add(dqkv_TN, g_TP, x_TKP[:, :num_in], x_TKP[:, num_in:])
     if dn_TC is None:
         return None, qkv_grads.split(), o_grads.split()
-    dx_TCP = x_TC.new_empty(x_TC.shape[0], num_in + weights.down.num_columns)
+    dx_TCP = x_TC.new_empty(x_TC.shape[0], num_in + weights.mlp_columns)
     rms_norm_backward(
         dn_TC,
         x_TC,

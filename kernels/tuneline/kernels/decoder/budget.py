@@ -20,6 +20,7 @@ import torch
 
 from tuneline.kernels.decoder.attention_half import Saved
 from tuneline.kernels.decoder.layer_weights import LayerWeights
+from tuneline.kernels.experts.arena import ARENA_BYTES, padded_rank
 from tuneline.kernels.limits import HEAD_ROOM, KEPT_MLP_CHUNK_TOKENS
 from tuneline.kernels.ops.attention import AttentionPlan
 
@@ -64,26 +65,39 @@ def check_budget(budget: Budget) -> Budget:
 def kept_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
     """Return the bytes that a layer stores if it is kept, beyond what it stores if it is lean."""
     width = weights.qkv.num_out + weights.o.num_in + weights.o.num_columns
-    width += weights.qkv.num_in + weights.gate_up.num_out
+    width += weights.qkv.num_in
+    if weights.routed is None:
+        width += weights.dense_mlp()[0].num_out
+    else:
+        experts = weights.routed.experts
+        ranks = sum(padded_rank(pair) for pair in (experts.lora.gate_up, experts.lora.down))
+        width += weights.routed.top_k * (experts.gate_up.num_out + ranks)
     log_sum_exp = 4 * weights.attention.num_heads
     return num_tokens * (width * itemsize + log_sum_exp)
 
 
 def normed_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
     """Return the bytes of a layer's n1 and n2, with their adapter columns and rstd."""
-    groups = weights.qkv, weights.gate_up
-    return num_tokens * sum(itemsize * (g.num_in + g.num_columns) + 4 for g in groups)
+    columns = weights.qkv.num_columns + (weights.gate_up.num_columns if weights.gate_up else 0)
+    return num_tokens * (itemsize * (2 * weights.qkv.num_in + columns) + 8)
 
 
 def workspace_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
     """Return the bytes of the temporaries at the peak of a layer's backward."""
+    hidden = 8 * num_tokens * weights.qkv.num_in
+    if weights.routed is not None:
+        first, second = weights.routed.experts.gate_up, weights.routed.experts.down
+        arena = min(first.num_experts * first.num_out * first.num_in, ARENA_BYTES // itemsize)
+        # Gate and up, the gradient of h, and the sorted rows of x or of its gradient.
+        row = first.num_out + second.num_in + first.num_in
+        return itemsize * (arena + num_tokens * weights.routed.top_k * row + hidden)
     chunk = min(num_tokens, KEPT_MLP_CHUNK_TOKENS)
-    gate_up, down = weights.gate_up, weights.down
+    gate_up, down = weights.dense_mlp()
     arenas = gate_up.num_out * gate_up.num_in + down.num_out * down.num_in
     # gate and up, their gradients (a kept layer does not overwrite gate and up), dh and h. The 8
     # below counts tensors of the size of x.
     temporaries = chunk * (2 * gate_up.num_out + 2 * down.num_in)
-    return itemsize * (arenas + temporaries + 8 * num_tokens * gate_up.num_in)
+    return itemsize * (arenas + temporaries + hidden)
 
 
 def parked(weights: LayerWeights, plan: AttentionPlan, row_length: int, itemsize: int) -> Saved:
@@ -104,7 +118,7 @@ def parked(weights: LayerWeights, plan: AttentionPlan, row_length: int, itemsize
     lengths = plan.sequence_lengths or (row_length,)
     context = sum(n * (n + 1) for n in lengths) / (2 * sum(lengths))
     attention = _ATTENTION_COST * 4 * context * config.num_heads * config.head_dim
-    forward = attention + 2 * sum(group.num_out * group.num_in for group in weights.groups())
+    forward = attention + 2 * weights.multiplied_weights
     if any(group.largest is not None for group in weights.groups()):
         forward /= _FP8_SPEED
     # A layer with a norm after down_proj always offloads d too.

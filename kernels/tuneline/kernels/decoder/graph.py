@@ -59,8 +59,7 @@ def equal_tokens(weights: LayerWeights, num_tokens: int) -> float:
     of a 1B model as for 1000 tokens of an 8B model. Limits in tokens are therefore stated for
     Llama-3.1-8B.
     """
-    num_weights = sum(group.num_out * group.num_in for group in weights.groups())
-    return num_tokens * num_weights / _LAYER_WEIGHTS
+    return num_tokens * weights.multiplied_weights / _LAYER_WEIGHTS
 
 
 def held_bytes(layers: Layers, num_tokens: int, itemsize: int) -> int:
@@ -164,7 +163,7 @@ class GraphedStack:
         steps = []
         with torch.cuda.graph(self._forward):
             for weights, call in layers:
-                y, parkable, staying = layer_forward(x, cos, sin, weights, call)
+                y, _, parkable, staying = layer_forward(x, cos, sin, weights, call)
                 steps.append(([x, *parkable, *staying], weights, call))
                 x = y
         self._y_BLC = x

@@ -21,7 +21,9 @@ All choices run the same kernels on the same numbers and give the same gradients
 exception is the gradients of the MLP's adapters for more than 4096 tokens, because kept layers sum
 over longer chunks.
 
-The two halves are in attention_half.py and mlp_half.py.
+The halves are in attention_half.py, mlp_half.py and, for a mixture of experts, experts_half.py. A
+lean layer with experts computes gate and up again, and a kept one stores them. Its function also
+returns what the router returned; the router's logits are differentiable, for the auxiliary loss.
 
 Shapes: B rows of L tokens, T = B L, C hidden size, F intermediate size; see lora.py for P.
 """
@@ -40,6 +42,11 @@ from tuneline.kernels.decoder.attention_half import (
     Saved,
     attention_half_backward,
     complete,
+)
+from tuneline.kernels.decoder.experts_half import (
+    NUM_SAVED,
+    experts_half_backward,
+    experts_half_forward,
 )
 from tuneline.kernels.decoder.layer_weights import LayerWeights, Normed
 from tuneline.kernels.decoder.mlp_half import mlp_backward, mlp_forward
@@ -100,8 +107,8 @@ class LayerCall:
 
 def fused_layer(
     x_BLC: Tensor, cos: Tensor, sin: Tensor, weights: LayerWeights, call: LayerCall
-) -> Tensor:
-    """Return the layer's output y [B, L, C].
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the layer's output y [B, L, C] and what its router returned, if it has one.
 
     Args:
         x_BLC: Input, differentiable.
@@ -110,7 +117,8 @@ def fused_layer(
         weights: The layer's weights and adapters; the adapters are differentiable.
         call: The sequences, and what to store.
     """
-    return _LayerFunction.apply(x_BLC, cos, sin, weights, call, *weights.parameters())
+    outputs = _LayerFunction.apply(x_BLC, cos, sin, weights, call, *weights.parameters())
+    return (outputs, ()) if weights.routed is None else (outputs[0], outputs[1:])
 
 
 class _LayerFunction(torch.autograd.Function):
@@ -118,7 +126,7 @@ class _LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_BLC, cos, sin, weights, call, *parameters):  # noqa: D102
-        y_BLC, parkable, staying = layer_forward(x_BLC, cos, sin, weights, call)
+        y_BLC, routing, parkable, staying = layer_forward(x_BLC, cos, sin, weights, call)
         saved = [x_BLC, *parkable, *staying]
         ctx.weights, ctx.call, ctx.ticket, ctx.num_parked = weights, call, None, 0
         ctx.before = call.stash.last if call.fetches else None
@@ -127,10 +135,12 @@ class _LayerFunction(torch.autograd.Function):
             ctx.ticket = call.stash.put(saved[: ctx.num_parked])
         ctx.num_saved = len(saved)
         ctx.save_for_backward(cos, sin, *saved[ctx.num_parked :], *parameters)
-        return y_BLC
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*routing[1:])
+        return (y_BLC, *routing) if routing else y_BLC
 
     @staticmethod
-    def backward(ctx: Any, dy_BLC):  # noqa: D102
+    def backward(ctx: Any, dy_BLC, dlogits_TE=None, *_):  # noqa: D102
         # Autograd raises here if an adapter changed in place after the forward.
         cos, sin, *tensors = ctx.saved_tensors
         saved = tensors[: ctx.num_saved - ctx.num_parked]
@@ -139,14 +149,15 @@ class _LayerFunction(torch.autograd.Function):
         if ctx.ticket is not None:
             saved = [*ctx.call.stash.get(ctx.ticket), *saved]
         dx_BLC, grads = layer_backward(
-            dy_BLC, saved, cos, sin, ctx.weights, ctx.call, need_dx=ctx.needs_input_grad[0]
-        )
+            dy_BLC, saved, cos, sin, ctx.weights, ctx.call, dlogits_TE=dlogits_TE,
+            need_dx=ctx.needs_input_grad[0],
+        )  # fmt: skip
         return dx_BLC, None, None, None, None, *grads
 
 
 def layer_forward(
     x_BLC: Tensor, cos: Tensor, sin: Tensor, weights: LayerWeights, call: LayerCall
-) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor | None], list[Tensor | None]]:
     """Compute the layer without recording a gradient.
 
     Args:
@@ -157,8 +168,9 @@ def layer_forward(
         call: The sequences, and what to store.
 
     Returns:
-        y [B, L, C], and two lists of the tensors that the backward needs in addition to x: tensors
-        that may be offloaded to host memory, and tensors that stay on the device.
+        y [B, L, C]; what the router returned, or nothing in a layer without router; and two lists
+        of the tensors that the backward needs in addition to x: tensors that may be offloaded to
+        host memory, and tensors that stay on the device.
     """
     x_TC, wanted = x_BLC.reshape(-1, x_BLC.shape[-1]), call.saved
     half = AttentionHalf()
@@ -169,16 +181,23 @@ def layer_forward(
     parkable += [half.o_input_TKP] if wanted.output else []
     parkable += [half.branch_TC] if wanted.branch else []
     del half
-    y_TC, gate_up_TF, down_input_TP, d_TC, mlp_normed = mlp_forward(
-        x2_TC, weights, call.keep, keep_normed=call.keep_normed, overwrite=not wanted.branch
-    )
-    if d_TC is not None:
-        parkable.append(d_TC)
+    routing: tuple[Tensor, ...] = ()
+    if weights.routed is None:
+        y_TC, gate_up_TF, down_input_TP, d_TC, mlp_normed = mlp_forward(
+            x2_TC, weights, call.keep, keep_normed=call.keep_normed, overwrite=not wanted.branch
+        )
+        mlp_saved: list[Tensor | None] = [down_input_TP, gate_up_TF]
+        if d_TC is not None:
+            parkable.append(d_TC)
+    else:
+        y_TC, routing, mlp_saved, mlp_normed = experts_half_forward(
+            x2_TC, weights, call.keep, keep_normed=call.keep_normed, overwrite=not wanted.branch
+        )
     staying: list[Tensor | None] = []
     if normed is not None and mlp_normed is not None:
         staying += [*normed, *mlp_normed]
-    staying += [down_input_TP, gate_up_TF, *attention_saved]
-    return y_TC.view(x_BLC.shape), parkable, staying
+    staying += [*mlp_saved, *attention_saved]
+    return y_TC.view(x_BLC.shape), routing, parkable, staying
 
 
 def layer_backward(
@@ -189,6 +208,7 @@ def layer_backward(
     weights: LayerWeights,
     call: LayerCall,
     *,
+    dlogits_TE: Tensor | None = None,
     need_dx: bool = True,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Return dx [B, L, C] and the gradients of `weights.parameters()`.
@@ -200,6 +220,7 @@ def layer_backward(
         sin: Rope table [B or 1, L, R].
         weights: The layer's weights and adapters.
         call: The `call` of the forward.
+        dlogits_TE: Gradient of the router's logits, or None.
         need_dx: Compute dx; if False, None is returned instead. The first layer's dx is rarely
             needed, and without dx one GEMM with qkv's frozen weights is avoided.
     """
@@ -219,21 +240,30 @@ def layer_backward(
     mlp_normed: Normed | None = None
     if call.keep_normed:
         half.normed, mlp_normed, saved = tuple(saved[:2]), tuple(saved[2:4]), saved[4:]
-    down_input_TP, gate_up_TF, *attention_saved = saved
+    experts_saved = down_input_TP = gate_up_TF = None
+    if weights.routed is None:
+        down_input_TP, gate_up_TF, *attention_saved = saved
+    else:
+        experts_saved, attention_saved = saved[:NUM_SAVED], saved[NUM_SAVED:]
     half.attention_saved = tuple(attention_saved)
     x2_TC = complete(half, x_TC, x_BLC.shape, cos, sin, weights, call.plan)
     if not call.keep_normed:
         # The MLP's backward is the memory peak of a step, so n1 is freed here and recomputed later.
         half.normed = None
     handover = Handover() if call.handover is None else call.handover
-    dy_TCP = handover.room_for(dy_TC, weights.down.num_columns)
-    dx2_TCP, gate_up_grads, down_grads = mlp_backward(
-        dy_TC, dy_TCP, x2_TC, gate_up_TF, down_input_TP, d_TC, mlp_normed, weights
-    )
+    dy_TCP = handover.room_for(dy_TC, weights.mlp_columns)
+    if experts_saved is None:
+        dx2_TCP, mlp_grads = mlp_backward(
+            dy_TC, dy_TCP, x2_TC, gate_up_TF, down_input_TP, d_TC, mlp_normed, weights
+        )
+    else:
+        dx2_TCP, mlp_grads = experts_half_backward(
+            dy_TC, dlogits_TE, x2_TC, experts_saved, mlp_normed, weights
+        )
     dx_TCP, qkv_grads, o_grads = attention_half_backward(
         dx2_TCP, x_TC, half, cos, sin, weights, call.plan, need_dx=need_dx
     )
-    grads = [g for part in (qkv_grads, o_grads, gate_up_grads, down_grads) for g in part]
+    grads = [*qkv_grads, *o_grads, *mlp_grads]
     if dx_TCP is None:
         return None, grads
     handover.dx_TCP = dx_TCP

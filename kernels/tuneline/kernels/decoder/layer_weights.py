@@ -6,10 +6,12 @@ Shapes: T tokens, C hidden size, K inputs of a group, P its padded columns (see 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from tuneline.kernels.decoder.operands import Fp8Operands, WideOperands, augmented_input
+from tuneline.kernels.experts.mlp import Experts
 from tuneline.kernels.ops.attention import AttentionConfig
 from tuneline.kernels.ops.gated_activation import Kind
 from tuneline.kernels.ops.lora import LoraGroup
@@ -20,13 +22,33 @@ Normed = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedMlp:
+    """The MLPs of a mixture of experts, and the stock forward of the router.
+
+    The router returns its logits [T, E], the weights [T, k] and the indices [T, k] of the experts
+    of each token; it is frozen.
+    """
+
+    experts: Experts
+    module: Any
+    top_k: int
+
+    def router(self, n2_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the stock router without its hooks."""
+        logits_TE, weights_Tk, index_Tk = self.module.forward(n2_TC)
+        return logits_TE, weights_Tk, index_Tk
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """All frozen weights and adapters of a layer; a norm that its family does not have is None."""
 
     qkv: LoraGroup
     o: LoraGroup
-    gate_up: LoraGroup
-    down: LoraGroup
+    gate_up: LoraGroup | None
+    """The first group of a dense MLP; None if the MLP is routed."""
+    down: LoraGroup | None
+    """The second group of a dense MLP; None if the MLP is routed."""
     attention: AttentionConfig
     activation: Kind
     eps: float
@@ -37,10 +59,38 @@ class LayerWeights:
     k_norm: Tensor | None = None
     after_attention_norm: Tensor | None = None
     after_mlp_norm: Tensor | None = None
+    rotates: bool = True
+    """Whether q and k are rotated; some layers of SmolLM3 have no positions."""
+    branch_scale: float = 1.0
+    """Multiplies what each half adds to the residual stream (Granite)."""
+    max_positions: int | None = None
+    """Longest sequence that the fused layer computes; a longer one needs the stock layer."""
+    routed: RoutedMlp | None = None
+    """The experts, or None if the MLP is dense."""
 
-    def groups(self) -> tuple[LoraGroup, LoraGroup, LoraGroup, LoraGroup]:
-        """Return the four groups in the order of the layer's gradients."""
-        return self.qkv, self.o, self.gate_up, self.down
+    def groups(self) -> tuple[LoraGroup, ...]:
+        """Return the groups of dense linears in the order of the layer's gradients."""
+        groups = self.qkv, self.o, self.gate_up, self.down
+        return tuple(group for group in groups if group is not None)
+
+    def dense_mlp(self) -> tuple[LoraGroup, LoraGroup]:
+        """Return the two groups of a dense MLP."""
+        assert self.gate_up is not None and self.down is not None
+        return self.gate_up, self.down
+
+    @property
+    def mlp_columns(self) -> int:
+        """Columns that the MLP's backward wants beside dy, for G of down_proj."""
+        return 0 if self.down is None else self.down.num_columns
+
+    @property
+    def multiplied_weights(self) -> int:
+        """Number of weights that a token is multiplied by, the head's and the router's aside."""
+        dense = sum(group.num_out * group.num_in for group in self.groups())
+        if self.routed is None:
+            return dense
+        stacks = self.routed.experts.gate_up, self.routed.experts.down
+        return dense + self.routed.top_k * sum(s.num_out * s.num_in for s in stacks)
 
     def norms(self) -> tuple[Tensor | None, ...]:
         """Return the weights of the norms; None for each norm that the family does not have."""
@@ -49,7 +99,8 @@ class LayerWeights:
 
     def parameters(self) -> list[Tensor]:
         """Return every adapter tensor of the layer."""
-        return [t for group in self.groups() for t in group.parameters()]
+        dense = [t for group in self.groups() for t in group.parameters()]
+        return dense if self.routed is None else [*dense, *self.routed.experts.parameters()]
 
 
 def normed_input(

@@ -51,7 +51,7 @@ def mlp_forward(
         y [T, C]; gate and up [T, 2 F] or None; h A_down^T [T, P]; the output of down_proj [T, C] if
         a norm follows down_proj, else None; n2 and the rstd of x2, or None.
     """
-    num_tokens, gate_up, down = x2_TC.shape[0], weights.gate_up, weights.down
+    num_tokens, (gate_up, down) = x2_TC.shape[0], weights.dense_mlp()
     sandwich = weights.after_mlp_norm is not None
     y_TC = x2_TC if overwrite and not sandwich else torch.empty_like(x2_TC)
     gate_up_TF = x2_TC.new_empty(num_tokens, gate_up.num_out) if keep else None
@@ -73,7 +73,9 @@ def mlp_forward(
         down_operands.write_lora_columns(h_TKP)
         down_input_TP[rows] = h_TKP[:, down.num_in :]
         residual_nC = None if sandwich else x2_TC[rows]
-        down_operands.forward(h_TKP, residual_TN=residual_nC, out=y_TC[rows])
+        down_operands.forward(
+            h_TKP, residual_TN=residual_nC, scale=weights.branch_scale, out=y_TC[rows]
+        )
     normed = None if normed_TKP is None else (normed_TKP, torch.cat(rstds))
     if weights.after_mlp_norm is None:
         return y_TC, gate_up_TF, down_input_TP, None, normed
@@ -90,7 +92,7 @@ def mlp_backward(
     d_TC: Tensor | None,
     normed: Normed | None,
     weights: LayerWeights,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, list[Tensor]]:
     """Return dx2, and the gradients of gate_up's and down's adapters.
 
     The rows of dx2 end with P uninitialised columns, in which `attention_half_backward` can store G
@@ -106,13 +108,15 @@ def mlp_backward(
         normed: n2 and the rstd of x2; recomputed if None.
         weights: The layer's weights and adapters.
     """
-    gate_up, down = weights.gate_up, weights.down
+    gate_up, down = weights.dense_mlp()
     num_tokens, num_hidden = x2_TC.shape
     kept = gate_up_TF is not None
     dd_TC = dy_TC
     if weights.after_mlp_norm is not None:
         assert d_TC is not None
         dd_TC, dy_TCP = normed_gradient(dy_TC, d_TC, weights.after_mlp_norm, weights), None
+    if weights.branch_scale != 1:
+        dd_TC, dy_TCP = dd_TC * weights.branch_scale, None
     gate_up_operands, down_operands = group_operands(gate_up, x2_TC), group_operands(down, x2_TC)
     gate_up_grads, down_grads = LoraGradients(gate_up), LoraGradients(down)
     dx2_TCP = x2_TC.new_empty(num_tokens, num_hidden + weights.o.num_columns)
@@ -157,4 +161,4 @@ def mlp_backward(
             dresidual=dy_TC[rows],
             out=dx2_TCP[rows, :num_hidden],
         )
-    return dx2_TCP, gate_up_grads.split(), down_grads.split()
+    return dx2_TCP, [*gate_up_grads.split(), *down_grads.split()]

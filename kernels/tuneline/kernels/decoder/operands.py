@@ -64,13 +64,18 @@ class WideOperands:
             x_TKP[:, num_in + self._group.rank] = 1
 
     def forward(
-        self, x_TKP: Tensor, *, residual_TN: Tensor | None = None, out: Tensor | None = None
+        self,
+        x_TKP: Tensor,
+        *,
+        residual_TN: Tensor | None = None,
+        scale: float = 1.0,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Return Y = X' W'^T [T, N], plus the residual if given; `out` may be the residual."""
+        """Return Y = X' W'^T [T, N], or residual + scale * Y; `out` may be the residual."""
         weight = self._arena[: self._group.num_out].t()
         if residual_TN is None:
             return torch.mm(x_TKP, weight, out=out)
-        return torch.addmm(residual_TN, x_TKP, weight, out=out)
+        return torch.addmm(residual_TN, x_TKP, weight, alpha=scale, out=out)
 
     def input_gradient(
         self, dy_TN: Tensor, room_TNP: Tensor | None = None
@@ -122,16 +127,21 @@ class Fp8Operands:
         torch.mm(x_TKP[:, :num_in], self._a_PK.t(), out=x_TKP[:, num_in:])
 
     def forward(
-        self, x_TKP: Tensor, *, residual_TN: Tensor | None = None, out: Tensor | None = None
+        self,
+        x_TKP: Tensor,
+        *,
+        residual_TN: Tensor | None = None,
+        scale: float = 1.0,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Return Y = X' W'^T [T, N], plus the residual if given; `out` may be the residual."""
+        """Return Y = X' W'^T [T, N], or residual + scale * Y; `out` may be the residual."""
         if self._forward is None:
             self._forward = self._weight_rows()
         x8, scale = quantize_rows(x_TKP)
         if residual_TN is None:
             return scaled_mm(x8, scale, *self._forward, dtype=x_TKP.dtype, out=out)
         y_TN = scaled_mm(x8, scale, *self._forward, dtype=x_TKP.dtype)
-        return torch.add(residual_TN, y_TN, out=y_TN if out is None else out)
+        return torch.add(residual_TN, y_TN, alpha=scale, out=y_TN if out is None else out)
 
     def input_gradient(
         self, dy_TN: Tensor, room_TNP: Tensor | None = None

@@ -31,16 +31,23 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tuneline.kernels.experts.route import Routing
 from tuneline.kernels.ops._dispatch import use_kernel
-from tuneline.kernels.ops.experts_route import Routing
 
 _GROUP_TILES = 16
 """Tiles of rows that run side by side over the same columns of an expert's weight; more rows than
 these read the weight from memory again."""
 
+_STEP = 64
+"""Columns of x and of the weight that a step of the loop over K reads."""
+
+_EPILOGUE_BYTES = 33 * 1024
+"""Shared memory in which `_mm_kernel` orders a tile for its stores."""
+
 _OUTER_ROWS = 64
 _OUTER_COLS = 128
 _PROJECT_COLS = 64
+_PROJECT_WARPS = 4
 
 
 @triton.jit
@@ -166,10 +173,22 @@ def _num_programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _shape(block_m: int, outs: int) -> tuple[int, int, int]:
-    """Return the columns of a tile, the warps and the stages of `_mm_kernel`."""
-    block_n = min(256 if block_m >= 128 else 128, max(16, triton.next_power_of_2(outs)))
-    return block_n, 8 if block_m * block_n >= 128 * 128 else 4, 4 if block_n >= 128 else 3
+@functools.cache
+def _shape(block_m: int, outs: int, itemsize: int, device: torch.device) -> tuple[int, int, int]:
+    """Return the columns of a tile, the warps and the stages of `_mm_kernel`.
+
+    Hopper's matrix unit reads both operands from shared memory, so a tile of 256 columns fits the
+    registers. Other GPUs have 128 columns, and as many stages as fit their shared memory.
+    """
+    widest = min(256, max(16, triton.next_power_of_2(outs)))
+    if device.type != "cuda":
+        return min(128, widest), 4, 2
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major != 9 or block_m < 64 or itemsize > 2:
+        widest = min(widest, 64 if itemsize > 2 else 128)
+    room = properties.shared_memory_per_block_optin - _EPILOGUE_BYTES
+    stages = max(2, min(4, room // ((block_m + widest) * _STEP * itemsize)))
+    return widest, 8 if block_m * widest >= 128 * 128 else 4, stages
 
 
 def _by_expert(routing: Routing, first: int, last: int) -> list[tuple[int, slice]]:
@@ -208,11 +227,13 @@ def grouped_mm(
     if not use_kernel(x_SI):
         for e, rows in _by_expert(routing, first, last):
             weight = arena[e - first]
-            y = x_SI[rows] @ (weight[:outs, :ins].t() if stored_oi else weight[:ins, :outs])
+            m_IO = weight[:outs, :ins].t() if stored_oi else weight[:ins, :outs]
+            # torch 2.13 on a CPU multiplies bfloat16 slices of wider rows wrongly.
+            y = x_SI[rows].contiguous() @ m_IO.contiguous()
             out[rows] = y if bias_EO is None else y + bias_EO[e]
         return out
-    block_m, block_k = routing.block, min(64, max(16, triton.next_power_of_2(ins)))
-    block_n, num_warps, num_stages = _shape(block_m, outs)
+    block_m, block_k = routing.block, min(_STEP, max(16, triton.next_power_of_2(ins)))
+    block_n, num_warps, num_stages = _shape(block_m, outs, x_SI.element_size(), x_SI.device)
     # The descriptor's end along K gives zeros to the last step of the loop.
     weight = arena[:, :, :ins] if stored_oi else arena[:, :ins]
     weight_block = [1, block_n, block_k] if stored_oi else [1, block_k, block_n]
@@ -264,7 +285,7 @@ def project(
                 rows_nI = x[(routing.slot_of_row[rows] // routing.top_k).long()]
                 copy_SI[rows] = rows_nI
             if a_ERI is not None and p_SR is not None and room_SR is not None:
-                p_SR[rows] = rows_nI @ a_ERI[e - first].t()
+                p_SR[rows] = rows_nI.contiguous() @ a_ERI[e - first].t().contiguous()
                 room_SR[rows] = p_SR[rows]
         return
     a = x.view(1, *x.shape) if a_ERI is None else a_ERI
@@ -276,7 +297,7 @@ def project(
         routing.expert_of_tile, first, last, x.stride(0), a.stride(0), a.stride(1), a.stride(2),
         room.stride(0), copy.stride(0), routing.top_k,
         INS=x.shape[1], R=0 if a_ERI is None else a_ERI.shape[1], GATHER=copy_SI is not None,
-        BM=routing.block, BK=_PROJECT_COLS, num_warps=4, num_stages=3,
+        BM=routing.block, BK=_PROJECT_COLS, num_warps=_PROJECT_WARPS, num_stages=3,
     )  # fmt: skip
 
 

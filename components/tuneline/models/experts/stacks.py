@@ -18,10 +18,7 @@ import bitsandbytes.functional as bnb
 import torch
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from tuneline.models.nf4 import BLOCKSIZE
-
-NESTED_BLOCKSIZE = 256
-"""Number of consecutive scales that share a scale of their own."""
+from tuneline.models.nf4_layout import BLOCKSIZE, NESTED_BLOCKSIZE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +61,7 @@ def expert_modules(model: torch.nn.Module) -> dict[str, Any]:
     return {
         name.replace(".base_layer", ""): module
         for name, module in model.named_modules()
-        if hasattr(module, "_is_expert_parallel") and hasattr(module, "is_transposed")
+        if hasattr(module, "has_gate") and hasattr(module, "is_transposed")
     }
 
 

@@ -6,8 +6,9 @@ the module, and adds to each expert its own low-rank update:
 
     y = x W_e^T + s (x A_e^T) B_e^T        for each token x that the router sends to expert e
 
-On a GPU, the usual activations run in `kernels.ops.experts`. Otherwise one expert is dequantised at
-a time, and again in the backward pass: nothing of the size of a stack is kept in 16 bits.
+Where `use_kernels` asks for it, the usual activations run in `kernels.experts`. Otherwise one
+expert is dequantised at a time, and again in the backward pass: nothing of the size of a stack is
+kept in 16 bits.
 
 Shapes: T tokens, k experts per token, S = T k rows sorted by expert, E experts, r the rank.
 """
@@ -22,12 +23,12 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-from tuneline.kernels.ops._dispatch import use_kernel
-from tuneline.kernels.ops.experts import experts_mlp
-from tuneline.kernels.ops.experts_activation import ExpertActivation
-from tuneline.kernels.ops.experts_stack import ExpertLora, ExpertStack, LoraPair
-from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4
-from tuneline.models.experts import BLOCKSIZE, Stack, projections
+from tuneline.kernels.experts.activation import ExpertActivation
+from tuneline.kernels.experts.mlp import experts_mlp
+from tuneline.kernels.experts.stack import ExpertLora, ExpertStack, LoraPair
+from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_reference
+from tuneline.models.experts.stacks import Stack, expert_modules, projections
+from tuneline.models.nf4_layout import BLOCKSIZE
 
 IMPLEMENTATION = "tuneline_nf4"
 """Name of the forward method in transformers' registry."""
@@ -64,7 +65,9 @@ def packed_stack(module: Any, projection: str, dtype: torch.dtype) -> ExpertStac
 
 def dequantized_expert(stack: ExpertStack, number: int) -> torch.Tensor:
     """Return the weight of one expert, [outputs, inputs], which may be a transposed view."""
-    weight = dequantize_nf4(
+    # A CPU has no kernels, except in tests, where Triton's interpreter is slow.
+    dequantize = dequantize_nf4 if stack.packed.is_cuda else dequantize_nf4_reference
+    weight = dequantize(
         NF4Weight(
             packed=stack.packed[number],
             absmax=stack.absmax[number],
@@ -105,8 +108,8 @@ def nf4_experts_forward(
     x_TH = hidden_states.to(dtype)
     up, down = (packed_stack(self, name, dtype) for name in projections(self))
     updates = [self.nf4_lora.get(name) for name in projections(self)]
-    activation = kernel_activation(self)
-    if activation is not None and use_kernel(x_TH):
+    activation = kernel_activation(self) if self.nf4_kernels else None
+    if activation is not None:
         y_TH = experts_mlp(
             *(x_TH, top_k_index, top_k_weights, up, down),
             activation=activation,
@@ -119,12 +122,18 @@ def nf4_experts_forward(
     h_S = _projected(x_TH[order_S // top_k], up, updates[0], expert_S, counts)
     h_S = self._apply_gate(h_S) if self.has_gate else self.act_fn(h_S)
     y_S = _projected(h_S.to(dtype), down, updates[1], expert_S, counts)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):
         y_S = self.post_expert_norm(y_S)
     y_S = y_S * top_k_weights.flatten()[order_S, None]
     back_S = torch.empty_like(order_S)
     back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
     return y_S[back_S].view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def use_kernels(model: torch.nn.Module) -> None:
+    """Make the experts in NF4 of a model run in the kernels, where these know the activation."""
+    for module in expert_modules(model).values():
+        module.nf4_kernels = True
 
 
 def kernel_activation(module: Any) -> ExpertActivation | None:
@@ -135,7 +144,7 @@ def kernel_activation(module: Any) -> ExpertActivation | None:
     for stack in module.nf4_stacks.values():
         if stack.rows * stack.columns % BLOCKSIZE or stack.columns % 8:
             return None
-    if not module.has_gate or module.has_post_expert_norm:
+    if not module.has_gate or getattr(module, "has_post_expert_norm", False):
         return None
     if type(module).__name__ == "GptOssExperts":
         return ExpertActivation("clamped_swiglu", alpha=module.alpha, limit=module.limit)

@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from tuneline.kernels.ops.adamw import dynamic_map
-from tuneline.kernels.ops.experts import (
+from tuneline.kernels.experts import arena
+from tuneline.kernels.experts.activation import ExpertActivation
+from tuneline.kernels.experts.mlp import (
     experts_mlp,
     experts_mlp_reference,
 )
-from tuneline.kernels.ops.experts_activation import ExpertActivation
-from tuneline.kernels.ops.experts_stack import ExpertLora, ExpertStack, LoraPair
+from tuneline.kernels.experts.stack import ExpertLora, ExpertStack, LoraPair
+from tuneline.kernels.ops.adamw import dynamic_map
 
 E, H, F, K, RANK = 5, 64, 32, 2, 4
 CODE = [-1.0, -0.69, -0.52, -0.39, -0.28, -0.18, -0.09, 0.0]
@@ -134,10 +135,21 @@ def test_reference_path_gives_the_gradients_of_float64(
     check(arguments, options, assert_near, keep_gate_up=keep_gate_up)
 
 
+def test_reference_path_in_bfloat16(references, generator, assert_near, poisoned):
+    arguments, options = case(torch.bfloat16, generator, tokens=90, rank=16)
+    check(arguments, options, assert_near, keep_gate_up=False)
+
+
+@pytest.fixture(params=[0, 64], ids=["arena", "in the loop"])
+def small_rows(request, monkeypatch):
+    """Choose which of the two grouped products runs for tiles of up to 64 rows."""
+    monkeypatch.setattr(arena, "SMALL_ROWS", request.param)
+
+
 @pytest.mark.parametrize("keep_gate_up", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_kernels_give_the_gradients_of_float64(
-    activation, keep_gate_up, dtype, generator, assert_near, poisoned
+    activation, keep_gate_up, dtype, generator, assert_near, poisoned, small_rows
 ):
     oss = activation == "clamped_swiglu"
     arguments, options = case(dtype, generator, activation=activation, transposed=oss, bias=oss)
@@ -147,7 +159,7 @@ def test_kernels_give_the_gradients_of_float64(
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [150, 1100])
 @pytest.mark.parametrize("activation", ["silu", "clamped_swiglu"])
-def test_many_rows(tokens, activation, dtype, generator, assert_near, poisoned):
+def test_many_rows(tokens, activation, dtype, generator, assert_near, poisoned, small_rows):
     oss = activation == "clamped_swiglu"
     arguments, options = case(
         dtype, generator, tokens=tokens, activation=activation, transposed=oss, bias=oss,

@@ -13,8 +13,8 @@ Backward, with dys[s] = dy[t] of row s and everything before the routing weight 
     dB2 = s2 sum dys^T (w A2 h)                        the sums are over each expert's rows
 
 W is dequantised into an arena (experts_arena.py) that is freed after its products; no gradient of
-its shape exists. The forward stores x, A1 x, A2 h, the routing, and gu if asked; otherwise the
-backward computes gu again. It never needs d.
+its shape exists. The forward stores x, A2 h and the routing. It also stores gu and A1 x if asked;
+otherwise the backward computes them again. It never needs d.
 
 Shapes: T tokens, k experts per token, S = T k rows, E experts, H hidden size, F intermediate size,
 r rank, R padded rank.
@@ -28,16 +28,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuneline.kernels.ops.experts_activation import (
+from tuneline.kernels.experts.activation import (
     ExpertActivation,
     expert_activation_backward,
     expert_activation_forward,
 )
-from tuneline.kernels.ops.experts_arena import Arena, new_rows
-from tuneline.kernels.ops.experts_combine import combine
-from tuneline.kernels.ops.experts_gemm import outer
-from tuneline.kernels.ops.experts_route import Routing, route
-from tuneline.kernels.ops.experts_stack import (
+from tuneline.kernels.experts.arena import Arena, new_rows
+from tuneline.kernels.experts.combine import combine
+from tuneline.kernels.experts.gemm import outer
+from tuneline.kernels.experts.route import Routing, route
+from tuneline.kernels.experts.stack import (
     ExpertLora,
     ExpertStack,
     LoraPair,
@@ -77,7 +77,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class SavedExperts:
-    """What the forward leaves for the backward; None for what does not exist or was not kept."""
+    """What the forward stores; None for what does not exist or is computed again."""
 
     xa_SR: Tensor | None
     ha_SR: Tensor | None
@@ -125,7 +125,7 @@ def experts_forward(
     rows_SH = x_TH.new_empty(num_rows, down.num_out)
     ha_SR = arena.product(h_SF, forward=True, out=rows_SH)
     y_TH = combine(rows_SH, routing, weights_Tk=weights_Tk, residual_TC=residual_TH, out=out)
-    return y_TH, SavedExperts(xa_SR, ha_SR, saved_gate_up)
+    return y_TH, SavedExperts(xa_SR if keep_gate_up else None, ha_SR, saved_gate_up)
 
 
 def experts_backward(
@@ -163,7 +163,7 @@ def experts_backward(
         # The gradient overwrites it.
         gate_up_SF = d_gate_up_SF
         rows_SH = new_rows(num_rows, gate_up.num_in, arena.rank, x_TH)
-        arena.product(rows_SH, forward=True, out=gate_up_SF, tokens=x_TH)
+        xa_SR = arena.product(rows_SH, forward=True, out=gate_up_SF, tokens=x_TH)
         del rows_SH
     dw_Tk = expert_activation_backward(
         dh_SF, gate_up_SF, weights_Tk, routing, experts.activation, out=d_gate_up_SF

@@ -28,8 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tuneline.kernels.experts.route import Routing
 from tuneline.kernels.ops._dispatch import use_kernel
-from tuneline.kernels.ops.experts_route import Routing
 from tuneline.kernels.ops.gated_activation import _gate
 
 _BLOCK = 1024

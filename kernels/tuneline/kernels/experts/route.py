@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tuneline.kernels.ops._dispatch import use_kernel
 
-_MAX_COUNTS = 32768
+_MAX_COUNTS = 16384
 """Most counts, parts times experts, that one program of `_scan_kernel` holds."""
 
 _RANK_BLOCK = 64
@@ -71,11 +71,6 @@ class Routing:
         return (
             self.slot_of_row, self.row_of_slot, self.starts, self.tile_starts, self.expert_of_tile,
         )  # fmt: skip
-
-
-def max_tiles(num_rows: int, num_experts: int, block: int) -> int:
-    """Return the most tiles of `block` rows that `num_rows` rows can make."""
-    return num_rows // block + min(num_experts, num_rows)
 
 
 @triton.jit
@@ -142,6 +137,11 @@ def _place_kernel(
             end = tl.load(tile_starts_ptr + lane + 1, mask=lane < E, other=2147483647)
             owner = tl.sum((end[None, :] <= tile[:, None]).to(tl.int32), axis=1)
             tl.store(expert_of_tile_ptr + tile, owner, mask=tile < num_tiles)
+
+
+def max_tiles(num_rows: int, num_experts: int, block: int) -> int:
+    """Return the most tiles of `block` rows that `num_rows` rows can make."""
+    return num_rows // block + min(num_experts, num_rows)
 
 
 def route_reference(index: Tensor, num_experts: int, block: int) -> Routing:

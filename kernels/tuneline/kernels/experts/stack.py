@@ -119,18 +119,6 @@ class ExpertLora:
     down: LoraPair | None = None
 
 
-def dequantize_experts_reference(
-    stack: ExpertStack, *, first: int = 0, last: int | None = None
-) -> Tensor:
-    """Compute `dequantize_experts` of every expert in plain torch."""
-    experts = slice(first, last)
-    packed = stack.packed[experts]
-    nibbles = torch.stack([packed >> 4, packed & 15], dim=-1).view(packed.shape[0], -1)
-    absmax = stack.block_absmax()[experts].repeat_interleave(64, dim=1)
-    weight = stack.code[nibbles.int()] * absmax
-    return weight.to(stack.dtype).view(-1, *stack.stored_shape)
-
-
 @triton.jit
 def _dequantize_kernel(
     words_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr,
@@ -147,6 +135,18 @@ def _dequantize_kernel(
             nested_code_ptr, offset_ptr + expert,
             out_ptr + local.to(tl.int64) * out_stride_e, num_words, out_stride, K, NESTED, BLOCK,
         )  # fmt: skip
+
+
+def dequantize_experts_reference(
+    stack: ExpertStack, *, first: int = 0, last: int | None = None
+) -> Tensor:
+    """Compute `dequantize_experts` of every expert in plain torch."""
+    experts = slice(first, last)
+    packed = stack.packed[experts]
+    nibbles = torch.stack([packed >> 4, packed & 15], dim=-1).view(packed.shape[0], -1)
+    absmax = stack.block_absmax()[experts].repeat_interleave(64, dim=1)
+    weight = stack.code[nibbles.int()] * absmax
+    return weight.to(stack.dtype).view(-1, *stack.stored_shape)
 
 
 def dequantize_experts(

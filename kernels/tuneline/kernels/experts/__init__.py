@@ -1,0 +1,1 @@
+"""Routed experts: sorting, products over dequantised experts, and the MLP made of them."""
