@@ -22,6 +22,8 @@ REFUSED = {"org/gated": ("GatedRepo", 403), "org/none": ("RepoNotFound", 404)}
 class HubHandler(http.server.BaseHTTPRequestHandler):
     model_dir: Path
     requests: list[str]
+    head = COMMIT
+    """The commit that each branch and tag names."""
 
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
@@ -42,7 +44,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": code}, with_body)
         elif path.startswith("/api/models/"):
             revision = path.split("/revision/")[1] if "/revision/" in path else "main"
-            if revision not in ("main", "v1", COMMIT):
+            if revision not in ("main", "v1", COMMIT, self.head):
                 self._send(404, b"", {"X-Error-Code": "RevisionNotFound"}, with_body)
                 return
             if "/tree/" in path:
@@ -52,7 +54,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             else:
                 body = {
                     "id": repo,
-                    "sha": COMMIT,
+                    "sha": COMMIT if revision == COMMIT else self.head,
                     "cardData": {"license": "llama3"},
                     "siblings": [{"rfilename": name} for name in names],
                 }
@@ -63,7 +65,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         else:
             content = (self.model_dir / path.rsplit("/", 1)[1]).read_bytes()
             etag = hashlib.sha256(content).hexdigest()
-            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"'}
+            commit = path.split("/resolve/")[1].split("/")[0]
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{etag}"'}
             self._send(200, content, headers, with_body)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], with_body: bool) -> None:
@@ -93,8 +96,14 @@ def hub(tiny_model_dir: Path, tmp_path: Path) -> Iterator[tuple[str, type[HubHan
 
 
 def fetch(
-    endpoint: str, source: str, tmp_path: Path, revision: str | None = None, **variables: str
+    endpoint: str,
+    source: str,
+    tmp_path: Path,
+    revision: str | None = None,
+    version: str | None = None,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
+    tmp_path.mkdir(exist_ok=True)
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"revision": revision} if revision else {}))
     # gptqmodel, where another test imported it, has set HF_HUB_CACHE, which goes before HF_HOME.
@@ -110,6 +119,7 @@ def fetch(
         [
             *(sys.executable, "-m", "tuneline.fetch", "--config", str(config)),
             *("--source", source, "--base-model", str(tmp_path / "out")),
+            *(("--version", version) if version else ()),
         ],
         env=environment,
         capture_output=True,
@@ -137,6 +147,17 @@ def test_download_is_recorded_with_its_commit(hub, tiny_model_dir: Path, tmp_pat
     again = fetch("http://127.0.0.1:9", "org/model", tmp_path, "v1", HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     assert json.loads((out / "origin.json").read_text())["revision"] == COMMIT
+
+
+def test_the_commit_that_was_looked_up_is_fetched(hub, tmp_path: Path) -> None:
+    endpoint, handler = hub
+    handler.head = "b" * 40  # pushed after the look-up
+    done = fetch(endpoint, "org/model", tmp_path, version=COMMIT)
+    assert done.returncode == 0, done.stderr
+    assert f"commit {COMMIT} is taken, not {handler.head}" in done.stderr
+    assert json.loads((tmp_path / "out" / "origin.json").read_text())["revision"] == COMMIT
+    done = fetch(endpoint, "org/model", tmp_path / "now")
+    assert json.loads((tmp_path / "now/out/origin.json").read_text())["revision"] == handler.head
 
 
 def test_the_version_of_a_model_is_its_commit(hub, tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def fetch(
     Args:
         source: The recipe's `base_model`: a Hub ID, a directory, a .gguf file or builtin:NAME.
         config: The `fetch` section of the recipe as JSON.
-        fingerprint: Output of look_up_model, part of the cache key.
+        fingerprint: Output of look_up_model, part of the cache key. For a model on the Hub, it is
+            the commit to fetch.
         base_model: The model as safetensors, with its tokenizer.
         record: Copy of the record of base_model.
     """
@@ -53,6 +54,7 @@ def fetch(
             FetchConfig.parse(config),
             source=decode_text(source),
             base_model_dir=base_model.path,
+            version=fingerprint,
         )
         origin.copy_to(record.path, directory=base_model.path)
         set_metadata(

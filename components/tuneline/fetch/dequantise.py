@@ -181,10 +181,8 @@ def _as_float(scales: torch.Tensor) -> torch.Tensor:
 
 def _unpack_fp4(packed: torch.Tensor) -> torch.Tensor:
     """Return the 4-bit floats of each byte, the lower half first: [..., n] to [..., 2 n]."""
-    codes = packed.view(torch.uint8)
-    values = torch.tensor(_E2M1)
-    pairs = torch.stack([values[(codes & 15).long()], values[(codes >> 4).long()]], dim=-1)
-    return pairs.flatten(-2)
+    pairs = torch.tensor([(_E2M1[byte & 15], _E2M1[byte >> 4]) for byte in range(256)])
+    return torch.nn.functional.embedding(packed.view(torch.uint8).int(), pairs).flatten(-2)
 
 
 def _is_grid(weight: torch.Size, scales: torch.Size, block: tuple[int, int]) -> bool:

@@ -41,7 +41,9 @@ class Snapshot:
     licence: str | None
 
 
-def download(repo: str, *, revision: str | None, with_code: bool) -> Snapshot:
+def download(
+    repo: str, *, revision: str | None, with_code: bool, commit: str | None = None
+) -> Snapshot:
     """Download `repo` to the Hub's local cache.
 
     The environment variables of huggingface_hub apply: HF_ENDPOINT, HF_TOKEN, HF_HOME and
@@ -51,6 +53,8 @@ def download(repo: str, *, revision: str | None, with_code: bool) -> Snapshot:
         repo: Hub ID of the model.
         revision: branch, tag or commit; None: the default branch.
         with_code: whether to download Python files too.
+        commit: the commit that was looked up before, if one was. It is downloaded even if the
+            revision names another one by now, because it is part of the cache key of the step.
 
     Raises:
         ModelError: there is no such model or revision, or it has no safetensors.
@@ -77,6 +81,18 @@ def download(repo: str, *, revision: str | None, with_code: bool) -> Snapshot:
                 lambda: snapshot_download(repo, **wanted),
             )
         )
+        if commit is not None and path.name != commit:
+            logger.warning(
+                "%s at %s has changed since it was looked up: commit %s is taken, not %s",
+                repo, revision or "main", commit, path.name,
+            )  # fmt: skip
+            wanted["revision"] = commit
+            path = Path(
+                retrying(
+                    f"download {repo} from {constants.ENDPOINT}",
+                    lambda: snapshot_download(repo, **wanted),
+                )
+            )
     logger.info("%s at %s is commit %s", repo, revision or "main", path.name)
     card = info.card_data
     return Snapshot(path, commit=path.name, licence=licence_in(vars(card) if card else {}))

@@ -39,8 +39,9 @@ class Provenance:
 class Kind:
     """The functions for one kind of source, and which settings apply to that kind."""
 
-    take: Callable[[str, Path, FetchConfig], Provenance]
-    """Function that puts the model of a source into an empty directory."""
+    take: Callable[[str, Path, FetchConfig, str | None], Provenance]
+    """Function that puts the model of a source into an empty directory; it takes the version that
+    was looked up, if that is known."""
     fingerprint: Callable[[str, FetchConfig], str]
     """Function that returns a text that changes when the model changes."""
     has_revisions: bool = False
@@ -83,24 +84,30 @@ def _path(source: str) -> Path:
     return Path(path_on_claim(source) if is_claim(source) else source).expanduser()
 
 
-def _take_builtin(source: str, target: Path, config: FetchConfig) -> Provenance:
+def _take_builtin(
+    source: str, target: Path, config: FetchConfig, version: str | None
+) -> Provenance:
     return Provenance(builtin.unpack(builtin_name(source) or "", target))
 
 
-def _take_directory(source: str, target: Path, config: FetchConfig) -> Provenance:
+def _take_directory(
+    source: str, target: Path, config: FetchConfig, version: str | None
+) -> Provenance:
     path = _path(source)
     trusted = config.trust_remote_code is not None
     quantisation = directory.take(path, target, source=source, trusted=trusted)
     return Provenance(licence_of(path), quantisation=quantisation)
 
 
-def _take_gguf(source: str, target: Path, config: FetchConfig) -> Provenance:
+def _take_gguf(source: str, target: Path, config: FetchConfig, version: str | None) -> Provenance:
     return Provenance(gguf.convert(_path(source), target))
 
 
-def _take_from_hub(source: str, target: Path, config: FetchConfig) -> Provenance:
+def _take_from_hub(
+    source: str, target: Path, config: FetchConfig, version: str | None
+) -> Provenance:
     trusted = config.trust_remote_code is not None
-    snapshot = hub.download(source, revision=config.revision, with_code=trusted)
+    snapshot = hub.download(source, revision=config.revision, with_code=trusted, commit=version)
     quantisation = directory.take(snapshot.path, target, source=source, trusted=trusted)
     return Provenance(snapshot.licence, snapshot.commit, quantisation)
 

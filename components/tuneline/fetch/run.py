@@ -16,13 +16,17 @@ from tuneline.models.whole import check_names
 logger = logging.getLogger(__name__)
 
 
-def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin:
+def run(
+    config: FetchConfig, *, source: str, base_model_dir: str, version: str | None = None
+) -> ModelOrigin:
     """Fetch the model `source` and record where it came from.
 
     Args:
         config: the `fetch` section of the recipe.
         source: a Hub ID, a directory, a .gguf file or builtin:NAME.
         base_model_dir: directory to write the model to; must be empty or not exist.
+        version: what `fingerprint` returned; of a model on the Hub, this commit is fetched. None:
+            the commit that the revision names now.
 
     Raises:
         ModelError: the source is not a model that can be tuned.
@@ -43,7 +47,7 @@ def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin
         logger.warning("trust_remote_code is ignored: %s has no code of its own", source)
 
     with new_directory(base_model_dir) as target:
-        provenance = kind.take(source, target, config)
+        provenance = kind.take(source, target, config, version)
         facts = directory.check(target, source=source, trusted=trusted)
         try_tokenizer(target, called=source)
         if append_no_token(target):

@@ -38,8 +38,9 @@ what `datasets` reads, all objects of a column have the same keys, and nulls fil
 OTHER_NAMES = "(others)"
 """Name under which further unused columns and keys are counted."""
 
-_Result = tuple[bytes | str, tuple[str, ...]]
-"""A row's line for the spool, or the reason why the row cannot be used; and what it has unused."""
+_Result = tuple[bytes | str, tuple[str, ...], str]
+"""A row's line for the spool, or the reason why the row cannot be used; what it has unused; and the
+first special token whose text is in its values, or ""."""
 
 
 @dataclass
@@ -52,6 +53,10 @@ class Intake:
     num_rejected: int = 0
     reasons: dict[str, tuple[str, int]] = field(default_factory=dict)
     """The first reasons why rows are unusable -> file and line of the first row, number of rows."""
+    special: tuple[str, str] | None = None
+    """The first special token in a usable row's text, with file and line of the row."""
+    num_special: int = 0
+    """Number of usable rows with the text of a special token."""
     unused: Counter[str] = field(default_factory=Counter)
     """Column, or key of messages, that is not used -> number of usable rows with a value in it."""
 
@@ -108,7 +113,9 @@ def take_in(
 
     num_left = -1 if max_rows is None else max_rows
     with contextlib.closing(in_order(lines, batched(chain(first, rows), _BATCH))) as results:
-        for row, (line, unused) in (pair for batch in results for pair in zip(*batch, strict=True)):
+        for row, (line, unused, special) in (
+            pair for batch in results for pair in zip(*batch, strict=True)
+        ):
             intake.num_rows += 1
             if row.values is not None:
                 columns = columns or list(row.values)
@@ -119,6 +126,9 @@ def take_in(
                 continue
             for name in unused:
                 intake.count_unused(name)
+            if special:
+                intake.special = intake.special or (special, f"{row.file} line {row.line}")
+                intake.num_special += 1
             spool.append(line)
             num_left -= 1
             if num_left == 0:
@@ -131,6 +141,14 @@ def take_in(
     if columns:
         _check_mapped(absent, columns, config, source)
     _check_share(intake, config, source)
+    if intake.special is not None:
+        token, place = intake.special
+        logger.warning(
+            "%d of %d rows of %s have the text of a special token, first %s in %s: the model sees "
+            "the token itself there, as if the chat template had written it. Remove it, or write "
+            "it in another way, unless that is meant",
+            intake.num_special, intake.num_rows, source, token, place,
+        )  # fmt: skip
     return intake
 
 
@@ -176,15 +194,17 @@ def _reading(config: PrepareConfig) -> Reading:
 def _line(row: SourceRow, format: str, renderer: Renderer, reading: Reading) -> _Result:
     """Return a row's line for the spool or why it cannot be used, and what it has unused."""
     if row.values is None:
-        return row.reason, ()
+        return row.reason, (), ""
     reading.nulls_are_padding = not _MAY_OMIT_KEYS.search(row.file)
     try:
         example = table.read_row(row.values, format, reading)
         line = renderer.render(example).to_line()
     except BadRowError as reason:
-        return str(reason), ()
+        return str(reason), (), ""
+    special = renderer.special_tokens.search(repr(row.values))
     # A name that is one object in memory is pickled once for all rows of a batch.
-    return line, tuple(map(_printable, reading.unused))
+    unused = tuple(map(_printable, reading.unused))
+    return line, unused, sys.intern(special[0]) if special else ""
 
 
 def _printable(name: str) -> str:

@@ -6,6 +6,7 @@ most templates.
 
 import datetime
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,11 @@ class Renderer:
         self._thinking = thinking
         self._learn_empty_thinking = learn_empty_thinking
         self._loss_on = loss_on
+        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        # The longest first, because one token may begin with another.
+        special.sort(key=len, reverse=True)
+        self.special_tokens = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        """Matches the text of a special token, which the tokenizer turns into that token."""
         self._templates = {
             name: compile_template(tokenizer, text, date)
             for name, text in read_templates(tokenizer).items()

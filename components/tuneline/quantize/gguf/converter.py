@@ -13,10 +13,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tuneline.errors import ToolError
 from tuneline.quantize.gguf import converter_input
+from tuneline.quantize.gguf.support import gguf_problem
 from tuneline.quantize.machine import raise_if_full
 
 VARIABLE = "TUNELINE_LLAMA_CPP"
@@ -81,6 +82,10 @@ def convert(
         ToolError: the converter failed; the message quotes the last line of the converter's output.
         OSError: the disk is full.
     """
+    settings = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    problem = gguf_problem(settings)
+    if problem is not None:
+        raise ToolError(f"llama.cpp does not compute this model as transformers does: {problem}")
     with converter_input.complete(model_dir) as directory:
         done = subprocess.run(
             [
@@ -90,7 +95,13 @@ def convert(
                 *(str(directory), "--outfile", str(file)),
                 # --model-name: by default the converter guesses family and size from the name of
                 # the directory.
-                *("--outtype", "f16", "--model-name", _name(model_dir), *_OPTIONS[writes]),
+                *(
+                    "--outtype",
+                    "f16",
+                    "--model-name",
+                    _name(model_dir, settings),
+                    *_OPTIONS[writes],
+                ),
             ],
             capture_output=True,
             text=True,
@@ -108,13 +119,12 @@ def convert(
         )
 
 
-def _name(model_dir: Path) -> str:
+def _name(model_dir: Path, settings: dict[str, Any]) -> str:
     """Return the model name to write into the GGUF file.
 
     The special tokens of Phi-3 include the white space that follows them. llama.cpp tokenises in
     this way only if the model name in the file contains "phi-3".
     """
-    settings = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     file = model_dir / "tokenizer.json"
     tokens = json.loads(file.read_text(encoding="utf-8"))["added_tokens"] if file.is_file() else []
     takes_space = any(token["special"] and token["rstrip"] for token in tokens)

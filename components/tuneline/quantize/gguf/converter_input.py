@@ -1,12 +1,13 @@
-"""Give llama.cpp's converter the tokenizer's files in the form that it reads.
+"""Give llama.cpp's converter the files of a model in the form that it reads.
 
-Models that transformers 5 saved have tokenizer.json alone. For families such as Phi-3 and Gemma the
-converter reads other files, from which tokenizer.json was once made:
+Models that transformers 5 saved have tokenizer.json alone, and settings under transformers' names.
+For some families the converter reads other files and names:
 
-    tokenizer.model    the pieces of a sentencepiece vocabulary, with their scores
+    tokenizer.model    the pieces of a sentencepiece vocabulary, from which tokenizer.json was made
     tokenizer_class    in tokenizer_config.json: GPT2Tokenizer tells Phi-4 from Phi-3
+    config.json        settings that the original models have, see `_IN_CONFIG`
 
-Both follow from tokenizer.json. Texts are compared after the conversion, as for any model.
+All follow from what is there. Texts and logits are compared after the conversion, as for any model.
 """
 
 import contextlib
@@ -18,6 +19,12 @@ from pathlib import Path
 from typing import Any
 
 PIECES_FILE = "tokenizer.model"
+
+_IN_CONFIG: dict[str, dict[str, Any]] = {
+    # Otherwise the converter takes the softmax of DeepSeek V2 for its routers.
+    "deepseek_v3": {"scoring_func": "sigmoid"},
+}
+"""Settings that the converter needs by model type; transformers computes the same without them."""
 
 # Types of a piece in sentencepiece's ModelProto.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -46,21 +53,29 @@ def complete(model_dir: Path) -> Iterator[Path]:
 
 
 def _missing_files(model_dir: Path) -> dict[str, bytes]:
-    file, settings_file = model_dir / "tokenizer.json", model_dir / "tokenizer_config.json"
-    if not file.is_file() or (model_dir / PIECES_FILE).is_file():
-        return {}
-    tokenizer = json.loads(file.read_text(encoding="utf-8"))
-    vocabulary = tokenizer["model"]
-    if vocabulary.get("type") != "BPE":
-        return {}
-    if vocabulary.get("byte_fallback"):
-        return {PIECES_FILE: _pieces(tokenizer)}
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    settings = json.loads(settings_file.read_text(encoding="utf-8"))
-    if config.get("model_type") != "phi3" or settings.get("tokenizer_class") == "GPT2Tokenizer":
-        return {}
-    text = json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"})
-    return {settings_file.name: text.encode()}
+    config = _json(model_dir / "config.json")
+    model_type = config.get("model_type")
+    missing = {}
+    settings = _IN_CONFIG.get(str(model_type), {})
+    if not settings.items() <= config.items():
+        missing["config.json"] = json.dumps({**config, **settings}).encode()
+    tokenizer_file, tokenizer_settings = "tokenizer.json", "tokenizer_config.json"
+    if not (model_dir / tokenizer_file).is_file() or (model_dir / PIECES_FILE).is_file():
+        return missing
+    tokenizer = _json(model_dir / tokenizer_file)
+    if tokenizer["model"].get("type") != "BPE":
+        return missing
+    if tokenizer["model"].get("byte_fallback"):
+        missing[PIECES_FILE] = _pieces(tokenizer)
+    elif model_type == "phi3":
+        values = {**_json(model_dir / tokenizer_settings), "tokenizer_class": "GPT2Tokenizer"}
+        missing[tokenizer_settings] = json.dumps(values).encode()
+    return missing
+
+
+def _json(file: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return values
 
 
 def _pieces(tokenizer: dict[str, Any]) -> bytes:
