@@ -35,6 +35,8 @@ GGUF = {
 }
 """Families whose GGUF files are proven, by the line or by tests/quantize/gguf, whose tokenizers and
 settings are of the right kind. Others are not tried."""
+GPTQ = {"Llama 3", "Yi"}
+"""Families whose GPTQ exports are proven, by tests/quantize/gptq."""
 BY_THE_LINE = {"Llama 3", "Yi", "Mistral", "Mixtral", "gpt-oss"}
 """Those of them that a byte-pair tokenizer suits."""
 
@@ -154,7 +156,8 @@ def table() -> str:
         parts = [part for part in _PARTS if part in found]
         words = ", ".join(part if part != "experts" else "experts*" for part in parts)
         trains = "unpacked" if family.name in UNPACKED else "packed"
-        gptq = "refused before training" if family.has_experts else "yes"
+        gptq = "proven" if family.name in GPTQ else "not tried"
+        gptq = "refused before training" if family.has_experts else gptq
         gguf = "proven" if family.name in GGUF else "not tried"
         kernels = _kernels(family)
         lines.append(
