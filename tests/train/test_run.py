@@ -205,7 +205,11 @@ def broken_dir(tmp_path, tiny_model_dir):
     ("settings", "error", "message"),
     [
         ({"lora": {"target_modules": ["q_prj"]}}, ModelError, r"'q_prj'.*did you mean q_proj"),
-        ({"lora": {"target_modules": ["xyz"]}}, ModelError, r"'xyz'.*it has down_proj"),
+        (
+            {"lora": {"target_modules": ["xyz"]}},
+            ModelError,
+            r"'xyz'.*to auto, or name some of down_proj",
+        ),
         ({"lora": {"target_modules": ["lm_head"]}}, ModelError, "output layer"),
     ],
 )

@@ -47,6 +47,8 @@ APART = {
     "Phi3": {},
     "Mixtral": {"num_local_experts": 4},
     "SmolLM3": {},
+    "Granite": {},
+    "Ministral3": {},
     "GPT2": {},
 }
 MIXED = {

@@ -45,9 +45,10 @@ def reason_not_to_pack(model: PreTrainedModel) -> str:
 
 
 def _is_known_to_pack(model: Any) -> bool:
-    """Return whether all layers are of families with fused layers, which the tests pack."""
+    """Return whether all layers are attention of families with fused layers, which tests pack."""
     layers = getattr(model.get_decoder(), "layers", ())
-    return len(layers) > 0 and all(family_spec(layer) is not None for layer in layers)
+    is_known = [family_spec(layer) is not None and hasattr(layer, "self_attn") for layer in layers]
+    return bool(is_known) and all(is_known)
 
 
 @torch.no_grad()
