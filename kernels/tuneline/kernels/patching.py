@@ -386,7 +386,9 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
         engine.stash = HostStash()
     stash = engine.stash if num_tokens >= STASH_MIN_TOKENS else None
     # One choice for all layers, because the layers of a model have similar sizes.
-    waits = parked(next(iter(bound.values())), plan, tokens.shape[1], dtype.itemsize)
+    waits = parked(
+        next(iter(bound.values())), plan, tokens.shape[1], dtype.itemsize, num_tokens=num_tokens
+    )
     layers, handover = {}, Handover()
     for place, (index, weights) in enumerate(bound.items()):
         from_last = len(bound) - 1 - place

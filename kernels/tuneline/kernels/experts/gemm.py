@@ -47,7 +47,6 @@ _EPILOGUE_BYTES = 33 * 1024
 _OUTER_ROWS = 64
 _OUTER_COLS = 128
 _PROJECT_COLS = 64
-_PROJECT_WARPS = 4
 
 
 @triton.jit
@@ -297,7 +296,7 @@ def project(
         routing.expert_of_tile, first, last, x.stride(0), a.stride(0), a.stride(1), a.stride(2),
         room.stride(0), copy.stride(0), routing.top_k,
         INS=x.shape[1], R=0 if a_ERI is None else a_ERI.shape[1], GATHER=copy_SI is not None,
-        BM=routing.block, BK=_PROJECT_COLS, num_warps=_PROJECT_WARPS, num_stages=3,
+        BM=routing.block, BK=_PROJECT_COLS, num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
