@@ -218,7 +218,7 @@ class _LayerMixin(_Stock):
                         tuneline.done.append(True)
                         return stack(hidden_states, cos, sin, call.plan)
                 output, routing = fused_layer(hidden_states, cos, sin, weights, call)
-                if routing:
+                if weights.routed is not None:
                     # The hooks of a router record its logits for the auxiliary loss.
                     router = weights.routed.module
                     for hook in router._forward_hooks.values():
@@ -386,9 +386,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
         engine.stash = HostStash()
     stash = engine.stash if num_tokens >= STASH_MIN_TOKENS else None
     # One choice for all layers, because the layers of a model have similar sizes.
-    waits = parked(
-        next(iter(bound.values())), plan, tokens.shape[1], dtype.itemsize, num_tokens=num_tokens
-    )
+    waits = parked(next(iter(bound.values())), plan, tokens.shape[1], dtype.itemsize)
     layers, handover = {}, Handover()
     for place, (index, weights) in enumerate(bound.items()):
         from_last = len(bound) - 1 - place

@@ -39,11 +39,6 @@ _FP8_SPEED = 1.5
 _ATTENTION_COST = 1.75
 """Time of a floating-point operation of the attention, relative to that of a GEMM."""
 
-_DEQUANTISATION_COST = 560.0
-"""Floating-point operations in the time in which one weight of an expert is dequantised: 2.5 bytes
-at 2.84 TB/s, at 640 TFLOP/s (one H100). The dequantisation of a dense layer is part of
-HOST_BYTES_PER_FLOP."""
-
 _GIB = 2**30
 
 
@@ -105,14 +100,7 @@ def workspace_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> in
     return itemsize * (arenas + temporaries + hidden)
 
 
-def parked(
-    weights: LayerWeights,
-    plan: AttentionPlan,
-    row_length: int,
-    itemsize: int,
-    *,
-    num_tokens: int = 1,
-) -> Saved:
+def parked(weights: LayerWeights, plan: AttentionPlan, row_length: int, itemsize: int) -> Saved:
     """Return which intermediates a lean layer offloads to host memory in addition to x.
 
     These are the intermediates that spare the backward the most recomputation, among those whose
@@ -125,19 +113,12 @@ def parked(
         plan: The sequences of this forward.
         row_length: Tokens per row.
         itemsize: Bytes per element of an activation.
-        num_tokens: Tokens of the micro-batch, which share the dequantisation of experts.
     """
     hidden, config = weights.qkv.num_in, weights.attention
     lengths = plan.sequence_lengths or (row_length,)
     context = sum(n * (n + 1) for n in lengths) / (2 * sum(lengths))
     attention = _ATTENTION_COST * 4 * context * config.num_heads * config.head_dim
     forward = attention + 2 * weights.multiplied_weights
-    if weights.routed is not None:
-        experts = weights.routed.experts
-        num_weights = experts.gate_up.num_experts * sum(
-            stack.num_out * stack.num_in for stack in (experts.gate_up, experts.down)
-        )
-        forward += _DEQUANTISATION_COST * num_weights / num_tokens
     if any(group.largest is not None for group in weights.groups()):
         forward /= _FP8_SPEED
     # A layer with a norm after down_proj always offloads d too.

@@ -24,6 +24,7 @@ Shapes: S rows, E experts, I inputs, O outputs, R padded rank, C columns.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -182,7 +183,7 @@ def _shape(block_m: int, outs: int, itemsize: int, device: torch.device) -> tupl
     widest = min(256, max(16, triton.next_power_of_2(outs)))
     if device.type != "cuda":
         return min(128, widest), 4, 2
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     if properties.major != 9 or block_m < 64 or itemsize > 2:
         widest = min(widest, 64 if itemsize > 2 else 128)
     room = properties.shared_memory_per_block_optin - _EPILOGUE_BYTES
