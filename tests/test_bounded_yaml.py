@@ -5,7 +5,7 @@ import time
 import pytest
 import yaml
 
-from tuneline.bounded_yaml import load_yaml
+from tuneline.bounded_yaml import check_yaml, load_yaml
 from tuneline.errors import DataError, RecipeError
 from tuneline.recipe import load_recipe
 
@@ -39,3 +39,11 @@ def test_a_recipe_of_laughs_is_one_sentence(tmp_path) -> None:
     path.write_text(LAUGHS)
     with pytest.raises(RecipeError, match=r"recipe.yaml stands for [\d,]+ values"):
         load_recipe(path)
+
+
+def test_yaml_that_another_library_reads_may_have_tags() -> None:
+    check_yaml("task: mine\nprocess: !function utils.process\n", where="mine.yaml")
+    check_yaml("", where="empty.yaml")
+    for text in (LAUGHS, "a: " + "[" * 150 + "]" * 150):
+        with pytest.raises(DataError, match=r"mine.yaml (stands for|is nested)"):
+            check_yaml(text, where="mine.yaml")

@@ -152,6 +152,21 @@ class ModelOrigin(Record):
     """SHA-256 over the names and contents of the weight files."""
     runs_own_code: bool = False
     """Whether loading runs code of the source (trust_remote_code), which the recipe must allow."""
+    quantization: str | None = None
+    """How the source's weights are quantised, e.g. "bitsandbytes nf4" or "fp8"; null: they are not.
+    """
+    dequantized: bool = False
+    """Whether fetch converted quantised weights to bfloat16. Otherwise training uses them as they
+    are."""
+
+    @property
+    def stored_as(self) -> str:
+        """What was done with quantised weights, for readers; "" if they are not quantised."""
+        if self.quantization is None:
+            return ""
+        if self.dequantized:
+            return f"{self.quantization}, converted to bfloat16 before training"
+        return f"{self.quantization}, trained on as it is"
 
     def as_ancestor(self) -> Ancestor:
         """Return the entry with the revision and the hash of the weights instead of all files."""
@@ -191,10 +206,14 @@ class TrainingSummary(Record):
     """Evaluation loss of the saved adapter."""
     num_trainable_parameters: int
     num_parameters: int
-    base_quantization: Literal["nf4", "none"]
+    base_quantization: Literal["nf4", "fp4", "none"]
+    """Number format of the base weights during training; fp4: the base model's files hold it."""
     quantized_fraction: float | None = None
     """Fraction of the base model's parameters that training held in 4 bits; null in a record of an
     older version."""
+    experts_quantized: bool = False
+    """Whether these include routed experts, which bitsandbytes in plain transformers leaves in 16
+    bits."""
     compute_dtype: str
     kernels: str = "off"
     """A sentence that says which operations ran in tuneline's kernels."""

@@ -27,21 +27,49 @@ def load_yaml(text: str, *, where: str = "the document") -> Any:
         DataError: the document exceeds a bound.
         yaml.YAMLError: the text is not YAML.
     """
+    loader = _loader(text, where)
+    try:
+        root = _compose(loader, where)
+        return None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def check_yaml(text: str, *, where: str = "the document") -> None:
+    """Check the bounds of a YAML document that another library will read, with any tags.
+
+    Args:
+        text: the document.
+        where: its name, for messages.
+
+    Raises:
+        DataError: the document exceeds a bound.
+        yaml.YAMLError: the text is not YAML.
+    """
+    loader = _loader(text, where)
+    try:
+        _compose(loader, where)
+    finally:
+        loader.dispose()
+
+
+def _loader(text: str, where: str) -> yaml.SafeLoader:
     if len(text) > MAX_CHARACTERS:
         raise DataError(
             f"{where} has {len(text):,} characters of YAML, but at most {MAX_CHARACTERS:,} are read"
         )
-    loader = yaml.SafeLoader(text)
+    return yaml.SafeLoader(text)
+
+
+def _compose(loader: yaml.SafeLoader, where: str) -> yaml.Node | None:
+    """Return the document's tree, in which aliases are not written out, after checking bounds."""
     try:
         root = loader.get_single_node()
-        if root is None:
-            return None
-        _check(root, where)
-        return loader.construct_document(root)
+        if root is not None:
+            _check(root, where)
+        return root
     except RecursionError:
         raise DataError(f"{where} is nested deeper than YAML is read: simplify it") from None
-    finally:
-        loader.dispose()
 
 
 def _check(root: yaml.Node, where: str) -> None:

@@ -264,6 +264,7 @@ def _profile_values(gpu: GpuProfile) -> dict[str, Any]:
 _SMALL_MEMORY = {
     "fetch": ("1280Mi", "6Gi"),
     "prepare": ("1280Mi", "6Gi"),
+    "check-exports": ("1280Mi", "6Gi"),
     "train": ("2Gi", "6Gi"),
     "merge": ("1280Mi", "6Gi"),
     "convert-gguf": ("1280Mi", "6Gi"),

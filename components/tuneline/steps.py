@@ -69,6 +69,11 @@ STEPS: dict[str, Step] = {
         image="train", module="tuneline.prepare.run", stage="prepare",
         cpu=("2", "8"), memory=("4Gi", "16Gi"), timeout_hours=12, hub=True, num_retries=2,
     ),
+    # Needs no GPU, and finds before training what would fail an export after it.
+    "check-exports": Step(
+        image="gguf", module="tuneline.quantize.early", stage="prepare",
+        cpu=("1", "4"), memory=("2Gi", "8Gi"), timeout_hours=2, num_retries=2,
+    ),
     "train": Step(
         image="train", module="tuneline.train.run", stage="train",
         cpu=("4", "16"), memory=("16Gi", "64Gi"), timeout_hours=96,

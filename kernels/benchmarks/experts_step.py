@@ -252,7 +252,7 @@ def build(shape: str, layers: int, experts: bool) -> Any:
     """Return the random model in NF4 with its adapters."""
     from peft import LoraConfig, get_peft_model
 
-    from tuneline.models.experts_adapter import ParamWrapper
+    from tuneline.models.experts.adapter import ParamWrapper
 
     model = stock_model(shape, layers)
     quantize_experts(model)
@@ -284,7 +284,7 @@ def expert_modules(model: Any) -> list[Any]:
 def quantize_experts(model: Any) -> None:
     """Quantise the stacks of experts in place, as `ExpertsQuantizer` does when it loads them."""
     from tuneline.models.experts import Stack, quantize_stack
-    from tuneline.models.experts_forward import IMPLEMENTATION
+    from tuneline.models.experts.forward import IMPLEMENTATION
 
     for module in expert_modules(model):
         module.nf4_stacks, module.nf4_lora = {}, {}

@@ -62,3 +62,24 @@ def test_a_task_that_does_not_exist_is_named(tmp_path: Path) -> None:
     config = EvaluateConfig(tasks=("hellaswagg",))
     with pytest.raises(TaskError, match="hellaswag"):
         collect(config, questions_path=str(tmp_path / "questions.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+            + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)),
+            r"bad.yaml stands for [\d,]+ values",
+        ),
+        ("a: " + "[" * 3000, "bad.yaml is nested deeper than YAML is read"),
+        ("a: [1, 2", "cannot read the task file .*bad.yaml: while parsing"),
+    ],
+)
+def test_task_files_that_lm_eval_would_choke_on(
+    text: str, says: str, task_dir: Path, tmp_path: Path
+) -> None:
+    (task_dir / "bad.yaml").write_text(text)
+    config = EvaluateConfig(tasks=("boolq_ko",), task_dir=str(task_dir))
+    with pytest.raises(TaskError, match=says):
+        collect(config, questions_path=str(tmp_path / "questions.jsonl"))

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError, OutputExistsError
 from tuneline.fetch import FetchConfig
-from tuneline.fetch.directory import licence_of
 from tuneline.fetch.kinds import KINDS, KindName, kind_of
+from tuneline.fetch.model_card import licence_of
 from tuneline.fetch.run import run
 
 
@@ -142,7 +142,9 @@ def test_cut_off_weights(model_dir: Path, tmp_path: Path) -> None:
 
 def test_quantised_already(model_dir: Path, tmp_path: Path) -> None:
     set_json(model_dir / "config.json", quantization_config={"quant_method": "gptq"})
-    with pytest.raises(ModelError, match=r"quantised already \(gptq\)"):
+    with pytest.raises(
+        ModelError, match=r"format \(gptq\) that tuneline neither.*name the model in 16"
+    ):
         fetch(model_dir, tmp_path)
 
 

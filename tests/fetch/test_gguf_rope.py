@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tuneline.errors import ModelError
 from tuneline.fetch import FetchConfig
@@ -65,6 +66,18 @@ def test_what_llama_cpps_converter_writes_is_read_back(
     run(FetchConfig(), source=str(tmp_path / "m.gguf"), base_model_dir=str(out))
     read = json.loads((out / "config.json").read_text())["rope_parameters"]
     assert read == {**scaling, "rope_theta": 5e5}
+
+
+def test_a_file_without_a_weight_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """transformers would fill the gap with random values, and fetch would write them."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    weights = load_file(base / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    converter.convert(base, tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match=r"m.gguf lacks weights .* model.layers.1.mlp.up_proj"):
+        run(FetchConfig(), source=str(tmp_path / "m.gguf"), base_model_dir=str(tmp_path / "out"))
 
 
 def test_other_files() -> None:

@@ -1,15 +1,21 @@
 """Model directories and files that were made to harm."""
 
+import json
+import shutil
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tuneline.errors import ModelError
-from tuneline.fetch import FetchConfig, directory
+from tuneline.fetch import FetchConfig
 from tuneline.fetch.gguf_header import check_header
+from tuneline.fetch.model_card import licence_of
 from tuneline.fetch.run import run
+from tuneline.fetch.trial import try_tokenizer
+from tuneline.fetch.weight_headers import read_header
 
 
 def string(text: bytes, length: int | None = None) -> bytes:
@@ -73,15 +79,13 @@ def test_headers_of_safetensors_that_no_model_has(content: bytes, tmp_path: Path
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(content)) + content)
     with pytest.raises(ModelError, match="is not a safetensors file, or it was cut off"):
-        directory._count(path, "mine")
+        read_header(path, "mine")
     path.write_bytes(struct.pack("<Q", 2**62) + content)
     with pytest.raises(ModelError, match="is not a safetensors file, or it was cut off"):
-        directory._count(path, "mine")
+        read_header(path, "mine")
 
 
 def test_a_link_out_of_a_model_is_not_followed(tiny_model_dir: Path, tmp_path: Path) -> None:
-    import shutil
-
     model = tmp_path / "model"
     shutil.copytree(tiny_model_dir, model)
     (tmp_path / "secret").write_text("the key")
@@ -110,5 +114,145 @@ def test_a_card_of_laughs_is_no_licence(tmp_path: Path, caplog: pytest.LogCaptur
         f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
     )
     (tmp_path / "README.md").write_text(f"---\n{laughs}---\n# Ha")
-    assert directory.licence_of(tmp_path) is None
+    assert licence_of(tmp_path) is None
     assert "has a broken header" in caplog.text
+
+
+@pytest.fixture
+def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+
+
+def refusal(model: Path) -> str:
+    with pytest.raises(ModelError) as raised:
+        run(FetchConfig(), source=str(model), base_model_dir=str(model.parent / "out"))
+    assert not (model.parent / "out").exists()
+    return str(raised.value)
+
+
+def test_links_out_of_the_directory_of_templates(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "key.jinja").write_text("the key")
+    (model / "additional_chat_templates").symlink_to(tmp_path / "secrets")
+    assert "key.jinja is a link that leads out of the model's directory" in refusal(model)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "shown"),
+    [
+        ({"a": "../other/model.safetensors"}, "'../other/model.safetensors'"),
+        ({"a": "/etc/passwd"}, "'/etc/passwd'"),
+        ({"a": "a\nb"}, r"'a\nb'"),
+        ({"a": 7}, "7"),
+        (["model.safetensors"], "['model.safetensors']"),
+        (None, "None"),
+    ],
+)
+def test_an_index_that_names_other_files(weight_map: object, shown: str, model: Path) -> None:
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    index = json.dumps({"weight_map": weight_map})
+    (model / "model.safetensors.index.json").write_text(index)
+    found = refusal(model)
+    assert found.endswith(
+        f"must name a file of the model's directory for each weight, but names {shown}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_hidden_layers": 10**9}, "is 1000000000, but the model's files hold 20 tensors"),
+        ({"head_dim": 10**12}, "head_dim in config.json is 1000000000000, but"),
+        ({"num_local_experts": 10**9}, "num_local_experts in config.json is 1000000000, but"),
+        ({"num_hidden_layers": "2"}, "is '2', but must be a whole number"),
+        ({"num_hidden_layers": -2}, "is -2, but must be a whole number"),
+        ({"num_attention_heads": 0}, "does not support the model"),
+        ({"rope_parameters": {"rope_type": "nonsense"}}, "does not support the model"),
+        ({"architectures": "LlamaForCausalLM"}, "must be a list of names"),
+        ({"intermediate_size": 10**18}, "does not support the model"),
+    ],
+)
+def test_a_config_of_absurd_numbers(changes: dict[str, Any], says: str, model: Path) -> None:
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    started = time.monotonic()
+    assert says in refusal(model)
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["generation_config.json", "tokenizer_config.json", "tokenizer.json", "added_tokens.json"],
+)
+def test_json_that_is_nested_without_end(name: str, model: Path) -> None:
+    (model / name).write_text('{"a":' * 100_000)
+    assert f"{name} is not JSON" in refusal(model)
+    (model / name).write_text("[1, 2]")
+    assert f"{name} contains a list, but must be a mapping" in refusal(model)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        {"shape": [2]},
+        {"data_offsets": [0], "shape": [2]},
+        {"data_offsets": "ab", "shape": 3},
+        [],
+        7,
+    ],
+)
+def test_a_header_whose_tensors_are_none(tensor: object, tmp_path: Path) -> None:
+    content = json.dumps({"a": tensor}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(content)) + content)
+    with pytest.raises(ModelError, match=r"the header of model.safetensors does not describe tens"):
+        read_header(tmp_path / "model.safetensors", "mine")
+
+
+LOOP = "{% for i in range(99999) %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (LOOP * 3 + "{% endfor %}" * 3, "took more than 2 s of computing for a few short texts"),
+        ("{{ 'a' * 10000000 }}", "more than 1,048,576 characters"),
+        ("{# " + "x" * (1 << 20) + " #}", "more than 1,048,576 characters"),
+        ("{{ 'a' * 100000000000 }}", "ended the process that tried it"),
+    ],
+)
+def test_a_chat_template_without_bounds(template: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ModelError) as raised:
+        try_tokenizer(tmp_path, called="mine", max_seconds=2)
+    assert says in str(raised.value)
+    assert str(raised.value).startswith("the chat template chat_template.jinja of mine ")
+
+
+def test_every_place_of_a_template_is_tried(tmp_path: Path) -> None:
+    entry = {"name": "tool_use", "template": "{{ 'a' * 10000000 }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [entry]}))
+    with pytest.raises(ModelError, match="template tool_use in tokenizer_config.json of mine has"):
+        try_tokenizer(tmp_path, called="mine")
+
+
+def test_templates_that_only_refuse_are_left_to_prepare(model: Path, tmp_path: Path) -> None:
+    for template in ("{{ range(10**9) }}", "{% broken", "{{ messages[9].content }}", "{{ 1 / 0 }}"):
+        (model / "chat_template.jinja").write_text(template)
+        try_tokenizer(model, called="mine")
+    recursive = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
+    (model / "chat_template.jinja").write_text(recursive)
+    try_tokenizer(model, called="mine")
+
+
+def test_a_tokenizer_that_multiplies_its_text(model: Path) -> None:
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 3000} for _ in "123"
+        ],
+    }
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    found = refusal(model)
+    assert found.startswith("the tokenizer (tokenizer.json) of ")
+    assert "ended the process that tried it on a few short texts" in found

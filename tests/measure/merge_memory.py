@@ -38,7 +38,8 @@ def make(directory: Path, num_layers: int, vocab_size: int) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from tuneline.merge.checkpoint import Spec, write_sharded
+    from tuneline.models.checkpoint import Spec
+    from tuneline.models.sharded_files import write_sharded
 
     base, adapter = directory / "base", directory / "adapter"
     base.mkdir(parents=True)
@@ -67,7 +68,7 @@ def make(directory: Path, num_layers: int, vocab_size: int) -> None:
         return (torch.rand(shape, generator=generator) * 0.07 - 0.035).bfloat16()
 
     specs = {name: Spec(torch.bfloat16, shape) for name, shape in shapes.items()}
-    write_sharded(base, specs, value, max_shard_bytes=4 << 30)
+    write_sharded(base, specs, lambda name: [value(name)], max_shard_bytes=4 << 30)
     names = sorted({name.split(".")[1] for name in LINEAR})
     LoraConfig(r=RANK, lora_alpha=32, target_modules=names, task_type="CAUSAL_LM").save_pretrained(
         adapter
@@ -89,20 +90,18 @@ def merge_streamed(directory: Path, base: str, out: Path) -> None:
 
     from tuneline.artifacts import TrainingSummary
     from tuneline.merge.adapter import Adapter
+    from tuneline.merge.pieces import Pieces
     from tuneline.merge.weights import merge_weights, write_config
 
     out.mkdir()
     training = TrainingSummary.model_construct(base_quantization="nf4", compute_dtype="bfloat16")
     write_config(base_model_dir=directory / "base", dtype="bfloat16", directory=out)
+    adapter = Adapter(directory / "adapter")
     merge_weights(
-        base=base,
+        Pieces(directory / "base", adapter, training, base=base, device="cpu"),
         dtype=torch.bfloat16,
         max_shard_bytes=4 << 30,
-        base_model_dir=directory / "base",
-        adapter=Adapter(directory / "adapter"),
-        training=training,
         directory=out,
-        device="cpu",
     )
 
 
@@ -126,7 +125,7 @@ def keep_shards(directory: Path, num_kept: int) -> None:
 
 def difference(one: Path, other: Path) -> tuple[float, float, int]:
     """Return the largest difference, the fraction of weights that differ, and the tensor count."""
-    from tuneline.merge.checkpoint import Checkpoint
+    from tuneline.models.checkpoint import Checkpoint
 
     ours, theirs = Checkpoint(one), Checkpoint(other)
     assert ours.specs.items() <= theirs.specs.items()

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from tuneline.errors import ProofError
 from tuneline.merge.adapter import Adapter
-from tuneline.merge.checkpoint import Checkpoint
 from tuneline.merge.exact import check_tensors
+from tuneline.merge.pieces import Piece
+from tuneline.models.checkpoint import Checkpoint
 
 UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.norm.weight"
@@ -26,7 +27,7 @@ def merged(tiny_model_dir: Path, adapter_dir: Path, tmp_path: Path) -> Path:
     tensors = load_file(path / "model.safetensors")
     for module in adapter.modules:
         weight = f"{module}.weight"
-        tensors[weight] = adapter.add_to(tensors[weight], module)
+        tensors[weight] = adapter.update(module, weight).add_to(tensors[weight])
     (path / "model.safetensors").unlink()
     save(path, {name: tensor.bfloat16() for name, tensor in tensors.items()})
     return path
@@ -37,9 +38,14 @@ def save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def check(merged: Path, base: Path, adapter_dir: Path) -> int:
-    adapter = Adapter(adapter_dir)
-    adapted = {f"{module}.weight": module for module in adapter.modules}
-    return check_tensors(merged, Checkpoint(base).read, adapted, adapter)
+    adapter, checkpoint = Adapter(adapter_dir), Checkpoint(base)
+
+    def pieces(name: str) -> list[Piece]:
+        module = name.removesuffix(".weight")
+        update = adapter.update(module, name) if module in adapter.modules else None
+        return [Piece(checkpoint.read(name), update)]
+
+    return check_tensors(merged, pieces)
 
 
 def test_a_merged_model_passes(merged: Path, tiny_model_dir: Path, adapter_dir: Path) -> None:

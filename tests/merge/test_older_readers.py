@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tuneline.artifacts import ModelOrigin
-from tuneline.merge.generation import set_sampling
 from tuneline.merge.weights import copy_companions, write_config
+from tuneline.models.sampling import set_sampling
 from tuneline.models.tokenizer_files import copy_tokenizer
 from tuneline.train.model.adapter import save_adapter
 

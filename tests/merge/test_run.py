@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from tuneline.artifacts import DatasetManifest, MergeProof, ModelOrigin, TrainingSummary
 from tuneline.errors import ModelError, OutputExistsError, ProofError, RecipeError, WorldError
 from tuneline.merge import MergeConfig
-from tuneline.merge.adapter import Adapter
-from tuneline.merge.generation import stop_at_end_of_turn
+from tuneline.merge.pieces import Piece, Pieces
 from tuneline.merge.run import run
 from tuneline.models.nf4 import load_base
+from tuneline.models.sampling import stop_at_end_of_turn
 from tuneline.record import hash_files
 from tuneline.train import TrainConfig
 from tuneline.train.run import run as train
@@ -273,12 +273,22 @@ def spoilt_update(monkeypatch):
     """Return a function that lets the update of a weight be spoilt."""
 
     def use(change):
-        right = Adapter.add_to
+        name_of = {}
+        pieces_of = Pieces.__call__
 
-        def spoilt(self, weight, module):
-            return weight.float() + change(module, right(self, weight, module) - weight.float())
+        def named(self, name):
+            for piece in pieces_of(self, name):
+                name_of[id(piece)] = name.removesuffix(".weight")
+                yield piece
 
-        monkeypatch.setattr(Adapter, "add_to", spoilt)
+        def spoilt(self):
+            base = self.base.float()
+            if self.update is None:
+                return self.base
+            return base + change(name_of[id(self)], self.update.add_to(base) - base)
+
+        monkeypatch.setattr(Pieces, "__call__", named)
+        monkeypatch.setattr(Piece, "merged", spoilt)
 
     return use
 
@@ -349,7 +359,6 @@ def test_modules_trained_in_full_take_the_bases_place(merge, tmp_path, adapter_d
     ("config", "tensors", "message"),
     [
         ({"use_dora": True}, None, "use_dora=True"),
-        ({"rank_pattern": {"q_proj": 4}}, None, "rank_pattern"),
         ({"peft_type": "IA3"}, None, "only LORA"),
         (None, {"base_model.model.model.embed_tokens.lora_embedding_A": 1}, "lora_embedding_A"),
         (None, {"base_model.model.model.embed_tokens.weight": 1}, "one matrix"),
@@ -359,7 +368,7 @@ def test_modules_trained_in_full_take_the_bases_place(merge, tmp_path, adapter_d
                 "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": 1,
                 "base_model.model.model.layers.9.mlp.up_proj.lora_B.weight": 1,
             },
-            r"no tensor model\.layers\.9\.mlp\.up_proj\.weight",
+            r"1 updates of model\.layers\.9\.mlp\.up_proj, but the base model has 0",
         ),
         (None, {"base_model.model.model.layers.0.x.lora_A.weight": 1}, "only one of lora_A"),
     ],

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 
-from tuneline.models.adapter_files import make_portable
+from tuneline.errors import ModelError
+from tuneline.models.adapter_files import check_tensors, make_portable
 
 # The arguments of LoraConfig in peft 0.13.2.
 OLD = set(
@@ -43,3 +45,10 @@ def test_a_plain_adapter_needs_only_old_keys(tmp_path: Path) -> None:
 
 def test_a_new_setting_stays(tmp_path: Path) -> None:
     assert written(tmp_path, lora_bias=True, bias="none")["lora_bias"] is True
+
+
+def test_tensors_that_are_only_in_one_of_two_adapters() -> None:
+    check_tensors(["a", "b"], ("b", "a"), called="mine")
+    for stored, own in ((["a"], ["a", "c"]), (["a", "c"], ["a"])):
+        with pytest.raises(ModelError, match=r"mine has other tensors .*\(1 are .* first c\)"):
+            check_tensors(stored, own, called="mine")

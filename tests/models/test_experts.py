@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_families import EXPERT_FAMILIES, save_experts
 
-from tuneline.models import experts_forward, nf4
+from tuneline.models import nf4
 from tuneline.models.experts import (
     Stack,
     expert_modules,
@@ -18,8 +18,9 @@ from tuneline.models.experts import (
     quantized_experts,
     round_trip_experts,
 )
-from tuneline.models.experts_adapter import adapt_experts_in_nf4
-from tuneline.models.experts_forward import dequantized_expert, packed_stack
+from tuneline.models.experts import forward as experts_forward
+from tuneline.models.experts.adapter import adapt_experts_in_nf4
+from tuneline.models.experts.forward import dequantized_expert, packed_stack
 
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 RANK = 4

@@ -7,8 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from tuneline.merge import MergeConfig
-from tuneline.merge.generation import set_sampling
-from tuneline.models.sampling import Sampling, is_greedy, with_sampling
+from tuneline.models.sampling import Sampling, is_greedy, set_sampling, with_sampling
 
 QWEN = {
     "do_sample": True,

@@ -97,7 +97,8 @@ def test_the_wiring(demo: tuple[str, dict, dict]) -> None:
     found = tasks(pipeline)
     assert set(found["evaluate"]["dependentTasks"]) == {"fetch", "prepare"}
     assert set(found["evaluate-2"]["dependentTasks"]) == {"merge", "prepare"}
-    assert set(found["train"]["dependentTasks"]) == {"fetch", "prepare"}
+    assert set(found["train"]["dependentTasks"]) == {"fetch", "prepare", "check-exports"}
+    assert set(found["check-exports"]["dependentTasks"]) == {"fetch", "prepare"}
     assert set(found["gate"]["dependentTasks"]) == {"evaluate", "evaluate-2"}
     assert pipeline["root"]["dag"]["tasks"]["diagnose"]["triggerPolicy"]["strategy"] == (
         "ALL_UPSTREAM_TASKS_COMPLETED"

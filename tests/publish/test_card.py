@@ -164,6 +164,42 @@ def test_every_card_says_how_to_run_all_of_the_family(run_dir: Path, hub) -> Non
             compile(block, repo, "exec")
 
 
+@pytest.mark.parametrize(
+    ("dequantized", "on_the_card", "in_the_code"),
+    [
+        (False, "weights in bitsandbytes nf4, trained on as it is, licence", None),
+        (
+            True,
+            "weights in bitsandbytes nf4, converted to bfloat16 before training, licence",
+            "# Before training, the base model's weights (bitsandbytes nf4) were converted.",
+        ),
+    ],
+)
+def test_a_card_says_how_a_quantised_base_was_taken(
+    dequantized: bool, on_the_card: str, in_the_code: str | None, run_dir: Path, tmp_path: Path
+) -> None:
+    changes = {"quantization": "bitsandbytes nf4", "dequantized": dequantized}
+    write_again(run_dir, {"base": changes})
+    done = publish(run_dir, f"dir:{tmp_path}/out", "local")
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "out" / "mine-lora" / "README.md").read_text()
+    assert on_the_card in card
+    assert "quantization_config" not in card and "import torch" not in card
+    assert (in_the_code or "") in card
+
+
+def test_a_card_says_that_experts_in_4_bits_are_not_what_transformers_loads(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    write_again(run_dir, {"adapter": {"experts_quantized": True, "quantized_fraction": 0.97}})
+    done = publish(run_dir, f"dir:{tmp_path}/out", "local")
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "out" / "mine-lora" / "README.md").read_text()
+    assert "# The adapter was trained on experts in NF4, which transformers alone does" in card
+    assert "quantization_config" not in card
+    assert "nf4 (97.0 % of the parameters)" in card
+
+
 def test_a_card_names_vllm_where_it_serves_the_checkpoint(run_dir: Path, tmp_path: Path) -> None:
     write_again(run_dir, {"gptq-4bit": {"vllm_has_kernel": False}})
     assert publish(run_dir, f"dir:{tmp_path}/out", "local").returncode == 0

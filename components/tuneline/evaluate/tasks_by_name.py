@@ -5,11 +5,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets.exceptions import DatasetNotFoundError
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from tuneline.errors import HubError, TaskError
+from tuneline.bounded_yaml import check_yaml
+from tuneline.errors import DataError, HubError, TaskError
 from tuneline.evaluate import heldout
 from tuneline.runtime.retries import retrying
 
@@ -38,6 +40,7 @@ class TaskFinder:
             path = Path(task_dir).expanduser().resolve()
             if not path.is_dir():
                 raise TaskError(f"evaluate.task_dir: there is no directory {task_dir}")
+            _check_files(path)
             paths.append(path)
             logger.info("tasks of %s take precedence over lm-eval's tasks of the same name", path)
         # The registry has 15,000 files, so it is read only if a name is not found without it.
@@ -105,6 +108,22 @@ class TaskFinder:
             f"evaluate.tasks: '{name}' is unknown; searched tuneline's own tasks "
             f"({', '.join(heldout.TASKS)}), {where}lm-eval's registry; {hint}"
         )
+
+
+def _check_files(directory: Path) -> None:
+    """Check the YAML files of a directory of tasks before lm-eval, which has no bounds, reads them.
+
+    Raises:
+        TaskError: a file is not YAML or exceeds a bound.
+    """
+    # Some of lm-eval's own files end in _yaml; other files include them.
+    for path in sorted(path for path in directory.rglob("*yaml") if path.is_file()):
+        try:
+            check_yaml(path.read_text(encoding="utf-8"), where=str(path))
+        except (DataError, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            raise TaskError(
+                f"evaluate.task_dir: lm-eval cannot read the task file {path}: {error}"
+            ) from None
 
 
 def _full_config(entry: Any) -> dict[str, Any]:

@@ -1,27 +1,39 @@
 """Copy a model directory, and check that the model can be tuned."""
 
+import dataclasses
 import json
 import logging
 import os
 import shutil
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tuneline.artifacts import RECORD_FILES
-from tuneline.bounded_yaml import load_yaml
-from tuneline.errors import DataError, ModelError
-from tuneline.models.tokenizer_files import copy_templates
+from tuneline.errors import ModelError
+from tuneline.fetch.config_sizes import check_sizes
+from tuneline.fetch.model_card import made_from
+from tuneline.fetch.quantised import SETTINGS_FILES, Quantisation, quantisation_of
+from tuneline.fetch.weight_headers import (
+    count_parameters,
+    files_in_index,
+    longest_side,
+    read_header,
+)
+from tuneline.models.stored_quantisation import without_quantization
+from tuneline.models.tokenizer_files import TEMPLATES_DIR, copy_templates
 from tuneline.models.weight_files import INDEX_FILE, SINGLE_FILE
 
 logger = logging.getLogger(__name__)
 
-_MAX_HEADER_BYTES = 100_000_000
-"""Largest header of a safetensors file; that of the library that writes them."""
+_MAX_JSON_BYTES = 256 << 20
+"""Largest JSON file that is read. The tokenizer.json of Gemma, with 262,144 tokens, has 35 MB."""
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_READ_LATER = (
+    *("generation_config.json", "tokenizer_config.json", "tokenizer.json", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template.json"),
+)
+"""Files that later steps read as JSON objects, if there are any."""
 # Each of these sets of files is a complete tokenizer.
 _TOKENIZER_FILES = (
     {"tokenizer.json"},
@@ -42,13 +54,15 @@ class Facts:
     """Paths of the weight files that transformers loads."""
     runs_own_code: bool
     """Whether loading the model runs Python code from the model's directory."""
+    quantisation: Quantisation | None
+    """How the weights are quantised; None: they are not."""
 
 
-def take(path: Path, target: Path, *, source: str, trusted: bool) -> None:
+def take(path: Path, target: Path, *, source: str, trusted: bool) -> Quantisation | None:
     """Copy the files of the model in `path` to the empty directory `target`.
 
     Weights are hard-linked where the file system allows it, because they are large and no step
-    modifies them.
+    modifies them. Quantised weights that training cannot use are converted to bfloat16.
 
     Args:
         path: the model directory.
@@ -56,42 +70,66 @@ def take(path: Path, target: Path, *, source: str, trusted: bool) -> None:
         source: the model's name, for messages.
         trusted: whether the model's own Python code may be run.
 
+    Returns:
+        How the weights in `path` are quantised; None: they are not.
+
     Raises:
         ModelError: the model in `path` cannot be tuned.
     """
-    check(path, source=source, trusted=trusted)
-    weights = {file.name for file in _weights(path, source)}
+    facts = check(path, source=source, trusted=trusted)
+    converts = facts.quantisation is not None and not facts.quantisation.is_kept
+    weights = {file.name for file in facts.weights}
     for file in sorted(path.iterdir()):
         if not file.is_file() or file.name in RECORD_FILES:
             continue
-        if file.suffix != ".safetensors" and _leads_out(file, path):
-            raise ModelError(
-                f"{file} is a link that leads out of the model's directory, to {file.resolve()}, "
-                "and would be copied into the published model. Remove the link, or put a copy in "
-                "its place"
-            )
+        if file.suffix != ".safetensors":
+            _check_link(file, path)
         if file.suffix == ".safetensors":
-            if file.name in weights:
+            if file.name in weights and not converts:
                 _link(file, target / file.name)
         elif file.suffix == ".py":
             if trusted:
                 shutil.copyfile(file, target / file.name)
+        elif converts and file.name in (INDEX_FILE, *SETTINGS_FILES):
+            continue
         elif not file.name.endswith((*_PICKLE_SUFFIXES, ".gguf")):
             shutil.copyfile(file, target / file.name)
+    for file in (path / TEMPLATES_DIR).glob("*"):
+        _check_link(file, path)
     copy_templates(path, target)
+    if facts.quantisation is not None and converts:
+        _dequantise(path, target, facts.quantisation, source)
     if not trusted:
         for name in ("config.json", "tokenizer_config.json"):
             _drop_auto_map(target / name)
+    return facts.quantisation
 
 
-def _leads_out(file: Path, directory: Path) -> bool:
-    """Return whether a file is a link out of a model's directory.
+def _dequantise(path: Path, target: Path, quantisation: Quantisation, source: str) -> None:
+    # Imported here because it needs torch, which takes seconds, and most models need no conversion.
+    from tuneline.fetch.dequantise import write_dequantised
+
+    num_converted = write_dequantised(path, target, quantisation)
+    settings = without_quantization(_json(target / "config.json", source))
+    settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = "bfloat16"
+    (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    logger.info(
+        "converted %d weights of %s from %s to bfloat16", num_converted, source, quantisation.name
+    )
+
+
+def _check_link(file: Path, directory: Path) -> None:
+    """Refuse a file of a model's directory if a link leads out of the directory to it.
 
     The snapshots of the Hub's cache consist of links to the blobs of the same repository.
     """
     in_cache = directory.parent.name == "snapshots"
     root = directory.parent.parent if in_cache else directory
-    return file.is_symlink() and not file.resolve().is_relative_to(root.resolve())
+    if not file.resolve().is_relative_to(root.resolve()):
+        raise ModelError(
+            f"{file} is a link that leads out of the model's directory, to {file.resolve()}, and "
+            "would be copied into the published model. Remove the link, or put a copy in its place"
+        )
 
 
 def check(path: Path, *, source: str, trusted: bool) -> Facts:
@@ -117,24 +155,33 @@ def check(path: Path, *, source: str, trusted: bool) -> Facts:
             "merges.txt): copy the tokenizer files of the original model into the same directory"
         )
     config = _json(path / "config.json", source)
-    quantization = config.get("quantization_config")
-    if quantization:
-        raise ModelError(
-            f"{source} is quantised already ({quantization.get('quant_method', 'unknown')}): name "
-            "the full-precision model instead, which tuneline quantises itself for training"
-        )
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(x, str) for x in architectures):
+        raise ModelError(
+            f"{source}: architectures in config.json is {architectures!r:.100}, but must be a list "
+            'of names, e.g. ["LlamaForCausalLM"]'
+        )
     if not architectures:
         raise ModelError(
             f"{source} names no architecture in config.json: "
             'add e.g. "architectures": ["LlamaForCausalLM"]'
         )
     runs_own_code = _check_own_code(path, config, source=source, trusted=trusted)
+    for name in _READ_LATER:
+        if (path / name).is_file():
+            _json(path / name, source)
+    quantisation = quantisation_of(config, source=source, original=made_from(path))
+    shapes = {name: entry for file in weights for name, entry in read_header(file, source).items()}
+    check_sizes(config, num_tensors=len(shapes), largest=longest_side(shapes), source=source)
+    if quantisation and quantisation.is_kept and any(".experts." in name for name in shapes):
+        # transformers stacks experts when it loads them, and cannot stack packed ones.
+        quantisation = dataclasses.replace(quantisation, is_kept=False)
     return Facts(
         architecture=architectures[0],
-        num_parameters=sum(_count(file, source) for file in weights),
+        num_parameters=count_parameters(shapes),
         weights=weights,
         runs_own_code=runs_own_code,
+        quantisation=quantisation,
     )
 
 
@@ -156,45 +203,12 @@ def explain_missing_weights(source: str, names: list[str]) -> str:
     return f"{source} has no safetensors weights: it is not a model that can be tuned"
 
 
-def licence_of(path: Path) -> str | None:
-    """Return the licence that the model card in `path` states, if there is a card."""
-    card = path / "README.md"
-    if not card.is_file():
-        return None
-    text = card.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---"):
-        return None
-    try:
-        header = load_yaml(text.split("---", 2)[1], where=str(card))
-    except (yaml.YAMLError, DataError) as error:
-        logger.warning("the model card %s has a broken header: %s", card, error)
-        return None
-    if not isinstance(header, dict):
-        return None
-    return licence_in(header)
-
-
-def licence_in(header: dict[str, Any]) -> str | None:
-    """Return `license` from a model card's header, or `license_name` if `license` is "other".
-
-    The Hub allows a list of licences; all of them are returned, joined with "and".
-    """
-    licence = _joined(header.get("license"))
-    return _joined(header.get("license_name")) or licence if licence == "other" else licence
-
-
-def _joined(value: Any) -> str | None:
-    values = value if isinstance(value, list) else [value]
-    names = [str(item).strip() for item in values if isinstance(item, str | int | float)]
-    return " and ".join(filter(None, names)) or None
-
-
 def _weights(path: Path, source: str) -> list[Path]:
     """Return the weight files that transformers loads."""
     if (path / SINGLE_FILE).is_file():
         return [path / SINGLE_FILE]
     if (path / INDEX_FILE).is_file():
-        shards = sorted(set(_json(path / INDEX_FILE, source).get("weight_map", {}).values()))
+        shards = files_in_index(_json(path / INDEX_FILE, source).get("weight_map"), source)
         missing = [name for name in shards if not (path / name).is_file()]
         if missing or not shards:
             raise ModelError(
@@ -209,35 +223,6 @@ def _weights(path: Path, source: str) -> list[Path]:
             "not a complete transformers model"
         )
     raise ModelError(explain_missing_weights(source, names))
-
-
-def _count(file: Path, source: str) -> int:
-    """Return the number of parameters in a safetensors file, computed from the file's header."""
-    with open(file, "rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        size = file.stat().st_size
-        try:
-            fits = 0 < length <= min(size - 8, _MAX_HEADER_BYTES)
-            header = json.loads(stream.read(length)) if fits else None
-        except (ValueError, RecursionError):
-            header = None
-    if not isinstance(header, dict):
-        raise ModelError(f"{source}: {file.name} is not a safetensors file, or it was cut off")
-    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-    end = max((entry["data_offsets"][1] for entry in tensors), default=0)
-    if 8 + length + end > size:
-        raise ModelError(
-            f"{source}: {file.name} was cut off ({size} of {8 + length + end} bytes): "
-            "download it again"
-        )
-    count = 0
-    for entry in tensors:
-        elements = 1
-        for dimension in entry["shape"]:
-            elements *= dimension
-        count += elements
-    return count
 
 
 def _check_own_code(path: Path, config: dict[str, Any], *, source: str, trusted: bool) -> bool:
@@ -275,6 +260,12 @@ def _drop_auto_map(file: Path) -> None:
 
 
 def _json(file: Path, source: str) -> dict[str, Any]:
+    num_bytes = file.stat().st_size
+    if num_bytes > _MAX_JSON_BYTES:
+        raise ModelError(
+            f"{source}: {file.name} has {num_bytes:,} bytes, but at most {_MAX_JSON_BYTES:,} are "
+            "read: no model has such a file"
+        )
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ from typing import Any
 from tuneline.errors import ModelError
 from tuneline.fetch.gguf_header import check_header
 from tuneline.fetch.gguf_rope import read_scaling
+from tuneline.models.whole import check_report
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +35,18 @@ def convert(path: Path, target: Path) -> str | None:
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    auto: Any = AutoModelForCausalLM  # Its annotation leaves out `output_loading_info`.
     try:
         reader = GGUFReader(path)
         fields = reader.fields
         pre_tokenizer = fields.get("tokenizer.ggml.pre")
         licence = fields.get("general.license")
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = auto.from_pretrained(
             path.parent,
             gguf_file=path.name,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_report` refuses them by name.
             # Without this, weights stay in GGUF's quantised blocks, which safetensors cannot store.
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
@@ -52,6 +56,7 @@ def convert(path: Path, target: Path) -> str | None:
             f"{path} cannot be read as a causal language model ({' '.join(str(error).split())}): "
             "name the safetensors model that it was made from instead"
         ) from error
+    check_report(report, str(path))
     config = model.config.get_text_config()
     scaling = read_scaling(reader, path, config)
     if scaling:

@@ -13,7 +13,8 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub import errors as hub_errors
 
 from tuneline.errors import CredentialsError, HubError, ModelError
-from tuneline.fetch.directory import explain_missing_weights, licence_in, licence_of
+from tuneline.fetch.directory import explain_missing_weights
+from tuneline.fetch.model_card import licence_in, licence_of
 from tuneline.runtime.retries import retrying
 
 logger = logging.getLogger(__name__)

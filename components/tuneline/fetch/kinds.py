@@ -9,6 +9,8 @@ from typing import Literal
 from tuneline.errors import ModelError
 from tuneline.fetch import builtin, directory, gguf, hub
 from tuneline.fetch.config import FetchConfig
+from tuneline.fetch.model_card import licence_of
+from tuneline.fetch.quantised import Quantisation
 from tuneline.runtime.source_names import (
     builtin_name,
     claim_problem,
@@ -29,6 +31,8 @@ class Provenance:
     licence: str | None
     revision: str | None = None
     """Commit on the Hub; None if the model is not from the Hub."""
+    quantisation: Quantisation | None = None
+    """How the source's weights are quantised; None: they are not."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,9 @@ def _take_builtin(source: str, target: Path, config: FetchConfig) -> Provenance:
 
 def _take_directory(source: str, target: Path, config: FetchConfig) -> Provenance:
     path = _path(source)
-    directory.take(path, target, source=source, trusted=config.trust_remote_code is not None)
-    return Provenance(directory.licence_of(path))
+    trusted = config.trust_remote_code is not None
+    quantisation = directory.take(path, target, source=source, trusted=trusted)
+    return Provenance(licence_of(path), quantisation=quantisation)
 
 
 def _take_gguf(source: str, target: Path, config: FetchConfig) -> Provenance:
@@ -96,8 +101,8 @@ def _take_gguf(source: str, target: Path, config: FetchConfig) -> Provenance:
 def _take_from_hub(source: str, target: Path, config: FetchConfig) -> Provenance:
     trusted = config.trust_remote_code is not None
     snapshot = hub.download(source, revision=config.revision, with_code=trusted)
-    directory.take(snapshot.path, target, source=source, trusted=trusted)
-    return Provenance(snapshot.licence, snapshot.commit)
+    quantisation = directory.take(snapshot.path, target, source=source, trusted=trusted)
+    return Provenance(snapshot.licence, snapshot.commit, quantisation)
 
 
 def _builtin_name(source: str, config: FetchConfig) -> str:

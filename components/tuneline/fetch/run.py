@@ -8,6 +8,7 @@ from tuneline.errors import ModelError
 from tuneline.fetch import directory
 from tuneline.fetch.config import FetchConfig
 from tuneline.fetch.kinds import KINDS, kind_of
+from tuneline.fetch.trial import try_tokenizer
 from tuneline.models.linear_layers import check_layers
 from tuneline.models.tokenizer_files import append_no_token
 from tuneline.models.whole import check_names
@@ -44,6 +45,7 @@ def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin
     with new_directory(base_model_dir) as target:
         provenance = kind.take(source, target, config)
         facts = directory.check(target, source=source, trusted=trusted)
+        try_tokenizer(target, called=source)
         if append_no_token(target):
             logger.warning(
                 "the tokenizer of %s appends an end-of-text token to each text, prompts included; "
@@ -56,6 +58,7 @@ def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin
         for path in facts.weights:
             if not path.stat().st_mode & 0o044:
                 path.chmod(0o644)  # safetensors creates files with mode 0600: other pods can't read
+        quantisation = provenance.quantisation
         origin = ModelOrigin(
             source=source,
             revision=provenance.revision,
@@ -65,14 +68,17 @@ def run(config: FetchConfig, *, source: str, base_model_dir: str) -> ModelOrigin
             num_bytes=sum(path.stat().st_size for path in facts.weights),
             sha256=sha256_of(facts.weights),
             runs_own_code=facts.runs_own_code,
+            quantization=quantisation.name if quantisation else None,
+            dequantized=quantisation is not None and not quantisation.is_kept,
             seconds=round(time.monotonic() - started, 3),
         )
         origin.write(target, config)
     logger.info(
-        "fetched %s: %s, %.1f M parameters, licence %s, %.1f s",
+        "fetched %s: %s, %.1f M parameters%s, licence %s, %.1f s",
         source,
         origin.architecture,
         origin.num_parameters / 1e6,
+        f", {origin.stored_as}" if origin.stored_as else "",
         provenance.licence or "unknown",
         origin.seconds,
     )

@@ -6,14 +6,15 @@ layer. The weights themselves are known exactly.
 Legend: O outputs and I inputs of a linear layer, R rows of a block, r the adapter's rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from tuneline.errors import ProofError
-from tuneline.merge.adapter import Adapter
-from tuneline.merge.checkpoint import Checkpoint
+from tuneline.merge.adapter import Update
+from tuneline.merge.pieces import Piece
+from tuneline.models.checkpoint import Checkpoint
 
 BLOCK_WEIGHTS = 1 << 21
 """Number of weights to compare at a time; 16 MB in float64."""
@@ -23,45 +24,42 @@ _SLACK = 2.0**-20
 computed in float32, and terms may cancel."""
 
 
-def check_tensors(
-    directory: Path,
-    expected: Callable[[str], torch.Tensor],
-    adapted: dict[str, str],
-    adapter: Adapter,
-) -> int:
+def check_tensors(directory: Path, pieces: Callable[[str], Iterable[Piece]]) -> int:
     """Check every tensor of a merged model; return their number.
 
     Args:
         directory: directory of the merged model.
-        expected: returns the base model's weight by its name in the files, before the adapter is
-            added and before rounding.
-        adapted: module by the name of its weight in the files, for each low-rank update.
-        adapter: the adapter.
+        pieces: returns the pieces of a tensor by its name in the files, before rounding.
 
     Raises:
         ProofError: a tensor is not finite, or differs by more than one unit in the last place.
     """
     merged = Checkpoint(directory)
-    for name in merged.specs:
-        ours, base = merged.read(name), expected(name)
-        if not ours.is_floating_point():
-            if not torch.equal(ours, base):
-                raise ProofError(_differs(name, "it is not the base model's"))
-            continue
-        if ours.shape != base.shape:
-            raise ProofError(_differs(name, f"shape {tuple(ours.shape)} for {tuple(base.shape)}"))
-        factors = adapter.factors(adapted[name]) if name in adapted else None
-        _check(name, ours, base, factors)
+    for name, spec in merged.specs.items():
+        num_checked = 0
+        for piece in pieces(name):
+            base, num_experts = piece.base, 1
+            if base.dim() == len(spec.shape) - 1:
+                # One expert of a stack.
+                ours, num_experts = merged.read_slice(name, num_checked), spec.shape[0]
+            else:
+                ours = merged.read(name)
+            if ours.shape != base.shape:
+                problem = f"shape {tuple(ours.shape)} for {tuple(base.shape)}"
+                raise ProofError(_differs(name, problem))
+            _check(name, ours, base, piece.update)
+            num_checked += 1
+        if num_checked != num_experts:
+            raise ProofError(_differs(name, f"{num_checked} of {num_experts} experts"))
     return len(merged.specs)
 
 
-def _check(
-    name: str,
-    ours: torch.Tensor,
-    base: torch.Tensor,
-    factors: tuple[torch.Tensor, torch.Tensor, float] | None,
-) -> None:
-    """Check one tensor in blocks of rows."""
+def _check(name: str, ours: torch.Tensor, base: torch.Tensor, update: Update | None) -> None:
+    """Check one tensor, or one expert's, in blocks of rows."""
+    if not ours.is_floating_point():
+        if not torch.equal(ours, base):
+            raise ProofError(_differs(name, "it is not the base model's"))
+        return
     if not ours.numel():
         return
     ours, base = (tensor.reshape(len(tensor) if tensor.dim() else 1, -1) for tensor in (ours, base))
@@ -71,9 +69,9 @@ def _check(
         ours_RI = ours[start : start + num_rows].double()
         expected_RI = base[start : start + num_rows].double()
         largest = expected_RI.abs().amax()
-        if factors is not None:
-            a_rI, b_Or, scale = factors
-            update_RI = scale * (b_Or[start : start + num_rows].double() @ a_rI.double())
+        if update is not None:
+            b_Rr = update.b_Or[start : start + num_rows]
+            update_RI = update.scale * (b_Rr.double() @ update.a_rI.double())
             largest = torch.maximum(largest, update_RI.abs().amax())
             expected_RI += update_RI
         difference = (ours_RI - expected_RI).abs()

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
 from tuneline.errors import ModelError, ProofError
 from tuneline.merge.adapter import WEIGHTS_FILE
 from tuneline.merge.config import MergeConfig
+from tuneline.models.experts.adapter import adapt_experts_in_nf4
 from tuneline.models.heldout_rows import Row
 from tuneline.models.nf4 import load_base
 
@@ -107,7 +108,10 @@ def ask_trained(
         device: "cpu" or "cuda".
     """
     base = load_base(base_model_dir, dtype=dtype, device=device, quantized=quantized)
-    model = PeftModel.from_pretrained(base, str(adapter_dir))
+    config = PeftConfig.from_pretrained(str(adapter_dir))
+    if quantized:
+        adapt_experts_in_nf4(config, base)
+    model = PeftModel.from_pretrained(base, str(adapter_dir), config=config)
     _check_adapter_is_whole(model, adapter_dir)
     answers = ask(model, rows, sink, num_greedy_tokens=num_greedy_tokens)
     del model, base

@@ -18,9 +18,8 @@ from tuneline.errors import ModelError, RecipeError
 from tuneline.merge import proof
 from tuneline.merge.adapter import Adapter
 from tuneline.merge.config import MergeConfig
-from tuneline.merge.generation import set_sampling, stop_at_end_of_turn
+from tuneline.merge.pieces import Base, Pieces
 from tuneline.merge.weights import (
-    Base,
     check_adapter,
     check_tokenizer,
     copy_companions,
@@ -28,6 +27,8 @@ from tuneline.merge.weights import (
     write_config,
 )
 from tuneline.models.heldout_rows import read_rows
+from tuneline.models.sampling import set_sampling, stop_at_end_of_turn
+from tuneline.models.stored_quantisation import stored_type
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def run(
             f"but {base_dir} ({origin.source}) has {origin.sha256[:12]}: use the base model that "
             "it was trained on"
         )
-    bases = _bases(config, training)
+    bases = _bases(config, training, is_stored_in_4bit=stored_type(base_dir) is not None)
     origin.check_files(base_dir)
     training.check_files(adapter_dir)
     with new_directory(merged_dir) as directory:
@@ -101,7 +102,7 @@ def run(
                 base_model_dir=base_dir,
                 adapter_dir=adapter_dir,
                 dtype=dtype,
-                quantized=training.base_quantization == "nf4" and name == "dequantized",
+                quantized=training.base_quantization != "none" and name == "dequantized",
                 device=device,
             )
             losses[name] = answers.loss
@@ -110,14 +111,10 @@ def run(
         assert trained is not None
         _log_choice(config, training, base, losses)
         num_shards = merge_weights(
-            base=base,
+            Pieces(base_dir, adapter, training, base=base, device=device),
             dtype=getattr(torch, config.dtype),
             max_shard_bytes=config.max_shard_bytes,
-            base_model_dir=base_dir,
-            adapter=adapter,
-            training=training,
             directory=directory,
-            device=device,
         )
         num_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         logger.info(
@@ -162,13 +159,23 @@ def run(
     return record
 
 
-def _bases(config: MergeConfig, training: TrainingSummary) -> list[Base]:
+def _bases(
+    config: MergeConfig, training: TrainingSummary, *, is_stored_in_4bit: bool
+) -> list[Base]:
     """Return the bases to merge into and measure, the preferred one first.
 
     Raises:
         RecipeError: the adapter must be added to the dequantised weights, but the config asks for
             the original ones.
     """
+    if is_stored_in_4bit:
+        if config.base == "original":
+            raise RecipeError(
+                "merge.base is original, but the base model's files hold its weights in 4 bits "
+                "alone: set merge.base to dequantized, or take as base_model the model in 16 bits "
+                "that it was made from"
+            )
+        return ["dequantized"]
     if _is_loftq(training):
         if config.base == "original":
             raise RecipeError(
@@ -179,7 +186,7 @@ def _bases(config: MergeConfig, training: TrainingSummary) -> list[Base]:
         return ["dequantized"]
     if config.base != "auto":
         return [config.base]
-    if training.base_quantization != "nf4":
+    if training.base_quantization == "none":
         return ["original"]
     return ["dequantized", "original"]
 
@@ -198,9 +205,11 @@ def _log_choice(
         logger.info("merge.base auto: %s is taken; held-out loss: %s", base, measured)
     elif config.base == "auto" and _is_loftq(training):
         logger.info("merge.base auto: a LoftQ adapter belongs on the dequantized weights alone")
+    elif config.base == "auto" and base == "dequantized":
+        logger.info("merge.base auto: the base model's files hold its weights in 4 bits alone")
     elif config.base == "auto":
         logger.info("merge.base auto: training saw the original weights, so there is no other base")
-    elif base == "original" and training.base_quantization == "nf4":
+    elif base == "original" and training.base_quantization != "none":
         logger.warning(
             "merge.base is original, but the adapter was trained on the NF4 weights, so the merged "
             "model is not the one whose evaluation loss training reported (auto measures both)"

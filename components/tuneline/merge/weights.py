@@ -1,26 +1,26 @@
-"""Merge weights: W' + s B A, where W' is the base model's weight as training saw it."""
+"""Write the merged weights, and the files that belong to them."""
 
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tuneline.artifacts import RECORD_FILES, TrainingSummary
+from tuneline.artifacts import RECORD_FILES
 from tuneline.errors import ModelError, ProofError
 from tuneline.merge.adapter import Adapter
-from tuneline.merge.checkpoint import Checkpoint, Spec, write_sharded
 from tuneline.merge.exact import check_tensors
+from tuneline.merge.pieces import Names, Pieces
 from tuneline.models import rope, tokenizer_files
-from tuneline.models.nf4 import empty_model, file_names, quantized_modules, round_trip
+from tuneline.models.checkpoint import Checkpoint, Spec
+from tuneline.models.sharded_files import write_sharded
+from tuneline.models.stored_quantisation import without_quantization
 
 logger = logging.getLogger(__name__)
-
-Base = Literal["dequantized", "original"]
-"""Weights that an adapter is added to, as in `MergeConfig.base`."""
 
 
 def check_adapter(adapter: Adapter, base_model_dir: Path) -> None:
@@ -30,23 +30,12 @@ def check_adapter(adapter: Adapter, base_model_dir: Path) -> None:
         ModelError: an adapter weight has no counterpart, or its counterpart is tied to another
             weight.
     """
-    checkpoint, model = Checkpoint(base_model_dir), empty_model(base_model_dir)
-    stored = _StoredNames(checkpoint, model)
-    needed = {f"{name}.weight" for name in adapter.modules} | set(adapter.replaced)
-    _check_names(checkpoint, {stored[name] for name in needed}, base_model_dir)
-    _check_tied(adapter, model)
+    names = Names(Checkpoint(base_model_dir), adapter, base_model_dir)
+    _check_tied(adapter, names.model)
 
 
 def merge_weights(
-    *,
-    base: Base,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-    base_model_dir: Path,
-    adapter: Adapter,
-    training: TrainingSummary,
-    directory: Path,
-    device: str,
+    pieces: Pieces, *, dtype: torch.dtype, max_shard_bytes: int, directory: Path
 ) -> int:
     """Write the merged weights into `directory`, check each of them; return the number of files.
 
@@ -54,65 +43,45 @@ def merge_weights(
     every weight is compared with a second sum, which `exact` computes in fp64.
 
     Args:
-        base: weights that the adapter is added to.
+        pieces: the merged weights.
         dtype: dtype of the merged weights.
         max_shard_bytes: largest size of a weight file.
-        base_model_dir: directory of the base model.
-        adapter: the adapter.
-        training: record of the training run, which says how the base model was loaded.
         directory: directory to write the files to.
-        device: device for the NF4 round trip, "cpu" or "cuda".
 
     Raises:
-        ModelError: a weight that training quantised is not in the base model's files under the
-            expected name.
         ProofError: a written tensor is not what it has to be.
     """
-    checkpoint, model = Checkpoint(base_model_dir), empty_model(base_model_dir)
-    trained_dtype = getattr(torch, training.compute_dtype)
-    stored = _StoredNames(checkpoint, model)
-    in_4bit = set()
-    if training.base_quantization == "nf4" and base == "dequantized":
-        in_4bit = {stored[f"{name}.weight"] for name in quantized_modules(model)}
-    adapted = {stored[f"{name}.weight"]: name for name in adapter.modules}
-    replaced = {stored[name]: weight for name, weight in adapter.replaced.items()}
-    _check_names(checkpoint, in_4bit, base_model_dir)
 
-    def read(name: str) -> torch.Tensor:
-        """Return a weight as training saw it, or as training replaced it."""
-        weight = replaced.get(name)
-        if weight is None:
-            weight = checkpoint.read(name)
-        if name in in_4bit:
-            weight = round_trip(weight, dtype=trained_dtype, device=device)
-        return weight
+    def make(name: str) -> Iterator[torch.Tensor]:
+        for piece in pieces(name):
+            weight = piece.merged()
+            yield weight.to(dtype) if weight.is_floating_point() else weight
 
-    def make(name: str) -> torch.Tensor:
-        weight = read(name)
-        if not weight.is_floating_point():
-            return weight
-        if name in adapted:
-            weight = adapter.add_to(weight, adapted[name])
-        return weight.to(dtype)
-
+    checkpoint, names = pieces.checkpoint, pieces.names
     specs = {
         name: Spec(dtype, spec.shape) if spec.dtype.is_floating_point else spec
         for name, spec in checkpoint.specs.items()
     }
     logger.info(
-        "merging %d of %d tensors, %d of them from NF4", len(adapted), len(specs), len(in_4bit)
+        "adding to %d linear layers and %d stacks of experts, of %d tensors; %d are from 4 bits%s",
+        len(names.linears),
+        len(names.updated_stacks),
+        len(specs),
+        len(pieces.in_4bit | checkpoint.packed),
+        ", as the base model's files hold them" if checkpoint.packed else "",
     )
     num_shards = write_sharded(directory, specs, make, max_shard_bytes=max_shard_bytes)
-    if check_tensors(directory, read, adapted, adapter) != len(specs):
+    if check_tensors(directory, pieces) != len(specs):
         raise ProofError(f"{directory} lacks tensors of the base model: run merge again")
     return num_shards
 
 
 def write_config(*, base_model_dir: Path, dtype: str, directory: Path) -> None:
-    """Write the base model's config.json with the merged model's dtype."""
+    """Write the base model's config.json with the merged model's dtype, and nothing quantised."""
     settings = json.loads((base_model_dir / "config.json").read_text(encoding="utf-8"))
     # transformers 4 knows only `torch_dtype`, so a config.json that has this key keeps it.
     settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = dtype
+    settings = without_quantization(settings)
     settings = rope.with_old_names(settings)
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -170,29 +139,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, adapter
         )
     if beyond:
         logger.warning("the model has no embedding for the tokens %s: do not use them", beyond)
-
-
-class _StoredNames:
-    """Maps the names that the model gives its weights to the names in the checkpoint's files."""
-
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-        self._stored = checkpoint.specs
-        self._renamed = file_names(model)
-
-    def __getitem__(self, name: str) -> str:
-        renamed = self._renamed.get(name, name)
-        # A checkpoint may already contain the weights under the model's own names.
-        return renamed if renamed in self._stored else name
-
-
-def _check_names(base: Checkpoint, needed: set[str], base_model_dir: Path) -> None:
-    missing = sorted(needed - set(base.specs))
-    if missing:
-        raise ModelError(
-            f"{base_model_dir} has no tensor {missing[0]} ({len(missing)} tensors are missing): "
-            "the adapter belongs to another model, or this architecture's files name or fuse "
-            "weights differently from the model, which is not supported"
-        )
 
 
 def _check_tied(adapter: Adapter, model: Any) -> None:

@@ -1,8 +1,11 @@
-"""Write an adapter's configuration so that older versions of peft read it."""
+"""Write an adapter's configuration so that older versions of peft read it; check its tensors."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from tuneline.errors import ModelError
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -36,3 +39,25 @@ def make_portable(directory: Path, defaults: dict[str, Any]) -> None:
         if name in _KEYS_OF_PEFT_0_13 or (value != defaults.get(name) and name != "peft_version")
     }
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_tensors(stored: Iterable[str], own: Iterable[str], *, called: str) -> None:
+    """Check that an adapter that is loaded has the tensors of the model's adapter.
+
+    peft ignores a tensor that the model has no place for, and keeps the value of one that is not
+    loaded.
+
+    Args:
+        stored: names of the tensors to load.
+        own: names of the tensors of the model's adapter.
+        called: name of the adapter in messages.
+
+    Raises:
+        ModelError: a tensor is only in one of the two.
+    """
+    odd = sorted(set(stored) ^ set(own))
+    if odd:
+        raise ModelError(
+            f"{called} has other tensors than the model's adapter ({len(odd)} are only in one of "
+            f"the two, first {odd[0]}): it was trained with other settings; train again"
+        )

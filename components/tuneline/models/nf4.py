@@ -9,9 +9,11 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tuneline.errors import ModelError
+from tuneline.models.nf4_layout import BLOCKSIZE
+from tuneline.models.stored_quantisation import quantization_in, stored_type
 from tuneline.models.whole import load_whole
 
 if TYPE_CHECKING:
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-BLOCKSIZE = 64
-"""Number of consecutive weights that share a quantisation scale."""
 
 
 def keep_plain_layout_on_cpu() -> None:
@@ -42,7 +41,7 @@ def quantization_config(compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
 
     Double quantisation means that the scales of the blocks are quantised too, to 8 bits.
     """
-    from tuneline.models.experts_loading import ExpertsConfig
+    from tuneline.models.experts.loading import ExpertsConfig
 
     config_class: Any = ExpertsConfig
     config: BitsAndBytesConfig = config_class(
@@ -67,26 +66,53 @@ def load_base(
         base_model_dir: directory with safetensors and config.json.
         dtype: type to compute in, and type of all weights that are not quantised.
         device: "cpu", "cuda" or "cuda:N".
-        quantized: whether to quantise the linear layers and the stacks of experts to NF4.
+        quantized: whether to quantise the linear layers and the stacks of experts to NF4. Weights
+            that the files hold in 4 bits stay as they are.
 
     Raises:
-        ModelError: transformers cannot load the model, or not all of its weights.
+        ModelError: transformers cannot load the model, or not all of its weights; or the files hold
+            4-bit weights, but `quantized` is false.
     """
     keep_plain_layout_on_cpu()
+    stored = stored_type(base_model_dir)
+    if stored and not quantized:
+        raise ModelError(
+            f"the weights of {base_model_dir} are stored in 4 bits ({stored}), but unquantised "
+            "ones are asked for: set train.load_in_4bit to true, or take the model in 16 bits that "
+            "it was made from as base_model"
+        )
+    # Given as None, it would make transformers forget how the files are quantised.
+    quantization: dict[str, Any] = {}
+    if quantized and not stored:
+        quantization = {"quantization_config": quantization_config(dtype)}
     try:
         with _no_progress_bar():
             model: PreTrainedModel = load_whole(
                 base_model_dir,
                 dtype=dtype,
                 device_map={"": device},
-                quantization_config=quantization_config(dtype) if quantized else None,
+                **quantization,
             )
             return model
+    except ModelError:
+        raise  # the message is complete
     except (ValueError, OSError) as error:
         raise ModelError(
             f"transformers cannot load {base_model_dir} ({error}): run the step that made it "
             "again, or use another base model"
         ) from error
+
+
+def quantization_type(
+    base_model_dir: str | Path, load_in_4bit: bool
+) -> Literal["nf4", "fp4", "none"]:
+    """Return the number format of a base model's weights after `load_base`, for records.
+
+    Args:
+        base_model_dir: directory of the base model.
+        load_in_4bit: whether it is loaded with `quantized`.
+    """
+    return stored_type(base_model_dir) or ("nf4" if load_in_4bit else "none")
 
 
 def empty_model(base_model_dir: str | Path) -> "PreTrainedModel":
@@ -126,9 +152,12 @@ def quantized_modules(model: "PreTrainedModel") -> set[str]:
     import torch
     from bitsandbytes.nn.modules import Linear4bit
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.quantizers.auto import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
     config = quantization_config(torch.float32)
+    stored = quantization_in(model.config.to_dict())
+    if stored is not None:
+        config = AutoQuantizationConfig.from_dict(stored)
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     skipped = quantizer.get_modules_to_not_convert(
         model, config.llm_int8_skip_modules, model._keep_in_fp32_modules

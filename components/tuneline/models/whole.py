@@ -10,6 +10,7 @@ from typing import Any
 
 from tuneline.errors import ModelError
 from tuneline.models.extra_layers import check_experts, without_mtp_layers
+from tuneline.models.stored_quantisation import stored_type, use_dtype
 
 _NUM_NAMED = 3
 """Number of tensors that an error message names."""
@@ -31,6 +32,7 @@ def load_whole(model_dir: str | Path, *, called: str | None = None, **arguments:
         ValueError: transformers cannot load the model.
     """
     # Imported here because fetch and the memory estimate import this package without torch.
+    import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     # Any: transformers does not annotate these.
@@ -49,6 +51,9 @@ def load_whole(model_dir: str | Path, *, called: str | None = None, **arguments:
         set(report["unexpected_keys"]), model.config, called=called
     )
     check_report(report, called)
+    dtype = arguments.get("dtype")
+    if isinstance(dtype, torch.dtype) and stored_type(model_dir) is not None:
+        use_dtype(model, dtype)
     # All steps generate greedily. A base model's penalties would make that something else.
     given = model.generation_config
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -90,14 +95,46 @@ def check_names(model_dir: str | Path, *, called: str) -> None:
     """
     check_experts(Path(model_dir), called=called)
     try:
-        load_whole(model_dir, called=called, device_map="meta")
+        if stored_type(model_dir) is None:
+            load_whole(model_dir, called=called, device_map="meta")
+        else:
+            _check_4bit_names(model_dir, called)
     except ModelError:
-        raise
-    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise  # the message is complete
+    except Exception as error:
+        # A config.json of others can hold any value, and its classes check few of them.
         raise ModelError(
             f"transformers does not support the model {called} "
             f"({' '.join(str(error).split())[:200]}): use another base model"
         ) from error
+
+
+def _check_4bit_names(model_dir: str | Path, called: str) -> None:
+    """Check the names and the true shapes of 4-bit weights, which transformers can only unpack."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tuneline.models.checkpoint import Checkpoint
+
+    config = AutoConfig.from_pretrained(str(model_dir))
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model_class: Any = type(auto.from_config(config))
+    _, report = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict={
+            name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            for name, spec in Checkpoint(model_dir).specs.items()
+        },
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        device_map="meta",
+    )
+    check_report(report, called)
 
 
 def _some(names: Collection[str]) -> str:

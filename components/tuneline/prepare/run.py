@@ -23,6 +23,7 @@ from tuneline.artifacts import (
     read_jsonl,
     write_jsonl,
 )
+from tuneline.html.written import write_page
 from tuneline.models.tokenizer_files import read_chat_template
 from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.cut import measure, write
@@ -234,10 +235,12 @@ def _read_heldout(spool: Spool, indices: Sequence[int]) -> tuple[list[dict[str, 
 
 
 def _write_page(target: Path, tokenizer: Any, manifest: DatasetManifest, path: Path) -> None:
-    samples = list(islice(parquet.read(target / TRAIN_FILE, method=manifest.method), _NUM_SAMPLES))
-    rejected = read_jsonl(target / REJECTED_FILE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(manifest, tokenizer, samples, rejected), encoding="utf-8")
+    def draw() -> str:
+        rows = parquet.read(target / TRAIN_FILE, method=manifest.method)
+        samples = list(islice(rows, _NUM_SAMPLES))
+        return render(manifest, tokenizer, samples, read_jsonl(target / REJECTED_FILE))
+
+    write_page(path, draw, title="Dataset")
 
 
 def _log(manifest: DatasetManifest, config: PrepareConfig) -> None:

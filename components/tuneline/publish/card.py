@@ -123,7 +123,8 @@ def _made_from(sources: Sources) -> str:
     names = ", ".join(code(without_paths(redacted(name))) for name in _data_names(data))
     lines = [
         f"- base model: {code(without_paths(redacted(origin.source)))}{revision}, "
-        f"{origin.num_parameters:,} parameters, licence "
+        f"{origin.num_parameters:,} parameters, "
+        f"{f'weights in {origin.stored_as}, ' if origin.stored_as else ''}licence "
         f"{escape_markdown(origin.licence or 'not stated')}, SHA-256 of the weights "
         f"`{origin.sha256[:16]}`",
         f"- dataset: {names}, {data.num_train_rows:,} "

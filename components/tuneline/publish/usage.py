@@ -21,7 +21,17 @@ def _adapter(sources: Sources, repo: Repository) -> str:
         base = "path/to/the/base/model"  # readers cannot use a path on this machine
     classes = ["AutoModelForCausalLM", "AutoTokenizer"]
     settings = quantized = ""
-    if sources.training.base_quantization == "nf4":
+    if origin.dequantized:
+        settings = (
+            f"# Before training, the base model's weights ({origin.quantization}) were converted.\n"
+            "# The adapter answers differently on the stored ones: prefer the merged model.\n"
+        )
+    elif sources.training.experts_quantized:
+        settings = (
+            "# The adapter was trained on experts in NF4, which transformers alone does not load.\n"
+            "# It answers differently on those in 16 bits: prefer the merged model.\n"
+        )
+    elif sources.training.base_quantization == "nf4" and origin.quantization is None:
         classes.append("BitsAndBytesConfig")
         settings = (
             "# The adapter was trained on NF4 base weights and answers differently on others.\n"
@@ -31,7 +41,7 @@ def _adapter(sources: Sources, repo: Repository) -> str:
             ")\n"
         )
         quantized = ", quantization_config=nf4"
-    torch = "import torch\n" if settings else ""
+    torch = "import torch\n" if quantized else ""
     return (
         f"Adapter, with transformers and peft (`{repo.name}`):\n\n"
         f"```python\n{torch}from peft import PeftModel\n"

@@ -1,12 +1,34 @@
 # mypy: allow-untyped-decorators
 """The KFP components of the step: one conversion to GGUF, then one task per format.
 
-If an importance matrix is used, it is measured once between them.
+Before training, a task checks that these can succeed. If an importance matrix is used, it is
+measured once between conversion and formats.
 """
 
 from kfp import dsl
 
 from tuneline import images
+
+
+@dsl.component(base_image=images.GGUF, install_kfp_package=False)
+def check_exports(
+    config: str, base_model: dsl.Input[dsl.Model], dataset: dsl.Input[dsl.Dataset]
+) -> None:
+    """Fail before training if an export of the recipe cannot be made of the base model.
+
+    Args:
+        config: The `quantize` section of the recipe as JSON.
+        base_model: The base model.
+        dataset: The prepared dataset, with its chat template and held-out prompts.
+    """
+    from tuneline.quantize import QuantizeConfig
+    from tuneline.quantize.early import check_exports as check
+    from tuneline.runtime.step import step
+
+    with step("check-exports"):
+        check(
+            QuantizeConfig.parse(config), base_model_dir=base_model.path, dataset_dir=dataset.path
+        )
 
 
 @dsl.component(base_image=images.GGUF, install_kfp_package=False)

@@ -28,9 +28,9 @@ class QuantizeConfig(StrictModel):
     """GGUF files to make, for llama.cpp and Ollama. An empty list makes none."""
     gptq: tuple[GptqFormat, ...] = ("gptq-4bit",)
     """GPTQ checkpoints to make, for transformers and vLLM. An empty list makes none."""
-    group_size: int = Field(default=128, ge=16)
-    """GPTQ: number of weights per scale. If a layer's width is not a multiple of it, the next
-    smaller size that divides every layer is used."""
+    group_size: int = 128
+    """GPTQ: number of weights per scale: 16, 32, 64, 128, 256, 512 or 1024. If a layer's width is
+    not a multiple of it, the next smaller size that divides every layer is used."""
     desc_act: bool = False
     """GPTQ: quantise columns in order of decreasing activation, which is a little more accurate
     and slower to run."""
@@ -64,6 +64,14 @@ class QuantizeConfig(StrictModel):
                 f"{', '.join(repeated)} is named more than once: name each format once"
             )
         return names
+
+    @field_validator("group_size")
+    @classmethod
+    def _check_group_size(cls, size: int) -> int:
+        if size not in formats.GROUP_SIZES:
+            sizes = ", ".join(str(size) for size in sorted(formats.GROUP_SIZES))
+            raise ValueError(f"GPTQ has no kernel for groups of {size}: choose one of {sizes}")
+        return size
 
     @model_validator(mode="after")
     def _check_importance(self) -> Self:

@@ -373,6 +373,7 @@ def provenance(line: Line) -> str:
     left = [
         ("Architecture of the base model", origin.architecture),
         ("Revision of the base model", origin.revision or "none: a local source"),
+        ("Weights of the base model", origin.stored_as or "not quantised"),
         ("Base model fetched", origin.created_at),
     ]
     versions = [f"{name} {adapter.environment.get(name, '-')}" for name in TRAINED_WITH]

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 
+from tuneline.runtime.printable import printable
 from tuneline.runtime.secrets import find_secrets
 
 _SECRET_NAME = re.compile(
@@ -32,19 +33,20 @@ secrets, which those of `tuneline lint` must not."""
 
 
 class RedactingFilter(logging.Filter):
-    """Removes secrets from the messages of a log handler."""
+    """Removes secrets and harmful characters from the messages of a log handler."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Replace the message if it holds a secret; every record passes."""
+        """Replace the message if it holds one; every record passes."""
         message = record.getMessage()
-        clean = redacted(message)
+        # A line feed in a name must not begin a line that looks like a message of its own.
+        clean = printable(redacted(message)).replace("\n", "\n    ")
         if clean != message:
             record.msg, record.args = clean, ()
         return True
 
 
 def redact_logs() -> None:
-    """Remove secrets from all messages of the log handlers of this process."""
+    """Remove secrets and harmful characters from what the log handlers of this process write."""
     for handler in logging.getLogger().handlers:
         if not any(isinstance(each, RedactingFilter) for each in handler.filters):
             handler.addFilter(RedactingFilter())

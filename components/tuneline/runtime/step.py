@@ -33,6 +33,7 @@ from tuneline.errors import StorageError, TunelineError
 from tuneline.runtime.causes import explain
 from tuneline.runtime.events import StepRun
 from tuneline.runtime.parameter_text import encode_text
+from tuneline.runtime.printable import printable
 from tuneline.runtime.redaction import redact_logs, redacted
 from tuneline.runtime.termination import STARTED, Ending, leave, leave_finished
 from tuneline.strict_model import StrictModel
@@ -68,7 +69,7 @@ def step(name: str) -> Iterator[None]:
         )
         if not isinstance(error, TunelineError):
             raise
-        text = redacted(f"{name}: {type(error).__name__}: {error}")
+        text = printable(redacted(f"{name}: {type(error).__name__}: {error}"))
         print(text, file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
     leave_finished(name)
@@ -80,6 +81,8 @@ def emit(name: str, event: str, **values: Any) -> None:
     path = os.environ.get(EVENTS_VARIABLE)
     if not path:
         return
+    # What reads the events shows their texts on a terminal.
+    values = {key: printable(v) if isinstance(v, str) else v for key, v in values.items()}
     line = json.dumps({"step": name, "event": event, "time": time.time(), **values})
     # Each event is a single write of a short line, so that lines of several processes do not mix.
     with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as events:

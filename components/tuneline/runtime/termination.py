@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tuneline.pods import POD_NAME_VARIABLE
+from tuneline.runtime.printable import printable
 from tuneline.runtime.redaction import redacted
 
 TERMINATION_LOG = "/dev/termination-log"
@@ -78,7 +79,7 @@ def encode(ending: Ending) -> str:
     """Return an ending as JSON of at most `MAX_BYTES` bytes, without secrets."""
     # Cut before, because redacting megabytes would take long; `MAX_BYTES` cuts again.
     values = {
-        key: redacted(value[: 5 * MAX_BYTES]).encode(errors="replace").decode()
+        key: printable(redacted(value[: 5 * MAX_BYTES]))
         for key, value in asdict(ending).items()
         if value
     }

@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 from tuneline.artifacts import PROGRESS_FILE, TrainingSummary
 from tuneline.errors import StoppedError
 from tuneline.models import nf4
+from tuneline.models.experts import quantized_experts
 from tuneline.runtime.stop_request import stop_on_sigterm
 from tuneline.train.build import build_trainer, packs_rows, prepare_model
 from tuneline.train.checkpoints import CheckpointStore
@@ -22,6 +23,7 @@ from tuneline.train.observe.metrics import eval_gap
 from tuneline.train.observe.progress import ProgressCallback
 from tuneline.train.observe.samples import ask_before_and_after, prompts_of, write_samples
 from tuneline.train.observe.telemetry import TelemetryCallback, costs, keep_progress_file
+from tuneline.train.observe.tracker_guard import guard_trackers
 from tuneline.train.ranks import collectives
 from tuneline.train.ranks.process import OutOfMemory
 from tuneline.train.restarts import StepCallback
@@ -138,6 +140,7 @@ def _add_callbacks(
 ) -> ProgressCallback:
     """Add the callbacks in the order that they need; return ProgressCallback, to be closed."""
     trainer.remove_callback(PrinterCallback)
+    guard_trackers(trainer)
     progress = ProgressCallback(trainer.run_state, shows=collectives.is_first())
     trainer.add_callback(progress)
     trainer.add_callback(TelemetryCallback(trainer.run_state, progress_path, setup.device))
@@ -193,8 +196,10 @@ def _summary(
         final_eval_loss=state.best_eval_loss,
         num_trainable_parameters=_num_trainable(trainer),
         num_parameters=inputs.origin.num_parameters,
-        base_quantization="nf4" if config.load_in_4bit else "none",
+        base_quantization=nf4.quantization_type(inputs.base_model_dir, config.load_in_4bit),
         quantized_fraction=nf4.quantized_fraction(trainer.model.get_base_model()),
+        experts_quantized=config.load_in_4bit
+        and bool(quantized_experts(trainer.model.get_base_model())),
         compute_dtype=str(setup.dtype).removeprefix("torch."),
         kernels=kernels,
         device=setup.device,

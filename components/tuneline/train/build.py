@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from tuneline.artifacts import LABEL, DatasetManifest, Method
-from tuneline.models.experts_forward import use_kernels
+from tuneline.models.experts.forward import use_kernels
 from tuneline.train.batch_size import FEW_STEPS, more_steps_advice, num_total_steps
 from tuneline.train.config import TrainConfig
 from tuneline.train.model.adapter import keep_adapter_in_fp32, keep_hidden_states_in

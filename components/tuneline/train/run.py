@@ -20,6 +20,7 @@ from tuneline.artifacts import (
     new_directory,
 )
 from tuneline.errors import ModelError
+from tuneline.html.written import write_page
 from tuneline.models.special_tokens import add_missing_tokens
 from tuneline.models.tokenizer_files import copy_tokenizer, set_chat_template
 from tuneline.train.batch_size import batch_size
@@ -28,6 +29,7 @@ from tuneline.train.config import BATCH_KEYS, UPSTREAM_BATCH_KEYS, TrainConfig
 from tuneline.train.memory.plan import recipe_plan
 from tuneline.train.model.fuse import can_fuse
 from tuneline.train.model.precision import choose_device, choose_dtype
+from tuneline.train.model.stored_base import check_stored_base
 from tuneline.train.model.targets import check_targets
 from tuneline.train.observe.page import render
 from tuneline.train.observe.samples import read_samples
@@ -100,6 +102,7 @@ def run(
             manifest=manifest,
             tokenizer=_load_tokenizer(base_model_dir, dataset_dir),
         )
+        check_stored_base(config, base_model_dir)
         check_targets(config.lora, base_model_dir)
         setup = decide(config, inputs)
         _copy_tokenizer(inputs, directory)
@@ -193,10 +196,11 @@ def _copy_tokenizer(inputs: Inputs, directory: Path) -> None:
 
 
 def _write_page(summary: TrainingSummary, directory: Path, store_dir: Path, path: Path) -> None:
-    lines = (directory / PROGRESS_FILE).read_text(encoding="utf-8").splitlines()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page = render(summary, [json.loads(line) for line in lines], read_samples(store_dir))
-    path.write_text(page, encoding="utf-8")
+    def draw() -> str:
+        lines = (directory / PROGRESS_FILE).read_text(encoding="utf-8").splitlines()
+        return render(summary, [json.loads(line) for line in lines], read_samples(store_dir))
+
+    write_page(path, draw, title="Training")
 
 
 @contextlib.contextmanager

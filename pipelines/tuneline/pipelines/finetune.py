@@ -15,6 +15,9 @@ fingerprints as inputs. A scheduled run of unchanged sources therefore takes eve
 gate from the cache, and a run of changed sources trains again. Without the fingerprint, a changed
 source with an unchanged name would be taken from the cache.
 
+Between prepare and train, a small task checks on the base model that the exports which the recipe
+asks for can be made, because training takes longest.
+
 If the recipe evaluates tasks of lm-eval, a small task collects their questions, and prepare
 searches the training rows for them.
 
@@ -49,6 +52,7 @@ from tuneline.pipelines.plan.component import plan
 from tuneline.prepare.component import look_up_data, prepare, receive_files
 from tuneline.publish.component import publish
 from tuneline.quantize.component import (
+    check_exports,
     convert_gguf,
     measure_importance,
     quantize_gguf,
@@ -160,6 +164,11 @@ def finetune(
                 ).set_display_name("train")
             else:
                 trained = placed(train, config=train_config, base_model=base, dataset=data)
+            if exporters:
+                checked = placed(
+                    check_exports, config=quantize_config, base_model=base, dataset=data
+                )
+                trained.after(checked)
             merged = placed(
                 merge,
                 config=merge_config,

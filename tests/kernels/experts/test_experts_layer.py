@@ -7,7 +7,7 @@ from tiny_families import save_experts
 
 from tuneline.kernels.patching import patch, unpatch
 from tuneline.models import nf4
-from tuneline.models.experts_adapter import adapt_experts_in_nf4
+from tuneline.models.experts.adapter import adapt_experts_in_nf4
 
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 

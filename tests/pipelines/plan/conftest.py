@@ -9,6 +9,12 @@ from plan_cases import ALL_IMAGES, CONTROLLER, NODE
 from tuneline.pipelines.plan.cluster import CRDS
 
 
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask no Hub but a test's own."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
 @pytest.fixture
 def cluster(kube_server: Any) -> Any:
     """A cluster that has everything."""

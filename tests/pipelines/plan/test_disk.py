@@ -28,7 +28,8 @@ def test_the_disk_of_every_pod() -> None:
     gptq = FORMATS["gptq-4bit"].bits_per_weight / 8
     assert found == pytest.approx(
         {
-            "fetch": 4, "prepare": 2, "evaluate": 2, "train": 2 + adapter, "merge": 4 + adapter,
+            "fetch": 4, "prepare": 2, "check-exports": 2, "evaluate": 2, "train": 2 + adapter,
+            "merge": 4 + adapter,
             "convert-gguf": 4, "measure-importance": 2, "quantize-gguf": 6,
             "quantize-gptq": 2 + gptq, "publish": adapter + 2 + 2 + 1.0625 + gptq,
         },

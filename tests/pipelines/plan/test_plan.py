@@ -159,7 +159,12 @@ def test_time_is_what_the_measured_step_took() -> None:
     )
     found = estimate(loaded, LLAMA)
     assert found.num_tokens == 1000 * 4 * 2048
-    assert found.gpu_hours == pytest.approx(1000 * 0.702 / 3600, rel=0.01)
+    # docs/numbers.md: an H100 has room for all activations, and none for the logits' sake is kept
+    # on an A10G.
+    assert found.gpu_hours == pytest.approx(1000 * 4 * 2048 / 16_927 / 3600, rel=0.01)
+    changed = loaded.train.model_copy(update={"kernels": "off"})
+    plain = estimate(loaded.model_copy(update={"train": changed}), LLAMA)
+    assert plain.gpu_hours == pytest.approx(1000 * 0.702 / 3600, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +206,9 @@ def test_every_gpu_is_checked(profile: str) -> None:
     assert checks["GPU memory"].verdict == "fail"
     assert f"of {gpu.memory_bytes / GIB:.1f} GiB on {profile}" in checks["GPU memory"].words
     speed = estimate(recipe(profile=profile), LLAMA).tokens_per_second
-    assert speed == pytest.approx(gpu.relative_speed * 11_700 / 1.41)
+    bounds = (13_900, 16_930) if gpu.runs_kernels else (8_290, 8_300)
+    assert speed is not None
+    assert bounds[0] < speed / gpu.relative_speed < bounds[1]
 
 
 def test_limits_that_the_run_would_hit_fail() -> None:

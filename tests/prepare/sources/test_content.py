@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tuneline.errors import DataError, RecipeError
 from tuneline.prepare import PrepareConfig
+from tuneline.prepare.sources import content
 from tuneline.prepare.sources.kinds import read_rows
 from tuneline.prepare.sources.row import Remarks, Selection
 
@@ -240,3 +241,24 @@ def test_what_the_json_module_writes_is_read(
     good, bad, _ = read(path)
     assert good + bad == rows or bad
     assert len(good) + len(bad) == len(rows)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_file_that_is_made_to_fill_a_machine(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content, "_FREE_BYTES", 4 << 20)
+    compress: dict[str, Callable[[bytes], bytes]] = {
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+        ".zst": lambda text: pyarrow.compress(text, codec="zstd", asbytes=True),
+    }
+    path = tmp_path / f"rows.jsonl{suffix}"
+    line = json.dumps({"prompt": "a" * 3000, "completion": "b"}) + "\n"
+    path.write_bytes(compress[suffix]((line * 3000).encode()))
+    with pytest.raises(DataError, match=r"rows.jsonl.* more than 500 times as many, as only files"):
+        list(read_rows(str(path), Selection(), Remarks()))
+    # The same content is read if it is not compressed, or if there is less of it.
+    path.write_bytes(compress[suffix]((line * 300).encode()))
+    assert len(list(read_rows(str(path), Selection(), Remarks()))) == 300

@@ -8,6 +8,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from tuneline.artifacts import HELDOUT_FILE, MODELFILE, read_jsonl, write_jsonl
 from tuneline.errors import DataError, ProofError
 from tuneline.models.heldout_rows import MAX_ROW_TOKENS, Row, read_rows
 from tuneline.quantize.formats import FORMATS, Bound
-from tuneline.quantize.gguf import modelfile
+from tuneline.quantize.gguf import llama_model, modelfile
 from tuneline.quantize.gguf import proof as gguf_proof
 from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.proof import probes, quality
@@ -144,6 +145,59 @@ def test_advice_after_a_violated_bound_is_what_can_help() -> None:
     for kl, top1, name in ((9.0, 0.05, "gptq-4bit"), (math.nan, 0.9, "q8_0"), (0.1, 0.99, "f16")):
         assert "if you accept it" not in advice(kl, top1, name)
         assert "neither more bits nor another bound is the remedy" in advice(kl, top1, name)
+
+
+def test_more_bits_are_advised_only_where_rounding_can_be_the_cause() -> None:
+    assert quality.advice_on_answers("q4_k_s") == (
+        "use a format with more bits (iq4_nl, q4_k_m, q4_1)"
+    )
+    assert "gptq-8bit" in quality.advice_on_answers("gptq-3bit")
+    for name in ("f16", "bf16", "q8_0", "gptq-8bit"):
+        assert "more bits" not in quality.advice_on_answers(name)
+        assert "report the model" in quality.advice_on_answers(name)
+    assert quality.more_bits("f16") == quality.more_bits("gptq-8bit") == ""
+
+
+def test_a_file_that_stops_nowhere_or_says_nothing(reference: Reference) -> None:
+    never = [torch.zeros(len(row.ids)) for row in reference.rows]
+    stop = reference.stop_ids[0]
+    logits = [torch.zeros(len(row.ids), 8 + stop) for row in reference.rows]
+    for row in logits:
+        row[:, stop] = 9.0
+    always = dataclasses.replace(reference, logits=logits)
+    for name, says in (("q4_0", "Use a format with more bits"), ("f16", "The file does not hold")):
+        with pytest.raises(ProofError, match=f"the export {name} stops with 0.00, .*{says}"):
+            gguf_proof.check_stops(name, never, always)
+    empty = dataclasses.replace(reference.generation, text=" ")
+    with pytest.raises(ProofError, match="q8_0 generates nothing .*The file does not hold"):
+        gguf_proof._check_answer("q8_0", empty, dataclasses.replace(empty, text="3072Mi"))
+
+
+@pytest.mark.parametrize(
+    ("file_type", "says"),
+    [
+        ("1", "More bits do not help, because all"),
+        ("2", "the f16 file was finite, so the rounding"),
+    ],
+)
+def test_logits_that_are_not_finite(
+    f16_file: Path, monkeypatch: pytest.MonkeyPatch, file_type: str, says: str
+) -> None:
+    with LlamaFile(f16_file, num_context=16) as loaded:
+        loaded._model.metadata["general.file_type"] = file_type
+        monkeypatch.setattr(
+            llama_model.numpy, "isfinite", lambda logits: numpy.zeros(1, dtype=bool)
+        )
+        with pytest.raises(ProofError, match=says):
+            loaded.logits([1, 2, 3])
+
+
+def test_a_computation_that_llama_cpp_refuses(f16_file: Path) -> None:
+    with LlamaFile(f16_file, num_context=256) as loaded:
+        loaded._decode([1] * 256, position=0)
+        with pytest.raises(ProofError, match=r"code 1\): its context has no room") as raised:
+            loaded._decode([1], position=256)
+    assert "memory" not in str(raised.value)
 
 
 def test_a_tokenizer_that_splits_otherwise(reference: Reference) -> None:

@@ -18,7 +18,8 @@ from tuneline.quantize.run import run
     [({4096, 14336}, 128, 128), ({576, 1536}, 128, 64), ({96}, 128, 32), ({80}, 128, 16)],
 )
 def test_the_largest_group_that_divides(widths: set[int], wanted: int, taken: int) -> None:
-    size, note = choose_group_size(widths, wanted)
+    named = {width: f"layer_{width}" for width in widths}
+    size, note = choose_group_size(named, wanted)
     assert size == taken
     assert all(width % size == 0 for width in widths)
     assert (note is None) == (taken == wanted)
@@ -26,12 +27,13 @@ def test_the_largest_group_that_divides(widths: set[int], wanted: int, taken: in
 
 
 def test_no_group_divides() -> None:
-    with pytest.raises(ModelError, match=r"no group size up to 128 divides .*\[100\]"):
-        choose_group_size({100}, 128)
+    with pytest.raises(ModelError, match=r"from 16 to 128 divides .* \(q_proj is 100 wide\)"):
+        choose_group_size({100: "q_proj", 256: "down_proj"}, 128)
 
 
 def test_widths_are_inputs_of_linear_layers(merged_dir: Path) -> None:
-    assert linear_widths(merged_dir) == {128, 256}
+    widths = linear_widths(merged_dir)
+    assert widths == {128: "model.layers.0.self_attn.q_proj", 256: "model.layers.0.mlp.down_proj"}
 
 
 def test_no_training_rows(merged_dir: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tiny_families import EXPERT_FAMILIES
 from tuneline.artifacts import TrainingSummary
 from tuneline.errors import ModelError, StoppedError
 from tuneline.models.experts import quantized_experts
-from tuneline.models.experts_adapter import adapt_experts_in_nf4
+from tuneline.models.experts.adapter import adapt_experts_in_nf4
 from tuneline.models.nf4 import empty_model, load_base
 from tuneline.train import TrainConfig
 from tuneline.train.config import LoraConfig
@@ -86,6 +86,7 @@ def test_it_learns_and_the_record_says_what_was_quantised(
     read = TrainingSummary.read(adapter)
     in_full = sum(p.numel() for p in empty_model(base_dir).parameters() if p.dim() == 3)
     assert read.quantized_fraction is not None
+    assert read.experts_quantized
     assert in_full / read.num_parameters < read.quantized_fraction < 1
     assert "<h2>Answers" in (tmp_path / "curves.html").read_text()
 

@@ -31,6 +31,42 @@ _MAX_SCANNED_BYTES = 16 << 20
 """Number of bytes of a file in a store that are searched for the first that is not ASCII."""
 
 
+_MAX_RATIO = 500
+"""Largest accepted size of a file's content, as a multiple of the compressed size. Text is seldom
+more than 30 times its compressed size."""
+_FREE_BYTES = 256 << 20
+"""Number of decompressed bytes from which `_MAX_RATIO` counts."""
+
+
+class _Bounded(io.RawIOBase):
+    """The decompressed bytes of a file, which must not be out of proportion to the file's own."""
+
+    def __init__(self, content: BinaryIO, raw: BinaryIO, name: str) -> None:
+        self._content, self._raw, self._name = content, raw, name
+        self._num_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        block = self._content.read(len(buffer))
+        self._num_bytes += len(block)
+        buffer[: len(block)] = block
+        if self._num_bytes > _FREE_BYTES and self._num_bytes > _MAX_RATIO * self._raw.tell():
+            raise DataError(
+                f"{self._name} has {self._num_bytes:,} bytes of content in its first "
+                f"{self._raw.tell():,} compressed bytes, more than {_MAX_RATIO} times as many, as "
+                "only files that are made to fill a machine have: if the file is right, "
+                "decompress it, and name the result"
+            )
+        return len(block)
+
+    def close(self) -> None:
+        self._content.close()
+        self._raw.close()
+        super().close()
+
+
 def _zstandard(raw: BinaryIO) -> BinaryIO:
     # Unlike the zstandard package, pyarrow notices that a file was cut off.
     stream: Any = pyarrow.CompressedInputStream(raw, "zstd")
@@ -89,7 +125,8 @@ def open_content(file: StoredFile) -> BinaryIO:
     compression = suffixes_of(file.name)[1]
     if not compression:
         return raw
-    return cast(BinaryIO, _DECOMPRESSORS[compression](raw))
+    content = _DECOMPRESSORS[compression](raw)
+    return io.BufferedReader(_Bounded(content, raw, file.name), _BLOCK_BYTES)
 
 
 def explain_broken(file: StoredFile, rows: Iterator[Any]) -> Iterator[Any]:

@@ -8,13 +8,11 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from tuneline.errors import DataError
+from tuneline.models.chat_templates import REFUSALS
 from tuneline.prepare.formats.example import BadRowError
 
 Messages = Sequence[Mapping[str, Any]]
 """Messages with the keys that templates of transformers read."""
-
-# A template that meets a value of another type than it expects fails in Python, not in Jinja.
-_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
 class CompiledTemplate:
@@ -89,7 +87,7 @@ class CompiledTemplate:
                 **self._variables,
                 **variables,
             )
-        except _REFUSALS as error:
+        except REFUSALS as error:
             raise BadRowError(f"the chat template refuses the row: {error}") from None
         return text
 

@@ -13,8 +13,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 from tuneline.errors import ToolError
+from tuneline.quantize.gguf import converter_input
 from tuneline.quantize.machine import raise_if_full
 
 VARIABLE = "TUNELINE_LLAMA_CPP"
@@ -49,8 +51,21 @@ def find() -> Path:
     return script
 
 
+Part = Literal["all", "vocabulary", "nothing"]
+"""What a conversion writes: the whole file, one with tokenizer and metadata only, or, after it has
+found a name in GGUF for each tensor, nothing."""
+_OPTIONS: dict[Part, list[str]] = {
+    "all": [], "vocabulary": ["--vocab-only"], "nothing": ["--dry-run"],
+}  # fmt: skip
+
+
 def convert(
-    model_dir: Path, file: Path, *, end_of_turn: int | None = None, adds_bos: bool | None = None
+    model_dir: Path,
+    file: Path,
+    *,
+    end_of_turn: int | None = None,
+    adds_bos: bool | None = None,
+    writes: Part = "all",
 ) -> None:
     """Convert a model directory with safetensors files to a GGUF file in f16.
 
@@ -60,27 +75,29 @@ def convert(
         end_of_turn: token that ends a turn, besides the tokenizer's EOS token. llama.cpp knows the
             tokens of well-known models by name, and any other one only if the file names it.
         adds_bos: whether programs put the BOS token before a prompt; None: as the tokenizer asks.
+        writes: what to write.
 
     Raises:
         ToolError: the converter failed; the message quotes the last line of the converter's output.
         OSError: the disk is full.
     """
-    done = subprocess.run(
-        [
-            # -P: the converter must not import modules from the working directory.
-            *(sys.executable, "-P", "-m", "tuneline.quantize.gguf.run_converter"),
-            *(json.dumps({"end_of_turn": end_of_turn, "adds_bos": adds_bos}), str(find())),
-            *(str(model_dir), "--outfile", str(file)),
-            # --model-name: by default the converter guesses family and size from the directory's
-            # name.
-            *("--outtype", "f16", "--model-name", _name(model_dir)),
-        ],
-        capture_output=True,
-        text=True,
-        # One thread: if another process is busy, two OpenMP threads wait for each other (in a busy
-        # loop) for longer than they work.
-        env={"OMP_NUM_THREADS": "1", **os.environ},
-    )
+    with converter_input.complete(model_dir) as directory:
+        done = subprocess.run(
+            [
+                # -P: the converter must not import modules from the working directory.
+                *(sys.executable, "-P", "-m", "tuneline.quantize.gguf.run_converter"),
+                *(json.dumps({"end_of_turn": end_of_turn, "adds_bos": adds_bos}), str(find())),
+                *(str(directory), "--outfile", str(file)),
+                # --model-name: by default the converter guesses family and size from the name of
+                # the directory.
+                *("--outtype", "f16", "--model-name", _name(model_dir), *_OPTIONS[writes]),
+            ],
+            capture_output=True,
+            text=True,
+            # One thread: if another process is busy, two OpenMP threads wait for each other (in a
+            # busy loop) for longer than they work.
+            env={"OMP_NUM_THREADS": "1", **os.environ},
+        )
     if done.returncode != 0:
         raise_if_full(file)
         # Leave out progress bars, because one of them may be the last line.

@@ -47,12 +47,8 @@ def convert(merge: MergeProof, *, merged_dir: Path, target: Path) -> QuantizedMo
         merged = reference.measure(
             merged_dir, dataset_dir=None, num_rows=0, num_tokens=NUM_CONVERT_TOKENS
         )
-        ends = [t for t in merged.ends_of_turn() if t != merged.tokenizer.eos_token_id]
         converter.convert(
-            merged_dir,
-            file,
-            end_of_turn=ends[0] if ends else None,
-            adds_bos=merged.adds_bos(),
+            merged_dir, file, end_of_turn=merged.further_end(), adds_bos=merged.adds_bos()
         )
         bound = formats.FORMATS["f16"].bound
         record = _prove(file, format="f16", reference=merged, bound=bound)

@@ -8,16 +8,24 @@ from typing import Any, Self, cast
 import llama_cpp
 import numpy
 import numpy.typing
-from jinja2 import TemplateError
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from tuneline.errors import ProofError
+from tuneline.models.chat_templates import REFUSALS
 from tuneline.models.likelihood import Pair, Tokens
 from tuneline.quantize.machine import num_threads
 from tuneline.quantize.proof.quality import Generation
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 """Name of the chat template in a GGUF file's metadata."""
+
+_F16 = "1"
+"""Value of general.file_type for files in f16 (llama.cpp's LLAMA_FTYPE_MOSTLY_F16)."""
+_DECODE_ADVICE = {
+    1: "its context has no room for them, which is a fault of tuneline: report it",
+    -2: "memory could not be allocated; raise the memory limit of quantize-gguf",
+}
+"""What to do by the code that llama_decode returns."""
 
 Array = numpy.typing.NDArray[Any]
 
@@ -31,7 +39,14 @@ class LlamaFile:
         adds_bos: whether llama.cpp by default puts the BOS token before a prompt.
     """
 
-    def __init__(self, file: Path, *, num_context: int, num_batch: int | None = None) -> None:
+    def __init__(
+        self,
+        file: Path,
+        *,
+        num_context: int,
+        num_batch: int | None = None,
+        vocab_only: bool = False,
+    ) -> None:
         """Load `file` with a context of `num_context` tokens.
 
         Args:
@@ -39,6 +54,7 @@ class LlamaFile:
             num_context: context length. Some models compute with other rotary angles if it exceeds
                 the length that they were first trained with.
             num_batch: largest number of tokens to compute at a time; None: `num_context`.
+            vocab_only: whether to load the tokenizer and the metadata only.
 
         Raises:
             ProofError: llama.cpp cannot load the file.
@@ -54,6 +70,7 @@ class LlamaFile:
                 n_batch=num_batch,
                 n_ubatch=num_batch,
                 n_gpu_layers=0,
+                vocab_only=vocab_only,
                 n_threads=self.num_threads,
                 n_threads_batch=self.num_threads,
                 verbose=False,
@@ -111,7 +128,7 @@ class LlamaFile:
         )
         try:
             return formatter(messages=messages).prompt  # type: ignore[arg-type]
-        except TemplateError as error:
+        except REFUSALS as error:
             raise ValueError(str(error)) from error
 
     def logits(self, ids: list[int]) -> Array:
@@ -195,15 +212,23 @@ class LlamaFile:
         if failed:
             raise ProofError(
                 f"llama.cpp could not compute {len(ids)} tokens with {self._name} (code {failed}): "
-                "raise the memory limit of quantize-gguf"
+                f"{_DECODE_ADVICE.get(failed, 'its log above says why; report it to llama.cpp')}"
             )
         shape = (len(ids) if all_positions else 1, self._model.n_vocab())
         # Copy the logits, because the next call of llama_decode overwrites the buffer.
         logits: Array = numpy.ctypeslib.as_array(api.llama_get_logits(context), shape).copy()
         if not numpy.isfinite(logits).all():
+            is_f16 = self._model.metadata.get("general.file_type") == _F16
             raise ProofError(
-                f"the export {self._name} computes logits that are not finite: the merged model "
-                "has weights that the format cannot represent; use a format with more bits"
+                f"the export {self._name} computes logits that are not finite, where those of the "
+                "merged model are: "
+                + (
+                    "its weights exceed 65504, the largest number of f16, or llama.cpp computes "
+                    "them differently. More bits do not help, because all GGUF formats are made "
+                    "from f16: set quantize.gguf to []"
+                    if is_f16
+                    else "the f16 file was finite, so the rounding is the cause; use another format"
+                )
             )
         return logits
 

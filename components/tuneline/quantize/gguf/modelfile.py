@@ -19,7 +19,7 @@ from tuneline.artifacts import MODELFILE, OLLAMA_PARAMS, OLLAMA_TEMPLATE
 from tuneline.models.sampling import is_greedy
 from tuneline.quantize.formats import MAX_CONTEXT
 from tuneline.quantize.proof import probes
-from tuneline.quantize.proof.reference import Reference
+from tuneline.quantize.proof.reference import Wording
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # Name of a parameter in generation_config.json -> Ollama's name, where the two differ.
@@ -68,7 +68,7 @@ class Pieces:
         )
 
 
-def write(file: Path, *, reference: Reference, adds_bos: bool) -> list[str]:
+def write(file: Path, *, reference: Wording, adds_bos: bool) -> list[str]:
     """Write Ollama's files to a GGUF file's directory; return notes on what they cannot express.
 
     Args:
@@ -135,7 +135,7 @@ def quoted(text: str) -> str | None:
     return f"{quotes}{text}{quotes}"
 
 
-def pieces(reference: Reference, *, bos: str) -> Pieces | None:
+def pieces(reference: Wording, *, bos: str) -> Pieces | None:
     """Return the pieces of a chat template.
 
     None if the template does more than put a fixed text before and after the messages of a role.
@@ -150,7 +150,7 @@ def pieces(reference: Reference, *, bos: str) -> Pieces | None:
     return next((framing for end in ends if (framing := _pieces(reference, bos, end))), None)
 
 
-def _pieces(reference: Reference, bos: str, end: str) -> Pieces | None:
+def _pieces(reference: Wording, bos: str, end: str) -> Pieces | None:
     def render(*roles: str, for_answer: bool = True) -> list[str]:
         """Return the texts before, between and after the contents of the messages."""
         messages = [{"role": role, "content": f"CONTENT{n}"} for n, role in enumerate(roles)]

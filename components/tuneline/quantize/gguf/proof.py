@@ -16,7 +16,7 @@ from tuneline.quantize.gguf import modelfile
 from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.proof import probes, quality
 from tuneline.quantize.proof.quality import Generation
-from tuneline.quantize.proof.reference import BUILT_IN_PROMPT, Reference
+from tuneline.quantize.proof.reference import BUILT_IN_PROMPT, Reference, Wording
 
 
 def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dict[str, Any]:
@@ -38,13 +38,7 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dic
     num_batch = reference.num_context + quality.NUM_SPEED_TOKENS
     num_context = max(num_batch, modelfile.context_length(reference.model_dir))
     with LlamaFile(file, num_context=num_context, num_batch=num_batch) as loaded:
-        # Conversations are tokenised too, because in them special tokens adjoin white space.
-        texts = [*probes.texts(), *_prompts(reference)]
-        check_tokenizer(texts, tested=loaded.tokenise, reference=reference.tokenise)
-        num_conversations = check_template(loaded, reference)
-        check_prompts(loaded, reference)
-        stop_note = check_stop_tokens(loaded, reference)
-        notes = [stop_note] if stop_note else []
+        num_texts, num_conversations, notes = check_wording(loaded, reference)
         generated = loaded.generate(
             reference.generation.prompt_ids, num_tokens=reference.num_tokens
         )
@@ -71,7 +65,7 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dic
         **scored,
         "max_mean_kl": bound.max_mean_kl,
         "min_top1_agreement": bound.min_top1_agreement,
-        "num_tokenizer_texts": len(texts),
+        "num_tokenizer_texts": num_texts,
         "num_conversations": num_conversations,
         "stop_tokens": reference.stop_texts,
         "tokens_per_second": round(speed, 2),
@@ -82,6 +76,25 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dic
         "reference": reference.generation.text,
         "notes": notes,
     }
+
+
+def check_wording(loaded: LlamaFile, reference: Wording) -> tuple[int, int, list[str]]:
+    """Check that llama.cpp tokenises, renders and stops as the merged model does.
+
+    Returns:
+        The number of texts that were tokenised, that of the conversations that were rendered, and
+        notes for users.
+
+    Raises:
+        ProofError: a check failed.
+    """
+    # Conversations are tokenised too, because in them special tokens adjoin white space.
+    texts = [*probes.texts(), *_prompts(reference)]
+    check_tokenizer(texts, tested=loaded.tokenise, reference=reference.tokenise)
+    num_conversations = check_template(loaded, reference)
+    check_prompts(loaded, reference)
+    stop_note = check_stop_tokens(loaded, reference)
+    return len(texts), num_conversations, [stop_note] if stop_note else []
 
 
 def check_tokenizer(
@@ -111,7 +124,7 @@ def check_tokenizer(
         )
 
 
-def check_template(loaded: LlamaFile, reference: Reference) -> int:
+def check_template(loaded: LlamaFile, reference: Wording) -> int:
     """Check that the file's chat template renders as the merged model's; count the conversations.
 
     A conversation that the merged model's template rejects, mostly because of a system message,
@@ -144,7 +157,7 @@ def check_template(loaded: LlamaFile, reference: Reference) -> int:
     return rendered
 
 
-def check_prompts(loaded: LlamaFile, reference: Reference) -> None:
+def check_prompts(loaded: LlamaFile, reference: Wording) -> None:
     """Check that a server gives the model the same tokens for a prompt as training gave it.
 
     Raises:
@@ -166,7 +179,7 @@ def check_prompts(loaded: LlamaFile, reference: Reference) -> None:
         )
 
 
-def _prompts(reference: Reference) -> list[str]:
+def _prompts(reference: Wording) -> list[str]:
     """Return the held-out prompts, and conversations that the chat template renders, if any."""
     rendered = [
         _text_or_refusal(reference.render, messages)
@@ -175,7 +188,7 @@ def _prompts(reference: Reference) -> list[str]:
     return [*filter(None, rendered), *reference.prompts]
 
 
-def check_stop_tokens(loaded: LlamaFile, reference: Reference) -> str | None:
+def check_stop_tokens(loaded: LlamaFile, reference: Wording) -> str | None:
     """Check that llama.cpp stops where the merged model stops; return a note for users, or None.
 
     Raises:
@@ -239,7 +252,7 @@ def check_stops(format: str, stops: list[torch.Tensor], reference: Reference) ->
         raise ProofError(
             f"at {len(tested)} places where the merged model stops with a probability of "
             f"{expected.mean():.2f}, the export {format} stops with {tested.mean():.2f}, so its "
-            "answers would run on: take a format with more bits"
+            f"answers would run on. {_sentence(quality.advice_on_answers(format))}"
         )
 
 
@@ -253,10 +266,14 @@ def _check_answer(format: str, ours: Generation, theirs: Generation) -> list[str
         return [note] if note else []
     if not ours.text.strip() and theirs.text.strip():
         raise ProofError(
-            f"the export {format} generates nothing where the merged model "
-            f"generates {theirs.text[:60]!r}: take a format with more bits"
+            f"the export {format} generates nothing where the merged model generates "
+            f"{theirs.text[:60]!r}. {_sentence(quality.advice_on_answers(format))}"
         )
     return []
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _text_or_refusal(

@@ -10,12 +10,15 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ModelError, ProofError, ToolError
 from tuneline.models import tokenizer_files
+from tuneline.models.nf4 import empty_model
 from tuneline.models.weight_files import SINGLE_FILE
 from tuneline.quantize import formats
 from tuneline.quantize.calibration import read_rows
@@ -27,8 +30,6 @@ from tuneline.quantize.proof import quality
 from tuneline.quantize.proof.reference import Reference, for_export
 from tuneline.quantize.proof.transformers_model import TransformersModel, choose_device
 
-GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
-"""Group sizes that the kernels support, largest first."""
 MAX_ROW_TOKENS = 2048
 """Number of tokens of a calibration row that are used. It limits memory: the device holds the
 inputs and the outputs of a layer for all rows. At the width of an 8B model, 128 rows of this length
@@ -111,7 +112,9 @@ def _prove(
     if not generated.text.strip() and reference.generation.text.strip():
         raise ProofError(
             f"the export {format} generates nothing where the merged model generates "
-            f"{reference.generation.text[:60]!r}: take gptq-8bit, or more calibration rows"
+            f"{reference.generation.text[:60]!r}. Raise quantize.num_calibration_rows (now "
+            f"{config.num_calibration_rows})"
+            + (f", or {quality.more_bits(format)}" if quality.more_bits(format) else "")
         )
     distance = quality.compare(
         reference.rows, reference.logits, (model.logits(row.ids) for row in reference.rows)
@@ -155,41 +158,52 @@ def _speed(model: TransformersModel, reference: Reference, device: str) -> dict[
     return {"tokens_per_second": round(speed, 2), "num_threads": num_threads()}
 
 
-def choose_group_size(widths: set[int], wanted: int) -> tuple[int, str | None]:
+def choose_group_size(widths: dict[int, str], wanted: int) -> tuple[int, str | None]:
     """Return the largest group size up to `wanted` that divides every width, and a note.
 
-    The note says why the size is not `wanted`; None if it is. gptqmodel does not check the group
-    size: with one that does not divide a width, it quantises and saves a checkpoint whose first
-    forward pass fails.
+    `widths` are those of `linear_widths`. The note says why the size is not `wanted`; None if it
+    is. gptqmodel does not check the group size: with one that does not divide a width, it quantises
+    and saves a checkpoint whose first forward pass fails.
 
     Raises:
         ModelError: no group size divides every width.
     """
-    sizes = [wanted, *(size for size in GROUP_SIZES if size < wanted)]
-    for size in sizes:
+    for size in (size for size in formats.GROUP_SIZES if size <= wanted):
         if all(width % size == 0 for width in widths):
             if size == wanted:
                 return size, None
-            odd = ", ".join(str(width) for width in sorted(widths) if width % wanted)
-            return size, f"group size {size}, not {wanted}: layers are {odd} wide"
+            return size, f"group size {size}, not {wanted}: {_odd(widths, wanted)}"
+    smallest = formats.GROUP_SIZES[-1]
     raise ModelError(
-        f"no group size up to {wanted} divides layers of the widths {sorted(widths)}, so GPTQ "
-        "cannot store this model: set quantize.gptq to []"
+        f"GPTQ cannot store this model: no group size from {smallest} to {wanted} divides the "
+        f"width of each layer ({_odd(widths, smallest)}): set "
+        "quantize.gptq to []"
     )
 
 
-def linear_widths(model_dir: Path) -> set[int]:
-    """Return the input widths of the linear layers in the decoder blocks.
+def _odd(widths: dict[int, str], size: int) -> str:
+    """Return the widths that `size` does not divide in words, each with a layer that has it."""
+    odd = [f"{name} is {width} wide" for width, name in sorted(widths.items()) if width % size]
+    return ", ".join(odd)
+
+
+def linear_widths(model_dir: Path) -> dict[int, str]:
+    """Return the input widths of the model's linear layers, each with the first layer that has it.
+
+    The embeddings and the output head are not quantised.
 
     Raises:
         ModelError: the model has no such layers.
     """
-    widths = {
-        shape[1]
-        for path in _weight_files(model_dir)
-        for name, _, shape in _tensors(path)
-        if len(shape) == 2 and name.endswith(".weight") and ".layers." in name
-    }
+    model: Any = empty_model(model_dir)
+    widths: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if module is model.get_output_embeddings():
+            continue
+        if isinstance(module, torch.nn.Linear):
+            widths.setdefault(module.in_features, name)
+        elif isinstance(module, Conv1D):
+            widths.setdefault(module.nx, name)
     if not widths:
         raise ModelError(f"{model_dir} has no linear layers that GPTQ could quantise")
     return widths

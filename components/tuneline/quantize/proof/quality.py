@@ -120,20 +120,41 @@ def _advice(quality: Quality, bound: Bound, format: str) -> str:
     if not near or this.bits_per_weight >= 16:
         return (
             "that is more than this format loses, so neither more bits nor another bound is the "
-            "remedy. The file does not hold the merged model, or the program computes it "
-            "differently: run merge and this step again, and report the model if it recurs"
+            f"remedy. {NOT_ROUNDING}"
         )
+    bits = more_bits(format)
+    return (
+        f"{f'{bits}, or ' if bits else ''}set quantize.max_mean_kl and quantize.min_top1_agreement "
+        f"for {format} if you accept it"
+    )
+
+
+NOT_ROUNDING = (
+    "The file does not hold the merged model, or the program computes it differently: run merge "
+    "and this step again, and report the model if it recurs"
+)
+"""Advice if an export fails whose format is too wide for its rounding to be the cause."""
+
+
+def more_bits(format: str) -> str:
+    """Return the advice to use a format with more bits, which it names; "" if there is none."""
+    this = FORMATS[format]
     wider = sorted(
         (other.bits_per_weight, name)
         for name, other in FORMATS.items()
         if other.kind == this.kind and other.bits_per_weight > this.bits_per_weight
     )
     names = ", ".join(name for _, name in wider[:3])
-    bits = f"use a format with more bits ({names}), or " if wider else ""
-    return (
-        f"{bits}set quantize.max_mean_kl and quantize.min_top1_agreement for {format} if you "
-        "accept it"
-    )
+    return f"use a format with more bits ({names})" if wider else ""
+
+
+_WIDE = 8.0
+"""Bits per weight from which rounding hardly changes an answer."""
+
+
+def advice_on_answers(format: str) -> str:
+    """Return what to try if an export answers otherwise than the merged model."""
+    return NOT_ROUNDING if FORMATS[format].bits_per_weight >= _WIDE else more_bits(format)
 
 
 def check_generation(tested: Generation, reference: Generation) -> str | None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from tuneline.artifacts import HELDOUT_FILE, read_jsonl
+from tuneline.models.chat_templates import REFUSALS
 from tuneline.models.heldout_rows import MAX_ROW_TOKENS, Row, read_rows
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.quantize.proof import benchmark, probes
@@ -27,38 +27,17 @@ MAX_PROMPTS = 200
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Measurements of the merged model; the model itself does not stay in memory."""
+class Wording:
+    """How a model's prompts and answers are written, without the model's weights."""
 
     model_dir: Path
     tokenizer: Any
     stop_ids: list[int]
-    """Tokens after which the merged model stops."""
+    """Tokens after which the model stops."""
     prompts: list[str]
-    """Held-out prompts; `generation` continues the first one."""
+    """Held-out prompts, or a built-in one."""
     end: str
     """Text that the chat template puts after an answer; "" if unknown."""
-    num_tokens: int
-    """Largest number of tokens to generate."""
-    generation: Generation
-    rows: list[Row]
-    """Rows on which predictions are compared."""
-    logits: list[torch.Tensor]
-    """The merged model's logits for each row, [tokens, vocabulary]."""
-    benchmark: Benchmark | None = None
-    """Benchmark rows and the merged model's score; None if the recipe asks for no benchmark."""
-
-    @property
-    def prompt(self) -> str:
-        """The prompt to generate from, in full; only its last MAX_ROW_TOKENS tokens are used."""
-        return self.prompts[0]
-
-    @property
-    def num_context(self) -> int:
-        """Context length that is needed for all rows, the generation and the benchmark."""
-        generated = len(self.generation.prompt_ids) + self.num_tokens
-        longest = self.benchmark.num_context if self.benchmark else 0
-        return max(generated, longest, *(len(row.ids) for row in self.rows))
 
     @property
     def stop_texts(self) -> list[str]:
@@ -109,6 +88,11 @@ class Reference:
         after = self.tokenise(text.rpartition(answer["content"])[2])
         return [t for t in self.stop_ids if t in after or t == self.tokenizer.eos_token_id]
 
+    def further_end(self) -> int | None:
+        """Return the token that ends a turn in addition to the tokenizer's EOS, if there is one."""
+        ends = [token for token in self.ends_of_turn() if token != self.tokenizer.eos_token_id]
+        return ends[0] if ends else None
+
     def render(self, messages: list[dict[str, str]], *, for_answer: bool = True) -> str:
         """Return a conversation rendered by the chat template.
 
@@ -124,8 +108,47 @@ class Reference:
                 messages, tokenize=False, add_generation_prompt=for_answer
             )
             return text
-        except TemplateError as error:
+        except REFUSALS as error:
             raise ValueError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Reference(Wording):
+    """Measurements of the merged model; the model itself does not stay in memory.
+
+    `generation` continues the first of `prompts`.
+    """
+
+    num_tokens: int
+    """Largest number of tokens to generate."""
+    generation: Generation
+    rows: list[Row]
+    """Rows on which predictions are compared."""
+    logits: list[torch.Tensor]
+    """The merged model's logits for each row, [tokens, vocabulary]."""
+    benchmark: Benchmark | None = None
+    """Benchmark rows and the merged model's score; None if the recipe asks for no benchmark."""
+
+    @property
+    def prompt(self) -> str:
+        """The prompt to generate from, in full; only its last MAX_ROW_TOKENS tokens are used."""
+        return self.prompts[0]
+
+    @property
+    def num_context(self) -> int:
+        """Context length that is needed for all rows, the generation and the benchmark."""
+        generated = len(self.generation.prompt_ids) + self.num_tokens
+        longest = self.benchmark.num_context if self.benchmark else 0
+        return max(generated, longest, *(len(row.ids) for row in self.rows))
+
+
+def prompts_of(dataset_dir: Path | None) -> tuple[list[str], str]:
+    """Return held-out prompts, or a built-in one, and the text after an answer ("" if unknown)."""
+    heldout = dataset_dir / HELDOUT_FILE if dataset_dir else None
+    examples = read_jsonl(heldout)[:MAX_PROMPTS] if heldout and heldout.is_file() else []
+    if not examples:
+        return [BUILT_IN_PROMPT], ""
+    return [row["prompt"] for row in examples], examples[0].get("end", "")
 
 
 def for_export(
@@ -178,9 +201,7 @@ def measure(
     """
     dtype: torch.dtype | str = torch.float32 if device == "cpu" else "auto"
     model = TransformersModel(model_dir, dtype=dtype, device=device)
-    heldout = dataset_dir / HELDOUT_FILE if dataset_dir else None
-    examples = read_jsonl(heldout)[:MAX_PROMPTS] if heldout and heldout.is_file() else []
-    prompts = [row["prompt"] for row in examples] or [BUILT_IN_PROMPT]
+    prompts, end = prompts_of(dataset_dir)
     if dataset_dir:
         rows = read_rows(dataset_dir, num_rows, model.tokenise)
     else:
@@ -194,7 +215,7 @@ def measure(
         tokenizer=model.tokenizer,
         stop_ids=model.stop_ids,
         prompts=prompts,
-        end=examples[0].get("end", "") if examples else "",
+        end=end,
         num_tokens=num_tokens,
         generation=model.generate(prompt_ids, num_tokens=num_tokens),
         rows=rows,

@@ -122,8 +122,13 @@ class TransformersModel:
         logits = torch.cat(output.logits).float().cpu()
         if not torch.isfinite(logits).all():
             raise ProofError(
-                f"the model in {self._name} computes logits that are not finite: train with a "
-                "lower train.learning_rate, or use a format with more bits"
+                f"the model in {self._name} computes logits that are not finite: "
+                + (
+                    "GPTQ computes in float16, whose largest number is 65504, and the merged "
+                    "model's own are finite. More bits do not help: set quantize.gptq to []"
+                    if getattr(self._model.config, "quantization_config", None)
+                    else "the training diverged; train with a lower train.learning_rate"
+                )
             )
         ids = output.sequences[0, len(prompt_ids) :].tolist()
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))

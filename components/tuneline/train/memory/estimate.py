@@ -31,7 +31,7 @@ from tuneline.kernels.limits import (
     MLP_CHUNK_TOKENS,
     STASH_MIN_TOKENS,
 )
-from tuneline.models.nf4 import BLOCKSIZE
+from tuneline.models.nf4_layout import BLOCKSIZE
 from tuneline.train.config import TrainConfig
 
 GIB = 2**30
@@ -46,6 +46,10 @@ _STATE_BYTES = {"8bit": 2.0, "adamw": 8.0, "adafactor": 0.1, "sgd": 4.0, "lion":
 # Bytes per trained parameter, by a part of the optimizer's name; AdamW stores two fp32 moments.
 _HEAD_TILE = 4096 * 16384
 # Logits that TRL's loss holds at once on a GPU.
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+"""Names in configs of the number of experts, and of the number that computes each token."""
 
 _EXPERT_ARENA = 2 * GIB
 # Most bytes that the kernels take for the dequantised experts of a layer.

@@ -9,12 +9,8 @@ from tuneline.kernels.spec import family_spec
 from tuneline.models.experts import Stack, quantized_experts
 from tuneline.models.nf4 import empty_model, quantized_modules
 from tuneline.train.config import LoraConfig
-from tuneline.train.memory.estimate import Experts, Shape
+from tuneline.train.memory.estimate import EXPERT_COUNTS, TOP_K, Experts, Shape
 from tuneline.train.model.targets import adapted_modules, is_called
-
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
-"""Names in configs of the number of experts, and of the number that computes each token."""
 
 
 def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
@@ -31,10 +27,14 @@ def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
         return None
     stacks = quantized_experts(model)
     experts = _experts(stacks, model, config)
-    if experts is None and any(getattr(config, name, None) for name in _EXPERT_COUNTS):
+    if experts is None and any(getattr(config, name, None) for name in EXPERT_COUNTS):
         return None
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if getattr(config, "qk_nope_head_dim", None):
+        # Latent attention: every head has its own keys.
+        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        num_kv_heads = config.num_attention_heads
     layers = [model.get_submodule(name) for name in adapted_modules(model, lora)]
     num_adapter = sum(lora.r * (layer.in_features + layer.out_features) for layer in layers)
     for name, module in model.named_modules():
@@ -68,7 +68,7 @@ def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
 
 def _experts(stacks: dict[str, Stack], model: Any, config: Any) -> Experts | None:
     """Return the sizes of the layers with experts; None if there are none, or are not known."""
-    top_k = next((getattr(config, name) for name in _TOP_K if hasattr(config, name)), None)
+    top_k = next((getattr(config, name) for name in TOP_K if hasattr(config, name)), None)
     down = [stack for name, stack in stacks.items() if name.endswith(".down_proj")]
     if not down or not isinstance(top_k, int):
         return None

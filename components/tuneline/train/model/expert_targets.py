@@ -7,7 +7,7 @@ from peft.tuners.lora.layer import ParamWrapper
 
 from tuneline.errors import ModelError, TrainingError
 from tuneline.models.experts import quantized_experts
-from tuneline.models.experts_adapter import adapt_experts_in_nf4
+from tuneline.models.experts.adapter import adapt_experts_in_nf4
 from tuneline.train.config import LoraConfig
 
 

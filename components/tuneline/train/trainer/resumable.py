@@ -12,6 +12,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
+from tuneline.models.adapter_files import check_tensors
 from tuneline.runtime.stop_request import StopRequest
 from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.ranks import collectives, zero2
@@ -132,6 +133,8 @@ class ResumableTrainer(SharedStepTrainer):
     def restore_best(self) -> None:
         """Replace the adapter by the copy that `keep_best` made, if there is one."""
         if self._best:
+            own = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+            check_tensors(self._best, own, called="the best adapter of the checkpoint")
             set_peft_model_state_dict(self.model, self._best)
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:

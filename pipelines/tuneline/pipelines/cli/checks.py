@@ -77,14 +77,17 @@ def plan(
     """
     # Imported only here, because importing the Kubernetes client takes a second or two.
     from tuneline.pipelines.kube import Kube
+    from tuneline.pipelines.plan.model_facts import facts_or_reason
     from tuneline.pipelines.plan.plan import plan as check_plan
 
     if profile is not None and profile not in PROFILES:
         raise UserError(f"--profile {profile} is unknown: choose one of {', '.join(PROFILES)}")
     assignments = [*set_, *([f"placement.profile={profile}"] if profile else [])]
+    loaded = find_recipe(recipe, assignments)
     checks = check_plan(
-        find_recipe(recipe, assignments),
+        loaded,
         num_parameters=parameters,
+        model=facts_or_reason(loaded) if parameters is None else None,
         price_per_gpu_hour=price,
         kube=Kube(namespace, context=context) if cluster or context else None,
         account=service_account,

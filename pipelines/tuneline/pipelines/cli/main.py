@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tuneline.errors import TunelineError, WorldError
 from tuneline.pipelines.cli import checks, cluster, run, runs
+from tuneline.runtime.printable import printable
 from tuneline.version import VERSION
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -53,7 +54,9 @@ def main() -> None:
 
 
 def _exit(message: str, exit_code: int) -> NoReturn:
-    Console(stderr=True).print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
+    console = Console(stderr=True)
+    text = f"error: {printable(message)}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
     sys.exit(exit_code)
 
 

@@ -2,9 +2,11 @@
 
 from rich.console import Console
 
+from tuneline.runtime.printable import printable
+
 console = Console()
 
 
 def say(text: str) -> None:
     """Print `text` as it is: no markup, no colours, no line breaks of rich's own."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)

@@ -67,6 +67,8 @@ def pod_disks(recipe: Recipe, num_parameters: float) -> list[PodDisk]:
         "merge": model + adapter + model,
         "publish": copies * uploads,
     }
+    if any(sizes.values()):
+        pods["check-exports"] = model
     if sizes["gguf"]:
         pods["convert-gguf"] = model + model
         pods["quantize-gguf"] = model + model + max(sizes["gguf"])

@@ -1,20 +1,20 @@
 """Estimate GPU memory, size and GPU time of a recipe, before anything is fetched.
 
-Only the model's number of parameters is known here, so the model is assumed to have the layers and
-widths of a Llama of that size. For these, `train.memory.estimate` computes the GPU memory. (The
-train step calls the same function with the layers and widths from the model's config.) Memory and
-speed of the GPUs are in gpu_profiles.py.
+The layers and widths of a model are those of `model_facts`. If only the number of parameters is
+known, the model is assumed to be a Llama of that size. `train.memory.estimate` computes the GPU
+memory, in the train step too. Memory and speed of the GPUs are in gpu_profiles.py.
 """
 
 import re
 from dataclasses import dataclass, replace
 
-from tuneline.gpu_profiles import GPU_PROFILES
+from tuneline.gpu_profiles import GPU_PROFILES, GpuProfile
 from tuneline.kinds import EXPORT_KINDS
+from tuneline.pipelines.plan.model_facts import ModelFacts
 from tuneline.quantize.formats import FORMATS
 from tuneline.recipe import Recipe
 from tuneline.train.batch_size import batch_size
-from tuneline.train.config import LoraConfig
+from tuneline.train.config import LoraConfig, TrainConfig
 from tuneline.train.memory.estimate import (
     ZERO_OPTIMIZER,
     Settings,
@@ -23,15 +23,27 @@ from tuneline.train.memory.estimate import (
     shards_optimizer,
 )
 
-TOKENS_PER_SECOND_8B = 11_700.0
-"""Training speed of Llama 3.1 8B with PEFT at 4 x 2048 tokens per step, measured on an H200 (702 ms
-per step) and assumed for an H100, which has the same compute. The speed of another GPU is this
-value times `relative_speed`. The speed for another model is inversely proportional to the number of
-its parameters."""
 MEASURED_PARAMETERS = 8.03e9
-"""Number of parameters of Llama 3.1 8B."""
+"""Parameters of Llama 3.1 8B, whose speeds were measured. The speed of another dense model is
+inversely proportional to the number of its parameters."""
+TOKENS_PER_SECOND = {"auto": 16_927.0, "fp8": 23_230.0}
+"""Training speed by `train.kernels`, with fused layers that keep all activations: measured on an
+H100 with 4 x 2048 tokens per step (docs/numbers.md). The speed of another GPU is this value times
+`relative_speed`."""
+LEAN_SLOWDOWN = 16_927 / 13_958
+"""Slowdown of fused layers that keep only their inputs."""
+PLAIN_TOKENS_PER_SECOND = 11_700.0
+"""Training speed without fused layers, measured with PEFT on an H200, which has the same compute as
+an H100 (702 ms per step of 4 x 2048 tokens)."""
 RECOMPUTE_SLOWDOWN = 1.41
-"""Slowdown by gradient checkpointing: a step took 993 ms instead of 702 ms."""
+"""Slowdown by gradient checkpointing without fused layers: a step took 993 ms."""
+EXPERTS_EFFICIENCY = 0.35
+"""Speed per active parameter of a model with routed experts, relative to a dense model: many small
+matrix products, and weights that few tokens share. Taken from the fastest published engine
+(Qwen3-30B-A3B, 11,700 tokens per second on an H100, beside 15,000 of Llama 3.1 8B)."""
+
+MEMORY_FRACTION = 0.9
+"""Largest fraction of a GPU's memory for which an estimate is "ok"."""
 
 VOCAB_SIZE = 128_256
 MAX_EMBEDDING_FRACTION = 0.3
@@ -70,6 +82,8 @@ class Estimate:
     set)."""
     num_gpus: int = 1
     """GPUs that train together, on all nodes."""
+    num_active: float | None = None
+    """Parameters that compute each token, if a router chooses experts; None: all of them do."""
 
     @property
     def gpu_hours(self) -> float | None:
@@ -93,11 +107,17 @@ def parameters_in_name(name: str) -> float | None:
     return float(number) * (1e9 if unit == "b" else 1e6)
 
 
-def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
-    """Estimate a run of the recipe on the GPUs of its placement profile."""
+def estimate(recipe: Recipe, num_parameters: float, facts: ModelFacts | None = None) -> Estimate:
+    """Estimate a run of the recipe on the GPUs of its placement profile.
+
+    Args:
+        recipe: the recipe.
+        num_parameters: parameters of the base model.
+        facts: sizes of the base model; None: those of a Llama with as many parameters.
+    """
     train, prepare = recipe.train, recipe.prepare
     length = ASSUMED_LENGTH if prepare.max_seq_length == "auto" else prepare.max_seq_length
-    shape = llama_shape(num_parameters, train.lora)
+    shape = facts.shape(train.lora) if facts else llama_shape(num_parameters, train.lora)
     gpu = GPU_PROFILES.get(recipe.placement.profile)
     gpus = max(1, recipe.placement.num_accelerators) * recipe.placement.num_nodes
     divides = shards_optimizer(train, gpus)
@@ -121,10 +141,11 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
     formats = [name for kind in EXPORT_KINDS for name in getattr(recipe.quantize, kind)]
     exports = sum(num_parameters * FORMATS[name].bits_per_weight / 8 for name in formats)
     f16 = base if recipe.quantize.gguf else 0.0
-    speed = None
-    if gpu is not None:
-        speed = gpu.relative_speed * TOKENS_PER_SECOND_8B * MEASURED_PARAMETERS / num_parameters
-        speed /= RECOMPUTE_SLOWDOWN if train.gradient_checkpointing else 1.0
+    has_experts = shape.experts is not None
+    num_active = facts.num_active if facts is not None and has_experts else num_parameters
+    speed = _speed(shape, settings, train, gpu) if gpu is not None else None
+    if speed is not None:
+        speed *= MEASURED_PARAMETERS / num_active * (EXPERTS_EFFICIENCY if has_experts else 1)
     num_tokens = None
     if train.max_steps is not None:
         sequences = batch.global_batch_size * (2 if prepare.method == "dpo" else 1)
@@ -138,7 +159,26 @@ def estimate(recipe: Recipe, num_parameters: float) -> Estimate:
         tokens_per_second=speed,
         num_tokens=num_tokens,
         num_gpus=gpus,
+        num_active=num_active if has_experts else None,
     )
+
+
+def _speed(shape: Shape, settings: Settings, train: TrainConfig, gpu: GpuProfile) -> float:
+    """Return the tokens per second of Llama 3.1 8B on a GPU, with a run's settings.
+
+    Fused layers keep as many activations as fit into the memory that is free; the time per token
+    lies between those of all and of none.
+    """
+    if not settings.fused:
+        slowdown = RECOMPUTE_SLOWDOWN if train.gradient_checkpointing else 1.0
+        return gpu.relative_speed * PLAIN_TOKENS_PER_SECOND / slowdown
+    least = estimate_memory(shape, settings)
+    most = estimate_memory(shape, replace(settings, kept_bytes=int(1e15)))
+    room = MEMORY_FRACTION * gpu.memory_bytes - least.total
+    wanted = most.activations - least.activations
+    share = min(1.0, max(0.0, room / wanted)) if wanted > 0 else 0.0
+    slowdown = share + (1 - share) * LEAN_SLOWDOWN
+    return gpu.relative_speed * TOKENS_PER_SECOND[train.kernels] / slowdown
 
 
 def llama_shape(num_parameters: float, lora: LoraConfig) -> Shape:
@@ -151,7 +191,7 @@ def llama_shape(num_parameters: float, lora: LoraConfig) -> Shape:
         num_layers = max(2, round((linear / (13 * HEAD_DIM**2)) ** (1 / 3)))
         width = HEAD_DIM * num_layers
         embedding = min(2.0 * VOCAB_SIZE * width, MAX_EMBEDDING_FRACTION * num_parameters)
-    targets = SIDES if lora.target_modules == "all-linear" else lora.target_modules
+    targets = SIDES if isinstance(lora.target_modules, str) else lora.target_modules
     sides = sum(SIDES.get(name, max(SIDES.values())) for name in targets)
     return Shape(
         num_layers=num_layers,

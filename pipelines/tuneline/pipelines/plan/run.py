@@ -7,11 +7,13 @@ every step, and components do not import each other.
 import json
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 from tuneline.errors import ClusterError, RecipeError, UserError
 from tuneline.pipelines.kube import Kube
 from tuneline.pipelines.plan.check import Check, markdown_page
+from tuneline.pipelines.plan.model_facts import facts_or_reason
 from tuneline.pipelines.plan.plan import plan
 from tuneline.pods import POD_NAME_VARIABLE
 from tuneline.recipe import Recipe
@@ -80,14 +82,16 @@ def _parse(values: dict[str, object]) -> Recipe:
 
 def _checks(recipe: Recipe, *, uploads_to_s3: bool) -> list[Check]:
     namespace = own_namespace() if os.environ.get(POD_NAME_VARIABLE) else None
+    model = facts_or_reason(recipe)
+    without_cluster = partial(plan, recipe, model=model, uploads_to_s3=uploads_to_s3)
     if namespace is None:
-        return plan(recipe, uploads_to_s3=uploads_to_s3)
+        return without_cluster()
     # Of all steps only train-on-nodes needs the API, so its absence is no reason to fail.
     kube = Kube(namespace)
     if not kube.answers(CONNECT_SECONDS):
         words = f"{kube.host} accepts no connection from this pod: does a network policy allow it?"
-        return [*plan(recipe, uploads_to_s3=uploads_to_s3), Check("API", "unknown", words)]
+        return [*without_cluster(), Check("API", "unknown", words)]
     try:
-        return plan(recipe, kube=kube, is_step=True, uploads_to_s3=uploads_to_s3)
+        return without_cluster(kube=kube, is_step=True)
     except ClusterError as error:
-        return [*plan(recipe, uploads_to_s3=uploads_to_s3), Check("API", "unknown", str(error))]
+        return [*without_cluster(), Check("API", "unknown", str(error))]

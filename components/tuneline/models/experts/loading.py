@@ -14,8 +14,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
-from tuneline.models.experts import buffer_shapes, expert_modules, quantize_stack, quantized_experts
-from tuneline.models.experts_forward import IMPLEMENTATION
+from tuneline.models.experts.forward import IMPLEMENTATION
+from tuneline.models.experts.stacks import (
+    buffer_shapes,
+    expert_modules,
+    quantize_stack,
+    quantized_experts,
+)
 
 METHOD = "tuneline_nf4"
 

@@ -1,7 +1,7 @@
 """LoRA on experts in NF4, in the layout that peft's `target_parameters` has.
 
 peft adapts a parameter by replacing it with W + s B A during the forward pass, which needs W as one
-tensor in 16 bits. Here the module of experts gets A and B instead, and `experts_forward` adds the
+tensor in 16 bits. Here the module of experts gets A and B instead, and `forward` adds the
 update of each expert to the product with the expert's weight. The adapter's tensors have peft's
 names and shapes, so that peft loads them on the model in 16 bits:
 
@@ -21,7 +21,7 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.bnb import dispatch_bnb_4bit
 
 from tuneline.kernels.experts.stack import LoraPair
-from tuneline.models.experts import expert_modules
+from tuneline.models.experts.stacks import expert_modules
 
 
 class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]

@@ -18,10 +18,7 @@ import bitsandbytes.functional as bnb
 import torch
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from tuneline.models.nf4 import BLOCKSIZE
-
-NESTED_BLOCKSIZE = 256
-"""Number of consecutive scales that share a scale of their own."""
+from tuneline.models.nf4_layout import BLOCKSIZE, NESTED_BLOCKSIZE
 
 
 @dataclasses.dataclass(frozen=True)

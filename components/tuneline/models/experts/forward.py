@@ -27,7 +27,8 @@ from tuneline.kernels.experts.activation import ExpertActivation
 from tuneline.kernels.experts.mlp import experts_mlp
 from tuneline.kernels.experts.stack import ExpertLora, ExpertStack, LoraPair
 from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_reference
-from tuneline.models.experts import BLOCKSIZE, Stack, expert_modules, projections
+from tuneline.models.experts.stacks import Stack, expert_modules, projections
+from tuneline.models.nf4_layout import BLOCKSIZE
 
 IMPLEMENTATION = "tuneline_nf4"
 """Name of the forward method in transformers' registry."""

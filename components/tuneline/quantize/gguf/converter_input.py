@@ -1,0 +1,122 @@
+"""Give llama.cpp's converter the tokenizer's files in the form that it reads.
+
+Models that transformers 5 saved have tokenizer.json alone. For families such as Phi-3 and Gemma the
+converter reads other files, from which tokenizer.json was once made:
+
+    tokenizer.model    the pieces of a sentencepiece vocabulary, with their scores
+    tokenizer_class    in tokenizer_config.json: GPT2Tokenizer tells Phi-4 from Phi-3
+
+Both follow from tokenizer.json. Texts are compared after the conversion, as for any model.
+"""
+
+import contextlib
+import json
+import struct
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PIECES_FILE = "tokenizer.model"
+
+# Types of a piece in sentencepiece's ModelProto.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_BPE = 2
+"""trainer_spec.model_type of byte-pair encoding."""
+
+
+@contextlib.contextmanager
+def complete(model_dir: Path) -> Iterator[Path]:
+    """Yield a directory for the converter: the model's own, or one of links with what is missing.
+
+    Args:
+        model_dir: the model directory.
+    """
+    missing = _missing_files(model_dir)
+    if not missing:
+        yield model_dir
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in model_dir.iterdir():
+            if path.name not in missing:
+                Path(scratch, path.name).symlink_to(path.resolve())
+        for name, content in missing.items():
+            Path(scratch, name).write_bytes(content)
+        yield Path(scratch)
+
+
+def _missing_files(model_dir: Path) -> dict[str, bytes]:
+    file, settings_file = model_dir / "tokenizer.json", model_dir / "tokenizer_config.json"
+    if not file.is_file() or (model_dir / PIECES_FILE).is_file():
+        return {}
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]
+    if vocabulary.get("type") != "BPE":
+        return {}
+    if vocabulary.get("byte_fallback"):
+        return {PIECES_FILE: _pieces(tokenizer)}
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    if config.get("model_type") != "phi3" or settings.get("tokenizer_class") == "GPT2Tokenizer":
+        return {}
+    text = json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"})
+    return {settings_file.name: text.encode()}
+
+
+def _pieces(tokenizer: dict[str, Any]) -> bytes:
+    """Return a ModelProto: the pieces in the order of their IDs, and what kind of model it is.
+
+    A piece's score is the negative rank of the first merge that makes it: sentencepiece joins the
+    pair whose piece has the highest score, tokenizers the pair of the first merge.
+    """
+    vocabulary = tokenizer["model"]
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(vocabulary["merges"]):
+        pair = merge.split(" ", 1) if isinstance(merge, str) else merge
+        ranks.setdefault("".join(pair), rank)
+    added = {token["content"]: token for token in tokenizer.get("added_tokens") or []}
+    texts = {index: text for text, index in vocabulary["vocab"].items()}
+    texts |= {token["id"]: text for text, token in added.items()}
+    unknown = vocabulary.get("unk_token") or "<unk>"
+    if unknown not in texts.values():
+        unknown = texts[0]  # sentencepiece requires one
+    parts = []
+    for index in range(max(texts) + 1):
+        text = texts.get(index, f"<unused{index}>")
+        kind = _NORMAL
+        if text == unknown:
+            kind = _UNKNOWN
+        elif text in added:
+            kind = _CONTROL if added[text]["special"] else _USER_DEFINED
+        elif len(text) == len("<0x00>") and text.startswith("<0x") and text.endswith(">"):
+            kind = _BYTE
+        score = float(-ranks.get(text, 0))
+        piece = _bytes(1, text.encode()) + _float(2, score) + _number(3, kind)
+        parts.append(_bytes(1, piece))
+    normalizer = json.dumps(tokenizer.get("normalizer") or {})
+    splitter = json.dumps(tokenizer.get("pre_tokenizer") or {})
+    puts_space = '"Prepend"' in normalizer or '"prepend_scheme": "first"' in splitter
+    trainer = _number(3, _BPE) + _number(4, max(texts) + 1) + _number(35, 1)
+    # identity; add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
+    rules = _bytes(1, b"identity") + _number(3, int(puts_space)) + _number(4, 0) + _number(5, 1)
+    return b"".join([*parts, _bytes(2, trainer), _bytes(3, rules)])
+
+
+def _varint(value: int) -> bytes:
+    parts = []
+    while value > 127:
+        parts.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*parts, value])
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _float(field: int, value: float) -> bytes:
+    return _varint(field << 3 | 5) + struct.pack("<f", value)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(value)) + value
