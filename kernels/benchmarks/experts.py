@@ -21,7 +21,7 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from tuneline.kernels.experts import gemm
+from tuneline.kernels.experts import gemm, skinny
 from tuneline.kernels.experts import mlp as ops
 from tuneline.kernels.experts.activation import (
     ExpertActivation,
@@ -196,13 +196,13 @@ def time_ops(shape: str, made: Case, record: Callable[..., None]) -> None:
     record(
         shape,
         "project x, gather and copy",
-        lambda: gemm.project(x, a_x, routing, p_SR=p, room_SR=x_rows[:, hidden:], **gather),
+        lambda: skinny.project(x, a_x, routing, p_SR=p, room_SR=x_rows[:, hidden:], **gather),
         gbytes=(rows * hidden * 2 + x.numel() * 2) * giga,
     )
     record(
         shape,
         "gather and copy",
-        lambda: gemm.project(x, None, routing, **gather),
+        lambda: skinny.project(x, None, routing, **gather),
         gbytes=(rows * hidden * 2 + x.numel() * 2) * giga,
     )
     record(
@@ -222,37 +222,37 @@ def time_ops(shape: str, made: Case, record: Callable[..., None]) -> None:
     record(
         shape,
         "project h",
-        lambda: gemm.project(h, a_h, routing, p_SR=p, room_SR=h_rows[:, inner:]),
+        lambda: skinny.project(h, a_h, routing, p_SR=p, room_SR=h_rows[:, inner:]),
         gbytes=rows * inner * 2 * giga,
     )
     record(
         shape,
         "project d_gate_up",
-        lambda: gemm.project(gate_up_rows, sb, routing, p_SR=p, room_SR=d_rows[:, 2 * inner :]),
+        lambda: skinny.project(gate_up_rows, sb, routing, p_SR=p, room_SR=d_rows[:, 2 * inner :]),
         gbytes=rows * inner * 4 * giga,
     )
     record(
         shape,
         "outer, dA of gate_up",
-        lambda: gemm.outer(p, x, routing, rank=RANK, gather=True),
+        lambda: skinny.outer(p, x, routing, rank=RANK, gather=True),
         gbytes=x.numel() * 2 * giga,
     )
     record(
         shape,
         "outer, dB of gate_up",
-        lambda: gemm.outer(p, gate_up_rows, routing, rank=RANK, transposed=True),
+        lambda: skinny.outer(p, gate_up_rows, routing, rank=RANK, transposed=True),
         gbytes=rows * inner * 4 * giga,
     )
     record(
         shape,
         "outer, dA of down",
-        lambda: gemm.outer(p, h, routing, rank=RANK, weights_Tk=weights),
+        lambda: skinny.outer(p, h, routing, rank=RANK, weights_Tk=weights),
         gbytes=rows * inner * 2 * giga,
     )
     record(
         shape,
         "outer, dB of down",
-        lambda: gemm.outer(
+        lambda: skinny.outer(
             p, x, routing, rank=RANK, gather=True, weights_Tk=weights, transposed=True
         ),
         gbytes=x.numel() * 2 * giga,

@@ -20,8 +20,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tuneline.kernels.experts.gemm import grouped_mm, project
+from tuneline.kernels.experts.gemm import grouped_mm
 from tuneline.kernels.experts.route import Routing
+from tuneline.kernels.experts.skinny import project
 from tuneline.kernels.experts.stack import ExpertStack, LoraPair, dequantize_experts
 from tuneline.kernels.limits import MIN_ADAPTER_COLUMNS
 

@@ -35,8 +35,8 @@ from tuneline.kernels.experts.activation import (
 )
 from tuneline.kernels.experts.arena import Arena, new_rows
 from tuneline.kernels.experts.combine import combine
-from tuneline.kernels.experts.gemm import outer
 from tuneline.kernels.experts.route import Routing, route
+from tuneline.kernels.experts.skinny import outer
 from tuneline.kernels.experts.stack import (
     ExpertLora,
     ExpertStack,

@@ -74,6 +74,11 @@ class Routing:
         slot_of_row, row_of_slot, starts, tile_starts, expert_of_tile = tensors
         return cls(slot_of_row, row_of_slot, starts, tile_starts, expert_of_tile, block, top_k)
 
+    def spans(self, first: int, last: int) -> list[tuple[int, slice]]:
+        """Return each expert and its rows, for the references: the host waits for the device."""
+        starts = self.starts.tolist()
+        return [(e, slice(starts[e], starts[e + 1])) for e in range(first, last)]
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors, for `save_for_backward`."""
         return (
