@@ -21,8 +21,7 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from tuneline.kernels.experts import arena as arenas
-from tuneline.kernels.experts import gemm
+from tuneline.kernels.experts import gemm, skinny
 from tuneline.kernels.experts import mlp as ops
 from tuneline.kernels.experts.activation import (
     ExpertActivation,
@@ -48,7 +47,6 @@ SWEEP = [
     (128, 256, 8, 3), (128, 256, 8, 4), (256, 128, 8, 3), (256, 128, 8, 4), (128, 256, 4, 4),
     (64, 256, 4, 4),
 ]  # fmt: skip
-PROJECT_SWEEP = [(64, 4), (64, 8), (128, 4), (128, 8), (256, 8)]
 LEVELS = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0]
 LEVELS += [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]
 
@@ -90,7 +88,7 @@ def main() -> None:
 
     for shape in args.shapes:
         made = case(shape)
-        time_ops(shape, made, record, sweep=args.sweep)
+        time_ops(shape, made, record)
         time_layer(shape, made, record)
         time_few_tokens(shape, made, record)
         time_products(shape, made, record, sweep=args.sweep)
@@ -149,7 +147,7 @@ def case(shape: str) -> Case:
     )
 
 
-def time_ops(shape: str, made: Case, record: Callable[..., None], *, sweep: bool) -> None:
+def time_ops(shape: str, made: Case, record: Callable[..., None]) -> None:
     """Time the ops that move memory."""
     experts = made.experts
     gate_up, down = experts.gate_up, experts.down
@@ -195,32 +193,16 @@ def time_ops(shape: str, made: Case, record: Callable[..., None], *, sweep: bool
     a_h = experts.lora.down.a.detach().bfloat16()
     sb = pair.b.detach().bfloat16().contiguous().transpose(1, 2)
     gather = {"copy_SI": x_rows[:, :hidden]}
-    for columns, warps in PROJECT_SWEEP if sweep else ():
-        chosen = gemm._PROJECT_COLS, gemm._PROJECT_WARPS
-        gemm._PROJECT_COLS, gemm._PROJECT_WARPS = columns, warps
-        name = f"{columns} columns, {warps} warps"
-        record(
-            shape,
-            f"sweep project x, {name}",
-            lambda: gemm.project(x, a_x, routing, p_SR=p, room_SR=x_rows[:, hidden:], **gather),
-        )
-        record(shape, f"sweep gather, {name}", lambda: gemm.project(x, None, routing, **gather))
-        record(
-            shape,
-            f"sweep project d_gate_up, {name}",
-            lambda: gemm.project(gate_up_rows, sb, routing, p_SR=p, room_SR=d_rows[:, 2 * inner :]),
-        )
-        gemm._PROJECT_COLS, gemm._PROJECT_WARPS = chosen
     record(
         shape,
         "project x, gather and copy",
-        lambda: gemm.project(x, a_x, routing, p_SR=p, room_SR=x_rows[:, hidden:], **gather),
+        lambda: skinny.project(x, a_x, routing, p_SR=p, room_SR=x_rows[:, hidden:], **gather),
         gbytes=(rows * hidden * 2 + x.numel() * 2) * giga,
     )
     record(
         shape,
         "gather and copy",
-        lambda: gemm.project(x, None, routing, **gather),
+        lambda: skinny.project(x, None, routing, **gather),
         gbytes=(rows * hidden * 2 + x.numel() * 2) * giga,
     )
     record(
@@ -240,37 +222,37 @@ def time_ops(shape: str, made: Case, record: Callable[..., None], *, sweep: bool
     record(
         shape,
         "project h",
-        lambda: gemm.project(h, a_h, routing, p_SR=p, room_SR=h_rows[:, inner:]),
+        lambda: skinny.project(h, a_h, routing, p_SR=p, room_SR=h_rows[:, inner:]),
         gbytes=rows * inner * 2 * giga,
     )
     record(
         shape,
         "project d_gate_up",
-        lambda: gemm.project(gate_up_rows, sb, routing, p_SR=p, room_SR=d_rows[:, 2 * inner :]),
+        lambda: skinny.project(gate_up_rows, sb, routing, p_SR=p, room_SR=d_rows[:, 2 * inner :]),
         gbytes=rows * inner * 4 * giga,
     )
     record(
         shape,
         "outer, dA of gate_up",
-        lambda: gemm.outer(p, x, routing, rank=RANK, gather=True),
+        lambda: skinny.outer(p, x, routing, rank=RANK, gather=True),
         gbytes=x.numel() * 2 * giga,
     )
     record(
         shape,
         "outer, dB of gate_up",
-        lambda: gemm.outer(p, gate_up_rows, routing, rank=RANK, transposed=True),
+        lambda: skinny.outer(p, gate_up_rows, routing, rank=RANK, transposed=True),
         gbytes=rows * inner * 4 * giga,
     )
     record(
         shape,
         "outer, dA of down",
-        lambda: gemm.outer(p, h, routing, rank=RANK, weights_Tk=weights),
+        lambda: skinny.outer(p, h, routing, rank=RANK, weights_Tk=weights),
         gbytes=rows * inner * 2 * giga,
     )
     record(
         shape,
         "outer, dB of down",
-        lambda: gemm.outer(
+        lambda: skinny.outer(
             p, x, routing, rank=RANK, gather=True, weights_Tk=weights, transposed=True
         ),
         gbytes=x.numel() * 2 * giga,
@@ -313,8 +295,8 @@ def time_layer(shape: str, made: Case, record: Callable[..., None]) -> None:
 
 
 def time_few_tokens(shape: str, made: Case, record: Callable[..., None]) -> None:
-    """Time a layer's experts for few tokens, with arenas and with NF4 decoded in the loop."""
-    experts, (rows, small) = made.experts, (ops.tile_rows, arenas.SMALL_ROWS)
+    """Time a layer's experts for few tokens, in tiles of few and of many rows."""
+    experts, rows = made.experts, ops.tile_rows
     for tokens in (64, 256, 512, 1024, 2048):
         x = made.x.detach()[:tokens].clone().requires_grad_()
         dy, weights = torch.randn_like(x), made.weights.detach()[:tokens]
@@ -327,11 +309,10 @@ def time_few_tokens(shape: str, made: Case, record: Callable[..., None]) -> None
             for tensor in (x, *experts.parameters()):
                 tensor.grad = None
 
-        for block, limit in ((16, 64), (32, 64), (64, 64), (64, 0), (128, 0)):
-            ops.tile_rows, arenas.SMALL_ROWS = lambda *_, block=block: block, limit
-            how = "in the loop" if limit else "arena"
-            record(shape, f"experts both, {tokens} tokens, tiles of {block}, {how}", both)
-    ops.tile_rows, arenas.SMALL_ROWS = rows, small
+        for block in (16, 64, 128):
+            ops.tile_rows = lambda *_, block=block: block
+            record(shape, f"experts both, {tokens} tokens, tiles of {block}", both)
+    ops.tile_rows = rows
 
 
 def time_products(shape: str, made: Case, record: Callable[..., None], *, sweep: bool) -> None:

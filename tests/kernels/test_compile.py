@@ -168,11 +168,11 @@ KERNELS = {
         product_pointers([1, 64, 128]), 8,
     ),
     "experts, project": (
-        "experts.gemm", "_project_kernel", dict(INS=2048, R=16, GATHER=True, BM=128, BK=64),
+        "experts.skinny", "_project_kernel", dict(INS=2048, R=16, GATHER=True, BM=128, BK=64),
         ROUTE_POINTERS, 4,
     ),
     "experts, outer": (
-        "experts.gemm", "_outer_kernel",
+        "experts.skinny", "_outer_kernel",
         dict(C=2048, R=16, RANK=16, GATHER=True, WEIGHTED=True, BK=64, BC=128),
         ROUTE_POINTERS | dict(out_ptr=F32), 4,
     ),

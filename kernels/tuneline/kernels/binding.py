@@ -51,9 +51,9 @@ def check_parts(layer: Any, spec: FamilySpec) -> None:
     attention += [] if spec.rope_flag is None else [spec.rope_flag]
     parts = [*norms, *(f"self_attn.{name}" for name in attention)]
     parts += ["residual_multiplier"] if spec.residual_multiplier else []
-    names = (*spec.gate_up, "down_proj")
-    if is_routed(layer, spec):
-        names = ("experts", spec.router)
+    names = [*spec.gate_up, "down_proj"]
+    if spec.router is not None and is_routed(layer, spec):
+        names = ["experts", spec.router]
     parts += [f"mlp.{name}" for name in names]
     for path in parts:
         owner = layer

@@ -93,9 +93,9 @@ def bind_experts(
         pair = _pair(wrapper)
         if pair is not None:
             pairs[wrapper.parameter_name] = pair
-    stacks = [expert_stack(experts, name, dtype) for name in PROJECTIONS]
+    gate_up, down = (expert_stack(experts, name, dtype) for name in PROJECTIONS)
     lora = ExpertLora(*(pairs.get(name) for name in PROJECTIONS))
-    return RoutedMlp(Experts(*stacks, activation, lora), router, top_k)
+    return RoutedMlp(Experts(gate_up, down, activation, lora), router, top_k)
 
 
 def experts_state(module: Any) -> list[Any]:

@@ -127,7 +127,7 @@ def probe(causal: Any) -> str | None:
     scaled = (hidden * (_PROBE_LOGIT / size)).to(weight.device, weight.dtype)
     labels = torch.randint(0, weight.shape[0], (1, _PROBE_TOKENS), generator=generator)
     labels = labels.to(weight.device)
-    options = {"input_ids": labels}
+    options: dict[str, Any] = {"input_ids": labels}
     if hasattr(causal.config, "output_router_logits"):
         options["output_router_logits"] = False
     try:

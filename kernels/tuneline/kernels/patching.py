@@ -218,7 +218,7 @@ class _LayerMixin(_Stock):
                         tuneline.done.append(True)
                         return stack(hidden_states, cos, sin, call.plan)
                 output, routing = fused_layer(hidden_states, cos, sin, weights, call)
-                if routing:
+                if weights.routed is not None:
                     # The hooks of a router record its logits for the auxiliary loss.
                     router = weights.routed.module
                     for hook in router._forward_hooks.values():

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from tuneline.kernels.experts import arena
 from tuneline.kernels.experts.activation import ExpertActivation
 from tuneline.kernels.experts.mlp import (
     experts_mlp,
@@ -140,16 +139,10 @@ def test_reference_path_in_bfloat16(references, generator, assert_near, poisoned
     check(arguments, options, assert_near, keep_gate_up=False)
 
 
-@pytest.fixture(params=[0, 64], ids=["arena", "in the loop"])
-def small_rows(request, monkeypatch):
-    """Choose which of the two grouped products runs for tiles of up to 64 rows."""
-    monkeypatch.setattr(arena, "SMALL_ROWS", request.param)
-
-
 @pytest.mark.parametrize("keep_gate_up", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_kernels_give_the_gradients_of_float64(
-    activation, keep_gate_up, dtype, generator, assert_near, poisoned, small_rows
+    activation, keep_gate_up, dtype, generator, assert_near, poisoned
 ):
     oss = activation == "clamped_swiglu"
     arguments, options = case(dtype, generator, activation=activation, transposed=oss, bias=oss)
@@ -159,7 +152,7 @@ def test_kernels_give_the_gradients_of_float64(
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [150, 1100])
 @pytest.mark.parametrize("activation", ["silu", "clamped_swiglu"])
-def test_many_rows(tokens, activation, dtype, generator, assert_near, poisoned, small_rows):
+def test_many_rows(tokens, activation, dtype, generator, assert_near, poisoned):
     oss = activation == "clamped_swiglu"
     arguments, options = case(
         dtype, generator, tokens=tokens, activation=activation, transposed=oss, bias=oss,

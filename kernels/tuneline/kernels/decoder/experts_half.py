@@ -49,7 +49,8 @@ def experts_half_forward(
     n2_TC, _, rstd_T = rms_norm_forward(x2_TC, weights.mlp_norm, weights.eps, gemma=weights.gemma)
     logits_TE, weights_Tk, index_Tk = routed.router(n2_TC)
     num_experts = routed.experts.gate_up.num_experts
-    routing = route(index_Tk, num_experts, tile_rows(*index_Tk.shape, num_experts))
+    block = tile_rows(index_Tk.shape[0], routed.top_k, num_experts)
+    routing = route(index_Tk, num_experts, block)
     y_TC, saved = experts_forward(
         n2_TC,
         weights_Tk,
@@ -97,8 +98,8 @@ def experts_half_backward(
         leaf_TC = n2_TC.detach().requires_grad_()
         logits_TE, weights_Tk, _ = routed.router(leaf_TC)
     num_experts = routed.experts.gate_up.num_experts
-    block = tile_rows(*weights_Tk.shape, num_experts)
-    routing = Routing(*saved[3:], block, weights_Tk.shape[1])
+    block = tile_rows(weights_Tk.shape[0], routed.top_k, num_experts)
+    routing = Routing.of_tensors(saved[3:], block, routed.top_k)
     dn_TC, dw_Tk, grads = experts_backward(
         dy_TC, n2_TC, weights_Tk.detach(), routing, routed.experts, SavedExperts(*saved[:3])
     )

@@ -240,7 +240,9 @@ def layer_backward(
     mlp_normed: Normed | None = None
     if call.keep_normed:
         half.normed, mlp_normed, saved = tuple(saved[:2]), tuple(saved[2:4]), saved[4:]
-    experts_saved = down_input_TP = gate_up_TF = None
+    experts_saved: Any = None
+    down_input_TP: Any = None
+    gate_up_TF: Any = None
     if weights.routed is None:
         down_input_TP, gate_up_TF, *attention_saved = saved
     else:

@@ -137,10 +137,10 @@ class Fp8Operands:
         """Return Y = X' W'^T [T, N], or residual + scale * Y; `out` may be the residual."""
         if self._forward is None:
             self._forward = self._weight_rows()
-        x8, scale = quantize_rows(x_TKP)
+        x8, scale_T = quantize_rows(x_TKP)
         if residual_TN is None:
-            return scaled_mm(x8, scale, *self._forward, dtype=x_TKP.dtype, out=out)
-        y_TN = scaled_mm(x8, scale, *self._forward, dtype=x_TKP.dtype)
+            return scaled_mm(x8, scale_T, *self._forward, dtype=x_TKP.dtype, out=out)
+        y_TN = scaled_mm(x8, scale_T, *self._forward, dtype=x_TKP.dtype)
         return torch.add(residual_TN, y_TN, alpha=scale, out=y_TN if out is None else out)
 
     def input_gradient(

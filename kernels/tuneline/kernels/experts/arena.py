@@ -20,16 +20,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tuneline.kernels.experts.gemm import grouped_mm, project
+from tuneline.kernels.experts.gemm import grouped_mm
 from tuneline.kernels.experts.route import Routing
-from tuneline.kernels.experts.small import small_mm
+from tuneline.kernels.experts.skinny import project
 from tuneline.kernels.experts.stack import ExpertStack, LoraPair, dequantize_experts
 from tuneline.kernels.limits import MIN_ADAPTER_COLUMNS
-from tuneline.kernels.ops._dispatch import use_kernel
-
-SMALL_ROWS = 64
-"""Largest tile of rows whose product decodes NF4 in its loop (small.py) instead of reading an
-arena. `tile_rows` chooses such a tile if an expert has few rows on average."""
 
 ARENA_BYTES = 2 * 2**30
 """Most bytes of dequantised experts at once; a projection that needs more runs in chunks."""
@@ -64,7 +59,6 @@ class Arena:
         most = max(1, ARENA_BYTES // per_expert)
         self._size = -(-stack.num_experts // -(-stack.num_experts // most))
         self._whole: Tensor | None = None
-        self._sides: tuple[Tensor, Tensor] | None = None
 
     def product(
         self, rows: Tensor, *, forward: bool, out: Tensor, tokens: Tensor | None = None
@@ -82,8 +76,6 @@ class Arena:
         """
         stack, rank, routing = self._stack, self.rank, self._routing
         num_in = rows.shape[1] - rank
-        if routing.block <= SMALL_ROWS and use_kernel(rows):
-            return self._small_product(rows, forward=forward, out=out, tokens=tokens)
         p_SR = rows.new_empty(rows.shape[0], rank) if rank else None
         stored_oi = forward != stack.transposed
         for first, last, weight in self._chunks():
@@ -103,32 +95,6 @@ class Arena:
                 bias_EO=stack.bias if forward else None,
             )  # fmt: skip
             del weight
-        return p_SR
-
-    def _small_product(
-        self, rows: Tensor, *, forward: bool, out: Tensor, tokens: Tensor | None
-    ) -> Tensor | None:
-        stack, rank, routing = self._stack, self.rank, self._routing
-        num_in = rows.shape[1] - rank
-        p_SR = q_ERO = a_ERI = None
-        if self._pair is not None:
-            p_SR = rows.new_empty(rows.shape[0], rank)
-            if self._sides is None:
-                a_ERK = rows.new_empty(stack.num_experts, rank, stack.num_in)
-                sb_ENR = rows.new_empty(stack.num_experts, stack.num_out, rank)
-                self._sides = a_ERK, sb_ENR.transpose(1, 2)
-                self._write_adapter(*self._sides, slice(None))
-            a_ERI, q_ERO = self._sides if forward else self._sides[::-1]
-        if rank or tokens is not None:
-            project(
-                rows[:, :num_in] if tokens is None else tokens,
-                a_ERI,
-                routing,
-                p_SR=p_SR,
-                room_SR=rows[:, num_in:] if rank else None,
-                copy_SI=None if tokens is None else rows[:, :num_in],
-            )
-        small_mm(rows, stack, routing, forward=forward, out=out, q_ERO=q_ERO)
         return p_SR
 
     def _write_adapter(self, a_room: Tensor, b_room: Tensor, experts: slice) -> None:

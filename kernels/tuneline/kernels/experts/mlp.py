@@ -35,8 +35,8 @@ from tuneline.kernels.experts.activation import (
 )
 from tuneline.kernels.experts.arena import Arena, new_rows
 from tuneline.kernels.experts.combine import combine
-from tuneline.kernels.experts.gemm import outer
 from tuneline.kernels.experts.route import Routing, route
+from tuneline.kernels.experts.skinny import outer
 from tuneline.kernels.experts.stack import (
     ExpertLora,
     ExpertStack,
@@ -217,7 +217,7 @@ class _ExpertsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, index, weights, experts, keep_gate_up, *parameters):  # noqa: D102
         gate_up = experts.gate_up
-        block = tile_rows(*index.shape, gate_up.num_experts)
+        block = tile_rows(index.shape[0], index.shape[1], gate_up.num_experts)
         routing = route(index, gate_up.num_experts, block)
         y, saved = experts_forward(x, weights, routing, experts, keep_gate_up=keep_gate_up)
         ctx.experts, ctx.block = experts, block
@@ -230,7 +230,7 @@ class _ExpertsFunction(torch.autograd.Function):
     def backward(ctx: Any, dy):  # noqa: D102
         # Autograd raises here if an adapter changed in place after the forward.
         x, weights, xa, ha, gate_up, *tensors = ctx.saved_tensors
-        routing = Routing(*tensors[:5], ctx.block, weights.shape[1])
+        routing = Routing.of_tensors(tensors[:5], ctx.block, weights.shape[1])
         dy = dy if dy.stride(-1) == 1 and dy.stride(0) >= dy.shape[1] else dy.contiguous()
         dx, dw, grads = experts_backward(
             dy, x, weights, routing, ctx.experts, SavedExperts(xa, ha, gate_up),

@@ -14,7 +14,9 @@ Shapes: T tokens, k experts per token, S = T k slots, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -65,6 +67,17 @@ class Routing:
     def max_tiles(self) -> int:
         """Most tiles that S rows of E experts can make."""
         return self.expert_of_tile.shape[0]
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Any], block: int, top_k: int) -> Routing:
+        """Return the routing whose `tensors` are given."""
+        slot_of_row, row_of_slot, starts, tile_starts, expert_of_tile = tensors
+        return cls(slot_of_row, row_of_slot, starts, tile_starts, expert_of_tile, block, top_k)
+
+    def spans(self, first: int, last: int) -> list[tuple[int, slice]]:
+        """Return each expert and its rows, for the references: the host waits for the device."""
+        starts = self.starts.tolist()
+        return [(e, slice(starts[e], starts[e + 1])) for e in range(first, last)]
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors, for `save_for_backward`."""
