@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from tuneline.errors import RecipeError, UserError
+from tuneline.html.markdown import escape_markdown
 from tuneline.pipelines import kube_api
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.plan.check import Check
 from tuneline.pipelines.plan.cluster import CRDS
 from tuneline.pipelines.plan.run import run
 from tuneline.pods import POD_NAME_VARIABLE
+from tuneline.seals import broken_page_seal
 
 
 def begin(path: Path, *assignments: str, **changed: str) -> list[Check]:
@@ -39,7 +41,8 @@ def test_what_this_run_changed_of_the_recipe_counts(tmp_path: Path) -> None:
     checks = {check.name: check for check in begin(tmp_path, "placement.profile=t4")}
     assert checks["GPU memory"].verdict == "ok"
     page = (tmp_path / "out" / "summary").read_text()
-    assert f"| ok | GPU memory | {checks['GPU memory'].words} |  |" in page
+    assert f"| ok | GPU memory | {escape_markdown(checks['GPU memory'].words)} |  |" in page
+    assert broken_page_seal((tmp_path / "out" / "summary").read_bytes()) == ""
     # Outside a pod no cluster is asked.
     assert "API" not in checks
     with pytest.raises(UserError, match="cannot work as configured: GPU memory: .*70 B parameters"):

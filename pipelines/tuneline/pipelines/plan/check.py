@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from tuneline.html.markdown import escape_markdown
+
 Verdict = Literal["ok", "warn", "fail", "unknown"]
 """`fail`: the run cannot work as configured; `warn`: the run may not work; `unknown`: `plan` had no
 permission to check, or could not check."""
@@ -23,12 +25,9 @@ class Check:
 def markdown_page(checks: list[Check]) -> str:
     """Return the checks as a Markdown page with one table."""
     rows = [
-        f"| {check.verdict} | {check.name} | {_cell(check.words)} | {_cell(check.advice)} |"
+        f"| {check.verdict} | {check.name} | {escape_markdown(check.words)} | "
+        f"{escape_markdown(check.advice)} |"
         for check in checks
     ]
     head = ["# Plan", "", "| verdict | check | result | what to do |", "|---|---|---|---|"]
     return "\n".join([*head, *rows, ""])
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")

@@ -19,6 +19,7 @@ from tuneline.pods import POD_NAME_VARIABLE
 from tuneline.recipe import Recipe
 from tuneline.runtime.environment import IMAGE_VARIABLE
 from tuneline.runtime.kubernetes_client import own_namespace
+from tuneline.seals import seal_page
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def run(
         level = logging.ERROR if check.verdict == "fail" else logging.INFO
         logger.log(level, "%s: %s: %s", check.verdict, check.name, check.words)
     Path(summary_path).parent.mkdir(parents=True, exist_ok=True)
-    Path(summary_path).write_text(markdown_page(checks), encoding="utf-8")
+    Path(summary_path).write_text(seal_page(markdown_page(checks)), encoding="utf-8")
     failed = [check for check in checks if check.verdict == "fail"]
     if failed:
         problems = "; ".join(f"{check.name}: {check.words}" for check in failed)
