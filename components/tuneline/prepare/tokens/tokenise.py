@@ -57,6 +57,7 @@ def tokenise(
         yield from _texts(tokenizer, [row.text or "" for row in rows])
     else:
         pieces = [piece for row in rows for piece in row.pieces or []]
+        encoded: Iterator[tuple[list[int], Spans | None] | None]
         encoded = repeat(None) if byte_level is None else byte_level.encode(pieces)
         for piece, found in zip(pieces, encoded):  # noqa: B905 (the first one may be endless)
             ids, spans = found or _with_offsets(tokenizer, piece)
