@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -221,12 +222,12 @@ def test_a_run_that_fails_names_the_step_and_keeps_a_report(tmp_path: Path) -> N
     assert "prepare" in summary.read_text()
 
     for command, says in (
-        ("status", "prepare        failed"),
-        ("doctor", "prepare: DataError\n  why: "),
+        ("status", r"prepare +failed"),
+        ("doctor", r"prepare: DataError\n  why: "),
         ("logs", "rows.csv cannot be used"),
     ):
         shown = tuneline(command, str(run_dir), *(["prepare"] * (command == "logs")), cwd=tmp_path)
-        assert shown.returncode == 0 and says in shown.stdout, shown
+        assert shown.returncode == 0 and re.search(says, shown.stdout), shown
 
     # With other settings, the finished steps are kept and the failed one goes on.
     again = tuneline(
