@@ -37,7 +37,8 @@ def write_sharded(
         The SHA-256 of what was written, by the name of the file.
     """
     shards = list(_plan(specs, max_shard_bytes))
-    weight_map, written = {}, {}
+    weight_map: dict[str, str] = {}
+    written: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE_FILE
         if len(shards) > 1:
