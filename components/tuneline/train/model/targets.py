@@ -138,7 +138,7 @@ def attach_to_the_rest(model: peft.PeftModel, modules: list[str]) -> None:
         TrainingError: other linear layers than these have an adapter now.
     """
     base: Any = model.get_base_model()
-    settings = model.peft_config["default"]
+    settings: Any = model.peft_config["default"]
     rest = [name for name in modules if not isinstance(base.get_submodule(name), LoraLayer)]
     weights = {f"{name}.weight" for name in short_names(base, rest)}
     for stack in dict.fromkeys(_stack(base, name) for name in rest):
