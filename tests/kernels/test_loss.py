@@ -12,11 +12,8 @@ SIZES = {
     "eos_token_id": 2,
 }  # fmt: skip
 FAMILIES = {
-    "Granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0},
     "Cohere": {"logit_scale": 0.25},
     "Cohere2": {"logit_scale": 0.25},
-    "SmolLM3": {},
-    "Ministral3": {},
     "Olmo3": {},
     "Glm4": {"head_dim": 16},
     "GptOss": {"num_local_experts": 4, "head_dim": 16},
@@ -66,7 +63,7 @@ def test_the_loss_is_fused(family):
 
 
 def test_a_forward_that_caps_its_logits_keeps_the_stock_loss():
-    class Capped(transformers.SmolLM3ForCausalLM):
+    class Capped(transformers.Olmo3ForCausalLM):
         def forward(self, labels=None, **kwargs):
             output = super().forward(**kwargs)
             output.logits = 20 * torch.tanh(output.logits / 20)
@@ -74,7 +71,7 @@ def test_a_forward_that_caps_its_logits_keeps_the_stock_loss():
                 output.loss = self.loss_function(output.logits, labels, self.vocab_size)
             return output
 
-    model = make("SmolLM3")
+    model = make("Olmo3")
     model.__class__ = Capped
     stock = step(model)
     report = patch(model)
@@ -83,6 +80,6 @@ def test_a_forward_that_caps_its_logits_keeps_the_stock_loss():
 
 
 def test_a_trained_head_keeps_the_stock_loss():
-    model = make("SmolLM3")
+    model = make("Olmo3")
     model.lm_head.weight.requires_grad_(True)
     assert patch(model).loss == "lm_head is trained"

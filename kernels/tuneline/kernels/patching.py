@@ -152,9 +152,7 @@ def patch(
         except Unfusable as reason:
             # The layer's class is replaced anyway: the layer may be fusable in a later forward.
             unfused[index] = str(reason)
-    loss_reason = _stock_loss_reason(causal)
-    if loss_reason is None and not specs:
-        loss_reason = probe(causal)
+    loss_reason = _stock_loss_reason(causal) or probe(causal)
     if specs or loss_reason is None:
         _swap(causal, _CausalMixin)
     if specs:

@@ -1,17 +1,20 @@
 """Routed experts in NF4: the hand-written forward and backward against autograd in float64."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 
+from tuneline.kernels.experts import arena
 from tuneline.kernels.experts.activation import ExpertActivation
 from tuneline.kernels.experts.mlp import (
     experts_mlp,
     experts_mlp_reference,
 )
-from tuneline.kernels.experts.stack import ExpertLora, ExpertStack, LoraPair
+from tuneline.kernels.experts.route import route, route_reference
+from tuneline.kernels.experts.stack import ExpertLora, ExpertStack, LoraPair, dequantize_experts
 from tuneline.kernels.ops.adamw import dynamic_map
+from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4
 
 E, H, F, K, RANK = 5, 64, 32, 2, 4
 CODE = [-1.0, -0.69, -0.52, -0.39, -0.28, -0.18, -0.09, 0.0]
@@ -41,7 +44,7 @@ def stack(
     )
     if not nested:
         return result
-    return dataclasses.replace(
+    return replace(
         result,
         absmax=byte(E, blocks),
         nested_absmax=rand(E, -(-blocks // 256)) * 0.05,
@@ -147,6 +150,73 @@ def test_kernels_give_the_gradients_of_float64(
     oss = activation == "clamped_swiglu"
     arguments, options = case(dtype, generator, activation=activation, transposed=oss, bias=oss)
     check(arguments, options, assert_near, keep_gate_up=keep_gate_up)
+
+
+def test_chunks_of_experts_give_the_same_bits(dtype, generator, monkeypatch, poisoned):
+    arguments, options = case(dtype, generator)
+    results = []
+    for limit in (2**31, 3 * 2 * F * H * dtype.itemsize):
+        monkeypatch.setattr(arena, "ARENA_BYTES", limit)
+        y = experts_mlp(*arguments, **options)
+        results.append([y, *torch.autograd.grad(y.sum(), leaves(arguments, options))])
+    for whole, chunked in zip(*results, strict=True):
+        assert torch.equal(whole, chunked)
+
+
+def test_a_dropped_choice_adds_nothing(dtype, generator, assert_near, poisoned):
+    arguments, options = case(dtype, generator, activation="clamped_swiglu", bias=True)
+    x, index, weights, *stacks = arguments
+    index = index.clone()
+    index[3], index[5, 1], index[7, 0] = E, -1, E + 3
+    check((x, index, weights, *stacks), options, assert_near)
+    y = experts_mlp(x, index, weights, *stacks, **options)
+    (dw,) = torch.autograd.grad(y.sum(), weights)
+    assert not y[3].any() and not dw[3].any() and not dw[5, 1] and not dw[7, 0]
+
+
+@pytest.mark.parametrize("without", ["all", "gate_up", "down"])
+def test_a_projection_may_have_no_adapter(without, dtype, generator, assert_near, poisoned):
+    arguments, options = case(dtype, generator)
+    lora = ExpertLora() if without == "all" else replace(options["lora"], **{without: None})
+    check(arguments, {**options, "lora": lora}, assert_near, keep_gate_up=False)
+
+
+@pytest.mark.parametrize("tokens", [1, 37, 700])
+def test_routing_is_a_stable_sort(tokens, generator):
+    device = generator.device
+    index = torch.randint(-1, 14, (tokens, 3), generator=generator, device=device)
+    index[:, 1] = 11  # One expert with many rows, and some with none.
+    ours, reference = route(index, 13, 16), route_reference(index, 13, 16)
+    rows = int(reference.starts[-1])
+    tiles = int(reference.tile_starts[-1])
+    assert torch.equal(ours.slot_of_row[:rows], reference.slot_of_row[:rows])
+    assert torch.equal(ours.row_of_slot, reference.row_of_slot)
+    assert torch.equal(ours.starts, reference.starts)
+    assert torch.equal(ours.tile_starts, reference.tile_starts)
+    assert torch.equal(ours.expert_of_tile[:tiles], reference.expert_of_tile[:tiles])
+    assert tiles <= ours.max_tiles
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_dequantised_bits_are_those_of_each_expert_alone(nested, dtype, device, generator):
+    one = stack(2 * F, H, dtype, generator, nested=nested)
+    starts = torch.tensor([0, 2, 2, 3, 4, 5], dtype=torch.int32, device=device)
+    out = torch.full((E, 2 * F + 16, H + 64), float("nan"), dtype=dtype, device=device)
+    dequantize_experts(one, starts, first=0, last=E, out=out[:, : 2 * F, :H])
+    for expert in (0, 2, 3, 4):
+        alone = NF4Weight(
+            one.packed[expert], one.absmax[expert], one.code, (2 * F, H), dtype,
+            one.nested_absmax[expert] if nested else None, one.nested_code if nested else None,
+            one.offset[expert] if nested else None,
+        )  # fmt: skip
+        assert torch.equal(out[expert, : 2 * F, :H], dequantize_nf4(alone))
+    # No row goes to expert 1.
+    assert out[1].isnan().all() and out[:, 2 * F :].isnan().all() and out[:, :, H:].isnan().all()
+
+
+def test_a_stack_whose_blocks_cross_experts_is_refused(generator):
+    with pytest.raises(ValueError, match="a multiple of 64"):
+        stack(12, 8, torch.float32, generator)
 
 
 @pytest.mark.gpu
