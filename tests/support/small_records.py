@@ -4,6 +4,7 @@ The record of a dataset is the fixture `new_dataset` of tests/conftest.py.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 from tuneline.artifacts import (
@@ -13,6 +14,8 @@ from tuneline.artifacts import (
     TaskComparison,
     TrainingSummary,
 )
+from tuneline.record import hash_files
+from tuneline.seals import sealed_json
 
 
 def new_origin(**values: Any) -> ModelOrigin:
@@ -24,6 +27,14 @@ def new_origin(**values: Any) -> ModelOrigin:
         "sha256": "1" * 64,
     }
     return ModelOrigin(**(plain | values))
+
+
+def record_again(base_model_dir: Path) -> None:
+    """Let the record of a base model that a test changed hold its new files."""
+    path = base_model_dir / ModelOrigin.filename
+    origin = json.loads(path.read_text())
+    origin["files"] = hash_files(base_model_dir, leave_out={path.name})
+    path.write_text(sealed_json(origin))
 
 
 def new_training(**values: Any) -> TrainingSummary:

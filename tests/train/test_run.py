@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from small_records import record_again
 from trl import DPOTrainer
 
 from tuneline.artifacts import TrainingSummary
@@ -198,6 +199,7 @@ def broken_dir(tmp_path, tiny_model_dir):
     weights = load_file(path / "model.safetensors")
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    record_again(path)
     return path
 
 
@@ -276,5 +278,16 @@ def test_directories_without_their_record(tmp_path, tiny_model_dir, dataset_dir,
 def test_a_model_without_tokenizer(tmp_path, tiny_model_dir, dataset_dir, answer_rows):
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir, base, ignore=shutil.ignore_patterns("tokenizer*"))
+    record_again(base)
     with pytest.raises(ModelError, match="no tokenizer"):
         train(tmp_path, base, dataset_dir(answer_rows))
+
+
+def test_a_file_that_was_changed_is_not_trained_on(
+    tmp_path, tiny_model_dir, dataset_dir, answer_rows
+):
+    dataset = dataset_dir(answer_rows)
+    with open(dataset / "train.parquet", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(WorldError, match=r"train\.parquet was changed after it was made"):
+        train(tmp_path, tiny_model_dir, dataset)

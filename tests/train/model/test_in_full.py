@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from small_records import record_again
 
 from tuneline.errors import ModelError, RecipeError
 from tuneline.models.nf4 import load_base
@@ -39,6 +40,7 @@ def untied_dir(tiny_model_dir, tmp_path_factory):
     config = LlamaConfig.from_pretrained(tiny_model_dir, tie_word_embeddings=False)
     torch.manual_seed(1)
     LlamaForCausalLM(config).save_pretrained(path)
+    record_again(path)
     return path
 
 
