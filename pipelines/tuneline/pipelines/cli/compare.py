@@ -52,8 +52,8 @@ def compare(
         columns = [name for name in SCORE_COLUMNS if name != "metric"]
         table = Table(*(Column(name, overflow="fold") for name in columns), box=None)
         for each in found:
-            row = dict(zip(SCORE_COLUMNS, score_row(each), strict=True))
-            table.add_row(*(row[name] for name in columns))
+            cells = dict(zip(SCORE_COLUMNS, score_row(each), strict=True))
+            table.add_row(*(cells[name] for name in columns))
         console.print(table)
         if remark:
             say(remark)

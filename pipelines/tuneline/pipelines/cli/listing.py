@@ -13,7 +13,8 @@ from tuneline.html.units import duration
 from tuneline.pipelines.cli.options import HostOption, NamespaceOption
 from tuneline.pipelines.cli.run import PANEL
 from tuneline.pipelines.cli.terminal import console, say
-from tuneline.pipelines.local.run_dir import ARTIFACTS_DIR, RUNS_DIR, LocalRun, local_runs
+from tuneline.pipelines.local.run_dir import RUNS_DIR, LocalRun, local_runs
+from tuneline.pipelines.local.watch import ARTIFACTS_DIR
 
 app = typer.Typer()
 
