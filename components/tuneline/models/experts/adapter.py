@@ -16,7 +16,7 @@ from typing import Any
 
 import peft
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.bnb import dispatch_bnb_4bit
 
@@ -31,7 +31,8 @@ class ParamWrapper(peft_layer.ParamWrapper):
     """
 
     def _get_in_out_features(self, module: torch.nn.Module) -> tuple[int, int]:
-        stack = self.get_base_layer().nf4_stacks[self.parameter_name]
+        experts: Any = self.get_base_layer()
+        stack = experts.nf4_stacks[self.parameter_name]
         self.num_experts, self._param_ndim = stack.num_experts, 3
         return stack.rows, stack.columns
 
@@ -39,7 +40,8 @@ class ParamWrapper(peft_layer.ParamWrapper):
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
         names = [name for name in active_adapters if name in self.lora_A]
         assert len(names) <= 1, "experts in NF4 have at most one active adapter"
-        updates = self.get_base_layer().nf4_lora
+        experts: Any = self.get_base_layer()
+        updates = experts.nf4_lora
         for name in names:
             updates[self.parameter_name] = self._update(name)
         try:
@@ -48,7 +50,9 @@ class ParamWrapper(peft_layer.ParamWrapper):
             updates.pop(self.parameter_name, None)
 
     def _update(self, name: str) -> LoraPair:
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        down: Any = self.lora_A[name]
+        up: Any = self.lora_B[name]
+        a, b = down.weight, up.weight
         return LoraPair(
             a=a.reshape(self.num_experts, -1, a.shape[1]),
             b=b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1),
@@ -79,4 +83,5 @@ def _adapted_by_its_weight(
     """Return the adapter of a linear layer in 4 bits; None leaves it to peft to make one."""
     if parameter_name is None:
         return None
-    return dispatch_bnb_4bit(target, name, config=config, **options)
+    adapted: torch.nn.Module | None = dispatch_bnb_4bit(target, name, config=config, **options)
+    return adapted

@@ -166,7 +166,9 @@ def _projected(
     if update is not None:
         a, b = update.a.to(x_S.dtype), update.b.to(x_S.dtype)
     scale = 0.0 if update is None else update.scaling
-    y_S: torch.Tensor = _ExpertLinear.apply(x_S, a, b, stack, counts, scale)
+    # Any: torch does not annotate it.
+    function: Any = _ExpertLinear
+    y_S: torch.Tensor = function.apply(x_S, a, b, stack, counts, scale)
     # A router may send a token to no expert, by an index beyond the last one.
     last = stack.num_experts - 1
     return y_S if stack.bias is None else y_S + stack.bias.to(x_S.dtype)[expert_S.clamp(max=last)]

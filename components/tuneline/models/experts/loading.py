@@ -33,15 +33,18 @@ class ExpertsConfig(BitsAndBytesConfig):
         # Any: transformers does not annotate it.
         parent: Any = super()
         parent.__init__(**settings)
-        self.quant_method = METHOD
+        method: Any = METHOD
+        self.quant_method = method
 
 
 @register_quantizer(METHOD)
 class ExpertsQuantizer(Bnb4BitHfQuantizer):
     """bitsandbytes' quantizer that also quantises experts."""
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        super()._process_model_before_weight_loading(model, **kwargs)
+    def _process_model_before_weight_loading(
+        self, model: Any, device_map: Any = None, **kwargs: Any
+    ) -> Any:
+        super()._process_model_before_weight_loading(model, device_map, **kwargs)
         # The model is bitsandbytes' for transformers, accelerate and TRL, which ask for this name.
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         stacks = quantized_experts(model)

@@ -143,10 +143,10 @@ def _model_loss(
         loss: torch.Tensor = model(**inputs, use_cache=False, **counts).loss
         return loss
     output = model(**inputs, use_cache=False, output_router_logits=True, **counts)
-    loss = output.loss
-    if output.get("aux_loss") is None:
-        return loss
-    return loss + (auxiliary - model_auxiliary) * output.aux_loss
+    total: torch.Tensor = output.loss
+    if output.get("aux_loss") is not None:
+        total = total + (auxiliary - model_auxiliary) * output.aux_loss
+    return total
 
 
 def _selected_loss(
@@ -171,6 +171,6 @@ def _selected_loss(
     )
     count = (targets != IGNORED).sum() if num_items is None else torch.as_tensor(num_items)
     loss: torch.Tensor = total / count.clamp(min=1)
-    if not auxiliary or output.get("aux_loss") is None:
-        return loss
-    return loss + auxiliary * output.aux_loss
+    if auxiliary and output.get("aux_loss") is not None:
+        loss = loss + auxiliary * output.aux_loss
+    return loss
