@@ -81,14 +81,14 @@ def run(
         shown = _examples(lm, config, documents, dataset_dir) if label == "base" else []
         ours = {name: tasks for name, tasks in loaded.items() if name in heldout.TASKS}
         total = len(loaded) + (len(ours) if shown else 0)
-        scores = {}
+        scores: dict[str, TaskScore] = {}
         for number, (name, tasks) in enumerate(loaded.items()):
             emit("evaluate", "progress", done=number, total=total, note=name)
             measured = _measure(
                 lm, tasks, config, manager=finder.manager, templated=name in heldout.TASKS
             )
             scores |= _write_scores(measured, tasks, target / SAMPLES_DIR, label)
-        prompted = {}
+        prompted: dict[str, TaskScore] = {}
         with lm.showing(shown):
             for number, (name, tasks) in enumerate(ours.items() if shown else ()):
                 done, extra = len(loaded) + number, f"with {len(shown)} examples"
@@ -179,7 +179,7 @@ def _parents(model_dir: str, dataset_dir: str) -> list[Record]:
         WorldError: a file has changed since the step that made it recorded its hash.
     """
     kinds = (DatasetManifest, ModelOrigin, MergeProof, QuantizedModel)
-    found = []
+    found: list[Record] = []
     for directory in (dataset_dir, model_dir):
         for kind in kinds:
             if Path(directory, kind.filename).is_file():
