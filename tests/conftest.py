@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 
 from tuneline.artifacts import DatasetManifest, LengthStatistics
 from tuneline.images import REGISTRY
+
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is defined, so before any test imports a kernel's module.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Tests that load a model, interpret kernels, or start many processes and servers.
 HEAVY_FIXTURES = {"smollm2_dir"}

@@ -22,6 +22,7 @@ from tuneline.merge.run import run as merge
 from tuneline.prepare import PrepareConfig
 from tuneline.prepare.run import run as prepare
 from tuneline.quantize import QuantizeConfig
+from tuneline.quantize.gguf.support import gguf_problem
 from tuneline.quantize.gptq.experts import check_experts
 from tuneline.quantize.run import run as quantize
 from tuneline.train import TrainConfig
@@ -31,7 +32,7 @@ UNPACKED = ("gpt-oss", "Qwen3.5", "Qwen3.5-MoE", "Qwen3-Next")
 """Families whose rows are padded, because rows of a pack would see each other."""
 GGUF = {
     *("Llama 3", "Yi", "Mistral", "Qwen2", "Qwen3", "Phi-3", "Gemma 2", "Gemma 3"),
-    *("Mixtral", "Phi-3.5-MoE", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek V2", "DeepSeek V3", "gpt-oss"),
+    *("Mixtral", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek V2", "DeepSeek V3", "gpt-oss"),
 }
 """Families whose GGUF files are proven, by the line or by tests/quantize/gguf, whose tokenizers and
 settings are of the right kind. Others are not tried."""
@@ -159,6 +160,8 @@ def table() -> str:
         gptq = "proven" if family.name in GPTQ else "not tried"
         gptq = "refused before training" if family.has_experts else gptq
         gguf = "proven" if family.name in GGUF else "not tried"
+        if gguf_problem(_empty(family).config.to_dict()):
+            gguf = "refused before training"
         kernels = _kernels(family)
         lines.append(
             f"| {family.name} | {trains} | {words} | yes | proven | {gguf} | {gptq} | {kernels} |"

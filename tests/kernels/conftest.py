@@ -1,14 +1,9 @@
-"""Runs the kernels on CUDA when there is a device, else in Triton's interpreter on the CPU."""
+"""Fixtures of the kernels' tests, which run on CUDA or in Triton's interpreter (tests/conftest)."""
 
-import os
 import sys
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Read when a kernel is defined, so before any kernel module is imported.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
