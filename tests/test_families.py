@@ -160,7 +160,8 @@ def table() -> str:
         gptq = "proven" if family.name in GPTQ else "not tried"
         gptq = "refused before training" if family.has_experts else gptq
         gguf = "proven" if family.name in GGUF else "not tried"
-        if gguf_problem(_empty(family).config.to_dict()):
+        # llama.cpp recognises DeepSeek V2 Lite by its 27 layers.
+        if gguf_problem(_empty(family).config.to_dict() | {"num_hidden_layers": 27}):
             gguf = "refused before training"
         kernels = _kernels(family)
         lines.append(
@@ -172,7 +173,9 @@ def table() -> str:
 def _kernels(family: Family) -> str:
     """Return which parts of a family run in the project's kernels."""
     report = patch(new_model(family, vocab_size=128).bfloat16().requires_grad_(False))
-    parts = {"layers": not report.unfused, "experts": family.has_experts}
+    waits_for_nf4 = {"experts: the experts are not in NF4"}
+    are_fused = set(report.unfused.values()) <= waits_for_nf4
+    parts = {"layers": are_fused, "experts": family.has_experts}
     parts["loss"] = report.loss == "fused"
     return ", ".join(part for part, runs in parts.items() if runs) or "none"
 

@@ -139,7 +139,7 @@ FAMILIES: dict[str, Family] = {
             has_experts=True,
         ),
         Family("Qwen2-MoE", "Qwen2Moe", _EXPERTS, has_experts=True),
-        Family("Qwen3-MoE", "Qwen3Moe", _EXPERTS, has_experts=True),
+        Family("Qwen3-MoE", "Qwen3Moe", _EXPERTS | {"norm_topk_prob": True}, has_experts=True),
         Family("DeepSeek V2", "DeepseekV2", _LATENT | _SHARED, has_experts=True),
         Family(
             "DeepSeek V3",

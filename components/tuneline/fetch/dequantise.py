@@ -55,6 +55,7 @@ def write_dequantised(model_dir: Path, target: Path, quantisation: Quantisation)
     """
     source = _Source(Checkpoint(model_dir), str(model_dir), quantisation)
     specs: dict[str, Spec] = {}
+    shape: tuple[int, ...]
     for name, spec in source.checkpoint.specs.items():
         if name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in source.scales:
             num_experts, num_rows, num_blocks, num_bytes = spec.shape

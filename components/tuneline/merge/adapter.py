@@ -159,10 +159,10 @@ class Adapter:
         return Update(a_rI, b_Or, self._scale(parameter, a_rI.shape[0]))
 
     def _scale(self, parameter: str, rank: int) -> float:
-        patterns = self._config.get("alpha_pattern") or {}
+        patterns: Any = self._config.get("alpha_pattern") or {}
         # peft matches a linear layer by its module's name, and a stack by its parameter's.
         name = parameter.removesuffix(".weight")
-        alpha = patterns.get(get_pattern_key(patterns, name), self._config["lora_alpha"])
+        alpha: Any = patterns.get(get_pattern_key(patterns, name), self._config["lora_alpha"])
         return float(alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank))
 
     def _targets_parameter(self, name: str) -> bool:

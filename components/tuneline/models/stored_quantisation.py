@@ -61,7 +61,7 @@ def use_dtype(model: Any, dtype: "torch.dtype") -> None:
     transformers keeps the dtypes of the files: those of norms and embeddings, the one that 4-bit
     weights are dequantised to, and the one that 4-bit layers compute in.
     """
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     keeps = getattr(model, "_keep_in_fp32_modules", None) or ()
     for name, module in model.named_modules():

@@ -91,7 +91,9 @@ def band_keys(values: Shingles, rows: Rows) -> tuple[Rows, NDArray[numpy.uint32]
     return found[kept], (keys >> numpy.uint64(32)).astype(numpy.uint32)
 
 
-def _candidates(shingles: ShingleFile, path: Path) -> Iterator[tuple[Rows, Rows]]:
+def _candidates(
+    shingles: ShingleFile, path: Path
+) -> Iterator[tuple[NDArray[numpy.int32], NDArray[numpy.int32]]]:
     """Yield the pairs of rows that share the key of a band: neighbours, and with the first of all.
 
     The pairs of one band follow each other; they are (the first row of each pair, the second one).
@@ -117,6 +119,6 @@ def _candidates(shingles: ShingleFile, path: Path) -> Iterator[tuple[Rows, Rows]
             places = numpy.flatnonzero(equal) + 1
             begins = numpy.where(numpy.concatenate(([False], equal)), 0, numpy.arange(num_compared))
             firsts = numpy.maximum.accumulate(begins)
-            rows = everything[order]
+            in_order_of_keys = everything[order]
             for others in (places - 1, firsts[places]):
-                yield rows[others], rows[places]
+                yield in_order_of_keys[others], in_order_of_keys[places]

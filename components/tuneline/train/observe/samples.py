@@ -99,7 +99,8 @@ def ask_before_and_after(
     """
     if not prompts or not num_tokens:
         return []
-    settings: Any = model.get_base_model().config.get_text_config()
+    base: Any = model.get_base_model()
+    settings = base.config.get_text_config()
     if getattr(settings, "output_router_logits", False):
         # TRL sets it for the auxiliary loss of routers. A model of experts cannot generate with it.
         settings.output_router_logits = False

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import integration_utils
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ class GuardedTracker(TrainerCallback):
 
 def guard_trackers(trainer: Any) -> None:
     """Guard all trackers of a trainer."""
-    for tracker_class in get_reporting_integration_callbacks(trainer.args.report_to):
+    classes_of: Any = integration_utils.get_reporting_integration_callbacks
+    for tracker_class in classes_of(trainer.args.report_to):
         tracker = trainer.pop_callback(tracker_class)
         if tracker is not None:
             trainer.add_callback(GuardedTracker(tracker))

@@ -38,8 +38,8 @@ def recipes(
         typer.echo((RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8"), nl=False)
         return
     # Names are not cut even in a narrow terminal, because the user has to type one of them next.
-    names = Column("name", no_wrap=True, min_width=20)
-    table = Table(names, "base model", "dataset", "method", "description", box=None)
+    name_column = Column("name", no_wrap=True, min_width=20)
+    table = Table(name_column, "base model", "dataset", "method", "description", box=None)
     for path in shipped_recipes():
         loaded = load_recipe(path)
         table.add_row(
