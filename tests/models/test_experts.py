@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_families import EXPERT_FAMILIES, save_experts
 
+from tuneline.kernels.binding_experts import expert_stack
 from tuneline.models import nf4
 from tuneline.models.experts import (
     Stack,
@@ -20,7 +21,7 @@ from tuneline.models.experts import (
 )
 from tuneline.models.experts import forward as experts_forward
 from tuneline.models.experts.adapter import adapt_experts_in_nf4
-from tuneline.models.experts.forward import dequantized_expert, packed_stack
+from tuneline.models.experts.forward import dequantized_expert
 
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 RANK = 4
@@ -91,7 +92,7 @@ def test_a_loaded_expert_is_what_merge_computes(model_dir: Path) -> None:
     model = load(model_dir, quantized=True, dtype=torch.bfloat16)
     for name, stack in quantized_experts(model).items():
         module, _, projection = name.rpartition(".")
-        packed = packed_stack(model.get_submodule(module), projection, torch.float32)
+        packed = expert_stack(model.get_submodule(module), projection, torch.float32)
         weight = plain.get_parameter(name).data
         merged = round_trip_experts(weight, dtype=torch.bfloat16, device="cpu")
         for number in range(stack.num_experts):
@@ -187,10 +188,10 @@ def test_the_saved_adapter_gives_the_same_logits_in_plain_peft(
 def test_a_cast_of_the_whole_model_leaves_the_experts_as_they_are(tmp_path: Path) -> None:
     model = load(save_experts("Qwen3-MoE", tmp_path / "model"), quantized=True)
     module = next(iter(expert_modules(model).values()))
-    before = dequantized_expert(packed_stack(module, "down_proj", torch.float32), 1)
+    before = dequantized_expert(expert_stack(module, "down_proj", torch.float32), 1)
     # As DeepSpeed casts a model to bfloat16. `to` of a quantised model is refused.
     torch.nn.Module.bfloat16(module)
-    after = dequantized_expert(packed_stack(module, "down_proj", torch.float32), 1)
+    after = dequantized_expert(expert_stack(module, "down_proj", torch.float32), 1)
     assert torch.equal(after, before)
 
 
@@ -200,7 +201,7 @@ def test_experts_are_in_the_state_of_their_module(tmp_path: Path) -> None:
     second.load_state_dict(first.state_dict())
     for number in range(4):
         weights = [
-            dequantized_expert(packed_stack(module, "gate_up_proj", torch.float32), number)
+            dequantized_expert(expert_stack(module, "gate_up_proj", torch.float32), number)
             for module in (first, second)
         ]
         assert torch.equal(*weights) and weights[0].any()

@@ -23,44 +23,16 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
+from tuneline.kernels.binding_experts import expert_stack
 from tuneline.kernels.experts.activation import ExpertActivation
 from tuneline.kernels.experts.mlp import experts_mlp
 from tuneline.kernels.experts.stack import ExpertLora, ExpertStack, LoraPair
 from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_reference
-from tuneline.models.experts.stacks import Stack, expert_modules, projections
+from tuneline.models.experts.stacks import expert_modules, projections
 from tuneline.models.nf4_layout import BLOCKSIZE
 
 IMPLEMENTATION = "tuneline_nf4"
 """Name of the forward method in transformers' registry."""
-
-
-def packed_stack(module: Any, projection: str, dtype: torch.dtype) -> ExpertStack:
-    """Return a stack that `ExpertsQuantizer` has loaded, sharing the memory of its module.
-
-    Args:
-        module: The module of experts.
-        projection: Name of the stack's parameter.
-        dtype: Type of the dequantised weights.
-    """
-
-    def floats(what: str) -> torch.Tensor:
-        bits: torch.Tensor = getattr(module, f"{projection}_{what}")
-        return bits.view(torch.float32)
-
-    stack: Stack = module.nf4_stacks[projection]
-    return ExpertStack(
-        packed=getattr(module, projection).data,
-        absmax=getattr(module, f"{projection}_absmax"),
-        code=floats("code"),
-        num_out=stack.out_features,
-        num_in=stack.in_features,
-        dtype=dtype,
-        nested_absmax=floats("nested_absmax"),
-        nested_code=floats("nested_code"),
-        offset=floats("offset"),
-        transposed=stack.is_transposed,
-        bias=getattr(module, f"{projection}_bias").detach() if module.has_bias else None,
-    )
 
 
 def dequantized_expert(stack: ExpertStack, number: int) -> torch.Tensor:
@@ -106,7 +78,7 @@ def nf4_experts_forward(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     x_TH = hidden_states.to(dtype)
-    up, down = (packed_stack(self, name, dtype) for name in projections(self))
+    up, down = (expert_stack(self, name, dtype) for name in projections(self))
     updates = [self.nf4_lora.get(name) for name in projections(self)]
     activation = kernel_activation(self) if self.nf4_kernels else None
     if activation is not None:
