@@ -52,7 +52,16 @@ def scaling_of(tensors: dict[str, list[float]], **metadata: Any) -> dict[str, An
     return read_scaling(reader, Path("m.gguf"), Config)
 
 
-@pytest.mark.parametrize("scaling", [LLAMA3, LLAMA3 | {"factor": 32.0}, LINEAR, YARN])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        LLAMA3,
+        *(
+            pytest.param(other, marks=pytest.mark.slow)
+            for other in (LLAMA3 | {"factor": 32.0}, LINEAR, YARN)
+        ),
+    ],
+)
 def test_what_llama_cpps_converter_writes_is_read_back(
     tiny_model_dir: Path, tmp_path: Path, scaling: dict[str, Any]
 ) -> None:

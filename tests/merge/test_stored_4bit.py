@@ -97,7 +97,10 @@ def train_and_merge(
     return origin, summary, proof
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [name if name == "nf4" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
+)
 def test_its_own_weights_are_trained_on_and_merged(
     layout: str, tiny_model_dir: Path, small_dataset_dir: Path, tmp_path: Path
 ) -> None:
