@@ -21,7 +21,7 @@ from tuneline.quantize.run import convert, run
 SETTINGS: dict[str, dict[str, Any]] = {
     "Mixtral": {},
     "Qwen2-MoE": {},
-    "Qwen3-MoE": {"norm_topk_prob": True},
+    "Qwen3-MoE": {},
     "DeepSeek V2": {"q_lora_rank": 32},
     "DeepSeek V3": {},
     "gpt-oss": {},
@@ -63,7 +63,7 @@ def test_every_family(
 @pytest.mark.parametrize(
     ("family", "settings", "problem"),
     [
-        ("Qwen3-MoE", {}, "norm_topk_prob false, but llama.cpp always normalises"),
+        ("Qwen3-MoE", {"norm_topk_prob": False}, "norm_topk_prob false, but llama.cpp always normalises"),
         ("Qwen2-MoE", {"norm_topk_prob": True}, "norm_topk_prob true, but .* never normalises"),
         ("Phi-3.5-MoE", {}, "SparseMixer"),
         ("DeepSeek V2", {}, "2 layers and no q_lora_rank, but .* by its 27 layers"),
