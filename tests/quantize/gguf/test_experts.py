@@ -63,7 +63,11 @@ def test_every_family(
 @pytest.mark.parametrize(
     ("family", "settings", "problem"),
     [
-        ("Qwen3-MoE", {"norm_topk_prob": False}, "norm_topk_prob false, but llama.cpp always normalises"),
+        (
+            "Qwen3-MoE",
+            {"norm_topk_prob": False},
+            "norm_topk_prob false, but llama.cpp always normalises",
+        ),
         ("Qwen2-MoE", {"norm_topk_prob": True}, "norm_topk_prob true, but .* never normalises"),
         ("Phi-3.5-MoE", {}, "SparseMixer"),
         ("DeepSeek V2", {}, "2 layers and no q_lora_rank, but .* by its 27 layers"),
