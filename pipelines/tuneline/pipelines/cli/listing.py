@@ -65,6 +65,7 @@ def _result(run: LocalRun) -> tuple[str, str, str, str, str]:
     scores = "\n".join(
         f"{each.task} {each.base:.3f} -> {each.tuned:.3f}"
         for each in (summary.comparisons if summary is not None else ())
+        if each.role not in ("prompted", "published")
     )
     steps = run.steps()
     if not steps:
