@@ -89,7 +89,7 @@ def assert_same(interrupted: Path, whole: Path) -> TrainingSummary:
 
 
 def test_kto_killed_then_finished(tmp_path, tiny_model_dir, dataset_dir, start):
-    """Of the checkpoint, KTO needs the place in the epoch, because z pairs a row with the last."""
+    """A resumed run starts at the same row: the term z of KTO pairs each row with the last one."""
     rows = [
         {
             "prompt_ids": [100 + n, 101 + 2 * n],

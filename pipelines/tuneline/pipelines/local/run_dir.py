@@ -24,7 +24,7 @@ NEVER_CACHED = (
     *("plan", "look-up-model", "look-up-data", "look-up-published", "report", "publish"),
     "diagnose",
 )
-"""Steps whose results are not kept, because they run anew in every attempt."""
+"""Steps whose results are not kept, because every attempt runs them again."""
 CACHE_DIR = ".cache"
 CHECKPOINT_DIR = ".checkpoints"
 """Directories for KFP's cache and for checkpoints, next to those of the runs, which share them."""
@@ -227,7 +227,7 @@ def latest_checkpoint(checkpoint_dir: Path, *, since: float) -> tuple[Path, int]
 
 
 def set_events_aside(run: LocalRun) -> None:
-    """Keep the events of an attempt under another name, so that the next attempt begins anew."""
+    """Keep the events of an attempt under another name, so that the next one starts with none."""
     if run.events_path.exists():
         number = 1 + len(list(run.events_path.parent.glob("events-*.jsonl")))
         run.events_path.rename(run.events_path.with_name(f"events-{number}.jsonl"))
