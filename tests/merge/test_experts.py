@@ -6,10 +6,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from small_records import new_training
 from tiny_families import FAMILIES, fetch_family
 from transformers import AutoModelForCausalLM
 
-from tuneline.artifacts import MergeProof, ModelOrigin, TrainingSummary
+from tuneline.artifacts import MergeProof, ModelOrigin
 from tuneline.errors import ProofError
 from tuneline.merge import MergeConfig
 from tuneline.merge.expert_parts import Part
@@ -59,22 +60,9 @@ def adapt(base_dir: Path, adapter_dir: Path, *, quantized: bool, **settings: Any
             parameter.data.normal_(std=0.1)
     adapted.save_pretrained(adapter_dir)
     origin = ModelOrigin.read(base_dir)
-    TrainingSummary(
-        method="sft",
-        num_steps=1,
-        num_tokens=1,
-        final_loss=1.0,
-        num_trainable_parameters=1,
-        num_parameters=1,
-        base_quantization="nf4" if quantized else "none",
-        compute_dtype="float32",
-        device="cpu",
-        tokens_per_second=1.0,
-        peak_memory_bytes=1,
-        history=[],
-        base_sha256=origin.sha256,
-        dataset_sha256="d" * 64,
-    ).write(adapter_dir, parents=(origin,))
+    new_training(base_quantization="nf4" if quantized else "none", base_sha256=origin.sha256).write(
+        adapter_dir, parents=(origin,)
+    )
     return adapted
 
 

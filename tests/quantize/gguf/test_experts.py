@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_records import new_merge
 from tiny_families import FAMILIES, new_model, write_checkpoint
 
-from tuneline.artifacts import MergeProof
 from tuneline.errors import ToolError
 from tuneline.quantize import QuantizeConfig
 from tuneline.quantize.gguf import converter
@@ -32,18 +32,7 @@ LITE = {"num_hidden_layers": 27}
 
 def as_merged(family: str, path: Path, tokenizer_dir: Path, **settings: Any) -> Path:
     write_checkpoint(FAMILIES[family], path, tokenizer_dir=tokenizer_dir, **settings)
-    MergeProof(
-        base="dequantized",
-        dtype="bfloat16",
-        num_bytes=1,
-        num_shards=1,
-        num_merged_modules=1,
-        num_prompts=8,
-        max_logit_difference=0.0,
-        mean_kl=0.0,
-        top1_agreement=1.0,
-        max_mean_kl=0.01,
-    ).write(path)
+    new_merge().write(path)
     return path
 
 

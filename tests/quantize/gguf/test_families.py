@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_records import new_training
 
 from tuneline.artifacts import (
     HELDOUT_FILE,
     DatasetManifest,
     ModelOrigin,
-    TrainingSummary,
     write_jsonl,
 )
 from tuneline.errors import ProofError
@@ -136,22 +136,7 @@ def save_adapter(base: Path, path: Path) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     adapted.save_pretrained(path)
-    TrainingSummary(
-        method="sft",
-        num_steps=1,
-        num_tokens=1,
-        final_loss=1.0,
-        num_trainable_parameters=1,
-        num_parameters=1,
-        base_quantization="nf4",
-        compute_dtype="float32",
-        device="cpu",
-        tokens_per_second=1.0,
-        peak_memory_bytes=1,
-        history=[],
-        base_sha256="b" * 64,
-        dataset_sha256="d" * 64,
-    ).write(path)
+    new_training().write(path)
 
 
 def save_dataset(path: Path, manifest: DatasetManifest) -> None:
