@@ -1,11 +1,15 @@
 """A data set and an adapter that the train step made on the tiny model."""
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
+from small_records import record_again
 
 from tuneline.artifacts import (
     EVAL_FILE,
@@ -76,3 +80,49 @@ def adapter_dir(
         curves_path=path.parent / "curves.html",
     )
     return path
+
+
+@pytest.fixture
+def merge(tmp_path, tiny_model_dir, adapter_dir, small_dataset_dir):
+    """Merge with what differs from the usual; returns the proof and the directory."""
+    from tuneline.merge import MergeConfig
+    from tuneline.merge.run import run
+
+    def call(
+        *,
+        base_model_dir=tiny_model_dir,
+        adapter=adapter_dir,
+        dataset_dir=small_dataset_dir,
+        as_recorded=False,
+        **settings,
+    ):
+        merged = tmp_path / "out" / "merged"
+        for path in () if as_recorded else (base_model_dir, adapter):
+            record_again(path)
+        proof = run(
+            MergeConfig(**{"num_proof_prompts": 8, **settings}),
+            base_model_dir=base_model_dir,
+            adapter_dir=adapter,
+            dataset_dir=dataset_dir,
+            merged_dir=merged,
+        )
+        return proof, merged
+
+    return call
+
+
+@pytest.fixture
+def changed_adapter():
+    """Return a function that copies an adapter, changing settings or adding tensors."""
+
+    def change(adapter_dir, path, *, config=None, tensors=None):
+        shutil.copytree(adapter_dir, path)
+        if config:
+            file = path / "adapter_config.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+        if tensors:
+            file = path / "adapter_model.safetensors"
+            save_file({**load_file(file), **tensors}, file)
+        return path
+
+    return change

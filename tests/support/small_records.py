@@ -29,12 +29,14 @@ def new_origin(**values: Any) -> ModelOrigin:
     return ModelOrigin(**(plain | values))
 
 
-def record_again(base_model_dir: Path) -> None:
-    """Let the record of a base model that a test changed hold its new files."""
-    path = base_model_dir / ModelOrigin.filename
-    origin = json.loads(path.read_text())
-    origin["files"] = hash_files(base_model_dir, leave_out={path.name})
-    path.write_text(sealed_json(origin))
+def record_again(directory: Path) -> None:
+    """Let the record of a base model or an adapter that a test changed hold its new files."""
+    for kind in (ModelOrigin, TrainingSummary):
+        path = directory / kind.filename
+        if path.is_file():
+            record = json.loads(path.read_text())
+            record["files"] = hash_files(directory, leave_out={path.name})
+            path.write_text(sealed_json(record))
 
 
 def new_training(**values: Any) -> TrainingSummary:
