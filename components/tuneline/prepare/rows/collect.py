@@ -126,11 +126,8 @@ def collect(
 def _dataset(dataset: DatasetConfig, collector: _Collector) -> CollectedSource:
     assert dataset.format is not None
     remarks = Remarks()
-    selection = Selection(
-        dataset.split, dataset.subset, dataset.revision, encoding=collector.config.encoding
-    )
     first = len(collector.spool)
-    rows = read_rows(dataset.source, selection, remarks)
+    rows = read_rows(dataset.source, dataset_selection(dataset, collector.config), remarks)
     intake = collector.take(rows, dataset.source, dataset.format, dataset.columns)
     indices = range(first, len(collector.spool))
     return CollectedSource(dataset, intake, indices, _logged(remarks))
@@ -195,6 +192,11 @@ def _logged(remarks: Remarks) -> list[str]:
     for sentence in sentences:
         logger.warning("%s", sentence)
     return sentences
+
+
+def dataset_selection(dataset: DatasetConfig, config: PrepareConfig) -> Selection:
+    """Return the part of the source of a dataset that is read."""
+    return Selection(dataset.split, dataset.subset, dataset.revision, encoding=config.encoding)
 
 
 def heldout_selection(datasets: list[DatasetConfig], config: PrepareConfig) -> Selection:
