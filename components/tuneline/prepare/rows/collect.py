@@ -8,6 +8,7 @@ from typing import IO
 from tuneline.artifacts import DatasetSource
 from tuneline.errors import DataError
 from tuneline.prepare.config import DatasetConfig, PrepareConfig
+from tuneline.prepare.datasets import with_revisions
 from tuneline.prepare.rows.intake import Intake, take_in
 from tuneline.prepare.rows.mixture import NUM_READ_FOR_ONE, num_wanted
 from tuneline.prepare.rows.spool import Spool
@@ -227,9 +228,7 @@ def check_sources(datasets: list[DatasetConfig], config: PrepareConfig) -> None:
     Raises:
         DataError: a source does not exist or is of no known kind.
     """
-    named = [dataset.source for dataset in datasets]
-    named += [config.heldout.source or "", config.general.source if config.general else ""]
-    for source in filter(None, named):
+    for source, _ in with_revisions(datasets, config):
         kind_of(source)
     seen: set[tuple[str, str | None, str | None]] = set()
     for dataset in datasets:
