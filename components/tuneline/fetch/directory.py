@@ -20,7 +20,7 @@ from tuneline.fetch.weight_headers import (
     longest_side,
     read_header,
 )
-from tuneline.models.stored_quantisation import without_quantization
+from tuneline.models.stored_quantisation import in_dtype
 from tuneline.models.tokenizer_files import TEMPLATES_DIR, copy_templates
 from tuneline.models.weight_files import INDEX_FILE, SINGLE_FILE
 
@@ -110,8 +110,7 @@ def _dequantise(path: Path, target: Path, quantisation: Quantisation, source: st
     from tuneline.fetch.dequantise import write_dequantised
 
     num_converted = write_dequantised(path, target, quantisation)
-    settings = without_quantization(_json(target / "config.json", source))
-    settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = "bfloat16"
+    settings = in_dtype(_json(target / "config.json", source), "bfloat16")
     (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     logger.info(
         "converted %d weights of %s from %s to bfloat16", num_converted, source, quantisation.name

@@ -18,7 +18,7 @@ from tuneline.merge.pieces import Names, Pieces
 from tuneline.models import rope, tokenizer_files
 from tuneline.models.checkpoint import Checkpoint, Spec
 from tuneline.models.sharded_files import write_sharded
-from tuneline.models.stored_quantisation import without_quantization
+from tuneline.models.stored_quantisation import in_dtype
 from tuneline.record import sha256_of_file
 
 logger = logging.getLogger(__name__)
@@ -87,10 +87,7 @@ def merge_weights(
 def write_config(*, base_model_dir: Path, dtype: str, directory: Path) -> None:
     """Write the base model's config.json with the merged model's dtype, and nothing quantised."""
     settings = json.loads((base_model_dir / "config.json").read_text(encoding="utf-8"))
-    # transformers 4 knows only `torch_dtype`, so a config.json that has this key keeps it.
-    settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = dtype
-    settings = without_quantization(settings)
-    settings = rope.with_old_names(settings)
+    settings = rope.with_old_names(in_dtype(settings, dtype))
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

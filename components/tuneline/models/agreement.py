@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tuneline.artifacts import (
     CHAT_TEMPLATE_FILE,
@@ -22,12 +21,11 @@ from tuneline.artifacts import (
 from tuneline.kinds import KINDS
 from tuneline.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from tuneline.models.tokenizer_files import read_chat_template
+from tuneline.models.weight_files import read_header
 from tuneline.record import Record
 
 _LORA_SETTINGS = ("r", "lora_alpha", "use_rslora")
 _LORA_A = ".lora_A.weight"
-_MAX_HEADER_BYTES = 100_000_000
-"""Limit of the safetensors format."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def _modules(record: MergeProof, adapter: Stored | None) -> Iterator[str]:
     path = adapter.directory / WEIGHTS_FILE if adapter and adapter.directory else None
     if path is None or not path.is_file():
         return
-    number = sum(name.endswith(_LORA_A) for name in _tensor_names(path))
+    number = sum(name.endswith(_LORA_A) for name in read_header(path))
     if number != record.num_merged_modules:
         yield (
             f"{record.filename} says that {record.num_merged_modules} modules were merged, but "
@@ -101,17 +99,3 @@ def _template(directory: Path, dataset: Stored | None) -> Iterator[str]:
             "the chat template of the tokenizer is not that of the dataset: its SHA-256 is "
             f"{hashes[0][:12] if hashes else 'none'}, that of {CHAT_TEMPLATE_FILE} {wanted[:12]}"
         )
-
-
-def _tensor_names(path: Path) -> list[str]:
-    """Return the names of the tensors in a safetensors file.
-
-    Raises:
-        ValueError: the file has no header.
-    """
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > _MAX_HEADER_BYTES:
-            raise ValueError(f"{path.name} has a header of {size} bytes")
-        header: dict[str, Any] = json.loads(file.read(size))
-    return [name for name in header if name != "__metadata__"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import ModelError
-from tuneline.models.weight_files import INDEX_FILE
+from tuneline.models.weight_files import INDEX_FILE, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +77,4 @@ def _tensor_names(model_dir: Path) -> list[str]:
     index = model_dir / INDEX_FILE
     if index.is_file():
         return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    # Imported here because memory estimates import this package where no weights are read.
-    from safetensors import safe_open
-
-    names: list[str] = []
-    for file in sorted(model_dir.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names += tensors.keys()
-    return names
+    return [name for file in model_dir.glob("*.safetensors") for name in read_header(file)]

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 Type4bit = Literal["nf4", "fp4"]
 """Number formats of bitsandbytes with 4 bits."""
 
+# The second one is the name that older versions of compressed-tensors wrote.
+_SETTINGS = ("quantization_config", "compression_config")
+
 
 def quantization_in(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Return what the content of a config.json says about quantised weights; None: nothing."""
     for part in (settings, settings.get("text_config")):
         if isinstance(part, dict):
-            # compression_config is the name that older versions of compressed-tensors wrote.
-            for name in ("quantization_config", "compression_config"):
+            for name in _SETTINGS:
                 found = part.get(name)
                 if isinstance(found, dict) and found:
                     return found
@@ -29,11 +31,17 @@ def quantization_in(settings: dict[str, Any]) -> dict[str, Any] | None:
 
 def without_quantization(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a config.json without what it says about quantised weights."""
-    names = ("quantization_config", "compression_config")
-    kept = {name: value for name, value in settings.items() if name not in names}
+    kept = {name: value for name, value in settings.items() if name not in _SETTINGS}
     if isinstance(kept.get("text_config"), dict):
         kept["text_config"] = without_quantization(kept["text_config"])
     return kept
+
+
+def in_dtype(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return the content of a config.json for weights in a dtype, of which none is quantised."""
+    # transformers 4 knows only `torch_dtype`, so a config.json that has this key keeps it.
+    name = "torch_dtype" if "torch_dtype" in settings else "dtype"
+    return without_quantization({**settings, name: dtype})
 
 
 def type_of(quantization: dict[str, Any]) -> Type4bit | None:

@@ -65,10 +65,19 @@ def sources_of(text: str, config: PrepareConfig) -> list[str]:
     Raises:
         RecipeError: the text is a list, but not of datasets.
     """
-    named = [entry.source for entry in parse(text, config)]
-    named += [config.heldout.source] if config.heldout.source is not None else []
-    named += [config.general.source] if config.general is not None else []
-    return list(dict.fromkeys(named))
+    return list(dict.fromkeys(source for source, _ in with_revisions(parse(text, config), config)))
+
+
+def with_revisions(
+    datasets: Sequence[DatasetConfig], config: PrepareConfig
+) -> list[tuple[str, str | None]]:
+    """Return all sources of rows, as `sources_of` does, each with its revision."""
+    sources = [(entry.source, entry.revision) for entry in datasets]
+    if config.heldout.source is not None:
+        sources.append((config.heldout.source, config.revision))
+    if config.general is not None:
+        sources.append((config.general.source, config.general.revision))
+    return sources
 
 
 def describe(datasets: Sequence[DatasetConfig]) -> str:

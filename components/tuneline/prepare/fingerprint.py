@@ -2,8 +2,8 @@
 
 import hashlib
 
-from tuneline.prepare.config import DatasetConfig, PrepareConfig
-from tuneline.prepare.datasets import parse
+from tuneline.prepare.config import PrepareConfig
+from tuneline.prepare.datasets import parse, with_revisions
 from tuneline.prepare.sources.kinds import KINDS, kind_of
 from tuneline.prepare.uploads import locate
 
@@ -24,20 +24,10 @@ def fingerprint(config: PrepareConfig, *, source: str, uploads_dir: str | None =
         HubError: the Hub could not be reached.
     """
     datasets = parse(source, config)
-    named = _sources(datasets, config)
-    placed = _sources(*locate(datasets, config, uploads_dir))
+    named = with_revisions(datasets, config)
+    placed = with_revisions(*locate(datasets, config, uploads_dir))
     digest = hashlib.sha256()
     for (name, _), (place, revision) in zip(named, placed, strict=True):
         content = KINDS[kind_of(place)].fingerprint(place, revision)
         digest.update(f"{name}\0{content}\0".encode())
     return digest.hexdigest()
-
-
-def _sources(datasets: list[DatasetConfig], config: PrepareConfig) -> list[tuple[str, str | None]]:
-    """Return all sources with their revisions."""
-    sources = [(entry.source, entry.revision) for entry in datasets]
-    if config.heldout.source is not None:
-        sources.append((config.heldout.source, config.revision))
-    if config.general is not None:
-        sources.append((config.general.source, config.general.revision))
-    return sources

@@ -10,8 +10,14 @@ from tuneline.prepare.datasets import parse
 from tuneline.prepare.formats import table
 from tuneline.prepare.formats.checks import has_value
 from tuneline.prepare.formats.example import BadRowError
-from tuneline.prepare.formats.reading import Reading, Row
-from tuneline.prepare.rows.collect import check_sources, general_selection, heldout_selection
+from tuneline.prepare.formats.reading import Row
+from tuneline.prepare.rows.collect import (
+    check_sources,
+    dataset_selection,
+    general_selection,
+    heldout_selection,
+)
+from tuneline.prepare.rows.intake import check_mapped, read_values, reading_of
 from tuneline.prepare.sources.kinds import KINDS, kind_of, read_rows
 from tuneline.prepare.sources.row import Selection, SourceRow
 from tuneline.runtime.redaction import redacted
@@ -54,8 +60,7 @@ def check(config: PrepareConfig, *, data: str) -> Iterator[FirstRows]:
         table.check_names(entry.format or table.AUTO, entry.columns or {}, config.method)
     check_sources(datasets, config)
     for entry in datasets:
-        selection = Selection(entry.split, entry.subset, entry.revision, encoding=config.encoding)
-        yield _look(entry, selection, config)
+        yield _look(entry, dataset_selection(entry, config), config)
     if config.heldout.source is not None:
         entry = DatasetConfig(source=config.heldout.source, format=config.format)
         yield _look(entry, heldout_selection(datasets, config), config, is_heldout=True)
@@ -75,27 +80,23 @@ def _look(
         return FirstRows(source, f"{source} is at commit {commit[:12]}", is_heldout=is_heldout)
     if kind == "store":
         return FirstRows(source, f"{source} is read by the run", is_heldout=is_heldout)
-    columns = config.columns if entry.columns is None else entry.columns
+    if entry.columns is not None:
+        config = config.model_copy(update={"columns": entry.columns})
     rows = list(islice(read_rows(entry.source, selection), NUM_ROWS))
-    format, has_choices = _check_rows(rows, entry.format or table.AUTO, columns, config, source)
+    format, has_choices = _check_rows(rows, entry.format or table.AUTO, config, source)
     words = f"{source}: the first {len(rows)} rows are of format {format}"
     return FirstRows(source, words, has_choices, is_heldout)
 
 
 def _check_rows(
-    rows: list[SourceRow],
-    format: str,
-    columns: dict[str, str],
-    config: PrepareConfig,
-    source: str,
+    rows: list[SourceRow], format: str, config: PrepareConfig, source: str
 ) -> tuple[str, bool]:
     """Return the format of rows, and whether they have answers to choose from.
 
     Args:
         rows: the first rows.
         format: the format that the recipe names, or auto.
-        columns: column that tuneline reads -> column of the source.
-        config: the `prepare` section of the recipe.
+        config: the `prepare` section of the recipe, with the columns of the source.
         source: name of the source, for messages.
     """
     readable = [(row, row.values) for row in rows if row.values is not None]
@@ -104,25 +105,19 @@ def _check_rows(
     if not readable:
         raise DataError(f"{source}: {rows[0].file} line {rows[0].line}: {rows[0].reason}")
     given = list(dict.fromkeys(name for _, values in readable for name in values))
-    absent = {ours for ours, theirs in columns.items() if theirs not in given}
-    reading = Reading(
-        config.system_prompt, columns=columns, ignored=frozenset(config.ignore_columns)
-    )
+    absent = {ours for ours, theirs in config.columns.items() if theirs not in given}
+    reading = reading_of(config)
     renamed: list[Row] = [table.rename(values, reading) for _, values in readable]
     known = format if format != table.AUTO else table.detect(renamed, config.method)
     # An optional column may be in later rows.
     needed = absent if known is None else absent & set(table.FORMATS[known].required)
-    for ours in sorted(needed):
-        raise DataError(
-            f"prepare.columns maps {ours} to '{columns[ours]}', but {source} has no such column: "
-            f"its columns are {', '.join(given)}"
-        )
+    check_mapped(needed, given, config, source)
     if known is None:
         raise table.unknown_format(renamed, config.method)
     reasons = []
-    for row, values in readable:
+    for row, _ in readable:
         try:
-            table.read_row(values, known, reading)
+            read_values(row, known, reading)
         except BadRowError as error:
             reasons.append(f"{row.file} line {row.line}: {error}")
     if len(reasons) == len(readable):

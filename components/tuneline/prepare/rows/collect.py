@@ -8,6 +8,7 @@ from typing import IO
 from tuneline.artifacts import DatasetSource
 from tuneline.errors import DataError
 from tuneline.prepare.config import DatasetConfig, PrepareConfig
+from tuneline.prepare.datasets import with_revisions
 from tuneline.prepare.rows.intake import Intake, take_in
 from tuneline.prepare.rows.mixture import NUM_READ_FOR_ONE, num_wanted
 from tuneline.prepare.rows.spool import Spool
@@ -126,11 +127,8 @@ def collect(
 def _dataset(dataset: DatasetConfig, collector: _Collector) -> CollectedSource:
     assert dataset.format is not None
     remarks = Remarks()
-    selection = Selection(
-        dataset.split, dataset.subset, dataset.revision, encoding=collector.config.encoding
-    )
     first = len(collector.spool)
-    rows = read_rows(dataset.source, selection, remarks)
+    rows = read_rows(dataset.source, dataset_selection(dataset, collector.config), remarks)
     intake = collector.take(rows, dataset.source, dataset.format, dataset.columns)
     indices = range(first, len(collector.spool))
     return CollectedSource(dataset, intake, indices, _logged(remarks))
@@ -197,6 +195,11 @@ def _logged(remarks: Remarks) -> list[str]:
     return sentences
 
 
+def dataset_selection(dataset: DatasetConfig, config: PrepareConfig) -> Selection:
+    """Return the part of the source of a dataset that is read."""
+    return Selection(dataset.split, dataset.subset, dataset.revision, encoding=config.encoding)
+
+
 def heldout_selection(datasets: list[DatasetConfig], config: PrepareConfig) -> Selection:
     """Return the part of the source of prepare.heldout that is read."""
     selection = Selection(
@@ -225,9 +228,7 @@ def check_sources(datasets: list[DatasetConfig], config: PrepareConfig) -> None:
     Raises:
         DataError: a source does not exist or is of no known kind.
     """
-    named = [dataset.source for dataset in datasets]
-    named += [config.heldout.source or "", config.general.source if config.general else ""]
-    for source in filter(None, named):
+    for source, _ in with_revisions(datasets, config):
         kind_of(source)
     seen: set[tuple[str, str | None, str | None]] = set()
     for dataset in datasets:

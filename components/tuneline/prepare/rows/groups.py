@@ -94,8 +94,8 @@ class Groups:
         """Return why two rows of a group are in it: EQUAL, PROMPT, BEGINNING or NEAR."""
         if self._texts[row] == self._texts[other]:
             return EQUAL
-        examples = (_of(number, self._examples, self._owners) for number in (row, other))
-        if not set(next(examples)).isdisjoint(next(examples)):
+        ours, theirs = (_of(number, self._examples, self._owners) for number in (row, other))
+        if not set(ours).isdisjoint(theirs):
             return EQUAL
         if self._prompts[row] and self._prompts[row] == self._prompts[other]:
             return PROMPT

@@ -14,7 +14,7 @@ from typing import IO, Any
 from tuneline.errors import DataError
 from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.formats import table
-from tuneline.prepare.formats.example import BadRowError
+from tuneline.prepare.formats.example import BadRowError, Example
 from tuneline.prepare.formats.reading import Reading, Row
 from tuneline.prepare.parallel import batched, in_order
 from tuneline.prepare.rows.spool import Spool
@@ -102,7 +102,7 @@ def take_in(
             the config allows.
     """
     intake = Intake(format)
-    reading = _reading(config)
+    reading = reading_of(config)
     first = _until_format_is_known(rows, intake, reading, config, source)
     # Columns of the first readable row, for messages; and mapped columns that no row had so far.
     columns: list[str] = []
@@ -139,7 +139,7 @@ def take_in(
         # Only part of the source may have been read. Optional columns may be in other rows.
         absent &= set(table.FORMATS[intake.format].required)
     if columns:
-        _check_mapped(absent, columns, config, source)
+        check_mapped(absent, columns, config, source)
     _check_share(intake, config, source)
     if intake.special is not None:
         token, place = intake.special
@@ -175,12 +175,13 @@ def _until_format_is_known(
             for ours, theirs in config.columns.items()
             if not any(theirs in row for row in given)
         }
-        _check_mapped(absent, list(given[0]), config, source)
+        check_mapped(absent, list(given[0]), config, source)
         raise table.unknown_format(values, config.method)
     return read
 
 
-def _reading(config: PrepareConfig) -> Reading:
+def reading_of(config: PrepareConfig) -> Reading:
+    """Return how the rows of a source are read."""
     reading = Reading(
         config.system_prompt,
         columns=config.columns,
@@ -192,13 +193,11 @@ def _reading(config: PrepareConfig) -> Reading:
 
 
 def _line(row: SourceRow, format: str, renderer: Renderer, reading: Reading) -> _Result:
-    """Return a row's line for the spool or why it cannot be used, and what it has unused."""
+    """Return what `_Result` says of a row."""
     if row.values is None:
         return row.reason, (), ""
-    reading.nulls_are_padding = not _MAY_OMIT_KEYS.search(row.file)
     try:
-        example = table.read_row(row.values, format, reading)
-        line = renderer.render(example).to_line()
+        line = renderer.render(read_values(row, format, reading)).to_line()
     except BadRowError as reason:
         return str(reason), (), ""
     special = renderer.special_tokens.search(repr(row.values))
@@ -207,11 +206,33 @@ def _line(row: SourceRow, format: str, renderer: Renderer, reading: Reading) -> 
     return line, unused, sys.intern(special[0]) if special else ""
 
 
+def read_values(row: SourceRow, format: str, reading: Reading) -> Example:
+    """Return the values of a readable row as an example.
+
+    Raises:
+        BadRowError: the row cannot be used.
+    """
+    assert row.values is not None
+    reading.nulls_are_padding = not _MAY_OMIT_KEYS.search(row.file)
+    return table.read_row(row.values, format, reading)
+
+
 def _printable(name: str) -> str:
     return sys.intern(name[:200].encode("utf-8", "backslashreplace").decode())
 
 
-def _check_mapped(absent: set[str], columns: list[str], config: PrepareConfig, source: str) -> None:
+def check_mapped(absent: set[str], columns: list[str], config: PrepareConfig, source: str) -> None:
+    """Check that no mapped column is absent.
+
+    Args:
+        absent: mapped columns that a source lacks, by tuneline's names.
+        columns: the columns of the source, for messages.
+        config: the `prepare` section of the recipe.
+        source: name of the source, for messages.
+
+    Raises:
+        DataError: a mapped column is absent.
+    """
     for ours in sorted(absent):
         raise DataError(
             f"prepare.columns maps {ours} to '{config.columns[ours]}', but {source} has no such "

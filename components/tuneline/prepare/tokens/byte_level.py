@@ -13,6 +13,7 @@ import numpy
 from numpy.typing import NDArray
 from tokenizers import decoders, normalizers
 
+from tuneline.prepare.parallel import batched
 from tuneline.prepare.tokens.heads import Heads, Memory
 from tuneline.prepare.tokens.render import Piece
 
@@ -44,8 +45,7 @@ class ByteLevel:
         The tokens of the answers are None if a token contains characters of both a prompt and its
         answer; there is None for a text if the bytes of its tokens do not add up.
         """
-        for first in range(0, len(pieces), _BATCH):
-            batch = pieces[first : first + _BATCH]
+        for batch in batched(pieces, _BATCH):
             split = [self._memory.split(piece.text) for piece in batch]
             for piece, (head, _), rest in zip(
                 batch, split, self._ids([rest for _, rest in split]), strict=True

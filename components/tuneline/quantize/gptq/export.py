@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import struct
 import sys
 import tempfile
 from collections import Counter
@@ -19,7 +18,7 @@ from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ModelError, ProofError, ToolError
 from tuneline.models import tokenizer_files
 from tuneline.models.nf4 import empty_model
-from tuneline.models.weight_files import SINGLE_FILE
+from tuneline.models.weight_files import SINGLE_FILE, read_header
 from tuneline.quantize import formats
 from tuneline.quantize.calibration import read_rows
 from tuneline.quantize.child_process import run_to_end
@@ -121,18 +120,16 @@ def _prove(
     )
     quality.check_bounds(distance, bound, format)
     weights = _weight_files(target)
-    tensors = [tensor for path in weights for tensor in _tensors(path)]
+    tensors = _tensors(weights)
     num_bytes = sum(path.stat().st_size for path in weights)
-    num_weights = sum(
-        math.prod(shape) for path in _weight_files(merged_dir) for _, _, shape in _tensors(path)
-    )
+    num_weights = sum(math.prod(tensor["shape"]) for tensor in _tensors(_weight_files(merged_dir)))
     return QuantizedModel(
         format=format,
         kind="gptq",
         file=".",
         num_bytes=num_bytes,
         bits_per_weight=round(8 * num_bytes / num_weights, 4),
-        tensor_types=dict(Counter(dtype.lower() for _, dtype, _ in tensors).most_common()),
+        tensor_types=dict(Counter(tensor["dtype"].lower() for tensor in tensors).most_common()),
         max_mean_kl=bound.max_mean_kl,
         min_top1_agreement=bound.min_top1_agreement,
         stop_tokens=reference.stop_texts,
@@ -288,10 +285,6 @@ def _weight_files(model_dir: Path) -> list[Path]:
     return sorted(model_dir.glob("*.safetensors"))
 
 
-def _tensors(path: Path) -> list[tuple[str, str, list[int]]]:
-    """Return name, dtype and shape of each tensor, read from the header of a safetensors file."""
-    with open(path, "rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    return [(name, entry["dtype"], entry["shape"]) for name, entry in header.items()]
+def _tensors(files: list[Path]) -> list[dict[str, Any]]:
+    """Return dtype, shape and offsets of each tensor in weight files."""
+    return [tensor for file in files for tensor in read_header(file).values()]

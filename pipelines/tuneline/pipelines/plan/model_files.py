@@ -14,7 +14,7 @@ from typing import Any
 
 import urllib3
 
-from tuneline.models.weight_files import INDEX_FILE, SINGLE_FILE
+from tuneline.models.weight_files import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE
 from tuneline.runtime.source_names import builtin_name, is_hub_id, looks_like_a_path
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -22,7 +22,6 @@ TIMEOUT_SECONDS = 5.0
 
 _FIRST_BYTES = 200_000
 # Bytes of the first request for a header, which is longer than those of most files.
-_MAX_HEADER_BYTES = 100_000_000
 _NUM_REQUESTS = 8
 # Requests for headers at a time.
 
@@ -94,7 +93,7 @@ def _header(file: str, read: Callable[[str, int, int | None], bytes | None]) -> 
     if start is None:
         raise Unknown(f"it has no {file}")
     length = int.from_bytes(start[:8], "little")
-    if not 0 < length <= _MAX_HEADER_BYTES:
+    if not 0 < length <= MAX_HEADER_BYTES:
         raise Unknown(f"{file} is not a safetensors file")
     missing = 8 + length - len(start)
     if missing > 0:
@@ -153,7 +152,7 @@ class _Hub:
             )
             status = answer.status
             wanted = size if size is not None and status == 206 else None
-            limit = _MAX_HEADER_BYTES if wanted is None else wanted
+            limit = MAX_HEADER_BYTES if wanted is None else wanted
             ignored = first if size is not None and status == 200 else 0
             body = answer.read(min(limit, ignored + size) if size is not None else limit)
             answer.close()
