@@ -78,9 +78,12 @@ def run(
         loaded = {name: finder.load(name, heldout_file, cache_dir) for name in config.tasks}
         lm = models.load(model_dir, tokenizer, batch_size=config.batch_size)
 
-        shown = _examples(lm, config, documents, dataset_dir) if label == "base" else []
         ours = {name: tasks for name, tasks in loaded.items() if name in heldout.TASKS}
-        total = len(loaded) + (len(ours) if shown else 0)
+        shown: list[Tokens] = []
+        if label == "base" and ours and config.num_examples:
+            shown = _examples(lm, config, documents, dataset_dir)
+        again = ours if shown else {}
+        total = len(loaded) + len(again)
         scores: dict[str, TaskScore] = {}
         for number, (name, tasks) in enumerate(loaded.items()):
             emit("evaluate", "progress", done=number, total=total, note=name)
@@ -90,14 +93,14 @@ def run(
             scores |= _write_scores(measured, tasks, target / SAMPLES_DIR, label)
         prompted: dict[str, TaskScore] = {}
         with lm.showing(shown):
-            for number, (name, tasks) in enumerate(ours.items() if shown else ()):
+            for number, (name, tasks) in enumerate(again.items()):
                 done, extra = len(loaded) + number, f"with {len(shown)} examples"
                 emit("evaluate", "progress", done=done, total=total, note=f"{name} {extra}")
                 measured = _measure(lm, tasks, config, manager=finder.manager, templated=True)
                 prompted |= _write_scores(
                     measured, tasks, target / PROMPTED_DIR, f"{label} {extra}"
                 )
-        if any(task in heldout.TASKS for task in config.tasks) and (
+        if ours and (
             table := prompt_control.measure(
                 lm, documents[: config.limit], num_rows=config.prompt_rows
             )
@@ -127,8 +130,6 @@ def _examples(
     lm: Any, config: EvaluateConfig, documents: list[dict[str, Any]], dataset_dir: str
 ) -> list[Tokens]:
     """Return the training rows that the base model sees in its prompts."""
-    if not documents or not any(task in heldout.TASKS for task in config.tasks):
-        return []
     longest = max(
         len(lm.tokenizer.encode(document["prompt"] + answer))
         for document in documents

@@ -1,12 +1,9 @@
 """Check that an account of the Hub may write to a namespace, before anything is made for it."""
 
-import os
 from typing import Any
 
-from huggingface_hub import HfApi
-
 from tuneline.errors import CredentialsError
-from tuneline.publish.hub import call
+from tuneline.publish.hub import call, new_api
 
 
 def check_account(token: str, target: str) -> str:
@@ -16,9 +13,7 @@ def check_account(token: str, target: str) -> str:
         CredentialsError: the Hub does not accept the token, or the token may not write there.
         HubError: the Hub could not be reached.
     """
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
-    api = HfApi(endpoint=endpoint, token=token)
-    account: dict[str, Any] = call("look up the token in HF_TOKEN", api.whoami, 1)
+    account: dict[str, Any] = call("look up the token in HF_TOKEN", new_api(token).whoami, 1)
     name = str(account["name"])
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise CredentialsError(

@@ -10,16 +10,11 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-
-from huggingface_hub.errors import (  # type: ignore[attr-defined, unused-ignore]
-    RepositoryNotFoundError,
-)
 
 from tuneline.errors import ProofError, TunelineError
 from tuneline.publish.config import PublishConfig
-from tuneline.publish.hub import MAX_READ_BYTES, call, new_api, read_text
+from tuneline.publish.hub import MAX_READ_BYTES, look_up_files, new_api
 from tuneline.publish.previous import MARKER_FILE, read_bundle
 from tuneline.publish.run import TOKEN_VARIABLE
 from tuneline.publish.target import DIRECTORY_PREFIX, check_target
@@ -87,15 +82,8 @@ def _published(target: str, name: str, config: PublishConfig) -> Evaluated | Non
 
 def _read_from_hub(target: str, config: PublishConfig) -> str | None:
     api = new_api(os.environ.get(TOKEN_VARIABLE, "").strip())
-    what = f"look up {target}"
-    try:
-        info = call(what, partial(api.model_info, target), config.max_attempts, may_be_absent=True)
-    except RepositoryNotFoundError:
-        return None
-    if MARKER_FILE not in {sibling.rfilename for sibling in info.siblings or []}:
-        return None
-    request = partial(read_text, api, target, MARKER_FILE, str(info.sha))
-    return call(what, request, config.max_attempts)
+    files = look_up_files(api, target, config.max_attempts)
+    return None if files is None else files.read(MARKER_FILE)
 
 
 def _attempts_here() -> Iterator[Attempt]:

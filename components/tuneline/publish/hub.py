@@ -44,11 +44,29 @@ MAX_READ_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A repository on the Hub, at one commit."""
+class RemoteFiles:
+    """The files of a repository on the Hub, at one commit."""
 
+    api: HfApi
+    repo: str
     commit: str
     private: bool | None
+    names: frozenset[str]
+    max_attempts: int
+
+    def read(self, name: str) -> str | None:
+        """Return the text of a small file; None if it is not there or is too large to be ours."""
+        if name not in self.names:
+            return None
+        request = partial(_read, self.api, self.repo, name, self.commit)
+        return call(f"look up {self.repo}", request, self.max_attempts)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A repository on the Hub that this push may write to."""
+
+    files: RemoteFiles
     content: Previous
 
 
@@ -72,7 +90,7 @@ def push(staged: list[StagedRepo], *, token: str, config: PublishConfig) -> list
         held = _look_up(api, repo, config)
         if held is None:
             absent.append(repo)
-        elif held.private is False and config.private is None:
+        elif held.files.private is False and config.private is None:
             logger.warning("%s exists and is public, so its new version is public too", repo.repo)
     created: list[str] = []
     try:
@@ -107,7 +125,7 @@ def _push_one(api: HfApi, repo: StagedRepo, config: PublishConfig) -> PublishedR
     deleted = adapt(repo.folder, held.content)
     commit = call(
         f"push {repo.repo}",
-        partial(_upload, api, repo, deleted, parent_commit=held.commit),
+        partial(_upload, api, repo, deleted, parent_commit=held.files.commit),
         config.max_attempts,
     )
     tag = call(f"tag {repo.repo}", partial(_tag, api, repo.repo, commit), config.max_attempts)
@@ -118,7 +136,7 @@ def _push_one(api: HfApi, repo: StagedRepo, config: PublishConfig) -> PublishedR
         url=f"{api.endpoint}/{repo.repo}",
         commit=commit,
         tag=tag,
-        private=held.private,
+        private=held.files.private,
         num_files=len(files),
         num_bytes=sum(path.stat().st_size for path in files.values()),
     )
@@ -130,32 +148,33 @@ def _look_up(api: HfApi, repo: StagedRepo, config: PublishConfig) -> _Held | Non
     Raises:
         UserError: tuneline did not make the repository, or it is public but has to be private.
     """
-    what = f"look up {repo.repo}"
-    request = partial(api.model_info, repo.repo)
-    try:
-        info = call(what, request, config.max_attempts, may_be_absent=True)
-    except RepositoryNotFoundError:
+    files = look_up_files(api, repo.repo, config.max_attempts)
+    if files is None:
         return None
-    commit = str(info.sha)
-    names = frozenset(sibling.rfilename for sibling in info.siblings or [])
-
-    def read(name: str) -> str | None:
-        if name not in names:
-            return None
-        return call(what, partial(read_text, api, repo.repo, name, commit), config.max_attempts)
-
-    content = Previous(repo.repo, names, read_bundle(read(MARKER_FILE)), read(CARD_FILE))
+    bundle, card = (files.read(name) for name in (MARKER_FILE, CARD_FILE))
+    content = Previous(repo.repo, files.names, read_bundle(bundle), card)
     check_ours(content, kind=repo.kind, names=repo.files().keys())
-    if info.private is False and config.private:
+    if files.private is False and config.private:
         raise UserError(
             f"publish.private is true, but the repository {repo.repo} exists and is public, so "
             "nothing was sent. Make the repository private in its settings on the Hub, or remove "
             "publish.private from the recipe"
         )
-    return _Held(commit, info.private, content)
+    return _Held(files, content)
 
 
-def read_text(api: HfApi, repo: str, name: str, revision: str) -> str | None:
+def look_up_files(api: HfApi, repo: str, max_attempts: int) -> RemoteFiles | None:
+    """Return the files of a repository; None if it does not exist."""
+    request = partial(api.model_info, repo)
+    try:
+        info = call(f"look up {repo}", request, max_attempts, may_be_absent=True)
+    except RepositoryNotFoundError:
+        return None
+    names = frozenset(sibling.rfilename for sibling in info.siblings or [])
+    return RemoteFiles(api, repo, str(info.sha), info.private, names, max_attempts)
+
+
+def _read(api: HfApi, repo: str, name: str, revision: str) -> str | None:
     """Return the text of a small file; None if it is not there or is too large to be ours."""
     url = hf_hub_url(repo, name, revision=revision, endpoint=api.endpoint)
     token = api.token if isinstance(api.token, str) else None

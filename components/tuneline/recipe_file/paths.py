@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuneline.publish.target import DIRECTORY_PREFIX
 from tuneline.runtime.source_names import (
     UPLOAD_PREFIX,
     builtin_name,
@@ -24,7 +25,6 @@ _DATA: tuple[KeyPath, ...] = (
     ("prepare", "general", "source"),
 )
 _TARGET: KeyPath = ("publish_to",)
-_TARGET_PREFIX = "dir:"
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ def resolve(
             problems += _missing(key, value, path, base)
     if with_target:
         target = document.get("publish_to")
-        if isinstance(target, str) and target.startswith(_TARGET_PREFIX):
-            path_text = target.removeprefix(_TARGET_PREFIX)
+        if isinstance(target, str) and target.startswith(DIRECTORY_PREFIX):
+            path_text = target.removeprefix(DIRECTORY_PREFIX)
             if path_text.rstrip("/") and not path_text.startswith("~"):
                 absolute = _absolute(path_text, base_of(_TARGET))
-                document["publish_to"] = f"{_TARGET_PREFIX}{absolute}"
+                document["publish_to"] = f"{DIRECTORY_PREFIX}{absolute}"
     return problems
 
 
