@@ -204,7 +204,7 @@ def test_positions_that_scale_q_run_the_stock_layers():
 
 
 def test_every_family_of_the_table_is_compared_with_the_stock_model():
-    # test_patch_experts.py compares the families with routed experts.
+    # experts/test_experts_layer.py compares the families with routed experts.
     names = [family.name for family in spec.FAMILIES.values() if family.router is None]
     assert {patch(make_model(family)).family for family in FAMILIES} == set(names)
     assert len(names) == len(set(names))
