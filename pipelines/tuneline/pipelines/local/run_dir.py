@@ -216,17 +216,6 @@ def local_runs(runs_dir: Path) -> list[LocalRun]:
     return [LocalRun(path.resolve()) for path in found]
 
 
-def latest_checkpoint(checkpoint_dir: Path, *, since: float) -> tuple[Path, int] | None:
-    """Return the newest checkpoint written after a time, and its optimizer step; None if none."""
-    found = [
-        (path.stat().st_mtime, int(path.name.rpartition("-")[2]), path)
-        for path in checkpoint_dir.glob("*/checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit()
-    ]
-    newest = max((each for each in found if each[0] >= since), default=None)
-    return (newest[2], newest[1]) if newest is not None else None
-
-
 def set_events_aside(run: LocalRun) -> None:
     """Keep the events of an attempt under another name, so that the next one starts with none."""
     if run.events_path.exists():
