@@ -39,10 +39,9 @@ def step(model):
     model.zero_grad(set_to_none=True)
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    norm = next(p for n, p in model.named_parameters() if n.endswith("layers.0.mlp.down_proj")
-                or n.endswith("layers.0.mlp.down_proj.weight")
-                or n.endswith("layers.0.mlp.experts.down_proj"))  # fmt: skip
-    return loss.detach(), norm.grad.clone()
+    names = "layers.0.mlp.down_proj.weight", "layers.0.mlp.experts.down_proj"
+    down = next(p for n, p in model.named_parameters() if n.endswith(names))
+    return loss.detach(), down.grad.clone()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -30,7 +30,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from tuneline.kernels import binding, patching, spec
+from tuneline.kernels import binding, binding_adapter, patching, spec
 from tuneline.kernels.decoder.attention_half import Saved
 from tuneline.kernels.decoder.budget import Kept, kept_bytes, normed_bytes
 from tuneline.kernels.decoder.layer import LayerCall
@@ -204,7 +204,7 @@ def test_positions_that_scale_q_run_the_stock_layers():
 
 
 def test_every_family_of_the_table_is_compared_with_the_stock_model():
-    # test_patch_experts.py compares the families with routed experts.
+    # experts/test_experts_layer.py compares the families with routed experts.
     names = [family.name for family in spec.FAMILIES.values() if family.router is None]
     assert {patch(make_model(family)).family for family in FAMILIES} == set(names)
     assert len(names) == len(set(names))
@@ -372,7 +372,7 @@ def test_an_entry_of_the_table_that_describes_another_layer_is_no_error(part):
     delattr(model.get_base_model().model.get_submodule(owner), name)
     named = "self_attn.q_proj" if part == "self_attn" else part
     reason = f"LlamaDecoderLayer has no {named}: its entry in the table of families (spec.py)"
-    with pytest.raises(binding.Unfusable, match=re.escape(reason)):
+    with pytest.raises(binding_adapter.Unfusable, match=re.escape(reason)):
         binding.check_parts(layer, spec.family_spec(layer))
     report = patch(model)
     assert report.fused == (1,) and report.unfused[0].startswith(reason)

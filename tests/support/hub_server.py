@@ -36,6 +36,8 @@ class Hub:
         """Header Retry-After of the responses that a fault makes."""
         self.says = "injected"
         """Message of the responses that a fault makes."""
+        self.account: dict = {"name": "me", "orgs": [], "auth": {}}
+        """What the Hub says of the account of TOKEN."""
         self.requests: list[str] = []
         self.part_bytes: int | None = None
         """Larger files are sent in parts of this size."""
@@ -152,7 +154,7 @@ class Hub:
                 self.answer({"error": f"unknown route {line}"}, 404, X_Error_Code="EntryNotFound")
 
             def whoami(self) -> None:
-                self.answer({"type": "user", "name": "me", "orgs": [], "auth": {}})
+                self.answer({"type": "user", **hub.account})
 
             def create(self) -> None:
                 wanted = json.loads(self.body)

@@ -36,7 +36,7 @@ def stages_of_runs(runs: list[StepRun]) -> list[Stage]:
     for run in runs:
         if run.step in OUTSIDE:
             continue
-        grouped.setdefault(_stage_of(run), []).append(run)
+        grouped.setdefault(stage_of(run), []).append(run)
     states: dict[str, tuple[Status, float | None, str]] = {}
     for name, group in grouped.items():
         status: Status = "finished" if all(run.status == "finished" for run in group) else "failed"
@@ -49,7 +49,8 @@ def stages_of_runs(runs: list[StepRun]) -> list[Stage]:
     return stages(states)
 
 
-def _stage_of(run: StepRun) -> str:
+def stage_of(run: StepRun) -> str:
+    """Return the stage that an execution of a step is a part of; the step's name if it has none."""
     if run.step == "evaluate":
         return run.name
     step = STEPS.get(run.step)

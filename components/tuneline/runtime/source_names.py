@@ -5,6 +5,7 @@ dataset may also be an address in a store (`s3://BUCKET/PATH`), a path on a clai
 (`claim:NAME/PATH`), or a file that `tuneline submit` sent with the run (`upload:NAME`).
 """
 
+import glob
 import os
 import re
 from dataclasses import dataclass
@@ -153,6 +154,13 @@ def is_data_file(source: str) -> bool:
     for suffix in COMPRESSION_SUFFIXES:
         name = name.removesuffix(suffix)
     return name.endswith(DATA_SUFFIXES)
+
+
+def fixed_part(pattern: str) -> str:
+    """Return the directory in front of the first wildcard of a pattern of paths."""
+    parts = pattern.split("/")
+    count = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    return "/".join(parts[:count]) or ("/" if pattern.startswith("/") else "")
 
 
 def path_on_claim(source: str) -> str:

@@ -145,6 +145,25 @@ class CheckpointStore:
             self.directory.parent.rmdir()
 
 
+def newest_checkpoint(root: Path, *, since: float) -> tuple[Path, int] | None:
+    """Return the newest checkpoint of all runs, and its optimizer step.
+
+    Args:
+        root: Directory of all runs.
+        since: Time, in seconds since the epoch.
+
+    Returns:
+        None if no checkpoint was written after `since`. The checkpoint may be damaged.
+    """
+    found = [
+        (path.stat().st_mtime, int(step), path)
+        for path in root.glob(f"*/{_PREFIX}*")
+        if (step := path.name.removeprefix(_PREFIX)).isdigit()
+    ]
+    newest = max((each for each in found if each[0] >= since), default=None)
+    return (newest[2], newest[1]) if newest is not None else None
+
+
 def _lock(directory: Path) -> IO[str]:
     """Create and lock a directory, until the returned file is closed.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tuneline.kernels.binding_adapter import Unfusable, active_adapter, adapter_state
 from tuneline.kernels.binding_experts import bind_experts, experts_state
 from tuneline.kernels.decoder.layer_weights import LayerWeights, RoutedMlp
 from tuneline.kernels.experts.activation import ExpertActivation
@@ -24,10 +25,6 @@ from tuneline.kernels.ops.gated_activation import Kind
 from tuneline.kernels.ops.lora import LoraGroup, LoraLinear
 from tuneline.kernels.ops.nf4 import NF4Weight
 from tuneline.kernels.spec import ACTIVATIONS, FamilySpec
-
-
-class Unfusable(ValueError):
-    """Raised for a layer that cannot be fused; its message is the reason in the `PatchReport`."""
 
 
 def is_routed(layer: Any, spec: FamilySpec) -> bool:
@@ -80,7 +77,7 @@ def bind_layer(layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False) 
     """
     attention, mlp = layer.self_attn, layer.mlp
     for name, value in vars(config).items():
-        # The dropout of adapters is read from the modules, by `_active_adapter`.
+        # The dropout of adapters is read from the modules, by `_plain_adapter`.
         is_dropout = name.endswith(("dropout", "pdrop")) and not name.startswith("lora")
         if is_dropout and isinstance(value, int | float) and value > 0:
             raise Unfusable(f"config.{name}={value}: only 0 is fused")
@@ -156,17 +153,11 @@ def fingerprint(layer: Any, spec: FamilySpec) -> tuple[Any, ...]:
             for parameter in (*base._parameters.values(), *_adapter_parameters(module)):
                 if parameter is not None:
                     state_parts += [id(parameter), parameter.data_ptr(), parameter.requires_grad]
-            state = module.__dict__
-            active = state.get("_active_adapter")
+            state_parts += adapter_state(module)
             state_parts += [
-                id(module),
                 len(module._forward_hooks) + len(module._forward_pre_hooks),
                 len(base._forward_hooks),
-                state.get("_disable_adapters"),
-                tuple(state.get("merged_adapters", ())),
-                tuple(active) if isinstance(active, list) else active,
-                tuple(state.get("scaling", {}).values()),
-                tuple(state.get("lora_variant", ())),
+                tuple(module.__dict__.get("lora_variant", ())),
             ]
             if "lora_dropout" in module._modules:
                 dropouts = module._modules["lora_dropout"]._modules.values()
@@ -231,7 +222,7 @@ def _group(parent: Any, names: Iterable[str], fp8: bool) -> LoraGroup:
 def _linear(module: Any, name: str) -> LoraLinear:
     base, adapter = module, None
     if hasattr(module, "base_layer"):
-        base, adapter = module.base_layer, _active_adapter(module, name)
+        base, adapter = module.base_layer, _plain_adapter(module, name)
     if module._forward_hooks or module._forward_pre_hooks or base._forward_hooks:
         raise Unfusable(f"{name} has forward hooks, which the fused layer would not run")
     weight, kind = base.weight, type(base).__name__
@@ -263,7 +254,7 @@ def _linear(module: Any, name: str) -> LoraLinear:
     )
 
 
-def _active_adapter(module: Any, name: str) -> str | None:
+def _plain_adapter(module: Any, name: str) -> str | None:
     """Return the name of the module's active adapter, or None if no adapter is active.
 
     Raises:
@@ -273,16 +264,9 @@ def _active_adapter(module: Any, name: str) -> str | None:
         module
     ).__name__ not in ("Linear", "Linear4bit"):
         raise Unfusable(f"{name} is a {type(module).__module__}.{type(module).__name__}")
-    if module.disable_adapters:
-        raise Unfusable("adapters are disabled")
-    if module.merged:
-        raise Unfusable("an adapter is merged into the base")
-    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
-    if not active:
+    adapter = active_adapter(module)
+    if adapter is None:
         return None
-    if len(active) > 1:
-        raise Unfusable(f"several adapters are active: {active}")
-    (adapter,) = active
     if adapter in getattr(module, "lora_variant", {}) or getattr(module, "use_dora", {}).get(
         adapter
     ):

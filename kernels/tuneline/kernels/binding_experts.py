@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tuneline.kernels.binding_adapter import active_adapter, adapter_state
 from tuneline.kernels.decoder.layer_weights import RoutedMlp
 from tuneline.kernels.experts.activation import ExpertActivation
 from tuneline.kernels.experts.mlp import Experts
@@ -106,15 +107,7 @@ def experts_state(module: Any) -> list[Any]:
         weight = experts._parameters.get(name)
         parts.append(None if weight is None else weight.data_ptr())
     for wrapper in wrappers:
-        state = wrapper.__dict__
-        active = state.get("_active_adapter")
-        parts += [
-            id(wrapper),
-            state.get("_disable_adapters"),
-            tuple(state.get("merged_adapters", ())),
-            tuple(active) if isinstance(active, list) else active,
-            tuple(state.get("scaling", {}).values()),
-        ]
+        parts += adapter_state(wrapper)
         for name in ("lora_A", "lora_B"):
             for linear in wrapper._modules[name]._modules.values():
                 weight = linear.weight
@@ -126,16 +119,9 @@ def _pair(wrapper: Any) -> LoraPair | None:
     """Return the active adapter of one projection, in peft's layout, or None."""
     if type(wrapper).__name__ != "ParamWrapper":
         raise ValueError(f"the experts are wrapped by a {type(wrapper).__name__}")
-    if wrapper.disable_adapters:
-        raise ValueError("adapters are disabled")
-    if wrapper.merged:
-        raise ValueError("an adapter is merged into the base")
-    active = [adapter for adapter in wrapper.active_adapters if adapter in wrapper.lora_A]
-    if len(active) > 1:
-        raise ValueError(f"several adapters are active: {active}")
-    if not active:
+    adapter = active_adapter(wrapper)
+    if adapter is None:
         return None
-    (adapter,) = active
     a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
     num_experts = wrapper.num_experts
     return LoraPair(

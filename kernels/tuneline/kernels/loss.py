@@ -30,13 +30,6 @@ _PROBE_LOGIT = 12.0
 _TOLERANCE = 0.01
 
 
-class _Passthrough(nn.Module):
-    """A head that returns its input."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
-
-
 class _Replaced(nn.Module):
     """A decoder that returns given hidden states."""
 
@@ -109,7 +102,7 @@ def run_with_fused_loss(
     with ExitStack() as exchanges:
         # transformers' property `loss_function` returns `_loss_function` if it is set.
         exchanges.enter_context(_exchanged(causal.__dict__, "_loss_function", loss_function))
-        exchanges.enter_context(_exchanged(causal._modules, "lm_head", _Passthrough()))
+        exchanges.enter_context(_exchanged(causal._modules, "lm_head", nn.Identity()))
         if softcap is not None:
             exchanges.enter_context(_exchanged(config, "final_logit_softcapping", None))
         outputs = forward(labels=labels, **kwargs)

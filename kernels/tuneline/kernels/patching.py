@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tuneline.kernels.binding import Unfusable, bind_layer, check_parts, fingerprint
+from tuneline.kernels.binding import bind_layer, check_parts, fingerprint
+from tuneline.kernels.binding_adapter import Unfusable
 from tuneline.kernels.decoder.budget import Budget, Kept, check_budget, parked, share_out
 from tuneline.kernels.decoder.graph import (
     GRAPH_MAX_TOKENS,

@@ -21,6 +21,7 @@ from tuneline.runtime.source_names import (
     UPLOAD_PREFIX,
     builtin_name,
     claim_name,
+    fixed_part,
     is_claim,
     is_data_file,
     looks_like_a_path,
@@ -159,11 +160,10 @@ def _add(source: str, paths: Sequence[Path], files: dict[str, Path], prefix: str
         name = f"{prefix}{path.resolve().name}"
         whole = name
     else:
-        first = next(index for index, part in enumerate(path.parts) if glob.has_magic(part))
-        root = Path(*path.parts[:first])
+        root = Path(fixed_part(str(path)))
         found = [file for file in paths if file.is_file()]
         name = f"{prefix}{root.resolve().name or 'files'}"
-        whole = f"{name}/{Path(*path.parts[first:]).as_posix()}"
+        whole = f"{name}/{path.relative_to(root).as_posix()}"
     for file in found:
         relative = file.relative_to(root)
         if not any(part.startswith(".") for part in relative.parts):

@@ -1,12 +1,13 @@
 """What a recipe names is looked at before a run: model, data, target, trackers, packages."""
 
-import json
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import TOKEN, Hub
 
 from tuneline.pipelines.plan.early import check_early
 from tuneline.recipe import Recipe
@@ -133,35 +134,18 @@ def test_a_target_that_cannot_be_written(rows: Path, monkeypatch: pytest.MonkeyP
 def test_the_account_of_a_token(
     rows: Path, monkeypatch: pytest.MonkeyPatch, account: dict[str, Any], says: str
 ) -> None:
-    import http.server
-    import threading
-
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = json.dumps({"type": "user", **account}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Hub) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        monkeypatch.setenv("HF_TOKEN", "hf_x")
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        said = words(recipe(rows, publish_to="me/x"), "target")
-        server.shutdown()
+    hub = Hub()
+    hub.account = account
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    said = words(recipe(rows, publish_to="me/x"), "target")
+    hub.close()
     assert said.startswith(says)
 
 
 def test_a_package_that_is_absent(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = recipe(rows, train={"track": ["wandb"]})
     monkeypatch.setitem(sys.modules, "wandb", None)
-    import importlib.util
-
     real = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,

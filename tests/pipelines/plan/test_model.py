@@ -11,7 +11,7 @@ from plan_cases import recipe, verdicts
 
 from tuneline.pipelines.plan.estimate import estimate
 from tuneline.pipelines.plan.model_facts import ModelFacts, facts_or_reason, model_facts
-from tuneline.pipelines.plan.model_files import Unknown, read_model
+from tuneline.pipelines.plan.model_files import ModelFiles, Unknown, read_model
 from tuneline.pipelines.plan.plan import plan
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.estimate import GIB
@@ -218,15 +218,13 @@ def test_a_model_that_cannot_be_read_is_known_by_name(
 
 
 def test_the_memory_of_a_known_model_is_that_of_the_train_step() -> None:
-    facts: ModelFacts = model_facts_of_llama()
+    facts = model_facts_of_llama()
     loaded = recipe(profile="a10g")
     known = estimate(loaded, facts.num_parameters, facts).gpu_bytes / GIB
     assert known == pytest.approx(estimate(loaded, 8.03e9).gpu_bytes / GIB, rel=0.01)
 
 
 def model_facts_of_llama() -> ModelFacts:
-    from tuneline.pipelines.plan.model_files import ModelFiles
-
     config, shapes = llama_8b()
     return model_facts(
         ModelFiles(config, {name: ("BF16", shape) for name, shape in shapes.items()})

@@ -159,8 +159,7 @@ def test_time_is_what_the_measured_step_took() -> None:
     )
     found = estimate(loaded, LLAMA)
     assert found.num_tokens == 1000 * 4 * 2048
-    # docs/numbers.md: an H100 has room for all activations, and none for the logits' sake is kept
-    # on an A10G.
+    # docs/numbers.md: an H100 has room for all activations.
     assert found.gpu_hours == pytest.approx(1000 * 4 * 2048 / 16_927 / 3600, rel=0.01)
     changed = loaded.train.model_copy(update={"kernels": "off"})
     plain = estimate(loaded.model_copy(update={"train": changed}), LLAMA)

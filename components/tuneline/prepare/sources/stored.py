@@ -24,7 +24,7 @@ from fsspec.utils import glob_translate
 from tuneline.errors import DataError
 from tuneline.prepare.sources.store_errors import explained, readable_errors
 from tuneline.runtime.retries import Retries
-from tuneline.runtime.source_names import is_web_address, store_of, without_query
+from tuneline.runtime.source_names import fixed_part, is_web_address, store_of, without_query
 
 _BLOCK_BYTES = 1 << 20
 _RANGE_BYTES = 8 << 20
@@ -101,7 +101,7 @@ def _list_local(source: str) -> Listing:
         return Listing([_local_file(name, str(path / name)) for name in names], True, False)
     if not has_magic(source):
         raise DataError(f"there is no file or directory {source}")
-    fixed = _fixed_part(str(path))
+    fixed = fixed_part(str(path))
     found = [name for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)]
     names = sorted(os.path.relpath(name, fixed or ".") for name in found)
     return Listing([_local_file(name, os.path.join(fixed, name)) for name in names], False, False)
@@ -136,7 +136,7 @@ def _list_store(source: str) -> Listing:
         fs, path = _file_system(source)
         fs.invalidate_cache()
         if has_magic(path):
-            fixed = _fixed_part(path)
+            fixed = fixed_part(path)
             pattern = glob_translate(path)
             found = _files(fs, fixed, fixed, pattern)
             return Listing(found, False, False)
@@ -207,13 +207,6 @@ def _file_system(source: str) -> tuple[Any, str]:
         options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
     fs, path = fsspec.url_to_fs(source, **options)
     return fs, path
-
-
-def _fixed_part(pattern: str) -> str:
-    """Return the directory in front of the first wildcard of a pattern."""
-    parts = pattern.split("/")
-    count = next(index for index, part in enumerate(parts) if any(mark in part for mark in "*?["))
-    return "/".join(parts[:count]) or ("/" if pattern.startswith("/") else "")
 
 
 class _StoreReader(io.RawIOBase):

@@ -240,27 +240,22 @@ def layer_backward(
     mlp_normed: Normed | None = None
     if call.keep_normed:
         half.normed, mlp_normed, saved = tuple(saved[:2]), tuple(saved[2:4]), saved[4:]
-    experts_saved: Any = None
-    down_input_TP: Any = None
-    gate_up_TF: Any = None
-    if weights.routed is None:
-        down_input_TP, gate_up_TF, *attention_saved = saved
-    else:
-        experts_saved, attention_saved = saved[:NUM_SAVED], saved[NUM_SAVED:]
-    half.attention_saved = tuple(attention_saved)
+    num_mlp_saved = 2 if weights.routed is None else NUM_SAVED
+    mlp_saved, half.attention_saved = saved[:num_mlp_saved], tuple(saved[num_mlp_saved:])
     x2_TC = complete(half, x_TC, x_BLC.shape, cos, sin, weights, call.plan)
     if not call.keep_normed:
         # The MLP's backward is the memory peak of a step, so n1 is freed here and recomputed later.
         half.normed = None
     handover = Handover() if call.handover is None else call.handover
     dy_TCP = handover.room_for(dy_TC, weights.mlp_columns)
-    if experts_saved is None:
+    if weights.routed is None:
+        down_input_TP, gate_up_TF = mlp_saved
         dx2_TCP, mlp_grads = mlp_backward(
             dy_TC, dy_TCP, x2_TC, gate_up_TF, down_input_TP, d_TC, mlp_normed, weights
         )
     else:
         dx2_TCP, mlp_grads = experts_half_backward(
-            dy_TC, dlogits_TE, x2_TC, experts_saved, mlp_normed, weights
+            dy_TC, dlogits_TE, x2_TC, mlp_saved, mlp_normed, weights
         )
     dx_TCP, qkv_grads, o_grads = attention_half_backward(
         dx2_TCP, x_TC, half, cos, sin, weights, call.plan, need_dx=need_dx

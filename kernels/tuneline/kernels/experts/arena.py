@@ -39,8 +39,12 @@ def padded_rank(pair: LoraPair | None) -> int:
 
 def new_rows(num_rows: int, num_in: int, rank: int, like: Tensor) -> Tensor:
     """Return rows [S, num_in + rank] whose stride is padded."""
-    side = -(-rank // MIN_ADAPTER_COLUMNS) * MIN_ADAPTER_COLUMNS
-    return like.new_empty(num_rows, num_in + side)[:, : num_in + rank]
+    return like.new_empty(num_rows, num_in + _side_columns(rank))[:, : num_in + rank]
+
+
+def _side_columns(rank: int) -> int:
+    """Return the columns beside a matrix that hold R columns and keep its rows aligned."""
+    return -(-rank // MIN_ADAPTER_COLUMNS) * MIN_ADAPTER_COLUMNS
 
 
 class Arena:
@@ -82,7 +86,7 @@ class Arena:
             if rank or tokens is not None:
                 project(
                     rows[:, :num_in] if tokens is None else tokens,
-                    self._side(weight, forward) if rank else None,
+                    self._adapter(weight)[0 if forward else 1] if rank else None,
                     routing,
                     p_SR=p_SR,
                     room_SR=rows[:, num_in:] if rank else None,
@@ -97,22 +101,15 @@ class Arena:
             del weight
         return p_SR
 
-    def _write_adapter(self, a_room: Tensor, b_room: Tensor, experts: slice) -> None:
-        """Write A [R, K] and (s B)^T [R, N] of some experts, and zeros below their rank."""
-        pair = self._pair
-        assert pair is not None
-        rank, b = pair.rank, pair.b.detach()[experts].transpose(1, 2)
-        if rank != self.rank:
-            a_room[:, rank:], b_room[:, rank:] = 0, 0
-        a_room[:, :rank] = pair.a.detach()[experts]
-        torch.mul(b, pair.scaling, out=b_room[:, :rank])
+    def _adapter(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the places of A [chunk, R, K] and (s B)^T [chunk, R, N] in a chunk of the arena.
 
-    def _side(self, weight: Tensor, forward: bool) -> Tensor:
-        """Return the adapter matrix that projects the rows, [chunk, R, inputs]."""
+        The first projects the rows of the forward, and the second those of the input gradient.
+        """
         num_rows, num_columns = self._stack.stored_shape
         below = weight[:, num_rows : num_rows + self.rank, :num_columns]
         beside = weight[:, :num_rows, num_columns : num_columns + self.rank].transpose(1, 2)
-        return below if forward != self._stack.transposed else beside
+        return (beside, below) if self._stack.transposed else (below, beside)
 
     def _chunks(self) -> Iterator[tuple[int, int, Tensor]]:
         num_experts = self._stack.num_experts
@@ -125,18 +122,22 @@ class Arena:
             del weight
 
     def _fill(self, first: int, last: int) -> Tensor:
-        stack, pair, rank = self._stack, self._pair, self.rank
+        """Return experts `first` to `last` (exclusive) with their adapters."""
+        stack, pair = self._stack, self._pair
         num_rows, num_columns = stack.stored_shape
-        side = -(-rank // MIN_ADAPTER_COLUMNS) * MIN_ADAPTER_COLUMNS
-        weight = self._like.new_empty(last - first, num_rows + rank, num_columns + side)
+        weight = self._like.new_empty(
+            last - first, num_rows + self.rank, num_columns + _side_columns(self.rank)
+        )
         dequantize_experts(
             stack, self._routing.starts, first=first, last=last,
             out=weight[:, :num_rows, :num_columns],
         )  # fmt: skip
         if pair is None:
             return weight
-        below = weight[:, num_rows:, :num_columns]
-        beside = weight[:, :num_rows, num_columns : num_columns + rank].transpose(1, 2)
-        rooms = (beside, below) if stack.transposed else (below, beside)
-        self._write_adapter(*rooms, slice(first, last))
+        a_room, b_room = self._adapter(weight)
+        rank, b = pair.rank, pair.b.detach()[first:last].transpose(1, 2)
+        if rank != self.rank:
+            a_room[:, rank:], b_room[:, rank:] = 0, 0
+        a_room[:, :rank] = pair.a.detach()[first:last]
+        torch.mul(b, pair.scaling, out=b_room[:, :rank])
         return weight

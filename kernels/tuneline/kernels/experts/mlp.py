@@ -12,7 +12,7 @@ Backward, with dys[s] = dy[t] of row s and everything before the routing weight 
     dA1 = sum g1^T x     dB1 = s1 sum dgu^T (A1 x)     dA2 = sum (w g2)^T h
     dB2 = s2 sum dys^T (w A2 h)                        the sums are over each expert's rows
 
-W is dequantised into an arena (experts_arena.py) that is freed after its products; no gradient of
+W is dequantised into an arena (arena.py) that is freed after its products; no gradient of
 its shape exists. The forward stores x, A2 h and the routing. It also stores gu and A1 x if asked;
 otherwise the backward computes them again. It never needs d.
 

@@ -1,4 +1,4 @@
-"""Routed experts' weights in NF4, their adapters, and the arena that holds them dequantised.
+"""Routed experts' weights in NF4, and their adapters.
 
 A *stack* holds one projection of all E experts of a layer. Each expert is quantised on its own, in
 bitsandbytes' layout (see nf4.py): its blocks of 64 weights, its nested blocks of 256 absmax and its

@@ -2,7 +2,7 @@
 
 import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Column, Table
@@ -89,7 +89,7 @@ def _cost(run: LocalRun) -> str:
 
 def _list_cluster(host: str, namespace: str | None, limit: int) -> None:
     # Imported here only, because importing kfp takes a second or two.
-    from tuneline.pipelines.kfp_client import connection, progress
+    from tuneline.pipelines.kfp_client import connection
     from tuneline.pipelines.kfp_client import runs as cluster
 
     try:
@@ -97,7 +97,16 @@ def _list_cluster(host: str, namespace: str | None, limit: int) -> None:
     except TunelineError as error:
         say(f"note: the runs on {host} are not listed: {error}")
         return
-    table = Table(Column(f"run on {host}", overflow="fold"), "state", "created", "ID", box=None)
+    print_cluster_runs(f"run on {host}", found)
+
+
+def print_cluster_runs(heading: str, found: list[Any]) -> None:
+    """Print a table of runs as KFP's API has them; `heading` is that of their names."""
+    from tuneline.pipelines.kfp_client import progress
+
+    table = Table(Column(heading, overflow="fold"), box=None)
+    for name in ("state", "created", "ID"):
+        table.add_column(name, no_wrap=True)
     for run in found:
         created = run.created_at.strftime("%Y-%m-%d %H:%M") if run.created_at else ""
         table.add_row(run.display_name, progress.state_of(run), created, run.run_id)

@@ -13,6 +13,7 @@ from tuneline.errors import ClusterError, CredentialsError, UserError
 from tuneline.html.units import duration
 from tuneline.pipelines.cli.cluster import PANEL
 from tuneline.pipelines.cli.doctor import print_notes
+from tuneline.pipelines.cli.listing import print_cluster_runs
 from tuneline.pipelines.cli.local_runs import connect_for, resume_run, show_logs, show_status
 from tuneline.pipelines.cli.options import (
     ContextOption,
@@ -48,17 +49,11 @@ def status(
     if run is not None and (local := find_local_run(run)) is not None:
         show_status(local)
         return
-    from tuneline.pipelines.kfp_client import connection, progress, runs
+    from tuneline.pipelines.kfp_client import connection, runs
 
     client = connection.connect(host) if run is None else connect_for(run, host)
     if run is None:
-        table = Table(Column("run", overflow="fold"), box=None)
-        for name in ("state", "created", "ID"):
-            table.add_column(name, no_wrap=True)
-        for recent in runs.recent_runs(client, namespace=namespace):
-            created = _format_time(recent.created_at)[: len("2026-11-27 10:34")]
-            table.add_row(recent.display_name, progress.state_of(recent), created, recent.run_id)
-        console.print(table)
+        print_cluster_runs("run", runs.recent_runs(client, namespace=namespace))
         return
     details, view = _look(client, run, namespace, context)
     say(f"{view.name}: {view.state}, created {_format_time(details.created_at)}")

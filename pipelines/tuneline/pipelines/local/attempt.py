@@ -19,13 +19,12 @@ from tuneline.pipelines.local.run_dir import (
     NEVER_CACHED,
     LocalRun,
     Start,
-    latest_checkpoint,
     set_events_aside,
 )
 from tuneline.pipelines.local.watch import watch
 from tuneline.recipe import Recipe
 from tuneline.runtime.events import StepRun, failed_run
-from tuneline.train.checkpoints import ROOT_VARIABLE
+from tuneline.train.checkpoints import ROOT_VARIABLE, newest_checkpoint
 
 STOP_SECONDS = 120.0
 """Seconds in which the steps of a stopped run may end, e.g. write a checkpoint."""
@@ -97,7 +96,7 @@ def kept(run: LocalRun) -> str:
     lines.append(f"kept: {', '.join(finished) or 'no results yet'}")
     if open_step is not None and open_step.step == "train":
         root = os.environ.get(ROOT_VARIABLE) or run.directory.parent / CHECKPOINT_DIR
-        found = latest_checkpoint(Path(root), since=open_step.started)
+        found = newest_checkpoint(Path(root), since=open_step.started)
         lines.append(
             f"kept: checkpoint after optimizer step {found[1]}, in {found[0]}"
             if found is not None

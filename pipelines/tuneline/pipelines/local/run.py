@@ -22,7 +22,7 @@ from tuneline.publish.target import DIRECTORY_PREFIX
 from tuneline.recipe import Recipe
 from tuneline.records.earlier import RUNS_VARIABLE
 from tuneline.runtime.events import failed_run, step_runs
-from tuneline.runtime.source_names import CLAIMS_PATH, CLAIMS_VARIABLE
+from tuneline.runtime.source_names import CLAIMS_PATH, CLAIMS_VARIABLE, fixed_part
 from tuneline.runtime.step import EVENTS_VARIABLE
 from tuneline.train.checkpoints import ROOT_VARIABLE
 
@@ -75,7 +75,7 @@ def _docker_runner(run_dir: Path, events_path: Path, recipe: Recipe) -> local.Do
     checkpoint_dir = f"{runs_dir}/{CHECKPOINT_DIR}"
     Path(checkpoint_dir).mkdir(exist_ok=True)
     claims_dir = os.environ.get(CLAIMS_VARIABLE)
-    mounted = [Mount(path, path, type="bind", read_only=True) for path in _inputs(recipe)]
+    mounted = [Mount(path, path, type="bind", read_only=True) for path in inputs_of(recipe)]
     if recipe.publish_to.startswith(DIRECTORY_PREFIX):
         target = recipe.publish_to.removeprefix(DIRECTORY_PREFIX)
         Path(target).mkdir(parents=True, exist_ok=True)
@@ -110,10 +110,10 @@ def _docker_runner(run_dir: Path, events_path: Path, recipe: Recipe) -> local.Do
     )
 
 
-def _inputs(recipe: Recipe) -> list[str]:
+def inputs_of(recipe: Recipe) -> list[str]:
     """Return the files and directories of this machine that the steps of a recipe read."""
     sources = [recipe.base_model, *recipe.data_sources, recipe.evaluate.task_dir or ""]
-    paths = (str(Path(source).parent) if glob.has_magic(source) else source for source in sources)
+    paths = (fixed_part(source) if glob.has_magic(source) else source for source in sources)
     return [path for path in dict.fromkeys(paths) if path.startswith("/") and Path(path).exists()]
 
 

@@ -11,7 +11,7 @@ from typing import Literal, Self
 from tuneline.artifacts import RunSummary
 from tuneline.errors import UserError
 from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_events
-from tuneline.report.line import LINE
+from tuneline.report.line import LINE, stage_of
 from tuneline.runtime.events import StepRun, step_runs
 from tuneline.steps import STEPS
 
@@ -163,8 +163,9 @@ class LocalRun:
         KFP does not say which those are: they are the stages that did not run, but that a stage
         that ran waits for.
         """
-        ran = {_stage_of(step) for step in self.steps() if step.step not in NEVER_CACHED}
-        if any(step.step in ("report", "publish") for step in self.steps()):
+        steps = self.steps()
+        ran = {stage_of(step) for step in steps if step.step not in NEVER_CACHED}
+        if any(step.step in ("report", "publish") for step in steps):
             ran.add("publish")
         waited = dict(LINE)
         needed: set[str] = set()
@@ -215,27 +216,11 @@ def local_runs(runs_dir: Path) -> list[LocalRun]:
     return [LocalRun(path.resolve()) for path in found]
 
 
-def latest_checkpoint(checkpoint_dir: Path, *, since: float) -> tuple[Path, int] | None:
-    """Return the newest checkpoint written after a time, and its optimizer step; None if none."""
-    found = [
-        (path.stat().st_mtime, int(path.name.rpartition("-")[2]), path)
-        for path in checkpoint_dir.glob("*/checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit()
-    ]
-    newest = max((each for each in found if each[0] >= since), default=None)
-    return (newest[2], newest[1]) if newest is not None else None
-
-
 def set_events_aside(run: LocalRun) -> None:
     """Keep the events of an attempt under another name, so that the next one starts with none."""
     if run.events_path.exists():
         number = 1 + len(list(run.events_path.parent.glob("events-*.jsonl")))
         run.events_path.rename(run.events_path.with_name(f"events-{number}.jsonl"))
-
-
-def _stage_of(step: StepRun) -> str:
-    """Return the stage that a step is a part of."""
-    return step.name if step.step == "evaluate" else STEPS[step.step].stage or ""
 
 
 def _sections(lines: list[str]) -> Iterator[LogSection]:

@@ -14,7 +14,7 @@ from tuneline.train.memory.estimate import EXPERT_COUNTS, TOP_K, Experts, Shape
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.")
 _OTHER = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|router|gate)\.")
-# Embeddings, the output layer and routers are not quantised.
+"""Embeddings, the output layer and routers, which are not quantised."""
 _NOT_TEXT = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|multi_modal_projector)\.")
 _EXTRA = re.compile(r"(^|\.)mtp\.")
 _ROUTING = re.compile(r"\.(\w*expert_gate|indexer)\.")

@@ -21,9 +21,9 @@ DEFAULT_ENDPOINT = "https://huggingface.co"
 TIMEOUT_SECONDS = 5.0
 
 _FIRST_BYTES = 200_000
-# Bytes of the first request for a header, which is longer than those of most files.
+"""Bytes of the first request for a header; the headers of most files are shorter."""
 _NUM_REQUESTS = 8
-# Requests for headers at a time.
+"""Requests for headers at a time."""
 
 
 class Unknown(Exception):

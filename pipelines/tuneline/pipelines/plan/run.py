@@ -84,15 +84,15 @@ def _parse(values: dict[str, object]) -> Recipe:
 def _checks(recipe: Recipe, *, uploads_to_s3: bool) -> list[Check]:
     namespace = own_namespace() if os.environ.get(POD_NAME_VARIABLE) else None
     model = facts_or_reason(recipe)
-    without_cluster = partial(plan, recipe, model=model, uploads_to_s3=uploads_to_s3)
+    check = partial(plan, recipe, model=model, uploads_to_s3=uploads_to_s3)
     if namespace is None:
-        return without_cluster()
+        return check()
     # Of all steps only train-on-nodes needs the API, so its absence is no reason to fail.
     kube = Kube(namespace)
     if not kube.answers(CONNECT_SECONDS):
         words = f"{kube.host} accepts no connection from this pod: does a network policy allow it?"
-        return [*without_cluster(), Check("API", "unknown", words)]
+        return [*check(), Check("API", "unknown", words)]
     try:
-        return without_cluster(kube=kube, is_step=True)
+        return check(kube=kube, is_step=True)
     except ClusterError as error:
-        return [*without_cluster(), Check("API", "unknown", str(error))]
+        return [*check(), Check("API", "unknown", str(error))]
