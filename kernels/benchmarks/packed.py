@@ -3,10 +3,12 @@
     python kernels/benchmarks/packed.py --engines tuneline peft liger unsloth
 
 Rows have GSM8K's lengths and random tokens, packed to 8192 tokens per step. Every engine runs in
-its own process with the same random weights in NF4, LoRA r=16 on all linears and 8-bit AdamW, in
-TRL's SFTTrainer (tuneline: in the train step's SupervisedTrainer, a subclass). The engines take
-turns on the GPU. A step's time is measured between the trainer's callbacks at its start and end,
-with the device synchronised at both; tokens are those of the rows, without padding.
+its own process with the same random weights in NF4, LoRA r=16 on all linears and 8-bit AdamW
+(Unsloth: the optimizer of its best setting, see peers.py), in TRL's SFTTrainer (tuneline: in the
+train step's SupervisedTrainer, a subclass). The engines take turns on the GPU. A step's time is
+measured between the trainer's callbacks at its start and end, with the device synchronised at both;
+tokens are those of the rows, without padding. The engines draw packs in different orders, so only
+steps whose pack is at least 97 % full are counted.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
-import os
 import random
 import statistics
 import subprocess
@@ -29,10 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "components"))
 
+import peers
 import train_step
-from train_step import answer, receive, send
+from train_step import answer, receive, send, stop
 
 PACK = 8192
+FULL = 0.97 * PACK
 LENGTH_DECILES = [97, 141, 158, 173, 188, 204, 222, 243, 269, 312, 570]
 """Tokens of GSM8K's training rows as chats under SmolLM2's tokenizer; their mean is 217."""
 
@@ -48,35 +51,33 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--out-dir", type=Path, default=train_step.RESULTS_DIR)
     parser.add_argument("--trace", action="store_true", help="trace one of tuneline's steps")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--peer-packages", type=Path, help="folder of the package versions that Unsloth asks for"
+    )
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker, args.shape)
-    workers = {engine: start_worker(engine, args) for engine in args.engines}
-    for engine, process in list(workers.items()):
-        ready = receive(process)
-        print(f"{engine}: {ready}", flush=True)
-        if "error" in ready:
-            del workers[engine]
+        engine, mode, checkpoint = args.worker
+        return worker(engine, mode, Path(checkpoint), args.shape)
     rows = []
-    for mode in args.modes:
-        collected: dict[str, list[dict[str, Any]]] = {}
-        for turn in range(args.rounds):
-            for engine, process in workers.items():
-                traces = args.trace and engine == "tuneline" and turn == args.rounds - 1
-                trace = str(args.out_dir / f"packed_trace_{mode}.json.gz") if traces else None
-                request = {"mode": mode, "warmup": args.warmup, "steps": args.steps}
-                send(process, {**request, "trace": trace})
-                result = receive(process)
-                if "error" in result:
-                    print(f"{engine} {mode}: {result['error']}", flush=True)
-                else:
-                    collected.setdefault(engine, []).append(result)
-        for engine, results in collected.items():
-            rows.append(summary(args.shape, engine, mode, results))
-            print(line(rows[-1]), flush=True)
-    for process in workers.values():
-        process.stdin.close()
+    with tempfile.TemporaryDirectory() as checkpoint:
+        workers: dict[str, subprocess.Popen[str]] = {}
+        for mode in args.modes:
+            if "unsloth" in workers:
+                stop(workers.pop("unsloth"))  # Each mode has a setting of its own.
+            for engine in args.engines:
+                if engine in workers:
+                    continue
+                process = start_worker(engine, mode, checkpoint, args)
+                ready = receive(process)
+                print(f"{engine} for {mode}: {ready}", flush=True)
+                if "error" not in ready:
+                    workers[engine] = process
+            for engine, results in take_turns(mode, workers, args).items():
+                rows.append(summary(args.shape, engine, mode, results))
+                print(line(rows[-1]), flush=True)
+        for process in workers.values():
+            stop(process)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / f"packed_{args.shape}.csv"
     with path.open("w", newline="") as file:
@@ -87,15 +88,37 @@ def main() -> None:
         print(line(row))
 
 
+def take_turns(
+    mode: str, workers: dict[str, subprocess.Popen[str]], args: argparse.Namespace
+) -> dict[str, list[dict[str, Any]]]:
+    """Let the engines take turns in one mode, and return each one's results, one per round."""
+    collected: dict[str, list[dict[str, Any]]] = {}
+    for turn in range(args.rounds):
+        for engine, process in workers.items():
+            traces = args.trace and engine == "tuneline" and turn == args.rounds - 1
+            trace = str(args.out_dir / f"packed_trace_{mode}.json.gz") if traces else None
+            request = {"mode": mode, "warmup": args.warmup, "steps": args.steps}
+            send(process, {**request, "trace": trace})
+            result = receive(process)
+            if "error" in result:
+                print(f"{engine} {mode}: {result['error']}", flush=True)
+            else:
+                collected.setdefault(engine, []).append(result)
+    return collected
+
+
 def summary(shape: str, engine: str, mode: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     """Reduce all rounds of one engine in one mode to a CSV row."""
-    times = [t for result in results for t in result["milliseconds"]]
-    tokens = sum(n for result in results for n in result["tokens"])
+    steps = [pair for r in results for pair in zip(r["milliseconds"], r["tokens"], strict=True)]
+    steps = [(milliseconds, tokens) for milliseconds, tokens in steps if tokens >= FULL]
+    times = [milliseconds for milliseconds, _ in steps]
+    tokens = sum(tokens for _, tokens in steps)
     quantiles = statistics.quantiles(times, n=5)
     return {
         "engine": engine,
         "model": shape,
         "mode": mode,
+        "setting": peers.setting(engine, f"packed/{mode}").name,
         "shape": f"packed to {PACK}",
         "metric": "step",
         "unit": "ms",
@@ -123,25 +146,28 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def start_worker(engine: str, args: argparse.Namespace) -> subprocess.Popen[str]:
+def start_worker(
+    engine: str, mode: str, checkpoint: str, args: argparse.Namespace
+) -> subprocess.Popen[str]:
     """Start one engine, which answers when its model is built."""
-    command = [sys.executable, __file__, "--worker", engine, "--shape", args.shape]
+    command = [sys.executable, __file__, "--worker", engine, mode, checkpoint]
+    command += ["--shape", args.shape]
+    environment = peers.environment(engine, f"packed/{mode}", args.peer_packages)
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        # The parent's site-packages stay in the path; a progress bar would fill the pipe.
-        env={**os.environ, "TQDM_DISABLE": "1"},
+        env={**environment, "TQDM_DISABLE": "1"},  # A progress bar would fill the pipe.
     )
 
 
-def worker(engine: str, shape: str) -> None:
+def worker(engine: str, mode: str, checkpoint: Path, shape: str) -> None:
     """Build the model, then serve requests until stdin closes."""
     import json
 
     if engine == "unsloth":
-        model = train_step.unsloth_model(shape)
+        model = train_step.unsloth_model(shape, f"packed/{mode}", checkpoint)
     elif engine == "tuneline":
         model = train_step.base_model(shape)
         train_step.quantize(model)
@@ -209,9 +235,8 @@ def run(state: dict[str, Any], engine: str, request: dict[str, Any]) -> dict[str
         "seed": 0,
     }
     if engine == "unsloth":
-        for module in state["model"].modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = lean
+        if not peers.UNSLOTH[f"packed/{request['mode']}"].has_8bit_optimizer:
+            settings["optim"] = "adamw_torch_fused"
         settings["gradient_checkpointing_kwargs"] = None
         settings["gradient_checkpointing"] = "unsloth" if lean else False
         settings["dataset_num_proc"] = 1
@@ -261,7 +286,7 @@ def make_trainer(
     import trl
     from transformers import TrainerCallback
 
-    named: dict[str, Any] = {"processing_class": tokenizer()}
+    named: dict[str, Any] = {"processing_class": peers.tokenizer()}
     if engine == "tuneline":
         from peft import LoraConfig
 
@@ -337,21 +362,6 @@ class Timer:
         """Synchronise the device and stop the clock."""
         torch.cuda.synchronize()
         self.milliseconds.append((time.perf_counter() - self._start) * 1e3)
-
-
-def tokenizer() -> Any:
-    """Return a placeholder tokenizer: the rows are token IDs already."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-    )
 
 
 if __name__ == "__main__":

@@ -3,11 +3,15 @@
     python kernels/benchmarks/train_step.py --engines tuneline peft liger unsloth
 
 Every engine runs in its own process (Unsloth patches transformers globally) with the same random
-weights in NF4 with double quantisation, LoRA r=16 on all linears, the same batches and 8-bit AdamW
-(tuneline's own, or bitsandbytes' for the others). The engines take turns on the GPU, `--rounds`
-times per case. A row of the table is an engine in a mode: `free` recomputes nothing (tuneline:
-budget auto), `lean` recomputes the most (tuneline: with the input embedding on the host).
-`tuneline-fp8` is tuneline with its opt-in fp8 products.
+weights in NF4 with double quantisation, LoRA r=16 on all linears, and the same batches; tuneline
+uses its own 8-bit AdamW, PEFT and Liger use bitsandbytes', and Unsloth the one of its setting: each
+case has the setting that is best for Unsloth (peers.py), which the CSV names. The engines take
+turns on the GPU, `--rounds` times per case. A row of the table is an engine in a mode: `free`
+recomputes nothing (tuneline: budget auto), `lean` recomputes the most and keeps the input embedding
+on the host (tuneline and Unsloth). `tuneline-fp8` is tuneline with its opt-in fp8 products.
+
+`median` is the time of a step with the device synchronised before and after it; `in_a_row` is that
+of `--steps` steps that nothing waits for, divided by their number.
 
 Floor: the products of the frozen weights and of causal attention in forward and input gradient
 (lean: plus a second forward without down_proj), at the rate of `--peak-tflops`.
@@ -19,7 +23,6 @@ import argparse
 import csv
 import gc
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -28,12 +31,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peers
+
 RESULTS_DIR = Path(__file__).parent / "results"
 SOURCE_DIR = Path(__file__).parents[1]
 CASES = {
     "4x2048": (4, 2048),
     "2x512": (2, 512),
     "1x8192": (1, 8192),
+    "1x32768": (1, 32768),
+    "1x65536": (1, 65536),
+    "1x131072": (1, 131072),
 }
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3.1-8b": (
@@ -112,51 +120,40 @@ def main() -> None:
         help="bitsandbytes' AdamW8bit on float32 adapters everywhere, to compare losses",
     )
     parser.add_argument("--profile", action="store_true", help="profile tuneline's first case")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--peer-packages", type=Path, help="folder of the package versions that Unsloth asks for"
+    )
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker, args.shape, args.same_optimizer)
+        engine, case, checkpoint = args.worker
+        return worker(engine, case, Path(checkpoint), args.shape, args.same_optimizer)
     start = time.perf_counter()
-    workers = {engine: start_worker(engine, args) for engine in args.engines}
-    for engine, process in list(workers.items()):
-        answer = receive(process)
-        print(f"{engine}: {answer} after {time.perf_counter() - start:.0f} s", flush=True)
-        if "error" in answer:
-            del workers[engine]
-    rows, losses = [], []
-    for case in args.cases:
-        shape, mode = case.split("/")
-        collected: dict[str, list[dict[str, Any]]] = {}
-        for turn in range(args.rounds):
-            for engine, process in list(workers.items()):
-                profile = args.profile and engine.startswith("tuneline") and turn == args.rounds - 1
-                send(
-                    process,
-                    {
-                        "rows": CASES[shape][0],
-                        "length": CASES[shape][1],
-                        "mode": mode,
-                        "warmup": args.warmup if turn == 0 else 1,
-                        "steps": args.steps,
-                        "profile": str(
-                            args.out_dir / f"profile_{engine}_{case.replace('/', '_')}.txt"
-                        )
-                        if profile
-                        else None,
-                    },
-                )
-                answer = receive(process)
-                if "error" in answer:
-                    print(f"{engine} {case}: {answer['error']}", flush=True)
+    rows: list[dict[str, Any]] = []
+    losses: list[list[Any]] = []
+    with tempfile.TemporaryDirectory() as checkpoint:
+        # An engine keeps its process from case to case, unless its setting changes.
+        workers: dict[str, tuple[peers.Setting, subprocess.Popen[str]]] = {}
+        for case in args.cases:
+            for engine in args.engines:
+                wanted = peers.setting(engine, case)
+                if engine in workers and workers[engine][0] == wanted:
                     continue
-                collected.setdefault(engine, []).append(answer)
-        for engine, answers in collected.items():
-            rows.append(summary(args, engine, shape, mode, answers))
-            print(line(rows[-1]), flush=True)
-            for index, loss in enumerate(answers[0]["losses"]):
-                losses.append([engine, shape, mode, index, loss])
-    for process in workers.values():
-        process.stdin.close()
+                if engine in workers:
+                    stop(workers.pop(engine)[1])
+                process = start_worker(engine, case, checkpoint, args)
+                ready = receive(process)
+                print(f"{engine} for {case}: {ready} after {time.perf_counter() - start:.0f} s")
+                if "error" not in ready:
+                    workers[engine] = wanted, process
+            running = {engine: process for engine, (_, process) in workers.items()}
+            for engine, answers in take_turns(case, running, args).items():
+                rows.append(summary(args, engine, case, answers))
+                print(line(rows[-1]), flush=True)
+                numbered = enumerate(answers[0]["losses"])
+                losses += [[engine, *case.split("/"), index, loss] for index, loss in numbered]
+        for _, process in workers.values():
+            stop(process)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     suffix = "_same_optimizer" if args.same_optimizer else ""
     path = args.out_dir / f"train_step_{args.shape}{suffix}.csv"
@@ -173,10 +170,38 @@ def main() -> None:
         print(line(row))
 
 
+def take_turns(
+    case: str, running: dict[str, subprocess.Popen[str]], args: argparse.Namespace
+) -> dict[str, list[dict[str, Any]]]:
+    """Let the engines take turns in one case, and return each one's answers, one per round."""
+    shape, mode = case.split("/")
+    collected: dict[str, list[dict[str, Any]]] = {}
+    for turn in range(args.rounds):
+        for engine, process in running.items():
+            profile = args.profile and engine.startswith("tuneline") and turn == args.rounds - 1
+            name = f"profile_{engine}_{case.replace('/', '_')}.txt"
+            request = {
+                "rows": CASES[shape][0],
+                "length": CASES[shape][1],
+                "mode": mode,
+                "warmup": args.warmup if turn == 0 else 1,
+                "steps": args.steps,
+                "profile": str(args.out_dir / name) if profile else None,
+            }
+            send(process, request)
+            result = receive(process)
+            if "error" in result:
+                print(f"{engine} {case}: {result['error']}", flush=True)
+            else:
+                collected.setdefault(engine, []).append(result)
+    return collected
+
+
 def summary(
-    args: argparse.Namespace, engine: str, shape: str, mode: str, answers: list[dict[str, Any]]
+    args: argparse.Namespace, engine: str, case: str, answers: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Reduce all rounds of one engine in one case to a CSV row."""
+    shape, mode = case.split("/")
     times = [t for answer in answers for t in answer["milliseconds"]]
     quantiles = statistics.quantiles(times, n=5)
     num_tokens = CASES[shape][0] * CASES[shape][1]
@@ -186,12 +211,14 @@ def summary(
         "engine": engine,
         "model": args.shape,
         "mode": mode,
+        "setting": peers.setting(engine, case).name,
         "shape": shape,
         "metric": "step",
         "unit": "ms",
         "median": round(median, 2),
         "p20": round(quantiles[0], 2),
         "p80": round(quantiles[-1], 2),
+        "in_a_row": round(statistics.median(a["in_a_row"] for a in answers), 2),
         "num_steps": len(times),
         "tokens_per_second": round(num_tokens / median * 1e3),
         "peak_allocated_gib": max(a["peak_allocated_gib"] for a in answers),
@@ -208,7 +235,8 @@ def line(row: dict[str, Any]) -> str:
     """Format one row for the terminal."""
     return (
         f"{row['engine']:9} {row['shape']:7} {row['mode']:5} {row['median']:8.1f} ms "
-        f"[{row['p20']:.1f}, {row['p80']:.1f}] {row['tokens_per_second']:6} tok/s "
+        f"[{row['p20']:.1f}, {row['p80']:.1f}] in a row {row['in_a_row']:.1f} "
+        f"{row['tokens_per_second']:6} tok/s "
         f"alloc {row['peak_allocated_gib']:6.2f} reserved {row['peak_reserved_gib']:6.2f} GiB "
         f"floor {row['floor_fraction']:.2f} loss {row['first_loss']:.4f} -> {row['last_loss']:.4f}"
     )
@@ -232,14 +260,24 @@ def floor_tflop(shape: str, num_rows: int, length: int, mode: str) -> float:
     return (config["num_hidden_layers"] * per_layer + head) / 1e12
 
 
-def start_worker(engine: str, args: argparse.Namespace) -> subprocess.Popen[str]:
+def start_worker(
+    engine: str, case: str, checkpoint: str, args: argparse.Namespace
+) -> subprocess.Popen[str]:
     """Start one engine, which answers when its model is built."""
-    command = [sys.executable, __file__, "--worker", engine, "--shape", args.shape]
+    command = [sys.executable, __file__, "--worker", engine, case, checkpoint]
+    command += ["--shape", args.shape]
     command += ["--same-optimizer"] if args.same_optimizer else []
-    environment = {**os.environ, "PYTHONPATH": f"{SOURCE_DIR}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = peers.environment(engine, case, args.peer_packages)
+    environment["PYTHONPATH"] = f"{SOURCE_DIR}:{environment['PYTHONPATH']}"
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a worker, which frees its part of the GPU."""
+    process.stdin.close()
+    process.wait()
 
 
 def send(process: subprocess.Popen[str], message: dict[str, Any]) -> None:
@@ -261,17 +299,17 @@ def answer(message: dict[str, Any]) -> None:
     print("ANSWER " + json.dumps(message), flush=True)
 
 
-def worker(engine: str, shape: str, same_optimizer: bool) -> None:
+def worker(engine: str, case: str, checkpoint: Path, shape: str, same_optimizer: bool) -> None:
     """Build the model, then serve requests until stdin closes."""
-    model = (
-        unsloth_model(shape)
-        if engine == "unsloth"
-        else peft_model(
-            shape, engine, wide_adapters=same_optimizer or engine.startswith("tuneline")
-        )
-    )
+    if engine == "unsloth":
+        model = unsloth_model(shape, case, checkpoint)
+    else:
+        wide = same_optimizer or engine.startswith("tuneline")
+        model = peft_model(shape, engine, wide_adapters=wide)
     import bitsandbytes
     import torch
+
+    fused = engine == "unsloth" and not peers.UNSLOTH[case].has_8bit_optimizer
 
     trained = [p for p in model.parameters() if p.requires_grad]
     initial = [p.detach().cpu() for p in trained]
@@ -288,6 +326,8 @@ def worker(engine: str, shape: str, same_optimizer: bool) -> None:
                 from tuneline.kernels import FlatAdamW
 
                 optimizer = FlatAdamW(trained, lr=1e-4, state_bits=8)
+            elif fused and not same_optimizer:
+                optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
             else:
                 optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
             set_mode(model, engine, request["mode"])
@@ -328,11 +368,17 @@ def run_steps(model: Any, optimizer: Any, request: dict[str, Any]) -> dict[str, 
         torch.cuda.synchronize()
         milliseconds.append((time.perf_counter() - start) * 1e3)
         losses.append(loss.item())
+    start = time.perf_counter()
+    for input_ids in batches[request["warmup"] :]:
+        step(input_ids)
+    torch.cuda.synchronize()
+    in_a_row = (time.perf_counter() - start) * 1e3 / request["steps"]
     peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     if request["profile"]:
         write_profile(lambda: step(batches[0]), Path(request["profile"]))
     return {
         "milliseconds": milliseconds[request["warmup"] :],
+        "in_a_row": in_a_row,
         "losses": losses,
         "peak_allocated_gib": round(peaks[0] / 2**30, 2),
         "peak_reserved_gib": round(peaks[1] / 2**30, 2),
@@ -376,10 +422,7 @@ def set_mode(model: Any, engine: str, mode: str) -> None:
         report = patch(model, budget=budget, fp8=fp8, embedding_on_host=host)
         assert not report.unfused, str(report)
     elif engine == "unsloth":
-        checkpointing = "unsloth" if mode == "lean" else False
-        for module in model.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = bool(checkpointing)
+        pass  # It was built for its mode.
     elif mode == "lean":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -453,35 +496,15 @@ def peft_model(shape: str, engine: str, *, wide_adapters: bool) -> Any:
     return get_peft_model(model, config, autocast_adapter_dtype=wide_adapters)
 
 
-def unsloth_model(shape: str) -> Any:
-    """Load the same weights through Unsloth, from a checkpoint written for it."""
+def unsloth_model(shape: str, case: str, checkpoint: Path) -> Any:
+    """Load the same weights through Unsloth, from a checkpoint that its first process writes."""
     import unsloth  # noqa: F401, I001  (before transformers, as it asks)
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-    from unsloth import FastLanguageModel
     import torch
 
-    with tempfile.TemporaryDirectory() as directory:
-        base_model(shape).save_pretrained(directory)
+    if not (checkpoint / "config.json").exists():
+        peers.write_checkpoint(base_model(shape), checkpoint)
         torch.cuda.empty_cache()
-        vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3}
-        PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
-            bos_token="<s>",
-            eos_token="</s>",
-            pad_token="<pad>",
-            unk_token="<unk>",
-        ).save_pretrained(directory)
-        model, _ = FastLanguageModel.from_pretrained(
-            directory, max_seq_length=8192, dtype=torch.bfloat16, load_in_4bit=True
-        )
-    return FastLanguageModel.get_peft_model(
-        model,
-        r=16,
-        lora_alpha=16,
-        target_modules=PHI_TARGETS if "phi" in shape else TARGETS,
-        use_gradient_checkpointing="unsloth",
-    )
+    return peers.unsloth_model(checkpoint, case, PHI_TARGETS if "phi" in shape else TARGETS)
 
 
 if __name__ == "__main__":

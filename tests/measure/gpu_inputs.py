@@ -55,11 +55,43 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+DEEPSEEK_V2_LITE = {
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+GPT_OSS_20B = {
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama-3.1-8B": train_step.SHAPES["llama-3.1-8b"],
     "Llama-3.2-1B": ("Llama", LLAMA_1B),
     "Qwen2.5-7B": train_step.SHAPES["qwen2.5-7b"],
     "Phi-3.5-mini": train_step.SHAPES["phi-3.5-mini"],
+    "DeepSeek-V2-Lite": ("DeepseekV2", DEEPSEEK_V2_LITE),
+    "gpt-oss-20b": ("GptOss", GPT_OSS_20B),
     "small": ("Llama", SMALL),
     "tiny": ("Llama", TINY),
 }
@@ -121,6 +153,27 @@ def write_base(directory: Path, shape: str) -> None:
         num_bytes=0,
         sha256="0" * 64,
     ).write(directory)
+
+
+def write_weights_by_library(directory: Path) -> int:
+    """Write what `write_weights` writes under the names that transformers gives published files.
+
+    The whole model is built on the GPU, if there is one.
+    """
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(directory, max_shard_size="2GB")
+    size = sum(2 * tensor.numel() for tensor in model.parameters())
+    del model
+    torch.cuda.empty_cache()
+    return size
 
 
 def gsm8k_lengths(num_tokens: int, scale: float = 1.0) -> list[int]:

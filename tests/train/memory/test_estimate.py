@@ -100,7 +100,7 @@ MIXTRAL_8X7B = {
 
 
 # Peaks of torch's allocator on an H100 at 4 x 2048 tokens, r=16 on attention and experts, as
-# kernels/benchmarks/experts_step.py measured them (kernels/benchmarks/results). In `lean` the
+# kernels/benchmarks/scaled_step.py measured them (kernels/benchmarks/results). In `lean` the
 # benchmark holds the input embedding on the host; in `stock` layers are transformers' own.
 @pytest.mark.parametrize(
     ("family", "sizes", "mode", "measured"),

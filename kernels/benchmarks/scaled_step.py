@@ -1,17 +1,19 @@
-"""Time whole QLoRA steps of a mixture of experts, and scale them to the model's full depth.
+"""Time whole QLoRA steps of models that are too large to build, scaled to their full depth.
 
-    PYTHONPATH=components:kernels python kernels/benchmarks/experts_step.py --out-dir results
+    PYTHONPATH=components:kernels python kernels/benchmarks/scaled_step.py --out-dir results
 
-The true widths of Qwen3-30B-A3B and Mixtral-8x7B, cut to a few layers and to fewer still; random
-weights in NF4, experts included; LoRA r=16 on attention and on all experts, adapters float32,
-8-bit FlatAdamW; 4 x 2048 random tokens. `lean` recomputes the most and keeps the input embedding on
-the host; `free` stores all activations. Milliseconds and peak memory at full depth are those of the
+The true widths of two mixtures of experts, Qwen3-30B-A3B and Mixtral-8x7B, and of Llama-3.1-70B,
+cut to a few layers and to fewer still; random weights in NF4, experts included; LoRA r=16 on
+attention and on all experts (Llama: on all linears), adapters float32, 8-bit FlatAdamW; 4 x 2048
+random tokens (Llama: 2 x 2048). `lean` recomputes the most and keeps the input embedding on the
+host; `free` stores all activations. Milliseconds and peak memory at full depth are those of the
 larger model plus the missing layers times the difference per layer of the two models.
 
 `stock` runs transformers' layers with the experts' op and the fused loss, checkpointed in `lean`.
-`unsloth` loads the same widths by its own loader, in its default setting, under bf16 autocast and
-with torch's fused AdamW; give it a process of its own (`--cases unsloth/lean`), because it changes
-transformers globally.
+`unsloth` loads the same widths by its own loader under bf16 autocast, with torch's fused AdamW and
+queries of a fixed length: in `lean` with its own checkpointing and the embedding on the host, in
+`free` without checkpointing. Give each of its cases a process of its own (`--cases unsloth/lean`),
+because Unsloth changes transformers globally.
 """
 
 from __future__ import annotations
@@ -19,17 +21,39 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import peers
 import torch
-from train_step import quantize, run_steps
+from train_step import SHAPES as DENSE
+from train_step import TARGETS, quantize, run_steps
 
-SHAPES: dict[str, tuple[str, dict[str, Any], tuple[int, int, int]]] = {
-    "qwen3-30b-a3b": (
+
+class Shape(NamedTuple):
+    """A model's sizes, and what is built of it."""
+
+    family: str
+    """Prefix of the names of transformers' classes."""
+    sizes: dict[str, Any]
+    """Fields of the config."""
+    layers: tuple[int, int, int]
+    """Layers of the model, of the cut and of the smaller cut."""
+    rows: int = 4
+    """Rows of 2048 tokens per step."""
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a token passes through some of many expert networks."""
+        return "num_experts_per_tok" in self.sizes
+
+
+SHAPES = {
+    "qwen3-30b-a3b": Shape(
         "Qwen3Moe",
         {
             "vocab_size": 151936,
@@ -46,7 +70,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], tuple[int, int, int]]] = {
         },
         (48, 8, 2),
     ),
-    "mixtral-8x7b": (
+    "mixtral-8x7b": Shape(
         "Mixtral",
         {
             "vocab_size": 32000,
@@ -60,10 +84,21 @@ SHAPES: dict[str, tuple[str, dict[str, Any], tuple[int, int, int]]] = {
         },
         (32, 2, 1),
     ),
+    "llama-3.1-70b": Shape(
+        "Llama",
+        {
+            **DENSE["llama-3.1-8b"][1],
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_attention_heads": 64,
+        },
+        (80, 8, 4),
+        rows=2,
+    ),
 }
-"""Family, sizes, and the layers of the model, of the cut and of the smaller cut."""
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-BATCH = {"rows": 4, "length": 2048}
+LENGTH = 2048
 
 
 def main() -> None:
@@ -85,7 +120,7 @@ def main() -> None:
         for case in args.cases:
             rows.append(run_case(shape, case, args))
             print(" ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
-    with (args.out_dir / "experts_step.csv").open("w", newline="") as file:
+    with (args.out_dir / "scaled_step.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -94,7 +129,8 @@ def main() -> None:
 def run_case(shape: str, case: str, args: argparse.Namespace) -> dict[str, Any]:
     """Time both cuts of a model and scale them to its depth."""
     engine, mode, *rest = case.split("/")
-    depth, most, fewest = SHAPES[shape][2]
+    depth, most, fewest = SHAPES[shape].layers
+    rows = SHAPES[shape].rows
     results = {}
     for layers in (most, fewest):
         profile = args.profile and layers == most
@@ -102,7 +138,7 @@ def run_case(shape: str, case: str, args: argparse.Namespace) -> dict[str, Any]:
         results[layers] = run(
             shape, engine, mode, layers, experts=not rest,
             request={
-                **BATCH, "warmup": args.warmup, "steps": args.steps,
+                "rows": rows, "length": LENGTH, "warmup": args.warmup, "steps": args.steps,
                 "profile": str(path) if profile else None,
             },
         )  # fmt: skip
@@ -116,14 +152,14 @@ def run_case(shape: str, case: str, args: argparse.Namespace) -> dict[str, Any]:
         "engine": engine,
         "model": shape,
         "mode": "/".join([mode, *rest]),
-        "shape": "4x2048",
+        "shape": f"{rows}x{LENGTH}",
         "metric": "step",
         "unit": "ms",
         "layers": most,
         "median": round(large["ms"], 1),
         "per_layer": round((large["ms"] - small["ms"]) / (most - fewest), 2),
         "full_depth_ms": round(scaled("ms"), 1),
-        "tokens_per_second": round(8192 / scaled("ms") * 1e3),
+        "tokens_per_second": round(rows * LENGTH / scaled("ms") * 1e3),
         "peak_allocated_gib": round(large["gib"], 2),
         "full_depth_gib": round(scaled("gib"), 2),
         "first_loss": round(large["loss"], 4),
@@ -139,7 +175,7 @@ def run(
     from tuneline.kernels import FlatAdamW, patch
 
     if engine == "unsloth":
-        return run_unsloth(shape, layers, request, experts=experts)
+        return run_unsloth(shape, mode, layers, request, experts=experts)
     model = build(shape, layers, experts)
     if engine == "stock":
         from tuneline.kernels import patching
@@ -193,30 +229,17 @@ class Autocast:
 
 
 def run_unsloth(
-    shape: str, layers: int, request: dict[str, Any], *, experts: bool
+    shape: str, mode: str, layers: int, request: dict[str, Any], *, experts: bool
 ) -> dict[str, float]:
     """Do what `run` does with Unsloth, from a checkpoint written for it."""
+    os.environ.update(peers.UNSLOTH[f"4x2048/{mode}"].environment)
     import unsloth  # noqa: F401, I001  (before transformers, as it asks)
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-    from unsloth import FastLanguageModel
 
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    targets += ["gate_proj", "up_proj", "down_proj"] if experts else []
     with tempfile.TemporaryDirectory() as directory:
-        stock_model(shape, layers).save_pretrained(directory)
+        peers.write_checkpoint(stock_model(shape, layers), Path(directory))
         torch.cuda.empty_cache()
-        vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3}
-        PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
-            bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-        ).save_pretrained(directory)  # fmt: skip
-        model, _ = FastLanguageModel.from_pretrained(
-            directory, max_seq_length=8192, dtype=torch.bfloat16, load_in_4bit=True
-        )
-    model = FastLanguageModel.get_peft_model(
-        model, r=16, lora_alpha=16, target_modules=targets, use_gradient_checkpointing="unsloth"
-    )
+        targets = TARGETS if experts else ATTENTION
+        model = peers.unsloth_model(Path(directory), f"4x2048/{mode}", targets)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     print("unsloth adapts", sum(p.numel() for p in trained), trained[0].dtype, flush=True)
@@ -236,9 +259,10 @@ def stock_model(shape: str, layers: int) -> Any:
     """Return the random model in bf16."""
     import transformers
 
-    family, sizes, _ = SHAPES[shape]
+    family, sizes, *_ = SHAPES[shape]
+    cut = {**sizes, "num_hidden_layers": layers}
     config = getattr(transformers, f"{family}Config")(
-        **sizes, num_hidden_layers=layers, dtype="bfloat16", tie_word_embeddings=False
+        **cut, dtype="bfloat16", tie_word_embeddings=False
     )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -255,14 +279,16 @@ def build(shape: str, layers: int, experts: bool) -> Any:
     from tuneline.models.experts.adapter import ParamWrapper
 
     model = stock_model(shape, layers)
-    quantize_experts(model)
+    has_experts = SHAPES[shape].has_experts
+    if has_experts:
+        quantize_experts(model)
     quantize(model)
     model.requires_grad_(False)
     lora = LoraConfig(
         r=16,
         lora_alpha=16,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        target_parameters=EXPERTS if experts else None,
+        target_modules=TARGETS if experts and not has_experts else ATTENTION,
+        target_parameters=EXPERTS if experts and has_experts else None,
         task_type="CAUSAL_LM",
     )
     lora._register_custom_module({type(m): ParamWrapper for m in expert_modules(model)})
