@@ -306,7 +306,7 @@ def make_trainer(
         keep_adapter_in_fp32(trainer.model)
         print(fuse_trainer(trainer), file=sys.stderr)
         if lean:
-            patch(trainer.model, budget="lean")
+            patch(trainer.model, budget="lean", embedding_on_host=True)
     else:
         if engine != "unsloth" and not lean:
             state["model"].gradient_checkpointing_disable()

@@ -15,7 +15,7 @@ rows runs once per row.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,9 @@ UNSLOTH = {
     ),
 }
 """Setting for each case of train_step.py and packed.py."""
-UNSLOTH |= {f"1x{length}/lean": UNSLOTH["1x8192/lean"] for length in (32768, 65536, 131072)}
+LONG = [f"1x{length}/lean" for length in (32768, 65536, 131072)]
+"""Cases of train_step.py with long rows."""
+UNSLOTH |= {case: replace(UNSLOTH["1x8192/lean"], name="long rows") for case in LONG}
 
 
 def setting(engine: str, case: str) -> Setting:
@@ -101,7 +103,7 @@ def unsloth_model(checkpoint: Path, case: str, targets: list[str]) -> Any:
     is_lean = UNSLOTH[case].is_lean
     model, _ = FastLanguageModel.from_pretrained(
         str(checkpoint),
-        max_seq_length=8192,
+        max_seq_length=131072 if case in LONG else 8192,
         dtype=torch.bfloat16,
         load_in_4bit=True,
         offload_embedding=is_lean,

@@ -152,8 +152,17 @@ def main() -> None:
                 print(line(rows[-1]), flush=True)
                 numbered = enumerate(answers[0]["losses"])
                 losses += [[engine, *case.split("/"), index, loss] for index, loss in numbered]
+            if rows:
+                write(args, rows, losses)
         for _, process in workers.values():
             stop(process)
+    print(f"{time.perf_counter() - start:.0f} s in all")
+    for row in rows:
+        print(line(row))
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]], losses: list[list[Any]]) -> None:
+    """Write the CSVs; called after each case, so that a cut run leaves those it has finished."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
     suffix = "_same_optimizer" if args.same_optimizer else ""
     path = args.out_dir / f"train_step_{args.shape}{suffix}.csv"
@@ -162,12 +171,9 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     with path.with_name(path.stem + "_losses.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["engine", "shape", "mode", "step", "loss"])
-        writer.writerows(losses)
-    print(f"\n{path}, {time.perf_counter() - start:.0f} s in all")
-    for row in rows:
-        print(line(row))
+        plain = csv.writer(file)
+        plain.writerow(["engine", "shape", "mode", "step", "loss"])
+        plain.writerows(losses)
 
 
 def take_turns(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tuneline.kernels.decoder.attention_half import Saved
-from tuneline.kernels.decoder.budget import parked
+from tuneline.kernels.decoder.budget import HostRoom, parked
 from tuneline.kernels.decoder.layer_weights import LayerWeights
 from tuneline.kernels.ops.attention import AttentionConfig, AttentionPlan
 from tuneline.kernels.ops.lora import LoraGroup, LoraLinear
@@ -73,3 +73,18 @@ def test_fp8_is_done_before_so_much_is_copied():
 
 def test_wide_numbers_may_leave_only_x():
     assert parked(layer(*PHI_35), AttentionPlan(), 16, 8) == Saved()
+
+
+@pytest.mark.parametrize(
+    ("gib", "expected"),
+    [
+        # 31 layers: x, q k v, the attention's output and x2 in blocks of 512 to 1024 MiB.
+        (93.0, Saved(qkv=True, output=True, branch=True)),
+        (92.9, Saved(qkv=True, output=True, branch=False)),
+        (15.5, Saved()),
+        (15.4, None),
+    ],
+)
+def test_a_lean_layer_parks_what_the_host_has_room_for(gib, expected):
+    host = HostRoom(int(gib * 2**30), 31, 65536)
+    assert parked(layer(*LLAMA_8B), AttentionPlan(), 65536, 2, host) == expected

@@ -31,10 +31,12 @@ from transformers import (
 )
 
 from tuneline.kernels import binding, binding_adapter, patching, spec
+from tuneline.kernels.decoder import operands
 from tuneline.kernels.decoder.attention_half import Saved
-from tuneline.kernels.decoder.budget import Kept, kept_bytes, normed_bytes
+from tuneline.kernels.decoder.budget import Kept, kept_bytes, normed_bytes, wide_bytes
 from tuneline.kernels.decoder.layer import LayerCall
 from tuneline.kernels.ops import activation_lora
+from tuneline.kernels.ops.nf4 import dequantize_nf4
 from tuneline.kernels.patching import patch, unpatch
 
 SIZES = {
@@ -268,11 +270,13 @@ def test_any_budget_gives_the_same_bits(family, interpreted):
     assert engine.last_kept == Kept(0, 0)
     weights = [weights for _, weights in engine.bound.values()]
     layer, normed = (max(size(w, 5, 4) for w in weights) for size in (kept_bytes, normed_bytes))
+    wide = max(wide_bytes(w, 4) for w in weights)
     wanted = {
         1.5 * layer: Kept(1, 0),
         2 * layer + 0.5 * normed: Kept(2, 0),
         2 * layer + 1.5 * normed: Kept(2, 1),
-        2**30: Kept(2, 2),
+        2 * layer + 2 * normed + 1.5 * wide: Kept(2, 2, 1 if wide else 0),
+        2**30: Kept(2, 2, 2 if wide else 0),
     }
     for num_bytes, kept in wanted.items():
         patch(model, budget=num_bytes / 2**30)
@@ -523,7 +527,8 @@ def test_saving_loading_merging_and_state_dict(tmp_path):
     )
 
 
-def test_nf4_base_matches_bitsandbytes():
+def make_nf4_model():
+    """Build a tiny Llama in NF4; three of its linears have an adapter."""
     bnb = pytest.importorskip("bitsandbytes")
     import bitsandbytes.nn.modules as bnb_modules
 
@@ -553,7 +558,11 @@ def test_nf4_base_matches_bitsandbytes():
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = 0.1 * torch.randn_like(parameter)
-    model.train()
+    return model.train()
+
+
+def test_nf4_base_matches_bitsandbytes():
+    model = make_nf4_model()
     want = step(model, batch())
     report = patch(model, budget="lean")
     assert report.fused == (0, 1), report
@@ -564,6 +573,46 @@ def test_nf4_base_matches_bitsandbytes():
     assert 1e-5 < abs(loss - want[0]) / want[0] < 1e-2
     for name, grad in want[1].items():
         assert (grads[name] - grad).norm() < 0.25 * grad.norm(), name
+
+
+@pytest.mark.parametrize("num_wide", [0, 1, 2])
+def test_kept_weights_are_dequantised_once_and_give_the_same_bits(num_wide, monkeypatch):
+    model = make_nf4_model()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+
+    def two_steps():
+        found = []
+        for _ in range(2):
+            found.append(step(model, batch(1, 5)))
+            optimizer.step()
+        return found
+
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    patch(model, budget="lean")
+    want = two_steps()
+    with torch.no_grad():
+        for name, value in start.items():
+            model.get_parameter(name).copy_(value)
+    engine = model.get_base_model().model._tuneline_engine
+    weights = [weights for _, weights in engine.bound.values()]
+    stored = sum(2 * max(size(w, 5, 4) for w in weights) for size in (kept_bytes, normed_bytes))
+    wide = max(wide_bytes(w, 4) for w in weights)
+    patch(model, budget=(stored + (num_wide + 0.5) * wide) / 2**30)
+    dequantised = []
+
+    def counted(weight, **kwargs):
+        dequantised.append(weight)
+        return dequantize_nf4(weight, **kwargs)
+
+    monkeypatch.setattr(operands, "dequantize_nf4", counted)
+    got = two_steps()
+    assert model.get_base_model().model._tuneline_engine.last_kept == Kept(2, 2, num_wide)
+    # Seven linears per layer; without kept weights, one dequantisation per forward and backward.
+    assert len(dequantised) == 7 * (num_wide + (2 - num_wide) * 4)
+    for (loss, grads), (want_loss, want_grads) in zip(got, want, strict=True):
+        assert torch.equal(loss, want_loss)
+        assert all(torch.equal(grads[name], grad) for name, grad in want_grads.items())
+    assert not torch.equal(got[0][0], got[1][0])
 
 
 def test_an_embedding_that_stays_where_it_is_is_told(caplog):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,15 @@ from torch import Tensor, nn
 
 from tuneline.kernels.binding import bind_layer, check_parts, fingerprint
 from tuneline.kernels.binding_adapter import Unfusable
-from tuneline.kernels.decoder.budget import Budget, Kept, check_budget, parked, share_out
+from tuneline.kernels.decoder.attention_half import Saved
+from tuneline.kernels.decoder.budget import (
+    Budget,
+    HostRoom,
+    Kept,
+    check_budget,
+    parked,
+    share_out,
+)
 from tuneline.kernels.decoder.graph import (
     GRAPH_MAX_TOKENS,
     GRAPH_MAX_TOKENS_FP8,
@@ -40,7 +48,7 @@ from tuneline.kernels.decoder.graph import (
 )
 from tuneline.kernels.decoder.layer import Handover, LayerCall, fused_layer
 from tuneline.kernels.decoder.layer_weights import LayerWeights
-from tuneline.kernels.decoder.stash import HostStash
+from tuneline.kernels.decoder.stash import HostStash, half_of_free_memory
 from tuneline.kernels.limits import FP8_CAPABILITY, STASH_MIN_TOKENS
 from tuneline.kernels.loss import probe, run_with_fused_loss
 from tuneline.kernels.ops.attention import AttentionPlan
@@ -81,14 +89,19 @@ class _Engine:
     budget: Budget
     specs: dict[int, FamilySpec]
     fp8: bool = False
+    host_bytes: int | None = None
+    """Host memory for the tensors of the stash; set when the stash is created."""
     stash: HostStash | None = None
     graphs: GraphCache = field(default_factory=GraphCache)
     bound: dict[int, tuple[tuple[Any, ...], LayerWeights | None]] = field(default_factory=dict)
     last_kept: Kept = Kept()
+    most_wide: int | None = None
+    """Most layers that may keep dequantised weights: the fewest of all forwards so far, so that
+    batches of different sizes do not free and dequantise them in turn."""
     kept_in_graphs: dict[int, Kept] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
-        return _Engine(self.budget, self.specs, self.fp8)
+        return _Engine(self.budget, self.specs, self.fp8, self.host_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +123,7 @@ def patch(
     *,
     fp8: bool = False,
     embedding_on_host: bool = False,
+    host_bytes: int | None = None,
 ) -> PatchReport:
     """Fuse a model's layers, final norm and loss in place, as far as they can be fused.
 
@@ -122,6 +136,8 @@ def patch(
         embedding_on_host: Move the input embedding to pinned host memory (see host_embedding.py).
             An embedding that is trained, tied to the head or not on a GPU is not moved, and a
             warning gives the reason.
+        host_bytes: Host memory for activations that lean layers offload. What does not fit stays on
+            the GPU or is recomputed. None: half of the memory that the machine has free.
 
     Raises:
         ValueError: The budget is invalid, or the GPU has no fp8 GEMM.
@@ -157,7 +173,7 @@ def patch(
     if specs or loss_reason is None:
         _swap(causal, _CausalMixin)
     if specs:
-        decoder._tuneline_engine = _Engine(budget, specs, fp8)
+        decoder._tuneline_engine = _Engine(budget, specs, fp8, host_bytes)
         _swap(decoder, _DecoderMixin)
         for index in specs:
             decoder.layers[index]._tuneline_index = index
@@ -380,16 +396,27 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
             itemsize=dtype.itemsize,
             device=device,
         )
-    engine.last_kept = kept
+    fewest = kept.num_wide if engine.most_wide is None else engine.most_wide
+    engine.most_wide = min(fewest, kept.num_wide)
+    engine.last_kept = kept = replace(kept, num_wide=engine.most_wide)
     if engine.stash is None and device.type == "cuda":
         engine.stash = HostStash()
+        # Read once: what the stash holds is no longer free.
+        engine.host_bytes = engine.host_bytes or half_of_free_memory()
     stash = engine.stash if num_tokens >= STASH_MIN_TOKENS else None
+    host = None
+    if stash is not None and engine.host_bytes is not None:
+        host = HostRoom(engine.host_bytes, len(bound) - kept.num_layers, num_tokens)
     # One choice for all layers, because the layers of a model have similar sizes.
-    waits = parked(next(iter(bound.values())), plan, tokens.shape[1], dtype.itemsize)
+    waits = parked(next(iter(bound.values())), plan, tokens.shape[1], dtype.itemsize, host)
+    if waits is None:
+        stash, waits = None, Saved()
     layers, handover = {}, Handover()
     for place, (index, weights) in enumerate(bound.items()):
         from_last = len(bound) - 1 - place
         keep = from_last < kept.num_layers
+        for group in weights.groups():
+            group.place.keep(from_last < kept.num_wide and group.can_keep_arena)
         layers[index] = (
             weights,
             LayerCall(

@@ -19,6 +19,13 @@ def available_memory(config: TrainConfig, device: str, num_ranks: int = 1) -> in
     return free if config.memory_gib is None else min(free, int(config.memory_gib * GIB))
 
 
+def host_memory(num_ranks: int) -> int:
+    """Return the bytes of the machine's or container's memory that one of its ranks may take."""
+    free = int(psutil.virtual_memory().available)
+    limit = _container_headroom()
+    return (free if limit is None else min(free, limit)) // num_ranks
+
+
 def resident_bytes() -> int:
     """Return this process' resident memory in bytes: mostly libraries, until a model is loaded."""
     return int(psutil.Process().memory_info().rss)
@@ -27,10 +34,8 @@ def resident_bytes() -> int:
 def _free_memory(device: str, num_ranks: int) -> int:
     if device != "cpu":
         return max(0, torch.cuda.mem_get_info(device)[0] - _CONTEXT_BYTES)
-    free = int(psutil.virtual_memory().available)
-    limit = _container_headroom()
     # Ranks on CPUs share the machine's memory; on GPUs, each rank has the memory of its GPU.
-    return (free if limit is None else min(free, limit)) // num_ranks
+    return host_memory(num_ranks)
 
 
 def _container_headroom(root: Path = Path("/sys/fs/cgroup")) -> int | None:

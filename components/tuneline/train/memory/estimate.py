@@ -120,8 +120,11 @@ class Settings:
     """How the loss holds logits: all at once (whole) or only a part at a time (tiled)."""
     fused: bool = False
     """Whether fused kernels run."""
+    fp8: bool = False
+    """Whether fused kernels compute linears in fp8, and so keep no dequantised weights."""
     kept_bytes: int = 0
-    """Bytes in which fused kernels may keep activations, so that they need not be recomputed."""
+    """Bytes in which fused kernels may keep activations and dequantised weights, so that these need
+    not be recomputed."""
     num_ranks: int = 1
     """Ranks over which ZeRO-2 divides gradients and optimizer state."""
 
@@ -166,11 +169,15 @@ def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
     adapter = shape.num_adapter * (
         4 + (4 + _state_bytes(settings.optim, shape.num_adapter)) / settings.num_ranks
     )
+    room = settings.kept_bytes
     if shape.experts is not None:
         activations, working_set = _expert_bytes(shape, shape.experts, settings, tokens)
     elif settings.fused:
         activations, working_set = _fused_bytes(shape, tokens, itemsize, settings.kept_bytes > 0)
-        activations += _kept_bytes(shape, tokens, itemsize, settings.kept_bytes)
+        kept, has_all = _kept_bytes(shape, tokens, itemsize, room)
+        activations += kept
+        if has_all and settings.quantized and not settings.fp8:
+            weights += _wide_bytes(shape, itemsize, room - kept)
     else:
         layer = tokens * _layer_bytes_per_token(shape, itemsize)
         working_set = itemsize * (shape.hidden + tokens) * shape.mlp
@@ -211,9 +218,8 @@ def _expert_bytes(
     if settings.fused and experts.is_fused:
         activations = _num_inputs(shape, tokens) * tokens * hidden * itemsize
         as_dense = replace(shape, mlp=experts.top_k * width)
-        return activations + _kept_bytes(as_dense, tokens, itemsize, settings.kept_bytes), (
-            working_set
-        )
+        kept, _ = _kept_bytes(as_dense, tokens, itemsize, settings.kept_bytes)
+        return activations + kept, working_set
     attention = tokens * _layer_bytes_per_token(replace(shape, mlp=0), itemsize)
     layer = attention + itemsize * (chosen * kept + 4 * tokens * experts.shared)
     if settings.recompute:
@@ -231,8 +237,8 @@ def _num_inputs(shape: Shape, tokens: int) -> int:
     return 4 if tokens >= STASH_MIN_TOKENS else shape.num_layers
 
 
-def _kept_bytes(shape: Shape, tokens: int, itemsize: int, room: int) -> int:
-    """Return the bytes of activations that fused layers keep if they may use `room` bytes.
+def _kept_bytes(shape: Shape, tokens: int, itemsize: int, room: int) -> tuple[int, bool]:
+    """Return the bytes of activations that fused layers keep in `room` bytes, and if that is all.
 
     The rules are those of `kernels.decoder.budget`.
     """
@@ -241,8 +247,18 @@ def _kept_bytes(shape: Shape, tokens: int, itemsize: int, room: int) -> int:
     normed = tokens * itemsize * 2 * (shape.hidden + MIN_ADAPTER_COLUMNS)
     num_layers = min(shape.num_layers, room // layer)
     if num_layers < shape.num_layers:
-        return num_layers * layer
-    return num_layers * layer + min(num_layers, (room - num_layers * layer) // normed) * normed
+        return num_layers * layer, False
+    num_normed = min(num_layers, (room - num_layers * layer) // normed)
+    return num_layers * layer + num_normed * normed, num_normed == num_layers
+
+
+def _wide_bytes(shape: Shape, itemsize: int, room: int) -> int:
+    """Return the bytes of dequantised weights that fused layers keep in `room` bytes."""
+    padded = [side + MIN_ADAPTER_COLUMNS for side in (shape.hidden, shape.query, shape.mlp)]
+    hidden, query, mlp = padded
+    gate_up = mlp + shape.mlp
+    layer = itemsize * (hidden * (2 * query + 2 * shape.key_value) + hidden * (gate_up + mlp))
+    return min(shape.num_layers, room // layer) * layer
 
 
 def _fused_bytes(shape: Shape, tokens: int, itemsize: int, kept: bool) -> tuple[int, int]:

@@ -165,6 +165,7 @@ def run_settings(
         method=manifest.method,
         loss="tiled" if tiled else "whole",
         fused=fused,
+        fp8=config.kernels == "fp8",
         num_ranks=num_sharing,
     )
 

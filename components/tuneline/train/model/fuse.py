@@ -1,6 +1,7 @@
 """Fused kernels in a trainer: fused layers, the model's own fused loss, a flat optimizer."""
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from tuneline.errors import RecipeError
 from tuneline.kernels import FlatAdamW, patch
 from tuneline.kernels.decoder.budget import Budget
 from tuneline.kernels.limits import FP8_CAPABILITY, MIN_CAPABILITY
+from tuneline.train.memory.available import host_memory
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,14 @@ def fuse_trainer(trainer: Any, *, mode: str = "auto", kept_gib: float | None = N
     """
     # Patch again: the trainer has added adapters, which decide what can be fused in a layer.
     budget: Budget = "auto" if kept_gib is None else kept_gib
-    report = patch(trainer.model, budget=budget, fp8=mode == "fp8")
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    report = patch(
+        trainer.model,
+        budget=budget,
+        fp8=mode == "fp8",
+        # The other half is for the loader, checkpoints and the page cache.
+        host_bytes=host_memory(ranks_here) // 2,
+    )
     trainer.takes_model_loss = report.loss == "fused"
     arguments = trainer.args
     bits = STATE_BITS.get(arguments.optim)

@@ -5,13 +5,17 @@ tokens, one H100; the tensors are named in layer.py):
 
     kept          q, k, v, a, x2, gate, up       0.77 GB         avoids 4.4 ms of recomputation
     kept, normed  the same, and n1 and n2        0.14 GB more    avoids 0.17 ms more
+    kept, wide    the same, and weights in bf16  0.44 GB more    avoids 0.39 ms of dequantisation
 
-The budget is used for n1 and n2 only if it suffices to keep all layers. A lean layer offloads some
+The budget is used for n1 and n2 only if it suffices to keep all layers, and for dequantised weights
+(operands.py) only if it suffices for all n1 and n2. Small batches gain the most from the weights,
+whose dequantisation takes the same time for any number of tokens. A lean layer offloads some
 tensors to host memory: those that can be copied while the next layer computes, see `parked`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -20,13 +24,15 @@ import torch
 
 from tuneline.kernels.decoder.attention_half import Saved
 from tuneline.kernels.decoder.layer_weights import LayerWeights
+from tuneline.kernels.decoder.stash import pinned_size
 from tuneline.kernels.experts.arena import ARENA_BYTES, padded_rank
 from tuneline.kernels.limits import HEAD_ROOM, KEPT_MLP_CHUNK_TOKENS
 from tuneline.kernels.ops.attention import AttentionPlan
 
 Budget = Literal["auto", "lean"] | float
-"""Memory for stored activations: `auto`, `lean` (none), or a number of GiB. `auto` is the memory
-that is free now, minus the temporaries of a layer's backward and minus HEAD_ROOM."""
+"""Memory for stored activations and dequantised weights: `auto`, `lean` (none), or a number of GiB.
+`auto` is the memory that is free now, minus the temporaries of a layer's backward and minus
+HEAD_ROOM; without a GPU, it is the memory of all activations."""
 
 HOST_BYTES_PER_FLOP = 8.5e-5
 """Bytes that can be copied to the host in the time of one floating-point operation of a layer's
@@ -44,10 +50,11 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Kept:
-    """How many of the last layers are kept, and how many of the last layers store n1 and n2 too."""
+    """How many of the last layers are kept, store n1 and n2 too, and keep dequantised weights."""
 
     num_layers: int = 0
     num_normed: int = 0
+    num_wide: int = 0
 
 
 def check_budget(budget: Budget) -> Budget:
@@ -82,6 +89,15 @@ def normed_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
     return num_tokens * (itemsize * (2 * weights.qkv.num_in + columns) + 8)
 
 
+def wide_bytes(weights: LayerWeights, itemsize: int) -> int:
+    """Return the bytes of a layer's dequantised weights and of the adapters beside them."""
+    return itemsize * sum(
+        (group.num_out + group.num_columns) * (group.num_in + group.num_columns)
+        for group in weights.groups()
+        if group.can_keep_arena
+    )
+
+
 def workspace_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
     """Return the bytes of the temporaries at the peak of a layer's backward."""
     hidden = 8 * num_tokens * weights.qkv.num_in
@@ -100,7 +116,27 @@ def workspace_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> in
     return itemsize * (arenas + temporaries + hidden)
 
 
-def parked(weights: LayerWeights, plan: AttentionPlan, row_length: int, itemsize: int) -> Saved:
+@dataclass(frozen=True)
+class HostRoom:
+    """Host memory, and the layers and tokens that share it in one forward."""
+
+    num_bytes: int
+    num_layers: int
+    num_tokens: int
+
+    def holds(self, widths: Iterable[int], itemsize: int) -> bool:
+        """Return whether every layer can offload tensors of these widths (columns per token)."""
+        sizes = (pinned_size(self.num_tokens * width * itemsize) for width in widths)
+        return self.num_layers * sum(sizes) <= self.num_bytes
+
+
+def parked(
+    weights: LayerWeights,
+    plan: AttentionPlan,
+    row_length: int,
+    itemsize: int,
+    host: HostRoom | None = None,
+) -> Saved | None:
     """Return which intermediates a lean layer offloads to host memory in addition to x.
 
     These are the intermediates that spare the backward the most recomputation, among those whose
@@ -113,6 +149,10 @@ def parked(weights: LayerWeights, plan: AttentionPlan, row_length: int, itemsize
         plan: The sequences of this forward.
         row_length: Tokens per row.
         itemsize: Bytes per element of an activation.
+        host: Host memory that is there; None: enough.
+
+    Returns:
+        The intermediates, or None if the host has no room for x alone.
     """
     hidden, config = weights.qkv.num_in, weights.attention
     lengths = plan.sequence_lengths or (row_length,)
@@ -122,16 +162,23 @@ def parked(weights: LayerWeights, plan: AttentionPlan, row_length: int, itemsize
     if any(group.largest is not None for group in weights.groups()):
         forward /= _FP8_SPEED
     # A layer with a norm after down_proj always offloads d too.
-    always = hidden * (1 if weights.after_mlp_norm is None else 2)
-    room = HOST_BYTES_PER_FLOP * forward - itemsize * always
+    always = [hidden] * (1 if weights.after_mlp_norm is None else 2)
+    if host is not None and not host.holds(always, itemsize):
+        return None
+    room = HOST_BYTES_PER_FLOP * forward - itemsize * sum(always)
     widths = weights.qkv.num_out, weights.o.num_in + weights.o.num_columns, weights.o.num_out
     gains = 2 * hidden * weights.qkv.num_out, attention, 2 * weights.o.num_in * weights.o.num_out
 
     def total(choice: tuple[bool, ...], amounts: tuple[float, ...]) -> float:
         return sum(amount for chosen, amount in zip(choice, amounts, strict=True) if chosen)
 
+    def fits(choice: tuple[bool, ...]) -> bool:
+        chosen = [width for width, is_chosen in zip(widths, choice, strict=True) if is_chosen]
+        in_time = itemsize * sum(chosen) <= room
+        return in_time and (host is None or host.holds([*always, *chosen], itemsize))
+
     choices = product((False, True), repeat=3)
-    fitting = [c for c in choices if itemsize * total(c, widths) <= room or not any(c)]
+    fitting = [choice for choice in choices if not any(choice) or fits(choice)]
     return Saved(*max(fitting, key=lambda choice: total(choice, gains)))
 
 
@@ -143,7 +190,7 @@ def share_out(
     itemsize: int,
     device: torch.device,
 ) -> Kept:
-    """Return how many layers store their activations in this forward.
+    """Return how many layers store their activations in this forward, and their weights after it.
 
     Args:
         budget: Memory for stored activations.
@@ -162,11 +209,18 @@ def share_out(
         free, total = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         workspace = max(workspace_bytes(weights, num_tokens, itemsize) for weights in layers)
-        num_bytes = free - workspace - HEAD_ROOM * total
+        arenas = [g.place.arena for weights in layers for g in weights.groups()]
+        held = sum(arena.nbytes for arena in arenas if arena is not None)
+        num_bytes = free + held - workspace - HEAD_ROOM * total
     per_layer = max(kept_bytes(weights, num_tokens, itemsize) for weights in layers)
     num_layers = max(0, min(len(layers), int(num_bytes / per_layer)))
     if num_layers < len(layers):
         return Kept(num_layers)
     per_layer_normed = max(normed_bytes(weights, num_tokens, itemsize) for weights in layers)
-    num_bytes_left = num_bytes - num_layers * per_layer
-    return Kept(num_layers, min(len(layers), int(num_bytes_left / per_layer_normed)))
+    num_bytes -= num_layers * per_layer
+    num_normed = min(num_layers, int(num_bytes / per_layer_normed))
+    per_layer_wide = max(wide_bytes(weights, itemsize) for weights in layers)
+    if num_normed < num_layers or per_layer_wide == 0:
+        return Kept(num_layers, num_normed)
+    num_bytes -= num_normed * per_layer_normed
+    return Kept(num_layers, num_normed, min(num_layers, int(num_bytes / per_layer_wide)))

@@ -147,6 +147,8 @@ class GraphedStack:
             sin: Rope table [B or 1, L, R].
         """
         self.generation = self.num_claims = 0
+        # The graphs read these weights even if later forwards no longer keep them.
+        self._arenas = [group.place.arena for weights, _ in layers for group in weights.groups()]
         self._parameters = [weights.parameters() for weights, _ in layers]
         plan = layers[0][1].plan
         room, self._bounds = Room.of(plan, x_BLC.shape[1]), None

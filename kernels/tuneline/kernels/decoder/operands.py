@@ -4,7 +4,8 @@ Both kinds of operands compute the equations of lora.py. They are created from t
 each forward and in each backward, and then freed.
 
 *Wide*: one tensor [N + P, K + P] in the model's dtype (the arena) holds W, dequantised once, and
-the adapters: [W | sB ; A | unused].
+the adapters: [W | sB ; A | unused]. Where memory is free (budget.py), the arena is kept, and only
+the adapters are written again.
 *Fp8*: [W | sB] as e4m3 rows for the forward, [W^T | A^T] as e4m3 rows for the input gradient, each
 computed when it is first used. X and dY are quantised row by row, together with the adapter columns
 (X A^T or G). X A^T, G and the adapters' gradients are computed by bf16 GEMMs.
@@ -35,20 +36,28 @@ class WideOperands:
     """Operands in the model's dtype: the arena, and the GEMMs that read it."""
 
     def __init__(self, group: LoraGroup, like: Tensor) -> None:
-        """Dequantise the weights and pack the adapters into the same arena."""
+        """Dequantise the weights, unless they are kept, and pack the adapters beside them."""
         num_out, num_in, num_columns = group.num_out, group.num_in, group.num_columns
         self._group = group
-        self._arena = like.new_empty(num_out + num_columns, num_in + num_columns)
+        self._arena = self._dequantised(like) if group.place.arena is None else group.place.arena
+        if group.place.is_kept:
+            group.place.arena = self._arena
+        if num_columns:
+            pack(group, self._arena[:num_out, num_in:], self._arena[num_out:, :num_in])
+
+    def _dequantised(self, like: Tensor) -> Tensor:
+        group = self._group
+        rows, columns = group.num_out + group.num_columns, group.num_in + group.num_columns
+        arena = like.new_empty(rows, columns)
         row = 0
         for linear in group.linears:
-            out = self._arena[row : row + linear.num_out, :num_in]
+            out = arena[row : row + linear.num_out, : group.num_in]
             if isinstance(linear.weight, NF4Weight):
                 dequantize_nf4(linear.weight, out=out)
             else:
                 out.copy_(linear.weight)
             row += linear.num_out
-        if num_columns:
-            pack(group, self._arena[:num_out, num_in:], self._arena[num_out:, :num_in])
+        return arena
 
     def write_lora_columns(self, x_TKP: Tensor) -> None:
         """Fill the last P columns of X' with X A^T, and one column with ones if there is a bias."""

@@ -46,6 +46,18 @@ def rounded_size(num_bytes: int) -> int:
     return -(-num_bytes // step) * step
 
 
+def pinned_size(num_bytes: int) -> int:
+    """Return the host memory of a buffer: torch pins blocks whose size is a power of two."""
+    return 1 << (rounded_size(num_bytes) - 1).bit_length()
+
+
+def half_of_free_memory() -> int:
+    """Return half of the bytes that the machine has free; a container's limit is not known here."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        free = next(line for line in file if line.startswith("MemAvailable:"))
+    return int(free.split()[1]) * 1024 // 2
+
+
 class HostPool:
     """Pinned buffers by rounded size; buffers are reused because pinning takes milliseconds.
 

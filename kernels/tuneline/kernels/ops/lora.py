@@ -27,7 +27,7 @@ Shapes: T tokens, K inputs, N outputs of the group, P padded columns, r rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -68,6 +68,21 @@ class LoraLinear:
         return 0 if self.adapter is None else self.adapter[0].shape[0]
 
 
+@dataclass(slots=True)
+class ArenaPlace:
+    """Where a group's arena (operands.py) stays between forwards and backwards."""
+
+    is_kept: bool = False
+    """Whether the arena stays; otherwise each forward and backward dequantises a new one."""
+    arena: Tensor | None = None
+
+    def keep(self, is_kept: bool) -> None:
+        """Keep the next arena, or free the one that is kept."""
+        self.is_kept = is_kept
+        if not is_kept:
+            self.arena = None
+
+
 @dataclass(frozen=True, slots=True)
 class LoraGroup:
     """The linears that share one input; their outputs are stacked in this order."""
@@ -75,6 +90,7 @@ class LoraGroup:
     linears: tuple[LoraLinear, ...]
     largest: Tensor | None = None
     """max |W| as a tensor on the device if the group is computed in fp8; None otherwise."""
+    place: ArenaPlace = field(default_factory=ArenaPlace, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check that the packing kernel supports these linears."""
@@ -106,6 +122,12 @@ class LoraGroup:
         """P: columns of ranks and bias, padded; zero without adapters and biases."""
         used = self.rank + self.has_bias
         return max(MIN_ADAPTER_COLUMNS, cast(int, triton.next_power_of_2(used))) if used else 0
+
+    @property
+    def can_keep_arena(self) -> bool:
+        """Whether a kept arena spares work: the weights are NF4 and are not computed in fp8."""
+        is_nf4 = all(isinstance(linear.weight, NF4Weight) for linear in self.linears)
+        return is_nf4 and self.largest is None
 
     def blocks(self, db_NP: Tensor) -> list[Tensor]:
         """Return the diagonal blocks of dY^T (X A^T): [N, r] of each linear."""

@@ -133,6 +133,7 @@ def estimate(recipe: Recipe, num_parameters: float, facts: ModelFacts | None = N
         method=prepare.method,
         loss="tiled",
         fused=train.kernels != "off" and gpu is not None and gpu.runs_kernels,
+        fp8=train.kernels == "fp8",
         num_ranks=gpus if divides else 1,
     )
     gpu_bytes = estimate_memory(shape, settings).total
