@@ -31,7 +31,7 @@ def active_scaling(module: Any, adapter: str) -> float:
     A disabled adapter keeps its columns, which then are zeros. The same kernels therefore run on
     operands of the same sizes, and the outputs are bit for bit those of an adapter whose B is zero.
     """
-    return 0.0 if module.disable_adapters else module.scaling[adapter]
+    return 0.0 if module.disable_adapters else float(module.scaling[adapter])
 
 
 def adapter_state(module: Any) -> list[Any]:
