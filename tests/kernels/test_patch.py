@@ -268,7 +268,7 @@ def test_any_budget_gives_the_same_bits(family, interpreted):
     loss, expected = step(model, batch(1, 5))
     engine = model.get_base_model().model._tuneline_engine
     assert engine.last_kept == Kept(0, 0)
-    weights = [weights for _, weights in engine.bound.values()]
+    weights = [weights for states in engine.bound.values() for weights in states.values()]
     layer, normed = (max(size(w, 5, 4) for w in weights) for size in (kept_bytes, normed_bytes))
     wide = max(wide_bytes(w, 4) for w in weights)
     wanted = {
@@ -425,6 +425,54 @@ def test_several_adapters_and_disabled_ones_take_the_stock_path():
     assert_same(step(model, batch()), alone)
 
 
+def count_fused_layers(monkeypatch):
+    """Return a list that gets an entry for every fused layer that runs."""
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return fused_layer(*args)
+
+    fused_layer = patching.fused_layer
+    monkeypatch.setattr(patching, "fused_layer", counted)
+    return calls
+
+
+@pytest.mark.parametrize("family", ["llama_tied_bias", "qwen3", "gemma3"])
+def test_the_reference_is_the_policy_bit_for_bit_while_b_is_zero(family, monkeypatch, interpreted):
+    model = make_model(family, dtype=torch.float32)
+    patch(model, budget="lean")
+    calls = count_fused_layers(monkeypatch)
+    inputs = {"input_ids": batch(1, 5)["input_ids"], "use_cache": False}
+    policy = model(**inputs).logits
+    with torch.no_grad(), model.disable_adapter():
+        reference = model(**inputs).logits
+        unpatch(model)
+        torch.testing.assert_close(reference, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 4 and not reference.requires_grad
+    assert not torch.equal(policy, reference)
+    patch(model, budget="lean")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    assert torch.equal(model(**inputs).logits, reference)
+    assert len(calls) == 6
+
+
+def test_layers_are_bound_once_with_and_once_without_adapters(monkeypatch):
+    model, bound = make_model(), []
+    patch(model)
+    monkeypatch.setattr(
+        patching, "bind_layer", lambda *args, **kwargs: bound.append(1) or bind(*args, **kwargs)
+    )
+    bind, inputs = binding.bind_layer, {**batch(), "use_cache": False}
+    for _ in range(3):
+        model(**inputs).loss.backward()
+        with torch.no_grad(), model.disable_adapter():
+            model(**inputs)
+    assert len(bound) == 4
+
+
 def test_partial_targets_and_layers_without_adapters():
     model = make_model(target_modules=["q_proj", "v_proj", "down_proj"], layers_to_transform=[1])
     want = step(model, batch())
@@ -490,6 +538,7 @@ def test_eval_generate_and_logits_are_the_stock_ones():
     assert torch.equal(model(input_ids=ids).logits, logits)
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False), tokens)
     model.train()
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False), tokens)
     torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-5)
 
 

@@ -194,7 +194,8 @@ def test_what_is_parked_comes_back_the_same(kept_layers, monkeypatch):
     row = packed_row((300, 213), 7)
     patch(model, budget="lean")
     want = gradients(model, row)
-    (_, weights), *_ = model.get_base_model().model._tuneline_engine.bound.values()
+    states, *_ = model.get_base_model().model._tuneline_engine.bound.values()
+    (weights,) = states.values()
     monkeypatch.setattr(patching, "STASH_MIN_TOKENS", 1)
     patch(model, budget=(kept_layers + 0.5) * kept_bytes(weights, 513, 2) / 2**30)
     for _ in range(2):

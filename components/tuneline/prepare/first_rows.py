@@ -66,6 +66,7 @@ def check(config: PrepareConfig, *, data: str) -> Iterator[FirstRows]:
         yield _look(entry, heldout_selection(datasets, config), config, is_heldout=True)
     if config.general is not None:
         general = config.general
+        table.check_names(general.format, general.columns, config.method)
         entry = DatasetConfig(source=general.source, format=general.format, columns=general.columns)
         yield _look(entry, general_selection(config), config)
 

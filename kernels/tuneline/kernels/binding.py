@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tuneline.kernels.binding_adapter import Unfusable, active_adapter, adapter_state
+from tuneline.kernels.binding_adapter import (
+    Unfusable,
+    active_adapter,
+    active_scaling,
+    adapter_state,
+)
 from tuneline.kernels.binding_experts import bind_experts, experts_state
 from tuneline.kernels.decoder.layer_weights import LayerWeights, RoutedMlp
 from tuneline.kernels.experts.activation import ExpertActivation
@@ -250,7 +255,7 @@ def _linear(module: Any, name: str) -> LoraLinear:
         base.bias,
         lora_a=module.lora_A[adapter].weight,
         lora_b=module.lora_B[adapter].weight,
-        scaling=module.scaling[adapter],
+        scaling=active_scaling(module, adapter),
     )
 
 

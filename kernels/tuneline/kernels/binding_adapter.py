@@ -12,17 +12,26 @@ class Unfusable(ValueError):
 def active_adapter(module: Any) -> str | None:
     """Return the name of a module's active adapter, or None if no adapter is active.
 
+    An adapter stays active while adapters are disabled; `active_scaling` then returns 0.
+
     Raises:
-        Unfusable: More than one adapter is active, or adapters are disabled or merged.
+        Unfusable: More than one adapter is active, or an adapter is merged.
     """
-    if module.disable_adapters:
-        raise Unfusable("adapters are disabled")
     if module.merged:
         raise Unfusable("an adapter is merged into the base")
     active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
     if len(active) > 1:
         raise Unfusable(f"several adapters are active: {active}")
     return active[0] if active else None
+
+
+def active_scaling(module: Any, adapter: str) -> float:
+    """Return the factor of an adapter's output: 0 while the module's adapters are disabled.
+
+    A disabled adapter keeps its columns, which then are zeros. The same kernels therefore run on
+    operands of the same sizes, and the outputs are bit for bit those of an adapter whose B is zero.
+    """
+    return 0.0 if module.disable_adapters else float(module.scaling[adapter])
 
 
 def adapter_state(module: Any) -> list[Any]:

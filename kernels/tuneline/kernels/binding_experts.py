@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuneline.kernels.binding_adapter import active_adapter, adapter_state
+from tuneline.kernels.binding_adapter import active_adapter, active_scaling, adapter_state
 from tuneline.kernels.decoder.layer_weights import RoutedMlp
 from tuneline.kernels.experts.activation import ExpertActivation
 from tuneline.kernels.experts.mlp import Experts
@@ -127,5 +127,5 @@ def _pair(wrapper: Any) -> LoraPair | None:
     return LoraPair(
         a.view(num_experts, -1, a.shape[1]),
         b.view(b.shape[0], -1, num_experts).permute(2, 0, 1),
-        wrapper.scaling[adapter],
+        active_scaling(wrapper, adapter),
     )

@@ -6,10 +6,11 @@
 
 The class of each patched module is replaced by a subclass of the same name, so state_dict,
 isinstance and PEFT's save, load and merge work as before. Other models are not affected, because no
-module, class or function of transformers is changed. A subclass runs fused code in training mode,
-with gradients and without a KV cache; every other call runs the *stock* forward, which is that of
-transformers. A layer that cannot be fused (see `binding`) also runs its stock forward, even if
-other layers of the model are fused.
+module, class or function of transformers is changed. A subclass runs fused code in training mode
+and without a KV cache; every other call runs the *stock* forward, which is that of transformers.
+Without gradients, e.g. for the reference of a preference, fused layers store nothing. A layer that
+cannot be fused (see `binding`) also runs its stock forward, even if other layers of the model are
+fused.
 
     causal LM   with labels: computes the loss without logits (loss.py), for every family
     decoder     decides in each forward: the sequences, which layers are fused, what they store
@@ -58,6 +59,9 @@ from tuneline.kernels.spec import FamilySpec, family_spec
 
 logger = logging.getLogger(__name__)
 
+_MAX_STATES = 2
+"""Number of states of a layer whose weights are remembered: with and without its adapters."""
+
 
 @dataclass(frozen=True, slots=True)
 class PatchReport:
@@ -93,7 +97,8 @@ class _Engine:
     """Host memory for the tensors of the stash; set when the stash is created."""
     stash: HostStash | None = None
     graphs: GraphCache = field(default_factory=GraphCache)
-    bound: dict[int, tuple[tuple[Any, ...], LayerWeights | None]] = field(default_factory=dict)
+    bound: dict[int, dict[tuple[Any, ...], LayerWeights | None]] = field(default_factory=dict)
+    """State of a layer -> its weights, for the last states of each layer."""
     last_kept: Kept = Kept()
     most_wide: int | None = None
     """Most layers that may keep dequantised weights: the fewest of all forwards so far, so that
@@ -249,7 +254,7 @@ class _NormMixin(_Stock):
     """The final norm, whose weight may be trained."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if not (self.training and torch.is_grad_enabled()):
+        if not self.training:
             return super().forward(hidden_states)
         eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
         return rms_norm(hidden_states, self.weight, eps, gemma=self._tuneline_gemma)
@@ -306,7 +311,8 @@ class _CausalMixin(_Stock):
 def _is_plain_training(decoder: Any, kwargs: dict[str, Any]) -> bool:
     """Return whether a forward needs nothing that only the stock forward provides.
 
-    `use_cache` is ignored: it is true by default in configs, but no training step reads the cache.
+    With gradients, `use_cache` is ignored: it is true by default in configs, but no training step
+    reads the cache. Without gradients, the caller has to turn it off.
     """
     config = decoder.config
     recorded = any(
@@ -315,7 +321,7 @@ def _is_plain_training(decoder: Any, kwargs: dict[str, Any]) -> bool:
     )
     return (
         decoder.training
-        and torch.is_grad_enabled()
+        and (torch.is_grad_enabled() or kwargs.get("use_cache") is False)
         and not recorded
         and kwargs.get("past_key_values") is None
         and not torch.compiler.is_compiling()
@@ -363,14 +369,16 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     for index, spec in engine.specs.items():
         layer = decoder.layers[index]
         state = fingerprint(layer, spec)
-        if index not in engine.bound or engine.bound[index][0] != state:
-            engine.bound[index] = (state, None)
+        states = engine.bound.setdefault(index, {})
+        if state not in states:
+            if len(states) == _MAX_STATES:
+                del states[next(iter(states))]
+            states[state] = None
             try:
-                weights = bind_layer(layer, spec, decoder.config, fp8=engine.fp8)
-                engine.bound[index] = (state, weights)
+                states[state] = bind_layer(layer, spec, decoder.config, fp8=engine.fp8)
             except Unfusable as reason:
                 logger.info("layer %d runs stock: %s", index, reason)
-        current = engine.bound[index][1]
+        current = states[state]
         if current is not None and longest <= (current.max_positions or longest):
             bound[index] = current
     if not bound:
@@ -382,6 +390,8 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     if embedding != dtype or (mixed and torch.get_autocast_dtype(device.type) != dtype):
         # The hidden states have another dtype than the layers. Only the stock forward casts them.
         return None
+    if not torch.is_grad_enabled():
+        return _ModelCall({index: (weights, LayerCall(plan)) for index, weights in bound.items()})
     num_tokens = tokens.shape[0] * tokens.shape[1]
     # After its capture, a graph occupies memory that is then not free. So the choice that was made
     # before the capture is used again.

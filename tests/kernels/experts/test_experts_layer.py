@@ -101,14 +101,19 @@ def test_packed_sequences_equal_separate_ones(model):
     assert_same(step(model, packed), theirs)
 
 
-def test_adapters_that_are_off_run_the_stock_layers(model):
-    inputs = batch()
+def test_adapters_that_are_off_leave_the_fused_base(model):
+    inputs = {**batch(), "use_cache": False}
+    with model.disable_adapter(), torch.no_grad():
+        stock = model(**inputs).loss
     patch(model, budget="lean")
     with model.disable_adapter(), torch.no_grad():
-        off = model(**inputs).loss
-    unpatch(model)
-    with model.disable_adapter(), torch.no_grad():
-        torch.testing.assert_close(off, model(**inputs).loss)
+        off = model(**inputs)
+    torch.testing.assert_close(off.loss, stock)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    policy = model(input_ids=inputs["input_ids"], use_cache=False)
+    assert torch.equal(policy.logits, off.logits)
 
 
 def test_a_trained_router_runs_the_stock_layers(model):

@@ -274,6 +274,8 @@ def test_method_decides_between_formats() -> None:
         check_names("preference", {}, "sft")
     with pytest.raises(DataError, match="maps 'answer', which is not a column that tuneline reads"):
         check_names("auto", {"answer": "completion"}, "sft")
+    with pytest.raises(DataError, match="maps prompt and completion to the same column 'text'"):
+        check_names("auto", {"prompt": "text", "completion": "text"}, "sft")
 
 
 def test_rename_takes_over_the_name() -> None:

@@ -1,5 +1,6 @@
 """A trainer with our kernels learns what it learns without them; on a CPU, by their references."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from tuneline.train.model.fuse import can_fuse, fuse_model, fuse_trainer
 from tuneline.train.model.targets import lora_config
 from tuneline.train.rows.load import load_rows
 from tuneline.train.trainer.arguments import training_arguments
-from tuneline.train.trainer.trainers import SupervisedTrainer
+from tuneline.train.trainer.judged import JudgedTrainer
+from tuneline.train.trainer.trainers import PreferenceTrainer, SupervisedTrainer
 
 ROWS = [
     {"input_ids": [5 + (start * 7 + n * n) % 90 for n in range(size)], "loss_mask": mask}
@@ -70,6 +72,68 @@ def train(base_dir: Path, data: Path, work: Path, *, fused: bool, packing: bool)
     unpatch(trainer.model)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(after, rel=1e-6)
     return [before, *losses, after], weights
+
+
+PREFERENCES = [
+    {"prompt_ids": [100 + n, 101, 102], "chosen_ids": [200, 210 + n], "rejected_ids": [201]}
+    for n in range(4)
+]
+JUDGED = [
+    {"prompt_ids": [100 + n, 101, 102], "completion_ids": [200, 210 + n], "label": n % 2 == 0}
+    for n in range(4)
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "trainer_class", "rows", "cached"),
+    [
+        ("dpo", PreferenceTrainer, PREFERENCES, False),
+        ("dpo", PreferenceTrainer, PREFERENCES, True),
+        ("kto", JudgedTrainer, JUDGED, False),
+    ],
+)
+def test_policy_and_reference_agree_bit_for_bit_before_the_first_step(
+    dataset_dir, tiny_model_dir, tmp_path, method, trainer_class, rows, cached
+):
+    data = dataset_dir(rows, method=method)
+    config = TrainConfig(
+        max_steps=1,
+        warmup_steps=0,
+        global_batch_size=4,
+        micro_batch_size=4,
+        optim="adamw_torch",
+        learning_rate=1e-2,
+    )
+    manifest = DatasetManifest.read(data)
+    train_rows, held = load_rows(data, manifest, packing=False, cache_dir=tmp_path / "cache")
+    model = load_base(tiny_model_dir, dtype=torch.float32, device="cpu", quantized=True)
+    fuse_model(model)
+    trainer = trainer_class(
+        model=model,
+        args=training_arguments(
+            config,
+            cpu_setup(config, learning_rate=1e-2),
+            method=method,
+            num_steps=1,
+            evaluates=True,
+            packing=False,
+            work_dir=tmp_path / "work",
+            cache_reference=cached,
+        ),
+        train_dataset=train_rows,
+        eval_dataset=held,
+        processing_class=AutoTokenizer.from_pretrained(str(tiny_model_dir)),
+        peft_config=lora_config(config.lora, model),
+    )
+    keep_adapter_in_fp32(trainer.model)
+    fuse_trainer(trainer)
+    # The stock layers of an evaluation agree with themselves too.
+    assert trainer.evaluate()["eval_rewards/chosen"] == 0.0
+    trainer.train()
+    (first,) = [entry for entry in trainer.state.log_history if "rewards/chosen" in entry]
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
+    assert first["loss"] == pytest.approx(0.5 if method == "kto" else math.log(2), abs=1e-4)
+    assert trainer.evaluate()["eval_rewards/chosen"] != 0.0
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -150,7 +150,8 @@ def check_names(format: str, columns: dict[str, str], method: Method) -> None:
     """Check the format that the recipe names, and the keys of the recipe's column map.
 
     Raises:
-        DataError: the format is for another method, or a key of the map is not a known column.
+        DataError: the format is for another method, a key of the map is not a known column, or two
+            keys have the same column.
     """
     if format != AUTO and FORMATS[format].method != method:
         raise DataError(
@@ -165,6 +166,15 @@ def check_names(format: str, columns: dict[str, str], method: Method) -> None:
                 f"prepare.columns maps '{name}', which is not a column that tuneline reads: the "
                 f"keys are {', '.join(sorted(known))}, the values are columns of the source"
             )
+    fields: dict[str, str] = {}
+    for ours, theirs in columns.items():
+        if theirs in fields:
+            raise DataError(
+                f"prepare.columns maps {fields[theirs]} and {ours} to the same column '{theirs}', "
+                "so both would have the same value: name another column for one of them, or "
+                "remove it"
+            )
+        fields[theirs] = ours
 
 
 def rename(values: Row, reading: Reading) -> Row:

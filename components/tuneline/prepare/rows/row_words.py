@@ -4,8 +4,14 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tuneline.prepare.rows.words import hash_of, hash_of_lines, hashes_of_lines, lines_of
-from tuneline.prepare.tokens.heads import Heads, Memory
+from tuneline.prepare.rows.words import (
+    hash_of,
+    hash_of_lines,
+    hashes_of_lines,
+    joined,
+    words_of,
+)
+from tuneline.prepare.tokens.heads import Heads, Memory, Parts
 from tuneline.prepare.tokens.render import Piece
 
 
@@ -24,20 +30,27 @@ class RowWords:
 
 
 class RowReader:
-    """Takes rows apart into words; the beginnings of prompts that `heads` finds, only once."""
+    """Takes rows apart into words.
+
+    The beginnings of prompts that `heads` finds are taken apart only once; so is what stands
+    between white space in several texts, because no word goes across white space.
+    """
 
     def __init__(self, heads: Heads):
-        self._memory = Memory(heads, _words)
+        self._memory = Memory(heads, self._words)
+        self._known: dict[bool, Parts[tuple[bytes, bytes]]] = {True: Parts(), False: Parts()}
 
     def read(self, prompt: str, answer: str, question: str) -> RowWords:
         """Return the words of a row: of its text up to the last answer, and of the answer."""
         head, rest = self._memory.split(prompt)
-        before, hashes = head or (b"", array("I"))
-        rest_of_prompt, answered, asked = lines_of(rest), lines_of(answer), lines_of(question)
+        before, hashes = head or (b"", b"")
+        rest_of_prompt, hashes_of_prompt = self._words(rest)
+        answered, hashes_of_answer = self._words(answer)
+        asked, _ = self._words(question)
         prompted = _join(before, rest_of_prompt)
         text = _join(prompted, answered)
         return RowWords(
-            hashes + hashes_of_lines(_join(rest_of_prompt, answered)),
+            array("I", hashes + hashes_of_prompt + hashes_of_answer),
             # Of a text without words, every character counts.
             hash_of_lines(text) if text else hash_of([prompt, answer]),
             hash_of_lines(prompted) if prompted else 0,
@@ -61,15 +74,25 @@ class RowReader:
         lines, position = b"", 0
         for answer in piece.answers:
             head, rest = self._memory.split(piece.text[position : answer.start])
-            answered = lines_of(piece.text[answer.start : answer.content_end])
-            lines = _join(lines, head[0] if head else b"", lines_of(rest), answered)
+            answered, _ = self._words(piece.text[answer.start : answer.content_end])
+            lines = _join(lines, head[0] if head else b"", self._words(rest)[0], answered)
             position = answer.content_end
             yield hash_of_lines(lines)
 
-
-def _words(text: str) -> tuple[bytes, "array[int]"]:
-    lines = lines_of(text)
-    return lines, hashes_of_lines(lines)
+    def _words(self, text: str) -> tuple[bytes, bytes]:
+        """Return the words of a text, one per line, and the hashes of all words."""
+        is_ascii = text.isascii()
+        known = self._known[is_ascii]
+        known.make_room()
+        parts = text.split()
+        for part in parts:
+            if part not in known:
+                lines = joined(words_of(part, is_ascii=is_ascii))
+                known.add(part, (lines, hashes_of_lines(lines).tobytes()))
+        words = [known[part] for part in parts]
+        return b"\n".join([lines for lines, _ in words if lines]), b"".join(
+            [hashes for _, hashes in words]
+        )
 
 
 def _join(*parts: bytes) -> bytes:

@@ -35,32 +35,31 @@ _GROUPING = re.compile(r",(?<=\d,)(?=\d{3}(?!\d))")
 _ASCII_WORD = re.compile(r"\w+|-(?=\d)|[$+<=>^`|~%&*/@#\\]")
 
 
-def words_of(text: str) -> list[str]:
+def words_of(text: str, *, is_ascii: bool | None = None) -> list[str]:
     """Return the words of a text; texts that differ in case or white space have equal words.
 
     White space, punctuation and invisible characters separate words. Symbols (+, %, emoji) are
     words, because an answer may consist of one. 1,000 is the same word as 1000.
+
+    Args:
+        text: the text, or a part of it between white space.
+        is_ascii: whether the whole text is ASCII; only there are control characters no words.
     """
     if "," in text:
         text = _GROUPING.sub("", text)
-    if text.isascii():
+    if text.isascii() if is_ascii is None else is_ascii:
         return _ASCII_WORD.findall(text.casefold())
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def hash_of(words: Sequence[str]) -> int:
     """Return a 64-bit hash of words."""
-    return hash_of_lines(_joined(words))
+    return hash_of_lines(joined(words))
 
 
 def word_hashes(words: Sequence[str]) -> "array[int]":
     """Return a 32-bit hash of each word."""
-    return hashes_of_lines(_joined(words))
-
-
-def lines_of(text: str) -> bytes:
-    """Return the words of a text, one per line."""
-    return _joined(words_of(text))
+    return hashes_of_lines(joined(words))
 
 
 def hash_of_lines(lines: bytes) -> int:
@@ -73,7 +72,8 @@ def hashes_of_lines(lines: bytes) -> "array[int]":
     return array("I", map(crc32, lines.split(b"\n"))) if lines else array("I")
 
 
-def _joined(words: Sequence[str]) -> bytes:
+def joined(words: Sequence[str]) -> bytes:
+    """Return words as UTF-8, one per line."""
     return "\n".join(words).encode("utf-8", "replace")
 
 

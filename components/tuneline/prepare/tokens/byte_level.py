@@ -3,8 +3,14 @@
 Every token of such a tokenizer stands for certain bytes of the text. Counting them takes less time
 than having the tokenizer keep the offsets of every token. Where the bytes do not add up, e.g. since
 a special token takes the white space beside it, the offsets are needed after all.
+
+The pre-tokenizer of most byte-level tokenizers begins a new word at a space between two other
+characters, so no token goes across. There, texts are cut into parts, and the tokens of parts that
+occurred before are taken from memory.
 """
 
+import json
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,14 +20,40 @@ from numpy.typing import NDArray
 from tokenizers import decoders, normalizers
 
 from tuneline.prepare.parallel import batched
-from tuneline.prepare.tokens.heads import Heads, Memory
+from tuneline.prepare.tokens.heads import Heads, Memory, Parts
 from tuneline.prepare.tokens.render import Piece
 
 Spans = list[tuple[int, int]]
 """(Index of the first token, index after the last token) of each answer."""
+Ids = NDArray[numpy.int32]
 
 _BATCH = 16
 """Number of texts per call. The encodings of more do not fit into the CPU's caches."""
+
+# A character that no version of Unicode counts as white space.
+_SOLID = "[^\x00-\x20\x7f-\xa0\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]"
+_SEAM = re.compile(rf"(?<={_SOLID}) (?={_SOLID})")
+"""Matches a space at which a text is cut."""
+_CONTRACTION = re.compile(re.escape(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)") + r"\??")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_WHITE_SPACE = r"\s+"
+_ALTERNATIVES = {
+    "",
+    r"[^\r\n\p{L}\p{N}]?\p{L}+",
+    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+",
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*",
+    r"\p{N}",
+    r"\p{N}{1,3}",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
+    r"\s*[\r\n]+",
+    r"\s+(?!\S)",
+    _WHITE_SPACE,
+}
+"""Alternatives of the patterns of Llama 3, Qwen 2 to 3.5 and gpt-oss, without `_CONTRACTION`. None
+matches a space behind another character, and only white space depends on what follows it."""
 
 
 class ByteLevel:
@@ -38,6 +70,8 @@ class ByteLevel:
         self._sizes = numpy.zeros(max(sizes) + 1, numpy.int64)
         self._sizes[list(sizes)] = list(sizes.values())
         self._memory = Memory(heads, lambda head: self._ids([head])[0])
+        self._has_seams = has_seams(tokenizer)
+        self._known: Parts[bytes] = Parts()
 
     def encode(self, pieces: Sequence[Piece]) -> Iterator[tuple[list[int], Spans | None] | None]:
         """Yield the token IDs of each text, and the tokens of its answers.
@@ -50,24 +84,68 @@ class ByteLevel:
             for piece, (head, _), rest in zip(
                 batch, split, self._ids([rest for _, rest in split]), strict=True
             ):
-                ids = rest if head is None else head + rest
-                yield self._with_spans(piece, ids)
+                ids = rest if head is None or rest is None else head + rest
+                yield None if ids is None else self._with_spans(piece, ids)
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._encode(texts, add_special_tokens=False)]
+    def _ids(self, texts: list[str]) -> list[bytes | None]:
+        """Return the token IDs of each text, four bytes each; None if its bytes do not add up."""
+        known = self._known
+        known.make_room()
+        rows = [_SEAM.split(text) if self._may_cut(text) else [text] for text in texts]
+        # Known parts are left out of the texts. The others still meet at a space between two
+        # characters that are not white space, so their tokens stay the same.
+        unknown = [
+            [first, *(part for part in others if part not in known)] for first, *others in rows
+        ]
+        encodings = self._encode(list(map(" ".join, unknown)), add_special_tokens=False)
+        found: list[bytes | None] = []
+        for (_, *others), parts, encoding in zip(rows, unknown, encodings, strict=True):
+            ids = self._cut(parts, numpy.array(encoding.ids, numpy.int32))
+            if ids is None:
+                found.append(None)
+                continue
+            for part, its_ids in zip(parts[1:], ids[1:], strict=True):
+                known.add(part, its_ids)
+            found.append(ids[0] + b"".join(map(known.__getitem__, others)))
+        return found
 
-    def _with_spans(self, piece: Piece, ids: list[int]) -> tuple[list[int], Spans | None] | None:
-        text = piece.text
-        is_ascii = text.isascii()
-        if self._composes and not is_ascii and not unicodedata.is_normalized("NFC", text):
-            return None
+    def _may_cut(self, text: str) -> bool:
+        return self._has_seams and not self._is_changed(text)
+
+    def _is_changed(self, text: str) -> bool:
+        """Return whether the normalizer changes the text."""
+        return self._composes and not text.isascii() and not unicodedata.is_normalized("NFC", text)
+
+    def _cut(self, parts: list[str], ids: Ids) -> list[bytes] | None:
+        """Return the token IDs of each part of a text, given those of all of its parts.
+
+        The result is None if no token ends where a part ends.
+        """
+        data = ids.tobytes()
+        if len(parts) == 1:
+            return [data]
+        lengths = numpy.array(list(map(_num_bytes, parts)))
+        lengths[1:] += 1
+        stops = lengths.cumsum()
         ends = self._sizes[ids].cumsum()
-        if not ids or ends[-1] != (len(text) if is_ascii else _num_bytes(text)):
+        places = ends.searchsorted(stops, "right")
+        if not len(ends) or ends[-1] != stops[-1] or (ends[places - 1] != stops).any():
+            return None
+        bounds = [0, *(4 * places).tolist()]
+        return [data[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+
+    def _with_spans(self, piece: Piece, data: bytes) -> tuple[list[int], Spans | None] | None:
+        text = piece.text
+        if self._is_changed(text):
+            return None
+        ids = numpy.frombuffer(data, numpy.int32)
+        ends = self._sizes[ids].cumsum()
+        if not data or ends[-1] != _num_bytes(text):
             return None
         positions = [place for answer in piece.answers for place in (answer.start, answer.end)]
-        if not is_ascii:
+        if not text.isascii():
             positions = [_num_bytes(text[:place]) for place in positions]
-        return ids, _spans(ends, positions)
+        return ids.tolist(), _spans(ends, positions)
 
 
 def find_byte_level(tokenizer: Any, heads: Heads) -> ByteLevel | None:
@@ -79,8 +157,34 @@ def find_byte_level(tokenizer: Any, heads: Heads) -> ByteLevel | None:
     return ByteLevel(tokenizer, heads)
 
 
+def has_seams(tokenizer: Any) -> bool:
+    """Return whether a word always begins at a space between two other characters."""
+    backend = tokenizer.backend_tokenizer
+    if any(
+        token.lstrip or token.rstrip or token.single_word or re.search(r"\s", token.content)
+        for token in backend.get_added_tokens_decoder().values()
+    ):
+        return False
+    if getattr(backend.model, "dropout", None) or backend.pre_tokenizer is None:
+        return False
+    state = json.loads(backend.pre_tokenizer.__getstate__())
+    finds_words = False
+    for step in state.get("pretokenizers", [state]):
+        if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+            finds_words |= step["use_regex"]
+        elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+            pattern = step["pattern"].get("Regex", "")
+            alternatives = set(_CONTRACTION.sub("", pattern).split("|"))
+            if not alternatives <= _ALTERNATIVES or _WHITE_SPACE not in alternatives:
+                return False
+            finds_words = True
+        elif step["type"] != "Digits":
+            return False
+    return finds_words
+
+
 def _num_bytes(text: str) -> int:
-    return len(text.encode("utf-8", "surrogatepass"))
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def _spans(ends: NDArray[numpy.int64], positions: Sequence[int]) -> Spans | None:

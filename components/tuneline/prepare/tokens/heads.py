@@ -1,6 +1,7 @@
 """Find the beginning that many texts share: the system message, often with definitions of tools.
 
-Work on such a beginning is done once per process, so that a row costs as much as its own part.
+Work on such a beginning is done once per process, so that a row costs as much as its own part. So
+is work on parts between white space, most of which are words that many texts have.
 """
 
 import re
@@ -15,6 +16,29 @@ _MAX_LENGTH = 1 << 16
 """Largest length of a beginning, in characters."""
 _MAX_HEADS = 256
 """Largest number of beginnings that are remembered; texts with another one are not split."""
+
+
+_MAX_CHARACTERS = 1 << 19
+"""Number of characters of remembered parts at which all are forgotten; they take about 20 MB."""
+
+
+class Parts(dict[str, Value]):
+    """What is known of parts of texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._num_characters = 0
+
+    def make_room(self) -> None:
+        """Forget all parts if they take too much memory."""
+        if self._num_characters > _MAX_CHARACTERS:
+            self.clear()
+            self._num_characters = 0
+
+    def add(self, part: str, value: Value) -> None:
+        """Remember a part."""
+        self[part] = value
+        self._num_characters += len(part)
 
 
 class Heads:

@@ -110,6 +110,17 @@ class PreferenceTrainer(ExampleTrainer, DPOTrainer):
             # TRL gathers one value per example, but ranks may have different numbers of examples.
             cast(Any, self.accelerator).gather = collectives.concatenated
 
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """Compute the reference in the mode of the policy, as fused layers run in training only."""
+        model = cast(torch.nn.Module, self.model)
+        was_training = model.training
+        model.train(name == "train")
+        try:
+            trl: Any = super()
+            return trl._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            model.train(was_training)
+
 
 def _auxiliary_coefficient(trainer: Any) -> float:
     """Return the weight of the routers' auxiliary loss in training, and turn it off elsewhere.
