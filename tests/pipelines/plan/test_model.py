@@ -9,8 +9,9 @@ import pytest
 from hub_server import TOKEN, Hub, new_repo
 from plan_cases import recipe, verdicts
 
+from tuneline.pipelines.plan.base_model import read_base_model
 from tuneline.pipelines.plan.estimate import estimate
-from tuneline.pipelines.plan.model_facts import ModelFacts, facts_or_reason, model_facts
+from tuneline.pipelines.plan.model_facts import ModelFacts, model_facts
 from tuneline.pipelines.plan.model_files import ModelFiles, Unknown, read_model
 from tuneline.pipelines.plan.plan import plan
 from tuneline.train.config import LoraConfig
@@ -144,15 +145,14 @@ def test_sizes_of_a_mixture_of_experts_on_the_hub(hub: Hub) -> None:
 def test_the_words_for_a_mixture_of_experts(hub: Hub) -> None:
     hub.repos["org/model"] = new_repo(**files_of(*qwen3_30b_a3b(), num_files=2))
     loaded = recipe("base_model=org/model", "train.max_steps=100", profile="a100-40g")
-    checks = {check.name: check for check in plan(loaded, model=facts_or_reason(loaded))}
+    checks = {check.name: check for check in plan(loaded, model=read_base_model(loaded))}
     assert checks["base model"].words == (
         "org/model: 30.5 B parameters, of which 3.35 B compute each token: 8 of 128 experts"
     )
     assert checks["GPU memory"].verdict == "ok"
-    assert checks["time"].words.count("not measured for models with experts") == 1
     # In 16 bits the weights alone take 57 GiB: said before the run.
     plain = recipe("base_model=org/model", "train.load_in_4bit=false", profile="a100-40g")
-    found = plan(plain, model=facts_or_reason(plain))
+    found = plan(plain, model=read_base_model(plain))
     assert verdicts(found)["GPU memory"] == "fail"
 
 
@@ -193,7 +193,7 @@ def test_a_model_that_cannot_be_read_is_known_by_name(
 ) -> None:
     def reason(source: str) -> str:
         with pytest.raises(Unknown) as caught:
-            read_model(source)
+            model_facts(read_model(source))
         return str(caught.value)
 
     assert reason("org/none") == "it has no config.json" or "no such model" in reason("org/none")
@@ -206,7 +206,7 @@ def test_a_model_that_cannot_be_read_is_known_by_name(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert reason("org/model-8b") == "HF_HUB_OFFLINE is set"
     loaded = recipe("base_model=org/model-8b")
-    checks = plan(loaded, model=facts_or_reason(loaded))
+    checks = plan(loaded, model=read_base_model(loaded))
     (words,) = [check.words for check in checks if check.name == "base model"]
     assert words == (
         "org/model-8b is known by its name only, because HF_HUB_OFFLINE is set: a Llama of 8 B "

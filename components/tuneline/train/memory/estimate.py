@@ -70,9 +70,6 @@ class Experts:
     """Width of an expert's MLP."""
     shared: int = 0
     """Width of the MLP that computes every token beside the experts; 0 if there is none."""
-    is_fused: bool = False
-    """Whether fused layers compute these layers if they run; the others only have the kernels of
-    experts."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +95,8 @@ class Shape:
     output is stored in addition to q, k and v."""
     experts: Experts | None = None
     """Sizes of the layers with routed experts; None if the model has none."""
+    is_fused: bool = True
+    """Whether the family has fused layers. If not, kernels only run for experts and loss."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
     )
     if shape.experts is not None:
         activations, working_set = _expert_bytes(shape, shape.experts, settings, tokens)
-    elif settings.fused:
+    elif settings.fused and shape.is_fused:
         activations, working_set = _fused_bytes(shape, tokens, itemsize, settings.kept_bytes > 0)
         activations += _kept_bytes(shape, tokens, itemsize, settings.kept_bytes)
     else:
@@ -208,12 +207,14 @@ def _expert_bytes(
     else:
         working_set = weight + itemsize * chosen * (hidden + 2 * width)
         kept = 2 * hidden + 4 * width
-    if settings.fused and experts.is_fused:
+    if settings.fused and shape.is_fused:
         activations = _num_inputs(shape, tokens) * tokens * hidden * itemsize
         as_dense = replace(shape, mlp=experts.top_k * width)
-        return activations + _kept_bytes(as_dense, tokens, itemsize, settings.kept_bytes), (
-            working_set
-        )
+        if _num_kept(as_dense, tokens, itemsize, settings.kept_bytes) == shape.num_layers:
+            # Gate and up are those that the layer has kept.
+            working_set -= itemsize * chosen * 2 * width
+        activations += _kept_bytes(as_dense, tokens, itemsize, settings.kept_bytes)
+        return activations, working_set
     attention = tokens * _layer_bytes_per_token(replace(shape, mlp=0), itemsize)
     layer = attention + itemsize * (chosen * kept + 4 * tokens * experts.shared)
     if settings.recompute:
@@ -236,13 +237,22 @@ def _kept_bytes(shape: Shape, tokens: int, itemsize: int, room: int) -> int:
 
     The rules are those of `kernels.decoder.budget`.
     """
-    attention = 2 * shape.query + 2 * shape.key_value
-    layer = tokens * itemsize * (attention + shape.hidden + 2 * shape.mlp)
+    layer = _kept_layer_bytes(shape, tokens, itemsize)
     normed = tokens * itemsize * 2 * (shape.hidden + MIN_ADAPTER_COLUMNS)
-    num_layers = min(shape.num_layers, room // layer)
+    num_layers = _num_kept(shape, tokens, itemsize, room)
     if num_layers < shape.num_layers:
         return num_layers * layer
     return num_layers * layer + min(num_layers, (room - num_layers * layer) // normed) * normed
+
+
+def _num_kept(shape: Shape, tokens: int, itemsize: int, room: int) -> int:
+    """Return how many layers keep their activations if these may use `room` bytes."""
+    return min(shape.num_layers, room // _kept_layer_bytes(shape, tokens, itemsize))
+
+
+def _kept_layer_bytes(shape: Shape, tokens: int, itemsize: int) -> int:
+    attention = 2 * shape.query + 2 * shape.key_value
+    return tokens * itemsize * (attention + shape.hidden + 2 * shape.mlp)
 
 
 def _fused_bytes(shape: Shape, tokens: int, itemsize: int, kept: bool) -> tuple[int, int]:

@@ -63,6 +63,7 @@ def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
         num_adapter=num_adapter,
         fused_qkv=_fused_qkv(model),
         experts=experts,
+        is_fused=_is_fused(model),
     )
 
 
@@ -83,8 +84,12 @@ def _experts(stacks: dict[str, Stack], model: Any, config: Any) -> Experts | Non
         top_k=top_k,
         width=down[0].in_features,
         shared=max(shared, default=0),
-        is_fused=all(family_spec(layer) is not None for layer in model.get_decoder().layers),
     )
+
+
+def _is_fused(model: Any) -> bool:
+    layers = getattr(model.get_decoder(), "layers", ())
+    return bool(layers) and all(family_spec(layer) is not None for layer in layers)
 
 
 def _fused_qkv(model: nn.Module) -> int:
