@@ -11,10 +11,11 @@ from typing import Any
 from tuneline.errors import ModelError
 from tuneline.fetch.quantised import Quantisation, quantisation_of
 from tuneline.html.units import parameters
-from tuneline.models.multimodal import Part, loaded_part
+from tuneline.models.multimodal import Part, loaded_part, text_config
 from tuneline.pipelines.plan.check import Check
 from tuneline.pipelines.plan.model_facts import ModelFacts, model_facts
 from tuneline.pipelines.plan.model_files import Unknown, read_model
+from tuneline.quantize.gguf.converter import known_architectures
 from tuneline.quantize.gguf.support import gguf_problem
 from tuneline.recipe import Recipe
 
@@ -106,9 +107,9 @@ def _sizes(recipe: Recipe, num_parameters: float, model: BaseModel) -> Check:
 
 def _exports(recipe: Recipe, config: dict[str, Any], *, has_experts: bool) -> Iterator[Check]:
     """Yield a failure for each kind of export that cannot be made of the model."""
-    problem = gguf_problem(config)
+    problem = _gguf_problem(config)
     if recipe.quantize.gguf and problem is not None:
-        words = f"llama.cpp cannot run {recipe.base_model} as GGUF: {problem}"
+        words = f"{recipe.base_model} cannot be exported as GGUF: {problem}"
         yield Check("exports", "fail", words, "set quantize.gguf to [], or take another base model")
     if recipe.quantize.gptq and has_experts:
         words = (
@@ -116,3 +117,16 @@ def _exports(recipe: Recipe, config: dict[str, Any], *, has_experts: bool) -> It
             "that GPTQ has packed"
         )
         yield Check("exports", "fail", words, "set quantize.gptq to [], and export it as GGUF")
+
+
+def _gguf_problem(config: dict[str, Any]) -> str | None:
+    """Return why a model cannot be exported as GGUF; None: no reason is known."""
+    problem = gguf_problem(config)
+    if problem is not None:
+        return problem
+    # The converter prefers the text model's architecture too.
+    names = text_config(config).get("architectures") or config.get("architectures")
+    known = known_architectures()
+    if isinstance(names, list) and names and known and names[0] not in known:
+        return f"llama.cpp does not know its architecture ({names[0]})"
+    return None

@@ -15,7 +15,9 @@ from tuneline.train.memory.estimate import EXPERT_COUNTS, TOP_K, Experts, Shape
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.")
-_OTHER = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|router|gate)\.")
+_OTHER = re.compile(
+    r"(^|\.)(embed_tokens|position_embedding|lm_head|wte|word_embeddings|router|gate)\."
+)
 """Embeddings, the output layer and routers, which are not quantised."""
 _NOT_TEXT = re.compile(
     r"(^|\.)(visual|vision\w*|audio\w*|embed_vision|embed_audio|multi_modal_projector)(\.|$)"
@@ -182,7 +184,8 @@ def _sizes(
     stored = {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight").rpartition(".")[2]
-        if len(shape) == 2 and shape[1] > 1 and not _NOT_TEXT.search(name):
+        is_text = not _NOT_TEXT.search(name) and not _EXPERT.search(name)
+        if len(shape) == 2 and shape[1] > 1 and is_text:
             stored.setdefault(module, shape)
     latent = text.get("qk_nope_head_dim")
     if latent:
