@@ -32,7 +32,7 @@ UNPACKED = ("gpt-oss", "Qwen3.5", "Qwen3.5-MoE", "Qwen3-Next")
 """Families whose rows are padded, because rows of a pack would see each other."""
 GGUF = {
     *("Llama 3", "Yi", "Mistral", "Qwen2", "Qwen3", "Phi-3", "Gemma 2", "Gemma 3"),
-    *("Mixtral", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek V2", "DeepSeek V3", "gpt-oss"),
+    *("Mixtral", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek V2", "DeepSeek V3", "GLM-4-MoE", "gpt-oss"),
 }
 """Families whose GGUF files are proven, by the line or by tests/quantize/gguf, whose tokenizers and
 settings are of the right kind. Others are not tried."""

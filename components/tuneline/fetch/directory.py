@@ -20,6 +20,7 @@ from tuneline.fetch.weight_headers import (
     longest_side,
     read_header,
 )
+from tuneline.models.multimodal import loaded_part
 from tuneline.models.stored_quantisation import in_dtype
 from tuneline.models.tokenizer_files import TEMPLATES_DIR, copy_templates
 from tuneline.models.weight_files import INDEX_FILE, SINGLE_FILE
@@ -169,6 +170,7 @@ def check(path: Path, *, source: str, trusted: bool) -> Facts:
     for name in _READ_LATER:
         if (path / name).is_file():
             _json(path / name, source)
+    loaded_part(config, source=source)
     quantisation = quantisation_of(config, source=source, original=made_from(path))
     shapes = {name: entry for file in weights for name, entry in read_header(file, source).items()}
     check_sizes(config, num_tensors=len(shapes), largest=longest_side(shapes), source=source)

@@ -3,17 +3,18 @@
 A family is one entry of `FAMILIES`; no other module of the package names a family or reads
 `config.model_type`. The activation and the biases of the linears are not in the table; they are
 read from the model. transformers is not imported: a layer is recognised by the module and name of
-its class.
+its class. Nor is torch: `tuneline plan` reads the table without it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
-from tuneline.kernels.ops.gated_activation import Kind
+    from tuneline.kernels.ops.gated_activation import Kind
 
 ACTIVATIONS: dict[str, Kind] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """The activations that `gated_activation` computes, keyed by their names in transformers."""
@@ -102,3 +103,8 @@ def family_spec(layer: nn.Module) -> FamilySpec | None:
     if not cls.__module__.startswith(prefix):
         return None
     return FAMILIES.get(f"{cls.__module__.removeprefix(prefix)}.{cls.__qualname__}")
+
+
+def is_fused_family(model_type: str) -> bool:
+    """Return whether the decoder layers of a text model's `config.model_type` are in the table."""
+    return model_type.removesuffix("_text") in {path.partition(".")[0] for path in FAMILIES}

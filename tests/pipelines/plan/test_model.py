@@ -3,103 +3,27 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hub_server import TOKEN, Hub, new_repo
-from plan_cases import recipe, verdicts
+from plan_cases import (
+    Shapes,
+    files_of,
+    header,
+    llama_8b,
+    qwen3_30b_a3b,
+    recipe,
+    verdicts,
+    write,
+)
 
+from tuneline.pipelines.plan.base_model import read_base_model
 from tuneline.pipelines.plan.estimate import estimate
-from tuneline.pipelines.plan.model_facts import ModelFacts, facts_or_reason, model_facts
+from tuneline.pipelines.plan.model_facts import ModelFacts, model_facts
 from tuneline.pipelines.plan.model_files import ModelFiles, Unknown, read_model
 from tuneline.pipelines.plan.plan import plan
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.estimate import GIB
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-def attention(layer: int, hidden: int, query: int, key_value: int) -> Shapes:
-    stem = f"model.layers.{layer}.self_attn"
-    widths = {"q_proj": query, "k_proj": key_value, "v_proj": key_value}
-    shapes: Shapes = {f"{stem}.{name}.weight": (width, hidden) for name, width in widths.items()}
-    return {**shapes, f"{stem}.o_proj.weight": (hidden, query)}
-
-
-def mlp(stem: str, hidden: int, width: int) -> Shapes:
-    return {
-        f"{stem}.gate_proj.weight": (width, hidden),
-        f"{stem}.up_proj.weight": (width, hidden),
-        f"{stem}.down_proj.weight": (hidden, width),
-    }
-
-
-def ends(hidden: int, vocab: int) -> Shapes:
-    return {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
-
-
-def llama_8b() -> tuple[dict[str, Any], Shapes]:
-    config = {
-        **{"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32},
-        **{"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336},
-        "vocab_size": 128256,
-    }
-    shapes = ends(4096, 128256)
-    for layer in range(32):
-        shapes |= attention(layer, 4096, 4096, 1024)
-        shapes |= mlp(f"model.layers.{layer}.mlp", 4096, 14336)
-    # A buffer of old files, which is no weight.
-    shapes["model.layers.0.self_attn.rotary_emb.inv_freq"] = (64,)
-    return config, shapes
-
-
-def qwen3_30b_a3b() -> tuple[dict[str, Any], Shapes]:
-    config = {
-        **{"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48},
-        **{"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128},
-        **{"intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128},
-        **{"num_experts_per_tok": 8, "vocab_size": 151936},
-    }
-    shapes = ends(2048, 151936)
-    for layer in range(48):
-        shapes |= attention(layer, 2048, 4096, 512)
-        shapes[f"model.layers.{layer}.mlp.gate.weight"] = (128, 2048)
-        for expert in range(128):
-            shapes |= mlp(f"model.layers.{layer}.mlp.experts.{expert}", 2048, 768)
-    # A layer for multi-token prediction, which transformers does not load.
-    shapes |= attention(48, 2048, 4096, 512)
-    return config, shapes
-
-
-def header(shapes: Shapes, dtype: str = "BF16") -> bytes:
-    """Return the beginning of a safetensors file, which has no weights behind it."""
-    entries = {
-        name: {"dtype": dtype, "shape": list(shape), "data_offsets": [0, 0]}
-        for name, shape in shapes.items()
-    }
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
-    return len(text).to_bytes(8, "little") + text
-
-
-def files_of(config: dict[str, Any], shapes: Shapes, num_files: int = 1) -> dict[str, bytes]:
-    files = {"config.json": json.dumps(config).encode()}
-    if num_files == 1:
-        return {**files, "model.safetensors": header(shapes)}
-    weight_map = {}
-    for number in range(num_files):
-        part = dict(list(shapes.items())[number::num_files])
-        file = f"model-{number + 1:05}-of-{num_files:05}.safetensors"
-        files[file] = header(part)
-        weight_map |= dict.fromkeys(part, file)
-    files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
-    return files
-
-
-def write(path: Path, files: dict[str, bytes]) -> str:
-    path.mkdir()
-    for name, content in files.items():
-        (path / name).write_bytes(content)
-    return str(path)
 
 
 @pytest.fixture
@@ -144,15 +68,14 @@ def test_sizes_of_a_mixture_of_experts_on_the_hub(hub: Hub) -> None:
 def test_the_words_for_a_mixture_of_experts(hub: Hub) -> None:
     hub.repos["org/model"] = new_repo(**files_of(*qwen3_30b_a3b(), num_files=2))
     loaded = recipe("base_model=org/model", "train.max_steps=100", profile="a100-40g")
-    checks = {check.name: check for check in plan(loaded, model=facts_or_reason(loaded))}
+    checks = {check.name: check for check in plan(loaded, model=read_base_model(loaded))}
     assert checks["base model"].words == (
         "org/model: 30.5 B parameters, of which 3.35 B compute each token: 8 of 128 experts"
     )
     assert checks["GPU memory"].verdict == "ok"
-    assert checks["time"].words.count("not measured for models with experts") == 1
     # In 16 bits the weights alone take 57 GiB: said before the run.
     plain = recipe("base_model=org/model", "train.load_in_4bit=false", profile="a100-40g")
-    found = plan(plain, model=facts_or_reason(plain))
+    found = plan(plain, model=read_base_model(plain))
     assert verdicts(found)["GPU memory"] == "fail"
 
 
@@ -193,7 +116,7 @@ def test_a_model_that_cannot_be_read_is_known_by_name(
 ) -> None:
     def reason(source: str) -> str:
         with pytest.raises(Unknown) as caught:
-            read_model(source)
+            model_facts(read_model(source))
         return str(caught.value)
 
     assert reason("org/none") == "it has no config.json" or "no such model" in reason("org/none")
@@ -206,7 +129,7 @@ def test_a_model_that_cannot_be_read_is_known_by_name(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert reason("org/model-8b") == "HF_HUB_OFFLINE is set"
     loaded = recipe("base_model=org/model-8b")
-    checks = plan(loaded, model=facts_or_reason(loaded))
+    checks = plan(loaded, model=read_base_model(loaded))
     (words,) = [check.words for check in checks if check.name == "base model"]
     assert words == (
         "org/model-8b is known by its name only, because HF_HUB_OFFLINE is set: a Llama of 8 B "

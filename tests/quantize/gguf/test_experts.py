@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from small_records import new_merge
 from tiny_families import FAMILIES, new_model, write_checkpoint
+from transformers import AutoTokenizer
 
 from tuneline.errors import ToolError
 from tuneline.quantize import QuantizeConfig
@@ -24,13 +25,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Qwen3-MoE": {},
     "DeepSeek V2": {"q_lora_rank": 32},
     "DeepSeek V3": {},
+    "GLM-4-MoE": {"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 2.5},
     "gpt-oss": {},
 }
 # llama.cpp knows DeepSeek V2 Lite, whose queries have one matrix, by its 27 layers.
 LITE = {"num_hidden_layers": 27}
 
 
+TOKENS = {"GLM-4-MoE": ["[gMASK]", "<|user|>", "<|observation|>"]}
+"""Special tokens that the converter looks for in the tokenizer of a family."""
+
+
 def as_merged(family: str, path: Path, tokenizer_dir: Path, **settings: Any) -> Path:
+    if family in TOKENS:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+        tokenizer.add_tokens(TOKENS[family], special_tokens=True)
+        tokenizer_dir = path.with_name("tokenizer")
+        tokenizer.save_pretrained(tokenizer_dir)
     write_checkpoint(FAMILIES[family], path, tokenizer_dir=tokenizer_dir, **settings)
     new_merge().write(path)
     return path

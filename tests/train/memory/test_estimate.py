@@ -100,34 +100,48 @@ MIXTRAL_8X7B = {
 }
 
 
-# Peaks of torch's allocator on an H100 at 4 x 2048 tokens, r=16 on attention and experts, as
-# kernels/benchmarks/scaled_step.py measured them (kernels/benchmarks/results). In `lean` the
-# benchmark holds the input embedding on the host; in `stock` layers are transformers' own.
+# Peaks of torch's allocator on an H100 at 4 x 2048 tokens, r=16 on attention and, in some, on
+# experts, as kernels/benchmarks/scaled_step.py measured them (kernels/benchmarks/results) before
+# fused layers kept dequantised weights, as in fp8 today. In `lean` the benchmark holds the input
+# embedding on the host; `stock` layers are transformers' own.
 @pytest.mark.parametrize(
-    ("family", "sizes", "mode", "measured"),
+    ("family", "sizes", "mode", "experts", "measured"),
     [
-        ("Qwen3Moe", QWEN3_30B_A3B, "lean", 5.71),
-        ("Qwen3Moe", QWEN3_30B_A3B, "free", 9.30),
-        ("Qwen3Moe", QWEN3_30B_A3B, "stock", 6.87),
-        ("Mixtral", MIXTRAL_8X7B, "lean", 5.70),
-        ("Mixtral", MIXTRAL_8X7B, "free", 7.51),
+        ("Qwen3Moe", QWEN3_30B_A3B, "lean", True, 5.71),
+        ("Qwen3Moe", QWEN3_30B_A3B, "free", True, 9.30),
+        ("Qwen3Moe", QWEN3_30B_A3B, "stock", True, 6.87),
+        ("Qwen3Moe", QWEN3_30B_A3B, "lean", False, 4.77),
+        ("Qwen3Moe", QWEN3_30B_A3B, "free", False, 8.62),
+        ("Mixtral", MIXTRAL_8X7B, "lean", True, 5.70),
+        ("Mixtral", MIXTRAL_8X7B, "free", True, 7.51),
+        ("Mixtral", MIXTRAL_8X7B, "lean", False, 5.59),
+        ("Mixtral", MIXTRAL_8X7B, "free", False, 7.40),
     ],
 )
-def test_estimate_of_experts_is_within_an_eighth_of_the_measured_peak(
-    tmp_path, family, sizes, mode, measured
+def test_estimate_of_experts_is_within_a_twentieth_of_the_measured_peak(
+    tmp_path, family, sizes, mode, experts, measured
 ):
     getattr(transformers, f"{family}Config")(**sizes).save_pretrained(tmp_path)
-    shape = model_shape(tmp_path, LoraConfig(experts=True))
+    shape = model_shape(tmp_path, LoraConfig(experts=experts))
+    assert shape.is_fused
     if mode == "stock":
-        experts = dataclasses.replace(shape.experts, is_fused=False)
-        shape = dataclasses.replace(shape, experts=experts)
+        shape = dataclasses.replace(shape, is_fused=False)
     settings = Settings(
-        4, 2048, True, quantized=True, itemsize=2, optim="adamw_8bit", fused=True,
+        4, 2048, True, quantized=True, itemsize=2, optim="adamw_8bit", fused=True, fp8=True,
         kept_bytes=60 * GIB if mode == "free" else 0,
     )  # fmt: skip
     host = 2 * sizes["vocab_size"] * sizes["hidden_size"] if mode == "lean" else 0
     estimate = estimate_memory(shape, settings).total - host
-    assert estimate / GIB == pytest.approx(measured, rel=0.125)
+    assert estimate / GIB == pytest.approx(measured, rel=0.05)
+
+
+def test_layers_that_are_not_fused_take_what_they_take_without_kernels():
+    settings = Settings(
+        4, 2048, False, quantized=True, itemsize=2, optim="adamw_8bit", loss="tiled"
+    )
+    stock = dataclasses.replace(LLAMA_8B, is_fused=False)
+    with_kernels = dataclasses.replace(settings, fused=True)
+    assert estimate_memory(stock, with_kernels) == estimate_memory(LLAMA_8B, settings)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "down_proj"], "all-linear"])

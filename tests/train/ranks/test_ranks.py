@@ -302,10 +302,10 @@ def test_zero_2_learns_what_one_rank_does(job, tmp_path):
     assert "after step 2 of 5" in two["stopped"]
     # Steps whose loss is not finite are skipped, and the run goes back, in new processes.
     with pytest.raises(StartAgain) as caught:
-        diverging = zero("diverging", 2, max_skipped_in_a_row=1)
+        diverging = zero("diverging", 2, store="diverges", max_skipped_in_a_row=1)
         on(2, "diverging", it={**diverging, "nan_at": 3})
     assert caught.value.carried["num_rollbacks"] == 1
-    again = zero("diverging", 2, max_skipped_in_a_row=1)
+    again = zero("again", 1, store="diverges", max_skipped_in_a_row=1)
     again["arguments"]["carried"] = caught.value.carried
     one = on(1, "one", shrunk=zero("shrunk", 1, store="shrinks"), again=again)
     assert_same_curves(one["shrunk"], alone)

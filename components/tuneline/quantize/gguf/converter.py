@@ -7,6 +7,7 @@ converter runs in a child process, because it puts a package `conversion` and it
 the package `gguf` on sys.path.
 """
 
+import ast
 import importlib.util
 import json
 import os
@@ -22,6 +23,8 @@ from tuneline.quantize.machine import raise_if_full
 
 VARIABLE = "TUNELINE_LLAMA_CPP"
 SCRIPT = "convert_hf_to_gguf.py"
+_TABLE = "TEXT_MODEL_MAP"
+"""Name of the converter's table of architectures, a dictionary."""
 
 
 def find() -> Path:
@@ -50,6 +53,24 @@ def find() -> Path:
             "checkout of llama.cpp"
         )
     return script
+
+
+def known_architectures() -> frozenset[str]:
+    """Return the architectures that the installed converter reads, without running it.
+
+    Returns:
+        An empty set if the converter is not installed here.
+    """
+    try:
+        table = find().parent / "conversion" / "__init__.py"
+    except ToolError:
+        return frozenset()
+    if not table.is_file():
+        return frozenset()
+    for node in ast.parse(table.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == _TABLE and node.value:
+            return frozenset(ast.literal_eval(node.value))
+    return frozenset()
 
 
 Part = Literal["all", "vocabulary", "nothing"]

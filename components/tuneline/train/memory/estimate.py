@@ -70,9 +70,6 @@ class Experts:
     """Width of an expert's MLP."""
     shared: int = 0
     """Width of the MLP that computes every token beside the experts; 0 if there is none."""
-    is_fused: bool = False
-    """Whether fused layers compute these layers if they run; the others only have the kernels of
-    experts."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +95,8 @@ class Shape:
     output is stored in addition to q, k and v."""
     experts: Experts | None = None
     """Sizes of the layers with routed experts; None if the model has none."""
+    is_fused: bool = True
+    """Whether the family has fused layers. If not, kernels only run for experts and loss."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
     room = settings.kept_bytes
     if shape.experts is not None:
         activations, working_set = _expert_bytes(shape, shape.experts, settings, tokens)
-    elif settings.fused:
+    elif settings.fused and shape.is_fused:
         activations, working_set = _fused_bytes(shape, tokens, itemsize, settings.kept_bytes > 0)
         kept, has_all = _kept_bytes(shape, tokens, itemsize, room)
         activations += kept
@@ -215,11 +214,17 @@ def _expert_bytes(
     else:
         working_set = weight + itemsize * chosen * (hidden + 2 * width)
         kept = 2 * hidden + 4 * width
-    if settings.fused and experts.is_fused:
+    if settings.fused and shape.is_fused:
         activations = _num_inputs(shape, tokens) * tokens * hidden * itemsize
         as_dense = replace(shape, mlp=experts.top_k * width)
-        kept, _ = _kept_bytes(as_dense, tokens, itemsize, settings.kept_bytes)
-        return activations + kept, working_set
+        kept_bytes, has_all = _kept_bytes(as_dense, tokens, itemsize, settings.kept_bytes)
+        if _num_kept(as_dense, tokens, itemsize, settings.kept_bytes) == shape.num_layers:
+            # Gate and up are those that the layer has kept.
+            working_set -= itemsize * chosen * 2 * width
+        if has_all and settings.quantized and not settings.fp8:
+            attention_only = replace(shape, mlp=0)
+            kept_bytes += _wide_bytes(attention_only, itemsize, settings.kept_bytes - kept_bytes)
+        return activations + kept_bytes, working_set
     attention = tokens * _layer_bytes_per_token(replace(shape, mlp=0), itemsize)
     layer = attention + itemsize * (chosen * kept + 4 * tokens * experts.shared)
     if settings.recompute:
@@ -242,10 +247,9 @@ def _kept_bytes(shape: Shape, tokens: int, itemsize: int, room: int) -> tuple[in
 
     The rules are those of `kernels.decoder.budget`.
     """
-    attention = 2 * shape.query + 2 * shape.key_value
-    layer = tokens * itemsize * (attention + shape.hidden + 2 * shape.mlp)
+    layer = _kept_layer_bytes(shape, tokens, itemsize)
     normed = tokens * itemsize * 2 * (shape.hidden + MIN_ADAPTER_COLUMNS)
-    num_layers = min(shape.num_layers, room // layer)
+    num_layers = _num_kept(shape, tokens, itemsize, room)
     if num_layers < shape.num_layers:
         return num_layers * layer, False
     num_normed = min(num_layers, (room - num_layers * layer) // normed)
@@ -259,6 +263,16 @@ def _wide_bytes(shape: Shape, itemsize: int, room: int) -> int:
     gate_up = mlp + shape.mlp
     layer = itemsize * (hidden * (2 * query + 2 * shape.key_value) + hidden * (gate_up + mlp))
     return min(shape.num_layers, room // layer) * layer
+
+
+def _num_kept(shape: Shape, tokens: int, itemsize: int, room: int) -> int:
+    """Return how many layers keep their activations if these may use `room` bytes."""
+    return min(shape.num_layers, room // _kept_layer_bytes(shape, tokens, itemsize))
+
+
+def _kept_layer_bytes(shape: Shape, tokens: int, itemsize: int) -> int:
+    attention = 2 * shape.query + 2 * shape.key_value
+    return tokens * itemsize * (attention + shape.hidden + 2 * shape.mlp)
 
 
 def _fused_bytes(shape: Shape, tokens: int, itemsize: int, kept: bool) -> tuple[int, int]:

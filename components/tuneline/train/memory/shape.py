@@ -22,12 +22,16 @@ def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
     """
     model: Any = empty_model(base_model_dir)
     config: Any = model.config.get_text_config()
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
     if any(not isinstance(getattr(config, name, None), int) for name in names):
         return None
     stacks = quantized_experts(model)
     experts = _experts(stacks, model, config)
     if experts is None and any(getattr(config, name, None) for name in EXPERT_COUNTS):
+        return None
+    # A model whose layers all have experts needs no width for dense ones.
+    mlp = getattr(config, "intermediate_size", None) or (experts and _widest_mlp(model))
+    if not isinstance(mlp, int):
         return None
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -56,13 +60,14 @@ def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
         hidden=config.hidden_size,
         query=config.num_attention_heads * head_dim,
         key_value=num_kv_heads * head_dim,
-        mlp=config.intermediate_size,
+        mlp=mlp,
         vocab=config.vocab_size,
         num_quantized=num_quantized,
         num_other=num_parameters - num_quantized,
         num_adapter=num_adapter,
         fused_qkv=_fused_qkv(model),
         experts=experts,
+        is_fused=_is_fused(model),
     )
 
 
@@ -83,8 +88,22 @@ def _experts(stacks: dict[str, Stack], model: Any, config: Any) -> Experts | Non
         top_k=top_k,
         width=down[0].in_features,
         shared=max(shared, default=0),
-        is_fused=all(family_spec(layer) is not None for layer in model.get_decoder().layers),
     )
+
+
+def _widest_mlp(model: nn.Module) -> int:
+    """Return the width of a model's widest MLP beside its experts; 0 if there is none."""
+    widths = [
+        module.out_features
+        for name, module in model.named_modules()
+        if name.endswith(".up_proj") and isinstance(module, nn.Linear)
+    ]
+    return max(widths, default=0)
+
+
+def _is_fused(model: Any) -> bool:
+    layers = getattr(model.get_decoder(), "layers", ())
+    return bool(layers) and all(family_spec(layer) is not None for layer in layers)
 
 
 def _fused_qkv(model: nn.Module) -> int:

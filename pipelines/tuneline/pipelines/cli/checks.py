@@ -78,7 +78,7 @@ def plan(
     """
     # Imported only here, because importing the Kubernetes client takes a second or two.
     from tuneline.pipelines.kube import Kube
-    from tuneline.pipelines.plan.model_facts import facts_or_reason
+    from tuneline.pipelines.plan.base_model import read_base_model
     from tuneline.pipelines.plan.plan import plan as check_plan
 
     if profile is not None and profile not in PROFILES:
@@ -88,7 +88,7 @@ def plan(
     checks = check_plan(
         loaded,
         num_parameters=parameters,
-        model=facts_or_reason(loaded) if parameters is None else None,
+        model=read_base_model(loaded) if parameters is None else None,
         price_per_gpu_hour=price,
         kube=Kube(namespace, context=context) if cluster or context else None,
         account=service_account,

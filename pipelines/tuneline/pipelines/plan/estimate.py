@@ -23,6 +23,15 @@ from tuneline.train.memory.estimate import (
     shards_optimizer,
 )
 
+
+@dataclass(frozen=True)
+class ExpertSpeed:
+    """Two values for models with experts: for fused layers that keep only their inputs, and all."""
+
+    lean: float
+    full: float
+
+
 MEASURED_PARAMETERS = 8.03e9
 """Parameters of Llama 3.1 8B, whose speeds were measured. The speed of another dense model is
 inversely proportional to the number of its parameters."""
@@ -37,10 +46,21 @@ PLAIN_TOKENS_PER_SECOND = 11_700.0
 an H100 (702 ms per step of 4 x 2048 tokens)."""
 RECOMPUTE_SLOWDOWN = 1.41
 """Slowdown by gradient checkpointing without fused layers: a step took 993 ms."""
-EXPERTS_EFFICIENCY = 0.35
-"""Speed per active parameter of a model with routed experts, relative to a dense model: many small
-matrix products, and weights that few tokens share. Taken from the fastest published engine
-(Qwen3-30B-A3B, 11,700 tokens per second on an H100, beside 15,000 of Llama 3.1 8B)."""
+IDLE_SECONDS = 1.79e-12
+"""Seconds that a parameter of an expert adds to each micro-batch for the tokens that do not use it:
+all experts of a layer are dequantised in the forward and in the backward pass, in 0.54 ms for 604
+million parameters (kernels/benchmarks/results/experts_h100.csv)."""
+ROUTING_SECONDS = {
+    "experts": ExpertSpeed(lean=32.5e-12, full=26.1e-12),
+    "attention": ExpertSpeed(lean=23.9e-12, full=19.6e-12),
+}
+"""Seconds that each number in the rows which a layer copies to experts adds, by where the adapter
+is: on experts too, or only on attention. These are the values at which steps of Qwen3-30B-A3B take
+as long as on an H100; those of Mixtral-8x7B are then within 6 % of the measured ones
+(kernels/benchmarks/results/experts_step_h100.csv)."""
+UNFUSED_EXPERTS_SLOWDOWN = 16_970 / 7_357
+"""Slowdown of transformers' own layers around the kernels for experts, relative to fused layers;
+both recompute activations (call 1 of the same file)."""
 
 MEMORY_FRACTION = 0.9
 """Largest fraction of a GPU's memory for which an estimate is "ok"."""
@@ -82,8 +102,9 @@ class Estimate:
     set)."""
     num_gpus: int = 1
     """GPUs that train together, on all nodes."""
-    num_active: float | None = None
-    """Parameters that compute each token, if a router chooses experts; None: all of them do."""
+    speed_note: str = ""
+    """Why the speed is only a rough estimate, in words; empty if it follows from measured steps of
+    the same kind of layers."""
 
     @property
     def gpu_hours(self) -> float | None:
@@ -142,11 +163,11 @@ def estimate(recipe: Recipe, num_parameters: float, facts: ModelFacts | None = N
     formats = [name for kind in EXPORT_KINDS for name in getattr(recipe.quantize, kind)]
     exports = sum(num_parameters * FORMATS[name].bits_per_weight / 8 for name in formats)
     f16 = base if recipe.quantize.gguf else 0.0
-    has_experts = shape.experts is not None
-    num_active = facts.num_active if facts is not None and has_experts else num_parameters
-    speed = _speed(shape, settings, train, gpu) if gpu is not None else None
-    if speed is not None:
-        speed *= MEASURED_PARAMETERS / num_active * (EXPERTS_EFFICIENCY if has_experts else 1)
+    num_active = num_parameters if facts is None else facts.num_active
+    seconds, note = None, ""
+    if gpu is not None:
+        seconds = _seconds_per_token(shape, settings, train, gpu, num_active) / gpu.relative_speed
+        note = _note(facts, settings)
     num_tokens = None
     if train.max_steps is not None:
         sequences = batch.global_batch_size * (2 if prepare.method == "dpo" else 1)
@@ -157,29 +178,72 @@ def estimate(recipe: Recipe, num_parameters: float, facts: ModelFacts | None = N
         gpu_bytes=gpu_bytes,
         least_gpu_bytes=min(gpu_bytes, estimate_memory(shape, smallest).total),
         artifact_bytes=base * 2 + f16 + exports + 4 * shape.num_adapter,
-        tokens_per_second=speed,
+        tokens_per_second=None if seconds is None else 1 / seconds,
         num_tokens=num_tokens,
         num_gpus=gpus,
-        num_active=num_active if has_experts else None,
+        speed_note=note,
     )
 
 
-def _speed(shape: Shape, settings: Settings, train: TrainConfig, gpu: GpuProfile) -> float:
-    """Return the tokens per second of Llama 3.1 8B on a GPU, with a run's settings.
+def _seconds_per_token(
+    shape: Shape, settings: Settings, train: TrainConfig, gpu: GpuProfile, num_active: float
+) -> float:
+    """Return the seconds per token of a run on an H100.
 
-    Fused layers keep as many activations as fit into the memory that is free; the time per token
-    lies between those of all and of none.
+    Args:
+        shape: shape of the base model.
+        settings: settings that memory depends on.
+        train: the `train` section of the recipe.
+        gpu: the GPU whose memory decides how many activations fused layers keep.
+        num_active: parameters that compute each token.
     """
-    if not settings.fused:
+    dense = num_active / MEASURED_PARAMETERS
+    experts = shape.experts
+    if experts is None and not (settings.fused and shape.is_fused):
         slowdown = RECOMPUTE_SLOWDOWN if train.gradient_checkpointing else 1.0
-        return gpu.relative_speed * PLAIN_TOKENS_PER_SECOND / slowdown
+        return dense * slowdown / PLAIN_TOKENS_PER_SECOND
+    if experts is None:
+        kept = _kept_fraction(shape, settings, gpu)
+        slowdown = kept + (1 - kept) * LEAN_SLOWDOWN
+        return dense * slowdown / TOKENS_PER_SECOND[train.kernels]
+    tokens = settings.rows * settings.length
+    num_idle = (shape.num_quantized + shape.num_other - num_active) * IDLE_SECONDS / tokens
+    num_copied = experts.num_layers * experts.top_k * shape.hidden
+    routing = ROUTING_SECONDS["experts" if train.lora.experts else "attention"]
+    # The experts are multiplied in bfloat16 in any case.
+    full = dense / TOKENS_PER_SECOND["auto"]
+    lean = full * LEAN_SLOWDOWN + num_idle + num_copied * routing.lean
+    full += num_idle + num_copied * routing.full
+    if settings.fused and shape.is_fused:
+        kept = _kept_fraction(shape, settings, gpu)
+        return kept * full + (1 - kept) * lean
+    lean *= UNFUSED_EXPERTS_SLOWDOWN
+    return lean if train.gradient_checkpointing else lean / RECOMPUTE_SLOWDOWN
+
+
+def _kept_fraction(shape: Shape, settings: Settings, gpu: GpuProfile) -> float:
+    """Return the fraction, 0 to 1, of activations that fused layers keep in the GPU's free memory.
+
+    The time per token lies between those of all and of none, in proportion.
+    """
     least = estimate_memory(shape, settings)
     most = estimate_memory(shape, replace(settings, kept_bytes=int(1e15)))
     room = MEMORY_FRACTION * gpu.memory_bytes - least.total
     wanted = most.activations - least.activations
-    share = min(1.0, max(0.0, room / wanted)) if wanted > 0 else 0.0
-    slowdown = share + (1 - share) * LEAN_SLOWDOWN
-    return gpu.relative_speed * TOKENS_PER_SECOND[train.kernels] / slowdown
+    return min(1.0, max(0.0, room / wanted)) if wanted > 0 else 0.0
+
+
+def _note(facts: ModelFacts | None, settings: Settings) -> str:
+    """Return why a speed is rough, in words; "" if it is not."""
+    if facts is not None and facts.has_linear_attention:
+        return "at best: the time of its layers with linear attention was not measured"
+    if facts is None or not settings.fused:
+        has_experts = facts is not None and facts.experts is not None
+        return "at best: experts without kernels were not measured" if has_experts else ""
+    if facts.is_fused:
+        return ""
+    kernels = "experts and loss" if facts.experts is not None else "the loss"
+    return f"roughly: kernels compute {kernels} of this family, transformers its layers"
 
 
 def llama_shape(num_parameters: float, lora: LoraConfig) -> Shape:
@@ -194,6 +258,8 @@ def llama_shape(num_parameters: float, lora: LoraConfig) -> Shape:
         embedding = min(2.0 * VOCAB_SIZE * width, MAX_EMBEDDING_FRACTION * num_parameters)
     targets = SIDES if isinstance(lora.target_modules, str) else lora.target_modules
     sides = sum(SIDES.get(name, max(SIDES.values())) for name in targets)
+    # Only embeddings are trained in full beside an adapter: embed_tokens, lm_head.
+    num_saved = len(lora.modules_to_save) * embedding / 2
     return Shape(
         num_layers=num_layers,
         hidden=width,
@@ -203,5 +269,5 @@ def llama_shape(num_parameters: float, lora: LoraConfig) -> Shape:
         vocab=VOCAB_SIZE,
         num_quantized=int(num_parameters - embedding),
         num_other=int(embedding),
-        num_adapter=int(lora.r * num_layers * width * sides),
+        num_adapter=int(lora.r * num_layers * width * sides + num_saved),
     )

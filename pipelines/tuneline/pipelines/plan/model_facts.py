@@ -2,22 +2,31 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tuneline.pipelines.plan.model_files import ModelFiles, Unknown, read_model
-from tuneline.recipe import Recipe
+from tuneline.kernels.spec import is_fused_family
+from tuneline.models.multimodal import LOADED_PARTS, text_config
+from tuneline.pipelines.plan.model_files import ModelFiles, Unknown
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.estimate import EXPERT_COUNTS, TOP_K, Experts, Shape
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.")
-_OTHER = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|router|gate)\.")
+_OTHER = re.compile(
+    r"(^|\.)(embed_tokens|position_embedding|lm_head|wte|word_embeddings|router|gate)\."
+)
 """Embeddings, the output layer and routers, which are not quantised."""
-_NOT_TEXT = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|multi_modal_projector)\.")
+_NOT_TEXT = re.compile(
+    r"(^|\.)(visual|vision\w*|audio\w*|embed_vision|embed_audio|multi_modal_projector)(\.|$)"
+)
 _EXTRA = re.compile(r"(^|\.)mtp\.")
 _ROUTING = re.compile(r"\.(\w*expert_gate|indexer)\.")
+_SHARED = re.compile(r"\.shared_experts?\.up_proj$")
+_STATE = re.compile(r"\.(linear_attn|mamba|mixer)\.")
+"""Layers that pass a state along the sequence."""
 _NOT_A_WEIGHT = re.compile(
     r"(inv_freq|_scales|scale_inv|[a-z]_scale|absmax|quant_map|SCB|weight_format)$|quant_state"
 )
@@ -50,6 +59,14 @@ class ModelFacts:
     """Sizes of the layers with routed experts; None if the model has none."""
     sizes: dict[str, int]
     """Widths that `Shape` names, from config.json."""
+    modules: dict[str, int]
+    """Number of parameters of each module that has any, by its name."""
+    is_fused: bool
+    """Whether the family has fused layers."""
+    has_linear_attention: bool = False
+    """Whether some layers pass a state along the sequence instead of attending to it."""
+    num_encoders: int = 0
+    """Parameters of the encoders of images and sounds, which are not trained."""
 
     def shape(self, lora: LoraConfig) -> Shape:
         """Return the shape of the model with an adapter."""
@@ -62,33 +79,33 @@ class ModelFacts:
             **self.sizes,
             num_quantized=self.num_parameters - self.num_other,
             num_other=self.num_other,
-            num_adapter=lora.r * sides,
+            num_adapter=lora.r * sides
+            + sum(
+                count for name, count in self.modules.items() if _is_any(name, lora.modules_to_save)
+            ),
             experts=self.experts,
+            is_fused=self.is_fused,
         )
-
-
-def facts_or_reason(recipe: Recipe) -> ModelFacts | str:
-    """Return the sizes of the recipe's base model, or why they are not known."""
-    try:
-        return model_facts(read_model(recipe.base_model, revision=recipe.fetch.revision))
-    except Unknown as reason:
-        return str(reason)
 
 
 def model_facts(files: ModelFiles) -> ModelFacts:
     """Return the sizes of a model.
 
     Raises:
-        Unknown: config.json lacks the usual keys.
+        Unknown: config.json lacks the usual keys, or the tensors are not known.
     """
-    config = files.config
-    text = config.get("text_config") or config
-    sizes = _sizes(text)
-    tensors = dict(_tensors(files, sizes["num_layers"]))
+    if files.problem:
+        raise Unknown(files.problem)
+    text = text_config(files.config)
+    num_layers = _number(text, "num_hidden_layers")
+    tensors = dict(_tensors(files, num_layers))
+    sizes = _sizes(text, num_layers, {name: shape for name, (_, shape) in tensors.items()})
     linears, num_in_experts, num_quantized = [], 0, 0
+    modules: Counter[str] = Counter()
     expert_layers = set()
     for name, (count, shape) in tensors.items():
         layer = _LAYER.search(name)
+        modules[name.rpartition(".")[0]] += count
         if _EXPERT.search(name) and not name.endswith("bias"):
             num_in_experts += count
             num_quantized += count
@@ -102,8 +119,9 @@ def model_facts(files: ModelFiles) -> ModelFacts:
             linears.append(Linear(linear, count // outputs, outputs, is_text))
             if linear.endswith("qkv_proj"):
                 sizes["fused_qkv"] = outputs
-    num_parameters = sum(count for count, _ in tensors.values())
-    experts = _experts(text, sizes["hidden"], len(expert_layers), num_in_experts)
+    num_parameters = sum(modules.values())
+    shared = max((count for name, count in modules.items() if _SHARED.search(name)), default=0)
+    experts = _experts(text, sizes["hidden"], len(expert_layers), num_in_experts, shared)
     idle = 0.0
     if experts is not None:
         idle = num_in_experts * (1 - experts.top_k / experts.num_experts)
@@ -114,6 +132,10 @@ def model_facts(files: ModelFiles) -> ModelFacts:
         linears=tuple(linears),
         experts=experts,
         sizes=sizes,
+        modules=dict(modules),
+        is_fused=is_fused_family(str(text.get("model_type"))),
+        has_linear_attention=any(_STATE.search(name) for name in modules),
+        num_encoders=sum(count for name, count in modules.items() if _NOT_TEXT.search(name)),
     )
 
 
@@ -121,12 +143,20 @@ def _tensors(
     files: ModelFiles, num_layers: int
 ) -> Iterator[tuple[str, tuple[int, tuple[int, ...]]]]:
     """Yield name, number of parameters and shape of each weight that transformers loads."""
+    ties = text_config(files.config).get("tie_word_embeddings", False)
+    is_tied = files.config.get("tie_word_embeddings", ties)
+    is_text_alone = LOADED_PARTS.get(str(files.config.get("model_type"))) == "text"
     for name, (dtype, shape) in files.tensors.items():
         layer = _LAYER.search(name)
+        if is_text_alone and _NOT_TEXT.search(name):
+            continue
         is_extra = layer is not None and int(layer[1]) >= num_layers
         if _NOT_A_WEIGHT.search(name) or _EXTRA.search(name):
             continue
         if is_extra and not _NOT_TEXT.search(name):
+            continue
+        if is_tied and name.endswith("lm_head.weight"):
+            # Some files hold a tied matrix twice.
             continue
         count = math.prod(shape)
         if dtype == "U8":
@@ -135,27 +165,49 @@ def _tensors(
         yield _PACKED.sub("", name), (count, shape)
 
 
-def _sizes(text: dict[str, Any]) -> dict[str, int]:
-    """Return the widths that `Shape` names, from the config of the text model."""
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [name for name in names if not isinstance(text.get(name), int) or text[name] < 1]
-    if missing:
-        raise Unknown(f"its config.json has no {missing[0]}")
-    hidden, num_heads = text["hidden_size"], text["num_attention_heads"]
+def _number(text: dict[str, Any], name: str) -> int:
+    value = text.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise Unknown(f"its config.json has no {name}")
+    return value
+
+
+def _sizes(
+    text: dict[str, Any], num_layers: int, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """Return the widths that `Shape` names, from the config of the text model and its tensors.
+
+    A published config.json may leave out what its class has as defaults. Shapes do not, unless
+    weights are packed: then they have one column.
+    """
+    hidden = _number(text, "hidden_size")
+    stored = {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        is_text = not _NOT_TEXT.search(name) and not _EXPERT.search(name)
+        if len(shape) == 2 and shape[1] > 1 and is_text:
+            stored.setdefault(module, shape)
     latent = text.get("qk_nope_head_dim")
     if latent:
         # Latent attention: every head has its own keys.
-        head_dim, num_kv_heads = latent + (text.get("qk_rope_head_dim") or 0), num_heads
+        num_heads = _number(text, "num_attention_heads")
+        query = key_value = num_heads * (latent + (text.get("qk_rope_head_dim") or 0))
+    elif "o_proj" in stored and "k_proj" in stored:
+        query, key_value = stored["o_proj"][1], stored["k_proj"][0]
     else:
+        num_heads = _number(text, "num_attention_heads")
         head_dim = text.get("head_dim") or hidden // num_heads
-        num_kv_heads = text.get("num_key_value_heads") or num_heads
+        query = num_heads * head_dim
+        key_value = (text.get("num_key_value_heads") or num_heads) * head_dim
+    mlp = stored["up_proj"][0] if "up_proj" in stored else 4 * hidden
+    vocab = stored["embed_tokens"][0] if "embed_tokens" in stored else None
     return {
-        "num_layers": text["num_hidden_layers"],
+        "num_layers": num_layers,
         "hidden": hidden,
-        "query": num_heads * head_dim,
-        "key_value": num_kv_heads * head_dim,
-        "mlp": text.get("intermediate_size") or 4 * hidden,
-        "vocab": text["vocab_size"],
+        "query": query,
+        "key_value": key_value,
+        "mlp": text.get("intermediate_size") or mlp,
+        "vocab": vocab or _number(text, "vocab_size"),
     }
 
 
@@ -170,28 +222,43 @@ def _outputs(linear: str, count: int, sizes: dict[str, int]) -> int:
 
 
 def _experts(
-    text: dict[str, Any], hidden: int, num_layers: int, num_weights: int
+    text: dict[str, Any], hidden: int, num_layers: int, num_weights: int, num_shared: int
 ) -> Experts | None:
+    """Return the sizes of the layers with experts; None if there are none, or are not known.
+
+    Args:
+        text: config of the text model.
+        hidden: width of the model.
+        num_layers: layers with experts.
+        num_weights: weights in all experts together.
+        num_shared: weights in one matrix of the shared experts of a layer.
+    """
     count = next((text[name] for name in EXPERT_COUNTS if text.get(name)), None)
     top_k = next((text[name] for name in TOP_K if text.get(name)), None)
     if not num_layers or not isinstance(count, int) or not isinstance(top_k, int):
         return None
     # Three matrices per expert: gate, up and down.
     width = round(num_weights / (num_layers * count * 3 * hidden))
-    shared = text.get("shared_expert_intermediate_size")
     return Experts(
         num_layers=num_layers,
         num_experts=count,
         top_k=min(top_k, count),
         width=width,
-        shared=shared or width * (text.get("n_shared_experts") or 0),
+        shared=num_shared // hidden,
     )
 
 
 def _is_adapted(layer: Linear, lora: LoraConfig) -> bool:
     targets = lora.target_modules
+    if _is_any(layer.name, lora.modules_to_save):
+        return False
     if targets == "all-linear":
         return True
     if targets == "auto":
         return layer.is_text
-    return any(f".{layer.name}".endswith(f".{name}") for name in targets)
+    return _is_any(layer.name, targets)
+
+
+def _is_any(module: str, names: Iterable[str]) -> bool:
+    """Return whether a recipe means a module by one of the names."""
+    return any(f".{module}".endswith(f".{name}") for name in names)

@@ -37,6 +37,8 @@ class ModelFiles:
     config: dict[str, Any]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     """Number format and shape of each tensor, by its name."""
+    problem: str = ""
+    """Why the tensors are not known, in words; empty if they are."""
 
 
 def read_model(source: str, *, revision: str | None = None) -> ModelFiles:
@@ -49,7 +51,7 @@ def read_model(source: str, *, revision: str | None = None) -> ModelFiles:
         revision: branch, tag or commit on the Hub; None: the default branch.
 
     Raises:
-        Unknown: the source is of another kind or cannot be read from here.
+        Unknown: the source is of another kind, or its config.json cannot be read from here.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -70,6 +72,15 @@ def _read(read: Callable[[str, int, int | None], bytes | None]) -> ModelFiles:
     if raw is None:
         raise Unknown("it has no config.json")
     config = _object(raw, "config.json")
+    try:
+        return ModelFiles(config=config, tensors=_tensors(read))
+    except Unknown as reason:
+        return ModelFiles(config=config, tensors={}, problem=str(reason))
+
+
+def _tensors(
+    read: Callable[[str, int, int | None], bytes | None],
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     index = read(INDEX_FILE, 0, None)
     files = [SINGLE_FILE]
     if index is not None:
@@ -79,13 +90,12 @@ def _read(read: Callable[[str, int, int | None], bytes | None]) -> ModelFiles:
         files = sorted({str(file) for file in weight_map.values()})
     with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
         headers = list(pool.map(lambda file: _header(file, read), files))
-    tensors = {
+    return {
         name: (str(entry["dtype"]), tuple(map(int, entry["shape"])))
         for header in headers
         for name, entry in header.items()
         if name != "__metadata__"
     }
-    return ModelFiles(config=config, tensors=tensors)
 
 
 def _header(file: str, read: Callable[[str, int, int | None], bytes | None]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from tuneline.html.units import duration, parameters, size
 from tuneline.pipelines.inputs import local_problems, prepare_upload
 from tuneline.pipelines.kube import Kube
 from tuneline.pipelines.needs import memory_of
+from tuneline.pipelines.plan.base_model import BaseModel, check_base_model
 from tuneline.pipelines.plan.check import Check, Verdict
 from tuneline.pipelines.plan.cluster import check_cluster
 from tuneline.pipelines.plan.disk import check_disks, check_files
@@ -43,7 +44,7 @@ def plan(
     recipe: Recipe,
     *,
     num_parameters: float | None = None,
-    model: ModelFacts | str | None = None,
+    model: BaseModel | None = None,
     price_per_gpu_hour: float | None = None,
     kube: Kube | None = None,
     account: str | None = None,
@@ -57,7 +58,7 @@ def plan(
         recipe: the recipe, with the placement that it will run with.
         num_parameters: parameters of the base model; None: those of `model`, or the number in the
             model's name.
-        model: sizes of the base model, or why they are not known; None: do not say so.
+        model: what is known of the base model; None: do not check it.
         price_per_gpu_hour: in any currency; None: train.price_per_hour of the recipe.
         kube: the cluster; None: check the recipe only.
         account: service account that the run will use; None if it is not known.
@@ -69,7 +70,7 @@ def plan(
     Raises:
         ClusterError: the cluster cannot be reached.
     """
-    facts = model if isinstance(model, ModelFacts) and num_parameters is None else None
+    facts = model.facts if model is not None and num_parameters is None else None
     if facts is not None:
         num_parameters = facts.num_parameters
     num_parameters = num_parameters or parameters_in_name(recipe.base_model)
@@ -79,15 +80,16 @@ def plan(
     checks += _data(recipe, has_pods=kube is not None)
     checks += _kernels(recipe, has_pods=kube is not None)
     checks += check_power(recipe)
+    is_refused = any(check.name == "model" and check.verdict == "fail" for check in checks)
+    if model is not None and not is_refused:
+        checks += check_base_model(recipe, num_parameters, model)
     if num_parameters is None:
         advice = "pass --parameters, e.g. --parameters 8e9"
         words = f"the name {recipe.base_model} does not give the number of parameters"
-        words += f", and {model}" if isinstance(model, str) else ""
+        words += f", and {model.reason}" if model is not None and model.reason else ""
         checks.append(Check("estimate", "unknown", words, advice))
     else:
         price = recipe.train.price_per_hour if price_per_gpu_hour is None else price_per_gpu_hour
-        if model is not None:
-            checks.append(_model(recipe, num_parameters, model))
         checks += _resources(recipe, estimate(recipe, num_parameters, facts), price, facts)
         checks += _host_memory(recipe, num_parameters, has_pods=kube is not None)
         if uploads_to_s3:
@@ -156,21 +158,6 @@ def _kernels(recipe: Recipe, *, has_pods: bool) -> Iterator[Check]:
         yield Check("kernels", "ok", words)
 
 
-def _model(recipe: Recipe, num_parameters: float, model: ModelFacts | str) -> Check:
-    """Say what is known of the base model."""
-    size_in_words = f"{parameters(num_parameters)} parameters"
-    if not isinstance(model, ModelFacts):
-        words = f"{recipe.base_model} is known by its name only, because {model}"
-        return Check("base model", "unknown", f"{words}: a Llama of {size_in_words} is assumed")
-    words = f"{recipe.base_model}: {size_in_words}"
-    if model.experts is not None:
-        words += (
-            f", of which {parameters(model.num_active)} compute each token: "
-            f"{model.experts.top_k} of {model.experts.num_experts} experts"
-        )
-    return Check("base model", "ok", words)
-
-
 def _resources(
     recipe: Recipe, estimated: Estimate, price: float | None, facts: ModelFacts | None
 ) -> Iterator[Check]:
@@ -204,8 +191,8 @@ def _time(recipe: Recipe, estimated: Estimate, price: float | None) -> Iterator[
     if estimated.tokens_per_second is None:
         return
     speed = f"{estimated.tokens_per_second:,.0f} tokens per second and GPU"
-    if estimated.num_active is not None:
-        speed = f"roughly {speed} (not measured for models with experts)"
+    if estimated.speed_note:
+        speed += f" ({estimated.speed_note})"
     if estimated.hours is None or estimated.gpu_hours is None:
         yield Check("time", "ok", f"{speed}; the number of tokens is known only with the data")
         return

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tuneline.errors import ClusterError, RecipeError, UserError
 from tuneline.pipelines.kube import Kube
+from tuneline.pipelines.plan.base_model import read_base_model
 from tuneline.pipelines.plan.check import Check, markdown_page
-from tuneline.pipelines.plan.model_facts import facts_or_reason
 from tuneline.pipelines.plan.plan import plan
 from tuneline.pods import POD_NAME_VARIABLE
 from tuneline.recipe import Recipe
@@ -83,7 +83,7 @@ def _parse(values: dict[str, object]) -> Recipe:
 
 def _checks(recipe: Recipe, *, uploads_to_s3: bool) -> list[Check]:
     namespace = own_namespace() if os.environ.get(POD_NAME_VARIABLE) else None
-    model = facts_or_reason(recipe)
+    model = read_base_model(recipe)
     check = partial(plan, recipe, model=model, uploads_to_s3=uploads_to_s3)
     if namespace is None:
         return check()
