@@ -70,9 +70,14 @@ def init(
         say(line)
     say(f"\nwrote {path.absolute()}; next:")
     name = shlex.quote(str(path))
-    say(f"  tuneline plan {name}    # checks model, data and target; estimates time and memory")
-    say(f"  tuneline run {name}     # trains and measures; Ctrl-C says how to go on")
-    say("  tuneline chat RUN    # talks to the model of the run")
+    commands = {
+        f"tuneline plan {name}": "checks model, data and target; estimates time and memory",
+        f"tuneline run {name}": "trains and measures; Ctrl-C says how to go on",
+        "tuneline chat RUN": "talks to the model; RUN is the directory that run prints",
+    }
+    width = max(map(len, commands))
+    for command, what in commands.items():
+        say(f"  {command.ljust(width)}  # {what}")
 
 
 def _parse_columns(texts: list[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuneline.artifacts import PREFERENCE_METHODS, Method
+from tuneline.gate.power import samples_for_margin
 from tuneline.pipelines.init.base import Base, Lengths
 from tuneline.pipelines.init.machine import Machine
 from tuneline.pipelines.init.rows import Rows, texts_of
@@ -84,7 +85,7 @@ def propose_settings(
         *_prepare(rows, base, lengths, on_cpu),
         *_train(rows, base, lengths, on_cpu),
         *_quantize(on_cpu),
-        *_evaluate(rows, on_cpu),
+        *_evaluate(rows, num_heldout(rows, on_cpu=on_cpu)),
         *_placement(machine, on_cpu),
     ]
 
@@ -206,6 +207,7 @@ def _train(rows: Rows, base: Base, lengths: Lengths, on_cpu: bool) -> Iterator[S
         yield Setting(
             "train.gradient_checkpointing", False, "memory is no concern at this size of a model"
         )
+    yield Setting("train.sample_tokens", 32, "of each sample answer in the report")
 
 
 def _steps_on_cpu(rows: Rows, lengths: Lengths, length: int) -> tuple[int, int | None]:
@@ -250,15 +252,23 @@ def _tasks(rows: Rows) -> tuple[list[str], str]:
     return tasks, why
 
 
-def _evaluate(rows: Rows, on_cpu: bool) -> Iterator[Setting]:
+def _evaluate(rows: Rows, held: int) -> Iterator[Setting]:
+    """Yield the settings of the evaluation and of the gate for a number of held-out rows."""
     tasks, why = _tasks(rows)
     yield Setting("evaluate.tasks", tasks, why)
+    yield Setting("evaluate.num_examples", 0, "8 also measures what examples in the prompt give")
     yield Setting(
         "gate.target_tasks",
         tasks[:1],
         "has to improve for the model to be published"
-        + ("; the others must not get worse" if tasks[1:] else ""),
+        + ("; the other must not get worse" if tasks[1:] else ""),
     )
+    if tasks[1:]:
+        margins = (hundredths / 100 for hundredths in range(5, 100))
+        margin = next((each for each in margins if samples_for_margin(each, 1) <= held), 1.0)
+        yield Setting(
+            "gate.max_regression", margin, f"the smallest loss that {held} questions can exclude"
+        )
 
 
 def _placement(machine: Machine, on_cpu: bool) -> Iterator[Setting]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from tuneline.errors import DataError, OutputExistsError, RecipeError, UserError
 from tuneline.pipelines.init.base import Base, Lengths, choose_base, measure
-from tuneline.pipelines.init.machine import Machine
 from tuneline.pipelines.init.findings import describe
+from tuneline.pipelines.init.machine import Machine
 from tuneline.pipelines.init.recipe_text import recipe_text
 from tuneline.pipelines.init.rows import Rows, look
 from tuneline.pipelines.init.settings import (
@@ -95,7 +95,7 @@ def init(
                 f"{MIN_ROWS} to train on some and to measure on others"
             )
         config = config.model_copy(update={"method": rows.proposal.method})
-        base = choose_base(base_model, machine, rows)
+        base = choose_base(base_model or given.get("base_model"), machine, rows)
         lengths = measure(base, rows, config)
     settings = propose_settings(
         rows, base, lengths, machine, name=name_of(source), dataset=_dataset(source, path)
@@ -147,11 +147,19 @@ def _with_given(settings: list[Setting], given: dict[str, Any]) -> list[Setting]
         if key in keys:
             kept[keys.index(key)] = new
             continue
-        # Behind the last setting of the same section, so that a section is written once.
-        section = key.rpartition(".")[0]
-        below = [i for i, other in enumerate(keys) if _is_in(other, section)]
-        kept.insert(below[-1] + 1 if below else len(kept), new)
+        kept.insert(_place(key, keys), new)
     return kept
+
+
+def _place(key: str, keys: list[str]) -> int:
+    """Return where a key belongs among others: behind those of its section, written only once."""
+    section = key
+    while section:
+        section = section.rpartition(".")[0]
+        below = [index for index, other in enumerate(keys) if _is_in(other, section)]
+        if below:
+            return below[-1] + 1
+    return len(keys)
 
 
 def _is_in(key: str, section: str) -> bool:
