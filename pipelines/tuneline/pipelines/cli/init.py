@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from tuneline.errors import UserError
+from tuneline.gpu_profiles import GPU_PROFILES
 from tuneline.pipelines.catalog import parse_assignments
 from tuneline.pipelines.cli.options import SetOption
 from tuneline.pipelines.cli.run import PANEL
@@ -43,6 +44,14 @@ def init(
             show_default="NAME.yaml, beside the data",
         ),
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROFILE",
+            help="Propose for a cluster with this kind of GPU instead of for this machine: "
+            f"{', '.join(GPU_PROFILES)}.",
+        ),
+    ] = None,
     columns: Annotated[
         list[str],
         typer.Option(
@@ -55,15 +64,17 @@ def init(
 ) -> None:
     """Look at rows, and write a commented recipe for them that runs as it stands."""
     # Imported here only, because transformers and pyarrow take seconds.
-    from tuneline.pipelines.init.machine import this_machine
+    from tuneline.pipelines.init.machine import node_of, this_machine
     from tuneline.pipelines.init.write import init as write_recipe
     from tuneline.pipelines.init.write import output_for
 
+    if profile is not None and profile not in GPU_PROFILES:
+        raise UserError(f"--profile {profile} is unknown: choose one of {', '.join(GPU_PROFILES)}")
     path = output_for(data, output)
     given = parse_assignments(set_)
     if columns:
         given["prepare.columns"] = _parse_columns(columns)
-    machine = this_machine()
+    machine = this_machine() if profile is None else node_of(profile)
     say(f"machine: {machine}")
     proposed = write_recipe(data, path, machine, base_model=base, given=given)
     for line in proposed.sentences():
@@ -75,6 +86,11 @@ def init(
         f"tuneline run {name}": "trains and measures; Ctrl-C says how to go on",
         "tuneline chat RUN": "talks to the model; RUN is the directory that run prints",
     }
+    if machine.is_elsewhere:
+        commands = {
+            f"tuneline plan {name} --cluster": "checks model, data, memory, and the cluster",
+            f"tuneline submit {name}": "starts a run on the cluster",
+        }
     width = max(map(len, commands))
     for command, what in commands.items():
         say(f"  {command.ljust(width)}  # {what}")

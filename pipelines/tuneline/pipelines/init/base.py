@@ -87,15 +87,18 @@ def choose_base(given: str | None, machine: Machine, rows: Rows) -> Base:
         except HubError as error:
             return Base(given, "", False, (str(error),))
         return Base(given, "", True)
-    if machine.gpu is not None:
-        source = _LARGE if machine.gpu_memory_gib >= _GIB_FOR_LARGE else _SMALL
-        try:
-            early.check(FetchConfig(), source=source)
-            return Base(source, f"fits {machine.gpu}; Apache-2.0; many languages", True)
-        except (HubError, ModelError, CredentialsError) as error:
-            remarks = (f"{source} would fit the GPU, but {error}",)
-            return _embedded("the Hub cannot be reached, and it needs no network", rows, remarks)
-    return _embedded("small enough for a CPU, and it needs no network", rows)
+    if machine.gpu is None:
+        return _embedded("small enough for a CPU, and it needs no network", rows)
+    source = _LARGE if machine.gpu_memory_gib >= _GIB_FOR_LARGE else _SMALL
+    why = f"fits {machine.gpu}; Apache-2.0; many languages"
+    try:
+        early.check(FetchConfig(), source=source)
+        return Base(source, why, True)
+    except (HubError, ModelError, CredentialsError) as error:
+        if machine.is_elsewhere:
+            return Base(source, why, False, (f"{source} could not be looked up: {error}",))
+        remark = f"{source} would fit the GPU, but {error}"
+        return _embedded("the Hub cannot be reached, and it needs no network", rows, (remark,))
 
 
 def _embedded(why: str, rows: Rows, remarks: tuple[str, ...] = ()) -> Base:

@@ -21,6 +21,8 @@ class Machine:
     num_gpus: int = 0
     gpu_memory_gib: float = 0.0
     """Memory of the first GPU."""
+    is_elsewhere: bool = False
+    """Whether it is a node of a cluster, and not this machine."""
 
     @property
     def profile(self) -> str | None:
@@ -32,7 +34,16 @@ class Machine:
         cores = f"{self.num_cpus} CPU core{'s' if self.num_cpus > 1 else ''}"
         if self.gpu is None:
             return f"{cores}, no NVIDIA GPU"
+        if self.is_elsewhere:
+            return f"a cluster with {self.gpu} GPUs of {self.gpu_memory_gib:.0f} GiB"
         return f"{self.num_gpus} x {self.gpu} with {self.gpu_memory_gib:.0f} GiB, {cores}"
+
+
+def node_of(profile: str) -> Machine:
+    """Return a node of a cluster with one GPU of a profile."""
+    gpu = GPU_PROFILES[profile]
+    name = gpu.products[0].replace("-", " ")
+    return Machine(gpu.node.vcpus, name, 1, gpu.gpu_memory_gib, is_elsewhere=True)
 
 
 def this_machine() -> Machine:

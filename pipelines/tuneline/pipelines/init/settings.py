@@ -29,6 +29,8 @@ _BATCH_ON_CPU, _PAIRS_ON_CPU = 2, 4
 _TOKENS_ON_CPU = 30_000
 """Number of tokens to train on: ten minutes with a model of 135M parameters on two cores."""
 _MIN_STEPS = 10
+_ENOUGH_STEPS = 50
+"""Optimizer steps below which a smaller batch is better than fewer steps."""
 _EPOCHS_ON_CPU = 3
 _EPOCHS_OF_FEW, _FEW = 3, 2_000
 """Passes over the rows if there are fewer rows than the second number; else one."""
@@ -85,7 +87,7 @@ def propose_settings(
         *_prepare(rows, base, lengths, on_cpu),
         *_train(rows, base, lengths, on_cpu),
         *_quantize(on_cpu),
-        *_evaluate(rows, num_heldout(rows, on_cpu=on_cpu)),
+        *_evaluate(rows, on_cpu),
         *_placement(machine, on_cpu),
     ]
 
@@ -188,12 +190,12 @@ def _train(rows: Rows, base: Base, lengths: Lengths, on_cpu: bool) -> Iterator[S
         yield Setting("train.learning_rate", _RATES_OF_EMBEDDED[method], why)
     else:
         yield Setting("train.learning_rate", "auto", "by method and number of rows")
+    value = _length(rows, lengths, on_cpu)[0]
+    length = value if isinstance(value, int) else lengths.recommended
     if not on_cpu:
-        epochs = _EPOCHS_OF_FEW if method == "sft" and rows.num_usable < _FEW else 1
-        yield Setting("train.num_train_epochs", epochs, "passes over the rows")
+        yield from _steps_on_gpu(rows, lengths, length)
         return
-    length = _length(rows, lengths, on_cpu)[0]
-    batch, steps = _steps_on_cpu(rows, lengths, length if isinstance(length, int) else 256)
+    batch, steps = _steps_on_cpu(rows, lengths, length)
     if steps is None:
         yield Setting("train.num_train_epochs", _EPOCHS_ON_CPU, "passes over the rows")
     else:
@@ -208,6 +210,20 @@ def _train(rows: Rows, base: Base, lengths: Lengths, on_cpu: bool) -> Iterator[S
             "train.gradient_checkpointing", False, "memory is no concern at this size of a model"
         )
     yield Setting("train.sample_tokens", 32, "of each sample answer in the report")
+
+
+def _steps_on_gpu(rows: Rows, lengths: Lengths, length: int) -> Iterator[Setting]:
+    """Yield settings with which a small dataset gives enough optimizer steps."""
+    method = rows.proposal.method
+    is_small = method == "sft" and rows.num_usable < _FEW
+    epochs = _EPOCHS_OF_FEW if is_small else 1
+    yield Setting("train.num_train_epochs", epochs, "passes over the rows")
+    if is_small:
+        yield Setting("train.packing", False, "few rows: packs of them would make few steps")
+    elif method not in PREFERENCE_METHODS:
+        num_packs = rows.num_usable * lengths.statistics.mean / length
+        batch = next((each for each in (8, 4, 2) if num_packs > _ENOUGH_STEPS * each), 1)
+        yield Setting("train.global_batch_size", batch, "packs of rows per optimizer step")
 
 
 def _steps_on_cpu(rows: Rows, lengths: Lengths, length: int) -> tuple[int, int | None]:
@@ -252,11 +268,13 @@ def _tasks(rows: Rows) -> tuple[list[str], str]:
     return tasks, why
 
 
-def _evaluate(rows: Rows, held: int) -> Iterator[Setting]:
-    """Yield the settings of the evaluation and of the gate for a number of held-out rows."""
+def _evaluate(rows: Rows, on_cpu: bool) -> Iterator[Setting]:
+    """Yield the settings of the evaluation and of the gate."""
     tasks, why = _tasks(rows)
     yield Setting("evaluate.tasks", tasks, why)
-    yield Setting("evaluate.num_examples", 0, "8 also measures what examples in the prompt give")
+    if on_cpu:
+        why = "8 also measures what examples in the prompt give, in minutes more"
+        yield Setting("evaluate.num_examples", 0, why)
     yield Setting(
         "gate.target_tasks",
         tasks[:1],
@@ -264,6 +282,7 @@ def _evaluate(rows: Rows, held: int) -> Iterator[Setting]:
         + ("; the other must not get worse" if tasks[1:] else ""),
     )
     if tasks[1:]:
+        held = num_heldout(rows, on_cpu=on_cpu)
         margins = (hundredths / 100 for hundredths in range(5, 100))
         margin = next((each for each in margins if samples_for_margin(each, 1) <= held), 1.0)
         yield Setting(

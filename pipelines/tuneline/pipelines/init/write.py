@@ -98,7 +98,7 @@ def init(
         base = choose_base(base_model or given.get("base_model"), machine, rows)
         lengths = measure(base, rows, config)
     settings = propose_settings(
-        rows, base, lengths, machine, name=name_of(source), dataset=_dataset(source, path)
+        rows, base, lengths, machine, name=name_of(path.name), dataset=_dataset(source, path)
     )
     heading = [
         f"Written by `tuneline init {redacted(source)}` for {machine}. Change what you like: "
