@@ -236,7 +236,7 @@ def test_too_few_rows_are_refused(tmp_path: Path) -> None:
 
 
 def test_without_the_hub_a_gpu_gets_the_embedded_model(tmp_path: Path) -> None:
-    """The whole command. The line is what nvidia-smi printed on a machine with one H100."""
+    """The whole command, with a line as nvidia-smi writes it with --format=csv,noheader,nounits."""
     write_csv(tmp_path / "rows.csv", QUESTIONS)
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\n")
@@ -252,7 +252,8 @@ def test_without_the_hub_a_gpu_gets_the_embedded_model(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "machine: 1 x NVIDIA H100 80GB HBM3 with 80 GiB" in done.stdout
-    assert "Qwen/Qwen2.5-7B-Instruct would fit the GPU, but http://127.0.0.1:9" in done.stdout
+    assert "Qwen/Qwen2.5-7B-Instruct would fit the GPU, but it could not be looked" in done.stdout
+    assert "at http://127.0.0.1:9: Connect" in done.stdout
     recipe = load_recipe(tmp_path / "rows.yaml", needs_files=True)
     assert recipe.base_model == "builtin:smollm2-135m" and recipe.prepare.template == "chatml"
     assert recipe.placement.profile == "local"

@@ -97,7 +97,7 @@ def choose_base(given: str | None, machine: Machine, rows: Rows) -> Base:
     except (HubError, ModelError, CredentialsError) as error:
         if machine.is_elsewhere:
             return Base(source, why, False, (f"{source} could not be looked up: {error}",))
-        remark = f"{source} would fit the GPU, but {error}"
+        remark = f"{source} would fit the GPU, but it could not be looked up: {error}"
         return _embedded("the Hub cannot be reached, and it needs no network", rows, (remark,))
 
 
