@@ -28,7 +28,7 @@ HEAVY_PATHS = tuple(
         *("kernels", "evaluate", "train/ranks", "train/trainjob", "quantize/test_pieces.py"),
         *("publish/test_card.py", "publish/test_publish.py"),
         *("gate/test_error_rates.py", "gate/test_power.py"),
-        *("pipelines/cli", "pipelines/kfp_client"),
+        *("pipelines/cli", "pipelines/kfp_client", "pipelines/init/test_init.py"),
         *("pipelines/test_gitops.py", "pipelines/test_kube_server.py"),
     )
 )

@@ -38,8 +38,8 @@ class Recipe(StrictModel):
     recipe are relative to the directory of its file."""
     dataset: str | None = None
     """Training data: a Hub ID, a file, a directory, a glob of files, an address in a store (s3://,
-    gs://, abfs://, oci://, https://, hf://), claim:NAME/PATH for a path on a claim, or
-    builtin:kubernetes-quantities. Give either this key or `datasets`."""
+    gs://, abfs://, oci://, https://, hf://), claim:NAME/PATH for a path on a claim, or builtin:NAME
+    for generated rows, e.g. builtin:support-answers. Give either this key or `datasets`."""
     datasets: list[DatasetConfig] = []
     """Several datasets with weights, instead of `dataset`."""
     publish_to: str

@@ -33,15 +33,14 @@ def convert(path: Path, target: Path) -> str | None:
     # Imported here because torch and transformers take seconds, and most models need neither.
     import torch
     from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     auto: Any = AutoModelForCausalLM  # Its annotation leaves out `output_loading_info`.
     try:
         reader = GGUFReader(path)
         fields = reader.fields
-        pre_tokenizer = fields.get("tokenizer.ggml.pre")
         licence = fields.get("general.license")
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = _read_tokenizer(path, reader)
         model, report = auto.from_pretrained(
             path.parent,
             gguf_file=path.name,
@@ -63,12 +62,44 @@ def convert(path: Path, target: Path) -> str | None:
         parameters = config.rope_parameters
         parameters.get("full_attention", parameters).update(scaling)
         logger.info("%s scales rotary embeddings: %s", path.name, scaling)
-    _complete(tokenizer, pre_tokenizer.contents() if pre_tokenizer else "default")
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     _forget_loading(target / "tokenizer_config.json")
     return licence.contents() if licence else None
+
+
+def write_tokenizer(path: Path, target: Path) -> None:
+    """Write the tokenizer and the config of the model in `path` to `target`, but no weights.
+
+    Raises:
+        ModelError: the file is broken or of an architecture that transformers does not know.
+    """
+    check_header(path)
+    from gguf import GGUFReader
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = _read_tokenizer(path, GGUFReader(path))
+    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        raise ModelError(
+            f"the tokenizer of {path} cannot be read ({' '.join(str(error).split())})"
+        ) from error
+    tokenizer.model_max_length = config.max_position_embeddings
+    config.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    _forget_loading(target / "tokenizer_config.json")
+
+
+def _read_tokenizer(path: Path, reader: Any) -> Any:
+    """Return the tokenizer in a GGUF file, which `reader` has open."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    pre_tokenizer = reader.fields.get("tokenizer.ggml.pre")
+    _complete(tokenizer, pre_tokenizer.contents() if pre_tokenizer else "default")
+    return tokenizer
 
 
 def _complete(tokenizer: Any, pre_tokenizer: str) -> None:

@@ -116,6 +116,26 @@ def commit_of(repo: str, *, revision: str | None) -> str:
         return str(info.sha)
 
 
+def download_tokenizer(repo: str, *, revision: str | None) -> Path:
+    """Download the tokenizer and the config of `repo` to the Hub's local cache.
+
+    Raises:
+        ModelError: there is no such model or revision.
+        CredentialsError: the model is gated or private.
+        HubError: the Hub could not be reached, or answered with an error.
+    """
+    wanted = {**_wanted(revision, with_code=False), "ignore_patterns": [*_IGNORED, "*.safetensors"]}
+    if constants.HF_HUB_OFFLINE:
+        return _in_cache(repo, revision, wanted)
+    with _translated_errors(repo, revision):
+        return Path(
+            retrying(
+                f"download the tokenizer of {repo} from {constants.ENDPOINT}",
+                lambda: snapshot_download(repo, **wanted),
+            )
+        )
+
+
 def _wanted(revision: str | None, with_code: bool) -> dict[str, Any]:
     return {
         "revision": revision,

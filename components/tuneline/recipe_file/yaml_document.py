@@ -96,6 +96,15 @@ def dump_document(values: Any) -> str:
     return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
+def dump_value(value: Any) -> str:
+    """Return a plain value as YAML on one line, e.g. [a, b], that all readers read alike."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True,
+        width=float("inf"),
+    )  # fmt: skip
+    return str(text).removesuffix("\n").removesuffix("\n...")
+
+
 def decode(content: bytes, where: str) -> str:
     """Return the text of a file in UTF-8, or in UTF-16 with a byte order mark.
 

@@ -1,6 +1,7 @@
 """The shipped recipes, and how a command finds and overrides a recipe."""
 
 from pathlib import Path
+from typing import Any
 
 from tuneline.errors import RecipeError
 from tuneline.recipe import Recipe, load_recipe
@@ -35,18 +36,7 @@ def find_recipe(name: str, assignments: list[str], *, is_local: bool = False) ->
         RecipeError: the recipe does not exist, the recipe or an assignment is not valid, or one
             names a file that does not exist.
     """
-    overrides = {}
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"--set {assignment}: write KEY=VALUE, e.g. train.max_steps=60")
-        try:
-            overrides[key.strip()] = parse_document(value, f"--set {key}").values
-        except RecipeError:
-            raise RecipeError(
-                f"--set {assignment}: the value is not YAML; quote text that has brackets, braces "
-                "or colons in it, e.g. 'description=\"a: b\"'"
-            ) from None
+    overrides = parse_assignments(assignments)
     shipped = is_shipped(name)
     path = RECIPES_DIR / f"{name}.yaml" if shipped else Path(name)
     if not path.exists():
@@ -59,3 +49,24 @@ def find_recipe(name: str, assignments: list[str], *, is_local: bool = False) ->
         is_local=is_local,
         needs_files=True,
     )
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """Return the values of --set KEY=VALUE by dotted key.
+
+    Raises:
+        RecipeError: an assignment is not KEY=VALUE, or its value is not YAML.
+    """
+    overrides: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {assignment}: write KEY=VALUE, e.g. train.max_steps=60")
+        try:
+            overrides[key.strip()] = parse_document(value, f"--set {key}").values
+        except RecipeError:
+            raise RecipeError(
+                f"--set {assignment}: the value is not YAML; quote text that has brackets, braces "
+                "or colons in it, e.g. 'description=\"a: b\"'"
+            ) from None
+    return overrides

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuneline.errors import DataError
-from tuneline.prepare.sources import quantities
+from tuneline.prepare.sources import quantities, support
 from tuneline.prepare.sources.row import DEFAULT_SPLIT, Remarks, Selection, SourceRow
 from tuneline.runtime.source_names import builtin_name, list_builtins
 
@@ -23,7 +23,12 @@ class Builtin:
 DATE = datetime.date(2026, 1, 1)
 """Date that a chat template shows for built-in datasets."""
 
-BUILTINS = {"kubernetes-quantities": Builtin(quantities.rows, quantities.NUM_HELDOUT)}
+BUILTINS = {
+    "kubernetes-quantities": Builtin(quantities.rows, quantities.NUM_HELDOUT),
+    "support-answers": Builtin(support.answers, support.NUM_HELDOUT),
+    "support-preferences": Builtin(support.preferences, support.NUM_HELDOUT),
+    "support-documents": Builtin(support.documents, support.NUM_HELDOUT),
+}
 
 
 def find_builtin(source: str) -> Builtin | None:

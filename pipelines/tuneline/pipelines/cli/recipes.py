@@ -1,5 +1,6 @@
 """The commands for recipes: recipes, compile, schema."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Annotated
@@ -7,13 +8,14 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
-from tuneline.errors import RecipeError
+from tuneline.errors import OutputExistsError, RecipeError, UserError
 from tuneline.pipelines.catalog import RECIPES_DIR, find_recipe, shipped_recipes
 from tuneline.pipelines.cli.options import RecipeArgument, SetOption, complete_recipe
 from tuneline.pipelines.cli.run import PANEL
 from tuneline.pipelines.cli.terminal import console, say
 from tuneline.pipelines.recipe_reference import recipe_reference
 from tuneline.recipe import Recipe, load_recipe
+from tuneline.runtime.source_names import builtin_name
 
 app = typer.Typer()
 
@@ -29,8 +31,18 @@ def recipes(
             autocompletion=complete_recipe,
         ),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the generated rows of this recipe to a .csv or .jsonl file instead.",
+        ),
+    ] = None,
 ) -> None:
     """List the recipes that ship with tuneline, or print one as a start for your own."""
+    if data is not None:
+        _write_rows(name, data)
+        return
     if name is not None:
         if not (RECIPES_DIR / f"{name}.yaml").is_file():
             names = ", ".join(path.stem for path in shipped_recipes())
@@ -50,6 +62,44 @@ def recipes(
             loaded.description,
         )
     console.print(table)
+
+
+def _write_rows(name: str | None, path: Path) -> None:
+    """Write the generated rows of a shipped recipe to a file.
+
+    Raises:
+        RecipeError: the recipe has no generated rows.
+        UserError: the file's name does not end in .csv or .jsonl.
+        OutputExistsError: the file exists.
+    """
+    # Imported here only, because pyarrow takes a moment.
+    from tuneline.prepare.sources.builtin import find_builtin
+
+    generated = {
+        path.stem: loaded.dataset
+        for path in shipped_recipes()
+        if (loaded := load_recipe(path)).dataset and builtin_name(loaded.dataset) is not None
+    }
+    if name not in generated:
+        raise RecipeError(
+            f"--data needs a recipe whose rows are generated, not '{name or ''}': choose one of "
+            f"{', '.join(generated)}"
+        )
+    if path.suffix not in (".csv", ".jsonl"):
+        raise UserError(f"--data {path}: name a file that ends in .csv or .jsonl")
+    if path.exists():
+        raise OutputExistsError(f"{path} exists, and nothing is overwritten: name another file")
+    builtin = find_builtin(generated[name] or "")
+    assert builtin is not None
+    rows = list(builtin.rows())
+    with open(path, "x", encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    say(f"wrote {path.absolute()}: {len(rows)} rows")
 
 
 @app.command(name="compile", rich_help_panel=PANEL)

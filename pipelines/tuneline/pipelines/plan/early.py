@@ -42,7 +42,7 @@ def check_early(recipe: Recipe, *, is_local: bool, has_packages: bool = False) -
         has_packages: whether the steps have their packages anyway, e.g. in containers.
     """
     checks: list[Check] = []
-    with _no_retries():
+    with no_retries():
         for name, look, sources in (
             ("model", _model, [recipe.base_model]),
             ("data", _data, recipe.data_sources),
@@ -163,7 +163,7 @@ def _trackers(recipe: Recipe) -> Iterator[Check]:
 
 
 @contextlib.contextmanager
-def _no_retries() -> Iterator[None]:
+def no_retries() -> Iterator[None]:
     """Make one attempt per request in the body, because the steps are the ones to wait."""
     before = os.environ.get(SECONDS_VARIABLE)
     os.environ[SECONDS_VARIABLE] = "0"

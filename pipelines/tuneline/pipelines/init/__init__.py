@@ -1,0 +1,1 @@
+"""Look at rows and propose a recipe for them."""
