@@ -8,13 +8,24 @@ import typer
 from rich.console import Console
 
 from tuneline.errors import TunelineError, WorldError
-from tuneline.pipelines.cli import checks, cluster, compare, doctor, listing, recipes, run, runs
+from tuneline.pipelines.cli import (
+    chat,
+    checks,
+    cluster,
+    compare,
+    doctor,
+    listing,
+    recipes,
+    run,
+    runs,
+)
 from tuneline.runtime.printable import printable
 from tuneline.version import VERSION
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(run.app)
 app.add_typer(listing.app)
+app.add_typer(chat.app)
 app.add_typer(compare.app)
 app.add_typer(recipes.app)
 app.add_typer(checks.app)
