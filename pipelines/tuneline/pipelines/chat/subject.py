@@ -117,7 +117,7 @@ def _of_run(run: LocalRun, format: str | None) -> Subject:
     chosen = format or formats[0]
     if chosen not in formats:
         raise UserError(f"{run.name} has no {chosen}: choose --format from {', '.join(formats)}")
-    path = merged if chosen == MERGED else exports[chosen].resolve()
+    path = merged if chosen == MERGED else exports[chosen]
     assert path is not None
     kind: Literal["checkpoint", "gguf"] = "gguf" if path.suffix == ".gguf" else "checkpoint"
     title = KINDS["merged"].title if chosen == MERGED else chosen
@@ -158,14 +158,14 @@ def _from_path(path: Path, format: str | None) -> ModelFiles | None:
     from tuneline.fetch.gguf_header import check_header
 
     check_header(path)
-    return ModelFiles(path.resolve(), "gguf", path.stem)
+    return ModelFiles(path.absolute(), "gguf", path.stem)
 
 
 def _from_directory(path: Path, format: str | None) -> ModelFiles:
     files = sorted(path.glob("*.gguf"))
     named = [file for file in files if format is None or file.stem.endswith(format)]
     if len(named) == 1:
-        return ModelFiles(named[0].resolve(), "gguf", named[0].stem)
+        return ModelFiles(named[0].absolute(), "gguf", named[0].stem)
     if files:
         raise UserError(
             f"{path} has {', '.join(file.name for file in files)}: name one of these files, or the "
@@ -175,4 +175,4 @@ def _from_directory(path: Path, format: str | None) -> ModelFiles:
         raise ModelError(f"{path} is an adapter: name the merged model or a GGUF file of it")
     settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
     quantised = (quantization_in(settings) or {}).get("quant_method")
-    return ModelFiles(path.resolve(), "checkpoint", str(quantised or KINDS["merged"].title))
+    return ModelFiles(path.absolute(), "checkpoint", str(quantised or KINDS["merged"].title))

@@ -89,6 +89,11 @@ class LogSection:
         part = next((found[1] for line in self.lines[:80] if (found := _PART.match(line))), "")
         return f"{step} {part}".strip()
 
+    @property
+    def artifacts(self) -> list[Path]:
+        """Paths of the artifacts that the task took and made."""
+        return [Path(uri) for uri in _URI.findall("\n".join(self.lines))]
+
 
 @dataclass(frozen=True)
 class LocalRun:
@@ -140,9 +145,8 @@ class LocalRun:
         pipelines = sorted(self.directory.glob(f"{ARTIFACTS_DIR}/*/"))
         found = sorted(pipelines[-1].glob("*/*/")) if pipelines else []
         for section in self.sections():
-            for uri in _URI.findall("\n".join(section.lines)):
+            for place in section.artifacts:
                 # The copy of a record is beside the artifact that the record describes.
-                place = Path(uri)
                 found += [place] if place.is_dir() else sorted(place.parent.glob("*/"))
         return list(dict.fromkeys(found))
 
