@@ -1,18 +1,19 @@
 """A chat answers with the model as it was published, whichever library computes it."""
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from gguf import GGUFWriter
 
 from tuneline.errors import UserError
-from tuneline.models.sampling import PRESETS, Sampling, set_sampling
+from tuneline.models.sampling import PRESETS, UNLIMITED_TOP_K, Sampling, set_sampling
 from tuneline.pipelines.chat.session import Session
 from tuneline.pipelines.chat.settings import Settings, describe
-from tuneline.pipelines.chat.speakers import read_published
+from tuneline.pipelines.chat.speakers import read_context, read_published
 from tuneline.pipelines.chat.subject import ModelFiles, find_subject
-from tuneline.quantize.gguf import converter
 from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.proof.transformers_model import TransformersModel
 
@@ -101,21 +102,41 @@ def test_a_conversation_longer_than_the_context_is_refused(
         list(session.answer(session.voices[-1], long, session.settings))
 
 
-def test_a_file_samples_as_the_recipe_asked(merged_dir: Path, tmp_path: Path) -> None:
-    """merge.sampling reaches generation_config.json and, by the converter, a GGUF file."""
-    model = tmp_path / "model"
-    model.mkdir()
-    for path in merged_dir.iterdir():
-        if path.name != "generation_config.json":
-            (model / path.name).symlink_to(path)
-    set_sampling(model, "balanced")
-    converter.convert(model, tmp_path / "model.gguf", writes="vocabulary")
-    for files in (
-        ModelFiles(model, "checkpoint", "merged model"),
-        ModelFiles(tmp_path / "model.gguf", "gguf", "model"),
-    ):
-        found = read_published(files)
-        assert found.model_dump() == pytest.approx(PRESETS["balanced"].model_dump())
+def test_a_gguf_file_samples_as_its_metadata_say(tmp_path: Path) -> None:
+    """llama.cpp's converter writes these keys, with this package, from generation_config.json."""
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_context_length(4096)
+    writer.add_sampling_temp(0.5)
+    writer.add_sampling_top_k(50)
+    writer.add_sampling_top_p(0.9)
+    writer.add_sampling_penalty_repeat(1.1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    files = ModelFiles(tmp_path / "model.gguf", "gguf", "model")
+    assert read_published(files) == PRESETS["balanced"]
+    assert read_context(files) == 4096
+
+
+def test_a_checkpoint_samples_as_its_recipe_asked(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 4096}')
+    files = ModelFiles(tmp_path, "checkpoint", "merged model")
+    assert read_published(files).top_k == 1
+    for name, preset in PRESETS.items():
+        set_sampling(tmp_path, name)
+        assert read_published(files) == preset
+    assert read_context(files) == 4096
+
+
+def test_sampling_that_a_chat_cannot_express_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"do_sample": True, "temperature": 0.6, "top_k": 0, "min_p": 0.05, "num_beams": 1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    found = read_published(ModelFiles(tmp_path, "checkpoint", "merged model"))
+    assert found == Sampling(temperature=0.6, top_k=UNLIMITED_TOP_K)
+    assert "asks for min_p 0.05, which is not used" in caplog.text
 
 
 def test_numbers_replace_those_of_a_preset() -> None:
@@ -151,7 +172,11 @@ def test_the_models_of_a_run(run_dir: Path) -> None:
     ("name", "format", "message"),
     [
         ("{run}", "q4_k_m", r"tiny-run has no q4_k_m: choose --format from merged, f16"),
-        ("{tmp}", None, "is neither a run nor a model: it has no recipe.yaml, no config.json"),
+        (
+            "{tmp}/empty",
+            None,
+            "is neither a run nor a model: it has no recipe.yaml, no config.json",
+        ),
         ("{tmp}/none", None, "there is no run, directory or file"),
         ("{tmp}/broken.gguf", None, "broken.gguf is not a GGUF file"),
         ("{tmp}/two", None, "two has a-f16.gguf, a-q8_0.gguf: name one of these files"),
@@ -163,6 +188,7 @@ def test_what_is_no_model_is_explained(
     run_dir: Path, f16_dir: Path, tmp_path: Path, name: str, format: str | None, message: str
 ) -> None:
     (tmp_path / "broken.gguf").write_text("GUFF")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "two").mkdir()
     (file,) = f16_dir.glob("*.gguf")
     for copy in ("a-f16.gguf", "a-q8_0.gguf"):

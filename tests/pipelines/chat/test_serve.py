@@ -65,12 +65,6 @@ def test_a_streamed_chat_completion(port: int, run_dir: Path) -> None:
     assert hot["choices"][0]["message"]["content"] != streamed
 
 
-def test_a_request_that_is_no_json_is_refused(port: int) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", "/v1/chat/completions", "{", {"Content-Type": "application/json"})
-    assert connection.getresponse().status == 422
-
-
 def test_what_to_install_is_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"needs vLLM, which is not .* with --format \(f16\)"):

@@ -8,7 +8,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tuneline.pipelines.chat.session import Session
+from tuneline.pipelines.chat.session import Answer, Session, Voice
+from tuneline.pipelines.chat.settings import Settings
+from tuneline.pipelines.chat.speakers import Messages
 from tuneline.pipelines.chat.terminal import TerminalChat
 from tuneline.pipelines.cli import main
 
@@ -61,14 +63,24 @@ def test_a_conversation_and_its_commands(new_session: NewSession) -> None:
     assert "/reset           begin a new conversation" in notes
 
 
-def test_a_new_conversation_forgets(new_session: NewSession) -> None:
+def test_a_new_conversation_forgets(
+    new_session: NewSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session = new_session("f16")
-    plain = chat(session, "/system", "3Gi?").histories["tuned"]
-    again = chat(session, "3Gi?", "/reset", "3Gi?").histories["tuned"]
-    assert plain == again
-    talk = chat(session, "/system Answer in Korean.", "3Gi?")
-    assert session.system == "Answer in Korean."
-    assert talk.histories["tuned"] != plain
+    asked: list[Messages] = []
+
+    def answer(voice: Voice, messages: Messages, settings: Settings) -> Answer:
+        asked.append(messages)
+        return Session.answer(session, voice, messages, settings)
+
+    monkeypatch.setattr(session, "answer", answer)
+    chat(session, "3Gi?", "/reset", "4Gi?", "/system 짧게.", "5Gi?", "/system", "6Gi?")
+    assert [[message["content"] for message in messages] for messages in asked] == [
+        ["당신은 친절한 상담원입니다.", "3Gi?"],
+        ["당신은 친절한 상담원입니다.", "4Gi?"],
+        ["짧게.", "5Gi?"],
+        ["6Gi?"],
+    ]
 
 
 def test_two_models_answer_beside_or_below_each_other(new_session: NewSession) -> None:
@@ -77,9 +89,8 @@ def test_two_models_answer_beside_or_below_each_other(new_session: NewSession) -
     base, tuned = (narrow.histories[name][1]["content"] for name in ("base", "tuned"))
     lines = shown(narrow.out)
     assert lines == f"base (tiny)\n{base}\ntuned (f16)\n{tuned}\n"
-    wide = TerminalChat(
-        session, session.settings, out=screen(120, is_terminal=True), notes=screen()
-    )
+    out = screen(120, is_terminal=True)
+    wide = TerminalChat(session, session.settings, out=out, notes=screen())
     assert wide.ask("3Gi?") is False
     assert wide.histories == narrow.histories
     head = next(line for line in shown(out).splitlines() if "base (tiny)" in line)

@@ -99,7 +99,7 @@ def test_other_sites_get_no_answer(server: ChatServer) -> None:
     ("body", "message"),
     [
         (question(voice="other"), "there is no voice other: choose one of base, tuned"),
-        (question(messages=[]), "messages is an empty list"),
+        (question(messages=[]), "messages is [], but must be a list of mappings"),
         (question(sampling=GREEDY | {"temperature": 9}), "sampling.temperature is 9, but must be"),
         (question(max_tokens=0), "max_tokens is 0"),
         ("{", "JSON"),

@@ -40,7 +40,6 @@ class LlamaFile:
 
     Attributes:
         num_threads: number of CPU threads that the model computes on.
-        metadata: the file's metadata, all values as text.
         chat_template: chat template in the file; "" if the file has none.
         adds_bos: whether llama.cpp by default puts the BOS token before a prompt.
     """
@@ -93,8 +92,7 @@ class LlamaFile:
             ) from error
         self._vocab = llama_cpp.llama_model_get_vocab(self._model.model)
         self.adds_bos = bool(self._api.llama_vocab_get_add_bos(self._vocab))
-        self.metadata: dict[str, str] = self._model.metadata
-        self.chat_template = self.metadata.get(TEMPLATE_KEY, "")
+        self.chat_template = self._model.metadata.get(TEMPLATE_KEY, "")
 
     def __enter__(self) -> Self:
         return self
@@ -289,7 +287,7 @@ class LlamaFile:
         # Copy the logits, because the next call of llama_decode overwrites the buffer.
         logits: Array = numpy.ctypeslib.as_array(api.llama_get_logits(context), shape).copy()
         if not numpy.isfinite(logits).all():
-            is_f16 = self.metadata.get("general.file_type") == _F16
+            is_f16 = self._model.metadata.get("general.file_type") == _F16
             raise ProofError(
                 f"the export {self._name} computes logits that are not finite, where those of the "
                 "merged model are: "

@@ -6,6 +6,7 @@ from huggingface_hub import HfApi, snapshot_download
 
 from tuneline.errors import UserError
 from tuneline.fetch import hub
+from tuneline.pipelines.chat.subject import has_format
 
 
 def download(repo: str, format: str | None) -> Path:
@@ -26,7 +27,7 @@ def download(repo: str, format: str | None) -> Path:
     files = [name for name in names if name.endswith(".gguf")]
     if not files or any(name.endswith(".safetensors") for name in names):
         return hub.download(repo, revision=None, with_code=False).path
-    chosen = [name for name in files if format is None or name[: -len(".gguf")].endswith(format)]
+    chosen = [name for name in files if has_format(name, format)]
     if len(chosen) != 1:
         raise UserError(
             f"{repo} has {', '.join(files)}: name the end of one file's name with --format, e.g. "

@@ -29,13 +29,13 @@ _NUM_BATCH = 512
 """Tokens of a prompt that llama.cpp computes at a time."""
 _ANSWER = "ANSWER"
 _GGUF_SAMPLING = {
-    "temp": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "penalty_repeat": "repetition_penalty",
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
 }
-"""Key of a GGUF file below general.sampling -> name in generation_config.json."""
+"""Key of a GGUF file -> name in generation_config.json."""
 
 
 class Speaker(Protocol):
@@ -180,20 +180,24 @@ class GgufSpeaker:
         return ids[-1] if ids else None
 
 
-def _metadata(file: Path) -> dict[str, str]:
-    """Return the metadata of a GGUF file."""
-    # Imported here, because an installation without the extra gguf can talk to checkpoints.
-    from tuneline.quantize.gguf.llama_model import LlamaFile
+def _metadata(file: Path) -> dict[str, Any]:
+    """Return the metadata of a GGUF file but its lists, which are the vocabulary."""
+    # Imported here, because an installation without GGUF's packages can talk to checkpoints.
+    from gguf import GGUFReader, GGUFValueType
 
-    with LlamaFile(file, num_context=16, vocab_only=True) as header:
-        return header.metadata
+    return {
+        name: field.contents()
+        for name, field in GGUFReader(file).fields.items()
+        if GGUFValueType.ARRAY not in field.types
+    }
 
 
-def _gguf_settings(metadata: dict[str, str]) -> dict[str, Any]:
+def _gguf_settings(metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the sampling of a GGUF file, under the names of generation_config.json."""
     given = {
-        name: json.loads(metadata[f"general.sampling.{key}"])
+        # The file has float32; generation_config.json has the shortest number that rounds to it.
+        name: float(f"{metadata[key]:.6g}") if isinstance(metadata[key], float) else metadata[key]
         for key, name in _GGUF_SAMPLING.items()
-        if f"general.sampling.{key}" in metadata
+        if key in metadata
     }
     return {**given, "do_sample": bool(given)}

@@ -161,9 +161,14 @@ def _from_path(path: Path, format: str | None) -> ModelFiles | None:
     return ModelFiles(path.absolute(), "gguf", path.stem)
 
 
+def has_format(name: str, format: str | None) -> bool:
+    """Return whether a GGUF file's name ends with a format, in any case; None is every format."""
+    return format is None or name.lower().endswith(f"{format.lower()}.gguf")
+
+
 def _from_directory(path: Path, format: str | None) -> ModelFiles:
     files = sorted(path.glob("*.gguf"))
-    named = [file for file in files if format is None or file.stem.endswith(format)]
+    named = [file for file in files if has_format(file.name, format)]
     if len(named) == 1:
         return ModelFiles(named[0].absolute(), "gguf", named[0].stem)
     if files:

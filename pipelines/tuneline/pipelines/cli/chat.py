@@ -120,7 +120,7 @@ def chat(
     """
     if sum((web, serve, prompt is not None)) > 1:
         raise UserError("--web, --serve and --prompt exclude each other: give one of them")
-    if serve and (compare or base or system is not None or max_tokens is not None or seed):
+    if serve and (compare or base or system is not None or max_tokens or seed is not None):
         raise UserError(
             "--serve takes one model, a format, a port and the sampling; system message, length "
             "and seed are in each request"
@@ -132,16 +132,16 @@ def chat(
     from tuneline.pipelines.chat.settings import Settings
     from tuneline.pipelines.chat.subject import find_subject
 
-    compare = compare or base is not None
-    subject = find_subject(model, format=format, base=base, needs_base=compare)
     numbers = {
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,
         "repetition_penalty": repetition_penalty,
     }
-    # Refuses what is out of bounds before a model is loaded.
+    # Refuse what is out of bounds before a model is downloaded and loaded.
     Settings(Sampling()).with_numbers(preset, **numbers)
+    compare = compare or base is not None
+    subject = find_subject(model, format=format, base=base, needs_base=compare)
     if serve:
         _serve(subject, SERVE_PORT if port is None else port, preset, numbers)
         return

@@ -117,13 +117,20 @@ async function ask(voice, box, history, signal) {
 
 async function submit() {
   const content = text.value.trim();
-  if (!content || !form.reportValidity()) return;
+  if (!content) return;
+  if (!form.checkValidity()) {
+    byId("settings").open = true; // a browser cannot point at a field that is hidden
+    form.reportValidity();
+    return;
+  }
   text.value = "";
   fit();
   const controller = new AbortController();
   setRunning(controller);
   const answers = element("div", session.voices.length > 1 ? "answers two" : "answers");
-  log.append(element("div", "user", content), answers);
+  const asking = element("div", "user");
+  asking.append(element("h2", "hidden", "you"), element("p", "", content));
+  log.append(asking, answers);
   const asked = session.voices.map((voice) => {
     const history = histories[voice.name];
     history.push({ role: "user", content });
@@ -149,6 +156,7 @@ form.addEventListener("submit", (event) => {
   else submit();
 });
 text.addEventListener("input", fit);
+window.addEventListener("resize", fit);
 text.addEventListener("keydown", (event) => {
   // While an input method composes a syllable, Enter ends the syllable; Safari then says 229.
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
