@@ -15,6 +15,7 @@ from tuneline.errors import ModelError, ProofError
 from tuneline.models.likelihood import Pair, score_answers
 from tuneline.models.sampling import Sampling
 from tuneline.models.whole import load_whole
+from tuneline.quantize.machine import few_threads
 from tuneline.quantize.proof import widening
 from tuneline.quantize.proof.quality import Generation
 
@@ -186,7 +187,7 @@ class TransformersModel:
             try:
                 if seed is not None:
                     torch.manual_seed(seed)
-                with torch.inference_mode():
+                with few_threads(), torch.inference_mode():
                     output = self._model.generate(
                         batch,
                         attention_mask=torch.ones_like(batch),
