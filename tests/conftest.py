@@ -13,7 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tuneline.artifacts import DatasetManifest, LengthStatistics
+from tuneline.artifacts import DatasetManifest, LengthStatistics, MergeProof
 from tuneline.images import REGISTRY
 
 if not torch.cuda.is_available():
@@ -28,7 +28,7 @@ HEAVY_PATHS = tuple(
         *("kernels", "evaluate", "train/ranks", "train/trainjob", "quantize/test_pieces.py"),
         *("publish/test_card.py", "publish/test_publish.py"),
         *("gate/test_error_rates.py", "gate/test_power.py"),
-        *("pipelines/cli", "pipelines/kfp_client", "pipelines/init/test_init.py"),
+        *("pipelines/chat", "pipelines/cli", "pipelines/kfp_client", "pipelines/init/test_init.py"),
         *("pipelines/test_gitops.py", "pipelines/test_kube_server.py"),
     )
 )
@@ -69,14 +69,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("heavy")
 
 
+def shared_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a run of pytest, in which each of xdist's workers has its own."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session")
 def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model as the fetch step writes it, once for all test processes."""
-    base = tmp_path_factory.getbasetemp()
-    # pytest-xdist gives each worker a directory below that of the run.
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    path = shared / "smollm2"
-    with FileLock(shared / "smollm2.lock"):
+    path = shared_dir(tmp_path_factory) / "smollm2"
+    with FileLock(path.with_suffix(".lock")):
         if not path.is_dir():
             subprocess.run(
                 [
@@ -126,6 +129,45 @@ def tiny_model_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
         files=hash_files(path, leave_out={"origin.json"}),
     )
     (path / "origin.json").write_text(sealed_json(origin))
+    return path
+
+
+@pytest.fixture(scope="session")
+def merged_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as merge would leave it, once for all test processes."""
+    from tuneline.models.tokenizer_files import copy_tokenizer
+
+    path = shared_dir(tmp_path_factory) / "merged"
+    with FileLock(path.with_suffix(".lock")):
+        if path.is_dir():
+            return path
+        shutil.copytree(tiny_model_dir, path, ignore=shutil.ignore_patterns("origin.json"))
+        copy_tokenizer(tiny_model_dir, path)
+        MergeProof(
+            base="dequantized",
+            dtype="float32",
+            num_bytes=(path / "model.safetensors").stat().st_size,
+            num_shards=1,
+            num_merged_modules=14,
+            num_prompts=8,
+            max_logit_difference=0.01,
+            mean_kl=1e-4,
+            top1_agreement=1.0,
+            max_mean_kl=0.01,
+        ).write(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def f16_dir(merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The conversion that all formats share, once for all test processes."""
+    from tuneline.quantize.run import convert
+
+    path = shared_dir(tmp_path_factory) / "f16"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.is_dir():
+            convert(merged_dir=str(merged_dir), gguf_dir=str(path))
+    assert json.loads((path / "quantized.json").read_text())["format"] == "f16"
     return path
 
 

@@ -1,4 +1,3 @@
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,32 +6,9 @@ from typing import Any
 import pytest
 
 from tuneline.artifacts import HELDOUT_FILE, INPUT_IDS, TRAIN_FILE, MergeProof, write_jsonl
-from tuneline.models.tokenizer_files import copy_tokenizer
 from tuneline.quantize.proof import probes
-from tuneline.quantize.run import convert
 
 PROMPT = "<|im_start|>user\nHow many Mi are 3Gi?<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.fixture(scope="session")
-def merged_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as merge would leave it."""
-    path = tmp_path_factory.mktemp("quantize") / "merged"
-    shutil.copytree(tiny_model_dir, path, ignore=shutil.ignore_patterns("origin.json"))
-    copy_tokenizer(tiny_model_dir, path)
-    MergeProof(
-        base="dequantized",
-        dtype="float32",
-        num_bytes=(path / "model.safetensors").stat().st_size,
-        num_shards=1,
-        num_merged_modules=14,
-        num_prompts=8,
-        max_logit_difference=0.01,
-        mean_kl=1e-4,
-        top1_agreement=1.0,
-        max_mean_kl=0.01,
-    ).write(path)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -63,15 +39,6 @@ def dataset_dir(merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     pyarrow.parquet.write_table(pyarrow.table({INPUT_IDS: column}), path / TRAIN_FILE)
     row = {"prompt": PROMPT, "answer": "3072Mi", "end": "<|im_end|>", "question": "3Gi in Mi?"}
     write_jsonl(path / HELDOUT_FILE, [row])
-    return path
-
-
-@pytest.fixture(scope="session")
-def f16_dir(merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The conversion that all formats share."""
-    path = tmp_path_factory.mktemp("f16") / "gguf"
-    convert(merged_dir=str(merged_dir), gguf_dir=str(path))
-    assert json.loads((path / "quantized.json").read_text())["format"] == "f16"
     return path
 
 

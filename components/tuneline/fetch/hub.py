@@ -65,7 +65,7 @@ def download(
     if constants.HF_HUB_OFFLINE:
         path = _in_cache(repo, revision, wanted)
         return Snapshot(path, commit=path.name, licence=licence_of(path))
-    with _translated_errors(repo, revision):
+    with translated_errors(repo, revision):
         info = retrying(
             f"look up {repo} at {constants.ENDPOINT}",
             lambda: HfApi().model_info(repo, revision=revision),
@@ -108,7 +108,7 @@ def commit_of(repo: str, *, revision: str | None) -> str:
     """
     if constants.HF_HUB_OFFLINE:
         return _in_cache(repo, revision, _wanted(revision, with_code=False)).name
-    with _translated_errors(repo, revision):
+    with translated_errors(repo, revision):
         info = retrying(
             f"look up {repo} at {constants.ENDPOINT}",
             lambda: HfApi().model_info(repo, revision=revision),
@@ -156,7 +156,7 @@ def _in_cache(repo: str, revision: str | None, wanted: dict[str, Any]) -> Path:
 
 
 @contextlib.contextmanager
-def _translated_errors(repo: str, revision: str | None) -> Iterator[None]:
+def translated_errors(repo: str, revision: str | None) -> Iterator[None]:
     """Convert errors of huggingface_hub that the body raises to errors of tuneline."""
     try:
         yield

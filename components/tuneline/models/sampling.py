@@ -5,6 +5,7 @@ transformers and vLLM read this file, and llama.cpp's converter copies its value
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,6 +55,11 @@ _REPLACED = frozenset(
 )
 """Settings of generation_config.json that decide which token is taken."""
 
+UNLIMITED_TOP_K = 1 << 30
+"""A top_k above the size of every vocabulary."""
+_NEUTRAL = {"min_p": 0.0, "typical_p": 1.0, "num_beams": 1, "no_repeat_ngram_size": 0}
+"""Values of settings with which they change nothing."""
+
 
 def with_sampling(settings: dict[str, Any], sampling: Preset | Sampling) -> dict[str, Any]:
     """Return the content of a generation_config.json with another sampling."""
@@ -65,6 +71,29 @@ def with_sampling(settings: dict[str, Any], sampling: Preset | Sampling) -> dict
 def is_greedy(settings: dict[str, Any]) -> bool:
     """Return whether a generation_config.json asks for the most likely token."""
     return not settings.get("do_sample") or settings.get("top_k") == 1
+
+
+def published_sampling(settings: Mapping[str, Any]) -> tuple[Sampling, list[str]]:
+    """Return how a generation_config.json samples, and its settings that `Sampling` cannot express.
+
+    Numbers that the file lacks are the defaults of transformers, which `Sampling` has too.
+    """
+    if not settings.get("do_sample"):
+        settings = {"top_k": 1, "repetition_penalty": settings.get("repetition_penalty")}
+    numbers: dict[str, Any] = {}
+    left = []
+    for name in sorted(_REPLACED & settings.keys() - {"do_sample"}):
+        value = settings[name]
+        if name == "top_k" and isinstance(value, int) and value <= 0:
+            value = UNLIMITED_TOP_K  # vLLM and transformers write "no limit" so
+        if value is None or _NEUTRAL.get(name) == value:
+            continue
+        try:
+            Sampling(**{name: value})
+            numbers[name] = value
+        except ValueError:
+            left.append(f"{name} {value}")
+    return Sampling(**numbers), left
 
 
 def set_sampling(directory: Path, sampling: Preset | Sampling) -> None:

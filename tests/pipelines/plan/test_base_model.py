@@ -35,7 +35,7 @@ from tuneline.pipelines.plan.plan import plan
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.shape import model_shape
 
-RESULTS = Path(__file__).parents[3] / "kernels/benchmarks/results/experts_step_h100.csv"
+RESULTS = Path(__file__).parents[3] / "kernels/benchmarks/results/scaled_step_h100.csv"
 
 
 def facts_of(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> ModelFacts:

@@ -1,6 +1,8 @@
 """Load a GGUF file with llama.cpp to tokenise, render chats, generate and compute logits."""
 
+import codecs
 import time
+from collections.abc import Collection, Generator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -13,6 +15,7 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from tuneline.errors import ProofError
 from tuneline.models.chat_templates import REFUSALS
 from tuneline.models.likelihood import Pair, Tokens
+from tuneline.models.sampling import Sampling
 from tuneline.quantize.machine import num_threads
 from tuneline.quantize.proof.quality import Generation
 
@@ -21,6 +24,8 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 
 _F16 = "1"
 """Value of general.file_type for files in f16 (llama.cpp's LLAMA_FTYPE_MOSTLY_F16)."""
+_RANDOM_SEED = llama_cpp.LLAMA_DEFAULT_SEED
+"""Value with which llama.cpp draws a seed itself."""
 _DECODE_ADVICE = {
     1: "its context has no room for them, which is a fault of tuneline: report it",
     -2: "memory could not be allocated; raise the memory limit of quantize-gguf",
@@ -31,7 +36,7 @@ Array = numpy.typing.NDArray[Any]
 
 
 class LlamaFile:
-    """A GGUF model that llama.cpp has loaded on the CPU; use it in a `with` statement.
+    """A GGUF model that llama.cpp has loaded; use it in a `with` statement.
 
     Attributes:
         num_threads: number of CPU threads that the model computes on.
@@ -45,6 +50,7 @@ class LlamaFile:
         *,
         num_context: int,
         num_batch: int | None = None,
+        num_gpu_layers: int = 0,
         vocab_only: bool = False,
     ) -> None:
         """Load `file` with a context of `num_context` tokens.
@@ -54,6 +60,8 @@ class LlamaFile:
             num_context: context length. Some models compute with other rotary angles if it exceeds
                 the length that they were first trained with.
             num_batch: largest number of tokens to compute at a time; None: `num_context`.
+            num_gpu_layers: number of layers to compute on a GPU if this build of llama.cpp can; -1
+                is all.
             vocab_only: whether to load the tokenizer and the metadata only.
 
         Raises:
@@ -69,7 +77,9 @@ class LlamaFile:
                 n_ctx=num_context,
                 n_batch=num_batch,
                 n_ubatch=num_batch,
-                n_gpu_layers=0,
+                n_gpu_layers=num_gpu_layers,
+                # Penalties of `stream` concern the whole text, as in transformers.
+                last_n_tokens_size=num_context,
                 vocab_only=vocab_only,
                 n_threads=self.num_threads,
                 n_threads_batch=self.num_threads,
@@ -93,6 +103,10 @@ class LlamaFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model."""
         self._model.close()
 
     def tokenise(self, text: str) -> list[int]:
@@ -115,8 +129,12 @@ class LlamaFile:
         """Return whether llama.cpp stops generating after `token`."""
         return bool(self._api.llama_vocab_is_eog(self._vocab, token))
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        """Return a conversation rendered by the file's chat template, with a generation prompt.
+    def render(self, messages: list[dict[str, str]], *, for_answer: bool = True) -> str:
+        """Return a conversation rendered by the file's chat template.
+
+        Args:
+            messages: the conversation.
+            for_answer: whether to end with the generation prompt.
 
         Raises:
             ValueError: the template rejects the conversation.
@@ -125,6 +143,7 @@ class LlamaFile:
             template=self.chat_template,
             bos_token=self._text_of(self._model.token_bos()),
             eos_token=self._text_of(self._model.token_eos()),
+            add_generation_prompt=for_answer,
         )
         try:
             return formatter(messages=messages).prompt  # type: ignore[arg-type]
@@ -183,6 +202,56 @@ class LlamaFile:
             step = ids[-1:]
         text = self._model.detokenize(ids, prev_tokens=prompt_ids).decode(errors="replace")
         return Generation(prompt_ids=prompt_ids, ids=ids, text=text)
+
+    def stream(
+        self,
+        prompt_ids: list[int],
+        *,
+        num_tokens: int,
+        sampling: Sampling,
+        seed: int | None = None,
+        ends: Collection[int] = (),
+    ) -> Generator[str, None, bool]:
+        """Generate, and yield the text as it grows; no character is cut.
+
+        llama.cpp keeps the tokens that a prompt shares with the text before it.
+
+        Args:
+            prompt_ids: the prompt.
+            num_tokens: largest number of tokens to generate.
+            sampling: how to take a token; with top_k 1, the most likely one.
+            seed: seed of the draws; None: a new one.
+            ends: tokens to stop at in addition to those of the file.
+
+        Returns:
+            Whether the answer ended with a stop token, not with `num_tokens`.
+        """
+        model = self._model
+        model.set_seed(_RANDOM_SEED if seed is None else seed)
+        tokens = model.generate(
+            prompt_ids,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=0.0,
+            temp=0.0 if sampling.top_k == 1 else sampling.temperature,
+            repeat_penalty=sampling.repetition_penalty,
+        )
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # Some tokenizers drop the space before the first token of a text.
+        before = prompt_ids[-1:]
+        for number, token in enumerate(tokens, 1):
+            if self.is_stop(token) or token in ends:
+                break
+            text = decoder.decode(model.detokenize([token], prev_tokens=before))
+            before = [token]
+            if text:
+                yield text
+            if number == num_tokens:
+                return False
+        rest = decoder.decode(b"", final=True)
+        if rest:
+            yield rest
+        return True
 
     def tokens_per_second(self, ids: list[int], *, num_tokens: int) -> float:
         """Measure the speed of `num_tokens` single-token steps after a prompt of `ids`."""

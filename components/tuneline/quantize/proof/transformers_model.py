@@ -1,17 +1,21 @@
 """Load a model directory with transformers to tokenise, generate and compute logits."""
 
 import json
+import threading
 import time
 from collections import Counter
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GPTQConfig
+from transformers import AutoTokenizer, GenerationConfig, GPTQConfig, TextIteratorStreamer
 
 from tuneline.errors import ModelError, ProofError
 from tuneline.models.likelihood import Pair, score_answers
+from tuneline.models.sampling import Sampling
 from tuneline.models.whole import load_whole
+from tuneline.quantize.machine import few_threads
 from tuneline.quantize.proof import widening
 from tuneline.quantize.proof.quality import Generation
 
@@ -133,6 +137,79 @@ class TransformersModel:
         ids = output.sequences[0, len(prompt_ids) :].tolist()
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         return Generation(prompt_ids=prompt_ids, ids=ids, text=text, logits=logits.numpy())
+
+    def stream(
+        self,
+        prompt_ids: list[int],
+        *,
+        num_tokens: int,
+        sampling: Sampling,
+        seed: int | None = None,
+        ends: Collection[int] = (),
+    ) -> Generator[str, None, bool]:
+        """Generate, and yield the text as it grows, word by word.
+
+        A consumer that closes the generator ends the computation.
+
+        Args:
+            prompt_ids: the prompt.
+            num_tokens: largest number of tokens to generate.
+            sampling: how to take a token; with top_k 1, the most likely one.
+            seed: seed of the draws; None: go on with the present state.
+            ends: tokens to stop at in addition to `stop_ids`.
+
+        Returns:
+            Whether the answer ended with a stop token, not with `num_tokens`.
+        """
+        stops = sorted({*self.stop_ids, *ends})
+        is_greedy = sampling.top_k == 1
+        # transformers warns of numbers for sampling if it does not sample.
+        numbers = sampling.model_dump() if not is_greedy else {}
+        config: Any = GenerationConfig
+        settings = config(
+            **numbers | {"repetition_penalty": sampling.repetition_penalty},
+            do_sample=not is_greedy,
+            max_new_tokens=num_tokens,
+            eos_token_id=stops or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        streamer: Any = TextIteratorStreamer(
+            self.tokenizer,
+            skip_prompt=True,
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        batch = torch.tensor([prompt_ids], device=self._model.device)
+        closed = threading.Event()
+        outcome: list[Any] = []
+
+        def generate() -> None:
+            try:
+                if seed is not None:
+                    torch.manual_seed(seed)
+                with few_threads(), torch.inference_mode():
+                    output = self._model.generate(
+                        batch,
+                        attention_mask=torch.ones_like(batch),
+                        generation_config=settings,
+                        streamer=streamer,
+                        stopping_criteria=[lambda *_: closed.is_set()],
+                    )
+                outcome.append(int(output[0, -1]) in stops)
+            except Exception as error:  # raised below, in the thread of the consumer
+                outcome.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        try:
+            yield from filter(None, streamer)
+        finally:
+            closed.set()
+            thread.join()
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return bool(outcome[0])
 
     def tokens_per_second(self, ids: list[int], *, num_tokens: int) -> float:
         """Measure the speed of `num_tokens` single-token steps after a prompt of `ids`."""

@@ -1,15 +1,21 @@
 """The command that compares finished runs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Column, Table
+from rich.text import Text
 
 from tuneline.errors import UserError
 from tuneline.pipelines.cli.run import PANEL
 from tuneline.pipelines.cli.terminal import console, say
 from tuneline.pipelines.local.run_dir import require_local_run
+from tuneline.runtime.printable import printable
+
+MAX_RUNS = 4
+"""Largest number of runs: charts have so many colours."""
 
 app = typer.Typer()
 
@@ -35,16 +41,28 @@ def compare(
     from tuneline.pipelines.compare.differences import (
         figures,
         recipe_differences,
+        remarks,
         score_differences,
     )
     from tuneline.pipelines.compare.finished import read_finished
     from tuneline.pipelines.compare.page import SCORE_COLUMNS, render_comparison, score_row
 
-    if len(runs) < 2:
-        raise UserError("name at least two runs: tuneline runs lists them")
+    if not 2 <= len(runs) <= MAX_RUNS:
+        raise UserError(
+            f"{len(runs)} runs are named: name 2 to {MAX_RUNS}, which tuneline runs lists"
+        )
     if output.suffix not in (".html", ".htm"):
         raise UserError(f"--output {output}: name a file that ends in .html")
-    finished = [read_finished(require_local_run(name)) for name in runs]
+    local = [require_local_run(name) for name in runs]
+    if len({run.directory for run in local}) < len(local):
+        raise UserError(f"a run is named twice: {' '.join(runs)}")
+    finished = [read_finished(run) for run in local]
+    if len({run.name for run in finished}) < len(finished):
+        # Directories of the same name below several directories of runs.
+        finished = [
+            replace(run, name=str(each.directory))
+            for run, each in zip(finished, local, strict=True)
+        ]
     scores = [score_differences(finished[0], other) for other in finished[1:]]
     for other, (found, remark) in zip(finished[1:], scores, strict=True):
         say(f"{other.name} against {finished[0].name}:")
@@ -53,14 +71,17 @@ def compare(
         table = Table(*(Column(name, overflow="fold") for name in columns), box=None)
         for each in found:
             cells = dict(zip(SCORE_COLUMNS, score_row(each), strict=True))
-            table.add_row(*(cells[name] for name in columns))
+            table.add_row(*(Text(printable(cells[name])) for name in columns))
         console.print(table)
         if remark:
             say(remark)
     rows = [*recipe_differences(finished), *figures(finished)]
-    table = Table("", *(run.name for run in finished), box=None)
+    table = Table("", *(Column(run.name, overflow="fold") for run in finished), box=None)
     for row in rows:
-        table.add_row(row.name, *row.values)
+        # A value may look like rich's markup, or hold control characters.
+        table.add_row(*(Text(printable(text)) for text in (row.name, *row.values)))
     console.print(table)
+    for remark in remarks(finished):
+        say(remark)
     output.write_text(render_comparison(finished, scores), encoding="utf-8")
     say(f"page: {output.absolute()}")

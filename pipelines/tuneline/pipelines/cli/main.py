@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tuneline.errors import TunelineError, WorldError
 from tuneline.pipelines.cli import (
+    chat,
     checks,
     cluster,
     compare,
@@ -26,6 +27,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(init.app)
 app.add_typer(run.app)
 app.add_typer(listing.app)
+app.add_typer(chat.app)
 app.add_typer(compare.app)
 app.add_typer(recipes.app)
 app.add_typer(checks.app)

@@ -71,7 +71,10 @@ def figures(runs: Sequence[FinishedRun]) -> list[Difference]:
     return [
         row("verdict", (run.summary.verdict for run in runs)),
         row("dataset", (run.dataset.sha256[:12] for run in runs)),
+        row("sources", (_sources(run) for run in runs)),
         row("training rows", (count(run.dataset.num_train_rows) for run in runs)),
+        row("evaluation rows", (count(run.dataset.num_eval_rows) for run in runs)),
+        row("held-out rows", (count(run.dataset.num_heldout_rows) for run in runs)),
         row("training tokens", (count(run.dataset.num_tokens) for run in runs)),
         row("optimizer steps", (count(run.training.num_steps) for run in runs)),
         row("final training loss", (number(run.training.final_loss) for run in runs)),
@@ -80,6 +83,21 @@ def figures(runs: Sequence[FinishedRun]) -> list[Difference]:
         row("cost", (number(run.training.cost) for run in runs)),
         row("exports", (_exports(run) for run in runs)),
     ]
+
+
+def remarks(runs: Sequence[FinishedRun]) -> list[str]:
+    """Return sentences on what must not be compared although it has the same name."""
+    found = []
+    if len({run.training.base_sha256 for run in runs}) > 1:
+        found.append(
+            "The base models differ: a loss per token compares models with the same tokenizer only."
+        )
+    if len({run.dataset.sha256 for run in runs}) > 1:
+        found.append(
+            "The datasets differ, so losses are of different rows. Scores are compared on the same "
+            "samples."
+        )
+    return found
 
 
 def score_differences(first: FinishedRun, second: FinishedRun) -> tuple[list[ScoreDifference], str]:
@@ -143,6 +161,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 3]}..."
+
+
+def _sources(run: FinishedRun) -> str:
+    sources = run.dataset.sources
+    if not sources:
+        return run.dataset.source
+    return ", ".join(f"{each.source} ({count(each.num_train_rows)} rows)" for each in sources)
 
 
 def _exports(run: FinishedRun) -> str:

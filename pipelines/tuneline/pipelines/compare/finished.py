@@ -1,7 +1,6 @@
 """What a finished run on this machine left: recipe, records and the scores of every sample."""
 
 import contextlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +20,6 @@ from tuneline.pipelines.local.run_dir import RECIPE_FILE, LocalRun
 from tuneline.record import Record
 
 R = TypeVar("R", bound=Record)
-
-_URI = re.compile(r'"uri": "(/[^"]+)"')
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def read_finished(run: LocalRun) -> FinishedRun:
             f"{run.name} has not finished ({run.state()}), so it has no scores to compare: "
             f"tuneline resume {run.name}"
         )
-    places = [Path(uri) for uri in _URI.findall("\n".join(sections[-1].lines))]
+    places = sections[-1].artifacts
     scores = [
         (Scores.read(place), place) for place in places if (place / Scores.filename).is_file()
     ]

@@ -10,6 +10,7 @@ from tuneline.pipelines.compare.differences import (
     ScoreDifference,
     figures,
     recipe_differences,
+    remarks,
 )
 from tuneline.pipelines.compare.finished import FinishedRun
 
@@ -56,7 +57,8 @@ def render_comparison(
         if differing
         else section("What differs in the recipes", paragraph("nothing"))
     )
-    cards.append(section("What came of it", _table(figures(runs), names)))
+    said = [paragraph(remark, muted=True) for remark in remarks(runs)]
+    cards.append(section("What came of it", _table(figures(runs), names), *said))
     for title, key in (("Training loss", "loss"), ("Evaluation loss", "eval_loss")):
         series = {
             run.name: [

@@ -37,6 +37,7 @@ _BEGIN = re.compile(r"^[\d:.]+ - INFO - Executing task '([^']+)'")
 _END = re.compile(r"^[\d:.]+ - \w+ - Task '([^']+)' finished with status (\w+)")
 _PIPELINE = re.compile(r"^[\d:.]+ - INFO - Running pipeline: '")
 _PART = re.compile(r'^\s*"(?:label|format)": "([\w.-]+)"')
+_URI = re.compile(r'"uri": "(/[^"]+)"')
 _NUMBERED = re.compile(r"^(.+)-\d+$")
 _STOPPED_CODES = (130, 143)
 """Exit codes after Ctrl-C and SIGTERM."""
@@ -88,6 +89,11 @@ class LogSection:
         part = next((found[1] for line in self.lines[:80] if (found := _PART.match(line))), "")
         return f"{step} {part}".strip()
 
+    @property
+    def artifacts(self) -> list[Path]:
+        """Paths of the artifacts that the task took and made."""
+        return [Path(uri) for uri in _URI.findall("\n".join(self.lines))]
+
 
 @dataclass(frozen=True)
 class LocalRun:
@@ -129,6 +135,20 @@ class LocalRun:
         pipelines = sorted(self.directory.glob(f"{ARTIFACTS_DIR}/*/"))
         found = sorted(pipelines[-1].glob(f"*/*/{RunSummary.filename}")) if pipelines else []
         return found[-1] if found else None
+
+    def artifact_dirs(self) -> list[Path]:
+        """Return the directories of artifacts in the last attempt.
+
+        Its own come first, then those that its steps took from the cache, which are in directories
+        of earlier attempts or of other runs. The logs of the steps that used them say where.
+        """
+        pipelines = sorted(self.directory.glob(f"{ARTIFACTS_DIR}/*/"))
+        found = sorted(pipelines[-1].glob("*/*/")) if pipelines else []
+        for section in self.sections():
+            for place in section.artifacts:
+                # The copy of a record is beside the artifact that the record describes.
+                found += [place] if place.is_dir() else sorted(place.parent.glob("*/"))
+        return list(dict.fromkeys(found))
 
     def state(self) -> RunState:
         """Return whether the run is at work, or how it ended."""
@@ -204,12 +224,12 @@ def require_local_run(name: str) -> LocalRun:
     found = find_local_run(name)
     if found is not None:
         return found
-    runs = ", ".join(run.name for run in local_runs(RUNS_DIR)[:5])
+    runs = ", ".join(run.name for run in local_runs()[:5])
     hint = f"the newest below {RUNS_DIR}/ are {runs}" if runs else f"there is none in {RUNS_DIR}/"
     raise UserError(f"{name} is not a run: it has no {RECIPE_FILE}; {hint}")
 
 
-def local_runs(runs_dir: Path) -> list[LocalRun]:
+def local_runs(runs_dir: Path = RUNS_DIR) -> list[LocalRun]:
     """Return the runs below a directory, the newest first."""
     found = [path.parent for path in runs_dir.glob(f"*/{RECIPE_FILE}")]
     found.sort(key=lambda path: (path / RECIPE_FILE).stat().st_mtime, reverse=True)

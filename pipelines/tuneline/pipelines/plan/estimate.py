@@ -57,7 +57,7 @@ ROUTING_SECONDS = {
 """Seconds that each number in the rows which a layer copies to experts adds, by where the adapter
 is: on experts too, or only on attention. These are the values at which steps of Qwen3-30B-A3B take
 as long as on an H100; those of Mixtral-8x7B are then within 6 % of the measured ones
-(kernels/benchmarks/results/experts_step_h100.csv)."""
+(kernels/benchmarks/results/scaled_step_h100.csv)."""
 UNFUSED_EXPERTS_SLOWDOWN = 16_970 / 7_357
 """Slowdown of transformers' own layers around the kernels for experts, relative to fused layers;
 both recompute activations (call 1 of the same file)."""

@@ -1,0 +1,209 @@
+"""The command that talks to a model."""
+
+import contextlib
+import logging
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from tuneline.errors import UserError
+from tuneline.pipelines.cli.run import PANEL
+from tuneline.pipelines.cli.terminal import console, say
+
+if TYPE_CHECKING:
+    from tuneline.pipelines.chat.session import Session
+    from tuneline.pipelines.chat.settings import Settings
+    from tuneline.pipelines.chat.subject import Subject
+
+WEB_PORT, SERVE_PORT = 8765, 8000
+_CTRL_C = 130
+"""Exit code of programs that Ctrl-C stopped."""
+_NOTES = Console(stderr=True)
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel=PANEL)
+def chat(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="Local run (directory or name), directory of a model, .gguf file, or published "
+            "repository ORG/NAME.",
+            show_default=False,
+        ),
+    ],
+    format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="Export to talk to, e.g. q4_k_m.",
+            show_default="the merged model",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Answer this message and exit."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Let the base model answer too, side by side.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Model to compare with, a directory or a .gguf file; implies --compare.",
+            show_default="base model of the run",
+        ),
+    ] = None,
+    web: Annotated[
+        bool, typer.Option("--web", help="Talk on a page at 127.0.0.1 instead of the terminal.")
+    ] = False,
+    serve: Annotated[
+        bool,
+        typer.Option(
+            "--serve", help="Serve an OpenAI-compatible API at 127.0.0.1 (vLLM or llama.cpp)."
+        ),
+    ] = False,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=65535,
+            metavar="PORT",
+            help="Port of --web or --serve.",
+            show_default=f"{WEB_PORT} or {SERVE_PORT}",
+        ),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="System message.", show_default="prepare.system_prompt of the run"
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRESET",
+            help="Sampling: greedy, factual, balanced or creative.",
+            show_default="as published",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Divisor of the logits; 0 takes the likeliest token.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Probability of the likeliest tokens to draw from.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Number of the likeliest tokens to draw from.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Divisor of the logits of tokens that the text has.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="COUNT", help="Largest number of tokens per answer.", show_default="512"
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+) -> None:
+    """Talk to a tuned model in the terminal, on a local page, or through an API.
+
+    Answers are generated with the chat template, the stop tokens and the sampling that the model is
+    published with. Without a terminal, the standard input is the message.
+    """
+    if sum((web, serve, prompt is not None)) > 1:
+        raise UserError("--web, --serve and --prompt exclude each other: give one of them")
+    if serve and (compare or base or system is not None or max_tokens or seed is not None):
+        raise UserError(
+            "--serve takes one model, a format, a port and the sampling; system message, length "
+            "and seed are in each request"
+        )
+    if port is not None and not (web or serve):
+        raise UserError("--port is the port of --web or --serve: give one of them")
+    # Imported here only, because importing numpy and torch takes seconds.
+    from tuneline.models.sampling import Sampling
+    from tuneline.pipelines.chat.settings import Settings
+    from tuneline.pipelines.chat.subject import find_subject
+
+    numbers = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+    }
+    # Refuse what is out of bounds before a model is downloaded and loaded.
+    Settings(Sampling()).with_numbers(preset, **numbers)
+    compare = compare or base is not None
+    subject = find_subject(model, format=format, base=base, needs_base=compare)
+    if serve:
+        _serve(subject, SERVE_PORT if port is None else port, preset, numbers)
+        return
+    text = prompt
+    if text is None and not web and not sys.stdin.isatty():
+        text = sys.stdin.read().strip()
+        if not text:
+            raise UserError("the standard input is empty: pipe a message in, or give --prompt")
+    _quieten()
+    from tuneline.pipelines.chat.session import Session
+
+    if sys.stderr.isatty():
+        _NOTES.print(f"loading {subject.tuned.path}", markup=False, highlight=False)
+    session = Session(subject, compare=compare)
+    settings = session.settings.with_numbers(preset, **numbers)
+    settings = replace(settings, max_tokens=max_tokens or settings.max_tokens, seed=seed)
+    if system is not None:
+        session.system = system or None
+    if web:
+        _show_page(session, settings, WEB_PORT if port is None else port)
+    else:
+        _talk(session, settings, text)
+
+
+def _talk(session: "Session", settings: "Settings", text: str | None) -> None:
+    """Answer one message, or hold a conversation if `text` is None."""
+    from tuneline.pipelines.chat.terminal import TerminalChat, read_line
+
+    talk = TerminalChat(session, settings, out=console, notes=_NOTES)
+    if text is not None:
+        if talk.ask(text):
+            raise typer.Exit(_CTRL_C)
+        return
+    talk.introduce()
+    talk.run(read_line)
+
+
+def _show_page(session: "Session", settings: "Settings", port: int) -> None:
+    from tuneline.pipelines.chat.web.server import ChatServer
+
+    with ChatServer(session, settings, port=port) as server:
+        say(f"{session.name}: {server.url}  (Ctrl-C ends)")
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+def _quieten() -> None:
+    """Keep what libraries log while they load out of the conversation."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _serve(
+    subject: "Subject", port: int, preset: str | None, numbers: dict[str, float | None]
+) -> None:
+    from tuneline.pipelines.chat.serve import check_can_serve, serve
+
+    check_can_serve(subject)
+    say(
+        f"{subject.name}: http://127.0.0.1:{port}/v1  (OpenAI-compatible; Ctrl-C ends)\n"
+        f"model: {subject.name} ({subject.tuned.title})"
+    )
+    serve(subject, port=port, preset=preset, numbers=numbers)

@@ -1,0 +1,75 @@
+"""llama-cpp-python's own server answers requests of OpenAI clients as the model was published."""
+
+import http.client
+import importlib.util
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuneline.errors import UserError
+from tuneline.models.sampling import PRESETS
+from tuneline.pipelines.chat import serve
+from tuneline.pipelines.chat.serve import check_can_serve, gguf_app
+from tuneline.pipelines.chat.subject import Subject, find_subject
+
+QUESTION = [{"role": "user", "content": "How many Mi are 3Gi?"}]
+
+
+def subject_of(run_dir: Path, format: str) -> Subject:
+    return find_subject(str(run_dir), format=format, base=None, needs_base=False)
+
+
+@pytest.fixture(scope="module")
+def port(run_dir: Path) -> Iterator[int]:
+    uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
+    app = gguf_app(subject_of(run_dir, "f16"), PRESETS["greedy"])
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.02)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join()
+
+
+def post(port: int, **body: Any) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    plain = {"model": "tiny-run", "messages": QUESTION, "max_tokens": 8}
+    content = json.dumps(plain | body)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", content, headers)
+    return connection.getresponse()
+
+
+def test_a_streamed_chat_completion(port: int, run_dir: Path) -> None:
+    events = [
+        line.decode().removeprefix("data: ").strip()
+        for line in post(port, stream=True)
+        if line.startswith(b"data: ")
+    ]
+    assert events[-1] == "[DONE]"
+    chunks = [json.loads(event) for event in events[:-1]]
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    streamed = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    # Requests that do not say how to sample are answered greedily, as the chat answers them.
+    whole = json.loads(post(port, temperature=None).read())
+    assert whole["choices"][0]["message"]["content"] == streamed != ""
+    hot = json.loads(post(port, temperature=2.0, top_k=0, seed=1).read())
+    assert hot["choices"][0]["message"]["content"] != streamed
+
+
+def test_what_to_install_is_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"needs vLLM, which is not .* with --format \(f16\)"):
+        check_can_serve(subject_of(run_dir, "merged"))
+    monkeypatch.setattr(serve, "_SERVER_PACKAGES", ("json", "no_such_server"))
+    assert importlib.util.find_spec("no_such_server") is None
+    with pytest.raises(UserError, match=r"no_such_server is not installed: pip install 'tune"):
+        check_can_serve(subject_of(run_dir, "f16"))
