@@ -68,7 +68,11 @@ from tuneline.train.component import train, train_on_nodes
 
 
 def finetune(
-    recipe: Recipe, *, on_cluster: bool = True, archive: str | None = None
+    recipe: Recipe,
+    *,
+    on_cluster: bool = True,
+    archive: str | None = None,
+    run_name: str = dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
 ) -> BaseComponent:
     """Build the pipeline of a recipe, ready to compile or to run locally.
 
@@ -78,6 +82,7 @@ def finetune(
             local runner applies only the retries: a wrong name would fail after minutes.
         archive: files that are sent with the run, as `tuneline.prepare.uploads` packs them; None:
             there are none.
+        run_name: name of the run. Default: what KFP replaces by the run's name.
     """
 
     def placed(function: Callable[..., Any], **arguments: object) -> dsl.PipelineTask:
@@ -210,6 +215,7 @@ def finetune(
                 report,
                 **everything,
                 **scores,
+                run_name=run_name,
                 target=publish_to,
                 publish_config=publish_config,
                 adapter=trained.outputs["record"],
