@@ -20,7 +20,9 @@ from tuneline.artifacts import (
     read_jsonl,
 )
 from tuneline.html.page import render_page
+from tuneline.notify.message import encode_scores, scores_of
 from tuneline.recorded_recipe import recorded_recipe
+from tuneline.records.in_words import verdict_sentence
 from tuneline.report import (
     answers,
     comparison,
@@ -109,7 +111,15 @@ def run(
         summary.write(directory, header)
     logger.info("report of %s: %s, %d bytes", header.name, page, page.stat().st_size)
     # The gate may have come from the cache, but the report never does.
-    leave(Ending(step="report", result=summary.verdict, text=summary.reason))
+    scores_text = encode_scores(scores_of(summary.comparisons))
+    leave(
+        Ending(
+            step="report",
+            result=summary.verdict,
+            text=verdict_sentence(summary.verdict, summary.reason, summary.comparisons),
+            scores=scores_text,
+        )
+    )
     return summary
 
 

@@ -36,6 +36,7 @@ compiled file. Parameters are written so that they reach the steps unchanged
 (runtime/parameter_text.py).
 """
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -92,7 +93,8 @@ def finetune(
         if not on_cluster:
             return task
         claims = claims_of(recipe, component.name)
-        return place(task, component.name, recipe.placement, claims=claims)
+        variables = [webhook.webhook for webhook in recipe.notify]
+        return place(task, component.name, recipe.placement, claims=claims, notified=variables)
 
     on_nodes = None
     if on_cluster and recipe.placement.num_nodes > 1:
@@ -118,7 +120,13 @@ def finetune(
         publish_config: str = to_json(recipe.publish),
         recipe_json: str = to_json(recipe),
     ) -> None:
-        goodbye = placed(diagnose).set_caching_options(False)
+        goodbye = placed(
+            diagnose,
+            notify=json.dumps([webhook.model_dump(mode="json") for webhook in recipe.notify]),
+            run_name=run_name,
+            recipe_name=recipe.name,
+            target=publish_to,
+        ).set_caching_options(False)
         with dsl.ExitHandler(goodbye, name="line"):
             planned = placed(
                 plan,

@@ -18,6 +18,7 @@ from tuneline.pipelines.cli.early import refuse_early
 from tuneline.pipelines.cli.options import RecipeArgument, SetOption
 from tuneline.pipelines.cli.terminal import console, say
 from tuneline.pipelines.local.attempt import StoppedRun, execute, kept
+from tuneline.pipelines.local.notification import tell
 from tuneline.pipelines.local.report_page import finished_page
 from tuneline.pipelines.local.run_dir import (
     RECIPE_FILE,
@@ -110,16 +111,24 @@ def attempt(run: LocalRun, recipe: Recipe, start: Start) -> None:
     try:
         exit_code = execute(run, recipe, start, console)
     except StoppedRun as stopped:
-        write_report(run)
+        page = write_report(run)
         say(str(stopped))
+        _tell(recipe, run, page, stopped=str(stopped).partition("\n")[0])
         raise typer.Exit(stopped.exit_code) from None
     page = write_report(run)
     if exit_code != 0:
-        raise WorldError(
-            f"{cause(run.steps(), exit_code)}\n{kept(run)}\nlog: {run.log_path}\nreport: {page}"
-        )
+        why = cause(run.steps(), exit_code)
+        _tell(recipe, run, page, failure=why)
+        raise WorldError(f"{why}\n{kept(run)}\nlog: {run.log_path}\nreport: {page}")
     _print_summary(run)
     console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+    _tell(recipe, run, page)
+
+
+def _tell(recipe: Recipe, run: LocalRun, page: Path, **ending: str) -> None:
+    if recipe.notify:
+        for problem in tell(recipe.notify, recipe.name, run, page, **ending):
+            say(problem)
 
 
 def cause(runs: list[StepRun], exit_code: int) -> str:

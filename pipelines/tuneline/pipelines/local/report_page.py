@@ -61,7 +61,7 @@ def finished_page(run: LocalRun) -> str | None:
 
 
 def _place(run: LocalRun, artifacts: dict[str, list[str]], summary: RunSummary) -> Place:
-    published = _published(run)
+    published = published_of(run)
     failed = next((step for step in run.steps() if step.step == "publish"), None)
     problem = ""
     if published is None and failed is not None:
@@ -78,7 +78,8 @@ def _place(run: LocalRun, artifacts: dict[str, list[str]], summary: RunSummary) 
     )
 
 
-def _published(run: LocalRun) -> Published | None:
+def published_of(run: LocalRun) -> Published | None:
+    """Return the record of what the last attempt of a run published; None if it did not."""
     pipelines = sorted(run.directory.glob(f"{ARTIFACTS_DIR}/*/"))
     found = sorted(pipelines[-1].glob(f"publish*/*/{Published.filename}")) if pipelines else []
     return Published.read(found[-1].parent) if found else None
