@@ -177,8 +177,8 @@ class PlacementConfig(StrictModel):
     """Kubernetes secret whose key `token` holds the Hub token; it may be absent. null: no token."""
     secrets: dict[str, dict[str, str]] = {}
     """More Kubernetes secrets, as {secret: {key: VARIABLE}}. Their values become environment
-    variables of the steps that use the network and of train, which may report to trackers. The
-    secrets may be absent."""
+    variables of the steps that use the network and of train, which may report to trackers; those
+    that `notify` names are variables of the last step only. The secrets may be absent."""
     registry: str = Field(default=REGISTRY, pattern=REGISTRY_NAME)
     """Registry and path of the images, e.g. registry.example.com/team for
     registry.example.com/team/train:VERSION. The default has no host: it works only on nodes

@@ -11,6 +11,7 @@ from tuneline.fetch.config import FetchConfig
 from tuneline.gate.config import GateConfig
 from tuneline.gpu_profiles import GPU_PROFILES, fp8_profiles
 from tuneline.merge.config import MergeConfig
+from tuneline.notify.config import NotifyConfig
 from tuneline.placement import PlacementConfig
 from tuneline.prepare.config import DatasetConfig, PrepareConfig
 from tuneline.prepare.datasets import describe, parse, sources_of, to_text
@@ -54,6 +55,8 @@ class Recipe(StrictModel):
     gate: GateConfig = GateConfig()
     publish: PublishConfig = PublishConfig()
     placement: PlacementConfig = PlacementConfig()
+    notify: list[NotifyConfig] = []
+    """Webhooks that get a message when the run ends."""
 
     @field_validator("publish_to")
     @classmethod

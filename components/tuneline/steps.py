@@ -32,6 +32,8 @@ class Step:
     """Whether the step uses the network, and therefore gets the Hub token and the cache volume."""
     tracks: bool = False
     """Whether the step may report to trackers, and therefore gets `placement.secrets`."""
+    notifies: bool = False
+    """Whether the step tells webhooks, and therefore gets the variables that `notify` names."""
     scratch: bool = True
     """Whether the step loads or writes models, and therefore gets a volume for temporary files."""
     num_retries: int = 0
@@ -138,7 +140,7 @@ STEPS: dict[str, Step] = {
     ),
     "diagnose": Step(
         image="light", module="tuneline.diagnose.run", stage=None,
-        cpu=("500m", "1"), memory=("512Mi", "1Gi"), timeout_hours=1, scratch=False,
+        cpu=("500m", "1"), memory=("512Mi", "1Gi"), timeout_hours=1, notifies=True, scratch=False,
     ),
 }  # fmt: skip
 

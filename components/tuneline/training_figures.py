@@ -58,8 +58,20 @@ def training_figures(summary: TrainingSummary) -> list[Figure]:
         ("num_steps", "Optimizer steps", s.num_steps, count, "metric"),
         ("num_tokens", "Tokens", s.num_tokens, count, ""),
         ("final_loss", "Last training loss", s.final_loss, number, "metric"),
-        ("first_eval_loss", "Evaluation loss before training", s.first_eval_loss, number, "metric"),
-        ("final_eval_loss", "Evaluation loss of the adapter", s.final_eval_loss, number, "metric"),
+        (
+            "first_eval_loss",
+            f"Evaluation loss before training, {weights_of_training(s)}",
+            s.first_eval_loss,
+            number,
+            "metric",
+        ),
+        (
+            "final_eval_loss",
+            f"Evaluation loss of the adapter, {weights_of_training(s)}",
+            s.final_eval_loss,
+            number,
+            "metric",
+        ),
         ("eval_gap", "Evaluation loss above training loss", s.eval_gap, "{:+.4f}".format, "metric"),
         (
             "best_step",
@@ -101,6 +113,12 @@ def training_figures(summary: TrainingSummary) -> list[Figure]:
         for name, label, value, text, uses in table
         if value is not None
     ]
+
+
+def weights_of_training(summary: TrainingSummary) -> str:
+    """Return the base weights that the losses of the training were measured on, in words."""
+    rounded = summary.base_quantization != "none"
+    return "base in 4 bits" if rounded else f"base in {summary.compute_dtype}"
 
 
 def _quantized(name: str, fraction: float | None) -> str:

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from pydantic import Field, field_validator
 
 from tuneline.artifacts import Decision, TaskComparison, Verdict
+from tuneline.records.scores import HELDOUT_PREFIX as HELDOUT_PREFIX
 from tuneline.strict_model import StrictModel
 
 MIN_CLUSTERS = 20
@@ -38,7 +39,6 @@ Z_LEVEL = 1.645
 Z_LEVEL_AND_POWER = 2.927
 """Standard errors between a true loss of 0 and a margin that 95 % confidence excludes 9 times of
 10: 1.645 + 1.282."""
-HELDOUT_PREFIX = "heldout_"
 
 LIKELIHOODS = frozenset(
     {"log_perplexity", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"}

@@ -8,12 +8,19 @@ import pytest
 import yaml
 from tests.support.kfp_runs import recorded
 from tests.support.kube_server import KubeServer
+from tests.support.small_records import new_comparison
+from tests.support.webhook_server import WebhookServer
 
 from tuneline.diagnose import cluster
+from tuneline.diagnose.notification import About, tell
+from tuneline.diagnose.outcome import Outcome
 from tuneline.diagnose.run import Diagnosis, run
+from tuneline.notify import NotifyConfig
+from tuneline.notify.message import encode_scores, scores_of
 from tuneline.pods import POD_NAME_VARIABLE, RUN_LABEL, STEP_LABEL
+from tuneline.runtime.kfp_run import Attempt
 from tuneline.runtime.step import EVENTS_VARIABLE
-from tuneline.runtime.termination import PATH_VARIABLE, decode
+from tuneline.runtime.termination import PATH_VARIABLE, Ending, decode
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 
@@ -90,6 +97,48 @@ def test_a_held_run(world: World) -> None:
     found = world.diagnose("COMPLETE")
     assert found.succeeded and found.step == "gate"
     assert found.markdown.startswith("# The run finished, and the gate held the model back\n")
+
+
+def test_the_webhooks_are_told_how_the_run_ended(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    webhooks = [NotifyConfig(webhook="MINE"), NotifyConfig(webhook="OTHER", events=("failed",))]
+    about = About(webhooks, run_name="nightly 7", recipe_name="demo", target="org/model")
+    with WebhookServer() as server:
+        monkeypatch.setenv("MINE", server.url)
+        for name in ("probe-hold", "probe-memory"):
+            world.load(name)
+            found = run(state="FAILED", about=about)
+    held, failed = server.bodies
+    assert (held["event"], held["run"], held["recipe"]) == ("held", "nightly 7", "demo")
+    assert held["text"].startswith("The gate did not promote the model")
+    assert held["links"] == {"details": "tuneline status 'nightly 7'"}
+    assert (failed["event"], failed["step"]) == ("failed", "work")
+    assert "was killed" in failed["cause"] and failed["advice"]
+    # A webhook that cannot be told is a remark: the explanation of the run stays whole.
+    assert "The webhook in OTHER was not told: the environment variable" in found.markdown
+    assert found.markdown.startswith("# The run failed at work")
+
+
+def test_the_sentence_and_the_scores_of_the_report_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gained = new_comparison(base=0.26, tuned=0.64, difference=0.38, num_changed=90)
+    ending = Ending(
+        step="report",
+        result="promote",
+        text="Right answers rose from 26 % to 64 %.",
+        scores=encode_scores(scores_of([gained])),
+    )
+    attempts = [Attempt(step="report", state="succeeded", ending=ending)]
+    about = About([NotifyConfig(webhook="MINE")], "r", "demo", "org/model")
+    with WebhookServer() as server:
+        monkeypatch.setenv("MINE", server.url)
+        assert tell(about, Outcome("succeeded", "Published: org/model."), attempts) == []
+    (body,) = server.bodies
+    assert (body["event"], body["text"]) == ("promoted", "Right answers rose from 26 % to 64 %.")
+    assert body["scores"][0]["text"] == "26 % -> 64 % (+38)"
+    assert body["links"]["published to"] == "org/model"
 
 
 def test_only_the_runs_own_jobs_that_have_not_ended_are_deleted(world: World) -> None:

@@ -165,6 +165,28 @@ def test_volumes_and_secrets_go_where_they_are_used(
             assert (claims, variables) == ([], {})
 
 
+def test_only_the_exit_handler_gets_the_urls_of_webhooks(tmp_path: Path) -> None:
+    values = {
+        "placement.secrets": {"alerts": {"url": "SLACK_WEBHOOK", "id": "AWS_ACCESS_KEY_ID"}},
+        "notify": [{"webhook": "SLACK_WEBHOOK", "format": "slack"}],
+    }
+    recipe = load_recipe(RECIPES_DIR / "llama3-8b-instruct.yaml", values)
+    compiler.Compiler().compile(finetune(recipe), str(tmp_path / "pipeline.yaml"))
+    _, platform = yaml.safe_load_all((tmp_path / "pipeline.yaml").read_text(encoding="utf-8"))
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    given = {
+        name.removeprefix("exec-"): {
+            variable["envVar"]
+            for secret in pod.get("secretAsEnv", [])
+            for variable in secret["keyToEnv"]
+        }
+        for name, pod in executors.items()
+    }
+    assert given["diagnose"] == {"SLACK_WEBHOOK"}
+    assert {name for name, found in given.items() if "SLACK_WEBHOOK" in found} == {"diagnose"}
+    assert "AWS_ACCESS_KEY_ID" in given["fetch"]
+
+
 def test_checkpoints_lie_where_several_nodes_keep_them(tmp_path: Path) -> None:
     claims = {"shared_claim": "shared", "cache_claim": "cache"}
     pipeline, platform = compiled(claims, tmp_path / "pipeline.yaml")

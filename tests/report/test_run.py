@@ -50,6 +50,7 @@ def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
     page, _ = write_page(recipe, run_dirs)
     shown = cards(page)
     assert list(shown) == [
+        "Is it safe to use?",
         "Steps of the run",
         "Scores before and after training",
         "Answers before and after training",
@@ -60,6 +61,12 @@ def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
         "Provenance",
     ]
     for name, text in [
+        ("Is it safe to use?", "heldout_exact -0.02 acc (undecided), heldout_perplexity -8.47"),
+        ("Is it safe to use?", "at 99.7 % of the positions"),
+        ("Is it safe to use?", "4 of 40 questions of boolq"),
+        ("Is it safe to use?", "State of the run tuneline status RUN"),
+        ("Is it safe to use?", "Publishes to dir:published"),
+        ("Is it safe to use?", "q8_0 (llama.cpp and Ollama)"),
         ("Steps of the run", "train 3 min 02 s 60 steps"),
         ("Steps of the run", "quantize 1 min 10 s 5 exports"),
         ("Steps of the run", "publish next"),
@@ -75,6 +82,11 @@ def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
         ("Answers before and after training", "524288 512 * 1000 = 512000 524,288"),
         ("Answers before and after training", "Yes, 250m is more than 0.3 <b>bold</b>"),
         ("Training", "4.88 M of 139 M (3.5 %)"),
+        (
+            "Scores before and after training",
+            "heldout_perplexity guard perplexity 9.81 1.34 -8.47 [-9.1, -7.9]",
+        ),
+        ("Training", "Evaluation loss before training, base in 4 bits 2.412"),
         ("Training", "Last training loss 0.2345"),
         ("Training", "Evaluation loss above training loss +0.0321"),
         (
@@ -102,8 +114,10 @@ def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
         ("Provenance", "base model: same hash dataset: same hash"),
     ]:
         assert text in shown[name]
-    lead = page[: page.index('<section class="card">')]
-    assert "Promote" in lead and "heldout_choice got better by 0.56" in lead
+    lead = page[: page.index("Steps of the run</h2>")]
+    assert "acc rose from 0.31 to 0.87 on 200 unseen questions, at least +0.485" in lead
+    assert "0.17" in lead and "0.0123 kWh, 0.05 device hours" in lead
+    assert "had yet to upload it to dir:published" in lead
     assert "5 min 27 s" in lead  # 11.4+4.2+21.3+181.7+14.9+22.9+0.4 and 4*3.1+58
 
 
@@ -151,7 +165,7 @@ def test_a_held_model_is_not_shown_as_published(recipe: Recipe, run_dirs: dict) 
     decision.model_copy(update={"verdict": "hold", "reason": "no task got better"}).write(path)
     page, summary = write_page(recipe, run_dirs)
     assert summary.verdict == "hold"
-    assert 'class="banner warn"' in page and "Nothing is published to dir:published." in page
+    assert 'class="banner warn"' in page and "Nothing was published to dir:published." in page
     assert "publish skipped on hold" in cards(page)["Steps of the run"]
 
 
@@ -190,7 +204,10 @@ def test_the_records_alone_give_the_same_page(
         alone["exports_dirs"].append(str(tmp_path / f"export-{number}.record"))
         QuantizedModel.read(path).copy_to(alone["exports_dirs"][-1], directory=path)
     alone |= {"page_path": str(tmp_path / "page-2"), "summary_dir": str(tmp_path / "summary-2")}
-    assert write_page(recipe, alone)[0] == whole
+    # The pages state when they were written, and their own hash.
+    pages = [whole, write_page(recipe, alone)[0]]
+    pages = [re.sub(r"Finished [\d: -]+ UTC|<!-- .* -->", "", page) for page in pages]
+    assert pages[0] == pages[1]
 
 
 def test_a_run_without_generations(recipe: Recipe, run_dirs: dict) -> None:
@@ -232,7 +249,7 @@ def test_the_page_shows_what_was_trained_not_what_the_recipe_says(
         "publish.private was false, the recipe has null",
     ]
     assert "Other values than the recipe" in page and "train.lora.r was 64" in page
-    assert "It will be published to org/another." in page and "hunter22" not in page
+    assert "had yet to upload it to org/another;" in page and "hunter22" not in page
 
 
 def test_text_of_others_is_no_html(recipe: Recipe, run_dirs: dict) -> None:

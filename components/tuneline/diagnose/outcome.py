@@ -94,7 +94,7 @@ def _good(last: Sequence[Attempt]) -> Outcome:
     if verdict is not None and verdict.result == "hold":
         return Outcome(
             "held",
-            f"The gate did not promote the model: {verdict.text}.",
+            f"The gate did not promote the model: {verdict.text.rstrip('.')}.",
             "Read the report. More or better data, or other settings of train, may help; "
             "`gate` in the recipe says what is asked of the model.",
             "gate",
@@ -105,7 +105,7 @@ def _good(last: Sequence[Attempt]) -> Outcome:
     if published is not None and published.text:
         return Outcome("succeeded", f"Published: {published.text}.")
     if verdict is not None and verdict.text:
-        return Outcome("succeeded", f"The gate promoted the model: {verdict.text}.")
+        return Outcome("succeeded", f"The gate promoted the model: {verdict.text.rstrip('.')}.")
     return Outcome("succeeded", "All steps finished.")
 
 

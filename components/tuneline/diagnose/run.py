@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuneline.diagnose.cluster import ClusterRun, read_own_run
+from tuneline.diagnose.notification import About, tell
 from tuneline.diagnose.outcome import Outcome, conclude
 from tuneline.diagnose.text import (
     attempts_table,
@@ -67,6 +68,7 @@ def run(
     message: str | None = None,
     events_path: str | None = None,
     summary_path: str | None = None,
+    about: About | None = None,
 ) -> Diagnosis:
     """Explain why a run failed and what to change, or list what a successful run did.
 
@@ -77,11 +79,13 @@ def run(
         message: error message of KFP.
         events_path: events file. Default: the file that TUNELINE_EVENTS names, if it is set.
         summary_path: Markdown file to write. Default: none.
+        about: the webhooks to tell, on a cluster. Default: none. On one machine, the command line
+            tells them, because it outlives the steps.
     """
     events_path = events_path or os.environ.get(EVENTS_VARIABLE)
     found = None if events_path else read_own_run()
     if found is not None:
-        diagnosis = _on_cluster(found, state, message or "")
+        diagnosis = _on_cluster(found, state, message or "", about or About())
     else:
         runs, note = _read_runs(events_path)
         if state == SUCCEEDED:
@@ -99,7 +103,7 @@ def run(
     return diagnosis
 
 
-def _on_cluster(found: ClusterRun, state: str, message: str) -> Diagnosis:
+def _on_cluster(found: ClusterRun, state: str, message: str, about: About) -> Diagnosis:
     remarks = list(found.remarks)
     try:
         attempts = read_attempts(found.pods, found.workflow)
@@ -121,9 +125,10 @@ def _on_cluster(found: ClusterRun, state: str, message: str) -> Diagnosis:
         jobs = escape_markdown(", ".join(found.deleted_jobs))
         lines += [f"Deleted, because nobody followed it: {jobs}.", ""]
     lines += attempts_table([attempt for attempt in attempts if not attempt.is_on_exit])
+    _leave(outcome)
+    remarks += tell(about, outcome, attempts)
     for each in remarks:
         lines += remark(each)
-    _leave(outcome)
     return Diagnosis(
         outcome.kind in ("succeeded", "held"),
         outcome.step,

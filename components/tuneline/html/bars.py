@@ -31,7 +31,7 @@ class IntervalRow(NamedTuple):
     high: float
     """Upper end of the interval of the difference."""
     difference: float | None = None
-    """Improvement from base to tuned; positive is better. Default: tuned - base."""
+    """Change from base to tuned. Default: tuned - base."""
 
 
 def bar_chart(
@@ -80,12 +80,19 @@ def interval_chart(
     *,
     x_label: str = "score",
     title: str = "",
+    higher_is_better: bool = True,
 ) -> str:
     """Return a chart of the base and tuned value of each row, and of their difference.
 
     There is one scale for the values and one for the differences with their intervals. All rows
     share both scales, so they should have the same metric. The colour of an interval shows whether
-    the interval is below zero, above zero or includes zero.
+    it lies wholly on the better side of zero, wholly on the worse side, or includes zero.
+
+    Args:
+        rows: the comparisons.
+        x_label: name of the values.
+        title: heading of the chart.
+        higher_is_better: whether the better side is above zero.
     """
     if not rows:
         return empty(title, "no comparisons")
@@ -104,7 +111,7 @@ def interval_chart(
     right = Scale(change_ticks[0], change_ticks[-1], 312, WIDTH - 20)
     parts = [
         f'<text class="axis" x="8" y="14">{escape(x_label)}</text>',
-        '<text class="axis" x="300" y="14">improvement (95 % interval)</text>',
+        '<text class="axis" x="300" y="14">change (95 % interval)</text>',
     ]
     for scale, ticks in ((left, value_ticks), (right, change_ticks)):
         for tick, text in zip(ticks, tick_texts(ticks), strict=True):
@@ -117,7 +124,8 @@ def interval_chart(
     for index, row in enumerate(full):
         y = first + 46 * index
         change = _difference(row)
-        side = "better" if row.low > 0 else "worse" if row.high < 0 else "undecided"
+        above, below = ("better", "worse") if higher_is_better else ("worse", "better")
+        side = above if row.low > 0 else below if row.high < 0 else "undecided"
         parts.append(
             f'<text class="name" x="8" y="{y}">{escape(row.label)}</text>'
             f'<line class="link" x1="{xy(left(row.base))}" x2="{xy(left(row.tuned))}" '
@@ -126,7 +134,7 @@ def interval_chart(
             f"<title>base: {number(row.base)}</title></circle>"
             f'<circle class="dot s1" cx="{xy(left(row.tuned))}" cy="{y + 18}" r="5">'
             f"<title>tuned: {number(row.tuned)}</title></circle>"
-            f'<g class="{side}"><title>improvement {number(change)}, 95 % interval '
+            f'<g class="{side}"><title>change {number(change)}, 95 % interval '
             f"{number(row.low)} to {number(row.high)}</title>"
             f'<line class="interval" x1="{xy(right(row.low))}" x2="{xy(right(row.high))}" '
             f'y1="{y + 18}" y2="{y + 18}"/>'
@@ -138,7 +146,7 @@ def interval_chart(
             + f'<circle class="estimate" cx="{xy(right(change))}" cy="{y + 18}" r="4.5"/></g>'
         )
     summary = "; ".join(
-        f"{row.label}: base {number(row.base)}, tuned {number(row.tuned)}, improvement "
+        f"{row.label}: base {number(row.base)}, tuned {number(row.tuned)}, change "
         f"{number(_difference(row))}, interval {number(row.low)} to {number(row.high)}"
         for row in full
     )

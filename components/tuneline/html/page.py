@@ -35,6 +35,7 @@ __all__ = [
     "section",
     "table",
     "tiles",
+    "todo",
 ]
 
 TONES = ("good", "bad", "warn", "plain")
@@ -139,6 +140,14 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
     return f'<dl class="facts">{inner}</dl>'
 
 
+def todo(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return a list of names, each above its value; a value that is a `Cell` is HTML."""
+    inner = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{_cell(value)}</dd></div>" for name, value in pairs
+    )
+    return f'<dl class="todo">{inner}</dl>'
+
+
 def details(summary: str, html: str, *, is_open: bool = False) -> str:
     """Return HTML that is shown after a click on `summary`, and always in print."""
     opened = " open" if is_open else ""
@@ -153,15 +162,14 @@ def table(
     caption: str = "",
     prose: bool = False,
 ) -> str:
-    """Return a table that scrolls sideways on a narrow screen.
+    """Return a table; on a narrow screen, each row becomes a list of names and values.
 
     Args:
         headers: column names.
         rows: cells of plain text, or `Cell`s of HTML.
         numeric: indices of the columns that are aligned to the right.
         caption: plain text above the table.
-        prose: whether cells hold sentences; columns are then equally wide and wrap, and are stacked
-            on a narrow screen.
+        prose: whether cells hold sentences; columns are then equally wide and wrap.
     """
     right = set(numeric)
 
@@ -171,7 +179,7 @@ def table(
             attributes = ' class="number"' if index in right else ""
             if tag == "th":
                 attributes += ' scope="col"'
-            elif prose:
+            else:
                 attributes += f' data-label="{escape(headers[index])}"'
             out.append(f"<{tag}{attributes}>{_cell(value)}</{tag}>")
         return "".join(out)

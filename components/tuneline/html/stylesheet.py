@@ -36,6 +36,7 @@ h3.flush{margin-top:0}
 margin:0 0 14px}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:20px 28px;align-items:start}
 .pair>*{min-width:0}
+.pair h2{margin:0 0 8px}
 .banner{display:flex;gap:14px;align-items:baseline;border-radius:10px;padding:14px 18px;
 margin:0 0 14px;border:1px solid}
 .banner strong{font-size:18px;font-weight:700;white-space:nowrap}
@@ -50,8 +51,8 @@ margin:0 0 14px;border:1px solid}
 white-space:nowrap}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(180px,1fr));gap:1px;
 margin:0 0 14px;
-background:var(--rule);border:1px solid var(--rule);border-radius:10px;overflow:hidden}
-.tile{background:var(--card);padding:12px 16px}
+background:var(--card);border:1px solid var(--rule);border-radius:10px;overflow:hidden}
+.tile{box-shadow:0 0 0 1px var(--rule);padding:12px 16px}
 .tile dt{color:var(--muted);font-size:12.5px}
 .tile dd{margin:1px 0 0;font-size:21px;font-weight:650;letter-spacing:-.01em}
 .tile .below{font-size:12.5px;font-weight:400;color:var(--muted);letter-spacing:0}
@@ -59,8 +60,14 @@ background:var(--rule);border:1px solid var(--rule);border-radius:10px;overflow:
 .facts>div{display:flex;justify-content:space-between;gap:16px;padding:5px 0;
 border-bottom:1px solid var(--faint)}
 .facts>div:last-child{border-bottom:0}
-.facts dt{color:var(--muted);flex:none}
-.facts dd{margin:0;text-align:right;overflow-wrap:anywhere}
+.facts dt{color:var(--muted);flex:0 1 auto}
+.facts dd{margin:0;text-align:right;overflow-wrap:anywhere;flex:0 1 auto;min-width:30%}
+.todo{margin:0;font-size:14px}
+.todo>div{padding:5px 0;border-bottom:1px solid var(--faint)}
+.todo>div:last-child{border-bottom:0}
+.todo dt{color:var(--muted);font-size:12.5px}
+.todo dd{margin:0;overflow-wrap:anywhere}
+a{color:var(--s1)}
 .scroll{overflow-x:auto;margin-top:12px}
 table{width:100%;border-collapse:collapse;font-size:14px}
 caption{text-align:left;color:var(--muted);font-size:13px;padding:0 0 6px}
@@ -135,6 +142,15 @@ footer{color:var(--muted);font-size:12.5px;margin-top:18px}
 :focus-visible{outline:2px solid var(--s1);outline-offset:2px}
 @media (max-width:820px){.pair{grid-template-columns:1fr}.line .across{display:none}
 .line .down{display:block}}
+@media screen and (max-width:820px){table:not(.prose) thead{display:none}
+table:not(.prose) tr{display:block;border-bottom:1px solid var(--rule);padding:8px 0}
+table:not(.prose) td{display:flow-root;border:0;padding:3px 0;text-align:right;
+overflow-wrap:anywhere;white-space:normal}
+table:not(.prose) td:first-child{white-space:normal;font-weight:600;text-align:left}
+table:not(.prose) td::before{content:attr(data-label);color:var(--muted);font-size:12.5px;
+font-weight:600;float:left;margin-right:16px}
+.badge{white-space:normal}pre{white-space:pre-wrap;overflow-wrap:anywhere}
+table:not(.prose) td:first-child::before{content:none}}
 @media (max-width:560px){main{padding:18px 12px 28px}.card{padding:14px}h1{font-size:22px}
 svg.chart{font-size:14px;overflow:visible}
 .banner{flex-direction:column;gap:4px;padding:12px 14px}
@@ -147,7 +163,10 @@ font-weight:600}}
 --s1:#1d4fbf;--s2:#a04400;--s3:#0d6a60;--s4:#73319a;--good:#0e5a31;--good-back:#fff;--bad:#9a1a13;
 --bad-back:#fff;--warn:#6b4500;--warn-back:#fff;--plain-back:#fff}
 body{font-size:12px}main{max-width:none;padding:0}.card,.banner,.tiles{break-inside:avoid}
-.card:has(table),.card:has(pre){break-inside:auto}pre{white-space:pre-wrap}
+.scroll{overflow:visible}table{font-size:10.5px}th{font-size:10px}
+th,td,.number,table:not(.prose) td:first-child{white-space:normal;padding-right:8px}
+td.number{white-space:nowrap}td,.badge{overflow-wrap:anywhere}.badge{white-space:normal;padding:0}
+tr{break-inside:avoid}.card:has(table),.card:has(pre){break-inside:auto}pre{white-space:pre-wrap}
 .line .across{display:block;min-width:0}.line .down{display:none}
 details::details-content{content-visibility:visible;display:block;block-size:auto}}
 """

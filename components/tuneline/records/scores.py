@@ -18,6 +18,10 @@ it is: prompted is the base model with training rows in its prompt, which decide
 published is the model that was published last, which must not be better."""
 
 
+HELDOUT_PREFIX = "heldout_"
+"""How the names of the tasks over held-out rows begin."""
+
+
 class TaskScore(StrictModel):
     """One metric of one task."""
 
@@ -93,6 +97,17 @@ class TaskComparison(StrictModel):
     role: ComparisonRole
     num_examples: int = 0
     """Number of training rows in the prompts of the base model; role prompted only."""
+
+    @property
+    def change(self) -> float:
+        """Mean over the samples of tuned minus base score, with the sign of that subtraction."""
+        return self.difference if self.higher_is_better else -self.difference
+
+    @property
+    def change_interval(self) -> tuple[float, float]:
+        """95 % interval of `change`."""
+        low, high = self.interval
+        return (low, high) if self.higher_is_better else (-high, -low)
 
     @property
     def title(self) -> str:

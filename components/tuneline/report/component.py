@@ -31,6 +31,7 @@ def report(
     gptq: dsl.Input[List[dsl.Artifact]] = None,
     target: str = "",
     publish_config: str = "",
+    run_name: str = "",
 ) -> None:
     """Write the page and the summary of a run.
 
@@ -49,6 +50,7 @@ def report(
         gptq: Records of the GPTQ exports.
         target: Where the run publishes. Default: `publish_to` of the recipe.
         publish_config: The `publish` section of the run as JSON. Default: that of the recipe.
+        run_name: Name of the run. Default: that of the recipe.
     """
     from tuneline.artifacts import RunHeader
     from tuneline.report.run import run
@@ -58,6 +60,7 @@ def report(
     with step("report"):
         run(
             RunHeader.parse(recipe),
+            run_name=run_name,
             target=decode_text(target) or None,
             publish_config=publish_config or None,
             base_model_dir=base_model.path,

@@ -1,21 +1,57 @@
 """The first sections of a run's page: verdict, figures, and the diagram of the steps."""
 
+from tuneline.artifacts import TrainingSummary
 from tuneline.html.flow import Status
 from tuneline.html.page import banner, line_diagram, section, tiles
-from tuneline.html.units import count, duration, number, parameters, signed, size
+from tuneline.html.units import count, duration, number, parameters, size
+from tuneline.records.in_words import change_text, score_pair, verdict_sentence
 from tuneline.report.line import stages
 from tuneline.report.records import Line
-from tuneline.report.scores import interval
+from tuneline.report.scores import answer_pairs
+from tuneline.training_figures import weights_of_training
+
+SHORT_ANSWER = 40
+"""Characters up to which a reference counts as short, so that a right answer equals it."""
 
 
 def verdict(line: Line) -> str:
-    """Return the banner with the verdict."""
+    """Return the banner with the verdict, what was gained, and whether it was published."""
     decision = line.decision
+    text = verdict_sentence(decision.verdict, decision.reason, decision.comparisons)
     if decision.verdict == "promote":
-        after = f"It will be published to {line.target}."
-        return banner("Promote", decision.reason, "good", small=after)
-    after = f"Nothing is published to {line.target}."
-    return banner("Hold", decision.reason, "warn", small=after)
+        tone = "warn" if line.place.problem else "good"
+        return banner("Promote", text, tone, small=_publishing(line))
+    return banner("Hold", text, "warn", small=f"Nothing was published to {line.target}.")
+
+
+def _publishing(line: Line) -> str:
+    """Return what became of publishing, as far as it is known when the page is written."""
+    place = line.place
+    if place.problem:
+        return f"Publishing to {line.target} failed: {place.problem}"
+    if place.published is not None:
+        num = len(place.published.repos)
+        return f"Published to {line.target}: {num} repositor{'y' if num == 1 else 'ies'}."
+    return (
+        f"When this page was written, the step publish had yet to upload it to {line.target}; the "
+        "state of that step says whether it has."
+    )
+
+
+def unequal_answers(line: Line) -> str:
+    """Return a warning if no sampled answer equals its reference; empty otherwise."""
+    pairs = answer_pairs(line)
+    if not pairs or any(tuned.strip() == reference.strip() for _, reference, _, tuned in pairs):
+        return ""
+    is_short = all(len(reference) <= SHORT_ANSWER for _, reference, _, _ in pairs)
+    text = f"None of the {len(pairs)} sampled answers of the tuned model equals its reference. "
+    text += (
+        "The references are short, so right answers would be equal: read the answers below before "
+        "you use the model."
+        if is_short
+        else "Long answers rarely are equal: read them below, and judge whether they are as good."
+    )
+    return banner("Read the answers", text, "warn")
 
 
 def remarks(line: Line) -> str:
@@ -40,11 +76,16 @@ def headline(line: Line) -> str:
         (c for c in comparisons if c.role == "target"), comparisons[0] if comparisons else None
     )
     if first:
+        base, tuned = score_pair(first)
+        base = base.removesuffix(" %")
+        unit = " points" if first.num_changed is not None else ""
+        low, high = (change_text(first, end) for end in first.change_interval)
+        change = change_text(first, first.change)
         shown.append(
             (
                 f"{first.task}, {first.metric}",
-                f"{number(first.base, 3)} \u2192 {number(first.tuned, 3)}",
-                f"{signed(first.difference, 3)} {interval(first)}",
+                f"{base} \u2192 {tuned}",
+                f"{change}{unit}, 95 % interval {low} to {high}",
             )
         )
     training = line.training
@@ -52,7 +93,7 @@ def headline(line: Line) -> str:
         before = number(training.first_eval_loss, 3)
         shown.append(
             (
-                "Evaluation loss",
+                f"Evaluation loss, {weights_of_training(training)}",
                 f"{before} \u2192 {number(training.final_eval_loss, 3)}",
                 f"{count(training.num_steps)} steps, {count(training.num_tokens)} tokens",
             )
@@ -78,7 +119,22 @@ def headline(line: Line) -> str:
             f"longest: {longest}, {duration(times[longest])}",
         )
     )
+    spent = [
+        text
+        for value, text in (
+            (training.cost, f"{training.cost or 0:,.2f}"),
+            (training.energy_kwh, f"{number(training.energy_kwh, 3)} kWh"),
+            (training.device_hours, f"{number(training.device_hours, 3)} {_hours(training)}"),
+        )
+        if value is not None
+    ]
+    if spent:
+        shown.append(("Training: cost, energy, time", spent[0], ", ".join(spent[1:])))
     return tiles(shown)
+
+
+def _hours(training: TrainingSummary) -> str:
+    return "GPU-hours" if training.device.startswith("cuda") else "device hours"
 
 
 def picture(line: Line) -> str:
@@ -97,7 +153,7 @@ def picture(line: Line) -> str:
     known: dict[str, tuple[Status, float | None, str]] = {
         name: ("finished", seconds, details[name]) for name, seconds in _times(line).items()
     }
-    known["publish"] = ("next", None, "") if promoted else ("skipped", None, "on hold")
+    known["publish"] = _publish_stage(line) if promoted else ("skipped", None, "on hold")
     if not line.exports:
         known["quantize"] = ("skipped", None, "no exports")
     return section(
@@ -105,6 +161,16 @@ def picture(line: Line) -> str:
         line_diagram(stages(known)),
         note="A step whose result came from the cache shows the time of the run that made it.",
     )
+
+
+def _publish_stage(line: Line) -> tuple[Status, float | None, str]:
+    place = line.place
+    if place.problem:
+        return ("failed", None, "")
+    if place.published is not None:
+        num = len(place.published.repos)
+        return ("finished", place.published.seconds, f"{num} repositor{'y' if num == 1 else 'ies'}")
+    return ("next", None, "")
 
 
 def _times(line: Line) -> dict[str, float]:

@@ -56,7 +56,7 @@ def provenance(line: Line) -> str:
     text = yaml.safe_dump(line.recipe.values, sort_keys=False, allow_unicode=True, width=100)
     return section(
         "Provenance",
-        table(["", "source", "SHA-256", "licence"], rows),
+        table(["artifact", "source", "SHA-256", "licence"], rows),
         f'<div class="pair">{facts(left)}{facts(right)}</div>',
         details("The recipe, with all defaults", f"<pre>{escape(text)}</pre>"),
     )

@@ -19,10 +19,11 @@ def scores(line: Line) -> str:
     charts = [
         interval_chart(
             [
-                IntervalRow(_label(c), c.base, c.tuned, *c.interval, difference=c.difference)
+                IntervalRow(_label(c), c.base, c.tuned, *c.change_interval, difference=c.change)
                 for c in group
             ],
             x_label=metric if group[0].higher_is_better else f"{metric} (lower is better)",
+            higher_is_better=group[0].higher_is_better,
         )
         for metric, group in by_metric.items()
     ]
@@ -32,7 +33,7 @@ def scores(line: Line) -> str:
             c.metric,
             number(c.base),
             number(c.tuned),
-            signed(c.difference),
+            signed(c.change),
             interval(c),
             _samples(c),
             badge(c.outcome, OUTCOME_TONES[c.outcome]),
@@ -40,20 +41,23 @@ def scores(line: Line) -> str:
         for c in comparisons
     ]
     headers = ["task", "metric", "base", "tuned"]
-    headers += ["improvement", "95 % interval", "samples", "outcome"]
+    headers += ["change", "95 % interval", "samples", "outcome"]
     return section(
         "Scores before and after training",
         f'<div class="pair">{"".join(charts)}</div>' if len(charts) > 1 else "".join(charts),
         table(headers, rows, numeric=range(2, 7)),
         paragraph(
-            "Both models answered the same held-out samples. A positive improvement is better in "
-            "every metric. A target has to improve: its whole interval has to lie above "
-            "gate.min_gain. Guards must not get worse: the loss that gate.max_regression names has "
-            "to be excluded with a confidence of 95 %. The tasks of a group are its members, which "
-            "decide nothing by themselves. A control shows whether the tuned model still reads its "
-            "prompts. Prompted compares with the base model that sees training rows in its prompt; "
-            "it decides nothing. Published compares with the model published last, which must not "
-            "be better. Samples with the same question or passage count as one.",
+            "Both models answered the same samples: the base model as it was fetched, and the "
+            f"merged model in {line.merge.dtype}. Neither has weights in 4 bits, on which the "
+            "losses of the training may be measured. The change is tuned minus base; in a metric "
+            "where lower is better, a negative change is an improvement. A target has to improve: "
+            "its whole interval has to lie on the better side of gate.min_gain. Guards must not "
+            "get worse: the loss that gate.max_regression names has to be excluded with a "
+            "confidence of 95 %. The tasks of a group are its members, which decide nothing by "
+            "themselves. A control shows whether the tuned model still reads its prompts. Prompted "
+            "compares with the base model that sees training rows in its prompt; it decides "
+            "nothing. Published compares with the model published last, which must not be better. "
+            "Samples with the same question or passage count as one.",
             muted=True,
         ),
     )
@@ -61,13 +65,9 @@ def scores(line: Line) -> str:
 
 def generations(line: Line) -> str:
     """Return the answers of base and tuned model next to the reference answers."""
-    tuned = {row["prompt"]: row["text"] for row in line.tuned_generations}
     rows = []
     exact = [0, 0]
-    for row in line.base_generations:
-        if row["prompt"] not in tuned:
-            continue
-        answer, pair = row["answer"], (row["text"], tuned[row["prompt"]])
+    for question, answer, *pair in answer_pairs(line):
         cells = []
         for index, text in enumerate(pair):
             same = text.strip() == answer.strip()
@@ -75,7 +75,7 @@ def generations(line: Line) -> str:
             mark = f"\n{badge('equals the reference', 'good')}" if same else ""
             shown = escape(text.strip()) or '<span class="muted">(empty)</span>'
             cells.append(Cell(f"{shown}{mark}"))
-        rows.append([row.get("question") or row["prompt"], answer, *cells])
+        rows.append([question, answer, *cells])
     if not rows:
         return ""
     return section(
@@ -86,9 +86,19 @@ def generations(line: Line) -> str:
     )
 
 
+def answer_pairs(line: Line) -> list[tuple[str, str, str, str]]:
+    """Return question, reference, and the answers of base and tuned model, of each sampled row."""
+    tuned = {row["prompt"]: row["text"] for row in line.tuned_generations}
+    return [
+        (row.get("question") or row["prompt"], row["answer"], row["text"], tuned[row["prompt"]])
+        for row in line.base_generations
+        if row["prompt"] in tuned
+    ]
+
+
 def interval(comparison: TaskComparison) -> str:
-    """Return the 95 % interval of a comparison as text."""
-    low, high = comparison.interval
+    """Return the 95 % interval of the change of a comparison as text."""
+    low, high = comparison.change_interval
     return f"[{signed(low, 3)}, {signed(high, 3)}]"
 
 

@@ -8,7 +8,8 @@ from tuneline.runtime.printable import printable
 from tuneline.runtime.secrets import find_secrets
 
 _SECRET_NAME = re.compile(
-    r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?)(?:_|$)|_?API_?KEY|_KEY$", re.IGNORECASE
+    r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?|WEBHOOK)(?:_|$)|_?API_?KEY|_KEY$",
+    re.IGNORECASE,
 )
 _MIN_LENGTH = 8
 """Shortest value of an environment variable that is taken for a secret."""

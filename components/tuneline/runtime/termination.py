@@ -49,6 +49,8 @@ class Ending:
     """What to change after an error."""
     result: str = ""
     """Short result of a step that succeeded, e.g. the verdict of the gate."""
+    scores: str = ""
+    """Scores of the report, as JSON."""
 
 
 def leave(ending: Ending) -> None:
@@ -83,6 +85,9 @@ def encode(ending: Ending) -> str:
         for key, value in asdict(ending).items()
         if value
     }
+    # Scores that are cut are no JSON any more.
+    if len(_json(values).encode()) > MAX_BYTES:
+        values.pop("scores", None)
     # The advice is cut first, because the text names the cause.
     for key in ("advice", "text", "result", "error", "step"):
         excess = len(_json(values).encode()) - MAX_BYTES

@@ -36,6 +36,7 @@ compiled file. Parameters are written so that they reach the steps unchanged
 (runtime/parameter_text.py).
 """
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -68,7 +69,11 @@ from tuneline.train.component import train, train_on_nodes
 
 
 def finetune(
-    recipe: Recipe, *, on_cluster: bool = True, archive: str | None = None
+    recipe: Recipe,
+    *,
+    on_cluster: bool = True,
+    archive: str | None = None,
+    run_name: str = dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
 ) -> BaseComponent:
     """Build the pipeline of a recipe, ready to compile or to run locally.
 
@@ -78,6 +83,7 @@ def finetune(
             local runner applies only the retries: a wrong name would fail after minutes.
         archive: files that are sent with the run, as `tuneline.prepare.uploads` packs them; None:
             there are none.
+        run_name: name of the run. Default: what KFP replaces by the run's name.
     """
 
     def placed(function: Callable[..., Any], **arguments: object) -> dsl.PipelineTask:
@@ -87,7 +93,8 @@ def finetune(
         if not on_cluster:
             return task
         claims = claims_of(recipe, component.name)
-        return place(task, component.name, recipe.placement, claims=claims)
+        variables = [webhook.webhook for webhook in recipe.notify]
+        return place(task, component.name, recipe.placement, claims=claims, notified=variables)
 
     on_nodes = None
     if on_cluster and recipe.placement.num_nodes > 1:
@@ -113,7 +120,13 @@ def finetune(
         publish_config: str = to_json(recipe.publish),
         recipe_json: str = to_json(recipe),
     ) -> None:
-        goodbye = placed(diagnose).set_caching_options(False)
+        goodbye = placed(
+            diagnose,
+            notify=json.dumps([webhook.model_dump(mode="json") for webhook in recipe.notify]),
+            run_name=run_name,
+            recipe_name=recipe.name,
+            target=publish_to,
+        ).set_caching_options(False)
         with dsl.ExitHandler(goodbye, name="line"):
             planned = placed(
                 plan,
@@ -210,6 +223,7 @@ def finetune(
                 report,
                 **everything,
                 **scores,
+                run_name=run_name,
                 target=publish_to,
                 publish_config=publish_config,
                 adapter=trained.outputs["record"],

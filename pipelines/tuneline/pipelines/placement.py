@@ -12,7 +12,7 @@ runners ignore. kfp.kubernetes 2.17 has these limits:
 - A pod's priority class cannot be set, but Kueue's label for it can.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from kfp import kubernetes
 from kfp.dsl import PipelineTask
@@ -44,7 +44,12 @@ node without a queue too, so this time does not depend on `placement.queue`."""
 
 
 def place(
-    task: PipelineTask, name: str, config: PlacementConfig, *, claims: Iterable[str] = ()
+    task: PipelineTask,
+    name: str,
+    config: PlacementConfig,
+    *,
+    claims: Iterable[str] = (),
+    notified: Collection[str] = (),
 ) -> PipelineTask:
     """Place a task, and return it.
 
@@ -53,6 +58,8 @@ def place(
         name: the component that the task runs.
         config: the `placement` section of the recipe.
         claims: claims that hold data or a model that the task reads.
+        notified: variables of `config.secrets` with the URLs of webhooks, which only the step that
+            tells them gets.
     """
     needs = needs_of(name, config)
     assert needs.cpu_request and needs.cpu_limit
@@ -74,7 +81,7 @@ def place(
     kubernetes.set_timeout(task, int(needs.timeout_hours * 3600))
     if is_accelerated(name, config):
         _accelerate(task, config, config.num_accelerators if name == "train" else 1)
-    _mount_and_connect(task, STEPS[name], config)
+    _mount_and_connect(task, STEPS[name], config, notified)
     _label(task, name, config)
     kubernetes.set_security_context(task, run_as_user=config.run_as_user, run_as_non_root=True)
     if config.image_pull_secrets:
@@ -163,7 +170,9 @@ def _keep_checkpoints(task: PipelineTask, config: PlacementConfig) -> None:
         task.set_env_variable(ROOT_VARIABLE, f"{CACHE_PATH}/checkpoints")
 
 
-def _mount_and_connect(task: PipelineTask, step: Step, config: PlacementConfig) -> None:
+def _mount_and_connect(
+    task: PipelineTask, step: Step, config: PlacementConfig, notified: Collection[str]
+) -> None:
     """Mount volumes, and set environment variables from secrets that may be absent.
 
     The compiled pipeline contains only the names of the secrets.
@@ -171,9 +180,14 @@ def _mount_and_connect(task: PipelineTask, step: Step, config: PlacementConfig) 
     if step.scratch and config.scratch_size:
         kubernetes.empty_dir_mount(task, "scratch", SCRATCH_PATH, size_limit=config.scratch_size)
         task.set_env_variable("TMPDIR", SCRATCH_PATH)
-    if step.hub or step.tracks:
-        for secret, variables in config.secrets.items():
-            kubernetes.use_secret_as_env(task, secret, variables, optional=True)
+    for secret, variables in config.secrets.items():
+        chosen = {
+            key: name
+            for key, name in variables.items()
+            if (step.notifies if name in notified else step.hub or step.tracks)
+        }
+        if chosen:
+            kubernetes.use_secret_as_env(task, secret, chosen, optional=True)
     if not step.hub:
         return
     if config.cache_claim:

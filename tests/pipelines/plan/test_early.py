@@ -56,6 +56,20 @@ def test_a_recipe_that_can_run(rows: Path) -> None:
     assert verdicts(recipe(rows), is_local=False) == {"model": "ok", "data": "ok"}
 
 
+def test_a_webhook_needs_its_variable(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MY_WEBHOOK", raising=False)
+    told = recipe(rows, notify=[{"webhook": "MY_WEBHOOK"}])
+    assert words(told, "notify") == (
+        "fail: notify names the environment variable MY_WEBHOOK, which is not set here"
+    )
+    assert words(told, "notify", is_local=False).startswith("warn: ")
+    monkeypatch.setenv("MY_WEBHOOK", "https://example.com/s3cr3t")
+    assert words(told, "notify") == "ok: MY_WEBHOOK is set"
+    secrets = {"secrets": {"alerts": {"url": "MY_WEBHOOK"}}}
+    mapped = recipe(rows, notify=[{"webhook": "MY_WEBHOOK"}], placement=secrets)
+    assert words(mapped, "notify", is_local=False) == "ok: MY_WEBHOOK is set from a secret"
+
+
 @pytest.mark.parametrize(
     ("prepare", "says"),
     [

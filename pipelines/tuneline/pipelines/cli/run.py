@@ -18,6 +18,8 @@ from tuneline.pipelines.cli.early import refuse_early
 from tuneline.pipelines.cli.options import RecipeArgument, SetOption
 from tuneline.pipelines.cli.terminal import console, say
 from tuneline.pipelines.local.attempt import StoppedRun, execute, kept
+from tuneline.pipelines.local.notification import tell
+from tuneline.pipelines.local.report_page import finished_page
 from tuneline.pipelines.local.run_dir import (
     RECIPE_FILE,
     REPORT_FILE,
@@ -30,6 +32,7 @@ from tuneline.pipelines.local.watch import ARTIFACTS_DIR, read_events
 from tuneline.recipe import Recipe, load_recipe
 from tuneline.recipe_file.yaml_document import dump_document
 from tuneline.recorded_recipe import without_secrets
+from tuneline.records.in_words import verdict_sentence
 from tuneline.report.failed import render_failed
 from tuneline.runtime.causes import explain
 from tuneline.runtime.events import StepRun, failed_run
@@ -108,16 +111,24 @@ def attempt(run: LocalRun, recipe: Recipe, start: Start) -> None:
     try:
         exit_code = execute(run, recipe, start, console)
     except StoppedRun as stopped:
-        write_report(run)
+        page = write_report(run)
         say(str(stopped))
+        _tell(recipe, run, page, stopped=str(stopped).partition("\n")[0])
         raise typer.Exit(stopped.exit_code) from None
     page = write_report(run)
     if exit_code != 0:
-        raise WorldError(
-            f"{cause(run.steps(), exit_code)}\n{kept(run)}\nlog: {run.log_path}\nreport: {page}"
-        )
+        why = cause(run.steps(), exit_code)
+        _tell(recipe, run, page, failure=why)
+        raise WorldError(f"{why}\n{kept(run)}\nlog: {run.log_path}\nreport: {page}")
     _print_summary(run)
     console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+    _tell(recipe, run, page)
+
+
+def _tell(recipe: Recipe, run: LocalRun, page: Path, **ending: str) -> None:
+    if recipe.notify:
+        for problem in tell(recipe.notify, recipe.name, run, page, **ending):
+            say(problem)
 
 
 def cause(runs: list[StepRun], exit_code: int) -> str:
@@ -148,12 +159,16 @@ def report(
 
 
 def write_report(run: LocalRun) -> Path:
-    """Copy the report step's page, or render a page for a run that failed before that step."""
+    """Write the page of a run into its directory, also if the run failed before its report."""
     events = read_events(run.events_path)
     page = run.directory / REPORT_FILE
     summary = run.summary_path()
-    if summary is not None and not any(event["event"] == "failed" for event in events):
-        shutil.copyfile(summary.parent.parent / "page", page)
+    failed = {event["step"] for event in events if event["event"] == "failed"}
+    if summary is not None and failed <= {"publish"}:
+        if (text := finished_page(run)) is not None:
+            page.write_text(text, encoding="utf-8")
+        else:
+            shutil.copyfile(summary.parent.parent / "page", page)
     else:
         recipe = load_recipe(run.directory / RECIPE_FILE)
         page.write_text(render_failed(recipe.name, events), encoding="utf-8")
@@ -164,15 +179,15 @@ def _print_summary(run: LocalRun) -> None:
     summary = run.summary()
     if summary is None:
         raise FileNotFoundError(RunSummary.filename)
-    scores = Table("task", "metric", "base", "tuned", "difference", "95 % interval", box=None)
+    scores = Table("task", "metric", "base", "tuned", "change", "95 % interval", box=None)
     for comparison in summary.comparisons:
         scores.add_row(
             escape(comparison.title),
             comparison.metric,
             f"{comparison.base:.3f}",
             f"{comparison.tuned:.3f}",
-            f"{comparison.difference:+.3f}",
-            f"[{comparison.interval[0]:+.3f}, {comparison.interval[1]:+.3f}]",
+            f"{comparison.change:+.3f}",
+            "[{:+.3f}, {:+.3f}]".format(*comparison.change_interval),
         )
     exports = Table("export", "MB", "bits per weight", "generated text", box=None)
     for export in summary.exports:
@@ -189,6 +204,5 @@ def _print_summary(run: LocalRun) -> None:
     console.print()
     console.print(exports)
     colour = "green" if summary.verdict == "promote" else "yellow"
-    console.print(
-        f"\n[bold {colour}]{summary.verdict}[/]: {escape(summary.reason)}", soft_wrap=True
-    )
+    sentence = verdict_sentence(summary.verdict, summary.reason, summary.comparisons)
+    console.print(f"\n[bold {colour}]{summary.verdict}[/]: {escape(sentence)}", soft_wrap=True)

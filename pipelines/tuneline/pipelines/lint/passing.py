@@ -11,8 +11,11 @@ from typing import Any
 from tuneline.pipelines.lint.required import Problems, mapping
 from tuneline.runtime.parameter_text import find_replaced
 
-_KFP_PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\[[^]]*\]\}\}")
-"""Reference to a task's input, which the SDK writes into constants."""
+_KFP_PLACEHOLDER = re.compile(
+    r"\{\{\$\.(inputs\.parameters\[[^]]*\]|pipeline_job_(name|resource_name|uuid))\}\}"
+)
+"""Reference to a task's input, which the SDK writes into constants, or to the run, which KFP's
+driver replaces."""
 
 _NOT_PASSED = re.compile(r"\.container\.(command|args)\[\d+\]$|^pipelineInfo\.description$")
 

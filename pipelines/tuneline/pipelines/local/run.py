@@ -49,7 +49,7 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
         cache_root=str(run_dir.parent / CACHE_DIR),
     )
     # Without arguments, the recipe's own values: find_recipe has made its paths absolute.
-    finetune(recipe, on_cluster=False)()
+    finetune(recipe, on_cluster=False, run_name=run_dir.name)()
     if is_docker:
         check_that_all_steps_ended(events_path)
 

@@ -1,4 +1,4 @@
-"""The checks of what a recipe names: model, data, target, trackers and packages.
+"""The checks of what a recipe names: model, data, target, webhooks, trackers and packages.
 
 They take a second or two, load no model and no torch, and find in advance what the steps would find
 after minutes or hours. `plan`, `run` and `submit` make them.
@@ -55,6 +55,7 @@ def check_early(recipe: Recipe, *, is_local: bool, has_packages: bool = False) -
                 checks += _look(name, look, recipe, is_local)
         if is_local:
             checks += _look("target", _target, recipe, is_local)
+    checks += _webhooks(recipe, is_local)
     if is_local and not has_packages:
         checks += _packages(recipe)
         checks += _look("trackers", _trackers, recipe, is_local)
@@ -160,6 +161,21 @@ def _trackers(recipe: Recipe) -> Iterator[Check]:
     names = trackers(recipe.train)
     if names:
         yield Check("trackers", "ok", ", ".join(names))
+
+
+def _webhooks(recipe: Recipe, is_local: bool) -> Iterator[Check]:
+    given = {name for keys in recipe.placement.secrets.values() for name in keys.values()}
+    for variable in dict.fromkeys(each.webhook for each in recipe.notify):
+        words = f"notify names the environment variable {variable}, which "
+        if is_local and not os.environ.get(variable):
+            advice = f"export {variable}='https://...', or remove the entry from notify"
+            yield Check("notify", "fail", f"{words}is not set here", advice)
+        elif not is_local and variable not in given:
+            advice = f"add {{my-webhook: {{url: {variable}}}}} to placement.secrets"
+            yield Check("notify", "warn", f"{words}no secret of placement.secrets sets", advice)
+        else:
+            where = "set" if is_local else "set from a secret"
+            yield Check("notify", "ok", f"{variable} is {where}")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,78 @@
+"""Send a message to the webhooks of a recipe. No failure of it fails the run."""
+
+import logging
+import os
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+import urllib3
+
+from tuneline.errors import HubError
+from tuneline.notify.config import NotifyConfig
+from tuneline.notify.message import Message, payload
+from tuneline.runtime.retries import Retries
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 4
+"""Attempts per webhook, with pauses of 2, 4 and 8 seconds, or those that the server asks for."""
+_TIMEOUT = urllib3.Timeout(connect=5, read=15)
+
+
+class _RefusedError(Exception):
+    """The server answered with another status than success."""
+
+    def __init__(self, response: urllib3.BaseHTTPResponse) -> None:
+        super().__init__(f"the server answered {response.status}")
+        self.status, self.response = response.status, response
+
+
+def send(webhooks: Iterable[NotifyConfig], message: Message) -> list[str]:
+    """Send a message to each webhook that asks for its event.
+
+    The URLs, which are secrets, appear in no text.
+
+    Returns:
+        A sentence per webhook that did not get the message.
+    """
+    problems = []
+    for webhook in webhooks:
+        if message.event not in webhook.events:
+            continue
+        problem = _problem(webhook, message)
+        if problem:
+            problems.append(f"The webhook in {webhook.webhook} was not told: {problem}.")
+        else:
+            logger.info("told the webhook in %s: %s", webhook.webhook, message.title)
+    return problems
+
+
+def _problem(webhook: NotifyConfig, message: Message) -> str:
+    """Send a message to one webhook; return why it was not sent, or ""."""
+    url = os.environ.get(webhook.webhook, "").strip()
+    if not url:
+        return f"the environment variable {webhook.webhook} is not set"
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+        return "the variable holds no URL that begins with https:// or http://"
+    body = payload(message, webhook.format)
+    retries = Retries(
+        f"a message to the webhook in {webhook.webhook}",
+        max_attempts=MAX_ATTEMPTS,
+        advice="Check the URL and the network",
+    )
+    # urllib3's own retries would log the URL.
+    with urllib3.PoolManager(retries=False, timeout=_TIMEOUT) as pool:
+        while True:
+            try:
+                response = pool.request("POST", url, json=body, redirect=False)
+                if not 200 <= response.status < 300:
+                    raise _RefusedError(response)
+                return ""
+            # Whatever it is: the run has ended, and its result does not depend on a message.
+            except Exception as error:
+                try:
+                    retries.wait(error)
+                except HubError as lasting:
+                    return str(lasting)
+                except Exception as final:
+                    return str(final) if isinstance(final, _RefusedError) else type(final).__name__

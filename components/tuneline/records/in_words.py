@@ -1,0 +1,97 @@
+"""What a run gained, in sentences: for the report's page, messages and the command line."""
+
+import math
+from collections.abc import Sequence
+
+from tuneline.html.units import count, number
+from tuneline.records.scores import HELDOUT_PREFIX, TaskComparison, Verdict
+
+MAX_TARGETS = 3
+"""Targets that a sentence has room for."""
+
+
+def verdict_sentence(verdict: Verdict, reason: str, comparisons: Sequence[TaskComparison]) -> str:
+    """Return what the tuned model gained on the targets, in full sentences.
+
+    Args:
+        verdict: verdict of the gate.
+        reason: reason of the gate, which the sentence ends with if it is not the targets.
+        comparisons: comparisons of the decision.
+    """
+    targets = [item for item in comparisons if item.role == "target"]
+    if not targets:
+        return f"{reason[:1].upper()}{reason[1:]}."
+    parts = [gain(item) for item in targets[:MAX_TARGETS]]
+    if len(targets) > MAX_TARGETS:
+        parts.append(f"The recipe has {len(targets)} targets, of which these are the first.")
+    if verdict == "hold" and all(item.outcome == "better" for item in targets):
+        parts.append(f"The gate holds the model back for another reason: {reason}.")
+    return " ".join(parts)
+
+
+def gain(item: TaskComparison) -> str:
+    """Return how the score of a task changed, and how certain the change is, as a sentence."""
+    is_fraction = item.num_changed is not None
+    what = "Right answers" if is_fraction else item.metric
+    pair = score_pair(item)
+    if pair[0] == pair[1]:
+        moved = f"stayed at {pair[0]}"
+    else:
+        moved = f"{'rose' if item.tuned > item.base else 'fell'} from {pair[0]} to {pair[1]}"
+    return f"{what} {moved} on {_questions(item)}{_certainty(item)}."
+
+
+def score_pair(item: TaskComparison) -> tuple[str, str]:
+    """Return both scores as text: fractions of right answers in percent, others as numbers."""
+    if item.num_changed is None:
+        return number(item.base), number(item.tuned)
+    digits = 0 if abs(item.tuned - item.base) >= 0.0995 else 1
+    return f"{100 * item.base:.{digits}f} %", f"{100 * item.tuned:.{digits}f} %"
+
+
+def change_text(item: TaskComparison, value: float) -> str:
+    """Return a change of a score with its sign: in points of percent, or as a number."""
+    if item.num_changed is None:
+        text = number(value, 3)
+        return text if value <= 0 else f"+{text}"
+    digits = 0 if abs(value) >= 0.0995 else 1
+    return f"{100 * value:+.{digits}f}"
+
+
+def with_unit(item: TaskComparison) -> str:
+    """Return the change of a comparison with its unit: points, or the metric."""
+    unit = "points" if item.num_changed is not None else item.metric
+    return f"{change_text(item, item.change)} {unit}"
+
+
+def _certainty(item: TaskComparison) -> str:
+    unit = " points" if item.num_changed is not None else ""
+    sign = 1 if item.higher_is_better else -1
+    if item.outcome == "better":
+        bound = change_text(item, sign * _towards_zero(item, item.lower))
+        return f", at least {bound}{unit} with 95 % certainty"
+    if item.outcome == "worse":
+        bound = change_text(item, sign * _towards_zero(item, item.interval[1]))
+        return f", a loss of at least {bound.lstrip('+-')}{unit} with 95 % certainty"
+    low, high = (change_text(item, end) for end in item.change_interval)
+    return (
+        f", but with 95 % certainty the true change is only known to be between {low} and "
+        f"{high}{unit}: no gain is proven"
+    )
+
+
+def _towards_zero(item: TaskComparison, value: float) -> float:
+    """Return a bound rounded to what is shown, never to a larger change than was proven."""
+    if item.num_changed is None:
+        return value
+    steps = 100 if abs(value) >= 0.0995 else 1000
+    return math.copysign(math.floor(abs(value) * steps + 1e-9) / steps, value)
+
+
+def _questions(item: TaskComparison) -> str:
+    is_heldout = item.task.startswith(HELDOUT_PREFIX)
+    text = f"{count(item.num_samples)} {'unseen ' if is_heldout else ''}questions"
+    text += "" if is_heldout else f" of {item.task}"
+    if item.num_clusters != item.num_samples:
+        text += f" ({count(item.num_clusters)} different ones)"
+    return text

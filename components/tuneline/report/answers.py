@@ -1,0 +1,111 @@
+"""The card that says whether the tuned model is safe to use, and what to do next."""
+
+import shlex
+from html import escape
+
+from tuneline.artifacts import TaskComparison
+from tuneline.html.page import Cell, paragraph, todo
+from tuneline.html.units import percent
+from tuneline.records.in_words import with_unit
+from tuneline.report.comparison import recommend
+from tuneline.report.records import Line
+from tuneline.verdict import GateRule, mean_of_guards
+
+
+def answers(line: Line) -> str:
+    """Return the two answers side by side."""
+    safe = "".join(paragraph(sentence) for sentence in safety(line))
+    return (
+        '<section class="card"><div class="pair">'
+        f"<div><h2>Is it safe to use?</h2>{safe}</div>"
+        f"<div><h2>What next?</h2>{_next(line)}</div>"
+        "</div></section>"
+    )
+
+
+def safety(line: Line) -> list[str]:
+    """Return sentences on what the model may have lost, and on what was not measured."""
+    comparisons, merge = line.decision.comparisons, line.merge
+    guards = [item for item in comparisons if item.role == "guard"]
+    sentences = []
+    if guards:
+        _, lower = mean_of_guards(guards)
+        limit = line.decision.settings.get("max_regression", GateRule().max_regression)
+        changed = ", ".join(_changed(item) for item in guards[:4])
+        others = f" and {len(guards) - 4} more" if len(guards) > 4 else ""
+        loss = "a loss" if len(guards) == 1 else "a mean loss"
+        excluded = "is" if lower > -limit else "is not"
+        sentences.append(
+            f"Other tasks: {changed}{others}. With 95 % confidence, {loss} of {limit:g} {excluded} "
+            "excluded."
+        )
+    else:
+        sentences.append(
+            "What the model lost elsewhere is unknown, because no task besides the target was "
+            "measured. The gate guards every other task that evaluate.tasks names."
+        )
+    control = next((item for item in comparisons if item.role == "control"), None)
+    if control is not None and control.outcome != "worse":
+        sentences.append("It still reads its prompts (control task).")
+    sentences.append(
+        f"The merged model is the one that was trained: at {percent(merge.top1_agreement)} of the "
+        "positions both find the same token most likely."
+    )
+    leaked = [
+        f"{found.num_found} of {found.num_questions} questions of {name}"
+        for name, found in line.dataset.contamination.items()
+        if found.num_found
+    ]
+    if leaked:
+        sentences.append(
+            f"The training rows contain {', '.join(leaked)}, so scores there prove little."
+        )
+    return sentences
+
+
+def _next(line: Line) -> str:
+    place, name = line.place, shlex.quote(line.place.run_name or "RUN")
+    pairs: list[tuple[str, str]] = []
+    is_held = line.decision.verdict == "hold"
+    if place.is_local:
+        pairs.append(("Talk to it", _code(f"tuneline chat {name}")))
+        pairs.append(("Base and tuned side by side", _code(f"tuneline chat {name} --compare")))
+    else:
+        pairs.append(("State of the run", _code(f"tuneline status {name}")))
+    if is_held:
+        pairs.append(("Change and run again", "The likely causes are below, each with a command."))
+    elif place.published is not None:
+        urls = (f"<code>{escape(repo.url)}</code>" for repo in place.published.repos)
+        pairs.append(("Published", Cell("<br>".join(urls))))
+    elif place.problem:
+        pairs.append(("Publish again", _code(f"tuneline resume {name}")))
+    else:
+        pairs.append(("Publishes to", _code(line.target)))
+    uses = recommend(line.exports)
+    best = "; ".join(f"{each} ({', '.join(uses[each])})" for each in uses if uses[each])
+    if best:
+        pairs.append(("Which export to take", best))
+    if place.is_local and not is_held:
+        longer = f"train.max_steps={2 * line.training.num_steps}"
+        pairs.append(("Train longer", _code(f"tuneline resume {name} --set {longer}")))
+    pairs += [(label, _code(path)) for label, path in place.files]
+    links = " · ".join(
+        f'<a href="{escape(address)}">{escape(label)}</a>' for label, address in place.links
+    )
+    if place.links:
+        pairs.append(("Other pages", Cell(links)))
+    where = (
+        paragraph(f"The commands work in {place.working_dir}.", muted=True)
+        if place.working_dir
+        else ""
+    )
+    return todo(pairs) + where
+
+
+def _changed(item: TaskComparison) -> str:
+    """Return a task with its change, e.g. "boolq -2 points (worse)"."""
+    return f"{item.task} {with_unit(item)} ({item.outcome})"
+
+
+def _code(text: str) -> Cell:
+    return Cell(f"<code>{escape(text)}</code>")
