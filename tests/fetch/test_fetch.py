@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from tuneline.artifacts import ModelOrigin
@@ -154,6 +155,23 @@ def test_adapter_instead_of_model(tmp_path: Path) -> None:
     (path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="is a LoRA adapter"):
         fetch(path, tmp_path)
+    with pytest.raises(ModelError, match=r"holds only LoRA adapters \(adapter\)"):
+        fetch(tmp_path, tmp_path)
+
+
+def test_a_model_with_an_adapter_beside_it(model_dir: Path, tmp_path: Path) -> None:
+    """As transformers reads it, this directory is the adapter's base model, whatever it holds."""
+    LoraConfig(base_model_name_or_path="org/another").save_pretrained(model_dir)
+    with pytest.raises(ModelError, match="a complete model and a LoRA adapter .*own: either"):
+        fetch(model_dir, tmp_path)
+
+
+def test_a_directory_of_checkpoints(model_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for number in (500, 1000):
+        shutil.copytree(model_dir, run / f"checkpoint-{number}")
+    with pytest.raises(ModelError, match="holds 2 of them: name one, e.g. .*/run/checkpoint-1000"):
+        fetch(run, tmp_path)
 
 
 def test_own_code_is_refused_unless_trusted_by_name(model_dir: Path, tmp_path: Path) -> None:

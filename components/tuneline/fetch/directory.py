@@ -20,6 +20,7 @@ from tuneline.fetch.weight_headers import (
     longest_side,
     read_header,
 )
+from tuneline.models.adapter_files import CONFIG_FILE as ADAPTER_CONFIG
 from tuneline.models.multimodal import loaded_part
 from tuneline.models.stored_quantisation import in_dtype
 from tuneline.models.tokenizer_files import TEMPLATES_DIR, copy_templates
@@ -140,14 +141,22 @@ def check(path: Path, *, source: str, trusted: bool) -> Facts:
     """
     names = {file.name for file in path.iterdir()}
     if "config.json" not in names:
-        if "adapter_config.json" in names:
+        if ADAPTER_CONFIG in names:
             raise ModelError(
                 f"{source} is a LoRA adapter, not a complete model: name the base model that its "
-                "adapter_config.json points to, or merge the two first"
+                f"{ADAPTER_CONFIG} points to, or merge the two first"
             )
         if not any(name.endswith(".safetensors") for name in names):
-            raise ModelError(explain_missing_weights(source, sorted(names)))
+            raise ModelError(_explain_no_model(path, source, sorted(names)))
         raise ModelError(f"{source} has no config.json: it is not a transformers model directory")
+    if ADAPTER_CONFIG in names:
+        # transformers would load the base model that this file names, with its adapter.
+        raise ModelError(
+            f"{source} holds a complete model and a LoRA adapter ({ADAPTER_CONFIG}), and "
+            "transformers loads the adapter's base model in place of the complete one. Put the one "
+            "to be tuned into a directory of its own: either without the adapter's files, or "
+            "merged with the adapter"
+        )
     weights = _weights(path, source)
     if not any(files <= names for files in _TOKENIZER_FILES):
         raise ModelError(
@@ -184,6 +193,26 @@ def check(path: Path, *, source: str, trusted: bool) -> Facts:
         runs_own_code=runs_own_code,
         quantisation=quantisation,
     )
+
+
+def _explain_no_model(path: Path, source: str, names: list[str]) -> str:
+    """Return the error message for a directory that is no model; checkpoints in it are named."""
+    within = [name for name in names if (path / name / "config.json").is_file()]
+    if within:
+        # Trainers save checkpoint-500, checkpoint-1000 and so on.
+        within.sort(key=lambda name: (len(name), name))
+        return (
+            f"{source} is not a model, but holds {len(within)} of them: name one, e.g. "
+            f"{source}/{within[-1]}"
+        )
+    adapters = [name for name in names if (path / name / ADAPTER_CONFIG).is_file()]
+    if adapters:
+        return (
+            f"{source} holds only LoRA adapters ({', '.join(adapters[:3])}), not complete models: "
+            f"name the base model that the {ADAPTER_CONFIG} of one points to, or merge the two "
+            "first"
+        )
+    return explain_missing_weights(source, names)
 
 
 def explain_missing_weights(source: str, names: list[str]) -> str:

@@ -12,6 +12,7 @@ from tuneline.html.bars import IntervalRow, bar_chart, interval_chart
 from tuneline.html.charts import ScatterPoint, histogram, line_chart, scatter_chart
 from tuneline.html.flow import Stage, line_diagram
 from tuneline.html.stylesheet import STYLESHEET
+from tuneline.runtime.printable import printable
 from tuneline.seals import seal_page
 from tuneline.version import VERSION
 
@@ -50,6 +51,9 @@ def render_page(
 ) -> str:
     """Return a whole HTML page, which ends with the hash of its text.
 
+    Control characters, half surrogates and marks of direction are shown as escapes: they come from
+    data and names, could reorder a sentence, and a half surrogate cannot be written to a file.
+
     Args:
         title: plain text of the heading and of the window's title.
         sections_html: HTML of the cards, usually made by `section`.
@@ -58,7 +62,7 @@ def render_page(
     """
     cards = "\n".join(f'<section class="card">\n{html}\n</section>' for html in sections_html)
     below = f'<p class="subtitle">{escape(subtitle)}</p>' if subtitle else ""
-    return seal_page(f"""<!doctype html>
+    html = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -81,7 +85,8 @@ def render_page(
 </main>
 </body>
 </html>
-""")
+"""
+    return seal_page(printable(html))
 
 
 def section(heading: str, *parts: str, note: str = "") -> str:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tuneline.errors import DataError, RecipeError
 from tuneline.prepare import PrepareConfig
-from tuneline.prepare.sources import content
+from tuneline.prepare.sources import proportion
 from tuneline.prepare.sources.kinds import read_rows
 from tuneline.prepare.sources.row import Remarks, Selection
 
@@ -247,7 +247,7 @@ def test_what_the_json_module_writes_is_read(
 def test_a_file_that_is_made_to_fill_a_machine(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(content, "_FREE_BYTES", 4 << 20)
+    monkeypatch.setattr(proportion, "FREE_BYTES", 4 << 20)
     compress: dict[str, Callable[[bytes], bytes]] = {
         ".gz": gzip.compress,
         ".bz2": bz2.compress,

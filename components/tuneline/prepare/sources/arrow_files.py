@@ -1,5 +1,11 @@
-"""Read the rows of Parquet, Arrow and Feather files."""
+"""Read the rows of Parquet, Arrow and Feather files.
 
+These files can hold far more than their size: many rows share one value, and runs of equal values
+take no space. Therefore what a file states is checked before it is read, and the size of each row
+before the row is made.
+"""
+
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,52 +13,103 @@ import pyarrow
 import pyarrow.parquet
 
 from tuneline.errors import DataError
+from tuneline.prepare.sources.arrow_messages import check_messages
+from tuneline.prepare.sources.arrow_sizes import OTHER_BYTES, sizes
+from tuneline.prepare.sources.proportion import MAX_ROW_BYTES, TOO_LARGE, check_proportion
 from tuneline.prepare.sources.row import SourceRow
 from tuneline.prepare.sources.stored import StoredFile
 
 _BATCH = 256
-_FILE_MARK = b"ARROW1"
+_BYTES_OF_A_ROW = 64
+"""Size that is counted for a row beside its values."""
+_ADVICE = "save its rows as JSON Lines"
 
 
 def read_parquet(file: StoredFile) -> Iterator[SourceRow]:
-    """Yield the rows of a Parquet file."""
+    """Yield the rows of a Parquet file.
+
+    Raises:
+        DataError: the file is damaged, or its content is out of proportion to its size.
+    """
     with file.open_seekable() as opened:
-        yield from _rows(file, "Parquet", _parquet_batches(opened))
+        yield from _rows(file, "Parquet", opened, _parquet_batches(file, opened))
 
 
 def read_arrow(file: StoredFile) -> Iterator[SourceRow]:
-    """Yield the rows of an Arrow stream, which `datasets` writes, or of an Arrow file."""
+    """Yield the rows of an Arrow stream, which `datasets` writes, or of an Arrow file.
+
+    Raises:
+        DataError: the file is damaged, or its content is out of proportion to its size.
+    """
     with file.open_seekable() as opened:
-        yield from _rows(file, "Arrow", _arrow_batches(opened))
+        yield from _rows(file, "Arrow", opened, _arrow_batches(file, opened))
 
 
-def _parquet_batches(opened: Any) -> Iterator[Any]:
-    with pyarrow.parquet.ParquetFile(opened) as parquet:
+def _parquet_batches(file: StoredFile, opened: Any) -> Iterator[Any]:
+    num_stored = _size_of(opened)
+    metadata = pyarrow.parquet.read_metadata(opened)
+    num_bytes = 0
+    texts = set()
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            num_bytes += max(column.total_uncompressed_size, column.num_values * OTHER_BYTES)
+            if column.has_dictionary_page and column.physical_type == "BYTE_ARRAY":
+                texts.add(column.path_in_schema)
+    check_proportion(file.name, num_bytes, f"its {num_stored:,} bytes", num_stored, _ADVICE)
+    # A text that many rows share stays one text until the size of the rows is known.
+    with pyarrow.parquet.ParquetFile(
+        opened, metadata=metadata, read_dictionary=sorted(texts)
+    ) as parquet:
         yield from parquet.iter_batches(batch_size=_BATCH)
 
 
-def _arrow_batches(opened: Any) -> Iterator[Any]:
-    is_file = opened.read(len(_FILE_MARK)) == _FILE_MARK
-    opened.seek(0)
-    if is_file:
-        reader = pyarrow.ipc.open_file(opened)
-        batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
-    else:
-        batches = iter(pyarrow.ipc.open_stream(opened))
-    for batch in batches:
-        for start in range(0, batch.num_rows, _BATCH):
-            yield batch.slice(start, _BATCH)
+def _arrow_batches(file: StoredFile, opened: Any) -> Iterator[Any]:
+    check_messages(file.name, opened)
+    # An Arrow file is a stream between a mark and a list of its batches, which is not needed.
+    for batch in pyarrow.ipc.open_stream(opened):
+        batch.validate(full=True)
+        yield batch
 
 
-def _rows(file: StoredFile, kind: str, batches: Iterator[Any]) -> Iterator[SourceRow]:
-    number = 0
+def _rows(file: StoredFile, kind: str, opened: Any, batches: Iterator[Any]) -> Iterator[SourceRow]:
+    number = num_bytes = 0
+    num_stored = _size_of(opened)
+    stored = f"its {num_stored:,} bytes"
     try:
         for batch in batches:
-            for values in batch.to_pylist():
-                number += 1
-                yield SourceRow(file.name, number, values)
+            least = num_bytes + batch.num_rows * _BYTES_OF_A_ROW
+            check_proportion(file.name, least, stored, num_stored, _ADVICE)
+            for rows, size in _parts(batch):
+                num_bytes += size + rows.num_rows * _BYTES_OF_A_ROW
+                check_proportion(file.name, num_bytes, stored, num_stored, _ADVICE)
+                if size > MAX_ROW_BYTES:
+                    number += 1
+                    yield SourceRow(file.name, number, reason=TOO_LARGE)
+                    continue
+                for values in rows.to_pylist():
+                    number += 1
+                    yield SourceRow(file.name, number, values)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{file.name} is not a complete {kind} file: row {number + 1} cannot be read "
             f"({' '.join(str(error).split())[:200]}). Create or download it again"
         ) from None
+
+
+def _parts(batch: Any) -> Iterator[tuple[Any, int]]:
+    """Yield consecutive rows that are at most MAX_ROW_BYTES together, or one row, with the size."""
+    of_rows = sum(sizes(column) for column in batch.columns) if batch.num_columns else []
+    start = total = 0
+    for number, size in enumerate(map(int, of_rows)):
+        if number > start and (total + size > MAX_ROW_BYTES or number - start == _BATCH):
+            yield batch.slice(start, number - start), total
+            start, total = number, 0
+        total += size
+    if batch.num_rows > start:
+        yield batch.slice(start), total
+
+
+def _size_of(opened: Any) -> int:
+    size = int(opened.seek(0, io.SEEK_END))
+    opened.seek(0)
+    return size

@@ -8,12 +8,13 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, AnyStr, BinaryIO, cast
 
 import charset_normalizer
 import pyarrow
 
 from tuneline.errors import DataError
+from tuneline.prepare.sources.proportion import MAX_ROW_BYTES, check_proportion
 from tuneline.prepare.sources.row import Remarks
 from tuneline.prepare.sources.stored import StoredFile
 
@@ -31,13 +32,6 @@ _MAX_SCANNED_BYTES = 16 << 20
 """Number of bytes of a file in a store that are searched for the first that is not ASCII."""
 
 
-_MAX_RATIO = 500
-"""Largest accepted size of a file's content, as a multiple of the compressed size. Text is seldom
-more than 30 times its compressed size."""
-_FREE_BYTES = 256 << 20
-"""Number of decompressed bytes from which `_MAX_RATIO` counts."""
-
-
 class _Bounded(io.RawIOBase):
     """The decompressed bytes of a file, which must not be out of proportion to the file's own."""
 
@@ -52,13 +46,14 @@ class _Bounded(io.RawIOBase):
         block = self._content.read(len(buffer))
         self._num_bytes += len(block)
         buffer[: len(block)] = block
-        if self._num_bytes > _FREE_BYTES and self._num_bytes > _MAX_RATIO * self._raw.tell():
-            raise DataError(
-                f"{self._name} has {self._num_bytes:,} bytes of content in its first "
-                f"{self._raw.tell():,} compressed bytes, more than {_MAX_RATIO} times as many, as "
-                "only files that are made to fill a machine have: if the file is right, "
-                "decompress it, and name the result"
-            )
+        stored = self._raw.tell()
+        check_proportion(
+            self._name,
+            self._num_bytes,
+            f"its first {stored:,} compressed bytes",
+            stored,
+            "decompress it, and name the result",
+        )
         return len(block)
 
     def close(self) -> None:
@@ -213,6 +208,19 @@ def open_text(file: StoredFile, encoding: str, *, newline: str = "") -> IO[str]:
     name = "utf-8-sig" if encoding.replace("_", "-").lower() in ("utf-8", "utf8") else encoding
     errors = "strict" if name.startswith(("utf-16", "utf-32", "utf_16")) else "surrogateescape"
     return io.TextIOWrapper(open_content(file), encoding=name, errors=errors, newline=newline)
+
+
+def lines_of(opened: IO[AnyStr]) -> Iterator[AnyStr | None]:
+    """Yield the lines of a file with their ends; None for a line larger than MAX_ROW_BYTES."""
+    while line := opened.readline(MAX_ROW_BYTES + 1):
+        if len(line) <= MAX_ROW_BYTES:
+            yield line
+            continue
+        size = MAX_ROW_BYTES + 1
+        while len(line) == size and line[-1:] not in ("\n", b"\n"):
+            size = _BLOCK_BYTES
+            line = opened.readline(size)
+        yield None
 
 
 def has_undecoded(text: str) -> bool:

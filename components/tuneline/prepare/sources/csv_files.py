@@ -10,22 +10,43 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import IO
 
 from tuneline.errors import DataError
-from tuneline.prepare.sources.content import NOT_UTF8, UTF_8, has_undecoded, open_text
+from tuneline.prepare.sources.content import NOT_UTF8, UTF_8, has_undecoded, lines_of, open_text
+from tuneline.prepare.sources.proportion import MAX_ROW_BYTES, TOO_LARGE
 from tuneline.prepare.sources.row import Remarks, SourceRow
 from tuneline.prepare.sources.stored import StoredFile
 
 _DELIMITERS = (",", ";", "\t", "|")
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-_MAX_FIELD_CHARACTERS = 1 << 26
-"""Longest field; a quote that never closes would otherwise take the rest of a file as its field."""
 _MAX_NAME_CHARACTERS = 100
 _NUM_LINES_LIKE_ROWS = 3
 _ADVICE = (
     "Write a quote inside a field as two quotes and enclose the field in quotes, or save the rows "
     "as JSON Lines"
 )
+
+
+class _Lines:
+    """The lines of a file. A quote that never closes would make one row of all that follow it."""
+
+    def __init__(self, file: StoredFile, text: IO[str]) -> None:
+        self._file, self._lines = file, enumerate(lines_of(text), 1)
+        self.row_size = 0
+        """Number of characters since the row began."""
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        number, line = next(self._lines)
+        if line is None:
+            raise DataError(f"{self._file.name}: line {number} is {TOO_LARGE}")
+        self.row_size += len(line)
+        if self.row_size > MAX_ROW_BYTES:
+            raise csv.Error
+        return line
 
 
 @dataclass(frozen=True)
@@ -45,21 +66,22 @@ def read_csv(file: StoredFile, encoding: str, remarks: Remarks) -> Iterator[Sour
     Raises:
         DataError: a quote does not close where its field ends, or the first line is not a header.
     """
-    csv.field_size_limit(_MAX_FIELD_CHARACTERS)
+    csv.field_size_limit(MAX_ROW_BYTES)
     dialect = _find_dialect(file, encoding, remarks)
     header: list[str] | None = None
     is_suspicious = False
     start = dialect.num_skipped_lines + 1
     with open_text(file, encoding) as text:
-        lines = islice(text, dialect.num_skipped_lines, None)
+        lines = _Lines(file, text)
         reader = csv.reader(
-            lines,
+            islice(lines, dialect.num_skipped_lines, None),
             delimiter=dialect.delimiter,
             skipinitialspace=dialect.skips_space,
             strict=True,
         )
         try:
             for cells in reader:
+                lines.row_size = 0
                 end = reader.line_num + dialect.num_skipped_lines
                 if not cells:
                     pass
@@ -98,7 +120,9 @@ def read_tsv(file: StoredFile, encoding: str, remarks: Remarks) -> Iterator[Sour
         head = text.read(1 << 16)
     newline = "\r" if "\r" in head and "\n" not in head else "\n"
     with open_text(file, encoding, newline=newline) as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(lines_of(lines), 1):
+            if line is None:
+                raise DataError(f"{file.name}: line {number} is {TOO_LARGE}")
             if not line.strip():
                 continue
             raw = line.rstrip("\r\n").split("\t")

@@ -19,6 +19,7 @@ from tuneline.prepare.sources.content import (
 )
 from tuneline.prepare.sources.csv_files import read_csv, read_tsv
 from tuneline.prepare.sources.json_files import read_json, read_jsonl
+from tuneline.prepare.sources.proportion import MAX_ROW_BYTES, TOO_LARGE
 from tuneline.prepare.sources.row import Remarks, SourceRow
 from tuneline.prepare.sources.stored import StoredFile
 
@@ -86,8 +87,10 @@ def _decoded(file: StoredFile, encoding: str, rows: Iterator[SourceRow]) -> Iter
 
 def _read_text(file: StoredFile, encoding: str, remarks: Remarks) -> Iterator[SourceRow]:
     with open_text(file, encoding) as opened:
-        text = opened.read().removeprefix("\ufeff")
-    if has_undecoded(text):
+        text = opened.read(MAX_ROW_BYTES + 1).removeprefix("\ufeff")
+    if len(text) > MAX_ROW_BYTES:
+        yield SourceRow(file.name, 1, reason=TOO_LARGE)
+    elif has_undecoded(text):
         index = next(place for place, mark in enumerate(text) if is_undecoded(mark))
         yield SourceRow(file.name, text[:index].count("\n") + 1, reason=NOT_UTF8)
     elif text:

@@ -11,9 +11,11 @@ from tuneline.prepare.sources.content import (
     NOT_UTF8,
     UTF_8,
     has_undecoded,
+    lines_of,
     open_content,
     open_text,
 )
+from tuneline.prepare.sources.proportion import MAX_ROW_BYTES, TOO_LARGE
 from tuneline.prepare.sources.row import SourceRow
 from tuneline.prepare.sources.stored import StoredFile
 
@@ -46,7 +48,10 @@ def read_jsonl(file: StoredFile, encoding: str) -> Iterator[SourceRow]:
         return
     decoder = _Decoder()
     with open_content(file) as lines:
-        for number, raw in enumerate(lines, 1):
+        for number, raw in enumerate(lines_of(lines), 1):
+            if raw is None:
+                yield SourceRow(file.name, number, reason=TOO_LARGE)
+                continue
             if number == 1:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
             if not raw.strip():
@@ -62,7 +67,10 @@ def read_jsonl(file: StoredFile, encoding: str) -> Iterator[SourceRow]:
 def _read_decoded_lines(file: StoredFile, encoding: str) -> Iterator[SourceRow]:
     decoder = _Decoder()
     with open_text(file, encoding, newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(lines_of(lines), 1):
+            if line is None:
+                yield SourceRow(file.name, number, reason=TOO_LARGE)
+                continue
             if number == 1:
                 line = line.removeprefix("\ufeff")
             if not line.strip():
@@ -134,6 +142,12 @@ def read_json(file: StoredFile, encoding: str) -> Iterator[SourceRow]:
                 piece = text.read(max(1 << 16, len(buffer)))
                 if has_undecoded(piece):
                     raise DataError(f"{file.name} is {NOT_UTF8}") from None
+                if piece and len(buffer) > MAX_ROW_BYTES:
+                    raise DataError(
+                        f"{file.name}: the value that begins in line {line} does not end within "
+                        f"{MAX_ROW_BYTES:,} characters: it is not JSON, or too large for a row. "
+                        "Correct that value, or divide its text into several rows"
+                    ) from None
                 if piece:
                     buffer += piece
                     continue
