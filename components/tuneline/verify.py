@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuneline.artifacts import PUBLISHED_BUNDLE, RECORDS, DatasetManifest, Decision
+from tuneline.artifacts import (
+    PUBLISHED_BUNDLE,
+    RECORDS,
+    DatasetManifest,
+    Decision,
+    QuantizedModel,
+)
 from tuneline.errors import DataError, TunelineError
 from tuneline.models.agreement import Stored, disagreements
 from tuneline.record import Ancestor, Record, hash_files, sha256_of_file
@@ -70,8 +76,8 @@ def verify(directory: Path) -> list[Checked]:
         result.differences.extend(foreign_inputs(record.made_from, known))
         ancestors = _ancestors(record, [(path.parent, other) for path, other, _ in records])
         result.differences.extend(disagreements(Stored(record, path.parent), ancestors))
-        if isinstance(record, Decision) and (wrong := wrong_verdict(record)):
-            result.differences.append(wrong)
+        if isinstance(record, Decision):
+            result.differences.extend(_decision(record, [other for _, other, _ in records]))
         checked.append(result)
     checked.extend(_check_bundle(path, known) for path in sorted(directory.rglob(PUBLISHED_BUNDLE)))
     checked.extend(_check_single_files(directory, [record for _, record, _ in records]))
@@ -83,6 +89,22 @@ def verify(directory: Path) -> list[Checked]:
             "downloaded repository"
         )
     return checked
+
+
+def _decision(decision: Decision, records: list[Record]) -> Iterator[str]:
+    """Yield how a decision contradicts itself, and which exports here it was not made on."""
+    if wrong := wrong_verdict(decision):
+        yield wrong
+    here: dict[str, set[str]] = {}
+    for record in records:
+        if isinstance(record, QuantizedModel):
+            here.setdefault(record.format, set()).add(record.record_sha256)
+    for item in decision.exports:
+        if item.format in here and item.sealed not in here[item.format]:
+            yield (
+                f"made on the export {item.format} with the record {item.sealed[:12]}, which is "
+                "not here"
+            )
 
 
 def _ancestors(record: Record, found: list[tuple[Path, Record]]) -> dict[str, Stored]:

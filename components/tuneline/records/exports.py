@@ -6,6 +6,7 @@ from pydantic import Field
 
 from tuneline.kinds import ExportKind
 from tuneline.record import Record
+from tuneline.strict_model import StrictModel
 
 MAX_SHARE_OF_TUNING = 0.5
 """Distance of an export from the merged model above which it is said, as a fraction of the distance
@@ -67,6 +68,18 @@ class ImportanceMatrix(Record):
     num_tensors: int
 
 
+class BenchmarkAnswers(StrictModel):
+    """Which held-out rows an export and the merged model answered correctly.
+
+    Each list has one entry per row, in the order of the file of held-out rows.
+    """
+
+    export: list[bool]
+    merged: list[bool]
+    clusters: list[int]
+    """Number of each row's cluster, from 0 without gaps."""
+
+
 class QuantizedModel(Record):
     """One export of the merged model."""
 
@@ -121,6 +134,9 @@ class QuantizedModel(Record):
     reference_benchmark_score: float | None = None
     """Fraction of correct answers of the merged model on the same rows."""
     num_benchmark_rows: int = 0
+    benchmark_answers: BenchmarkAnswers | None = None
+    """The answers behind the two scores, from which the gate decides whether the export is
+    published; null if the export was not scored."""
     num_tokenizer_texts: int | None = None
     """Number of texts that llama.cpp and the merged model's tokenizer split alike; GGUF only."""
     num_conversations: int | None = None

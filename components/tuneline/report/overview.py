@@ -12,7 +12,9 @@ def verdict(line: Line) -> str:
     """Return the banner with the verdict."""
     decision = line.decision
     if decision.verdict == "promote":
-        after = f"It will be published to {line.target}."
+        held = line.decision.held_exports()
+        without = f", without the exports that are held: {', '.join(held)}" if held else ""
+        after = f"It will be published to {line.target}{without}."
         return banner("Promote", decision.reason, "good", small=after)
     after = f"Nothing is published to {line.target}."
     return banner("Hold", decision.reason, "warn", small=after)
@@ -59,12 +61,12 @@ def headline(line: Line) -> str:
         )
     else:
         shown.append(("Training loss", number(training.final_loss, 3), "last logged"))
-    if line.exports:
-        smallest = min(line.exports, key=lambda export: export.num_bytes)
-        plural = "s" if len(line.exports) > 1 else ""
+    if kept := line.kept_exports:
+        smallest = min(kept, key=lambda export: export.num_bytes)
+        plural = "s" if len(kept) > 1 else ""
         shown.append(
             (
-                f"Smallest of {len(line.exports)} export{plural}",
+                f"Smallest of {len(kept)} export{plural}",
                 size(smallest.num_bytes),
                 f"{smallest.format}; merged model {size(line.merge.num_bytes)}",
             )

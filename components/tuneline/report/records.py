@@ -37,3 +37,9 @@ class Line:
     tuned_generations: list[dict[str, Any]]
     """Rows with the prompt, the reference answer and the answer of the tuned model."""
     decision: Decision
+
+    @property
+    def kept_exports(self) -> list[QuantizedModel]:
+        """The exports that the gate does not hold."""
+        held = self.decision.held_exports()
+        return [export for export in self.exports if export.format not in held]

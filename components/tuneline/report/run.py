@@ -110,6 +110,7 @@ def run(
             remarks=line.decision.remarks,
             comparisons=line.decision.comparisons,
             exports=line.exports,
+            export_verdicts=line.decision.exports,
             differs_from_recipe=list(recipe.differences),
             seconds=round(time.monotonic() - started, 3),
         )

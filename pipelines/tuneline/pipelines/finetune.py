@@ -3,13 +3,14 @@
                         .-> evaluate base ---------------------------.
                         |                                            v
     plan -> fetch -> prepare -> train -> merge -> evaluate tuned -> gate -> report, publish
-                                           |                                  ^
-                                           `-> export (convert, quantize) ----'
+                                           |                         ^
+                                           `-> export ---------------'
+                                               (convert, quantize)
 
-The gate reads only the two scores, and what a small task finds of earlier runs: the scores of the
-model published last, and how many models were measured on the same questions. The report reads the
-records of the earlier steps, and publish, if the gate promotes the model, the artifacts that it
-uploads.
+The gate reads the two scores, the records of the exports, and what a small task finds of earlier
+runs: the scores of the model published last, and how many models were measured on the same
+questions. The report reads the records of the earlier steps, and publish, if the gate promotes the
+model, the artifacts that it uploads: of the exports, those that the gate does not hold.
 
 Before fetch and before prepare, a small task looks up the fingerprint of what the model's or the
 dataset's name refers to now. These tasks are never cached, and fetch and prepare take the
@@ -197,8 +198,13 @@ def finetune(
                 look_up_published, target=publish_to, config=publish_config, recipe=recipe_json
             ).set_caching_options(False)
             published_before.after(planned)
+            export_records = {kind: task.outputs["records"] for kind, task in exported.items()}
             gated = placed(
-                gate, config=gate_config, **scores, earlier=published_before.outputs["earlier"]
+                gate,
+                config=gate_config,
+                **scores,
+                earlier=published_before.outputs["earlier"],
+                **export_records,
             )
             everything = {
                 "recipe": recipe_json,
@@ -214,7 +220,7 @@ def finetune(
                 publish_config=publish_config,
                 adapter=trained.outputs["record"],
                 merged=merged.outputs["record"],
-                **{kind: task.outputs["records"] for kind, task in exported.items()},
+                **export_records,
             ).set_caching_options(False)
             placed(
                 publish,
@@ -311,5 +317,5 @@ def _collected(task: dsl.PipelineTask) -> Exports:
 EXPORTERS: dict[
     ExportKind, Callable[[QuantizeConfig, Callable[..., dsl.PipelineTask]], BaseComponent]
 ] = {"gguf": _export_gguf, "gptq": _export_gptq}
-"""Functions that make the nested pipeline of each kind of export. Report and publish have an input
-per kind, with the same name."""
+"""Functions that make the nested pipeline of each kind of export. Gate, report and publish have an
+input per kind, with the same name."""

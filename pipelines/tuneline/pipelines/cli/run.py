@@ -174,12 +174,15 @@ def _print_summary(run: LocalRun) -> None:
             f"{comparison.difference:+.3f}",
             f"[{comparison.interval[0]:+.3f}, {comparison.interval[1]:+.3f}]",
         )
-    exports = Table("export", "MB", "bits per weight", "generated text", box=None)
+    exports = Table("export", "MB", "bits per weight", "verdict", "generated text", box=None)
+    verdicts = {item.format: item for item in summary.export_verdicts}
     for export in summary.exports:
+        decided = verdicts.get(export.format)
         exports.add_row(
             export.format,
             f"{export.num_bytes / 1e6:.1f}",
             f"{export.bits_per_weight:.2f}",
+            "-" if decided is None or decided.comparison is None else decided.verdict,
             escape(" ".join(export.generated.split())[:60]),
         )
     console.print()
@@ -192,3 +195,8 @@ def _print_summary(run: LocalRun) -> None:
     console.print(
         f"\n[bold {colour}]{summary.verdict}[/]: {escape(summary.reason)}", soft_wrap=True
     )
+    for item in summary.export_verdicts:
+        if item.is_held:
+            console.print(
+                f"[bold yellow]held[/]: {item.format}: {escape(item.reason)}", soft_wrap=True
+            )
