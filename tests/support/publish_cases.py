@@ -19,6 +19,7 @@ from tuneline.artifacts import (
 from tuneline.evaluate.config import EvaluateConfig
 from tuneline.fetch.config import FetchConfig
 from tuneline.gate.config import GateConfig
+from tuneline.gate.exports import verdict_on
 from tuneline.merge.config import MergeConfig
 from tuneline.prepare.config import PrepareConfig
 from tuneline.publish.config import PublishConfig

@@ -37,13 +37,14 @@ compiled file. Parameters are written so that they reach the steps unchanged
 (runtime/parameter_text.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, cast
 
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
 from tuneline.diagnose.component import diagnose
+from tuneline.errors import UserError
 from tuneline.evaluate.component import collect_benchmarks, evaluate
 from tuneline.fetch.component import fetch, look_up_model
 from tuneline.gate.component import gate
@@ -65,11 +66,16 @@ from tuneline.quantize.config import QuantizeConfig
 from tuneline.recipe import Recipe
 from tuneline.report.component import report
 from tuneline.runtime.parameter_text import encode_text, to_json
+from tuneline.steps import EVERY_STEP
 from tuneline.train.component import train, train_on_nodes
 
 
 def finetune(
-    recipe: Recipe, *, on_cluster: bool = True, archive: str | None = None
+    recipe: Recipe,
+    *,
+    on_cluster: bool = True,
+    archive: str | None = None,
+    uncached: Collection[str] = (),
 ) -> BaseComponent:
     """Build the pipeline of a recipe, ready to compile or to run locally.
 
@@ -79,12 +85,21 @@ def finetune(
             local runner applies only the retries: a wrong name would fail after minutes.
         archive: files that are sent with the run, as `tuneline.prepare.uploads` packs them; None:
             there are none.
+        uncached: names of steps that are not taken from the cache of earlier runs, or EVERY_STEP.
+            The steps after them get other inputs, so they run again too.
+
+    Raises:
+        UserError: the run has no step of a name in `uncached`.
     """
+    steps: set[str] = set()
 
     def placed(function: Callable[..., Any], **arguments: object) -> dsl.PipelineTask:
         # By its type, kfp's decorator returns the function, but it returns a component.
         component = cast(BaseComponent, function)
         task = component(**arguments)
+        steps.add(component.name)
+        if component.name in uncached or EVERY_STEP in uncached:
+            task.set_caching_options(False)
         if not on_cluster:
             return task
         claims = claims_of(recipe, component.name)
@@ -232,6 +247,11 @@ def finetune(
                 **{kind: task.outputs["exports"] for kind, task in exported.items()},
             ).set_caching_options(False)
 
+    if unknown := sorted(set(uncached) - steps - {EVERY_STEP}):
+        raise UserError(
+            f"--no-cache names {', '.join(unknown)}, but this run has no such step. Name one of "
+            f"{', '.join(sorted(steps))}, or {EVERY_STEP}"
+        )
     publish_only_if_promoted(cast(BaseComponent, line))
     return cast(BaseComponent, line)
 

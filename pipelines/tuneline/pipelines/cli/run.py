@@ -15,7 +15,7 @@ from tuneline.artifacts import RunSummary
 from tuneline.errors import OutputExistsError, WorldError
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.cli.early import refuse_early
-from tuneline.pipelines.cli.options import RecipeArgument, SetOption
+from tuneline.pipelines.cli.options import NoCacheOption, RecipeArgument, SetOption
 from tuneline.pipelines.cli.terminal import console, say
 from tuneline.pipelines.local.attempt import StoppedRun, execute, kept
 from tuneline.pipelines.local.run_dir import (
@@ -59,9 +59,15 @@ def run(
         Path,
         typer.Option(metavar="DIRECTORY", help="Directory that holds the runs."),
     ] = RUNS_DIR,
+    no_cache: NoCacheOption = [],  # noqa: B006, typer copies it
 ) -> None:
     """Run all steps of a recipe on this machine."""
     loaded = find_recipe(recipe, set_, is_local=True)
+    if no_cache:
+        # Imported here only, because importing kfp takes a second or two.
+        from tuneline.pipelines.finetune import finetune
+
+        finetune(loaded, on_cluster=False, uncached=no_cache)
     check_here(loaded, runner)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = (runs_dir / f"{loaded.name}-{stamp}").resolve()
@@ -71,7 +77,11 @@ def run(
     values = loaded.model_dump(mode="json")
     stored = without_secrets(values)
     start = Start(
-        redacted(recipe), [redacted(each) for each in set_], runner.value, stored != values
+        redacted(recipe),
+        [redacted(each) for each in set_],
+        runner.value,
+        stored != values,
+        uncached=no_cache,
     )
     save_recipe(run_dir, stored)
     attempt(LocalRun(run_dir), loaded, start)
