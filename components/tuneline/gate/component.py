@@ -18,6 +18,7 @@ def gate(
     config: str,
     base_scores: dsl.Input[dsl.Artifact],
     tuned_scores: dsl.Input[dsl.Artifact],
+    merged: dsl.Input[dsl.Artifact],
     earlier: dsl.Input[dsl.Artifact],
     decision: dsl.Output[dsl.Artifact],
     summary: dsl.Output[dsl.Markdown],
@@ -30,6 +31,7 @@ def gate(
         config: The `gate` section of the recipe as JSON.
         base_scores: Scores of the base model.
         tuned_scores: Scores of the tuned model.
+        merged: Record of the merged model.
         earlier: What earlier runs measured.
         decision: The verdicts on the model and on each export, with reasons and comparisons.
         summary: The same as Markdown.
@@ -49,6 +51,7 @@ def gate(
             base_scores_dir=base_scores.path,
             tuned_scores_dir=tuned_scores.path,
             decision_dir=decision.path,
+            merged_dir=merged.path,
             exports_dirs=[export.path for export in [*(gguf or []), *(gptq or [])]],
             earlier_path=earlier.path,
             summary_path=summary.path,

@@ -4,7 +4,7 @@ import logging
 import time
 from pathlib import Path
 
-from tuneline.artifacts import Decision, new_directory
+from tuneline.artifacts import Decision, MergeProof, new_directory
 from tuneline.gate.compare import compare
 from tuneline.gate.config import GateConfig
 from tuneline.gate.earlier import evaluated, read_earlier, remarks
@@ -25,6 +25,7 @@ def run(
     base_scores_dir: str | Path,
     tuned_scores_dir: str | Path,
     decision_dir: str | Path,
+    merged_dir: str | Path | None = None,
     exports_dirs: list[str] = [],  # noqa: B006, never changed
     earlier_path: str | Path | None = None,
     summary_path: str | Path | None = None,
@@ -37,6 +38,8 @@ def run(
         tuned_scores_dir: directory of the `scores` artifact of the tuned model, on the same tasks
             and samples.
         decision_dir: new directory for decision.json.
+        merged_dir: directory of the `merged` artifact, or a copy of its record, for a remark on its
+            loss. Default: no remark.
         exports_dirs: directories of the `quantized` artifacts, or copies of their records, one per
             format. Default: there are no exports.
         earlier_path: what earlier runs measured, from the step look-up-published. Default: nothing
@@ -51,6 +54,8 @@ def run(
     started = time.monotonic()
     base, tuned = read(base_scores_dir, tuned_scores_dir)
     exports = read_exports(exports_dirs, tuned)
+    merge = MergeProof.read(merged_dir) if merged_dir is not None else None
+    of_merge = [merge.unexplained_loss()] if merge is not None else []
     earlier = read_earlier(earlier_path)
     with new_directory(decision_dir) as directory:
         compared = compare(base, tuned, earlier, config)
@@ -60,7 +65,10 @@ def run(
         decision = Decision(
             verdict=verdict,
             reason=reason,
-            remarks=list(remarks(compared.comparisons, earlier, measured.attempts)),
+            remarks=[
+                *filter(None, of_merge),
+                *remarks(compared.comparisons, earlier, measured.attempts),
+            ],
             comparisons=compared.comparisons,
             exports=[verdict_on(export, config) for export in exports],
             seconds=round(time.monotonic() - started, 3),

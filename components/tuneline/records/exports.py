@@ -1,5 +1,6 @@
 """The records of the merged model and of what is made from it."""
 
+import math
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -11,6 +12,11 @@ from tuneline.strict_model import StrictModel
 MAX_SHARE_OF_TUNING = 0.5
 """Distance of an export from the merged model above which it is said, as a fraction of the distance
 of the base model."""
+
+
+LOSS_ROUNDING = 0.005
+"""Difference of two means of losses, in nats per token, that the order of operations in 16 bits
+explains: three times the largest that numbers of ranks made (docs/numbers.md)."""
 
 
 class MergeProof(Record):
@@ -30,6 +36,13 @@ class MergeProof(Record):
     each of the base weights that were tried."""
     merged_loss: float | None = None
     """Loss of the merged model on the same rows."""
+    eval_loss: float | None = None
+    """Loss of the merged model on training's evaluation rows, in nats per token; null if it was not
+    computed."""
+    trained_eval_loss: float | None = None
+    """Loss that training measured on the same rows, with the adapter beside the base weights."""
+    num_eval_tokens: int = 0
+    """Number of tokens over which the two losses are means."""
     tuning_kl: float | None = None
     """Mean KL divergence per token of the base model from base plus adapter, in nats: how far the
     tuning moved the model. Null in the record of an older version."""
@@ -52,6 +65,32 @@ class MergeProof(Record):
     """Greedy answer of base model plus adapter to the first prompt."""
     merged_answer: str | None = None
     """Greedy answer of the merged model to the same prompt."""
+
+    def unexplained_loss(self) -> str:
+        """Return a warning if the merged model's loss is not the one that training ended with.
+
+        The rows are the same, so the losses differ by rounding. Rounding that makes a KL divergence
+        of k nats per token changes the log likelihood of a token by k on average, with a standard
+        deviation of about sqrt(2 k). If the adapter was added to other weights than training saw,
+        the loss may change by as much again as it did on the rows of the proof.
+        """
+        if self.eval_loss is None or self.trained_eval_loss is None:
+            return ""
+        shift = 0.0
+        if self.base == "original" and "dequantized" in self.base_losses:
+            shift = self.base_losses["original"] - self.base_losses["dequantized"]
+        rounding = self.mean_kl + 3 * math.sqrt(2 * self.mean_kl / self.num_eval_tokens)
+        bound = LOSS_ROUNDING + rounding + abs(shift)
+        difference = self.eval_loss - self.trained_eval_loss
+        if abs(difference - shift) <= bound:
+            return ""
+        return (
+            f"the merged model's loss on training's evaluation rows is {self.eval_loss:.4f} nats "
+            f"per token, but training ended with {self.trained_eval_loss:.4f}; rounding explains a "
+            f"difference of {bound:.4f}. Likely causes: training computed with other weights than "
+            "those that it saved or that were merged, or with other kernels (compare with "
+            "train.kernels off). Train again before you rely on the scores"
+        )
 
 
 class ImportanceMatrix(Record):

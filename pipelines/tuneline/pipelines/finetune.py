@@ -7,10 +7,11 @@
                                            `-> export ---------------'
                                                (convert, quantize)
 
-The gate reads the two scores, the records of the exports, and what a small task finds of earlier
-runs: the scores of the model published last, and how many models were measured on the same
-questions. The report reads the records of the earlier steps, and publish, if the gate promotes the
-model, the artifacts that it uploads: of the exports, those that the gate does not hold.
+The gate reads the two scores, the records of the merged model and of the exports, and what a small
+task finds of earlier runs: the scores of the model published last, and how many models were
+measured on the same questions. The report reads the records of the earlier steps, and publish, if
+the gate promotes the model, the artifacts that it uploads: of the exports, those that the gate does
+not hold.
 
 Before fetch and before prepare, a small task looks up the fingerprint of what the model's or the
 dataset's name refers to now. These tasks are never cached, and fetch and prepare take the
@@ -218,6 +219,7 @@ def finetune(
                 gate,
                 config=gate_config,
                 **scores,
+                merged=merged.outputs["record"],
                 earlier=published_before.outputs["earlier"],
                 **export_records,
             )
