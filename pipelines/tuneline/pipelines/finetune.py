@@ -204,6 +204,10 @@ def finetune(
                 kind: exporter(config=quantize_config, merged=model, dataset=data)
                 for kind, exporter in exporters.items()
             }
+            if uncached:
+                # These tasks are pipelines, whose tasks KFP then looks up one by one.
+                for exporting in exported.values():
+                    exporting.set_caching_options(False)
 
             scores = {
                 "base_scores": base_scores.outputs["scores"],
