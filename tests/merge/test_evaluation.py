@@ -107,6 +107,16 @@ def test_rows_that_would_take_long_are_said(
     assert "the evaluation rows have 240 tokens, and more than 239 would take long" in caplog.text
 
 
+BOTH = {"dequantized": 2.0, "original": 1.92}
+MEASURED = {
+    "base_losses": {"dequantized": 2.0509},
+    "merged_loss": 2.0995,
+    "trained_eval_loss": 2.1675,
+    "num_eval_tokens": 269,
+    "mean_kl": 0.00399,
+}
+
+
 @pytest.mark.parametrize(
     ("values", "warns"),
     [
@@ -116,16 +126,14 @@ def test_rows_that_would_take_long_are_said(
         # A larger KL divergence explains more, and fewer tokens do too.
         ({"eval_loss": 1.01, "mean_kl": 0.008}, False),
         ({"eval_loss": 1.01, "num_eval_tokens": 100}, False),
-        # On the original weights, the loss moves as on the rows of the proof.
+        # The loss moves as on the rows of the proof: there by rounding, or on other weights.
         ({"eval_loss": 0.9, "base": "original"}, True),
-        (
-            {
-                "eval_loss": 0.9,
-                "base": "original",
-                "base_losses": {"dequantized": 2.0, "original": 1.92},
-            },
-            False,
-        ),
+        ({"eval_loss": 0.9, "base": "original", "base_losses": BOTH, "merged_loss": 1.92}, False),
+        ({"eval_loss": 1.1, "base": "original", "base_losses": BOTH, "merged_loss": 1.92}, True),
+        # As measured on the demo after 6 steps, with 269 tokens.
+        ({**MEASURED, "eval_loss": 2.2268}, False),
+        ({**MEASURED, "eval_loss": 2.1}, True),
+        ({**MEASURED, "eval_loss": 2.4}, True),
         ({"eval_loss": None}, False),
         ({"trained_eval_loss": None}, False),
     ],

@@ -69,27 +69,30 @@ class MergeProof(Record):
     def unexplained_loss(self) -> str:
         """Return a warning if the merged model's loss is not the one that training ended with.
 
-        The rows are the same, so the losses differ by rounding. Rounding that makes a KL divergence
-        of k nats per token changes the log likelihood of a token by k on average, with a standard
-        deviation of about sqrt(2 k). If the adapter was added to other weights than training saw,
-        the loss may change by as much again as it did on the rows of the proof.
+        The rows are the same, so the losses differ by what merging does: rounding, and for
+        `base` original the weights. The proof measured that on its own rows, as `merged_loss` minus
+        the loss of the base that training used. Three standard errors
+        are allowed beside as much again: a KL divergence of k nats per token changes the log
+        likelihood of a token with a standard deviation of about sqrt(2 k).
         """
         if self.eval_loss is None or self.trained_eval_loss is None:
             return ""
+        trained = self.base_losses.get("dequantized", self.base_losses.get(self.base))
         shift = 0.0
-        if self.base == "original" and "dequantized" in self.base_losses:
-            shift = self.base_losses["original"] - self.base_losses["dequantized"]
-        rounding = self.mean_kl + 3 * math.sqrt(2 * self.mean_kl / self.num_eval_tokens)
-        bound = LOSS_ROUNDING + rounding + abs(shift)
-        difference = self.eval_loss - self.trained_eval_loss
-        if abs(difference - shift) <= bound:
+        if trained is not None and self.merged_loss is not None:
+            shift = self.merged_loss - trained
+        size = max(self.mean_kl, abs(shift))
+        bound = LOSS_ROUNDING + size + 3 * math.sqrt(2 * size / self.num_eval_tokens)
+        if abs(self.eval_loss - self.trained_eval_loss - shift) <= bound:
             return ""
+        expected = self.trained_eval_loss + shift
         return (
             f"the merged model's loss on training's evaluation rows is {self.eval_loss:.4f} nats "
-            f"per token, but training ended with {self.trained_eval_loss:.4f}; rounding explains a "
-            f"difference of {bound:.4f}. Likely causes: training computed with other weights than "
-            "those that it saved or that were merged, or with other kernels (compare with "
-            "train.kernels off). Train again before you rely on the scores"
+            f"per token, but training ended with {self.trained_eval_loss:.4f}, and merging explains "
+            f"only {expected - bound:.4f} to {expected + bound:.4f}. Likely causes: training "
+            "computed with other weights than those that it saved or that were merged, or with "
+            "other kernels (compare with train.kernels off). Train again before you rely on the "
+            "scores"
         )
 
 
