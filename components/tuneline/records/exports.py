@@ -71,9 +71,9 @@ class MergeProof(Record):
 
         The rows are the same, so the losses differ by what merging does: rounding, and for
         `base` original the weights. The proof measured that on its own rows, as `merged_loss` minus
-        the loss of the base that training used. Three standard errors
-        are allowed beside as much again: a KL divergence of k nats per token changes the log
-        likelihood of a token with a standard deviation of about sqrt(2 k).
+        the loss on the base weights of training. Allowed are as much again, and three standard
+        errors: a KL divergence of k nats per token changes the log likelihood of a token with a
+        standard deviation of about sqrt(2 k).
         """
         if self.eval_loss is None or self.trained_eval_loss is None:
             return ""
@@ -88,11 +88,11 @@ class MergeProof(Record):
         expected = self.trained_eval_loss + shift
         return (
             f"the merged model's loss on training's evaluation rows is {self.eval_loss:.4f} nats "
-            f"per token, but training ended with {self.trained_eval_loss:.4f}, and merging explains "
-            f"only {expected - bound:.4f} to {expected + bound:.4f}. Likely causes: training "
-            "computed with other weights than those that it saved or that were merged, or with "
-            "other kernels (compare with train.kernels off). Train again before you rely on the "
-            "scores"
+            f"per token, but training ended with {self.trained_eval_loss:.4f}, and merging "
+            f"explains only {expected - bound:.4f} to {expected + bound:.4f}. Likely causes: "
+            "training computed with other weights than those that it saved or that were merged, or "
+            "with other kernels (compare with train.kernels off). Train again before you rely on "
+            "the scores"
         )
 
 
