@@ -26,7 +26,7 @@ from tuneline.record import Record, hash_files, sha256_of_file
 from tuneline.runtime.environment import describe_environment
 from tuneline.seals import broken_seal, seal_page, sealed_json
 from tuneline.train import TrainConfig
-from tuneline.verify import verify
+from tuneline.verify import files_without_hash, verify
 
 
 @pytest.fixture
@@ -284,3 +284,23 @@ def test_changed_questions_are_found(
     assert "questions" not in differences(run_dir)
     questions.write_text('{"text": "1 + 2"}\n')
     assert differences(run_dir)["questions"] == ["differs from what prepare searched for"]
+
+
+def test_files_without_a_hash_are_named(run_dir: Path) -> None:
+    """Those of a run by what they are; any other file by its path."""
+    assert files_without_hash(run_dir) == {}
+    for step in ("train", "merge"):
+        (run_dir / step).mkdir()
+        (run_dir / step / "executor_output.json").write_text("{}")
+    for name in ("events.jsonl", "events-1.jsonl", "run.log", "train/notes.txt"):
+        (run_dir / name).write_text("")
+    (run_dir / "page").write_text(render_page("Demo", ["<p>text</p>"]))
+    found = files_without_hash(run_dir)
+    assert list(found) == [
+        "2 x events.jsonl", "2 x executor_output.json", "run.log", "train/notes.txt",
+    ]  # fmt: skip
+    assert found["train/notes.txt"] == "belongs to no artifact"
+    tool = Path(sys.executable).with_name("tuneline")
+    shown = subprocess.run([str(tool), "verify", str(run_dir)], capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert "  run.log: what the steps wrote\n" in shown.stdout

@@ -44,6 +44,7 @@ from tuneline.dataset_record import Method as Method
 from tuneline.errors import OutputExistsError, WorldError
 from tuneline.kinds import EXPORT_KINDS
 from tuneline.record import BASE_MODEL, Ancestor, Record
+from tuneline.records.exports import BenchmarkAnswers as BenchmarkAnswers
 from tuneline.records.exports import ImportanceMatrix as ImportanceMatrix
 from tuneline.records.exports import MergeProof as MergeProof
 from tuneline.records.exports import QuantizedModel as QuantizedModel
@@ -52,6 +53,7 @@ from tuneline.records.published import PublishedRepo as PublishedRepo
 from tuneline.records.published import RunSummary as RunSummary
 from tuneline.records.scores import ComparisonRole as ComparisonRole
 from tuneline.records.scores import Decision as Decision
+from tuneline.records.scores import ExportVerdict as ExportVerdict
 from tuneline.records.scores import Scores as Scores
 from tuneline.records.scores import TaskComparison as TaskComparison
 from tuneline.records.scores import TaskScore as TaskScore

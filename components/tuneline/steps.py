@@ -144,6 +144,9 @@ STEPS: dict[str, Step] = {
     ),
 }  # fmt: skip
 
+EVERY_STEP = "all"
+"""What stands for all steps where steps are named; no step has this name."""
+
 IMAGE_SETS = tuple(dict.fromkeys(step.image for step in STEPS.values()))
 """Names of the dependency sets from which the images of the steps are built."""
 

@@ -1,12 +1,19 @@
 """Check that artifacts and published repositories match their records."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuneline.artifacts import PUBLISHED_BUNDLE, RECORDS, DatasetManifest, Decision
+from tuneline.artifacts import (
+    PUBLISHED_BUNDLE,
+    RECORDS,
+    DatasetManifest,
+    Decision,
+    QuantizedModel,
+)
 from tuneline.errors import DataError, TunelineError
 from tuneline.models.agreement import Stored, disagreements
 from tuneline.record import Ancestor, Record, hash_files, sha256_of_file
@@ -24,6 +31,19 @@ other artifacts, the figures that KFP compares, and what earlier runs measured."
 QUESTIONS_FILE = "questions"
 """Name of the artifact with the questions of the benchmarks; the record of the dataset has its
 hash."""
+
+WITHOUT_HASH = {
+    "executor_output.json": "KFP's note of what a task put out",
+    "events.jsonl": "progress of the steps",
+    "run.log": "what the steps wrote",
+    "run.json": "how the run was started and how it ended",
+    "recipe.yaml": "the recipe for `tuneline resume`; the records hold the values that were used",
+    "README.md": "a model card, which people edit",
+    ".gitattributes": "written by the Hub",
+}
+"""Files that no record and no seal covers -> what they are, by their names. Those of a run change
+while it runs; no result is read from them."""
+_EARLIER_EVENTS = re.compile(r"events-\d+\.jsonl")
 
 Known = dict[str, list[Ancestor]]
 """Artifacts found in a directory, by their key in the `made_from` of other artifacts."""
@@ -70,8 +90,8 @@ def verify(directory: Path) -> list[Checked]:
         result.differences.extend(foreign_inputs(record.made_from, known))
         ancestors = _ancestors(record, [(path.parent, other) for path, other, _ in records])
         result.differences.extend(disagreements(Stored(record, path.parent), ancestors))
-        if isinstance(record, Decision) and (wrong := wrong_verdict(record)):
-            result.differences.append(wrong)
+        if isinstance(record, Decision):
+            result.differences.extend(_decision(record, [other for _, other, _ in records]))
         checked.append(result)
     checked.extend(_check_bundle(path, known) for path in sorted(directory.rglob(PUBLISHED_BUNDLE)))
     checked.extend(_check_single_files(directory, [record for _, record, _ in records]))
@@ -83,6 +103,56 @@ def verify(directory: Path) -> list[Checked]:
             "downloaded repository"
         )
     return checked
+
+
+def files_without_hash(directory: Path) -> dict[str, str]:
+    """Return the files in and below a directory that `verify` cannot check, and what they are.
+
+    Files of the same name that are known to have no hash are one entry, with their number.
+    """
+    names = {record.filename for record in RECORDS} | {PUBLISHED_BUNDLE}
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    artifacts = {path.parent for path in files if path.name in names}
+    repositories = {path.parent for path in files if path.name == PUBLISHED_BUNDLE}
+    has_dataset = any(path.name == DatasetManifest.filename for path in files)
+    known: dict[str, int] = {}
+    others: dict[str, str] = {}
+    for path in files:
+        covered_by = artifacts & {*path.parents}
+        is_edited = path.name in _NOT_HASHED and covered_by & repositories
+        is_single = (
+            path.name in SEALED_FILES
+            or (path.name == QUESTIONS_FILE and has_dataset)
+            or is_sealed_page(path)
+        )
+        if (covered_by and not is_edited) or (is_single and not covered_by):
+            continue
+        name = "events.jsonl" if _EARLIER_EVENTS.fullmatch(path.name) else path.name
+        if name in WITHOUT_HASH:
+            known[name] = known.get(name, 0) + 1
+        else:
+            others[path.relative_to(directory).as_posix()] = "belongs to no artifact"
+    counted = {
+        f"{number} x {name}" if number > 1 else name: WITHOUT_HASH[name]
+        for name, number in known.items()
+    }
+    return {**counted, **others}
+
+
+def _decision(decision: Decision, records: list[Record]) -> Iterator[str]:
+    """Yield how a decision contradicts itself, and which exports here it was not made on."""
+    if wrong := wrong_verdict(decision):
+        yield wrong
+    here: dict[str, set[str]] = {}
+    for record in records:
+        if isinstance(record, QuantizedModel):
+            here.setdefault(record.format, set()).add(record.record_sha256)
+    for item in decision.exports:
+        if item.format in here and item.sealed not in here[item.format]:
+            yield (
+                f"made on the export {item.format} with the record {item.sealed[:12]}, which is "
+                "not here"
+            )
 
 
 def _ancestors(record: Record, found: list[tuple[Path, Record]]) -> dict[str, Stored]:

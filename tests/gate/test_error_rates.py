@@ -9,6 +9,7 @@ import pytest
 from gate_simulation import (
     MARGIN,
     Draws,
+    exports_passed,
     guards,
     promoted,
     targets_without_gain,
@@ -55,3 +56,19 @@ def test_the_allowed_loss_on_all_guards_is_rarely_passed(num_guards: int, size: 
     # A loss equal to the margin is the border of what has to be excluded. The nominal rate is 5 %;
     # the score interval of 100 questions is slightly narrow, and 2,000 runs leave 0.5 % of chance.
     assert rate <= 0.065
+
+
+@pytest.mark.parametrize("size", [20, 50, 200, 1000])
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.4])
+def test_an_export_with_twice_the_allowed_loss_is_rarely_passed(size: int, share: float) -> None:
+    rate = exports_passed(Draws(size), size=size, share=share, loss=2 * MARGIN)
+    # The nominal rate is 5 %, and 2,000 runs leave 0.5 % of chance.
+    assert rate <= MAX_ERROR + 0.01
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "held"),
+    [(50, 0.02, 0.10), (50, 0.05, 0.22), (200, 0.05, 0.01), (200, 0.1, 0.03), (1000, 0.2, 0.005)],
+)
+def test_an_export_that_lost_nothing_is_rarely_held(size: int, share: float, held: float) -> None:
+    assert exports_passed(Draws(size), size=size, share=share, loss=0.0) >= 1 - held

@@ -1,9 +1,16 @@
 """What `plan` says that the gate can find, against simulated gates."""
 
 import pytest
-from gate_simulation import MARGIN, Draws, Task, guards, promoted
+from gate_simulation import MARGIN, Draws, Task, exports_passed, guards, promoted
 
-from tuneline.gate.power import least_effect, least_gain, samples_for_margin
+from tuneline.gate.power import (
+    SHARE_CHANGED_BY_EXPORTS,
+    least_effect,
+    least_gain,
+    least_rows_for_exports,
+    rows_for_exports,
+    samples_for_margin,
+)
 
 
 @pytest.mark.parametrize("size", [50, 100, 200, 500, 1000])
@@ -34,3 +41,16 @@ def test_a_model_that_lost_nothing_passes_guards_of_the_size_that_plan_names(
     assert 0.87 < rate < 0.97
     fewer = guards(Draws(num_guards), num_guards=num_guards, size=size // 3, losses=0, loss=0.0)
     assert fewer < 0.6
+
+
+def test_an_export_that_lost_nothing_passes_on_the_rows_that_plan_names() -> None:
+    size, share = rows_for_exports(MARGIN), SHARE_CHANGED_BY_EXPORTS
+    assert 0.85 < exports_passed(Draws(1), size=size, share=share, loss=0.0) < 0.95
+    assert exports_passed(Draws(1), size=size // 2, share=share, loss=0.0) < 0.65
+
+
+def test_below_the_least_rows_even_an_equal_export_is_held() -> None:
+    least = least_rows_for_exports(MARGIN)
+    assert exports_passed(Draws(1), size=least - 1, share=0.0, loss=0.0) == 0.0
+    # Student's t makes the bound slightly wider than the normal quantile of the formula.
+    assert exports_passed(Draws(1), size=least + 3, share=0.0, loss=0.0) == 1.0

@@ -12,7 +12,14 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 
-from gate_simulation import MARGIN, Draws, guards, promoted, targets_without_gain
+from gate_simulation import (
+    MARGIN,
+    Draws,
+    exports_passed,
+    guards,
+    promoted,
+    targets_without_gain,
+)
 
 
 def main() -> None:
@@ -34,6 +41,14 @@ def main() -> None:
                 )
                 lost = f"{losses} {what} lost {loss:g}" if losses else f"none {what} lost anything"
                 print(f"| passed: {lost} | {nominal} | {100 * rate:.1f} % |", flush=True)
+    for size in (50, 100, 200, 500, 1000):
+        for share in (0.02, 0.05, 0.1, 0.2):
+            for loss, nominal in ((2 * MARGIN, "5 %"), (MARGIN, ""), (0.0, "")):
+                if loss > share:
+                    continue
+                rate = exports_passed(Draws(size), size=size, share=share, loss=loss)
+                what = f"{size} rows, {100 * share:.0f} % change, true loss {loss:g}"
+                print(f"| export passed: {what} | {nominal} | {100 * rate:.1f} % |", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from small_records import (
     new_merge,
     new_origin,
     new_training,
+    scored,
 )
 
 from tuneline.artifacts import DatasetManifest, Decision, Scores, TaskScore, TrainingPoint
@@ -61,8 +62,7 @@ def run_dir(tmp_path: Path, new_dataset: Callable[..., DatasetManifest]) -> Path
     for name, kind, file in (("q8_0", "gguf", "model.gguf"), ("gptq-4bit", "gptq", ".")):
         files = {"config__json": b"{}"}
         measured = {"mean_kl": 0.0069, "top1_agreement": 0.977, "perplexity": 1.5}
-        measured |= {"benchmark": "heldout_choice", "num_benchmark_rows": 16}
-        measured |= {"benchmark_score": 0.875, "reference_benchmark_score": 0.9375}
+        measured |= scored(200, losses=3, gains=2)
         measured |= {"num_tokenizer_texts": 236, "num_conversations": 7, "stop_tokens": ["</s>"]}
         measured |= {"tokens_per_second": 61.7}
         if kind == "gguf":

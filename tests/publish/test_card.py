@@ -6,12 +6,22 @@ from pathlib import Path
 
 import pytest
 import yaml
-from publish_cases import REPOS, publish, recipe_of, to_hub, write_again
-from small_records import new_comparison
+from publish_cases import QUANTIZE, REPOS, publish, recipe_of, to_hub, write_again
+from small_records import new_comparison, scored
 
-from tuneline.artifacts import RunHeader
+from tuneline.artifacts import (
+    Decision,
+    MergeProof,
+    Published,
+    QuantizedModel,
+    RunHeader,
+    Scores,
+)
+from tuneline.gate import GateConfig
+from tuneline.html.markdown import escape_markdown
 from tuneline.publish.card_parts import BEGIN
 from tuneline.report.run import run as write_report
+from tuneline.verify import verify
 
 
 def test_a_card_has_the_description_of_the_recipe(run_dir: Path, tmp_path: Path) -> None:
@@ -41,7 +51,7 @@ def test_the_card(run_dir: Path, tmp_path: Path) -> None:
     )
     assert scores in body
     assert (
-        "| q8_0 | 0.0 MB | 8.50 | 6.9e-03 | 97.7% | 1.500 | 87.5% | 62 | "
+        "| q8_0 | 0.0 MB | 8.50 | 6.9e-03 | 97.7% | 1.500 | 79.5% | 62 | "
         'loads and answers "an answer"; same tokens as the tokenizer on 236 texts; '
         "same chat template on 7 conversations; stops at `</s>` |"
     ) in body
@@ -50,7 +60,7 @@ def test_the_card(run_dir: Path, tmp_path: Path) -> None:
     )
     assert "torch 2" in body and "; seed 3407\n" in body
     assert "hashes of all files: in `tuneline.json`" in body
-    assert "heldout_choice on 16 of these rows; the merged model scores 93.8%." in body
+    assert "heldout_choice on 200 of these rows; the merged model scores 80.0%." in body
     assert "| Last training loss | 0.5 |" in body and "| Adapter | LoRA, r=16, " in body
     curve = body.split("## Training curve")[1].split("##")[0].strip().splitlines()[2:]
     assert curve[0] == "| 0 | - | 2.000 |" and curve[-1] == "| 40 | - | 0.750 |"
@@ -221,3 +231,38 @@ def test_the_card_has_the_remarks_of_the_gate(run_dir: Path, tmp_path: Path) -> 
     assert "\n\n4 models were \\<b\\>measured\\</b\\>\n\n" in card
     assert "| heldout_choice, base model with 8 training rows in its prompt | prompted |" in card
     assert "q8_0 is 0.0069 nats per token from the merged model" in card
+
+
+def test_an_export_that_the_gate_holds_is_not_published(run_dir: Path, tmp_path: Path) -> None:
+    """The card and tuneline.json say which and why; the model and the other exports go on."""
+    write_again(run_dir, {"q8_0": scored(200, losses=40)})
+    done = publish(run_dir, f"dir:{tmp_path}/out", "published")
+    assert done.returncode == 0, done.stderr
+    assert "the export q8_0 is held and is not published: heldout_choice -0.200" in done.stderr
+    published = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert published == ["mine", "mine-gptq-4bit", "mine-lora"]
+    reason = Published.read(run_dir / "published").held_exports["q8_0"]
+    assert "answers worse than the merged model by gate.max_regression (0.05) or more" in reason
+    for folder in published:
+        marker = json.loads((tmp_path / "out" / folder / "tuneline.json").read_text())
+        assert marker["held_exports"] == {"q8_0": reason}
+    card = (tmp_path / "out" / "mine" / "README.md").read_text()
+    assert f"- q8_0 is not published: {escape_markdown(reason)}\n- gptq-4bit: its answers" in card
+    assert "mine-gguf" not in card
+    assert all(found.differences == [] for found in verify(tmp_path / "out"))
+
+
+def test_an_export_that_the_gate_did_not_see_is_not_published(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    record = QuantizedModel.read(run_dir / "q8_0").model_copy(update={"generated": "other"})
+    record.write(run_dir / "q8_0", QUANTIZE, parents=[MergeProof.read(run_dir / "merged")])
+    done = publish(run_dir, f"dir:{tmp_path}/out", "published")
+    assert done.returncode == 1 and "decision is on another export q8_0" in done.stderr
+    decision = Decision.read(run_dir / "decision").model_copy(update={"exports": []})
+    scores = [Scores.read(run_dir / f"{side}-scores") for side in ("base", "tuned")]
+    decision.write(run_dir / "decision", GateConfig(), parents=scores)
+    done = publish(run_dir, f"dir:{tmp_path}/out", "published")
+    assert done.returncode == 1
+    assert "decision says nothing of the export q8_0. Nothing was published" in done.stderr
+    assert not (tmp_path / "out").exists()

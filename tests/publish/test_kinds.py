@@ -7,6 +7,7 @@ import pytest
 
 from tuneline.artifacts import RunHeader
 from tuneline.errors import RecipeError
+from tuneline.gate.component import gate
 from tuneline.kinds import EXPORT_KINDS, KINDS, RepoKind
 from tuneline.pipelines.finetune import EXPORTERS
 from tuneline.publish.component import publish
@@ -14,6 +15,9 @@ from tuneline.publish.usage import USAGE
 from tuneline.quantize import formats
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.report.component import report
+
+RETURNED = "Output"
+"""Name that KFP gives the value that a component returns."""
 
 
 def test_every_kind_has_its_traits_and_its_paragraph() -> None:
@@ -33,15 +37,15 @@ def test_no_two_kinds_share_a_repository() -> None:
             assert owners.setdefault(repo, kind) == kind, f"{repo!r}: {owners[repo]} and {kind}"
 
 
-def test_every_kind_of_export_is_made_and_reaches_report_and_publish() -> None:
+def test_every_kind_of_export_is_made_and_reaches_gate_report_and_publish() -> None:
     assert set(EXPORTERS) == set(EXPORT_KINDS) <= set(QuantizeConfig.model_fields)
-    for component in (publish, report):
+    for component in (gate, publish, report):
         inputs = component.component_spec.inputs
         assert {name for name, item in inputs.items() if item.is_artifact_list} == set(EXPORT_KINDS)
         assert all(inputs[kind].optional for kind in EXPORT_KINDS)
 
 
-@pytest.mark.parametrize("component", [publish, report])
+@pytest.mark.parametrize("component", [gate, publish, report])
 def test_the_components_hand_on_one_export_of_each_kind(
     component: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,14 +54,14 @@ def test_the_components_hand_on_one_export_of_each_kind(
 
     def run(config: Any, **settings: Any) -> Any:
         called.update(settings)
-        return SimpleNamespace(metadata=dict)
+        return SimpleNamespace(metadata=dict, held_exports=dict, verdict="hold", reason="")
 
     monkeypatch.setattr(f"tuneline.{component.name}.run.run", run)
     monkeypatch.setattr(RunHeader, "parse", lambda recipe: recipe)
     spec = component.component_spec
     arguments: dict[str, Any] = {
         name: SimpleNamespace(path=f"at/{name}", metadata={})
-        for name in (*spec.inputs, *spec.outputs)
+        for name in (*spec.inputs, *(name for name in spec.outputs if name != RETURNED))
     }
     texts = dict.fromkeys(("config", "recipe", "target"), "{}").items()
     arguments.update({name: text for name, text in texts if name in spec.inputs})

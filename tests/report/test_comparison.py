@@ -1,10 +1,12 @@
 """Which export is recommended for what, by hand-written measurements."""
 
 import re
+import types
+from typing import Any
 
 import pytest
 
-from tuneline.artifacts import QuantizedModel
+from tuneline.artifacts import Decision, ExportVerdict, QuantizedModel
 from tuneline.html.charts import ScatterPoint, scatter_chart
 from tuneline.html.point_labels import place_names
 from tuneline.kinds import KINDS
@@ -72,16 +74,31 @@ def test_an_export_that_another_beats_says_so() -> None:
     assert comparison.worse_than(GPTQ, everything) == ""  # GGUF files do not run where GPTQ does
 
 
-def test_a_benchmark_has_a_column_where_it_was_measured() -> None:
-    import types
+def line(*exports: QuantizedModel, held: tuple[str, ...] = ()) -> Any:
+    verdicts = [
+        ExportVerdict(format=format, verdict="hold", reason="worse", sealed="") for format in held
+    ]
+    decision = Decision(verdict="promote", reason="better", comparisons=[], exports=verdicts)
+    return types.SimpleNamespace(exports=list(exports), decision=decision)
 
+
+def test_an_export_that_is_held_is_not_recommended() -> None:
+    free, held = comparison.card(line(Q8, Q4)), comparison.card(line(Q8, Q4, held=("q4_k_m",)))
+    rows = {
+        page: [row for row in page.split("<tr>") if "q4_k_m" in row][-1] for page in (free, held)
+    }
+    assert comparison.FASTEST in rows[free] and "held" not in rows[free]
+    assert comparison.FASTEST not in rows[held] and ">held<" in rows[held]
+
+
+def test_a_benchmark_has_a_column_where_it_was_measured() -> None:
     scored = {"benchmark": "heldout_choice", "reference_benchmark_score": 0.875}
     q8 = Q8.model_copy(update={**scored, "benchmark_score": 0.75, "num_benchmark_rows": 16})
-    page = comparison.card(types.SimpleNamespace(exports=[q8, Q4]))
+    page = comparison.card(line(q8, Q4))
     assert "score</th>" in page and "75.0 % (51-90)" in page
     assert "on 16 held-out rows, with its 95 % interval" in page
     assert "the merged model has 87.5 % on the same" in page
-    assert "heldout_choice" not in comparison.card(types.SimpleNamespace(exports=[Q8, Q4]))
+    assert "heldout_choice" not in comparison.card(line(Q8, Q4))
 
 
 @pytest.mark.parametrize(

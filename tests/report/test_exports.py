@@ -1,10 +1,17 @@
-"""An export that is far from the merged model, compared with the distance of the tuning."""
+"""Exports that are held, or far from the merged model compared with the distance of the tuning."""
 
 from pathlib import Path
 
-from small_records import new_export, new_merge
+from small_records import new_comparison, new_export, new_merge
 
-from tuneline.artifacts import MergeProof, QuantizedModel, RunHeader
+from tuneline.artifacts import (
+    Decision,
+    ExportVerdict,
+    MergeProof,
+    QuantizedModel,
+    RunHeader,
+    RunSummary,
+)
 from tuneline.recipe import Recipe
 from tuneline.report.run import run
 
@@ -28,3 +35,28 @@ def test_the_page_says_so(recipe: Recipe, run_dirs: dict) -> None:
     page = Path(run_dirs["page_path"]).read_text()
     assert "q5_k_m is 0.096 nats per token from the merged model" in page
     assert "q8_0 is" not in page
+
+
+def test_the_page_says_which_export_is_held_and_why(recipe: Recipe, run_dirs: dict) -> None:
+    path = Path(run_dirs["decision_dir"])
+    verdicts = [
+        ExportVerdict(
+            format="q8_0",
+            verdict="promote",
+            reason="lost nothing",
+            comparison=new_comparison(role="export"),
+            sealed="",
+        ),
+        ExportVerdict(format="q4_k_m", verdict="hold", reason="it lost <much>", sealed=""),
+        ExportVerdict(format="gptq-4bit", verdict="promote", reason="not compared", sealed=""),
+    ]
+    Decision.read(path).model_copy(update={"exports": verdicts}).write(path)
+    run(RunHeader.parse(recipe.model_dump_json()), **run_dirs)
+    page = Path(run_dirs["page_path"]).read_text()
+    assert "without the exports that are held: q4_k_m." in page
+    section = page.split("Merge and exports")[1].split("Which export to use")[0]
+    assert "held: not published" in section and "it lost &lt;much&gt;" in section
+    assert ">not scored<" in section
+    # q4_k_m is the smallest export, but it is held.
+    assert "Smallest of 4 exports" in page and "q5_k_m; merged model" in page
+    assert RunSummary.read(run_dirs["summary_dir"]).export_verdicts == verdicts

@@ -11,7 +11,7 @@ import numpy as np
 
 from tuneline.artifacts import ComparisonRole, TaskComparison
 from tuneline.gate.estimate import Estimate, estimate
-from tuneline.verdict import GateRule, decide
+from tuneline.verdict import GateRule, decide, decide_export
 
 NUM_RUNS = 2000
 NUM_RESAMPLES = 1000
@@ -181,3 +181,18 @@ def guards(draws: Draws, *, num_guards: int, size: int, losses: int, loss: float
     for guard in range(num_guards):
         tasks.append((draws.answers(size, gain=-loss if guard < losses else 0.0), "guard"))
     return promoted(*tasks)
+
+
+def exports_passed(draws: Draws, *, size: int, share: float, loss: float) -> float:
+    """Return the share of exports that are not held.
+
+    Args:
+        draws: where the answers come from.
+        size: rows that the export and the merged model answer.
+        share: share of the answers that change.
+        loss: the true loss against the merged model.
+    """
+    task = draws.answers(size, gain=-loss, share=max(share, loss))
+    rule = GateRule(max_regression=MARGIN)
+    verdicts = [decide_export(item, rule)[0] for item in comparisons(task, "quiz", "export")]
+    return verdicts.count("promote") / len(verdicts)

@@ -19,6 +19,7 @@ from tuneline.artifacts import (
 from tuneline.evaluate.config import EvaluateConfig
 from tuneline.fetch.config import FetchConfig
 from tuneline.gate.config import GateConfig
+from tuneline.gate.exports import verdict_on
 from tuneline.merge.config import MergeConfig
 from tuneline.prepare.config import PrepareConfig
 from tuneline.publish.config import PublishConfig
@@ -41,6 +42,7 @@ LINE: dict[str, tuple[type[Record], StrictModel, tuple[str, ...]]] = {
     "decision": (Decision, GateConfig(), ("base-scores", "tuned-scores")),
 }
 """Directories of a run in the order of its steps: record, config, and what each is made from."""
+EXPORTS = ("q8_0", "gptq-4bit")
 
 
 def write_again(
@@ -50,6 +52,8 @@ def write_again(
 ) -> None:
     """Write all records of a run, each with the lineage that its step would give it.
 
+    The decision has the gate's verdicts on the exports.
+
     Args:
         run_dir: directory of the run.
         changes: fields to change, by directory.
@@ -57,6 +61,10 @@ def write_again(
     """
     for name, (kind, config, parents) in LINE.items():
         record = kind.read(run_dir / name).model_copy(update=(changes or {}).get(name, {}))
+        if isinstance(record, Decision):
+            made = [QuantizedModel.read(run_dir / each) for each in EXPORTS]
+            verdicts = [verdict_on(export, GateConfig()) for export in made]
+            record = record.model_copy(update={"exports": verdicts})
         made_from = [LINE[parent][0].read(run_dir / parent) for parent in parents]
         record.write(run_dir / name, (configs or {}).get(name, config), parents=made_from)
 
@@ -78,7 +86,7 @@ def publish(
     target: str,
     out: str,
     *,
-    exports: tuple[str, ...] = ("q8_0", "gptq-4bit"),
+    exports: tuple[str, ...] = EXPORTS,
     description: str = "",
     recipe: Recipe | None = None,
     config: dict[str, Any] | None = None,

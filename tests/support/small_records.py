@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.artifacts import (
+    BenchmarkAnswers,
     MergeProof,
     ModelOrigin,
     QuantizedModel,
@@ -96,6 +97,31 @@ def new_export(**values: Any) -> QuantizedModel:
         "generated": "g",
     }
     return QuantizedModel(**(plain | values))
+
+
+def scored(
+    num_rows: int, *, losses: int, gains: int = 0, clusters: list[int] | None = None
+) -> dict[str, Any]:
+    """Return the fields of an export that answered held-out rows.
+
+    Args:
+        num_rows: number of rows; the merged model answers four fifths of them right.
+        losses: rows that the export gets wrong and the merged model right.
+        gains: rows that the export gets right and the merged model wrong.
+        clusters: cluster of each row. Default: each row stands alone.
+    """
+    right = num_rows * 4 // 5
+    merged = [number < right for number in range(num_rows)]
+    export = [losses <= number < right + gains for number in range(num_rows)]
+    return {
+        "benchmark": "heldout_choice",
+        "num_benchmark_rows": num_rows,
+        "benchmark_score": sum(export) / num_rows,
+        "reference_benchmark_score": sum(merged) / num_rows,
+        "benchmark_answers": BenchmarkAnswers(
+            export=export, merged=merged, clusters=clusters or list(range(num_rows))
+        ),
+    }
 
 
 def new_comparison(**values: Any) -> TaskComparison:

@@ -5,7 +5,7 @@ from typing import Any
 
 from tuneline.artifacts import TaskScore
 from tuneline.errors import TaskError
-from tuneline.evaluate.clusters import clusters_of
+from tuneline.models.clusters import clusters_of
 
 # Metrics that the gate can compare sample by sample, in order of preference.
 _PREFERRED = ("acc", "exact_match", "log_perplexity", "acc_norm", "em", "pass@1")

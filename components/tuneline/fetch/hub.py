@@ -127,7 +127,7 @@ def download_tokenizer(repo: str, *, revision: str | None) -> Path:
     wanted = {**_wanted(revision, with_code=False), "ignore_patterns": [*_IGNORED, "*.safetensors"]}
     if constants.HF_HUB_OFFLINE:
         return _in_cache(repo, revision, wanted)
-    with _translated_errors(repo, revision):
+    with translated_errors(repo, revision):
         return Path(
             retrying(
                 f"download the tokenizer of {repo} from {constants.ENDPOINT}",

@@ -43,16 +43,20 @@ def compare(
     for name, members, role in _roles(base.record, config):
         score = base.record.tasks[members[0]]
         of_base, of_tuned = _together(base, members), _together(tuned, members)
-        item = _compare(name, score, of_base, of_tuned, role=role, config=config)
+        item = compare_samples(name, score, of_base, of_tuned, role=role, config=config)
         found.append(item)
         if role != "target":
             continue
         targets[name] = (item, of_tuned)
         if (last := published_samples(earlier, name, of_tuned)) is not None:
-            found.append(_compare(name, score, last, of_tuned, role="published", config=config))
+            found.append(
+                compare_samples(name, score, last, of_tuned, role="published", config=config)
+            )
     for name, samples in base.prompted.items():
         score = base.record.prompted[name]
-        item = _compare(name, score, samples, tuned.samples[name], role="prompted", config=config)
+        item = compare_samples(
+            name, score, samples, tuned.samples[name], role="prompted", config=config
+        )
         number = base.record.num_examples
         found.append(item.model_copy(update={"num_examples": number}))
     order = get_args(ComparisonRole)
@@ -94,7 +98,7 @@ def _roles(scores: Scores, config: GateConfig) -> Iterator[tuple[str, list[str],
         yield task, [task], role
 
 
-def _compare(
+def compare_samples(
     name: str,
     score: TaskScore,
     of_base: Samples,

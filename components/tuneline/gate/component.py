@@ -1,5 +1,12 @@
 # mypy: allow-untyped-decorators
-"""The gate step as a KFP component."""
+"""The gate step as a KFP component.
+
+KFP has no list that holds the exports of several loops, so there is an input per kind of export.
+The inputs have defaults, because a recipe may ask for no export of a kind. They are the exports'
+records, because KFP downloads every input in full.
+"""
+
+from typing import List
 
 from kfp import dsl
 
@@ -11,19 +18,25 @@ def gate(
     config: str,
     base_scores: dsl.Input[dsl.Artifact],
     tuned_scores: dsl.Input[dsl.Artifact],
+    merged: dsl.Input[dsl.Artifact],
     earlier: dsl.Input[dsl.Artifact],
     decision: dsl.Output[dsl.Artifact],
     summary: dsl.Output[dsl.Markdown],
+    gguf: dsl.Input[List[dsl.Artifact]] = None,
+    gptq: dsl.Input[List[dsl.Artifact]] = None,
 ) -> str:
-    """Compare the tuned with the base model on the same samples.
+    """Compare the tuned with the base model, and each export with the tuned model.
 
     Args:
         config: The `gate` section of the recipe as JSON.
         base_scores: Scores of the base model.
         tuned_scores: Scores of the tuned model.
+        merged: Record of the merged model.
         earlier: What earlier runs measured.
-        decision: The verdict, its reason and the comparisons.
+        decision: The verdicts on the model and on each export, with reasons and comparisons.
         summary: The same as Markdown.
+        gguf: Records of the GGUF exports.
+        gptq: Records of the GPTQ exports.
 
     Returns:
         "promote" or "hold".
@@ -38,8 +51,13 @@ def gate(
             base_scores_dir=base_scores.path,
             tuned_scores_dir=tuned_scores.path,
             decision_dir=decision.path,
+            merged_dir=merged.path,
+            exports_dirs=[export.path for export in [*(gguf or []), *(gptq or [])]],
             earlier_path=earlier.path,
             summary_path=summary.path,
         )
-        set_metadata(decision, verdict=record.verdict, reason=record.reason)
+        held = ", ".join(record.held_exports())
+        set_metadata(
+            decision, verdict=record.verdict, reason=record.reason, held_exports=held or "none"
+        )
     return record.verdict

@@ -11,10 +11,16 @@ stands for it: fine-tuning that matters changes about one answer in five.
 import math
 from statistics import NormalDist
 
+import numpy as np
+
+from tuneline.gate.proportion import variance_at
 from tuneline.verdict import Z_LEVEL
 
 SHARE_OF_CHANGED_ANSWERS = 0.2
 """Assumed share of the answers that one model gets right and the other wrong."""
+SHARE_CHANGED_BY_EXPORTS = 0.1
+"""Assumed share of the answers that an export and the merged model do not both get right or both
+wrong. Formats with few bits change more; q8_0 and f16 change hardly any."""
 POWER = 0.8
 """Probability with which a gain has to be found for it to count as one that can be found."""
 PASSING = 0.9
@@ -53,3 +59,30 @@ def samples_for_margin(margin: float, num_guards: int) -> int:
         return math.ceil(mean)
     each = (Z_INTERVAL + NormalDist().inv_cdf(PASSING ** (1 / num_guards))) ** 2
     return math.ceil(max(mean, each * share / (2 * margin) ** 2))
+
+
+def rows_for_exports(margin: float) -> int:
+    """Return the rows with which an export that lost nothing is published 90 % of the time.
+
+    Args:
+        margin: gate.max_regression.
+    """
+    # Per row. Of the answers that change, half are gains. The variance is that of a true loss of
+    # 2 x margin for the level, and that of no loss for the power.
+    half = np.array(SHARE_CHANGED_BY_EXPORTS / 2)
+    at_loss = float(variance_at(half, half, np.array(1.0), np.array(-2 * margin)))
+    at_equal = SHARE_CHANGED_BY_EXPORTS
+    deviations = Z_LEVEL * math.sqrt(at_loss)
+    deviations += NormalDist().inv_cdf(PASSING) * math.sqrt(at_equal)
+    return math.ceil((deviations / (2 * margin)) ** 2)
+
+
+def least_rows_for_exports(margin: float) -> int:
+    """Return the rows below which every export is held, even one that changes no answer.
+
+    Without a change, the score interval's lower bound is -z^2 / (n + z^2).
+
+    Args:
+        margin: gate.max_regression.
+    """
+    return math.ceil(Z_LEVEL**2 * max(0.0, 1 / (2 * margin) - 1))

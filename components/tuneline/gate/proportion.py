@@ -40,14 +40,26 @@ def score_bound(gains: Floats, losses: Floats, num: Floats, z: Floats, *, upper:
     return low
 
 
-def _statistic(gains: Floats, losses: Floats, num: Floats, difference: Floats) -> Floats:
+def variance_at(gains: Floats, losses: Floats, num: Floats, difference: Floats) -> Floats:
+    """Return the variance of gains minus losses if the true difference is `difference`.
+
+    Args:
+        gains: questions that only the tuned model answered right.
+        losses: questions that only the base model answered right.
+        num: questions.
+        difference: the true difference of the shares of right answers.
+    """
     linear = (2 * num - gains + losses) * difference - gains - losses
     constant = -losses * difference * (1 - difference)
     losing = (np.sqrt(np.maximum(linear**2 - 8 * num * constant, 0.0)) - linear) / (4 * num)
-    variance = num * (2 * losing + difference * (1 - difference))
+    variance: Floats = num * (2 * losing + difference * (1 - difference))
+    return np.maximum(variance, np.float64(0.0))
+
+
+def _statistic(gains: Floats, losses: Floats, num: Floats, difference: Floats) -> Floats:
     distance: Floats = gains - losses - num * difference
     with np.errstate(divide="ignore", invalid="ignore"):
         statistic: Floats = np.where(
-            distance <= 0, 0.0, distance / np.sqrt(np.maximum(variance, 0.0))
+            distance <= 0, 0.0, distance / np.sqrt(variance_at(gains, losses, num, difference))
         )
     return statistic

@@ -4,10 +4,11 @@ import logging
 import time
 from pathlib import Path
 
-from tuneline.artifacts import Decision, new_directory
+from tuneline.artifacts import Decision, MergeProof, new_directory
 from tuneline.gate.compare import compare
 from tuneline.gate.config import GateConfig
 from tuneline.gate.earlier import evaluated, read_earlier, remarks
+from tuneline.gate.exports import read_exports, verdict_on
 from tuneline.gate.reading import read
 from tuneline.html.markdown import escape_markdown
 from tuneline.records.earlier import EVALUATED_FILE
@@ -24,6 +25,8 @@ def run(
     base_scores_dir: str | Path,
     tuned_scores_dir: str | Path,
     decision_dir: str | Path,
+    merged_dir: str | Path | None = None,
+    exports_dirs: list[str] = [],  # noqa: B006, never changed
     earlier_path: str | Path | None = None,
     summary_path: str | Path | None = None,
 ) -> Decision:
@@ -35,17 +38,24 @@ def run(
         tuned_scores_dir: directory of the `scores` artifact of the tuned model, on the same tasks
             and samples.
         decision_dir: new directory for decision.json.
+        merged_dir: directory of the `merged` artifact, or a copy of its record, for a remark on its
+            loss. Default: no remark.
+        exports_dirs: directories of the `quantized` artifacts, or copies of their records, one per
+            format. Default: there are no exports.
         earlier_path: what earlier runs measured, from the step look-up-published. Default: nothing
             is known of earlier runs.
         summary_path: Markdown file with the decision, for KFP's UI. Default: none.
 
     Raises:
-        TaskError: the models were not evaluated on the same tasks and samples, or scores are
-            incomplete.
+        TaskError: the models were not evaluated on the same tasks and samples, scores are
+            incomplete, or an export was made from another model.
         WorldError: a file of the scores was changed after it was made.
     """
     started = time.monotonic()
     base, tuned = read(base_scores_dir, tuned_scores_dir)
+    exports = read_exports(exports_dirs, tuned)
+    merge = MergeProof.read(merged_dir) if merged_dir is not None else None
+    of_merge = [merge.unexplained_loss()] if merge is not None else []
     earlier = read_earlier(earlier_path)
     with new_directory(decision_dir) as directory:
         compared = compare(base, tuned, earlier, config)
@@ -55,8 +65,12 @@ def run(
         decision = Decision(
             verdict=verdict,
             reason=reason,
-            remarks=list(remarks(compared.comparisons, earlier, measured.attempts)),
+            remarks=[
+                *filter(None, of_merge),
+                *remarks(compared.comparisons, earlier, measured.attempts),
+            ],
             comparisons=compared.comparisons,
+            exports=[verdict_on(export, config) for export in exports],
             seconds=round(time.monotonic() - started, 3),
         )
         decision.write(directory, config, parents=(base.record, tuned.record))
@@ -65,7 +79,11 @@ def run(
     logger.info("%s: %s", verdict, reason)
     for remark in decision.remarks:
         logger.warning("%s", remark)
-    leave(Ending(step="gate", result=verdict, text=reason))
+    held = decision.held_exports()
+    for format, why in held.items():
+        logger.warning("the export %s is held: %s", format, why)
+    without = f"; held exports: {', '.join(held)}" if held else ""
+    leave(Ending(step="gate", result=verdict, text=f"{reason}{without}"))
     return decision
 
 
@@ -77,6 +95,12 @@ def _markdown(decision: Decision) -> str:
         f"{item.lower:+.4f} | {item.num_samples} | {item.outcome} |"
         for item in decision.comparisons
     ]
+    exports = [
+        f"| {item.format} | {item.verdict} | {escape_markdown(item.reason)} |"
+        for item in decision.exports
+    ]
+    if exports:
+        exports[:0] = ["", "| export | verdict | reason |", "|---|---|---|"]
     return "\n".join(
         [
             f"**{decision.verdict}**: {escape_markdown(decision.reason)}",
@@ -86,6 +110,7 @@ def _markdown(decision: Decision) -> str:
             "| above, with 95 % confidence | samples | outcome |",
             "|---|---|---|---|---|---|---|---|---|---|",
             *rows,
+            *exports,
             "",
         ]
     )

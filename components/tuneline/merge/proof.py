@@ -6,7 +6,7 @@ Legend: T positions of a row, V vocabulary.
 import gc
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from tuneline.errors import ModelError, ProofError
 from tuneline.merge.config import MergeConfig
+from tuneline.merge.evaluation import EvaluationRows, evaluation_loss
 from tuneline.models.adapter_files import WEIGHTS_FILE
 from tuneline.models.experts.adapter import adapt_experts_in_nf4
 from tuneline.models.heldout_rows import Row
@@ -34,6 +35,8 @@ class Answers:
     """Logits from which each token of `greedy_ids` was chosen, [num_tokens, V]."""
     loss: float
     """Mean loss over the answer tokens of all rows, in nats per token."""
+    eval_loss: float | None = None
+    """Loss on training's evaluation rows, in nats per token; None: not computed."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ def ask_merged(
     sink: Sink,
     *,
     num_greedy_tokens: int,
+    evaluation: EvaluationRows | None,
     merged_dir: Path,
     dtype: torch.dtype,
     device: str,
@@ -152,12 +156,15 @@ def ask_merged(
         rows: the rows to compute.
         sink: takes the logits of each row.
         num_greedy_tokens: number of tokens of the greedy answer.
+        evaluation: training's evaluation rows; None: do not compute the loss on them.
         merged_dir: directory of the merged model.
         dtype: dtype to compute in.
         device: "cpu" or "cuda".
     """
     model = load_base(merged_dir, dtype=dtype, device=device, quantized=False)
     answers = ask(model, rows, sink, num_greedy_tokens=num_greedy_tokens)
+    if evaluation is not None:
+        answers = replace(answers, eval_loss=evaluation_loss(model, evaluation))
     del model
     _free(device)
     return answers

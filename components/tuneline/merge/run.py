@@ -18,6 +18,7 @@ from tuneline.errors import ModelError, RecipeError
 from tuneline.merge import proof
 from tuneline.merge.adapter import Adapter
 from tuneline.merge.config import MergeConfig
+from tuneline.merge.evaluation import read_evaluation_rows
 from tuneline.merge.pieces import Base, Pieces
 from tuneline.merge.weights import (
     check_adapter,
@@ -125,10 +126,20 @@ def run(
             "merged into %d files, %.2f GB; proving the result", num_shards, num_bytes / 1e9
         )
         comparison = proof.Comparison(logits)
+        # An adapter that was trained on NF4 weights has another loss on the original ones. How far
+        # apart the two are is known only if both were measured.
+        is_comparable = (
+            base == "dequantized" or training.base_quantization == "none" or len(losses) > 1
+        )
+        evaluation = read_evaluation_rows(
+            Path(dataset_dir), training, max_seq_length=dataset.max_seq_length
+        )
+        evaluation = evaluation if is_comparable else None
         merged = proof.ask_merged(
             rows,
             comparison.add,
             num_greedy_tokens=config.num_greedy_tokens,
+            evaluation=evaluation,
             merged_dir=directory,
             dtype=dtype,
             device=device,
@@ -144,6 +155,9 @@ def run(
             base_asked=config.base,
             base_losses=losses,
             merged_loss=merged.loss,
+            eval_loss=merged.eval_loss,
+            trained_eval_loss=training.final_eval_loss if evaluation else None,
+            num_eval_tokens=evaluation.num_targets if evaluation else 0,
             tuning_kl=tuning_kl,
             dtype=config.dtype,
             num_bytes=num_bytes,
@@ -161,6 +175,8 @@ def run(
         )
         record.write(directory, config, parents=(origin, dataset, training))
     logger.info("proof: mean KL %.3g, top-1 %.4f", distance.mean_kl, distance.top1_agreement)
+    if remark := record.unexplained_loss():
+        logger.warning("%s", remark)
     return record
 
 

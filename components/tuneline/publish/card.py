@@ -240,7 +240,12 @@ def _exports(sources: Sources) -> str:
         "the same most likely token. The speed is that of one sequence on a CPU."
         f"{_benchmark(exports)}"
     )
-    return "\n".join(["## Exports", "", head, f"|{'---|' * 10}", *rows, "", note])
+    verdicts = [
+        f"- {item.format}{' is not published' if item.is_held else ''}: "
+        f"{escape_markdown(item.reason)}"
+        for item in sources.decision.exports
+    ]
+    return "\n".join(["## Exports", "", head, f"|{'---|' * 10}", *rows, "", note, "", *verdicts])
 
 
 def _notes(export: QuantizedModel, merge: MergeProof) -> str:

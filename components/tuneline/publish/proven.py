@@ -82,6 +82,32 @@ def check_verdict(decision: Decision) -> None:
         raise ProofError(f"{wrong}. Nothing was published. Run the gate again")
 
 
+def check_exports_were_decided(exports: Iterable[QuantizedModel], decision: Decision) -> None:
+    """Check that the decision has a verdict on each export, and was made on these exports.
+
+    Raises:
+        ProofError: the gate did not see an export, or saw another one of the same format.
+    """
+    verdicts = {item.format: item for item in decision.exports}
+    for export in exports:
+        item = verdicts.get(export.format)
+        if item is None:
+            problem = f"says nothing of the export {export.format}"
+        elif item.sealed != export.record_sha256:
+            problem = (
+                f"is on another export {export.format}, with the record {item.sealed[:12]} instead "
+                f"of {export.record_sha256[:12]}"
+            )
+        elif (item.comparison is None) != (export.benchmark_answers is None):
+            problem = f"does not compare the answers of the export {export.format}"
+        else:
+            continue
+        raise ProofError(
+            f"the gate's decision {problem}. Nothing was published. Run the gate again with all "
+            "exports"
+        )
+
+
 def check_present(files: dict[str, StoredFile]) -> None:
     """Check that all files exist.
 

@@ -43,7 +43,7 @@ def run(
     decision_dir: str | Path,
     published_dir: str | Path,
 ) -> Published:
-    """Publish a model that the gate promoted.
+    """Publish a model that the gate promoted, without the exports that the gate holds.
 
     Args:
         config: the `publish` section of the recipe.
@@ -104,6 +104,9 @@ def run(
     )
     if used.differences:
         logger.warning("%s", used.remark)
+    held = decision.held_exports()
+    for format, why in held.items():
+        logger.warning("the export %s is held and is not published: %s", format, why)
     with new_directory(published_dir) as record_dir:
         output = Path(target.removeprefix(DIRECTORY_PREFIX)).resolve() if local else record_dir
         # The scratch directory is in a directory target, so that the staged files can be hard links
@@ -122,13 +125,15 @@ def run(
             private=all(repo.private is not False for repo in repos),
             repos=repos,
             left_out=[f"{repo.repo}: {name}" for repo in staged for name in repo.left_out],
+            held_exports=held,
             seconds=round(time.monotonic() - started, 3),
         )
         record.write(record_dir, config, parents=(sources.merge, decision))
     for repo in record.repos:
         logger.info("published %s: %d files, %d bytes", repo.url, repo.num_files, repo.num_bytes)
     urls = ", ".join(" ".join(filter(None, (repo.url, repo.tag))) for repo in record.repos)
-    leave(Ending(step="publish", result="published", text=urls))
+    without = f"; held exports: {', '.join(held)}" if held else ""
+    leave(Ending(step="publish", result="published", text=f"{urls}{without}"))
     return record
 
 

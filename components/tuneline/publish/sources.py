@@ -17,7 +17,7 @@ from tuneline.artifacts import (
 from tuneline.errors import ProofError, UserError
 from tuneline.kinds import KINDS, KindTraits, RepoKind
 from tuneline.models.agreement import Stored, disagreements
-from tuneline.publish.proven import check_lineage
+from tuneline.publish.proven import check_exports_were_decided, check_lineage
 from tuneline.record import Record
 from tuneline.records.earlier import EVALUATED_FILE
 
@@ -35,7 +35,7 @@ class Sources:
     adapter_dir: Path
     merged_dir: Path
     exports: dict[Path, QuantizedModel]
-    """Records of the exports, by their directories."""
+    """Records of the exports, by their directories; with those that the gate holds."""
     evaluated: dict[str, Any] | None = None
     """What the gate leaves for the next run to the same target; None: of an older gate."""
 
@@ -66,7 +66,8 @@ class Sources:
             WorldError: an artifact has no record, an export that the recipe asks for is missing, or
                 a file of the decision was changed.
             UserError: two exports have the same format.
-            ProofError: an artifact was made from an artifact that is not in these directories.
+            ProofError: an artifact was made from an artifact that is not in these directories, or
+                the decision is not on these exports.
         """
         decision = Decision.read(decision_dir)
         decision.check_files(decision_dir)
@@ -93,6 +94,7 @@ class Sources:
                 )
         inputs = [sources.origin, sources.dataset, sources.training, sources.merge]
         check_lineage([*inputs, *sources.exports.values(), decision], inputs)
+        check_exports_were_decided(sources.exports.values(), decision)
         sources.check_agreement()
         return sources
 
@@ -146,13 +148,21 @@ class Repository:
 
 
 def repositories(sources: Sources, name: str) -> list[Repository]:
-    """Return the repositories of a run; `name` is the name of the merged model's repository."""
+    """Return the repositories of a run, without the exports that the gate holds.
+
+    Args:
+        sources: the artifacts of the run.
+        name: name of the merged model's repository.
+    """
+    held = sources.decision.held_exports()
     kinds: dict[str, RepoKind] = {
         name + KINDS["adapter"].suffix: "adapter",
         name + KINDS["merged"].suffix: "merged",
     }
     exports: dict[str, dict[Path, QuantizedModel]] = {}
     for path, export in sources.exports.items():
+        if export.format in held:
+            continue
         repo = name + KINDS[export.kind].suffix.format(format=export.format)
         kinds[repo] = export.kind
         exports.setdefault(repo, {})[path] = export

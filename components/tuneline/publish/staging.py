@@ -156,6 +156,7 @@ def _stage_one(
         "differs_from_recipe": list(recipe.differences),
         "seed": sources.training.settings.get("seed"),
         "trained_with": sources.training.environment,
+        "held_exports": sources.decision.held_exports(),
         "files": hashes,
         # From these, the next push sees what people changed in the card.
         "card": {

@@ -44,8 +44,10 @@ class QuantizeConfig(StrictModel):
     num_proof_prompts: int = Field(default=8, ge=1)
     """Held-out rows on which each export is compared with the merged model."""
     num_benchmark_rows: int = Field(default=0, ge=0)
-    """Held-out rows that each export answers for the report's table. If every row has choices, the
-    most likely one counts; otherwise the greedy answer must equal the reference. 0: no score."""
+    """Held-out rows that each export and the merged model answer. If every row has choices, the
+    most likely one counts; otherwise the greedy answer must equal the reference. The gate holds an
+    export that answers worse than the merged model, see `gate.max_regression`; `tuneline plan` says
+    how many rows it needs. 0: no score, and no export is held for its answers."""
     max_mean_kl: dict[AnyFormat, Annotated[float, Field(gt=0)]] = {}
     """By format: the largest mean KL divergence from the merged model, in nats per token. An export
     above it fails the step. Formats that are not listed keep their built-in bound, e.g. f16

@@ -1,15 +1,22 @@
 """The records of the merged model and of what is made from it."""
 
+import math
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from tuneline.kinds import ExportKind
 from tuneline.record import Record
+from tuneline.strict_model import StrictModel
 
 MAX_SHARE_OF_TUNING = 0.5
 """Distance of an export from the merged model above which it is said, as a fraction of the distance
 of the base model."""
+
+
+LOSS_ROUNDING = 0.005
+"""Difference of two means of losses, in nats per token, that the order of operations in 16 bits
+explains: three times the largest that numbers of ranks made (docs/numbers.md)."""
 
 
 class MergeProof(Record):
@@ -29,6 +36,13 @@ class MergeProof(Record):
     each of the base weights that were tried."""
     merged_loss: float | None = None
     """Loss of the merged model on the same rows."""
+    eval_loss: float | None = None
+    """Loss of the merged model on training's evaluation rows, in nats per token; null if it was not
+    computed."""
+    trained_eval_loss: float | None = None
+    """Loss that training measured on the same rows, with the adapter beside the base weights."""
+    num_eval_tokens: int = 0
+    """Number of tokens over which the two losses are means."""
     tuning_kl: float | None = None
     """Mean KL divergence per token of the base model from base plus adapter, in nats: how far the
     tuning moved the model. Null in the record of an older version."""
@@ -52,6 +66,35 @@ class MergeProof(Record):
     merged_answer: str | None = None
     """Greedy answer of the merged model to the same prompt."""
 
+    def unexplained_loss(self) -> str:
+        """Return a warning if the merged model's loss is not the one that training ended with.
+
+        The rows are the same, so the losses differ by what merging does: rounding, and for
+        `base` original the weights. The proof measured that on its own rows, as `merged_loss` minus
+        the loss on the base weights of training. Allowed are as much again, and three standard
+        errors: a KL divergence of k nats per token changes the log likelihood of a token with a
+        standard deviation of about sqrt(2 k).
+        """
+        if self.eval_loss is None or self.trained_eval_loss is None:
+            return ""
+        trained = self.base_losses.get("dequantized", self.base_losses.get(self.base))
+        shift = 0.0
+        if trained is not None and self.merged_loss is not None:
+            shift = self.merged_loss - trained
+        size = max(self.mean_kl, abs(shift))
+        bound = LOSS_ROUNDING + size + 3 * math.sqrt(2 * size / self.num_eval_tokens)
+        if abs(self.eval_loss - self.trained_eval_loss - shift) <= bound:
+            return ""
+        expected = self.trained_eval_loss + shift
+        return (
+            f"the merged model's loss on training's evaluation rows is {self.eval_loss:.4f} nats "
+            f"per token, but training ended with {self.trained_eval_loss:.4f}, and merging "
+            f"explains only {expected - bound:.4f} to {expected + bound:.4f}. Likely causes: "
+            "training computed with other weights than those that it saved or that were merged, or "
+            "with other kernels (compare with train.kernels off). Train again before you rely on "
+            "the scores"
+        )
+
 
 class ImportanceMatrix(Record):
     """An importance matrix: statistics of the inputs of each weight, measured on training rows."""
@@ -65,6 +108,18 @@ class ImportanceMatrix(Record):
     num_rows: int
     num_tokens: int
     num_tensors: int
+
+
+class BenchmarkAnswers(StrictModel):
+    """Which held-out rows an export and the merged model answered correctly.
+
+    Each list has one entry per row, in the order of the file of held-out rows.
+    """
+
+    export: list[bool]
+    merged: list[bool]
+    clusters: list[int]
+    """Number of each row's cluster, from 0 without gaps."""
 
 
 class QuantizedModel(Record):
@@ -121,6 +176,9 @@ class QuantizedModel(Record):
     reference_benchmark_score: float | None = None
     """Fraction of correct answers of the merged model on the same rows."""
     num_benchmark_rows: int = 0
+    benchmark_answers: BenchmarkAnswers | None = None
+    """The answers behind the two scores, from which the gate decides whether the export is
+    published; null if the export was not scored."""
     num_tokenizer_texts: int | None = None
     """Number of texts that llama.cpp and the merged model's tokenizer split alike; GGUF only."""
     num_conversations: int | None = None

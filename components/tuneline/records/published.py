@@ -7,7 +7,7 @@ from pydantic import Field
 from tuneline.kinds import KINDS, RepoKind
 from tuneline.record import Record
 from tuneline.records.exports import QuantizedModel
-from tuneline.records.scores import TaskComparison, Verdict
+from tuneline.records.scores import ExportVerdict, TaskComparison, Verdict
 from tuneline.strict_model import StrictModel
 
 
@@ -42,6 +42,8 @@ class Published(Record):
     left_out: list[str] = Field(default_factory=list)
     """Files of the artifacts that are not published, because their names are not those of a model's
     files."""
+    held_exports: dict[str, str] = Field(default_factory=dict)
+    """Formats of the exports that the gate held, with the reasons; they are not published."""
 
     def metadata(self) -> dict[str, str]:
         """Return the URL, commit and tag of each repository, for an artifact's metadata."""
@@ -73,5 +75,7 @@ class RunSummary(Record):
     """Remarks of the gate, which do not decide."""
     comparisons: list[TaskComparison]
     exports: list[QuantizedModel]
+    export_verdicts: list[ExportVerdict] = Field(default_factory=list)
+    """Verdicts of the gate on the exports."""
     differs_from_recipe: list[str] = Field(default_factory=list)
     """The values that the run had instead of its recipe's."""

@@ -10,12 +10,13 @@ from tuneline.records.exports import MergeProof, QuantizedModel
 from tuneline.strict_model import StrictModel
 
 Verdict = Literal["promote", "hold"]
-ComparisonRole = Literal["target", "guard", "member", "control", "prompted", "published"]
+ComparisonRole = Literal["target", "guard", "member", "control", "prompted", "published", "export"]
 """What a comparison decides. A target has to improve, a guard must not get worse, a member is part
 of a group that is compared as a whole and decides nothing, and a control shows whether the tuned
 model still reads its prompts. In two roles, the tuned model is not compared with the base model as
 it is: prompted is the base model with training rows in its prompt, which decides nothing, and
-published is the model that was published last, which must not be better."""
+published is the model that was published last, which must not be better. In the role export, an
+export is compared with the merged model, which decides whether that export is published."""
 
 
 HELDOUT_PREFIX = "heldout_"
@@ -117,6 +118,27 @@ class TaskComparison(StrictModel):
         return f"{self.task}, model published last" if self.role == "published" else self.task
 
 
+class ExportVerdict(StrictModel):
+    """Verdict on publishing one export, if the tuned model is published.
+
+    `tuneline.verdict` computes verdict and reason from the comparison.
+    """
+
+    format: str
+    verdict: Verdict
+    reason: str
+    comparison: TaskComparison | None = None
+    """Comparison with the merged model (as `base`) on the rows that both answered; null if the
+    export was not scored."""
+    sealed: str
+    """`record_sha256` of the export's record."""
+
+    @property
+    def is_held(self) -> bool:
+        """Return whether the export is not published."""
+        return self.verdict == "hold"
+
+
 class Decision(Record):
     """Verdict on publishing the tuned model, with its reason and the comparisons.
 
@@ -132,3 +154,9 @@ class Decision(Record):
     remarks: list[str] = Field(default_factory=list)
     """Sentences that do not decide: what prompting alone gives, and repeated attempts."""
     comparisons: list[TaskComparison]
+    exports: list[ExportVerdict] = Field(default_factory=list)
+    """Verdicts on the exports, which do not depend on the verdict on the model."""
+
+    def held_exports(self) -> dict[str, str]:
+        """Return the reason of each export that is held, by format."""
+        return {item.format: item.reason for item in self.exports if item.is_held}

@@ -40,7 +40,9 @@ def card(line: Line) -> str:
     measured = [export for export in line.exports if export.mean_kl is not None]
     if not measured:
         return ""
-    uses = recommend(measured)
+    held = line.decision.held_exports()
+    kept = [export for export in measured if export.format not in held]
+    uses = recommend(kept)
     chart = scatter_chart(
         [
             ScatterPoint(
@@ -53,7 +55,7 @@ def card(line: Line) -> str:
         x_text=size,
     )
     scored = next((export for export in measured if export.benchmark), None)
-    advice = [(use, export.format) for export in measured for use in uses[export.format]]
+    advice = [(use, format) for format, for_it in uses.items() for use in for_it]
     rows = [
         [
             export.format,
@@ -64,7 +66,9 @@ def card(line: Line) -> str:
             number(export.perplexity),
             number(export.tokens_per_second, 3),
             *([_score(export)] if scored else []),
-            _for(export, uses[export.format], measured),
+            badge("held", "warn")
+            if export.format in held
+            else _for(export, uses[export.format], kept),
         ]
         for export in measured
     ]
@@ -90,7 +94,8 @@ def card(line: Line) -> str:
             f"of at least {percent(NEAR_TOP1)} and a perplexity at most "
             f"{percent(NEAR_PERPLEXITY - 1)} above the merged model's; if there is none, the one "
             "with the lowest mean KL. For the least memory, the smallest with a perplexity at most "
-            f"{percent(USABLE_PERPLEXITY - 1)} above.",
+            f"{percent(USABLE_PERPLEXITY - 1)} above. Exports that the gate holds are not "
+            "recommended.",
             muted=True,
         ),
         note="Lower left is better: smaller, and closer to the merged model.",
@@ -179,7 +184,8 @@ def _benchmark(export: QuantizedModel | None) -> str:
     return (
         f" Score: {export.benchmark} on {export.num_benchmark_rows} held-out rows, with its 95 % "
         f"interval; the merged model has {percent(export.reference_benchmark_score)} on the same "
-        "rows. The score reveals a broken format, but not which of two formats is better."
+        "rows. The score shows whether an export lost as much as the gate does not allow, but not "
+        "which of two formats is better."
     )
 
 

@@ -2,7 +2,7 @@
 
 import os
 
-from tuneline.artifacts import MergeProof, QuantizedModel
+from tuneline.artifacts import ExportVerdict, MergeProof, QuantizedModel
 from tuneline.html.page import Cell, badge, bar_chart, details, facts, paragraph, section, table
 from tuneline.html.units import count, duration, number, percent, size
 from tuneline.report.records import Line
@@ -62,11 +62,17 @@ def exports(line: Line) -> str:
     ]
     lost = [text for export in line.exports if (text := export.loss_of_tuning(merge))]
     headers = ["format", "size", "bits per weight", "check", "tensor types", "time"]
+    decided = [[item.format, _verdict(item), item.reason] for item in line.decision.exports]
     return section(
         "Merge and exports",
         pair,
         *([paragraph(". ".join(lost) + ".")] if lost else []),
         table(headers, rows, numeric=[1, 2, 5]),
+        *(
+            [table(["format", "verdict", "answers compared with the merged model"], decided)]
+            if decided
+            else []
+        ),
         details(
             "Answers of the exports, and notes",
             table(
@@ -76,6 +82,12 @@ def exports(line: Line) -> str:
             ),
         ),
     )
+
+
+def _verdict(item: ExportVerdict) -> Cell:
+    if item.is_held:
+        return badge("held: not published", "warn")
+    return badge("not scored", "plain") if item.comparison is None else badge("promote", "good")
 
 
 def _losses(merge: MergeProof) -> str:

@@ -12,8 +12,8 @@ LINE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("train", ("prepare",)),
     ("merge", ("train",)),
     ("evaluate tuned", ("merge",)),
-    ("gate", ("evaluate tuned", "evaluate base")),
-    ("publish", ("gate", "quantize")),
+    ("gate", ("evaluate tuned", "evaluate base", "quantize")),
+    ("publish", ("gate",)),
     ("evaluate base", ("prepare",)),
     ("quantize", ("merge",)),
 )

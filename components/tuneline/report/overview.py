@@ -19,22 +19,23 @@ def verdict(line: Line) -> str:
     decision = line.decision
     text = verdict_sentence(decision.verdict, decision.reason, decision.comparisons)
     if decision.verdict == "promote":
-        tone = "warn" if line.place.problem else "good"
+        tone = "warn" if line.place.problem or decision.held_exports() else "good"
         return banner("Promote", text, tone, small=_publishing(line))
     return banner("Hold", text, "warn", small=f"Nothing was published to {line.target}.")
 
 
 def _publishing(line: Line) -> str:
     """Return what became of publishing, as far as it is known when the page is written."""
-    place = line.place
+    place, held = line.place, line.decision.held_exports()
+    without = f", without the exports that are held: {', '.join(held)}" if held else ""
     if place.problem:
         return f"Publishing to {line.target} failed: {place.problem}"
     if place.published is not None:
         num = len(place.published.repos)
-        return f"Published to {line.target}: {num} repositor{'y' if num == 1 else 'ies'}."
+        return f"Published to {line.target}: {num} repositor{'y' if num == 1 else 'ies'}{without}."
     return (
-        f"When this page was written, the step publish had yet to upload it to {line.target}; the "
-        "state of that step says whether it has."
+        f"When this page was written, the step publish had yet to upload it to {line.target}"
+        f"{without}; the state of that step says whether it has."
     )
 
 
@@ -100,12 +101,12 @@ def headline(line: Line) -> str:
         )
     else:
         shown.append(("Training loss", number(training.final_loss, 3), "last logged"))
-    if line.exports:
-        smallest = min(line.exports, key=lambda export: export.num_bytes)
-        plural = "s" if len(line.exports) > 1 else ""
+    if kept := line.kept_exports:
+        smallest = min(kept, key=lambda export: export.num_bytes)
+        plural = "s" if len(kept) > 1 else ""
         shown.append(
             (
-                f"Smallest of {len(line.exports)} export{plural}",
+                f"Smallest of {len(kept)} export{plural}",
                 size(smallest.num_bytes),
                 f"{smallest.format}; merged model {size(line.merge.num_bytes)}",
             )

@@ -105,6 +105,7 @@ def run(
             remarks=line.decision.remarks,
             comparisons=line.decision.comparisons,
             exports=line.exports,
+            export_verdicts=line.decision.exports,
             differs_from_recipe=list(line.recipe.differences),
             seconds=round(time.monotonic() - started, 3),
         )

@@ -3,13 +3,15 @@
                         .-> evaluate base ---------------------------.
                         |                                            v
     plan -> fetch -> prepare -> train -> merge -> evaluate tuned -> gate -> report, publish
-                                           |                                  ^
-                                           `-> export (convert, quantize) ----'
+                                           |                         ^
+                                           `-> export ---------------'
+                                               (convert, quantize)
 
-The gate reads only the two scores, and what a small task finds of earlier runs: the scores of the
-model published last, and how many models were measured on the same questions. The report reads the
-records of the earlier steps, and publish, if the gate promotes the model, the artifacts that it
-uploads.
+The gate reads the two scores, the records of the merged model and of the exports, and what a small
+task finds of earlier runs: the scores of the model published last, and how many models were
+measured on the same questions. The report reads the records of the earlier steps, and publish, if
+the gate promotes the model, the artifacts that it uploads: of the exports, those that the gate does
+not hold.
 
 Before fetch and before prepare, a small task looks up the fingerprint of what the model's or the
 dataset's name refers to now. These tasks are never cached, and fetch and prepare take the
@@ -37,13 +39,14 @@ compiled file. Parameters are written so that they reach the steps unchanged
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, cast
 
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
 from tuneline.diagnose.component import diagnose
+from tuneline.errors import UserError
 from tuneline.evaluate.component import collect_benchmarks, evaluate
 from tuneline.fetch.component import fetch, look_up_model
 from tuneline.gate.component import gate
@@ -65,6 +68,7 @@ from tuneline.quantize.config import QuantizeConfig
 from tuneline.recipe import Recipe
 from tuneline.report.component import report
 from tuneline.runtime.parameter_text import encode_text, to_json
+from tuneline.steps import EVERY_STEP
 from tuneline.train.component import train, train_on_nodes
 
 
@@ -74,6 +78,7 @@ def finetune(
     on_cluster: bool = True,
     archive: str | None = None,
     run_name: str = dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
+    uncached: Collection[str] = (),
 ) -> BaseComponent:
     """Build the pipeline of a recipe, ready to compile or to run locally.
 
@@ -84,12 +89,21 @@ def finetune(
         archive: files that are sent with the run, as `tuneline.prepare.uploads` packs them; None:
             there are none.
         run_name: name of the run. Default: what KFP replaces by the run's name.
+        uncached: names of steps that are not taken from the cache of earlier runs, or EVERY_STEP.
+            The steps after them get other inputs, so they run again too.
+
+    Raises:
+        UserError: the run has no step of a name in `uncached`.
     """
+    steps: set[str] = set()
 
     def placed(function: Callable[..., Any], **arguments: object) -> dsl.PipelineTask:
         # By its type, kfp's decorator returns the function, but it returns a component.
         component = cast(BaseComponent, function)
         task = component(**arguments)
+        steps.add(component.name)
+        if component.name in uncached or EVERY_STEP in uncached:
+            task.set_caching_options(False)
         if not on_cluster:
             return task
         claims = claims_of(recipe, component.name)
@@ -200,6 +214,10 @@ def finetune(
                 kind: exporter(config=quantize_config, merged=model, dataset=data)
                 for kind, exporter in exporters.items()
             }
+            if uncached:
+                # These tasks are pipelines, whose tasks KFP then looks up one by one.
+                for exporting in exported.values():
+                    exporting.set_caching_options(False)
 
             scores = {
                 "base_scores": base_scores.outputs["scores"],
@@ -210,8 +228,14 @@ def finetune(
                 look_up_published, target=publish_to, config=publish_config, recipe=recipe_json
             ).set_caching_options(False)
             published_before.after(planned)
+            export_records = {kind: task.outputs["records"] for kind, task in exported.items()}
             gated = placed(
-                gate, config=gate_config, **scores, earlier=published_before.outputs["earlier"]
+                gate,
+                config=gate_config,
+                **scores,
+                merged=merged.outputs["record"],
+                earlier=published_before.outputs["earlier"],
+                **export_records,
             )
             everything = {
                 "recipe": recipe_json,
@@ -228,7 +252,7 @@ def finetune(
                 publish_config=publish_config,
                 adapter=trained.outputs["record"],
                 merged=merged.outputs["record"],
-                **{kind: task.outputs["records"] for kind, task in exported.items()},
+                **export_records,
             ).set_caching_options(False)
             placed(
                 publish,
@@ -240,6 +264,11 @@ def finetune(
                 **{kind: task.outputs["exports"] for kind, task in exported.items()},
             ).set_caching_options(False)
 
+    if unknown := sorted(set(uncached) - steps - {EVERY_STEP}):
+        raise UserError(
+            f"--no-cache names {', '.join(unknown)}, but this run has no such step. Name one of "
+            f"{', '.join(sorted(steps))}, or {EVERY_STEP}"
+        )
     publish_only_if_promoted(cast(BaseComponent, line))
     return cast(BaseComponent, line)
 
@@ -325,5 +354,5 @@ def _collected(task: dsl.PipelineTask) -> Exports:
 EXPORTERS: dict[
     ExportKind, Callable[[QuantizeConfig, Callable[..., dsl.PipelineTask]], BaseComponent]
 ] = {"gguf": _export_gguf, "gptq": _export_gptq}
-"""Functions that make the nested pipeline of each kind of export. Report and publish have an input
-per kind, with the same name."""
+"""Functions that make the nested pipeline of each kind of export. Gate, report and publish have an
+input per kind, with the same name."""

@@ -66,16 +66,27 @@ def test_submit_sends_what_was_compiled(kfp_server: Any) -> None:
 
 def test_submit_twice_is_two_runs_in_one_experiment(kfp_server: Any) -> None:
     first = run_id_of(tuneline("submit", "demo"))
-    second = run_id_of(tuneline("submit", "demo", "--no-cache"))
+    second = run_id_of(tuneline("submit", "demo", "--no-cache", "all"))
+    third = run_id_of(tuneline("submit", "demo", "--no-cache", "evaluate", "--no-cache", "merge"))
     assert len(kfp_server.experiments) == 1
     cached = []
-    for run_id in (first, second):
+    for run_id in (first, second, third):
         pipeline = kfp_server.runs[run_id]["pipeline_spec"]["pipeline_spec"]
         dags = [part["dag"] for part in pipeline["components"].values() if "dag" in part]
         tasks = [task for dag in [pipeline["root"]["dag"], *dags] for task in dag["tasks"].values()]
         cached.append(sum(task.get("cachingOptions", {}) != {} for task in tasks))
     assert cached[0] > 10
     assert cached[1] == 0
+    assert cached[2] == cached[0] - 5, "merge, evaluate twice, and the two pipelines of exports"
+
+
+def test_a_step_without_cache_that_the_run_does_not_have(kfp_server: Any) -> None:
+    result = tuneline("submit", "demo", "--no-cache", "tran", "--no-cache", "train-on-nodes")
+    assert isinstance(result.exception, UserError)
+    words = str(result.exception)
+    assert words.startswith("--no-cache names train-on-nodes, tran, but this run has no such step")
+    assert "merge, plan, prepare, publish, quantize-gguf, quantize-gptq, report, train, or" in words
+    assert kfp_server.writes() == []
 
 
 @pytest.mark.parametrize("kfp_server", [{"multi_user": True}], indirect=True)

@@ -126,6 +126,19 @@ def test_a_stopped_training_names_its_checkpoint(
     ]
 
 
+@pytest.mark.parametrize(
+    ("uncached", "kept_steps"),
+    [([], "fetch, prepare"), (["prepare"], "fetch"), (["all"], "no results yet")],
+)
+def test_steps_without_cache_are_not_kept_for_a_resumed_run(
+    run: LocalRun, uncached: list[str], kept_steps: str
+) -> None:
+    Start("shop.yaml", [], "subprocess", uncached=uncached).write(run.directory)
+    write(run, [*finished("fetch"), *finished("prepare"), event("train", "started", 10.0)])
+    assert run.start is not None and run.start.uncached == uncached
+    assert f"kept: {kept_steps}" in kept(run).splitlines()
+
+
 def test_a_run_is_found_by_its_directory_or_its_name(
     run: LocalRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

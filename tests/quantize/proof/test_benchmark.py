@@ -6,12 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tuneline.artifacts import HELDOUT_FILE, DatasetManifest, QuantizedModel, write_jsonl
+from tuneline.artifacts import (
+    HELDOUT_FILE,
+    DatasetManifest,
+    QuantizedModel,
+    read_jsonl,
+    write_jsonl,
+)
 from tuneline.errors import ModelError
 from tuneline.models.likelihood import Pair
 from tuneline.quantize import QuantizeConfig
 from tuneline.quantize.gguf.llama_model import LlamaFile
-from tuneline.quantize.proof.benchmark import CHOICE, EXACT, prepare, score
+from tuneline.quantize.proof.benchmark import CHOICE, EXACT, answer, prepare
 from tuneline.quantize.proof.transformers_model import TransformersModel
 from tuneline.quantize.run import run
 
@@ -34,35 +40,59 @@ class Letters:
 
     def score_answers(self, pairs: list[Pair]) -> dict[Pair, tuple[float, bool]]:
         scores = {}
-        for prompt, answer in pairs:
-            before = (prompt[-1], *answer[:-1])
+        for prompt, tokens in pairs:
+            before = (prompt[-1], *tokens[:-1])
             right = [
                 token == ord(self.favourite if chr(last) in "ab" else ".")
-                for last, token in zip(before, answer, strict=True)
+                for last, token in zip(before, tokens, strict=True)
             ]
-            scores[prompt, answer] = (-5.0 * right.count(False), all(right))
+            scores[prompt, tokens] = (-5.0 * right.count(False), all(right))
         return scores
 
 
-@pytest.mark.parametrize(("favourite", "share"), [("c", 0.5), ("e", 0.5), ("d", 0.5), ("x", 0.5)])
-def test_choices_by_likelihood(favourite: str, share: float) -> None:
+@pytest.mark.parametrize(
+    ("favourite", "right"),
+    [("c", [True, False]), ("e", [False, True]), ("d", [False, True]), ("x", [False, True])],
+)
+def test_choices_by_likelihood(favourite: str, right: list[bool]) -> None:
     # "x" and "d" leave draws, of which the first counts: wrong in one row and right in the other.
-    assert score(Letters(favourite), ROWS, CHOICE, begin_id=None) == share
+    assert answer(Letters(favourite), ROWS, CHOICE, begin_id=None) == right
 
 
 def test_an_empty_prompt_begins_with_the_token_that_begins_a_text() -> None:
     bare = [{**row, "prompt": ""} for row in ROWS]
-    assert score(Letters("c"), bare, CHOICE, begin_id=ord("a")) == 0.5
-    assert score(Letters("c"), bare, EXACT, begin_id=ord("b")) == 0.5
-    assert score(Letters("c"), bare, EXACT, begin_id=ord("x")) == 0.0
+    assert answer(Letters("c"), bare, CHOICE, begin_id=ord("a")) == [True, False]
+    assert answer(Letters("c"), bare, EXACT, begin_id=ord("b")) == [True, False]
+    assert answer(Letters("c"), bare, EXACT, begin_id=ord("x")) == [False, False]
     # An answer that begins with it has it once, as lm-eval scores it.
     begun = [{**bare[0], "answer": "ac"}]
-    assert score(Letters("c"), begun, EXACT, begin_id=ord("a")) == 1.0
+    assert answer(Letters("c"), begun, EXACT, begin_id=ord("a")) == [True]
 
 
 def test_exact_answers() -> None:
-    assert score(Letters("c"), ROWS, EXACT, begin_id=None) == 0.5
-    assert score(Letters("d"), ROWS, EXACT, begin_id=None) == 0.0
+    assert answer(Letters("c"), ROWS, EXACT, begin_id=None) == [True, False]
+    assert answer(Letters("d"), ROWS, EXACT, begin_id=None) == [False, False]
+
+
+def test_an_export_and_the_merged_model_are_paired_row_by_row(tmp_path: Path) -> None:
+    """Rows with one question, or with the same `cluster`, count as one."""
+    rows = [
+        *ROWS,
+        {**ROWS[0], "prompt": "AB."},
+        {**ROWS[1], "prompt": "ba", "cluster": "x"},
+        {**ROWS[1], "prompt": "bb", "cluster": "x"},
+    ]
+    write_jsonl(tmp_path / HELDOUT_FILE, rows)
+    benchmark = prepare(Letters("c"), tmp_path, 9)
+    assert benchmark is not None
+    fields = benchmark.record(Letters("e"))
+    answers = fields["benchmark_answers"]
+    assert answers.merged == answer(Letters("c"), rows, CHOICE, begin_id=None)
+    assert answers.export == answer(Letters("e"), rows, CHOICE, begin_id=None)
+    assert answers.merged[:2] == [True, False] and answers.export[:2] == [False, True]
+    assert answers.clusters == [0, 1, 0, 2, 2]
+    assert fields["benchmark_score"] == sum(answers.export) / 5
+    assert fields["reference_benchmark_score"] == sum(answers.merged) / 5
 
 
 def test_the_task_is_what_the_rows_allow(tmp_path: Path) -> None:
@@ -70,7 +100,7 @@ def test_the_task_is_what_the_rows_allow(tmp_path: Path) -> None:
     write_jsonl(tmp_path / HELDOUT_FILE, ROWS)
     assert prepare(Letters("c"), tmp_path, 0) is None
     found = prepare(Letters("c"), tmp_path, 1)
-    assert found is not None and (found.task, found.reference) == (CHOICE, 1.0)
+    assert found is not None and (found.task, found.reference) == (CHOICE, [True])
     assert found.num_context >= len("abc.\n")
     plain = [{key: row[key] for key in ("prompt", "answer", "end")} for row in ROWS]
     write_jsonl(tmp_path / HELDOUT_FILE, plain)
@@ -93,11 +123,11 @@ def test_answers_are_scored_as_each_by_itself(merged_dir: Path, f16_dir: Path) -
         for model in (transformers, llama):
             found = model.score_answers(pairs)
             assert list(sorted(found)) == sorted(pairs)
-            for (before, answer), (likelihood, greedy) in found.items():
-                logits_TV = torch.as_tensor(model.logits([*before, *answer]))[len(before) - 1 : -1]
-                chosen_A = logits_TV.log_softmax(-1)[range(len(answer)), list(answer)]
+            for (before, after), (likelihood, greedy) in found.items():
+                logits_TV = torch.as_tensor(model.logits([*before, *after]))[len(before) - 1 : -1]
+                chosen_A = logits_TV.log_softmax(-1)[range(len(after)), list(after)]
                 assert likelihood == pytest.approx(chosen_A.sum().item(), abs=1e-4)
-                assert greedy == (answer == likely)
+                assert greedy == (after == likely)
 
 
 @pytest.mark.parametrize("prompt", ["<|im_start|>user\n{n}Gi in Mi?<|im_end|>\n<|im_start|>", ""])
@@ -155,6 +185,10 @@ def test_files_are_scored_as_evaluate_scores_the_model(
     assert record.benchmark == "heldout_choice" and record.num_benchmark_rows == 9
     assert record.reference_benchmark_score == pytest.approx(wanted)
     assert record.benchmark_score == pytest.approx(wanted)
+    kept = QuantizedModel.read(tmp_path / "f16").benchmark_answers
+    assert kept is not None
+    samples = read_jsonl(tmp_path / "scores" / "samples" / "heldout_choice.jsonl")
+    assert kept.merged == kept.export == [bool(row["score"]) for row in samples]
 
 
 def test_a_record_holds_the_settings_that_it_was_made_with(

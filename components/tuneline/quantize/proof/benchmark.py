@@ -1,16 +1,17 @@
-"""Score a loaded model on held-out rows as the evaluate step does, for the table of formats.
+"""Score a loaded model on held-out rows as the evaluate step does.
 
 If every row has choices, the model's answer is the most likely choice with its end of turn.
-Otherwise the model's greedy answer must equal the row's whole answer. The benchmark uses few rows,
-because it runs on a CPU: its scores distinguish working exports from broken ones, but are too noisy
-to rank the formats.
+Otherwise the model's greedy answer must equal the row's whole answer. Every export and the merged
+model answer the same rows, and the gate compares them row by row. The scores of two exports are
+too noisy to rank their formats.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tuneline.artifacts import HELDOUT_FILE, read_jsonl
+from tuneline.artifacts import HELDOUT_FILE, BenchmarkAnswers, read_jsonl
+from tuneline.models.clusters import clusters_of
 from tuneline.models.likelihood import Pair
 
 CHOICE, EXACT = "heldout_choice", "heldout_exact"
@@ -33,13 +34,13 @@ class Merged(Model, Protocol):
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Held-out rows, and the merged model's score on these rows."""
+    """Held-out rows, and the merged model's answers to these rows."""
 
     task: str
     """How answers are scored: `CHOICE` or `EXACT`."""
     rows: list[dict[str, Any]]
-    reference: float
-    """Fraction of rows that the merged model answers correctly, 0 to 1."""
+    reference: list[bool]
+    """Whether the merged model answers each row correctly."""
     num_context: int
     """Context length that is needed: number of tokens of the longest prompt with its answer."""
     begin_id: int | None
@@ -47,11 +48,15 @@ class Benchmark:
 
     def record(self, model: Model) -> dict[str, Any]:
         """Score an export and return the scores as fields of the export's `QuantizedModel`."""
+        answers = answer(model, self.rows, self.task, begin_id=self.begin_id)
         return {
             "benchmark": self.task,
-            "benchmark_score": score(model, self.rows, self.task, begin_id=self.begin_id),
-            "reference_benchmark_score": self.reference,
+            "benchmark_score": sum(answers) / len(answers),
+            "reference_benchmark_score": sum(self.reference) / len(self.reference),
             "num_benchmark_rows": len(self.rows),
+            "benchmark_answers": BenchmarkAnswers(
+                export=answers, merged=self.reference, clusters=_clusters(self.rows)
+            ),
         }
 
 
@@ -68,14 +73,16 @@ def prepare(model: Merged, dataset_dir: Path, num_rows: int) -> Benchmark | None
         for text in (row["answer"], *(row.get("choices") or ()))
     )
     begin_id = None if all(model.tokenise(row["prompt"]) for row in rows) else model.begin_id
-    reference = score(model, rows, task, begin_id=begin_id)
+    reference = answer(model, rows, task, begin_id=begin_id)
     # + 2: one for the token that begins a text, and one because a prompt and an answer that are
     # tokenised separately may have one more token than the joined text.
     return Benchmark(task, rows, reference, longest + 2, begin_id)
 
 
-def score(model: Model, rows: list[dict[str, Any]], task: str, *, begin_id: int | None) -> float:
-    """Return the fraction of rows that a model answers correctly, 0 to 1.
+def answer(
+    model: Model, rows: list[dict[str, Any]], task: str, *, begin_id: int | None
+) -> list[bool]:
+    """Return whether a model answers each row correctly.
 
     Args:
         model: the model to score.
@@ -91,14 +98,28 @@ def score(model: Model, rows: list[dict[str, Any]], task: str, *, begin_id: int 
     ]
     unique = dict.fromkeys(pair for row_pairs in pairs for pair in row_pairs)
     scores = model.score_answers(list(unique))
-    correct = 0
+    correct = []
     for row, row_pairs in zip(rows, pairs, strict=True):
         if task == CHOICE:
             likelihoods = [scores[pair][0] for pair in row_pairs]
-            correct += max(range(len(row_pairs)), key=likelihoods.__getitem__) == row["label"]
+            most_likely = max(range(len(row_pairs)), key=likelihoods.__getitem__)
+            correct.append(most_likely == row["label"])
         else:
-            correct += scores[row_pairs[0]][1]
-    return correct / len(rows)
+            correct.append(scores[row_pairs[0]][1])
+    return correct
+
+
+def _clusters(rows: list[dict[str, Any]]) -> list[int]:
+    """Return the number of each row's cluster; rows with the same question or passage share one."""
+    documents = [
+        {"prompt": row["prompt"], "endings": [], "cluster": row.get("cluster", "")} for row in rows
+    ]
+    names = [
+        f"alone {number}" if name is None else name
+        for number, name in enumerate(clusters_of(documents))
+    ]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [numbers[name] for name in names]
 
 
 def _pair(model: Model, row: dict[str, Any], text: str, begin_id: int | None) -> Pair:

@@ -11,6 +11,7 @@ from tuneline.pipelines.cli.options import ContextOption, RecipeArgument, SetOpt
 from tuneline.pipelines.cli.terminal import say
 from tuneline.pipelines.lint.lint import lint_file
 from tuneline.placement import PROFILES
+from tuneline.verify import files_without_hash
 from tuneline.verify import verify as verify_directory
 
 PANEL = "Checks"
@@ -132,8 +133,8 @@ def verify(
 ) -> None:
     """Compare files with the hashes in their records, and list the differences.
 
-    The exit code is 1 if a file differs from its record, or an artifact was made from another input
-    than the one in DIRECTORY.
+    Files that have no hash are listed too. The exit code is 1 if a file differs from its record, or
+    an artifact was made from another input than the one in DIRECTORY.
     """
     if not directory.is_dir():
         raise DataError(
@@ -152,5 +153,9 @@ def verify(
         typer.echo("versions that differ from this machine's:")
     for line in versions:
         typer.echo(f"  {line}")
+    if unchecked := files_without_hash(directory):
+        typer.echo("not checked, because no record has their hash:")
+    for name, what in unchecked.items():
+        typer.echo(f"  {name}: {what}")
     if any(result.differences for result in results):
         raise typer.Exit(1)

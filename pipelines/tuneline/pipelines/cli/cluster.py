@@ -17,6 +17,7 @@ from tuneline.pipelines.cli.options import (
     ExperimentOption,
     HostOption,
     NamespaceOption,
+    NoCacheOption,
     RecipeArgument,
     RootOption,
     SetOption,
@@ -43,10 +44,7 @@ def submit(
     ] = None,
     service_account: AccountOption = None,
     pipeline_root: RootOption = None,
-    cache: Annotated[
-        bool,
-        typer.Option(help="Reuse cached results of steps whose inputs are unchanged."),
-    ] = True,
+    no_cache: NoCacheOption = [],  # noqa: B006, typer copies it
 ) -> None:
     """Start a run of a recipe on a cluster.
 
@@ -63,7 +61,7 @@ def submit(
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run_name = name or f"{loaded.name}-{stamp}"
     client = connection.connect(host)
-    with runs.compiled(loaded, cache=cache, archive=upload.archive) as pipeline:
+    with runs.compiled(loaded, uncached=no_cache, archive=upload.archive) as pipeline:
         run_id = runs.submit(
             client,
             pipeline,

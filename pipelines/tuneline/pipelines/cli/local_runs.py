@@ -60,7 +60,11 @@ def show_status(run: LocalRun) -> None:
         say(f"why: tuneline doctor {run.name}")
     summary = run.summary()
     if state == "succeeded" and summary is not None:
-        say(f"{summary.verdict}: {summary.reason}\nreport: {run.directory / REPORT_FILE}")
+        say(f"{summary.verdict}: {summary.reason}")
+        for item in summary.export_verdicts:
+            if item.is_held:
+                say(f"held: the export {item.format}: {item.reason}")
+        say(f"report: {run.directory / REPORT_FILE}")
 
 
 def show_logs(run: LocalRun, words: str, *, follow: bool) -> None:

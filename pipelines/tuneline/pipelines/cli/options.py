@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from tuneline.pipelines.catalog import shipped_recipes
+from tuneline.steps import STEPS
 
 
 def complete_recipe(incomplete: str) -> Iterator[str]:
@@ -14,6 +15,11 @@ def complete_recipe(incomplete: str) -> Iterator[str]:
     for path in shipped_recipes():
         if path.stem.startswith(incomplete):
             yield path.stem
+
+
+def complete_step(incomplete: str) -> Iterator[str]:
+    """Yield the steps that begin with what was typed."""
+    yield from (name for name in STEPS if name.startswith(incomplete))
 
 
 RecipeArgument = Annotated[
@@ -30,6 +36,16 @@ SetOption = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Override one key of the recipe, e.g. train.max_steps=60. Can be repeated.",
+    ),
+]
+NoCacheOption = Annotated[
+    list[str],
+    typer.Option(
+        "--no-cache",
+        metavar="STEP",
+        help="Run this step again even if the cache has its result, and then the steps after it. "
+        "Can be repeated; all means every step. The new results are not put into the cache.",
+        autocompletion=complete_step,
     ),
 ]
 RunArgument = Annotated[

@@ -15,7 +15,7 @@ from tuneline.artifacts import RunSummary
 from tuneline.errors import OutputExistsError, WorldError
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.cli.early import refuse_early
-from tuneline.pipelines.cli.options import RecipeArgument, SetOption
+from tuneline.pipelines.cli.options import NoCacheOption, RecipeArgument, SetOption
 from tuneline.pipelines.cli.terminal import console, say
 from tuneline.pipelines.local.attempt import StoppedRun, execute, kept
 from tuneline.pipelines.local.notification import tell
@@ -62,9 +62,15 @@ def run(
         Path,
         typer.Option(metavar="DIRECTORY", help="Directory that holds the runs."),
     ] = RUNS_DIR,
+    no_cache: NoCacheOption = [],  # noqa: B006, typer copies it
 ) -> None:
     """Run all steps of a recipe on this machine."""
     loaded = find_recipe(recipe, set_, is_local=True)
+    if no_cache:
+        # Imported here only, because importing kfp takes a second or two.
+        from tuneline.pipelines.finetune import finetune
+
+        finetune(loaded, on_cluster=False, uncached=no_cache)
     check_here(loaded, runner)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = (runs_dir / f"{loaded.name}-{stamp}").resolve()
@@ -74,7 +80,11 @@ def run(
     values = loaded.model_dump(mode="json")
     stored = without_secrets(values)
     start = Start(
-        redacted(recipe), [redacted(each) for each in set_], runner.value, stored != values
+        redacted(recipe),
+        [redacted(each) for each in set_],
+        runner.value,
+        stored != values,
+        uncached=no_cache,
     )
     save_recipe(run_dir, stored)
     attempt(LocalRun(run_dir), loaded, start)
@@ -189,12 +199,15 @@ def _print_summary(run: LocalRun) -> None:
             f"{comparison.change:+.3f}",
             "[{:+.3f}, {:+.3f}]".format(*comparison.change_interval),
         )
-    exports = Table("export", "MB", "bits per weight", "generated text", box=None)
+    exports = Table("export", "MB", "bits per weight", "verdict", "generated text", box=None)
+    verdicts = {item.format: item for item in summary.export_verdicts}
     for export in summary.exports:
+        decided = verdicts.get(export.format)
         exports.add_row(
             export.format,
             f"{export.num_bytes / 1e6:.1f}",
             f"{export.bits_per_weight:.2f}",
+            "-" if decided is None or decided.comparison is None else decided.verdict,
             escape(" ".join(export.generated.split())[:60]),
         )
     console.print()
@@ -206,3 +219,8 @@ def _print_summary(run: LocalRun) -> None:
     colour = "green" if summary.verdict == "promote" else "yellow"
     sentence = verdict_sentence(summary.verdict, summary.reason, summary.comparisons)
     console.print(f"\n[bold {colour}]{summary.verdict}[/]: {escape(sentence)}", soft_wrap=True)
+    for item in summary.export_verdicts:
+        if item.is_held:
+            console.print(
+                f"[bold yellow]held[/]: {item.format}: {escape(item.reason)}", soft_wrap=True
+            )

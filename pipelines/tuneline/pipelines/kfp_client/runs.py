@@ -5,12 +5,11 @@ import json
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import kfp_server_api
-import yaml
 from kfp import compiler
 
 from tuneline.errors import ClusterError, RecipeError, UserError
@@ -28,39 +27,31 @@ MAX_WORKFLOW_BYTES = 1_572_864
 
 
 @contextlib.contextmanager
-def compiled(recipe: Recipe, *, cache: bool = True, archive: str | None = None) -> Iterator[Path]:
+def compiled(
+    recipe: Recipe, *, uncached: Collection[str] = (), archive: str | None = None
+) -> Iterator[Path]:
     """Compile a recipe to a temporary file, and check the file as `tuneline lint` does.
 
     Args:
         recipe: the recipe to compile.
-        cache: whether KFP may reuse results of earlier tasks.
+        uncached: names of steps whose results of earlier runs KFP must not reuse.
         archive: files that are sent with the run; None: there are none.
 
     Raises:
         RecipeError: a source is a path of this machine, or the pipeline has a security problem.
+        UserError: the run has no step of a name in `uncached`.
     """
     problems = local_problems(recipe)
     if problems:
         raise RecipeError("; ".join(problems))
     with tempfile.TemporaryDirectory(prefix="tuneline-") as directory:
         path = Path(directory) / "pipeline.yaml"
-        compiler.Compiler().compile(finetune(recipe, archive=archive), str(path))
-        if not cache:
-            _forbid_cache(path)
+        pipeline = finetune(recipe, archive=archive, uncached=uncached)
+        compiler.Compiler().compile(pipeline, str(path))
         findings = lint_file(path)
         if findings:
             raise RecipeError(f"the pipeline was not sent because the lint found: {findings[0]}")
         yield path
-
-
-def _forbid_cache(path: Path) -> None:
-    # kfp.Client can switch off the cache only for tasks of the root pipeline. tuneline's tasks are
-    # inside an exit handler, which is a nested pipeline.
-    pipeline, *others = yaml.safe_load_all(path.read_text(encoding="utf-8"))
-    for component in (pipeline["root"], *pipeline["components"].values()):
-        for task in component.get("dag", {}).get("tasks", {}).values():
-            task["cachingOptions"] = {}
-    path.write_text(yaml.safe_dump_all([pipeline, *others]), encoding="utf-8")
 
 
 def submit(

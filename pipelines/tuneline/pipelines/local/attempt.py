@@ -24,6 +24,7 @@ from tuneline.pipelines.local.run_dir import (
 from tuneline.pipelines.local.watch import watch
 from tuneline.recipe import Recipe
 from tuneline.runtime.events import StepRun, failed_run
+from tuneline.steps import EVERY_STEP
 from tuneline.train.checkpoints import ROOT_VARIABLE, newest_checkpoint
 
 STOP_SECONDS = 120.0
@@ -64,7 +65,7 @@ def execute(run: LocalRun, recipe: Recipe, start: Start, console: Console) -> in
         replace(start, exit_code=None).write(run.directory)
         set_events_aside(run)
         process = subprocess.Popen(
-            [*command, recipe.model_dump_json(), start.runner],
+            [*command, recipe.model_dump_json(), start.runner, *start.uncached],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -87,8 +88,11 @@ def execute(run: LocalRun, recipe: Recipe, start: Start, console: Console) -> in
 def kept(run: LocalRun) -> str:
     """Return lines that say which results of a run that ended early are kept, and how to go on."""
     steps = run.steps()
-    finished = [*run.cached(), *(step.name for step in steps if step.status == "finished")]
-    finished = [name for name in finished if name not in NEVER_CACHED]
+    uncached = run.start.uncached if run.start else []
+    finished = run.cached()
+    if EVERY_STEP not in uncached:
+        again = (*NEVER_CACHED, *uncached)
+        finished += [s.name for s in steps if s.status == "finished" and s.step not in again]
     open_step = failed_run(steps)
     lines = []
     if open_step is not None:

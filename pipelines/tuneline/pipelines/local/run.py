@@ -1,6 +1,8 @@
 """Run a recipe's pipeline on this machine, in a separate process.
 
-    python -m tuneline.pipelines.local.run RUN_DIR RECIPE_JSON subprocess|docker
+    python -m tuneline.pipelines.local.run RUN_DIR RECIPE_JSON subprocess|docker [STEP ...]
+
+The steps that are named are not taken from the cache.
 
 The process is separate so that the output of KFP's local runner goes to a log file, and so that the
 command line can show the progress and stop the runner together with the steps.
@@ -27,8 +29,14 @@ from tuneline.runtime.step import EVENTS_VARIABLE
 from tuneline.train.checkpoints import ROOT_VARIABLE
 
 
-def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
+def run_pipeline(run_dir: Path, recipe: Recipe, runner: str, uncached: list[str]) -> None:
     """Run a recipe's pipeline to its end.
+
+    Args:
+        run_dir: directory of the run.
+        recipe: the recipe.
+        runner: where the steps run, "subprocess" or "docker".
+        uncached: names of steps that are not taken from the cache.
 
     Raises:
         RuntimeError: a task failed; the events show which one and why.
@@ -49,7 +57,7 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
         cache_root=str(run_dir.parent / CACHE_DIR),
     )
     # Without arguments, the recipe's own values: find_recipe has made its paths absolute.
-    finetune(recipe, on_cluster=False, run_name=run_dir.name)()
+    finetune(recipe, on_cluster=False, run_name=run_dir.name, uncached=uncached)()
     if is_docker:
         check_that_all_steps_ended(events_path)
 
@@ -132,6 +140,6 @@ def check_that_all_steps_ended(events_path: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        run_pipeline(Path(sys.argv[1]), Recipe.parse(sys.argv[2]), sys.argv[3])
+        run_pipeline(Path(sys.argv[1]), Recipe.parse(sys.argv[2]), sys.argv[3], sys.argv[4:])
     except RuntimeError as error:
         sys.exit(str(error))

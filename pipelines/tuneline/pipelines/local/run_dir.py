@@ -56,6 +56,8 @@ class Start:
     """Whether the recipe has credentials, which are not stored with the run."""
     exit_code: int | None = None
     """Exit code of the last attempt; None: it has not ended, or was killed."""
+    uncached: list[str] = field(default_factory=list)
+    """The options --no-cache; they hold when the run is resumed too."""
 
     def write(self, run_dir: Path) -> None:
         """Write the record into a run's directory."""

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from tuneline.gate.power import (
     PASSING,
     POWER,
+    SHARE_CHANGED_BY_EXPORTS,
     SHARE_OF_CHANGED_ANSWERS,
     least_effect,
     least_gain,
+    least_rows_for_exports,
+    rows_for_exports,
     samples_for_margin,
 )
 from tuneline.pipelines.plan.check import Check
@@ -19,7 +22,7 @@ ASSUMED = f"if {100 * SHARE_OF_CHANGED_ANSWERS:.0f} % of the answers change"
 
 
 def check_power(recipe: Recipe) -> Iterator[Check]:
-    """Check whether the targets have enough samples for a gain, and the guards for the margin.
+    """Check whether targets have enough samples for a gain, and guards and exports for the margin.
 
     Sizes of tasks of lm-eval are not known before they are loaded, unless evaluate.limit bounds
     them.
@@ -34,6 +37,8 @@ def check_power(recipe: Recipe) -> Iterator[Check]:
     guards = [task for task in tasks if task not in targets]
     if guards:
         yield _guards(recipe, guards)
+    if recipe.quantize.gguf or recipe.quantize.gptq:
+        yield _exports(recipe)
 
 
 def num_samples(recipe: Recipe, task: str) -> int | None:
@@ -81,6 +86,35 @@ def _guards(recipe: Recipe, guards: list[str]) -> Check:
     has = ", ".join(f"{task} has at most {size}" for task, size in small.items())
     advice = f"set a higher gate.max_regression, or {_advice(next(iter(small)))}"
     return Check("gate", "warn", f"{words}; {has}", advice)
+
+
+def _exports(recipe: Recipe) -> Check:
+    margin = recipe.gate.max_regression
+    size = min(recipe.quantize.num_benchmark_rows, recipe.prepare.heldout.max_rows)
+    needed = rows_for_exports(margin)
+    advice = f"set quantize.num_benchmark_rows to {needed}"
+    if recipe.prepare.heldout.max_rows < needed:
+        advice += f", and prepare.heldout.max_rows to {needed} or more"
+    if size == 0:
+        return Check(
+            "gate",
+            "ok",
+            "the answers of the exports are not compared with the merged model's, so no export is "
+            f"held for a worse score; to compare them, {advice}",
+        )
+    words = (
+        f"an export that lost nothing needs {needed} rows to be published {100 * PASSING:.0f} % of "
+        f"the time (gate.max_regression {margin:g}, if {100 * SHARE_CHANGED_BY_EXPORTS:.0f} % of "
+        f"the answers change), and each export answers {size}"
+    )
+    if size < least_rows_for_exports(margin):
+        words = (
+            f"every export will be held: {size} rows cannot exclude a loss of {2 * margin:g} "
+            "(2 x gate.max_regression) even if no answer changes"
+        )
+    if size >= needed:
+        return Check("gate", "ok", words)
+    return Check("gate", "warn", words, f"{advice}, or set a higher gate.max_regression")
 
 
 def _advice(task: str) -> str:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tuneline.evaluate.clusters import clusters_of, normalised
 from tuneline.evaluate.prompt_control import exchange
+from tuneline.models.clusters import clusters_of, normalised
 
 
 @pytest.mark.parametrize(
