@@ -247,6 +247,13 @@ def test_packed_row_equals_its_sequences_alone(family):
     model = make_model(family)
     patch(model, budget="lean")
     packed = step(model, {"input_ids": ids, "labels": labels, "position_ids": positions})
+    # Whoever knows where the sequences start does not have them looked for in the positions.
+    starts = patching.find_sequences(ids, None, positions)
+    assert starts == [0, 8, 9]
+    told = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(patching, "find_sequences", None)
+        assert_same(step(model, {**told, "sequence_starts": starts}), packed)
     num_items = int((labels != -100).sum())
     losses, grads = [], []
     for piece, target in zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True):
@@ -419,6 +426,30 @@ def test_several_adapters_and_disabled_ones_take_the_stock_path():
     patch(model)
     assert fused_layers(model) == 2
     assert_same(step(model, batch()), alone)
+
+
+def test_layers_are_checked_in_each_forward_or_when_told():
+    model = make_model()
+    patch(model)
+    engine = model.get_base_model().model._tuneline_engine
+    step(model, batch())
+    weights = engine.bound[0][1]
+    model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] *= 2
+    changed = step(model, batch())
+    assert engine.bound[0][1] is not weights
+    patching.check_layers_once(model)
+    checks = []
+    with pytest.MonkeyPatch.context() as patched:
+        fingerprint = patching.fingerprint
+        patched.setattr(
+            patching, "fingerprint", lambda *of: (checks.append(1), fingerprint(*of))[1]
+        )
+        for _ in range(3):
+            assert_same(step(model, batch()), changed)
+        assert len(checks) == 2
+        patching.check_layers_once(model)
+        step(model, batch())
+        assert len(checks) == 4
 
 
 def test_partial_targets_and_layers_without_adapters():
