@@ -64,11 +64,19 @@ from tuneline.quantize.config import QuantizeConfig
 from tuneline.recipe import Recipe
 from tuneline.report.component import report
 from tuneline.runtime.parameter_text import encode_text, to_json
+from tuneline.steps import STEPS
 from tuneline.train.component import train, train_on_nodes
+
+VERSIONS_VARIABLE = "TUNELINE_VERSIONS"
+"""Environment variable that no step reads: KFP's local cache key holds a task's environment."""
 
 
 def finetune(
-    recipe: Recipe, *, on_cluster: bool = True, archive: str | None = None
+    recipe: Recipe,
+    *,
+    on_cluster: bool = True,
+    archive: str | None = None,
+    versions_of: Callable[[str], str] | None = None,
 ) -> BaseComponent:
     """Build the pipeline of a recipe, ready to compile or to run locally.
 
@@ -78,12 +86,17 @@ def finetune(
             local runner applies only the retries: a wrong name would fail after minutes.
         archive: files that are sent with the run, as `tuneline.prepare.uploads` packs them; None:
             there are none.
+        versions_of: for a local run without images, a function that returns the versions of the
+            packages of a dependency set. They become a part of the cache key of each task, as the
+            image's name is elsewhere. None: only the image's name.
     """
 
     def placed(function: Callable[..., Any], **arguments: object) -> dsl.PipelineTask:
         # By its type, kfp's decorator returns the function, but it returns a component.
         component = cast(BaseComponent, function)
         task = component(**arguments)
+        if versions_of is not None:
+            task.set_env_variable(VERSIONS_VARIABLE, versions_of(STEPS[component.name].image))
         if not on_cluster:
             return task
         claims = claims_of(recipe, component.name)
