@@ -2,7 +2,7 @@
 
     python tests/measure/evaluate_on_gpu.py                  an 8B shape on one GPU
     python tests/measure/evaluate_on_gpu.py --only new       without lm-eval's way
-    python tests/measure/evaluate_on_gpu.py --shape tiny --device cpu --rows 16 --new-tokens 8
+    python tests/measure/evaluate_on_gpu.py --shape small --device cpu --rows 24 --new-tokens 24
 
     choices      log likelihoods of four short answers per prompt
     answers      log likelihood of one long answer per prompt
@@ -24,6 +24,7 @@ from typing import Any
 
 from gpu_inputs import GIB, SHAPES, gsm8k_lengths, say
 
+PARTS = ("choices", "answers", "generation")
 Request = tuple[None, list[int], list[int]]
 
 
@@ -35,11 +36,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=512, help="rows of each part")
     parser.add_argument("--old-rows", type=int, default=64, help="rows of each part, old way")
     parser.add_argument("--new-tokens", type=int, default=256, help="length of generated answers")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--only", choices=("old", "new"))
     args = parser.parse_args()
     lm = load(args.shape, args.device)
     say(f"{args.shape} in {lm.model.dtype} on {name_of(args.device)}, {lm.batches} per batch")
-    for part in ("choices", "answers", "generation"):
+    for part in args.parts:
         speeds = {}
         results = {}
         for way in ("old", "new"):

@@ -34,6 +34,10 @@ def test_batches_are_full_and_results_in_order():
     assert results == [10 * length for length in LENGTHS]
     assert computed == [[30, 9, 7], [7, 5, 4], [2, 1]]
     assert run(Batches(max_tokens=21), lengths=[]) == ([], [])
+    # Items of similar length only, from nine tokens on.
+    results, computed = run(Batches(max_tokens=21, enough_tokens=9))
+    assert results == [10 * length for length in LENGTHS]
+    assert computed == [[30], [9], [7, 7], [5, 4], [2, 1]]
 
 
 def test_items_of_several_rows_count_all_of_them():

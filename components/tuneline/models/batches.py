@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,22 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_MAX_TOKENS = 2**16
-"""Tokens per batch beyond which a GPU computes no faster."""
-_CPU_TOKENS = 2**12
-"""Tokens per batch on a CPU, which computes long batches no faster than short ones."""
+
+@dataclass(frozen=True)
+class _Device:
+    """How large batches are on a kind of device."""
+
+    max_tokens: int
+    """Largest number of tokens of a batch, with padding."""
+    enough_tokens: int
+    """Number of tokens from which more of them at a time are computed hardly faster."""
+
+
+_GPU = _Device(max_tokens=2**16, enough_tokens=2**14)
+_CPU = _Device(max_tokens=2**12, enough_tokens=2**9)
+_SIMILAR = 0.8
+"""A batch that has enough tokens takes no further item whose length is less than this fraction of
+the longest one's, because it would be mostly padding."""
 _USED_FRACTION = 0.6
 """Fraction of the free memory that a batch is meant to need; the estimate per token is rough."""
 _RESERVED_BYTES = 1 << 30
@@ -40,27 +53,37 @@ class Size:
 class Batches:
     """Divides items into batches, and computes one batch after another."""
 
-    def __init__(self, *, max_tokens: int | None = None, max_items: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        max_tokens: int | None = None,
+        max_items: int | None = None,
+        enough_tokens: int | None = None,
+    ) -> None:
         """Set the limits; an item that is larger than they allow is a batch of its own.
 
         Args:
             max_tokens: Tokens per batch, with padding. None: no limit.
             max_items: Items per batch. None: no limit.
+            enough_tokens: Tokens from which a batch has only items of similar length. None: a batch
+                takes items of any length.
         """
         self.max_tokens = max_tokens
         self._max_items = max_items
+        self._enough_tokens = enough_tokens
 
     @classmethod
     def that_fit(cls, model: Any) -> "Batches":
         """Return batches that fill the free memory of a model's device."""
         if model.device.type != "cuda":
-            return cls(max_tokens=_CPU_TOKENS)
+            return cls(max_tokens=_CPU.max_tokens, enough_tokens=_CPU.enough_tokens)
         free = torch.cuda.mem_get_info(model.device)[0]
         # Memory that torch holds without using it is free too.
         free += torch.cuda.memory_reserved(model.device)
         free -= torch.cuda.memory_allocated(model.device)
         usable = max(0.0, free - _RESERVED_BYTES) * _USED_FRACTION
-        return cls(max_tokens=min(_MAX_TOKENS, int(usable / _bytes_per_token(model))))
+        room = int(usable / _bytes_per_token(model))
+        return cls(max_tokens=min(_GPU.max_tokens, room), enough_tokens=_GPU.enough_tokens)
 
     def __str__(self) -> str:
         """Return the limits in words."""
@@ -109,11 +132,15 @@ class Batches:
         return [results[index] for index in range(len(items))]
 
     def _length_of_batch(self, sizes: Iterable[Size]) -> int:
-        """Return how many of the next items form a batch."""
+        """Return how many of the next items, of which the first is the longest, form a batch."""
         count = num_rows = longest = 0
+        enough = math.inf if self._enough_tokens is None else self._enough_tokens
+        most = math.inf if self.max_tokens is None else self.max_tokens
         for size in itertools.islice(sizes, self._max_items):
-            num_rows, longest = num_rows + size.num_rows, max(longest, size.num_tokens)
-            if count and self.max_tokens is not None and num_rows * longest > self.max_tokens:
+            longest = longest or size.num_tokens
+            is_padded = num_rows * longest >= enough and size.num_tokens < _SIMILAR * longest
+            num_rows += size.num_rows
+            if count and (is_padded or num_rows * longest > most):
                 break
             count += 1
         return count
