@@ -12,7 +12,7 @@
          |- StorageError              a disk is full or not writable
          |- HubError                  the model hub or the network
          |- ClusterError              Kubeflow Pipelines or Kubernetes
-         |- ToolError                 a converter or another program failed
+         |- ToolError                 a converter, another program or a package
          |- TrainingError             training did not complete
          |- StoppedError              the step received SIGTERM and can resume: exit code 143
          `- ProofError                an artifact failed its checks and is not used
@@ -74,7 +74,7 @@ class ClusterError(WorldError):
 
 
 class ToolError(WorldError):
-    """A program that a step runs failed or is missing."""
+    """A program that a step runs failed or is missing, or a package has the wrong version."""
 
 
 class TrainingError(WorldError):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from tuneline.runtime.requirements import check_versions
 from tuneline.steps import IMAGE_SETS, STEPS, steps_in
 
 CACHE_VARIABLES = ("HOME", "HF_HOME", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "TMPDIR")
@@ -42,6 +43,7 @@ def check(image_set: str) -> list[str]:
     lines.append(f"kfp {metadata.version('kfp')}")
     for name in steps_in(image_set):
         importlib.import_module(STEPS[name].module)
+        check_versions(name)
         lines.append(f"step {name}")
     lines.append(LIBRARY_CHECKS[image_set]())
     return lines

@@ -256,3 +256,64 @@ def test_a_tokenizer_that_multiplies_its_text(model: Path) -> None:
     found = refusal(model)
     assert found.startswith("the tokenizer (tokenizer.json) of ")
     assert "ended the process that tried it on a few short texts" in found
+
+
+def byte_level_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["the quick brown fox"] * 3, trainer)
+    return tokenizer
+
+
+def sentencepiece_decoder() -> Any:
+    """Return the decoder that transformers 5.17 gives a GPT-2 vocabulary from a GGUF file."""
+    from tokenizers import decoders
+
+    return decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+
+
+def test_a_tokenizer_that_decodes_to_another_text(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    try_tokenizer(tmp_path, called="good")
+    tokenizer.decoder = sentencepiece_decoder()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ModelError, match="bad has a tokenizer that decodes .* 'the\u0120quick"):
+        try_tokenizer(tmp_path, called="bad")
+
+
+def test_a_tokenizer_that_ignores_case_and_lacks_words_is_none_of_these(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer: Any = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=300, special_tokens=["[UNK]"], show_progress=False
+    )
+    tokenizer.train_from_iterator(["THE quick Brown fox jumps over 12 lazy dogs"] * 3, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    try_tokenizer(tmp_path, called="BERT's")
+
+
+def test_a_tokenizer_that_changes_when_it_is_written(tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    from tuneline.fetch.gguf import check_reloaded
+
+    read = PreTrainedTokenizerFast(tokenizer_object=byte_level_tokenizer())
+    read.save_pretrained(tmp_path)
+    check_reloaded(read, tmp_path, Path("model.gguf"))
+    written = byte_level_tokenizer()
+    written.decoder = sentencepiece_decoder()
+    written.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ModelError, match=r"tokenizer of model\.gguf changes when it is written"):
+        check_reloaded(read, tmp_path, Path("model.gguf"))

@@ -249,6 +249,13 @@ def test_packed_row_equals_its_sequences_alone(family):
     model = make_model(family)
     patch(model, budget="lean")
     packed = step(model, {"input_ids": ids, "labels": labels, "position_ids": positions})
+    # Whoever knows where the sequences start does not have them looked for in the positions.
+    starts = patching.find_sequences(ids, None, positions)
+    assert starts == [0, 8, 9]
+    told = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(patching, "find_sequences", None)
+        assert_same(step(model, {**told, "sequence_starts": starts}), packed)
     num_items = int((labels != -100).sum())
     losses, grads = [], []
     for piece, target in zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True):
@@ -473,6 +480,30 @@ def test_layers_are_bound_once_with_and_once_without_adapters(monkeypatch):
     assert len(bound) == 4
 
 
+def test_layers_are_checked_in_each_forward_or_when_told():
+    model = make_model()
+    patch(model)
+    engine = model.get_base_model().model._tuneline_engine
+    step(model, batch())
+    weights = engine.current[0]
+    model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] *= 2
+    changed = step(model, batch())
+    assert engine.current[0] is not weights
+    patching.check_layers_once(model)
+    checks = []
+    with pytest.MonkeyPatch.context() as patched:
+        fingerprint = patching.fingerprint
+        patched.setattr(
+            patching, "fingerprint", lambda *of: (checks.append(1), fingerprint(*of))[1]
+        )
+        for _ in range(3):
+            assert_same(step(model, batch()), changed)
+        assert len(checks) == 2
+        patching.check_layers_once(model)
+        step(model, batch())
+        assert len(checks) == 4
+
+
 def test_partial_targets_and_layers_without_adapters():
     model = make_model(target_modules=["q_proj", "v_proj", "down_proj"], layers_to_transform=[1])
     want = step(model, batch())
@@ -643,7 +674,7 @@ def test_kept_weights_are_dequantised_once_and_give_the_same_bits(num_wide, monk
         for name, value in start.items():
             model.get_parameter(name).copy_(value)
     engine = model.get_base_model().model._tuneline_engine
-    weights = [weights for _, weights in engine.bound.values()]
+    weights = list(engine.current.values())
     stored = sum(2 * max(size(w, 5, 4) for w in weights) for size in (kept_bytes, normed_bytes))
     wide = max(wide_bytes(w, 4) for w in weights)
     patch(model, budget=(stored + (num_wide + 0.5) * wide) / 2**30)

@@ -28,8 +28,9 @@ def one_job(
     nan_at: int | None = None,
     fused: bool = False,
     zero: bool = False,
+    num_workers: int = 0,
 ) -> Any:
-    """Train, optionally with SIGTERM, a NaN loss, the fused layers or DeepSpeed.
+    """Train, optionally with SIGTERM, a NaN loss, the fused layers, DeepSpeed or a worker.
 
     Args:
         arguments: Arguments of `attempt.train`.
@@ -37,6 +38,7 @@ def one_job(
         nan_at: Make the loss of the last rank NaN in this step.
         fused: Patch the model as on a GPU.
         zero: Prepare DeepSpeed for a CPU, without the extension that it would compile.
+        num_workers: Processes that collate batches, as on a GPU.
 
     Returns:
         The summary, or the message of a StoppedError.
@@ -46,6 +48,7 @@ def one_job(
     from accelerate import Accelerator
 
     from tuneline.train import attempt
+    from tuneline.train.trainer import arguments as arguments_module
     from tuneline.train.trainer.trainers import SupervisedTrainer
 
     num_fused: list[int] = []
@@ -64,6 +67,7 @@ def one_job(
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(SupervisedTrainer, "compute_loss", compute_loss)
+        patched.setitem(arguments_module.NUM_WORKERS, "cpu", num_workers)
         if fused:
             setup = dataclasses.replace(arguments["setup"], fused=True)
             arguments = {**arguments, "setup": setup}
@@ -81,7 +85,10 @@ def one_job(
             patched.setattr(kernels, "fused_layer", counted)
         if zero:
             import deepspeed
+            from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+            # The norm says whether gradients are finite, and no other look is taken.
+            patched.setattr(DeepSpeedZeroOptimizer, "has_overflow_partitioned_grads_serial", None)
             patched.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
         try:
             summary = attempt.train(**arguments)

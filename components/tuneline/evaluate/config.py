@@ -1,5 +1,7 @@
 """The `evaluate` section of a recipe."""
 
+from typing import Annotated, Literal
+
 from pydantic import Field
 
 from tuneline.strict_model import StrictModel
@@ -20,8 +22,10 @@ class EvaluateConfig(StrictModel):
     num_fewshot: int | None = Field(default=None, ge=0)
     """Examples in each prompt before the question. null: the number that the task declares. The
     tasks over held-out rows ignore it."""
-    batch_size: int = Field(default=8, ge=1)
-    """Sequences per forward pass."""
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Prompts per batch, for likelihoods and for generation. auto: as many as fit into the free
+    memory of the GPU, and on a CPU as many as have 4096 tokens. If memory runs out, batches are
+    divided, so the largest possible number is never needed here."""
     prompt_rows: int = Field(default=64, ge=0)
     """Held-out rows for the control task prompt_dependence, which runs with the tasks over held-out
     rows: how much likelier an answer is after its own prompt than after the prompt of another row.

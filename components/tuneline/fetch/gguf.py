@@ -19,6 +19,12 @@ logger = logging.getLogger(__name__)
 
 # Names, in GGUF, of the pre-tokenizers that transformers' GGUF reader reproduces correctly.
 _READ_CORRECTLY = {"gpt-2", "default", "llama-bpe", "qwen2"}
+_SAMPLES = (
+    "The quick brown fox jumps over 12 lazy dogs.\n\tprint(f'{x:.2f}')  # 2048",
+    "\uc548\ub155\ud558\uc138\uc694, \uc138\uacc4! \u00e9\u00df\u4e2d\U0001f600",
+    "<|im_start|>user\nHi<|im_end|>\n",
+)
+"""Texts with words, numbers, code, other scripts and special tokens."""
 # Keys of tokenizer_config.json that describe how the tokenizer was loaded, not the tokenizer.
 _LOADING_DETAILS = ("is_local", "local_files_only", "name_or_path")
 
@@ -66,6 +72,7 @@ def convert(path: Path, target: Path) -> str | None:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     _forget_loading(target / "tokenizer_config.json")
+    check_reloaded(tokenizer, target, path)
     return licence.contents() if licence else None
 
 
@@ -129,6 +136,25 @@ def _complete(tokenizer: Any, pre_tokenizer: str) -> None:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+
+
+def check_reloaded(tokenizer: Any, target: Path, source: Path) -> None:
+    """Check that the written tokenizer encodes and decodes as the one that was read.
+
+    Raises:
+        ModelError: a text has other tokens, or tokens stand for another text.
+    """
+    from transformers import AutoTokenizer
+
+    written: Any = AutoTokenizer.from_pretrained(str(target))
+    for text in _SAMPLES:
+        ids, again = (one.encode(text, add_special_tokens=False) for one in (tokenizer, written))
+        if ids != again or tokenizer.decode(ids) != written.decode(ids):
+            raise ModelError(
+                f"the tokenizer of {source} changes when it is written and read again (the text "
+                f"{text!r} becomes {tokenizer.decode(ids)!r} before and {written.decode(again)!r} "
+                "after): name the safetensors model that it was made from instead"
+            )
 
 
 def _forget_loading(path: Path) -> None:

@@ -2,8 +2,9 @@
 
 A template is a program. Jinja's sandbox keeps it from files and from Python, but not from looping
 for years or from filling the memory, and a tokenizer's normaliser or regular expressions can do the
-same. What is refused here is refused for its cost alone; whether a template suits the data is for
-prepare to say.
+same. A template is refused here for its cost alone; whether it suits the data is for prepare to
+say. A tokenizer is refused too if it does not decode the tokens of a text to that text, as happens
+when its files were converted wrongly.
 
 The process is started as `python -m tuneline.fetch.trial DIRECTORY SECONDS`. It writes what it is
 about to try, one name per line.
@@ -15,6 +16,7 @@ import resource
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ MAX_WRITTEN = 1 << 20
 """Longest text that a template may make of one of the conversations below, in characters."""
 _TOO_LONG = 3
 """Exit code of a trial whose last template is too long, or writes too much."""
+_OTHER_TEXT = 4
+"""Exit code of a trial whose tokenizer decodes the tokens of a text to another text."""
 
 _USER, _ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 _CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
@@ -40,6 +44,8 @@ _CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
     [_USER, _ANSWER],
     [{"role": "system", "content": "S"}, _USER, _ANSWER, _USER],
 )
+_PLAIN_TEXTS = ("the quick brown fox jumps over 12 lazy dogs", "one two\n\n  three 2048\n")
+"""Texts without marks that tokenizers set apart, and of letters that every vocabulary has."""
 _TEXTS = ("a" * 5000, " " * 5000, "1" * 5000, "ab 12\n" * 1000, "\uac00" * 5000, "!?" * 2500)
 
 
@@ -68,6 +74,12 @@ def try_tokenizer(directory: Path, *, called: str, max_seconds: int = MAX_SECOND
         how = (
             f"has, or makes of a short conversation, more than {MAX_WRITTEN:,} characters, as no "
             "model needs"
+        )
+    elif done.returncode == _OTHER_TEXT:
+        raise ModelError(
+            f"{called} has a tokenizer that decodes the tokens of a text to another text "
+            f"({done.stderr.strip()}): its files are wrong, or were converted wrongly; use another "
+            "source of the model, such as the safetensors checkpoint of its authors"
         )
     elif done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         how = f"took more than {max_seconds} s of computing for a few short texts"
@@ -107,6 +119,28 @@ def main(directory: Path, max_seconds: int) -> None:
         tokenizer = Tokenizer.from_file(str(file))
         for text in _TEXTS:
             tokenizer.encode(text, add_special_tokens=False)
+        unknown = _unknown_token(tokenizer)
+        for text in _PLAIN_TEXTS:
+            encoded = tokenizer.encode(text, add_special_tokens=False)
+            decoded = tokenizer.decode(encoded.ids, skip_special_tokens=False)
+            if unknown not in encoded.tokens and _words(decoded) != _words(text):
+                print(f"{text!r} becomes {decoded!r}", file=sys.stderr)
+                raise SystemExit(_OTHER_TEXT)
+
+
+def _unknown_token(tokenizer: Any) -> str | None:
+    """Return the token that stands for what the vocabulary lacks; None if there is none."""
+    model = json.loads(tokenizer.to_str())["model"]
+    if model.get("unk_id") is not None:
+        return str(model["vocab"][model["unk_id"]][0])
+    token: str | None = model.get("unk_token")
+    return token
+
+
+def _words(text: str) -> list[str]:
+    """Return what of a text remains if a tokenizer ignores case, accents and kinds of spaces."""
+    letters = unicodedata.normalize("NFKD", text.casefold())
+    return "".join(letter for letter in letters if not unicodedata.combining(letter)).split()
 
 
 def _templates(directory: Path) -> Iterator[tuple[str, str]]:

@@ -1,29 +1,44 @@
 """Log likelihoods of several answers per prompt, where each prompt is computed only once.
 
-Shapes: P prompts, A answers to all prompts, S tokens of the longest prompt, T tokens of the longest
-answer, V tokens of the vocabulary.
+A beginning that all prompts of a batch share, such as examples or a system prompt, is computed once
+too. Logits are computed only for the tokens of answers, and not for all of them at once: with a
+vocabulary of 128,000 entries, the logits of a token take as much memory as its keys and values in
+all layers of an 8B model.
+
+Shapes: P prompts, A answers to all prompts, S tokens of the longest prompt after the shared
+beginning, T tokens of the longest answer, N tokens of all answers, H hidden size, V tokens of the
+vocabulary.
 """
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from tuneline.models.batches import Batches, Size
 
 Tokens = tuple[int, ...]
 Pair = tuple[Tokens, Tokens]
 """Token IDs of a prompt and of an answer."""
+Score = tuple[float, bool]
+"""Log likelihood of an answer in nats, and whether greedy decoding would produce the answer."""
+
+_WORTH_SHARING = 1024
+"""Number of tokens that need not be computed from which it is worth to compute a shared beginning
+by itself."""
+_NUM_LOGITS = 2**26
+"""Number of logits that are computed at a time: 256 MiB in float32."""
 
 
-@torch.inference_mode()
-def score_answers(
-    model: Any, pairs: Iterable[Pair], *, batch_size: int
-) -> dict[Pair, tuple[float, bool]]:
+def score_answers(model: Any, pairs: Iterable[Pair], *, batches: Batches) -> dict[Pair, Score]:
     """Return the log likelihood of each answer given its prompt.
 
     Args:
         model: a causal language model with a key-value cache.
         pairs: (prompt, answer) as token IDs, neither empty.
-        batch_size: number of prompts per forward pass.
+        batches: limits of a batch, whose items are prompts with all of their answers.
 
     Returns:
         A mapping: pair -> (log likelihood of the answer in nats, whether greedy decoding would
@@ -32,61 +47,139 @@ def score_answers(
     answers: dict[Tokens, dict[Tokens, None]] = {}
     for prompt, answer in pairs:
         answers.setdefault(prompt, {})[answer] = None
-    # Batch prompts of similar length, so that little padding is needed.
-    prompts = sorted(answers, key=lambda prompt: (len(prompt), prompt))
-    scores = {}
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        scores.update(_score_batch(model, batch, [list(answers[prompt]) for prompt in batch]))
-    return scores
+    items = [(prompt, list(group)) for prompt, group in answers.items()]
+    # Prompts of similar length whose answers have similar lengths need little padding.
+    items.sort(key=lambda item: (_longest(item[1]), item[0]))
+    scored = batches.run(
+        items,
+        lambda item: Size(len(item[1]), len(item[0]) + _longest(item[1])),
+        lambda batch: _score_batch(model, batch),
+        called="prompts",
+    )
+    return {
+        (prompt, answer): score
+        for (prompt, group), scores in zip(items, scored, strict=True)
+        for answer, score in zip(group, scores, strict=True)
+    }
 
 
-def _score_batch(
-    model: Any, prompts: list[Tokens], answers: list[list[Tokens]]
-) -> dict[Pair, tuple[float, bool]]:
-    device = model.device
+@torch.inference_mode()
+def _score_batch(model: Any, batch: list[tuple[Tokens, list[Tokens]]]) -> list[list[Score]]:
+    """Return the scores of the answers to each prompt."""
+    device, decoder = model.device, model.base_model
+    owners = [number for number, (_, group) in enumerate(batch) for _ in group]
+    answers = [answer for _, group in batch for answer in group]
+    answer_ids_AT, answer_mask_AT = _padded(answers, device)
+    continues = answer_ids_AT.shape[1] > 1
+    prompts = [prompt for prompt, _ in batch]
+    num_shared = _num_shared(model, prompts)
+    cache = None
+    if num_shared:
+        shared = torch.tensor([prompts[0][:num_shared]], device=device)
+        cache = decoder(input_ids=shared, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(prompts))
     # Prompts are padded on the left, so that all end just before the position where answers begin.
-    prompt_ids_PS, prompt_mask_PS = (
-        tensor.flip(1) for tensor in _padded([prompt[::-1] for prompt in prompts], device)
+    prompt_ids_PS, own_mask_PS = (
+        tensor.flip(1)
+        for tensor in _padded([prompt[num_shared:][::-1] for prompt in prompts], device)
     )
-    output = model(
+    prompt_mask = torch.nn.functional.pad(own_mask_PS, (num_shared, 0), value=1)
+    output = decoder(
         input_ids=prompt_ids_PS,
-        attention_mask=prompt_mask_PS,
-        position_ids=_positions(prompt_mask_PS),
-        use_cache=True,
-        logits_to_keep=1,
+        attention_mask=prompt_mask,
+        position_ids=_positions(prompt_mask)[:, num_shared:],
+        past_key_values=cache,
+        use_cache=continues or cache is not None,
     )
-    owners_A = torch.tensor(
-        [number for number, group in enumerate(answers) for _ in group], device=device
-    )
-    flat = [answer for group in answers for answer in group]
-    answer_ids_AT, answer_mask_AT = _padded(flat, device)
-    logits_ATV = output.logits[owners_A]
-    if answer_ids_AT.shape[1] > 1:
+    owners_A = torch.tensor(owners, device=device)
+    hidden_ATH = output.last_hidden_state[:, -1:][owners_A]
+    if continues:
         # The last token of an answer is not an input, because no token after it is predicted.
         cache = output.past_key_values
-        cache.batch_select_indices(owners_A)
-        mask = torch.cat([prompt_mask_PS[owners_A], answer_mask_AT[:, :-1]], dim=1)
-        continuation = model(
+        del output
+        if len(owners) > len(batch):
+            cache.batch_select_indices(owners_A)
+        mask = torch.cat([prompt_mask[owners_A], answer_mask_AT[:, :-1]], dim=1)
+        continuation = decoder(
             input_ids=answer_ids_AT[:, :-1],
             attention_mask=mask,
-            position_ids=_positions(mask)[:, prompt_ids_PS.shape[1] :],
+            position_ids=_positions(mask)[:, prompt_mask.shape[1] :],
             past_key_values=cache,
             use_cache=True,
         )
-        logits_ATV = torch.cat([logits_ATV, continuation.logits], dim=1)
-    log_probs_AT = -torch.nn.functional.cross_entropy(
-        logits_ATV.float().transpose(1, 2), answer_ids_AT, reduction="none"
-    )
-    padding_AT = answer_mask_AT == 0
-    totals_A = log_probs_AT.masked_fill(padding_AT, 0).sum(1).tolist()
-    greedy_A = ((logits_ATV.argmax(-1) == answer_ids_AT) | padding_AT).all(1).tolist()
-    return {
-        (prompts[owner], answer): (total, greedy)
-        for owner, answer, total, greedy in zip(
-            owners_A.tolist(), flat, totals_A, greedy_A, strict=True
+        del cache
+        hidden_ATH = torch.cat([hidden_ATH, continuation.last_hidden_state], dim=1)
+        del continuation
+    is_token_AT = answer_mask_AT == 1
+    log_probs_N, greedy_N = _of_tokens(model, hidden_ATH[is_token_AT], answer_ids_AT[is_token_AT])
+    log_probs_AT = torch.zeros_like(answer_ids_AT, dtype=torch.float32)
+    log_probs_AT[is_token_AT] = log_probs_N
+    greedy_AT = ~is_token_AT
+    greedy_AT[is_token_AT] = greedy_N
+    scores = zip(log_probs_AT.sum(1).tolist(), greedy_AT.all(1).tolist(), strict=True)
+    return [[next(scores) for _ in group] for _, group in batch]
+
+
+def _num_shared(model: Any, prompts: list[Tokens]) -> int:
+    """Return how many tokens at the start of all prompts are computed once; 0 if it saves little.
+
+    Padding then stands between these tokens and the rest of a prompt. A layer with a sliding window
+    counts the padding, so a model with such layers shares nothing.
+    """
+    config = model.config.get_text_config()
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if any(windows) or not kinds <= {"full_attention"}:
+        return 0
+    # At least one token of each prompt remains, whose hidden state predicts the answer.
+    same = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
+    return same if same * (len(prompts) - 1) >= _WORTH_SHARING else 0
+
+
+def _of_tokens(
+    model: Any, hidden_NH: torch.Tensor, ids_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log probability of each token, and whether it is the likeliest one."""
+    size = max(1, _NUM_LOGITS // model.config.get_text_config().vocab_size)
+    log_probs, greedy = [], []
+    parts = zip(torch.split(hidden_NH, size), torch.split(ids_N, size), strict=True)
+    for some_NH, some_N in parts:
+        logits_NV = _logits(model, some_NH)
+        greedy.append(logits_NV.argmax(-1) == some_N)
+        log_probs.append(
+            -torch.nn.functional.cross_entropy(logits_NV.float(), some_N, reduction="none")
         )
-    }
+    return torch.cat(log_probs), torch.cat(greedy)
+
+
+class _Given(torch.nn.Module):
+    """A decoder that returns given hidden states."""
+
+    def __init__(self, hidden_states: torch.Tensor) -> None:
+        super().__init__()
+        self._hidden_states = hidden_states
+
+    def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self._hidden_states)
+
+
+def _logits(model: Any, hidden_NH: torch.Tensor) -> torch.Tensor:
+    """Return the logits of hidden states, [N, V].
+
+    The model's own forward computes them, because some models scale or cap what their head returns.
+    """
+    name, decoder = model.base_model_prefix, model.base_model
+    try:
+        setattr(model, name, _Given(hidden_NH[None]))
+        output = model(input_ids=torch.zeros_like(hidden_NH[None, :, 0], dtype=torch.long))
+    finally:
+        setattr(model, name, decoder)
+    logits_NV: torch.Tensor = output.logits[0]
+    return logits_NV
+
+
+def _longest(answers: list[Tokens]) -> int:
+    return max(map(len, answers))
 
 
 def _padded(rows: list[Tokens], device: Any) -> tuple[torch.Tensor, torch.Tensor]:

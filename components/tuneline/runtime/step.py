@@ -37,6 +37,7 @@ from tuneline.runtime.events import StepRun
 from tuneline.runtime.parameter_text import encode_text
 from tuneline.runtime.printable import printable
 from tuneline.runtime.redaction import redact_logs, redacted
+from tuneline.runtime.requirements import check_versions
 from tuneline.runtime.termination import STARTED, Ending, leave, leave_finished
 from tuneline.seals import sealed_json
 from tuneline.strict_model import StrictModel
@@ -68,6 +69,7 @@ def step(name: str, part: str = "") -> Iterator[None]:
     emit(name, "started")
     leave(Ending(step=name, result=STARTED))
     try:
+        check_versions(name)
         yield
     except Exception as raw:
         error = _as_known_error(raw)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,14 @@ def train(
         setup.device,
     )
     progress_path = store.directory / PROGRESS_FILE
-    progress = _add_callbacks(trainer, config, setup, progress_path)
+    progress, telemetry = _add_callbacks(trainer, config, setup, progress_path)
     if collectives.is_first():
         trainer.add_callback(StepCallback(store))
-    with contextlib.closing(progress), stop_on_sigterm() as stop:
+    with (
+        contextlib.closing(progress),
+        contextlib.closing(telemetry),
+        stop_on_sigterm() as stop,
+    ):
         trainer.keep_checkpoints(store, minutes=config.checkpoint_minutes, stop=stop)
         checkpoint = collectives.from_first(store.latest)
         if checkpoint is not None:
@@ -137,15 +142,16 @@ def train(
 
 def _add_callbacks(
     trainer: Any, config: TrainConfig, setup: Setup, progress_path: Path
-) -> ProgressCallback:
-    """Add the callbacks in the order that they need; return ProgressCallback, to be closed."""
+) -> tuple[ProgressCallback, TelemetryCallback]:
+    """Add the callbacks in the order that they need; return those that are to be closed."""
     trainer.remove_callback(PrinterCallback)
     guard_trackers(trainer)
     progress = ProgressCallback(trainer.run_state, shows=collectives.is_first())
     trainer.add_callback(progress)
-    trainer.add_callback(TelemetryCallback(trainer.run_state, progress_path, setup.device))
+    telemetry = TelemetryCallback(trainer.run_state, progress_path, setup.device)
+    trainer.add_callback(telemetry)
     trainer.add_callback(BestAdapterCallback(trainer, config.early_stopping_patience))
-    return progress
+    return progress, telemetry
 
 
 def _check_it_is_done(trainer: GuardedTrainer, store: CheckpointStore) -> None:
@@ -204,7 +210,9 @@ def _summary(
         kernels=kernels,
         device=setup.device,
         num_ranks=setup.num_ranks,
-        tokens_per_second=state.num_tokens / max(state.step_seconds, 1e-9),
+        # Not the mean: the first steps of a process also compile kernels, which can take longer
+        # than all other steps of a short run.
+        tokens_per_second=statistics.median(state.step_rates or [0.0]),
         peak_memory_bytes=collectives.highest(peak_memory_bytes(setup.device)),
         history=history,
         learning_rate=setup.learning_rate,

@@ -99,6 +99,10 @@ class _Engine:
     graphs: GraphCache = field(default_factory=GraphCache)
     bound: dict[int, dict[tuple[Any, ...], LayerWeights | None]] = field(default_factory=dict)
     """State of a layer -> its weights, for the last states of each layer."""
+    current: dict[int, LayerWeights | None] = field(default_factory=dict)
+    """Weights of each layer in the last forward with gradients."""
+    checks_always: bool = True
+    is_checked: bool = False
     last_kept: Kept = Kept()
     most_wide: int | None = None
     """Most layers that may keep dequantised weights: the fewest of all forwards so far, so that
@@ -204,6 +208,19 @@ def unpatch(model: nn.Module) -> None:
                 module.__dict__.pop(name, None)
 
 
+def check_layers_once(model: nn.Module) -> None:
+    """Check the layers of a patched model in the next forward, and then not before the next call.
+
+    By default every forward checks whether adapters, dropout or weights have changed, which takes
+    1 to 5 ms of the host's time for 32 layers. A caller that knows when they change can call this
+    function then. Without effect on a model whose layers are not patched.
+    """
+    _, decoder = _find_decoder(model)
+    engine = getattr(decoder, "_tuneline_engine", None)
+    if engine is not None:
+        engine.checks_always = engine.is_checked = False
+
+
 if TYPE_CHECKING:
 
     class _Stock(nn.Module):
@@ -268,13 +285,16 @@ class _DecoderMixin(_Stock):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        sequence_starts: list[int] | None = None,
         **kwargs: Any,
     ) -> Any:
         arguments = {"input_ids": input_ids, "position_ids": position_ids, **kwargs}
         call = None
         if _is_plain_training(self, kwargs):
             tokens = input_ids if input_ids is not None else kwargs["inputs_embeds"]
-            plan = _attention_plan(tokens, attention_mask, position_ids)
+            if sequence_starts is None:
+                sequence_starts = find_sequences(tokens, attention_mask, position_ids)
+            plan = _attention_plan(sequence_starts, tokens)
             call = None if plan is None else _decide(self, plan, tokens)
         if call is None or not call.layers:
             return super().forward(attention_mask=attention_mask, **arguments)
@@ -289,7 +309,8 @@ class _DecoderMixin(_Stock):
 class _CausalMixin(_Stock):
     """The model with its head, which computes the loss without the logits.
 
-    A caller that knows how many labels count can pass `num_labels` (see `linear_cross_entropy`).
+    A caller that knows how many labels count can pass `num_labels` (see `linear_cross_entropy`),
+    and one that has called `find_sequences` while the batch was on the host `sequence_starts`.
     """
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
@@ -328,33 +349,44 @@ def _is_plain_training(decoder: Any, kwargs: dict[str, Any]) -> bool:
     )
 
 
-def _attention_plan(
+def find_sequences(
     tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> AttentionPlan | None:
-    """Return the sequences of a forward, or None if a mask is needed (left padding, 4-D masks).
+) -> list[int] | None:
+    """Return the first token of each sequence in a packed row; [0] if each row is a sequence.
 
     Padding on the right needs no mask: in causal attention, the tokens before the padding never
-    read it, and the outputs of the padding have no label. If a mask or position IDs are given, the
-    host waits once for the device.
+    read it, and the outputs of the padding have no label. If a mask or position IDs are on a GPU,
+    the host waits once for it.
+
+    Args:
+        tokens: Token IDs [B, L] or embeddings [B, L, H].
+        attention_mask: The mask of the forward.
+        position_ids: The positions of the forward.
+
+    Returns:
+        The indices, or None if the attention needs a mask (left padding, 4-D masks).
     """
     batch, length = tokens.shape[:2]
     if attention_mask is not None:
         if not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, length):
             return None
         mask = attention_mask.bool()
-        return AttentionPlan() if bool((mask[:, 1:] <= mask[:, :-1]).all()) else None
+        return [0] if bool((mask[:, 1:] <= mask[:, :-1]).all()) else None
     if position_ids is None:
-        return AttentionPlan()
+        return [0]
     if position_ids.dim() != 2 or position_ids.shape[1] != length:
         return None
     breaks = (position_ids[:, 1:] - position_ids[:, :-1]) != 1
     if position_ids.shape[0] == 1 and batch == 1:
-        starts = [0, *(breaks[0].nonzero()[:, 0] + 1).tolist()]
-        return AttentionPlan() if len(starts) == 1 else _packed(starts, tokens)
-    return None if bool(breaks.any()) else AttentionPlan()
+        return [0, *(breaks[0].nonzero()[:, 0] + 1).tolist()]
+    return None if bool(breaks.any()) else [0]
 
 
-def _packed(starts: list[int], tokens: Tensor) -> AttentionPlan:
+def _attention_plan(starts: list[int] | None, tokens: Tensor) -> AttentionPlan | None:
+    if starts is None:
+        return None
+    if len(starts) == 1:
+        return AttentionPlan()
     return AttentionPlan.packed(starts, tokens.shape[1], tokens.device)
 
 
@@ -366,19 +398,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     engine: _Engine = decoder._tuneline_engine
     bound: dict[int, LayerWeights] = {}
     longest = max(plan.sequence_lengths or (tokens.shape[1],))
-    for index, spec in engine.specs.items():
-        layer = decoder.layers[index]
-        state = fingerprint(layer, spec)
-        states = engine.bound.setdefault(index, {})
-        if state not in states:
-            if len(states) == _MAX_STATES:
-                del states[next(iter(states))]
-            states[state] = None
-            try:
-                states[state] = bind_layer(layer, spec, decoder.config, fp8=engine.fp8)
-            except Unfusable as reason:
-                logger.info("layer %d runs stock: %s", index, reason)
-        current = states[state]
+    for index, current in _bound_layers(decoder, engine).items():
         if current is not None and longest <= (current.max_positions or longest):
             bound[index] = current
     if not bound:
@@ -458,6 +478,37 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     if graphed:
         engine.kept_in_graphs[graph_tokens] = kept
     return _ModelCall(layers, engine.graphs if graphed else None)
+
+
+def _bound_layers(decoder: Any, engine: _Engine) -> dict[int, LayerWeights | None]:
+    """Return the weights of each layer, bound again where the layer has changed.
+
+    A forward without gradients, which may run without the adapters, is always checked.
+    """
+    trains = torch.is_grad_enabled()
+    if trains and engine.is_checked and not engine.checks_always:
+        return engine.current
+    found: dict[int, LayerWeights | None] = {}
+    for index, spec in engine.specs.items():
+        layer = decoder.layers[index]
+        state = fingerprint(layer, spec)
+        states = engine.bound.setdefault(index, {})
+        if state not in states:
+            if len(states) == _MAX_STATES:
+                del states[next(iter(states))]
+            states[state] = None
+            try:
+                states[state] = bind_layer(layer, spec, decoder.config, fp8=engine.fp8)
+            except Unfusable as reason:
+                logger.info("layer %d runs stock: %s", index, reason)
+        found[index] = states[state]
+    if trains:
+        for index, before in engine.current.items():
+            if before is not None and before is not found[index]:
+                for group in before.groups():
+                    group.place.keep(False)
+        engine.current, engine.is_checked = found, True
+    return found
 
 
 def _stock_loss_reason(causal: Any) -> str | None:

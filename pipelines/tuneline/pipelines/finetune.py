@@ -68,8 +68,11 @@ from tuneline.quantize.config import QuantizeConfig
 from tuneline.recipe import Recipe
 from tuneline.report.component import report
 from tuneline.runtime.parameter_text import encode_text, to_json
-from tuneline.steps import EVERY_STEP
+from tuneline.steps import EVERY_STEP, STEPS
 from tuneline.train.component import train, train_on_nodes
+
+VERSIONS_VARIABLE = "TUNELINE_VERSIONS"
+"""Environment variable that no step reads: KFP's local cache key holds a task's environment."""
 
 
 def finetune(
@@ -79,6 +82,7 @@ def finetune(
     archive: str | None = None,
     run_name: str = dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
     uncached: Collection[str] = (),
+    versions_of: Callable[[str], str] | None = None,
 ) -> BaseComponent:
     """Build the pipeline of a recipe, ready to compile or to run locally.
 
@@ -91,6 +95,9 @@ def finetune(
         run_name: name of the run. Default: what KFP replaces by the run's name.
         uncached: names of steps that are not taken from the cache of earlier runs, or EVERY_STEP.
             The steps after them get other inputs, so they run again too.
+        versions_of: for a local run without images, a function that returns the versions of the
+            packages of a dependency set. They become a part of the cache key of each task, as the
+            image's name is elsewhere. None: only the image's name.
 
     Raises:
         UserError: the run has no step of a name in `uncached`.
@@ -104,6 +111,8 @@ def finetune(
         steps.add(component.name)
         if component.name in uncached or EVERY_STEP in uncached:
             task.set_caching_options(False)
+        if versions_of is not None:
+            task.set_env_variable(VERSIONS_VARIABLE, versions_of(STEPS[component.name].image))
         if not on_cluster:
             return task
         claims = claims_of(recipe, component.name)

@@ -200,3 +200,20 @@ def test_what_runs_anew_in_every_attempt_is_what_kfp_must_not_cache() -> None:
         if name in STEPS and not task.caching_options.enable_cache
     }
     assert uncached == set(NEVER_CACHED)
+
+
+def test_versions_of_packages_are_part_of_the_cache_key() -> None:
+    spec = finetune(
+        find_recipe("demo", []), on_cluster=False, versions_of=lambda name: f"{name} 1.0"
+    ).pipeline_spec
+    executors = spec.deployment_spec["executors"]
+    found = {
+        name.removeprefix("exec-"): [
+            (entry["name"], entry["value"]) for entry in executor["container"]["env"]
+        ]
+        for name, executor in executors.items()
+    }
+    assert "train" in found and "quantize-gptq" in found
+    for name, environment in found.items():
+        step = STEPS.get(name) or STEPS[name.rpartition("-")[0]]
+        assert environment == [("TUNELINE_VERSIONS", f"{step.image} 1.0")]

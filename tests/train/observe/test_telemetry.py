@@ -1,7 +1,11 @@
 """progress.jsonl, energy, cost, and the trackers that a run reports to."""
 
+import contextlib
 import json
+import statistics
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +14,11 @@ import torch
 from tuneline.artifacts import TrainingPoint
 from tuneline.errors import RecipeError
 from tuneline.train import TrainConfig
-from tuneline.train.observe import telemetry as telemetry_module
-from tuneline.train.observe.telemetry import GpuMeter, TelemetryCallback, costs
+from tuneline.train.observe import gpu_meter
+from tuneline.train.observe import progress as progress_module
+from tuneline.train.observe.gpu_meter import GpuMeter
+from tuneline.train.observe.progress import ProgressCallback
+from tuneline.train.observe.telemetry import TelemetryCallback, costs
 from tuneline.train.run import run
 from tuneline.train.trainer import trackers as tracking_module
 from tuneline.train.trainer.state import RunState
@@ -36,9 +43,8 @@ def test_a_line_a_logged_step_and_the_cost(tmp_path, tiny_model_dir, dataset_dir
     assert lines[-1]["num_tokens"] == summary.num_tokens
     measured = [line for line in lines if line["tokens_per_second"]]
     assert [line["step"] for line in measured] == [1, 2, 3, 4]
-    assert summary.tokens_per_second == pytest.approx(
-        sum(line["tokens_per_second"] for line in measured) / 4, rel=0.9
-    )
+    rates = [line["tokens_per_second"] for line in measured]
+    assert summary.tokens_per_second == pytest.approx(statistics.median(rates), abs=0.06)
     seconds = [line["device_seconds"] for line in lines]
     assert seconds == sorted(seconds) and all(line["peak_memory_bytes"] > 2**27 for line in lines)
     assert 0 < seconds[-1] / 3600 <= summary.device_hours + 1e-6 < summary.seconds / 3600
@@ -53,14 +59,15 @@ class NVMLError(Exception):
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """One GPU that takes 500 J between two readings, as NVML shows it."""
-    readings = {"joules": 1000.0, "lost": False}
+    """One GPU of 500 W, as NVML shows it, that is read once per 10 ms."""
+    readings = {"watts": 500.0, "num": 0, "threads": set(), "lost": False}
 
-    def energy(handle):
+    def power(handle):
         if readings["lost"]:
             raise NVMLError("Not Supported")
-        readings["joules"] += 500
-        return int(1000 * readings["joules"])
+        readings["num"] += 1
+        readings["threads"].add(threading.current_thread().name)
+        return int(1000 * readings["watts"])
 
     def handle(uuid):
         if uuid != "GPU-1234":
@@ -72,66 +79,77 @@ def nvml(monkeypatch):
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID=handle,
         nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=87),
-        nvmlDeviceGetTotalEnergyConsumption=energy,
+        nvmlDeviceGetPowerUsage=power,
     )
     monkeypatch.setitem(sys.modules, "pynvml", module)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234")
     )
+    monkeypatch.setattr(gpu_meter, "_SECONDS_BETWEEN_READINGS", 0.01)
     return readings
 
 
 def test_energy_is_added_up_over_an_interruption(tmp_path, nvml):
     run_state = RunState(energy_joules=2000.0, device_seconds=1800.0)
     callback = TelemetryCallback(run_state, tmp_path / "progress.jsonl", "cuda")
-    now, saves = SimpleNamespace(global_step=0), SimpleNamespace(should_save=True)
+    now = SimpleNamespace(global_step=0)
+    before = time.monotonic()
     callback.on_train_begin(None, now, None)
-    callback.on_step_end(None, now, saves)
-    callback.on_step_end(None, now, saves)
-    assert run_state.energy_joules == 3000
+    began = time.monotonic()
+    while nvml["num"] < 5:
+        time.sleep(0.001)
+        callback.on_step_end(None, now, None)
+    # A checkpoint has the energy up to the last reading.
+    assert 2000 < run_state.energy_joules <= 2000 + 500 * (time.monotonic() - before)
+    ended = time.monotonic()
+    callback.on_train_end(None, now, None)
+    least, most = ended - began, time.monotonic() - before
+    assert 2000 + 500 * least <= run_state.energy_joules <= 2000 + 500 * most
     found = costs(run_state, 4.0)
-    assert found["energy_kwh"] == pytest.approx(3000 / 3.6e6)
+    assert found["energy_kwh"] == pytest.approx(run_state.energy_joules / 3.6e6)
     assert found["device_hours"] == pytest.approx(0.5, abs=0.01)
     assert found["cost"] == pytest.approx(2.0, abs=0.04)
 
 
-def test_the_slow_energy_counter_is_read_rarely_and_on_the_first_rank_only(
-    tmp_path, nvml, monkeypatch
-):
-    seconds = [100.0]
-    monkeypatch.setattr(telemetry_module.time, "monotonic", lambda: seconds[0])
+def test_counters_are_read_in_a_thread_and_on_the_first_rank_only(tmp_path, nvml, monkeypatch):
     run_state = RunState(points={1: TrainingPoint(step=1, loss=1.5)})
     callback = TelemetryCallback(run_state, tmp_path / "progress.jsonl", "cuda")
-    now, goes_on = SimpleNamespace(global_step=1), SimpleNamespace(should_save=False)
+    now = SimpleNamespace(global_step=1)
     callback.on_train_begin(None, now, None)
-    readings = []
-    for _ in range(25):
-        seconds[0] += 1
-        callback.on_step_end(None, now, goes_on)
-        callback.on_log(None, now, goes_on, logs={"loss": 1.5})
-        readings.append(nvml["joules"])
-    # The first reading is that of on_train_begin.
-    assert readings == [1500.0] * 9 + [2000.0] * 10 + [2500.0] * 6
-    callback.on_train_end(None, now, goes_on)
-    assert nvml["joules"] == 3000 and run_state.energy_joules == 1500
-    assert run_state.device_seconds == 25
+    while nvml["num"] < 3:
+        time.sleep(0.001)
+    nvml["threads"].clear()
+    num = nvml["num"]
+    while nvml["num"] < num + 3:
+        callback.on_step_end(None, now, None)
+        callback.on_log(None, now, None, logs={"loss": 1.5})
+    assert nvml["threads"] == {"gpu-meter"}
+    line = json.loads((tmp_path / "progress.jsonl").read_text().splitlines()[-1])
+    assert line["gpu_use"] == 0.87 and line["energy_kwh"] > 0
+    # Training failed: the thread ends, and a second end does nothing.
+    callback.close()
+    callback.close()
+    assert "gpu-meter" not in {thread.name for thread in threading.enumerate()}
+    num = nvml["num"]
 
     monkeypatch.setattr("tuneline.train.ranks.collectives.is_first", lambda: False)
     other = TelemetryCallback(RunState(), tmp_path / "progress.jsonl", "cuda")
     other.on_train_begin(None, now, None)
-    other.on_train_end(None, now, goes_on)
-    assert nvml["joules"] == 3000
+    other.on_train_end(None, now, None)
+    assert nvml["num"] == num
 
 
 def test_a_gpu_without_counters_has_none(nvml, monkeypatch, caplog):
-    meter = GpuMeter("cuda")
-    assert meter.use() == 0.87
     nvml["lost"] = True
+    meter = GpuMeter("cuda")
+    assert meter.use() is None
+    meter.start()
+    meter.close()
     assert meter.energy_joules() is None and meter.use() == 0.87
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="99")
     )
-    assert GpuMeter("cuda").use() is None
+    GpuMeter("cuda").start()
     assert "NVML reports Not Found" in caplog.text
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert GpuMeter("cuda").energy_joules() is None
@@ -147,12 +165,30 @@ def test_several_nodes_are_read_on_the_first_one_only(nvml, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr("tuneline.train.ranks.collectives.num_ranks", lambda: 4)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    meter = GpuMeter("cuda")
-    assert asked == ["cuda:0", "cuda:1"]
-    assert meter.use() == 0.87 and meter.energy_joules() is None
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert GpuMeter("cuda").energy_joules() > 0
+    energies = []
+    for local in ("2", "4"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        with contextlib.closing(GpuMeter("cuda")) as meter:
+            meter.start()
+            assert meter.use() == 0.87
+        energies.append(meter.energy_joules())
+    assert asked[:2] == ["cuda:0", "cuda:1"]
+    assert energies[0] is None and energies[1] > 0
+
+
+def test_the_speed_is_that_of_steps_without_compilation(monkeypatch):
+    seconds = [100.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: seconds[0])
+    run_state = RunState(num_tokens=7)
+    callback = ProgressCallback(run_state, shows=False)
+    callback.on_train_begin(None, None, None)
+    for duration in (60.0, 10.0, 0.5, 0.5, 0.4):
+        run_state.num_tokens += 1000
+        callback.on_step_begin(None, None, None)
+        seconds[0] += duration
+        callback.on_step_end(None, None, None)
+    assert run_state.step_rates == pytest.approx([1000 / 60, 100, 2000, 2000, 2500])
+    assert run_state.step_seconds == pytest.approx(71.4)
 
 
 def test_steps_that_are_taken_again_have_one_line(tmp_path):

@@ -150,6 +150,8 @@ def check(num_ranks, job, tmp_path, curves):
         name: {"arguments": job(name, num_ranks, **CURVES[name]), "fused": name == "fused"}
         for name in curves
     }
+    if "packed" in curves:
+        jobs["packed"]["num_workers"] = 1
     jobs["grown"] = {"arguments": job("grown", num_ranks, store="grows")}
     jobs["stopped"] = {"arguments": job("stopped", num_ranks, store="shrinks"), "stop_at": 2}
     if "fused" in curves:
@@ -294,12 +296,16 @@ def test_zero_2_learns_what_one_rank_does(job, tmp_path):
         half=zero("half", 2, dtype="bfloat16"),
         offloaded=zero("offloaded", 2, offload_optimizer=True),
         stopped={**zero("stopped", 2, store="shrinks"), "stop_at": 2},
+        skipped={**zero("skipped", 2, dtype="bfloat16"), "nan_at": 3},
     )
     assert_same_curves(two["plain"], alone)
     assert_same_curves(two["offloaded"], alone)
     for ours, theirs in zip(two["half"].history, half.history, strict=True):
         assert ours.loss == pytest.approx(theirs.loss, abs=0.05)
     assert "after step 2 of 5" in two["stopped"]
+    assert two["skipped"].num_skipped_steps == 1
+    losses = {point.step: point.loss for point in two["skipped"].history}
+    assert losses.get(3) is None and losses[4] is not None and losses[5] is not None
     # Steps whose loss is not finite are skipped, and the run goes back, in new processes.
     with pytest.raises(StartAgain) as caught:
         diverging = zero("diverging", 2, store="diverges", max_skipped_in_a_row=1)

@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import logging
 import math
 import os
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,17 @@ from tuneline.quantize.proof import quality
 from tuneline.quantize.proof.reference import Reference, for_export
 from tuneline.quantize.proof.transformers_model import TransformersModel, choose_device
 
+logger = logging.getLogger(__name__)
+
 MAX_ROW_TOKENS = 2048
 """Number of tokens of a calibration row that are used. It limits memory: the device holds the
 inputs and the outputs of a layer for all rows. At the width of an 8B model, 128 rows of this length
 take 2 x 2.1 GB in bf16, in addition to the layer and its Hessians."""
+COLUMNS_WORTH_COMPILING = 500_000
+"""Columns of all quantised layers from which gptqmodel may compile a CUDA kernel. SmolLM2-135M has
+150,000 columns, and Llama-3.1-8B 1.2 million. gptqmodel rounds one column after another with some
+15 small kernels, which take the host about 0.1 ms. Its own kernel rounds 128 columns at once, but
+is compiled with nvcc when it is first used, for about a minute in which the GPU is idle."""
 # What vLLM loads, according to its auto_gptq.py and marlin_utils.py of 2026-11, for symmetric
 # quantisation (all exports here are symmetric).
 VLLM_BITS, VLLM_GROUP_SIZES = (4, 8), (32, 64, 128)
@@ -192,18 +202,29 @@ def linear_widths(model_dir: Path) -> dict[int, str]:
     Raises:
         ModelError: the model has no such layers.
     """
-    model: Any = empty_model(model_dir)
     widths: dict[int, str] = {}
+    for name, width in _linear_layers(model_dir):
+        widths.setdefault(width, name)
+    if not widths:
+        raise ModelError(f"{model_dir} has no linear layers that GPTQ could quantise")
+    return widths
+
+
+def num_columns(model_dir: Path) -> int:
+    """Return the sum of the input widths of the model's linear layers."""
+    return sum(width for _, width in _linear_layers(model_dir))
+
+
+def _linear_layers(model_dir: Path) -> Iterator[tuple[str, int]]:
+    """Yield the name and the input width of each linear layer, without the output head."""
+    model: Any = empty_model(model_dir)
     for name, module in model.named_modules():
         if module is model.get_output_embeddings():
             continue
         if isinstance(module, torch.nn.Linear):
-            widths.setdefault(module.in_features, name)
+            yield name, module.in_features
         elif isinstance(module, Conv1D):
-            widths.setdefault(module.nx, name)
-    if not widths:
-        raise ModelError(f"{model_dir} has no linear layers that GPTQ could quantise")
-    return widths
+            yield name, module.nx
 
 
 def _quantise(
@@ -221,13 +242,15 @@ def _quantise(
             "gptqmodel is not installed, but GPTQ exports need it: run `make install`, use the "
             "gptq image, or set quantize.gptq to [] in the recipe"
         )
-    job = {
+    job: dict[str, Any] = {
         "model_dir": str(model_dir.resolve()),
         "target": str(target.resolve()),
         "bits": bits,
         "group_size": group_size,
         "desc_act": desc_act,
         "rows": rows,
+        "started_at": time.time(),
+        "times_file": "times.json",
     }
     settings = {
         # At least two: on two cores the default is one worker, but gptqmodel then asks for two.
@@ -236,6 +259,8 @@ def _quantise(
         # takes longer than the work.
         "OMP_WAIT_POLICY": "PASSIVE",
     }
+    if num_columns(model_dir) < COLUMNS_WORTH_COMPILING:
+        settings["GPTQMODEL_DISABLE_GPTQ_CUDA"] = "1"
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "job.json").write_text(json.dumps(job), encoding="utf-8")
         done = run_to_end(
@@ -243,6 +268,11 @@ def _quantise(
             cwd=Path(scratch),
             env=settings | os.environ,
         )
+        times_file = Path(scratch, job["times_file"])
+        if times_file.is_file():
+            times = json.loads(times_file.read_text(encoding="utf-8"))
+            stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items())
+            logger.info("gptqmodel: %s", stages)
     if done.returncode != 0:
         raise_if_full(target / SINGLE_FILE)
         lines = [line for line in done.stderr.splitlines() if line.strip()]

@@ -7,6 +7,7 @@ bars on the terminal.
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from transformers import AutoConfig
 
 
 def main(job_file: str) -> None:
-    """Quantise and save a model with the settings in the job file that gptq/export.py wrote."""
+    """Quantise and save a model with the settings in the job file that gptq/export.py wrote.
+
+    Writes the seconds that each stage took to a file that the job names.
+    """
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     config = QuantizeConfig(
         bits=job["bits"],
@@ -26,6 +30,11 @@ def main(job_file: str) -> None:
         # The default first compiles a C++ extension, which takes 93 s and requires a compiler.
         pack_impl="original",
     )
+    times = {"start": time.time() - job["started_at"]}
+
+    def stage(name: str) -> None:
+        times[name] = time.time() - job["started_at"] - sum(times.values())
+
     on_gpu = torch.cuda.is_available()
     # Most CPUs emulate bfloat16. On such a CPU, float32 takes a third of the time of bfloat16.
     model = GPTQModel.load(
@@ -34,14 +43,18 @@ def main(job_file: str) -> None:
         dtype="auto" if on_gpu else torch.float32,
         device="cuda" if on_gpu else "cpu",
     )
+    stage("load")
     model.quantize(
         [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job["rows"]],
         batch_size=8,
         calibration_data_min_length=1,
     )
+    stage("quantise")
     if not on_gpu:
         _restore_dtype(model.model, job["model_dir"])
     model.save(job["target"])
+    stage("save")
+    Path(job["times_file"]).write_text(json.dumps(times), encoding="utf-8")
 
 
 def _restore_dtype(model: Any, model_dir: str) -> None:

@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, GPTQConfig, TextIteratorStreamer
 
 from tuneline.errors import ModelError, ProofError
+from tuneline.models.batches import Batches
 from tuneline.models.likelihood import Pair, score_answers
 from tuneline.models.sampling import Sampling
 from tuneline.models.whole import load_whole
@@ -21,9 +21,8 @@ from tuneline.quantize.proof.quality import Generation
 
 ROOM_BYTES = 2 << 30
 """GPU memory to leave for the activations of a row, in addition to the weights."""
-BATCH_TOKENS = 512
-"""Number of answer tokens to score at a time. It limits memory: each token has as many logits as
-the vocabulary has entries."""
+BATCH_TOKENS = 2048
+"""Number of tokens, of prompts with their answers, to compute at a time."""
 
 
 def choose_device(model_dir: Path) -> str:
@@ -101,10 +100,7 @@ class TransformersModel:
 
     def score_answers(self, pairs: list[Pair]) -> dict[Pair, tuple[float, bool]]:
         """Score answers given prompts, as `likelihood.score_answers` does."""
-        num_answers = max(Counter(prompt for prompt, _ in pairs).values())
-        num_tokens = num_answers * max(len(answer) for _, answer in pairs)
-        batch_size = max(1, BATCH_TOKENS // num_tokens)
-        return score_answers(self._model, pairs, batch_size=batch_size)
+        return score_answers(self._model, pairs, batches=Batches(max_tokens=BATCH_TOKENS))
 
     def generate(self, prompt_ids: list[int], *, num_tokens: int) -> Generation:
         """Generate greedily, up to and including the first stop token.

@@ -1,5 +1,6 @@
 """Fused kernels in a trainer: fused layers, the model's own fused loss, a flat optimizer."""
 
+import functools
 import logging
 import os
 from typing import Any
@@ -10,6 +11,7 @@ from tuneline.errors import RecipeError
 from tuneline.kernels import FlatAdamW, patch
 from tuneline.kernels.decoder.budget import Budget
 from tuneline.kernels.limits import FP8_CAPABILITY, MIN_CAPABILITY
+from tuneline.kernels.patching import check_layers_once
 from tuneline.train.memory.available import host_memory
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,9 @@ def fuse_trainer(trainer: Any, *, mode: str = "auto", kept_gib: float | None = N
         host_bytes=host_memory(ranks_here) // 2,
     )
     trainer.takes_model_loss = report.loss == "fused"
+    trainer.knows_sequences = bool(report.fused)
+    # Adapters and weights change neither within a step nor from one step to the next.
+    trainer.on_mode_change = functools.partial(check_layers_once, trainer.model)
     arguments = trainer.args
     bits = STATE_BITS.get(arguments.optim)
     if bits is not None and not trainer.is_deepspeed_enabled:

@@ -42,6 +42,7 @@ class ProgressCallback(TrainerCallback):
         self._shows = shows
         self._note = ""
         self._step_began = 0.0
+        self._tokens = 0
         self._last_line = 0.0
         self._last_event = 0.0
         self._bar: Progress | None = None
@@ -49,6 +50,7 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the number of steps, and open the bar on a terminal."""
         self._last_line = time.monotonic()
+        self._tokens = self._run_state.num_tokens
         if not self._shows:
             return
         emit("train", "progress", done=state.global_step, total=state.max_steps, note="")
@@ -69,8 +71,12 @@ class ProgressCallback(TrainerCallback):
         self._step_began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the time of the step to the `step_seconds` of the run."""
-        self._run_state.step_seconds += time.monotonic() - self._step_began
+        """Add the step's time and speed to the state of the run."""
+        run_state = self._run_state
+        seconds = time.monotonic() - self._step_began
+        run_state.step_seconds += seconds
+        run_state.step_rates.append((run_state.num_tokens - self._tokens) / max(seconds, 1e-9))
+        self._tokens = run_state.num_tokens
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the logged values, and show the loss."""

@@ -4,87 +4,25 @@ progress.jsonl has one JSON object per logged loss; a value that was not measure
 is in the directory of the checkpoints while the run trains, and is copied to the adapter's
 directory at the end.
 
-GPU utilisation and energy come from NVML, and are null if the package nvidia-ml-py is not
-installed. The sums of time and energy are part of each checkpoint. If a run is killed, the time
-and energy since its last checkpoint are not counted.
+GPU utilisation and energy come from NVML (gpu_meter.py), and are null if the package nvidia-ml-py
+is not installed. The sums of time and energy are part of each checkpoint. If a run is killed, the
+time and energy since its last checkpoint are not counted.
 """
 
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
 from transformers import TrainerCallback
 
 from tuneline.artifacts import PROGRESS_FILE
 from tuneline.train.model.precision import peak_memory_bytes
+from tuneline.train.observe.gpu_meter import GpuMeter
 from tuneline.train.ranks import collectives
 from tuneline.train.trainer.state import RunState
 
-logger = logging.getLogger(__name__)
-
 _JOULES_PER_KWH = 3.6e6
-_SECONDS_BETWEEN_ENERGY_READINGS = 10.0
-"""A reading of the energy counter takes 3.5 ms per GPU (H100), in which the rank launches no
-kernels. A reading of another counter takes 0.05 ms."""
-
-
-class GpuMeter:
-    """Reads utilisation and energy of this node's GPUs from NVML; without NVML, all are None.
-
-    Only the meter of rank 0 reads, for the GPUs of all ranks of its node. NVML knows no other node,
-    so a run on several nodes reports the utilisation of the first node's GPUs, and no energy.
-    """
-
-    def __init__(self, device: str) -> None:
-        self._nvml: Any = None
-        self._handles: list[Any] = []
-        self._sees_all = True
-        if device == "cpu" or not collectives.is_first():
-            return
-        try:
-            import pynvml
-        except ImportError:
-            logger.warning(
-                "GPU utilisation and energy are not measured: the package nvidia-ml-py is not "
-                "installed"
-            )
-            return
-        count = collectives.num_ranks_here()
-        self._sees_all = count == collectives.num_ranks()
-        devices = [device] if count == 1 else [f"{device}:{index}" for index in range(count)]
-        uuids = [f"GPU-{torch.cuda.get_device_properties(name).uuid}" for name in devices]
-        try:
-            pynvml.nvmlInit()
-            # By UUID: CUDA_VISIBLE_DEVICES and MIG number the GPUs differently from NVML.
-            self._handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
-        except pynvml.NVMLError as error:
-            logger.warning("GPU utilisation and energy are not measured: NVML reports %s", error)
-            return
-        self._nvml = pynvml
-
-    def use(self) -> float | None:
-        """Return the fraction of recent time in which a kernel ran (0 to 1), averaged over GPUs."""
-        rates = self._read("nvmlDeviceGetUtilizationRates")
-        return None if rates is None else sum(rate.gpu for rate in rates) / len(rates) / 100
-
-    def energy_joules(self) -> float | None:
-        """Return the energy that the GPUs have used since their driver was loaded, in joules."""
-        if not self._sees_all:
-            return None
-        millijoules = self._read("nvmlDeviceGetTotalEnergyConsumption")
-        return None if millijoules is None else sum(millijoules) / 1000
-
-    def _read(self, name: str) -> list[Any] | None:
-        if self._nvml is None:
-            return None
-        try:
-            return [getattr(self._nvml, name)(handle) for handle in self._handles]
-        except self._nvml.NVMLError:
-            # Older and virtual GPUs lack some of the counters.
-            return None
 
 
 class TelemetryCallback(TrainerCallback):
@@ -101,7 +39,6 @@ class TelemetryCallback(TrainerCallback):
         self._meter = GpuMeter(device)
         self._time = 0.0
         self._joules: float | None = None
-        self._energy_time = 0.0
         self._tokens = 0
         self._step_seconds = 0.0
 
@@ -110,7 +47,8 @@ class TelemetryCallback(TrainerCallback):
 
         These are the steps after the checkpoint from which the run resumes.
         """
-        self._time = self._energy_time = time.monotonic()
+        self._meter.start()
+        self._time = time.monotonic()
         self._joules = self._meter.energy_joules()
         self._tokens = self._run_state.num_tokens
         self._step_seconds = self._run_state.step_seconds
@@ -122,7 +60,7 @@ class TelemetryCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add up time and energy, so that a checkpoint of this step includes those of the step."""
-        self._add_up(reads_energy=control.should_save)
+        self._add_up()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write a line if the training loss or the evaluation loss was logged."""
@@ -140,7 +78,12 @@ class TelemetryCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add up the time and energy since the last step."""
-        self._add_up(reads_energy=True)
+        self.close()
+        self._add_up()
+
+    def close(self) -> None:
+        """End the thread of the meter; call this also if training failed."""
+        self._meter.close()
 
     def _measured(self) -> dict[str, Any]:
         run_state = self._run_state
@@ -157,21 +100,14 @@ class TelemetryCallback(TrainerCallback):
             "energy_kwh": None if joules is None else joules / _JOULES_PER_KWH,
         }
 
-    def _add_up(self, *, reads_energy: bool = False) -> None:
-        """Add the time since the last call, and the energy if it was last read a while ago.
-
-        Args:
-            reads_energy: whether to read the energy now in any case.
-        """
+    def _add_up(self) -> None:
+        """Add the time and the energy since the last call."""
         now, run_state = time.monotonic(), self._run_state
         run_state.device_seconds += (now - self._time) * collectives.num_ranks()
-        self._time = now
-        if not reads_energy and now - self._energy_time < _SECONDS_BETWEEN_ENERGY_READINGS:
-            return
         joules = self._meter.energy_joules()
         if joules is not None and self._joules is not None:
             run_state.energy_joules = (run_state.energy_joules or 0.0) + joules - self._joules
-        self._energy_time, self._joules = now, joules
+        self._time, self._joules = now, joules
 
 
 class Costs(TypedDict):

@@ -88,6 +88,19 @@ def zero2_config(
     }
 
 
+def check_once(trainer: Any) -> None:
+    """Let the gradient norm alone decide whether a step's gradients are finite.
+
+    DeepSpeed looks at every parameter's gradient before it computes their norm, and checks the norm
+    too. For an adapter's 448 parameters the looks take 33 ms of a step (two H200), and find what
+    the norm finds: it is not finite if any gradient is not. With `offload_optimizer` DeepSpeed
+    collects a flag during the backward pass instead.
+    """
+    zero = trainer.model_wrapped.optimizer
+    if not zero.cpu_offload:
+        zero.check_overflow = lambda partition_gradients=True: None
+
+
 def save_state(trainer: Any, directory: Path) -> None:
     """Write the fp32 weights and moments of the trained parameters, gathered from all ranks.
 

@@ -21,6 +21,9 @@ class QuickStepTrainer(Trainer):
         self.own_grad_norm: Callable[[], torch.Tensor] | None = None
         """Function that returns the gradient norm, if the optimizer itself clips the gradients; see
         `fuse.fuse_trainer`."""
+        self.on_mode_change: Callable[[], None] = lambda: None
+        """Function that is called before the first step of a call of `train`, and before the first
+        one after an evaluation."""
         self._operations_per_token: float | None = None
         self._is_in_training_mode = False
 
@@ -48,6 +51,7 @@ class QuickStepTrainer(Trainer):
         if not (self._is_in_training_mode and model.training and self.model.training):
             model.train()
             self._is_in_training_mode = True
+            self.on_mode_change()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return transformers' FLOP estimate (parameters x tokens).

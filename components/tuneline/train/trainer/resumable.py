@@ -210,13 +210,15 @@ class ResumableTrainer(SharedStepTrainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
         transformers: Any = super()
-        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+        if not self.is_deepspeed_enabled:
             return transformers._prepare_for_training(
                 max_steps, train_dataloader, resume_from_checkpoint
             )
         # DeepSpeed's own checkpoints can be read only with the same number of ranks.
         prepared = transformers._prepare_for_training(max_steps, train_dataloader, None)
-        zero2.load_state(self, Path(resume_from_checkpoint))
+        zero2.check_once(self)
+        if resume_from_checkpoint is not None:
+            zero2.load_state(self, Path(resume_from_checkpoint))
         return prepared
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

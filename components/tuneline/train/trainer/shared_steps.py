@@ -45,7 +45,8 @@ class SharedStepTrainer(ScheduledTrainer):
             micro_batch_size,
             seed=arguments.data_seed,
         )
-        return self._loader(self.train_dataset, self.train_batches)
+        num_workers = arguments.dataloader_num_workers
+        return self._loader(self.train_dataset, self.train_batches, num_workers=num_workers)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Return the evaluation batches of this rank, the same number on every rank."""
@@ -133,14 +134,14 @@ class SharedStepTrainer(ScheduledTrainer):
             lengths=row_lengths(rows) if seed is not None and collectives.num_ranks() > 1 else None,
         )
 
-    def _loader(self, rows: Any, batches: StepBatches) -> DataLoader[Any]:
+    def _loader(self, rows: Any, batches: StepBatches, *, num_workers: int = 0) -> DataLoader[Any]:
         # Not with accelerate, which assigns batches to ranks in the order of the batches, and fills
         # the last batches with rows from the start of the dataset.
         return _EpochLoader(
             cast(Any, self._remove_unused_columns(rows)),
             batch_sampler=batches,
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
+            num_workers=num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
 

@@ -20,6 +20,8 @@ class RunState(StrictModel):
     """Tokens that went through training steps, without padding."""
     step_seconds: float = 0.0
     """Seconds in training steps, without evaluations."""
+    step_rates: list[float] = []
+    """Tokens per second of each training step."""
     device_seconds: float = 0.0
     """Seconds in training, evaluations included, summed over devices."""
     energy_joules: float | None = None

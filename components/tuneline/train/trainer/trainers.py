@@ -7,10 +7,15 @@ import torch
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
+from tuneline.kernels.patching import find_sequences
 from tuneline.train.ranks import collectives
 from tuneline.train.rows.load import IGNORED
 from tuneline.train.trainer.nonfinite import GuardedTrainer
 from tuneline.train.trainer.shared_steps import LOSS_FACTOR, NUM_LABELS, num_labels_of
+
+SEQUENCE_STARTS = "sequence_starts"
+"""Key of a training batch: where the sequences of a packed row start, found on the host. On a GPU,
+the model would wait for the device to find it."""
 
 
 class SupervisedTrainer(GuardedTrainer, SFTTrainer):
@@ -24,6 +29,8 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
         super().__init__(*args, **kwargs)
         self.takes_model_loss = False
         """Whether the model computes its training loss itself, see `fuse.fuse_trainer`."""
+        self.knows_sequences = False
+        """Whether the model takes `sequence_starts`, see `fuse.fuse_trainer`."""
         base: Any = self.model
         base = base.get_base_model()
         self._auxiliary = _auxiliary_coefficient(self)
@@ -34,6 +41,15 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
             self.args.device.type == "cpu"
             and "logits_to_keep" in inspect.signature(base.forward).parameters
         )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Collect the micro-batches of a step, with the `SEQUENCE_STARTS` that the model takes."""
+        batches, labels = super().get_batch_samples(*args, **kwargs)
+        if self.takes_model_loss and self.knows_sequences:
+            for batch in batches:
+                masks = (batch.get("attention_mask"), batch.get("position_ids"))
+                batch[SEQUENCE_STARTS] = find_sequences(batch["input_ids"], *masks)
+        return batches, labels
 
     def compute_loss(
         self,
@@ -46,20 +62,23 @@ class SupervisedTrainer(GuardedTrainer, SFTTrainer):
 
         Args:
             model: The model, perhaps wrapped by DDP or DeepSpeed.
-            inputs: A batch; `LOSS_FACTOR` and `NUM_LABELS` are removed from it.
+            inputs: A batch; the entries that a trainer has added are removed from it.
             return_outputs: Whether to return the model's outputs too.
             num_items_in_batch: Number of labels by which the sum of the losses is divided. None:
                 the number of labels in the batch.
         """
         factor = inputs.pop(LOSS_FACTOR, 1.0)
         num_labels = inputs.pop(NUM_LABELS, None)
+        starts = inputs.pop(SEQUENCE_STARTS, None)
         auxiliary = self._auxiliary if model.training else 0.0
         if auxiliary and num_items_in_batch is not None:
             # Gradients of a step's micro-batches are summed, so each adds its part of the mean.
             auxiliary /= self.current_gradient_accumulation_steps
         if self.takes_model_loss and model.training and not return_outputs:
-            counts = {"num_items_in_batch": num_items_in_batch, "num_labels": num_labels}
-            return factor * _model_loss(model, inputs, counts, auxiliary, self._auxiliary)
+            known = {"num_items_in_batch": num_items_in_batch, "num_labels": num_labels}
+            if starts is not None:
+                known[SEQUENCE_STARTS] = starts
+            return factor * _model_loss(model, inputs, known, auxiliary, self._auxiliary)
         if self._selects_logits and not return_outputs:
             return factor * _selected_loss(model, inputs, num_items_in_batch, auxiliary)
         trl: Any = super()
@@ -137,7 +156,7 @@ def _auxiliary_coefficient(trainer: Any) -> float:
 def _model_loss(
     model: torch.nn.Module,
     inputs: dict[str, Any],
-    counts: dict[str, Any],
+    known: dict[str, Any],
     auxiliary: float,
     model_auxiliary: float,
 ) -> torch.Tensor:
@@ -146,14 +165,14 @@ def _model_loss(
     Args:
         model: The model, perhaps wrapped by DDP or DeepSpeed.
         inputs: A batch.
-        counts: Numbers of labels.
+        known: What the trainer has found out on the host: numbers of labels, and sequences.
         auxiliary: Weight of the routers' auxiliary loss; 0: there is none.
         model_auxiliary: The weight with which the model adds this loss.
     """
     if not auxiliary:
-        loss: torch.Tensor = model(**inputs, use_cache=False, **counts).loss
+        loss: torch.Tensor = model(**inputs, use_cache=False, **known).loss
         return loss
-    output = model(**inputs, use_cache=False, output_router_logits=True, **counts)
+    output = model(**inputs, use_cache=False, output_router_logits=True, **known)
     total: torch.Tensor = output.loss
     if output.get("aux_loss") is not None:
         total = total + (auxiliary - model_auxiliary) * output.aux_loss

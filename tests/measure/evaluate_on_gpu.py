@@ -1,0 +1,165 @@
+"""Measure how many rows per second the evaluate step scores and answers, beside lm-eval's own way.
+
+    python tests/measure/evaluate_on_gpu.py                  an 8B shape on one GPU
+    python tests/measure/evaluate_on_gpu.py --only new       without lm-eval's way
+    python tests/measure/evaluate_on_gpu.py --shape small --device cpu --rows 24 --new-tokens 24
+
+    choices      log likelihoods of four short answers per prompt
+    answers      log likelihood of one long answer per prompt
+    generation   greedy generation; random weights never stop, so all answers have full length
+
+Prompts and answers have lengths like those of GSM8K. "old" is the class HFLM of lm-eval with
+batches of 8, "new" is the class that the evaluate step uses, with batches that fill the memory. The
+weights are random. Prints rows per second, peak memory, and the largest difference of the log
+likelihoods: "old" computes them in the model's dtype, "new" in float32.
+"""
+
+import argparse
+import gc
+import random
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from gpu_inputs import GIB, SHAPES, gsm8k_lengths, say
+
+PARTS = ("choices", "answers", "generation")
+Request = tuple[None, list[int], list[int]]
+
+
+def main() -> None:
+    """Run each part in both ways."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="Llama-3.1-8B")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rows", type=int, default=512, help="rows of each part")
+    parser.add_argument("--old-rows", type=int, default=64, help="rows of each part, old way")
+    parser.add_argument("--new-tokens", type=int, default=256, help="length of generated answers")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--only", choices=("old", "new"))
+    args = parser.parse_args()
+    lm = load(args.shape, args.device)
+    say(f"{args.shape} in {lm.model.dtype} on {name_of(args.device)}, {lm.batches} per batch")
+    for part in args.parts:
+        speeds = {}
+        results = {}
+        for way in ("old", "new"):
+            if args.only not in (None, way):
+                continue
+            num_rows = args.rows if way == "new" else min(args.rows, args.old_rows)
+            requests, compute = prepare(lm, part, way, num_rows, args.new_tokens)
+            # The first rows warm up the device.
+            compute(requests[:8])
+            speeds[way], results[way] = measure(lm, part, way, num_rows, requests, compute)
+        if len(speeds) == 2:
+            line = f"{part}: {speeds['new'] / speeds['old']:.2f} x"
+            if part != "generation":
+                pairs = zip(results["old"], results["new"], strict=False)
+                line += f", log likelihoods differ by {max(abs(a[0] - b[0]) for a, b in pairs):.3g}"
+            say(line)
+
+
+def load(shape: str, device: str) -> Any:
+    """Return a model of random weights for lm-eval, with a tokenizer of words."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from tuneline.evaluate.model import TemplatedHFLM
+    from tuneline.models.batches import Batches
+
+    family, sizes = SHAPES[shape]
+    config = getattr(transformers, f"{family}Config")(**{**sizes, "max_position_embeddings": 8192})
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, 512)}
+    words: Any = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    with torch.device(device):
+        auto: Any = transformers.AutoModelForCausalLM
+        model = auto.from_config(config, dtype=dtype).eval()
+    lm = TemplatedHFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=8)
+    lm.batches = Batches.that_fit(model)
+    return lm
+
+
+def prepare(
+    lm: Any, part: str, way: str, num_rows: int, num_new: int
+) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
+    """Return the requests of a part, and the function that computes them."""
+    from lm_eval.models.huggingface import HFLM
+
+    draw = random.Random(0)
+    lengths = gsm8k_lengths(200 * num_rows)[:num_rows]
+    while len(lengths) < num_rows:
+        lengths.append(draw.choice(lengths))
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(3, 512) for _ in range(max(1, count))]
+
+    if part == "generation":
+        settings = {"until": ["\n\n"], "max_gen_toks": num_new, "do_sample": False}
+        requests = [
+            SimpleNamespace(args=(" ".join(f"w{id}" for id in tokens(length // 2)), settings))
+            for length in lengths
+        ]
+        if way == "new":
+            return requests, lm.generate_until
+
+        def generate(some: list[Any]) -> list[str]:
+            lm.batch_size_per_gpu = 8
+            return HFLM.generate_until(lm, some, disable_tqdm=True)
+
+        return requests, generate
+    rows: list[Request] = []
+    for length in lengths:
+        prompt = tokens(length // 2)
+        answers = [length // 2] if part == "answers" else [draw.randint(1, 12) for _ in range(4)]
+        rows += [(None, prompt, tokens(count)) for count in answers]
+    if way == "new":
+        return rows, lm._loglikelihood_tokens
+
+    def score(some: list[Any]) -> list[Any]:
+        lm.batch_size_per_gpu = 8
+        return HFLM._loglikelihood_tokens(lm, some, disable_tqdm=True)
+
+    return rows, score
+
+
+def measure(
+    lm: Any,
+    part: str,
+    way: str,
+    num_rows: int,
+    requests: list[Any],
+    compute: Callable[[list[Any]], list[Any]],
+) -> tuple[float, list[Any]]:
+    """Compute the requests; print and return rows per second, and return the results."""
+    import torch
+
+    gc.collect()
+    on_gpu = lm.model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    results = compute(requests)
+    seconds = time.perf_counter() - began
+    memory = f", peak {torch.cuda.max_memory_allocated() / GIB:.2f} GiB" if on_gpu else ""
+    say(f"{part}, {way}: {num_rows / seconds:.2f} rows per second, {seconds:.1f} s{memory}")
+    return num_rows / seconds, results
+
+
+def name_of(device: str) -> str:
+    """Return the name of a device."""
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Likelihoods of answers in batches, against each sequence alone."""
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from tuneline.models import likelihood
+from tuneline.models.batches import Batches
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+# The head's logits are scaled in Granite and capped in Gemma 2.
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=0.1)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, final_logit_softcapping=0.5, sliding_window=6)
+    ),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    ),
+}
+
+
+def alone(model, prompt, answer):
+    ids = torch.tensor([[*prompt, *answer]])
+    with torch.inference_mode():
+        table = model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+    wanted = torch.tensor(answer)
+    return (
+        table.gather(1, wanted[:, None]).sum().item(),
+        bool((table.argmax(-1) == wanted).all()),
+    )
+
+
+def tokens_from(draw):
+    return lambda count: tuple(torch.randint(3, 61, (count,), generator=draw).tolist())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_batches_equal_sequences_alone(name, monkeypatch):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    tokens = tokens_from(torch.Generator().manual_seed(1))
+    pairs = [
+        (prompt, tokens(length)) for prompt in map(tokens, (1, 9, 3, 12, 4)) for length in (1, 5, 2)
+    ]
+    # What greedy decoding gives is an answer too.
+    likeliest = int(model(torch.tensor([pairs[0][0]])).logits[0, -1].argmax())
+    pairs.append((pairs[0][0], (likeliest,)))
+    pairs.append((tokens(6), tokens(1)))
+    # Logits of seven tokens at a time.
+    monkeypatch.setattr(likelihood, "_NUM_LOGITS", 7 * 61)
+    for batches in (Batches(max_items=1), Batches(max_tokens=90), Batches(max_items=9)):
+        scores = likelihood.score_answers(model, pairs, batches=batches)
+        assert list(scores) and set(scores) == set(pairs)
+        for pair in pairs:
+            nats, greedy = alone(model, *pair)
+            assert scores[pair][0] == pytest.approx(nats, abs=2e-4)
+            assert scores[pair][1] == greedy
+    assert scores[pairs[15]][1]
+    # The model is left as it was.
+    assert type(model.base_model).__name__ != "_Given"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_shared_beginning_is_computed_once_unless_layers_have_windows(name, monkeypatch):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    tokens = tokens_from(torch.Generator().manual_seed(1))
+    shared = tokens(20)
+    pairs = [((*shared, *tokens(count)), tokens(count)) for count in (1, 5, 2, 3)]
+    pairs.append((shared, tokens(2)))
+    monkeypatch.setattr(likelihood, "_WORTH_SHARING", 60)
+    computed = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    scores = likelihood.score_answers(model, pairs, batches=Batches(max_items=9))
+    # The last token of the prompt that is nothing but the beginning is computed with the others.
+    prompts = [(1, 19), (5, 6)] if name == "llama" else [(5, 25)]
+    assert computed == [*prompts, (5, 4)]
+    for pair in pairs:
+        nats, greedy = alone(model, *pair)
+        assert scores[pair] == (pytest.approx(nats, abs=2e-4), greedy)
