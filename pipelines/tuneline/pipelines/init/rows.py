@@ -14,7 +14,7 @@ from tuneline.prepare.formats.example import BadRowError, Example, Message
 from tuneline.prepare.formats.reading import Row
 from tuneline.prepare.rows.collect import dataset_selection
 from tuneline.prepare.rows.intake import check_mapped, read_values, reading_of
-from tuneline.prepare.rows.words import hash_of_lines, lines_of
+from tuneline.prepare.rows.words import hash_of, words_of
 from tuneline.prepare.sources.kinds import kind_of, read_rows
 from tuneline.prepare.sources.row import Remarks, SourceRow
 from tuneline.runtime.redaction import redacted
@@ -202,8 +202,8 @@ def _read_examples(rows: Rows, read: Sequence[SourceRow], config: PrepareConfig)
         prompt, answer = texts_of(example)
         script = script_of(f"{prompt[:_NUM_CHARACTERS]} {answer[:_NUM_CHARACTERS]}")
         rows.scripts[script] += 1
-        asked = hash_of_lines(lines_of(prompt))
-        whole = asked, hash_of_lines(lines_of(answer))
+        asked = hash_of(words_of(prompt))
+        whole = asked, hash_of(words_of(answer))
         if whole in texts:
             rows.num_repeated += 1
         elif asked in prompts and rows.proposal.method == "sft":
