@@ -53,7 +53,7 @@ def test_every_format_that_a_recipe_may_name_is_recognised_and_read(config) -> N
     for name in names:
         entry = FORMATS[name]
         assert f"{name} ({entry.method}): " in field.description
-        check_names(name, dict.fromkeys((*entry.required, *entry.optional), "x"), entry.method)
+        check_names(name, {column: f"my {column}" for column in entry.known}, entry.method)
         assert detect([ROWS[name]], entry.method) == name
         assert read_row(ROWS[name], name, Reading()) == EXAMPLES[entry.method]
 

@@ -5,8 +5,8 @@ than having the tokenizer keep the offsets of every token. Where the bytes do no
 a special token takes the white space beside it, the offsets are needed after all.
 
 The pre-tokenizer of most byte-level tokenizers begins a new word at a space between two other
-characters, so no token goes across. There, texts are cut into parts, and the tokens of parts that
-occurred before are taken from memory.
+characters, and at both ends of a number, so no token goes across. There, texts are cut into parts,
+and the tokens of parts that occurred before are taken from memory.
 """
 
 import json
@@ -25,26 +25,25 @@ from tuneline.prepare.tokens.render import Piece
 
 Spans = list[tuple[int, int]]
 """(Index of the first token, index after the last token) of each answer."""
-Ids = NDArray[numpy.int32]
 
 _BATCH = 16
 """Number of texts per call. The encodings of more do not fit into the CPU's caches."""
 
 # A character that no version of Unicode counts as white space.
 _SOLID = "[^\x00-\x20\x7f-\xa0\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]"
-_SEAM = re.compile(rf"(?<={_SOLID}) (?={_SOLID})")
-"""Matches a space at which a text is cut."""
+_MARK = "[!-/:-~]"
+_SEAM = re.compile(rf"(?<={_SOLID})(?= {_SOLID})|(?<={_MARK})(?=[0-9])|(?<=[0-9])(?={_MARK})")
+"""Matches where a text is cut."""
 _CONTRACTION = re.compile(re.escape(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)") + r"\??")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_WHITE_SPACE = r"\s+"
+_NUMBERS, _WHITE_SPACE = {r"\p{N}", r"\p{N}{1,3}"}, r"\s+"
 _ALTERNATIVES = {
     "",
     r"[^\r\n\p{L}\p{N}]?\p{L}+",
     r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+",
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*",
-    r"\p{N}",
-    r"\p{N}{1,3}",
+    *_NUMBERS,
     r" ?[^\s\p{L}\p{N}]+[\r\n]*",
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
     r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
@@ -53,7 +52,8 @@ _ALTERNATIVES = {
     _WHITE_SPACE,
 }
 """Alternatives of the patterns of Llama 3, Qwen 2 to 3.5 and gpt-oss, without `_CONTRACTION`. None
-matches a space behind another character, and only white space depends on what follows it."""
+matches a space behind another character, or a digit beside one that is none, and only white space
+depends on what follows it."""
 
 
 class ByteLevel:
@@ -71,6 +71,9 @@ class ByteLevel:
         self._sizes[list(sizes)] = list(sizes.values())
         self._memory = Memory(heads, lambda head: self._ids([head])[0])
         self._has_seams = has_seams(tokenizer)
+        added = [token.content for token in backend.get_added_tokens_decoder().values()]
+        cut = [re.escape(text) for text in added if len(_SEAM.split(text)) > 1]
+        self._would_be_cut = re.compile("|".join(cut) or "(?!)")
         self._known: Parts[bytes] = Parts()
 
     def encode(self, pieces: Sequence[Piece]) -> Iterator[tuple[list[int], Spans | None] | None]:
@@ -84,55 +87,27 @@ class ByteLevel:
             for piece, (head, _), rest in zip(
                 batch, split, self._ids([rest for _, rest in split]), strict=True
             ):
-                ids = rest if head is None or rest is None else head + rest
-                yield None if ids is None else self._with_spans(piece, ids)
+                yield self._with_spans(piece, rest if head is None else head + rest)
 
-    def _ids(self, texts: list[str]) -> list[bytes | None]:
-        """Return the token IDs of each text, four bytes each; None if its bytes do not add up."""
+    def _ids(self, texts: list[str]) -> list[bytes]:
+        """Return the token IDs of each text, four bytes each."""
         known = self._known
         known.make_room()
         rows = [_SEAM.split(text) if self._may_cut(text) else [text] for text in texts]
-        # Known parts are left out of the texts. The others still meet at a space between two
-        # characters that are not white space, so their tokens stay the same.
-        unknown = [
-            [first, *(part for part in others if part not in known)] for first, *others in rows
-        ]
-        encodings = self._encode(list(map(" ".join, unknown)), add_special_tokens=False)
-        found: list[bytes | None] = []
-        for (_, *others), parts, encoding in zip(rows, unknown, encodings, strict=True):
-            ids = self._cut(parts, numpy.array(encoding.ids, numpy.int32))
-            if ids is None:
-                found.append(None)
-                continue
-            for part, its_ids in zip(parts[1:], ids[1:], strict=True):
-                known.add(part, its_ids)
-            found.append(ids[0] + b"".join(map(known.__getitem__, others)))
-        return found
+        unknown = list({part: None for parts in rows for part in parts if part not in known})
+        encodings = self._encode(unknown, add_special_tokens=False)
+        for part, encoding in zip(unknown, encodings, strict=True):
+            known.add(part, numpy.array(encoding.ids, numpy.int32).tobytes())
+        return [b"".join(map(known.__getitem__, parts)) for parts in rows]
 
     def _may_cut(self, text: str) -> bool:
-        return self._has_seams and not self._is_changed(text)
+        return (
+            self._has_seams and not self._would_be_cut.search(text) and not self._is_changed(text)
+        )
 
     def _is_changed(self, text: str) -> bool:
         """Return whether the normalizer changes the text."""
         return self._composes and not text.isascii() and not unicodedata.is_normalized("NFC", text)
-
-    def _cut(self, parts: list[str], ids: Ids) -> list[bytes] | None:
-        """Return the token IDs of each part of a text, given those of all of its parts.
-
-        The result is None if no token ends where a part ends.
-        """
-        data = ids.tobytes()
-        if len(parts) == 1:
-            return [data]
-        lengths = numpy.array(list(map(_num_bytes, parts)))
-        lengths[1:] += 1
-        stops = lengths.cumsum()
-        ends = self._sizes[ids].cumsum()
-        places = ends.searchsorted(stops, "right")
-        if not len(ends) or ends[-1] != stops[-1] or (ends[places - 1] != stops).any():
-            return None
-        bounds = [0, *(4 * places).tolist()]
-        return [data[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
 
     def _with_spans(self, piece: Piece, data: bytes) -> tuple[list[int], Spans | None] | None:
         text = piece.text
@@ -158,7 +133,7 @@ def find_byte_level(tokenizer: Any, heads: Heads) -> ByteLevel | None:
 
 
 def has_seams(tokenizer: Any) -> bool:
-    """Return whether a word always begins at a space between two other characters."""
+    """Return whether no token goes across a place that `_SEAM` matches."""
     backend = tokenizer.backend_tokenizer
     if any(
         token.lstrip or token.rstrip or token.single_word or re.search(r"\s", token.content)
@@ -175,7 +150,9 @@ def has_seams(tokenizer: Any) -> bool:
         elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
             pattern = step["pattern"].get("Regex", "")
             alternatives = set(_CONTRACTION.sub("", pattern).split("|"))
-            if not alternatives <= _ALTERNATIVES or _WHITE_SPACE not in alternatives:
+            if not alternatives <= _ALTERNATIVES:
+                return False
+            if _WHITE_SPACE not in alternatives or alternatives.isdisjoint(_NUMBERS):
                 return False
             finds_words = True
         elif step["type"] != "Digits":
