@@ -181,7 +181,7 @@ def _sizes(
     weights are packed: then they have one column.
     """
     hidden = _number(text, "hidden_size")
-    stored = {}
+    stored: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight").rpartition(".")[2]
         is_text = not _NOT_TEXT.search(name) and not _EXPERT.search(name)
