@@ -149,6 +149,14 @@ def test_quantised_already(model_dir: Path, tmp_path: Path) -> None:
         fetch(model_dir, tmp_path)
 
 
+def test_a_multimodal_family_without_a_causal_language_model(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    set_json(model_dir / "config.json", model_type="mistral3", text_config={"model_type": "llama"})
+    with pytest.raises(ModelError, match=r"multimodal model of a family \(mistral3\) that"):
+        fetch(model_dir, tmp_path)
+
+
 def test_adapter_instead_of_model(tmp_path: Path) -> None:
     path = tmp_path / "adapter"
     path.mkdir()

@@ -57,7 +57,8 @@ def test_every_family(
     merged = as_merged(family, tmp_path / "merged", tiny_model_dir, **settings)
     record = convert(merged_dir=str(merged), gguf_dir=str(tmp_path / "f16"))
     assert record.mean_kl is not None and record.mean_kl < 1e-4
-    assert record.top1_agreement == 1
+    # A random model may have two tokens that are as likely at one of the 276 positions.
+    assert record.top1_agreement is not None and record.top1_agreement > 0.99
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,7 @@ def plan(
     checks += _data(recipe, has_pods=kube is not None)
     checks += _kernels(recipe, has_pods=kube is not None)
     checks += check_power(recipe)
-    is_refused = any(check.name == "model" and check.verdict == "fail" for check in checks)
-    if model is not None and not is_refused:
+    if model is not None and model.refusal not in {check.words for check in checks}:
         checks += check_base_model(recipe, num_parameters, model)
     if num_parameters is None:
         advice = "pass --parameters, e.g. --parameters 8e9"
