@@ -85,7 +85,7 @@ def test_the_whole_line_runs_on_a_cpu(
     }
     settings = [f"{key}={value}" for key, value in small.items()]
     tuneline("run", name, *(f"--set={each}" for each in settings), cwd=tmp_path)
-    [directory] = (tmp_path / "runs").iterdir()
+    [directory] = (tmp_path / "runs").glob("support-*")
     summary = require_local_run(str(directory)).summary()
     assert isinstance(summary, RunSummary)
     assert [export.format for export in summary.exports] == exports
