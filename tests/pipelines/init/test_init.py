@@ -15,6 +15,7 @@ from tuneline.errors import DataError, OutputExistsError, RecipeError, UserError
 from tuneline.pipelines.init.machine import Machine
 from tuneline.pipelines.init.rows import look
 from tuneline.pipelines.init.write import Proposed, init, output_for
+from tuneline.pipelines.plan.early import check_early
 from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.run import run as prepare
 from tuneline.recipe import Recipe, load_recipe
@@ -126,6 +127,8 @@ def test_each_kind_of_rows_gets_its_method_and_a_benchmark_that_fits(
     ):
         _, recipe = propose(data, tiny_model_dir)
         assert recipe.prepare.method == name
+        early = check_early(recipe, is_local=True)
+        assert [check for check in early if check.verdict == "fail"] == []
         found[name] = recipe.gate.target_tasks
         prepare(
             recipe.prepare,
