@@ -125,4 +125,6 @@ def _check_rows(
         raise DataError(
             f"none of the first {len(reasons)} rows of {source} can be used: {reasons[0]}"
         )
-    return known, any(has_value(row.get("choices")) for row in renamed)
+    # Of a preference, the two answers are the choices.
+    is_preference = table.FORMATS[known].method == "dpo"
+    return known, is_preference or any(has_value(row.get("choices")) for row in renamed)

@@ -84,8 +84,8 @@ MISTAKES = [
     (("status", "nope"), "there is no local run nope (`tuneline runs` lists them), and for one on"),
     (("compare", "nope"), "name at least two runs"),
     (("init", "absent.csv"), "there is no file or directory absent.csv"),
-    (("init", "file", "--profile", "x"), "--profile x is unknown: choose one of t4, a10g"),
-    (("init", "file", "--columns", "q"), "--columns q: write OURS=YOURS, e.g. --columns prompt="),
+    (("init", "rows", "--profile", "x"), "--profile x is unknown: choose one of t4, a10g"),
+    (("init", "rows", "--columns", "q"), "--columns q: write OURS=YOURS, e.g. --columns prompt="),
     (("recipes", "demo", "--data", "x.txt"), "name a file that ends in .csv or .jsonl"),
     (
         ("recipes", "domain-cpt", "--data", "x.csv"),
@@ -153,7 +153,7 @@ def test_the_help_has_a_panel_for_each_kind_of_command(
     monkeypatch.setenv("COLUMNS", "80")
     text = CliRunner().invoke(main.app, ["--help"]).output
     assert commands_of("Recipes and local runs", text) == [
-        "run", "report", "runs", "compare", "recipes", "compile", "schema",
+        "init", "run", "report", "runs", "compare", "recipes", "compile", "schema",
     ]  # fmt: skip
     assert commands_of("Checks", text) == ["plan", "lint", "verify"]
     assert commands_of("Runs on a cluster", text) == [

@@ -15,6 +15,7 @@ from tuneline.errors import DataError, OutputExistsError, RecipeError, UserError
 from tuneline.pipelines.init.machine import Machine
 from tuneline.pipelines.init.rows import look
 from tuneline.pipelines.init.write import Proposed, init, output_for
+from tuneline.pipelines.plan.early import check_early
 from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.run import run as prepare
 from tuneline.recipe import Recipe, load_recipe
@@ -77,6 +78,7 @@ def test_a_csv_of_any_make_becomes_a_recipe_that_prepare_takes(
 ) -> None:
     data = write_csv(tmp_path / "내 문의.csv", QUESTIONS, encoding=encoding, delimiter=delimiter)
     proposed, recipe = propose(data, tiny_model_dir)
+    assert recipe.base_model == str(tiny_model_dir)
     assert proposed.path == tmp_path / "my-model.yaml"
     assert (recipe.prepare.method, recipe.prepare.format) == ("sft", "prompt-completion")
     assert recipe.prepare.columns == {"prompt": "질문", "completion": "답변"}
@@ -125,6 +127,8 @@ def test_each_kind_of_rows_gets_its_method_and_a_benchmark_that_fits(
     ):
         _, recipe = propose(data, tiny_model_dir)
         assert recipe.prepare.method == name
+        early = check_early(recipe, is_local=True)
+        assert [check for check in early if check.verdict == "fail"] == []
         found[name] = recipe.gate.target_tasks
         prepare(
             recipe.prepare,
@@ -215,6 +219,22 @@ def test_a_gpu_gets_its_profile_and_the_exports_for_gpu_servers(
     assert recipe.quantize.gptq == ("gptq-4bit",) and recipe.train.learning_rate == "auto"
     unknown = Machine(16, "NVIDIA GeForce RTX 4090", 1, 24.0)
     assert unknown.profile is None
+
+
+def test_a_recipe_is_beside_its_data_and_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "handbook" / "pages").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "handbook")
+    for source, expected in (
+        ("pages", "pages.yaml"),
+        ("pages/", "pages.yaml"),
+        (".", str(tmp_path / "handbook.yaml")),
+        ("openai/gsm8k", "gsm8k.yaml"),
+        ("s3://bucket/rows.jsonl.gz", "rows.yaml"),
+        ("builtin:support-answers", "support-answers.yaml"),
+    ):
+        assert output_for(source, None) == Path(expected)
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

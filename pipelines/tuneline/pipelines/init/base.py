@@ -32,8 +32,8 @@ _MULTILINGUAL = "Qwen/Qwen2.5-0.5B-Instruct"
 _GIB_FOR_LARGE = 14
 """GPU memory, in GiB, with which a 7B model can be tuned in 4 bits."""
 _TEMPLATE_OF_EMBEDDED = "chatml"
-_NUM_MEASURED = 1000
-"""Number of rows that are rendered and tokenised."""
+_NUM_MEASURED, _CHARACTERS_MEASURED = 1000, 4_000_000
+"""Number of rows that are rendered and tokenised, and number of characters that end it earlier."""
 _LETTERS_PER_TOKEN = 4
 _TOKENS_PER_TEMPLATE = 16
 _LONGEST = 1 << 15
@@ -127,8 +127,7 @@ def measure(base: Base, rows: Rows, config: PrepareConfig) -> Lengths:
         rows: the rows.
         config: what is given of the recipe's `prepare` section, with the method of the rows.
     """
-    step = max(1, -(-len(rows.examples) // _NUM_MEASURED))
-    examples = rows.examples[::step]
+    examples = _sample(rows.examples)
     if base.is_reachable:
         with tempfile.TemporaryDirectory() as work, contextlib.suppress(HubError, ModelError):
             path = early.tokenizer_of(FetchConfig(), source=base.source, target=Path(work))
@@ -138,6 +137,14 @@ def measure(base: Base, rows: Rows, config: PrepareConfig) -> Lengths:
     template = config.template if "template" in config.model_fields_set else OWN_TEMPLATE
     recommended = lengths.recommend(statistics, _LONGEST)
     return Lengths(statistics, recommended, template, True)
+
+
+def _sample(examples: list[Example]) -> list[Example]:
+    """Return rows from all parts of a dataset."""
+    step = max(1, -(-len(examples) // _NUM_MEASURED))
+    sampled = examples[::step]
+    num_characters = sum(sum(map(len, texts_of(example))) for example in sampled)
+    return sampled[:: max(1, -(-num_characters // _CHARACTERS_MEASURED))]
 
 
 def _measured(

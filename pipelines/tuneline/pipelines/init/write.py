@@ -52,7 +52,7 @@ def output_for(source: str, output: Path | None) -> Path:
     """
     if output is not None and output.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output {output}: name a file that ends in .yaml")
-    path = output or _directory_of(source) / f"{name_of(source)}.yaml"
+    path = output or _beside(source)
     if path.exists():
         raise OutputExistsError(
             f"{path} exists, and nothing is overwritten: name another file with --output, or "
@@ -95,7 +95,7 @@ def init(
                 f"{MIN_ROWS} to train on some and to measure on others"
             )
         config = config.model_copy(update={"method": rows.proposal.method})
-        base = choose_base(base_model or given.get("base_model"), machine, rows)
+        base = choose_base(_absolute(base_model or given.get("base_model")), machine, rows)
         lengths = measure(base, rows, config)
     settings = propose_settings(
         rows, base, lengths, machine, name=name_of(path.name), dataset=_dataset(source, path)
@@ -110,9 +110,18 @@ def init(
     return Proposed(path, rows, base, lengths, shortage(rows, on_cpu=on_cpu))
 
 
-def _directory_of(source: str) -> Path:
+def _beside(source: str) -> Path:
+    """Return the path of a recipe beside a file or a directory, or here for any other source."""
     path = Path(source).expanduser()
-    return path.parent if path.exists() else Path()
+    if not path.exists():
+        return Path(f"{name_of(source)}.yaml")
+    # The name of `.` is that of the working directory.
+    name = f"{name_of(os.path.abspath(path))}.yaml"
+    return (
+        path.parent / name
+        if path.name not in ("", "..")
+        else Path(os.path.abspath(path)).parent / name
+    )
 
 
 def _prepare_of(given: dict[str, Any]) -> dict[str, Any]:
@@ -132,6 +141,13 @@ def _dataset(source: str, recipe: Path) -> str:
     path = Path(os.path.abspath(Path(source).expanduser()))
     base = Path(os.path.abspath(recipe.parent))
     return str(path.relative_to(base)) if path.is_relative_to(base) and path != base else str(path)
+
+
+def _absolute(base_model: str | None) -> str | None:
+    """Return a base model; a path absolute, because a recipe's paths are relative to its file."""
+    if base_model is None or not Path(base_model).expanduser().exists():
+        return base_model
+    return os.path.abspath(Path(base_model).expanduser())
 
 
 def _with_given(settings: list[Setting], given: dict[str, Any]) -> list[Setting]:
