@@ -184,8 +184,8 @@ def _benchmark(export: QuantizedModel | None) -> str:
     return (
         f" Score: {export.benchmark} on {export.num_benchmark_rows} held-out rows, with its 95 % "
         f"interval; the merged model has {percent(export.reference_benchmark_score)} on the same "
-        "rows. The score shows whether an export lost as much as the gate does not allow, but not "
-        "which of two formats is better."
+        "rows. The gate holds an export that lost too much. The scores do not show which of two "
+        "formats is better."
     )
 
 

@@ -15,6 +15,7 @@ def exports(line: Line) -> str:
         [
             ("Adapter added to", f"{merge.base} base weights, saved in {merge.dtype}"),
             *([("Held-out loss by base weights", _losses(merge))] if merge.base_losses else []),
+            *([("Loss on evaluation rows", _eval_losses(merge))] if merge.eval_loss else []),
             (
                 "Mean KL per token",
                 f"{number(merge.mean_kl)} nats (at most {number(merge.max_mean_kl)})",
@@ -93,6 +94,10 @@ def _verdict(item: ExportVerdict) -> Cell:
 def _losses(merge: MergeProof) -> str:
     losses = [f"{name} {number(loss)}" for name, loss in merge.base_losses.items()]
     return ", ".join([*losses, f"merged {number(merge.merged_loss)}"])
+
+
+def _eval_losses(merge: MergeProof) -> str:
+    return f"trained {number(merge.trained_eval_loss)}, merged {number(merge.eval_loss)}"
 
 
 def _check(export: QuantizedModel) -> Cell:

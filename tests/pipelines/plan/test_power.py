@@ -40,8 +40,8 @@ def test_the_gain_and_the_margin_of_the_demo() -> None:
         (
             ["gate.max_regression=0.05"],
             "warn",
-            "an export that lost nothing needs 104 rows",
-            "set quantize.num_benchmark_rows to 104, or set a higher gate.max_regression",
+            "an export that lost nothing needs 108 rows",
+            "set quantize.num_benchmark_rows to 108, or set a higher gate.max_regression",
         ),
         (
             ["gate.max_regression=0.02"],
