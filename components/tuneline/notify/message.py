@@ -110,7 +110,7 @@ def _json(message: Message) -> dict[str, Any]:
 
 def _slack(message: Message) -> dict[str, Any]:
     lines = [f"*{_escaped(message.title)}*", *map(_escaped, _sentences(message))]
-    lines += [f"• {_escaped(f'{score.task}: {score.text}')}" for score in message.scores]
+    lines += [f"\u2022 {_escaped(f'{score.task}: {score.text}')}" for score in message.scores]
     lines += [f"{_escaped(name)}: {_escaped(value)}" for name, value in message.links.items()]
     text = _cut("\n".join(lines))
     return {

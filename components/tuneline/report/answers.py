@@ -89,7 +89,7 @@ def _next(line: Line) -> str:
         longer = f"train.max_steps={2 * line.training.num_steps}"
         pairs.append(("Train longer", _code(f"tuneline resume {name} --set {longer}")))
     pairs += [(label, _code(path)) for label, path in place.files]
-    links = " · ".join(
+    links = " &middot; ".join(
         f'<a href="{escape(address)}">{escape(label)}</a>' for label, address in place.links
     )
     if place.links:

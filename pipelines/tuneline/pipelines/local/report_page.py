@@ -68,6 +68,7 @@ def _place(run: LocalRun, artifacts: dict[str, list[str]], summary: RunSummary) 
     problem = ""
     if published is None and failed is not None:
         problem = failed.message or "the step was stopped before its end"
+    merged = Path(artifacts["merged"][0]).parent / "merged"
     is_below_runs = run.directory.parent.name == str(RUNS_DIR)
     return Place(
         run_name=run.name if is_below_runs else str(run.directory),
@@ -77,6 +78,7 @@ def _place(run: LocalRun, artifacts: dict[str, list[str]], summary: RunSummary) 
         published=published,
         problem=problem,
         links=tuple(_copy_pages(run, artifacts)),
+        files=(("Merged model", str(merged)),) if merged.is_dir() else (),
     )
 
 
