@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from webhook_server import WebhookServer
+from tests.notify.webhook_server import WebhookServer
 
 from tuneline.artifacts import Published, PublishedRepo, RunHeader
 from tuneline.notify import NotifyConfig
