@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.notify.webhook_server import WebhookServer
 from tests.support.kfp_runs import recorded
 from tests.support.kube_server import KubeServer
 from tests.support.small_records import new_comparison
-from tests.support.webhook_server import WebhookServer
 
 from tuneline.diagnose import cluster
 from tuneline.diagnose.notification import About, tell

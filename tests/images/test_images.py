@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from tuneline import images, selfcheck
 from tuneline.images import USER_ID
 from tuneline.runtime.environment import IMAGE_VARIABLE, describe_environment
 from tuneline.steps import IMAGE_SETS, steps_in
+from tuneline.train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "images"
@@ -193,3 +195,10 @@ def test_any_user_can_work_in_an_image_with_a_read_only_root_too(name: str) -> N
     }
     for package, version in pins(IMAGES / name / "requirements.lock").items():
         assert listed[package] == version
+
+
+def test_the_train_image_has_every_tracker_that_a_recipe_may_name() -> None:
+    packages = {"mlflow": "mlflow-skinny", "wandb": "wandb", "tensorboard": "tensorboardx"}
+    allowed = get_args(get_args(TrainConfig.model_fields["track"].annotation)[0])
+    assert set(packages) == set(allowed)
+    assert set(packages.values()) <= pins(IMAGES / "train" / "requirements.lock").keys()

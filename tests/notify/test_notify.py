@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from small_records import new_comparison
-from webhook_server import WebhookServer
+from tests.notify.webhook_server import WebhookServer
 
 from tuneline.errors import RecipeError
 from tuneline.notify import NotifyConfig

@@ -65,8 +65,8 @@ def test_a_hold_in_spite_of_a_gain_names_the_reason() -> None:
     target, guard = new_comparison(**BINARY), new_comparison(role="guard", outcome="worse")
     text = verdict_sentence("hold", "boolq -0.1 acc: a task got worse", [target, guard])
     assert text.startswith("Right answers rose from 25 % to 75 %")
-    assert text.endswith("for another reason: boolq -0.1 acc: a task got worse.")
-    assert "another reason" not in verdict_sentence("promote", "all well", [target, guard])
+    assert text.endswith("the gate holds the model back: boolq -0.1 acc: a task got worse.")
+    assert "holds the model" not in verdict_sentence("promote", "all well", [target, guard])
 
 
 @pytest.fixture
@@ -129,6 +129,14 @@ def test_rounding_forgetting_and_few_questions_are_causes(line: Callable[..., Li
     assert found["Too few questions"].settings == ("prepare.heldout.max_rows=900",)
     assert "boolq -10 points" in found["The model forgets what it could do"].evidence
     assert found["4-bit rounding"].settings == ("train.load_in_4bit=false",)
+
+
+def test_a_gain_below_min_gain_has_the_causes_of_a_missing_gain(line: Callable[..., Line]) -> None:
+    small = new_comparison(difference=0.1, interval=(0.04, 0.16), lower=0.05, **BINARY)
+    decision = held(small).model_copy(update={"settings": {"min_gain": 0.5}})
+    training = new_training(history=curve(2.0, 1.5, 1.2), num_steps=20, base_quantization="none")
+    found = [each.name for each in causes(line(decision=decision, training=training))]
+    assert found == ["Too few steps"]
 
 
 def test_a_held_run_says_what_to_change_with_a_command_that_resumes_it(

@@ -75,7 +75,7 @@ th{text-align:left;color:var(--muted);font-size:12.5px;font-weight:600;border-bo
 var(--rule);padding:4px 16px 6px 0;white-space:nowrap}
 td{border-bottom:1px solid var(--faint);padding:7px 16px 7px 0;vertical-align:top}
 tr:last-child td{border-bottom:0}
-table:not(.prose) td:first-child{white-space:nowrap}
+table:not(.prose) td:first-child{min-width:8em}
 th:last-child,td:last-child{padding-right:0}
 .number{text-align:right;white-space:nowrap}
 table.prose{table-layout:fixed}
@@ -146,7 +146,7 @@ footer{color:var(--muted);font-size:12.5px;margin-top:18px}
 table:not(.prose) tr{display:block;border-bottom:1px solid var(--rule);padding:8px 0}
 table:not(.prose) td{display:flow-root;border:0;padding:3px 0;text-align:right;
 overflow-wrap:anywhere;white-space:normal}
-table:not(.prose) td:first-child{white-space:normal;font-weight:600;text-align:left}
+table:not(.prose) td:first-child{min-width:0;font-weight:600;text-align:left}
 table:not(.prose) td::before{content:attr(data-label);color:var(--muted);font-size:12.5px;
 font-weight:600;float:left;margin-right:16px}
 .badge{white-space:normal}pre{white-space:pre-wrap;overflow-wrap:anywhere}

@@ -100,7 +100,7 @@ def decode_scores(text: str) -> list[Score]:
 
 def payload(message: Message, shape: Shape) -> dict[str, Any]:
     """Return the JSON object that a webhook of a shape gets, without secrets."""
-    clean: dict[str, Any] = _without_secrets(_SHAPES[shape](message))
+    clean: dict[str, Any] = _without_secrets(SHAPES[shape](message))
     return clean
 
 
@@ -110,7 +110,7 @@ def _json(message: Message) -> dict[str, Any]:
 
 def _slack(message: Message) -> dict[str, Any]:
     lines = [f"*{_escaped(message.title)}*", *map(_escaped, _sentences(message))]
-    lines += [f"• {_escaped(f'{score.task}: {score.text}')}" for score in message.scores]
+    lines += [f"\u2022 {_escaped(f'{score.task}: {score.text}')}" for score in message.scores]
     lines += [f"{_escaped(name)}: {_escaped(value)}" for name, value in message.links.items()]
     text = _cut("\n".join(lines))
     return {
@@ -150,7 +150,7 @@ def _teams(message: Message) -> dict[str, Any]:
     }
 
 
-_SHAPES: dict[Shape, Callable[[Message], dict[str, Any]]] = {
+SHAPES: dict[Shape, Callable[[Message], dict[str, Any]]] = {
     "json": _json,
     "slack": _slack,
     "teams": _teams,

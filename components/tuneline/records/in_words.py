@@ -25,7 +25,7 @@ def verdict_sentence(verdict: Verdict, reason: str, comparisons: Sequence[TaskCo
     if len(targets) > MAX_TARGETS:
         parts.append(f"The recipe has {len(targets)} targets, of which these are the first.")
     if verdict == "hold" and all(item.outcome == "better" for item in targets):
-        parts.append(f"The gate holds the model back for another reason: {reason}.")
+        parts.append(f"Still, the gate holds the model back: {reason}.")
     return " ".join(parts)
 
 

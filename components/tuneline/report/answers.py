@@ -73,7 +73,7 @@ def _next(line: Line) -> str:
     else:
         pairs.append(("State of the run", _code(f"tuneline status {name}")))
     if is_held:
-        pairs.append(("Change and run again", "The likely causes are below, each with a command."))
+        pairs.append(("Change and run again", "See What to change, below."))
     elif place.published is not None:
         urls = (f"<code>{escape(repo.url)}</code>" for repo in place.published.repos)
         pairs.append(("Published", Cell("<br>".join(urls))))
@@ -89,7 +89,7 @@ def _next(line: Line) -> str:
         longer = f"train.max_steps={2 * line.training.num_steps}"
         pairs.append(("Train longer", _code(f"tuneline resume {name} --set {longer}")))
     pairs += [(label, _code(path)) for label, path in place.files]
-    links = " · ".join(
+    links = " &middot; ".join(
         f'<a href="{escape(address)}">{escape(label)}</a>' for label, address in place.links
     )
     if place.links:

@@ -15,7 +15,7 @@ from tuneline.html.units import count, number, percent
 from tuneline.records.in_words import with_unit
 from tuneline.records.scores import HELDOUT_PREFIX
 from tuneline.report.records import Line
-from tuneline.verdict import MIN_CLUSTERS, Z_LEVEL, Z_LEVEL_AND_POWER
+from tuneline.verdict import MIN_CLUSTERS, Z_LEVEL, Z_LEVEL_AND_POWER, GateRule
 
 STILL_FALLING = 0.01
 """Fraction by which the evaluation loss fell between the last two evaluations, from which training
@@ -68,11 +68,12 @@ def _card(content: str) -> str:
 def causes(line: Line) -> Iterator[Cause]:
     """Yield the causes that the records of a run speak for, the most direct first."""
     targets = [item for item in line.decision.comparisons if item.role == "target"]
+    min_gain = line.decision.settings.get("min_gain", GateRule().min_gain)
     for item in targets:
-        yield from _too_few_questions(item)
+        yield from _too_few_questions(item, min_gain)
     yield from _unread_prompts(line)
     yield from _forgetting(line)
-    if any(item.outcome != "better" for item in targets):
+    if any(item.interval[0] <= min_gain for item in targets):
         yield from _training(line)
         yield from _rounding(line)
         yield from _data(line)
@@ -88,7 +89,7 @@ def _change(line: Line, cause: Cause) -> str:
     return f"{escape(cause.change)}\n<code>{escape(f'tuneline {again} {settings}')}</code>"
 
 
-def _too_few_questions(item: TaskComparison) -> Iterator[Cause]:
+def _too_few_questions(item: TaskComparison, min_gain: float) -> Iterator[Cause]:
     is_heldout = item.task.startswith(HELDOUT_PREFIX)
     words = "Keep more rows out of training." if is_heldout else "Measure more questions."
     key = "prepare.heldout.max_rows" if is_heldout else "evaluate.limit"
@@ -102,8 +103,9 @@ def _too_few_questions(item: TaskComparison) -> Iterator[Cause]:
         )
         return
     error = (item.difference - item.lower) / Z_LEVEL
-    if item.outcome == "undecided" and item.difference > 0 and error > 0:
-        rows = item.num_samples * (Z_LEVEL_AND_POWER * error / item.difference) ** 2
+    excess = item.difference - min_gain
+    if item.interval[0] <= min_gain and excess > 0 and error > 0:
+        rows = item.num_samples * (Z_LEVEL_AND_POWER * error / excess) ** 2
         if item.num_samples < rows <= MAX_MORE_ROWS * item.num_samples:
             rounded = 50 * -(-int(rows) // 50)
             yield Cause(

@@ -30,16 +30,25 @@ LOG = """\
 18:10:16.374 - INFO - Running pipeline: \x1b[95m'tuneline-shop'\x1b[0m
 18:10:29.062 - INFO - Executing task \x1b[96m'evaluate'\x1b[0m
 18:10:29.062 - INFO - Streamed logs:
+            "artifacts": {
+                                "format": "prompt-completion",
+            "parameterValues": {
                 "label": "base",
     scores of the base model
 18:11:13.183 - INFO - Task \x1b[96m'evaluate'\x1b[0m finished with status \x1b[92mSUCCESS\x1b[0m
 18:15:06.293 - INFO - Executing task \x1b[96m'evaluate-2'\x1b[0m
+            "parameterValues": {
                 "label": "tuned",
     scores of the tuned model
 18:15:54.165 - ERROR - Task \x1b[96m'evaluate-2'\x1b[0m finished with status \x1b[91mFAILURE\x1b[0m
 18:15:54.200 - INFO - Executing task \x1b[96m'quantize-gguf'\x1b[0m
+                                "format": "f16",
+            "parameterValues": {
                 "format": "q4_k_m",
     a file
+18:16:06.293 - INFO - Executing task \x1b[96m'report'\x1b[0m
+                                "format": "f16",
+            "parameterValues": {
 """
 
 
@@ -66,9 +75,10 @@ def write(run: LocalRun, events: list[dict[str, Any]]) -> None:
 
 def test_the_log_is_divided_by_steps(run: LocalRun) -> None:
     sections = {section.name: section for section in run.sections()}
-    assert list(sections) == ["evaluate base", "evaluate tuned", "quantize-gguf q4_k_m"]
+    assert list(sections) == ["evaluate base", "evaluate tuned", "quantize-gguf q4_k_m", "report"]
     assert sections["evaluate base"].lines[-1] == "scores of the base model"
-    assert [section.status for section in sections.values()] == ["SUCCESS", "FAILURE", ""]
+    assert [section.status for section in sections.values()] == ["SUCCESS", "FAILURE", "", ""]
+    assert [each.name for each in run.sections(of_all_attempts=True)] == ["merge", *sections]
 
 
 def test_what_did_not_run_but_was_waited_for_came_from_the_cache(run: LocalRun) -> None:

@@ -6,6 +6,7 @@ run are. When the run has ended, the page is rendered again from the same record
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tuneline.runtime.parameter_text import decode_text
 
 logger = logging.getLogger(__name__)
 
+_BEGIN = re.compile(r"Got executor_input:")
 OTHER_PAGES = (
     ("Data preview", "dataset", "statistics", "data.html"),
     ("Training curves", "adapter", "curves", "curves.html"),
@@ -66,6 +68,7 @@ def _place(run: LocalRun, artifacts: dict[str, list[str]], summary: RunSummary) 
     problem = ""
     if published is None and failed is not None:
         problem = failed.message or "the step was stopped before its end"
+    merged = Path(artifacts["merged"][0]).parent / "merged"
     is_below_runs = run.directory.parent.name == str(RUNS_DIR)
     return Place(
         run_name=run.name if is_below_runs else str(run.directory),
@@ -75,6 +78,7 @@ def _place(run: LocalRun, artifacts: dict[str, list[str]], summary: RunSummary) 
         published=published,
         problem=problem,
         links=tuple(_copy_pages(run, artifacts)),
+        files=(("Merged model", str(merged)),) if merged.is_dir() else (),
     )
 
 
@@ -99,22 +103,27 @@ def _inputs_of_report(run: LocalRun) -> tuple[dict[str, list[str]], dict[str, An
     """Return the paths of the artifacts, by input, and the parameters of the last report step.
 
     Some artifacts are in the directories of earlier runs, from the cache. KFP logs what a component
-    gets as JSON.
+    gets as JSON. Publish may run beside report, and then the log has the lines of both.
     """
-    for section in reversed(run.sections()):
-        if section.name != "report":
-            continue
-        text = "\n".join(section.lines)
-        _, _, given = text.partition("Got executor_input:")
+    text = "\n".join(
+        line
+        for section in run.sections()
+        if section.name in ("report", "publish")
+        for line in section.lines
+    )
+    for begin in reversed([found.end() for found in _BEGIN.finditer(text)]):
         try:
-            values, _ = json.JSONDecoder().raw_decode(given[given.index("{") :])
+            values, _ = json.JSONDecoder().raw_decode(text[begin:].lstrip())
             inputs = values["inputs"]
+            if "page" not in values["outputs"]["artifacts"]:
+                continue
             artifacts = {
                 name: [each["uri"] for each in found["artifacts"]]
                 for name, found in inputs["artifacts"].items()
             }
             return artifacts, inputs["parameterValues"]
-        except (ValueError, KeyError, TypeError) as error:
-            logger.warning("the log of the report step could not be understood: %s", error)
-            return None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            # Lines of both steps are mixed.
+            continue
+    logger.warning("the log of the step report does not say which artifacts it read")
     return None

@@ -1,6 +1,7 @@
 """The directory of a run on this machine: its files, its state, and the logs of its steps."""
 
 import fcntl
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -36,7 +37,13 @@ _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 _BEGIN = re.compile(r"^[\d:.]+ - INFO - Executing task '([^']+)'")
 _END = re.compile(r"^[\d:.]+ - \w+ - Task '([^']+)' finished with status (\w+)")
 _PIPELINE = re.compile(r"^[\d:.]+ - INFO - Running pipeline: '")
-_PART = re.compile(r'^\s*"(?:label|format)": "([\w.-]+)"')
+_PARAMETERS = re.compile(r'^\s*"parameterValues": ')
+_PART = {
+    "evaluate": re.compile(r'^\s*"label": "([\w.-]+)"'),
+    "quantize-gguf": re.compile(r'^\s*"format": "([\w.-]+)"'),
+    "quantize-gptq": re.compile(r'^\s*"format": "([\w.-]+)"'),
+}
+"""Parameter that tells the executions of a step apart, by step."""
 _URI = re.compile(r'"uri": "(/[^"]+)"')
 _NUMBERED = re.compile(r"^(.+)-\d+$")
 _STOPPED_CODES = (130, 143)
@@ -88,7 +95,11 @@ class LogSection:
         """Name of the step with what it is about, e.g. evaluate tuned."""
         numbered = _NUMBERED.match(self.task)
         step = numbered[1] if numbered and self.task not in STEPS else self.task
-        part = next((found[1] for line in self.lines[:80] if (found := _PART.match(line))), "")
+        if step not in _PART:
+            return step
+        # Before the parameters are the artifacts, whose metadata has a format of its own.
+        given = itertools.dropwhile(lambda line: not _PARAMETERS.match(line), self.lines)
+        part = next((found[1] for line in given if (found := _PART[step].match(line))), "")
         return f"{step} {part}".strip()
 
     @property
@@ -168,16 +179,21 @@ class LocalRun:
                 return "stopped"
         return "succeeded" if ended_well else "failed"
 
-    def sections(self) -> list[LogSection]:
+    def sections(self, *, of_all_attempts: bool = False) -> list[LogSection]:
         """Return what the tasks of the last attempt wrote to the log, in the order of their start.
 
         KFP logs nothing of a task whose result came from the cache.
+
+        Args:
+            of_all_attempts: whether to return the tasks of earlier attempts too.
         """
         try:
             text = self.log_path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
-        return list(_sections(_STYLE.sub("", text).splitlines()))
+        attempts = list(_sections(_STYLE.sub("", text).splitlines()))
+        chosen = attempts if of_all_attempts else attempts[-1:]
+        return [section for attempt in chosen for section in attempt]
 
     def cached(self) -> list[str]:
         """Return the stages whose results came from the cache in the last attempt.
@@ -245,11 +261,13 @@ def set_events_aside(run: LocalRun) -> None:
         run.events_path.rename(run.events_path.with_name(f"events-{number}.jsonl"))
 
 
-def _sections(lines: list[str]) -> Iterator[LogSection]:
+def _sections(lines: list[str]) -> Iterator[list[LogSection]]:
+    """Yield the sections of each attempt."""
     found: list[LogSection] = []
     running: list[LogSection] = []
     for line in lines:
         if _PIPELINE.match(line):
+            yield found
             found, running = [], []
         elif begun := _BEGIN.match(line):
             running.append(LogSection(begun[1]))
@@ -261,4 +279,4 @@ def _sections(lines: list[str]) -> Iterator[LogSection]:
         elif running:
             # Lines do not name their task; of tasks that run at once, the last one gets them.
             running[-1].lines.append(line.removeprefix("    "))
-    yield from found
+    yield found
