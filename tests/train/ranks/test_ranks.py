@@ -311,7 +311,8 @@ def test_zero_2_learns_what_one_rank_does(job, tmp_path):
         diverging = zero("diverging", 2, max_skipped_in_a_row=1)
         on(2, "diverging", it={**diverging, "nan_at": 3})
     assert caught.value.carried["num_rollbacks"] == 1
-    again = zero("diverging", 2, max_skipped_in_a_row=1)
+    again = zero("again", 1, max_skipped_in_a_row=1)
+    again["arguments"]["store"] = diverging["arguments"]["store"]
     again["arguments"]["carried"] = caught.value.carried
     one = on(1, "one", shrunk=zero("shrunk", 1, store="shrinks"), again=again)
     assert_same_curves(one["shrunk"], alone)

@@ -78,11 +78,11 @@ class JudgedTrainer(ExampleTrainer, KTOTrainer):
         self._eval_kl = 0.0
         self._kl_terms: list[torch.Tensor] = []
 
-    def _loader(self, rows: Any, batches: Any) -> DataLoader[Any]:
+    def _loader(self, rows: Any, batches: Any, *, num_workers: int = 0) -> DataLoader[Any]:
         if self.calculate_KL:
             batches.with_neighbour = True
             rows = _Mismatched(rows)
-        return super()._loader(rows, batches)
+        return super()._loader(rows, batches, num_workers=num_workers)
 
     def _remove_unused_columns(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
