@@ -21,7 +21,7 @@ from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_even
 from tuneline.publish.target import DIRECTORY_PREFIX
 from tuneline.recipe import Recipe
 from tuneline.records.earlier import RUNS_VARIABLE
-from tuneline.runtime import requirements
+from tuneline.runtime import environment
 from tuneline.runtime.events import failed_run, step_runs
 from tuneline.runtime.source_names import CLAIMS_PATH, CLAIMS_VARIABLE, fixed_part
 from tuneline.runtime.step import EVENTS_VARIABLE
@@ -50,7 +50,7 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str) -> None:
         cache_root=str(run_dir.parent / CACHE_DIR),
     )
     # Without arguments, the recipe's own values: find_recipe has made its paths absolute.
-    versions_of = None if is_docker else requirements.versions_of
+    versions_of = None if is_docker else environment.versions_of
     finetune(recipe, on_cluster=False, versions_of=versions_of)()
     if is_docker:
         check_that_all_steps_ended(events_path)
