@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from tuneline.runtime.requirements import check_versions
+from tuneline.runtime.environment import check_versions
 from tuneline.steps import IMAGE_SETS, STEPS, steps_in
 
 CACHE_VARIABLES = ("HOME", "HF_HOME", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "TMPDIR")

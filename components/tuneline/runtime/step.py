@@ -33,11 +33,11 @@ from typing import Any
 
 from tuneline.errors import StorageError, TunelineError
 from tuneline.runtime.causes import explain
+from tuneline.runtime.environment import check_versions
 from tuneline.runtime.events import StepRun
 from tuneline.runtime.parameter_text import encode_text
 from tuneline.runtime.printable import printable
 from tuneline.runtime.redaction import redact_logs, redacted
-from tuneline.runtime.requirements import check_versions
 from tuneline.runtime.termination import STARTED, Ending, leave, leave_finished
 from tuneline.seals import sealed_json
 from tuneline.strict_model import StrictModel

@@ -23,7 +23,7 @@ from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_even
 from tuneline.publish.target import DIRECTORY_PREFIX
 from tuneline.recipe import Recipe
 from tuneline.records.earlier import RUNS_VARIABLE
-from tuneline.runtime import requirements
+from tuneline.runtime import environment
 from tuneline.runtime.events import failed_run, step_runs
 from tuneline.runtime.source_names import CLAIMS_PATH, CLAIMS_VARIABLE, fixed_part
 from tuneline.runtime.step import EVENTS_VARIABLE
@@ -63,7 +63,7 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str, uncached: list[str]
         on_cluster=False,
         run_name=run_dir.name,
         uncached=uncached,
-        versions_of=None if is_docker else requirements.versions_of,
+        versions_of=None if is_docker else environment.versions_of,
     )()
     if is_docker:
         check_that_all_steps_ended(events_path)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tuneline.errors import ToolError
-from tuneline.runtime.requirements import check_versions, versions_of
+from tuneline.runtime.environment import check_versions, versions_of
 from tuneline.runtime.step import step
 
 
