@@ -64,6 +64,8 @@ def compare(
             for run, each in zip(finished, local, strict=True)
         ]
     scores = [score_differences(finished[0], other) for other in finished[1:]]
+    # Written first: who pipes the tables into `head` gets the page too.
+    output.write_text(render_comparison(finished, scores), encoding="utf-8")
     for other, (found, remark) in zip(finished[1:], scores, strict=True):
         say(f"{other.name} against {finished[0].name}:")
         # The metric is on the page; here, it would cut the figures in a narrow terminal.
@@ -86,5 +88,4 @@ def compare(
     console.print(table)
     for remark in remarks(finished):
         say(remark)
-    output.write_text(render_comparison(finished, scores), encoding="utf-8")
     say(f"page: {output.absolute()}")
