@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_files import COMMIT, HubHandler
+from hub_server import COMMIT, HubHandler
 
 
 @pytest.fixture

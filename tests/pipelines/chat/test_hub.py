@@ -7,7 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
-from hub_files import HubHandler
+from hub_server import HubHandler
 
 PROGRAM = """
 import sys

@@ -1,5 +1,6 @@
 """Finished runs are compared on the samples that they share, wherever their results are."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,14 @@ def test_what_differs_is_listed(tmp_path: Path, new_dataset: NewDataset) -> None
     (prompt,) = recipe_differences(changed)
     assert prompt.values[0].startswith("...") and prompt.values[0].endswith("...")
     assert "짧게" in prompt.values[0] and "길게" in prompt.values[1]
+    # An empty mapping is no difference to one with keys, which are differences themselves.
+    bounds: list[dict[str, Any]] = [{}, {"q8_0": 5.0}]
+    changed = [
+        replace(run, recipe={"quantize": {"max_mean_kl": each}, "gate": {}})
+        for run, each in zip(runs, bounds, strict=True)
+    ]
+    (bound,) = recipe_differences(changed)
+    assert (bound.name, bound.values) == ("quantize.max_mean_kl.q8_0", ("null", "5.0"))
     assert remarks(runs) == []
     other = replace(runs[1], training=new_training(base_sha256="9" * 64))
     assert "compares models with the same tokenizer only" in remarks([runs[0], other])[0]
@@ -171,4 +180,13 @@ def test_a_run_that_has_not_finished_is_named(
     run = new_run(tmp_path, "a", {"t": samples(SHARED)}, new_dataset)
     Start("x.yaml", [], "subprocess", exit_code=143).write(run.directory)
     with pytest.raises(UserError, match="a has not finished .stopped., so it has no scores"):
+        read_finished(run)
+
+
+def test_a_run_of_another_version_is_named(tmp_path: Path, new_dataset: NewDataset) -> None:
+    run = new_run(tmp_path, "a", {"t": samples(SHARED)}, new_dataset)
+    path = run.summary_path()
+    assert path is not None
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"new_key": 1}))
+    with pytest.raises(UserError, match="a was made with another version of tuneline.*new_key"):
         read_finished(run)

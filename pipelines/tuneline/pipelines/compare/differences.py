@@ -54,7 +54,9 @@ class ScoreDifference:
 def recipe_differences(runs: Sequence[FinishedRun]) -> list[Difference]:
     """Return the keys of the recipes whose values differ."""
     flat = [dict(_flat(run.recipe)) for run in runs]
-    names = dict.fromkeys(name for values in flat for name in values)
+    names = list(dict.fromkeys(name for values in flat for name in values))
+    sections = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    names.sort(key=lambda name: sections.index(name.partition(".")[0]))
     found = []
     for name in names:
         texts = [_text(values.get(name)) for values in flat]
@@ -95,8 +97,8 @@ def remarks(runs: Sequence[FinishedRun]) -> list[str]:
         )
     if len({run.dataset.sha256 for run in runs}) > 1:
         found.append(
-            "The datasets differ, so losses are of different rows. Scores are compared on the same "
-            "samples."
+            "The datasets differ, so losses may be of different rows. Scores are compared on the "
+            "same samples."
         )
     return found
 
@@ -153,7 +155,8 @@ def _compare(
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
+        # An empty mapping states nothing: another run may have keys in it.
+        if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
