@@ -10,9 +10,9 @@ from gguf import GGUFWriter
 
 from tuneline.errors import UserError
 from tuneline.models.sampling import PRESETS, UNLIMITED_TOP_K, Sampling, set_sampling
+from tuneline.pipelines.chat.published import read_context, read_published
 from tuneline.pipelines.chat.session import Session
 from tuneline.pipelines.chat.settings import Settings, describe
-from tuneline.pipelines.chat.speakers import read_context, read_published
 from tuneline.pipelines.chat.subject import ModelFiles, find_subject
 from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.proof.transformers_model import TransformersModel

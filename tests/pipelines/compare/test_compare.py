@@ -1,6 +1,8 @@
 """Finished runs are compared on the samples that they share, wherever their results are."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tuneline.pipelines.cli import main
 from tuneline.pipelines.compare.differences import (
     figures,
     recipe_differences,
+    remarks,
     score_differences,
 )
 from tuneline.pipelines.compare.finished import FinishedRun, read_finished
@@ -113,6 +116,26 @@ def test_what_differs_is_listed(tmp_path: Path, new_dataset: NewDataset) -> None
     ]
     (rank,) = recipe_differences(runs)
     assert (rank.name, rank.values) == ("train.lora.r", ("8", "16"))
+    # Long texts are cut where they begin to differ, which may be far from their beginning.
+    long = "당신은 친절한 상담원입니다. " * 20
+    changed = [
+        replace(run, recipe={"prepare": {"system_prompt": f"{long}{end}" + " 감사합니다." * 9}})
+        for run, end in zip(runs, ("짧게", "길게"), strict=True)
+    ]
+    (prompt,) = recipe_differences(changed)
+    assert prompt.values[0].startswith("...") and prompt.values[0].endswith("...")
+    assert "짧게" in prompt.values[0] and "길게" in prompt.values[1]
+    # An empty mapping is no difference to one with keys, which are differences themselves.
+    bounds: list[dict[str, Any]] = [{}, {"q8_0": 5.0}]
+    changed = [
+        replace(run, recipe={"quantize": {"max_mean_kl": each}, "gate": {}})
+        for run, each in zip(runs, bounds, strict=True)
+    ]
+    (bound,) = recipe_differences(changed)
+    assert (bound.name, bound.values) == ("quantize.max_mean_kl.q8_0", ("null", "5.0"))
+    assert remarks(runs) == []
+    other = replace(runs[1], training=new_training(base_sha256="9" * 64))
+    assert "compares models with the same tokenizer only" in remarks([runs[0], other])[0]
     rows = {row.name: row.values for row in figures(runs)}
     assert rows["training rows"] == ("800", "1,600")
     assert rows["final training loss"] == ("0.25", "0.125")
@@ -128,7 +151,24 @@ def test_the_command_prints_a_table_and_writes_a_page(
     assert done.exit_code == 0, done.output
     assert "b against a:" in done.output and "better" in done.output
     page = (tmp_path / "compare.html").read_text()
-    assert "<h1>a and b</h1>" in page and "train.lora.r" in page and "Training loss" in page
+    assert (
+        "<h1>a and b</h1>" in page
+        and "first is a, second b" in page
+        and "train.lora.r" in page
+        and "Training loss" in page
+    )
+
+    elsewhere = tmp_path / "other"
+    new_run(elsewhere, "a", {"t": samples(SHARED)}, new_dataset)
+    for names, message in (
+        (["a"], "1 runs are named: name 2 to 4"),
+        (["a", "runs/a"], "a run is named twice: a runs/a"),
+    ):
+        assert message in str(CliRunner().invoke(main.app, ["compare", *names]).exception)
+    same = CliRunner().invoke(main.app, ["compare", "a", "b", str(elsewhere / "runs" / "a")])
+    assert same.exit_code == 0, same.output
+    page = (tmp_path / "compare.html").read_text()
+    assert f"{elsewhere}/runs/a against {tmp_path}/runs/a" in page
 
     listed = CliRunner().invoke(main.app, ["runs"])
     assert listed.exit_code == 0 and listed.output.count("hold") == 2
@@ -140,4 +180,13 @@ def test_a_run_that_has_not_finished_is_named(
     run = new_run(tmp_path, "a", {"t": samples(SHARED)}, new_dataset)
     Start("x.yaml", [], "subprocess", exit_code=143).write(run.directory)
     with pytest.raises(UserError, match="a has not finished .stopped., so it has no scores"):
+        read_finished(run)
+
+
+def test_a_run_of_another_version_is_named(tmp_path: Path, new_dataset: NewDataset) -> None:
+    run = new_run(tmp_path, "a", {"t": samples(SHARED)}, new_dataset)
+    path = run.summary_path()
+    assert path is not None
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"new_key": 1}))
+    with pytest.raises(UserError, match="a was made with another version of tuneline.*new_key"):
         read_finished(run)

@@ -1,20 +1,20 @@
 """Download a published repository from the Hub."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 
 from tuneline.errors import UserError
 from tuneline.fetch import hub
-from tuneline.pipelines.chat.subject import has_format
 
 
-def download(repo: str, format: str | None) -> Path:
+def download(repo: str, is_wanted: Callable[[str], bool]) -> Path:
     """Download a checkpoint, or one GGUF file of a repository; return its directory in the cache.
 
     Args:
         repo: Hub ID of the repository.
-        format: the end of the GGUF file's name, without .gguf; None: the only one.
+        is_wanted: whether a GGUF file of this name is of the format that the user chose.
 
     Raises:
         ModelError: there is no such repository, or it has no model.
@@ -27,7 +27,7 @@ def download(repo: str, format: str | None) -> Path:
     files = [name for name in names if name.endswith(".gguf")]
     if not files or any(name.endswith(".safetensors") for name in names):
         return hub.download(repo, revision=None, with_code=False).path
-    chosen = [name for name in files if has_format(name, format)]
+    chosen = [name for name in files if is_wanted(name)]
     if len(chosen) != 1:
         raise UserError(
             f"{repo} has {', '.join(files)}: name the end of one file's name with --format, e.g. "

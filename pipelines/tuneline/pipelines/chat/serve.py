@@ -9,10 +9,10 @@ from typing import Any
 
 from tuneline.errors import UserError
 from tuneline.models.sampling import Sampling
+from tuneline.pipelines.chat.ports import ADDRESS, port_problem
+from tuneline.pipelines.chat.published import read_context, read_published
 from tuneline.pipelines.chat.settings import Settings
-from tuneline.pipelines.chat.speakers import read_context, read_published
 from tuneline.pipelines.chat.subject import MERGED, Subject
-from tuneline.pipelines.chat.web.server import ADDRESS, port_problem
 
 _SERVER_PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
 _COMPLETIONS = ("/v1/completions", "/v1/chat/completions")

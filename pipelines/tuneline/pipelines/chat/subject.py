@@ -90,7 +90,8 @@ def _find(name: str, format: str | None) -> Subject:
         # Imported here, because huggingface_hub takes a moment.
         from tuneline.pipelines.chat.hub import download
 
-        return Subject(name, _from_directory(download(name, format), format))
+        path = download(name, lambda file: _has_format(file, format))
+        return Subject(name, _from_directory(path, format))
     runs = ", ".join(each.name for each in local_runs()[:5])
     raise UserError(
         f"there is no run, directory or file {name}: name one, or the Hub ID of a repository "
@@ -161,14 +162,14 @@ def _from_path(path: Path, format: str | None) -> ModelFiles | None:
     return ModelFiles(path.absolute(), "gguf", path.stem)
 
 
-def has_format(name: str, format: str | None) -> bool:
+def _has_format(name: str, format: str | None) -> bool:
     """Return whether a GGUF file's name ends with a format, in any case; None is every format."""
     return format is None or name.lower().endswith(f"{format.lower()}.gguf")
 
 
 def _from_directory(path: Path, format: str | None) -> ModelFiles:
     files = sorted(path.glob("*.gguf"))
-    named = [file for file in files if has_format(file.name, format)]
+    named = [file for file in files if _has_format(file.name, format)]
     if len(named) == 1:
         return ModelFiles(named[0].absolute(), "gguf", named[0].stem)
     if files:

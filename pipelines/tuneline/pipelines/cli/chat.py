@@ -154,7 +154,7 @@ def chat(
     from tuneline.pipelines.chat.session import Session
 
     if sys.stderr.isatty():
-        _NOTES.print(f"loading {subject.tuned.path}", markup=False, highlight=False)
+        _NOTES.print(f"loading {subject.tuned.path}", markup=False, highlight=False, soft_wrap=True)
     session = Session(subject, compare=compare)
     settings = session.settings.with_numbers(preset, **numbers)
     settings = replace(settings, max_tokens=max_tokens or settings.max_tokens, seed=seed)

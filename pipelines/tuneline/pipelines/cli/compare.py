@@ -64,24 +64,28 @@ def compare(
             for run, each in zip(finished, local, strict=True)
         ]
     scores = [score_differences(finished[0], other) for other in finished[1:]]
+    # Written first: who pipes the tables into `head` gets the page too.
+    output.write_text(render_comparison(finished, scores), encoding="utf-8")
     for other, (found, remark) in zip(finished[1:], scores, strict=True):
         say(f"{other.name} against {finished[0].name}:")
         # The metric is on the page; here, it would cut the figures in a narrow terminal.
-        columns = [name for name in SCORE_COLUMNS if name != "metric"]
-        table = Table(*(Column(name, overflow="fold") for name in columns), box=None)
+        shown = [name for name in SCORE_COLUMNS if name != "metric"]
+        table = Table(
+            *(Column(name, overflow="fold", no_wrap=name == "task") for name in shown), box=None
+        )
         for each in found:
             cells = dict(zip(SCORE_COLUMNS, score_row(each), strict=True))
-            table.add_row(*(Text(printable(cells[name])) for name in columns))
+            table.add_row(*(Text(printable(cells[name])) for name in shown))
         console.print(table)
         if remark:
             say(remark)
     rows = [*recipe_differences(finished), *figures(finished)]
-    table = Table("", *(Column(run.name, overflow="fold") for run in finished), box=None)
+    columns = ("", *(run.name for run in finished))
+    table = Table(*(Column(name, overflow="fold") for name in columns), box=None)
     for row in rows:
         # A value may look like rich's markup, or hold control characters.
         table.add_row(*(Text(printable(text)) for text in (row.name, *row.values)))
     console.print(table)
     for remark in remarks(finished):
         say(remark)
-    output.write_text(render_comparison(finished, scores), encoding="utf-8")
     say(f"page: {output.absolute()}")

@@ -1,6 +1,7 @@
 """What differs between runs: keys of the recipe, figures of data and training, and scores."""
 
 import json
+import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,13 +54,15 @@ class ScoreDifference:
 def recipe_differences(runs: Sequence[FinishedRun]) -> list[Difference]:
     """Return the keys of the recipes whose values differ."""
     flat = [dict(_flat(run.recipe)) for run in runs]
-    names = dict.fromkeys(name for values in flat for name in values)
-    found = [
-        Difference(name, tuple(_short(values.get(name)) for values in flat))
-        for name in names
-        if name.partition(".")[0] not in _NOT_COMPARED
-    ]
-    return [each for each in found if len(set(each.values)) > 1]
+    names = list(dict.fromkeys(name for values in flat for name in values))
+    sections = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    names.sort(key=lambda name: sections.index(name.partition(".")[0]))
+    found = []
+    for name in names:
+        texts = [_text(values.get(name)) for values in flat]
+        if name.partition(".")[0] not in _NOT_COMPARED and len(set(texts)) > 1:
+            found.append(Difference(name, tuple(_short(texts))))
+    return found
 
 
 def figures(runs: Sequence[FinishedRun]) -> list[Difference]:
@@ -94,8 +97,8 @@ def remarks(runs: Sequence[FinishedRun]) -> list[str]:
         )
     if len({run.dataset.sha256 for run in runs}) > 1:
         found.append(
-            "The datasets differ, so losses are of different rows. Scores are compared on the same "
-            "samples."
+            "The datasets differ, so losses may be of different rows. Scores are compared on the "
+            "same samples."
         )
     return found
 
@@ -152,15 +155,28 @@ def _compare(
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
+        # An empty mapping states nothing: another run may have keys in it.
+        if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 3]}..."
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _short(texts: list[str]) -> list[str]:
+    """Return the parts of different texts in which they begin to differ, if one of them is long."""
+    if max(map(len, texts)) <= _MAX_CHARACTERS:
+        return texts
+    start = max(0, len(os.path.commonprefix(texts)) - _MAX_CHARACTERS // 3)
+    parts = []
+    for text in texts:
+        part = text[start : start + _MAX_CHARACTERS]
+        after = "..." if start + _MAX_CHARACTERS < len(text) else ""
+        parts.append(f"{'...' if start else ''}{part}{after}")
+    return parts
 
 
 def _sources(run: FinishedRun) -> str:

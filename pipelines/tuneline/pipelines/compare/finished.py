@@ -15,11 +15,13 @@ from tuneline.artifacts import (
     TrainingSummary,
     read_jsonl,
 )
-from tuneline.errors import TunelineError, UserError
+from tuneline.errors import RecipeError, TunelineError, UserError
 from tuneline.pipelines.local.run_dir import RECIPE_FILE, LocalRun
 from tuneline.record import Record
 
 R = TypeVar("R", bound=Record)
+
+_MAX_REASON = 200
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,16 @@ def read_finished(run: LocalRun) -> FinishedRun:
     step, which is never taken from the cache, gets all of them, and its log says where they are.
 
     Raises:
-        UserError: the run has not finished, or a result was deleted.
+        UserError: the run has not finished, a result was deleted, or another version of tuneline
+            wrote it.
     """
-    summary = run.summary()
+    try:
+        summary = run.summary()
+    except RecipeError as error:
+        raise UserError(
+            f"{run.name} was made with another version of tuneline, whose records this one cannot "
+            f"read: compare it with that version ({str(error)[:_MAX_REASON]})"
+        ) from None
     sections = [section for section in run.sections() if section.name == "report"]
     if run.state() != "succeeded" or summary is None or not sections:
         raise UserError(

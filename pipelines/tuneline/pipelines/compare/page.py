@@ -14,7 +14,16 @@ from tuneline.pipelines.compare.differences import (
 )
 from tuneline.pipelines.compare.finished import FinishedRun
 
-SCORE_COLUMNS = ("task", "metric", "first", "second", "difference", "95 % interval", "samples", "")
+SCORE_COLUMNS = (
+    "task",
+    "metric",
+    "first",
+    "second",
+    "difference",
+    "95 % interval",
+    "samples",
+    "result",
+)
 
 
 def score_row(found: ScoreDifference) -> list[str]:
@@ -47,9 +56,13 @@ def render_comparison(
     names = [run.name for run in runs]
     cards = []
     for run, (found, remark) in zip(runs[1:], scores, strict=True):
-        parts = [table(SCORE_COLUMNS, [score_row(each) for each in found], numeric=(2, 3, 4))]
+        # Tables of prose are stacked on a phone, where the others would hide columns.
+        parts = [table(SCORE_COLUMNS, [score_row(each) for each in found], prose=True)]
         parts += [paragraph(remark, muted=True)] if remark else []
-        note = "tuned models, on the samples that both runs have; a positive difference is better"
+        note = (
+            f"first is {first}, second {run.name}; tuned models, on the samples that both runs "
+            "have; a positive difference is better"
+        )
         cards.append(section(f"{run.name} against {first}", *parts, note=note))
     differing = recipe_differences(runs)
     cards.append(
@@ -70,8 +83,9 @@ def render_comparison(
         }
         if any(series.values()):
             cards.append(section(title, line_chart(series, x_label="step", y_label="loss")))
-    return render_page(" and ".join(names), cards, subtitle="Comparison of runs")
+    title = f"{', '.join(names[:-1])} and {names[-1]}"
+    return render_page(title, cards, subtitle="Comparison of runs")
 
 
 def _table(rows: Sequence[Difference], names: list[str]) -> str:
-    return table(["", *names], [[row.name, *row.values] for row in rows])
+    return table(["", *names], [[row.name, *row.values] for row in rows], prose=True)

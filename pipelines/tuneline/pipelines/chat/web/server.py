@@ -6,7 +6,6 @@ that the user visits can send requests to this machine, and can have a name that
 """
 
 import contextlib
-import errno
 import json
 import logging
 from collections.abc import Generator
@@ -21,13 +20,13 @@ from pydantic import Field
 from tuneline.errors import TunelineError, UserError
 from tuneline.html.stylesheet import STYLESHEET
 from tuneline.models.sampling import PRESETS, Sampling
+from tuneline.pipelines.chat.ports import ADDRESS, port_problem
 from tuneline.pipelines.chat.session import Session, Voice
 from tuneline.pipelines.chat.settings import Settings
 from tuneline.strict_model import StrictModel
 
 logger = logging.getLogger(__name__)
 
-ADDRESS = "127.0.0.1"
 MAX_BODY_BYTES = 8 << 20
 _FILES = {
     "/": ("page.html", "text/html"),
@@ -76,13 +75,6 @@ class ChatServer(ThreadingHTTPServer):
     def url(self) -> str:
         """Address of the page."""
         return f"http://{ADDRESS}:{self.server_port}/"
-
-
-def port_problem(port: int, error: OSError) -> str:
-    """Return why a port cannot be listened on."""
-    if error.errno == errno.EADDRINUSE:
-        return f"port {port} is taken by another program: name another one with --port"
-    return f"port {port} cannot be listened on ({error.strerror}): name another one with --port"
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,0 +1,77 @@
+"""What a model's files say about its use, read without torch: sampling and context length.
+
+The sampling is in generation_config.json, and a GGUF file repeats it in its metadata.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from tuneline.models import sampling
+from tuneline.models.sampling import Sampling, published_sampling
+from tuneline.pipelines.chat.subject import ModelFiles
+from tuneline.quantize.formats import MAX_CONTEXT
+
+logger = logging.getLogger(__name__)
+
+_GGUF_SAMPLING = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
+"""Key of a GGUF file -> name in generation_config.json."""
+
+
+def read_published(files: ModelFiles) -> Sampling:
+    """Return how a model samples unless its user says otherwise, without loading its weights."""
+    if files.kind == "gguf":
+        settings = _gguf_settings(_metadata(files.path))
+    else:
+        file = files.path / sampling.FILE
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found, left = published_sampling(settings)
+    if left:
+        logger.warning("%s asks for %s, which is not used", files.path.name, ", ".join(left))
+    return found
+
+
+def read_context(files: ModelFiles) -> int:
+    """Return the largest number of tokens of a conversation, without loading the weights."""
+    if files.kind == "checkpoint":
+        # Imported here, because it imports torch.
+        from tuneline.quantize.gguf.modelfile import context_length
+
+        return context_length(files.path)
+    metadata = _metadata(files.path)
+    prefix = metadata.get("general.architecture", "")
+    longest = int(metadata.get(f"{prefix}.context_length", MAX_CONTEXT))
+    if metadata.get(f"{prefix}.rope.scaling.type") == "longrope":
+        # llama.cpp computes with other rotary angles beyond this length, as context_length says.
+        longest = int(metadata.get(f"{prefix}.rope.scaling.original_context_length", longest))
+    return min(longest, MAX_CONTEXT)
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    """Return the metadata of a GGUF file but its lists, which are the vocabulary."""
+    # Imported here, because an installation without GGUF's packages can talk to checkpoints.
+    from gguf import GGUFReader, GGUFValueType
+
+    return {
+        name: field.contents()
+        for name, field in GGUFReader(file).fields.items()
+        if GGUFValueType.ARRAY not in field.types
+    }
+
+
+def _gguf_settings(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the sampling of a GGUF file, under the names of generation_config.json."""
+    given = {
+        # The file has float32; generation_config.json has the shortest number that rounds to it.
+        name: float(f"{metadata[key]:.6g}") if isinstance(metadata[key], float) else metadata[key]
+        for key, name in _GGUF_SAMPLING.items()
+        if key in metadata
+    }
+    return {**given, "do_sample": bool(given)}
