@@ -330,9 +330,7 @@ def test_a_base_that_stops_at_a_common_token(prepare, tokenizer, tiny_model_dir,
     common = tokenizer("Answer")["input_ids"]
     settings = {"eos_token_id": [tokenizer.eos_token_id, common[0]]}
     (model / "generation_config.json").write_text(json.dumps(settings))
-    with pytest.raises(
-        ModelError, match=r"('Answer'|'An.*'), which 9 of the first 9 training rows"
-    ):
+    with pytest.raises(ModelError, match=r"\('An\w*'\), which 9 of the first 9 training rows"):
         prepare(numbered(9), model, template="chatml")
     # The token is no part of these answers, and the text before an answer does not matter.
     rows = [{"prompt": "Answer?", "completion": f"It is {n}."} for n in range(9)]
