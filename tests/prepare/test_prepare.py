@@ -324,6 +324,20 @@ def test_rows_with_one_reason_are_named_once(prepare) -> None:
     assert message.count("is empty") == 1
 
 
+def test_a_base_that_stops_at_a_common_token(prepare, tokenizer, tiny_model_dir, tmp_path) -> None:
+    model = tmp_path / "stops-early"
+    shutil.copytree(tiny_model_dir, model)
+    common = tokenizer("Answer")["input_ids"]
+    settings = {"eos_token_id": [tokenizer.eos_token_id, common[0]]}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"\('An\w*'\), which 9 of the first 9 training rows"):
+        prepare(numbered(9), model, template="chatml")
+    # The token is no part of these answers, and the text before an answer does not matter.
+    rows = [{"prompt": "Answer?", "completion": f"It is {n}."} for n in range(9)]
+    prepare(rows, model, template="chatml")
+    prepare(numbered(9), model, template="chatml", loss_on="all")
+
+
 def test_the_hash_depends_on_the_part_of_each_row(prepare) -> None:
     rows = [{"prompt": f"Question {n}?", "completion": f"Answer {n}."} for n in range(20)]
     hashes = {

@@ -45,6 +45,7 @@ from tuneline.prepare.rows.split import Part
 from tuneline.prepare.rows.spool import Spool
 from tuneline.prepare.sources.kinds import date_of, kind_of
 from tuneline.prepare.statistics_page import describe_unused, render
+from tuneline.prepare.stops import check_stops
 from tuneline.prepare.tokens import lengths, parquet
 from tuneline.prepare.tokens.labels import check_desirable
 from tuneline.prepare.tokens.render import Rendered, Renderer
@@ -173,6 +174,9 @@ def run(
         )
         if config.method == "kto":
             check_desirable(source, train.num_desirable, train.num_rows)
+        if config.method != "cpt" and (config.loss_on == "answers" or config.method != "sft"):
+            rows = parquet.read(target / TRAIN_FILE, method=config.method)
+            check_stops(rows, base_model_dir, tokenizer)
         write_jsonl(target / HELDOUT_FILE, heldout)
         # The later steps find a template of the model itself, except in chat_template.json.
         if template and (

@@ -1,6 +1,9 @@
 """What the docker runner's report of success is held against, and what its containers see."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +45,26 @@ def test_containers_see_the_directory_in_front_of_a_wildcard(tmp_path: Path, pat
     recipe = find_recipe("demo", [f"dataset={tmp_path}/{pattern}"], is_local=True)
     directory = tmp_path / "part-1" if pattern.startswith("part-1/") else tmp_path
     assert inputs_of(recipe) == [str(directory)]
+
+
+def test_a_run_ends_with_the_process_that_started_it() -> None:
+    """A killed `tuneline run` cannot stop its run, but its end of the pipe is closed."""
+    program = (
+        "import subprocess; from tuneline.pipelines.local.run import stop_with_starter; "
+        "stop_with_starter(); print('at work', flush=True); subprocess.run(['sleep', '600'])"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert run.stdin is not None and run.stdout is not None
+    assert run.stdout.readline() == b"at work\n"
+    assert run.poll() is None
+    run.stdin.close()
+    assert run.wait(60) == -signal.SIGTERM
+    # The step of the run had this pipe open too, and has ended.
+    assert run.stdout.read() == b""
+    run.stdout.close()

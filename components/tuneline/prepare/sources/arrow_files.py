@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from tuneline.errors import DataError
-from tuneline.prepare.sources.arrow_messages import check_messages
+from tuneline.prepare.sources.arrow_messages import Messages
 from tuneline.prepare.sources.arrow_sizes import OTHER_BYTES, sizes
 from tuneline.prepare.sources.proportion import MAX_ROW_BYTES, TOO_LARGE, check_proportion
 from tuneline.prepare.sources.row import SourceRow
@@ -64,9 +64,16 @@ def _parquet_batches(file: StoredFile, opened: Any) -> Iterator[Any]:
 
 
 def _arrow_batches(file: StoredFile, opened: Any) -> Iterator[Any]:
-    check_messages(file.name, opened)
     # An Arrow file is a stream between a mark and a list of its batches, which is not needed.
-    for batch in pyarrow.ipc.open_stream(opened):
+    messages = Messages(file.name, opened)
+    messages.check_next()
+    reader = pyarrow.ipc.open_stream(opened)
+    while True:
+        messages.check_next()
+        try:
+            batch = reader.read_next_batch()
+        except StopIteration:
+            return
         batch.validate(full=True)
         yield batch
 

@@ -1,4 +1,4 @@
-"""Check the lengths that an Arrow stream states, before any of its content is read.
+"""Check the lengths that an Arrow stream states, before its content is read.
 
 pyarrow reserves what a message states, also where the file is far smaller. A message is a length,
 metadata in FlatBuffers and a body of buffers; a buffer of a compressed body begins with its length
@@ -26,58 +26,76 @@ _DATA_OF_DICTIONARY = 1
 _NODES, _BUFFERS, _COMPRESSION = 1, 2, 3
 
 
-def check_messages(name: str, opened: BinaryIO) -> None:
-    """Check all messages of a stream or a file, and leave it at the stream's beginning.
+class Messages:
+    """The messages of a stream or a file, each checked before pyarrow reads it."""
 
-    Args:
-        name: the file's name, for messages.
-        opened: the file; it can be read at any position.
+    def __init__(self, name: str, opened: BinaryIO) -> None:
+        """Leave the file at the stream's beginning.
 
-    Raises:
-        DataError: the lengths are out of proportion to the file, or the file is damaged.
-    """
-    end = opened.seek(0, io.SEEK_END)
-    opened.seek(0)
-    start = _STREAM_OF_FILE if opened.read(len(FILE_MARK)) == FILE_MARK else 0
-    place, num_values, num_bytes = start, 0, 0
-    try:
-        while place < end:
-            metadata, body = _read_metadata(opened, place, end)
-            if not metadata:
-                break
-            message = _root(metadata)
-            length = _number(metadata, message, _BODY_LENGTH, "<q")
-            if not 0 <= length <= end - body:
+        Args:
+            name: the file's name, for messages.
+            opened: the file; it can be read at any position.
+        """
+        self._name, self._opened = name, opened
+        self._end = opened.seek(0, io.SEEK_END)
+        opened.seek(0)
+        self._checked = _STREAM_OF_FILE if opened.read(len(FILE_MARK)) == FILE_MARK else 0
+        opened.seek(self._checked)
+        self._num_values = self._num_bytes = 0
+
+    def check_next(self) -> None:
+        """Check the messages up to the next batch of rows, and leave the file where it is.
+
+        Raises:
+            DataError: the lengths are out of proportion to the file, or the file is damaged.
+        """
+        place = self._opened.tell()
+        if place < self._checked:
+            return
+        is_batch = False
+        while self._checked < self._end and not is_batch:
+            try:
+                is_batch = self._check()
+            except (struct.error, IndexError):
                 raise DataError(
-                    f"{name} is not a complete Arrow file: the message at byte {place} states "
-                    f"{length:,} bytes, and the file has {end - body:,} more. Create or download "
-                    "it again"
-                )
-            batch = _batch_of(metadata, message)
-            if batch is not None:
-                num_values += sum(node for node, _ in _pairs(metadata, batch, _NODES))
-                largest = _decompressed(opened, metadata, batch, body, length)
-                num_bytes += largest
-                if largest > max(_MAX_BATCH_BYTES, length):
-                    raise DataError(
-                        f"{name} has a batch of rows of {largest:,} bytes after decompression, "
-                        f"where at most {_MAX_BATCH_BYTES:,} are read at once: write the file in "
-                        "smaller batches"
-                    )
-                check_proportion(
-                    name,
-                    max(num_values * OTHER_BYTES, num_bytes),
-                    f"its {end:,} bytes",
-                    end,
-                    "save its rows as JSON Lines",
-                )
-            place = body + length
-    except (struct.error, IndexError):
-        raise DataError(
-            f"{name} is not a complete Arrow file: the message at byte {place} cannot be read. "
-            "Create or download it again"
-        ) from None
-    opened.seek(start)
+                    f"{self._name} is not a complete Arrow file: the message at byte "
+                    f"{self._checked} cannot be read. Create or download it again"
+                ) from None
+        self._opened.seek(place)
+
+    def _check(self) -> bool:
+        """Check one message, and return whether it is a batch of rows or the last one."""
+        metadata, body = _read_metadata(self._opened, self._checked, self._end)
+        if not metadata:
+            return True
+        message = _target(metadata, 0)
+        length = _number(metadata, message, _BODY_LENGTH, "<q")
+        if not 0 <= length <= self._end - body:
+            raise DataError(
+                f"{self._name} is not a complete Arrow file: the message at byte {self._checked} "
+                f"states {length:,} bytes, and the file has {self._end - body:,} more. Create or "
+                "download it again"
+            )
+        self._checked = body + length
+        batch = _batch_of(metadata, message)
+        if batch is None:
+            return False
+        size = _decompressed(self._opened, metadata, batch, body, length)
+        if size > max(_MAX_BATCH_BYTES, length):
+            raise DataError(
+                f"{self._name} has a batch of rows of {size:,} bytes after decompression, where "
+                f"at most {_MAX_BATCH_BYTES:,} are read at once: write the file in smaller batches"
+            )
+        self._num_bytes += size
+        self._num_values += sum(num_values for num_values, _ in _pairs(metadata, batch, _NODES))
+        check_proportion(
+            self._name,
+            max(self._num_values * OTHER_BYTES, self._num_bytes),
+            f"its {self._end:,} bytes",
+            self._end,
+            "save its rows as JSON Lines",
+        )
+        return _number(metadata, message, _HEADER_TYPE, "<B") == _RECORD_BATCH
 
 
 def _read_metadata(opened: BinaryIO, place: int, end: int) -> tuple[bytes, int]:
@@ -133,10 +151,6 @@ def _pairs(metadata: bytes, table: int, number: int) -> list[tuple[int, int]]:
     if len(pairs) < 16 * count:
         raise IndexError
     return list(struct.iter_unpack("<qq", pairs))
-
-
-def _root(metadata: bytes) -> int:
-    return _target(metadata, 0)
 
 
 def _target(metadata: bytes, place: int) -> int:

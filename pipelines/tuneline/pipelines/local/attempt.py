@@ -64,14 +64,17 @@ def execute(run: LocalRun, recipe: Recipe, start: Start, console: Console) -> in
             raise UserError(f"{run.directory} is running: wait until it ends, or stop it") from None
         replace(start, exit_code=None).write(run.directory)
         set_events_aside(run)
+        # If this process is killed, its end of the pipe is closed, and the run stops.
+        held, ours = os.pipe()
         process = subprocess.Popen(
             [*command, recipe.model_dump_json(), start.runner, *start.uncached],
             stdout=log,
             stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
+            stdin=held,
             env=environment,
             start_new_session=True,
         )
+        os.close(held)
         try:
             code = watch(process, run.events_path, console)
         except BaseException as stopped:
@@ -81,6 +84,8 @@ def execute(run: LocalRun, recipe: Recipe, start: Start, console: Console) -> in
             replace(start, exit_code=128 + received[0]).write(run.directory)
             message = f"stopped by {_NAMES[signal.Signals(received[0])]}\n{kept(run)}"
             raise StoppedRun(message, received[0]) from stopped
+        finally:
+            os.close(ours)
     replace(start, exit_code=code).write(run.directory)
     return code
 

@@ -12,6 +12,7 @@ import glob
 import os
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -145,7 +146,25 @@ def check_that_all_steps_ended(events_path: Path) -> None:
         raise RuntimeError(f"step {failed.step} failed: {failed.message or 'it was killed'}")
 
 
+def stop_with_starter() -> None:
+    """Send SIGTERM to the group that this process leads when the process that started it has ended.
+
+    A run must not go on, and publish, after its `tuneline run` was killed or its terminal closed.
+    The starter holds the other end of the pipe at standard input, and writes nothing to it.
+    """
+    pipe = os.dup(0)
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+
+    def wait() -> None:
+        os.read(pipe, 1)
+        os.killpg(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 if __name__ == "__main__":
+    stop_with_starter()
     try:
         run_pipeline(Path(sys.argv[1]), Recipe.parse(sys.argv[2]), sys.argv[3], sys.argv[4:])
     except RuntimeError as error:
