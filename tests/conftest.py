@@ -135,7 +135,7 @@ def tiny_model_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def merged_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as merge would leave it, once for all test processes."""
-    from tuneline.models.tokenizer_files import copy_tokenizer
+    from tuneline.models.tokenizer.files import copy_tokenizer
 
     path = shared_dir(tmp_path_factory) / "merged"
     with FileLock(path.with_suffix(".lock")):

@@ -41,7 +41,7 @@ def make(directory: Path, *, num_layers: int, hidden: int, vocab: int, tied: boo
         MergeProof,
         write_jsonl,
     )
-    from tuneline.models.tokenizer_files import copy_tokenizer
+    from tuneline.models.tokenizer.files import copy_tokenizer
 
     small, merged, dataset = (directory / name for name in ("small", "merged", "dataset"))
     directory.mkdir(parents=True)

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "support"), str(TESTS / "publish")]
+sys.path[:0] = [str(TESTS / name) for name in ("support", "support/servers", "publish")]
 
 import hub_server  # noqa: E402
 import test_faults  # noqa: E402

@@ -56,7 +56,7 @@ def main() -> None:
         push(arguments.directory)
         return
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "support" / "servers"))
     import hub_server
 
     arguments.directory.mkdir()

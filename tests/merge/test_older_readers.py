@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tuneline.artifacts import ModelOrigin
 from tuneline.merge.weights import copy_companions, write_config
 from tuneline.models.sampling import set_sampling
-from tuneline.models.tokenizer_files import copy_tokenizer
+from tuneline.models.tokenizer.files import copy_tokenizer
 from tuneline.train.model.adapter import save_adapter
 
 pytestmark = pytest.mark.slow

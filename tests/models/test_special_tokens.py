@@ -6,8 +6,8 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from tuneline.models.special_tokens import add_missing_tokens
-from tuneline.models.tokenizer_files import copy_tokenizer
+from tuneline.models.tokenizer.files import copy_tokenizer
+from tuneline.models.tokenizer.special_tokens import add_missing_tokens
 
 
 @pytest.fixture

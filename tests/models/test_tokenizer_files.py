@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from tuneline.models.tokenizer_files import (
+from tuneline.models.tokenizer.files import (
     NAMES,
     append_no_token,
     copy_tokenizer,

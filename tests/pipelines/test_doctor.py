@@ -25,7 +25,7 @@ from tuneline.pipelines.doctor.log_errors import find_error
 from tuneline.pipelines.kfp_client.connection import connect
 from tuneline.pipelines.kfp_client.progress import progress_of
 from tuneline.pipelines.run_view import view
-from tuneline.runtime.causes import find_cause
+from tuneline.runtime.failures.causes import find_cause
 from tuneline.runtime.kfp_run import NODE_NAME
 
 LOGS = Path(__file__).parents[1] / "data" / "kfp-2.17" / "logs"

@@ -1,6 +1,6 @@
 """status and logs: the commands against the answers of KFP 2.17 and of Kubernetes.
 
-The runs are recorded (tests/support/kfp_server.py, tests/support/kfp_runs.py).
+The runs are recorded (tests/support/servers/kfp_server.py, tests/support/kfp_runs.py).
 """
 
 import base64

@@ -12,7 +12,7 @@ import torch
 
 from tuneline.artifacts import MergeProof
 from tuneline.errors import ProofError
-from tuneline.models.tokenizer_files import copy_tokenizer
+from tuneline.models.tokenizer.files import copy_tokenizer
 from tuneline.quantize.proof import probes
 from tuneline.quantize.run import convert
 

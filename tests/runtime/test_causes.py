@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from tuneline.runtime.cause_table import CAUSES
-from tuneline.runtime.causes import explain, find_cause
 from tuneline.runtime.events import StepRun
+from tuneline.runtime.failures.cause_table import CAUSES
+from tuneline.runtime.failures.causes import explain, find_cause
 
 MESSAGES = [
     (

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tuneline.errors import StoppedError
-from tuneline.runtime.attempt_causes import explain_attempt
-from tuneline.runtime.causes import Explanation
+from tuneline.runtime.failures.attempt_causes import explain_attempt
+from tuneline.runtime.failures.causes import Explanation
 from tuneline.runtime.kfp_run import Attempt, group_phase, is_cancelled
 from tuneline.runtime.pod_ending import POD_DELETED, RUN_STOPPED
 

@@ -26,8 +26,8 @@ from tuneline.diagnose.text import (
 )
 from tuneline.html.markdown import escape_markdown
 from tuneline.html.units import duration
-from tuneline.runtime.causes import explain
 from tuneline.runtime.events import StepRun, failed_run, parse_events, step_runs
+from tuneline.runtime.failures.causes import explain
 from tuneline.runtime.kfp_run import read_attempts
 from tuneline.runtime.step import EVENTS_VARIABLE
 from tuneline.runtime.termination import Ending, leave

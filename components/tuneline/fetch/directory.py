@@ -23,7 +23,7 @@ from tuneline.fetch.weight_headers import (
 from tuneline.models.adapter_files import CONFIG_FILE as ADAPTER_CONFIG
 from tuneline.models.multimodal import loaded_part
 from tuneline.models.stored_quantisation import in_dtype
-from tuneline.models.tokenizer_files import TEMPLATES_DIR, copy_templates
+from tuneline.models.tokenizer.files import TEMPLATES_DIR, copy_templates
 from tuneline.models.weight_files import INDEX_FILE, SINGLE_FILE
 
 logger = logging.getLogger(__name__)

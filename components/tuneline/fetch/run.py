@@ -10,7 +10,7 @@ from tuneline.fetch.config import FetchConfig
 from tuneline.fetch.kinds import KINDS, kind_of
 from tuneline.fetch.trial import try_tokenizer
 from tuneline.models.linear_layers import check_layers
-from tuneline.models.tokenizer_files import append_no_token
+from tuneline.models.tokenizer.files import append_no_token
 from tuneline.models.whole import check_names
 
 logger = logging.getLogger(__name__)

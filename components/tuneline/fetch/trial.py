@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import ModelError
-from tuneline.models.chat_templates import REFUSALS
-from tuneline.models.tokenizer_files import TEMPLATES_DIR
+from tuneline.models.tokenizer.chat_templates import REFUSALS
+from tuneline.models.tokenizer.files import TEMPLATES_DIR
 
 MAX_SECONDS = 20
 """CPU time of all trials; those of the models we know take less than two seconds."""

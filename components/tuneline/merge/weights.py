@@ -15,10 +15,11 @@ from tuneline.errors import ModelError, ProofError
 from tuneline.merge.adapter import Adapter
 from tuneline.merge.exact import check_piece
 from tuneline.merge.pieces import Names, Pieces
-from tuneline.models import rope, tokenizer_files
+from tuneline.models import rope
 from tuneline.models.checkpoint import Checkpoint, Spec
 from tuneline.models.sharded_files import write_sharded
 from tuneline.models.stored_quantisation import in_dtype
+from tuneline.models.tokenizer import files as tokenizer_files
 from tuneline.record import sha256_of_file
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from tuneline.artifacts import (
 )
 from tuneline.kinds import KINDS
 from tuneline.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from tuneline.models.tokenizer_files import read_chat_template
+from tuneline.models.tokenizer.files import read_chat_template
 from tuneline.models.weight_files import read_header
 from tuneline.record import Record
 

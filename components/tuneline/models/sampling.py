@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from tuneline.models.special_tokens import end_token
+from tuneline.models.tokenizer.special_tokens import end_token
 from tuneline.strict_model import StrictModel
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from tuneline.artifacts import (
     write_jsonl,
 )
 from tuneline.html.written import write_page
-from tuneline.models.tokenizer_files import read_chat_template
+from tuneline.models.tokenizer.files import read_chat_template
 from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.cut import measure, write
 from tuneline.prepare.datasets import describe, parse

@@ -7,7 +7,7 @@ merge carry such files along, so publish lets only known names pass.
 from fnmatch import fnmatchcase
 
 from tuneline.artifacts import MODELFILE
-from tuneline.models.tokenizer_files import NAMES as TOKENIZER_FILES
+from tuneline.models.tokenizer.files import NAMES as TOKENIZER_FILES
 from tuneline.models.weight_files import INDEX_FILE
 
 _ALLOWED = (

@@ -16,8 +16,8 @@ from tuneline.html.page import (
 )
 from tuneline.html.units import duration
 from tuneline.report.line import OUTSIDE, stages_of_runs
-from tuneline.runtime.causes import RUN_AGAIN, explain
 from tuneline.runtime.events import StepRun, failed_run, step_runs
+from tuneline.runtime.failures.causes import RUN_AGAIN, explain
 
 
 def render_failed(recipe_name: str, events: list[dict[str, Any]]) -> str:

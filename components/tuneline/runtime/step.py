@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import StorageError, TunelineError
-from tuneline.runtime.causes import explain
 from tuneline.runtime.environment import check_versions
 from tuneline.runtime.events import StepRun
+from tuneline.runtime.failures.causes import explain
 from tuneline.runtime.parameter_text import encode_text
 from tuneline.runtime.printable import printable
 from tuneline.runtime.redaction import redact_logs, redacted

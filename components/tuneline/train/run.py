@@ -21,8 +21,8 @@ from tuneline.artifacts import (
 )
 from tuneline.errors import ModelError
 from tuneline.html.written import write_page
-from tuneline.models.special_tokens import add_missing_tokens
-from tuneline.models.tokenizer_files import copy_tokenizer, set_chat_template
+from tuneline.models.tokenizer.files import copy_tokenizer, set_chat_template
+from tuneline.models.tokenizer.special_tokens import add_missing_tokens
 from tuneline.train.batch_size import batch_size
 from tuneline.train.checkpoints import ROOT_VARIABLE, CheckpointStore
 from tuneline.train.config import BATCH_KEYS, UPSTREAM_BATCH_KEYS, TrainConfig

@@ -1,6 +1,6 @@
 """submit, cancel, resume: the real kfp.Client against a server on localhost.
 
-Runs are those that KFP 2.17 recorded (tests/support/kfp_server.py).
+Runs are those that KFP 2.17 recorded (tests/support/servers/kfp_server.py).
 """
 
 import json

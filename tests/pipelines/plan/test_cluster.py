@@ -1,6 +1,6 @@
 """plan: every check against a Kubernetes API over HTTP.
 
-The client is the unmodified one, the server tests/support/kube_server.py; no cluster was there.
+The client is the unmodified one, the server kube_server.py of tests/support; no cluster was there.
 """
 
 import socket

@@ -12,7 +12,7 @@ import pytest
 from template_families import EMPTY_THINK, TEMPLATES, TOOLS, answer, user
 
 from tuneline.errors import DataError
-from tuneline.models.special_tokens import end_token
+from tuneline.models.tokenizer.special_tokens import end_token
 from tuneline.prepare.formats.example import Example
 from tuneline.prepare.sources.kinds import date_of
 from tuneline.prepare.tokens.render import Renderer

@@ -61,7 +61,7 @@ def test_a_fused_projection_is_kept_beside_its_parts(tmp_path):
     settings = Settings(
         2, 2048, False, quantized=True, itemsize=2, optim="adamw_8bit", loss="tiled"
     )
-    # On an H100: tests/measure/memory_on_gpu.py.
+    # On an H100: tests/measure/gpu/memory_on_gpu.py.
     assert estimate_memory(shape, settings).total / GIB == pytest.approx(20.32, rel=0.02)
 
 

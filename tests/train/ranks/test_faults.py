@@ -1,6 +1,6 @@
 """A rank that dies or meets a fault of its GPU is replaced, but never for a fault that stays.
 
-The ranks run on a CPU; tests/measure/restart_on_gpu.py causes real faults of CUDA.
+The ranks run on a CPU; tests/measure/gpu/restart_on_gpu.py causes real faults of CUDA.
 """
 
 import logging

@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from tuneline.errors import DataError
-from tuneline.models.chat_templates import REFUSALS
+from tuneline.models.tokenizer.chat_templates import REFUSALS
 from tuneline.prepare.formats.example import BadRowError
 
 Messages = Sequence[Mapping[str, Any]]

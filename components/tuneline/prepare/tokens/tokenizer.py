@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError
-from tuneline.models.special_tokens import add_missing_tokens
+from tuneline.models.tokenizer.special_tokens import add_missing_tokens
 from tuneline.runtime.torch_free import show_torch
 
 # If a model has no limit, transformers sets model_max_length to a number above this one.

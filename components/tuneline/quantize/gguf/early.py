@@ -10,8 +10,9 @@ from transformers import AutoTokenizer
 
 from tuneline.artifacts import CHAT_TEMPLATE_FILE, DatasetManifest
 from tuneline.errors import ModelError, ProofError, ToolError
-from tuneline.models import sampling, tokenizer_files
+from tuneline.models import sampling
 from tuneline.models.stored_quantisation import stored_type, without_quantization
+from tuneline.models.tokenizer import files as tokenizer_files
 from tuneline.quantize.gguf import converter
 from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.gguf.proof import check_wording

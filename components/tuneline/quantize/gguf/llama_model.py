@@ -13,9 +13,9 @@ import numpy.typing
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from tuneline.errors import ProofError
-from tuneline.models.chat_templates import REFUSALS
 from tuneline.models.likelihood import Pair, Tokens
 from tuneline.models.sampling import Sampling
+from tuneline.models.tokenizer.chat_templates import REFUSALS
 from tuneline.quantize.machine import num_threads
 from tuneline.quantize.proof.quality import Generation
 

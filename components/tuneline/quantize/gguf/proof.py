@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tuneline.errors import ProofError
-from tuneline.models.special_tokens import end_token
+from tuneline.models.tokenizer.special_tokens import end_token
 from tuneline.quantize.formats import Bound
 from tuneline.quantize.gguf import modelfile
 from tuneline.quantize.gguf.llama_model import LlamaFile

@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ModelError, ProofError, ToolError
-from tuneline.models import tokenizer_files
 from tuneline.models.nf4 import empty_model
+from tuneline.models.tokenizer import files as tokenizer_files
 from tuneline.models.weight_files import SINGLE_FILE, read_header
 from tuneline.quantize import formats
 from tuneline.quantize.calibration import read_rows

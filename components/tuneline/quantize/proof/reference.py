@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from tuneline.artifacts import HELDOUT_FILE, read_jsonl
-from tuneline.models.chat_templates import REFUSALS
 from tuneline.models.heldout_rows import MAX_ROW_TOKENS, Row, read_rows
+from tuneline.models.tokenizer.chat_templates import REFUSALS
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.quantize.proof import benchmark, probes
 from tuneline.quantize.proof.benchmark import Benchmark

@@ -22,7 +22,7 @@ from tuneline.artifacts import (
     TRAIN_FILE,
     DatasetManifest,
 )
-from tuneline.models.special_tokens import end_token
+from tuneline.models.tokenizer.special_tokens import end_token
 from tuneline.strict_model import StrictModel
 
 if TYPE_CHECKING:

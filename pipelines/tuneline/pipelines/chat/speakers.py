@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from tuneline.models.sampling import Sampling
-from tuneline.models.special_tokens import end_token
+from tuneline.models.tokenizer.special_tokens import end_token
 from tuneline.pipelines.chat.published import read_context, read_published
 from tuneline.pipelines.chat.subject import ModelFiles
 from tuneline.quantize.proof.reference import Wording

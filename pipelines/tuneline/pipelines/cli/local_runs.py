@@ -17,8 +17,8 @@ from tuneline.pipelines.doctor.log_errors import find_error
 from tuneline.pipelines.local.attempt import kept
 from tuneline.pipelines.local.run_dir import RECIPE_FILE, REPORT_FILE, LocalRun, Start
 from tuneline.recorded_recipe import without_secrets
-from tuneline.runtime.causes import explain
 from tuneline.runtime.events import StepRun, failed_run
+from tuneline.runtime.failures.causes import explain
 
 POLL_SECONDS = 1.0
 

@@ -34,8 +34,8 @@ from tuneline.recipe_file.yaml_document import dump_document
 from tuneline.recorded_recipe import without_secrets
 from tuneline.records.in_words import verdict_sentence
 from tuneline.report.failed import render_failed
-from tuneline.runtime.causes import explain
 from tuneline.runtime.events import StepRun, failed_run
+from tuneline.runtime.failures.causes import explain
 from tuneline.runtime.redaction import redacted
 
 PANEL = "Recipes and local runs"

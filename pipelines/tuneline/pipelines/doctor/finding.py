@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from tuneline.runtime.attempt_causes import explain_attempt
-from tuneline.runtime.cause_table import CAUSES, Cause
+from tuneline.runtime.failures.attempt_causes import explain_attempt
+from tuneline.runtime.failures.cause_table import CAUSES, Cause
 from tuneline.runtime.kfp_run import Attempt
 from tuneline.runtime.secrets import mask_within
 

@@ -9,8 +9,8 @@ what the launcher or the driver says about the end of its program.
 import re
 
 from tuneline.pipelines.doctor.finding import BY_NAME, Finding, finding
-from tuneline.runtime.cause_table import Cause
-from tuneline.runtime.causes import OWN_ERRORS, RUN_AGAIN, find_cause
+from tuneline.runtime.failures.cause_table import Cause
+from tuneline.runtime.failures.causes import OWN_ERRORS, RUN_AGAIN, find_cause
 from tuneline.runtime.secrets import mask_within
 
 _EXECUTOR = r"\[KFP Executor [\d :,-]+ \w+\]: "

@@ -9,7 +9,7 @@ from tuneline.pipelines.doctor.finding import FAILED, ORPHAN, QUEUED, Finding, e
 from tuneline.pipelines.doctor.log_errors import find_error
 from tuneline.pipelines.kube import Kube
 from tuneline.pods import QUEUE_LABEL, RUN_LABEL
-from tuneline.runtime.causes import find_cause
+from tuneline.runtime.failures.causes import find_cause
 from tuneline.runtime.kfp_run import Attempt
 from tuneline.runtime.kubernetes_client import true_conditions
 from tuneline.runtime.pod_ending import ending_of_pod

@@ -1,8 +1,8 @@
 """Run `python -m tuneline.train` on an 8B shape with packed rows as long as GSM8K's, on one GPU.
 
-    python tests/measure/whole_step_on_gpu.py --out-dir DIR
-    python tests/measure/whole_step_on_gpu.py --parts bare free       some of the parts
-    python tests/measure/whole_step_on_gpu.py --tiny                  a trial without a GPU
+    python tests/measure/gpu/whole_step_on_gpu.py --out-dir DIR
+    python tests/measure/gpu/whole_step_on_gpu.py --parts bare free       some of the parts
+    python tests/measure/gpu/whole_step_on_gpu.py --tiny                  a trial without a GPU
 
     bare    the kernels in a plain loop without a trainer, as the upper bound of the step's speed
     free    the step, with all memory for activations

@@ -1,8 +1,8 @@
 """Run `python -m tuneline.train` on one and on two GPUs, and compare what they learn and how fast.
 
-    python tests/measure/ranks_on_gpu.py --out-dir DIR
-    python tests/measure/ranks_on_gpu.py --parts big       some of the parts
-    python tests/measure/ranks_on_gpu.py --tiny            a trial with two ranks on a CPU
+    python tests/measure/gpu/ranks_on_gpu.py --out-dir DIR
+    python tests/measure/gpu/ranks_on_gpu.py --parts big       some of the parts
+    python tests/measure/gpu/ranks_on_gpu.py --tiny            a trial with two ranks on a CPU
 
     medium  a 1B shape: one rank; two ranks with ZeRO-2 and SIGTERM half-way, finished by one rank
     big     an 8B shape, packed to 8192 tokens: one rank and two ranks

@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 
 from tuneline import errors
-from tuneline.runtime.cause_table import CAUSES, Cause
 from tuneline.runtime.events import StepRun
+from tuneline.runtime.failures.cause_table import CAUSES, Cause
 
 OWN_ERRORS = frozenset(
     name

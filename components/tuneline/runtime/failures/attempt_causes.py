@@ -7,8 +7,8 @@ kubelet or of Argo tells, and at last the exit code.
 import re
 
 from tuneline.errors import StoppedError
-from tuneline.runtime.cause_table import CAUSES
-from tuneline.runtime.causes import RUN_AGAIN, Explanation, find_cause
+from tuneline.runtime.failures.cause_table import CAUSES
+from tuneline.runtime.failures.causes import RUN_AGAIN, Explanation, find_cause
 from tuneline.runtime.kfp_run import DRIVER_FAILED, Attempt
 from tuneline.runtime.pod_ending import (
     CONFIG_REASONS,

@@ -26,7 +26,7 @@ from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 PREFIX = "/apis/v2beta1/"
-RECORDED = Path(__file__).parents[1] / "data" / "kfp-2.17"
+RECORDED = Path(__file__).parents[2] / "data" / "kfp-2.17"
 SIX_FIELDS = re.compile(r"\S+( \S+){5}")
 
 

@@ -1,8 +1,8 @@
 """Compare the peak memory of training runs with the estimate made before the model is loaded.
 
-    python tests/measure/memory_on_gpu.py --out-dir DIR     fifteen settings, three shapes, one GPU
-    python tests/measure/memory_on_gpu.py --only 0 3        some of the settings
-    python tests/measure/memory_on_gpu.py --tiny            all settings, tiny, as a trial
+    python tests/measure/gpu/memory_on_gpu.py --out-dir DIR     fifteen settings, three shapes
+    python tests/measure/gpu/memory_on_gpu.py --only 0 3        some of the settings
+    python tests/measure/gpu/memory_on_gpu.py --tiny            all settings, tiny, as a trial
 
 Every setting calls the train step's own `run`, with random weights in the shape of a real model,
 which are created on the device. Without a GPU, three small settings run instead, each in a process

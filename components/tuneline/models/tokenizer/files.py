@@ -158,7 +158,7 @@ def _name_missing_tokens(source: Path, target: Path) -> None:
     # Imported here, because most tokenizers are complete, and steps without torch copy them too.
     from transformers import AutoTokenizer
 
-    from tuneline.models.special_tokens import add_missing_tokens
+    from tuneline.models.tokenizer.special_tokens import add_missing_tokens
 
     added = add_missing_tokens(AutoTokenizer.from_pretrained(str(source)), source)
     if added:

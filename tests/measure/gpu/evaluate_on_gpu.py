@@ -1,8 +1,8 @@
 """Measure how many rows per second the evaluate step scores and answers, beside lm-eval's own way.
 
-    python tests/measure/evaluate_on_gpu.py                  an 8B shape on one GPU
-    python tests/measure/evaluate_on_gpu.py --only new       without lm-eval's way
-    python tests/measure/evaluate_on_gpu.py --shape small --device cpu --rows 24 --new-tokens 24
+    python tests/measure/gpu/evaluate_on_gpu.py                  an 8B shape on one GPU
+    python tests/measure/gpu/evaluate_on_gpu.py --only new       without lm-eval's way
+    python tests/measure/gpu/evaluate_on_gpu.py --shape small --device cpu --rows 24 --new-tokens 24
 
     choices      log likelihoods of four short answers per prompt
     answers      log likelihood of one long answer per prompt

@@ -1,7 +1,7 @@
 """Run `python -m tuneline.train` on models with experts, in the memory of a smaller GPU.
 
-    python tests/measure/capped_on_gpu.py --shapes DeepSeek-V2-Lite gpt-oss-20b --gb 24
-    python tests/measure/capped_on_gpu.py --tiny                      a trial without a GPU
+    python tests/measure/gpu/capped_on_gpu.py --shapes DeepSeek-V2-Lite gpt-oss-20b --gb 24
+    python tests/measure/gpu/capped_on_gpu.py --tiny                      a trial without a GPU
 
 Random weights, 4 rows of 2048 random tokens per step, the recipe's defaults. The train step plans
 within the memory of the smaller GPU (`train.memory_gib`), and torch's allocator refuses more.

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SOURCES = ("components", "kernels", "kernels/benchmarks", "tests/support")
 sys.path[:0] = [str(ROOT / source) for source in SOURCES]
 

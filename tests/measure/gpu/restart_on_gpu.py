@@ -1,8 +1,8 @@
 """Break ranks on real GPUs, and check that training continues as if nothing had happened.
 
-    python tests/measure/restart_on_gpu.py              one GPU, and two if there are two
-    python tests/measure/restart_on_gpu.py --ranks 2    two GPUs only
-    python tests/measure/restart_on_gpu.py --tiny       a trial with two ranks on a CPU
+    python tests/measure/gpu/restart_on_gpu.py              one GPU, and two if there are two
+    python tests/measure/gpu/restart_on_gpu.py --ranks 2    two GPUs only
+    python tests/measure/gpu/restart_on_gpu.py --tiny       a trial with two ranks on a CPU
 
 For each number of ranks the same training runs twice. The second time, the last rank causes an
 illegal memory access on its GPU in one step, by a kernel that writes to address 16, and is killed

@@ -1,8 +1,8 @@
 """Compare KTO of an 8B shape with QLoRA: tuneline's train step beside TRL's KTOTrainer, on one GPU.
 
-    python tests/measure/kto_on_gpu.py                        both, for 14 steps of 16 rows
-    python tests/measure/kto_on_gpu.py --parts trl --micro 8  TRL alone, with smaller micro-batches
-    python tests/measure/kto_on_gpu.py --tiny                 a trial without a GPU
+    python tests/measure/gpu/kto_on_gpu.py                        both, for 14 steps of 16 rows
+    python tests/measure/gpu/kto_on_gpu.py --parts trl --micro 8  TRL, smaller micro-batches
+    python tests/measure/gpu/kto_on_gpu.py --tiny                 a trial without a GPU
 
 Both train the same adapter on the same random rows as long as GSM8K's, in NF4 and bfloat16. TRL
 keeps all activations (no gradient checkpointing) and uses PyTorch's fused AdamW. Prints tokens per

@@ -1,0 +1,1 @@
+"""A model's tokenizer: its files, special tokens and chat templates."""
