@@ -11,6 +11,7 @@ from tuneline.artifacts import LABEL, DatasetManifest, Method
 from tuneline.models.experts.forward import use_kernels
 from tuneline.train.batch_size import FEW_STEPS, more_steps_advice, num_total_steps
 from tuneline.train.config import TrainConfig
+from tuneline.train.memory.available import host_memory
 from tuneline.train.model.adapter import keep_adapter_in_fp32, keep_hidden_states_in
 from tuneline.train.model.expert_targets import check_adapter_of_experts
 from tuneline.train.model.fuse import fuse_model, fuse_trainer
@@ -171,7 +172,13 @@ def prepare_model(trainer: Any, config: TrainConfig, setup: Setup, base_model_di
     ]
     kernels = "off"
     if setup.fused:
-        kernels = fuse_trainer(trainer, mode=config.kernels, kept_gib=setup.plan.kept_gib)
+        kernels = fuse_trainer(
+            trainer,
+            mode=config.kernels,
+            kept_gib=setup.plan.kept_gib,
+            # The other half is for the loader, checkpoints and the page cache.
+            host_bytes=host_memory(collectives.num_ranks_here()) // 2,
+        )
     if config.embedding_learning_rate is not None:
         # The flat optimizer supports only one learning rate. Without it, the trainer creates
         # another optimizer, with two rates.

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from tuneline.kernels import FlatAdamW, patch
 from tuneline.kernels.decoder.budget import Budget
 from tuneline.kernels.limits import FP8_CAPABILITY, MIN_CAPABILITY
 from tuneline.kernels.patching import check_layers_once
-from tuneline.train.memory.available import host_memory
 
 logger = logging.getLogger(__name__)
 
@@ -58,27 +56,28 @@ def fuse_model(model: torch.nn.Module) -> None:
     patch(model)
 
 
-def fuse_trainer(trainer: Any, *, mode: str = "auto", kept_gib: float | None = None) -> str:
+def fuse_trainer(
+    trainer: Any,
+    *,
+    mode: str = "auto",
+    kept_gib: float | None = None,
+    host_bytes: int | None = None,
+) -> str:
     """Make a trainer of a fused model use the model's loss and a flat optimizer.
 
     Args:
         trainer: A trainer whose model has its adapters.
         mode: The recipe's `train.kernels`.
-        kept_gib: GiB in which layers may keep activations. None: all memory that is free.
+        kept_gib: GiB in which layers may keep activations and dequantised weights. None: all memory
+            that is free.
+        host_bytes: Host memory for offloaded activations; see `patch`.
 
     Returns:
         Human-readable description of what was fused.
     """
     # Patch again: the trainer has added adapters, which decide what can be fused in a layer.
     budget: Budget = "auto" if kept_gib is None else kept_gib
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    report = patch(
-        trainer.model,
-        budget=budget,
-        fp8=mode == "fp8",
-        # The other half is for the loader, checkpoints and the page cache.
-        host_bytes=host_memory(ranks_here) // 2,
-    )
+    report = patch(trainer.model, budget=budget, fp8=mode == "fp8", host_bytes=host_bytes)
     trainer.takes_model_loss = report.loss == "fused"
     trainer.knows_sequences = bool(report.fused)
     # Adapters and weights change neither within a step nor from one step to the next.
