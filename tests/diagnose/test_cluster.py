@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tests.notify.webhook_server import WebhookServer
 from tests.support.kfp_runs import recorded
-from tests.support.kube_server import KubeServer
+from tests.support.servers.kube_server import KubeServer
 from tests.support.small_records import new_comparison
 
 from tuneline.diagnose import cluster

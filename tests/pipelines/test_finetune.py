@@ -100,9 +100,8 @@ def test_the_wiring(demo: tuple[str, dict, dict]) -> None:
     assert set(found["train"]["dependentTasks"]) == {"fetch", "prepare", "check-exports"}
     assert set(found["check-exports"]["dependentTasks"]) == {"fetch", "prepare"}
     assert set(found["gate"]["dependentTasks"]) == {
-        "evaluate",
-        "evaluate-2",
-        "look-up-published",
+        *("evaluate", "evaluate-2", "look-up-published"),
+        *("merge", "export-gguf", "export-gptq"),
     }
     assert found["look-up-published"]["dependentTasks"] == ["plan"]
     assert pipeline["root"]["dag"]["tasks"]["diagnose"]["triggerPolicy"]["strategy"] == (
@@ -153,12 +152,15 @@ def test_only_publish_gets_models_and_only_those_that_it_uploads(
         "base_scores": ("evaluate", "scores"),
         "tuned_scores": ("evaluate-2", "scores"),
     }
-    assert inputs_of(found["gate"]) == {**scores, "earlier": ("look-up-published", "earlier")}
+    exports = {kind: (f"export-{kind}", "records") for kind in ("gguf", "gptq")}
+    assert inputs_of(found["gate"]) == scores | exports | {
+        "earlier": ("look-up-published", "earlier"),
+        "merged": ("merge", "record"),
+    }
     assert inputs_of(found["report"]) == records | decision | scores | {
         "adapter": ("train", "record"),
         "merged": ("merge", "record"),
-        "gguf": ("export-gguf", "records"),
-        "gptq": ("export-gptq", "records"),
+        **exports,
     }
     assert inputs_of(found["publish"]) == records | decision | {
         "adapter": ("train", "adapter"),

@@ -82,7 +82,7 @@ MISTAKES = [
     (("plan", "demo", "--cluster"), "no Kubernetes cluster: there is no"),
     (("doctor", "a-run"), "no host: give --host URL or set KFP_ENDPOINT"),
     (("status", "nope"), "there is no local run nope (`tuneline runs` lists them), and for one on"),
-    (("compare", "nope"), "name at least two runs"),
+    (("compare", "nope"), "1 run is named: name 2 to 4"),
     (("init", "absent.csv"), "there is no file or directory absent.csv"),
     (("init", "rows", "--profile", "x"), "--profile x is unknown: choose one of t4, a10g"),
     (("init", "rows", "--columns", "q"), "--columns q: write OURS=YOURS, e.g. --columns prompt="),
@@ -153,7 +153,7 @@ def test_the_help_has_a_panel_for_each_kind_of_command(
     monkeypatch.setenv("COLUMNS", "80")
     text = CliRunner().invoke(main.app, ["--help"]).output
     assert commands_of("Recipes and local runs", text) == [
-        "init", "run", "report", "runs", "compare", "recipes", "compile", "schema",
+        "init", "run", "report", "runs", "chat", "compare", "recipes", "compile", "schema",
     ]  # fmt: skip
     assert commands_of("Checks", text) == ["plan", "lint", "verify"]
     assert commands_of("Runs on a cluster", text) == [

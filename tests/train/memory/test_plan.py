@@ -183,12 +183,16 @@ def test_kernels_keep_what_is_left(sizes):
     # Nothing, one layer, both, their norms' outputs too, and no more than that; by what is free,
     # for want of a limit.
     normed = 64 * 4 * 4 * 2 * (128 + 64)
+    # Dequantised weights with 64 columns and rows of an adapter: qkv and o, gate and up, down.
+    wide = 4 * 192 * (2 * 192 + 2 * 64 + (2 * 256 + 64) + (256 + 64))
+    all_activations = 2 * (layer + normed)
     for extra, kept in (
         (0, 0),
         (layer, layer),
         (2 * layer, 2 * layer),
         (2 * layer + normed, 2 * layer + normed),
-        (9 * layer, 2 * (layer + normed)),
+        (all_activations + wide, all_activations + wide),
+        (99 * layer, all_activations + 2 * wide),
     ):
         found, estimate = plan(lean.total + extra)
         assert estimate.total == lean.total + kept

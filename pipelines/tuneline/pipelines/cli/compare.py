@@ -48,9 +48,8 @@ def compare(
     from tuneline.pipelines.compare.page import SCORE_COLUMNS, render_comparison, score_row
 
     if not 2 <= len(runs) <= MAX_RUNS:
-        raise UserError(
-            f"{len(runs)} runs are named: name 2 to {MAX_RUNS}, which tuneline runs lists"
-        )
+        named = "1 run is" if len(runs) == 1 else f"{len(runs)} runs are"
+        raise UserError(f"{named} named: name 2 to {MAX_RUNS}, which tuneline runs lists")
     if output.suffix not in (".html", ".htm"):
         raise UserError(f"--output {output}: name a file that ends in .html")
     local = [require_local_run(name) for name in runs]
