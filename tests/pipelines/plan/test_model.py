@@ -87,7 +87,7 @@ def test_speed_follows_the_active_parameters(hub: Hub) -> None:
     for name in ("org/dense", "org/experts"):
         facts = model_facts(read_model(name))
         speeds.append(estimate(loaded, facts.num_parameters, facts).tokens_per_second or 0)
-    assert speeds[0] == pytest.approx(17_434, rel=0.01)
+    assert speeds[0] == pytest.approx(16_927, rel=0.01)
     assert 10_000 < speeds[1] < 20_000
 
 
