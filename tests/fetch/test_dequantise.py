@@ -102,7 +102,7 @@ FP8: dict[str, tuple[dict[str, Any], tuple[int, int], str]] = {
 
 
 @pytest.mark.parametrize("layout", FP8)
-@pytest.mark.parametrize("family", ["Qwen3", "DeepSeek V3"])
+@pytest.mark.parametrize("family", [pytest.param("Qwen3", marks=pytest.mark.slow), "DeepSeek V3"])
 def test_fp8(family: str, layout: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     write_checkpoint(FAMILIES[family], source, tokenizer_dir=tiny_model_dir)

@@ -50,6 +50,7 @@ def test_other_weights_than_training_ended_with_are_named(
     assert "Likely causes: training computed with other weights" in words
 
 
+@pytest.mark.slow
 def test_original_weights_are_compared_where_both_losses_are_known(
     merge: Any, tmp_path: Path
 ) -> None:

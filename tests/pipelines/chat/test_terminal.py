@@ -83,6 +83,7 @@ def test_a_new_conversation_forgets(
     ]
 
 
+@pytest.mark.slow
 def test_two_models_answer_beside_or_below_each_other(new_session: NewSession) -> None:
     session = new_session("f16", compare=True)
     narrow = chat(session, "3Gi?")

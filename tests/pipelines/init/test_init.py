@@ -255,6 +255,7 @@ def test_too_few_rows_are_refused(tmp_path: Path) -> None:
         init(str(data), tmp_path / "few.yaml", LAPTOP, base_model=None, given={})
 
 
+@pytest.mark.slow
 def test_without_the_hub_a_gpu_gets_the_embedded_model(tmp_path: Path) -> None:
     """The whole command, with a line as nvidia-smi writes it with --format=csv,noheader,nounits."""
     write_csv(tmp_path / "rows.csv", QUESTIONS)

@@ -130,7 +130,13 @@ def test_answers_are_scored_as_each_by_itself(merged_dir: Path, f16_dir: Path) -
                 assert greedy == (after == likely)
 
 
-@pytest.mark.parametrize("prompt", ["<|im_start|>user\n{n}Gi in Mi?<|im_end|>\n<|im_start|>", ""])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<|im_start|>user\n{n}Gi in Mi?<|im_end|>\n<|im_start|>",
+        pytest.param("", marks=pytest.mark.slow),
+    ],
+)
 def test_files_are_scored_as_evaluate_scores_the_model(
     prompt: str,
     merged_dir: Path,
@@ -191,6 +197,7 @@ def test_files_are_scored_as_evaluate_scores_the_model(
     assert kept.merged == kept.export == [bool(row["score"]) for row in samples]
 
 
+@pytest.mark.slow
 def test_a_record_holds_the_settings_that_it_was_made_with(
     merged_dir: Path, f16_dir: Path, dataset_dir: Path, tmp_path: Path
 ) -> None:

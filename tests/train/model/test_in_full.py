@@ -83,6 +83,7 @@ def test_they_are_saved_with_the_adapter_and_load_in_plain_peft(
     assert total / count == pytest.approx(summary.final_eval_loss, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_a_rate_of_their_own(tmp_path, untied_dir, dataset_dir, answer_rows):
     dataset = dataset_dir(answer_rows)
     _, fast = train(tmp_path / "fast", untied_dir, dataset)
