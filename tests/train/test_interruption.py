@@ -88,6 +88,7 @@ def assert_same(interrupted: Path, whole: Path) -> TrainingSummary:
     return found
 
 
+@pytest.mark.slow
 def test_kto_killed_then_finished(tmp_path, tiny_model_dir, dataset_dir, start):
     """A resumed run starts at the same row: the term z of KTO pairs each row with the last one."""
     rows = [
