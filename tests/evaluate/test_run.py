@@ -227,6 +227,7 @@ def test_no_heldout_rows(tmp_path, tiny_model_dir, write_dataset):
         evaluate(tmp_path, tiny_model_dir, write_dataset([]), tasks=("heldout_exact",))
 
 
+@pytest.mark.slow
 def test_data_that_are_not_on_this_machine(
     tmp_path, tiny_model_dir, write_dataset, heldout_rows, monkeypatch
 ):

@@ -77,6 +77,7 @@ def test_what_llama_cpps_converter_writes_is_read_back(
     assert read == {**scaling, "rope_theta": 5e5}
 
 
+@pytest.mark.slow
 def test_a_file_without_a_weight_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     """transformers would fill the gap with random values, and fetch would write them."""
     base = tmp_path / "base"

@@ -84,6 +84,7 @@ def test_download_is_recorded_with_its_commit(hub, tiny_model_dir: Path, tmp_pat
     assert json.loads((out / "origin.json").read_text())["revision"] == COMMIT
 
 
+@pytest.mark.slow
 def test_the_commit_that_was_looked_up_is_fetched(hub, tmp_path: Path) -> None:
     endpoint, handler = hub
     handler.head = "b" * 40  # pushed after the look-up

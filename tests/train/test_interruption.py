@@ -140,7 +140,13 @@ def test_killed_then_stopped_then_finished(
     assert assert_same(where, tmp_path / "whole").num_resumptions == 2
 
 
-@pytest.mark.parametrize(("method", "optim"), [("sft", "adamw_8bit"), ("dpo", "adamw_torch")])
+@pytest.mark.parametrize(
+    ("method", "optim"),
+    [
+        ("sft", "adamw_8bit"),
+        pytest.param("dpo", "adamw_torch", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stop_in_an_evaluation_repeats_it(
     tmp_path, tiny_model_dir, dataset_dir, answer_rows, monkeypatch, optim, method
 ):

@@ -61,7 +61,17 @@ def mean_loss(model: Any, rows: list[dict[str, Any]]) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("Mixtral", "gpt-oss"),
+        *(
+            pytest.param(family, marks=pytest.mark.slow)
+            for family in EXPERT_FAMILIES
+            if family not in ("Mixtral", "gpt-oss")
+        ),
+    ],
+)
 def test_it_learns_and_the_record_says_what_was_quantised(
     family: str, tmp_path: Path, expert_model_dir: Any, dataset_dir: Any, answer_rows: Any
 ) -> None:

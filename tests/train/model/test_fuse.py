@@ -87,7 +87,7 @@ JUDGED = [
 @pytest.mark.parametrize(
     ("method", "trainer_class", "rows", "cached"),
     [
-        ("dpo", PreferenceTrainer, PREFERENCES, False),
+        pytest.param("dpo", PreferenceTrainer, PREFERENCES, False, marks=pytest.mark.slow),
         pytest.param("dpo", PreferenceTrainer, PREFERENCES, True, marks=pytest.mark.slow),
         ("kto", JudgedTrainer, JUDGED, False),
     ],
@@ -136,7 +136,8 @@ def test_policy_and_reference_agree_bit_for_bit_before_the_first_step(
     assert trainer.evaluate()["eval_rewards/chosen"] != 0.0
 
 
-@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [True, False])
 def test_losses_and_adapter_equal_those_of_the_stock_model(
     dataset_dir, tiny_model_dir, tmp_path, packing
 ):
