@@ -14,15 +14,14 @@ import pyarrow.parquet
 
 from tuneline.errors import DataError
 from tuneline.prepare.sources.arrow_messages import Messages
-from tuneline.prepare.sources.arrow_sizes import OTHER_BYTES, sizes
-from tuneline.prepare.sources.proportion import MAX_ROW_BYTES, TOO_LARGE, check_proportion
+from tuneline.prepare.sources.arrow_sizes import OTHER_BYTES, check_size, sizes
+from tuneline.prepare.sources.proportion import MAX_ROW_BYTES, TOO_LARGE
 from tuneline.prepare.sources.row import SourceRow
 from tuneline.prepare.sources.stored import StoredFile
 
 _BATCH = 256
 _BYTES_OF_A_ROW = 64
 """Size that is counted for a row beside its values."""
-_ADVICE = "save its rows as JSON Lines"
 
 
 def read_parquet(file: StoredFile) -> Iterator[SourceRow]:
@@ -46,7 +45,6 @@ def read_arrow(file: StoredFile) -> Iterator[SourceRow]:
 
 
 def _parquet_batches(file: StoredFile, opened: Any) -> Iterator[Any]:
-    num_stored = _size_of(opened)
     metadata = pyarrow.parquet.read_metadata(opened)
     num_bytes = 0
     texts = set()
@@ -55,7 +53,7 @@ def _parquet_batches(file: StoredFile, opened: Any) -> Iterator[Any]:
             num_bytes += max(column.total_uncompressed_size, column.num_values * OTHER_BYTES)
             if column.has_dictionary_page and column.physical_type == "BYTE_ARRAY":
                 texts.add(column.path_in_schema)
-    check_proportion(file.name, num_bytes, f"its {num_stored:,} bytes", num_stored, _ADVICE)
+    check_size(file.name, num_bytes, _size_of(opened))
     # A text that many rows share stays one text until the size of the rows is known.
     with pyarrow.parquet.ParquetFile(
         opened, metadata=metadata, read_dictionary=sorted(texts)
@@ -81,14 +79,13 @@ def _arrow_batches(file: StoredFile, opened: Any) -> Iterator[Any]:
 def _rows(file: StoredFile, kind: str, opened: Any, batches: Iterator[Any]) -> Iterator[SourceRow]:
     number = num_bytes = 0
     num_stored = _size_of(opened)
-    stored = f"its {num_stored:,} bytes"
     try:
         for batch in batches:
             least = num_bytes + batch.num_rows * _BYTES_OF_A_ROW
-            check_proportion(file.name, least, stored, num_stored, _ADVICE)
+            check_size(file.name, least, num_stored)
             for rows, size in _parts(batch):
                 num_bytes += size + rows.num_rows * _BYTES_OF_A_ROW
-                check_proportion(file.name, num_bytes, stored, num_stored, _ADVICE)
+                check_size(file.name, num_bytes, num_stored)
                 if size > MAX_ROW_BYTES:
                     number += 1
                     yield SourceRow(file.name, number, reason=TOO_LARGE)

@@ -10,8 +10,7 @@ import struct
 from typing import BinaryIO
 
 from tuneline.errors import DataError
-from tuneline.prepare.sources.arrow_sizes import OTHER_BYTES
-from tuneline.prepare.sources.proportion import check_proportion
+from tuneline.prepare.sources.arrow_sizes import OTHER_BYTES, check_size
 
 FILE_MARK = b"ARROW1"
 _STREAM_OF_FILE = 8
@@ -57,10 +56,7 @@ class Messages:
             try:
                 is_batch = self._check()
             except (struct.error, IndexError):
-                raise DataError(
-                    f"{self._name} is not a complete Arrow file: the message at byte "
-                    f"{self._checked} cannot be read. Create or download it again"
-                ) from None
+                raise self._incomplete("cannot be read") from None
         self._opened.seek(place)
 
     def _check(self) -> bool:
@@ -71,10 +67,8 @@ class Messages:
         message = _target(metadata, 0)
         length = _number(metadata, message, _BODY_LENGTH, "<q")
         if not 0 <= length <= self._end - body:
-            raise DataError(
-                f"{self._name} is not a complete Arrow file: the message at byte {self._checked} "
-                f"states {length:,} bytes, and the file has {self._end - body:,} more. Create or "
-                "download it again"
+            raise self._incomplete(
+                f"states {length:,} bytes, and the file has {self._end - body:,} more"
             )
         self._checked = body + length
         batch = _batch_of(metadata, message)
@@ -88,14 +82,14 @@ class Messages:
             )
         self._num_bytes += size
         self._num_values += sum(num_values for num_values, _ in _pairs(metadata, batch, _NODES))
-        check_proportion(
-            self._name,
-            max(self._num_values * OTHER_BYTES, self._num_bytes),
-            f"its {self._end:,} bytes",
-            self._end,
-            "save its rows as JSON Lines",
-        )
+        check_size(self._name, max(self._num_values * OTHER_BYTES, self._num_bytes), self._end)
         return _number(metadata, message, _HEADER_TYPE, "<B") == _RECORD_BATCH
+
+    def _incomplete(self, why: str) -> DataError:
+        return DataError(
+            f"{self._name} is not a complete Arrow file: the message at byte {self._checked} "
+            f"{why}. Create or download it again"
+        )
 
 
 def _read_metadata(opened: BinaryIO, place: int, end: int) -> tuple[bytes, int]:

@@ -11,9 +11,25 @@ import pyarrow
 import pyarrow.compute
 
 from tuneline.errors import DataError
+from tuneline.prepare.sources.proportion import check_proportion
 
 OTHER_BYTES = 8
 """Size that is counted for a number, and for each reference of a list to a value."""
+
+
+def check_size(file: str, num_bytes: int, num_stored: int) -> None:
+    """Refuse an Arrow or Parquet file whose content is out of proportion to the file's own size.
+
+    Args:
+        file: the file's name, for the message.
+        num_bytes: number of bytes of content, so far or in all.
+        num_stored: number of bytes of the file.
+
+    Raises:
+        DataError: the content is out of proportion.
+    """
+    stored = f"its {num_stored:,} bytes"
+    check_proportion(file, num_bytes, stored, num_stored, "save its rows as JSON Lines")
 
 
 def sizes(array: Any) -> Any:
