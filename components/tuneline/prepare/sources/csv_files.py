@@ -28,11 +28,23 @@ _ADVICE = (
 )
 
 
+def _numbered(file: StoredFile, text: IO[str]) -> Iterator[tuple[int, str]]:
+    """Yield the number of each line, and the line.
+
+    Raises:
+        DataError: a line is larger than a row can be.
+    """
+    for number, line in enumerate(lines_of(text), 1):
+        if line is None:
+            raise DataError(f"{file.name}: line {number} is {TOO_LARGE}")
+        yield number, line
+
+
 class _Lines:
     """The lines of a file. A quote that never closes would make one row of all that follow it."""
 
     def __init__(self, file: StoredFile, text: IO[str]) -> None:
-        self._file, self._lines = file, enumerate(lines_of(text), 1)
+        self._lines = _numbered(file, text)
         self.row_size = 0
         """Number of characters since the row began."""
 
@@ -40,9 +52,7 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        number, line = next(self._lines)
-        if line is None:
-            raise DataError(f"{self._file.name}: line {number} is {TOO_LARGE}")
+        _, line = next(self._lines)
         self.row_size += len(line)
         if self.row_size > MAX_ROW_BYTES:
             raise csv.Error
@@ -120,9 +130,7 @@ def read_tsv(file: StoredFile, encoding: str, remarks: Remarks) -> Iterator[Sour
         head = text.read(1 << 16)
     newline = "\r" if "\r" in head and "\n" not in head else "\n"
     with open_text(file, encoding, newline=newline) as lines:
-        for number, line in enumerate(lines_of(lines), 1):
-            if line is None:
-                raise DataError(f"{file.name}: line {number} is {TOO_LARGE}")
+        for number, line in _numbered(file, lines):
             if not line.strip():
                 continue
             raw = line.rstrip("\r\n").split("\t")
