@@ -1,15 +1,17 @@
-"""Versions of the software that a step runs with: what they are, and whether they may be so.
+"""Versions of the software that a step runs with, and whether the step was made for them.
 
 The metadata of the installed tuneline names the packages and their bounds, in the extra of each
 dependency set. Where tuneline is not installed but only on the path, nothing is known or checked.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,10 +59,7 @@ def describe_environment() -> dict[str, str]:
     image = os.environ.get(IMAGE_VARIABLE)
     if image:
         versions["image"] = image
-    for name in PACKAGES:
-        version = _version(name)
-        if version is not None:
-            versions[name] = version
+    versions |= _installed(PACKAGES)
     kernels = _kernel_sources()
     if kernels:
         versions["kernels"] = kernels
@@ -76,9 +75,11 @@ def check_versions(step: str) -> None:
     Raises:
         ToolError: a package has another version; the message names all of them.
     """
+    requirements = _requirements(_image_sets(step))
+    installed = _installed(requirement.name for requirement in requirements)
     wrong = []
-    for requirement in _requirements(_image_sets(step)):
-        version = _version(requirement.name)
+    for requirement in requirements:
+        version = installed.get(requirement.name)
         if version is not None and not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} is {version} instead of {requirement.specifier}")
     if wrong:
@@ -94,12 +95,8 @@ def versions_of(image_set: str) -> str:
     own = {requirement.name for requirement in _requirements([image_set])}
     others = {requirement.name for requirement in _requirements(IMAGE_SETS)} - own
     # What no dependency set names, such as numpy, comes with the others, and counts for all sets.
-    names = [
-        name
-        for name in PACKAGES
-        if name not in _WITHOUT_EFFECT and name not in others and _version(name) is not None
-    ]
-    return ", ".join(f"{name} {_version(name)}" for name in names)
+    deciding = [name for name in PACKAGES if name not in _WITHOUT_EFFECT | others]
+    return ", ".join(f"{name} {version}" for name, version in _installed(deciding).items())
 
 
 @functools.cache
@@ -118,10 +115,10 @@ def _image_sets(step: str) -> list[str]:
     if step in STEPS:
         return [STEPS[step].image]
     modules = f"tuneline.{step}."
-    return sorted({step.image for step in STEPS.values() if step.module.startswith(modules)})
+    return sorted({entry.image for entry in STEPS.values() if entry.module.startswith(modules)})
 
 
-def _requirements(image_sets: "list[str] | tuple[str, ...]") -> "list[Requirement]":
+def _requirements(image_sets: Collection[str]) -> "list[Requirement]":
     """Return the requirements in the extras of dependency sets; the set "light" has no extra."""
     try:
         # The images without an extra lack the package `packaging`.
@@ -139,8 +136,10 @@ def _requirements(image_sets: "list[str] | tuple[str, ...]") -> "list[Requiremen
     ]
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _installed(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed, by name."""
+    versions = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
