@@ -68,10 +68,8 @@ def convert(path: Path, target: Path) -> str | None:
         parameters = config.rope_parameters
         parameters.get("full_attention", parameters).update(scaling)
         logger.info("%s scales rotary embeddings: %s", path.name, scaling)
-    tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    _forget_loading(target / "tokenizer_config.json")
+    _save_tokenizer(tokenizer, model.config, target)
     check_reloaded(tokenizer, target, path)
     return licence.contents() if licence else None
 
@@ -93,10 +91,8 @@ def write_tokenizer(path: Path, target: Path) -> None:
         raise ModelError(
             f"the tokenizer of {path} cannot be read ({' '.join(str(error).split())})"
         ) from error
-    tokenizer.model_max_length = config.max_position_embeddings
     config.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    _forget_loading(target / "tokenizer_config.json")
+    _save_tokenizer(tokenizer, config, target)
 
 
 def _read_tokenizer(path: Path, reader: Any) -> Any:
@@ -157,8 +153,12 @@ def check_reloaded(tokenizer: Any, target: Path, source: Path) -> None:
             )
 
 
-def _forget_loading(path: Path) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
+def _save_tokenizer(tokenizer: Any, config: Any, target: Path) -> None:
+    """Write the tokenizer of the model with this config, without how it was loaded."""
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.save_pretrained(target)
+    path = target / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
     for key in _LOADING_DETAILS:
-        config.pop(key, None)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        settings.pop(key, None)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
