@@ -58,7 +58,8 @@ def try_tokenizer(directory: Path, *, called: str, max_seconds: int = MAX_SECOND
         max_seconds: limit of the CPU time.
 
     Raises:
-        ModelError: one of them takes too long, too much memory, or writes too much.
+        ModelError: one of them takes too long, too much memory, or writes too much; or the
+            tokenizer decodes the tokens of a text to another text.
     """
     done = subprocess.run(
         [sys.executable, "-P", "-m", "tuneline.fetch.trial", str(directory), str(max_seconds)],
@@ -119,7 +120,7 @@ def main(directory: Path, max_seconds: int) -> None:
         tokenizer = Tokenizer.from_file(str(file))
         for text in _TEXTS:
             tokenizer.encode(text, add_special_tokens=False)
-        unknown = _unknown_token(tokenizer)
+        unknown = _unknown_token(json.loads(file.read_text(encoding="utf-8"))["model"])
         for text in _PLAIN_TEXTS:
             encoded = tokenizer.encode(text, add_special_tokens=False)
             decoded = tokenizer.decode(encoded.ids, skip_special_tokens=False)
@@ -128,9 +129,8 @@ def main(directory: Path, max_seconds: int) -> None:
                 raise SystemExit(_OTHER_TEXT)
 
 
-def _unknown_token(tokenizer: Any) -> str | None:
+def _unknown_token(model: dict[str, Any]) -> str | None:
     """Return the token that stands for what the vocabulary lacks; None if there is none."""
-    model = json.loads(tokenizer.to_str())["model"]
     if model.get("unk_id") is not None:
         return str(model["vocab"][model["unk_id"]][0])
     token: str | None = model.get("unk_token")
@@ -138,7 +138,7 @@ def _unknown_token(tokenizer: Any) -> str | None:
 
 
 def _words(text: str) -> list[str]:
-    """Return what of a text remains if a tokenizer ignores case, accents and kinds of spaces."""
+    """Return the words of a text without case and accents, which a tokenizer may ignore."""
     letters = unicodedata.normalize("NFKD", text.casefold())
     return "".join(letter for letter in letters if not unicodedata.combining(letter)).split()
 
