@@ -8,6 +8,7 @@ The process is separate so that the output of KFP's local runner goes to a log f
 command line can show the progress and stop the runner together with the steps.
 """
 
+import functools
 import glob
 import os
 import signal
@@ -64,7 +65,7 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str, uncached: list[str]
         on_cluster=False,
         run_name=run_dir.name,
         uncached=uncached,
-        versions_of=None if is_docker else environment.versions_of,
+        versions_of=None if is_docker else functools.cache(environment.versions_of),
     )()
     if is_docker:
         check_that_all_steps_ended(events_path)
