@@ -117,7 +117,7 @@ class Batches:
         results: dict[int, Result] = {}
         began = last_line = time.monotonic()
         while (done := len(results)) < len(items):
-            next_sizes = (sizes[index] for index in itertools.islice(order, done, None))
+            next_sizes = (sizes[order[place]] for place in range(done, len(order)))
             indices = order[done : done + self._length_of_batch(next_sizes)]
             computed = _unless_out_of_memory(compute, [items[index] for index in indices])
             if computed is None:
