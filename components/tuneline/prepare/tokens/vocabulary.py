@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from tuneline.artifacts import LABEL, LOSS_MASK
 from tuneline.errors import DataError
+from tuneline.models.multimodal import text_config
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embeddings.weight")
 # Ends of the names that models give their embedding matrix.
@@ -63,5 +64,5 @@ def _num_embeddings(model_dir: Path) -> int | None:
                 if name.endswith(_EMBEDDINGS) and "position" not in name:
                     return int(tensors.get_slice(name).get_shape()[0])
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    size = config.get("text_config", config).get("vocab_size")
+    size = text_config(config).get("vocab_size")
     return size if isinstance(size, int) else None
