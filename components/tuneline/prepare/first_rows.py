@@ -56,8 +56,6 @@ def check(config: PrepareConfig, *, data: str) -> Iterator[FirstRows]:
     """
     table.check_names(config.format, config.columns, config.method)
     datasets = parse(data, config)
-    for entry in datasets:
-        table.check_names(entry.format or table.AUTO, entry.columns or {}, config.method)
     check_sources(datasets, config)
     for entry in datasets:
         yield _look(entry, dataset_selection(entry, config), config)
@@ -66,7 +64,6 @@ def check(config: PrepareConfig, *, data: str) -> Iterator[FirstRows]:
         yield _look(entry, heldout_selection(datasets, config), config, is_heldout=True)
     if config.general is not None:
         general = config.general
-        table.check_names(general.format, general.columns, config.method)
         entry = DatasetConfig(source=general.source, format=general.format, columns=general.columns)
         yield _look(entry, general_selection(config), config)
 

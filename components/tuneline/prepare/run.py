@@ -37,7 +37,7 @@ from tuneline.prepare.divide import (
     sizes_of,
 )
 from tuneline.prepare.encode import encode
-from tuneline.prepare.formats.table import AUTO, check_names
+from tuneline.prepare.formats.table import check_names
 from tuneline.prepare.left_out import sentences, shortages
 from tuneline.prepare.rows.collect import check_sources, collect, licences, records
 from tuneline.prepare.rows.mixture import Origin
@@ -95,10 +95,6 @@ def run(
     source = describe(named)
     settings = config
     datasets, config = locate(named, config, uploads_dir)
-    for entry in datasets:
-        check_names(entry.format or AUTO, entry.columns or {}, config.method)
-    if config.general is not None:
-        check_names(config.general.format, config.general.columns, config.method)
     check_sources(datasets, config)
     tokenizer, longest_allowed = load_tokenizer(base_model_dir)
     template = "" if config.method == "cpt" else use_template(tokenizer, config.template)

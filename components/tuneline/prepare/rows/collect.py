@@ -9,6 +9,7 @@ from tuneline.artifacts import DatasetSource
 from tuneline.errors import DataError
 from tuneline.prepare.config import DatasetConfig, PrepareConfig
 from tuneline.prepare.datasets import with_revisions
+from tuneline.prepare.formats.table import AUTO, check_names
 from tuneline.prepare.rows.intake import Intake, take_in
 from tuneline.prepare.rows.mixture import NUM_READ_FOR_ONE, num_wanted
 from tuneline.prepare.rows.spool import Spool
@@ -139,8 +140,7 @@ def _builtin(
 ) -> tuple[CollectedSource, range | None]:
     """Read a built-in dataset, whose last rows are held out unless prepare.heldout names others."""
     assert dataset.format is not None
-    selection = Selection(dataset.split, dataset.subset, dataset.revision)
-    rows = list(read_rows(dataset.source, selection))
+    rows = list(read_rows(dataset.source, dataset_selection(dataset, collector.config)))
     num_train = len(rows) - builtin.num_heldout
     intake = collector.take(iter(rows[:num_train]), dataset.source, dataset.format, dataset.columns)
     own = range(len(collector.spool))
@@ -223,11 +223,16 @@ def general_selection(config: PrepareConfig) -> Selection:
 
 
 def check_sources(datasets: list[DatasetConfig], config: PrepareConfig) -> None:
-    """Check that every source of a recipe exists, before any of them is read.
+    """Check the formats and columns of a recipe, and that every source exists, before any is read.
 
     Raises:
-        DataError: a source does not exist or is of no known kind.
+        DataError: a format or a key of a column map does not fit the method, or a source does not
+            exist or is of no known kind.
     """
+    for dataset in datasets:
+        check_names(dataset.format or AUTO, dataset.columns or {}, config.method)
+    if config.general is not None:
+        check_names(config.general.format, config.general.columns, config.method)
     for source, _ in with_revisions(datasets, config):
         kind_of(source)
     seen: set[tuple[str, str | None, str | None]] = set()
