@@ -170,7 +170,9 @@ def run(
         )
         if config.method == "kto":
             check_desirable(source, train.num_desirable, train.num_rows)
-        if config.method != "cpt" and (config.loss_on == "answers" or config.method != "sft"):
+        if config.method in PREFERENCE_METHODS or (
+            config.method == "sft" and config.loss_on == "answers"
+        ):
             rows = parquet.read(target / TRAIN_FILE, method=config.method)
             check_stops(rows, base_model_dir, tokenizer)
         write_jsonl(target / HELDOUT_FILE, heldout)

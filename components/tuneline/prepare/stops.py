@@ -1,6 +1,7 @@
 """Check that generation would not stop in the middle of the answers that are learnt."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,11 @@ def check_stops(rows: Iterable[TokenRow], base_model_dir: str, tokenizer: Any) -
     """
     stops = set(stop_tokens(Path(base_model_dir)))
     num_rows = 0
-    cut: dict[int, int] = dict.fromkeys(stops, 0)
+    cut: Counter[int] = Counter()
     for row in itertools.islice(rows, _NUM_ROWS):
         num_rows += 1
         found = {token for answer in _answers(row) for token in answer[:-_NUM_LAST]}
-        for token in found & stops:
-            cut[token] += 1
+        cut.update(found & stops)
     for token, count in cut.items():
         if 2 * count > num_rows:
             raise ModelError(
