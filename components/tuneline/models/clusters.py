@@ -18,7 +18,6 @@ PASSAGES = ("passage", "paragraph", "article", "context", "story", "document", "
 QUESTIONS = ("question", "prompt", "query", "problem", "goal", "input", "ctx", "sentence", "text")
 """Keys under which lm-eval's tasks have the passage and the question of a document."""
 
-
 WINDOW = 24
 """Words in succession that two held-out prompts have in common if they are about one passage."""
 MAX_SHARE, MAX_SHARING = 0.05, 10

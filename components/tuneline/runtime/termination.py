@@ -85,7 +85,7 @@ def encode(ending: Ending) -> str:
         for key, value in asdict(ending).items()
         if value
     }
-    # Scores that are cut are no JSON any more.
+    # Scores that are cut would not be JSON.
     if len(_json(values).encode()) > MAX_BYTES:
         values.pop("scores", None)
     # The advice is cut first, because the text names the cause.

@@ -193,7 +193,7 @@ def reading_of(config: PrepareConfig) -> Reading:
 
 
 def _line(row: SourceRow, format: str, renderer: Renderer, reading: Reading) -> _Result:
-    """Return what `_Result` says of a row."""
+    """Return the result of a row."""
     if row.values is None:
         return row.reason, (), ""
     try:

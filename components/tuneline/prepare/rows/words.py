@@ -43,7 +43,8 @@ def words_of(text: str, *, is_ascii: bool | None = None) -> list[str]:
 
     Args:
         text: the text, or a part of it between white space.
-        is_ascii: whether the whole text is ASCII; only there are control characters no words.
+        is_ascii: whether the whole text is ASCII; if not, control characters are words. None: see
+            whether `text` is.
     """
     if "," in text:
         text = _GROUPING.sub("", text)

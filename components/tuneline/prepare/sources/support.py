@@ -1,8 +1,8 @@
 """Rows of a shop's customer service, generated from a seed, in English and in Korean.
 
 The shipped recipes support-answers, support-preferences and support-documents use them. Order
-numbers, products and wordings are combined anew for every row, and each answer follows from its
-question, so a model has to read the question: no held-out question is in the training rows.
+numbers, products and wordings are drawn for every row. Each answer names its question's order, so a
+model has to read the question, and no held-out question is in the training rows.
 """
 
 import random

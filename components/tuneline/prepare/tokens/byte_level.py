@@ -52,8 +52,8 @@ _ALTERNATIVES = {
     _WHITE_SPACE,
 }
 """Alternatives of the patterns of Llama 3, Qwen 2 to 3.5 and gpt-oss, without `_CONTRACTION`. None
-matches a space behind another character, or a digit beside one that is none, and only white space
-depends on what follows it."""
+matches a space behind another character, or a digit beside a character that is not a digit, and
+only white space depends on what follows it."""
 
 
 class ByteLevel:
