@@ -1,8 +1,7 @@
-"""Which samples of a task depend on each other, and with which prompts answers are exchanged."""
+"""Which samples of a task depend on each other."""
 
 import pytest
 
-from tuneline.evaluate.prompt_control import exchange
 from tuneline.models.clusters import clusters_of, normalised
 
 
@@ -46,20 +45,6 @@ def test_a_document_may_name_its_cluster() -> None:
         {"question": "How many?", "cluster": ""},
     ]
     assert clusters_of(documents) == ["key 7", "key 7", None]
-
-
-def test_answers_get_the_prompt_of_a_row_with_another_answer() -> None:
-    documents = [
-        {"prompt": f"prompt {number}", "target": target}
-        for number, target in enumerate(["yes", "no", "yes", "no"])
-    ]
-    assert [prompt for _, prompt in exchange(documents)] == [
-        "prompt 3",
-        "prompt 0",
-        "prompt 1",
-        "prompt 2",
-    ]
-    assert exchange([{"prompt": "", "target": "a"}, {"prompt": "", "target": "b"}]) == []
 
 
 def held_out(*prompts: str, **values: str) -> list[dict]:
