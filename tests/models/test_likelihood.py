@@ -38,6 +38,14 @@ MODELS = {
 }
 
 
+def random_model(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    return model
+
+
 def alone(model, prompt, answer):
     ids = torch.tensor([[*prompt, *answer]])
     with torch.inference_mode():
@@ -55,10 +63,7 @@ def tokens_from(draw):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_batches_equal_sequences_alone(name, monkeypatch):
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.3)
+    model = random_model(name)
     tokens = tokens_from(torch.Generator().manual_seed(1))
     pairs = [
         (prompt, tokens(length)) for prompt in map(tokens, (1, 9, 3, 12, 4)) for length in (1, 5, 2)
@@ -83,10 +88,7 @@ def test_batches_equal_sequences_alone(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_shared_beginning_is_computed_once_unless_layers_have_windows(name, monkeypatch):
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.3)
+    model = random_model(name)
     tokens = tokens_from(torch.Generator().manual_seed(1))
     shared = tokens(20)
     pairs = [((*shared, *tokens(count)), tokens(count)) for count in (1, 5, 2, 3)]
