@@ -75,24 +75,14 @@ def download(
             raise ModelError(explain_missing_weights(repo, names))
         # Download by the revision's name, so that the cache can resolve the name offline.
         # An attempt continues with the files that the attempts before it left incomplete.
-        path = Path(
-            retrying(
-                f"download {repo} from {constants.ENDPOINT}",
-                lambda: snapshot_download(repo, **wanted),
-            )
-        )
+        path = _snapshot(repo, wanted)
         if commit is not None and path.name != commit:
             logger.warning(
                 "%s at %s has changed since it was looked up: commit %s is taken, not %s",
                 repo, revision or "main", commit, path.name,
             )  # fmt: skip
             wanted["revision"] = commit
-            path = Path(
-                retrying(
-                    f"download {repo} from {constants.ENDPOINT}",
-                    lambda: snapshot_download(repo, **wanted),
-                )
-            )
+            path = _snapshot(repo, wanted)
     logger.info("%s at %s is commit %s", repo, revision or "main", path.name)
     card = info.card_data
     return Snapshot(path, commit=path.name, licence=licence_in(vars(card) if card else {}))
@@ -128,12 +118,7 @@ def download_tokenizer(repo: str, *, revision: str | None) -> Path:
     if constants.HF_HUB_OFFLINE:
         return _in_cache(repo, revision, wanted)
     with translated_errors(repo, revision):
-        return Path(
-            retrying(
-                f"download the tokenizer of {repo} from {constants.ENDPOINT}",
-                lambda: snapshot_download(repo, **wanted),
-            )
-        )
+        return _snapshot(repo, wanted, called="the tokenizer of ")
 
 
 def _wanted(revision: str | None, with_code: bool) -> dict[str, Any]:
@@ -142,6 +127,15 @@ def _wanted(revision: str | None, with_code: bool) -> dict[str, Any]:
         "allow_patterns": [*_KEPT, "*.py"] if with_code else list(_KEPT),
         "ignore_patterns": list(_IGNORED),
     }
+
+
+def _snapshot(repo: str, wanted: dict[str, Any], *, called: str = "") -> Path:
+    return Path(
+        retrying(
+            f"download {called}{repo} from {constants.ENDPOINT}",
+            lambda: snapshot_download(repo, **wanted),
+        )
+    )
 
 
 def _in_cache(repo: str, revision: str | None, wanted: dict[str, Any]) -> Path:
