@@ -1,4 +1,4 @@
-"""Tell the webhooks of a recipe how its run on a cluster ended."""
+"""Send the outcome of a run on a cluster to the webhooks of its recipe."""
 
 import shlex
 from collections.abc import Sequence
