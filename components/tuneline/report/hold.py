@@ -15,7 +15,7 @@ from tuneline.html.units import count, number, percent
 from tuneline.records.in_words import with_unit
 from tuneline.records.scores import HELDOUT_PREFIX
 from tuneline.report.records import Line
-from tuneline.verdict import MIN_CLUSTERS, Z_LEVEL, Z_LEVEL_AND_POWER, GateRule
+from tuneline.verdict import MIN_CLUSTERS, rule_of, samples_to_exclude
 
 STILL_FALLING = 0.01
 """Fraction by which the evaluation loss fell between the last two evaluations, from which training
@@ -68,7 +68,7 @@ def _card(content: str) -> str:
 def causes(line: Line) -> Iterator[Cause]:
     """Yield the causes that the records of a run speak for, the most direct first."""
     targets = [item for item in line.decision.comparisons if item.role == "target"]
-    min_gain = line.decision.settings.get("min_gain", GateRule().min_gain)
+    min_gain = rule_of(line.decision).min_gain
     for item in targets:
         yield from _too_few_questions(item, min_gain)
     yield from _unread_prompts(line)
@@ -102,10 +102,9 @@ def _too_few_questions(item: TaskComparison, min_gain: float) -> Iterator[Cause]
             (f"{key}=200",),
         )
         return
-    error = (item.difference - item.lower) / Z_LEVEL
     excess = item.difference - min_gain
-    if item.interval[0] <= min_gain and excess > 0 and error > 0:
-        rows = item.num_samples * (Z_LEVEL_AND_POWER * error / excess) ** 2
+    if item.interval[0] <= min_gain and excess > 0:
+        rows = samples_to_exclude(item, excess)
         if item.num_samples < rows <= MAX_MORE_ROWS * item.num_samples:
             rounded = 50 * -(-int(rows) // 50)
             yield Cause(
