@@ -81,7 +81,7 @@ def _next(line: Line) -> str:
         pairs.append(("Publish again", _code(f"tuneline resume {name}")))
     else:
         pairs.append(("Publishes to", _code(line.target)))
-    uses = recommend(line.exports)
+    uses = recommend(line.decision.kept(line.exports))
     best = "; ".join(f"{each} ({', '.join(uses[each])})" for each in uses if uses[each])
     if best:
         pairs.append(("Which export to take", best))

@@ -101,7 +101,7 @@ def headline(line: Line) -> str:
         )
     else:
         shown.append(("Training loss", number(training.final_loss, 3), "last logged"))
-    if kept := line.kept_exports:
+    if kept := line.decision.kept(line.exports):
         smallest = min(kept, key=lambda export: export.num_bytes)
         plural = "s" if len(kept) > 1 else ""
         shown.append(
