@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import NamedTuple
 
-from tuneline.artifacts import PREFERENCE_METHODS, TaskComparison
+from tuneline.artifacts import PREFERENCE_METHODS, TaskComparison, TrainingSummary
 from tuneline.html.page import Cell, paragraph, section, table
 from tuneline.html.units import count, number, percent
 from tuneline.records.in_words import with_unit
@@ -134,13 +134,12 @@ def _forgetting(line: Line) -> Iterator[Cause]:
         if item.role in ("guard", "member") and item.outcome == "worse"
     ]
     if worse:
-        rate = line.training.learning_rate
         changed = ", ".join(f"{c.task} {with_unit(c)}" for c in worse[:4])
         yield Cause(
             "The model forgets what it could do",
             f"Worse than the base model: {changed}.",
             "Train more gently, or mix general rows into the data (prepare.general).",
-            (f"train.learning_rate={rate / 2:.2g}",) if rate else (),
+            _lower_rate(line.training, 2),
         )
 
 
@@ -159,7 +158,7 @@ def _training(line: Line) -> Iterator[Cause]:
             f"{count(steps)} steps"
             + (f", at a learning rate of {rate:g}." if rate is not None else "."),
             "Lower the learning rate.",
-            (f"train.learning_rate={rate / 5:.2g}",) if rate else (),
+            _lower_rate(training, 5),
         )
     elif lowest is not None and last is not None and last > (1 + RISE) * lowest[1]:
         yield Cause(
@@ -184,10 +183,14 @@ def _training(line: Line) -> Iterator[Cause]:
             f"{count(training.num_skipped_steps)} steps were skipped because their loss or "
             f"gradient was not finite, and training went back {training.num_rollbacks} times.",
             "Lower the learning rate.",
-            (f"train.learning_rate={training.learning_rate / 5:.2g}",)
-            if training.learning_rate
-            else (),
+            _lower_rate(training, 5),
         )
+
+
+def _lower_rate(training: TrainingSummary, divisor: int) -> tuple[str, ...]:
+    """Return the setting of a lower learning rate; none if that of the training is unknown."""
+    rate = training.learning_rate
+    return (f"train.learning_rate={rate / divisor:.2g}",) if rate else ()
 
 
 def _rounding(line: Line) -> Iterator[Cause]:
