@@ -20,10 +20,10 @@ from tuneline.publish.target import check_target
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.recipe_file.paths import resolve
 from tuneline.recipe_file.source import read_source
+from tuneline.records.scores import HELDOUT_PREFIX
 from tuneline.strict_model import StrictModel
 from tuneline.train.batch_size import batch_size
 from tuneline.train.config import TrainConfig
-from tuneline.verdict import HELDOUT_PREFIX
 
 
 class Recipe(StrictModel):

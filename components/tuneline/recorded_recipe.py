@@ -22,7 +22,7 @@ from tuneline.artifacts import (
     TrainingSummary,
 )
 from tuneline.kinds import EXPORT_KINDS
-from tuneline.runtime.redaction import redacted
+from tuneline.runtime.redaction import redacted, without_secrets
 
 MAX_SHOWN_DIFFERENCES = 20
 
@@ -142,15 +142,6 @@ def _quantize(exports: Sequence[QuantizedModel]) -> dict[str, Any]:
     }
     # The formats are fixed in the compiled pipeline; a parameter cannot change them.
     return {**settings, **{kind: names for kind, names in formats.items() if kind in settings}}
-
-
-def without_secrets(value: Any) -> Any:
-    """Return a plain value with the secrets removed from its texts."""
-    if isinstance(value, Mapping):
-        return {key: without_secrets(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_secrets(item) for item in value]
-    return redacted(value) if isinstance(value, str) else value
 
 
 def _public(recipe: Mapping[str, Any]) -> dict[str, Any]:

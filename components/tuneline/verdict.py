@@ -30,7 +30,7 @@ from collections.abc import Iterable, Sequence
 from pydantic import Field, field_validator
 
 from tuneline.artifacts import Decision, TaskComparison, Verdict
-from tuneline.records.scores import HELDOUT_PREFIX as HELDOUT_PREFIX
+from tuneline.records.scores import HELDOUT_PREFIX
 from tuneline.strict_model import StrictModel
 
 MIN_CLUSTERS = 20
@@ -137,14 +137,9 @@ def decide_export(item: TaskComparison | None, rule: GateRule) -> tuple[Verdict,
     return "promote", f"{described(item)}, against the merged model"
 
 
-def decide_again(decision: Decision) -> tuple[Verdict, str]:
-    """Return what the rule says about the comparisons of a decision, with its settings."""
-    return decide(decision.comparisons, _rule_of(decision))
-
-
 def wrong_verdict(decision: Decision) -> str:
     """Return a sentence if a verdict does not follow from its comparisons, or ""."""
-    rule = _rule_of(decision)
+    rule = rule_of(decision)
     found = [(decision.verdict, *decide(decision.comparisons, rule), "")]
     found += [
         (item.verdict, *decide_export(item.comparison, rule), f" of the export {item.format}")
@@ -159,7 +154,8 @@ def wrong_verdict(decision: Decision) -> str:
     return ""
 
 
-def _rule_of(decision: Decision) -> GateRule:
+def rule_of(decision: Decision) -> GateRule:
+    """Return the rule that a decision was made by."""
     known = {
         key: decision.settings[key] for key in GateRule.model_fields.keys() & decision.settings
     }
@@ -188,6 +184,17 @@ def mean_of_guards(guards: Sequence[TaskComparison]) -> tuple[float, float]:
     same_questions = sum(distance for distance, heldout in distances if heldout)
     squares = sum(distance**2 for distance, heldout in distances if not heldout)
     return mean, mean - math.sqrt(same_questions**2 + squares) / len(guards)
+
+
+def samples_to_exclude(item: TaskComparison, distance: float) -> float:
+    """Return with how many samples 95 % confidence excludes a distance 9 times of 10.
+
+    Args:
+        item: a comparison, for the standard error of a sample.
+        distance: from the true difference to the one that has to be excluded.
+    """
+    error = (item.difference - item.lower) / Z_LEVEL
+    return item.num_samples * (Z_LEVEL_AND_POWER * error / distance) ** 2
 
 
 def _are_likelihoods(targets: Sequence[TaskComparison]) -> bool:
@@ -285,8 +292,7 @@ def _needed(item: TaskComparison, margin: float) -> str:
     """Return how many samples would exclude the margin, if it is the samples that are too few."""
     if item.difference <= -margin / 2:
         return ""
-    error = (item.difference - item.lower) / Z_LEVEL
-    rows = item.num_samples * (Z_LEVEL_AND_POWER * error / margin) ** 2
+    rows = samples_to_exclude(item, margin)
     return (
         f"; a model that lost nothing needs about {rows:,.0f} samples to show it, and "
         f"{item.num_samples} were measured: {_more_rows(item)}, or set a higher gate.max_regression"

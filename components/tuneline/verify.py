@@ -118,14 +118,14 @@ def files_without_hash(directory: Path) -> dict[str, str]:
     known: dict[str, int] = {}
     others: dict[str, str] = {}
     for path in files:
-        covered_by = artifacts & {*path.parents}
-        is_edited = path.name in _NOT_HASHED and covered_by & repositories
-        is_single = (
+        if covered_by := artifacts & {*path.parents}:
+            if path.name not in _NOT_HASHED or not covered_by & repositories:
+                continue
+        elif (
             path.name in SEALED_FILES
             or (path.name == QUESTIONS_FILE and has_dataset)
             or is_sealed_page(path)
-        )
-        if (covered_by and not is_edited) or (is_single and not covered_by):
+        ):
             continue
         name = "events.jsonl" if _EARLIER_EVENTS.fullmatch(path.name) else path.name
         if name in WITHOUT_HASH:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from gate_scores import accuracies, gate, write_scores
 
+from tuneline import verdict
 from tuneline.artifacts import Decision
 from tuneline.errors import TaskError
 from tuneline.records.earlier import Attempt, EarlierRuns, Evaluated
-from tuneline.verdict import decide_again
 
 BASE = {"quiz": accuracies(1, 0.3)}
 
@@ -47,7 +47,7 @@ def test_a_worse_retraining_is_held(tmp_path: Path) -> None:
     assert [item.role for item in second.comparisons] == ["target", "published"]
     assert second.verdict == "hold"
     assert second.reason.startswith("the model published last is better: quiz 0.")
-    assert decide_again(second) == ("hold", second.reason)
+    assert verdict.decide(second.comparisons, verdict.rule_of(second)) == ("hold", second.reason)
     alone = run(tmp_path / "3", accuracies(3, 0.6))
     assert alone.verdict == "promote"
 

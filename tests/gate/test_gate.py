@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from gate_scores import accuracies, decide
 
+from tuneline import verdict
 from tuneline.artifacts import PROMPT_CONTROL, Decision
 from tuneline.errors import RecipeError, TaskError
 from tuneline.gate import GateConfig
 from tuneline.html.markdown import escape_markdown
-from tuneline.verdict import decide_again
 from tuneline.verify import verify
 
 
@@ -242,7 +242,7 @@ def test_perplexity_alone_is_said(tmp_path: Path) -> None:
 def test_the_verdict_follows_from_the_record(tmp_path: Path) -> None:
     held = decide(tmp_path, {"quiz": accuracies(1, 0.5)}, {"quiz": accuracies(2, 0.5)})
     forged = held.model_copy(update={"verdict": "promote", "settings": {"min_gain": 0.0}})
-    assert decide_again(forged) == ("hold", held.reason)
+    assert verdict.decide(forged.comparisons, verdict.rule_of(forged)) == ("hold", held.reason)
 
 
 def test_verify_finds_a_verdict_that_was_changed(tmp_path: Path) -> None:

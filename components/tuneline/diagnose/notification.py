@@ -1,4 +1,4 @@
-"""Tell the webhooks of a recipe how its run on a cluster ended."""
+"""Send the outcome of a run on a cluster to the webhooks of its recipe."""
 
 import shlex
 from collections.abc import Sequence
@@ -38,7 +38,8 @@ def tell(about: About, outcome: Outcome, attempts: Sequence[Attempt]) -> list[st
     report = next(
         (each.ending for each in reversed(attempts) if each.step == "report" and each.ending), None
     )
-    has_verdict = outcome.kind in ("succeeded", "held") and report is not None and report.text
+    is_decided = outcome.kind in ("succeeded", "held")
+    verdict = report.text if report is not None and is_decided else ""
     links = {"details": f"tuneline status {shlex.quote(about.run_name)}"}
     if outcome.kind == "succeeded":
         links["published to"] = redacted(about.target)
@@ -46,7 +47,7 @@ def tell(about: About, outcome: Outcome, attempts: Sequence[Attempt]) -> list[st
         event=_EVENTS[outcome.kind],
         run=about.run_name,
         recipe=about.recipe_name,
-        text=report.text if report is not None and has_verdict else outcome.cause,
+        text=verdict or outcome.cause,
         scores=decode_scores(report.scores) if report is not None else [],
         links=links,
         step=outcome.step or "" if outcome.kind == "failed" else "",

@@ -54,8 +54,7 @@ def run(
     started = time.monotonic()
     base, tuned = read(base_scores_dir, tuned_scores_dir)
     exports = read_exports(exports_dirs, tuned)
-    merge = MergeProof.read(merged_dir) if merged_dir is not None else None
-    of_merge = [merge.unexplained_loss()] if merge is not None else []
+    of_merge = MergeProof.read(merged_dir).unexplained_loss() if merged_dir is not None else ""
     earlier = read_earlier(earlier_path)
     with new_directory(decision_dir) as directory:
         compared = compare(base, tuned, earlier, config)
@@ -66,7 +65,7 @@ def run(
             verdict=verdict,
             reason=reason,
             remarks=[
-                *filter(None, of_merge),
+                *([of_merge] if of_merge else []),
                 *remarks(compared.comparisons, earlier, measured.attempts),
             ],
             comparisons=compared.comparisons,

@@ -139,18 +139,19 @@ def tiles(values: Iterable[tuple[str, str, str]]) -> str:
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
     """Return a list of names and values; a value that is a `Cell` is HTML."""
-    inner = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{_cell(value)}</dd></div>" for name, value in pairs
-    )
-    return f'<dl class="facts">{inner}</dl>'
+    return _pairs("facts", pairs)
 
 
 def todo(pairs: Iterable[tuple[str, str]]) -> str:
     """Return a list of names, each above its value; a value that is a `Cell` is HTML."""
+    return _pairs("todo", pairs)
+
+
+def _pairs(kind: str, pairs: Iterable[tuple[str, str]]) -> str:
     inner = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{_cell(value)}</dd></div>" for name, value in pairs
     )
-    return f'<dl class="todo">{inner}</dl>'
+    return f'<dl class="{kind}">{inner}</dl>'
 
 
 def details(summary: str, html: str, *, is_open: bool = False) -> str:

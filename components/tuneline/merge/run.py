@@ -131,10 +131,11 @@ def run(
         is_comparable = (
             base == "dequantized" or training.base_quantization == "none" or len(losses) > 1
         )
-        evaluation = read_evaluation_rows(
-            Path(dataset_dir), training, max_seq_length=dataset.max_seq_length
+        evaluation = (
+            read_evaluation_rows(Path(dataset_dir), training, max_seq_length=dataset.max_seq_length)
+            if is_comparable
+            else None
         )
-        evaluation = evaluation if is_comparable else None
         merged = proof.ask_merged(
             rows,
             comparison.add,

@@ -5,7 +5,8 @@ transformers and vLLM read this file, and llama.cpp's converter copies its value
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +36,25 @@ class Sampling(StrictModel):
     """Take one of this many likeliest tokens; 1 is greedy."""
     repetition_penalty: float = Field(default=1.0, gt=0, le=5)
     """Divisor of the logits of tokens that the text already has; 1 is none."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Return whether the most likely token is always taken."""
+        return self.top_k == 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a model besides the prompt."""
+
+    num_tokens: int
+    """Largest number of tokens to generate."""
+    sampling: Sampling
+    """How to take a token."""
+    seed: int | None = None
+    """Seed of the draws; None: other draws each time."""
+    ends: Collection[int] = ()
+    """Tokens to stop at in addition to the model's own."""
 
 
 PRESETS: dict[str, Sampling] = {

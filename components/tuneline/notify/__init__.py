@@ -1,4 +1,4 @@
-"""Tell people and programs how a run ended: the `notify` section of a recipe."""
+"""Messages to webhooks when a run has ended: the `notify` section of a recipe."""
 
 from tuneline.notify.config import NotifyConfig
 

@@ -13,7 +13,7 @@ from typing import Any
 from tuneline.notify.config import Event, Shape
 from tuneline.records.in_words import change_text, score_pair
 from tuneline.records.scores import TaskComparison
-from tuneline.runtime.redaction import redacted
+from tuneline.runtime.redaction import without_secrets
 from tuneline.version import VERSION
 
 HEADINGS: dict[Event, str] = {
@@ -100,7 +100,7 @@ def decode_scores(text: str) -> list[Score]:
 
 def payload(message: Message, shape: Shape) -> dict[str, Any]:
     """Return the JSON object that a webhook of a shape gets, without secrets."""
-    clean: dict[str, Any] = _without_secrets(SHAPES[shape](message))
+    clean: dict[str, Any] = without_secrets(SHAPES[shape](message))
     return clean
 
 
@@ -169,11 +169,3 @@ def _escaped(text: str) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 3]}..."
-
-
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_secrets(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_secrets(item) for item in value]
-    return redacted(value) if isinstance(value, str) else value

@@ -10,7 +10,7 @@ import urllib3
 from tuneline.errors import HubError
 from tuneline.notify.config import NotifyConfig
 from tuneline.notify.message import Message, payload
-from tuneline.runtime.retries import Retries
+from tuneline.runtime.retries import retrying
 
 logger = logging.getLogger(__name__)
 
@@ -55,24 +55,24 @@ def _problem(webhook: NotifyConfig, message: Message) -> str:
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
         return "the variable holds no URL that begins with https:// or http://"
     body = payload(message, webhook.format)
-    retries = Retries(
-        f"a message to the webhook in {webhook.webhook}",
-        max_attempts=MAX_ATTEMPTS,
-        advice="Check the URL and the network",
-    )
-    # urllib3's own retries would log the URL.
-    with urllib3.PoolManager(retries=False, timeout=_TIMEOUT) as pool:
-        while True:
-            try:
-                response = pool.request("POST", url, json=body, redirect=False)
-                if not 200 <= response.status < 300:
-                    raise _RefusedError(response)
-                return ""
-            # Whatever it is: the run has ended, and its result does not depend on a message.
-            except Exception as error:
-                try:
-                    retries.wait(error)
-                except HubError as lasting:
-                    return str(lasting)
-                except Exception as final:
-                    return str(final) if isinstance(final, _RefusedError) else type(final).__name__
+
+    def post() -> None:
+        # urllib3's own retries would log the URL.
+        with urllib3.PoolManager(retries=False, timeout=_TIMEOUT) as pool:
+            response = pool.request("POST", url, json=body, redirect=False)
+        if not 200 <= response.status < 300:
+            raise _RefusedError(response)
+
+    try:
+        retrying(
+            f"a message to the webhook in {webhook.webhook}",
+            post,
+            max_attempts=MAX_ATTEMPTS,
+            advice="Check the URL and the network",
+        )
+    except (HubError, _RefusedError) as error:
+        return str(error)
+    # Whatever it is: the run has ended, and its result does not depend on a message.
+    except Exception as error:
+        return type(error).__name__
+    return ""

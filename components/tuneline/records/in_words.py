@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from tuneline.html.units import count, number
+from tuneline.html.units import count, number, signed
 from tuneline.records.scores import HELDOUT_PREFIX, TaskComparison, Verdict
 
 MAX_TARGETS = 3
@@ -45,17 +45,15 @@ def score_pair(item: TaskComparison) -> tuple[str, str]:
     """Return both scores as text: fractions of right answers in percent, others as numbers."""
     if item.num_changed is None:
         return number(item.base), number(item.tuned)
-    digits = 0 if abs(item.tuned - item.base) >= 0.0995 else 1
+    digits = _digits(item.tuned - item.base)
     return f"{100 * item.base:.{digits}f} %", f"{100 * item.tuned:.{digits}f} %"
 
 
 def change_text(item: TaskComparison, value: float) -> str:
     """Return a change of a score with its sign: in points of percent, or as a number."""
     if item.num_changed is None:
-        text = number(value, 3)
-        return text if value <= 0 else f"+{text}"
-    digits = 0 if abs(value) >= 0.0995 else 1
-    return f"{100 * value:+.{digits}f}"
+        return signed(value, 3)
+    return f"{100 * value:+.{_digits(value)}f}"
 
 
 def with_unit(item: TaskComparison) -> str:
@@ -84,8 +82,13 @@ def _towards_zero(item: TaskComparison, value: float) -> float:
     """Return a bound rounded to what is shown, never to a larger change than was proven."""
     if item.num_changed is None:
         return value
-    steps = 100 if abs(value) >= 0.0995 else 1000
+    steps = 100 * 10 ** _digits(value)
     return math.copysign(math.floor(abs(value) * steps + 1e-9) / steps, value)
+
+
+def _digits(change: float) -> int:
+    """Return the decimals of a percentage: none for changes that are 10 points when rounded."""
+    return 0 if abs(change) >= 0.0995 else 1
 
 
 def _questions(item: TaskComparison) -> str:

@@ -1,5 +1,6 @@
 """The records of an evaluation and of the gate's decision."""
 
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -160,3 +161,8 @@ class Decision(Record):
     def held_exports(self) -> dict[str, str]:
         """Return the reason of each export that is held, by format."""
         return {item.format: item.reason for item in self.exports if item.is_held}
+
+    def kept(self, exports: Iterable[QuantizedModel]) -> list[QuantizedModel]:
+        """Return the exports that are not held."""
+        held = self.held_exports()
+        return [export for export in exports if export.format not in held]

@@ -9,7 +9,7 @@ from tuneline.html.units import percent
 from tuneline.records.in_words import with_unit
 from tuneline.report.comparison import recommend
 from tuneline.report.records import Line
-from tuneline.verdict import GateRule, mean_of_guards
+from tuneline.verdict import mean_of_guards, rule_of
 
 
 def answers(line: Line) -> str:
@@ -30,7 +30,7 @@ def safety(line: Line) -> list[str]:
     sentences = []
     if guards:
         _, lower = mean_of_guards(guards)
-        limit = line.decision.settings.get("max_regression", GateRule().max_regression)
+        limit = rule_of(line.decision).max_regression
         changed = ", ".join(_changed(item) for item in guards[:4])
         others = f" and {len(guards) - 4} more" if len(guards) > 4 else ""
         loss = "a loss" if len(guards) == 1 else "a mean loss"
@@ -81,7 +81,7 @@ def _next(line: Line) -> str:
         pairs.append(("Publish again", _code(f"tuneline resume {name}")))
     else:
         pairs.append(("Publishes to", _code(line.target)))
-    uses = recommend(line.exports)
+    uses = recommend(line.decision.kept(line.exports))
     best = "; ".join(f"{each} ({', '.join(uses[each])})" for each in uses if uses[each])
     if best:
         pairs.append(("Which export to take", best))

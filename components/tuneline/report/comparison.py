@@ -40,8 +40,7 @@ def card(line: Line) -> str:
     measured = [export for export in line.exports if export.mean_kl is not None]
     if not measured:
         return ""
-    held = line.decision.held_exports()
-    kept = [export for export in measured if export.format not in held]
+    kept = line.decision.kept(measured)
     uses = recommend(kept)
     chart = scatter_chart(
         [
@@ -66,9 +65,9 @@ def card(line: Line) -> str:
             number(export.perplexity),
             number(export.tokens_per_second, 3),
             *([_score(export)] if scored else []),
-            badge("held", "warn")
-            if export.format in held
-            else _for(export, uses[export.format], kept),
+            _for(export, uses[export.format], kept)
+            if export.format in uses
+            else badge("held", "warn"),
         ]
         for export in measured
     ]

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from html import escape
 from typing import NamedTuple
 
-from tuneline.artifacts import PREFERENCE_METHODS, TaskComparison
+from tuneline.artifacts import PREFERENCE_METHODS, TaskComparison, TrainingSummary
 from tuneline.html.page import Cell, paragraph, section, table
 from tuneline.html.units import count, number, percent
 from tuneline.records.in_words import with_unit
 from tuneline.records.scores import HELDOUT_PREFIX
 from tuneline.report.records import Line
-from tuneline.verdict import MIN_CLUSTERS, Z_LEVEL, Z_LEVEL_AND_POWER, GateRule
+from tuneline.verdict import MIN_CLUSTERS, rule_of, samples_to_exclude
 
 STILL_FALLING = 0.01
 """Fraction by which the evaluation loss fell between the last two evaluations, from which training
@@ -68,7 +68,7 @@ def _card(content: str) -> str:
 def causes(line: Line) -> Iterator[Cause]:
     """Yield the causes that the records of a run speak for, the most direct first."""
     targets = [item for item in line.decision.comparisons if item.role == "target"]
-    min_gain = line.decision.settings.get("min_gain", GateRule().min_gain)
+    min_gain = rule_of(line.decision).min_gain
     for item in targets:
         yield from _too_few_questions(item, min_gain)
     yield from _unread_prompts(line)
@@ -102,10 +102,9 @@ def _too_few_questions(item: TaskComparison, min_gain: float) -> Iterator[Cause]
             (f"{key}=200",),
         )
         return
-    error = (item.difference - item.lower) / Z_LEVEL
     excess = item.difference - min_gain
-    if item.interval[0] <= min_gain and excess > 0 and error > 0:
-        rows = item.num_samples * (Z_LEVEL_AND_POWER * error / excess) ** 2
+    if item.interval[0] <= min_gain and excess > 0:
+        rows = samples_to_exclude(item, excess)
         if item.num_samples < rows <= MAX_MORE_ROWS * item.num_samples:
             rounded = 50 * -(-int(rows) // 50)
             yield Cause(
@@ -135,13 +134,12 @@ def _forgetting(line: Line) -> Iterator[Cause]:
         if item.role in ("guard", "member") and item.outcome == "worse"
     ]
     if worse:
-        rate = line.training.learning_rate
         changed = ", ".join(f"{c.task} {with_unit(c)}" for c in worse[:4])
         yield Cause(
             "The model forgets what it could do",
             f"Worse than the base model: {changed}.",
             "Train more gently, or mix general rows into the data (prepare.general).",
-            (f"train.learning_rate={rate / 2:.2g}",) if rate else (),
+            _lower_rate(line.training, 2),
         )
 
 
@@ -160,7 +158,7 @@ def _training(line: Line) -> Iterator[Cause]:
             f"{count(steps)} steps"
             + (f", at a learning rate of {rate:g}." if rate is not None else "."),
             "Lower the learning rate.",
-            (f"train.learning_rate={rate / 5:.2g}",) if rate else (),
+            _lower_rate(training, 5),
         )
     elif lowest is not None and last is not None and last > (1 + RISE) * lowest[1]:
         yield Cause(
@@ -185,10 +183,14 @@ def _training(line: Line) -> Iterator[Cause]:
             f"{count(training.num_skipped_steps)} steps were skipped because their loss or "
             f"gradient was not finite, and training went back {training.num_rollbacks} times.",
             "Lower the learning rate.",
-            (f"train.learning_rate={training.learning_rate / 5:.2g}",)
-            if training.learning_rate
-            else (),
+            _lower_rate(training, 5),
         )
+
+
+def _lower_rate(training: TrainingSummary, divisor: int) -> tuple[str, ...]:
+    """Return the setting of a lower learning rate; none if that of the training is unknown."""
+    rate = training.learning_rate
+    return (f"train.learning_rate={rate / divisor:.2g}",) if rate else ()
 
 
 def _rounding(line: Line) -> Iterator[Cause]:

@@ -1,6 +1,6 @@
 """The first sections of a run's page: verdict, figures, and the diagram of the steps."""
 
-from tuneline.artifacts import TrainingSummary
+from tuneline.artifacts import Published, TrainingSummary
 from tuneline.html.flow import Status
 from tuneline.html.page import banner, line_diagram, section, tiles
 from tuneline.html.units import count, duration, number, parameters, size
@@ -31,8 +31,7 @@ def _publishing(line: Line) -> str:
     if place.problem:
         return f"Publishing to {line.target} failed: {place.problem}"
     if place.published is not None:
-        num = len(place.published.repos)
-        return f"Published to {line.target}: {num} repositor{'y' if num == 1 else 'ies'}{without}."
+        return f"Published to {line.target}: {_repositories(place.published)}{without}."
     return (
         f"When this page was written, the step publish had yet to upload it to {line.target}"
         f"{without}; the state of that step says whether it has."
@@ -101,7 +100,7 @@ def headline(line: Line) -> str:
         )
     else:
         shown.append(("Training loss", number(training.final_loss, 3), "last logged"))
-    if kept := line.kept_exports:
+    if kept := line.decision.kept(line.exports):
         smallest = min(kept, key=lambda export: export.num_bytes)
         plural = "s" if len(kept) > 1 else ""
         shown.append(
@@ -169,9 +168,13 @@ def _publish_stage(line: Line) -> tuple[Status, float | None, str]:
     if place.problem:
         return ("failed", None, "")
     if place.published is not None:
-        num = len(place.published.repos)
-        return ("finished", place.published.seconds, f"{num} repositor{'y' if num == 1 else 'ies'}")
+        return ("finished", place.published.seconds, _repositories(place.published))
     return ("next", None, "")
+
+
+def _repositories(published: Published) -> str:
+    num = len(published.repos)
+    return f"{num} repositor{'y' if num == 1 else 'ies'}"
 
 
 def _times(line: Line) -> dict[str, float]:

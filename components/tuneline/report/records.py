@@ -62,9 +62,3 @@ class Line:
     decision: Decision
     place: Place = Place()
     """What the page knows of its run besides the records."""
-
-    @property
-    def kept_exports(self) -> list[QuantizedModel]:
-        """The exports that the gate does not hold."""
-        held = self.decision.held_exports()
-        return [export for export in self.exports if export.format not in held]

@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from tuneline.runtime.printable import printable
 from tuneline.runtime.secrets import find_secrets
@@ -65,3 +67,12 @@ def redacted(text: str) -> str:
     for _, value in find_secrets(text):
         text = text.replace(value, "[redacted]")
     return text
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a plain value with the secrets removed from its texts."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(item) for item in value]
+    return redacted(value) if isinstance(value, str) else value

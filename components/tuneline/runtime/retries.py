@@ -140,19 +140,26 @@ class Retries:
         time.sleep(pause)
 
 
-def retrying(what: str, request: Callable[[], T], *, max_attempts: int | None = None) -> T:
+def retrying(
+    what: str,
+    request: Callable[[], T],
+    *,
+    max_attempts: int | None = None,
+    advice: str = _HUB_ADVICE,
+) -> T:
     """Return the answer to a request; repeat the request after a fault that may not last.
 
     Args:
         what: What is requested, for messages.
         request: Function that sends the request.
         max_attempts: Largest number of attempts; None: as many as the time allows.
+        advice: What to try if the fault lasts, as a sentence without a full stop.
 
     Raises:
         HubError: the fault lasted.
         Exception: what the request raised, if it would raise it again.
     """
-    retries = Retries(what, max_attempts=max_attempts)
+    retries = Retries(what, max_attempts=max_attempts, advice=advice)
     while True:
         try:
             return request()

@@ -9,7 +9,7 @@ import pytest
 from gguf import GGUFWriter
 
 from tuneline.errors import UserError
-from tuneline.models.sampling import PRESETS, UNLIMITED_TOP_K, Sampling, set_sampling
+from tuneline.models.sampling import PRESETS, UNLIMITED_TOP_K, Request, Sampling, set_sampling
 from tuneline.pipelines.chat.published import read_context, read_published
 from tuneline.pipelines.chat.session import Session
 from tuneline.pipelines.chat.settings import Settings, describe
@@ -71,7 +71,7 @@ def test_an_answer_ends_at_the_token_that_the_template_writes(
     prompt = speaker.tokenise(session._prompt(QUESTION), is_rendered=True)
     generated = speaker._model.generate(prompt, num_tokens=8)
     third = generated.ids[2]
-    pieces = speaker.stream(prompt, num_tokens=8, sampling=PRESETS["greedy"], ends={third})
+    pieces = speaker.stream(prompt, Request(8, PRESETS["greedy"], ends={third}))
     short = ""
     with pytest.raises(StopIteration) as ended:
         while True:

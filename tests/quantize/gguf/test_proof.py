@@ -276,7 +276,7 @@ def test_generation_ends_at_a_stop_token(f16_file: Path, monkeypatch: pytest.Mon
 def test_a_long_prompt_is_cut_as_the_rows_are(
     merged_dir: Path, f16_file: Path, tmp_path: Path
 ) -> None:
-    """What is planned of a pod's memory counts so many tokens a row."""
+    """What is planned of a pod's memory counts so many tokens per row."""
     prompt = "".join(f"{number}Gi is {1024 * number}Mi. " for number in range(1, 60))
     write_jsonl(tmp_path / HELDOUT_FILE, [{"prompt": prompt, "answer": "7", "end": "<|im_end|>"}])
     long = measure(merged_dir, dataset_dir=tmp_path, num_rows=1, num_tokens=4)

@@ -2,7 +2,7 @@
 
 import codecs
 import time
-from collections.abc import Collection, Generator
+from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -14,7 +14,7 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from tuneline.errors import ProofError
 from tuneline.models.likelihood import Pair, Tokens
-from tuneline.models.sampling import Sampling
+from tuneline.models.sampling import Request
 from tuneline.models.tokenizer.chat_templates import REFUSALS
 from tuneline.quantize.machine import num_threads
 from tuneline.quantize.proof.quality import Generation
@@ -203,50 +203,39 @@ class LlamaFile:
         text = self._model.detokenize(ids, prev_tokens=prompt_ids).decode(errors="replace")
         return Generation(prompt_ids=prompt_ids, ids=ids, text=text)
 
-    def stream(
-        self,
-        prompt_ids: list[int],
-        *,
-        num_tokens: int,
-        sampling: Sampling,
-        seed: int | None = None,
-        ends: Collection[int] = (),
-    ) -> Generator[str, None, bool]:
+    def stream(self, prompt_ids: list[int], request: Request) -> Generator[str, None, bool]:
         """Generate, and yield the text as it grows; no character is cut.
 
         llama.cpp keeps the tokens that a prompt shares with the text before it.
 
         Args:
             prompt_ids: the prompt.
-            num_tokens: largest number of tokens to generate.
-            sampling: how to take a token; with top_k 1, the most likely one.
-            seed: seed of the draws; None: a new one.
-            ends: tokens to stop at in addition to those of the file.
+            request: how to answer it.
 
         Returns:
-            Whether the answer ended with a stop token, not with `num_tokens`.
+            Whether the answer ended with a stop token, not with `request.num_tokens`.
         """
-        model = self._model
-        model.set_seed(_RANDOM_SEED if seed is None else seed)
+        model, sampling = self._model, request.sampling
+        model.set_seed(_RANDOM_SEED if request.seed is None else request.seed)
         tokens = model.generate(
             prompt_ids,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             min_p=0.0,
-            temp=0.0 if sampling.top_k == 1 else sampling.temperature,
+            temp=0.0 if sampling.is_greedy else sampling.temperature,
             repeat_penalty=sampling.repetition_penalty,
         )
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # Some tokenizers drop the space before the first token of a text.
         before = prompt_ids[-1:]
         for number, token in enumerate(tokens, 1):
-            if self.is_stop(token) or token in ends:
+            if self.is_stop(token) or token in request.ends:
                 break
             text = decoder.decode(model.detokenize([token], prev_tokens=before))
             before = [token]
             if text:
                 yield text
-            if number == num_tokens:
+            if number == request.num_tokens:
                 return False
         rest = decoder.decode(b"", final=True)
         if rest:

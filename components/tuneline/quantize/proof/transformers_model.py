@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Collection, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, GPTQConfig, TextIterat
 from tuneline.errors import ModelError, ProofError
 from tuneline.models.batches import Batches
 from tuneline.models.likelihood import Pair, score_answers
-from tuneline.models.sampling import Sampling
+from tuneline.models.sampling import Request
 from tuneline.models.whole import load_whole
 from tuneline.quantize.machine import few_threads
 from tuneline.quantize.proof import widening
@@ -134,38 +134,27 @@ class TransformersModel:
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         return Generation(prompt_ids=prompt_ids, ids=ids, text=text, logits=logits.numpy())
 
-    def stream(
-        self,
-        prompt_ids: list[int],
-        *,
-        num_tokens: int,
-        sampling: Sampling,
-        seed: int | None = None,
-        ends: Collection[int] = (),
-    ) -> Generator[str, None, bool]:
+    def stream(self, prompt_ids: list[int], request: Request) -> Generator[str, None, bool]:
         """Generate, and yield the text as it grows, word by word.
 
         A consumer that closes the generator ends the computation.
 
         Args:
             prompt_ids: the prompt.
-            num_tokens: largest number of tokens to generate.
-            sampling: how to take a token; with top_k 1, the most likely one.
-            seed: seed of the draws; None: go on with the present state.
-            ends: tokens to stop at in addition to `stop_ids`.
+            request: how to answer it.
 
         Returns:
-            Whether the answer ended with a stop token, not with `num_tokens`.
+            Whether the answer ended with a stop token, not with `request.num_tokens`.
         """
-        stops = sorted({*self.stop_ids, *ends})
-        is_greedy = sampling.top_k == 1
+        stops = sorted({*self.stop_ids, *request.ends})
+        sampling = request.sampling
         # transformers warns of numbers for sampling if it does not sample.
-        numbers = sampling.model_dump() if not is_greedy else {}
+        numbers = {} if sampling.is_greedy else sampling.model_dump()
         config: Any = GenerationConfig
         settings = config(
             **numbers | {"repetition_penalty": sampling.repetition_penalty},
-            do_sample=not is_greedy,
-            max_new_tokens=num_tokens,
+            do_sample=not sampling.is_greedy,
+            max_new_tokens=request.num_tokens,
             eos_token_id=stops or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
@@ -181,8 +170,8 @@ class TransformersModel:
 
         def generate() -> None:
             try:
-                if seed is not None:
-                    torch.manual_seed(seed)
+                if request.seed is not None:
+                    torch.manual_seed(request.seed)
                 with few_threads(), torch.inference_mode():
                     output = self._model.generate(
                         batch,

@@ -106,7 +106,7 @@ def llama_defaults(sampling: Sampling) -> dict[str, float]:
     """Return a sampling under the names of llama-cpp-python's requests."""
     numbers = sampling.model_dump()
     return {
-        "temperature": 0.0 if sampling.top_k == 1 else numbers["temperature"],
+        "temperature": 0.0 if sampling.is_greedy else numbers["temperature"],
         "top_p": numbers["top_p"],
         "top_k": numbers["top_k"],
         "repeat_penalty": numbers["repetition_penalty"],

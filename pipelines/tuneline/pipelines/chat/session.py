@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 from tuneline.errors import UserError
+from tuneline.models.sampling import Request
 from tuneline.pipelines.chat.settings import Settings
 from tuneline.pipelines.chat.speakers import Messages, Speaker, load, text_after_answer
 from tuneline.pipelines.chat.subject import Subject
@@ -102,16 +103,10 @@ class Session:
                 f"the conversation has {len(ids)} tokens, and the model {voice.name} holds "
                 f"{speaker.num_context}: begin a new one"
             )
+        num_tokens = min(settings.max_tokens, room)
+        request = Request(num_tokens, settings.sampling, settings.seed, voice.ends)
         with voice.lock:
-            return (
-                yield from speaker.stream(
-                    ids,
-                    num_tokens=min(settings.max_tokens, room),
-                    sampling=settings.sampling,
-                    seed=settings.seed,
-                    ends=voice.ends,
-                )
-            )
+            return (yield from speaker.stream(ids, request))
 
     def _prompt(self, messages: Messages) -> str:
         if not self.has_template:

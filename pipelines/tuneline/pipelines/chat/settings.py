@@ -34,7 +34,7 @@ class Settings:
         if given.get("temperature") == 0:
             del given["temperature"]
             given["top_k"] = 1
-        elif "temperature" in given and "top_k" not in given and sampling.top_k == 1:
+        elif "temperature" in given and "top_k" not in given and sampling.is_greedy:
             # A temperature has no effect on the single most likely token.
             given["top_k"] = Sampling().top_k
         return replace(self, sampling=Sampling.parse({**sampling.model_dump(), **given}))
@@ -43,7 +43,7 @@ class Settings:
 def describe(sampling: Sampling) -> str:
     """Return how tokens are taken, in a few words."""
     name = next((name for name, preset in PRESETS.items() if preset == sampling), "custom")
-    if sampling.top_k == 1:
+    if sampling.is_greedy:
         penalty = sampling.repetition_penalty
         return "greedy" if penalty == 1 else f"greedy, repetition_penalty {penalty:g}"
     numbers = ", ".join(f"{key} {value:g}" for key, value in sampling.model_dump().items())

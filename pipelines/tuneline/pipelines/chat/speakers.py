@@ -3,12 +3,12 @@
 A speaker answers as the model was published: with its chat template and its stop tokens.
 """
 
-from collections.abc import Collection, Generator
+from collections.abc import Generator
 from typing import Any, Protocol
 
 import torch
 
-from tuneline.models.sampling import Sampling
+from tuneline.models.sampling import Request, Sampling
 from tuneline.models.tokenizer.special_tokens import end_token
 from tuneline.pipelines.chat.published import read_context, read_published
 from tuneline.pipelines.chat.subject import ModelFiles
@@ -46,15 +46,7 @@ class Speaker(Protocol):
     def end_of(self, text: str) -> int | None:
         """Return the token at which an answer ends that a template closes with `text`."""
 
-    def stream(
-        self,
-        prompt_ids: list[int],
-        *,
-        num_tokens: int,
-        sampling: Sampling,
-        seed: int | None = None,
-        ends: Collection[int] = (),
-    ) -> Generator[str, None, bool]:
+    def stream(self, prompt_ids: list[int], request: Request) -> Generator[str, None, bool]:
         """Yield the text of an answer as it grows; return whether a stop token ended it."""
 
 

@@ -16,9 +16,9 @@ from tuneline.pipelines.cli.terminal import console, say
 from tuneline.pipelines.doctor.log_errors import find_error
 from tuneline.pipelines.local.attempt import kept
 from tuneline.pipelines.local.run_dir import RECIPE_FILE, REPORT_FILE, LocalRun, Start
-from tuneline.recorded_recipe import without_secrets
 from tuneline.runtime.events import StepRun, failed_run
 from tuneline.runtime.failures.causes import explain
+from tuneline.runtime.redaction import without_secrets
 
 POLL_SECONDS = 1.0
 

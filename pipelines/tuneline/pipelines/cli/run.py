@@ -31,12 +31,11 @@ from tuneline.pipelines.local.run_dir import (
 from tuneline.pipelines.local.watch import ARTIFACTS_DIR, read_events
 from tuneline.recipe import Recipe, load_recipe
 from tuneline.recipe_file.yaml_document import dump_document
-from tuneline.recorded_recipe import without_secrets
 from tuneline.records.in_words import verdict_sentence
 from tuneline.report.failed import render_failed
 from tuneline.runtime.events import StepRun, failed_run
 from tuneline.runtime.failures.causes import explain
-from tuneline.runtime.redaction import redacted
+from tuneline.runtime.redaction import redacted, without_secrets
 
 PANEL = "Recipes and local runs"
 

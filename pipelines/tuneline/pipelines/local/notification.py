@@ -1,4 +1,4 @@
-"""Tell the webhooks of a recipe how its run on this machine ended."""
+"""Send the outcome of a run on this machine to the webhooks of its recipe."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -15,7 +15,8 @@ from tuneline.gate.power import (
 )
 from tuneline.pipelines.plan.check import Check
 from tuneline.recipe import Recipe
-from tuneline.verdict import HELDOUT_PREFIX, MIN_CLUSTERS, MIN_EFFECTIVE_SAMPLES
+from tuneline.records.scores import HELDOUT_PREFIX
+from tuneline.verdict import MIN_CLUSTERS, MIN_EFFECTIVE_SAMPLES
 
 PERPLEXITY = "heldout_perplexity"
 ASSUMED = f"if {100 * SHARE_OF_CHANGED_ANSWERS:.0f} % of the answers change"
