@@ -173,6 +173,11 @@ def assert_same(got, want, tolerance=1e-5):
         assert error < tolerance, f"{name}: relative error {error:.2e}"
 
 
+def engine_of(model):
+    """Return the state of a patched model between forwards."""
+    return model.get_base_model().model._tuneline_engine
+
+
 def fused_layers(model):
     """Count the layers whose autograd node is ours."""
     hits = []

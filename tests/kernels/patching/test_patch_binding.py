@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from patch_cases import FAMILIES, TARGETS, assert_same, batch, fused_layers, make_model, step
+from patch_cases import (
+    FAMILIES,
+    TARGETS,
+    assert_same,
+    batch,
+    engine_of,
+    fused_layers,
+    make_model,
+    step,
+)
 from peft import LoraConfig
 from transformers import LlamaForCausalLM
 
@@ -61,7 +70,7 @@ def test_layers_are_bound_once_with_and_once_without_adapters(monkeypatch):
 def test_layers_are_checked_in_each_forward_or_when_told():
     model = make_model()
     patch(model)
-    engine = model.get_base_model().model._tuneline_engine
+    engine = engine_of(model)
     step(model, batch())
     weights = engine.current[0]
     model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] *= 2

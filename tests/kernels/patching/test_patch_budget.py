@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from patch_cases import batch, make_model, make_nf4_model, step
+from patch_cases import batch, engine_of, make_model, make_nf4_model, step
 
 from tuneline.kernels import patching
 from tuneline.kernels.decoder import operands
@@ -20,7 +20,7 @@ def test_any_budget_gives_the_same_bits(family, interpreted):
     model = make_model(family, dtype=torch.float32)
     patch(model, budget="lean")
     loss, expected = step(model, batch(1, 5))
-    engine = model.get_base_model().model._tuneline_engine
+    engine = engine_of(model)
     assert engine.last_kept == Kept(0, 0)
     weights = [weights for states in engine.bound.values() for weights in states.values()]
     layer, normed = (max(size(w, 5, 4) for w in weights) for size in (kept_bytes, normed_bytes))
@@ -35,7 +35,7 @@ def test_any_budget_gives_the_same_bits(family, interpreted):
     for num_bytes, kept in wanted.items():
         patch(model, budget=num_bytes / 2**30)
         found, grads = step(model, batch(1, 5))
-        assert model.get_base_model().model._tuneline_engine.last_kept == kept
+        assert engine_of(model).last_kept == kept
         assert torch.equal(found, loss)
         for name, grad in expected.items():
             assert torch.equal(grads[name], grad), name
@@ -79,7 +79,7 @@ def test_kept_weights_are_dequantised_once_and_give_the_same_bits(num_wide, monk
     with torch.no_grad():
         for name, value in start.items():
             model.get_parameter(name).copy_(value)
-    engine = model.get_base_model().model._tuneline_engine
+    engine = engine_of(model)
     weights = list(engine.current.values())
     stored = sum(2 * max(size(w, 5, 4) for w in weights) for size in (kept_bytes, normed_bytes))
     wide = max(wide_bytes(w, 4) for w in weights)
@@ -92,7 +92,7 @@ def test_kept_weights_are_dequantised_once_and_give_the_same_bits(num_wide, monk
 
     monkeypatch.setattr(operands, "dequantize_nf4", counted)
     got = two_steps()
-    assert model.get_base_model().model._tuneline_engine.last_kept == Kept(2, 2, num_wide)
+    assert engine_of(model).last_kept == Kept(2, 2, num_wide)
     # Seven linears per layer; without kept weights, one dequantisation per forward and backward.
     assert len(dequantised) == 7 * (num_wide + (2 - num_wide) * 4)
     for (loss, grads), (want_loss, want_grads) in zip(got, want, strict=True):
