@@ -348,7 +348,7 @@ class Timer:
 
     @property
     def tokens(self) -> list[int]:
-        """Tokens of each step's batch; one batch a step, read ahead by the loader."""
+        """Tokens of each step's batch; one batch per step, read ahead by the loader."""
         return self.collated[: len(self.milliseconds)]
 
     def begin(self, torch: Any) -> None:

@@ -13,6 +13,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from kube_server import strict
 from kubectl import KUBECTL
 
 from tuneline import images
@@ -180,18 +181,6 @@ def test_the_runtime_fits_trainers_schema() -> None:
     misspelt = {**runtime["spec"], "mlPolicy": {"torsh": {}}}
     with pytest.raises(jsonschema.ValidationError, match="torsh"):
         jsonschema.validate(misspelt, strict(schema))
-
-
-def strict(schema: Any) -> Any:
-    """Return a schema that takes no field that it does not name."""
-    if isinstance(schema, list):
-        return [strict(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made = {key: strict(value) for key, value in schema.items()}
-    if made.get("type") == "object" and made.get("properties"):
-        made.setdefault("additionalProperties", False)
-    return made
 
 
 def test_the_local_queue_fits_kueues_schema() -> None:

@@ -103,10 +103,9 @@ class _Engine:
     """Weights of each layer in the last forward with gradients."""
     checks_always: bool = True
     is_checked: bool = False
-    last_kept: Kept = Kept()
-    most_wide: int | None = None
-    """Most layers that may keep dequantised weights: the fewest of all forwards so far, so that
-    batches of different sizes do not free and dequantise them in turn."""
+    last_kept: Kept | None = None
+    """The choice of the last forward with gradients. The next one keeps dequantised weights in no
+    more layers, so that batches of different sizes do not free and dequantise them in turn."""
     kept_in_graphs: dict[int, Kept] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
@@ -426,9 +425,9 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
             itemsize=dtype.itemsize,
             device=device,
         )
-    fewest = kept.num_wide if engine.most_wide is None else engine.most_wide
-    engine.most_wide = min(fewest, kept.num_wide)
-    engine.last_kept = kept = replace(kept, num_wide=engine.most_wide)
+    if engine.last_kept is not None:
+        kept = replace(kept, num_wide=min(kept.num_wide, engine.last_kept.num_wide))
+    engine.last_kept = kept
     if engine.stash is None and device.type == "cuda":
         engine.stash = HostStash()
         # Read once: what the stash holds is no longer free.

@@ -25,7 +25,6 @@ from typing import Any
 from gpu_inputs import GIB, SHAPES, gsm8k_lengths, say
 
 PARTS = ("choices", "answers", "generation")
-Request = tuple[None, list[int], list[int]]
 
 
 def main() -> None:
@@ -100,33 +99,26 @@ def prepare(
     def tokens(count: int) -> list[int]:
         return [draw.randrange(3, 512) for _ in range(max(1, count))]
 
-    if part == "generation":
-        settings = {"until": ["\n\n"], "max_gen_toks": num_new, "do_sample": False}
-        requests = [
-            SimpleNamespace(args=(" ".join(f"w{id}" for id in tokens(length // 2)), settings))
-            for length in lengths
-        ]
-        if way == "new":
-            return requests, lm.generate_until
-
-        def generate(some: list[Any]) -> list[str]:
-            lm.batch_size_per_gpu = 8
-            return HFLM.generate_until(lm, some, disable_tqdm=True)
-
-        return requests, generate
-    rows: list[Request] = []
+    requests: list[Any] = []
+    settings = {"until": ["\n\n"], "max_gen_toks": num_new, "do_sample": False}
     for length in lengths:
         prompt = tokens(length // 2)
+        if part == "generation":
+            text = " ".join(f"w{id}" for id in prompt)
+            requests.append(SimpleNamespace(args=(text, settings)))
+            continue
         answers = [length // 2] if part == "answers" else [draw.randint(1, 12) for _ in range(4)]
-        rows += [(None, prompt, tokens(count)) for count in answers]
+        requests += [(None, prompt, tokens(count)) for count in answers]
+    method = "generate_until" if part == "generation" else "_loglikelihood_tokens"
     if way == "new":
-        return rows, lm._loglikelihood_tokens
+        return requests, getattr(lm, method)
 
-    def score(some: list[Any]) -> list[Any]:
+    def compute(some: list[Any]) -> list[Any]:
         lm.batch_size_per_gpu = 8
-        return HFLM._loglikelihood_tokens(lm, some, disable_tqdm=True)
+        results: list[Any] = getattr(HFLM, method)(lm, some, disable_tqdm=True)
+        return results
 
-    return rows, score
+    return requests, compute
 
 
 def measure(

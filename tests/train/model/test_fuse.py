@@ -28,6 +28,37 @@ ROWS = [
 ]
 
 
+def make_trainer(
+    config, base_dir, data, work, *, kind=SupervisedTrainer, method="sft", fused=True, cached=False
+):
+    rows, held = load_rows(
+        data, DatasetManifest.read(data), packing=config.packing, cache_dir=work / "cache"
+    )
+    model = load_base(base_dir, dtype=torch.float32, device="cpu", quantized=True)
+    if fused:
+        fuse_model(model)
+    torch.manual_seed(3)
+    trainer = kind(
+        model=model,
+        args=training_arguments(
+            config,
+            cpu_setup(config, learning_rate=1e-2),
+            method=method,
+            num_steps=config.max_steps,
+            evaluates=True,
+            packing=config.packing,
+            work_dir=work,
+            cache_reference=cached,
+        ),
+        train_dataset=rows,
+        eval_dataset=held,
+        processing_class=AutoTokenizer.from_pretrained(str(base_dir)),
+        peft_config=lora_config(config.lora, model),
+    )
+    keep_adapter_in_fp32(trainer.model)
+    return trainer
+
+
 def train(base_dir: Path, data: Path, work: Path, *, fused: bool, packing: bool) -> tuple:
     config = TrainConfig(
         packing=packing,
@@ -38,29 +69,7 @@ def train(base_dir: Path, data: Path, work: Path, *, fused: bool, packing: bool)
         optim="adamw_torch",
         learning_rate=1e-2,
     )
-    manifest = DatasetManifest.read(data)
-    rows, held = load_rows(data, manifest, packing=packing, cache_dir=work / "cache")
-    model = load_base(base_dir, dtype=torch.float32, device="cpu", quantized=True)
-    if fused:
-        fuse_model(model)
-    torch.manual_seed(3)
-    trainer = SupervisedTrainer(
-        model=model,
-        args=training_arguments(
-            config,
-            cpu_setup(config, learning_rate=1e-2),
-            method="sft",
-            num_steps=4,
-            evaluates=True,
-            packing=packing,
-            work_dir=work,
-        ),
-        train_dataset=rows,
-        eval_dataset=held,
-        processing_class=AutoTokenizer.from_pretrained(str(base_dir)),
-        peft_config=lora_config(config.lora, model),
-    )
-    keep_adapter_in_fp32(trainer.model)
+    trainer = make_trainer(config, base_dir, data, work, fused=fused)
     if fused:
         assert fuse_trainer(trainer) == "llama: 2 layers fused; loss: fused"
         assert isinstance(trainer.optimizer, FlatAdamW)
@@ -85,7 +94,7 @@ JUDGED = [
 
 
 @pytest.mark.parametrize(
-    ("method", "trainer_class", "rows", "cached"),
+    ("method", "kind", "rows", "cached"),
     [
         pytest.param("dpo", PreferenceTrainer, PREFERENCES, False, marks=pytest.mark.slow),
         pytest.param("dpo", PreferenceTrainer, PREFERENCES, True, marks=pytest.mark.slow),
@@ -93,10 +102,10 @@ JUDGED = [
     ],
 )
 def test_policy_and_reference_agree_bit_for_bit_before_the_first_step(
-    dataset_dir, tiny_model_dir, tmp_path, method, trainer_class, rows, cached
+    dataset_dir, tiny_model_dir, tmp_path, method, kind, rows, cached
 ):
-    data = dataset_dir(rows, method=method)
     config = TrainConfig(
+        packing=False,
         max_steps=1,
         warmup_steps=0,
         global_batch_size=4,
@@ -104,28 +113,10 @@ def test_policy_and_reference_agree_bit_for_bit_before_the_first_step(
         optim="adamw_torch",
         learning_rate=1e-2,
     )
-    manifest = DatasetManifest.read(data)
-    train_rows, held = load_rows(data, manifest, packing=False, cache_dir=tmp_path / "cache")
-    model = load_base(tiny_model_dir, dtype=torch.float32, device="cpu", quantized=True)
-    fuse_model(model)
-    trainer = trainer_class(
-        model=model,
-        args=training_arguments(
-            config,
-            cpu_setup(config, learning_rate=1e-2),
-            method=method,
-            num_steps=1,
-            evaluates=True,
-            packing=False,
-            work_dir=tmp_path / "work",
-            cache_reference=cached,
-        ),
-        train_dataset=train_rows,
-        eval_dataset=held,
-        processing_class=AutoTokenizer.from_pretrained(str(tiny_model_dir)),
-        peft_config=lora_config(config.lora, model),
+    data = dataset_dir(rows, method=method)
+    trainer = make_trainer(
+        config, tiny_model_dir, data, tmp_path, kind=kind, method=method, cached=cached
     )
-    keep_adapter_in_fp32(trainer.model)
     fuse_trainer(trainer)
     # The stock layers of an evaluation agree with themselves too.
     assert trainer.evaluate()["eval_rewards/chosen"] == 0.0

@@ -168,15 +168,13 @@ def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
     adapter = shape.num_adapter * (
         4 + (4 + _state_bytes(settings.optim, shape.num_adapter)) / settings.num_ranks
     )
-    room = settings.kept_bytes
     if shape.experts is not None:
         activations, working_set = _expert_bytes(shape, shape.experts, settings, tokens)
     elif settings.fused and shape.is_fused:
         activations, working_set = _fused_bytes(shape, tokens, itemsize, settings.kept_bytes > 0)
-        kept, has_all = _kept_bytes(shape, tokens, itemsize, room)
-        activations += kept
-        if has_all and settings.quantized and not settings.fp8:
-            weights += _wide_bytes(shape, itemsize, room - kept)
+        kept = _kept(shape, shape, settings, tokens)
+        activations += kept.activations
+        weights += kept.weights
     else:
         layer = tokens * _layer_bytes_per_token(shape, itemsize)
         working_set = itemsize * (shape.hidden + tokens) * shape.mlp
@@ -217,14 +215,12 @@ def _expert_bytes(
     if settings.fused and shape.is_fused:
         activations = _num_inputs(shape, tokens) * tokens * hidden * itemsize
         as_dense = replace(shape, mlp=experts.top_k * width)
-        kept_bytes, has_all = _kept_bytes(as_dense, tokens, itemsize, settings.kept_bytes)
-        if _num_kept(as_dense, tokens, itemsize, settings.kept_bytes) == shape.num_layers:
+        attention_only = replace(shape, mlp=0)
+        in_room = _kept(as_dense, attention_only, settings, tokens)
+        if in_room.num_layers == shape.num_layers:
             # Gate and up are those that the layer has kept.
             working_set -= itemsize * chosen * 2 * width
-        if has_all and settings.quantized and not settings.fp8:
-            attention_only = replace(shape, mlp=0)
-            kept_bytes += _wide_bytes(attention_only, itemsize, settings.kept_bytes - kept_bytes)
-        return activations + kept_bytes, working_set
+        return activations + in_room.activations + in_room.weights, working_set
     attention = tokens * _layer_bytes_per_token(replace(shape, mlp=0), itemsize)
     layer = attention + itemsize * (chosen * kept + 4 * tokens * experts.shared)
     if settings.recompute:
@@ -242,18 +238,40 @@ def _num_inputs(shape: Shape, tokens: int) -> int:
     return 4 if tokens >= STASH_MIN_TOKENS else shape.num_layers
 
 
-def _kept_bytes(shape: Shape, tokens: int, itemsize: int, room: int) -> tuple[int, bool]:
-    """Return the bytes of activations that fused layers keep in `room` bytes, and if that is all.
+@dataclass(frozen=True)
+class _Kept:
+    """What fused layers keep in their room."""
 
-    The rules are those of `kernels.decoder.budget`.
+    num_layers: int
+    """Number of layers that keep their activations."""
+    activations: int
+    """Bytes of activations."""
+    weights: int = 0
+    """Bytes of dequantised weights."""
+
+
+def _kept(shape: Shape, wide: Shape, settings: Settings, tokens: int) -> _Kept:
+    """Return what fused layers keep, by the rules of `kernels.decoder.budget`.
+
+    Args:
+        shape: Sizes of the activations.
+        wide: Sizes of the weights that can stay dequantised.
+        settings: Settings of the run; `kept_bytes` is the room.
+        tokens: Tokens per micro-batch.
     """
-    layer = _kept_layer_bytes(shape, tokens, itemsize)
-    normed = tokens * itemsize * 2 * (shape.hidden + MIN_ADAPTER_COLUMNS)
-    num_layers = _num_kept(shape, tokens, itemsize, room)
+    itemsize, room = settings.itemsize, settings.kept_bytes
+    widths = 2 * shape.query + 2 * shape.key_value + shape.hidden + 2 * shape.mlp
+    layer = tokens * itemsize * widths
+    num_layers = min(shape.num_layers, room // layer)
+    activations = num_layers * layer
     if num_layers < shape.num_layers:
-        return num_layers * layer, False
-    num_normed = min(num_layers, (room - num_layers * layer) // normed)
-    return num_layers * layer + num_normed * normed, num_normed == num_layers
+        return _Kept(num_layers, activations)
+    normed = tokens * itemsize * 2 * (shape.hidden + MIN_ADAPTER_COLUMNS)
+    num_normed = min(num_layers, (room - activations) // normed)
+    activations += num_normed * normed
+    if num_normed < num_layers or not settings.quantized or settings.fp8:
+        return _Kept(num_layers, activations)
+    return _Kept(num_layers, activations, _wide_bytes(wide, itemsize, room - activations))
 
 
 def _wide_bytes(shape: Shape, itemsize: int, room: int) -> int:
@@ -263,16 +281,6 @@ def _wide_bytes(shape: Shape, itemsize: int, room: int) -> int:
     gate_up = mlp + shape.mlp
     layer = itemsize * (hidden * (2 * query + 2 * shape.key_value) + hidden * (gate_up + mlp))
     return min(shape.num_layers, room // layer) * layer
-
-
-def _num_kept(shape: Shape, tokens: int, itemsize: int, room: int) -> int:
-    """Return how many layers keep their activations if these may use `room` bytes."""
-    return min(shape.num_layers, room // _kept_layer_bytes(shape, tokens, itemsize))
-
-
-def _kept_layer_bytes(shape: Shape, tokens: int, itemsize: int) -> int:
-    attention = 2 * shape.query + 2 * shape.key_value
-    return tokens * itemsize * (attention + shape.hidden + 2 * shape.mlp)
 
 
 def _fused_bytes(shape: Shape, tokens: int, itemsize: int, kept: bool) -> tuple[int, int]:

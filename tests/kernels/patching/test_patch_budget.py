@@ -1,0 +1,101 @@
+"""Whatever layers keep, offload or compute again, the bits are the same."""
+
+import itertools
+
+import pytest
+import torch
+from patch_cases import batch, engine_of, make_model, make_nf4_model, step
+
+from tuneline.kernels import patching
+from tuneline.kernels.decoder import operands
+from tuneline.kernels.decoder.attention_half import Saved
+from tuneline.kernels.decoder.budget import Kept, kept_bytes, normed_bytes, wide_bytes
+from tuneline.kernels.decoder.layer import LayerCall
+from tuneline.kernels.ops.nf4 import dequantize_nf4
+from tuneline.kernels.patching import patch
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_any_budget_gives_the_same_bits(family, interpreted):
+    model = make_model(family, dtype=torch.float32)
+    patch(model, budget="lean")
+    loss, expected = step(model, batch(1, 5))
+    engine = engine_of(model)
+    assert engine.last_kept == Kept(0, 0)
+    weights = [weights for states in engine.bound.values() for weights in states.values()]
+    layer, normed = (max(size(w, 5, 4) for w in weights) for size in (kept_bytes, normed_bytes))
+    wide = max(wide_bytes(w, 4) for w in weights)
+    wanted = {
+        1.5 * layer: Kept(1, 0),
+        2 * layer + 0.5 * normed: Kept(2, 0),
+        2 * layer + 1.5 * normed: Kept(2, 1),
+        2 * layer + 2 * normed + 1.5 * wide: Kept(2, 2, 1 if wide else 0),
+        2**30: Kept(2, 2, 2 if wide else 0),
+    }
+    for num_bytes, kept in wanted.items():
+        patch(model, budget=num_bytes / 2**30)
+        found, grads = step(model, batch(1, 5))
+        assert engine_of(model).last_kept == kept
+        assert torch.equal(found, loss)
+        for name, grad in expected.items():
+            assert torch.equal(grads[name], grad), name
+
+
+@pytest.mark.parametrize("choice", list(itertools.product((False, True), repeat=3)))
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_whatever_waits_for_the_backward_gives_the_same_bits(family, choice, monkeypatch):
+    model = make_model(family, dtype=torch.float32)
+    patch(model, budget="lean")
+    loss, expected = step(model, batch())
+    seen = []
+
+    def holding(*args, **kwargs):
+        seen.append(LayerCall(*args, **{**kwargs, "holds": True, "waits": Saved(*choice)}))
+        return seen[-1]
+
+    monkeypatch.setattr(patching, "LayerCall", holding)
+    found, grads = step(model, batch())
+    assert [call.saved for call in seen] == [Saved(*choice)] * 2
+    assert torch.equal(found, loss)
+    for name, grad in expected.items():
+        assert torch.equal(grads[name], grad), name
+
+
+@pytest.mark.parametrize("num_wide", [0, 1, 2])
+def test_kept_weights_are_dequantised_once_and_give_the_same_bits(num_wide, monkeypatch):
+    model = make_nf4_model()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+
+    def two_steps():
+        found = []
+        for _ in range(2):
+            found.append(step(model, batch(1, 5)))
+            optimizer.step()
+        return found
+
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    patch(model, budget="lean")
+    want = two_steps()
+    with torch.no_grad():
+        for name, value in start.items():
+            model.get_parameter(name).copy_(value)
+    engine = engine_of(model)
+    weights = list(engine.current.values())
+    stored = sum(2 * max(size(w, 5, 4) for w in weights) for size in (kept_bytes, normed_bytes))
+    wide = max(wide_bytes(w, 4) for w in weights)
+    patch(model, budget=(stored + (num_wide + 0.5) * wide) / 2**30)
+    dequantised = []
+
+    def counted(weight, **kwargs):
+        dequantised.append(weight)
+        return dequantize_nf4(weight, **kwargs)
+
+    monkeypatch.setattr(operands, "dequantize_nf4", counted)
+    got = two_steps()
+    assert engine_of(model).last_kept == Kept(2, 2, num_wide)
+    # Seven linears per layer; without kept weights, one dequantisation per forward and backward.
+    assert len(dequantised) == 7 * (num_wide + (2 - num_wide) * 4)
+    for (loss, grads), (want_loss, want_grads) in zip(got, want, strict=True):
+        assert torch.equal(loss, want_loss)
+        assert all(torch.equal(grads[name], grad) for name, grad in want_grads.items())
+    assert not torch.equal(got[0][0], got[1][0])
