@@ -10,6 +10,7 @@ import yaml
 
 from tuneline.artifacts import MergeProof, ModelOrigin, QuantizedModel
 from tuneline.errors import ModelError, UserError
+from tuneline.fetch.gguf_header import check_header
 from tuneline.kinds import KINDS
 from tuneline.models.stored_quantisation import quantization_in
 from tuneline.pipelines.local.run_dir import RECIPE_FILE, LocalRun, find_local_run, local_runs
@@ -155,9 +156,6 @@ def _from_path(path: Path, format: str | None) -> ModelFiles | None:
         return _from_directory(path, format) if has_model else None
     if path.suffix != ".gguf":
         return None
-    # Imported here, because the package fetch.gguf_header is in imports much more.
-    from tuneline.fetch.gguf_header import check_header
-
     check_header(path)
     return ModelFiles(path.absolute(), "gguf", path.stem)
 
