@@ -71,7 +71,12 @@ def test_an_ordinary_header_passes(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    check_header(path)
+    found = check_header(path)
+    assert found == {
+        "general.architecture": "llama",
+        "general.license": "mit",
+        "tokenizer.ggml.add_bos_token": True,
+    }
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"{" * 10, b'{"a":' * 50_000])

@@ -1,17 +1,14 @@
 """Fetch from a Hub: the unmodified client against a small server of its read-only routes."""
 
-import http.server
 import json
-import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import COMMIT, HubHandler
+from hub_server import COMMIT, HubHandler, client_environment, downloaded, serve_files
 
 
 @pytest.fixture
@@ -20,14 +17,8 @@ def hub(tiny_model_dir: Path, tmp_path: Path) -> Iterator[tuple[str, type[HubHan
     shutil.copytree(tiny_model_dir, model_dir, ignore=shutil.ignore_patterns("origin.json"))
     shutil.copy(model_dir / "model.safetensors", model_dir / "consolidated.safetensors")
     (model_dir / "pytorch_model.bin").write_bytes(b"pickle")
-    handler = type("Handler", (HubHandler,), {"model_dir": model_dir, "requests": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serve_files(model_dir) as served:
+        yield served
 
 
 def fetch(
@@ -41,22 +32,13 @@ def fetch(
     tmp_path.mkdir(exist_ok=True)
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"revision": revision} if revision else {}))
-    # gptqmodel, where another test imported it, has set HF_HUB_CACHE, which goes before HF_HOME.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1",
-        **variables,
-    }
     return subprocess.run(
         [
             *(sys.executable, "-m", "tuneline.fetch", "--config", str(config)),
             *("--source", source, "--base-model", str(tmp_path / "out")),
             *(("--version", version) if version else ()),
         ],
-        env=environment,
+        env=client_environment(endpoint, tmp_path / "hf") | variables,
         capture_output=True,
         text=True,
         check=False,
@@ -74,7 +56,7 @@ def test_download_is_recorded_with_its_commit(hub, tiny_model_dir: Path, tmp_pat
     assert weights == (tiny_model_dir / "model.safetensors").read_bytes()
     assert not (out / "model.safetensors").is_symlink()
     # The weights stand in the repository three times, and are downloaded once.
-    fetched = {path.rsplit("/", 1)[1] for path in handler.requests if "/resolve/" in path}
+    fetched = downloaded(handler)
     assert "model.safetensors" in fetched
     assert not {"pytorch_model.bin", "consolidated.safetensors"} & fetched
 
@@ -104,8 +86,7 @@ def test_the_version_of_a_model_is_its_commit(hub, tmp_path: Path) -> None:
     )
 
     def look_up(**variables: str) -> subprocess.CompletedProcess[str]:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub[0], **variables}
+        environment = client_environment(hub[0], tmp_path / "hf") | variables
         command = [sys.executable, "-c", program]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 

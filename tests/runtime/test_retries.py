@@ -6,7 +6,6 @@ imported. Its clock does not wait: it records the pauses.
 
 import errno
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,14 +85,8 @@ def found(hub, tmp_path_factory) -> dict:
         ("GET /datasets/org/rows/resolve/.*/b.jsonl", 500, 7),
         ("GET /api/datasets/org/rows$", "cut", 2),
     ]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path_factory.mktemp("hf")),
-        "HF_TOKEN": hub_server.TOKEN,
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
+    environment = hub_server.client_environment(hub.url, tmp_path_factory.mktemp("hf"))
+    environment["HF_TOKEN"] = hub_server.TOKEN
     environment.pop(retries.SECONDS_VARIABLE, None)
     done = subprocess.run(
         [sys.executable, "-c", CLIENTS], env=environment, capture_output=True, text=True

@@ -11,6 +11,8 @@ from tuneline import images
 from tuneline.pipelines import kube
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.plan.check import Check
+from tuneline.pipelines.plan.model_facts import ModelFacts, model_facts
+from tuneline.pipelines.plan.model_files import ModelFiles
 from tuneline.pipelines.plan.plan import plan
 from tuneline.recipe import Recipe
 
@@ -106,6 +108,12 @@ def qwen3_30b_a3b() -> tuple[dict[str, Any], Shapes]:
     # A layer for multi-token prediction, which transformers does not load.
     shapes |= attention(48, 2048, 4096, 512)
     return config, shapes
+
+
+def facts_of(config: dict[str, Any], shapes: Shapes) -> ModelFacts:
+    return model_facts(
+        ModelFiles(config, {name: ("BF16", shape) for name, shape in shapes.items()})
+    )
 
 
 def header(shapes: Shapes, dtype: str = "BF16") -> bytes:

@@ -103,6 +103,7 @@ def finetune(
         UserError: the run has no step of a name in `uncached`.
     """
     steps: set[str] = set()
+    notified = {webhook.webhook for webhook in recipe.notify}
 
     def placed(function: Callable[..., Any], **arguments: object) -> dsl.PipelineTask:
         # By its type, kfp's decorator returns the function, but it returns a component.
@@ -116,8 +117,7 @@ def finetune(
         if not on_cluster:
             return task
         claims = claims_of(recipe, component.name)
-        variables = [webhook.webhook for webhook in recipe.notify]
-        return place(task, component.name, recipe.placement, claims=claims, notified=variables)
+        return place(task, component.name, recipe.placement, claims=claims, notified=notified)
 
     on_nodes = None
     if on_cluster and recipe.placement.num_nodes > 1:

@@ -1,13 +1,10 @@
 """A published repository is downloaded: a checkpoint, or the one GGUF file that is chosen."""
 
-import http.server
-import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
-from hub_server import HubHandler
+from hub_server import client_environment, downloaded, serve_files
 
 PROGRAM = """
 import sys
@@ -23,32 +20,17 @@ for format in sys.argv[1:]:
 
 def find(model_dir: Path, home: Path, *formats: str) -> tuple[list[str], set[str]]:
     """Return what the program prints for each format, and the names of downloaded files."""
-    handler = type("Handler", (HubHandler,), {"model_dir": model_dir, "requests": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    # The client reads its settings when it is imported.
-    environment = {name: value for name, value in os.environ.items() if name[:3] != "HF_"}
-    environment |= {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *formats],
-        env=environment,
-        cwd=home,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serve_files(model_dir) as (url, handler):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, *formats],
+            env=client_environment(url, home),
+            cwd=home,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr
-    fetched = {path.rsplit("/", 1)[1] for path in handler.requests if "/resolve/" in path}
-    return done.stdout.splitlines(), fetched
+    return done.stdout.splitlines(), downloaded(handler)
 
 
 def test_one_gguf_file_of_several(tmp_path: Path) -> None:

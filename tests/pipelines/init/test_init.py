@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tuneline.artifacts import DatasetManifest
 from tuneline.errors import DataError, OutputExistsError, RecipeError, UserError
 from tuneline.pipelines.init.machine import Machine
 from tuneline.pipelines.init.rows import look
@@ -64,6 +65,16 @@ def propose(
     return proposed, load_recipe(path, needs_files=True)
 
 
+def prepared(recipe: Recipe, base: Path, dataset_dir: Path) -> DatasetManifest:
+    return prepare(
+        recipe.prepare,
+        source=recipe.data,
+        base_model_dir=str(base),
+        dataset_dir=str(dataset_dir),
+        statistics_path=str(dataset_dir.with_suffix(".html")),
+    )
+
+
 @pytest.mark.parametrize(
     ("encoding", "delimiter", "remark"),
     [
@@ -85,13 +96,7 @@ def test_a_csv_of_any_make_becomes_a_recipe_that_prepare_takes(
     said = "\n".join(proposed.sentences())
     assert "120 rows" in said and "Latin 50%, Hangul (Korean) 50%" in said
     assert remark is None or remark in said
-    done = prepare(
-        recipe.prepare,
-        source=recipe.data,
-        base_model_dir=str(tiny_model_dir),
-        dataset_dir=str(tmp_path / "dataset"),
-        statistics_path=str(tmp_path / "statistics.html"),
-    )
+    done = prepared(recipe, tiny_model_dir, tmp_path / "dataset")
     assert done.num_rejected_rows == 0 and done.truncated_token_share == 0
     assert done.num_heldout_rows == 24  # a fifth
     # The length that init measured with the model's tokenizer is that of prepare.
@@ -130,13 +135,7 @@ def test_each_kind_of_rows_gets_its_method_and_a_benchmark_that_fits(
         early = check_early(recipe, is_local=True)
         assert [check for check in early if check.verdict == "fail"] == []
         found[name] = recipe.gate.target_tasks
-        prepare(
-            recipe.prepare,
-            source=recipe.data,
-            base_model_dir=str(tiny_model_dir),
-            dataset_dir=str(tmp_path / f"dataset-{name}"),
-            statistics_path=str(tmp_path / "statistics.html"),
-        )
+        prepared(recipe, tiny_model_dir, tmp_path / f"dataset-{name}")
     assert found == {
         "dpo": ("heldout_choice",),
         "kto": ("heldout_perplexity",),
@@ -172,13 +171,7 @@ def test_rows_that_cannot_be_used_are_told_and_do_not_stop_the_run(
     assert "1 rows are equal to an earlier row" in said
     assert "1 rows have the question of an earlier row, but another answer" in said
     assert "24 of the rows will be held out" not in said and "23 of the rows will" in said
-    done = prepare(
-        recipe.prepare,
-        source=recipe.data,
-        base_model_dir=str(tiny_model_dir),
-        dataset_dir=str(tmp_path / "dataset"),
-        statistics_path=str(tmp_path / "statistics.html"),
-    )
+    done = prepared(recipe, tiny_model_dir, tmp_path / "dataset")
     assert done.num_rejected_rows == 6
     for row in rows[:60]:
         row["답변"] = ""

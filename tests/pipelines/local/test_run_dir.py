@@ -200,7 +200,7 @@ def test_runs_of_one_step_are_told_apart() -> None:
     ]
 
 
-def test_what_runs_anew_in_every_attempt_is_what_kfp_must_not_cache() -> None:
+def test_what_every_attempt_runs_again_is_what_kfp_must_not_cache() -> None:
     pipeline = finetune(find_recipe("demo", []), on_cluster=False).pipeline_spec
     dags = [pipeline.root.dag, *(each.dag for each in pipeline.components.values())]
     uncached = {

@@ -12,6 +12,7 @@ import pytest
 from plan_cases import (
     attention,
     ends,
+    facts_of,
     files_of,
     header,
     llama_8b,
@@ -31,18 +32,12 @@ from tuneline.pipelines.plan.estimate import (
     estimate,
 )
 from tuneline.pipelines.plan.model_facts import ModelFacts, model_facts
-from tuneline.pipelines.plan.model_files import ModelFiles, read_model
+from tuneline.pipelines.plan.model_files import read_model
 from tuneline.pipelines.plan.plan import plan
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.shape import model_shape
 
 RESULTS = Path(__file__).parents[3] / "kernels/benchmarks/results/scaled_step_h100.csv"
-
-
-def facts_of(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> ModelFacts:
-    return model_facts(
-        ModelFiles(config, {name: ("BF16", shape) for name, shape in shapes.items()})
-    )
 
 
 def checks_of(path: Path, config: dict[str, Any], *assignments: str) -> list[Check]:

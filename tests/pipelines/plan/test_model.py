@@ -8,6 +8,7 @@ import pytest
 from hub_server import TOKEN, Hub, new_repo
 from plan_cases import (
     Shapes,
+    facts_of,
     files_of,
     header,
     llama_8b,
@@ -19,8 +20,8 @@ from plan_cases import (
 
 from tuneline.pipelines.plan.base_model import read_base_model
 from tuneline.pipelines.plan.estimate import estimate
-from tuneline.pipelines.plan.model_facts import ModelFacts, model_facts
-from tuneline.pipelines.plan.model_files import ModelFiles, Unknown, read_model
+from tuneline.pipelines.plan.model_facts import model_facts
+from tuneline.pipelines.plan.model_files import Unknown, read_model
 from tuneline.pipelines.plan.plan import plan
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.estimate import GIB
@@ -141,14 +142,7 @@ def test_a_model_that_cannot_be_read_is_known_by_name(
 
 
 def test_the_memory_of_a_known_model_is_that_of_the_train_step() -> None:
-    facts = model_facts_of_llama()
+    facts = facts_of(*llama_8b())
     loaded = recipe(profile="a10g")
     known = estimate(loaded, facts.num_parameters, facts).gpu_bytes / GIB
     assert known == pytest.approx(estimate(loaded, 8.03e9).gpu_bytes / GIB, rel=0.01)
-
-
-def model_facts_of_llama() -> ModelFacts:
-    config, shapes = llama_8b()
-    return model_facts(
-        ModelFiles(config, {name: ("BF16", shape) for name, shape in shapes.items()})
-    )

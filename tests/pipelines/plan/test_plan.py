@@ -144,7 +144,7 @@ def test_fp8_in_pods_without_a_gpu_fails(cluster: Any) -> None:
 
 
 @pytest.mark.parametrize("claim", [None, "shared_claim", "cache_claim"])
-def test_a_retry_that_would_begin_anew_is_told(claim: str | None) -> None:
+def test_a_retry_that_would_start_from_step_0_is_told(claim: str | None) -> None:
     loaded = recipe(*([f"placement.{claim}=c"] if claim else []))
     found = [each.verdict for each in plan(loaded) if each.name == "checkpoints"]
     assert found == ([] if claim else ["warn"])

@@ -6,12 +6,15 @@ the read-only routes alone, with the files of a directory.
 """
 
 import base64
+import contextlib
 import hashlib
 import http.server
 import json
+import os
 import re
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -438,3 +441,35 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if with_body:
             self.wfile.write(body)
+
+
+@contextlib.contextmanager
+def serve_files(model_dir: Path) -> Iterator[tuple[str, type[HubHandler]]]:
+    """Serve a directory as every repository; yield the URL, and the class that has the requests."""
+    handler = type("Handler", (HubHandler,), {"model_dir": model_dir, "requests": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", handler
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def client_environment(url: str, home: Path) -> dict[str, str]:
+    """Return an environment whose client asks a server; it reads its settings when imported."""
+    # gptqmodel, where another test imported it, has set HF_HUB_CACHE, which goes before HF_HOME.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return kept | {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
+def downloaded(handler: type[HubHandler]) -> set[str]:
+    """Return the names of the files whose content was asked for."""
+    return {path.rsplit("/", 1)[1] for path in handler.requests if "/resolve/" in path}

@@ -5,9 +5,9 @@ The sampling is in generation_config.json, and a GGUF file repeats it in its met
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
+from tuneline.fetch.gguf_header import check_header
 from tuneline.models import sampling
 from tuneline.models.sampling import Sampling, published_sampling
 from tuneline.pipelines.chat.subject import ModelFiles
@@ -28,7 +28,7 @@ _GGUF_SAMPLING = {
 def read_published(files: ModelFiles) -> Sampling:
     """Return how a model samples unless its user says otherwise, without loading its weights."""
     if files.kind == "gguf":
-        settings = _gguf_settings(_metadata(files.path))
+        settings = _gguf_settings(check_header(files.path))
     else:
         file = files.path / sampling.FILE
         settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -45,25 +45,13 @@ def read_context(files: ModelFiles) -> int:
         from tuneline.quantize.gguf.modelfile import context_length
 
         return context_length(files.path)
-    metadata = _metadata(files.path)
+    metadata = check_header(files.path)
     prefix = metadata.get("general.architecture", "")
     longest = int(metadata.get(f"{prefix}.context_length", MAX_CONTEXT))
     if metadata.get(f"{prefix}.rope.scaling.type") == "longrope":
         # llama.cpp computes with other rotary angles beyond this length, as context_length says.
         longest = int(metadata.get(f"{prefix}.rope.scaling.original_context_length", longest))
     return min(longest, MAX_CONTEXT)
-
-
-def _metadata(file: Path) -> dict[str, Any]:
-    """Return the metadata of a GGUF file but its lists, which are the vocabulary."""
-    # Imported here, because an installation without GGUF's packages can talk to checkpoints.
-    from gguf import GGUFReader, GGUFValueType
-
-    return {
-        name: field.contents()
-        for name, field in GGUFReader(file).fields.items()
-        if GGUFValueType.ARRAY not in field.types
-    }
 
 
 def _gguf_settings(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -104,12 +104,11 @@ def gguf_app(subject: Subject, sampling: Sampling) -> "WithDefaults":
 
 def llama_defaults(sampling: Sampling) -> dict[str, float]:
     """Return a sampling under the names of llama-cpp-python's requests."""
-    numbers = sampling.model_dump()
     return {
-        "temperature": 0.0 if sampling.is_greedy else numbers["temperature"],
-        "top_p": numbers["top_p"],
-        "top_k": numbers["top_k"],
-        "repeat_penalty": numbers["repetition_penalty"],
+        "temperature": 0.0 if sampling.is_greedy else sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "repeat_penalty": sampling.repetition_penalty,
         "min_p": 0.0,
     }
 

@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from tuneline.artifacts import MergeProof, ModelOrigin, QuantizedModel
 from tuneline.errors import ModelError, UserError
+from tuneline.fetch.gguf_header import check_header
 from tuneline.kinds import KINDS
 from tuneline.models.stored_quantisation import quantization_in
 from tuneline.pipelines.local.run_dir import RECIPE_FILE, LocalRun, find_local_run, local_runs
@@ -61,7 +60,7 @@ def find_subject(name: str, *, format: str | None, base: str | None, needs_base:
         found = _from_path(Path(base), None)
         if found is None:
             raise UserError(f"--base {base}: name a .gguf file or a directory with a config.json")
-        return Subject(subject.name, subject.tuned, found, subject.system, subject.formats)
+        return replace(subject, base=found)
     if needs_base and subject.base is None:
         raise UserError(
             f"the base model of {name} is not known: name its directory or .gguf file with --base"
@@ -81,11 +80,11 @@ def _find(name: str, format: str | None) -> Subject:
                 f"{name} is neither a run nor a model: it has no {RECIPE_FILE}, no config.json and "
                 "no .gguf file"
             )
-        inside = next((each for each in path.resolve().parents if _is_run(each)), None)
-        if inside is None:
+        runs_around = (find_local_run(str(each)) for each in path.resolve().parents)
+        whole = next(filter(None, runs_around), None)
+        if whole is None:
             return Subject(path.resolve().name, found)
-        whole = LocalRun(inside)
-        return Subject(whole.name, found, _base_of(whole.artifact_dirs()), _system(inside))
+        return Subject(whole.name, found, _base_of(whole.artifact_dirs()), _system(whole))
     if "/" in name and is_hub_id(name):
         # Imported here, because huggingface_hub takes a moment.
         from tuneline.pipelines.chat.hub import download
@@ -126,7 +125,7 @@ def _of_run(run: LocalRun, format: str | None) -> Subject:
         name=run.name,
         tuned=ModelFiles(path, kind, title),
         base=_base_of(places),
-        system=_system(run.directory),
+        system=_system(run),
         formats=formats,
     )
 
@@ -138,14 +137,9 @@ def _base_of(places: Sequence[Path]) -> ModelFiles | None:
     return None
 
 
-def _system(run_dir: Path) -> str | None:
-    recipe = yaml.safe_load((run_dir / RECIPE_FILE).read_text(encoding="utf-8"))
-    system = (recipe.get("prepare") or {}).get("system_prompt")
+def _system(run: LocalRun) -> str | None:
+    system = (run.recipe_values().get("prepare") or {}).get("system_prompt")
     return system if isinstance(system, str) else None
-
-
-def _is_run(directory: Path) -> bool:
-    return (directory / RECIPE_FILE).is_file()
 
 
 def _from_path(path: Path, format: str | None) -> ModelFiles | None:
@@ -155,9 +149,6 @@ def _from_path(path: Path, format: str | None) -> ModelFiles | None:
         return _from_directory(path, format) if has_model else None
     if path.suffix != ".gguf":
         return None
-    # Imported here, because the package fetch.gguf_header is in imports much more.
-    from tuneline.fetch.gguf_header import check_header
-
     check_header(path)
     return ModelFiles(path.absolute(), "gguf", path.stem)
 

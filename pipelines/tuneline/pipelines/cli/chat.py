@@ -10,13 +10,15 @@ import typer
 from rich.console import Console
 
 from tuneline.errors import UserError
+from tuneline.models.sampling import PRESETS, Sampling
+from tuneline.pipelines.chat.ports import ADDRESS
+from tuneline.pipelines.chat.settings import DEFAULT_MAX_TOKENS, Settings
+from tuneline.pipelines.chat.subject import Subject, find_subject
 from tuneline.pipelines.cli.run import PANEL
 from tuneline.pipelines.cli.terminal import console, say
 
 if TYPE_CHECKING:
     from tuneline.pipelines.chat.session import Session
-    from tuneline.pipelines.chat.settings import Settings
-    from tuneline.pipelines.chat.subject import Subject
 
 WEB_PORT, SERVE_PORT = 8765, 8000
 _CTRL_C = 130
@@ -61,12 +63,12 @@ def chat(
         ),
     ] = None,
     web: Annotated[
-        bool, typer.Option("--web", help="Talk on a page at 127.0.0.1 instead of the terminal.")
+        bool, typer.Option("--web", help=f"Talk on a page at {ADDRESS} instead of the terminal.")
     ] = False,
     serve: Annotated[
         bool,
         typer.Option(
-            "--serve", help="Serve an OpenAI-compatible API at 127.0.0.1 (vLLM or llama.cpp)."
+            "--serve", help=f"Serve an OpenAI-compatible API at {ADDRESS} (vLLM or llama.cpp)."
         ),
     ] = False,
     port: Annotated[
@@ -89,7 +91,7 @@ def chat(
         str | None,
         typer.Option(
             metavar="PRESET",
-            help="Sampling: greedy, factual, balanced or creative.",
+            help=f"Sampling: {', '.join(PRESETS)}.",
             show_default="as published",
         ),
     ] = None,
@@ -108,7 +110,10 @@ def chat(
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="COUNT", help="Largest number of tokens per answer.", show_default="512"
+            min=1,
+            metavar="COUNT",
+            help="Largest number of tokens per answer.",
+            show_default=str(DEFAULT_MAX_TOKENS),
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
@@ -127,11 +132,6 @@ def chat(
         )
     if port is not None and not (web or serve):
         raise UserError("--port is the port of --web or --serve: give one of them")
-    # Imported here only, because importing numpy and torch takes seconds.
-    from tuneline.models.sampling import Sampling
-    from tuneline.pipelines.chat.settings import Settings
-    from tuneline.pipelines.chat.subject import find_subject
-
     numbers = {
         "temperature": temperature,
         "top_p": top_p,
@@ -151,6 +151,7 @@ def chat(
         if not text:
             raise UserError("the standard input is empty: pipe a message in, or give --prompt")
     _quieten()
+    # Imported here only, because importing numpy and torch takes seconds.
     from tuneline.pipelines.chat.session import Session
 
     if sys.stderr.isatty():
@@ -166,7 +167,7 @@ def chat(
         _talk(session, settings, text)
 
 
-def _talk(session: "Session", settings: "Settings", text: str | None) -> None:
+def _talk(session: "Session", settings: Settings, text: str | None) -> None:
     """Answer one message, or hold a conversation if `text` is None."""
     from tuneline.pipelines.chat.terminal import TerminalChat, read_line
 
@@ -179,7 +180,7 @@ def _talk(session: "Session", settings: "Settings", text: str | None) -> None:
     talk.run(read_line)
 
 
-def _show_page(session: "Session", settings: "Settings", port: int) -> None:
+def _show_page(session: "Session", settings: Settings, port: int) -> None:
     from tuneline.pipelines.chat.web.server import ChatServer
 
     with ChatServer(session, settings, port=port) as server:
@@ -197,13 +198,13 @@ def _quieten() -> None:
 
 
 def _serve(
-    subject: "Subject", port: int, preset: str | None, numbers: dict[str, float | None]
+    subject: Subject, port: int, preset: str | None, numbers: dict[str, float | None]
 ) -> None:
     from tuneline.pipelines.chat.serve import check_can_serve, serve
 
     check_can_serve(subject)
     say(
-        f"{subject.name}: http://127.0.0.1:{port}/v1  (OpenAI-compatible; Ctrl-C ends)\n"
+        f"{subject.name}: http://{ADDRESS}:{port}/v1  (OpenAI-compatible; Ctrl-C ends)\n"
         f"model: {subject.name} ({subject.tuned.title})"
     )
     serve(subject, port=port, preset=preset, numbers=numbers)

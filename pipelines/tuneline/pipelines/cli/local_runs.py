@@ -83,10 +83,10 @@ def show_logs(run: LocalRun, words: str, *, follow: bool) -> None:
             typer.echo(line)
         return
     sections = [each for each in run.sections() if not words or _is_named(each.name, words)]
-    everything = run.sections(of_all_attempts=True)
-    if not sections and (earlier := [e for e in everything if _is_named(e.name, words)]):
+    if not sections:
         # Its result came from the cache: the log is that of the attempt that made it.
-        sections = earlier[-1:]
+        everything = run.sections(of_all_attempts=True)
+        sections = [each for each in everything if _is_named(each.name, words)][-1:]
     if not sections:
         names = ", ".join(dict.fromkeys(each.name for each in everything))
         raise UserError(f"run {run.name} has no step '{words}': it has {names or 'none yet'}")

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from tuneline.artifacts import (
     SAMPLES_DIR,
     DatasetManifest,
@@ -16,7 +14,7 @@ from tuneline.artifacts import (
     read_jsonl,
 )
 from tuneline.errors import RecipeError, TunelineError, UserError
-from tuneline.pipelines.local.run_dir import RECIPE_FILE, LocalRun
+from tuneline.pipelines.local.run_dir import LocalRun
 from tuneline.record import Record
 
 R = TypeVar("R", bound=Record)
@@ -80,7 +78,7 @@ def read_finished(run: LocalRun) -> FinishedRun:
         raise UserError(f"the scores of {run.name} are gone: run its recipe again")
     return FinishedRun(
         name=run.name,
-        recipe=yaml.safe_load((run.directory / RECIPE_FILE).read_text(encoding="utf-8")),
+        recipe=run.recipe_values(),
         summary=summary,
         scores=tuned[0],
         training=_record(TrainingSummary, places, run),

@@ -31,7 +31,7 @@ _LARGE, _SMALL = "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"
 _MULTILINGUAL = "Qwen/Qwen2.5-0.5B-Instruct"
 _GIB_FOR_LARGE = 14
 """GPU memory, in GiB, with which a 7B model can be tuned in 4 bits."""
-_TEMPLATE_OF_EMBEDDED = "chatml"
+TEMPLATE_OF_EMBEDDED = "chatml"
 _NUM_MEASURED, _CHARACTERS_MEASURED = 1000, 4_000_000
 """Number of rows that are rendered and tokenised, and number of characters that end it earlier."""
 _LETTERS_PER_TOKEN = 4
@@ -183,9 +183,9 @@ def _use_template(base: Base, tokenizer: Any, config: PrepareConfig) -> str:
     if "template" in config.model_fields_set:
         names = [config.template]
     elif base.is_embedded:
-        names = [_TEMPLATE_OF_EMBEDDED]
+        names = [TEMPLATE_OF_EMBEDDED]
     else:
-        names = [OWN_TEMPLATE] if read_templates(tokenizer) else [_TEMPLATE_OF_EMBEDDED, *TEMPLATES]
+        names = [OWN_TEMPLATE] if read_templates(tokenizer) else [TEMPLATE_OF_EMBEDDED, *TEMPLATES]
     for name in names[:-1]:
         with contextlib.suppress(DataError):
             use_template(tokenizer, name)
@@ -195,7 +195,7 @@ def _use_template(base: Base, tokenizer: Any, config: PrepareConfig) -> str:
 
 
 def _estimate(example: Example) -> int:
-    """Return about how many tokens a row has."""
+    """Return the approximate number of tokens of a row."""
     prompt, answer = texts_of(example)
     text = prompt + answer
     num_letters = sum(len(pattern.findall(text)) for pattern in WORDY) + text.count(" ")

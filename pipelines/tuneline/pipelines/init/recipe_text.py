@@ -25,7 +25,6 @@ def recipe_text(settings: Sequence[Setting], heading: Sequence[str]) -> str:
         for depth, section in enumerate(wanted):
             if sections[: depth + 1] != wanted[: depth + 1]:
                 lines.append(f"{'  ' * depth}{section}:")
-                sections = wanted[: depth + 1]
         sections = wanted
         lines += _entry(key, setting, "  " * len(wanted))
     return "\n".join(lines) + "\n"

@@ -7,10 +7,12 @@ from typing import Any
 
 from tuneline.artifacts import PREFERENCE_METHODS, Method
 from tuneline.gate.power import samples_for_margin
-from tuneline.pipelines.init.base import Base, Lengths
+from tuneline.pipelines.init.base import TEMPLATE_OF_EMBEDDED, Base, Lengths
 from tuneline.pipelines.init.machine import Machine
 from tuneline.pipelines.init.rows import Rows, texts_of
+from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.rows.split import MAX_HELDOUT_SHARE
+from tuneline.prepare.tokens.templates import OWN_TEMPLATE
 from tuneline.verdict import MIN_CLUSTERS, MIN_EFFECTIVE_SAMPLES
 
 MIN_ROWS = 10
@@ -73,7 +75,7 @@ def propose_settings(
         name: the recipe's name.
         dataset: the source, as the recipe names it.
     """
-    on_cpu = machine.gpu is None or base.is_embedded
+    on_cpu = trains_on_cpu(machine, base)
     return [
         Setting("name", name),
         Setting("description", _description(rows, base)),
@@ -92,15 +94,14 @@ def propose_settings(
     ]
 
 
-def num_heldout(rows: Rows, *, on_cpu: bool) -> int:
-    """Return how many rows are held out at most."""
-    most = _MAX_HELDOUT_ON_CPU if on_cpu else _MAX_HELDOUT_ON_GPU
-    return min(most, int(MAX_HELDOUT_SHARE * rows.num_usable))
+def trains_on_cpu(machine: Machine, base: Base) -> bool:
+    """Return whether the recipe is for a CPU, or for a model as small as for one."""
+    return machine.gpu is None or base.is_embedded
 
 
 def shortage(rows: Rows, *, on_cpu: bool) -> str:
     """Return a sentence if the held-out rows are too few for the gate to promote a model, or ""."""
-    held, target = num_heldout(rows, on_cpu=on_cpu), _tasks(rows)[0][0]
+    held, target = _num_heldout(rows, on_cpu), _tasks(rows)[0][0]
     needed = MIN_EFFECTIVE_SAMPLES if target == "heldout_perplexity" else MIN_CLUSTERS
     if held >= needed or not rows.is_all:
         return ""
@@ -109,6 +110,15 @@ def shortage(rows: Rows, *, on_cpu: bool) -> str:
         f"{held} of the rows will be held out, but the gate promotes a model on at least {needed}: "
         f"the run works, and its verdict will be hold. Use {wanted} rows or more"
     )
+
+
+def _max_heldout(on_cpu: bool) -> int:
+    return _MAX_HELDOUT_ON_CPU if on_cpu else _MAX_HELDOUT_ON_GPU
+
+
+def _num_heldout(rows: Rows, on_cpu: bool) -> int:
+    """Return how many rows are held out at most."""
+    return min(_max_heldout(on_cpu), int(MAX_HELDOUT_SHARE * rows.num_usable))
 
 
 def _description(rows: Rows, base: Base) -> str:
@@ -135,30 +145,30 @@ def _prepare(rows: Rows, base: Base, lengths: Lengths, on_cpu: bool) -> Iterator
         yield Setting("prepare.ignore_columns", ignored, "nothing is read from these")
     if proposal.method != "cpt":
         why = "the chat template of the model's tokenizer"
-        if lengths.template != "tokenizer":
-            why = "of three named templates, the one that the model's tokens fit"
-        if base.is_embedded and lengths.template == "chatml":
+        if lengths.template != OWN_TEMPLATE:
+            why = "of the named templates, the one that the model's tokens fit"
+        if base.is_embedded and lengths.template == TEMPLATE_OF_EMBEDDED:
             why = "the model's own would put a system prompt of 20 tokens before each row"
         yield Setting("prepare.template", lengths.template, why)
     yield Setting("prepare.max_seq_length", *_length(rows, lengths, on_cpu))
     share = (rows.num_unusable + _num_refused(rows, lengths)) / rows.num_rows
-    if share > 0.01:
+    most = PrepareConfig().max_rejected_share
+    if share > most:
         yield Setting(
             "prepare.max_rejected_share",
             min(1.0, round(share + 0.02, 2)),
-            f"{share:.1%} of the rows cannot be used, and the run stops at 1 % by default: "
-            + (rows.unusable_in_words() or next(iter(lengths.refused))),
+            f"{share:.1%} of the rows cannot be used, and the run stops at {100 * most:g} % by "
+            "default: " + (rows.unusable_in_words() or next(iter(lengths.refused))),
         )
     yield Setting("prepare.eval_share", _EVAL_SHARE, "rows for the evaluation loss during training")
     if on_cpu:
         yield Setting("prepare.max_eval_rows", _MAX_EVAL_ON_CPU)
-    held = num_heldout(rows, on_cpu=on_cpu)
-    most = _MAX_HELDOUT_ON_CPU if on_cpu else _MAX_HELDOUT_ON_GPU
+    held, wanted = _num_heldout(rows, on_cpu), _max_heldout(on_cpu)
     yield Setting(
         "prepare.heldout.max_rows",
-        most,
+        wanted,
         "never trained on: base and tuned model are compared on them"
-        + (f"; here {held}, a fifth of the rows" if held < most and rows.is_all else ""),
+        + (f"; here {held}, a fifth of the rows" if held < wanted and rows.is_all else ""),
     )
 
 
@@ -228,7 +238,7 @@ def _steps_on_gpu(rows: Rows, lengths: Lengths, length: int) -> Iterator[Setting
 
 def _steps_on_cpu(rows: Rows, lengths: Lengths, length: int) -> tuple[int, int | None]:
     """Return the global batch size, and the optimizer steps; None if whole passes are short."""
-    num_train = max(1.0, rows.num_usable - num_heldout(rows, on_cpu=True)) * (1 - _EVAL_SHARE)
+    num_train = max(1.0, rows.num_usable - _num_heldout(rows, True)) * (1 - _EVAL_SHARE)
     mean = lengths.statistics.mean
     if rows.proposal.method in PREFERENCE_METHODS:
         # Pairs are not packed, and the reference model reads them too.
@@ -282,7 +292,7 @@ def _evaluate(rows: Rows, on_cpu: bool) -> Iterator[Setting]:
         + ("; the other must not get worse" if tasks[1:] else ""),
     )
     if tasks[1:]:
-        held = num_heldout(rows, on_cpu=on_cpu)
+        held = _num_heldout(rows, on_cpu)
         margins = (hundredths / 100 for hundredths in range(5, 100))
         margin = next((each for each in margins if samples_for_margin(each, 1) <= held), 1.0)
         yield Setting(
@@ -291,9 +301,7 @@ def _evaluate(rows: Rows, on_cpu: bool) -> Iterator[Setting]:
 
 
 def _placement(machine: Machine, on_cpu: bool) -> Iterator[Setting]:
-    if on_cpu:
-        return
-    if machine.profile is not None:
+    if not on_cpu and machine.profile is not None:
         yield Setting(
             "placement.profile", machine.profile, "for `plan` and for a cluster with such GPUs"
         )

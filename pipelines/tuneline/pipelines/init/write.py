@@ -17,6 +17,7 @@ from tuneline.pipelines.init.settings import (
     name_of,
     propose_settings,
     shortage,
+    trains_on_cpu,
 )
 from tuneline.pipelines.plan.early import no_retries
 from tuneline.prepare.config import PrepareConfig
@@ -106,8 +107,8 @@ def init(
     ]
     text = recipe_text(_with_given(settings, given), heading)
     _write(path, text)
-    on_cpu = machine.gpu is None or base.is_embedded
-    return Proposed(path, rows, base, lengths, shortage(rows, on_cpu=on_cpu))
+    short = shortage(rows, on_cpu=trains_on_cpu(machine, base))
+    return Proposed(path, rows, base, lengths, short)
 
 
 def _beside(source: str) -> Path:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tuneline.artifacts import Published
 from tuneline.notify import NotifyConfig
 from tuneline.notify.config import Event
 from tuneline.notify.message import Message, scores_of
@@ -23,7 +22,7 @@ def tell(
     failure: str = "",
     stopped: str = "",
 ) -> list[str]:
-    """Send how a run ended; return a sentence per webhook that did not get the message.
+    """Send a message about the end of a run; return a sentence per webhook that did not get it.
 
     Args:
         webhooks: the `notify` section of the recipe.
@@ -43,7 +42,7 @@ def tell(
     else:
         event = "promoted" if summary.verdict == "promote" else "held"
         text = verdict_sentence(summary.verdict, summary.reason, summary.comparisons)
-        published: Published | None = published_of(run)
+        published = published_of(run)
         if published is not None:
             links["published to"] = published.target
     if event in ("failed", "cancelled"):

@@ -15,7 +15,6 @@ from tuneline.artifacts import Published, RunHeader, RunSummary
 from tuneline.errors import TunelineError
 from tuneline.kinds import EXPORT_KINDS
 from tuneline.pipelines.local.run_dir import RUNS_DIR, LocalRun
-from tuneline.pipelines.local.watch import ARTIFACTS_DIR
 from tuneline.report.records import Place
 from tuneline.report.run import read_line, render
 from tuneline.runtime.parameter_text import decode_text
@@ -84,8 +83,7 @@ def _place(run: LocalRun, artifacts: dict[str, list[str]], summary: RunSummary) 
 
 def published_of(run: LocalRun) -> Published | None:
     """Return the record of what the last attempt of a run published; None if it did not."""
-    pipelines = sorted(run.directory.glob(f"{ARTIFACTS_DIR}/*/"))
-    found = sorted(pipelines[-1].glob(f"publish*/*/{Published.filename}")) if pipelines else []
+    found = run.results(f"publish*/*/{Published.filename}")
     return Published.read(found[-1].parent) if found else None
 
 

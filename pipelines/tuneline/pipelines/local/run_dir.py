@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
+
+import yaml
 
 from tuneline.artifacts import RunSummary
 from tuneline.errors import UserError
@@ -145,9 +147,19 @@ class LocalRun:
 
     def summary_path(self) -> Path | None:
         """Return the file of that record."""
-        pipelines = sorted(self.directory.glob(f"{ARTIFACTS_DIR}/*/"))
-        found = sorted(pipelines[-1].glob(f"*/*/{RunSummary.filename}")) if pipelines else []
+        found = self.results(f"*/*/{RunSummary.filename}")
         return found[-1] if found else None
+
+    def results(self, pattern: str) -> list[Path]:
+        """Return what the last attempt made, by a pattern of STEP/OUTPUT/FILE or a part of it."""
+        pipelines = sorted(self.directory.glob(f"{ARTIFACTS_DIR}/*/"))
+        return sorted(pipelines[-1].glob(pattern)) if pipelines else []
+
+    def recipe_values(self) -> dict[str, Any]:
+        """Return the recipe as it is stored, which may be that of another version of tuneline."""
+        text = (self.directory / RECIPE_FILE).read_text(encoding="utf-8")
+        values: dict[str, Any] = yaml.safe_load(text)
+        return values
 
     def artifact_dirs(self) -> list[Path]:
         """Return the directories of artifacts in the last attempt.
@@ -155,8 +167,7 @@ class LocalRun:
         Its own come first, then those that its steps took from the cache, which are in directories
         of earlier attempts or of other runs. The logs of the steps that used them say where.
         """
-        pipelines = sorted(self.directory.glob(f"{ARTIFACTS_DIR}/*/"))
-        found = sorted(pipelines[-1].glob("*/*/")) if pipelines else []
+        found = self.results("*/*/")
         for section in self.sections():
             for place in section.artifacts:
                 # The copy of a record is beside the artifact that the record describes.

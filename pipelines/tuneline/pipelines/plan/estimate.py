@@ -38,8 +38,7 @@ inversely proportional to the number of its parameters."""
 TOKENS_PER_SECOND = {"auto": 16_927.0, "fp8": 23_230.0}
 """Training speed by `train.kernels`, with fused layers that keep all activations: measured on an
 H100 with 4 x 2048 tokens per step, without kept weights, which add 3 %. The speed of another GPU is
-this value times
-`relative_speed`."""
+this value times `relative_speed`."""
 LEAN_SLOWDOWN = 16_927 / 13_958
 """Slowdown of fused layers that keep only their inputs."""
 PLAIN_TOKENS_PER_SECOND = 11_700.0

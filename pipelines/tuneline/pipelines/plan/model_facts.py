@@ -65,8 +65,6 @@ class ModelFacts:
     """Whether the family has fused layers."""
     has_linear_attention: bool = False
     """Whether some layers pass a state along the sequence instead of attending to it."""
-    num_encoders: int = 0
-    """Parameters of the encoders of images and sounds, which are not trained."""
 
     def shape(self, lora: LoraConfig) -> Shape:
         """Return the shape of the model with an adapter."""
@@ -135,7 +133,6 @@ def model_facts(files: ModelFiles) -> ModelFacts:
         modules=dict(modules),
         is_fused=is_fused_family(str(text.get("model_type"))),
         has_linear_attention=any(_STATE.search(name) for name in modules),
-        num_encoders=sum(count for name, count in modules.items() if _NOT_TEXT.search(name)),
     )
 
 
