@@ -161,7 +161,7 @@ def test_the_command_prints_a_table_and_writes_a_page(
     elsewhere = tmp_path / "other"
     new_run(elsewhere, "a", {"t": samples(SHARED)}, new_dataset)
     for names, message in (
-        (["a"], "1 runs are named: name 2 to 4"),
+        (["a"], "1 run is named: name 2 to 4"),
         (["a", "runs/a"], "a run is named twice: a runs/a"),
     ):
         assert message in str(CliRunner().invoke(main.app, ["compare", *names]).exception)
