@@ -1,6 +1,7 @@
 """The memory estimate against peaks measured on an H200, and against what torch really keeps."""
 
 import dataclasses
+import itertools
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from tiny_families import save_experts
 from tuneline.models.experts.forward import use_kernels
 from tuneline.models.nf4 import load_base
 from tuneline.train.config import LoraConfig
-from tuneline.train.memory.estimate import GIB, Settings, Shape, estimate_memory
+from tuneline.train.memory.estimate import GIB, WHOLE_SCORES, Settings, Shape, estimate_memory
 from tuneline.train.memory.shape import model_shape
 from tuneline.train.model.targets import adapted_modules, attach_to_the_rest, lora_config
 
@@ -133,6 +134,54 @@ def test_estimate_of_experts_is_within_a_twentieth_of_the_measured_peak(
     host = 2 * sizes["vocab_size"] * sizes["hidden_size"] if mode == "lean" else 0
     estimate = estimate_memory(shape, settings).total - host
     assert estimate / GIB == pytest.approx(measured, rel=0.05)
+
+
+GPT_OSS_20B = {
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+}
+
+
+def test_whole_matrices_of_scores_are_in_the_estimate(tmp_path):
+    transformers.GptOssConfig(**GPT_OSS_20B).save_pretrained(tmp_path)
+    settings = Settings(
+        2, 2048, True, quantized=True, itemsize=2, optim="adamw_8bit", fused=True
+    )  # fmt: skip
+    estimate = estimate_memory(model_shape(tmp_path, LoraConfig()), settings)
+    # On an H100: tests/measure/gpu/capped_on_gpu.py.
+    assert estimate.total / GIB == pytest.approx(16.55, rel=0.01)
+
+
+def test_attention_with_whole_matrices_holds_four_of_them_per_head():
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
+
+    # Short heads beside long sequences: what is not as long as the square counts little.
+    length, heads, dtype = 512, 4, torch.bfloat16
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": 2, "head_dim": 4}
+    config = transformers.GptOssConfig(num_hidden_layers=1, hidden_size=32, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert model.config.model_type in WHOLE_SCORES
+    attention = model.model.layers[0].self_attn.requires_grad_(False).to(dtype)
+    assert isinstance(attention, GptOssAttention)
+    rotation = (torch.ones(1, length, 2, dtype=dtype), torch.zeros(1, length, 2, dtype=dtype))
+    hidden = torch.ones(1, length, 32, dtype=dtype, requires_grad=True)
+    mask = torch.zeros(1, 1, length, length, dtype=dtype)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        output, weights = attention(hidden, rotation, mask)
+        del weights
+        output.sum().backward()
+    events = profile.profiler.kineto_results.events()
+    allocated = list(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
+    assert max(allocated) == pytest.approx(4 * 2 * heads * length**2, rel=0.05)
 
 
 def test_layers_that_are_not_fused_take_what_they_take_without_kernels():

@@ -18,6 +18,9 @@ A layer of routed experts stores, per choice of an expert, its outputs of gate a
 fused kernels also the other tensors of the width of an expert or of the model. Its working set has
 the dequantised experts: all of a layer if kernels run, else one.
 
+The attention of gpt-oss computes the scores of all pairs of tokens as one matrix per head. A layer
+stores one of these matrices per head, and its backward pass holds three more.
+
 This module is importable without torch, because `tuneline plan` uses it on a laptop.
 """
 
@@ -50,6 +53,8 @@ _HEAD_TILE = 4096 * 16384
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 """Names in configs of the number of experts, and of the number that computes each token."""
+WHOLE_SCORES = ("gpt_oss",)
+"""Model types whose attention in transformers holds a whole matrix of scores per head."""
 
 _EXPERT_ARENA = 2 * GIB
 # Most bytes that the kernels take for the dequantised experts of a layer.
@@ -97,6 +102,9 @@ class Shape:
     """Sizes of the layers with routed experts; None if the model has none."""
     is_fused: bool = True
     """Whether the family has fused layers. If not, kernels only run for experts and loss."""
+    score_heads: int = 0
+    """Query heads per layer whose attention holds a whole matrix of scores; 0 if it works in
+    tiles."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +230,9 @@ def _expert_bytes(
             working_set -= itemsize * chosen * 2 * width
         return activations + in_room.activations + in_room.weights, working_set
     attention = tokens * _layer_bytes_per_token(replace(shape, mlp=0), itemsize)
+    scores = itemsize * shape.score_heads * tokens * settings.length
+    attention += scores
+    working_set = max(working_set, 3 * scores)
     layer = attention + itemsize * (chosen * kept + 4 * tokens * experts.shared)
     if settings.recompute:
         return tokens * hidden * itemsize * shape.num_layers, working_set + layer

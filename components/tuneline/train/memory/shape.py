@@ -9,7 +9,7 @@ from tuneline.kernels.spec import family_spec
 from tuneline.models.experts.stacks import Stack, quantized_experts
 from tuneline.models.nf4 import empty_model, quantized_modules
 from tuneline.train.config import LoraConfig
-from tuneline.train.memory.estimate import EXPERT_COUNTS, TOP_K, Experts, Shape
+from tuneline.train.memory.estimate import EXPERT_COUNTS, TOP_K, WHOLE_SCORES, Experts, Shape
 from tuneline.train.model.targets import adapted_modules, is_called
 
 
@@ -68,6 +68,7 @@ def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
         fused_qkv=_fused_qkv(model),
         experts=experts,
         is_fused=_is_fused(model),
+        score_heads=config.num_attention_heads if config.model_type in WHOLE_SCORES else 0,
     )
 
 

@@ -11,7 +11,7 @@ from tuneline.kernels.spec import is_fused_family
 from tuneline.models.multimodal import LOADED_PARTS, text_config
 from tuneline.pipelines.plan.model_files import ModelFiles, Unknown
 from tuneline.train.config import LoraConfig
-from tuneline.train.memory.estimate import EXPERT_COUNTS, TOP_K, Experts, Shape
+from tuneline.train.memory.estimate import EXPERT_COUNTS, TOP_K, WHOLE_SCORES, Experts, Shape
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.")
@@ -198,6 +198,7 @@ def _sizes(
         key_value = (text.get("num_key_value_heads") or num_heads) * head_dim
     mlp = stored["up_proj"][0] if "up_proj" in stored else 4 * hidden
     vocab = stored["embed_tokens"][0] if "embed_tokens" in stored else None
+    is_whole = text.get("model_type") in WHOLE_SCORES
     return {
         "num_layers": num_layers,
         "hidden": hidden,
@@ -205,6 +206,7 @@ def _sizes(
         "key_value": key_value,
         "mlp": text.get("intermediate_size") or mlp,
         "vocab": vocab or _number(text, "vocab_size"),
+        "score_heads": _number(text, "num_attention_heads") if is_whole else 0,
     }
 
 
