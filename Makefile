@@ -21,25 +21,34 @@ export CMAKE_ARGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF
   -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/images/gguf/llama-cpp.cmake
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || echo 2)
 
+# pip compiles bytecode in one process; compileall takes all CPUs. A third of the code is OCI's SDK,
+# of which only a dataset in that store imports a part. A package may hold files that are not Python.
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+
 $(STAMP): $(LOCK) pyproject.toml
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(FITS)' || { \
 	  echo "tuneline needs Python 3.11 or 3.12: install one, or name it: make PYTHON=/path/to/python3.12"; \
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' $(LOCK))
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PIP_INSTALL) $$(grep '^torch==' $(LOCK))
+	$(PIP_INSTALL) --no-deps -r $(LOCK)
+	$(PIP_INSTALL) --no-deps -e .
+	$(BIN)/python -m compileall -qq -j 0 -x '/site-packages/oci/' $(VENV)/lib || true
 	@touch $@
 
 demo: $(STAMP)  ## run the whole line on an embedded small model, CPU only
 	$(BIN)/tuneline run demo
 
+# Tests start hundreds of processes: each would compile the line's modules again if none of them
+# wrote the bytecode. tests/conftest.py puts the files in the order in which they are handed out.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q \
+  -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)  ## run the tests (CPU)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
+	$(PYTEST)
 
 test-fast: $(STAMP)  ## run the tests that load no model and start no server; under a minute
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile \
-	  -m "not heavy and not gpu and not docker and not cluster and not slow"
+	$(PYTEST) -m "not heavy and not gpu and not docker and not cluster and not slow"
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

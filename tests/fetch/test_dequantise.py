@@ -162,7 +162,20 @@ def test_powers_of_two_as_scales(tiny_model_dir: Path, tmp_path: Path) -> None:
         assert torch.equal(weights[weight], expected.bfloat16())
 
 
-def test_mxfp4(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_mxfp4(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each weight is as transformers dequantises it; experts are in memory one at a time."""
+    sizes = []
+    write = dequantise.write_sharded
+
+    def watched(target: Path, specs: Any, make: Any, **settings: Any) -> int:
+        def parts(name: str) -> Any:
+            for part in make(name):
+                sizes.append((name, part.numel()))
+                yield part
+
+        return write(target, specs, parts, **settings)
+
+    monkeypatch.setattr(dequantise, "write_sharded", watched)
     source = tmp_path / "source"
     write_checkpoint(FAMILIES["gpt-oss"], source, tokenizer_dir=tiny_model_dir)
     plain = load_file(source / "model.safetensors")
@@ -186,6 +199,8 @@ def test_mxfp4(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         assert torch.equal(weight, expected[name]), name
+    experts = [size for name, size in sizes if name.endswith("experts.gate_up_proj")]
+    assert experts == [64 * 128] * 8  # four experts in each of two layers
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -266,23 +281,3 @@ def test_a_broken_source_is_named(lost: str, tiny_model_dir: Path, tmp_path: Pat
     with pytest.raises(ModelError, match=rf"{UP} (is quantised, but there is no|has shape .*7, 5)"):
         fetch(FetchConfig(), source=str(source), base_model_dir=str(tmp_path / "base"))
     assert not (tmp_path / "base").exists()
-
-
-def test_experts_are_in_memory_one_at_a_time(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = []
-    write = dequantise.write_sharded
-
-    def watched(target: Path, specs: Any, make: Any, **settings: Any) -> int:
-        def parts(name: str) -> Any:
-            for part in make(name):
-                sizes.append((name, part.numel()))
-                yield part
-
-        return write(target, specs, parts, **settings)
-
-    monkeypatch.setattr(dequantise, "write_sharded", watched)
-    test_mxfp4(tiny_model_dir, tmp_path)
-    experts = [size for name, size in sizes if name.endswith("experts.gate_up_proj")]
-    assert experts == [64 * 128] * 8  # four experts in each of two layers

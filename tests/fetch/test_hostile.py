@@ -16,6 +16,7 @@ from tuneline.fetch.model_card import licence_of
 from tuneline.fetch.run import run
 from tuneline.fetch.trial import try_tokenizer
 from tuneline.fetch.weight_headers import read_header
+from tuneline.models.tokenizer.files import TEMPLATES_DIR
 
 
 def string(text: bytes, length: int | None = None) -> bytes:
@@ -240,13 +241,24 @@ def test_every_place_of_a_template_is_tried(tmp_path: Path) -> None:
         try_tokenizer(tmp_path, called="mine")
 
 
-def test_templates_that_only_refuse_are_left_to_prepare(model: Path, tmp_path: Path) -> None:
-    for template in ("{{ range(10**9) }}", "{% broken", "{{ messages[9].content }}", "{{ 1 / 0 }}"):
-        (model / "chat_template.jinja").write_text(template)
-        try_tokenizer(model, called="mine")
-    recursive = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
-    (model / "chat_template.jinja").write_text(recursive)
-    try_tokenizer(model, called="mine")
+def test_templates_that_only_refuse_are_left_to_prepare(tmp_path: Path) -> None:
+    """In one directory, because each trial starts a process: an error would end it."""
+    templates = {
+        "range": "{{ range(10**9) }}",
+        "broken": "{% broken",
+        "index": "{{ messages[9].content }}",
+        "division": "{{ 1 / 0 }}",
+        "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    }
+    directory = tmp_path / TEMPLATES_DIR
+    directory.mkdir()
+    for name, template in templates.items():
+        (directory / f"{name}.jinja").write_text(template)
+    try_tokenizer(tmp_path, called="mine")
+    # The last of them, so all were tried.
+    (directory / "too_long.jinja").write_text("{{ 'a' * 10000000 }}")
+    with pytest.raises(ModelError, match=r"the chat template too_long\.jinja of mine has"):
+        try_tokenizer(tmp_path, called="mine")
 
 
 def test_a_tokenizer_that_multiplies_its_text(model: Path) -> None:
