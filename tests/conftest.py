@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from tiny_llama import write_tiny_llama
 
 from tuneline.artifacts import DatasetManifest, LengthStatistics, MergeProof
 from tuneline.images import REGISTRY
@@ -103,42 +104,7 @@ def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with two layers and SmolLM2's tokenizer, as the fetch step writes it."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tuneline.record import hash_files
-    from tuneline.seals import sealed_json
-
-    path = tmp_path_factory.mktemp("tiny") / "model"
-    shutil.copytree(smollm2_dir, path, ignore=shutil.ignore_patterns("*.safetensors*"))
-    settings = json.loads((smollm2_dir / "config.json").read_text())
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=settings["vocab_size"],
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            bos_token_id=settings.get("bos_token_id"),
-            eos_token_id=settings.get("eos_token_id"),
-            pad_token_id=settings.get("pad_token_id"),
-        )
-    )
-    model.save_pretrained(path)
-    origin = json.loads((path / "origin.json").read_text())
-    origin.update(
-        source="tiny",
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        num_bytes=(path / "model.safetensors").stat().st_size,
-        files=hash_files(path, leave_out={"origin.json"}),
-    )
-    (path / "origin.json").write_text(sealed_json(origin))
-    return path
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "model", smollm2_dir)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_families import save_experts
+from tiny_llama import write_tiny_llama
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from tuneline.artifacts import EVAL_FILE, TRAIN_FILE, DatasetManifest
@@ -24,6 +25,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a part of SmolLM2's tokens, which trains faster than with all."""
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "model", smollm2_dir, vocab_size=4096)
 
 
 @pytest.fixture
