@@ -34,3 +34,8 @@ def test_the_hubs_client_agrees_on_names(target: str, is_one: bool) -> None:
 def test_a_directory_has_its_path_in_full(target: str) -> None:
     with pytest.raises(RecipeError, match=f"publish_to is '{target}'. Write dir:PATH with"):
         check_target(target)
+
+
+def test_a_claim_is_published_to_through_the_cache_claim() -> None:
+    with pytest.raises(RecipeError, match="placement.cache_claim and write dir:/cache/PATH"):
+        check_target("claim:models/published")

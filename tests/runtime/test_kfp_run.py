@@ -80,6 +80,30 @@ def test_how_the_one_step_of_a_probe_ended(
     assert work.exit_code == exit_code
 
 
+def test_an_exit_handler_that_argo_gave_up_has_succeeded_if_its_pod_has() -> None:
+    pods, workflow = recorded("demo-cancelled")
+    nodes = {node["name"].split(".")[-1]: node for node in workflow_nodes(workflow)}
+    assert nodes["executor(0)"]["phase"] == "Failed"
+    states = {each.step: each.state for each in read_attempts(pods, workflow)}
+    assert states == {"fetch": "failed", "diagnose": "succeeded"}
+
+
+def test_an_exit_handler_whose_driver_argo_gave_up_was_stopped() -> None:
+    pods, workflow = recorded("demo-cancelled-early")
+    (diagnose,) = (each for each in read_attempts(pods, workflow) if each.is_on_exit)
+    assert (diagnose.step, diagnose.state, diagnose.reason) == ("diagnose", "failed", "RunStopped")
+
+
+def test_a_pod_that_runs_is_running_before_argo_notices() -> None:
+    pods, workflow = recorded("demo-young-pod")
+    assert {node["phase"] for node in workflow_nodes(workflow) if node["type"] == "Pod"} == {
+        "Succeeded",  # the driver
+        "Pending",
+    }
+    assert read_attempts([], workflow)[0].state == "waiting"
+    assert read_attempts(pods, workflow)[0].state == "running"
+
+
 @pytest.mark.parametrize("name", ["data-error", "crash", "memory", "disk", "cancelled"])
 def test_workflow_and_pod_agree_on_the_reason(name: str) -> None:
     pods, workflow = recorded(f"probe-{name}")

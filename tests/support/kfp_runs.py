@@ -1,7 +1,9 @@
 """Runs that a real cluster recorded: their workflow and pods, as Kubernetes returned them.
 
 Kubernetes 1.36.2, Argo 4.0.5, KFP 2.17.0. tests/cluster/outcome_probe.py made the runs probe-*;
-demo-nodes is the demo recipe. Fields that tuneline does not read were left out.
+demo-nodes is the demo recipe. Parts of runs on a busy machine: demo-young-pod has fetch when it had
+just started; demo-cancelled and demo-cancelled-early have a step and the exit handler after a
+cancel. Fields that tuneline does not read were left out.
 """
 
 import json

@@ -3,6 +3,8 @@
 import re
 
 from tuneline.errors import RecipeError
+from tuneline.pods import CACHE_PATH
+from tuneline.runtime.source_names import is_claim
 
 DIRECTORY_PREFIX = "dir:"
 MAX_NAME_LENGTH = 81
@@ -31,6 +33,11 @@ def check_target(target: str) -> str:
                 "a step may differ from yours"
             )
         return f"{DIRECTORY_PREFIX}{path}"
+    if is_claim(target):
+        raise RecipeError(
+            f"publish_to is '{target}', but only sources can be claims. To publish to a claim, "
+            f"name it in placement.cache_claim and write dir:{CACHE_PATH}/PATH"
+        )
     given, target = target, target.strip().rstrip("/")
     match = _HUB_TARGET.fullmatch(target)
     forbidden = re.search(r"--|\.\.|\.git$", target)

@@ -235,8 +235,17 @@ def _attempt(
     step: str, path: str, number: int, node: dict[str, Any], pod: dict[str, Any] | None
 ) -> Attempt:
     state = _STATES.get(node["phase"], "unknown")
-    if state == "running" and pod is not None and pod["status"].get("phase") == "Pending":
+    is_on_exit = ".onExit" in path
+    pod_phase = pod["status"].get("phase") if pod is not None else None
+    if state == "running" and pod_phase == "Pending":
         state = "waiting"
+    elif state == "waiting" and pod_phase is not None:
+        # A busy Argo notices minutes later that a pod runs or has ended.
+        state = _STATES.get(pod_phase, state)
+    elif is_on_exit and pod_phase == "Succeeded" and node["name"].endswith(".executor(0)"):
+        # Argo gives up the exit handler of a cancelled run, because its deadline is over, but lets
+        # the pod go on. If it gave up the driver, the exit handler is not started.
+        state = "succeeded"
     left = ending_of_pod(pod) if pod is not None else PodEnding()
     if not left.reason and state != "succeeded":
         left = ending_of_message(node.get("message", ""))
@@ -251,7 +260,7 @@ def _attempt(
         ending=left.ending,
         started=left.started or node.get("startedAt") or "",
         ended=left.ended or node.get("finishedAt") or "",
-        is_on_exit=".onExit" in path,
+        is_on_exit=is_on_exit,
         path=path,
     )
 

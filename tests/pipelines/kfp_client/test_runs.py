@@ -64,6 +64,24 @@ def test_submit_sends_what_was_compiled(kfp_server: Any) -> None:
     assert "publish_to dir:published is a directory inside a pod" in result.output
 
 
+@pytest.mark.parametrize(
+    ("target", "claim", "is_lost"),
+    [
+        ("dir:/cache/published", "model-cache", False),
+        ("dir:/cache/published", "null", True),
+        ("dir:/cached", "model-cache", True),
+        ("my-org/model", "null", False),
+    ],
+)
+def test_a_directory_that_is_deleted_with_the_pod(
+    kfp_server: Any, target: str, claim: str, is_lost: bool
+) -> None:
+    assignments = [f"publish_to={target}", f"placement.cache_claim={claim}"]
+    result = tuneline("submit", "demo", *(word for each in assignments for word in ("--set", each)))
+    run_id_of(result)
+    assert ("is deleted with the pod" in result.output) is is_lost
+
+
 def test_submit_twice_is_two_runs_in_one_experiment(kfp_server: Any) -> None:
     first = run_id_of(tuneline("submit", "demo"))
     second = run_id_of(tuneline("submit", "demo", "--no-cache", "all"))

@@ -4,6 +4,7 @@ Each command imports kfp only when it is called, because the import takes a seco
 """
 
 import datetime
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,6 +24,7 @@ from tuneline.pipelines.cli.options import (
     SetOption,
 )
 from tuneline.pipelines.cli.terminal import console, say
+from tuneline.pods import CACHE_PATH
 from tuneline.publish.target import DIRECTORY_PREFIX
 from tuneline.recipe import Recipe
 
@@ -183,9 +185,12 @@ def _load(recipe: str, assignments: list[str]) -> Recipe:
     """Load a recipe for a cluster; warn if the published model would be lost with a pod."""
     loaded = find_recipe(recipe, assignments)
     refuse_early(loaded, is_local=False)
-    if loaded.publish_to.startswith(DIRECTORY_PREFIX):
+    target = loaded.publish_to.removeprefix(DIRECTORY_PREFIX)
+    is_kept = loaded.placement.cache_claim and Path(target).is_relative_to(CACHE_PATH)
+    if loaded.publish_to.startswith(DIRECTORY_PREFIX) and not is_kept:
         say(
             f"warning: publish_to {loaded.publish_to} is a directory inside a pod and is deleted "
-            "with the pod; the model is still kept as an artifact of the run"
+            "with the pod; the model is still kept as an artifact of the run. To keep the "
+            f"directory, set placement.cache_claim and publish_to: dir:{CACHE_PATH}/PATH"
         )
     return loaded

@@ -97,17 +97,23 @@ def _list_cluster(host: str, namespace: str | None, limit: int) -> None:
     except TunelineError as error:
         say(f"note: the runs on {host} are not listed: {error}")
         return
-    print_cluster_runs(f"run on {host}", found)
+    say(f"runs on {host}:")
+    print_cluster_runs(found)
 
 
-def print_cluster_runs(heading: str, found: list[Any]) -> None:
-    """Print a table of runs as KFP's API has them; `heading` is that of their names."""
+def print_cluster_runs(found: list[Any]) -> None:
+    """Print a line per run as KFP's API has them.
+
+    The lines are wider than many terminals, so it is the terminal that breaks them: names and IDs
+    stay in one piece, because the user copies them.
+    """
     from tuneline.pipelines.kfp_client import progress
 
-    table = Table(Column(heading, overflow="fold"), box=None)
-    for name in ("state", "created", "ID"):
-        table.add_column(name, no_wrap=True)
+    rows = [("run", "state", "created", "ID")]
     for run in found:
         created = run.created_at.strftime("%Y-%m-%d %H:%M") if run.created_at else ""
-        table.add_row(run.display_name, progress.state_of(run), created, run.run_id)
-    console.print(table)
+        rows.append((run.display_name, progress.state_of(run), created, run.run_id))
+    *widths, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for *cells, run_id in rows:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        say("  ".join([*padded, run_id]))

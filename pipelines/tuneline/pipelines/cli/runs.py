@@ -53,7 +53,7 @@ def status(
 
     client = connection.connect(host) if run is None else connect_for(run, host)
     if run is None:
-        print_cluster_runs("run", runs.recent_runs(client, namespace=namespace))
+        print_cluster_runs(runs.recent_runs(client, namespace=namespace))
         return
     details, view = _look(client, run, namespace, context)
     say(f"{view.name}: {view.state}, created {_format_time(details.created_at)}")
