@@ -28,8 +28,6 @@ and publish takes them for what it does not upload, because KFP downloads every 
 import contextlib
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -58,6 +56,7 @@ from tuneline.records.scores import Scores as Scores
 from tuneline.records.scores import TaskComparison as TaskComparison
 from tuneline.records.scores import TaskScore as TaskScore
 from tuneline.records.scores import Verdict as Verdict
+from tuneline.runtime.scratch import scratch_directory
 from tuneline.strict_model import StrictModel
 
 TRAIN_FILE = "train.parquet"
@@ -276,7 +275,8 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     """Create an output directory whose content appears all at once, or not at all.
 
     Yields a temporary directory next to `path` to write into, and renames it to `path` on success.
-    On an error, the temporary directory is removed and `path` is left as it was.
+    On an error, the temporary directory is removed and `path` is left as it was. That of a process
+    that was killed is removed by the next one that makes the same output.
 
     Raises:
         OutputExistsError: `path` exists and is not an empty directory.
@@ -288,14 +288,10 @@ def new_directory(path: str | Path) -> Iterator[Path]:
             "or remove this one if you do not need it"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with scratch_directory(path.parent, prefix=f".{path.name}.") as partial:
         yield partial
         partial.chmod(0o755)  # mkdtemp sets 0700, and another pod may run as another user
         partial.replace(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ A few hundred bytes of YAML can stand for gigabytes: every alias (`*name`) repea
 anchor, and anchors may hold aliases ("billion laughs"). Deep nesting ends in a RecursionError.
 """
 
+import re
 from typing import Any
 
 import yaml
@@ -14,6 +15,21 @@ MAX_CHARACTERS = 4 << 20
 MAX_DEPTH = 100
 MAX_NODES = 200_000
 """Bounds of a document: its size, its nesting, and its values with every alias written out."""
+
+
+_FRONT_MATTER = re.compile(
+    r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE
+)
+
+
+def split_front_matter(text: str) -> tuple[str, str]:
+    """Return the YAML between two lines `---` that a Markdown file begins with, and the rest of it.
+
+    The YAML is empty if there is none. A byte order mark before it and either kind of line end are
+    taken, and a `---` within a line belongs to the YAML.
+    """
+    found = _FRONT_MATTER.match(text)
+    return (found[1], text[found.end() :]) if found else ("", text)
 
 
 def load_yaml(text: str, *, where: str = "the document") -> Any:

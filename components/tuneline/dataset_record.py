@@ -43,6 +43,8 @@ class DatasetSource(StrictModel):
 
     source: str
     """The source as the recipe names it, without secrets."""
+    revision: str | None = None
+    """Commit on the Hub that was read; the recipe's revision if the commit was not looked up."""
     weight: float = 1.0
     format: str
     num_rows: int

@@ -10,7 +10,7 @@ from publish_cases import REPOS, TOKEN, publish, recipe_of, to_hub, write_again
 from tuneline.artifacts import MergeProof, Published
 from tuneline.evaluate.config import EvaluateConfig
 from tuneline.placement import PlacementConfig
-from tuneline.publish.card_parts import BEGIN, END, split_card
+from tuneline.publish.card_parts import BEGIN, END, CardParts, join_card, split_card
 from tuneline.train.config import LoraConfig, TrainConfig
 from tuneline.verify import verify
 
@@ -134,6 +134,13 @@ def test_what_people_wrote_and_added_stays_on_the_hub(run_dir: Path, hub) -> Non
     number = len(hub.repos["me/mine-gguf"]["commits"])
     assert to_hub(run_dir, hub, "three").returncode == 0
     assert len(hub.repos["me/mine-gguf"]["commits"]) == number, "nothing changed"
+
+
+def test_a_card_that_another_editor_saved_keeps_its_front_matter() -> None:
+    card = join_card(CardParts({"license": "mit", "tags": ["two words"]}, "Ours.\n", "7", "\nEnd."))
+    for text in ("\ufeff" + card, "\ufeff" + card.replace("\n", "\r\n"), f"\n{card}"):
+        assert split_card(text) == split_card(card)
+    assert split_card(card).front_matter["tags"] == ["two words"]
 
 
 def test_a_card_without_markers_is_kept_whole(run_dir: Path, hub) -> None:

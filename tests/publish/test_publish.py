@@ -5,12 +5,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import hub_server
 import pytest
+from killed import killed_in
 from publish_cases import REPOS, TOKEN, publish, to_hub, write_again
 
 from tuneline.artifacts import (
@@ -24,6 +26,7 @@ from tuneline.artifacts import (
 )
 from tuneline.errors import StorageError
 from tuneline.publish.directory import write_tree
+from tuneline.publish.run import scratch_in
 from tuneline.publish.staging import StagedRepo
 
 
@@ -237,6 +240,36 @@ def test_what_was_published_survives_an_end_between_two_renames(
     for name in ("mine", "mine-lora"):
         assert "the first" in (target / name / "tuneline.json").read_text()
     assert not (target / "mine-gguf").exists()
+
+
+def test_what_a_killed_step_had_set_aside_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/model.safetensors").write_text("the first")
+
+    def publish_half(scratch: Path) -> None:
+        (scratch / "staged/mine").mkdir(parents=True)
+        (scratch / "staged/mine/tuneline.json").write_text('{"files": {}}')
+        rename = Path.replace
+
+        def ended(self: Path, to: Path) -> Path:
+            if self == scratch / "staged/mine":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(self, to)
+
+        monkeypatch.setattr(Path, "replace", ended)
+        (tmp_path / "mine/tuneline.json").write_text('{"files": {}}')
+        write_tree(
+            scratch / "staged", [StagedRepo("mine", "merged", scratch / "staged/mine")], tmp_path
+        )
+
+    killed_in(scratch_in(tmp_path), publish_half)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".publish.") and (left / "previous/mine").is_dir()
+    with scratch_in(tmp_path) as scratch:
+        assert {path.name for path in tmp_path.iterdir()} == {"mine", scratch.name}
+        assert (tmp_path / "mine/model.safetensors").read_text() == "the first"
 
 
 def sentence(done: subprocess.CompletedProcess, code: int) -> str:

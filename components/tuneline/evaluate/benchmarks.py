@@ -1,7 +1,6 @@
 """Collect the questions of the recipe's benchmarks, for the check that no training row has them."""
 
 import logging
-import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,6 +10,7 @@ from tuneline.artifacts import write_jsonl
 from tuneline.evaluate import heldout
 from tuneline.evaluate.config import EvaluateConfig
 from tuneline.evaluate.tasks_by_name import TaskFinder
+from tuneline.runtime.scratch import scratch_directory
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +36,9 @@ def collect(config: EvaluateConfig, *, questions_path: str) -> dict[str, int]:
     finder = TaskFinder(names, config.task_dir)
     lines: list[dict[str, str]] = []
     counts = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_directory() as scratch:
         for name in names:
-            for task_name, task in finder.load(name, Path(scratch), Path(scratch)).items():
+            for task_name, task in finder.load(name, scratch, scratch).items():
                 asked = list(_questions(task, config.limit))
                 lines += [{"benchmark": task_name, **question} for question in asked]
                 counts[task_name] = len(asked)

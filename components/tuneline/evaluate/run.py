@@ -8,7 +8,6 @@ models, so that the scores are comparable with published scores.
 import contextlib
 import importlib.metadata
 import logging
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +36,7 @@ from tuneline.evaluate.config import EvaluateConfig
 from tuneline.evaluate.examples import Tokens
 from tuneline.evaluate.tasks_by_name import TaskFinder
 from tuneline.record import Record
+from tuneline.runtime.scratch import scratch_directory
 from tuneline.runtime.step import emit
 
 logger = logging.getLogger(__name__)
@@ -70,11 +70,11 @@ def run(
     # Load tokenizer, rows and tasks before the weights, so that errors in them are reported early.
     finder = TaskFinder(config.tasks, config.task_dir)
     tokenizer = models.load_tokenizer(model_dir)
-    with new_directory(scores_dir) as target, tempfile.TemporaryDirectory() as scratch:
-        heldout_file = Path(scratch, "heldout.jsonl")
+    with new_directory(scores_dir) as target, scratch_directory() as scratch:
+        heldout_file = scratch / "heldout.jsonl"
         documents = heldout.documents(rows, tokenizer)
         write_jsonl(heldout_file, documents)
-        cache_dir = Path(scratch, "cache")
+        cache_dir = scratch / "cache"
         loaded = {name: finder.load(name, heldout_file, cache_dir) for name in config.tasks}
         lm = models.load(model_dir, tokenizer, batch_size=config.batch_size)
 

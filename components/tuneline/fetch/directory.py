@@ -15,10 +15,11 @@ from tuneline.fetch.config_sizes import check_sizes
 from tuneline.fetch.model_card import made_from
 from tuneline.fetch.quantised import SETTINGS_FILES, Quantisation, quantisation_of
 from tuneline.fetch.weight_headers import (
+    check_complete,
     count_parameters,
     files_in_index,
     longest_side,
-    read_header,
+    read_headers,
 )
 from tuneline.models.adapter_files import CONFIG_FILE as ADAPTER_CONFIG
 from tuneline.models.multimodal import loaded_part
@@ -140,6 +141,7 @@ def check(path: Path, *, source: str, trusted: bool) -> Facts:
         ModelError: the model lacks one of these, or cannot be tuned for another reason.
     """
     names = {file.name for file in path.iterdir()}
+    check_complete((path / name for name in sorted(names) if _is_read(name)), source)
     if "config.json" not in names:
         if ADAPTER_CONFIG in names:
             raise ModelError(
@@ -158,6 +160,7 @@ def check(path: Path, *, source: str, trusted: bool) -> Facts:
             "merged with the adapter"
         )
     weights = _weights(path, source)
+    check_complete(weights, source)
     if not any(files <= names for files in _TOKENIZER_FILES):
         raise ModelError(
             f"{source} has no tokenizer (no tokenizer.json, tokenizer.model, or vocab.json with "
@@ -181,7 +184,7 @@ def check(path: Path, *, source: str, trusted: bool) -> Facts:
             _json(path / name, source)
     loaded_part(config, source=source)
     quantisation = quantisation_of(config, source=source, original=made_from(path))
-    shapes = {name: entry for file in weights for name, entry in read_header(file, source).items()}
+    shapes = read_headers(weights, source)
     check_sizes(config, num_tensors=len(shapes), largest=longest_side(shapes), source=source)
     if quantisation and quantisation.is_kept and any(".experts." in name for name in shapes):
         # transformers stacks experts when it loads them, and cannot stack packed ones.
@@ -193,6 +196,11 @@ def check(path: Path, *, source: str, trusted: bool) -> Facts:
         runs_own_code=runs_own_code,
         quantisation=quantisation,
     )
+
+
+def _is_read(name: str) -> bool:
+    """Return whether a file of a model is read whatever the index of its weights names."""
+    return name == SINGLE_FILE or name.endswith((".json", ".jinja", ".model", ".txt"))
 
 
 def _explain_no_model(path: Path, source: str, names: list[str]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tuneline.errors import ModelError
+from tuneline.fetch.weight_headers import check_complete
 
 _CODES = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 """Code by which struct reads a number, by the number of its type."""
@@ -32,8 +33,9 @@ def check_header(path: Path) -> dict[str, Any]:
     Arrays, such as the vocabulary, are left out.
 
     Raises:
-        ModelError: the file is not GGUF, or states more than it holds.
+        ModelError: the file is a pointer of Git LFS or not GGUF, or states more than it holds.
     """
+    check_complete([path], str(path.parent))
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if file.read(4) != b"GGUF":

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from tuneline.bounded_yaml import load_yaml
+from tuneline.bounded_yaml import MAX_CHARACTERS, load_yaml, split_front_matter
 from tuneline.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -27,11 +27,10 @@ def _card_header(path: Path) -> dict[str, Any]:
     card = path / "README.md"
     if not card.is_file():
         return {}
-    text = card.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---"):
-        return {}
+    with open(card, encoding="utf-8", errors="replace") as opened:
+        text = opened.read(MAX_CHARACTERS)
     try:
-        header = load_yaml(text.split("---", 2)[1], where=str(card))
+        header = load_yaml(split_front_matter(text)[0], where=str(card))
     except (yaml.YAMLError, DataError) as error:
         logger.warning("the model card %s has a broken header: %s", card, error)
         return {}

@@ -1,7 +1,8 @@
-"""Read what the headers of weight files state, before a library trusts them."""
+"""Check a model's files before a library trusts them: that each has its content, and its header."""
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,35 @@ from tuneline.models import weight_files
 
 # Names of what bitsandbytes stores beside a weight in 4 bits.
 _IN_4BIT = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)$")
+_LFS_MARK = b"version https://git-lfs"
+"""Beginning of the text that stands for a large file in a clone without Git LFS."""
+
+
+def check_complete(files: Iterable[Path], source: str) -> None:
+    """Check that files have their content.
+
+    Args:
+        files: files of a model, or the model's one file.
+        source: the model's name, for messages.
+
+    Raises:
+        ModelError: one is a pointer of Git LFS, or a link to a file that does not exist.
+    """
+    for file in files:
+        if file.is_symlink() and not file.exists():
+            raise ModelError(
+                f"{source}: {file.name} is a link to {file.readlink()}, which does not exist: the "
+                "download did not end, or only the links were copied. Download the model again, "
+                "or copy it with cp -L"
+            )
+        if not file.is_file():
+            continue
+        with open(file, "rb") as opened:
+            if opened.read(len(_LFS_MARK)) == _LFS_MARK:
+                raise ModelError(
+                    f"{source}: {file.name} is a pointer of Git LFS, not the file itself: run git "
+                    "lfs pull in the clone"
+                )
 
 
 def files_in_index(weight_map: object, source: str) -> list[str]:
@@ -33,12 +63,41 @@ def read_header(file: Path, source: str) -> dict[str, Any]:
     """Return the header of a safetensors file: dtype, shape and offsets of each tensor.
 
     Raises:
-        ModelError: the file was cut off, or is no safetensors file.
+        ModelError: the file was cut off, is no safetensors file, or its header does not fit it.
     """
+    # Imported here because plan imports this module where the library is not installed.
+    from safetensors import SafetensorError, safe_open
+
     try:
-        return weight_files.read_header(file)
+        tensors = weight_files.read_header(file)
+        with safe_open(file, framework="np"):
+            pass  # Opening checks that the tensors fill the file, each with the bytes of its shape.
     except ValueError as error:
         raise ModelError(f"{source}: {error}") from None
+    except SafetensorError as error:
+        raise ModelError(f"{source}: {file.name} is damaged ({error}): download it again") from None
+    return tensors
+
+
+def read_headers(files: list[Path], source: str) -> dict[str, Any]:
+    """Return the headers of all weight files of a model as one.
+
+    Raises:
+        ModelError: a file was cut off or is no safetensors file, or two files have a weight of the
+            same name.
+    """
+    tensors: dict[str, Any] = {}
+    file_of: dict[str, str] = {}
+    for file in files:
+        for name, entry in read_header(file, source).items():
+            if name in tensors:
+                raise ModelError(
+                    f"{source} has the weight {name} twice, in {file_of[name]} and in {file.name}, "
+                    "and programs differ in which of the two they load: remove one of them, or "
+                    "name another copy of the model"
+                )
+            tensors[name], file_of[name] = entry, file.name
+    return tensors
 
 
 def count_parameters(tensors: dict[str, Any]) -> int:

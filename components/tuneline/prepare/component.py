@@ -63,7 +63,8 @@ def prepare(
     Args:
         source: The recipe's `dataset`, or its `datasets` as JSON.
         config: The `prepare` section of the recipe as JSON.
-        fingerprint: Output of look_up_data, part of the cache key.
+        fingerprint: Output of look_up_data, part of the cache key. It has the commits to read of
+            datasets on the Hub.
         base_model: The fetched model, for its tokenizer and chat template.
         dataset: Token IDs for training and evaluation, and the held-out rows.
         record: Copy of the record of dataset.
@@ -89,6 +90,7 @@ def prepare(
             statistics_path=statistics.path,
             benchmarks_path=benchmarks.path if benchmarks else None,
             uploads_dir=uploads.path if uploads else None,
+            version=fingerprint,
         )
         manifest.copy_to(record.path, directory=dataset.path)
         set_metadata(

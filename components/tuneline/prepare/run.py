@@ -37,6 +37,7 @@ from tuneline.prepare.divide import (
     sizes_of,
 )
 from tuneline.prepare.encode import encode
+from tuneline.prepare.fingerprint import at_version
 from tuneline.prepare.formats.table import check_names
 from tuneline.prepare.left_out import sentences, shortages
 from tuneline.prepare.rows.collect import check_sources, collect, licences, records
@@ -70,6 +71,7 @@ def run(
     statistics_path: str,
     benchmarks_path: str | None = None,
     uploads_dir: str | None = None,
+    version: str | None = None,
 ) -> DatasetManifest:
     """Prepare the dataset `source` for the model in `base_model_dir`.
 
@@ -82,6 +84,8 @@ def run(
         benchmarks_path: JSON Lines file with the questions of benchmarks, which must not be in the
             training rows; None for none.
         uploads_dir: directory of the files that were sent with the run; None: there are none.
+        version: what `fingerprint` returned; of datasets on the Hub, its commits are read. None:
+            the commits that the revisions name now.
 
     Raises:
         DataError: the rows cannot be used, or no row with tokens to learn is left.
@@ -96,6 +100,8 @@ def run(
     settings = config
     datasets, config = locate(named, config, uploads_dir)
     check_sources(datasets, config)
+    if version is not None:
+        datasets, config = at_version(datasets, config, version)
     tokenizer, longest_allowed = load_tokenizer(base_model_dir)
     template = "" if config.method == "cpt" else use_template(tokenizer, config.template)
     if config.method == "cpt":

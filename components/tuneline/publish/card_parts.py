@@ -1,19 +1,16 @@
 """The parts of a model card: front matter, what people wrote, and tuneline's part."""
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from tuneline.bounded_yaml import load_yaml
+from tuneline.bounded_yaml import load_yaml, split_front_matter
 from tuneline.errors import DataError
 
 CARD_FILE = "README.md"
 BEGIN = "<!-- tuneline: begin. The text up to the end mark is replaced by the next run. -->"
 END = "<!-- tuneline: end. Text below this line is kept. -->"
-
-_FRONT_MATTER = re.compile(r"\A---\n(.*?\n)?---\n", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -40,14 +37,11 @@ def join_card(card: CardParts) -> str:
 def split_card(text: str) -> CardParts | None:
     """Return the parts of a card; None if it lacks a marker or its front matter cannot be read."""
     text = text.replace("\r\n", "\n")
-    matter: Any = {}
-    body = text
-    if found := _FRONT_MATTER.match(text):
-        body = text[found.end() :]
-        try:
-            matter = load_yaml(found[1] or "") or {}
-        except (yaml.YAMLError, DataError):
-            return None
+    header, body = split_front_matter(text)
+    try:
+        matter: Any = load_yaml(header) or {}
+    except (yaml.YAMLError, DataError):
+        return None
     if not isinstance(matter, dict):
         return None
     before, begin, rest = body.partition(f"\n{BEGIN}\n")

@@ -1,5 +1,6 @@
 """Publish to a directory, which gets the tree that a push to the Hub would send."""
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,11 @@ from tuneline.errors import OutputExistsError, StorageError
 from tuneline.publish.card_parts import CARD_FILE
 from tuneline.publish.previous import MARKER_FILE, Previous, adapt, check_ours, read_bundle
 from tuneline.publish.staging import StagedRepo
+
+logger = logging.getLogger(__name__)
+
+_PREVIOUS = "previous"
+"""Directory, in the scratch directory, for the repositories that are replaced."""
 
 
 def write_tree(staged_root: Path, staged: list[StagedRepo], target: Path) -> list[PublishedRepo]:
@@ -46,8 +52,21 @@ def write_tree(staged_root: Path, staged: list[StagedRepo], target: Path) -> lis
         )
         for name in held.theirs:
             _carry_over(place / name, repo.folder / name)
-    _replace(staged_root.with_name("previous"), staged, target)
+    _replace(staged_root.with_name(_PREVIOUS), staged, target)
     return published
+
+
+def put_back(scratch: Path) -> None:
+    """Put repositories back that a killed process had set aside, and not replaced by new ones.
+
+    Args:
+        scratch: the scratch directory of that process, in the directory that it published to.
+    """
+    for old in sorted((scratch / _PREVIOUS).glob("*")):
+        place = scratch.parent / old.name
+        if not place.exists():
+            old.replace(place)
+            logger.warning("%s was put back: the process that was replacing it was killed", place)
 
 
 def _previous(place: Path) -> Previous:

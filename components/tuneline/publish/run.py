@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +15,14 @@ from pathlib import Path
 from tuneline.artifacts import Decision, Published, RunHeader, new_directory
 from tuneline.errors import CredentialsError, StorageError, UserError
 from tuneline.publish.config import PublishConfig
-from tuneline.publish.directory import write_tree
+from tuneline.publish.directory import put_back, write_tree
 from tuneline.publish.hub import push
 from tuneline.publish.proven import check_verdict
 from tuneline.publish.sources import Sources
 from tuneline.publish.staging import stage
 from tuneline.publish.target import DIRECTORY_PREFIX, check_target
 from tuneline.recorded_recipe import recorded_recipe
+from tuneline.runtime.scratch import scratch_directory
 from tuneline.runtime.termination import Ending, leave
 
 logger = logging.getLogger(__name__)
@@ -111,8 +111,8 @@ def run(
         output = Path(target.removeprefix(DIRECTORY_PREFIX)).resolve() if local else record_dir
         # The scratch directory is in a directory target, so that the staged files can be hard links
         # and one rename puts each repository in its place.
-        with _scratch_in(output) as scratch:
-            staged_root = Path(scratch, "staged")
+        with scratch_in(output) as scratch:
+            staged_root = scratch / "staged"
             staged = stage(
                 sources, name=name, config=config, recipe=used.public(), directory=staged_root
             )
@@ -138,28 +138,34 @@ def run(
 
 
 @contextlib.contextmanager
-def _scratch_in(directory: Path) -> Iterator[str]:
+def scratch_in(directory: Path) -> Iterator[Path]:
     """Create a temporary directory for the body; a directory made for it is removed if left empty.
+
+    What a step that was killed left there is removed, and a repository that it had set aside, but
+    not replaced yet, is put back.
 
     Raises:
         StorageError: `directory` is not writable.
     """
     is_new = not directory.exists()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=directory, prefix=".publish.")
-    except OSError as error:
-        raise StorageError(
-            f"{directory}, where the repositories are staged, is not writable "
-            f"({error.strerror}). Name another directory in publish_to, with a writable parent"
-        ) from error
-    try:
-        with scratch as path:
-            yield path
-    finally:
-        if is_new:
-            with contextlib.suppress(OSError):
-                directory.rmdir()
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if is_new:
+                stack.callback(_remove_if_empty, directory)
+            made = scratch_directory(directory, prefix=".publish.", rescue=put_back)
+            scratch = stack.enter_context(made)
+        except OSError as error:
+            raise StorageError(
+                f"{directory}, where the repositories are staged, is not writable "
+                f"({error.strerror}). Name another directory in publish_to, with a writable parent"
+            ) from error
+        yield scratch
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 def read_token(target: str) -> str:

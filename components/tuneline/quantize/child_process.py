@@ -15,13 +15,13 @@ import pickle
 import signal
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from tuneline.errors import ToolError
+from tuneline.runtime.scratch import scratch_directory
 from tuneline.runtime.signals import deferred_signals
 
 ADVICE_ON_SIGTERM = ", and nothing of the export was kept: run it again"
@@ -46,16 +46,16 @@ def call(
         Exception: the exception that the function raised, with the child's traceback as a note.
     """
     level = logging.getLogger().getEffectiveLevel()
-    with tempfile.TemporaryDirectory() as scratch:
-        Path(scratch, _CALL).write_bytes(pickle.dumps((function, args, kwargs, level)))
+    with scratch_directory() as scratch:
+        (scratch / _CALL).write_bytes(pickle.dumps((function, args, kwargs, level)))
         done = run_to_end(
             # -P: the child must not import modules from the working directory.
-            [sys.executable, "-P", "-m", "tuneline.quantize.child_process", scratch],
+            [sys.executable, "-P", "-m", "tuneline.quantize.child_process", str(scratch)],
             cwd=Path.cwd(),
-            env={**os.environ, "TMPDIR": scratch},
+            env={**os.environ, "TMPDIR": str(scratch)},
             captured=False,
         )
-        answer = Path(scratch, _ANSWER)
+        answer = scratch / _ANSWER
         if not answer.is_file():
             raise ToolError(_describe_end(done.returncode))
         result: Result

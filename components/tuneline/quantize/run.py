@@ -1,7 +1,6 @@
 """Make one export of the merged model, and check that the export answers like the merged model."""
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tuneline.quantize.child_process import ADVICE_ON_SIGTERM
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.quantize.gguf import export as gguf_export
 from tuneline.record import Record
+from tuneline.runtime.scratch import scratch_directory
 from tuneline.runtime.signals import raised_on_sigterm
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def _gguf(
         given = ImportanceMatrix.read(importance_dir)
         _check_source(importance_dir, given, inputs, "measure the importance matrix of this model")
         given.check_files(importance_dir)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    with scratch_directory(target.parent) as scratch:
         record, matrix = child_process.call(
             gguf_export.export,
             config,
@@ -139,7 +139,7 @@ def _gguf(
             merged_dir=inputs.merged_dir,
             dataset_dir=inputs.dataset_dir,
             target=target,
-            scratch=Path(scratch),
+            scratch=scratch,
             gguf_dir=gguf_dir,
             importance_dir=importance_dir,
         )

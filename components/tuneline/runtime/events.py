@@ -53,7 +53,10 @@ class StepRun:
         if done <= done_before or done >= total:
             return None
         rate = (self.last_progress - since) / (done - done_before)
-        left = rate * (total - done) - (now - self.last_progress)
+        waited = now - self.last_progress
+        if rate < 0 or waited < 0:
+            return None  # The clock was set back meanwhile.
+        left = rate * (total - done) - waited
         return left if left >= 1 else None
 
 

@@ -24,6 +24,9 @@ def hide_torch() -> None:
 
 
 def show_torch() -> None:
-    """Undo `hide_torch`, for code of a model that imports torch itself."""
+    """Undo `hide_torch`, for code that imports torch itself.
+
+    transformers has looked for torch by then, and goes on without it.
+    """
     if sys.modules.get(_NAME, sys) is None:
         del sys.modules[_NAME]

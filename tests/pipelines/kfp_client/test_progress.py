@@ -3,6 +3,7 @@
 The recorded pods of the same runs are the reference for the names of the pods.
 """
 
+import datetime
 import uuid
 from typing import Any
 
@@ -55,6 +56,14 @@ def test_a_running_line(kfp_server: Any) -> None:
         "tuneline-demo-sz7cb-metadata-0-2-retry-system-container-impl-1435894842"
     ]
     assert train.seconds == 217
+
+
+def test_an_end_before_the_start_by_another_machines_clock_is_unknown() -> None:
+    start = datetime.datetime(2026, 1, 31, tzinfo=datetime.UTC)
+    ended = [start + datetime.timedelta(seconds=seconds) for seconds in (-3, 0, 3)]
+    assert [Progress("train", "succeeded", (), start, end).seconds for end in ended] == [None, 0, 3]
+    later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+    assert Progress("train", "running", (), later).seconds is None
 
 
 def test_a_line_from_the_cache(kfp_server: Any) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from killed import killed_in
 
+from tuneline.artifacts import new_directory
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.local.attempt import kept
@@ -16,10 +18,12 @@ from tuneline.pipelines.local.run_dir import (
     Start,
     find_local_run,
     local_runs,
+    remove_partial_artifacts,
     set_events_aside,
 )
 from tuneline.pipelines.local.watch import read_events
 from tuneline.runtime.events import step_runs
+from tuneline.runtime.scratch import scratch_directory
 from tuneline.steps import STEPS
 
 LOG = """\
@@ -117,6 +121,19 @@ def test_the_state(
     assert run.state() == state
 
 
+def test_the_next_attempt_removes_what_killed_steps_left(run: LocalRun) -> None:
+    tasks = run.directory.parent / "other-1/artifacts/job", run.directory / "artifacts/job"
+    for task, opened in (
+        (tasks[0] / "merge", new_directory(tasks[0] / "merge/merged")),
+        (tasks[1] / "quantize-gguf", scratch_directory(tasks[1] / "quantize-gguf")),
+    ):
+        (task / "record").mkdir(parents=True)
+        killed_in(opened, lambda directory: (directory / "model.safetensors").touch())
+    removed = remove_partial_artifacts(run.directory.parent)
+    assert sorted(path.parent.name for path in removed) == ["merge", "quantize-gguf"]
+    assert [path.name for task in tasks for path in task.glob("*/*")] == ["record", "record"]
+
+
 def test_a_stopped_training_names_its_checkpoint(
     run: LocalRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +201,22 @@ def test_the_time_left_is_counted_from_the_first_progress() -> None:
     events.append(event("train", "progress", 150.0, done=10, total=10))
     (train,) = step_runs(events)
     assert train.seconds_left(150.0) is None
+
+
+@pytest.mark.parametrize(
+    ("since", "last", "now"),
+    # 100 s back before the second progress, and after it.
+    [(100.0, 20.0, 25.0), (100.0, 120.0, 20.0)],
+)
+def test_after_the_clock_was_set_back_the_time_left_is_unknown(
+    since: float, last: float, now: float
+) -> None:
+    progress = [
+        event("train", "progress", time, done=done, total=10)
+        for time, done in ((since, 0), (last, 4))
+    ]
+    (train,) = step_runs([event("train", "started", 50.0), *progress])
+    assert train.seconds_left(now) is None
 
 
 def test_runs_of_one_step_are_told_apart() -> None:

@@ -122,6 +122,24 @@ def test_the_card_names_subsets_and_splits(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_a_card_from_another_editor(tmp_path: Path) -> None:
+    write(tmp_path, "easy/part-1.jsonl", "everything/train.jsonl", "test.jsonl")
+    for text in ("\ufeff" + CARD, CARD.replace("\n", "\r\n"), CARD.replace("---\n", "--- \n")):
+        (tmp_path / "README.md").write_bytes(text.encode())
+        assert read(tmp_path) == ["everything/train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "data_files", ["7", "{train: 7}", "[{split: train}]", "[a.jsonl, 7]", "2026-01-31"]
+)
+def test_data_files_that_name_no_files(data_files: str, tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl")
+    card = f"---\nconfigs:\n- config_name: all\n  data_files: {data_files}\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    with pytest.raises(DataError, match="but data_files must be a pattern, a list of patterns"):
+        read(tmp_path)
+
+
 def test_documents_are_not_split_by_single_names(tmp_path: Path) -> None:
     for name in ("training.md", "test-plan.md", "notes.txt", "README.md"):
         (tmp_path / name).write_text(f"{name}\n")

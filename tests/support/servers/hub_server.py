@@ -24,7 +24,14 @@ TOKEN = "hf_" + "t" * 34
 
 def new_repo(private: bool = True, **files: bytes) -> dict:
     kept = {name: ("regular", content) for name, content in files.items()}
-    return {"private": private, "files": kept, "commits": ["0" * 40], "tags": {}}
+    return {"private": private, "files": kept, "commits": ["0" * 40], "tags": {}, "old": {}}
+
+
+def add_commit(repo: dict, commit: str, **files: bytes) -> None:
+    """Replace files of a repository in a new commit; the commits before it keep theirs."""
+    repo["old"][repo["commits"][-1]] = repo["files"]
+    repo["files"] = repo["files"] | {name: ("regular", content) for name, content in files.items()}
+    repo["commits"].append(commit)
 
 
 class Hub:
@@ -186,23 +193,32 @@ class Hub:
                         "id": repo,
                         "modelId": repo,
                         "private": found["private"],
-                        "sha": found["commits"][-1],
-                        "siblings": [{"rfilename": name} for name in found["files"]],
+                        "sha": revision if revision in found["old"] else found["commits"][-1],
+                        "siblings": [{"rfilename": name} for name in self.files(repo, revision)],
                         "tags": [],
                         "downloads": 0,
                         "likes": 0,
                     }
                 )
 
-            def tree(self, repo: str) -> None:
-                self.answer([entry(name, file) for name, file in hub.repos[repo]["files"].items()])
+            def files(self, repo: str, revision: str | None) -> dict[str, tuple]:
+                """Return the files at a commit; at any other revision, those of the last commit."""
+                found = hub.repos[repo]
+                files: dict[str, tuple] = found["old"].get(revision, found["files"])
+                return files
 
-            def resolve(self, repo: str, name: str) -> None:
+            def tree(self, repo: str, revision: str) -> None:
+                files = self.files(repo, revision.split("/")[0])
+                self.answer([entry(name, file) for name, file in files.items()])
+
+            def resolve(self, repo: str, revision: str, name: str) -> None:
                 """Answer with a file, or with the part of it that the header Range names."""
-                if name not in hub.repos[repo]["files"]:
+                files = self.files(repo, revision)
+                if name not in files:
                     self.answer({"error": "no"}, 404, X_Error_Code="EntryNotFound")
                     return
-                data = hub.content(repo, name)
+                kind, value = files[name]
+                data = hub.blobs[value] if kind == "lfs" else value
                 wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
                 part, headers = data, {}
                 if wanted:
@@ -211,7 +227,8 @@ class Hub:
                     headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(data)}"
                 self.send_response(206 if wanted else 200)
                 headers["Content-Length"] = str(len(part))
-                headers["X-Repo-Commit"] = hub.repos[repo]["commits"][-1]
+                old = revision in hub.repos[repo]["old"]
+                headers["X-Repo-Commit"] = revision if old else hub.repos[repo]["commits"][-1]
                 headers["ETag"] = f'"{hashlib.sha256(data).hexdigest()}"'
                 for header, value in headers.items():
                     self.send_header(header, value)
@@ -219,8 +236,8 @@ class Hub:
                 if self.command == "GET":
                     self.wfile.write(part)
 
-            def paths_info(self, repo: str) -> None:
-                files = hub.repos[repo]["files"]
+            def paths_info(self, repo: str, revision: str) -> None:
+                files = self.files(repo, revision)
                 wanted = json.loads(self.body)["paths"]
                 self.answer([entry(name, files[name]) for name in wanted if name in files])
 
@@ -362,11 +379,14 @@ class Hub:
             (r"POST /api/validate-yaml", Handler.validate),
             (rf"GET /api/{kind}/{repo}", Handler.info),
             (rf"GET /api/{kind}/{repo}/revision/(?P<revision>.+)", Handler.info),
-            (rf"GET /api/{kind}/{repo}/tree/.+", Handler.tree),
-            (rf"(GET|HEAD) (/datasets)?/{repo}/resolve/[^/]+/(?P<name>.+)", Handler.resolve),
+            (rf"GET /api/{kind}/{repo}/tree/(?P<revision>.+)", Handler.tree),
+            (
+                rf"(GET|HEAD) (/datasets)?/{repo}/resolve/(?P<revision>[^/]+)/(?P<name>.+)",
+                Handler.resolve,
+            ),
             (rf"GET /api/models/{repo}/refs", Handler.refs),
             (rf"POST /api/models/{repo}/tag/(?P<revision>.+)", Handler.tag),
-            (rf"POST /api/{kind}/{repo}/paths-info/.+", Handler.paths_info),
+            (rf"POST /api/{kind}/{repo}/paths-info/(?P<revision>.+)", Handler.paths_info),
             (rf"POST /api/models/{repo}/preupload/.+", Handler.preupload),
             (rf"POST /api/models/{repo}/commit/.+", Handler.commit),
             (rf"POST /{repo}\.git/info/lfs/objects/batch", Handler.lfs_batch),

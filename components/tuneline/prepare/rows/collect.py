@@ -258,6 +258,7 @@ def records(
     return [
         DatasetSource(
             source=redacted(entry.source),
+            revision=source.dataset.revision,
             weight=source.dataset.weight,
             format=source.intake.format,
             num_rows=source.intake.num_rows,

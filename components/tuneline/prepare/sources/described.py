@@ -8,7 +8,7 @@ import yaml
 from datasets.data_files import sanitize_patterns
 from fsspec.utils import glob_translate
 
-from tuneline.bounded_yaml import load_yaml
+from tuneline.bounded_yaml import MAX_CHARACTERS, load_yaml, split_front_matter
 from tuneline.errors import DataError
 from tuneline.prepare.sources.files import can_read
 from tuneline.prepare.sources.row import DEFAULT_SPLIT, Selection
@@ -17,7 +17,6 @@ from tuneline.prepare.sources.stored import StoredFile
 
 CARD = "README.md"
 SAVED_DATASET, SAVED_DICT = "state.json", "dataset_dict.json"
-_FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\r?\n---", re.DOTALL)
 
 
 def saved_splits(source: str, by_name: dict[str, StoredFile]) -> Splits:
@@ -54,10 +53,9 @@ def _read_json(file: StoredFile) -> dict[str, Any]:
 def card_configs(card: StoredFile) -> list[dict[str, Any]]:
     """Return the entries of `configs` in the front matter of a dataset card."""
     with card.open() as opened:
-        text = opened.read().decode("utf-8", errors="replace")
-    match = _FRONT_MATTER.match(text)
+        text = opened.read(MAX_CHARACTERS).decode("utf-8", errors="replace")
     try:
-        content = load_yaml(match[1], where=f"the dataset card {card.name}") if match else None
+        content = load_yaml(split_front_matter(text)[0], where=f"the dataset card {card.name}")
     except yaml.YAMLError as error:
         raise DataError(
             f"the dataset card {card.name} is not YAML: {' '.join(str(error).split())[:120]}"
@@ -76,7 +74,7 @@ def card_splits(
     names = [str(entry.get("config_name", "default")) for entry in configs]
     config = _wanted_config(source, configs, names, selection)
     if "data_files" in config:
-        patterns = sanitize_patterns(config["data_files"])
+        patterns = _patterns(source, config["data_files"])
     else:
         folder = str(config.get("data_dir", "")).strip("/")
         prefix = f"{folder}/" if folder else ""
@@ -88,6 +86,25 @@ def card_splits(
         for split, wanted in patterns.items()
     }
     return {split: files for split, files in splits.items() if files}
+
+
+def _patterns(source: str, data_files: Any) -> dict[str, Any]:
+    """Return the patterns of `data_files` in a card by split.
+
+    Raises:
+        DataError: it has another form than `datasets` reads.
+    """
+    try:
+        patterns: dict[str, Any] = sanitize_patterns(data_files)
+        if all(isinstance(name, str) for names in patterns.values() for name in names):
+            return patterns
+    except (ValueError, TypeError):
+        pass
+    raise DataError(
+        f"the dataset card of {source} has data_files {data_files!r:.100}, but data_files must be "
+        "a pattern, a list of patterns, or a list of `split:` with `path:`. Correct the card, or "
+        "name the files in dataset"
+    )
 
 
 def _wanted_config(

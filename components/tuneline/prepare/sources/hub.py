@@ -12,6 +12,7 @@ from huggingface_hub import errors as hub_errors
 from tuneline.errors import DataError, HubError
 from tuneline.prepare.sources.row import Remarks, Selection, SourceRow
 from tuneline.runtime.retries import Retries, retrying
+from tuneline.runtime.torch_free import show_torch
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ def read(source: str, selection: Selection, remarks: Remarks) -> Iterator[Source
         DataError: there is no such dataset, split or subset, or no access to it.
         HubError: the Hub could not be reached.
     """
+    # `datasets` imports torch if sys.modules has the name, and the step has it there to hide torch.
+    show_torch()
     retries = Retries(f"read {source} from {constants.ENDPOINT}")
     number = 0
     try:

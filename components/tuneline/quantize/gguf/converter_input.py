@@ -13,10 +13,11 @@ All follow from what is there. Texts and logits are compared after the conversio
 import contextlib
 import json
 import struct
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from tuneline.runtime.scratch import scratch_directory
 
 PIECES_FILE = "tokenizer.model"
 
@@ -43,13 +44,13 @@ def complete(model_dir: Path) -> Iterator[Path]:
     if not missing:
         yield model_dir
         return
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_directory() as scratch:
         for path in model_dir.iterdir():
             if path.name not in missing:
-                Path(scratch, path.name).symlink_to(path.resolve())
+                (scratch / path.name).symlink_to(path.resolve())
         for name, content in missing.items():
-            Path(scratch, name).write_bytes(content)
-        yield Path(scratch)
+            (scratch / name).write_bytes(content)
+        yield scratch
 
 
 def _missing_files(model_dir: Path) -> dict[str, bytes]:

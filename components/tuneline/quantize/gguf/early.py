@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -17,6 +16,7 @@ from tuneline.quantize.gguf import converter
 from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.gguf.proof import check_wording
 from tuneline.quantize.proof.reference import Wording, prompts_of
+from tuneline.runtime.scratch import scratch_directory
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +33,11 @@ def check(base_dir: Path, dataset_dir: Path) -> None:
         ToolError: llama.cpp is not installed.
     """
     converter.find()  # Raises its own error, outside the `try` below.
-    with tempfile.TemporaryDirectory() as scratch:
-        outline = Path(scratch, "model")
+    with scratch_directory() as scratch:
+        outline = scratch / "model"
         outline.mkdir()
         wording = _outline(base_dir, dataset_dir, outline)
-        file = Path(scratch, "vocabulary.gguf")
+        file = scratch / "vocabulary.gguf"
         try:
             converter.convert(
                 outline,

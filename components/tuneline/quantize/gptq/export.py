@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from tuneline.quantize.machine import few_threads, num_threads, raise_if_full
 from tuneline.quantize.proof import quality
 from tuneline.quantize.proof.reference import Reference, for_export
 from tuneline.quantize.proof.transformers_model import TransformersModel, choose_device
+from tuneline.runtime.scratch import scratch_directory
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ def _quantise(
         "group_size": group_size,
         "desc_act": desc_act,
         "rows": rows,
-        "started_at": time.time(),
+        "started_at": time.monotonic(),
         "times_file": "times.json",
     }
     settings = {
@@ -261,14 +261,14 @@ def _quantise(
     }
     if num_columns(model_dir) < COLUMNS_WORTH_COMPILING:
         settings["GPTQMODEL_DISABLE_GPTQ_CUDA"] = "1"
-    with tempfile.TemporaryDirectory() as scratch:
-        Path(scratch, "job.json").write_text(json.dumps(job), encoding="utf-8")
+    with scratch_directory() as scratch:
+        (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
         done = run_to_end(
             [sys.executable, "-m", "tuneline.quantize.gptq.run_gptqmodel", "job.json"],
-            cwd=Path(scratch),
+            cwd=scratch,
             env=settings | os.environ,
         )
-        times_file = Path(scratch, job["times_file"])
+        times_file = scratch / job["times_file"]
         if times_file.is_file():
             times = json.loads(times_file.read_text(encoding="utf-8"))
             stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items())

@@ -30,10 +30,10 @@ def main(job_file: str) -> None:
         # The default first compiles a C++ extension, which takes 93 s and requires a compiler.
         pack_impl="original",
     )
-    times = {"start": time.time() - job["started_at"]}
+    times = {"start": time.monotonic() - job["started_at"]}
 
     def stage(name: str) -> None:
-        times[name] = time.time() - job["started_at"] - sum(times.values())
+        times[name] = time.monotonic() - job["started_at"] - sum(times.values())
 
     on_gpu = torch.cuda.is_available()
     # Most CPUs emulate bfloat16. On such a CPU, float32 takes a third of the time of bfloat16.

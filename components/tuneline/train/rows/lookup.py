@@ -1,10 +1,10 @@
 """Look up which rows of the dataset a micro-batch was made of, to name them in an error."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from tuneline.artifacts import DatasetManifest
+from tuneline.runtime.scratch import scratch_directory
 from tuneline.train.rows.load import rows_in_packs
 
 
@@ -34,6 +34,6 @@ def rows_of_batches(
     examples = {example for rank, number in batches for example in batches_of_ranks[rank][number]}
     if not packing:
         return sorted(examples)
-    with tempfile.TemporaryDirectory() as cache:
-        packs = rows_in_packs(dataset_dir, manifest, cache_dir=Path(cache))
+    with scratch_directory() as cache:
+        packs = rows_in_packs(dataset_dir, manifest, cache_dir=cache)
         return sorted({row for example in examples for row in packs[example]["row"]})

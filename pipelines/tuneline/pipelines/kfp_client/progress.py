@@ -38,11 +38,15 @@ class Progress:
 
     @property
     def seconds(self) -> float | None:
-        """Time from the start of the first attempt to the end of the last, or to now."""
+        """Time from the start of the first attempt to the end of the last, or to now.
+
+        None: unknown, as the step has not started, or by the clocks of two machines ended before.
+        """
         if self.started is None:
             return None
         end = self.ended or datetime.datetime.now(datetime.UTC)
-        return (end - self.started).total_seconds()
+        seconds = (end - self.started).total_seconds()
+        return seconds if seconds >= 0 else None
 
 
 def progress_of(run: Any, spec: dict[str, Any]) -> list[Progress]:

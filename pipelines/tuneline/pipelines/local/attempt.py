@@ -19,6 +19,7 @@ from tuneline.pipelines.local.run_dir import (
     NEVER_CACHED,
     LocalRun,
     Start,
+    remove_partial_artifacts,
     set_events_aside,
 )
 from tuneline.pipelines.local.watch import watch
@@ -64,6 +65,8 @@ def execute(run: LocalRun, recipe: Recipe, start: Start, console: Console) -> in
             raise UserError(f"{run.directory} is running: wait until it ends, or stop it") from None
         replace(start, exit_code=None).write(run.directory)
         set_events_aside(run)
+        for directory in remove_partial_artifacts(run.directory.parent):
+            console.print(f"removed {directory}, left by a step that was killed", markup=False)
         # If this process is killed, its end of the pipe is closed, and the run stops.
         held, ours = os.pipe()
         process = subprocess.Popen(

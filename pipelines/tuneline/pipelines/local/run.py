@@ -56,6 +56,8 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str, uncached: list[str]
         if is_docker
         else _subprocess_runner(run_dir, events_path),
         pipeline_root=str(artifacts_dir),
+        # No step uses KFP's workspace; by default, each run leaves an empty directory in TMPDIR.
+        workspace_root=str(artifacts_dir),
         enable_caching=True,
         cache_root=str(run_dir.parent / CACHE_DIR),
     )

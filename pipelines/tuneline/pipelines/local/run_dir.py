@@ -16,6 +16,7 @@ from tuneline.errors import UserError
 from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_events
 from tuneline.report.line import LINE, stage_of
 from tuneline.runtime.events import StepRun, step_runs
+from tuneline.runtime.scratch import PREFIX, remove_leftovers
 from tuneline.steps import STEPS
 
 RUNS_DIR = Path("runs")
@@ -270,6 +271,20 @@ def set_events_aside(run: LocalRun) -> None:
     if run.events_path.exists():
         number = 1 + len(list(run.events_path.parent.glob("events-*.jsonl")))
         run.events_path.rename(run.events_path.with_name(f"events-{number}.jsonl"))
+
+
+def remove_partial_artifacts(runs_dir: Path) -> list[Path]:
+    """Remove what killed steps of all runs wrote of their artifacts; return what was removed.
+
+    Each attempt of a run writes below a directory of its own, so no later step of the run finds it.
+    """
+    task_dirs = runs_dir.glob(f"*/{ARTIFACTS_DIR}/*/*/")
+    return [
+        removed
+        for task_dir in task_dirs
+        for prefix in (".", PREFIX)
+        for removed in remove_leftovers(task_dir, prefix=prefix)
+    ]
 
 
 def _sections(lines: list[str]) -> Iterator[list[LogSection]]:
