@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from tuneline.artifacts import PublishedRepo
@@ -25,11 +26,7 @@ def write_tree(staged_root: Path, staged: list[StagedRepo], target: Path) -> lis
         OutputExistsError: `target` or a repository in it is something that tuneline did not make.
         StorageError: a repository cannot be replaced; the content of `target` is unchanged.
     """
-    if target.exists() and not target.is_dir():
-        raise OutputExistsError(f"{target} is a file. Name a directory in publish_to")
-    previous = {repo.repo: _previous(target / repo.folder.name) for repo in staged}
-    for repo in staged:
-        check_ours(previous[repo.repo], kind=repo.kind, names=repo.files().keys())
+    previous = check_tree(staged, target)
     published = []
     for repo in staged:
         place, held = target / repo.folder.name, previous[repo.repo]
@@ -48,6 +45,20 @@ def write_tree(staged_root: Path, staged: list[StagedRepo], target: Path) -> lis
             _carry_over(place / name, repo.folder / name)
     _replace(staged_root.with_name("previous"), staged, target)
     return published
+
+
+def check_tree(staged: Sequence[StagedRepo], target: Path) -> dict[str, Previous]:
+    """Return what `target` holds for each repository, if this run may replace it.
+
+    Raises:
+        OutputExistsError: `target` or a repository in it is something that tuneline did not make.
+    """
+    if target.exists() and not target.is_dir():
+        raise OutputExistsError(f"{target} is a file. Name a directory in publish_to")
+    previous = {repo.repo: _previous(target / repo.folder.name) for repo in staged}
+    for repo in staged:
+        check_ours(previous[repo.repo], kind=repo.kind, names=repo.files().keys())
+    return previous
 
 
 def _previous(place: Path) -> Previous:

@@ -23,7 +23,6 @@ from tuneline.pipelines.cli.options import (
     SetOption,
 )
 from tuneline.pipelines.cli.terminal import console, say
-from tuneline.publish.target import DIRECTORY_PREFIX
 from tuneline.recipe import Recipe
 
 PANEL = "Runs on a cluster"
@@ -183,9 +182,10 @@ def _load(recipe: str, assignments: list[str]) -> Recipe:
     """Load a recipe for a cluster; warn if the published model would be lost with a pod."""
     loaded = find_recipe(recipe, assignments)
     refuse_early(loaded, is_local=False)
-    if loaded.publish_to.startswith(DIRECTORY_PREFIX):
+    directories = [each.text for each in loaded.targets if each.kind == "directory"]
+    if directories:
         say(
-            f"warning: publish_to {loaded.publish_to} is a directory inside a pod and is deleted "
-            "with the pod; the model is still kept as an artifact of the run"
+            f"warning: publish_to {', '.join(directories)} is a directory inside a pod and is "
+            "deleted with the pod; the model is still kept as an artifact of the run"
         )
     return loaded
