@@ -57,12 +57,9 @@ def publish_everywhere(
     errors: dict[Target, TunelineError] = {}
     for number, (target, place) in enumerate(places.items()):
         # Each target gets a copy, because a repository keeps what people wrote into its card.
-        own = scratch / str(number)
-        copies = [fork(repo, own / "staged") for repo in staged]
-        files = own / "files"
-        files.mkdir(parents=True)
+        copies = [fork(repo, scratch / str(number)) for repo in staged]
         try:
-            repos = place.push(copies, files)
+            repos = place.push(copies)
         except TunelineError as error:
             errors[target] = error
             logger.error("%s was not published: %s", target.text, error)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from tuneline.artifacts import PublishedRepo
 from tuneline.publish.account import TOKEN_VARIABLE, read_token
@@ -23,7 +22,7 @@ class OnHub:
         """Check the token and all repositories; see `Place`."""
         check_push(new_api(read_token(self._target)), staged, self._config)
 
-    def push(self, staged: Sequence[StagedRepo], scratch: Path) -> list[PublishedRepo]:
+    def push(self, staged: Sequence[StagedRepo]) -> list[PublishedRepo]:
         """Push every repository as a commit; see `Place`."""
         return push(list(staged), token=read_token(self._target), config=self._config)
 

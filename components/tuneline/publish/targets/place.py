@@ -1,7 +1,6 @@
 """What every kind of place can do."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 from tuneline.artifacts import PublishedRepo
@@ -20,12 +19,11 @@ class Place(Protocol):
             HubError: the place cannot be reached.
         """
 
-    def push(self, staged: Sequence[StagedRepo], scratch: Path) -> list[PublishedRepo]:
+    def push(self, staged: Sequence[StagedRepo]) -> list[PublishedRepo]:
         """Push the repositories; one that holds the same model already stays as it is.
 
         Args:
             staged: the repositories; their folders are this place's own and may be changed.
-            scratch: an empty directory for temporary files, with space for the largest file.
 
         Raises:
             TunelineError: a repository could not be pushed.

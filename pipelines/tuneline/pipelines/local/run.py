@@ -91,6 +91,8 @@ def _docker_runner(run_dir: Path, events_path: Path, recipe: Recipe) -> local.Do
     checkpoint_dir = f"{runs_dir}/{CHECKPOINT_DIR}"
     Path(checkpoint_dir).mkdir(exist_ok=True)
     claims_dir = os.environ.get(CLAIMS_VARIABLE)
+    is_read_only = all(target.kind != "claim" for target in recipe.targets)
+    claims = Mount(CLAIMS_PATH, claims_dir, type="bind", read_only=is_read_only)
     mounted = [Mount(path, path, type="bind", read_only=True) for path in inputs_of(recipe)]
     for target in recipe.targets:
         if target.kind == "directory":
@@ -119,7 +121,7 @@ def _docker_runner(run_dir: Path, events_path: Path, recipe: Recipe) -> local.Do
             Mount(runs_dir, runs_dir, type="bind", read_only=True),
             Mount(checkpoint_dir, checkpoint_dir, type="bind"),
             *mounted,
-            *([Mount(CLAIMS_PATH, claims_dir, type="bind", read_only=True)] if claims_dir else []),
+            *([claims] if claims_dir else []),
         ],
         cap_drop=["ALL"],
         security_opt=["no-new-privileges"],
