@@ -119,7 +119,7 @@ class RunHeader(StrictModel):
     base_model: str
     dataset: str | None = None
     datasets: list[dict[str, Any]] = Field(default_factory=list)
-    publish_to: str
+    publish_to: str | list[str]
 
     def check_exports(self, formats: Iterable[str]) -> None:
         """Check that a step got every export that the recipe asks for.

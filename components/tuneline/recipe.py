@@ -16,11 +16,12 @@ from tuneline.placement import PlacementConfig
 from tuneline.prepare.config import DatasetConfig, PrepareConfig
 from tuneline.prepare.datasets import describe, parse, sources_of, to_text
 from tuneline.publish.config import PublishConfig
-from tuneline.publish.target import check_target
+from tuneline.publish.target import Target, check_targets, parse_targets
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.recipe_file.paths import resolve
 from tuneline.recipe_file.source import read_source
 from tuneline.records.scores import HELDOUT_PREFIX
+from tuneline.runtime.parameter_text import encode_list
 from tuneline.strict_model import StrictModel
 from tuneline.train.batch_size import batch_size
 from tuneline.train.config import TrainConfig
@@ -43,9 +44,11 @@ class Recipe(StrictModel):
     for generated rows, e.g. builtin:support-answers. Give either this key or `datasets`."""
     datasets: list[DatasetConfig] = []
     """Several datasets with weights, instead of `dataset`."""
-    publish_to: str
-    """Where to publish: a Hub repository such as my-org/my-model, or dir:PATH for a directory with
-    the same files. In a local run, PATH is relative to the directory of the recipe's file."""
+    publish_to: str | list[str]
+    """Where to publish: a Hub repository such as my-org/my-model, dir:PATH for a directory,
+    claim:NAME/PATH for a path on a claim, s3://BUCKET/PATH (gs://, abfs://) for a store of files,
+    or a list of these, which all get the same files. In a local run, PATH of dir:PATH is relative
+    to the directory of the recipe's file."""
     fetch: FetchConfig = FetchConfig()
     prepare: PrepareConfig = PrepareConfig()
     train: TrainConfig = TrainConfig()
@@ -60,8 +63,8 @@ class Recipe(StrictModel):
 
     @field_validator("publish_to")
     @classmethod
-    def _is_a_target(cls, value: str) -> str:
-        return check_target(value)
+    def _are_targets(cls, value: str | list[str]) -> str | list[str]:
+        return check_targets(value)
 
     @model_validator(mode="after")
     def _names_its_data_once(self) -> Self:
@@ -143,6 +146,16 @@ class Recipe(StrictModel):
     def data_sources(self) -> list[str]:
         """All sources of rows: of the datasets, of held-out rows and of general rows."""
         return sources_of(self.data, self.prepare)
+
+    @property
+    def target(self) -> str:
+        """The targets as one text, which the pipeline has as a parameter."""
+        return encode_list(self.publish_to)
+
+    @property
+    def targets(self) -> list[Target]:
+        """The targets of publish, the Hub's first."""
+        return parse_targets(self.target)
 
     @property
     def num_ranks(self) -> int:

@@ -22,7 +22,9 @@ from tuneline.artifacts import (
     TrainingSummary,
 )
 from tuneline.kinds import EXPORT_KINDS
+from tuneline.runtime.parameter_text import decode_list
 from tuneline.runtime.redaction import redacted, without_secrets
+from tuneline.runtime.source_names import is_hub_id
 
 MAX_SHOWN_DIFFERENCES = 20
 
@@ -96,7 +98,7 @@ def recorded_recipe(
         merge: record of the merged model.
         exports: records of the exports.
         decision: record of the gate's decision.
-        target: where the run publishes.
+        target: where the run publishes, as the pipeline's parameter.
         publish: the section `publish` that the run has.
     """
     given = header.model_dump(mode="json")
@@ -112,7 +114,7 @@ def recorded_recipe(
         "publish": publish,
     }
     values = {**given, "base_model": origin.source}
-    values["publish_to"] = target
+    values["publish_to"] = decode_list(target)
     if given.get("dataset") is not None:
         values["dataset"] = dataset.source
     elif _mixture(given.get("datasets")) != (used_mixture := _mixture(dataset.sources)):
@@ -149,6 +151,11 @@ def _public(recipe: Mapping[str, Any]) -> dict[str, Any]:
     for section, keys in PRIVATE_KEYS.items():
         if isinstance(values.get(section), dict):
             values[section] = {k: v for k, v in values[section].items() if k not in keys}
+    targets = values.get("publish_to")
+    if isinstance(targets, list):
+        # Of several targets, buckets and claims concern only those who ran it.
+        kinds = [each.partition(":")[0] for each in targets]
+        values["publish_to"] = next(filter(is_hub_id, targets), kinds)
     return {key: without_paths(value) for key, value in values.items()}
 
 

@@ -128,10 +128,15 @@ def _evaluate() -> str:
 
 
 def _publish() -> str:
+    import fsspec
     import huggingface_hub
 
+    from tuneline.publish.target import STORE_SCHEMES
+
     huggingface_hub.HfApi()
-    return f"huggingface_hub {huggingface_hub.__version__}"
+    for scheme in STORE_SCHEMES:
+        fsspec.get_filesystem_class(scheme)
+    return f"huggingface_hub {huggingface_hub.__version__}, fsspec {fsspec.__version__}"
 
 
 LIBRARY_CHECKS: dict[str, Callable[[], str]] = {

@@ -210,6 +210,10 @@ def test_claims_are_mounted_where_they_are_read(tmp_path: Path) -> None:
     )
     assert claims_of(loaded, "prepare") == ["datasets", "held"]
     assert claims_of(loaded, "fetch") == ["models"] and claims_of(loaded, "train") == []
+    assert claims_of(loaded, "publish") == []
+    targets = ["org/x", "claim:served/team"]
+    loaded = loaded.model_copy(update={"publish_to": targets})
+    assert claims_of(loaded, "publish") == claims_of(loaded, "look-up-published") == ["served"]
     path = tmp_path / "pipeline.yaml"
     _, platform = compiled(loaded, path)
     executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]

@@ -26,8 +26,8 @@ from tuneline.artifacts import (
 )
 from tuneline.errors import StorageError
 from tuneline.publish.directory import write_tree
-from tuneline.publish.run import scratch_in
 from tuneline.publish.staging import StagedRepo
+from tuneline.publish.targets.on_disk import scratch_in
 
 
 def change_merged(run_dir: Path, content: bytes) -> None:
@@ -403,7 +403,7 @@ def test_a_decision_that_was_changed_to_promote_is_found(run_dir: Path, tmp_path
 
 def test_a_target_that_is_neither(run_dir: Path) -> None:
     done = publish(run_dir, "no-namespace", "out", HF_TOKEN=TOKEN)
-    assert "write namespace/name for the Hub, or dir:PATH" in sentence(done, 2)
+    assert "write namespace/name for the Hub, dir:PATH, claim:NAME/PATH or s3:" in sentence(done, 2)
 
 
 def test_a_published_repository_verifies_and_tells_of_a_change(

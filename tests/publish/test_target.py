@@ -1,9 +1,10 @@
-"""What a recipe may name as the place to publish to."""
+"""What a recipe may name as the places to publish to."""
 
 import pytest
 
 from tuneline.errors import RecipeError
-from tuneline.publish.target import check_target
+from tuneline.publish.target import check_target, check_targets, family_name, parse_targets
+from tuneline.runtime.parameter_text import encode_list
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ def test_the_hubs_client_agrees_on_names(target: str, is_one: bool) -> None:
         check_target(target)
         validate_repo_id(f"{target}-gptq-4bit")
         return
-    with pytest.raises(RecipeError, match="write namespace/name for the Hub, or dir:PATH"):
+    with pytest.raises(RecipeError, match="write namespace/name for the Hub, dir:PATH, claim:"):
         check_target(target)
     if "/" in target:
         with pytest.raises(HFValidationError):
@@ -36,6 +37,37 @@ def test_a_directory_has_its_path_in_full(target: str) -> None:
         check_target(target)
 
 
-def test_a_claim_is_published_to_through_the_cache_claim() -> None:
-    with pytest.raises(RecipeError, match="placement.cache_claim and write dir:/cache/PATH"):
-        check_target("claim:models/published")
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ([], "publish_to is an empty list. Name at least one target: namespace/name"),
+        (["dir:/a/", "dir:/a"], "publish_to names dir:/a 2 times"),
+        (["me/a", "you/b"], r"names 2 repositories on the Hub \(me/a, you/b\)"),
+        ("claim:Models/x", "write claim:NAME/PATH, with the name of a PersistentVolumeClaim"),
+        ("claim:models/../x", "write claim:NAME/PATH"),
+        ("ftp://host/x", "ftp:// cannot be written to.*the stores are s3://, gs://"),
+        ("https://host/x", "https:// cannot be written to"),
+        *((f"s3://{path}", "write s3://BUCKET/PATH, without wildcards") for path in ("/", "b//c")),
+        *((f"s3://{path}", "write s3://BUCKET/PATH") for path in ("b/*", "b/../c", "b/a b", "..")),
+    ],
+)
+def test_what_no_target_is_gets_a_sentence(given: str | list[str], problem: str) -> None:
+    with pytest.raises(RecipeError, match=problem):
+        check_targets(given)
+
+
+def test_several_targets_are_one_parameter() -> None:
+    given = ["S3://bucket/models/", "claim:models/team/", "dir:/a, b", "me/mine"]
+    text = encode_list(given)
+    targets = parse_targets(text)
+    assert [(target.kind, target.text) for target in targets] == [
+        ("hub", "me/mine"),
+        ("store", "s3://bucket/models"),
+        ("claim", "claim:models/team"),
+        ("directory", "dir:/a, b"),
+    ]
+    assert family_name(targets, "recipe") == "me/mine"
+    assert family_name(targets[1:], "recipe") == "recipe"
+    assert [target.text for target in parse_targets("dir:/a, b")] == ["dir:/a, b"]
+    with pytest.raises(RecipeError, match="begins like a list, but is not one"):
+        parse_targets("[me/mine]")

@@ -72,6 +72,8 @@ def test_so_are_the_model_the_tasks_and_every_other_source(home: Path) -> None:
     assert recipe.publish_to == f"dir:{home}/out"
     # In a pod, the directories of this machine mean nothing.
     assert find_recipe(str(path), []).publish_to == "dir:out"
+    several = find_recipe(str(path), ["publish_to=[org/x, dir:out, claim:c/out]"], is_local=True)
+    assert several.publish_to == ["org/x", f"dir:{Path.cwd()}/out", "claim:c/out"]
 
 
 def test_an_option_is_relative_to_the_working_directory(home: Path) -> None:

@@ -10,6 +10,7 @@ from tuneline.notify.config import Event
 from tuneline.notify.message import Message, decode_scores
 from tuneline.notify.send import send
 from tuneline.runtime.kfp_run import Attempt
+from tuneline.runtime.parameter_text import decode_list, list_in_words
 from tuneline.runtime.redaction import redacted
 
 _EVENTS: dict[Kind, Event] = {
@@ -42,7 +43,7 @@ def tell(about: About, outcome: Outcome, attempts: Sequence[Attempt]) -> list[st
     verdict = report.text if report is not None and is_decided else ""
     links = {"details": f"tuneline status {shlex.quote(about.run_name)}"}
     if outcome.kind == "succeeded":
-        links["published to"] = redacted(about.target)
+        links["published to"] = redacted(list_in_words(decode_list(about.target)))
     message = Message(
         event=_EVENTS[outcome.kind],
         run=about.run_name,

@@ -1,4 +1,4 @@
-"""Publish the adapter, the merged model and the exports, with one commit per repository."""
+"""Publish the adapter, the merged model and the exports to every target of a recipe."""
 
 from tuneline.publish.config import PublishConfig
 

@@ -1,9 +1,13 @@
 """Check that an account of the Hub may write to a namespace, before anything is made for it."""
 
+import os
+import re
 from typing import Any
 
 from tuneline.errors import CredentialsError
 from tuneline.publish.hub import call, new_api
+
+TOKEN_VARIABLE = "HF_TOKEN"
 
 
 def check_account(token: str, target: str) -> str:
@@ -28,3 +32,26 @@ def check_account(token: str, target: str) -> str:
             f"{', '.join(f'{each}/...' for each in writable)}"
         )
     return name
+
+
+def read_token(target: str) -> str:
+    """Return the Hub token. No message may contain it.
+
+    Raises:
+        CredentialsError: the variable is empty, or holds something else than a token.
+    """
+    # A secret made from a file ends in a line break. HTTP clients refuse a header with a line break
+    # in a message that quotes it.
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if not token:
+        raise CredentialsError(
+            f"publishing to {target} needs a token with write access in the environment variable "
+            f"{TOKEN_VARIABLE}. Set it (on a cluster: the secret placement.hub_token_secret), or "
+            "publish to dir:PATH"
+        )
+    if not re.fullmatch(r"[!-~]+", token):
+        raise CredentialsError(
+            f"{TOKEN_VARIABLE} is not a valid token: it contains white space or characters that "
+            "are not ASCII. Set it to the token alone, as huggingface.co/settings/tokens shows it"
+        )
+    return token

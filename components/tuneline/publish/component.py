@@ -19,7 +19,7 @@ def look_up_published(
     """Look up the model published last and earlier runs, with which the gate compares.
 
     Args:
-        target: namespace/name on the Hub, or dir:PATH.
+        target: Where the run publishes; several targets are a JSON list.
         config: The `publish` section of the recipe as JSON.
         recipe: The whole recipe as JSON.
         earlier: What earlier runs measured, as JSON.
@@ -53,10 +53,10 @@ def publish(
     gguf: dsl.Input[List[dsl.Model]] = None,
     gptq: dsl.Input[List[dsl.Model]] = None,
 ) -> None:
-    """Publish a model that the gate promoted to the Hub, or to a directory (`dir:PATH`).
+    """Publish a model that the gate promoted to the Hub, a directory, a claim or a store.
 
     Args:
-        target: namespace/name on the Hub, or dir:PATH.
+        target: Where the run publishes; several targets are a JSON list.
         config: The `publish` section of the recipe as JSON.
         recipe: The whole recipe as JSON, for the model cards.
         base_model: Record of the base model.

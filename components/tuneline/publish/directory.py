@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from tuneline.artifacts import PublishedRepo
@@ -31,11 +32,7 @@ def write_tree(staged_root: Path, staged: list[StagedRepo], target: Path) -> lis
         OutputExistsError: `target` or a repository in it is something that tuneline did not make.
         StorageError: a repository cannot be replaced; the content of `target` is unchanged.
     """
-    if target.exists() and not target.is_dir():
-        raise OutputExistsError(f"{target} is a file. Name a directory in publish_to")
-    previous = {repo.repo: _previous(target / repo.folder.name) for repo in staged}
-    for repo in staged:
-        check_ours(previous[repo.repo], kind=repo.kind, names=repo.files().keys())
+    previous = check_tree(staged, target)
     published = []
     for repo in staged:
         place, held = target / repo.folder.name, previous[repo.repo]
@@ -67,6 +64,20 @@ def put_back(scratch: Path) -> None:
         if not place.exists():
             old.replace(place)
             logger.warning("%s was put back: the process that was replacing it was killed", place)
+
+
+def check_tree(staged: Sequence[StagedRepo], target: Path) -> dict[str, Previous]:
+    """Return what `target` holds for each repository, if this run may replace it.
+
+    Raises:
+        OutputExistsError: `target` or a repository in it is something that tuneline did not make.
+    """
+    if target.exists() and not target.is_dir():
+        raise OutputExistsError(f"{target} is a file. Name a directory in publish_to")
+    previous = {repo.repo: _previous(target / repo.folder.name) for repo in staged}
+    for repo in staged:
+        check_ours(previous[repo.repo], kind=repo.kind, names=repo.files().keys())
+    return previous
 
 
 def _previous(place: Path) -> Previous:

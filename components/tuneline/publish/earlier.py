@@ -14,10 +14,9 @@ from pathlib import Path
 
 from tuneline.errors import ProofError, TunelineError
 from tuneline.publish.config import PublishConfig
-from tuneline.publish.hub import MAX_READ_BYTES, look_up_files, new_api
 from tuneline.publish.previous import MARKER_FILE, read_bundle
-from tuneline.publish.run import TOKEN_VARIABLE
-from tuneline.publish.target import DIRECTORY_PREFIX, check_target
+from tuneline.publish.target import Target, parse_targets, short_name
+from tuneline.publish.targets.every import open_place
 from tuneline.records.earlier import (
     EVALUATED_FILE,
     EVALUATED_KEY,
@@ -36,21 +35,22 @@ def look_up(config: PublishConfig, *, target: str, name: str, earlier_path: str)
 
     Args:
         config: the `publish` section of the recipe.
-        target: `namespace/name` on the Hub, or `dir:PATH`.
-        name: name of the recipe, which is the name of the merged model's folder in a directory.
+        target: one target, or a JSON list of them.
+        name: name of the recipe, which names the merged model if no target is on the Hub.
         earlier_path: the JSON file to write.
 
     Raises:
-        RecipeError: the target is neither a Hub name nor `dir:PATH`.
+        RecipeError: a target has no known form.
     """
-    target = check_target(target)
+    targets = parse_targets(target)
+    name = short_name(targets, name)
     published, remark = None, ""
     try:
-        published = _published(target, name, config)
+        published = _published(targets, name, config)
     except (TunelineError, OSError) as error:
         remark = (
-            f"The model published last to {target.rsplit('/', 1)[-1]} could not be read, so it was "
-            f"not compared with this one: {' '.join(str(error).split())[:300]}"
+            f"The model published last to {targets[0].text.rsplit('/', 1)[-1]} could not be "
+            f"read, so it was not compared with this one: {' '.join(str(error).split())[:300]}"
         )
         logger.warning("%s", remark)
     earlier = EarlierRuns(published=published, attempts=list(_attempts_here()), remark=remark)
@@ -60,30 +60,24 @@ def look_up(config: PublishConfig, *, target: str, name: str, earlier_path: str)
     return earlier
 
 
-def _published(target: str, name: str, config: PublishConfig) -> Evaluated | None:
+def _published(targets: list[Target], name: str, config: PublishConfig) -> Evaluated | None:
     """Return what the model published last measured; None if there is none, or it does not say.
+
+    The first target that has a model is read.
 
     Raises:
         TunelineError: the target cannot be read, or its tuneline.json was changed.
     """
-    if target.startswith(DIRECTORY_PREFIX):
-        path = Path(target.removeprefix(DIRECTORY_PREFIX), name, MARKER_FILE)
-        is_small = path.is_file() and path.stat().st_size <= MAX_READ_BYTES
-        text = path.read_text(encoding="utf-8", errors="replace") if is_small else None
-    else:
-        text = _read_from_hub(target, config)
+    text = None
+    for place in (open_place(each, config) for each in targets):
+        if (text := place.read_last(name)) is not None:
+            break
     found = read_bundle(text).get(EVALUATED_KEY)
     if text is None or found is None:
         return None
     if difference := broken_seal(text):
         raise ProofError(f"{MARKER_FILE} {difference}")
     return Evaluated.parse(json.dumps(found), where=MARKER_FILE)
-
-
-def _read_from_hub(target: str, config: PublishConfig) -> str | None:
-    api = new_api(os.environ.get(TOKEN_VARIABLE, "").strip())
-    files = look_up_files(api, target, config.max_attempts)
-    return None if files is None else files.read(MARKER_FILE)
 
 
 def _attempts_here() -> Iterator[Attempt]:

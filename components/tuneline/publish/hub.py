@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,15 +83,8 @@ def push(staged: list[StagedRepo], *, token: str, config: PublishConfig) -> list
         HubError: the Hub failed after all attempts.
     """
     api = new_api(token)
-    call("who am I", api.whoami, config.max_attempts)
     # All names are checked before anything is sent, so that no run is published only in part.
-    absent = []
-    for repo in staged:
-        held = _look_up(api, repo, config)
-        if held is None:
-            absent.append(repo)
-        elif held.files.private is False and config.private is None:
-            logger.warning("%s exists and is public, so its new version is public too", repo.repo)
+    absent = check_push(api, staged, config)
     created: list[str] = []
     try:
         for repo in absent:
@@ -109,6 +102,23 @@ def push(staged: list[StagedRepo], *, token: str, config: PublishConfig) -> list
         # After another error, the next attempt goes on with these repositories.
         _delete_empty(api, created)
         raise
+
+
+def check_push(api: HfApi, staged: Sequence[StagedRepo], config: PublishConfig) -> list[StagedRepo]:
+    """Check that every repository may be pushed; return those that do not exist yet.
+
+    Raises:
+        TunelineError: see `push`.
+    """
+    call("who am I", api.whoami, config.max_attempts)
+    absent = []
+    for repo in staged:
+        held = _look_up(api, repo, config)
+        if held is None:
+            absent.append(repo)
+        elif held.files.private is False and config.private is None:
+            logger.warning("%s exists and is public, so its new version is public too", repo.repo)
+    return absent
 
 
 def new_api(token: str) -> HfApi:

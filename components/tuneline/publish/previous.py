@@ -66,6 +66,16 @@ def read_bundle(text: str | None) -> dict[str, Any]:
     return bundle if isinstance(bundle, dict) else {}
 
 
+def same_model(bundle: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
+    """Return whether two tuneline.json are of the same files, made by the same recipe and version.
+
+    Two runs of one recipe differ in their speed, which the card has, so cards are not compared.
+    """
+    return all(
+        bundle.get(key) == last.get(key) for key in (bundle.keys() | last.keys()) - _MEASURED
+    )
+
+
 def check_ours(previous: Previous, *, kind: str, names: Set[str]) -> None:
     """Check that a repository may get a new version.
 
@@ -138,10 +148,8 @@ def _is_same(bundle: Mapping[str, Any], previous: Previous) -> bool:
     parts, last = split_card(previous.card or ""), previous.bundle.get("card")
     if parts is None or not isinstance(last, dict) or _sha256(parts.ours) != last.get("sha256"):
         return False
-    return previous.bundle.get("files", {}).keys() <= previous.files and all(
-        bundle.get(key) == previous.bundle.get(key)
-        for key in (bundle.keys() | previous.bundle.keys()) - _MEASURED
-    )
+    is_complete = previous.bundle.get("files", {}).keys() <= previous.files
+    return is_complete and same_model(bundle, previous.bundle)
 
 
 def _keep_card(path: Path, previous: Previous, bundle: dict[str, Any]) -> None:

@@ -1,33 +1,28 @@
-"""Stage the repositories, then push them to the Hub or write them into a directory.
+"""Stage the repositories, then push them to every target.
 
-Both kinds of target get the same staged tree, so `dir:PATH` shows what a push would send. Only the
-names of the repositories differ, and the exports in a directory have no `base_model`.
+All targets of a run get the same staged tree, so `dir:PATH` shows what a push would send. Without
+a target on the Hub, the repositories are named after the recipe, and exports have no `base_model`.
 """
 
-import contextlib
 import logging
-import os
-import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from tuneline.artifacts import Decision, Published, RunHeader, new_directory
-from tuneline.errors import CredentialsError, StorageError, UserError
+from tuneline.errors import UserError
+from tuneline.publish.account import read_token
 from tuneline.publish.config import PublishConfig
-from tuneline.publish.directory import put_back, write_tree
-from tuneline.publish.hub import push
 from tuneline.publish.proven import check_verdict
 from tuneline.publish.sources import Sources
 from tuneline.publish.staging import stage
-from tuneline.publish.target import DIRECTORY_PREFIX, check_target
+from tuneline.publish.target import check_targets, family_name, parse_targets
+from tuneline.publish.targets.every import publish_everywhere
 from tuneline.recorded_recipe import recorded_recipe
+from tuneline.runtime.parameter_text import decode_list, encode_list
 from tuneline.runtime.scratch import scratch_directory
 from tuneline.runtime.termination import Ending, leave
 
 logger = logging.getLogger(__name__)
-
-TOKEN_VARIABLE = "HF_TOKEN"
 
 
 def run(
@@ -47,8 +42,9 @@ def run(
 
     Args:
         config: the `publish` section of the recipe.
-        target: `namespace/name` on the Hub, or `dir:PATH`. The repositories are named after it:
-            NAME (merged model), NAME-lora, NAME-gguf, NAME-gptq-4bit.
+        target: one target, or a JSON list of them; see `publish_to` of the recipe. The
+            repositories are NAME (merged model), NAME-lora, NAME-gguf, NAME-gptq-4bit, with the
+            name on the Hub, or else the recipe's.
         recipe: the whole recipe as JSON, for the model cards.
         base_model_dir: directory of the `base_model` artifact, or a copy of its record.
         dataset_dir: directory of the `dataset` artifact, or a copy of its record.
@@ -60,9 +56,9 @@ def run(
 
     Raises:
         UserError: the verdict is hold, or tuneline did not make the repository of that name.
-        RecipeError: the target is neither a Hub name nor `dir:PATH`.
-        CredentialsError: the token is missing or refused; nothing was changed.
-        HubError: the Hub failed after all attempts.
+        RecipeError: a target has no known form, or its claim is not mounted.
+        CredentialsError: credentials are missing or refused; nothing was changed.
+        HubError: the Hub or a store failed after all attempts.
         StorageError: the target directory or its parent is not writable.
         ProofError: a file differs from its record, or was made from other inputs, or the verdict
             does not follow from the comparisons.
@@ -76,11 +72,12 @@ def run(
             f"the verdict is {decision.verdict} ({decision.reason}), but only a promoted model is "
             "published. Improve the model or change the recipe's gate, then run again"
         )
-    target = check_target(target)
-    local = target.startswith(DIRECTORY_PREFIX)
+    target = encode_list(check_targets(decode_list(target)))
+    targets = parse_targets(target)
     # Read before large files are hashed, which can take an hour, so that a missing token is found
     # early.
-    token = "" if local else read_token(target)
+    if targets[0].kind == "hub":
+        read_token(targets[0].text)
     sources = Sources.read(
         RunHeader.parse(recipe, where="recipe"),
         base_model_dir=Path(base_model_dir),
@@ -90,7 +87,7 @@ def run(
         exports_dirs=[Path(path) for path in exports_dirs],
         decision_dir=Path(decision_dir),
     )
-    name = sources.header.name if local else target
+    name = family_name(targets, sources.header.name)
     used = recorded_recipe(
         sources.header,
         origin=sources.origin,
@@ -108,20 +105,12 @@ def run(
     for format, why in held.items():
         logger.warning("the export %s is held and is not published: %s", format, why)
     with new_directory(published_dir) as record_dir:
-        output = Path(target.removeprefix(DIRECTORY_PREFIX)).resolve() if local else record_dir
-        # The scratch directory is in a directory target, so that the staged files can be hard links
-        # and one rename puts each repository in its place.
-        with scratch_in(output) as scratch:
-            staged_root = scratch / "staged"
-            staged = stage(
-                sources, name=name, config=config, recipe=used.public(), directory=staged_root
-            )
-            if local:
-                repos = write_tree(staged_root, staged, output)
-            else:
-                repos = push(staged, token=token, config=config)
+        with scratch_directory(record_dir, prefix=".publish.") as scratch:
+            root = scratch / "all"
+            staged = stage(sources, name=name, config=config, recipe=used.public(), directory=root)
+            repos = publish_everywhere(staged, targets, config=config, scratch=scratch / "each")
         record = Published(
-            target=target,
+            target=", ".join(each.text for each in targets),
             private=all(repo.private is not False for repo in repos),
             repos=repos,
             left_out=[f"{repo.repo}: {name}" for repo in staged for name in repo.left_out],
@@ -135,57 +124,3 @@ def run(
     without = f"; held exports: {', '.join(held)}" if held else ""
     leave(Ending(step="publish", result="published", text=f"{urls}{without}"))
     return record
-
-
-@contextlib.contextmanager
-def scratch_in(directory: Path) -> Iterator[Path]:
-    """Create a temporary directory for the body; a directory made for it is removed if left empty.
-
-    What a step that was killed left there is removed, and a repository that it had set aside, but
-    not replaced yet, is put back.
-
-    Raises:
-        StorageError: `directory` is not writable.
-    """
-    is_new = not directory.exists()
-    with contextlib.ExitStack() as stack:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            if is_new:
-                stack.callback(_remove_if_empty, directory)
-            made = scratch_directory(directory, prefix=".publish.", rescue=put_back)
-            scratch = stack.enter_context(made)
-        except OSError as error:
-            raise StorageError(
-                f"{directory}, where the repositories are staged, is not writable "
-                f"({error.strerror}). Name another directory in publish_to, with a writable parent"
-            ) from error
-        yield scratch
-
-
-def _remove_if_empty(directory: Path) -> None:
-    with contextlib.suppress(OSError):
-        directory.rmdir()
-
-
-def read_token(target: str) -> str:
-    """Return the Hub token. No message may contain it.
-
-    Raises:
-        CredentialsError: the variable is empty, or holds something else than a token.
-    """
-    # A secret made from a file ends in a line break. HTTP clients refuse a header with a line break
-    # in a message that quotes it.
-    token = os.environ.get(TOKEN_VARIABLE, "").strip()
-    if not token:
-        raise CredentialsError(
-            f"publishing to {target} needs a token with write access in the environment variable "
-            f"{TOKEN_VARIABLE}. Set it (on a cluster: the secret placement.hub_token_secret), or "
-            "publish to dir:PATH"
-        )
-    if not re.fullmatch(r"[!-~]+", token):
-        raise CredentialsError(
-            f"{TOKEN_VARIABLE} is not a valid token: it contains white space or characters that "
-            "are not ASCII. Set it to the token alone, as huggingface.co/settings/tokens shows it"
-        )
-    return token

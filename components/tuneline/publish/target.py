@@ -1,51 +1,161 @@
-"""The target of publish: a name on the Hub, or a directory."""
+"""The targets of publish: a name on the Hub, a directory, a claim or a store of files.
+
+`publish_to` of a recipe is one target or a list; `runtime/parameter_text.py` writes it as one text.
+"""
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from tuneline.errors import RecipeError
-from tuneline.pods import CACHE_PATH
-from tuneline.runtime.source_names import is_claim
+from tuneline.runtime.parameter_text import decode_list
+from tuneline.runtime.source_names import claim_name
 
 DIRECTORY_PREFIX = "dir:"
+CLAIM_PREFIX = "claim:"
+STORE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "az")
+"""Schemes of the stores that can be written to."""
 MAX_NAME_LENGTH = 81
 """Maximum length of a model's name. The Hub allows 96 characters, and the names of exports have a
 suffix such as -gptq-4bit."""
 
+Kind = Literal["hub", "directory", "claim", "store"]
+FORMS = "namespace/name for the Hub, dir:PATH, claim:NAME/PATH or s3://BUCKET/PATH (gs://, abfs://)"
+
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _HUB_TARGET = re.compile(rf"{_PART}/(?P<name>{_PART})")
+_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z0-9]+)://")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One place to which a run publishes."""
+
+    kind: Kind
+    text: str
+    """The target as a recipe names it, without slashes at its end."""
+
+    @property
+    def path(self) -> str:
+        """Return the path of a directory target."""
+        return self.text.removeprefix(DIRECTORY_PREFIX)
 
 
 def check_target(target: str) -> str:
-    """Check the form of `publish_to` when the recipe is read, hours before it is used.
+    """Check the form of one target when the recipe is read, hours before it is used.
 
     Returns:
         The target without slashes at its end.
 
     Raises:
-        RecipeError: the target is neither a name that the Hub accepts nor `dir:PATH`.
+        RecipeError: the target has none of the forms of FORMS.
     """
-    if target.startswith(DIRECTORY_PREFIX):
-        path = target.removeprefix(DIRECTORY_PREFIX)
-        path = path.rstrip("/") or path[:1]
-        if not path or path.startswith("~"):
-            raise RecipeError(
-                f"publish_to is '{target}'. Write dir:PATH with a full path: the home directory of "
-                "a step may differ from yours"
-            )
-        return f"{DIRECTORY_PREFIX}{path}"
-    if is_claim(target):
+    return _parse_one(target).text
+
+
+def check_targets(given: str | Sequence[str]) -> str | list[str]:
+    """Check `publish_to`; return it without slashes at the ends of targets.
+
+    Raises:
+        RecipeError: a target has no known form, the list is empty, a target is in it twice, or
+            several of them are on the Hub.
+    """
+    if isinstance(given, str):
+        return check_target(given)
+    targets = [_parse_one(each) for each in given]
+    names = [target.text for target in targets]
+    if not names:
+        raise RecipeError(f"publish_to is an empty list. Name at least one target: {FORMS}")
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"publish_to names {name} {names.count(name)} times. Name it once")
+    on_hub = [target.text for target in targets if target.kind == "hub"]
+    if len(on_hub) > 1:
         raise RecipeError(
-            f"publish_to is '{target}', but only sources can be claims. To publish to a claim, "
-            f"name it in placement.cache_claim and write dir:{CACHE_PATH}/PATH"
+            f"publish_to names {len(on_hub)} repositories on the Hub ({', '.join(on_hub)}), but "
+            "the model cards can name one. Keep one of them"
         )
+    return names
+
+
+def parse_targets(text: str) -> list[Target]:
+    """Return the targets of a text that is a target or that `encode_list` wrote, the Hub's first.
+
+    Raises:
+        RecipeError: see `check_targets`.
+    """
+    checked = check_targets(decode_list(text))
+    targets = [_parse_one(each) for each in ([checked] if isinstance(checked, str) else checked)]
+    return sorted(targets, key=lambda target: target.kind != "hub")
+
+
+def short_name(targets: Sequence[Target], recipe_name: str) -> str:
+    """Return the name of the merged model without a namespace: the Hub's, or else the recipe's."""
+    return family_name(targets, recipe_name).rpartition("/")[2]
+
+
+def family_name(targets: Sequence[Target], recipe_name: str) -> str:
+    """Return the name of the merged model's repository, which is the same at every target.
+
+    Args:
+        targets: all targets of the run.
+        recipe_name: name of the recipe, which is taken if no target is on the Hub.
+    """
+    return next((target.text for target in targets if target.kind == "hub"), recipe_name)
+
+
+def _parse_one(target: str) -> Target:
+    if target.startswith(DIRECTORY_PREFIX):
+        return Target("directory", _directory(target))
     given, target = target, target.strip().rstrip("/")
+    if target.startswith(CLAIM_PREFIX):
+        return Target("claim", _claim(given, target))
+    if found := _ADDRESS.match(given.strip()):
+        scheme, path = found["scheme"].lower(), given.strip()[found.end() :].rstrip("/")
+        return Target("store", _store(given, scheme, path))
     match = _HUB_TARGET.fullmatch(target)
     forbidden = re.search(r"--|\.\.|\.git$", target)
     if not match or forbidden or len(match["name"]) > MAX_NAME_LENGTH:
         raise RecipeError(
-            f"publish_to is '{given}': write namespace/name for the Hub, or dir:PATH. A Hub name "
-            "has ASCII letters, digits, '-', '_' and '.'; it starts with a letter or digit, does "
+            f"publish_to is '{given}': write {FORMS}. A Hub name has "
+            "ASCII letters, digits, '-', '_' and '.'; it starts with a letter or digit, does "
             "not end with '-', '.' or '.git', has no '--' and no '..', and the model's name has at "
             f"most {MAX_NAME_LENGTH} characters"
         )
+    return Target("hub", target)
+
+
+def _directory(target: str) -> str:
+    path = target.removeprefix(DIRECTORY_PREFIX)
+    path = path.rstrip("/") or path[:1]
+    if not path or path.startswith("~"):
+        raise RecipeError(
+            f"publish_to is '{target}'. Write dir:PATH with a full path: the home directory of "
+            "a step may differ from yours"
+        )
+    return f"{DIRECTORY_PREFIX}{path}"
+
+
+def _claim(given: str, target: str) -> str:
+    if claim_name(target) is None or ".." in target.split("/"):
+        raise RecipeError(
+            f"publish_to is '{given}': write claim:NAME/PATH, with the name of a "
+            "PersistentVolumeClaim and a path on it, e.g. claim:models/team"
+        )
     return target
+
+
+def _store(given: str, scheme: str, path: str) -> str:
+    if scheme not in STORE_SCHEMES:
+        known = ", ".join(f"{each}://" for each in STORE_SCHEMES)
+        raise RecipeError(
+            f"publish_to is '{given}': {scheme}:// cannot be written to. Write {FORMS}; the stores "
+            f"are {known}"
+        )
+    if not path or re.search(r"[\[\]?#*\s]|//|(^|/)\.\.?(/|$)", path):
+        raise RecipeError(
+            f"publish_to is '{given}': write {scheme}://BUCKET/PATH, without wildcards and "
+            "spaces, and with no part that is empty, '.' or '..'"
+        )
+    return f"{scheme}://{path}"

@@ -61,13 +61,22 @@ def resolve(
         if not is_there and not Path(value).is_absolute():
             problems += _missing(key, value, path, base)
     if with_target:
-        target = document.get("publish_to")
-        if isinstance(target, str) and target.startswith(DIRECTORY_PREFIX):
-            path_text = target.removeprefix(DIRECTORY_PREFIX)
-            if path_text.rstrip("/") and not path_text.startswith("~"):
-                absolute = _absolute(path_text, base_of(_TARGET))
-                document["publish_to"] = f"{DIRECTORY_PREFIX}{absolute}"
+        given = document.get("publish_to")
+        if isinstance(given, list):
+            document["publish_to"] = [_target(each, base_of(_TARGET)) for each in given]
+        elif given is not None:
+            document["publish_to"] = _target(given, base_of(_TARGET))
     return problems
+
+
+def _target(target: Any, base: Path) -> Any:
+    """Return a target of publish, with the path of a directory made absolute."""
+    if not isinstance(target, str) or not target.startswith(DIRECTORY_PREFIX):
+        return target
+    path = target.removeprefix(DIRECTORY_PREFIX)
+    if not path.rstrip("/") or path.startswith("~"):
+        return target
+    return f"{DIRECTORY_PREFIX}{_absolute(path, base)}"
 
 
 def _keys(document: dict[str, Any]) -> Iterator[_Key]:

@@ -15,15 +15,17 @@ class PublishedRepo(StrictModel):
     """One repository that was published."""
 
     repo: str
-    """Hub ID, or a path below the target directory."""
+    """Hub ID, a path below the target directory, or an address in the target."""
+    target: str | None = None
+    """The target that has it; null in records of older versions, which had one target."""
     kind: RepoKind
     url: str
     commit: str | None = None
     """Hub commit that holds exactly the published files; null for a directory target."""
     tag: str | None = None
-    """Tag of the commit: v1, v2, and so on."""
+    """Tag of the commit or of the version: v1, v2, and so on; null for directories and claims."""
     private: bool | None = None
-    """Whether the repository is private now; null for a directory target."""
+    """Whether the repository is private now; null if it is not on the Hub."""
     num_files: int
     num_bytes: int
 
@@ -36,8 +38,9 @@ class Published(Record):
     required_ancestors: ClassVar[tuple[str, ...]] = ("merged", "decision")
 
     target: str
+    """The targets, separated by commas."""
     private: bool
-    """Whether all repositories are private; true for a directory."""
+    """Whether all repositories on the Hub are private; true if none is there."""
     repos: list[PublishedRepo]
     left_out: list[str] = Field(default_factory=list)
     """Files of the artifacts that are not published, because their names are not those of a model's
@@ -53,6 +56,10 @@ class Published(Record):
             if KINDS[repo.kind].has_repo_per_format:
                 # The repository's name ends in its format, and a format starts with its kind.
                 key = f"{repo.kind}-{repo.repo.rpartition(f'{repo.kind}-')[2]}"
+            if repo.target != self.repos[0].target:
+                # The first target has the short keys.
+                others = list(dict.fromkeys(each.target for each in self.repos))
+                key = f"{key}_{others.index(repo.target) + 1}"
             metadata[key] = repo.url
             if repo.commit:
                 metadata[f"{key}_revision"] = repo.commit

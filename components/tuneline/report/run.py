@@ -34,6 +34,7 @@ from tuneline.report import (
     training,
 )
 from tuneline.report.records import Line, Place
+from tuneline.runtime.parameter_text import decode_list, encode_list, list_in_words
 from tuneline.runtime.redaction import redacted
 from tuneline.runtime.termination import Ending, leave
 
@@ -149,7 +150,7 @@ def read_line(
     Raises:
         WorldError: an artifact has no record, or an export that the recipe asks for is missing.
     """
-    target = header.publish_to if target is None else target
+    target = encode_list(header.publish_to) if target is None else target
     made = [QuantizedModel.read(path) for path in exports_dirs]
     header.check_exports(export.format for export in made)
     origin, dataset = ModelOrigin.read(base_model_dir), DatasetManifest.read(dataset_dir)
@@ -169,7 +170,7 @@ def read_line(
     return Line(
         header=header,
         recipe=recipe,
-        target=redacted(target),
+        target=redacted(list_in_words(decode_list(target))),
         origin=origin,
         dataset=dataset,
         training=trained,

@@ -10,8 +10,11 @@ sequence is written that way. Texts without such sequences are passed as they ar
 
 import json
 import re
+from collections.abc import Sequence
 
 from pydantic import BaseModel
+
+from tuneline.errors import RecipeError
 
 _REPLACED = re.compile(r"\$(?=[$(])|\{(?=\{)|\[(?=\[(?:RunUUID|ScheduledTime|CurrentTime|Index)\b)")
 """First character of every sequence that is replaced on the way. JSON has none of these sequences
@@ -44,6 +47,36 @@ def decode_text(parameter: str) -> str:
         except ValueError:
             pass
     return parameter
+
+
+def encode_list(values: str | Sequence[str]) -> str:
+    """Return one text, or a list of texts as JSON, for a parameter that may be either."""
+    return values if isinstance(values, str) else json.dumps(list(values), ensure_ascii=False)
+
+
+def decode_list(parameter: str) -> str | list[str]:
+    """Return what `encode_list` encoded, or what a person typed.
+
+    Raises:
+        RecipeError: the text begins like a list, but is not a JSON list of texts.
+    """
+    if not parameter.lstrip().startswith("["):
+        return parameter
+    try:
+        values = json.loads(parameter)
+    except ValueError:
+        values = None
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise RecipeError(
+            f"'{parameter[:200]}' begins like a list, but is not one. Write a JSON list of texts, "
+            'such as ["my-org/x", "s3://bucket/models"]'
+        )
+    return values
+
+
+def list_in_words(values: str | Sequence[str]) -> str:
+    """Return one text as it is, and a list with commas."""
+    return values if isinstance(values, str) else ", ".join(values)
 
 
 def _escape(text: str) -> str:

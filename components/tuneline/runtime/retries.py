@@ -39,7 +39,7 @@ _HUB_ADVICE = (
     "Check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 if the files are in the cache, and "
     "run the step again later; files that were transferred are not sent again"
 )
-_STATUSES = {408, 429, *range(500, 600)} - {501, 505, 511}
+_STATUSES = {408, 429, *range(500, 600)} - {501, 505, 507, 511}
 _NETWORK_ERRORS = {
     *("httpx2.TimeoutException", "httpx2.NetworkError", "httpx2.RemoteProtocolError"),
     *("requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError"),

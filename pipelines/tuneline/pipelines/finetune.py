@@ -132,7 +132,7 @@ def finetune(
     def line(
         base_model: str = encode_text(recipe.base_model),
         dataset: str = encode_text(recipe.data),
-        publish_to: str = encode_text(recipe.publish_to),
+        publish_to: str = encode_text(recipe.target),
         fetch_config: str = to_json(recipe.fetch),
         prepare_config: str = to_json(recipe.prepare),
         train_config: str = to_json(recipe.train),

@@ -38,7 +38,7 @@ _MODEL_ELSEWHERE = "copy it to a claim (claim:NAME/PATH) or to a repository on t
 
 
 def claims_of(recipe: Recipe, step: str) -> list[str]:
-    """Return the names of the claims that hold what a step reads.
+    """Return the names of the claims that hold what a step reads, or publishes.
 
     Raises:
         RecipeError: a source begins with claim: but names no claim.
@@ -47,6 +47,8 @@ def claims_of(recipe: Recipe, step: str) -> list[str]:
         sources = recipe.data_sources
     elif step in ("look-up-model", "fetch"):
         sources = [recipe.base_model]
+    elif step in ("look-up-published", "publish"):
+        sources = [target.text for target in recipe.targets]
     else:
         return []
     names = []

@@ -129,6 +129,10 @@ def test_a_target_that_cannot_be_written(rows: Path, monkeypatch: pytest.MonkeyP
     assert "needs a token with write access" in words(recipe(rows, publish_to="me/x"), "target")
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     assert words(recipe(rows, publish_to="me/x"), "target").startswith("unknown: ")
+    several = recipe(rows, publish_to=["me/x", f"dir:{rows.parent}/out", "claim:none/x"])
+    found = [check for check in check_early(several, is_local=True) if check.name == "target"]
+    assert [check.verdict for check in found] == ["unknown", "ok", "fail"]
+    assert "the claim none is not mounted here" in found[2].words
     # The pods have a token of their own.
     assert "target" not in verdicts(recipe(rows, publish_to="me/x"), is_local=False)
 

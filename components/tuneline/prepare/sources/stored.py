@@ -22,9 +22,9 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.utils import glob_translate
 
 from tuneline.errors import DataError
-from tuneline.prepare.sources.store_errors import explained, readable_errors
 from tuneline.runtime.retries import Retries
 from tuneline.runtime.source_names import fixed_part, is_web_address, store_of, without_query
+from tuneline.runtime.store_errors import explained, readable_errors
 
 _BLOCK_BYTES = 1 << 20
 _RANGE_BYTES = 8 << 20

@@ -24,8 +24,17 @@ from tuneline.pipelines.cli.options import (
     SetOption,
 )
 from tuneline.pipelines.cli.terminal import console, say
-from tuneline.pods import CACHE_PATH
-from tuneline.publish.target import DIRECTORY_PREFIX
+    lost = [
+        each.text
+        for each in loaded.targets
+        if each.kind == "directory"
+        and not (loaded.placement.cache_claim and Path(each.path).is_relative_to(CACHE_PATH))
+    ]
+    if lost:
+        say(
+            f"warning: publish_to {', '.join(lost)} is a directory inside a pod and is deleted "
+            "with the pod; the model is still kept as an artifact of the run. To keep the "
+            "directory, publish to claim:NAME/PATH"
 from tuneline.recipe import Recipe
 
 PANEL = "Runs on a cluster"
@@ -185,12 +194,16 @@ def _load(recipe: str, assignments: list[str]) -> Recipe:
     """Load a recipe for a cluster; warn if the published model would be lost with a pod."""
     loaded = find_recipe(recipe, assignments)
     refuse_early(loaded, is_local=False)
-    target = loaded.publish_to.removeprefix(DIRECTORY_PREFIX)
-    is_kept = loaded.placement.cache_claim and Path(target).is_relative_to(CACHE_PATH)
-    if loaded.publish_to.startswith(DIRECTORY_PREFIX) and not is_kept:
+    lost = [
+        each.text
+        for each in loaded.targets
+        if each.kind == "directory"
+        and not (loaded.placement.cache_claim and Path(each.path).is_relative_to(CACHE_PATH))
+    ]
+    if lost:
         say(
-            f"warning: publish_to {loaded.publish_to} is a directory inside a pod and is deleted "
+            f"warning: publish_to {', '.join(lost)} is a directory inside a pod and is deleted "
             "with the pod; the model is still kept as an artifact of the run. To keep the "
-            f"directory, set placement.cache_claim and publish_to: dir:{CACHE_PATH}/PATH"
+            "directory, publish to claim:NAME/PATH"
         )
     return loaded

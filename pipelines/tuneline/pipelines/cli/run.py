@@ -35,6 +35,7 @@ from tuneline.records.in_words import verdict_sentence
 from tuneline.report.failed import render_failed
 from tuneline.runtime.events import StepRun, failed_run
 from tuneline.runtime.failures.causes import explain
+from tuneline.runtime.parameter_text import list_in_words
 from tuneline.runtime.redaction import redacted, without_secrets
 
 PANEL = "Recipes and local runs"
@@ -116,7 +117,7 @@ def attempt(run: LocalRun, recipe: Recipe, start: Start) -> None:
     """
     console.print(f"[bold]{recipe.name}[/bold]: ", end="")
     console.print(redacted(f"{recipe.base_model} on {recipe.data_names}"), markup=False)
-    say(f"publishes to: {recipe.publish_to}\nrun: {run.directory}\n")
+    say(f"publishes to: {list_in_words(recipe.publish_to)}\nrun: {run.directory}\n")
     try:
         exit_code = execute(run, recipe, start, console)
     except StoppedRun as stopped:

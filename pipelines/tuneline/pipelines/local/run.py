@@ -22,7 +22,6 @@ from kfp import local
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.local.run_dir import CACHE_DIR, CHECKPOINT_DIR
 from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_events
-from tuneline.publish.target import DIRECTORY_PREFIX
 from tuneline.recipe import Recipe
 from tuneline.records.earlier import RUNS_VARIABLE
 from tuneline.runtime import environment
@@ -94,11 +93,13 @@ def _docker_runner(run_dir: Path, events_path: Path, recipe: Recipe) -> local.Do
     checkpoint_dir = f"{runs_dir}/{CHECKPOINT_DIR}"
     Path(checkpoint_dir).mkdir(exist_ok=True)
     claims_dir = os.environ.get(CLAIMS_VARIABLE)
+    is_read_only = all(target.kind != "claim" for target in recipe.targets)
+    claims = Mount(CLAIMS_PATH, claims_dir, type="bind", read_only=is_read_only)
     mounted = [Mount(path, path, type="bind", read_only=True) for path in inputs_of(recipe)]
-    if recipe.publish_to.startswith(DIRECTORY_PREFIX):
-        target = recipe.publish_to.removeprefix(DIRECTORY_PREFIX)
-        Path(target).mkdir(parents=True, exist_ok=True)
-        mounted.append(Mount(target, target, type="bind"))
+    for target in recipe.targets:
+        if target.kind == "directory":
+            Path(target.path).mkdir(parents=True, exist_ok=True)
+            mounted.append(Mount(target.path, target.path, type="bind"))
 
     def stop(number: int, _: object) -> None:
         stop_containers(directory)
@@ -122,7 +123,7 @@ def _docker_runner(run_dir: Path, events_path: Path, recipe: Recipe) -> local.Do
             Mount(runs_dir, runs_dir, type="bind", read_only=True),
             Mount(checkpoint_dir, checkpoint_dir, type="bind"),
             *mounted,
-            *([Mount(CLAIMS_PATH, claims_dir, type="bind", read_only=True)] if claims_dir else []),
+            *([claims] if claims_dir else []),
         ],
         cap_drop=["ALL"],
         security_opt=["no-new-privileges"],

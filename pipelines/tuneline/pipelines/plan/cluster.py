@@ -163,7 +163,11 @@ def _volumes(recipe: Recipe, kube: Kube) -> Iterator[Check]:
 
 
 def _data_claims(recipe: Recipe, kube: Kube) -> Iterator[Check]:
-    for step, check, field in (("prepare", "data", "the source"), ("fetch", "model", "base_model")):
+    for step, check, field in (
+        ("prepare", "data", "the source"),
+        ("fetch", "model", "base_model"),
+        ("publish", "target", "publish_to"),
+    ):
         for name in claims_of(recipe, step):
             yield _claim(kube, check, name, f"create it, or correct {field}", "ok")
 

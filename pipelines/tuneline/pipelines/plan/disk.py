@@ -16,7 +16,6 @@ from tuneline.pipelines.kube_api import Refused
 from tuneline.pipelines.plan.check import Check
 from tuneline.pipelines.plan.estimate import llama_shape
 from tuneline.placement import quantity_value
-from tuneline.publish.target import DIRECTORY_PREFIX
 from tuneline.quantize.formats import FORMATS
 from tuneline.recipe import Recipe
 from tuneline.runtime.source_names import is_hub_id
@@ -57,7 +56,7 @@ def pod_disks(recipe: Recipe, num_parameters: float) -> list[PodDisk]:
     downloads = is_hub_id(recipe.base_model) and not recipe.placement.cache_claim
     uploads = adapter + model + sum(sum(exports) for exports in sizes.values())
     # A directory on another file system gets copies; a push to the Hub takes hard links.
-    copies = 2 if recipe.publish_to.startswith(DIRECTORY_PREFIX) else 1
+    copies = 1 + sum(target.kind == "directory" for target in recipe.targets)
     train = "train" if recipe.placement.num_nodes == 1 else "train-on-nodes"
     pods = {
         "fetch": 2 * model if downloads else model,

@@ -9,14 +9,15 @@ import glob
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from tuneline.errors import CredentialsError, HubError, UserError
 from tuneline.pipelines.plan.check import Check, Verdict
-from tuneline.publish.target import DIRECTORY_PREFIX
+from tuneline.publish.target import Target
 from tuneline.recipe import Recipe
 from tuneline.runtime.retries import SECONDS_VARIABLE
-from tuneline.runtime.source_names import is_claim, is_hub_id
+from tuneline.runtime.source_names import claim_problem, is_claim, is_hub_id, path_on_claim
 
 _PACKAGES: dict[str, tuple[str, ...]] = {
     "train": (
@@ -54,7 +55,8 @@ def check_early(recipe: Recipe, *, is_local: bool, has_packages: bool = False) -
             else:
                 checks += _look(name, look, recipe, is_local)
         if is_local:
-            checks += _look("target", _target, recipe, is_local)
+            for target in recipe.targets:
+                checks += _look("target", partial(_target, target=target), recipe, is_local)
     checks += _webhooks(recipe, is_local)
     if is_local and not has_packages:
         checks += _packages(recipe)
@@ -122,16 +124,28 @@ def _data(recipe: Recipe) -> Iterator[Check]:
             return
 
 
-def _target(recipe: Recipe) -> Iterator[Check]:
-    target = recipe.publish_to
-    if target.startswith(DIRECTORY_PREFIX):
-        yield _directory(Path(target.removeprefix(DIRECTORY_PREFIX)))
-        return
-    from tuneline.publish.account import check_account
-    from tuneline.publish.run import read_token
+def _target(recipe: Recipe, target: Target) -> Iterator[Check]:
+    match target.kind:
+        case "directory":
+            yield _directory(Path(target.path))
+        case "claim":
+            if problem := claim_problem(target.text):
+                yield Check("target", "fail", f"publish_to: {problem}")
+            else:
+                yield _directory(Path(path_on_claim(target.text)))
+        case "store":
+            from tuneline.publish.targets.in_store import InStore
 
-    name = check_account(read_token(target), target)
-    yield Check("target", "ok", f"{name} may write to {target}")
+            InStore(target.text, recipe.publish).check_access()
+            words = (
+                f"{target.text} can be listed; writing to it is not tried before the model is made"
+            )
+            yield Check("target", "ok", words)
+        case "hub":
+            from tuneline.publish.account import check_account, read_token
+
+            name = check_account(read_token(target.text), target.text)
+            yield Check("target", "ok", f"{name} may write to {target.text}")
 
 
 def _directory(path: Path) -> Check:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-from tuneline.errors import CredentialsError, DataError, HubError, TunelineError
+from tuneline.errors import CredentialsError, DataError, HubError, StorageError, TunelineError
 from tuneline.runtime.redaction import redacted
 from tuneline.runtime.retries import http_status, passing_fault
 from tuneline.runtime.source_names import STORES, store_of
@@ -14,6 +14,11 @@ _WITHOUT_CREDENTIALS = (
     *("InvalidConfig", "RefreshError", "TokenRetrievalError", "HttpError: Anonymous caller"),
 )
 """Names of errors of the stores' libraries that mean that no credentials were found or usable."""
+_NO_SPACE = (
+    *("QuotaExceeded", "StorageFull", "InsufficientCapacity", "InsufficientStorage"),
+    *("AccountStorageQuota", "No space left", "EDQUOT"),
+)
+"""Words in errors of stores that may not hold more."""
 _OTHER_REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint")
 
 
@@ -28,8 +33,14 @@ def readable_errors(source: str) -> Iterator[None]:
         raise explained(source, error) from error
 
 
-def explained(source: str, error: Exception) -> TunelineError:
-    """Return an error whose message says what to try after an error of a store's library."""
+def explained(source: str, error: Exception, *, verb: str = "read") -> TunelineError:
+    """Return an error whose message says what to try after an error of a store's library.
+
+    Args:
+        source: address in the store.
+        error: the error.
+        verb: what was tried, "read" or "written".
+    """
     if isinstance(error, TunelineError):
         return error
     name = store_of(source)
@@ -49,13 +60,18 @@ def explained(source: str, error: Exception) -> TunelineError:
             f"{shown}: the bucket is in another region than the request ({details}): set "
             "AWS_REGION to the bucket's region, or AWS_ENDPOINT_URL to the store's address"
         )
+    if any(word in chain for word in _NO_SPACE):
+        return StorageError(
+            f"{shown} cannot be {verb}, because the store is full or a quota is used up "
+            f"({details}): make space, or raise the quota"
+        )
     if (
         isinstance(error, PermissionError)
         or status in (401, 403)
         or any(word in chain for word in _WITHOUT_CREDENTIALS)
     ):
         return CredentialsError(
-            f"{shown} may not be read ({details}): {store.credentials}. On a cluster, name the "
+            f"{shown} may not be {verb} ({details}): {store.credentials}. On a cluster, name the "
             "Kubernetes secret that holds them under placement.secrets, or give the service "
             "account of the run access"
         )
@@ -67,7 +83,7 @@ def explained(source: str, error: Exception) -> TunelineError:
     fault = passing_fault(error)
     if fault is not None:
         return HubError(f"{shown} cannot be reached ({fault.text}): check the network and the name")
-    return DataError(f"{shown} cannot be read: {details}")
+    return DataError(f"{shown} cannot be {verb}: {details}")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
