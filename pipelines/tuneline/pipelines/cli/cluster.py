@@ -24,17 +24,7 @@ from tuneline.pipelines.cli.options import (
     SetOption,
 )
 from tuneline.pipelines.cli.terminal import console, say
-    lost = [
-        each.text
-        for each in loaded.targets
-        if each.kind == "directory"
-        and not (loaded.placement.cache_claim and Path(each.path).is_relative_to(CACHE_PATH))
-    ]
-    if lost:
-        say(
-            f"warning: publish_to {', '.join(lost)} is a directory inside a pod and is deleted "
-            "with the pod; the model is still kept as an artifact of the run. To keep the "
-            "directory, publish to claim:NAME/PATH"
+from tuneline.pods import CACHE_PATH
 from tuneline.recipe import Recipe
 
 PANEL = "Runs on a cluster"
