@@ -131,6 +131,10 @@ def test_rows_are_proposed_to_be_read_as_they_are_meant(
             r"by label, all answers are desirable.*--set 'prepare.ignore_columns=\[label\]'",
         ),
         (rows({"x y": "Some words", "z": "Other words"}), "--columns 'prompt=x y,completion=z'"),
+        (
+            rows({"Well, what?": "Some words", "It's": "Other words"}),
+            """--set 'prepare.columns={"prompt": "Well, what.", "completion": "It'"'"'s"}' for""",
+        ),
         (rows({"chosen": "Hello to you", "rejected": "What is it"}), "chosen=rejected|chosen=COL"),
     ],
 )

@@ -4,7 +4,9 @@ A column is recognised by its name, in English or Korean and a few others, and b
 text, messages, or judgements. Where that leaves two readings, the user is asked, not the dice.
 """
 
+import json
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -232,6 +234,9 @@ def _question(table: _Table, source: str, method: Method | None) -> str:
 
 
 def _option(**columns: str) -> str:
+    if any(separator in name for name in columns.values() for separator in ",="):
+        mapping = json.dumps(columns, ensure_ascii=False)
+        return f"--set {shlex.quote(f'prepare.columns={mapping}')}"
     text = ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())
     return f"--columns '{text}'" if re.search(r"[^\w,=.-]", text) else f"--columns {text}"
 
