@@ -59,14 +59,10 @@ def _length(lengths: Lengths) -> str:
 
 
 def _copies(rows: Rows) -> Iterator[str]:
+    other = "the question of an earlier row, but another answer"
     for number, one, several, words in (
         (rows.num_repeated, "is", "are", "equal to an earlier row"),
-        (
-            rows.num_contradicting,
-            "has",
-            "have",
-            "the question of an earlier row, but another answer",
-        ),
+        (rows.num_contradicting, "has", "have", other),
     ):
         if number:
             level = "warning" if number > _MANY * rows.num_usable else "note"
