@@ -71,6 +71,7 @@ def test_a_streamed_chat_completion(port: int, run_dir: Path) -> None:
 
 
 def test_the_command_serves_a_gguf_file_where_vllm_is_missing(run_dir: Path) -> None:
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -108,5 +109,5 @@ def test_what_to_install_is_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch
         check_can_serve(subject_of(run_dir, "merged"))
     monkeypatch.setattr(serve, "_SERVER_PACKAGES", ("json", "no_such_server"))
     assert importlib.util.find_spec("no_such_server") is None
-    with pytest.raises(UserError, match=r"no_such_server is not installed: pip install 'tune"):
+    with pytest.raises(UserError, match=r"not installed: .* pip install no_such_server$"):
         check_can_serve(subject_of(run_dir, "f16"))
