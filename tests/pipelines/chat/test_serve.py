@@ -109,5 +109,5 @@ def test_what_to_install_is_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch
         check_can_serve(subject_of(run_dir, "merged"))
     monkeypatch.setattr(serve, "_SERVER_PACKAGES", ("json", "no_such_server"))
     assert importlib.util.find_spec("no_such_server") is None
-    with pytest.raises(UserError, match=r"not installed: .* pip install no_such_server$"):
+    with pytest.raises(UserError, match=r"installed: .* pip install no_such_server$"):
         check_can_serve(subject_of(run_dir, "f16"))

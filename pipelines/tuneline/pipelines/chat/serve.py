@@ -39,8 +39,8 @@ def check_can_serve(subject: Subject) -> None:
     missing = [name for name in _SERVER_PACKAGES if importlib.util.find_spec(name) is None]
     if files.kind == "gguf" and missing:
         raise UserError(
-            "serving a GGUF file needs packages of llama-cpp-python's server that are not installed: "
-            f"run `make install`, or pip install {' '.join(missing)}"
+            "serving a GGUF file needs packages of llama-cpp-python's server, which are not "
+            f"installed: run `make install`, or pip install {' '.join(missing)}"
         )
 
 
