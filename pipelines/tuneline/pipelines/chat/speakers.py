@@ -46,21 +46,6 @@ class Speaker(Protocol):
         """Yield the text of an answer as it grows; return whether a stop token ended it."""
 
 
-def load(files: ModelFiles) -> Speaker:
-    """Load a model.
-
-    Raises:
-        ModelError: transformers cannot load the model.
-        ProofError: llama.cpp cannot load the model.
-    """
-    if files.kind == "gguf":
-        return GgufSpeaker(files)
-    # Imported here, because it imports torch.
-    from tuneline.pipelines.chat.checkpoint import CheckpointSpeaker
-
-    return CheckpointSpeaker(files)
-
-
 def text_after_answer(speaker: Speaker) -> str:
     """Return what the speaker's template puts after an answer, e.g. <|im_end|>."""
     if not speaker.has_template:
