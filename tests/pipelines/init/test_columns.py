@@ -135,6 +135,14 @@ def test_rows_are_proposed_to_be_read_as_they_are_meant(
             rows({"Well, what?": "Some words", "It's": "Other words"}),
             """--set 'prepare.columns={"prompt": "Well, what.", "completion": "It'"'"'s"}' for""",
         ),
+        (
+            rows(
+                {"What, if anything, would you like to ask?": "a b", "Which reply helped?": "c d"}
+            ),
+            'columns "What, .*", Which .*"completion": "Which helped."}. for questions and '
+            "answers, or --columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN for preferences, or "
+            "--columns text=COLUMN for documents",
+        ),
         (rows({"chosen": "Hello to you", "rejected": "What is it"}), "chosen=rejected|chosen=COL"),
     ],
 )

@@ -57,6 +57,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
 """What a column holds -> names of such columns, the best first."""
 _CLASSES = ("label", "class", "sentiment", "intent", "라벨", "레이블", "감정", "분류")
 """Names of columns beside a text that may be what the model should answer."""
+_MAX_CHARACTERS_REPEATED = 40
+"""Longest name of a column, e.g. a question of a form, that a message repeats in every example."""
 _YES, _NO = ("true", "1", "1.0"), ("false", "0", "0.0")
 
 
@@ -216,11 +218,14 @@ def _documents(table: _Table, source: str) -> Iterator[Proposal]:
 
 
 def _question(table: _Table, source: str, method: Method | None) -> str:
-    names = list(table.contents)
+    names = [f'"{name}"' if "," in name else name for name in table.contents]
     texts = table.texts()
     first, second, third = (*texts, "COLUMN", "COLUMN", "COLUMN")[:3]
+    sft = f"{_option(prompt=first, completion=second)} for questions and answers"
+    if method is None and max(map(len, (first, second, third))) > _MAX_CHARACTERS_REPEATED:
+        first = second = third = "COLUMN"
     examples = {
-        "sft": f"{_option(prompt=first, completion=second)} for questions and answers",
+        "sft": sft,
         "dpo": f"{_option(prompt=first, chosen=second, rejected=third)} for preferences",
         "kto": f"{_option(prompt=first, completion=second, label='COLUMN')} for judged answers",
         "cpt": f"{_option(text=first)} for documents",
