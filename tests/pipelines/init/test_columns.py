@@ -139,7 +139,7 @@ def test_rows_are_proposed_to_be_read_as_they_are_meant(
             rows(
                 {"What, if anything, would you like to ask?": "a b", "Which reply helped?": "c d"}
             ),
-            'columns "What, .*", Which .*"completion": "Which helped."}. for questions and '
+            'columns "What, .*", Which .*"completion": "Which reply helped."}. for questions and '
             "answers, or --columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN for preferences, or "
             "--columns text=COLUMN for documents",
         ),
