@@ -1,6 +1,8 @@
 """A chat answers with the model as it was published, whichever library computes it."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +54,23 @@ def test_a_gguf_file_answers_as_its_proof_lets_it(new_session: NewSession, f16_d
     assert say(session) == expected
     # The second time, llama.cpp has the prompt already.
     assert say(session) == expected
+
+
+def test_a_gguf_file_answers_without_torch(run_dir: Path) -> None:
+    program = """
+import sys
+from tuneline.pipelines.chat.session import Session
+from tuneline.pipelines.chat.subject import find_subject
+
+session = Session(find_subject(sys.argv[1], format="f16", base=None, needs_base=False),
+                  compare=False)
+question = [{"role": "user", "content": "How many Mi are 3Gi?"}]
+assert any(session.answer(session.voices[0], question, session.settings))
+print(sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", program, str(run_dir)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed == "[]\n"
 
 
 @pytest.mark.parametrize("format", ["merged", "f16"])

@@ -131,6 +131,18 @@ def test_rows_are_proposed_to_be_read_as_they_are_meant(
             r"by label, all answers are desirable.*--set 'prepare.ignore_columns=\[label\]'",
         ),
         (rows({"x y": "Some words", "z": "Other words"}), "--columns 'prompt=x y,completion=z'"),
+        (
+            rows({"Well, what?": "Some words", "It's": "Other words"}),
+            """--set 'prepare.columns={"prompt": "Well, what.", "completion": "It'"'"'s"}' for""",
+        ),
+        (
+            rows(
+                {"What, if anything, would you like to ask?": "a b", "Which reply helped?": "c d"}
+            ),
+            'columns "What, .*", Which .*"completion": "Which reply helped."}. for questions and '
+            "answers, or --columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN for preferences, or "
+            "--columns text=COLUMN for documents",
+        ),
         (rows({"chosen": "Hello to you", "rejected": "What is it"}), "chosen=rejected|chosen=COL"),
     ],
 )

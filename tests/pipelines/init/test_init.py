@@ -167,9 +167,10 @@ def test_rows_that_cannot_be_used_are_told_and_do_not_stop_the_run(
     data = write_csv(tmp_path / "gaps.csv", rows)
     proposed, recipe = propose(data, tiny_model_dir)
     said = "\n".join(proposed.sentences())
-    assert "6 of 121 rows cannot be used: gaps.csv line 5 and 5 more: completion is empty" in said
-    assert "1 rows are equal to an earlier row" in said
-    assert "1 rows have the question of an earlier row, but another answer" in said
+    unusable = "gaps.csv line 5 and 5 more: completion (답변) is empty"
+    assert f"6 of 121 rows cannot be used: {unusable}" in said
+    assert "1 row is equal to an earlier row" in said
+    assert "1 row has the question of an earlier row, but another answer" in said
     assert "24 of the rows will be held out" not in said and "23 of the rows will" in said
     done = prepared(recipe, tiny_model_dir, tmp_path / "dataset")
     assert done.num_rejected_rows == 6

@@ -45,6 +45,16 @@ EXAMPLES = {
 }
 
 
+def test_a_conversation_that_a_helpdesk_exported_is_read() -> None:
+    for question, answer in (
+        ("customer", "agent"),
+        ("end-user", "operator"),
+        ("Client", "Support"),
+    ):
+        turns = [USER | {"role": question}, ANSWER | {"role": answer}]
+        assert read({"messages": turns}) == EXAMPLES["sft"]
+
+
 @pytest.mark.parametrize("config", [PrepareConfig, GeneralConfig])
 def test_every_format_that_a_recipe_may_name_is_recognised_and_read(config) -> None:
     field = config.model_fields["format"]

@@ -207,6 +207,10 @@ def test_weights_that_cannot_be_honoured_are_refused() -> None:
         ),
         ([[USER, ANSWER]], "messages 1 is a list, not a message"),
         ([USER | {"role": 0}, ANSWER], "has the role 0; known roles are system"),
+        (
+            [{"author": "customer", "body": "a?"}],
+            "messages 1 has no role: its keys are author, body, but a message has role and content",
+        ),
         ([USER | {"images": ["a.png"]}, ANSWER], r"messages\[\].images .a list. .* text only"),
         (
             [USER, ANSWER | {"train_detail": [{"begin_offset": 0}]}],

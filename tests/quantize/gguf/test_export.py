@@ -16,7 +16,8 @@ from tuneline.errors import (
 from tuneline.quantize import QuantizeConfig, formats
 from tuneline.quantize.gguf import converter, tensors
 from tuneline.quantize.gguf.llama_model import LlamaFile
-from tuneline.quantize.proof.quality import NEAR_TIE, Generation, check_generation
+from tuneline.quantize.proof.generation import Generation
+from tuneline.quantize.proof.quality import NEAR_TIE, check_generation
 from tuneline.quantize.proof.transformers_model import TransformersModel
 from tuneline.quantize.run import run
 

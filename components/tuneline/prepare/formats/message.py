@@ -24,6 +24,9 @@ _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "chatbot", "ai"), "assistant"),
+    # As helpdesks export conversations.
+    **dict.fromkeys(("customer", "client", "requester", "end-user", "visitor"), "user"),
+    **dict.fromkeys(("agent", "operator", "support"), "assistant"),
     **dict.fromkeys(
         ("tool", "function", "ipython", "observation", "tool_response", "function_response"), "tool"
     ),
@@ -85,6 +88,11 @@ def read_message(values: Any, name: str, number: int, reading: Reading) -> list[
     role = (
         _ROLES.get(given) or _ROLES.get(given.strip().lower()) if isinstance(given, str) else None
     )
+    if given is None:
+        raise BadRowError(
+            f"{where} has no role: its keys are {', '.join(values) or 'none'}, but a message has "
+            "role and content, or from and value; rename its keys"
+        )
     if role is None:
         raise BadRowError(f"{where} has the role {given!r}; known roles are {', '.join(_ROLES)}")
     if len(values) == 2 and isinstance(content, str) and role not in ("tool", _CALL):

@@ -5,7 +5,7 @@ import time
 from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import llama_cpp
 import numpy
@@ -13,11 +13,14 @@ import numpy.typing
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from tuneline.errors import ProofError
-from tuneline.models.likelihood import Pair, Tokens
 from tuneline.models.sampling import Request
 from tuneline.models.tokenizer.chat_templates import REFUSALS
 from tuneline.quantize.machine import num_threads
-from tuneline.quantize.proof.quality import Generation
+from tuneline.quantize.proof.generation import Generation
+
+if TYPE_CHECKING:
+    # `chat` loads GGUF files without torch, whose import takes seconds.
+    from tuneline.models.likelihood import Pair, Tokens
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 """Name of the chat template in a GGUF file's metadata."""
@@ -158,7 +161,7 @@ class LlamaFile:
         """
         return self._decode(ids, position=0, all_positions=True)
 
-    def score_answers(self, pairs: list[Pair]) -> dict[Pair, tuple[float, bool]]:
+    def score_answers(self, pairs: "list[Pair]") -> "dict[Pair, tuple[float, bool]]":
         """Score answers given prompts, as `likelihood.score_answers` does.
 
         For consecutive answers to the same prompt, the prompt is computed once and each answer is

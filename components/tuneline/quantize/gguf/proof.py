@@ -16,7 +16,7 @@ from tuneline.quantize.formats import Bound
 from tuneline.quantize.gguf import modelfile
 from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.proof import probes, quality
-from tuneline.quantize.proof.quality import Generation
+from tuneline.quantize.proof.generation import Generation
 from tuneline.quantize.proof.reference import BUILT_IN_PROMPT, Reference, Wording
 
 

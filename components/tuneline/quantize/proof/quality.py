@@ -7,13 +7,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy
-import numpy.typing
 import torch
 
 from tuneline.errors import ProofError
 from tuneline.models.heldout_rows import Row
 from tuneline.quantize.formats import FORMATS, Bound
+from tuneline.quantize.proof.generation import Generation
 
 NUM_SPEED_TOKENS = 16
 """Tokens that are generated to measure the speed of an export."""
@@ -45,18 +44,6 @@ class Quality:
             "reference_perplexity": self.reference_perplexity,
             "num_prompts": self.num_rows,
         }
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Greedy continuation of a prompt; if the model stopped, the last token is a stop token."""
-
-    prompt_ids: list[int]
-    ids: list[int]
-    text: str
-    logits: numpy.typing.NDArray[numpy.float32] | None = None
-    """Logits from which each token was chosen, [num_ids, V] in fp32; None if llama.cpp generated
-    the tokens."""
 
 
 def compare(

@@ -13,7 +13,7 @@ from tuneline.models.tokenizer.chat_templates import REFUSALS
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.quantize.proof import benchmark, probes
 from tuneline.quantize.proof.benchmark import Benchmark
-from tuneline.quantize.proof.quality import Generation
+from tuneline.quantize.proof.generation import Generation
 from tuneline.quantize.proof.transformers_model import TransformersModel
 
 BUILT_IN_PROMPT = "The capital of France is"

@@ -17,7 +17,7 @@ from tuneline.models.sampling import Request
 from tuneline.models.whole import load_whole
 from tuneline.quantize.machine import few_threads
 from tuneline.quantize.proof import widening
-from tuneline.quantize.proof.quality import Generation
+from tuneline.quantize.proof.generation import Generation
 
 ROOM_BYTES = 2 << 30
 """GPU memory to leave for the activations of a row, in addition to the weights."""

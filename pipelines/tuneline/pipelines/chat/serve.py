@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from tuneline.errors import UserError
@@ -12,7 +13,8 @@ from tuneline.models.sampling import Sampling
 from tuneline.pipelines.chat.ports import ADDRESS, port_problem
 from tuneline.pipelines.chat.published import read_context, read_published
 from tuneline.pipelines.chat.settings import Settings
-from tuneline.pipelines.chat.subject import MERGED, Subject
+from tuneline.pipelines.chat.subject import Subject
+from tuneline.quantize.machine import num_threads
 
 _SERVER_PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
 _COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
@@ -28,7 +30,7 @@ def check_can_serve(subject: Subject) -> None:
     """
     files = subject.tuned
     if files.kind == "checkpoint" and shutil.which("vllm") is None:
-        exports = ", ".join(name for name in subject.formats if name != MERGED)
+        exports = ", ".join(subject.gguf_formats)
         other = f", or choose a GGUF file with --format ({exports})" if exports else ""
         raise UserError(
             f"serving a {files.title} needs vLLM, which is not installed: install it (pip install "
@@ -37,13 +39,18 @@ def check_can_serve(subject: Subject) -> None:
     missing = [name for name in _SERVER_PACKAGES if importlib.util.find_spec(name) is None]
     if files.kind == "gguf" and missing:
         raise UserError(
-            f"serving a GGUF file needs the server of llama-cpp-python, but {', '.join(missing)} "
-            "is not installed: pip install 'tuneline[serve]'"
+            "serving a GGUF file needs packages of llama-cpp-python's server, which are not "
+            f"installed: run `make install`, or pip install {' '.join(missing)}"
         )
 
 
 def serve(
-    subject: Subject, *, port: int, preset: str | None, numbers: dict[str, float | None]
+    subject: Subject,
+    *,
+    port: int,
+    preset: str | None,
+    numbers: dict[str, float | None],
+    announce: Callable[[], None],
 ) -> None:
     """Serve a model on 127.0.0.1 until the process is stopped.
 
@@ -52,6 +59,8 @@ def serve(
         port: port to listen on.
         preset: preset of the sampling for requests that do not say; None: as published.
         numbers: single numbers of the sampling, which replace those of the preset.
+        announce: is called when a GGUF file is loaded, just before it is served; for vLLM, which
+            loads the model itself and says so, when it starts.
 
     Raises:
         UserError: a number is out of its bounds, or the port is taken.
@@ -68,6 +77,7 @@ def serve(
         import uvicorn
 
         app = gguf_app(subject, settings.sampling)
+        announce()
         uvicorn.run(app, host=ADDRESS, port=port, log_level="warning")
         return
     # vLLM replaces this process. It reads generation_config.json itself.
@@ -76,6 +86,7 @@ def serve(
     if preset is not None or any(value is not None for value in numbers.values()):
         numbers_json = json.dumps(settings.sampling.model_dump())
         command += ["--override-generation-config", numbers_json]
+    announce()
     os.execvp(command[0], command)
 
 
@@ -95,6 +106,9 @@ def gguf_app(subject: Subject, sampling: Sampling) -> "WithDefaults":
         model_alias=subject.name,
         n_ctx=num_context,
         n_gpu_layers=-1,
+        # By default the server computes prompts on all cores, whose threads wait for each other.
+        n_threads=num_threads(),
+        n_threads_batch=num_threads(),
         last_n_tokens_size=num_context,
         verbose=False,
     )

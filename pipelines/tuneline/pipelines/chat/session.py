@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from tuneline.errors import UserError
 from tuneline.models.sampling import Request
 from tuneline.pipelines.chat.settings import Settings
-from tuneline.pipelines.chat.speakers import Messages, Speaker, load, text_after_answer
-from tuneline.pipelines.chat.subject import Subject
+from tuneline.pipelines.chat.speakers import GgufSpeaker, Messages, Speaker, text_after_answer
+from tuneline.pipelines.chat.subject import ModelFiles, Subject
 
 
 class Answer:
@@ -66,11 +66,11 @@ class Session:
 
     def __init__(self, subject: Subject, *, compare: bool) -> None:
         self.name = subject.name
-        tuned = load(subject.tuned)
+        tuned = _load(subject.tuned)
         self.voices = [Voice("tuned", subject.tuned.title, tuned)]
         if compare:
             assert subject.base is not None
-            base = load(subject.base)
+            base = _load(subject.base)
             end = base.end_of(text_after_answer(tuned))
             ends = frozenset(() if end is None else (end,))
             self.voices.insert(0, Voice("base", subject.base.title, base, ends))
@@ -119,3 +119,18 @@ class Session:
                 f"the model's chat template rejects this conversation ({error}); its roles are "
                 f"{roles}"
             ) from error
+
+
+def _load(files: ModelFiles) -> Speaker:
+    """Load a model.
+
+    Raises:
+        ModelError: transformers cannot load the model.
+        ProofError: llama.cpp cannot load the model.
+    """
+    if files.kind == "gguf":
+        return GgufSpeaker(files)
+    # Imported here, because it imports torch.
+    from tuneline.pipelines.chat.checkpoint import CheckpointSpeaker
+
+    return CheckpointSpeaker(files)

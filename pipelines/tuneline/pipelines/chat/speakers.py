@@ -1,19 +1,15 @@
 """Models that answer: a directory that transformers loads, or a GGUF file that llama.cpp loads.
 
-A speaker answers as the model was published: with its chat template and its stop tokens.
+A speaker answers as the model was published: with its chat template and its stop tokens. A GGUF
+file answers without torch and transformers, whose imports take longer than loading the file.
 """
 
 from collections.abc import Generator
-from typing import Any, Protocol
-
-import torch
+from typing import Protocol
 
 from tuneline.models.sampling import Request, Sampling
-from tuneline.models.tokenizer.special_tokens import end_token
 from tuneline.pipelines.chat.published import read_context, read_published
 from tuneline.pipelines.chat.subject import ModelFiles
-from tuneline.quantize.proof.reference import Wording
-from tuneline.quantize.proof.transformers_model import TransformersModel, choose_device
 
 Messages = list[dict[str, str]]
 
@@ -50,16 +46,6 @@ class Speaker(Protocol):
         """Yield the text of an answer as it grows; return whether a stop token ended it."""
 
 
-def load(files: ModelFiles) -> Speaker:
-    """Load a model.
-
-    Raises:
-        ModelError: transformers cannot load the model.
-        ProofError: llama.cpp cannot load the model.
-    """
-    return GgufSpeaker(files) if files.kind == "gguf" else CheckpointSpeaker(files)
-
-
 def text_after_answer(speaker: Speaker) -> str:
     """Return what the speaker's template puts after an answer, e.g. <|im_end|>."""
     if not speaker.has_template:
@@ -69,36 +55,6 @@ def text_after_answer(speaker: Speaker) -> str:
         return speaker.render(messages, for_answer=False).rpartition(_ANSWER)[2]
     except ValueError:
         return ""
-
-
-class CheckpointSpeaker:
-    """A model directory, loaded with transformers on a GPU if it fits there, else on the CPU."""
-
-    def __init__(self, files: ModelFiles) -> None:
-        path = files.path
-        device = choose_device(path)
-        dtype: Any = "auto" if device == "cuda" else torch.float32
-        self._model = TransformersModel(path, dtype=dtype, device=device)
-        self._wording = Wording(path, self._model.tokenizer, self._model.stop_ids, [], "")
-        self.where = f"transformers on the {'GPU' if device == 'cuda' else 'CPU'}"
-        self.num_context = read_context(files)
-        self.published = read_published(files)
-        self.has_template = bool(self._model.tokenizer.chat_template)
-        self.stream = self._model.stream
-
-    def render(self, messages: Messages, *, for_answer: bool = True) -> str:
-        """Return a conversation rendered by the chat template."""
-        return self._wording.render(messages, for_answer=for_answer)
-
-    def tokenise(self, text: str, *, is_rendered: bool) -> list[int]:
-        """Return the token IDs of a prompt."""
-        tokenizer = self._model.tokenizer
-        ids: list[int] = tokenizer(text, add_special_tokens=not is_rendered)["input_ids"]
-        return ids or [self._model.begin_id]
-
-    def end_of(self, text: str) -> int | None:
-        """Return the token at which an answer ends that a template closes with `text`."""
-        return end_token(self._model.tokenizer, text)
 
 
 class GgufSpeaker:

@@ -12,6 +12,7 @@ from tuneline.fetch.gguf_header import check_header
 from tuneline.kinds import KINDS
 from tuneline.models.stored_quantisation import quantization_in
 from tuneline.pipelines.local.run_dir import RECIPE_FILE, LocalRun, find_local_run, local_runs
+from tuneline.quantize.formats import FORMATS
 from tuneline.runtime.source_names import is_hub_id
 
 MERGED = "merged"
@@ -40,6 +41,12 @@ class Subject:
     """System message of the recipe; None: the recipe has none, or is unknown."""
     formats: tuple[str, ...] = ()
     """Formats of the same run that can be named instead."""
+
+    @property
+    def gguf_formats(self) -> tuple[str, ...]:
+        """Those of the formats that llama.cpp loads."""
+        exports = (name for name in self.formats if name != MERGED)
+        return tuple(name for name in exports if FORMATS[name].kind == "gguf")
 
 
 def find_subject(name: str, *, format: str | None, base: str | None, needs_base: bool) -> Subject:

@@ -19,6 +19,8 @@ from tuneline.runtime.printable import printable
 MIN_WIDTH_BESIDE = 100
 """Narrower terminals show two answers one after the other."""
 _PROMPT = "> "
+_WAITING = "..."
+"""Shown side by side until a model has computed the first word of its answer."""
 
 
 @dataclass
@@ -121,11 +123,14 @@ class TerminalChat:
         stopped = False
         with Live(console=self.out, transient=True, auto_refresh=False) as live:
             for voice in self.session.voices:
+                texts[voice.name] = _WAITING
+                live.update(self._columns(texts), refresh=True)
                 answer = self._begin(voice)
                 with _stoppable(answer) as interrupted:
                     for _ in answer:
                         texts[voice.name] = answer.text
                         live.update(self._columns(texts), refresh=True)
+                texts[voice.name] = answer.text
                 self._end(voice, answer)
                 if interrupted:
                     stopped = True

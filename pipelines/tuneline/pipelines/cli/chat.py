@@ -1,7 +1,7 @@
 """The command that talks to a model."""
 
 import contextlib
-import logging
+import shutil
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +16,7 @@ from tuneline.pipelines.chat.settings import DEFAULT_MAX_TOKENS, Settings
 from tuneline.pipelines.chat.subject import Subject, find_subject
 from tuneline.pipelines.cli.run import PANEL
 from tuneline.pipelines.cli.terminal import console, say
+from tuneline.runtime.printable import printable
 
 if TYPE_CHECKING:
     from tuneline.pipelines.chat.session import Session
@@ -143,6 +144,8 @@ def chat(
     compare = compare or base is not None
     subject = find_subject(model, format=format, base=base, needs_base=compare)
     if serve:
+        if format is None:
+            subject = _servable(model, subject)
         _serve(subject, SERVE_PORT if port is None else port, preset, numbers)
         return
     text = prompt
@@ -150,12 +153,11 @@ def chat(
         text = sys.stdin.read().strip()
         if not text:
             raise UserError("the standard input is empty: pipe a message in, or give --prompt")
-    _quieten()
-    # Imported here only, because importing numpy and torch takes seconds.
+    if web or sys.stderr.isatty():
+        _note(_loading(subject, compare=compare))
+    # Imported here only, because importing numpy and llama.cpp takes a second.
     from tuneline.pipelines.chat.session import Session
 
-    if sys.stderr.isatty():
-        _NOTES.print(f"loading {subject.tuned.path}", markup=False, highlight=False, soft_wrap=True)
     session = Session(subject, compare=compare)
     settings = session.settings.with_numbers(preset, **numbers)
     settings = replace(settings, max_tokens=max_tokens or settings.max_tokens, seed=seed)
@@ -189,12 +191,31 @@ def _show_page(session: "Session", settings: Settings, port: int) -> None:
             server.serve_forever()
 
 
-def _quieten() -> None:
-    """Keep what libraries log while they load out of the conversation."""
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
+def _loading(subject: Subject, *, compare: bool) -> str:
+    """Return a line that says what the user waits for, and what would be ready sooner."""
+    models = [subject.tuned, *([subject.base] if compare and subject.base else [])]
+    text = f"loading {' and its base '.join(files.title for files in models)} of {subject.name}"
+    if subject.tuned.kind == "checkpoint":
+        text += " with transformers"
+        if subject.gguf_formats:
+            text += f" (on a CPU, --format {subject.gguf_formats[0]} loads and answers faster)"
+    return text
 
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+def _note(text: str) -> None:
+    _NOTES.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def _servable(name: str, subject: Subject) -> Subject:
+    """Return the run's first GGUF file if its merged model needs vLLM, and vLLM is missing."""
+    exports = subject.gguf_formats
+    if subject.tuned.kind == "gguf" or shutil.which("vllm") is not None or not exports:
+        return subject
+    _note(
+        f"vLLM, which serves a {subject.tuned.title}, is not installed: llama.cpp serves "
+        f"{exports[0]} instead. --format chooses the model"
+    )
+    return find_subject(name, format=exports[0], base=None, needs_base=False)
 
 
 def _serve(
@@ -203,8 +224,12 @@ def _serve(
     from tuneline.pipelines.chat.serve import check_can_serve, serve
 
     check_can_serve(subject)
-    say(
-        f"{subject.name}: http://{ADDRESS}:{port}/v1  (OpenAI-compatible; Ctrl-C ends)\n"
-        f"model: {subject.name} ({subject.tuned.title})"
-    )
-    serve(subject, port=port, preset=preset, numbers=numbers)
+    say(f"loading {subject.tuned.title} of {subject.name}")
+
+    def announce() -> None:
+        say(
+            f"{subject.name}: http://{ADDRESS}:{port}/v1  (OpenAI-compatible; Ctrl-C ends)\n"
+            f"model: {subject.name} ({subject.tuned.title})"
+        )
+
+    serve(subject, port=port, preset=preset, numbers=numbers, announce=announce)

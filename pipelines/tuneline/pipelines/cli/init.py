@@ -12,6 +12,7 @@ from tuneline.pipelines.catalog import parse_assignments
 from tuneline.pipelines.cli.options import SetOption
 from tuneline.pipelines.cli.run import PANEL
 from tuneline.pipelines.cli.terminal import say
+from tuneline.pipelines.init.machine import node_of, this_machine
 
 app = typer.Typer()
 
@@ -63,19 +64,18 @@ def init(
     set_: SetOption = [],  # noqa: B006
 ) -> None:
     """Look at rows, and write a commented recipe for them that runs as it stands."""
-    # Imported here only, because transformers and pyarrow take seconds.
-    from tuneline.pipelines.init.machine import node_of, this_machine
-    from tuneline.pipelines.init.write import init as write_recipe
-    from tuneline.pipelines.init.write import output_for
-
     if profile is not None and profile not in GPU_PROFILES:
         raise UserError(f"--profile {profile} is unknown: choose one of {', '.join(GPU_PROFILES)}")
-    path = output_for(data, output)
     given = parse_assignments(set_)
     if columns:
         given["prepare.columns"] = _parse_columns(columns)
     machine = this_machine() if profile is None else node_of(profile)
     say(f"machine: {machine}")
+    # Imported here only, because transformers and pyarrow take seconds.
+    from tuneline.pipelines.init.write import init as write_recipe
+    from tuneline.pipelines.init.write import output_for
+
+    path = output_for(data, output)
     proposed = write_recipe(data, path, machine, base_model=base, given=given)
     for line in proposed.sentences():
         say(line)

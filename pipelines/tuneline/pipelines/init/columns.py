@@ -4,7 +4,9 @@ A column is recognised by its name, in English or Korean and a few others, and b
 text, messages, or judgements. Where that leaves two readings, the user is asked, not the dice.
 """
 
+import json
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +57,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
 """What a column holds -> names of such columns, the best first."""
 _CLASSES = ("label", "class", "sentiment", "intent", "라벨", "레이블", "감정", "분류")
 """Names of columns beside a text that may be what the model should answer."""
+_MAX_CHARACTERS_REPEATED = 40
+"""Longest name of a column, e.g. a question of a form, that a message repeats in every example."""
 _YES, _NO = ("true", "1", "1.0"), ("false", "0", "0.0")
 
 
@@ -214,11 +218,14 @@ def _documents(table: _Table, source: str) -> Iterator[Proposal]:
 
 
 def _question(table: _Table, source: str, method: Method | None) -> str:
-    names = list(table.contents)
+    names = [f'"{name}"' if "," in name else name for name in table.contents]
     texts = table.texts()
     first, second, third = (*texts, "COLUMN", "COLUMN", "COLUMN")[:3]
+    sft = f"{_option(prompt=first, completion=second)} for questions and answers"
+    if method is None and max(map(len, (first, second, third))) > _MAX_CHARACTERS_REPEATED:
+        first = second = third = "COLUMN"
     examples = {
-        "sft": f"{_option(prompt=first, completion=second)} for questions and answers",
+        "sft": sft,
         "dpo": f"{_option(prompt=first, chosen=second, rejected=third)} for preferences",
         "kto": f"{_option(prompt=first, completion=second, label='COLUMN')} for judged answers",
         "cpt": f"{_option(text=first)} for documents",
@@ -232,6 +239,9 @@ def _question(table: _Table, source: str, method: Method | None) -> str:
 
 
 def _option(**columns: str) -> str:
+    if any(separator in name for name in columns.values() for separator in ",="):
+        mapping = json.dumps(columns, ensure_ascii=False)
+        return f"--set {shlex.quote(f'prepare.columns={mapping}')}"
     text = ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())
     return f"--columns '{text}'" if re.search(r"[^\w,=.-]", text) else f"--columns {text}"
 

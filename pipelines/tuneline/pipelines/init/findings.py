@@ -59,10 +59,12 @@ def _length(lengths: Lengths) -> str:
 
 
 def _copies(rows: Rows) -> Iterator[str]:
-    for number, words in (
-        (rows.num_repeated, "are equal to an earlier row"),
-        (rows.num_contradicting, "have the question of an earlier row, but another answer"),
+    other = "the question of an earlier row, but another answer"
+    for number, one, several, words in (
+        (rows.num_repeated, "is", "are", "equal to an earlier row"),
+        (rows.num_contradicting, "has", "have", other),
     ):
         if number:
             level = "warning" if number > _MANY * rows.num_usable else "note"
-            yield f"{level}: {number} rows {words}; such rows are never on both sides of a split"
+            which = f"1 row {one}" if number == 1 else f"{number} rows {several}"
+            yield f"{level}: {which} {words}; such rows are never on both sides of a split"

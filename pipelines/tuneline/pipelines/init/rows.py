@@ -79,11 +79,17 @@ class Rows:
     def unusable_in_words(self) -> str:
         """Return the first reasons why rows cannot be used, in words."""
         named = [
-            f"{place}{f' and {count - 1} more' if count > 1 else ''}: {reason}"
+            f"{place}{f' and {count - 1} more' if count > 1 else ''}: {self._with_column(reason)}"
             for reason, (place, count) in islice(self.reasons.items(), _NUM_REASONS)
         ]
         others = len(self.reasons) - _NUM_REASONS
         return "; ".join([*named, *([f"and {others} more reasons"] if others > 0 else [])])
+
+    def _with_column(self, reason: str) -> str:
+        """Return a reason, with the rows' own name of the column that it begins with."""
+        ours, space, rest = reason.partition(" ")
+        theirs = self.proposal.columns.get(ours)
+        return f"{ours} ({theirs}){space}{rest}" if theirs else reason
 
 
 def look(source: str, config: PrepareConfig) -> Rows:
