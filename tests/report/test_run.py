@@ -117,7 +117,7 @@ def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
     lead = page[: page.index("Steps of the run</h2>")]
     assert "acc rose from 0.31 to 0.87 on 200 unseen questions, at least +0.485" in lead
     assert "0.17" in lead and "0.0123 kWh, 0.05 device hours" in lead
-    assert "had yet to upload it to dir:published" in lead
+    assert "The step publish uploads it to dir:published." in lead
     assert "5 min 27 s" in lead  # 11.4+4.2+21.3+181.7+14.9+22.9+0.4 and 4*3.1+58
 
 
@@ -249,7 +249,7 @@ def test_the_page_shows_what_was_trained_not_what_the_recipe_says(
         "publish.private was false, the recipe has null",
     ]
     assert "Other values than the recipe" in page and "train.lora.r was 64" in page
-    assert "had yet to upload it to org/another;" in page and "hunter22" not in page
+    assert "uploads it to org/another." in page and "hunter22" not in page
 
 
 def test_text_of_others_is_no_html(recipe: Recipe, run_dirs: dict) -> None:
