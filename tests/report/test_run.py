@@ -61,12 +61,16 @@ def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
         "Provenance",
     ]
     for name, text in [
-        ("Is it safe to use?", "heldout_exact -0.02 acc (undecided), heldout_perplexity -8.47"),
+        ("Is it safe to use?", "heldout_exact 0.02 \u2192 0 (no clear change)"),
+        (
+            "Is it safe to use?",
+            "heldout_perplexity 9.81 \u2192 1.34 (better). With 95 % confidence",
+        ),
         ("Is it safe to use?", "at 99.7 % of the positions"),
         ("Is it safe to use?", "4 of 40 questions of boolq"),
         ("Is it safe to use?", "State of the run tuneline status RUN"),
         ("Is it safe to use?", "Publishes to dir:published"),
-        ("Is it safe to use?", "q8_0 (llama.cpp and Ollama)"),
+        ("Is it safe to use?", "q8_0 : llama.cpp and Ollama"),
         ("Steps of the run", "train 3 min 02 s 60 steps"),
         ("Steps of the run", "quantize 1 min 10 s 5 exports"),
         ("Steps of the run", "publish next"),
