@@ -87,9 +87,11 @@ def _next(line: Line) -> str:
     else:
         pairs.append(("Publishes to", _code(line.target)))
     uses = recommend(line.decision.kept(line.exports))
-    best = [f"<code>{each}</code>: {', '.join(uses[each])}" for each in uses if uses[each]]
+    best = [
+        f"<div><code>{each}</code>: {', '.join(uses[each])}</div>" for each in uses if uses[each]
+    ]
     if best:
-        pairs.append(("Which export to take", Cell("<br>".join(best))))
+        pairs.append(("Which export to take", Cell("".join(best))))
     if place.is_local and not is_held:
         longer = f"train.max_steps={2 * line.training.num_steps}"
         pairs.append(("Train longer", _code(f"tuneline resume {name} --set {longer}")))
