@@ -7,7 +7,7 @@ model card. A new field of TrainingSummary that users should see needs one line 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tuneline.artifacts import TrainingSummary
+from tuneline.artifacts import PREFERENCE_METHODS, TrainingSummary
 from tuneline.html.units import count, duration, number, parameters, percent
 
 _GIB = 2**30
@@ -119,6 +119,11 @@ def weights_of_training(summary: TrainingSummary) -> str:
     """Return the base weights that the losses of the training were measured on, in words."""
     rounded = summary.base_quantization != "none"
     return "base in 4 bits" if rounded else f"base in {summary.compute_dtype}"
+
+
+def loss_unit(summary: TrainingSummary) -> str:
+    """Return the unit of the losses of the training; "" if they are not losses per token."""
+    return "" if summary.method in PREFERENCE_METHODS else "nats per token"
 
 
 def _quantized(name: str, fraction: float | None) -> str:

@@ -107,6 +107,7 @@ def test_the_page_of_a_comparison(new_dataset: Callable[..., DatasetManifest]) -
         second=0.0,
         difference=0.0,
         interval=(0.0, 0.0),
+        higher_is_better=True,
         num_common=1,
         num_samples=(1, 1),
     )

@@ -17,6 +17,7 @@ from tuneline.artifacts import (
     TrainingPoint,
     write_jsonl,
 )
+from tuneline.html.units import number_pair
 from tuneline.recipe import Recipe
 from tuneline.records.in_words import gain, verdict_sentence
 from tuneline.report.hold import causes
@@ -178,3 +179,17 @@ def test_answers_that_never_equal_their_reference_are_a_warning(
     page = re.sub(r"<[^>]+>", " ", render(line()))
     assert "None of the 1 sampled answers of the tuned model equals its reference." in page
     assert "The references are short" in page
+
+
+def test_fractions_are_percentages_on_the_whole_scale(line: Callable[..., Line]) -> None:
+    small = {"base": 0.32, "tuned": 0.33, "difference": 0.01, "interval": (-0.02, 0.04), **BINARY}
+    guard = new_comparison(task="x", role="guard", **small | {"outcome": "undecided"})
+    decision = held(new_comparison(**small, outcome="undecided", lower=-0.015), guard)
+    page = unescape(render(line(decision=decision)))
+    cells = ("32.0 %", "33.0 %", "+1.0 points", "[-2.0, +4.0]")
+    assert all(f">{cell}</td>" in page for cell in cells)
+    chart = page[page.index("acc (%)</text>") :].partition("</svg>")[0]
+    assert all(f">{tick}</text>" in chart for tick in ("0", "25", "50", "75", "100"))
+    assert "32.0 \u2192 33.0 %" in page and "x +1.0 points (no clear change)" in page
+    assert number_pair(2.412, 1.7) == ("2.41", "1.70") and number_pair(2.4, 0.004)[1] == "0.0040"
+    assert number_pair(None, 1.7) == ("-", "1.7")

@@ -53,7 +53,7 @@ def test_the_page_says_which_export_is_held_and_why(recipe: Recipe, run_dirs: di
     Decision.read(path).model_copy(update={"exports": verdicts}).write(path)
     run(RunHeader.parse(recipe.model_dump_json()), **run_dirs)
     page = Path(run_dirs["page_path"]).read_text()
-    assert "without the exports that are held: q4_k_m;" in page
+    assert "without the exports that are held: q4_k_m." in page
     advice = page.split("Which export to take")[1].split("</dd>")[0]
     assert "q8_0" in advice and "q4_k_m" not in advice
     section = page.split("Merge and exports")[1].split("Which export to use")[0]

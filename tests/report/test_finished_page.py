@@ -99,7 +99,7 @@ def test_the_page_of_a_run_whose_publishing_failed(local_run: LocalRun) -> None:
 def test_without_the_log_the_page_of_the_step_is_kept(local_run: LocalRun) -> None:
     local_run.log_path.write_text("")
     page = write_report(local_run).read_text(encoding="utf-8")
-    assert "<h1>demo</h1>" in page and "had yet to upload it" in page
+    assert "<h1>demo</h1>" in page and "before the model was published" in page
 
 
 def test_webhooks_are_told_of_a_local_run(

@@ -61,12 +61,16 @@ def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
         "Provenance",
     ]
     for name, text in [
-        ("Is it safe to use?", "heldout_exact -0.02 acc (undecided), heldout_perplexity -8.47"),
+        ("Is it safe to use?", "heldout_exact 0.02 \u2192 0 (no clear change)"),
+        (
+            "Is it safe to use?",
+            "heldout_perplexity 9.81 \u2192 1.34 (better). With 95 % confidence",
+        ),
         ("Is it safe to use?", "at 99.7 % of the positions"),
         ("Is it safe to use?", "4 of 40 questions of boolq"),
         ("Is it safe to use?", "State of the run tuneline status RUN"),
         ("Is it safe to use?", "Publishes to dir:published"),
-        ("Is it safe to use?", "q8_0 (llama.cpp and Ollama)"),
+        ("Is it safe to use?", "q8_0 : llama.cpp and Ollama"),
         ("Steps of the run", "train 3 min 02 s 60 steps"),
         ("Steps of the run", "quantize 1 min 10 s 5 exports"),
         ("Steps of the run", "publish next"),
@@ -117,7 +121,7 @@ def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
     lead = page[: page.index("Steps of the run</h2>")]
     assert "acc rose from 0.31 to 0.87 on 200 unseen questions, at least +0.485" in lead
     assert "0.17" in lead and "0.0123 kWh, 0.05 device hours" in lead
-    assert "had yet to upload it to dir:published" in lead
+    assert "The step publish uploads it to dir:published." in lead
     assert "5 min 27 s" in lead  # 11.4+4.2+21.3+181.7+14.9+22.9+0.4 and 4*3.1+58
 
 
@@ -249,7 +253,7 @@ def test_the_page_shows_what_was_trained_not_what_the_recipe_says(
         "publish.private was false, the recipe has null",
     ]
     assert "Other values than the recipe" in page and "train.lora.r was 64" in page
-    assert "had yet to upload it to org/another;" in page and "hunter22" not in page
+    assert "uploads it to org/another." in page and "hunter22" not in page
 
 
 def test_text_of_others_is_no_html(recipe: Recipe, run_dirs: dict) -> None:

@@ -81,6 +81,7 @@ def interval_chart(
     x_label: str = "score",
     title: str = "",
     higher_is_better: bool = True,
+    whole: float = 1,
 ) -> str:
     """Return a chart of the base and tuned value of each row, and of their difference.
 
@@ -93,14 +94,16 @@ def interval_chart(
         x_label: name of the values.
         title: heading of the chart.
         higher_is_better: whether the better side is above zero.
+        whole: largest value of fractions, 1 or 100. Values between 0 and it are drawn on a scale of
+            this length, so that a small change looks small.
     """
     if not rows:
         return empty(title, "no comparisons")
     full = [row if isinstance(row, IntervalRow) else IntervalRow(*row) for row in rows]
     values = [value for row in full for value in (row.base, row.tuned)]
     low, high = min(values), max(values)
-    if low >= 0 and high <= 1:
-        value_ticks = nice_ticks(0, 1, 4)
+    if low >= 0 and high <= whole:
+        value_ticks = nice_ticks(0, whole, 4)
     else:
         value_ticks = nice_ticks(0.0 if 0 <= low < 0.5 * high else low, high, 3)
     ends = [end for row in full for end in (row.low, row.high, _difference(row))]

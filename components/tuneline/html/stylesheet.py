@@ -79,6 +79,7 @@ table:not(.prose) td:first-child{min-width:8em}
 th:last-child,td:last-child{padding-right:0}
 .number{text-align:right;white-space:nowrap}
 table.prose{table-layout:fixed}
+table.prose th:first-child:not(:nth-last-child(-n+2)){width:20%}
 table.prose td{overflow-wrap:anywhere;white-space:pre-wrap}
 code,pre{font:12.5px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 code{overflow-wrap:anywhere}
@@ -162,7 +163,11 @@ font-weight:600}}
 @media print{:root{--page:#fff;--card:#fff;--ink:#000;--muted:#444;--rule:#ccc;--faint:#eee;
 --s1:#1d4fbf;--s2:#a04400;--s3:#0d6a60;--s4:#73319a;--good:#0e5a31;--good-back:#fff;--bad:#9a1a13;
 --bad-back:#fff;--warn:#6b4500;--warn-back:#fff;--plain-back:#fff}
-body{font-size:12px}main{max-width:none;padding:0}.card,.banner,.tiles{break-inside:avoid}
+body{font-size:12px}.muted,.banner .small,.todo,.todo dt,.facts,.tile dt,
+.tile .below{font-size:10.5px}code,.badge{font-size:10px}
+.tiles{grid-template-columns:repeat(auto-fit,minmax(110px,1fr))}.tile{padding:8px 10px}
+.tile dd:not(.below){font-size:16px}.facts>div{padding:2px 0}main{max-width:none;padding:0}
+.card,.banner,.tiles{break-inside:avoid}
 .scroll{overflow:visible}table{font-size:10.5px}th{font-size:10px}
 th,td,.number,table:not(.prose) td:first-child{white-space:normal;padding-right:8px}
 td.number{white-space:nowrap}td,.badge{overflow-wrap:anywhere}.badge{white-space:normal;padding:0}

@@ -63,6 +63,19 @@ def number(value: float | None, digits: int = 4) -> str:
     return _digits(value, digits)
 
 
+def number_pair(before: float | None, after: float | None) -> tuple[str, str]:
+    """Return two measurements of the same quantity with equally many decimals.
+
+    The larger has three significant digits, and the smaller at least two.
+    """
+    values = [abs(value) for value in (before, after) if value and math.isfinite(value)]
+    if before is None or after is None or len(values) < 2:
+        return number(before, 3), number(after, 3)
+    digits = [math.floor(math.log10(value)) + 1 for value in (max(values), min(values))]
+    decimals = max(3 - digits[0], 2 - digits[1], 0)
+    return f"{before:,.{decimals}f}", f"{after:,.{decimals}f}"
+
+
 def signed(value: float, digits: int = 4) -> str:
     """Return a difference with its sign."""
     text = number(value, digits)

@@ -31,8 +31,7 @@ def verdict_sentence(verdict: Verdict, reason: str, comparisons: Sequence[TaskCo
 
 def gain(item: TaskComparison) -> str:
     """Return how the score of a task changed, and how certain the change is, as a sentence."""
-    is_fraction = item.num_changed is not None
-    what = "Right answers" if is_fraction else item.metric
+    what = "Right answers" if is_fraction(item) else item.metric
     pair = score_pair(item)
     if pair[0] == pair[1]:
         moved = f"stayed at {pair[0]}"
@@ -41,9 +40,14 @@ def gain(item: TaskComparison) -> str:
     return f"{what} {moved} on {_questions(item)}{_certainty(item)}."
 
 
+def is_fraction(item: TaskComparison) -> bool:
+    """Return whether the score is a fraction of right answers, which is shown in percent."""
+    return item.num_changed is not None
+
+
 def score_pair(item: TaskComparison) -> tuple[str, str]:
     """Return both scores as text: fractions of right answers in percent, others as numbers."""
-    if item.num_changed is None:
+    if not is_fraction(item):
         return number(item.base), number(item.tuned)
     digits = _digits(item.tuned - item.base)
     return f"{100 * item.base:.{digits}f} %", f"{100 * item.tuned:.{digits}f} %"
@@ -51,19 +55,19 @@ def score_pair(item: TaskComparison) -> tuple[str, str]:
 
 def change_text(item: TaskComparison, value: float) -> str:
     """Return a change of a score with its sign: in points of percent, or as a number."""
-    if item.num_changed is None:
+    if not is_fraction(item):
         return signed(value, 3)
     return f"{100 * value:+.{_digits(value)}f}"
 
 
 def with_unit(item: TaskComparison) -> str:
     """Return the change of a comparison with its unit: points, or the metric."""
-    unit = "points" if item.num_changed is not None else item.metric
+    unit = "points" if is_fraction(item) else item.metric
     return f"{change_text(item, item.change)} {unit}"
 
 
 def _certainty(item: TaskComparison) -> str:
-    unit = " points" if item.num_changed is not None else ""
+    unit = " points" if is_fraction(item) else ""
     sign = 1 if item.higher_is_better else -1
     if item.outcome == "better":
         bound = change_text(item, sign * _towards_zero(item, item.lower))
@@ -80,7 +84,7 @@ def _certainty(item: TaskComparison) -> str:
 
 def _towards_zero(item: TaskComparison, value: float) -> float:
     """Return a bound rounded to what is shown, never to a larger change than was proven."""
-    if item.num_changed is None:
+    if not is_fraction(item):
         return value
     steps = 100 * 10 ** _digits(value)
     return math.copysign(math.floor(abs(value) * steps + 1e-9) / steps, value)

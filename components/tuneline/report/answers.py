@@ -6,7 +6,7 @@ from html import escape
 from tuneline.artifacts import TaskComparison
 from tuneline.html.page import Cell, paragraph, todo
 from tuneline.html.units import percent
-from tuneline.records.in_words import with_unit
+from tuneline.records.in_words import is_fraction, score_pair, with_unit
 from tuneline.report.comparison import recommend
 from tuneline.report.records import Line
 from tuneline.verdict import mean_of_guards, rule_of
@@ -33,11 +33,16 @@ def safety(line: Line) -> list[str]:
         limit = rule_of(line.decision).max_regression
         changed = ", ".join(_changed(item) for item in guards[:4])
         others = f" and {len(guards) - 4} more" if len(guards) > 4 else ""
-        loss = "a loss" if len(guards) == 1 else "a mean loss"
-        excluded = "is" if lower > -limit else "is not"
+        tasks = "Other task" if len(guards) == 1 else "Other tasks"
+        mean = "" if len(guards) == 1 else " on average"
+        loss = _loss(guards, limit)
         sentences.append(
-            f"Other tasks: {changed}{others}. With 95 % confidence, {loss} of {limit:g} {excluded} "
-            "excluded."
+            f"{tasks}: {changed}{others}. "
+            + (
+                f"With 95 % confidence, the loss{mean} is smaller than {loss}."
+                if lower > -limit
+                else f"A loss of {loss}{mean} cannot be ruled out with 95 % confidence."
+            )
         )
     else:
         sentences.append(
@@ -46,10 +51,10 @@ def safety(line: Line) -> list[str]:
         )
     control = next((item for item in comparisons if item.role == "control"), None)
     if control is not None and control.outcome != "worse":
-        sentences.append("It still reads its prompts (control task).")
+        sentences.append("The tuned model still depends on its prompts (control task).")
     sentences.append(
-        f"The merged model is the one that was trained: at {percent(merge.top1_agreement)} of the "
-        "positions both find the same token most likely."
+        f"Merging kept what was learnt: at {percent(merge.top1_agreement)} of the positions, the "
+        "merged model predicts the same token as the base model with the adapter."
     )
     leaked = [
         f"{found.num_found} of {found.num_questions} questions of {name}"
@@ -82,9 +87,11 @@ def _next(line: Line) -> str:
     else:
         pairs.append(("Publishes to", _code(line.target)))
     uses = recommend(line.decision.kept(line.exports))
-    best = "; ".join(f"{each} ({', '.join(uses[each])})" for each in uses if uses[each])
+    best = [
+        f"<div><code>{each}</code>: {', '.join(uses[each])}</div>" for each in uses if uses[each]
+    ]
     if best:
-        pairs.append(("Which export to take", best))
+        pairs.append(("Which export to take", Cell("".join(best))))
     if place.is_local and not is_held:
         longer = f"train.max_steps={2 * line.training.num_steps}"
         pairs.append(("Train longer", _code(f"tuneline resume {name} --set {longer}")))
@@ -103,8 +110,18 @@ def _next(line: Line) -> str:
 
 
 def _changed(item: TaskComparison) -> str:
-    """Return a task with its change, e.g. "boolq -2 points (worse)"."""
-    return f"{item.task} {with_unit(item)} ({item.outcome})"
+    """Return a task with its change, e.g. "boolq -2.0 points (worse)" or "x 9.8 \u2192 9.7"."""
+    moved = with_unit(item) if is_fraction(item) else " \u2192 ".join(score_pair(item))
+    outcome = "no clear change" if item.outcome == "undecided" else item.outcome
+    return f"{item.task} {moved} ({outcome})"
+
+
+def _loss(guards: list[TaskComparison], limit: float) -> str:
+    """Return the limit of a loss with its unit, if all guards have the same one."""
+    if all(is_fraction(item) for item in guards):
+        return f"{100 * limit:g} points"
+    metrics = {item.metric for item in guards}
+    return f"{limit:g} {metrics.pop()}" if len(metrics) == 1 else f"{limit:g}"
 
 
 def _code(text: str) -> Cell:

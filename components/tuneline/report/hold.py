@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tuneline.artifacts import PREFERENCE_METHODS, TaskComparison, TrainingSummary
 from tuneline.html.page import Cell, paragraph, section, table
-from tuneline.html.units import count, number, percent
+from tuneline.html.units import count, number, number_pair, percent
 from tuneline.records.in_words import with_unit
 from tuneline.records.scores import HELDOUT_PREFIX
 from tuneline.report.records import Line
@@ -109,8 +109,8 @@ def _too_few_questions(item: TaskComparison, min_gain: float) -> Iterator[Cause]
             rounded = 50 * -(-int(rows) // 50)
             yield Cause(
                 "Too few questions",
-                f"{item.task} changed by {with_unit(item)} on {item.num_samples} "
-                f"questions. If that is the true gain, about {count(rounded)} questions prove it.",
+                f"{item.task} changed by {with_unit(item)} on {item.num_samples} questions. If "
+                f"that is the true gain, about {count(rounded)} questions would prove it.",
                 words,
                 (f"{key}={rounded}",),
             )
@@ -152,28 +152,31 @@ def _training(line: Line) -> Iterator[Cause]:
     is_preference = training.method in PREFERENCE_METHODS
     if first is not None and last is not None and last >= first and not is_preference:
         rate = training.learning_rate
+        before, after = number_pair(first, last)
         yield Cause(
             "Training did not help",
-            f"The evaluation loss was {number(first)} before training and {number(last)} after "
+            f"The evaluation loss was {before} before training and {after} after "
             f"{count(steps)} steps"
             + (f", at a learning rate of {rate:g}." if rate is not None else "."),
             "Lower the learning rate.",
             _lower_rate(training, 5),
         )
     elif lowest is not None and last is not None and last > (1 + RISE) * lowest[1]:
+        before, after = number_pair(lowest[1], last)
         yield Cause(
             "Overfitting",
-            f"The evaluation loss rose from {number(lowest[1])} at step {count(lowest[0])} to "
-            f"{number(last)} at step {count(losses[-1][0])}. The adapter of the lowest loss was "
+            f"The evaluation loss rose from {before} at step {count(lowest[0])} to "
+            f"{after} at step {count(losses[-1][0])}. The adapter of the lowest loss was "
             "kept.",
             "Add rows, or let the adapter memorise less: fewer steps, dropout, a lower rank.",
             (f"train.max_steps={max(1, lowest[0])}", "train.lora.lora_dropout=0.05"),
         )
     elif len(losses) > 1 and last is not None and losses[-2][1] > (1 + STILL_FALLING) * last:
+        before, after = number_pair(losses[-2][1], last)
         yield Cause(
             "Too few steps",
-            f"The evaluation loss was still falling at the end: {number(losses[-2][1])} at step "
-            f"{count(losses[-2][0])}, {number(last)} at step {count(losses[-1][0])}.",
+            f"The evaluation loss was still falling at the end: {before} at step "
+            f"{count(losses[-2][0])}, {after} at step {count(losses[-1][0])}.",
             "Train longer.",
             (f"train.max_steps={2 * steps}",),
         )

@@ -1,14 +1,14 @@
 """The first sections of a run's page: verdict, figures, and the diagram of the steps."""
 
-from tuneline.artifacts import Published, TrainingSummary
+from tuneline.artifacts import Published, TaskComparison, TrainingSummary
 from tuneline.html.flow import Status
 from tuneline.html.page import banner, line_diagram, section, tiles
-from tuneline.html.units import count, duration, number, parameters, size
-from tuneline.records.in_words import change_text, score_pair, verdict_sentence
+from tuneline.html.units import count, duration, number, number_pair, parameters, size
+from tuneline.records.in_words import change_text, is_fraction, score_pair, verdict_sentence
 from tuneline.report.line import stages
 from tuneline.report.records import Line
 from tuneline.report.scores import answer_pairs
-from tuneline.training_figures import weights_of_training
+from tuneline.training_figures import loss_unit, weights_of_training
 
 SHORT_ANSWER = 40
 """Characters up to which a reference counts as short, so that a right answer equals it."""
@@ -33,8 +33,8 @@ def _publishing(line: Line) -> str:
     if place.published is not None:
         return f"Published to {line.target}: {_repositories(place.published)}{without}."
     return (
-        f"When this page was written, the step publish had yet to upload it to {line.target}"
-        f"{without}; the state of that step says whether it has."
+        "This page was written before the model was published. The step publish uploads it to "
+        f"{line.target}{without}."
     )
 
 
@@ -78,28 +78,35 @@ def headline(line: Line) -> str:
     if first:
         base, tuned = score_pair(first)
         base = base.removesuffix(" %")
-        unit = " points" if first.num_changed is not None else ""
+        unit = " points" if is_fraction(first) else ""
         low, high = (change_text(first, end) for end in first.change_interval)
         change = change_text(first, first.change)
         shown.append(
             (
-                f"{first.task}, {first.metric}",
+                f"Right answers, {first.task}" if is_fraction(first) else _measured(first),
                 f"{base} \u2192 {tuned}",
                 f"{change}{unit}, 95 % interval {low} to {high}",
             )
         )
     training = line.training
+    unit, steps = loss_unit(training), f"{count(training.num_steps)} steps"
     if training.final_eval_loss is not None:
-        before = number(training.first_eval_loss, 3)
+        before, after = number_pair(training.first_eval_loss, training.final_eval_loss)
         shown.append(
             (
                 f"Evaluation loss, {weights_of_training(training)}",
-                f"{before} \u2192 {number(training.final_eval_loss, 3)}",
-                f"{count(training.num_steps)} steps, {count(training.num_tokens)} tokens",
+                f"{before} \u2192 {after}",
+                ", ".join(filter(None, (unit, steps, f"{count(training.num_tokens)} tokens"))),
             )
         )
     else:
-        shown.append(("Training loss", number(training.final_loss, 3), "last logged"))
+        shown.append(
+            (
+                "Last training loss",
+                number(training.final_loss, 3),
+                ", ".join(filter(None, (unit, steps))),
+            )
+        )
     if kept := line.decision.kept(line.exports):
         smallest = min(kept, key=lambda export: export.num_bytes)
         plural = "s" if len(kept) > 1 else ""
@@ -120,17 +127,27 @@ def headline(line: Line) -> str:
         )
     )
     spent = [
-        text
-        for value, text in (
-            (training.cost, f"{training.cost or 0:,.2f}"),
-            (training.energy_kwh, f"{number(training.energy_kwh, 3)} kWh"),
-            (training.device_hours, f"{number(training.device_hours, 3)} {_hours(training)}"),
+        (label, text)
+        for value, label, text in (
+            (training.cost, "Cost of training, at price_per_hour", f"{training.cost or 0:,.2f}"),
+            (training.energy_kwh, "Energy of training", f"{number(training.energy_kwh, 3)} kWh"),
+            (
+                training.device_hours,
+                "Time of training",
+                f"{number(training.device_hours, 3)} {_hours(training)}",
+            ),
         )
         if value is not None
     ]
     if spent:
-        shown.append(("Training: cost, energy, time", spent[0], ", ".join(spent[1:])))
+        label, text = spent[0]
+        shown.append((label, text, ", ".join(text for _, text in spent[1:])))
     return tiles(shown)
+
+
+def _measured(item: TaskComparison) -> str:
+    """Return a task with its metric, unless the name of the task holds the metric."""
+    return item.task if item.metric in item.task else f"{item.task}, {item.metric}"
 
 
 def _hours(training: TrainingSummary) -> str:

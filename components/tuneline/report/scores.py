@@ -4,9 +4,22 @@ from html import escape
 
 from tuneline.artifacts import TaskComparison
 from tuneline.html.page import Cell, IntervalRow, badge, interval_chart, paragraph, section, table
-from tuneline.html.units import count, number, signed
+from tuneline.html.units import count
+from tuneline.records.in_words import change_text, is_fraction, score_pair
 from tuneline.report.records import Line
 
+_ROLES = {
+    "target": "A target has to improve: its whole interval has to lie on the better side of "
+    "gate.min_gain.",
+    "guard": "Guards must not get worse: with 95 % confidence, their mean loss has to be smaller "
+    "than gate.max_regression.",
+    "member": "A member is a task of a group. The group is judged, not its members.",
+    "control": "A control shows whether the tuned model still reads its prompts.",
+    "prompted": "Prompted compares with the base model that has training rows in its prompt, and "
+    "decides nothing.",
+    "published": "Published compares with the model published last, which must not be better.",
+}
+"""What each role of a comparison means, in the order of the sentences."""
 OUTCOME_TONES = {"better": "good", "worse": "bad", "undecided": "plain"}
 
 
@@ -15,15 +28,14 @@ def scores(line: Line) -> str:
     comparisons = line.decision.comparisons
     by_metric: dict[str, list[TaskComparison]] = {}
     for comparison in comparisons:
-        by_metric.setdefault(comparison.metric, []).append(comparison)
+        unit = " (%)" if is_fraction(comparison) else ""
+        by_metric.setdefault(f"{comparison.metric}{unit}", []).append(comparison)
     charts = [
         interval_chart(
-            [
-                IntervalRow(_label(c), c.base, c.tuned, *c.change_interval, difference=c.change)
-                for c in group
-            ],
+            [_interval_row(c) for c in group],
             x_label=metric if group[0].higher_is_better else f"{metric} (lower is better)",
             higher_is_better=group[0].higher_is_better,
+            whole=_scale(group[0]),
         )
         for metric, group in by_metric.items()
     ]
@@ -31,9 +43,8 @@ def scores(line: Line) -> str:
         [
             Cell(f"{escape(c.title)} {badge(c.role)}"),
             c.metric,
-            number(c.base),
-            number(c.tuned),
-            signed(c.change),
+            *score_pair(c),
+            f"{change_text(c, c.change)}{' points' if is_fraction(c) else ''}",
             interval(c),
             _samples(c),
             badge(c.outcome, OUTCOME_TONES[c.outcome]),
@@ -46,21 +57,27 @@ def scores(line: Line) -> str:
         "Scores before and after training",
         f'<div class="pair">{"".join(charts)}</div>' if len(charts) > 1 else "".join(charts),
         table(headers, rows, numeric=range(2, 7)),
-        paragraph(
-            "Both models answered the same samples: the base model as it was fetched, and the "
-            f"merged model in {line.merge.dtype}. Neither has weights in 4 bits, on which the "
-            "losses of the training may be measured. The change is tuned minus base; in a metric "
-            "where lower is better, a negative change is an improvement. A target has to improve: "
-            "its whole interval has to lie on the better side of gate.min_gain. Guards must not "
-            "get worse: the loss that gate.max_regression names has to be excluded with a "
-            "confidence of 95 %. The tasks of a group are its members, which decide nothing by "
-            "themselves. A control shows whether the tuned model still reads its prompts. Prompted "
-            "compares with the base model that sees training rows in its prompt; it decides "
-            "nothing. Published compares with the model published last, which must not be better. "
-            "Samples with the same question or passage count as one.",
-            muted=True,
-        ),
+        paragraph(" ".join(_explained(line)), muted=True),
     )
+
+
+def _explained(line: Line) -> list[str]:
+    """Return sentences on how to read the table: on the roles that are in it, and no others."""
+    comparisons = line.decision.comparisons
+    roles = {comparison.role for comparison in comparisons}
+    said = [
+        "Both models answered the same samples: the base model as it was fetched, and the merged "
+        f"model in {line.merge.dtype}."
+    ]
+    if line.training.base_quantization != "none":
+        said.append("The losses of the training were measured with a base model in 4 bits.")
+    said.append("The change is tuned minus base.")
+    if not all(comparison.higher_is_better for comparison in comparisons):
+        said.append("In a metric where lower is better, a negative change is an improvement.")
+    said += [text for role, text in _ROLES.items() if role in roles]
+    if any(c.num_clusters != c.num_samples for c in comparisons):
+        said.append("Samples with the same question or passage count as one.")
+    return said
 
 
 def generations(line: Line) -> str:
@@ -98,8 +115,21 @@ def answer_pairs(line: Line) -> list[tuple[str, str, str, str]]:
 
 def interval(comparison: TaskComparison) -> str:
     """Return the 95 % interval of the change of a comparison as text."""
-    low, high = comparison.change_interval
-    return f"[{signed(low, 3)}, {signed(high, 3)}]"
+    low, high = (change_text(comparison, end) for end in comparison.change_interval)
+    return f"[{low}, {high}]"
+
+
+def _scale(comparison: TaskComparison) -> int:
+    return 100 if is_fraction(comparison) else 1
+
+
+def _interval_row(comparison: TaskComparison) -> IntervalRow:
+    """Return the values of a comparison for a chart; fractions of right answers in percent."""
+    c, scale = comparison, _scale(comparison)
+    low, high = c.change_interval
+    return IntervalRow(
+        _label(c), scale * c.base, scale * c.tuned, scale * low, scale * high, scale * c.change
+    )
 
 
 def _samples(comparison: TaskComparison) -> str:

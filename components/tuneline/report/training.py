@@ -1,11 +1,10 @@
 """The sections with the training and its data."""
 
-from tuneline.artifacts import PREFERENCE_METHODS
 from tuneline.html.page import facts, histogram, line_chart, section
 from tuneline.html.units import count, number, percent
 from tuneline.report.records import Line
 from tuneline.runtime.redaction import redacted
-from tuneline.training_figures import training_figures
+from tuneline.training_figures import loss_unit, training_figures
 
 
 def training(line: Line) -> str:
@@ -19,7 +18,7 @@ def training(line: Line) -> str:
     chart = line_chart(
         {name: points for name, points in series.items() if points},
         x_label="step",
-        y_label="loss" if summary.method in PREFERENCE_METHODS else "loss (nats per token)",
+        y_label=f"loss ({unit})" if (unit := loss_unit(summary)) else "loss",
     )
     return section("Training", f'<div class="pair">{chart}{facts(pairs)}</div>')
 

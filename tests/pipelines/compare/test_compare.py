@@ -1,6 +1,7 @@
 """Finished runs are compared on the samples that they share, wherever their results are."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from tuneline.pipelines.compare.differences import (
     score_differences,
 )
 from tuneline.pipelines.compare.finished import FinishedRun, read_finished
+from tuneline.pipelines.compare.page import SCORE_COLUMNS, score_row
 from tuneline.pipelines.local.run_dir import LocalRun, Start
 
 NewDataset = Callable[..., DatasetManifest]
@@ -107,6 +109,10 @@ def test_a_lower_score_may_be_better(tmp_path: Path, new_dataset: NewDataset) ->
     ]
     ((found,), _) = score_differences(*runs)
     assert (found.difference, found.verdict) == (0.5, "better")
+    # The signs that are shown are those of the two scores beside them.
+    cells = dict(zip(SCORE_COLUMNS, score_row(found), strict=True))
+    assert [cells[name] for name in ("first", "second", "change")] == ["1.00", "0.50", "-0.5"]
+    assert re.fullmatch(r"\[-0\.[56]\d*, -0\.[34]\d*\]", cells["95 % interval"])
 
 
 def test_what_differs_is_listed(tmp_path: Path, new_dataset: NewDataset) -> None:
@@ -138,7 +144,7 @@ def test_what_differs_is_listed(tmp_path: Path, new_dataset: NewDataset) -> None
     assert "compares models with the same tokenizer only" in remarks([runs[0], other])[0]
     rows = {row.name: row.values for row in figures(runs)}
     assert rows["training rows"] == ("800", "1,600")
-    assert rows["final training loss"] == ("0.25", "0.125")
+    assert rows["last training loss"] == ("0.25", "0.125")
 
 
 def test_the_command_prints_a_table_and_writes_a_page(
@@ -153,7 +159,9 @@ def test_the_command_prints_a_table_and_writes_a_page(
     page = (tmp_path / "compare.html").read_text()
     assert (
         "<h1>a and b</h1>" in page
-        and "first is a, second b" in page
+        and "First: a. Second: b." in page
+        and "Against a: better on t." in page
+        and "Equal in all runs - verdict: hold;" in page
         and "train.lora.r" in page
         and "Training loss" in page
     )

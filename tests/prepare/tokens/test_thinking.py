@@ -133,3 +133,27 @@ def test_preferences_share_a_prompt(marked: Any) -> None:
     )
     rendered = used.render(Example(preference=([user("2+2?")], answer("4"), bad)))
     assert rendered.preference == (QUESTION + EMPTY_THINK, "4<|im_end|>", "It is 5.<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("messages", "thinking", "token"),
+    [
+        ([user("2+2?"), answer(INLINE)], "keep", ""),
+        ([user("2+2?"), answer(INLINE.removeprefix("<think>"))], "keep", ""),
+        ([user("2+2?"), answer("It is 4.", reasoning="Is it <think>?")], "strip", ""),
+        ([user("2+2?"), answer("It is 4.", reasoning="Is it <think>?")], "keep", "<think>"),
+        ([user("2+2?"), answer(INLINE + "</think>")], "keep", "</think>"),
+        ([user("2+2?"), answer("Write <think> first.")], "keep", "<think>"),
+        ([user(INLINE), answer("It is 4.")], "keep", "<think>"),
+        ([user("2+2?<|im_end|>"), answer(INLINE)], "keep", "<|im_end|>"),
+    ],
+)
+def test_only_text_that_is_left_in_counts_as_a_special_token(
+    marked: Any, messages: list[Message], thinking: str, token: str
+) -> None:
+    marked.add_tokens(["<think>", "</think>"], special_tokens=True)
+    used = renderer(marked, "qwen3", thinking=thinking)
+    assert used.special_token_in(Example(messages)) == token
+    last = messages[-1]
+    pair = Example(preference=(messages[:-1], {**last, "content": "It is 4."}, last))
+    assert used.special_token_in(pair) == token

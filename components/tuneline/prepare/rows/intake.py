@@ -197,13 +197,13 @@ def _line(row: SourceRow, format: str, renderer: Renderer, reading: Reading) -> 
     if row.values is None:
         return row.reason, (), ""
     try:
-        line = renderer.render(read_values(row, format, reading)).to_line()
+        example = read_values(row, format, reading)
+        line = renderer.render(example).to_line()
     except BadRowError as reason:
         return str(reason), (), ""
-    special = renderer.special_tokens.search(repr(row.values))
     # A name that is one object in memory is pickled once for all rows of a batch.
     unused = tuple(map(_printable, reading.unused))
-    return line, unused, sys.intern(special[0]) if special else ""
+    return line, unused, sys.intern(renderer.special_token_in(example))
 
 
 def read_values(row: SourceRow, format: str, reading: Reading) -> Example:

@@ -7,6 +7,7 @@ most templates.
 import datetime
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,12 @@ from tuneline.prepare.tokens.context import check_context
 from tuneline.prepare.tokens.plain import read_plain
 from tuneline.prepare.tokens.probe import compile_template
 from tuneline.prepare.tokens.templates import read_templates
-from tuneline.prepare.tokens.thinking import Thinking, require_reasoning, strip_reasoning
+from tuneline.prepare.tokens.thinking import (
+    Thinking,
+    require_reasoning,
+    split_reasoning,
+    strip_reasoning,
+)
 from tuneline.prepare.tokens.tools import check_tools, shape_calls, shape_tools
 
 
@@ -120,8 +126,7 @@ class Renderer:
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         # The longest first, because one token may begin with another.
         special.sort(key=len, reverse=True)
-        self.special_tokens = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        """Matches the text of a special token, which the tokenizer turns into that token."""
+        self._special_tokens = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self._templates = {
             name: compile_template(tokenizer, text, date)
             for name, text in read_templates(tokenizer).items()
@@ -136,6 +141,37 @@ class Renderer:
     def shows_date(self) -> bool:
         """Whether a template shows the date."""
         return any(template.shows_date for template, _ in self._templates.values())
+
+    def special_token_in(self, example: Example) -> str:
+        """Return the first special token whose text a row's values have; "" if there is none.
+
+        The tokenizer turns such text into the token. Tags around the reasoning of an answer do not
+        count: they were recognised, and the token is what they mean.
+        """
+        for text in self._texts(example):
+            if found := self._special_tokens.search(text):
+                return found[0]
+        return ""
+
+    def _texts(self, example: Example) -> Iterator[str]:
+        """Yield the texts of a row that the model sees."""
+        messages = example.messages or []
+        if example.text is not None:
+            yield example.text
+        elif example.preference is not None:
+            messages = [*example.preference[0], *example.preference[1:]]
+        elif example.judged is not None:
+            messages = [*example.judged[0], example.judged[1]]
+        for message in messages:
+            content, reasoning = message["content"], ""
+            if message["role"] == "assistant":
+                reasoning, content = split_reasoning(message)
+            yield content
+            if self._thinking != "strip":
+                yield reasoning
+            # The values of calls and definitions are JSON, so their text is searched as a whole.
+            yield repr([message.get(key) for key in ("tool_calls", "name")])
+        yield repr([example.tools, example.choices])
 
     def render(self, example: Example) -> Rendered:
         """Return the row as text.

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tuneline.artifacts import PREFERENCE_METHODS, TrainingPoint, TrainingSummary
+from tuneline.artifacts import TrainingPoint, TrainingSummary
 from tuneline.html.page import facts, line_chart, render_page, section, table
 from tuneline.train.observe.samples import Sample
-from tuneline.training_figures import training_figures
+from tuneline.training_figures import loss_unit, training_figures
 
 # Charts of progress.jsonl: key, heading, unit, and the divisor that converts a value to the unit.
 _MEASURED = (
@@ -37,7 +37,7 @@ def render(
             line_chart(
                 {name: points for name, points in losses.items() if points},
                 x_label="step",
-                y_label="loss" if summary.method in PREFERENCE_METHODS else "loss (nats per token)",
+                y_label=f"loss ({unit})" if (unit := loss_unit(summary)) else "loss",
             ),
         )
     ]

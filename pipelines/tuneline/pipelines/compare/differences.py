@@ -40,9 +40,21 @@ class ScoreDifference:
     """Improvement from the first run to the second; positive is better."""
     interval: tuple[float, float]
     """95 % interval of the difference."""
+    higher_is_better: bool
     num_common: int
     num_samples: tuple[int, int]
     """Samples of the first and of the second run."""
+
+    @property
+    def change(self) -> float:
+        """Second minus first score, with the sign of that subtraction."""
+        return self.difference if self.higher_is_better else -self.difference
+
+    @property
+    def change_interval(self) -> tuple[float, float]:
+        """95 % interval of `change`."""
+        low, high = self.interval
+        return (low, high) if self.higher_is_better else (-high, -low)
 
     @property
     def verdict(self) -> str:
@@ -80,10 +92,10 @@ def figures(runs: Sequence[FinishedRun]) -> list[Difference]:
         row("held-out rows", (count(run.dataset.num_heldout_rows) for run in runs)),
         row("training tokens", (count(run.dataset.num_tokens) for run in runs)),
         row("optimizer steps", (count(run.training.num_steps) for run in runs)),
-        row("final training loss", (number(run.training.final_loss) for run in runs)),
+        row("last training loss", (number(run.training.final_loss) for run in runs)),
         row("final evaluation loss", (number(run.training.final_eval_loss) for run in runs)),
         row("device hours", (number(run.training.device_hours) for run in runs)),
-        row("cost", (number(run.training.cost) for run in runs)),
+        row("cost, at price_per_hour", (number(run.training.cost) for run in runs)),
         row("exports", (_exports(run) for run in runs)),
     ]
 
@@ -148,6 +160,7 @@ def _compare(
         second=float(np.average(scores[1], weights=weights)),
         difference=float(result.difference[0]),
         interval=(float(result.low[0]), float(result.high[0])),
+        higher_is_better=score.higher_is_better,
         num_common=len(common),
         num_samples=(len(first.samples[task]), len(second.samples[task])),
     )

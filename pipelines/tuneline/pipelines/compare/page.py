@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from tuneline.html.charts import line_chart
-from tuneline.html.page import paragraph, render_page, section, table
-from tuneline.html.units import number, signed
+from tuneline.html.page import banner, paragraph, render_page, section, table
+from tuneline.html.units import number_pair, signed
 from tuneline.pipelines.compare.differences import (
     Difference,
     ScoreDifference,
@@ -13,13 +13,14 @@ from tuneline.pipelines.compare.differences import (
     remarks,
 )
 from tuneline.pipelines.compare.finished import FinishedRun
+from tuneline.training_figures import loss_unit
 
 SCORE_COLUMNS = (
     "task",
     "metric",
     "first",
     "second",
-    "difference",
+    "change",
     "95 % interval",
     "samples",
     "result",
@@ -28,16 +29,16 @@ SCORE_COLUMNS = (
 
 def score_row(found: ScoreDifference) -> list[str]:
     """Return the cells of a comparison of two scores, in the order of SCORE_COLUMNS."""
+    low, high = found.change_interval
     samples = str(found.num_common)
     if found.num_samples != (found.num_common, found.num_common):
         samples += f" of {found.num_samples[0]} and {found.num_samples[1]}"
     return [
         found.task,
         found.metric,
-        number(found.first),
-        number(found.second),
-        signed(found.difference),
-        f"[{signed(found.interval[0])}, {signed(found.interval[1])}]",
+        *number_pair(found.first, found.second),
+        signed(found.change, 3),
+        f"[{signed(low, 3)}, {signed(high, 3)}]",
         samples,
         found.verdict,
     ]
@@ -54,24 +55,37 @@ def render_comparison(
     """
     first = runs[0].name
     names = [run.name for run in runs]
-    cards = []
+    cards, lead = [], ""
     for run, (found, remark) in zip(runs[1:], scores, strict=True):
         # Tables of prose are stacked on a phone, where the others would hide columns.
         parts = [table(SCORE_COLUMNS, [score_row(each) for each in found], prose=True)]
         parts += [paragraph(remark, muted=True)] if remark else []
+        lead += banner(run.name, _result(found, first))
         note = (
-            f"first is {first}, second {run.name}; tuned models, on the samples that both runs "
-            "have; a positive difference is better"
+            f"Scores of the tuned models on the samples that both runs have. First: {first}. "
+            f"Second: {run.name}. The change is second minus first."
         )
         cards.append(section(f"{run.name} against {first}", *parts, note=note))
     differing = recipe_differences(runs)
     cards.append(
         section("What differs in the recipes", _table(differing, names))
         if differing
-        else section("What differs in the recipes", paragraph("nothing"))
+        else section("What differs in the recipes", paragraph("Nothing differs."))
     )
-    said = [paragraph(remark, muted=True) for remark in remarks(runs)]
-    cards.append(section("What came of it", _table(figures(runs), names), *said))
+    shown = figures(runs)
+    apart = [row for row in shown if len(set(row.values)) > 1]
+    said = [_table(apart, names)] if apart else []
+    # "-" stands for what no run has.
+    equal = [row for row in shown if row not in apart and row.values[0] != "-"]
+    if equal:
+        same = "; ".join(f"{row.name}: {row.values[0]}" for row in equal)
+        said.append(paragraph(f"Equal in all runs - {same}.", muted=True))
+    said += [paragraph(remark, muted=True) for remark in remarks(runs)]
+    cards.append(section("Data, training and exports", *said))
+    units = {loss_unit(run.training) for run in runs}
+    unit = units.pop() if len(units) == 1 else ""
+    label = f"loss ({unit})" if unit else "loss"
+    charts = []
     for title, key in (("Training loss", "loss"), ("Evaluation loss", "eval_loss")):
         series = {
             run.name: [
@@ -82,9 +96,23 @@ def render_comparison(
             for run in runs
         }
         if any(series.values()):
-            cards.append(section(title, line_chart(series, x_label="step", y_label="loss")))
+            charts.append(line_chart(series, x_label="step", y_label=label, title=title))
+    if charts:
+        cards.append(section("Loss", f'<div class="pair">{"".join(charts)}</div>'))
     title = f"{', '.join(names[:-1])} and {names[-1]}"
-    return render_page(title, cards, subtitle="Comparison of runs")
+    return render_page(title, cards, subtitle="Comparison of runs", lead=lead)
+
+
+def _result(found: Sequence[ScoreDifference], first: str) -> str:
+    """Return in a sentence on which tasks a run is better or worse than the first."""
+    if not found:
+        return f"It has no samples in common with {first}, so no scores can be compared."
+    said = {
+        verdict: [each.task for each in found if each.verdict == verdict]
+        for verdict in ("better", "worse", "no clear difference")
+    }
+    parts = [f"{verdict} on {', '.join(tasks)}" for verdict, tasks in said.items() if tasks]
+    return f"Against {first}: {'; '.join(parts)}."
 
 
 def _table(rows: Sequence[Difference], names: list[str]) -> str:
