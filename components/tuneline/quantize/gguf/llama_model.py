@@ -129,12 +129,15 @@ class LlamaFile:
         """Return whether llama.cpp stops generating after `token`."""
         return bool(self._api.llama_vocab_is_eog(self._vocab, token))
 
-    def render(self, messages: list[dict[str, str]], *, for_answer: bool = True) -> str:
+    def render(
+        self, messages: list[dict[str, str]], *, for_answer: bool = True, **variables: object
+    ) -> str:
         """Return a conversation rendered by the file's chat template.
 
         Args:
             messages: the conversation.
             for_answer: whether to end with the generation prompt.
+            variables: further variables of the template, e.g. enable_thinking.
 
         Raises:
             ValueError: the template rejects the conversation.
@@ -146,7 +149,7 @@ class LlamaFile:
             add_generation_prompt=for_answer,
         )
         try:
-            return formatter(messages=messages).prompt  # type: ignore[arg-type]
+            return formatter(messages=messages, **variables).prompt  # type: ignore[arg-type]
         except REFUSALS as error:
             raise ValueError(str(error)) from error
 

@@ -214,6 +214,9 @@ def _parameters(model_dir: Path) -> dict[str, float]:
     for name in _SAMPLING:
         if sampling.get(name) is not None:
             parameters[_NAMES.get(name, name)] = sampling[name]
+    if (sampling.get("repetition_penalty") or 1.0) != 1.0:
+        # In transformers the penalty concerns the whole text. Ollama's default is 64 tokens.
+        parameters["repeat_last_n"] = -1
     return parameters
 
 
