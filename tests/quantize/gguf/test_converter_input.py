@@ -116,7 +116,7 @@ def test_llama_cpp_samples_as_transformers(
     with converter_input.complete(model_dir) as directory:
         given = json.loads((directory / FILE).read_text())
     assert own.items() <= given.items()
-    added = {"min_p": 0.0, "penalty_last_n": -1}
+    added = {"min_p": 0.0, "penalty_last_n": 8192}
     assert (added.items() <= given.items()) == is_added == (given != own)
     order = ["penalties", "temperature", "top_k", "top_p", "min_p"]
     assert given.get("sequence", "").split(";") == (order if is_added else [""])

@@ -348,7 +348,7 @@ def test_the_modelfile(f16_file: Path, reference: Reference, tmp_path: Path) -> 
         "PARAMETER num_ctx 2048\n"
         "PARAMETER temperature 0.6\n"
         "PARAMETER repeat_penalty 1.1\n"
-        "PARAMETER repeat_last_n -1\n"
+        "PARAMETER repeat_last_n 2048\n"
     )
     # The Hub's bridge to Ollama reads no Modelfile.
     params = json.loads((f16_file.parent / "params").read_text())
@@ -357,7 +357,7 @@ def test_the_modelfile(f16_file: Path, reference: Reference, tmp_path: Path) -> 
         "num_ctx": 2048,
         "temperature": 0.6,
         "repeat_penalty": 1.1,
-        "repeat_last_n": -1,
+        "repeat_last_n": 2048,
     }
     template = (f16_file.parent / "template").read_text()
     assert f'TEMPLATE """{template}"""' in (f16_file.parent / MODELFILE).read_text()

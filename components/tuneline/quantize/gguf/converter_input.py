@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.models.sampling import FILE, is_greedy
+from tuneline.quantize.formats import MAX_CONTEXT
 
 PIECES_FILE = "tokenizer.model"
 
@@ -31,12 +32,13 @@ _IN_CONFIG: dict[str, dict[str, Any]] = {
 
 _SAMPLING: dict[str, Any] = {
     "min_p": 0.0,
-    "penalty_last_n": -1,
+    "penalty_last_n": MAX_CONTEXT,
     "sequence": "penalties;temperature;top_k;top_p;min_p",
 }
 """What transformers does when it samples, under the converter's names. Without these values,
 llama.cpp drops tokens below 0.05 of the highest probability, penalises repetitions of the last 64
-tokens only, and applies the temperature last."""
+tokens only, and applies the temperature last. (-1 for the whole text, which older versions
+understand, is refused by llama-server of 2026-10.)"""
 
 # Types of a piece in sentencepiece's ModelProto.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
