@@ -2,9 +2,9 @@
 
 import codecs
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self, cast
 
 import llama_cpp
@@ -130,7 +130,11 @@ class LlamaFile:
         return bool(self._api.llama_vocab_is_eog(self._vocab, token))
 
     def render(
-        self, messages: list[dict[str, str]], *, for_answer: bool = True, **variables: object
+        self,
+        messages: list[dict[str, str]],
+        *,
+        for_answer: bool = True,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """Return a conversation rendered by the file's chat template.
 

@@ -126,7 +126,7 @@ def server_notes(loaded: LlamaFile) -> list[str]:
         for name, (value, note) in SERVER_VARIABLES.items()
         if default
         != [
-            _text_or_refusal(partial(loaded.render, **{name: value}), messages)
+            _text_or_refusal(partial(loaded.render, variables={name: value}), messages)
             for messages in conversations
         ]
     ]
