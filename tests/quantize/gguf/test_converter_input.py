@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 from transformers import LlamaTokenizer
 
+from tuneline.models.sampling import FILE, Preset, set_sampling
 from tuneline.quantize.gguf import converter, converter_input
 from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.proof import probes
@@ -102,3 +103,20 @@ def test_phi_4_is_known_by_its_tokens(tiny_model_dir: Path, tmp_path: Path) -> N
     with LlamaFile(tmp_path / "model.gguf", num_context=64) as loaded:
         assert len(loaded.tokenise("How many Mi are 3Gi?")) > 3
     assert json.loads((path / "tokenizer_config.json").read_text()) == settings
+
+
+@pytest.mark.parametrize(("preset", "is_added"), [("greedy", False), ("balanced", True)])
+def test_llama_cpp_samples_as_transformers(
+    merged_dir: Path, tmp_path: Path, preset: Preset, is_added: bool
+) -> None:
+    model_dir = tmp_path / "merged"
+    shutil.copytree(merged_dir, model_dir, ignore=shutil.ignore_patterns("*.safetensors"))
+    set_sampling(model_dir, preset)
+    own = json.loads((model_dir / FILE).read_text())
+    with converter_input.complete(model_dir) as directory:
+        given = json.loads((directory / FILE).read_text())
+    assert own.items() <= given.items()
+    added = {"min_p": 0.0, "penalty_last_n": 8192}
+    assert (added.items() <= given.items()) == is_added == (given != own)
+    order = ["penalties", "temperature", "top_k", "top_p", "min_p"]
+    assert given.get("sequence", "").split(";") == (order if is_added else [""])

@@ -348,6 +348,7 @@ def test_the_modelfile(f16_file: Path, reference: Reference, tmp_path: Path) -> 
         "PARAMETER num_ctx 2048\n"
         "PARAMETER temperature 0.6\n"
         "PARAMETER repeat_penalty 1.1\n"
+        "PARAMETER repeat_last_n 2048\n"
     )
     # The Hub's bridge to Ollama reads no Modelfile.
     params = json.loads((f16_file.parent / "params").read_text())
@@ -356,6 +357,7 @@ def test_the_modelfile(f16_file: Path, reference: Reference, tmp_path: Path) -> 
         "num_ctx": 2048,
         "temperature": 0.6,
         "repeat_penalty": 1.1,
+        "repeat_last_n": 2048,
     }
     template = (f16_file.parent / "template").read_text()
     assert f'TEMPLATE """{template}"""' in (f16_file.parent / MODELFILE).read_text()
@@ -393,3 +395,19 @@ def test_a_context_that_changes_no_angles(tmp_path: Path) -> None:
     settings["rope_scaling"] = {"rope_type": "llama3"}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert modelfile.context_length(tmp_path) == 8192
+
+
+def test_what_llama_server_adds_to_a_prompt_is_noted(f16_dir: Path) -> None:
+    thinks = "{% if enable_thinking %}<think>{% endif %}"
+    dated = "{{ date_string if date_string is defined else '26 Jul 2024' }}"
+    # Qwen3's way: thinking is the default, so the server's value changes nothing.
+    default = "{% if enable_thinking is defined and not enable_thinking %}</think>{% endif %}"
+    with LlamaFile(f16_dir / "model-F16.gguf", num_context=16, vocab_only=True) as loaded:
+        found = {}
+        for name, text in {"thinks": thinks, "dated": dated, "default": default}.items():
+            loaded.chat_template = CHATML + text
+            found[name] = gguf_proof.server_notes(loaded)
+    notes = {name: [note] for name, (_, note) in gguf_proof.SERVER_VARIABLES.items()}
+    assert found == {
+        "thinks": notes["enable_thinking"], "dated": notes["date_string"], "default": [],
+    }  # fmt: skip

@@ -6,6 +6,7 @@ For some families the converter reads other files and names:
     tokenizer.model    the pieces of a sentencepiece vocabulary, from which tokenizer.json was made
     tokenizer_class    in tokenizer_config.json: GPT2Tokenizer tells Phi-4 from Phi-3
     config.json        settings that the original models have, see `_IN_CONFIG`
+    generation_config.json   how to sample, see `_SAMPLING`
 
 All follow from what is there. Texts and logits are compared after the conversion, as for any model.
 """
@@ -17,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tuneline.models.sampling import FILE, is_greedy
+from tuneline.quantize.formats import MAX_CONTEXT
 from tuneline.runtime.scratch import scratch_directory
 
 PIECES_FILE = "tokenizer.model"
@@ -26,6 +29,16 @@ _IN_CONFIG: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"scoring_func": "sigmoid"},
 }
 """Settings that the converter needs by model type; transformers computes the same without them."""
+
+_SAMPLING: dict[str, Any] = {
+    "min_p": 0.0,
+    "penalty_last_n": MAX_CONTEXT,
+    "sequence": "penalties;temperature;top_k;top_p;min_p",
+}
+"""What transformers does when it samples, under the converter's names. Without these values,
+llama.cpp drops tokens below 0.05 of the highest probability, penalises repetitions of the last 64
+tokens only, and applies the temperature last. (-1 for the whole text, which older versions
+understand, is refused by llama-server of 2026-10.)"""
 
 # Types of a piece in sentencepiece's ModelProto.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -60,6 +73,9 @@ def _missing_files(model_dir: Path) -> dict[str, bytes]:
     settings = _IN_CONFIG.get(str(model_type), {})
     if not settings.items() <= config.items():
         missing["config.json"] = json.dumps({**config, **settings}).encode()
+    sampling = _json(model_dir / FILE) if (model_dir / FILE).is_file() else {}
+    if not is_greedy(sampling):
+        missing[FILE] = json.dumps({**_SAMPLING, **sampling}).encode()
     tokenizer_file, tokenizer_settings = "tokenizer.json", "tokenizer_config.json"
     if not (model_dir / tokenizer_file).is_file() or (model_dir / PIECES_FILE).is_file():
         return missing

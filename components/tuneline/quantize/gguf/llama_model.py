@@ -2,9 +2,9 @@
 
 import codecs
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import llama_cpp
@@ -132,12 +132,19 @@ class LlamaFile:
         """Return whether llama.cpp stops generating after `token`."""
         return bool(self._api.llama_vocab_is_eog(self._vocab, token))
 
-    def render(self, messages: list[dict[str, str]], *, for_answer: bool = True) -> str:
+    def render(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        for_answer: bool = True,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         """Return a conversation rendered by the file's chat template.
 
         Args:
             messages: the conversation.
             for_answer: whether to end with the generation prompt.
+            variables: further variables of the template, e.g. enable_thinking.
 
         Raises:
             ValueError: the template rejects the conversation.
@@ -149,7 +156,7 @@ class LlamaFile:
             add_generation_prompt=for_answer,
         )
         try:
-            return formatter(messages=messages).prompt  # type: ignore[arg-type]
+            return formatter(messages=messages, **variables).prompt  # type: ignore[arg-type]
         except REFUSALS as error:
             raise ValueError(str(error)) from error
 

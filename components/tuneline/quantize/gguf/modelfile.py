@@ -214,6 +214,10 @@ def _parameters(model_dir: Path) -> dict[str, float]:
     for name in _SAMPLING:
         if sampling.get(name) is not None:
             parameters[_NAMES.get(name, name)] = sampling[name]
+    if (sampling.get("repetition_penalty") or 1.0) != 1.0:
+        # In transformers the penalty concerns the whole text. Ollama's default is 64 tokens. It
+        # hands -1, its word for the whole context, to llama-server, which refuses it.
+        parameters["repeat_last_n"] = parameters["num_ctx"]
     return parameters
 
 

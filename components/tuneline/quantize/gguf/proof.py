@@ -5,6 +5,7 @@ quantised file nevertheless, because people download these files.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,21 @@ from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.proof import probes, quality
 from tuneline.quantize.proof.generation import Generation
 from tuneline.quantize.proof.reference import BUILT_IN_PROMPT, Reference, Wording
+
+SERVER_VARIABLES = {
+    "enable_thinking": (
+        True,
+        "llama-server sets enable_thinking, with which the chat template renders another prompt "
+        "than by default: start it with --reasoning off to get the default prompt",
+    ),
+    "date_string": (
+        "1 Jan 2000",
+        "llama-server writes today's date into prompts, where the chat template by default writes "
+        "a fixed one",
+    ),
+}
+"""Variables that llama-server hands to every chat template: a value, and a note for users of a
+template that renders another prompt with it. transformers and vLLM do not set them."""
 
 
 def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dict[str, Any]:
@@ -95,7 +111,25 @@ def check_wording(loaded: LlamaFile, reference: Wording) -> tuple[int, int, list
     num_conversations = check_template(loaded, reference)
     check_prompts(loaded, reference)
     stop_note = check_stop_tokens(loaded, reference)
-    return len(texts), num_conversations, [stop_note] if stop_note else []
+    notes = [*([stop_note] if stop_note else []), *server_notes(loaded)]
+    return len(texts), num_conversations, notes
+
+
+def server_notes(loaded: LlamaFile) -> list[str]:
+    """Return notes on prompts that llama-server renders differently from the template's default."""
+    if not loaded.chat_template:
+        return []
+    conversations = probes.conversations()
+    default = [_text_or_refusal(loaded.render, messages) for messages in conversations]
+    return [
+        note
+        for name, (value, note) in SERVER_VARIABLES.items()
+        if default
+        != [
+            _text_or_refusal(partial(loaded.render, variables={name: value}), messages)
+            for messages in conversations
+        ]
+    ]
 
 
 def check_tokenizer(
