@@ -19,6 +19,7 @@ from tuneline.artifacts import (
     TrainingSummary,
 )
 from tuneline.kinds import RepoKind
+from tuneline.placement import PlacementConfig
 from tuneline.publish.allowed import may_be_published
 from tuneline.publish.card import model_card
 from tuneline.publish.card_parts import CARD_FILE, join_card, split_card
@@ -30,6 +31,8 @@ from tuneline.record import Record, files_below, hash_files, sha256_of_file
 from tuneline.recorded_recipe import RecordedRecipe
 from tuneline.records.earlier import EVALUATED_KEY
 from tuneline.seals import sealed_json
+from tuneline.serving.manifests import Model, Repo, public_placement, serving_files
+from tuneline.serving.storage import storage_uri
 from tuneline.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -137,7 +140,9 @@ def _stage_one(
     # Checked before publish adds its own files, which no record has.
     hashes = hash_files(folder, leave_out=set())
     check_unchanged(files, hashes)
-    for relative, text in _modelfiles(repo).items():
+    ours = _modelfiles(repo) | serving_files_of(sources, repo)
+    for relative, text in ours.items():
+        (folder / relative).parent.mkdir(exist_ok=True)
         (folder / relative).write_bytes(text.encode())
         hashes[relative] = hashlib.sha256(text.encode()).hexdigest()
     card = join_card(model_card(sources, repo, family=family, config=config, recipe=recipe))
@@ -168,6 +173,28 @@ def _stage_one(
         marker[EVALUATED_KEY] = sources.evaluated
     (folder / MARKER_FILE).write_text(sealed_json(marker), encoding="utf-8")
     return StagedRepo(repo.name, repo.kind, folder, tuple(left_out))
+
+
+def serving_files_of(
+    sources: Sources, repo: Repository, *, uri: str | None = None
+) -> dict[str, str]:
+    """Return the InferenceServices of a repository, by their paths in it.
+
+    Args:
+        sources: the artifacts.
+        repo: the repository.
+        uri: storage URI of the repository, for the files of those who ran the pipeline, which have
+            the recipe's placement. None: for the repository itself, without names of a cluster.
+    """
+    placement = PlacementConfig.parse((sources.header.model_extra or {}).get("placement") or {})
+    model = Model(sources.origin, sources.merge, sources.adapter_dir, sources.merged_dir)
+    exports = {
+        "." if repo.traits.has_repo_per_format else _file_name(repo, export): (path, export)
+        for path, export in repo.exports.items()
+    }
+    place = uri or storage_uri(repo.name)
+    served = Repo(repo.short_name, repo.kind, place, exports)
+    return serving_files(model, served, placement if uri else public_placement(placement))
 
 
 def _files_of(sources: Sources, repo: Repository) -> dict[str, StoredFile]:
