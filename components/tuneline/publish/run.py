@@ -10,8 +10,8 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
 
 from tuneline.artifacts import Decision, Published, RunHeader, new_directory
 from tuneline.errors import CredentialsError, StorageError, UserError
@@ -19,13 +19,11 @@ from tuneline.publish.config import PublishConfig
 from tuneline.publish.directory import write_tree
 from tuneline.publish.hub import push
 from tuneline.publish.proven import check_verdict
-from tuneline.publish.sources import Repository, Sources, repositories
-from tuneline.publish.staging import serving_files_of, stage
+from tuneline.publish.sources import Sources
+from tuneline.publish.staging import stage, write_serving
 from tuneline.publish.target import DIRECTORY_PREFIX, check_target
 from tuneline.recorded_recipe import recorded_recipe
 from tuneline.runtime.termination import Ending, leave
-from tuneline.serving.manifests import FOLDER
-from tuneline.serving.storage import storage_uri
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +128,7 @@ def run(
             held_exports=held,
             seconds=round(time.monotonic() - started, 3),
         )
-        _write_serving(sources, repositories(sources, name), record, record_dir)
+        write_serving(sources, name, record.repos, record_dir)
         record.write(record_dir, config, parents=(sources.merge, decision))
     for repo in record.repos:
         logger.info("published %s: %d files, %d bytes", repo.url, repo.num_files, repo.num_bytes)
@@ -138,25 +136,6 @@ def run(
     without = f"; held exports: {', '.join(held)}" if held else ""
     leave(Ending(step="publish", result="published", text=f"{urls}{without}"))
     return record
-
-
-def _write_serving(
-    sources: Sources, family: Sequence[Repository], record: Published, record_dir: Path
-) -> None:
-    """Write the InferenceServices of every repository, with the recipe's placement and the commits.
-
-    Args:
-        sources: the artifacts of the run.
-        family: the repositories.
-        record: where they were published, in the same order.
-        record_dir: directory of the record; the files are in a folder per repository.
-    """
-    for repo, published in zip(family, record.repos, strict=True):
-        uri = storage_uri(published.repo, commit=published.commit)
-        for relative, text in serving_files_of(sources, repo, uri=uri).items():
-            path = record_dir / FOLDER / repo.short_name / PurePosixPath(relative).name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

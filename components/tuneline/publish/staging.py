@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tuneline.artifacts import (
@@ -15,6 +15,7 @@ from tuneline.artifacts import (
     OLLAMA_TEMPLATE,
     PROGRESS_FILE,
     MergeProof,
+    PublishedRepo,
     QuantizedModel,
     TrainingSummary,
 )
@@ -31,8 +32,8 @@ from tuneline.record import Record, files_below, hash_files, sha256_of_file
 from tuneline.recorded_recipe import RecordedRecipe
 from tuneline.records.earlier import EVALUATED_KEY
 from tuneline.seals import sealed_json
-from tuneline.serving.manifests import Model, Repo, public_placement, serving_files
-from tuneline.serving.storage import storage_uri
+from tuneline.serving.manifests import FOLDER, Model, Repo, public_placement, serving_files
+from tuneline.serving.storage import UNKNOWN_STORAGE, storage_uri
 from tuneline.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def _stage_one(
     # Checked before publish adds its own files, which no record has.
     hashes = hash_files(folder, leave_out=set())
     check_unchanged(files, hashes)
-    ours = _modelfiles(repo) | serving_files_of(sources, repo)
+    ours = _modelfiles(repo) | _serving_files(sources, repo)
     for relative, text in ours.items():
         (folder / relative).parent.mkdir(exist_ok=True)
         (folder / relative).write_bytes(text.encode())
@@ -175,9 +176,32 @@ def _stage_one(
     return StagedRepo(repo.name, repo.kind, folder, tuple(left_out))
 
 
-def serving_files_of(
-    sources: Sources, repo: Repository, *, uri: str | None = None
-) -> dict[str, str]:
+def write_serving(
+    sources: Sources, name: str, published: Sequence[PublishedRepo], directory: Path
+) -> None:
+    """Write the InferenceServices of every repository, with the recipe's placement and the commits.
+
+    Args:
+        sources: the artifacts.
+        name: name of the merged model's repository.
+        published: where the repositories are. If one is in several places, servers take it from the
+            first place that they can read.
+        directory: where the folder `serving/` is made, with a folder per repository.
+    """
+    for repo in repositories(sources, name):
+        uris = [
+            storage_uri(each.repo, commit=each.commit)
+            for each in published
+            if PurePosixPath(each.repo).name == repo.short_name
+        ]
+        uri = next((uri for uri in uris if not uri.startswith(UNKNOWN_STORAGE)), uris[0])
+        for relative, text in _serving_files(sources, repo, uri=uri).items():
+            path = directory / FOLDER / repo.short_name / PurePosixPath(relative).name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+
+def _serving_files(sources: Sources, repo: Repository, *, uri: str | None = None) -> dict[str, str]:
     """Return the InferenceServices of a repository, by their paths in it.
 
     Args:
