@@ -25,9 +25,7 @@ TRAINJOB: dict[str, Any] = {
     "apiVersion": "trainer.kubeflow.org/v1alpha1",
     "kind": "TrainJob",
     "spec": {
-        "runtimeRef": {
-            "apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": "tuneline",
-        },
+        "runtimeRef": {"kind": "TrainingRuntime", "name": "tuneline"},
         "initializer": {
             "dataset": {"storageUri": "hf://my-org/support-answers", "env": []},
             "model": {
@@ -38,8 +36,8 @@ TRAINJOB: dict[str, Any] = {
         "trainer": {
             "image": "registry.example.com/team/train:0.1.0",
             "resourcesPerNode": {
-                "requests": {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "1"},
-                "limits": {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "1"},
+                "requests": {"cpu": 8.0, "memory": "64Gi", "nvidia.com/gpu": 1.0},
+                "limits": {"cpu": 8.0, "memory": "64Gi", "nvidia.com/gpu": 1.0},
             },
             "env": [
                 {"name": "TUNELINE_PREPARE", "value": '{"template": "chatml"}'},
