@@ -49,7 +49,9 @@ TRAINJOB: dict[str, Any] = {
 
 
 def schema_of_trainjobs() -> Any:
-    (version,) = yaml.safe_load((CRDS / "trainjobs.yaml").read_text())["spec"]["versions"]
+    (version,) = yaml.load((CRDS / "trainjobs.yaml").read_text(), yaml.CSafeLoader)["spec"][
+        "versions"
+    ]
     return version["schema"]["openAPIV3Schema"]
 
 
