@@ -1,8 +1,6 @@
 """The runtime `tuneline` and the Kubeflow SDK, which creates TrainJobs for it."""
 
-import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +11,6 @@ import pytest
 import yaml
 from kube_server import KubeServer, strict
 
-from tuneline.artifacts import TrainingSummary
 
 ROOT = Path(__file__).parents[2]
 CRDS = ROOT / "tests" / "data" / "crds" / "trainer-v2.3.0"
@@ -113,30 +110,3 @@ def test_several_nodes_are_refused(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "trains on one node, but num_nodes is 2: set num_nodes to 1" in done.stderr
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_the_node_trains_on_what_the_initialisers_downloaded(
-    tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    """The script runs as it is, with this environment's Python in place of the image's."""
-    shutil.copytree(tiny_model_dir, tmp_path / "model")
-    (tmp_path / "dataset" / "data").mkdir(parents=True)
-    rows = [{"prompt": f"What is {n} plus 1?", "completion": f"It is {n + 1}."} for n in range(40)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "dataset" / "data" / "train.jsonl").write_text(text)
-    (tmp_path / "bin").mkdir()
-    python = tmp_path / "bin" / "python3"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    environment = {
-        "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1",
-        "WORKSPACE": str(tmp_path), "PET_NNODES": "1", "OMP_NUM_THREADS": "1",
-        "TUNELINE_PREPARE": '{"template": "chatml", "max_seq_length": 128}',
-        "TUNELINE_TRAIN": '{"max_steps": 1, "global_batch_size": 2}',
-    }  # fmt: skip
-    done = subprocess.run(
-        node_command(), env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert TrainingSummary.read(tmp_path / "tuneline" / "adapter").num_steps == 1
