@@ -11,7 +11,6 @@ import pytest
 import yaml
 from kube_server import KubeServer, strict
 
-
 ROOT = Path(__file__).parents[2]
 CRDS = ROOT / "tests" / "data" / "crds" / "trainer-v2.3.0"
 RUNTIME = ROOT / "manifests" / "components" / "trainer" / "sdk-runtime.yaml"
