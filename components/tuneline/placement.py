@@ -139,7 +139,7 @@ class PlacementConfig(StrictModel):
     num_nodes: int = Field(default=1, ge=1)
     """Nodes that train together, each with `num_accelerators`. More than one node needs Kubeflow
     Trainer 2 and `shared_claim`."""
-    trainer_runtime: str = Field(default="tuneline", pattern=DNS_NAME)
+    trainer_runtime: str = Field(default="tuneline-nodes", pattern=DNS_NAME)
     """Name of the Kubeflow Trainer runtime for several nodes; the default is the one in
     manifests/components/trainer."""
     trainer_runtime_kind: Literal["TrainingRuntime", "ClusterTrainingRuntime"] = "TrainingRuntime"

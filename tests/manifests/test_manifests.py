@@ -146,8 +146,7 @@ def test_the_trainer_role_allows_what_the_launcher_asks_for_and_no_more() -> Non
 
 def test_the_runtime_is_restricted_and_is_the_one_that_jobs_name() -> None:
     documents = resources(MANIFESTS / "components" / "trainer")
-    runtime = of_kind(documents, "TrainingRuntime")
-    assert runtime["metadata"]["name"] == PlacementConfig().trainer_runtime
+    runtime = of_kind(documents, "TrainingRuntime", PlacementConfig().trainer_runtime)
     assert runtime["kind"] == PlacementConfig().trainer_runtime_kind
     (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     pod = job["template"]["spec"]["template"]
@@ -170,8 +169,9 @@ def test_the_runtime_is_restricted_and_is_the_one_that_jobs_name() -> None:
     assert lint_documents(documents) == []
 
 
-def test_the_runtime_fits_trainers_schema() -> None:
-    runtime = of_kind(resources(MANIFESTS / "components" / "trainer"), "TrainingRuntime")
+@pytest.mark.parametrize("name", ["tuneline", "tuneline-nodes"])
+def test_the_runtimes_fit_trainers_schema(name: str) -> None:
+    runtime = of_kind(resources(MANIFESTS / "components" / "trainer"), "TrainingRuntime", name)
     # Both kinds of runtime have one spec.
     (crd,) = load(CRDS / "trainer-v2.3.0" / "clustertrainingruntimes.yaml")
     (version,) = crd["spec"]["versions"]

@@ -216,7 +216,7 @@ def test_only_a_models_files_are_published(run_dir: Path, tmp_path: Path) -> Non
     published = tmp_path / "out" / "mine"
     assert {path.name for path in published.iterdir()} == {
         *("LICENSE", "README.md", "chat_template.jinja", "config.json", "model.safetensors"),
-        *("tokenizer.json", "tuneline.json", "vocab.json"),
+        *("serving", "tokenizer.json", "tuneline.json", "vocab.json"),
     }
     left_out = sorted(f"mine: {name}" for name in private)
     assert sorted(Published.read(run_dir / "one").left_out) == left_out

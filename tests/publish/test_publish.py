@@ -28,6 +28,7 @@ from tuneline.errors import StorageError
 from tuneline.publish.directory import write_tree
 from tuneline.publish.staging import StagedRepo
 from tuneline.publish.targets.on_disk import scratch_in
+from tuneline.record import files_below
 
 
 def change_merged(run_dir: Path, content: bytes) -> None:
@@ -114,10 +115,10 @@ def test_the_directory_is_the_tree_that_would_be_pushed(run_dir: Path, hub, tmp_
     assert to_hub(run_dir, hub, "remote").returncode == 0
     for repo in REPOS:
         folder = tmp_path / "out" / repo.split("/")[1]
-        here = {path.name: path.read_bytes() for path in folder.iterdir()}
+        here = {name: path.read_bytes() for name, path in files_below(folder).items()}
         there = {name: hub.content(repo, name) for name in hub.repos[repo]["files"]}
-        # Only the names of the repositories and the target differ, the base model of exports, which
-        # has an ID on the Hub only, and hashes of these.
+        # Only the names of the repositories, the target and the storage to serve from differ, the
+        # base model of exports, which has an ID on the Hub only, and hashes of these.
         assert named_alike(here) == named_alike(there)
 
 
@@ -129,6 +130,9 @@ def named_alike(files: dict[str, bytes]) -> dict[str, Any]:
     for name in ("recipe_sha256", "record_sha256"):
         assert len(marker.pop(name)) == 64
     assert len(marker["card"].pop("sha256")) == 64
+    files = {name: text for name, text in files.items() if not name.startswith("serving/")}
+    for name in [name for name in marker["files"] if name.startswith("serving/")]:
+        assert len(marker["files"].pop(name)) == 64
     matter = marker["card"]["front_matter"]
     if matter.get("base_model") == "me/mine":
         assert matter.pop("base_model_relation") == "quantized"
@@ -368,7 +372,7 @@ def test_what_the_base_brought_of_its_own_repository_is_left(run_dir: Path, tmp_
     assert {name: (run_dir / "merged" / name).read_text() for name in brought} == brought
     assert not (tmp_path / "out" / "mine" / ".gitattributes").exists()
     marker = json.loads((tmp_path / "out" / "mine" / "tuneline.json").read_text())
-    assert set(marker["files"]) == {"config.json", "model.safetensors"}
+    assert set(marker["files"]) == {"config.json", "model.safetensors", "serving/README.md"}
     assert all(found.differences == [] for found in verify(tmp_path / "out"))
 
 

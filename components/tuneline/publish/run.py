@@ -14,7 +14,7 @@ from tuneline.publish.account import read_token
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.proven import check_verdict
 from tuneline.publish.sources import Sources
-from tuneline.publish.staging import stage
+from tuneline.publish.staging import stage, write_serving
 from tuneline.publish.target import check_targets, family_name, parse_targets
 from tuneline.publish.targets.every import publish_everywhere
 from tuneline.recorded_recipe import recorded_recipe
@@ -117,6 +117,7 @@ def run(
             held_exports=held,
             seconds=round(time.monotonic() - started, 3),
         )
+        write_serving(sources, name, record.repos, record_dir)
         record.write(record_dir, config, parents=(sources.merge, decision))
     for repo in record.repos:
         logger.info("published %s: %d files, %d bytes", repo.url, repo.num_files, repo.num_bytes)

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tuneline.artifacts import (
@@ -15,10 +15,12 @@ from tuneline.artifacts import (
     OLLAMA_TEMPLATE,
     PROGRESS_FILE,
     MergeProof,
+    PublishedRepo,
     QuantizedModel,
     TrainingSummary,
 )
 from tuneline.kinds import RepoKind
+from tuneline.placement import PlacementConfig
 from tuneline.publish.allowed import may_be_published
 from tuneline.publish.card import model_card
 from tuneline.publish.card_parts import CARD_FILE, join_card, split_card
@@ -30,6 +32,8 @@ from tuneline.record import Record, files_below, hash_files, sha256_of_file
 from tuneline.recorded_recipe import RecordedRecipe
 from tuneline.records.earlier import EVALUATED_KEY
 from tuneline.seals import sealed_json
+from tuneline.serving.manifests import FOLDER, Model, Repo, public_placement, serving_files
+from tuneline.serving.storage import UNKNOWN_STORAGE, storage_uri
 from tuneline.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -137,7 +141,9 @@ def _stage_one(
     # Checked before publish adds its own files, which no record has.
     hashes = hash_files(folder, leave_out=set())
     check_unchanged(files, hashes)
-    for relative, text in _modelfiles(repo).items():
+    ours = _modelfiles(repo) | _serving_files(sources, repo)
+    for relative, text in ours.items():
+        (folder / relative).parent.mkdir(exist_ok=True)
         (folder / relative).write_bytes(text.encode())
         hashes[relative] = hashlib.sha256(text.encode()).hexdigest()
     card = join_card(model_card(sources, repo, family=family, config=config, recipe=recipe))
@@ -168,6 +174,52 @@ def _stage_one(
         marker[EVALUATED_KEY] = sources.evaluated
     (folder / MARKER_FILE).write_text(sealed_json(marker), encoding="utf-8")
     return StagedRepo(repo.name, repo.kind, folder, tuple(left_out))
+
+
+def write_serving(
+    sources: Sources, name: str, published: Sequence[PublishedRepo], directory: Path
+) -> None:
+    """Write the InferenceServices of every repository, with the recipe's placement and the commits.
+
+    Args:
+        sources: the artifacts.
+        name: name of the merged model's repository.
+        published: where the repositories are. If one is in several places, servers take it from the
+            first place that they can read.
+        directory: where the folder `serving/` is made, with a folder per repository.
+    """
+    for repo in repositories(sources, name):
+        uris = [
+            # The address of a repository in a store ends in its version.
+            storage_uri(each.url if "://" in each.repo else each.repo, commit=each.commit)
+            for each in published
+            if PurePosixPath(each.repo).name == repo.short_name
+        ]
+        uri = next((uri for uri in uris if not uri.startswith(UNKNOWN_STORAGE)), uris[0])
+        for relative, text in _serving_files(sources, repo, uri=uri).items():
+            path = directory / FOLDER / repo.short_name / PurePosixPath(relative).name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+
+def _serving_files(sources: Sources, repo: Repository, *, uri: str | None = None) -> dict[str, str]:
+    """Return the InferenceServices of a repository, by their paths in it.
+
+    Args:
+        sources: the artifacts.
+        repo: the repository.
+        uri: storage URI of the repository, for the files of those who ran the pipeline, which have
+            the recipe's placement. None: for the repository itself, without names of a cluster.
+    """
+    placement = PlacementConfig.parse((sources.header.model_extra or {}).get("placement") or {})
+    model = Model(sources.origin, sources.merge, sources.adapter_dir, sources.merged_dir)
+    exports = {
+        "." if repo.traits.has_repo_per_format else _file_name(repo, export): (path, export)
+        for path, export in repo.exports.items()
+    }
+    place = uri or storage_uri(repo.name)
+    served = Repo(repo.short_name, repo.kind, place, exports)
+    return serving_files(model, served, placement if uri else public_placement(placement))
 
 
 def _files_of(sources: Sources, repo: Repository) -> dict[str, StoredFile]:

@@ -24,10 +24,6 @@ to 3.8 nats from the merged model."""
 GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
 """Numbers of weights per scale that the kernels for GPTQ support, largest first."""
 
-MAX_CONTEXT = 8192
-"""Largest context length (`num_ctx`) that a GGUF file is proven at and that Ollama's files name,
-because the whole context is reserved in memory. Users can set a larger `num_ctx` in Ollama."""
-
 
 @dataclass(frozen=True)
 class Bound:

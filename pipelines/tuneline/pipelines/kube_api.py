@@ -14,11 +14,14 @@ from typing import Any, cast
 import urllib3
 from kubernetes import client
 
-from tuneline.errors import ClusterError, CredentialsError
+from tuneline.errors import ClusterError, CredentialsError, UserError
 from tuneline.runtime.kubernetes_client import connect
 
 BACKOFF_SECONDS = 1.0
 """Unit of the pauses before the six retries, which are 0, 2, 4, 8, 16 and 32 units long."""
+
+MANAGED_BY = ("app.kubernetes.io/managed-by", "tuneline")
+"""Label, and its value, of the objects that tuneline writes."""
 
 # Any, because the return types of the generated client are unions over all modes of a call.
 apis = cast(Any, client)
@@ -52,32 +55,88 @@ class KubeApi:
             return False
         return True
 
+    def write(self, group: str, version: str, plural: str, body: dict[str, Any]) -> str:
+        """Create a custom object, or replace one that tuneline wrote; return which of them.
+
+        Args:
+            group: API group of its kind.
+            version: API version of its kind.
+            plural: plural name of its kind.
+            body: the object.
+
+        Raises:
+            UserError: the kind is not installed, or somebody else wrote an object of that name.
+            ClusterError: the server cannot be reached, or refuses the object.
+        """
+        name = body["metadata"]["name"]
+        what, where = f"{body['kind']} {name}", (group, version, self.namespace, plural)
+        with self.explained(what):
+            present = or_none(self.custom.get_namespaced_custom_object, *where, name)
+        if present is not None:
+            labels = present["metadata"].get("labels") or {}
+            if labels.get(MANAGED_BY[0]) != MANAGED_BY[1]:
+                raise UserError(
+                    f"the namespace {self.namespace} has the {what} already, which tuneline did "
+                    "not write, so it stays as it is: delete it, or choose another namespace"
+                )
+            version_seen = present["metadata"]["resourceVersion"]
+            metadata = {**body["metadata"], "resourceVersion": version_seen}
+            with self.explained(what, verb="write"):
+                self.custom.replace_namespaced_custom_object(
+                    *where, name, {**body, "metadata": metadata}
+                )
+            return "replaced"
+        with self.explained(what, verb="write"):
+            try:
+                self.custom.create_namespaced_custom_object(*where, body)
+            except client.ApiException as error:
+                if error.status != 404:
+                    raise
+                raise UserError(
+                    f"the cluster at {self.host} has no {plural}.{group}, or no namespace "
+                    f"{self.namespace}: install what serves them, or name another namespace"
+                ) from None
+        return "created"
+
     @contextlib.contextmanager
-    def explained(self, what: str, namespace: str | None = None) -> Iterator[None]:
+    def explained(
+        self, what: str, namespace: str | None = None, *, verb: str = "show"
+    ) -> Iterator[None]:
         """Translate the client's exceptions into sentences about a request for `what`.
 
         Args:
             what: what is requested, in a few words.
             namespace: namespace of the request; None: that of this object.
+            verb: what the server is asked to do with it.
         """
+        asked = f"for {what}" if verb == "show" else f"to {verb} {what}"
         try:
             yield
         except client.ApiException as error:
             if error.status in (401, 403):
                 raise Refused(
-                    f"Kubernetes at {self.host} refuses to show {what} in namespace "
+                    f"Kubernetes at {self.host} refuses to {verb} {what} in namespace "
                     f"{namespace or self.namespace} ({error.status}): log in again, or request "
                     "the permission"
                 ) from None
             raise ClusterError(
-                f"Kubernetes at {self.host} answered {error.status} when asked for {what}: "
-                f"{' '.join(str(error.reason).split())}"
+                f"Kubernetes at {self.host} answered {error.status} when asked {asked}: "
+                f"{_message(error)}"
             ) from None
         except urllib3.exceptions.HTTPError as error:
             raise ClusterError(
                 f"Kubernetes cannot be reached at {self.host} ({type(error).__name__}): check the "
                 "network and the cluster in your kubeconfig"
             ) from None
+
+
+def _message(error: client.ApiException) -> str:
+    """Return what the server says of an error, in one line."""
+    text = str(error.reason)
+    with contextlib.suppress(ValueError, TypeError):
+        status = json.loads(error.body)
+        text = status["message"] if isinstance(status, dict) and "message" in status else text
+    return " ".join(text.split())
 
 
 class Refused(CredentialsError):

@@ -14,6 +14,7 @@ import torch
 
 from tuneline.artifacts import HELDOUT_FILE, MODELFILE, read_jsonl, write_jsonl
 from tuneline.errors import DataError, ProofError
+from tuneline.models.context import context_length
 from tuneline.models.heldout_rows import MAX_ROW_TOKENS, Row, read_rows
 from tuneline.quantize.formats import FORMATS, Bound
 from tuneline.quantize.gguf import llama_model, modelfile
@@ -391,10 +392,10 @@ def test_a_context_that_changes_no_angles(tmp_path: Path) -> None:
         "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
     }
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    assert modelfile.context_length(tmp_path) == 4096
+    assert context_length(tmp_path) == 4096
     settings["rope_scaling"] = {"rope_type": "llama3"}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    assert modelfile.context_length(tmp_path) == 8192
+    assert context_length(tmp_path) == 8192
 
 
 def test_what_llama_server_adds_to_a_prompt_is_noted(f16_dir: Path) -> None:

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tuneline.models.context import MAX_CONTEXT
 from tuneline.models.sampling import FILE, is_greedy
-from tuneline.quantize.formats import MAX_CONTEXT
 from tuneline.runtime.scratch import scratch_directory
 
 PIECES_FILE = "tokenizer.model"

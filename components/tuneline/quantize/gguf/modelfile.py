@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuneline.artifacts import MODELFILE, OLLAMA_PARAMS, OLLAMA_TEMPLATE
+from tuneline.models.context import context_length
 from tuneline.models.sampling import is_greedy
-from tuneline.quantize.formats import MAX_CONTEXT
 from tuneline.quantize.proof import probes
 from tuneline.quantize.proof.reference import Wording
 
@@ -100,23 +100,6 @@ def write(file: Path, *, reference: Wording, adds_bos: bool) -> list[str]:
     values = {"stop": reference.stop_texts, **parameters}
     _write(file.parent / OLLAMA_PARAMS, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     return notes
-
-
-def context_length(model_dir: Path) -> int:
-    """Return the context length (`num_ctx`) that Ollama and the model card's commands get."""
-    settings = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    settings = settings.get("text_config") or settings
-    longest = settings.get("max_position_embeddings") or MAX_CONTEXT
-    scaling = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-    if scaling.get("rope_type", scaling.get("type")) in ("longrope", "su"):
-        # Beyond this length llama.cpp computes all of a prompt with other rotary angles, and
-        # transformers only a prompt that is as long.
-        longest = (
-            settings.get("original_max_position_embeddings")
-            or scaling.get("original_max_position_embeddings")
-            or longest
-        )
-    return int(min(longest, MAX_CONTEXT))
 
 
 def quoted(text: str) -> str | None:

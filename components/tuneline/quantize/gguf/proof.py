@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tuneline.errors import ProofError
+from tuneline.models.context import context_length
 from tuneline.models.tokenizer.special_tokens import end_token
 from tuneline.quantize.formats import Bound
 from tuneline.quantize.gguf import modelfile
@@ -53,7 +54,7 @@ def prove(file: Path, *, format: str, reference: Reference, bound: Bound) -> dic
     """
     # The context is that of Ollama's files, because the rotary angles may depend on its length.
     num_batch = reference.num_context + quality.NUM_SPEED_TOKENS
-    num_context = max(num_batch, modelfile.context_length(reference.model_dir))
+    num_context = max(num_batch, context_length(reference.model_dir))
     with LlamaFile(file, num_context=num_context, num_batch=num_batch) as loaded:
         num_texts, num_conversations, notes = check_wording(loaded, reference)
         generated = loaded.generate(

@@ -9,9 +9,9 @@ from typing import Any
 
 from tuneline.fetch.gguf_header import check_header
 from tuneline.models import sampling
+from tuneline.models.context import MAX_CONTEXT, context_length
 from tuneline.models.sampling import Sampling, published_sampling
 from tuneline.pipelines.chat.subject import ModelFiles
-from tuneline.quantize.formats import MAX_CONTEXT
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +41,6 @@ def read_published(files: ModelFiles) -> Sampling:
 def read_context(files: ModelFiles) -> int:
     """Return the largest number of tokens of a conversation, without loading the weights."""
     if files.kind == "checkpoint":
-        # Imported here, because it imports torch.
-        from tuneline.quantize.gguf.modelfile import context_length
-
         return context_length(files.path)
     metadata = check_header(files.path)
     prefix = metadata.get("general.architecture", "")

@@ -19,6 +19,7 @@ from tuneline.pipelines.cli import (
     recipes,
     run,
     runs,
+    serve,
 )
 from tuneline.runtime.printable import printable
 from tuneline.version import VERSION
@@ -33,6 +34,7 @@ app.add_typer(recipes.app)
 app.add_typer(checks.app)
 app.add_typer(cluster.app)
 app.add_typer(runs.app)
+app.add_typer(serve.app)
 app.add_typer(doctor.app)
 
 

@@ -12,9 +12,10 @@ that the file is served with.
 from dataclasses import dataclass
 
 from tuneline.kinds import EXPORT_KINDS
+from tuneline.models.context import MAX_CONTEXT
 from tuneline.models.heldout_rows import MAX_ROW_TOKENS
 from tuneline.pipelines.plan.estimate import llama_shape
-from tuneline.quantize.formats import FORMATS, MAX_CONTEXT
+from tuneline.quantize.formats import FORMATS
 from tuneline.recipe import Recipe
 from tuneline.steps import STEPS
 from tuneline.train.memory.estimate import GIB
