@@ -210,12 +210,12 @@ def test_names_and_storage() -> None:
     assert long != service_name("My.Model_8B-" + "x" * 61)
     for repo, uri in {
         "me/mine": f"hf://me/mine:{'c' * 40}",
-        "s3://bucket/models/mine": "s3://bucket/models/mine",
+        "s3://bucket/models/mine": "s3://bucket/models/mine/v2",
         "claim:models/team/mine": "pvc://models/team/mine",
         "/srv/out/mine": "pvc://CLAIM/mine",
         "mine": "pvc://CLAIM/mine",
     }.items():
-        assert storage_uri(repo, commit="c" * 40) == uri
+        assert storage_uri(repo, commit="c" * 40, version="v2") == uri
 
 
 def test_the_architectures_are_classes_of_transformers() -> None:

@@ -190,8 +190,7 @@ def write_serving(
     """
     for repo in repositories(sources, name):
         uris = [
-            # The address of a repository in a store ends in its version.
-            storage_uri(each.url if "://" in each.repo else each.repo, commit=each.commit)
+            storage_uri(each.repo, commit=each.commit, version=each.tag)
             for each in published
             if PurePosixPath(each.repo).name == repo.short_name
         ]

@@ -13,17 +13,18 @@ _STORES = ("s3://", "gs://", "hf://", "pvc://", "oci://", "https://")
 _CLAIM = "claim:"
 
 
-def storage_uri(repo: str, *, commit: str | None = None) -> str:
+def storage_uri(repo: str, *, commit: str | None = None, version: str | None = None) -> str:
     """Return the storage URI of a published repository.
 
     Args:
         repo: Hub ID, URI in a store, `claim:NAME/PATH`, or path of a directory.
         commit: Hub commit; None: the newest.
+        version: tag of the version, which is a directory of a repository in a store.
     """
     if repo.startswith(_CLAIM):
         return f"pvc://{repo.removeprefix(_CLAIM)}"
     if repo.startswith(_STORES):
-        return repo
+        return f"{repo}/{version}" if version else repo
     if is_hub_id(repo) and "/" in repo and not repo.startswith(("/", ".")):
         return f"hf://{repo}:{commit}" if commit else f"hf://{repo}"
     return f"{UNKNOWN_STORAGE}/{PurePosixPath(repo).name}"
