@@ -69,6 +69,7 @@ def test_no_evaluation_rows(tmp_path, tiny_model_dir, dataset_dir, method, write
     assert largest_b(tmp_path) > 0
 
 
+@pytest.mark.slow
 def test_more_ranks_than_rows_learn_the_same(tmp_path, tiny_model_dir, dataset_dir, answer_rows):
     found = []
     for num_ranks in (1, 2):

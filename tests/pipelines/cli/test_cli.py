@@ -157,7 +157,7 @@ def test_the_help_has_a_panel_for_each_kind_of_command(
     ]  # fmt: skip
     assert commands_of("Checks", text) == ["plan", "lint", "verify"]
     assert commands_of("Runs on a cluster", text) == [
-        "submit", "schedule", "schedules", "status", "logs", "cancel", "resume", "doctor",
+        "submit", "schedule", "schedules", "status", "logs", "cancel", "resume", "serve", "doctor",
     ]  # fmt: skip
     assert "--install-completion" in text
 

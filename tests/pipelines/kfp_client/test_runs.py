@@ -17,6 +17,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from tuneline.errors import ClusterError, CredentialsError, RecipeError, UserError
+from tuneline.pipelines.cli.cluster import load_for_cluster
 from tuneline.pipelines.cli.main import app
 from tuneline.pipelines.kfp_client import runs
 from tuneline.pipelines.kfp_client.connection import connect
@@ -74,12 +75,10 @@ def test_submit_sends_what_was_compiled(kfp_server: Any) -> None:
     ],
 )
 def test_a_directory_that_is_deleted_with_the_pod(
-    kfp_server: Any, target: str, claim: str, is_lost: bool
+    target: str, claim: str, is_lost: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assignments = [f"publish_to={target}", f"placement.cache_claim={claim}"]
-    result = tuneline("submit", "demo", *(word for each in assignments for word in ("--set", each)))
-    run_id_of(result)
-    assert ("is deleted with the pod" in result.output) is is_lost
+    load_for_cluster("demo", [f"publish_to={target}", f"placement.cache_claim={claim}"])
+    assert ("is deleted with the pod" in capsys.readouterr().out) is is_lost
 
 
 def test_submit_twice_is_two_runs_in_one_experiment(kfp_server: Any) -> None:
@@ -127,8 +126,9 @@ def test_a_recipe_with_a_token_in_it_is_not_sent(kfp_server: Any) -> None:
     assert kfp_server.writes() == []
 
 
-@pytest.mark.parametrize("option", ["--name", "--pipeline-root"])
-@pytest.mark.parametrize("text", ["s3://run {{=1+1}}", "s3://$(HOME)"])
+@pytest.mark.parametrize(
+    ("option", "text"), [("--name", "s3://run {{=1+1}}"), ("--pipeline-root", "s3://$(HOME)")]
+)
 def test_a_name_that_argo_would_replace_is_not_sent(
     kfp_server: Any, option: str, text: str
 ) -> None:
@@ -137,6 +137,9 @@ def test_a_name_that_argo_would_replace_is_not_sent(
         assert isinstance(result.exception, UserError)
         assert f"{option} '{text}' contains" in str(result.exception)
     assert kfp_server.writes() == []
+    for given in ((text, None), ("run", text)):
+        with pytest.raises(UserError, match="contains"):
+            runs.check_passed_on(*given)
 
 
 def test_a_name_means_its_newest_run(kfp_server: Any) -> None:

@@ -93,6 +93,7 @@ def test_no_other_family_is_refused(family: str, tmp_path: Path) -> None:
     assert gguf_problem(json.loads((tmp_path / "config.json").read_text())) is None
 
 
+@pytest.mark.slow
 def test_experts_in_8_bits(tiny_model_dir: Path, dataset_dir: Path, tmp_path: Path) -> None:
     merged = as_merged("Mixtral", tmp_path / "merged", tiny_model_dir)
     record = run(

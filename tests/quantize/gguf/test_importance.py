@@ -96,7 +96,7 @@ def test_sums_are_those_of_transformers(
         numpy.testing.assert_allclose(entry.sums, wanted[name].numpy(), rtol=0.02, atol=1e-4)
 
 
-@pytest.mark.parametrize("format", ["q4_k_m", "iq2_xs"])
+@pytest.mark.parametrize("format", [pytest.param("q4_k_m", marks=pytest.mark.slow), "iq2_xs"])
 def test_it_changes_the_rounding_of_a_format(
     format: str, merged_dir: Path, f16_dir: Path, prepared_dir: Path, importance_dir: Path, tmp_path
 ) -> None:

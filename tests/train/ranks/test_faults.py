@@ -60,6 +60,7 @@ def train(tmp_path, tiny_model_dir, dataset_dir, answer_rows, monkeypatch):
     return start
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_replaced_and_nothing_else_changes(tmp_path, train, caplog):
     whole = train("whole")
     with caplog.at_level(logging.WARNING):

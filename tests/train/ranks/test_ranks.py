@@ -196,7 +196,8 @@ def test_two_ranks_learn_what_one_does(job, tmp_path):
     check(2, job, tmp_path, ["unpacked", "packed"])
 
 
-@pytest.mark.parametrize("zero", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [False, True])
 def test_two_ranks_learn_experts_as_one_does(zero, job, expert_model_dir, tmp_path):
     # A family without an auxiliary loss, which depends on the rows of a micro-batch.
     settings = {

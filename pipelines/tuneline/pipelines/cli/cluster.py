@@ -54,7 +54,7 @@ def submit(
     from tuneline.pipelines.inputs import prepare_upload
     from tuneline.pipelines.kfp_client import connection, runs
 
-    upload = prepare_upload(_load(recipe, set_))
+    upload = prepare_upload(load_for_cluster(recipe, set_))
     loaded = upload.recipe
     if upload.archive is not None:
         kib = len(upload.archive) / 1024
@@ -119,7 +119,7 @@ def schedule(
 
     if (cron is None) == (every is None):
         raise UserError("give one of --cron and --every, e.g. --cron '0 3 * * 1' or --every 12h")
-    loaded = _load(recipe, set_)
+    loaded = load_for_cluster(recipe, set_)
     trigger = schedules.cron_trigger(cron) if cron else schedules.interval_trigger(str(every))
     if cron and len(cron.split()) == 5:
         say(f"--cron has five fields: KFP gets '{trigger.cron}', with seconds first")
@@ -180,7 +180,7 @@ def schedules(
     console.print(table)
 
 
-def _load(recipe: str, assignments: list[str]) -> Recipe:
+def load_for_cluster(recipe: str, assignments: list[str]) -> Recipe:
     """Load a recipe for a cluster; warn if the published model would be lost with a pod."""
     loaded = find_recipe(recipe, assignments)
     refuse_early(loaded, is_local=False)

@@ -30,6 +30,8 @@ from tuneline.runtime.source_names import CLAIMS_PATH, CLAIMS_VARIABLE, fixed_pa
 from tuneline.runtime.step import EVENTS_VARIABLE
 from tuneline.train.checkpoints import ROOT_VARIABLE
 
+WORKSPACE_DIR = ".workspace"
+
 
 def run_pipeline(run_dir: Path, recipe: Recipe, runner: str, uncached: list[str]) -> None:
     """Run a recipe's pipeline to its end.
@@ -45,6 +47,10 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str, uncached: list[str]
     """
     artifacts_dir = run_dir / ARTIFACTS_DIR
     artifacts_dir.mkdir(parents=True, exist_ok=True)
+    # No step uses KFP's workspace, which KFP deletes when the pipeline has ended. By default it is in
+    # TMPDIR, where a killed run would leave it.
+    workspace = run_dir / WORKSPACE_DIR
+    workspace.mkdir(exist_ok=True)
     # The events file is among the artifacts because that directory is mounted in containers.
     events_path = artifacts_dir / EVENTS_FILE
     # KFP warns of every setting that has no effect locally (display names, caching).
@@ -55,8 +61,7 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str, uncached: list[str]
         if is_docker
         else _subprocess_runner(run_dir, events_path),
         pipeline_root=str(artifacts_dir),
-        # No step uses KFP's workspace; by default, each run leaves an empty directory in TMPDIR.
-        workspace_root=str(artifacts_dir),
+        workspace_root=str(workspace),
         enable_caching=True,
         cache_root=str(run_dir.parent / CACHE_DIR),
     )
