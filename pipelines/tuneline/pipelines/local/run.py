@@ -47,8 +47,8 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str, uncached: list[str]
     """
     artifacts_dir = run_dir / ARTIFACTS_DIR
     artifacts_dir.mkdir(parents=True, exist_ok=True)
-    # No step uses KFP's workspace, which KFP deletes when the pipeline has ended. By default it is in
-    # TMPDIR, where a killed run would leave it.
+    # No step uses KFP's workspace, which KFP deletes when the pipeline has ended. By default it is
+    # in TMPDIR, where a killed run would leave it.
     workspace = run_dir / WORKSPACE_DIR
     workspace.mkdir(exist_ok=True)
     # The events file is among the artifacts because that directory is mounted in containers.
