@@ -36,14 +36,13 @@ def safety(line: Line) -> list[str]:
         tasks = "Other task" if len(guards) == 1 else "Other tasks"
         mean = "" if len(guards) == 1 else " on average"
         loss = _loss(guards, limit)
-        sentences.append(
-            f"{tasks}: {changed}{others}. "
-            + (
-                f"With 95 % confidence, the loss{mean} is smaller than {loss}."
-                if lower > -limit
-                else f"A loss of {loss}{mean} cannot be ruled out with 95 % confidence."
-            )
-        )
+        if lower >= 0:
+            says = f"With 95 % confidence, nothing was lost there{mean}."
+        elif lower > -limit:
+            says = f"With 95 % confidence, the loss{mean} is smaller than {loss}."
+        else:
+            says = f"A loss of {loss}{mean} cannot be ruled out with 95 % confidence."
+        sentences.append(f"{tasks}: {changed}{others}. {says}")
     else:
         sentences.append(
             "What the model lost elsewhere is unknown, because no task besides the target was "
