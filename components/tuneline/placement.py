@@ -7,13 +7,14 @@ meaning when a later version changes the profile.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tuneline.gpu_profiles import GPU_PROFILES, LOCAL, SMALL, GpuProfile, Profile
 from tuneline.images import REGISTRY, USER_ID
+from tuneline.pods import PRODUCT_LABEL
 from tuneline.steps import STEPS, StepName
 from tuneline.strict_model import StrictModel
 
@@ -120,6 +121,34 @@ class Toleration(StrictModel):
                 + ("takes no value" if self.operator == "Exists" else "needs a value")
             )
         return self
+
+
+def has_product(products: Sequence[str]) -> dict[str, Any]:
+    """Return the match expression of nodes that have one of these GPUs."""
+    return {"key": PRODUCT_LABEL, "operator": "In", "values": list(products)}
+
+
+def node_fields(
+    *,
+    node_selector: Mapping[str, str],
+    accelerator_products: Sequence[str],
+    tolerations: Sequence[Toleration],
+) -> dict[str, Any]:
+    """Return the fields of a pod's spec that bring the pod to its node.
+
+    The arguments are the keys of a placement of the same names.
+    """
+    fields: dict[str, Any] = {}
+    if node_selector:
+        fields["nodeSelector"] = dict(node_selector)
+    if tolerations:
+        fields["tolerations"] = [each.model_dump(exclude_none=True) for each in tolerations]
+    if accelerator_products:
+        terms = {"nodeSelectorTerms": [{"matchExpressions": [has_product(accelerator_products)]}]}
+        fields["affinity"] = {
+            "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}
+        }
+    return fields
 
 
 class PlacementConfig(StrictModel):

@@ -15,6 +15,8 @@ STEP_LABEL = "app.kubernetes.io/component"
 """Pod label with the name of the step."""
 PART_OF_LABEL = ("app.kubernetes.io/part-of", "tuneline")
 """Pod label, and its value, by which the network policy in manifests/base selects pods."""
+MANAGED_BY = ("app.kubernetes.io/managed-by", "tuneline")
+"""Label, and its value, of the objects that tuneline itself writes to a cluster."""
 TRAINJOBS = ("trainer.kubeflow.org", "v1alpha1", "trainjobs")
 """API group, version and plural of Kubeflow Trainer's TrainJob, which carries RUN_LABEL too."""
 NO_SIDECAR = ("sidecar.istio.io/inject", "false")

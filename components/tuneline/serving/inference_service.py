@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from tuneline.placement import PlacementConfig
-from tuneline.pods import PRODUCT_LABEL, QUEUE_LABEL, SHARED_MEMORY_PATH
+from tuneline.placement import PlacementConfig, node_fields
+from tuneline.pods import MANAGED_BY, QUEUE_LABEL, SHARED_MEMORY_PATH
 from tuneline.serving.model_sizes import in_mib
 
 GROUP, VERSION, PLURAL = "serving.kserve.io", "v1beta1", "inferenceservices"
@@ -84,7 +84,7 @@ def inference_service(
     """
     metadata: dict[str, Any] = {
         "name": name,
-        "labels": {"app.kubernetes.io/managed-by": "tuneline"},
+        "labels": dict([MANAGED_BY]),
         # Deployments of Kubernetes: Knative would stop a server that is slow to start.
         "annotations": {"serving.kserve.io/deploymentMode": "RawDeployment"},
     }
@@ -99,7 +99,11 @@ def inference_service(
         "containers": [_container(container, placement)],
     }
     if container.resources.num_gpus:
-        predictor |= _gpu_node(placement)
+        predictor |= node_fields(
+            node_selector=placement.node_selector,
+            accelerator_products=placement.accelerator_products,
+            tolerations=placement.tolerations,
+        )
     if container.shared_memory:
         memory = {"medium": "Memory", "sizeLimit": container.shared_memory}
         predictor["volumes"] = [{"name": "dshm", "emptyDir": memory}]
@@ -144,25 +148,3 @@ def _container(container: Container, placement: PlacementConfig) -> dict[str, An
     if container.shared_memory:
         made["volumeMounts"] = [{"name": "dshm", "mountPath": SHARED_MEMORY_PATH}]
     return made
-
-
-def _gpu_node(placement: PlacementConfig) -> dict[str, Any]:
-    """Return the fields that bring a pod to a node with the placement's GPU."""
-    fields: dict[str, Any] = {}
-    if placement.node_selector:
-        fields["nodeSelector"] = dict(placement.node_selector)
-    if placement.accelerator_products:
-        expression = {
-            "key": PRODUCT_LABEL,
-            "operator": "In",
-            "values": list(placement.accelerator_products),
-        }
-        terms = {"nodeSelectorTerms": [{"matchExpressions": [expression]}]}
-        fields["affinity"] = {
-            "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}
-        }
-    if placement.tolerations:
-        fields["tolerations"] = [
-            toleration.model_dump(exclude_none=True) for toleration in placement.tolerations
-        ]
-    return fields

@@ -15,13 +15,11 @@ import urllib3
 from kubernetes import client
 
 from tuneline.errors import ClusterError, CredentialsError, UserError
+from tuneline.pods import MANAGED_BY
 from tuneline.runtime.kubernetes_client import connect
 
 BACKOFF_SECONDS = 1.0
 """Unit of the pauses before the six retries, which are 0, 2, 4, 8, 16 and 32 units long."""
-
-MANAGED_BY = ("app.kubernetes.io/managed-by", "tuneline")
-"""Label, and its value, of the objects that tuneline writes."""
 
 # Any, because the return types of the generated client are unions over all modes of a call.
 apis = cast(Any, client)

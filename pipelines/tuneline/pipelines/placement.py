@@ -19,12 +19,11 @@ from kfp.dsl import PipelineTask
 
 from tuneline import images
 from tuneline.pipelines.needs import is_accelerated, needs_of
-from tuneline.placement import PlacementConfig
+from tuneline.placement import PlacementConfig, has_product
 from tuneline.pods import (
     CACHE_PATH,
     PART_OF_LABEL,
     PRIORITY_LABEL,
-    PRODUCT_LABEL,
     QUEUE_LABEL,
     SCRATCH_PATH,
     SHARED_MEMORY_PATH,
@@ -144,12 +143,8 @@ def _accelerate(task: PipelineTask, config: PlacementConfig, count: int) -> None
     for key, value in config.node_selector.items():
         kubernetes.add_node_selector(task, key, value)
     if config.accelerator_products:
-        expression = {
-            "key": PRODUCT_LABEL,
-            "operator": "In",
-            "values": config.accelerator_products,
-        }
-        kubernetes.add_node_affinity(task, match_expressions=[expression])
+        found = has_product(config.accelerator_products)
+        kubernetes.add_node_affinity(task, match_expressions=[found])
     for toleration in config.tolerations:
         kubernetes.add_toleration(task, **toleration.model_dump())
     if config.shared_memory:

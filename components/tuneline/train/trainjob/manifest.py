@@ -20,7 +20,7 @@ from pydantic import Field
 
 from tuneline.errors import ClusterError
 from tuneline.images import USER_ID
-from tuneline.placement import Toleration
+from tuneline.placement import Toleration, node_fields
 from tuneline.pods import (
     NO_SIDECAR,
     PART_OF_LABEL,
@@ -236,22 +236,11 @@ def _pod(config: NodesConfig) -> dict[str, Any]:
         "volumes": volumes,
         "containers": [{"name": CONTAINER, "volumeMounts": mounts}],
     }
-    if config.node_selector:
-        pod["nodeSelector"] = dict(config.node_selector)
-    if config.tolerations:
-        pod["tolerations"] = [
-            toleration.model_dump(exclude_none=True) for toleration in config.tolerations
-        ]
-    if config.accelerator_products:
-        expression = {
-            "key": PRODUCT_LABEL,
-            "operator": "In",
-            "values": list(config.accelerator_products),
-        }
-        terms = {"nodeSelectorTerms": [{"matchExpressions": [expression]}]}
-        pod["affinity"] = {
-            "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}
-        }
+    pod |= node_fields(
+        node_selector=config.node_selector,
+        accelerator_products=config.accelerator_products,
+        tolerations=config.tolerations,
+    )
     if config.image_pull_secrets:
         pod["imagePullSecrets"] = [{"name": name} for name in config.image_pull_secrets]
     return pod
