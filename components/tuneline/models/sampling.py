@@ -116,6 +116,15 @@ def published_sampling(settings: Mapping[str, Any]) -> tuple[Sampling, list[str]
     return Sampling(**numbers), left
 
 
+def read_settings(directory: Path) -> dict[str, Any]:
+    """Return the generation_config.json of a model; empty if it has none."""
+    path = directory / FILE
+    settings: dict[str, Any] = {}
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    return settings
+
+
 def set_sampling(directory: Path, sampling: Preset | Sampling) -> None:
     """Replace the base model's sampling, which was chosen for another model."""
     settings = _read(directory)
@@ -152,13 +161,9 @@ def stop_tokens(directory: Path) -> list[int]:
 def _read(directory: Path) -> dict[str, Any]:
     """Return the settings; what the file lacks is taken from config.json, as transformers does."""
     model = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    path = directory / FILE
-    settings: dict[str, Any] = {}
-    if path.is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        names: tuple[str, ...] = ("eos_token_id",)
-    else:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    settings = read_settings(directory)
+    has_file = (directory / FILE).is_file()
+    names = ("eos_token_id",) if has_file else ("bos_token_id", "eos_token_id", "pad_token_id")
     for name in names:
         if settings.get(name) is None and model.get(name) is not None:
             settings[name] = model[name]

@@ -4,12 +4,10 @@ The chat template and the stop tokens are in the file, and the sampling is given
 because not every version of the server reads it from the file.
 """
 
-import json
 from pathlib import Path
 
 from tuneline.artifacts import QuantizedModel
-from tuneline.models.sampling import FILE as GENERATION_FILE
-from tuneline.models.sampling import UNLIMITED_TOP_K, published_sampling
+from tuneline.models.sampling import UNLIMITED_TOP_K, published_sampling, read_settings
 from tuneline.serving.inference_service import MODELS_PATH, PORT, Container, Resources
 from tuneline.serving.model_sizes import GIB, ModelSizes
 
@@ -49,8 +47,7 @@ def gguf(merged_dir: Path, file: str, export: QuantizedModel, *, served_name: st
 
 
 def _sampling(merged_dir: Path) -> list[str]:
-    path = merged_dir / GENERATION_FILE
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_settings(merged_dir)
     sampling, _ = published_sampling(settings)
     top_k = 0 if sampling.top_k >= UNLIMITED_TOP_K else sampling.top_k
     values = {

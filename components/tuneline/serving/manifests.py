@@ -9,6 +9,7 @@ import yaml
 
 from tuneline.artifacts import MergeProof, ModelOrigin, QuantizedModel
 from tuneline.kinds import RepoKind
+from tuneline.models.sampling import stop_tokens
 from tuneline.placement import PlacementConfig
 from tuneline.serving import llama_cpp, vllm
 from tuneline.serving.inference_service import (
@@ -176,7 +177,7 @@ def _readme(model: Model, repo: Repo, files: Mapping[str, str], notes: list[str]
             "or let `tuneline serve --storage` do it.",
         ]
     if any(name.endswith("/lora.yaml") for name in files):
-        stops = ", ".join(map(str, vllm.stops_of(model.merged_dir)))
+        stops = ", ".join(map(str, stop_tokens(model.merged_dir)))
         lines += [
             "",
             f"An answer ends at one of the tokens {stops}. If the base model's "

@@ -6,12 +6,10 @@ the tokenizer, from the checkpoint itself.
 
 import json
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from tuneline.artifacts import CHAT_TEMPLATE_FILE, MergeProof, ModelOrigin, QuantizedModel
 from tuneline.gpu_profiles import GPU_PROFILES
-from tuneline.models.sampling import FILE as GENERATION_FILE
-from tuneline.models.sampling import published_sampling, stop_tokens
+from tuneline.models.sampling import published_sampling, read_settings
 from tuneline.placement import PlacementConfig
 from tuneline.serving.inference_service import (
     MODELS_PATH,
@@ -159,20 +157,10 @@ def adapter(
     if (adapter_dir / CHAT_TEMPLATE_FILE).is_file():
         arguments += ["--chat-template", f"{ADAPTER_PATH}/{CHAT_TEMPLATE_FILE}"]
     # The base model's own sampling was chosen for another model.
-    arguments += ["--override-generation-config", json.dumps(_sampling(merged_dir))]
+    sampling, _ = published_sampling(read_settings(merged_dir))
+    arguments += ["--override-generation-config", json.dumps(sampling.model_dump())]
     largest = merge.num_bytes / max(1, merge.num_shards)
     return _container(arguments, sizes, num_gpus, largest, placement)
-
-
-def stops_of(merged_dir: Path) -> list[int]:
-    """Return the token IDs that end an answer, which the base model may not know as such."""
-    return stop_tokens(merged_dir)
-
-
-def _sampling(merged_dir: Path) -> dict[str, Any]:
-    path = merged_dir / GENERATION_FILE
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return published_sampling(settings)[0].model_dump()
 
 
 def _check_architecture(architecture: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.models.context import MAX_CONTEXT
-from tuneline.models.sampling import FILE, is_greedy
+from tuneline.models.sampling import FILE, is_greedy, read_settings
 from tuneline.runtime.scratch import scratch_directory
 
 PIECES_FILE = "tokenizer.model"
@@ -73,7 +73,7 @@ def _missing_files(model_dir: Path) -> dict[str, bytes]:
     settings = _IN_CONFIG.get(str(model_type), {})
     if not settings.items() <= config.items():
         missing["config.json"] = json.dumps({**config, **settings}).encode()
-    sampling = _json(model_dir / FILE) if (model_dir / FILE).is_file() else {}
+    sampling = read_settings(model_dir)
     if not is_greedy(sampling):
         missing[FILE] = json.dumps({**_SAMPLING, **sampling}).encode()
     tokenizer_file, tokenizer_settings = "tokenizer.json", "tokenizer_config.json"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tuneline.artifacts import MODELFILE, OLLAMA_PARAMS, OLLAMA_TEMPLATE
 from tuneline.models.context import context_length
-from tuneline.models.sampling import is_greedy
+from tuneline.models.sampling import is_greedy, read_settings
 from tuneline.quantize.proof import probes
 from tuneline.quantize.proof.reference import Wording
 
@@ -188,8 +188,7 @@ def _pieces(reference: Wording, bos: str, end: str) -> Pieces | None:
 def _parameters(model_dir: Path) -> dict[str, float]:
     """Return the context length, and the sampling parameters of generation_config.json."""
     parameters: dict[str, float] = {"num_ctx": context_length(model_dir)}
-    path = model_dir / "generation_config.json"
-    sampling = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    sampling = read_settings(model_dir)
     if is_greedy(sampling):
         # Ollama's own defaults are a temperature of 0.8 and a penalty of 1.1.
         penalty = sampling.get("repetition_penalty", 1.0)

@@ -3,14 +3,12 @@
 The sampling is in generation_config.json, and a GGUF file repeats it in its metadata.
 """
 
-import json
 import logging
 from typing import Any
 
 from tuneline.fetch.gguf_header import check_header
-from tuneline.models import sampling
 from tuneline.models.context import MAX_CONTEXT, context_length
-from tuneline.models.sampling import Sampling, published_sampling
+from tuneline.models.sampling import Sampling, published_sampling, read_settings
 from tuneline.pipelines.chat.subject import ModelFiles
 
 logger = logging.getLogger(__name__)
@@ -30,8 +28,7 @@ def read_published(files: ModelFiles) -> Sampling:
     if files.kind == "gguf":
         settings = _gguf_settings(check_header(files.path))
     else:
-        file = files.path / sampling.FILE
-        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        settings = read_settings(files.path)
     found, left = published_sampling(settings)
     if left:
         logger.warning("%s asks for %s, which is not used", files.path.name, ", ".join(left))
