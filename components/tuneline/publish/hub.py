@@ -29,7 +29,14 @@ from tuneline.artifacts import PublishedRepo
 from tuneline.errors import UserError
 from tuneline.publish.card_parts import CARD_FILE
 from tuneline.publish.config import PublishConfig
-from tuneline.publish.previous import MARKER_FILE, Previous, adapt, check_ours, read_bundle
+from tuneline.publish.previous import (
+    MARKER_FILE,
+    MAX_READ_BYTES,
+    Previous,
+    adapt,
+    check_ours,
+    read_bundle,
+)
 from tuneline.publish.refusals import refusal
 from tuneline.publish.staging import StagedRepo
 from tuneline.record import sha256_of_file
@@ -38,9 +45,6 @@ from tuneline.runtime.retries import http_status, retrying
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-MAX_READ_BYTES = 16 << 20
-"""Largest tuneline.json or README.md that is read from a repository."""
 
 
 @dataclass(frozen=True)

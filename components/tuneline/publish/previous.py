@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 MARKER_FILE = PUBLISHED_BUNDLE
 """File in every repository that tuneline made; repositories without it are never written to."""
+MAX_READ_BYTES = 16 << 20
+"""Largest tuneline.json or README.md that is read from a repository."""
 
 _WEIGHTS = (".safetensors", ".gguf")
 _MEASURED = frozenset({"record_sha256", "card"})

@@ -86,13 +86,9 @@ def _read(directory: Path) -> Services:
     """Read the folders `serving/` of a repository, or of all repositories in a directory."""
     services: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
-    found = [
-        path
-        for pattern in (f"{FOLDER}/*", f"*/{FOLDER}/*", "*/*")
-        for path in sorted(directory.glob(pattern))
-        if pattern != "*/*" or directory.name == FOLDER
-    ]
-    for path in found:
+    # The folder of a run has a folder per repository.
+    patterns = ["*/*"] if directory.name == FOLDER else [f"{FOLDER}/*", f"*/{FOLDER}/*"]
+    for path in (path for pattern in patterns for path in sorted(directory.glob(pattern))):
         if path.name == README:
             lines = path.read_text(encoding="utf-8").splitlines()
             notes += [line.removeprefix("- ") for line in lines if ": not served. " in line]

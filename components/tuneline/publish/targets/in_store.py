@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from tuneline.artifacts import PublishedRepo
 from tuneline.errors import OutputExistsError, ProofError, TunelineError
 from tuneline.publish.config import PublishConfig
-from tuneline.publish.previous import MARKER_FILE, read_bundle, same_model
+from tuneline.publish.previous import MARKER_FILE, MAX_READ_BYTES, read_bundle, same_model
 from tuneline.publish.staging import StagedRepo
 from tuneline.publish.targets.versions import check_versions, newest_first, next_tag
 from tuneline.record import sha256_of_file
@@ -35,7 +35,6 @@ T = TypeVar("T")
 
 UPLOAD_FILE = "tuneline.upload.json"
 """Copy of tuneline.json that a version has until it is complete."""
-_MAX_READ_BYTES = 16 << 20
 _BLOCK_BYTES = 8 << 20
 _ADVICE = (
     "Check the network and the store, and run the step again later; files that arrived are not "
@@ -279,7 +278,7 @@ class InStore:
         def read() -> str | None:
             fs, full = self._fs(), self._full(relative)
             try:
-                if fs.info(full)["size"] > _MAX_READ_BYTES:
+                if fs.info(full)["size"] > MAX_READ_BYTES:
                     return None
                 return str(fs.cat_file(full).decode("utf-8", errors="replace"))
             except FileNotFoundError:

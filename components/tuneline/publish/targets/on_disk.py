@@ -11,8 +11,7 @@ from tuneline.artifacts import PublishedRepo
 from tuneline.errors import ProofError, RecipeError, StorageError
 from tuneline.publish.card_parts import CARD_FILE
 from tuneline.publish.directory import check_tree, put_back, write_tree
-from tuneline.publish.hub import MAX_READ_BYTES
-from tuneline.publish.previous import MARKER_FILE, read_bundle
+from tuneline.publish.previous import MARKER_FILE, MAX_READ_BYTES, read_bundle
 from tuneline.publish.staging import StagedRepo
 from tuneline.publish.target import Target
 from tuneline.record import sha256_of_file
