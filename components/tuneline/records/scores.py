@@ -1,7 +1,7 @@
 """The records of an evaluation and of the gate's decision."""
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -68,7 +68,27 @@ class Scores(Record):
         return f"{self.model}_scores"
 
 
-class TaskComparison(StrictModel):
+class SignedChange:
+    """A difference of two scores that is positive if the second is better, and its interval."""
+
+    if TYPE_CHECKING:
+        difference: float
+        interval: tuple[float, float]
+        higher_is_better: bool
+
+    @property
+    def change(self) -> float:
+        """Return the second minus the first score, with the sign of that subtraction."""
+        return self.difference if self.higher_is_better else -self.difference
+
+    @property
+    def change_interval(self) -> tuple[float, float]:
+        """Return the 95 % interval of `change`."""
+        low, high = self.interval
+        return (low, high) if self.higher_is_better else (-high, -low)
+
+
+class TaskComparison(SignedChange, StrictModel):
     """Comparison of the tuned and another model on the same samples of one task.
 
     The other model is the base model, unless the role is prompted or published.
@@ -99,17 +119,6 @@ class TaskComparison(StrictModel):
     role: ComparisonRole
     num_examples: int = 0
     """Number of training rows in the prompts of the base model; role prompted only."""
-
-    @property
-    def change(self) -> float:
-        """Mean over the samples of tuned minus base score, with the sign of that subtraction."""
-        return self.difference if self.higher_is_better else -self.difference
-
-    @property
-    def change_interval(self) -> tuple[float, float]:
-        """95 % interval of `change`."""
-        low, high = self.interval
-        return (low, high) if self.higher_is_better else (-high, -low)
 
     @property
     def title(self) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from tuneline.gate.estimate import estimate
 from tuneline.html.units import count, number, size
 from tuneline.pipelines.compare.finished import FinishedRun
+from tuneline.records.scores import SignedChange
 
 _NUM_RESAMPLES, _SEED = 10_000, 3407
 MIN_SAMPLES = 2
@@ -29,7 +30,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class ScoreDifference:
+class ScoreDifference(SignedChange):
     """The scores of two tuned models on the samples that both runs have."""
 
     task: str
@@ -44,17 +45,6 @@ class ScoreDifference:
     num_common: int
     num_samples: tuple[int, int]
     """Samples of the first and of the second run."""
-
-    @property
-    def change(self) -> float:
-        """Second minus first score, with the sign of that subtraction."""
-        return self.difference if self.higher_is_better else -self.difference
-
-    @property
-    def change_interval(self) -> tuple[float, float]:
-        """95 % interval of `change`."""
-        low, high = self.interval
-        return (low, high) if self.higher_is_better else (-high, -low)
 
     @property
     def verdict(self) -> str:
