@@ -7,6 +7,20 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+GPT_OSS_20B = {
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+}
+"""Sizes of the published model, under the names of its config."""
+
 MAX_SHARD = 2 * 2**30
 """Largest size of a shard, in bytes."""
 

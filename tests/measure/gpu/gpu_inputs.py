@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT / source) for source in SOURCES]
 
 import train_step  # noqa: E402
 from packed import row_length  # noqa: E402
-from random_weights import write_weights  # noqa: E402, F401
+from random_weights import GPT_OSS_20B, write_weights  # noqa: E402, F401
 
 GIB = 2**30
 
@@ -72,18 +72,6 @@ DEEPSEEK_V2_LITE = {
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
-}
-GPT_OSS_20B = {
-    "vocab_size": 201088,
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "num_local_experts": 32,
-    "num_experts_per_tok": 4,
-    "sliding_window": 128,
 }
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama-3.1-8B": train_step.SHAPES["llama-3.1-8b"],

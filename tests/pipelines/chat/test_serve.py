@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from subprocess import PIPE
 from typing import Any
 
 import pytest
+from app_server import serving
 
 from tuneline.errors import UserError
 from tuneline.models.sampling import PRESETS
@@ -31,17 +31,9 @@ def subject_of(run_dir: Path, format: str) -> Subject:
 
 @pytest.fixture(scope="module")
 def port(run_dir: Path) -> Iterator[int]:
-    uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
-    app = gguf_app(subject_of(run_dir, "f16"), PRESETS["greedy"])
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.02)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join()
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    with serving(gguf_app(subject_of(run_dir, "f16"), PRESETS["greedy"])) as port:
+        yield port
 
 
 def post(port: int, **body: Any) -> http.client.HTTPResponse:

@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
+from s3_environment import use_s3
 
 from tuneline.errors import CredentialsError, DataError, HubError
 from tuneline.prepare import PrepareConfig
@@ -49,18 +50,7 @@ def endpoint() -> Iterator[str]:
 @pytest.fixture
 def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """An S3 bucket named `rows`, and credentials in the variables of Amazon's own tools."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-        "AWS_EC2_METADATA_DISABLED": "true",
-        SECONDS_VARIABLE: "0",
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
+    use_s3(endpoint, monkeypatch, tmp_path)
     client = boto3.client("s3", endpoint_url=endpoint)
     client.create_bucket(Bucket="rows")
     yield client

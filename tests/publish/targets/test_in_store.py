@@ -16,6 +16,7 @@ import s3fs
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
+from s3_environment import use_s3
 
 from tuneline.errors import (
     CredentialsError,
@@ -33,7 +34,6 @@ from tuneline.publish.target import parse_targets
 from tuneline.publish.targets.every import publish_everywhere
 from tuneline.publish.targets.in_store import UPLOAD_FILE, InStore
 from tuneline.runtime.parameter_text import encode_list
-from tuneline.runtime.retries import SECONDS_VARIABLE
 
 ADDRESS = "s3://models/team"
 STORE = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
@@ -91,19 +91,8 @@ def server() -> Iterator[tuple[str, Faulty]]:
 def faulty(server: tuple[str, Faulty], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Faulty:
     """The server, with an empty bucket `models`; nothing waits."""
     endpoint, faulty = server
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-        "AWS_EC2_METADATA_DISABLED": "true",
-        SECONDS_VARIABLE: "0",
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
+    use_s3(endpoint, monkeypatch, tmp_path)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     # s3fs repeats five times, with pauses; its five seconds to connect are few on a busy machine.
     for name, number in {"retries": 1, "connect_timeout": 60, "read_timeout": 60}.items():
         monkeypatch.setattr(s3fs.S3FileSystem, name, number)

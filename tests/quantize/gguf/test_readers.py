@@ -7,7 +7,6 @@ pytest -m slow tests/quantize/gguf/test_readers.py
 
 import json
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from urllib.request import Request, urlopen
 import llama_server
 import pytest
 import torch
+from app_server import serving
 from llama_server import LlamaServer
 from template_families import TEMPLATES, TOOLS
 from torch.nn.functional import cross_entropy
@@ -180,22 +180,15 @@ def test_llama_server(export: Export, packages: Path) -> None:
 @pytest.fixture
 def port(export: Export) -> Iterator[int]:
     """The server of `tuneline chat --serve`."""
-    uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
     from tuneline.pipelines.chat.published import read_published
     from tuneline.pipelines.chat.serve import gguf_app
     from tuneline.pipelines.chat.subject import find_subject
 
     subject = find_subject(str(export.file), format=None, base=None, needs_base=False)
     app = gguf_app(subject, read_published(subject.tuned))
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.02)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join()
+    with serving(app) as port:
+        yield port
 
 
 def test_our_own_server(export: Export, port: int) -> None:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
+from random_weights import GPT_OSS_20B
 from tiny_families import save_experts
 
 from tuneline.models.experts.forward import use_kernels
@@ -134,19 +135,6 @@ def test_estimate_of_experts_is_within_a_twentieth_of_the_measured_peak(
     host = 2 * sizes["vocab_size"] * sizes["hidden_size"] if mode == "lean" else 0
     estimate = estimate_memory(shape, settings).total - host
     assert estimate / GIB == pytest.approx(measured, rel=0.05)
-
-
-GPT_OSS_20B = {
-    "vocab_size": 201088,
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "num_local_experts": 32,
-    "num_experts_per_tok": 4,
-}
 
 
 def test_whole_matrices_of_scores_are_in_the_estimate(tmp_path):
