@@ -150,7 +150,8 @@ def test_how_each_kind_is_served(tmp_path: Path) -> None:
     assert container["args"] == [
         *("--model", "/mnt/models/mine-q4_k_m.gguf", "--alias", "mine-q4_k_m", "--jinja"),
         *("--ctx-size", "8192", "--parallel", "1", "--temp", "0.8", "--top-k", "50"),
-        *("--top-p", "0.95", "--min-p", "0", "--repeat-penalty", "1.15", "--repeat-last-n", "-1"),
+        *("--top-p", "0.95", "--min-p", "0", "--repeat-penalty", "1.15"),
+        *("--repeat-last-n", "8192"),
         *("--host", "0.0.0.0", "--port", "8080"),
     ]
     written = files(tmp_path, "adapter")

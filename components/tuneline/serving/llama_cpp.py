@@ -37,7 +37,7 @@ def gguf(merged_dir: Path, file: str, export: QuantizedModel, *, served_name: st
             *("--model", f"{MODELS_PATH}/{file}", "--alias", served_name, "--jinja"),
             # One request at a time gets the whole context. The next one waits.
             *("--ctx-size", str(num_context), "--parallel", "1"),
-            *_sampling(merged_dir),
+            *_sampling(merged_dir, num_context),
             *("--host", "0.0.0.0", "--port", str(PORT)),
         ],
         environment={"HOME": "/tmp"},
@@ -46,7 +46,7 @@ def gguf(merged_dir: Path, file: str, export: QuantizedModel, *, served_name: st
     )
 
 
-def _sampling(merged_dir: Path) -> list[str]:
+def _sampling(merged_dir: Path, num_context: int) -> list[str]:
     settings = read_settings(merged_dir)
     sampling, _ = published_sampling(settings)
     top_k = 0 if sampling.top_k >= UNLIMITED_TOP_K else sampling.top_k
@@ -56,7 +56,8 @@ def _sampling(merged_dir: Path) -> list[str]:
         "--top-p": sampling.top_p,
         "--min-p": settings.get("min_p") or 0,
         "--repeat-penalty": sampling.repetition_penalty,
-        # The whole context, as in transformers and vLLM.
-        "--repeat-last-n": -1,
+        # The whole context, as in transformers and vLLM. With -1, its word for it, llama-server of
+        # 2026-10 penalises nothing.
+        "--repeat-last-n": num_context,
     }
     return [text for name, value in values.items() for text in (name, f"{value:g}")]
