@@ -16,7 +16,6 @@ from tuneline.serving.model_sizes import in_mib
 
 GROUP, VERSION, PLURAL = "serving.kserve.io", "v1beta1", "inferenceservices"
 KIND = "InferenceService"
-CRD = f"{PLURAL}.{GROUP}"
 
 MODELS_PATH = "/mnt/models"
 """Where KServe puts what it downloads."""
