@@ -286,11 +286,12 @@ def make_trainer(
     import trl
     from transformers import TrainerCallback
 
+    from tuneline.kernels import patch
+
     named: dict[str, Any] = {"processing_class": peers.tokenizer()}
     if engine == "tuneline":
         from peft import LoraConfig
 
-        from tuneline.kernels import patch
         from tuneline.train.model.adapter import keep_adapter_in_fp32
         from tuneline.train.model.fuse import fuse_model, fuse_trainer
         from tuneline.train.trainer.trainers import SupervisedTrainer
@@ -305,14 +306,17 @@ def make_trainer(
         state["model"] = trainer.model
         keep_adapter_in_fp32(trainer.model)
         print(fuse_trainer(trainer), file=sys.stderr)
-        if lean:
-            patch(trainer.model, budget="lean", embedding_on_host=True)
     else:
         if engine != "unsloth" and not lean:
             state["model"].gradient_checkpointing_disable()
         trainer = trl.SFTTrainer(model=state["model"], args=arguments, train_dataset=rows, **named)
 
     class Callback(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            if engine == "tuneline" and lean:
+                # The trainer has moved the model to the GPU by now, the embedding too.
+                patch(trainer.model, budget="lean", embedding_on_host=True)
+
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             if engine == "unsloth":
                 # Its trainer switches recomputation on regardless of the arguments.

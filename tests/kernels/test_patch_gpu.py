@@ -1,6 +1,7 @@
 """The patched model on a GPU in bf16: no further from float32's truth than the stock model is."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -151,6 +152,33 @@ def test_graphs_give_the_bits_of_the_eager_run(monkeypatch):
         if parameter.grad is not None:
             want = eager[0][1][name] + eager[1][1][name]
             assert (parameter.grad.double() - want).norm() <= 1e-2 * want.norm(), name
+
+
+def test_a_loader_may_pin_its_batches_while_a_graph_is_captured(monkeypatch):
+    from tuneline.kernels import patch, patching
+
+    monkeypatch.setattr(patching, "GRAPH_MAX_TOKENS", 2048)
+    model = make_model("llama").to(torch.bfloat16)
+    patch(model)
+    row = packed_row((300, 213), 7)
+    done = threading.Event()
+
+    def pin():
+        kept = []
+        while not done.wait(0.001):
+            # Kept, because freed pinned memory is not allocated anew.
+            kept.append(torch.empty(2**16, dtype=torch.uint8).pin_memory())
+
+    loader = threading.Thread(target=pin)
+    loader.start()
+    try:
+        for _ in range(3):
+            gradients(model, row)
+    finally:
+        done.set()
+        loader.join()
+    graphs = model.get_base_model().model._tuneline_engine.graphs._graphs
+    assert [type(g).__name__ for g in graphs.values()] == ["GraphedStack"]
 
 
 def packed_row(lengths, seed):

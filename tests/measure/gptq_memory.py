@@ -9,7 +9,7 @@ layer at a time is on the device, so the peak of 32 layers equals that of 4. The
 and export on the GPU as the step's proof does, and compares them.
 
 If gptqmodel runs out of GPU memory, it continues on the CPU; its log lines about that are printed.
-`GPTQMODEL_DISABLE_GPTQ_CUDA=1` quantises as in an image, which has no nvcc to compile a kernel.
+`GPTQMODEL_DISABLE_GPTQ_CUDA=1` rounds one column after another, without the kernel.
 """
 
 import argparse
@@ -175,6 +175,7 @@ def main() -> None:
             ]
             settings = {"bits": arguments.bits, "group_size": 128, "desc_act": False}
             job = {"model_dir": str(merged), "target": str(export), **settings, "rows": rows}
+            job |= {"started_at": time.monotonic(), "times_file": "times.json"}
             job_file = arguments.directory / "job.json"
             job_file.write_text(json.dumps(job))
             done = run(arguments, "quantise", job_file) and run(arguments, "prove", merged, export)

@@ -6,6 +6,7 @@
 
     bare    the kernels in a plain loop without a trainer, as the upper bound of the step's speed
     free    the step, with all memory for activations
+    fp8     the same with 8-bit matrix products
     lean    the step, with no memory for activations; SIGTERM half-way, then resumed to the end
     oom     the step, while another process takes the memory that the step has planned to use
 
@@ -26,7 +27,7 @@ from typing import Any
 import gpu_inputs
 from gpu_inputs import GIB, largest_difference, say, train
 
-PARTS = ("bare", "free", "lean", "oom")
+PARTS = ("bare", "free", "fp8", "lean", "oom")
 WARM_UP = 6
 """First step whose speed counts; earlier steps may compile kernels."""
 HOG = """
@@ -106,6 +107,9 @@ def main() -> None:
                 say(done.stdout.strip() or f"bare: {done.stderr[-1500:]}")
             elif part == "free":
                 runs[part] = finish(train(part, config(args.steps), **files))
+            elif part == "fp8":
+                settings = {**config(args.steps), "kernels": "fp8"}
+                runs[part] = finish(train(part, settings, **files))
             elif part == "lean":
                 settings = {**config(args.steps), "memory_gib": 1.0 if args.tiny else 8.4}
                 half = args.steps // 2
@@ -116,6 +120,12 @@ def main() -> None:
                 runs[part] = finish(crowded(config(args.steps // 3), files))
         if "free" in runs and "lean" in runs:
             compare(runs["free"], runs["lean"], args.steps)
+        if "free" in runs and "fp8" in runs:
+            apart = [runs["fp8"].losses[n] - loss for n, loss in runs["free"].losses.items()]
+            say(
+                f"losses of fp8 are {statistics.mean(apart):+.4f} from those of free in the mean, "
+                f"by at most {max(map(abs, apart)):.4f}"
+            )
         say(f"{time.monotonic() - began:.0f} s in total")
     finally:
         if args.work_dir is None:

@@ -9,7 +9,6 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,6 @@ MAX_ROW_TOKENS = 2048
 """Number of tokens of a calibration row that are used. It limits memory: the device holds the
 inputs and the outputs of a layer for all rows. At the width of an 8B model, 128 rows of this length
 take 2 x 2.1 GB in bf16, in addition to the layer and its Hessians."""
-COLUMNS_WORTH_COMPILING = 500_000
-"""Columns of all quantised layers from which gptqmodel may compile a CUDA kernel. SmolLM2-135M has
-150,000 columns, and Llama-3.1-8B 1.2 million. gptqmodel rounds one column after another with some
-15 small kernels, which take the host about 0.1 ms. Its own kernel rounds 128 columns at once, but
-is compiled with nvcc when it is first used, for about a minute in which the GPU is idle."""
 # What vLLM loads, according to its auto_gptq.py and marlin_utils.py of 2026-11, for symmetric
 # quantisation (all exports here are symmetric).
 VLLM_BITS, VLLM_GROUP_SIZES = (4, 8), (32, 64, 128)
@@ -203,28 +197,17 @@ def linear_widths(model_dir: Path) -> dict[int, str]:
         ModelError: the model has no such layers.
     """
     widths: dict[int, str] = {}
-    for name, width in _linear_layers(model_dir):
-        widths.setdefault(width, name)
-    if not widths:
-        raise ModelError(f"{model_dir} has no linear layers that GPTQ could quantise")
-    return widths
-
-
-def num_columns(model_dir: Path) -> int:
-    """Return the sum of the input widths of the model's linear layers."""
-    return sum(width for _, width in _linear_layers(model_dir))
-
-
-def _linear_layers(model_dir: Path) -> Iterator[tuple[str, int]]:
-    """Yield the name and the input width of each linear layer, without the output head."""
     model: Any = empty_model(model_dir)
     for name, module in model.named_modules():
         if module is model.get_output_embeddings():
             continue
         if isinstance(module, torch.nn.Linear):
-            yield name, module.in_features
+            widths.setdefault(module.in_features, name)
         elif isinstance(module, Conv1D):
-            yield name, module.nx
+            widths.setdefault(module.nx, name)
+    if not widths:
+        raise ModelError(f"{model_dir} has no linear layers that GPTQ could quantise")
+    return widths
 
 
 def _quantise(
@@ -259,8 +242,6 @@ def _quantise(
         # takes longer than the work.
         "OMP_WAIT_POLICY": "PASSIVE",
     }
-    if num_columns(model_dir) < COLUMNS_WORTH_COMPILING:
-        settings["GPTQMODEL_DISABLE_GPTQ_CUDA"] = "1"
     with scratch_directory() as scratch:
         (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
         done = run_to_end(

@@ -36,6 +36,8 @@ def main(job_file: str) -> None:
         times[name] = time.monotonic() - job["started_at"] - sum(times.values())
 
     on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        _round_blocks_by_triton()
     # Most CPUs emulate bfloat16. On such a CPU, float32 takes a third of the time of bfloat16.
     model = GPTQModel.load(
         job["model_dir"],
@@ -55,6 +57,20 @@ def main(job_file: str) -> None:
     model.save(job["target"])
     stage("save")
     Path(job["times_file"]).write_text(json.dumps(times), encoding="utf-8")
+
+
+def _round_blocks_by_triton() -> None:
+    """Let gptqmodel round columns with our kernel, which needs no compiler.
+
+    gptqmodel compiles its own with nvcc when it is first used, for about a minute. Where nvcc is
+    missing, it rounds one column after another with some 15 small kernels.
+    """
+    from gptqmodel.quantization import gptq_cuda
+
+    from tuneline.kernels.ops.gptq_round import round_block
+
+    gptq_cuda.block_update_available = lambda: True
+    gptq_cuda.gptq_block_update = round_block
 
 
 def _restore_dtype(model: Any, model_dir: str) -> None:

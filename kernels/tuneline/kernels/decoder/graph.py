@@ -163,13 +163,16 @@ class GraphedStack:
         x, cos, sin = self._inputs
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         steps = []
-        with torch.cuda.graph(self._forward):
+        # Other threads may allocate during a capture: a data loader pins its batches in a thread.
+        mode = "thread_local"
+        with torch.cuda.graph(self._forward, capture_error_mode=mode):
             for weights, call in layers:
                 y, _, parkable, staying = layer_forward(x, cos, sin, weights, call)
                 steps.append(([x, *parkable, *staying], weights, call))
                 x = y
         self._y_BLC = x
-        with torch.cuda.graph(self._backward, pool=self._forward.pool()):
+        pool = self._forward.pool()
+        with torch.cuda.graph(self._backward, pool=pool, capture_error_mode=mode):
             dy = self._dy_BLC
             grads: list[Tensor] = []
             for saved, weights, call in reversed(steps):
