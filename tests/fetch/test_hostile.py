@@ -27,8 +27,18 @@ def header(num_tensors: int, num_entries: int, *entries: bytes) -> bytes:
     return b"GGUF" + struct.pack("<IQQ", 3, num_tensors, num_entries) + b"".join(entries)
 
 
-def entry(kind: int, value: bytes) -> bytes:
-    return string(b"key") + struct.pack("<I", kind) + value
+def entry(kind: int, value: bytes, key: bytes = b"key") -> bytes:
+    return string(key) + struct.pack("<I", kind) + value
+
+
+def number(key: str, value: int) -> bytes:
+    return entry(10, struct.pack("<Q", value), key.encode())
+
+
+def texts(key: str, *values: bytes) -> bytes:
+    return entry(
+        9, struct.pack("<IQ", 8, len(values)) + b"".join(map(string, values)), key.encode()
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,6 +65,50 @@ def test_counts_that_a_file_cannot_hold(content: bytes, says: str, tmp_path: Pat
     with pytest.raises(ModelError, match=says):
         check_header(path)
     assert time.monotonic() - started < 1
+
+
+LLAMA = (entry(8, string(b"llama"), b"general.architecture"), number("llama.context_length", 8))
+VOCABULARY = (
+    entry(8, string(b"gpt2"), b"tokenizer.ggml.model"),
+    texts("tokenizer.ggml.tokens", b"a", b"b"),
+    # Neither the pair nor the token that it makes exists, at which the tokenizers library panics.
+    texts("tokenizer.ggml.merges", b"a b"),
+)
+TENSOR = string(b"x") + struct.pack("<IQIQ", 1, 8, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("entries", "tensor", "says"),
+    [
+        ([*LLAMA, number("llama.block_count", 2**31)], TENSOR, "block_count in the header is 2147"),
+        (
+            [*LLAMA, number("llama.embedding_length", 2**60)],
+            TENSOR,
+            "files hold 1 tensors, of which the longest side is 8: take weights and the header",
+        ),
+        ([*LLAMA, *VOCABULARY], TENSOR, "causal language model \\(PanicException: "),
+        (
+            [*LLAMA],
+            TENSOR[:-8] + struct.pack("<Q", 2**60),
+            "causal language model \\(ValueError: c",
+        ),
+        ([*LLAMA], string(b"x", 2**60), "causal language model \\(IndexError: "),
+        (
+            [*LLAMA, number("llama.embedding_length", 8), number("llama.attention.head_count", 0)],
+            TENSOR,
+            "causal language model \\(ZeroDivisionError: ",
+        ),
+    ],
+    ids=["layers", "width", "merges", "offset", "name", "heads"],
+)
+def test_values_at_which_the_readers_of_gguf_fail(
+    entries: list[bytes], tensor: bytes, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(header(1, len(entries), *entries, tensor) + b"\0" * 64)
+    with pytest.raises(ModelError, match=says):
+        run(FetchConfig(), source=str(path), base_model_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_ordinary_header_passes(tmp_path: Path) -> None:
