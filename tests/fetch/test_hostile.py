@@ -1,6 +1,7 @@
 """Model directories and files that were made to harm."""
 
 import json
+import os
 import shutil
 import struct
 import time
@@ -167,6 +168,24 @@ def test_a_snapshot_of_the_hubs_cache_is_made_of_links(
         (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
     origin = run(FetchConfig(), source=str(snapshot), base_model_dir=str(tmp_path / "out"))
     assert origin.num_parameters > 0
+    # Whoever names a directory "snapshots" gets no further than to such blobs.
+    (tmp_path / "models--a--b" / "id_rsa").write_text("the key")
+    (snapshot / "LICENSE").symlink_to("../../id_rsa")
+    with pytest.raises(ModelError, match="LICENSE is a link that leads out of the model's direct"):
+        run(FetchConfig(), source=str(snapshot), base_model_dir=str(tmp_path / "second"))
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "device"])
+def test_a_config_that_is_no_file_is_not_opened(model: Path, kind: str) -> None:
+    config = model / "config.json"
+    config.unlink()
+    if kind == "directory":
+        config.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(config)
+    else:
+        config.symlink_to("/dev/zero")
+    assert "has no config.json" in refusal(model)
 
 
 def test_a_card_of_laughs_is_no_licence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
