@@ -17,6 +17,7 @@ from tuneline.fetch.model_card import licence_of
 from tuneline.fetch.run import run
 from tuneline.fetch.trial import try_tokenizer
 from tuneline.fetch.weight_headers import read_header
+from tuneline.models import weight_files
 from tuneline.models.tokenizer.files import TEMPLATES_DIR
 
 
@@ -142,6 +143,18 @@ def test_headers_of_safetensors_that_no_model_has(content: bytes, tmp_path: Path
     with pytest.raises(ModelError, match="is not a safetensors file, or it was cut off"):
         read_header(path, "mine")
     path.write_bytes(struct.pack("<Q", 2**62) + content)
+    with pytest.raises(ModelError, match="is not a safetensors file, or it was cut off"):
+        read_header(path, "mine")
+
+
+def test_a_header_of_a_size_that_no_model_has_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.dumps({"__metadata__": {"a": "b" * 500}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(content)) + content)
+    assert read_header(path, "mine") == {}
+    monkeypatch.setattr(weight_files, "MAX_HEADER_BYTES", 499)
     with pytest.raises(ModelError, match="is not a safetensors file, or it was cut off"):
         read_header(path, "mine")
 

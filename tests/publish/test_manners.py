@@ -10,6 +10,7 @@ from publish_cases import REPOS, TOKEN, publish, recipe_of, to_hub, write_again
 
 from tuneline.artifacts import Decision, MergeProof, Published
 from tuneline.evaluate.config import EvaluateConfig
+from tuneline.merge.config import MergeConfig
 from tuneline.placement import PlacementConfig
 from tuneline.publish.card_parts import BEGIN, END, CardParts, join_card, split_card
 from tuneline.train.config import LoraConfig, TrainConfig
@@ -292,6 +293,11 @@ def test_an_edited_record_is_not_published(run_dir: Path, tmp_path: Path, name: 
         path.write_text(json.dumps(json.loads(text) | lost, indent=2))
         done = publish(run_dir, f"dir:{tmp_path}/out", "one")
         assert done.returncode == 1 and "has no hash of its own fields" in done.stderr
+    if name == "merged":
+        # With a hash of its own, but from nowhere.
+        MergeProof.parse(text).write(path.parent, MergeConfig())
+        done = publish(run_dir, f"dir:{tmp_path}/out", "one")
+        assert "merge.json of the merged does not name the base_model" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
