@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from piece_layouts import gemma2, mistral, phi3
 
 from tuneline.artifacts import MergeProof
 from tuneline.errors import ProofError
@@ -30,13 +29,13 @@ SIZES = {
 @pytest.mark.parametrize(
     ("family", "lay_out", "num_rendered", "ends"),
     [
-        ("Phi3", phi3, 7, ["<|endoftext|>", "<|assistant|>", "<|end|>"]),
-        ("Gemma2", gemma2, 5, ["<eos>", "<end_of_turn>"]),
-        pytest.param("Mistral", mistral, 5, ["</s>"], marks=pytest.mark.slow),
+        ("Phi3", "phi3", 7, ["<|endoftext|>", "<|assistant|>", "<|end|>"]),
+        ("Gemma2", "gemma2", 5, ["<eos>", "<end_of_turn>"]),
+        pytest.param("Mistral", "mistral", 5, ["</s>"], marks=pytest.mark.slow),
     ],
 )
-def test_the_whole_proof(family, lay_out, num_rendered, ends, tmp_path: Path, train_pieces) -> None:
-    merged = save_merged(tmp_path, family, lay_out, train_pieces)
+def test_the_whole_proof(family, lay_out, num_rendered, ends, tmp_path: Path, layouts) -> None:
+    merged = save_merged(tmp_path, family, layouts[lay_out])
     record = convert(merged_dir=str(merged), gguf_dir=str(tmp_path / "f16"))
     assert record.mean_kl < 1e-5
     assert record.num_tokenizer_texts == 1 + len(probes.texts()) + num_rendered
@@ -45,11 +44,11 @@ def test_the_whole_proof(family, lay_out, num_rendered, ends, tmp_path: Path, tr
     assert not any("Ollama" in note for note in record.notes)
 
 
-def test_special_tokens_that_transformers_forgets_are_missed(tmp_path: Path, train_pieces) -> None:
+def test_special_tokens_that_transformers_forgets_are_missed(tmp_path: Path, layouts) -> None:
     """A tokenizer saved by transformers 5 is whole for it alone: why files are copied."""
     from transformers import AutoTokenizer
 
-    merged = save_merged(tmp_path, "Gemma2", gemma2, train_pieces)
+    merged = save_merged(tmp_path, "Gemma2", layouts["gemma2"])
     AutoTokenizer.from_pretrained(merged).save_pretrained(merged)
     MergeProof.read(merged).write(merged)
     with pytest.raises(ProofError, match="splits 5 of .* '<bos><start_of_turn>user"):
@@ -57,13 +56,13 @@ def test_special_tokens_that_transformers_forgets_are_missed(tmp_path: Path, tra
     assert not (tmp_path / "f16").exists()
 
 
-def save_merged(tmp_path: Path, family: str, lay_out, train_pieces) -> Path:
+def save_merged(tmp_path: Path, family: str, lay_out) -> Path:
     """Return a directory as merge would leave it."""
     import transformers
 
     base, merged = tmp_path / "base", tmp_path / "merged"
     base.mkdir()
-    settings = lay_out(base, train_pieces)
+    settings = lay_out(base)
     stops = settings.pop("stops")
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **settings})

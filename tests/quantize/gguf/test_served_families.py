@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers
 from llama_server import LlamaServer
-from piece_layouts import gemma2, mistral, phi3
 from small_records import new_merge
 from tiny_families import FAMILIES, new_model
 from torch.nn.functional import cross_entropy
@@ -31,6 +30,7 @@ from tuneline.quantize.run import run
 pytestmark = pytest.mark.slow
 
 Messages = list[dict[str, str]]
+Layouts = dict[str, Callable[[Path], dict[str, Any]]]
 
 QUESTION = {"role": "user", "content": "How many Mi are 3Gi?"}
 CHATS: list[tuple[Messages, str]] = [
@@ -47,13 +47,9 @@ CHATS: list[tuple[Messages, str]] = [
 ]
 """Conversations, and the answer that is learnt; every template takes them."""
 
-PIECES: dict[str, Callable[..., dict[str, Any]]] = {
-    "Qwen2": mistral,
-    "Phi-3": phi3,
-    "Gemma 2": gemma2,
-    "Gemma 3": gemma2,
-}
-"""Families whose vocabulary is one of sentencepiece; that of the others is byte-level."""
+PIECES = {"Qwen2": "mistral", "Phi-3": "phi3", "Gemma 2": "gemma2", "Gemma 3": "gemma2"}
+"""Families whose vocabulary is one of sentencepiece, and its layout; that of the others is
+byte-level."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "DeepSeek V2": {"q_lora_rank": 32},
     "GLM-4-MoE": {"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 2.5},
@@ -87,12 +83,12 @@ def byte_level(name: str, directory: Path, tokenizer_dir: Path) -> dict[str, Any
     return {"vocab_size": len(tokenizer), **{end: getattr(tokenizer, end) for end in ends}}
 
 
-def write_merged(name: str, root: Path, tokenizer_dir: Path, train_pieces: Any) -> Path:
+def write_merged(name: str, root: Path, tokenizer_dir: Path, layouts: Layouts) -> Path:
     """Write a model that knows the answers to all chats, as merge would leave it."""
     base, merged = root / "base", root / "merged"
     base.mkdir()
     if name in PIECES:
-        settings = PIECES[name](base, train_pieces)
+        settings = layouts[PIECES[name]](base)
     else:
         settings = byte_level(name, base, tokenizer_dir)
     stops = settings.pop("stops", [settings["eos_token_id"]])
@@ -154,9 +150,9 @@ def learn(model: Any, tokenizer: Any, end: str) -> None:
 
 @pytest.mark.parametrize("name", SERVED)
 def test_a_family(
-    name: str, tiny_model_dir: Path, train_pieces: Any, packages: Path, tmp_path: Path
+    name: str, tiny_model_dir: Path, layouts: Layouts, packages: Path, tmp_path: Path
 ) -> None:
-    merged = write_merged(name, tmp_path, tiny_model_dir, train_pieces)
+    merged = write_merged(name, tmp_path, tiny_model_dir, layouts)
     tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
     prompts = [rendered(tokenizer, messages) for messages, _ in CHATS]
     heldout = {"answer": CHATS[0][1], "end": end_of_turn(tokenizer), "question": "3Gi?"}
@@ -179,10 +175,10 @@ def test_a_family(
 
 
 def test_a_family_whose_tokenizer_is_known_by_its_vocabulary(
-    tiny_model_dir: Path, train_pieces: Any, packages: Path, tmp_path: Path
+    tiny_model_dir: Path, layouts: Layouts, packages: Path, tmp_path: Path
 ) -> None:
     """transformers and llama.cpp split Qwen2's texts alike with the published vocabulary only."""
-    merged = write_merged("Qwen2", tmp_path, tiny_model_dir, train_pieces)
+    merged = write_merged("Qwen2", tmp_path, tiny_model_dir, layouts)
     converter.convert(merged, tmp_path / "model.gguf")
     reference = measure(merged, dataset_dir=None, num_rows=1, num_tokens=1)
     with LlamaServer(packages, tmp_path / "model.gguf", num_context=512) as server:
@@ -210,7 +206,7 @@ def shown(text: str, name: str) -> str:
 
     Sentencepiece begins a text with a space, which transformers leaves out and llama.cpp shows.
     """
-    return text.removeprefix(" ") if PIECES.get(name) in (phi3, mistral) else text
+    return text.removeprefix(" ") if PIECES.get(name) in ("phi3", "mistral") else text
 
 
 def check_answers(
