@@ -22,6 +22,7 @@ from tuneline.artifacts import (
 from tuneline.errors import DataError, ProofError, WorldError
 from tuneline.html.page import render_page
 from tuneline.merge import MergeConfig
+from tuneline.publish.previous import read_bundle
 from tuneline.record import Record, hash_files, sha256_of_file
 from tuneline.runtime.environment import describe_environment
 from tuneline.seals import broken_seal, seal_page, sealed_json
@@ -304,3 +305,29 @@ def test_files_without_a_hash_are_named(run_dir: Path) -> None:
     shown = subprocess.run([str(tool), "verify", str(run_dir)], capture_output=True, text=True)
     assert shown.returncode == 0
     assert "  run.log: what the steps wrote\n" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "[" * 200_000,
+            '{"a": ' * 100_000,
+            "[]",
+            "null",
+            '{"files": ["a"]}',
+            '{"files": {"a": 5}}',
+        ),
+        *('{"files": {"a": "b"}, "trained_with": "x"}', '{"files": {}, "base_sha256": 5}'),
+    ],
+)
+def test_a_bundle_of_others_that_is_none(tmp_path: Path, text: str) -> None:
+    """A repository that was downloaded can hold anything under this name."""
+    (tmp_path / "tuneline.json").write_text(text)
+    (found,) = verify(tmp_path)
+    assert len(found.differences) == 1 and "cannot be read: tuneline.json" in found.differences[0]
+    assert read_bundle(text) == {}
+    assert read_bundle('{"files": {"a": "b"}, "kind": "gguf"}')["kind"] == "gguf"
+    (tmp_path / "tuneline.json").rename(tmp_path / "dataset.json")
+    (found,) = verify(tmp_path)
+    assert "cannot be read: dataset.json" in found.differences[0]

@@ -46,6 +46,7 @@ from tuneline.records.exports import BenchmarkAnswers as BenchmarkAnswers
 from tuneline.records.exports import ImportanceMatrix as ImportanceMatrix
 from tuneline.records.exports import MergeProof as MergeProof
 from tuneline.records.exports import QuantizedModel as QuantizedModel
+from tuneline.records.published import Bundle as Bundle
 from tuneline.records.published import Published as Published
 from tuneline.records.published import PublishedRepo as PublishedRepo
 from tuneline.records.published import RunSummary as RunSummary

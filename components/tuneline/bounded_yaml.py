@@ -5,6 +5,7 @@ anchor, and anchors may hold aliases ("billion laughs"). Deep nesting ends in a 
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -15,6 +16,8 @@ MAX_CHARACTERS = 4 << 20
 MAX_DEPTH = 100
 MAX_NODES = 200_000
 """Bounds of a document: its size, its nesting, and its values with every alias written out."""
+MAX_DIGITS = 1000
+"""Bound of a whole number, in characters: Python refuses to write numbers of more than 4,300."""
 
 
 _FRONT_MATTER = re.compile(
@@ -40,13 +43,25 @@ def load_yaml(text: str, *, where: str = "the document") -> Any:
         where: its name, for messages.
 
     Raises:
-        DataError: the document exceeds a bound.
+        DataError: the document exceeds a bound, or has a value that does not exist, such as a date.
         yaml.YAMLError: the text is not YAML.
     """
     loader = yaml.SafeLoader(text)
     try:
-        root = compose(loader, text, where=where)
-        return None if root is None else loader.construct_document(root)
+        return _value(loader, compose(loader, text, where=where), where)
+    finally:
+        loader.dispose()
+
+
+def load_documents(text: str, *, where: str = "the file") -> list[Any]:
+    """Read all YAML documents of a text; see `load_yaml`."""
+    loader = yaml.SafeLoader(text)
+    documents = []
+    try:
+        _check_length(text, where)
+        while loader.check_node():
+            documents.append(_value(loader, _bounded(loader.get_node, where), where))
+        return documents
     finally:
         loader.dispose()
 
@@ -81,17 +96,35 @@ def compose(loader: yaml.SafeLoader, text: str, *, where: str) -> yaml.Node | No
         DataError: the document exceeds a bound.
         yaml.YAMLError: the text is not YAML.
     """
+    _check_length(text, where)
+    return _bounded(loader.get_single_node, where)
+
+
+def _check_length(text: str, where: str) -> None:
     if len(text) > MAX_CHARACTERS:
         raise DataError(
             f"{where} has {len(text):,} characters of YAML, but at most {MAX_CHARACTERS:,} are read"
         )
+
+
+def _bounded(get: Callable[[], yaml.Node | None], where: str) -> yaml.Node | None:
+    """Return a document from the loader's method `get`, within bounds."""
     try:
-        root = loader.get_single_node()
+        root = get()
         if root is not None:
             _check(root, where)
         return root
     except RecursionError:
         raise DataError(f"{where} is nested deeper than YAML is read: simplify it") from None
+
+
+def _value(loader: yaml.SafeLoader, root: yaml.Node | None, where: str) -> Any:
+    """Return the value of a document."""
+    try:
+        return None if root is None else loader.construct_document(root)
+    except (ValueError, OverflowError) as error:
+        # Text that has the form of a date or a number, e.g. 2026-02-30.
+        raise DataError(f"{where} has a value that cannot be read ({error}): quote it") from None
 
 
 def _check(root: yaml.Node, where: str) -> None:
@@ -119,6 +152,8 @@ def _size(
         return known[id(node)]
     if id(node) in open_:
         raise DataError(f"{where} has an alias that contains itself")
+    if isinstance(node, yaml.ScalarNode):
+        _check_number(node, where)
     open_.add(id(node))
     children: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
@@ -130,3 +165,11 @@ def _size(
     total = 1 + sum(number for number, _ in sizes)
     known[id(node)] = total, 1 + max((depth for _, depth in sizes), default=0)
     return known[id(node)]
+
+
+def _check_number(node: yaml.ScalarNode, where: str) -> None:
+    if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
+        raise DataError(
+            f"{where} has a whole number of {len(node.value):,} characters in line "
+            f"{node.start_mark.line + 1}, but at most {MAX_DIGITS:,} are read"
+        )

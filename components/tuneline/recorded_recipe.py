@@ -171,11 +171,22 @@ def without_paths(value: Any) -> Any:
 
 
 def _differences(given: Any, used: Any, name: str = "") -> Iterator[str]:
-    """Yield a phrase for each value that differs; a key that only one of them has is skipped."""
+    """Yield a phrase for each value that differs; a section that only one of them has is skipped.
+
+    Args:
+        given: the recipe, or a value in it.
+        used: the same of the run.
+        name: dotted name of the value; "" for the whole recipe.
+    """
     if isinstance(given, dict) and isinstance(used, dict):
-        for key in given:
-            if key in used:
-                yield from _differences(given[key], used[key], f"{name}.{key}" if name else key)
+        for key in dict.fromkeys((*given, *used)):
+            inner = f"{name}.{key}" if name else key
+            if key in given and key in used:
+                yield from _differences(given[key], used[key], inner)
+            elif name and key in used:
+                yield f"{inner} was {_short(used[key])}, the recipe does not set it"
+            elif name:
+                yield f"{inner} was not set, the recipe has {_short(given[key])}"
     elif given != used and not _are_alike(name, given, used):
         yield f"{name} was {_short(used)}, the recipe has {_short(given)}"
 

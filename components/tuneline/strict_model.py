@@ -57,5 +57,5 @@ def _schema_of(model: type[BaseModel]) -> dict[str, Any]:
 def _loads(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

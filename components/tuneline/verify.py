@@ -1,6 +1,5 @@
 """Check that artifacts and published repositories match their records."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from tuneline.artifacts import (
     PUBLISHED_BUNDLE,
     RECORDS,
+    Bundle,
     DatasetManifest,
     Decision,
     QuantizedModel,
@@ -193,18 +193,18 @@ def _check_bundle(path: Path, known: Known) -> Checked:
     """Check a published repository."""
     text = _text(path)
     try:
-        bundle = json.loads(text)
-    except ValueError as error:
-        return Checked(path.parent, 0, [f"{path.name} cannot be read: {error}"], [])
+        bundle = Bundle.parse(text, where=path.name)
+    except TunelineError as error:
+        return Checked(path.parent, 0, [f"cannot be read: {error}"], [])
     left_out = {PUBLISHED_BUNDLE, *_NOT_HASHED}
-    result = _check(path.parent, bundle.get("files", {}), bundle.get("trained_with", {}), left_out)
+    result = _check(path.parent, bundle.files, bundle.trained_with, left_out)
     if difference := broken_seal(text):
         result.differences.append(f"{path.name} {difference}")
-    made_from = {
-        name: Ancestor(sha256=bundle[f"{key}_sha256"], revision=bundle.get(f"{key}_revision"))
-        for name, key in (("base_model", "base"), ("dataset", "dataset"))
-        if f"{key}_sha256" in bundle
-    }
+    made_from = {}
+    if bundle.base_sha256 is not None:
+        made_from["base_model"] = Ancestor(sha256=bundle.base_sha256, revision=bundle.base_revision)
+    if bundle.dataset_sha256 is not None:
+        made_from["dataset"] = Ancestor(sha256=bundle.dataset_sha256)
     result.differences.extend(foreign_inputs(made_from, known))
     return result
 

@@ -1,6 +1,7 @@
 """Model directories and files that were made to harm."""
 
 import json
+import os
 import shutil
 import struct
 import time
@@ -16,6 +17,7 @@ from tuneline.fetch.model_card import licence_of
 from tuneline.fetch.run import run
 from tuneline.fetch.trial import try_tokenizer
 from tuneline.fetch.weight_headers import read_header
+from tuneline.models import weight_files
 from tuneline.models.tokenizer.files import TEMPLATES_DIR
 
 
@@ -27,8 +29,18 @@ def header(num_tensors: int, num_entries: int, *entries: bytes) -> bytes:
     return b"GGUF" + struct.pack("<IQQ", 3, num_tensors, num_entries) + b"".join(entries)
 
 
-def entry(kind: int, value: bytes) -> bytes:
-    return string(b"key") + struct.pack("<I", kind) + value
+def entry(kind: int, value: bytes, key: bytes = b"key") -> bytes:
+    return string(key) + struct.pack("<I", kind) + value
+
+
+def number(key: str, value: int) -> bytes:
+    return entry(10, struct.pack("<Q", value), key.encode())
+
+
+def texts(key: str, *values: bytes) -> bytes:
+    return entry(
+        9, struct.pack("<IQ", 8, len(values)) + b"".join(map(string, values)), key.encode()
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,6 +67,50 @@ def test_counts_that_a_file_cannot_hold(content: bytes, says: str, tmp_path: Pat
     with pytest.raises(ModelError, match=says):
         check_header(path)
     assert time.monotonic() - started < 1
+
+
+LLAMA = (entry(8, string(b"llama"), b"general.architecture"), number("llama.context_length", 8))
+VOCABULARY = (
+    entry(8, string(b"gpt2"), b"tokenizer.ggml.model"),
+    texts("tokenizer.ggml.tokens", b"a", b"b"),
+    # Neither the pair nor the token that it makes exists, at which the tokenizers library panics.
+    texts("tokenizer.ggml.merges", b"a b"),
+)
+TENSOR = string(b"x") + struct.pack("<IQIQ", 1, 8, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("entries", "tensor", "says"),
+    [
+        ([*LLAMA, number("llama.block_count", 2**31)], TENSOR, "block_count in the header is 2147"),
+        (
+            [*LLAMA, number("llama.embedding_length", 2**60)],
+            TENSOR,
+            "files hold 1 tensors, of which the longest side is 8: take weights and the header",
+        ),
+        ([*LLAMA, *VOCABULARY], TENSOR, "causal language model \\(PanicException: "),
+        (
+            [*LLAMA],
+            TENSOR[:-8] + struct.pack("<Q", 2**60),
+            "causal language model \\(ValueError: c",
+        ),
+        ([*LLAMA], string(b"x", 2**60), "causal language model \\(IndexError: "),
+        (
+            [*LLAMA, number("llama.embedding_length", 8), number("llama.attention.head_count", 0)],
+            TENSOR,
+            "causal language model \\(ZeroDivisionError: ",
+        ),
+    ],
+    ids=["layers", "width", "merges", "offset", "name", "heads"],
+)
+def test_values_at_which_the_readers_of_gguf_fail(
+    entries: list[bytes], tensor: bytes, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(header(1, len(entries), *entries, tensor) + b"\0" * 64)
+    with pytest.raises(ModelError, match=says):
+        run(FetchConfig(), source=str(path), base_model_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_ordinary_header_passes(tmp_path: Path) -> None:
@@ -91,6 +147,18 @@ def test_headers_of_safetensors_that_no_model_has(content: bytes, tmp_path: Path
         read_header(path, "mine")
 
 
+def test_a_header_of_a_size_that_no_model_has_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.dumps({"__metadata__": {"a": "b" * 500}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(content)) + content)
+    assert read_header(path, "mine") == {}
+    monkeypatch.setattr(weight_files, "MAX_HEADER_BYTES", 499)
+    with pytest.raises(ModelError, match="is not a safetensors file, or it was cut off"):
+        read_header(path, "mine")
+
+
 def test_a_link_out_of_a_model_is_not_followed(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model_dir, model)
@@ -113,6 +181,24 @@ def test_a_snapshot_of_the_hubs_cache_is_made_of_links(
         (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
     origin = run(FetchConfig(), source=str(snapshot), base_model_dir=str(tmp_path / "out"))
     assert origin.num_parameters > 0
+    # Whoever names a directory "snapshots" gets no further than to such blobs.
+    (tmp_path / "models--a--b" / "id_rsa").write_text("the key")
+    (snapshot / "LICENSE").symlink_to("../../id_rsa")
+    with pytest.raises(ModelError, match="LICENSE is a link that leads out of the model's direct"):
+        run(FetchConfig(), source=str(snapshot), base_model_dir=str(tmp_path / "second"))
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "device"])
+def test_a_config_that_is_no_file_is_not_opened(model: Path, kind: str) -> None:
+    config = model / "config.json"
+    config.unlink()
+    if kind == "directory":
+        config.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(config)
+    else:
+        config.symlink_to("/dev/zero")
+    assert "has no config.json" in refusal(model)
 
 
 def test_a_card_of_laughs_is_no_licence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gate_scores import accuracies, gate, write_scores
+from small_records import new_merge
 
 from tuneline import verdict
 from tuneline.artifacts import Decision
@@ -69,6 +70,21 @@ def test_a_model_of_other_questions_is_not_compared(tmp_path: Path) -> None:
         "The model published last was measured on other questions of quiz, so it was not compared "
         "with this one"
     ]
+
+
+def test_a_loss_that_merging_does_not_explain_is_said(tmp_path: Path) -> None:
+    write_scores(tmp_path / "base", "base", BASE)
+    write_scores(tmp_path / "tuned", "tuned", {"quiz": accuracies(2, 0.9)})
+    losses = {"trained_eval_loss": 1.0, "num_eval_tokens": 1000, "mean_kl": 1e-6}
+    for name, loss, num_remarks in (("same", 1.001, 0), ("other", 1.5, 1)):
+        (tmp_path / name).mkdir()
+        new_merge(eval_loss=loss, **losses).write(tmp_path / name)
+        decision = gate(tmp_path, merged=tmp_path / name)
+        assert len(decision.remarks) == num_remarks
+        assert decision.verdict == "promote"
+        (tmp_path / "decision").rename(tmp_path / f"decision-{name}")
+        (tmp_path / "summary.md").unlink()
+    assert decision.remarks[0].startswith("the merged model's loss on training's evaluation rows")
 
 
 def test_other_weights_are_not_compared(tmp_path: Path) -> None:

@@ -60,8 +60,14 @@ def one_nan(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+def two_units(weight: torch.Tensor) -> torch.Tensor:
+    """Return weights that are two units in the last place larger."""
+    return (weight.view(torch.int16) + 2).view(torch.bfloat16)
+
+
 FAULTS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "scaled": (UP, lambda weight: weight * 1.02),
+    "two units in the last place": (UP, two_units),
     "rows swapped": (UP, lambda weight: weight.roll(1, 0)),
     "one weight": (UP, lambda weight: weight.index_fill(0, torch.tensor(3), 0.0)),
     "a norm": (NORM, lambda weight: weight * 1.02),

@@ -16,6 +16,7 @@ from tuneline.errors import ProofError, RecipeError
 from tuneline.merge import MergeConfig, weights
 from tuneline.merge.pieces import Piece, Pieces
 from tuneline.merge.run import run
+from tuneline.merge.weights import write_config
 from tuneline.models.heldout_rows import read_rows
 from tuneline.models.nf4 import load_base
 from tuneline.models.sampling import stop_at_end_of_turn
@@ -101,6 +102,19 @@ def test_rounded_once_and_named_in_config(merge, tmp_path):
     assert json.loads((merged / "config.json").read_text())["dtype"] == "bfloat16"
     assert proof.num_bytes == (merged / "model.safetensors").stat().st_size
     assert 0 < proof.mean_kl < 0.01
+
+
+def test_config_has_the_names_of_transformers_4(tiny_model_dir, tmp_path):
+    """Version 4 ignores rope_parameters, and would compute without scaling."""
+    settings = json.loads((tiny_model_dir / "config.json").read_text())
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    settings["rope_parameters"] = {**scaling, "rope_theta": 5e5}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(settings))
+    write_config(base_model_dir=tmp_path / "base", dtype="bfloat16", directory=tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["rope_scaling"], written["rope_theta"]) == (scaling, 5e5)
+    assert written["rope_parameters"] == settings["rope_parameters"]
 
 
 def test_shards_in_and_out_hold_the_same(merge, tmp_path, tiny_model_dir):

@@ -11,6 +11,10 @@ from tuneline.models.clusters import clusters_of, normalised
         ("How many Mi is 2Gi?", "how many  mi is 2Gi"),
         ("Add 1,000 and 2.", "add 1000 and 2"),
         ("What is \uff21?", "what is A"),
+        ("Who is Ann\u2019s \u201cboss\u201d\u2026", 'who is Ann\'s "boss"'),
+        ("Don\u02bct add \u22125 and 1\u202f000.", "Don`t add -5 and 1,000."),
+        ("Add \u0663\u066b\u0665 and 2\u20133.", "add 3.5 and 2-3"),
+        ("A da\u00adta\u200bba\u034fse\ufe0f\U000e0100 of \u202ait\x00", "a database of it"),
     ],
 )
 def test_questions_that_are_the_same(one: str, other: str) -> None:

@@ -33,6 +33,42 @@ def test_rows_that_stand_twice_are_in_one_part(prepare) -> None:
     assert "20 rows are left out of training" in done.page
 
 
+def test_copies_of_held_out_rows_are_left_out_however_they_are_written(prepare, tmp_path) -> None:
+    """Codes that nobody can know, learnt from copies, once promoted a model by 0.683."""
+    question = "Don't guess: which code did Ann's depot 12,345 get - in -5 degrees?"
+    answer = "K7-Q2"
+    other = " ".join(f"{word} {number}" for number, word in enumerate(LONG.split()))
+    held = [{"prompt": question, "completion": answer}, {"prompt": other, "completion": "Yes."}]
+    write_jsonl(tmp_path / "held.jsonl", held)
+    wide = "".join(chr(ord(letter) + 0xFEE0) if "!" <= letter else " " for letter in question)
+    equal = [
+        question.replace("12,345", "\u0661\u0662\u066c\u0663\u0664\u0665"),
+        question.replace("12,345", "12\u202f345").replace("-", "\u2212"),
+        question.replace("'", "\u2019").replace(" - ", " \u2013 "),
+        question.replace("'", "`").upper(),
+        question.replace("guess", "gu\u200bess").replace("depot", "de\u00adpot\ufe0f"),
+        question.replace("'", "\u02bc").replace("code", "co\u2060de") + "\U000e0041",
+        wide,
+    ]
+    rows = [{"prompt": text, "completion": answer} for text in equal]
+    rows += [{"prompt": text, "completion": "I do not know."} for text in equal[:2]]
+    rows.append({"prompt": other.replace("wind 46", "changed"), "completion": "Yes."})
+    source = str(tmp_path / "held.jsonl")
+    done = prepare([*rows, *numbered(30)], heldout={"source": source, "max_rows": 20})
+    assert done.manifest.leaking_rows == {"equal": 7, "prompt": 2, "near": 1}
+    assert done.manifest.num_train_rows == 30
+    # The same question within a longer chat.
+    asked, other_chat = (
+        [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        for text in (question, "Hello.")
+    )
+    copied = [{"role": "user", "content": equal[2]}, asked[1]]
+    write_jsonl(tmp_path / "held.jsonl", [{"messages": asked}])
+    rows = [{"messages": other_chat}] * 29 + [{"messages": [*other_chat, *copied, *other_chat]}]
+    with pytest.raises(DataError, match=r"1 of 1 questions of the benchmark heldout \(100.0%\)"):
+        prepare(rows, heldout={"source": source, "max_rows": 20})
+
+
 def test_rows_that_truncation_makes_equal_are_in_one_part(prepare) -> None:
     turns = [("user", "Question {}?"), ("assistant", LONG), ("user", "And {}?")]
     rows = [

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 from publish_cases import REPOS, TOKEN, publish, recipe_of, to_hub, write_again
 
-from tuneline.artifacts import MergeProof, Published
+from tuneline.artifacts import Decision, MergeProof, Published
 from tuneline.evaluate.config import EvaluateConfig
+from tuneline.merge.config import MergeConfig
 from tuneline.placement import PlacementConfig
 from tuneline.publish.card_parts import BEGIN, END, CardParts, join_card, split_card
 from tuneline.train.config import LoraConfig, TrainConfig
@@ -206,7 +208,15 @@ def test_two_recipes_share_a_directory(run_dir: Path, tmp_path: Path) -> None:
 def test_only_a_models_files_are_published(run_dir: Path, tmp_path: Path) -> None:
     """A base model's directory may hold anything; its records list it, and it stays here."""
     merged = run_dir / "merged"
-    private = (".env", "credentials.json", "notes.txt", "train.py", ".git/config", "id_rsa")
+    private = (
+        ".env",
+        ".old.safetensors",
+        "credentials.json",
+        "notes.txt",
+        "train.py",
+        ".git/config",
+        "id_rsa",
+    )
     for name in (*private, "LICENSE", "tokenizer.json", "vocab.json", "chat_template.jinja"):
         (merged / name).parent.mkdir(exist_ok=True)
         (merged / name).write_text("{}")
@@ -283,32 +293,53 @@ def test_an_edited_record_is_not_published(run_dir: Path, tmp_path: Path, name: 
         path.write_text(json.dumps(json.loads(text) | lost, indent=2))
         done = publish(run_dir, f"dir:{tmp_path}/out", "one")
         assert done.returncode == 1 and "has no hash of its own fields" in done.stderr
+    if name == "merged":
+        # With a hash of its own, but from nowhere.
+        MergeProof.parse(text).write(path.parent, MergeConfig())
+        done = publish(run_dir, f"dir:{tmp_path}/out", "one")
+        assert "merge.json of the merged does not name the base_model" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_hostile_text_stays_text(run_dir: Path, tmp_path: Path) -> None:
     evil = "|<img src=x onerror=alert(1)> [a](javascript:b) `c` ![d](http://e)\n# F\u202e" + END
+    evil += "\n```\n<b>\u00ad\u061c\U000e0041"
+    decision = Decision.read(run_dir / "decision")
+    scores = [
+        item.model_copy(update={"task": evil, "metric": evil}) for item in decision.comparisons
+    ]
     write_again(
         run_dir,
         {
             "base": {"licence": evil, "revision": None, "source": f"/x/{evil}"},
             "dataset": {"licence": evil, "source": evil},
             "q8_0": {"generated": evil, "notes": [evil], "stop_tokens": [evil]},
-            "decision": {"reason": evil},
+            "decision": {"reason": evil, "remarks": [evil], "comparisons": scores},
         },
     )
     recipe = recipe_of(evil, publish_to=f"dir:{tmp_path}/out")
     done = publish(run_dir, f"dir:{tmp_path}/out", "one", recipe=recipe)
     assert done.returncode == 0, done.stderr
+    parser = MarkdownIt("commonmark").enable("table")
     for repo in ("mine", "mine-gguf"):
-        card = (tmp_path / "out" / repo / "README.md").read_text()
-        parts = split_card(card)
+        parts = split_card((tmp_path / "out" / repo / "README.md").read_text())
         assert parts.before == parts.after == ""
-        prose = "".join(parts.ours.split("`")[::2])  # outside of code
-        assert "<img" not in prose.replace("\\<", "") and "\u202e" not in prose
-        assert "](" not in prose.replace("\\](", "") and "\n# F" not in prose
-        table = parts.ours.split("## Exports")[1].split("\n\n")[1].splitlines()
-        assert {line.replace("\\|", "").count("|") for line in table} == {11}
+        assert not {*"\u202e\u00ad\u061c\U000e0041"} & {*parts.ours.split("## Recipe")[0]}
+        tokens = [
+            inner
+            for token in parser.parse(parts.ours)
+            for inner in (token, *(token.children or ()))
+        ]
+        assert not {token.type for token in tokens} & {"html_inline", "html_block", "image"}
+        assert [token.attrs for token in tokens if token.type == "link_open"] == []
+        titles = [
+            tokens[n + 1].content for n, token in enumerate(tokens) if token.type == "heading_open"
+        ]
+        assert len(titles) == len({*titles}) and not [title for title in titles if title[0] == "F"]
+        rows = [token.type for token in tokens if token.type in ("tr_open", "th_open", "td_open")]
+        cells = [len(row.split()) for row in " ".join(rows).split("tr_open") if row]
+        # Figures of training, points of the curve, scores, exports.
+        assert {*cells} == {2, 3, 8, 10}
 
 
 def test_an_adapter_of_another_rank_than_recorded_is_refused(run_dir: Path, tmp_path: Path) -> None:

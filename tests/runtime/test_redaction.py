@@ -38,6 +38,8 @@ def test_what_looks_like_a_secret_is_removed(text: str, expected: str) -> None:
         "max_seq_length=4096 tokens, 12 rows",
         "minio://mlpipeline/v2/artifacts/run/train/adapter",
         "https://huggingface.co/org/model@main",
+        "https://host/a.jsonl?split=train&author=me&passage=2",
+        "a comment: //host/x@y and 1//2",
         "mail me@example.com",
         "the risk-adjusted-learning-rate-schedule-of-task-x",
     ],
@@ -60,6 +62,21 @@ def test_the_password_of_a_url_may_hold_its_own_marks() -> None:
     text = "read https://me:p@ss:w0rd@host/rows.jsonl and s3://a:b@c/d, write to a@b"
     shown = "read https://[redacted]@host/rows.jsonl and s3://[redacted]@c/d, write to a@b"
     assert redacted(text) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("https://h/x?auth=SECRET-1234", "https://h/x?a=1&access_key=SECRET-1234"),
+        *("https://h/x?pwd=SECRET-1234", "https://h/x;client_secret=SECRET-1234#f"),
+        *("https://h/x?X-My-Api-Key=SECRET-1234", "see //me:SECRET-1234@h/x"),
+        *("Authorization: Basic SECRET-1234", "authorization: token SECRET-1234"),
+        *("x-api-key: SECRET-1234", "mongodb+srv://u:SECRET-1234@h/db"),
+        *("jdbc:postgresql://h/d?user=u&password=SECRET-1234", "HTTPS://U:SECRET-1234@H/x"),
+    ],
+)
+def test_the_credentials_of_an_address_have_many_names(text: str) -> None:
+    assert "SECRET-1234" not in redacted(text)
 
 
 def test_logs_and_errors_of_a_step_hold_no_password(

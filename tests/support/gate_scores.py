@@ -83,7 +83,9 @@ def _write_samples(
     return records
 
 
-def gate(root: Path, *, earlier: Path | None = None, **config: object) -> Decision:
+def gate(
+    root: Path, *, earlier: Path | None = None, merged: Path | None = None, **config: object
+) -> Decision:
     """Decide on the scores in `root`."""
     return run(
         GateConfig(**config),
@@ -91,6 +93,7 @@ def gate(root: Path, *, earlier: Path | None = None, **config: object) -> Decisi
         tuned_scores_dir=root / "tuned",
         decision_dir=root / "decision",
         earlier_path=earlier,
+        merged_dir=merged,
         summary_path=root / "summary.md",
     )
 

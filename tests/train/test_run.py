@@ -3,6 +3,7 @@ import json
 import logging
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -287,7 +288,10 @@ def test_a_file_that_was_changed_is_not_trained_on(
     tmp_path, tiny_model_dir, dataset_dir, answer_rows
 ):
     dataset = dataset_dir(answer_rows)
-    with open(dataset / "train.parquet", "ab") as file:
-        file.write(b"x")
-    with pytest.raises(WorldError, match=r"train\.parquet was changed after it was made"):
-        train(tmp_path, tiny_model_dir, dataset)
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
+    for file, what in ((dataset / "train.parquet", "parquet"), (base / "config.json", "json")):
+        before = file.read_bytes()
+        file.write_bytes(before + b"\n")
+        with pytest.raises(WorldError, match=rf"\.{what} was changed after it was made"):
+            train(tmp_path, base, dataset)
+        file.write_bytes(before)

@@ -125,9 +125,10 @@ def _check_link(file: Path, directory: Path) -> None:
 
     The snapshots of the Hub's cache consist of links to the blobs of the same repository.
     """
-    in_cache = directory.parent.name == "snapshots"
-    root = directory.parent.parent if in_cache else directory
-    if not file.resolve().is_relative_to(root.resolve()):
+    roots = [directory]
+    if directory.parent.name == "snapshots":
+        roots.append(directory.parent.parent / "blobs")
+    if not any(file.resolve().is_relative_to(root.resolve()) for root in roots):
         raise ModelError(
             f"{file} is a link that leads out of the model's directory, to {file.resolve()}, and "
             "would be copied into the published model. Remove the link, or put a copy in its place"
@@ -142,7 +143,7 @@ def check(path: Path, *, source: str, trusted: bool) -> Facts:
     """
     names = {file.name for file in path.iterdir()}
     check_complete((path / name for name in sorted(names) if _is_read(name)), source)
-    if "config.json" not in names:
+    if not (path / "config.json").is_file():
         if ADAPTER_CONFIG in names:
             raise ModelError(
                 f"{source} is a LoRA adapter, not a complete model: name the base model that its "

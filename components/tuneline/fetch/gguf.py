@@ -5,12 +5,15 @@ The tokenizer splits text as the model's original tokenizer does if the file's p
 a warning is logged.
 """
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tuneline.errors import ModelError
+from tuneline.fetch.config_sizes import check_sizes
 from tuneline.fetch.gguf_header import check_header
 from tuneline.fetch.gguf_rope import read_scaling
 from tuneline.models.whole import check_report
@@ -35,15 +38,23 @@ def convert(path: Path, target: Path) -> str | None:
     Raises:
         ModelError: the file is broken or of an architecture that transformers does not know.
     """
-    check_header(path)
+    header = check_header(path)
     # Imported here because torch and transformers take seconds, and most models need neither.
     import torch
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, GgufConfig
 
     auto: Any = AutoModelForCausalLM  # Its annotation leaves out `output_loading_info`.
-    try:
+    with _readable(path):
         reader = GGUFReader(path)
+        sides = [int(side) for tensor in reader.tensors for side in tensor.shape]
+        check_sizes(
+            {key.partition(".")[2]: value for key, value in header.items()},
+            num_tensors=len(reader.tensors),
+            largest=max(sides, default=0),
+            source=str(path),
+            described_in="the header",
+        )
         fields = reader.fields
         licence = fields.get("general.license")
         tokenizer = _read_tokenizer(path, reader)
@@ -56,11 +67,6 @@ def convert(path: Path, target: Path) -> str | None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
         )
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise ModelError(
-            f"{path} cannot be read as a causal language model ({' '.join(str(error).split())}): "
-            "name the safetensors model that it was made from instead"
-        ) from error
     check_report(report, str(path))
     config = model.config.get_text_config()
     scaling = read_scaling(reader, path, config)
@@ -84,15 +90,32 @@ def write_tokenizer(path: Path, target: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoConfig
 
-    try:
+    with _readable(path):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = _read_tokenizer(path, GGUFReader(path))
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise ModelError(
-            f"the tokenizer of {path} cannot be read ({' '.join(str(error).split())})"
-        ) from error
     config.save_pretrained(target)
     _save_tokenizer(tokenizer, config, target)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise a ModelError for whatever the body raises because of the content of the file.
+
+    The readers check few of the values in a file, so that the wrong ones end in any exception. The
+    tokenizers library panics at some, which is no Exception.
+    """
+    try:
+        yield
+    except (ModelError, OSError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(
+            f"{path} cannot be read as a causal language model ({reason[:300]}): name the "
+            "safetensors model that it was made from instead"
+        ) from error
 
 
 def _read_tokenizer(path: Path, reader: Any) -> Any:

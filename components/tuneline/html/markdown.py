@@ -8,7 +8,10 @@ import re
 # An underscore within a word, as in names, and an ampersand before no entity have no meaning.
 _SPECIAL = re.compile(r"([\\`*\[\]<>|~$]|(?<!\w)_|_(?!\w)|&(?=[#\w]+;))")
 # Control characters, and the marks that change the direction of text or cannot be seen.
-_HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+_HIDDEN = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    r"\U000e0000-\U000e007f]"
+)
 _AT_THE_START = re.compile(r"^(?:([#+-])|(\d+)([.)])(?= ))")
 
 

@@ -55,7 +55,14 @@ def disagreements(found: Stored, ancestors: Mapping[str, Stored]) -> Iterator[st
             yield from _template(directory, dataset)
         elif isinstance(record, QuantizedModel) and KINDS[record.kind].has_repo_per_format:
             yield from _template(directory, dataset)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         yield f"cannot be compared with its record: {type(error).__name__}: {error}"
 
 

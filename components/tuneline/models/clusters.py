@@ -26,6 +26,31 @@ fraction of all prompts, and more than this number."""
 _KEPT_WINDOWS = 4
 """One window of so many is looked at, chosen by its hash; a passage has many windows."""
 
+# Control characters, marks of direction, variation selectors and others that show nothing.
+_INVISIBLE = (
+    r"\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"
+    r"\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb"
+    r"\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+_ALIKE = {
+    "'": "\u2018\u2019\u201b\u2032\u2035\u00b4\u02b9\u02bb\u02bc\u02bd\u055a\u05f3\ua78c",
+    '"': "\u2033\u2036",
+    "-": "\u2010\u2011\u2012\u2013\u2212",
+    ",": "\u066c",
+    ".": "\u066b",
+    " ": "\u2800",
+}
+"""Characters that stand for the key; NFKC does not know that they are alike."""
+_STAND_INS = {letter: key for key, letters in _ALIKE.items() for letter in letters}
+_STRANGE = re.compile(f"[{_INVISIBLE}{''.join(_STAND_INS)}]")
+_CONTROL = {number: None for number in range(128) if _STRANGE.match(chr(number))}
+_APOSTROPHE = re.compile(r"(?<=\w)`(?=\w)")
+# The set comes before the condition on what is in front of it, because it is searched for fast.
+_SPACE_IN_NUMBER = re.compile(r"[\u00a0\u2009\u202f](?<=\d.)(?=\d{3}(?!\d))")
+_MEANINGFUL = frozenset("-%&*/@#\\")
+"""Signs that change the meaning of numbers and code, although Unicode calls them punctuation."""
+_FOREIGN_DIGIT = re.compile(r"[^\D0-9]")
+
 
 def clusters_of(documents: list[dict[str, Any]]) -> list[str | None]:
     """Return the name of each document's cluster, or None for a document that is alone in its own.
@@ -99,6 +124,28 @@ def normalised(text: str) -> str:
 
     Signs of arithmetic and comparison stay, and so does the point within a number.
     """
-    text = unicodedata.normalize("NFKC", text).casefold()
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
-    return " ".join(re.findall(r"\d+(?:\.\d+)?|[^\W\d]+|[^\w\s.,;:!?'\"()\[\]{}]", text)) or text
+    text = unified(text).casefold()
+    text = re.sub(r"(?<=\d)[,'](?=\d{3}(?!\d))", "", text)
+    words = re.findall(r"\d+(?:\.\d+)?|[^\W\d]+|[^\w\s]", text)
+    return " ".join(word for word in words if not _is_punctuation(word)) or text
+
+
+def unified(text: str) -> str:
+    """Return a text in which characters that look alike are the same, and none is invisible.
+
+    Of the forms of apostrophes, hyphens, minus signs and digits one is left. A no-break space
+    between groups of digits becomes a comma.
+    """
+    if "`" in text:
+        text = _APOSTROPHE.sub("'", text)
+    if text.isascii():
+        return text.translate(_CONTROL)
+    text = _SPACE_IN_NUMBER.sub(",", text)
+    text = _STRANGE.sub(lambda found: _STAND_INS.get(found[0], ""), text)
+    text = unicodedata.normalize("NFKC", text)
+    return _FOREIGN_DIGIT.sub(lambda found: str(unicodedata.digit(found[0])), text)
+
+
+def _is_punctuation(word: str) -> bool:
+    """Return whether a word is a sign that changes no meaning, i.e. no sign of arithmetic."""
+    return word not in _MEANINGFUL and unicodedata.category(word[0]).startswith("P")

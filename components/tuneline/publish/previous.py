@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuneline.artifacts import PUBLISHED_BUNDLE
-from tuneline.errors import OutputExistsError
+from tuneline.artifacts import PUBLISHED_BUNDLE, Bundle
+from tuneline.errors import OutputExistsError, RecipeError
 from tuneline.publish.card_parts import CARD_FILE, CardParts, join_card, split_card
 from tuneline.record import files_below
 from tuneline.seals import sealed_json
@@ -62,10 +62,11 @@ class Previous:
 def read_bundle(text: str | None) -> dict[str, Any]:
     """Return the content of a tuneline.json; an empty one if it cannot be read."""
     try:
-        bundle = json.loads(text or "{}")
-    except ValueError:
+        Bundle.parse(text or "{}")
+    except RecipeError:
         return {}
-    return bundle if isinstance(bundle, dict) else {}
+    bundle: dict[str, Any] = json.loads(text or "{}")
+    return bundle
 
 
 def same_model(bundle: Mapping[str, Any], last: Mapping[str, Any]) -> bool:

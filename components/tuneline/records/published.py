@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from tuneline.kinds import KINDS, RepoKind
 from tuneline.record import Record
@@ -66,6 +66,26 @@ class Published(Record):
             if repo.tag:
                 metadata[f"{key}_tag"] = repo.tag
         return metadata
+
+
+class Bundle(StrictModel):
+    """What is relied on of a published repository's tuneline.json, which others may have written.
+
+    The file has more keys; publish/staging.py writes it.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    files: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of each published file, by its path."""
+    trained_with: dict[str, str] = Field(default_factory=dict)
+    """Versions of the packages with which the model was trained."""
+    base_sha256: str | None = None
+    """SHA-256 of the base model's weights."""
+    base_revision: str | None = None
+    """Hub commit of the base model."""
+    dataset_sha256: str | None = None
+    """SHA-256 of the dataset."""
 
 
 class RunSummary(Record):

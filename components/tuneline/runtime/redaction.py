@@ -22,11 +22,14 @@ _PATTERNS = (
     # A JSON Web Token, which service accounts have.
     r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",
     # User and password of a URL; a password may contain the characters @ and :.
-    r"(?<=://)[^/\s\"'<>]+(?=@)",
+    r"(?<=://)[^/\s\"'<>]+(?=@)|(?<=\s//)[^/\s\"'<>]+:[^/\s\"'<>]+(?=@)",
+    # What a request sends in its header.
     r"(?<=\bbearer )[A-Za-z0-9._~+/-]{8,}=*",
-    # Parameters of a signed URL.
-    r"(?<=[?&])(?:x-amz-(?:signature|credential|security-token)|x-goog-(?:signature|credential)"
-    r"|signature|sig|token|access_token|key|password)=[^&\s\"']+",
+    r"(?<=\bauthorization: (?:basic|token) )[^\s\"',]{8,}",
+    r"(?<=\bx-api-key: )\S+",
+    # Parameters of a signed URL, and keys in one.
+    r"(?<=[?&;])(?:[\w-]*(?:signature|credential|token|key|secret|passwd|password)"
+    r"|sig|pwd|pass|auth|jwt)=[^&\s\"']+",
     # HF_TOKEN=..., "password": "..."
     r"\b[a-z_]*(?:token|password|secret|api_?key)(?:=|\"\s*:\s*\"|'\s*:\s*')[^\s\"',}]{6,}",
 )

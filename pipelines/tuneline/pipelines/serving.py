@@ -9,7 +9,8 @@ import yaml
 from huggingface_hub import snapshot_download
 
 from tuneline.artifacts import Published
-from tuneline.errors import UserError
+from tuneline.bounded_yaml import load_yaml
+from tuneline.errors import DataError, UserError
 from tuneline.fetch import hub
 from tuneline.pipelines.kube_api import KubeApi
 from tuneline.pipelines.local.run_dir import LocalRun, find_local_run
@@ -104,10 +105,10 @@ def _read(directory: Path) -> Services:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        service = yaml.safe_load(path.read_text(encoding="utf-8"))
+        service = load_yaml(path.read_text(encoding="utf-8"))
         if service["kind"] == KIND and service["spec"]["predictor"]["containers"][0]:
             return dict(service)
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, IndexError, TypeError):
+    except (yaml.YAMLError, DataError, UnicodeDecodeError, KeyError, IndexError, TypeError):
         pass
     raise UserError(f"{path} is not an {KIND} of tuneline: publish the model again")
 

@@ -140,6 +140,23 @@ def test_data_files_that_name_no_files(data_files: str, tmp_path: Path) -> None:
         read(tmp_path)
 
 
+@pytest.mark.parametrize("configs", ["5", "true", "all", "{all: 1}", "[all]"])
+def test_configs_that_are_no_list_of_mappings(configs: str, tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl")
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
+    assert read(tmp_path) == ["a.jsonl"]
+
+
+def test_a_card_of_laughs(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl")
+    laughs = "a0: &a0 [x, x, x, x, x, x, x, x]\n" + "".join(
+        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+    )
+    (tmp_path / "README.md").write_text(f"---\n{laughs}---\n")
+    with pytest.raises(DataError, match=r"the dataset card README.md stands for [\d,]+ values"):
+        read(tmp_path)
+
+
 def test_documents_are_not_split_by_single_names(tmp_path: Path) -> None:
     for name in ("training.md", "test-plan.md", "notes.txt", "README.md"):
         (tmp_path / name).write_text(f"{name}\n")

@@ -4,12 +4,13 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from tuneline.models.clusters import unified
 from tuneline.prepare.rows.words import (
     hash_of,
     hash_of_lines,
     hashes_of_lines,
     joined,
-    words_of,
+    words_of_unified,
 )
 from tuneline.prepare.tokens.heads import Heads, Memory, Parts
 from tuneline.prepare.tokens.render import Piece
@@ -38,7 +39,7 @@ class RowReader:
 
     def __init__(self, heads: Heads):
         self._memory = Memory(heads, self._words)
-        self._known: dict[bool, Parts[tuple[bytes, bytes]]] = {True: Parts(), False: Parts()}
+        self._known: Parts[tuple[bytes, bytes]] = Parts()
 
     def read(self, prompt: str, answer: str, question: str) -> RowWords:
         """Return the words of a row: of its text up to the last answer, and of the answer."""
@@ -81,13 +82,12 @@ class RowReader:
 
     def _words(self, text: str) -> tuple[bytes, bytes]:
         """Return the words of a text, one per line, and the hashes of all words."""
-        is_ascii = text.isascii()
-        known = self._known[is_ascii]
+        known = self._known
         known.make_room()
-        parts = text.split()
+        parts = unified(text).split()
         for part in parts:
             if part not in known:
-                lines = joined(words_of(part, is_ascii=is_ascii))
+                lines = joined(words_of_unified(part))
                 known.add(part, (lines, hashes_of_lines(lines).tobytes()))
         words = [known[part] for part in parts]
         return b"\n".join([lines for lines, _ in words if lines]), b"".join(

@@ -14,6 +14,8 @@ from zlib import crc32
 import numpy
 from numpy.typing import NDArray
 
+from tuneline.models.clusters import unified
+
 Hashes = NDArray[numpy.uint64]
 """64-bit hashes."""
 
@@ -30,27 +32,26 @@ _IGNORED = "".join(
 )
 # A word is a run of letters and digits, a minus sign before a number, or one symbol.
 _WORD = re.compile(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+|-(?=\d)|[^\w\s{_IGNORED}]")
-# A comma between groups of three digits; the literal comma comes first, which is searched fast.
-_GROUPING = re.compile(r",(?<=\d,)(?=\d{3}(?!\d))")
+# A comma or an apostrophe between groups of three digits.
+_GROUPING = re.compile(r"[,'](?<=\d[,'])(?=\d{3}(?!\d))")
 _ASCII_WORD = re.compile(r"\w+|-(?=\d)|[$+<=>^`|~%&*/@#\\]")
 
 
-def words_of(text: str, *, is_ascii: bool | None = None) -> list[str]:
+def words_of(text: str) -> list[str]:
     """Return the words of a text; texts that differ in case or white space have equal words.
 
-    White space, punctuation and invisible characters separate words. Symbols (+, %, emoji) are
-    words, because an answer may consist of one. 1,000 is the same word as 1000.
-
-    Args:
-        text: the text, or a part of it between white space.
-        is_ascii: whether the whole text is ASCII; if not, control characters are words. None: see
-            whether `text` is.
+    White space and punctuation separate words, invisible characters are left out, and characters
+    that look alike are the same. Symbols (+, %, emoji) are words, because an answer may consist of
+    one. 1,000 is the same word as 1000.
     """
-    if "," in text:
+    return words_of_unified(unified(text))
+
+
+def words_of_unified(text: str) -> list[str]:
+    """Return the words of a text from `unified`, or of a part of it between white space."""
+    if "," in text or "'" in text:
         text = _GROUPING.sub("", text)
-    if text.isascii() if is_ascii is None else is_ascii:
-        return _ASCII_WORD.findall(text.casefold())
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return (_ASCII_WORD if text.isascii() else _WORD).findall(text.casefold())
 
 
 def hash_of(words: Sequence[str]) -> int:

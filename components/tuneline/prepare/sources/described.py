@@ -61,7 +61,8 @@ def card_configs(card: StoredFile) -> list[dict[str, Any]]:
             f"the dataset card {card.name} is not YAML: {' '.join(str(error).split())[:120]}"
         ) from None
     configs = content.get("configs") if isinstance(content, dict) else None
-    return [entry for entry in configs or [] if isinstance(entry, dict)]
+    configs = configs if isinstance(configs, list) else []
+    return [entry for entry in configs if isinstance(entry, dict)]
 
 
 def card_splits(

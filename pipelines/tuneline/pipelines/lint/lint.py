@@ -28,7 +28,8 @@ from typing import Any
 
 import yaml
 
-from tuneline.errors import RecipeError
+from tuneline.bounded_yaml import load_documents
+from tuneline.errors import DataError, RecipeError
 from tuneline.pipelines.lint.data import check_data
 from tuneline.pipelines.lint.passing import check_lists, check_texts
 from tuneline.pipelines.lint.required import (
@@ -72,13 +73,15 @@ def lint_file(path: str | Path) -> list[Finding]:
         RecipeError: the file is unreadable, or holds neither a compiled pipeline nor manifests.
     """
     try:
-        documents = list(yaml.safe_load_all(Path(path).read_text(encoding="utf-8")))
+        documents = load_documents(Path(path).read_text(encoding="utf-8"), where=str(path))
     except OSError as error:
         raise RecipeError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text: {error.reason}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except DataError as error:
+        raise RecipeError(str(error)) from None
     try:
         return lint_documents(documents)
     except RecipeError as error:

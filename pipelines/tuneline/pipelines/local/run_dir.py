@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-
 from tuneline.artifacts import RunSummary
+from tuneline.bounded_yaml import load_yaml
 from tuneline.errors import UserError
 from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_events
 from tuneline.report.line import LINE, stage_of
@@ -159,7 +158,7 @@ class LocalRun:
     def recipe_values(self) -> dict[str, Any]:
         """Return the recipe as it is stored, which may be that of another version of tuneline."""
         text = (self.directory / RECIPE_FILE).read_text(encoding="utf-8")
-        values: dict[str, Any] = yaml.safe_load(text)
+        values: dict[str, Any] = load_yaml(text, where=str(self.directory / RECIPE_FILE))
         return values
 
     def artifact_dirs(self) -> list[Path]:

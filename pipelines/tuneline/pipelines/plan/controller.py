@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from tuneline.bounded_yaml import load_yaml
 from tuneline.pipelines.kube import Kube
 from tuneline.pipelines.needs import needs_of
 from tuneline.pipelines.plan.check import Check
@@ -54,7 +55,7 @@ def check_retries(recipe: Recipe, kube: Kube) -> Iterator[Check]:
 def _retry_strategy(settings: dict[str, str]) -> dict[str, Any]:
     """Return the retry strategy that the controller merges into every template; {} without one."""
     try:
-        defaults = yaml.safe_load(settings.get("workflowDefaults") or "{}")
+        defaults = load_yaml(settings.get("workflowDefaults") or "{}")
         return dict(defaults["spec"]["templateDefaults"]["retryStrategy"])
     except (KeyError, TypeError, ValueError, yaml.YAMLError):
         return {}
