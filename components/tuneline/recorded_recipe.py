@@ -1,7 +1,7 @@
 """The recipe of a run as the records of its steps state it.
 
 A run may have other values than its recipe: KFP's UI starts a compiled pipeline with other
-parameters, and the parameter with the whole recipe stays as it was. Therefore page, model card and
+parameters, and the recipe that it was compiled from stays as it was. Therefore page, model card and
 tuneline.json take each section from the record of the step that used it.
 """
 
