@@ -22,6 +22,8 @@ def look_up_published(
         target: Where the run publishes; several targets are a JSON list.
         config: The `publish` section of the recipe as JSON.
         recipe: The whole recipe as JSON.
+
+    Returns:
         earlier: What earlier runs measured, as JSON.
     """
     from tuneline.artifacts import RunHeader
@@ -64,9 +66,11 @@ def publish(
         adapter: The LoRA adapter.
         merged: The merged model.
         decision: The verdict of the gate.
-        published: Record of the repositories, with their URLs and commits.
         gguf: The GGUF exports.
         gptq: The GPTQ exports.
+
+    Returns:
+        published: Record of the repositories, with their URLs and commits.
     """
     from tuneline.publish import PublishConfig
     from tuneline.publish.run import run

@@ -44,13 +44,15 @@ def report(
         base_scores: Scores of the base model.
         tuned_scores: Scores of the tuned model.
         decision: The verdict of the gate.
-        page: The HTML page.
-        summary: Verdict, comparisons and exports as JSON.
         gguf: Records of the GGUF exports.
         gptq: Records of the GPTQ exports.
         target: Where the run publishes. Default: `publish_to` of the recipe.
         publish_config: The `publish` section of the run as JSON. Default: that of the recipe.
         run_name: Name of the run. Default: that of the recipe.
+
+    Returns:
+        page: The HTML page.
+        summary: Verdict, comparisons and exports as JSON.
     """
     from tuneline.artifacts import RunHeader
     from tuneline.report.run import run

@@ -43,9 +43,9 @@ def plan(
         train_config: The rest of the section `train` of this run, as JSON.
         prepare_config: The rest of the section `prepare` of this run, as JSON.
         quantize_config: The rest of the section `quantize` of this run, as JSON.
-        summary: Markdown page with all checks.
 
     Returns:
+        summary: Markdown page with all checks.
         train: The whole section `train` of this run, as JSON.
         prepare: The whole section `prepare` of this run, as JSON.
         quantize: The whole section `quantize` of this run, as JSON.
@@ -77,5 +77,5 @@ def plan(
             store=summary.uri,
         ).recipe
     configs = (to_json(each) for each in (planned.train, planned.prepare, planned.quantize))
-    Configs = NamedTuple("Configs", [("train", str), ("prepare", str), ("quantize", str)])  # noqa: UP014
+    Configs = NamedTuple("Configs", [("train", str), ("prepare", str), ("quantize", str)])
     return Configs(*configs)
