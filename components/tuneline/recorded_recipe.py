@@ -30,7 +30,7 @@ MAX_SHOWN_DIFFERENCES = 20
 
 PRIVATE_SECTIONS = ("placement", "notify")
 """Sections that are not published: registry, secrets and names of a cluster, and who is told."""
-PRIVATE_KEYS = {"train": ("sample_prompts", "price_per_hour")}
+PRIVATE_KEYS = {"train": ("sample_prompts", "price_per_hour", "max_cost")}
 """Keys that are not published, by their sections: texts and prices of those who ran it."""
 
 
