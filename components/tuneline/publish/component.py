@@ -54,6 +54,7 @@ def publish(
     published: dsl.Output[dsl.Artifact],
     gguf: dsl.Input[List[dsl.Model]] = None,
     gptq: dsl.Input[List[dsl.Model]] = None,
+    run_id: str = "",
 ) -> None:
     """Publish a model that the gate promoted to the Hub, a directory, a claim or a store.
 
@@ -68,6 +69,7 @@ def publish(
         decision: The verdict of the gate.
         gguf: The GGUF exports.
         gptq: The GPTQ exports.
+        run_id: ID of the run, for tuneline.json and the model cards.
 
     Returns:
         published: Record of the repositories, with their URLs and commits.
@@ -82,6 +84,7 @@ def publish(
             PublishConfig.parse(config),
             target=decode_text(target),
             recipe=recipe,
+            run_id=run_id,
             base_model_dir=base_model.path,
             dataset_dir=dataset.path,
             adapter_dir=adapter.path,

@@ -88,6 +88,7 @@ def finetune(
     on_cluster: bool = True,
     archive: str | None = None,
     run_name: str = dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
+    run_id: str = dsl.PIPELINE_JOB_ID_PLACEHOLDER,
     uncached: Collection[str] = (),
     versions_of: Callable[[str], str] | None = None,
 ) -> BaseComponent:
@@ -100,6 +101,7 @@ def finetune(
         archive: files that are sent with the run, as `tuneline.prepare.uploads` packs them; None:
             there are none.
         run_name: name of the run. Default: what KFP replaces by the run's name.
+        run_id: ID of the run. Default: what KFP replaces by the run's ID.
         uncached: names of steps that are not taken from the cache of earlier runs, or EVERY_STEP.
             The steps after them get other inputs, so they run again too.
         versions_of: for a local run without images, a function that returns the versions of the
@@ -325,6 +327,7 @@ def finetune(
             placed(
                 publish,
                 **everything,
+                run_id=run_id,
                 target=publish_to,
                 config=publish_config,
                 adapter=trained.outputs["adapter"],
