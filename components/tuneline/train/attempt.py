@@ -176,9 +176,9 @@ def _check_it_is_done(trainer: GuardedTrainer, store: CheckpointStore, config: T
     if trainer.is_spent:
         cost = costs(trainer.run_state, config.price_per_hour)["cost"]
         raise TrainingError(
-            f"training has cost {cost:.4g} {where}, and train.max_cost is {config.max_cost:g}: run "
-            f"the recipe again with a higher train.max_cost and the checkpoints in "
-            f"{store.directory}, and it continues there"
+            f"training has cost {cost:.4g} {where}, and train.max_cost is {config.max_cost:g}: "
+            f"start the run again with a higher train.max_cost, and it continues from the "
+            f"checkpoint in {store.directory}"
         )
     raise StoppedError(
         f"stopped by SIGTERM {where}: run the step again with the checkpoints in "
