@@ -1,5 +1,6 @@
 """The compiled pipeline: the golden file, what must not stand in it, and how it is wired."""
 
+import hashlib
 import json
 import os
 import re
@@ -208,8 +209,9 @@ def test_text_of_people_is_passed_so_that_nothing_replaces_it(tmp_path: Path) ->
     pipeline = next(yaml.safe_load_all(path.read_text()))
     given = pipeline["root"]["inputDefinitions"]["parameters"]
     passed = {name: declared["defaultValue"] for name, declared in given.items()}
-    constant = tasks(pipeline)["report"]["inputs"]["parameters"]["recipe"]["runtimeValue"]
-    assert Recipe.parse(constant["constant"]) == recipe
+    assert Recipe.parse(passed["recipe_json"]) == recipe
+    planned = tasks(pipeline)["plan"]["inputs"]["parameters"]["recipe_sha256"]["runtimeValue"]
+    assert planned == {"constant": hashlib.sha256(passed["recipe_json"].encode()).hexdigest()}
     length = {"max_seq_length": int(passed["max_seq_length"])}
     assert PrepareConfig.parse(json.loads(passed["prepare_config"]) | length) == recipe.prepare
     assert PublishConfig.parse(passed["publish_config"]) == recipe.publish

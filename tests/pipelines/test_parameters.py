@@ -15,11 +15,19 @@ from tuneline.errors import RecipeError
 from tuneline.pipelines.catalog import RECIPES_DIR, find_recipe
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.kfp_client.graph import graph_of
-from tuneline.pipelines.parameters import SECTIONS, TYPED, join, section_json, typed_values
+from tuneline.pipelines.parameters import (
+    SECTIONS,
+    TYPED,
+    join,
+    section_json,
+    sha256_of,
+    typed_values,
+)
 from tuneline.pipelines.plan.component import plan
 from tuneline.pipelines.plan.run import run
 from tuneline.recipe import Recipe
 from tuneline.runtime.kfp_run import read_attempts
+from tuneline.runtime.parameter_text import to_json
 
 
 def parameters_of(recipe: Recipe, tmp_path: Path) -> dict[str, Any]:
@@ -110,6 +118,20 @@ def test_what_a_run_cannot_be_started_with(
 ) -> None:
     with pytest.raises(RecipeError, match=says):
         started(tmp_path, sections, **typed)
+
+
+def test_another_recipe_is_refused(tmp_path: Path) -> None:
+    recipe = find_recipe("demo", [])
+    other = find_recipe("demo", ["train.seed=1"])
+    with pytest.raises(RecipeError, match="recipe_json is not the recipe that this pipeline was"):
+        run(
+            to_json(other),
+            recipe_sha256=sha256_of(to_json(recipe)),
+            base_model=recipe.base_model,
+            **{section: section_json(recipe, section) for section in SECTIONS},
+            typed=typed_values(recipe),
+            summary_path=str(tmp_path / "summary"),
+        )
 
 
 def test_a_kind_without_steps_takes_no_formats(tmp_path: Path) -> None:

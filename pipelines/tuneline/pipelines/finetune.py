@@ -39,9 +39,10 @@ only such runs have; it hands them to prepare as an artifact.
 
 Kinds of exports, nodes, accelerators, claims and the importance matrix shape the graph, so they are
 fixed when it is built. Models, data, target, the formats of a kind and every step's config can be
-changed for each run of the compiled file. The recipe that the file was compiled from is a constant
-in it, so that the records of a run can say which values differ. Texts are written so that they
-reach the steps unchanged (runtime/parameter_text.py).
+changed for each run of the compiled file. The recipe that the file was compiled from is a parameter
+too, so that the records of a run can say which values differ; the plan refuses another one. It is
+no constant, because KFP would copy it into many nodes of the workflow, whose size is limited. Texts
+are written so that they reach the steps unchanged (runtime/parameter_text.py).
 """
 
 import json
@@ -59,7 +60,7 @@ from tuneline.gate.component import gate
 from tuneline.kinds import ExportKind
 from tuneline.merge.component import merge
 from tuneline.pipelines.inputs import claims_of
-from tuneline.pipelines.parameters import section_json, typed_values
+from tuneline.pipelines.parameters import section_json, sha256_of, typed_values
 from tuneline.pipelines.placement import nodes_config, place
 from tuneline.pipelines.plan.component import plan
 from tuneline.prepare.component import look_up_data, prepare, receive_files
@@ -132,7 +133,7 @@ def finetune(
     if on_cluster and recipe.placement.num_nodes > 1:
         on_nodes = to_json(nodes_config(recipe.placement))
     typed = typed_values(recipe)
-    recipe_json = to_json(recipe)
+    recipe_text = to_json(recipe)
     exporters: dict[str, BaseComponent] = {
         kind: make_exporter(recipe.quantize, placed)
         for kind, make_exporter in EXPORTERS.items()
@@ -160,6 +161,7 @@ def finetune(
         evaluate_config: str = to_json(recipe.evaluate),
         gate_config: str = to_json(recipe.gate),
         publish_config: str = to_json(recipe.publish),
+        recipe_json: str = recipe_text,
     ) -> None:
         """Build the graph.
 
@@ -191,6 +193,8 @@ def finetune(
             evaluate_config: The section evaluate as JSON.
             gate_config: The section gate as JSON.
             publish_config: The section publish as JSON.
+            recipe_json: The recipe that the pipeline was compiled from, for the records of the run.
+                A run with another one is refused: change the parameters above.
         """
         goodbye = placed(
             diagnose,
@@ -203,6 +207,7 @@ def finetune(
             planned = placed(
                 plan,
                 recipe=recipe_json,
+                recipe_sha256=sha256_of(recipe_text),
                 base_model=base_model,
                 learning_rate=learning_rate,
                 num_train_epochs=num_train_epochs,

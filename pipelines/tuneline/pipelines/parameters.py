@@ -5,6 +5,7 @@ The JSON parameter of its section does not have the key, so a run has each value
 step plan puts both together, checks the whole, and passes the sections on to the other steps.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +114,25 @@ def check_formats(recipe: Recipe, typed: Mapping[str, Any]) -> None:
         raise RecipeError(
             f"{name} is {', '.join(map(str, typed[name]))}, but the pipeline was compiled without "
             f"steps for {kind}: leave it empty, or compile a recipe with quantize.{kind}"
+        )
+
+
+def sha256_of(recipe_text: str) -> str:
+    """Return the SHA-256 of a recipe's text, by which the plan knows the recipe of its pipeline."""
+    return hashlib.sha256(recipe_text.encode()).hexdigest()
+
+
+def check_recipe(recipe_text: str, recipe_sha256: str) -> None:
+    """Check that a run has the recipe that its pipeline was compiled from.
+
+    Raises:
+        RecipeError: it has another one, whose values would not reach the steps.
+    """
+    if recipe_sha256 and sha256_of(recipe_text) != recipe_sha256:
+        raise RecipeError(
+            "recipe_json is not the recipe that this pipeline was compiled from, and steps do not "
+            "take their values from it: leave it as it is and change the other parameters, or "
+            "compile the other recipe"
         )
 
 

@@ -26,6 +26,7 @@ def plan(
     prepare_config: str,
     quantize_config: str,
     summary: dsl.Output[dsl.Markdown],
+    recipe_sha256: str = "",
 ) -> NamedTuple("Configs", [("train", str), ("prepare", str), ("quantize", str)]):  # type: ignore[valid-type]
     """Put together the configs of a run, and fail before a GPU is requested if it cannot work.
 
@@ -43,6 +44,8 @@ def plan(
         train_config: The rest of the section `train` of this run, as JSON.
         prepare_config: The rest of the section `prepare` of this run, as JSON.
         quantize_config: The rest of the section `quantize` of this run, as JSON.
+        recipe_sha256: SHA-256 of the recipe that the pipeline was compiled from. Default: any
+            recipe is accepted.
 
     Returns:
         summary: Markdown page with all checks.
@@ -59,6 +62,7 @@ def plan(
     with step("plan"):
         planned = run(
             recipe,
+            recipe_sha256=recipe_sha256,
             base_model=decode_text(base_model),
             typed={
                 "learning_rate": learning_rate,

@@ -15,7 +15,7 @@ from typing import Any
 
 from tuneline.errors import ClusterError, RecipeError, UserError
 from tuneline.pipelines.kube import Kube
-from tuneline.pipelines.parameters import check_formats, join
+from tuneline.pipelines.parameters import check_formats, check_recipe, join
 from tuneline.pipelines.plan.base_model import read_base_model
 from tuneline.pipelines.plan.check import Check, markdown_page
 from tuneline.pipelines.plan.plan import plan
@@ -49,6 +49,7 @@ def run(
     quantize: str,
     summary_path: str,
     typed: Mapping[str, Any] | None = None,
+    recipe_sha256: str = "",
     store: str = "",
 ) -> Planned:
     """Check a run that is starting, and write the result to a Markdown page.
@@ -61,13 +62,16 @@ def run(
         quantize: config of the quantize step in this run, as JSON.
         summary_path: file for the Markdown page.
         typed: values of the typed parameters of this run, which the sections then do not have.
+        recipe_sha256: SHA-256 of the recipe that the pipeline was compiled from; "": not checked.
         store: URI of an artifact in the store that KFP uses.
 
     Raises:
-        RecipeError: the recipe has keys that this image does not know, a section has a value that
+        RecipeError: the recipe is another one than that of the pipeline, or has keys that this
+            image does not know, a section has a value that
             a typed parameter sets, or a kind of export was added or left out.
         UserError: the run cannot work as configured.
     """
+    check_recipe(recipe, recipe_sha256)
     values = json.loads(recipe)
     typed = typed or {}
     check_formats(_parse(values), typed)
