@@ -182,6 +182,16 @@ def test_fewer_exports_than_the_recipe_asks_for_are_refused_by_name(
     assert hub.repos == {} and not (run_dir / "out").exists()
 
 
+def test_a_run_with_fewer_formats_than_its_recipe_publishes_those(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    section = '{"gguf": ["q8_0"], "gptq": []}'
+    done = publish(run_dir, f"dir:{tmp_path}/out", "out", exports=("q8_0",), quantize=section)
+    assert done.returncode == 0, done.stderr
+    kinds = {repo.kind for repo in Published.read(run_dir / "out").repos}
+    assert kinds == {"adapter", "merged", "gguf"}
+
+
 def test_the_records_of_base_model_and_dataset_suffice(run_dir: Path, tmp_path: Path) -> None:
     assert publish(run_dir, f"dir:{tmp_path}/alone", "whole").returncode == 0
     (tmp_path / "alone").rename(tmp_path / "whole")

@@ -55,6 +55,7 @@ def publish(
     gguf: dsl.Input[List[dsl.Model]] = None,
     gptq: dsl.Input[List[dsl.Model]] = None,
     run_id: str = "",
+    quantize_config: str = "",
 ) -> None:
     """Publish a model that the gate promoted to the Hub, a directory, a claim or a store.
 
@@ -70,6 +71,7 @@ def publish(
         gguf: The GGUF exports.
         gptq: The GPTQ exports.
         run_id: ID of the run, for tuneline.json and the model cards.
+        quantize_config: The `quantize` section of the run as JSON. Default: that of the recipe.
 
     Returns:
         published: Record of the repositories, with their URLs and commits.
@@ -85,6 +87,7 @@ def publish(
             target=decode_text(target),
             recipe=recipe,
             run_id=run_id,
+            quantize_config=quantize_config,
             base_model_dir=base_model.path,
             dataset_dir=dataset.path,
             adapter_dir=adapter.path,

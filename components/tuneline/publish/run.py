@@ -38,6 +38,7 @@ def run(
     decision_dir: str | Path,
     published_dir: str | Path,
     run_id: str = "",
+    quantize_config: str = "",
 ) -> Published:
     """Publish a model that the gate promoted, without the exports that the gate holds.
 
@@ -55,6 +56,7 @@ def run(
         decision_dir: directory of the `decision` artifact.
         published_dir: new directory for published.json.
         run_id: ID of the run, for tuneline.json and the model cards; "" if it is not known.
+        quantize_config: the section `quantize` of the run as JSON; "": that of the recipe.
 
     Raises:
         UserError: the verdict is hold, or tuneline did not make the repository of that name.
@@ -88,6 +90,7 @@ def run(
         merged_dir=Path(merged_dir),
         exports_dirs=[Path(path) for path in exports_dirs],
         decision_dir=Path(decision_dir),
+        quantize_config=quantize_config or None,
     )
     name = family_name(targets, sources.header.name)
     used = recorded_recipe(

@@ -314,6 +314,7 @@ def finetune(
             )
             everything = {
                 "recipe": recipe_json,
+                "quantize_config": configs["quantize"],
                 "base_model": fetched.outputs["record"],
                 "dataset": prepared.outputs["record"],
                 "decision": gated.outputs["decision"],
