@@ -64,9 +64,10 @@ compile: $(STAMP)  ## compile every shipped recipe to build/*.yaml
 	@for recipe in pipelines/tuneline/pipelines/recipes/*.yaml; do \
 	  $(BIN)/tuneline compile $$recipe -o build/$$(basename $$recipe) || exit 1; done
 
-docs: $(STAMP)  ## write docs/recipe.md from the recipe's schema
+docs: $(STAMP)  ## write docs/recipe.md and docs/components from the schema and the components
 	@mkdir -p docs
 	$(BIN)/tuneline schema --markdown > docs/recipe.md
+	$(BIN)/python -m tuneline.pipelines.component_reference docs/components
 
 SETS ?= light publish train evaluate gguf gptq
 TORCH ?= cuda

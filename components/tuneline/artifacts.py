@@ -122,22 +122,25 @@ class RunHeader(StrictModel):
     datasets: list[dict[str, Any]] = Field(default_factory=list)
     publish_to: str | list[str]
 
-    def check_exports(self, formats: Iterable[str]) -> None:
-        """Check that a step got every export that the recipe asks for.
+    def check_exports(self, formats: Iterable[str], quantize_config: str | None = None) -> None:
+        """Check that a step got every export that the run asks for.
 
         Args:
             formats: formats of the exports that the step got.
+            quantize_config: the section `quantize` of the run as JSON. None: that of the recipe.
 
         Raises:
             WorldError: exports are missing.
         """
         quantize = (self.model_extra or {}).get("quantize", {})
+        if quantize_config is not None:
+            quantize = json.loads(quantize_config)
         asked = [format for kind in EXPORT_KINDS for format in quantize.get(kind, ())]
         got = set(formats)
         missing = [format for format in asked if format not in got]
         if missing:
             raise WorldError(
-                f"the recipe asks for {len(asked)} exports ({', '.join(asked)}), but this step did "
+                f"the run asks for {len(asked)} exports ({', '.join(asked)}), but this step did "
                 f"not get {', '.join(missing)}, so nothing was written. Run the pipeline again; if "
                 "the same exports are missing, compile the recipe again with this tuneline"
             )

@@ -1,7 +1,7 @@
 """The recipe of a run as the records of its steps state it.
 
 A run may have other values than its recipe: KFP's UI starts a compiled pipeline with other
-parameters, and the parameter with the whole recipe stays as it was. Therefore page, model card and
+parameters, and the recipe that it was compiled from stays as it was. Therefore page, model card and
 tuneline.json take each section from the record of the step that used it.
 """
 
@@ -30,7 +30,7 @@ MAX_SHOWN_DIFFERENCES = 20
 
 PRIVATE_SECTIONS = ("placement", "notify")
 """Sections that are not published: registry, secrets and names of a cluster, and who is told."""
-PRIVATE_KEYS = {"train": ("sample_prompts", "price_per_hour")}
+PRIVATE_KEYS = {"train": ("sample_prompts", "price_per_hour", "max_cost")}
 """Keys that are not published, by their sections: texts and prices of those who ran it."""
 
 

@@ -23,7 +23,7 @@ OWN = "tuneline"
 STEP = {**dict([PART_OF_LABEL]), "app.kubernetes.io/component": "evaluate"}
 POLICIES: list[dict[str, Any]] = [
     yaml.safe_load((MANIFESTS / path / "network-policy.yaml").read_text(encoding="utf-8"))
-    for path in ("base", "components/trainer")
+    for path in ("base", "components/trainer", "components/monitoring")
 ]
 
 
@@ -164,6 +164,15 @@ def test_other_pods_and_ports_stay_closed() -> None:
     assert is_closed(STEP, Peer("8.8.8.8"), "UDP", 53)
     assert is_closed(STEP, IN_KUBEFLOW, "TCP", 3306)
     assert is_closed(STEP, NODE_LOCAL, "TCP", 443)
+
+
+def test_only_the_exit_handler_reaches_the_pushgateway() -> None:
+    gateway = Peer("10.244.4.4", "monitoring", {"app": "pushgateway"})
+    exit_handler = {**STEP, "app.kubernetes.io/component": "diagnose"}
+    assert is_open(exit_handler, gateway, "TCP", 9091)
+    assert is_closed(STEP, gateway, "TCP", 9091)
+    for port in (80, 9090):
+        assert is_closed(exit_handler, gateway, "TCP", port)
 
 
 def test_only_the_nodes_of_a_training_accept_connections_and_only_from_each_other() -> None:

@@ -1,9 +1,17 @@
 """Messages reach a webhook in its shape, and no failure of it is more than a sentence."""
 
 import logging
+import shutil
+import socket
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3
+from prometheus_client.parser import text_string_to_metric_families
 from small_records import new_comparison
 from tests.notify.webhook_server import WebhookServer
 
@@ -110,6 +118,84 @@ def test_a_message_is_posted_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
         assert send([webhook(format="slack", events=["failed"])], FAILURE) == []
     assert [set(body) >= {"blocks"} for body in server.bodies] == [False, True]
     assert server.headers[0]["Content-Type"] == "application/json"
+
+
+def families(text: str) -> dict[str, dict[tuple[str, ...], float]]:
+    """The metrics of a text, by name and values of labels, as Prometheus's client reads them."""
+    return {
+        family.name: {tuple(each.labels.values()): each.value for each in family.samples}
+        for family in text_string_to_metric_families(text)
+    }
+
+
+def test_a_pushgateway_gets_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = time.time()
+    with WebhookServer() as server:
+        monkeypatch.setenv("MY_WEBHOOK", f"{server.url}/")
+        timed = replace(MESSAGE, run='a "quoted" \\ run', seconds=72.5)
+        assert send([webhook(format="prometheus")], timed) == []
+        assert send([webhook(format="prometheus")], FAILURE) == []
+    assert server.paths == [f"/services/{server.secret}/metrics/job/tuneline/recipe/demo"] * 2
+    assert server.headers[0]["Content-Type"].startswith("text/plain; version=0.0.4")
+    good, failed = map(families, server.bodies)
+    outcomes = {("promoted",): 1.0, ("held",): 0.0, ("failed",): 0.0, ("cancelled",): 0.0}
+    assert good["tuneline_run_outcome"] == outcomes
+    assert good["tuneline_run_info"] == {('a "quoted" \\ run',): 1.0}
+    assert good["tuneline_run_duration_seconds"] == {(): 72.5}
+    assert good["tuneline_run_score"] == {
+        ("acc", "base", "heldout_choice"): 0.26,
+        ("acc", "tuned", "heldout_choice"): 0.64,
+    }
+    ended = good["tuneline_run_ended_timestamp_seconds"][()]
+    assert before <= ended <= time.time()
+    assert good["tuneline_run_promoted_timestamp_seconds"] == {(): ended}
+    # A run that fails leaves the time of the last promotion, and the scores, as they are.
+    assert set(good) - set(failed) == {
+        "tuneline_run_promoted_timestamp_seconds",
+        "tuneline_run_duration_seconds",
+        "tuneline_run_score",
+    }
+    assert failed["tuneline_run_outcome"][("failed",)] == 1.0
+
+
+PUSHGATEWAY = shutil.which("pushgateway")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    PUSHGATEWAY is None,
+    reason="no pushgateway on the PATH: go install github.com/prometheus/pushgateway@latest",
+)
+def test_a_real_pushgateway_keeps_the_last_promotion(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert PUSHGATEWAY is not None
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [PUSHGATEWAY, f"--web.listen-address={address}"], stdout=log, stderr=log
+        )
+    try:
+        monkeypatch.setenv("MY_WEBHOOK", f"http://{address}")
+        for _ in range(100):
+            if not send([webhook(format="prometheus")], MESSAGE):
+                break
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        read = lambda: families(urllib3.request("GET", f"http://{address}/metrics").data.decode())  # noqa: E731
+        promoted = read()["tuneline_run_promoted_timestamp_seconds"]
+        assert send([webhook(format="prometheus")], FAILURE) == []
+        found = read()
+    finally:
+        process.terminate()
+        process.wait(30)
+    assert found["tuneline_run_promoted_timestamp_seconds"] == promoted
+    ((labels, ended),) = found["tuneline_run_ended_timestamp_seconds"].items()
+    assert set(labels) == {"", "tuneline", "demo"} and ended > next(iter(promoted.values()))
+    assert [v for labels, v in found["tuneline_run_outcome"].items() if "failed" in labels] == [1.0]
+    assert len(found["tuneline_run_info"]) == 1
 
 
 def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

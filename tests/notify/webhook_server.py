@@ -13,13 +13,16 @@ class WebhookServer:
     def __init__(self, statuses: Iterable[int] = (200,)) -> None:
         self.bodies: list[Any] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         left = list(statuses)
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 text = self.rfile.read(int(self.headers["Content-Length"]))
-                server.bodies.append(json.loads(text))
+                is_json = self.headers["Content-Type"] == "application/json"
+                server.bodies.append(json.loads(text) if is_json else text.decode())
+                server.paths.append(self.path)
                 server.headers.append(dict(self.headers))
                 status = left.pop(0) if len(left) > 1 else left[0]
                 self.send_response(status)

@@ -1,5 +1,6 @@
 """The compiled pipeline: the golden file, what must not stand in it, and how it is wired."""
 
+import hashlib
 import json
 import os
 import re
@@ -97,8 +98,8 @@ def test_the_wiring(demo: tuple[str, dict, dict]) -> None:
     found = tasks(pipeline)
     assert set(found["evaluate"]["dependentTasks"]) == {"fetch", "prepare"}
     assert set(found["evaluate-2"]["dependentTasks"]) == {"merge", "prepare"}
-    assert set(found["train"]["dependentTasks"]) == {"fetch", "prepare", "check-exports"}
-    assert set(found["check-exports"]["dependentTasks"]) == {"fetch", "prepare"}
+    assert set(found["train"]["dependentTasks"]) == {"plan", "fetch", "prepare", "check-exports"}
+    assert set(found["check-exports"]["dependentTasks"]) == {"plan", "fetch", "prepare"}
     assert set(found["gate"]["dependentTasks"]) == {
         *("evaluate", "evaluate-2", "look-up-published"),
         *("merge", "export-gguf", "export-gptq"),
@@ -107,13 +108,16 @@ def test_the_wiring(demo: tuple[str, dict, dict]) -> None:
     assert pipeline["root"]["dag"]["tasks"]["diagnose"]["triggerPolicy"]["strategy"] == (
         "ALL_UPSTREAM_TASKS_COMPLETED"
     )
-    items = sorted(
-        json.loads(task["parameterIterator"]["items"]["raw"])
-        for component in pipeline["components"].values()
-        for task in component.get("dag", {}).get("tasks", {}).values()
-        if "parameterIterator" in task
-    )
-    assert items == [["f16", "q8_0", "q5_k_m", "q4_k_m"], ["gptq-4bit"]]
+    for kind in ("gguf", "gptq"):
+        exporting = found[f"export-{kind}"]["inputs"]["parameters"]["formats"]
+        assert exporting == {"componentInputParameter": f"pipelinechannel--{kind}_formats"}
+        (loop,) = (
+            task
+            for task in pipeline["components"][f"comp-export-{kind}"]["dag"]["tasks"].values()
+            if "parameterIterator" in task
+        )
+        name = loop["parameterIterator"]["items"]["inputParameter"]
+        assert loop["inputs"]["parameters"][name] == {"componentInputParameter": "formats"}
 
 
 def test_publish_waits_for_the_verdict_in_a_condition_of_its_own(
@@ -206,7 +210,10 @@ def test_text_of_people_is_passed_so_that_nothing_replaces_it(tmp_path: Path) ->
     given = pipeline["root"]["inputDefinitions"]["parameters"]
     passed = {name: declared["defaultValue"] for name, declared in given.items()}
     assert Recipe.parse(passed["recipe_json"]) == recipe
-    assert PrepareConfig.parse(passed["prepare_config"]) == recipe.prepare
+    planned = tasks(pipeline)["plan"]["inputs"]["parameters"]["recipe_sha256"]["runtimeValue"]
+    assert planned == {"constant": hashlib.sha256(passed["recipe_json"].encode()).hexdigest()}
+    length = {"max_seq_length": int(passed["max_seq_length"])}
+    assert PrepareConfig.parse(json.loads(passed["prepare_config"]) | length) == recipe.prepare
     assert PublishConfig.parse(passed["publish_config"]) == recipe.publish
     for name in ("base_model", "dataset", "publish_to"):
         assert decode_text(passed[name]) == values[name]

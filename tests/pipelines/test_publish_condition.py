@@ -1,7 +1,7 @@
 """publish runs on the verdict of the gate, and gets every export: with KFP's local runner.
 
-The same shape ran on KFP 2.17.0 with one and with three exports, for both verdicts and from the
-cache: publish got all of them, and was not started on hold.
+The same shape, with constant formats, ran on KFP 2.17.0 with one and with three exports, for both
+verdicts and from the cache: publish got all of them, and was not started on hold.
 """
 
 from pathlib import Path
@@ -47,15 +47,15 @@ def test_publish_waits_for_promote_and_gets_all(
         exports: list[dsl.Model]
 
     @dsl.pipeline(name="export-gguf")
-    def export_gguf() -> Exports:
+    def export_gguf(formats: list[str]) -> Exports:
         with dsl.ParallelFor(formats) as item:
             made = quantize(format=item)
         return Exports(exports=dsl.Collected(made.outputs["quantized"]))
 
     @dsl.pipeline(name="line")
-    def line(verdict: str, out: str) -> None:
+    def line(verdict: str, out: str, gguf_formats: list[str]) -> None:
         with dsl.ExitHandler(diagnose(), name="line"):
-            exported = export_gguf()
+            exported = export_gguf(formats=gguf_formats)
             gated = gate(verdict=verdict)
             publish(out=out, gguf=exported.outputs["exports"]).after(gated)
 
@@ -66,7 +66,7 @@ def test_publish_waits_for_promote_and_gets_all(
         raise_on_error=True,
     )
     out = tmp_path / "published"
-    line(verdict=verdict, out=str(out))
+    line(verdict=verdict, out=str(out), gguf_formats=formats)
     assert out.is_file() == (verdict == "promote")
     if verdict == "promote":
         assert out.read_text().split() == formats

@@ -42,7 +42,7 @@ def test_card_and_bundle_state_what_was_trained(run_dir: Path, tmp_path: Path) -
 
 def test_a_card_keeps_secrets_prompts_and_cluster_to_itself(run_dir: Path, tmp_path: Path) -> None:
     token = "hf_" + "s" * 34
-    train = TrainConfig(sample_prompts=("What did Berta say?",), price_per_hour=2.5)
+    train = TrainConfig(sample_prompts=("What did Berta say?",), price_per_hour=2.5, max_cost=40)
     write_again(run_dir, configs={"adapter": train})
     placement = PlacementConfig(registry="registry.internal/team", hub_token_secret="my-secret")
     recipe = recipe_of(f"Made with {token}.", publish_to=f"dir:{tmp_path}/out")

@@ -122,10 +122,28 @@ def test_the_directory_is_the_tree_that_would_be_pushed(run_dir: Path, hub, tmp_
         assert named_alike(here) == named_alike(there)
 
 
+def test_a_model_names_the_run_that_published_it(run_dir: Path, tmp_path: Path) -> None:
+    target = f"dir:{tmp_path}/out"
+    for number in (1, 2):
+        run_id = f"4698857b-92d3-407e-8e3b-21123395a9f{number}"
+        assert publish(run_dir, target, f"out-{number}", run_id=run_id).returncode == 0
+        record = Published.read(run_dir / f"out-{number}")
+        assert record.run_id == run_id
+        for repo in REPOS:
+            folder = tmp_path / "out" / repo.split("/")[1]
+            marker = json.loads((folder / "tuneline.json").read_text())
+            # The second run changed nothing, so the first one stays named.
+            assert marker["run_id"] == "4698857b-92d3-407e-8e3b-21123395a9f1"
+            assert marker["recipe_sha256"] == record.recipe_sha256
+            said = f"- published by: run `{marker['run_id']}`, recipe `{marker['recipe']}`, SHA-256"
+            assert f"{said} `{record.recipe_sha256[:16]}`" in (folder / "README.md").read_text()
+
+
 def named_alike(files: dict[str, bytes]) -> dict[str, Any]:
     """Return the files of a repository without what depends on the place that it is in."""
     base = b"base_model: me/mine\nbase_model_relation: quantized\n"
     card = re.sub(rb"publish_to: .*", b"publish_to", files["README.md"].replace(base, b""))
+    card = re.sub(rb"(recipe `mine`, SHA-256) `[0-9a-f]{16}`", rb"\1", card)
     marker = json.loads(files["tuneline.json"])
     for name in ("recipe_sha256", "record_sha256"):
         assert len(marker.pop(name)) == 64
@@ -162,6 +180,16 @@ def test_fewer_exports_than_the_recipe_asks_for_are_refused_by_name(
     words = f"asks for 2 exports (q8_0, gptq-4bit), but this step did not get {missing}, so"
     assert words in sentence(done, 1)
     assert hub.repos == {} and not (run_dir / "out").exists()
+
+
+def test_a_run_with_fewer_formats_than_its_recipe_publishes_those(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    section = '{"gguf": ["q8_0"], "gptq": []}'
+    done = publish(run_dir, f"dir:{tmp_path}/out", "out", exports=("q8_0",), quantize=section)
+    assert done.returncode == 0, done.stderr
+    kinds = {repo.kind for repo in Published.read(run_dir / "out").repos}
+    assert kinds == {"adapter", "merged", "gguf"}
 
 
 def test_the_records_of_base_model_and_dataset_suffice(run_dir: Path, tmp_path: Path) -> None:

@@ -256,6 +256,18 @@ def test_the_page_shows_what_was_trained_not_what_the_recipe_says(
     assert "uploads it to org/another." in page and "hunter22" not in page
 
 
+def test_the_formats_of_the_run_count(recipe: Recipe, run_dirs: dict) -> None:
+    """As after a start from KFP's UI with other formats."""
+    dirs = run_dirs["exports_dirs"]
+    kept = QuantizedModel.read(dirs[0])
+    section = {"gguf": [], "gptq": [], kept.kind: [kept.format]}
+    run_dirs |= {"exports_dirs": dirs[:1], "publish_config": "{}"}
+    with pytest.raises(WorldError, match="but this step did not get"):
+        write_page(recipe, run_dirs)
+    _, summary = write_page(recipe, run_dirs | {"quantize_config": json.dumps(section)})
+    assert [export.format for export in summary.exports] == [kept.format]
+
+
 def test_text_of_others_is_no_html(recipe: Recipe, run_dirs: dict) -> None:
     evil = "<img src=x onerror=alert(1)>\"'</pre></section><script>"
     changes = {

@@ -90,6 +90,8 @@ def publish(
     description: str = "",
     recipe: Recipe | None = None,
     config: dict[str, Any] | None = None,
+    run_id: str = "",
+    quantize: str = "",
     **environment: str,
 ) -> subprocess.CompletedProcess:
     is_target = target.startswith("dir:") or "/" in target
@@ -105,6 +107,7 @@ def publish(
             *("--adapter", str(run_dir / "adapter"), "--merged", str(run_dir / "merged")),
             *("--exports", *(str(run_dir / name) for name in exports)),
             *("--decision", str(run_dir / "decision"), "--published", str(run_dir / out)),
+            *("--run-id", run_id, "--quantize-config", quantize),
         ],
         env={**clean, "HF_HUB_DISABLE_XET": "1", **environment},
         capture_output=True,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tuneline.artifacts import TrainingSummary
-from tuneline.errors import StoppedError, StorageError
+from tuneline.errors import StoppedError, StorageError, TrainingError
 from tuneline.models.nf4 import load_base
 from tuneline.runtime.step import main
 from tuneline.train import TrainConfig
@@ -194,6 +194,28 @@ def _stop_in_evaluation(patched, number: int) -> None:
         return model
 
     patched.setattr("tuneline.models.nf4.load_base", load)
+
+
+def test_a_run_that_may_cost_no_more_continues_with_a_higher_limit(
+    tmp_path, tiny_model_dir, dataset_dir, answer_rows
+):
+    dataset = dataset_dir(answer_rows[:7], max_seq_length=32)
+    settings = {"max_steps": 4, "eval_steps": 2, "price_per_hour": 3.6e6}
+    whole = train(tmp_path / "whole", tiny_model_dir, dataset, **settings)
+    assert whole.cost > 2  # A millisecond costs one.
+
+    where = tmp_path / "interrupted"
+    says = r"has cost \S+ after step (\d) of 4, and train.max_cost is 1: .* higher train.max_cost"
+    for step in (1, 2):
+        with pytest.raises(TrainingError, match=says) as caught:
+            train(where, tiny_model_dir, dataset, max_cost=1, **settings)
+        assert f"after step {step} of 4" in str(caught.value)
+        assert str(where / ".checkpoints") in str(caught.value)
+        assert newest_step(where) == step
+    finished = train(where, tiny_model_dir, dataset, max_cost=1e9, **settings)
+    assert assert_same(where, tmp_path / "whole").num_resumptions == 2
+    # What the attempts before it cost counts.
+    assert finished.cost > 1
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(

@@ -19,11 +19,13 @@ def diagnose(
 
     Args:
         status: Final status of the run; KFP fills it in.
-        summary: The explanation as Markdown.
         notify: The `notify` section of the recipe as JSON.
         run_name: Name of the run, for messages.
         recipe_name: Name of the recipe, for messages.
         target: Where the run publishes, for messages.
+
+    Returns:
+        summary: The explanation as Markdown.
     """
     import json
 

@@ -1,5 +1,6 @@
 """Send the outcome of a run on a cluster to the webhooks of its recipe."""
 
+import datetime
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,5 +55,18 @@ def tell(about: About, outcome: Outcome, attempts: Sequence[Attempt]) -> list[st
         step=outcome.step or "" if outcome.kind == "failed" else "",
         cause=outcome.cause,
         advice=outcome.advice,
+        seconds=_seconds(attempts),
     )
     return send(about.webhooks, message)
+
+
+def _seconds(attempts: Sequence[Attempt]) -> float | None:
+    """Return the time from the start of the first attempt to now; None if there is none."""
+    started = min((each.started for each in attempts if each.started), default=None)
+    if started is None:
+        return None
+    try:
+        begun = datetime.datetime.fromisoformat(started)
+        return round((datetime.datetime.now(datetime.UTC) - begun).total_seconds(), 1)
+    except (ValueError, TypeError):
+        return None

@@ -12,6 +12,8 @@ def collect_benchmarks(config: str, questions: dsl.Output[dsl.Artifact]) -> None
 
     Args:
         config: The `evaluate` section of the recipe as JSON.
+
+    Returns:
         questions: JSON Lines with the question and the answer of each document of each task.
     """
     from tuneline.evaluate import EvaluateConfig
@@ -39,6 +41,8 @@ def evaluate(
         config: The `evaluate` section of the recipe as JSON.
         model: The model to measure.
         dataset: The prepared dataset, with its held-out rows.
+
+    Returns:
         scores: The score of every sample, and the model's answers to held-out prompts.
         metrics: The score of every task.
     """

@@ -14,7 +14,7 @@ def look_up_model(source: str, config: str) -> str:
         config: The `fetch` section of the recipe as JSON.
 
     Returns:
-        A text that changes when the model does.
+        Output: A text that changes when the model does.
     """
     from tuneline.fetch import FetchConfig
     from tuneline.fetch.fingerprint import fingerprint
@@ -41,6 +41,8 @@ def fetch(
         config: The `fetch` section of the recipe as JSON.
         fingerprint: Output of look_up_model, part of the cache key. For a model on the Hub, it is
             the commit to fetch.
+
+    Returns:
         base_model: The model as safetensors, with its tokenizer.
         record: Copy of the record of base_model.
     """

@@ -33,13 +33,13 @@ def gate(
         tuned_scores: Scores of the tuned model.
         merged: Record of the merged model.
         earlier: What earlier runs measured.
-        decision: The verdicts on the model and on each export, with reasons and comparisons.
-        summary: The same as Markdown.
         gguf: Records of the GGUF exports.
         gptq: Records of the GPTQ exports.
 
     Returns:
-        "promote" or "hold".
+        decision: The verdicts on the model and on each export, with reasons and comparisons.
+        summary: The same as Markdown.
+        Output: "promote" or "hold".
     """
     from tuneline.gate import GateConfig
     from tuneline.gate.run import run

@@ -22,6 +22,8 @@ def merge(
         base_model: The base model that the adapter was trained on.
         adapter: The adapter.
         dataset: The prepared dataset; its held-out rows are the proof's prompts.
+
+    Returns:
         merged: The merged model.
         record: Copy of the record of merged.
     """

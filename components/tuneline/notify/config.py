@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from tuneline.strict_model import StrictModel
 
 Event = Literal["promoted", "held", "failed", "cancelled"]
-Shape = Literal["json", "slack", "teams"]
+Shape = Literal["json", "slack", "teams", "prometheus"]
 
 
 class NotifyConfig(StrictModel):
@@ -19,9 +19,10 @@ class NotifyConfig(StrictModel):
     URL is a secret, so it is not part of a recipe. On a cluster, placement.secrets sets the
     variable from a Kubernetes secret: {my-webhook: {url: SLACK_WEBHOOK}}."""
     format: Shape = "json"
-    """What is sent. json: an object with run, recipe, event, text, scores, links, step, cause and
-    advice. slack: a message of Slack's incoming webhooks. teams: an adaptive card, for a webhook of
-    Teams' Workflows."""
+    """What is sent. json: an object with run, recipe, event, text, scores, links, step, cause,
+    advice and seconds. slack: a message of Slack's incoming webhooks. teams: an adaptive card, for
+    a webhook of Teams' Workflows. prometheus: metrics of the run, for a Pushgateway; the variable
+    then holds the gateway's URL, such as http://pushgateway.monitoring:9091."""
     events: tuple[Event, ...] = Field(
         default=("promoted", "held", "failed", "cancelled"), min_length=1
     )

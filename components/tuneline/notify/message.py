@@ -8,14 +8,16 @@ of adaptive cards, on learn.microsoft.com and adaptivecards.io.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from tuneline.notify.config import Event, Shape
+from tuneline.notify.config import Event
 from tuneline.records.in_words import change_text, score_pair
 from tuneline.records.scores import TaskComparison
 from tuneline.runtime.redaction import without_secrets
 from tuneline.version import VERSION
 
+JsonShape = Literal["json", "slack", "teams"]
+"""Shapes of a webhook's body that are JSON."""
 HEADINGS: dict[Event, str] = {
     "promoted": "promoted",
     "held": "on hold",
@@ -61,6 +63,8 @@ class Message:
     cause: str = ""
     advice: str = ""
     """What to change."""
+    seconds: float | None = None
+    """Time from the start of the first step to now; None if it is not known."""
 
     @property
     def title(self) -> str:
@@ -98,7 +102,7 @@ def decode_scores(text: str) -> list[Score]:
         return []
 
 
-def payload(message: Message, shape: Shape) -> dict[str, Any]:
+def payload(message: Message, shape: JsonShape) -> dict[str, Any]:
     """Return the JSON object that a webhook of a shape gets, without secrets."""
     clean: dict[str, Any] = without_secrets(SHAPES[shape](message))
     return clean
@@ -150,7 +154,7 @@ def _teams(message: Message) -> dict[str, Any]:
     }
 
 
-SHAPES: dict[Shape, Callable[[Message], dict[str, Any]]] = {
+SHAPES: dict[JsonShape, Callable[[Message], dict[str, Any]]] = {
     "json": _json,
     "slack": _slack,
     "teams": _teams,

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 from urllib.parse import urlsplit
 
 import urllib3
@@ -54,14 +55,12 @@ def _problem(webhook: NotifyConfig, message: Message) -> str:
         return f"the environment variable {webhook.webhook} is not set"
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
         return "the variable holds no URL that begins with https:// or http://"
-    body = payload(message, webhook.format)
 
     def post() -> None:
-        # urllib3's own retries would log the URL.
-        with urllib3.PoolManager(retries=False, timeout=_TIMEOUT) as pool:
-            response = pool.request("POST", url, json=body, redirect=False)
-        if not 200 <= response.status < 300:
-            raise _RefusedError(response)
+        if webhook.format == "prometheus":
+            _push(url, message)
+        else:
+            _request("POST", url, json=payload(message, webhook.format))
 
     try:
         retrying(
@@ -76,3 +75,27 @@ def _problem(webhook: NotifyConfig, message: Message) -> str:
     except Exception as error:
         return type(error).__name__
     return ""
+
+
+def _push(url: str, message: Message) -> None:
+    """Push the metrics of a run to a Pushgateway; other metrics of the recipe's group stay."""
+    # Imported here, because only runs that name a Pushgateway need the package.
+    from prometheus_client import pushadd_to_gateway
+
+    from tuneline.notify.metrics import JOB, registry_of
+
+    def handler(
+        *, url: str, method: str, timeout: float, headers: list[tuple[str, str]], data: bytes
+    ) -> Callable[[], None]:
+        return lambda: _request(method, url, headers=dict(headers), body=data)
+
+    grouping = {"recipe": message.recipe}
+    pushadd_to_gateway(url, JOB, registry_of(message), grouping, handler=handler)
+
+
+def _request(method: str, url: str, **arguments: Any) -> None:
+    # urllib3's own retries would log the URL.
+    with urllib3.PoolManager(retries=False, timeout=_TIMEOUT) as pool:
+        response = pool.request(method, url, redirect=False, **arguments)
+    if not 200 <= response.status < 300:
+        raise _RefusedError(response)

@@ -11,6 +11,8 @@ def receive_files(archive: str, files: dsl.Output[dsl.Dataset]) -> None:
 
     Args:
         archive: The files, as `tuneline.prepare.uploads` packs them.
+
+    Returns:
         files: Directory with the files.
     """
     from tuneline.prepare.uploads import unpack
@@ -30,7 +32,7 @@ def look_up_data(source: str, config: str, uploads: dsl.Input[dsl.Dataset] = Non
         uploads: The files that were sent with the run, if there are any.
 
     Returns:
-        A text that changes when the rows do.
+        Output: A text that changes when the rows do.
     """
     from tuneline.prepare import PrepareConfig
     from tuneline.prepare.fingerprint import fingerprint
@@ -66,11 +68,13 @@ def prepare(
         fingerprint: Output of look_up_data, part of the cache key. It has the commits to read of
             datasets on the Hub.
         base_model: The fetched model, for its tokenizer and chat template.
+        benchmarks: Questions of benchmarks, which must not be in the training rows.
+        uploads: The files that were sent with the run, if there are any.
+
+    Returns:
         dataset: Token IDs for training and evaluation, and the held-out rows.
         record: Copy of the record of dataset.
         statistics: Page with counts, row lengths, samples and rejected rows.
-        benchmarks: Questions of benchmarks, which must not be in the training rows.
-        uploads: The files that were sent with the run, if there are any.
     """
     from tuneline.runtime.torch_free import hide_torch
 

@@ -37,6 +37,7 @@ def model_card(
     family: Sequence[Repository],
     config: PublishConfig,
     recipe: RecordedRecipe,
+    run_id: str = "",
 ) -> CardParts:
     """Return the README.md of one repository.
 
@@ -46,11 +47,12 @@ def model_card(
         family: all repositories of the run.
         config: the `publish` section of the recipe.
         recipe: the recipe as the records of the run state it, without what is private.
+        run_id: ID of the run; "" if it is not known.
     """
     parts = [
         f"# {repo.short_name}: {repo.traits.title}",
         escape_markdown(redacted(sources.header.description)),
-        _made_from(sources),
+        _made_from(sources, recipe, run_id),
         _training(sources),
         _curve(sources),
         _scores(sources),
@@ -123,7 +125,7 @@ def _recipe(recipe: RecordedRecipe) -> str:
     return "\n\n".join(part for part in ("## Recipe", remark, block) if part)
 
 
-def _made_from(sources: Sources) -> str:
+def _made_from(sources: Sources, recipe: RecordedRecipe, run_id: str) -> str:
     origin, data, training = sources.origin, sources.dataset, sources.training
     revision = f" at {code(origin.revision)}" if origin.revision else ""
     names = ", ".join(code(without_paths(redacted(name))) for name in _data_names(data))
@@ -143,6 +145,8 @@ def _made_from(sources: Sources) -> str:
         "positions have the same most likely token",
         f"- versions: {escape_markdown(_versions(training.environment))}; seed "
         f"{training.settings.get('seed', 'not recorded')}",
+        f"- published by: {f'run {code(run_id)}, ' if run_id else ''}recipe "
+        f"{code(sources.header.name)}, SHA-256 `{recipe.sha256[:16]}`",
         f"- hashes of all files: in `{PUBLISHED_BUNDLE}`; `tuneline verify DIR` checks a copy of "
         "this repository",
     ]

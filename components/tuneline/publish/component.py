@@ -22,6 +22,8 @@ def look_up_published(
         target: Where the run publishes; several targets are a JSON list.
         config: The `publish` section of the recipe as JSON.
         recipe: The whole recipe as JSON.
+
+    Returns:
         earlier: What earlier runs measured, as JSON.
     """
     from tuneline.artifacts import RunHeader
@@ -52,6 +54,8 @@ def publish(
     published: dsl.Output[dsl.Artifact],
     gguf: dsl.Input[List[dsl.Model]] = None,
     gptq: dsl.Input[List[dsl.Model]] = None,
+    run_id: str = "",
+    quantize_config: str = "",
 ) -> None:
     """Publish a model that the gate promoted to the Hub, a directory, a claim or a store.
 
@@ -64,9 +68,13 @@ def publish(
         adapter: The LoRA adapter.
         merged: The merged model.
         decision: The verdict of the gate.
-        published: Record of the repositories, with their URLs and commits.
         gguf: The GGUF exports.
         gptq: The GPTQ exports.
+        run_id: ID of the run, for tuneline.json and the model cards.
+        quantize_config: The `quantize` section of the run as JSON. Default: that of the recipe.
+
+    Returns:
+        published: Record of the repositories, with their URLs and commits.
     """
     from tuneline.publish import PublishConfig
     from tuneline.publish.run import run
@@ -78,6 +86,8 @@ def publish(
             PublishConfig.parse(config),
             target=decode_text(target),
             recipe=recipe,
+            run_id=run_id,
+            quantize_config=quantize_config,
             base_model_dir=base_model.path,
             dataset_dir=dataset.path,
             adapter_dir=adapter.path,

@@ -27,8 +27,9 @@ MAX_READ_BYTES = 16 << 20
 """Largest tuneline.json or README.md that is read from a repository."""
 
 _WEIGHTS = (".safetensors", ".gguf")
-_MEASURED = frozenset({"record_sha256", "card"})
-"""Keys of tuneline.json that two equal runs fill differently: the card has speeds and times."""
+_MEASURED = frozenset({"record_sha256", "card", "run_id"})
+"""Keys of tuneline.json that two equal runs fill differently: the card has speeds and times. A
+repository therefore names the run that published its content first."""
 _FREE = frozenset({".gitattributes"})
 """Files that the Hub makes, which do not show that people use a repository."""
 

@@ -37,6 +37,8 @@ def run(
     exports_dirs: list[str],
     decision_dir: str | Path,
     published_dir: str | Path,
+    run_id: str = "",
+    quantize_config: str = "",
 ) -> Published:
     """Publish a model that the gate promoted, without the exports that the gate holds.
 
@@ -53,6 +55,8 @@ def run(
         exports_dirs: directories of the `quantized` artifacts, one per format; may be empty.
         decision_dir: directory of the `decision` artifact.
         published_dir: new directory for published.json.
+        run_id: ID of the run, for tuneline.json and the model cards; "" if it is not known.
+        quantize_config: the section `quantize` of the run as JSON; "": that of the recipe.
 
     Raises:
         UserError: the verdict is hold, or tuneline did not make the repository of that name.
@@ -86,6 +90,7 @@ def run(
         merged_dir=Path(merged_dir),
         exports_dirs=[Path(path) for path in exports_dirs],
         decision_dir=Path(decision_dir),
+        quantize_config=quantize_config or None,
     )
     name = family_name(targets, sources.header.name)
     used = recorded_recipe(
@@ -107,7 +112,14 @@ def run(
     with new_directory(published_dir) as record_dir:
         with scratch_directory(record_dir, prefix=".publish.") as scratch:
             root = scratch / "all"
-            staged = stage(sources, name=name, config=config, recipe=used.public(), directory=root)
+            staged = stage(
+                sources,
+                name=name,
+                config=config,
+                recipe=used.public(),
+                directory=root,
+                run_id=run_id,
+            )
             repos = publish_everywhere(staged, targets, config=config, scratch=scratch / "each")
         record = Published(
             target=", ".join(each.text for each in targets),
@@ -115,6 +127,8 @@ def run(
             repos=repos,
             left_out=[f"{repo.repo}: {name}" for repo in staged for name in repo.left_out],
             held_exports=held,
+            run_id=run_id,
+            recipe_sha256=used.public().sha256,
             seconds=round(time.monotonic() - started, 3),
         )
         write_serving(sources, name, record.repos, record_dir)

@@ -50,6 +50,7 @@ class Sources:
         merged_dir: Path,
         exports_dirs: list[Path],
         decision_dir: Path,
+        quantize_config: str | None = None,
     ) -> Self:
         """Read every record, so that an incomplete artifact is found before anything is sent.
 
@@ -61,9 +62,10 @@ class Sources:
             merged_dir: directory of the `merged` artifact.
             exports_dirs: directories of the `quantized` artifacts.
             decision_dir: directory of the `decision` artifact.
+            quantize_config: the section `quantize` of the run as JSON. None: that of the recipe.
 
         Raises:
-            WorldError: an artifact has no record, an export that the recipe asks for is missing, or
+            WorldError: an artifact has no record, an export that the run asks for is missing, or
                 a file of the decision was changed.
             UserError: two exports have the same format.
             ProofError: an artifact was made from an artifact that is not in these directories, or
@@ -85,7 +87,7 @@ class Sources:
             evaluated=json.loads(evaluated.read_text("utf-8")) if evaluated.is_file() else None,
         )
         formats = [export.format for export in sources.exports.values()]
-        header.check_exports(formats)
+        header.check_exports(formats, quantize_config)
         for export in sources.exports.values():
             if formats.count(export.format) > 1:
                 raise UserError(

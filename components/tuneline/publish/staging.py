@@ -76,6 +76,7 @@ def stage(
     config: PublishConfig,
     recipe: RecordedRecipe,
     directory: Path,
+    run_id: str = "",
 ) -> list[StagedRepo]:
     """Stage all repositories below `directory`.
 
@@ -88,6 +89,7 @@ def stage(
         config: the `publish` section of the recipe.
         recipe: the recipe as the records of the run state it.
         directory: where the folders are made.
+        run_id: ID of the run; "" if it is not known.
 
     Raises:
         ProofError: a file is missing, or was changed after its step checked it.
@@ -97,7 +99,7 @@ def stage(
     for stored in files.values():
         check_present(stored)
     return [
-        _stage_one(sources, repo, family, files[repo.name], config, recipe, directory)
+        _stage_one(sources, repo, family, files[repo.name], config, recipe, directory, run_id)
         for repo in family
     ]
 
@@ -110,6 +112,7 @@ def _stage_one(
     config: PublishConfig,
     recipe: RecordedRecipe,
     directory: Path,
+    run_id: str,
 ) -> StagedRepo:
     """Stage one repository.
 
@@ -121,6 +124,7 @@ def _stage_one(
         config: the `publish` section of the recipe.
         recipe: the recipe as the records of the run state it.
         directory: where the folder is made.
+        run_id: ID of the run; "" if it is not known.
     """
     folder = directory / repo.short_name
     with_code = sources.origin.runs_own_code
@@ -146,7 +150,9 @@ def _stage_one(
         (folder / relative).parent.mkdir(exist_ok=True)
         (folder / relative).write_bytes(text.encode())
         hashes[relative] = hashlib.sha256(text.encode()).hexdigest()
-    card = join_card(model_card(sources, repo, family=family, config=config, recipe=recipe))
+    card = join_card(
+        model_card(sources, repo, family=family, config=config, recipe=recipe, run_id=run_id)
+    )
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     parts = split_card(card)
     assert parts is not None, "a new card has both markers"
@@ -154,6 +160,7 @@ def _stage_one(
         "record_sha256": "",
         "tuneline": VERSION,
         "recipe": sources.header.name,
+        "run_id": run_id,
         "kind": repo.kind,
         "base_revision": sources.origin.revision,
         "base_sha256": sources.origin.sha256,

@@ -37,6 +37,8 @@ def convert_gguf(merged: dsl.Input[dsl.Model], gguf: dsl.Output[dsl.Model]) -> N
 
     Args:
         merged: The merged model.
+
+    Returns:
         gguf: The f16 file.
     """
     from tuneline.quantize.run import convert
@@ -60,6 +62,8 @@ def measure_importance(
         config: The `quantize` section of the recipe as JSON.
         gguf: The f16 file that convert-gguf made.
         dataset: The prepared dataset; its first training rows are used.
+
+    Returns:
         importance: The importance matrix.
     """
     from tuneline.quantize import QuantizeConfig
@@ -95,9 +99,11 @@ def quantize_gguf(
         merged: The merged model, with which the file is compared.
         gguf: The f16 file that convert-gguf made.
         dataset: The prepared dataset; its held-out rows are the check's prompts.
+        importance: The importance matrix; without it, all inputs of a layer weigh equally.
+
+    Returns:
         quantized: The GGUF file and its Modelfile.
         record: Copy of the record of quantized.
-        importance: The importance matrix; without it, all inputs of a layer weigh equally.
     """
     from tuneline.quantize import QuantizeConfig
     from tuneline.quantize.run import run
@@ -138,6 +144,8 @@ def quantize_gptq(
         config: The `quantize` section of the recipe as JSON.
         merged: The merged model, with which the checkpoint is compared.
         dataset: The prepared dataset; its training rows calibrate the rounding.
+
+    Returns:
         quantized: The checkpoint.
         record: Copy of the record of quantized.
     """

@@ -47,6 +47,10 @@ class Published(Record):
     files."""
     held_exports: dict[str, str] = Field(default_factory=dict)
     """Formats of the exports that the gate held, with the reasons; they are not published."""
+    run_id: str = ""
+    """ID of the run that published; "" if it is not known."""
+    recipe_sha256: str = ""
+    """SHA-256 of the run's recipe without what is private, as in tuneline.json."""
 
     def metadata(self) -> dict[str, str]:
         """Return the URL, commit and tag of each repository, for an artifact's metadata."""

@@ -32,6 +32,7 @@ def report(
     target: str = "",
     publish_config: str = "",
     run_name: str = "",
+    quantize_config: str = "",
 ) -> None:
     """Write the page and the summary of a run.
 
@@ -44,13 +45,16 @@ def report(
         base_scores: Scores of the base model.
         tuned_scores: Scores of the tuned model.
         decision: The verdict of the gate.
-        page: The HTML page.
-        summary: Verdict, comparisons and exports as JSON.
         gguf: Records of the GGUF exports.
         gptq: Records of the GPTQ exports.
         target: Where the run publishes. Default: `publish_to` of the recipe.
         publish_config: The `publish` section of the run as JSON. Default: that of the recipe.
         run_name: Name of the run. Default: that of the recipe.
+        quantize_config: The `quantize` section of the run as JSON. Default: that of the recipe.
+
+    Returns:
+        page: The HTML page.
+        summary: Verdict, comparisons and exports as JSON.
     """
     from tuneline.artifacts import RunHeader
     from tuneline.report.run import run
@@ -63,6 +67,7 @@ def report(
             run_name=run_name,
             target=decode_text(target) or None,
             publish_config=publish_config or None,
+            quantize_config=quantize_config or None,
             base_model_dir=base_model.path,
             dataset_dir=dataset.path,
             adapter_dir=adapter.path,

@@ -47,6 +47,7 @@ def run(
     run_name: str = "",
     target: str | None = None,
     publish_config: str | None = None,
+    quantize_config: str | None = None,
     base_model_dir: str,
     dataset_dir: str,
     adapter_dir: str,
@@ -65,6 +66,7 @@ def run(
         run_name: name of the run, for the page's heading. Default: the recipe's name.
         target: where the run publishes. Default: `publish_to` of the recipe.
         publish_config: the section `publish` of the run as JSON. Default: that of the recipe.
+        quantize_config: the section `quantize` of the run as JSON. Default: that of the recipe.
         base_model_dir: directory of the `base_model` artifact, or a copy of its record.
         dataset_dir: directory of the `dataset` artifact, or a copy of its record.
         adapter_dir: directory of the `adapter` artifact, or a copy of its record.
@@ -86,6 +88,7 @@ def run(
         place=Place(run_name=run_name, ended=now()),
         target=target,
         publish_config=publish_config,
+        quantize_config=quantize_config,
         base_model_dir=base_model_dir,
         dataset_dir=dataset_dir,
         adapter_dir=adapter_dir,
@@ -136,6 +139,7 @@ def read_line(
     place: Place,
     target: str | None,
     publish_config: str | None,
+    quantize_config: str | None = None,
     base_model_dir: str,
     dataset_dir: str,
     adapter_dir: str,
@@ -152,7 +156,7 @@ def read_line(
     """
     target = encode_list(header.publish_to) if target is None else target
     made = [QuantizedModel.read(path) for path in exports_dirs]
-    header.check_exports(export.format for export in made)
+    header.check_exports((export.format for export in made), quantize_config)
     origin, dataset = ModelOrigin.read(base_model_dir), DatasetManifest.read(dataset_dir)
     trained, merge = TrainingSummary.read(adapter_dir), MergeProof.read(merged_dir)
     decision = Decision.read(decision_dir)

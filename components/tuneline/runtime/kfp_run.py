@@ -20,7 +20,7 @@ import base64
 import gzip
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -196,10 +196,15 @@ def _argument(pod: dict[str, Any], flag: str) -> str:
 
 def _task_of(driver: dict[str, Any] | None) -> dict[str, Any]:
     """Return the specification of a driver's task, or {} if it cannot be read."""
+    return _parsed(_input(driver, "task"))
+
+
+def _input(driver: dict[str, Any] | None, name: str) -> str | None:
+    """Return the value of an input parameter of a driver's node, or None."""
     for parameter in (driver or {}).get("inputs", {}).get("parameters", []):
-        if parameter["name"] == "task":
-            return _parsed(parameter.get("value"))
-    return {}
+        if parameter["name"] == name:
+            return str(parameter.get("value", ""))
+    return None
 
 
 def _parsed(text: str | None) -> dict[str, Any]:
@@ -213,22 +218,60 @@ def _parsed(text: str | None) -> dict[str, Any]:
 def _step_name(path: str, drivers: dict[str, Any], pod: dict[str, Any] | None) -> str:
     """Return a task's display name, and the item of each loop around it."""
     display = _task_of(drivers.get(path)).get("taskInfo", {}).get("name")
+    values: dict[str, Any] = {}
+    if pod is not None:
+        inputs = _parsed(_argument(pod, "--executor_input")).get("inputs", {})
+        values = inputs.get("parameterValues", {})
     if not display and pod is not None:
         # The driver's pod is gone.
         component = pod["metadata"].get("labels", {}).get(STEP_LABEL, "")
-        inputs = _parsed(_argument(pod, "--executor_input")).get("inputs", {})
-        values = inputs.get("parameterValues", {})
         parts = [component, values.get("label", ""), values.get("format", "")]
         if component:
             return " ".join(part for part in parts if part)
     display = display or path.rpartition(".")[2]
-    items = []
+    items: list[str] = []
     for match in re.finditer(r"\.iteration-iterations\((\d+):[^)]*\)", path):
-        loop = _task_of(drivers.get(f"{path[: match.start()]}.iteration"))
-        raw = loop.get("parameterIterator", {}).get("items", {}).get("raw", "[]")
-        names, number = json.loads(raw), int(match[1])
-        items.append(str(names[number]) if number < len(names) else str(number))
+        here, number = path[: match.start()], int(match[1])
+        loop = _task_of(drivers.get(f"{here}.iteration"))
+        names = loop_items(loop, _parameters(here, drivers))
+        known = number < len(names)
+        items.append(str(names[number] if known else values.get("format", number)))
     return " ".join([display, *items])
+
+
+def loop_items(task: dict[str, Any], values: Mapping[str, Any]) -> list[Any]:
+    """Return the items of a loop's task; [] if they are not known.
+
+    Args:
+        task: specification of the task.
+        values: its input parameters, as far as they are known.
+    """
+    source = task.get("parameterIterator", {}).get("items", {})
+    items = (
+        json.loads(source["raw"]) if "raw" in source else values.get(source.get("inputParameter"))
+    )
+    return items if isinstance(items, list) else []
+
+
+def _parameters(path: str, drivers: dict[str, Any]) -> dict[str, Any]:
+    """Return the input parameters of a DAG that are those of the run, from the drivers' inputs."""
+    driver = drivers.get(path) or drivers.get(f"{path}.iteration")
+    if path.endswith(".root"):
+        # KFP adds the defaults of parameters that the run was not given.
+        values: dict[str, Any] = _parsed(_input(driver, "runtime-config")).get(
+            "parameterValues", {}
+        )
+        return values
+    above = path.rpartition(".")[0]
+    if not above or driver is None:
+        return {}
+    outer = _parameters(above, drivers)
+    sources = _task_of(driver).get("inputs", {}).get("parameters", {})
+    return {
+        name: outer[source["componentInputParameter"]]
+        for name, source in sources.items()
+        if source.get("componentInputParameter") in outer
+    }
 
 
 def _attempt(

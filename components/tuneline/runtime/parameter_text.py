@@ -10,7 +10,8 @@ sequence is written that way. Texts without such sequences are passed as they ar
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -27,9 +28,11 @@ def find_replaced(text: str) -> str | None:
     return text[match.start() : match.start() + 12] if match else None
 
 
-def to_json(model: BaseModel) -> str:
-    """Return a config as JSON that reaches a step unchanged."""
-    return _escape(model.model_dump_json())
+def to_json(config: BaseModel | Mapping[str, Any]) -> str:
+    """Return a config, or plain values of one, as JSON that reaches a step unchanged."""
+    if isinstance(config, BaseModel):
+        return _escape(config.model_dump_json())
+    return _escape(json.dumps(config, ensure_ascii=False, separators=(",", ":")))
 
 
 def encode_text(text: str) -> str:

@@ -1,6 +1,7 @@
 """One attempt of a run with a given plan: load the model, train, save the adapter, summarise."""
 
 import contextlib
+import functools
 import logging
 import statistics
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import torch
 from transformers.trainer_callback import PrinterCallback
 
 from tuneline.artifacts import PROGRESS_FILE, TrainingSummary
-from tuneline.errors import StoppedError
+from tuneline.errors import StoppedError, TrainingError
 from tuneline.models import nf4
 from tuneline.models.experts import quantized_experts
 from tuneline.runtime.stop_request import stop_on_sigterm
@@ -32,6 +33,7 @@ from tuneline.train.rows.load import load_rows
 from tuneline.train.setup import Inputs, Setup
 from tuneline.train.trainer.best_adapter import BestAdapterCallback
 from tuneline.train.trainer.nonfinite import GuardedTrainer, train_through
+from tuneline.train.trainer.state import RunState
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,8 @@ def train(
 
     Raises:
         OutOfMemory: memory ran out in a step. The checkpoints written before remain.
-        TrainingError: see `nonfinite.train_through`.
+        TrainingError: see `nonfinite.train_through`; or the run may cost no more, and a checkpoint
+            has been written.
         StartAgain: see `nonfinite.train_through`.
         StoppedError: SIGTERM was received, and a checkpoint has been written.
     """
@@ -115,7 +118,12 @@ def train(
         contextlib.closing(telemetry),
         stop_on_sigterm() as stop,
     ):
-        trainer.keep_checkpoints(store, minutes=config.checkpoint_minutes, stop=stop)
+        trainer.keep_checkpoints(
+            store,
+            minutes=config.checkpoint_minutes,
+            stop=stop,
+            is_spent=functools.partial(_is_spent, trainer.run_state, config),
+        )
         checkpoint = collectives.from_first(store.latest)
         if checkpoint is not None:
             logger.info("continuing from %s", checkpoint)
@@ -130,7 +138,7 @@ def train(
             )
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(str(error).splitlines()[0]) from None
-        _check_it_is_done(trainer, store)
+        _check_it_is_done(trainer, store, config)
     trainer.restore_best()
     check_it_has_learned(trainer.model, config.lora)
     if collectives.is_first():
@@ -154,14 +162,28 @@ def _add_callbacks(
     return progress, telemetry
 
 
-def _check_it_is_done(trainer: GuardedTrainer, store: CheckpointStore) -> None:
-    """Raise StoppedError if the trainer was stopped before its last step or evaluation."""
-    if trainer.stops and not trainer.is_done:
-        raise StoppedError(
-            f"stopped by SIGTERM after step {trainer.state.global_step} of "
-            f"{trainer.state.max_steps}: run the step again with the checkpoints in "
-            f"{store.directory}, and it continues there"
+def _is_spent(state: RunState, config: TrainConfig) -> bool:
+    """Return whether the run has cost as much as it may."""
+    cost = costs(state, config.price_per_hour)["cost"]
+    return config.max_cost is not None and cost is not None and cost >= config.max_cost
+
+
+def _check_it_is_done(trainer: GuardedTrainer, store: CheckpointStore, config: TrainConfig) -> None:
+    """Raise an error if the trainer was stopped before its last step or evaluation."""
+    if not trainer.stops or trainer.is_done:
+        return
+    where = f"after step {trainer.state.global_step} of {trainer.state.max_steps}"
+    if trainer.is_spent:
+        cost = costs(trainer.run_state, config.price_per_hour)["cost"]
+        raise TrainingError(
+            f"training has cost {cost:.4g} {where}, and train.max_cost is {config.max_cost:g}: "
+            f"start the run again with a higher train.max_cost, and it continues from the "
+            f"checkpoint in {store.directory}"
         )
+    raise StoppedError(
+        f"stopped by SIGTERM {where}: run the step again with the checkpoints in "
+        f"{store.directory}, and it continues there"
+    )
 
 
 def _write_samples(

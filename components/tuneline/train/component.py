@@ -22,6 +22,8 @@ def train(
         config: The `train` section of the recipe as JSON.
         base_model: The base model that fetch made.
         dataset: The dataset that prepare made.
+
+    Returns:
         adapter: The trained adapter, with its tokenizer and training.json.
         record: Copy of the record of adapter.
         metrics: Figures of the training, for comparing runs in the KFP UI.
@@ -63,6 +65,8 @@ def train_on_nodes(
         nodes: What the TrainJob asks for, a NodesConfig as JSON.
         base_model: The base model that fetch made.
         dataset: The dataset that prepare made.
+
+    Returns:
         adapter: The trained adapter, with its tokenizer and training.json.
         record: Copy of the record of adapter.
         metrics: Figures of the training, for comparing runs in the KFP UI.

@@ -212,6 +212,11 @@ class TrainConfig(StrictModel):
     price_per_hour: float | None = Field(default=None, ge=0)
     """Price of one GPU (or of the machine, without GPUs) per hour, in any currency. If set, the
     training summary contains the cost of the run."""
+    max_cost: float | None = Field(default=None, gt=0)
+    """Largest cost of training, at price_per_hour, over all attempts of the run. Training stops at
+    the first optimizer step that reaches it, with a checkpoint from which a run with a higher
+    max_cost continues. Time before the first step is not counted. `tuneline plan` compares it with
+    its estimate. null: no limit."""
     max_restarts: int = Field(default=3, ge=0)
     """How often the step continues from its last checkpoint in new processes after a rank died, or
     failed with an error of the GPU, its driver or the connection between ranks. An error that comes
@@ -247,6 +252,11 @@ class TrainConfig(StrictModel):
     def _settings_agree(self) -> Self:
         if not self.lora.target_modules:
             raise ValueError("lora.target_modules is empty: name at least one, or 'auto'")
+        if self.max_cost is not None and not self.price_per_hour:
+            raise ValueError(
+                f"max_cost is {self.max_cost:g}, but without price_per_hour no cost is known: set "
+                "price_per_hour to the price of one GPU per hour, or remove max_cost"
+            )
         if self.lora.experts and self.lora.lora_dropout:
             raise ValueError(
                 f"lora.experts is true but lora.lora_dropout is {self.lora.lora_dropout}: peft has "

@@ -47,7 +47,7 @@ NOT_IN_IDENTITY = {
     *("checkpoint_minutes", "max_restarts", "fit", "fit_min_length", "memory_gib"),
     # A step has the same examples on any number of ranks.
     *("num_ranks", "sharding", "offload_optimizer"),
-    *("track", "price_per_hour", "sample_prompts", "sample_tokens"),
+    *("track", "price_per_hour", "max_cost", "sample_prompts", "sample_tokens"),
     # The identity has the resulting global batch size instead, whichever keys the config uses. The
     # micro-batch size does not change what is learned.
     *BATCH_KEYS,

@@ -25,17 +25,24 @@ asks for can be made, because training takes longest.
 If the recipe evaluates tasks of lm-eval, a small task collects their questions, and prepare
 searches the training rows for them.
 
-Each step's config is a separate pipeline parameter, because the inputs of a task are its cache key:
-a new learning rate does not cause the data to be prepared again. The configs are JSON strings
-because KFP turns the integers of a struct into floats.
+The values that people change between runs are typed parameters of their own (parameters.py). The
+rest of each step's config is a JSON string, because KFP turns the integers of a struct into floats.
+The plan puts the two together, and its outputs are the steps' configs. A config is a separate input
+of its step, because the inputs of a task are its cache key: a new learning rate does not cause the
+data to be prepared again.
+
+KFP can give a task a cache key of one's own, but that key replaces the task's inputs: a run with
+another dataset would get the model of the first. Therefore no task has one.
 
 Small files of the machine that submits a run travel as an argument of the task receive-files, which
 only such runs have; it hands them to prepare as an artifact.
 
-Formats, nodes, accelerators, claims and the importance matrix shape the graph, so they are fixed
-when it is built. Models, data, target and every step's config can be changed for each run of the
-compiled file. Parameters are written so that they reach the steps unchanged
-(runtime/parameter_text.py).
+Kinds of exports, nodes, accelerators, claims and the importance matrix shape the graph, so they are
+fixed when it is built. Models, data, target, the formats of a kind and every step's config can be
+changed for each run of the compiled file. The recipe that the file was compiled from is a parameter
+too, so that the records of a run can say which values differ; the plan refuses another one. It is
+no constant, because KFP would copy it into many nodes of the workflow, whose size is limited. Texts
+are written so that they reach the steps unchanged (runtime/parameter_text.py).
 """
 
 import json
@@ -53,6 +60,7 @@ from tuneline.gate.component import gate
 from tuneline.kinds import ExportKind
 from tuneline.merge.component import merge
 from tuneline.pipelines.inputs import claims_of
+from tuneline.pipelines.parameters import section_json, sha256_of, typed_values
 from tuneline.pipelines.placement import nodes_config, place
 from tuneline.pipelines.plan.component import plan
 from tuneline.prepare.component import look_up_data, prepare, receive_files
@@ -81,6 +89,7 @@ def finetune(
     on_cluster: bool = True,
     archive: str | None = None,
     run_name: str = dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
+    run_id: str = dsl.PIPELINE_JOB_ID_PLACEHOLDER,
     uncached: Collection[str] = (),
     versions_of: Callable[[str], str] | None = None,
 ) -> BaseComponent:
@@ -93,6 +102,7 @@ def finetune(
         archive: files that are sent with the run, as `tuneline.prepare.uploads` packs them; None:
             there are none.
         run_name: name of the run. Default: what KFP replaces by the run's name.
+        run_id: ID of the run. Default: what KFP replaces by the run's ID.
         uncached: names of steps that are not taken from the cache of earlier runs, or EVERY_STEP.
             The steps after them get other inputs, so they run again too.
         versions_of: for a local run without images, a function that returns the versions of the
@@ -122,6 +132,8 @@ def finetune(
     on_nodes = None
     if on_cluster and recipe.placement.num_nodes > 1:
         on_nodes = to_json(nodes_config(recipe.placement))
+    typed = typed_values(recipe)
+    recipe_text = to_json(recipe)
     exporters: dict[str, BaseComponent] = {
         kind: make_exporter(recipe.quantize, placed)
         for kind, make_exporter in EXPORTERS.items()
@@ -133,16 +145,57 @@ def finetune(
         base_model: str = encode_text(recipe.base_model),
         dataset: str = encode_text(recipe.data),
         publish_to: str = encode_text(recipe.target),
+        learning_rate: float = typed["learning_rate"],
+        num_train_epochs: float = typed["num_train_epochs"],
+        max_steps: int = typed["max_steps"],
+        lora_r: int = typed["lora_r"],
+        lora_alpha: int = typed["lora_alpha"],
+        max_seq_length: int = typed["max_seq_length"],
+        gguf_formats: list[str] = typed["gguf_formats"],
+        gptq_formats: list[str] = typed["gptq_formats"],
         fetch_config: str = to_json(recipe.fetch),
-        prepare_config: str = to_json(recipe.prepare),
-        train_config: str = to_json(recipe.train),
+        prepare_config: str = section_json(recipe, "prepare"),
+        train_config: str = section_json(recipe, "train"),
         merge_config: str = to_json(recipe.merge),
-        quantize_config: str = to_json(recipe.quantize),
+        quantize_config: str = section_json(recipe, "quantize"),
         evaluate_config: str = to_json(recipe.evaluate),
         gate_config: str = to_json(recipe.gate),
         publish_config: str = to_json(recipe.publish),
-        recipe_json: str = to_json(recipe),
+        recipe_json: str = recipe_text,
     ) -> None:
+        """Build the graph.
+
+        Args:
+            base_model: Model to fine-tune: a Hub ID, a directory, a .gguf file or builtin:NAME.
+            dataset: Training data: a Hub ID, a path, an address in a store, claim:NAME/PATH or
+                builtin:NAME; several datasets are a JSON list.
+            publish_to: Where to publish: a Hub repository, dir:PATH, claim:NAME/PATH or an address
+                in a store; several targets are a JSON list.
+            learning_rate: Highest learning rate of the schedule, e.g. 0.0002. 0 chooses it by the
+                method and the number of rows.
+            num_train_epochs: Passes over the training data; may be a fraction. Has no effect if
+                max_steps is not 0.
+            max_steps: Optimizer steps of the run. 0 trains for num_train_epochs.
+            lora_r: Rank of the adapter, 1 to 1024.
+            lora_alpha: Scale of the adapter, whose update is multiplied by lora_alpha / lora_r.
+            max_seq_length: Maximum length of an example in tokens, at least 8; longer ones are
+                truncated. 0 takes the length that 99 % of the rows fit in.
+            gguf_formats: GGUF files to make, e.g. ["q4_k_m", "q8_0"]. Empty only if the recipe
+                makes none.
+            gptq_formats: GPTQ checkpoints to make, e.g. ["gptq-4bit"]. Empty only if the recipe
+                makes none.
+            fetch_config: The section fetch of the recipe as JSON.
+            prepare_config: The section prepare as JSON, without max_seq_length.
+            train_config: The section train as JSON, without learning_rate, num_train_epochs,
+                max_steps, lora.r and lora.lora_alpha.
+            merge_config: The section merge as JSON.
+            quantize_config: The section quantize as JSON, without gguf and gptq.
+            evaluate_config: The section evaluate as JSON.
+            gate_config: The section gate as JSON.
+            publish_config: The section publish as JSON.
+            recipe_json: The recipe that the pipeline was compiled from, for the records of the run.
+                A run with another one is refused: change the parameters above.
+        """
         goodbye = placed(
             diagnose,
             notify=json.dumps([webhook.model_dump(mode="json") for webhook in recipe.notify]),
@@ -154,18 +207,29 @@ def finetune(
             planned = placed(
                 plan,
                 recipe=recipe_json,
+                recipe_sha256=sha256_of(recipe_text),
                 base_model=base_model,
+                learning_rate=learning_rate,
+                num_train_epochs=num_train_epochs,
+                max_steps=max_steps,
+                lora_r=lora_r,
+                lora_alpha=lora_alpha,
+                max_seq_length=max_seq_length,
+                gguf_formats=gguf_formats,
+                gptq_formats=gptq_formats,
                 train_config=train_config,
                 prepare_config=prepare_config,
                 quantize_config=quantize_config,
             ).set_caching_options(False)
+            configs = planned.outputs
+            formats = {"gguf": gguf_formats, "gptq": gptq_formats}
             model_now = placed(look_up_model, source=base_model, config=fetch_config)
             files = {}
             if archive is not None:
                 received = placed(receive_files, archive=archive)
                 received.after(planned)
                 files["uploads"] = received.outputs["files"]
-            data_now = placed(look_up_data, source=dataset, config=prepare_config, **files)
+            data_now = placed(look_up_data, source=dataset, config=configs["prepare"], **files)
             model_now.after(planned)
             data_now.after(planned)
             fetched = placed(
@@ -182,7 +246,7 @@ def finetune(
             prepared = placed(
                 prepare,
                 source=dataset,
-                config=prepare_config,
+                config=configs["prepare"],
                 fingerprint=data_now.set_caching_options(False).output,
                 base_model=base,
                 **searched,
@@ -195,16 +259,16 @@ def finetune(
             if on_nodes is not None:
                 trained = placed(
                     train_on_nodes,
-                    config=train_config,
+                    config=configs["train"],
                     nodes=on_nodes,
                     base_model=base,
                     dataset=data,
                 ).set_display_name("train")
             else:
-                trained = placed(train, config=train_config, base_model=base, dataset=data)
+                trained = placed(train, config=configs["train"], base_model=base, dataset=data)
             if exporters:
                 checked = placed(
-                    check_exports, config=quantize_config, base_model=base, dataset=data
+                    check_exports, config=configs["quantize"], base_model=base, dataset=data
                 )
                 trained.after(checked)
             merged = placed(
@@ -220,7 +284,9 @@ def finetune(
             ).set_display_name("evaluate tuned")
 
             exported = {
-                kind: exporter(config=quantize_config, merged=model, dataset=data)
+                kind: exporter(
+                    formats=formats[kind], config=configs["quantize"], merged=model, dataset=data
+                )
                 for kind, exporter in exporters.items()
             }
             if uncached:
@@ -248,6 +314,7 @@ def finetune(
             )
             everything = {
                 "recipe": recipe_json,
+                "quantize_config": configs["quantize"],
                 "base_model": fetched.outputs["record"],
                 "dataset": prepared.outputs["record"],
                 "decision": gated.outputs["decision"],
@@ -266,6 +333,7 @@ def finetune(
             placed(
                 publish,
                 **everything,
+                run_id=run_id,
                 target=publish_to,
                 config=publish_config,
                 adapter=trained.outputs["adapter"],
@@ -316,14 +384,17 @@ def _export_gguf(
 ) -> BaseComponent:
     @dsl.pipeline(name="export-gguf", description="One GGUF file per format, from one conversion.")
     def export_gguf(
-        config: str, merged: dsl.Input[dsl.Model], dataset: dsl.Input[dsl.Dataset]
+        formats: list[str],
+        config: str,
+        merged: dsl.Input[dsl.Model],
+        dataset: dsl.Input[dsl.Dataset],
     ) -> Exports:
         f16 = placed(convert_gguf, merged=merged).outputs["gguf"]
         weighed = {}
         if quantize.num_importance_rows > 0:
             measured = placed(measure_importance, config=config, gguf=f16, dataset=dataset)
             weighed["importance"] = measured.outputs["importance"]
-        with dsl.ParallelFor(list(quantize.gguf), name="formats") as item:
+        with dsl.ParallelFor(formats, name="formats") as item:
             task = placed(
                 quantize_gguf,
                 format=item,
@@ -343,9 +414,12 @@ def _export_gptq(
 ) -> BaseComponent:
     @dsl.pipeline(name="export-gptq", description="One GPTQ checkpoint per format.")
     def export_gptq(
-        config: str, merged: dsl.Input[dsl.Model], dataset: dsl.Input[dsl.Dataset]
+        formats: list[str],
+        config: str,
+        merged: dsl.Input[dsl.Model],
+        dataset: dsl.Input[dsl.Dataset],
     ) -> Exports:
-        with dsl.ParallelFor(list(quantize.gptq), name="formats") as item:
+        with dsl.ParallelFor(formats, name="formats") as item:
             task = placed(quantize_gptq, format=item, config=config, merged=merged, dataset=dataset)
         return _collected(task)
 

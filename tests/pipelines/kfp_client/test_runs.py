@@ -58,7 +58,8 @@ def test_submit_sends_what_was_compiled(kfp_server: Any) -> None:
         "runtime_config": {"parameters": {}, "pipeline_root": "s3://bucket/runs"},
     }
     inputs = spec["pipeline_spec"]["root"]["inputDefinitions"]["parameters"]
-    assert json.loads(inputs["train_config"]["defaultValue"])["max_steps"] == 7
+    assert inputs["max_steps"]["defaultValue"] == 7
+    assert "max_steps" not in json.loads(inputs["train_config"]["defaultValue"])
     executors = spec["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert executors["exec-train"]["securityContext"]["runAsNonRoot"] is True
     assert kfp_server.runs[run_id]["state"] == "PENDING"

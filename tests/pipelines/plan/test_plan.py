@@ -224,6 +224,18 @@ def test_limits_that_the_run_would_hit_fail() -> None:
     own = loaded.model_copy(update={"train": loaded.train.model_copy(update={"price_per_hour": 3})})
     (cost,) = [check for check in plan(own) if check.name == "cost"]
     assert cost.words.endswith(f"{3 * hours:.2f} at 3 per GPU hour")
+    for limit, verdict in ((4 * hours, "ok"), (2.5 * hours, "warn"), (hours, "fail")):
+        train = loaded.train.model_copy(update={"price_per_hour": 3, "max_cost": limit})
+        own = loaded.model_copy(update={"train": train})
+        (cost,) = [check for check in plan(own) if check.name == "cost"]
+        assert cost.verdict == verdict and f"{limit:g}" in cost.words
+    unknown = train.model_copy(update={"max_steps": None, "max_cost": 6.0})
+    (cost,) = [
+        each for each in plan(loaded.model_copy(update={"train": unknown})) if each.name == "cost"
+    ]
+    assert cost.words == (
+        "training stops at 6 (train.max_cost): after 2 device hours at 3 per hour"
+    )
 
 
 def test_host_memory_is_what_the_steps_took() -> None:

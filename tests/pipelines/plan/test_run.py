@@ -26,7 +26,7 @@ def begin(path: Path, *assignments: str, **changed: str) -> list[Check]:
         "quantize": recipe.quantize.model_dump_json(),
     }
     summary = path / "out" / "summary"
-    return run(recipe.model_dump_json(), **{**given, **changed}, summary_path=str(summary))
+    return run(recipe.model_dump_json(), **{**given, **changed}, summary_path=str(summary)).checks
 
 
 @pytest.fixture

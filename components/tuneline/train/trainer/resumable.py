@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,18 +57,33 @@ class ResumableTrainer(SharedStepTrainer):
         """Stop request of this process. `agree_to_stop` exchanges the requests of all ranks."""
         self.stops = False
         """Whether all ranks have agreed to stop."""
+        self.is_spent = False
+        """Whether they stop because the run may cost no more."""
         self.embedding_rate: float | None = None
         """Learning rate of modules that are trained in full. None: the same as the adapter's."""
         self._rate_scale = 1.0
         self._best: dict[str, torch.Tensor] = {}
 
     def keep_checkpoints(
-        self, store: CheckpointStore, *, minutes: float, stop: StopRequest
+        self,
+        store: CheckpointStore,
+        *,
+        minutes: float,
+        stop: StopRequest,
+        is_spent: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Write a checkpoint before the first step, then every `minutes` minutes, and at a stop."""
+        """Write a checkpoint before the first step, then every `minutes` minutes, and at a stop.
+
+        Args:
+            store: Where checkpoints are written.
+            minutes: Minutes between two checkpoints.
+            stop: Stop request of this process.
+            is_spent: Function that says after each step whether the run may cost no more, which
+                stops it too.
+        """
         self.store = store
         self.stop = stop
-        self.add_callback(_CheckpointCallback(self, minutes))
+        self.add_callback(_CheckpointCallback(self, minutes, is_spent))
 
     def train_from(self, checkpoint: Path | None, carried: Mapping[str, Any] = {}) -> None:
         """Train to the end.
@@ -268,8 +283,11 @@ class ResumableTrainer(SharedStepTrainer):
 class _CheckpointCallback(TrainerCallback):
     """Decides when a checkpoint is due, and restores counters that the trainer's loop resets."""
 
-    def __init__(self, trainer: ResumableTrainer, minutes: float) -> None:
+    def __init__(
+        self, trainer: ResumableTrainer, minutes: float, is_spent: Callable[[], bool]
+    ) -> None:
         self._trainer = trainer
+        self._is_spent = is_spent
         self._seconds = 60 * minutes
         self._last = math.inf
 
@@ -290,7 +308,10 @@ class _CheckpointCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps and self._trainer.eval_dataset is not None:
             control.should_evaluate = True
-        (is_due,) = self._trainer.agree_to_stop(time.monotonic() - self._last >= self._seconds)
+        is_due = time.monotonic() - self._last >= self._seconds
+        is_due, is_spent = self._trainer.agree_to_stop(is_due, self._is_spent())
+        if is_spent:
+            self._trainer.is_spent = self._trainer.stops = True
         if self._trainer.stops:
             control.should_save = True
             control.should_training_stop = True

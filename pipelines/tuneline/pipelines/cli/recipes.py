@@ -10,7 +10,7 @@ from rich.table import Column, Table
 
 from tuneline.errors import OutputExistsError, RecipeError, UserError
 from tuneline.pipelines.catalog import RECIPES_DIR, find_recipe, shipped_recipes
-from tuneline.pipelines.cli.options import RecipeArgument, SetOption, complete_recipe
+from tuneline.pipelines.cli.options import SetOption, complete_recipe, complete_step
 from tuneline.pipelines.cli.run import PANEL
 from tuneline.pipelines.cli.terminal import console, say
 from tuneline.pipelines.recipe_reference import recipe_reference
@@ -104,7 +104,15 @@ def _write_rows(name: str | None, path: Path) -> None:
 
 @app.command(name="compile", rich_help_panel=PANEL)
 def compile_(
-    recipe: RecipeArgument,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="Recipe file, or name of a shipped recipe (see `tuneline recipes`).",
+            show_default="only --component needs none",
+            autocompletion=complete_recipe,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -112,7 +120,7 @@ def compile_(
             "-o",
             metavar="FILE",
             help="File to write; its name ends in .yaml. Only a compiled file is replaced.",
-            show_default="NAME.pipeline.yaml, beside the recipe",
+            show_default="NAME.pipeline.yaml, beside the recipe, or STEP.component.yaml",
         ),
     ] = None,
     set_: SetOption = [],  # noqa: B006, typer copies it
@@ -123,8 +131,17 @@ def compile_(
             help="Write Kubernetes resources for this namespace instead, for GitOps.",
         ),
     ] = None,
+    component: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEP",
+            help="Compile only the component of this step, for a pipeline of your own. With a "
+            "recipe, its image is in the registry of the recipe.",
+            autocompletion=complete_step,
+        ),
+    ] = None,
 ) -> None:
-    """Compile a recipe to a KFP pipeline for a cluster."""
+    """Compile a recipe to a KFP pipeline for a cluster, or one component of it."""
     from kfp import compiler
 
     from tuneline.pipelines.compiled_file import check_output, output_beside
@@ -132,6 +149,13 @@ def compile_(
     from tuneline.pipelines.gitops import write_resources
     from tuneline.pipelines.inputs import local_problems
 
+    if component is not None:
+        if resources is not None:
+            raise UserError("--resources writes a pipeline: give it without --component")
+        _compile_component(component, recipe, output, set_)
+        return
+    if recipe is None:
+        raise UserError("name a recipe, e.g. tuneline compile demo, or a step with --component")
     loaded = find_recipe(recipe, set_)
     problems = local_problems(loaded)
     if problems:
@@ -143,6 +167,21 @@ def compile_(
         say(f"wrote {path.absolute()}: version {version}")
         return
     compiler.Compiler().compile(finetune(loaded), str(path))
+    say(f"wrote {path.absolute()}")
+
+
+def _compile_component(
+    name: str, recipe: str | None, output: Path | None, assignments: list[str]
+) -> None:
+    from tuneline.pipelines.compiled_file import check_output
+    from tuneline.pipelines.component_reference import compile_component
+
+    if recipe is None and assignments:
+        raise UserError("--set changes a recipe: name one, e.g. tuneline compile demo --component")
+    registry = find_recipe(recipe, assignments).placement.registry if recipe is not None else None
+    path = output or Path(f"{name}.component.yaml")
+    check_output(path)
+    compile_component(name, path, registry=registry)
     say(f"wrote {path.absolute()}")
 
 

@@ -8,9 +8,11 @@ keys alone.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from tuneline.runtime.kfp_run import loop_items
 
 EXECUTOR = ".executor"
 
@@ -48,16 +50,21 @@ class Graph:
     drivers: tuple[Driver, ...]
 
 
-def graph_of(spec: dict[str, Any]) -> Graph:
+def graph_of(spec: dict[str, Any], parameters: Mapping[str, Any] | None = None) -> Graph:
     """Return the graph of a compiled pipeline.
 
     Args:
         spec: the pipeline as KFP's API returns it: the pipeline alone, or with its platforms.
+        parameters: parameters that a run was started with, instead of their defaults.
     """
     pipeline = spec.get("pipeline_spec", spec)
     platforms = spec.get("platform_spec", {}).get("platforms", {})
     executors = platforms.get("kubernetes", {}).get("deploymentSpec", {}).get("executors", {})
-    found = list(_Walk(pipeline, executors).dag("root", pipeline["root"], (".root",)))
+    declared = pipeline["root"].get("inputDefinitions", {}).get("parameters", {})
+    values = {name: each.get("defaultValue") for name, each in declared.items()}
+    values |= parameters or {}
+    walk = _Walk(pipeline, executors)
+    found = list(walk.dag("root", pipeline["root"], (".root",), values))
     drivers = [Driver("root", (".root-driver",), "system-dag-driver")]
     return Graph(
         tuple(node for node in found if isinstance(node, PipelineStep)),
@@ -76,6 +83,7 @@ class _Walk:
         group: str,
         component: dict[str, Any],
         path: tuple[str, ...],
+        values: Mapping[str, Any],
         item: str = "",
         is_conditional: bool = False,
     ) -> Iterator[PipelineStep | Driver]:
@@ -96,10 +104,10 @@ class _Walk:
                 yield Driver(step, (*above, f".{key}-driver"), "system-container-driver")
                 yield PipelineStep(step, here, self._template(task, inner), depends)
             elif "parameterIterator" in task:
-                yield from self._loop(group, task, inner, here, depends)
+                yield from self._loop(group, task, inner, here, _inputs_of(task, values), depends)
             else:
                 yield Driver(name, (*above, f".{key}-driver"), "system-dag-driver")
-                yield from self.dag(name, inner, here, item, depends)
+                yield from self.dag(name, inner, here, _inputs_of(task, values), item, depends)
 
     def _loop(
         self,
@@ -107,17 +115,19 @@ class _Walk:
         task: dict[str, Any],
         inner: dict[str, Any],
         path: tuple[str, ...],
+        values: Mapping[str, Any],
         is_conditional: bool,
     ) -> Iterator[PipelineStep | Driver]:
         yield Driver(group, (*path, ".iteration-driver"), "system-dag-driver")
         # The items of a loop over another task's output are known only while the run lasts.
-        items = json.loads(task["parameterIterator"]["items"].get("raw", "[]"))
+        items = loop_items(task, values)
         for number, value in enumerate(items):
             item = value if isinstance(value, str) else json.dumps(value)
             each = (*path, ".iteration-iterations", f"({number}:{number})")
             driver = (*each, ".iteration-item-driver")
             yield Driver(f"{group} {item}", driver, "system-dag-driver")
-            yield from self.dag(group, inner, (*each, ".iteration-item"), item, is_conditional)
+            inside = (*each, ".iteration-item")
+            yield from self.dag(group, inner, inside, values, item, is_conditional)
 
     def _is_importer(self, component: dict[str, Any]) -> bool:
         executors = self.pipeline.get("deploymentSpec", {}).get("executors", {})
@@ -132,6 +142,16 @@ class _Walk:
             counts = [len(metadata.get(kind, {})) for kind in ("annotations", "labels")]
             template = f"metadata-{counts[0]}-{counts[1]}-{template}"
         return template
+
+
+def _inputs_of(task: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a task that are parameters of the DAG around it."""
+    given = task.get("inputs", {}).get("parameters", {})
+    return {
+        name: values[source["componentInputParameter"]]
+        for name, source in given.items()
+        if source.get("componentInputParameter") in values
+    }
 
 
 def _ordered(tasks: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

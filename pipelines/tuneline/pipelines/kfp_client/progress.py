@@ -56,7 +56,8 @@ def progress_of(run: Any, spec: dict[str, Any]) -> list[Progress]:
         run: the run, with its tasks, as KFP's client returns it.
         spec: the compiled pipeline of the run.
     """
-    graph = graph_of(spec)
+    config = getattr(run, "runtime_config", None)
+    graph = graph_of(spec, getattr(config, "parameters", None))
     reader = _Reader(run, graph)
     found = [reader.step(step) for step in graph.steps]
     failed = [each for driver in graph.drivers for each in reader.failed_driver(driver)]

@@ -1,5 +1,6 @@
 """Send the outcome of a run on this machine to the webhooks of its recipe."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,5 +57,12 @@ def tell(
         links=links,
         step=step.name if failure and step is not None else "",
         cause=failure,
+        seconds=_seconds(run),
     )
     return send(webhooks, message)
+
+
+def _seconds(run: LocalRun) -> float | None:
+    """Return the time from the start of the first step to now; None if no step has started."""
+    started = [step.started for step in run.steps()]
+    return round(time.time() - min(started), 1) if started else None

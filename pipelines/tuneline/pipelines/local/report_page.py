@@ -46,6 +46,7 @@ def finished_page(run: LocalRun) -> str | None:
             place=_place(run, artifacts, RunSummary.read(summary_path.parent)),
             target=decode_text(parameters["target"]),
             publish_config=parameters.get("publish_config"),
+            quantize_config=parameters.get("quantize_config") or None,
             exports_dirs=[path for kind in EXPORT_KINDS for path in artifacts.get(kind, ())],
             **{
                 f"{name}_dir": artifacts[name][0]

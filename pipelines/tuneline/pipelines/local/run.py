@@ -70,6 +70,7 @@ def run_pipeline(run_dir: Path, recipe: Recipe, runner: str, uncached: list[str]
         recipe,
         on_cluster=False,
         run_name=run_dir.name,
+        run_id=run_dir.name,
         uncached=uncached,
         versions_of=None if is_docker else functools.cache(environment.versions_of),
     )()

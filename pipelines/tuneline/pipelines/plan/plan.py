@@ -187,6 +187,10 @@ def _gpu_memory(recipe: Recipe, estimated: Estimate, fail_factor: float) -> Chec
 
 
 def _time(recipe: Recipe, estimated: Estimate, price: float | None) -> Iterator[Check]:
+    cap = recipe.train.max_cost
+    if cap is not None and price and (estimated.gpu_hours is None):
+        words = f"training stops at {cap:g} (train.max_cost): after {cap / price:.4g} device hours"
+        yield Check("cost", "ok", f"{words} at {price:g} per hour")
     if estimated.tokens_per_second is None:
         return
     speed = f"{estimated.tokens_per_second:,.0f} tokens per second and GPU"
@@ -206,9 +210,16 @@ def _time(recipe: Recipe, estimated: Estimate, price: float | None) -> Iterator[
     else:
         yield Check("time", "ok", words)
     bill = f"{estimated.gpu_hours:.2f} GPU hours of training"
-    if price is not None:
-        bill += f", {estimated.gpu_hours * price:.2f} at {price:g} per GPU hour"
-    yield Check("cost", "ok", bill)
+    if price is None:
+        yield Check("cost", "ok", bill)
+        return
+    cost = estimated.gpu_hours * price
+    bill += f", {cost:.2f} at {price:g} per GPU hour"
+    if cap is None or cost <= cap:
+        yield Check("cost", "ok", bill if cap is None else f"{bill}, of {cap:g} (train.max_cost)")
+        return
+    advice = "raise train.max_cost, or lower train.num_train_epochs or train.max_steps"
+    yield Check("cost", _verdict(cost, cap), f"{bill}; train stops at {cap:g}", advice)
 
 
 def _host_memory(recipe: Recipe, num_parameters: float, *, has_pods: bool) -> Iterator[Check]:

@@ -7,11 +7,15 @@ every step, and components do not import each other.
 import json
 import logging
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tuneline.errors import ClusterError, RecipeError, UserError
 from tuneline.pipelines.kube import Kube
+from tuneline.pipelines.parameters import check_formats, check_recipe, join
 from tuneline.pipelines.plan.base_model import read_base_model
 from tuneline.pipelines.plan.check import Check, markdown_page
 from tuneline.pipelines.plan.plan import plan
@@ -27,6 +31,15 @@ CONNECT_SECONDS = 10.0
 """Seconds within which the Kubernetes API must accept a connection."""
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What the plan found."""
+
+    recipe: Recipe
+    """The recipe with the values of this run."""
+    checks: list[Check]
+
+
 def run(
     recipe: str,
     *,
@@ -35,8 +48,10 @@ def run(
     prepare: str,
     quantize: str,
     summary_path: str,
+    typed: Mapping[str, Any] | None = None,
+    recipe_sha256: str = "",
     store: str = "",
-) -> list[Check]:
+) -> Planned:
     """Check a run that is starting, and write the result to a Markdown page.
 
     Args:
@@ -46,17 +61,24 @@ def run(
         prepare: config of the prepare step in this run, as JSON.
         quantize: config of the quantize step in this run, as JSON.
         summary_path: file for the Markdown page.
+        typed: values of the typed parameters of this run, which the sections then do not have.
+        recipe_sha256: SHA-256 of the recipe that the pipeline was compiled from; "": not checked.
         store: URI of an artifact in the store that KFP uses.
 
     Raises:
-        RecipeError: the recipe has keys that this image does not know.
+        RecipeError: the recipe is another one than that of the pipeline, or has keys that this
+            image does not know, a section has a value that
+            a typed parameter sets, or a kind of export was added or left out.
         UserError: the run cannot work as configured.
     """
+    check_recipe(recipe, recipe_sha256)
     values = json.loads(recipe)
-    values |= {"base_model": base_model}
-    values |= {"train": json.loads(train), "prepare": json.loads(prepare)}
-    values |= {"quantize": json.loads(quantize)}
-    checks = _checks(_parse(values), uploads_to_s3=not store.startswith("gs://"))
+    typed = typed or {}
+    check_formats(_parse(values), typed)
+    sections = {"train": train, "prepare": prepare, "quantize": quantize}
+    values |= join({name: _section(name, text) for name, text in sections.items()}, typed)
+    changed = _parse({**values, "base_model": base_model})
+    checks = _checks(changed, uploads_to_s3=not store.startswith("gs://"))
     for check in checks:
         level = logging.ERROR if check.verdict == "fail" else logging.INFO
         logger.log(level, "%s: %s: %s", check.verdict, check.name, check.words)
@@ -67,7 +89,17 @@ def run(
         problems = "; ".join(f"{check.name}: {check.words}" for check in failed)
         advice = "; ".join(dict.fromkeys(check.advice for check in failed if check.advice))
         raise UserError(f"this run cannot work as configured: {problems}. What to change: {advice}")
-    return checks
+    return Planned(changed, checks)
+
+
+def _section(name: str, text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise RecipeError(f"{name}_config is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{name}_config is {text[:60]}, but a JSON object is needed")
+    return values
 
 
 def _parse(values: dict[str, object]) -> Recipe:
