@@ -81,7 +81,7 @@ def propose_settings(
     on_cpu = trains_on_cpu(machine, base)
     return [
         Setting("name", name),
-        Setting("description", _description(rows, base)),
+        Setting("description", _description(rows)),
         Setting("base_model", base.source, base.why),
         Setting("dataset", dataset, _rows_in_words(rows)),
         Setting(
@@ -124,10 +124,9 @@ def _num_heldout(rows: Rows, on_cpu: bool) -> int:
     return min(_max_heldout(on_cpu), int(MAX_HELDOUT_SHARE * rows.num_usable))
 
 
-def _description(rows: Rows, base: Base) -> str:
+def _description(rows: Rows) -> str:
     what = {"sft": "answers", "dpo": "preferences", "kto": "judged answers", "cpt": "texts"}
-    model = base.source.rpartition("/")[2].removeprefix("builtin:")
-    return f"{model} tuned on {what[rows.proposal.method]} of {rows.source.rpartition('/')[2]}."
+    return f"Learns the {what[rows.proposal.method]} of {rows.source.rpartition('/')[2]}."
 
 
 def _rows_in_words(rows: Rows) -> str:
