@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked_tasks import fork_tasks
+from fork_server import fork_tasks
 
 from tuneline.artifacts import RunSummary, TrainingSummary
 from tuneline.pipelines.catalog import RECIPES_DIR, find_recipe
