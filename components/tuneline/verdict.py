@@ -103,7 +103,8 @@ def decide(comparisons: Sequence[TaskComparison], rule: GateRule) -> tuple[Verdi
         mean, lower = mean_of_guards(guards)
         what = guards[0].task if len(guards) == 1 else f"the mean of {len(guards)} guards"
         parts.append(f"{what} {mean:+.3f}, above {lower:+.3f} with 95 % confidence")
-    if _are_likelihoods(targets):
+    shows_answers = any(item.num_changed and item.outcome == "better" for item in guards)
+    if _are_likelihoods(targets) and not shows_answers:
         parts.append(
             "the gain rests on perplexity alone: the answers became likelier, which does not show "
             "that the model's own answers are right"

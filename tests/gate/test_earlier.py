@@ -137,8 +137,9 @@ def test_what_prompting_alone_gives_is_said(tmp_path: Path, share: float, says: 
     assert found.verdict == "promote"
     assert [item.role for item in found.comparisons] == ["target", "prompted"]
     (remark,) = found.remarks
-    assert remark.startswith("quiz: with 8 training rows in its prompt, the base model scores 0.")
-    assert says in remark
+    assert remark.startswith("quiz: with 8 training rows in its prompt, the base model scores ")
+    assert f"scores {100 * found.comparisons[1].base:.0f}" in remark and says in remark
+    assert " points, 95 % interval [" in remark
     summary = (tmp_path / "summary.md").read_text()
     assert "| quiz, base model with 8 training rows in its prompt | prompted |" in summary
 

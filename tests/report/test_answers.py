@@ -53,7 +53,7 @@ BINARY = {"num_changed": 90, "num_samples": 200, "num_clusters": 200}
         (
             {"metric": "log_perplexity", "higher_is_better": False, "base": 2.3, "tuned": 1.1}
             | {"difference": 1.2, "interval": (0.9, 1.5), "lower": 0.95},
-            "log_perplexity fell from 2.3 to 1.1 on 200 unseen questions, at least -0.95 with "
+            "log_perplexity fell from 2.30 to 1.10 on 200 unseen questions, by at least 0.95 with "
             "95 % certainty.",
         ),
     ],
@@ -146,10 +146,10 @@ def test_a_held_run_says_what_to_change_with_a_command_that_resumes_it(
     decision = held(new_comparison(**UNDECIDED, **BINARY))
     place = Place(run_name="demo-1", is_local=True, working_dir="/home/someone/project")
     page = unescape(render(line(place, decision=decision)))
-    assert "tuneline resume demo-1 --set prepare.heldout.max_rows=900" in page
+    assert "tuneline resume demo-1 <span>--set</span> prepare.heldout.max_rows=900" in page
     assert "tuneline chat demo-1" in page and "/home/someone/project" in page
     on_cluster = unescape(render(line(decision=decision)))
-    assert "tuneline submit RECIPE --set prepare.heldout.max_rows=900" in on_cluster
+    assert "tuneline submit RECIPE <span>--set</span> prepare.heldout.max_rows=900" in on_cluster
     assert "What to change" not in render(line())
 
 
@@ -160,9 +160,9 @@ def test_what_became_of_publishing_is_shown(line: Callable[..., Line]) -> None:
     )
     links = (("Data preview", "data.html"),)
     done = render(line(Place(run_name="r", is_local=True, published=published, links=links)))
-    assert "Published to dir:published: 1 repository." in done and "/out/a-gguf" in done
+    assert "Published to dir:published: 1 directory." in done and "/out/a-gguf" in done
     assert '<a href="data.html">Data preview</a>' in done
-    assert "publish: finished, 2.5 s, 1 repository" in done
+    assert "publish: finished, 2.5 s, 1 directory" in done
     failed = render(line(Place(run_name="r", is_local=True, problem="the Hub is unreachable")))
     assert "Publishing to dir:published failed: the Hub is unreachable" in failed
     assert "publish: failed" in failed and "tuneline resume r" in failed

@@ -46,6 +46,9 @@ axe.run(document).then(result => {
   document.getElementById('seen').textContent = JSON.stringify({
     width: innerWidth, page: root.scrollWidth, cut: cut.map(each => each.outerHTML.slice(0, 200)),
     violations: result.violations.map(each => [each.id, each.nodes.map(node => node.html)]),
+    smallest: Math.min(...[...document.querySelectorAll('svg.chart')].filter(
+      each => each.getClientRects().length).map(
+      each => parseFloat(getComputedStyle(each).fontSize) * each.getScreenCTM().a)),
     passes: result.passes.length, text: document.querySelector('main').innerText,
   });
 });
@@ -128,6 +131,7 @@ def test_the_page_is_accessible_and_whole(
     found = seen(page, tmp_path, width=width)
     assert found["violations"] == []
     assert found["page"] <= width and found["cut"] == []
+    assert found["smallest"] >= 10  # pixels of the text in charts
     if name == "hold":
         # Whole syllables, neither escaped nor shortened.
         assert KOREAN.strip() in found["text"] and found["text"].count(KOREAN.strip()) >= 60

@@ -79,7 +79,7 @@ def add_events(run: LocalRun, *events: dict) -> None:
 def test_the_page_of_a_published_run(local_run: LocalRun, tmp_path: Path) -> None:
     publish(local_run)
     page = write_report(local_run).read_text(encoding="utf-8")
-    assert "<h1>demo-1</h1>" in page and "Published to dir:published: 1 repository." in page
+    assert "<h1>demo-1</h1>" in page and "Published to dir:published: 1 directory." in page
     assert "tuneline chat demo-1" in page and str(tmp_path) in page
     assert '<a href="data.html">' in page and '<a href="curves.html">' in page
     assert (local_run.directory / "data.html").read_text() == "<p>rows</p>"
@@ -120,7 +120,7 @@ def test_webhooks_are_told_of_a_local_run(
         assert tell(webhooks, "demo", local_run, page, failure="step train failed: no rows") == []
     good, stopped, failed = server.bodies
     assert (good["event"], good["run"]) == ("promoted", "demo-1")
-    assert good["text"].startswith("acc rose from 0.31 to 0.87 on 200 unseen questions")
+    assert good["text"].startswith("acc rose from 0.310 to 0.870 on 200 unseen questions")
     assert good["links"] == {"report": str(page), "published to": "dir:published"}
     assert (stopped["event"], stopped["text"]) == ("cancelled", "The run was stopped by Ctrl-C.")
     assert (failed["event"], failed["step"], failed["cause"]) == (

@@ -76,7 +76,7 @@ def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
         ("Steps of the run", "publish next"),
         (
             "Scores before and after training",
-            "heldout_choice target acc 0.31 0.87 +0.56 [+0.485, +0.63] 200",
+            "heldout_choice target acc 0.310 0.870 +0.56 [+0.485, +0.63] 200",
         ),
         (
             "Scores before and after training",
@@ -119,7 +119,7 @@ def test_the_page_shows_the_records(recipe: Recipe, run_dirs: dict) -> None:
     ]:
         assert text in shown[name]
     lead = page[: page.index("Steps of the run</h2>")]
-    assert "acc rose from 0.31 to 0.87 on 200 unseen questions, at least +0.485" in lead
+    assert "acc rose from 0.310 to 0.870 on 200 unseen questions, by at least 0.485" in lead
     assert "0.17" in lead and "0.0123 kWh, 0.05 device hours" in lead
     assert "The step publish uploads it to dir:published." in lead
     assert "5 min 27 s" in lead  # 11.4+4.2+21.3+181.7+14.9+22.9+0.4 and 4*3.1+58

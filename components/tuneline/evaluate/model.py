@@ -196,12 +196,13 @@ def load(
 def generate(
     lm: TemplatedHFLM, rows: list[dict[str, Any]], *, max_new_tokens: int
 ) -> list[dict[str, str]]:
-    """Answer the prompts of held-out rows greedily.
+    """Answer the prompts of held-out rows greedily. Rows of documents have none, and are left out.
 
     Returns:
         One dictionary per row, with the keys "question", "prompt", "answer" (the row's reference
         answer) and "text" (the model's answer).
     """
+    rows = [row for row in rows if row["prompt"]]
     if not rows:
         return []
     tokenizer, model = lm.tokenizer, lm.model

@@ -20,6 +20,7 @@ from tuneline.records.earlier import (
     Evaluated,
     TaskSamples,
 )
+from tuneline.records.in_words import score_cells
 
 FALSE_PROMOTE = 0.025
 """Highest probability with which a model without a gain is promoted."""
@@ -124,10 +125,11 @@ def remarks(
 
 def _against_examples(item: TaskComparison) -> str:
     low, high = item.interval
-    change = f"{item.difference:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]"
+    base, _, difference, interval = score_cells(item)
+    change = f"{difference}, 95 % interval {interval}"
     start = (
         f"{item.task}: with {item.num_examples} training rows in its prompt, the base model scores "
-        f"{item.base:.3f}"
+        f"{base}"
     )
     if low > 0:
         return f"{start}; the tuned model, which sees none, is better ({change})"

@@ -7,8 +7,9 @@ from typing import NamedTuple
 from tuneline.html.frame import (
     BOLD_WIDTH,
     CHARACTER_WIDTH,
-    WIDTH,
+    NARROW,
     Scale,
+    drawn,
     empty,
     figure,
     legend_of,
@@ -54,25 +55,33 @@ def bar_chart(
     if not rows:
         return empty(title, "no values to draw")
     grey = set(muted)
-    left = 10 + BOLD_WIDTH * max(len(label) for label, _ in rows)
-    right = WIDTH - 16 - CHARACTER_WIDTH * max(len(text(value)) for _, value in rows)
-    scale = Scale(0, max(value for _, value in rows) or 1, left, right)
-    parts = []
-    for index, (label, value) in enumerate(rows):
-        y = 10 + 28 * index
-        kind = "rest" if label in grey else "s1"
-        parts.append(
-            f'<text class="name" x="{xy(left - 8)}" y="{y + 14}" text-anchor="end">'
-            f"{escape(label)}</text>"
-            f'<rect class="bar {kind}" x="{xy(left)}" y="{y}" '
-            f'width="{xy(scale(value) - left)}" height="20" rx="2">'
-            f"<title>{escape(label)}: {escape(text(value))}</title></rect>"
-            f'<text class="value" x="{xy(scale(value) + 6)}" y="{y + 14}">{escape(text(value))}'
-            f"</text>"
-        )
-    height = 16 + 28 * len(rows)
     summary = "; ".join(f"{label} {text(value)}" for label, value in rows)
-    return figure(title or x_label, svg_of(height, parts, f"{title or x_label}", summary))
+
+    def draw(width: int) -> str:
+        # On a phone, a label is above its bar.
+        above = 18 if width == NARROW else 0
+        left = 10 + (0 if above else BOLD_WIDTH * max(len(label) for label, _ in rows))
+        right = width - 16 - CHARACTER_WIDTH * max(len(text(value)) for _, value in rows)
+        scale = Scale(0, max(value for _, value in rows) or 1, left, right)
+        name_x, anchor = (left, "start") if above else (left - 8, "end")
+        parts = []
+        for index, (label, value) in enumerate(rows):
+            name_y = 24 + (28 + above) * index
+            y = name_y - 14 + above
+            kind = "rest" if label in grey else "s1"
+            parts.append(
+                f'<text class="name" x="{xy(name_x)}" y="{name_y}" text-anchor="{anchor}">'
+                f"{escape(label)}</text>"
+                f'<rect class="bar {kind}" x="{xy(left)}" y="{y}" '
+                f'width="{xy(scale(value) - left)}" height="20" rx="2">'
+                f"<title>{escape(label)}: {escape(text(value))}</title></rect>"
+                f'<text class="value" x="{xy(scale(value) + 6)}" y="{y + 14}">'
+                f"{escape(text(value))}</text>"
+            )
+        height = 16 + (28 + above) * len(rows)
+        return svg_of(width, height, parts, title or x_label, summary)
+
+    return figure(title or x_label, drawn(draw))
 
 
 def interval_chart(
@@ -102,59 +111,67 @@ def interval_chart(
     full = [row if isinstance(row, IntervalRow) else IntervalRow(*row) for row in rows]
     values = [value for row in full for value in (row.base, row.tuned)]
     low, high = min(values), max(values)
-    if low >= 0 and high <= whole:
-        value_ticks = nice_ticks(0, whole, 4)
-    else:
-        value_ticks = nice_ticks(0.0 if 0 <= low < 0.5 * high else low, high, 3)
-    ends = [end for row in full for end in (row.low, row.high, _difference(row))]
-    change_ticks = nice_ticks(min(0.0, *ends), max(0.0, *ends), 3)
-    first = 44
-    bottom = first + 46 * len(full)
-    left = Scale(value_ticks[0], value_ticks[-1], 20, 256)
-    right = Scale(change_ticks[0], change_ticks[-1], 312, WIDTH - 20)
-    parts = [
-        f'<text class="axis" x="8" y="14">{escape(x_label)}</text>',
-        '<text class="axis" x="300" y="14">change (95 % interval)</text>',
-    ]
-    for scale, ticks in ((left, value_ticks), (right, change_ticks)):
-        for tick, text in zip(ticks, tick_texts(ticks), strict=True):
-            zero = " zero" if scale is right and tick == 0 else ""
-            parts.append(
-                f'<line class="grid{zero}" x1="{xy(scale(tick))}" x2="{xy(scale(tick))}" y1="24" '
-                f'y2="{bottom}"/><text class="tick" x="{xy(scale(tick))}" y="{bottom + 16}" '
-                f'text-anchor="middle">{text}</text>'
-            )
-    for index, row in enumerate(full):
-        y = first + 46 * index
-        change = _difference(row)
-        above, below = ("better", "worse") if higher_is_better else ("worse", "better")
-        side = above if row.low > 0 else below if row.high < 0 else "undecided"
-        parts.append(
-            f'<text class="name" x="8" y="{y}">{escape(row.label)}</text>'
-            f'<line class="link" x1="{xy(left(row.base))}" x2="{xy(left(row.tuned))}" '
-            f'y1="{y + 18}" y2="{y + 18}"/>'
-            f'<circle class="hollow" cx="{xy(left(row.base))}" cy="{y + 18}" r="5">'
-            f"<title>base: {number(row.base)}</title></circle>"
-            f'<circle class="dot s1" cx="{xy(left(row.tuned))}" cy="{y + 18}" r="5">'
-            f"<title>tuned: {number(row.tuned)}</title></circle>"
-            f'<g class="{side}"><title>change {number(change)}, 95 % interval '
-            f"{number(row.low)} to {number(row.high)}</title>"
-            f'<line class="interval" x1="{xy(right(row.low))}" x2="{xy(right(row.high))}" '
-            f'y1="{y + 18}" y2="{y + 18}"/>'
-            + "".join(
-                f'<line class="interval end" x1="{xy(right(end))}" x2="{xy(right(end))}" '
-                f'y1="{y + 13}" y2="{y + 23}"/>'
-                for end in (row.low, row.high)
-            )
-            + f'<circle class="estimate" cx="{xy(right(change))}" cy="{y + 18}" r="4.5"/></g>'
-        )
     summary = "; ".join(
         f"{row.label}: base {number(row.base)}, tuned {number(row.tuned)}, change "
         f"{number(_difference(row))}, interval {number(row.low)} to {number(row.high)}"
         for row in full
     )
+
+    def draw(width: int) -> str:
+        about = 3 if width > NARROW else 2
+        if low >= 0 and high <= whole:
+            value_ticks = nice_ticks(0, whole, about + 1)
+        else:
+            value_ticks = nice_ticks(0.0 if 0 <= low < 0.5 * high else low, high, about)
+        ends = [end for row in full for end in (row.low, row.high, _difference(row))]
+        change_ticks = nice_ticks(min(0.0, *ends), max(0.0, *ends), about)
+        # On a phone, the names of the two scales do not fit beside each other.
+        top = 14 if width > NARROW else 30
+        first = 30 + top
+        bottom = first + 46 * len(full)
+        middle = round(0.54 * width)
+        left = Scale(value_ticks[0], value_ticks[-1], 20, middle - 46)
+        right = Scale(change_ticks[0], change_ticks[-1], middle + 10, width - 20)
+        parts = [
+            f'<text class="axis" x="8" y="14">{escape(x_label)}</text>',
+            f'<text class="axis" x="{middle - 2}" y="{top}">change (95 % interval)</text>',
+        ]
+        for scale, ticks in ((left, value_ticks), (right, change_ticks)):
+            for tick, text in zip(ticks, tick_texts(ticks), strict=True):
+                x, zero = xy(scale(tick)), " zero" if scale is right and tick == 0 else ""
+                parts.append(
+                    f'<line class="grid{zero}" x1="{x}" x2="{x}" y1="{top + 10}" '
+                    f'y2="{bottom}"/><text class="tick" x="{x}" y="{bottom + 16}" '
+                    f'text-anchor="middle">{text}</text>'
+                )
+        for index, row in enumerate(full):
+            y = first + 46 * index
+            change = _difference(row)
+            above, below = ("better", "worse") if higher_is_better else ("worse", "better")
+            side = above if row.low > 0 else below if row.high < 0 else "undecided"
+            parts.append(
+                f'<text class="name" x="8" y="{y}">{escape(row.label)}</text>'
+                f'<line class="link" x1="{xy(left(row.base))}" x2="{xy(left(row.tuned))}" '
+                f'y1="{y + 18}" y2="{y + 18}"/>'
+                f'<circle class="hollow" cx="{xy(left(row.base))}" cy="{y + 18}" r="5">'
+                f"<title>base: {number(row.base)}</title></circle>"
+                f'<circle class="dot s1" cx="{xy(left(row.tuned))}" cy="{y + 18}" r="5">'
+                f"<title>tuned: {number(row.tuned)}</title></circle>"
+                f'<g class="{side}"><title>change {number(change)}, 95 % interval '
+                f"{number(row.low)} to {number(row.high)}</title>"
+                f'<line class="interval" x1="{xy(right(row.low))}" x2="{xy(right(row.high))}" '
+                f'y1="{y + 18}" y2="{y + 18}"/>'
+                + "".join(
+                    f'<line class="interval end" x1="{xy(right(end))}" x2="{xy(right(end))}" '
+                    f'y1="{y + 13}" y2="{y + 23}"/>'
+                    for end in (row.low, row.high)
+                )
+                + f'<circle class="estimate" cx="{xy(right(change))}" cy="{y + 18}" r="4.5"/></g>'
+            )
+        return svg_of(width, bottom + 24, parts, title or x_label, summary)
+
     legend = legend_of([("hollow", "base"), ("s1", "tuned")])
-    return figure(title, svg_of(bottom + 24, parts, title or x_label, summary), legend)
+    return figure(title, drawn(draw), legend)
 
 
 def _difference(row: IntervalRow) -> float:

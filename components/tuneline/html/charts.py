@@ -1,9 +1,7 @@
 """Charts as inline SVG: curves, histograms and scatter plots; bars.py has those of bars.
 
 Every function returns a <figure>. Colours are classes of stylesheet.py, so a chart follows the
-light or dark setting. A chart is 560 units wide, so that its text is readable both on a phone,
-which shows the chart at two thirds of that width, and at the width of half a page. Each mark has
-its value as <title>, for tooltips and screen readers.
+light or dark setting. Each mark has its value as <title>, for tooltips and screen readers.
 """
 
 import math
@@ -13,10 +11,11 @@ from typing import NamedTuple
 
 from tuneline.html.frame import (
     BOLD_WIDTH,
-    WIDTH,
+    NARROW,
     Frame,
     Point,
     Scale,
+    drawn,
     empty,
     figure,
     is_finite,
@@ -64,36 +63,39 @@ def line_chart(
     y_low, y_high = min(ys), max(ys)
     if 0 <= y_low < 0.35 * y_high:
         y_low = 0.0  # an axis from zero misleads less, and loses little resolution here
-    frame = Frame(
-        x_low=min(xs),
-        x_high=max(xs),
-        y_ticks=nice_ticks(y_low, y_high),
-        x_label=x_label,
-        y_label=y_label,
-    )
-    parts = [frame.grid()]
-    for index, (name, points) in enumerate(series.items(), start=1):
-        kept = thin(points, MAX_POINTS)
-        curve = path(kept, frame.x, frame.y)
-        if curve:
-            parts.append(f'<path class="curve s{index}" d="{curve}"/>')
-        dotted = len(finite[name]) <= MAX_DOTTED_POINTS
-        radius, kind = (3.5, f"dot s{index}") if dotted else (6, "hit")
-        for x, y in filter(is_finite, kept):
-            parts.append(
-                f'<circle class="{kind}" cx="{xy(frame.x(x))}" cy="{xy(frame.y(y))}" '
-                f'r="{radius}"><title>{escape(name)}: {number(y)} at {number(x)} '
-                f"{escape(x_label)}</title></circle>"
-            )
     summary = "; ".join(
         f"{name} from {number(points[0][1])} to {number(points[-1][1])} over {len(points)} values"
         for name, points in finite.items()
         if points
     )
+
+    def draw(width: int) -> str:
+        frame = Frame(
+            x_low=min(xs),
+            x_high=max(xs),
+            y_ticks=nice_ticks(y_low, y_high),
+            x_label=x_label,
+            y_label=y_label,
+            width=width,
+        )
+        parts = [frame.grid()]
+        for index, (name, points) in enumerate(series.items(), start=1):
+            kept = thin(points, MAX_POINTS if width > NARROW else MAX_POINTS // 2)
+            curve = path(kept, frame.x, frame.y)
+            if curve:
+                parts.append(f'<path class="curve s{index}" d="{curve}"/>')
+            dotted = len(finite[name]) <= MAX_DOTTED_POINTS
+            radius, kind = (3.5, f"dot s{index}") if dotted else (6, "hit")
+            for x, y in filter(is_finite, kept):
+                parts.append(
+                    f'<circle class="{kind}" cx="{xy(frame.x(x))}" cy="{xy(frame.y(y))}" '
+                    f'r="{radius}"><title>{escape(name)}: {number(y)} at {number(x)} '
+                    f"{escape(x_label)}</title></circle>"
+                )
+        return frame.svg(parts, title or y_label, summary)
+
     legend = legend_of([(f"s{index}", name) for index, name in enumerate(series, start=1)])
-    return figure(
-        title, frame.svg(parts, title or y_label, summary), legend if len(series) > 1 else ""
-    )
+    return figure(title, drawn(draw), legend if len(series) > 1 else "")
 
 
 def histogram(
@@ -122,44 +124,48 @@ def histogram(
     for _, value in marked:
         if high < value <= low + 1.5 * (high - low):
             high = math.ceil(value)
-    rows, places = _place_markers(marked, low, high)
-    frame = Frame(
-        x_low=low,
-        x_high=high,
-        y_ticks=nice_ticks(0, max(1, max(b[2] for b in bins)), 4),
-        x_label=x_label,
-        y_label=y_label,
-        above=16 * rows,
-    )
-    parts = [frame.grid()]
-    for start, below, value in bins:
-        left, right, top = frame.x(start), frame.x(below), frame.y(value)
-        gap = 1 if right - left > 4 else 0
-        parts.append(
-            f'<rect class="bar s1" x="{xy(left)}" y="{xy(top)}" '
-            f'width="{xy(right - left - gap)}" height="{xy(frame.bottom - top)}">'
-            f"<title>{number(start)} to {number(below - 1)} {escape(x_label)}: "
-            f"{number(value)} {escape(y_label)}</title></rect>"
-        )
-    names = []
-    for name, value, row, anchor in places:
-        x, y = frame.x(min(value, high)), 30 + 16 * row
-        if value <= high:
-            parts.append(
-                f'<line class="mark" x1="{xy(x)}" x2="{xy(x)}" y1="{y - 9}" '
-                f'y2="{xy(frame.bottom)}"/>'
-            )
-        names.append(
-            f'<text class="mark" x="{xy(x + (4 if anchor == "start" else -4))}" y="{y}" '
-            f'text-anchor="{anchor}">{escape(name)} {number(value)}'
-            f"{' &#8594;' if value > high else ''}</text>"
-        )
-    parts += names
     summary = (
         f"{len(bins)} bins from {number(low)} to {number(bins[-1][1])} {x_label}; "
         + ", ".join(f"{name} {number(value)}" for name, value in marked)
     )
-    return figure(title, frame.svg(parts, title or x_label, summary))
+
+    def draw(width: int) -> str:
+        rows, places = _place_markers(marked, low, high, width)
+        frame = Frame(
+            x_low=low,
+            x_high=high,
+            y_ticks=nice_ticks(0, max(1, max(b[2] for b in bins)), 4),
+            x_label=x_label,
+            y_label=y_label,
+            width=width,
+            above=16 * rows,
+        )
+        parts = [frame.grid()]
+        for start, below, value in bins:
+            left, right, top = frame.x(start), frame.x(below), frame.y(value)
+            gap = 1 if right - left > 4 else 0
+            parts.append(
+                f'<rect class="bar s1" x="{xy(left)}" y="{xy(top)}" '
+                f'width="{xy(right - left - gap)}" height="{xy(frame.bottom - top)}">'
+                f"<title>{number(start)} to {number(below - 1)} {escape(x_label)}: "
+                f"{number(value)} {escape(y_label)}</title></rect>"
+            )
+        names = []
+        for name, value, row, anchor in places:
+            x, y = frame.x(min(value, high)), 30 + 16 * row
+            if value <= high:
+                parts.append(
+                    f'<line class="mark" x1="{xy(x)}" x2="{xy(x)}" y1="{y - 9}" '
+                    f'y2="{xy(frame.bottom)}"/>'
+                )
+            names.append(
+                f'<text class="mark" x="{xy(x + (4 if anchor == "start" else -4))}" y="{y}" '
+                f'text-anchor="{anchor}">{escape(name)} {number(value)}'
+                f"{' &#8594;' if value > high else ''}</text>"
+            )
+        return frame.svg([*parts, *names], title or x_label, summary)
+
+    return figure(title, drawn(draw))
 
 
 def scatter_chart(
@@ -184,55 +190,58 @@ def scatter_chart(
     low = math.floor(min(math.log10(point.y) for point in points))
     high = max(math.ceil(max(math.log10(point.y) for point in points)), low + 1)
     powers = range(low, high + 1)
-    ticks = nice_ticks(0, max(point.x for point in points), 5)
-    top, bottom, left = 28, 248, 54
-    longest = max(len(point.label) for point in points)
-    x = Scale(0, ticks[-1], left, WIDTH - 24 - BOLD_WIDTH * longest)
-    y = Scale(low, high, bottom, top)
-    parts = []
-    for power in powers:
-        parts.append(
-            f'<line class="grid" x1="{left}" x2="{WIDTH - 16}" y1="{xy(y(power))}" '
-            f'y2="{xy(y(power))}"/><text class="tick" x="{left - 7}" y="{xy(y(power) + 4)}" '
-            f'text-anchor="end">{10.0**power:g}</text>'
-        )
-    for tick in ticks:
-        parts.append(
-            f'<line class="tickmark" x1="{xy(x(tick))}" x2="{xy(x(tick))}" y1="{bottom}" '
-            f'y2="{bottom + 4}"/><text class="tick" x="{xy(x(tick))}" y="{bottom + 18}" '
-            f'text-anchor="middle">{escape(x_text(tick))}</text>'
-        )
-    parts.append(
-        f'<line class="base" x1="{left}" x2="{WIDTH - 16}" y1="{bottom}" y2="{bottom}"/>'
-        f'<text class="axis" x="4" y="14">{escape(y_label)}</text>'
-        f'<text class="axis" x="{WIDTH - 16}" y="{bottom + 36}" text-anchor="end">'
-        f"{escape(x_label)}</text>"
-    )
     groups = list(dict.fromkeys(point.group for point in points))
-    dots = [(x(point.x), y(math.log10(point.y))) for point in points]
-    places = place_names(
-        dots,
-        [BOLD_WIDTH * len(point.label) for point in points],
-        area=(left, top - 12, WIDTH, bottom),
-    )
-    for (at, height), place in zip(dots, places, strict=True):
-        if place.line:
-            parts.append(
-                f'<line class="tickmark" x1="{xy(at)}" y1="{xy(height)}" '
-                f'x2="{xy(place.line[0])}" y2="{xy(place.line[1])}"/>'
-            )
-    for point, (at, height), place in zip(points, dots, places, strict=True):
-        parts.append(
-            f'<circle class="dot s{groups.index(point.group) + 1}" cx="{xy(at)}" '
-            f'cy="{xy(height)}" r="5"><title>{escape(point.label)}: {escape(x_text(point.x))}, '
-            f"{number(point.y)} {escape(y_label)}</title></circle>"
-            f'<text class="name" x="{xy(place.x)}" y="{xy(place.y)}" '
-            f'text-anchor="{"start" if place.x > at else "end"}">{escape(point.label)}</text>'
-        )
     summary = "; ".join(f"{p.label}: {x_text(p.x)}, {number(p.y)}" for p in points)
+
+    def draw(width: int) -> str:
+        ticks = nice_ticks(0, max(point.x for point in points), 5 if width > NARROW else 2)
+        top, bottom, left = 28, 248, 54
+        longest = max(len(point.label) for point in points)
+        x = Scale(0, ticks[-1], left, width - 24 - BOLD_WIDTH * longest)
+        y = Scale(low, high, bottom, top)
+        parts = []
+        for power in powers:
+            parts.append(
+                f'<line class="grid" x1="{left}" x2="{width - 16}" y1="{xy(y(power))}" '
+                f'y2="{xy(y(power))}"/><text class="tick" x="{left - 7}" y="{xy(y(power) + 4)}" '
+                f'text-anchor="end">{10.0**power:g}</text>'
+            )
+        for tick in ticks:
+            parts.append(
+                f'<line class="tickmark" x1="{xy(x(tick))}" x2="{xy(x(tick))}" y1="{bottom}" '
+                f'y2="{bottom + 4}"/><text class="tick" x="{xy(x(tick))}" y="{bottom + 18}" '
+                f'text-anchor="middle">{escape(x_text(tick))}</text>'
+            )
+        parts.append(
+            f'<line class="base" x1="{left}" x2="{width - 16}" y1="{bottom}" y2="{bottom}"/>'
+            f'<text class="axis" x="4" y="14">{escape(y_label)}</text>'
+            f'<text class="axis" x="{width - 16}" y="{bottom + 36}" text-anchor="end">'
+            f"{escape(x_label)}</text>"
+        )
+        dots = [(x(point.x), y(math.log10(point.y))) for point in points]
+        places = place_names(
+            dots,
+            [BOLD_WIDTH * len(point.label) for point in points],
+            area=(left, top - 12, width, bottom),
+        )
+        for (at, height), place in zip(dots, places, strict=True):
+            if place.line:
+                parts.append(
+                    f'<line class="tickmark" x1="{xy(at)}" y1="{xy(height)}" '
+                    f'x2="{xy(place.line[0])}" y2="{xy(place.line[1])}"/>'
+                )
+        for point, (at, height), place in zip(points, dots, places, strict=True):
+            parts.append(
+                f'<circle class="dot s{groups.index(point.group) + 1}" cx="{xy(at)}" '
+                f'cy="{xy(height)}" r="5"><title>{escape(point.label)}: {escape(x_text(point.x))}, '
+                f"{number(point.y)} {escape(y_label)}</title></circle>"
+                f'<text class="name" x="{xy(place.x)}" y="{xy(place.y)}" '
+                f'text-anchor="{"start" if place.x > at else "end"}">{escape(point.label)}</text>'
+            )
+        return svg_of(width, bottom + 44, parts, title or y_label, summary)
+
     legend = legend_of([(f"s{index}", name) for index, name in enumerate(groups, start=1)])
-    svg = svg_of(bottom + 44, parts, title or y_label, summary)
-    return figure(title, svg, legend if len(groups) > 1 else "")
+    return figure(title, drawn(draw), legend if len(groups) > 1 else "")
 
 
 def thin(points: Sequence[Point], limit: int) -> Sequence[Point]:
@@ -253,7 +262,7 @@ def thin(points: Sequence[Point], limit: int) -> Sequence[Point]:
 
 
 def _place_markers(
-    marked: list[tuple[str, float]], low: float, high: float
+    marked: list[tuple[str, float]], low: float, high: float, chart_width: int
 ) -> tuple[int, list[tuple[str, float, int, str]]]:
     """Return the number of rows of the markers' names, and (name, value, row, anchor) of each.
 
@@ -263,12 +272,12 @@ def _place_markers(
     its position.
     """
     # The left edge of the drawing is not known yet; the y labels of most histograms need 40 units.
-    x = Scale(low, high, 40, WIDTH - 16)
+    x = Scale(low, high, 40, chart_width - 16)
     spans = []
     for name, value in marked:
         position = x(min(value, high))
         width = BOLD_WIDTH * (len(name) + len(number(value)) + 3)
-        anchor = "start" if position + width < WIDTH and value <= high else "end"
+        anchor = "start" if position + width < chart_width and value <= high else "end"
         spans.append((name, value, anchor, position, width))
     placed = []
     row = 0

@@ -1,10 +1,15 @@
-"""What charts are drawn with: scales, ticks, axes and the frame of a figure."""
+"""What charts are drawn with: scales, ticks, axes and the frame of a figure.
+
+Each chart is drawn twice, for wide screens and for phones, because text that shrinks with its
+drawing cannot be read on a phone. The stylesheet shows the drawing that fits.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
-WIDTH = 560
+WIDTH, NARROW = 560, 340
+"""Widths of the two drawings of a chart; the second is about that of a card on a phone."""
 # Average widths of digits and lower-case letters in the page's font, regular and bold, at a size of
 # 12 units.
 CHARACTER_WIDTH = 6.7
@@ -57,16 +62,19 @@ class Frame:
         y_ticks: list[float],
         x_label: str,
         y_label: str,
+        width: int,
         above: int = 0,
     ) -> None:
+        self.width = width
         self.y_ticks = y_ticks
         self.x_label, self.y_label = x_label, y_label
         self.top, self.bottom = 28 + above, 228 + above
         self.left = 14 + CHARACTER_WIDTH * max(len(text) for text in tick_texts(y_ticks))
-        self.right = WIDTH - 16
+        self.right = width - 16
         self.x = Scale(x_low, x_high, self.left, self.right)
         self.y = Scale(y_ticks[0], y_ticks[-1], self.bottom, self.top)
-        self.x_ticks = [t for t in nice_ticks(x_low, x_high, 6) if self.x.low <= t <= self.x.high]
+        ticks = nice_ticks(x_low, x_high, round(width / 90))
+        self.x_ticks = [tick for tick in ticks if self.x.low <= tick <= self.x.high]
 
     def grid(self) -> str:
         """Return the grid with the texts of ticks and axes."""
@@ -95,7 +103,7 @@ class Frame:
 
     def svg(self, parts: list[str], title: str, summary: str) -> str:
         """Return the drawing of a chart with this frame; see `svg_of`."""
-        return svg_of(self.bottom + 44, parts, title, summary)
+        return svg_of(self.width, self.bottom + 44, parts, title, summary)
 
 
 def path(points: Sequence[Point], x: Scale, y: Scale) -> str:
@@ -121,17 +129,28 @@ def xy(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def svg_of(height: float, parts: list[str], title: str, summary: str) -> str:
-    """Return the drawing of a chart.
+def drawn(draw: Callable[[int], str]) -> str:
+    """Return both drawings of a chart.
 
     Args:
+        draw: returns the drawing with a width.
+    """
+    return draw(WIDTH) + draw(NARROW)
+
+
+def svg_of(width: int, height: float, parts: list[str], title: str, summary: str) -> str:
+    """Return a drawing of a chart.
+
+    Args:
+        width: WIDTH or NARROW.
         height: height of the drawing.
         parts: elements of the drawing.
         title: name of the chart.
         summary: what the chart shows, for screen readers.
     """
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {xy(height)}" role="img" '
+        f'<svg class="chart {"narrow" if width == NARROW else "wide"}" '
+        f'viewBox="0 0 {width} {xy(height)}" role="img" '
         f'xmlns="http://www.w3.org/2000/svg"><title>{escape(title)}</title>'
         f"<desc>{escape(summary)}</desc>{''.join(parts)}</svg>"
     )

@@ -5,6 +5,7 @@ inline. Colours follow the light or dark setting of the reader, and everything c
 functions of charts.py and bars.py are exported here, so that a step has to import only this module.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -24,6 +25,7 @@ __all__ = [
     "badge",
     "banner",
     "bar_chart",
+    "code",
     "details",
     "facts",
     "histogram",
@@ -39,6 +41,7 @@ __all__ = [
     "todo",
 ]
 
+_OPTION = re.compile(r"--\w+")
 TONES = ("good", "bad", "warn", "plain")
 
 
@@ -109,6 +112,12 @@ def paragraph(text: str, *, muted: bool = False) -> str:
 def badge(text: str, tone: str = "plain") -> Cell:
     """Return a small coloured label; the tone is good, bad, warn or plain."""
     return Cell(f'<span class="badge {_tone(tone)}">{escape(text)}</span>')
+
+
+def code(text: str) -> Cell:
+    """Return a command or a path; a narrow screen does not break an option after its hyphens."""
+    kept_whole = _OPTION.sub(r"<span>\g<0></span>", escape(text))
+    return Cell(f"<code>{kept_whole}</code>")
 
 
 def banner(heading: str, text: str, tone: str = "plain", *, small: str = "") -> str:

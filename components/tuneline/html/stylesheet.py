@@ -83,6 +83,7 @@ table.prose th:first-child:not(:nth-last-child(-n+2)){width:20%}
 table.prose td{overflow-wrap:anywhere;white-space:pre-wrap}
 code,pre{font:12.5px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 code{overflow-wrap:anywhere}
+code span{white-space:nowrap}
 pre{margin:8px 0 0;padding:12px 14px;background:var(--faint);border-radius:6px;overflow-x:auto}
 details{margin:10px 0 0}
 summary{cursor:pointer;font-size:14px;color:var(--muted)}
@@ -93,10 +94,11 @@ figcaption{font-size:14px;font-weight:600;margin:0 0 6px}
 font-size:13px;color:var(--muted)}
 .legend i{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:6px;
 background:currentColor}
+.legend i{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 .legend .hollow{background:none;border:2px solid var(--muted)}
 i.s1{color:var(--s1)}i.s2{color:var(--s2)}i.s3{color:var(--s3)}i.s4{color:var(--s4)}
 svg{display:block;width:100%;height:auto;font-family:inherit;font-size:12px}
-svg.chart{max-width:680px}
+svg.chart{max-width:680px}svg.narrow{display:none;overflow:visible}
 svg text{fill:var(--ink)}
 svg .tick,svg .axis{fill:var(--muted)}
 svg .grid{stroke:var(--rule);stroke-width:1}
@@ -153,13 +155,13 @@ font-weight:600;float:left;margin-right:16px}
 .badge{white-space:normal}pre{white-space:pre-wrap;overflow-wrap:anywhere}
 table:not(.prose) td:first-child::before{content:none}}
 @media (max-width:560px){main{padding:18px 12px 28px}.card{padding:14px}h1{font-size:22px}
-svg.chart{font-size:14px;overflow:visible}
 .banner{flex-direction:column;gap:4px;padding:12px 14px}
 .tiles{grid-template-columns:1fr 1fr}.tile{padding:10px 12px}.tile dd{font-size:18px}
 table.prose thead{display:none}table.prose tr{display:block;border-bottom:1px solid var(--rule);
 padding:8px 0}table.prose td{display:block;border:0;padding:3px 0}
 table.prose td::before{content:attr(data-label);display:block;color:var(--muted);font-size:12px;
 font-weight:600}}
+@media screen and (max-width:560px){svg.wide{display:none}svg.narrow{display:block}}
 @media print{:root{--page:#fff;--card:#fff;--ink:#000;--muted:#444;--rule:#ccc;--faint:#eee;
 --s1:#1d4fbf;--s2:#a04400;--s3:#0d6a60;--s4:#73319a;--good:#0e5a31;--good-back:#fff;--bad:#9a1a13;
 --bad-back:#fff;--warn:#6b4500;--warn-back:#fff;--plain-back:#fff}

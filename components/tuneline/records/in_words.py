@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from tuneline.html.units import count, number, signed
+from tuneline.html.units import count, number_pair, signed
 from tuneline.records.scores import HELDOUT_PREFIX, TaskComparison, Verdict
 
 MAX_TARGETS = 3
@@ -48,7 +48,7 @@ def is_fraction(item: TaskComparison) -> bool:
 def score_pair(item: TaskComparison) -> tuple[str, str]:
     """Return both scores as text: fractions of right answers in percent, others as numbers."""
     if not is_fraction(item):
-        return number(item.base), number(item.tuned)
+        return number_pair(item.base, item.tuned)
     digits = _digits(item.tuned - item.base)
     return f"{100 * item.base:.{digits}f} %", f"{100 * item.tuned:.{digits}f} %"
 
@@ -66,12 +66,23 @@ def with_unit(item: TaskComparison) -> str:
     return f"{change_text(item, item.change)} {unit}"
 
 
+def score_cells(item: TaskComparison) -> tuple[str, str, str, str]:
+    """Return base, tuned, change and its 95 % interval for a table that names the metric."""
+    change = change_text(item, item.change) + (" points" if is_fraction(item) else "")
+    low, high = (change_text(item, end) for end in item.change_interval)
+    return *score_pair(item), change, f"[{low}, {high}]"
+
+
 def _certainty(item: TaskComparison) -> str:
     unit = " points" if is_fraction(item) else ""
     sign = 1 if item.higher_is_better else -1
     if item.outcome == "better":
         bound = change_text(item, sign * _towards_zero(item, item.lower))
-        return f", at least {bound}{unit} with 95 % certainty"
+        if not is_fraction(item):
+            # "fell ... by at least 0.95": the verb has the sign already.
+            bound = bound.lstrip("+-")
+            return f", by at least {bound} with 95 % certainty"
+        return f", at least {bound} points with 95 % certainty"
     if item.outcome == "worse":
         bound = change_text(item, sign * _towards_zero(item, item.interval[1]))
         return f", a loss of at least {bound.lstrip('+-')}{unit} with 95 % certainty"

@@ -4,7 +4,7 @@ import shlex
 from html import escape
 
 from tuneline.artifacts import TaskComparison
-from tuneline.html.page import Cell, paragraph, todo
+from tuneline.html.page import Cell, code, paragraph, todo
 from tuneline.html.units import percent
 from tuneline.records.in_words import is_fraction, score_pair, with_unit
 from tuneline.report.comparison import recommend
@@ -72,19 +72,19 @@ def _next(line: Line) -> str:
     pairs: list[tuple[str, str]] = []
     is_held = line.decision.verdict == "hold"
     if place.is_local:
-        pairs.append(("Talk to it", _code(f"tuneline chat {name}")))
-        pairs.append(("Base and tuned side by side", _code(f"tuneline chat {name} --compare")))
+        pairs.append(("Talk to it", code(f"tuneline chat {name}")))
+        pairs.append(("Base and tuned side by side", code(f"tuneline chat {name} --compare")))
     else:
-        pairs.append(("State of the run", _code(f"tuneline status {name}")))
+        pairs.append(("State of the run", code(f"tuneline status {name}")))
     if is_held:
         pairs.append(("Change and run again", "See What to change, below."))
     elif place.published is not None:
         urls = (f"<code>{escape(repo.url)}</code>" for repo in place.published.repos)
         pairs.append(("Published", Cell("<br>".join(urls))))
     elif place.problem:
-        pairs.append(("Publish again", _code(f"tuneline resume {name}")))
+        pairs.append(("Publish again", code(f"tuneline resume {name}")))
     else:
-        pairs.append(("Publishes to", _code(line.target)))
+        pairs.append(("Publishes to", code(line.target)))
     uses = recommend(line.decision.kept(line.exports))
     best = [
         f"<div><code>{each}</code>: {', '.join(uses[each])}</div>" for each in uses if uses[each]
@@ -93,8 +93,8 @@ def _next(line: Line) -> str:
         pairs.append(("Which export to take", Cell("".join(best))))
     if place.is_local and not is_held:
         longer = f"train.max_steps={2 * line.training.num_steps}"
-        pairs.append(("Train longer", _code(f"tuneline resume {name} --set {longer}")))
-    pairs += [(label, _code(path)) for label, path in place.files]
+        pairs.append(("Train longer", code(f"tuneline resume {name} --set {longer}")))
+    pairs += [(label, code(path)) for label, path in place.files]
     links = " &middot; ".join(
         f'<a href="{escape(address)}">{escape(label)}</a>' for label, address in place.links
     )
@@ -121,7 +121,3 @@ def _loss(guards: list[TaskComparison], limit: float) -> str:
         return f"{100 * limit:g} points"
     metrics = {item.metric for item in guards}
     return f"{limit:g} {metrics.pop()}" if len(metrics) == 1 else f"{limit:g}"
-
-
-def _code(text: str) -> Cell:
-    return Cell(f"<code>{escape(text)}</code>")

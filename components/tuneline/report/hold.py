@@ -10,7 +10,7 @@ from html import escape
 from typing import NamedTuple
 
 from tuneline.artifacts import PREFERENCE_METHODS, TaskComparison, TrainingSummary
-from tuneline.html.page import Cell, paragraph, section, table
+from tuneline.html.page import Cell, code, paragraph, section, table
 from tuneline.html.units import count, number, number_pair, percent
 from tuneline.records.in_words import with_unit
 from tuneline.records.scores import HELDOUT_PREFIX
@@ -86,7 +86,7 @@ def _change(line: Line, cause: Cause) -> str:
     if line.place.is_local:
         again = f"resume {shlex.quote(line.place.run_name)}"
     settings = " ".join(f"--set {shlex.quote(each)}" for each in cause.settings)
-    return f"{escape(cause.change)}\n<code>{escape(f'tuneline {again} {settings}')}</code>"
+    return f"{escape(cause.change)}\n{code(f'tuneline {again} {settings}')}"
 
 
 def _too_few_questions(item: TaskComparison, min_gain: float) -> Iterator[Cause]:

@@ -134,7 +134,7 @@ def headline(line: Line) -> str:
             (
                 training.device_hours,
                 "Time of training",
-                f"{number(training.device_hours, 3)} {_hours(training)}",
+                f"{number(training.device_hours, 2)} {_hours(training)}",
             ),
         )
         if value is not None
@@ -191,7 +191,8 @@ def _publish_stage(line: Line) -> tuple[Status, float | None, str]:
 
 def _repositories(published: Published) -> str:
     num = len(published.repos)
-    return f"{num} repositor{'y' if num == 1 else 'ies'}"
+    noun = "repositor" if any(repo.commit for repo in published.repos) else "director"
+    return f"{num} {noun}{'y' if num == 1 else 'ies'}"
 
 
 def _times(line: Line) -> dict[str, float]:

@@ -5,7 +5,7 @@ from html import escape
 from tuneline.artifacts import TaskComparison
 from tuneline.html.page import Cell, IntervalRow, badge, interval_chart, paragraph, section, table
 from tuneline.html.units import count
-from tuneline.records.in_words import change_text, is_fraction, score_pair
+from tuneline.records.in_words import is_fraction, score_cells
 from tuneline.report.records import Line
 
 _ROLES = {
@@ -43,9 +43,7 @@ def scores(line: Line) -> str:
         [
             Cell(f"{escape(c.title)} {badge(c.role)}"),
             c.metric,
-            *score_pair(c),
-            f"{change_text(c, c.change)}{' points' if is_fraction(c) else ''}",
-            interval(c),
+            *score_cells(c),
             _samples(c),
             badge(c.outcome, OUTCOME_TONES[c.outcome]),
         ]
@@ -111,12 +109,6 @@ def answer_pairs(line: Line) -> list[tuple[str, str, str, str]]:
         for row in line.base_generations
         if row["prompt"] in tuned
     ]
-
-
-def interval(comparison: TaskComparison) -> str:
-    """Return the 95 % interval of the change of a comparison as text."""
-    low, high = (change_text(comparison, end) for end in comparison.change_interval)
-    return f"[{low}, {high}]"
 
 
 def _scale(comparison: TaskComparison) -> int:

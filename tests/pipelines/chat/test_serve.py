@@ -48,12 +48,14 @@ def post(port: int, **body: Any) -> http.client.HTTPResponse:
 def test_a_streamed_chat_completion(port: int, run_dir: Path) -> None:
     events = [
         line.decode().removeprefix("data: ").strip()
-        for line in post(port, stream=True)
+        for line in post(port, stream=True, model=None)
         if line.startswith(b"data: ")
     ]
     assert events[-1] == "[DONE]"
     chunks = [json.loads(event) for event in events[:-1]]
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    # Without a model in the request, the library names the path of the file.
+    assert {chunk["model"] for chunk in chunks} == {"tiny-run"}
     streamed = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
     # Requests that do not say how to sample are answered greedily, as the chat answers them.
     whole = json.loads(post(port, temperature=None).read())

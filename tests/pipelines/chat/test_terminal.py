@@ -89,7 +89,7 @@ def test_two_models_answer_beside_or_below_each_other(new_session: NewSession) -
     narrow = chat(session, "3Gi?")
     base, tuned = (narrow.histories[name][1]["content"] for name in ("base", "tuned"))
     lines = shown(narrow.out)
-    assert lines == f"base (tiny)\n{base}\ntuned (f16)\n{tuned}\n"
+    assert lines == f"base (tiny)\n{base}\n\ntuned (f16)\n{tuned}\n"
     out = screen(120, is_terminal=True)
     wide = TerminalChat(session, session.settings, out=out, notes=screen())
     assert wide.ask("3Gi?") is False

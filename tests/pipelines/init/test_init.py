@@ -13,12 +13,14 @@ import pytest
 
 from tuneline.artifacts import DatasetManifest
 from tuneline.errors import DataError, OutputExistsError, RecipeError, UserError
+from tuneline.evaluate.config import EvaluateConfig
 from tuneline.pipelines.init.machine import Machine
 from tuneline.pipelines.init.rows import look
 from tuneline.pipelines.init.write import Proposed, init, output_for
 from tuneline.pipelines.plan.early import check_early
 from tuneline.prepare.config import PrepareConfig
 from tuneline.prepare.run import run as prepare
+from tuneline.prepare.tokens.tokenizer import load_tokenizer
 from tuneline.recipe import Recipe, load_recipe
 
 LAPTOP = Machine(num_cpus=2)
@@ -101,6 +103,18 @@ def test_a_csv_of_any_make_becomes_a_recipe_that_prepare_takes(
     assert done.num_heldout_rows == 24  # a fifth
     # The length that init measured with the model's tokenizer is that of prepare.
     assert recipe.prepare.max_seq_length == done.recommended_max_seq_length
+
+
+def test_the_report_shows_whole_answers(tiny_model_dir: Path, tmp_path: Path) -> None:
+    longer = [
+        row | {"답변": f"죄송합니다. {row['답변']} 늦어지면 알려 드립니다."} for row in QUESTIONS
+    ]
+    _, recipe = propose(write_csv(tmp_path / "a.csv", longer), tiny_model_dir)
+    tokenizer, _ = load_tokenizer(str(tiny_model_dir))
+    lengths = sorted(len(tokenizer.encode(row["답변"])) for row in longer)
+    assert EvaluateConfig().max_new_tokens < lengths[-2] <= recipe.evaluate.max_new_tokens
+    _, short = propose(write_csv(tmp_path / "b.csv", QUESTIONS), tiny_model_dir)
+    assert short.evaluate.max_new_tokens == EvaluateConfig().max_new_tokens
 
 
 def test_each_kind_of_rows_gets_its_method_and_a_benchmark_that_fits(

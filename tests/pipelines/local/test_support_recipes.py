@@ -7,14 +7,40 @@ import sys
 from pathlib import Path
 
 import pytest
+from fork_server import fork_tasks
 
-from tuneline.artifacts import RunSummary
+from tuneline.artifacts import RunSummary, TrainingSummary
 from tuneline.pipelines.catalog import RECIPES_DIR, find_recipe
-from tuneline.pipelines.local.run_dir import require_local_run
+from tuneline.pipelines.local.run import run_pipeline
+from tuneline.pipelines.local.run_dir import LocalRun, require_local_run
+from tuneline.pipelines.local.watch import ARTIFACTS_DIR
 from tuneline.prepare.run import run as prepare
 from tuneline.prepare.sources import support
+from tuneline.records.earlier import RUNS_VARIABLE
+from tuneline.runtime.step import EVENTS_VARIABLE
+from tuneline.train.checkpoints import ROOT_VARIABLE
 
 RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("support-*.yaml"))
+NUM_STEPS, NUM_HELDOUT = 2, 24
+
+
+def small(base_model: Path) -> dict[str, object]:
+    """Return the keys that make a recipe small: its base model, and sizes."""
+    return {
+        "base_model": base_model,
+        "train.max_steps": NUM_STEPS,
+        "train.eval_steps": NUM_STEPS,
+        "train.sample_tokens": 4,
+        "train.global_batch_size": 2,
+        "train.micro_batch_size": 2,
+        "merge.num_proof_prompts": 4,
+        "merge.num_greedy_tokens": 4,
+        "prepare.heldout.max_rows": NUM_HELDOUT,
+        "prepare.max_eval_rows": 4,
+        "evaluate.prompt_rows": 0,
+        "evaluate.num_generations": 1,
+        "evaluate.max_new_tokens": 4,
+    }
 
 
 def tuneline(*arguments: str, cwd: Path) -> str:
@@ -59,24 +85,40 @@ def test_the_rows_are_the_same_in_every_run() -> None:
     assert languages.count("en") == languages.count("ko") == len(languages) / 2
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_example_runs_at_a_small_size(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Run all steps but the exports, which tests/quantize covers and which take most of the time.
+
+    The steps are forks of a process that has imported torch, and run as they do on any machine.
+    """
+    settings = [f"{key}={value}" for key, value in small(tiny_model_dir).items()]
+    target = f"publish_to=dir:{tmp_path / 'published'}"
+    recipe = find_recipe(name, [*settings, "quantize.gguf=[]", target], is_local=True)
+    for variable in (EVENTS_VARIABLE, RUNS_VARIABLE, ROOT_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    fork_tasks(monkeypatch)
+    run = LocalRun(tmp_path / "runs" / name)
+    run_pipeline(run.directory, recipe, "subprocess", [])
+    summary = run.summary()
+    assert isinstance(summary, RunSummary)
+    assert {each.task for each in summary.comparisons} >= set(recipe.evaluate.tasks)
+    assert all(each.num_samples == NUM_HELDOUT for each in summary.comparisons)
+    [adapter] = run.directory.glob(f"{ARTIFACTS_DIR}/*/train/adapter")
+    trained = TrainingSummary.read(adapter)
+    assert (trained.num_steps, trained.method) == (NUM_STEPS, recipe.prepare.method)
+    assert (tmp_path / "published").exists() == (summary.verdict == "promote")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_whole_line_runs_on_a_cpu(tiny_model_dir: Path, tmp_path: Path, name: str) -> None:
-    small = {
-        "base_model": tiny_model_dir,
-        "train.max_steps": 2,
-        "train.eval_steps": 2,
-        "train.sample_tokens": 4,
-        "prepare.heldout.max_rows": 24,
-        "prepare.max_eval_rows": 4,
-        "evaluate.prompt_rows": 0,
-        "evaluate.num_generations": 1,
-        "evaluate.max_new_tokens": 4,
-        "quantize.gguf": ["q8_0"],
-        "quantize.num_check_tokens": 4,
-    }
-    settings = [f"{key}={value}" for key, value in small.items()]
-    tuneline("run", name, *(f"--set={each}" for each in settings), cwd=tmp_path)
+    settings = small(tiny_model_dir) | {"quantize.num_check_tokens": 4}
+    tuneline(
+        "run", name, *(f"--set={key}={value}" for key, value in settings.items()), cwd=tmp_path
+    )
     [directory] = (tmp_path / "runs").glob("support-*")
     summary = require_local_run(str(directory)).summary()
     assert isinstance(summary, RunSummary)

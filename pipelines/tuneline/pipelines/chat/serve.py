@@ -113,7 +113,8 @@ def gguf_app(subject: Subject, sampling: Sampling) -> "WithDefaults":
         verbose=False,
     )
     app = create_app(server_settings=ServerSettings(), model_settings=[model])
-    return WithDefaults(app, llama_defaults(sampling))
+    # The chunks of a stream name the model of the request, or else the path of the file.
+    return WithDefaults(app, {"model": subject.name, **llama_defaults(sampling)})
 
 
 def llama_defaults(sampling: Sampling) -> dict[str, float]:
@@ -134,7 +135,7 @@ class WithDefaults:
     file's metadata say.
     """
 
-    def __init__(self, app: Any, defaults: dict[str, float]) -> None:
+    def __init__(self, app: Any, defaults: dict[str, float | str]) -> None:
         self._app = app
         self._defaults = defaults
 

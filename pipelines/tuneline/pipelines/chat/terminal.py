@@ -98,7 +98,9 @@ class TerminalChat:
 
     def _answer_one_by_one(self) -> bool:
         """Stream the answers of all voices; return whether the user stopped them."""
-        for voice in self.session.voices:
+        for index, voice in enumerate(self.session.voices):
+            if index:
+                self.out.print()
             if len(self.session.voices) > 1:
                 self.out.print(Text(self._heading(voice), style="bold"))
             if self._answer_alone(voice):

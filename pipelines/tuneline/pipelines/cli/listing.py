@@ -15,6 +15,7 @@ from tuneline.pipelines.cli.run import PANEL
 from tuneline.pipelines.cli.terminal import console, say
 from tuneline.pipelines.local.run_dir import RUNS_DIR, LocalRun, local_runs
 from tuneline.pipelines.local.watch import ARTIFACTS_DIR
+from tuneline.records.in_words import score_pair
 
 app = typer.Typer()
 
@@ -38,12 +39,15 @@ def runs(
     if found:
         # Names are not cut even in a narrow terminal, because the user has to type them next.
         table = Table(*(Column(name, no_wrap=True) for name in ("run", "result")), box=None)
-        for name in ("scores", "started"):
-            table.add_column(name, overflow="fold")
+        # The names of the tasks stay whole too; the scores then follow on a second line.
+        rows = [(run.name, *_result(run)) for run in found[:limit]]
+        longest = max((len(word) for row in rows for word in row[2].split()), default=0)
+        table.add_column("scores", overflow="fold", min_width=longest)
+        table.add_column("started", overflow="fold")
         table.add_column("time", justify="right")
         table.add_column("cost", justify="right")
-        for run in found[:limit]:
-            table.add_row(run.name, *_result(run))
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
         if len(found) > limit:
             say(f"{len(found) - limit} older runs are not listed: --limit {len(found)} lists them")
@@ -63,7 +67,7 @@ def _result(run: LocalRun) -> tuple[str, str, str, str, str]:
     state = run.state()
     verdict = summary.verdict if summary is not None and state == "succeeded" else state
     scores = "\n".join(
-        f"{each.task} {each.base:.3f} -> {each.tuned:.3f}"
+        f"{each.task} {' -> '.join(score_pair(each))}"
         for each in (summary.comparisons if summary is not None else ())
         if each.role not in ("prompted", "published")
     )

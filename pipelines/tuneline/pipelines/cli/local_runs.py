@@ -16,6 +16,7 @@ from tuneline.pipelines.cli.terminal import console, say
 from tuneline.pipelines.doctor.log_errors import find_error
 from tuneline.pipelines.local.attempt import kept
 from tuneline.pipelines.local.run_dir import RECIPE_FILE, REPORT_FILE, LocalRun, Start
+from tuneline.records.in_words import verdict_sentence
 from tuneline.runtime.events import StepRun, failed_run
 from tuneline.runtime.failures.causes import explain
 from tuneline.runtime.redaction import without_secrets
@@ -60,11 +61,12 @@ def show_status(run: LocalRun) -> None:
         say(f"why: tuneline doctor {run.name}")
     summary = run.summary()
     if state == "succeeded" and summary is not None:
-        say(f"{summary.verdict}: {summary.reason}")
+        sentence = verdict_sentence(summary.verdict, summary.reason, summary.comparisons)
+        say(f"{summary.verdict}: {sentence}")
         for item in summary.export_verdicts:
             if item.is_held:
                 say(f"held: the export {item.format}: {item.reason}")
-        say(f"report: {run.directory / REPORT_FILE}")
+        say(f"report: {run.directory / REPORT_FILE}\nchat: tuneline chat {run.argument}")
 
 
 def show_logs(run: LocalRun, words: str, *, follow: bool) -> None:

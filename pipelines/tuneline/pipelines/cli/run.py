@@ -31,7 +31,7 @@ from tuneline.pipelines.local.run_dir import (
 from tuneline.pipelines.local.watch import ARTIFACTS_DIR, read_events
 from tuneline.recipe import Recipe, load_recipe
 from tuneline.recipe_file.yaml_document import dump_document
-from tuneline.records.in_words import verdict_sentence
+from tuneline.records.in_words import score_cells, verdict_sentence
 from tuneline.report.failed import render_failed
 from tuneline.runtime.events import StepRun, failed_run
 from tuneline.runtime.failures.causes import explain
@@ -131,7 +131,7 @@ def attempt(run: LocalRun, recipe: Recipe, start: Start) -> None:
         _tell(recipe, run, page, failure=why)
         raise WorldError(f"{why}\n{kept(run)}\nlog: {run.log_path}\nreport: {page}")
     _print_summary(run)
-    console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+    say(f"\nreport: {page}\nchat: tuneline chat {run.argument}")
     _tell(recipe, run, page)
 
 
@@ -194,10 +194,7 @@ def _print_summary(run: LocalRun) -> None:
         scores.add_row(
             escape(comparison.title),
             comparison.metric,
-            f"{comparison.base:.3f}",
-            f"{comparison.tuned:.3f}",
-            f"{comparison.change:+.3f}",
-            "[{:+.3f}, {:+.3f}]".format(*comparison.change_interval),
+            *score_cells(comparison),
         )
     exports = Table("export", "MB", "bits per weight", "verdict", "generated text", box=None)
     verdicts = {item.format: item for item in summary.export_verdicts}

@@ -1,6 +1,7 @@
 """Which base model a machine can tune, and how long rows are in its tokens."""
 
 import contextlib
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -72,6 +73,8 @@ class Lengths:
     """Why the chat template refuses rows -> number of rows."""
     num_tried: int = 0
     """Number of rows that were rendered or refused."""
+    answer_p99: int = 0
+    """Length that 99 % of the answers fit in; 0 if there is no tokenizer."""
 
 
 def choose_base(given: str | None, machine: Machine, rows: Rows) -> Base:
@@ -171,7 +174,9 @@ def _measured(
         [len(row) for row in tokenise(tokenizer, rendered, loss_on=config.loss_on)]
     )
     recommended = lengths.recommend(statistics, longest)
-    return Lengths(statistics, recommended, template, False, dict(refused), len(examples))
+    answers = [tokenizer.encode(texts_of(example)[1]) for example in examples]
+    answer = math.ceil(lengths.statistics([len(tokens) for tokens in answers]).p99)
+    return Lengths(statistics, recommended, template, False, dict(refused), len(examples), answer)
 
 
 def _use_template(base: Base, tokenizer: Any, config: PrepareConfig) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuneline.artifacts import PREFERENCE_METHODS, Method
+from tuneline.evaluate.config import EvaluateConfig
 from tuneline.gate.power import samples_for_margin
 from tuneline.pipelines.init.base import TEMPLATE_OF_EMBEDDED, Base, Lengths
 from tuneline.pipelines.init.machine import Machine
@@ -41,6 +42,8 @@ _MAX_EVAL_ON_CPU = 50
 _MAX_HELDOUT_ON_CPU, _MAX_HELDOUT_ON_GPU = 120, 200
 _MAX_CHARACTERS_OF_EXACT = 120
 """Longest answer, in characters of 95 % of the rows, that can be expected word for word."""
+_LONGEST_SHOWN = 200
+"""Largest number of tokens of an answer in the report, which are generated one by one."""
 _NAME = re.compile(r"[^a-z0-9]+")
 
 
@@ -78,7 +81,7 @@ def propose_settings(
     on_cpu = trains_on_cpu(machine, base)
     return [
         Setting("name", name),
-        Setting("description", _description(rows, base)),
+        Setting("description", _description(rows)),
         Setting("base_model", base.source, base.why),
         Setting("dataset", dataset, _rows_in_words(rows)),
         Setting(
@@ -89,7 +92,7 @@ def propose_settings(
         *_prepare(rows, base, lengths, on_cpu),
         *_train(rows, base, lengths, on_cpu),
         *_quantize(on_cpu),
-        *_evaluate(rows, on_cpu),
+        *_evaluate(rows, lengths, on_cpu),
         *_placement(machine, on_cpu),
     ]
 
@@ -121,10 +124,9 @@ def _num_heldout(rows: Rows, on_cpu: bool) -> int:
     return min(_max_heldout(on_cpu), int(MAX_HELDOUT_SHARE * rows.num_usable))
 
 
-def _description(rows: Rows, base: Base) -> str:
+def _description(rows: Rows) -> str:
     what = {"sft": "answers", "dpo": "preferences", "kto": "judged answers", "cpt": "texts"}
-    model = base.source.rpartition("/")[2].removeprefix("builtin:")
-    return f"{model} tuned on {what[rows.proposal.method]} of {rows.source.rpartition('/')[2]}."
+    return f"Learns the {what[rows.proposal.method]} of {rows.source.rpartition('/')[2]}."
 
 
 def _rows_in_words(rows: Rows) -> str:
@@ -278,13 +280,19 @@ def _tasks(rows: Rows) -> tuple[list[str], str]:
     return tasks, why
 
 
-def _evaluate(rows: Rows, on_cpu: bool) -> Iterator[Setting]:
+def _evaluate(rows: Rows, lengths: Lengths, on_cpu: bool) -> Iterator[Setting]:
     """Yield the settings of the evaluation and of the gate."""
     tasks, why = _tasks(rows)
     yield Setting("evaluate.tasks", tasks, why)
     if on_cpu:
         why = "8 also measures what examples in the prompt give, in minutes more"
         yield Setting("evaluate.num_examples", 0, why)
+    shown = min(lengths.answer_p99, _LONGEST_SHOWN)
+    if rows.proposal.method == "sft" and shown > EvaluateConfig().max_new_tokens:
+        why = "of each answer in the report"
+        if shown == lengths.answer_p99:
+            why += f"; 99 % of the answers have at most {lengths.answer_p99} tokens"
+        yield Setting("evaluate.max_new_tokens", shown, why)
     yield Setting(
         "gate.target_tasks",
         tasks[:1],

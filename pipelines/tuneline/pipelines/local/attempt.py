@@ -114,15 +114,8 @@ def kept(run: LocalRun) -> str:
             if found is not None
             else "kept: no checkpoint of train, which begins again at its first step"
         )
-    lines.append(f"continue: tuneline resume {_shortest(run.directory)}")
+    lines.append(f"continue: tuneline resume {run.argument}")
     return "\n".join(lines)
-
-
-def _shortest(directory: Path) -> str:
-    """Return a path relative to the working directory if it is below that."""
-    with contextlib.suppress(ValueError):
-        return str(directory.relative_to(Path.cwd()))
-    return str(directory)
 
 
 def _reached(step: StepRun) -> str:

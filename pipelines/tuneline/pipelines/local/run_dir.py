@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -120,6 +121,14 @@ class LocalRun:
     def name(self) -> str:
         """Name of the run: that of its directory."""
         return self.directory.name
+
+    @property
+    def argument(self) -> str:
+        """The run in a command: its path, relative to the working directory if it is below that."""
+        path = self.directory
+        if path.is_relative_to(Path.cwd()):
+            path = path.relative_to(Path.cwd())
+        return shlex.quote(str(path))
 
     @property
     def start(self) -> Start | None:
