@@ -8,6 +8,7 @@ import pytest
 
 from tuneline.artifacts import Decision, ExportVerdict, QuantizedModel
 from tuneline.html.charts import ScatterPoint, scatter_chart
+from tuneline.html.frame import NARROW, WIDTH
 from tuneline.html.point_labels import place_names
 from tuneline.kinds import KINDS
 from tuneline.report import comparison
@@ -140,11 +141,14 @@ def test_the_picture_has_every_point_where_it_belongs() -> None:
     ]
     chart = scatter_chart(points, x_label="size", y_label="KL")
     assert "a&lt;b" in chart and "a<b" not in chart
-    dots = re.findall(r'<circle class="dot s(\d)" cx="([\d.]+)" cy="([\d.]+)"', chart)
-    # Drawn from the top; the axes go from 0 to 200 and from 1e-4 to 1e-2.
-    assert [(group, float(y)) for group, _, y in dots] == [("1", 248), ("1", 28), ("2", 28)]
-    across = [float(x) - 54 for _, x, _ in dots]
-    assert across[1] == across[2] == 2 * across[0]
+    drawings = re.findall(r"<svg.*?</svg>", chart, re.S)
+    assert [int(re.search(r"0 0 (\d+)", each)[1]) for each in drawings] == [WIDTH, NARROW]
+    for drawing in drawings:
+        dots = re.findall(r'<circle class="dot s(\d)" cx="([\d.]+)" cy="([\d.]+)"', drawing)
+        # Drawn from the top; the axes go from 0 to 200 and from 1e-4 to 1e-2.
+        assert [(group, float(y)) for group, _, y in dots] == [("1", 248), ("1", 28), ("2", 28)]
+        across = [float(x) - 54 for _, x, _ in dots]
+        assert across[1] == across[2] == 2 * across[0]
     assert "no values" in scatter_chart([], x_label="x", y_label="y")
 
 
