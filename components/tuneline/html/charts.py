@@ -151,17 +151,17 @@ def histogram(
                 f"{number(value)} {escape(y_label)}</title></rect>"
             )
         names = []
-        for name, marked, row, anchor in places:
-            x, y = frame.x(min(marked, high)), 30 + 16 * row
-            if marked <= high:
+        for name, at, row, anchor in places:
+            x, y = frame.x(min(at, high)), 30 + 16 * row
+            if at <= high:
                 parts.append(
                     f'<line class="mark" x1="{xy(x)}" x2="{xy(x)}" y1="{y - 9}" '
                     f'y2="{xy(frame.bottom)}"/>'
                 )
             names.append(
                 f'<text class="mark" x="{xy(x + (4 if anchor == "start" else -4))}" y="{y}" '
-                f'text-anchor="{anchor}">{escape(name)} {number(marked)}'
-                f"{' &#8594;' if marked > high else ''}</text>"
+                f'text-anchor="{anchor}">{escape(name)} {number(at)}'
+                f"{' &#8594;' if at > high else ''}</text>"
             )
         return frame.svg([*parts, *names], title or x_label, summary)
 
