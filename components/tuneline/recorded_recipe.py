@@ -171,7 +171,9 @@ def without_paths(value: Any) -> Any:
 
 
 def _differences(given: Any, used: Any, name: str = "") -> Iterator[str]:
-    """Yield a phrase for each value that differs; a section that only one of them has is skipped.
+    """Yield a phrase for each value that differs.
+
+    A section, or a key of one, that only one of them has is skipped, because it has a default.
 
     Args:
         given: the recipe, or a value in it.
@@ -183,9 +185,9 @@ def _differences(given: Any, used: Any, name: str = "") -> Iterator[str]:
             inner = f"{name}.{key}" if name else key
             if key in given and key in used:
                 yield from _differences(given[key], used[key], inner)
-            elif name and key in used:
+            elif "." in name and key in used:
                 yield f"{inner} was {_short(used[key])}, the recipe does not set it"
-            elif name:
+            elif "." in name:
                 yield f"{inner} was not set, the recipe has {_short(given[key])}"
     elif given != used and not _are_alike(name, given, used):
         yield f"{name} was {_short(used)}, the recipe has {_short(given)}"

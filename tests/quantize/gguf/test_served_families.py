@@ -53,6 +53,8 @@ byte-level."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "DeepSeek V2": {"q_lora_rank": 32},
     "GLM-4-MoE": {"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 2.5},
+    # Small weights leave two experts as likely at some position, which rounding to f16 exchanges.
+    "DeepSeek V3": {"initializer_range": 0.1},
     "Phi-3": {"num_key_value_heads": 2},
 }
 """What the published models have, and llama.cpp takes for granted."""
