@@ -234,7 +234,7 @@ def test_from_the_command_line(run_dir: Path) -> None:
     tool = Path(sys.executable).with_name("tuneline")
     command = [str(tool), "verify", str(run_dir)]
     whole = subprocess.run(command, capture_output=True, text=True)
-    assert (whole.returncode, whole.stdout) == (0, "ok: merged (2 files)\nok: q8_0 (1 files)\n")
+    assert (whole.returncode, whole.stdout) == (0, "ok: merged (2 files)\nok: q8_0 (1 file)\n")
     shutil.copy(run_dir / "q8_0" / "model.gguf", run_dir / "merged" / "model.safetensors")
     changed = subprocess.run(command, capture_output=True, text=True)
     assert changed.returncode == 1

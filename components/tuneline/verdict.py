@@ -30,6 +30,7 @@ from collections.abc import Iterable, Sequence
 from pydantic import Field, field_validator
 
 from tuneline.artifacts import Decision, TaskComparison, Verdict
+from tuneline.records.in_words import score_cells
 from tuneline.records.scores import HELDOUT_PREFIX
 from tuneline.strict_model import StrictModel
 
@@ -245,9 +246,10 @@ def _no_gain(item: TaskComparison, min_gain: float) -> str:
 def _worse_than_published(item: TaskComparison) -> str:
     if item.interval[1] >= 0:
         return ""
+    published, now, change, interval = score_cells(item)
     return (
-        f"the model published last is better: {item.task} {item.base:.3f}, but {item.tuned:.3f} "
-        f"now (95 % interval of the change [{item.interval[0]:+.3f}, {item.interval[1]:+.3f}])"
+        f"the model published last is better: {item.task} {published}, but {now} now ({change}, "
+        f"95 % interval {interval})"
     )
 
 

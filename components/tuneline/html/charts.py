@@ -141,27 +141,27 @@ def histogram(
             above=16 * rows,
         )
         parts = [frame.grid()]
-        for start, below, value in bins:
-            left, right, top = frame.x(start), frame.x(below), frame.y(value)
+        for start, below, num in bins:
+            left, right, top = frame.x(start), frame.x(below), frame.y(num)
             gap = 1 if right - left > 4 else 0
             parts.append(
                 f'<rect class="bar s1" x="{xy(left)}" y="{xy(top)}" '
                 f'width="{xy(right - left - gap)}" height="{xy(frame.bottom - top)}">'
                 f"<title>{number(start)} to {number(below - 1)} {escape(x_label)}: "
-                f"{number(value)} {escape(y_label)}</title></rect>"
+                f"{number(num)} {escape(y_label)}</title></rect>"
             )
         names = []
-        for name, at, row, anchor in places:
-            x, y = frame.x(min(at, high)), 30 + 16 * row
-            if at <= high:
+        for name, value, row, anchor in places:
+            x, baseline = frame.x(min(value, high)), 30 + 16 * row
+            if value <= high:
                 parts.append(
-                    f'<line class="mark" x1="{xy(x)}" x2="{xy(x)}" y1="{y - 9}" '
+                    f'<line class="mark" x1="{xy(x)}" x2="{xy(x)}" y1="{baseline - 9}" '
                     f'y2="{xy(frame.bottom)}"/>'
                 )
             names.append(
-                f'<text class="mark" x="{xy(x + (4 if anchor == "start" else -4))}" y="{y}" '
-                f'text-anchor="{anchor}">{escape(name)} {number(at)}'
-                f"{' &#8594;' if at > high else ''}</text>"
+                f'<text class="mark" x="{xy(x + (4 if anchor == "start" else -4))}" y="{baseline}" '
+                f'text-anchor="{anchor}">{escape(name)} {number(value)}'
+                f"{' &#8594;' if value > high else ''}</text>"
             )
         return frame.svg([*parts, *names], title or x_label, summary)
 

@@ -49,6 +49,22 @@ def percent(value: float) -> str:
     return f"{value:.1f} %"
 
 
+def percent_pair(before: float, after: float) -> tuple[str, str]:
+    """Return two fractions of right answers as percentages, with the decimals of their change."""
+    decimals = change_decimals(after - before)
+    return f"{100 * before:.{decimals}f} %", f"{100 * after:.{decimals}f} %"
+
+
+def points(change: float) -> str:
+    """Return a change of a fraction of right answers with its sign, in points of percent."""
+    return f"{100 * change:+.{change_decimals(change)}f}"
+
+
+def change_decimals(change: float) -> int:
+    """Return the decimals of a percentage: none for changes that are 10 points when rounded."""
+    return 0 if abs(change) >= 0.0995 else 1
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """Return a measurement with `digits` significant digits and thousands separators."""
     if value is None or math.isnan(value):

@@ -3,7 +3,14 @@
 import math
 from collections.abc import Sequence
 
-from tuneline.html.units import count, number_pair, signed
+from tuneline.html.units import (
+    change_decimals,
+    count,
+    number_pair,
+    percent_pair,
+    points,
+    signed,
+)
 from tuneline.records.scores import HELDOUT_PREFIX, TaskComparison, Verdict
 
 MAX_TARGETS = 3
@@ -49,15 +56,14 @@ def score_pair(item: TaskComparison) -> tuple[str, str]:
     """Return both scores as text: fractions of right answers in percent, others as numbers."""
     if not is_fraction(item):
         return number_pair(item.base, item.tuned)
-    digits = _digits(item.tuned - item.base)
-    return f"{100 * item.base:.{digits}f} %", f"{100 * item.tuned:.{digits}f} %"
+    return percent_pair(item.base, item.tuned)
 
 
 def change_text(item: TaskComparison, value: float) -> str:
     """Return a change of a score with its sign: in points of percent, or as a number."""
     if not is_fraction(item):
         return signed(value, 3)
-    return f"{100 * value:+.{_digits(value)}f}"
+    return points(value)
 
 
 def with_unit(item: TaskComparison) -> str:
@@ -97,13 +103,8 @@ def _towards_zero(item: TaskComparison, value: float) -> float:
     """Return a bound rounded to what is shown, never to a larger change than was proven."""
     if not is_fraction(item):
         return value
-    steps = 100 * 10 ** _digits(value)
+    steps = 100 * 10 ** change_decimals(value)
     return math.copysign(math.floor(abs(value) * steps + 1e-9) / steps, value)
-
-
-def _digits(change: float) -> int:
-    """Return the decimals of a percentage: none for changes that are 10 points when rounded."""
-    return 0 if abs(change) >= 0.0995 else 1
 
 
 def _questions(item: TaskComparison) -> str:

@@ -111,8 +111,10 @@ def test_a_lower_score_may_be_better(tmp_path: Path, new_dataset: NewDataset) ->
     assert (found.difference, found.verdict) == (0.5, "better")
     # The signs that are shown are those of the two scores beside them.
     cells = dict(zip(SCORE_COLUMNS, score_row(found), strict=True))
-    assert [cells[name] for name in ("first", "second", "change")] == ["1.00", "0.50", "-0.5"]
-    assert re.fullmatch(r"\[-0\.[56]\d*, -0\.[34]\d*\]", cells["95 % interval"])
+    shown = [cells[name] for name in ("first", "second", "change")]
+    assert shown == ["100 %", "50 %", "-50 points"]
+    assert re.fullmatch(r"\[-[56]\d, -[34]\d\]", cells["95 % interval"])
+    assert score_row(replace(found, is_fraction=False))[2:5] == ["1.00", "0.50", "-0.5"]
 
 
 def test_what_differs_is_listed(tmp_path: Path, new_dataset: NewDataset) -> None:

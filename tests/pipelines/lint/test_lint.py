@@ -473,7 +473,7 @@ def test_the_command_ends_with_one_where_something_is_wrong(tmp_path: Path) -> N
     bad.write_text(yaml.safe_dump(container("args", value=[HUB_TOKEN])), encoding="utf-8")
     command = [sys.executable, "-m", "tuneline.pipelines.cli.main", "lint", str(good)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "1 file(s) checked, nothing found\n")
+    assert (done.returncode, done.stdout) == (0, "1 file checked, nothing found\n")
     done = subprocess.run([*command, str(bad)], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "spec.containers[0].args[0]: secret-value: a Hugging Face token hf_a***" in done.stdout

@@ -119,7 +119,7 @@ def lint(
         say(f"{path}: {finding}")
     if findings:
         raise typer.Exit(1)
-    say(f"{len(files)} file(s) checked, nothing found")
+    say(f"{_files(len(files))} checked, nothing found")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -145,7 +145,7 @@ def verify(
     for result in results:
         state = "differs" if result.differences else "ok"
         name = result.path.relative_to(directory).as_posix()
-        typer.echo(f"{state}: {name} ({result.num_files} files)")
+        typer.echo(f"{state}: {name} ({_files(result.num_files)})")
         for line in result.differences:
             typer.echo(f"  {line}")
     versions = sorted({line for result in results for line in result.versions})
@@ -159,3 +159,7 @@ def verify(
         typer.echo(f"  {name}: {what}")
     if any(result.differences for result in results):
         raise typer.Exit(1)
+
+
+def _files(num_files: int) -> str:
+    return "1 file" if num_files == 1 else f"{num_files} files"

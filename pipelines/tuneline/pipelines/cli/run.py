@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from tuneline.artifacts import RunSummary
 from tuneline.errors import OutputExistsError, WorldError
@@ -189,11 +189,14 @@ def _print_summary(run: LocalRun) -> None:
     summary = run.summary()
     if summary is None:
         raise FileNotFoundError(RunSummary.filename)
-    scores = Table("task", "metric", "base", "tuned", "change", "95 % interval", box=None)
+    # The metrics are in the report; here, they would cut names and figures in a narrow terminal.
+    words = (word for comparison in summary.comparisons for word in comparison.title.split())
+    scores = Table(Column("task", min_width=max(map(len, words), default=0)), box=None)
+    for name in ("base", "tuned", "change", "95 % interval"):
+        scores.add_column(name, no_wrap=True)
     for comparison in summary.comparisons:
         scores.add_row(
             escape(comparison.title),
-            comparison.metric,
             *score_cells(comparison),
         )
     exports = Table("export", "MB", "bits per weight", "verdict", "generated text", box=None)

@@ -45,6 +45,8 @@ class ScoreDifference(SignedChange):
     num_common: int
     num_samples: tuple[int, int]
     """Samples of the first and of the second run."""
+    is_fraction: bool = False
+    """Whether the scores are fractions of right answers, which are shown in percent."""
 
     @property
     def verdict(self) -> str:
@@ -135,11 +137,12 @@ def _compare(
     weights = np.array([each.weight for each in one], np.float64)
     _, clusters = np.unique([each.cluster for each in one], return_inverse=True)
     sign = 1.0 if score.higher_is_better else -1.0
+    is_fraction = bool(np.isin(scores, (0.0, 1.0)).all() and (weights == 1).all())
     result = estimate(
         (sign * (scores[1] - scores[0]))[None],
         weights[None],
         clusters,
-        binary=bool(np.isin(scores, (0.0, 1.0)).all() and (weights == 1).all()),
+        binary=is_fraction,
         num_resamples=_NUM_RESAMPLES,
         seed=_SEED,
     )
@@ -153,6 +156,7 @@ def _compare(
         higher_is_better=score.higher_is_better,
         num_common=len(common),
         num_samples=(len(first.samples[task]), len(second.samples[task])),
+        is_fraction=is_fraction,
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tuneline.html.charts import line_chart
 from tuneline.html.page import banner, paragraph, render_page, section, table
-from tuneline.html.units import number_pair, signed
+from tuneline.html.units import number_pair, percent_pair, points, signed
 from tuneline.pipelines.compare.differences import (
     Difference,
     ScoreDifference,
@@ -29,16 +29,20 @@ SCORE_COLUMNS = (
 
 def score_row(found: ScoreDifference) -> list[str]:
     """Return the cells of a comparison of two scores, in the order of SCORE_COLUMNS."""
-    low, high = found.change_interval
+    pair = (percent_pair if found.is_fraction else number_pair)(found.first, found.second)
+    change, low, high = (
+        points(value) if found.is_fraction else signed(value, 3)
+        for value in (found.change, *found.change_interval)
+    )
     samples = str(found.num_common)
     if found.num_samples != (found.num_common, found.num_common):
         samples += f" of {found.num_samples[0]} and {found.num_samples[1]}"
     return [
         found.task,
         found.metric,
-        *number_pair(found.first, found.second),
-        signed(found.change, 3),
-        f"[{signed(low, 3)}, {signed(high, 3)}]",
+        *pair,
+        f"{change} points" if found.is_fraction else change,
+        f"[{low}, {high}]",
         samples,
         found.verdict,
     ]
