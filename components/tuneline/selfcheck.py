@@ -130,13 +130,17 @@ def _evaluate() -> str:
 def _publish() -> str:
     import fsspec
     import huggingface_hub
+    import oras.version
 
     from tuneline.publish.target import STORE_SCHEMES
+    from tuneline.publish.targets.registry_client import Client
 
     huggingface_hub.HfApi()
     for scheme in STORE_SCHEMES:
         fsspec.get_filesystem_class(scheme)
-    return f"huggingface_hub {huggingface_hub.__version__}, fsspec {fsspec.__version__}"
+    Client("localhost")
+    stores = f"fsspec {fsspec.__version__}, oras {oras.version.__version__}"
+    return f"huggingface_hub {huggingface_hub.__version__}, {stores}"
 
 
 LIBRARY_CHECKS: dict[str, Callable[[], str]] = {

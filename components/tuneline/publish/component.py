@@ -53,7 +53,7 @@ def publish(
     gguf: dsl.Input[List[dsl.Model]] = None,
     gptq: dsl.Input[List[dsl.Model]] = None,
 ) -> None:
-    """Publish a model that the gate promoted to the Hub, a directory, a claim or a store.
+    """Publish a model that the gate promoted to its targets.
 
     Args:
         target: Where the run publishes; several targets are a JSON list.

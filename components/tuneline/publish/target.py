@@ -1,4 +1,4 @@
-"""The targets of publish: a name on the Hub, a directory, a claim or a store of files.
+"""The targets of publish: a name on the Hub, a directory, a claim, a store of files, a registry.
 
 `publish_to` of a recipe is one target or a list; `runtime/parameter_text.py` writes it as one text.
 """
@@ -14,17 +14,24 @@ from tuneline.runtime.source_names import claim_name
 
 DIRECTORY_PREFIX = "dir:"
 CLAIM_PREFIX = "claim:"
+OCI_PREFIX = "oci://"
+OCI_REPOSITORY = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+"""A part of a repository's path in an OCI registry, as OCI's distribution specification has it."""
 STORE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "az")
 """Schemes of the stores that can be written to."""
 MAX_NAME_LENGTH = 81
 """Maximum length of a model's name. The Hub allows 96 characters, and the names of exports have a
 suffix such as -gptq-4bit."""
 
-Kind = Literal["hub", "directory", "claim", "store"]
-FORMS = "namespace/name for the Hub, dir:PATH, claim:NAME/PATH or s3://BUCKET/PATH (gs://, abfs://)"
+Kind = Literal["hub", "directory", "claim", "store", "registry"]
+FORMS = (
+    "namespace/name for the Hub, dir:PATH, claim:NAME/PATH, s3://BUCKET/PATH (gs://, abfs://) or "
+    "oci://HOST/PATH"
+)
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _HUB_TARGET = re.compile(rf"{_PART}/(?P<name>{_PART})")
+_OCI_PATH = re.compile(rf"[A-Za-z0-9.-]+(?::\d+)?(?:/{OCI_REPOSITORY})+")
 _ADDRESS = re.compile(r"(?P<scheme>[A-Za-z0-9]+)://")
 
 
@@ -113,6 +120,8 @@ def _parse_one(target: str) -> Target:
         return Target("claim", _claim(given, target))
     if found := _ADDRESS.match(given.strip()):
         scheme, path = found["scheme"].lower(), given.strip()[found.end() :].rstrip("/")
+        if f"{scheme}://" == OCI_PREFIX:
+            return Target("registry", _registry(given, path))
         return Target("store", _store(given, scheme, path))
     match = _HUB_TARGET.fullmatch(target)
     forbidden = re.search(r"--|\.\.|\.git$", target)
@@ -159,3 +168,18 @@ def _store(given: str, scheme: str, path: str) -> str:
             "spaces, and with no part that is empty, '.' or '..'"
         )
     return f"{scheme}://{path}"
+
+
+def _registry(given: str, path: str) -> str:
+    if "@" in path:
+        raise RecipeError(
+            f"publish_to is '{given}': in publish_to, oci:// is a registry of OCI artifacts, and "
+            "Oracle's object storage cannot be written to. Write oci://HOST/PATH, or another target"
+        )
+    if not _OCI_PATH.fullmatch(path):
+        raise RecipeError(
+            f"publish_to is '{given}': write oci://HOST/PATH without a tag, e.g. "
+            "oci://registry.example.com/team. Parts of PATH have small letters, digits, and '.', "
+            "'_' or dashes between them"
+        )
+    return f"{OCI_PREFIX}{path}"

@@ -9,6 +9,7 @@ from tuneline.errors import TunelineError
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.staging import StagedRepo
 from tuneline.publish.target import Target
+from tuneline.publish.targets.in_registry import InRegistry
 from tuneline.publish.targets.in_store import InStore
 from tuneline.publish.targets.on_disk import OnDisk, fork
 from tuneline.publish.targets.on_hub import OnHub
@@ -24,6 +25,8 @@ def open_place(target: Target, config: PublishConfig) -> Place:
             return OnHub(target.text, config)
         case "store":
             return InStore(target.text, config)
+        case "registry":
+            return InRegistry(target.text, config)
         case "directory" | "claim":
             return OnDisk(target)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tuneline.errors import CredentialsError, HubError, UserError
 from tuneline.pipelines.plan.check import Check, Verdict
-from tuneline.publish.target import Target
+from tuneline.publish.target import Target, short_name
 from tuneline.recipe import Recipe
 from tuneline.runtime.retries import SECONDS_VARIABLE
 from tuneline.runtime.source_names import claim_problem, is_claim, is_hub_id, path_on_claim
@@ -141,6 +141,12 @@ def _target(recipe: Recipe, target: Target) -> Iterator[Check]:
                 f"{target.text} can be listed; writing to it is not tried before the model is made"
             )
             yield Check("target", "ok", words)
+        case "registry":
+            from tuneline.publish.targets.in_registry import InRegistry
+
+            name = short_name(recipe.targets, recipe.name)
+            InRegistry(target.text, recipe.publish).check_access(name)
+            yield Check("target", "ok", f"{target.text}/{name} can be written")
         case "hub":
             from tuneline.publish.account import check_account, read_token
 
