@@ -130,6 +130,7 @@ def _evaluate() -> str:
 def _publish() -> str:
     import fsspec
     import huggingface_hub
+    import mlflow
     import oras.version
 
     from tuneline.publish.target import STORE_SCHEMES
@@ -139,7 +140,9 @@ def _publish() -> str:
     for scheme in STORE_SCHEMES:
         fsspec.get_filesystem_class(scheme)
     Client("localhost")
-    stores = f"fsspec {fsspec.__version__}, oras {oras.version.__version__}"
+    mlflow.MlflowClient("http://localhost")
+    registries = f"oras {oras.version.__version__}, mlflow {mlflow.__version__}"
+    stores = f"fsspec {fsspec.__version__}, {registries}"
     return f"huggingface_hub {huggingface_hub.__version__}, {stores}"
 
 

@@ -1,4 +1,4 @@
-"""The targets of publish: a name on the Hub, a directory, a claim, a store of files, a registry.
+"""The targets of publish: the forms that they have in a recipe.
 
 `publish_to` of a recipe is one target or a list; `runtime/parameter_text.py` writes it as one text.
 """
@@ -15,6 +15,7 @@ from tuneline.runtime.source_names import claim_name
 DIRECTORY_PREFIX = "dir:"
 CLAIM_PREFIX = "claim:"
 OCI_PREFIX = "oci://"
+MLFLOW_PREFIX = "mlflow:"
 OCI_REPOSITORY = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 """A part of a repository's path in an OCI registry, as OCI's distribution specification has it."""
 STORE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "az")
@@ -23,10 +24,10 @@ MAX_NAME_LENGTH = 81
 """Maximum length of a model's name. The Hub allows 96 characters, and the names of exports have a
 suffix such as -gptq-4bit."""
 
-Kind = Literal["hub", "directory", "claim", "store", "registry"]
+Kind = Literal["hub", "directory", "claim", "store", "registry", "mlflow"]
 FORMS = (
-    "namespace/name for the Hub, dir:PATH, claim:NAME/PATH, s3://BUCKET/PATH (gs://, abfs://) or "
-    "oci://HOST/PATH"
+    "namespace/name for the Hub, dir:PATH, claim:NAME/PATH, s3://BUCKET/PATH (gs://, abfs://), "
+    "oci://HOST/PATH or mlflow:NAME"
 )
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
@@ -118,6 +119,8 @@ def _parse_one(target: str) -> Target:
     given, target = target, target.strip().rstrip("/")
     if target.startswith(CLAIM_PREFIX):
         return Target("claim", _claim(given, target))
+    if target.startswith(MLFLOW_PREFIX):
+        return Target("mlflow", _registered(given, target, MLFLOW_PREFIX))
     if found := _ADDRESS.match(given.strip()):
         scheme, path = found["scheme"].lower(), given.strip()[found.end() :].rstrip("/")
         if f"{scheme}://" == OCI_PREFIX:
@@ -151,6 +154,17 @@ def _claim(given: str, target: str) -> str:
         raise RecipeError(
             f"publish_to is '{given}': write claim:NAME/PATH, with the name of a "
             "PersistentVolumeClaim and a path on it, e.g. claim:models/team"
+        )
+    return target
+
+
+def _registered(given: str, target: str, prefix: str) -> str:
+    name = target.removeprefix(prefix)
+    if not re.fullmatch(_PART, name) or len(name) > MAX_NAME_LENGTH:
+        raise RecipeError(
+            f"publish_to is '{given}': write {prefix}NAME, e.g. {prefix}support. NAME has ASCII "
+            "letters, digits, '-', '_' and '.', starts with a letter or digit, and has at most "
+            f"{MAX_NAME_LENGTH} characters"
         )
     return target
 

@@ -140,6 +140,9 @@ def test_a_target_that_cannot_be_written(rows: Path, monkeypatch: pytest.MonkeyP
         registry.faults = [Fault("POST", "/team/mine/", 403, "DENIED")]
         assert "fail: begin an upload to mine at oci://" in words(in_registry, "target")
         assert registry.written == []
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    said = words(recipe(rows, publish_to="mlflow:support"), "target")
+    assert said.startswith("fail: publish_to is mlflow:support, but MLFLOW_TRACKING_URI")
     # The pods have a token of their own.
     assert "target" not in verdicts(recipe(rows, publish_to="me/x"), is_local=False)
 

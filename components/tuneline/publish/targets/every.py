@@ -13,6 +13,7 @@ from tuneline.publish.targets.in_registry import InRegistry
 from tuneline.publish.targets.in_store import InStore
 from tuneline.publish.targets.on_disk import OnDisk, fork
 from tuneline.publish.targets.on_hub import OnHub
+from tuneline.publish.targets.on_mlflow import OnMlflow
 from tuneline.publish.targets.place import Place
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ def open_place(target: Target, config: PublishConfig) -> Place:
             return InStore(target.text, config)
         case "registry":
             return InRegistry(target.text, config)
+        case "mlflow":
+            return OnMlflow(target.text, config)
         case "directory" | "claim":
             return OnDisk(target)
 

@@ -147,6 +147,15 @@ def _target(recipe: Recipe, target: Target) -> Iterator[Check]:
             name = short_name(recipe.targets, recipe.name)
             InRegistry(target.text, recipe.publish).check_access(name)
             yield Check("target", "ok", f"{target.text}/{name} can be written")
+        case "mlflow":
+            from tuneline.publish.targets.on_mlflow import OnMlflow
+
+            OnMlflow(target.text, recipe.publish).check_access()
+            words = (
+                f"models can be looked up for {target.text}; writing is not tried before the model "
+                "is made"
+            )
+            yield Check("target", "ok", words)
         case "hub":
             from tuneline.publish.account import check_account, read_token
 
