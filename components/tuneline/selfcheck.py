@@ -131,6 +131,7 @@ def _publish() -> str:
     import fsspec
     import huggingface_hub
     import mlflow
+    import model_registry
     import oras.version
 
     from tuneline.publish.target import STORE_SCHEMES
@@ -142,6 +143,7 @@ def _publish() -> str:
     Client("localhost")
     mlflow.MlflowClient("http://localhost")
     registries = f"oras {oras.version.__version__}, mlflow {mlflow.__version__}"
+    registries += f", model-registry {model_registry.__version__}"
     stores = f"fsspec {fsspec.__version__}, {registries}"
     return f"huggingface_hub {huggingface_hub.__version__}, {stores}"
 

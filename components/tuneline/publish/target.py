@@ -16,6 +16,7 @@ DIRECTORY_PREFIX = "dir:"
 CLAIM_PREFIX = "claim:"
 OCI_PREFIX = "oci://"
 MLFLOW_PREFIX = "mlflow:"
+MODEL_REGISTRY_PREFIX = "model-registry:"
 OCI_REPOSITORY = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 """A part of a repository's path in an OCI registry, as OCI's distribution specification has it."""
 STORE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "az")
@@ -24,12 +25,15 @@ MAX_NAME_LENGTH = 81
 """Maximum length of a model's name. The Hub allows 96 characters, and the names of exports have a
 suffix such as -gptq-4bit."""
 
-Kind = Literal["hub", "directory", "claim", "store", "registry", "mlflow"]
+Kind = Literal["hub", "directory", "claim", "store", "registry", "mlflow", "model-registry"]
 FORMS = (
     "namespace/name for the Hub, dir:PATH, claim:NAME/PATH, s3://BUCKET/PATH (gs://, abfs://), "
-    "oci://HOST/PATH or mlflow:NAME"
+    "oci://HOST/PATH, mlflow:NAME or model-registry:NAME"
 )
 
+_ADDRESSED: tuple[Kind, ...] = ("hub", "store", "registry", "claim")
+"""Kinds of targets whose addresses others can read."""
+_ORDER: dict[Kind, int] = {"hub": -1, "model-registry": 1}
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _HUB_TARGET = re.compile(rf"{_PART}/(?P<name>{_PART})")
 _OCI_PATH = re.compile(rf"[A-Za-z0-9.-]+(?::\d+)?(?:/{OCI_REPOSITORY})+")
@@ -66,11 +70,13 @@ def check_targets(given: str | Sequence[str]) -> str | list[str]:
     """Check `publish_to`; return it without slashes at the ends of targets.
 
     Raises:
-        RecipeError: a target has no known form, the list is empty, a target is in it twice, or
-            several of them are on the Hub.
+        RecipeError: a target has no known form, the list is empty, a target is in it twice,
+            several of them are on the Hub, or a registry of addresses has none to register.
     """
     if isinstance(given, str):
-        return check_target(given)
+        target = _parse_one(given)
+        _check_addresses([target])
+        return target.text
     targets = [_parse_one(each) for each in given]
     names = [target.text for target in targets]
     if not names:
@@ -84,18 +90,36 @@ def check_targets(given: str | Sequence[str]) -> str | list[str]:
             f"publish_to names {len(on_hub)} repositories on the Hub ({', '.join(on_hub)}), but "
             "the model cards can name one. Keep one of them"
         )
+    _check_addresses(targets)
     return names
 
 
+def _check_addresses(targets: Sequence[Target]) -> None:
+    """Check that a target which holds addresses has one to hold.
+
+    Raises:
+        RecipeError: no other target has an address that others can read.
+    """
+    registries = [target.text for target in targets if target.kind == "model-registry"]
+    if registries and not any(target.kind in _ADDRESSED for target in targets):
+        raise RecipeError(
+            f"publish_to names {registries[0]}, which registers the address of a model and holds "
+            "no files. Name a target with an address too: the Hub, s3://BUCKET/PATH (gs://, "
+            "abfs://), oci://HOST/PATH or claim:NAME/PATH"
+        )
+
+
 def parse_targets(text: str) -> list[Target]:
-    """Return the targets of a text that is a target or that `encode_list` wrote, the Hub's first.
+    """Return the targets of a text that is a target or that `encode_list` wrote.
+
+    The Hub is first, because it names the model; registries of addresses are last.
 
     Raises:
         RecipeError: see `check_targets`.
     """
     checked = check_targets(decode_list(text))
     targets = [_parse_one(each) for each in ([checked] if isinstance(checked, str) else checked)]
-    return sorted(targets, key=lambda target: target.kind != "hub")
+    return sorted(targets, key=lambda target: _ORDER.get(target.kind, 0))
 
 
 def short_name(targets: Sequence[Target], recipe_name: str) -> str:
@@ -121,6 +145,8 @@ def _parse_one(target: str) -> Target:
         return Target("claim", _claim(given, target))
     if target.startswith(MLFLOW_PREFIX):
         return Target("mlflow", _registered(given, target, MLFLOW_PREFIX))
+    if target.startswith(MODEL_REGISTRY_PREFIX):
+        return Target("model-registry", _registered(given, target, MODEL_REGISTRY_PREFIX))
     if found := _ADDRESS.match(given.strip()):
         scheme, path = found["scheme"].lower(), given.strip()[found.end() :].rstrip("/")
         if f"{scheme}://" == OCI_PREFIX:

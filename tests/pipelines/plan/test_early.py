@@ -143,6 +143,10 @@ def test_a_target_that_cannot_be_written(rows: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     said = words(recipe(rows, publish_to="mlflow:support"), "target")
     assert said.startswith("fail: publish_to is mlflow:support, but MLFLOW_TRACKING_URI")
+    monkeypatch.delenv("MODEL_REGISTRY_URL", raising=False)
+    referring = recipe(rows, publish_to=["model-registry:support", "claim:none/y"])
+    found = [check.words for check in check_early(referring, is_local=True)]
+    assert any("but MODEL_REGISTRY_URL is ''. Set it to the reg" in each for each in found)
     # The pods have a token of their own.
     assert "target" not in verdicts(recipe(rows, publish_to="me/x"), is_local=False)
 

@@ -97,7 +97,9 @@ class InRegistry:
             # Not every registry can end an upload; all of them forget it after some time.
             logger.debug("the upload that was begun as a check stays: %s", error)
 
-    def push(self, staged: Sequence[StagedRepo]) -> list[PublishedRepo]:
+    def push(
+        self, staged: Sequence[StagedRepo], elsewhere: Sequence[PublishedRepo] = ()
+    ) -> list[PublishedRepo]:
         """Push every repository as a new version; see `Place`."""
         return [self._push_one(repo) for repo in staged]
 

@@ -100,7 +100,9 @@ class OnMlflow:
         """
         self._call("look up models", lambda c: c.search_registered_models(max_results=1))
 
-    def push(self, staged: Sequence[StagedRepo]) -> list[PublishedRepo]:
+    def push(
+        self, staged: Sequence[StagedRepo], elsewhere: Sequence[PublishedRepo] = ()
+    ) -> list[PublishedRepo]:
         """Push every repository as a new version; see `Place`."""
         return [self._push_one(repo, name_for(repo, staged, self._name)) for repo in staged]
 

@@ -156,6 +156,12 @@ def _target(recipe: Recipe, target: Target) -> Iterator[Check]:
                 "is made"
             )
             yield Check("target", "ok", words)
+        case "model-registry":
+            from tuneline.publish.targets.on_model_registry import OnModelRegistry
+
+            OnModelRegistry(target.text, recipe.publish).check_access()
+            words = f"models can be looked up for {target.text}; registering is not tried"
+            yield Check("target", "ok", words)
         case "hub":
             from tuneline.publish.account import check_account, read_token
 
