@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from tuneline.errors import CredentialsError, HubError, UserError
+from tuneline.errors import CredentialsError, HubError, StorageError, UserError
 from tuneline.pipelines.plan.check import Check, Verdict
 from tuneline.publish.target import Target, short_name
 from tuneline.recipe import Recipe
@@ -70,7 +70,7 @@ def _look(
     """Yield the checks of a function, and the error that ends it as a check."""
     try:
         yield from look(recipe)
-    except HubError as error:
+    except (HubError, StorageError) as error:
         yield Check(name, "unknown", str(error))
     except UserError as error:
         # The pods of a cluster may have another token than this machine.
