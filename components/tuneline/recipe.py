@@ -47,8 +47,10 @@ class Recipe(StrictModel):
     publish_to: str | list[str]
     """Where to publish: a Hub repository such as my-org/my-model, dir:PATH for a directory,
     claim:NAME/PATH for a path on a claim, s3://BUCKET/PATH (gs://, abfs://) for a store of files,
-    or a list of these, which all get the same files. In a local run, PATH of dir:PATH is relative
-    to the directory of the recipe's file."""
+    oci://HOST/PATH for a registry of OCI artifacts, mlflow:NAME for a registered model of MLflow,
+    or a list of these, which all get the same files. A list may also have model-registry:NAME,
+    which registers the address of one of the others in Kubeflow's Model Registry. In a local run,
+    PATH of dir:PATH is relative to the directory of the recipe's file."""
     fetch: FetchConfig = FetchConfig()
     prepare: PrepareConfig = PrepareConfig()
     train: TrainConfig = TrainConfig()

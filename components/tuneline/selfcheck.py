@@ -130,13 +130,22 @@ def _evaluate() -> str:
 def _publish() -> str:
     import fsspec
     import huggingface_hub
+    import mlflow
+    import model_registry
+    import oras.version
 
     from tuneline.publish.target import STORE_SCHEMES
+    from tuneline.publish.targets.registry_client import Client
 
     huggingface_hub.HfApi()
     for scheme in STORE_SCHEMES:
         fsspec.get_filesystem_class(scheme)
-    return f"huggingface_hub {huggingface_hub.__version__}, fsspec {fsspec.__version__}"
+    Client("localhost")
+    mlflow.MlflowClient("http://localhost")
+    registries = f"oras {oras.version.__version__}, mlflow {mlflow.__version__}"
+    registries += f", model-registry {model_registry.__version__}"
+    stores = f"fsspec {fsspec.__version__}, {registries}"
+    return f"huggingface_hub {huggingface_hub.__version__}, {stores}"
 
 
 LIBRARY_CHECKS: dict[str, Callable[[], str]] = {

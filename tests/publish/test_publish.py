@@ -435,7 +435,7 @@ def test_a_decision_that_was_changed_to_promote_is_found(run_dir: Path, tmp_path
 
 def test_a_target_that_is_neither(run_dir: Path) -> None:
     done = publish(run_dir, "no-namespace", "out", HF_TOKEN=TOKEN)
-    assert "write namespace/name for the Hub, dir:PATH, claim:NAME/PATH or s3:" in sentence(done, 2)
+    assert "write namespace/name for the Hub, dir:PATH, claim:NAME/PATH, s3:" in sentence(done, 2)
 
 
 def test_a_published_repository_verifies_and_tells_of_a_change(

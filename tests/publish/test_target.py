@@ -45,6 +45,10 @@ def test_a_directory_has_its_path_in_full(target: str) -> None:
         (["me/a", "you/b"], r"names 2 repositories on the Hub \(me/a, you/b\)"),
         ("claim:Models/x", "write claim:NAME/PATH, with the name of a PersistentVolumeClaim"),
         ("claim:models/../x", "write claim:NAME/PATH"),
+        *((f"mlflow:{name}", "write mlflow:NAME, e.g. mlflow:supp") for name in ("", "a/b", "a:1")),
+        ("model-registry:", "write model-registry:NAME, e.g. model-registry:support"),
+        ("oci://bucket@namespace/x", "Oracle's object storage cannot be written to"),
+        *((f"oci://{path}", "write oci://HOST/PATH without") for path in ("h", "h/a:v1", "h/Team")),
         ("ftp://host/x", "ftp:// cannot be written to.*the stores are s3://, gs://"),
         ("https://host/x", "https:// cannot be written to"),
         *((f"s3://{path}", "write s3://BUCKET/PATH, without wildcards") for path in ("/", "b//c")),
@@ -58,6 +62,7 @@ def test_what_no_target_is_gets_a_sentence(given: str | list[str], problem: str)
 
 def test_several_targets_are_one_parameter() -> None:
     given = ["S3://bucket/models/", "claim:models/team/", "dir:/a, b", "me/mine"]
+    given += ["oci://host:5000/team/a_b/", "mlflow:Support", "model-registry:s"]
     text = encode_list(given)
     targets = parse_targets(text)
     assert [(target.kind, target.text) for target in targets] == [
@@ -65,6 +70,9 @@ def test_several_targets_are_one_parameter() -> None:
         ("store", "s3://bucket/models"),
         ("claim", "claim:models/team"),
         ("directory", "dir:/a, b"),
+        ("registry", "oci://host:5000/team/a_b"),
+        ("mlflow", "mlflow:Support"),
+        ("model-registry", "model-registry:s"),
     ]
     assert family_name(targets, "recipe") == "me/mine"
     assert family_name(targets[1:], "recipe") == "recipe"

@@ -214,6 +214,7 @@ def test_names_and_storage() -> None:
         "s3://bucket/models/mine": "s3://bucket/models/mine/v2",
         "claim:models/team/mine": "pvc://models/team/mine",
         "/srv/out/mine": "pvc://CLAIM/mine",
+        "oci://registry.example.com/team/mine": "pvc://CLAIM/mine",
         "mine": "pvc://CLAIM/mine",
     }.items():
         assert storage_uri(repo, commit="c" * 40, version="v2") == uri

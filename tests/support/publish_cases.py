@@ -1,5 +1,6 @@
-"""Publish the artifacts of a run in a process of its own, as the step does."""
+"""Publish the artifacts of a run in a process of its own, as the step does; staged trees."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -23,6 +24,8 @@ from tuneline.gate.exports import verdict_on
 from tuneline.merge.config import MergeConfig
 from tuneline.prepare.config import PrepareConfig
 from tuneline.publish.config import PublishConfig
+from tuneline.publish.previous import MARKER_FILE
+from tuneline.publish.staging import StagedRepo
 from tuneline.quantize.config import QuantizeConfig
 from tuneline.recipe import Recipe
 from tuneline.record import Record
@@ -43,6 +46,7 @@ LINE: dict[str, tuple[type[Record], StrictModel, tuple[str, ...]]] = {
 }
 """Directories of a run in the order of its steps: record, config, and what each is made from."""
 EXPORTS = ("q8_0", "gptq-4bit")
+WEIGHTS = bytes(range(256)) * 40
 
 
 def write_again(
@@ -128,3 +132,32 @@ REPOS = {
     "me/mine-gguf": "gguf",
     "me/mine-gptq-4bit": "gptq",
 }
+
+
+def staged_tree(root: Path, *, seed: int = 1, speed: int = 1) -> list[StagedRepo]:
+    """Stage `mine-lora` and `mine`.
+
+    Args:
+        root: an existing directory; the trees of other numbers may be in it already.
+        seed: what distinguishes one model from another.
+        speed: what two runs of the same model measure differently, in their cards.
+    """
+    repos = []
+    for name, kind in (("mine-lora", "adapter"), ("mine", "merged")):
+        folder = root / f"staged-{seed}-{speed}" / name
+        (folder / "serving").mkdir(parents=True)
+        files = {"config.json": str(seed).encode(), "model.safetensors": WEIGHTS}
+        files |= {"serving/vllm.yaml": b"kind: InferenceService\n", "empty.txt": b""}
+        for file, content in files.items():
+            folder.joinpath(file).write_bytes(content)
+        hashes = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
+        folder.joinpath("README.md").write_text(f"{speed} tokens per second")
+        marker = {"files": hashes, "kind": kind, "card": {"sha256": str(speed)}}
+        folder.joinpath(MARKER_FILE).write_text(json.dumps(marker))
+        repos.append(StagedRepo(name, kind, folder))  # type: ignore[arg-type]
+    return repos
+
+
+def content_of(repo: StagedRepo) -> dict[str, bytes]:
+    """Return the files of a staged repository."""
+    return {name: path.read_bytes() for name, path in repo.files().items()}

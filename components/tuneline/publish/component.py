@@ -57,7 +57,7 @@ def publish(
     run_id: str = "",
     quantize_config: str = "",
 ) -> None:
-    """Publish a model that the gate promoted to the Hub, a directory, a claim or a store.
+    """Publish a model that the gate promoted to its targets.
 
     Args:
         target: Where the run publishes; several targets are a JSON list.

@@ -80,6 +80,12 @@ def same_model(bundle: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
     )
 
 
+def model_sha256(bundle: Mapping[str, Any]) -> str:
+    """Return a hash that is the same for two tuneline.json of which `same_model` is true."""
+    keys = sorted(bundle.keys() - _MEASURED)
+    return _sha256(json.dumps([[key, bundle[key]] for key in keys], sort_keys=True))
+
+
 def check_ours(previous: Previous, *, kind: str, names: Set[str]) -> None:
     """Check that a repository may get a new version.
 

@@ -201,7 +201,8 @@ def write_serving(
             for each in published
             if PurePosixPath(each.repo).name == repo.short_name
         ]
-        uri = next((uri for uri in uris if not uri.startswith(UNKNOWN_STORAGE)), uris[0])
+        known = (uri for uri in uris if not uri.startswith(UNKNOWN_STORAGE))
+        uri = next(known, storage_uri(repo.short_name))
         for relative, text in _serving_files(sources, repo, uri=uri).items():
             path = directory / FOLDER / repo.short_name / PurePosixPath(relative).name
             path.parent.mkdir(parents=True, exist_ok=True)

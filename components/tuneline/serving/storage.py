@@ -8,8 +8,9 @@ UNKNOWN_STORAGE = "pvc://CLAIM"
 """Stands for the claim of files that are in a directory, which only its reader can name. CLAIM is
 no name that Kubernetes accepts, so the file cannot be applied by mistake."""
 
-_STORES = ("s3://", "gs://", "hf://", "pvc://", "oci://", "https://")
-"""Storage URIs that KServe reads and that a target of publish may have."""
+_STORES = ("s3://", "gs://", "hf://", "pvc://", "https://")
+"""Storage URIs that KServe reads and that a target of publish may have. Of oci://, KServe reads
+only images whose /models has the model, and publish makes artifacts."""
 _CLAIM = "claim:"
 
 
@@ -17,7 +18,7 @@ def storage_uri(repo: str, *, commit: str | None = None, version: str | None = N
     """Return the storage URI of a published repository.
 
     Args:
-        repo: Hub ID, URI in a store, `claim:NAME/PATH`, or path of a directory.
+        repo: Hub ID, URI in a store or a registry, `claim:NAME/PATH`, or path of a directory.
         commit: Hub commit; None: the newest.
         version: tag of the version, which is a directory of a repository in a store.
     """

@@ -60,6 +60,10 @@ MISTAKES = [
     (("compile", "nonsense"), "no recipe 'nonsense': give a YAML file, or one of demo"),
     (("compile", "demo", "--set", "train.lr=1"), "train.lr: unknown key"),
     (("compile", "demo", "--set", "train.max_steps"), "write KEY=VALUE"),
+    (
+        ("compile", "demo", "--set", "publish_to=model-registry:x"),
+        "error: --set publish_to=model-registry:x: publish_to: publish_to names model-registry:x",
+    ),
     (("compile", "demo", "--set", "train.max_steps=["), "the value is not YAML"),
     (
         ("compile", "demo", "-o", "absent/x.yaml"),

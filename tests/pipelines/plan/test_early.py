@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from hub_server import TOKEN, Hub
+from registry_server import Fault, serving
 
 from tuneline.pipelines.plan.early import check_early
 from tuneline.recipe import Recipe
@@ -133,6 +134,19 @@ def test_a_target_that_cannot_be_written(rows: Path, monkeypatch: pytest.MonkeyP
     found = [check for check in check_early(several, is_local=True) if check.name == "target"]
     assert [check.verdict for check in found] == ["unknown", "ok", "fail"]
     assert "the claim none is not mounted here" in found[2].words
+    with serving() as registry:
+        in_registry = recipe(rows, publish_to=f"oci://{registry.host}/team")
+        assert words(in_registry, "target") == f"ok: oci://{registry.host}/team/mine can be written"
+        registry.faults = [Fault("POST", "/team/mine/", 403, "DENIED")]
+        assert "fail: begin an upload to mine at oci://" in words(in_registry, "target")
+        assert registry.written == []
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    said = words(recipe(rows, publish_to="mlflow:support"), "target")
+    assert said.startswith("fail: publish_to is mlflow:support, but MLFLOW_TRACKING_URI")
+    monkeypatch.delenv("MODEL_REGISTRY_URL", raising=False)
+    referring = recipe(rows, publish_to=["model-registry:support", "claim:none/y"])
+    found = [check.words for check in check_early(referring, is_local=True)]
+    assert any("but MODEL_REGISTRY_URL is ''. Set it to the reg" in each for each in found)
     # The pods have a token of their own.
     assert "target" not in verdicts(recipe(rows, publish_to="me/x"), is_local=False)
 

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import model_registry_server
+import registry_server
 from publish_cases import REPOS, TOKEN, publish, recipe_of
 
 from tuneline.artifacts import Published
@@ -47,3 +49,35 @@ def test_a_run_publishes_to_all_of_its_targets(run_dir: Path, hub, tmp_path: Pat
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         repo.rpartition("/")[2] for repo in REPOS
     )
+
+
+def test_a_run_publishes_to_registries(run_dir: Path, tmp_path: Path) -> None:
+    """An OCI registry and MLflow get the files, and the Model Registry the address of the first."""
+    targets = ["mlflow:team-mine", "model-registry:team-mine"]
+    with registry_server.serving() as oci, model_registry_server.serving() as addresses:
+        targets.append(f"oci://{oci.host}/team")
+        recipe = recipe_of().model_copy(update={"publish_to": targets})
+        environment = {
+            "HOME": str(tmp_path),
+            "MLFLOW_TRACKING_URI": (tmp_path / "mlruns").as_uri(),
+            "MLFLOW_ALLOW_FILE_STORE": "true",
+            "MODEL_REGISTRY_URL": addresses.url,
+        }
+        done = publish(run_dir, json.dumps(targets), "out", recipe=recipe, **environment)
+        assert done.returncode == 0, done.stderr
+        card = oci.files("team/mine", "v1")["README.md"].decode()
+        registered = addresses.addresses("team-mine-gptq-4bit")
+    record = Published.read(run_dir / "out")
+    names = [repo.rpartition("/")[2] for repo in REPOS]
+    assert [repo.url for repo in record.repos] == [
+        *(f"models:/team-{name}/1" for name in names),
+        *(f"oci://{oci.host}/team/{name}:v1" for name in names),
+        *(f"model-registry:team-{name}/v1" for name in names),
+    ]
+    assert registered == {"v1": [f"oci://{oci.host}/team/mine-gptq-4bit:v1"]}
+    assert record.metadata()["gptq-4bit_3"] == "model-registry:team-mine-gptq-4bit/v1"
+    # The card names the kinds of the targets alone.
+    assert oci.host not in card and "- mlflow\n" in card and "- model-registry\n" in card
+    # None of them is storage that KServe reads.
+    served = [path.read_text() for path in (run_dir / "out").rglob("*.yaml")]
+    assert served and all("pvc://CLAIM/mine" in text for text in served)

@@ -9,9 +9,12 @@ from tuneline.errors import TunelineError
 from tuneline.publish.config import PublishConfig
 from tuneline.publish.staging import StagedRepo
 from tuneline.publish.target import Target
+from tuneline.publish.targets.in_registry import InRegistry
 from tuneline.publish.targets.in_store import InStore
 from tuneline.publish.targets.on_disk import OnDisk, fork
 from tuneline.publish.targets.on_hub import OnHub
+from tuneline.publish.targets.on_mlflow import OnMlflow
+from tuneline.publish.targets.on_model_registry import OnModelRegistry
 from tuneline.publish.targets.place import Place
 
 logger = logging.getLogger(__name__)
@@ -24,6 +27,12 @@ def open_place(target: Target, config: PublishConfig) -> Place:
             return OnHub(target.text, config)
         case "store":
             return InStore(target.text, config)
+        case "registry":
+            return InRegistry(target.text, config)
+        case "mlflow":
+            return OnMlflow(target.text, config)
+        case "model-registry":
+            return OnModelRegistry(target.text, config)
         case "directory" | "claim":
             return OnDisk(target)
 
@@ -41,7 +50,7 @@ def publish_everywhere(
 
     Args:
         staged: the repositories.
-        targets: the targets, the Hub's first.
+        targets: the targets, as `parse_targets` orders them.
         config: the `publish` section of the recipe.
         scratch: an empty directory on the file system of the staged repositories.
 
@@ -59,7 +68,7 @@ def publish_everywhere(
         # Each target gets a copy, because a repository keeps what people wrote into its card.
         copies = [fork(repo, scratch / str(number)) for repo in staged]
         try:
-            repos = place.push(copies)
+            repos = place.push(copies, published)
         except TunelineError as error:
             errors[target] = error
             logger.error("%s was not published: %s", target.text, error)

@@ -88,7 +88,9 @@ class InStore:
             with contextlib.suppress(PermissionError):
                 fs.ls(path.partition("/")[0], detail=False)
 
-    def push(self, staged: Sequence[StagedRepo]) -> list[PublishedRepo]:
+    def push(
+        self, staged: Sequence[StagedRepo], elsewhere: Sequence[PublishedRepo] = ()
+    ) -> list[PublishedRepo]:
         """Push every repository as a new version; see `Place`."""
         return [self._push_one(repo) for repo in staged]
 

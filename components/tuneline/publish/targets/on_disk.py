@@ -43,7 +43,9 @@ class OnDisk:
         with scratch_in(self.directory):
             check_tree(staged, self.directory)
 
-    def push(self, staged: Sequence[StagedRepo]) -> list[PublishedRepo]:
+    def push(
+        self, staged: Sequence[StagedRepo], elsewhere: Sequence[PublishedRepo] = ()
+    ) -> list[PublishedRepo]:
         """Put all repositories in their places, or none; see `Place`."""
         # The files have to be on the file system of the directory, so that one rename puts each
         # repository in its place.

@@ -22,7 +22,9 @@ class OnHub:
         """Check the token and all repositories; see `Place`."""
         check_push(new_api(read_token(self._target)), staged, self._config)
 
-    def push(self, staged: Sequence[StagedRepo]) -> list[PublishedRepo]:
+    def push(
+        self, staged: Sequence[StagedRepo], elsewhere: Sequence[PublishedRepo] = ()
+    ) -> list[PublishedRepo]:
         """Push every repository as a commit; see `Place`."""
         return push(list(staged), token=read_token(self._target), config=self._config)
 

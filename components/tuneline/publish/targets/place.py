@@ -19,11 +19,14 @@ class Place(Protocol):
             HubError: the place cannot be reached.
         """
 
-    def push(self, staged: Sequence[StagedRepo]) -> list[PublishedRepo]:
+    def push(
+        self, staged: Sequence[StagedRepo], elsewhere: Sequence[PublishedRepo] = ()
+    ) -> list[PublishedRepo]:
         """Push the repositories; one that holds the same model already stays as it is.
 
         Args:
             staged: the repositories; their folders are this place's own and may be changed.
+            elsewhere: what earlier targets of the run have, for places that hold addresses.
 
         Raises:
             TunelineError: a repository could not be pushed.

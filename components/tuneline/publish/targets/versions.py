@@ -1,11 +1,12 @@
 """The tags v1, v2 and so on, for places without a history: a repository has one per version."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tuneline.errors import OutputExistsError
 from tuneline.publish.previous import MARKER_FILE
+from tuneline.publish.staging import StagedRepo
 
 _TAG = re.compile(r"v([1-9]\d*)")
 
@@ -20,6 +21,18 @@ def next_tag(tags: Iterable[str]) -> str:
     """Return the tag after the newest one."""
     newest = newest_first(tags)[:1]
     return f"v{int(newest[0][1:]) + 1}" if newest else "v1"
+
+
+def name_for(repo: StagedRepo, staged: Sequence[StagedRepo], name: str) -> str:
+    """Return the name of a repository at a target that names the merged model itself.
+
+    Args:
+        repo: the repository.
+        staged: all repositories of the run.
+        name: the merged model's name at the target; exports have a suffix, e.g. -gguf.
+    """
+    merged = next(each.folder.name for each in staged if each.kind == "merged")
+    return name + repo.folder.name.removeprefix(merged)
 
 
 def check_versions(

@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def _exit(message: str, exit_code: int) -> NoReturn:
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     text = f"error: {printable(message)}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     sys.exit(exit_code)

@@ -4,7 +4,8 @@ from rich.console import Console
 
 from tuneline.runtime.printable import printable
 
-console = Console()
+# rich would show :x: in a text as a picture.
+console = Console(emoji=False)
 
 
 def say(text: str) -> None:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from tuneline.errors import CredentialsError, HubError, UserError
+from tuneline.errors import CredentialsError, HubError, StorageError, UserError
 from tuneline.pipelines.plan.check import Check, Verdict
-from tuneline.publish.target import Target
+from tuneline.publish.target import Target, short_name
 from tuneline.recipe import Recipe
 from tuneline.runtime.retries import SECONDS_VARIABLE
 from tuneline.runtime.source_names import claim_problem, is_claim, is_hub_id, path_on_claim
@@ -70,7 +70,7 @@ def _look(
     """Yield the checks of a function, and the error that ends it as a check."""
     try:
         yield from look(recipe)
-    except HubError as error:
+    except (HubError, StorageError) as error:
         yield Check(name, "unknown", str(error))
     except UserError as error:
         # The pods of a cluster may have another token than this machine.
@@ -140,6 +140,27 @@ def _target(recipe: Recipe, target: Target) -> Iterator[Check]:
             words = (
                 f"{target.text} can be listed; writing to it is not tried before the model is made"
             )
+            yield Check("target", "ok", words)
+        case "registry":
+            from tuneline.publish.targets.in_registry import InRegistry
+
+            name = short_name(recipe.targets, recipe.name)
+            InRegistry(target.text, recipe.publish).check_access(name)
+            yield Check("target", "ok", f"{target.text}/{name} can be written")
+        case "mlflow":
+            from tuneline.publish.targets.on_mlflow import OnMlflow
+
+            OnMlflow(target.text, recipe.publish).check_access()
+            words = (
+                f"models can be looked up for {target.text}; writing is not tried before the model "
+                "is made"
+            )
+            yield Check("target", "ok", words)
+        case "model-registry":
+            from tuneline.publish.targets.on_model_registry import OnModelRegistry
+
+            OnModelRegistry(target.text, recipe.publish).check_access()
+            words = f"models can be looked up for {target.text}; registering is not tried"
             yield Check("target", "ok", words)
         case "hub":
             from tuneline.publish.account import check_account, read_token
