@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from google.protobuf import json_format
 from kfp import compiler
 
+from tuneline.errors import UserError
 from tuneline.images import USER_ID
 from tuneline.pipelines.catalog import RECIPES_DIR
 from tuneline.pipelines.finetune import finetune
@@ -247,6 +249,18 @@ def test_side_effects_are_never_cached(demo: tuple[str, dict, dict]) -> None:
         assert not found[name].get("cachingOptions", {}).get("enableCache", False)
     for name in ("fetch", "prepare", "train", "merge", "evaluate", "gate"):
         assert found[name]["cachingOptions"]["enableCache"] is True
+
+
+def test_a_step_that_a_run_names_is_not_taken_from_the_cache() -> None:
+    """A damaged artifact in the cache was a dead end: every further run took it again."""
+    recipe = load_recipe(RECIPES_DIR / "demo.yaml")
+    spec = finetune(recipe, on_cluster=False, uncached=["train"]).pipeline_spec
+    found = tasks(json_format.MessageToDict(spec))
+    cached = {name: task.get("cachingOptions", {}) for name, task in found.items()}
+    assert not cached["train"].get("enableCache", False)
+    assert cached["prepare"]["enableCache"] is cached["merge"]["enableCache"] is True
+    with pytest.raises(UserError, match="--no-cache names trian, but this run has no such step"):
+        finetune(recipe, on_cluster=False, uncached=["trian"])
 
 
 def test_the_cache_asks_what_stands_behind_the_names(demo: tuple[str, dict, dict]) -> None:
