@@ -60,7 +60,7 @@ def push(staged: list[Any], scratch: Path, store: registry_server.RegistryServer
 def test_each_model_is_a_version(
     registry: ModelRegistryServer, store: registry_server.RegistryServer, tmp_path: Path
 ) -> None:
-    """Pushed, pushed again, and other models; versions of others stay."""
+    """Pushed, pushed again, and another model; versions of others stay."""
     address = f"oci://{store.host}/team"
     repos = push(staged_tree(tmp_path), tmp_path / "a", store)
     assert [(repo.target, repo.url, repo.tag, repo.num_files) for repo in repos] == [
@@ -75,10 +75,9 @@ def test_each_model_is_a_version(
     theirs = {"name": "blessed", "registeredModelId": model, "id": "99", "state": "LIVE"}
     registry.versions["99"] = theirs
     assert push(staged_tree(tmp_path, speed=2), tmp_path / "b", store) == repos
-    for seed in (2, 3):
-        push(staged_tree(tmp_path, seed=seed), tmp_path / f"c{seed}", store)
+    push(staged_tree(tmp_path, seed=2), tmp_path / "c", store)
     assert registry.addresses("support") == {
-        **{f"v{number}": [f"{address}/mine:v{number}"] for number in (1, 2, 3)},
+        **{f"v{number}": [f"{address}/mine:v{number}"] for number in (1, 2)},
         "blessed": [],
     }
     assert registry.versions["99"] == theirs
