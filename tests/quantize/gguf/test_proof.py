@@ -118,7 +118,7 @@ def test_no_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", [float("nan"), 5.0])
 def test_a_bound_holds_numbers_that_are_not_finite_too(broken: float) -> None:
-    found = quality.Quality(broken, 0.5, 2.0, 1.5, 8)
+    found = quality.Quality(broken, 0.5, 2.0, 1.5, 8, 400)
     with pytest.raises(
         ProofError,
         match=rf"q8_0 has a mean KL divergence of {broken:g} nats .* at 50\.0% of positions",
@@ -134,7 +134,7 @@ def test_advice_after_a_violated_bound_is_what_can_help() -> None:
     def advice(kl: float, top1: float, name: str) -> str:
         with pytest.raises(ProofError) as raised:
             bound = dataclasses.replace(FORMATS[name].bound, max_mean_kl=1e-9)
-            quality.check_bounds(quality.Quality(kl, top1, 2.0, 1.5, 8), bound, name)
+            quality.check_bounds(quality.Quality(kl, top1, 2.0, 1.5, 8, 400), bound, name)
         return str(raised.value)
 
     assert "use a format with more bits (q4_k_s, iq4_nl, q4_k_m), or set" in advice(
@@ -146,6 +146,19 @@ def test_advice_after_a_violated_bound_is_what_can_help() -> None:
     for kl, top1, name in ((9.0, 0.05, "gptq-4bit"), (math.nan, 0.9, "q8_0"), (0.1, 0.99, "f16")):
         assert "if you accept it" not in advice(kl, top1, name)
         assert "neither more bits nor another bound is the remedy" in advice(kl, top1, name)
+
+
+@pytest.mark.parametrize(
+    ("kl", "top1", "num_positions", "is_few"),
+    [(0.007, 0.921, 76, True), (0.007, 0.921, 4000, False), (0.06, 0.921, 76, False)],
+)
+def test_more_rows_are_advised_where_chance_can_be_the_cause(
+    kl: float, top1: float, num_positions: int, is_few: bool
+) -> None:
+    found = quality.Quality(kl, top1, 2.0, 1.5, 4, num_positions)
+    with pytest.raises(ProofError, match=f"over {num_positions} positions of 4 rows") as raised:
+        quality.check_bounds(found, FORMATS["q8_0"].bound, "q8_0")
+    assert ("raise quantize.num_proof_prompts" in str(raised.value)) == is_few
 
 
 def test_more_bits_are_advised_only_where_rounding_can_be_the_cause() -> None:

@@ -34,6 +34,8 @@ class Quality:
     reference_perplexity: float
     """Perplexity of the merged model on the same tokens."""
     num_rows: int
+    num_positions: int
+    """Positions of all rows."""
 
     def record(self) -> dict[str, float | int]:
         """Return the measurements as fields of a `QuantizedModel`."""
@@ -71,6 +73,7 @@ def compare(
         perplexity=math.exp(loss / counted),
         reference_perplexity=math.exp(reference_loss / counted),
         num_rows=len(rows),
+        num_positions=positions,
     )
 
 
@@ -92,8 +95,9 @@ def check_bounds(quality: Quality, bound: Bound, format: str) -> None:
         f"the export {format} has a mean KL divergence of {quality.mean_kl:.4g} nats per token "
         f"from the merged model (at most {bound.max_mean_kl:g}) and the same most likely token at "
         f"{quality.top1_agreement:.1%} of positions (at least {bound.min_top1_agreement:.1%}), "
-        f"over {quality.num_rows} rows; perplexity {quality.perplexity:.4g} against "
-        f"{quality.reference_perplexity:.4g}: {_advice(quality, bound, format)}"
+        f"over {quality.num_positions} positions of {quality.num_rows} rows; perplexity "
+        f"{quality.perplexity:.4g} against {quality.reference_perplexity:.4g}: "
+        f"{_advice(quality, bound, format)}"
     )
 
 
@@ -109,10 +113,17 @@ def _advice(quality: Quality, bound: Bound, format: str) -> str:
             "that is more than this format loses, so neither more bits nor another bound is the "
             f"remedy. {NOT_ROUNDING}"
         )
+    share = bound.min_top1_agreement
+    by_chance = 2 * math.sqrt(share * (1 - share) / quality.num_positions)
+    few = quality.mean_kl <= bound.max_mean_kl and quality.top1_agreement + by_chance >= share
+    rows = (
+        "so few positions can differ by this much by chance: raise quantize.num_proof_prompts. If "
+        "the export fails again, "
+    )
     bits = more_bits(format)
     return (
-        f"{f'{bits}, or ' if bits else ''}set quantize.max_mean_kl and quantize.min_top1_agreement "
-        f"for {format} if you accept it"
+        f"{rows if few else ''}{f'{bits}, or ' if bits else ''}set quantize.max_mean_kl and "
+        f"quantize.min_top1_agreement for {format} if you accept it"
     )
 
 
