@@ -109,7 +109,8 @@ def test_a_recipe_tightens_a_bound(
     with pytest.raises(
         ProofError,
         match=r"export q4_0 has a mean KL divergence of [\d.e-]+ nats per token from the merged "
-        r"model \(at most 1e-09\) .* over \d+ positions of 8 rows; perplexity [\d.e+]+ against [\d.e+]+: "
+        r"model \(at most 1e-09\) .* over \d+ positions of 8 rows; perplexity [\d.e+]+ "
+        r"against [\d.e+]+: "
         r"use a format with more bits",
     ):
         export(
