@@ -97,7 +97,9 @@ def test_an_example_runs_at_a_small_size(
     target = f"publish_to=dir:{tmp_path / 'published'}"
     recipe = find_recipe(name, [*settings, "quantize.gguf=[]", target], is_local=True)
     for variable in (EVENTS_VARIABLE, RUNS_VARIABLE, ROOT_VARIABLE):
-        monkeypatch.delenv(variable, raising=False)
+        # Set first, so that what the run sets is undone.
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     fork_tasks(monkeypatch)
     run = LocalRun(tmp_path / "runs" / name)

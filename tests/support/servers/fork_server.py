@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ IMPORTED = [
 def fork_tasks(patched: pytest.MonkeyPatch) -> None:
     """Let KFP's local subprocess runner fork its tasks until `patched` is undone."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED)
+    # Now, because its environment is that of all processes that other tests fork from it later.
+    forkserver.ensure_running()
     patched.setattr(subprocess_task_handler, "run_local_subprocess", _run_fork)
     # A component that is called after `local.init` runs as a task, in other tests too.
     patched.setattr(config.LocalExecutionConfig, "instance", None)
