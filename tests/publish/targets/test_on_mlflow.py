@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_proxy import Fault, proxying
+from fault_proxy import proxying
+from local_http import Fault
 from mlflow import MlflowClient
 from publish_cases import content_of, staged_tree
 

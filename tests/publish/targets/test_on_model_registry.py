@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import registry_server
-from fault_proxy import Fault, proxying
+from fault_proxy import proxying
+from local_http import Fault
 from model_registry_server import ModelRegistryServer, serving
 from publish_cases import content_of, staged_tree
 

@@ -1,26 +1,13 @@
 """A server on localhost that passes requests on to another, and answers some with faults."""
 
 import contextlib
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
-
-@dataclass
-class Fault:
-    """An answer that a server gives instead of its own."""
-
-    method: str
-    part: str
-    """Part of the paths that get it."""
-    status: int
-    """Status; 0 cuts the connection."""
-    body: str = "injected"
-    times: int = 99
+import local_http
+from local_http import Fault, LocalHandler
 
 
 @dataclass
@@ -46,40 +33,23 @@ def proxying(upstream: str) -> Iterator[FaultProxy]:
     class Handler(_Handler):
         proxy = state
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with local_http.serving(Handler) as address:
+        state.url = f"http://{address}"
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    wbufsize = 1 << 16  # headers and body in one packet
-    disable_nagle_algorithm = True
+class _Handler(LocalHandler):
     proxy: FaultProxy
-
-    def log_message(self, *args: Any) -> None:
-        pass
 
     def do_GET(self) -> None:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             body = b"".join(iter(self._chunk, b""))
         else:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        for fault in self.proxy.faults:
-            if fault.times and self.command == fault.method and fault.part in self.path:
-                fault.times -= 1
-                if not fault.status:
-                    self.close_connection = True
-                    self.connection.close()
-                    return
-                return self._answer(fault.status, fault.body.encode(), "text/plain")
+        if fault := self.take(self.proxy.faults):
+            if not fault.status:
+                return self.cut()
+            return self._answer(fault.status, fault.body.encode(), "text/plain")
         self.proxy.passed.append(f"{self.command} {self.path}")
         kept = {"Content-Type", "Authorization", "Accept"}
         request = urllib.request.Request(

@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+import local_http
+
 TOKEN = "hf_" + "t" * 34
 
 
@@ -467,15 +469,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 def serve_files(model_dir: Path) -> Iterator[tuple[str, type[HubHandler]]]:
     """Serve a directory as every repository; yield the URL, and the class that has the requests."""
     handler = type("Handler", (HubHandler,), {"model_dir": model_dir, "requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", handler
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with local_http.serving(handler) as address:
+        yield f"http://{address}", handler
 
 
 def client_environment(url: str, home: Path) -> dict[str, str]:

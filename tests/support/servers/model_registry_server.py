@@ -8,14 +8,14 @@ does not have, or that lacks, is an error here too.
 import contextlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import local_http
 import mr_openapi
+from local_http import LocalHandler
 from pydantic import ValidationError
 
 ROOT = "/api/model_registry/v1"
@@ -54,26 +54,13 @@ def serving() -> Iterator[ModelRegistryServer]:
     class Handler(_Handler):
         registry = state
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with local_http.serving(Handler) as address:
+        state.url = f"http://{address}"
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    wbufsize = 1 << 16  # headers and body in one packet
-    disable_nagle_algorithm = True
+class _Handler(LocalHandler):
     registry: ModelRegistryServer
-
-    def log_message(self, *args: Any) -> None:
-        pass
 
     def do_GET(self) -> None:
         address = urlsplit(self.path)

@@ -9,31 +9,26 @@ import base64
 import hashlib
 import json
 import re
-import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+import local_http
+from local_http import LocalHandler
 
 USER, PASSWORD = "robot", "s3cr3t-of-a-registry"
 TOKEN = "t0ken-of-a-registry"
 
 
 @dataclass
-class Fault:
-    """An answer that the registry gives instead of its own."""
+class Fault(local_http.Fault):
+    """An error that the registry answers instead of its own answer; `body` is its code."""
 
-    method: str
-    part: str
-    """Part of the paths that get it."""
-    status: int
-    """Status; 0 cuts the connection."""
-    code: str = "UNKNOWN"
+    body: str = "UNKNOWN"
     message: str = "injected"
-    times: int = 99
 
 
 @dataclass
@@ -68,40 +63,23 @@ def serving() -> Iterator[RegistryServer]:
     class Handler(_Handler):
         registry = state
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state.host = f"127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with local_http.serving(Handler) as address:
+        state.host = address
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    wbufsize = 1 << 16  # headers and body in one packet
-    disable_nagle_algorithm = True
+class _Handler(LocalHandler):
     registry: RegistryServer
-
-    def log_message(self, *args: Any) -> None:
-        pass
 
     def do_GET(self) -> None:
         address = urlsplit(self.path)
         length = int(self.headers.get("Content-Length", 0))
         body = self.rfile.read(length)
         path, query = address.path, parse_qs(address.query)
-        for fault in self.registry.faults:
-            if fault.times and self.command == fault.method and fault.part in self.path:
-                fault.times -= 1
-                if not fault.status:
-                    self.close_connection = True
-                    self.connection.close()
-                    return
-                return self._error(fault.status, fault.code, fault.message)
+        if fault := self.take(self.registry.faults):
+            if not fault.status:
+                return self.cut()
+            return self._error(fault.status, fault.body, fault.message)
         if path == "/token":
             is_known = self.headers.get("Authorization") == _basic()
             return self._answer(200 if is_known else 401, json.dumps({"token": TOKEN}).encode())
