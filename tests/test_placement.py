@@ -1,12 +1,20 @@
 """PlacementConfig and its profiles: who wins, what is refused."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tuneline.errors import RecipeError
 from tuneline.gpu_profiles import GPU_PROFILES
-from tuneline.placement import PROFILES, PlacementConfig, quantity_value
+from tuneline.placement import (
+    CA_VARIABLES,
+    PROFILES,
+    PlacementConfig,
+    plain_variables,
+    quantity_value,
+)
 from tuneline.steps import STEPS
 
 
@@ -118,8 +126,69 @@ def test_quantities(text: str, value: float) -> None:
         ({"run_as_user": 0}, "run_as_user is 0, but must be a whole number at least 1"),
         ({"cache_claim": "Model_Cache"}, "cache_claim is .* text that matches"),
         ({"shm": "1Gi"}, "shm: unknown key"),
+        ({"environment": {"A B": "1"}}, "'A B' is not a name of an environment variable"),
+        ({"environment": {"A": 1}}, 'environment.A is 1, but must be text: write "1", in quotes'),
+        ({"environment": {"A": "$(B)"}}, r"environment.A contains '\$\(B\)', which Kubernetes"),
+        ({"environment": {"A": "{{=1}}"}}, "environment.A contains '{{=1}}', which Kubernetes"),
+        ({"environment": {"A": "b\nc"}}, "environment.A contains a line break"),
+        ({"environment": {"PIP_INDEX_URL": "x"}}, "PIP_INDEX_URL: no step installs packages"),
+        ({"environment": {"HF_HOME": "/x"}}, "HF_HOME: placement.cache_claim sets it"),
+        ({"environment": {"HF_TOKEN": "x"}}, "HF_TOKEN: placement.hub_token_secret sets it"),
+        ({"environment": {"TUNELINE_EVENTS": "x"}}, "that begin with TUNELINE_ are tuneline's own"),
+        ({"environment": {"WORLD_SIZE": "2"}}, "WORLD_SIZE: the train step sets it for each rank"),
+        (
+            {"environment": {"W": "1"}, "secrets": {"s": {"k": "W"}}},
+            "environment.W is also set by `secrets`",
+        ),
+        ({"environment": {"HTTPS_PROXY": "http://p:3128"}}, "sets HTTPS_PROXY but not NO_PROXY"),
+        ({"environment": {"http_proxy": "http://p:3128"}}, "sets http_proxy but not NO_PROXY"),
+        (
+            {"environment": {"SSL_CERT_FILE": "/x"}, "ca_bundle": {"config_map": "ca"}},
+            "SSL_CERT_FILE: ca_bundle sets it: remove one of the two",
+        ),
+        ({"ca_bundle": {"config_map": "CA"}}, "ca_bundle.config_map is .* text that matches"),
+        ({"ca_bundle": {"config_map": "ca", "key": "a/b"}}, "ca_bundle.key is .* text that match"),
     ],
 )
 def test_a_mistake_is_named(values: dict[str, Any], says: str) -> None:
     with pytest.raises(RecipeError, match=says):
         PlacementConfig.parse(values)
+
+
+SECRET = "hf_" + "s" * 34
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("A", SECRET, "a Hugging Face token"),
+        ("HTTPS_PROXY", "http://me:pa55word@proxy:3128", "a URL with a password"),
+        ("WANDB_API_KEY", "0123456789abcdef0123", "a credential"),
+    ],
+)
+def test_a_credential_is_refused_and_not_repeated(name: str, value: str, kind: str) -> None:
+    with pytest.raises(RecipeError, match=f"environment.{name} holds {kind}") as caught:
+        PlacementConfig.parse({"environment": {name: value, "NO_PROXY": ".svc"}})
+    assert f"placement.secrets, as {{my-secret: {{value: {name}}}}}" in str(caught.value)
+    assert "pa55word" not in str(caught.value) and value not in str(caught.value)
+
+
+def test_what_the_images_set_cannot_be_set() -> None:
+    text = (Path(__file__).parents[1] / "images" / "Dockerfile").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^ENV (.*?[^\\])$", text, re.M | re.S)
+    names = re.findall(r"(\w+)=\S+", block)
+    assert "TUNELINE_IMAGE" in names and "TRITON_CACHE_DIR" in names
+    for name in set(names) - {"TQDM_MININTERVAL"}:
+        with pytest.raises(RecipeError, match=f"environment.{name}: "):
+            PlacementConfig.parse({"environment": {name: "x"}})
+
+
+def test_a_bundle_is_named_to_every_client() -> None:
+    values = {"environment": {"HF_ENDPOINT": "https://hub"}, "ca_bundle": {"config_map": "ca"}}
+    file = "/etc/tuneline/ca/ca.crt"
+    assert plain_variables(PlacementConfig.parse(values)) == {
+        "HF_ENDPOINT": "https://hub", **dict.fromkeys(CA_VARIABLES, file)
+    }  # fmt: skip
+    # An image of one's own may bring the file.
+    own = {"environment": {"SSL_CERT_FILE": "/etc/ssl/certs/ca-certificates.crt"}}
+    assert plain_variables(PlacementConfig.parse(own)) == own["environment"]

@@ -14,7 +14,9 @@ from pydantic import Field, model_validator
 
 from tuneline.gpu_profiles import GPU_PROFILES, LOCAL, SMALL, GpuProfile, Profile
 from tuneline.images import REGISTRY, USER_ID
-from tuneline.pods import PRODUCT_LABEL
+from tuneline.pods import CA_PATH, OWN_PREFIXES, OWN_VARIABLES, PRODUCT_LABEL, SETTINGS
+from tuneline.runtime.parameter_text import find_replaced
+from tuneline.runtime.secrets import find_secrets, is_credential_name, mask
 from tuneline.steps import STEPS, StepName
 from tuneline.strict_model import StrictModel
 
@@ -25,6 +27,16 @@ _NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 LABEL_KEY = rf"^([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_NAME}$"
 LABEL_VALUE = rf"^({_NAME})?$"
 SECRET_KEY = r"^[A-Za-z0-9._-]{1,253}$"
+_VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
+
+PROXY_VARIABLES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
+"""Variables that send requests through a proxy, in capitals or in small letters."""
+CA_VARIABLES = (
+    *("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "AWS_CA_BUNDLE"),
+    "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
+)
+"""Variables with the path of a file of certificates: of OpenSSL, rustls and Go, of requests, of
+curl, of boto and of gRPC. Each client of the steps reads one of them."""
 
 DnsName = Annotated[str, Field(pattern=DNS_NAME)]
 LabelKey = Annotated[str, Field(pattern=LABEL_KEY)]
@@ -123,6 +135,16 @@ class Toleration(StrictModel):
         return self
 
 
+class CaBundle(StrictModel):
+    """Certificates of authorities in a ConfigMap, for servers that no public authority knows."""
+
+    config_map: DnsName
+    """ConfigMap in the namespace of the run. It must exist: pods wait for it."""
+    key: str = Field(default="ca.crt", pattern=SECRET_KEY)
+    """Key of the ConfigMap with the certificates, in PEM format. They replace the authorities that
+    a client knows, so the public ones belong into it too if a step needs them."""
+
+
 def has_product(products: Sequence[str]) -> dict[str, Any]:
     """Return the match expression of nodes that have one of these GPUs."""
     return {"key": PRODUCT_LABEL, "operator": "In", "values": list(products)}
@@ -149,6 +171,14 @@ def node_fields(
             "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}
         }
     return fields
+
+
+def plain_variables(config: "PlacementConfig") -> dict[str, str]:
+    """Return the environment variables that every pod of a run gets, without those of secrets."""
+    variables = dict(config.environment)
+    if config.ca_bundle is not None:
+        variables |= dict.fromkeys(CA_VARIABLES, f"{CA_PATH}/{config.ca_bundle.key}")
+    return variables
 
 
 class PlacementConfig(StrictModel):
@@ -208,6 +238,16 @@ class PlacementConfig(StrictModel):
     """More Kubernetes secrets, as {secret: {key: VARIABLE}}. Their values become environment
     variables of the steps that use the network and of train, which may report to trackers; those
     that `notify` names are variables of the last step only. The secrets may be absent."""
+    environment: dict[str, str] = {}
+    """Environment variables of every pod, as {VARIABLE: value}: HF_ENDPOINT for a mirror of the
+    Hub, HTTPS_PROXY and NO_PROXY, or a setting of a library. Credentials belong into `secrets`.
+    Names that tuneline or its images set are refused. Not a part of KFP's cache key. Local runs
+    have the environment of your shell instead."""
+    ca_bundle: CaBundle | None = None
+    """Certificate authorities that every pod trusts, e.g. {config_map: company-ca}. The file is
+    mounted at /etc/tuneline/ca, and SSL_CERT_FILE, REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE,
+    AWS_CA_BUNDLE and GRPC_DEFAULT_SSL_ROOTS_FILE_PATH name it. null: the authorities that the
+    images know."""
     registry: str = Field(default=REGISTRY, pattern=REGISTRY_NAME)
     """Registry and path of the images, e.g. registry.example.com/team for
     registry.example.com/team/train:VERSION. The default has no host: it works only on nodes
@@ -266,11 +306,71 @@ class PlacementConfig(StrictModel):
             for key, variable in variables.items():
                 if not re.fullmatch(SECRET_KEY, key):
                     raise ValueError(f"secrets.{secret}: '{key}' is not a key of a secret")
-                if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+                if not re.fullmatch(_VARIABLE, variable):
                     raise ValueError(
                         f"secrets.{secret}: '{variable}' is not a name of an environment variable"
                     )
         return self
+
+    @model_validator(mode="after")
+    def _environment_is_plain(self) -> Self:
+        of_secrets = {name for keys in self.secrets.values() for name in keys.values()}
+        for name, value in self.environment.items():
+            where = f"environment.{name}"
+            if not re.fullmatch(_VARIABLE, name):
+                raise ValueError(f"environment: '{name}' is not a name of an environment variable")
+            if problem := _whose(name, has_bundle=self.ca_bundle is not None):
+                raise ValueError(f"{where}: {problem}")
+            if name in of_secrets:
+                raise ValueError(f"{where} is also set by `secrets`: remove one of the two")
+            # The value is not shown in full, because it may be a secret.
+            secrets = find_secrets(value)
+            if secrets or (value and is_credential_name(name)):
+                kind, secret = secrets[0] if secrets else ("a credential", value)
+                raise ValueError(
+                    f"{where} holds {kind}, {mask(secret)}. A recipe holds no credentials: put the "
+                    f"value into a Kubernetes secret, and name it in placement.secrets, as "
+                    f"{{my-secret: {{value: {name}}}}}"
+                )
+            if replaced := find_replaced(value):
+                raise ValueError(
+                    f"{where} contains '{replaced}', which Kubernetes, Argo or KFP would replace: "
+                    "write the value itself"
+                )
+            if not value.isprintable():
+                raise ValueError(f"{where} contains a line break or a control character: remove it")
+        if proxies := [name for name in self.environment if name.upper() in PROXY_VARIABLES]:
+            if not self.no_proxy:
+                raise ValueError(
+                    f"environment sets {proxies[0]} but not NO_PROXY: KFP's launcher, which runs "
+                    "in the same container, would ask the proxy for the services of the cluster. "
+                    "Set NO_PROXY to .svc,.cluster.local,.kubeflow,localhost,127.0.0.1 and the "
+                    "address range of the cluster's services"
+                )
+        return self
+
+    @property
+    def no_proxy(self) -> str:
+        """Hosts that requests do not reach through a proxy, separated by commas."""
+        return self.environment.get("NO_PROXY") or self.environment.get("no_proxy") or ""
+
+
+def _whose(name: str, *, has_bundle: bool) -> str | None:
+    """Return why `environment` cannot set a variable, or None if it can."""
+    if name in SETTINGS:
+        return None
+    if name in OWN_VARIABLES:
+        return OWN_VARIABLES[name]
+    if name.upper().startswith(("PIP_", "UV_")):
+        return (
+            "no step installs packages, so the variable has no effect. For building images, see "
+            "images/README.md"
+        )
+    if prefix := next((each for each in OWN_PREFIXES if name.startswith(each)), None):
+        return f"names that begin with {prefix} are {OWN_PREFIXES[prefix]}; remove it"
+    if has_bundle and name in CA_VARIABLES:
+        return "ca_bundle sets it: remove one of the two"
+    return None
 
 
 def _profile_values(gpu: GpuProfile) -> dict[str, Any]:

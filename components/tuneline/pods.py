@@ -34,3 +34,36 @@ SHARED_MEMORY_PATH = "/dev/shm"
 
 POD_NAME_VARIABLE = "KFP_POD_NAME"
 """Environment variable with the pod's name. KFP sets the variable on a cluster, not locally."""
+
+CA_PATH = "/etc/tuneline/ca"
+"""Where the ConfigMap of `placement.ca_bundle` is mounted."""
+
+OWN_VARIABLES = {
+    "HF_HOME": "placement.cache_claim sets it: name a claim there",
+    "HF_TOKEN": "placement.hub_token_secret sets it: name a Kubernetes secret there",
+    "TMPDIR": "placement.scratch_size sets it: set a size there",
+    "NAMESPACE": "Kubernetes says in which namespace a pod runs: remove it",
+    **dict.fromkeys(
+        ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"),
+        "the cluster assigns the GPUs of a pod: set placement.num_accelerators",
+    ),
+    **dict.fromkeys(
+        ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+        "the train step sets it for each rank: set placement.num_accelerators and num_nodes",
+    ),
+    **dict.fromkeys(
+        ("PATH", "HOME", "USER", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"),
+        "the images set it, so that any user can run them: change it in an image of your own",
+    ),
+}
+"""Variables that `placement.environment` cannot set, and why."""
+OWN_PREFIXES = {
+    "TUNELINE_": "tuneline's own",
+    "KFP_": "set by Kubeflow Pipelines",
+    "PET_": "set by Kubeflow Trainer",
+    "KUBERNETES_": "set by Kubernetes",
+    "PYTHON": "settings of the interpreter, which the images set",
+}
+"""Beginnings of names that `placement.environment` cannot set, and whose they are."""
+SETTINGS = {"TUNELINE_PLAIN_HTTP_REGISTRIES"}
+"""Variables with such a beginning that are for users to set."""

@@ -8,11 +8,12 @@ import yaml
 from kfp import compiler
 
 from tuneline import images
+from tuneline.errors import RecipeError
 from tuneline.pipelines.catalog import RECIPES_DIR
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.lint.lint import lint_documents
 from tuneline.pipelines.placement import nodes_config
-from tuneline.placement import PlacementConfig
+from tuneline.placement import CA_VARIABLES, PlacementConfig
 from tuneline.recipe import load_recipe
 from tuneline.train.checkpoints import ROOT_VARIABLE
 from tuneline.train.trainjob.manifest import build
@@ -41,9 +42,13 @@ EVERYTHING = {
     "cache_claim": "tuneline-model-cache",
     "secrets": {"object-store": {"id": "AWS_ACCESS_KEY_ID", "key": "AWS_SECRET_ACCESS_KEY"}},
     "image_pull_secrets": ["registry"],
+    "environment": {"HF_ENDPOINT": "https://hub.example.com"},
+    "ca_bundle": {"config_map": "company-ca", "key": "ca-bundle.crt"},
     "queue": "tuneline",
     "workload_priority_class": "tuneline-batch",
 }
+
+NODE_KEYS = ("environment", "ca_bundle")
 
 
 def compiled(placement: dict[str, Any], path: Path) -> list[dict[str, Any]]:
@@ -212,6 +217,28 @@ def test_every_pod_has_labels_a_user_and_pull_secrets(pods: dict[str, dict[str, 
         }
         assert pod["securityContext"] == {"runAsUser": "65532", "runAsNonRoot": True}
         assert [secret["secretName"] for secret in pod["imagePullSecret"]] == ["registry"]
+
+
+def test_every_pod_gets_the_environment_and_the_certificates(
+    containers: dict[str, dict[str, Any]], pods: dict[str, dict[str, Any]]
+) -> None:
+    file = "/etc/tuneline/ca/ca-bundle.crt"
+    wanted = {"HF_ENDPOINT": "https://hub.example.com", **dict.fromkeys(CA_VARIABLES, file)}
+    assert {"diagnose", "plan", "train", "quantize-gguf"} <= set(pods) == set(containers)
+    for name, pod in pods.items():
+        variables = {each["name"]: each["value"] for each in containers[name]["env"]}
+        assert wanted.items() <= variables.items(), name
+        (mount,) = pod["configMapAsVolume"]
+        assert (mount["configMapName"], mount["mountPath"]) == ("company-ca", "/etc/tuneline/ca")
+        assert not mount.get("optional"), name
+        # What the line sets itself, `environment` cannot set.
+        for variable in variables.keys() - wanted.keys():
+            with pytest.raises(RecipeError, match=f"environment.{variable}: "):
+                PlacementConfig.parse({"environment": {variable: "x"}})
+    nodes = {"num_nodes": 2, "shared_claim": "c", **{k: EVERYTHING[k] for k in NODE_KEYS}}
+    config = nodes_config(PlacementConfig.parse(nodes))
+    assert config.environment == wanted
+    assert config.ca_config_map == "company-ca"
 
 
 def test_another_registry_is_in_every_name(tmp_path: Path) -> None:

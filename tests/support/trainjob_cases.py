@@ -27,6 +27,11 @@ NODES: dict[str, Any] = {
     "node_selector": {"pool": "tuning"},
     "accelerator_products": ["NVIDIA-H100-80GB-HBM3"],
     "tolerations": [{"key": "nvidia.com/gpu"}],
+    "environment": {
+        "HF_ENDPOINT": "https://hub.example.com",
+        "SSL_CERT_FILE": "/etc/tuneline/ca/c",
+    },
+    "ca_config_map": "company-ca",
     "secrets": {"wandb": {"key": "WANDB_API_KEY"}},
     "queue": "team",
     "workload_priority_class": "batch",

@@ -11,6 +11,7 @@ import urllib3
 from tuneline.errors import HubError
 from tuneline.notify.config import NotifyConfig
 from tuneline.notify.message import Message, payload
+from tuneline.runtime.http_pool import http_pool
 from tuneline.runtime.retries import retrying
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def _push(url: str, message: Message) -> None:
 
 def _request(method: str, url: str, **arguments: Any) -> None:
     # urllib3's own retries would log the URL.
-    with urllib3.PoolManager(retries=False, timeout=_TIMEOUT) as pool:
+    with http_pool(url, retries=False, timeout=_TIMEOUT) as pool:
         response = pool.request(method, url, redirect=False, **arguments)
     if not 200 <= response.status < 300:
         raise _RefusedError(response)

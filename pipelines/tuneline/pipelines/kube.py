@@ -88,6 +88,14 @@ class Kube(KubeApi):
                 for secret in self.core.list_namespaced_secret(self.namespace).items
             }
 
+    def config_map_keys(self, name: str) -> set[str] | None:
+        """Return the keys of a ConfigMap; None if it does not exist."""
+        with self.explained(f"configmap {name}"):
+            found = or_none(self.core.read_namespaced_config_map, name, self.namespace)
+        if found is None:
+            return None
+        return {*(found.data or {}), *(found.binary_data or {})}
+
     def claim(self, name: str) -> Any | None:
         """Return a PersistentVolumeClaim; None if it does not exist."""
         with self.explained(f"persistentvolumeclaim {name}"):

@@ -19,8 +19,9 @@ from kfp.dsl import PipelineTask
 
 from tuneline import images
 from tuneline.pipelines.needs import is_accelerated, needs_of
-from tuneline.placement import PlacementConfig, has_product
+from tuneline.placement import PlacementConfig, has_product, plain_variables
 from tuneline.pods import (
+    CA_PATH,
     CACHE_PATH,
     PART_OF_LABEL,
     PRIORITY_LABEL,
@@ -80,6 +81,7 @@ def place(
     kubernetes.set_timeout(task, int(needs.timeout_hours * 3600))
     if is_accelerated(name, config):
         _accelerate(task, config, config.num_accelerators if name == "train" else 1)
+    _set_environment(task, config)
     _mount_and_connect(task, STEPS[name], config, notified)
     _label(task, name, config)
     kubernetes.set_security_context(task, run_as_user=config.run_as_user, run_as_non_root=True)
@@ -102,6 +104,8 @@ def nodes_config(config: PlacementConfig) -> NodesConfig:
         "runtime_kind": config.trainer_runtime_kind,
         "shared_claim": config.shared_claim,
         "scratch_size": config.scratch_size,
+        "environment": plain_variables(config),
+        "ca_config_map": config.ca_bundle.config_map if config.ca_bundle else None,
         "secrets": config.secrets,
         "image_pull_secrets": config.image_pull_secrets,
         "queue": config.queue,
@@ -163,6 +167,14 @@ def _keep_checkpoints(task: PipelineTask, config: PlacementConfig) -> None:
     elif config.cache_claim:
         kubernetes.mount_pvc(task, config.cache_claim, CACHE_PATH)
         task.set_env_variable(ROOT_VARIABLE, f"{CACHE_PATH}/checkpoints")
+
+
+def _set_environment(task: PipelineTask, config: PlacementConfig) -> None:
+    """Set the variables that every pod gets, and mount the certificates that they name."""
+    for name, value in plain_variables(config).items():
+        task.set_env_variable(name, value)
+    if config.ca_bundle:
+        kubernetes.use_config_map_as_volume(task, config.ca_bundle.config_map, CA_PATH)
 
 
 def _mount_and_connect(

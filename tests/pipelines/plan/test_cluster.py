@@ -3,6 +3,7 @@
 The client is the unmodified one, the server kube_server.py of tests/support; no cluster was there.
 """
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -342,3 +343,52 @@ def test_the_command(cluster: Any) -> None:
     assert small.exit_code == 1
     assert "-> lower prepare.max_seq_length" in small.output
     assert tuneline("plan", "demo", "--profile", "h300").exit_code != 0
+
+
+CA = "placement.ca_bundle={config_map: company-ca}"
+
+
+def certificates(cluster: Any) -> tuple[str, str]:
+    (found,) = [check for check in look(recipe(CA)) if check.name == "certificates"]
+    return found.verdict, found.words
+
+
+def test_the_certificates_must_be_there(cluster: Any) -> None:
+    words = "there is no ConfigMap company-ca in kubeflow: pods would wait"
+    assert certificates(cluster) == ("fail", words)
+    cluster.put("configmaps", "company-ca", data={"ca-bundle.crt": "x"})
+    words = "the ConfigMap company-ca in kubeflow has no key ca.crt, only ca-bundle.crt"
+    assert certificates(cluster) == ("fail", words)
+    cluster.put("configmaps", "company-ca", data={"ca.crt": "x"})
+    words = "the ConfigMap company-ca in kubeflow has the key ca.crt"
+    assert certificates(cluster) == ("ok", words)
+    cluster.forbidden.add("get configmaps")
+    assert certificates(cluster)[0] == "unknown"
+
+
+def test_a_pod_looks_at_the_certificates_that_it_has(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's service account may not read ConfigMaps."""
+    cluster.forbidden.add("get configmaps")
+    monkeypatch.setattr("tuneline.pipelines.plan.cluster.CA_PATH", str(tmp_path))
+    assert certificates(cluster)[0] == "fail"
+    (tmp_path / "ca.crt").write_text("x")
+    assert certificates(cluster)[0] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("no_proxy", "verdict", "words"),
+    [
+        (".svc", "warn", "asks the proxy for ml-pipeline.kubeflow.svc.cluster.local and seaweedfs"),
+        (".svc,.cluster.local", "warn", "KFP's launcher asks the proxy for seaweedfs.kubeflow"),
+        (".svc, .cluster.local, .kubeflow", "ok", "must hold the address of the Kubernetes API"),
+        ("*", "ok", "HTTPS_PROXY without the services of KFP"),
+    ],
+)
+def test_a_proxy_is_not_for_the_services_of_kfp(no_proxy: str, verdict: str, words: str) -> None:
+    environment = {"HTTPS_PROXY": "http://proxy.example.com:3128", "NO_PROXY": no_proxy}
+    loaded = recipe(f"placement.environment={json.dumps(environment)}")
+    (found,) = [check for check in plan(loaded) if check.name == "proxy"]
+    assert found.verdict == verdict
+    assert words in found.words

@@ -68,7 +68,10 @@ def test_a_webhook_needs_its_variable(rows: Path, monkeypatch: pytest.MonkeyPatc
     assert words(told, "notify") == "ok: MY_WEBHOOK is set"
     secrets = {"secrets": {"alerts": {"url": "MY_WEBHOOK"}}}
     mapped = recipe(rows, notify=[{"webhook": "MY_WEBHOOK"}], placement=secrets)
-    assert words(mapped, "notify", is_local=False) == "ok: MY_WEBHOOK is set from a secret"
+    assert words(mapped, "notify", is_local=False) == "ok: MY_WEBHOOK is set by placement"
+    plain = {"environment": {"MY_WEBHOOK": "http://gateway.monitoring:9091"}}
+    mapped = recipe(rows, notify=[{"webhook": "MY_WEBHOOK"}], placement=plain)
+    assert words(mapped, "notify", is_local=False) == "ok: MY_WEBHOOK is set by placement"
 
 
 @pytest.mark.parametrize(

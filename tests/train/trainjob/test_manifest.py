@@ -47,6 +47,12 @@ def test_each_version_of_trainer_takes_the_job(server: Any, version: str) -> Non
     user = {"runAsUser": 65532} if version >= "v2.2" else None
     assert pod.get("securityContext") == user
     assert {"name": "dshm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
+    assert {"name": "ca-bundle", "configMap": {"name": "company-ca"}} in pod["volumes"]
+    certificates = {"name": "ca-bundle", "mountPath": "/etc/tuneline/ca", "readOnly": True}
+    assert certificates in pod["containers"][0]["volumeMounts"]
+    plain = {each["name"]: each.get("value") for each in spec["trainer"]["env"]}
+    assert plain["HF_ENDPOINT"] == "https://hub.example.com"
+    assert plain["SSL_CERT_FILE"] == "/etc/tuneline/ca/c"
     assert pod["tolerations"] == [
         {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
     ]

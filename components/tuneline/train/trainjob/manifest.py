@@ -22,6 +22,7 @@ from tuneline.errors import ClusterError
 from tuneline.images import USER_ID
 from tuneline.placement import Toleration, node_fields
 from tuneline.pods import (
+    CA_PATH,
     NO_SIDECAR,
     PART_OF_LABEL,
     PRIORITY_LABEL,
@@ -86,6 +87,10 @@ class NodesConfig(StrictModel):
     """GPU product labels of which a node must have one; an empty list accepts every node."""
     tolerations: list[Toleration] = []
     """Tolerations of each pod."""
+    environment: dict[str, str] = {}
+    """Environment variables of each pod."""
+    ca_config_map: str | None = None
+    """ConfigMap with the certificates that `environment` names; None mounts none."""
     secrets: dict[str, dict[str, str]] = {}
     """For each secret, the environment variable of each of its keys."""
     image_pull_secrets: list[str] = []
@@ -155,6 +160,7 @@ def build(
 
 def _environment(config: NodesConfig, directory: Path) -> list[dict[str, Any]]:
     values = {
+        **config.environment,
         DIRECTORY_VARIABLE: str(directory),
         # Checkpoints are outside the job's directory, so that they remain for the next job.
         ROOT_VARIABLE: str(directory.parent / "checkpoints"),
@@ -224,7 +230,7 @@ def _of_trainer_2_0(pod: dict[str, Any], config: NodesConfig) -> dict[str, Any]:
 def _pod(config: NodesConfig) -> dict[str, Any]:
     claim = {"claimName": config.shared_claim}
     volumes: list[dict[str, Any]] = [{"name": "shared", "persistentVolumeClaim": claim}]
-    mounts = [{"name": "shared", "mountPath": SHARED_PATH}]
+    mounts: list[dict[str, Any]] = [{"name": "shared", "mountPath": SHARED_PATH}]
     if config.shared_memory:
         memory = {"medium": "Memory", "sizeLimit": config.shared_memory}
         volumes.append({"name": "dshm", "emptyDir": memory})
@@ -232,6 +238,9 @@ def _pod(config: NodesConfig) -> dict[str, Any]:
     if config.scratch_size:
         volumes.append({"name": "scratch", "emptyDir": {"sizeLimit": config.scratch_size}})
         mounts.append({"name": "scratch", "mountPath": SCRATCH_PATH})
+    if config.ca_config_map:
+        volumes.append({"name": "ca-bundle", "configMap": {"name": config.ca_config_map}})
+        mounts.append({"name": "ca-bundle", "mountPath": CA_PATH, "readOnly": True})
     pod: dict[str, Any] = {
         "volumes": volumes,
         "containers": [{"name": CONTAINER, "volumeMounts": mounts}],

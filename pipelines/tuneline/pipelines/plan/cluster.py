@@ -4,6 +4,7 @@ What the credentials are not allowed to read is reported as unknown and does not
 """
 
 from collections.abc import Callable, Iterator, Set
+from pathlib import Path
 
 from tuneline import images
 from tuneline.kinds import EXPORT_KINDS
@@ -15,6 +16,7 @@ from tuneline.pipelines.plan.controller import check_retries
 from tuneline.pipelines.plan.nodes import check_nodes
 from tuneline.pipelines.plan.quota import check_quota
 from tuneline.pipelines.plan.registry import Unknown, has_image
+from tuneline.pods import CA_PATH
 from tuneline.recipe import Recipe
 from tuneline.steps import STEPS
 from tuneline.train.trainjob.client import JOBSETS
@@ -151,6 +153,27 @@ def _secrets(recipe: Recipe, kube: Kube) -> Iterator[Check]:
             )
 
 
+def _certificates(recipe: Recipe, kube: Kube) -> Iterator[Check]:
+    bundle = recipe.placement.ca_bundle
+    if bundle is None:
+        return
+    where = f"the ConfigMap {bundle.config_map} in {kube.namespace}"
+    mounted = Path(CA_PATH)
+    # The service account of a run may not read ConfigMaps, but its pods have mounted this one.
+    keys = {each.name for each in mounted.iterdir()} if mounted.is_dir() else None
+    if keys is None:
+        keys = kube.config_map_keys(bundle.config_map)
+    if keys is None:
+        words = f"there is no ConfigMap {bundle.config_map} in {kube.namespace}: pods would wait"
+        advice = f"kubectl create configmap {bundle.config_map} --from-file {bundle.key}=FILE"
+        yield Check("certificates", "fail", words, advice)
+    elif bundle.key not in keys:
+        words = f"{where} has no key {bundle.key}, only {', '.join(sorted(keys)) or 'none'}"
+        yield Check("certificates", "fail", words, "correct placement.ca_bundle.key")
+    else:
+        yield Check("certificates", "ok", f"{where} has the key {bundle.key}")
+
+
 def _volumes(recipe: Recipe, kube: Kube) -> Iterator[Check]:
     placement = recipe.placement
     if placement.cache_claim:
@@ -258,6 +281,7 @@ def _where_is(image: str, on_nodes: Set[str]) -> str:
 _CHECKS: dict[str, Callable[[Recipe, Kube], Iterator[Check]]] = {
     "CRDs": _crds,
     "secrets": _secrets,
+    "certificates": _certificates,
     "volumes": _volumes,
     "data": _data_claims,
     "queue": _queue,

@@ -200,6 +200,7 @@ def _trackers(recipe: Recipe) -> Iterator[Check]:
 
 def _webhooks(recipe: Recipe, is_local: bool) -> Iterator[Check]:
     given = {name for keys in recipe.placement.secrets.values() for name in keys.values()}
+    given |= set(recipe.placement.environment)
     for variable in dict.fromkeys(each.webhook for each in recipe.notify):
         words = f"notify names the environment variable {variable}, which "
         if is_local and not os.environ.get(variable):
@@ -209,7 +210,7 @@ def _webhooks(recipe: Recipe, is_local: bool) -> Iterator[Check]:
             advice = f"add {{my-webhook: {{url: {variable}}}}} to placement.secrets"
             yield Check("notify", "warn", f"{words}no secret of placement.secrets sets", advice)
         else:
-            where = "set" if is_local else "set from a secret"
+            where = "set" if is_local else "set by placement"
             yield Check("notify", "ok", f"{variable} is {where}")
 
 

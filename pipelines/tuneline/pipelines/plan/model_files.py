@@ -15,6 +15,7 @@ from typing import Any
 import urllib3
 
 from tuneline.models.weight_files import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE
+from tuneline.runtime.http_pool import http_pool
 from tuneline.runtime.source_names import builtin_name, is_hub_id, looks_like_a_path
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -139,8 +140,8 @@ class _Hub:
         self._endpoint = os.environ.get("HF_ENDPOINT", DEFAULT_ENDPOINT).rstrip("/")
         self._address = f"{self._endpoint}/{repo}/resolve/{revision}"
         retries = urllib3.Retry(2, connect=0, backoff_factor=0.5, redirect=5)
-        self._http = urllib3.PoolManager(
-            timeout=TIMEOUT_SECONDS, retries=retries, maxsize=_NUM_REQUESTS
+        self._http = http_pool(
+            self._endpoint, timeout=TIMEOUT_SECONDS, retries=retries, maxsize=_NUM_REQUESTS
         )
 
     def read(self, name: str, first: int, size: int | None) -> bytes | None:

@@ -4,6 +4,7 @@ The estimates are compared with the limits of the recipe's placement. With acces
 objects and rights that the run needs there are checked too.
 """
 
+import urllib.request
 from collections.abc import Iterator
 
 from tuneline.errors import DataError
@@ -27,11 +28,13 @@ from tuneline.pipelines.plan.host_memory import host_memory
 from tuneline.pipelines.plan.model_facts import ModelFacts
 from tuneline.pipelines.plan.optimizer_steps import check_optimizer_steps
 from tuneline.pipelines.plan.power import check_power
-from tuneline.placement import quantity_value
+from tuneline.placement import PROXY_VARIABLES, quantity_value
 from tuneline.recipe import Recipe
 from tuneline.train.batch_size import batch_size
 from tuneline.train.memory.estimate import GIB
 
+KFP_HOSTS = ("ml-pipeline.kubeflow.svc.cluster.local", "seaweedfs.kubeflow")
+"""Services that KFP 2.17's launcher connects to from the pods of a run, by name."""
 FAIL_FACTOR = 1.5
 """Multiple of a limit above which an estimate fails the plan. Estimates between the two values only
 give a warning, because an estimate from the number of parameters alone is not exact."""
@@ -79,7 +82,7 @@ def plan(
     checks += [*_ranks(recipe), *check_optimizer_steps(recipe), *_checkpoints(recipe)]
     checks += _data(recipe, has_pods=kube is not None)
     checks += _kernels(recipe, has_pods=kube is not None)
-    checks += check_power(recipe)
+    checks += [*check_power(recipe), *_proxy(recipe)]
     if model is not None and model.refusal not in {check.words for check in checks}:
         checks += check_base_model(recipe, num_parameters, model)
     if num_parameters is None:
@@ -129,6 +132,26 @@ def _data(recipe: Recipe, *, has_pods: bool) -> Iterator[Check]:
     for problem in local_problems(upload.recipe):
         words, _, advice = problem.partition(": ")
         yield Check("data", "fail", words, advice)
+
+
+def _proxy(recipe: Recipe) -> Iterator[Check]:
+    """Check that KFP's launcher in the pods does not ask a proxy for the services of KFP."""
+    placement = recipe.placement
+    proxies = [name for name in placement.environment if name.upper() in PROXY_VARIABLES]
+    if not proxies:
+        return
+    hosts = {"no": placement.no_proxy}
+    asked = [name for name in KFP_HOSTS if not urllib.request.proxy_bypass(name, hosts)]
+    if asked:
+        words = f"with {proxies[0]}, KFP's launcher asks the proxy for {' and '.join(asked)}"
+        advice = "add .svc,.cluster.local,.kubeflow to NO_PROXY in placement.environment"
+        yield Check("proxy", "warn", words, advice)
+    else:
+        words = (
+            f"{', '.join(proxies)} without the services of KFP. NO_PROXY must hold the address of "
+            "the Kubernetes API too, which is the first one of the cluster's service range"
+        )
+        yield Check("proxy", "ok", words)
 
 
 def _checkpoints(recipe: Recipe) -> Iterator[Check]:

@@ -6,6 +6,8 @@ import urllib.parse
 
 import urllib3
 
+from tuneline.runtime.http_pool import http_pool
+
 TIMEOUT_SECONDS = 5.0
 MANIFESTS = (
     "application/vnd.oci.image.index.v1+json",
@@ -36,7 +38,7 @@ def has_image(image: str) -> bool:
     scheme = "http" if host.partition(":")[0] in ("localhost", "127.0.0.1") else "https"
     address = f"{scheme}://{host}/v2/{name}/manifests/{tag}"
     headers = {"Accept": ", ".join(MANIFESTS)}
-    http = urllib3.PoolManager(timeout=TIMEOUT_SECONDS, retries=urllib3.Retry(3, connect=0))
+    http = http_pool(address, timeout=TIMEOUT_SECONDS, retries=urllib3.Retry(3, connect=0))
     try:
         answer = http.request("HEAD", address, headers=headers)
         if answer.status == 401:
