@@ -392,3 +392,16 @@ def test_a_proxy_is_not_for_the_services_of_kfp(no_proxy: str, verdict: str, wor
     (found,) = [check for check in plan(loaded) if check.name == "proxy"]
     assert found.verdict == verdict
     assert words in found.words
+
+
+def test_openshift_chooses_the_user_of_a_pod(cluster: Any) -> None:
+    assert "user" not in verdicts(look())
+    served = [{"name": "v1", "served": True, "storage": True}]
+    names = {"plural": "securitycontextconstraints", "kind": "SecurityContextConstraints"}
+    spec = {"group": "security.openshift.io", "scope": "Cluster", "names": names}
+    crd = "securitycontextconstraints.security.openshift.io"
+    cluster.put("customresourcedefinitions", crd, spec={**spec, "versions": served})
+    (found,) = [check for check in look() if check.name == "user"]
+    assert found.verdict == "warn"
+    assert "restricted-v2 refuses pods of user 65532" in found.words
+    assert "user" not in verdicts(look(recipe("placement.run_as_user=null")))

@@ -22,6 +22,7 @@ from tuneline.steps import STEPS
 from tuneline.train.trainjob.client import JOBSETS
 from tuneline.train.trainjob.manifest import GROUP, PLURAL
 
+OPENSHIFT_CRD = "securitycontextconstraints.security.openshift.io"
 SCHEDULES_CRD = "scheduledworkflows.kubeflow.org"
 TRAINER_CRD = f"{PLURAL}.{GROUP}"
 CRDS = {
@@ -99,6 +100,19 @@ def _crds(recipe: Recipe, kube: Kube) -> Iterator[Check]:
             verdict: Verdict = "warn" if crd == SCHEDULES_CRD else "fail"
             words = f"there is no {crd}: {absence}"
             yield Check("CRDs", verdict, words, "ask the owner of the platform to install it")
+
+
+def _user(recipe: Recipe, kube: Kube) -> Iterator[Check]:
+    user = recipe.placement.run_as_user
+    try:
+        if user is None or not kube.served_versions(OPENSHIFT_CRD):
+            return
+    except Refused:
+        # The check of the CRDs says so already.
+        return
+    words = f"this is OpenShift, whose constraint restricted-v2 refuses pods of user {user}"
+    advice = "set placement.run_as_user to null, or let the service account use nonroot-v2"
+    yield Check("user", "warn", words, advice)
 
 
 def _rights_of_run(
@@ -280,6 +294,7 @@ def _where_is(image: str, on_nodes: Set[str]) -> str:
 
 _CHECKS: dict[str, Callable[[Recipe, Kube], Iterator[Check]]] = {
     "CRDs": _crds,
+    "user": _user,
     "secrets": _secrets,
     "certificates": _certificates,
     "volumes": _volumes,
