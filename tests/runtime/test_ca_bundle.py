@@ -1,7 +1,8 @@
-"""Every client of the steps accepts a server with the variables of `placement.ca_bundle`, and none
+"""Every client of the steps accepts a server with a variable of `placement.ca_bundle`, and none
 without: real clients, and a TLS server on localhost with an authority of its own."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 from authority import Authority, make_authority
 from local_http import LocalHandler, serving
 
-from tuneline.placement import CA_VARIABLES, PlacementConfig, plain_variables
+from tuneline.placement import CA_VARIABLES
 from tuneline.runtime.retries import SECONDS_VARIABLE
 
 CLIENTS = {
@@ -79,7 +80,7 @@ client.do_request(f"{url}/v2/")
 from mlflow import MlflowClient
 MlflowClient(tracking_uri=url).get_experiment_by_name("e")
 """,
-    "model_registry": """
+    "model-registry": """
 import asyncio, os
 os.environ["MODEL_REGISTRY_URL"] = url
 from tuneline.publish.config import PublishConfig
@@ -88,6 +89,11 @@ OnModelRegistry("model-registry:x", PublishConfig(max_attempts=1)).check_access(
 """,
 }
 """A program per client that sends a request to `url`."""
+VARIABLES = {
+    "s3fs": "AWS_CA_BUNDLE",
+    **dict.fromkeys(("oras", "mlflow"), "REQUESTS_CA_BUNDLE"),
+}
+"""The variable that a client reads; SSL_CERT_FILE if there is none here."""
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +149,17 @@ def test_a_client_accepts_the_server_only_with_the_bundle(
     client: str, server: tuple[str, list[str]], authority: Authority, tmp_path: Path
 ) -> None:
     url, requests = server
-    values = {"ca_bundle": {"config_map": "ca", "key": authority.bundle.name}}
-    names = plain_variables(PlacementConfig.parse(values))
+    variable = VARIABLES.get(client, "SSL_CERT_FILE")
+    assert variable in CA_VARIABLES
     refused = said(CLIENTS[client], url, tmp_path, {})
     assert not requests, refused
-    accepted = said(CLIENTS[client], url, tmp_path, dict.fromkeys(names, str(authority.bundle)))
+    accepted = said(CLIENTS[client], url, tmp_path, {variable: str(authority.bundle)})
     assert requests, accepted
     assert "CERTIFICATE_VERIFY_FAILED" not in accepted
+    page = (Path(__file__).parents[2] / "docs" / "air-gapped.md").read_text(encoding="utf-8")
+    name = client.split()[0]
+    (row,) = [line for line in page.splitlines() if re.match(rf"\| [^|]*\b{name}\b", line)]
+    assert f"`{variable}`" in row
 
 
 def test_grpc_reads_a_variable_of_its_own(authority: Authority, tmp_path: Path) -> None:
@@ -166,7 +176,7 @@ print("ready")
 """
     try:
         for file, ready in ((None, False), (authority.bundle, True)):
-            variables = dict.fromkeys(CA_VARIABLES, str(file)) if file else {}
+            variables = {"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(file)} if file else {}
             text = said(program, f"https://localhost:{port}", tmp_path, variables)
             assert ("ready\n" in text) == ready, text
             assert ("CERTIFICATE_VERIFY_FAILED" in text) != ready
