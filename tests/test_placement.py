@@ -15,6 +15,7 @@ from tuneline.placement import (
     plain_variables,
     quantity_value,
 )
+from tuneline.runtime.environment import NO_USAGE_REPORTS
 from tuneline.steps import STEPS
 
 
@@ -176,9 +177,11 @@ def test_a_credential_is_refused_and_not_repeated(name: str, value: str, kind: s
 def test_what_the_images_set_cannot_be_set() -> None:
     text = (Path(__file__).parents[1] / "images" / "Dockerfile").read_text(encoding="utf-8")
     (block,) = re.findall(r"^ENV (.*?[^\\])$", text, re.M | re.S)
-    names = re.findall(r"(\w+)=\S+", block)
+    values = dict(re.findall(r"(\w+)=(\S+)", block))
+    names = values.keys()
+    assert NO_USAGE_REPORTS.items() <= values.items()
     assert "TUNELINE_IMAGE" in names and "TRITON_CACHE_DIR" in names
-    for name in set(names) - {"TQDM_MININTERVAL"}:
+    for name in set(names) - {"TQDM_MININTERVAL", *NO_USAGE_REPORTS}:
         with pytest.raises(RecipeError, match=f"environment.{name}: "):
             PlacementConfig.parse({"environment": {name: "x"}})
 

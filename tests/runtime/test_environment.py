@@ -1,12 +1,15 @@
 """Versions outside the bounds of the installed package end a step before it starts."""
 
 import importlib.metadata
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
 from tuneline.errors import ToolError
-from tuneline.runtime.environment import check_versions, versions_of
+from tuneline.runtime.environment import NO_USAGE_REPORTS, check_versions, versions_of
 from tuneline.runtime.step import step
 
 
@@ -61,3 +64,19 @@ def test_the_versions_of_a_set_are_those_that_decide(install):
     assert {name for name in before if before[name] != after[name]} == {"evaluate"}
     install("numpy", "3.0")
     assert all(versions_of(name) != after[name] for name in before)
+
+
+def test_the_libraries_know_the_variables_that_stop_reports_of_use() -> None:
+    program = (
+        "from huggingface_hub import constants; import evaluate.config as config\n"
+        "print(constants.HF_HUB_DISABLE_TELEMETRY, config.HF_UPDATE_DOWNLOAD_COUNTS)"
+    )
+    for variables, said in ((NO_USAGE_REPORTS, "True False\n"), ({}, "False True\n")):
+        own = {name: value for name, value in os.environ.items() if name not in NO_USAGE_REPORTS}
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**own, **variables, "HF_HUB_OFFLINE": "0"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout == said, done.stderr

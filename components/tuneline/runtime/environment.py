@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 IMAGE_VARIABLE = "TUNELINE_IMAGE"
 """Environment variable with the name of the container image, with its digest if known."""
 
+NO_USAGE_REPORTS = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+"""Variables that keep TRL and `evaluate` from reporting their use to others; without the internet,
+each report is a request that fails. The images and local runs set them."""
+
 PACKAGES = (
     "accelerate",
     "bitsandbytes",

@@ -82,6 +82,8 @@ def _subprocess_runner(run_dir: Path, events_path: Path) -> local.SubprocessRunn
     # Two steps run concurrently. OpenMP threads that spin while they wait for a busy core slowed
     # some training steps down from 5 s to 20 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in environment.NO_USAGE_REPORTS.items():
+        os.environ.setdefault(name, value)
     # Runs share their checkpoints, so that the next run of a recipe resumes a killed training.
     os.environ.setdefault(ROOT_VARIABLE, str(run_dir.resolve().parent / CHECKPOINT_DIR))
     os.environ[EVENTS_VARIABLE] = str(events_path)
