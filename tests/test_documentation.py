@@ -97,6 +97,8 @@ def split(block: Block, text: str) -> list[Command]:
         except ValueError:
             continue
         part: list[str] = []
+        if words[:2] == ["unshare", "-n"]:
+            words = words[2:]
         for word in [*words, ";"]:
             if word in OPERATORS:
                 commands += [Command(block, tuple(part))] if part else []
