@@ -142,7 +142,7 @@ class CaBundle(StrictModel):
     """ConfigMap in the namespace of the run. It must exist: pods wait for it."""
     key: str = Field(default="ca.crt", pattern=SECRET_KEY)
     """Key of the ConfigMap with the certificates, in PEM format. They replace the authorities that
-    a client knows, so the public ones belong into it too if a step needs them."""
+    a client knows, so include the public ones if a step needs them."""
 
 
 def has_product(products: Sequence[str]) -> dict[str, Any]:
@@ -240,7 +240,7 @@ class PlacementConfig(StrictModel):
     that `notify` names are variables of the last step only. The secrets may be absent."""
     environment: dict[str, str] = {}
     """Environment variables of every pod, as {VARIABLE: value}: HF_ENDPOINT for a mirror of the
-    Hub, HTTPS_PROXY and NO_PROXY, or a setting of a library. Credentials belong into `secrets`.
+    Hub, HTTPS_PROXY and NO_PROXY, or a setting of a library. Credentials belong in `secrets`.
     Names that tuneline or its images set are refused. Not a part of KFP's cache key. Local runs
     have the environment of your shell instead."""
     ca_bundle: CaBundle | None = None

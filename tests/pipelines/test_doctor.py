@@ -162,6 +162,19 @@ def test_the_events_say_more_of_an_image(kube_server: Any) -> None:
     assert found.evidence == said
 
 
+def test_the_events_name_a_config_map_that_is_missing(kube_server: Any) -> None:
+    waiting = main_state(waiting={"reason": "ContainerCreating"})
+    put_pod(kube_server, phase="Pending", **waiting)
+    assert look() == []
+    said = 'MountVolume.SetUp failed for volume "ca" : configmap "company-ca" not found'
+    kube_server.put("events", "e", involvedObject={"name": POD}, message=said)
+    (found,) = look()
+    assert (found.cause, found.evidence) == ("volume not mounted", said)
+    assert "placement.ca_bundle" in found.advice
+    kube_server.forbidden.add("list events")
+    assert look() == []
+
+
 # What is told of a recorded run: step, cause, a part of the evidence; None if nothing is wrong.
 RECORDED: dict[str, tuple[str, str, str] | None] = {
     "probe-data-error": ("work", "DataError", "31 of 90 rows"),

@@ -12,6 +12,7 @@ from tuneline.pipelines.doctor.finding import (
     CANCELLED,
     GONE,
     HELD,
+    NOT_MOUNTED,
     QUEUED,
     TOLD,
     Finding,
@@ -77,8 +78,11 @@ def _failure(view: RunView, client: Any, step: Progress) -> Finding:
 def _obstacle(view: RunView, step: Progress) -> Finding | None:
     """Return why a step waits; None if nothing holds it up."""
     attempt = step.attempts[-1] if step.attempts else None
-    if attempt is None or not attempt.reason:
+    if attempt is None:
         return None
+    if not attempt.reason:
+        said = _mount_error(view, attempt) if step.state == "waiting" else ""
+        return finding(step.name, NOT_MOUNTED, said) if said else None
     if attempt.reason == "SchedulingGated":
         labels = (_pod(view, attempt) or {}).get("metadata", {}).get("labels", {})
         return finding(step.name, QUEUED, f"LocalQueue {labels.get(QUEUE_LABEL, 'unknown')}")
@@ -91,13 +95,25 @@ def _pod(view: RunView, attempt: Attempt) -> dict[str, Any] | None:
 
 def _pull_error(view: RunView, attempt: Attempt) -> str:
     """Return what the events say about an image that cannot be pulled; "" if they do not."""
-    if view.kube is None or attempt.reason not in IMAGE_REASONS:
+    if attempt.reason not in IMAGE_REASONS:
+        return ""
+    return _last_event(view, attempt, "Failed to pull image")
+
+
+def _mount_error(view: RunView, attempt: Attempt) -> str:
+    """Return what the events say about a volume that cannot be mounted; "" if they do not."""
+    return _last_event(view, attempt, "MountVolume.SetUp failed")
+
+
+def _last_event(view: RunView, attempt: Attempt, beginning: str) -> str:
+    """Return the last event about a pod whose message begins with some words, or ""."""
+    if view.kube is None or not attempt.pod:
         return ""
     try:
         messages = [event.get("message", "") for event in view.kube.events(attempt.pod)]
     except Refused:
         return ""
-    return next((text for text in messages[::-1] if text.startswith("Failed to pull image")), "")
+    return next((text for text in messages[::-1] if text.startswith(beginning)), "")
 
 
 def _told_by_diagnose(view: RunView, client: Any, step: str) -> Finding | None:

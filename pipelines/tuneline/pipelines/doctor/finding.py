@@ -33,6 +33,13 @@ QUEUED = Cause(
     "The pod is waiting in its queue; nothing is wrong.",
     "Wait: Kueue admits the pod when capacity is free. `kubectl get workloads` shows its position.",
 )
+NOT_MOUNTED = Cause(
+    "volume not mounted",
+    "",
+    "The pod waits for a volume that cannot be mounted.",
+    "Create the ConfigMap (placement.ca_bundle), the secret or the claim that the message names, "
+    "or correct placement.",
+)
 ORPHAN = Cause(
     "orphan",
     "",
