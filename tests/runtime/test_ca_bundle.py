@@ -54,7 +54,9 @@ fsspec.filesystem("s3", **settings, config_kwargs={"retries": {"max_attempts": 1
 import os
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 import fsspec
-fsspec.filesystem("gs", token="anon", endpoint_url=url, project="p").info("gs://bucket/key")
+from tuneline.runtime.source_names import store_options
+settings = {"token": "anon", "endpoint_url": url, "project": "p", **store_options("gs://bucket")}
+fsspec.filesystem("gs", **settings).info("gs://bucket/key")
 """,
     # The library of adlfs, which sets no number of retries.
     "azure": """
@@ -125,7 +127,11 @@ def server(authority: Authority) -> Iterator[tuple[str, list[str]]]:
 
 def said(program: str, url: str, home: Path, variables: dict[str, str]) -> str:
     """Run a client's program; return what it wrote, with its error."""
-    kept = {name: value for name, value in os.environ.items() if name not in CA_VARIABLES}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in CA_VARIABLES and not name.lower().endswith("_proxy")
+    }
     own = {
         **{"HOME": str(home), "HF_HOME": str(home), SECONDS_VARIABLE: "0"},
         **{"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "0"},
@@ -182,3 +188,23 @@ print("ready")
             assert ("CERTIFICATE_VERIFY_FAILED" in text) != ready
     finally:
         server.stop(None)
+
+
+@pytest.mark.parametrize(
+    "client",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "gcsfs")) for name in CLIENTS],
+)
+def test_a_client_asks_the_proxy(client: str, tmp_path: Path) -> None:
+    """With the variables that `placement.environment` sets."""
+    asked: list[str] = []
+
+    class Proxy(LocalHandler):
+        def do_CONNECT(self) -> None:  # noqa: N802
+            asked.append(self.path)
+            self.send_error(403)
+            self.close_connection = True
+
+    with serving(Proxy) as host:
+        variables = {"HTTPS_PROXY": f"http://{host}", "NO_PROXY": ".svc,.kubeflow"}
+        text = said(CLIENTS[client], "https://server.invalid", tmp_path, variables)
+    assert "server.invalid:443" in asked, text[-800:]

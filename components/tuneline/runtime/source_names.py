@@ -8,7 +8,9 @@ dataset may also be an address in a store (`s3://BUCKET/PATH`), a path on a clai
 import glob
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 _BUILTIN_PREFIX = "builtin:"
 _CLAIM_PREFIX = "claim:"
@@ -40,6 +42,8 @@ class Store:
     """Package with which fsspec reads the store."""
     credentials: str
     """What to try if the store refuses a request."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options with which fsspec opens the store, so that it uses the proxy of the environment."""
 
 
 _S3 = Store(
@@ -56,6 +60,7 @@ _AZURE = Store(
 _GOOGLE = Store(
     "gcsfs",
     "set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account, or use workload identity",
+    {"session_kwargs": {"trust_env": True}},
 )
 _WEB = Store(
     "aiohttp", "the address needs a login; use a signed address, or copy the file to a store"
@@ -105,6 +110,12 @@ def store_of(source: str) -> str | None:
     """Return the key in STORES of an address in a store; None for any other source."""
     scheme = scheme_of(source)
     return scheme if scheme in STORES else None
+
+
+def store_options(address: str) -> dict[str, Any]:
+    """Return the options with which fsspec opens the store of an address."""
+    store = STORES.get(scheme_of(address) or "")
+    return dict(store.options) if store else {}
 
 
 def is_web_address(source: str) -> bool:

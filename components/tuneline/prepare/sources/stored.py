@@ -23,7 +23,13 @@ from fsspec.utils import glob_translate
 
 from tuneline.errors import DataError
 from tuneline.runtime.retries import Retries
-from tuneline.runtime.source_names import fixed_part, is_web_address, store_of, without_query
+from tuneline.runtime.source_names import (
+    fixed_part,
+    is_web_address,
+    store_of,
+    store_options,
+    without_query,
+)
 from tuneline.runtime.store_errors import explained, readable_errors
 
 _BLOCK_BYTES = 1 << 20
@@ -197,7 +203,7 @@ def _web_file(source: str) -> StoredFile:
 
 def _file_system(source: str) -> tuple[Any, str]:
     """Return the file system of a store, and the path of a source in it."""
-    options: dict[str, Any] = {}
+    options = store_options(source)
     if is_web_address(source):
         # The default ends a download after five minutes, however it proceeds.
         timeout = aiohttp.ClientTimeout(

@@ -27,6 +27,7 @@ from tuneline.publish.staging import StagedRepo
 from tuneline.publish.targets.versions import check_versions, newest_first, next_tag
 from tuneline.record import sha256_of_file
 from tuneline.runtime.retries import http_status, retrying
+from tuneline.runtime.source_names import store_options
 from tuneline.runtime.store_errors import explained
 
 logger = logging.getLogger(__name__)
@@ -300,7 +301,9 @@ class InStore:
         if self._opened is None:
             import fsspec
 
-            self._opened, _ = fsspec.url_to_fs(self._address, use_listings_cache=False)
+            self._opened, _ = fsspec.url_to_fs(
+                self._address, use_listings_cache=False, **store_options(self._address)
+            )
         return self._opened
 
     def _full(self, relative: str) -> str:
