@@ -141,8 +141,9 @@ def test_quantities(text: str, value: float) -> None:
             {"environment": {"W": "1"}, "secrets": {"s": {"k": "W"}}},
             "environment.W is also set by `secrets`",
         ),
-        ({"environment": {"HTTPS_PROXY": "http://p:3128"}}, "sets HTTPS_PROXY but not NO_PROXY"),
-        ({"environment": {"http_proxy": "http://p:3128"}}, "sets http_proxy but not NO_PROXY"),
+        ({"environment": {"HTTPS_PROXY": "http://p:3128"}}, "set HTTPS_PROXY but not NO_PROXY"),
+        ({"environment": {"http_proxy": "http://p:3128"}}, "set http_proxy but not NO_PROXY"),
+        ({"secrets": {"p": {"url": "HTTPS_PROXY"}}}, "set HTTPS_PROXY but not NO_PROXY"),
         (
             {"environment": {"SSL_CERT_FILE": "/x"}, "ca_bundle": {"config_map": "ca"}},
             "SSL_CERT_FILE: ca_bundle sets it: remove one of the two",
@@ -195,3 +196,15 @@ def test_a_bundle_is_named_to_every_client() -> None:
     # An image of one's own may bring the file.
     own = {"environment": {"SSL_CERT_FILE": "/etc/ssl/certs/ca-certificates.crt"}}
     assert plain_variables(PlacementConfig.parse(own)) == own["environment"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"environment": {"HTTPS_PROXY": "http://p:3128", "no_proxy": ".svc"}},
+        {"environment": {"NO_PROXY": ".svc"}, "secrets": {"p": {"url": "HTTPS_PROXY"}}},
+        {"secrets": {"p": {"url": "HTTPS_PROXY", "not": "NO_PROXY"}}},
+    ],
+)
+def test_a_proxy_may_come_from_a_secret(values: dict[str, Any]) -> None:
+    assert PlacementConfig.parse(values).proxies == ["HTTPS_PROXY"]

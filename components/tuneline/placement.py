@@ -339,15 +339,22 @@ class PlacementConfig(StrictModel):
                 )
             if not value.isprintable():
                 raise ValueError(f"{where} contains a line break or a control character: remove it")
-        if proxies := [name for name in self.environment if name.upper() in PROXY_VARIABLES]:
-            if not self.no_proxy:
+        if proxies := self.proxies:
+            if not self.no_proxy and not {"NO_PROXY", "no_proxy"} & of_secrets:
                 raise ValueError(
-                    f"environment sets {proxies[0]} but not NO_PROXY: KFP's launcher, which runs "
-                    "in the same container, would ask the proxy for the services of the cluster. "
+                    f"environment or secrets set {proxies[0]} but not NO_PROXY: KFP's launcher, which "
+                    "runs in the same container, would ask the proxy for services of the cluster. "
                     "Set NO_PROXY to .svc,.cluster.local,.kubeflow,localhost,127.0.0.1 and the "
                     "address range of the cluster's services"
                 )
         return self
+
+    @property
+    def proxies(self) -> list[str]:
+        """Names of the variables that send requests of pods through a proxy."""
+        of_secrets = [name for keys in self.secrets.values() for name in keys.values()]
+        names = (*self.environment, *of_secrets)
+        return [name for name in names if name.upper() in PROXY_VARIABLES]
 
     @property
     def no_proxy(self) -> str:

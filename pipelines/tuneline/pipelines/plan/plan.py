@@ -28,7 +28,7 @@ from tuneline.pipelines.plan.host_memory import host_memory
 from tuneline.pipelines.plan.model_facts import ModelFacts
 from tuneline.pipelines.plan.optimizer_steps import check_optimizer_steps
 from tuneline.pipelines.plan.power import check_power
-from tuneline.placement import PROXY_VARIABLES, quantity_value
+from tuneline.placement import quantity_value
 from tuneline.recipe import Recipe
 from tuneline.train.batch_size import batch_size
 from tuneline.train.memory.estimate import GIB
@@ -137,8 +137,9 @@ def _data(recipe: Recipe, *, has_pods: bool) -> Iterator[Check]:
 def _proxy(recipe: Recipe) -> Iterator[Check]:
     """Check that KFP's launcher in the pods does not ask a proxy for the services of KFP."""
     placement = recipe.placement
-    proxies = [name for name in placement.environment if name.upper() in PROXY_VARIABLES]
-    if not proxies:
+    proxies = placement.proxies
+    # A value that only a secret has is not seen here.
+    if not proxies or not placement.no_proxy:
         return
     hosts = {"no": placement.no_proxy}
     asked = [name for name in KFP_HOSTS if not urllib.request.proxy_bypass(name, hosts)]
