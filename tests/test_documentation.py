@@ -85,6 +85,15 @@ def blocks_of(page: Path) -> list[Block]:
     ]
 
 
+def expanded(page: Path, word: str) -> list[str]:
+    """Return the words of a shell variable that the page sets; any other word as it is."""
+    if not re.fullmatch(r"\$[A-Z]+", word):
+        return [word]
+    text = page.read_text(encoding="utf-8")
+    found = re.search(rf"""^ *(?:export )?{word[1:]}=(["'])(.*?)\1""", text, re.M)
+    return shlex.split(found[2]) if found else [word]
+
+
 def split(block: Block, text: str) -> list[Command]:
     """Split shell text into commands; text that is no shell has none of ours."""
     commands: list[Command] = []
@@ -99,6 +108,7 @@ def split(block: Block, text: str) -> list[Command]:
         part: list[str] = []
         if words[:2] == ["unshare", "-n"]:
             words = words[2:]
+        words = [part for word in words for part in expanded(block.page, word)]
         for word in [*words, ";"]:
             if word in OPERATORS:
                 commands += [Command(block, tuple(part))] if part else []

@@ -342,9 +342,9 @@ class PlacementConfig(StrictModel):
         if proxies := self.proxies:
             if not self.no_proxy and not {"NO_PROXY", "no_proxy"} & of_secrets:
                 raise ValueError(
-                    f"environment or secrets set {proxies[0]} but not NO_PROXY: KFP's launcher, which "
-                    "runs in the same container, would ask the proxy for services of the cluster. "
-                    "Set NO_PROXY to .svc,.cluster.local,.kubeflow,localhost,127.0.0.1 and the "
+                    f"environment or secrets set {proxies[0]} but not NO_PROXY: KFP's launcher, "
+                    "which runs in the same container, would ask the proxy for services of the "
+                    "cluster. Set NO_PROXY to .svc,.cluster.local,.kubeflow,localhost,127.0.0.1 and the "
                     "address range of the cluster's services"
                 )
         return self
