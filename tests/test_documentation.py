@@ -89,7 +89,7 @@ def expanded(page: Path, word: str) -> list[str]:
     """Return the words of a shell variable that the page sets; any other word as it is."""
     if not re.fullmatch(r"\$[A-Z]+", word):
         return [word]
-    text = page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     found = re.search(rf"""^ *(?:export )?{word[1:]}=(["'])(.*?)\1""", text, re.M)
     return shlex.split(found[2]) if found else [word]
 
