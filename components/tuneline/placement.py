@@ -344,8 +344,8 @@ class PlacementConfig(StrictModel):
                 raise ValueError(
                     f"environment or secrets set {proxies[0]} but not NO_PROXY: KFP's launcher, "
                     "which runs in the same container, would ask the proxy for services of the "
-                    "cluster. Set NO_PROXY to .svc,.cluster.local,.kubeflow,localhost,127.0.0.1 and the "
-                    "address range of the cluster's services"
+                    "cluster. Set NO_PROXY to .svc,.cluster.local,.kubeflow,localhost,127.0.0.1 "
+                    "and the address range of the cluster's services"
                 )
         return self
 
