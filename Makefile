@@ -79,9 +79,9 @@ images:  ## build the container images; SETS="light train", TORCH=cpu, BUILD_ARG
 	  docker build -f images/Dockerfile $(BUILD_ARGS) --build-arg SET=$$set \
 	    --build-arg FOUNDATION=$$foundation --build-arg TORCH=$(TORCH) \
 	    --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse --short HEAD) \
-	    -t tuneline/$$set:$(VERSION) . || exit 1; \
+	    -t localhost/tuneline/$$set:$(VERSION) . || exit 1; \
 	done
-	@docker image ls 'tuneline/*'
+	@docker image ls 'localhost/tuneline/*'
 
 clean:  ## remove the environment and what builds leave
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

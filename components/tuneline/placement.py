@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from tuneline import images
 from tuneline.gpu_profiles import GPU_PROFILES, LOCAL, SMALL, GpuProfile, Profile
-from tuneline.images import REGISTRY, USER_ID
 from tuneline.pods import PRODUCT_LABEL
 from tuneline.steps import STEPS, StepName
 from tuneline.strict_model import StrictModel
@@ -208,10 +208,12 @@ class PlacementConfig(StrictModel):
     """More Kubernetes secrets, as {secret: {key: VARIABLE}}. Their values become environment
     variables of the steps that use the network and of train, which may report to trackers; those
     that `notify` names are variables of the last step only. The secrets may be absent."""
-    registry: str = Field(default=REGISTRY, pattern=REGISTRY_NAME)
-    """Registry and path of the images, e.g. registry.example.com/team for
-    registry.example.com/team/train:VERSION. The default has no host: it works only on nodes
-    that already have the images."""
+    registry: str | None = Field(default=None, pattern=REGISTRY_NAME)
+    """Where the nodes get the images, which `submit` and `schedule` need. A registry with its host
+    and a path, e.g. registry.example.com/team for registry.example.com/team/train:VERSION. Or
+    local: the nodes have them as localhost/tuneline/train:VERSION, as `make images` names them, and
+    never pull; local:PREFIX is the same for PREFIX/train:VERSION. null: none is named; a compiled
+    file then has the names of local."""
     image_pull_secrets: list[DnsName] = []
     """Kubernetes secrets with the credentials for `registry`."""
     queue: str | None = Field(default=None, pattern=DNS_NAME)
@@ -219,7 +221,7 @@ class PlacementConfig(StrictModel):
     queue."""
     workload_priority_class: str | None = Field(default=None, pattern=DNS_NAME)
     """Kueue WorkloadPriorityClass; needs `queue`. KFP cannot set a pod's own priority class."""
-    run_as_user: int | None = Field(default=USER_ID, ge=1)
+    run_as_user: int | None = Field(default=images.USER_ID, ge=1)
     """Numeric user of all pods; null lets the platform choose a user other than root
     (OpenShift)."""
 
@@ -257,6 +259,7 @@ class PlacementConfig(StrictModel):
                     f"shared_memory {self.shared_memory} counts towards accelerated.memory_limit "
                     f"{limit} and must be smaller"
                 )
+        _check_registry(self.registry, self.num_nodes)
         for key in self.node_selector:
             if not re.fullmatch(LABEL_KEY, key):
                 raise ValueError(f"node_selector: '{key}' is not the key of a Kubernetes label")
@@ -271,6 +274,26 @@ class PlacementConfig(StrictModel):
                         f"secrets.{secret}: '{variable}' is not a name of an environment variable"
                     )
         return self
+
+
+def _check_registry(registry: str | None, num_nodes: int) -> None:
+    """Refuse names of images that nodes could pull from a public hub by accident."""
+    if registry is None or registry == images.LOCAL:
+        return
+    if not images.is_on_nodes(registry) and not images.has_host(registry):
+        raise ValueError(
+            f"registry '{registry}' names no host, and nodes would pull {registry}/... from a "
+            "public hub, where anyone may own that name: write the registry with its host, e.g. "
+            f"registry.example.com/{registry}, or {images.LOCAL}:{registry} if the nodes have the "
+            "images"
+        )
+    # A TrainJob cannot set the pull policy of its pods.
+    if num_nodes > 1 and not images.has_host(images.in_registry(images.TRAIN, registry)):
+        raise ValueError(
+            f"registry '{registry}' with num_nodes {num_nodes}: a node without the image would "
+            "pull it from a public hub, because a TrainJob cannot forbid it. Set registry to "
+            f"{images.LOCAL}, and name the images {images.LOCAL_PREFIX}/... on the nodes"
+        )
 
 
 def _profile_values(gpu: GpuProfile) -> dict[str, Any]:

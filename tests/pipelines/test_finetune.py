@@ -181,7 +181,9 @@ def test_the_questions_of_benchmarks_reach_prepare(tmp_path: Path) -> None:
     found = tasks(pipeline)
     assert inputs_of(found["prepare"])["benchmarks"] == ("collect-benchmarks", "questions")
     assert found["collect-benchmarks"]["dependentTasks"] == ["plan"]
-    assert executors(pipeline)["collect-benchmarks"]["image"].startswith("tuneline/evaluate:")
+    assert executors(pipeline)["collect-benchmarks"]["image"].startswith(
+        "localhost/tuneline/evaluate:"
+    )
     kubernetes = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert "secretAsEnv" in kubernetes["exec-collect-benchmarks"]
 

@@ -231,6 +231,15 @@ def test_another_registry_is_in_every_name(tmp_path: Path) -> None:
     assert lint_documents(documents) == []
 
 
+@pytest.mark.parametrize("registry", [None, "local", "local:tuneline", "registry.example.com"])
+def test_images_that_the_nodes_have_are_never_pulled(registry: str | None, tmp_path: Path) -> None:
+    documents = compiled({"registry": registry}, tmp_path / "pipeline.yaml")
+    executors = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    policies = {executor.get("imagePullPolicy") for executor in executors.values()}
+    assert policies == {None if registry == "registry.example.com" else "Never"}
+    assert lint_documents(documents) == []
+
+
 def test_the_lint_has_nothing_to_say(everything: list[dict[str, Any]]) -> None:
     assert lint_documents(everything) == []
 

@@ -68,9 +68,10 @@ def place(
     task.set_memory_request(needs.memory_request).set_memory_limit(needs.memory_limit)
     if needs.num_retries:
         _retry(task, needs.num_retries, timeout_hours=needs.timeout_hours)
-    if config.registry != images.REGISTRY:
-        assert task.container_spec is not None
-        task.set_container_image(images.in_registry(task.container_spec.image, config.registry))
+    assert task.container_spec is not None
+    task.set_container_image(images.in_registry(task.container_spec.image, config.registry))
+    if images.is_on_nodes(config.registry):
+        kubernetes.set_image_pull_policy(task, "Never")
     if name == "train-on-nodes" and config.shared_claim:
         kubernetes.mount_pvc(task, config.shared_claim, SHARED_PATH)
     if name == "train":
