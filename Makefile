@@ -88,7 +88,7 @@ IMAGES ?= yes
 release:  ## build a release in dist/; IMAGES=no, REGISTRY=..., COSIGN_KEY=... (docs/releases.md)
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(FITS)' || { \
 	  echo "a release needs Python 3.11 or 3.12: install one, or name it: make PYTHON=..."; exit 1; }
-	@PYTHONPATH=images:components $(PYTHON) -m release --images='$(IMAGES)' --sets='$(SETS)' \
+	@PYTHONPATH=images/tools:components $(PYTHON) -m release --images='$(IMAGES)' --sets='$(SETS)' \
 	  --torch='$(TORCH)' --build-args='$(BUILD_ARGS)' --registry='$(REGISTRY)'
 
 clean:  ## remove the environment and what builds leave

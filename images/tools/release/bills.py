@@ -35,7 +35,7 @@ def bill_of_locks(locks: list[Path], python: Path, subject: dict[str, Any], epoc
         subject: the component that the packages belong to.
         epoch: time of the bill, in seconds since 1970.
     """
-    command = [python, "-m", "cyclonedx_py", "requirements", "--output-reproducible", "-"]
+    command = [str(python), "-m", "cyclonedx_py", "requirements", "--output-reproducible", "-"]
     text = "\n".join(lock.read_text(encoding="utf-8") for lock in locks)
     bill = json.loads(output_of(command, text=text, variables={"SOURCE_DATE_EPOCH": str(epoch)}))
     bill.setdefault("metadata", {})["component"] = subject

@@ -20,7 +20,7 @@ from tuneline.images import has_host
 from tuneline.steps import IMAGE_SETS
 from tuneline.version import VERSION
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DIST = ROOT / "dist"
 LOCKS = ROOT / "images"
 TOOLS = LOCKS / "tools" / "requirements.lock"

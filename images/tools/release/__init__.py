@@ -1,5 +1,7 @@
-"""Makes a release of this repository: `make release` runs `python -m release` with images/ and
-components/ on the path, and docs/releases.md says what comes out.
+"""Make a release of this repository: wheel, sdist, bills of materials, provenance, images.
+
+`make release` runs `python -m release` with images/tools and components on the path.
+docs/releases.md says what comes out.
 
 source.py      what is released: a clean checkout, a version, its entry in CHANGELOG.md
 commands.py    other programs, and their errors in words

@@ -22,8 +22,8 @@ def make_tools(lock: Path, python: str, where: Path) -> Path:
     """
     output_of([python, "-m", "venv", where])
     own = where / "bin" / "python"
-    pip = [own, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
-    output_of([*pip, "--require-hashes", "--only-binary", ":all:", "-r", lock])
+    pip = [str(own), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
+    output_of([*pip, "--require-hashes", "--only-binary", ":all:", "-r", str(lock)])
     return own
 
 
@@ -87,5 +87,5 @@ def _copy(source: Source, where: Path, mask: str) -> Path:
 
 def _build(source: Source, python: Path, tree: Path, made: Path, target: str) -> None:
     variables = {"SOURCE_DATE_EPOCH": str(source.epoch), "PYTHONPATH": ""}
-    command = [python, "-m", "hatchling", "build", "--target", target, "--directory", made]
-    output_of(command, where=tree, variables=variables)
+    command = [str(python), "-m", "hatchling", "build", "--target", target, "--directory"]
+    output_of([*command, made], where=tree, variables=variables)
