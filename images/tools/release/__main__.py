@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import io
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from release.provenance import statement
 from release.source import Source, read_source
 from tuneline.errors import OutputExistsError, TunelineError, UserError
 from tuneline.images import has_host
+from tuneline.runtime.redaction import redacted
 from tuneline.steps import IMAGE_SETS
 from tuneline.version import VERSION
 
@@ -36,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--build-args", default="", help="BUILD_ARGS of `make images`")
     parser.add_argument("--registry", default="", help="where the images are pushed")
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # In a log, these lines and those of the programs that are started stay in order.
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         _release(options, os.environ)
     except TunelineError as error:
@@ -74,7 +79,8 @@ def _release(options: argparse.Namespace, variables: Mapping[str, str]) -> None:
                 "images": sets,
                 "registry": registry,
                 "torch": options.torch,
-                "buildArguments": options.build_args,
+                # The address of an index may have a password in it.
+                "buildArguments": redacted(options.build_args),
             },
             tools=tools,
             started=started,

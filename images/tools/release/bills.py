@@ -15,10 +15,9 @@ QUERY = "${Package}\\t${Version}\\t${Architecture}\\t${source:Package}\\t${db:St
 """Fields of a package of Debian, for dpkg-query."""
 
 _VALIDATE = """
-import sys
+import json, sys
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
-import json
 text = sys.stdin.read()
 version = SchemaVersion.from_version(json.loads(text)["specVersion"])
 error = JsonStrictValidator(version).validate_str(text)
@@ -35,7 +34,9 @@ def bill_of_locks(locks: list[Path], python: Path, subject: dict[str, Any], epoc
         subject: the component that the packages belong to.
         epoch: time of the bill, in seconds since 1970.
     """
-    command = [str(python), "-m", "cyclonedx_py", "requirements", "--output-reproducible", "-"]
+    # The whole document is validated below, once.
+    options = ["--output-reproducible", "--no-validate", "-"]
+    command = [str(python), "-m", "cyclonedx_py", "requirements", *options]
     text = "\n".join(lock.read_text(encoding="utf-8") for lock in locks)
     bill = json.loads(output_of(command, text=text, variables={"SOURCE_DATE_EPOCH": str(epoch)}))
     bill.setdefault("metadata", {})["component"] = subject
