@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import uuid
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ def statement(
     ]
     dependencies += [dict(each) for each in materials]
     builder, invocation = _builder(os.environ)
-    versions = {"python": platform.python_version(), **tools}
+    # zlib decides on the bytes of equal content.
+    own = {"python": platform.python_version(), "zlib": zlib.ZLIB_RUNTIME_VERSION}
+    versions = {**own, **tools}
     return {
         "_type": STATEMENT,
         "subject": subjects,
