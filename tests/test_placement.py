@@ -29,7 +29,7 @@ def test_a_profile_describes_a_node_that_can_exist(name: str) -> None:
     node = config.accelerated
     assert node.memory_request and node.memory_limit and config.shared_memory
     assert config.num_accelerators == 1
-    assert config.tolerations[0].key == "nvidia.com/gpu"
+    assert config.tolerations[0].key == config.accelerator == GPU_PROFILES[name].resource
     # What a pod keeps in /dev/shm counts towards its memory.
     assert quantity_value(config.shared_memory) < quantity_value(node.memory_request) / 2
 

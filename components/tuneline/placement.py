@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from tuneline import images
 from tuneline.gpu_profiles import GPU_PROFILES, LOCAL, SMALL, GpuProfile, Profile
-from tuneline.pods import PRODUCT_LABEL
+from tuneline.pods import product_label
 from tuneline.steps import STEPS, StepName
 from tuneline.strict_model import StrictModel
 
@@ -123,14 +123,15 @@ class Toleration(StrictModel):
         return self
 
 
-def has_product(products: Sequence[str]) -> dict[str, Any]:
-    """Return the match expression of nodes that have one of these GPUs."""
-    return {"key": PRODUCT_LABEL, "operator": "In", "values": list(products)}
+def has_product(products: Sequence[str], accelerator: str) -> dict[str, Any]:
+    """Return the match expression of nodes that have one of these products of an accelerator."""
+    return {"key": product_label(accelerator), "operator": "In", "values": list(products)}
 
 
 def node_fields(
     *,
     node_selector: Mapping[str, str],
+    accelerator: str,
     accelerator_products: Sequence[str],
     tolerations: Sequence[Toleration],
 ) -> dict[str, Any]:
@@ -144,7 +145,8 @@ def node_fields(
     if tolerations:
         fields["tolerations"] = [each.model_dump(exclude_none=True) for each in tolerations]
     if accelerator_products:
-        terms = {"nodeSelectorTerms": [{"matchExpressions": [has_product(accelerator_products)]}]}
+        wanted = has_product(accelerator_products, accelerator)
+        terms = {"nodeSelectorTerms": [{"matchExpressions": [wanted]}]}
         fields["affinity"] = {
             "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}
         }
@@ -155,8 +157,9 @@ class PlacementConfig(StrictModel):
     """Where the steps run on a cluster; local runs ignore this section."""
 
     profile: Profile = LOCAL
-    """Kind of node. A GPU's profile sets `num_accelerators`, `accelerator_products`, `accelerated`,
-    `tolerations` and `shared_memory`, except where the recipe sets them. local: the defaults below,
+    """Kind of node. A GPU's profile sets `accelerator`, `num_accelerators`, `accelerator_products`,
+    `accelerated`, `tolerations` and `shared_memory`, except where the recipe sets them. mi300x is
+    declared only: nothing ran on it, and the images have no ROCm. local: the defaults below,
     on CPUs only. small: on CPUs only, on a cluster of one machine with 2 to 4 cores and 16 GiB; it
     sets the CPU request and the memory of each step in `steps`, for models as small as the
     demo's."""
@@ -180,7 +183,8 @@ class PlacementConfig(StrictModel):
     ReadWriteMany. `run_as_user` must be able to write to it. null: checkpoints are kept on
     `cache_claim`."""
     accelerator_products: list[LabelValue] = []
-    """Accepted values of the node label nvidia.com/gpu.product; empty accepts any GPU."""
+    """Accepted values of the node label with the product's name: nvidia.com/gpu.product, or
+    amd.com/gpu.product-name for the accelerator amd.com/gpu. Empty accepts any GPU."""
     accelerated: StepPlacement = StepPlacement()
     """Resources of every step that gets an accelerator; they should fit the GPU node.
 
@@ -299,6 +303,7 @@ def _check_registry(registry: str | None, num_nodes: int) -> None:
 def _profile_values(gpu: GpuProfile) -> dict[str, Any]:
     node = gpu.node
     return {
+        "accelerator": gpu.resource,
         "num_accelerators": 1,
         "accelerator_products": list(gpu.products),
         "accelerated": {
@@ -308,7 +313,7 @@ def _profile_values(gpu: GpuProfile) -> dict[str, Any]:
             "memory_limit": node.memory[1],
         },
         # The taint that GKE, AKS and the documentation of NVIDIA's operator put on GPU nodes.
-        "tolerations": [{"key": "nvidia.com/gpu"}],
+        "tolerations": [{"key": gpu.resource}],
         "shared_memory": node.shared_memory,
     }
 

@@ -84,7 +84,7 @@ def test_every_pod_has_requests_limits_and_a_user(demo: tuple[str, dict, dict]) 
             assert resources[f"resource{key}"], name
         context = kubernetes[f"exec-{name}"]["securityContext"]
         assert context == {"runAsUser": str(USER_ID), "runAsNonRoot": True}, name
-        assert re.fullmatch(r"tuneline/[a-z]+:\d+\.\d+\.\d+", container["image"]), name
+        assert re.fullmatch(r"localhost/tuneline/[a-z]+:\d+\.\d+\.\d+", container["image"]), name
 
 
 def tasks(pipeline: dict) -> dict[str, dict]:

@@ -144,7 +144,7 @@ def _accelerate(task: PipelineTask, config: PlacementConfig, count: int) -> None
     for key, value in config.node_selector.items():
         kubernetes.add_node_selector(task, key, value)
     if config.accelerator_products:
-        found = has_product(config.accelerator_products)
+        found = has_product(config.accelerator_products, config.accelerator)
         kubernetes.add_node_affinity(task, match_expressions=[found])
     for toleration in config.tolerations:
         kubernetes.add_toleration(task, **toleration.model_dump())

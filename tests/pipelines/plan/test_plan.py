@@ -210,6 +210,17 @@ def test_every_gpu_is_checked(profile: str) -> None:
     assert bounds[0] < speed / gpu.relative_speed < bounds[1]
 
 
+def test_a_gpu_on_which_nothing_ran_is_a_warning() -> None:
+    checks = plan(recipe(profile="mi300x"), num_parameters=LLAMA)
+    (gpu,) = [each for each in checks if each.name == "GPU"]
+    assert gpu.verdict == "warn"
+    assert gpu.words.startswith("mi300x is declared from its data sheet, and tuneline never ran")
+    assert "PyTorch for CUDA" in gpu.words and "ROCm" in gpu.advice
+    (kernels,) = [each for each in checks if each.name == "kernels"]
+    assert kernels.words == "PyTorch's, because mi300x is AMD's"
+    assert not [each for each in plan(recipe(), num_parameters=LLAMA) if each.name == "GPU"]
+
+
 def test_limits_that_the_run_would_hit_fail() -> None:
     loaded = recipe(
         "train.max_steps=100000",
