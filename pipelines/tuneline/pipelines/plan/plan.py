@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from tuneline.errors import DataError
 from tuneline.gpu_profiles import GPU_PROFILES, LOCAL, fp8_profiles
 from tuneline.html.units import duration, parameters, size
+from tuneline.images import LOCAL as IMAGES_ON_NODES
+from tuneline.images import origin_in_words
 from tuneline.pipelines.inputs import local_problems, prepare_upload
 from tuneline.pipelines.kube import Kube
 from tuneline.pipelines.needs import memory_of
@@ -76,6 +78,8 @@ def plan(
     num_parameters = num_parameters or parameters_in_name(recipe.base_model)
     on_cluster = kube is not None or recipe.placement.profile != LOCAL
     checks = check_early(recipe, is_local=not on_cluster) if looks_up else []
+    if looks_up and on_cluster and kube is None:
+        checks.append(_images(recipe))
     checks += [*_ranks(recipe), *check_optimizer_steps(recipe), *_checkpoints(recipe)]
     checks += _data(recipe, has_pods=kube is not None)
     checks += [*_untried_gpu(recipe), *_kernels(recipe, has_pods=kube is not None)]
@@ -98,6 +102,16 @@ def plan(
     if num_parameters is not None:
         checks += check_disks(recipe, num_parameters, kube)
     return checks
+
+
+def _images(recipe: Recipe) -> Check:
+    """Say where the nodes get the images; with a cluster, `check_cluster` looks for them there."""
+    registry = recipe.placement.registry
+    if registry is not None:
+        return Check("images", "ok", origin_in_words(registry))
+    words = "the recipe does not say where the nodes get the images, so `submit` refuses it"
+    advice = f"set placement.registry to your registry, or to {IMAGES_ON_NODES}"
+    return Check("images", "warn", words, f"{advice} if the nodes have them")
 
 
 def _ranks(recipe: Recipe) -> Iterator[Check]:
