@@ -55,6 +55,9 @@ def _release(options: argparse.Namespace, variables: Mapping[str, str]) -> None:
     source = read_source(ROOT, VERSION)
     for note in source.notes:
         print(f"note: {note}")
+    key = variables.get("COSIGN_KEY", "")
+    if key:
+        signing.check_cosign()
     tools: dict[str, str] = {}
     if sets:
         tools["container engine"] = containers.engine_version()
@@ -87,7 +90,6 @@ def _release(options: argparse.Namespace, variables: Mapping[str, str]) -> None:
         )
         _write(made / "provenance.intoto.json", document)
         sums = signing.write_sums(made)
-        key = variables.get("COSIGN_KEY", "")
         if key:
             signed = signing.sign(sums, images, key, variables.get("COSIGN_ARGS", ""))
             print(f"signed by cosign: {', '.join(signed)}")

@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 from release.commands import output_of
+from release.provenance import sha256_of
 from release.source import Source
 from tuneline.errors import ProofError
 
@@ -63,10 +64,11 @@ def compare(first: Path, second: Path) -> list[Path]:
     if names != again:
         raise ProofError(f"the first build made {names} and the second {again}")
     for path in packages:
-        if path.read_bytes() != (second / path.name).read_bytes():
+        before, after = sha256_of(path), sha256_of(second / path.name)
+        if before != after:
             raise ProofError(
-                f"{path.name} has other bytes when it is built again: compare {path} with "
-                f"{second / path.name}, e.g. with diffoscope"
+                f"{path.name} has other bytes when it is built again (SHA-256 {before}, then "
+                f"{after}): look for times, rights, paths or an order that the build writes"
             )
     return packages
 

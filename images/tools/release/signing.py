@@ -5,12 +5,14 @@ and the digests of the images.
 """
 
 import shlex
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from release.commands import output_of
 from release.containers import Image
 from release.provenance import sha256_of
+from tuneline.errors import ToolError
 
 SUMS = "SHA256SUMS"
 BUNDLE = "SHA256SUMS.sigstore.json"
@@ -25,6 +27,19 @@ def write_sums(directory: Path) -> Path:
     return sums
 
 
+def check_cosign() -> None:
+    """Check that cosign can be called, before anything is built.
+
+    Raises:
+        ToolError: it is not on the PATH.
+    """
+    if shutil.which("cosign") is None:
+        raise ToolError(
+            "COSIGN_KEY is set, but there is no program cosign on the PATH: install it, or unset "
+            "COSIGN_KEY for a release that is not signed"
+        )
+
+
 def sign(sums: Path, images: Iterable[Image], key: str, options: str) -> list[str]:
     """Sign SHA256SUMS and the pushed images with cosign; return what was signed.
 
@@ -35,7 +50,7 @@ def sign(sums: Path, images: Iterable[Image], key: str, options: str) -> list[st
         options: more options of cosign, as in a shell.
 
     Raises:
-        ToolError: cosign is not installed, or failed.
+        ToolError: cosign failed.
     """
     common = ["--yes", "--key", key, *shlex.split(options)]
     bundle = sums.with_name(BUNDLE)
