@@ -8,7 +8,7 @@ LOCK := images/line/requirements.lock
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint format compile docs images clean
+.PHONY: help install demo test test-fast lint format compile docs images release clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -79,9 +79,17 @@ images:  ## build the container images; SETS="light train", TORCH=cpu, BUILD_ARG
 	  docker build -f images/Dockerfile $(BUILD_ARGS) --build-arg SET=$$set \
 	    --build-arg FOUNDATION=$$foundation --build-arg TORCH=$(TORCH) \
 	    --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse --short HEAD) \
-	    -t tuneline/$$set:$(VERSION) . || exit 1; \
+	    -t localhost/tuneline/$$set:$(VERSION) . || exit 1; \
 	done
-	@docker image ls 'tuneline/*'
+	@docker image ls 'localhost/tuneline/*'
+
+# docs/releases.md says what is in dist/. The programs that build it come from images/tools.
+IMAGES ?= yes
+release:  ## build a release in dist/; IMAGES=no, REGISTRY=..., COSIGN_KEY=... (docs/releases.md)
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(FITS)' || { \
+	  echo "a release needs Python 3.11 or 3.12: install one, or name it: make PYTHON=..."; exit 1; }
+	@PYTHONPATH=images/tools:components $(PYTHON) -m release --images='$(IMAGES)' --sets='$(SETS)' \
+	  --torch='$(TORCH)' --build-args='$(BUILD_ARGS)' --registry='$(REGISTRY)'
 
 clean:  ## remove the environment and what builds leave
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -18,7 +18,7 @@ from filelock import FileLock
 from tiny_llama import write_tiny_llama
 
 from tuneline.artifacts import DatasetManifest, LengthStatistics, MergeProof
-from tuneline.images import REGISTRY
+from tuneline.images import LOCAL
 
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined, so before any test imports a kernel's module.
@@ -58,7 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--kfp-host", metavar="URL", help="URL of the KFP API")
     add("--kubeconfig", metavar="FILE", help="kubeconfig; default: that of kubectl")
     add("--kfp-namespace", metavar="NAME", help="your namespace, if your Kubeflow uses profiles")
-    add("--kfp-registry", metavar="NAME", default=REGISTRY, help="placement.registry of the runs")
+    add("--kfp-registry", metavar="NAME", default=LOCAL, help="placement.registry of the runs")
     add("--kfp-account", metavar="NAME", default="tuneline-runner", help="service account")
     add("--kfp-claim", metavar="NAME", default="tuneline-model-cache", help="cache claim")
     add("--kfp-shared-claim", metavar="NAME", default="tuneline-shared", help="shared claim")

@@ -32,6 +32,14 @@ def test_no_product_is_in_two_profiles() -> None:
 
 
 @pytest.mark.parametrize("name", GPU_PROFILES)
+def test_the_resource_is_that_of_the_maker(name: str) -> None:
+    gpu = GPU_PROFILES[name]
+    maker = "amd" if name.startswith("mi") else "nvidia"
+    assert gpu.resource == f"{maker}.com/gpu"
+    assert (gpu.capability is None) == (maker == "amd")
+
+
+@pytest.mark.parametrize("name", GPU_PROFILES)
 def test_a_pod_and_the_daemons_fit_the_machine(name: str) -> None:
     node = GPU_PROFILES[name].node
     memory = node.memory_gib * 2**30
@@ -46,6 +54,7 @@ def test_the_lower_of_compute_and_bandwidth_decides_the_speed() -> None:
     assert speeds == {
         "t4": 8.1 / 989, "l4": 300 / 3350, "a10g": 70 / 989, "l40s": 864 / 3350,
         "a100-40g": 312 / 989, "a100-80g": 312 / 989, "h100": 1.0, "h200": 1.0, "b200": 2250 / 989,
+        "mi300x": 1307 / 989,
     }  # fmt: skip
 
 
@@ -58,6 +67,8 @@ def test_the_lower_of_compute_and_bandwidth_decides_the_speed() -> None:
         ("a10g", True, False, True), ("a100-40g", True, False, True),
         ("a100-80g", True, False, True),
         ("h100", True, True, True), ("h200", True, True, True), ("b200", True, True, True),
+        # Not tried on ROCm.
+        ("mi300x", False, False, True),
     ],
 )  # fmt: skip
 def test_what_a_gpu_supports(name: str, kernels: bool, fp8: bool, bfloat16: bool) -> None:

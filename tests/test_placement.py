@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tuneline import images
 from tuneline.errors import RecipeError
 from tuneline.gpu_profiles import GPU_PROFILES
 from tuneline.placement import (
@@ -17,6 +18,7 @@ from tuneline.placement import (
 )
 from tuneline.runtime.environment import NO_USAGE_REPORTS
 from tuneline.steps import STEPS
+from tuneline.version import VERSION
 
 
 def test_the_schema_lists_the_names_of_both_tables() -> None:
@@ -36,7 +38,7 @@ def test_a_profile_describes_a_node_that_can_exist(name: str) -> None:
     node = config.accelerated
     assert node.memory_request and node.memory_limit and config.shared_memory
     assert config.num_accelerators == 1
-    assert config.tolerations[0].key == "nvidia.com/gpu"
+    assert config.tolerations[0].key == config.accelerator == GPU_PROFILES[name].resource
     # What a pod keeps in /dev/shm counts towards its memory.
     assert quantity_value(config.shared_memory) < quantity_value(node.memory_request) / 2
 
@@ -208,3 +210,37 @@ def test_a_bundle_is_named_to_every_client() -> None:
 )
 def test_a_proxy_may_come_from_a_secret(values: dict[str, Any]) -> None:
     assert PlacementConfig.parse(values).proxies == ["HTTPS_PROXY"]
+
+
+@pytest.mark.parametrize(
+    ("values", "train"),
+    [
+        ({}, "localhost/tuneline/train"),
+        ({"registry": "local"}, "localhost/tuneline/train"),
+        ({"registry": "local:tuneline"}, "tuneline/train"),
+        ({"registry": "local:host.example/a"}, "host.example/a/train"),
+        ({"registry": "docker.io/team"}, "docker.io/team/train"),
+        ({"registry": "registry:5000/team"}, "registry:5000/team/train"),
+        ({"registry": "registry.example.com"}, "registry.example.com/train"),
+    ],
+)
+def test_names_of_images(values: dict[str, Any], train: str) -> None:
+    registry = PlacementConfig.parse(values).registry
+    assert images.in_registry(images.TRAIN, registry) == f"{train}:{VERSION}"
+    assert images.is_on_nodes(registry) == str(values.get("registry", "local")).startswith("local")
+
+
+@pytest.mark.parametrize("registry", ["tuneline", "team/models", "library"])
+def test_a_registry_without_a_host_could_be_anybodys(registry: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        PlacementConfig.parse({"registry": registry})
+    assert f"registry '{registry}' names no host, and nodes would pull" in str(refused.value)
+    assert f"or local:{registry} if the nodes have the images" in str(refused.value)
+
+
+def test_nodes_of_a_trainjob_cannot_pull_a_strangers_image() -> None:
+    nodes = {"num_nodes": 2, "shared_claim": "shared"}
+    for registry in ("local", "local:host.example/team", "host.example/team"):
+        PlacementConfig.parse({**nodes, "registry": registry})
+    with pytest.raises(RecipeError, match="a TrainJob cannot forbid it. Set registry to local"):
+        PlacementConfig.parse({**nodes, "registry": "local:tuneline"})

@@ -4,9 +4,10 @@ This is the only table of GPUs; `placement.profile` names one of its entries. Pl
 node's values, and `tuneline plan` reads the GPU's memory, its speed and the types that it supports.
 A new profile needs one entry here and nothing else.
 
-Compute (without sparsity) and bandwidth are from NVIDIA's datasheets; if a GPU has several
+Compute (without sparsity) and bandwidth are from the makers' datasheets; if a GPU has several
 variants, the values are for SXM. Memory is the value of `torch.cuda.get_device_properties`, which
-is below the nominal size because of ECC and the driver.
+is below the nominal size because of ECC and the driver. A GPU of AMD is declared only: nothing of
+tuneline ran on one, and `tuneline plan` says so.
 """
 
 from dataclasses import dataclass
@@ -46,9 +47,10 @@ class GpuProfile:
     """One kind of GPU."""
 
     products: tuple[str, ...]
-    """Values of the node label nvidia.com/gpu.product: the name in nvidia-smi, with dashes."""
-    capability: tuple[int, int]
-    """CUDA compute capability."""
+    """Values of the node label with the GPU's product name (pods.PRODUCT_LABELS): for NVIDIA, the
+    name in nvidia-smi, with dashes."""
+    capability: tuple[int, int] | None
+    """CUDA compute capability; None: a GPU of AMD."""
     gpu_memory_gib: float
     """Memory of the GPU that a process can use, in GiB."""
     tflops: float
@@ -64,19 +66,24 @@ class GpuProfile:
         return self.gpu_memory_gib * 2**30
 
     @property
+    def resource(self) -> str:
+        """Name of the GPU as a resource of Kubernetes."""
+        return "amd.com/gpu" if self.capability is None else "nvidia.com/gpu"
+
+    @property
     def has_bfloat16(self) -> bool:
         """Whether the GPU can multiply bfloat16; if not, `train.dtype: auto` chooses float32."""
-        return self.capability >= BFLOAT16_CAPABILITY
+        return self.capability is None or self.capability >= BFLOAT16_CAPABILITY
 
     @property
     def runs_kernels(self) -> bool:
         """Whether tuneline's kernels run on the GPU (`train.kernels`)."""
-        return self.capability >= MIN_CAPABILITY
+        return self.capability is not None and self.capability >= MIN_CAPABILITY
 
     @property
     def runs_fp8(self) -> bool:
         """Whether the kernels can multiply 8-bit floats on the GPU (`train.kernels: fp8`)."""
-        return self.capability >= FP8_CAPABILITY
+        return self.capability is not None and self.capability >= FP8_CAPABILITY
 
     @property
     def relative_speed(self) -> float:
@@ -188,6 +195,18 @@ GPU_PROFILES: dict[str, GpuProfile] = {
         node=Node(
             machine="an eighth of p6-b200.48xlarge", vcpus=24, memory_gib=256,
             cpu=("20", "24"), memory=("200Gi", "230Gi"), shared_memory="16Gi",
+        ),
+    ),
+    "mi300x": GpuProfile(
+        products=("AMD_Instinct_MI300X_OAM", "AMD_Instinct_MI300X_VF"),
+        capability=None,
+        # 192 nominal; what torch can use was not measured.
+        gpu_memory_gib=190,
+        tflops=1307,
+        bandwidth=5300,
+        node=Node(
+            machine="an eighth of ND96isr_MI300X_v5", vcpus=12, memory_gib=231,
+            cpu=("10", "12"), memory=("180Gi", "210Gi"), shared_memory="16Gi",
         ),
     ),
 }  # fmt: skip

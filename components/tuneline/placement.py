@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from tuneline import images
 from tuneline.gpu_profiles import GPU_PROFILES, LOCAL, SMALL, GpuProfile, Profile
-from tuneline.images import REGISTRY, USER_ID
-from tuneline.pods import CA_PATH, OWN_PREFIXES, OWN_VARIABLES, PRODUCT_LABEL, SETTINGS
+from tuneline.pods import CA_PATH, OWN_PREFIXES, OWN_VARIABLES, SETTINGS, product_label
 from tuneline.runtime.parameter_text import find_replaced
 from tuneline.runtime.secrets import find_secrets, is_credential_name, mask
 from tuneline.steps import STEPS, StepName
@@ -145,14 +145,15 @@ class CaBundle(StrictModel):
     a client knows, so include the public ones if a step needs them."""
 
 
-def has_product(products: Sequence[str]) -> dict[str, Any]:
-    """Return the match expression of nodes that have one of these GPUs."""
-    return {"key": PRODUCT_LABEL, "operator": "In", "values": list(products)}
+def has_product(products: Sequence[str], accelerator: str) -> dict[str, Any]:
+    """Return the match expression of nodes that have one of these products of an accelerator."""
+    return {"key": product_label(accelerator), "operator": "In", "values": list(products)}
 
 
 def node_fields(
     *,
     node_selector: Mapping[str, str],
+    accelerator: str,
     accelerator_products: Sequence[str],
     tolerations: Sequence[Toleration],
 ) -> dict[str, Any]:
@@ -166,7 +167,8 @@ def node_fields(
     if tolerations:
         fields["tolerations"] = [each.model_dump(exclude_none=True) for each in tolerations]
     if accelerator_products:
-        terms = {"nodeSelectorTerms": [{"matchExpressions": [has_product(accelerator_products)]}]}
+        wanted = has_product(accelerator_products, accelerator)
+        terms = {"nodeSelectorTerms": [{"matchExpressions": [wanted]}]}
         fields["affinity"] = {
             "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}
         }
@@ -185,8 +187,9 @@ class PlacementConfig(StrictModel):
     """Where the steps run on a cluster; local runs ignore this section."""
 
     profile: Profile = LOCAL
-    """Kind of node. A GPU's profile sets `num_accelerators`, `accelerator_products`, `accelerated`,
-    `tolerations` and `shared_memory`, except where the recipe sets them. local: the defaults below,
+    """Kind of node. A GPU's profile sets `accelerator`, `num_accelerators`, `accelerator_products`,
+    `accelerated`, `tolerations` and `shared_memory`, except where the recipe sets them. mi300x is
+    declared only: nothing ran on it, and the images have no ROCm. local: the defaults below,
     on CPUs only. small: on CPUs only, on a cluster of one machine with 2 to 4 cores and 16 GiB; it
     sets the CPU request and the memory of each step in `steps`, for models as small as the
     demo's."""
@@ -210,7 +213,8 @@ class PlacementConfig(StrictModel):
     ReadWriteMany. `run_as_user` must be able to write to it. null: checkpoints are kept on
     `cache_claim`."""
     accelerator_products: list[LabelValue] = []
-    """Accepted values of the node label nvidia.com/gpu.product; empty accepts any GPU."""
+    """Accepted values of the node label with the product's name: nvidia.com/gpu.product, or
+    amd.com/gpu.product-name for the accelerator amd.com/gpu. Empty accepts any GPU."""
     accelerated: StepPlacement = StepPlacement()
     """Resources of every step that gets an accelerator; they should fit the GPU node.
 
@@ -248,10 +252,12 @@ class PlacementConfig(StrictModel):
     mounted at /etc/tuneline/ca, and SSL_CERT_FILE, REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE,
     AWS_CA_BUNDLE and GRPC_DEFAULT_SSL_ROOTS_FILE_PATH name it. null: the authorities that the
     images know."""
-    registry: str = Field(default=REGISTRY, pattern=REGISTRY_NAME)
-    """Registry and path of the images, e.g. registry.example.com/team for
-    registry.example.com/team/train:VERSION. The default has no host: it works only on nodes
-    that already have the images."""
+    registry: str | None = Field(default=None, pattern=REGISTRY_NAME)
+    """Where the nodes get the images, which `submit` and `schedule` need. A registry with its host
+    and a path, e.g. registry.example.com/team for registry.example.com/team/train:VERSION. Or
+    local: the nodes have them as localhost/tuneline/train:VERSION, as `make images` names them, and
+    never pull; local:PREFIX is the same for PREFIX/train:VERSION. null: none is named; a compiled
+    file then has the names of local."""
     image_pull_secrets: list[DnsName] = []
     """Kubernetes secrets with the credentials for `registry`."""
     queue: str | None = Field(default=None, pattern=DNS_NAME)
@@ -259,7 +265,7 @@ class PlacementConfig(StrictModel):
     queue."""
     workload_priority_class: str | None = Field(default=None, pattern=DNS_NAME)
     """Kueue WorkloadPriorityClass; needs `queue`. KFP cannot set a pod's own priority class."""
-    run_as_user: int | None = Field(default=USER_ID, ge=1)
+    run_as_user: int | None = Field(default=images.USER_ID, ge=1)
     """Numeric user of all pods; null lets the platform choose a user other than root
     (OpenShift)."""
 
@@ -297,6 +303,7 @@ class PlacementConfig(StrictModel):
                     f"shared_memory {self.shared_memory} counts towards accelerated.memory_limit "
                     f"{limit} and must be smaller"
                 )
+        _check_registry(self.registry, self.num_nodes)
         for key in self.node_selector:
             if not re.fullmatch(LABEL_KEY, key):
                 raise ValueError(f"node_selector: '{key}' is not the key of a Kubernetes label")
@@ -380,9 +387,30 @@ def _whose(name: str, *, has_bundle: bool) -> str | None:
     return None
 
 
+def _check_registry(registry: str | None, num_nodes: int) -> None:
+    """Refuse names of images that nodes could pull from a public hub by accident."""
+    if registry is None or registry == images.LOCAL:
+        return
+    if not images.is_on_nodes(registry) and not images.has_host(registry):
+        raise ValueError(
+            f"registry '{registry}' names no host, and nodes would pull {registry}/... from a "
+            "public hub, where anyone may own that name: write the registry with its host, e.g. "
+            f"registry.example.com/{registry}, or {images.LOCAL}:{registry} if the nodes have the "
+            "images"
+        )
+    # A TrainJob cannot set the pull policy of its pods.
+    if num_nodes > 1 and not images.has_host(images.in_registry(images.TRAIN, registry)):
+        raise ValueError(
+            f"registry '{registry}' with num_nodes {num_nodes}: a node without the image would "
+            "pull it from a public hub, because a TrainJob cannot forbid it. Set registry to "
+            f"{images.LOCAL}, and name the images {images.LOCAL_PREFIX}/... on the nodes"
+        )
+
+
 def _profile_values(gpu: GpuProfile) -> dict[str, Any]:
     node = gpu.node
     return {
+        "accelerator": gpu.resource,
         "num_accelerators": 1,
         "accelerator_products": list(gpu.products),
         "accelerated": {
@@ -392,7 +420,7 @@ def _profile_values(gpu: GpuProfile) -> dict[str, Any]:
             "memory_limit": node.memory[1],
         },
         # The taint that GKE, AKS and the documentation of NVIDIA's operator put on GPU nodes.
-        "tolerations": [{"key": "nvidia.com/gpu"}],
+        "tolerations": [{"key": gpu.resource}],
         "shared_memory": node.shared_memory,
     }
 

@@ -3,8 +3,12 @@
 The pods are those of KFP (pipelines/placement.py) and those of a TrainJob (train/trainjob).
 """
 
-PRODUCT_LABEL = "nvidia.com/gpu.product"
-"""Node label with the GPU's product name, set by NVIDIA's GPU feature discovery."""
+PRODUCT_LABELS = {
+    "nvidia.com/gpu": "nvidia.com/gpu.product",
+    "amd.com/gpu": "amd.com/gpu.product-name",
+}
+"""Node label with the GPU's product name, by the resource: NVIDIA's GPU feature discovery and AMD's
+node labeller set them."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 """Pod label with the name of the Kueue LocalQueue that admits the pod."""
 PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
@@ -67,3 +71,8 @@ OWN_PREFIXES = {
 """Beginnings of names that `placement.environment` cannot set, and whose they are."""
 SETTINGS = {"TUNELINE_PLAIN_HTTP_REGISTRIES"}
 """Variables with such a beginning that are for users to set."""
+
+
+def product_label(accelerator: str) -> str:
+    """Return the node label with the product name of a resource; of parts of a GPU, NVIDIA's."""
+    return PRODUCT_LABELS.get(accelerator, PRODUCT_LABELS["nvidia.com/gpu"])

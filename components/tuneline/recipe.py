@@ -102,11 +102,11 @@ class Recipe(StrictModel):
         profile = self.placement.profile
         gpu = GPU_PROFILES.get(profile)
         if self.train.kernels == "fp8" and gpu is not None and not gpu.runs_fp8:
-            major, minor = gpu.capability
+            has = ".".join(map(str, gpu.capability)) if gpu.capability else "none, being AMD's"
             raise ValueError(
                 f"train.kernels is fp8, which needs compute capability 9.0 (Hopper), but the GPU "
-                f"of placement.profile {profile} has {major}.{minor}: set kernels to auto, or the "
-                f"profile to {' or '.join(fp8_profiles())}"
+                f"of placement.profile {profile} has {has}: set kernels to auto, or the profile to "
+                f"{' or '.join(fp8_profiles())}"
             )
         ranks, gpus = self.train.num_ranks, self.placement.num_accelerators
         nodes = self.placement.num_nodes

@@ -200,6 +200,8 @@ def take_turns(
                 print(f"{engine} {case}: {result['error']}", flush=True)
             else:
                 collected.setdefault(engine, []).append(result)
+                seconds = statistics.median(result["milliseconds"]) / 1e3
+                print(f"{engine} {case}: {seconds:.3f} s in round {turn + 1}", flush=True)
     return collected
 
 
@@ -209,7 +211,7 @@ def summary(
     """Reduce all rounds of one engine in one case to a CSV row."""
     shape, mode = case.split("/")
     times = [t for answer in answers for t in answer["milliseconds"]]
-    quantiles = statistics.quantiles(times, n=5)
+    quantiles = statistics.quantiles(times, n=5) if len(times) > 1 else times
     num_tokens = CASES[shape][0] * CASES[shape][1]
     median = statistics.median(times)
     floor = floor_tflop(args.shape, *CASES[shape], mode) / args.peak_tflops * 1e3
@@ -374,11 +376,13 @@ def run_steps(model: Any, optimizer: Any, request: dict[str, Any]) -> dict[str, 
         torch.cuda.synchronize()
         milliseconds.append((time.perf_counter() - start) * 1e3)
         losses.append(loss.item())
-    start = time.perf_counter()
-    for input_ids in batches[request["warmup"] :]:
-        step(input_ids)
-    torch.cuda.synchronize()
-    in_a_row = (time.perf_counter() - start) * 1e3 / request["steps"]
+    in_a_row = milliseconds[-1]
+    if request["steps"] > 1:
+        start = time.perf_counter()
+        for input_ids in batches[request["warmup"] :]:
+            step(input_ids)
+        torch.cuda.synchronize()
+        in_a_row = (time.perf_counter() - start) * 1e3 / request["steps"]
     peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     if request["profile"]:
         write_profile(lambda: step(batches[0]), Path(request["profile"]))
@@ -421,12 +425,14 @@ def write_profile(step: Any, path: Path) -> None:
 def set_mode(model: Any, engine: str, mode: str) -> None:
     """Set what the engine recomputes."""
     if engine.startswith("tuneline"):
-        from tuneline.kernels.patching import patch
+        from tuneline.kernels.patching import check_layers_once, patch
 
         budget = "auto" if mode == "free" else "lean"
         fp8, host = engine == "tuneline-fp8", mode == "lean"
         report = patch(model, budget=budget, fp8=fp8, embedding_on_host=host)
         assert not report.unfused, str(report)
+        # As the train step does: nothing changes the layers between the steps.
+        check_layers_once(model)
     elif engine == "unsloth":
         pass  # It was built for its mode.
     elif mode == "lean":

@@ -129,7 +129,8 @@ def build(kind: str, registry: str, *, cached: bool) -> Any:
             task = place(work(kind=kind, seconds=seconds), "prepare", config)
             task.set_caching_options(cached)
             if kind == "image":
-                task.set_container_image(f"{registry}/absent:0")
+                absent = images.in_registry(images.of_set("absent"), registry)
+                task.set_container_image(absent)
             if kind == "quota":
                 task.set_accelerator_type(QUOTA_RESOURCE).set_accelerator_limit(1)
 

@@ -40,14 +40,14 @@ def image_of(name: str) -> str:
 
 def test_there_is_an_image_for_each_set() -> None:
     named = {name.lower() for name in vars(images) if isinstance(getattr(images, name), str)}
-    named -= {"registry", "version"}
+    named -= {"local", "local_prefix", "version"}
     assert set(SETS) == {name for name in named if not name.startswith("__")}
     assert set(SETS) == set(selfcheck.LIBRARY_CHECKS)
     assert set(SETS) == {path.parent.name for path in IMAGES.glob("*/requirements.lock")} - {
         "line", "tools"
     }  # fmt: skip
     for name in SETS:
-        assert image_of(name).startswith(f"{images.REGISTRY}/{name}:")
+        assert image_of(name).startswith(f"{images.LOCAL_PREFIX}/{name}:")
         assert (IMAGES / name / "requirements.lock").is_file()
 
 

@@ -24,7 +24,9 @@ from tuneline.train.trainjob.manifest import CONTAINER, NODE_LABELS
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "manifests"
-OVERLAYS = {"kubeflow": "tuneline", "standalone": "kubeflow", "dev": "kubeflow"}
+OVERLAYS = {
+    "kubeflow": "tuneline", "standalone": "kubeflow", "dev": "kubeflow", "kind": "kubeflow",
+}  # fmt: skip
 CRDS = ROOT / "tests" / "data" / "crds"
 
 
@@ -227,7 +229,7 @@ def test_rendered_overlays_differ_where_they_should(
 ) -> None:
     name, documents = rendered
     always = {"ServiceAccount", "Role", "RoleBinding", "PersistentVolumeClaim"}
-    always |= {"NetworkPolicy", "PriorityClass"}
+    always |= {"PriorityClass"} | ({"NetworkPolicy"} if name != "kind" else set())
     team = (
         {"ResourceQuota", "LimitRange", "LocalQueue", "TrainingRuntime"}
         if name == "kubeflow"
@@ -236,9 +238,10 @@ def test_rendered_overlays_differ_where_they_should(
     assert {document["kind"] for document in documents} == always | team
     claim = of_kind(documents, "PersistentVolumeClaim", "tuneline-model-cache")["spec"]
     size = claim["resources"]["requests"]["storage"]
-    small = name == "dev"
+    small = name in ("dev", "kind")
     expected = (["ReadWriteOnce"], "20Gi") if small else (["ReadWriteMany"], "500Gi")
     assert (claim["accessModes"], size) == expected
+    assert claim.get("storageClassName") == ("standard" if name == "kind" else None)
 
 
 def test_kubernetes_knows_every_field(rendered: tuple[str, list[dict[str, Any]]]) -> None:

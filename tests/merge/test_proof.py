@@ -34,7 +34,16 @@ def test_distance_by_hand():
     by_hand = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert found.mean_kl == pytest.approx(by_hand / 2, rel=1e-6)
     assert found.max_logit_difference == pytest.approx(math.log(3))
-    assert found.top1_agreement == 0.5
+    assert found.top1_agreement == 1.0  # Both tokens are as likely in p.
+
+
+def test_another_choice_counts_only_beyond_a_near_tie():
+    flat, clear = torch.tensor([[1.0, 0.95, 0.0]]), torch.tensor([[1.0, 0.85, 0.0]])
+    other = torch.tensor([[0.0, 5.0, 0.0]])
+    assert compare([flat], [other]).top1_agreement == 1.0
+    assert compare([clear], [other]).top1_agreement == 0.0
+    # The gap is one of the first model: the second may be as sure as it likes.
+    assert compare([other], [flat]).top1_agreement == 0.0
 
 
 def test_a_logit_that_is_not_a_number_is_far():

@@ -35,7 +35,7 @@ def test_every_component_loads_on_its_own_and_describes_itself(name: str, tmp_pa
     (executor,) = document["deploymentSpec"]["executors"].values()
     assert executor["container"]["image"].startswith("registry.example.com/team/")
     # The component that the pipelines share keeps its image.
-    assert spec.implementation.container.image.startswith("tuneline/")
+    assert spec.implementation.container.image.startswith("localhost/tuneline/")
     (component,) = document["components"].values()
     for definitions in ("inputDefinitions", "outputDefinitions"):
         for kind in ("parameters", "artifacts"):

@@ -84,7 +84,7 @@ def test_every_pod_has_requests_limits_and_a_user(demo: tuple[str, dict, dict]) 
             assert resources[f"resource{key}"], name
         context = kubernetes[f"exec-{name}"]["securityContext"]
         assert context == {"runAsUser": str(USER_ID), "runAsNonRoot": True}, name
-        assert re.fullmatch(r"tuneline/[a-z]+:\d+\.\d+\.\d+", container["image"]), name
+        assert re.fullmatch(r"localhost/tuneline/[a-z]+:\d+\.\d+\.\d+", container["image"]), name
 
 
 def tasks(pipeline: dict) -> dict[str, dict]:
@@ -181,7 +181,9 @@ def test_the_questions_of_benchmarks_reach_prepare(tmp_path: Path) -> None:
     found = tasks(pipeline)
     assert inputs_of(found["prepare"])["benchmarks"] == ("collect-benchmarks", "questions")
     assert found["collect-benchmarks"]["dependentTasks"] == ["plan"]
-    assert executors(pipeline)["collect-benchmarks"]["image"].startswith("tuneline/evaluate:")
+    assert executors(pipeline)["collect-benchmarks"]["image"].startswith(
+        "localhost/tuneline/evaluate:"
+    )
     kubernetes = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert "secretAsEnv" in kubernetes["exec-collect-benchmarks"]
 

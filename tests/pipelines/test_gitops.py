@@ -31,7 +31,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_the_same_recipe_gives_the_same_version(written: tuple[Path, str], tmp_path: Path) -> None:
     again, other = tmp_path / "b.yaml", tmp_path / "c.yaml"
     version = write_resources(find_recipe("demo", []), again, namespace="team")
-    assert written[1].endswith(f": version {version}\n")
+    assert written[1].splitlines()[0].endswith(f": version {version}")
     assert again.read_text() == written[0].read_text()
     changed = find_recipe("demo", ["train.max_steps=7"])
     assert write_resources(changed, other, namespace="team") != version
@@ -40,7 +40,9 @@ def test_the_same_recipe_gives_the_same_version(written: tuple[Path, str], tmp_p
 def test_the_resources_hold_what_is_compiled(written: tuple[Path, str], tmp_path: Path) -> None:
     path, plain = written[0], tmp_path / "plain.yaml"
     pipeline, version = yaml.safe_load_all(path.read_text())
-    assert written[1] == f"wrote {path}: version {version['metadata']['name']}\n"
+    said, images, _ = written[1].splitlines()
+    assert said == f"wrote {path}: version {version['metadata']['name']}"
+    assert images.startswith("images: localhost/tuneline/*:")
     assert (pipeline["kind"], version["kind"]) == ("Pipeline", "PipelineVersion")
     assert {found["metadata"]["namespace"] for found in (pipeline, version)} == {"team"}
     assert version["spec"]["pipelineName"] == pipeline["metadata"]["name"] == "tuneline-demo"

@@ -122,7 +122,7 @@ def test_two_nodes_are_a_small_pod_and_a_trainjob(two_nodes: list[dict[str, Any]
     container, pod = found["train-on-nodes"]
     # It waits and watches: the GPUs are the job's.
     assert "accelerator" not in container["resources"]
-    assert container["image"].startswith("tuneline/light:")
+    assert container["image"].startswith("localhost/tuneline/light:")
     assert quantity_value(container["resources"]["resourceMemoryLimit"]) <= 4 * 2**30
     (mount,) = pod["pvcMount"]
     assert (mount["constant"], mount["mountPath"]) == ("tuneline-shared", "/shared")
@@ -142,7 +142,7 @@ def test_two_nodes_are_a_small_pod_and_a_trainjob(two_nodes: list[dict[str, Any]
     assert (nodes.num_nodes, nodes.ranks_per_node, nodes.accelerator) == (2, 8, "nvidia.com/gpu")
     assert (nodes.cpu_limit, nodes.memory_limit) == ("96", "900Gi")
     assert (nodes.shared_memory, nodes.timeout_hours, nodes.queue) == ("64Gi", 96, "team")
-    assert nodes.image.startswith("tuneline/train:")
+    assert nodes.image.startswith("localhost/tuneline/train:")
     assert lint_documents(two_nodes) == []
     # Other steps use one GPU of one node.
     assert found["merge"][0]["resources"]["accelerator"]["resourceCount"] == "1"

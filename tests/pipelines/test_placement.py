@@ -103,6 +103,24 @@ def test_accelerated_steps_get_the_node(
         assert {**shared, "medium": "Memory", "sizeLimit": "16Gi"} in pod["emptyDirMounts"]
 
 
+def test_a_gpu_of_amd_is_another_resource_and_another_label(tmp_path: Path) -> None:
+    documents = compiled({"profile": "mi300x"}, tmp_path / "pipeline.yaml")
+    train = documents[0]["deploymentSpec"]["executors"]["exec-train"]["container"]
+    assert train["resources"]["accelerator"]["resourceType"] == "amd.com/gpu"
+    executors = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    pod = executors["exec-train"]
+    (expression,) = pod["nodeAffinity"][0]["matchExpressions"]
+    assert expression["key"] == "amd.com/gpu.product-name"
+    assert "AMD_Instinct_MI300X_OAM" in expression["values"]
+    assert [each["key"] for each in pod["tolerations"]] == ["amd.com/gpu"]
+    nodes = {"profile": "mi300x", "num_nodes": 2, "shared_claim": "c"}
+    config = nodes_config(PlacementConfig.parse(nodes))
+    job = build(config, name="x", directory=Path("/shared/x"), labels={}, owner=None,
+                supported={"runtimePatches"})  # fmt: skip
+    assert job["spec"]["trainer"]["resourcesPerNode"]["limits"]["amd.com/gpu"] == "1"
+    assert "amd.com/gpu.product-name" in str(job) and "nvidia" not in str(job)
+
+
 def resources(container: dict[str, Any]) -> tuple[str, ...]:
     found = container["resources"]
     names = ("CpuRequest", "CpuLimit", "MemoryRequest", "MemoryLimit")
@@ -255,6 +273,15 @@ def test_another_registry_is_in_every_name(tmp_path: Path) -> None:
     assert found["evaluate"] == found["evaluate-2"] == f"{registry}/evaluate:{VERSION}"
     nodes = {"registry": registry, "num_nodes": 2, "shared_claim": "c"}
     assert nodes_config(PlacementConfig.parse(nodes)).image == found["train"]
+    assert lint_documents(documents) == []
+
+
+@pytest.mark.parametrize("registry", [None, "local", "local:tuneline", "registry.example.com"])
+def test_images_that_the_nodes_have_are_never_pulled(registry: str | None, tmp_path: Path) -> None:
+    documents = compiled({"registry": registry}, tmp_path / "pipeline.yaml")
+    executors = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    policies = {executor.get("imagePullPolicy") for executor in executors.values()}
+    assert policies == {None if registry == "registry.example.com" else "Never"}
     assert lint_documents(documents) == []
 
 

@@ -126,6 +126,13 @@ def test_a_service_keeps_to_kserves_definition_and_to_the_lint_rules(
         assert term["matchExpressions"][0]["values"] == list(GPU_PROFILES[profile].products)
 
 
+def test_no_server_for_gpus_that_its_image_does_not_find(tmp_path: Path) -> None:
+    written = files(tmp_path, "merged", PlacementConfig(profile="mi300x"))
+    assert not [name for name in written if name.endswith(".yaml")]
+    (text,) = written.values()
+    assert "not served" in text and "finds no GPU of the profile mi300x" in " ".join(text.split())
+
+
 def test_an_unknown_field_breaks_the_definition(tmp_path: Path, schema: Any) -> None:
     service = only_service(files(tmp_path, "merged"))
     service["spec"]["predictor"]["storageUri"] = "hf://me/mine"

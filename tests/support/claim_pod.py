@@ -6,17 +6,19 @@ from tuneline.images import USER_ID
 from tuneline.pods import CACHE_PATH
 
 
-def claim_pod(claim: str, image: str, script: str) -> dict[str, Any]:
+def claim_pod(claim: str, image: str, script: str, *, pulls: bool = True) -> dict[str, Any]:
     """Return the manifest of a pod that runs a shell script; it keeps Pod Security restricted.
 
     Args:
         claim: the claim, mounted at `CACHE_PATH`.
         image: an image with a shell.
         script: the script.
+        pulls: whether the node may pull the image.
     """
     container = {
         "name": "main",
         "image": image,
+        "imagePullPolicy": "IfNotPresent" if pulls else "Never",
         "command": ["sh", "-ec", script],
         "volumeMounts": [{"name": "cache", "mountPath": CACHE_PATH}],
         "resources": {

@@ -20,7 +20,8 @@ LLAMA = 8.03e9
 
 
 def recipe(*assignments: str, profile: str = "h100") -> Recipe:
-    return find_recipe("llama3-8b-instruct", [f"placement.profile={profile}", *assignments])
+    placement = [f"placement.profile={profile}", "placement.registry=local"]
+    return find_recipe("llama3-8b-instruct", [*placement, *assignments])
 
 
 def verdicts(checks: list[Check]) -> dict[str, str]:
@@ -34,7 +35,7 @@ def verdicts(checks: list[Check]) -> dict[str, str]:
 
 CLUSTER = recipe("placement.cache_claim=cache", "placement.queue=team")
 ALL_IMAGES = [
-    {"names": [f"docker.io/{name}", f"docker.io/{name.partition(':')[0]}@sha256:{'0' * 64}"]}
+    {"names": [name, f"{name.partition(':')[0]}@sha256:{'0' * 64}"]}
     for name in (images.LIGHT, images.TRAIN, images.EVALUATE, images.PUBLISH, images.GGUF,
                  images.GPTQ)
 ]  # fmt: skip

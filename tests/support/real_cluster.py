@@ -118,7 +118,8 @@ class Cluster:
         """Run a shell script in a pod that has the cache claim, and return what it prints."""
         image = images.in_registry(images.LIGHT, self.registry)
         core, namespace = self.core, self.pod_namespace
-        pod = core.create_namespaced_pod(namespace, claim_pod(self.claim, image, script))
+        manifest = claim_pod(self.claim, image, script, pulls=not images.is_on_nodes(self.registry))
+        pod = core.create_namespaced_pod(namespace, manifest)
         name = pod.metadata.name
 
         def ended() -> str | None:

@@ -32,7 +32,8 @@ class MergeConfig(StrictModel):
     step fails above it."""
     min_top1_agreement: float = Field(default=0.9, ge=0, le=1)
     """Smallest fraction of positions, 0 to 1, at which both models have the same most likely token.
-    The step fails below it."""
+    Tokens whose logits differ by at most 0.1 in base plus adapter count as equally likely. The step
+    fails below it."""
     num_greedy_tokens: int = Field(default=16, ge=1)
     """Tokens of the greedy answer that both models generate to the first prompt."""
     max_greedy_gap: float = Field(default=0.5, ge=0)

@@ -20,6 +20,7 @@ from tuneline.merge.evaluation import EvaluationRows, evaluation_loss
 from tuneline.models.adapter_files import WEIGHTS_FILE
 from tuneline.models.experts.adapter import adapt_experts_in_nf4
 from tuneline.models.heldout_rows import Row
+from tuneline.models.likelihood import num_same_choices
 from tuneline.models.nf4 import load_base
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Distance:
     mean_kl: float
     """KL divergence of the second model from the first, in nats per token."""
     top1_agreement: float
-    """Fraction of positions with the same most likely token, 0 to 1."""
+    """Fraction of positions with the same most likely token up to a near tie, 0 to 1."""
 
 
 class Comparison:
@@ -70,7 +71,7 @@ class Comparison:
         one_TV = next(self._rows)
         p_TV, q_TV = one_TV.log_softmax(-1), other_TV.log_softmax(-1)
         self._kl += (p_TV.exp() * (p_TV - q_TV)).sum().item()
-        self._agreed += int((one_TV.argmax(-1) == other_TV.argmax(-1)).sum())
+        self._agreed += num_same_choices(one_TV, other_TV)
         difference = (one_TV - other_TV).abs().max().item()
         self._worst = difference if not difference <= self._worst else self._worst
         self._total += len(one_TV)

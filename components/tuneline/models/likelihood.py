@@ -25,11 +25,30 @@ Pair = tuple[Tokens, Tokens]
 Score = tuple[float, bool]
 """Log likelihood of an answer in nats, and whether greedy decoding would produce the answer."""
 
+NEAR_TIE = 0.1
+"""Two logits that differ by at most this much count as equal: rounding moves logits by a few
+hundredths, also where both models are computed in 16 bits or more."""
+
 _WORTH_SHARING = 1024
 """Number of tokens that need not be computed from which it is worth to compute a shared beginning
 by itself."""
 _NUM_LOGITS = 2**26
 """Number of logits that are computed at a time: 256 MiB in float32."""
+
+
+def num_same_choices(reference_TV: torch.Tensor, tested_TV: torch.Tensor) -> int:
+    """Return at how many of T positions two models choose the same token, up to a near tie.
+
+    Where the reference's logits of the two choices differ by at most NEAR_TIE, rounding decides
+    which of the tokens is the most likely one.
+
+    Args:
+        reference_TV: logits or log probabilities of the reference, [T, V].
+        tested_TV: those of the other model, [T, V].
+    """
+    choices_T1 = tested_TV.argmax(-1, keepdim=True)
+    gaps_T = reference_TV.amax(-1) - reference_TV.gather(-1, choices_T1).squeeze(-1)
+    return int((gaps_T <= NEAR_TIE).sum())
 
 
 def score_answers(model: Any, pairs: Iterable[Pair], *, batches: Batches) -> dict[Pair, Score]:

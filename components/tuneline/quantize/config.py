@@ -54,8 +54,9 @@ class QuantizeConfig(StrictModel):
     0.001."""
     min_top1_agreement: dict[AnyFormat, Annotated[float, Field(ge=0, le=1)]] = {}
     """By format: the smallest fraction of positions, 0 to 1, at which export and merged model have
-    the same most likely token. An export below it fails the step. Formats that are not listed keep
-    their built-in bound, e.g. f16 0.98."""
+    the same most likely token. Tokens whose logits differ by at most 0.1 in the merged model count
+    as equally likely. An export below the fraction fails the step. Formats that are not listed
+    keep their built-in bound, e.g. f16 0.98."""
 
     @field_validator("gguf", "gptq")
     @classmethod

@@ -56,7 +56,8 @@ class MergeProof(Record):
     mean_kl: float
     """Mean KL divergence per token of the merged model from base model plus adapter, in nats."""
     top1_agreement: float
-    """Fraction of positions at which both have the same most likely token, 0 to 1."""
+    """Fraction of positions at which both have the same most likely token, 0 to 1. Tokens whose
+    logits differ by at most 0.1 in base model plus adapter count as equally likely."""
     max_mean_kl: float
     """Highest `mean_kl` that was allowed."""
     min_top1_agreement: float | None = None

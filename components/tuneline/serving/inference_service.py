@@ -100,6 +100,7 @@ def inference_service(
     if container.resources.num_gpus:
         predictor |= node_fields(
             node_selector=placement.node_selector,
+            accelerator=placement.accelerator,
             accelerator_products=placement.accelerator_products,
             tolerations=placement.tolerations,
         )

@@ -177,6 +177,12 @@ def _num_gpus(num_bytes: int, sizes: ModelSizes, placement: PlacementConfig) -> 
     gpu = GPU_PROFILES.get(placement.profile)
     if gpu is None:
         return 1
+    if gpu.capability is None:
+        raise CannotServe(
+            f"{IMAGE} has CUDA, which finds no GPU of the profile {placement.profile}: set "
+            "placement.profile to a GPU of NVIDIA, run vLLM's image for ROCm yourself, or serve a "
+            "GGUF file"
+        )
     usable = GPU_FRACTION * gpu.memory_bytes - WORKING_BYTES
     for number in NUM_GPUS:
         needed = (num_bytes + sizes.context_bytes) / number

@@ -65,7 +65,7 @@ def compile_component(name: str, path: Path, *, registry: str | None = None) -> 
     Args:
         name: name of the component's step, e.g. train.
         path: the file.
-        registry: registry of the image, as in placement.registry; None: the default one.
+        registry: registry of the image, as in placement.registry; None: the nodes have the image.
 
     Raises:
         UserError: there is no component of this name.
@@ -73,10 +73,9 @@ def compile_component(name: str, path: Path, *, registry: str | None = None) -> 
     component = COMPONENTS.get(name)
     if component is None:
         raise UserError(f"there is no component '{name}': name one of {', '.join(COMPONENTS)}")
-    if registry is not None:
-        component = copy.deepcopy(component)
-        container = component.component_spec.implementation.container
-        container.image = in_registry(container.image, registry)
+    component = copy.deepcopy(component)
+    container = component.component_spec.implementation.container
+    container.image = in_registry(container.image, registry)
     compiler.Compiler().compile(component, str(path))
 
 

@@ -69,9 +69,10 @@ def place(
     task.set_memory_request(needs.memory_request).set_memory_limit(needs.memory_limit)
     if needs.num_retries:
         _retry(task, needs.num_retries, timeout_hours=needs.timeout_hours)
-    if config.registry != images.REGISTRY:
-        assert task.container_spec is not None
-        task.set_container_image(images.in_registry(task.container_spec.image, config.registry))
+    assert task.container_spec is not None
+    task.set_container_image(images.in_registry(task.container_spec.image, config.registry))
+    if images.is_on_nodes(config.registry):
+        kubernetes.set_image_pull_policy(task, "Never")
     if name == "train-on-nodes" and config.shared_claim:
         kubernetes.mount_pvc(task, config.shared_claim, SHARED_PATH)
     if name == "train":
@@ -147,7 +148,7 @@ def _accelerate(task: PipelineTask, config: PlacementConfig, count: int) -> None
     for key, value in config.node_selector.items():
         kubernetes.add_node_selector(task, key, value)
     if config.accelerator_products:
-        found = has_product(config.accelerator_products)
+        found = has_product(config.accelerator_products, config.accelerator)
         kubernetes.add_node_affinity(task, match_expressions=[found])
     for toleration in config.tolerations:
         kubernetes.add_toleration(task, **toleration.model_dump())

@@ -25,8 +25,12 @@ from typing import Any
 import gpu_inputs
 from gpu_inputs import GIB, ROOT, SHAPES, say
 
-PARTS = ("fetch", "prepare", "base", "train", "merge", "tuned", "gptq", "gate", "q4_k_m")
+PARTS = (
+    *("fetch", "prepare", "base", "train", "merge", "tuned", "gptq", "q4_k_m", "gate"),
+    *("report", "publish"),
+)
 SECONDS_BETWEEN_LOOKS = 0.25
+Arguments = dict[str, str | Path | list[Path]]
 EXACT, CERTAIN = "heldout_exact", "heldout_perplexity"
 
 
@@ -91,15 +95,24 @@ def write_source(directory: Path, shape: str, tokenizer: Path) -> None:
     unfinished.rename(directory)
 
 
-def commands(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, Any], dict[str, Path]]]:
-    """Return module, section of the recipe and artifacts of each part, in the line's order."""
+def commands(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, Any], Arguments]]:
+    """Return module, section of the recipe and arguments of each part, in the line's order."""
     work = args.work_dir
     base, dataset = work / "base", work / "dataset"
+    models = {"base-model": base, "dataset": dataset}
     base_scores, tuned_scores = work / "base-scores", work / "tuned-scores"
     merged, exported = work / "merged", work / "gptq"
+    decision, adapter = work / "decision", work / "adapter"
+    recipe = {
+        "name": "whole-line",
+        "base_model": str(work / "source"),
+        "dataset": str(args.rows.resolve()),
+        "publish_to": f"dir:{work / 'published-model'}",
+    }
+    tuned = {**models, "adapter": adapter, "merged": merged, "decision": decision}
+    exports = [exported, work / "q4_k_m"]
     evaluate = {"tasks": [EXACT, CERTAIN], "max_new_tokens": 128}
     quantize = {"num_benchmark_rows": 0}
-    models = {"base-model": base, "dataset": dataset}
     return {
         "fetch": ("fetch", {}, {"source": work / "source", "base-model": base}),
         "prepare": (
@@ -121,7 +134,7 @@ def commands(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, Any], d
             "evaluate",
             evaluate,
             {
-                "label": Path("base"),
+                "label": "base",
                 "model": base,
                 "dataset": dataset,
                 "scores": work / "base-scores",
@@ -136,14 +149,14 @@ def commands(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, Any], d
                 "eval_steps": args.steps,
                 "price_per_hour": 2.5,
             },
-            {**models, "adapter": work / "adapter", "curves": work / "curves.html"},
+            {**models, "adapter": adapter, "curves": work / "curves.html"},
         ),
-        "merge": ("merge", {}, {**models, "adapter": work / "adapter", "merged": merged}),
+        "merge": ("merge", {}, {**models, "adapter": adapter, "merged": merged}),
         "tuned": (
             "evaluate",
             evaluate,
             {
-                "label": Path("tuned"),
+                "label": "tuned",
                 "model": merged,
                 "dataset": dataset,
                 "scores": tuned_scores,
@@ -153,10 +166,20 @@ def commands(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, Any], d
             "quantize",
             quantize,
             {
-                "format": Path("gptq-4bit"),
+                "format": "gptq-4bit",
                 "merged": merged,
                 "dataset": dataset,
                 "quantized": exported,
+            },
+        ),
+        "q4_k_m": (
+            "quantize",
+            quantize,
+            {
+                "format": "q4_k_m",
+                "merged": merged,
+                "dataset": dataset,
+                "quantized": work / "q4_k_m",
             },
         ),
         "gate": (
@@ -165,18 +188,31 @@ def commands(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, Any], d
             {
                 "base-scores": base_scores,
                 "tuned-scores": tuned_scores,
-                "decision": work / "decision",
+                "decision": decision,
                 "merged": merged,
             },
         ),
-        "q4_k_m": (
-            "quantize",
-            quantize,
+        "report": (
+            "report",
+            recipe,
             {
-                "format": Path("q4_k_m"),
-                "merged": merged,
-                "dataset": dataset,
-                "quantized": work / "q4_k_m",
+                **tuned,
+                "base-scores": base_scores,
+                "tuned-scores": tuned_scores,
+                "exports": exports,
+                "page": work / "report.html",
+                "summary": work / "summary",
+            },
+        ),
+        "publish": (
+            "publish",
+            {},
+            {
+                **tuned,
+                "target": recipe["publish_to"],
+                "recipe": json.dumps(recipe),
+                "exports": exports,
+                "published": work / "published",
             },
         ),
     }
@@ -186,7 +222,7 @@ def measure(
     part: str,
     module: str,
     config: dict[str, Any],
-    arguments: dict[str, Path],
+    arguments: Arguments,
     args: argparse.Namespace,
     limit: float,
 ) -> dict[str, Any]:
@@ -197,7 +233,9 @@ def measure(
     config_path.write_text(json.dumps(config))
     command = [sys.executable, "-m", f"tuneline.{module}", "--config", str(config_path)]
     for name, value in arguments.items():
-        command += [f"--{name}", str(value)]
+        # The exports that were made.
+        values = [path for path in value if path.exists()] if isinstance(value, list) else [value]
+        command += [f"--{name}", *map(str, values)]
     sources = [str(ROOT / "components"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     began = time.monotonic()
     with (args.out_dir / f"{part}.log").open("w") as log:
@@ -218,7 +256,8 @@ def measure(
             say(f"{part}: ended after {limit:.0f} s")
             process.terminate()
             process.wait(60)
-    outputs = [path for path in arguments.values() if path.parent == args.work_dir]
+    paths = [path for path in arguments.values() if isinstance(path, Path)]
+    outputs = [path for path in paths if path.parent == args.work_dir]
     written = {"base": "base-scores", "tuned": "tuned-scores"}.get(part, outputs[-1].name)
     return {
         "seconds": time.monotonic() - began,
@@ -232,7 +271,7 @@ def measure(
 
 
 class Gpu:
-    """Memory and use of the first GPU, if there is one."""
+    """Memory and use of the first visible GPU, if there is one."""
 
     def __init__(self) -> None:
         """Open the device."""
@@ -242,7 +281,8 @@ class Gpu:
             import pynvml
 
             pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+            first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            self._handle = pynvml.nvmlDeviceGetHandleByIndex(int(first))
             self._nvml: Any = pynvml
         except Exception:
             self._nvml = None

@@ -56,6 +56,7 @@ def test_every_command_is_in_a_panel_of_the_help() -> None:
     }
 
 
+LOCAL = ("--set", "placement.registry=local")
 MISTAKES = [
     (("compile", "nonsense"), "no recipe 'nonsense': give a YAML file, or one of demo"),
     (("compile", "demo", "--set", "train.lr=1"), "train.lr: unknown key"),
@@ -101,14 +102,14 @@ MISTAKES = [
     ),
     (("recipes", "nope"), "no shipped recipe 'nope': choose one of demo"),
     (("resume", "nope", "--set", "a=b"), "--set needs a local run"),
-    (("submit", "demo"), "no host: give --host URL or set KFP_ENDPOINT"),
+    (("submit", "demo", *LOCAL), "no host: give --host URL or set KFP_ENDPOINT"),
     (("schedule", "demo"), "give one of --cron and --every"),
     (("nonsense",), "No such command 'nonsense'"),
 ]
 REFUSALS = [
     (("run", "demo", "--runner", "docker"), "no container engine answers"),
     (("run", "demo", "--runs-dir", "file"), "Not a directory"),
-    (("submit", "demo", "--host", "http://127.0.0.1:1"), "cannot be reached at http://127"),
+    (("submit", "demo", *LOCAL, "--host", "http://127.0.0.1:1"), "cannot be reached at http://127"),
 ]
 
 

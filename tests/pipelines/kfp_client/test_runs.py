@@ -21,6 +21,7 @@ from tuneline.pipelines.cli.cluster import load_for_cluster
 from tuneline.pipelines.cli.main import app
 from tuneline.pipelines.kfp_client import runs
 from tuneline.pipelines.kfp_client.connection import connect
+from tuneline.version import VERSION
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,10 @@ def tuneline(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments)
 
 
+LOCAL = ("--set", "placement.registry=local")
+SUBMIT = ("submit", "demo", *LOCAL)
+
+
 def run_id_of(result: Result) -> str:
     assert result.exit_code == 0, result.output + repr(result.exception)
     match = re.search(r"tuneline status (\S+)", result.output)
@@ -42,7 +47,7 @@ def run_id_of(result: Result) -> str:
 
 def test_submit_sends_what_was_compiled(kfp_server: Any) -> None:
     result = tuneline(
-        "submit", "demo", "--name", "first", "--service-account", "tuneline-runner",
+        *SUBMIT, "--name", "first", "--service-account", "tuneline-runner",
         "--pipeline-root", "s3://bucket/runs", "--set", "train.max_steps=7",
     )  # fmt: skip
     run_id = run_id_of(result)
@@ -78,14 +83,37 @@ def test_submit_sends_what_was_compiled(kfp_server: Any) -> None:
 def test_a_directory_that_is_deleted_with_the_pod(
     target: str, claim: str, is_lost: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load_for_cluster("demo", [f"publish_to={target}", f"placement.cache_claim={claim}"])
+    values = [f"publish_to={target}", f"placement.cache_claim={claim}"]
+    load_for_cluster("demo", [*values, "placement.registry=local"])
     assert ("is deleted with the pod" in capsys.readouterr().out) is is_lost
 
 
+NO_REGISTRY = (
+    "demo does not say where the nodes get the images: set placement.registry to the registry to "
+    "which you pushed them, e.g. --set placement.registry=registry.example.com/team, or to local "
+    "if every node has them as localhost/tuneline/... (`make images` builds them)"
+)
+
+
+@pytest.mark.parametrize("command", [("submit",), ("schedule", "--every", "1h")])
+def test_a_run_on_a_cluster_says_where_its_images_are(
+    kfp_server: Any, command: tuple[str, ...]
+) -> None:
+    assert str(tuneline(*command, "demo").exception) == NO_REGISTRY
+    assert kfp_server.writes() == []
+    done = tuneline(*command, "demo", "--set", "placement.registry=registry.example.com/team")
+    assert done.exit_code == 0, done.exception
+    pulled = f"images: registry.example.com/team/*:{VERSION}, which the nodes pull\n"
+    assert pulled in done.output
+    done = tuneline(*command, "demo", *LOCAL)
+    assert done.exit_code == 0, done.exception
+    assert f"localhost/tuneline/*:{VERSION}, which the nodes must have: they are" in done.output
+
+
 def test_submit_twice_is_two_runs_in_one_experiment(kfp_server: Any) -> None:
-    first = run_id_of(tuneline("submit", "demo"))
-    second = run_id_of(tuneline("submit", "demo", "--no-cache", "all"))
-    third = run_id_of(tuneline("submit", "demo", "--no-cache", "evaluate", "--no-cache", "merge"))
+    first = run_id_of(tuneline(*SUBMIT))
+    second = run_id_of(tuneline(*SUBMIT, "--no-cache", "all"))
+    third = run_id_of(tuneline(*SUBMIT, "--no-cache", "evaluate", "--no-cache", "merge"))
     assert len(kfp_server.experiments) == 1
     cached = []
     for run_id in (first, second, third):
@@ -99,7 +127,7 @@ def test_submit_twice_is_two_runs_in_one_experiment(kfp_server: Any) -> None:
 
 
 def test_a_step_without_cache_that_the_run_does_not_have(kfp_server: Any) -> None:
-    result = tuneline("submit", "demo", "--no-cache", "tran", "--no-cache", "train-on-nodes")
+    result = tuneline(*SUBMIT, "--no-cache", "tran", "--no-cache", "train-on-nodes")
     assert isinstance(result.exception, UserError)
     words = str(result.exception)
     assert words.startswith("--no-cache names train-on-nodes, tran, but this run has no such step")
@@ -109,7 +137,7 @@ def test_a_step_without_cache_that_the_run_does_not_have(kfp_server: Any) -> Non
 
 @pytest.mark.parametrize("kfp_server", [{"multi_user": True}], indirect=True)
 def test_a_namespace_is_passed_on(kfp_server: Any) -> None:
-    run_id = run_id_of(tuneline("submit", "demo", "--namespace", "team-a", "--name", "mine"))
+    run_id = run_id_of(tuneline(*SUBMIT, "--namespace", "team-a", "--name", "mine"))
     (experiment,) = kfp_server.experiments.values()
     assert experiment["namespace"] == "team-a"
     result = tuneline("status", "--namespace", "team-a")
@@ -120,7 +148,7 @@ def test_a_namespace_is_passed_on(kfp_server: Any) -> None:
 
 def test_a_recipe_with_a_token_in_it_is_not_sent(kfp_server: Any) -> None:
     token = "hf_" + "abcdefgHIJKLMNOPqrstuvwxyz123456789"
-    result = tuneline("submit", "demo", "--set", f"description={token}")
+    result = tuneline(*SUBMIT, "--set", f"description={token}")
     assert isinstance(result.exception, RecipeError)
     assert "secret-value" in str(result.exception)
     assert token not in str(result.exception)
@@ -134,7 +162,7 @@ def test_a_name_that_argo_would_replace_is_not_sent(
     kfp_server: Any, option: str, text: str
 ) -> None:
     for command in (["submit"], ["schedule", "--every", "1h"]):
-        result = tuneline(*command, "demo", option, text)
+        result = tuneline(*command, "demo", *LOCAL, option, text)
         assert isinstance(result.exception, UserError)
         assert f"{option} '{text}' contains" in str(result.exception)
     assert kfp_server.writes() == []

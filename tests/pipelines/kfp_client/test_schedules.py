@@ -18,6 +18,7 @@ from tuneline.pipelines.kfp_client import runs, schedules
 from tuneline.pipelines.kfp_client.connection import Client, connect
 
 COLLECTION = "/apis/v2beta1/recurringruns"
+LOCAL = ("--set", "placement.registry=local")
 MONDAYS = schedules.cron_trigger("0 3 * * 1")
 
 
@@ -236,11 +237,12 @@ def tuneline(*arguments: str) -> Result:
 
 
 def test_the_commands(kfp_server: Any) -> None:
-    made = tuneline("schedule", "demo", "--cron", "0 3 * * 1")
+    made = tuneline("schedule", "demo", *LOCAL, "--cron", "0 3 * * 1")
     assert "--cron has five fields: KFP gets '0 0 3 * * 1', with seconds first" in made.output
     assert "schedule demo: created, enabled, cron 0 0 3 * * 1 UTC" in made.output
     assert (
-        "changed, enabled, every 43200 s" in tuneline("schedule", "demo", "--every", "12h").output
+        "changed, enabled, every 43200 s"
+        in tuneline("schedule", "demo", *LOCAL, "--every", "12h").output
     )
     assert tuneline("schedules", "--disable", "demo").output == "schedule demo: disabled\n"
     (identity,) = kfp_server.recurringruns

@@ -22,6 +22,8 @@ from tuneline.pipelines.cli.main import app
 from tuneline.pipelines.plan.check import Check
 from tuneline.pipelines.plan.cluster import LAUNCHER_RIGHTS, RIGHTS, TRAINER_CRD
 from tuneline.pipelines.plan.plan import plan
+from tuneline.steps import IMAGE_SETS
+from tuneline.version import VERSION
 
 
 def test_a_cluster_that_has_everything(cluster: Any) -> None:
@@ -240,8 +242,36 @@ def test_nodes_that_may_not_be_seen(cluster: Any) -> None:
     ]  # fmt: skip
     assert "refuses to show nodes" in found[0].words
     assert found[1].words.startswith(
-        f"no visible node has them, and their names have no registry: {images.LIGHT}, "
+        "no visible node lists them, and placement.registry local means that nodes do not pull: "
+        f"{images.LIGHT}, "
     )
+    assert found[1].advice.startswith("load the images onto every node")
+
+
+def test_a_recipe_without_a_registry(cluster: Any) -> None:
+    loaded = find_recipe("demo", [])
+    (found,) = [check for check in look(loaded) if check.name == "images"]
+    assert found == Check(
+        "images", "fail", "the recipe does not say where the nodes get the images",
+        "set placement.registry to your registry, or to local if nodes have them",
+    )  # fmt: skip
+    # The pod of the plan step has one of the images, which a compiled file names as local does.
+    checks = plan(loaded, kube=kube.Kube("kubeflow"), is_step=True)
+    (found,) = [check for check in checks if check.name == "images"]
+    assert (found.verdict, found.words.partition(": ")[0]) == ("ok", "a node has them")
+
+
+@pytest.mark.parametrize(
+    ("registry", "verdict"), [("local:tuneline", "ok"), ("local:other", "unknown")]
+)
+def test_images_that_nodes_have_under_another_name(
+    cluster: Any, registry: str, verdict: str
+) -> None:
+    names = [{"names": [f"docker.io/tuneline/{each}:{VERSION}"]} for each in IMAGE_SETS]
+    cluster.put("nodes", "gpu-1", **{**NODE, "status": {**NODE["status"], "images": names}})
+    loaded = recipe(f"placement.registry={registry}")
+    found = [check for check in look(loaded) if check.name == "images"]
+    assert {check.verdict for check in found} == {verdict}
 
 
 @pytest.mark.parametrize("version", ["v1beta1", "v1beta2"])
@@ -335,7 +365,8 @@ def tuneline(*arguments: str) -> Result:
 
 
 def test_the_command(cluster: Any) -> None:
-    done = tuneline("plan", "llama3-8b-instruct", "--profile", "h100", "--cluster")
+    options = ("--profile", "h100", "--cluster", "--set", "placement.registry=local")
+    done = tuneline("plan", "llama3-8b-instruct", *options)
     assert done.exit_code == 0, done.output
     assert "ok      GPU memory: 7." in done.output
     assert f"ok      API: Kubernetes v1.32.4 at {cluster.host}" in done.output

@@ -20,6 +20,7 @@ from tuneline.train.batch_size import batch_size
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.estimate import GIB, estimate_memory
 from tuneline.train.memory.plan import recipe_plan, run_settings
+from tuneline.version import VERSION
 
 
 def test_a_size_gives_the_shape_of_a_llama() -> None:
@@ -208,6 +209,38 @@ def test_every_gpu_is_checked(profile: str) -> None:
     bounds = (13_900, 16_930) if gpu.runs_kernels else (8_290, 8_300)
     assert speed is not None
     assert bounds[0] < speed / gpu.relative_speed < bounds[1]
+
+
+@pytest.mark.parametrize(
+    ("registry", "verdict", "words"),
+    [
+        ("null", "warn", "so `submit` refuses it"),
+        ("local", "ok", "which the nodes must have: they are never pulled"),
+        ("host.example/team", "ok", f"host.example/team/*:{VERSION}, which the nodes pull"),
+    ],
+)
+def test_where_the_images_are_is_said_without_a_cluster_too(
+    registry: str, verdict: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    loaded = recipe(f"placement.registry={registry}")
+    checks = plan(loaded, num_parameters=LLAMA, looks_up=True)
+    (found,) = [each for each in checks if each.name == "images"]
+    assert found.verdict == verdict and words in found.words
+    # A local run needs no images.
+    local = plan(recipe(profile="local"), num_parameters=LLAMA, looks_up=True)
+    assert not [each for each in local if each.name == "images"]
+
+
+def test_a_gpu_on_which_nothing_ran_is_a_warning() -> None:
+    checks = plan(recipe(profile="mi300x"), num_parameters=LLAMA)
+    (gpu,) = [each for each in checks if each.name == "GPU"]
+    assert gpu.verdict == "warn"
+    assert gpu.words.startswith("mi300x is declared from its data sheet, and tuneline never ran")
+    assert "PyTorch for CUDA" in gpu.words and "ROCm" in gpu.advice
+    (kernels,) = [each for each in checks if each.name == "kernels"]
+    assert kernels.words == "PyTorch's, because mi300x is AMD's"
+    assert not [each for each in plan(recipe(), num_parameters=LLAMA) if each.name == "GPU"]
 
 
 def test_limits_that_the_run_would_hit_fail() -> None:

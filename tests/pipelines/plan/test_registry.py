@@ -60,7 +60,6 @@ def test_a_registry_says_whether_it_has_an_image(host: str) -> None:
     ("image", "says"),
     [
         ("{}/team/private:1", "asks for credentials, which the cluster may have"),
-        ("tuneline/train:0.1.0", "their names have no registry"),
     ],
 )
 def test_answers_that_say_nothing(host: str, image: str, says: str) -> None:

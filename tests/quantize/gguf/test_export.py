@@ -13,11 +13,12 @@ from tuneline.errors import (
     ToolError,
     WorldError,
 )
+from tuneline.models.likelihood import NEAR_TIE
 from tuneline.quantize import QuantizeConfig, formats
 from tuneline.quantize.gguf import converter, tensors
 from tuneline.quantize.gguf.llama_model import LlamaFile
 from tuneline.quantize.proof.generation import Generation
-from tuneline.quantize.proof.quality import NEAR_TIE, check_generation
+from tuneline.quantize.proof.quality import check_generation
 from tuneline.quantize.proof.transformers_model import TransformersModel
 from tuneline.quantize.run import run
 

@@ -95,9 +95,20 @@ def test_kl_and_perplexity_by_hand() -> None:
     found = quality.compare(rows, p, q)
     by_hand = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert found.mean_kl == pytest.approx(by_hand / 2, rel=1e-6)
-    assert found.top1_agreement == 0.5
+    assert found.top1_agreement == 1.0  # Both tokens are as likely in p.
     assert found.perplexity == pytest.approx(4 / 3, rel=1e-6)
     assert found.reference_perplexity == pytest.approx(2, rel=1e-6)
+
+
+def test_a_flat_distribution_is_no_disagreement() -> None:
+    # 8B parameters with random weights: f16 had a KL divergence of 1.6e-5, but 6 of 276 positions
+    # had another most likely token, because the two best logits were closer than rounding.
+    p = torch.tensor([[0.0, 0.004, -2.0]] * 4)
+    found = quality.compare([Row([0, 1, 1, 0], 1)], [p], [p[:, [1, 0, 2]]])
+    quality.check_bounds(found, FORMATS["f16"].bound, "f16")
+    turned = quality.compare([Row([0, 1, 1, 0], 1)], [p * 100], [100 * p[:, [1, 0, 2]]])
+    with pytest.raises(ProofError, match=r"same most likely token at 0\.0% of positions"):
+        quality.check_bounds(turned, FORMATS["f16"].bound, "f16")
 
 
 def test_rows_begin_to_count_at_the_answer(reference: Reference, dataset_dir: Path) -> None:

@@ -11,14 +11,12 @@ import torch
 
 from tuneline.errors import ProofError
 from tuneline.models.heldout_rows import Row
+from tuneline.models.likelihood import NEAR_TIE, num_same_choices
 from tuneline.quantize.formats import FORMATS, Bound
 from tuneline.quantize.proof.generation import Generation
 
 NUM_SPEED_TOKENS = 16
 """Tokens that are generated to measure the speed of an export."""
-NEAR_TIE = 0.1
-"""Two logits that differ by at most this much count as equal, because the logits of an f16 file and
-of fp32 weights differ by a few hundredths."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Quality:
     mean_kl: float
     """KL divergence of the export from the merged model, in nats per token."""
     top1_agreement: float
-    """Fraction of positions with the same most likely token, 0 to 1."""
+    """Fraction of positions with the same most likely token up to a near tie, 0 to 1."""
     perplexity: float
     """Perplexity of the export on the answers, that is, each row's tokens from `Row.start` on."""
     reference_perplexity: float
@@ -57,7 +55,7 @@ def compare(
     for row, p_TV, q_TV in zip(rows, reference, tested, strict=True):
         p_TV, q_TV = p_TV.log_softmax(-1), q_TV.log_softmax(-1)
         kl += (p_TV.exp() * (p_TV - q_TV)).sum().item()
-        agreed += int((p_TV.argmax(-1) == q_TV.argmax(-1)).sum())
+        agreed += num_same_choices(p_TV, q_TV)
         positions += len(row.ids)
         first = max(row.start, 1)
         targets_T1 = torch.tensor(row.ids[first:])[:, None]

@@ -80,8 +80,8 @@ CAUSES = (
         r"imagepullbackoff|errimagepull|errimageneverpull|invalidimagename|manifest unknown"
         r"|pull access denied|failed to pull image",
         "The step's container image could not be pulled.",
-        "Push the images (`make images`) to a registry that the cluster can reach, and check the "
-        "image pull secret.",
+        "Push the images (`make images`) to the registry in placement.registry, and check the "
+        "image pull secret. If placement.registry is local, load the images onto every node.",
     ),
     Cause(
         "gated model",

@@ -27,6 +27,10 @@ def can_fuse(mode: str, device: str) -> bool:
     if mode == "off":
         return False
     capability = torch.cuda.get_device_capability() if device == "cuda" else None
+    if capability is not None and torch.version.hip:
+        # torch calls a GPU of AMD cuda too, and gives it a capability that means something else.
+        logger.info("fused kernels are off: they were not tried on ROCm")
+        capability = None
     if mode == "fp8" and (capability is None or capability < FP8_CAPABILITY):
         name = device if capability is None else torch.cuda.get_device_name()
         raise RecipeError(

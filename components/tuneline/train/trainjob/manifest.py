@@ -26,7 +26,6 @@ from tuneline.pods import (
     NO_SIDECAR,
     PART_OF_LABEL,
     PRIORITY_LABEL,
-    PRODUCT_LABEL,
     QUEUE_LABEL,
     RUN_LABEL,
     SCRATCH_PATH,
@@ -34,6 +33,7 @@ from tuneline.pods import (
     SHARED_PATH,
     STEP_LABEL,
     TRAINJOBS,
+    product_label,
 )
 from tuneline.strict_model import StrictModel
 from tuneline.train.checkpoints import ROOT_VARIABLE
@@ -217,7 +217,8 @@ def _of_trainer_2_0(pod: dict[str, Any], config: NodesConfig) -> dict[str, Any]:
             "placement.accelerator_products, or install Trainer 2.1 or later"
         )
     if products:
-        pod["nodeSelector"] = {**pod.get("nodeSelector", {}), PRODUCT_LABEL: products[0]}
+        label = product_label(config.accelerator or "")
+        pod["nodeSelector"] = {**pod.get("nodeSelector", {}), label: products[0]}
     if pod.pop("imagePullSecrets", None):
         raise ClusterError(
             "Trainer 2.0 cannot set image pull secrets: add them to the namespace's default "
@@ -247,6 +248,7 @@ def _pod(config: NodesConfig) -> dict[str, Any]:
     }
     pod |= node_fields(
         node_selector=config.node_selector,
+        accelerator=config.accelerator or "",
         accelerator_products=config.accelerator_products,
         tolerations=config.tolerations,
     )

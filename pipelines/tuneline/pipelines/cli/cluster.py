@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
-from tuneline.errors import UserError
+from tuneline.errors import RecipeError, UserError
+from tuneline.images import LOCAL, LOCAL_PREFIX, origin_in_words
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.pipelines.cli.early import refuse_early
 from tuneline.pipelines.cli.options import (
@@ -181,8 +182,21 @@ def schedules(
 
 
 def load_for_cluster(recipe: str, assignments: list[str]) -> Recipe:
-    """Load a recipe for a cluster; warn if the published model would be lost with a pod."""
+    """Load a recipe for a cluster; warn if the published model would be lost with a pod.
+
+    Raises:
+        RecipeError: the recipe does not say where the nodes get the images, or cannot work.
+    """
     loaded = find_recipe(recipe, assignments)
+    registry = loaded.placement.registry
+    if registry is None:
+        raise RecipeError(
+            f"{loaded.name} does not say where the nodes get the images: set placement.registry to "
+            "the registry to which you pushed them, e.g. --set "
+            f"placement.registry=registry.example.com/team, or to {LOCAL} if every node has them "
+            f"as {LOCAL_PREFIX}/... (`make images` builds them)"
+        )
+    say(f"images: {origin_in_words(registry)}")
     refuse_early(loaded, is_local=False)
     lost = [
         each.text

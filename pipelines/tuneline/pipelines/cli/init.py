@@ -87,6 +87,11 @@ def init(
         "tuneline chat RUN": "talks to the model; RUN is the directory that run prints",
     }
     if machine.is_elsewhere:
+        if "placement.registry" not in given:
+            say(
+                "  first set placement.registry: the registry of the images, or local if the nodes "
+                "have them"
+            )
         commands = {
             f"tuneline plan {name} --cluster": "checks model, data, memory, and the cluster",
             f"tuneline submit {name}": "starts a run on the cluster",

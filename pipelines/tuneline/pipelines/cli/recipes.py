@@ -9,6 +9,7 @@ import typer
 from rich.table import Column, Table
 
 from tuneline.errors import OutputExistsError, RecipeError, UserError
+from tuneline.images import origin_in_words
 from tuneline.pipelines.catalog import RECIPES_DIR, find_recipe, shipped_recipes
 from tuneline.pipelines.cli.options import SetOption, complete_recipe, complete_step
 from tuneline.pipelines.cli.run import PANEL
@@ -165,9 +166,10 @@ def compile_(
     if resources is not None:
         version = write_resources(loaded, path, namespace=resources)
         say(f"wrote {path.absolute()}: version {version}")
-        return
-    compiler.Compiler().compile(finetune(loaded), str(path))
-    say(f"wrote {path.absolute()}")
+    else:
+        compiler.Compiler().compile(finetune(loaded), str(path))
+        say(f"wrote {path.absolute()}")
+    _say_images(loaded.placement.registry)
 
 
 def _compile_component(
@@ -183,6 +185,14 @@ def _compile_component(
     check_output(path)
     compile_component(name, path, registry=registry)
     say(f"wrote {path.absolute()}")
+    _say_images(registry)
+
+
+def _say_images(registry: str | None) -> None:
+    """Say which images a compiled file names."""
+    say(f"images: {origin_in_words(registry)}")
+    if registry is None:
+        say("to name a registry, set placement.registry of the recipe")
 
 
 @app.command(rich_help_panel=PANEL)

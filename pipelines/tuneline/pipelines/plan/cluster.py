@@ -34,6 +34,7 @@ CRDS = {
 ON_A_NODE = "a node has them"
 IN_REGISTRY = "the registry has them"
 NOT_IN_REGISTRY = "neither a node nor the registry has them"
+NOT_SEEN = "no visible node lists them, and placement.registry {} means that nodes do not pull"
 
 RIGHTS = (
     Right("get", "pods"),
@@ -69,6 +70,10 @@ def check_cluster(
     Raises:
         ClusterError: the cluster is unreachable.
     """
+    if is_step and recipe.placement.registry is None:
+        # The file was compiled without a registry, for images that the nodes have.
+        placement = recipe.placement.model_copy(update={"registry": images.LOCAL})
+        recipe = recipe.model_copy(update={"placement": placement})
     checks = [Check("API", "ok", f"Kubernetes {kube.version()} at {kube.host}")]
     checks += _or_unknown("rights", _rights_of_run(recipe, kube, account, is_step))
     if not is_step:
@@ -259,6 +264,11 @@ def _images(recipe: Recipe, kube: Kube) -> Iterator[Check]:
     )
     wanted = [images.of_set(name) for name in image_sets]
     registry = recipe.placement.registry
+    if registry is None:
+        words = "the recipe does not say where the nodes get the images"
+        advice = f"set placement.registry to your registry, or to {images.LOCAL} if nodes have them"
+        yield Check("images", "fail", words, advice)
+        return
     try:
         on_nodes = {
             name
@@ -270,22 +280,30 @@ def _images(recipe: Recipe, kube: Kube) -> Iterator[Check]:
         on_nodes = set()
     by_place: dict[str, list[str]] = {}
     for image in (images.in_registry(name, registry) for name in wanted):
-        by_place.setdefault(_where_is(image, on_nodes), []).append(image)
+        by_place.setdefault(_where_is(image, registry, on_nodes), []).append(image)
     for where, names in by_place.items():
         words = f"{where}: {', '.join(names)}"
         if where in (ON_A_NODE, IN_REGISTRY):
             yield Check("images", "ok", words)
         elif where == NOT_IN_REGISTRY:
             yield Check("images", "fail", words, "push the images, or correct placement.registry")
+        elif images.is_on_nodes(registry):
+            advice = (
+                "load the images onto every node (a node lists 50 images at most, so this may be "
+                "wrong), or push them to a registry and name it in placement.registry"
+            )
+            yield Check("images", "unknown", words, advice)
         else:
             advice = "push the images to a registry, and set placement.registry to it"
             yield Check("images", "unknown", words, advice)
 
 
-def _where_is(image: str, on_nodes: Set[str]) -> str:
+def _where_is(image: str, registry: str, on_nodes: Set[str]) -> str:
     # Container engines put the host of the default registry in front of a name without a host.
     if {image, f"docker.io/{image}", f"localhost/{image}"} & on_nodes:
         return ON_A_NODE
+    if images.is_on_nodes(registry):
+        return NOT_SEEN.format(registry)
     try:
         return IN_REGISTRY if has_image(image) else NOT_IN_REGISTRY
     except Unknown as error:

@@ -8,7 +8,7 @@ from tuneline.pipelines.kube import Kube
 from tuneline.pipelines.needs import needs_of
 from tuneline.pipelines.plan.check import Check
 from tuneline.placement import quantity_value
-from tuneline.pods import PRODUCT_LABEL
+from tuneline.pods import product_label
 from tuneline.recipe import Recipe
 from tuneline.steps import STEPS
 
@@ -66,9 +66,10 @@ def _refusal(recipe: Recipe, node: Any) -> str | None:
     count = float(capacity.get(placement.accelerator, 0))
     if count < placement.num_accelerators:
         return f"has {count:g} {placement.accelerator}"
-    product = labels.get(PRODUCT_LABEL)
+    label = product_label(placement.accelerator)
+    product = labels.get(label)
     if placement.accelerator_products and product not in placement.accelerator_products:
-        return f"has {product or 'no label ' + PRODUCT_LABEL}"
+        return f"has {product or 'no label ' + label}"
     for key, value in placement.node_selector.items():
         if labels.get(key) != value:
             return f"has {key}={labels.get(key)}"

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from tuneline.errors import DataError
 from tuneline.gpu_profiles import GPU_PROFILES, LOCAL, fp8_profiles
 from tuneline.html.units import duration, parameters, size
+from tuneline.images import LOCAL as IMAGES_ON_NODES
+from tuneline.images import origin_in_words
 from tuneline.pipelines.inputs import local_problems, prepare_upload
 from tuneline.pipelines.kube import Kube
 from tuneline.pipelines.needs import memory_of
@@ -79,9 +81,11 @@ def plan(
     num_parameters = num_parameters or parameters_in_name(recipe.base_model)
     on_cluster = kube is not None or recipe.placement.profile != LOCAL
     checks = check_early(recipe, is_local=not on_cluster) if looks_up else []
+    if looks_up and on_cluster and kube is None:
+        checks.append(_images(recipe))
     checks += [*_ranks(recipe), *check_optimizer_steps(recipe), *_checkpoints(recipe)]
     checks += _data(recipe, has_pods=kube is not None)
-    checks += _kernels(recipe, has_pods=kube is not None)
+    checks += [*_untried_gpu(recipe), *_kernels(recipe, has_pods=kube is not None)]
     checks += [*check_power(recipe), *_proxy(recipe)]
     if model is not None and model.refusal not in {check.words for check in checks}:
         checks += check_base_model(recipe, num_parameters, model)
@@ -101,6 +105,16 @@ def plan(
     if num_parameters is not None:
         checks += check_disks(recipe, num_parameters, kube)
     return checks
+
+
+def _images(recipe: Recipe) -> Check:
+    """Say where the nodes get the images; with a cluster, `check_cluster` looks for them there."""
+    registry = recipe.placement.registry
+    if registry is not None:
+        return Check("images", "ok", origin_in_words(registry))
+    words = "the recipe does not say where the nodes get the images, so `submit` refuses it"
+    advice = f"set placement.registry to your registry, or to {IMAGES_ON_NODES}"
+    return Check("images", "warn", words, f"{advice} if the nodes have them")
 
 
 def _ranks(recipe: Recipe) -> Iterator[Check]:
@@ -163,6 +177,20 @@ def _checkpoints(recipe: Recipe) -> Iterator[Check]:
         yield Check("checkpoints", "warn", words, advice)
 
 
+def _untried_gpu(recipe: Recipe) -> Iterator[Check]:
+    """Warn of a GPU on which tuneline never ran and for which it has no images."""
+    profile = recipe.placement.profile
+    gpu = GPU_PROFILES.get(profile)
+    if gpu is not None and gpu.capability is None:
+        words = (
+            f"{profile} is declared from its data sheet, and tuneline never ran on a GPU of AMD: "
+            "the images have PyTorch for CUDA, which does not find it; bitsandbytes (4-bit base, "
+            "8-bit optimizer) and GPTQ were not tried on ROCm, and tuneline's kernels are off there"
+        )
+        advice = "build images with PyTorch, Triton and bitsandbytes for ROCm, or take another GPU"
+        yield Check("GPU", "warn", words, advice)
+
+
 def _kernels(recipe: Recipe, *, has_pods: bool) -> Iterator[Check]:
     """Check whether tuneline's kernels run on the recipe's placement.
 
@@ -177,7 +205,8 @@ def _kernels(recipe: Recipe, *, has_pods: bool) -> Iterator[Check]:
         advice = f"set train.kernels to auto, or placement.profile to {profiles}"
         yield Check("kernels", "fail", words, advice)
     elif kernels == "auto" and gpu is not None and not gpu.runs_kernels:
-        words = f"PyTorch's, because {placement.profile} is older than Ampere"
+        why = "is AMD's" if gpu.capability is None else "is older than Ampere"
+        words = f"PyTorch's, because {placement.profile} {why}"
         yield Check("kernels", "ok", words)
 
 

@@ -28,11 +28,9 @@ def has_image(image: str) -> bool:
     """Return whether the registry in an image's name has the image.
 
     Raises:
-        Unknown: the name has no registry, or the registry is unreachable or wants credentials.
+        Unknown: the registry is unreachable or wants credentials.
     """
     host, _, path = image.partition("/")
-    if not path or not (":" in host or "." in host or host == "localhost"):
-        raise Unknown("their names have no registry")
     name, _, tag = path.rpartition(":")
     # Container engines also use no TLS for a registry on the same machine.
     scheme = "http" if host.partition(":")[0] in ("localhost", "127.0.0.1") else "https"
