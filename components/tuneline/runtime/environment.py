@@ -27,6 +27,7 @@ IMAGE_VARIABLE = "TUNELINE_IMAGE"
 PACKAGES = (
     "accelerate",
     "bitsandbytes",
+    "compressed-tensors",
     "datasets",
     "deepspeed",
     "gptqmodel",
