@@ -74,7 +74,7 @@ def _checkpoint(kind: ExportKind, bound: Bound, bits_per_weight: float, *, bits:
 
 _16BIT = Bound(1e-3, 0.98)
 _8BIT = Bound(0.05, 0.93)
-_FP8 = Bound(0.15, 0.85)
+_FP8 = Bound(0.2, 0.8)
 _6BIT = Bound(0.1, 0.9)
 _5BIT = Bound(0.5, 0.7)
 _4BIT = Bound(1.5, 0.5)
@@ -120,7 +120,7 @@ FORMATS: dict[str, Format] = {
     "gptq-4bit": _checkpoint("gptq", _4BIT, 5.7, bits=4),
     "gptq-3bit": _checkpoint("gptq", _3BIT, 4.8, bits=3),
     "awq": _checkpoint("awq", _4BIT, 5.7, bits=4),
-    "fp8": _checkpoint("fp8", _FP8, 9.1, bits=8),
+    "fp8": _checkpoint("fp8", _FP8, 9.1, bits=8),  # 0.042, 91.6 %
 }
 """All formats that this step makes, by the name that a recipe uses."""
 
