@@ -23,7 +23,7 @@ from tuneline.prepare import PrepareConfig
 from tuneline.prepare.run import run as prepare
 from tuneline.quantize import QuantizeConfig
 from tuneline.quantize.gguf.support import gguf_problem
-from tuneline.quantize.gptq.experts import check_experts
+from tuneline.quantize.checkpoint.experts import check_experts
 from tuneline.quantize.run import run as quantize
 from tuneline.train import TrainConfig
 from tuneline.train.run import run as train
@@ -140,7 +140,7 @@ def reach(family: Family) -> frozenset[str]:
 def can_be_gptq(base_dir: Path) -> bool:
     """Return whether GPTQ is tried; if not, it is refused before training."""
     try:
-        check_experts(base_dir)
+        check_experts(base_dir, "gptq")
     except ModelError:
         return False
     return True

@@ -66,7 +66,7 @@ def export(
         # First, because it refuses a model that computes NaN.
         merged = for_export(config, merged_dir, dataset_dir, device)
         write_fp8(merged_dir, target, layers)
-        _write_config(merged_dir, target)
+        write_config(merged_dir, target)
         take_companions(merged_dir, target)
         record = prove(
             config,
@@ -149,14 +149,13 @@ def write_fp8(model_dir: Path, target: Path, layers: set[str]) -> None:
     logger.info("%d of %d tensors are in FP8", len(layers), len(checkpoint.specs))
 
 
-def _scheme() -> Any:
-    from compressed_tensors.quantization import preset_name_to_scheme
+def write_config(model_dir: Path, target: Path) -> None:
+    """Write the model's config.json with the `quantization_config` of compressed-tensors.
 
-    return preset_name_to_scheme(SCHEME, targets=["Linear"])
-
-
-def _write_config(model_dir: Path, target: Path) -> None:
-    """Write a config.json whose `quantization_config` is the one of compressed-tensors."""
+    Args:
+        model_dir: directory of the model.
+        target: directory of the checkpoint.
+    """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
@@ -173,3 +172,9 @@ def _write_config(model_dir: Path, target: Path) -> None:
     )
     shutil.copyfile(model_dir / "config.json", target / "config.json")
     ModelCompressor(quantization_config=quantization).update_config(str(target))
+
+
+def _scheme() -> Any:
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    return preset_name_to_scheme(SCHEME, targets=["Linear"])

@@ -224,21 +224,23 @@ def _load(model_dir: Path, dtype: torch.dtype | str, device: str) -> Any:
 
 
 def _kernels(model_dir: Path, device: str) -> dict[str, Any]:
-    """Return arguments that load GPTQ and AWQ weights with torch's kernels.
+    """Return arguments that load GPTQ and AWQ weights on a GPU with torch's kernels.
 
-    By default gptqmodel chooses a kernel that is compiled when the model is loaded, for AWQ also on
-    a CPU, but the images contain no compiler.
+    By default gptqmodel chooses a kernel that is compiled when the model is loaded, but the images
+    contain no compiler.
     """
     quantization = _quantization(model_dir)
     # Any: transformers does not annotate these.
-    settings: Any = None
-    match quantization.get("quant_method"):
-        case "gptq" if device != "cpu":
-            settings = GPTQConfig(bits=quantization["bits"], backend="torch")
-        case "awq":
-            awq: Any = AwqConfig
-            settings = awq(bits=quantization["bits"], backend="torch_awq")
-    return {} if settings is None else {"quantization_config": settings}
+    gptq: Any = GPTQConfig
+    awq: Any = AwqConfig
+    method = quantization.get("quant_method")
+    if device == "cpu" or method not in ("gptq", "awq"):
+        return {}
+    if method == "gptq":
+        settings = gptq(bits=quantization["bits"], backend="torch")
+    else:
+        settings = awq(bits=quantization["bits"], backend="torch_awq")
+    return {"quantization_config": settings}
 
 
 def _quantization(model_dir: Path) -> dict[str, Any]:
