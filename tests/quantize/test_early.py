@@ -103,15 +103,20 @@ def test_a_tensor_that_has_no_name_in_gguf(base_dir: Path, dataset_dir: Path) ->
         gguf_early.check(base_dir, dataset_dir)
 
 
-@pytest.mark.parametrize("kind", ["gptq", "awq"])
-def test_layers_that_no_group_divides(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("gptq", r"\(model.layers.0.mlp.down_proj is 40 wide\): set quantize.gptq"),
+        ("awq", r"v_proj has 32 outputs, which is not a multiple of 64: set quantize.awq"),
+    ],
+)
+def test_layers_that_cannot_be_stored(kind: str, words: str, tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "narrow")
     wanted = {"gguf": [], "gptq": [], kind: ["gptq-4bit" if kind == "gptq" else kind]}
-    words = rf"{kind.upper()} .*\(model.layers.0.mlp.down_proj is 40 wide\): set quantize.{kind}"
     with pytest.raises(ModelError, match=words):
         check_exports(
             QuantizeConfig.parse(wanted), base_model_dir=str(tmp_path / "narrow"), dataset_dir=""

@@ -196,7 +196,11 @@ def test_how_each_kind_is_served(tmp_path: Path) -> None:
         ("merged", {"merge": {"num_bytes": 900 * GIB}}, "do not fit 8 GPUs of the profile l4"),
         ("merged", {"num_attention_heads": 9, "merge": {"num_bytes": 30 * GIB}}, "do not fit"),
         ("gptq", {"vllm_has_kernel": False}, "no kernel for gptq-4bit in groups of 128"),
-        ("awq", {"vllm_has_kernel": False}, "no kernel for awq in groups of 128 .* export awq with"),
+        (
+            "awq",
+            {"vllm_has_kernel": False},
+            "no kernel for awq in groups of 128 .* export awq with",
+        ),
         ("adapter", {"merge": {"base": "dequantized"}}, "trained on 4-bit weights"),
         ("adapter", {"origin": {"revision": None, "source": "/home/me/base"}}, "model base is not"),
         ("adapter", {"origin": {"source": "gpt2"}}, "gpt2 is not in a repository"),

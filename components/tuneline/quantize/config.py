@@ -40,7 +40,7 @@ class QuantizeConfig(StrictModel):
     """GPTQ checkpoints to make, for transformers and vLLM. An empty list makes none."""
     awq: tuple[AwqFormat, ...] = ()
     """[awq] makes an AWQ checkpoint in 4 bits, in the GEMM layout that transformers and vLLM read.
-    It takes about twice the time of GPTQ. An empty list makes none."""
+    An empty list makes none."""
     fp8: tuple[Fp8Format, ...] = ()
     """[fp8] makes a checkpoint in FP8 for vLLM on GPUs of Ada, Hopper or later: compressed-tensors'
     scheme FP8_DYNAMIC, with a scale per output channel and, at run time, per token. It needs no

@@ -143,7 +143,9 @@ def test_checkpoints_of_experts_are_refused(name: str, tmp_path: Path) -> None:
     assert found.advice == f"set quantize.{kind} to [], and export it as GGUF"
 
 
-@pytest.mark.parametrize(("profile", "warns"), [("a100-80g", True), ("l4", False), ("small", False)])
+@pytest.mark.parametrize(
+    ("profile", "warns"), [("a100-80g", True), ("l4", False), ("small", False)]
+)
 def test_a_gpu_without_fp8_is_told(profile: str, warns: bool, tmp_path: Path) -> None:
     assignments = (f"placement.profile={profile}", 'quantize.fp8=["fp8"]')
     found = [

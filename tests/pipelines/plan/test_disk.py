@@ -26,9 +26,7 @@ def test_the_disk_of_every_pod() -> None:
     )  # fmt: skip
     found = {pod.step: (pod.num_bytes - POD_BYTES) / LLAMA for pod in pod_disks(loaded, LLAMA)}
     adapter = 4 * 41_943_040 / LLAMA
-    gptq, awq, fp8 = (
-        FORMATS[name].bits_per_weight / 8 for name in ("gptq-4bit", "awq", "fp8")
-    )
+    gptq, awq, fp8 = (FORMATS[name].bits_per_weight / 8 for name in ("gptq-4bit", "awq", "fp8"))
     assert found == pytest.approx(
         {
             "fetch": 4, "prepare": 2, "check-exports": 2, "evaluate": 2, "train": 2 + adapter,

@@ -183,15 +183,21 @@ def test_no_training_rows(merged_dir: Path, tmp_path: Path) -> None:
     [
         ({"hidden_size": 128, "intermediate_size": 192}, 128, 64),
         ({"hidden_size": 256, "intermediate_size": 512}, 1024, 128),
-        ({"hidden_size": 32, "intermediate_size": 40}, 128, "down_proj is 40 wide"),
-        ({"hidden_size": 32, "intermediate_size": 36}, 128, "gate_proj has 36 outputs, .* of 8"),
+        (
+            {"hidden_size": 128, "intermediate_size": 200},
+            128,
+            "gate_proj has 200 outputs, .* of 64",
+        ),
+        ({"hidden_size": 128, "head_dim": 32}, 128, "v_proj has 32 outputs, .* of 64"),
+        ({"hidden_size": 128, "head_dim": 18}, 128, "q_proj has 36 outputs, .* of 8:"),
     ],
 )
 def test_layers_that_awq_can_store(
     sizes: dict[str, int], wanted: int, found: int | str, tmp_path: Path
 ) -> None:
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
-    LlamaConfig(vocab_size=64, **sizes, **heads).save_pretrained(tmp_path)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1} if "head_dim" in sizes else {}
+    heads = heads or {"num_attention_heads": 2, "num_key_value_heads": 2}
+    LlamaConfig(vocab_size=64, num_hidden_layers=1, **sizes, **heads).save_pretrained(tmp_path)
     config = QuantizeConfig(group_size=wanted)
     if isinstance(found, str):
         with pytest.raises(ModelError, match=rf"AWQ cannot .*{found}.*set quantize.awq to \[\]"):

@@ -20,8 +20,11 @@ from tuneline.quantize.config import QuantizeConfig
 VLLM_GROUP_SIZES = (32, 64, 128)
 LARGEST_GROUP_SIZE = 128
 """Largest group that gptqmodel's AWQ kernels support, which transformers loads checkpoints with."""
-PACKED = 8
-"""Numbers of 4 bits in a word: AWQ packs the outputs of a layer."""
+NUM_PACKED, NUM_CLIPPED = 8, 64
+"""Numbers that the outputs of a layer must be multiples of. AWQ packs eight outputs in a word, and
+gptqmodel looks for the bounds at which weights are clipped for 64 outputs at a time."""
+NOT_CLIPPED = ("q_", "k_", "query", "key", "Wqkv")
+"""Parts of the names of layers whose weights gptqmodel does not clip."""
 
 
 def export(
@@ -74,16 +77,18 @@ def check(config: QuantizeConfig, model_dir: Path) -> tuple[int, str | None]:
         model_dir: directory of the merged model, or of the base model, whose layers are the same.
 
     Raises:
-        ModelError: no group size fits the inputs of the model's layers, the outputs of a layer do
-            not fill whole words, or the model is a mixture of experts.
+        ModelError: no group size fits the inputs of the model's layers, the number of outputs
+            of a layer is not a multiple of what AWQ works on, or the model is a mixture of experts.
     """
     check_experts(model_dir, "awq")
     widths: dict[int, str] = {}
     for name, (num_inputs, num_outputs) in linear_layers(model_dir).items():
-        if num_outputs % PACKED:
+        is_clipped = not any(part in name for part in NOT_CLIPPED)
+        divisor = NUM_CLIPPED if is_clipped else NUM_PACKED
+        if num_outputs % divisor:
             raise ModelError(
                 f"AWQ cannot store this model: {name} has {num_outputs} outputs, which is not a "
-                f"multiple of {PACKED}: set quantize.awq to []"
+                f"multiple of {divisor}: set quantize.awq to []"
             )
         widths.setdefault(num_inputs, name)
     return choose_group_size(widths, config.group_size, kind="awq", largest=LARGEST_GROUP_SIZE)
