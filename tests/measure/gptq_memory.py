@@ -146,7 +146,6 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--method", choices=["gptq", "awq"], default="gptq")
     parser.add_argument("--limit", type=float, default=540, help="seconds for one process")
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--child", nargs="+")
@@ -174,8 +173,8 @@ def main() -> None:
                 [(31 * row + 7 * n * n + 3 * n) % VOCAB for n in range(arguments.tokens)]
                 for row in range(num_rows)
             ]
-            settings = {"method": arguments.method, "bits": arguments.bits, "group_size": 128}
-            settings |= {"desc_act": False, "dtype": "bfloat16"}
+            settings = {"method": "gptq", "bits": arguments.bits, "group_size": 128}
+            settings |= {"desc_act": False, "dtype": "float16"}
             job = {"model_dir": str(merged), "target": str(export), **settings, "rows": rows}
             job |= {"started_at": time.monotonic(), "times_file": "times.json"}
             job_file = arguments.directory / "job.json"

@@ -7,10 +7,11 @@ point per group, in the layout that AutoAWQ calls GEMM.
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tuneline.artifacts import QuantizedModel
 from tuneline.errors import ModelError
+from tuneline.quantize.awq.families import awq_problem
 from tuneline.quantize.checkpoint.calibrated import export_calibrated
 from tuneline.quantize.checkpoint.experts import check_experts
 from tuneline.quantize.checkpoint.layers import choose_group_size, linear_layers
@@ -77,10 +78,14 @@ def check(config: QuantizeConfig, model_dir: Path) -> tuple[int, str | None]:
         model_dir: directory of the merged model, or of the base model, whose layers are the same.
 
     Raises:
-        ModelError: no group size fits the inputs of the model's layers, the number of outputs
-            of a layer is not a multiple of what AWQ works on, or the model is a mixture of experts.
+        ModelError: gptqmodel does not support the family, no group size fits the inputs of the
+            model's layers, the number of outputs of a layer is not a multiple of what AWQ works
+            on, or the model is a mixture of experts.
     """
     check_experts(model_dir, "awq")
+    problem = awq_problem(_settings(model_dir))
+    if problem is not None:
+        raise ModelError(f"{problem}: set quantize.awq to [], and take gptq-4bit or fp8")
     widths: dict[int, str] = {}
     for name, (num_inputs, num_outputs) in linear_layers(model_dir).items():
         is_clipped = not any(part in name for part in NOT_CLIPPED)
@@ -96,6 +101,11 @@ def check(config: QuantizeConfig, model_dir: Path) -> tuple[int, str | None]:
 
 def _dtype(model_dir: Path) -> Literal["float16", "bfloat16"]:
     """Return the dtype to compute and to store scales in: the model's, or bfloat16."""
-    settings = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    settings = _settings(model_dir)
     dtype = settings.get("dtype") or settings.get("torch_dtype")
     return "float16" if dtype == "float16" else "bfloat16"
+
+
+def _settings(model_dir: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    return settings

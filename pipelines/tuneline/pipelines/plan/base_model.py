@@ -17,6 +17,7 @@ from tuneline.models.multimodal import Part, loaded_part, text_config
 from tuneline.pipelines.plan.check import Check
 from tuneline.pipelines.plan.model_facts import ModelFacts, model_facts
 from tuneline.pipelines.plan.model_files import Unknown, read_model
+from tuneline.quantize.awq.families import awq_problem
 from tuneline.quantize.gguf.converter import known_architectures
 from tuneline.quantize.gguf.support import gguf_problem
 from tuneline.recipe import Recipe
@@ -122,6 +123,10 @@ def _exports(recipe: Recipe, config: dict[str, Any], *, has_experts: bool) -> It
             )
             advice = f"set quantize.{kind} to [], and export it as GGUF"
             yield Check("exports", "fail", words, advice)
+    problem = awq_problem(config)
+    if recipe.quantize.awq and problem is not None:
+        words = f"{recipe.base_model} cannot be exported as AWQ: {problem}"
+        yield Check("exports", "fail", words, "set quantize.awq to [], and take gptq-4bit or fp8")
     gpu = GPU_PROFILES.get(recipe.placement.profile)
     if recipe.quantize.fp8 and gpu is not None and not gpu.has_fp8:
         words = (
