@@ -214,9 +214,10 @@ def test_layers_that_awq_can_store(
         assert size == found and note is not None
 
 
-def test_a_family_that_gptqmodel_does_not_scale(tmp_path: Path) -> None:
-    new_model(FAMILIES["Phi-3"], vocab_size=64, num_key_value_heads=2).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"in the family phi3: set quantize.awq to \[\]"):
+@pytest.mark.parametrize(("name", "type"), [("Phi-3", "phi3"), ("Gemma 3", "gemma3_text")])
+def test_a_family_with_which_gptqmodel_fails(name: str, type: str, tmp_path: Path) -> None:
+    new_model(FAMILIES[name], vocab_size=64, num_key_value_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"in the family {type}: set quantize.awq to \[\]"):
         check(QuantizeConfig(), tmp_path)
 
 

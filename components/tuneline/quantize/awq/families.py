@@ -5,9 +5,16 @@ This module is importable without torch.
 
 from typing import Any
 
-UNSCALED = {"phi3"}
-"""Values of `model_type` for which gptqmodel 7.6.0 does not know the norms before the layers, so it
-finds nothing to scale and fails after the first layer (KeyError: 'q_zeros')."""
+_NO_NORMS = "does not know the norms whose outputs AWQ scales"
+_NO_ROTARY = "cannot compute the rotary embeddings of one layer"
+
+REFUSED = {
+    "phi3": _NO_NORMS,  # KeyError: 'q_zeros'
+    "gemma3": _NO_ROTARY,  # Gemma3RotaryEmbedding.forward() missing ... 'layer_type'
+    "gemma3_text": _NO_ROTARY,
+}
+"""Values of `model_type` with which gptqmodel 7.6.0 fails -> what it lacks, as the rest of a
+sentence."""
 
 
 def awq_problem(config: dict[str, Any]) -> str | None:
@@ -18,7 +25,7 @@ def awq_problem(config: dict[str, Any]) -> str | None:
     """
     text = config.get("text_config")
     names = (config.get("model_type"), text.get("model_type") if isinstance(text, dict) else None)
-    refused = [name for name in names if name in UNSCALED]
-    if refused:
-        return f"gptqmodel does not know which layers AWQ scales in the family {refused[0]}"
+    for name in names:
+        if name in REFUSED:
+            return f"gptqmodel {REFUSED[name]} in the family {name}"
     return None
