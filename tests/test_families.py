@@ -23,6 +23,7 @@ from tuneline.merge.run import run as merge
 from tuneline.prepare import PrepareConfig
 from tuneline.prepare.run import run as prepare
 from tuneline.quantize import QuantizeConfig
+from tuneline.quantize.awq.families import awq_problem
 from tuneline.quantize.checkpoint.experts import check_experts
 from tuneline.quantize.gguf.support import gguf_problem
 from tuneline.quantize.run import run as quantize
@@ -39,7 +40,10 @@ GGUF = {
 settings are of the right kind. Others are not tried."""
 GPTQ = {"Llama 3", "Yi"}
 """Families whose GPTQ exports are proven, by tests/quantize/gptq."""
-AWQ = {"Llama 3", "Yi"}
+AWQ = {
+    *("Llama 3", "Yi", "Mistral", "Ministral 3", "Qwen2", "Qwen3", "Gemma 2", "SmolLM3", "Granite"),
+    "OLMo 3",
+}
 """Families whose AWQ exports are proven, by tests/quantize/awq. FP8 exports of all families without
 experts are proven, by tests/quantize/fp8."""
 BY_THE_LINE = {"Llama 3", "Yi", "Mistral", "Mixtral", "gpt-oss"}
@@ -162,20 +166,28 @@ def table() -> str:
         parts = [part for part in _PARTS if part in found]
         words = ", ".join(part if part != "experts" else "experts*" for part in parts)
         trains = "unpacked" if family.name in UNPACKED else "packed"
-        checkpoints = [family.name in GPTQ, family.name in AWQ, not family.has_experts]
-        states = ["proven" if is_proven else "not tried" for is_proven in checkpoints]
-        if family.has_experts:
-            states = ["refused before training"] * len(states)
+        checkpoints = " | ".join(_checkpoints(family))
         gguf = "proven" if family.name in GGUF else "not tried"
         # llama.cpp recognises DeepSeek V2 Lite by its 27 layers.
         if gguf_problem(_empty(family).config.to_dict() | {"num_hidden_layers": 27}):
             gguf = "refused before training"
         kernels = _kernels(family)
         lines.append(
-            f"| {family.name} | {trains} | {words} | yes | proven | {gguf} | {' | '.join(states)} "
+            f"| {family.name} | {trains} | {words} | yes | proven | {gguf} | {checkpoints} "
             f"| {kernels} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _checkpoints(family: Family) -> list[str]:
+    """Return what is known of a family's GPTQ, AWQ and FP8 checkpoints."""
+    refused = "refused before training"
+    if family.has_experts:
+        return [refused] * 3
+    states = ["proven" if family.name in made else "not tried" for made in (GPTQ, AWQ)]
+    if awq_problem(_empty(family).config.to_dict()):
+        states[1] = refused
+    return [*states, "proven"]
 
 
 def _kernels(family: Family) -> str:

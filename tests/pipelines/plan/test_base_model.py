@@ -143,6 +143,17 @@ def test_checkpoints_of_experts_are_refused(name: str, tmp_path: Path) -> None:
     assert found.advice == f"set quantize.{kind} to [], and export it as GGUF"
 
 
+def test_awq_of_a_family_with_which_gptqmodel_fails(tmp_path: Path) -> None:
+    assignments = ("quantize.gguf=[]", 'quantize.awq=["awq"]')
+    (found,) = [
+        check
+        for check in checks_of(tmp_path / "model", {"model_type": "phi3"}, *assignments)
+        if check.name == "exports"
+    ]
+    assert found.verdict == "fail" and "cannot be exported as AWQ: gptqmodel" in found.words
+    assert found.advice == "set quantize.awq to [], and take gptq-4bit or fp8"
+
+
 @pytest.mark.parametrize(
     ("profile", "warns"), [("a100-80g", True), ("l4", False), ("small", False)]
 )

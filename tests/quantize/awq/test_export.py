@@ -31,7 +31,10 @@ CONFIG = QuantizeConfig(
     # Many of a random model's most likely tokens are near ties.
     min_top1_agreement={"awq": 0.3},
 )
-FAMILIES_MADE = ("Llama 3", "Yi", "Mistral", "Ministral 3", "Qwen2", "Qwen3")
+FAMILIES_MADE = (
+    *("Llama 3", "Yi", "Mistral", "Ministral 3", "Qwen2", "Qwen3", "Gemma 2", "SmolLM3", "Granite"),
+    "OLMo 3",
+)
 """Families of which gptqmodel makes AWQ checkpoints that transformers reads."""
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Place in a word, in units of 4 bits from the lowest, of each of eight neighbouring outputs."""
@@ -214,7 +217,9 @@ def test_layers_that_awq_can_store(
         assert size == found and note is not None
 
 
-@pytest.mark.parametrize(("name", "type"), [("Phi-3", "phi3"), ("Gemma 3", "gemma3_text")])
+@pytest.mark.parametrize(
+    ("name", "type"), [("Phi-3", "phi3"), ("Gemma 3", "gemma3_text"), ("Cohere 2", "cohere2")]
+)
 def test_a_family_with_which_gptqmodel_fails(name: str, type: str, tmp_path: Path) -> None:
     new_model(FAMILIES[name], vocab_size=64, num_key_value_heads=2).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=rf"in the family {type}: set quantize.awq to \[\]"):
@@ -254,5 +259,5 @@ def test_families(name: str, smollm2_dir: Path, tmp_path: Path) -> None:
         )
     mean_kl = (p_RTV.exp() * (p_RTV - q_RTV)).sum(-1).mean().item()
     # Rounded to bfloat16 alone it is 1e-5.
-    assert 1e-4 < mean_kl < 1e-2
+    assert 1e-4 < mean_kl < 2e-2
     assert len(list((tmp_path / "export").glob("*.safetensors"))) == 1

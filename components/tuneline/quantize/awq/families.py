@@ -7,11 +7,13 @@ from typing import Any
 
 _NO_NORMS = "does not know the norms whose outputs AWQ scales"
 _NO_ROTARY = "cannot compute the rotary embeddings of one layer"
+_NO_SCALE = "cannot scale the outputs of the norms"
 
 REFUSED = {
     "phi3": _NO_NORMS,  # KeyError: 'q_zeros'
     "gemma3": _NO_ROTARY,  # Gemma3RotaryEmbedding.forward() missing ... 'layer_type'
     "gemma3_text": _NO_ROTARY,
+    "cohere2": _NO_SCALE,  # prev_op Cohere2LayerNorm not supported yet
 }
 """Values of `model_type` with which gptqmodel 7.6.0 fails -> what it lacks, as the rest of a
 sentence."""
