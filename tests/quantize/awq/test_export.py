@@ -218,7 +218,8 @@ def test_layers_that_awq_can_store(
 
 
 @pytest.mark.parametrize(
-    ("name", "type"), [("Phi-3", "phi3"), ("Gemma 3", "gemma3_text"), ("Cohere 2", "cohere2")]
+    ("name", "type"),
+    [("Phi-3", "phi3"), ("Gemma 3", "gemma3_text"), ("GLM-4", "glm4"), ("Cohere 2", "cohere2")],
 )
 def test_a_family_with_which_gptqmodel_fails(name: str, type: str, tmp_path: Path) -> None:
     new_model(FAMILIES[name], vocab_size=64, num_key_value_heads=2).save_pretrained(tmp_path)

@@ -13,6 +13,7 @@ REFUSED = {
     "phi3": _NO_NORMS,  # KeyError: 'q_zeros'
     "gemma3": _NO_ROTARY,  # Gemma3RotaryEmbedding.forward() missing ... 'layer_type'
     "gemma3_text": _NO_ROTARY,
+    "glm4": "splits gate_up_proj into layers that transformers does not read back",
     "cohere2": _NO_SCALE,  # prev_op Cohere2LayerNorm not supported yet
 }
 """Values of `model_type` with which gptqmodel 7.6.0 fails -> what it lacks, as the rest of a
