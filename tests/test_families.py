@@ -17,13 +17,15 @@ from tiny_families import FAMILIES, Family, fetch_family, new_model
 from tuneline.artifacts import MergeProof, TrainingSummary
 from tuneline.errors import ModelError
 from tuneline.kernels import patch
+from tuneline.kinds import ExportKind
 from tuneline.merge import MergeConfig
 from tuneline.merge.run import run as merge
 from tuneline.prepare import PrepareConfig
 from tuneline.prepare.run import run as prepare
 from tuneline.quantize import QuantizeConfig
+from tuneline.quantize.awq.families import awq_problem
+from tuneline.quantize.checkpoint.experts import check_experts
 from tuneline.quantize.gguf.support import gguf_problem
-from tuneline.quantize.gptq.experts import check_experts
 from tuneline.quantize.run import run as quantize
 from tuneline.train import TrainConfig
 from tuneline.train.run import run as train
@@ -38,6 +40,12 @@ GGUF = {
 settings are of the right kind. Others are not tried."""
 GPTQ = {"Llama 3", "Yi"}
 """Families whose GPTQ exports are proven, by tests/quantize/gptq."""
+AWQ = {
+    *("Llama 3", "Yi", "Mistral", "Ministral 3", "Qwen2", "Qwen3", "Gemma 2", "SmolLM3", "Granite"),
+    "OLMo 3",
+}
+"""Families whose AWQ exports are proven, by tests/quantize/awq. FP8 exports of all families without
+experts are proven, by tests/quantize/fp8."""
 BY_THE_LINE = {"Llama 3", "Yi", "Mistral", "Mixtral", "gpt-oss"}
 """Those of them that a byte-pair tokenizer suits."""
 
@@ -137,10 +145,10 @@ def reach(family: Family) -> frozenset[str]:
     )
 
 
-def can_be_gptq(base_dir: Path) -> bool:
-    """Return whether GPTQ is tried; if not, it is refused before training."""
+def can_be_checkpoint(base_dir: Path, kind: ExportKind) -> bool:
+    """Return whether a quantised checkpoint is tried; if not, it is refused before training."""
     try:
-        check_experts(base_dir)
+        check_experts(base_dir, kind)
     except ModelError:
         return False
     return True
@@ -149,25 +157,37 @@ def can_be_gptq(base_dir: Path) -> bool:
 def table() -> str:
     """Return the table of families, in Markdown."""
     lines = [
-        "| family | default recipe | adapter on | 4-bit base | merge | GGUF | GPTQ | kernels |",
-        "|---|---|---|---|---|---|---|---|",
+        "| family | default recipe | adapter on | 4-bit base | merge | GGUF | GPTQ | AWQ | FP8 "
+        "| kernels |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for family in FAMILIES.values():
         found = reach(family)
         parts = [part for part in _PARTS if part in found]
         words = ", ".join(part if part != "experts" else "experts*" for part in parts)
         trains = "unpacked" if family.name in UNPACKED else "packed"
-        gptq = "proven" if family.name in GPTQ else "not tried"
-        gptq = "refused before training" if family.has_experts else gptq
+        checkpoints = " | ".join(_checkpoints(family))
         gguf = "proven" if family.name in GGUF else "not tried"
         # llama.cpp recognises DeepSeek V2 Lite by its 27 layers.
         if gguf_problem(_empty(family).config.to_dict() | {"num_hidden_layers": 27}):
             gguf = "refused before training"
         kernels = _kernels(family)
         lines.append(
-            f"| {family.name} | {trains} | {words} | yes | proven | {gguf} | {gptq} | {kernels} |"
+            f"| {family.name} | {trains} | {words} | yes | proven | {gguf} | {checkpoints} "
+            f"| {kernels} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _checkpoints(family: Family) -> list[str]:
+    """Return what is known of a family's GPTQ, AWQ and FP8 checkpoints."""
+    refused = "refused before training"
+    if family.has_experts:
+        return [refused] * 3
+    states = ["proven" if family.name in made else "not tried" for made in (GPTQ, AWQ)]
+    if awq_problem(_empty(family).config.to_dict()):
+        states[1] = refused
+    return [*states, "proven"]
 
 
 def _kernels(family: Family) -> str:
@@ -222,7 +242,8 @@ def test_the_default_recipe_trains_and_its_merge_is_proven(
     assert line.adapted == reach(family)
     assert line.training.base_quantization == "nf4"
     assert line.proof.mean_kl < 1e-5
-    assert can_be_gptq(line.base_dir) is not family.has_experts
+    kinds: tuple[ExportKind, ...] = ("gptq", "awq", "fp8")
+    assert {can_be_checkpoint(line.base_dir, kind) for kind in kinds} == {not family.has_experts}
     if request.node.get_closest_marker("slow") and name in BY_THE_LINE:
         assert make_gguf(line, tmp_path, dataset_dir) < 1e-2
 

@@ -17,7 +17,7 @@ and publish takes them for what it does not upload, because KFP downloads every 
                                     progress.jsonl
     merged       merge.json        config.json, *.safetensors, tokenizer files
     importance   importance.json   importance.gguf, for llama.cpp's quantisers
-    quantized    quantized.json    one .gguf file and its Modelfile, or a GPTQ checkpoint
+    quantized    quantized.json    one .gguf file and its Modelfile, or a checkpoint
     scores       scores.json       samples/<task>.jsonl, prompted/<task>.jsonl,
                                     generations.jsonl
     decision     decision.json     evaluated.json, for the next run to the same target

@@ -18,6 +18,9 @@ from tuneline.kernels.limits import FP8_CAPABILITY, MIN_CAPABILITY
 BFLOAT16_CAPABILITY = (8, 0)
 """Lowest compute capability of GPUs that can multiply bfloat16 (Ampere)."""
 
+FP8_TENSOR_CAPABILITY = (8, 9)
+"""Lowest compute capability of GPUs that can multiply 8-bit floats (Ada)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
@@ -74,6 +77,11 @@ class GpuProfile:
     def has_bfloat16(self) -> bool:
         """Whether the GPU can multiply bfloat16; if not, `train.dtype: auto` chooses float32."""
         return self.capability is None or self.capability >= BFLOAT16_CAPABILITY
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether the GPU can multiply 8-bit floats, as servers of FP8 checkpoints do."""
+        return self.capability >= FP8_TENSOR_CAPABILITY
 
     @property
     def runs_kernels(self) -> bool:

@@ -32,7 +32,7 @@ TRAIN = of_set("train")
 GGUF = of_set("gguf")
 """The llama.cpp converter and quantiser."""
 GPTQ = of_set("gptq")
-"""gptqmodel and optimum."""
+"""gptqmodel, optimum and compressed-tensors."""
 EVALUATE = of_set("evaluate")
 """lm-eval."""
 PUBLISH = of_set("publish")

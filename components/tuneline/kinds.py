@@ -7,7 +7,7 @@ Publish and report take what differs between kinds from this table.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-ExportKind = Literal["gguf", "gptq"]
+ExportKind = Literal["gguf", "gptq", "awq", "fp8"]
 RepoKind = Literal["adapter", "merged", ExportKind]
 
 
@@ -56,6 +56,22 @@ KINDS: dict[RepoKind, KindTraits] = {
         "-{format}",
         packages="gptqmodel optimum",
         runs_with="vLLM and transformers on a GPU",
+    ),
+    "awq": KindTraits(
+        "AWQ checkpoint",
+        "transformers",
+        "quantized",
+        "-{format}",
+        packages="gptqmodel",
+        runs_with="vLLM and transformers on a GPU",
+    ),
+    "fp8": KindTraits(
+        "FP8 checkpoint",
+        "transformers",
+        "quantized",
+        "-{format}",
+        packages="compressed-tensors",
+        runs_with="vLLM on a GPU of Ada, Hopper or later",
     ),
 }
 

@@ -196,8 +196,8 @@ class PlacementConfig(StrictModel):
     accelerator: LabelKey = "nvidia.com/gpu"
     """Kubernetes resource name of the accelerator."""
     num_accelerators: int = Field(default=0, ge=0)
-    """Accelerators per node for train, one rank on each. merge, evaluate and quantize-gptq get one,
-    because they cannot use more. 0: all four run on CPUs."""
+    """Accelerators per node for train, one rank on each. merge, evaluate and the steps that make
+    GPTQ, AWQ and FP8 checkpoints get one, because they cannot use more. 0: all run on CPUs."""
     num_nodes: int = Field(default=1, ge=1)
     """Nodes that train together, each with `num_accelerators`. More than one node needs Kubeflow
     Trainer 2 and `shared_claim`."""
@@ -435,6 +435,8 @@ _SMALL_MEMORY = {
     "measure-importance": ("1280Mi", "6Gi"),
     "quantize-gguf": ("2304Mi", "6Gi"),
     "quantize-gptq": ("2560Mi", "6Gi"),
+    "quantize-awq": ("2560Mi", "6Gi"),
+    "quantize-fp8": ("2560Mi", "6Gi"),
     "collect-benchmarks": ("1280Mi", "6Gi"),
     "evaluate": ("1536Mi", "6Gi"),
 }

@@ -113,11 +113,18 @@ def _gguf() -> str:
 
 
 def _gptq() -> str:
+    import compressed_tensors
     import gptqmodel
     import torch
+    from compressed_tensors.quantization import preset_name_to_scheme
 
     assert gptqmodel.QuantizeConfig(bits=4, group_size=64).bits == 4
-    return f"gptqmodel {gptqmodel.__version__}, torch {torch.__version__}"
+    fp8 = preset_name_to_scheme("FP8_DYNAMIC", ["Linear"]).weights.pytorch_dtype()
+    assert torch.ones(1).to(fp8).item() == 1
+    return (
+        f"gptqmodel {gptqmodel.__version__}, compressed-tensors "
+        f"{compressed_tensors.__version__}, torch {torch.__version__}"
+    )
 
 
 def _evaluate() -> str:

@@ -115,6 +115,15 @@ STEPS: dict[str, Step] = {
         image="gptq", module="tuneline.quantize.run", stage="quantize",
         cpu=("4", "16"), memory=("16Gi", "64Gi"), timeout_hours=24, gpu=True, num_retries=1,
     ),
+    "quantize-awq": Step(
+        image="gptq", module="tuneline.quantize.run", stage="quantize",
+        cpu=("4", "16"), memory=("16Gi", "64Gi"), timeout_hours=24, gpu=True, num_retries=1,
+    ),
+    # Calibrates nothing. A GPU only makes the proof faster.
+    "quantize-fp8": Step(
+        image="gptq", module="tuneline.quantize.run", stage="quantize",
+        cpu=("4", "16"), memory=("16Gi", "64Gi"), timeout_hours=6, gpu=True, num_retries=1,
+    ),
     # Only in recipes that name tasks of lm-eval; runs before prepare.
     "collect-benchmarks": Step(
         image="evaluate", module="tuneline.evaluate.benchmarks", stage="prepare",

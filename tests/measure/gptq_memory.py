@@ -66,7 +66,7 @@ def quantise(job_file: str, cap_gib: float, out: TextIO) -> None:
     # Before the first use of CUDA: gptqmodel sets the allocator's options, as in run_gptqmodel.
     import gptqmodel  # noqa: F401
 
-    from tuneline.quantize.gptq.run_gptqmodel import main as run_gptqmodel
+    from tuneline.quantize.checkpoint.run_gptqmodel import main as run_gptqmodel
 
     meter = Meter(cap_gib, out)
     run_gptqmodel(job_file)
@@ -173,7 +173,8 @@ def main() -> None:
                 [(31 * row + 7 * n * n + 3 * n) % VOCAB for n in range(arguments.tokens)]
                 for row in range(num_rows)
             ]
-            settings = {"bits": arguments.bits, "group_size": 128, "desc_act": False}
+            settings = {"method": "gptq", "bits": arguments.bits, "group_size": 128}
+            settings |= {"desc_act": False, "dtype": "float16"}
             job = {"model_dir": str(merged), "target": str(export), **settings, "rows": rows}
             job |= {"started_at": time.monotonic(), "times_file": "times.json"}
             job_file = arguments.directory / "job.json"
@@ -197,7 +198,7 @@ def run(arguments: argparse.Namespace, *child: str | Path) -> bool:
     ]
     command += ["--cap", str(arguments.cap), "--child", *map(str, child)]
     log = arguments.directory / f"{child[0]}.log"
-    # The settings of tuneline.quantize.gptq.export.
+    # The settings of tuneline.quantize.checkpoint.calibrated.
     settings = {
         "GPTQMODEL_CPU_WORKERS": str(max(2, len(os.sched_getaffinity(0)))),
         "OMP_WAIT_POLICY": "PASSIVE",

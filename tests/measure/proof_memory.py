@@ -1,4 +1,4 @@
-"""Measure the host memory and the time that the GGUF steps take; run by hand.
+"""Measure the host memory and the time that the steps of GGUF and FP8 take; run by hand.
 
     python tests/measure/proof_memory.py --layers 16 --hidden 2048 --directory /tmp/proof
 
@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).parents[1] / "support"))
 
 from random_weights import write_weights  # noqa: E402
 
-STEPS = ("convert", "importance", "f16", "q8_0", "q4_k_m")
+STEPS = ("convert", "importance", "f16", "q8_0", "q4_k_m", "fp8")
 HEAD_DIM = 128
 ROWS = 8
 
@@ -152,7 +152,7 @@ def measure(directory: Path, step: str, num_prompts: int) -> None:
 
     merged, gguf, dataset = (str(directory / name) for name in ("merged", "gguf", "dataset"))
     # The bounds are not meant for a random model.
-    lenient = {step: 10.0} if step[0] == "q" else {}
+    lenient = {step: 10.0} if step[0] == "q" or step == "fp8" else {}
     config = QuantizeConfig(
         num_importance_rows=ROWS,
         num_proof_prompts=num_prompts,
@@ -173,7 +173,7 @@ def measure(directory: Path, step: str, num_prompts: int) -> None:
             config,
             format=step,
             merged_dir=merged,
-            gguf_dir=gguf,
+            gguf_dir=None if step == "fp8" else gguf,
             dataset_dir=dataset,
             importance_dir=importance if Path(importance).is_dir() else None,
             quantized_dir=str(out),

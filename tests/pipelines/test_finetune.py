@@ -73,9 +73,9 @@ def test_every_pod_has_requests_limits_and_a_user(demo: tuple[str, dict, dict]) 
     _, pipeline, platform = demo
     kubernetes = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     containers = executors(pipeline)
-    # The others are for recipes that ask for an importance matrix, nodes or tasks of lm-eval, and
-    # for files that are sent.
-    always = set(STEPS) - {"measure-importance", "train-on-nodes"}
+    # The others are for recipes that ask for an importance matrix, nodes, AWQ, FP8 or tasks of
+    # lm-eval, and for files that are sent.
+    always = set(STEPS) - {"measure-importance", "train-on-nodes", "quantize-awq", "quantize-fp8"}
     always -= {"collect-benchmarks", "receive-files"}
     assert {re.sub(r"-\d+$", "", name) for name in containers} == always
     for name, container in containers.items():

@@ -12,6 +12,7 @@ import yaml
 from kfp import compiler
 
 from tuneline.errors import RecipeError
+from tuneline.kinds import EXPORT_KINDS
 from tuneline.pipelines.catalog import RECIPES_DIR, find_recipe
 from tuneline.pipelines.finetune import finetune
 from tuneline.pipelines.kfp_client.graph import graph_of
@@ -44,8 +45,7 @@ def test_every_value_that_people_change_has_a_type_and_a_description(tmp_path: P
         "learning_rate": "NUMBER_DOUBLE",
         "num_train_epochs": "NUMBER_DOUBLE",
         **dict.fromkeys(("max_steps", "lora_r", "lora_alpha", "max_seq_length"), "NUMBER_INTEGER"),
-        "gguf_formats": "LIST",
-        "gptq_formats": "LIST",
+        **dict.fromkeys((f"{kind}_formats" for kind in EXPORT_KINDS), "LIST"),
     }
     assert [name for name, each in declared.items() if not each.get("description")] == []
     assert set(TYPED) <= set(inspect.signature(plan.python_func).parameters)

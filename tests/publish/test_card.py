@@ -219,6 +219,26 @@ def test_a_card_names_vllm_where_it_serves_the_checkpoint(run_dir: Path, tmp_pat
     assert "GPTQ checkpoint, with transformers (`mine-gptq-4bit`)" in card
 
 
+@pytest.mark.parametrize(
+    ("kind", "packages"), [("awq", "gptqmodel"), ("fp8", "compressed-tensors")]
+)
+def test_a_checkpoint_of_another_kind(
+    kind: str, packages: str, run_dir: Path, tmp_path: Path
+) -> None:
+    write_again(run_dir, {"gptq-4bit": {"format": kind, "kind": kind}})
+    section = json.dumps({"gguf": ["q8_0"], "gptq": [], kind: [kind]})
+    done = publish(run_dir, f"dir:{tmp_path}/out", "local", quantize=section)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out" / f"mine-{kind}"
+    assert (folder / "config.json").is_file() and (folder / "serving" / "README.md").is_file()
+    card = (folder / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert Published.read(run_dir / "local").metadata()[kind].endswith(f"/mine-{kind}")
+    assert f"{kind.upper()} checkpoint, with transformers or vLLM (`mine-{kind}`)" in card
+    assert f"# needs: pip install {packages}\n" in card and f"vllm serve mine-{kind}\n" in card
+    assert f"| {kind} | 0.0 MB |" in card
+
+
 def test_the_card_has_the_remarks_of_the_gate(run_dir: Path, tmp_path: Path) -> None:
     prompted = new_comparison(role="prompted", num_examples=8)
     changes = {

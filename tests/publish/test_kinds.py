@@ -88,4 +88,4 @@ def test_a_format_with_a_repository_of_its_own_begins_with_its_kind() -> None:
         formats = properties[kind]["items"]["enum"]
         assert formats
         if KINDS[kind].has_repo_per_format:
-            assert all(name.startswith(f"{kind}-") for name in formats)
+            assert all(name == kind or name.startswith(f"{kind}-") for name in formats)

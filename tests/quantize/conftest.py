@@ -28,6 +28,35 @@ def other_dir(merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
+def uneven_dir(merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merged model in which each row of a weight has another size, and answers are distinct.
+
+    In a plain random model the scales of all rows are nearly the same, and its logits too, so a
+    proof could not see that scales were exchanged.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path_factory.mktemp("quantize") / "uneven"
+    shutil.copytree(merged_dir, path)
+    weights = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if name.endswith("proj.weight"):
+            sizes = 10 ** (torch.rand(len(weight), 1, generator=generator) - 0.5)
+            weights[name] = 2 * sizes * weight
+        elif "embed" in name:
+            weights[name] = 8 * weight
+    # As most models are, in bfloat16.
+    weights = {name: weight.bfloat16() for name, weight in weights.items()}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {"dtype": "bfloat16"}, indent=2))
+    MergeProof.read(path).write(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def dataset_dir(merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Training rows to calibrate on, and one held-out prompt."""
     import pyarrow

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from tiny_families import FAMILIES, new_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tuneline.artifacts import CHAT_TEMPLATE_FILE, HELDOUT_FILE, write_jsonl
@@ -48,10 +49,15 @@ def test_a_base_that_can_be_exported(
     before = sorted(path.name for path in base_dir.iterdir())
     logging.getLogger().setLevel(logging.INFO)
     check_exports(
-        QuantizeConfig(group_size=256), base_model_dir=str(base_dir), dataset_dir=str(dataset_dir)
+        QuantizeConfig(group_size=256, awq=("awq",), fp8=("fp8",)),
+        base_model_dir=str(base_dir),
+        dataset_dir=str(dataset_dir),
     )
     log = capfd.readouterr().err
-    assert "group size 128, not 256: model.layers.0.self_attn.q_proj is 128 wide" in log
+    reason = "group size 128, not 256: model.layers.0.self_attn.q_proj is 128 wide"
+    assert f"GPTQ can store this model: {reason}" in log
+    assert "AWQ can store this model: group size 128, not 256: the kernels for AWQ" in log
+    assert "FP8 can store this model: 14 layers" in log
     assert "llama.cpp converts this model: 2" in log and "7 conversations are rendered alike" in log
     assert sorted(path.name for path in base_dir.iterdir()) == before
 
@@ -97,15 +103,33 @@ def test_a_tensor_that_has_no_name_in_gguf(base_dir: Path, dataset_dir: Path) ->
         gguf_early.check(base_dir, dataset_dir)
 
 
-def test_layers_that_no_group_divides(tmp_path: Path, dataset_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("gptq", r"\(model.layers.0.mlp.down_proj is 40 wide\): set quantize.gptq"),
+        ("awq", r"v_proj has 32 outputs, which is not a multiple of 64: set quantize.awq"),
+    ],
+)
+def test_layers_that_cannot_be_stored(kind: str, words: str, tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "narrow")
-    with pytest.raises(ModelError, match=r"\(model.layers.0.mlp.down_proj is 40 wide\)"):
+    wanted = {"gguf": [], "gptq": [], kind: ["gptq-4bit" if kind == "gptq" else kind]}
+    with pytest.raises(ModelError, match=words):
         check_exports(
-            QuantizeConfig(gguf=()), base_model_dir=str(tmp_path / "narrow"), dataset_dir=""
+            QuantizeConfig.parse(wanted), base_model_dir=str(tmp_path / "narrow"), dataset_dir=""
+        )
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "fp8"])
+def test_experts_that_no_checkpoint_holds(kind: str, tmp_path: Path) -> None:
+    new_model(FAMILIES["Mixtral"], vocab_size=64).save_pretrained(tmp_path / "experts")
+    wanted = {"gguf": [], "gptq": [], kind: ["gptq-4bit" if kind == "gptq" else kind]}
+    with pytest.raises(ModelError, match=rf"mixture of experts .*set quantize.{kind} to \[\]"):
+        check_exports(
+            QuantizeConfig.parse(wanted), base_model_dir=str(tmp_path / "experts"), dataset_dir=""
         )
 
 

@@ -32,19 +32,20 @@ def test_every_kind_of_export_is_everywhere() -> None:
         assert images.of_set(image_set) in vars(images).values()
         assert (REPOSITORY / "images" / image_set).is_dir()
         default = QuantizeConfig.model_fields[kind].default
-        assert default and set(default) <= set(formats.names(kind))
+        assert set(default) <= set(formats.names(kind))
+        assert bool(default) == (kind in ("gguf", "gptq"))
 
 
 @pytest.mark.parametrize("name", formats.FORMATS)
 def test_every_format_has_what_its_kind_needs(name: str) -> None:
     format = formats.FORMATS[name]
     assert 0 < format.bound.max_mean_kl and 0 < format.bound.min_top1_agreement < 1
-    assert (format.bits is not None) == (format.kind == "gptq")
+    assert (format.bits is not None) == (format.kind != "gguf")
     assert 1 < format.bits_per_weight <= 16
     if format.bits is not None:
         assert format.bits < format.bits_per_weight
         assert not format.repacked
-        assert name == f"gptq-{format.bits}bit"
+        assert name == (f"gptq-{format.bits}bit" if format.kind == "gptq" else format.kind)
         assert format.importance == "unused"
     # A recipe can name it, and its editor completes it.
     schema = QuantizeConfig.model_json_schema()["properties"][format.kind]

@@ -55,6 +55,22 @@ def test_each_use_has_the_format_that_the_numbers_say() -> None:
     }
 
 
+def test_kinds_that_the_same_programs_run_compete() -> None:
+    awq = export("awq", 114, 0.29, top1_agreement=0.85, perplexity=11.0).model_copy(
+        update={"kind": "awq"}
+    )
+    fp8 = export("fp8", 163, 0.04, top1_agreement=0.96, perplexity=10.1).model_copy(
+        update={"kind": "fp8"}
+    )
+    uses = comparison.recommend([GPTQ, awq, fp8])
+    assert uses == {
+        "gptq-4bit": [],
+        "awq": [VLLM],
+        "fp8": [comparison.CLOSEST, KINDS["fp8"].runs_with],
+    }
+    assert comparison.recommend([GPTQ8, awq])["gptq-8bit"] == [comparison.CLOSEST, VLLM]
+
+
 def test_where_none_is_near_the_closest_is_taken() -> None:
     uses = comparison.recommend([Q3, Q5_1, GPTQ])
     assert uses["q5_1"] == [comparison.CLOSEST, LLAMA_CPP]

@@ -9,6 +9,7 @@ import pytest
 from small_records import new_export, new_merge, new_origin, new_training
 
 from tuneline.artifacts import DatasetManifest, Decision, RunHeader
+from tuneline.kinds import EXPORT_KINDS
 from tuneline.pipelines.catalog import find_recipe
 from tuneline.recipe import Recipe
 from tuneline.record import Ancestor
@@ -21,14 +22,14 @@ PARAMETERS = (
     *("evaluate", "gate", "publish"),
 )
 """Keys of the recipe whose values are parameters of the pipeline, so that KFP can change them."""
-FIXED = {("quantize", "gguf"), ("quantize", "gptq")}
+FIXED = {("quantize", kind) for kind in EXPORT_KINDS}
 """Keys that shape the graph of the pipeline; the records say what was made."""
 PRIVATE = {(section, key) for section, keys in PRIVATE_KEYS.items() for key in keys}
 
 
 def recorded(given: dict, used: dict) -> RecordedRecipe:
     """Return the recipe of a run by records whose steps had the values of `used`."""
-    formats = [(kind, name) for kind in ("gguf", "gptq") for name in given["quantize"][kind]]
+    formats = [(kind, name) for kind in EXPORT_KINDS for name in given["quantize"][kind]]
     target = used["publish_to"]
     return recorded_recipe(
         RunHeader.parse(json.dumps(given)),

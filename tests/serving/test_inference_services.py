@@ -1,6 +1,7 @@
 """InferenceServices for published repositories, against KServe's own definition."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ SAMPLING = {
     "do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.15,
     "eos_token_id": [128001, 128009],
 }  # fmt: skip
+FORMAT = {"gptq": "gptq-4bit", "awq": "awq", "fp8": "fp8"}
+"""A format of each kind that is published as a checkpoint."""
 LORA = {"r": 24, "lora_alpha": 16, "target_modules": ["q_proj"], "modules_to_save": None}
 
 
@@ -70,15 +73,15 @@ def files(
     """The files in serving/ of a repository `me/mine` of the kind."""
     made = model(directory, **changes)
     exports: dict[str, Any] = {}
-    suffix = {"adapter": "-lora", "merged": "", "gguf": "-gguf", "gptq": "-gptq-4bit"}[kind]
+    suffix = {"adapter": "-lora", "merged": "", "gguf": "-gguf"}.get(kind, f"-{FORMAT.get(kind)}")
     if kind == "gguf":
         export = new_export(format="q4_k_m", num_bytes=5 * GIB, num_context=8192)
         exports = {"mine-q4_k_m.gguf": (made.merged_dir, export)}
-    if kind == "gptq":
+    if kind in FORMAT:
         has_kernel = changes.get("vllm_has_kernel", True)
         export = new_export(
-            format="gptq-4bit", kind="gptq", file=".", group_size=128, num_bytes=6 * GIB,
-            vllm_has_kernel=has_kernel,
+            format=FORMAT[kind], kind=kind, file=".", group_size=None if kind == "fp8" else 128,
+            num_bytes=(9 if kind == "fp8" else 6) * GIB, vllm_has_kernel=has_kernel,
         )  # fmt: skip
         exports = {".": (made.merged_dir, export)}
     repo = Repo(f"mine{suffix}", kind, storage_uri(f"me/mine{suffix}"), exports)  # type: ignore[arg-type]
@@ -92,14 +95,20 @@ def only_service(written: dict[str, str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("profile", ["local", "t4", "l4", "h100"])
-@pytest.mark.parametrize("kind", ["adapter", "merged", "gguf", "gptq"])
+@pytest.mark.parametrize("kind", ["adapter", "merged", "gguf", *FORMAT])
 def test_a_service_keeps_to_kserves_definition_and_to_the_lint_rules(
     tmp_path: Path, schema: Any, kind: str, profile: str
 ) -> None:
     placement = PlacementConfig(
         profile=profile, node_selector={"pool": "serving"}, queue="team", run_as_user=None
     )
-    service = only_service(files(tmp_path, kind, placement))
+    written = files(tmp_path, kind, placement)
+    if (kind, profile) == ("fp8", "t4"):
+        assert "compute capability 8.0 for FP8, and the profile t4 has 7.5" in "".join(
+            written.values()
+        )
+        return
+    service = only_service(written)
     schema.validate(service)
     predictor = service["spec"]["predictor"]
     # The rest of a predictor is the spec of a pod.
@@ -112,7 +121,7 @@ def test_a_service_keeps_to_kserves_definition_and_to_the_lint_rules(
         assert "nvidia.com/gpu" not in limits and "nodeSelector" not in predictor
         return
     # 16 GiB of weights and 1 GiB of keys and values do not fit the 14.6 GiB of one T4.
-    number = "2" if profile == "t4" and kind != "gptq" else "1"
+    number = "2" if profile == "t4" and kind not in FORMAT else "1"
     assert limits["nvidia.com/gpu"] == number
     assert predictor["nodeSelector"] == {"pool": "serving"}
     arguments = predictor["containers"][0]["args"]
@@ -148,6 +157,13 @@ def test_how_each_kind_is_served(tmp_path: Path) -> None:
         *("/mnt/models", "--served-model-name", "mine", "--max-model-len", "8192"),
         *("--port", "8080"),
     ]
+    for name in ("awq", "fp8"):
+        written = files(tmp_path, name)
+        assert f"serving/{name}.yaml" in written
+        (container,) = only_service(written)["spec"]["predictor"]["containers"]
+        # vLLM reads the quantisation from config.json.
+        assert container["args"][:3] == ["/mnt/models", "--served-model-name", f"mine-{name}"]
+        assert "--quantization" not in container["args"]
     gguf = only_service(files(tmp_path, "gguf"))["spec"]["predictor"]
     (container,) = gguf["containers"]
     # The weights, 1 GiB of keys and values (32 layers, 8 heads of 128, 8192 tokens, 16 bits), and
@@ -187,6 +203,11 @@ def test_how_each_kind_is_served(tmp_path: Path) -> None:
         ("merged", {"merge": {"num_bytes": 900 * GIB}}, "do not fit 8 GPUs of the profile l4"),
         ("merged", {"num_attention_heads": 9, "merge": {"num_bytes": 30 * GIB}}, "do not fit"),
         ("gptq", {"vllm_has_kernel": False}, "no kernel for gptq-4bit in groups of 128"),
+        (
+            "awq",
+            {"vllm_has_kernel": False},
+            "no kernel for awq in groups of 128 .* export awq with",
+        ),
         ("adapter", {"merge": {"base": "dequantized"}}, "trained on 4-bit weights"),
         ("adapter", {"origin": {"revision": None, "source": "/home/me/base"}}, "model base is not"),
         ("adapter", {"origin": {"source": "gpt2"}}, "gpt2 is not in a repository"),
@@ -201,7 +222,8 @@ def test_a_sentence_takes_the_place_of_a_file(
 ) -> None:
     written = files(tmp_path, kind, **changes)
     assert list(written) == ["serving/README.md"]
-    assert "not served" in written["serving/README.md"] and said in written["serving/README.md"]
+    assert "not served" in written["serving/README.md"]
+    assert re.search(said if ".*" in said else re.escape(said), written["serving/README.md"])
 
 
 def test_the_published_files_have_no_names_of_a_cluster() -> None:

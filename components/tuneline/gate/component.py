@@ -24,6 +24,8 @@ def gate(
     summary: dsl.Output[dsl.Markdown],
     gguf: dsl.Input[List[dsl.Artifact]] = None,
     gptq: dsl.Input[List[dsl.Artifact]] = None,
+    awq: dsl.Input[List[dsl.Artifact]] = None,
+    fp8: dsl.Input[List[dsl.Artifact]] = None,
 ) -> str:
     """Compare the tuned with the base model, and each export with the tuned model.
 
@@ -35,6 +37,8 @@ def gate(
         earlier: What earlier runs measured.
         gguf: Records of the GGUF exports.
         gptq: Records of the GPTQ exports.
+        awq: Records of the AWQ exports.
+        fp8: Records of the FP8 exports.
 
     Returns:
         decision: The verdicts on the model and on each export, with reasons and comparisons.
@@ -52,7 +56,7 @@ def gate(
             tuned_scores_dir=tuned_scores.path,
             decision_dir=decision.path,
             merged_dir=merged.path,
-            exports_dirs=[export.path for export in [*(gguf or []), *(gptq or [])]],
+            exports_dirs=[export.path for kind in (gguf, gptq, awq, fp8) for export in kind or []],
             earlier_path=earlier.path,
             summary_path=summary.path,
         )

@@ -54,6 +54,8 @@ def publish(
     published: dsl.Output[dsl.Artifact],
     gguf: dsl.Input[List[dsl.Model]] = None,
     gptq: dsl.Input[List[dsl.Model]] = None,
+    awq: dsl.Input[List[dsl.Model]] = None,
+    fp8: dsl.Input[List[dsl.Model]] = None,
     run_id: str = "",
     quantize_config: str = "",
 ) -> None:
@@ -70,6 +72,8 @@ def publish(
         decision: The verdict of the gate.
         gguf: The GGUF exports.
         gptq: The GPTQ exports.
+        awq: The AWQ exports.
+        fp8: The FP8 exports.
         run_id: ID of the run, for tuneline.json and the model cards.
         quantize_config: The `quantize` section of the run as JSON. Default: that of the recipe.
 
@@ -92,7 +96,7 @@ def publish(
             dataset_dir=dataset.path,
             adapter_dir=adapter.path,
             merged_dir=merged.path,
-            exports_dirs=[export.path for export in [*(gguf or []), *(gptq or [])]],
+            exports_dirs=[export.path for kind in (gguf, gptq, awq, fp8) for export in kind or []],
             decision_dir=decision.path,
             published_dir=published.path,
         )

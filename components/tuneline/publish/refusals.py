@@ -26,7 +26,7 @@ def refusal(what: str, status: int | None, error: Exception | None) -> TunelineE
         return UserError(
             f"{what}: the account has no storage left ({status}){says}. The token is not the "
             "cause. Set publish.private to false (public repositories have a larger limit), name "
-            "fewer formats in quantize.gguf and quantize.gptq, delete old repositories, or take a "
+            "fewer formats in the section quantize, delete old repositories, or take a "
             "larger plan"
         )
     if status == 403 and _RATE_LIMIT.search(message):

@@ -23,7 +23,7 @@ STORE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "az")
 """Schemes of the stores that can be written to."""
 MAX_NAME_LENGTH = 81
 """Maximum length of a model's name. The Hub allows 96 characters, and the names of exports have a
-suffix such as -gptq-4bit."""
+suffix such as -gptq-4bit or -fp8."""
 
 Kind = Literal["hub", "directory", "claim", "store", "registry", "mlflow", "model-registry"]
 FORMS = (

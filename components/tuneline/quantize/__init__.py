@@ -1,4 +1,4 @@
-"""Export the merged model: GGUF files for llama.cpp, GPTQ checkpoints for transformers and vLLM."""
+"""Export the merged model: GGUF files for llama.cpp, checkpoints for transformers and vLLM."""
 
 from tuneline.quantize.config import QuantizeConfig
 

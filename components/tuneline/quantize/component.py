@@ -169,3 +169,88 @@ def quantize_gptq(
             bits_per_weight=export.bits_per_weight,
             group_size=export.group_size,
         )
+
+
+@dsl.component(base_image=images.GPTQ, install_kfp_package=False)
+def quantize_awq(
+    format: str,
+    config: str,
+    merged: dsl.Input[dsl.Model],
+    dataset: dsl.Input[dsl.Dataset],
+    quantized: dsl.Output[dsl.Model],
+    record: dsl.Output[dsl.Artifact],
+) -> None:
+    """Make and check one AWQ checkpoint.
+
+    Args:
+        format: The name of the format, awq.
+        config: The `quantize` section of the recipe as JSON.
+        merged: The merged model, with which the checkpoint is compared.
+        dataset: The prepared dataset; its training rows calibrate the scales.
+
+    Returns:
+        quantized: The checkpoint.
+        record: Copy of the record of quantized.
+    """
+    from tuneline.quantize import QuantizeConfig
+    from tuneline.quantize.run import run
+    from tuneline.runtime.step import set_metadata, step
+
+    with step("quantize-awq", format):
+        export = run(
+            QuantizeConfig.parse(config),
+            format=format,
+            merged_dir=merged.path,
+            dataset_dir=dataset.path,
+            quantized_dir=quantized.path,
+        )
+        export.copy_to(record.path, directory=quantized.path)
+        set_metadata(
+            quantized,
+            format=export.format,
+            num_bytes=export.num_bytes,
+            bits_per_weight=export.bits_per_weight,
+            group_size=export.group_size,
+        )
+
+
+@dsl.component(base_image=images.GPTQ, install_kfp_package=False)
+def quantize_fp8(
+    format: str,
+    config: str,
+    merged: dsl.Input[dsl.Model],
+    dataset: dsl.Input[dsl.Dataset],
+    quantized: dsl.Output[dsl.Model],
+    record: dsl.Output[dsl.Artifact],
+) -> None:
+    """Make and check one FP8 checkpoint.
+
+    Args:
+        format: The name of the format, fp8.
+        config: The `quantize` section of the recipe as JSON.
+        merged: The merged model, with which the checkpoint is compared.
+        dataset: The prepared dataset; its held-out rows are the check's prompts.
+
+    Returns:
+        quantized: The checkpoint.
+        record: Copy of the record of quantized.
+    """
+    from tuneline.quantize import QuantizeConfig
+    from tuneline.quantize.run import run
+    from tuneline.runtime.step import set_metadata, step
+
+    with step("quantize-fp8", format):
+        export = run(
+            QuantizeConfig.parse(config),
+            format=format,
+            merged_dir=merged.path,
+            dataset_dir=dataset.path,
+            quantized_dir=quantized.path,
+        )
+        export.copy_to(record.path, directory=quantized.path)
+        set_metadata(
+            quantized,
+            format=export.format,
+            num_bytes=export.num_bytes,
+            bits_per_weight=export.bits_per_weight,
+        )

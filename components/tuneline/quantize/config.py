@@ -18,6 +18,16 @@ GptqFormat = Annotated[
     AfterValidator(functools.partial(formats.check_name, kind="gptq")),
     Field(json_schema_extra={"enum": [*formats.names("gptq")]}),
 ]
+AwqFormat = Annotated[
+    str,
+    AfterValidator(functools.partial(formats.check_name, kind="awq")),
+    Field(json_schema_extra={"enum": [*formats.names("awq")]}),
+]
+Fp8Format = Annotated[
+    str,
+    AfterValidator(functools.partial(formats.check_name, kind="fp8")),
+    Field(json_schema_extra={"enum": [*formats.names("fp8")]}),
+]
 AnyFormat = Annotated[str, AfterValidator(formats.check_name)]
 
 
@@ -28,14 +38,22 @@ class QuantizeConfig(StrictModel):
     """GGUF files to make, for llama.cpp and Ollama. An empty list makes none."""
     gptq: tuple[GptqFormat, ...] = ("gptq-4bit",)
     """GPTQ checkpoints to make, for transformers and vLLM. An empty list makes none."""
+    awq: tuple[AwqFormat, ...] = ()
+    """[awq] makes an AWQ checkpoint in 4 bits, in the GEMM layout that transformers and vLLM read.
+    An empty list makes none."""
+    fp8: tuple[Fp8Format, ...] = ()
+    """[fp8] makes a checkpoint in FP8 for vLLM on GPUs of Ada, Hopper or later: compressed-tensors'
+    scheme FP8_DYNAMIC, with a scale per output channel and, at run time, per token. It needs no
+    calibration. An empty list makes none."""
     group_size: int = 128
-    """GPTQ: number of weights per scale: 16, 32, 64, 128, 256, 512 or 1024. If a layer's width is
-    not a multiple of it, the next smaller size that divides every layer is used."""
+    """GPTQ, AWQ: number of weights per scale: 16, 32, 64, 128 or, for GPTQ, 256, 512 or 1024. If a
+    layer's width is not a multiple of it, the next smaller size that divides every layer is
+    used."""
     desc_act: bool = False
     """GPTQ: quantise columns in order of decreasing activation, which is a little more accurate
     and slower to run."""
     num_calibration_rows: int = Field(default=128, ge=1)
-    """GPTQ: training rows of this run on which the rounding is calibrated."""
+    """GPTQ, AWQ: training rows of this run on which the rounding is calibrated."""
     num_importance_rows: int = Field(default=0, ge=0)
     """GGUF: training rows on which an importance matrix is measured, for formats below 8 bits. 0:
     no importance matrix. 128 rows are enough. The iq1, iq2 and iq3 types and q2_k_s require one."""
@@ -58,7 +76,7 @@ class QuantizeConfig(StrictModel):
     as equally likely. An export below the fraction fails the step. Formats that are not listed
     keep their built-in bound, e.g. f16 0.98."""
 
-    @field_validator("gguf", "gptq")
+    @field_validator("gguf", "gptq", "awq", "fp8")
     @classmethod
     def _check_named_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         repeated = sorted({name for name in names if names.count(name) > 1})

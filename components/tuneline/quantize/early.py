@@ -29,19 +29,25 @@ def check_exports(config: QuantizeConfig, *, base_model_dir: str, dataset_dir: s
         ToolError: llama.cpp is not installed.
         StoppedError: the process received SIGTERM.
     """
-    if config.gptq:
-        child_process.call(_check_gptq, config, Path(base_model_dir))
+    if config.gptq or config.awq or config.fp8:
+        child_process.call(_check_checkpoints, config, Path(base_model_dir))
     if config.gguf:
         child_process.call(_check_gguf, Path(base_model_dir), Path(dataset_dir))
 
 
-def _check_gptq(config: QuantizeConfig, base_dir: Path) -> None:
-    from tuneline.quantize.gptq.experts import check_experts
-    from tuneline.quantize.gptq.export import choose_group_size, linear_widths
+def _check_checkpoints(config: QuantizeConfig, base_dir: Path) -> None:
+    from tuneline.quantize.awq.export import check as check_awq
+    from tuneline.quantize.fp8.export import check as check_fp8
+    from tuneline.quantize.gptq.export import check as check_gptq
 
-    check_experts(base_dir)
-    size, note = choose_group_size(linear_widths(base_dir), config.group_size)
-    logger.info("GPTQ can store this model: %s", note or f"group size {size}")
+    if config.gptq:
+        size, note = check_gptq(config, base_dir)
+        logger.info("GPTQ can store this model: %s", note or f"group size {size}")
+    if config.awq:
+        size, note = check_awq(config, base_dir)
+        logger.info("AWQ can store this model: %s", note or f"group size {size}")
+    if config.fp8:
+        logger.info("FP8 can store this model: %d layers", len(check_fp8(base_dir)))
 
 
 def _check_gguf(base_dir: Path, dataset_dir: Path) -> None:

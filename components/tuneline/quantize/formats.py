@@ -22,7 +22,8 @@ to 3.8 nats from the merged model."""
 
 
 GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
-"""Numbers of weights per scale that the kernels for GPTQ support, largest first."""
+"""Numbers of weights per scale that the kernels for GPTQ support, largest first. Those for AWQ
+support the sizes up to 128."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,20 @@ class Format:
     bound: Bound
     bits_per_weight: float
     """Size of an export in bits per parameter, for Llama 3.1 8B, over all tensors. For GGUF, the
-    number is from llama.cpp's own tables (llama-quantize). For GPTQ, embeddings and output head
-    count with 16 bits, because they are not quantised."""
+    number is from llama.cpp's own tables (llama-quantize). In checkpoints, embeddings and output
+    head count with 16 bits, because they are not quantised."""
     repacked: bool
     """Whether llama.cpp copies the weights in memory into another layout, for SIMD instructions
     (measured on an EPYC with AVX-512). On ARM and with AMX, llama.cpp also repacks q8_0."""
     importance: Importance = "unused"
     bits: int | None = None
-    """Bits per quantised weight, for GPTQ; None for GGUF, whose types llama.cpp knows by name."""
+    """Bits per quantised weight of a checkpoint; None for GGUF, whose types llama.cpp knows by
+    name."""
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Return whether the rounding of a checkpoint depends on training rows."""
+        return self.kind in ("gptq", "awq")
 
 
 def _gguf(
@@ -61,12 +68,13 @@ def _gguf(
     return Format("gguf", bound, bits_per_weight, repacked, importance)
 
 
-def _gptq(bound: Bound, bits_per_weight: float, *, bits: int) -> Format:
-    return Format("gptq", bound, bits_per_weight, repacked=False, bits=bits)
+def _checkpoint(kind: ExportKind, bound: Bound, bits_per_weight: float, *, bits: int) -> Format:
+    return Format(kind, bound, bits_per_weight, repacked=False, bits=bits)
 
 
 _16BIT = Bound(1e-3, 0.98)
 _8BIT = Bound(0.05, 0.93)
+_FP8 = Bound(0.2, 0.8)
 _6BIT = Bound(0.1, 0.9)
 _5BIT = Bound(0.5, 0.7)
 _4BIT = Bound(1.5, 0.5)
@@ -108,9 +116,11 @@ FORMATS: dict[str, Format] = {
     "iq2_xxs": _gguf(_IQ, 2.38, "required", repacked=False),
     "iq1_m": _gguf(_IQ, 2.15, "required", repacked=False),  # 0.73, 57.1 %
     "iq1_s": _gguf(_IQ, 2.0, "required", repacked=False),
-    "gptq-8bit": _gptq(_8BIT, 9.2, bits=8),
-    "gptq-4bit": _gptq(_4BIT, 5.7, bits=4),
-    "gptq-3bit": _gptq(_3BIT, 4.8, bits=3),
+    "gptq-8bit": _checkpoint("gptq", _8BIT, 9.2, bits=8),
+    "gptq-4bit": _checkpoint("gptq", _4BIT, 5.7, bits=4),
+    "gptq-3bit": _checkpoint("gptq", _3BIT, 4.8, bits=3),
+    "awq": _checkpoint("awq", _4BIT, 5.7, bits=4),  # 0.29, 70.1 %
+    "fp8": _checkpoint("fp8", _FP8, 9.1, bits=8),  # 0.042, 91.6 %
 }
 """All formats that this step makes, by the name that a recipe uses."""
 

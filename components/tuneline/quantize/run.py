@@ -71,13 +71,13 @@ def run(
 
     Args:
         config: the `quantize` section of the recipe.
-        format: name of a GGUF or GPTQ format.
+        format: name of a format of any kind.
         merged_dir: directory of the merged model.
         dataset_dir: directory that prepare made. Its held-out prompts are used for the check, and
             its training rows for calibration.
         quantized_dir: directory to create for the export; it may exist if it is empty.
         gguf_dir: output of `convert`, which all GGUF formats can share. Default: convert first.
-        importance_dir: output of `measure_importance`; GPTQ does not use it. Default: measure an
+        importance_dir: output of `measure_importance`; only GGUF uses it. Default: measure an
             importance matrix first, if format and config ask for one.
 
     Raises:
@@ -146,13 +146,18 @@ def _gguf(
     return record, [matrix] if matrix else []
 
 
-def _gptq(
+def _checkpoint(
     config: QuantizeConfig, format: str, inputs: _Inputs, target: Path
 ) -> tuple[QuantizedModel, list[Record]]:
-    """Make a GPTQ checkpoint; return its record, and no further parents."""
-    # Imported here, because it imports torch, whose memory a GGUF export's parent does not need.
-    from tuneline.quantize.gptq.export import export
-
+    """Make a checkpoint of one of the other kinds; return its record, and no further parents."""
+    # Imported here, because they import torch, whose memory a GGUF export's parent does not need.
+    match formats.FORMATS[format].kind:
+        case "awq":
+            from tuneline.quantize.awq.export import export
+        case "fp8":
+            from tuneline.quantize.fp8.export import export
+        case _:
+            from tuneline.quantize.gptq.export import export
     record = export(
         config,
         format=format,
@@ -164,7 +169,12 @@ def _gptq(
 
 
 Exporter = Callable[[QuantizeConfig, str, _Inputs, Path], tuple[QuantizedModel, list[Record]]]
-EXPORTERS: dict[ExportKind, Exporter] = {"gguf": _gguf, "gptq": _gptq}
+EXPORTERS: dict[ExportKind, Exporter] = {
+    "gguf": _gguf,
+    "gptq": _checkpoint,
+    "awq": _checkpoint,
+    "fp8": _checkpoint,
+}
 """Kind of export -> function that makes such an export and returns the export's record, and the
 records of inputs that it was made from in addition to the merged model."""
 

@@ -159,7 +159,7 @@ def _table() -> Iterable[tuple[str, Foreign]]:
     yield from add(
         "quantization_method export_quantization_bit",
         (UNSLOTH, LLAMA_FACTORY),
-        "quantize.gguf quantize.gptq",
+        "quantize.gguf quantize.gptq quantize.awq quantize.fp8",
     )
     yield from add("lm_eval_tasks task", (AXOLOTL, LLAMA_FACTORY), "evaluate.tasks")
 

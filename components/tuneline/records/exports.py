@@ -138,9 +138,9 @@ class QuantizedModel(Record):
     num_bytes: int
     bits_per_weight: float
     group_size: int | None = None
-    """Number of weights that share a scale; GPTQ only."""
+    """Number of weights that share a scale; GPTQ and AWQ only."""
     vllm_has_kernel: bool | None = None
-    """Whether vLLM has a kernel for the export's bits per weight and group size; GPTQ only."""
+    """Whether vLLM has a kernel for the export's bits per weight and group size; null for GGUF."""
     num_importance_rows: int = 0
     """Number of training rows that the importance matrix was measured on; 0 if no matrix was used.
     GGUF only."""

@@ -59,7 +59,7 @@ class Published(Record):
             key: str = repo.kind
             if KINDS[repo.kind].has_repo_per_format:
                 # The repository's name ends in its format, and a format starts with its kind.
-                key = f"{repo.kind}-{repo.repo.rpartition(f'{repo.kind}-')[2]}"
+                key = f"{repo.kind}{repo.repo.rpartition(f'-{repo.kind}')[2]}"
             if repo.target != self.repos[0].target:
                 # The first target has the short keys.
                 others = list(dict.fromkeys(each.target for each in self.repos))

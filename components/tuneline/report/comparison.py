@@ -28,6 +28,9 @@ CLOSEST = "closest to the merged model"
 LEAST = "least memory"
 FASTEST = "fastest on a CPU"
 
+_PROGRAMS = tuple(dict.fromkeys(KINDS[kind].runs_with for kind in EXPORT_KINDS))
+"""Programs that run exports. Kinds that the same programs run compete for a recommendation."""
+
 UNQUANTISED = ("f16", "bf16")
 
 # Smallest KL divergence drawn: an export may equal the merged model (KL 0), but a logarithmic axis
@@ -119,12 +122,12 @@ def recommend(exports: list[QuantizedModel]) -> dict[str, list[str]]:
         for export in measured
         if export.format not in UNQUANTISED and export.vllm_has_kernel is not False
     ]
-    for kind in EXPORT_KINDS:
-        exports_of_kind = [export for export in quantised if export.kind == kind]
-        if exports_of_kind:
-            near = [export for export in exports_of_kind if _is_near(export)]
-            best = min(near, key=_bytes) if near else min(exports_of_kind, key=_kl)
-            uses[best.format].append(KINDS[kind].runs_with)
+    for programs in _PROGRAMS:
+        fitting = [export for export in quantised if KINDS[export.kind].runs_with == programs]
+        if fitting:
+            near = [export for export in fitting if _is_near(export)]
+            best = min(near, key=_bytes) if near else min(fitting, key=_kl)
+            uses[best.format].append(programs)
     usable = [
         export
         for export in quantised
@@ -198,7 +201,7 @@ def wilson_interval(score: float, num_rows: int) -> tuple[float, float]:
 
 
 def _grouped(advice: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    order = [CLOSEST, *(KINDS[kind].runs_with for kind in EXPORT_KINDS), LEAST, FASTEST]
+    order = [CLOSEST, *_PROGRAMS, LEAST, FASTEST]
     return sorted(advice, key=lambda pair: order.index(pair[0]))
 
 

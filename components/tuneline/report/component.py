@@ -29,6 +29,8 @@ def report(
     summary: dsl.Output[dsl.Artifact],
     gguf: dsl.Input[List[dsl.Artifact]] = None,
     gptq: dsl.Input[List[dsl.Artifact]] = None,
+    awq: dsl.Input[List[dsl.Artifact]] = None,
+    fp8: dsl.Input[List[dsl.Artifact]] = None,
     target: str = "",
     publish_config: str = "",
     run_name: str = "",
@@ -47,6 +49,8 @@ def report(
         decision: The verdict of the gate.
         gguf: Records of the GGUF exports.
         gptq: Records of the GPTQ exports.
+        awq: Records of the AWQ exports.
+        fp8: Records of the FP8 exports.
         target: Where the run publishes. Default: `publish_to` of the recipe.
         publish_config: The `publish` section of the run as JSON. Default: that of the recipe.
         run_name: Name of the run. Default: that of the recipe.
@@ -75,7 +79,7 @@ def report(
             base_scores_dir=base_scores.path,
             tuned_scores_dir=tuned_scores.path,
             decision_dir=decision.path,
-            exports_dirs=[export.path for export in [*(gguf or []), *(gptq or [])]],
+            exports_dirs=[export.path for kind in (gguf, gptq, awq, fp8) for export in kind or []],
             page_path=page.path,
             summary_dir=summary.path,
         )

@@ -31,6 +31,7 @@ each report is a request that fails. The images and local runs set them."""
 PACKAGES = (
     "accelerate",
     "bitsandbytes",
+    "compressed-tensors",
     "datasets",
     "deepspeed",
     "gptqmodel",

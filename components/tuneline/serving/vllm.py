@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from tuneline.artifacts import CHAT_TEMPLATE_FILE, MergeProof, ModelOrigin, QuantizedModel
 from tuneline.gpu_profiles import GPU_PROFILES
+from tuneline.kinds import ExportKind
 from tuneline.models.sampling import published_sampling, read_settings
 from tuneline.placement import PlacementConfig
 from tuneline.serving.inference_service import (
@@ -43,6 +44,11 @@ ARCHITECTURES = frozenset(
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for --max-lora-rank."""
 
+MIN_CAPABILITIES: dict[ExportKind, tuple[int, int]] = {"awq": (7, 5), "fp8": (8, 0)}
+"""Lowest compute capability of GPUs on which vLLM runs a kind of export. Below 8.9, it computes FP8
+weights with activations in 16 bits (Marlin): slower than on GPUs that multiply FP8, and with the
+memory of FP8."""
+
 PROCESS_BYTES = 6 * GIB
 """Estimated host memory of vLLM's processes, each with torch and a CUDA context."""
 GPU_FRACTION = 0.9
@@ -66,7 +72,7 @@ def checkpoint(
     placement: PlacementConfig,
     export: QuantizedModel | None = None,
 ) -> Container:
-    """Return the container that serves the merged model or a GPTQ checkpoint.
+    """Return the container that serves the merged model or a quantised checkpoint.
 
     Args:
         model_dir: directory of the checkpoint.
@@ -74,7 +80,7 @@ def checkpoint(
         num_bytes: size of the weights.
         num_files: number of the files with the weights.
         placement: the recipe's placement.
-        export: record of a GPTQ checkpoint; None: the merged model.
+        export: record of a quantised checkpoint; None: the merged model.
 
     Raises:
         CannotServe: vLLM cannot serve the model.
@@ -82,8 +88,11 @@ def checkpoint(
     if export is not None and export.vllm_has_kernel is False:
         raise CannotServe(
             f"vLLM has no kernel for {export.format} in groups of {export.group_size} weights: "
-            "load the checkpoint with transformers, or export gptq-4bit with a group size of 128"
+            f"load the checkpoint with transformers, or export {_with_kernel(export)} with a group "
+            "size of 128"
         )
+    if export is not None:
+        _check_gpu(export, placement)
     sizes = ModelSizes.read(model_dir)
     _check_architecture(sizes.architecture)
     num_gpus = _num_gpus(num_bytes, sizes, placement)
@@ -161,6 +170,24 @@ def adapter(
     arguments += ["--override-generation-config", json.dumps(sampling.model_dump())]
     largest = merge.num_bytes / max(1, merge.num_shards)
     return _container(arguments, sizes, num_gpus, largest, placement)
+
+
+def _with_kernel(export: QuantizedModel) -> str:
+    return "awq" if export.kind == "awq" else "gptq-4bit"
+
+
+def _check_gpu(export: QuantizedModel, placement: PlacementConfig) -> None:
+    """Check that vLLM has a kernel for an export on the GPU of the profile."""
+    gpu = GPU_PROFILES.get(placement.profile)
+    least = MIN_CAPABILITIES.get(export.kind)
+    if gpu is None or least is None or gpu.capability >= least:
+        return
+    has, needed = (f"{major}.{minor}" for major, minor in (gpu.capability, least))
+    raise CannotServe(
+        f"vLLM needs a GPU of compute capability {needed} for {export.kind.upper()}, and the "
+        f"profile {placement.profile} has {has}: set placement.profile to a newer GPU, or serve "
+        "the merged model"
+    )
 
 
 def _check_architecture(architecture: str) -> None:

@@ -34,6 +34,8 @@ from tuneline.quantize.component import (
     check_exports,
     convert_gguf,
     measure_importance,
+    quantize_awq,
+    quantize_fp8,
     quantize_gguf,
     quantize_gptq,
 )
@@ -44,7 +46,8 @@ from tuneline.train.component import train, train_on_nodes
 _ALL: list[Any] = [
     *(plan, look_up_model, receive_files, look_up_data, look_up_published, fetch, prepare),
     *(check_exports, train, train_on_nodes, merge, convert_gguf, measure_importance),
-    *(quantize_gguf, quantize_gptq, collect_benchmarks, evaluate, gate, report, publish, diagnose),
+    *(quantize_gguf, quantize_gptq, quantize_awq, quantize_fp8),
+    *(collect_benchmarks, evaluate, gate, report, publish, diagnose),
 ]
 COMPONENTS: dict[str, PythonComponent] = {component.name: component for component in _ALL}
 """The components, by the name of their step."""

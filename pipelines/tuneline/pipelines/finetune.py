@@ -69,6 +69,8 @@ from tuneline.quantize.component import (
     check_exports,
     convert_gguf,
     measure_importance,
+    quantize_awq,
+    quantize_fp8,
     quantize_gguf,
     quantize_gptq,
 )
@@ -153,6 +155,8 @@ def finetune(
         max_seq_length: int = typed["max_seq_length"],
         gguf_formats: list[str] = typed["gguf_formats"],
         gptq_formats: list[str] = typed["gptq_formats"],
+        awq_formats: list[str] = typed["awq_formats"],
+        fp8_formats: list[str] = typed["fp8_formats"],
         fetch_config: str = to_json(recipe.fetch),
         prepare_config: str = section_json(recipe, "prepare"),
         train_config: str = section_json(recipe, "train"),
@@ -184,12 +188,14 @@ def finetune(
                 makes none.
             gptq_formats: GPTQ checkpoints to make, e.g. ["gptq-4bit"]. Empty only if the recipe
                 makes none.
+            awq_formats: AWQ checkpoints to make: ["awq"]. Empty only if the recipe makes none.
+            fp8_formats: FP8 checkpoints to make: ["fp8"]. Empty only if the recipe makes none.
             fetch_config: The section fetch of the recipe as JSON.
             prepare_config: The section prepare as JSON, without max_seq_length.
             train_config: The section train as JSON, without learning_rate, num_train_epochs,
                 max_steps, lora.r and lora.lora_alpha.
             merge_config: The section merge as JSON.
-            quantize_config: The section quantize as JSON, without gguf and gptq.
+            quantize_config: The section quantize as JSON, without gguf, gptq, awq and fp8.
             evaluate_config: The section evaluate as JSON.
             gate_config: The section gate as JSON.
             publish_config: The section publish as JSON.
@@ -217,12 +223,19 @@ def finetune(
                 max_seq_length=max_seq_length,
                 gguf_formats=gguf_formats,
                 gptq_formats=gptq_formats,
+                awq_formats=awq_formats,
+                fp8_formats=fp8_formats,
                 train_config=train_config,
                 prepare_config=prepare_config,
                 quantize_config=quantize_config,
             ).set_caching_options(False)
             configs = planned.outputs
-            formats = {"gguf": gguf_formats, "gptq": gptq_formats}
+            formats = {
+                "gguf": gguf_formats,
+                "gptq": gptq_formats,
+                "awq": awq_formats,
+                "fp8": fp8_formats,
+            }
             model_now = placed(look_up_model, source=base_model, config=fetch_config)
             files = {}
             if archive is not None:
@@ -378,6 +391,9 @@ class Exports(NamedTuple):
     """A copy of the record of each export."""
 
 
+Exporter = Callable[[QuantizeConfig, Callable[..., dsl.PipelineTask]], BaseComponent]
+
+
 # Each kind of export is a nested pipeline, which KFP's UI shows as one node.
 def _export_gguf(
     quantize: QuantizeConfig, placed: Callable[..., dsl.PipelineTask]
@@ -409,21 +425,31 @@ def _export_gguf(
     return cast(BaseComponent, export_gguf)
 
 
-def _export_gptq(
-    quantize: QuantizeConfig, placed: Callable[..., dsl.PipelineTask]
-) -> BaseComponent:
-    @dsl.pipeline(name="export-gptq", description="One GPTQ checkpoint per format.")
-    def export_gptq(
-        formats: list[str],
-        config: str,
-        merged: dsl.Input[dsl.Model],
-        dataset: dsl.Input[dsl.Dataset],
-    ) -> Exports:
-        with dsl.ParallelFor(formats, name="formats") as item:
-            task = placed(quantize_gptq, format=item, config=config, merged=merged, dataset=dataset)
-        return _collected(task)
+def _export_checkpoints(kind: ExportKind, quantize: Callable[..., Any]) -> Exporter:
+    """Return a function that makes the nested pipeline of a kind of checkpoint.
 
-    return cast(BaseComponent, export_gptq)
+    Args:
+        kind: the kind.
+        quantize: the component that makes one checkpoint.
+    """
+
+    def make(_: QuantizeConfig, placed: Callable[..., dsl.PipelineTask]) -> BaseComponent:
+        @dsl.pipeline(
+            name=f"export-{kind}", description=f"One {kind.upper()} checkpoint per format."
+        )
+        def export_checkpoints(
+            formats: list[str],
+            config: str,
+            merged: dsl.Input[dsl.Model],
+            dataset: dsl.Input[dsl.Dataset],
+        ) -> Exports:
+            with dsl.ParallelFor(formats, name="formats") as item:
+                task = placed(quantize, format=item, config=config, merged=merged, dataset=dataset)
+            return _collected(task)
+
+        return cast(BaseComponent, export_checkpoints)
+
+    return make
 
 
 def _collected(task: dsl.PipelineTask) -> Exports:
@@ -434,8 +460,11 @@ def _collected(task: dsl.PipelineTask) -> Exports:
     )
 
 
-EXPORTERS: dict[
-    ExportKind, Callable[[QuantizeConfig, Callable[..., dsl.PipelineTask]], BaseComponent]
-] = {"gguf": _export_gguf, "gptq": _export_gptq}
+EXPORTERS: dict[ExportKind, Exporter] = {
+    "gguf": _export_gguf,
+    "gptq": _export_checkpoints("gptq", quantize_gptq),
+    "awq": _export_checkpoints("awq", quantize_awq),
+    "fp8": _export_checkpoints("fp8", quantize_fp8),
+}
 """Functions that make the nested pipeline of each kind of export. Gate, report and publish have an
 input per kind, with the same name."""

@@ -34,6 +34,7 @@ from tuneline.pipelines.plan.estimate import (
 from tuneline.pipelines.plan.model_facts import ModelFacts, model_facts
 from tuneline.pipelines.plan.model_files import read_model
 from tuneline.pipelines.plan.plan import plan
+from tuneline.quantize.formats import FORMATS
 from tuneline.train.config import LoraConfig
 from tuneline.train.memory.shape import model_shape
 
@@ -129,15 +130,42 @@ def test_a_base_that_cannot_be_exported(
     assert words is None or words in found[0].words
 
 
-def test_gptq_of_experts_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gptq-4bit", "awq", "fp8"])
+def test_checkpoints_of_experts_are_refused(name: str, tmp_path: Path) -> None:
+    kind = FORMATS[name].kind
     config, shapes = qwen3_30b_a3b()
     source = write(tmp_path / "model", files_of({**config, "norm_topk_prob": True}, shapes))
-    loaded = recipe(f"base_model={source}", 'quantize.gptq=["gptq-4bit"]')
+    loaded = recipe(f"base_model={source}", "quantize.gptq=[]", f'quantize.{kind}=["{name}"]')
     (found,) = [
         check for check in plan(loaded, model=read_base_model(loaded)) if check.name == "exports"
     ]
-    assert found.verdict == "fail" and "experts that GPTQ has packed" in found.words
-    assert found.advice == "set quantize.gptq to [], and export it as GGUF"
+    assert found.verdict == "fail" and f"experts that {kind.upper()} has" in found.words
+    assert found.advice == f"set quantize.{kind} to [], and export it as GGUF"
+
+
+def test_awq_of_a_family_with_which_gptqmodel_fails(tmp_path: Path) -> None:
+    assignments = ("quantize.gguf=[]", 'quantize.awq=["awq"]')
+    (found,) = [
+        check
+        for check in checks_of(tmp_path / "model", {"model_type": "phi3"}, *assignments)
+        if check.name == "exports"
+    ]
+    assert found.verdict == "fail" and "cannot be exported as AWQ: gptqmodel" in found.words
+    assert found.advice == "set quantize.awq to [], and take gptq-4bit or fp8"
+
+
+@pytest.mark.parametrize(
+    ("profile", "warns"), [("a100-80g", True), ("l4", False), ("small", False)]
+)
+def test_a_gpu_without_fp8_is_told(profile: str, warns: bool, tmp_path: Path) -> None:
+    assignments = (f"placement.profile={profile}", 'quantize.fp8=["fp8"]')
+    found = [
+        check
+        for check in checks_of(tmp_path / "model", {"model_type": "llama"}, *assignments)
+        if check.name == "exports"
+    ]
+    assert [check.verdict for check in found] == ["warn"] * warns
+    assert not warns or "the profile a100-80g do not multiply FP8" in found[0].words
 
 
 def test_the_text_model_of_gemma_3() -> None:

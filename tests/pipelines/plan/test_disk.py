@@ -21,17 +21,19 @@ def test_disk_counts_base_merged_and_exports() -> None:
 def test_the_disk_of_every_pod() -> None:
     loaded = recipe(
         'quantize.gguf=["f16", "q8_0"]', 'quantize.gptq=["gptq-4bit"]',
+        'quantize.awq=["awq"]', 'quantize.fp8=["fp8"]',
         "quantize.num_importance_rows=8", "publish_to=org/model",
     )  # fmt: skip
     found = {pod.step: (pod.num_bytes - POD_BYTES) / LLAMA for pod in pod_disks(loaded, LLAMA)}
     adapter = 4 * 41_943_040 / LLAMA
-    gptq = FORMATS["gptq-4bit"].bits_per_weight / 8
+    gptq, awq, fp8 = (FORMATS[name].bits_per_weight / 8 for name in ("gptq-4bit", "awq", "fp8"))
     assert found == pytest.approx(
         {
             "fetch": 4, "prepare": 2, "check-exports": 2, "evaluate": 2, "train": 2 + adapter,
             "merge": 4 + adapter,
             "convert-gguf": 4, "measure-importance": 2, "quantize-gguf": 6,
-            "quantize-gptq": 2 + gptq, "publish": adapter + 2 + 2 + 1.0625 + gptq,
+            "quantize-gptq": 2 + gptq, "quantize-awq": 2 + awq, "quantize-fp8": 2 + fp8,
+            "publish": adapter + 2 + 2 + 1.0625 + gptq + awq + fp8,
         },
         rel=1e-3,
     )  # fmt: skip

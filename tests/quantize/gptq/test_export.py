@@ -7,33 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from tuneline.artifacts import QuantizedModel
-from tuneline.errors import DataError, ModelError
+from tuneline.errors import DataError
 from tuneline.quantize import QuantizeConfig
-from tuneline.quantize.gptq.export import choose_group_size, linear_widths
 from tuneline.quantize.run import run
-
-
-@pytest.mark.parametrize(
-    ("widths", "wanted", "taken"),
-    [({4096, 14336}, 128, 128), ({576, 1536}, 128, 64), ({96}, 128, 32), ({80}, 128, 16)],
-)
-def test_the_largest_group_that_divides(widths: set[int], wanted: int, taken: int) -> None:
-    named = {width: f"layer_{width}" for width in widths}
-    size, note = choose_group_size(named, wanted)
-    assert size == taken
-    assert all(width % size == 0 for width in widths)
-    assert (note is None) == (taken == wanted)
-    assert note is None or note.startswith(f"group size {taken}, not {wanted}")
-
-
-def test_no_group_divides() -> None:
-    with pytest.raises(ModelError, match=r"from 16 to 128 divides .* \(q_proj is 100 wide\)"):
-        choose_group_size({100: "q_proj", 256: "down_proj"}, 128)
-
-
-def test_widths_are_inputs_of_linear_layers(merged_dir: Path) -> None:
-    widths = linear_widths(merged_dir)
-    assert widths == {128: "model.layers.0.self_attn.q_proj", 256: "model.layers.0.mlp.down_proj"}
 
 
 def test_no_training_rows(merged_dir: Path, tmp_path: Path) -> None:

@@ -8,15 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, GPTQConfig, TextIteratorStreamer
+from transformers import (
+    AutoTokenizer,
+    AwqConfig,
+    GenerationConfig,
+    GPTQConfig,
+    TextIteratorStreamer,
+)
 
 from tuneline.errors import ModelError, ProofError
 from tuneline.models.batches import Batches
 from tuneline.models.likelihood import Pair, score_answers
 from tuneline.models.sampling import Request
+from tuneline.models.stored_quantisation import quantization_in
 from tuneline.models.whole import load_whole
 from tuneline.quantize.machine import few_threads
 from tuneline.quantize.proof import widening
+from tuneline.quantize.proof.compressed import keep_compressed
 from tuneline.quantize.proof.generation import Generation
 
 ROOM_BYTES = 2 << 30
@@ -123,12 +131,7 @@ class TransformersModel:
         if not torch.isfinite(logits).all():
             raise ProofError(
                 f"the model in {self._name} computes logits that are not finite: "
-                + (
-                    "GPTQ computes in float16, whose largest number is 65504, and the merged "
-                    "model's own are finite. More bits do not help: set quantize.gptq to []"
-                    if getattr(self._model.config, "quantization_config", None)
-                    else "the training diverged; train with a lower train.learning_rate"
-                )
+                f"{_why_not_finite(_method(self._name))}"
             )
         ids = output.sequences[0, len(prompt_ids) :].tolist()
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -212,19 +215,54 @@ def _load(model_dir: Path, dtype: torch.dtype | str, device: str) -> Any:
     narrow = widening.narrow_dtype(model_dir)
     if dtype == torch.float32 and device == "cpu" and narrow:
         return widening.load(model_dir, narrow)
-    return load_whole(
+    model = load_whole(
         model_dir, dtype=dtype, device_map={"": device}, **_kernels(model_dir, device)
     )
+    if _method(model_dir) == "compressed-tensors":
+        keep_compressed(model)
+    return model
 
 
 def _kernels(model_dir: Path, device: str) -> dict[str, Any]:
-    """Return arguments that load GPTQ weights on a GPU with torch's kernels.
+    """Return arguments that load GPTQ and AWQ weights on a GPU with torch's kernels.
 
     By default gptqmodel chooses a kernel that is compiled when the model is loaded, but the images
     contain no compiler.
     """
-    settings = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    quantization = settings.get("quantization_config") or {}
-    if device == "cpu" or quantization.get("quant_method") != "gptq":
+    quantization = _quantization(model_dir)
+    # Any: transformers does not annotate these.
+    gptq: Any = GPTQConfig
+    awq: Any = AwqConfig
+    method = quantization.get("quant_method")
+    if device == "cpu" or method not in ("gptq", "awq"):
         return {}
-    return {"quantization_config": GPTQConfig(bits=quantization["bits"], backend="torch")}
+    if method == "gptq":
+        settings = gptq(bits=quantization["bits"], backend="torch")
+    else:
+        settings = awq(bits=quantization["bits"], backend="torch_awq")
+    return {"quantization_config": settings}
+
+
+def _quantization(model_dir: Path) -> dict[str, Any]:
+    settings = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    return quantization_in(settings) or {}
+
+
+def _method(model_dir: Path) -> str | None:
+    return _quantization(model_dir).get("quant_method")
+
+
+def _why_not_finite(method: str | None) -> str:
+    """Return the likely cause of logits that are not finite, and what to do about it.
+
+    The merged model is asked first, so its own logits are finite if those of an export are asked.
+    """
+    if method is None:
+        return "the training diverged; train with a lower train.learning_rate"
+    if method == "gptq":
+        return (
+            "GPTQ computes in float16, whose largest number is 65504, and the merged model's own "
+            "are finite. More bits do not help: set quantize.gptq to []"
+        )
+    kind = "fp8" if method == "compressed-tensors" else method
+    return f"the merged model's own are finite, so the export is broken: set quantize.{kind} to []"

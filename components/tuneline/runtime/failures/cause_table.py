@@ -94,7 +94,7 @@ CAUSES = (
         r"storage (limit|quota) (reached|exceeded)|(private|public) (repository )?storage limit"
         r"|\b402 (client error|payment required)",
         "The account on the Hub has no storage left.",
-        "Set publish.private to false, name fewer formats in quantize.gguf and quantize.gptq, "
+        "Set publish.private to false, name fewer formats in the section quantize, "
         "delete old repositories, or take a larger plan; the token is not the cause.",
     ),
     Cause(

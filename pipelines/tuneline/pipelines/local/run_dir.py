@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from tuneline.artifacts import RunSummary
 from tuneline.bounded_yaml import load_yaml
 from tuneline.errors import UserError
+from tuneline.kinds import EXPORT_KINDS
 from tuneline.pipelines.local.watch import ARTIFACTS_DIR, EVENTS_FILE, read_events
 from tuneline.report.line import LINE, stage_of
 from tuneline.runtime.events import StepRun, step_runs
@@ -43,8 +44,7 @@ _PIPELINE = re.compile(r"^[\d:.]+ - INFO - Running pipeline: '")
 _PARAMETERS = re.compile(r'^\s*"parameterValues": ')
 _PART = {
     "evaluate": re.compile(r'^\s*"label": "([\w.-]+)"'),
-    "quantize-gguf": re.compile(r'^\s*"format": "([\w.-]+)"'),
-    "quantize-gptq": re.compile(r'^\s*"format": "([\w.-]+)"'),
+    **{f"quantize-{kind}": re.compile(r'^\s*"format": "([\w.-]+)"') for kind in EXPORT_KINDS},
 }
 """Parameter that tells the executions of a step apart, by step."""
 _URI = re.compile(r'"uri": "(/[^"]+)"')

@@ -10,11 +10,14 @@ from typing import Any
 
 from tuneline.errors import ModelError
 from tuneline.fetch.quantised import Quantisation, quantisation_of
+from tuneline.gpu_profiles import GPU_PROFILES
 from tuneline.html.units import parameters
+from tuneline.kinds import ExportKind
 from tuneline.models.multimodal import Part, loaded_part, text_config
 from tuneline.pipelines.plan.check import Check
 from tuneline.pipelines.plan.model_facts import ModelFacts, model_facts
 from tuneline.pipelines.plan.model_files import Unknown, read_model
+from tuneline.quantize.awq.families import awq_problem
 from tuneline.quantize.gguf.converter import known_architectures
 from tuneline.quantize.gguf.support import gguf_problem
 from tuneline.recipe import Recipe
@@ -111,12 +114,26 @@ def _exports(recipe: Recipe, config: dict[str, Any], *, has_experts: bool) -> It
     if recipe.quantize.gguf and problem is not None:
         words = f"{recipe.base_model} cannot be exported as GGUF: {problem}"
         yield Check("exports", "fail", words, "set quantize.gguf to [], or take another base model")
-    if recipe.quantize.gptq and has_experts:
+    checkpoints: tuple[ExportKind, ...] = ("gptq", "awq", "fp8")
+    for kind in checkpoints:
+        if getattr(recipe.quantize, kind) and has_experts:
+            words = (
+                f"{recipe.base_model} is a mixture of experts, and transformers cannot read "
+                f"experts that {kind.upper()} has packed"
+            )
+            advice = f"set quantize.{kind} to [], and export it as GGUF"
+            yield Check("exports", "fail", words, advice)
+    problem = awq_problem(config)
+    if recipe.quantize.awq and problem is not None:
+        words = f"{recipe.base_model} cannot be exported as AWQ: {problem}"
+        yield Check("exports", "fail", words, "set quantize.awq to [], and take gptq-4bit or fp8")
+    gpu = GPU_PROFILES.get(recipe.placement.profile)
+    if recipe.quantize.fp8 and gpu is not None and not gpu.has_fp8:
         words = (
-            f"{recipe.base_model} is a mixture of experts, and transformers cannot read experts "
-            "that GPTQ has packed"
+            f"the GPUs of the profile {recipe.placement.profile} do not multiply FP8, so vLLM "
+            "serves an FP8 checkpoint on them with activations in 16 bits, or not at all"
         )
-        yield Check("exports", "fail", words, "set quantize.gptq to [], and export it as GGUF")
+        yield Check("exports", "warn", words, "serve it on Ada, Hopper or later, or take gptq-8bit")
 
 
 def _gguf_problem(config: dict[str, Any]) -> str | None:

@@ -22,6 +22,8 @@ def plan(
     max_seq_length: int,
     gguf_formats: List[str],
     gptq_formats: List[str],
+    awq_formats: List[str],
+    fp8_formats: List[str],
     train_config: str,
     prepare_config: str,
     quantize_config: str,
@@ -41,6 +43,8 @@ def plan(
         max_seq_length: `prepare.max_seq_length`; 0 is auto.
         gguf_formats: `quantize.gguf`.
         gptq_formats: `quantize.gptq`.
+        awq_formats: `quantize.awq`.
+        fp8_formats: `quantize.fp8`.
         train_config: The rest of the section `train` of this run, as JSON.
         prepare_config: The rest of the section `prepare` of this run, as JSON.
         quantize_config: The rest of the section `quantize` of this run, as JSON.
@@ -73,6 +77,8 @@ def plan(
                 "max_seq_length": max_seq_length,
                 "gguf_formats": gguf_formats,
                 "gptq_formats": gptq_formats,
+                "awq_formats": awq_formats,
+                "fp8_formats": fp8_formats,
             },
             train=train_config,
             prepare=prepare_config,

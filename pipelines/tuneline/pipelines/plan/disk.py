@@ -73,8 +73,9 @@ def pod_disks(recipe: Recipe, num_parameters: float) -> list[PodDisk]:
         pods["quantize-gguf"] = model + model + max(sizes["gguf"])
         if recipe.quantize.num_importance_rows:
             pods["measure-importance"] = model
-    if sizes["gptq"]:
-        pods["quantize-gptq"] = model + max(sizes["gptq"])
+    for kind in EXPORT_KINDS:
+        if sizes[kind] and kind != "gguf":
+            pods[f"quantize-{kind}"] = model + max(sizes[kind])
     return [PodDisk(step, POD_BYTES + num_bytes) for step, num_bytes in pods.items()]
 
 
@@ -91,7 +92,7 @@ def check_files(recipe: Recipe, num_parameters: float, *, has_pods: bool) -> Ite
         words = "f16, from which all GGUF formats are made"
         most = parameters(MAX_FILE_BYTES / WEIGHT_BYTES)
         advice = (
-            "set quantize.gguf to [] (quantize.gptq writes several files), or take a base model of "
+            "set quantize.gguf to [] (checkpoints are several files), or take a base model of "
             f"at most {most} parameters"
         )
         files["convert-gguf"] = (words, WEIGHT_BYTES * num_parameters, advice)

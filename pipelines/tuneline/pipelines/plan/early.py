@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 
 from tuneline.errors import CredentialsError, HubError, StorageError, UserError
+from tuneline.kinds import EXPORT_KINDS
 from tuneline.pipelines.plan.check import Check, Verdict
 from tuneline.publish.target import Target, short_name
 from tuneline.recipe import Recipe
 from tuneline.runtime.retries import SECONDS_VARIABLE
 from tuneline.runtime.source_names import claim_problem, is_claim, is_hub_id, path_on_claim
+from tuneline.steps import STEPS
 
 _PACKAGES: dict[str, tuple[str, ...]] = {
     "train": (
@@ -25,7 +27,7 @@ _PACKAGES: dict[str, tuple[str, ...]] = {
         *("safetensors", "huggingface_hub"),
     ),
     "gguf": ("llama_cpp", "gguf"),
-    "gptq": ("gptqmodel",),
+    "gptq": ("gptqmodel", "compressed_tensors"),
     "evaluate": ("lm_eval",),
 }
 """Modules that the steps import, by the extra of pyproject.toml that installs them."""
@@ -181,7 +183,8 @@ def _directory(path: Path) -> Check:
 
 def _packages(recipe: Recipe) -> Iterator[Check]:
     extras = ["train", "evaluate"]
-    extras += [kind for kind in ("gguf", "gptq") if getattr(recipe.quantize, kind)]
+    kinds = [kind for kind in EXPORT_KINDS if getattr(recipe.quantize, kind)]
+    extras += dict.fromkeys(STEPS[f"quantize-{kind}"].image for kind in kinds)
     for extra in extras:
         missing = [name for name in _PACKAGES[extra] if importlib.util.find_spec(name) is None]
         if missing:

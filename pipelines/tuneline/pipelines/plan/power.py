@@ -13,6 +13,7 @@ from tuneline.gate.power import (
     rows_for_exports,
     samples_for_margin,
 )
+from tuneline.kinds import EXPORT_KINDS
 from tuneline.pipelines.plan.check import Check
 from tuneline.recipe import Recipe
 from tuneline.records.scores import HELDOUT_PREFIX
@@ -38,7 +39,7 @@ def check_power(recipe: Recipe) -> Iterator[Check]:
     guards = [task for task in tasks if task not in targets]
     if guards:
         yield _guards(recipe, guards)
-    if recipe.quantize.gguf or recipe.quantize.gptq:
+    if any(getattr(recipe.quantize, kind) for kind in EXPORT_KINDS):
         yield _exports(recipe)
 
 

@@ -1,4 +1,4 @@
-"""Run gptqmodel once: `python -m tuneline.quantize.gptq.run_gptqmodel JOB.json`.
+"""Run gptqmodel once: `python -m tuneline.quantize.checkpoint.run_gptqmodel JOB.json`.
 
 This module runs in a child process, because gptqmodel reads its settings from the environment when
 it is imported, patches transformers, writes `logs/` to the working directory and draws progress
@@ -12,20 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gptqmodel import GPTQModel, QuantizeConfig
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from transformers import AutoConfig
 
 
 def main(job_file: str) -> None:
-    """Quantise and save a model with the settings in the job file that gptq/export.py wrote.
+    """Quantise and save a model with the settings in the job file that calibrated.py wrote.
 
     Writes the seconds that each stage took to a file that the job names.
     """
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    is_awq = job["method"] == "awq"
     config = QuantizeConfig(
+        method=job["method"],
+        format="gemm" if is_awq else "gptq",
         bits=job["bits"],
         group_size=job["group_size"],
         desc_act=job["desc_act"],
+        # AWQ stores zero points. GPTQ without them is what most kernels support.
+        sym=not is_awq,
         offload_to_disk=False,
         # The default first compiles a C++ extension, which takes 93 s and requires a compiler.
         pack_impl="original",
@@ -36,13 +41,19 @@ def main(job_file: str) -> None:
         times[name] = time.monotonic() - job["started_at"] - sum(times.values())
 
     on_gpu = torch.cuda.is_available()
-    if on_gpu:
+    if on_gpu and not is_awq:
         _round_blocks_by_triton()
-    # Most CPUs emulate bfloat16. On such a CPU, float32 takes a third of the time of bfloat16.
+    dtype = "auto"
+    if is_awq:
+        # gptqmodel packs AWQ in the dtype that it quantised in, which may not be float32.
+        dtype = job["dtype"]
+    elif not on_gpu:
+        # Most CPUs emulate bfloat16. Then float32 takes a third of the time of bfloat16.
+        dtype = "float32"
     model = GPTQModel.load(
         job["model_dir"],
         config,
-        dtype="auto" if on_gpu else torch.float32,
+        dtype=dtype,
         device="cuda" if on_gpu else "cpu",
     )
     stage("load")
@@ -50,9 +61,11 @@ def main(job_file: str) -> None:
         [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job["rows"]],
         batch_size=8,
         calibration_data_min_length=1,
+        # The kernel of AWQ in torch alone. The default needs a GPU, and compiles one.
+        backend=BACKEND.AWQ_TORCH if is_awq else BACKEND.AUTO,
     )
     stage("quantise")
-    if not on_gpu:
+    if not on_gpu and not is_awq:
         _restore_dtype(model.model, job["model_dir"])
     model.save(job["target"])
     stage("save")

@@ -1,0 +1,1 @@
+"""Export to an FP8 checkpoint with compressed-tensors."""
