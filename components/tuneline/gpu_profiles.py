@@ -81,7 +81,7 @@ class GpuProfile:
     @property
     def has_fp8(self) -> bool:
         """Whether the GPU can multiply 8-bit floats, as servers of FP8 checkpoints do."""
-        return self.capability >= FP8_TENSOR_CAPABILITY
+        return self.capability is None or self.capability >= FP8_TENSOR_CAPABILITY
 
     @property
     def runs_kernels(self) -> bool:

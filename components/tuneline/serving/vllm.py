@@ -180,7 +180,8 @@ def _check_gpu(export: QuantizedModel, placement: PlacementConfig) -> None:
     """Check that vLLM has a kernel for an export on the GPU of the profile."""
     gpu = GPU_PROFILES.get(placement.profile)
     least = MIN_CAPABILITIES.get(export.kind)
-    if gpu is None or least is None or gpu.capability >= least:
+    # `_num_gpus` refuses GPUs of AMD, which have no such capability.
+    if gpu is None or least is None or gpu.capability is None or gpu.capability >= least:
         return
     has, needed = (f"{major}.{minor}" for major, minor in (gpu.capability, least))
     raise CannotServe(
