@@ -70,7 +70,7 @@ def test_the_air_gapped_page_has_every_step_once() -> None:
     for line in rest.splitlines():
         cells = line.split("|")
         if len(cells) > 3 and "`" in cells[1]:
-            steps = re.findall(r"`([a-z-]+)`", cells[1])
+            steps = re.findall(r"`([a-z0-9-]+)`", cells[1])
             named += steps
             if re.search(r"the Hub|targets", cells[2]):
                 with_network |= set(steps)
