@@ -3,6 +3,10 @@
 The client is the real one; see `model_registry_server` for the server.
 """
 
+import json
+import re
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import pytest
 import registry_server
 from fault_proxy import proxying
 from local_http import Fault
-from model_registry_server import ModelRegistryServer, serving
+from model_registry_server import ROOT, TIME, ModelRegistryServer, serving
 from publish_cases import content_of, staged_tree
 
 from tuneline.artifacts import PublishedRepo
@@ -30,6 +34,7 @@ from tuneline.publish.targets.on_model_registry import OnModelRegistry, _address
 from tuneline.runtime.parameter_text import encode_list
 
 TARGET = "model-registry:support"
+RECORDED = Path(__file__).parents[2] / "data" / "model-registry" / "exchanges.json"
 
 
 @pytest.fixture
@@ -203,3 +208,50 @@ def test_a_registry_of_addresses_needs_an_address(alone: str | list[str]) -> Non
         "store",
         "model-registry",
     ]
+
+
+def test_the_small_server_answers_as_kubeflows_did(registry: ModelRegistryServer) -> None:
+    """Statuses, types and bodies of 20 requests in their order, but for the times."""
+    exchanges = json.loads(re.sub(r'(?<=Epoch": ")\d+', TIME, RECORDED.read_text("utf-8")))
+    assert len(exchanges) == 20
+    for each in exchanges:
+        request = urllib.request.Request(
+            registry.url + ROOT + each["path"],
+            data=json.dumps(each["body"]).encode() if "body" in each else None,
+            headers={"Content-Type": "application/json"},
+            method=each["method"],
+        )
+        try:
+            answer = urllib.request.urlopen(request)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            text = answer.read().decode()
+            content = json.loads(text) if text.startswith("{") else text
+        given = (answer.status, answer.headers["Content-Type"], content)
+        assert given == (each["status"], each["type"], each["answer"]), each["path"]
+
+
+def test_a_registry_without_the_api_v1_is_refused_before_anything_is_sent(
+    registry: ModelRegistryServer,
+    store: registry_server.RegistryServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Servers up to 0.3.14 answer each path of the API v1 as they answer an unknown one.
+
+    The client takes this answer to a look-up for "no such model".
+    """
+    monkeypatch.setenv("MODEL_REGISTRY_URL", f"{registry.url}/older")
+    with pytest.raises(DataError, match="404 page not found.*0.3.14 and older have only v1alpha3"):
+        push(staged_tree(tmp_path), tmp_path / "a", store)
+    assert store.written == []
+
+
+def test_more_versions_than_a_page_has(
+    registry: ModelRegistryServer, store: registry_server.RegistryServer, tmp_path: Path
+) -> None:
+    registry.max_page_size = 2
+    for seed in range(1, 6):
+        push(staged_tree(tmp_path, seed=seed)[1:], tmp_path / str(seed), store)
+    assert list(registry.addresses("support")) == ["v1", "v2", "v3", "v4", "v5"]

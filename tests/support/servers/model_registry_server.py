@@ -1,15 +1,19 @@
 """A small Model Registry on localhost: what publish asks of Kubeflow's, in memory.
 
-It follows the registry's OpenAPI document, of which the client's package `mr_openapi` is generated:
-requests are parsed and answers are written by that package's models, so a field that the document
-does not have, or that lacks, is an error here too.
+Its answers are those that Kubeflow's own server with the API v1 gave (opendatahub-io's copy of
+2026-08-07 on MariaDB), which were recorded: tests/data/model-registry. Requests are parsed, and
+answers are checked, by the models of `mr_openapi`, the package that the client generates from the
+registry's OpenAPI document.
 """
 
+import base64
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -19,6 +23,8 @@ from local_http import LocalHandler
 from pydantic import ValidationError
 
 ROOT = "/api/model_registry/v1"
+TIME = "1795858921875"
+"""When everything was made, in milliseconds."""
 
 
 @dataclass
@@ -32,6 +38,10 @@ class ModelRegistryServer:
     """Artifacts of each version."""
     token: str = ""
     """Token that it asks for; empty: none."""
+    max_page_size: int = 100
+    """Most items of a page; the real server gives as many as a request names."""
+    ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    """IDs of models and versions; a request that is refused for its name takes one too."""
 
     def addresses(self, name: str) -> dict[str, list[str]]:
         """Return the addresses of each version of a registered model."""
@@ -41,9 +51,6 @@ class ModelRegistryServer:
             for key, version in self.versions.items()
             if version["registeredModelId"] in ids
         }
-
-    def new_id(self) -> str:
-        return str(1 + len(self.models) + len(self.versions))
 
 
 @contextlib.contextmanager
@@ -59,6 +66,14 @@ def serving() -> Iterator[ModelRegistryServer]:
         yield state
 
 
+class _Refused(Exception):
+    """A request that the server refuses for its body."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class _Handler(LocalHandler):
     registry: ModelRegistryServer
 
@@ -70,6 +85,8 @@ class _Handler(LocalHandler):
         if self.registry.token and given != f"Bearer {self.registry.token}":
             return self._error(401, "authentication required")
         path = address.path.removeprefix(ROOT)
+        if not address.path.startswith(ROOT):
+            return self._no_route()
         try:
             if found := re.fullmatch(r"/registered_models/(\w+)/versions", path):
                 versions = self.registry.versions.values()
@@ -77,12 +94,16 @@ class _Handler(LocalHandler):
                 self._page(mr_openapi.ModelVersionList, kept, query)
             elif found := re.fullmatch(r"/model_versions/(\w+)/artifacts", path):
                 self._artifacts(found[1], body, query)
+            elif path == "/registered_models":
+                self._registered_models(query, body)
+            elif path == "/registered_model":
+                self._registered_model(query)
+            elif path == "/model_versions":
+                self._model_versions(body)
             else:
-                getattr(self, f"_{path.strip('/')}")(query, body)
-        except AttributeError:
-            self._error(404, f"no route {path}")
-        except (ValidationError, ValueError) as error:
-            self._error(422, str(error))
+                self._no_route()
+        except _Refused as refused:
+            self._error(refused.status, str(refused), code="Bad Request")
 
     do_POST = do_GET
 
@@ -90,61 +111,99 @@ class _Handler(LocalHandler):
         if self.command == "GET":
             models = list(self.registry.models.values())
             return self._page(mr_openapi.RegisteredModelList, models, query)
-        made = mr_openapi.RegisteredModelCreate.from_json(body)
+        made = _parsed(mr_openapi.RegisteredModelCreate, body)
+        key = str(next(self.registry.ids))
         if any(each["name"] == made.name for each in self.registry.models.values()):
-            return self._error(409, f"registered model {made.name} already exists")
-        key = self.registry.new_id()
+            return self._exists("registered model", made.name)
         model = mr_openapi.RegisteredModel.from_dict({**made.to_dict(), "id": key})
-        self.registry.models[key] = model.to_dict()
-        self._answer(201, model.to_dict())
+        self.registry.models[key] = _completed(model.to_dict())
+        self._answer(201, self.registry.models[key])
 
-    def _registered_model(self, query: dict[str, str], body: str) -> None:
-        models = self.registry.models.values()
-        self._one([each for each in models if each["name"] == query["name"]])
+    def _registered_model(self, query: dict[str, str]) -> None:
+        name = query["name"]
+        for each in self.registry.models.values():
+            if each["name"] == name:
+                return self._answer(200, each)
+        self._error(404, f"no registered models found for name={name}, externalId=: not found")
 
-    def _model_versions(self, query: dict[str, str], body: str) -> None:
-        made = mr_openapi.ModelVersionCreate.from_json(body)
-        parent = made.registered_model_id
-        if parent not in self.registry.models:
-            return self._error(404, f"no registered model {parent}")
+    def _model_versions(self, body: str) -> None:
+        # Whether there is such a registered model is not asked.
+        made = _parsed(mr_openapi.ModelVersionCreate, body)
+        key = str(next(self.registry.ids))
         versions = self.registry.versions.values()
         if any(
-            (each["registeredModelId"], each["name"]) == (parent, made.name) for each in versions
+            (each["registeredModelId"], each["name"]) == (made.registered_model_id, made.name)
+            for each in versions
         ):
-            return self._error(409, f"model version {made.name} already exists")
-        key = self.registry.new_id()
+            return self._exists("model version", made.name)
         version = mr_openapi.ModelVersion.from_dict({**made.to_dict(), "id": key})
-        self.registry.versions[key] = version.to_dict()
-        self._answer(201, version.to_dict())
+        self.registry.versions[key] = _completed(version.to_dict())
+        self._answer(201, self.registry.versions[key])
 
     def _artifacts(self, version: str, body: str, query: dict[str, str]) -> None:
-        kept = self.registry.artifacts.setdefault(version, [])
+        kept = self.registry.artifacts.get(version, [])
         if self.command == "GET":
             return self._page(mr_openapi.ArtifactList, kept, query)
-        artifact = mr_openapi.Artifact.from_json(body).actual_instance
-        kept.append({**artifact.to_dict(), "id": f"{version}{len(kept)}"})
-        self._answer(201, kept[-1])
-
-    def _one(self, found: list[dict[str, Any]]) -> None:
-        if not found:
-            return self._error(404, "not found")
-        self._answer(200, found[0])
+        artifact = _parsed(mr_openapi.ModelArtifact, body)
+        if version not in self.registry.versions:
+            return self._error(404, f"no model version found for id {version}: not found")
+        if any(each["name"] == artifact.name for each in kept):
+            return self._exists("model artifact", artifact.name)
+        count = sum(len(each) for each in self.registry.artifacts.values())
+        made = _completed({**artifact.to_dict(), "id": str(count + 1)})
+        self.registry.artifacts[version] = [*kept, made]
+        self._answer(201, made)
 
     def _page(self, kind: Any, items: list[dict[str, Any]], query: dict[str, str]) -> None:
-        """Answer with a page of two at most, so that the client has to ask for the next."""
-        start = int(query.get("nextPageToken", 0))
-        page = items[start : start + 2]
-        token = str(start + 2) if start + 2 < len(items) else ""
-        values = {"nextPageToken": token, "pageSize": 2, "size": len(page), "items": page}
-        self._answer(200, kind.from_dict(values).to_dict())
+        """Answer with one page; its token names the last item of the page before, as `ID:ID`."""
+        asked = int(query.get("pageSize", 0))
+        after = base64.b64decode(query.get("nextPageToken", "")).decode().partition(":")[0]
+        ids = [each["id"] for each in items]
+        start = ids.index(after) + 1 if after else 0
+        page = items[start : start + min(asked or len(items), self.registry.max_page_size)]
+        rest = start + len(page) < len(items)
+        token = base64.b64encode(f"{page[-1]['id']}:{page[-1]['id']}".encode()) if rest else b""
+        values = {"nextPageToken": token.decode(), "pageSize": asked, "size": len(page)}
+        kind.from_dict({**values, "items": page})  # checks them; leaves out the times
+        self._answer(200, {**values, "items": page})
 
-    def _error(self, status: int, message: str) -> None:
-        self._answer(status, mr_openapi.Error(code=str(status), message=message).to_dict())
+    def _no_route(self) -> None:
+        self._send(404, "404 page not found\n", "text/plain; charset=utf-8")
+
+    def _exists(self, kind: str, name: str) -> None:
+        self._error(409, f"{kind} with name {name} already exists: conflict")
+
+    def _error(self, status: int, message: str, *, code: str | None = None) -> None:
+        code = code or HTTPStatus(status).phrase
+        self._answer(status, mr_openapi.Error(code=code, message=message).to_dict())
 
     def _answer(self, status: int, content: dict[str, Any]) -> None:
-        body = json.dumps(content).encode()
+        self._send(status, json.dumps(content), "application/json; charset=UTF-8")
+
+    def _send(self, status: int, text: str, content_type: str) -> None:
+        body = text.encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+def _parsed(kind: Any, body: str) -> Any:
+    """Return the body of a request as a model of `mr_openapi`, which ignores unknown fields."""
+    content = json.loads(body)
+    known = {each.alias or name for name, each in kind.model_fields.items()}
+    for key in content:
+        if key not in known:
+            raise _Refused(400, f'json: unknown field "{key}"')
+    try:
+        return kind.from_dict(content)
+    except ValidationError as error:
+        (lack,) = [each["loc"][0] for each in error.errors() if each["input"] is None]
+        raise _Refused(422, f"required field '{lack}' is zero value.") from None
+
+
+def _completed(made: dict[str, Any]) -> dict[str, Any]:
+    """Return what the server keeps of something that a request makes."""
+    times = {"createTimeSinceEpoch": TIME, "lastUpdateTimeSinceEpoch": TIME}
+    return {"customProperties": {}, **made, **times}

@@ -65,6 +65,8 @@ class OnModelRegistry:
 
     def check(self, staged: Sequence[StagedRepo]) -> None:
         """Check that no registered model has versions of others alone; see `Place`."""
+        # The client takes the 404 of a server without this API for "no such model".
+        self.check_access()
         for repo in staged:
             self._look_up(name_for(repo, staged, self._name), repo.kind)
 
@@ -74,7 +76,9 @@ class OnModelRegistry:
         Raises:
             TunelineError: it does not, or they may not.
         """
-        self._call("look up models", lambda api: api.get_registered_models())
+        from model_registry.types import ListOptions
+
+        self._call("look up models", lambda api: api.get_registered_models(ListOptions(limit=1)))
 
     def push(
         self, staged: Sequence[StagedRepo], elsewhere: Sequence[PublishedRepo] = ()
@@ -302,7 +306,7 @@ def _explained(where: str, error: Exception) -> TunelineError:
     if status == 404:
         return DataError(
             f"{where}: the registry does not find it ({says}). Check {ADDRESS_VARIABLE}, and that "
-            "the registry has the API v1"
+            "the registry has the API v1: servers of version 0.3.14 and older have only v1alpha3"
         )
     if status in (409, 412):
         return HubError(
@@ -315,7 +319,7 @@ def _explained(where: str, error: Exception) -> TunelineError:
 
 
 def _properties(version: "ModelVersion") -> dict[str, Any]:
-    # None, against the client's types, if the registry names none.
+    # The client gives None, against its own types, for an empty object.
     return version.custom_properties or {}
 
 
