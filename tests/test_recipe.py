@@ -60,6 +60,11 @@ def test_the_guides_values_are_the_defaults(tmp_path: Path) -> None:
             {"publish_to": "my--model"},
             "publish_to: publish_to is 'my--model': write namespace/name",
         ),
+        (
+            {"base_model": "file:///cache/base"},
+            "base_model: 'file:///cache/base' is an address, but only rows are read from file://",
+        ),
+        ({"base_model": "hf://a/b"}, "Write a Hub ID such as"),
         ({"gate": {"max_regression": 0.0}}, "no number of samples proves"),
         ({"prepare": {"heldout": {"max_rows": 0}}}, "evaluate.tasks needs held-out rows"),
     ],

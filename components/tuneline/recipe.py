@@ -22,6 +22,7 @@ from tuneline.recipe_file.paths import resolve
 from tuneline.recipe_file.source import read_source
 from tuneline.records.scores import HELDOUT_PREFIX
 from tuneline.runtime.parameter_text import encode_list
+from tuneline.runtime.source_names import scheme_of
 from tuneline.strict_model import StrictModel
 from tuneline.train.batch_size import batch_size
 from tuneline.train.config import TrainConfig
@@ -36,8 +37,8 @@ class Recipe(StrictModel):
     description: str = ""
     """One-sentence description, shown in KFP, on the report and in the model card."""
     base_model: str
-    """Model to fine-tune: a Hub ID, a directory, a .gguf file or builtin:smollm2-135m. Paths in a
-    recipe are relative to the directory of its file."""
+    """Model to fine-tune: a Hub ID, a directory, a .gguf file, claim:NAME/PATH for a path on a
+    claim, or builtin:smollm2-135m. Paths in a recipe are relative to the directory of its file."""
     dataset: str | None = None
     """Training data: a Hub ID, a file, a directory, a glob of files, an address in a store (s3://,
     gs://, abfs://, oci://, https://, hf://), claim:NAME/PATH for a path on a claim, or builtin:NAME
@@ -62,6 +63,18 @@ class Recipe(StrictModel):
     placement: PlacementConfig = PlacementConfig()
     notify: list[NotifyConfig] = []
     """Webhooks that get a message when the run ends."""
+
+    @field_validator("base_model")
+    @classmethod
+    def _is_no_address(cls, value: str) -> str:
+        scheme = scheme_of(value)
+        if scheme is not None:
+            raise ValueError(
+                f"'{value}' is an address, but only rows are read from {scheme}://. Write a Hub "
+                "ID such as Qwen/Qwen2.5-7B-Instruct, a directory or a .gguf file without "
+                f"{scheme}://, or claim:NAME/PATH for a path on a claim of the cluster"
+            )
+        return value
 
     @field_validator("publish_to")
     @classmethod

@@ -76,11 +76,13 @@ def print_notes(view: Any) -> None:
         )
     if view.is_deleted and view.has_ended:
         say(
-            "note: KFP has deleted the run's pods and workflow, as it does one hour after the end; "
-            "this is what its records and archived logs tell"
+            "note: the run's pods and workflow are deleted, as KFP does one hour after the end and "
+            "when the schedule of the run is deleted; this is what its records and archived logs "
+            "tell"
         )
     if view.is_frozen:
         say(
-            "note: KFP stopped recording the steps before the run ended, because the state of its "
-            "workflow is larger than 1 MiB; archived logs are in Argo's artifact repository only"
+            "note: KFP stopped recording the steps before the run ended: its workflow was deleted "
+            "too early, or the workflow's state is larger than 1 MiB; archived logs are in Argo's "
+            "artifact repository only"
         )

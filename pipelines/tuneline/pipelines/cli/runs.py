@@ -136,8 +136,9 @@ def logs(
         )
         if view.is_frozen:
             hint = (
-                "KFP does not find archived logs of a run whose workflow is larger than 1 MiB; "
-                "they are in Argo's artifact repository (main.log below the pod's name)"
+                "KFP does not find archived logs of a run whose workflow was deleted early or is "
+                "larger than 1 MiB; they are in Argo's artifact repository (main.log below the "
+                "pod's name)"
             )
         elif view.kube is None:
             hint = (
