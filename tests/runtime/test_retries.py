@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from types import SimpleNamespace
 
 import httpx2
 import hub_server
@@ -186,7 +187,8 @@ def test_the_server_says_when() -> None:
 
 def test_time_and_attempts_are_limited(monkeypatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(retries.time, "sleep", pauses.append)
+    # The module's name, not time.sleep itself: threads of other tests may be sleeping.
+    monkeypatch.setattr(retries, "time", SimpleNamespace(sleep=pauses.append))
 
     def request() -> None:
         raise answer(503)
