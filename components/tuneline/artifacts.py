@@ -294,7 +294,11 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with scratch_directory(path.parent, prefix=f".{path.name}.") as partial:
         yield partial
-        partial.chmod(0o755)  # mkdtemp sets 0700, and another pod may run as another user
+        # Another pod may run as another user, but mkdtemp sets 0700, and safetensors 0600.
+        partial.chmod(0o755)
+        for weights in partial.rglob("*.safetensors"):
+            if not weights.is_symlink() and not weights.stat().st_mode & 0o044:
+                weights.chmod(0o644)
         partial.replace(path)
 
 

@@ -57,6 +57,22 @@ def test_a_full_disk_is_said_plainly(
     assert "the disk is full" in capsys.readouterr().err
 
 
+def test_weights_of_an_output_can_be_read_by_other_users(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    elsewhere.write_bytes(b"")
+    elsewhere.chmod(0o600)
+    with new_directory(tmp_path / "out") as partial:
+        (partial / "nested").mkdir()
+        files = [partial / "model.safetensors", partial / "nested" / "model.safetensors"]
+        for file in files:
+            file.write_bytes(b"")
+            file.chmod(0o600)  # As safetensors 0.8 makes them.
+        (partial / "linked.safetensors").symlink_to(elsewhere)
+    for file in files:
+        assert (tmp_path / "out" / file.relative_to(partial)).stat().st_mode & 0o777 == 0o644
+    assert elsewhere.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_new_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with pytest.raises(RuntimeError), new_directory(target) as partial:

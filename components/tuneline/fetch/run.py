@@ -59,9 +59,6 @@ def run(
         if not facts.runs_own_code:
             check_names(target, called=source)
             check_layers(target, called=source)
-        for path in facts.weights:
-            if not path.stat().st_mode & 0o044:
-                path.chmod(0o644)  # safetensors creates files with mode 0600: other pods can't read
         quantisation = provenance.quantisation
         origin = ModelOrigin(
             source=source,
