@@ -318,7 +318,7 @@ def test_the_command_takes_an_id_or_a_name(kube_server: Any, kfp_server: Any) ->
         done = tuneline("doctor", name)
         assert done.exit_code == 0, done.output
         assert done.output.startswith("sleeper: DataError\n  why: 31 of 90 rows were rejected\n")
-        assert "KFP has deleted the run's pods and workflow" in done.output
+        assert "note: the run's pods and workflow are deleted" in done.output
 
 
 def test_the_morning_after_the_archived_log_tells(kube_server: Any, kfp_server: Any) -> None:
