@@ -241,7 +241,8 @@ def _exports(sources: Sources) -> str:
         "Every export is compared with the merged model "
         f"(perplexity {_measured(merged, '.3f')}) on rows that were not used for training. Mean KL "
         "is the KL divergence in nats per token. Top-1 agreement is the fraction of positions with "
-        "the same most likely token. The speed is that of one sequence on a CPU."
+        "the same most likely token up to a near tie (0.1 logits). The speed is that of one "
+        "sequence on a CPU."
         f"{_benchmark(exports)}"
     )
     verdicts = [

@@ -5,6 +5,7 @@ with a scale per output channel. Activations are rounded to FP8 when the model r
 per token, so nothing is calibrated.
 """
 
+import functools
 import importlib.util
 import logging
 import shutil
@@ -128,6 +129,7 @@ def write_fp8(model_dir: Path, target: Path, layers: set[str]) -> None:
             specs[scale] = Spec(spec.dtype, (spec.shape[0], 1))
             weight_of[scale] = name
 
+    @functools.lru_cache(maxsize=1)  # A weight's scale is written right after the weight.
     def compressed(name: str) -> dict[str, torch.Tensor]:
         weight_OI = checkpoint.read(name)
         low_O1, high_O1 = torch.aminmax(weight_OI, dim=1, keepdim=True)
