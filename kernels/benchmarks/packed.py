@@ -315,7 +315,7 @@ def make_trainer(
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             if engine == "tuneline" and lean:
                 # The trainer has moved the model to the GPU by now, the embedding too.
-                patch(trainer.model, budget="lean", embedding_on_host=True)
+                patch(trainer.model, budget="lean", tables_on_host=True)
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             if engine == "unsloth":

@@ -189,7 +189,7 @@ def run(
             model.enable_input_require_grads()
     else:
         host = mode == "lean"
-        report = patch(model, budget="lean" if host else "auto", embedding_on_host=host)
+        report = patch(model, budget="lean" if host else "auto", tables_on_host=host)
         assert not report.unfused, str(report)
     assert report.loss == "fused", str(report)
     model.train()

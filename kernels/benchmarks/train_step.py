@@ -429,7 +429,7 @@ def set_mode(model: Any, engine: str, mode: str) -> None:
 
         budget = "auto" if mode == "free" else "lean"
         fp8, host = engine == "tuneline-fp8", mode == "lean"
-        report = patch(model, budget=budget, fp8=fp8, embedding_on_host=host)
+        report = patch(model, budget=budget, fp8=fp8, tables_on_host=host)
         assert not report.unfused, str(report)
         # As the train step does: nothing changes the layers between the steps.
         check_layers_once(model)

@@ -133,7 +133,7 @@ KERNELS = {
     ),
     "copy rows": ("copy_rows", "_copy_kernel", dict(K=4096, BLOCK=4096), {}, 8),
     "gather rows": (
-        "host_embedding", "_gather_kernel", dict(C=4096, BLOCK=4096), {"ids_ptr": I64}, 8,
+        "host_tables", "_gather_kernel", dict(C=4096, BLOCK=4096), {"ids_ptr": I64}, 8,
     ),
     "experts, dequantise": (
         "experts.stack", "_dequantize_kernel", dict(K=2048, NESTED=True, BLOCK=512),

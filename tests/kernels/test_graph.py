@@ -7,7 +7,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tuneline.kernels import patching
 from tuneline.kernels.decoder.budget import kept_bytes, normed_bytes
-from tuneline.kernels.decoder.graph import GraphedStack, Room, _key, equal_tokens, held_bytes
+from tuneline.kernels.decoder.graph import (
+    GraphedStack,
+    Room,
+    _shapes,
+    equal_tokens,
+    graph_addresses,
+    held_bytes,
+)
 from tuneline.kernels.decoder.layer import LayerCall, layer_backward, layer_forward
 from tuneline.kernels.decoder.layer_weights import LayerWeights
 from tuneline.kernels.ops.attention import AttentionConfig, AttentionPlan
@@ -30,6 +37,11 @@ def _layers(tensors, *, keep=True, scaling=1.0):
         False, **{name: tensors[name] for name in TENSORS if name.endswith("norm")},
     )  # fmt: skip
     return [(weights, LayerCall(AttentionPlan(), keep))]
+
+
+def _key(layers, x, cos):
+    """Return all that the graph of these layers depends on."""
+    return _shapes(layers, x, cos), tuple(graph_addresses(layers))
 
 
 @pytest.fixture

@@ -281,22 +281,70 @@ def test_fp8_is_off_by_its_rounding_and_no_more(budget):
         assert torch.equal(got[1][name], again[1][name]), name
 
 
-def test_the_embedding_on_the_host_changes_no_bit():
+def test_repeated_decisions_take_the_sequences_of_their_own_forward():
+    from tuneline.kernels.patching import check_layers_once, patch
+
+    model = quantized_llama()
+    ids = torch.randint(1, 1000, (1, 300), generator=torch.Generator().manual_seed(2)).cuda()
+    packs, want = [], []
+    for first in (200, 130, 170):
+        positions = torch.cat([torch.arange(first), torch.arange(300 - first)])[None].cuda()
+        packs.append({"input_ids": ids, "labels": ids, "position_ids": positions})
+        patch(model)
+        want.append(gradients(model, packs[-1]))
+    decoder = model.get_base_model().model
+
+    def assert_near(got, expected):
+        assert abs(got[0] - expected[0]) < 2e-3 * expected[0]
+        for name, grad in expected[1].items():
+            assert (got[1][name] - grad).norm() < 0.02 * grad.norm(), name
+
+    patch(model)
+    check_layers_once(model)
+    for _ in range(3):
+        for pack, expected in zip(packs, want, strict=True):
+            assert_near(gradients(model, pack), expected)
+    assert len(decoder._tuneline_engine.repeated) == 1
+    # While a backward is outstanding, the graph is not free, and a forward runs layer by layer.
+    outstanding = model(**packs[0]).loss
+    assert_near(gradients(model, packs[1]), want[1])
+    outstanding.backward()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(2)
+    changed = gradients(model, packs[2])
+    patch(model)
+    assert_near(changed, gradients(model, packs[2]))
+
+
+@pytest.mark.parametrize("length", [300, 3000])
+def test_tables_on_the_host_change_no_bit(length):
     from tuneline.kernels.patching import patch, unpatch
 
     model = quantized_llama()
-    ids = torch.randint(1, 1000, (2, 300), generator=torch.Generator().manual_seed(2)).cuda()
+    ids = torch.randint(1, 1000, (2, length), generator=torch.Generator().manual_seed(2)).cuda()
     inputs = {"input_ids": ids, "labels": ids}
     patch(model, budget="lean")
-    want, table = gradients(model, inputs), model.get_input_embeddings().weight.clone()
-    patch(model, budget="lean", embedding_on_host=True)
-    embedding = model.get_input_embeddings()
-    assert not embedding.weight.is_cuda and embedding.weight.is_pinned()
-    got = gradients(model, inputs)
-    assert torch.equal(got[0], want[0])
-    assert all(torch.equal(got[1][name], want[1][name]) for name in want[1])
+    want = gradients(model, inputs)
+    head = model.get_output_embeddings()
+    tables = {m: m.weight.clone() for m in (model.get_input_embeddings(), head)}
+    logits = model(input_ids=ids).logits
+    patch(model, budget="lean", tables_on_host=True)
+    assert all(module.weight.is_pinned() for module in tables)
+    for _ in range(3):
+        # The second forward captures a graph if the batch is small, and the third replays it.
+        got = gradients(model, inputs)
+        assert torch.equal(got[0], want[0])
+        assert all(torch.equal(got[1][name], want[1][name]) for name in want[1])
+        assert head._tuneline_copy is None
+    assert torch.equal(model(input_ids=ids).logits, logits)
     model.eval()
-    assert torch.equal(embedding(ids[0]), table[ids[0]])
+    held = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        loss = model(**inputs).loss.item()
+    assert abs(loss - want[0].item()) < 0.02 and torch.cuda.memory_allocated() == held
     unpatch(model)
-    assert type(embedding) is torch.nn.Embedding
-    assert embedding.weight.is_cuda and torch.equal(embedding.weight, table)
+    for module, table in tables.items():
+        assert type(module) in (torch.nn.Embedding, torch.nn.Linear)
+        assert module.weight.is_cuda and torch.equal(module.weight, table)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tuneline.kernels.ops.cross_entropy import linear_cross_entropy
+from tuneline.kernels.ops.host_tables import head_weight
 
 _PROBE_TOKENS = 16
 _PROBE_LOGIT = 12.0
@@ -73,7 +74,7 @@ def run_with_fused_loss(
         num_labels: Number of labels that count, if the caller knows it.
         **kwargs: The other arguments of the forward.
     """
-    weight, config = causal.lm_head.weight, causal.config.__dict__
+    head, config = causal.lm_head, causal.config.__dict__
     softcap = config.get("final_logit_softcapping")
 
     def loss_function(
@@ -89,6 +90,7 @@ def run_with_fused_loss(
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(logits.device)
+        weight = head_weight(head)
         return linear_cross_entropy(
             logits.to(weight.dtype),
             weight,

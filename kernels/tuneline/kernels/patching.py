@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ from tuneline.kernels.decoder.budget import (
     HostRoom,
     Kept,
     check_budget,
+    copied_bytes,
     parked,
     share_out,
 )
@@ -44,8 +46,10 @@ from tuneline.kernels.decoder.graph import (
     GRAPH_MAX_TOKENS,
     GRAPH_MAX_TOKENS_FP8,
     GraphCache,
+    GraphedStack,
     Room,
     equal_tokens,
+    graph_addresses,
 )
 from tuneline.kernels.decoder.layer import Handover, LayerCall, fused_layer
 from tuneline.kernels.decoder.layer_weights import LayerWeights
@@ -53,7 +57,7 @@ from tuneline.kernels.decoder.stash import HostStash, half_of_free_memory
 from tuneline.kernels.limits import FP8_CAPABILITY, STASH_MIN_TOKENS
 from tuneline.kernels.loss import probe, run_with_fused_loss
 from tuneline.kernels.ops.attention import AttentionPlan
-from tuneline.kernels.ops.host_embedding import move_back, move_to_host
+from tuneline.kernels.ops.host_tables import HostHead, move_back, move_to_host
 from tuneline.kernels.ops.rms_norm import rms_norm
 from tuneline.kernels.spec import FamilySpec, family_spec
 
@@ -96,6 +100,8 @@ class _Engine:
     host_bytes: int | None = None
     """Host memory for the tensors of the stash; set when the stash is created."""
     stash: HostStash | None = None
+    head: HostHead | None = None
+    """The head, if it is in host memory."""
     graphs: GraphCache = field(default_factory=GraphCache)
     bound: dict[int, dict[tuple[Any, ...], LayerWeights | None]] = field(default_factory=dict)
     """State of a layer -> its weights, for the last states of each layer."""
@@ -107,6 +113,13 @@ class _Engine:
     """The choice of the last forward with gradients. The next one keeps dequantised weights in no
     more layers, so that batches of different sizes do not free and dequantise them in turn."""
     kept_in_graphs: dict[int, Kept] = field(default_factory=dict)
+    repeated: dict[tuple[Any, ...], _Repeated] = field(default_factory=dict)
+    """Decisions of forwards that replay graphs, by shape, since the layers were last checked."""
+
+    @property
+    def trusts_last_check(self) -> bool:
+        """Whether this forward takes the layers to be those of the last forward with gradients."""
+        return torch.is_grad_enabled() and self.is_checked and not self.checks_always
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
         return _Engine(self.budget, self.specs, self.fp8, self.host_bytes)
@@ -123,6 +136,39 @@ class _ModelCall:
     graphs: GraphCache | None = None
     """Set if all layers may run as a CUDA graph, which is replayed at the first layer."""
     done: list[bool] = field(default_factory=list)
+    head: HostHead | None = None
+    head_at: int = 0
+    """Index of the layer at which the copy of the head to the GPU begins."""
+    addresses: list[Any] = field(default_factory=list)
+    """What a graph of these layers depends on; filled in when it is first needed."""
+
+    def again(self, plan: AttentionPlan) -> _ModelCall:
+        """Return the same decisions for the sequences of another forward."""
+        handover = Handover()
+        layers = {
+            index: (weights, replace(call, plan=plan, handover=handover))
+            for index, (weights, call) in self.layers.items()
+        }
+        return replace(self, layers=layers, done=[])
+
+    def graphed_stack(self, x_BLC: Tensor, cos: Tensor, sin: Tensor) -> GraphedStack | None:
+        """Return a free graph of all layers, or None; see `GraphCache.find`."""
+        if self.graphs is None:
+            return None
+        layers = list(self.layers.values())
+        if not self.addresses:
+            self.addresses.extend(graph_addresses(layers))
+        return self.graphs.find(layers, tuple(self.addresses), x_BLC, cos, sin)
+
+
+@dataclass(frozen=True, slots=True)
+class _Repeated:
+    """The decision of a forward that replays a graph, and what else it holds for."""
+
+    call: _ModelCall
+    kept: Kept
+    longest: int
+    """Tokens of the longest sequence."""
 
 
 def patch(
@@ -130,7 +176,7 @@ def patch(
     budget: Budget = "auto",
     *,
     fp8: bool = False,
-    embedding_on_host: bool = False,
+    tables_on_host: bool = False,
     host_bytes: int | None = None,
 ) -> PatchReport:
     """Fuse a model's layers, final norm and loss in place, as far as they can be fused.
@@ -141,9 +187,9 @@ def patch(
         fp8: Use fp8 GEMMs for NF4 weights that have adapters (see operands.py). They are faster
             than bf16 GEMMs, but their results have an error of about 4 %, in addition to the 9 % of
             NF4. Do not use fp8 to compare losses.
-        embedding_on_host: Move the input embedding to pinned host memory (see host_embedding.py).
-            An embedding that is trained, tied to the head or not on a GPU is not moved, and a
-            warning gives the reason.
+        tables_on_host: Keep the input embedding and the head in pinned host memory (see
+            host_tables.py). A table that is trained or not on a GPU is not moved, and a warning
+            gives the reason.
         host_bytes: Host memory for activations that lean layers offload. What does not fit stays on
             the GPU or is recomputed. None: half of the memory that the machine has free.
 
@@ -186,9 +232,11 @@ def patch(
         for index in specs:
             decoder.layers[index]._tuneline_index = index
             _swap(decoder.layers[index], _LayerMixin)
-        why_not = move_to_host(causal) if embedding_on_host else None
-        if why_not is not None:
-            logger.warning("embedding_on_host=True is ignored: %s", why_not)
+        for why_not in move_to_host(causal) if tables_on_host else ():
+            logger.warning("tables_on_host=True: %s", why_not)
+        head = causal.get_output_embeddings()
+        if isinstance(head, HostHead):
+            decoder._tuneline_engine.head = head
         decoder.norm._tuneline_gemma = next(iter(specs.values())).gemma_norm
         _swap(decoder.norm, _NormMixin)
     fused = tuple(index for index in specs if index not in unfused)
@@ -243,13 +291,14 @@ class _LayerMixin(_Stock):
     ) -> Tensor:
         if tuneline is not None and self._tuneline_index in tuneline.layers:
             weights, call = tuneline.layers[self._tuneline_index]
+            if tuneline.head is not None and self._tuneline_index == tuneline.head_at:
+                tuneline.head.begin()
             cos, sin = kwargs["position_embeddings"]
             if tuneline.done:
                 return hidden_states
             with torch.autocast(hidden_states.device.type, enabled=False):
-                if tuneline.graphs is not None and self._tuneline_index == 0:
-                    layers = list(tuneline.layers.values())
-                    stack = tuneline.graphs.find(layers, hidden_states, cos, sin)
+                if self._tuneline_index == 0:
+                    stack = tuneline.graphed_stack(hidden_states, cos, sin)
                     if stack is not None:
                         tuneline.done.append(True)
                         return stack(hidden_states, cos, sin, call.plan)
@@ -322,10 +371,12 @@ class _CausalMixin(_Stock):
             and not kwargs.get("fused_lm_head")
             and _stock_loss_reason(self) is None
         )
-        if labels is None or not fuse:
-            kwargs.pop("num_labels", None)
-            return super().forward(*args, labels=labels, **kwargs)
-        return run_with_fused_loss(self, super().forward, labels, **kwargs)
+        head = getattr(self, "lm_head", None)
+        with head.expected() if isinstance(head, HostHead) else nullcontext():
+            if labels is None or not fuse:
+                kwargs.pop("num_labels", None)
+                return super().forward(*args, labels=labels, **kwargs)
+            return run_with_fused_loss(self, super().forward, labels, **kwargs)
 
 
 def _is_plain_training(decoder: Any, kwargs: dict[str, Any]) -> bool:
@@ -395,8 +446,16 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     The last layers store their activations, because their backward runs first.
     """
     engine: _Engine = decoder._tuneline_engine
-    bound: dict[int, LayerWeights] = {}
+    device, num_tokens = tokens.device, tokens.shape[0] * tokens.shape[1]
     longest = max(plan.sequence_lengths or (tokens.shape[1],))
+    mixed = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    room = Room.of(plan, num_tokens)
+    form = (tokens.shape if room is None else room, mixed)
+    if engine.trusts_last_check:
+        last = engine.repeated.get(form)
+        if last is not None and last.kept == engine.last_kept and longest <= last.longest:
+            return last.call.again(plan)
+    bound: dict[int, LayerWeights] = {}
     for index, current in _bound_layers(decoder, engine).items():
         if current is not None and longest <= (current.max_positions or longest):
             bound[index] = current
@@ -404,17 +463,15 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
         return None
     dtype = next(iter(bound.values())).attention_norm.dtype
     embedding = decoder.get_input_embeddings().weight.dtype
-    device = tokens.device
-    mixed = torch.is_autocast_enabled(device.type)
-    if embedding != dtype or (mixed and torch.get_autocast_dtype(device.type) != dtype):
+    if embedding != dtype or mixed not in (False, dtype):
         # The hidden states have another dtype than the layers. Only the stock forward casts them.
         return None
+    head_at = _head_at(engine.head, bound, plan, tokens)
     if not torch.is_grad_enabled():
-        return _ModelCall({index: (weights, LayerCall(plan)) for index, weights in bound.items()})
-    num_tokens = tokens.shape[0] * tokens.shape[1]
+        layers = {index: (weights, LayerCall(plan)) for index, weights in bound.items()}
+        return _ModelCall(layers, head=engine.head, head_at=head_at)
     # After its capture, a graph occupies memory that is then not free. So the choice that was made
     # before the capture is used again.
-    room = Room.of(plan, num_tokens)
     graph_tokens = num_tokens if room is None else room.num_tokens
     kept = engine.kept_in_graphs.get(graph_tokens)
     if kept is None:
@@ -424,6 +481,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
             num_tokens=num_tokens,
             itemsize=dtype.itemsize,
             device=device,
+            head_bytes=0 if engine.head is None else engine.head.weight.nbytes,
         )
     if engine.last_kept is not None:
         kept = replace(kept, num_wide=min(kept.num_wide, engine.last_kept.num_wide))
@@ -474,9 +532,27 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
         and all(weights.routed is None for weights in bound.values())
         and len(dtypes) == 1
     )
-    if graphed:
-        engine.kept_in_graphs[graph_tokens] = kept
-    return _ModelCall(layers, engine.graphs if graphed else None)
+    if not graphed:
+        return _ModelCall(layers, head=engine.head, head_at=head_at)
+    engine.kept_in_graphs[graph_tokens] = kept
+    call = _ModelCall(layers, engine.graphs, head=engine.head)
+    engine.repeated[form] = _Repeated(call, kept, longest)
+    return call
+
+
+def _head_at(
+    head: HostHead | None, bound: dict[int, LayerWeights], plan: AttentionPlan, tokens: Tensor
+) -> int:
+    """Return the layer at which the copy of the head begins, to arrive as the last layer ends.
+
+    The copy begins rather too late than too early, because the layers that run beside it have less
+    memory.
+    """
+    if head is None:
+        return 0
+    layer = copied_bytes(next(iter(bound.values())), plan, tokens.shape[1])
+    num_layers = int(head.weight.nbytes / (layer * tokens.shape[0] * tokens.shape[1]))
+    return list(bound)[-min(max(num_layers, 1), len(bound))]
 
 
 def _bound_layers(decoder: Any, engine: _Engine) -> dict[int, LayerWeights | None]:
@@ -484,9 +560,9 @@ def _bound_layers(decoder: Any, engine: _Engine) -> dict[int, LayerWeights | Non
 
     A forward without gradients, which may run without the adapters, is always checked.
     """
-    trains = torch.is_grad_enabled()
-    if trains and engine.is_checked and not engine.checks_always:
+    if engine.trusts_last_check:
         return engine.current
+    trains = torch.is_grad_enabled()
     found: dict[int, LayerWeights | None] = {}
     for index, spec in engine.specs.items():
         layer = decoder.layers[index]
@@ -507,13 +583,14 @@ def _bound_layers(decoder: Any, engine: _Engine) -> dict[int, LayerWeights | Non
                 for group in before.groups():
                     group.place.keep(False)
         engine.current, engine.is_checked = found, True
+        engine.repeated.clear()
     return found
 
 
 def _stock_loss_reason(causal: Any) -> str | None:
     """Return the reason why the loss cannot be fused, or None."""
     head = getattr(causal, "lm_head", None)
-    if type(head) is not nn.Linear or head.bias is not None:
+    if not (type(head) is nn.Linear or isinstance(head, HostHead)) or head.bias is not None:
         return f"lm_head is a {type(head).__name__}, not an nn.Linear without bias"
     if head.weight.requires_grad:
         return "lm_head is trained"

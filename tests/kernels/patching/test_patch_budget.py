@@ -11,6 +11,7 @@ from tuneline.kernels.decoder import operands
 from tuneline.kernels.decoder.attention_half import Saved
 from tuneline.kernels.decoder.budget import Kept, kept_bytes, normed_bytes, wide_bytes
 from tuneline.kernels.decoder.layer import LayerCall
+from tuneline.kernels.ops.lora import pack
 from tuneline.kernels.ops.nf4 import dequantize_nf4
 from tuneline.kernels.patching import patch
 
@@ -90,11 +91,15 @@ def test_kept_weights_are_dequantised_once_and_give_the_same_bits(num_wide, monk
         dequantised.append(weight)
         return dequantize_nf4(weight, **kwargs)
 
+    packed = []
     monkeypatch.setattr(operands, "dequantize_nf4", counted)
+    monkeypatch.setattr(operands, "pack", lambda *args: (packed.append(args), pack(*args)))
     got = two_steps()
     assert engine_of(model).last_kept == Kept(2, 2, num_wide)
     # Seven linears per layer; without kept weights, one dequantisation per forward and backward.
     assert len(dequantised) == 7 * (num_wide + (2 - num_wide) * 4)
+    # Four groups per layer; a kept weight has the adapters of the forward beside it.
+    assert len(packed) == 4 * (2 * num_wide + (2 - num_wide) * 4)
     for (loss, grads), (want_loss, want_grads) in zip(got, want, strict=True):
         assert torch.equal(loss, want_loss)
         assert all(torch.equal(grads[name], grad) for name, grad in want_grads.items())

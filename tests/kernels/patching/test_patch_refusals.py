@@ -78,10 +78,11 @@ def test_a_layer_that_cannot_be_fused_stays_stock_beside_fused_ones():
     assert fused_layers(model) == 2
 
 
-def test_an_embedding_that_stays_where_it_is_is_told(caplog):
+def test_tables_that_stay_where_they_are_are_told(caplog):
     model = make_model()
-    patch(model, embedding_on_host=True)
-    assert "embedding_on_host=True is ignored: the input embedding is on cpu" in caplog.text
+    patch(model, tables_on_host=True)
+    assert "tables_on_host=True: the input embedding is on cpu" in caplog.text
+    assert "tables_on_host=True: the head is on cpu" in caplog.text
     unpatch(model)
     assert type(model.get_input_embeddings()) is torch.nn.Embedding
 

@@ -178,7 +178,9 @@ def attention_half_backward(
         do_TC = normed_gradient(dx2_TC, half.branch_TC, weights.after_attention_norm, weights)
     if weights.branch_scale != 1:
         do_TC, do_TCP = do_TC * weights.branch_scale, None
-    operands = group_operands(group, x_TC) if half.o_operands is None else half.o_operands
+    operands = half.o_operands
+    if operands is None:
+        operands = group_operands(group, x_TC, packs=False)
     half.o_operands = None
     da_TK, g_TP = operands.input_gradient(do_TC, do_TCP)
     del operands
@@ -216,7 +218,7 @@ def attention_half_backward(
         dq_out.copy_(dq)
         dk_out.copy_(dk)
     del dq, dk
-    operands = group_operands(weights.qkv, x_TC)
+    operands = group_operands(weights.qkv, x_TC, packs=False)
     if half.normed is None:
         half.normed = normed_input(x_TC, weights.attention_norm, weights, weights.qkv, operands)
     x_TKP, rstd_T = half.normed

@@ -130,6 +130,28 @@ class HostRoom:
         return self.num_layers * sum(sizes) <= self.num_bytes
 
 
+def copied_bytes(weights: LayerWeights, plan: AttentionPlan, row_length: int) -> float:
+    """Return the bytes per token that can be copied over PCIe during a layer's forward.
+
+    Args:
+        weights: A layer of the model.
+        plan: The sequences of this forward.
+        row_length: Tokens per row.
+    """
+    forward = _attention_flops(weights, plan, row_length) + 2 * weights.multiplied_weights
+    if any(group.largest is not None for group in weights.groups()):
+        forward /= _FP8_SPEED
+    return HOST_BYTES_PER_FLOP * forward
+
+
+def _attention_flops(weights: LayerWeights, plan: AttentionPlan, row_length: int) -> float:
+    """Return the attention's operations per token, as GEMM operations that take the same time."""
+    config = weights.attention
+    lengths = plan.sequence_lengths or (row_length,)
+    context = sum(n * (n + 1) for n in lengths) / (2 * sum(lengths))
+    return _ATTENTION_COST * 4 * context * config.num_heads * config.head_dim
+
+
 def parked(
     weights: LayerWeights,
     plan: AttentionPlan,
@@ -154,18 +176,13 @@ def parked(
     Returns:
         The intermediates, or None if the host has no room for x alone.
     """
-    hidden, config = weights.qkv.num_in, weights.attention
-    lengths = plan.sequence_lengths or (row_length,)
-    context = sum(n * (n + 1) for n in lengths) / (2 * sum(lengths))
-    attention = _ATTENTION_COST * 4 * context * config.num_heads * config.head_dim
-    forward = attention + 2 * weights.multiplied_weights
-    if any(group.largest is not None for group in weights.groups()):
-        forward /= _FP8_SPEED
+    hidden = weights.qkv.num_in
+    attention = _attention_flops(weights, plan, row_length)
     # A layer with a norm after down_proj always offloads d too.
     always = [hidden] * (1 if weights.after_mlp_norm is None else 2)
     if host is not None and not host.holds(always, itemsize):
         return None
-    room = HOST_BYTES_PER_FLOP * forward - itemsize * sum(always)
+    room = copied_bytes(weights, plan, row_length) - itemsize * sum(always)
     widths = weights.qkv.num_out, weights.o.num_in + weights.o.num_columns, weights.o.num_out
     gains = 2 * hidden * weights.qkv.num_out, attention, 2 * weights.o.num_in * weights.o.num_out
 
@@ -189,6 +206,7 @@ def share_out(
     num_tokens: int,
     itemsize: int,
     device: torch.device,
+    head_bytes: int = 0,
 ) -> Kept:
     """Return how many layers store their activations in this forward, and their weights after it.
 
@@ -198,6 +216,7 @@ def share_out(
         num_tokens: Tokens of the micro-batch.
         itemsize: Bytes per element of an activation.
         device: Device of the layers. If it is not a GPU, `auto` stores all activations.
+        head_bytes: Size of a head that is on the GPU only between the layers' forward and backward.
     """
     if budget == "lean" or not layers:
         return Kept()
@@ -209,6 +228,7 @@ def share_out(
         free, total = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         workspace = max(workspace_bytes(weights, num_tokens, itemsize) for weights in layers)
+        workspace = max(workspace, head_bytes)
         arenas = [g.place.arena for weights in layers for g in weights.groups()]
         held = sum(arena.nbytes for arena in arenas if arena is not None)
         num_bytes = free + held - workspace - HEAD_ROOM * total

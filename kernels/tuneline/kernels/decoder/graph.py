@@ -273,16 +273,24 @@ class GraphCache:
         self._graphs: dict[tuple[Any, ...], GraphedStack | None] = {}
         self._held_bytes: dict[tuple[Any, ...], int] = {}
 
-    def find(self, layers: Layers, x_BLC: Tensor, cos: Tensor, sin: Tensor) -> GraphedStack | None:
+    def find(
+        self,
+        layers: Layers,
+        addresses: tuple[Any, ...],
+        x_BLC: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> GraphedStack | None:
         """Return a free graph for this call, or None if the stack has to run layer by layer.
 
         Args:
             layers: Weights and call of each layer, in order.
+            addresses: The `graph_addresses` of the layers.
             x_BLC: Input of the first layer.
             cos: Rope table [B or 1, L, R].
             sin: Rope table [B or 1, L, R].
         """
-        key = _key(layers, x_BLC, cos)
+        key = (_shapes(layers, x_BLC, cos), addresses)
         if key not in self._graphs:
             # The first call runs layer by layer, which compiles every kernel.
             self._graphs[key] = None
@@ -302,11 +310,15 @@ class GraphCache:
         return stack if stack.is_free else None
 
 
-def _key(layers: Layers, x_BLC: Tensor, cos: Tensor) -> tuple[Any, ...]:
-    """Return all that a captured graph depends on: shapes first, then options and addresses."""
+def _shapes(layers: Layers, x_BLC: Tensor, cos: Tensor) -> tuple[Any, ...]:
+    """Return the shapes that a captured graph depends on."""
     room = Room.of(layers[0][1].plan, x_BLC.shape[1])
     length = x_BLC.shape[1] if room is None else room.num_tokens
-    shape = ((x_BLC.shape[0], length), x_BLC.shape[2], x_BLC.dtype, cos.shape[::2], room)
+    return ((x_BLC.shape[0], length), x_BLC.shape[2], x_BLC.dtype, cos.shape[::2], room)
+
+
+def graph_addresses(layers: Layers) -> list[Any]:
+    """Return the options and addresses that a captured graph depends on."""
     baked: list[Any] = []
     for weights, call in layers:
         baked += [call.keep, call.keep_normed]
@@ -321,4 +333,4 @@ def _key(layers: Layers, x_BLC: Tensor, cos: Tensor) -> tuple[Any, ...]:
                 if linear.adapter is not None:
                     baked += [tensor.data_ptr() for tensor in linear.adapter]
                     baked += [linear.scaling, linear.rank]
-    return (shape, tuple(baked))
+    return baked

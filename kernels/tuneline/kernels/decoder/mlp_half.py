@@ -117,7 +117,8 @@ def mlp_backward(
         dd_TC, dy_TCP = normed_gradient(dy_TC, d_TC, weights.after_mlp_norm, weights), None
     if weights.branch_scale != 1:
         dd_TC, dy_TCP = dd_TC * weights.branch_scale, None
-    gate_up_operands, down_operands = group_operands(gate_up, x2_TC), group_operands(down, x2_TC)
+    gate_up_operands = group_operands(gate_up, x2_TC, packs=False)
+    down_operands = group_operands(down, x2_TC, packs=False)
     gate_up_grads, down_grads = LoraGradients(gate_up), LoraGradients(down)
     dx2_TCP = x2_TC.new_empty(num_tokens, num_hidden + weights.o.num_columns)
     for rows in _chunks(num_tokens, kept):

@@ -4,8 +4,8 @@ Both kinds of operands compute the equations of lora.py. They are created from t
 each forward and in each backward, and then freed.
 
 *Wide*: one tensor [N + P, K + P] in the model's dtype (the arena) holds W, dequantised once, and
-the adapters: [W | sB ; A | unused]. Where memory is free (budget.py), the arena is kept, and only
-the adapters are written again.
+the adapters: [W | sB ; A | unused]. Where memory is free (budget.py), the arena is kept, and each
+forward writes only the adapters again.
 *Fp8*: [W | sB] as e4m3 rows for the forward, [W^T | A^T] as e4m3 rows for the input gradient, each
 computed when it is first used. X and dY are quantised row by row, together with the adapter columns
 (X A^T or G). X A^T, G and the adapters' gradients are computed by bf16 GEMMs.
@@ -22,9 +22,20 @@ from tuneline.kernels.ops.lora import LoraGroup, pack
 from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4
 
 
-def group_operands(group: LoraGroup, like: Tensor) -> WideOperands | Fp8Operands:
-    """Return the group's operands in the dtype and on the device of `like`."""
-    return WideOperands(group, like) if group.largest is None else Fp8Operands(group, like)
+def group_operands(
+    group: LoraGroup, like: Tensor, *, packs: bool = True
+) -> WideOperands | Fp8Operands:
+    """Return the group's operands in the dtype and on the device of `like`.
+
+    Args:
+        group: The linears.
+        like: A tensor of the dtype and on the device of the activations.
+        packs: Write the adapters into a kept arena. False in a backward, because its forward wrote
+            them and they have not changed since.
+    """
+    if group.largest is not None:
+        return Fp8Operands(group, like)
+    return WideOperands(group, like, packs=packs)
 
 
 def augmented_input(num_tokens: int, group: LoraGroup, like: Tensor) -> Tensor:
@@ -35,14 +46,15 @@ def augmented_input(num_tokens: int, group: LoraGroup, like: Tensor) -> Tensor:
 class WideOperands:
     """Operands in the model's dtype: the arena, and the GEMMs that read it."""
 
-    def __init__(self, group: LoraGroup, like: Tensor) -> None:
+    def __init__(self, group: LoraGroup, like: Tensor, *, packs: bool) -> None:
         """Dequantise the weights, unless they are kept, and pack the adapters beside them."""
         num_out, num_in, num_columns = group.num_out, group.num_in, group.num_columns
         self._group = group
+        is_new = group.place.arena is None
         self._arena = self._dequantised(like) if group.place.arena is None else group.place.arena
         if group.place.is_kept:
             group.place.arena = self._arena
-        if num_columns:
+        if num_columns and (packs or is_new):
             pack(group, self._arena[:num_out, num_in:], self._arena[num_out:, :num_in])
 
     def _dequantised(self, like: Tensor) -> Tensor:
