@@ -125,8 +125,8 @@ class _Unrecorded(GraphedStack):
     def replay_forward(self, plan, x_BLC, cos, sin):
         self._tables, self._saved, x = (cos, sin), [], x_BLC
         for weights, call in self._layers:
-            y, _, parkable, rest = layer_forward(x, cos, sin, weights, call)
-            self._saved.append([x, *parkable, *rest])
+            y, _, _, saved = layer_forward(x, cos, sin, weights, call)
+            self._saved.append(saved)
             x = y
         return x
 

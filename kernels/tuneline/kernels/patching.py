@@ -515,6 +515,7 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
                 holds=stash is not None and from_last == 0 and not keep,
                 # True for the first layer that does not park; a preceding layer, if any, parks.
                 fetches=stash is not None and from_last == max(kept.num_layers, 1) - 1,
+                narrow=engine.head is not None and index >= head_at,
                 handover=handover,
             ),
         )

@@ -167,8 +167,8 @@ class GraphedStack:
         mode = "thread_local"
         with torch.cuda.graph(self._forward, capture_error_mode=mode):
             for weights, call in layers:
-                y, _, parkable, staying = layer_forward(x, cos, sin, weights, call)
-                steps.append(([x, *parkable, *staying], weights, call))
+                y, _, _, saved = layer_forward(x, cos, sin, weights, call)
+                steps.append((saved, weights, call))
                 x = y
         self._y_BLC = x
         pool = self._forward.pool()

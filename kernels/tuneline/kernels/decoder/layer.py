@@ -50,7 +50,7 @@ from tuneline.kernels.decoder.experts_half import (
 )
 from tuneline.kernels.decoder.layer_weights import LayerWeights, Normed
 from tuneline.kernels.decoder.mlp_half import mlp_backward, mlp_forward
-from tuneline.kernels.decoder.stash import HostStash
+from tuneline.kernels.decoder.stash import HostStash, Ticket
 from tuneline.kernels.ops.attention import AttentionPlan
 
 
@@ -89,6 +89,9 @@ class LayerCall:
     fetches: bool = False
     """Whether the preceding layer parks and this layer does not. The backward of this layer then
     starts the copy of the preceding layer's tensors back to the device."""
+    narrow: bool = False
+    """Whether the MLP's forward runs over chunks of half the size, because the head, which is kept
+    in host memory, arrives on the device meanwhile."""
     handover: Handover | None = None
     """Shared by all layers of a forward."""
 
@@ -126,15 +129,10 @@ class _LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_BLC, cos, sin, weights, call, *parameters):  # noqa: D102
-        y_BLC, routing, parkable, staying = layer_forward(x_BLC, cos, sin, weights, call)
-        saved = [x_BLC, *parkable, *staying]
-        ctx.weights, ctx.call, ctx.ticket, ctx.num_parked = weights, call, None, 0
+        y_BLC, routing, ctx.ticket, saved = layer_forward(x_BLC, cos, sin, weights, call)
+        ctx.weights, ctx.call, ctx.num_saved = weights, call, len(saved)
         ctx.before = call.stash.last if call.fetches else None
-        if call.parks:
-            ctx.num_parked = 1 + len(parkable)
-            ctx.ticket = call.stash.put(saved[: ctx.num_parked])
-        ctx.num_saved = len(saved)
-        ctx.save_for_backward(cos, sin, *saved[ctx.num_parked :], *parameters)
+        ctx.save_for_backward(cos, sin, *saved, *parameters)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*routing[1:])
         return (y_BLC, *routing) if routing else y_BLC
@@ -143,7 +141,7 @@ class _LayerFunction(torch.autograd.Function):
     def backward(ctx: Any, dy_BLC, dlogits_TE=None, *_):  # noqa: D102
         # Autograd raises here if an adapter changed in place after the forward.
         cos, sin, *tensors = ctx.saved_tensors
-        saved = tensors[: ctx.num_saved - ctx.num_parked]
+        saved = tensors[: ctx.num_saved]
         if ctx.before is not None:
             ctx.call.stash.begin(ctx.before)
         if ctx.ticket is not None:
@@ -157,7 +155,7 @@ class _LayerFunction(torch.autograd.Function):
 
 def layer_forward(
     x_BLC: Tensor, cos: Tensor, sin: Tensor, weights: LayerWeights, call: LayerCall
-) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor | None], list[Tensor | None]]:
+) -> tuple[Tensor, tuple[Tensor, ...], Ticket | None, list[Tensor | None]]:
     """Compute the layer without recording a gradient.
 
     Args:
@@ -168,23 +166,37 @@ def layer_forward(
         call: The sequences, and what to store.
 
     Returns:
-        y [B, L, C]; what the router returned, or nothing in a layer without router; and two lists
-        of the tensors that the backward needs in addition to x: tensors that may be offloaded to
-        host memory, and tensors that stay on the device.
+        y [B, L, C]; what the router returned, or nothing in a layer without router; the ticket of
+        the tensors that were offloaded to host memory, if the layer parks; and the tensors for the
+        backward that stay on the device.
     """
     x_TC, wanted = x_BLC.reshape(-1, x_BLC.shape[-1]), call.saved
     half = AttentionHalf()
     x2_TC = complete(half, x_TC, x_BLC.shape, cos, sin, weights, call.plan)
     normed = half.normed if call.keep_normed else None
     attention_saved = half.attention_saved if wanted.output else ()
-    parkable: list[Tensor | None] = [half.qkv_TN] if wanted.qkv else []
+    parkable: list[Any] = [x_BLC]
+    parkable += [half.qkv_TN] if wanted.qkv else []
     parkable += [half.o_input_TKP] if wanted.output else []
     parkable += [half.branch_TC] if wanted.branch else []
     del half
+    ticket = None
+    if call.fetches and call.stash is not None:
+        call.stash.settle()
+    if call.parks and weights.after_mlp_norm is None:
+        # Copied while the MLP runs. The preceding layer's copies end here, which frees their memory
+        # before the MLP takes its own.
+        assert call.stash is not None
+        ticket, parkable = call.stash.put(parkable), []
     routing: tuple[Tensor, ...] = ()
     if weights.routed is None:
         y_TC, gate_up_TF, down_input_TP, d_TC, mlp_normed = mlp_forward(
-            x2_TC, weights, call.keep, keep_normed=call.keep_normed, overwrite=not wanted.branch
+            x2_TC,
+            weights,
+            call.keep,
+            keep_normed=call.keep_normed,
+            overwrite=not wanted.branch,
+            narrow=call.narrow,
         )
         mlp_saved: list[Tensor | None] = [down_input_TP, gate_up_TF]
         if d_TC is not None:
@@ -193,11 +205,14 @@ def layer_forward(
         y_TC, routing, mlp_saved, mlp_normed = experts_half_forward(
             x2_TC, weights, call.keep, keep_normed=call.keep_normed, overwrite=not wanted.branch
         )
-    staying: list[Tensor | None] = []
+    if call.parks and ticket is None:
+        assert call.stash is not None
+        ticket, parkable = call.stash.put(parkable), []
+    saved: list[Tensor | None] = parkable
     if normed is not None and mlp_normed is not None:
-        staying += [*normed, *mlp_normed]
-    staying += [*mlp_saved, *attention_saved]
-    return y_TC.view(x_BLC.shape), routing, parkable, staying
+        saved += [*normed, *mlp_normed]
+    saved += [*mlp_saved, *attention_saved]
+    return y_TC.view(x_BLC.shape), routing, ticket, saved
 
 
 def layer_backward(
@@ -215,7 +230,7 @@ def layer_backward(
 
     Args:
         dy_BLC: Gradient of the output.
-        saved: x, followed by the two lists of tensors that `layer_forward` returned.
+        saved: The tensors that `layer_forward` offloaded or returned, in this order.
         cos: Rope table [B or 1, L, R].
         sin: Rope table [B or 1, L, R].
         weights: The layer's weights and adapters.

@@ -27,15 +27,22 @@ from tuneline.kernels.ops.lora import LoraGradients, mm_wide
 from tuneline.kernels.ops.rms_norm import rms_norm_backward
 
 
-def _chunks(num_tokens: int, kept: bool) -> list[slice]:
+def _chunks(num_tokens: int, kept: bool, narrow: bool = False) -> list[slice]:
     """Split the tokens evenly into the fewest chunks that the limit allows."""
-    num_chunks = -(-num_tokens // (KEPT_MLP_CHUNK_TOKENS if kept else MLP_CHUNK_TOKENS))
+    limit = KEPT_MLP_CHUNK_TOKENS if kept else MLP_CHUNK_TOKENS
+    num_chunks = -(-num_tokens // (limit // 2 if narrow else limit))
     size = -(-num_tokens // num_chunks)
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
 def mlp_forward(
-    x2_TC: Tensor, weights: LayerWeights, keep: bool, *, keep_normed: bool, overwrite: bool
+    x2_TC: Tensor,
+    weights: LayerWeights,
+    keep: bool,
+    *,
+    keep_normed: bool,
+    overwrite: bool,
+    narrow: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Normed | None]:
     """Compute y from x2.
 
@@ -46,6 +53,7 @@ def mlp_forward(
         keep_normed: Return n2 and the rstd of x2.
         overwrite: Write y over x2. This is ignored in a layer with a norm after down_proj, which
             needs all of x2 until the end.
+        narrow: Use chunks of half the size.
 
     Returns:
         y [T, C]; gate and up [T, 2 F] or None; h A_down^T [T, P]; the output of down_proj [T, C] if
@@ -59,7 +67,7 @@ def mlp_forward(
     normed_TKP = augmented_input(num_tokens, gate_up, x2_TC) if keep_normed else None
     rstds = []
     gate_up_operands, down_operands = group_operands(gate_up, x2_TC), group_operands(down, x2_TC)
-    for rows in _chunks(num_tokens, keep):
+    for rows in _chunks(num_tokens, keep, narrow):
         x_TKP = None if normed_TKP is None else normed_TKP[rows]
         x_TKP, rstd_n = normed_input(
             x2_TC[rows], weights.mlp_norm, weights, gate_up, gate_up_operands, x_TKP
