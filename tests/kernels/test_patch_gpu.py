@@ -18,6 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from tuneline.kernels.decoder.layer import LayerCall
+
 pytestmark = pytest.mark.gpu
 
 SIZES = {
@@ -319,8 +321,13 @@ def test_repeated_decisions_take_the_sequences_of_their_own_forward():
 
 
 @pytest.mark.parametrize("length", [300, 3000])
-def test_tables_on_the_host_change_no_bit(length):
+def test_tables_on_the_host_change_no_bit(length, monkeypatch):
+    from tuneline.kernels import patching
     from tuneline.kernels.patching import patch, unpatch
+
+    def wide(*args, narrow, **kwargs):
+        """Return the call of a layer whose chunks are as large as without the tables."""
+        return LayerCall(*args, **kwargs)
 
     model = quantized_llama()
     ids = torch.randint(1, 1000, (2, length), generator=torch.Generator().manual_seed(2)).cuda()
@@ -332,6 +339,7 @@ def test_tables_on_the_host_change_no_bit(length):
     logits = model(input_ids=ids).logits
     patch(model, budget="lean", tables_on_host=True)
     assert all(module.weight.is_pinned() for module in tables)
+    monkeypatch.setattr(patching, "LayerCall", wide)
     for _ in range(3):
         # The second forward captures a graph if the batch is small, and the third replays it.
         got = gradients(model, inputs)
@@ -339,6 +347,11 @@ def test_tables_on_the_host_change_no_bit(length):
         assert all(torch.equal(got[1][name], want[1][name]) for name in want[1])
         assert head._tuneline_copy is None
     assert torch.equal(model(input_ids=ids).logits, logits)
+    monkeypatch.undo()
+    got = gradients(model, inputs)
+    assert abs(got[0] - want[0]) < 1e-3 * want[0]
+    for name, grad in want[1].items():
+        assert (got[1][name] - grad).norm() < 0.02 * grad.norm(), name
     model.eval()
     held = torch.cuda.memory_allocated()
     with torch.no_grad():
