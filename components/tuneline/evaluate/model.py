@@ -17,7 +17,6 @@ from tuneline.artifacts import ModelOrigin
 from tuneline.errors import ModelError
 from tuneline.evaluate.encoding import encode_pair
 from tuneline.evaluate.examples import without_begin
-from tuneline.evaluate.fused import fuse_for_scores
 from tuneline.models.batches import Batches, Size
 from tuneline.models.likelihood import Pair, Score, Tokens, score_answers
 from tuneline.models.whole import load_whole
@@ -66,8 +65,6 @@ class TemplatedHFLM(_HFLM):
 
     batches: Batches
     """How many sequences are computed at a time."""
-    packs: bool = False
-    """Whether the model reads several sequences in one row; see `score_answers`."""
     _templated = False
     _examples: tuple[int, ...] = ()
     _cached_scores: dict[Pair, Score] | None = None
@@ -115,14 +112,12 @@ class TemplatedHFLM(_HFLM):
         pairs = [(tuple(prompt), tuple(answer)) for _, prompt, answer in requests]
         if not self._templated:
             pairs = [self._cut(*pair) for pair in pairs]
-            scores = score_answers(self.model, pairs, batches=self.batches, packs=self.packs)
+            scores = score_answers(self.model, pairs, batches=self.batches)
             return [scores[pair] for pair in pairs]
         if self._cached_scores is None:
             self._cached_scores = {}
         missing = [pair for pair in pairs if pair not in self._cached_scores]
-        self._cached_scores |= score_answers(
-            self.model, missing, batches=self.batches, packs=self.packs
-        )
+        self._cached_scores |= score_answers(self.model, missing, batches=self.batches)
         return [self._cached_scores[pair] for pair in pairs]
 
     def _cut(self, prompt: Tokens, answer: Tokens) -> Pair:
@@ -190,7 +185,6 @@ def load(
         tokenizer=tokenizer,
         batch_size=_NUM_WINDOWS,
     )
-    lm.packs = fuse_for_scores(lm.model)
     if batch_size == "auto":
         lm.batches = Batches.that_fit(lm.model)
     else:

@@ -1,10 +1,9 @@
 """Log likelihoods of several answers per prompt, where each prompt is computed only once.
 
 A beginning that all prompts of a batch share, such as examples or a system prompt, is computed once
-too. Prompts with one answer each are computed together with their answers, without a cache. Logits
-are computed only for the tokens of answers, and not for all of them at once: with a vocabulary of
-128,000 entries, the logits of a token take as much memory as its keys and values in all layers of
-an 8B model.
+too. Logits are computed only for the tokens of answers, and not for all of them at once: with a
+vocabulary of 128,000 entries, the logits of a token take as much memory as its keys and values in
+all layers of an 8B model.
 
 Shapes: P prompts, A answers to all prompts, S tokens of the longest prompt after the shared
 beginning, T tokens of the longest answer, N tokens of all answers, H hidden size, V tokens of the
@@ -13,7 +12,6 @@ vocabulary.
 
 import os
 from collections.abc import Iterable
-from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -53,16 +51,13 @@ def num_same_choices(reference_TV: torch.Tensor, tested_TV: torch.Tensor) -> int
     return int((gaps_T <= NEAR_TIE).sum())
 
 
-def score_answers(
-    model: Any, pairs: Iterable[Pair], *, batches: Batches, packs: bool = False
-) -> dict[Pair, Score]:
+def score_answers(model: Any, pairs: Iterable[Pair], *, batches: Batches) -> dict[Pair, Score]:
     """Return the log likelihood of each answer given its prompt.
 
     Args:
         model: a causal language model with a key-value cache.
         pairs: (prompt, answer) as token IDs, neither empty.
         batches: limits of a batch, whose items are prompts with all of their answers.
-        packs: whether the model reads several sequences in one row, as fused layers do.
 
     Returns:
         A mapping: pair -> (log likelihood of the answer in nats, whether greedy decoding would
@@ -77,7 +72,7 @@ def score_answers(
     scored = batches.run(
         items,
         lambda item: Size(len(item[1]), len(item[0]) + _longest(item[1])),
-        lambda batch: _score_batch(model, batch, packs),
+        lambda batch: _score_batch(model, batch),
         called="prompts",
     )
     return {
@@ -88,71 +83,15 @@ def score_answers(
 
 
 @torch.inference_mode()
-def _score_batch(
-    model: Any, batch: list[tuple[Tokens, list[Tokens]]], packs: bool
-) -> list[list[Score]]:
+def _score_batch(model: Any, batch: list[tuple[Tokens, list[Tokens]]]) -> list[list[Score]]:
     """Return the scores of the answers to each prompt."""
-    prompts = [prompt for prompt, _ in batch]
-    answers = [answer for _, group in batch for answer in group]
-    num_shared = _num_shared(model, prompts)
-    if len(answers) == len(prompts) and not num_shared:
-        hidden_NH = _hidden_without_cache(model, list(zip(prompts, answers, strict=True)), packs)
-    else:
-        hidden_NH = _hidden_with_cache(model, batch, num_shared)
-    ids = torch.tensor([token for answer in answers for token in answer], device=model.device)
-    log_probs_N, greedy_N = _of_tokens(model, hidden_NH, ids)
-    lengths = [len(answer) for answer in answers]
-    log_probs, greedy = iter(log_probs_N.tolist()), iter(greedy_N.tolist())
-    scores = (
-        (sum(islice(log_probs, length)), all([*islice(greedy, length)])) for length in lengths
-    )
-    return [[next(scores) for _ in group] for _, group in batch]
-
-
-def _hidden_without_cache(model: Any, pairs: list[Pair], packs: bool) -> torch.Tensor:
-    """Return the hidden states that predict the tokens of one answer per prompt, [N, H]."""
-    # The last token of an answer is not an input, because no token after it is predicted.
-    rows = [(*prompt, *answer[:-1]) for prompt, answer in pairs]
-    starts = [0, *accumulate(map(len, rows))]
-    places = [
-        place
-        for start, (prompt, answer) in zip(starts, pairs, strict=False)
-        for place in range(start + len(prompt) - 1, start + len(prompt) + len(answer) - 1)
-    ]
-    if packs:
-        ids_1T = torch.tensor([[token for row in rows for token in row]], device=model.device)
-        positions_1T = torch.tensor([[n for row in rows for n in range(len(row))]])
-        output = model.base_model(
-            input_ids=ids_1T,
-            position_ids=positions_1T.to(model.device),
-            sequence_starts=starts[:-1],
-            use_cache=False,
-        )
-        hidden_TH = output.last_hidden_state[0]
-    else:
-        # No token reads the padding to its right, so there is no need for a mask.
-        ids_PT, mask_PT = _padded(rows, model.device)
-        output = model.base_model(input_ids=ids_PT, use_cache=False)
-        hidden_TH = output.last_hidden_state[mask_PT == 1]
-    hidden_NH: torch.Tensor = hidden_TH[torch.tensor(places, device=model.device)]
-    return hidden_NH
-
-
-def _hidden_with_cache(
-    model: Any, batch: list[tuple[Tokens, list[Tokens]]], num_shared: int
-) -> torch.Tensor:
-    """Return the hidden states that predict the tokens of all answers, [N, H].
-
-    Args:
-        model: the model.
-        batch: prompts and the answers to each.
-        num_shared: tokens at the start of all prompts that are computed once.
-    """
     device, decoder = model.device, model.base_model
     owners = [number for number, (_, group) in enumerate(batch) for _ in group]
-    answer_ids_AT, answer_mask_AT = _padded([a for _, group in batch for a in group], device)
+    answers = [answer for _, group in batch for answer in group]
+    answer_ids_AT, answer_mask_AT = _padded(answers, device)
     continues = answer_ids_AT.shape[1] > 1
     prompts = [prompt for prompt, _ in batch]
+    num_shared = _num_shared(model, prompts)
     cache = None
     if num_shared:
         shared = torch.tensor([prompts[0][:num_shared]], device=device)
@@ -190,8 +129,14 @@ def _hidden_with_cache(
         del cache
         hidden_ATH = torch.cat([hidden_ATH, continuation.last_hidden_state], dim=1)
         del continuation
-    hidden_NH: torch.Tensor = hidden_ATH[answer_mask_AT == 1]
-    return hidden_NH
+    is_token_AT = answer_mask_AT == 1
+    log_probs_N, greedy_N = _of_tokens(model, hidden_ATH[is_token_AT], answer_ids_AT[is_token_AT])
+    log_probs_AT = torch.zeros_like(answer_ids_AT, dtype=torch.float32)
+    log_probs_AT[is_token_AT] = log_probs_N
+    greedy_AT = ~is_token_AT
+    greedy_AT[is_token_AT] = greedy_N
+    scores = zip(log_probs_AT.sum(1).tolist(), greedy_AT.all(1).tolist(), strict=True)
+    return [[next(scores) for _ in group] for _, group in batch]
 
 
 def _num_shared(model: Any, prompts: list[Tokens]) -> int:

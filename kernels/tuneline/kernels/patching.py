@@ -8,9 +8,9 @@ The class of each patched module is replaced by a subclass of the same name, so 
 isinstance and PEFT's save, load and merge work as before. Other models are not affected, because no
 module, class or function of transformers is changed. A subclass runs fused code in training mode
 and without a KV cache; every other call runs the *stock* forward, which is that of transformers.
-Without gradients, e.g. for the reference of a preference, fused layers store nothing; with
-`in_evaluation`, they then also run in evaluation mode. A layer that cannot be fused (see `binding`)
-also runs its stock forward, even if other layers of the model are fused.
+Without gradients, e.g. for the reference of a preference, fused layers store nothing. A layer that
+cannot be fused (see `binding`) also runs its stock forward, even if other layers of the model are
+fused.
 
     causal LM   with labels: computes the loss without logits (loss.py), for every family
     decoder     decides in each forward: the sequences, which layers are fused, what they store
@@ -99,7 +99,6 @@ class _Engine:
     fp8: bool = False
     host_bytes: int | None = None
     """Host memory for the tensors of the stash; set when the stash is created."""
-    in_evaluation: bool = False
     stash: HostStash | None = None
     head: HostHead | None = None
     """The head, if it is in host memory."""
@@ -123,7 +122,7 @@ class _Engine:
         return torch.is_grad_enabled() and self.is_checked and not self.checks_always
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
-        return _Engine(self.budget, self.specs, self.fp8, self.host_bytes, self.in_evaluation)
+        return _Engine(self.budget, self.specs, self.fp8, self.host_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +178,6 @@ def patch(
     fp8: bool = False,
     tables_on_host: bool = False,
     host_bytes: int | None = None,
-    in_evaluation: bool = False,
 ) -> PatchReport:
     """Fuse a model's layers, final norm and loss in place, as far as they can be fused.
 
@@ -194,8 +192,6 @@ def patch(
             gives the reason.
         host_bytes: Host memory for activations that lean layers offload. What does not fit stays on
             the GPU or is recomputed. None: half of the memory that the machine has free.
-        in_evaluation: Run fused layers in evaluation mode too, if a forward computes no gradients
-            and asks for no KV cache (`use_cache=False`).
 
     Raises:
         ValueError: The budget is invalid, or the GPU has no fp8 GEMM.
@@ -231,7 +227,7 @@ def patch(
     if specs or loss_reason is None:
         _swap(causal, _CausalMixin)
     if specs:
-        decoder._tuneline_engine = _Engine(budget, specs, fp8, host_bytes, in_evaluation)
+        decoder._tuneline_engine = _Engine(budget, specs, fp8, host_bytes)
         _swap(decoder, _DecoderMixin)
         for index in specs:
             decoder.layers[index]._tuneline_index = index
@@ -342,7 +338,7 @@ class _DecoderMixin(_Stock):
     ) -> Any:
         arguments = {"input_ids": input_ids, "position_ids": position_ids, **kwargs}
         call = None
-        if _can_be_fused(self, kwargs):
+        if _is_plain_training(self, kwargs):
             tokens = input_ids if input_ids is not None else kwargs["inputs_embeds"]
             if sequence_starts is None:
                 sequence_starts = find_sequences(tokens, attention_mask, position_ids)
@@ -383,7 +379,7 @@ class _CausalMixin(_Stock):
             return run_with_fused_loss(self, super().forward, labels, **kwargs)
 
 
-def _can_be_fused(decoder: Any, kwargs: dict[str, Any]) -> bool:
+def _is_plain_training(decoder: Any, kwargs: dict[str, Any]) -> bool:
     """Return whether a forward needs nothing that only the stock forward provides.
 
     With gradients, `use_cache` is ignored: it is true by default in configs, but no training step
@@ -394,11 +390,9 @@ def _can_be_fused(decoder: Any, kwargs: dict[str, Any]) -> bool:
         kwargs.get(name, getattr(config, name, False))
         for name in ("output_attentions", "output_hidden_states")
     )
-    trains = torch.is_grad_enabled()
-    in_mode = decoder.training or (decoder._tuneline_engine.in_evaluation and not trains)
     return (
-        in_mode
-        and (trains or kwargs.get("use_cache") is False)
+        decoder.training
+        and (torch.is_grad_enabled() or kwargs.get("use_cache") is False)
         and not recorded
         and kwargs.get("past_key_values") is None
         and not torch.compiler.is_compiling()

@@ -65,7 +65,6 @@ def load(shape: str, device: str) -> Any:
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from tuneline.evaluate.fused import fuse_for_scores
     from tuneline.evaluate.model import TemplatedHFLM
     from tuneline.models.batches import Batches
 
@@ -83,7 +82,6 @@ def load(shape: str, device: str) -> Any:
         auto: Any = transformers.AutoModelForCausalLM
         model = auto.from_config(config, dtype=dtype).eval()
     lm = TemplatedHFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=8)
-    lm.packs = fuse_for_scores(model)
     lm.batches = Batches.that_fit(model)
     return lm
 
