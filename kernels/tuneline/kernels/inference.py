@@ -12,6 +12,8 @@ Shapes: n tokens of a sequence, H hidden size.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -21,7 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from tuneline.kernels.limits import MIN_CAPABILITY
+from tuneline.kernels.ops.copy_rows import copy_rows
 from tuneline.kernels.patching import fuses_every_layer, patch, unpatch
+
+logger = logging.getLogger(__name__)
 
 ROW_TOKENS = 2**14
 """Maximum number of tokens of a packed row of several sequences. More tokens at a time are computed
@@ -40,6 +45,7 @@ def runs_fused(model: Any) -> bool:
         and torch.cuda.get_device_capability(model.device) >= MIN_CAPABILITY
         and model.dtype in (torch.bfloat16, torch.float16)
         and getattr(model, "hf_quantizer", None) is None
+        and _compiles(model.device)
     )
 
 
@@ -92,6 +98,26 @@ class FusedInference:
         hidden_states: Tensor = output.last_hidden_state[0, wanted.to(device)]
         counts = [length - first for length, first in zip(lengths, firsts, strict=True)]
         return hidden_states.split(counts)
+
+
+@functools.cache
+def _compiles(device: torch.device) -> bool:
+    """Return whether Triton can compile and run a kernel; log the reason if it cannot.
+
+    Triton compiles part of a kernel's launcher with the machine's C compiler.
+    """
+    numbers = torch.arange(64.0, device=device).view(2, 32)
+    copied = torch.empty_like(numbers)
+    try:
+        copy_rows(numbers, copied)
+    except Exception as error:  # The compiler, the loader and the driver raise errors of their own.
+        logger.warning(
+            "transformers' layers run instead of fused ones, because Triton cannot compile a "
+            "kernel (%s): install gcc and the headers of Python and of the C library",
+            f"{type(error).__name__}: {error}".splitlines()[0],
+        )
+        return False
+    return torch.equal(copied, numbers)
 
 
 @contextmanager

@@ -176,4 +176,17 @@ def test_what_cannot_be_fused_is_not_taken():
 def test_which_models_run_fused(change, expected, monkeypatch):
     facts = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "capability": (8, 0)} | change
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: facts["capability"])
+    monkeypatch.setattr(inference, "_compiles", lambda device: True)
     assert runs_fused(SimpleNamespace(**facts)) is expected
+
+
+def test_without_a_compiler_the_reason_is_logged(monkeypatch, caplog):
+    compiles = inference._compiles.__wrapped__
+    assert compiles(torch.device("cpu")) and caplog.text == ""
+
+    def fail(*args):
+        raise RuntimeError("Failed to find C compiler.\nSet CC")
+
+    monkeypatch.setattr(inference, "copy_rows", fail)
+    assert not compiles(torch.device("cpu"))
+    assert "RuntimeError: Failed to find C compiler.): install gcc" in caplog.text
