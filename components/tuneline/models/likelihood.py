@@ -226,9 +226,8 @@ def _of_tokens(
     for some_NH, some_N in parts:
         logits_NV = _logits(model, some_NH)
         greedy.append(logits_NV.argmax(-1) == some_N)
-        log_probs.append(
-            -torch.nn.functional.cross_entropy(logits_NV.float(), some_N, reduction="none")
-        )
+        table_NV = logits_NV.log_softmax(-1, dtype=torch.float32)
+        log_probs.append(table_NV.gather(-1, some_N[:, None])[:, 0])
     return torch.cat(log_probs), torch.cat(greedy)
 
 

@@ -29,8 +29,8 @@ from tuneline.kernels.patching import fuses_every_layer, patch, unpatch
 logger = logging.getLogger(__name__)
 
 ROW_TOKENS = 2**14
-"""Maximum number of tokens of a packed row of several sequences. More tokens at a time are computed
-hardly faster, but need more memory."""
+"""Approximate number of tokens of a packed row, unless one sequence is longer. More tokens at a time
+are computed hardly faster, but need more memory."""
 
 
 def runs_fused(model: Any) -> bool:
@@ -139,11 +139,12 @@ def fused_inference(model: Any) -> Iterator[FusedInference]:
 
 
 def _rows(sequences: Sequence[Sequence[int]]) -> Iterator[slice]:
-    """Return which sequences form each row."""
-    first = num_tokens = 0
+    """Return which sequences form each row; a short last row would leave much of the GPU idle."""
+    total = sum(map(len, sequences))
+    per_row = total / max(1, round(total / ROW_TOKENS))
+    first = num_tokens = num_rows = 0
     for index, sequence in enumerate(sequences):
-        if index > first and num_tokens + len(sequence) > ROW_TOKENS:
-            yield slice(first, index)
-            first, num_tokens = index, 0
         num_tokens += len(sequence)
-    yield slice(first, len(sequences))
+        if num_tokens >= (num_rows + 1) * per_row or index == len(sequences) - 1:
+            yield slice(first, index + 1)
+            first, num_rows = index + 1, num_rows + 1
